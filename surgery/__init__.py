@@ -1,0 +1,61 @@
+"""Surgery on model checkpoints: factorize weights by truncated SVD, train only scales, fold them back.
+
+    surgery.factorize("model/", "factorized/", rank=16)
+    surgery.fold("factorized/", "scales.safetensors", "folded/")
+
+Names are imported when first used, so that ``surgery --help`` does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from surgery.errors import SurgeryError
+    from surgery.format.manifest import Manifest
+    from surgery.linalg.svd import Certificate, TruncatedSVD, truncated_svd
+    from surgery.operations.factorize import factorize, plan
+    from surgery.operations.fold import FoldReport, fold
+    from surgery.training.attach import Scales, attach
+
+_HOMES = {
+    "Certificate": "surgery.linalg.svd",
+    "FoldReport": "surgery.operations.fold",
+    "Manifest": "surgery.format.manifest",
+    "Scales": "surgery.training.attach",
+    "SurgeryError": "surgery.errors",
+    "TruncatedSVD": "surgery.linalg.svd",
+    "attach": "surgery.training.attach",
+    "factorize": "surgery.operations.factorize",
+    "fold": "surgery.operations.fold",
+    "plan": "surgery.operations.factorize",
+    "truncated_svd": "surgery.linalg.svd",
+}
+
+__all__ = [
+    "Certificate",
+    "FoldReport",
+    "Manifest",
+    "Scales",
+    "SurgeryError",
+    "TruncatedSVD",
+    "__version__",
+    "attach",
+    "factorize",
+    "fold",
+    "plan",
+    "truncated_svd",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'surgery' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,127 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+from surgery.errors import OutputError
+
+#: Bytes moved at a time where no tensor has to be whole.
+CHUNK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A file, its path relative to the checkpoint, its size in bytes and sha256."""
+
+    file: str
+    size: int
+    sha256: str
+
+
+class FileWriter:
+    """A file that appears under its name only when ``commit`` is called, and then whole and on the disk.
+
+    Writes go to ``<name>.partial`` beside it. Leaving the context without ``commit`` removes that file, so a
+    failure cannot be mistaken for a result.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.partial = path.with_name(path.name + ".partial")
+        self._sha256 = hashlib.sha256()
+        self.size = 0
+        with reporting(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.file: IO[bytes] = open(self.partial, "wb", buffering=0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.file.close()
+        self.partial.unlink(missing_ok=True)
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Append ``data``.
+
+        Raises:
+            OutputError: the disk is full or fails.
+        """
+        view = memoryview(data)
+        self._sha256.update(view)
+        with reporting(self.path):
+            done = 0
+            while done < len(view):
+                done += self.file.write(view[done:])
+        self.size += len(view)
+
+    def commit(self, name: str) -> FileRecord:
+        """Put the file in place, synced; the record carries ``name``."""
+        with reporting(self.path):
+            os.fsync(self.file.fileno())
+            self.file.close()
+            os.replace(self.partial, self.path)
+            sync_directory(self.path.parent)
+        return FileRecord(name, self.size, self._sha256.hexdigest())
+
+
+def write_file(path: Path, data: bytes) -> str:
+    """Write a small file whole and synced, or not at all; returns its sha256 in hex."""
+    with FileWriter(path) as writer:
+        writer.write(data)
+        return writer.commit(path.name).sha256
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's contents, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def copy_file(source: Path, target: Path, name: str) -> FileRecord:
+    """Copy a file as bytes; the record carries ``name``.
+
+    Raises:
+        OutputError: the source cannot be read or the target not be written.
+    """
+    try:
+        file = open(source, "rb")
+    except OSError as error:
+        raise OutputError(f"{source}: cannot be read ({error.strerror})") from error
+    with file, FileWriter(target) as writer:
+        while data := file.read(CHUNK_BYTES):
+            writer.write(data)
+        return writer.commit(name)
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames within ``path`` survive a power loss, where the platform can."""
+    if os.name == "nt":  # Windows cannot open a directory for syncing
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def reporting(path: Path) -> Iterator[None]:
+    """Turns an OSError into an OutputError that names the file."""
+    try:
+        yield
+    except OutputError:
+        raise
+    except OSError as error:
+        raise OutputError(
+            f"{path}: cannot be written ({error.strerror or error})",
+            hint="free some space or choose another folder with -o, then run the same command again",
+        ) from error

@@ -1,0 +1,242 @@
+"""``surgery/manifest.json``: what a factorized checkpoint is. Written last; its presence means complete."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+from surgery.errors import FormatError, SourceError
+from surgery.format.files import FileRecord, write_file
+from surgery.names import FORMAT_VERSION, MANIFEST_FILE, SURGERY_DIR
+
+MAX_JSON_BYTES = 1 << 30
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class ShardRecord:
+    """One weight file of the source and what became of it.
+
+    Attributes:
+        source: the file of the source.
+        residual: the file of this checkpoint in its place; None in the overlay layout.
+        factors: the factors of its targets; None where it has none.
+    """
+
+    source: FileRecord
+    residual: FileRecord | None
+    factors: FileRecord | None
+
+
+@dataclass(frozen=True, slots=True)
+class CertificateRecord:
+    """See ``surgery.linalg.svd.Certificate``. Lists have one entry per direction, three significant digits."""
+
+    method: str
+    passes: int
+    converged: bool
+    residual: list[float]
+    gap: list[float]
+
+
+@dataclass(frozen=True, slots=True)
+class TargetRecord:
+    """A factorized tensor.
+
+    Attributes:
+        tensor: its name in the checkpoint.
+        shard: the file it is in.
+        dtype, shape: as in the source.
+        view: how it was seen as matrices (``matrix``: as it is).
+        rank: directions kept.
+        energy: share of the squared Frobenius norm in the kept part.
+        s_first, s_last: largest and smallest kept singular value.
+        sha256: of the original tensor's bytes.
+        factors_sha256: of the bytes of U, s and V, in this order.
+        certificate: of the SVD.
+    """
+
+    tensor: str
+    shard: str
+    dtype: str
+    shape: list[int]
+    view: str
+    rank: int
+    energy: float
+    s_first: float
+    s_last: float
+    sha256: str
+    factors_sha256: str
+    certificate: CertificateRecord
+
+
+@dataclass(frozen=True, slots=True)
+class SkippedRecord:
+    """A tensor that was passed over, and why."""
+
+    tensor: str
+    shard: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SourceRecord:
+    """Where the weights came from. ``repo_id`` and ``commit`` are None for a local folder, whose path is private."""
+
+    kind: str
+    repo_id: str | None
+    commit: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class OptionsRecord:
+    """The options that shape the result."""
+
+    rank: int
+    include: list[str]
+    exclude: list[str]
+    seed: int
+    tolerance: float
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOutRecord:
+    """A file of the source that was not taken over, and why."""
+
+    file: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """The whole manifest. ``fingerprint`` identifies the factors; scales carry it."""
+
+    format_version: int
+    tool: str
+    torch: str
+    device: str
+    layout: str
+    source: SourceRecord
+    options: OptionsRecord
+    fingerprint: str
+    shards: list[ShardRecord]
+    files: list[FileRecord]
+    left_out: list[LeftOutRecord]
+    targets: list[TargetRecord]
+    skipped: list[SkippedRecord]
+
+    def write(self, folder: Path) -> None:
+        text = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)
+        write_file(folder / MANIFEST_FILE, text.encode() + b"\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """The manifest of a factorized checkpoint.
+
+        Raises:
+            SourceError: the folder is no factorized checkpoint, or an unfinished one.
+            FormatError: the manifest is damaged, or of another version.
+        """
+        path = folder / MANIFEST_FILE
+        if not folder.is_dir():
+            raise SourceError(f"there is no folder {folder}", expected="a folder written by surgery factorize")
+        if not path.is_file():
+            unfinished = (folder / SURGERY_DIR).is_dir()
+            raise SourceError(
+                f"{folder} is {'an unfinished' if unfinished else 'no'} factorized checkpoint: it has no {MANIFEST_FILE}",
+                hint="run surgery factorize again with --overwrite" if unfinished else "give the folder that surgery factorize wrote",
+            )
+        parsed = read_json_object(path, str(path))
+        if parsed.get("format_version") != FORMAT_VERSION:
+            raise FormatError(
+                f"{path}: another format version",
+                got=parsed.get("format_version"),
+                expected=FORMAT_VERSION,
+                hint="use the version of surgery that wrote it, or factorize again",
+            )
+        manifest = _decode(cls, parsed, str(path))
+        for record in manifest.output_files():
+            check_relative_path(record.file, str(path))
+        for shard in manifest.shards:
+            check_relative_path(shard.source.file, str(path))
+        return manifest
+
+    def output_files(self) -> list[FileRecord]:
+        """Every file of the checkpoint but the manifest and the scales (which a trainer may replace)."""
+        written = [record for shard in self.shards for record in (shard.residual, shard.factors) if record is not None]
+        return written + self.files
+
+    def targets_of(self, shard: str) -> list[TargetRecord]:
+        """The targets in one weight file of the source."""
+        return [target for target in self.targets if target.shard == shard]
+
+
+def fingerprint_of(targets: list[TargetRecord]) -> str:
+    """sha256 over the names and the factor hashes of all targets."""
+    pairs = sorted((target.tensor, target.factors_sha256) for target in targets)
+    return hashlib.sha256(json.dumps(pairs, ensure_ascii=False).encode()).hexdigest()
+
+
+def read_json_object(path: Path, name: str) -> dict[str, Any]:
+    """A JSON object from a file that may be anything.
+
+    Raises:
+        FormatError: not readable, too large, not JSON, or no object.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise FormatError(f"{name}: too large to be read", got=f"{path.stat().st_size} bytes", expected=f"at most {MAX_JSON_BYTES}")
+        parsed = json.loads(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise FormatError(f"{name}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, FormatError):
+            raise
+        raise FormatError(f"{name}: not valid JSON ({error})") from None
+    if not isinstance(parsed, dict):
+        raise FormatError(f"{name}: no JSON object", got=type(parsed).__name__)
+    return parsed
+
+
+def check_relative_path(name: str, where: str) -> str:
+    """``name`` if it stays inside the folder it is relative to.
+
+    Raises:
+        FormatError: absolute, with ``..``, empty, or with characters no path of ours has.
+    """
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or ":" in path.parts[0]:
+        raise FormatError(f"{where}: a path that leaves its folder", got=repr(name)[:200], expected="a plain relative path")
+    return name
+
+
+def _decode(kind: type[_T], value: Any, where: str) -> _T:
+    """A dataclass from JSON, every field present and of its type."""
+    if not isinstance(value, dict):
+        raise FormatError(f"{where}: expected an object", got=type(value).__name__)
+    fields = {field.name: str(field.type) for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if value.keys() != fields.keys():
+        odd = sorted(value.keys() ^ fields.keys())
+        raise FormatError(f"{where}: missing or unknown entries", got=", ".join(map(repr, odd[:5])))
+    return kind(**{name: _decode_field(annotation, value[name], f"{where}: {name}") for name, annotation in fields.items()})
+
+
+def _decode_field(annotation: str, value: Any, where: str) -> Any:
+    optional = annotation.removesuffix(" | None")
+    if optional != annotation:
+        return None if value is None else _decode_field(optional, value, where)
+    if annotation.startswith("list["):
+        if not isinstance(value, list):
+            raise FormatError(f"{where}: expected a list", got=type(value).__name__)
+        return [_decode_field(annotation[5:-1], item, f"{where}[{i}]") for i, item in enumerate(value)]
+    scalar = {"str": str, "int": int, "bool": bool, "float": (int, float)}.get(annotation)
+    if scalar is None:
+        return _decode(globals()[annotation], value, where)
+    if not isinstance(value, scalar) or (isinstance(value, bool) and annotation != "bool"):  # type: ignore[arg-type]
+        raise FormatError(f"{where}: expected {annotation}", got=repr(value)[:80])
+    return value

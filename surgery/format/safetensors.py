@@ -1,0 +1,276 @@
+"""Reading safetensors files by header and byte range, and writing them as a stream.
+
+The library's own ``save_file`` needs every tensor in memory and ``safe_open`` maps the file (a file truncated
+underneath is then a bus error), so the two things this project lives on are done here: a header parsed with
+every byte accounted for, and a writer that never holds more than what it is handed.
+
+Format: https://huggingface.co/docs/safetensors (u64 little-endian header length, JSON, data).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, Self
+
+import torch
+
+from surgery.errors import FormatError
+from surgery.format.files import CHUNK_BYTES, FileRecord, FileWriter, file_sha256, reporting
+from surgery.memory import bytes_of
+from surgery.names import DTYPE_BITS
+
+MAX_HEADER_BYTES = 100_000_000
+TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor of a safetensors file, as its header has it. Offsets count from the start of the data."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A parsed header.
+
+    Attributes:
+        raw: the bytes before the data (length prefix and JSON), as they are in the file.
+        tensors: the entries in the order of their data.
+        metadata: the free-form ``__metadata__``.
+    """
+
+    raw: bytes = field(repr=False)
+    tensors: tuple[TensorEntry, ...]
+    metadata: dict[str, str]
+
+    @property
+    def data_bytes(self) -> int:
+        return self.tensors[-1].end if self.tensors else 0
+
+    @property
+    def file_bytes(self) -> int:
+        return len(self.raw) + self.data_bytes
+
+
+def parse_header(raw: bytes, *, file: str, file_bytes: int | None = None) -> Header:
+    """Parse and check the bytes before the data.
+
+    Args:
+        raw: length prefix and JSON.
+        file: name for messages.
+        file_bytes: size of the whole file, when known; the data must fill it exactly.
+
+    Raises:
+        FormatError: anything that a reader relying on the header could be led astray by.
+    """
+    if len(raw) < 8 or len(raw) != 8 + int.from_bytes(raw[:8], "little"):
+        raise FormatError(f"{file}: the header is cut off")
+    try:
+        parsed = json.loads(raw[8:].decode("utf-8"), object_pairs_hook=_reject_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(
+            f"{file}: the header is not valid JSON ({error})",
+            hint="the file is damaged or no safetensors file: fetch it again",
+        ) from None
+    if not isinstance(parsed, dict):
+        raise FormatError(f"{file}: the header is no JSON object", got=type(parsed).__name__)
+    return header_from_json(parsed, raw=raw, file=file, file_bytes=file_bytes)
+
+
+def header_from_json(parsed: dict[str, Any], *, raw: bytes, file: str, file_bytes: int | None = None) -> Header:
+    """Check a decoded header object and turn it into a ``Header``; arguments as for ``parse_header``."""
+    metadata = parsed.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise FormatError(f"{file}: __metadata__ is no map of strings to strings")
+    entries = [_entry(name, value, file) for name, value in parsed.items() if name != "__metadata__"]
+    entries.sort(key=lambda entry: (entry.start, entry.end))
+    position = 0
+    for entry in entries:
+        if entry.start != position:
+            raise FormatError(
+                f"{file}: tensor {entry.name!r} overlaps another or leaves a gap",
+                got=f"data_offsets [{entry.start}, {entry.end}]",
+                expected=f"a start of {position}",
+            )
+        position = entry.end
+    if file_bytes is not None and len(raw) + position != file_bytes:
+        raise FormatError(
+            f"{file}: the file's size does not fit its header",
+            got=f"{file_bytes} bytes",
+            expected=f"{len(raw) + position} bytes",
+            hint="the file is truncated or damaged: fetch it again",
+        )
+    return Header(raw=raw, tensors=tuple(entries), metadata=metadata)
+
+
+def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the name {twice!r} appears twice")
+    return result
+
+
+def _entry(name: str, value: Any, file: str) -> TensorEntry:
+    where = f"{file}: tensor {name!r}"
+    if not isinstance(value, dict):
+        raise FormatError(f"{where} has no description")
+    dtype, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
+    if not isinstance(dtype, str):
+        raise FormatError(f"{where} has no dtype", got=repr(dtype)[:80])
+    if not _naturals(shape):
+        raise FormatError(f"{where} has no valid shape", got=repr(shape)[:80])
+    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise FormatError(f"{where} has no valid data_offsets", got=repr(offsets)[:80])
+    bits = DTYPE_BITS.get(dtype)
+    if bits is not None:
+        numel = 1
+        for size in shape:
+            numel *= size
+            if numel >= 1 << 63:
+                raise FormatError(f"{where} has an impossible shape", got=repr(shape)[:80])
+        if (numel * bits + 7) // 8 != offsets[1] - offsets[0]:
+            raise FormatError(
+                f"{where}: its bytes do not fit its shape",
+                got=f"{offsets[1] - offsets[0]} bytes",
+                expected=f"{(numel * bits + 7) // 8} bytes for {dtype} {list(shape)}",
+            )
+    return TensorEntry(name, dtype, tuple(shape), offsets[0], offsets[1])
+
+
+def _naturals(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 1 << 63 for item in value
+    )
+
+
+class ShardReader:
+    """Reads from one safetensors file by position. A context manager; for one thread at a time.
+
+    Plain reads rather than a memory map: a file that shrinks while it is read gives a ``FormatError`` and not a
+    bus error.
+    """
+
+    def __init__(self, path: Path, *, name: str | None = None) -> None:
+        self.name = name or path.name
+        try:
+            self._file: IO[bytes] = open(path, "rb", buffering=0)
+        except OSError as error:
+            raise FormatError(f"{self.name}: cannot be opened ({error.strerror})") from error
+        try:
+            size = os.fstat(self._file.fileno()).st_size
+            prefix = self._file.read(8)
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                raise FormatError(
+                    f"{self.name}: no safetensors file, or cut off within its header",
+                    got=f"{size} bytes, a header length of {length}",
+                    hint="fetch the file again; a git-lfs pointer must be replaced by the file it stands for",
+                )
+            self.header = parse_header(prefix + self._file.read(length), file=self.name, file_bytes=size)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._file.close()
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` from ``offset`` bytes after the start of the data.
+
+        Raises:
+            FormatError: the file ends early or cannot be read.
+        """
+        position, done = len(self.header.raw) + offset, 0
+        try:
+            self._file.seek(position)
+            while done < len(buffer):
+                count = self._file.readinto(buffer[done:])  # type: ignore[attr-defined]  # raw files have it
+                if not count:
+                    raise FormatError(
+                        f"{self.name}: ended while it was being read",
+                        got=f"{position + done} bytes",
+                        expected=f"{self.header.file_bytes} bytes",
+                        hint="something changes the file: start again when it is whole",
+                    )
+                done += count
+        except OSError as error:
+            raise FormatError(f"{self.name}: cannot be read ({error.strerror})") from error
+
+    def read_bytes(self, entry: TensorEntry) -> torch.Tensor:
+        """The payload of one tensor, as uint8 of shape (nbytes,) on the CPU."""
+        data = torch.empty(entry.nbytes, dtype=torch.uint8)
+        self.read_into(bytes_of(data), entry.start)
+        return data
+
+    def read(self, entry: TensorEntry) -> torch.Tensor:
+        """One float tensor with its shape, in its own dtype, on the CPU."""
+        return self.read_bytes(entry).view(TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
+
+    def chunks(self, start: int, end: int) -> Iterator[memoryview]:
+        """The data from ``start`` to ``end``, a bounded piece at a time; each piece is its own memory."""
+        for position in range(start, end, CHUNK_BYTES):
+            piece = torch.empty(min(CHUNK_BYTES, end - position), dtype=torch.uint8)
+            view = bytes_of(piece)
+            self.read_into(view, position)
+            yield view
+
+
+class TensorFileWriter(FileWriter):
+    """A safetensors file written tensor by tensor, some of whose sizes are known only when they come.
+
+    The header stands before the data, so its room is set aside from the names that are announced and is
+    padded with spaces, as the format allows. Tensors must be a multiple of 4 bytes, which keeps all aligned.
+    """
+
+    def __init__(self, path: Path, names: Iterable[str]) -> None:
+        super().__init__(path)
+        # The largest description a tensor can need: dtype, up to four sizes and two offsets of 19 digits.
+        room = sum(len(json.dumps(name)) + 200 for name in names) + 64
+        self._header_bytes = room + -room % 8
+        self._entries: dict[str, Any] = {}
+        with reporting(path):
+            self.file.seek(8 + self._header_bytes)
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Append one float32 or uint8 tensor (CPU, contiguous)."""
+        data = bytes_of(tensor)
+        if len(data) % 4:
+            raise ValueError(f"{name}: {len(data)} bytes are no multiple of 4")
+        dtype = {torch.float32: "F32", torch.uint8: "U8"}[tensor.dtype]
+        self._entries[name] = {
+            "dtype": dtype,
+            "shape": list(tensor.shape),
+            "data_offsets": [self.size, self.size + len(data)],
+        }
+        self.write(data)
+
+    def commit(self, name: str) -> FileRecord:
+        text = json.dumps(self._entries, separators=(",", ":")).encode()
+        if len(text) > self._header_bytes:
+            raise ValueError(f"{name}: the header outgrew the room set aside for it")
+        with reporting(self.path):
+            self.file.seek(0)
+            self.file.write(self._header_bytes.to_bytes(8, "little") + text.ljust(self._header_bytes))
+        # The header came last but stands first: the hash has to go over the file again.
+        digest = file_sha256(self.partial)
+        super().commit(name)
+        return FileRecord(name, 8 + self._header_bytes + self.size, digest)

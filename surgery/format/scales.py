@@ -1,0 +1,102 @@
+"""The tiny trainable file: one multiplier per kept singular direction."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+from surgery.errors import ScalesError
+from surgery.format.files import write_file
+from surgery.format.manifest import Manifest
+from surgery.format.safetensors import ShardReader
+from surgery.names import FORMAT_VERSION, SCALES_FINGERPRINT_KEY, SCALES_VERSION_KEY
+
+
+def write_scales(path: Path, scales: Mapping[str, torch.Tensor], fingerprint: str) -> str:
+    """Write scales with what ties them to their factors; returns the file's sha256.
+
+    Args:
+        path: the file, replaced as a whole.
+        scales: tensor name -> (k,), written as float32.
+        fingerprint: that of the manifest of the factorized checkpoint.
+    """
+    tensors = {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in sorted(scales.items())}
+    metadata = {SCALES_VERSION_KEY: str(FORMAT_VERSION), SCALES_FINGERPRINT_KEY: fingerprint}
+    return write_file(path, safetensors.torch.save(tensors, metadata=metadata))
+
+
+def read_scales(path: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
+    """Read the scales of a factorized checkpoint.
+
+    Returns:
+        Tensor name -> float32 (k,) on the CPU, one for each target of the manifest.
+
+    Raises:
+        FormatError: no safetensors file, or a damaged one.
+        ScalesError: made for other factors, or a tensor is missing, unknown, misshapen or not finite.
+
+    Warns:
+        UserWarning: the file says nothing about its factors, or holds half-precision values.
+    """
+    if not path.is_file():
+        raise ScalesError(f"there is no scales file {path}", hint="a fresh one is surgery/scales.safetensors in the factorized folder")
+    with ShardReader(path, name=str(path)) as reader:
+        version = reader.header.metadata.get(SCALES_VERSION_KEY)
+        fingerprint = reader.header.metadata.get(SCALES_FINGERPRINT_KEY)
+        if version is not None and version != str(FORMAT_VERSION):
+            raise ScalesError(f"{path}: written in another format version", got=version, expected=FORMAT_VERSION)
+        if fingerprint is None:
+            warnings.warn(
+                f"{path} does not say which factors it belongs to (its metadata is missing); checked by names and shapes only",
+                stacklevel=2,
+            )
+        elif fingerprint != manifest.fingerprint:
+            raise ScalesError(
+                f"{path} belongs to other factors",
+                got=f"fingerprint {fingerprint}",
+                expected=f"fingerprint {manifest.fingerprint}",
+                hint="use the factorized folder these scales were trained with",
+            )
+        half = sorted({entry.dtype for entry in reader.header.tensors} & {"BF16", "F16"})
+        if half:
+            warnings.warn(
+                f"{path} holds {' and '.join(half)} scales: next to 1 they are spaced by "
+                f"{'2^-7' if 'BF16' in half else '2^-10'}; train them in float32",
+                stacklevel=2,
+            )
+        for entry in reader.header.tensors:
+            if entry.dtype not in ("F32", "F16", "BF16"):
+                raise ScalesError(f"{path}: {entry.name!r} has a dtype that scales cannot have", got=entry.dtype, expected="F32")
+        values = {entry.name: reader.read(entry).float() for entry in reader.header.tensors}
+    return check_scales(values, manifest, str(path))
+
+
+def check_scales(values: Mapping[str, torch.Tensor], manifest: Manifest, where: str = "scales") -> dict[str, torch.Tensor]:
+    """Check scales against the targets of a manifest; arguments, result and errors as for ``read_scales``."""
+    ranks = {target.tensor: target.rank for target in manifest.targets}
+    unknown = sorted(values.keys() - ranks.keys())
+    missing = sorted(ranks.keys() - values.keys())
+    if unknown:
+        raise ScalesError(
+            f"{where}: {unknown[0]!r} is no target of this checkpoint" + _and_more(unknown),
+            hint="use the factorized folder these scales were trained with",
+        )
+    if missing:
+        raise ScalesError(f"{where}: the scales of {missing[0]!r} are missing" + _and_more(missing), expected="one entry per target")
+    checked = {}
+    for name, rank in ranks.items():
+        value = values[name].detach().to("cpu", torch.float32)
+        if tuple(value.shape) != (rank,):
+            raise ScalesError(f"{where}: {name!r} has the wrong shape", got=list(value.shape), expected=[rank])
+        if not bool(torch.isfinite(value).all()):
+            raise ScalesError(f"{where}: {name!r} holds NaN or infinity", hint="the training diverged: take an earlier checkpoint")
+        checked[name] = value
+    return checked
+
+
+def _and_more(names: list[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

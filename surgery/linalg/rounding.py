@@ -1,0 +1,54 @@
+"""Rounding float64 values to a model's dtype exactly once, and counting units in the last place."""
+
+from __future__ import annotations
+
+import torch
+
+#: Bits of the significand (hidden one included) and exponent of the smallest normal number.
+_FORMATS = {torch.bfloat16: (8, -126), torch.float16: (11, -14)}
+
+_SIGNED = {2: torch.int16, 4: torch.int32}
+
+
+def round_once(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Round float64 values to ``dtype``, to nearest with ties to even, once.
+
+    A plain ``x.to(torch.bfloat16)`` goes through float32 and so rounds twice: a value just above a tie of the
+    coarse grid can land on the tie first and then on the wrong side.
+
+    Args:
+        x: float64, any shape, any device with float64.
+        dtype: torch.bfloat16, torch.float16 or torch.float32.
+
+    Returns:
+        Tensor of ``dtype``, the shape of ``x``. Values past the largest finite one become infinite.
+    """
+    if dtype == torch.float32:
+        return x.to(dtype)
+    precision, min_exponent = _FORMATS[dtype]
+    # The power of two at or below each |x|, but not below the smallest normal one, times 1.5 * 2^(53 - precision):
+    # added and taken away, it leaves x rounded to the target's grid, since float64 addition rounds to
+    # nearest-even and the grid's unit is the last place of the sum. Exact for subnormals of the target too.
+    magic = (x.view(torch.int64) & 0x7FF0_0000_0000_0000).view(torch.float64)
+    magic.clamp_(min=2.0**min_exponent).mul_(1.5 * 2.0 ** (53 - precision))
+    rounded = (x + magic).sub_(magic).copysign_(x)  # a negative number that rounds to zero gives -0
+    return rounded.to(torch.float32).to(dtype)
+
+
+def ordinals(x: torch.Tensor) -> torch.Tensor:
+    """Map floats to integers so that neighbours differ by one: the order of the reals, -0 just below +0.
+
+    Args:
+        x: bfloat16, float16 or float32, any shape.
+
+    Returns:
+        int16 for two-byte dtypes, int32 for float32; same shape. Inverse: ``from_ordinals``.
+    """
+    bits = x.view(_SIGNED[x.element_size()])
+    # Negative floats grow downwards in their bits: flip all but the sign.
+    return bits ^ ((bits >> (8 * x.element_size() - 1)) & torch.iinfo(bits.dtype).max)
+
+
+def from_ordinals(i: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The floats that ``ordinals`` maps to ``i`` (int16 or int32, by the width of ``dtype``)."""
+    return (i ^ ((i >> (8 * i.element_size() - 1)) & torch.iinfo(i.dtype).max)).view(dtype)

@@ -1,0 +1,306 @@
+"""Truncated singular value decomposition with a certificate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from surgery.errors import OptionError, WeightError
+from surgery.linalg.lanczos import Operator, block_lanczos, block_size
+
+DEFAULT_TOLERANCE = 1e-5
+
+#: A block of b vectors sees at most b copies of a repeated value; values this close (over s_1) count as copies.
+_CLUSTER = 1e-3
+_MAX_ROUNDS = 4
+#: Beyond this the Gram matrix is no fallback any more: its eigenproblem takes longer than anybody waits.
+_MAX_GRAM = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """What is known about the accuracy of a truncated SVD. Tensors are float64 on the CPU.
+
+    Attributes:
+        residual: (..., k), ``max(|A v - s u|, |A^T u - s v|) / s_1``, measured on the vectors returned. By Weyl's
+            inequality some singular value lies within ``residual * s_1`` of each s.
+        gap: (..., k), distance to the nearest other singular value over s_1. For the last triplet the next value
+            is estimated from below.
+        angle_bound: (..., k), ``residual / gap``, at most 1: bounds the sine of the angle between the vectors and
+            the true ones (Wedin 1972). At 1 the direction is not determined by the matrix: that is no failure.
+        converged: bool (...,), every residual is within the tolerance.
+        passes: int64 (...,), products with A or its transpose.
+        method: ``block-lanczos``, ``gram``, ``svd`` or ``zero``; a tuple of these for a batch.
+    """
+
+    residual: torch.Tensor
+    gap: torch.Tensor
+    angle_bound: torch.Tensor
+    converged: torch.Tensor
+    passes: torch.Tensor
+    method: str | tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TruncatedSVD:
+    """``A ~ U diag(s) V^T`` with the k largest singular values.
+
+    Attributes:
+        U: (..., m, k), orthonormal columns.
+        s: (..., k), descending.
+        V: (..., n, k), orthonormal columns.
+        certificate: how accurate they are.
+
+    float32, or float64 for a float64 matrix, on the device of the matrix.
+    """
+
+    U: torch.Tensor
+    s: torch.Tensor
+    V: torch.Tensor
+    certificate: Certificate
+
+
+def truncated_svd(A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERANCE, seed: int = 0) -> TruncatedSVD:
+    """The k largest singular triplets of a matrix, or of each of a batch, with a certificate.
+
+    Thick-restart randomized block Lanczos where k is small against the matrix, an eigendecomposition of the float64
+    Gram matrix or a float64 SVD otherwise. The same seed on the same device gives the same bits; the global random
+    state is neither read nor changed, nor are the caller's matmul precision settings.
+
+    The sign of each pair is such that the entry of largest magnitude among both of its vectors is positive.
+
+    Args:
+        A: (m, n) or (B, m, n), any real floating dtype, any device.
+        k: 1 <= k <= min(m, n).
+        tolerance: residuals are brought below ``tolerance * s_1`` (and below ``100 * tolerance * s_i``). The error
+            of a singular value is of second order in it.
+        seed: of the random start block.
+
+    Returns:
+        ``TruncatedSVD``. Look at ``certificate.converged``: a matrix on which the iteration fails is reported there,
+        never hidden.
+
+    Raises:
+        OptionError: k, tolerance or the shape or dtype of A make no sense.
+        WeightError: A holds NaN or infinity.
+
+    Source: see ``surgery.linalg.lanczos``; the certificate is that of Golub, Van Loan, "Matrix Computations",
+    section 8.6, and Wedin, "Perturbation bounds in connection with singular value decomposition" (BIT 12, 1972).
+    """
+    if A.ndim not in (2, 3) or not A.dtype.is_floating_point:
+        raise OptionError(
+            "truncated_svd needs a matrix or a batch of matrices of floating-point numbers",
+            got=f"{A.dtype} of shape {tuple(A.shape)}",
+        )
+    if not 1 <= k <= min(A.shape[-2:]):
+        raise OptionError("the rank does not fit the matrix", got=f"k = {k}", expected=f"1 <= k <= {min(A.shape[-2:])}")
+    if not 0 < tolerance < 1:
+        raise OptionError("the tolerance makes no sense", got=tolerance, expected="a number between 0 and 1, such as 1e-5")
+    with torch.inference_mode(), _full_precision():
+        if A.ndim == 2:
+            return _solve(A, k, tolerance, seed)
+        return _stack([_solve(matrix, k, tolerance, seed) for matrix in A], A, k)
+
+
+def _stack(parts: list[TruncatedSVD], A: torch.Tensor, k: int) -> TruncatedSVD:
+    if not parts:
+        raise OptionError("the batch is empty", got=f"shape {tuple(A.shape)}")
+    certificates = [part.certificate for part in parts]
+    return TruncatedSVD(
+        torch.stack([part.U for part in parts]),
+        torch.stack([part.s for part in parts]),
+        torch.stack([part.V for part in parts]),
+        Certificate(
+            residual=torch.stack([c.residual for c in certificates]),
+            gap=torch.stack([c.gap for c in certificates]),
+            angle_bound=torch.stack([c.angle_bound for c in certificates]),
+            converged=torch.stack([c.converged for c in certificates]),
+            passes=torch.stack([c.passes for c in certificates]),
+            method=tuple(str(c.method) for c in certificates),
+        ),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Triplets:
+    """A candidate: ``long`` (long, k), ``s`` (k,) float64 CPU, ``short`` (short, k), residual over s_1 (k,) float64 CPU."""
+
+    long: torch.Tensor
+    s: torch.Tensor
+    short: torch.Tensor
+    residual: torch.Tensor
+    next_value: float
+
+
+def _solve(A: torch.Tensor, k: int, tolerance: float, seed: int) -> TruncatedSVD:
+    work = A.to(A.dtype if A.dtype == torch.float64 else torch.float32).contiguous()
+    low, high = (value.item() for value in torch.aminmax(work))
+    largest = max(-low, high)
+    if not math.isfinite(largest):
+        raise WeightError("the matrix holds NaN or infinity", got=f"values from {low} to {high}")
+    if largest == 0.0:
+        return _zero(work, k)
+    # Squares of the entries must neither overflow nor vanish. A power of two changes no bit of the mantissa.
+    exponent = math.frexp(largest)[1]
+    shift = exponent if abs(exponent) > 24 else 0
+    if shift:
+        work = torch.ldexp(work, torch.tensor(-shift, device=work.device))
+    operator = Operator(work)
+    method, triplets = _by_best_engine(operator, k, tolerance, seed)
+    return _finished(operator, triplets, method, tolerance, shift)
+
+
+def _by_best_engine(operator: Operator, k: int, tolerance: float, seed: int) -> tuple[str, _Triplets]:
+    r = operator.short
+    if k > r // 2 or r <= 64:
+        return "svd", _full_svd(operator, k)
+    if r <= 512 or k > r // 6 or (r <= 1024 and k > r // 16):
+        return "gram", _gram(operator, k)
+    triplets = _lanczos(operator, k, tolerance, seed)
+    if _converged(triplets, tolerance, operator) or r > _MAX_GRAM:
+        return "block-lanczos", triplets
+    return "gram", _gram(operator, k)
+
+
+def _lanczos(operator: Operator, k: int, tolerance: float, seed: int) -> _Triplets:
+    generator = torch.Generator().manual_seed(seed)
+    block = min(block_size(k, operator.matrix.device), operator.short - 1)
+    start = None
+    for _ in range(_MAX_ROUNDS):
+        ritz = block_lanczos(operator, k, tolerance=tolerance, block=block, generator=generator, start=start)
+        triplets = _from_rows(operator, ritz.rows, max(ritz.values[k].item(), 0.0) ** 0.5)
+        if block < k and _clustered(triplets.s, block):
+            # Residuals cannot show that a copy of a repeated value is missing: look again with a block wider than k.
+            block, start = min(k + 8, operator.short - 1), None
+            continue
+        if _converged(triplets, tolerance, operator):
+            break
+        start = triplets.short.T[:block]
+    return triplets
+
+
+def _clustered(s: torch.Tensor, block: int) -> bool:
+    return bool(((s[: len(s) - block + 1] - s[block - 1 :]) <= _CLUSTER * s[0]).any())
+
+
+def _allowed(s: torch.Tensor, tolerance: float, operator: Operator) -> torch.Tensor:
+    """Largest residual over s_1 that passes, per triplet."""
+    floor = 16 * torch.finfo(operator.matrix.dtype).eps
+    relative = 100 * tolerance * s / s[0].clamp(min=1e-300)
+    return relative.clamp(max=tolerance).clamp(min=floor)
+
+
+def _converged(triplets: _Triplets, tolerance: float, operator: Operator) -> bool:
+    return bool((triplets.residual <= _allowed(triplets.s, tolerance, operator)).all())
+
+
+def _from_rows(operator: Operator, rows: torch.Tensor, next_value: float) -> _Triplets:
+    """Singular triplets from an approximate basis (k, short) of the right space, by QR and SVD in float64."""
+    images = _wide(operator.to_long(rows)).T
+    q, r = torch.linalg.qr(images)
+    left, s, right = torch.linalg.svd(r.cpu())
+    basis, triangle = torch.linalg.qr(_wide(rows).T)
+    # rows is orthonormal to rounding; the triangle says how nearly, and is carried into the right vectors.
+    turned = basis @ (triangle @ right.T.to(triangle))
+    return _measured(operator, q @ left.to(q), s, turned / turned.norm(dim=0), next_value)
+
+
+def _measured(operator: Operator, long: torch.Tensor, s: torch.Tensor, short: torch.Tensor, next_value: float) -> _Triplets:
+    """Round the vectors to the working precision and measure their residuals on both sides."""
+    dtype, device = operator.matrix.dtype, operator.matrix.device
+    long, short = long.to(device, dtype), short.to(device, dtype)
+    to_short = _wide(operator.to_short(long.T.contiguous())).T - _wide(short) * s.to(_wide(short))
+    to_long = _wide(operator.to_long(short.T.contiguous())).T - _wide(long) * s.to(_wide(long))
+    residual = torch.maximum(to_short.norm(dim=0), to_long.norm(dim=0)).cpu().double()
+    return _Triplets(long, s.cpu(), short, residual / max(s[0].item(), 1e-300), next_value)
+
+
+def _gram(operator: Operator, k: int) -> _Triplets:
+    """All eigenvectors of the float64 Gram matrix of the short side."""
+    matrix = _wide(operator.matrix)
+    operator.passes += 1
+    values, vectors = torch.linalg.eigh(matrix @ matrix.T if operator.wide else matrix.T @ matrix)
+    next_value = max(values[-k - 1].item(), 0.0) ** 0.5 if k < len(values) else 0.0
+    rows = vectors[:, -k:].flip(1).T
+    images = (rows @ matrix if operator.wide else rows @ matrix.T).T
+    operator.passes += 1
+    q, r = torch.linalg.qr(images)
+    left, s, right = torch.linalg.svd(r.cpu())
+    return _measured(operator, q @ left.to(q), s, rows.T @ right.T.to(rows), next_value)
+
+
+def _full_svd(operator: Operator, k: int) -> _Triplets:
+    matrix = _wide(operator.matrix)
+    operator.passes += 1
+    left, s, right = torch.linalg.svd(matrix.T if operator.wide else matrix, full_matrices=False)
+    next_value = s[k].item() if k < len(s) else 0.0
+    return _measured(operator, left[:, :k], s[:k].cpu(), right[:k].T, next_value)
+
+
+def _zero(matrix: torch.Tensor, k: int) -> TruncatedSVD:
+    m, n = matrix.shape
+    zeros = torch.zeros(k, dtype=torch.float64)
+    return TruncatedSVD(
+        torch.eye(m, k, dtype=matrix.dtype, device=matrix.device),
+        torch.zeros(k, dtype=matrix.dtype, device=matrix.device),
+        torch.eye(n, k, dtype=matrix.dtype, device=matrix.device),
+        Certificate(zeros, zeros.clone(), torch.ones(k, dtype=torch.float64), torch.tensor(True), torch.tensor(0), "zero"),
+    )
+
+
+def _finished(operator: Operator, triplets: _Triplets, method: str, tolerance: float, shift: int) -> TruncatedSVD:
+    U, V = (triplets.short, triplets.long) if operator.wide else (triplets.long, triplets.short)
+    sign = _signs(U, V)
+    s = triplets.s
+    top = max(s[0].item(), 1e-300)
+    distances = torch.cat([s[:-1] - s[1:], s[-1:] - triplets.next_value]).abs()
+    gap = torch.minimum(distances, torch.cat([distances[:1], distances[:-1]])) / top
+    if len(s) == 1:
+        gap = distances / top
+    if triplets.next_value == 0.0 and len(s) == operator.short:
+        gap[-1] = distances[-2 if len(s) > 1 else -1] / top
+    return TruncatedSVD(
+        U * sign,
+        torch.ldexp(s, torch.tensor(shift)).to(U),
+        V * sign,
+        Certificate(
+            residual=triplets.residual,
+            gap=gap,
+            angle_bound=(triplets.residual / gap.clamp(min=1e-300)).clamp(max=1.0),
+            converged=torch.tensor(_converged(triplets, tolerance, operator)),
+            passes=torch.tensor(operator.passes),
+            method=method,
+        ),
+    )
+
+
+def _signs(U: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
+    """(k,) of +-1 that make the entry of largest magnitude in each pair of columns positive.
+
+    Looking at both vectors gives a matrix and its transpose the same signs.
+    """
+    columns = torch.arange(U.shape[1], device=U.device)
+    u = U[U.abs().argmax(dim=0), columns]
+    v = V[V.abs().argmax(dim=0), columns]
+    decisive = torch.where(u.abs() >= v.abs(), u, v)
+    return torch.where(decisive < 0, -1.0, 1.0).to(U.dtype)
+
+
+def _wide(x: torch.Tensor) -> torch.Tensor:
+    """float64, on the CPU where the device has none."""
+    return x.cpu().double() if x.device.type == "mps" else x.double()
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """No TF32 or bfloat16 inside float32 products, whatever the caller has chosen; put back afterwards."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,39 @@
+"""File names, tensor keys and dtype names of the on-disk contract (docs/format.md). No torch here."""
+
+from __future__ import annotations
+
+FORMAT_VERSION = 1
+
+#: Everything of ours lives in this subfolder: loaders glob ``*.safetensors`` in the top one.
+SURGERY_DIR = "surgery"
+MANIFEST_FILE = f"{SURGERY_DIR}/manifest.json"
+SCALES_FILE = f"{SURGERY_DIR}/scales.safetensors"
+
+CONFIG_FILE = "config.json"
+
+#: Metadata keys of a scales file.
+SCALES_VERSION_KEY = "surgery_format_version"
+SCALES_FINGERPRINT_KEY = "surgery_fingerprint"
+
+#: Bits per element by safetensors dtype name.
+DTYPE_BITS = {
+    "F64": 64, "I64": 64, "U64": 64, "C64": 64,
+    "F32": 32, "I32": 32, "U32": 32,
+    "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "I8": 8, "U8": 8, "BOOL": 8,
+    "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
+}  # fmt: skip
+
+#: Dtypes whose weights can be factorized and recovered bit for bit.
+FACTORIZABLE_DTYPES = ("BF16", "F16", "F32")
+
+
+def factors_file(index: int, count: int) -> str:
+    """Path of the factors of shard ``index`` (from 0) of ``count``, relative to the checkpoint."""
+    return f"{SURGERY_DIR}/factors-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def factor_key(tensor: str, part: str) -> str:
+    """Key of one part (``U``, ``s``, ``V`` or ``correction``) of a target's factors."""
+    return f"{tensor}.{part}"

@@ -1,0 +1,317 @@
+"""Factorize a checkpoint: plan -> one job per shard -> manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from surgery import __version__
+from surgery.device import choose_device, device_name
+from surgery.engine.pipeline import ShardWalk, TargetPiece, WriteBehind
+from surgery.errors import OptionError, WeightError
+from surgery.format.files import FileRecord, FileWriter, copy_file
+from surgery.format.manifest import (
+    CertificateRecord,
+    LeftOutRecord,
+    Manifest,
+    OptionsRecord,
+    ShardRecord,
+    SkippedRecord,
+    TargetRecord,
+    fingerprint_of,
+)
+from surgery.format.safetensors import ShardReader, TensorFileWriter
+from surgery.format.scales import write_scales
+from surgery.linalg.lossless import Factors, split
+from surgery.linalg.svd import DEFAULT_TOLERANCE, TruncatedSVD, truncated_svd
+from surgery.memory import bytes_of
+from surgery.names import FORMAT_VERSION, SCALES_FILE, factor_key, factors_file
+from surgery.operations.output import check_room, loading_order, prepare_output
+from surgery.planning.plan import LAYOUTS, Layout, Plan, ShardPlan, make_plan
+from surgery.planning.targets import Choice, Target
+from surgery.progress import Progress, Silent
+from surgery.source.model import Source, open_source
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """All that one shard's work depends on; run twice, it writes the same bytes.
+
+    Attributes:
+        shard: the source's weight file and its targets.
+        index, count: which of how many shards.
+        path: the weight file on this machine.
+        out: the output folder.
+        layout, seed, tolerance, device: as asked for.
+    """
+
+    shard: ShardPlan
+    index: int
+    count: int
+    path: Path
+    out: Path
+    layout: Layout
+    seed: int
+    tolerance: float
+    device: str
+
+
+def plan(
+    model: str | Path,
+    *,
+    rank: int = 16,
+    include: tuple[str, ...] | list[str] = (),
+    exclude: tuple[str, ...] | list[str] = (),
+    layout: Layout = "residual",
+    revision: str | None = None,
+) -> Plan:
+    """What ``factorize`` would do with the same arguments, from headers alone."""
+    return _plan(open_source(model, revision=revision), rank, include, exclude, layout)
+
+
+def _plan(
+    source: Source, rank: int, include: tuple[str, ...] | list[str], exclude: tuple[str, ...] | list[str], layout: Layout
+) -> Plan:
+    if layout not in LAYOUTS:
+        raise OptionError("unknown layout", got=layout, expected=" or ".join(LAYOUTS))
+    return make_plan(source, Choice(rank, tuple(include), tuple(exclude)), layout)
+
+
+def factorize(
+    model: str | Path,
+    out: str | Path = "factorized",
+    *,
+    rank: int = 16,
+    include: tuple[str, ...] | list[str] = (),
+    exclude: tuple[str, ...] | list[str] = (),
+    layout: Layout = "residual",
+    revision: str | None = None,
+    seed: int = 0,
+    tolerance: float = DEFAULT_TOLERANCE,
+    device: str = "auto",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Write the factorized form of a checkpoint (docs/format.md) and a file of scales, all ones.
+
+    Each target W (m, n) becomes U (m, k), s (k,), V (n, k), float32, and in the residual layout the residual
+    ``round(W - U diag(s) V^T)`` in the dtype of W together with what makes W recoverable bit for bit. Shards are
+    streamed: the memory needed is set by the largest target.
+
+    Args:
+        model: local folder or Hugging Face repo id.
+        out: folder to write, empty or new.
+        rank: k, directions to keep of each target; at most the smaller side.
+        include, exclude: globs over tensor names, see ``surgery.planning.targets.Choice``.
+        layout: ``residual``, self-contained, or ``overlay``, factors only, the weights staying where they are.
+        revision: of a hub model.
+        seed, tolerance: of the truncated SVD, see ``surgery.truncated_svd``.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; where the linear algebra runs.
+        overwrite: replace an earlier result in ``out``.
+        progress: told how far it is.
+
+    Returns:
+        The manifest, as written.
+
+    Raises:
+        SurgeryError: see ``surgery.errors``. What has been written by then has no manifest and no ``config.json``,
+            and so is taken for a checkpoint by nobody.
+    """
+    progress = progress or Silent()
+    where = choose_device(device)
+    if not 0 < tolerance < 1:
+        raise OptionError("the tolerance makes no sense", got=tolerance, expected="a number between 0 and 1, such as 1e-5")
+    source = open_source(model, revision=revision)
+    steps = _plan(source, rank, include, exclude, layout)
+    for note in steps.notes:
+        progress.note(note)
+    out = Path(out)
+    prepare_output(out, [folder] if (folder := source.folder()) else [], overwrite=overwrite)
+    check_room(out, steps.bytes_written)
+
+    progress.start("factorizing", steps.bytes_read)
+    shards, targets = [], []
+    try:
+        for index, shard in enumerate(steps.shards):
+            job = Job(shard, index, len(steps.shards), source.fetch(shard.file), out, layout, seed, tolerance, str(where))
+            record, shard_targets = run_job(job, progress)
+            shards.append(record)
+            targets += shard_targets
+    finally:
+        progress.finish()
+    manifest = _finish(source, steps, out, shards, targets, OptionsRecord(rank, list(include), list(exclude), seed, tolerance), where)
+    for note in _accuracy_notes(targets):
+        progress.note(note)
+    return manifest
+
+
+def _finish(
+    source: Source,
+    steps: Plan,
+    out: Path,
+    shards: list[ShardRecord],
+    targets: list[TargetRecord],
+    options: OptionsRecord,
+    device: torch.device,
+) -> Manifest:
+    """Copy what goes along, write the scales and, last, the manifest."""
+    selection = source.selection
+    others = [copy_file(source.fetch(name), out / name, name) for name in loading_order(selection.others)]
+    fingerprint = fingerprint_of(targets)
+    write_scales(out / SCALES_FILE, {target.tensor: torch.ones(target.rank) for target in targets}, fingerprint)
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        tool=f"surgery {__version__}",
+        torch=torch.__version__,
+        device=device_name(device),
+        layout=steps.layout,
+        source=source.record,
+        options=options,
+        fingerprint=fingerprint,
+        shards=shards,
+        files=others,
+        left_out=[LeftOutRecord(name, reason) for name, reason in sorted(selection.left_out.items())],
+        targets=targets,
+        skipped=[SkippedRecord(item.tensor, item.shard, item.reason) for item in steps.skipped],
+    )
+    manifest.write(out)
+    return manifest
+
+
+def run_job(job: Job, progress: Progress) -> tuple[ShardRecord, list[TargetRecord]]:
+    """Factorize the targets of one shard and write its files."""
+    targets = {target.tensor: target for target in job.shard.targets}
+    factors_name = factors_file(job.index, job.count)
+    keys = [factor_key(name, part) for name in targets for part in ("U", "s", "V", "correction")]
+    records: list[TargetRecord] = []
+    with ExitStack() as stack:
+        reader = stack.enter_context(ShardReader(job.path, name=job.shard.file))
+        _check_unchanged(reader, job.shard)
+        residuals = stack.enter_context(FileWriter(job.out / job.shard.file)) if job.layout == "residual" else None
+        factors = stack.enter_context(TensorFileWriter(job.out / factors_name, keys)) if targets else None
+        walk = stack.enter_context(ShardWalk(reader, targets, progress))
+        with WriteBehind() as behind:
+            if residuals:
+                behind.submit(residuals.write, reader.header.raw)
+            for piece in walk:
+                if not isinstance(piece, TargetPiece):
+                    if residuals:
+                        behind.submit(residuals.write, piece.data)
+                    continue
+                done = _factorize_target(targets[piece.entry.name], piece.tensor, job)
+                records.append(done.record)
+                if residuals and done.residual is not None:
+                    behind.submit(residuals.write, bytes_of(done.residual))
+                if factors:
+                    for part, tensor in done.parts.items():
+                        behind.submit(factors.add, factor_key(done.record.tensor, part), tensor)
+        source = FileRecord(job.shard.file, reader.header.file_bytes, walk.sha256)
+        residual_record = residuals.commit(job.shard.file) if residuals else None
+        factors_record = factors.commit(factors_name) if factors else None
+    return ShardRecord(source, residual_record, factors_record), records
+
+
+def _check_unchanged(reader: ShardReader, shard: ShardPlan) -> None:
+    if reader.header.tensors != shard.header.tensors:
+        raise WeightError(f"{shard.file} has changed since the run was planned", hint="start again when nothing writes to the model")
+
+
+@dataclass(frozen=True, slots=True)
+class _Done:
+    record: TargetRecord
+    residual: torch.Tensor | None
+    parts: dict[str, torch.Tensor]
+
+
+def _factorize_target(target: Target, weight: torch.Tensor, job: Job) -> _Done:
+    """One target: (m, n) on the CPU in, factors, residual and correction on the CPU out."""
+    device = torch.device(job.device)
+    on_device = weight.to(device)
+    try:
+        svd = truncated_svd(on_device, target.rank, tolerance=job.tolerance, seed=job.seed)
+    except WeightError as error:
+        raise WeightError(
+            f"{target.shard}: {target.tensor!r} holds NaN or infinity", hint=f"repair the model, or leave it out: --exclude {target.tensor!r}"
+        ) from error
+    factors = Factors(svd.U.cpu().contiguous(), svd.s.cpu(), svd.V.cpu().contiguous())
+    parts = {"U": factors.U, "s": factors.s, "V": factors.V}
+    residual = None
+    if job.layout == "residual":
+        # The lossless arithmetic is float64, which an Apple GPU does not have.
+        exact_on = torch.device("cpu") if device.type == "mps" else device
+        residual, correction = split(weight if exact_on.type == "cpu" else on_device, factors.to(exact_on))
+        residual = residual.cpu()
+        assert correction is not None
+        parts["correction"] = correction
+    return _Done(_target_record(target, weight, svd, factors), residual, parts)
+
+
+def _target_record(target: Target, weight: torch.Tensor, svd: TruncatedSVD, factors: Factors) -> TargetRecord:
+    kept = factors.s.double().square().sum().item()
+    total = torch.linalg.vector_norm(weight, dtype=torch.float64).item() ** 2
+    return TargetRecord(
+        tensor=target.tensor,
+        shard=target.shard,
+        dtype=target.dtype,
+        shape=list(target.shape),
+        view=target.view,
+        rank=target.rank,
+        energy=_digits(min(kept / total, 1.0) if total else 1.0, 6),
+        s_first=factors.s[0].item(),
+        s_last=factors.s[-1].item(),
+        sha256=hashlib.sha256(bytes_of(weight)).hexdigest(),
+        factors_sha256=factors_hash(factors),
+        certificate=CertificateRecord(
+            method=str(svd.certificate.method),
+            passes=int(svd.certificate.passes),
+            converged=bool(svd.certificate.converged),
+            residual=[_digits(value, 3) for value in svd.certificate.residual.tolist()],
+            gap=[_digits(value, 3) for value in svd.certificate.gap.tolist()],
+        ),
+    )
+
+
+def factors_hash(factors: Factors) -> str:
+    """sha256 over the bytes of U, s and V."""
+    digest = hashlib.sha256()
+    for part in (factors.U, factors.s, factors.V):
+        digest.update(bytes_of(part))
+    return digest.hexdigest()
+
+
+def _digits(value: float, digits: int) -> float:
+    return float(f"{value:.{digits}g}")
+
+
+def _accuracy_notes(targets: list[TargetRecord]) -> list[str]:
+    failed = [target.tensor for target in targets if not target.certificate.converged]
+    if not failed:
+        return []
+    return [f"the SVD of {len(failed)} targets did not reach the tolerance (first: {failed[0]}); see surgery inspect"]
+
+
+def plan_as_json(steps: Plan) -> str:
+    """A plan as the JSON that ``--dry-run --json`` prints."""
+    return json.dumps(
+        {
+            "schema_version": 1,
+            "layout": steps.layout,
+            "rank": steps.choice.rank,
+            "targets": [
+                {"tensor": t.tensor, "shard": t.shard, "dtype": t.dtype, "shape": list(t.shape), "rank": t.rank, "view": t.view}
+                for t in steps.targets
+            ],
+            "skipped": [{"tensor": s.tensor, "shard": s.shard, "reason": s.reason} for s in steps.skipped],
+            "notes": list(steps.notes),
+            "trainable": steps.trainable,
+            "bytes_read": steps.bytes_read,
+            "bytes_written": steps.bytes_written,
+            "peak_memory_bytes": steps.peak_memory_bytes,
+        },
+        indent=1,
+    )

@@ -1,0 +1,263 @@
+"""Fold trained scales back into dense weights: the walk of factorize in the other direction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from surgery.device import choose_device
+from surgery.engine.pipeline import ShardWalk, TargetPiece, WriteBehind
+from surgery.errors import FormatError, OptionError, SourceError
+from surgery.format.files import FileRecord, FileWriter, copy_file, file_sha256
+from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
+from surgery.format.safetensors import ShardReader, TensorEntry
+from surgery.format.scales import check_scales, read_scales
+from surgery.linalg.lossless import CorruptCorrection, Factors, join, rescale
+from surgery.memory import bytes_of
+from surgery.names import factor_key
+from surgery.operations.output import check_room, loading_order, prepare_output
+from surgery.progress import Progress, Silent
+from surgery.source.model import Source, open_source
+
+
+@dataclass(frozen=True, slots=True)
+class FoldReport:
+    """What a fold wrote.
+
+    Attributes:
+        out: the folder.
+        files: its weight files.
+        targets: how many tensors had scales.
+        changed: how many of them had scales other than 1.
+        restored: weight files that are the source's own, bit for bit.
+    """
+
+    out: Path
+    files: tuple[FileRecord, ...]
+    targets: int
+    changed: int
+    restored: int
+
+
+def fold(
+    factorized: str | Path,
+    scales: str | Path | Mapping[str, torch.Tensor],
+    out: str | Path = "folded",
+    *,
+    base: str | Path | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> FoldReport:
+    """Write dense weights ``round(W + U diag(s (g - 1)) V^T)`` under the source's names, dtypes and shards.
+
+    W is recovered bit for bit and the update added in float64 with one rounding at the end, so a target whose
+    scales are all 1 keeps its bytes.
+
+    Args:
+        factorized: a folder written by ``factorize``.
+        scales: a scales file, or tensor name -> ``g``, (k,), for each target.
+        out: folder to write, empty or new.
+        base: for an overlay, the model it was made from (folder or hub id), if the one that the manifest names is
+            not to be used.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        overwrite: replace an earlier result in ``out``.
+        progress: told how far it is.
+
+    Raises:
+        SurgeryError: see ``surgery.errors``. ``config.json`` comes last, so no loader takes what is there by then
+            for a model.
+
+    Warns:
+        UserWarning: see ``surgery.format.scales.read_scales``.
+    """
+    progress = progress or Silent()
+    where = choose_device(device)
+    factorized, out = Path(factorized), Path(out)
+    manifest = Manifest.read(factorized)
+    values = check_scales(scales, manifest) if isinstance(scales, Mapping) else read_scales(Path(scales), manifest)
+    weights = _weight_source(factorized, manifest, base)
+    inputs = [factorized] + ([folder] if (folder := weights.folder()) else [])
+    prepare_output(out, inputs, overwrite=overwrite)
+    total = sum(shard.source.size for shard in manifest.shards)
+    check_room(out, total + sum(record.size for record in manifest.files))
+
+    # Folding is float64 arithmetic, which an Apple GPU does not have.
+    exact_on = torch.device("cpu") if where.type == "mps" else where
+
+    progress.start("folding", total)
+    try:
+        files = [
+            _fold_shard(shard, manifest, factorized, weights, out, values, exact_on, progress)
+            for shard in manifest.shards
+        ]
+    finally:
+        progress.finish()
+    by_name = {record.file: record for record in manifest.files}
+    for name in loading_order(by_name):
+        if copy_file(factorized / name, out / name, name) != by_name[name]:
+            raise FormatError(f"{factorized / name} is not the file that the manifest describes", hint="restore it from the source model")
+    changed = sum(bool((value != 1).any()) for value in values.values())
+    restored = sum(file.sha256 == shard.source.sha256 for file, shard in zip(files, manifest.shards, strict=True))
+    return FoldReport(out, tuple(files), len(values), changed, restored)
+
+
+class _OwnWeights:
+    """The residual layout: weights lie in the factorized folder itself."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def folder(self) -> Path | None:
+        return None  # the factorized folder is an input anyway
+
+    def file(self, shard: ShardRecord) -> tuple[Path, FileRecord]:
+        """Where a shard's weights are, and what that file must be."""
+        if shard.residual is None:
+            raise FormatError(f"{self._folder}: the manifest of a residual checkpoint lacks a weight file", got=shard.source.file)
+        return self._folder / shard.residual.file, shard.residual
+
+
+class _BaseWeights:
+    """The overlay layout: weights lie in the model that was factorized."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+
+    def folder(self) -> Path | None:
+        return self._source.folder()
+
+    def file(self, shard: ShardRecord) -> tuple[Path, FileRecord]:
+        if shard.source.file not in self._source.selection.shards:
+            raise SourceError(f"{self._source.name} is not the base of this overlay: it has no {shard.source.file}")
+        return self._source.fetch(shard.source.file), shard.source
+
+
+def _weight_source(factorized: Path, manifest: Manifest, base: str | Path | None) -> _OwnWeights | _BaseWeights:
+    if manifest.layout == "residual":
+        if base is not None:
+            raise OptionError("--base is for overlays; this checkpoint holds its own weights", hint="leave --base out")
+        return _OwnWeights(factorized)
+    if base is not None:
+        return _BaseWeights(open_source(base))
+    if manifest.source.repo_id is None:
+        raise SourceError(
+            f"{factorized} is an overlay on a local model, and does not say where that is",
+            hint="--base FOLDER, the model it was factorized from",
+        )
+    return _BaseWeights(open_source(manifest.source.repo_id, revision=manifest.source.commit))
+
+
+def _fold_shard(
+    shard: ShardRecord,
+    manifest: Manifest,
+    factorized: Path,
+    weights: _OwnWeights | _BaseWeights,
+    out: Path,
+    scales: Mapping[str, torch.Tensor],
+    device: torch.device,
+    progress: Progress,
+) -> FileRecord:
+    path, expected = weights.file(shard)
+    targets = {target.tensor: target for target in manifest.targets_of(shard.source.file)}
+    changed = {name for name in targets if bool((scales[name] != 1).any())}
+    # The bytes of an overlay's base are right as they are where nothing has changed.
+    touched = set(targets) if manifest.layout == "residual" else changed
+    with ExitStack() as stack:
+        reader = stack.enter_context(ShardReader(path))
+        factors = stack.enter_context(_FactorReader(factorized, shard)) if touched else None
+        writer = stack.enter_context(FileWriter(out / shard.source.file))
+        walk = stack.enter_context(ShardWalk(reader, touched, progress))
+        with WriteBehind() as behind:
+            behind.submit(writer.write, reader.header.raw)
+            for piece in walk:
+                if not isinstance(piece, TargetPiece):
+                    behind.submit(writer.write, piece.data)
+                    continue
+                assert factors is not None  # there are touched targets
+                name = piece.entry.name
+                weight = factors.fold(targets[name], piece, scales[name] if name in changed else None, device)
+                behind.submit(writer.write, bytes_of(weight))
+        if walk.sha256 != expected.sha256:
+            raise FormatError(
+                f"{path} is not the file that the manifest describes",
+                got=f"sha256 {walk.sha256}",
+                expected=f"sha256 {expected.sha256}",
+                hint="give the model that was factorized with --base" if manifest.layout == "overlay" else "factorize again: the file is damaged",
+            )
+        record = writer.commit(shard.source.file)
+    if not changed and record.sha256 != shard.source.sha256:
+        (out / shard.source.file).unlink()
+        raise FormatError(f"{path}: untouched scales do not give the source back", hint="factorize again: the factors are damaged")
+    return record
+
+
+class _FactorReader:
+    """The factors of one shard, checked against the manifest."""
+
+    def __init__(self, folder: Path, shard: ShardRecord) -> None:
+        if shard.factors is None:
+            raise FormatError(f"{folder}: the manifest names no factors for {shard.source.file}")
+        self._name = shard.factors.file
+        self._reader = ShardReader(folder / self._name, name=self._name)
+        self._entries = {entry.name: entry for entry in self._reader.header.tensors}
+        self._expected = shard.factors.sha256
+        self._path = folder / self._name
+        self._overlay = shard.residual is None
+
+    def __enter__(self) -> _FactorReader:
+        self._reader.__enter__()
+        if (found := file_sha256(self._path)) != self._expected:
+            self._reader.__exit__(None, None, None)
+            raise FormatError(
+                f"{self._path} is not the file that the manifest describes",
+                got=f"sha256 {found}",
+                expected=f"sha256 {self._expected}",
+                hint="factorize again: the file is damaged",
+            )
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._reader.__exit__(kind, error, trace)
+
+    def fold(self, target: TargetRecord, piece: TargetPiece, scales: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+        """The dense weight of one target, on the CPU; ``scales`` None stands for all ones."""
+        entry = piece.entry
+        if entry.dtype != target.dtype or list(entry.shape) != target.shape:
+            raise FormatError(
+                f"{target.shard}: {target.tensor!r} is not as the manifest describes it",
+                got=f"{entry.dtype} {list(entry.shape)}",
+                expected=f"{target.dtype} {target.shape}",
+            )
+        m, n = target.shape
+        factors = Factors(
+            self._part(target, "U", [m, target.rank]), self._part(target, "s", [target.rank]), self._part(target, "V", [n, target.rank])
+        ).to(device)
+        weight = piece.tensor.to(device)
+        if self._overlay:
+            assert scales is not None  # an overlay's untouched targets are copied
+            return rescale(weight, factors, scales).cpu()
+        key = factor_key(target.tensor, "correction")
+        if key not in self._entries:
+            raise FormatError(f"{self._name}: {key!r} is missing")
+        correction = self._reader.read_bytes(self._entries[key])
+        try:
+            return join(weight, factors, correction, scales).cpu()
+        except CorruptCorrection as error:
+            raise FormatError(f"{self._name}: {key!r} is damaged ({error})") from error
+
+    def _part(self, target: TargetRecord, part: str, shape: list[int]) -> torch.Tensor:
+        key = factor_key(target.tensor, part)
+        entry: TensorEntry | None = self._entries.get(key)
+        if entry is None or entry.dtype != "F32" or list(entry.shape) != shape:
+            raise FormatError(
+                f"{self._name}: {key!r} is missing or misshapen",
+                got="nothing" if entry is None else f"{entry.dtype} {list(entry.shape)}",
+                expected=f"F32 {shape}",
+            )
+        return self._reader.read(entry)

@@ -1,0 +1,152 @@
+"""What a run will do, from headers alone: the one object behind --dry-run, progress, disk check and engines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from surgery.errors import FormatError, OptionError
+from surgery.format.safetensors import Header
+from surgery.linalg.lanczos import basis_rows
+from surgery.names import DTYPE_BITS
+from surgery.planning.targets import Choice, Skipped, Target, check_choice, choose
+from surgery.source.model import Source, check_index
+
+Layout = Literal["residual", "overlay"]
+LAYOUTS: tuple[Layout, ...] = ("residual", "overlay")
+
+#: Upper estimate of the correction, bytes per weight (measured: 0.06-0.11).
+_CORRECTION_BYTES = 0.15
+#: The interpreter with torch loaded, before any weight is read.
+_BASE_MEMORY = 350 << 20
+#: Float64 temporaries of the block-wise arithmetic, per core, rounded up.
+_BLOCK_MEMORY = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan:
+    """One weight file of the source and its targets."""
+
+    file: str
+    size: int
+    header: Header
+    targets: tuple[Target, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything a factorize run will do.
+
+    Attributes:
+        layout: ``residual`` or ``overlay``.
+        choice: rank and globs.
+        shards: in the order they are worked on.
+        skipped: every tensor that is no target, with the reason.
+        notes: what the user should know before the run.
+        bytes_read, bytes_written: over the whole run; written is an upper estimate.
+        peak_memory_bytes: upper estimate of the host memory needed.
+    """
+
+    layout: Layout
+    choice: Choice
+    shards: tuple[ShardPlan, ...]
+    skipped: tuple[Skipped, ...]
+    notes: tuple[str, ...]
+    bytes_read: int
+    bytes_written: int
+    peak_memory_bytes: int
+
+    @property
+    def targets(self) -> list[Target]:
+        return [target for shard in self.shards for target in shard.targets]
+
+    @property
+    def trainable(self) -> int:
+        """Number of trainable scales."""
+        return sum(target.rank for target in self.targets)
+
+
+def make_plan(source: Source, choice: Choice, layout: Layout = "residual") -> Plan:
+    """Plan a factorization without reading a weight.
+
+    Raises:
+        OptionError: the choice makes no sense for this model, or selects nothing.
+        FormatError: the headers contradict each other or the index.
+    """
+    headers = {shard: source.header(shard) for shard in source.selection.shards}
+    check_index(source, headers)
+    names = _all_names(headers, source.name)
+    check_choice(choice, names)
+    shards, skipped = [], []
+    for file, header in headers.items():
+        fates = [choose(entry, file, choice) for entry in header.tensors]
+        targets = tuple(fate for fate in fates if isinstance(fate, Target))
+        skipped += [fate for fate in fates if isinstance(fate, Skipped)]
+        shards.append(ShardPlan(file, source.size(file), header, targets))
+    every = [target for shard in shards for target in shard.targets]
+    if not every:
+        raise _nothing_selected(source.name, skipped)
+    weights = sum(shard.size for shard in shards)
+    others = sum(source.size(file) for file in source.selection.others)
+    factors = sum(target.factor_bytes + len(target.tensor) + 1024 for target in every)
+    written = others + factors
+    if layout == "residual":
+        written += weights + int(_CORRECTION_BYTES * sum(target.entries for target in every))
+    return Plan(
+        layout=layout,
+        choice=choice,
+        shards=tuple(shards),
+        skipped=tuple(skipped),
+        notes=tuple(_rank_notes(choice, every)),
+        bytes_read=weights,
+        bytes_written=written,
+        peak_memory_bytes=max(_peak_memory(target, layout) for target in every),
+    )
+
+
+def _all_names(headers: dict[str, Header], model: str) -> list[str]:
+    owner: dict[str, str] = {}
+    for shard, header in headers.items():
+        for entry in header.tensors:
+            if entry.name in owner:
+                raise FormatError(f"{model}: {entry.name!r} is in two shards", got=f"{owner[entry.name]} and {shard}")
+            owner[entry.name] = shard
+    return list(owner)
+
+
+def _nothing_selected(model: str, skipped: list[Skipped]) -> OptionError:
+    matrices = [s for s in skipped if not s.reason.startswith(("a vector", "no floating"))]
+    near = [f"{s.tensor} ({s.reason})" for s in matrices[:5]]
+    return OptionError(
+        f"no tensor of {model} is a target",
+        got="; ".join(near) or f"{len(skipped)} tensors, none of them a matrix of floating-point numbers",
+        expected="weights of linear layers inside transformer blocks",
+        hint="--include GLOB takes any matrix by name" if matrices else None,
+    )
+
+
+def _rank_notes(choice: Choice, targets: list[Target]) -> list[str]:
+    clamped = [target for target in targets if target.rank < choice.rank]
+    if not clamped:
+        return []
+    if len(clamped) == len(targets):
+        largest = max(min(target.shape) for target in targets)
+        raise OptionError(
+            f"rank {choice.rank} is larger than every target",
+            expected=f"at most {largest}, the largest smaller side of a target",
+        )
+    first = clamped[0]
+    return [
+        f"rank {choice.rank} is larger than {len(clamped)} of {len(targets)} targets and is cut to their smaller side there "
+        f"(first: {first.tensor} {list(first.shape)}, rank {first.rank})"
+    ]
+
+
+def _peak_memory(target: Target, layout: Layout) -> int:
+    width = DTYPE_BITS[target.dtype] // 8
+    matrix = target.entries * width
+    # The one in work, the one read ahead; residuals: one being written, one behind it.
+    copies = 2 + (3 if layout == "residual" else 0)
+    working = 4 * target.entries if width < 4 else 0
+    basis = 4 * basis_rows(target.rank) * (min(target.shape) + max(target.shape))
+    return int(_BASE_MEMORY + _BLOCK_MEMORY + copies * matrix + working + basis + target.entries * _CORRECTION_BYTES)

@@ -1,0 +1,42 @@
+"""How long-running operations say where they are, without knowing who listens."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+
+class Progress(Protocol):
+    """What an operation reports. The command line turns it into a bar; the default ignores it."""
+
+    def start(self, label: str, total_bytes: int) -> None:
+        """A phase begins that will process ``total_bytes`` bytes."""
+
+    def item(self, name: str) -> None:
+        """The tensor or file now being worked on."""
+
+    def advance(self, n_bytes: int) -> None:
+        """``n_bytes`` more bytes are done."""
+
+    def note(self, message: str) -> None:
+        """Something the user should know that is no error. Said once."""
+
+    def finish(self) -> None:
+        """The phase is over, well or not."""
+
+
+class Silent:
+    """Reports nothing, but keeps the notes for whoever asks."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def start(self, label: str, total_bytes: int) -> None: ...
+
+    def item(self, name: str) -> None: ...
+
+    def advance(self, n_bytes: int) -> None: ...
+
+    def note(self, message: str) -> None:
+        self.notes.append(message)
+
+    def finish(self) -> None: ...

@@ -1,0 +1,117 @@
+"""Models on the Hugging Face hub, pinned to a commit, through the official client."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx2
+import huggingface_hub
+from huggingface_hub import errors
+
+from surgery.errors import FormatError, SourceError
+from surgery.format.manifest import SourceRecord
+from surgery.format.safetensors import Header, ShardReader, header_from_json
+from surgery.source.model import FolderSource, Source
+from surgery.source.select import select_files
+
+_OFFLINE_HINT = "connect to the network, or fetch the model once while online: hf download"
+
+#: From the client's exceptions to what a user can do; the first that fits counts, so subclasses come first.
+_MESSAGES: tuple[tuple[type[Exception], str, str], ...] = (
+    (errors.GatedRepoError, "is gated and your token has no access to it", "accept its terms on its page, then: hf auth login"),
+    (errors.DisabledRepoError, "has been disabled on the hub", "choose another model"),
+    (errors.RepositoryNotFoundError, "does not exist on the hub, or is private", "check the name; for a private one: hf auth login"),
+    (errors.RevisionNotFoundError, "has no such revision", "leave --revision out, or give a branch, tag or commit of it"),
+    (errors.RevisionResolutionError, "cannot be reached, and is not in the local cache", _OFFLINE_HINT),
+    (errors.RemoteEntryNotFoundError, "lacks a file that its listing names", "try again; the repository may be changing"),
+    (errors.LocalEntryNotFoundError, "cannot be reached, and is not (all) in the local cache", _OFFLINE_HINT),
+    (errors.OfflineModeIsEnabled, "is not (all) in the local cache, and the client is offline", "unset HF_HUB_OFFLINE"),
+    (errors.HFValidationError, "is neither a local folder nor a valid repo id", "give owner/name or a path"),
+    (errors.NotASafetensorsRepoError, "has no safetensors weights", "choose a repository that has them"),
+    (errors.SafetensorsParsingError, "has a weight file with a damaged header", "choose another revision"),
+    (errors.HfHubHTTPError, "cannot be fetched from the hub", "try again later"),
+    (httpx2.TransportError, "cannot be reached", _OFFLINE_HINT),
+)
+
+
+@contextmanager
+def _explained(repo_id: str) -> Iterator[None]:
+    try:
+        yield
+    except tuple(kind for kind, _, _ in _MESSAGES) as error:
+        what, hint = next((what, hint) for kind, what, hint in _MESSAGES if isinstance(error, kind))
+        raise SourceError(f"{repo_id} {what}", got=_first_line(error), hint=hint) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def open_hub(repo_id: str, revision: str | None) -> Source:
+    """Pin a hub model to a commit and list its files; from the local cache where the hub cannot be reached.
+
+    Raises:
+        SourceError: see the table above.
+    """
+    with _explained(repo_id):
+        commit = huggingface_hub.HfApi().resolve_revision(repo_id, revision=revision).resolved
+        record = SourceRecord("hub", repo_id, commit)
+        try:
+            files = huggingface_hub.snapshot_download(repo_id, revision=commit, dry_run=True)
+        except errors.LocalEntryNotFoundError as unreachable:
+            return _cached(repo_id, commit, record, unreachable)
+        return HubSource(repo_id, commit, record, {file.filename: file.file_size for file in files})
+
+
+def _cached(repo_id: str, commit: str, record: SourceRecord, unreachable: Exception) -> FolderSource:
+    """The snapshot in the cache, which may hold only the files that a loader once asked for."""
+    try:
+        path = huggingface_hub.snapshot_download(repo_id, revision=commit, local_files_only=True)
+    except errors.IncompleteSnapshotError as error:
+        path = error.snapshot_path
+    if not Path(path).is_dir():
+        raise unreachable
+    return FolderSource(Path(path), name=repo_id, record=record)
+
+
+class HubSource:
+    """A model on the hub at one commit. Files come through the hub's own cache."""
+
+    def __init__(self, repo_id: str, commit: str, record: SourceRecord, sizes: dict[str, int]) -> None:
+        self.name = repo_id
+        self.record = record
+        self._commit = commit
+        self._sizes = sizes
+        self.selection = select_files(list(sizes), lambda file: self.fetch(file).read_text("utf-8"), where=repo_id)
+
+    def size(self, file: str) -> int:
+        return self._sizes[file]
+
+    def header(self, shard: str) -> Header:
+        name = f"{self.name}/{shard}"
+        cached = huggingface_hub.try_to_load_from_cache(self.name, shard, revision=self._commit)
+        if isinstance(cached, str):
+            with ShardReader(Path(cached), name=name) as reader:
+                return reader.header
+        with _explained(self.name):
+            parsed = huggingface_hub.HfApi().parse_safetensors_file_metadata(self.name, shard, revision=self._commit)
+        tensors = {
+            tensor: {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
+            for tensor, info in parsed.tensors.items()
+        }
+        # The client hands out no raw bytes; the header is checked again, byte for byte, once the file is here.
+        text = json.dumps({"__metadata__": parsed.metadata, **tensors}).encode()
+        header = header_from_json(json.loads(text), raw=len(text).to_bytes(8, "little") + text, file=name)
+        if header.data_bytes > self._sizes[shard]:
+            raise FormatError(f"{name}: the file is smaller than its header says", got=self._sizes[shard], expected=header.data_bytes)
+        return header
+
+    def fetch(self, file: str) -> Path:
+        with _explained(self.name):
+            return Path(huggingface_hub.hf_hub_download(self.name, file, revision=self._commit))
+
+    def folder(self) -> Path | None:
+        return None

@@ -1,0 +1,131 @@
+"""A model as the rest of the program sees it: weight files with headers, and files that go along."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Protocol
+
+from surgery.errors import FormatError, SourceError
+from surgery.format.manifest import SourceRecord, read_json_object
+from surgery.format.safetensors import Header, ShardReader
+from surgery.names import CONFIG_FILE, MANIFEST_FILE
+from surgery.source.select import Selection, index_entries, select_files
+
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+class Source(Protocol):
+    """A model in a folder or on the hub.
+
+    Attributes:
+        name: what the user called it, for messages.
+        record: its identity, for the manifest.
+        selection: its files.
+    """
+
+    name: str
+    record: SourceRecord
+    selection: Selection
+
+    def size(self, file: str) -> int:
+        """Bytes of one of its files."""
+
+    def header(self, shard: str) -> Header:
+        """The header of a weight file, without its weights where that can be had."""
+
+    def fetch(self, file: str) -> Path:
+        """A local path of one of its files, downloaded if need be."""
+
+    def folder(self) -> Path | None:
+        """The folder it is in, if it is a local one."""
+
+
+class FolderSource:
+    """A model in a local folder, or a snapshot of one from the hub's cache."""
+
+    def __init__(self, root: Path, *, name: str | None = None, record: SourceRecord | None = None) -> None:
+        self.name = name or str(root)
+        self.record = record or SourceRecord("folder", None, None)
+        self._root = root
+        if (root / MANIFEST_FILE).exists():
+            raise SourceError(
+                f"{self.name} is itself a factorized checkpoint",
+                hint="fold it first, or give the original model",
+            )
+        names = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
+        self.selection = select_files(names, lambda file: _read_text(root / file, f"{self.name}/{file}"), where=self.name)
+
+    def size(self, file: str) -> int:
+        return (self._root / file).stat().st_size
+
+    def header(self, shard: str) -> Header:
+        with ShardReader(self._root / shard, name=f"{self.name}/{shard}") as reader:
+            return reader.header
+
+    def fetch(self, file: str) -> Path:
+        return self._root / file
+
+    def folder(self) -> Path | None:
+        return self._root if self.record.kind == "folder" else None
+
+
+def open_source(model: str | Path, *, revision: str | None = None) -> Source:
+    """The model that a user means: a local folder if there is one of that name, else a hub id.
+
+    Args:
+        model: path or ``owner/name``.
+        revision: branch, tag or commit of a hub model; pinned to a commit at once.
+
+    Raises:
+        SourceError: not there, not reachable, or no model.
+        FormatError: its index is damaged.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise SourceError(f"{model} is a local folder: it has no revisions", hint="leave --revision out")
+        return FolderSource(path, name=str(model))
+    if path.is_file():
+        raise SourceError(f"{model} is a file", expected="the folder that holds it, with its config.json", hint=f"give {path.parent}")
+    if not _REPO_ID.fullmatch(str(model)):
+        raise SourceError(f"there is no folder {model}", expected="a local folder or a Hugging Face repo id such as owner/name")
+    from surgery.source.hub import open_hub  # the hub client is slow to import and not needed for folders
+
+    return open_hub(str(model), revision)
+
+
+def model_config(source: Source) -> dict[str, Any]:
+    """The source's ``config.json``, empty if it has none."""
+    if CONFIG_FILE not in source.selection.others:
+        return {}
+    return read_json_object(source.fetch(CONFIG_FILE), f"{source.name}/{CONFIG_FILE}")
+
+
+def check_index(source: Source, headers: dict[str, Header]) -> None:
+    """Refuse an index that maps a tensor to a shard without it.
+
+    Raises:
+        FormatError: naming the tensor and the shard.
+    """
+    index = source.selection.index
+    if index is None:
+        return
+    where = f"{source.name}/{index}"
+    names = {shard: {entry.name for entry in header.tensors} for shard, header in headers.items()}
+    for tensor, shard in index_entries(_read_text(source.fetch(index), where), where).items():
+        if tensor not in names[shard]:
+            raise FormatError(
+                f"{where}: {tensor!r} is not in the shard it is mapped to",
+                got=shard,
+                hint="index and shards are from different versions of the model: fetch it again",
+            )
+
+
+def _read_text(path: Path, where: str) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise FormatError(f"{where}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError:
+        raise FormatError(f"{where}: not UTF-8 text") from None

@@ -1,0 +1,124 @@
+"""Which files of a model are its weights, which go along, and which stay behind: a pure function of names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from surgery.errors import FormatError, SourceError
+from surgery.format.manifest import check_relative_path
+
+#: Weights in other formats. None of them is ever opened.
+OTHER_WEIGHTS = (
+    ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ggml",
+    ".ot", ".npz", ".npy", ".tflite", ".mlmodel", ".pb", ".tar", ".zip", ".gz",
+)  # fmt: skip
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_INDEX_SUFFIX = ".safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Paths relative to the model, in name order.
+
+    Attributes:
+        shards: safetensors files with the weights.
+        index: the index that names them, if there is one.
+        others: files that go along as they are (config, tokenizer, code ...).
+        left_out: file -> why it stays behind.
+    """
+
+    shards: tuple[str, ...]
+    index: str | None
+    others: tuple[str, ...]
+    left_out: Mapping[str, str]
+
+
+def select_files(names: list[str], read_text: Callable[[str], str], *, where: str) -> Selection:
+    """Sort the files of a model.
+
+    Args:
+        names: all files, relative with forward slashes.
+        read_text: gives the text of one of them; asked for the index only.
+        where: the model, for messages.
+
+    Raises:
+        SourceError: no safetensors weights.
+        FormatError: an index that is no index, or names a file that is missing or elsewhere.
+    """
+    left_out: dict[str, str] = {}
+    others: list[str] = []
+    weights: list[str] = []
+    for name in sorted(names):
+        path = PurePosixPath(name)
+        if any(part.startswith(".") for part in path.parts):
+            left_out[name] = "hidden"
+        elif path.name.endswith(OTHER_WEIGHTS):
+            left_out[name] = "weights in another format"
+        elif path.parts[0] == "original":
+            left_out[name] = "the publisher's own copy of the weights"
+        elif len(path.parts) == 1 and path.suffix == ".safetensors":
+            weights.append(name)
+        else:
+            others.append(name)
+    shards, index = _shards(weights, [name for name in others if name.endswith(_INDEX_SUFFIX) and "/" not in name], read_text, where)
+    if not shards:
+        pickles = sorted(name for name in left_out if name.endswith(_PICKLES) and left_out[name] == "weights in another format")
+        if pickles:
+            raise SourceError(
+                f"{where} has no safetensors weights, only a pickle checkpoint, which is never opened",
+                got=", ".join(pickles[:3]),
+                hint="convert it once: AutoModel.from_pretrained(MODEL).save_pretrained(FOLDER)  (transformers writes safetensors)",
+            )
+        raise SourceError(f"{where} has no safetensors weights", got=", ".join(sorted(names)[:5]) or "no files", expected="*.safetensors")
+    for name in weights:
+        if name not in shards:
+            left_out[name] = f"not among the weights that {index or shards[0]} stands for"
+    for name in list(others):
+        if name.endswith(_INDEX_SUFFIX) and "/" not in name and name != index:
+            others.remove(name)
+            left_out[name] = f"not among the weights that {index or shards[0]} stands for"
+    return Selection(tuple(shards), index, tuple(others), left_out)
+
+
+def _shards(weights: list[str], indexes: list[str], read_text: Callable[[str], str], where: str) -> tuple[list[str], str | None]:
+    """The weight files, as transformers would choose them: a single file first, then the index."""
+    weights = [name for name in weights if not name.startswith("adapter_")]
+    for single in ("model.safetensors", "diffusion_pytorch_model.safetensors"):
+        if single in weights:
+            return [single], None
+    index = next((name for name in ("model" + _INDEX_SUFFIX, "diffusion_pytorch_model" + _INDEX_SUFFIX) if name in indexes), None)
+    index = index or (indexes[0] if indexes else None)
+    if index is None:
+        return weights, None
+    named = sorted(set(index_entries(read_text(index), f"{where}/{index}").values()))
+    for name in named:
+        if name not in weights:
+            raise FormatError(
+                f"{where}/{index} names a shard that is not there",
+                got=repr(name)[:200],
+                expected=f"one of {len(weights)} safetensors files",
+                hint="the model is incomplete: fetch the missing file",
+            )
+    return named, index
+
+
+def index_entries(text: str, where: str) -> dict[str, str]:
+    """Tensor name -> shard, from the text of an index.
+
+    Raises:
+        FormatError: no index, or one with paths outside the folder.
+    """
+    try:
+        parsed = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{where}: not valid JSON ({error})") from None
+    entries = parsed.get("weight_map") if isinstance(parsed, dict) else None
+    if not isinstance(entries, dict) or not entries or not all(isinstance(shard, str) for shard in entries.values()):
+        raise FormatError(f"{where}: no weight_map of tensor names to shards")
+    for shard in set(entries.values()):
+        check_relative_path(shard, where)
+    return entries
