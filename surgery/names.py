@@ -11,9 +11,8 @@ SCALES_FILE = f"{SURGERY_DIR}/scales.safetensors"
 
 CONFIG_FILE = "config.json"
 
-#: Metadata keys of a scales file.
-SCALES_VERSION_KEY = "surgery_format_version"
-SCALES_FINGERPRINT_KEY = "surgery_fingerprint"
+#: The one metadata entry of a scales file, a JSON object. One, since writers do not keep the order of several.
+SCALES_METADATA_KEY = "surgery"
 
 #: Bits per element by safetensors dtype name.
 DTYPE_BITS = {

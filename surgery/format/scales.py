@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from surgery.errors import ScalesError
 from surgery.format.files import write_file
 from surgery.format.manifest import Manifest
 from surgery.format.safetensors import ShardReader
-from surgery.names import FORMAT_VERSION, SCALES_FINGERPRINT_KEY, SCALES_VERSION_KEY
+from surgery.names import FORMAT_VERSION, SCALES_METADATA_KEY
 
 
 def write_scales(path: Path, scales: Mapping[str, torch.Tensor], fingerprint: str) -> str:
@@ -25,8 +26,8 @@ def write_scales(path: Path, scales: Mapping[str, torch.Tensor], fingerprint: st
         fingerprint: that of the manifest of the factorized checkpoint.
     """
     tensors = {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in sorted(scales.items())}
-    metadata = {SCALES_VERSION_KEY: str(FORMAT_VERSION), SCALES_FINGERPRINT_KEY: fingerprint}
-    return write_file(path, safetensors.torch.save(tensors, metadata=metadata))
+    belongs_to = json.dumps({"format_version": FORMAT_VERSION, "fingerprint": fingerprint})
+    return write_file(path, safetensors.torch.save(tensors, metadata={SCALES_METADATA_KEY: belongs_to}))
 
 
 def read_scales(path: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
@@ -45,22 +46,7 @@ def read_scales(path: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise ScalesError(f"there is no scales file {path}", hint="a fresh one is surgery/scales.safetensors in the factorized folder")
     with ShardReader(path, name=str(path)) as reader:
-        version = reader.header.metadata.get(SCALES_VERSION_KEY)
-        fingerprint = reader.header.metadata.get(SCALES_FINGERPRINT_KEY)
-        if version is not None and version != str(FORMAT_VERSION):
-            raise ScalesError(f"{path}: written in another format version", got=version, expected=FORMAT_VERSION)
-        if fingerprint is None:
-            warnings.warn(
-                f"{path} does not say which factors it belongs to (its metadata is missing); checked by names and shapes only",
-                stacklevel=2,
-            )
-        elif fingerprint != manifest.fingerprint:
-            raise ScalesError(
-                f"{path} belongs to other factors",
-                got=f"fingerprint {fingerprint}",
-                expected=f"fingerprint {manifest.fingerprint}",
-                hint="use the factorized folder these scales were trained with",
-            )
+        _check_owner(reader.header.metadata, manifest, path)
         half = sorted({entry.dtype for entry in reader.header.tensors} & {"BF16", "F16"})
         if half:
             warnings.warn(
@@ -73,6 +59,30 @@ def read_scales(path: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
                 raise ScalesError(f"{path}: {entry.name!r} has a dtype that scales cannot have", got=entry.dtype, expected="F32")
         values = {entry.name: reader.read(entry).float() for entry in reader.header.tensors}
     return check_scales(values, manifest, str(path))
+
+
+def _check_owner(metadata: Mapping[str, str], manifest: Manifest, path: Path) -> None:
+    """Refuse scales that say they belong to other factors."""
+    if SCALES_METADATA_KEY not in metadata:
+        warnings.warn(
+            f"{path} does not say which factors it belongs to (its metadata is missing); checked by names and shapes only",
+            stacklevel=3,
+        )
+        return
+    try:
+        owner = json.loads(metadata[SCALES_METADATA_KEY])
+    except (ValueError, RecursionError):
+        owner = None
+    if not isinstance(owner, dict):
+        raise ScalesError(f"{path}: its metadata is damaged", got=metadata[SCALES_METADATA_KEY][:80], expected="a JSON object")
+    for what, expected in (("format_version", FORMAT_VERSION), ("fingerprint", manifest.fingerprint)):
+        if owner.get(what) != expected:
+            raise ScalesError(
+                f"{path} belongs to other factors",
+                got=f"{what} {owner.get(what)!r}",
+                expected=f"{what} {expected!r}",
+                hint="use the factorized folder these scales were trained with",
+            )
 
 
 def check_scales(values: Mapping[str, torch.Tensor], manifest: Manifest, where: str = "scales") -> dict[str, torch.Tensor]:

@@ -20,6 +20,11 @@ MAX_PASSES = 400
 _NOISE = 3e-7
 
 
+#: Entries of the matrix that are widened to float64 at a time.
+_WIDE_ENTRIES_CPU = 1 << 19
+_WIDE_ENTRIES = 1 << 25
+
+
 class Operator:
     """Products with a matrix A (m, n) and its transpose, seen from its shorter side.
 
@@ -43,6 +48,41 @@ class Operator:
         """Rows (b, long) -> (b, short)."""
         self.passes += 1
         return y @ self.matrix.T if self.wide else y @ self.matrix
+
+
+    # The same in float64, for the last step and the certificate: float32 products of vectors without changes of
+    # sign are off by more than 1e-6. The matrix is widened a few rows at a time.
+
+    def to_long_wide(self, x: torch.Tensor) -> torch.Tensor:
+        """float64 rows (b, short) -> (b, long)."""
+        self.passes += 1
+        return self._from_left(x) if self.wide else self._from_right(x)
+
+    def to_short_wide(self, y: torch.Tensor) -> torch.Tensor:
+        """float64 rows (b, long) -> (b, short)."""
+        self.passes += 1
+        return self._from_right(y) if self.wide else self._from_left(y)
+
+    def _from_left(self, x: torch.Tensor) -> torch.Tensor:
+        """x A, (b, m) -> (b, n)."""
+        total = torch.zeros(len(x), self.matrix.shape[1], dtype=torch.float64, device=x.device)
+        for rows in self._row_blocks():
+            total.addmm_(x[:, rows], widened(self.matrix[rows]))
+        return total
+
+    def _from_right(self, y: torch.Tensor) -> torch.Tensor:
+        """y A^T, (b, n) -> (b, m)."""
+        return torch.cat([y @ widened(self.matrix[rows]).T for rows in self._row_blocks()], dim=1)
+
+    def _row_blocks(self) -> list[slice]:
+        m, n = self.matrix.shape
+        step = max(1, (_WIDE_ENTRIES_CPU if self.matrix.device.type == "cpu" else _WIDE_ENTRIES) // n)
+        return [slice(start, min(start + step, m)) for start in range(0, m, step)]
+
+
+def widened(x: torch.Tensor) -> torch.Tensor:
+    """float64, on the CPU where the device has none."""
+    return x.cpu().double() if x.device.type == "mps" else x.double()
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,5 +289,5 @@ class _Basis:
 
 def _gram(rows: torch.Tensor) -> torch.Tensor:
     """``rows rows^T`` in float64, on the CPU, whatever the device can do."""
-    wide = rows.cpu().double() if rows.device.type == "mps" else rows.double()
+    wide = widened(rows)
     return (wide @ wide.T).cpu()

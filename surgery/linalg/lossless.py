@@ -300,8 +300,9 @@ class _Decoder:
         ends = struct.unpack_from(f"<{count}Q", self._bytes, 16)
         base = 16 + 8 * count
         starts = (0, *ends[:-1])
-        if any(start > end for start, end in zip(starts, ends, strict=True)) or (ends and base + ends[-1] > len(self._bytes)):
-            raise CorruptCorrection("its directory points outside of it")
+        end = base + (ends[-1] if ends else 0)
+        if any(start > stop for start, stop in zip(starts, ends, strict=True)) or end + -end % 8 != len(self._bytes):
+            raise CorruptCorrection("its directory does not fit its length")
         self.blocks = _blocks_of(m, max(step, 1))
         self._step = max(step, 1)
         self._spans = [(base + start, base + end) for start, end in zip(starts, ends, strict=True)]

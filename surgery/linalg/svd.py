@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from surgery.errors import OptionError, WeightError
-from surgery.linalg.lanczos import Operator, block_lanczos, block_size
+from surgery.linalg.lanczos import Operator, block_lanczos, block_size, widened
 
 DEFAULT_TOLERANCE = 1e-5
 
@@ -26,8 +26,8 @@ class Certificate:
     """What is known about the accuracy of a truncated SVD. Tensors are float64 on the CPU.
 
     Attributes:
-        residual: (..., k), ``max(|A v - s u|, |A^T u - s v|) / s_1``, measured on the vectors returned. By Weyl's
-            inequality some singular value lies within ``residual * s_1`` of each s.
+        residual: (..., k), ``max(|A v - s u|, |A^T u - s v|) / s_1`` of the vectors returned, measured in float64.
+            By Weyl's inequality some singular value lies within ``residual * s_1`` of each s.
         gap: (..., k), distance to the nearest other singular value over s_1. For the last triplet the next value
             is estimated from below.
         angle_bound: (..., k), ``residual / gap``, at most 1: bounds the sine of the angle between the vectors and
@@ -199,46 +199,47 @@ def _converged(triplets: _Triplets, tolerance: float, operator: Operator) -> boo
 
 
 def _from_rows(operator: Operator, rows: torch.Tensor, next_value: float) -> _Triplets:
-    """Singular triplets from an approximate basis (k, short) of the right space, by QR and SVD in float64."""
-    images = _wide(operator.to_long(rows)).T
+    """Singular triplets from a nearly orthonormal basis (k, short) of the right space, in float64."""
+    basis, _ = torch.linalg.qr(widened(rows).T)
+    images = operator.to_long_wide(basis.T).T
     q, r = torch.linalg.qr(images)
-    left, s, right = torch.linalg.svd(r.cpu())
-    basis, triangle = torch.linalg.qr(_wide(rows).T)
-    # rows is orthonormal to rounding; the triangle says how nearly, and is carried into the right vectors.
-    turned = basis @ (triangle @ right.T.to(triangle))
-    return _measured(operator, q @ left.to(q), s, turned / turned.norm(dim=0), next_value)
+    left, s, right = (part.to(q.device) for part in torch.linalg.svd(r.cpu()))
+    return _measured(operator, q @ left, s, basis @ right.T, images @ right.T, next_value)
 
 
-def _measured(operator: Operator, long: torch.Tensor, s: torch.Tensor, short: torch.Tensor, next_value: float) -> _Triplets:
-    """Round the vectors to the working precision and measure their residuals on both sides."""
-    dtype, device = operator.matrix.dtype, operator.matrix.device
-    long, short = long.to(device, dtype), short.to(device, dtype)
-    to_short = _wide(operator.to_short(long.T.contiguous())).T - _wide(short) * s.to(_wide(short))
-    to_long = _wide(operator.to_long(short.T.contiguous())).T - _wide(long) * s.to(_wide(long))
-    residual = torch.maximum(to_short.norm(dim=0), to_long.norm(dim=0)).cpu().double()
-    return _Triplets(long, s.cpu(), short, residual / max(s[0].item(), 1e-300), next_value)
+def _measured(
+    operator: Operator, long: torch.Tensor, s: torch.Tensor, short: torch.Tensor, images: torch.Tensor, next_value: float
+) -> _Triplets:
+    """Round float64 vectors to the working precision and measure the residuals of what is returned.
+
+    ``images`` are the products of the matrix with ``short``, so that one side needs no further pass; the rounding of
+    ``short`` is added to it.
+    """
+    matrix = operator.matrix
+    rounded_long, rounded_short = long.to(matrix.device, matrix.dtype), short.to(matrix.device, matrix.dtype)
+    top = max(s[0].item(), 1e-300)
+    on_long = (images - widened(rounded_long) * s).norm(dim=0) / top + (widened(rounded_short) - short).norm(dim=0)
+    back = operator.to_short_wide(widened(rounded_long).T.contiguous()).T
+    on_short = (back - widened(rounded_short) * s).norm(dim=0) / top
+    return _Triplets(rounded_long, s.cpu(), rounded_short, torch.maximum(on_long, on_short).cpu(), next_value)
 
 
 def _gram(operator: Operator, k: int) -> _Triplets:
-    """All eigenvectors of the float64 Gram matrix of the short side."""
-    matrix = _wide(operator.matrix)
+    """Leading eigenvectors of the float64 Gram matrix of the short side."""
+    matrix = widened(operator.matrix)
     operator.passes += 1
     values, vectors = torch.linalg.eigh(matrix @ matrix.T if operator.wide else matrix.T @ matrix)
     next_value = max(values[-k - 1].item(), 0.0) ** 0.5 if k < len(values) else 0.0
-    rows = vectors[:, -k:].flip(1).T
-    images = (rows @ matrix if operator.wide else rows @ matrix.T).T
-    operator.passes += 1
-    q, r = torch.linalg.qr(images)
-    left, s, right = torch.linalg.svd(r.cpu())
-    return _measured(operator, q @ left.to(q), s, rows.T @ right.T.to(rows), next_value)
+    return _from_rows(operator, vectors[:, -k:].flip(1).T, next_value)
 
 
 def _full_svd(operator: Operator, k: int) -> _Triplets:
-    matrix = _wide(operator.matrix)
+    matrix = widened(operator.matrix)
     operator.passes += 1
     left, s, right = torch.linalg.svd(matrix.T if operator.wide else matrix, full_matrices=False)
     next_value = s[k].item() if k < len(s) else 0.0
-    return _measured(operator, left[:, :k], s[:k].cpu(), right[:k].T, next_value)
+    short = right[:k].T
+    return _measured(operator, left[:, :k], s[:k], short, operator.to_long_wide(short.T.contiguous()).T, next_value)
 
 
 def _zero(matrix: torch.Tensor, k: int) -> TruncatedSVD:
@@ -288,11 +289,6 @@ def _signs(U: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
     v = V[V.abs().argmax(dim=0), columns]
     decisive = torch.where(u.abs() >= v.abs(), u, v)
     return torch.where(decisive < 0, -1.0, 1.0).to(U.dtype)
-
-
-def _wide(x: torch.Tensor) -> torch.Tensor:
-    """float64, on the CPU where the device has none."""
-    return x.cpu().double() if x.device.type == "mps" else x.double()
 
 
 @contextmanager

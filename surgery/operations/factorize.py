@@ -12,7 +12,7 @@ import torch
 
 from surgery import __version__
 from surgery.device import choose_device, device_name
-from surgery.engine.pipeline import ShardWalk, TargetPiece, WriteBehind
+from surgery.engine.pipeline import ReadAhead, ShardWalk, TargetPiece, WriteBehind
 from surgery.errors import OptionError, WeightError
 from surgery.format.files import FileRecord, FileWriter, copy_file
 from surgery.format.manifest import (
@@ -137,11 +137,16 @@ def factorize(
     progress.start("factorizing", steps.bytes_read)
     shards, targets = [], []
     try:
-        for index, shard in enumerate(steps.shards):
-            job = Job(shard, index, len(steps.shards), source.fetch(shard.file), out, layout, seed, tolerance, str(where))
-            record, shard_targets = run_job(job, progress)
-            shards.append(record)
-            targets += shard_targets
+        # A shard from the hub is downloaded while the one before it is worked on.
+        jobs = (
+            Job(shard, index, len(steps.shards), source.fetch(shard.file), out, layout, seed, tolerance, str(where))
+            for index, shard in enumerate(steps.shards)
+        )
+        with ReadAhead(jobs) as ready:
+            for job in ready:
+                record, shard_targets = run_job(job, progress)
+                shards.append(record)
+                targets += shard_targets
     finally:
         progress.finish()
     manifest = _finish(source, steps, out, shards, targets, OptionsRecord(rank, list(include), list(exclude), seed, tolerance), where)

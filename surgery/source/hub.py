@@ -61,19 +61,19 @@ def open_hub(repo_id: str, revision: str | None) -> Source:
         record = SourceRecord("hub", repo_id, commit)
         try:
             files = huggingface_hub.snapshot_download(repo_id, revision=commit, dry_run=True)
-        except errors.LocalEntryNotFoundError as unreachable:
-            return _cached(repo_id, commit, record, unreachable)
+        except errors.DryRunError as error:
+            if isinstance(error.__cause__, errors.HfHubHTTPError):
+                raise error.__cause__ from None
+            return _cached(repo_id, commit, record)
         return HubSource(repo_id, commit, record, {file.filename: file.file_size for file in files})
 
 
-def _cached(repo_id: str, commit: str, record: SourceRecord, unreachable: Exception) -> FolderSource:
+def _cached(repo_id: str, commit: str, record: SourceRecord) -> FolderSource:
     """The snapshot in the cache, which may hold only the files that a loader once asked for."""
     try:
         path = huggingface_hub.snapshot_download(repo_id, revision=commit, local_files_only=True)
     except errors.IncompleteSnapshotError as error:
         path = error.snapshot_path
-    if not Path(path).is_dir():
-        raise unreachable
     return FolderSource(Path(path), name=repo_id, record=record)
 
 

@@ -54,8 +54,8 @@ def select_files(names: list[str], read_text: Callable[[str], str], *, where: st
     weights: list[str] = []
     for name in sorted(names):
         path = PurePosixPath(name)
-        if any(part.startswith(".") for part in path.parts):
-            left_out[name] = "hidden"
+        if any(part.startswith(".") for part in path.parts[:-1]):
+            left_out[name] = "in a hidden folder"
         elif path.name.endswith(OTHER_WEIGHTS):
             left_out[name] = "weights in another format"
         elif path.parts[0] == "original":

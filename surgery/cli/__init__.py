@@ -1,0 +1,1 @@
+"""The command line: options in, library calls, tables and bars out."""

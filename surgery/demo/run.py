@@ -1,0 +1,167 @@
+"""The built-in demonstration: the whole job on a small real language model, in under a minute.
+
+The model (``model/``, written by tools/train_demo_model.py) has learned the source code of the Python standard
+library. The demo adapts it to English reference prose, the topics of ``help()``, by training nothing but scales.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surgery.errors import MissingExtra
+from surgery.operations.factorize import factorize
+from surgery.operations.fold import fold
+from surgery.progress import Progress, Silent
+from surgery.training.attach import attach
+
+MODEL = Path(__file__).with_name("model")
+_CONTEXT = 256
+_BATCH = 16
+_LEARNING_RATE = 2e-2
+
+
+@dataclass(frozen=True, slots=True)
+class DemoReport:
+    """What the demo saw. Sizes in bytes, losses in nats per byte on text held out from training, times in seconds."""
+
+    weights: int
+    targets: int
+    trainable: int
+    source_bytes: int
+    factorized_bytes: int
+    scales_bytes: int
+    untouched_fold_identical: bool
+    steps: int
+    loss_before: float
+    loss_attached: float
+    loss_folded: float
+    seconds_factorize: float
+    seconds_train: float
+    seconds_fold: float
+
+
+def run_demo(
+    out: str | Path | None = None,
+    *,
+    rank: int = 16,
+    steps: int = 60,
+    device: str = "auto",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> DemoReport:
+    """Factorize the built-in model, train its scales on text of another kind, fold, and compare.
+
+    Args:
+        out: folder that keeps ``factorized/``, ``scales.safetensors`` and ``folded/``; None keeps nothing.
+        rank: directions per target.
+        steps: optimizer steps.
+        device: where the linear algebra of factorize and fold runs; training is on the CPU.
+        overwrite: replace an earlier demo in ``out``.
+        progress: told how far it is.
+
+    Raises:
+        MissingExtra: transformers is not installed.
+        SurgeryError: as for ``factorize`` and ``fold``.
+    """
+    if out is None:
+        with tempfile.TemporaryDirectory(prefix="surgery-demo-") as folder:
+            return _run(Path(folder), rank, steps, device, overwrite, progress or Silent())
+    return _run(Path(out), rank, steps, device, overwrite, progress or Silent())
+
+
+def _run(folder: Path, rank: int, steps: int, device: str, overwrite: bool, progress: Progress) -> DemoReport:
+    train, held_out = _prose()
+    loss_before = _loss(_load(MODEL), held_out)
+    factorized, scales_file = folder / "factorized", folder / "scales.safetensors"
+
+    clock = time.perf_counter()
+    manifest = factorize(MODEL, factorized, rank=rank, device=device, overwrite=overwrite, progress=progress)
+    seconds_factorize = time.perf_counter() - clock
+
+    with tempfile.TemporaryDirectory(prefix="surgery-demo-") as untouched:
+        report = fold(factorized, factorized / "surgery/scales.safetensors", Path(untouched) / "folded", device=device)
+    identical = report.restored == len(report.files)
+
+    clock = time.perf_counter()
+    model = _load(factorized)
+    scales = attach(model, factorized)
+    _train(model, list(scales.parameters()), train, steps, progress)
+    scales.save(scales_file)
+    seconds_train = time.perf_counter() - clock
+    loss_attached = _loss(model, held_out)
+
+    clock = time.perf_counter()
+    fold(factorized, scales_file, folder / "folded", device=device, overwrite=overwrite, progress=progress)
+    seconds_fold = time.perf_counter() - clock
+
+    return DemoReport(
+        weights=sum(parameter.numel() for parameter in _load(MODEL).parameters()),
+        targets=len(manifest.targets),
+        trainable=sum(target.rank for target in manifest.targets),
+        source_bytes=_size(MODEL),
+        factorized_bytes=_size(factorized),
+        scales_bytes=scales_file.stat().st_size,
+        untouched_fold_identical=identical,
+        steps=steps,
+        loss_before=loss_before,
+        loss_attached=loss_attached,
+        loss_folded=_loss(_load(folder / "folded"), held_out),
+        seconds_factorize=seconds_factorize,
+        seconds_train=seconds_train,
+        seconds_fold=seconds_fold,
+    )
+
+
+def _load(folder: Path) -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingExtra("the demo trains with transformers, which is not installed", hint="pip install 'model-surgery[demo]'") from error
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+
+
+def _prose() -> tuple[torch.Tensor, torch.Tensor]:
+    """Training and held-out text as bytes, int64: the topics of ``help()``, every fifth held out."""
+    from pydoc_data.topics import topics
+
+    texts = [topics[name].encode() for name in sorted(topics)]
+    split = [b"\n".join(texts[i] for i in range(len(texts)) if (i % 5 == 0) is held) for held in (False, True)]
+    train, held_out = (torch.frombuffer(bytearray(data), dtype=torch.uint8).long() for data in split)
+    return train, held_out
+
+
+def _train(model: Any, parameters: list[torch.nn.Parameter], text: torch.Tensor, steps: int, progress: Progress) -> None:
+    generator = torch.Generator().manual_seed(0)
+    optimizer = torch.optim.Adam(parameters, lr=_LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    progress.start("training", steps * _BATCH * _CONTEXT)
+    for _ in range(steps):
+        starts = torch.randint(len(text) - _CONTEXT, (_BATCH, 1), generator=generator)
+        ids = text[starts + torch.arange(_CONTEXT)]
+        loss = model(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        progress.item(f"loss {loss.item():.3f}")
+        progress.advance(ids.numel())
+    progress.finish()
+
+
+@torch.no_grad()
+def _loss(model: Any, text: torch.Tensor) -> float:
+    """Mean cross-entropy in nats per byte, over 64 windows spread evenly."""
+    starts = torch.linspace(0, len(text) - _CONTEXT - 1, 64).long()[:, None]
+    ids = text[starts + torch.arange(_CONTEXT)]
+    return sum(float(model(input_ids=batch, labels=batch).loss) for batch in ids.split(16)) / 4
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

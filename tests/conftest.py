@@ -1,0 +1,43 @@
+"""Shared fixtures: tiny real models, a loopback hub, and float64 truth."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+from tests.loopback_hub import LoopbackHub
+
+# The hub client reads these when it is imported, so they must be set before anything imports it.
+HUB = LoopbackHub()
+os.environ["HF_ENDPOINT"] = HUB.url
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="surgery-test-hf-")
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["HF_HUB_DISABLE_XET"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ.pop("HF_TOKEN", None)
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from tests.models import save_llama  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def hub() -> LoopbackHub:
+    return HUB
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama in bfloat16, in several shards with an index. Read-only."""
+    return save_llama(tmp_path_factory.mktemp("models") / "llama", torch.bfloat16)
+
+
+@pytest.fixture(autouse=True)
+def _default_threads():
+    """No test may leave torch's thread count changed."""
+    before = torch.get_num_threads()
+    yield
+    assert torch.get_num_threads() == before

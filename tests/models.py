@@ -1,0 +1,63 @@
+"""Tiny models of real architectures, and matrices with the spectra of real weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import logging
+
+logging.disable_progress_bar()
+
+
+def save_llama(folder: Path, dtype: torch.dtype, *, shard_size: str = "60KB", **config: Any) -> Path:
+    """A random Llama with weights of realistic spectrum, saved by transformers."""
+    torch.manual_seed(0)
+    settings = dict(
+        vocab_size=97,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
+    model = LlamaForCausalLM(LlamaConfig(**{**settings, **config}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.copy_(realistic(*parameter.shape, seed=parameter.numel()))
+    model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
+    (folder / "tokenizer.json").write_text('{"made": "up"}')
+    (folder / "extra").mkdir()
+    (folder / "extra" / "notes.txt").write_bytes(b"any bytes \xff\x00\n")
+    return folder
+
+
+def realistic(m: int, n: int, *, seed: int = 0, exponent: float = 0.5) -> torch.Tensor:
+    """float32 (m, n): a power-law spectrum, Gaussian bulk and a few outliers."""
+    generator = torch.Generator().manual_seed(seed)
+    r = min(m, n)
+    left, _ = torch.linalg.qr(torch.randn(m, r, generator=generator))
+    right, _ = torch.linalg.qr(torch.randn(n, r, generator=generator))
+    matrix = (left * torch.arange(1, r + 1) ** -exponent) @ right.T
+    matrix += 0.1 * torch.randn(m, n, generator=generator) / max(m, n) ** 0.5
+    outliers = torch.randint(m * n, (max(1, m * n // 1000),), generator=generator)
+    matrix.view(-1)[outliers] *= 8
+    return matrix
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """All weights of a model folder, read by the safetensors library."""
+    index = folder / "model.safetensors.index.json"
+    files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    return {name: tensor for file in sorted(files) for name, tensor in load_file(folder / file).items()}
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Relative path -> contents."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

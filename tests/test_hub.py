@@ -1,0 +1,127 @@
+"""Models from the hub, through the real client, against a hub on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import surgery
+from surgery.errors import FormatError, SourceError
+from tests.loopback_hub import LoopbackHub
+from tests.models import files_of
+
+
+def test_round_trip_is_pinned_and_byte_exact(hub: LoopbackHub, llama: Path, tmp_path: Path) -> None:
+    repo = hub.publish("acme/round-trip", llama)
+    manifest = surgery.factorize("acme/round-trip", tmp_path / "f", rank=4)
+    assert (manifest.source.kind, manifest.source.repo_id, manifest.source.commit) == ("hub", "acme/round-trip", repo.commit)
+    surgery.fold(tmp_path / "f", tmp_path / "f/surgery/scales.safetensors", tmp_path / "folded")
+    assert files_of(tmp_path / "folded") == files_of(llama)
+    fetched = [path for _, path, _ in hub.requests if "/acme/round-trip/resolve/" in path]
+    assert fetched
+    assert all(f"/resolve/{repo.commit}/" in path for path in fetched)
+
+
+def test_overlay_finds_its_base_by_itself(hub: LoopbackHub, llama: Path, tmp_path: Path) -> None:
+    hub.publish("acme/overlay", llama)
+    surgery.factorize("acme/overlay", tmp_path / "f", rank=4, layout="overlay")
+    surgery.fold(tmp_path / "f", tmp_path / "f/surgery/scales.safetensors", tmp_path / "folded")
+    assert files_of(tmp_path / "folded") == files_of(llama)
+
+
+def test_plan_reads_headers_only(hub: LoopbackHub, llama: Path) -> None:
+    hub.publish("acme/plan", llama)
+    before = len(hub.requests)
+    steps = surgery.plan("acme/plan", rank=4)
+    local = surgery.plan(llama, rank=4)
+    assert [t.tensor for t in steps.targets] == [t.tensor for t in local.targets]
+    assert steps.bytes_written == local.bytes_written
+    # The client reads the first 100 kB of a shard; these tiny ones are smaller. No whole-file download is made.
+    gets = [path for method, path, _ in hub.requests[before:] if method == "GET" and path.endswith(".safetensors")]
+    assert len(gets) == len({*gets}) == len(steps.shards)
+    cache = Path(os.environ["HF_HOME"]) / "hub" / "models--acme--plan"
+    assert not list(cache.rglob("*.safetensors"))
+
+
+def test_revision(hub: LoopbackHub, llama: Path, tmp_path: Path) -> None:
+    repo = hub.publish("acme/revisions", llama)
+    repo.branches["v2"] = repo.commit
+    assert surgery.factorize("acme/revisions", tmp_path / "f", rank=2, revision="v2").source.commit == repo.commit
+    with pytest.raises(SourceError, match="no such revision"):
+        surgery.plan("acme/revisions", revision="v3")
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [(403, "GatedRepo", "gated"), (403, "DisabledRepo", "disabled"), (404, "RepoNotFound", "does not exist"), (500, "", "cannot be")],
+)
+def test_refusals_are_explained(hub: LoopbackHub, status: int, code: str, message: str) -> None:
+    name = f"acme/refused-{status}-{code or 'x'}"
+    hub.refuse(name, status, code)
+    with pytest.raises(SourceError, match=message) as caught:
+        surgery.plan(name)
+    assert name in str(caught.value)
+    assert "try:" in str(caught.value)
+
+
+def test_missing_repository(hub: LoopbackHub) -> None:
+    with pytest.raises(SourceError, match=r"acme/nowhere does not exist on the hub"):
+        surgery.plan("acme/nowhere")
+
+
+def test_pickle_only_repository_is_refused(hub: LoopbackHub, tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"never opened")
+    (tmp_path / "config.json").write_text("{}")
+    hub.publish("acme/pickle", tmp_path)
+    with pytest.raises(SourceError, match="pickle checkpoint, which is never opened"):
+        surgery.plan("acme/pickle")
+    assert not [path for method, path, _ in hub.requests if method == "GET" and path.endswith("pytorch_model.bin")]
+
+
+def test_garbage_shard(hub: LoopbackHub, llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama, tmp_path / "m")
+    shard = sorted((tmp_path / "m").glob("*.safetensors"))[0]
+    shard.write_bytes(b"\xff" * 4096)
+    hub.publish("acme/garbage", tmp_path / "m")
+    with pytest.raises((SourceError, FormatError), match="header"):
+        surgery.plan("acme/garbage")
+
+
+def _run(model: str, out: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    code = "from surgery.cli.main import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, "factorize", model, "--rank", "2", "--json", "-o", str(out)],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_offline_works_from_the_cache_and_says_so_without(hub: LoopbackHub, llama: Path, tmp_path: Path) -> None:
+    hub.publish("acme/offline", llama)
+    surgery.factorize("acme/offline", tmp_path / "online", rank=2)
+
+    done = _run("acme/offline", tmp_path / "offline", HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["out"] == str(tmp_path / "offline")
+    assert files_of(tmp_path / "offline") == files_of(tmp_path / "online")
+
+    missing = _run("acme/never-fetched", tmp_path / "x", HF_HUB_OFFLINE="1")
+    assert missing.returncode == 1
+    assert "not in the local cache" in missing.stderr
+    assert "Traceback" not in missing.stderr
+
+
+def test_hub_that_is_down(tmp_path: Path) -> None:
+    done = _run("acme/down", tmp_path / "x", HF_ENDPOINT="http://127.0.0.1:9")
+    assert done.returncode == 1
+    assert "acme/down cannot be reached" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "x").exists()

@@ -1,0 +1,214 @@
+"""truncated_svd against float64 LAPACK, over the matrices that break such routines."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import surgery
+from surgery.errors import OptionError, WeightError
+from tests.models import realistic
+
+N = 640  # above the sizes that go to the Gram matrix
+
+
+def _with_values(values: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    n = len(values)
+    left, _ = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
+    right, _ = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
+    return ((left * values.double()) @ right.T).float()
+
+
+def _gaussian(m: int, n: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(m, n, generator=torch.Generator().manual_seed(seed))
+
+
+def _one_entry() -> torch.Tensor:
+    matrix = torch.zeros(N, N)
+    matrix[3, 5] = -2.0
+    return matrix
+
+
+MATRICES = {
+    "power law": realistic(N, N + 96),
+    "power law, flat": realistic(N + 160, N, exponent=0.3),
+    "power law, steep": realistic(N, N, exponent=0.7),
+    "Gaussian": _gaussian(N, N),
+    "tall": realistic(1800, N),
+    "wide": realistic(N, 1800),
+    "rank 5": _with_values(torch.cat([torch.arange(5.0, 0, -1), torch.zeros(N - 5)])),
+    "orthogonal": torch.linalg.qr(_gaussian(N, N))[0],
+    "identity": torch.eye(N),
+    "staircase of 33": _with_values(torch.cat([torch.tensor([3.0, 2.9, 2.8]).repeat_interleave(33), torch.full((N - 99,), 0.1)])),
+    "pairs": _with_values(torch.arange(N // 2, 0, -1.0).repeat_interleave(2)),
+    "geometric": _with_values(2.0 ** -torch.arange(float(N))),
+    "dominant": _with_values(torch.cat([torch.tensor([1e3]), torch.linspace(1, 0, N - 1)])),
+    "one entry": _one_entry(),
+    "constant": torch.full((N, N), 0.3),
+    "scaled rows": _gaussian(N, N) * torch.logspace(0, -12, N)[:, None],
+    "tiny": realistic(N, N) * 1e-30,
+    "huge": realistic(N, N) * 1e30,
+    "subnormal": realistic(N, N) * 1e-38,
+    "small": realistic(24, 40),
+    "medium": realistic(200, 300),
+}
+
+
+def _check(A: torch.Tensor, result: surgery.TruncatedSVD, k: int, *, value_error: float = 1e-6) -> None:
+    """Everything that must hold of a result, recomputed in float64."""
+    U, s, V = result.U.double(), result.s.double(), result.V.double()
+    truth = torch.linalg.svdvals(A.double())
+    top = truth[0].item()
+    assert (s - truth[:k]).abs().max().item() <= value_error * top
+    assert bool((s[:-1] >= s[1:]).all())
+    for vectors in (U, V):
+        assert (vectors.T @ vectors - torch.eye(k, dtype=torch.float64)).abs().max().item() < 1e-5
+    true_residual = torch.maximum((A.double() @ V - U * s).norm(dim=0), (A.double().T @ U - V * s).norm(dim=0)) / max(top, 1e-300)
+    # s is rounded to float32 after it was measured.
+    assert bool((true_residual <= result.certificate.residual + 1e-7).all())
+    assert bool(result.certificate.converged)
+    assert result.certificate.residual.max().item() <= 1e-5
+    # Eckart and Young: nothing of rank k comes closer in the Frobenius norm.
+    best = truth[k:].square().sum().sqrt().item()
+    assert (A.double() - (U * s) @ V.T).norm().item() <= best + 1e-4 * top
+
+
+@pytest.mark.parametrize("k", [1, 16, 48])
+@pytest.mark.parametrize("name", MATRICES)
+def test_hard_matrices(name: str, k: int) -> None:
+    A = MATRICES[name]
+    k = min(k, *A.shape)
+    # Subnormal numbers have fewer bits: so have the singular values that are stored as such.
+    _check(A, surgery.truncated_svd(A, k), k, value_error=1e-5 if name == "subnormal" else 1e-6)
+
+
+def test_zero_matrix() -> None:
+    result = surgery.truncated_svd(torch.zeros(70, 90), 3)
+    assert torch.equal(result.s, torch.zeros(3))
+    assert torch.equal(result.U, torch.eye(70, 3))
+    assert torch.equal(result.V, torch.eye(90, 3))
+    assert result.certificate.method == "zero"
+
+
+@given(m=st.integers(1, 90), n=st.integers(1, 90), data=st.data(), seed=st.integers(0, 10))
+@settings(max_examples=40, deadline=None)
+def test_any_shape_and_rank(m: int, n: int, data: st.DataObject, seed: int) -> None:
+    k = data.draw(st.integers(1, min(m, n)))
+    A = _gaussian(m, n, seed)
+    _check(A, surgery.truncated_svd(A, k), k)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtypes(dtype: torch.dtype) -> None:
+    A = realistic(N, 700).to(dtype)
+    result = surgery.truncated_svd(A, 16)
+    wide = dtype == torch.float64
+    assert {result.U.dtype, result.s.dtype, result.V.dtype} == {torch.float64 if wide else torch.float32}
+    _check(A, result, 16, value_error=1e-9 if wide else 1e-6)
+
+
+@pytest.mark.parametrize("shape", [(N, 800), (800, N), (N, N), (40, 60)])
+def test_transpose_swaps_the_vectors(shape: tuple[int, int]) -> None:
+    A = realistic(*shape)
+    straight, turned = surgery.truncated_svd(A, 8), surgery.truncated_svd(A.T, 8)
+    assert torch.allclose(straight.s, turned.s, rtol=1e-6)
+    assert torch.allclose(straight.U, turned.V, atol=1e-3)
+    assert torch.allclose(straight.V, turned.U, atol=1e-3)
+
+
+def test_sign_makes_the_largest_entry_positive() -> None:
+    result = surgery.truncated_svd(-realistic(N, N), 16)
+    both = torch.cat([result.U, result.V])
+    assert bool((both.max(dim=0).values == both.abs().max(dim=0).values).all())
+
+
+def test_scaling_by_a_power_of_two_changes_nothing_but_the_values() -> None:
+    A = realistic(N, N)
+    once, scaled = surgery.truncated_svd(A, 8), surgery.truncated_svd(A * 2.0**60, 8)
+    assert torch.allclose(scaled.s, once.s * 2.0**60, rtol=1e-6)
+
+
+def test_batch_equals_single() -> None:
+    batch = torch.stack([realistic(N, 650, seed=seed) for seed in range(3)])
+    together = surgery.truncated_svd(batch, 5)
+    assert together.U.shape == (3, N, 5)
+    assert together.certificate.residual.shape == (3, 5)
+    assert together.certificate.method == ("block-lanczos",) * 3
+    for i, matrix in enumerate(batch):
+        alone = surgery.truncated_svd(matrix, 5)
+        assert torch.equal(together.s[i], alone.s)
+        assert torch.equal(together.U[i], alone.U)
+        assert torch.equal(together.V[i], alone.V)
+
+
+def test_same_seed_same_bits_and_nothing_global_is_touched() -> None:
+    A = realistic(N, 700)
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = surgery.truncated_svd(A, 12, seed=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    second = surgery.truncated_svd(A, 12, seed=3)
+    assert torch.equal(first.U, second.U)
+    assert torch.equal(first.s, second.s)
+    assert torch.equal(first.V, second.V)
+
+
+def test_reduced_precision_of_the_caller_does_no_harm_and_is_put_back() -> None:
+    A = realistic(N, 700)
+    expected = surgery.truncated_svd(A, 8)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        result = surgery.truncated_svd(A, 8)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(result.s, expected.s)
+
+
+def test_certificate_tells_a_missing_gap() -> None:
+    equal = surgery.truncated_svd(torch.eye(N), 4).certificate
+    assert equal.angle_bound.min().item() > 0.01  # no direction of the identity is special
+    apart = surgery.truncated_svd(_with_values(torch.cat([torch.tensor([9.0, 7.0, 5.0, 3.0]), torch.full((N - 4,), 0.1)])), 4)
+    assert apart.certificate.angle_bound.max().item() < 1e-3
+    assert apart.certificate.gap.tolist() == pytest.approx([2 / 9, 2 / 9, 2 / 9, 2 / 9], rel=1e-4)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_no_numbers_are_refused(bad: float) -> None:
+    A = torch.ones(20, 30)
+    A[7, 3] = bad
+    with pytest.raises(WeightError, match="NaN or infinity"):
+        surgery.truncated_svd(A, 2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "k", "tolerance", "message"),
+    [
+        ((4, 5), torch.float32, 0, 1e-5, "rank"),
+        ((4, 5), torch.float32, 5, 1e-5, "rank"),
+        ((4, 5), torch.float32, -1, 1e-5, "rank"),
+        ((4,), torch.float32, 1, 1e-5, "matrix"),
+        ((4, 5), torch.int64, 1, 1e-5, "floating-point"),
+        ((4, 5), torch.float32, 1, 0.0, "tolerance"),
+        ((4, 5), torch.float32, 1, 2.0, "tolerance"),
+        ((0, 4, 5), torch.float32, 1, 1e-5, "batch"),
+    ],
+)
+def test_arguments_that_make_no_sense(shape: tuple[int, ...], dtype: torch.dtype, k: int, tolerance: float, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        surgery.truncated_svd(torch.ones(shape, dtype=dtype), k, tolerance=tolerance)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", MATRICES)
+def test_hard_matrices_on_cuda(name: str) -> None:
+    A = MATRICES[name]
+    k = min(16, *A.shape)
+    result = surgery.truncated_svd(A.cuda(), k)
+    on_cpu = surgery.TruncatedSVD(result.U.cpu(), result.s.cpu(), result.V.cpu(), result.certificate)
+    _check(A, on_cpu, k, value_error=1e-5 if name == "subnormal" else 1e-6)

@@ -1,0 +1,190 @@
+"""Default targets on real architectures, as transformers saves them; the globs; the plan."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+
+import surgery
+from surgery.errors import FormatError, OptionError
+from surgery.planning.plan import Plan
+from tests.models import save_llama, tensors_of
+
+_SMALL: dict[str, Any] = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, vocab_size=50)
+
+#: Family -> configuration, and the linear layers of one of its blocks.
+FAMILIES: dict[str, tuple[Any, set[str]]] = {
+    "llama": (
+        transformers.LlamaConfig(**_SMALL),
+        {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+    ),
+    "qwen3": (
+        transformers.Qwen3Config(**_SMALL, head_dim=8),
+        {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+    ),
+    "bert": (transformers.BertConfig(**_SMALL), {"query", "key", "value", "output.dense", "intermediate.dense"}),
+    "gpt2": (transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50), {"c_attn", "c_proj", "c_fc"}),
+    "gpt_neox": (
+        transformers.GPTNeoXConfig(**_SMALL),
+        {"query_key_value", "attention.dense", "dense_h_to_4h", "dense_4h_to_h"},
+    ),
+    "mixtral": (
+        transformers.MixtralConfig(**_SMALL, num_key_value_heads=2, num_local_experts=2, head_dim=8),
+        {"q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3"},
+    ),
+    "t5": (
+        transformers.T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, vocab_size=50),
+        {"q", "k", "v", "o", "wi", "wo"},
+    ),
+    "vit": (
+        transformers.ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=4),
+        {"query", "key", "value", "output.dense", "intermediate.dense"},
+    ),
+}
+
+
+def _save(config: Any, folder: Path) -> Path:
+    torch.manual_seed(0)
+    architectures = {"t5": transformers.T5ForConditionalGeneration, "vit": transformers.ViTForImageClassification}
+    automatic = transformers.AutoModelForMaskedLM if config.model_type == "bert" else transformers.AutoModelForCausalLM
+    model = architectures[config.model_type](config) if config.model_type in architectures else automatic.from_config(config)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_default_targets(family: str, tmp_path: Path) -> None:
+    config, layers = FAMILIES[family]
+    folder = _save(config, tmp_path / family)
+    steps = surgery.plan(folder, rank=4)
+    tensors = tensors_of(folder)
+    # Every tensor is accounted for, once.
+    names = [target.tensor for target in steps.targets] + [item.tensor for item in steps.skipped]
+    assert sorted(names) == sorted(tensors)
+    assert all(item.reason for item in steps.skipped)
+    # Exactly the block's linear layers are targets.
+    for target in steps.targets:
+        assert target.tensor.endswith(tuple(f"{layer}.weight" for layer in layers)), target
+        assert target.shape == tuple(tensors[target.tensor].shape)
+    found = {layer for layer in layers for target in steps.targets if target.tensor.endswith(f"{layer}.weight")}
+    assert found == layers
+
+
+def test_reasons(tmp_path: Path) -> None:
+    tensors = {
+        "model.layers.0.q.weight": torch.randn(8, 8),
+        "model.layers.0.q.bias": torch.randn(8),
+        "model.layers.0.norm.weight": torch.randn(8, 8),
+        "model.layers.0.mlp.gate.weight": torch.randn(4, 8),
+        "model.layers.0.mlp.router.weight": torch.randn(4, 8),
+        "model.layers.0.mlp.experts.down_proj_bias": torch.randn(4, 8),
+        "model.layers.0.mixer.A_log": torch.randn(8, 4),
+        "model.layers.0.conv.weight": torch.randn(8, 1, 4),
+        "model.layers.0.one.weight": torch.randn(1, 8),
+        "model.layers.0.quantized.weight": torch.randn(8, 8).to(torch.float8_e4m3fn),
+        "model.layers.0.table": torch.randn(8, 8),
+        "model.embed_tokens.weight": torch.randn(9, 8),
+        "model.position_ids": torch.arange(4)[None],
+        "lm_head.weight": torch.randn(9, 8),
+        "projection.weight": torch.randn(8, 8),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    steps = surgery.plan(tmp_path, rank=2)
+    assert [target.tensor for target in steps.targets] == ["model.layers.0.q.weight"]
+    reasons = {item.tensor: item.reason for item in steps.skipped}
+    expected = {
+        "q.bias": "a vector",
+        "norm.weight": "a norm",
+        "mlp.gate.weight": "a router",
+        "mlp.router.weight": "a router",
+        "down_proj_bias": "no weight",
+        "A_log": "no weight",
+        "conv.weight": "3-D",
+        "one.weight": "a single row",
+        "quantized.weight": "F8_E4M3",
+        "table": "no weight of a linear layer",
+        "embed_tokens.weight": "an embedding",
+        "position_ids": "no floating-point weight",
+        "lm_head.weight": "an output head",
+        "projection.weight": "outside the transformer blocks",
+    }
+    for ending, reason in expected.items():
+        (found,) = [text for name, text in reasons.items() if name.endswith(ending)]
+        assert reason in found, ending
+
+
+def _names(steps: Plan) -> list[str]:
+    return sorted(re.sub(r"\.\d+\.", ".N.", target.tensor) for target in steps.targets)
+
+
+def test_include_and_exclude(llama: Path) -> None:
+    assert set(_names(surgery.plan(llama, include=["*q_proj*"]))) == {"model.layers.N.self_attn.q_proj.weight"}
+    assert set(_names(surgery.plan(llama, include=["*q_proj*", "*k_proj*"], exclude=["*.1.*"]))) == {
+        "model.layers.N.self_attn.q_proj.weight",
+        "model.layers.N.self_attn.k_proj.weight",
+    }
+    assert not [name for name in _names(surgery.plan(llama, exclude=["*mlp*"])) if "mlp" in name]
+    assert _names(surgery.plan(llama, include=["lm_head.weight", "model.embed_tokens.weight"], rank=3)) == [
+        "lm_head.weight",
+        "model.embed_tokens.weight",
+    ]
+    # What is no matrix cannot be asked for.
+    with pytest.raises(OptionError, match=r"no tensor of .* is a target"):
+        surgery.plan(llama, include=["*layernorm*"])
+
+
+def test_glob_that_matches_nothing_names_near_misses(llama: Path) -> None:
+    with pytest.raises(OptionError, match=r"--include '\*qproj\*' matches no tensor") as caught:
+        surgery.plan(llama, include=["*qproj*"])
+    assert "q_proj" in str(caught.value)
+    with pytest.raises(OptionError, match="--exclude"):
+        surgery.plan(llama, exclude=["nothing"])
+
+
+def test_model_without_targets_lists_what_came_close(tmp_path: Path) -> None:
+    save_file({"head.weight": torch.randn(4, 4), "b": torch.ones(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(OptionError, match="is a target") as caught:
+        surgery.plan(tmp_path)
+    assert "head.weight (an output head)" in str(caught.value)
+
+
+@pytest.mark.parametrize("rank", [0, -3])
+def test_rank_below_one(llama: Path, rank: int) -> None:
+    with pytest.raises(OptionError, match="at least 1"):
+        surgery.plan(llama, rank=rank)
+
+
+def test_rank_is_cut_to_small_matrices_and_says_so(llama: Path) -> None:
+    steps = surgery.plan(llama, rank=32)
+    assert {target.rank for target in steps.targets if "k_proj" in target.tensor} == {24}
+    assert {target.rank for target in steps.targets if "q_proj" in target.tensor} == {32}
+    assert len(steps.notes) == 1
+    assert "larger than 4 of 14 targets" in steps.notes[0]
+    assert steps.trainable == 4 * 24 + 10 * 32
+    with pytest.raises(OptionError, match="larger than every target") as caught:
+        surgery.plan(llama, rank=1000)
+    assert "at most 48" in str(caught.value)
+
+
+def test_index_that_contradicts_the_shards(tmp_path: Path) -> None:
+    folder = save_llama(tmp_path / "m", torch.bfloat16)
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.layers.0.ghost.weight"] = sorted(index["weight_map"].values())[0]
+    path.write_text(json.dumps(index))
+    with pytest.raises(FormatError, match=r"'model.layers.0.ghost.weight' is not in the shard"):
+        surgery.plan(folder)
+
+
+def test_tensor_in_two_shards(tmp_path: Path) -> None:
+    for name in ("a.safetensors", "b.safetensors"):
+        save_file({"layers.0.w.weight": torch.randn(4, 4)}, tmp_path / name)
+    with pytest.raises(FormatError, match="is in two shards"):
+        surgery.plan(tmp_path)
