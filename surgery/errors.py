@@ -1,13 +1,13 @@
 """The exception hierarchy. Every failure a user can cause or meet is one of these.
 
-    SurgeryError
-     +-- OptionError     (ValueError)   an option or argument that makes no sense here
-     +-- SourceError     (OSError)      the model cannot be found, reached or used
-     +-- FormatError     (ValueError)   a file breaks its own format
-     +-- WeightError     (ValueError)   a weight that cannot be factorized (NaN, infinity)
-     +-- ScalesError     (ValueError)   scales that do not fit the factors
-     +-- OutputError     (OSError)      the output folder or the disk under it
-     +-- MissingExtra    (ImportError)  an optional package is needed for this
+SurgeryError
+ +-- OptionError     (ValueError)   an option or argument that makes no sense here
+ +-- SourceError     (OSError)      the model cannot be found, reached or used
+ +-- FormatError     (ValueError)   a file breaks its own format
+ +-- WeightError     (ValueError)   a weight that cannot be factorized (NaN, infinity)
+ +-- ScalesError     (ValueError)   scales that do not fit the factors
+ +-- OutputError     (OSError)      the output folder or the disk under it
+ +-- MissingExtra    (ImportError)  an optional package is needed for this
 """
 
 from __future__ import annotations
@@ -68,3 +68,7 @@ class OutputError(SurgeryError, OSError):
 
 class MissingExtra(SurgeryError, ImportError):
     """An optional package is needed for what was asked."""
+
+
+class SurgeryWarning(UserWarning):
+    """Something that works but is probably not meant."""

@@ -87,7 +87,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _described(self, repo: Repo, path: Path) -> dict[str, object]:
         size = path.stat().st_size
-        described: dict[str, object] = {"type": "file", "path": path.relative_to(repo.folder).as_posix(), "size": size, "oid": _blob(path)}
+        described: dict[str, object] = {
+            "type": "file",
+            "path": path.relative_to(repo.folder).as_posix(),
+            "size": size,
+            "oid": _blob(path),
+        }
         if path.suffix == ".safetensors":
             described["lfs"] = {"oid": hashlib.sha256(path.read_bytes()).hexdigest(), "size": size, "pointerSize": 130}
         return described

@@ -14,18 +14,18 @@ from transformers.utils import logging
 logging.disable_progress_bar()
 
 
-def save_llama(folder: Path, dtype: torch.dtype, *, shard_size: str = "60KB", **config: Any) -> Path:
+def save_llama(folder: Path, dtype: torch.dtype, *, shard_size: str = "40KB", **config: Any) -> Path:
     """A random Llama with weights of realistic spectrum, saved by transformers."""
     torch.manual_seed(0)
-    settings = dict(
-        vocab_size=97,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
+    settings = {
+        "vocab_size": 97,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
     model = LlamaForCausalLM(LlamaConfig(**{**settings, **config}))
     with torch.no_grad():
         for parameter in model.parameters():

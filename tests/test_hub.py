@@ -59,7 +59,12 @@ def test_revision(hub: LoopbackHub, llama: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("status", "code", "message"),
-    [(403, "GatedRepo", "gated"), (403, "DisabledRepo", "disabled"), (404, "RepoNotFound", "does not exist"), (500, "", "cannot be")],
+    [
+        (403, "GatedRepo", "gated"),
+        (403, "DisabledRepo", "disabled"),
+        (404, "RepoNotFound", "does not exist"),
+        (500, "", "cannot be"),
+    ],
 )
 def test_refusals_are_explained(hub: LoopbackHub, status: int, code: str, message: str) -> None:
     name = f"acme/refused-{status}-{code or 'x'}"

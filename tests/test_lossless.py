@@ -83,7 +83,9 @@ def test_round_once_at_the_ends(dtype: torch.dtype) -> None:
     data=st.data(),
 )
 @settings(max_examples=120, deadline=None)
-def test_split_and_join_give_back_the_bytes(m: int, n: int, dtype: torch.dtype, scale: float, seed: int, data: st.DataObject) -> None:
+def test_split_and_join_give_back_the_bytes(
+    m: int, n: int, dtype: torch.dtype, scale: float, seed: int, data: st.DataObject
+) -> None:
     k = data.draw(st.integers(1, min(m, n)))
     weight = (torch.randn(m, n, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
     factors = _factors(weight, k)
@@ -97,7 +99,9 @@ def test_split_and_join_give_back_the_bytes(m: int, n: int, dtype: torch.dtype, 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_values_at_the_edge_of_the_format_come_back(dtype: torch.dtype) -> None:
     info = FINFO[dtype]
-    special = torch.tensor([0.0, -0.0, info.max, info.min, info.tiny, -info.tiny, info.smallest_normal, info.eps], dtype=torch.float64)
+    special = torch.tensor(
+        [0.0, -0.0, info.max, info.min, info.tiny, -info.tiny, info.smallest_normal, info.eps], dtype=torch.float64
+    )
     subnormal = torch.arange(1, 33, dtype=torch.float64) * (info.smallest_normal * info.eps)
     values = torch.cat([special, subnormal, -subnormal]).to(dtype)
     weight = values[torch.randint(len(values), (50, 40), generator=torch.Generator().manual_seed(0))]
@@ -131,7 +135,10 @@ def test_trained_weights_are_one_rounding_away_from_exact_arithmetic(dtype: torc
     residual, correction = split(weight, factors)
     result = join(residual, factors, correction, g)
     assert torch.equal(_bits(rescale(weight, factors, g)), _bits(result))
-    U, s, V = ([[Fraction(x) for x in row] for row in part.reshape(len(part), -1).tolist()] for part in (factors.U, factors.s, factors.V))
+    U, s, V = (
+        [[Fraction(x) for x in row] for row in part.reshape(len(part), -1).tolist()]
+        for part in (factors.U, factors.s, factors.V)
+    )
     change = [s[i][0] * (Fraction(g[i].item()) - 1) for i in range(3)]
     for row in range(12):
         for column in range(20):
@@ -199,7 +206,7 @@ def test_a_damaged_correction_is_noticed_or_harmless() -> None:
     residual, correction = split(weight, factors)
     assert correction is not None
     noticed = 0
-    for position in range(0, correction.numel()):
+    for position in range(correction.numel()):
         damaged = correction.clone()
         damaged[position] ^= 0x55
         try:

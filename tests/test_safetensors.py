@@ -41,7 +41,9 @@ def test_reads_what_the_library_writes(tmp_path: Path) -> None:
         assert entries.keys() == tensors.keys()
         for name, tensor in tensors.items():
             assert entries[name].shape == tuple(tensor.shape)
-            assert bytes(bytes_of(reader.read_bytes(entries[name]))) == bytes(bytes_of(tensor.contiguous().view(-1).view(torch.uint8)))
+            assert bytes(bytes_of(reader.read_bytes(entries[name]))) == bytes(
+                bytes_of(tensor.contiguous().view(-1).view(torch.uint8))
+            )
         assert torch.equal(reader.read(entries["a"]), tensors["a"])
         assert torch.equal(reader.read(entries["b"]), tensors["b"])
         whole = b"".join(reader.chunks(0, reader.header.data_bytes))
@@ -49,7 +51,11 @@ def test_reads_what_the_library_writes(tmp_path: Path) -> None:
 
 
 def test_library_reads_what_we_write(tmp_path: Path) -> None:
-    tensors = {"layer.0.U": torch.randn(3, 5), "layer.0.correction": torch.arange(16, dtype=torch.uint8), 'odd " ü name': torch.randn(1)}
+    tensors = {
+        "layer.0.U": torch.randn(3, 5),
+        "layer.0.correction": torch.arange(16, dtype=torch.uint8),
+        'odd " ü name': torch.randn(1),
+    }
     with TensorFileWriter(tmp_path / "f.safetensors", tensors) as writer:
         for name, tensor in tensors.items():
             writer.add(name, tensor)
@@ -70,7 +76,10 @@ MISLEADING = {
     "not UTF-8": (b'{"\xff": 1}', None),
     "deep": (b"[" * 100_000, None),
     "a list": ([], None),
-    "twice the same name": (b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', None),
+    "twice the same name": (
+        b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
+        None,
+    ),
     "no description": ({"a": 1}, None),
     "no dtype": ({"a": {"shape": [1], "data_offsets": [0, 1]}}, None),
     "negative size": ({"a": _tensor(0, 1, [-1])}, None),

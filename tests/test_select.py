@@ -24,7 +24,9 @@ def test_single_file() -> None:
 
 def test_sharded_with_index() -> None:
     index = {"weight_map": {"a": "model-2.safetensors", "b": "model-1.safetensors"}}
-    found = _select("model-1.safetensors", "model-2.safetensors", "other.safetensors", "model.safetensors.index.json", index=index)
+    found = _select(
+        "model-1.safetensors", "model-2.safetensors", "other.safetensors", "model.safetensors.index.json", index=index
+    )
     assert found.shards == ("model-1.safetensors", "model-2.safetensors")
     assert found.index == "model.safetensors.index.json"
     assert found.others == ("model.safetensors.index.json",)
@@ -32,20 +34,37 @@ def test_sharded_with_index() -> None:
 
 
 def test_single_file_wins_over_an_index_as_in_transformers() -> None:
-    found = _select("model.safetensors", "model-1.safetensors", "model.safetensors.index.json", index={"weight_map": {"a": "gone"}})
+    found = _select(
+        "model.safetensors", "model-1.safetensors", "model.safetensors.index.json", index={"weight_map": {"a": "gone"}}
+    )
     assert found.shards == ("model.safetensors",)
     assert sorted(found.left_out) == ["model-1.safetensors", "model.safetensors.index.json"]
 
 
 def test_diffusers_and_variant_names() -> None:
     assert _select("diffusion_pytorch_model.safetensors").shards == ("diffusion_pytorch_model.safetensors",)
-    found = _select("model.fp16-1.safetensors", "model.fp16.safetensors.index.json", index={"weight_map": {"a": "model.fp16-1.safetensors"}})
+    found = _select(
+        "model.fp16-1.safetensors", "model.fp16.safetensors.index.json", index={"weight_map": {"a": "model.fp16-1.safetensors"}}
+    )
     assert found.shards == ("model.fp16-1.safetensors",)
 
 
 def test_what_stays_behind() -> None:
-    found = _select("model.safetensors", "pytorch_model.bin", "model.gguf", ".git/config", "original/consolidated.safetensors", "onnx/model.onnx")
-    assert set(found.left_out) == {"pytorch_model.bin", "model.gguf", ".git/config", "original/consolidated.safetensors", "onnx/model.onnx"}
+    found = _select(
+        "model.safetensors",
+        "pytorch_model.bin",
+        "model.gguf",
+        ".git/config",
+        "original/consolidated.safetensors",
+        "onnx/model.onnx",
+    )
+    assert set(found.left_out) == {
+        "pytorch_model.bin",
+        "model.gguf",
+        ".git/config",
+        "original/consolidated.safetensors",
+        "onnx/model.onnx",
+    }
     assert found.others == ()
 
 

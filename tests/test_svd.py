@@ -42,7 +42,9 @@ MATRICES = {
     "rank 5": _with_values(torch.cat([torch.arange(5.0, 0, -1), torch.zeros(N - 5)])),
     "orthogonal": torch.linalg.qr(_gaussian(N, N))[0],
     "identity": torch.eye(N),
-    "staircase of 33": _with_values(torch.cat([torch.tensor([3.0, 2.9, 2.8]).repeat_interleave(33), torch.full((N - 99,), 0.1)])),
+    "staircase of 33": _with_values(
+        torch.cat([torch.tensor([3.0, 2.9, 2.8]).repeat_interleave(33), torch.full((N - 99,), 0.1)])
+    ),
     "pairs": _with_values(torch.arange(N // 2, 0, -1.0).repeat_interleave(2)),
     "geometric": _with_values(2.0 ** -torch.arange(float(N))),
     "dominant": _with_values(torch.cat([torch.tensor([1e3]), torch.linspace(1, 0, N - 1)])),
@@ -66,7 +68,9 @@ def _check(A: torch.Tensor, result: surgery.TruncatedSVD, k: int, *, value_error
     assert bool((s[:-1] >= s[1:]).all())
     for vectors in (U, V):
         assert (vectors.T @ vectors - torch.eye(k, dtype=torch.float64)).abs().max().item() < 1e-5
-    true_residual = torch.maximum((A.double() @ V - U * s).norm(dim=0), (A.double().T @ U - V * s).norm(dim=0)) / max(top, 1e-300)
+    true_residual = torch.maximum((A.double() @ V - U * s).norm(dim=0), (A.double().T @ U - V * s).norm(dim=0)) / max(
+        top, 1e-300
+    )
     # s is rounded to float32 after it was measured.
     assert bool((true_residual <= result.certificate.residual + 1e-7).all())
     assert bool(result.certificate.converged)
@@ -198,7 +202,9 @@ def test_values_that_are_no_numbers_are_refused(bad: float) -> None:
         ((0, 4, 5), torch.float32, 1, 1e-5, "batch"),
     ],
 )
-def test_arguments_that_make_no_sense(shape: tuple[int, ...], dtype: torch.dtype, k: int, tolerance: float, message: str) -> None:
+def test_arguments_that_make_no_sense(
+    shape: tuple[int, ...], dtype: torch.dtype, k: int, tolerance: float, message: str
+) -> None:
     with pytest.raises(OptionError, match=message):
         surgery.truncated_svd(torch.ones(shape, dtype=dtype), k, tolerance=tolerance)
 

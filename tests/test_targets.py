@@ -17,7 +17,13 @@ from surgery.errors import FormatError, OptionError
 from surgery.planning.plan import Plan
 from tests.models import save_llama, tensors_of
 
-_SMALL: dict[str, Any] = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, vocab_size=50)
+_SMALL: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "vocab_size": 50,
+}
 
 #: Family -> configuration, and the linear layers of one of its blocks.
 FAMILIES: dict[str, tuple[Any, set[str]]] = {
@@ -44,7 +50,9 @@ FAMILIES: dict[str, tuple[Any, set[str]]] = {
         {"q", "k", "v", "o", "wi", "wo"},
     ),
     "vit": (
-        transformers.ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=4),
+        transformers.ViTConfig(
+            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=4
+        ),
         {"query", "key", "value", "output.dense", "intermediate.dense"},
     ),
 }

@@ -15,7 +15,7 @@ import click
 
 from surgery import __version__
 from surgery.cli.report import Bar, say, size, table
-from surgery.errors import SurgeryError
+from surgery.errors import SurgeryError, SurgeryWarning
 
 if TYPE_CHECKING:
     from surgery.demo.run import DemoReport
@@ -58,9 +58,13 @@ def _warnings_as_notes(command: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(command)
     def wrapper(*args: Any, quiet: bool, **kwargs: Any) -> None:
-        with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *_args, **_kwargs: say(f"note: {message}", quiet=quiet)
-            command(*args, quiet=quiet, **kwargs)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", SurgeryWarning)
+            try:
+                command(*args, quiet=quiet, **kwargs)
+            finally:
+                for warning in caught:
+                    say(f"note: {warning.message}", quiet=quiet)
 
     return wrapper
 
@@ -80,7 +84,9 @@ def _warnings_as_notes(command: Callable[..., None]) -> Callable[..., None]:
 )
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the SVD's random start.")
-@click.option("--tolerance", default=1e-5, show_default=True, help="Residual over the largest singular value at which the SVD stops.")
+@click.option(
+    "--tolerance", default=1e-5, show_default=True, help="Residual over the largest singular value at which the SVD stops."
+)
 @_device
 @_overwrite
 @click.option("--dry-run", is_flag=True, help="Print what would be done, from headers alone, and stop.")
@@ -184,10 +190,23 @@ def fold(
     seconds = time.perf_counter() - start
     written = sum(record.size for record in report.files)
     if as_json:
-        figures = {"targets": report.targets, "changed": report.changed, "shards": len(report.files), "restored": report.restored}
-        click.echo(json.dumps({"schema_version": 1, "out": str(out), "seconds": round(seconds, 3), "bytes_written": written, **figures}))
+        figures = {
+            "targets": report.targets,
+            "changed": report.changed,
+            "shards": len(report.files),
+            "restored": report.restored,
+        }
+        click.echo(
+            json.dumps(
+                {"schema_version": 1, "out": str(out), "seconds": round(seconds, 3), "bytes_written": written, **figures}
+            )
+        )
         return
-    outcome = "the original weights, byte for byte" if report.restored == len(report.files) else f"{report.changed} of {report.targets} targets changed"
+    outcome = (
+        "the original weights, byte for byte"
+        if report.restored == len(report.files)
+        else f"{report.changed} of {report.targets} targets changed"
+    )
     say(f"{out}: {outcome}; {size(written)} in {seconds:.1f} s", quiet=quiet)
 
 
@@ -224,7 +243,9 @@ def inspect(factorized: Path, as_json: bool) -> None:
         ]
         for target in manifest.targets
     ]
-    click.echo(table(["target", "shape", "dtype", "rank", "energy", "s_1", "s_k", "residual", "converged", "undetermined"], rows))
+    click.echo(
+        table(["target", "shape", "dtype", "rank", "energy", "s_1", "s_k", "residual", "converged", "undetermined"], rows)
+    )
     totals = _totals(manifest)
     origin = f"{manifest.source.repo_id}@{manifest.source.commit}" if manifest.source.repo_id else "a local folder"
     click.echo(
@@ -269,9 +290,17 @@ def _demo_text(report: DemoReport) -> str:
             f"{report.loss_attached:.4f}",
             f"{report.seconds_train:.1f}",
         ],
-        ["folded model", f"{report.weights:,} weights", size(report.source_bytes), f"{report.loss_folded:.4f}", f"{report.seconds_fold:.1f}"],
+        [
+            "folded model",
+            f"{report.weights:,} weights",
+            size(report.source_bytes),
+            f"{report.loss_folded:.4f}",
+            f"{report.seconds_fold:.1f}",
+        ],
     ]
-    untouched = "gives the original files back, byte for byte" if report.untouched_fold_identical else "DIFFERS from the original files"
+    untouched = (
+        "gives the original files back, byte for byte" if report.untouched_fold_identical else "DIFFERS from the original files"
+    )
     return "\n".join(
         [
             table(["", "numbers", "on disk", "loss", "seconds"], rows),

@@ -122,7 +122,9 @@ def _load(folder: Path) -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise MissingExtra("the demo trains with transformers, which is not installed", hint="pip install 'model-surgery[demo]'") from error
+        raise MissingExtra(
+            "the demo trains with transformers, which is not installed", hint="pip install 'model-surgery[demo]'"
+        ) from error
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
 
@@ -160,7 +162,8 @@ def _loss(model: Any, text: torch.Tensor) -> float:
     """Mean cross-entropy in nats per byte, over 64 windows spread evenly."""
     starts = torch.linspace(0, len(text) - _CONTEXT - 1, 64).long()[:, None]
     ids = text[starts + torch.arange(_CONTEXT)]
-    return sum(float(model(input_ids=batch, labels=batch).loss) for batch in ids.split(16)) / 4
+    losses = [float(model(input_ids=batch, labels=batch).loss) for batch in torch.split(ids, 16)]
+    return sum(losses) / len(losses)
 
 
 def _size(folder: Path) -> int:

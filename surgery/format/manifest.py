@@ -149,7 +149,9 @@ class Manifest:
             unfinished = (folder / SURGERY_DIR).is_dir()
             raise SourceError(
                 f"{folder} is {'an unfinished' if unfinished else 'no'} factorized checkpoint: it has no {MANIFEST_FILE}",
-                hint="run surgery factorize again with --overwrite" if unfinished else "give the folder that surgery factorize wrote",
+                hint="run surgery factorize again with --overwrite"
+                if unfinished
+                else "give the folder that surgery factorize wrote",
             )
         parsed = read_json_object(path, str(path))
         if parsed.get("format_version") != FORMAT_VERSION:
@@ -190,7 +192,9 @@ def read_json_object(path: Path, name: str) -> dict[str, Any]:
     """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
-            raise FormatError(f"{name}: too large to be read", got=f"{path.stat().st_size} bytes", expected=f"at most {MAX_JSON_BYTES}")
+            raise FormatError(
+                f"{name}: too large to be read", got=f"{path.stat().st_size} bytes", expected=f"at most {MAX_JSON_BYTES}"
+            )
         parsed = json.loads(path.read_bytes().decode("utf-8"))
     except OSError as error:
         raise FormatError(f"{name}: cannot be read ({error.strerror})") from error

@@ -10,7 +10,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
-from surgery.errors import ScalesError
+from surgery.errors import ScalesError, SurgeryWarning
 from surgery.format.files import write_file
 from surgery.format.manifest import Manifest
 from surgery.format.safetensors import ShardReader
@@ -41,10 +41,12 @@ def read_scales(path: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
         ScalesError: made for other factors, or a tensor is missing, unknown, misshapen or not finite.
 
     Warns:
-        UserWarning: the file says nothing about its factors, or holds half-precision values.
+        SurgeryWarning: the file says nothing about its factors, or holds half-precision values.
     """
     if not path.is_file():
-        raise ScalesError(f"there is no scales file {path}", hint="a fresh one is surgery/scales.safetensors in the factorized folder")
+        raise ScalesError(
+            f"there is no scales file {path}", hint="a fresh one is surgery/scales.safetensors in the factorized folder"
+        )
     with ShardReader(path, name=str(path)) as reader:
         _check_owner(reader.header.metadata, manifest, path)
         half = sorted({entry.dtype for entry in reader.header.tensors} & {"BF16", "F16"})
@@ -52,11 +54,14 @@ def read_scales(path: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
             warnings.warn(
                 f"{path} holds {' and '.join(half)} scales: next to 1 they are spaced by "
                 f"{'2^-7' if 'BF16' in half else '2^-10'}; train them in float32",
+                SurgeryWarning,
                 stacklevel=2,
             )
         for entry in reader.header.tensors:
             if entry.dtype not in ("F32", "F16", "BF16"):
-                raise ScalesError(f"{path}: {entry.name!r} has a dtype that scales cannot have", got=entry.dtype, expected="F32")
+                raise ScalesError(
+                    f"{path}: {entry.name!r} has a dtype that scales cannot have", got=entry.dtype, expected="F32"
+                )
         values = {entry.name: reader.read(entry).float() for entry in reader.header.tensors}
     return check_scales(values, manifest, str(path))
 
@@ -66,6 +71,7 @@ def _check_owner(metadata: Mapping[str, str], manifest: Manifest, path: Path) ->
     if SCALES_METADATA_KEY not in metadata:
         warnings.warn(
             f"{path} does not say which factors it belongs to (its metadata is missing); checked by names and shapes only",
+            SurgeryWarning,
             stacklevel=3,
         )
         return
@@ -96,14 +102,18 @@ def check_scales(values: Mapping[str, torch.Tensor], manifest: Manifest, where: 
             hint="use the factorized folder these scales were trained with",
         )
     if missing:
-        raise ScalesError(f"{where}: the scales of {missing[0]!r} are missing" + _and_more(missing), expected="one entry per target")
+        raise ScalesError(
+            f"{where}: the scales of {missing[0]!r} are missing" + _and_more(missing), expected="one entry per target"
+        )
     checked = {}
     for name, rank in ranks.items():
         value = values[name].detach().to("cpu", torch.float32)
         if tuple(value.shape) != (rank,):
             raise ScalesError(f"{where}: {name!r} has the wrong shape", got=list(value.shape), expected=[rank])
         if not bool(torch.isfinite(value).all()):
-            raise ScalesError(f"{where}: {name!r} holds NaN or infinity", hint="the training diverged: take an earlier checkpoint")
+            raise ScalesError(
+                f"{where}: {name!r} holds NaN or infinity", hint="the training diverged: take an earlier checkpoint"
+            )
         checked[name] = value
     return checked
 

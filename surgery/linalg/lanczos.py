@@ -49,7 +49,6 @@ class Operator:
         self.passes += 1
         return y @ self.matrix.T if self.wide else y @ self.matrix
 
-
     # The same in float64, for the last step and the certificate: float32 products of vectors without changes of
     # sign are off by more than 1e-6. The matrix is widened a few rows at a time.
 
@@ -284,7 +283,7 @@ class _Basis:
 
     @staticmethod
     def _noise(rows: torch.Tensor) -> float:
-        return _NOISE * rows.norm(dim=1).max().item()
+        return _NOISE * float(rows.norm(dim=1).max())
 
 
 def _gram(rows: torch.Tensor) -> torch.Tensor:

@@ -23,8 +23,8 @@ from typing import TypeVar
 
 import torch
 
-from surgery.memory import bytes_of
 from surgery.linalg.rounding import from_ordinals, ordinals, round_once
+from surgery.memory import bytes_of
 
 #: Entries that are worked on at a time: float64 temporaries of this size stay in a core's cache.
 BLOCK_ENTRIES = 1 << 18
@@ -321,7 +321,11 @@ class _Decoder:
             raise CorruptCorrection("a block's lengths do not fit")
         entries = (rows.stop - rows.start) * self._columns
         mask_bytes = (entries + 7) // 8
-        packed = torch.frombuffer(_inflate(data[a:b], mask_bytes), dtype=torch.uint8) if entries else torch.empty(0, dtype=torch.uint8)
+        packed = (
+            torch.frombuffer(_inflate(data[a:b], mask_bytes), dtype=torch.uint8)
+            if entries
+            else torch.empty(0, dtype=torch.uint8)
+        )
         nonzero = _unpack_bits(packed)[:entries]
         count = int(nonzero.sum())
         units = torch.zeros(entries, dtype=self._dtype)

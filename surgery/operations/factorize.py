@@ -149,7 +149,9 @@ def factorize(
                 targets += shard_targets
     finally:
         progress.finish()
-    manifest = _finish(source, steps, out, shards, targets, OptionsRecord(rank, list(include), list(exclude), seed, tolerance), where)
+    manifest = _finish(
+        source, steps, out, shards, targets, OptionsRecord(rank, list(include), list(exclude), seed, tolerance), where
+    )
     for note in _accuracy_notes(targets):
         progress.note(note)
     return manifest
@@ -223,7 +225,9 @@ def run_job(job: Job, progress: Progress) -> tuple[ShardRecord, list[TargetRecor
 
 def _check_unchanged(reader: ShardReader, shard: ShardPlan) -> None:
     if reader.header.tensors != shard.header.tensors:
-        raise WeightError(f"{shard.file} has changed since the run was planned", hint="start again when nothing writes to the model")
+        raise WeightError(
+            f"{shard.file} has changed since the run was planned", hint="start again when nothing writes to the model"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +245,8 @@ def _factorize_target(target: Target, weight: torch.Tensor, job: Job) -> _Done:
         svd = truncated_svd(on_device, target.rank, tolerance=job.tolerance, seed=job.seed)
     except WeightError as error:
         raise WeightError(
-            f"{target.shard}: {target.tensor!r} holds NaN or infinity", hint=f"repair the model, or leave it out: --exclude {target.tensor!r}"
+            f"{target.shard}: {target.tensor!r} holds NaN or infinity",
+            hint=f"repair the model, or leave it out: --exclude {target.tensor!r}",
         ) from error
     factors = Factors(svd.U.cpu().contiguous(), svd.s.cpu(), svd.V.cpu().contiguous())
     parts = {"U": factors.U, "s": factors.s, "V": factors.V}

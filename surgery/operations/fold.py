@@ -74,7 +74,7 @@ def fold(
             for a model.
 
     Warns:
-        UserWarning: see ``surgery.format.scales.read_scales``.
+        SurgeryWarning: see ``surgery.format.scales.read_scales``.
     """
     progress = progress or Silent()
     where = choose_device(device)
@@ -93,15 +93,16 @@ def fold(
     progress.start("folding", total)
     try:
         files = [
-            _fold_shard(shard, manifest, factorized, weights, out, values, exact_on, progress)
-            for shard in manifest.shards
+            _fold_shard(shard, manifest, factorized, weights, out, values, exact_on, progress) for shard in manifest.shards
         ]
     finally:
         progress.finish()
     by_name = {record.file: record for record in manifest.files}
     for name in loading_order(by_name):
         if copy_file(factorized / name, out / name, name) != by_name[name]:
-            raise FormatError(f"{factorized / name} is not the file that the manifest describes", hint="restore it from the source model")
+            raise FormatError(
+                f"{factorized / name} is not the file that the manifest describes", hint="restore it from the source model"
+            )
     changed = sum(bool((value != 1).any()) for value in values.values())
     restored = sum(file.sha256 == shard.source.sha256 for file, shard in zip(files, manifest.shards, strict=True))
     return FoldReport(out, tuple(files), len(values), changed, restored)
@@ -119,7 +120,9 @@ class _OwnWeights:
     def file(self, shard: ShardRecord) -> tuple[Path, FileRecord]:
         """Where a shard's weights are, and what that file must be."""
         if shard.residual is None:
-            raise FormatError(f"{self._folder}: the manifest of a residual checkpoint lacks a weight file", got=shard.source.file)
+            raise FormatError(
+                f"{self._folder}: the manifest of a residual checkpoint lacks a weight file", got=shard.source.file
+            )
         return self._folder / shard.residual.file, shard.residual
 
 
@@ -188,12 +191,16 @@ def _fold_shard(
                 f"{path} is not the file that the manifest describes",
                 got=f"sha256 {walk.sha256}",
                 expected=f"sha256 {expected.sha256}",
-                hint="give the model that was factorized with --base" if manifest.layout == "overlay" else "factorize again: the file is damaged",
+                hint="give the model that was factorized with --base"
+                if manifest.layout == "overlay"
+                else "factorize again: the file is damaged",
             )
         record = writer.commit(shard.source.file)
     if not changed and record.sha256 != shard.source.sha256:
         (out / shard.source.file).unlink()
-        raise FormatError(f"{path}: untouched scales do not give the source back", hint="factorize again: the factors are damaged")
+        raise FormatError(
+            f"{path}: untouched scales do not give the source back", hint="factorize again: the factors are damaged"
+        )
     return record
 
 
@@ -236,7 +243,9 @@ class _FactorReader:
             )
         m, n = target.shape
         factors = Factors(
-            self._part(target, "U", [m, target.rank]), self._part(target, "s", [target.rank]), self._part(target, "V", [n, target.rank])
+            self._part(target, "U", [m, target.rank]),
+            self._part(target, "s", [target.rank]),
+            self._part(target, "V", [n, target.rank]),
         ).to(device)
         weight = piece.tensor.to(device)
         if self._overlay:

@@ -36,7 +36,9 @@ def prepare_output(out: Path, inputs: Iterable[Path], *, overwrite: bool) -> Non
         out.mkdir(parents=True, exist_ok=True)
         present = sorted(path.name for path in out.iterdir())
     except OSError as error:
-        raise OutputError(f"{out}: no folder that can be written ({error.strerror})", hint="choose another folder with -o") from error
+        raise OutputError(
+            f"{out}: no folder that can be written ({error.strerror})", hint="choose another folder with -o"
+        ) from error
     if not present:
         return
     if not overwrite:

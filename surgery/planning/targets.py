@@ -15,7 +15,9 @@ from surgery.names import FACTORIZABLE_DTYPES
 _BLOCK_INDEX = re.compile(r"(^|\.)\d+\.")
 _EMBEDDING = re.compile(r"embed|^(wte|wpe|shared|relative_attention_bias)$|position")
 _NORM = re.compile(r"norm|^ln(_|\d|$)|layernorm")
-_HEAD = frozenset({"lm_head", "head", "heads", "score", "classifier", "embed_out", "cls", "qa_outputs", "output_layer", "pooler"})
+_HEAD = frozenset(
+    {"lm_head", "head", "heads", "score", "classifier", "embed_out", "cls", "qa_outputs", "output_layer", "pooler"}
+)
 _ROUTER = frozenset({"router", "gate", "shared_expert_gate", "wg"})
 _NO_WEIGHT = re.compile(r"^(A_log|D|dt_bias|inv_freq)$|_bias$|^bias$|rotary|freqs")
 
@@ -77,10 +79,7 @@ def choose(entry: TensorEntry, shard: str, choice: Choice) -> Target | Skipped:
     impossible = _impossible(entry)
     if impossible is not None:
         return Skipped(entry.name, shard, impossible)
-    if choice.include:
-        reason = None if _matches(entry.name, choice.include) else "not matched by --include"
-    else:
-        reason = _role(entry)
+    reason = (None if _matches(entry.name, choice.include) else "not matched by --include") if choice.include else _role(entry)
     if reason is None and _matches(entry.name, choice.exclude):
         reason = "matched by --exclude"
     if reason is not None:

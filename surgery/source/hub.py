@@ -23,7 +23,11 @@ _OFFLINE_HINT = "connect to the network, or fetch the model once while online: h
 _MESSAGES: tuple[tuple[type[Exception], str, str], ...] = (
     (errors.GatedRepoError, "is gated and your token has no access to it", "accept its terms on its page, then: hf auth login"),
     (errors.DisabledRepoError, "has been disabled on the hub", "choose another model"),
-    (errors.RepositoryNotFoundError, "does not exist on the hub, or is private", "check the name; for a private one: hf auth login"),
+    (
+        errors.RepositoryNotFoundError,
+        "does not exist on the hub, or is private",
+        "check the name; for a private one: hf auth login",
+    ),
     (errors.RevisionNotFoundError, "has no such revision", "leave --revision out, or give a branch, tag or commit of it"),
     (errors.RevisionResolutionError, "cannot be reached, and is not in the local cache", _OFFLINE_HINT),
     (errors.RemoteEntryNotFoundError, "lacks a file that its listing names", "try again; the repository may be changing"),
@@ -65,7 +69,7 @@ def open_hub(repo_id: str, revision: str | None) -> Source:
             if isinstance(error.__cause__, errors.HfHubHTTPError):
                 raise error.__cause__ from None
             return _cached(repo_id, commit, record)
-        return HubSource(repo_id, commit, record, {file.filename: file.file_size for file in files})
+        return HubSource(repo_id, commit, record, {file.filename: file.file_size or 0 for file in files})
 
 
 def _cached(repo_id: str, commit: str, record: SourceRecord) -> FolderSource:
@@ -106,7 +110,9 @@ class HubSource:
         text = json.dumps({"__metadata__": parsed.metadata, **tensors}).encode()
         header = header_from_json(json.loads(text), raw=len(text).to_bytes(8, "little") + text, file=name)
         if header.data_bytes > self._sizes[shard]:
-            raise FormatError(f"{name}: the file is smaller than its header says", got=self._sizes[shard], expected=header.data_bytes)
+            raise FormatError(
+                f"{name}: the file is smaller than its header says", got=self._sizes[shard], expected=header.data_bytes
+            )
         return header
 
     def fetch(self, file: str) -> Path:

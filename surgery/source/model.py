@@ -87,7 +87,9 @@ def open_source(model: str | Path, *, revision: str | None = None) -> Source:
             raise SourceError(f"{model} is a local folder: it has no revisions", hint="leave --revision out")
         return FolderSource(path, name=str(model))
     if path.is_file():
-        raise SourceError(f"{model} is a file", expected="the folder that holds it, with its config.json", hint=f"give {path.parent}")
+        raise SourceError(
+            f"{model} is a file", expected="the folder that holds it, with its config.json", hint=f"give {path.parent}"
+        )
     if not _REPO_ID.fullmatch(str(model)):
         raise SourceError(f"there is no folder {model}", expected="a local folder or a Hugging Face repo id such as owner/name")
     from surgery.source.hub import open_hub  # the hub client is slow to import and not needed for folders

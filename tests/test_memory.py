@@ -1,0 +1,66 @@
+"""Peak memory is set by the largest target, not by the model."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import surgery
+
+ROOT = Path(__file__).parent.parent
+#: Prints the peak resident memory in bytes. VmHWM, since ru_maxrss is inherited from the
+#: process that starts this one; with a fixed threshold for mmap, since the C library otherwise keeps freed blocks.
+MEASURE = """
+import re, torch, surgery
+from surgery.operations import factorize, fold
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+torch.set_num_threads(1)
+{call}
+print(peak())
+"""
+
+
+def _model(folder: Path, layers: int) -> Path:
+    """Layers of weights of some 25 MB each, and an embedding that grows with their number."""
+    folder.mkdir()
+    torch.manual_seed(0)
+    weight = torch.randn(1536, 8) @ torch.randn(8, 4200) + 0.01 * torch.randn(1536, 4200)
+    tensors = {f"layers.{i}.mlp.up.weight": weight * (i + 1) for i in range(layers)}
+    tensors["embed.weight"] = torch.ones(4000 * layers, 1024)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def _peak(call: str) -> int:
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE.format(call=call)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "1000000"},
+    )
+    return int(done.stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_twice_the_layers_the_same_peak(tmp_path: Path) -> None:
+    peaks = {}
+    for layers in (4, 8):
+        model, factorized, folded = _model(tmp_path / f"m{layers}", layers), tmp_path / f"f{layers}", tmp_path / f"o{layers}"
+        peak = _peak(f"surgery.factorize({str(model)!r}, {str(factorized)!r}, rank=4, device='cpu')")
+        assert peak <= surgery.plan(model, rank=4).peak_memory_bytes
+        fold_peak = _peak(
+            f"surgery.fold({str(factorized)!r}, {str(factorized / 'surgery/scales.safetensors')!r}, {str(folded)!r})"
+        )
+        assert (folded / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+        peaks[layers] = (peak, fold_peak)
+    for small, large in zip(peaks[4], peaks[8], strict=True):
+        assert large < 1.05 * small

@@ -1,0 +1,25 @@
+"""Print docs/cli.md: the help of every command, as a terminal of 100 columns shows it."""
+
+from click.testing import CliRunner
+
+from surgery.cli.main import main
+
+HEAD = """# Command line
+
+Data goes to stdout, everything else to stderr. Progress is shown on a terminal only. Exit codes: 0 all well, 1 an error
+with its reason, 2 wrong usage. With `--json`, stdout holds one object with a `schema_version`.
+
+Written by `make docs`; a test holds it to what `--help` prints.
+"""
+
+
+def page() -> str:
+    parts = [HEAD]
+    for name in sorted(main.commands):
+        shown = CliRunner().invoke(main, [name, "--help"], terminal_width=100, prog_name="surgery").stdout.strip()
+        parts.append(f"## surgery {name}\n\n```text\n{shown}\n```\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    print(page(), end="")
