@@ -132,7 +132,8 @@ class TargetPiece:
 class ShardWalk:
     """One pass over a shard in file order, reading ahead and hashing what is read.
 
-    A context manager over an iterable of ``Bytes`` and ``TargetPiece``; after the last piece ``sha256`` is that of the whole file.
+    A context manager over an iterable of ``Bytes`` and ``TargetPiece``. After the last piece ``sha256`` is that of the
+    whole file.
     """
 
     def __init__(self, reader: ShardReader, targets: Collection[str], progress: Progress) -> None:

@@ -68,7 +68,7 @@ class FileWriter:
         with reporting(self.path):
             os.fsync(self.file.fileno())
             self.file.close()
-            os.replace(self.partial, self.path)
+            self.partial.replace(self.path)
             sync_directory(self.path.parent)
         return FileRecord(name, self.size, self._sha256.hexdigest())
 

@@ -1,0 +1,75 @@
+"""LLM-shaped checkpoints of any size, with spectra like those of real weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+
+def layer_shapes(hidden: int) -> dict[str, tuple[int, int]]:
+    """The matrices of one Llama block with grouped-query attention; MLP 3.5 times as wide."""
+    inner = 7 * hidden // 2
+    return {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (hidden // 4, hidden),
+        "self_attn.v_proj": (hidden // 4, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+
+
+def llm_like(m: int, n: int, generator: torch.Generator) -> torch.Tensor:
+    """float32 (m, n): 256 directions with a power-law spectrum i^-0.5, a Gaussian bulk below, a few outliers.
+
+    The directions are random vectors, orthogonal up to 1/sqrt(n), which costs one product where exact ones would
+    cost a factorization.
+    """
+    k = min(256, m, n)
+    left = torch.randn(m, k, generator=generator) / m**0.5
+    right = torch.randn(n, k, generator=generator) / n**0.5
+    matrix = (left * (4 * torch.arange(1, k + 1) ** -0.5)) @ right.T
+    matrix += torch.randn(m, n, generator=generator) * (0.5 / (m**0.5 + n**0.5))
+    outliers = torch.randint(m * n, (m * n // 100_000,), generator=generator)
+    matrix.view(-1)[outliers] *= 10
+    return matrix
+
+
+def write_checkpoint(
+    folder: Path, n_bytes: float, hidden: int, dtype: torch.dtype = torch.bfloat16, shard_bytes: float = 5e8
+) -> int:
+    """Write a checkpoint of about ``n_bytes`` with config and index; returns the number of weights in its blocks."""
+    folder.mkdir(parents=True)
+    shapes = layer_shapes(hidden)
+    layer_weights = sum(m * n for m, n in shapes.values())
+    width = torch.empty(0, dtype=dtype).element_size()
+    layers = max(1, round(n_bytes / (layer_weights * width)))
+    generator = torch.Generator().manual_seed(0)
+    pending: dict[str, torch.Tensor] = {
+        "model.embed_tokens.weight": (torch.randn(8192, hidden, generator=generator) * 0.02).to(dtype)
+    }
+    weight_map: dict[str, str] = {}
+    shard = 0
+
+    def flush() -> None:
+        nonlocal shard
+        shard += 1
+        name = f"model-{shard:05d}.safetensors"
+        save_file(pending, folder / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(pending, name))
+        pending.clear()
+
+    for layer in range(layers):
+        for name, (m, n) in shapes.items():
+            pending[f"model.layers.{layer}.{name}.weight"] = llm_like(m, n, generator).to(dtype)
+            if sum(tensor.numel() * width for tensor in pending.values()) >= shard_bytes:
+                flush()
+        pending[f"model.layers.{layer}.input_layernorm.weight"] = torch.ones(hidden, dtype=dtype)
+    flush()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": hidden, "num_hidden_layers": layers}))
+    return layers * layer_weights
