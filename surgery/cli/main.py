@@ -305,8 +305,8 @@ def _demo_text(report: DemoReport) -> str:
         [
             table(["", "numbers", "on disk", "loss", "seconds"], rows),
             "",
-            f"Trainable: {report.trainable / report.weights:.2%} of the weights. Loss: nats per byte of held-out English prose;",
-            "the model had learned Python source code.",
+            f"Trainable: {report.trainable / report.weights:.2%} of the weights. Loss: nats per byte of held-out English",
+            "prose; the model had learned Python source code.",
             f"Folding untouched scales {untouched}.",
         ]
     )
