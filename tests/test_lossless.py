@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from surgery.linalg.lossless import CorruptCorrection, Factors, join, rescale, split
+from surgery.linalg.correction import CorruptCorrection
+from surgery.linalg.lossless import Factors, join, rescale, split
 from surgery.linalg.rounding import from_ordinals, ordinals, round_once
 from tests.models import realistic
 

@@ -13,8 +13,6 @@ of at most 53 bits: float64 then computes it exactly, in whatever order.
 from __future__ import annotations
 
 import math
-import struct
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,22 +21,16 @@ from typing import TypeVar
 
 import torch
 
+from surgery.linalg.correction import CorrectionReader, assemble, encode_block
 from surgery.linalg.rounding import from_ordinals, ordinals, round_once
 from surgery.memory import bytes_of
 
 #: Entries that are worked on at a time: float64 temporaries of this size stay in a core's cache.
-BLOCK_ENTRIES = 1 << 18
+BLOCK_ENTRIES = 1 << 17
 #: On a GPU fewer, larger steps are better.
 DEVICE_BLOCK_ENTRIES = 1 << 24
 
 _T = TypeVar("_T")
-
-_ESCAPE = -128
-_BLOCK_HEADER = struct.Struct("<III")  # bytes of the mask, bytes of the values, number of escapes
-
-
-class CorruptCorrection(ValueError):
-    """A correction that does not decode. The caller knows the file and the tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,21 +99,15 @@ def split(weight: torch.Tensor, factors: Factors, *, correct: bool = True) -> tu
         residual[rows] = round_once(block.double().sub_(low_rank), weight.dtype)
         if not correct:
             return b""
-        return _encode(ordinals(block) - ordinals(_predict(residual[rows], low_rank)))
+        units = ordinals(block) - ordinals(_predict(residual[rows], low_rank))
+        return encode_block(units.flatten().cpu().numpy())
 
     blocks = _row_blocks(weight)
     encoded = _for_each_block(work, blocks, weight.device)
     if not correct:
         return residual, None
-    # Row count of a block, number of blocks, where each block ends; then the blocks.
-    ends, position = [], 0
-    for data in encoded:
-        position += len(data)
-        ends.append(position)
-    directory = struct.pack(f"<{2 + len(ends)}Q", blocks[0].stop if blocks else 0, len(ends), *ends)
-    payload = bytearray(b"".join([directory, *encoded]))
-    payload.extend(bytes(-len(payload) % 8))
-    return residual, torch.frombuffer(payload, dtype=torch.uint8)
+    rows_per_block = blocks[0].stop if blocks else 0
+    return residual, torch.frombuffer(assemble(encoded, rows_per_block), dtype=torch.uint8)
 
 
 def join(
@@ -145,7 +131,8 @@ def join(
         CorruptCorrection: the correction is damaged.
     """
     prediction = _Prediction(factors)
-    decoder = None if correction is None else _Decoder(correction, residual)
+    m, n = residual.shape
+    decoder = None if correction is None else CorrectionReader(bytes_of(correction), m, n, residual.element_size())
     update = None if scales is None else _Update(factors, scales)
     weight = torch.empty_like(residual)
 
@@ -156,11 +143,12 @@ def join(
             total = block.double().add_(low_rank)
             weight[rows] = round_once(total if update is None else update.add_to(total, rows), weight.dtype)
             return
-        units = ordinals(_predict(block, low_rank)).add_(decoder.block(rows))
+        difference = torch.from_numpy(decoder.block(rows.start)).reshape(block.shape).to(block.device)
+        units = ordinals(_predict(block, low_rank)).add_(difference)
         exact = from_ordinals(units, weight.dtype)
         weight[rows] = exact if update is None else round_once(update.add_to(exact.double(), rows), weight.dtype)
 
-    blocks = decoder.blocks if decoder else _row_blocks(residual)
+    blocks = _blocks_of(m, decoder.rows_per_block) if decoder else _row_blocks(residual)
     _for_each_block(work, blocks, residual.device)
     return weight
 
@@ -225,116 +213,3 @@ def _one_thread_each(workers: int) -> Iterator[ThreadPoolExecutor]:
             yield pool
     finally:
         torch.set_num_threads(threads)
-
-
-# --- the correction's encoding (docs/format.md) ---------------------------------------------------------------
-
-_PACK = 0x0102_0408_1020_4080
-
-
-def _pack_bits(mask: torch.Tensor) -> torch.Tensor:
-    """bool (8 n,) -> uint8 (n,): the first of each eight in the lowest bit."""
-    # Eight bools are eight bytes of 0 or 1: one multiplication gathers them in the top byte.
-    return (mask.view(torch.int64) * _PACK >> 56).to(torch.uint8)
-
-
-_UNPACK = torch.tensor(
-    [int.from_bytes(bytes(byte >> bit & 1 for bit in range(8)), "little") for byte in range(256)], dtype=torch.int64
-)
-
-
-def _unpack_bits(packed: torch.Tensor) -> torch.Tensor:
-    """uint8 (n,) -> bool (8 n,), undoing ``_pack_bits``."""
-    return _UNPACK[packed.int()].view(torch.bool)
-
-
-def _encode(units: torch.Tensor) -> bytes:
-    """One block: int16 or int32 differences in units in the last place, wrapped to their width -> bytes."""
-    units = units.flatten()
-    nonzero = units != 0
-    values = units[nonzero]
-    escaped = (values > 127) | (values < -127)
-    short = torch.where(escaped, _ESCAPE, values).to(torch.int8)
-    padded = torch.nn.functional.pad(nonzero, (0, -len(nonzero) % 8))
-    mask = _deflate(_raw(_pack_bits(padded)))
-    numbers = _deflate(_raw(short))
-    escapes = _raw(values[escaped])
-    return _BLOCK_HEADER.pack(len(mask), len(numbers), int(escaped.sum())) + mask + numbers + bytes(escapes)
-
-
-def _raw(tensor: torch.Tensor) -> memoryview:
-    return bytes_of(tensor.cpu().contiguous())
-
-
-def _deflate(data: memoryview) -> bytes:
-    # Entropy coding alone: there are no repeated strings in here, and looking for them costs four times the time.
-    coder = zlib.compressobj(1, zlib.DEFLATED, -zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_HUFFMAN_ONLY)
-    return coder.compress(data) + coder.flush()
-
-
-def _inflate(data: memoryview, size: int) -> bytearray:
-    """Exactly ``size`` bytes, whatever the stream claims."""
-    decoder = zlib.decompressobj(-zlib.MAX_WBITS)
-    try:
-        result = decoder.decompress(data, size + 1)
-    except zlib.error as error:
-        raise CorruptCorrection(str(error)) from None
-    if len(result) != size or not decoder.eof:
-        raise CorruptCorrection(f"a stream gives {len(result)} bytes where {size} belong")
-    return bytearray(result)
-
-
-class _Decoder:
-    """Random access to the blocks of an encoded correction; thread-safe."""
-
-    def __init__(self, encoded: torch.Tensor, matrix: torch.Tensor) -> None:
-        m, self._columns = matrix.shape
-        self._dtype = {2: torch.int16, 4: torch.int32}[matrix.element_size()]
-        self._device = matrix.device
-        self._bytes = _raw(encoded)
-        if len(self._bytes) < 16:
-            raise CorruptCorrection("it is cut off")
-        step, count = struct.unpack_from("<2Q", self._bytes)
-        if (step < 1 and m > 0) or count != -(-m // max(step, 1)) or len(self._bytes) < 16 + 8 * count:
-            raise CorruptCorrection(f"its directory does not fit {m} rows")
-        ends = struct.unpack_from(f"<{count}Q", self._bytes, 16)
-        base = 16 + 8 * count
-        starts = (0, *ends[:-1])
-        end = base + (ends[-1] if ends else 0)
-        if any(start > stop for start, stop in zip(starts, ends, strict=True)) or end + -end % 8 != len(self._bytes):
-            raise CorruptCorrection("its directory does not fit its length")
-        self.blocks = _blocks_of(m, max(step, 1))
-        self._step = max(step, 1)
-        self._spans = [(base + start, base + end) for start, end in zip(starts, ends, strict=True)]
-
-    def block(self, rows: slice) -> torch.Tensor:
-        """Differences for the rows of one of ``blocks``: integers of the weight's width, (rows, n)."""
-        start, stop = self._spans[rows.start // self._step]
-        data = self._bytes[start:stop]
-        if len(data) < _BLOCK_HEADER.size:
-            raise CorruptCorrection("a block is cut off")
-        n_mask, n_values, n_escapes = _BLOCK_HEADER.unpack_from(data)
-        width = torch.iinfo(self._dtype).bits // 8
-        a = _BLOCK_HEADER.size
-        b, c = a + n_mask, a + n_mask + n_values
-        if c + n_escapes * width != len(data):
-            raise CorruptCorrection("a block's lengths do not fit")
-        entries = (rows.stop - rows.start) * self._columns
-        mask_bytes = (entries + 7) // 8
-        packed = (
-            torch.frombuffer(_inflate(data[a:b], mask_bytes), dtype=torch.uint8)
-            if entries
-            else torch.empty(0, dtype=torch.uint8)
-        )
-        nonzero = _unpack_bits(packed)[:entries]
-        count = int(nonzero.sum())
-        units = torch.zeros(entries, dtype=self._dtype)
-        if count:
-            values = torch.frombuffer(_inflate(data[b:c], count), dtype=torch.int8).to(self._dtype)
-            escaped = values == _ESCAPE
-            if int(escaped.sum()) != n_escapes:
-                raise CorruptCorrection("a block's escapes do not fit")
-            if n_escapes:
-                values[escaped] = torch.frombuffer(bytearray(data[c:]), dtype=self._dtype)
-            units.masked_scatter_(nonzero, values)
-        return units.reshape(rows.stop - rows.start, self._columns).to(self._device)

@@ -17,7 +17,8 @@ from surgery.format.files import FileRecord, FileWriter, copy_file, file_sha256
 from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
 from surgery.format.safetensors import ShardReader, TensorEntry
 from surgery.format.scales import check_scales, read_scales
-from surgery.linalg.lossless import CorruptCorrection, Factors, join, rescale
+from surgery.linalg.correction import CorruptCorrection
+from surgery.linalg.lossless import Factors, join, rescale
 from surgery.memory import bytes_of
 from surgery.names import factor_key
 from surgery.operations.output import check_room, loading_order, prepare_output

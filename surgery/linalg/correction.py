@@ -1,0 +1,112 @@
+"""The encoding of corrections (docs/format.md): mostly zeros, the rest mostly -1 and 1. Plain NumPy, on the host."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+_ESCAPE = -128
+_BLOCK_HEADER = struct.Struct("<III")  # bytes of the mask, bytes of the values, number of escapes
+
+Integers = npt.NDArray[Any]
+
+
+class CorruptCorrection(ValueError):
+    """A correction that does not decode. The caller knows the file and the tensor."""
+
+
+def encode_block(units: Integers) -> bytes:
+    """One block, int16 or int32 (entries,), as bytes."""
+    nonzero = units != 0
+    values = units[np.flatnonzero(nonzero)]
+    escaped = (values > 127) | (values < -127)
+    short = np.where(escaped, _ESCAPE, values).astype(np.int8)
+    mask = _deflate(np.packbits(nonzero, bitorder="little").tobytes())
+    numbers = _deflate(short.tobytes())
+    escapes = values[escaped]
+    return _BLOCK_HEADER.pack(len(mask), len(numbers), len(escapes)) + mask + numbers + escapes.tobytes()
+
+
+def assemble(blocks: list[bytes], rows_per_block: int) -> bytearray:
+    """Encoded blocks with the directory in front, padded to a multiple of 8 bytes."""
+    ends = np.cumsum([len(block) for block in blocks], dtype=np.uint64)
+    result = bytearray(struct.pack("<2Q", rows_per_block, len(blocks)) + ends.tobytes())
+    for block in blocks:
+        result += block
+    result += bytes(-len(result) % 8)
+    return result
+
+
+class CorrectionReader:
+    """Random access to the blocks of an encoded correction; thread-safe.
+
+    Args:
+        data: as ``assemble`` made it; may be anything.
+        m, n: shape of the weight.
+        width: bytes per entry of the weight, 2 or 4.
+
+    Raises:
+        CorruptCorrection: the directory does not fit; ``block`` raises it too.
+    """
+
+    def __init__(self, data: memoryview, m: int, n: int, width: int) -> None:
+        self._data, self._m, self._n = data, m, n
+        self._dtype: np.dtype[Any] = np.dtype({2: "<i2", 4: "<i4"}[width])
+        if len(data) < 16:
+            raise CorruptCorrection("it is cut off")
+        step, count = struct.unpack_from("<2Q", data)
+        if (step < 1 and m > 0) or count != -(-m // max(step, 1)) or len(data) < 16 + 8 * count:
+            raise CorruptCorrection(f"its directory does not fit {m} rows")
+        self.rows_per_block = max(step, 1)
+        base = 16 + 8 * count
+        bounds = [base, *(base + end for end in struct.unpack_from(f"<{count}Q", data, 16))]
+        self._spans = list(pairwise(bounds))
+        if any(start > stop for start, stop in self._spans) or bounds[-1] + -bounds[-1] % 8 != len(data):
+            raise CorruptCorrection("its directory does not fit its length")
+
+    def block(self, first_row: int) -> Integers:
+        """The differences of the block that begins at ``first_row``, (entries,), of the weight's width."""
+        start, stop = self._spans[first_row // self.rows_per_block]
+        data = self._data[start:stop]
+        if len(data) < _BLOCK_HEADER.size:
+            raise CorruptCorrection("a block is cut off")
+        n_mask, n_values, n_escapes = _BLOCK_HEADER.unpack_from(data)
+        a = _BLOCK_HEADER.size
+        b, c = a + n_mask, a + n_mask + n_values
+        if c + n_escapes * self._dtype.itemsize != len(data):
+            raise CorruptCorrection("a block's lengths do not fit")
+        entries = min(self.rows_per_block, self._m - first_row) * self._n
+        packed = np.frombuffer(_inflate(data[a:b], (entries + 7) // 8), np.uint8)
+        # Searching bytes of 0 and 1 as booleans is many times faster than searching numbers.
+        positions = np.flatnonzero(np.unpackbits(packed, count=entries, bitorder="little").view(np.bool_))
+        values = np.frombuffer(_inflate(data[b:c], len(positions)), np.int8).astype(self._dtype)
+        escaped = np.flatnonzero(values == _ESCAPE)
+        if len(escaped) != n_escapes:
+            raise CorruptCorrection("a block's escapes do not fit")
+        values[escaped] = np.frombuffer(data[c:], self._dtype)
+        units: Integers = np.zeros(entries, self._dtype)
+        units[positions] = values
+        return units
+
+
+def _deflate(data: bytes) -> bytes:
+    # Entropy coding alone: there are no repeated strings in here, and looking for them costs four times the time.
+    coder = zlib.compressobj(1, zlib.DEFLATED, -zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_HUFFMAN_ONLY)
+    return coder.compress(data) + coder.flush()
+
+
+def _inflate(data: memoryview, size: int) -> bytes:
+    """Exactly ``size`` bytes, whatever the stream claims."""
+    decoder = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        result = decoder.decompress(data, size + 1)
+    except zlib.error as error:
+        raise CorruptCorrection(str(error)) from None
+    if len(result) != size or not decoder.eof:
+        raise CorruptCorrection(f"a stream gives {len(result)} bytes where {size} belong")
+    return result
