@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 FORMAT_VERSION = 1
 
 #: Everything of ours lives in this subfolder: loaders glob ``*.safetensors`` in the top one.
@@ -26,6 +28,12 @@ DTYPE_BITS = {
 
 #: Dtypes whose weights can be factorized and recovered bit for bit.
 FACTORIZABLE_DTYPES = ("BF16", "F16", "F32")
+
+
+#: What a run of ours writes into the subfolder, finished or not.
+OUR_FILES = re.compile(
+    rf"{SURGERY_DIR}/(factors-\d{{5,}}-of-\d{{5,}}\.safetensors|scales\.safetensors|manifest\.json)(\.partial)?"
+)
 
 
 def factors_file(index: int, count: int) -> str:

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 import surgery
-from surgery.errors import OptionError, SourceError
+from surgery.errors import FormatError, OptionError, SourceError
 from surgery.planning.plan import Layout
 from tests.models import save_llama
 
@@ -88,6 +88,16 @@ def test_conv1d_stores_its_weight_transposed(tmp_path: Path) -> None:
     scales.save(tmp_path / "s.safetensors")
     surgery.fold(tmp_path / "f", tmp_path / "s.safetensors", tmp_path / "out")
     assert torch.allclose(_load(tmp_path / "out").eval()(IDS).logits, model(IDS).logits, atol=1e-4)
+
+
+def test_damaged_factors_are_refused(llama: Path, tmp_path: Path) -> None:
+    surgery.factorize(llama, tmp_path / "f", rank=4)
+    path = sorted((tmp_path / "f/surgery").glob("factors-*"))[0]
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(FormatError, match="not the file that the manifest describes"):
+        surgery.attach(_load(llama), tmp_path / "f")
 
 
 def test_another_model_is_refused(llama: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import surgery
-from surgery.errors import FormatError, SourceError
+from surgery.errors import FormatError, OutputError, SourceError
 from tests.loopback_hub import LoopbackHub
 from tests.models import files_of
 
@@ -89,6 +89,23 @@ def test_pickle_only_repository_is_refused(hub: LoopbackHub, tmp_path: Path) -> 
     assert not [path for method, path, _ in hub.requests if method == "GET" and path.endswith("pytorch_model.bin")]
 
 
+def test_factorized_repository_is_refused(hub: LoopbackHub, llama: Path, tmp_path: Path) -> None:
+    surgery.factorize(llama, tmp_path / "f", rank=2)
+    hub.publish("acme/factorized", tmp_path / "f")
+    with pytest.raises(SourceError, match="acme/factorized is itself a factorized checkpoint"):
+        surgery.plan("acme/factorized")
+
+
+def test_cache_on_a_disk_that_is_too_small(
+    hub: LoopbackHub, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.publish("acme/large", llama)
+    real = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type(real)(real.total, real.used, 10_000))
+    with pytest.raises(OutputError, match=r"hub is too small"):
+        surgery.factorize("acme/large", tmp_path / "f", rank=2)
+
+
 def test_garbage_shard(hub: LoopbackHub, llama: Path, tmp_path: Path) -> None:
     shutil.copytree(llama, tmp_path / "m")
     shard = sorted((tmp_path / "m").glob("*.safetensors"))[0]
@@ -121,6 +138,7 @@ def test_offline_works_from_the_cache_and_says_so_without(hub: LoopbackHub, llam
     missing = _run("acme/never-fetched", tmp_path / "x", HF_HUB_OFFLINE="1")
     assert missing.returncode == 1
     assert "not in the local cache" in missing.stderr
+    assert "unset HF_HUB_OFFLINE" in missing.stderr
     assert "Traceback" not in missing.stderr
 
 

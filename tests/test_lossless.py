@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from fractions import Fraction
 
 import numpy as np
@@ -92,7 +93,6 @@ def test_split_and_join_give_back_the_bytes(
     factors = _factors(weight, k)
     residual, correction = split(weight, factors)
     assert residual.dtype == dtype
-    assert correction is not None
     assert correction.numel() % 8 == 0
     assert torch.equal(_bits(join(residual, factors, correction)), _bits(weight))
 
@@ -187,34 +187,25 @@ def test_thread_count_does_not_matter(dtype: torch.dtype) -> None:
 def test_correction_is_small() -> None:
     weight = realistic(1024, 1024).to(torch.bfloat16)
     _, correction = split(weight, _factors(weight, 16))
-    assert correction is not None
     assert correction.numel() < 0.25 * weight.numel()
 
 
-def test_without_correction_the_loss_is_about_a_rounding() -> None:
-    weight = realistic(300, 400).to(torch.bfloat16)
-    factors = _factors(weight, 16)
-    residual, correction = split(weight, factors, correct=False)
-    assert correction is None
-    difference = (join(residual, factors, None).double() - weight.double()).abs()
-    assert 0 < (difference > 0).double().mean().item() < 0.3
-    assert difference.max().item() <= 2.0**-8 * (weight.double().abs() + residual.double().abs()).max().item()
-
-
-def test_a_damaged_correction_is_noticed_or_harmless() -> None:
+def test_a_damaged_correction_does_nothing_but_give_other_weights_or_say_so() -> None:
+    """It carries no checksum of its own: the sha256 of its file does that, and fold checks it."""
     weight = realistic(40, 50).to(torch.float16)
     factors = _factors(weight, 4)
     residual, correction = split(weight, factors)
-    assert correction is not None
-    noticed = 0
     for position in range(correction.numel()):
         damaged = correction.clone()
         damaged[position] ^= 0x55
-        try:
-            join(residual, factors, damaged)
-        except CorruptCorrection:
-            noticed += 1
-    assert noticed > 0
+        with contextlib.suppress(CorruptCorrection):
+            assert join(residual, factors, damaged).shape == weight.shape
+
+
+def test_a_truncated_correction_is_noticed() -> None:
+    weight = realistic(40, 50).to(torch.float16)
+    factors = _factors(weight, 4)
+    residual, correction = split(weight, factors)
     for length in range(0, correction.numel(), 7):
         with pytest.raises(CorruptCorrection):
             join(residual, factors, correction[:length])

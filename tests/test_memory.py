@@ -52,7 +52,7 @@ def _peak(call: str) -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_twice_the_layers_the_same_peak(tmp_path: Path) -> None:
-    peaks = {}
+    peaks, sizes = {}, {}
     for layers in (4, 8):
         model, factorized, folded = _model(tmp_path / f"m{layers}", layers), tmp_path / f"f{layers}", tmp_path / f"o{layers}"
         peak = _peak(f"surgery.factorize({str(model)!r}, {str(factorized)!r}, rank=4, device='cpu')")
@@ -61,6 +61,9 @@ def test_twice_the_layers_the_same_peak(tmp_path: Path) -> None:
             f"surgery.fold({str(factorized)!r}, {str(factorized / 'surgery/scales.safetensors')!r}, {str(folded)!r})"
         )
         assert (folded / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+        sizes[layers] = (model / "model.safetensors").stat().st_size
         peaks[layers] = (peak, fold_peak)
+    growth = sizes[8] - sizes[4]
     for small, large in zip(peaks[4], peaks[8], strict=True):
-        assert large < 1.05 * small
+        # One matrix more or less may be in flight, as the threads happen to meet.
+        assert large < small + 35e6 < small + 0.25 * growth

@@ -198,7 +198,7 @@ def test_real_embedding_model(tmp_path: Path) -> None:
 
 
 def test_missing_model() -> None:
-    with pytest.raises(SourceError, match="no folder /no/such/model"):
+    with pytest.raises(SourceError, match="no folder '/no/such/model'"):
         surgery.factorize("/no/such/model")
 
 
@@ -239,7 +239,9 @@ def test_weights_that_are_no_numbers(value: float, tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     (tmp_path / "m/config.json").write_text("{}")
     save_file(tensors, tmp_path / "m/model.safetensors")
-    with pytest.raises(WeightError, match=r"model\.safetensors: 'layers\.1\.w\.weight' holds NaN or infinity"):
+    with pytest.raises(
+        WeightError, match=r"model\.safetensors: 'layers\.1\.w\.weight' cannot be factorized: the matrix holds NaN or infinity"
+    ):
         surgery.factorize(tmp_path / "m", tmp_path / "f", rank=2)
     assert files_of(tmp_path / "f") == {}
     surgery.factorize(tmp_path / "m", tmp_path / "g", rank=2, exclude=["layers.1.*"])
@@ -258,10 +260,38 @@ def test_output_folder_that_is_not_empty(llama: Path, tmp_path: Path) -> None:
 def test_overwrite_replaces_an_earlier_result_and_nothing_else(llama: Path, tmp_path: Path) -> None:
     surgery.factorize(llama, tmp_path / "f", rank=2)
     (tmp_path / "f/mine.txt").write_text("precious")
-    (tmp_path / "f/stale-00001.safetensors").write_bytes(b"old")
+    (tmp_path / "f/surgery/factors-00007-of-00009.safetensors.partial").write_bytes(b"left by a killed run")
     surgery.factorize(llama, tmp_path / "f", rank=4, layout="overlay", overwrite=True)
     surgery.factorize(llama, tmp_path / "fresh", rank=4, layout="overlay")
     assert files_of(tmp_path / "f") == {**files_of(tmp_path / "fresh"), "mine.txt": b"precious"}
+
+
+@pytest.mark.parametrize("foreign", ["surgery/mine.py", "weights.safetensors", "other.safetensors.index.json"])
+def test_overwrite_touches_no_folder_that_is_not_ours(foreign: str, llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "f" / foreign).parent.mkdir(parents=True)
+    (tmp_path / "f" / foreign).write_text("precious")
+    with pytest.raises(OutputError, match="no run of surgery has put there") as caught:
+        surgery.factorize(llama, tmp_path / "f", rank=2, overwrite=True)
+    assert foreign in str(caught.value)
+    assert files_of(tmp_path / "f") == {foreign: b"precious"}
+
+
+def test_scales_in_the_output_folder_are_not_overwritten(factorized: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    scales = tmp_path / "out/trained.safetensors"
+    scales.write_bytes((factorized / "surgery/scales.safetensors").read_bytes())
+    with pytest.raises(OutputError, match="lie in one another"):
+        surgery.fold(factorized, scales, tmp_path / "out", overwrite=True)
+    assert scales.exists()
+
+
+def test_fold_again_into_the_same_folder(factorized: Path, llama: Path, tmp_path: Path) -> None:
+    scales = _scales(Manifest.read(factorized))
+    surgery.fold(factorized, scales, tmp_path / "out")
+    with pytest.raises(OutputError, match="holds files already"):
+        surgery.fold(factorized, scales, tmp_path / "out")
+    surgery.fold(factorized, factorized / "surgery/scales.safetensors", tmp_path / "out", overwrite=True)
+    assert files_of(tmp_path / "out") == files_of(llama)
 
 
 def test_unfinished_run_is_not_taken_for_a_result(llama: Path, tmp_path: Path) -> None:
@@ -293,12 +323,20 @@ def test_fold_into_its_own_input(llama: Path, tmp_path: Path) -> None:
     assert files_of(tmp_path / "f") == before
 
 
-def test_disk_too_small_is_told_before_the_work(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_too_small_is_told_before_the_work(
+    llama: Path, factorized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type(real)(real.total, real.used, 10_000))
     with pytest.raises(OutputError, match="too small"):
-        surgery.factorize(llama, tmp_path / "f", rank=2)
-    assert files_of(tmp_path / "f") == {}
+        surgery.factorize(llama, tmp_path / "new", rank=2)
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(OutputError, match="too small"):
+        surgery.fold(factorized, factorized / "surgery/scales.safetensors", tmp_path / "out")
+    kept = files_of(factorized)
+    with pytest.raises(OutputError, match="too small"):
+        surgery.factorize(save_llama(tmp_path / "large", torch.float32), factorized, rank=2, overwrite=True)
+    assert files_of(factorized) == kept
 
 
 @pytest.mark.parametrize("device", ["tpu", "cuda:99", "cpu:7", ""])
@@ -309,6 +347,9 @@ def test_device_that_is_not_there(device: str, llama: Path, tmp_path: Path) -> N
 
 def test_factorized_folder_as_a_model(llama: Path, tmp_path: Path) -> None:
     surgery.factorize(llama, tmp_path / "f", rank=2)
+    with pytest.raises(SourceError, match="itself a factorized checkpoint"):
+        surgery.plan(tmp_path / "f")
+    (tmp_path / "f/surgery/manifest.json").unlink()
     with pytest.raises(SourceError, match="itself a factorized checkpoint"):
         surgery.plan(tmp_path / "f")
 
@@ -330,7 +371,8 @@ def test_one_flipped_bit_is_noticed(victim: str, factorized: Path, tmp_path: Pat
     path.write_bytes(data)
     with pytest.raises(FormatError, match=f"{path.name} is not the file that the manifest describes"):
         surgery.fold(factorized, factorized / "surgery/scales.safetensors", tmp_path / "out")
-    assert not (tmp_path / "out" / "config.json").exists() or victim.startswith("extra")
+    assert not (tmp_path / "out" / "config.json").exists()
+    assert not (tmp_path / "out" / "extra/notes.txt").exists()
 
 
 @pytest.mark.parametrize(
@@ -343,6 +385,9 @@ def test_one_flipped_bit_is_noticed(victim: str, factorized: Path, tmp_path: Pat
         (lambda m: m["targets"][0].update(rank="4"), "expected int"),
         (lambda m: m["targets"][0].update(rank=True), "expected int"),
         (lambda m: m["targets"][0].update(certificate=None), "expected an object"),
+        (lambda m: m["targets"][0]["certificate"].update(residual=[]), "contradict each other"),
+        (lambda m: m["targets"][0].update(rank=5), "contradict each other"),
+        (lambda m: m["shards"][0]["source"].update(file="."), "leaves its folder"),
         (lambda m: m["shards"][0]["source"].update(file="../../escape"), "leaves its folder"),
         (lambda m: m["files"][0].update(file="/etc/passwd"), "leaves its folder"),
     ],
@@ -419,6 +464,15 @@ def _metadata(path: Path) -> dict[str, str]:
     raw = path.read_bytes()
     header: dict[str, dict[str, str]] = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     return header["__metadata__"]
+
+
+def test_scales_that_overflow_the_weights(tmp_path: Path) -> None:
+    model = save_llama(tmp_path / "m", torch.float16)
+    manifest = surgery.factorize(model, tmp_path / "f", rank=4)
+    scales = {target.tensor: torch.full((4,), 1e6) for target in manifest.targets}
+    with pytest.raises(ScalesError, match="beyond the range of F16"):
+        surgery.fold(tmp_path / "f", scales, tmp_path / "out")
+    assert not (tmp_path / "out/config.json").exists()
 
 
 def test_scales_of_other_factors(factorized: Path, llama: Path, tmp_path: Path) -> None:

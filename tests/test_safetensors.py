@@ -80,6 +80,7 @@ MISLEADING = {
         b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}',
         None,
     ),
+    "half a character for a name": (b'{"\\ud800":{"dtype":"U8","shape":[3],"data_offsets":[0,3]}}', None),
     "no description": ({"a": 1}, None),
     "no dtype": ({"a": {"shape": [1], "data_offsets": [0, 1]}}, None),
     "negative size": ({"a": _tensor(0, 1, [-1])}, None),

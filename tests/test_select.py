@@ -81,6 +81,7 @@ def test_what_stays_behind() -> None:
         ({"weight_map": {"a": "/etc/passwd"}}, "leaves its folder"),
         ({"weight_map": {"a": "C:\\x.safetensors"}}, "leaves its folder"),
         ({"weight_map": {"a": ""}}, "leaves its folder"),
+        ({"weight_map": {"a": "."}}, "leaves its folder"),
         ({"weight_map": {"a": "sub/model-1.safetensors"}}, "not there"),
         ("[" * 100_000, "not valid JSON"),
     ],

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import surgery
 from surgery.errors import OptionError, WeightError
+from surgery.linalg import lanczos, svd
 from tests.models import realistic
 
 N = 640  # above the sizes that go to the Gram matrix
@@ -173,12 +174,58 @@ def test_reduced_precision_of_the_caller_does_no_harm_and_is_put_back() -> None:
     assert torch.equal(result.s, expected.s)
 
 
+def test_new_precision_settings_of_torch_are_put_back_too() -> None:
+    A = realistic(N, 700)
+    expected = surgery.truncated_svd(A, 8)
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            result = surgery.truncated_svd(A, 8)
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+    assert torch.equal(result.s, expected.s)
+
+
+def test_result_can_be_trained_on() -> None:
+    result = surgery.truncated_svd(realistic(40, 30).requires_grad_(), 4)
+    s = torch.nn.Parameter(result.s)
+    ((result.U * s) @ result.V.T).sum().backward()
+    assert s.grad is not None
+    assert not result.U.requires_grad
+
+
+def test_rounds_never_make_a_result_worse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With too few passes to converge, and no Gram matrix to fall back on, the best of the rounds is returned."""
+    A = _gaussian(1100, 1100)
+    monkeypatch.setattr(lanczos, "MAX_PASSES", 8)
+    monkeypatch.setattr(svd, "_MAX_GRAM", 0)
+    result = surgery.truncated_svd(A, 48)
+    assert not bool(result.certificate.converged)
+    assert result.certificate.residual.max().item() < 0.05
+    truth = torch.linalg.svdvals(A.double())[:48]
+    assert ((result.s.double() - truth).abs().max() / truth[0]).item() < 5e-3
+
+
+def test_values_beyond_the_range_of_float32_are_refused() -> None:
+    with pytest.raises(WeightError, match="beyond the range"):
+        surgery.truncated_svd(_gaussian(560, 600) * 1e37, 4)
+
+
 def test_certificate_tells_a_missing_gap() -> None:
     equal = surgery.truncated_svd(torch.eye(N), 4).certificate
     assert equal.angle_bound.min().item() > 0.01  # no direction of the identity is special
     apart = surgery.truncated_svd(_with_values(torch.cat([torch.tensor([9.0, 7.0, 5.0, 3.0]), torch.full((N - 4,), 0.1)])), 4)
     assert apart.certificate.angle_bound.max().item() < 1e-3
     assert apart.certificate.gap.tolist() == pytest.approx([2 / 9, 2 / 9, 2 / 9, 2 / 9], rel=1e-4)
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 63])
+def test_seeds_that_make_no_sense(seed: int) -> None:
+    with pytest.raises(OptionError, match="seed"):
+        surgery.truncated_svd(torch.ones(4, 5), 1, seed=seed)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -199,6 +246,7 @@ def test_values_that_are_no_numbers_are_refused(bad: float) -> None:
         ((4, 5), torch.int64, 1, 1e-5, "floating-point"),
         ((4, 5), torch.float32, 1, 0.0, "tolerance"),
         ((4, 5), torch.float32, 1, 2.0, "tolerance"),
+        ((4, 5), torch.float32, 1, 1e-7, "tolerance"),
         ((0, 4, 5), torch.float32, 1, 1e-5, "batch"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import time
 import warnings
 from collections.abc import Callable
@@ -53,11 +54,13 @@ _device = click.option("--device", default="auto", show_default=True, metavar="D
 _overwrite = click.option("--overwrite", is_flag=True, help="Replace an earlier result in the output folder.")
 
 
-def _warnings_as_notes(command: Callable[..., None]) -> Callable[..., None]:
-    """Show the library's warnings as notes, in one line each, unless --quiet."""
+def _notes_and_quiet(command: Callable[..., None]) -> Callable[..., None]:
+    """Show the library's warnings as notes, in one line each; with --quiet neither them nor the hub client's bars."""
 
     @wraps(command)
     def wrapper(*args: Any, quiet: bool, **kwargs: Any) -> None:
+        if quiet:
+            os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read by the hub client when it is imported
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", SurgeryWarning)
             try:
@@ -92,7 +95,7 @@ def _warnings_as_notes(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--dry-run", is_flag=True, help="Print what would be done, from headers alone, and stop.")
 @_json
 @_quiet
-@_warnings_as_notes
+@_notes_and_quiet
 def factorize(
     model: str,
     out: Path,
@@ -174,7 +177,7 @@ def _plan_text(steps: Plan) -> str:
 @_overwrite
 @_json
 @_quiet
-@_warnings_as_notes
+@_notes_and_quiet
 def fold(
     factorized: Path, scales: Path, out: Path, base: str | None, device: str, overwrite: bool, as_json: bool, quiet: bool
 ) -> None:
@@ -262,7 +265,7 @@ def inspect(factorized: Path, as_json: bool) -> None:
 @_overwrite
 @_json
 @_quiet
-@_warnings_as_notes
+@_notes_and_quiet
 def demo(out: Path | None, rank: int, steps: int, device: str, overwrite: bool, as_json: bool, quiet: bool) -> None:
     """Do the whole job on the built-in model: factorize, train the scales, fold, compare.
 

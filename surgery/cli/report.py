@@ -25,7 +25,7 @@ class Bar:
 
     def item(self, name: str) -> None:
         if self._bar is not None:
-            self._bar.set_postfix_str(name, refresh=False)
+            self._bar.set_postfix_str(name, refresh=True)
 
     def advance(self, n_bytes: int) -> None:
         if self._bar is not None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from surgery.errors import MissingExtra
+from surgery.errors import MissingExtra, OutputError
 from surgery.operations.factorize import factorize
 from surgery.operations.fold import fold
 from surgery.progress import Progress, Silent
@@ -72,6 +72,9 @@ def run_demo(
     if out is None:
         with tempfile.TemporaryDirectory(prefix="surgery-demo-") as folder:
             return _run(Path(folder), rank, steps, device, overwrite, progress or Silent())
+    for name in ("factorized", "scales.safetensors", "folded"):
+        if (Path(out) / name).exists() and not overwrite:
+            raise OutputError(f"{Path(out) / name} is there already", hint="--overwrite replaces an earlier demo")
     return _run(Path(out), rank, steps, device, overwrite, progress or Silent())
 
 

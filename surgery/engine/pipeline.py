@@ -23,7 +23,7 @@ class ReadAhead(Generic[_T]):
     """Iterate over ``items`` with the next one being made in a thread while this one is used.
 
     Exactly one item is ready or in the making besides the one handed out. A context manager: leaving it stops the
-    thread, whatever happened. Errors of the iterator are raised where its item would have come.
+    thread after the item in the making. Errors of the iterator are raised where its item would have come.
     """
 
     def __init__(self, items: Iterator[_T]) -> None:
@@ -40,7 +40,8 @@ class ReadAhead(Generic[_T]):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stopping = True
         self._room.release()
-        self._thread.join()
+        # On an error nobody wants what is still being read, which may be a whole download: the thread is left behind.
+        self._thread.join(timeout=None if error is None else 1.0)
 
     def _run(self) -> None:
         try:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import IO, Self
+from typing import IO, Any, Self
 
-from surgery.errors import OutputError
+from surgery.errors import FormatError, OutputError
 
 #: Bytes moved at a time where no tensor has to be whole.
 CHUNK_BYTES = 8 << 20
+MAX_JSON_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +65,11 @@ class FileWriter:
                 done += self.file.write(view[done:])
         self.size += len(view)
 
+    @property
+    def sha256(self) -> str:
+        """Of what has been written so far, in order."""
+        return self._sha256.hexdigest()
+
     def commit(self, name: str) -> FileRecord:
         """Put the file in place, synced; the record carries ``name``."""
         with reporting(self.path):
@@ -70,7 +77,7 @@ class FileWriter:
             self.file.close()
             self.partial.replace(self.path)
             sync_directory(self.path.parent)
-        return FileRecord(name, self.size, self._sha256.hexdigest())
+        return FileRecord(name, self.size, self.sha256)
 
 
 def write_file(path: Path, data: bytes) -> str:
@@ -86,11 +93,12 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def copy_file(source: Path, target: Path, name: str) -> FileRecord:
+def copy_file(source: Path, target: Path, name: str, expected: FileRecord | None = None) -> FileRecord:
     """Copy a file as bytes; the record carries ``name``.
 
     Raises:
         OutputError: the source cannot be read or the target not be written.
+        FormatError: the file is not the ``expected`` one. Nothing is put in place then.
     """
     try:
         file = open(source, "rb")
@@ -99,7 +107,19 @@ def copy_file(source: Path, target: Path, name: str) -> FileRecord:
     with file, FileWriter(target) as writer:
         while data := file.read(CHUNK_BYTES):
             writer.write(data)
+        if expected is not None and writer.sha256 != expected.sha256:
+            raise not_as_described(source, writer.sha256, expected, "restore it from the source model")
         return writer.commit(name)
+
+
+def not_as_described(path: Path, found: str, expected: FileRecord, hint: str) -> FormatError:
+    """The error for a file that has another sha256 than its manifest says."""
+    return FormatError(
+        f"{path} is not the file that the manifest describes",
+        got=f"sha256 {found}",
+        expected=f"sha256 {expected.sha256}",
+        hint=hint,
+    )
 
 
 def sync_directory(path: Path) -> None:
@@ -123,5 +143,40 @@ def reporting(path: Path) -> Iterator[None]:
     except OSError as error:
         raise OutputError(
             f"{path}: cannot be written ({error.strerror or error})",
-            hint="free some space or choose another folder with -o, then run the same command again",
+            hint="free some space or choose another folder with -o, then run it again with --overwrite",
         ) from error
+
+
+def read_json_object(path: Path, name: str) -> dict[str, Any]:
+    """A JSON object from a file that may be anything.
+
+    Raises:
+        FormatError: not readable, too large, not JSON, or no object.
+    """
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise FormatError(
+                f"{name}: too large to be read", got=f"{path.stat().st_size} bytes", expected=f"at most {MAX_JSON_BYTES}"
+            )
+        parsed = json.loads(path.read_bytes().decode("utf-8"))
+    except OSError as error:
+        raise FormatError(f"{name}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, FormatError):
+            raise
+        raise FormatError(f"{name}: not valid JSON ({error})") from None
+    if not isinstance(parsed, dict):
+        raise FormatError(f"{name}: no JSON object", got=type(parsed).__name__)
+    return parsed
+
+
+def check_relative_path(name: str, where: str) -> str:
+    """``name`` if it stays inside the folder it is relative to.
+
+    Raises:
+        FormatError: absolute, with ``..``, empty, or with characters no path of ours has.
+    """
+    path = PurePosixPath(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or ":" in path.parts[0]:
+        raise FormatError(f"{where}: a path that leaves its folder", got=repr(name)[:200], expected="a plain relative path")
+    return name

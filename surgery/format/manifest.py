@@ -6,14 +6,12 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, TypeVar
 
 from surgery.errors import FormatError, SourceError
-from surgery.format.files import FileRecord, write_file
+from surgery.format.files import FileRecord, check_relative_path, read_json_object, write_file
 from surgery.names import FORMAT_VERSION, MANIFEST_FILE, SURGERY_DIR
-
-MAX_JSON_BYTES = 1 << 30
 
 _T = TypeVar("_T")
 
@@ -57,6 +55,7 @@ class TargetRecord:
         energy: share of the squared Frobenius norm in the kept part.
         s_first, s_last: largest and smallest kept singular value.
         sha256: of the original tensor's bytes.
+        residual_sha256: of its residual's bytes; None in the overlay layout.
         factors_sha256: of the bytes of U, s and V, in this order.
         certificate: of the SVD.
     """
@@ -71,6 +70,7 @@ class TargetRecord:
     s_first: float
     s_last: float
     sha256: str
+    residual_sha256: str | None
     factors_sha256: str
     certificate: CertificateRecord
 
@@ -166,6 +166,8 @@ class Manifest:
             check_relative_path(record.file, str(path))
         for shard in manifest.shards:
             check_relative_path(shard.source.file, str(path))
+        for target in manifest.targets:
+            _check_target(target, str(path))
         return manifest
 
     def output_files(self) -> list[FileRecord]:
@@ -178,45 +180,16 @@ class Manifest:
         return [target for target in self.targets if target.shard == shard]
 
 
+def _check_target(target: TargetRecord, where: str) -> None:
+    lengths = {len(target.certificate.residual), len(target.certificate.gap)}
+    if len(target.shape) != 2 or not 1 <= target.rank <= min(target.shape) or lengths != {target.rank}:
+        raise FormatError(f"{where}: the entries of {target.tensor!r} contradict each other")
+
+
 def fingerprint_of(targets: list[TargetRecord]) -> str:
     """sha256 over the names and the factor hashes of all targets."""
     pairs = sorted((target.tensor, target.factors_sha256) for target in targets)
     return hashlib.sha256(json.dumps(pairs, ensure_ascii=False).encode()).hexdigest()
-
-
-def read_json_object(path: Path, name: str) -> dict[str, Any]:
-    """A JSON object from a file that may be anything.
-
-    Raises:
-        FormatError: not readable, too large, not JSON, or no object.
-    """
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise FormatError(
-                f"{name}: too large to be read", got=f"{path.stat().st_size} bytes", expected=f"at most {MAX_JSON_BYTES}"
-            )
-        parsed = json.loads(path.read_bytes().decode("utf-8"))
-    except OSError as error:
-        raise FormatError(f"{name}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, FormatError):
-            raise
-        raise FormatError(f"{name}: not valid JSON ({error})") from None
-    if not isinstance(parsed, dict):
-        raise FormatError(f"{name}: no JSON object", got=type(parsed).__name__)
-    return parsed
-
-
-def check_relative_path(name: str, where: str) -> str:
-    """``name`` if it stays inside the folder it is relative to.
-
-    Raises:
-        FormatError: absolute, with ``..``, empty, or with characters no path of ours has.
-    """
-    path = PurePosixPath(name)
-    if not name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or ":" in path.parts[0]:
-        raise FormatError(f"{where}: a path that leaves its folder", got=repr(name)[:200], expected="a plain relative path")
-    return name
 
 
 def _decode(kind: type[_T], value: Any, where: str) -> _T:

@@ -128,6 +128,8 @@ def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _entry(name: str, value: Any, file: str) -> TensorEntry:
     where = f"{file}: tensor {name!r}"
+    if any(0xD800 <= ord(character) < 0xE000 for character in name):
+        raise FormatError(f"{where}: the name is no Unicode text")
     if not isinstance(value, dict):
         raise FormatError(f"{where} has no description")
     dtype, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")

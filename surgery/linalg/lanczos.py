@@ -38,6 +38,7 @@ class Operator:
         self.wide = matrix.shape[0] < matrix.shape[1]
         self.long, self.short = max(matrix.shape), min(matrix.shape)
         self.passes = 0
+        self._wide_entries = _WIDE_ENTRIES_CPU if matrix.device.type == "cpu" else _WIDE_ENTRIES
 
     def to_long(self, x: torch.Tensor) -> torch.Tensor:
         """Rows (b, short) -> (b, long)."""
@@ -62,6 +63,17 @@ class Operator:
         self.passes += 1
         return self._from_right(y) if self.wide else self._from_left(y)
 
+    def gram_wide(self) -> torch.Tensor:
+        """float64 (short, short), A^T A or A A^T, without widening all of A at once."""
+        self.passes += 1
+        total = torch.zeros(self.short, self.short, dtype=torch.float64, device=widened(self.matrix[:0]).device)
+        step = max(1, self._wide_entries // self.short)
+        for start in range(0, self.long, step):
+            part = self.matrix[:, start : start + step].T if self.wide else self.matrix[start : start + step]
+            rows = widened(part)
+            total.addmm_(rows.T, rows)
+        return total
+
     def _from_left(self, x: torch.Tensor) -> torch.Tensor:
         """x A, (b, m) -> (b, n)."""
         total = torch.zeros(len(x), self.matrix.shape[1], dtype=torch.float64, device=x.device)
@@ -75,7 +87,7 @@ class Operator:
 
     def _row_blocks(self) -> list[slice]:
         m, n = self.matrix.shape
-        step = max(1, (_WIDE_ENTRIES_CPU if self.matrix.device.type == "cpu" else _WIDE_ENTRIES) // n)
+        step = max(1, self._wide_entries // n)
         return [slice(start, min(start + step, m)) for start in range(0, m, step)]
 
 
@@ -127,8 +139,7 @@ def block_lanczos(
     """Ritz vectors for the k largest singular values.
 
     Stops when every residual, estimated from the recurrence, is below ``tolerance`` times the largest singular
-    value and below 100 ``tolerance`` times its own, or when ``MAX_PASSES`` is reached. The caller measures the true
-    residuals.
+    value and below 100 ``tolerance`` times its own, or after ``MAX_PASSES``. The caller measures the true residuals.
 
     Args:
         operator: the matrix, float32 or float64.
@@ -136,15 +147,16 @@ def block_lanczos(
         tolerance: see above.
         block: rows per step.
         generator: private random generator, on the CPU.
-        start: (b, short) rows to begin from instead of random ones.
+        start: (b, short) rows to begin from, b <= ``block``; filled up with random ones.
     """
     basis = _Basis(operator, limit=basis_limit(k, block), block=block, generator=generator)
     basis.begin(start)
     keep = k + max(block, k // 2)
+    last_pass = operator.passes + MAX_PASSES
     checks = _CheckSchedule()
     while True:
         basis.step()
-        last = operator.passes + 2 > MAX_PASSES
+        last = operator.passes + 2 > last_pass
         full = basis.size + block > basis.limit
         if not (checks.due() or full or last):
             continue
@@ -269,9 +281,7 @@ class _Basis:
         for _ in range(2):
             block = block - (block @ known.T) @ known
             # The first rows hardly move, so the coupling need not be corrected: Cholesky keeps their order.
-            factor = torch.linalg.cholesky(_gram(block))
-            inverse = torch.linalg.solve_triangular(factor, torch.eye(len(factor), dtype=torch.float64), upper=False)
-            block = inverse.to(block) @ block
+            block = _inverse_root(_gram(block)).to(block) @ block
         self._rows[self.size : self.size + room] = block
         self._pending = room
         self._coupling = coupling
@@ -284,6 +294,17 @@ class _Basis:
     @staticmethod
     def _noise(rows: torch.Tensor) -> float:
         return _NOISE * float(rows.norm(dim=1).max())
+
+
+def _inverse_root(gram: torch.Tensor) -> torch.Tensor:
+    """T with ``T gram T^T = I``, from Cholesky, or from eigenvectors where rounding has made gram indefinite."""
+    factor, info = torch.linalg.cholesky_ex(gram)
+    if info.item() == 0:
+        inverse: torch.Tensor = torch.linalg.solve_triangular(factor, torch.eye(len(factor), dtype=torch.float64), upper=False)
+    else:
+        values, vectors = torch.linalg.eigh(gram)
+        inverse = (vectors / values.clamp(min=1e-14 * values[-1].item()).sqrt()).T
+    return inverse
 
 
 def _gram(rows: torch.Tensor) -> torch.Tensor:

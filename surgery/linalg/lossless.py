@@ -27,8 +27,8 @@ from surgery.memory import bytes_of
 
 #: Entries that are worked on at a time: float64 temporaries of this size stay in a core's cache.
 BLOCK_ENTRIES = 1 << 17
-#: On a GPU fewer, larger steps are better.
-DEVICE_BLOCK_ENTRIES = 1 << 24
+#: Blocks that a GPU works on at a time: fewer, larger steps are better there.
+DEVICE_BLOCKS = 128
 
 _T = TypeVar("_T")
 
@@ -66,9 +66,9 @@ class _Prediction:
         self._right = right.T.contiguous()
         self._unit = 2.0 ** (left_exponent + right_exponent - 2 * bits)
 
-    def rows(self, start: int, stop: int) -> torch.Tensor:
-        """float64 (stop - start, n)."""
-        return (self._left[start:stop] @ self._right).mul_(self._unit)
+    def rows(self, rows: slice) -> torch.Tensor:
+        """float64, the rows asked for, (r, n)."""
+        return (self._left[rows] @ self._right).mul_(self._unit)
 
 
 def _to_integers(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, int]:
@@ -78,85 +78,75 @@ def _to_integers(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, int]:
     return torch.ldexp(x.double(), torch.tensor(bits - exponent, device=x.device)).round_(), exponent
 
 
-def split(weight: torch.Tensor, factors: Factors, *, correct: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
+def split(weight: torch.Tensor, factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
     """Residual of a weight, and the correction that makes it lossless.
 
     Args:
         weight: (m, n), bfloat16, float16 or float32, finite, on a device with float64.
         factors: on the same device.
-        correct: whether to compute the correction.
 
     Returns:
         The residual ``round(W - U diag(s) V^T)``, same shape, dtype and device as ``weight``, and the encoded
-        correction, uint8 (bytes,) on the CPU, a multiple of 8 bytes; None without ``correct``. ``join`` undoes it.
+        correction, uint8 (bytes,) on the CPU, a multiple of 8 bytes. ``join`` undoes it.
     """
+    m, n = weight.shape
     prediction = _Prediction(factors)
     residual = torch.empty_like(weight)
+    step = max(1, BLOCK_ENTRIES // n)
 
-    def work(rows: slice) -> bytes:
+    def work(rows: slice) -> list[bytes]:
         block = weight[rows]
-        low_rank = prediction.rows(rows.start, rows.stop)
+        low_rank = prediction.rows(rows)
         residual[rows] = round_once(block.double().sub_(low_rank), weight.dtype)
-        if not correct:
-            return b""
-        units = ordinals(block) - ordinals(_predict(residual[rows], low_rank))
-        return encode_block(units.flatten().cpu().numpy())
+        units = (ordinals(block) - ordinals(_predict(residual[rows], low_rank))).cpu().numpy()
+        return [encode_block(units[part].ravel()) for part in _slices(len(units), step)]
 
-    blocks = _row_blocks(weight)
-    encoded = _for_each_block(work, blocks, weight.device)
-    if not correct:
-        return residual, None
-    rows_per_block = blocks[0].stop if blocks else 0
-    return residual, torch.frombuffer(assemble(encoded, rows_per_block), dtype=torch.uint8)
+    encoded = [data for blocks in _for_each(work, m, step, weight.device) for data in blocks]
+    return residual, torch.frombuffer(assemble(encoded, step), dtype=torch.uint8)
 
 
 def join(
-    residual: torch.Tensor, factors: Factors, correction: torch.Tensor | None, scales: torch.Tensor | None = None
+    residual: torch.Tensor, factors: Factors, correction: torch.Tensor, scales: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The weight that ``split`` took apart, with its directions scaled.
 
-    ``round(W + U diag(s (g - 1)) V^T)`` with W recovered exactly, in float64, rounded once. Without ``correction``
-    W is only ``residual + U diag(s) V^T``, rounded together with the update.
+    ``round(W + U diag(s (g - 1)) V^T)`` with W recovered exactly, in float64, rounded once.
 
     Args:
         residual: (m, n), the weight's dtype, on a device with float64.
         factors: on the same device.
-        correction: as returned by ``split``, on the CPU, or None.
+        correction: as returned by ``split``, on the CPU.
         scales: ``g``, float32 (k,), on the CPU; None for all ones, which gives W itself.
 
     Returns:
         (m, n), dtype and device of ``residual``.
 
     Raises:
-        CorruptCorrection: the correction is damaged.
+        CorruptCorrection: the correction is damaged in a way that shows.
     """
-    prediction = _Prediction(factors)
     m, n = residual.shape
-    decoder = None if correction is None else CorrectionReader(bytes_of(correction), m, n, residual.element_size())
+    prediction = _Prediction(factors)
+    reader = CorrectionReader(bytes_of(correction), m, n, residual.element_size())
     update = None if scales is None else _Update(factors, scales)
     weight = torch.empty_like(residual)
+    step = reader.rows_per_block
 
     def work(rows: slice) -> None:
         block = residual[rows]
-        low_rank = prediction.rows(rows.start, rows.stop)
-        if decoder is None:
-            total = block.double().add_(low_rank)
-            weight[rows] = round_once(total if update is None else update.add_to(total, rows), weight.dtype)
-            return
-        difference = torch.from_numpy(decoder.block(rows.start)).reshape(block.shape).to(block.device)
-        units = ordinals(_predict(block, low_rank)).add_(difference)
+        parts = [torch.from_numpy(reader.block(first)) for first in range(rows.start, rows.stop, step)]
+        difference = torch.cat(parts).reshape(block.shape).to(block.device)
+        units = ordinals(_predict(block, prediction.rows(rows))).add_(difference)
         exact = from_ordinals(units, weight.dtype)
         weight[rows] = exact if update is None else round_once(update.add_to(exact.double(), rows), weight.dtype)
 
-    blocks = _blocks_of(m, decoder.rows_per_block) if decoder else _row_blocks(residual)
-    _for_each_block(work, blocks, residual.device)
+    _for_each(work, m, step, residual.device)
     return weight
 
 
 def rescale(weight: torch.Tensor, factors: Factors, scales: torch.Tensor) -> torch.Tensor:
     """``round(W + U diag(s (g - 1)) V^T)`` from the weight itself: the fold of an overlay.
 
-    Args and result as for ``join``; gives the same bits.
+    Args and result as for ``join``.
     """
     update = _Update(factors, scales)
     result = torch.empty_like(weight)
@@ -164,7 +154,8 @@ def rescale(weight: torch.Tensor, factors: Factors, scales: torch.Tensor) -> tor
     def work(rows: slice) -> None:
         result[rows] = round_once(update.add_to(weight[rows].double(), rows), weight.dtype)
 
-    _for_each_block(work, _row_blocks(weight), weight.device)
+    m, n = weight.shape
+    _for_each(work, m, max(1, BLOCK_ENTRIES // n), weight.device)
     return result
 
 
@@ -185,21 +176,21 @@ def _predict(residual: torch.Tensor, low_rank: torch.Tensor) -> torch.Tensor:
     return low_rank.add_(residual).to(torch.float32).to(residual.dtype)
 
 
-def _row_blocks(matrix: torch.Tensor) -> list[slice]:
-    m, n = matrix.shape
-    entries = BLOCK_ENTRIES if matrix.device.type == "cpu" else DEVICE_BLOCK_ENTRIES
-    return _blocks_of(m, max(1, entries // max(n, 1)))
-
-
-def _blocks_of(m: int, step: int) -> list[slice]:
+def _slices(m: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, m)) for start in range(0, m, step)]
 
 
-def _for_each_block(work: Callable[[slice], _T], blocks: list[slice], device: torch.device) -> list[_T]:
-    """Run ``work`` on each block; on a CPU with one single-threaded worker per core, so that temporaries stay in cache."""
+def _for_each(work: Callable[[slice], _T], m: int, step: int, device: torch.device) -> list[_T]:
+    """Run ``work`` on m rows, ``step`` at a time on a CPU and a larger multiple of it elsewhere.
+
+    On a CPU with one single-threaded worker per core, so that temporaries stay in its cache.
+    """
+    if device.type != "cpu":
+        return [work(rows) for rows in _slices(m, step * DEVICE_BLOCKS)]
+    blocks = _slices(m, step)
     workers = min(len(blocks), torch.get_num_threads())
-    if device.type != "cpu" or workers < 2:
-        return [work(block) for block in blocks]
+    if workers < 2:
+        return [work(rows) for rows in blocks]
     with _one_thread_each(workers) as pool:
         return list(pool.map(work, blocks))
 

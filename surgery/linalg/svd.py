@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -17,6 +18,8 @@ DEFAULT_TOLERANCE = 1e-5
 #: A block of b vectors sees at most b copies of a repeated value; values this close (over s_1) count as copies.
 _CLUSTER = 1e-3
 _MAX_ROUNDS = 4
+#: Units of the working precision that rounding may leave in a residual.
+_ROUNDING = 16
 #: Beyond this the Gram matrix is no fallback any more: its eigenproblem takes longer than anybody waits.
 _MAX_GRAM = 8192
 
@@ -76,8 +79,9 @@ def truncated_svd(A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERAN
     Args:
         A: (m, n) or (B, m, n), any real floating dtype, any device.
         k: 1 <= k <= min(m, n).
-        tolerance: residuals are brought below ``tolerance * s_1`` (and below ``100 * tolerance * s_i``). The error
-            of a singular value is of second order in it.
+        tolerance: residuals are brought below ``tolerance * s_1``, and below ``100 * tolerance * s_i`` as far as
+            rounding allows (2e-6 s_1 in float32, also its least value). The error of a singular value is of second
+            order in it.
         seed: of the random start block.
 
     Returns:
@@ -85,8 +89,8 @@ def truncated_svd(A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERAN
         never hidden.
 
     Raises:
-        OptionError: k, tolerance or the shape or dtype of A make no sense.
-        WeightError: A holds NaN or infinity.
+        OptionError: k, tolerance, seed or the shape or dtype of A make no sense.
+        WeightError: A holds NaN or infinity, or its singular values overflow.
 
     Source: see ``surgery.linalg.lanczos``; the certificate is that of Golub, Van Loan, "Matrix Computations",
     section 8.6, and Wedin, "Perturbation bounds in connection with singular value decomposition" (BIT 12, 1972).
@@ -98,12 +102,30 @@ def truncated_svd(A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERAN
         )
     if not 1 <= k <= min(A.shape[-2:]):
         raise OptionError("the rank does not fit the matrix", got=f"k = {k}", expected=f"1 <= k <= {min(A.shape[-2:])}")
-    if not 0 < tolerance < 1:
+    check_accuracy(tolerance, seed, torch.float64 if A.dtype == torch.float64 else torch.float32)
+    if False:
         raise OptionError("the tolerance makes no sense", got=tolerance, expected="a number between 0 and 1, such as 1e-5")
-    with torch.inference_mode(), _full_precision():
+    with torch.no_grad(), _full_precision(A.device):
         if A.ndim == 2:
             return _solve(A, k, tolerance, seed)
         return _stack([_solve(matrix, k, tolerance, seed) for matrix in A], A, k)
+
+
+def check_accuracy(tolerance: float, seed: int, dtype: torch.dtype = torch.float32) -> None:
+    """Refuse a tolerance or seed that no run in ``dtype`` can honour.
+
+    Raises:
+        OptionError: naming the limits.
+    """
+    floor = _ROUNDING * torch.finfo(dtype).eps
+    if not floor <= tolerance < 1:
+        raise OptionError(
+            "the tolerance makes no sense",
+            got=tolerance,
+            expected=f"at least {floor:.1e}, the rounding of {dtype}, and below 1",
+        )
+    if not 0 <= seed < 1 << 63:
+        raise OptionError("the seed makes no sense", got=seed, expected="a whole number from 0 to 2^63 - 1")
 
 
 def _stack(parts: list[TruncatedSVD], A: torch.Tensor, k: int) -> TruncatedSVD:
@@ -151,6 +173,8 @@ def _solve(A: torch.Tensor, k: int, tolerance: float, seed: int) -> TruncatedSVD
         work = torch.ldexp(work, torch.tensor(-shift, device=work.device))
     operator = Operator(work)
     method, triplets = _by_best_engine(operator, k, tolerance, seed)
+    if not math.isfinite(torch.ldexp(triplets.s, torch.tensor(shift)).to(work.dtype)[0].item()):
+        raise WeightError(f"the matrix has singular values beyond the range of {work.dtype}", got=f"entries of up to {largest}")
     return _finished(operator, triplets, method, tolerance, shift)
 
 
@@ -168,19 +192,23 @@ def _by_best_engine(operator: Operator, k: int, tolerance: float, seed: int) -> 
 
 def _lanczos(operator: Operator, k: int, tolerance: float, seed: int) -> _Triplets:
     generator = torch.Generator().manual_seed(seed)
-    block = min(block_size(k, operator.matrix.device), operator.short - 1)
-    start = None
+    widest = operator.short - 1
+    block = min(block_size(k, operator.matrix.device), widest)
+    start, best = None, None
     for _ in range(_MAX_ROUNDS):
         ritz = block_lanczos(operator, k, tolerance=tolerance, block=block, generator=generator, start=start)
         triplets = _from_rows(operator, ritz.rows, max(ritz.values[k].item(), 0.0) ** 0.5)
-        if block < k and _clustered(triplets.s, block):
+        if block < min(k, widest) and _clustered(triplets.s, block):
             # Residuals cannot show that a copy of a repeated value is missing: look again with a block wider than k.
-            block, start = min(k + 8, operator.short - 1), None
+            block, start = min(k + 8, widest), None
             continue
-        if _converged(triplets, tolerance, operator):
+        if best is None or triplets.residual.max() < best.residual.max():
+            best = triplets
+        if _converged(best, tolerance, operator):
             break
-        start = triplets.short.T[:block]
-    return triplets
+        block, start = min(max(block, k), widest), best.short.T
+    assert best is not None  # a clustered round is followed by one that is not
+    return best
 
 
 def _clustered(s: torch.Tensor, block: int) -> bool:
@@ -189,7 +217,7 @@ def _clustered(s: torch.Tensor, block: int) -> bool:
 
 def _allowed(s: torch.Tensor, tolerance: float, operator: Operator) -> torch.Tensor:
     """Largest residual over s_1 that passes, per triplet."""
-    floor = 16 * torch.finfo(operator.matrix.dtype).eps
+    floor = _ROUNDING * torch.finfo(operator.matrix.dtype).eps
     relative = 100 * tolerance * s / s[0].clamp(min=1e-300)
     return relative.clamp(max=tolerance).clamp(min=floor)
 
@@ -226,9 +254,7 @@ def _measured(
 
 def _gram(operator: Operator, k: int) -> _Triplets:
     """Leading eigenvectors of the float64 Gram matrix of the short side."""
-    matrix = widened(operator.matrix)
-    operator.passes += 1
-    values, vectors = torch.linalg.eigh(matrix @ matrix.T if operator.wide else matrix.T @ matrix)
+    values, vectors = torch.linalg.eigh(operator.gram_wide())
     next_value = max(values[-k - 1].item(), 0.0) ** 0.5 if k < len(values) else 0.0
     return _from_rows(operator, vectors[:, -k:].flip(1).T, next_value)
 
@@ -292,11 +318,15 @@ def _signs(U: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
-    """No TF32 or bfloat16 inside float32 products, whatever the caller has chosen; put back afterwards."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """No TF32, bfloat16 or autocast inside float32 products, whatever the caller has chosen; put back afterwards."""
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = "ieee"
     try:
-        yield
+        with torch.autocast(device.type, enabled=False):
+            yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 from contextlib import ExitStack
@@ -13,7 +14,7 @@ import torch
 from surgery import __version__
 from surgery.device import choose_device, device_name
 from surgery.engine.pipeline import ReadAhead, ShardWalk, TargetPiece, WriteBehind
-from surgery.errors import OptionError, WeightError
+from surgery.errors import OptionError, SourceError, WeightError
 from surgery.format.files import FileRecord, FileWriter, copy_file
 from surgery.format.manifest import (
     CertificateRecord,
@@ -28,9 +29,9 @@ from surgery.format.manifest import (
 from surgery.format.safetensors import ShardReader, TensorFileWriter
 from surgery.format.scales import write_scales
 from surgery.linalg.lossless import Factors, split
-from surgery.linalg.svd import DEFAULT_TOLERANCE, TruncatedSVD, truncated_svd
+from surgery.linalg.svd import DEFAULT_TOLERANCE, TruncatedSVD, check_accuracy, truncated_svd
 from surgery.memory import bytes_of
-from surgery.names import FORMAT_VERSION, SCALES_FILE, factor_key, factors_file
+from surgery.names import FORMAT_VERSION, MANIFEST_FILE, SCALES_FILE, factor_key, factors_file
 from surgery.operations.output import check_room, loading_order, prepare_output
 from surgery.planning.plan import LAYOUTS, Layout, Plan, ShardPlan, make_plan
 from surgery.planning.targets import Choice, Target
@@ -124,15 +125,16 @@ def factorize(
     """
     progress = progress or Silent()
     where = choose_device(device)
-    if not 0 < tolerance < 1:
-        raise OptionError("the tolerance makes no sense", got=tolerance, expected="a number between 0 and 1, such as 1e-5")
+    check_accuracy(tolerance, seed)
     source = open_source(model, revision=revision)
     steps = _plan(source, rank, include, exclude, layout)
     for note in steps.notes:
         progress.note(note)
     out = Path(out)
-    prepare_output(out, [folder] if (folder := source.folder()) else [], overwrite=overwrite)
-    check_room(out, steps.bytes_written)
+    if (download := source.bytes_to_fetch()) is not None:
+        check_room(*download)
+    inputs = [folder] if (folder := source.folder()) else []
+    prepare_output(out, inputs, _output_files(source, steps), steps.bytes_written, overwrite=overwrite)
 
     progress.start("factorizing", steps.bytes_read)
     shards, targets = [], []
@@ -155,6 +157,17 @@ def factorize(
     for note in _accuracy_notes(targets):
         progress.note(note)
     return manifest
+
+
+def _output_files(source: Source, steps: Plan) -> set[str]:
+    """Everything that the run will write, relative to the output folder."""
+    files = {MANIFEST_FILE, SCALES_FILE, *source.selection.others}
+    for index, shard in enumerate(steps.shards):
+        if shard.targets:
+            files.add(factors_file(index, len(steps.shards)))
+        if steps.layout == "residual":
+            files.add(shard.file)
+    return files
 
 
 def _finish(
@@ -225,7 +238,7 @@ def run_job(job: Job, progress: Progress) -> tuple[ShardRecord, list[TargetRecor
 
 def _check_unchanged(reader: ShardReader, shard: ShardPlan) -> None:
     if reader.header.tensors != shard.header.tensors:
-        raise WeightError(
+        raise SourceError(
             f"{shard.file} has changed since the run was planned", hint="start again when nothing writes to the model"
         )
 
@@ -245,8 +258,8 @@ def _factorize_target(target: Target, weight: torch.Tensor, job: Job) -> _Done:
         svd = truncated_svd(on_device, target.rank, tolerance=job.tolerance, seed=job.seed)
     except WeightError as error:
         raise WeightError(
-            f"{target.shard}: {target.tensor!r} holds NaN or infinity",
-            hint=f"repair the model, or leave it out: --exclude {target.tensor!r}",
+            f"{target.shard}: {target.tensor!r} cannot be factorized: {error.what}",
+            hint=f"repair the model, or leave it out: --exclude '{glob.escape(target.tensor)}'",
         ) from error
     factors = Factors(svd.U.cpu().contiguous(), svd.s.cpu(), svd.V.cpu().contiguous())
     parts = {"U": factors.U, "s": factors.s, "V": factors.V}
@@ -256,12 +269,13 @@ def _factorize_target(target: Target, weight: torch.Tensor, job: Job) -> _Done:
         exact_on = torch.device("cpu") if device.type == "mps" else device
         residual, correction = split(weight if exact_on.type == "cpu" else on_device, factors.to(exact_on))
         residual = residual.cpu()
-        assert correction is not None
         parts["correction"] = correction
-    return _Done(_target_record(target, weight, svd, factors), residual, parts)
+    return _Done(_target_record(target, weight, svd, factors, residual), residual, parts)
 
 
-def _target_record(target: Target, weight: torch.Tensor, svd: TruncatedSVD, factors: Factors) -> TargetRecord:
+def _target_record(
+    target: Target, weight: torch.Tensor, svd: TruncatedSVD, factors: Factors, residual: torch.Tensor | None
+) -> TargetRecord:
     kept = factors.s.double().square().sum().item()
     total = torch.linalg.vector_norm(weight, dtype=torch.float64).item() ** 2
     return TargetRecord(
@@ -275,6 +289,7 @@ def _target_record(target: Target, weight: torch.Tensor, svd: TruncatedSVD, fact
         s_first=factors.s[0].item(),
         s_last=factors.s[-1].item(),
         sha256=hashlib.sha256(bytes_of(weight)).hexdigest(),
+        residual_sha256=None if residual is None else hashlib.sha256(bytes_of(residual)).hexdigest(),
         factors_sha256=factors_hash(factors),
         certificate=CertificateRecord(
             method=str(svd.certificate.method),

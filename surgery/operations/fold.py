@@ -12,8 +12,8 @@ import torch
 
 from surgery.device import choose_device
 from surgery.engine.pipeline import ShardWalk, TargetPiece, WriteBehind
-from surgery.errors import FormatError, OptionError, SourceError
-from surgery.format.files import FileRecord, FileWriter, copy_file, file_sha256
+from surgery.errors import FormatError, OptionError, ScalesError, SourceError
+from surgery.format.files import FileRecord, FileWriter, copy_file, file_sha256, not_as_described
 from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
 from surgery.format.safetensors import ShardReader, TensorEntry
 from surgery.format.scales import check_scales, read_scales
@@ -21,9 +21,12 @@ from surgery.linalg.correction import CorruptCorrection
 from surgery.linalg.lossless import Factors, join, rescale
 from surgery.memory import bytes_of
 from surgery.names import factor_key
-from surgery.operations.output import check_room, loading_order, prepare_output
+from surgery.operations.output import loading_order, prepare_output
 from surgery.progress import Progress, Silent
 from surgery.source.model import Source, open_source
+
+_BASE_HINT = "give the model that was factorized with --base"
+_DAMAGED_HINT = "factorize again: the file is damaged"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +87,11 @@ def fold(
     values = check_scales(scales, manifest) if isinstance(scales, Mapping) else read_scales(Path(scales), manifest)
     weights = _weight_source(factorized, manifest, base)
     inputs = [factorized] + ([folder] if (folder := weights.folder()) else [])
-    prepare_output(out, inputs, overwrite=overwrite)
+    if not isinstance(scales, Mapping):
+        inputs.append(Path(scales))
     total = sum(shard.source.size for shard in manifest.shards)
-    check_room(out, total + sum(record.size for record in manifest.files))
+    writes = [shard.source.file for shard in manifest.shards] + [record.file for record in manifest.files]
+    prepare_output(out, inputs, writes, total + sum(record.size for record in manifest.files), overwrite=overwrite)
 
     # Folding is float64 arithmetic, which an Apple GPU does not have.
     exact_on = torch.device("cpu") if where.type == "mps" else where
@@ -100,10 +105,7 @@ def fold(
         progress.finish()
     by_name = {record.file: record for record in manifest.files}
     for name in loading_order(by_name):
-        if copy_file(factorized / name, out / name, name) != by_name[name]:
-            raise FormatError(
-                f"{factorized / name} is not the file that the manifest describes", hint="restore it from the source model"
-            )
+        copy_file(factorized / name, out / name, name, by_name[name])
     changed = sum(bool((value != 1).any()) for value in values.values())
     restored = sum(file.sha256 == shard.source.sha256 for file, shard in zip(files, manifest.shards, strict=True))
     return FoldReport(out, tuple(files), len(values), changed, restored)
@@ -186,16 +188,16 @@ def _fold_shard(
                 assert factors is not None  # there are touched targets
                 name = piece.entry.name
                 weight = factors.fold(targets[name], piece, scales[name] if name in changed else None, device)
+                if name in changed and not bool(torch.isfinite(weight).all()):
+                    raise ScalesError(
+                        f"the scales of {name!r} push weights beyond the range of {targets[name].dtype}",
+                        got=f"scales of up to {scales[name].abs().max().item():.3g}",
+                        hint="the training diverged: take an earlier checkpoint",
+                    )
                 behind.submit(writer.write, bytes_of(weight))
         if walk.sha256 != expected.sha256:
-            raise FormatError(
-                f"{path} is not the file that the manifest describes",
-                got=f"sha256 {walk.sha256}",
-                expected=f"sha256 {expected.sha256}",
-                hint="give the model that was factorized with --base"
-                if manifest.layout == "overlay"
-                else "factorize again: the file is damaged",
-            )
+            overlay = manifest.layout == "overlay"
+            raise not_as_described(path, walk.sha256, expected, _BASE_HINT if overlay else _DAMAGED_HINT)
         record = writer.commit(shard.source.file)
     if not changed and record.sha256 != shard.source.sha256:
         (out / shard.source.file).unlink()
@@ -214,20 +216,15 @@ class _FactorReader:
         self._name = shard.factors.file
         self._reader = ShardReader(folder / self._name, name=self._name)
         self._entries = {entry.name: entry for entry in self._reader.header.tensors}
-        self._expected = shard.factors.sha256
+        self._record = shard.factors
         self._path = folder / self._name
         self._overlay = shard.residual is None
 
     def __enter__(self) -> _FactorReader:
         self._reader.__enter__()
-        if (found := file_sha256(self._path)) != self._expected:
+        if (found := file_sha256(self._path)) != self._record.sha256:
             self._reader.__exit__(None, None, None)
-            raise FormatError(
-                f"{self._path} is not the file that the manifest describes",
-                got=f"sha256 {found}",
-                expected=f"sha256 {self._expected}",
-                hint="factorize again: the file is damaged",
-            )
+            raise not_as_described(self._path, found, self._record, _DAMAGED_HINT)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -1,4 +1,4 @@
-"""The output folder: refused where it must not be, cleared of an earlier result, checked for room."""
+"""The output folder: refused where it must not be, checked for room, cleared of an earlier result and nothing else."""
 
 from __future__ import annotations
 
@@ -6,72 +6,104 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from surgery.errors import OutputError
-from surgery.names import CONFIG_FILE, MANIFEST_FILE, SURGERY_DIR
+from surgery.errors import OutputError, SurgeryError
+from surgery.format.files import reporting
+from surgery.format.manifest import Manifest
+from surgery.names import CONFIG_FILE, MANIFEST_FILE, OUR_FILES, SCALES_FILE, SURGERY_DIR
+
+_PARTIAL = ".partial"
 
 
-def prepare_output(out: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
-    """Make ``out`` an empty folder, or one whose weights are gone.
+def prepare_output(out: Path, inputs: Iterable[Path], writes: Iterable[str], needed: int, *, overwrite: bool) -> None:
+    """Make ``out`` a folder that the result can be written to.
 
-    With ``overwrite`` only what would mix with the new result is removed: the ``surgery`` subfolder and the
-    safetensors and index files at the top. Files of other kinds stay unless the new result replaces them.
+    With ``overwrite`` the files of an earlier result are removed: those that its manifest names, those that the new
+    result will write, and what an unfinished run leaves. Weights and files in ``surgery/`` that are neither are a
+    reason to refuse, as they would mix with the result or are not ours; any other file is left alone.
 
     Args:
         out: created if missing.
-        inputs: folders that are read; ``out`` may neither be one, nor lie in one, nor hold one.
+        inputs: folders and files that are read; ``out`` may neither be one, nor lie in one, nor hold one.
+        writes: files of the new result, relative.
+        needed: bytes that it takes.
         overwrite: whether an earlier result may be replaced.
 
     Raises:
-        OutputError: not empty, one of the inputs, or not to be written.
+        OutputError: ``out`` is not empty, not ours, one of the inputs, too small, or not to be written.
     """
-    real = out.resolve()
-    for folder in inputs:
-        read = folder.resolve()
-        if real == read or read in real.parents or real in read.parents:
-            raise OutputError(
-                f"the output {out} and the input {folder} lie in one another",
-                hint="choose another folder with -o; what is read is never written to",
-            )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        present = sorted(path.name for path in out.iterdir())
-    except OSError as error:
-        raise OutputError(
-            f"{out}: no folder that can be written ({error.strerror})", hint="choose another folder with -o"
-        ) from error
-    if not present:
-        return
-    if not overwrite:
-        unfinished = SURGERY_DIR in present and not (out / MANIFEST_FILE).exists()
+    _check_apart(out, inputs)
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is no folder", hint="choose another folder with -o")
+    with reporting(out):
+        top = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    if top and not overwrite:
+        unfinished = SURGERY_DIR in top and not (out / MANIFEST_FILE).exists()
         raise OutputError(
             f"{out} holds {'an unfinished run' if unfinished else 'files already'}",
-            got=", ".join(present[:5]) + (" ..." if len(present) > 5 else ""),
+            got=", ".join(top[:5]) + (" ..." if len(top) > 5 else ""),
             hint="--overwrite replaces an earlier result; -o chooses another folder",
         )
-    (out / MANIFEST_FILE).unlink(missing_ok=True)  # first: from here on it is unfinished
-    (out / CONFIG_FILE).unlink(missing_ok=True)
-    if (out / SURGERY_DIR).is_symlink():
-        (out / SURGERY_DIR).unlink()
-    elif (out / SURGERY_DIR).is_dir():
-        shutil.rmtree(out / SURGERY_DIR)
-    for pattern in ("*.safetensors", "*.safetensors.partial", "*.safetensors.index.json"):
-        for path in out.glob(pattern):
-            path.unlink()
+    present = {path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()} if top else set()
+    ours = _earlier_result(out) | set(writes)
+    ours |= {name + _PARTIAL for name in ours}
+    stale = {name for name in present if name in ours or OUR_FILES.fullmatch(name)}
+    foreign = sorted(name for name in present - stale if _would_mix(name))
+    if foreign:
+        raise OutputError(
+            f"{out} holds files that no run of surgery has put there",
+            got=", ".join(foreign[:5]) + (" ..." if len(foreign) > 5 else ""),
+            hint="choose another folder with -o",
+        )
+    check_room(out, needed, freed=sum((out / name).lstat().st_size for name in stale))
+    with reporting(out):
+        out.mkdir(parents=True, exist_ok=True)
+        # The manifest and the config go first: from then on no loader takes the folder.
+        for name in sorted(stale, key=lambda name: (name not in (MANIFEST_FILE, CONFIG_FILE), name)):
+            (out / name).unlink()
 
 
-def check_room(out: Path, needed: int) -> None:
-    """Refuse to start on a disk that cannot hold the result.
+def _check_apart(out: Path, inputs: Iterable[Path]) -> None:
+    real = out.resolve()
+    for path in inputs:
+        read = path.resolve()
+        if real == read or read in real.parents or real in read.parents:
+            raise OutputError(
+                f"the output {out} and the input {path} lie in one another",
+                hint="choose another folder with -o; what is read is never written to",
+            )
+
+
+def _earlier_result(out: Path) -> set[str]:
+    """What a finished factorize run has written to ``out``."""
+    if not (out / MANIFEST_FILE).is_file():
+        return set()
+    try:
+        manifest = Manifest.read(out)
+    except SurgeryError:
+        return set()
+    return {record.file for record in manifest.output_files()} | {MANIFEST_FILE, SCALES_FILE}
+
+
+def _would_mix(name: str) -> bool:
+    """Whether a file that stays in the output folder would be taken for part of the result."""
+    folder, _, _ = name.rpartition("/")
+    return name.startswith(f"{SURGERY_DIR}/") or (not folder and name.endswith((".safetensors", ".safetensors.index.json")))
+
+
+def check_room(folder: Path, needed: int, *, freed: int = 0) -> None:
+    """Refuse to start on a disk that cannot hold ``needed`` bytes once ``freed`` ones are gone.
 
     Raises:
         OutputError: with the figures.
     """
-    free = shutil.disk_usage(out).free
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free + freed
     if free < needed:
         raise OutputError(
-            f"the disk under {out} is too small",
-            got=f"{free / 1e9:.2f} GB free",
-            expected=f"about {needed / 1e9:.2f} GB",
-            hint="free some space, choose another folder with -o, or use --layout overlay",
+            f"the disk under {folder} is too small",
+            got=f"{free / 1e9:.3f} GB free",
+            expected=f"about {needed / 1e9:.3f} GB",
+            hint="free some space, or choose a folder on another disk",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,7 +10,7 @@ from surgery.errors import FormatError, OptionError
 from surgery.format.safetensors import Header
 from surgery.linalg.lanczos import basis_rows
 from surgery.names import DTYPE_BITS
-from surgery.planning.targets import Choice, Skipped, Target, check_choice, choose
+from surgery.planning.targets import Choice, Skipped, Target, check_choice, choose, matches
 from surgery.source.model import Source, check_index
 
 Layout = Literal["residual", "overlay"]
@@ -19,8 +20,8 @@ LAYOUTS: tuple[Layout, ...] = ("residual", "overlay")
 _CORRECTION_BYTES = 0.25
 #: The interpreter with torch loaded, before any weight is read.
 _BASE_MEMORY = 350 << 20
-#: Float64 temporaries of the block-wise arithmetic, per core, rounded up.
-_BLOCK_MEMORY = 64 << 20
+#: Float64 temporaries of the block-wise arithmetic, per core.
+_BLOCK_MEMORY = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ def make_plan(source: Source, choice: Choice, layout: Layout = "residual") -> Pl
         shards.append(ShardPlan(file, source.size(file), header, targets))
     every = [target for shard in shards for target in shard.targets]
     if not every:
-        raise _nothing_selected(source.name, skipped)
+        raise _nothing_selected(source.name, choice, skipped)
     weights = sum(shard.size for shard in shards)
     others = sum(source.size(file) for file in source.selection.others)
     factors = sum(target.factor_bytes + _described_bytes(target) for target in every)
@@ -114,7 +115,10 @@ def _all_names(headers: dict[str, Header], model: str) -> list[str]:
     return list(owner)
 
 
-def _nothing_selected(model: str, skipped: list[Skipped]) -> OptionError:
+def _nothing_selected(model: str, choice: Choice, skipped: list[Skipped]) -> OptionError:
+    if choice.include:
+        asked = [f"{s.tensor} ({s.reason})" for s in skipped if matches(s.tensor, choice.include)]
+        return OptionError(f"nothing that --include matches in {model} can be factorized", got="; ".join(asked[:5]))
     matrices = [s for s in skipped if not s.reason.startswith(("a vector", "no floating"))]
     near = [f"{s.tensor} ({s.reason})" for s in matrices[:5]]
     return OptionError(
@@ -154,4 +158,8 @@ def _peak_memory(target: Target, layout: Layout) -> int:
     copies = 2 + (3 if layout == "residual" else 0)
     working = 4 * target.entries if width < 4 else 0
     basis = 4 * basis_rows(target.rank) * (min(target.shape) + max(target.shape))
-    return int(_BASE_MEMORY + _BLOCK_MEMORY + copies * matrix + working + basis + target.entries * _CORRECTION_BYTES)
+    # Small sides and large ranks go to the float64 Gram matrix: itself, its eigenvectors and LAPACK's workspace.
+    side = min(target.shape)
+    dense = 8 * 5 * side**2 if side <= 1024 or target.rank > side // 16 else 0
+    blocks = _BLOCK_MEMORY * (os.cpu_count() or 1)
+    return int(_BASE_MEMORY + blocks + dense + copies * matrix + working + basis + target.entries * _CORRECTION_BYTES)

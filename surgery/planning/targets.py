@@ -79,8 +79,8 @@ def choose(entry: TensorEntry, shard: str, choice: Choice) -> Target | Skipped:
     impossible = _impossible(entry)
     if impossible is not None:
         return Skipped(entry.name, shard, impossible)
-    reason = (None if _matches(entry.name, choice.include) else "not matched by --include") if choice.include else _role(entry)
-    if reason is None and _matches(entry.name, choice.exclude):
+    reason = (None if matches(entry.name, choice.include) else "not matched by --include") if choice.include else _role(entry)
+    if reason is None and matches(entry.name, choice.exclude):
         reason = "matched by --exclude"
     if reason is not None:
         return Skipped(entry.name, shard, reason)
@@ -123,7 +123,8 @@ def _role(entry: TensorEntry) -> str | None:
     return None
 
 
-def _matches(name: str, globs: Sequence[str]) -> bool:
+def matches(name: str, globs: Sequence[str]) -> bool:
+    """Whether any of the globs fits the whole name; case counts."""
     return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
 
 

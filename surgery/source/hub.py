@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx2
 import huggingface_hub
-from huggingface_hub import errors
+from huggingface_hub import DryRunFileInfo, errors
 
 from surgery.errors import FormatError, SourceError
 from surgery.format.manifest import SourceRecord
@@ -25,7 +25,7 @@ _MESSAGES: tuple[tuple[type[Exception], str, str], ...] = (
     (errors.DisabledRepoError, "has been disabled on the hub", "choose another model"),
     (
         errors.RepositoryNotFoundError,
-        "does not exist on the hub, or is private",
+        "does not exist on the hub or is private, nor is there such a folder here",
         "check the name; for a private one: hf auth login",
     ),
     (errors.RevisionNotFoundError, "has no such revision", "leave --revision out, or give a branch, tag or commit of it"),
@@ -47,6 +47,8 @@ def _explained(repo_id: str) -> Iterator[None]:
         yield
     except tuple(kind for kind, _, _ in _MESSAGES) as error:
         what, hint = next((what, hint) for kind, what, hint in _MESSAGES if isinstance(error, kind))
+        if huggingface_hub.constants.HF_HUB_OFFLINE and hint is _OFFLINE_HINT:
+            hint = "unset HF_HUB_OFFLINE, or fetch the model once without it: hf download"
         raise SourceError(f"{repo_id} {what}", got=_first_line(error), hint=hint) from error
 
 
@@ -69,7 +71,7 @@ def open_hub(repo_id: str, revision: str | None) -> Source:
             if isinstance(error.__cause__, errors.HfHubHTTPError):
                 raise error.__cause__ from None
             return _cached(repo_id, commit, record)
-        return HubSource(repo_id, commit, record, {file.filename: file.file_size or 0 for file in files})
+        return HubSource(repo_id, commit, record, files)
 
 
 def _cached(repo_id: str, commit: str, record: SourceRecord) -> FolderSource:
@@ -84,15 +86,15 @@ def _cached(repo_id: str, commit: str, record: SourceRecord) -> FolderSource:
 class HubSource:
     """A model on the hub at one commit. Files come through the hub's own cache."""
 
-    def __init__(self, repo_id: str, commit: str, record: SourceRecord, sizes: dict[str, int]) -> None:
+    def __init__(self, repo_id: str, commit: str, record: SourceRecord, files: list[DryRunFileInfo]) -> None:
         self.name = repo_id
         self.record = record
         self._commit = commit
-        self._sizes = sizes
-        self.selection = select_files(list(sizes), lambda file: self.fetch(file).read_text("utf-8"), where=repo_id)
+        self._files = {file.filename: file for file in files}
+        self.selection = select_files(list(self._files), lambda file: self.fetch(file).read_text("utf-8"), where=repo_id)
 
     def size(self, file: str) -> int:
-        return self._sizes[file]
+        return self._files[file].file_size or 0
 
     def header(self, shard: str) -> Header:
         name = f"{self.name}/{shard}"
@@ -109,9 +111,9 @@ class HubSource:
         # The client hands out no raw bytes; the header is checked again, byte for byte, once the file is here.
         text = json.dumps({"__metadata__": parsed.metadata, **tensors}).encode()
         header = header_from_json(json.loads(text), raw=len(text).to_bytes(8, "little") + text, file=name)
-        if header.data_bytes > self._sizes[shard]:
+        if header.data_bytes > self.size(shard):
             raise FormatError(
-                f"{name}: the file is smaller than its header says", got=self._sizes[shard], expected=header.data_bytes
+                f"{name}: the file is smaller than its header says", got=self.size(shard), expected=header.data_bytes
             )
         return header
 
@@ -121,3 +123,8 @@ class HubSource:
 
     def folder(self) -> Path | None:
         return None
+
+    def bytes_to_fetch(self) -> tuple[Path, int] | None:
+        wanted = (*self.selection.shards, *self.selection.others)
+        missing = sum(self.size(file) for file in wanted if not self._files[file].is_cached)
+        return Path(huggingface_hub.constants.HF_HUB_CACHE), missing

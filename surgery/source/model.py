@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from surgery.errors import FormatError, SourceError
-from surgery.format.manifest import SourceRecord, read_json_object
+from surgery.format.manifest import SourceRecord
 from surgery.format.safetensors import Header, ShardReader
-from surgery.names import CONFIG_FILE, MANIFEST_FILE
 from surgery.source.select import Selection, index_entries, select_files
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -40,6 +39,9 @@ class Source(Protocol):
     def folder(self) -> Path | None:
         """The folder it is in, if it is a local one."""
 
+    def bytes_to_fetch(self) -> tuple[Path, int] | None:
+        """Where a download will go and how much it still is; None for a local model."""
+
 
 class FolderSource:
     """A model in a local folder, or a snapshot of one from the hub's cache."""
@@ -48,11 +50,6 @@ class FolderSource:
         self.name = name or str(root)
         self.record = record or SourceRecord("folder", None, None)
         self._root = root
-        if (root / MANIFEST_FILE).exists():
-            raise SourceError(
-                f"{self.name} is itself a factorized checkpoint",
-                hint="fold it first, or give the original model",
-            )
         names = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
         self.selection = select_files(names, lambda file: _read_text(root / file, f"{self.name}/{file}"), where=self.name)
 
@@ -69,6 +66,9 @@ class FolderSource:
     def folder(self) -> Path | None:
         return self._root if self.record.kind == "folder" else None
 
+    def bytes_to_fetch(self) -> tuple[Path, int] | None:
+        return None
+
 
 def open_source(model: str | Path, *, revision: str | None = None) -> Source:
     """The model that a user means: a local folder if there is one of that name, else a hub id.
@@ -82,7 +82,7 @@ def open_source(model: str | Path, *, revision: str | None = None) -> Source:
         FormatError: its index is damaged.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
+    if str(model) and path.is_dir():
         if revision is not None:
             raise SourceError(f"{model} is a local folder: it has no revisions", hint="leave --revision out")
         return FolderSource(path, name=str(model))
@@ -91,17 +91,12 @@ def open_source(model: str | Path, *, revision: str | None = None) -> Source:
             f"{model} is a file", expected="the folder that holds it, with its config.json", hint=f"give {path.parent}"
         )
     if not _REPO_ID.fullmatch(str(model)):
-        raise SourceError(f"there is no folder {model}", expected="a local folder or a Hugging Face repo id such as owner/name")
+        raise SourceError(
+            f"there is no folder {str(model)!r}", expected="a local folder or a Hugging Face repo id such as owner/name"
+        )
     from surgery.source.hub import open_hub  # the hub client is slow to import and not needed for folders
 
     return open_hub(str(model), revision)
-
-
-def model_config(source: Source) -> dict[str, Any]:
-    """The source's ``config.json``, empty if it has none."""
-    if CONFIG_FILE not in source.selection.others:
-        return {}
-    return read_json_object(source.fetch(CONFIG_FILE), f"{source.name}/{CONFIG_FILE}")
 
 
 def check_index(source: Source, headers: dict[str, Header]) -> None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from surgery.errors import FormatError, SourceError
-from surgery.format.manifest import check_relative_path
+from surgery.format.files import check_relative_path
+from surgery.names import OUR_FILES
 
 #: Weights in other formats. None of them is ever opened.
 OTHER_WEIGHTS = (
@@ -49,6 +50,11 @@ def select_files(names: list[str], read_text: Callable[[str], str], *, where: st
         SourceError: no safetensors weights.
         FormatError: an index that is no index, or names a file that is missing or elsewhere.
     """
+    if any(OUR_FILES.fullmatch(name) for name in names):
+        raise SourceError(
+            f"{where} is itself a factorized checkpoint, finished or not",
+            hint="fold it first, or give the original model",
+        )
     left_out: dict[str, str] = {}
     others: list[str] = []
     weights: list[str] = []

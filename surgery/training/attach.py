@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from surgery.errors import FormatError, OptionError, SourceError
+from surgery.format.files import file_sha256, not_as_described
 from surgery.format.manifest import Manifest, TargetRecord
 from surgery.format.safetensors import TORCH_DTYPES, ShardReader
 from surgery.format.scales import read_scales, write_scales
@@ -41,8 +42,8 @@ class _Scale(nn.Module):
         self.register_buffer("right", right.to(like), persistent=False)
         self.on_residual = on_residual
 
-    def hook(self, _module: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
-        x = inputs[0]
+    def hook(self, _module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
+        x = inputs[0] if inputs else next(iter(named.values()))
         scale = (self.s * (1 + self.delta if self.on_residual else self.delta)).to(x.dtype)
         update: torch.Tensor = ((x @ self.right) * scale) @ self.left.T
         return output + update
@@ -103,12 +104,14 @@ def attach(model: nn.Module, factorized: str | Path) -> Scales:
     factorized = Path(factorized)
     manifest = Manifest.read(factorized)
     layers = {target.tensor: _layer(model, target) for target in manifest.targets}
-    residuals = _residual_hashes(factorized, manifest)
     modules: dict[str, _Scale] = {}
     for shard in manifest.shards:
         if shard.factors is None:
             continue
-        with ShardReader(factorized / shard.factors.file, name=shard.factors.file) as reader:
+        path = factorized / shard.factors.file
+        if (found := file_sha256(path)) != shard.factors.sha256:
+            raise not_as_described(path, found, shard.factors, "factorize again: the file is damaged")
+        with ShardReader(path, name=shard.factors.file) as reader:
             entries = {entry.name: entry for entry in reader.header.tensors}
             for target in manifest.targets_of(shard.source.file):
                 keys = [factor_key(target.tensor, part) for part in ("U", "s", "V")]
@@ -119,7 +122,7 @@ def attach(model: nn.Module, factorized: str | Path) -> Scales:
                 weight = layer.weight
                 assert isinstance(weight, torch.Tensor)
                 digest = _hash_as(weight.detach(), TORCH_DTYPES[target.dtype])
-                if digest is None or digest not in (target.sha256, residuals.get(target.tensor)):
+                if digest is None or digest not in (target.sha256, target.residual_sha256):
                     raise SourceError(
                         f"{target.tensor!r} of the model is neither the original weight nor its residual",
                         got=f"{str(weight.dtype).removeprefix('torch.')} {list(weight.shape)}",
@@ -136,7 +139,7 @@ def attach(model: nn.Module, factorized: str | Path) -> Scales:
     handles = []
     for name, module in modules.items():
         layers[name].add_module(_NAME, module)
-        handles.append(layers[name].register_forward_hook(module.hook))
+        handles.append(layers[name].register_forward_hook(module.hook, with_kwargs=True))
     return Scales(manifest, modules, handles, list(layers.values()))
 
 
@@ -165,17 +168,3 @@ def _hash_as(weight: torch.Tensor, dtype: torch.dtype) -> str | None:
     if not torch.equal(cast.to(weight.dtype), weight):
         return None
     return hashlib.sha256(bytes_of(cast.cpu().contiguous())).hexdigest()
-
-
-def _residual_hashes(factorized: Path, manifest: Manifest) -> dict[str, str]:
-    """sha256 of each target's residual; empty for an overlay."""
-    hashes = {}
-    for shard in manifest.shards:
-        if shard.residual is None:
-            continue
-        wanted = {target.tensor for target in manifest.targets_of(shard.source.file)}
-        with ShardReader(factorized / shard.residual.file, name=shard.residual.file) as reader:
-            for entry in reader.header.tensors:
-                if entry.name in wanted:
-                    hashes[entry.name] = hashlib.sha256(bytes_of(reader.read_bytes(entry))).hexdigest()
-    return hashes
