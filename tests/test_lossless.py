@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from surgery.linalg import lossless
 from surgery.linalg.correction import CorruptCorrection
 from surgery.linalg.lossless import Factors, join, rescale, split
 from surgery.linalg.rounding import from_ordinals, ordinals, round_once
@@ -182,6 +183,23 @@ def test_thread_count_does_not_matter(dtype: torch.dtype) -> None:
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_device_that_takes_many_blocks_at_a_time_writes_the_same_bytes(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU does, many blocks at a time, done on the CPU."""
+    weight = realistic(900, 700).to(dtype)
+    factors = _factors(weight, 16)
+    expected = split(weight, factors)
+    monkeypatch.setattr(lossless, "DEVICE_BLOCKS", 3)
+    for_each = lossless._for_each
+    monkeypatch.setattr(lossless, "_for_each", lambda work, m, step, _: for_each(work, m, step, torch.device("cuda")))
+    residual, correction = split(weight, factors)
+    assert torch.equal(_bits(residual), _bits(expected[0]))
+    assert torch.equal(correction, expected[1])
+    assert torch.equal(_bits(join(residual, factors, correction)), _bits(weight))
 
 
 def test_correction_is_small() -> None:

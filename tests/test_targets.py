@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import surgery
 from surgery.errors import FormatError, OptionError
 from surgery.planning.plan import Plan
-from tests.models import save_llama, tensors_of
+from tests.models import files_of, save_llama, tensors_of
 
 _SMALL: dict[str, Any] = {
     "hidden_size": 16,
@@ -68,7 +68,7 @@ def _save(config: Any, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_default_targets(family: str, tmp_path: Path) -> None:
+def test_default_targets_and_round_trip(family: str, tmp_path: Path) -> None:
     config, layers = FAMILIES[family]
     folder = _save(config, tmp_path / family)
     steps = surgery.plan(folder, rank=4)
@@ -81,6 +81,10 @@ def test_default_targets(family: str, tmp_path: Path) -> None:
     for target in steps.targets:
         assert target.tensor.endswith(tuple(f"{layer}.weight" for layer in layers)), target
         assert target.shape == tuple(tensors[target.tensor].shape)
+    # And the whole way there and back gives the same files.
+    surgery.factorize(folder, tmp_path / "f", rank=4)
+    surgery.fold(tmp_path / "f", tmp_path / "f/surgery/scales.safetensors", tmp_path / "out")
+    assert files_of(tmp_path / "out") == files_of(folder)
     found = {layer for layer in layers for target in steps.targets if target.tensor.endswith(f"{layer}.weight")}
     assert found == layers
 

@@ -244,7 +244,8 @@ def _measured(
     ``short`` is added to it.
     """
     matrix = operator.matrix
-    rounded_long, rounded_short = long.to(matrix.device, matrix.dtype), short.to(matrix.device, matrix.dtype)
+    # The dtype first: not every device knows float64.
+    rounded_long, rounded_short = (vectors.to(matrix.dtype).to(matrix.device) for vectors in (long, short))
     top = max(s[0].item(), 1e-300)
     on_long = (images - widened(rounded_long) * s).norm(dim=0) / top + (widened(rounded_short) - short).norm(dim=0)
     back = operator.to_short_wide(widened(rounded_long).T.contiguous()).T
@@ -292,7 +293,7 @@ def _finished(operator: Operator, triplets: _Triplets, method: str, tolerance: f
         gap[-1] = distances[-2 if len(s) > 1 else -1] / top
     return TruncatedSVD(
         U * sign,
-        torch.ldexp(s, torch.tensor(shift)).to(U),
+        torch.ldexp(s, torch.tensor(shift)).to(U.dtype).to(U.device),
         V * sign,
         Certificate(
             residual=triplets.residual,
