@@ -264,5 +264,5 @@ def test_hard_matrices_on_cuda(name: str) -> None:
     A = MATRICES[name]
     k = min(16, *A.shape)
     result = surgery.truncated_svd(A.cuda(), k)
-    on_cpu = surgery.TruncatedSVD(result.U.cpu(), result.s.cpu(), result.V.cpu(), result.certificate)
+    on_cpu = surgery.TruncatedSVD(result.U.cpu(), result.s.cpu(), result.V.cpu(), result.norm, result.certificate)
     _check(A, on_cpu, k, value_error=1e-5 if name == "subnormal" else 1e-6)

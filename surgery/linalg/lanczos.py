@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from surgery.linalg.product import rows_times, rows_times_transposed
+
 MAX_PASSES = 400
 
 #: A direction whose part outside the basis is below this multiple of what rounding leaves there is noise.
@@ -43,12 +45,12 @@ class Operator:
     def to_long(self, x: torch.Tensor) -> torch.Tensor:
         """Rows (b, short) -> (b, long)."""
         self.passes += 1
-        return x @ self.matrix if self.wide else x @ self.matrix.T
+        return rows_times(x, self.matrix) if self.wide else rows_times_transposed(x, self.matrix)
 
     def to_short(self, y: torch.Tensor) -> torch.Tensor:
         """Rows (b, long) -> (b, short)."""
         self.passes += 1
-        return y @ self.matrix.T if self.wide else y @ self.matrix
+        return rows_times_transposed(y, self.matrix) if self.wide else rows_times(y, self.matrix)
 
     # The same in float64, for the last step and the certificate: float32 products of vectors without changes of
     # sign are off by more than 1e-6. The matrix is widened a few rows at a time.
@@ -278,8 +280,8 @@ class _Basis:
         if len(kept) < room:
             coupling = torch.nn.functional.pad(coupling, (0, room - len(kept)))
             block = torch.cat([block, self._random(room - len(kept))])
+        block = block - (block @ known.T) @ known
         for _ in range(2):
-            block = block - (block @ known.T) @ known
             # The first rows hardly move, so the coupling need not be corrected: Cholesky keeps their order.
             block = _inverse_root(_gram(block)).to(block) @ block
         self._rows[self.size : self.size + room] = block

@@ -56,14 +56,16 @@ class TruncatedSVD:
         U: (..., m, k), orthonormal columns.
         s: (..., k), descending.
         V: (..., n, k), orthonormal columns.
+        norm: float64 (...,) on the CPU, the Frobenius norm of A.
         certificate: how accurate they are.
 
-    float32, or float64 for a float64 matrix, on the device of the matrix.
+    Vectors and values are float32, or float64 for a float64 matrix, on the device of the matrix.
     """
 
     U: torch.Tensor
     s: torch.Tensor
     V: torch.Tensor
+    norm: torch.Tensor
     certificate: Certificate
 
 
@@ -136,6 +138,7 @@ def _stack(parts: list[TruncatedSVD], A: torch.Tensor, k: int) -> TruncatedSVD:
         torch.stack([part.U for part in parts]),
         torch.stack([part.s for part in parts]),
         torch.stack([part.V for part in parts]),
+        torch.stack([part.norm for part in parts]),
         Certificate(
             residual=torch.stack([c.residual for c in certificates]),
             gap=torch.stack([c.gap for c in certificates]),
@@ -276,6 +279,7 @@ def _zero(matrix: torch.Tensor, k: int) -> TruncatedSVD:
         torch.eye(m, k, dtype=matrix.dtype, device=matrix.device),
         torch.zeros(k, dtype=matrix.dtype, device=matrix.device),
         torch.eye(n, k, dtype=matrix.dtype, device=matrix.device),
+        torch.tensor(0.0, dtype=torch.float64),
         Certificate(zeros, zeros.clone(), torch.ones(k, dtype=torch.float64), torch.tensor(True), torch.tensor(0), "zero"),
     )
 
@@ -295,6 +299,7 @@ def _finished(operator: Operator, triplets: _Triplets, method: str, tolerance: f
         U * sign,
         torch.ldexp(s, torch.tensor(shift)).to(U.dtype).to(U.device),
         V * sign,
+        torch.ldexp(_norm(operator.matrix), torch.tensor(shift)),
         Certificate(
             residual=triplets.residual,
             gap=gap,
@@ -304,6 +309,12 @@ def _finished(operator: Operator, triplets: _Triplets, method: str, tolerance: f
             method=method,
         ),
     )
+
+
+def _norm(matrix: torch.Tensor) -> torch.Tensor:
+    """Frobenius norm of numbers of order one: of each row in its own dtype, of all rows in float64."""
+    rows: torch.Tensor = torch.linalg.vector_norm(matrix, dim=1)
+    return widened(rows).square().sum().sqrt().cpu()
 
 
 def _signs(U: torch.Tensor, V: torch.Tensor) -> torch.Tensor:

@@ -277,7 +277,7 @@ def _target_record(
     target: Target, weight: torch.Tensor, svd: TruncatedSVD, factors: Factors, residual: torch.Tensor | None
 ) -> TargetRecord:
     kept = factors.s.double().square().sum().item()
-    total = torch.linalg.vector_norm(weight, dtype=torch.float64).item() ** 2
+    total = svd.norm.item() ** 2
     return TargetRecord(
         tensor=target.tensor,
         shard=target.shard,
