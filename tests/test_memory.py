@@ -15,7 +15,7 @@ import surgery
 
 ROOT = Path(__file__).parent.parent
 #: Prints the peak resident memory in bytes. VmHWM, since ru_maxrss is inherited from the
-#: process that starts this one; with a fixed threshold for mmap, since the C library otherwise keeps freed blocks.
+#: process that starts this one.
 MEASURE = """
 import re, torch, surgery
 from surgery.operations import factorize, fold
@@ -45,7 +45,7 @@ def _peak(call: str) -> int:
         text=True,
         check=True,
         timeout=300,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "1000000"},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     return int(done.stdout)
 

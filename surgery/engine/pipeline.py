@@ -13,10 +13,13 @@ from typing import Any, Generic, Self, TypeVar
 import torch
 
 from surgery.format.safetensors import ShardReader, TensorEntry
-from surgery.memory import bytes_of
+from surgery.memory import bytes_of, return_free_memory
 from surgery.progress import Progress
 
 _T = TypeVar("_T")
+
+#: Bytes of a shard after which freed memory is given back.
+_TRIM_BYTES = 16 << 20
 
 
 class ReadAhead(Generic[_T]):
@@ -156,11 +159,16 @@ class ShardWalk:
         self._ahead.__exit__(kind, error, trace)
 
     def __iter__(self) -> Iterator[Bytes | TargetPiece]:
+        passed = 0
         for piece in self._ahead:
             if isinstance(piece, TargetPiece):
                 self._progress.item(piece.entry.name)
             yield piece
             self._progress.advance(len(piece))
+            passed += len(piece)
+            if passed >= _TRIM_BYTES:
+                passed = 0
+                return_free_memory()
 
     def _pieces(self) -> Iterator[Bytes | TargetPiece]:
         position = 0
