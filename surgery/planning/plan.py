@@ -18,8 +18,8 @@ LAYOUTS: tuple[Layout, ...] = ("residual", "overlay")
 
 #: Upper estimate of the correction, bytes per weight (measured: 0.06-0.17).
 _CORRECTION_BYTES = 0.25
-#: The interpreter with torch loaded, before any weight is read.
-_BASE_MEMORY = 350 << 20
+#: The interpreter with torch loaded (220 MB), the libraries' own buffers, and what the allocator keeps of freed blocks.
+_BASE_MEMORY = 400 << 20
 #: Float64 temporaries of the block-wise arithmetic, per core.
 _BLOCK_MEMORY = 16 << 20
 
