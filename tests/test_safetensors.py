@@ -133,12 +133,12 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert path.read_bytes() == b"whole"
 
 
-def test_full_disk_is_an_output_error() -> None:
+def test_full_disk_is_an_output_error(tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
     writer = FileWriter.__new__(FileWriter)
     with pytest.raises(OutputError, match="No space left"), open("/dev/full", "wb", buffering=0) as full:
-        FileWriter.__init__(writer, Path("/tmp/surgery-test-full"))
+        FileWriter.__init__(writer, tmp_path / "full")
         with writer:
             writer.file.close()
             writer.file = full
