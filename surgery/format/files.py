@@ -80,11 +80,11 @@ class FileWriter:
         return FileRecord(name, self.size, self.sha256)
 
 
-def write_file(path: Path, data: bytes) -> str:
-    """Write a small file whole and synced, or not at all; returns its sha256 in hex."""
+def write_file(path: Path, data: bytes) -> None:
+    """Write a small file whole and synced, or not at all."""
     with FileWriter(path) as writer:
         writer.write(data)
-        return writer.commit(path.name).sha256
+        writer.commit(path.name)
 
 
 def file_sha256(path: Path) -> str:

@@ -17,8 +17,8 @@ from surgery.format.safetensors import ShardReader
 from surgery.names import FORMAT_VERSION, SCALES_METADATA_KEY
 
 
-def write_scales(path: Path, scales: Mapping[str, torch.Tensor], fingerprint: str) -> str:
-    """Write scales with what ties them to their factors; returns the file's sha256.
+def write_scales(path: Path, scales: Mapping[str, torch.Tensor], fingerprint: str) -> None:
+    """Write scales with what ties them to their factors.
 
     Args:
         path: the file, replaced as a whole.
@@ -27,7 +27,7 @@ def write_scales(path: Path, scales: Mapping[str, torch.Tensor], fingerprint: st
     """
     tensors = {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in sorted(scales.items())}
     belongs_to = json.dumps({"format_version": FORMAT_VERSION, "fingerprint": fingerprint})
-    return write_file(path, safetensors.torch.save(tensors, metadata={SCALES_METADATA_KEY: belongs_to}))
+    write_file(path, safetensors.torch.save(tensors, metadata={SCALES_METADATA_KEY: belongs_to}))
 
 
 def read_scales(path: Path, manifest: Manifest) -> dict[str, torch.Tensor]:

@@ -102,15 +102,15 @@ def truncated_svd(A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERAN
             "truncated_svd needs a matrix or a batch of matrices of floating-point numbers",
             got=f"{A.dtype} of shape {tuple(A.shape)}",
         )
+    if A.ndim == 3 and len(A) == 0:
+        raise OptionError("the batch is empty", got=f"shape {tuple(A.shape)}")
     if not 1 <= k <= min(A.shape[-2:]):
         raise OptionError("the rank does not fit the matrix", got=f"k = {k}", expected=f"1 <= k <= {min(A.shape[-2:])}")
     check_accuracy(tolerance, seed, torch.float64 if A.dtype == torch.float64 else torch.float32)
-    if False:
-        raise OptionError("the tolerance makes no sense", got=tolerance, expected="a number between 0 and 1, such as 1e-5")
     with torch.no_grad(), _full_precision(A.device):
         if A.ndim == 2:
             return _solve(A, k, tolerance, seed)
-        return _stack([_solve(matrix, k, tolerance, seed) for matrix in A], A, k)
+        return _stack([_solve(matrix, k, tolerance, seed) for matrix in A])
 
 
 def check_accuracy(tolerance: float, seed: int, dtype: torch.dtype = torch.float32) -> None:
@@ -130,9 +130,7 @@ def check_accuracy(tolerance: float, seed: int, dtype: torch.dtype = torch.float
         raise OptionError("the seed makes no sense", got=seed, expected="a whole number from 0 to 2^63 - 1")
 
 
-def _stack(parts: list[TruncatedSVD], A: torch.Tensor, k: int) -> TruncatedSVD:
-    if not parts:
-        raise OptionError("the batch is empty", got=f"shape {tuple(A.shape)}")
+def _stack(parts: list[TruncatedSVD]) -> TruncatedSVD:
     certificates = [part.certificate for part in parts]
     return TruncatedSVD(
         torch.stack([part.U for part in parts]),

@@ -6,27 +6,25 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 
 import torch
 
 from surgery.device import choose_device
 from surgery.engine.pipeline import ShardWalk, TargetPiece, WriteBehind
 from surgery.errors import FormatError, OptionError, ScalesError, SourceError
-from surgery.format.files import FileRecord, FileWriter, copy_file, file_sha256, not_as_described
+from surgery.format.factors import DAMAGED_HINT, FactorsReader
+from surgery.format.files import FileRecord, FileWriter, copy_file, not_as_described
 from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
-from surgery.format.safetensors import ShardReader, TensorEntry
+from surgery.format.safetensors import ShardReader
 from surgery.format.scales import check_scales, read_scales
 from surgery.linalg.correction import CorruptCorrection
-from surgery.linalg.lossless import Factors, join, rescale
+from surgery.linalg.lossless import join, rescale
 from surgery.memory import bytes_of
-from surgery.names import factor_key
 from surgery.operations.output import loading_order, prepare_output
 from surgery.progress import Progress, Silent
 from surgery.source.model import Source, open_source
 
 _BASE_HINT = "give the model that was factorized with --base"
-_DAMAGED_HINT = "factorize again: the file is damaged"
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +174,7 @@ def _fold_shard(
     touched = set(targets) if manifest.layout == "residual" else changed
     with ExitStack() as stack:
         reader = stack.enter_context(ShardReader(path))
-        factors = stack.enter_context(_FactorReader(factorized, shard)) if touched else None
+        factors = stack.enter_context(FactorsReader(factorized, shard)) if touched else None
         writer = stack.enter_context(FileWriter(out / shard.source.file))
         walk = stack.enter_context(ShardWalk(reader, touched, progress))
         with WriteBehind() as behind:
@@ -187,84 +185,46 @@ def _fold_shard(
                     continue
                 assert factors is not None  # there are touched targets
                 name = piece.entry.name
-                weight = factors.fold(targets[name], piece, scales[name] if name in changed else None, device)
-                if name in changed and not bool(torch.isfinite(weight).all()):
-                    raise ScalesError(
-                        f"the scales of {name!r} push weights beyond the range of {targets[name].dtype}",
-                        got=f"scales of up to {scales[name].abs().max().item():.3g}",
-                        hint="the training diverged: take an earlier checkpoint",
-                    )
+                values = scales[name] if name in changed else None
+                weight = _dense(targets[name], piece, factors, values, manifest.layout, device)
                 behind.submit(writer.write, bytes_of(weight))
         if walk.sha256 != expected.sha256:
             overlay = manifest.layout == "overlay"
-            raise not_as_described(path, walk.sha256, expected, _BASE_HINT if overlay else _DAMAGED_HINT)
-        record = writer.commit(shard.source.file)
-    if not changed and record.sha256 != shard.source.sha256:
-        (out / shard.source.file).unlink()
+            raise not_as_described(path, walk.sha256, expected, _BASE_HINT if overlay else DAMAGED_HINT)
+        if not changed and writer.sha256 != shard.source.sha256:
+            raise FormatError(f"{path}: untouched scales do not give the source back", hint=DAMAGED_HINT)
+        return writer.commit(shard.source.file)
+
+
+def _dense(
+    target: TargetRecord,
+    piece: TargetPiece,
+    factors: FactorsReader,
+    scales: torch.Tensor | None,
+    layout: str,
+    device: torch.device,
+) -> torch.Tensor:
+    """The dense weight of one target, on the CPU; ``scales`` None stands for all ones."""
+    entry = piece.entry
+    if entry.dtype != target.dtype or list(entry.shape) != target.shape:
         raise FormatError(
-            f"{path}: untouched scales do not give the source back", hint="factorize again: the factors are damaged"
+            f"{target.shard}: {target.tensor!r} is not as the manifest describes it",
+            got=f"{entry.dtype} {list(entry.shape)}",
+            expected=f"{target.dtype} {target.shape}",
         )
-    return record
-
-
-class _FactorReader:
-    """The factors of one shard, checked against the manifest."""
-
-    def __init__(self, folder: Path, shard: ShardRecord) -> None:
-        if shard.factors is None:
-            raise FormatError(f"{folder}: the manifest names no factors for {shard.source.file}")
-        self._name = shard.factors.file
-        self._reader = ShardReader(folder / self._name, name=self._name)
-        self._entries = {entry.name: entry for entry in self._reader.header.tensors}
-        self._record = shard.factors
-        self._path = folder / self._name
-        self._overlay = shard.residual is None
-
-    def __enter__(self) -> _FactorReader:
-        self._reader.__enter__()
-        if (found := file_sha256(self._path)) != self._record.sha256:
-            self._reader.__exit__(None, None, None)
-            raise not_as_described(self._path, found, self._record, _DAMAGED_HINT)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._reader.__exit__(kind, error, trace)
-
-    def fold(self, target: TargetRecord, piece: TargetPiece, scales: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-        """The dense weight of one target, on the CPU; ``scales`` None stands for all ones."""
-        entry = piece.entry
-        if entry.dtype != target.dtype or list(entry.shape) != target.shape:
-            raise FormatError(
-                f"{target.shard}: {target.tensor!r} is not as the manifest describes it",
-                got=f"{entry.dtype} {list(entry.shape)}",
-                expected=f"{target.dtype} {target.shape}",
-            )
-        m, n = target.shape
-        factors = Factors(
-            self._part(target, "U", [m, target.rank]),
-            self._part(target, "s", [target.rank]),
-            self._part(target, "V", [n, target.rank]),
-        ).to(device)
-        weight = piece.tensor.to(device)
-        if self._overlay:
-            assert scales is not None  # an overlay's untouched targets are copied
-            return rescale(weight, factors, scales).cpu()
-        key = factor_key(target.tensor, "correction")
-        if key not in self._entries:
-            raise FormatError(f"{self._name}: {key!r} is missing")
-        correction = self._reader.read_bytes(self._entries[key])
+    weight, parts = piece.tensor.to(device), factors.factors(target).to(device)
+    if layout == "overlay":
+        assert scales is not None  # an overlay's untouched targets are copied
+        result = rescale(weight, parts, scales)
+    else:
         try:
-            return join(weight, factors, correction, scales).cpu()
+            result = join(weight, parts, factors.correction(target), scales)
         except CorruptCorrection as error:
-            raise FormatError(f"{self._name}: {key!r} is damaged ({error})") from error
-
-    def _part(self, target: TargetRecord, part: str, shape: list[int]) -> torch.Tensor:
-        key = factor_key(target.tensor, part)
-        entry: TensorEntry | None = self._entries.get(key)
-        if entry is None or entry.dtype != "F32" or list(entry.shape) != shape:
-            raise FormatError(
-                f"{self._name}: {key!r} is missing or misshapen",
-                got="nothing" if entry is None else f"{entry.dtype} {list(entry.shape)}",
-                expected=f"F32 {shape}",
-            )
-        return self._reader.read(entry)
+            raise FormatError(f"{target.shard}: the correction of {target.tensor!r} is damaged ({error})") from error
+    if scales is not None and not bool(torch.isfinite(result).all()):
+        raise ScalesError(
+            f"the scales of {target.tensor!r} push weights beyond the range of {target.dtype}",
+            got=f"scales of up to {scales.abs().max().item():.3g}",
+            hint="the training diverged: take an earlier checkpoint",
+        )
+    return result.cpu()

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.errors import FormatError, OptionError, SourceError
-from surgery.format.files import file_sha256, not_as_described
+from surgery.errors import OptionError, SourceError
+from surgery.format.factors import FactorsReader
 from surgery.format.manifest import Manifest, TargetRecord
-from surgery.format.safetensors import TORCH_DTYPES, ShardReader
+from surgery.format.safetensors import TORCH_DTYPES
 from surgery.format.scales import read_scales, write_scales
 from surgery.linalg.lossless import Factors
 from surgery.memory import bytes_of
-from surgery.names import factor_key
 
 _NAME = "surgery_scale"
 
@@ -108,16 +107,9 @@ def attach(model: nn.Module, factorized: str | Path) -> Scales:
     for shard in manifest.shards:
         if shard.factors is None:
             continue
-        path = factorized / shard.factors.file
-        if (found := file_sha256(path)) != shard.factors.sha256:
-            raise not_as_described(path, found, shard.factors, "factorize again: the file is damaged")
-        with ShardReader(path, name=shard.factors.file) as reader:
-            entries = {entry.name: entry for entry in reader.header.tensors}
+        with FactorsReader(factorized, shard) as reader:
             for target in manifest.targets_of(shard.source.file):
-                keys = [factor_key(target.tensor, part) for part in ("U", "s", "V")]
-                if not entries.keys() >= set(keys):
-                    raise FormatError(f"{shard.factors.file}: the factors of {target.tensor!r} are missing")
-                factors = Factors(*(reader.read(entries[key]) for key in keys))
+                factors = reader.factors(target)
                 layer = layers[target.tensor]
                 weight = layer.weight
                 assert isinstance(weight, torch.Tensor)

@@ -1,0 +1,63 @@
+"""The factors of one shard, checked against the manifest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from surgery.errors import FormatError
+from surgery.format.files import file_sha256, not_as_described
+from surgery.format.manifest import ShardRecord, TargetRecord
+from surgery.format.safetensors import ShardReader
+from surgery.linalg.lossless import Factors
+from surgery.names import factor_key
+
+DAMAGED_HINT = "factorize again: the file is damaged"
+
+
+class FactorsReader:
+    """Reads the factors of a shard's targets. A context manager; entering it checks the whole file's sha256.
+
+    Raises:
+        FormatError: there is no such file, or it is not the one that the manifest describes.
+    """
+
+    def __init__(self, folder: Path, shard: ShardRecord) -> None:
+        if shard.factors is None:
+            raise FormatError(f"{folder}: the manifest names no factors for {shard.source.file}")
+        self._name = shard.factors.file
+        self._reader = ShardReader(folder / self._name, name=self._name)
+        self._entries = {entry.name: entry for entry in self._reader.header.tensors}
+        if (found := file_sha256(folder / self._name)) != shard.factors.sha256:
+            self._reader.__exit__(None, None, None)
+            raise not_as_described(folder / self._name, found, shard.factors, DAMAGED_HINT)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._reader.__exit__(kind, error, trace)
+
+    def factors(self, target: TargetRecord) -> Factors:
+        """U (m, k), s (k,), V (n, k), float32 on the CPU."""
+        (m, n), k = target.shape, target.rank
+        return Factors(self._part(target, "U", [m, k]), self._part(target, "s", [k]), self._part(target, "V", [n, k]))
+
+    def correction(self, target: TargetRecord) -> torch.Tensor:
+        """The encoded correction, uint8 (bytes,), on the CPU."""
+        return self._part(target, "correction", None)
+
+    def _part(self, target: TargetRecord, part: str, shape: list[int] | None) -> torch.Tensor:
+        key = factor_key(target.tensor, part)
+        entry = self._entries.get(key)
+        dtype = "U8" if shape is None else "F32"
+        if entry is None or entry.dtype != dtype or (shape is not None and list(entry.shape) != shape):
+            raise FormatError(
+                f"{self._name}: {key!r} is missing or misshapen",
+                got="nothing" if entry is None else f"{entry.dtype} {list(entry.shape)}",
+                expected=f"{dtype} {shape or '(bytes,)'}",
+            )
+        return self._reader.read_bytes(entry) if shape is None else self._reader.read(entry)
