@@ -8,12 +8,13 @@ import torch
 from surgery.linalg.product import rows_times, rows_times_transposed
 
 
+@pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("b", [1, 24, 33])
 @pytest.mark.parametrize(("m", "n"), [(1, 1), (3, 700), (700, 3), (513, 640)])
-def test_products(m: int, n: int, b: int) -> None:
+def test_products(m: int, n: int, b: int, batch: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    A = torch.randn(m, n, generator=generator)
-    x, y = torch.randn(b, n, generator=generator), torch.randn(b, m, generator=generator)
-    assert torch.allclose(rows_times_transposed(x, A).double(), x.double() @ A.double().T, atol=1e-3, rtol=0)
+    A = torch.randn(batch, m, n, generator=generator)
+    x, y = torch.randn(batch, b, n, generator=generator), torch.randn(batch, b, m, generator=generator)
+    assert torch.allclose(rows_times_transposed(x, A).double(), x.double() @ A.double().mT, atol=1e-3, rtol=0)
     assert torch.allclose(rows_times(y, A).double(), y.double() @ A.double(), atol=1e-3, rtol=0)
     assert rows_times(y.double(), A.double()).dtype == torch.float64

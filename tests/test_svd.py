@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import surgery
 from surgery.errors import OptionError, WeightError
-from surgery.linalg import lanczos, svd
+from surgery.linalg import lanczos, svd, triplets
 from tests.models import realistic
 
 N = 640  # above the sizes that go to the Gram matrix
@@ -136,17 +136,37 @@ def test_scaling_by_a_power_of_two_changes_nothing_but_the_values() -> None:
     assert torch.allclose(scaled.s, once.s * 2.0**60, rtol=1e-6)
 
 
-def test_batch_equals_single() -> None:
-    batch = torch.stack([realistic(N, 650, seed=seed) for seed in range(3)])
+@pytest.mark.parametrize(("shape", "method"), [((N, 650), "block-lanczos"), ((100, 300), "gram"), ((40, 30), "svd")])
+def test_batch_equals_single(shape: tuple[int, int], method: str) -> None:
+    batch = torch.stack([realistic(*shape, seed=seed) for seed in range(3)] + [torch.zeros(shape)])
     together = surgery.truncated_svd(batch, 5)
-    assert together.U.shape == (3, N, 5)
-    assert together.certificate.residual.shape == (3, 5)
-    assert together.certificate.method == ("block-lanczos",) * 3
+    assert together.U.shape == (4, shape[0], 5)
+    assert together.certificate.residual.shape == (4, 5)
+    assert together.certificate.method == (method,) * 3 + ("zero",)
     for i, matrix in enumerate(batch):
         alone = surgery.truncated_svd(matrix, 5)
-        assert torch.equal(together.s[i], alone.s)
-        assert torch.equal(together.U[i], alone.U)
-        assert torch.equal(together.V[i], alone.V)
+        for name in ("U", "s", "V"):
+            assert torch.allclose(getattr(together, name)[i], getattr(alone, name), atol=1e-4)
+        assert torch.allclose(together.certificate.residual[i], alone.certificate.residual, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["power law", "Gaussian", "rank 5", "staircase of 33", "geometric", "dominant", "scaled rows"])
+def test_matrices_solved_in_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: one iteration for all of a batch, whatever each of them needs."""
+    monkeypatch.setattr(svd, "_in_step", lambda A, k: len(A))
+    A = MATRICES[name]
+    batch = torch.stack([A, realistic(*A.shape, seed=7) * 1e20, torch.zeros_like(A), _gaussian(*A.shape)])
+    result = surgery.truncated_svd(batch, 16)
+    for i in (0, 1, 3):
+        single = surgery.TruncatedSVD(
+            result.U[i], result.s[i], result.V[i], result.norm[i],
+            surgery.Certificate(
+                result.certificate.residual[i], result.certificate.gap[i], result.certificate.angle_bound[i],
+                result.certificate.converged[i], result.certificate.passes[i], result.certificate.method[i],
+            ),
+        )  # fmt: skip
+        _check(batch[i], single, 16)
+    assert not result.s[2].any()
 
 
 def test_same_seed_same_bits_and_nothing_global_is_touched() -> None:
@@ -201,7 +221,7 @@ def test_rounds_never_make_a_result_worse(monkeypatch: pytest.MonkeyPatch) -> No
     """With too few passes to converge, and no Gram matrix to fall back on, the best of the rounds is returned."""
     A = _gaussian(1100, 1100)
     monkeypatch.setattr(lanczos, "MAX_PASSES", 8)
-    monkeypatch.setattr(svd, "_MAX_GRAM", 0)
+    monkeypatch.setattr(triplets, "_MAX_GRAM", 0)
     result = surgery.truncated_svd(A, 48)
     assert not bool(result.certificate.converged)
     assert result.certificate.residual.max().item() < 0.05

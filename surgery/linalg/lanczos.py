@@ -1,10 +1,11 @@
-"""The leading singular vectors of a large matrix by thick-restart randomized block Lanczos.
+"""The leading singular vectors of large matrices by thick-restart randomized block Lanczos.
 
-Works on ``C = B^T B`` with B the matrix or its transpose, such that the basis lives on the short side. All vectors
-are stored as rows. Sources: Golub, Luk, Overton, "A block Lanczos method for computing the singular values and
-corresponding singular vectors of a matrix" (ACM TOMS 7, 1981); Wu, Simon, "Thick-restart Lanczos method for large
-symmetric eigenvalue problems" (SIAM J. Matrix Anal. 22, 2000); Musco, Musco, "Randomized block Krylov methods"
-(NeurIPS 2015) for the random start block.
+Works on ``C = B^T B`` with B the matrix or its transpose, such that the basis lives on the short side. The matrices of
+a batch advance in step, each with a basis of its own. All vectors are stored as rows. Sources: Golub, Luk, Overton, "A
+block Lanczos method for computing the singular values and corresponding singular vectors of a matrix" (ACM TOMS 7,
+1981); Wu, Simon, "Thick-restart Lanczos method for large symmetric eigenvalue problems" (SIAM J. Matrix Anal. 22,
+2000); Musco, Musco, "Randomized block Krylov methods" (NeurIPS 2015) for the random start block; Yamamoto et al.,
+"Roundoff error analysis of the CholeskyQR2 algorithm" (ETNA 44, 2015) for the orthonormalisation.
 """
 
 from __future__ import annotations
@@ -14,108 +15,45 @@ from dataclasses import dataclass
 
 import torch
 
-from surgery.linalg.product import rows_times, rows_times_transposed
+from surgery.linalg.operator import Operator, wide_device, widened
 
 MAX_PASSES = 400
+
+#: Entries of a matrix that a CPU can be hoped to keep at hand from one pass to the next.
+_CACHED = 1 << 24
+
+#: By how much residuals fall in a step at the most, for deciding when to look at them.
+_STEEPEST = 8.0
 
 #: A direction whose part outside the basis is below this multiple of what rounding leaves there is noise.
 _NOISE = 3e-7
 
 
-#: Entries of the matrix that are widened to float64 at a time.
-_WIDE_ENTRIES_CPU = 1 << 19
-_WIDE_ENTRIES = 1 << 25
-
-
-class Operator:
-    """Products with a matrix A (m, n) and its transpose, seen from its shorter side.
-
-    Attributes:
-        short, long: the smaller and the larger of m and n.
-        passes: how many times A was gone through.
-    """
-
-    def __init__(self, matrix: torch.Tensor) -> None:
-        self.matrix = matrix
-        self.wide = matrix.shape[0] < matrix.shape[1]
-        self.long, self.short = max(matrix.shape), min(matrix.shape)
-        self.passes = 0
-        self._wide_entries = _WIDE_ENTRIES_CPU if matrix.device.type == "cpu" else _WIDE_ENTRIES
-
-    def to_long(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows (b, short) -> (b, long)."""
-        self.passes += 1
-        return rows_times(x, self.matrix) if self.wide else rows_times_transposed(x, self.matrix)
-
-    def to_short(self, y: torch.Tensor) -> torch.Tensor:
-        """Rows (b, long) -> (b, short)."""
-        self.passes += 1
-        return rows_times_transposed(y, self.matrix) if self.wide else rows_times(y, self.matrix)
-
-    # The same in float64, for the last step and the certificate: float32 products of vectors without changes of
-    # sign are off by more than 1e-6. The matrix is widened a few rows at a time.
-
-    def to_long_wide(self, x: torch.Tensor) -> torch.Tensor:
-        """float64 rows (b, short) -> (b, long)."""
-        self.passes += 1
-        return self._from_left(x) if self.wide else self._from_right(x)
-
-    def to_short_wide(self, y: torch.Tensor) -> torch.Tensor:
-        """float64 rows (b, long) -> (b, short)."""
-        self.passes += 1
-        return self._from_right(y) if self.wide else self._from_left(y)
-
-    def gram_wide(self) -> torch.Tensor:
-        """float64 (short, short), A^T A or A A^T, without widening all of A at once."""
-        self.passes += 1
-        total = torch.zeros(self.short, self.short, dtype=torch.float64, device=widened(self.matrix[:0]).device)
-        step = max(1, self._wide_entries // self.short)
-        for start in range(0, self.long, step):
-            part = self.matrix[:, start : start + step].T if self.wide else self.matrix[start : start + step]
-            rows = widened(part)
-            total.addmm_(rows.T, rows)
-        return total
-
-    def _from_left(self, x: torch.Tensor) -> torch.Tensor:
-        """x A, (b, m) -> (b, n)."""
-        total = torch.zeros(len(x), self.matrix.shape[1], dtype=torch.float64, device=x.device)
-        for rows in self._row_blocks():
-            total.addmm_(x[:, rows], widened(self.matrix[rows]))
-        return total
-
-    def _from_right(self, y: torch.Tensor) -> torch.Tensor:
-        """y A^T, (b, n) -> (b, m)."""
-        return torch.cat([y @ widened(self.matrix[rows]).T for rows in self._row_blocks()], dim=1)
-
-    def _row_blocks(self) -> list[slice]:
-        m, n = self.matrix.shape
-        step = max(1, self._wide_entries // n)
-        return [slice(start, min(start + step, m)) for start in range(0, m, step)]
-
-
-def widened(x: torch.Tensor) -> torch.Tensor:
-    """float64, on the CPU where the device has none."""
-    return x.cpu().double() if x.device.type == "mps" else x.double()
-
-
 @dataclass(frozen=True, slots=True)
 class RitzVectors:
-    """Approximate right singular vectors of B.
+    """Approximate singular vectors of B for the largest values.
 
     Attributes:
-        rows: (k, short), nearly orthonormal.
-        values: float64 (k + 1,) on the CPU, squared singular values; the last is the next one, not kept.
+        rows: (B, k, short), right vectors, nearly orthonormal.
+        images: (B, k, long), the products of B with them.
+        next_value: float64 (B,) on the CPU, estimate of the singular value after them.
     """
 
     rows: torch.Tensor
-    values: torch.Tensor
+    images: torch.Tensor
+    next_value: torch.Tensor
 
 
-def block_size(k: int, device: torch.device) -> int:
-    """Rows per step: a little more than k where that is cheap."""
-    if k <= 24:
+def block_size(k: int, operator: Operator) -> int:
+    """Rows per step.
+
+    On a GPU a step costs its launches, so that few wide ones are best. On a CPU the total of rows counts: narrow
+    blocks need fewer of them, but go through the matrix more often, which is dear where it is in no cache.
+    """
+    if operator.matrices.device.type != "cpu":
         return 8 * math.ceil((k + 8) / 8)
-    return 32 if device.type == "cpu" else k + 8
+    least = 8 if operator.short * operator.long <= _CACHED else 16
+    return max(least, min(32, 8 * math.ceil(k / 16)))
 
 
 def basis_limit(k: int, block: int) -> int:
@@ -135,23 +73,23 @@ def block_lanczos(
     *,
     tolerance: float,
     block: int,
-    generator: torch.Generator,
+    seed: int,
     start: torch.Tensor | None = None,
 ) -> RitzVectors:
-    """Ritz vectors for the k largest singular values.
+    """Ritz vectors for the k largest singular values of each matrix.
 
     Stops when every residual, estimated from the recurrence, is below ``tolerance`` times the largest singular
     value and below 100 ``tolerance`` times its own, or after ``MAX_PASSES``. The caller measures the true residuals.
 
     Args:
-        operator: the matrix, float32 or float64.
+        operator: the matrices, float32 or float64.
         k: how many; ``k + 1 <= operator.short``.
         tolerance: see above.
         block: rows per step.
-        generator: private random generator, on the CPU.
-        start: (b, short) rows to begin from, b <= ``block``; filled up with random ones.
+        seed: of the random rows, drawn on the CPU; each matrix gets the same ones, whatever batch it is in.
+        start: (B, b, short) rows to begin from, b <= ``block``.
     """
-    basis = _Basis(operator, limit=basis_limit(k, block), block=block, generator=generator)
+    basis = _Basis(operator, limit=basis_limit(k, block), block=block, seed=seed)
     basis.begin(start)
     keep = k + max(block, k // 2)
     last_pass = operator.passes + MAX_PASSES
@@ -160,22 +98,27 @@ def block_lanczos(
         basis.step()
         last = operator.passes + 2 > last_pass
         full = basis.size + block > basis.limit
-        if not (checks.due() or full or last):
+        if not (checks.due() or full or last) or (basis.size <= k and not basis.exhausted):
             continue
         values, vectors, residuals = basis.ritz()
-        if len(values) > k:
-            sigma = values[: k + 1].clamp(min=0).sqrt()
-            top = sigma[0].item()
-            # Below the noise of the working precision nothing can be asked for.
-            floor = 8 * torch.finfo(operator.matrix.dtype).eps * top
-            allowed = torch.minimum(sigma[:k] * (100 * tolerance), torch.tensor(tolerance * top, dtype=torch.float64))
-            estimate = residuals[:k] / sigma[:k].clamp(min=floor)
-            worst = (estimate / allowed.clamp(min=floor)).max().item()
-            if worst <= 1 or last or basis.exhausted:
-                return RitzVectors(basis.combine(vectors[:, :k]), values[: k + 1])
-            checks.saw(worst)
+        worst = _worst(values, residuals, k, tolerance, torch.finfo(operator.matrices.dtype).eps)
+        if worst <= 1 or last or basis.exhausted:
+            rows, images = basis.combine(vectors[:, :, :k])
+            return RitzVectors(rows, images, values[:, k].clamp(min=0).sqrt())
+        checks.saw(worst)
         if full:
-            basis.restart(values, vectors, min(keep, len(values) - 1))
+            basis.restart(values, vectors, min(keep, values.shape[1] - 1))
+
+
+def _worst(values: torch.Tensor, residuals: torch.Tensor, k: int, tolerance: float, eps: float) -> float:
+    """The largest residual over what is allowed."""
+    sigma = values[:, :k].clamp(min=0).sqrt()
+    top = sigma[:, :1]
+    # Below the noise of the working precision nothing can be asked for.
+    floor = (8 * eps * top).clamp(min=1e-300)
+    allowed = torch.minimum(sigma * (100 * tolerance), tolerance * top)
+    estimate = residuals[:, :k] / torch.maximum(sigma, floor)
+    return (estimate / torch.maximum(allowed, floor)).max().item()
 
 
 class _CheckSchedule:
@@ -192,117 +135,181 @@ class _CheckSchedule:
 
     def saw(self, worst: float) -> None:
         """``worst``: the largest residual over what is allowed."""
-        wait = 2.0
+        wait = math.log(worst) / math.log(_STEEPEST)
         if self._seen is not None and worst < self._seen[1]:
             decay = math.log(self._seen[1] / worst) / (self._steps - self._seen[0])
-            wait = 0.8 * math.log(worst) / decay
+            wait = max(wait, 0.4 * math.log(worst) / decay)  # the decay becomes faster and faster
         self._seen = (self._steps, worst)
         self._next = self._steps + max(1, min(8, math.floor(wait)))
 
 
 class _Basis:
-    """An orthonormal basis of a Krylov space with the projection of C on it."""
+    """Orthonormal bases of Krylov spaces, their images, and the projections of C on them."""
 
-    def __init__(self, operator: Operator, *, limit: int, block: int, generator: torch.Generator) -> None:
+    def __init__(self, operator: Operator, *, limit: int, block: int, seed: int) -> None:
         self._operator = operator
-        self._generator = generator
         self._block = block
-        matrix = operator.matrix
+        matrices = operator.matrices
+        count = len(operator)
         self.limit = min(limit, operator.short)
-        self._rows = torch.empty(self.limit + block, operator.short, dtype=matrix.dtype, device=matrix.device)
-        self._projected = torch.zeros(self.limit + block, self.limit + block, dtype=torch.float64)
+        rows = self.limit + block
+        self._rows = torch.empty(count, rows, operator.short, dtype=matrices.dtype, device=matrices.device)
+        self._images = torch.empty(count, self.limit, operator.long, dtype=matrices.dtype, device=matrices.device)
+        self._wide = wide_device(matrices)
+        self._projected = torch.zeros(count, rows, rows, dtype=torch.float64, device=self._wide)
+        self._coupling = torch.zeros(count, 0, 0, dtype=torch.float64, device=self._wide)
+        self._top = torch.zeros(count, 1, dtype=torch.float64, device=self._wide)  # longest image so far
+        # One generator for each matrix: which rows it is given must not depend on its company.
+        self._generators = [torch.Generator().manual_seed(seed) for _ in range(count)]
         self.size = 0  # rows already multiplied by C
         self._pending = 0  # orthonormal rows behind them, yet to be multiplied
-        self._coupling = torch.zeros(0, 0, dtype=torch.float64)
         self._last = 0  # rows multiplied in the last step
 
     @property
     def exhausted(self) -> bool:
-        """The basis spans the whole space, or C maps it into itself: there is nothing left to find."""
+        """The basis spans the whole space: there is nothing left to find."""
         return self._pending == 0
 
     def begin(self, start: torch.Tensor | None) -> None:
-        rows = self._random(min(self._block, self.limit)) if start is None else start
-        self._append(rows, self._noise(rows))
+        if start is None:
+            width = min(self._block, self.limit)
+            start = torch.stack([self._random(i, width) for i in range(len(self._operator))])
+        self._append(start, torch.zeros(start.shape[:2], dtype=torch.float64, device=self._wide))
 
     def step(self) -> None:
         """Multiply the pending rows by C and orthonormalise the result into the next ones."""
         first, stop = self.size, self.size + self._pending
-        images = self._operator.to_long(self._rows[first:stop])
+        images = self._operator.to_long(self._rows[:, first:stop])
+        self._images[:, first:stop] = images
         products = self._operator.to_short(images)
-        noise = _NOISE * images.norm(dim=1).max().item() ** 2
         self.size, self._last = stop, self._pending
-        known = self._rows[:stop]
-        coefficients = products @ known.T
-        products = products - coefficients @ known
-        again = products @ known.T
-        products = products - again @ known
-        projected = (coefficients + again).double().cpu()
-        self._projected[first:stop, :stop] = projected
-        self._projected[:stop, first:stop] = projected.T
-        block = self._projected[first:stop, first:stop]
-        self._projected[first:stop, first:stop] = (block + block.T) / 2
-        self._append(products, noise)
+        known = self._rows[:, :stop]
+        coefficients = torch.bmm(products, known.mT)
+        products = torch.baddbmm(products, coefficients, known, alpha=-1)
+        projected = widened(coefficients)
+        # The diagonal holds the squared lengths of the images. What rounding leaves in a product is in proportion to
+        # the length of its own image and to the norm of B.
+        lengths = projected.diagonal(first, 1, 2).clamp(min=0).sqrt()
+        self._top = torch.maximum(self._top, lengths.amax(dim=1, keepdim=True))
+        noise = _NOISE * self._top * lengths
+        # The lower triangle, which is all that is ever read.
+        self._projected[:, first:stop, :stop] = projected + self._append(products, noise)
 
     def ritz(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Ritz values (descending), their coefficients (columns) and residual norms; float64, on the CPU."""
-        values, vectors = torch.linalg.eigh(self._projected[: self.size, : self.size])
-        values, vectors = values.flip(0), vectors.flip(1)
-        residuals = (self._coupling.T @ vectors[self.size - self._last : self.size]).norm(dim=0)
+        """Ritz values (B, size), descending, their coefficients (columns) and residual norms; float64, on the CPU."""
+        values, vectors = torch.linalg.eigh(self._projected[:, : self.size, : self.size].cpu())
+        values, vectors = values.flip(1), vectors.flip(2)
+        residuals = (self._coupling.cpu().mT @ vectors[:, self.size - self._last :]).norm(dim=1)
         return values, vectors, residuals
 
-    def combine(self, coefficients: torch.Tensor) -> torch.Tensor:
-        """(p, c) coefficients -> (c, short) rows."""
-        return coefficients.T.to(self._rows) @ self._rows[: self.size]
+    def combine(self, coefficients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, size, c) coefficients -> (B, c, short) rows and (B, c, long) images."""
+        turned = coefficients.mT.to(self._rows.dtype).to(self._rows.device)
+        return turned @ self._rows[:, : self.size], turned @ self._images[:, : self.size]
 
     def restart(self, values: torch.Tensor, vectors: torch.Tensor, keep: int) -> None:
         """Shrink the basis to its leading Ritz vectors and go on from the pending rows."""
-        pending = self._rows[self.size : self.size + self._pending].clone()
-        self._rows[:keep] = self.combine(vectors[:, :keep])
+        pending = self._rows[:, self.size : self.size + self._pending].clone()
+        self._rows[:, :keep], self._images[:, :keep] = self.combine(vectors[:, :, :keep])
         self._projected.zero_()
-        self._projected[range(keep), range(keep)] = values[:keep]
-        self.size, self._pending = keep, 0
-        self._append(pending, 0.0)
+        self._projected.diagonal(0, 1, 2)[:, :keep] = values[:, :keep]
+        self.size = keep
+        self._append(pending, torch.zeros(pending.shape[:2], dtype=torch.float64, device=self._wide))
 
-    def _append(self, rows: torch.Tensor, noise: float) -> None:
-        """Orthonormalise ``rows`` (already free of the basis) and store them as the next block.
+    def _append(self, rows: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Orthonormalise ``rows`` (B, b, short), nearly free of the basis, and store them as the next block.
 
-        Directions shorter than ``noise`` carry no information. They are replaced by random ones, so that the block
-        keeps its width and finds copies of a repeated value; their coupling to the block before is zero.
+        Of each row only what is longer than its ``noise`` (B, b) is information. Directions without any are replaced
+        by random ones, so that the block keeps its width and finds copies of a repeated value; their coupling to the
+        block before is zero.
+
+        Returns:
+            float64 (B, b, size), what of ``rows`` was still in the basis.
         """
         room = min(self._block, self._operator.short - self.size)
-        known = self._rows[: self.size]
-        values, vectors = torch.linalg.eigh(_gram(rows))
+        known = self._rows[:, : self.size]
+        self._pending = room
+        if rows.shape[1] == room:
+            block, coupling, still, sound = _orthonormalised(rows, known, noise)
+        else:
+            count, width, short = rows.shape
+            block, coupling = rows.new_empty(count, room, short), rows.new_zeros(count, width, room, dtype=torch.float64)
+            still, sound = rows.new_zeros(count, width, self.size, dtype=torch.float64), [room == 0] * count
+        for i, done in enumerate(sound):
+            if not done:
+                block[i], coupling[i] = self._repaired(i, rows[i], noise[i], room)
+                still[i] = 0
+        self._rows[:, self.size : self.size + room] = block
+        self._coupling = coupling
+        return still
+
+    def _repaired(self, i: int, rows: torch.Tensor, noise: torch.Tensor, room: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of matrix i: the ``room`` longest directions of ``rows`` (b, short), random ones in place of noise.
+
+        Returns:
+            (room, short) orthonormal rows and the float64 (b, room) coupling.
+        """
+        known = self._rows[i, : self.size]
+        wide = widened(rows - (rows @ known.T) @ known)
+        # In units of the noise, so that a row with much of it does not hide the others.
+        unit = torch.where(noise > 0, noise, 1.0)
+        wide = wide / unit[:, None]
+        values, vectors = torch.linalg.eigh(wide @ wide.T)
         lengths = values.clamp(min=0).sqrt()
-        kept = (lengths > max(noise, 1e-14 * lengths.max().item())).nonzero().flatten().flip(0)[:room]
-        coupling = vectors[:, kept] * lengths[kept]
-        block = (vectors[:, kept] / lengths[kept]).T.to(rows) @ rows
+        least = max(1.0 if noise.any() else 0.0, 1e-14 * lengths.max().item())
+        kept = (lengths > least).nonzero().flatten().flip(0)[:room]
+        coupling = unit[:, None] * (vectors[:, kept] * lengths[kept])
+        block = ((vectors[:, kept] / lengths[kept]).T @ wide).to(rows.dtype).to(rows.device)
         if len(kept) < room:
             coupling = torch.nn.functional.pad(coupling, (0, room - len(kept)))
-            block = torch.cat([block, self._random(room - len(kept))])
-        block = block - (block @ known.T) @ known
+            block = torch.cat([block, self._random(i, room - len(kept))])
         for _ in range(2):
             # The first rows hardly move, so the coupling need not be corrected: Cholesky keeps their order.
-            block = _inverse_root(_gram(block)).to(block) @ block
-        self._rows[self.size : self.size + room] = block
-        self._pending = room
-        self._coupling = coupling
+            block = block - (block @ known.T) @ known
+            block = (_inverse_root(_gram(block)) @ widened(block)).to(rows.dtype).to(rows.device)
+        return block, coupling
 
-    def _random(self, count: int) -> torch.Tensor:
-        rows = torch.randn(count, self._operator.short, generator=self._generator, dtype=torch.float64)
+    def _random(self, i: int, count: int) -> torch.Tensor:
+        rows = torch.randn(count, self._operator.short, generator=self._generators[i], dtype=torch.float32)
         rows /= rows.norm(dim=1, keepdim=True)
         return rows.to(self._rows)
 
-    @staticmethod
-    def _noise(rows: torch.Tensor) -> float:
-        return _NOISE * float(rows.norm(dim=1).max())
+
+def _orthonormalised(
+    rows: torch.Tensor, known: torch.Tensor, noise: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[bool]]:
+    """Cholesky QR twice with a projection between, for rows (B, b, short) that are well enough conditioned.
+
+    Returns:
+        orthonormal rows (B, b, short); float64 coupling (B, b, b) and ``still`` (B, b, size) with
+        ``rows = coupling rows' + still known``; for each matrix, whether that worked.
+    """
+    wide = widened(rows)
+    factor, info = torch.linalg.cholesky_ex(torch.bmm(wide, wide.mT))
+    # Each entry of the diagonal is the length of a row outside the span of those before it.
+    sound = (info == 0) & (factor.diagonal(0, 1, 2) > noise).all(dim=1)
+    eye = torch.eye(factor.shape[1], dtype=torch.float64, device=factor.device).expand_as(factor)
+    if not (all_sound := bool(sound.all())):
+        factor = torch.where(sound[:, None, None], factor, eye)
+    # In float64: the inverse of an ill-conditioned factor would magnify the rounding of a float32 product.
+    inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
+    block = torch.bmm(inverse, wide).to(rows)
+    again = torch.bmm(block, known.mT)
+    block = torch.baddbmm(block, again, known, alpha=-1)
+    wide = widened(block)
+    root, info = torch.linalg.cholesky_ex(torch.bmm(wide, wide.mT))
+    sound &= info == 0
+    block = torch.bmm(torch.linalg.solve_triangular(root, eye, upper=False).to(rows), block)
+    outcome = [True] * len(rows) if all_sound and not info.any() else sound.tolist()
+    return block, torch.bmm(factor, root), torch.bmm(factor, widened(again)), outcome
 
 
 def _inverse_root(gram: torch.Tensor) -> torch.Tensor:
     """T with ``T gram T^T = I``, from Cholesky, or from eigenvectors where rounding has made gram indefinite."""
     factor, info = torch.linalg.cholesky_ex(gram)
     if info.item() == 0:
-        inverse: torch.Tensor = torch.linalg.solve_triangular(factor, torch.eye(len(factor), dtype=torch.float64), upper=False)
+        eye = torch.eye(len(factor), dtype=torch.float64, device=gram.device)
+        inverse: torch.Tensor = torch.linalg.solve_triangular(factor, eye, upper=False)
     else:
         values, vectors = torch.linalg.eigh(gram)
         inverse = (vectors / values.clamp(min=1e-14 * values[-1].item()).sqrt()).T
@@ -310,6 +317,6 @@ def _inverse_root(gram: torch.Tensor) -> torch.Tensor:
 
 
 def _gram(rows: torch.Tensor) -> torch.Tensor:
-    """``rows rows^T`` in float64, on the CPU, whatever the device can do."""
+    """float64 ``rows rows^T``."""
     wide = widened(rows)
-    return (wide @ wide.T).cpu()
+    return wide @ wide.T

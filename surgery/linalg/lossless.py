@@ -13,9 +13,7 @@ of at most 53 bits: float64 then computes it exactly, in whatever order.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -23,6 +21,7 @@ import torch
 
 from surgery.linalg.correction import CorrectionReader, assemble, encode_block
 from surgery.linalg.rounding import from_ordinals, ordinals, round_once
+from surgery.linalg.threads import one_thread_each
 from surgery.memory import bytes_of
 
 #: Entries that are worked on at a time: few enough for their float64 temporaries to stay in cache, enough for the threads
@@ -192,16 +191,5 @@ def _for_each(work: Callable[[slice], _T], m: int, step: int, device: torch.devi
     workers = min(len(blocks), torch.get_num_threads())
     if workers < 2:
         return [work(rows) for rows in blocks]
-    with _one_thread_each(workers) as pool:
+    with one_thread_each(workers) as pool:
         return list(pool.map(work, blocks))
-
-
-@contextmanager
-def _one_thread_each(workers: int) -> Iterator[ThreadPoolExecutor]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(workers, initializer=lambda: torch.set_num_threads(1)) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(threads)

@@ -11,17 +11,10 @@ from typing import Any
 import torch
 
 from surgery.errors import OptionError, WeightError
-from surgery.linalg.lanczos import Operator, block_lanczos, block_size, widened
+from surgery.linalg.operator import Operator, widened
+from surgery.linalg.triplets import ROUNDING, Triplets, engine, solve
 
 DEFAULT_TOLERANCE = 1e-5
-
-#: A block of b vectors sees at most b copies of a repeated value; values this close (over s_1) count as copies.
-_CLUSTER = 1e-3
-_MAX_ROUNDS = 4
-#: Units of the working precision that rounding may leave in a residual.
-_ROUNDING = 16
-#: Beyond this the Gram matrix is no fallback any more: its eigenproblem takes longer than anybody waits.
-_MAX_GRAM = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +102,9 @@ def truncated_svd(A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERAN
     check_accuracy(tolerance, seed, torch.float64 if A.dtype == torch.float64 else torch.float32)
     with torch.no_grad(), _full_precision(A.device):
         if A.ndim == 2:
-            return _solve(A, k, tolerance, seed)
-        return _stack([_solve(matrix, k, tolerance, seed) for matrix in A])
+            return _solve(A[None], k, tolerance, seed)[0]
+        step = _in_step(A, k)
+        return _stack([result for i in range(0, len(A), step) for result in _solve(A[i : i + step], k, tolerance, seed)])
 
 
 def check_accuracy(tolerance: float, seed: int, dtype: torch.dtype = torch.float32) -> None:
@@ -119,7 +113,7 @@ def check_accuracy(tolerance: float, seed: int, dtype: torch.dtype = torch.float
     Raises:
         OptionError: naming the limits.
     """
-    floor = _ROUNDING * torch.finfo(dtype).eps
+    floor = ROUNDING * torch.finfo(dtype).eps
     if not floor <= tolerance < 1:
         raise OptionError(
             "the tolerance makes no sense",
@@ -148,171 +142,92 @@ def _stack(parts: list[TruncatedSVD]) -> TruncatedSVD:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Triplets:
-    """A candidate: ``long`` (long, k), ``s`` (k,) float64 CPU, ``short`` (short, k), residual over s_1 (k,) float64 CPU."""
-
-    long: torch.Tensor
-    s: torch.Tensor
-    short: torch.Tensor
-    residual: torch.Tensor
-    next_value: float
+def _in_step(A: torch.Tensor, k: int) -> int:
+    """How many matrices of a batch are solved together."""
+    if A.device.type == "cuda" or engine(min(A.shape[1:]), k) != "block-lanczos":
+        return len(A)
+    return 1  # on a CPU one after the other is faster
 
 
-def _solve(A: torch.Tensor, k: int, tolerance: float, seed: int) -> TruncatedSVD:
+def _solve(A: torch.Tensor, k: int, tolerance: float, seed: int) -> list[TruncatedSVD]:
+    """Of each matrix of a batch (B, m, n)."""
     work = A.to(A.dtype if A.dtype == torch.float64 else torch.float32).contiguous()
-    low, high = (value.item() for value in torch.aminmax(work))
+    norms = _norms(work)
+    shifts = [_shift(matrix, norm) for matrix, norm in zip(work, norms.tolist(), strict=True)]
+    nonzero = [i for i, shift in enumerate(shifts) if shift is not None]
+    if len(nonzero) < len(work):
+        work, norms = work[nonzero], norms[nonzero]
+    exponents = torch.tensor([shifts[i] for i in nonzero], dtype=torch.int32)
+    if exponents.any():
+        # Squares of the entries must neither overflow nor vanish. A power of two changes no bit of the mantissa.
+        work = torch.ldexp(work, -exponents.to(work.device)[:, None, None])
+        norms = _norms(work)
+    results: list[TruncatedSVD | None] = [None] * len(A)
+    if nonzero:
+        operator = Operator(work)
+        for j, (method, triplets, passes) in enumerate(solve(operator, k, tolerance, seed)):
+            i = nonzero[j]
+            results[i] = _finished(operator, triplets, norms[j], method, passes, tolerance, exponents[j])
+    return [_zero(A[i], work.dtype, k) if result is None else result for i, result in enumerate(results)]
+
+
+def _shift(matrix: torch.Tensor, norm: float) -> int | None:
+    """The power of two to divide by, or None for a matrix of zeros."""
+    if 2.0**-12 <= norm <= 2.0**24:
+        return 0
+    low, high = (value.item() for value in torch.aminmax(matrix))
     largest = max(-low, high)
     if not math.isfinite(largest):
         raise WeightError("the matrix holds NaN or infinity", got=f"values from {low} to {high}")
-    if largest == 0.0:
-        return _zero(work, k)
-    # Squares of the entries must neither overflow nor vanish. A power of two changes no bit of the mantissa.
-    exponent = math.frexp(largest)[1]
-    shift = exponent if abs(exponent) > 24 else 0
-    if shift:
-        work = torch.ldexp(work, torch.tensor(-shift, device=work.device))
-    operator = Operator(work)
-    method, triplets = _by_best_engine(operator, k, tolerance, seed)
-    if not math.isfinite(torch.ldexp(triplets.s, torch.tensor(shift)).to(work.dtype)[0].item()):
-        raise WeightError(f"the matrix has singular values beyond the range of {work.dtype}", got=f"entries of up to {largest}")
-    return _finished(operator, triplets, method, tolerance, shift)
+    return math.frexp(largest)[1] if largest else None
 
 
-def _by_best_engine(operator: Operator, k: int, tolerance: float, seed: int) -> tuple[str, _Triplets]:
-    r = operator.short
-    if k > r // 2 or r <= 64:
-        return "svd", _full_svd(operator, k)
-    if r <= 512 or k > r // 6 or (r <= 1024 and k > r // 16):
-        return "gram", _gram(operator, k)
-    triplets = _lanczos(operator, k, tolerance, seed)
-    if _converged(triplets, tolerance, operator) or r > _MAX_GRAM:
-        return "block-lanczos", triplets
-    return "gram", _gram(operator, k)
-
-
-def _lanczos(operator: Operator, k: int, tolerance: float, seed: int) -> _Triplets:
-    generator = torch.Generator().manual_seed(seed)
-    widest = operator.short - 1
-    block = min(block_size(k, operator.matrix.device), widest)
-    start, best = None, None
-    for _ in range(_MAX_ROUNDS):
-        ritz = block_lanczos(operator, k, tolerance=tolerance, block=block, generator=generator, start=start)
-        triplets = _from_rows(operator, ritz.rows, max(ritz.values[k].item(), 0.0) ** 0.5)
-        if block < min(k, widest) and _clustered(triplets.s, block):
-            # Residuals cannot show that a copy of a repeated value is missing: look again with a block wider than k.
-            block, start = min(k + 8, widest), None
-            continue
-        if best is None or triplets.residual.max() < best.residual.max():
-            best = triplets
-        if _converged(best, tolerance, operator):
-            break
-        block, start = min(max(block, k), widest), best.short.T
-    assert best is not None  # a clustered round is followed by one that is not
-    return best
-
-
-def _clustered(s: torch.Tensor, block: int) -> bool:
-    return bool(((s[: len(s) - block + 1] - s[block - 1 :]) <= _CLUSTER * s[0]).any())
-
-
-def _allowed(s: torch.Tensor, tolerance: float, operator: Operator) -> torch.Tensor:
-    """Largest residual over s_1 that passes, per triplet."""
-    floor = _ROUNDING * torch.finfo(operator.matrix.dtype).eps
-    relative = 100 * tolerance * s / s[0].clamp(min=1e-300)
-    return relative.clamp(max=tolerance).clamp(min=floor)
-
-
-def _converged(triplets: _Triplets, tolerance: float, operator: Operator) -> bool:
-    return bool((triplets.residual <= _allowed(triplets.s, tolerance, operator)).all())
-
-
-def _from_rows(operator: Operator, rows: torch.Tensor, next_value: float) -> _Triplets:
-    """Singular triplets from a nearly orthonormal basis (k, short) of the right space, in float64."""
-    basis, _ = torch.linalg.qr(widened(rows).T)
-    images = operator.to_long_wide(basis.T).T
-    q, r = torch.linalg.qr(images)
-    left, s, right = (part.to(q.device) for part in torch.linalg.svd(r.cpu()))
-    return _measured(operator, q @ left, s, basis @ right.T, images @ right.T, next_value)
-
-
-def _measured(
-    operator: Operator, long: torch.Tensor, s: torch.Tensor, short: torch.Tensor, images: torch.Tensor, next_value: float
-) -> _Triplets:
-    """Round float64 vectors to the working precision and measure the residuals of what is returned.
-
-    ``images`` are the products of the matrix with ``short``, so that one side needs no further pass; the rounding of
-    ``short`` is added to it.
-    """
-    matrix = operator.matrix
-    # The dtype first: not every device knows float64.
-    rounded_long, rounded_short = (vectors.to(matrix.dtype).to(matrix.device) for vectors in (long, short))
-    top = max(s[0].item(), 1e-300)
-    on_long = (images - widened(rounded_long) * s).norm(dim=0) / top + (widened(rounded_short) - short).norm(dim=0)
-    back = operator.to_short_wide(widened(rounded_long).T.contiguous()).T
-    on_short = (back - widened(rounded_short) * s).norm(dim=0) / top
-    return _Triplets(rounded_long, s.cpu(), rounded_short, torch.maximum(on_long, on_short).cpu(), next_value)
-
-
-def _gram(operator: Operator, k: int) -> _Triplets:
-    """Leading eigenvectors of the float64 Gram matrix of the short side."""
-    values, vectors = torch.linalg.eigh(operator.gram_wide())
-    next_value = max(values[-k - 1].item(), 0.0) ** 0.5 if k < len(values) else 0.0
-    return _from_rows(operator, vectors[:, -k:].flip(1).T, next_value)
-
-
-def _full_svd(operator: Operator, k: int) -> _Triplets:
-    matrix = widened(operator.matrix)
-    operator.passes += 1
-    left, s, right = torch.linalg.svd(matrix.T if operator.wide else matrix, full_matrices=False)
-    next_value = s[k].item() if k < len(s) else 0.0
-    short = right[:k].T
-    return _measured(operator, left[:, :k], s[:k], short, operator.to_long_wide(short.T.contiguous()).T, next_value)
-
-
-def _zero(matrix: torch.Tensor, k: int) -> TruncatedSVD:
+def _zero(matrix: torch.Tensor, dtype: torch.dtype, k: int) -> TruncatedSVD:
     m, n = matrix.shape
     zeros = torch.zeros(k, dtype=torch.float64)
     return TruncatedSVD(
-        torch.eye(m, k, dtype=matrix.dtype, device=matrix.device),
-        torch.zeros(k, dtype=matrix.dtype, device=matrix.device),
-        torch.eye(n, k, dtype=matrix.dtype, device=matrix.device),
+        torch.eye(m, k, dtype=dtype, device=matrix.device),
+        torch.zeros(k, dtype=dtype, device=matrix.device),
+        torch.eye(n, k, dtype=dtype, device=matrix.device),
         torch.tensor(0.0, dtype=torch.float64),
         Certificate(zeros, zeros.clone(), torch.ones(k, dtype=torch.float64), torch.tensor(True), torch.tensor(0), "zero"),
     )
 
 
-def _finished(operator: Operator, triplets: _Triplets, method: str, tolerance: float, shift: int) -> TruncatedSVD:
+def _finished(
+    operator: Operator, triplets: Triplets, norm: torch.Tensor, method: str, passes: int, tolerance: float, shift: torch.Tensor
+) -> TruncatedSVD:
     U, V = (triplets.short, triplets.long) if operator.wide else (triplets.long, triplets.short)
     sign = _signs(U, V)
     s = triplets.s
-    top = max(s[0].item(), 1e-300)
+    values = torch.ldexp(s, shift).to(U.dtype)
+    if not math.isfinite(values[0].item()):
+        raise WeightError(f"the matrix has singular values beyond the range of {U.dtype}", got=torch.ldexp(s[0], shift).item())
+    top = s[0].clamp(min=1e-300)
     distances = torch.cat([s[:-1] - s[1:], s[-1:] - triplets.next_value]).abs()
     gap = torch.minimum(distances, torch.cat([distances[:1], distances[:-1]])) / top
-    if len(s) == 1:
-        gap = distances / top
     if triplets.next_value == 0.0 and len(s) == operator.short:
         gap[-1] = distances[-2 if len(s) > 1 else -1] / top
     return TruncatedSVD(
         U * sign,
-        torch.ldexp(s, torch.tensor(shift)).to(U.dtype).to(U.device),
+        values.to(U.device),
         V * sign,
-        torch.ldexp(_norm(operator.matrix), torch.tensor(shift)),
+        torch.ldexp(norm, shift),
         Certificate(
             residual=triplets.residual,
             gap=gap,
             angle_bound=(triplets.residual / gap.clamp(min=1e-300)).clamp(max=1.0),
-            converged=torch.tensor(_converged(triplets, tolerance, operator)),
-            passes=torch.tensor(operator.passes),
+            converged=torch.tensor(triplets.converged(tolerance)),
+            passes=torch.tensor(passes),
             method=method,
         ),
     )
 
 
-def _norm(matrix: torch.Tensor) -> torch.Tensor:
-    """Frobenius norm of numbers of order one: of each row in its own dtype, of all rows in float64."""
-    rows: torch.Tensor = torch.linalg.vector_norm(matrix, dim=1)
-    return widened(rows).square().sum().sqrt().cpu()
+def _norms(matrices: torch.Tensor) -> torch.Tensor:
+    """Frobenius norms, float64 (B,) on the CPU: of each row in its own dtype, of all rows in float64."""
+    rows: torch.Tensor = torch.linalg.vector_norm(matrices, dim=2)
+    return widened(rows).square().sum(dim=1).sqrt().cpu()
 
 
 def _signs(U: torch.Tensor, V: torch.Tensor) -> torch.Tensor:

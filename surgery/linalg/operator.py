@@ -1,0 +1,137 @@
+"""Products with a batch of matrices, seen from their shorter side, in the working precision and in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from surgery.linalg.product import rows_times, rows_times_transposed
+
+#: Rows of a matrix that are widened to float64 at a time on a CPU: few enough for its cache, enough for its products.
+WIDE_ROWS = 256
+#: Entries of all matrices of a batch that are widened at a time on a GPU.
+WIDE_ENTRIES = 1 << 25
+
+
+class Operator:
+    """Products with matrices A (B, m, n) and their transposes.
+
+    Vectors are rows: (B, b, short) or (B, b, long) with short = min(m, n) and long = max(m, n).
+
+    Attributes:
+        matrices: (B, m, n), float32 or float64.
+        short, long: the smaller and the larger of m and n.
+        wide: whether m is the smaller.
+        passes: how many times the matrices were gone through.
+    """
+
+    def __init__(self, matrices: torch.Tensor) -> None:
+        m, n = matrices.shape[1:]
+        self.matrices = matrices
+        self.wide = m < n
+        self.long, self.short = max(m, n), min(m, n)
+        self.passes = 0
+
+    def __len__(self) -> int:
+        return len(self.matrices)
+
+    def one(self, i: int) -> Operator:
+        """The same of one matrix, as a batch of one, with a count of its own that goes on from here."""
+        single = Operator(self.matrices[i : i + 1])
+        single.passes = self.passes
+        return single
+
+    def to_long(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, b, short) -> (B, b, long)."""
+        self.passes += 1
+        return rows_times(x, self.matrices) if self.wide else rows_times_transposed(x, self.matrices)
+
+    def to_short(self, y: torch.Tensor) -> torch.Tensor:
+        """(B, b, long) -> (B, b, short)."""
+        self.passes += 1
+        return rows_times_transposed(y, self.matrices) if self.wide else rows_times(y, self.matrices)
+
+    def gram(self) -> torch.Tensor:
+        """(B, short, short), A^T A or A A^T in the working precision."""
+        self.passes += 1
+        across = self.matrices if self.wide else self.matrices.mT
+        return torch.bmm(across, across.mT)
+
+    # The same in float64, for the last step and the certificate: float32 products of vectors without changes of
+    # sign are off by more than 1e-6. The matrices are widened a few rows at a time.
+
+    def both_wide(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """float64 (B, b, short), (B, b, long) -> (B, b, long), (B, b, short): both products, the matrices read once."""
+        self.passes += 2
+        if self.wide:
+            return self._sweep(x, y)
+        short, long = self._sweep(y, x)
+        return long, short
+
+    def to_long_wide(self, x: torch.Tensor) -> torch.Tensor:
+        """float64 (B, b, short) -> (B, b, long)."""
+        self.passes += 1
+        return self._sweep(x, None)[0] if self.wide else self._sweep(None, x)[1]
+
+    def to_short_wide(self, y: torch.Tensor) -> torch.Tensor:
+        """float64 (B, b, long) -> (B, b, short)."""
+        self.passes += 1
+        return self._sweep(None, y)[1] if self.wide else self._sweep(y, None)[0]
+
+    def gram_wide(self) -> torch.Tensor:
+        """float64 (B, short, short), A^T A or A A^T, without widening all of A at once."""
+        self.passes += 1
+        total = torch.zeros(len(self), self.short, self.short, dtype=torch.float64, device=wide_device(self.matrices))
+        if self.wide:  # by columns, so that what is added up is (short, short)
+            step = self._wide_rows(self.short)
+            for start in range(0, self.long, step):
+                columns = widened(self.matrices[:, :, start : start + step])
+                total.baddbmm_(columns, columns.mT)
+        else:
+            for _, block in self._blocks():
+                total.baddbmm_(block.mT, block)
+        return total
+
+    def _sweep(self, left: torch.Tensor | None, right: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """``left A`` (B, b, n) for left (B, b, m), and ``right A^T`` (B, b, m) for right (B, b, n); empty for None."""
+        m, n = self.matrices.shape[1:]
+        device = wide_device(self.matrices)
+        columns = torch.zeros(len(self), 0 if left is None else left.shape[1], n, dtype=torch.float64, device=device)
+        rows = torch.empty(len(self), 0 if right is None else right.shape[1], m, dtype=torch.float64, device=device)
+        for part, block in self._blocks():
+            if left is not None:
+                columns.baddbmm_(left[:, :, part], block)
+            if right is not None:
+                rows[:, :, part] = right @ block.mT
+        return columns, rows
+
+    def _blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Rows of the matrices in float64, a few at a time, in one buffer that is used again and again.
+
+        Fresh memory costs more than the conversion: every page of it is cleared by the system first.
+        """
+        m, n = self.matrices.shape[1:]
+        step = min(m, self._wide_rows(n))
+        if self.matrices.dtype == torch.float64:
+            yield slice(0, m), self.matrices
+            return
+        buffer = torch.empty(len(self), step, n, dtype=torch.float64, device=wide_device(self.matrices))
+        for start in range(0, m, step):
+            block = buffer[:, : min(step, m - start)]
+            yield slice(start, min(start + step, m)), block.copy_(self.matrices[:, start : start + step])
+
+    def _wide_rows(self, length: int) -> int:
+        if self.matrices.device.type == "cpu":
+            return WIDE_ROWS
+        return max(1, WIDE_ENTRIES // (len(self) * length))
+
+
+def wide_device(x: torch.Tensor) -> torch.device:
+    """Where float64 work on ``x`` is done: on its device, or on the CPU where the device has no float64."""
+    return torch.device("cpu") if x.device.type == "mps" else x.device
+
+
+def widened(x: torch.Tensor) -> torch.Tensor:
+    """float64, on the CPU where the device has none."""
+    return x.to(wide_device(x)).double()

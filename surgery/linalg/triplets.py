@@ -1,0 +1,201 @@
+"""Candidates for the leading singular triplets of a matrix, each with its true residuals, and the engines that find them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from surgery.linalg.lanczos import RitzVectors, block_lanczos, block_size
+from surgery.linalg.operator import Operator, widened
+from surgery.linalg.subspace import leading_eigenvectors
+from surgery.linalg.threads import one_thread_each
+
+#: A block of b vectors sees at most b copies of a repeated value; values this close, relatively, count as copies.
+_CLUSTER = 1e-3
+_MAX_ROUNDS = 4
+#: Units of the working precision that rounding may leave in a residual.
+ROUNDING = 16
+#: Beyond this the Gram matrix is no fallback any more: its eigenproblem takes longer than anybody waits.
+_MAX_GRAM = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Triplets:
+    """A candidate for the k leading singular triplets of one matrix, seen from its shorter side.
+
+    Attributes:
+        long: (long, k) in the working precision.
+        s: float64 (k,) on the CPU.
+        short: (short, k) in the working precision.
+        residual: float64 (k,) on the CPU, both sides, over s_1, measured in float64.
+        next_value: estimate of the singular value after them.
+    """
+
+    long: torch.Tensor
+    s: torch.Tensor
+    short: torch.Tensor
+    residual: torch.Tensor
+    next_value: float
+
+    def converged(self, tolerance: float) -> bool:
+        """Every residual is below ``tolerance * s_1`` and ``100 * tolerance * s_i``, as far as rounding allows."""
+        floor = ROUNDING * torch.finfo(self.long.dtype).eps
+        relative = 100 * tolerance * self.s / self.s[0].clamp(min=1e-300)
+        return bool((self.residual <= relative.clamp(max=tolerance).clamp(min=floor)).all())
+
+
+def engine(short: int, k: int) -> str:
+    """Which engine finds k triplets of matrices with this shorter side."""
+    if k > short // 2 or short <= 64:
+        return "svd"
+    if short <= 512 or k > short // 6:
+        return "gram"
+    return "block-lanczos"
+
+
+def solve(operator: Operator, k: int, tolerance: float, seed: int) -> list[tuple[str, Triplets, int]]:
+    """The k leading triplets of each matrix of a batch, the engine that they come from and the passes it took.
+
+    Matrices on which the iteration does not converge go through the Gram matrix, if they are not too large for it.
+    """
+    chosen = engine(operator.short, k)
+    if chosen == "block-lanczos":
+        return _lanczos(operator, k, tolerance, seed)
+    workers = min(len(operator), torch.get_num_threads())
+    if operator.matrices.device.type != "cpu" or workers == 1:
+        return [_dense(operator.one(i), chosen, k, tolerance, seed) for i in range(len(operator))]
+    with one_thread_each(workers) as pool:
+        return list(pool.map(lambda i: _dense(operator.one(i), chosen, k, tolerance, seed), range(len(operator))))
+
+
+def _dense(operator: Operator, chosen: str, k: int, tolerance: float, seed: int) -> tuple[str, Triplets, int]:
+    triplets = _full_svd(operator, k) if chosen == "svd" else _gram(operator, k, tolerance, seed)
+    return chosen, triplets, operator.passes
+
+
+def _lanczos(operator: Operator, k: int, tolerance: float, seed: int) -> list[tuple[str, Triplets, int]]:
+    block = min(block_size(k, operator), operator.short - 1)
+    first_round = _from_pairs(operator, block_lanczos(operator, k, tolerance=tolerance, block=block, seed=seed))
+    found = []
+    for i, candidate in enumerate(first_round):
+        single = operator.one(i)
+        method, triplets = "block-lanczos", _settled(single, candidate, block, tolerance, seed)
+        if not triplets.converged(tolerance) and single.short <= _MAX_GRAM:
+            method, triplets = "gram", _gram(single, k, tolerance, seed)
+        found.append((method, triplets, single.passes))
+    return found
+
+
+def _settled(operator: Operator, best: Triplets, block: int, tolerance: float, seed: int) -> Triplets:
+    """Further rounds for one matrix, where the first has not converged or may have missed copies of a value."""
+    k, widest = len(best.s), operator.short - 1
+    if block < min(k, widest) and _clustered(best.s, block):
+        # Residuals cannot show that a copy of a repeated value is missing: look again with a block wider than k.
+        block = min(k + 8, widest)
+        best = _from_pairs(operator, block_lanczos(operator, k, tolerance=tolerance, block=block, seed=seed))[0]
+    for _ in range(_MAX_ROUNDS - 1):
+        if best.converged(tolerance):
+            break
+        # Small values of a graded spectrum need vectors from float64 products.
+        candidates = [_from_rows(operator, best.short.T, best.next_value)]
+        if not candidates[0].converged(tolerance):
+            block, start = min(max(block, k), widest), candidates[0].short.T[None]
+            ritz = block_lanczos(operator, k, tolerance=tolerance, block=block, seed=seed + 1, start=start)
+            candidates += _from_pairs(operator, ritz)
+        best = min([best, *candidates], key=lambda triplets: triplets.residual.max().item())
+    return best
+
+
+def _clustered(s: torch.Tensor, block: int) -> bool:
+    first, last = s[: len(s) - block + 1], s[block - 1 :]
+    return bool((first - last <= _CLUSTER * first).any())
+
+
+def _gram(operator: Operator, k: int, tolerance: float, seed: int) -> Triplets:
+    """From the leading eigenvectors of the Gram matrix of the short side: of the float32 one if they are good enough."""
+    if operator.matrices.dtype == torch.float32:
+        gram = widened(operator.gram()[0])
+        triplets = _from_gram(operator, (gram + gram.T) / 2, k, tolerance, seed)
+        if triplets.converged(tolerance):
+            return triplets
+    return _from_gram(operator, operator.gram_wide()[0], k, tolerance, seed)
+
+
+def _from_gram(operator: Operator, gram: torch.Tensor, k: int, tolerance: float, seed: int) -> Triplets:
+    rows, values = leading_eigenvectors(gram, k, tolerance=tolerance / 2, seed=seed)
+    short = rows.to(operator.matrices.dtype).to(operator.matrices.device)[None].contiguous()
+    ritz = RitzVectors(short, operator.to_long(short), values[-1:].clamp(min=0).sqrt().cpu())
+    triplets = _from_pairs(operator, ritz)[0]
+    return triplets if triplets.converged(tolerance) else _from_rows(operator, rows, triplets.next_value)
+
+
+def _full_svd(operator: Operator, k: int) -> Triplets:
+    matrix = widened(operator.matrices[0])
+    operator.passes += 1
+    left, s, right = torch.linalg.svd(matrix.T if operator.wide else matrix, full_matrices=False)
+    next_value = s[k].item() if k < len(s) else 0.0
+    short = right[None, :k].contiguous()
+    long = left[None, :, :k].mT.contiguous()
+    to_long, to_short = operator.to_long_wide(short), operator.to_short_wide(long)
+    return _measured(operator, long, s[None, :k], short, to_long, to_short, torch.tensor([next_value]))[0]
+
+
+def _from_pairs(operator: Operator, ritz: RitzVectors) -> list[Triplets]:
+    """Rayleigh and Ritz once more, in float64 and with the spaces of both sides. The matrices are read once."""
+    short, long = _orthonormal(widened(ritz.rows)), _orthonormal(widened(ritz.images))
+    to_long, to_short = operator.both_wide(short, long)
+    left, s, right = (part.to(long.device) for part in torch.linalg.svd(torch.bmm(long, to_long.mT).cpu()))
+    return _measured(operator, left.mT @ long, s, right @ short, right @ to_long, left.mT @ to_short, ritz.next_value)
+
+
+def _from_rows(operator: Operator, rows: torch.Tensor, next_value: float) -> Triplets:
+    """Triplets of one matrix from a nearly orthonormal basis (k, short) of the space on its short side, in float64."""
+    basis = _orthonormal(widened(rows)[None])
+    images = operator.to_long_wide(basis)
+    q, r = torch.linalg.qr(images[0].T)
+    left, s, right = (part.to(q.device) for part in torch.linalg.svd(r.cpu()))
+    long, short, to_long = (q @ left).T.contiguous()[None], right @ basis, right @ images
+    return _measured(operator, long, s[None], short, to_long, operator.to_short_wide(long), torch.tensor([next_value]))[0]
+
+
+def _measured(
+    operator: Operator,
+    long: torch.Tensor,
+    s: torch.Tensor,
+    short: torch.Tensor,
+    to_long: torch.Tensor,
+    to_short: torch.Tensor,
+    next_value: torch.Tensor,
+) -> list[Triplets]:
+    """Round float64 vectors to the working precision, and say how far those are from being singular vectors.
+
+    Args:
+        long, short: (B, k, long), (B, k, short), the vectors as rows; s: (B, k).
+        to_long, to_short: the products of the matrices with ``short`` and ``long``. The rounding of the vectors, times
+            the norm of the matrix, is added to what they give, so that no product of the rounded ones is needed.
+    """
+    matrices = operator.matrices
+    # The dtype first: not every device knows float64.
+    rounded_long, rounded_short = (vectors.to(matrices.dtype).to(matrices.device) for vectors in (long, short))
+    wide_long, wide_short = widened(rounded_long), widened(rounded_short)
+    top = s[:, :1].clamp(min=1e-300)
+    on_long = (to_long - wide_long * s[:, :, None]).norm(dim=2) / top + (wide_short - short).norm(dim=2)
+    on_short = (to_short - wide_short * s[:, :, None]).norm(dim=2) / top + (wide_long - long).norm(dim=2)
+    residual = torch.maximum(on_long, on_short).cpu()
+    return [
+        Triplets(rounded_long[i].T.contiguous(), s[i].cpu(), rounded_short[i].T.contiguous(), residual[i], value)
+        for i, value in enumerate(next_value.tolist())
+    ]
+
+
+def _orthonormal(rows: torch.Tensor) -> torch.Tensor:
+    """Orthonormal float64 rows (B, k, n) for the space of ``rows``, which are nearly orthogonal but of any length."""
+    lengths = rows.norm(dim=2, keepdim=True)
+    rows = rows / lengths.clamp(min=1e-300)
+    factor, info = torch.linalg.cholesky_ex(rows @ rows.mT)
+    if bool(((info == 0) & (factor.diagonal(dim1=1, dim2=2).amin(dim=1) > 1e-2)).all()):
+        result: torch.Tensor = torch.linalg.solve_triangular(factor, rows, upper=False)
+        return result
+    # Some vanish, or are what rounding has left of such.
+    return torch.linalg.qr(rows.mT)[0].mT.contiguous()
