@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from surgery.errors import SurgeryError
     from surgery.format.manifest import Manifest
+    from surgery.linalg.energy import energy_svd
     from surgery.linalg.svd import Certificate, TruncatedSVD, truncated_svd
     from surgery.operations.factorize import factorize, plan
     from surgery.operations.fold import FoldReport, fold
@@ -29,6 +30,7 @@ _HOMES = {
     "SurgeryError": "surgery.errors",
     "TruncatedSVD": "surgery.linalg.svd",
     "attach": "surgery.training.attach",
+    "energy_svd": "surgery.linalg.energy",
     "factorize": "surgery.operations.factorize",
     "fold": "surgery.operations.fold",
     "plan": "surgery.operations.factorize",
@@ -44,6 +46,7 @@ __all__ = [
     "TruncatedSVD",
     "__version__",
     "attach",
+    "energy_svd",
     "factorize",
     "fold",
     "plan",

@@ -1,10 +1,17 @@
-"""Choosing the device that linear algebra runs on."""
+"""Choosing the device that linear algebra runs on, and what to do when its memory is full."""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
 import torch
 
-from surgery.errors import OptionError
+from surgery.errors import OptionError, SurgeryWarning
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
 
 
 def choose_device(name: str) -> torch.device:
@@ -37,3 +44,27 @@ def choose_device(name: str) -> torch.device:
 def device_name(device: torch.device) -> str:
     """For the manifest: the kind of device, and the model of a GPU."""
     return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
+
+
+def as_memory_allows(
+    work: Callable[[Sequence[_In], torch.device], list[_Out]], items: Sequence[_In], device: torch.device
+) -> list[_Out]:
+    """``work(items, device)``, in halves where a GPU has not the memory for all at once.
+
+    What does not fit alone is done on the CPU, with a warning: a full GPU costs time, never the run.
+    """
+    if device.type == "cpu":
+        return work(items, device)
+    try:
+        return work(items, device)
+    except torch.OutOfMemoryError:
+        pass  # first leave the frames behind that hold on to the memory
+    if device.type == "cuda" and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if len(items) > 1:
+        half = len(items) // 2
+        return as_memory_allows(work, items[:half], device) + as_memory_allows(work, items[half:], device)
+    warnings.warn(
+        SurgeryWarning(f"{device} has not enough free memory for every matrix: the largest are done on the CPU"), stacklevel=2
+    )
+    return work(items, torch.device("cpu"))

@@ -66,8 +66,8 @@ def _notes_and_quiet(command: Callable[..., None]) -> Callable[..., None]:
             try:
                 command(*args, quiet=quiet, **kwargs)
             finally:
-                for warning in caught:
-                    say(f"note: {warning.message}", quiet=quiet)
+                for message in dict.fromkeys(str(warning.message) for warning in caught):
+                    say(f"note: {message}", quiet=quiet)
 
     return wrapper
 
@@ -75,7 +75,9 @@ def _notes_and_quiet(command: Callable[..., None]) -> Callable[..., None]:
 @main.command(short_help="Write a model's factorized form and a tiny file of scales.")
 @click.argument("model")
 @click.option("-o", "--out", default="factorized", show_default=True, type=click.Path(path_type=Path), help="Folder to write.")
-@click.option("--rank", default=16, show_default=True, help="Singular directions to keep of each target.")
+@click.option("--rank", type=int, metavar="K", help="Singular directions to keep of each target.  [default: 16]")
+@click.option("--energy", type=float, metavar="X", help="Keep this share of each target's squared norm (0 to 1) instead.")
+@click.option("--max-rank", type=int, metavar="K", help="With --energy: the most directions of a target.  [default: 256]")
 @click.option("--include", multiple=True, metavar="GLOB", help="Take exactly the matrices whose names match (repeatable).")
 @click.option("--exclude", multiple=True, metavar="GLOB", help="Never take tensors whose names match (repeatable).")
 @click.option(
@@ -99,7 +101,9 @@ def _notes_and_quiet(command: Callable[..., None]) -> Callable[..., None]:
 def factorize(
     model: str,
     out: Path,
-    rank: int,
+    rank: int | None,
+    energy: float | None,
+    max_rank: int | None,
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     layout: str,
@@ -119,14 +123,23 @@ def factorize(
     """
     from surgery.operations import factorize as operation
 
-    choice: dict[str, Any] = {"rank": rank, "include": include, "exclude": exclude, "layout": layout, "revision": revision}
+    choice: dict[str, Any] = {
+        "rank": rank,
+        "energy": energy,
+        "max_rank": max_rank,
+        "include": include,
+        "exclude": exclude,
+        "layout": layout,
+        "revision": revision,
+        "device": device,
+    }
     if dry_run:
         steps = operation.plan(model, **choice)
         click.echo(operation.plan_as_json(steps) if as_json else _plan_text(steps))
         return
     start = time.perf_counter()
     manifest = operation.factorize(
-        model, out, **choice, seed=seed, tolerance=tolerance, device=device, overwrite=overwrite, progress=Bar(quiet=quiet)
+        model, out, **choice, seed=seed, tolerance=tolerance, overwrite=overwrite, progress=Bar(quiet=quiet)
     )
     seconds = time.perf_counter() - start
     if as_json:
@@ -134,11 +147,16 @@ def factorize(
     else:
         totals = _totals(manifest)
         say(
-            f"{out}: {totals['targets']} matrices at rank {rank}, {totals['trainable']} trainable scales, "
+            f"{out}: {totals['targets']} matrices at rank {_ranks(manifest)}, {totals['trainable']} trainable scales, "
             f"{size(totals['bytes_written'])} in {seconds:.1f} s on {manifest.device}",
             quiet=quiet,
         )
         say(f"train {out / 'surgery' / 'scales.safetensors'}, then: surgery fold {out} SCALES", quiet=quiet)
+
+
+def _ranks(manifest: Manifest) -> str:
+    least, most = (limit(target.rank for target in manifest.targets) for limit in (min, max))
+    return str(most) if least == most else f"{least} to {most}"
 
 
 def _totals(manifest: Manifest) -> dict[str, Any]:
@@ -154,15 +172,18 @@ def _totals(manifest: Manifest) -> dict[str, Any]:
 
 
 def _plan_text(steps: Plan) -> str:
+    most = "" if steps.choice.energy is None else "<= "
     targets = table(
         ["target", "shape", "dtype", "rank"],
-        [[t.tensor, "x".join(map(str, t.shape)), t.dtype, str(t.rank)] for t in steps.targets],
+        [[t.tensor, "x".join(map(str, t.shape)), t.dtype, f"{most}{t.rank}"] for t in steps.targets],
     )
     skipped = table(["passed over", "reason"], [[s.tensor, s.reason] for s in steps.skipped], left=2)
     totals = [
-        f"{len(steps.targets)} targets, {steps.trainable} trainable scales; {len(steps.skipped)} tensors passed over",
+        f"{len(steps.targets)} targets, {'' if steps.choice.energy is None else 'at most '}{steps.trainable} trainable scales; "
+        f"{len(steps.skipped)} tensors passed over",
         f"reads {size(steps.bytes_read)}, writes at most about {size(steps.bytes_written)}, "
-        f"needs at most about {size(steps.peak_memory_bytes)} of memory",
+        f"needs at most about {size(steps.peak_memory_bytes)} of memory"
+        + (f", {size(steps.device_memory_bytes)} of the GPU's" if steps.device_memory_bytes else ""),
         *(f"note: {note}" for note in steps.notes),
     ]
     return "\n".join([targets, "", *([skipped, ""] if steps.skipped else []), *totals])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import queue
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
@@ -131,6 +131,20 @@ class TargetPiece:
 
     def __len__(self) -> int:
         return self.entry.nbytes
+
+
+def windows(pieces: Iterable[Bytes | TargetPiece], limit: int) -> Iterator[list[Bytes | TargetPiece]]:
+    """Runs of pieces of at most ``limit`` bytes together, or of one piece."""
+    window: list[Bytes | TargetPiece] = []
+    held = 0
+    for piece in pieces:
+        if window and held + len(piece) > limit:
+            yield window
+            window, held = [], 0
+        window.append(piece)
+        held += len(piece)
+    if window:
+        yield window
 
 
 class ShardWalk:

@@ -95,9 +95,10 @@ class SourceRecord:
 
 @dataclass(frozen=True, slots=True)
 class OptionsRecord:
-    """The options that shape the result."""
+    """The options that shape the result. With an energy, ``rank`` is the most directions of a target."""
 
     rank: int
+    energy: float | None
     include: list[str]
     exclude: list[str]
     seed: int

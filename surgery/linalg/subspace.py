@@ -82,7 +82,8 @@ def _orthonormal(block: torch.Tensor) -> torch.Tensor:
         block = block / block.norm(dim=1, keepdim=True)
         factor, info = torch.linalg.cholesky_ex(block @ block.T)
         if info.item() or not factor.diagonal().min().item() > 1e-6:
-            return torch.linalg.qr(block.T)[0].T
+            turned: torch.Tensor = torch.linalg.qr(block.T)[0].T
+            return turned
         eye = torch.eye(len(block), dtype=block.dtype, device=block.device)
         block = torch.linalg.solve_triangular(factor, eye, upper=False) @ block
     return block

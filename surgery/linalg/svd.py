@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from surgery.device import as_memory_allows
 from surgery.errors import OptionError, WeightError
 from surgery.linalg.operator import Operator, widened
 from surgery.linalg.triplets import ROUNDING, Triplets, engine, solve
@@ -61,13 +63,28 @@ class TruncatedSVD:
     norm: torch.Tensor
     certificate: Certificate
 
+    def unstack(self) -> list[TruncatedSVD]:
+        """Those of the matrices of a batch."""
+        c = self.certificate
+        return [
+            TruncatedSVD(
+                self.U[i],
+                self.s[i],
+                self.V[i],
+                self.norm[i],
+                Certificate(c.residual[i], c.gap[i], c.angle_bound[i], c.converged[i], c.passes[i], c.method[i]),
+            )
+            for i in range(len(self.s))
+        ]
+
 
 def truncated_svd(A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERANCE, seed: int = 0) -> TruncatedSVD:
     """The k largest singular triplets of a matrix, or of each of a batch, with a certificate.
 
-    Thick-restart randomized block Lanczos where k is small against the matrix, an eigendecomposition of the float64
-    Gram matrix or a float64 SVD otherwise. The same seed on the same device gives the same bits; the global random
-    state is neither read nor changed, nor are the caller's matmul precision settings.
+    Thick-restart randomized block Lanczos where k is small against the matrix, leading eigenvectors of the Gram matrix
+    or a float64 SVD otherwise. The same seed on the same device with as many threads gives the same bits; the global
+    random state is neither read nor changed, nor are the caller's matmul precision settings. On a GPU the matrices of a
+    batch are solved together.
 
     The sign of each pair is such that the entry of largest magnitude among both of its vectors is positive.
 
@@ -82,6 +99,9 @@ def truncated_svd(A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERAN
     Returns:
         ``TruncatedSVD``. Look at ``certificate.converged``: a matrix on which the iteration fails is reported there,
         never hidden.
+
+    A GPU without the memory for a whole batch solves it in parts, and what does not fit alone goes to the CPU, with a
+    ``SurgeryWarning``.
 
     Raises:
         OptionError: k, tolerance, seed or the shape or dtype of A make no sense.
@@ -101,10 +121,19 @@ def truncated_svd(A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERAN
         raise OptionError("the rank does not fit the matrix", got=f"k = {k}", expected=f"1 <= k <= {min(A.shape[-2:])}")
     check_accuracy(tolerance, seed, torch.float64 if A.dtype == torch.float64 else torch.float32)
     with torch.no_grad(), _full_precision(A.device):
-        if A.ndim == 2:
-            return _solve(A[None], k, tolerance, seed)[0]
+        single = A.ndim == 2
+        A = A[None] if single else A
         step = _in_step(A, k)
-        return _stack([result for i in range(0, len(A), step) for result in _solve(A[i : i + step], k, tolerance, seed)])
+
+        def solve_some(part: Sequence[int], device: torch.device) -> list[TruncatedSVD]:
+            return _solve(A[part[0] : part[-1] + 1].to(device), k, tolerance, seed)
+
+        parts = [as_memory_allows(solve_some, range(len(A))[i : i + step], A.device) for i in range(0, len(A), step)]
+        results = [result for part in parts for result in part]
+    if not single:
+        return _stack(results, A.device)
+    found = results[0]
+    return dataclasses.replace(found, U=found.U.to(A.device), s=found.s.to(A.device), V=found.V.to(A.device))
 
 
 def check_accuracy(tolerance: float, seed: int, dtype: torch.dtype = torch.float32) -> None:
@@ -124,12 +153,12 @@ def check_accuracy(tolerance: float, seed: int, dtype: torch.dtype = torch.float
         raise OptionError("the seed makes no sense", got=seed, expected="a whole number from 0 to 2^63 - 1")
 
 
-def _stack(parts: list[TruncatedSVD]) -> TruncatedSVD:
+def _stack(parts: list[TruncatedSVD], device: torch.device) -> TruncatedSVD:
     certificates = [part.certificate for part in parts]
     return TruncatedSVD(
-        torch.stack([part.U for part in parts]),
-        torch.stack([part.s for part in parts]),
-        torch.stack([part.V for part in parts]),
+        torch.stack([part.U.to(device) for part in parts]),
+        torch.stack([part.s.to(device) for part in parts]),
+        torch.stack([part.V.to(device) for part in parts]),
         torch.stack([part.norm for part in parts]),
         Certificate(
             residual=torch.stack([c.residual for c in certificates]),

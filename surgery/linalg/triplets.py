@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from surgery.linalg.lanczos import RitzVectors, block_lanczos, block_size
-from surgery.linalg.operator import Operator, widened
+from surgery.linalg.lanczos import RitzVectors, basis_rows, block_lanczos, block_size
+from surgery.linalg.operator import WIDE_ROWS, Operator, widened
 from surgery.linalg.subspace import leading_eigenvectors
 from surgery.linalg.threads import one_thread_each
 
@@ -17,7 +17,7 @@ _MAX_ROUNDS = 4
 #: Units of the working precision that rounding may leave in a residual.
 ROUNDING = 16
 #: Beyond this the Gram matrix is no fallback any more: its eigenproblem takes longer than anybody waits.
-_MAX_GRAM = 8192
+_MAX_GRAM = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,22 @@ def engine(short: int, k: int) -> str:
     if short <= 512 or k > short // 6:
         return "gram"
     return "block-lanczos"
+
+
+def workspace_bytes(m: int, n: int, k: int, dtype: torch.dtype) -> int:
+    """Upper estimate of the memory that solving one (m, n) matrix of ``dtype`` takes besides the matrix."""
+    short, long = min(m, n), max(m, n)
+    copy = 4 * m * n if dtype.itemsize < 4 else 0
+    vectors = 48 * k * (m + n) + 8 * WIDE_ROWS * long
+    match engine(short, k):
+        case "svd":
+            dense = 8 * 4 * m * n
+        case "gram":
+            dense = 8 * 6 * short**2
+        case _:
+            dense = dtype.itemsize if dtype == torch.float64 else 4
+            dense *= basis_rows(k) * (m + n)
+    return copy + vectors + dense
 
 
 def solve(operator: Operator, k: int, tolerance: float, seed: int) -> list[tuple[str, Triplets, int]]:
@@ -194,8 +210,9 @@ def _orthonormal(rows: torch.Tensor) -> torch.Tensor:
     lengths = rows.norm(dim=2, keepdim=True)
     rows = rows / lengths.clamp(min=1e-300)
     factor, info = torch.linalg.cholesky_ex(rows @ rows.mT)
+    result: torch.Tensor
     if bool(((info == 0) & (factor.diagonal(dim1=1, dim2=2).amin(dim=1) > 1e-2)).all()):
-        result: torch.Tensor = torch.linalg.solve_triangular(factor, rows, upper=False)
-        return result
-    # Some vanish, or are what rounding has left of such.
-    return torch.linalg.qr(rows.mT)[0].mT.contiguous()
+        result = torch.linalg.solve_triangular(factor, rows, upper=False)
+    else:  # some vanish, or are what rounding has left of such
+        result = torch.linalg.qr(rows.mT)[0].mT.contiguous()
+    return result

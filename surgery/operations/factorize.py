@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,8 @@ from pathlib import Path
 import torch
 
 from surgery import __version__
-from surgery.device import choose_device, device_name
-from surgery.engine.pipeline import ReadAhead, ShardWalk, TargetPiece, WriteBehind
+from surgery.device import as_memory_allows, choose_device, device_name
+from surgery.engine.pipeline import ReadAhead, ShardWalk, TargetPiece, WriteBehind, windows
 from surgery.errors import OptionError, SourceError, WeightError
 from surgery.format.files import FileRecord, FileWriter, copy_file
 from surgery.format.manifest import (
@@ -28,6 +29,7 @@ from surgery.format.manifest import (
 )
 from surgery.format.safetensors import ShardReader, TensorFileWriter
 from surgery.format.scales import write_scales
+from surgery.linalg.energy import energy_svd
 from surgery.linalg.lossless import Factors, split
 from surgery.linalg.svd import DEFAULT_TOLERANCE, TruncatedSVD, check_accuracy, truncated_svd
 from surgery.memory import bytes_of
@@ -37,6 +39,9 @@ from surgery.planning.plan import LAYOUTS, Layout, Plan, ShardPlan, make_plan
 from surgery.planning.targets import Choice, Target
 from surgery.progress import Progress, Silent
 from surgery.source.model import Source, open_source
+
+DEFAULT_RANK = 16
+DEFAULT_MAX_RANK = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +53,7 @@ class Job:
         index, count: which of how many shards.
         path: the weight file on this machine.
         out: the output folder.
+        window_bytes: how much of the shard is held at a time, so that matrices of one shape are solved together.
         layout, seed, tolerance, device: as asked for.
     """
 
@@ -56,6 +62,7 @@ class Job:
     count: int
     path: Path
     out: Path
+    window_bytes: int
     layout: Layout
     seed: int
     tolerance: float
@@ -65,29 +72,48 @@ class Job:
 def plan(
     model: str | Path,
     *,
-    rank: int = 16,
+    rank: int | None = None,
+    energy: float | None = None,
+    max_rank: int | None = None,
     include: tuple[str, ...] | list[str] = (),
     exclude: tuple[str, ...] | list[str] = (),
     layout: Layout = "residual",
     revision: str | None = None,
+    device: str = "auto",
 ) -> Plan:
     """What ``factorize`` would do with the same arguments, from headers alone."""
-    return _plan(open_source(model, revision=revision), rank, include, exclude, layout)
+    choice = _choice(rank, energy, max_rank, include, exclude)
+    return _plan(open_source(model, revision=revision), choice, layout, choose_device(device))
 
 
-def _plan(
-    source: Source, rank: int, include: tuple[str, ...] | list[str], exclude: tuple[str, ...] | list[str], layout: Layout
-) -> Plan:
+def _choice(
+    rank: int | None,
+    energy: float | None,
+    max_rank: int | None,
+    include: tuple[str, ...] | list[str],
+    exclude: tuple[str, ...] | list[str],
+) -> Choice:
+    if rank is not None and energy is not None:
+        raise OptionError("a rank and an energy contradict each other", got=f"rank {rank}, energy {energy}")
+    if max_rank is not None and energy is None:
+        raise OptionError("a largest rank goes with an energy", got=f"max_rank {max_rank} without one", hint="--energy 0.5")
+    most = (DEFAULT_RANK if rank is None else rank) if energy is None else (DEFAULT_MAX_RANK if max_rank is None else max_rank)
+    return Choice(most, tuple(include), tuple(exclude), energy)
+
+
+def _plan(source: Source, choice: Choice, layout: Layout, device: torch.device) -> Plan:
     if layout not in LAYOUTS:
         raise OptionError("unknown layout", got=layout, expected=" or ".join(LAYOUTS))
-    return make_plan(source, Choice(rank, tuple(include), tuple(exclude)), layout)
+    return make_plan(source, choice, layout, device.type)
 
 
 def factorize(
     model: str | Path,
     out: str | Path = "factorized",
     *,
-    rank: int = 16,
+    rank: int | None = None,
+    energy: float | None = None,
+    max_rank: int | None = None,
     include: tuple[str, ...] | list[str] = (),
     exclude: tuple[str, ...] | list[str] = (),
     layout: Layout = "residual",
@@ -107,7 +133,9 @@ def factorize(
     Args:
         model: local folder or Hugging Face repo id.
         out: folder to write, empty or new.
-        rank: k, directions to keep of each target; at most the smaller side.
+        rank: k, directions to keep of each target, at most the smaller side; 16 if neither it nor an energy is given.
+        energy: keep as few directions of each target as hold this share of its squared Frobenius norm instead.
+        max_rank: the most directions then; 256 if not given. Targets that would need more are named in a note.
         include, exclude: globs over tensor names, see ``surgery.planning.targets.Choice``.
         layout: ``residual``, self-contained, or ``overlay``, factors only, the weights staying where they are.
         revision: of a hub model.
@@ -127,7 +155,8 @@ def factorize(
     where = choose_device(device)
     check_accuracy(tolerance, seed)
     source = open_source(model, revision=revision)
-    steps = _plan(source, rank, include, exclude, layout)
+    choice = _choice(rank, energy, max_rank, include, exclude)
+    steps = _plan(source, choice, layout, where)
     for note in steps.notes:
         progress.note(note)
     out = Path(out)
@@ -141,7 +170,18 @@ def factorize(
     try:
         # A shard from the hub is downloaded while the one before it is worked on.
         jobs = (
-            Job(shard, index, len(steps.shards), source.fetch(shard.file), out, layout, seed, tolerance, str(where))
+            Job(
+                shard,
+                index,
+                len(steps.shards),
+                source.fetch(shard.file),
+                out,
+                steps.window_bytes,
+                layout,
+                seed,
+                tolerance,
+                str(where),
+            )
             for index, shard in enumerate(steps.shards)
         )
         with ReadAhead(jobs) as ready:
@@ -151,10 +191,9 @@ def factorize(
                 targets += shard_targets
     finally:
         progress.finish()
-    manifest = _finish(
-        source, steps, out, shards, targets, OptionsRecord(rank, list(include), list(exclude), seed, tolerance), where
-    )
-    for note in _accuracy_notes(targets):
+    options = OptionsRecord(choice.rank, choice.energy, list(include), list(exclude), seed, tolerance)
+    manifest = _finish(source, steps, out, shards, targets, options, where)
+    for note in _accuracy_notes(targets, choice):
         progress.note(note)
     return manifest
 
@@ -218,18 +257,21 @@ def run_job(job: Job, progress: Progress) -> tuple[ShardRecord, list[TargetRecor
         with WriteBehind() as behind:
             if residuals:
                 behind.submit(residuals.write, reader.header.raw)
-            for piece in walk:
-                if not isinstance(piece, TargetPiece):
-                    if residuals:
-                        behind.submit(residuals.write, piece.data)
-                    continue
-                done = _factorize_target(targets[piece.entry.name], piece.tensor, job)
-                records.append(done.record)
-                if residuals and done.residual is not None:
-                    behind.submit(residuals.write, bytes_of(done.residual))
-                if factors:
-                    for part, tensor in done.parts.items():
-                        behind.submit(factors.add, factor_key(done.record.tensor, part), tensor)
+            for window in windows(walk, job.window_bytes):
+                weights = [(targets[piece.entry.name], piece.tensor) for piece in window if isinstance(piece, TargetPiece)]
+                all_done = _factorize_targets(weights, job)
+                for piece in window:
+                    if not isinstance(piece, TargetPiece):
+                        if residuals:
+                            behind.submit(residuals.write, piece.data)
+                        continue
+                    done = all_done.pop(piece.entry.name)
+                    records.append(done.record)
+                    if residuals and done.residual is not None:
+                        behind.submit(residuals.write, bytes_of(done.residual))
+                    if factors:
+                        for part, tensor in done.parts.items():
+                            behind.submit(factors.add, factor_key(done.record.tensor, part), tensor)
         source = FileRecord(job.shard.file, reader.header.file_bytes, walk.sha256)
         residual_record = residuals.commit(job.shard.file) if residuals else None
         factors_record = factors.commit(factors_name) if factors else None
@@ -250,24 +292,57 @@ class _Done:
     parts: dict[str, torch.Tensor]
 
 
-def _factorize_target(target: Target, weight: torch.Tensor, job: Job) -> _Done:
-    """One target: (m, n) on the CPU in, factors, residual and correction on the CPU out."""
-    device = torch.device(job.device)
-    on_device = weight.to(device)
+_Weight = tuple[Target, torch.Tensor]
+
+
+def _factorize_targets(weights: list[_Weight], job: Job) -> dict[str, _Done]:
+    """Targets with their weights (m, n) on the CPU in; those of one shape, dtype and rank are worked on together."""
+    groups: dict[object, list[_Weight]] = {}
+    for target, weight in weights:
+        alone = target.tensor if target.energy is not None else None  # its rank is not known yet
+        groups.setdefault((target.shape, target.dtype, target.rank, alone), []).append((target, weight))
+    done: dict[str, _Done] = {}
+    for group in groups.values():
+        results = as_memory_allows(lambda part, device: _factorize_group(part, device, job), group, torch.device(job.device))
+        done.update((result.record.tensor, result) for result in results)
+    return done
+
+
+def _factorize_group(group: Sequence[_Weight], device: torch.device, job: Job) -> list[_Done]:
+    """Factors, residuals and corrections on the CPU out."""
+    target, weight = group[0]
+    if len(group) == 1:
+        weights = weight.to(device)[None]
+        found = [_truncate(target, weights[0], job)]
+    else:
+        weights = torch.stack([weight.to(device) for _, weight in group])
+        try:
+            found = truncated_svd(weights, target.rank, tolerance=job.tolerance, seed=job.seed).unstack()
+        except WeightError:  # some matrix of it; one by one the message can name it
+            found = [_truncate(target, weight, job) for (target, _), weight in zip(group, weights, strict=True)]
+    return [_finish_target(*item, svd, on_device, job) for item, svd, on_device in zip(group, found, weights, strict=True)]
+
+
+def _truncate(target: Target, weight: torch.Tensor, job: Job) -> TruncatedSVD:
     try:
-        svd = truncated_svd(on_device, target.rank, tolerance=job.tolerance, seed=job.seed)
+        if target.energy is not None:
+            return energy_svd(weight, target.energy, max_rank=target.rank, tolerance=job.tolerance, seed=job.seed)
+        return truncated_svd(weight, target.rank, tolerance=job.tolerance, seed=job.seed)
     except WeightError as error:
         raise WeightError(
             f"{target.shard}: {target.tensor!r} cannot be factorized: {error.what}",
             hint=f"repair the model, or leave it out: --exclude '{glob.escape(target.tensor)}'",
         ) from error
+
+
+def _finish_target(target: Target, weight: torch.Tensor, svd: TruncatedSVD, on_device: torch.Tensor, job: Job) -> _Done:
     factors = Factors(svd.U.cpu().contiguous(), svd.s.cpu(), svd.V.cpu().contiguous())
     parts = {"U": factors.U, "s": factors.s, "V": factors.V}
     residual = None
     if job.layout == "residual":
         # The lossless arithmetic is float64, which an Apple GPU does not have.
-        exact_on = torch.device("cpu") if device.type == "mps" else device
-        residual, correction = split(weight if exact_on.type == "cpu" else on_device, factors.to(exact_on))
+        exact = weight if on_device.device.type == "mps" else on_device
+        residual, correction = split(exact, factors.to(exact.device))
         residual = residual.cpu()
         parts["correction"] = correction
     return _Done(_target_record(target, weight, svd, factors, residual), residual, parts)
@@ -284,7 +359,7 @@ def _target_record(
         dtype=target.dtype,
         shape=list(target.shape),
         view=target.view,
-        rank=target.rank,
+        rank=len(factors.s),
         energy=_digits(min(kept / total, 1.0) if total else 1.0, 6),
         s_first=factors.s[0].item(),
         s_last=factors.s[-1].item(),
@@ -313,11 +388,20 @@ def _digits(value: float, digits: int) -> float:
     return float(f"{value:.{digits}g}")
 
 
-def _accuracy_notes(targets: list[TargetRecord]) -> list[str]:
+def _accuracy_notes(targets: list[TargetRecord], choice: Choice) -> list[str]:
+    notes = []
     failed = [target.tensor for target in targets if not target.certificate.converged]
-    if not failed:
-        return []
-    return [f"the SVD of {len(failed)} targets did not reach the tolerance (first: {failed[0]}); see surgery inspect"]
+    if failed:
+        notes.append(f"the SVD of {len(failed)} targets did not reach the tolerance (first: {failed[0]}); see surgery inspect")
+    if choice.energy is not None:
+        short = [target for target in targets if target.energy < choice.energy and target.rank < min(target.shape)]
+        if short:
+            least = min(short, key=lambda target: target.energy)
+            notes.append(
+                f"{len(short)} of {len(targets)} targets hold less than {choice.energy:g} of their energy at rank "
+                f"{choice.rank}, the most allowed (least: {least.energy:g}, {least.tensor}); --max-rank allows more"
+            )
+    return notes
 
 
 def plan_as_json(steps: Plan) -> str:
@@ -327,6 +411,7 @@ def plan_as_json(steps: Plan) -> str:
             "schema_version": 1,
             "layout": steps.layout,
             "rank": steps.choice.rank,
+            "energy": steps.choice.energy,
             "targets": [
                 {"tensor": t.tensor, "shard": t.shard, "dtype": t.dtype, "shape": list(t.shape), "rank": t.rank, "view": t.view}
                 for t in steps.targets
@@ -337,6 +422,7 @@ def plan_as_json(steps: Plan) -> str:
             "bytes_read": steps.bytes_read,
             "bytes_written": steps.bytes_written,
             "peak_memory_bytes": steps.peak_memory_bytes,
+            "device_memory_bytes": steps.device_memory_bytes,
         },
         indent=1,
     )

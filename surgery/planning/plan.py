@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from surgery.errors import FormatError, OptionError
-from surgery.format.safetensors import Header
-from surgery.linalg.lanczos import basis_rows
+from surgery.format.safetensors import TORCH_DTYPES, Header
+from surgery.linalg.triplets import workspace_bytes
 from surgery.names import DTYPE_BITS
 from surgery.planning.targets import Choice, Skipped, Target, check_choice, choose, matches
 from surgery.source.model import Source, check_index
@@ -22,6 +22,11 @@ _CORRECTION_BYTES = 0.25
 _BASE_MEMORY = 400 << 20
 #: Float64 temporaries of the block-wise arithmetic, per core.
 _BLOCK_MEMORY = 16 << 20
+#: Bytes of a shard that are held at a time on a GPU, so that its matrices of one shape are solved together. A constant,
+#: not what happens to be free: which matrices share a batch is part of what makes a run repeatable to the bit.
+GPU_WINDOW_BYTES = 2 << 30
+#: On a GPU: the context with its libraries, and the temporaries of the certificate and of the lossless arithmetic.
+_GPU_BASE_MEMORY = 3 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +50,10 @@ class Plan:
         skipped: every tensor that is no target, with the reason.
         notes: what the user should know before the run.
         bytes_read, bytes_written: over the whole run; written is an upper estimate.
+        window_bytes: how much of a shard is held at a time; one target if that is more.
         peak_memory_bytes: upper estimate of the host memory needed.
+        device_memory_bytes: the same of a GPU's, 0 without one. With less, batches become smaller, and what does not
+            fit at all is done on the CPU.
     """
 
     layout: Layout
@@ -55,7 +63,9 @@ class Plan:
     notes: tuple[str, ...]
     bytes_read: int
     bytes_written: int
+    window_bytes: int
     peak_memory_bytes: int
+    device_memory_bytes: int
 
     @property
     def targets(self) -> list[Target]:
@@ -67,8 +77,8 @@ class Plan:
         return sum(target.rank for target in self.targets)
 
 
-def make_plan(source: Source, choice: Choice, layout: Layout = "residual") -> Plan:
-    """Plan a factorization without reading a weight.
+def make_plan(source: Source, choice: Choice, layout: Layout = "residual", device: str = "cpu") -> Plan:
+    """Plan a factorization, on a kind of device (``cpu``, ``cuda``, ``mps``), without reading a weight.
 
     Raises:
         OptionError: the choice makes no sense for this model, or selects nothing.
@@ -93,6 +103,7 @@ def make_plan(source: Source, choice: Choice, layout: Layout = "residual") -> Pl
     written = others + factors
     if layout == "residual":
         written += weights + int(_CORRECTION_BYTES * sum(target.entries for target in every))
+    window = GPU_WINDOW_BYTES if device == "cuda" else 0
     return Plan(
         layout=layout,
         choice=choice,
@@ -101,7 +112,9 @@ def make_plan(source: Source, choice: Choice, layout: Layout = "residual") -> Pl
         notes=tuple(_rank_notes(choice, every)),
         bytes_read=weights,
         bytes_written=written,
-        peak_memory_bytes=max(_peak_memory(target, layout) for target in every),
+        window_bytes=window,
+        peak_memory_bytes=window * (2 if layout == "residual" else 1) + max(_peak_memory(target, layout) for target in every),
+        device_memory_bytes=max(_device_memory(target, window) for target in every) if device == "cuda" else 0,
     )
 
 
@@ -130,6 +143,8 @@ def _nothing_selected(model: str, choice: Choice, skipped: list[Skipped]) -> Opt
 
 
 def _rank_notes(choice: Choice, targets: list[Target]) -> list[str]:
+    if choice.energy is not None:
+        return []
     clamped = [target for target in targets if target.rank < choice.rank]
     if not clamped:
         return []
@@ -146,6 +161,12 @@ def _rank_notes(choice: Choice, targets: list[Target]) -> list[str]:
     ]
 
 
+def _device_memory(target: Target, window: int) -> int:
+    dtype = TORCH_DTYPES[target.dtype]
+    matrix = target.entries * dtype.itemsize
+    return _GPU_BASE_MEMORY + max(1, window // matrix) * (matrix + workspace_bytes(*target.shape, target.rank, dtype))
+
+
 def _described_bytes(target: Target) -> int:
     """Upper estimate of what a target takes in headers, manifest and scales besides its numbers."""
     return 8 * len(target.tensor) + 64 * target.rank + 4096
@@ -156,10 +177,6 @@ def _peak_memory(target: Target, layout: Layout) -> int:
     matrix = target.entries * width
     # The one in work, the one read ahead; residuals: one being written, one behind it.
     copies = 2 + (3 if layout == "residual" else 0)
-    working = 4 * target.entries if width < 4 else 0
-    basis = 4 * basis_rows(target.rank) * (min(target.shape) + max(target.shape))
-    # Small sides and large ranks go to the float64 Gram matrix: itself, its eigenvectors and LAPACK's workspace.
-    side = min(target.shape)
-    dense = 8 * 5 * side**2 if side <= 1024 or target.rank > side // 16 else 0
+    working = workspace_bytes(*target.shape, target.rank, TORCH_DTYPES[target.dtype])
     blocks = _BLOCK_MEMORY * (os.cpu_count() or 1)
-    return int(_BASE_MEMORY + blocks + dense + copies * matrix + working + basis + target.entries * _CORRECTION_BYTES)
+    return int(_BASE_MEMORY + blocks + copies * matrix + working + target.entries * _CORRECTION_BYTES)

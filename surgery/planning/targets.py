@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from surgery.errors import OptionError
 from surgery.format.safetensors import TensorEntry
+from surgery.linalg.energy import check_energy
 from surgery.names import FACTORIZABLE_DTYPES
 
 _BLOCK_INDEX = re.compile(r"(^|\.)\d+\.")
@@ -31,6 +32,8 @@ class Target:
         shape: (m, n).
         view: how the tensor is seen as matrices; ``matrix`` is the tensor itself.
         rank: directions kept, at most min(m, n).
+        energy: share of the squared Frobenius norm to keep with as few directions as will do; ``rank`` is then the
+            most. None: exactly ``rank``.
     """
 
     tensor: str
@@ -39,6 +42,7 @@ class Target:
     shape: tuple[int, int]
     view: str
     rank: int
+    energy: float | None = None
 
     @property
     def entries(self) -> int:
@@ -64,6 +68,7 @@ class Choice:
 
     Attributes:
         rank: directions to keep of each matrix.
+        energy: keep this share of each matrix instead, with at most ``rank`` directions.
         include: globs over tensor names. If any are given, exactly the matrices they match are taken, embeddings
             and heads too.
         exclude: globs over tensor names that are never taken.
@@ -72,6 +77,7 @@ class Choice:
     rank: int
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    energy: float | None = None
 
 
 def choose(entry: TensorEntry, shard: str, choice: Choice) -> Target | Skipped:
@@ -85,7 +91,7 @@ def choose(entry: TensorEntry, shard: str, choice: Choice) -> Target | Skipped:
     if reason is not None:
         return Skipped(entry.name, shard, reason)
     m, n = entry.shape
-    return Target(entry.name, shard, entry.dtype, (m, n), "matrix", min(choice.rank, m, n))
+    return Target(entry.name, shard, entry.dtype, (m, n), "matrix", min(choice.rank, m, n), choice.energy)
 
 
 def _impossible(entry: TensorEntry) -> str | None:
@@ -134,6 +140,8 @@ def check_choice(choice: Choice, names: list[str]) -> None:
     Raises:
         OptionError: with the nearest names.
     """
+    if choice.energy is not None:
+        check_energy(choice.energy, choice.rank)
     if choice.rank < 1:
         raise OptionError("the rank must be at least 1", got=choice.rank, hint="--rank 16")
     for option, globs in (("--include", choice.include), ("--exclude", choice.exclude)):

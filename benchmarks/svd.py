@@ -1,0 +1,247 @@
+"""truncated_svd against its peers, side by side in one process, every result checked in float64.
+
+    python benchmarks/svd.py                     all cases (about ten minutes on two cores)
+    python benchmarks/svd.py square wide         some of them: square, wide, ranks, full, gaussian, small, hard
+    python benchmarks/svd.py model --device cuda the matrices of an 8B model, in batches of one shape
+
+Peers: torch.svd_lowrank with q = k and niter = 16, SciPy's ARPACK and PROPACK (needs scipy), torch.linalg.svd. They take
+turns; a row holds medians over the repeats. Between two calls lies a pause: the thread pools of the libraries spin for a
+while after a call, and would slow the next one down. ``residual`` is the largest two-sided residual over s_1, ``values``
+the largest error of a singular value over s_1, against float64 LAPACK where the case asks for it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from checkpoints import layer_shapes, llm_like
+from safetensors.torch import load_file
+
+import surgery
+
+Triplets = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+Solver = Callable[[torch.Tensor, int], Triplets]
+TOLERANCE = 1e-5
+PAUSE = 0.15
+
+
+def ours(A: torch.Tensor, k: int) -> Triplets:
+    result = surgery.truncated_svd(A, k, tolerance=TOLERANCE)
+    assert bool(result.certificate.converged)
+    return result.U, result.s, result.V
+
+
+def svd_lowrank(A: torch.Tensor, k: int) -> Triplets:
+    U, s, V = torch.svd_lowrank(A, q=k, niter=16)
+    return U, s, V
+
+
+def full_svd(A: torch.Tensor, k: int) -> Triplets:
+    U, s, Vt = torch.linalg.svd(A, full_matrices=False)
+    return U[:, :k], s[:k], Vt[:k].T
+
+
+def _scipy(solver: str) -> Solver:
+    def solve(A: torch.Tensor, k: int) -> Triplets:
+        from scipy.sparse.linalg import svds
+
+        U, s, Vt = svds(A.numpy(), k, tol=TOLERANCE, solver=solver, rng=0)
+        return torch.from_numpy(U.copy()), torch.from_numpy(s.copy()), torch.from_numpy(Vt.copy()).T
+
+    return solve
+
+
+PEERS: dict[str, Solver] = {
+    "surgery": ours,
+    "svd_lowrank": svd_lowrank,
+    "ARPACK": _scipy("arpack"),
+    "PROPACK": _scipy("propack"),
+    "full SVD": full_svd,
+}
+
+
+def residual_of(A: torch.Tensor, found: Triplets) -> float:
+    U, s, V = (part.double().cpu() for part in found)
+    wide = A.double().cpu()
+    sides = torch.maximum((wide @ V - U * s).norm(dim=0), (wide.T @ U - V * s).norm(dim=0))
+    return (sides.max() / s.max().clamp(min=1e-300)).item()
+
+
+def values_error(truth: torch.Tensor, found: Triplets) -> float:
+    s = found[1].double().cpu().sort(descending=True).values
+    return ((s - truth[: len(s)]).abs().max() / truth[0].clamp(min=1e-300)).item()
+
+
+def compare(
+    name: str, A: torch.Tensor, k: int, peers: Iterable[str], repeats: int, *, truth: torch.Tensor | None = None
+) -> None:
+    """Print one row for each peer."""
+    seconds: dict[str, list[float]] = {peer: [] for peer in peers}
+    results: dict[str, Triplets | None] = {}
+    for peer in seconds:
+        try:
+            results[peer] = PEERS[peer](A, k)
+        except Exception as error:  # a peer that fails is a result too
+            print(f"| {name} | {peer} | fails: {type(error).__name__} | | | |")
+            results[peer] = None
+    for _ in range(repeats):
+        for peer in seconds:
+            if results[peer] is not None:
+                time.sleep(PAUSE)
+                start = time.perf_counter()
+                PEERS[peer](A, k)
+                if A.device.type == "cuda":
+                    torch.cuda.synchronize()
+                seconds[peer].append(time.perf_counter() - start)
+    own = statistics.median(seconds["surgery"])
+    for peer, times in seconds.items():
+        if (found := results[peer]) is None:
+            continue
+        median = statistics.median(times)
+        values = f"{values_error(truth, found):.0e}" if truth is not None else ""
+        print(
+            f"| {name} | {peer} | {1e3 * median:.0f} | {median / own:.2f} | {residual_of(A, found):.0e} | {values} |",
+            flush=True,
+        )
+
+
+def random_matrix(m: int, n: int, device: str) -> torch.Tensor:
+    return llm_like(m, n, torch.Generator().manual_seed(0)).to(device)
+
+
+def square(device: str, repeats: int) -> None:
+    for n in (1024, 2048, 4096):
+        peers = ["surgery", "svd_lowrank", *(["ARPACK", "PROPACK"] if device == "cpu" else [])]
+        compare(f"{n}x{n}, k=16", random_matrix(n, n, device), 16, peers, repeats)
+
+
+def wide(device: str, repeats: int) -> None:
+    peers = ["surgery", "svd_lowrank", *(["ARPACK", "PROPACK"] if device == "cpu" else [])]
+    compare("4096x11008, k=16", random_matrix(4096, 11008, device), 16, peers, repeats)
+
+
+def ranks(device: str, repeats: int) -> None:
+    for n in (4096, 11008):
+        A = random_matrix(4096, n, device)
+        for k in (64, 128):
+            compare(f"4096x{n}, k={k}", A, k, ["surgery", "svd_lowrank"], max(1, repeats // 2))
+
+
+def full(device: str, repeats: int) -> None:
+    A = random_matrix(4096, 4096, device)
+    truth = torch.linalg.svdvals(A.double()).cpu()
+    compare("4096x4096, k=16", A, 16, ["surgery", "full SVD"], 1, truth=truth)
+
+
+def gaussian(device: str, repeats: int) -> None:
+    A = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0)).to(device)
+    compare("Gaussian 4096x4096, k=16", A, 16, ["surgery", "full SVD"], 1)
+
+
+def small(device: str, repeats: int, weights: str | None = None) -> None:
+    """All matrices of a 384-wide sentence encoder of six layers, one by one and as batches of one shape."""
+    if weights:
+        tensors = load_file(weights)
+        matrices = [A.float().to(device) for name, A in tensors.items() if A.ndim == 2 and ".layer." in name]
+    else:
+        shapes = 6 * [*4 * [(384, 384)], (1536, 384), (384, 1536)]
+        matrices = [random_matrix(m, n, device) for m, n in shapes]
+    batches: dict[torch.Size, list[torch.Tensor]] = {}
+    for A in matrices:
+        batches.setdefault(A.shape, []).append(A)
+    stacked = [torch.stack(same) for same in batches.values()]
+    ways: dict[str, Callable[[], object]] = {
+        "surgery": lambda: [ours(A, 16) for A in matrices],
+        "surgery, batches": lambda: [surgery.truncated_svd(A, 16) for A in stacked],
+        "svd_lowrank": lambda: [svd_lowrank(A, 16) for A in matrices],
+        "full SVD": lambda: [full_svd(A, 16) for A in matrices],
+    }
+    residuals = {name: max(residual_of(A, PEERS[name](A, 16)) for A in matrices) for name in ways if name in PEERS}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, way in ways.items():
+            time.sleep(PAUSE)
+            start = time.perf_counter()
+            way()
+            seconds[name].append(time.perf_counter() - start)
+    own = statistics.median(seconds["surgery"])
+    for name, times in seconds.items():
+        median = statistics.median(times)
+        residual = f"{residuals[name]:.0e}" if name in residuals else ""
+        print(f"| {len(matrices)} matrices, 384 wide, k=16 | {name} | {1e3 * median:.0f} | {median / own:.2f} | {residual} | |")
+
+
+def hard(device: str, repeats: int) -> None:
+    n = 768
+    generator = torch.Generator().manual_seed(0)
+    Q, P = (torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0] for _ in range(2))
+
+    def of(values: torch.Tensor) -> torch.Tensor:
+        return ((Q * values.double()) @ P.T).float()
+
+    cases = {
+        "repeated values": of(torch.cat([torch.tensor([3.0, 2.9, 2.8]).repeat_interleave(33), torch.full((n - 99,), 0.1)])),
+        "orthogonal": of(torch.ones(n)),
+        "exactly rank 5": of(torch.cat([torch.arange(5.0, 0, -1), torch.zeros(n - 5)])),
+        "times 1e-30": random_matrix(n, n, "cpu") * 1e-30,
+        "times 1e30": random_matrix(n, n, "cpu") * 1e30,
+        "graded 2^-i": of(2.0 ** -torch.arange(float(n))),
+        "s1/s2 = 1e3": of(torch.cat([torch.tensor([1e3]), torch.linspace(1, 0, n - 1)])),
+        "zero": torch.zeros(n, n),
+    }
+    for name, A in cases.items():
+        truth = torch.linalg.svdvals(A.double())
+        peers = ["surgery", *(["PROPACK"] if device == "cpu" and name != "zero" else [])]
+        compare(f"{name}, {n}x{n}, k=64", A.to(device), 64, peers, 1, truth=truth)
+
+
+def model(device: str, repeats: int) -> None:
+    """The 224 matrices of a Llama of 8 billion weights, bfloat16, in batches of one shape as factorize makes them."""
+    layers, seconds, count, worst = 32, 0.0, 0, 0.0
+    shapes = list(layer_shapes(4096).values())
+    for shape in dict.fromkeys(shapes):
+        total = layers * shapes.count(shape)
+        together = max(1, (1 << 30) // (2 * shape[0] * shape[1]))
+        A = random_matrix(*shape, device).bfloat16()
+        batch = A.expand(min(together, total), *shape).contiguous()
+        surgery.truncated_svd(batch, 16)  # loads kernels
+        for done in range(0, total, together):
+            part = batch[: min(together, total - done)]
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            result = surgery.truncated_svd(part, 16)
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+            seconds += time.perf_counter() - start
+            count += len(part)
+            worst = max(worst, result.certificate.residual.max().item())
+    print(f"| {count} matrices of an 8B model, k=16 | surgery | {1e3 * seconds:.0f} | 1.00 | {worst:.0e} | |")
+
+
+CASES = {case.__name__: case for case in (square, wide, ranks, full, gaussian, small, hard, model)}
+
+
+def run(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("cases", nargs="*", help=", ".join(CASES) + " (default: all but model)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--weights", type=Path, help="for small: a safetensors file of a real model")
+    arguments = parser.parse_args(argv)
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.device}, tolerance {TOLERANCE}\n")
+    print("| case | solver | ms | of surgery's | residual | values |\n| --- | --- | --- | --- | --- | --- |", flush=True)
+    for name in arguments.cases or [case for case in CASES if case != "model"]:
+        if name == "small":
+            small(arguments.device, arguments.repeats, arguments.weights)
+        else:
+            CASES[name](arguments.device, arguments.repeats)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,79 @@
+"""As many singular triplets as hold a given share of a matrix."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+
+from surgery.errors import OptionError
+from surgery.linalg.svd import DEFAULT_TOLERANCE, TruncatedSVD, truncated_svd
+
+_FIRST_RANK = 16
+
+
+def energy_svd(
+    A: torch.Tensor, energy: float, *, max_rank: int, tolerance: float = DEFAULT_TOLERANCE, seed: int = 0
+) -> TruncatedSVD:
+    """The fewest leading singular triplets whose squared values make up ``energy`` of the squared Frobenius norm.
+
+    Truncated SVDs of growing rank, the next rank being the least that the values seen so far allow; never a full one.
+
+    Args:
+        A: (m, n), any real floating dtype, any device.
+        energy: share, above 0 and at most 1.
+        max_rank: where to stop if that share takes more; at least 1, larger than min(m, n) is taken for it.
+        tolerance, seed: see ``truncated_svd``.
+
+    Returns:
+        k <= max_rank triplets. Whether they reach the share is in their values: compare ``s.square().sum()`` with
+        ``norm ** 2``. A matrix of zeros gives one.
+
+    Raises:
+        OptionError, WeightError: as ``truncated_svd``, or an energy or a max_rank that make no sense.
+    """
+    check_energy(energy, max_rank)
+    if A.ndim != 2:
+        raise OptionError("energy_svd needs one matrix", got=f"shape {tuple(A.shape)}")
+    limit = min(max_rank, *A.shape)
+    k = min(_FIRST_RANK, limit)
+    while True:
+        svd = truncated_svd(A, k, tolerance=tolerance, seed=seed)
+        squares = svd.s.double().cpu().square()
+        wanted = energy * svd.norm.item() ** 2
+        enough = (squares.cumsum(0) >= wanted).nonzero().flatten()
+        if len(enough) or k == limit:
+            return _cut(svd, int(enough[0]) + 1 if len(enough) else limit)
+        # No further value is larger than the last: so many more are needed at least.
+        missing = (wanted - squares.sum().item()) / squares[-1].item()
+        k = min(limit, max(2 * k, k + math.ceil(1.2 * missing)))
+
+
+def check_energy(energy: float, max_rank: int) -> None:
+    """Refuse a share or a limit that makes no sense.
+
+    Raises:
+        OptionError: naming the range.
+    """
+    if not 0 < energy <= 1:
+        raise OptionError("the energy makes no sense", got=energy, expected="a share above 0 and at most 1")
+    if max_rank < 1:
+        raise OptionError("the largest rank must be at least 1", got=max_rank)
+
+
+def _cut(svd: TruncatedSVD, k: int) -> TruncatedSVD:
+    """The first k triplets. The gap of the last one is now that to the value after it, which is known."""
+    certificate = svd.certificate
+    return dataclasses.replace(
+        svd,
+        U=svd.U[:, :k].contiguous(),
+        s=svd.s[:k].contiguous(),
+        V=svd.V[:, :k].contiguous(),
+        certificate=dataclasses.replace(
+            certificate,
+            residual=certificate.residual[:k],
+            gap=certificate.gap[:k],
+            angle_bound=certificate.angle_bound[:k],
+        ),
+    )

@@ -1,0 +1,112 @@
+"""What happens when a GPU's memory is full, by raising what torch raises then."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+import surgery
+from surgery.device import as_memory_allows
+from surgery.errors import SurgeryWarning
+from surgery.linalg import svd
+from surgery.operations import factorize as operation
+from surgery.planning import plan as planning
+from tests.models import files_of, realistic
+
+GPU = torch.device("cuda")
+
+
+def _room_for(count: int, hopeless: int | None = None) -> tuple[list[tuple[list[int], str]], object]:
+    """Work that fails on a GPU for more than ``count`` items at once, or with the hopeless one; and a log of calls."""
+    calls: list[tuple[list[int], str]] = []
+
+    def work(items: Sequence[int], device: torch.device) -> list[int]:
+        calls.append((list(items), device.type))
+        if device.type == "cuda" and (len(items) > count or hopeless in items):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [10 * item for item in items]
+
+    return calls, work
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 100])
+def test_smaller_batches(count: int) -> None:
+    calls, work = _room_for(count)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert as_memory_allows(work, range(11), GPU) == [10 * i for i in range(11)]  # type: ignore[arg-type]
+    assert {device for _, device in calls} == {"cuda"}
+    assert count < 100 or len(calls) == 1
+
+
+def test_what_does_not_fit_alone_is_done_on_the_cpu() -> None:
+    calls, work = _room_for(4, hopeless=6)
+    with pytest.warns(SurgeryWarning, match="on the CPU"):
+        assert as_memory_allows(work, range(11), GPU) == [10 * i for i in range(11)]  # type: ignore[arg-type]
+    assert [items for items, device in calls if device == "cpu"] == [[6]]
+
+
+def test_other_errors_and_a_full_cpu_are_not_hidden() -> None:
+    def full(items: Sequence[int], device: torch.device) -> list[int]:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        as_memory_allows(full, [1, 2], torch.device("cpu"))
+
+
+def test_a_window_of_several_targets_gives_the_same_model(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: many targets held at a time, those of one shape solved together."""
+    sizes = []
+    solve = operation.truncated_svd
+
+    def counting(A: torch.Tensor, *args: object, **kwargs: object) -> surgery.TruncatedSVD:
+        sizes.append(len(A) if A.ndim == 3 else 1)
+        return solve(A, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(operation, "truncated_svd", counting)
+    monkeypatch.setattr(
+        operation, "make_plan", lambda source, choice, layout, device: planning.make_plan(source, choice, layout, "cuda")
+    )
+    monkeypatch.setattr(svd, "_in_step", lambda A, k: len(A))
+    manifest = surgery.factorize(llama, tmp_path / "f", rank=4, device="cpu")
+    assert max(sizes) > 1
+    assert sum(sizes) == len(manifest.targets)
+    assert all(target.certificate.converged for target in manifest.targets)
+    surgery.fold(tmp_path / "f", tmp_path / "f/surgery/scales.safetensors", tmp_path / "back", device="cpu")
+    assert files_of(tmp_path / "back") == files_of(llama)
+
+
+def test_the_plan_of_a_gpu_knows_its_memory(llama: Path) -> None:
+    source = operation.open_source(llama)
+    choice = planning.Choice(8)
+    on_cpu, on_gpu = (planning.make_plan(source, choice, device=device) for device in ("cpu", "cuda"))
+    assert on_cpu.device_memory_bytes == 0 < on_gpu.device_memory_bytes
+    assert on_gpu.peak_memory_bytes >= on_cpu.peak_memory_bytes + on_gpu.window_bytes
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_full_gpu_costs_time_not_the_run() -> None:
+    batch = torch.stack([realistic(700, 650, seed=seed) for seed in range(4)])
+    expected = surgery.truncated_svd(batch, 8)
+    on_gpu = batch.cuda()
+    free, _ = torch.cuda.mem_get_info()
+    hog = torch.empty(max(0, free - (64 << 20)), dtype=torch.uint8, device="cuda")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SurgeryWarning)
+        result = surgery.truncated_svd(on_gpu, 8)
+    del hog
+    assert torch.allclose(result.s.cpu(), expected.s, rtol=1e-5)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_batches_on_cuda() -> None:
+    batch = torch.stack([realistic(700, 650, seed=seed) for seed in range(5)])
+    result, expected = surgery.truncated_svd(batch.cuda(), 16), surgery.truncated_svd(batch, 16)
+    assert bool(result.certificate.converged.all())
+    assert torch.allclose(result.s.cpu(), expected.s, rtol=1e-5)
