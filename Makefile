@@ -22,6 +22,8 @@ check: $(VENV)/check.done
 
 bench: $(VENV)/test.done
 	$(BIN)/python benchmarks/pipeline.py
+	$(PIP) scipy
+	$(BIN)/python benchmarks/svd.py
 
 # The page that shows every command's --help; a test fails when it is out of date.
 docs: $(VENV)/demo.done
