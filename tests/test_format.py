@@ -34,9 +34,11 @@ def _to_float64(data: bytes, dtype: str) -> Array:
     return np.frombuffer(data, {"F16": "<f2", "F32": "<f4"}[dtype]).astype(np.float64)
 
 
-def _bits_of_rounded(x: Array, dtype: str) -> Array:
-    """float64 -> float32 -> dtype, each to nearest even; as signed integers."""
-    single = x.astype(np.float32)
+def _predicted(low_rank: Array, residual: Array, dtype: str) -> Array:
+    """Rounded to nearest even where the format says so; as signed integers."""
+    single = (low_rank + residual).astype(np.float32)
+    if dtype != "F32":
+        single = low_rank.astype(np.float32) + residual.astype(np.float32)
     if dtype == "F32":
         return single.view(np.int32)
     if dtype == "F16":
@@ -90,9 +92,7 @@ def test_a_reader_made_from_the_documentation_gets_the_weights_back(dtype: torch
         bits = (53 - math.ceil(math.log2(len(s)))) // 2
         (P, eP), (Q, eQ) = _integers(U * s, bits), _integers(V, bits)
         low_rank = P @ Q.T * 2.0 ** (eP + eQ - 2 * bits)
-        predicted = _ordinal(
-            _bits_of_rounded(low_rank + _to_float64(residual[name][2], target.dtype).reshape(m, n), target.dtype)
-        )
+        predicted = _ordinal(_predicted(low_rank, _to_float64(residual[name][2], target.dtype).reshape(m, n), target.dtype))
         correction = factors[f"{name}.correction"][2]
         several_blocks += struct.unpack_from("<2Q", correction)[1] > 1
         units = _decode(correction, m, n, predicted.dtype.newbyteorder("<"))

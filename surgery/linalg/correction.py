@@ -20,13 +20,14 @@ class CorruptCorrection(ValueError):
     """A correction that does not decode. The caller knows the file and the tensor."""
 
 
-def encode_block(units: Integers) -> bytes:
-    """One block, int16 or int32 (entries,), as bytes."""
-    nonzero = units != 0
-    values = units[np.flatnonzero(nonzero)]
+def encode_block(exact: Integers, guess: Integers) -> bytes:
+    """What takes one block of floats to another, both given by their bits, int16 or int32 (entries,), as bytes."""
+    differs = exact != guess
+    positions = np.flatnonzero(differs)
+    values = _ordinals(exact[positions]) - _ordinals(guess[positions])
     escaped = (values > 127) | (values < -127)
     short = np.where(escaped, _ESCAPE, values).astype(np.int8)
-    mask = _deflate(np.packbits(nonzero, bitorder="little").tobytes())
+    mask = _deflate(np.packbits(differs, bitorder="little").tobytes())
     numbers = _deflate(short.tobytes())
     escapes = values[escaped]
     return _BLOCK_HEADER.pack(len(mask), len(numbers), len(escapes)) + mask + numbers + escapes.tobytes()
@@ -69,8 +70,8 @@ class CorrectionReader:
         if any(start > stop for start, stop in self._spans) or bounds[-1] + -bounds[-1] % 8 != len(data):
             raise CorruptCorrection("its directory does not fit its length")
 
-    def block(self, first_row: int) -> Integers:
-        """The differences of the block that begins at ``first_row``, (entries,), of the weight's width."""
+    def block(self, first_row: int) -> tuple[npt.NDArray[np.int64], Integers]:
+        """Where the block that begins at ``first_row`` differs from its prediction, and by how much: (d,), (d,)."""
         start, stop = self._spans[first_row // self.rows_per_block]
         data = self._data[start:stop]
         if len(data) < _BLOCK_HEADER.size:
@@ -89,9 +90,13 @@ class CorrectionReader:
         if len(escaped) != n_escapes:
             raise CorruptCorrection("a block's escapes do not fit")
         values[escaped] = np.frombuffer(data[c:], self._dtype)
-        units: Integers = np.zeros(entries, self._dtype)
-        units[positions] = values
-        return units
+        return positions, values
+
+
+def _ordinals(bits: Integers) -> Integers:
+    """As ``surgery.linalg.rounding.ordinals``."""
+    ordinals: Integers = bits ^ ((bits >> (8 * bits.itemsize - 1)) & np.iinfo(bits.dtype).max)
+    return ordinals
 
 
 def _deflate(data: bytes) -> bytes:

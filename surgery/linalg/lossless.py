@@ -7,7 +7,9 @@ entries in ten, and almost always one byte otherwise.
 
 The prediction must come out the same on every device, thread count and library. Floating-point products do not,
 so the factors are first rounded to integers short enough that every partial sum of their product is an integer
-of at most 53 bits: float64 then computes it exactly, in whatever order.
+of at most 53 bits: float64 then computes it exactly, in whatever order. Everything after the product is done in
+the working precision, float32 for two-byte weights and float64 for float32 ones, one correctly rounded operation
+at a time.
 """
 
 from __future__ import annotations
@@ -17,18 +19,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
 
 from surgery.linalg.correction import CorrectionReader, assemble, encode_block
+from surgery.linalg.precision import full_precision
 from surgery.linalg.rounding import from_ordinals, ordinals, round_once
 from surgery.linalg.threads import one_thread_each
 from surgery.memory import bytes_of
 
-#: Entries that are worked on at a time: few enough for their float64 temporaries to stay in cache, enough for the threads
-#: not to wait for the interpreter (2^15 to 2^21 measured; half of this costs a tenth, an eighth of it twice the time).
-BLOCK_ENTRIES = 1 << 18
+#: Entries that are worked on at a time: few enough for their temporaries to stay in cache, enough for the threads not to
+#: wait for the interpreter (2^15 to 2^22 measured: below 2^18 and above 2^20 it takes up to twice as long).
+BLOCK_ENTRIES = 1 << 19
 #: Blocks that a GPU works on at a time: fewer, larger steps are better there.
-DEVICE_BLOCKS = 128
+DEVICE_BLOCKS = 64
+
+#: Beyond this rank the bound on float32 sums leaves too many entries in doubt.
+_MOST_IN_FLOAT32 = 64
 
 _T = TypeVar("_T")
 
@@ -51,33 +58,6 @@ class Factors:
         return Factors(self.U.to(device), self.s.to(device), self.V.to(device))
 
 
-class _Prediction:
-    """Rows of ``U diag(s) V^T`` in fixed-point arithmetic, the same bits everywhere.
-
-    With k columns the integers have ``b = (53 - log2 k) / 2`` bits (24 at k = 16), so the result is off by at
-    most about ``k 2^-b max|U s| max|V|``: as good as float32 factors can be.
-    """
-
-    def __init__(self, factors: Factors) -> None:
-        k = factors.s.numel()
-        bits = (53 - math.ceil(math.log2(max(k, 1)))) // 2
-        self._left, left_exponent = _to_integers(factors.U * factors.s, bits)
-        right, right_exponent = _to_integers(factors.V, bits)
-        self._right = right.T.contiguous()
-        self._unit = 2.0 ** (left_exponent + right_exponent - 2 * bits)
-
-    def rows(self, rows: slice) -> torch.Tensor:
-        """float64, the rows asked for, (r, n)."""
-        return (self._left[rows] @ self._right).mul_(self._unit)
-
-
-def _to_integers(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, int]:
-    """``x`` as float64 integers of at most ``bits`` bits, and the exponent e such that x = integers 2^(e - bits)."""
-    largest = x.abs().max().item() if x.numel() else 0.0
-    exponent = math.frexp(largest)[1]
-    return torch.ldexp(x.double(), torch.tensor(bits - exponent, device=x.device)).round_(), exponent
-
-
 def split(weight: torch.Tensor, factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
     """Residual of a weight, and the correction that makes it lossless.
 
@@ -90,18 +70,25 @@ def split(weight: torch.Tensor, factors: Factors) -> tuple[torch.Tensor, torch.T
         correction, uint8 (bytes,) on the CPU, a multiple of 8 bytes. ``join`` undoes it.
     """
     m, n = weight.shape
-    prediction = _Prediction(factors)
     residual = torch.empty_like(weight)
-    step = max(1, BLOCK_ENTRIES // n)
+    step = _step(n)
+    prediction = _Prediction(factors, weight.dtype)
 
-    def work(rows: slice) -> list[bytes]:
-        block = weight[rows]
-        low_rank = prediction.rows(rows)
-        residual[rows] = round_once(block.double().sub_(low_rank), weight.dtype)
-        units = (ordinals(block) - ordinals(_predict(residual[rows], low_rank))).cpu().numpy()
-        return [encode_block(units[part].ravel()) for part in _slices(len(units), step)]
+    def worker(most: int) -> Callable[[slice], list[bytes]]:
+        predict, predicted = prediction.worker(most), weight.new_empty(most, n)
+        wide = weight.new_empty(most, n, dtype=working_dtype(weight.dtype))
 
-    encoded = [data for blocks in _for_each(work, m, step, weight.device) for data in blocks]
+        def work(rows: slice) -> list[bytes]:
+            block, count = weight[rows], rows.stop - rows.start
+            low_rank, sums = predict(rows), wide[:count]
+            rounded = residual[rows].copy_(sums.copy_(block).sub_(low_rank))
+            guess = predicted[:count].copy_(sums.copy_(rounded).add_(low_rank))
+            exact_bits, guess_bits = (_bits(part).cpu().numpy() for part in (block, guess))
+            return [encode_block(exact_bits[some].ravel(), guess_bits[some].ravel()) for some in _slices(count, step)]
+
+        return work
+
+    encoded = [data for blocks in _for_each(worker, m, step, weight.device) for data in blocks]
     return residual, torch.frombuffer(assemble(encoded, step), dtype=torch.uint8)
 
 
@@ -110,7 +97,7 @@ def join(
 ) -> torch.Tensor:
     """The weight that ``split`` took apart, with its directions scaled.
 
-    ``round(W + U diag(s (g - 1)) V^T)`` with W recovered exactly, in float64, rounded once.
+    ``round(W + U diag(s (g - 1)) V^T)`` with W recovered exactly, rounded once.
 
     Args:
         residual: (m, n), the weight's dtype, on a device with float64.
@@ -125,21 +112,31 @@ def join(
         CorruptCorrection: the correction is damaged in a way that shows.
     """
     m, n = residual.shape
-    prediction = _Prediction(factors)
     reader = CorrectionReader(bytes_of(correction), m, n, residual.element_size())
-    update = None if scales is None else _Update(factors, scales)
-    weight = torch.empty_like(residual)
     step = reader.rows_per_block
+    prediction = _Prediction(factors, residual.dtype)
+    update = None if scales is None else _Update(factors, scales, residual.dtype)
+    weight = torch.empty_like(residual)
 
-    def work(rows: slice) -> None:
-        block = residual[rows]
-        parts = [torch.from_numpy(reader.block(first)) for first in range(rows.start, rows.stop, step)]
-        difference = torch.cat(parts).reshape(block.shape).to(block.device)
-        units = ordinals(_predict(block, prediction.rows(rows))).add_(difference)
-        exact = from_ordinals(units, weight.dtype)
-        weight[rows] = exact if update is None else round_once(update.add_to(exact.double(), rows), weight.dtype)
+    def worker(most: int) -> Callable[[slice], None]:
+        predict, wide = prediction.worker(most), residual.new_empty(most, n, dtype=working_dtype(residual.dtype))
+        apply = None if update is None else update.worker(most)
 
-    _for_each(work, m, step, residual.device)
+        def work(rows: slice) -> None:
+            sums = wide[: rows.stop - rows.start].copy_(residual[rows]).add_(predict(rows))
+            block = weight[rows].copy_(sums)
+            for first in range(rows.start, rows.stop, step):
+                positions, units = (torch.from_numpy(part).to(block.device) for part in reader.block(first))
+                bits = _bits(weight[first : first + step]).view(-1)
+                exact = ordinals(bits[positions].view(weight.dtype)).add_(units)
+                bits[positions] = _bits(from_ordinals(exact, weight.dtype))
+            if apply is not None:
+                apply(block, rows)
+
+        return work
+
+    with full_precision(residual.device):
+        _for_each(worker, m, step, residual.device)
     return weight
 
 
@@ -148,48 +145,153 @@ def rescale(weight: torch.Tensor, factors: Factors, scales: torch.Tensor) -> tor
 
     Args and result as for ``join``.
     """
-    update = _Update(factors, scales)
-    result = torch.empty_like(weight)
-
-    def work(rows: slice) -> None:
-        result[rows] = round_once(update.add_to(weight[rows].double(), rows), weight.dtype)
-
     m, n = weight.shape
-    _for_each(work, m, max(1, BLOCK_ENTRIES // n), weight.device)
+    result = torch.empty_like(weight)
+    update = _Update(factors, scales, weight.dtype)
+
+    def worker(most: int) -> Callable[[slice], None]:
+        apply = update.worker(most)
+        return lambda rows: apply(result[rows].copy_(weight[rows]), rows)
+
+    with full_precision(weight.device):
+        _for_each(worker, m, _step(n), weight.device)
     return result
 
 
-class _Update:
-    """``U diag(s (g - 1)) V^T`` in float64, a few rows at a time."""
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The precision of all that follows the exact product."""
+    return torch.float64 if dtype == torch.float32 else torch.float32
 
-    def __init__(self, factors: Factors, scales: torch.Tensor) -> None:
+
+class _Prediction:
+    """``U diag(s) V^T`` in fixed-point arithmetic, rounded to the working precision: the same bits everywhere.
+
+    With k columns the integers have ``b = (53 - log2 k) / 2`` bits (24 at k = 16), so the product is off by at
+    most about ``k 2^-b max|U s| max|V|``: as good as float32 factors can be.
+    """
+
+    def __init__(self, factors: Factors, dtype: torch.dtype) -> None:
+        k = factors.s.numel()
+        bits = (53 - math.ceil(math.log2(max(k, 1)))) // 2
+        self._left, left_exponent = _to_integers(factors.U * factors.s, bits)
+        right, right_exponent = _to_integers(factors.V, bits)
+        self._left = torch.ldexp(self._left, torch.tensor(left_exponent + right_exponent - 2 * bits, device=right.device))
+        self._right = right.T.contiguous()
+        self._dtype = working_dtype(dtype)
+
+    def worker(self, most: int) -> Callable[[slice], torch.Tensor]:
+        """A function from rows to (r, n) in the working precision, r <= ``most``, valid until it is called again."""
+        product = self._left.new_empty(most, self._right.shape[1])
+        rounded = torch.empty_like(product, dtype=self._dtype)
+
+        def predict(rows: slice) -> torch.Tensor:
+            count = rows.stop - rows.start
+            exact = torch.mm(self._left[rows], self._right, out=product[:count])
+            return exact if self._dtype == torch.float64 else rounded[:count].copy_(exact)
+
+        return predict
+
+
+def _to_integers(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, int]:
+    """``x`` as float64 integers of at most ``bits`` bits, and the exponent e such that x = integers 2^(e - bits)."""
+    largest = x.abs().max().item() if x.numel() else 0.0
+    exponent = math.frexp(largest)[1]
+    return torch.ldexp(x.double(), torch.tensor(bits - exponent, device=x.device)).round_(), exponent
+
+
+class _Update:
+    """``W + U diag(s (g - 1)) V^T``, rounded once.
+
+    Two-byte weights are computed in float32 first, with a bound on the error. Where both ends of the interval round
+    to the same number, so does what lies between; the few entries where they do not are computed in float64.
+    """
+
+    def __init__(self, factors: Factors, scales: torch.Tensor, dtype: torch.dtype) -> None:
         change = factors.s.double() * (scales.to(factors.s.device).double() - 1.0)
         self._left = factors.U.double() * change
-        self._right = factors.V.double().T.contiguous()
+        self._right = factors.V.double()
+        self._dtype = dtype
+        self._in_float64 = dtype == torch.float32 or len(change) > _MOST_IN_FLOAT32
+        if self._in_float64:
+            self._right_rows = self._right.T.contiguous()
+            return
+        self._left_single, self._right_single = self._left.float(), factors.V.T.contiguous()
+        # Each product and each sum is off by 2^-24 of its size, of which there are k + 2; twice that to be safe.
+        k = len(change)
+        bound = self._left.norm(dim=1) * self._right.norm(dim=1).max() * (2 * (k + 2) * 2.0**-24)
+        self._error = bound.float()[:, None].clamp_(min=1e-40)
 
-    def add_to(self, block: torch.Tensor, rows: slice) -> torch.Tensor:
-        return block.addmm_(self._left[rows], self._right)
+    def worker(self, most: int) -> Callable[[torch.Tensor, slice], None]:
+        """A function that updates the given rows (r, n) of the weight in place, r <= ``most``."""
+        n = len(self._right)
+        if self._in_float64:
+            wide = self._left.new_empty(most, n)
+
+            def exactly(block: torch.Tensor, rows: slice) -> None:
+                sums = wide[: len(block)].copy_(block).addmm_(self._left[rows], self._right_rows)
+                block.copy_(round_once(sums, self._dtype))
+
+            return exactly
+        single = self._left_single.new_empty(most, n)
+        reach, end = torch.empty_like(single), torch.empty_like(single)
+        low, high = (torch.empty_like(single, dtype=self._dtype) for _ in range(2))
+
+        def update(block: torch.Tensor, rows: slice) -> None:
+            count = len(block)
+            sums = torch.mm(self._left_single[rows], self._right_single, out=single[:count]).add_(end[:count].copy_(block))
+            error = torch.abs(sums, out=reach[:count]).mul_(2.0**-22).add_(self._error[rows])
+            low[:count] = torch.sub(sums, error, out=end[:count])
+            high[:count] = sums.add_(error)
+            doubtful = _differing(_bits(low[:count]), _bits(high[:count]))
+            i, j = doubtful.div(n, rounding_mode="floor"), doubtful % n
+            exact = block[i, j].double() + (self._left[rows][i] * self._right[j]).sum(dim=1)
+            block.copy_(low[:count])
+            block[i, j] = round_once(exact, self._dtype)
+
+        return update
 
 
-def _predict(residual: torch.Tensor, low_rank: torch.Tensor) -> torch.Tensor:
-    """The weight as residual and factors have it. Any rounding will do, as long as it is the same everywhere."""
-    return low_rank.add_(residual).to(torch.float32).to(residual.dtype)
+def _differing(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Where two integer tensors differ, as indices into the flattened ones."""
+    if a.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(a.numpy() != b.numpy()))  # many times faster than torch on a CPU
+    return (a != b).view(-1).nonzero().flatten()
+
+
+def _bits(x: torch.Tensor) -> torch.Tensor:
+    return x.view(torch.int16 if x.element_size() == 2 else torch.int32)
+
+
+def _step(n: int) -> int:
+    return max(1, BLOCK_ENTRIES // n)
 
 
 def _slices(m: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, m)) for start in range(0, m, step)]
 
 
-def _for_each(work: Callable[[slice], _T], m: int, step: int, device: torch.device) -> list[_T]:
-    """Run ``work`` on m rows, ``step`` at a time on a CPU and a larger multiple of it elsewhere.
+def _for_each(worker: Callable[[int], Callable[[slice], _T]], m: int, step: int, device: torch.device) -> list[_T]:
+    """Do m rows, ``step`` at a time on a CPU and a multiple of it elsewhere; results in their order.
 
-    On a CPU with one single-threaded worker per core, so that temporaries stay in its cache.
+    On a CPU with one single-threaded worker per core, each with buffers of its own for up to as many rows as
+    ``worker`` is given: fresh memory for every block would cost as much as the arithmetic.
     """
     if device.type != "cpu":
+        work = worker(min(m, step * DEVICE_BLOCKS))
         return [work(rows) for rows in _slices(m, step * DEVICE_BLOCKS)]
     blocks = _slices(m, step)
     workers = min(len(blocks), torch.get_num_threads())
     if workers < 2:
+        work = worker(min(m, step))
         return [work(rows) for rows in blocks]
+    results: list[_T | None] = [None] * len(blocks)
+    waiting = iter(enumerate(blocks))
+
+    def run(_: int) -> None:
+        work = worker(step)
+        for i, rows in waiting:
+            results[i] = work(rows)
+
     with one_thread_each(workers) as pool:
-        return list(pool.map(work, blocks))
+        list(pool.map(run, range(workers)))
+    return results  # type: ignore[return-value]  # every block has been taken by somebody

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from surgery.device import as_memory_allows
 from surgery.errors import OptionError, WeightError
 from surgery.linalg.operator import Operator, widened
+from surgery.linalg.precision import full_precision
 from surgery.linalg.triplets import ROUNDING, Triplets, engine, solve
 
 DEFAULT_TOLERANCE = 1e-5
@@ -120,7 +119,7 @@ def truncated_svd(A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERAN
     if not 1 <= k <= min(A.shape[-2:]):
         raise OptionError("the rank does not fit the matrix", got=f"k = {k}", expected=f"1 <= k <= {min(A.shape[-2:])}")
     check_accuracy(tolerance, seed, torch.float64 if A.dtype == torch.float64 else torch.float32)
-    with torch.no_grad(), _full_precision(A.device):
+    with torch.no_grad(), full_precision(A.device):
         single = A.ndim == 2
         A = A[None] if single else A
         step = _in_step(A, k)
@@ -269,18 +268,3 @@ def _signs(U: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
     v = V[V.abs().argmax(dim=0), columns]
     decisive = torch.where(u.abs() >= v.abs(), u, v)
     return torch.where(decisive < 0, -1.0, 1.0).to(U.dtype)
-
-
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """No TF32, bfloat16 or autocast inside float32 products, whatever the caller has chosen; put back afterwards."""
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "ieee"
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision

@@ -21,7 +21,7 @@ _CORRECTION_BYTES = 0.25
 #: The interpreter with torch loaded (220 MB), the libraries' own buffers, and what the allocator keeps of freed blocks.
 _BASE_MEMORY = 400 << 20
 #: Float64 temporaries of the block-wise arithmetic, per core.
-_BLOCK_MEMORY = 16 << 20
+_BLOCK_MEMORY = 32 << 20
 #: Bytes of a shard that are held at a time on a GPU, so that its matrices of one shape are solved together. A constant,
 #: not what happens to be free: which matrices share a batch is part of what makes a run repeatable to the bit.
 GPU_WINDOW_BYTES = 2 << 30
