@@ -39,7 +39,7 @@ class SurgeryError(Exception):
         if hint is not None:
             lines.append(f"  try:      {hint}")
         super().__init__("\n".join(lines))
-        self.what = what
+        self.what, self.got, self.expected = what, got, expected
 
 
 class OptionError(SurgeryError, ValueError):

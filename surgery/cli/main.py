@@ -1,4 +1,4 @@
-"""The ``surgery`` command. Exit codes: 0 ok, 1 a SurgeryError, 2 usage."""
+"""The ``surgery`` command. Exit codes: 0 ok, 1 a SurgeryError, 2 usage, 3 a check that failed."""
 
 from __future__ import annotations
 
@@ -87,6 +87,11 @@ def _notes_and_quiet(command: Callable[..., None]) -> Callable[..., None]:
     type=click.Choice(["residual", "overlay"]),
     help="residual: self-contained; overlay: factors only, the weights stay where they are.",
 )
+@click.option(
+    "--correction/--no-correction",
+    default=True,
+    help="Keep what makes residuals lossless (0.06 to 0.15 bytes per weight).  [default: correction]",
+)
 @click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the SVD's random start.")
 @click.option(
@@ -107,6 +112,7 @@ def factorize(
     include: tuple[str, ...],
     exclude: tuple[str, ...],
     layout: str,
+    correction: bool,
     revision: str | None,
     seed: int,
     tolerance: float,
@@ -130,6 +136,7 @@ def factorize(
         "include": include,
         "exclude": exclude,
         "layout": layout,
+        "correction": correction,
         "revision": revision,
         "device": device,
     }
@@ -219,6 +226,7 @@ def fold(
             "changed": report.changed,
             "shards": len(report.files),
             "restored": report.restored,
+            "lossless": report.lossless,
         }
         click.echo(
             json.dumps(
@@ -231,6 +239,8 @@ def fold(
         if report.restored == len(report.files)
         else f"{report.changed} of {report.targets} targets changed"
     )
+    if not report.lossless:
+        outcome += ", the others only nearly the source's (made with --no-correction)"
     say(f"{out}: {outcome}; {size(written)} in {seconds:.1f} s", quiet=quiet)
 
 
@@ -276,6 +286,45 @@ def inspect(factorized: Path, as_json: bool) -> None:
         f"\n{manifest.layout} layout of {origin}: {totals['targets']} targets, {totals['trainable']} trainable scales, "
         f"{totals['skipped']} tensors passed over"
     )
+    if not manifest.lossless:
+        entries = {target.tensor: target.shape[0] * target.shape[1] for target in manifest.targets}
+        lost = sum((target.inexact or 0) * entries[target.tensor] for target in manifest.targets) / sum(entries.values())
+        click.echo(f"not lossless (--no-correction): {lost:.1%} of the weights of targets cannot be recovered exactly")
+
+
+@main.command(short_help="Check that a factorized folder is what its manifest says.")
+@click.argument("factorized", type=click.Path(path_type=Path))
+@click.option(
+    "--base", metavar="MODEL", help="The model it was made from; without it an overlay on a local model is checked in part."
+)
+@click.option("--fast", is_flag=True, help="Hashes and headers only, no arithmetic.")
+@_device
+@_json
+@_quiet
+@_notes_and_quiet
+def verify(factorized: Path, base: str | None, fast: bool, device: str, as_json: bool, quiet: bool) -> None:
+    """Check the folder FACTORIZED against its manifest. Exit code 3 if anything does not hold.
+
+    Every file has its sha256; headers and shapes fit; factors are orthonormal and singular values descend; residual,
+    factors and correction give back each original weight (by the hash in the manifest); the certificates hold, measured
+    anew; scales belong to the factors.
+    """
+    from surgery.operations import verify as operation
+
+    start = time.perf_counter()
+    report = operation.verify(factorized, base=base, fast=fast, device=device, progress=Bar(quiet=quiet))
+    if as_json:
+        click.echo(json.dumps({"schema_version": 1, "ok": report.ok, **dataclasses.asdict(report)}, indent=1))
+    elif report.failures:
+        rows = [[failure.where, failure.check, failure.got, failure.expected] for failure in report.failures]
+        click.echo(table(["where", "check", "got", "expected"], rows, left=4))
+    for note in report.unchecked:
+        say(f"not checked: {note}", quiet=quiet)
+    outcome = "all is as the manifest says" if report.ok else f"{len(report.failures)} checks failed"
+    seconds = time.perf_counter() - start
+    say(f"{factorized}: {outcome}; {report.files} files, {report.targets} targets in {seconds:.1f} s", quiet=quiet)
+    if not report.ok:
+        raise SystemExit(3)
 
 
 @main.command(short_help="Do the whole job on a small built-in model.")

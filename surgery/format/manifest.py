@@ -56,6 +56,7 @@ class TargetRecord:
         s_first, s_last: largest and smallest kept singular value.
         sha256: of the original tensor's bytes.
         residual_sha256: of its residual's bytes; None in the overlay layout.
+        inexact: share of its entries that residual and factors alone do not give back; None in the overlay layout.
         factors_sha256: of the bytes of U, s and V, in this order.
         certificate: of the SVD.
     """
@@ -71,6 +72,7 @@ class TargetRecord:
     s_last: float
     sha256: str
     residual_sha256: str | None
+    inexact: float | None
     factors_sha256: str
     certificate: CertificateRecord
 
@@ -95,10 +97,12 @@ class SourceRecord:
 
 @dataclass(frozen=True, slots=True)
 class OptionsRecord:
-    """The options that shape the result. With an energy, ``rank`` is the most directions of a target."""
+    """The options that shape the result. With an energy, ``rank`` is the most directions of a target; without the
+    correction, residuals are not lossless."""
 
     rank: int
     energy: float | None
+    correction: bool
     include: list[str]
     exclude: list[str]
     seed: int
@@ -170,6 +174,11 @@ class Manifest:
         for target in manifest.targets:
             _check_target(target, str(path))
         return manifest
+
+    @property
+    def lossless(self) -> bool:
+        """Whether a fold with untouched scales gives the source back."""
+        return self.layout == "overlay" or self.options.correction
 
     def output_files(self) -> list[FileRecord]:
         """Every file of the checkpoint but the manifest and the scales (which a trainer may replace)."""

@@ -20,8 +20,12 @@ class CorruptCorrection(ValueError):
     """A correction that does not decode. The caller knows the file and the tensor."""
 
 
-def encode_block(exact: Integers, guess: Integers) -> bytes:
-    """What takes one block of floats to another, both given by their bits, int16 or int32 (entries,), as bytes."""
+def encode_block(exact: Integers, guess: Integers) -> tuple[bytes, int]:
+    """What takes one block of floats to another, and in how many entries they differ.
+
+    Args:
+        exact, guess: the bits of the floats, int16 or int32 (entries,).
+    """
     differs = exact != guess
     positions = np.flatnonzero(differs)
     values = _ordinals(exact[positions]) - _ordinals(guess[positions])
@@ -30,7 +34,8 @@ def encode_block(exact: Integers, guess: Integers) -> bytes:
     mask = _deflate(np.packbits(differs, bitorder="little").tobytes())
     numbers = _deflate(short.tobytes())
     escapes = values[escaped]
-    return _BLOCK_HEADER.pack(len(mask), len(numbers), len(escapes)) + mask + numbers + escapes.tobytes()
+    header = _BLOCK_HEADER.pack(len(mask), len(numbers), len(escapes))
+    return header + mask + numbers + escapes.tobytes(), len(positions)
 
 
 def assemble(blocks: list[bytes], rows_per_block: int) -> bytearray:

@@ -58,38 +58,55 @@ class Factors:
         return Factors(self.U.to(device), self.s.to(device), self.V.to(device))
 
 
-def split(weight: torch.Tensor, factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
-    """Residual of a weight, and the correction that makes it lossless.
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A weight without its factors.
+
+    Attributes:
+        residual: ``round(W - U diag(s) V^T)``, shape, dtype and device of the weight.
+        correction: encoded, uint8 (bytes,) on the CPU, a multiple of 8 bytes; None where none was asked for.
+        inexact: share of the entries that residual and factors alone do not give back.
+    """
+
+    residual: torch.Tensor
+    correction: torch.Tensor | None
+    inexact: float
+
+
+def split(weight: torch.Tensor, factors: Factors, *, correct: bool = True) -> Parts:
+    """Take a weight apart so that ``join`` puts it together again bit for bit.
 
     Args:
         weight: (m, n), bfloat16, float16 or float32, finite, on a device with float64.
         factors: on the same device.
-
-    Returns:
-        The residual ``round(W - U diag(s) V^T)``, same shape, dtype and device as ``weight``, and the encoded
-        correction, uint8 (bytes,) on the CPU, a multiple of 8 bytes. ``join`` undoes it.
+        correct: whether to encode what residual and factors alone do not give back.
     """
     m, n = weight.shape
     residual = torch.empty_like(weight)
     step = _step(n)
     prediction = _Prediction(factors, weight.dtype)
 
-    def worker(most: int) -> Callable[[slice], list[bytes]]:
+    def worker(most: int) -> Callable[[slice], list[tuple[bytes, int]]]:
         predict, predicted = prediction.worker(most), weight.new_empty(most, n)
         wide = weight.new_empty(most, n, dtype=working_dtype(weight.dtype))
 
-        def work(rows: slice) -> list[bytes]:
+        def work(rows: slice) -> list[tuple[bytes, int]]:
             block, count = weight[rows], rows.stop - rows.start
             low_rank, sums = predict(rows), wide[:count]
             rounded = residual[rows].copy_(sums.copy_(block).sub_(low_rank))
             guess = predicted[:count].copy_(sums.copy_(rounded).add_(low_rank))
+            if not correct:
+                return [(b"", len(_differing(_bits(block), _bits(guess))))]
             exact_bits, guess_bits = (_bits(part).cpu().numpy() for part in (block, guess))
             return [encode_block(exact_bits[some].ravel(), guess_bits[some].ravel()) for some in _slices(count, step)]
 
         return work
 
-    encoded = [data for blocks in _for_each(worker, m, step, weight.device) for data in blocks]
-    return residual, torch.frombuffer(assemble(encoded, step), dtype=torch.uint8)
+    blocks = [block for some in _for_each(worker, m, step, weight.device) for block in some]
+    inexact = sum(count for _, count in blocks) / weight.numel()
+    if not correct:
+        return Parts(residual, None, inexact)
+    return Parts(residual, torch.frombuffer(assemble([data for data, _ in blocks], step), dtype=torch.uint8), inexact)
 
 
 def join(
@@ -115,7 +132,7 @@ def join(
     reader = CorrectionReader(bytes_of(correction), m, n, residual.element_size())
     step = reader.rows_per_block
     prediction = _Prediction(factors, residual.dtype)
-    update = None if scales is None else _Update(factors, scales, residual.dtype)
+    update = None if scales is None else _Update(factors, _change(factors, scales), residual.dtype)
     weight = torch.empty_like(residual)
 
     def worker(most: int) -> Callable[[slice], None]:
@@ -145,9 +162,21 @@ def rescale(weight: torch.Tensor, factors: Factors, scales: torch.Tensor) -> tor
 
     Args and result as for ``join``.
     """
+    return _updated(weight, _Update(factors, _change(factors, scales), weight.dtype))
+
+
+def approximate(residual: torch.Tensor, factors: Factors, scales: torch.Tensor | None = None) -> torch.Tensor:
+    """``round(R + U diag(s g) V^T)``: the fold of a residual without a correction.
+
+    Args and result as for ``join``. With scales of 1 it gives what the residual has kept of the weight.
+    """
+    s = factors.s.double()
+    return _updated(residual, _Update(factors, s if scales is None else s * scales.to(s), residual.dtype))
+
+
+def _updated(weight: torch.Tensor, update: _Update) -> torch.Tensor:
     m, n = weight.shape
     result = torch.empty_like(weight)
-    update = _Update(factors, scales, weight.dtype)
 
     def worker(most: int) -> Callable[[slice], None]:
         apply = update.worker(most)
@@ -199,15 +228,19 @@ def _to_integers(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, int]:
     return torch.ldexp(x.double(), torch.tensor(bits - exponent, device=x.device)).round_(), exponent
 
 
+def _change(factors: Factors, scales: torch.Tensor) -> torch.Tensor:
+    """``s (g - 1)`` in float64."""
+    return factors.s.double() * (scales.to(factors.s.device).double() - 1.0)
+
+
 class _Update:
-    """``W + U diag(s (g - 1)) V^T``, rounded once.
+    """``W + U diag(change) V^T``, rounded once.
 
     Two-byte weights are computed in float32 first, with a bound on the error. Where both ends of the interval round
     to the same number, so does what lies between; the few entries where they do not are computed in float64.
     """
 
-    def __init__(self, factors: Factors, scales: torch.Tensor, dtype: torch.dtype) -> None:
-        change = factors.s.double() * (scales.to(factors.s.device).double() - 1.0)
+    def __init__(self, factors: Factors, change: torch.Tensor, dtype: torch.dtype) -> None:
         self._left = factors.U.double() * change
         self._right = factors.V.double()
         self._dtype = dtype

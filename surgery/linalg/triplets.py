@@ -205,6 +205,24 @@ def _measured(
     ]
 
 
+def residuals_of(A: torch.Tensor, U: torch.Tensor, s: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
+    """``max(|A v - s u|, |A^T u - s v|) / s_1`` of given triplets, in float64.
+
+    Args:
+        A: (m, n), any floating dtype; U (m, k), s (k,), V (n, k) on its device.
+
+    Returns:
+        float64 (k,) on the CPU.
+    """
+    operator = Operator(A[None])
+    left, right = widened(U).T[None].contiguous(), widened(V).T[None].contiguous()
+    short, long = (left, right) if operator.wide else (right, left)
+    to_long, to_short = operator.both_wide(short, long)
+    values = widened(s)[:, None]
+    worst = torch.maximum((to_long - long * values).norm(dim=2), (to_short - short * values).norm(dim=2))
+    return (worst[0] / values[0].clamp(min=1e-300)).cpu()
+
+
 def _orthonormal(rows: torch.Tensor) -> torch.Tensor:
     """Orthonormal float64 rows (B, k, n) for the space of ``rows``, which are nearly orthogonal but of any length."""
     lengths = rows.norm(dim=2, keepdim=True)

@@ -18,7 +18,7 @@ from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
 from surgery.format.safetensors import ShardReader
 from surgery.format.scales import check_scales, read_scales
 from surgery.linalg.correction import CorruptCorrection
-from surgery.linalg.lossless import join, rescale
+from surgery.linalg.lossless import approximate, join, rescale
 from surgery.memory import bytes_of
 from surgery.operations.output import loading_order, prepare_output
 from surgery.progress import Progress, Silent
@@ -37,6 +37,7 @@ class FoldReport:
         targets: how many tensors had scales.
         changed: how many of them had scales other than 1.
         restored: weight files that are the source's own, bit for bit.
+        lossless: whether untouched weights are the source's: not after ``--no-correction``.
     """
 
     out: Path
@@ -44,6 +45,7 @@ class FoldReport:
     targets: int
     changed: int
     restored: int
+    lossless: bool
 
 
 def fold(
@@ -58,8 +60,8 @@ def fold(
 ) -> FoldReport:
     """Write dense weights ``round(W + U diag(s (g - 1)) V^T)`` under the source's names, dtypes and shards.
 
-    W is recovered bit for bit and the update added in float64 with one rounding at the end, so a target whose
-    scales are all 1 keeps its bytes.
+    W is recovered bit for bit and the update added with one rounding at the end, so a target whose scales are all 1
+    keeps its bytes. A residual without a correction gives ``round(R + U diag(s g) V^T)`` instead.
 
     Args:
         factorized: a folder written by ``factorize``.
@@ -106,7 +108,7 @@ def fold(
         copy_file(factorized / name, out / name, name, by_name[name])
     changed = sum(bool((value != 1).any()) for value in values.values())
     restored = sum(file.sha256 == shard.source.sha256 for file, shard in zip(files, manifest.shards, strict=True))
-    return FoldReport(out, tuple(files), len(values), changed, restored)
+    return FoldReport(out, tuple(files), len(values), changed, restored, manifest.lossless)
 
 
 class _OwnWeights:
@@ -186,12 +188,12 @@ def _fold_shard(
                 assert factors is not None  # there are touched targets
                 name = piece.entry.name
                 values = scales[name] if name in changed else None
-                weight = _dense(targets[name], piece, factors, values, manifest.layout, device)
+                weight = _dense(targets[name], piece, factors, values, manifest, device)
                 behind.submit(writer.write, bytes_of(weight))
         if walk.sha256 != expected.sha256:
             overlay = manifest.layout == "overlay"
             raise not_as_described(path, walk.sha256, expected, _BASE_HINT if overlay else DAMAGED_HINT)
-        if not changed and writer.sha256 != shard.source.sha256:
+        if manifest.lossless and not changed and writer.sha256 != shard.source.sha256:
             raise FormatError(f"{path}: untouched scales do not give the source back", hint=DAMAGED_HINT)
         return writer.commit(shard.source.file)
 
@@ -201,7 +203,7 @@ def _dense(
     piece: TargetPiece,
     factors: FactorsReader,
     scales: torch.Tensor | None,
-    layout: str,
+    manifest: Manifest,
     device: torch.device,
 ) -> torch.Tensor:
     """The dense weight of one target, on the CPU; ``scales`` None stands for all ones."""
@@ -213,9 +215,11 @@ def _dense(
             expected=f"{target.dtype} {target.shape}",
         )
     weight, parts = piece.tensor.to(device), factors.factors(target).to(device)
-    if layout == "overlay":
+    if manifest.layout == "overlay":
         assert scales is not None  # an overlay's untouched targets are copied
         result = rescale(weight, parts, scales)
+    elif not manifest.lossless:
+        result = approximate(weight, parts, scales)
     else:
         try:
             result = join(weight, parts, factors.correction(target), scales)

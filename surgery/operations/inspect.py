@@ -29,6 +29,7 @@ def summary(manifest: Manifest) -> dict[str, Any]:
     return {
         "schema_version": 1,
         "layout": manifest.layout,
+        "lossless": manifest.lossless,
         "source": asdict(manifest.source),
         "fingerprint": manifest.fingerprint,
         "trainable": sum(target.rank for target in manifest.targets),
@@ -43,6 +44,7 @@ def summary(manifest: Manifest) -> dict[str, Any]:
                 "energy": target.energy,
                 "s_first": target.s_first,
                 "s_last": target.s_last,
+                "inexact": target.inexact,
                 "converged": target.certificate.converged,
                 "method": target.certificate.method,
                 "passes": target.certificate.passes,

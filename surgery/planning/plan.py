@@ -77,7 +77,9 @@ class Plan:
         return sum(target.rank for target in self.targets)
 
 
-def make_plan(source: Source, choice: Choice, layout: Layout = "residual", device: str = "cpu") -> Plan:
+def make_plan(
+    source: Source, choice: Choice, layout: Layout = "residual", device: str = "cpu", *, correction: bool = True
+) -> Plan:
     """Plan a factorization, on a kind of device (``cpu``, ``cuda``, ``mps``), without reading a weight.
 
     Raises:
@@ -102,7 +104,7 @@ def make_plan(source: Source, choice: Choice, layout: Layout = "residual", devic
     factors = sum(target.factor_bytes + _described_bytes(target) for target in every)
     written = others + factors
     if layout == "residual":
-        written += weights + int(_CORRECTION_BYTES * sum(target.entries for target in every))
+        written += weights + (int(_CORRECTION_BYTES * sum(target.entries for target in every)) if correction else 0)
     window = GPU_WINDOW_BYTES if device == "cuda" else 0
     return Plan(
         layout=layout,

@@ -1,0 +1,277 @@
+"""Check a factorized checkpoint against its manifest, everything measured anew."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from surgery.device import choose_device
+from surgery.engine.pipeline import ShardWalk, TargetPiece
+from surgery.errors import SurgeryError
+from surgery.format.factors import FactorsReader
+from surgery.format.files import FileRecord, file_sha256
+from surgery.format.manifest import Manifest, ShardRecord, TargetRecord, fingerprint_of
+from surgery.format.safetensors import ShardReader
+from surgery.format.scales import read_scales
+from surgery.linalg.correction import CorruptCorrection
+from surgery.linalg.lossless import Factors, join
+from surgery.linalg.precision import full_precision
+from surgery.linalg.triplets import residuals_of
+from surgery.memory import bytes_of
+from surgery.names import MANIFEST_FILE, SCALES_FILE, factor_key
+from surgery.operations.factorize import factors_hash
+from surgery.progress import Progress, Silent
+from surgery.source.model import open_source
+
+#: Largest entry of ``U^T U - I`` that passes: vectors are rounded to float32.
+_ORTHONORMAL = 1e-5
+#: What rounding s to float32, and residuals to three digits, adds to a residual.
+_ROUNDED = 2e-7
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Something that does not hold: where, what was checked, what was found and what belongs there."""
+
+    where: str
+    check: str
+    got: str
+    expected: str
+
+
+@dataclass(slots=True)
+class VerifyReport:
+    """What ``verify`` found.
+
+    Attributes:
+        files, targets: how many were looked at.
+        failures: what does not hold.
+        unchecked: what could not be looked at, and why.
+    """
+
+    files: int = 0
+    targets: int = 0
+    failures: list[Failure] = field(default_factory=list)
+    unchecked: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return not self.failures
+
+    def fail(self, where: str, error: SurgeryError) -> None:
+        got, expected = ("" if part is None else str(part) for part in (error.got, error.expected))
+        self.failures.append(Failure(where, error.what, got, expected))
+
+    def expect(self, holds: bool, where: str, check: str, got: object = "", expected: object = "") -> bool:
+        if not holds:
+            self.failures.append(Failure(where, check, str(got), str(expected)))
+        return holds
+
+
+def verify(
+    factorized: str | Path,
+    *,
+    base: str | Path | None = None,
+    fast: bool = False,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Check files, factors, recovery, certificates and scales of a factorized checkpoint.
+
+    Streams: the memory needed is that of the largest target.
+
+    Args:
+        factorized: a folder written by ``factorize``.
+        base: the model it was made from. Without it, the weights of an overlay, and of residuals without a correction,
+            cannot be looked at; ``unchecked`` says so.
+        fast: hashes and headers only.
+        device: where the arithmetic runs: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        progress: told how far it is.
+
+    Raises:
+        SurgeryError: there is no manifest to check against, or no such base.
+    """
+    progress = progress or Silent()
+    where = choose_device(device)
+    where = torch.device("cpu") if where.type == "mps" else where
+    folder = Path(factorized)
+    manifest = Manifest.read(folder)
+    report = VerifyReport()
+    fingerprint = fingerprint_of(manifest.targets)
+    report.expect(fingerprint == manifest.fingerprint, MANIFEST_FILE, "fingerprint", manifest.fingerprint, fingerprint)
+    _check_scales(folder, manifest, report)
+    weights = _Weights(folder, manifest, base, report)
+    by_reading = 0 if fast else sum(shard.source.size for shard in manifest.shards)
+    progress.start("verifying", by_reading + sum(record.size for record in manifest.output_files()))
+    try:
+        for record in manifest.output_files():
+            progress.item(record.file)
+            _check_file(folder, record, report)
+            progress.advance(record.size)
+        for shard in manifest.shards:
+            targets = manifest.targets_of(shard.source.file)
+            report.targets += len(targets)
+            try:
+                _check_headers(folder, shard, targets, manifest, report)
+                if not fast and targets:
+                    _check_shard(folder, shard, targets, weights, where, report, progress)
+            except SurgeryError as error:  # a file that cannot even be read; the others may be well
+                report.fail(shard.source.file, error)
+    finally:
+        progress.finish()
+    if fast:
+        report.unchecked.append("factors, recovery and certificates (--fast)")
+    return report
+
+
+def _check_scales(folder: Path, manifest: Manifest, report: VerifyReport) -> None:
+    try:
+        read_scales(folder / SCALES_FILE, manifest)
+    except SurgeryError as error:
+        report.fail(SCALES_FILE, error)
+
+
+def _check_file(folder: Path, record: FileRecord, report: VerifyReport) -> None:
+    report.files += 1
+    path = folder / record.file
+    if not report.expect(path.is_file(), record.file, "the file is there", "nothing"):
+        return
+    size = path.stat().st_size
+    if report.expect(size == record.size, record.file, "size", size, record.size):
+        found = file_sha256(path)
+        report.expect(found == record.sha256, record.file, "sha256", found, record.sha256)
+
+
+def _check_headers(
+    folder: Path, shard: ShardRecord, targets: list[TargetRecord], manifest: Manifest, report: VerifyReport
+) -> None:
+    """Each target is there with its dtype and shape, and so are its factors."""
+    expected: dict[str, dict[str, tuple[str, list[int] | None]]] = {}
+    if shard.residual is not None:
+        expected[shard.residual.file] = {target.tensor: (target.dtype, target.shape) for target in targets}
+    if shard.factors is not None:
+        parts = expected[shard.factors.file] = {}
+        for target in targets:
+            (m, n), k = target.shape, target.rank
+            shapes: list[tuple[str, list[int]]] = [("U", [m, k]), ("s", [k]), ("V", [n, k])]
+            parts.update((factor_key(target.tensor, part), ("F32", shape)) for part, shape in shapes)
+            if manifest.layout == "residual" and manifest.options.correction:
+                parts[factor_key(target.tensor, "correction")] = ("U8", None)
+    for file, tensors in expected.items():
+        with ShardReader(folder / file, name=file) as reader:
+            found = {entry.name: (entry.dtype, list(entry.shape)) for entry in reader.header.tensors}
+        for name, (dtype, shape) in tensors.items():
+            got = found.get(name)
+            good = got is not None and got[0] == dtype and (shape is None or got[1] == shape)
+            report.expect(good, f"{file}: {name}", "dtype and shape", got or "nothing", f"{dtype} {shape or ''}")
+
+
+class _Weights:
+    """Where the weights of each shard come from: the folder itself, or the base."""
+
+    def __init__(self, folder: Path, manifest: Manifest, base: str | Path | None, report: VerifyReport) -> None:
+        self.own = manifest.layout == "residual" and manifest.lossless and base is None
+        self._folder, self._source = folder, None
+        if base is not None:
+            self._source = open_source(base)
+        elif manifest.layout == "overlay" and manifest.source.repo_id is not None:
+            self._source = open_source(manifest.source.repo_id, revision=manifest.source.commit)
+        elif not self.own:
+            kind = "an overlay" if manifest.layout == "overlay" else "a residual without a correction"
+            report.unchecked.append(f"weights and certificates: {kind} does not hold its weights (--base MODEL)")
+
+    def file(self, shard: ShardRecord) -> Path | None:
+        if self.own:
+            assert shard.residual is not None  # as the manifest was checked to be
+            return self._folder / shard.residual.file
+        if self._source is None or shard.source.file not in self._source.selection.shards:
+            return None
+        return self._source.fetch(shard.source.file)
+
+
+def _check_shard(
+    folder: Path,
+    shard: ShardRecord,
+    targets: list[TargetRecord],
+    weights: _Weights,
+    device: torch.device,
+    report: VerifyReport,
+    progress: Progress,
+) -> None:
+    path = weights.file(shard)
+    by_name = {target.tensor: target for target in targets}
+    with ExitStack() as stack:
+        factors_reader = stack.enter_context(FactorsReader(folder, shard, check=False))
+        if path is None:
+            for target in targets:
+                progress.item(target.tensor)
+                _check_factors(target, factors_reader.factors(target), report)
+            progress.advance(shard.source.size)
+            return
+        reader = stack.enter_context(ShardReader(path, name=path.name))
+        walk = stack.enter_context(ShardWalk(reader, by_name, progress))
+        seen = set()
+        for piece in walk:
+            if not isinstance(piece, TargetPiece):
+                continue
+            target = by_name[piece.entry.name]
+            seen.add(target.tensor)
+            factors = factors_reader.factors(target)
+            _check_factors(target, factors, report)
+            _check_weight(target, piece.tensor, factors.to(device), factors_reader, weights.own, device, report)
+        for name in by_name.keys() - seen:
+            report.expect(False, f"{path.name}: {name}", "the tensor is there", "nothing")
+        if not weights.own:
+            report.expect(walk.sha256 == shard.source.sha256, path.name, "sha256 of the base", walk.sha256, shard.source.sha256)
+
+
+def _check_factors(target: TargetRecord, factors: Factors, report: VerifyReport) -> None:
+    name = target.tensor
+    found = factors_hash(factors)
+    report.expect(found == target.factors_sha256, name, "sha256 of U, s, V", found, target.factors_sha256)
+    eye = torch.eye(target.rank, dtype=torch.float64)
+    for part, vectors in (("U", factors.U), ("V", factors.V)):
+        wide = vectors.double()
+        off = (wide.T @ wide - eye).abs().max().item()
+        report.expect(off <= _ORTHONORMAL, name, f"{part} is orthonormal", f"off by {off:.1e}", f"at most {_ORTHONORMAL:.0e}")
+    s = factors.s
+    report.expect(bool((s >= 0).all() and (s[:-1] >= s[1:]).all()), name, "s descends", s.tolist())
+    ends = (s[0].item(), s[-1].item())
+    report.expect(ends == (target.s_first, target.s_last), name, "s_1, s_k", ends, (target.s_first, target.s_last))
+
+
+def _check_weight(
+    target: TargetRecord,
+    stored: torch.Tensor,
+    factors: Factors,
+    reader: FactorsReader,
+    own: bool,
+    device: torch.device,
+    report: VerifyReport,
+) -> None:
+    weight = stored
+    if own:
+        try:
+            weight = join(stored.to(device), factors, reader.correction(target)).cpu()
+        except CorruptCorrection as error:
+            report.expect(False, target.tensor, "the correction decodes", error)
+            return
+    found = hashlib.sha256(bytes_of(weight)).hexdigest()
+    if not report.expect(found == target.sha256, target.tensor, "sha256 of the original weight", found, target.sha256):
+        return
+    with full_precision(device):
+        measured = residuals_of(weight.to(device), factors.U, factors.s, factors.V)
+    recorded = torch.tensor(target.certificate.residual, dtype=torch.float64)
+    worst = int((measured - recorded).argmax())
+    report.expect(
+        bool((measured <= 1.01 * recorded + _ROUNDED).all()),
+        target.tensor,
+        "certificate",
+        f"residual {measured[worst].item():.2e} of direction {worst + 1}",
+        f"{recorded[worst].item():.2e}",
+    )
+    report.expect(target.certificate.converged, target.tensor, "the SVD has converged", "no")
