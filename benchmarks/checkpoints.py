@@ -68,8 +68,22 @@ def write_checkpoint(
             pending[f"model.layers.{layer}.{name}.weight"] = llm_like(m, n, generator).to(dtype)
             if sum(tensor.numel() * width for tensor in pending.values()) >= shard_bytes:
                 flush()
-        pending[f"model.layers.{layer}.input_layernorm.weight"] = torch.ones(hidden, dtype=dtype)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            pending[f"model.layers.{layer}.{norm}.weight"] = torch.ones(hidden, dtype=dtype)
+    pending["model.norm.weight"] = torch.ones(hidden, dtype=dtype)
     flush()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": hidden, "num_hidden_layers": layers}))
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": hidden,
+        "intermediate_size": shapes["mlp.up_proj"][0],
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden // 64,
+        "num_key_value_heads": hidden // 256,
+        "vocab_size": 8192,
+        "tie_word_embeddings": True,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+    (folder / "config.json").write_text(json.dumps(config))
     return layers * layer_weights
