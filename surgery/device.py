@@ -42,8 +42,10 @@ def choose_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """For the manifest: the kind of device, and the model of a GPU."""
-    return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
+    """For the manifest: the kind of device, with what its results depend on: the model of a GPU, the threads of a CPU."""
+    if device.type == "cuda":
+        return f"cuda ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
 
 
 def as_memory_allows(

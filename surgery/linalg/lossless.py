@@ -34,8 +34,10 @@ BLOCK_ENTRIES = 1 << 19
 #: Blocks that a GPU works on at a time: fewer, larger steps are better there.
 DEVICE_BLOCKS = 64
 
-#: Beyond this rank the bound on float32 sums leaves too many entries in doubt.
-_MOST_IN_FLOAT32 = 64
+#: Beyond this rank the bound on float32 sums leaves too many entries in doubt (3 % here).
+_MOST_IN_FLOAT32 = {torch.bfloat16: 64, torch.float16: 16, torch.float32: 0}
+#: So many of those are done at a time.
+_DOUBTFUL_AT_ONCE = 1 << 15
 
 _T = TypeVar("_T")
 
@@ -244,7 +246,7 @@ class _Update:
         self._left = factors.U.double() * change
         self._right = factors.V.double()
         self._dtype = dtype
-        self._in_float64 = dtype == torch.float32 or len(change) > _MOST_IN_FLOAT32
+        self._in_float64 = len(change) > _MOST_IN_FLOAT32[dtype]
         if self._in_float64:
             self._right_rows = self._right.T.contiguous()
             return
@@ -253,6 +255,13 @@ class _Update:
         k = len(change)
         bound = self._left.norm(dim=1) * self._right.norm(dim=1).max() * (2 * (k + 2) * 2.0**-24)
         self._error = bound.float()[:, None].clamp_(min=1e-40)
+
+    def _exactly(self, block: torch.Tensor, rows: slice, entries: torch.Tensor) -> torch.Tensor:
+        """Some entries of the rows (r, n), by their place in the flattened ones, updated in float64."""
+        n = block.shape[1]
+        i, j = entries.div(n, rounding_mode="floor"), entries % n
+        sums = block.view(-1)[entries].double() + (self._left[rows][i] * self._right[j]).sum(dim=1)
+        return round_once(sums, self._dtype)
 
     def worker(self, most: int) -> Callable[[torch.Tensor, slice], None]:
         """A function that updates the given rows (r, n) of the weight in place, r <= ``most``."""
@@ -276,10 +285,10 @@ class _Update:
             low[:count] = torch.sub(sums, error, out=end[:count])
             high[:count] = sums.add_(error)
             doubtful = _differing(_bits(low[:count]), _bits(high[:count]))
-            i, j = doubtful.div(n, rounding_mode="floor"), doubtful % n
-            exact = block[i, j].double() + (self._left[rows][i] * self._right[j]).sum(dim=1)
+            exact = [self._exactly(block, rows, some) for some in torch.split(doubtful, _DOUBTFUL_AT_ONCE)]
             block.copy_(low[:count])
-            block[i, j] = round_once(exact, self._dtype)
+            if len(doubtful):
+                block.view(-1)[doubtful] = torch.cat(exact)
 
         return update
 
