@@ -25,7 +25,7 @@ import torch
 from surgery.linalg.correction import CorrectionReader, assemble, encode_block
 from surgery.linalg.precision import full_precision
 from surgery.linalg.rounding import from_ordinals, ordinals, round_once
-from surgery.linalg.threads import one_thread_each
+from surgery.linalg.threads import one_thread, one_thread_each
 from surgery.memory import bytes_of
 
 #: Entries that are worked on at a time: few enough for their temporaries to stay in cache, enough for the threads not to
@@ -86,7 +86,8 @@ def split(weight: torch.Tensor, factors: Factors, *, correct: bool = True) -> Pa
     m, n = weight.shape
     residual = torch.empty_like(weight)
     step = _step(n)
-    prediction = _Prediction(factors, weight.dtype)
+    with one_thread():
+        prediction = _Prediction(factors, weight.dtype)
 
     def worker(most: int) -> Callable[[slice], list[tuple[bytes, int]]]:
         predict, predicted = prediction.worker(most), weight.new_empty(most, n)
@@ -133,8 +134,9 @@ def join(
     m, n = residual.shape
     reader = CorrectionReader(bytes_of(correction), m, n, residual.element_size())
     step = reader.rows_per_block
-    prediction = _Prediction(factors, residual.dtype)
-    update = None if scales is None else _Update(factors, _change(factors, scales), residual.dtype)
+    with one_thread():
+        prediction = _Prediction(factors, residual.dtype)
+        update = None if scales is None else _Update(factors, _change(factors, scales), residual.dtype)
     weight = torch.empty_like(residual)
 
     def worker(most: int) -> Callable[[slice], None]:

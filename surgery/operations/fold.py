@@ -225,7 +225,8 @@ def _dense(
             result = join(weight, parts, factors.correction(target), scales)
         except CorruptCorrection as error:
             raise FormatError(f"{target.shard}: the correction of {target.tensor!r} is damaged ({error})") from error
-    if scales is not None and not bool(torch.isfinite(result).all()):
+    # A minimum or maximum of NaN is NaN: one pass, many times faster than asking each number.
+    if scales is not None and not all(bool(torch.isfinite(end)) for end in torch.aminmax(result)):
         raise ScalesError(
             f"the scales of {target.tensor!r} push weights beyond the range of {target.dtype}",
             got=f"scales of up to {scales.abs().max().item():.3g}",
