@@ -59,8 +59,10 @@ def as_memory_allows(
         return work(items, device)
     try:
         return work(items, device)
-    except torch.OutOfMemoryError:
-        pass  # first leave the frames behind that hold on to the memory
+    except RuntimeError as error:
+        if not _is_full(error):
+            raise
+        # First leave the frames behind that hold on to the memory.
     if device.type == "cuda" and torch.cuda.is_available():
         torch.cuda.empty_cache()
     if len(items) > 1:
@@ -70,3 +72,9 @@ def as_memory_allows(
         SurgeryWarning(f"{device} has not enough free memory for every matrix: the largest are done on the CPU"), stacklevel=2
     )
     return work(items, torch.device("cpu"))
+
+
+def _is_full(error: RuntimeError) -> bool:
+    """Whether an error is that of a full GPU: torch's own, or that of a library without room for its workspace."""
+    signs = ("out of memory", "ALLOC_FAILED", "CUSOLVER_STATUS_INTERNAL_ERROR")
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)

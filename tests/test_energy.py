@@ -48,6 +48,16 @@ def test_no_more_than_the_largest_rank() -> None:
     assert len(surgery.energy_svd(torch.zeros(30, 40), 0.9, max_rank=20).s) == 1
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_all_of_a_matrix_of_few_entries(seed: int) -> None:
+    A = torch.zeros(70, 90)
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(70, (5,), generator=generator)
+    A[rows] = torch.randn(5, 90, generator=generator)
+    kept = surgery.energy_svd(A, 1.0, max_rank=64).s.double()
+    assert kept.square().sum().item() == pytest.approx(A.double().square().sum().item(), rel=1e-6)
+
+
 @pytest.mark.parametrize(("energy", "max_rank"), [(0.0, 4), (1.5, 4), (float("nan"), 4), (0.5, 0)])
 def test_shares_and_limits_that_make_no_sense(energy: float, max_rank: int) -> None:
     with pytest.raises(OptionError):

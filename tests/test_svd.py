@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import surgery
 from surgery.errors import OptionError, WeightError
 from surgery.linalg import lanczos, svd, triplets
+from surgery.linalg.precision import full_precision
 from tests.models import realistic
 
 N = 640  # above the sizes that go to the Gram matrix
@@ -227,6 +228,25 @@ def test_rounds_never_make_a_result_worse(monkeypatch: pytest.MonkeyPatch) -> No
     assert result.certificate.residual.max().item() < 0.05
     truth = torch.linalg.svdvals(A.double())[:48]
     assert ((result.s.double() - truth).abs().max() / truth[0]).item() < 5e-3
+
+
+def test_a_rank_so_large_that_a_restart_keeps_most_of_the_basis() -> None:
+    A = _gaussian(1500, 1500)
+    result = surgery.truncated_svd(A, 240)
+    assert result.certificate.method == "block-lanczos"
+    _check(A, result, 240)
+
+
+@pytest.mark.parametrize("setting", ["high", "medium", "highest"])
+def test_older_precision_settings_of_torch_do_not_clash(setting: str) -> None:
+    """Torch refuses to say what is allowed where its two interfaces contradict each other; so does its CUDA code."""
+    torch.set_float32_matmul_precision(setting)
+    try:
+        with full_precision(torch.device("cpu")):
+            assert not torch.backends.cuda.matmul.allow_tf32
+        assert torch.get_float32_matmul_precision() == setting
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_values_beyond_the_range_of_float32_are_refused() -> None:

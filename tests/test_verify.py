@@ -17,7 +17,7 @@ import surgery
 from surgery.cli.main import main
 from surgery.format.files import file_sha256
 from surgery.operations.verify import verify
-from tests.models import files_of
+from tests.models import files_of, save_llama
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +153,48 @@ def test_tampering_is_named(name: str, folder: Path) -> None:
     report = verify(folder, device="cpu")
     assert not report.ok
     assert any(check in failure.check for failure in report.failures), report.failures
+
+
+@pytest.mark.parametrize("layout", ["overlay", "residual"])
+def test_another_model_as_the_base(layout: str, llama: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"layout": "overlay"} if layout == "overlay" else {"correction": False}
+    surgery.factorize(llama, tmp_path / "f", rank=4, device="cpu", **options)
+    one_file = save_llama(tmp_path / "one", torch.bfloat16, shard_size="1GB")
+    report = verify(tmp_path / "f", base=one_file, device="cpu")
+    assert any("the base has this file" in failure.check for failure in report.failures)
+    wider = Path(shutil.copytree(llama, tmp_path / "wider"))
+    for shard in wider.glob("*.safetensors"):
+        save_file({name: tensor.double() for name, tensor in load_file(shard).items()}, shard)
+    assert not verify(tmp_path / "f", base=wider, device="cpu").ok
+
+
+def test_a_base_that_is_not_needed_is_refused(whole: Path, llama: Path) -> None:
+    with pytest.raises(surgery.SurgeryError, match="not needed"):
+        verify(whole, base=llama, device="cpu")
+
+
+def test_a_residual_of_another_shape(folder: Path) -> None:
+    def turned(tensors: dict[str, torch.Tensor]) -> None:
+        name = next(name for name in tensors if name.endswith("up_proj.weight"))
+        tensors[name] = tensors[name].T.contiguous()
+
+    shard = next(path.name for path in sorted(folder.glob("model-*")) if any("up_proj" in name for name in load_file(path)))
+    _rewrite(folder, turned, shard)
+    assert any(failure.check == "dtype and shape" for failure in verify(folder, device="cpu").failures)
+
+
+@pytest.mark.parametrize("change", ["no residual", "no factors", "a shard less"])
+def test_a_manifest_that_contradicts_itself(change: str, folder: Path) -> None:
+    path = folder / "surgery/manifest.json"
+    manifest = json.loads(path.read_text())
+    shard = next(shard for shard in manifest["shards"] if shard["factors"])
+    if change == "a shard less":
+        manifest["shards"].remove(shard)
+    else:
+        shard[change.removeprefix("no ")] = None
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(surgery.SurgeryError):
+        verify(folder, device="cpu", fast=True)
 
 
 def test_command_has_its_own_exit_code_and_a_table(folder: Path) -> None:

@@ -294,9 +294,7 @@ def inspect(factorized: Path, as_json: bool) -> None:
 
 @main.command(short_help="Check that a factorized folder is what its manifest says.")
 @click.argument("factorized", type=click.Path(path_type=Path))
-@click.option(
-    "--base", metavar="MODEL", help="The model it was made from; without it an overlay on a local model is checked in part."
-)
+@click.option("--base", metavar="MODEL", help="The model it was made from: an overlay is checked in part without it.")
 @click.option("--fast", is_flag=True, help="Hashes and headers only, no arithmetic.")
 @_device
 @_json

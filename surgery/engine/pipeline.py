@@ -134,15 +134,19 @@ class TargetPiece:
 
 
 def windows(pieces: Iterable[Bytes | TargetPiece], limit: int) -> Iterator[list[Bytes | TargetPiece]]:
-    """Runs of pieces of at most ``limit`` bytes together, or of one piece."""
+    """Runs of pieces, each as long as it takes to come to ``limit`` bytes.
+
+    A window is emptied when the next one is asked for: the caller must not keep it.
+    """
     window: list[Bytes | TargetPiece] = []
     held = 0
     for piece in pieces:
-        if window and held + len(piece) > limit:
-            yield window
-            window, held = [], 0
         window.append(piece)
         held += len(piece)
+        if held >= limit:
+            yield window
+            window.clear()
+            held = 0
     if window:
         yield window
 

@@ -173,6 +173,7 @@ class Manifest:
             check_relative_path(shard.source.file, str(path))
         for target in manifest.targets:
             _check_target(target, str(path))
+        _check_shards(manifest, str(path))
         return manifest
 
     @property
@@ -194,6 +195,19 @@ def _check_target(target: TargetRecord, where: str) -> None:
     lengths = {len(target.certificate.residual), len(target.certificate.gap)}
     if len(target.shape) != 2 or not 1 <= target.rank <= min(target.shape) or lengths != {target.rank}:
         raise FormatError(f"{where}: the entries of {target.tensor!r} contradict each other")
+
+
+def _check_shards(manifest: Manifest, where: str) -> None:
+    """Every target is in a shard, every shard with targets has factors, and residuals are there if the layout has them."""
+    owners = {target.shard for target in manifest.targets}
+    for shard in manifest.shards:
+        name = shard.source.file
+        if (shard.residual is not None) != (manifest.layout == "residual"):
+            raise FormatError(f"{where}: the layout {manifest.layout!r} and the entries of {name!r} contradict each other")
+        if shard.factors is None and name in owners:
+            raise FormatError(f"{where}: {name!r} has targets and no factors")
+    if missing := sorted(owners - {shard.source.file for shard in manifest.shards}):
+        raise FormatError(f"{where}: there are targets in a weight file that is not listed", got=missing[0])
 
 
 def fingerprint_of(targets: list[TargetRecord]) -> str:

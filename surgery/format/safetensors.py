@@ -225,6 +225,10 @@ class ShardReader:
 
     def read(self, entry: TensorEntry) -> torch.Tensor:
         """One float tensor with its shape, in its own dtype, on the CPU."""
+        if entry.dtype not in TORCH_DTYPES:
+            raise FormatError(
+                f"{entry.name!r} has another dtype than it should", got=entry.dtype, expected=" or ".join(TORCH_DTYPES)
+            )
         return self.read_bytes(entry).view(TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
 
     def chunks(self, start: int, end: int) -> Iterator[memoryview]:

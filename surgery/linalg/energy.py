@@ -18,7 +18,8 @@ def energy_svd(
 ) -> TruncatedSVD:
     """The fewest leading singular triplets whose squared values make up ``energy`` of the squared Frobenius norm.
 
-    Truncated SVDs of growing rank, the next rank being the least that the values seen so far allow; never a full one.
+    Truncated SVDs of growing rank, each at least double the last and no less than the values seen so far ask for; never
+    a full one.
 
     Args:
         A: (m, n), any real floating dtype, any device.
@@ -43,8 +44,8 @@ def energy_svd(
         squares = svd.s.double().cpu().square()
         wanted = energy * svd.norm.item() ** 2
         enough = (squares.cumsum(0) >= wanted).nonzero().flatten()
-        if len(enough) or k == limit:
-            return _cut(svd, int(enough[0]) + 1 if len(enough) else limit)
+        if len(enough) or k == limit or squares[-1] == 0:  # after a zero only zeros come
+            return _cut(svd, int(enough[0]) + 1 if len(enough) else k)
         # No further value is larger than the last: so many more are needed at least.
         missing = (wanted - squares.sum().item()) / squares[-1].item()
         k = min(limit, max(2 * k, k + math.ceil(1.2 * missing)))

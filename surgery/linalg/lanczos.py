@@ -58,7 +58,12 @@ def block_size(k: int, operator: Operator) -> int:
 
 def basis_limit(k: int, block: int) -> int:
     """Rows at which the basis is full and restarts."""
-    return max(384, k + 4 * block)
+    return max(384, kept_rows(k, block) + 3 * block)
+
+
+def kept_rows(k: int, block: int) -> int:
+    """Rows that a restart keeps: a few more than are wanted speed up what comes after."""
+    return k + max(block, k // 2)
 
 
 def basis_rows(k: int) -> int:
@@ -91,7 +96,7 @@ def block_lanczos(
     """
     basis = _Basis(operator, limit=basis_limit(k, block), block=block, seed=seed)
     basis.begin(start)
-    keep = k + max(block, k // 2)
+    keep = kept_rows(k, block)
     last_pass = operator.passes + MAX_PASSES
     checks = _CheckSchedule()
     while True:
@@ -233,8 +238,9 @@ class _Basis:
             block, coupling, still, sound = _orthonormalised(rows, known, noise)
         else:
             count, width, short = rows.shape
-            block, coupling = rows.new_empty(count, room, short), rows.new_zeros(count, width, room, dtype=torch.float64)
-            still, sound = rows.new_zeros(count, width, self.size, dtype=torch.float64), [room == 0] * count
+            block, sound = rows.new_empty(count, room, short), [room == 0] * count
+            coupling = torch.zeros(count, width, room, dtype=torch.float64, device=self._wide)
+            still = torch.zeros(count, width, self.size, dtype=torch.float64, device=self._wide)
         for i, done in enumerate(sound):
             if not done:
                 block[i], coupling[i] = self._repaired(i, rows[i], noise[i], room)

@@ -119,7 +119,7 @@ class Operator:
         buffer = torch.empty(len(self), step, n, dtype=torch.float64, device=wide_device(self.matrices))
         for start in range(0, m, step):
             block = buffer[:, : min(step, m - start)]
-            yield slice(start, min(start + step, m)), block.copy_(self.matrices[:, start : start + step])
+            yield slice(start, min(start + step, m)), block.copy_(self.matrices[:, start : start + step].to(buffer.device))
 
     def _wide_rows(self, length: int) -> int:
         if self.matrices.device.type == "cpu":

@@ -17,7 +17,7 @@ _MAX_ROUNDS = 4
 #: Units of the working precision that rounding may leave in a residual.
 ROUNDING = 16
 #: Beyond this the Gram matrix is no fallback any more: its eigenproblem takes longer than anybody waits.
-_MAX_GRAM = 4096
+_MAX_GRAM = 2048
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,8 @@ def workspace_bytes(m: int, n: int, k: int, dtype: torch.dtype) -> int:
         case _:
             dense = dtype.itemsize if dtype == torch.float64 else 4
             dense *= basis_rows(k) * (m + n)
+            if short <= _MAX_GRAM:  # where the iteration may fall back on
+                dense = max(dense, 8 * 6 * short**2)
     return copy + vectors + dense
 
 

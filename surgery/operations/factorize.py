@@ -14,7 +14,7 @@ import torch
 
 from surgery import __version__
 from surgery.device import as_memory_allows, choose_device, device_name
-from surgery.engine.pipeline import ReadAhead, ShardWalk, TargetPiece, WriteBehind, windows
+from surgery.engine.pipeline import Bytes, ReadAhead, ShardWalk, TargetPiece, WriteBehind, windows
 from surgery.errors import OptionError, SourceError, WeightError
 from surgery.format.files import FileRecord, FileWriter, copy_file
 from surgery.format.manifest import (
@@ -269,24 +269,38 @@ def run_job(job: Job, progress: Progress) -> tuple[ShardRecord, list[TargetRecor
             if residuals:
                 behind.submit(residuals.write, reader.header.raw)
             for window in windows(walk, job.window_bytes):
-                weights = [(targets[piece.entry.name], piece.tensor) for piece in window if isinstance(piece, TargetPiece)]
-                all_done = _factorize_targets(weights, job)
-                for piece in window:
-                    if not isinstance(piece, TargetPiece):
-                        if residuals:
-                            behind.submit(residuals.write, piece.data)
-                        continue
-                    done = all_done.pop(piece.entry.name)
-                    records.append(done.record)
-                    if residuals and done.residual is not None:
-                        behind.submit(residuals.write, bytes_of(done.residual))
-                    if factors:
-                        for part, tensor in done.parts.items():
-                            behind.submit(factors.add, factor_key(done.record.tensor, part), tensor)
+                records += _work_off(window, targets, job, residuals, factors, behind)
         source = FileRecord(job.shard.file, reader.header.file_bytes, walk.sha256)
         residual_record = residuals.commit(job.shard.file) if residuals else None
         factors_record = factors.commit(factors_name) if factors else None
     return ShardRecord(source, residual_record, factors_record), records
+
+
+def _work_off(
+    window: list[Bytes | TargetPiece],
+    targets: dict[str, Target],
+    job: Job,
+    residuals: FileWriter | None,
+    factors: TensorFileWriter | None,
+    behind: WriteBehind,
+) -> list[TargetRecord]:
+    """Factorize the targets of one window and hand it all to the writer in the order of the shard."""
+    weights = [(targets[piece.entry.name], piece.tensor) for piece in window if isinstance(piece, TargetPiece)]
+    all_done = _factorize_targets(weights, job)
+    records = []
+    for piece in window:
+        if not isinstance(piece, TargetPiece):
+            if residuals:
+                behind.submit(residuals.write, piece.data)
+            continue
+        done = all_done.pop(piece.entry.name)
+        records.append(done.record)
+        if residuals and done.residual is not None:
+            behind.submit(residuals.write, bytes_of(done.residual))
+        if factors:
+            for part, tensor in done.parts.items():
+                behind.submit(factors.add, factor_key(done.record.tensor, part), tensor)
+    return records
 
 
 def _check_unchanged(reader: ShardReader, shard: ShardPlan) -> None:

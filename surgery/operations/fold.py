@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from surgery.device import choose_device
+from surgery.device import as_memory_allows, choose_device
 from surgery.engine.pipeline import ShardWalk, TargetPiece, WriteBehind
 from surgery.errors import FormatError, OptionError, ScalesError, SourceError
 from surgery.format.factors import DAMAGED_HINT, FactorsReader
@@ -214,17 +214,22 @@ def _dense(
             got=f"{entry.dtype} {list(entry.shape)}",
             expected=f"{target.dtype} {target.shape}",
         )
-    weight, parts = piece.tensor.to(device), factors.factors(target).to(device)
-    if manifest.layout == "overlay":
-        assert scales is not None  # an overlay's untouched targets are copied
-        result = rescale(weight, parts, scales)
-    elif not manifest.lossless:
-        result = approximate(weight, parts, scales)
-    else:
-        try:
-            result = join(weight, parts, factors.correction(target), scales)
-        except CorruptCorrection as error:
-            raise FormatError(f"{target.shard}: the correction of {target.tensor!r} is damaged ({error})") from error
+    parts = factors.factors(target)
+    correction = factors.correction(target) if manifest.layout == "residual" and manifest.lossless else None
+
+    def compute(weights: Sequence[torch.Tensor], where: torch.device) -> list[torch.Tensor]:
+        weight, there = weights[0].to(where), parts.to(where)
+        if manifest.layout == "overlay":
+            assert scales is not None  # an overlay's untouched targets are copied
+            return [rescale(weight, there, scales).cpu()]
+        if correction is None:
+            return [approximate(weight, there, scales).cpu()]
+        return [join(weight, there, correction, scales).cpu()]
+
+    try:
+        result = as_memory_allows(compute, [piece.tensor], device)[0]
+    except CorruptCorrection as error:
+        raise FormatError(f"{target.shard}: the correction of {target.tensor!r} is damaged ({error})") from error
     # A minimum or maximum of NaN is NaN: one pass, many times faster than asking each number.
     if scales is not None and not all(bool(torch.isfinite(end)) for end in torch.aminmax(result)):
         raise ScalesError(
@@ -232,4 +237,4 @@ def _dense(
             got=f"scales of up to {scales.abs().max().item():.3g}",
             hint="the training diverged: take an earlier checkpoint",
         )
-    return result.cpu()
+    return result

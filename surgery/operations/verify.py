@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from surgery.device import choose_device
+from surgery.device import as_memory_allows, choose_device
 from surgery.engine.pipeline import ShardWalk, TargetPiece
-from surgery.errors import SurgeryError
+from surgery.errors import OptionError, SurgeryError
 from surgery.format.factors import FactorsReader
 from surgery.format.files import FileRecord, file_sha256
 from surgery.format.manifest import Manifest, ShardRecord, TargetRecord, fingerprint_of
@@ -24,6 +26,7 @@ from surgery.linalg.triplets import residuals_of
 from surgery.memory import bytes_of
 from surgery.names import MANIFEST_FILE, SCALES_FILE, factor_key
 from surgery.operations.factorize import factors_hash
+from surgery.operations.output import check_room
 from surgery.progress import Progress, Silent
 from surgery.source.model import open_source
 
@@ -86,14 +89,14 @@ def verify(
 
     Args:
         factorized: a folder written by ``factorize``.
-        base: the model it was made from. Without it, the weights of an overlay, and of residuals without a correction,
-            cannot be looked at; ``unchecked`` says so.
+        base: the model it was made from, folder or hub id: for an overlay, or residuals without a correction, whose weights
+            cannot be looked at otherwise; ``unchecked`` says so.
         fast: hashes and headers only.
         device: where the arithmetic runs: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         progress: told how far it is.
 
     Raises:
-        SurgeryError: there is no manifest to check against, or no such base.
+        SurgeryError: there is no manifest to check against, no such base, or one that is not needed.
     """
     progress = progress or Silent()
     where = choose_device(device)
@@ -104,7 +107,7 @@ def verify(
     fingerprint = fingerprint_of(manifest.targets)
     report.expect(fingerprint == manifest.fingerprint, MANIFEST_FILE, "fingerprint", manifest.fingerprint, fingerprint)
     _check_scales(folder, manifest, report)
-    weights = _Weights(folder, manifest, base, report)
+    weights = None if fast else _Weights(folder, manifest, base, report)
     by_reading = 0 if fast else sum(shard.source.size for shard in manifest.shards)
     progress.start("verifying", by_reading + sum(record.size for record in manifest.output_files()))
     try:
@@ -117,7 +120,7 @@ def verify(
             report.targets += len(targets)
             try:
                 _check_headers(folder, shard, targets, manifest, report)
-                if not fast and targets:
+                if weights is not None and targets:
                     _check_shard(folder, shard, targets, weights, where, report, progress)
             except SurgeryError as error:  # a file that cannot even be read; the others may be well
                 report.fail(shard.source.file, error)
@@ -140,10 +143,13 @@ def _check_file(folder: Path, record: FileRecord, report: VerifyReport) -> None:
     path = folder / record.file
     if not report.expect(path.is_file(), record.file, "the file is there", "nothing"):
         return
-    size = path.stat().st_size
-    if report.expect(size == record.size, record.file, "size", size, record.size):
-        found = file_sha256(path)
-        report.expect(found == record.sha256, record.file, "sha256", found, record.sha256)
+    try:
+        size = path.stat().st_size
+        if report.expect(size == record.size, record.file, "size", size, record.size):
+            found = file_sha256(path)
+            report.expect(found == record.sha256, record.file, "sha256", found, record.sha256)
+    except OSError as error:
+        report.expect(False, record.file, "the file can be read", error)
 
 
 def _check_headers(
@@ -171,26 +177,31 @@ def _check_headers(
 
 
 class _Weights:
-    """Where the weights of each shard come from: the folder itself, or the base."""
+    """Where the weights of each shard come from: the folder itself, the base, or nowhere."""
 
     def __init__(self, folder: Path, manifest: Manifest, base: str | Path | None, report: VerifyReport) -> None:
-        self.own = manifest.layout == "residual" and manifest.lossless and base is None
         self._folder, self._source = folder, None
+        self.own = manifest.layout == "residual" and manifest.lossless
+        if self.own and base is not None:
+            raise OptionError("--base is not needed here: this checkpoint holds its own weights", hint="leave --base out")
         if base is not None:
             self._source = open_source(base)
-        elif manifest.layout == "overlay" and manifest.source.repo_id is not None:
-            self._source = open_source(manifest.source.repo_id, revision=manifest.source.commit)
+            if (download := self._source.bytes_to_fetch()) is not None:
+                check_room(*download)
         elif not self.own:
             kind = "an overlay" if manifest.layout == "overlay" else "a residual without a correction"
             report.unchecked.append(f"weights and certificates: {kind} does not hold its weights (--base MODEL)")
 
-    def file(self, shard: ShardRecord) -> Path | None:
+    def file(self, shard: ShardRecord, report: VerifyReport) -> Path | None:
         if self.own:
-            assert shard.residual is not None  # as the manifest was checked to be
+            assert shard.residual is not None  # the manifest would not have been read otherwise
             return self._folder / shard.residual.file
-        if self._source is None or shard.source.file not in self._source.selection.shards:
+        if self._source is None:
             return None
-        return self._source.fetch(shard.source.file)
+        name = shard.source.file
+        there = name in self._source.selection.shards
+        report.expect(there, name, "the base has this file", "nothing")
+        return self._source.fetch(name) if there else None
 
 
 def _check_shard(
@@ -202,27 +213,33 @@ def _check_shard(
     report: VerifyReport,
     progress: Progress,
 ) -> None:
-    path = weights.file(shard)
+    path = weights.file(shard, report)
     by_name = {target.tensor: target for target in targets}
     with ExitStack() as stack:
-        factors_reader = stack.enter_context(FactorsReader(folder, shard, check=False))
+        reader = stack.enter_context(FactorsReader(folder, shard, check=False))
+        for target in targets:
+            progress.item(target.tensor)
+            _check_factors(target, reader.factors(target), report)
         if path is None:
-            for target in targets:
-                progress.item(target.tensor)
-                _check_factors(target, factors_reader.factors(target), report)
             progress.advance(shard.source.size)
             return
-        reader = stack.enter_context(ShardReader(path, name=path.name))
-        walk = stack.enter_context(ShardWalk(reader, by_name, progress))
+        walk = stack.enter_context(ShardWalk(stack.enter_context(ShardReader(path, name=path.name)), by_name, progress))
         seen = set()
         for piece in walk:
             if not isinstance(piece, TargetPiece):
                 continue
             target = by_name[piece.entry.name]
             seen.add(target.tensor)
-            factors = factors_reader.factors(target)
-            _check_factors(target, factors, report)
-            _check_weight(target, piece.tensor, factors.to(device), factors_reader, weights.own, device, report)
+            got = f"{piece.entry.dtype} {list(piece.entry.shape)}"
+            if report.expect(
+                got == f"{target.dtype} {target.shape}",
+                f"{path.name}: {target.tensor}",
+                "dtype and shape",
+                got,
+                f"{target.dtype} {target.shape}",
+            ):
+                check = partial(_check_weight, target, reader, weights.own, report)
+                as_memory_allows(check, [piece.tensor], device)
         for name in by_name.keys() - seen:
             report.expect(False, f"{path.name}: {name}", "the tensor is there", "nothing")
         if not weights.own:
@@ -246,23 +263,26 @@ def _check_factors(target: TargetRecord, factors: Factors, report: VerifyReport)
 
 def _check_weight(
     target: TargetRecord,
-    stored: torch.Tensor,
-    factors: Factors,
     reader: FactorsReader,
     own: bool,
-    device: torch.device,
     report: VerifyReport,
-) -> None:
-    weight = stored
+    stored: Sequence[torch.Tensor],
+    device: torch.device,
+) -> list[None]:
+    """Recovery and certificate of one target. ``stored`` holds its residual, or with ``own`` false its weight."""
+    weight, factors = stored[0], reader.factors(target).to(device)
     if own:
+        found = hashlib.sha256(bytes_of(weight)).hexdigest()
+        expected = target.residual_sha256
         try:
-            weight = join(stored.to(device), factors, reader.correction(target)).cpu()
+            weight = join(weight.to(device), factors, reader.correction(target)).cpu()
         except CorruptCorrection as error:
             report.expect(False, target.tensor, "the correction decodes", error)
-            return
+            return []
+        report.expect(found == expected, target.tensor, "sha256 of the residual", found, expected)
     found = hashlib.sha256(bytes_of(weight)).hexdigest()
     if not report.expect(found == target.sha256, target.tensor, "sha256 of the original weight", found, target.sha256):
-        return
+        return []
     with full_precision(device):
         measured = residuals_of(weight.to(device), factors.U, factors.s, factors.V)
     recorded = torch.tensor(target.certificate.residual, dtype=torch.float64)
@@ -275,3 +295,4 @@ def _check_weight(
         f"{recorded[worst].item():.2e}",
     )
     report.expect(target.certificate.converged, target.tensor, "the SVD has converged", "no")
+    return []

@@ -115,7 +115,9 @@ def make_plan(
         bytes_read=weights,
         bytes_written=written,
         window_bytes=window,
-        peak_memory_bytes=window * (2 if layout == "residual" else 1) + max(_peak_memory(target, layout) for target in every),
+        # Of a window: the weights; for the residual layout as many residuals, and corrections; the factors.
+        peak_memory_bytes=int(window * (2.25 if layout == "residual" else 1.1))
+        + max(_peak_memory(target, layout) for target in every),
         device_memory_bytes=max(_device_memory(target, window) for target in every) if device == "cuda" else 0,
     )
 
