@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from surgery.linalg import lossless
 from surgery.linalg.correction import CorruptCorrection
 from surgery.linalg.lossless import Factors, join, rescale, split
-from surgery.linalg.rounding import from_ordinals, ordinals, round_once
+from surgery.linalg.rounding import bits_of, flipped, round_once
 from tests.models import realistic
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -45,8 +45,8 @@ def _all_floats(dtype: torch.dtype) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_ordinals_count_every_float(dtype: torch.dtype) -> None:
     floats = _all_floats(dtype)
-    i = ordinals(floats)
-    assert torch.equal(_bits(from_ordinals(i, dtype)), _bits(floats))
+    i = flipped(bits_of(floats))
+    assert torch.equal(flipped(i), _bits(floats))
     order = torch.argsort(i.int())
     assert torch.equal(i.int()[order].diff(), torch.ones(len(floats) - 1, dtype=torch.int32))
     assert bool((floats[order].double().diff() >= 0).all())  # -0 and +0 are neighbours
@@ -56,7 +56,7 @@ def test_ordinals_count_every_float(dtype: torch.dtype) -> None:
 def test_round_once_at_every_tie(dtype: torch.dtype) -> None:
     """Midway between each two neighbours, and a hair to either side: the places where double rounding goes wrong."""
     floats = _all_floats(dtype)
-    floats = floats[ordinals(floats) >= 0].sort().values.double()
+    floats = floats[_bits(floats) >= 0].sort().values.double()
     low, high = floats[:-1], floats[1:]
     middle = (low + high) / 2  # exact: float64 has bits to spare
     even = torch.where(_bits(low.to(dtype)) % 2 == 0, low, high)

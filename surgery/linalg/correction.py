@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from surgery.linalg.rounding import flipped
+
 _ESCAPE = -128
 _BLOCK_HEADER = struct.Struct("<III")  # bytes of the mask, bytes of the values, number of escapes
 
@@ -28,7 +30,7 @@ def encode_block(exact: Integers, guess: Integers) -> tuple[bytes, int]:
     """
     differs = exact != guess
     positions = np.flatnonzero(differs)
-    values = _ordinals(exact[positions]) - _ordinals(guess[positions])
+    values = flipped(exact[positions]) - flipped(guess[positions])
     escaped = (values > 127) | (values < -127)
     short = np.where(escaped, _ESCAPE, values).astype(np.int8)
     mask = _deflate(np.packbits(differs, bitorder="little").tobytes())
@@ -96,12 +98,6 @@ class CorrectionReader:
             raise CorruptCorrection("a block's escapes do not fit")
         values[escaped] = np.frombuffer(data[c:], self._dtype)
         return positions, values
-
-
-def _ordinals(bits: Integers) -> Integers:
-    """As ``surgery.linalg.rounding.ordinals``."""
-    ordinals: Integers = bits ^ ((bits >> (8 * bits.itemsize - 1)) & np.iinfo(bits.dtype).max)
-    return ordinals
 
 
 def _deflate(data: bytes) -> bytes:

@@ -24,7 +24,7 @@ import torch
 
 from surgery.linalg.correction import CorrectionReader, assemble, encode_block
 from surgery.linalg.precision import full_precision
-from surgery.linalg.rounding import from_ordinals, ordinals, round_once
+from surgery.linalg.rounding import bits_of, flipped, round_once
 from surgery.linalg.threads import one_thread, one_thread_each
 from surgery.memory import bytes_of
 
@@ -99,8 +99,8 @@ def split(weight: torch.Tensor, factors: Factors, *, correct: bool = True) -> Pa
             rounded = residual[rows].copy_(sums.copy_(block).sub_(low_rank))
             guess = predicted[:count].copy_(sums.copy_(rounded).add_(low_rank))
             if not correct:
-                return [(b"", len(_differing(_bits(block), _bits(guess))))]
-            exact_bits, guess_bits = (_bits(part).cpu().numpy() for part in (block, guess))
+                return [(b"", len(_differing(bits_of(block), bits_of(guess))))]
+            exact_bits, guess_bits = (bits_of(part).cpu().numpy() for part in (block, guess))
             return [encode_block(exact_bits[some].ravel(), guess_bits[some].ravel()) for some in _slices(count, step)]
 
         return work
@@ -148,9 +148,8 @@ def join(
             block = weight[rows].copy_(sums)
             for first in range(rows.start, rows.stop, step):
                 positions, units = (torch.from_numpy(part).to(block.device) for part in reader.block(first))
-                bits = _bits(weight[first : first + step]).view(-1)
-                exact = ordinals(bits[positions].view(weight.dtype)).add_(units)
-                bits[positions] = _bits(from_ordinals(exact, weight.dtype))
+                bits = bits_of(weight[first : first + step]).view(-1)
+                bits[positions] = flipped(flipped(bits[positions]) + units)
             if apply is not None:
                 apply(block, rows)
 
@@ -286,7 +285,7 @@ class _Update:
             error = torch.abs(sums, out=reach[:count]).mul_(2.0**-22).add_(self._error[rows])
             low[:count] = torch.sub(sums, error, out=end[:count])
             high[:count] = sums.add_(error)
-            doubtful = _differing(_bits(low[:count]), _bits(high[:count]))
+            doubtful = _differing(bits_of(low[:count]), bits_of(high[:count]))
             exact = [self._exactly(block, rows, some) for some in torch.split(doubtful, _DOUBTFUL_AT_ONCE)]
             block.copy_(low[:count])
             if len(doubtful):
@@ -300,10 +299,6 @@ def _differing(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if a.device.type == "cpu":
         return torch.from_numpy(np.flatnonzero(a.numpy() != b.numpy()))  # many times faster than torch on a CPU
     return (a != b).view(-1).nonzero().flatten()
-
-
-def _bits(x: torch.Tensor) -> torch.Tensor:
-    return x.view(torch.int16 if x.element_size() == 2 else torch.int32)
 
 
 def _step(n: int) -> int:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeVar
+
+import numpy.typing as npt
 import torch
+
+_Bits = TypeVar("_Bits", torch.Tensor, npt.NDArray[Any])
 
 #: Bits of the significand (hidden one included) and exponent of the smallest normal number.
 _FORMATS = {torch.bfloat16: (8, -126), torch.float16: (11, -14)}
@@ -35,20 +40,21 @@ def round_once(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return rounded.to(torch.float32).to(dtype)
 
 
-def ordinals(x: torch.Tensor) -> torch.Tensor:
-    """Map floats to integers so that neighbours differ by one: the order of the reals, -0 just below +0.
+def bits_of(x: torch.Tensor) -> torch.Tensor:
+    """The bits of floats as signed integers of their width, a view of the same memory."""
+    return x.view(_SIGNED[x.element_size()])
+
+
+def flipped(bits: _Bits) -> _Bits:
+    """Bits of floats to integers such that neighbours differ by one: the order of the reals, -0 just below +0.
 
     Args:
-        x: bfloat16, float16 or float32, any shape.
+        bits: int16 or int32, a tensor or an array, see ``bits_of``.
 
     Returns:
-        int16 for two-byte dtypes, int32 for float32; same shape. Inverse: ``from_ordinals``.
+        The same kind and shape. Its own inverse.
     """
-    bits = x.view(_SIGNED[x.element_size()])
+    width = 8 * bits.itemsize
     # Negative floats grow downwards in their bits: flip all but the sign.
-    return bits ^ ((bits >> (8 * x.element_size() - 1)) & torch.iinfo(bits.dtype).max)
-
-
-def from_ordinals(i: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The floats that ``ordinals`` maps to ``i`` (int16 or int32, by the width of ``dtype``)."""
-    return (i ^ ((i >> (8 * i.element_size() - 1)) & torch.iinfo(i.dtype).max)).view(dtype)
+    result: _Bits = bits ^ ((bits >> (width - 1)) & ((1 << (width - 1)) - 1))
+    return result

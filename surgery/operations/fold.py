@@ -20,9 +20,10 @@ from surgery.format.scales import check_scales, read_scales
 from surgery.linalg.correction import CorruptCorrection
 from surgery.linalg.lossless import approximate, join, rescale
 from surgery.memory import bytes_of
+from surgery.operations.base import BaseWeights, OwnWeights
 from surgery.operations.output import loading_order, prepare_output
 from surgery.progress import Progress, Silent
-from surgery.source.model import Source, open_source
+from surgery.source.model import open_source
 
 _BASE_HINT = "give the model that was factorized with --base"
 
@@ -111,59 +112,26 @@ def fold(
     return FoldReport(out, tuple(files), len(values), changed, restored, manifest.lossless)
 
 
-class _OwnWeights:
-    """The residual layout: weights lie in the factorized folder itself."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def folder(self) -> Path | None:
-        return None  # the factorized folder is an input anyway
-
-    def file(self, shard: ShardRecord) -> tuple[Path, FileRecord]:
-        """Where a shard's weights are, and what that file must be."""
-        if shard.residual is None:
-            raise FormatError(
-                f"{self._folder}: the manifest of a residual checkpoint lacks a weight file", got=shard.source.file
-            )
-        return self._folder / shard.residual.file, shard.residual
-
-
-class _BaseWeights:
-    """The overlay layout: weights lie in the model that was factorized."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-
-    def folder(self) -> Path | None:
-        return self._source.folder()
-
-    def file(self, shard: ShardRecord) -> tuple[Path, FileRecord]:
-        if shard.source.file not in self._source.selection.shards:
-            raise SourceError(f"{self._source.name} is not the base of this overlay: it has no {shard.source.file}")
-        return self._source.fetch(shard.source.file), shard.source
-
-
-def _weight_source(factorized: Path, manifest: Manifest, base: str | Path | None) -> _OwnWeights | _BaseWeights:
+def _weight_source(factorized: Path, manifest: Manifest, base: str | Path | None) -> OwnWeights | BaseWeights:
     if manifest.layout == "residual":
         if base is not None:
             raise OptionError("--base is for overlays; this checkpoint holds its own weights", hint="leave --base out")
-        return _OwnWeights(factorized)
+        return OwnWeights(factorized)
     if base is not None:
-        return _BaseWeights(open_source(base))
+        return BaseWeights(open_source(base))
     if manifest.source.repo_id is None:
         raise SourceError(
             f"{factorized} is an overlay on a local model, and does not say where that is",
             hint="--base FOLDER, the model it was factorized from",
         )
-    return _BaseWeights(open_source(manifest.source.repo_id, revision=manifest.source.commit))
+    return BaseWeights(open_source(manifest.source.repo_id, revision=manifest.source.commit))
 
 
 def _fold_shard(
     shard: ShardRecord,
     manifest: Manifest,
     factorized: Path,
-    weights: _OwnWeights | _BaseWeights,
+    weights: OwnWeights | BaseWeights,
     out: Path,
     scales: Mapping[str, torch.Tensor],
     device: torch.device,

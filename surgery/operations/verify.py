@@ -25,6 +25,7 @@ from surgery.linalg.precision import full_precision
 from surgery.linalg.triplets import residuals_of
 from surgery.memory import bytes_of
 from surgery.names import MANIFEST_FILE, SCALES_FILE, factor_key
+from surgery.operations.base import BaseWeights, OwnWeights
 from surgery.operations.factorize import factors_hash
 from surgery.operations.output import check_room
 from surgery.progress import Progress, Silent
@@ -107,7 +108,7 @@ def verify(
     fingerprint = fingerprint_of(manifest.targets)
     report.expect(fingerprint == manifest.fingerprint, MANIFEST_FILE, "fingerprint", manifest.fingerprint, fingerprint)
     _check_scales(folder, manifest, report)
-    weights = None if fast else _Weights(folder, manifest, base, report)
+    weights = None if fast else _weights(folder, manifest, base, report)
     by_reading = 0 if fast else sum(shard.source.size for shard in manifest.shards)
     progress.start("verifying", by_reading + sum(record.size for record in manifest.output_files()))
     try:
@@ -120,7 +121,7 @@ def verify(
             report.targets += len(targets)
             try:
                 _check_headers(folder, shard, targets, manifest, report)
-                if weights is not None and targets:
+                if targets and not fast:
                     _check_shard(folder, shard, targets, weights, where, report, progress)
             except SurgeryError as error:  # a file that cannot even be read; the others may be well
                 report.fail(shard.source.file, error)
@@ -176,53 +177,42 @@ def _check_headers(
             report.expect(good, f"{file}: {name}", "dtype and shape", got or "nothing", f"{dtype} {shape or ''}")
 
 
-class _Weights:
-    """Where the weights of each shard come from: the folder itself, the base, or nowhere."""
-
-    def __init__(self, folder: Path, manifest: Manifest, base: str | Path | None, report: VerifyReport) -> None:
-        self._folder, self._source = folder, None
-        self.own = manifest.layout == "residual" and manifest.lossless
-        if self.own and base is not None:
-            raise OptionError("--base is not needed here: this checkpoint holds its own weights", hint="leave --base out")
+def _weights(
+    folder: Path, manifest: Manifest, base: str | Path | None, report: VerifyReport
+) -> OwnWeights | BaseWeights | None:
+    if manifest.layout == "residual" and manifest.lossless:
         if base is not None:
-            self._source = open_source(base)
-            if (download := self._source.bytes_to_fetch()) is not None:
-                check_room(*download)
-        elif not self.own:
-            kind = "an overlay" if manifest.layout == "overlay" else "a residual without a correction"
-            report.unchecked.append(f"weights and certificates: {kind} does not hold its weights (--base MODEL)")
-
-    def file(self, shard: ShardRecord, report: VerifyReport) -> Path | None:
-        if self.own:
-            assert shard.residual is not None  # the manifest would not have been read otherwise
-            return self._folder / shard.residual.file
-        if self._source is None:
-            return None
-        name = shard.source.file
-        there = name in self._source.selection.shards
-        report.expect(there, name, "the base has this file", "nothing")
-        return self._source.fetch(name) if there else None
+            raise OptionError("--base is not needed here: this checkpoint holds its own weights", hint="leave --base out")
+        return OwnWeights(folder)
+    if base is not None:
+        source = open_source(base)
+        if (download := source.bytes_to_fetch()) is not None:
+            check_room(*download)
+        return BaseWeights(source)
+    kind = "an overlay" if manifest.layout == "overlay" else "a residual without a correction"
+    report.unchecked.append(f"weights and certificates: {kind} does not hold its weights (--base MODEL)")
+    return None
 
 
 def _check_shard(
     folder: Path,
     shard: ShardRecord,
     targets: list[TargetRecord],
-    weights: _Weights,
+    weights: OwnWeights | BaseWeights | None,
     device: torch.device,
     report: VerifyReport,
     progress: Progress,
 ) -> None:
-    path = weights.file(shard, report)
     by_name = {target.tensor: target for target in targets}
     with ExitStack() as stack:
         reader = stack.enter_context(FactorsReader(folder, shard, check=False))
         for target in targets:
             progress.item(target.tensor)
             _check_factors(target, reader.factors(target), report)
-        if path is None:
+        if weights is None:
             progress.advance(shard.source.size)
             return
+        path, expected = weights.file(shard)
         walk = stack.enter_context(ShardWalk(stack.enter_context(ShardReader(path, name=path.name)), by_name, progress))
         seen = set()
         for piece in walk:
@@ -230,20 +220,14 @@ def _check_shard(
                 continue
             target = by_name[piece.entry.name]
             seen.add(target.tensor)
-            got = f"{piece.entry.dtype} {list(piece.entry.shape)}"
-            if report.expect(
-                got == f"{target.dtype} {target.shape}",
-                f"{path.name}: {target.tensor}",
-                "dtype and shape",
-                got,
-                f"{target.dtype} {target.shape}",
-            ):
-                check = partial(_check_weight, target, reader, weights.own, report)
+            got, right = f"{piece.entry.dtype} {list(piece.entry.shape)}", f"{target.dtype} {target.shape}"
+            if report.expect(got == right, f"{path.name}: {target.tensor}", "dtype and shape", got, right):
+                check = partial(_check_weight, target, reader, isinstance(weights, OwnWeights), report)
                 as_memory_allows(check, [piece.tensor], device)
         for name in by_name.keys() - seen:
             report.expect(False, f"{path.name}: {name}", "the tensor is there", "nothing")
-        if not weights.own:
-            report.expect(walk.sha256 == shard.source.sha256, path.name, "sha256 of the base", walk.sha256, shard.source.sha256)
+        if isinstance(weights, BaseWeights):
+            report.expect(walk.sha256 == expected.sha256, path.name, "sha256 of the base", walk.sha256, expected.sha256)
 
 
 def _check_factors(target: TargetRecord, factors: Factors, report: VerifyReport) -> None:
