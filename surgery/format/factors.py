@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -13,9 +14,18 @@ from surgery.format.files import file_sha256, not_as_described
 from surgery.format.manifest import ShardRecord, TargetRecord
 from surgery.format.safetensors import ShardReader
 from surgery.linalg.lossless import Factors
+from surgery.memory import bytes_of
 from surgery.names import factor_key
 
 DAMAGED_HINT = "factorize again: the file is damaged"
+
+
+def factors_hash(factors: Factors) -> str:
+    """sha256 over the bytes of U, s and V."""
+    digest = hashlib.sha256()
+    for part in (factors.U, factors.s, factors.V):
+        digest.update(bytes_of(part))
+    return digest.hexdigest()
 
 
 class FactorsReader:

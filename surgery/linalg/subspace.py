@@ -11,6 +11,8 @@ import math
 
 import torch
 
+from surgery.linalg.orthonormal import orthonormal_rows
+
 _MAX_ROUNDS = 20
 #: A filter may magnify the first direction over the last one by this much, or the last ones drown in rounding.
 _MAX_CONTRAST = 1e10
@@ -43,7 +45,7 @@ def leading_eigenvectors(G: torch.Tensor, k: int, *, tolerance: float, seed: int
 def _iterate(G: torch.Tensor, k: int, width: int, tolerance: float, seed: int) -> tuple[torch.Tensor, torch.Tensor] | None:
     generator = torch.Generator().manual_seed(seed)
     block = torch.randn(width, len(G), generator=generator, dtype=torch.float32).to(G)
-    block = _orthonormal(block @ G @ G)
+    block = orthonormal_rows(block @ G @ G)
     for _ in range(_MAX_ROUNDS):
         images = block @ G
         values, turn = torch.linalg.eigh(images @ block.T)
@@ -63,7 +65,7 @@ def _iterate(G: torch.Tensor, k: int, width: int, tolerance: float, seed: int) -
         degree = math.floor(min(needed + 1, affordable, 16))
         if degree < 2:
             return None
-        block = _orthonormal(_filtered(G, block, images, edge, degree))
+        block = orthonormal_rows(_filtered(G, block, images, edge, degree))
     return None
 
 
@@ -74,16 +76,3 @@ def _filtered(G: torch.Tensor, block: torch.Tensor, images: torch.Tensor, edge: 
     for _ in range(degree - 1):
         before, now = now, torch.addmm(torch.add(before, now, alpha=2), now, G, beta=-1, alpha=2 / half)
     return now
-
-
-def _orthonormal(block: torch.Tensor) -> torch.Tensor:
-    """Rows by Cholesky QR twice, Householder QR where that fails."""
-    for _ in range(2):
-        block = block / block.norm(dim=1, keepdim=True)
-        factor, info = torch.linalg.cholesky_ex(block @ block.T)
-        if info.item() or not factor.diagonal().min().item() > 1e-6:
-            turned: torch.Tensor = torch.linalg.qr(block.T)[0].T
-            return turned
-        eye = torch.eye(len(block), dtype=block.dtype, device=block.device)
-        block = torch.linalg.solve_triangular(factor, eye, upper=False) @ block
-    return block

@@ -62,20 +62,6 @@ class TruncatedSVD:
     norm: torch.Tensor
     certificate: Certificate
 
-    def unstack(self) -> list[TruncatedSVD]:
-        """Those of the matrices of a batch."""
-        c = self.certificate
-        return [
-            TruncatedSVD(
-                self.U[i],
-                self.s[i],
-                self.V[i],
-                self.norm[i],
-                Certificate(c.residual[i], c.gap[i], c.angle_bound[i], c.converged[i], c.passes[i], c.method[i]),
-            )
-            for i in range(len(self.s))
-        ]
-
 
 def truncated_svd(A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERANCE, seed: int = 0) -> TruncatedSVD:
     """The k largest singular triplets of a matrix, or of each of a batch, with a certificate.
@@ -114,25 +100,26 @@ def truncated_svd(A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERAN
             "truncated_svd needs a matrix or a batch of matrices of floating-point numbers",
             got=f"{A.dtype} of shape {tuple(A.shape)}",
         )
-    if A.ndim == 3 and len(A) == 0:
+    found = truncated_svds(A[None] if A.ndim == 2 else A, k, tolerance=tolerance, seed=seed)
+    return found[0] if A.ndim == 2 else _stack(found)
+
+
+def truncated_svds(A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERANCE, seed: int = 0) -> list[TruncatedSVD]:
+    """One result for each matrix of a batch (B, m, n) of floating-point numbers; all else as for ``truncated_svd``."""
+    if len(A) == 0:
         raise OptionError("the batch is empty", got=f"shape {tuple(A.shape)}")
-    if not 1 <= k <= min(A.shape[-2:]):
-        raise OptionError("the rank does not fit the matrix", got=f"k = {k}", expected=f"1 <= k <= {min(A.shape[-2:])}")
+    if not 1 <= k <= min(A.shape[1:]):
+        raise OptionError("the rank does not fit the matrix", got=f"k = {k}", expected=f"1 <= k <= {min(A.shape[1:])}")
     check_accuracy(tolerance, seed, torch.float64 if A.dtype == torch.float64 else torch.float32)
+
+    def solve_some(part: Sequence[int], device: torch.device) -> list[TruncatedSVD]:
+        found = _solve(A[part[0] : part[-1] + 1].to(device), k, tolerance, seed)
+        return [dataclasses.replace(x, U=x.U.to(A.device), s=x.s.to(A.device), V=x.V.to(A.device)) for x in found]
+
+    step = _in_step(A, k)
     with torch.no_grad(), full_precision(A.device):
-        single = A.ndim == 2
-        A = A[None] if single else A
-        step = _in_step(A, k)
-
-        def solve_some(part: Sequence[int], device: torch.device) -> list[TruncatedSVD]:
-            return _solve(A[part[0] : part[-1] + 1].to(device), k, tolerance, seed)
-
         parts = [as_memory_allows(solve_some, range(len(A))[i : i + step], A.device) for i in range(0, len(A), step)]
-        results = [result for part in parts for result in part]
-    if not single:
-        return _stack(results, A.device)
-    found = results[0]
-    return dataclasses.replace(found, U=found.U.to(A.device), s=found.s.to(A.device), V=found.V.to(A.device))
+    return [result for part in parts for result in part]
 
 
 def check_accuracy(tolerance: float, seed: int, dtype: torch.dtype = torch.float32) -> None:
@@ -152,12 +139,12 @@ def check_accuracy(tolerance: float, seed: int, dtype: torch.dtype = torch.float
         raise OptionError("the seed makes no sense", got=seed, expected="a whole number from 0 to 2^63 - 1")
 
 
-def _stack(parts: list[TruncatedSVD], device: torch.device) -> TruncatedSVD:
+def _stack(parts: list[TruncatedSVD]) -> TruncatedSVD:
     certificates = [part.certificate for part in parts]
     return TruncatedSVD(
-        torch.stack([part.U.to(device) for part in parts]),
-        torch.stack([part.s.to(device) for part in parts]),
-        torch.stack([part.V.to(device) for part in parts]),
+        torch.stack([part.U for part in parts]),
+        torch.stack([part.s for part in parts]),
+        torch.stack([part.V for part in parts]),
         torch.stack([part.norm for part in parts]),
         Certificate(
             residual=torch.stack([c.residual for c in certificates]),

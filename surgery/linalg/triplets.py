@@ -8,6 +8,7 @@ import torch
 
 from surgery.linalg.lanczos import RitzVectors, basis_rows, block_lanczos, block_size
 from surgery.linalg.operator import WIDE_ROWS, Operator, widened
+from surgery.linalg.orthonormal import orthonormal_rows
 from surgery.linalg.subspace import leading_eigenvectors
 from surgery.linalg.threads import one_thread_each
 
@@ -161,7 +162,7 @@ def _full_svd(operator: Operator, k: int) -> Triplets:
 
 def _from_pairs(operator: Operator, ritz: RitzVectors) -> list[Triplets]:
     """Rayleigh and Ritz once more, in float64 and with the spaces of both sides. The matrices are read once."""
-    short, long = _orthonormal(widened(ritz.rows)), _orthonormal(widened(ritz.images))
+    short, long = orthonormal_rows(widened(ritz.rows)), orthonormal_rows(widened(ritz.images))
     to_long, to_short = operator.both_wide(short, long)
     left, s, right = (part.to(long.device) for part in torch.linalg.svd(torch.bmm(long, to_long.mT).cpu()))
     return _measured(operator, left.mT @ long, s, right @ short, right @ to_long, left.mT @ to_short, ritz.next_value)
@@ -169,7 +170,7 @@ def _from_pairs(operator: Operator, ritz: RitzVectors) -> list[Triplets]:
 
 def _from_rows(operator: Operator, rows: torch.Tensor, next_value: float) -> Triplets:
     """Triplets of one matrix from a nearly orthonormal basis (k, short) of the space on its short side, in float64."""
-    basis = _orthonormal(widened(rows)[None])
+    basis = orthonormal_rows(widened(rows)[None])
     images = operator.to_long_wide(basis)
     q, r = torch.linalg.qr(images[0].T)
     left, s, right = (part.to(q.device) for part in torch.linalg.svd(r.cpu()))
@@ -223,16 +224,3 @@ def residuals_of(A: torch.Tensor, U: torch.Tensor, s: torch.Tensor, V: torch.Ten
     values = widened(s)[:, None]
     worst = torch.maximum((to_long - long * values).norm(dim=2), (to_short - short * values).norm(dim=2))
     return (worst[0] / values[0].clamp(min=1e-300)).cpu()
-
-
-def _orthonormal(rows: torch.Tensor) -> torch.Tensor:
-    """Orthonormal float64 rows (B, k, n) for the space of ``rows``, which are nearly orthogonal but of any length."""
-    lengths = rows.norm(dim=2, keepdim=True)
-    rows = rows / lengths.clamp(min=1e-300)
-    factor, info = torch.linalg.cholesky_ex(rows @ rows.mT)
-    result: torch.Tensor
-    if bool(((info == 0) & (factor.diagonal(dim1=1, dim2=2).amin(dim=1) > 1e-2)).all()):
-        result = torch.linalg.solve_triangular(factor, rows, upper=False)
-    else:  # some vanish, or are what rounding has left of such
-        result = torch.linalg.qr(rows.mT)[0].mT.contiguous()
-    return result

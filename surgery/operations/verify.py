@@ -14,7 +14,7 @@ import torch
 from surgery.device import as_memory_allows, choose_device
 from surgery.engine.pipeline import ShardWalk, TargetPiece
 from surgery.errors import OptionError, SurgeryError
-from surgery.format.factors import FactorsReader
+from surgery.format.factors import FactorsReader, factors_hash
 from surgery.format.files import FileRecord, file_sha256
 from surgery.format.manifest import Manifest, ShardRecord, TargetRecord, fingerprint_of
 from surgery.format.safetensors import ShardReader
@@ -26,7 +26,6 @@ from surgery.linalg.triplets import residuals_of
 from surgery.memory import bytes_of
 from surgery.names import MANIFEST_FILE, SCALES_FILE, factor_key
 from surgery.operations.base import BaseWeights, OwnWeights
-from surgery.operations.factorize import factors_hash
 from surgery.operations.output import check_room
 from surgery.progress import Progress, Silent
 from surgery.source.model import open_source
