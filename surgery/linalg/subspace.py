@@ -1,78 +1,137 @@
-"""The leading eigenvectors of a dense symmetric positive semidefinite matrix by Chebyshev-filtered subspace iteration.
+"""The leading eigenvectors of dense symmetric positive semidefinite matrices by Chebyshev-filtered subspace iteration.
 
-For Gram matrices of small matrices: a full eigendecomposition finds all of them, at many times the cost. Source: Zhou,
-Saad, Tiago, Chelikowsky, "Self-consistent-field calculations using Chebyshev-filtered subspace iteration" (J. Comput.
-Phys. 219, 2006).
+For Gram matrices of small matrices: a full eigendecomposition finds all of them, at many times the cost. The matrices of
+a batch advance together, each with a filter of its own. Source: Zhou, Saad, Tiago, Chelikowsky, "Self-consistent-field
+calculations using Chebyshev-filtered subspace iteration" (J. Comput. Phys. 219, 2006).
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 
+from surgery.linalg.operator import widened
 from surgery.linalg.orthonormal import orthonormal_rows
+from surgery.linalg.threads import one_thread_each
 
 _MAX_ROUNDS = 20
+_MAX_DEGREE = 16
 #: A filter may magnify the first direction over the last one by this much, or the last ones drown in rounding.
-_MAX_CONTRAST = 1e10
+_MAX_CONTRAST = {torch.float32: 1e9, torch.float64: 1e10}
+#: Residuals and eigenvalues over the largest eigenvalue that are rounding.
+_FLOOR = {torch.float32: 5e-7, torch.float64: 1e-14}
+#: A round that leaves more than this share of the residuals has come to the end of the precision.
+_STALLED = 0.7
 
 
 def leading_eigenvectors(G: torch.Tensor, k: int, *, tolerance: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k largest eigenvalues and their vectors.
+    """The k largest eigenvalues of each matrix and their vectors.
 
     Args:
-        G: float64 (n, n), symmetric, positive semidefinite.
+        G: (B, n, n), symmetric, positive semidefinite; float32, or float64.
         k: ``1 <= k <= n``.
         tolerance: with sigma the square root of an eigenvalue, ``|G v - sigma^2 v|`` is brought below ``tolerance
-            sigma_1 sigma`` and below ``100 tolerance sigma^2``, as far as the rounding of G allows.
+            sigma_1 sigma`` and below ``100 tolerance sigma^2``, as far as the precision of G allows: that is for the
+            caller to see.
         seed: of the random start block, drawn on the CPU.
 
     Returns:
-        float64 (k, n) orthonormal rows, and float64 (k + 1,) values, descending; the last one is an estimate of the
-        next, or zero for k = n.
+        (B, k, n) orthonormal rows in the dtype of G, and float64 (B, k + 1) values, descending; the last one is an
+        estimate of the next, or zero for k = n.
     """
-    n = len(G)
+    count, n = G.shape[:2]
     width = k + max(8, k // 2)
-    if width <= n // 4:
-        found = _iterate(G, k, width, tolerance, seed)
-        if found is not None:
-            return found
-    values, vectors = torch.linalg.eigh(G)
-    return vectors.T[-k:].flip(0), torch.cat([values.flip(0), values.new_zeros(1)])[: k + 1]
+    if width > n // 4:
+        return _decompose(G, range(count), k)
+    rows, values, settled = _iterate(G, k, width, tolerance, seed)
+    if G.dtype == torch.float64 and len(left := [i for i in range(count) if not settled[i]]):
+        rows[left], values[left] = _decompose(G, left, k)
+    return rows, values
 
 
-def _iterate(G: torch.Tensor, k: int, width: int, tolerance: float, seed: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _decompose(G: torch.Tensor, which: range | list[int], k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """All eigenvectors of some of the matrices in float64, of which the first are kept."""
+
+    def one(i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        wide = widened(G[i])
+        values, vectors = torch.linalg.eigh((wide + wide.T) / 2)
+        return vectors.T[-k:].flip(0), torch.cat([values.flip(0), values.new_zeros(1)])[: k + 1]
+
+    workers = min(len(which), torch.get_num_threads()) if G.device.type == "cpu" else 1
+    if workers > 1:
+        with one_thread_each(workers) as pool:
+            found = list(pool.map(one, which))
+    else:
+        found = [one(i) for i in which]
+    return torch.stack([rows for rows, _ in found]).to(G), torch.stack([values for _, values in found])
+
+
+def _iterate(G: torch.Tensor, k: int, width: int, tolerance: float, seed: int) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
+    """Rows and values as above, and of which matrices they are within the tolerance."""
+    count, n = G.shape[:2]
+    floor = _FLOOR[G.dtype]
+    rows = G.new_empty(count, k, n)
+    found = torch.empty(count, k + 1, dtype=torch.float64, device=widened(G[:, :1, :1]).device)
+    settled = [False] * count
     generator = torch.Generator().manual_seed(seed)
-    block = torch.randn(width, len(G), generator=generator, dtype=torch.float32).to(G)
-    block = orthonormal_rows(block @ G @ G)
-    for _ in range(_MAX_ROUNDS):
-        images = block @ G
-        values, turn = torch.linalg.eigh(images @ block.T)
-        values, turn = values.flip(0), turn.T.flip(0)
-        block, images = turn @ block, turn @ images
-        sigma = values[:k].clamp(min=0).sqrt()
-        allowed = torch.minimum(tolerance * sigma[0] * sigma, 100 * tolerance * values[:k]).clamp(min=1e-14 * values[0].item())
-        worst = ((images[:k] - block[:k] * values[:k, None]).norm(dim=1) / allowed).max().item()
-        if worst <= 1:
-            return block[:k], values[: k + 1]
-        edge = values[-1].item()
-        if not edge > 1e-12 * values[0].item():
-            return None
-        # Degrees enough for the k-th direction, if not too many for the first.
-        needed = math.log(100 * worst) / max(math.acosh(max(2 * values[k - 1].item() / edge - 1, 1.0)), 1e-2)
-        affordable = math.log(_MAX_CONTRAST) / math.acosh(max(2 * values[0].item() / edge - 1, 1.0) + 1e-9)
-        degree = math.floor(min(needed + 1, affordable, 16))
-        if degree < 2:
-            return None
-        block = orthonormal_rows(_filtered(G, block, images, edge, degree))
-    return None
+    start = torch.randn(width, n, generator=generator, dtype=torch.float32).to(G)
+    block = orthonormal_rows(widened(start @ G @ G)).to(G)
+    active, before = list(range(count)), [float("inf")] * count
+    for round_number in range(_MAX_ROUNDS):
+        images = torch.bmm(block, G)
+        values, turn = torch.linalg.eigh(torch.bmm(widened(images), widened(block).mT))
+        values, turn = values.flip(1), turn.mT.flip(1).to(G)
+        block, images = torch.bmm(turn, block), torch.bmm(turn, images)
+        top, edge = values[:, :1], values[:, -1:]
+        sigma = values[:, :k].clamp(min=0).sqrt()
+        allowed = torch.minimum(tolerance * sigma[:, :1] * sigma, 100 * tolerance * values[:, :k])
+        allowed = torch.maximum(allowed, floor * top)
+        lengths = widened((images[:, :k] - block[:, :k] * values[:, :k, None].to(G)).norm(dim=2))
+        worst = (lengths / allowed).amax(dim=1)
+        degrees = _degrees(values, worst, k, edge, floor, _MAX_CONTRAST[G.dtype])
+        going = []
+        for j, (i, far, degree) in enumerate(zip(active, worst.tolist(), degrees.tolist(), strict=True)):
+            settled[i] = far <= 1
+            if far > 1 and degree >= 2 and far < before[i] * _STALLED and round_number < _MAX_ROUNDS - 1:
+                going.append(j)
+                before[i] = far
+            else:
+                rows[i], found[i] = block[j, :k], values[j, : k + 1]
+        if not going:
+            break
+        if len(going) < len(active):
+            active = [active[j] for j in going]
+            G, block, images, edge, degrees = (x[going] for x in (G, block, images, edge, degrees))
+        block = orthonormal_rows(widened(_filtered(G, block, images, edge, degrees))).to(G)
+    return rows, found, settled
 
 
-def _filtered(G: torch.Tensor, block: torch.Tensor, images: torch.Tensor, edge: float, degree: int) -> torch.Tensor:
-    """The Chebyshev polynomial that stays below one on [0, edge] applied to ``block``; ``images = block G``."""
-    half = edge / 2
+def _degrees(
+    values: torch.Tensor, worst: torch.Tensor, k: int, edge: torch.Tensor, floor: float, contrast: float
+) -> torch.Tensor:
+    """(B,) degrees of the filters: enough for the k-th direction, if not too many for the first; 0: none will help."""
+    top = values[:, :1]
+    usable = edge > floor * top
+
+    def growth(value: torch.Tensor) -> torch.Tensor:
+        """By how much one more degree magnifies a direction, as a logarithm."""
+        return torch.acosh((2 * value / torch.where(usable, edge, 1.0) - 1).clamp(min=1.0))[:, 0]
+
+    needed = (3 * worst).log() / growth(values[:, k - 1 : k]).clamp(min=1e-2)
+    affordable = torch.log(torch.tensor(contrast)) / growth(top).clamp(min=1e-4)
+    degrees = torch.minimum(needed + 1, affordable).clamp(max=_MAX_DEGREE).floor()
+    return torch.where(usable[:, 0], degrees, 0.0).int()
+
+
+def _filtered(
+    G: torch.Tensor, block: torch.Tensor, images: torch.Tensor, edge: torch.Tensor, degrees: torch.Tensor
+) -> torch.Tensor:
+    """The Chebyshev polynomials that stay below one on [0, edge] applied to ``block``; ``images = block G``."""
+    half = (edge / 2).to(G)[:, :, None]
     before, now = block, (images - half * block) / half
-    for _ in range(degree - 1):
-        before, now = now, torch.addmm(torch.add(before, now, alpha=2), now, G, beta=-1, alpha=2 / half)
-    return now
+    final = now
+    least, most = int(degrees.min()), int(degrees.max())
+    for degree in range(2, most + 1):
+        before, now = now, (torch.bmm(now, G) / half - now).mul_(2).sub_(before)
+        # A filter of too high a degree would overflow: what is done stays as it is.
+        final = now if degree <= least else torch.where((degrees >= degree).to(G.device)[:, None, None], now, final)
+    return final

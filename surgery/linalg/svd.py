@@ -17,6 +17,9 @@ from surgery.linalg.triplets import ROUNDING, Triplets, engine, solve
 
 DEFAULT_TOLERANCE = 1e-5
 
+#: Entries of Gram matrices that are worked on together on a CPU: few enough for its cache.
+GRAM_ENTRIES = 1 << 21
+
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
@@ -159,9 +162,15 @@ def _stack(parts: list[TruncatedSVD]) -> TruncatedSVD:
 
 def _in_step(A: torch.Tensor, k: int) -> int:
     """How many matrices of a batch are solved together."""
-    if A.device.type == "cuda" or engine(min(A.shape[1:]), k) != "block-lanczos":
+    if A.device.type == "cuda":
         return len(A)
-    return 1  # on a CPU one after the other is faster
+    match engine(short := min(A.shape[1:]), k):
+        case "svd":
+            return len(A)
+        case "gram":
+            return max(1, GRAM_ENTRIES // short**2)
+        case _:
+            return 1  # on a CPU one after the other is faster
 
 
 def _solve(A: torch.Tensor, k: int, tolerance: float, seed: int) -> list[TruncatedSVD]:

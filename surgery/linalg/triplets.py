@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -78,19 +79,23 @@ def solve(operator: Operator, k: int, tolerance: float, seed: int) -> list[tuple
 
     Matrices on which the iteration does not converge go through the Gram matrix, if they are not too large for it.
     """
-    chosen = engine(operator.short, k)
-    if chosen == "block-lanczos":
-        return _lanczos(operator, k, tolerance, seed)
-    workers = min(len(operator), torch.get_num_threads())
+    match engine(operator.short, k):
+        case "svd":
+            return _each(operator, lambda single: ("svd", _full_svd(single, k), single.passes))
+        case "gram":
+            return _gram(operator, k, tolerance, seed)
+        case _:
+            return _lanczos(operator, k, tolerance, seed)
+
+
+def _each(operator: Operator, one: Callable[[Operator], tuple[str, Triplets, int]]) -> list[tuple[str, Triplets, int]]:
+    """Matrix by matrix, on a CPU several at once."""
+    singles = [operator.one(i) for i in range(len(operator))]
+    workers = min(len(singles), torch.get_num_threads())
     if operator.matrices.device.type != "cpu" or workers == 1:
-        return [_dense(operator.one(i), chosen, k, tolerance, seed) for i in range(len(operator))]
+        return [one(single) for single in singles]
     with one_thread_each(workers) as pool:
-        return list(pool.map(lambda i: _dense(operator.one(i), chosen, k, tolerance, seed), range(len(operator))))
-
-
-def _dense(operator: Operator, chosen: str, k: int, tolerance: float, seed: int) -> tuple[str, Triplets, int]:
-    triplets = _full_svd(operator, k) if chosen == "svd" else _gram(operator, k, tolerance, seed)
-    return chosen, triplets, operator.passes
+        return list(pool.map(one, singles))
 
 
 def _lanczos(operator: Operator, k: int, tolerance: float, seed: int) -> list[tuple[str, Triplets, int]]:
@@ -99,10 +104,11 @@ def _lanczos(operator: Operator, k: int, tolerance: float, seed: int) -> list[tu
     found = []
     for i, candidate in enumerate(first_round):
         single = operator.one(i)
-        method, triplets = "block-lanczos", _settled(single, candidate, block, tolerance, seed)
-        if not triplets.converged(tolerance) and single.short <= _MAX_GRAM:
-            method, triplets = "gram", _gram(single, k, tolerance, seed)
-        found.append((method, triplets, single.passes))
+        triplets = _settled(single, candidate, block, tolerance, seed)
+        if triplets.converged(tolerance) or single.short > _MAX_GRAM:
+            found.append(("block-lanczos", triplets, single.passes))
+        else:
+            found += _gram(single, k, tolerance, seed)
     return found
 
 
@@ -131,22 +137,29 @@ def _clustered(s: torch.Tensor, block: int) -> bool:
     return bool((first - last <= _CLUSTER * first).any())
 
 
-def _gram(operator: Operator, k: int, tolerance: float, seed: int) -> Triplets:
-    """From the leading eigenvectors of the Gram matrix of the short side: of the float32 one if they are good enough."""
-    if operator.matrices.dtype == torch.float32:
-        gram = widened(operator.gram()[0])
-        triplets = _from_gram(operator, (gram + gram.T) / 2, k, tolerance, seed)
-        if triplets.converged(tolerance):
-            return triplets
-    return _from_gram(operator, operator.gram_wide()[0], k, tolerance, seed)
+def _gram(operator: Operator, k: int, tolerance: float, seed: int) -> list[tuple[str, Triplets, int]]:
+    """From the leading eigenvectors of the Gram matrices of the short side: of float32 ones where they are good enough."""
+    if operator.matrices.dtype == torch.float64:
+        singles = [operator.one(i) for i in range(len(operator))]
+        return [("gram", _from_gram(single, single.gram_wide(), k, tolerance, seed)[0], single.passes) for single in singles]
+    found = []
+    for i, triplets in enumerate(_from_gram(operator, operator.gram(), k, tolerance, seed)):
+        single = operator.one(i)
+        if not triplets.converged(tolerance):
+            triplets = _from_gram(single, single.gram_wide(), k, tolerance, seed)[0]
+        found.append(("gram", triplets, single.passes))
+    return found
 
 
-def _from_gram(operator: Operator, gram: torch.Tensor, k: int, tolerance: float, seed: int) -> Triplets:
+def _from_gram(operator: Operator, gram: torch.Tensor, k: int, tolerance: float, seed: int) -> list[Triplets]:
     rows, values = leading_eigenvectors(gram, k, tolerance=tolerance / 2, seed=seed)
-    short = rows.to(operator.matrices.dtype).to(operator.matrices.device)[None].contiguous()
-    ritz = RitzVectors(short, operator.to_long(short), values[-1:].clamp(min=0).sqrt().cpu())
-    triplets = _from_pairs(operator, ritz)[0]
-    return triplets if triplets.converged(tolerance) else _from_rows(operator, rows, triplets.next_value)
+    short = rows.to(operator.matrices.dtype).to(operator.matrices.device).contiguous()
+    ritz = RitzVectors(short, operator.to_long(short), values[:, -1].clamp(min=0).sqrt().cpu())
+    found = _from_pairs(operator, ritz)
+    for i, triplets in enumerate(found):
+        if not triplets.converged(tolerance):
+            found[i] = _from_rows(operator.one(i), rows[i], triplets.next_value)
+    return found
 
 
 def _full_svd(operator: Operator, k: int) -> Triplets:
