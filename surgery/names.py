@@ -41,6 +41,16 @@ def factors_file(index: int, count: int) -> str:
     return f"{SURGERY_DIR}/factors-{index + 1:05d}-of-{count:05d}.safetensors"
 
 
-def factor_key(tensor: str, part: str) -> str:
+def target_key(tensor: str, part: str | None) -> str:
+    """The name of a target: its tensor's, with the slice of it that is meant, if not all."""
+    return tensor if part is None else f"{tensor}[{part}]"
+
+
+def factor_key(key: str, part: str) -> str:
     """Key of one part (``U``, ``s``, ``V`` or ``correction``) of a target's factors."""
-    return f"{tensor}.{part}"
+    return f"{key}.{part}"
+
+
+def correction_key(key: str, index: int | None) -> str:
+    """Key of a target's correction; of that of one of its matrices for a stack."""
+    return factor_key(key, "correction") if index is None else factor_key(key, f"correction.{index}")

@@ -13,8 +13,8 @@ import surgery
 from surgery.device import as_memory_allows
 from surgery.errors import SurgeryWarning
 from surgery.linalg import svd
+from surgery.operations import batch
 from surgery.operations import factorize as operation
-from surgery.operations import job
 from surgery.planning import plan as planning
 from tests.models import files_of, realistic
 
@@ -62,19 +62,19 @@ def test_other_errors_and_a_full_cpu_are_not_hidden() -> None:
 def test_a_window_of_several_targets_gives_the_same_model(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU: many targets held at a time, those of one shape solved together."""
     sizes = []
-    solve = job.truncated_svds
+    solve = batch.truncated_svds
 
     def counting(A: torch.Tensor, *args: object, **kwargs: object) -> list[surgery.TruncatedSVD]:
         sizes.append(len(A))
         return solve(A, *args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(job, "truncated_svds", counting)
+    monkeypatch.setattr(batch, "truncated_svds", counting)
     monkeypatch.setattr(operation, "make_plan", lambda *given, **_: planning.make_plan(*given[:3], "cuda"))
     monkeypatch.setattr(svd, "_in_step", lambda A, k: len(A))
     manifest = surgery.factorize(llama, tmp_path / "f", rank=4, device="cpu")
     assert sizes
     assert min(sizes) > 1
-    assert all(target.certificate.converged for target in manifest.targets)
+    assert all(target.converged for target in manifest.targets)
     surgery.fold(tmp_path / "f", tmp_path / "f/surgery/scales.safetensors", tmp_path / "back", device="cpu")
     assert files_of(tmp_path / "back") == files_of(llama)
 

@@ -154,7 +154,7 @@ def factorize(
     else:
         totals = _totals(manifest)
         say(
-            f"{out}: {totals['targets']} matrices at rank {_ranks(manifest)}, {totals['trainable']} trainable scales, "
+            f"{out}: {totals['matrices']} matrices at rank {_ranks(manifest)}, {totals['trainable']} trainable scales, "
             f"{size(totals['bytes_written'])} in {seconds:.1f} s on {manifest.device}",
             quiet=quiet,
         )
@@ -171,9 +171,10 @@ def _totals(manifest: Manifest) -> dict[str, Any]:
         "layout": manifest.layout,
         "fingerprint": manifest.fingerprint,
         "targets": len(manifest.targets),
+        "matrices": sum(target.matrices[0] for target in manifest.targets),
         "skipped": len(manifest.skipped),
-        "trainable": sum(target.rank for target in manifest.targets),
-        "converged": all(target.certificate.converged for target in manifest.targets),
+        "trainable": sum(target.trainable for target in manifest.targets),
+        "converged": all(target.converged for target in manifest.targets),
         "bytes_written": sum(record.size for record in manifest.output_files()),
     }
 
@@ -182,7 +183,7 @@ def _plan_text(steps: Plan) -> str:
     most = "" if steps.choice.energy is None else "<= "
     targets = table(
         ["target", "shape", "dtype", "rank"],
-        [[t.tensor, "x".join(map(str, t.shape)), t.dtype, f"{most}{t.rank}"] for t in steps.targets],
+        [[t.key, "x".join(map(str, t.shape)), t.dtype, f"{most}{t.rank}"] for t in steps.targets],
     )
     skipped = table(["passed over", "reason"], [[s.tensor, s.reason] for s in steps.skipped], left=2)
     totals = [
@@ -264,15 +265,15 @@ def inspect(factorized: Path, as_json: bool) -> None:
         return
     rows = [
         [
-            target.tensor,
+            target.key,
             "x".join(map(str, target.shape)),
             target.dtype,
             str(target.rank),
             f"{target.energy:.1%}",
             f"{target.s_first:.4g}",
             f"{target.s_last:.4g}",
-            f"{max(target.certificate.residual):.1e}",
-            "yes" if target.certificate.converged else "NO",
+            f"{operation.largest_residual(target):.1e}",
+            "yes" if target.converged else "NO",
             str(operation.undetermined(target)),
         ]
         for target in manifest.targets
@@ -287,8 +288,8 @@ def inspect(factorized: Path, as_json: bool) -> None:
         f"{totals['skipped']} tensors passed over"
     )
     if not manifest.lossless:
-        entries = {target.tensor: target.shape[0] * target.shape[1] for target in manifest.targets}
-        lost = sum((target.inexact or 0) * entries[target.tensor] for target in manifest.targets) / sum(entries.values())
+        entries = sum(target.entries for target in manifest.targets)
+        lost = sum((target.inexact or 0) * target.entries for target in manifest.targets) / entries
         click.echo(f"not lossless (--no-correction): {lost:.1%} of the weights of targets cannot be recovered exactly")
 
 

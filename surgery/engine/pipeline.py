@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import queue
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
@@ -124,13 +124,20 @@ class Bytes:
 
 @dataclass(frozen=True, slots=True)
 class TargetPiece:
-    """One whole target, (m, n) in its own dtype, on the CPU."""
+    """A tensor with targets in it, whole, or some of the matrices of a stack; in its own dtype, on the CPU.
+
+    Attributes:
+        entry: what the header says of the tensor.
+        first: the first of the matrices, 0 for a whole tensor.
+        tensor: in the shape of the tensor, for a stack with fewer matrices.
+    """
 
     entry: TensorEntry
+    first: int
     tensor: torch.Tensor
 
     def __len__(self) -> int:
-        return self.entry.nbytes
+        return self.tensor.nbytes
 
 
 def windows(pieces: Iterable[Bytes | TargetPiece], limit: int) -> Iterator[list[Bytes | TargetPiece]]:
@@ -156,9 +163,14 @@ class ShardWalk:
 
     A context manager over an iterable of ``Bytes`` and ``TargetPiece``. After the last piece ``sha256`` is that of the
     whole file.
+
+    Args:
+        reader: of the shard.
+        targets: the tensors to hand out as ``TargetPiece``; each with None, or how many matrices of a stack at a time.
+        progress: told how far it is.
     """
 
-    def __init__(self, reader: ShardReader, targets: Collection[str], progress: Progress) -> None:
+    def __init__(self, reader: ShardReader, targets: Mapping[str, int | None], progress: Progress) -> None:
         self._reader = reader
         self._targets = targets
         self._progress = progress
@@ -194,9 +206,10 @@ class ShardWalk:
             if entry.name not in self._targets:
                 continue
             yield from self._between(position, entry.start)
-            tensor = self._reader.read(entry)
-            self._sha256.update(bytes_of(tensor))
-            yield TargetPiece(entry, tensor)
+            for first, count in _portions(entry, self._targets[entry.name]):
+                tensor = self._reader.read(entry, first, count)
+                self._sha256.update(bytes_of(tensor))
+                yield TargetPiece(entry, first, tensor)
             position = entry.end
         yield from self._between(position, self._reader.header.data_bytes)
 
@@ -204,3 +217,11 @@ class ShardWalk:
         for chunk in self._reader.chunks(start, end):
             self._sha256.update(chunk)
             yield Bytes(chunk)
+
+
+def _portions(entry: TensorEntry, at_a_time: int | None) -> Iterator[tuple[int, int | None]]:
+    if at_a_time is None:
+        yield 0, None
+        return
+    for first in range(0, entry.shape[0], at_a_time):
+        yield first, min(at_a_time, entry.shape[0] - first)

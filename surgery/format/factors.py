@@ -12,20 +12,26 @@ import torch
 from surgery.errors import FormatError
 from surgery.format.files import file_sha256, not_as_described
 from surgery.format.manifest import ShardRecord, TargetRecord
-from surgery.format.safetensors import ShardReader
+from surgery.format.safetensors import ShardReader, TensorEntry
 from surgery.linalg.lossless import Factors
 from surgery.memory import bytes_of
-from surgery.names import factor_key
+from surgery.names import correction_key, factor_key
 
 DAMAGED_HINT = "factorize again: the file is damaged"
 
 
-def factors_hash(factors: Factors) -> str:
-    """sha256 over the bytes of U, s and V."""
-    digest = hashlib.sha256()
-    for part in (factors.U, factors.s, factors.V):
-        digest.update(bytes_of(part))
-    return digest.hexdigest()
+class FactorsHash:
+    """sha256 over the bytes of U, s and V of the matrices of a target, one matrix after the other."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def update(self, factors: Factors) -> None:
+        for part in (factors.U, factors.s, factors.V):
+            self._digest.update(bytes_of(part))
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()
 
 
 class FactorsReader:
@@ -56,23 +62,28 @@ class FactorsReader:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._reader.__exit__(kind, error, trace)
 
-    def factors(self, target: TargetRecord) -> Factors:
-        """U (m, k), s (k,), V (n, k), float32 on the CPU."""
-        (m, n), k = target.shape, target.rank
-        return Factors(self._part(target, "U", [m, k]), self._part(target, "s", [k]), self._part(target, "V", [n, k]))
+    def factors(self, target: TargetRecord, index: int | None = None) -> Factors:
+        """U (m, k), s (k,), V (n, k), float32 on the CPU; for a stack those of the matrix ``index``."""
+        (_, m, n), k = target.matrices, target.rank
+        return Factors(*(self._factor(target, part, size, index) for part, size in (("U", [m, k]), ("s", [k]), ("V", [n, k]))))
 
-    def correction(self, target: TargetRecord) -> torch.Tensor:
-        """The encoded correction, uint8 (bytes,), on the CPU."""
-        return self._part(target, "correction", None)
+    def _factor(self, target: TargetRecord, part: str, shape: list[int], index: int | None) -> torch.Tensor:
+        if target.view != "stack" or index is None:
+            return self._reader.read(self._entry(target, factor_key(target.key, part), "F32", shape))
+        entry = self._entry(target, factor_key(target.key, part), "F32", [target.matrices[0], *shape])
+        return self._reader.read(entry, index, 1)[0]
 
-    def _part(self, target: TargetRecord, part: str, shape: list[int] | None) -> torch.Tensor:
-        key = factor_key(target.tensor, part)
+    def correction(self, target: TargetRecord, index: int | None = None) -> torch.Tensor:
+        """The encoded correction, uint8 (bytes,), on the CPU; for a stack that of the matrix ``index``."""
+        key = correction_key(target.key, index if target.view == "stack" else None)
+        return self._reader.read_bytes(self._entry(target, key, "U8", None))
+
+    def _entry(self, target: TargetRecord, key: str, dtype: str, shape: list[int] | None) -> TensorEntry:
         entry = self._entries.get(key)
-        dtype = "U8" if shape is None else "F32"
         if entry is None or entry.dtype != dtype or (shape is not None and list(entry.shape) != shape):
             raise FormatError(
                 f"{self._name}: {key!r} is missing or misshapen",
                 got="nothing" if entry is None else f"{entry.dtype} {list(entry.shape)}",
                 expected=f"{dtype} {shape or '(bytes,)'}",
             )
-        return self._reader.read_bytes(entry) if shape is None else self._reader.read(entry)
+        return entry

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from surgery.errors import FormatError, SourceError
 from surgery.format.files import FileRecord, check_relative_path, read_json_object, write_file
-from surgery.names import FORMAT_VERSION, MANIFEST_FILE, SURGERY_DIR
+from surgery.linalg.views import KINDS, Slice, View
+from surgery.names import DTYPE_BITS, FORMAT_VERSION, MANIFEST_FILE, SURGERY_DIR, target_key
 
 _T = TypeVar("_T")
 
@@ -44,21 +46,22 @@ class CertificateRecord:
 
 @dataclass(frozen=True, slots=True)
 class TargetRecord:
-    """A factorized tensor.
+    """A factorized tensor, or a slice of one, seen as a batch of matrices.
 
     Attributes:
         tensor: its name in the checkpoint.
         shard: the file it is in.
-        dtype, shape: as in the source.
-        view: how it was seen as matrices (``matrix``: as it is).
-        rank: directions kept.
+        dtype, shape: of the tensor, as in the source.
+        view: how it is seen: ``matrix``, ``stack`` or ``convolution`` (``surgery.linalg.views``).
+        slice: the part of each matrix that is meant, None for all of it.
+        rank: directions kept of each matrix.
         energy: share of the squared Frobenius norm in the kept part.
         s_first, s_last: largest and smallest kept singular value.
-        sha256: of the original tensor's bytes.
-        residual_sha256: of its residual's bytes; None in the overlay layout.
-        inexact: share of its entries that residual and factors alone do not give back; None in the overlay layout.
-        factors_sha256: of the bytes of U, s and V, in this order.
-        certificate: of the SVD.
+        sha256: of the original bytes of the matrices, one after the other, row by row.
+        residual_sha256: of those of the residuals; None in the overlay layout.
+        inexact: share of the entries that residual and factors alone do not give back; None in the overlay layout.
+        factors_sha256: of the bytes of U, s and V, in this order, of the matrices one after the other.
+        certificates: of the SVD of each matrix.
     """
 
     tensor: str
@@ -66,6 +69,7 @@ class TargetRecord:
     dtype: str
     shape: list[int]
     view: str
+    slice: Slice | None
     rank: int
     energy: float
     s_first: float
@@ -74,7 +78,43 @@ class TargetRecord:
     residual_sha256: str | None
     inexact: float | None
     factors_sha256: str
-    certificate: CertificateRecord
+    certificates: list[CertificateRecord]
+
+    @property
+    def key(self) -> str:
+        """Its name among factors and scales."""
+        return target_key(self.tensor, self.slice.name if self.slice else None)
+
+    @property
+    def seen_as(self) -> View:
+        return View(self.view, self.slice)  # type: ignore[arg-type]  # checked when the manifest is read
+
+    @property
+    def matrices(self) -> tuple[int, int, int]:
+        """(B, m, n)."""
+        return self.seen_as.shape(self.shape)
+
+    @property
+    def entries(self) -> int:
+        return math.prod(self.matrices)
+
+    @property
+    def at_a_time(self) -> int | None:
+        """How many matrices of a stack are held at a time; None for one matrix."""
+        return self.seen_as.at_a_time(self.shape, DTYPE_BITS[self.dtype] // 8)
+
+    @property
+    def scales_shape(self) -> list[int]:
+        """(k,), or (B, k) for a stack."""
+        return [self.matrices[0], self.rank] if self.view == "stack" else [self.rank]
+
+    @property
+    def trainable(self) -> int:
+        return math.prod(self.scales_shape)
+
+    @property
+    def converged(self) -> bool:
+        return all(certificate.converged for certificate in self.certificates)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +213,9 @@ class Manifest:
             check_relative_path(shard.source.file, str(path))
         for target in manifest.targets:
             _check_target(target, str(path))
+        keys = [target.key for target in manifest.targets]
+        if twice := sorted({key for key in keys if keys.count(key) > 1} if len(set(keys)) < len(keys) else set()):
+            raise FormatError(f"{path}: {twice[0]!r} is there twice")
         _check_shards(manifest, str(path))
         return manifest
 
@@ -192,9 +235,15 @@ class Manifest:
 
 
 def _check_target(target: TargetRecord, where: str) -> None:
-    lengths = {len(target.certificate.residual), len(target.certificate.gap)}
-    if len(target.shape) != 2 or not 1 <= target.rank <= min(target.shape) or lengths != {target.rank}:
-        raise FormatError(f"{where}: the entries of {target.tensor!r} contradict each other")
+    try:
+        if target.view not in KINDS or target.dtype not in DTYPE_BITS:
+            raise ValueError(f"{target.view!r} of {target.dtype}")
+        count, m, n = target.matrices
+    except ValueError as error:
+        raise FormatError(f"{where}: the view of {target.tensor!r} makes no sense", got=error) from None
+    lengths = {len(numbers) for certificate in target.certificates for numbers in (certificate.residual, certificate.gap)}
+    if not 1 <= target.rank <= min(m, n) or len(target.certificates) != count or lengths != {target.rank}:
+        raise FormatError(f"{where}: the entries of {target.key!r} contradict each other")
 
 
 def _check_shards(manifest: Manifest, where: str) -> None:
@@ -211,8 +260,8 @@ def _check_shards(manifest: Manifest, where: str) -> None:
 
 
 def fingerprint_of(targets: list[TargetRecord]) -> str:
-    """sha256 over the names and the factor hashes of all targets."""
-    pairs = sorted((target.tensor, target.factors_sha256) for target in targets)
+    """sha256 over the keys and the factor hashes of all targets."""
+    pairs = sorted((target.key, target.factors_sha256) for target in targets)
     return hashlib.sha256(json.dumps(pairs, ensure_ascii=False).encode()).hexdigest()
 
 

@@ -219,17 +219,24 @@ class ShardReader:
 
     def read_bytes(self, entry: TensorEntry) -> torch.Tensor:
         """The payload of one tensor, as uint8 of shape (nbytes,) on the CPU."""
-        data = torch.empty(entry.nbytes, dtype=torch.uint8)
-        self.read_into(bytes_of(data), entry.start)
-        return data
+        return self._read(entry.start, entry.nbytes)
 
-    def read(self, entry: TensorEntry) -> torch.Tensor:
-        """One float tensor with its shape, in its own dtype, on the CPU."""
+    def read(self, entry: TensorEntry, first: int = 0, count: int | None = None) -> torch.Tensor:
+        """A float tensor in its own dtype, on the CPU: whole, or ``count`` of its rows along the first dimension."""
         if entry.dtype not in TORCH_DTYPES:
             raise FormatError(
                 f"{entry.name!r} has another dtype than it should", got=entry.dtype, expected=" or ".join(TORCH_DTYPES)
             )
-        return self.read_bytes(entry).view(TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
+        if count is None:
+            return self.read_bytes(entry).view(TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
+        row = entry.nbytes // entry.shape[0]
+        data = self._read(entry.start + first * row, count * row)
+        return data.view(TORCH_DTYPES[entry.dtype]).reshape(count, *entry.shape[1:])
+
+    def _read(self, start: int, count: int) -> torch.Tensor:
+        data = torch.empty(count, dtype=torch.uint8)
+        self.read_into(bytes_of(data), start)
+        return data
 
     def chunks(self, start: int, end: int) -> Iterator[memoryview]:
         """The data from ``start`` to ``end``, a bounded piece at a time; each piece is its own memory."""

@@ -22,7 +22,7 @@ def write_scales(path: Path, scales: Mapping[str, torch.Tensor], fingerprint: st
 
     Args:
         path: the file, replaced as a whole.
-        scales: tensor name -> (k,), written as float32.
+        scales: key of a target -> (k,), or (B, k) for a stack, written as float32.
         fingerprint: that of the manifest of the factorized checkpoint.
     """
     tensors = {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in sorted(scales.items())}
@@ -34,7 +34,7 @@ def read_scales(path: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
     """Read the scales of a factorized checkpoint.
 
     Returns:
-        Tensor name -> float32 (k,) on the CPU, one for each target of the manifest.
+        Key of a target -> float32 (k,), or (B, k) for a stack, on the CPU, for each target of the manifest.
 
     Raises:
         FormatError: no safetensors file, or a damaged one.
@@ -93,9 +93,9 @@ def _check_owner(metadata: Mapping[str, str], manifest: Manifest, path: Path) ->
 
 def check_scales(values: Mapping[str, torch.Tensor], manifest: Manifest, where: str = "scales") -> dict[str, torch.Tensor]:
     """Check scales against the targets of a manifest; arguments, result and errors as for ``read_scales``."""
-    ranks = {target.tensor: target.rank for target in manifest.targets}
-    unknown = sorted(values.keys() - ranks.keys())
-    missing = sorted(ranks.keys() - values.keys())
+    shapes = {target.key: target.scales_shape for target in manifest.targets}
+    unknown = sorted(values.keys() - shapes.keys())
+    missing = sorted(shapes.keys() - values.keys())
     if unknown:
         raise ScalesError(
             f"{where}: {unknown[0]!r} is no target of this checkpoint" + _and_more(unknown),
@@ -106,10 +106,10 @@ def check_scales(values: Mapping[str, torch.Tensor], manifest: Manifest, where: 
             f"{where}: the scales of {missing[0]!r} are missing" + _and_more(missing), expected="one entry per target"
         )
     checked = {}
-    for name, rank in ranks.items():
+    for name, shape in shapes.items():
         value = values[name].detach().to("cpu", torch.float32)
-        if tuple(value.shape) != (rank,):
-            raise ScalesError(f"{where}: {name!r} has the wrong shape", got=list(value.shape), expected=[rank])
+        if list(value.shape) != shape:
+            raise ScalesError(f"{where}: {name!r} has the wrong shape", got=list(value.shape), expected=shape)
         if not bool(torch.isfinite(value).all()):
             raise ScalesError(
                 f"{where}: {name!r} holds NaN or infinity", hint="the training diverged: take an earlier checkpoint"

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from surgery.errors import FormatError, SourceError
 from surgery.format.files import FileRecord
-from surgery.format.manifest import ShardRecord
+from surgery.format.manifest import ShardRecord, TargetRecord
+from surgery.format.safetensors import TensorEntry
 from surgery.source.model import Source
 
 
@@ -41,3 +42,17 @@ class BaseWeights:
         if shard.source.file not in self._source.selection.shards:
             raise SourceError(f"{self._source.name} is not the base of this overlay: it has no {shard.source.file}")
         return self._source.fetch(shard.source.file), shard.source
+
+
+def check_entry(entry: TensorEntry, target: TargetRecord) -> None:
+    """Refuse a tensor that is not what the manifest says.
+
+    Raises:
+        FormatError: another dtype or shape.
+    """
+    if entry.dtype != target.dtype or list(entry.shape) != target.shape:
+        raise FormatError(
+            f"{target.shard}: {target.tensor!r} is not as the manifest describes it",
+            got=f"{entry.dtype} {list(entry.shape)}",
+            expected=f"{target.dtype} {target.shape}",
+        )

@@ -24,6 +24,7 @@ from surgery.format.manifest import (
 from surgery.format.scales import write_scales
 from surgery.linalg.svd import DEFAULT_TOLERANCE, check_accuracy
 from surgery.names import FORMAT_VERSION, MANIFEST_FILE, SCALES_FILE, factors_file
+from surgery.operations.batch import Settings
 from surgery.operations.job import Job, run_job
 from surgery.operations.output import check_room, loading_order, prepare_output
 from surgery.planning.plan import LAYOUTS, Layout, Plan, make_plan
@@ -141,6 +142,7 @@ def factorize(
 
     progress.start("factorizing", steps.bytes_read)
     shards, targets = [], []
+    settings = Settings(layout, correction, seed, tolerance, str(where))
     try:
         # A shard from the hub is downloaded while the one before it is worked on.
         jobs = (
@@ -151,11 +153,7 @@ def factorize(
                 source.fetch(shard.file),
                 out,
                 steps.window_bytes,
-                layout,
-                correction,
-                seed,
-                tolerance,
-                str(where),
+                settings,
             )
             for index, shard in enumerate(steps.shards)
         )
@@ -197,7 +195,7 @@ def _finish(
     selection = source.selection
     others = [copy_file(source.fetch(name), out / name, name) for name in loading_order(selection.others)]
     fingerprint = fingerprint_of(targets)
-    write_scales(out / SCALES_FILE, {target.tensor: torch.ones(target.rank) for target in targets}, fingerprint)
+    write_scales(out / SCALES_FILE, {target.key: torch.ones(target.scales_shape) for target in targets}, fingerprint)
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         tool=f"surgery {__version__}",
@@ -219,16 +217,16 @@ def _finish(
 
 def _accuracy_notes(targets: list[TargetRecord], choice: Choice) -> list[str]:
     notes = []
-    failed = [target.tensor for target in targets if not target.certificate.converged]
+    failed = [target.key for target in targets if not target.converged]
     if failed:
         notes.append(f"the SVD of {len(failed)} targets did not reach the tolerance (first: {failed[0]}); see surgery inspect")
     if choice.energy is not None:
-        short = [target for target in targets if target.energy < choice.energy and target.rank < min(target.shape)]
+        short = [target for target in targets if target.energy < choice.energy and target.rank < min(target.matrices[1:])]
         if short:
             least = min(short, key=lambda target: target.energy)
             notes.append(
                 f"{len(short)} of {len(targets)} targets hold less than {choice.energy:g} of their energy at rank "
-                f"{choice.rank}, the most allowed (least: {least.energy:g}, {least.tensor}); --max-rank allows more"
+                f"{choice.rank}, the most allowed (least: {least.energy:g}, {least.key}); --max-rank allows more"
             )
     return notes
 
@@ -242,7 +240,16 @@ def plan_as_json(steps: Plan) -> str:
             "rank": steps.choice.rank,
             "energy": steps.choice.energy,
             "targets": [
-                {"tensor": t.tensor, "shard": t.shard, "dtype": t.dtype, "shape": list(t.shape), "rank": t.rank, "view": t.view}
+                {
+                    "tensor": t.tensor,
+                    "slice": t.view.slice.name if t.view.slice else None,
+                    "shard": t.shard,
+                    "dtype": t.dtype,
+                    "shape": list(t.shape),
+                    "view": t.view.kind,
+                    "matrices": list(t.matrices),
+                    "rank": t.rank,
+                }
                 for t in steps.targets
             ],
             "skipped": [{"tensor": s.tensor, "shard": s.shard, "reason": s.reason} for s in steps.skipped],

@@ -20,7 +20,7 @@ from surgery.format.scales import check_scales, read_scales
 from surgery.linalg.correction import CorruptCorrection
 from surgery.linalg.lossless import approximate, join, rescale
 from surgery.memory import bytes_of
-from surgery.operations.base import BaseWeights, OwnWeights
+from surgery.operations.base import BaseWeights, OwnWeights, check_entry
 from surgery.operations.output import loading_order, prepare_output
 from surgery.progress import Progress, Silent
 from surgery.source.model import open_source
@@ -66,7 +66,7 @@ def fold(
 
     Args:
         factorized: a folder written by ``factorize``.
-        scales: a scales file, or tensor name -> ``g``, (k,), for each target.
+        scales: a scales file, or for the key of each target ``g``, (k,), or (B, k) for a stack.
         out: folder to write, empty or new.
         base: for an overlay, the model it was made from (folder or hub id), if the one that the manifest names is
             not to be used.
@@ -138,15 +138,19 @@ def _fold_shard(
     progress: Progress,
 ) -> FileRecord:
     path, expected = weights.file(shard)
-    targets = {target.tensor: target for target in manifest.targets_of(shard.source.file)}
-    changed = {name for name in targets if bool((scales[name] != 1).any())}
+    targets = manifest.targets_of(shard.source.file)
+    changed = {target.key for target in targets if bool((scales[target.key] != 1).any())}
     # The bytes of an overlay's base are right as they are where nothing has changed.
-    touched = set(targets) if manifest.layout == "residual" else changed
+    touched: dict[str, list[TargetRecord]] = {}
+    for target in targets:
+        if manifest.layout == "residual" or target.key in changed:
+            touched.setdefault(target.tensor, []).append(target)
     with ExitStack() as stack:
         reader = stack.enter_context(ShardReader(path))
         factors = stack.enter_context(FactorsReader(factorized, shard)) if touched else None
         writer = stack.enter_context(FileWriter(out / shard.source.file))
-        walk = stack.enter_context(ShardWalk(reader, touched, progress))
+        portions = {name: parts[0].at_a_time for name, parts in touched.items()}
+        walk = stack.enter_context(ShardWalk(reader, portions, progress))
         with WriteBehind() as behind:
             behind.submit(writer.write, reader.header.raw)
             for piece in walk:
@@ -154,9 +158,7 @@ def _fold_shard(
                     behind.submit(writer.write, piece.data)
                     continue
                 assert factors is not None  # there are touched targets
-                name = piece.entry.name
-                values = scales[name] if name in changed else None
-                weight = _dense(targets[name], piece, factors, values, manifest, device)
+                weight = _dense(piece, touched[piece.entry.name], factors, scales, manifest, device)
                 behind.submit(writer.write, bytes_of(weight))
         if walk.sha256 != expected.sha256:
             overlay = manifest.layout == "overlay"
@@ -167,41 +169,63 @@ def _fold_shard(
 
 
 def _dense(
-    target: TargetRecord,
     piece: TargetPiece,
+    targets: list[TargetRecord],
     factors: FactorsReader,
-    scales: torch.Tensor | None,
+    scales: Mapping[str, torch.Tensor],
     manifest: Manifest,
     device: torch.device,
 ) -> torch.Tensor:
-    """The dense weight of one target, on the CPU; ``scales`` None stands for all ones."""
-    entry = piece.entry
-    if entry.dtype != target.dtype or list(entry.shape) != target.shape:
-        raise FormatError(
-            f"{target.shard}: {target.tensor!r} is not as the manifest describes it",
-            got=f"{entry.dtype} {list(entry.shape)}",
-            expected=f"{target.dtype} {target.shape}",
-        )
-    parts = factors.factors(target)
-    correction = factors.correction(target) if manifest.layout == "residual" and manifest.lossless else None
+    """The dense weights of a tensor, or of some matrices of a stack, on the CPU."""
+    result: torch.Tensor | None = None
+    for target in targets:
+        check_entry(piece.entry, target)
+        view = target.seen_as
+        values = scales[target.key].view(-1, target.rank)
+        dense = [
+            _dense_matrix(weight, target, piece.first + i, factors, values[piece.first + i], manifest, device)
+            for i, weight in enumerate(view.matrices(piece.tensor))
+        ]
+        if view.slice is None and len(dense) == 1:
+            return dense[0].view(piece.tensor.shape)
+        result = piece.tensor.clone() if result is None else result
+        view.store(torch.stack(dense), result)
+    assert result is not None  # there is at least one target
+    return result
+
+
+def _dense_matrix(
+    weight: torch.Tensor,
+    target: TargetRecord,
+    index: int,
+    factors: FactorsReader,
+    scales: torch.Tensor,
+    manifest: Manifest,
+    device: torch.device,
+) -> torch.Tensor:
+    """One dense matrix (m, n), on the CPU, from its residual or, for an overlay, from its weight; scales (k,)."""
+    changed = bool((scales != 1).any())
+    if manifest.layout == "overlay" and not changed:
+        return weight
+    parts = factors.factors(target, index)
+    correction = factors.correction(target, index) if manifest.layout == "residual" and manifest.lossless else None
 
     def compute(weights: Sequence[torch.Tensor], where: torch.device) -> list[torch.Tensor]:
-        weight, there = weights[0].to(where), parts.to(where)
+        there, kept = weights[0].to(where), parts.to(where)
         if manifest.layout == "overlay":
-            assert scales is not None  # an overlay's untouched targets are copied
-            return [rescale(weight, there, scales).cpu()]
+            return [rescale(there, kept, scales).cpu()]
         if correction is None:
-            return [approximate(weight, there, scales).cpu()]
-        return [join(weight, there, correction, scales).cpu()]
+            return [approximate(there, kept, scales if changed else None).cpu()]
+        return [join(there, kept, correction, scales if changed else None).cpu()]
 
     try:
-        result = as_memory_allows(compute, [piece.tensor], device)[0]
+        result = as_memory_allows(compute, [weight], device)[0]
     except CorruptCorrection as error:
-        raise FormatError(f"{target.shard}: the correction of {target.tensor!r} is damaged ({error})") from error
+        raise FormatError(f"{target.shard}: the correction of {target.key!r} is damaged ({error})") from error
     # A minimum or maximum of NaN is NaN: one pass, many times faster than asking each number.
-    if scales is not None and not all(bool(torch.isfinite(end)) for end in torch.aminmax(result)):
+    if changed and not all(bool(torch.isfinite(end)) for end in torch.aminmax(result)):
         raise ScalesError(
-            f"the scales of {target.tensor!r} push weights beyond the range of {target.dtype}",
+            f"the scales of {target.key!r} push weights beyond the range of {target.dtype}",
             got=f"scales of up to {scales.abs().max().item():.3g}",
             hint="the training diverged: take an earlier checkpoint",
         )

@@ -20,8 +20,21 @@ def inspect(factorized: str | Path) -> Manifest:
 
 def undetermined(target: TargetRecord) -> int:
     """How many kept directions the matrix does not determine: their residual is no smaller than their gap."""
-    certificate = target.certificate
-    return sum(residual >= gap for residual, gap in zip(certificate.residual, certificate.gap, strict=True))
+    return sum(
+        residual >= gap
+        for certificate in target.certificates
+        for residual, gap in zip(certificate.residual, certificate.gap, strict=True)
+    )
+
+
+def largest_residual(target: TargetRecord) -> float:
+    """Of all kept directions, over the s_1 of each matrix."""
+    return max(max(certificate.residual) for certificate in target.certificates)
+
+
+def methods(target: TargetRecord) -> str:
+    """The methods that its matrices were solved by."""
+    return ", ".join(sorted({certificate.method for certificate in target.certificates}))
 
 
 def summary(manifest: Manifest) -> dict[str, Any]:
@@ -32,23 +45,25 @@ def summary(manifest: Manifest) -> dict[str, Any]:
         "lossless": manifest.lossless,
         "source": asdict(manifest.source),
         "fingerprint": manifest.fingerprint,
-        "trainable": sum(target.rank for target in manifest.targets),
+        "trainable": sum(target.trainable for target in manifest.targets),
         "targets": [
             {
                 "tensor": target.tensor,
+                "slice": target.slice.name if target.slice else None,
                 "shard": target.shard,
                 "shape": target.shape,
                 "dtype": target.dtype,
-                "rank": target.rank,
                 "view": target.view,
+                "matrices": list(target.matrices),
+                "rank": target.rank,
                 "energy": target.energy,
                 "s_first": target.s_first,
                 "s_last": target.s_last,
                 "inexact": target.inexact,
-                "converged": target.certificate.converged,
-                "method": target.certificate.method,
-                "passes": target.certificate.passes,
-                "max_residual": max(target.certificate.residual),
+                "converged": target.converged,
+                "method": methods(target),
+                "passes": sum(certificate.passes for certificate in target.certificates),
+                "max_residual": largest_residual(target),
                 "undetermined": undetermined(target),
             }
             for target in manifest.targets

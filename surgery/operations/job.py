@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import glob
+import dataclasses
 import hashlib
-from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from surgery.device import as_memory_allows
 from surgery.engine.pipeline import Bytes, ShardWalk, TargetPiece, WriteBehind, windows
-from surgery.errors import SourceError, WeightError
-from surgery.format.factors import factors_hash
+from surgery.errors import SourceError
+from surgery.format.factors import FactorsHash
 from surgery.format.files import FileRecord, FileWriter
 from surgery.format.manifest import CertificateRecord, ShardRecord, TargetRecord
-from surgery.format.safetensors import ShardReader, TensorFileWriter
-from surgery.linalg.energy import energy_svd
-from surgery.linalg.lossless import Factors, split
-from surgery.linalg.svd import TruncatedSVD, truncated_svd, truncated_svds
+from surgery.format.safetensors import ShardReader, TensorEntry, TensorFileWriter
+from surgery.linalg.views import View
 from surgery.memory import bytes_of
-from surgery.names import factor_key, factors_file
-from surgery.planning.plan import Layout, ShardPlan
+from surgery.names import correction_key, factor_key, factors_file
+from surgery.operations.batch import Matrix, Result, Settings, factorize_matrices, truncate
+from surgery.planning.plan import ShardPlan
 from surgery.planning.targets import Target
 from surgery.progress import Progress
 
@@ -38,7 +35,7 @@ class Job:
         path: the weight file on this machine.
         out: the output folder.
         window_bytes: how much of the shard is held at a time, so that matrices of one shape are solved together.
-        layout, correction, seed, tolerance, device: as asked for.
+        settings: as asked for.
     """
 
     shard: ShardPlan
@@ -47,62 +44,34 @@ class Job:
     path: Path
     out: Path
     window_bytes: int
-    layout: Layout
-    correction: bool
-    seed: int
-    tolerance: float
-    device: str
+    settings: Settings
 
 
 def run_job(job: Job, progress: Progress) -> tuple[ShardRecord, list[TargetRecord]]:
     """Factorize the targets of one shard and write its files."""
-    targets = {target.tensor: target for target in job.shard.targets}
     factors_name = factors_file(job.index, job.count)
-    parts = ("U", "s", "V", "correction") if job.layout == "residual" and job.correction else ("U", "s", "V")
-    keys = [factor_key(name, part) for name in targets for part in parts]
-    records: list[TargetRecord] = []
     with ExitStack() as stack:
         reader = stack.enter_context(ShardReader(job.path, name=job.shard.file))
         _check_unchanged(reader, job.shard)
-        residuals = stack.enter_context(FileWriter(job.out / job.shard.file)) if job.layout == "residual" else None
-        factors = stack.enter_context(TensorFileWriter(job.out / factors_name, keys)) if targets else None
-        walk = stack.enter_context(ShardWalk(reader, targets, progress))
+        work = {entry.name: _TensorWork(entry) for entry in reader.header.tensors}
+        for target in job.shard.targets:
+            work[target.tensor].targets.append(_Collected(_with_rank(target, reader, job)))
+        work = {name: tensor for name, tensor in work.items() if tensor.targets}
+        residuals = stack.enter_context(FileWriter(job.out / job.shard.file)) if job.settings.layout == "residual" else None
+        keys = [key for tensor in work.values() for part in tensor.targets for key in _keys(part.target, job)]
+        factors = stack.enter_context(TensorFileWriter(job.out / factors_name, keys)) if keys else None
+        portions = {name: tensor.targets[0].target.at_a_time for name, tensor in work.items()}
+        walk = stack.enter_context(ShardWalk(reader, portions, progress))
         with WriteBehind() as behind:
             if residuals:
                 behind.submit(residuals.write, reader.header.raw)
             for window in windows(walk, job.window_bytes):
-                records += _work_off(window, targets, job, residuals, factors, behind)
+                _work_off(window, work, job, residuals, factors, behind)
         source = FileRecord(job.shard.file, reader.header.file_bytes, walk.sha256)
         residual_record = residuals.commit(job.shard.file) if residuals else None
         factors_record = factors.commit(factors_name) if factors else None
+    records = [part.record(job) for tensor in work.values() for part in tensor.targets]
     return ShardRecord(source, residual_record, factors_record), records
-
-
-def _work_off(
-    window: list[Bytes | TargetPiece],
-    targets: dict[str, Target],
-    job: Job,
-    residuals: FileWriter | None,
-    factors: TensorFileWriter | None,
-    behind: WriteBehind,
-) -> list[TargetRecord]:
-    """Factorize the targets of one window and hand it all to the writer in the order of the shard."""
-    weights = [(targets[piece.entry.name], piece.tensor) for piece in window if isinstance(piece, TargetPiece)]
-    all_done = _factorize_targets(weights, job)
-    records = []
-    for piece in window:
-        if not isinstance(piece, TargetPiece):
-            if residuals:
-                behind.submit(residuals.write, piece.data)
-            continue
-        done = all_done.pop(piece.entry.name)
-        records.append(done.record)
-        if residuals and done.residual is not None:
-            behind.submit(residuals.write, bytes_of(done.residual))
-        if factors:
-            for part, tensor in done.parts.items():
-                behind.submit(factors.add, factor_key(done.record.tensor, part), tensor)
-    return records
 
 
 def _check_unchanged(reader: ShardReader, shard: ShardPlan) -> None:
@@ -112,102 +81,155 @@ def _check_unchanged(reader: ShardReader, shard: ShardPlan) -> None:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _Done:
-    record: TargetRecord
-    residual: torch.Tensor | None
-    parts: dict[str, torch.Tensor]
+def _with_rank(target: Target, reader: ShardReader, job: Job) -> Target:
+    """The target itself, or for a stack that is to keep an energy with the rank that all of its matrices need for it.
+
+    They share one rank, so that their scales are one tensor, and it must be known before the first of them is done. So
+    such a stack is gone through twice.
+    """
+    if target.energy is None or target.view.kind != "stack":
+        return target
+    entry = next(entry for entry in reader.header.tensors if entry.name == target.tensor)
+    rank = 1
+    for first in range(target.matrices[0]):
+        weight = target.view.matrices(reader.read(entry, first, 1))[0].to(job.settings.device)
+        rank = max(rank, len(truncate(target, weight, job.settings).s))
+    return dataclasses.replace(target, rank=rank, energy=None)
 
 
-_Weight = tuple[Target, torch.Tensor]
+def _keys(target: Target, job: Job) -> list[str]:
+    """What the factors file will hold of a target."""
+    parts = [factor_key(target.key, part) for part in ("U", "s", "V")]
+    if job.settings.layout == "residual" and job.settings.correction:
+        parts += [correction_key(target.key, target.place(i)) for i in range(target.matrices[0])]
+    return parts
 
 
-def _factorize_targets(weights: list[_Weight], job: Job) -> dict[str, _Done]:
-    """Targets with their weights (m, n) on the CPU in; those of one shape, dtype and rank are worked on together."""
-    groups: dict[object, list[_Weight]] = {}
-    for target, weight in weights:
-        alone = target.tensor if target.energy is not None else None  # its rank is not known yet
-        groups.setdefault((target.shape, target.dtype, target.rank, alone), []).append((target, weight))
-    done: dict[str, _Done] = {}
-    for group in groups.values():
-        results = as_memory_allows(lambda part, device: _factorize_group(part, device, job), group, torch.device(job.device))
-        done.update((result.record.tensor, result) for result in results)
-    return done
+@dataclass(slots=True)
+class _Collected:
+    """The results of a target so far, matrix by matrix."""
+
+    target: Target
+    done: int = 0
+    factors: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
+    certificates: list[CertificateRecord] = field(default_factory=list)
+    kept: float = 0.0
+    total: float = 0.0
+    s_first: float = 0.0
+    s_last: float = float("inf")
+    inexact: float = 0.0
+    sha256: hashlib._Hash = field(default_factory=hashlib.sha256)
+    residual_sha256: hashlib._Hash = field(default_factory=hashlib.sha256)
+    factors_sha256: FactorsHash = field(default_factory=FactorsHash)
+
+    def add(self, result: Result) -> None:
+        factors, certificate = result.factors, result.certificate
+        self.done += 1
+        self.factors.append((factors.U, factors.s, factors.V))
+        self.factors_sha256.update(factors)
+        self.certificates.append(
+            CertificateRecord(
+                method=str(certificate.method),
+                passes=int(certificate.passes),
+                converged=bool(certificate.converged),
+                residual=[_digits(value, 3) for value in certificate.residual.tolist()],
+                gap=[_digits(value, 3) for value in certificate.gap.tolist()],
+            )
+        )
+        self.kept += factors.s.double().square().sum().item()
+        self.total += result.norm**2
+        self.s_first, self.s_last = max(self.s_first, factors.s[0].item()), min(self.s_last, factors.s[-1].item())
+        self.inexact += result.inexact
+        if result.residual is not None:
+            self.residual_sha256.update(bytes_of(result.residual))
+
+    def finished_factors(self) -> dict[str, torch.Tensor]:
+        """U (m, k), s (k,), V (n, k), for a stack one after the other in a dimension more."""
+        stack = self.target.view.kind == "stack"
+        U, s, V = (torch.stack(part) if stack else part[0] for part in zip(*self.factors, strict=True))
+        self.factors.clear()
+        return {"U": U, "s": s, "V": V}
+
+    def record(self, job: Job) -> TargetRecord:
+        target, residual = self.target, job.settings.layout == "residual"
+        return TargetRecord(
+            tensor=target.tensor,
+            shard=target.shard,
+            dtype=target.dtype,
+            shape=list(target.shape),
+            view=target.view.kind,
+            slice=target.view.slice,
+            rank=len(self.certificates[0].residual),
+            energy=_digits(min(self.kept / self.total, 1.0) if self.total else 1.0, 6),
+            s_first=self.s_first,
+            s_last=self.s_last,
+            sha256=self.sha256.hexdigest(),
+            residual_sha256=self.residual_sha256.hexdigest() if residual else None,
+            inexact=_digits(self.inexact / self.done, 3) if residual else None,
+            factors_sha256=self.factors_sha256.hexdigest(),
+            certificates=self.certificates,
+        )
 
 
-def _factorize_group(group: Sequence[_Weight], device: torch.device, job: Job) -> list[_Done]:
-    """Factors, residuals and corrections on the CPU out."""
-    target, weight = group[0]
-    if len(group) == 1:
-        weights = weight.to(device)[None]
-        found = [_truncate(target, weights[0], job)]
-    else:
-        weights = torch.stack([weight.to(device) for _, weight in group])
-        try:
-            found = truncated_svds(weights, target.rank, tolerance=job.tolerance, seed=job.seed)
-        except WeightError:  # some matrix of it; one by one the message can name it
-            found = [_truncate(target, weight, job) for (target, _), weight in zip(group, weights, strict=True)]
-    return [_finish_target(*item, svd, on_device, job) for item, svd, on_device in zip(group, found, weights, strict=True)]
+@dataclass(slots=True)
+class _TensorWork:
+    """A tensor of the shard and its targets: one, or several slices."""
+
+    entry: TensorEntry
+    targets: list[_Collected] = field(default_factory=list)
 
 
-def _truncate(target: Target, weight: torch.Tensor, job: Job) -> TruncatedSVD:
-    try:
-        if target.energy is not None:
-            return energy_svd(weight, target.energy, max_rank=target.rank, tolerance=job.tolerance, seed=job.seed)
-        return truncated_svd(weight, target.rank, tolerance=job.tolerance, seed=job.seed)
-    except WeightError as error:
-        raise WeightError(
-            f"{target.shard}: {target.tensor!r} cannot be factorized: {error.what}",
-            hint=f"repair the model, or leave it out: --exclude '{glob.escape(target.tensor)}'",
-        ) from error
+def _work_off(
+    window: list[Bytes | TargetPiece],
+    work: dict[str, _TensorWork],
+    job: Job,
+    residuals: FileWriter | None,
+    factors: TensorFileWriter | None,
+    behind: WriteBehind,
+) -> None:
+    """Factorize the targets of one window and hand it all to the writer in the order of the shard."""
+    matrices = []
+    for piece in window:
+        if isinstance(piece, TargetPiece):
+            for part in work[piece.entry.name].targets:
+                stored = part.target.view.matrices(piece.tensor)
+                part.sha256.update(bytes_of(stored))
+                matrices += [Matrix(part.target, piece.first + i, weight) for i, weight in enumerate(stored)]
+    done = {(result.target.key, result.index): result for result in factorize_matrices(matrices, job.settings)}
+    del matrices
+    for piece in window:
+        if not isinstance(piece, TargetPiece):
+            if residuals:
+                behind.submit(residuals.write, piece.data)
+            continue
+        parts = work[piece.entry.name].targets
+        results = {}
+        for part in parts:
+            count = part.target.view.shape(piece.tensor.shape)[0]
+            results[part.target.view] = [done.pop((part.target.key, piece.first + i)) for i in range(count)]
+            for result in results[part.target.view]:
+                part.add(result)
+                if factors and result.correction is not None:
+                    behind.submit(
+                        factors.add, correction_key(part.target.key, part.target.place(result.index)), result.correction
+                    )
+            if factors and part.done == part.target.matrices[0]:
+                for name, tensor in part.finished_factors().items():
+                    behind.submit(factors.add, factor_key(part.target.key, name), tensor)
+        if residuals:
+            behind.submit(residuals.write, bytes_of(_residual(piece.tensor, results)))
 
 
-def _finish_target(target: Target, weight: torch.Tensor, svd: TruncatedSVD, on_device: torch.Tensor, job: Job) -> _Done:
-    factors = Factors(svd.U.cpu().contiguous(), svd.s.cpu(), svd.V.cpu().contiguous())
-    parts = {"U": factors.U, "s": factors.s, "V": factors.V}
-    residual, inexact = None, None
-    if job.layout == "residual":
-        # The lossless arithmetic is float64, which an Apple GPU does not have.
-        exact = weight if on_device.device.type == "mps" else on_device
-        apart = split(exact, factors.to(exact.device), correct=job.correction)
-        residual, inexact = apart.residual.cpu(), apart.inexact
-        if apart.correction is not None:
-            parts["correction"] = apart.correction
-    return _Done(_target_record(target, weight, svd, factors, residual, inexact), residual, parts)
-
-
-def _target_record(
-    target: Target,
-    weight: torch.Tensor,
-    svd: TruncatedSVD,
-    factors: Factors,
-    residual: torch.Tensor | None,
-    inexact: float | None,
-) -> TargetRecord:
-    kept = factors.s.double().square().sum().item()
-    total = svd.norm.item() ** 2
-    return TargetRecord(
-        tensor=target.tensor,
-        shard=target.shard,
-        dtype=target.dtype,
-        shape=list(target.shape),
-        view=target.view,
-        rank=len(factors.s),
-        energy=_digits(min(kept / total, 1.0) if total else 1.0, 6),
-        s_first=factors.s[0].item(),
-        s_last=factors.s[-1].item(),
-        sha256=hashlib.sha256(bytes_of(weight)).hexdigest(),
-        residual_sha256=None if residual is None else hashlib.sha256(bytes_of(residual)).hexdigest(),
-        inexact=None if inexact is None else _digits(inexact, 3),
-        factors_sha256=factors_hash(factors),
-        certificate=CertificateRecord(
-            method=str(svd.certificate.method),
-            passes=int(svd.certificate.passes),
-            converged=bool(svd.certificate.converged),
-            residual=[_digits(value, 3) for value in svd.certificate.residual.tolist()],
-            gap=[_digits(value, 3) for value in svd.certificate.gap.tolist()],
-        ),
-    )
+def _residual(tensor: torch.Tensor, results: dict[View, list[Result]]) -> torch.Tensor:
+    """A tensor with the residuals of its matrices in their place."""
+    replaced: torch.Tensor | None = None
+    for view, parts in results.items():
+        matrices = [result.residual for result in parts if result.residual is not None]
+        if view.slice is None and len(matrices) == 1:
+            return matrices[0].view(tensor.shape)
+        replaced = tensor.clone() if replaced is None else replaced
+        view.store(torch.stack(matrices), replaced)
+    return tensor if replaced is None else replaced
 
 
 def _digits(value: float, digits: int) -> float:

@@ -13,19 +13,19 @@ import torch
 
 from surgery.device import as_memory_allows, choose_device
 from surgery.engine.pipeline import ShardWalk, TargetPiece
-from surgery.errors import OptionError, SurgeryError
-from surgery.format.factors import FactorsReader, factors_hash
+from surgery.errors import FormatError, OptionError, SurgeryError
+from surgery.format.factors import FactorsHash, FactorsReader
 from surgery.format.files import FileRecord, file_sha256
 from surgery.format.manifest import Manifest, ShardRecord, TargetRecord, fingerprint_of
 from surgery.format.safetensors import ShardReader
 from surgery.format.scales import read_scales
 from surgery.linalg.correction import CorruptCorrection
-from surgery.linalg.lossless import Factors, join
+from surgery.linalg.lossless import join
 from surgery.linalg.precision import full_precision
 from surgery.linalg.triplets import residuals_of
 from surgery.memory import bytes_of
-from surgery.names import MANIFEST_FILE, SCALES_FILE, factor_key
-from surgery.operations.base import BaseWeights, OwnWeights
+from surgery.names import MANIFEST_FILE, SCALES_FILE, correction_key, factor_key
+from surgery.operations.base import BaseWeights, OwnWeights, check_entry
 from surgery.operations.output import check_room
 from surgery.progress import Progress, Silent
 from surgery.source.model import open_source
@@ -162,11 +162,13 @@ def _check_headers(
     if shard.factors is not None:
         parts = expected[shard.factors.file] = {}
         for target in targets:
-            (m, n), k = target.shape, target.rank
+            (count, m, n), k = target.matrices, target.rank
+            stack = [count] if target.view == "stack" else []
             shapes: list[tuple[str, list[int]]] = [("U", [m, k]), ("s", [k]), ("V", [n, k])]
-            parts.update((factor_key(target.tensor, part), ("F32", shape)) for part, shape in shapes)
+            parts.update((factor_key(target.key, part), ("F32", stack + shape)) for part, shape in shapes)
             if manifest.layout == "residual" and manifest.options.correction:
-                parts[factor_key(target.tensor, "correction")] = ("U8", None)
+                places = range(count) if stack else [None]
+                parts.update((correction_key(target.key, place), ("U8", None)) for place in places)
     for file, tensors in expected.items():
         with ShardReader(folder / file, name=file) as reader:
             found = {entry.name: (entry.dtype, list(entry.shape)) for entry in reader.header.tensors}
@@ -202,80 +204,122 @@ def _check_shard(
     report: VerifyReport,
     progress: Progress,
 ) -> None:
-    by_name = {target.tensor: target for target in targets}
+    by_name: dict[str, list[_Checked]] = {}
     with ExitStack() as stack:
         reader = stack.enter_context(FactorsReader(folder, shard, check=False))
         for target in targets:
-            progress.item(target.tensor)
-            _check_factors(target, reader.factors(target), report)
+            progress.item(target.key)
+            _check_factors(target, reader, report)
+            by_name.setdefault(target.tensor, []).append(_Checked(target))
         if weights is None:
             progress.advance(shard.source.size)
             return
         path, expected = weights.file(shard)
-        walk = stack.enter_context(ShardWalk(stack.enter_context(ShardReader(path, name=path.name)), by_name, progress))
-        seen = set()
+        source = stack.enter_context(ShardReader(path, name=path.name))
+        portions = {name: checks[0].target.at_a_time for name, checks in by_name.items()}
+        walk = stack.enter_context(ShardWalk(source, portions, progress))
         for piece in walk:
             if not isinstance(piece, TargetPiece):
                 continue
-            target = by_name[piece.entry.name]
-            seen.add(target.tensor)
-            got, right = f"{piece.entry.dtype} {list(piece.entry.shape)}", f"{target.dtype} {target.shape}"
-            if report.expect(got == right, f"{path.name}: {target.tensor}", "dtype and shape", got, right):
-                check = partial(_check_weight, target, reader, isinstance(weights, OwnWeights), report)
-                as_memory_allows(check, [piece.tensor], device)
-        for name in by_name.keys() - seen:
-            report.expect(False, f"{path.name}: {name}", "the tensor is there", "nothing")
+            for checked in by_name[piece.entry.name]:
+                try:
+                    check_entry(piece.entry, checked.target)
+                except FormatError as error:
+                    report.fail(f"{path.name}: {checked.target.key}", error)
+                    checked.spoiled = True
+                    continue
+                for i, matrix in enumerate(checked.target.seen_as.matrices(piece.tensor)):
+                    check = partial(_check_matrix, checked, piece.first + i, reader, isinstance(weights, OwnWeights), report)
+                    as_memory_allows(check, [matrix], device)
+        for checks in by_name.values():
+            for checked in checks:
+                _check_hashes(checked, path.name, isinstance(weights, OwnWeights), report)
         if isinstance(weights, BaseWeights):
             report.expect(walk.sha256 == expected.sha256, path.name, "sha256 of the base", walk.sha256, expected.sha256)
 
 
-def _check_factors(target: TargetRecord, factors: Factors, report: VerifyReport) -> None:
-    name = target.tensor
-    found = factors_hash(factors)
-    report.expect(found == target.factors_sha256, name, "sha256 of U, s, V", found, target.factors_sha256)
+@dataclass(slots=True)
+class _Checked:
+    """What has been seen of a target so far: of its matrices as they are stored, and as they are recovered."""
+
+    target: TargetRecord
+    matrices: int = 0
+    stored: hashlib._Hash = field(default_factory=hashlib.sha256)
+    original: hashlib._Hash = field(default_factory=hashlib.sha256)
+    spoiled: bool = False
+    misses: list[str] = field(default_factory=list)
+
+
+def _check_factors(target: TargetRecord, reader: FactorsReader, report: VerifyReport) -> None:
+    name, count = target.key, target.matrices[0]
     eye = torch.eye(target.rank, dtype=torch.float64)
-    for part, vectors in (("U", factors.U), ("V", factors.V)):
-        wide = vectors.double()
-        off = (wide.T @ wide - eye).abs().max().item()
-        report.expect(off <= _ORTHONORMAL, name, f"{part} is orthonormal", f"off by {off:.1e}", f"at most {_ORTHONORMAL:.0e}")
-    s = factors.s
-    report.expect(bool((s >= 0).all() and (s[:-1] >= s[1:]).all()), name, "s descends", s.tolist())
-    ends = (s[0].item(), s[-1].item())
+    first, last, descends, off = 0.0, float("inf"), True, {"U": 0.0, "V": 0.0}
+    hashes = FactorsHash()
+    for i in range(count):
+        factors = reader.factors(target, i)
+        hashes.update(factors)
+        for part, vectors in (("U", factors.U), ("V", factors.V)):
+            wide = vectors.double()
+            off[part] = max(off[part], (wide.T @ wide - eye).abs().max().item())
+        s = factors.s
+        descends &= bool((s >= 0).all() and (s[:-1] >= s[1:]).all())
+        first, last = max(first, s[0].item()), min(last, s[-1].item())
+    report.expect(
+        hashes.hexdigest() == target.factors_sha256, name, "sha256 of U, s, V", hashes.hexdigest(), target.factors_sha256
+    )
+    for part, most in off.items():
+        report.expect(most <= _ORTHONORMAL, name, f"{part} is orthonormal", f"off by {most:.1e}", f"at most {_ORTHONORMAL:.0e}")
+    report.expect(descends, name, "s descends")
+    ends = (first, last)
     report.expect(ends == (target.s_first, target.s_last), name, "s_1, s_k", ends, (target.s_first, target.s_last))
 
 
-def _check_weight(
-    target: TargetRecord,
+def _check_matrix(
+    checked: _Checked,
+    index: int,
     reader: FactorsReader,
     own: bool,
     report: VerifyReport,
     stored: Sequence[torch.Tensor],
     device: torch.device,
 ) -> list[None]:
-    """Recovery and certificate of one target. ``stored`` holds its residual, or with ``own`` false its weight."""
-    weight, factors = stored[0], reader.factors(target).to(device)
+    """Recovery and certificate of one matrix. ``stored`` holds its residual, or with ``own`` false its weight."""
+    target, weight, factors = checked.target, stored[0], reader.factors(checked.target, index).to(device)
+    checked.matrices += 1
+    checked.stored.update(bytes_of(weight))
     if own:
-        found = hashlib.sha256(bytes_of(weight)).hexdigest()
-        expected = target.residual_sha256
         try:
-            weight = join(weight.to(device), factors, reader.correction(target)).cpu()
+            weight = join(weight.to(device), factors, reader.correction(target, index)).cpu()
         except CorruptCorrection as error:
-            report.expect(False, target.tensor, "the correction decodes", error)
+            report.expect(False, target.key, "the correction decodes", error)
+            checked.spoiled = True
             return []
-        report.expect(found == expected, target.tensor, "sha256 of the residual", found, expected)
-    found = hashlib.sha256(bytes_of(weight)).hexdigest()
-    if not report.expect(found == target.sha256, target.tensor, "sha256 of the original weight", found, target.sha256):
-        return []
+    checked.original.update(bytes_of(weight))
     with full_precision(device):
         measured = residuals_of(weight.to(device), factors.U, factors.s, factors.V)
-    recorded = torch.tensor(target.certificate.residual, dtype=torch.float64)
+    recorded = torch.tensor(target.certificates[index].residual, dtype=torch.float64)
     worst = int((measured - recorded).argmax())
-    report.expect(
-        bool((measured <= 1.01 * recorded + _ROUNDED).all()),
-        target.tensor,
-        "certificate",
-        f"residual {measured[worst].item():.2e} of direction {worst + 1}",
-        f"{recorded[worst].item():.2e}",
-    )
-    report.expect(target.certificate.converged, target.tensor, "the SVD has converged", "no")
+    if not bool((measured <= 1.01 * recorded + _ROUNDED).all()):
+        checked.misses.append(
+            f"residual {measured[worst].item():.2e} of direction {worst + 1}, recorded {recorded[worst].item():.2e}"
+            + (f", matrix {index}" if target.view == "stack" else "")
+        )
     return []
+
+
+def _check_hashes(checked: _Checked, file: str, own: bool, report: VerifyReport) -> None:
+    """What can be told of a target once all of its matrices have been seen."""
+    target = checked.target
+    if checked.spoiled:
+        return
+    if not report.expect(checked.matrices > 0, f"{file}: {target.tensor}", "the tensor is there", "nothing"):
+        return
+    if own:
+        found = checked.stored.hexdigest()
+        report.expect(found == target.residual_sha256, target.key, "sha256 of the residual", found, target.residual_sha256)
+    found = checked.original.hexdigest()
+    if not report.expect(found == target.sha256, target.key, "sha256 of the original weight", found, target.sha256):
+        return  # its certificates are those of another matrix
+    for miss in checked.misses:
+        report.expect(False, target.key, "certificate", miss)
+    report.expect(target.converged, target.key, "the SVD has converged", "no")

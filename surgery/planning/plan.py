@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Literal
@@ -9,7 +10,6 @@ from typing import Literal
 from surgery.errors import FormatError, OptionError
 from surgery.format.safetensors import TORCH_DTYPES, Header
 from surgery.linalg.triplets import workspace_bytes
-from surgery.names import DTYPE_BITS
 from surgery.planning.targets import Choice, Skipped, Target, check_choice, choose, matches
 from surgery.source.model import Source, check_index
 
@@ -74,7 +74,7 @@ class Plan:
     @property
     def trainable(self) -> int:
         """Number of trainable scales."""
-        return sum(target.rank for target in self.targets)
+        return sum(target.trainable for target in self.targets)
 
 
 def make_plan(
@@ -153,7 +153,7 @@ def _rank_notes(choice: Choice, targets: list[Target]) -> list[str]:
     if not clamped:
         return []
     if len(clamped) == len(targets):
-        largest = max(min(target.shape) for target in targets)
+        largest = max(min(target.matrices[1:]) for target in targets)
         raise OptionError(
             f"rank {choice.rank} is larger than every target",
             expected=f"at most {largest}, the largest smaller side of a target",
@@ -161,26 +161,32 @@ def _rank_notes(choice: Choice, targets: list[Target]) -> list[str]:
     first = clamped[0]
     return [
         f"rank {choice.rank} is larger than {len(clamped)} of {len(targets)} targets and is cut to their smaller side there "
-        f"(first: {first.tensor} {list(first.shape)}, rank {first.rank})"
+        f"(first: {first.key} {list(first.matrices[1:])}, rank {first.rank})"
     ]
 
 
 def _device_memory(target: Target, window: int) -> int:
     dtype = TORCH_DTYPES[target.dtype]
-    matrix = target.entries * dtype.itemsize
-    return _GPU_BASE_MEMORY + max(1, window // matrix) * (matrix + workspace_bytes(*target.shape, target.rank, dtype))
+    _, m, n = target.matrices
+    matrix = m * n * dtype.itemsize
+    return _GPU_BASE_MEMORY + max(1, window // matrix) * (matrix + workspace_bytes(m, n, target.rank, dtype))
 
 
 def _described_bytes(target: Target) -> int:
     """Upper estimate of what a target takes in headers, manifest and scales besides its numbers."""
-    return 8 * len(target.tensor) + 64 * target.rank + 4096
+    return 8 * len(target.key) + 4096 + target.matrices[0] * (64 * target.rank + 2048)
 
 
 def _peak_memory(target: Target, layout: Layout) -> int:
-    width = DTYPE_BITS[target.dtype] // 8
-    matrix = target.entries * width
-    # The one in work, the one read ahead; residuals: one being written, one behind it.
-    copies = 2 + (3 if layout == "residual" else 0)
-    working = workspace_bytes(*target.shape, target.rank, TORCH_DTYPES[target.dtype])
+    count, m, n = target.matrices
+    dtype = TORCH_DTYPES[target.dtype]
+    held = math.prod(target.shape) * dtype.itemsize  # all of the tensor, also where only a slice is meant
+    if target.at_a_time is not None:
+        held = held // count * min(count, target.at_a_time)
+    # The one in work, the one read ahead; residuals: one being written, one behind it; slices are cut out and put back.
+    copies = 2 + (3 if layout == "residual" else 0) + (2 if target.view.slice else 0)
+    # The factors of a stack are written when the last of its matrices is done.
+    factors = 2 * target.factor_bytes if count > 1 else 0
+    working = workspace_bytes(m, n, target.rank, dtype)
     blocks = _BLOCK_MEMORY * (os.cpu_count() or 1)
-    return int(_BASE_MEMORY + blocks + copies * matrix + working + target.entries * _CORRECTION_BYTES)
+    return int(_BASE_MEMORY + blocks + copies * held + working + factors + held // dtype.itemsize * _CORRECTION_BYTES)

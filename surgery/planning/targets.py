@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from dataclasses import dataclass
 from surgery.errors import OptionError
 from surgery.format.safetensors import TensorEntry
 from surgery.linalg.energy import check_energy
-from surgery.names import FACTORIZABLE_DTYPES
+from surgery.linalg.views import View
+from surgery.names import DTYPE_BITS, FACTORIZABLE_DTYPES, target_key
 
 _BLOCK_INDEX = re.compile(r"(^|\.)\d+\.")
 _EMBEDDING = re.compile(r"embed|^(wte|wpe|shared|relative_attention_bias)$|position")
@@ -25,13 +27,12 @@ _NO_WEIGHT = re.compile(r"^(A_log|D|dt_bias|inv_freq)$|_bias$|^bias$|rotary|freq
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A weight that will be factorized.
+    """A weight that will be factorized, or a slice of one.
 
     Attributes:
-        tensor, shard, dtype: as in the checkpoint.
-        shape: (m, n).
-        view: how the tensor is seen as matrices; ``matrix`` is the tensor itself.
-        rank: directions kept, at most min(m, n).
+        tensor, shard, dtype, shape: of the tensor, as in the checkpoint.
+        view: how it is seen as matrices.
+        rank: directions kept of each matrix, at most min(m, n).
         energy: share of the squared Frobenius norm to keep with as few directions as will do; ``rank`` is then the
             most. None: exactly ``rank``.
     """
@@ -39,18 +40,47 @@ class Target:
     tensor: str
     shard: str
     dtype: str
-    shape: tuple[int, int]
-    view: str
+    shape: tuple[int, ...]
+    view: View
     rank: int
     energy: float | None = None
 
     @property
+    def key(self) -> str:
+        """Its name among factors and scales."""
+        return target_key(self.tensor, self.view.slice.name if self.view.slice else None)
+
+    @property
+    def matrices(self) -> tuple[int, int, int]:
+        """(B, m, n)."""
+        return self.view.shape(self.shape)
+
+    @property
     def entries(self) -> int:
-        return self.shape[0] * self.shape[1]
+        return math.prod(self.matrices)
+
+    @property
+    def scales_shape(self) -> tuple[int, ...]:
+        """(k,), or (B, k) for a stack."""
+        return (self.matrices[0], self.rank) if self.view.kind == "stack" else (self.rank,)
+
+    @property
+    def trainable(self) -> int:
+        return math.prod(self.scales_shape)
 
     @property
     def factor_bytes(self) -> int:
-        return 4 * self.rank * (sum(self.shape) + 1)
+        count, m, n = self.matrices
+        return 4 * self.rank * count * (m + n + 1)
+
+    @property
+    def at_a_time(self) -> int | None:
+        """How many matrices of a stack are held at a time; None for one matrix."""
+        return self.view.at_a_time(self.shape, DTYPE_BITS[self.dtype] // 8)
+
+    def place(self, index: int) -> int | None:
+        """Which of a stack a matrix is; None for one matrix."""
+        return index if self.view.kind == "stack" else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +121,7 @@ def choose(entry: TensorEntry, shard: str, choice: Choice) -> Target | Skipped:
     if reason is not None:
         return Skipped(entry.name, shard, reason)
     m, n = entry.shape
-    return Target(entry.name, shard, entry.dtype, (m, n), "matrix", min(choice.rank, m, n), choice.energy)
+    return Target(entry.name, shard, entry.dtype, (m, n), View("matrix"), min(choice.rank, m, n), choice.energy)
 
 
 def _impossible(entry: TensorEntry) -> str | None:

@@ -137,6 +137,12 @@ def attach(model: nn.Module, factorized: str | Path) -> Scales:
 
 def _layer(model: nn.Module, target: TargetRecord) -> nn.Module:
     """The linear layer that a target is the weight of."""
+    if target.view != "matrix" or target.slice is not None:
+        raise OptionError(
+            f"{target.key!r} is no whole matrix, and cannot be attached",
+            got=target.view if target.slice is None else f"the slice {target.slice.name!r}",
+            hint="train its scales by other means, or factorize with --include for the layers that can be attached",
+        )
     name, _, last = target.tensor.rpartition(".")
     try:
         layer = model.get_submodule(name)
