@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from surgery.linalg.svd import Certificate, TruncatedSVD, truncated_svd
     from surgery.operations.factorize import factorize, plan
     from surgery.operations.fold import FoldReport, fold
+    from surgery.operations.verify import VerifyReport, verify
     from surgery.training.attach import Scales, attach
 
 _HOMES = {
@@ -35,6 +36,8 @@ _HOMES = {
     "fold": "surgery.operations.fold",
     "plan": "surgery.operations.factorize",
     "truncated_svd": "surgery.linalg.svd",
+    "VerifyReport": "surgery.operations.verify",
+    "verify": "surgery.operations.verify",
 }
 
 __all__ = [
@@ -44,6 +47,7 @@ __all__ = [
     "Scales",
     "SurgeryError",
     "TruncatedSVD",
+    "VerifyReport",
     "__version__",
     "attach",
     "energy_svd",
@@ -51,6 +55,7 @@ __all__ = [
     "fold",
     "plan",
     "truncated_svd",
+    "verify",
 ]
 
 

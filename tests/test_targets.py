@@ -118,7 +118,7 @@ def test_reasons(tmp_path: Path) -> None:
         "mlp.router.weight": "a router",
         "down_proj_bias": "no weight",
         "A_log": "no weight",
-        "conv.weight": "3-D",
+        "conv.weight": "a depthwise convolution",
         "one.weight": "a single row",
         "quantized.weight": "F8_E4M3",
         "table": "no weight of a linear layer",

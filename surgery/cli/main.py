@@ -180,14 +180,14 @@ def _totals(manifest: Manifest) -> dict[str, Any]:
 
 
 def _plan_text(steps: Plan) -> str:
-    most = "" if steps.choice.energy is None else "<= "
+    most = "at most " if any(target.energy is not None for target in steps.targets) else ""
     targets = table(
         ["target", "shape", "dtype", "rank"],
-        [[t.key, "x".join(map(str, t.shape)), t.dtype, f"{most}{t.rank}"] for t in steps.targets],
+        [[t.key, "x".join(map(str, t.shape)), t.dtype, f"{'' if t.energy is None else '<= '}{t.rank}"] for t in steps.targets],
     )
     skipped = table(["passed over", "reason"], [[s.tensor, s.reason] for s in steps.skipped], left=2)
     totals = [
-        f"{len(steps.targets)} targets, {'' if steps.choice.energy is None else 'at most '}{steps.trainable} trainable scales; "
+        f"{len(steps.targets)} targets, {most}{steps.trainable} trainable scales; "
         f"{len(steps.skipped)} tensors passed over",
         f"reads {size(steps.bytes_read)}, writes at most about {size(steps.bytes_written)}, "
         f"needs at most about {size(steps.peak_memory_bytes)} of memory"

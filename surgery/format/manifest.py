@@ -128,20 +128,25 @@ class SkippedRecord:
 
 @dataclass(frozen=True, slots=True)
 class SourceRecord:
-    """Where the weights came from. ``repo_id`` and ``commit`` are None for a local folder, whose path is private."""
+    """Where the weights came from. ``repo_id`` and ``commit`` are None for a local folder, whose path is private;
+    ``subfolder`` is None where the model is at the top."""
 
     kind: str
     repo_id: str | None
     commit: str | None
+    subfolder: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class OptionsRecord:
-    """The options that shape the result. With an energy, ``rank`` is the most directions of a target; without the
-    correction, residuals are not lossless."""
+    """The options that shape the result. ``rank``, ``energy`` and ``max_rank`` are None where the recipe or the defaults
+    decide; ``recipe`` is None where none applies; without the correction, residuals are not lossless."""
 
-    rank: int
+    rank: int | None
     energy: float | None
+    max_rank: int | None
+    recipe: str | None
+    split: bool | None
     correction: bool
     include: list[str]
     exclude: list[str]

@@ -32,9 +32,6 @@ from surgery.planning.targets import Choice
 from surgery.progress import Progress, Silent
 from surgery.source.model import Source, open_source
 
-DEFAULT_RANK = 16
-DEFAULT_MAX_RANK = 256
-
 
 def plan(
     model: str | Path,
@@ -44,14 +41,18 @@ def plan(
     max_rank: int | None = None,
     include: tuple[str, ...] | list[str] = (),
     exclude: tuple[str, ...] | list[str] = (),
-    layout: Layout = "residual",
+    recipe: str | Path | None = None,
+    split: bool | None = None,
+    layout: Layout | None = None,
     correction: bool = True,
     revision: str | None = None,
+    subfolder: str | None = None,
     device: str = "auto",
 ) -> Plan:
     """What ``factorize`` would do with the same arguments, from headers alone."""
-    choice = _choice(rank, energy, max_rank, include, exclude)
-    return _plan(open_source(model, revision=revision), choice, layout, correction, choose_device(device))
+    choice = _choice(rank, energy, max_rank, include, exclude, recipe, split)
+    source = open_source(model, revision=revision, subfolder=subfolder)
+    return _plan(source, choice, layout, correction, choose_device(device))
 
 
 def _choice(
@@ -60,21 +61,14 @@ def _choice(
     max_rank: int | None,
     include: tuple[str, ...] | list[str],
     exclude: tuple[str, ...] | list[str],
+    recipe: str | Path | None,
+    split: bool | None,
 ) -> Choice:
-    if rank is not None and energy is not None:
-        raise OptionError("a rank and an energy contradict each other", got=f"rank {rank}, energy {energy}")
-    if max_rank is not None and energy is None:
-        raise OptionError("a largest rank goes with an energy", got=f"max_rank {max_rank} without one", hint="--energy 0.5")
-    most = (DEFAULT_RANK if rank is None else rank) if energy is None else (DEFAULT_MAX_RANK if max_rank is None else max_rank)
-    return Choice(most, tuple(include), tuple(exclude), energy)
+    return Choice(rank, energy, max_rank, tuple(include), tuple(exclude), None if recipe is None else str(recipe), split)
 
 
-def _plan(source: Source, choice: Choice, layout: Layout, correction: bool, device: torch.device) -> Plan:
-    if layout == "overlay" and not correction:
-        raise OptionError(
-            "an overlay has no correction to leave out", hint="drop --no-correction: its weights stay as they are"
-        )
-    if layout not in LAYOUTS:
+def _plan(source: Source, choice: Choice, layout: Layout | None, correction: bool, device: torch.device) -> Plan:
+    if layout is not None and layout not in LAYOUTS:
         raise OptionError("unknown layout", got=layout, expected=" or ".join(LAYOUTS))
     return make_plan(source, choice, layout, device.type, correction=correction)
 
@@ -88,9 +82,12 @@ def factorize(
     max_rank: int | None = None,
     include: tuple[str, ...] | list[str] = (),
     exclude: tuple[str, ...] | list[str] = (),
-    layout: Layout = "residual",
+    recipe: str | Path | None = None,
+    split: bool | None = None,
+    layout: Layout | None = None,
     correction: bool = True,
     revision: str | None = None,
+    subfolder: str | None = None,
     seed: int = 0,
     tolerance: float = DEFAULT_TOLERANCE,
     device: str = "auto",
@@ -99,21 +96,26 @@ def factorize(
 ) -> Manifest:
     """Write the factorized form of a checkpoint (docs/format.md) and a file of scales, all ones.
 
-    Each target W (m, n) becomes U (m, k), s (k,), V (n, k), float32, and in the residual layout the residual
+    Each matrix W (m, n) of a target becomes U (m, k), s (k,), V (n, k), float32, and in the residual layout the residual
     ``round(W - U diag(s) V^T)`` in the dtype of W together with what makes W recoverable bit for bit. Shards are
     streamed: the memory needed is set by the largest target.
 
     Args:
         model: local folder or Hugging Face repo id.
         out: folder to write, empty or new.
-        rank: k, directions to keep of each target, at most the smaller side; 16 if neither it nor an energy is given.
+        rank: k, directions to keep of each matrix, at most the smaller side; 16 if neither it, nor an energy, nor the
+            recipe says anything.
         energy: keep as few directions of each target as hold this share of its squared Frobenius norm instead.
         max_rank: the most directions then; 256 if not given. Targets that would need more are named in a note.
         include, exclude: globs over tensor names, see ``surgery.planning.targets.Choice``.
-        layout: ``residual``, self-contained, or ``overlay``, factors only, the weights staying where they are.
+        recipe: name or file of a recipe (``surgery.planning.recipes``); the one of the model's family by default.
+        split: split fused weights into their projections, where the recipe knows them; as the recipe says by default.
+        layout: ``residual``, self-contained, or ``overlay``, factors only, the weights staying where they are; the
+            residual one by default, the overlay where targets are FP8.
         correction: with the residual layout, keep what makes it lossless: 0.06 to 0.15 bytes per weight. Without it a
             fold gives ``round(R + U diag(s g) V^T)``, in which some 8 to 18 % of the weights differ in their last bits.
         revision: of a hub model.
+        subfolder: of a folder or repository with several models, such as a diffusion pipeline.
         seed, tolerance: of the truncated SVD, see ``surgery.truncated_svd``.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; where the linear algebra runs.
         overwrite: replace an earlier result in ``out``.
@@ -129,8 +131,8 @@ def factorize(
     progress = progress or Silent()
     where = choose_device(device)
     check_accuracy(tolerance, seed)
-    source = open_source(model, revision=revision)
-    choice = _choice(rank, energy, max_rank, include, exclude)
+    source = open_source(model, revision=revision, subfolder=subfolder)
+    choice = _choice(rank, energy, max_rank, include, exclude, recipe, split)
     steps = _plan(source, choice, layout, correction, where)
     for note in steps.notes:
         progress.note(note)
@@ -142,7 +144,7 @@ def factorize(
 
     progress.start("factorizing", steps.bytes_read)
     shards, targets = [], []
-    settings = Settings(layout, correction, seed, tolerance, str(where))
+    settings = Settings(steps.layout, correction, seed, tolerance, str(where))
     try:
         # A shard from the hub is downloaded while the one before it is worked on.
         jobs = (
@@ -164,9 +166,11 @@ def factorize(
                 targets += shard_targets
     finally:
         progress.finish()
-    options = OptionsRecord(choice.rank, choice.energy, correction, list(include), list(exclude), seed, tolerance)
+    options = OptionsRecord(
+        rank, energy, max_rank, steps.recipe, split, correction, list(include), list(exclude), seed, tolerance
+    )
     manifest = _finish(source, steps, out, shards, targets, options, where)
-    for note in _accuracy_notes(targets, choice):
+    for note in _accuracy_notes(targets, steps):
         progress.note(note)
     return manifest
 
@@ -215,19 +219,19 @@ def _finish(
     return manifest
 
 
-def _accuracy_notes(targets: list[TargetRecord], choice: Choice) -> list[str]:
+def _accuracy_notes(targets: list[TargetRecord], steps: Plan) -> list[str]:
     notes = []
     failed = [target.key for target in targets if not target.converged]
     if failed:
         notes.append(f"the SVD of {len(failed)} targets did not reach the tolerance (first: {failed[0]}); see surgery inspect")
-    if choice.energy is not None:
-        short = [target for target in targets if target.energy < choice.energy and target.rank < min(target.matrices[1:])]
-        if short:
-            least = min(short, key=lambda target: target.energy)
-            notes.append(
-                f"{len(short)} of {len(targets)} targets hold less than {choice.energy:g} of their energy at rank "
-                f"{choice.rank}, the most allowed (least: {least.energy:g}, {least.key}); --max-rank allows more"
-            )
+    asked = {target.key: target.energy for target in steps.targets if target.energy is not None}
+    short = [t for t in targets if t.key in asked and t.energy < (asked[t.key] or 0) and t.rank < min(t.matrices[1:])]
+    if short:
+        least = min(short, key=lambda target: target.energy)
+        notes.append(
+            f"{len(short)} of {len(targets)} targets hold less than {asked[least.key]:g} of their energy at rank "
+            f"{least.rank}, the most allowed (least: {least.energy:g}, {least.key}); --max-rank allows more"
+        )
     return notes
 
 
@@ -237,8 +241,7 @@ def plan_as_json(steps: Plan) -> str:
         {
             "schema_version": 1,
             "layout": steps.layout,
-            "rank": steps.choice.rank,
-            "energy": steps.choice.energy,
+            "recipe": steps.recipe,
             "targets": [
                 {
                     "tensor": t.tensor,
@@ -249,6 +252,7 @@ def plan_as_json(steps: Plan) -> str:
                     "view": t.view.kind,
                     "matrices": list(t.matrices),
                     "rank": t.rank,
+                    "energy": t.energy,
                 }
                 for t in steps.targets
             ],
@@ -257,6 +261,7 @@ def plan_as_json(steps: Plan) -> str:
             "trainable": steps.trainable,
             "bytes_read": steps.bytes_read,
             "bytes_written": steps.bytes_written,
+            "temporary_bytes": steps.temporary_bytes,
             "peak_memory_bytes": steps.peak_memory_bytes,
             "device_memory_bytes": steps.device_memory_bytes,
         },

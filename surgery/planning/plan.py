@@ -7,10 +7,14 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from surgery.errors import FormatError, OptionError
 from surgery.format.safetensors import TORCH_DTYPES, Header
 from surgery.linalg.triplets import workspace_bytes
-from surgery.planning.targets import Choice, Skipped, Target, check_choice, choose, matches
+from surgery.planning.quantization import read_quantization
+from surgery.planning.recipes import Recipe, builtin_recipes, find_recipe, recipe_for_family
+from surgery.planning.targets import Choice, Model, Skipped, Target, check_choice, choose, matches
 from surgery.source.model import Source, check_index
 
 Layout = Literal["residual", "overlay"]
@@ -45,11 +49,13 @@ class Plan:
 
     Attributes:
         layout: ``residual`` or ``overlay``.
-        choice: rank and globs.
+        recipe: the name of the recipe that applies, asked for or by the model's family; None: the defaults for any model.
+        choice: what was asked for.
         shards: in the order they are worked on.
-        skipped: every tensor that is no target, with the reason.
+        skipped: every tensor without a target, with the reason.
         notes: what the user should know before the run.
         bytes_read, bytes_written: over the whole run; written is an upper estimate.
+        temporary_bytes: what a model from the hub still takes in its cache.
         window_bytes: how much of a shard is held at a time; one target if that is more.
         peak_memory_bytes: upper estimate of the host memory needed.
         device_memory_bytes: the same of a GPU's, 0 without one. With less, batches become smaller, and what does not
@@ -57,12 +63,14 @@ class Plan:
     """
 
     layout: Layout
+    recipe: str | None
     choice: Choice
     shards: tuple[ShardPlan, ...]
     skipped: tuple[Skipped, ...]
     notes: tuple[str, ...]
     bytes_read: int
     bytes_written: int
+    temporary_bytes: int
     window_bytes: int
     peak_memory_bytes: int
     device_memory_bytes: int
@@ -73,32 +81,51 @@ class Plan:
 
     @property
     def trainable(self) -> int:
-        """Number of trainable scales."""
+        """Number of trainable scales; the most where an energy decides."""
         return sum(target.trainable for target in self.targets)
 
 
 def make_plan(
-    source: Source, choice: Choice, layout: Layout = "residual", device: str = "cpu", *, correction: bool = True
+    source: Source, choice: Choice, layout: Layout | None = None, device: str = "cpu", *, correction: bool = True
 ) -> Plan:
     """Plan a factorization, on a kind of device (``cpu``, ``cuda``, ``mps``), without reading a weight.
 
+    Without a layout it is the residual one, or the overlay where a target is quantized.
+
     Raises:
         OptionError: the choice makes no sense for this model, or selects nothing.
-        FormatError: the headers contradict each other or the index.
+        SourceError: the model is quantized in a way that is not supported.
+        FormatError: the headers contradict each other, the index or the config.
     """
     headers = {shard: source.header(shard) for shard in source.selection.shards}
     check_index(source, headers)
     names = _all_names(headers, source.name)
     check_choice(choice, names)
+    config = source.config()
+    recipe = find_recipe(choice.recipe) if choice.recipe is not None else recipe_for_family(config)
+    model = Model(config, recipe, read_quantization(config, headers, source.name))
     shards, skipped = [], []
     for file, header in headers.items():
-        fates = [choose(entry, file, choice) for entry in header.tensors]
-        targets = tuple(fate for fate in fates if isinstance(fate, Target))
-        skipped += [fate for fate in fates if isinstance(fate, Skipped)]
-        shards.append(ShardPlan(file, source.size(file), header, targets))
+        targets: list[Target] = []
+        for entry in header.tensors:
+            fate = choose(entry, file, choice, model)
+            if isinstance(fate, Skipped):
+                skipped.append(fate)
+            else:
+                targets += fate
+        shards.append(ShardPlan(file, source.size(file), header, tuple(targets)))
     every = [target for shard in shards for target in shard.targets]
     if not every:
-        raise _nothing_selected(source.name, choice, skipped)
+        raise _nothing_selected(source.name, choice, recipe, skipped)
+    if choice.max_rank is not None and not any(target.energy is not None for target in every):
+        raise OptionError(
+            "a largest rank goes with an energy", got=f"max-rank {choice.max_rank} without one", hint="--energy 0.5"
+        )
+    layout = _layout(layout, every)
+    if layout == "overlay" and not correction:
+        raise OptionError(
+            "an overlay has no correction to leave out", hint="drop --no-correction: its weights stay as they are"
+        )
     weights = sum(shard.size for shard in shards)
     others = sum(source.size(file) for file in source.selection.others)
     factors = sum(target.factor_bytes + _described_bytes(target) for target in every)
@@ -106,20 +133,36 @@ def make_plan(
     if layout == "residual":
         written += weights + (int(_CORRECTION_BYTES * sum(target.entries for target in every)) if correction else 0)
     window = GPU_WINDOW_BYTES if device == "cuda" else 0
+    download = source.bytes_to_fetch()
     return Plan(
         layout=layout,
+        recipe=recipe.name if recipe else None,
         choice=choice,
         shards=tuple(shards),
         skipped=tuple(skipped),
-        notes=tuple(_rank_notes(choice, every)),
+        notes=(*_rank_notes(every), *_recipe_notes(choice, recipe, names), *_split_notes(choice, every)),
         bytes_read=weights,
         bytes_written=written,
+        temporary_bytes=download[1] if download else 0,
         window_bytes=window,
         # Of a window: the weights; for the residual layout as many residuals, and corrections; the factors.
         peak_memory_bytes=int(window * (2.25 if layout == "residual" else 1.1))
         + max(_peak_memory(target, layout) for target in every),
         device_memory_bytes=max(_device_memory(target, window) for target in every) if device == "cuda" else 0,
     )
+
+
+def _layout(asked: Layout | None, targets: list[Target]) -> Layout:
+    quantized = [target for target in targets if target.scaled is not None]
+    if not quantized:
+        return asked or "residual"
+    if asked == "residual":
+        raise OptionError(
+            f"{len(quantized)} of {len(targets)} targets are FP8, which has no residual layout",
+            got=f"{quantized[0].tensor}, {quantized[0].dtype}",
+            hint="--layout overlay: the weights stay as they are, and the factors are those of the dequantized weights",
+        )
+    return "overlay"
 
 
 def _all_names(headers: dict[str, Header], model: str) -> list[str]:
@@ -132,44 +175,72 @@ def _all_names(headers: dict[str, Header], model: str) -> list[str]:
     return list(owner)
 
 
-def _nothing_selected(model: str, choice: Choice, skipped: list[Skipped]) -> OptionError:
+def _nothing_selected(model: str, choice: Choice, recipe: Recipe | None, skipped: list[Skipped]) -> OptionError:
     if choice.include:
         asked = [f"{s.tensor} ({s.reason})" for s in skipped if matches(s.tensor, choice.include)]
         return OptionError(f"nothing that --include matches in {model} can be factorized", got="; ".join(asked[:5]))
     matrices = [s for s in skipped if not s.reason.startswith(("a vector", "no floating"))]
     near = [f"{s.tensor} ({s.reason})" for s in matrices[:5]]
+    if recipe is not None:
+        return OptionError(
+            f"the recipe {recipe.name} takes no tensor of {model}",
+            got="; ".join(near) or f"{len(skipped)} tensors, none of them a matrix of floating-point numbers",
+            hint="surgery recipes lists the others; --include GLOB takes any weight by name",
+        )
     return OptionError(
         f"no tensor of {model} is a target",
         got="; ".join(near) or f"{len(skipped)} tensors, none of them a matrix of floating-point numbers",
         expected="weights of linear layers inside transformer blocks",
-        hint="--include GLOB takes any matrix by name" if matrices else None,
+        hint="--include GLOB takes any weight by name" if matrices else None,
     )
 
 
-def _rank_notes(choice: Choice, targets: list[Target]) -> list[str]:
-    if choice.energy is not None:
-        return []
-    clamped = [target for target in targets if target.rank < choice.rank]
+def _rank_notes(targets: list[Target]) -> list[str]:
+    exact = [target for target in targets if target.energy is None]
+    clamped = [target for target in exact if target.rank < target.asked]
     if not clamped:
         return []
+    first = clamped[0]
     if len(clamped) == len(targets):
         largest = max(min(target.matrices[1:]) for target in targets)
         raise OptionError(
-            f"rank {choice.rank} is larger than every target",
+            f"rank {first.asked} is larger than every target",
             expected=f"at most {largest}, the largest smaller side of a target",
         )
-    first = clamped[0]
     return [
-        f"rank {choice.rank} is larger than {len(clamped)} of {len(targets)} targets and is cut to their smaller side there "
+        f"rank {first.asked} is larger than {len(clamped)} of {len(targets)} targets and is cut to their smaller side there "
         f"(first: {first.key} {list(first.matrices[1:])}, rank {first.rank})"
     ]
 
 
+def _recipe_notes(choice: Choice, recipe: Recipe | None, names: list[str]) -> list[str]:
+    """Rules that match nothing, in a recipe of the user's own: probably a slip."""
+    if recipe is None or choice.recipe is None or choice.recipe in builtin_recipes():
+        return []
+    used = {id(rule) for name in names if (rule := recipe.rule_for(name))}
+    return [
+        f"recipe {recipe.name}: rule {i + 1} ({rule.text}) decides on no tensor of this model"
+        for i, rule in enumerate(recipe.rules)
+        if id(rule) not in used
+    ]
+
+
+def _split_notes(choice: Choice, targets: list[Target]) -> list[str]:
+    if not choice.split or any(target.view.slice for target in targets):
+        return []
+    return ["--split changes nothing here: no target is known to fuse several projections"]
+
+
 def _device_memory(target: Target, window: int) -> int:
-    dtype = TORCH_DTYPES[target.dtype]
+    dtype = _working_dtype(target)
     _, m, n = target.matrices
     matrix = m * n * dtype.itemsize
     return _GPU_BASE_MEMORY + max(1, window // matrix) * (matrix + workspace_bytes(m, n, target.rank, dtype))
+
+
+def _working_dtype(target: Target) -> torch.dtype:
+    """In which a weight reaches the SVD: its own, or float32 where it is quantized."""
+    return torch.float32 if target.scaled is not None else TORCH_DTYPES[target.dtype]
 
 
 def _described_bytes(target: Target) -> int:
@@ -179,7 +250,7 @@ def _described_bytes(target: Target) -> int:
 
 def _peak_memory(target: Target, layout: Layout) -> int:
     count, m, n = target.matrices
-    dtype = TORCH_DTYPES[target.dtype]
+    dtype = _working_dtype(target)
     held = math.prod(target.shape) * dtype.itemsize  # all of the tensor, also where only a slice is meant
     if target.at_a_time is not None:
         held = held // count * min(count, target.at_a_time)

@@ -1,4 +1,4 @@
-"""Which tensors are factorized, and why the others are not: a pure function of names, dtypes and shapes."""
+"""Which tensors are factorized, how they are seen, and why the others are not: a pure function of headers and config."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ import difflib
 import fnmatch
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from surgery.errors import OptionError
 from surgery.format.safetensors import TensorEntry
 from surgery.linalg.energy import check_energy
-from surgery.linalg.views import View
+from surgery.linalg.views import Kind, View
 from surgery.names import DTYPE_BITS, FACTORIZABLE_DTYPES, target_key
+from surgery.planning.fused import slices_of
+from surgery.planning.quantization import Scaled
+from surgery.planning.recipes import Recipe, Rule
+
+DEFAULT_RANK = 16
+DEFAULT_MAX_RANK = 256
 
 _BLOCK_INDEX = re.compile(r"(^|\.)\d+\.")
 _EMBEDDING = re.compile(r"embed|^(wte|wpe|shared|relative_attention_bias)$|position")
@@ -22,7 +29,8 @@ _HEAD = frozenset(
     {"lm_head", "head", "heads", "score", "classifier", "embed_out", "cls", "qa_outputs", "output_layer", "pooler"}
 )
 _ROUTER = frozenset({"router", "gate", "shared_expert_gate", "wg"})
-_NO_WEIGHT = re.compile(r"^(A_log|D|dt_bias|inv_freq)$|_bias$|^bias$|rotary|freqs")
+_NO_WEIGHT = re.compile(r"^(A_log|D|dt_bias|inv_freq)$|_bias$|^bias$|rotary|freqs|_scale(_inv)?$")
+_EXPERTS = re.compile(r"(^|[._])(experts?|moe)([._]|$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +43,8 @@ class Target:
         rank: directions kept of each matrix, at most min(m, n).
         energy: share of the squared Frobenius norm to keep with as few directions as will do; ``rank`` is then the
             most. None: exactly ``rank``.
+        asked: the rank before it was cut to the matrix.
+        scaled: where the scales of an FP8 weight are; None for a weight that is not quantized.
     """
 
     tensor: str
@@ -43,7 +53,9 @@ class Target:
     shape: tuple[int, ...]
     view: View
     rank: int
-    energy: float | None = None
+    energy: float | None
+    asked: int
+    scaled: Scaled | None = None
 
     @property
     def key(self) -> str:
@@ -76,7 +88,8 @@ class Target:
     @property
     def at_a_time(self) -> int | None:
         """How many matrices of a stack are held at a time; None for one matrix."""
-        return self.view.at_a_time(self.shape, DTYPE_BITS[self.dtype] // 8)
+        # What is quantized is worked on in float32.
+        return self.view.at_a_time(self.shape, 4 if self.scaled else DTYPE_BITS[self.dtype] // 8)
 
     def place(self, index: int) -> int | None:
         """Which of a stack a matrix is; None for one matrix."""
@@ -94,69 +107,148 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What the user asks for.
+    """What the user asks for; what is None is left to the recipe, and then to the defaults.
 
     Attributes:
         rank: directions to keep of each matrix.
-        energy: keep this share of each matrix instead, with at most ``rank`` directions.
-        include: globs over tensor names. If any are given, exactly the matrices they match are taken, embeddings
-            and heads too.
+        energy: keep this share of each matrix instead, with at most ``max_rank`` directions.
+        max_rank: see ``energy``.
+        include: globs over tensor names. If any are given, exactly the weights they match are taken, embeddings, heads
+            and convolutions too.
         exclude: globs over tensor names that are never taken.
+        recipe: name or file of a recipe; None: the one of the model's family, if there is one.
+        split: whether fused weights are split into their projections.
     """
 
-    rank: int
+    rank: int | None = None
+    energy: float | None = None
+    max_rank: int | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    energy: float | None = None
+    recipe: str | None = None
+    split: bool | None = None
 
 
-def choose(entry: TensorEntry, shard: str, choice: Choice) -> Target | Skipped:
-    """The fate of one tensor."""
-    impossible = _impossible(entry)
-    if impossible is not None:
-        return Skipped(entry.name, shard, impossible)
-    reason = (None if matches(entry.name, choice.include) else "not matched by --include") if choice.include else _role(entry)
-    if reason is None and matches(entry.name, choice.exclude):
-        reason = "matched by --exclude"
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What choosing targets needs to know of a model besides a tensor's entry.
+
+    Attributes:
+        config: its ``config.json``, empty if there is none.
+        recipe: the one that applies, if any.
+        quantized: FP8 weight -> where its scales are.
+    """
+
+    config: Mapping[str, Any]
+    recipe: Recipe | None
+    quantized: Mapping[str, Scaled]
+
+
+def choose(entry: TensorEntry, shard: str, choice: Choice, model: Model) -> list[Target] | Skipped:
+    """The fate of one tensor: a target, one for each slice of a fused weight that is split, or none, and why."""
+    rule = model.recipe.rule_for(entry.name) if model.recipe else None
+    reason = _impossible(entry, model) or _unwanted(entry, choice, model, rule)
     if reason is not None:
         return Skipped(entry.name, shard, reason)
-    m, n = entry.shape
-    return Target(entry.name, shard, entry.dtype, (m, n), View("matrix"), min(choice.rank, m, n), choice.energy)
+    kind = (rule.view if rule else None) or _kind(entry)
+    try:
+        _, m, n = View(kind).shape(entry.shape)
+    except ValueError as error:
+        return Skipped(entry.name, shard, str(error))
+    if min(m, n) < 2:
+        return Skipped(entry.name, shard, "a single row or column")
+    if kind == "convolution" and entry.shape[1] == 1:
+        return Skipped(entry.name, shard, "a depthwise convolution")
+    views = [View(kind)]
+    if rule is not None and rule.slices and _wants_split(choice, model, rule):
+        views = [View(kind, part) for part in slices_of(rule, (m, n), model.config, entry.name)]
+    rank, energy = _extent(choice, rule)
+    scaled = model.quantized.get(entry.name)
+    targets = []
+    for view in views:
+        smaller = min(view.shape(entry.shape)[1:])
+        if smaller > 1:
+            targets.append(Target(entry.name, shard, entry.dtype, entry.shape, view, min(rank, smaller), energy, rank, scaled))
+    return targets or Skipped(entry.name, shard, "slices of a single row or column")
 
 
-def _impossible(entry: TensorEntry) -> str | None:
+def _wants_split(choice: Choice, model: Model, rule: Rule) -> bool:
+    if choice.split is not None:
+        return choice.split
+    return rule.split if rule.split is not None else model.recipe is not None and model.recipe.split
+
+
+def _extent(choice: Choice, rule: Rule | None) -> tuple[int, float | None]:
+    """Rank and energy: the command line's, else the rule's, else the defaults. With an energy the rank is the most."""
+    if choice.rank is not None:
+        return choice.rank, None
+    own = rule or Rule("", ())
+    energy = own.energy if choice.energy is None and own.rank is None else choice.energy
+    if energy is None:
+        return own.rank or DEFAULT_RANK, None
+    return choice.max_rank or own.max_rank or DEFAULT_MAX_RANK, energy
+
+
+def _impossible(entry: TensorEntry, model: Model) -> str | None:
     """Why a tensor can never be a target, whatever is asked for."""
-    if entry.dtype not in FACTORIZABLE_DTYPES:
+    if entry.dtype not in FACTORIZABLE_DTYPES and entry.name not in model.quantized:
         if entry.dtype.startswith(("F", "C")):
             return f"dtype {entry.dtype} is not supported"
         return f"no floating-point weight ({entry.dtype})"
     if len(entry.shape) < 2:
         return "a vector (norm, bias)"
-    if len(entry.shape) > 2:
-        return f"a {len(entry.shape)}-D tensor is not supported (stacked experts, convolution)"
     if _NO_WEIGHT.search(entry.name.split(".")[-1]):
-        return "no weight (bias, state or table)"
-    if min(entry.shape) < 2:
-        return "a single row or column"
+        return "no weight (bias, state, table or scale)"
+    if _tied(entry, model):
+        return "tied to the input embedding"
     return None
+
+
+def _tied(entry: TensorEntry, model: Model) -> bool:
+    """An output head that a loader replaces by the embedding, whatever the file holds."""
+    return bool(model.config.get("tie_word_embeddings")) and entry.name in ("lm_head.weight", "embed_out.weight")
+
+
+def _unwanted(entry: TensorEntry, choice: Choice, model: Model, rule: Rule | None) -> str | None:
+    if matches(entry.name, choice.exclude):
+        return "matched by --exclude"
+    if choice.include:
+        return None if matches(entry.name, choice.include) else "not matched by --include"
+    if rule is not None:
+        return rule.skip
+    reason = _role(entry)
+    if model.recipe is not None:
+        return reason or f"not in the recipe {model.recipe.name}"
+    return reason
 
 
 def _role(entry: TensorEntry) -> str | None:
-    """Why a matrix is no target unless it is asked for: it is not a linear layer of a transformer block."""
+    """Why a tensor is no target unless it is asked for: it is not a linear layer of a transformer block."""
     *modules, last = entry.name.split(".")
-    if last != "weight":
+    owner = modules[-1] if modules else ""
+    experts = bool(_EXPERTS.search(entry.name))
+    if last != "weight" and not experts:
         return "no weight of a linear layer"
     if any(_EMBEDDING.search(part) for part in modules):
         return "an embedding"
-    if any(_NORM.search(part) for part in modules):
+    if _NORM.search(owner):
         return "a norm"
-    if "router" in modules or (modules and modules[-1] in _ROUTER):
+    if "router" in modules or owner in _ROUTER:
         return "a router"
     if _HEAD.intersection(modules):
         return "an output head"
+    if len(entry.shape) > 2 and not experts:
+        return "a depthwise convolution" if entry.shape[1] == 1 else "a convolution"
     if not _BLOCK_INDEX.search(entry.name):
         return "outside the transformer blocks"
     return None
+
+
+def _kind(entry: TensorEntry) -> Kind:
+    """How a tensor is seen if no rule says it."""
+    if len(entry.shape) == 2:
+        return "matrix"
+    return "stack" if len(entry.shape) == 3 and _EXPERTS.search(entry.name) else "convolution"
 
 
 def matches(name: str, globs: Sequence[str]) -> bool:
@@ -165,15 +257,18 @@ def matches(name: str, globs: Sequence[str]) -> bool:
 
 
 def check_choice(choice: Choice, names: list[str]) -> None:
-    """Refuse a rank below 1 and globs that match no tensor.
+    """Refuse options that contradict each other, a rank below 1 and globs that match no tensor.
 
     Raises:
-        OptionError: with the nearest names.
+        OptionError: for a glob with the nearest names.
     """
+    if choice.rank is not None and choice.energy is not None:
+        raise OptionError("a rank and an energy contradict each other", got=f"rank {choice.rank}, energy {choice.energy}")
     if choice.energy is not None:
-        check_energy(choice.energy, choice.rank)
-    if choice.rank < 1:
-        raise OptionError("the rank must be at least 1", got=choice.rank, hint="--rank 16")
+        check_energy(choice.energy, 1)
+    for option, number in (("rank", choice.rank), ("max-rank", choice.max_rank)):
+        if number is not None and number < 1:
+            raise OptionError(f"the {option} must be at least 1", got=number, hint=f"--{option} 16")
     for option, globs in (("--include", choice.include), ("--exclude", choice.exclude)):
         for glob in globs:
             if not fnmatch.filter(names, glob):

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import huggingface_hub
@@ -14,7 +15,7 @@ from huggingface_hub import DryRunFileInfo, errors
 from surgery.errors import FormatError, SourceError
 from surgery.format.manifest import SourceRecord
 from surgery.format.safetensors import Header, ShardReader, header_from_json
-from surgery.source.model import FolderSource, Source
+from surgery.source.model import FolderSource, Source, check_subfolder, read_config
 from surgery.source.select import select_files
 
 _OFFLINE_HINT = "connect to the network, or fetch the model once while online: hf download"
@@ -56,7 +57,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def open_hub(repo_id: str, revision: str | None) -> Source:
+def open_hub(repo_id: str, revision: str | None, subfolder: str | None = None) -> Source:
     """Pin a hub model to a commit and list its files; from the local cache where the hub cannot be reached.
 
     Raises:
@@ -64,7 +65,8 @@ def open_hub(repo_id: str, revision: str | None) -> Source:
     """
     with _explained(repo_id):
         commit = huggingface_hub.HfApi().resolve_revision(repo_id, revision=revision).resolved
-        record = SourceRecord("hub", repo_id, commit)
+        inside = None if subfolder is None else check_subfolder(subfolder)
+        record = SourceRecord("hub", repo_id, commit, inside)
         try:
             files = huggingface_hub.snapshot_download(repo_id, revision=commit, dry_run=True)
         except errors.DryRunError as error:
@@ -74,36 +76,58 @@ def open_hub(repo_id: str, revision: str | None) -> Source:
         return HubSource(repo_id, commit, record, files)
 
 
+def _named(repo_id: str, record: SourceRecord) -> str:
+    return repo_id if record.subfolder is None else f"{repo_id}/{record.subfolder}"
+
+
 def _cached(repo_id: str, commit: str, record: SourceRecord) -> FolderSource:
     """The snapshot in the cache, which may hold only the files that a loader once asked for."""
     try:
         path = huggingface_hub.snapshot_download(repo_id, revision=commit, local_files_only=True)
     except errors.IncompleteSnapshotError as error:
         path = error.snapshot_path
-    return FolderSource(Path(path), name=repo_id, record=record)
+    root = Path(path) / (record.subfolder or "")
+    if not root.is_dir():
+        raise SourceError(f"{repo_id} has no subfolder {record.subfolder!r} in the local cache", hint=_OFFLINE_HINT)
+    return FolderSource(root, name=_named(repo_id, record), record=record)
 
 
 class HubSource:
-    """A model on the hub at one commit. Files come through the hub's own cache."""
+    """A model on the hub at one commit. Files come through the hub's own cache; their names are relative to the model,
+    which may lie in a subfolder of the repository."""
 
     def __init__(self, repo_id: str, commit: str, record: SourceRecord, files: list[DryRunFileInfo]) -> None:
-        self.name = repo_id
+        self.name = _named(repo_id, record)
         self.record = record
+        self._repo_id = repo_id
         self._commit = commit
-        self._files = {file.filename: file for file in files}
-        self.selection = select_files(list(self._files), lambda file: self.fetch(file).read_text("utf-8"), where=repo_id)
+        self._prefix = "" if record.subfolder is None else f"{record.subfolder}/"
+        self._files = {
+            file.filename.removeprefix(self._prefix): file for file in files if file.filename.startswith(self._prefix)
+        }
+        if not self._files:
+            folders = sorted(
+                {file.filename.rpartition("/")[0] for file in files if file.filename.endswith(".safetensors")} - {""}
+            )
+            raise SourceError(
+                f"{repo_id} has no subfolder {record.subfolder!r}", expected=", ".join(folders) or "a model without subfolders"
+            )
+        self.selection = select_files(list(self._files), lambda file: self.fetch(file).read_text("utf-8"), where=self.name)
 
     def size(self, file: str) -> int:
         return self._files[file].file_size or 0
 
+    def config(self) -> dict[str, Any]:
+        return read_config(self)
+
     def header(self, shard: str) -> Header:
-        name = f"{self.name}/{shard}"
-        cached = huggingface_hub.try_to_load_from_cache(self.name, shard, revision=self._commit)
+        name, file = f"{self.name}/{shard}", self._prefix + shard
+        cached = huggingface_hub.try_to_load_from_cache(self._repo_id, file, revision=self._commit)
         if isinstance(cached, str):
             with ShardReader(Path(cached), name=name) as reader:
                 return reader.header
-        with _explained(self.name):
-            parsed = huggingface_hub.HfApi().parse_safetensors_file_metadata(self.name, shard, revision=self._commit)
+        with _explained(self._repo_id):
+            parsed = huggingface_hub.HfApi().parse_safetensors_file_metadata(self._repo_id, file, revision=self._commit)
         tensors = {
             tensor: {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
             for tensor, info in parsed.tensors.items()
@@ -118,8 +142,8 @@ class HubSource:
         return header
 
     def fetch(self, file: str) -> Path:
-        with _explained(self.name):
-            return Path(huggingface_hub.hf_hub_download(self.name, file, revision=self._commit))
+        with _explained(self._repo_id):
+            return Path(huggingface_hub.hf_hub_download(self._repo_id, self._prefix + file, revision=self._commit))
 
     def folder(self) -> Path | None:
         return None

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from surgery.errors import FormatError, SourceError
+from surgery.format.files import check_relative_path, read_json_object
 from surgery.format.manifest import SourceRecord
 from surgery.format.safetensors import Header, ShardReader
+from surgery.names import CONFIG_FILE
 from surgery.source.select import Selection, index_entries, select_files
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -29,6 +31,9 @@ class Source(Protocol):
 
     def size(self, file: str) -> int:
         """Bytes of one of its files."""
+
+    def config(self) -> dict[str, Any]:
+        """Its ``config.json``; empty if it has none."""
 
     def header(self, shard: str) -> Header:
         """The header of a weight file, without its weights where that can be had."""
@@ -56,6 +61,9 @@ class FolderSource:
     def size(self, file: str) -> int:
         return (self._root / file).stat().st_size
 
+    def config(self) -> dict[str, Any]:
+        return read_config(self)
+
     def header(self, shard: str) -> Header:
         with ShardReader(self._root / shard, name=f"{self.name}/{shard}") as reader:
             return reader.header
@@ -70,12 +78,13 @@ class FolderSource:
         return None
 
 
-def open_source(model: str | Path, *, revision: str | None = None) -> Source:
+def open_source(model: str | Path, *, revision: str | None = None, subfolder: str | None = None) -> Source:
     """The model that a user means: a local folder if there is one of that name, else a hub id.
 
     Args:
         model: path or ``owner/name``.
         revision: branch, tag or commit of a hub model; pinned to a commit at once.
+        subfolder: of a folder or repository that holds several models, such as a diffusion pipeline.
 
     Raises:
         SourceError: not there, not reachable, or no model.
@@ -85,7 +94,7 @@ def open_source(model: str | Path, *, revision: str | None = None) -> Source:
     if str(model) and path.is_dir():
         if revision is not None:
             raise SourceError(f"{model} is a local folder: it has no revisions", hint="leave --revision out")
-        return FolderSource(path, name=str(model))
+        return _open_folder(path, str(model), subfolder)
     if path.is_file():
         raise SourceError(
             f"{model} is a file", expected="the folder that holds it, with its config.json", hint=f"give {path.parent}"
@@ -96,7 +105,33 @@ def open_source(model: str | Path, *, revision: str | None = None) -> Source:
         )
     from surgery.source.hub import open_hub  # the hub client is slow to import and not needed for folders
 
-    return open_hub(str(model), revision)
+    return open_hub(str(model), revision, subfolder)
+
+
+def _open_folder(path: Path, name: str, subfolder: str | None) -> FolderSource:
+    if subfolder is None:
+        return FolderSource(path, name=name)
+    inside = path / check_subfolder(subfolder)
+    if not inside.is_dir():
+        models = sorted({file.parent.relative_to(path).as_posix() for file in path.rglob("*.safetensors")} - {"."})
+        raise SourceError(
+            f"{name} has no subfolder {subfolder!r}",
+            expected=", ".join(models) or "a model without subfolders",
+            hint="--subfolder",
+        )
+    return FolderSource(inside, name=f"{name}/{subfolder}", record=SourceRecord("folder", None, None, subfolder))
+
+
+def check_subfolder(subfolder: str) -> str:
+    """``subfolder`` without slashes around it, if it stays inside."""
+    return check_relative_path(subfolder.strip("/"), "--subfolder")
+
+
+def read_config(source: Source) -> dict[str, Any]:
+    """The ``config.json`` among a source's files; empty if there is none."""
+    if CONFIG_FILE not in source.selection.others:
+        return {}
+    return read_json_object(source.fetch(CONFIG_FILE), f"{source.name}/{CONFIG_FILE}")
 
 
 def check_index(source: Source, headers: dict[str, Header]) -> None:

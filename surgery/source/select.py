@@ -81,6 +81,13 @@ def select_files(names: list[str], read_text: Callable[[str], str], *, where: st
                 got=", ".join(pickles[:3]),
                 hint="convert it once: AutoModel.from_pretrained(MODEL).save_pretrained(FOLDER) writes safetensors",
             )
+        folders = sorted({name.rpartition("/")[0] for name in others if name.endswith(".safetensors")})
+        if folders:
+            raise SourceError(
+                f"{where} has no weights at its top, but in its subfolders",
+                got=", ".join(folders),
+                hint=f"take one of them: --subfolder {_likely(folders)}",
+            )
         raise SourceError(
             f"{where} has no safetensors weights", got=", ".join(sorted(names)[:5]) or "no files", expected="*.safetensors"
         )
@@ -92,6 +99,11 @@ def select_files(names: list[str], read_text: Callable[[str], str], *, where: st
             others.remove(name)
             left_out[name] = f"not among the weights that {index or shards[0]} stands for"
     return Selection(tuple(shards), index, tuple(others), left_out)
+
+
+def _likely(folders: list[str]) -> str:
+    """Of a diffusion pipeline the part that people fine-tune."""
+    return next((name for name in ("transformer", "unet") if name in folders), folders[0])
 
 
 def _shards(

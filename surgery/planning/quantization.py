@@ -1,0 +1,154 @@
+"""What a model's quantization means for it: FP8 with block scales is read, everything else is refused by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from surgery.errors import FormatError, SourceError
+from surgery.format.safetensors import Header, TensorEntry
+
+FP8 = "F8_E4M3"
+SCALE_SUFFIX = "_scale_inv"
+_SCALE_DTYPES = ("F32", "F16", "BF16", "F8_E8M0")
+
+_DENSE = "factorize the publisher's unquantized model, and fold into that"
+
+#: What to do instead, by ``quant_method``. What transformers can turn back is named; for the rest there is no way back.
+_INSTEAD = {
+    "mxfp4": "load it with Mxfp4Config(dequantize=True), save_pretrained(FOLDER, save_original_format=False), factorize that",
+    "bitsandbytes": "load it with transformers, call model.dequantize(), save_pretrained(FOLDER), factorize that",
+    "higgs": "load it with transformers, call model.dequantize(), save_pretrained(FOLDER), factorize that",
+    "compressed-tensors": "load it with CompressedTensorsConfig(dequantize=True), save_pretrained(FOLDER), factorize that",
+    "mxfp8": "load it with its config's dequantize=True in bfloat16, save_pretrained(FOLDER), factorize that",
+    "metal": "load it with MetalConfig(dequantize=True), save_pretrained(FOLDER), factorize that",
+}
+
+#: Names that only quantized checkpoints have, where ``config.json`` says nothing.
+_TRACES = (
+    (re.compile(r".*\.(qweight|qzeros|g_idx)"), "gptq or awq"),
+    (re.compile(r".*\.(weight_packed|weight_global_scale|weight_shape)"), "compressed-tensors"),
+    (re.compile(r".*\.weight\.(absmax|quant_map|quant_state\..*|nested_absmax)|.*\.SCB"), "bitsandbytes"),
+    (re.compile(r".*_blocks"), "mxfp4"),
+    (re.compile(r".*\.(W_q|codebooks|qbiases)"), "hqq, aqlm or mlx"),
+)
+_SCALE_LIKE = re.compile(r"(\.|_)(weight_scale(_2|_inv)?|scale_weight|qscale_weight|scale_inv|scale)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """Where the scales of an FP8 weight are.
+
+    Attributes:
+        scale: the name of the tensor that holds them.
+        shard: the file it is in, which may be another than the weight's.
+        block: rows and columns that share a scale; None where the whole weight has one.
+    """
+
+    scale: str
+    shard: str
+    block: tuple[int, int] | None
+
+
+def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The quantization that ``config.json`` names, wherever it stands."""
+    parts = [config, *(config[part] for part in ("text_config", "language_config") if isinstance(config.get(part), dict))]
+    for part in parts:
+        for key in ("quantization_config", "compression_config"):
+            if isinstance(part.get(key), dict):
+                found: Mapping[str, Any] = part[key]
+                return found
+    return None
+
+
+def read_quantization(config: Mapping[str, Any], headers: Mapping[str, Header], model: str) -> dict[str, Scaled]:
+    """The FP8 weights of a model and where their scales are; nothing for a model that is not quantized.
+
+    Raises:
+        SourceError: it is quantized in a way that is not supported; says what to do instead.
+        FormatError: an FP8 weight without its scales, or with scales that do not fit it.
+    """
+    where = {entry.name: (entry, shard) for shard, header in headers.items() for entry in header.tensors}
+    described = quantization_of(config)
+    if described is None:
+        _refuse_traces(where, model)
+        return {}
+    method = _method(described)
+    if method != "fp8":
+        raise SourceError(
+            f"{model} is quantized with {method}, which is not supported",
+            got=f"quant_method {method!r} in config.json",
+            expected="bfloat16, float16, float32, or FP8 with block scales (quant_method 'fp8')",
+            hint=_INSTEAD.get(method, _DENSE),
+        )
+    block = _block(described, model)
+    return {
+        name: _scaled(entry, where, block, model)
+        for name, (entry, _) in where.items()
+        if entry.dtype == FP8 and len(entry.shape) >= 2
+    }
+
+
+def _method(described: Mapping[str, Any]) -> str:
+    method = described.get("quant_method")
+    if method is None and (described.get("load_in_4bit") or described.get("load_in_8bit")):
+        return "bitsandbytes"
+    return str(method).lower()
+
+
+def _block(described: Mapping[str, Any], model: str) -> tuple[int, int] | None:
+    block = described.get("weight_block_size", [128, 128])
+    if block is None:
+        return None
+    if not (isinstance(block, list) and len(block) == 2 and all(isinstance(size, int) and size > 0 for size in block)):
+        raise FormatError(
+            f"{model}/config.json: weight_block_size makes no sense",
+            got=repr(block)[:80],
+            expected="two numbers such as [128, 128]",
+        )
+    return block[0], block[1]
+
+
+def _scaled(
+    entry: TensorEntry, where: Mapping[str, tuple[TensorEntry, str]], block: tuple[int, int] | None, model: str
+) -> Scaled:
+    name = entry.name + SCALE_SUFFIX
+    if name not in where:
+        near = [other for other in where if other.startswith(entry.name.removesuffix(".weight")) and _SCALE_LIKE.search(other)]
+        raise FormatError(
+            f"{model}: {entry.name!r} is FP8, and its scales are missing",
+            got=", ".join(near[:3]) or "no tensor like it",
+            expected=repr(name),
+            hint="the model is incomplete or of another format: without its scales the weight means nothing",
+        )
+    scale, shard = where[name]
+    *stack, m, n = entry.shape
+    shapes = [[*stack, -(-m // block[0]), -(-n // block[1])]] if block else [[], [1], [1, 1]]
+    if list(scale.shape) not in shapes or scale.dtype not in _SCALE_DTYPES:
+        raise FormatError(
+            f"{model}: the scales {name!r} do not fit {entry.name!r}",
+            got=f"{scale.dtype} {list(scale.shape)} for {list(entry.shape)}",
+            expected=f"{' or '.join(_SCALE_DTYPES)} {shapes[0]}, for blocks of {list(block) if block else 'all of it'}",
+        )
+    return Scaled(name, shard, block)
+
+
+def _refuse_traces(where: Mapping[str, tuple[TensorEntry, str]], model: str) -> None:
+    for name, (entry, _) in where.items():
+        for pattern, method in _TRACES:
+            if pattern.fullmatch(name) and not entry.dtype.startswith(("BF", "F16", "F32")):
+                raise SourceError(
+                    f"{model} seems to be quantized with {method}, which is not supported",
+                    got=f"{name!r}, {entry.dtype}, and no quantization_config in config.json",
+                    expected="bfloat16, float16, float32, or FP8 with block scales (quant_method 'fp8')",
+                    hint=_INSTEAD.get(method, _DENSE),
+                )
+        if entry.dtype == FP8 and (scales := [name + suffix for suffix in ("_scale_inv", "_scale") if name + suffix in where]):
+            raise SourceError(
+                f"{model} has FP8 weights with scales, but its config.json has no quantization_config",
+                got=f"{name!r} and {scales[0]!r}",
+                expected='"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}',
+                hint="restore the config.json of the model",
+            )

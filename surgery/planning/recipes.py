@@ -1,0 +1,227 @@
+"""Recipes: TOML files that say which tensors of a family are factorized, how they are seen, and at which rank.
+
+description = "what it is for"
+families = ["llama"]                 # model_type of config.json; such models take this recipe by themselves
+split = false                        # whether fused projections are split, if --split does not say
+
+[[rules]]                            # the first one that matches a tensor's name decides
+match = ["*.q_proj.weight"]          # globs over tensor names, or: regex = '...'
+view = "matrix"                      # matrix, stack, convolution; by itself from the number of dimensions
+slices = ["q", "k", "v"]             # of what projections it is made, in this order
+every = "group"                      # they alternate: group (by key-value head), column (one by one)
+axis = "rows"                        # rows or columns of the matrix
+rank = 16                            # or energy = 0.5 with max_rank = 64; if the command line says nothing
+skip = "why"                         # instead of all these: never a target
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from surgery.errors import OptionError
+from surgery.linalg.energy import check_energy
+from surgery.linalg.views import KINDS, Kind
+
+Every = Literal["group", "column"]
+
+_RECIPE_KEYS = ("description", "families", "split", "rules")
+_RULE_KEYS = ("match", "regex", "view", "slices", "every", "axis", "split", "rank", "energy", "max_rank", "skip")
+_AXES = {"rows": 0, "columns": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What to do with the tensors whose names match.
+
+    Attributes:
+        text: the patterns as they are written.
+        patterns: what a whole name must match one of.
+        view: how the tensor is seen; None: told from its dimensions.
+        slices, every, axis: how a fused tensor is made up, see ``surgery.planning.fused``.
+        split: whether to split it; None: as the recipe says.
+        rank, energy, max_rank: as on the command line.
+        skip: why such a tensor is no target; None if it is one.
+    """
+
+    text: str
+    patterns: tuple[re.Pattern[str], ...]
+    view: Kind | None = None
+    slices: tuple[str, ...] = ()
+    every: Every | None = None
+    axis: int = 0
+    split: bool | None = None
+    rank: int | None = None
+    energy: float | None = None
+    max_rank: int | None = None
+    skip: str | None = None
+
+    def matches(self, name: str) -> bool:
+        return any(pattern.fullmatch(name) for pattern in self.patterns)
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A recipe; ``name`` is that of its file."""
+
+    name: str
+    description: str
+    families: tuple[str, ...]
+    split: bool
+    rules: tuple[Rule, ...]
+
+    def rule_for(self, name: str) -> Rule | None:
+        """The first rule that matches a tensor's name."""
+        return next((rule for rule in self.rules if rule.matches(name)), None)
+
+
+@cache
+def builtin_recipes() -> Mapping[str, Recipe]:
+    """The recipes that ship with the package, by name."""
+    here = Path(__file__).resolve().parents[1]
+    # In the wheel they lie in the package, in a checkout beside it.
+    folder = next(path for path in (here / "recipes", here.parent / "recipes") if path.is_dir())
+    return {path.stem: read_recipe(path) for path in sorted(folder.glob("*.toml"))}
+
+
+def find_recipe(name: str) -> Recipe:
+    """A recipe by name or by the path of its file.
+
+    Raises:
+        OptionError: there is none, or it makes no sense.
+    """
+    if name in builtin_recipes():
+        return builtin_recipes()[name]
+    path = Path(name).expanduser()
+    if path.is_file():
+        return read_recipe(path)
+    looks_like_a_file = path.suffix == ".toml" or len(path.parts) > 1
+    raise OptionError(
+        f"there is no recipe {name!r}",
+        expected="a file" if looks_like_a_file else f"a file, or one of {', '.join(builtin_recipes())}",
+        hint=_did_you_mean(path.stem, tuple(builtin_recipes())) or "surgery recipes lists them",
+    )
+
+
+def recipe_for_family(config: Mapping[str, Any]) -> Recipe | None:
+    """The built-in recipe for the family that ``config.json`` names; None for families without one."""
+    family = family_of(config)
+    return next((recipe for recipe in builtin_recipes().values() if family in recipe.families), None)
+
+
+def family_of(config: Mapping[str, Any]) -> str | None:
+    """The family of a model: ``model_type`` of transformers, or the class name of diffusers."""
+    family = config.get("model_type") or config.get("_class_name")
+    return family if isinstance(family, str) else None
+
+
+def read_recipe(path: Path) -> Recipe:
+    """A recipe from its file.
+
+    Raises:
+        OptionError: it cannot be read, is no TOML, or makes no sense.
+    """
+    try:
+        parsed = tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise OptionError(f"the recipe {path} cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise OptionError(f"the recipe {path} is no valid TOML", got=error) from None
+    where = f"recipe {path.name}"
+    _check_keys(parsed, _RECIPE_KEYS, where)
+    families = parsed.get("families", [])
+    rules = parsed.get("rules")
+    if not isinstance(rules, list) or not rules or not all(isinstance(rule, dict) for rule in rules):
+        raise OptionError(f"{where} has no rules", expected="one [[rules]] table or more")
+    return Recipe(
+        name=path.stem,
+        description=_of_type(parsed.get("description", ""), str, f"{where}: description"),
+        families=_strings(families, f"{where}: families"),
+        split=_of_type(parsed.get("split", False), bool, f"{where}: split"),
+        rules=tuple(_rule(rule, f"{where}, rule {i + 1}") for i, rule in enumerate(rules)),
+    )
+
+
+def _rule(table: dict[str, Any], where: str) -> Rule:
+    _check_keys(table, _RULE_KEYS, where)
+    if ("match" in table) == ("regex" in table):
+        raise OptionError(f"{where} needs either match or regex", got=", ".join(table) or "neither")
+    key = "match" if "match" in table else "regex"
+    written = _strings([table[key]] if isinstance(table[key], str) else table[key], f"{where}: {key}")
+    if not written:
+        raise OptionError(f"{where}: {key} is empty")
+    try:
+        patterns = tuple(re.compile(fnmatch.translate(text) if key == "match" else text) for text in written)
+    except re.error as error:
+        raise OptionError(f"{where}: no regular expression", got=f"{error.pattern!r}: {error.msg}") from None
+    if "skip" in table and len(table) > 2:
+        raise OptionError(f"{where} skips its tensors, so nothing else can be said of them", got=", ".join(table))
+    numbers = {name: table.get(name) for name in ("rank", "max_rank")}
+    for name, number in numbers.items():
+        if number is not None and (_of_type(number, int, f"{where}: {name}") < 1):
+            raise OptionError(f"{where}: {name} must be at least 1", got=number)
+    energy, max_rank = table.get("energy"), numbers["max_rank"]
+    if energy is not None:
+        if numbers["rank"] is not None:
+            raise OptionError(f"{where}: a rank and an energy contradict each other")
+        check_energy(_of_type(energy, (int, float), f"{where}: energy"), 1)
+    elif max_rank is not None:
+        raise OptionError(f"{where}: max_rank goes with an energy")
+    slices = _strings(table.get("slices", []), f"{where}: slices")
+    if len(slices) == 1 or len(set(slices)) < len(slices) or not all(re.fullmatch(r"\w+", name) for name in slices):
+        raise OptionError(f"{where}: slices must be two or more different names", got=", ".join(slices))
+    if not slices and (odd := [name for name in ("every", "axis", "split") if name in table]):
+        raise OptionError(f"{where}: {odd[0]} goes with slices")
+    return Rule(
+        text=", ".join(written),
+        patterns=patterns,
+        view=_one_of(table.get("view"), KINDS, f"{where}: view"),
+        slices=slices,
+        every=_one_of(table.get("every"), ("group", "column"), f"{where}: every"),
+        axis=_AXES[_one_of(table.get("axis", "rows"), tuple(_AXES), f"{where}: axis")],
+        split=None if "split" not in table else _of_type(table["split"], bool, f"{where}: split"),
+        rank=numbers["rank"],
+        energy=energy,
+        max_rank=max_rank,
+        skip=None if "skip" not in table else _of_type(table["skip"], str, f"{where}: skip"),
+    )
+
+
+def _check_keys(table: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+    for key in table:
+        if key not in known:
+            raise OptionError(
+                f"{where}: unknown key {key!r}", expected=f"one of {', '.join(known)}", hint=_did_you_mean(key, known)
+            )
+
+
+def _did_you_mean(word: str, known: tuple[str, ...]) -> str | None:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else None
+
+
+def _of_type(value: Any, kind: Any, where: str) -> Any:
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        names = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
+        raise OptionError(f"{where} has the wrong type", got=repr(value)[:80], expected=names)
+    return value
+
+
+def _strings(value: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
+        raise OptionError(f"{where} has the wrong type", got=repr(value)[:80], expected="a list of strings")
+    return tuple(value)
+
+
+def _one_of(value: Any, known: tuple[str, ...], where: str) -> Any:
+    if value is not None and value not in known:
+        hint = _did_you_mean(value, known) if isinstance(value, str) else None
+        raise OptionError(f"{where} makes no sense", got=repr(value)[:80], expected=f"one of {', '.join(known)}", hint=hint)
+    return value
