@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery import __version__
-from surgery.cli.report import Bar, say, size, table
+from surgery.cli.report import Bar, plan_text, say, size, table
 from surgery.errors import SurgeryError, SurgeryWarning
 
 if TYPE_CHECKING:
     from surgery.demo.run import DemoReport
     from surgery.format.manifest import Manifest
-    from surgery.planning.plan import Plan
 
 # Modules that import torch are imported inside the commands: --help must not wait for them.
 
@@ -72,51 +71,83 @@ def _notes_and_quiet(command: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
+def _planning(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that a plan depends on, for ``plan`` and ``factorize``; they arrive as one dictionary, ``chosen``."""
+    options = [
+        click.option("--rank", type=int, metavar="K", help="Singular directions to keep of each matrix.  [default: 16]"),
+        click.option("--energy", type=float, metavar="X", help="Keep this share of each one's squared norm (0 to 1) instead."),
+        click.option("--max-rank", type=int, metavar="K", help="With --energy: the most directions.  [default: 256]"),
+        click.option(
+            "--recipe", metavar="NAME|FILE", help="Which tensors, how seen: see surgery recipes.  [default: the family's]"
+        ),
+        click.option(
+            "--include", multiple=True, metavar="GLOB", help="Take exactly the weights whose names match (repeatable)."
+        ),
+        click.option("--exclude", multiple=True, metavar="GLOB", help="Never take tensors that match (repeatable)."),
+        click.option(
+            "--split/--no-split", default=None, help="Split fused weights (qkv, gate_up) into their projections.  [default: no]"
+        ),
+        click.option(
+            "--layout",
+            type=click.Choice(["residual", "overlay"]),
+            help="residual: self-contained; overlay: factors only, the weights stay where they are.  "
+            "[default: residual, for FP8 overlay]",
+        ),
+        click.option(
+            "--correction/--no-correction",
+            default=True,
+            help="Keep what makes residuals lossless (0.06 to 0.15 bytes per weight).  [default: correction]",
+        ),
+        click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model."),
+        click.option("--subfolder", metavar="PATH", help="The model in this subfolder, as in a diffusion pipeline."),
+        _device,
+    ]
+
+    @wraps(command)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        chosen = {name: kwargs.pop(name) for name in _PLANNED}
+        command(*args, chosen=chosen, **kwargs)
+
+    for option in reversed(options):
+        wrapper = option(wrapper)
+    return wrapper
+
+
+_PLANNED = (
+    "rank",
+    "energy",
+    "max_rank",
+    "recipe",
+    "include",
+    "exclude",
+    "split",
+    "layout",
+    "correction",
+    "revision",
+    "subfolder",
+    "device",
+)
+
+
 @main.command(short_help="Write a model's factorized form and a tiny file of scales.")
 @click.argument("model")
 @click.option("-o", "--out", default="factorized", show_default=True, type=click.Path(path_type=Path), help="Folder to write.")
-@click.option("--rank", type=int, metavar="K", help="Singular directions to keep of each target.  [default: 16]")
-@click.option("--energy", type=float, metavar="X", help="Keep this share of each target's squared norm (0 to 1) instead.")
-@click.option("--max-rank", type=int, metavar="K", help="With --energy: the most directions of a target.  [default: 256]")
-@click.option("--include", multiple=True, metavar="GLOB", help="Take exactly the matrices whose names match (repeatable).")
-@click.option("--exclude", multiple=True, metavar="GLOB", help="Never take tensors whose names match (repeatable).")
-@click.option(
-    "--layout",
-    default="residual",
-    show_default=True,
-    type=click.Choice(["residual", "overlay"]),
-    help="residual: self-contained; overlay: factors only, the weights stay where they are.",
-)
-@click.option(
-    "--correction/--no-correction",
-    default=True,
-    help="Keep what makes residuals lossless (0.06 to 0.15 bytes per weight).  [default: correction]",
-)
-@click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model.")
+@_planning
 @click.option("--seed", default=0, show_default=True, help="Seed of the SVD's random start.")
 @click.option(
     "--tolerance", default=1e-5, show_default=True, help="Residual over the largest singular value at which the SVD stops."
 )
-@_device
 @_overwrite
-@click.option("--dry-run", is_flag=True, help="Print what would be done, from headers alone, and stop.")
+@click.option("--dry-run", is_flag=True, help="Print what surgery plan prints, and stop.")
 @_json
 @_quiet
 @_notes_and_quiet
 def factorize(
     model: str,
     out: Path,
-    rank: int | None,
-    energy: float | None,
-    max_rank: int | None,
-    include: tuple[str, ...],
-    exclude: tuple[str, ...],
-    layout: str,
-    correction: bool,
-    revision: str | None,
+    chosen: dict[str, Any],
     seed: int,
     tolerance: float,
-    device: str,
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
@@ -124,29 +155,18 @@ def factorize(
 ) -> None:
     """Write the factorized form of MODEL, a Hugging Face repo id or a local folder.
 
-    By default the weights of the linear layers inside transformer blocks are factorized: no embeddings, output
-    heads, norms, biases or routers. --dry-run lists every tensor that is passed over, with the reason.
+    Which weights are factorized is told by the recipe of the model's family, or by default: the linear layers inside
+    transformer blocks, experts included; no embeddings, output heads, norms, biases or routers. surgery plan lists
+    every tensor that is passed over, with the reason.
     """
     from surgery.operations import factorize as operation
 
-    choice: dict[str, Any] = {
-        "rank": rank,
-        "energy": energy,
-        "max_rank": max_rank,
-        "include": include,
-        "exclude": exclude,
-        "layout": layout,
-        "correction": correction,
-        "revision": revision,
-        "device": device,
-    }
     if dry_run:
-        steps = operation.plan(model, **choice)
-        click.echo(operation.plan_as_json(steps) if as_json else _plan_text(steps))
+        _show_plan(model, chosen, as_json)
         return
     start = time.perf_counter()
     manifest = operation.factorize(
-        model, out, **choice, seed=seed, tolerance=tolerance, overwrite=overwrite, progress=Bar(quiet=quiet)
+        model, out, **chosen, seed=seed, tolerance=tolerance, overwrite=overwrite, progress=Bar(quiet=quiet)
     )
     seconds = time.perf_counter() - start
     if as_json:
@@ -159,6 +179,65 @@ def factorize(
             quiet=quiet,
         )
         say(f"train {out / 'surgery' / 'scales.safetensors'}, then: surgery fold {out} SCALES", quiet=quiet)
+
+
+@main.command(short_help="Show what factorize would do, from headers alone.")
+@click.argument("model")
+@_planning
+@click.option("--all", "every", is_flag=True, help="Every tensor on a line of its own, not by group.")
+@_json
+def plan(model: str, chosen: dict[str, Any], every: bool, as_json: bool) -> None:
+    """Show what surgery factorize would do with MODEL and the same options, without reading a weight.
+
+    For a model on the hub only headers are fetched. Tensors are shown by group: those whose names differ in numbers
+    alone. Memory and disk are upper estimates; the time is a rough one, without downloads.
+    """
+    _show_plan(model, chosen, as_json, every=every)
+
+
+def _show_plan(model: str, chosen: dict[str, Any], as_json: bool, *, every: bool = False) -> None:
+    from surgery.device import choose_device
+    from surgery.operations import factorize as operation
+    from surgery.planning.estimate import estimate_seconds
+
+    steps = operation.plan(model, **chosen)
+    seconds = estimate_seconds(steps, choose_device(chosen["device"]))
+    click.echo(operation.plan_as_json(steps, seconds) if as_json else plan_text(steps, seconds, every=every))
+
+
+@main.command(short_help="List the recipes and what they match.")
+@_json
+def recipes(as_json: bool) -> None:
+    """List the built-in recipes: the families that take them by themselves, and the tensors that their rules match.
+
+    Copy one, edit it, and give its path to --recipe; docs/recipes.md describes the format.
+    """
+    from surgery.planning.recipes import builtin_recipes
+
+    if as_json:
+        click.echo(
+            json.dumps(
+                [
+                    {
+                        "name": recipe.name,
+                        "description": recipe.description,
+                        "families": recipe.families,
+                        "rules": [{"match": rule.text, "view": rule.view, "skip": rule.skip} for rule in recipe.rules],
+                    }
+                    for recipe in builtin_recipes().values()
+                ],
+                indent=1,
+            )
+        )
+        return
+    for recipe in builtin_recipes().values():
+        click.echo(f"{recipe.name}: {recipe.description}")
+        if recipe.families:
+            click.echo(f"  families: {', '.join(recipe.families)}")
+        for rule in recipe.rules:
+            seen = f" ({rule.view})" if rule.view else ""
+            click.echo(f"  - {rule.text}{seen}" if rule.skip is None else f"  - not {rule.text}: {rule.skip}")
+        click.echo()
 
 
 def _ranks(manifest: Manifest) -> str:
@@ -179,46 +258,46 @@ def _totals(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _plan_text(steps: Plan) -> str:
-    most = "at most " if any(target.energy is not None for target in steps.targets) else ""
-    targets = table(
-        ["target", "shape", "dtype", "rank"],
-        [[t.key, "x".join(map(str, t.shape)), t.dtype, f"{'' if t.energy is None else '<= '}{t.rank}"] for t in steps.targets],
-    )
-    skipped = table(["passed over", "reason"], [[s.tensor, s.reason] for s in steps.skipped], left=2)
-    totals = [
-        f"{len(steps.targets)} targets, {most}{steps.trainable} trainable scales; "
-        f"{len(steps.skipped)} tensors passed over",
-        f"reads {size(steps.bytes_read)}, writes at most about {size(steps.bytes_written)}, "
-        f"needs at most about {size(steps.peak_memory_bytes)} of memory"
-        + (f", {size(steps.device_memory_bytes)} of the GPU's" if steps.device_memory_bytes else ""),
-        *(f"note: {note}" for note in steps.notes),
-    ]
-    return "\n".join([targets, "", *([skipped, ""] if steps.skipped else []), *totals])
-
-
 @main.command(short_help="Fold trained scales back into dense weights.")
 @click.argument("factorized", type=click.Path(path_type=Path))
 @click.argument("scales", type=click.Path(path_type=Path))
 @click.option("-o", "--out", default="folded", show_default=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--base", metavar="MODEL", help="For an overlay: the model it was made from, if not the one the manifest names.")
+@click.option("--dequantize", is_flag=True, help="Write FP8 weights as bfloat16, and drop the quantization from config.json.")
 @_device
 @_overwrite
 @_json
 @_quiet
 @_notes_and_quiet
 def fold(
-    factorized: Path, scales: Path, out: Path, base: str | None, device: str, overwrite: bool, as_json: bool, quiet: bool
+    factorized: Path,
+    scales: Path,
+    out: Path,
+    base: str | None,
+    dequantize: bool,
+    device: str,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Fold the scales in file SCALES into the weights of folder FACTORIZED.
 
     Writes a folder that loads as the original model did, with its names, dtypes, shards, config and tokenizer.
-    Scales that are all 1 give back the original files byte for byte.
+    Scales that are all 1 give back the original files byte for byte. A changed FP8 weight is quantized again.
     """
     from surgery.operations import fold as operation
 
     start = time.perf_counter()
-    report = operation.fold(factorized, scales, out, base=base, device=device, overwrite=overwrite, progress=Bar(quiet=quiet))
+    report = operation.fold(
+        factorized,
+        scales,
+        out,
+        base=base,
+        device=device,
+        dequantize=dequantize,
+        overwrite=overwrite,
+        progress=Bar(quiet=quiet),
+    )
     seconds = time.perf_counter() - start
     written = sum(record.size for record in report.files)
     if as_json:
@@ -228,6 +307,7 @@ def fold(
             "shards": len(report.files),
             "restored": report.restored,
             "lossless": report.lossless,
+            "dequantized": report.dequantized,
         }
         click.echo(
             json.dumps(
@@ -240,6 +320,8 @@ def fold(
         if report.restored == len(report.files)
         else f"{report.changed} of {report.targets} targets changed"
     )
+    if report.dequantized:
+        outcome += ", FP8 weights now bfloat16"
     if not report.lossless:
         outcome += ", the others only nearly the source's (made with --no-correction)"
     say(f"{out}: {outcome}; {size(written)} in {seconds:.1f} s", quiet=quiet)
@@ -279,7 +361,11 @@ def inspect(factorized: Path, as_json: bool) -> None:
         for target in manifest.targets
     ]
     click.echo(
-        table(["target", "shape", "dtype", "rank", "energy", "s_1", "s_k", "residual", "converged", "undetermined"], rows)
+        table(
+            ["target", "shape", "dtype", "rank", "energy", "s_1", "s_k", "residual", "converged", "undetermined"],
+            rows,
+            flush_right=range(1, 10),
+        )
     )
     totals = _totals(manifest)
     origin = f"{manifest.source.repo_id}@{manifest.source.commit}" if manifest.source.repo_id else "a local folder"
@@ -316,7 +402,7 @@ def verify(factorized: Path, base: str | None, fast: bool, device: str, as_json:
         click.echo(json.dumps({"schema_version": 1, "ok": report.ok, **dataclasses.asdict(report)}, indent=1))
     elif report.failures:
         rows = [[failure.where, failure.check, failure.got, failure.expected] for failure in report.failures]
-        click.echo(table(["where", "check", "got", "expected"], rows, left=4))
+        click.echo(table(["where", "check", "got", "expected"], rows))
     for note in report.unchecked:
         say(f"not checked: {note}", quiet=quiet)
     outcome = "all is as the manifest says" if report.ok else f"{len(report.failures)} checks failed"
@@ -375,7 +461,7 @@ def _demo_text(report: DemoReport) -> str:
     )
     return "\n".join(
         [
-            table(["", "numbers", "on disk", "loss", "seconds"], rows),
+            table(["", "numbers", "on disk", "loss", "seconds"], rows, flush_right=range(1, 5)),
             "",
             f"Trainable: {report.trainable / report.weights:.2%} of the weights. Loss: nats per byte of held-out English",
             "prose; the model had learned Python source code.",

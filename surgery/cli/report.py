@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from surgery.planning.plan import Plan
 
 
 class Bar:
@@ -41,13 +46,13 @@ class Bar:
             self._bar = None
 
 
-def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """Columns padded with spaces; the first ``left`` are flush left, the others flush right."""
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, flush_right: Collection[int] = ()) -> str:
+    """Columns padded with spaces."""
     widths = [max(len(row[i]) for row in [headings, *rows]) for i in range(len(headings))]
 
     def line(cells: Sequence[str]) -> str:
         padded = [
-            cell.ljust(width) if i < left else cell.rjust(width)
+            cell.rjust(width) if i in flush_right else cell.ljust(width)
             for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
         ]
         return "  ".join(padded).rstrip()
@@ -68,3 +73,53 @@ def say(message: str, *, quiet: bool = False) -> None:
     """A line for the user that is no data."""
     if not quiet:
         click.echo(message, err=True)
+
+
+def plan_text(steps: Plan, seconds: float, *, every: bool) -> str:
+    """A plan as tables of targets and of what is passed over, and its totals.
+
+    Tensors whose names differ in numbers alone are one line, unless ``every`` one is wanted.
+    """
+
+    def group(name: str) -> str:
+        return name if every else re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+    targets = Counter(
+        (
+            group(target.key),
+            "x".join(map(str, target.shape)),
+            target.view.kind + (f", {'x'.join(map(str, target.matrices))}" if target.view.slice else ""),
+            target.dtype,
+            f"{'' if target.energy is None else '<= '}{target.rank}",
+        )
+        for target in steps.targets
+    )
+    skipped = Counter((group(skip.tensor), skip.reason) for skip in steps.skipped)
+    totals = [
+        f"{len(steps.targets)} targets, {'at most ' if any(t.energy is not None for t in steps.targets) else ''}"
+        f"{steps.trainable} trainable scales; {len(steps.skipped)} tensors passed over",
+        f"{steps.layout} layout, " + (f"recipe {steps.recipe}" if steps.recipe else "no recipe: the defaults for any model"),
+        f"reads {size(steps.bytes_read)}, writes at most about {size(steps.bytes_written)}, "
+        + (f"downloads {size(steps.temporary_bytes)} into the hub's cache, " if steps.temporary_bytes else "")
+        + f"needs at most about {size(steps.peak_memory_bytes)} of memory"
+        + (f", {size(steps.device_memory_bytes)} of the GPU's" if steps.device_memory_bytes else ""),
+        f"takes about {duration(seconds)} on this machine" + (", without the download" if steps.temporary_bytes else ""),
+        *(f"note: {note}" for note in steps.notes),
+    ]
+    rows = [[f"{count}", *line] for line, count in targets.items()]
+    passed = [[f"{count}", *line] for line, count in skipped.items()]
+    return "\n".join(
+        [
+            table(["", "target", "shape", "view", "dtype", "rank"], rows, flush_right=(0, 5)),
+            "",
+            *([table(["", "passed over", "reason"], passed, flush_right=(0,)), ""] if passed else []),
+            *totals,
+        ]
+    )
+
+
+def duration(seconds: float) -> str:
+    """A rough time for people."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

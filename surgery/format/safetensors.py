@@ -10,8 +10,9 @@ Format: https://huggingface.co/docs/safetensors (u64 little-endian header length
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +26,13 @@ from surgery.memory import bytes_of
 from surgery.names import DTYPE_BITS
 
 MAX_HEADER_BYTES = 100_000_000
-TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+TORCH_DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +122,19 @@ def header_from_json(parsed: dict[str, Any], *, raw: bytes, file: str, file_byte
             hint="the file is truncated or damaged: fetch it again",
         )
     return Header(raw=raw, tensors=tuple(entries), metadata=metadata)
+
+
+def make_header(tensors: Iterable[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
+    """The bytes before the data for tensors (name, dtype, shape) that follow one another."""
+    described: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for name, dtype, shape in tensors:
+        end = position + math.prod(shape) * DTYPE_BITS[dtype] // 8
+        described[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(described, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

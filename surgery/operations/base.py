@@ -8,6 +8,7 @@ from surgery.errors import FormatError, SourceError
 from surgery.format.files import FileRecord
 from surgery.format.manifest import ShardRecord, TargetRecord
 from surgery.format.safetensors import TensorEntry
+from surgery.planning.quantization import Scaled, read_quantization
 from surgery.source.model import Source
 
 
@@ -37,6 +38,11 @@ class BaseWeights:
 
     def folder(self) -> Path | None:
         return self._source.folder()
+
+    def quantized(self) -> dict[str, Scaled]:
+        """Its FP8 weights and where their scales are."""
+        headers = {shard: self._source.header(shard) for shard in self._source.selection.shards}
+        return read_quantization(self._source.config(), headers, self._source.name)
 
     def file(self, shard: ShardRecord) -> tuple[Path, FileRecord]:
         if shard.source.file not in self._source.selection.shards:

@@ -154,6 +154,7 @@ def factorize(
                 len(steps.shards),
                 source.fetch(shard.file),
                 out,
+                {target.scaled.shard: source.fetch(target.scaled.shard) for target in shard.targets if target.scaled},
                 steps.window_bytes,
                 settings,
             )
@@ -235,8 +236,8 @@ def _accuracy_notes(targets: list[TargetRecord], steps: Plan) -> list[str]:
     return notes
 
 
-def plan_as_json(steps: Plan) -> str:
-    """A plan as the JSON that ``--dry-run --json`` prints."""
+def plan_as_json(steps: Plan, seconds: float) -> str:
+    """A plan as the JSON that ``surgery plan --json`` prints, with the time that it is estimated to take."""
     return json.dumps(
         {
             "schema_version": 1,
@@ -264,6 +265,7 @@ def plan_as_json(steps: Plan) -> str:
             "temporary_bytes": steps.temporary_bytes,
             "peak_memory_bytes": steps.peak_memory_bytes,
             "device_memory_bytes": steps.device_memory_bytes,
+            "seconds": round(seconds, 1),
         },
         indent=1,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from surgery.linalg.views import View
 from surgery.memory import bytes_of
 from surgery.names import correction_key, factor_key, factors_file
 from surgery.operations.batch import Matrix, Result, Settings, factorize_matrices, truncate
+from surgery.operations.quantized import Dequantizer
 from surgery.planning.plan import ShardPlan
 from surgery.planning.targets import Target
 from surgery.progress import Progress
@@ -34,6 +36,7 @@ class Job:
         index, count: which of how many shards.
         path: the weight file on this machine.
         out: the output folder.
+        scales: the weight files that hold scales of FP8 targets, by name, and where they are on this machine.
         window_bytes: how much of the shard is held at a time, so that matrices of one shape are solved together.
         settings: as asked for.
     """
@@ -43,6 +46,7 @@ class Job:
     count: int
     path: Path
     out: Path
+    scales: Mapping[str, Path]
     window_bytes: int
     settings: Settings
 
@@ -53,9 +57,10 @@ def run_job(job: Job, progress: Progress) -> tuple[ShardRecord, list[TargetRecor
     with ExitStack() as stack:
         reader = stack.enter_context(ShardReader(job.path, name=job.shard.file))
         _check_unchanged(reader, job.shard)
+        dequantizer = stack.enter_context(Dequantizer(job.scales.__getitem__))
         work = {entry.name: _TensorWork(entry) for entry in reader.header.tensors}
         for target in job.shard.targets:
-            work[target.tensor].targets.append(_Collected(_with_rank(target, reader, job)))
+            work[target.tensor].targets.append(_Collected(_with_rank(target, reader, dequantizer, job)))
         work = {name: tensor for name, tensor in work.items() if tensor.targets}
         residuals = stack.enter_context(FileWriter(job.out / job.shard.file)) if job.settings.layout == "residual" else None
         keys = [key for tensor in work.values() for part in tensor.targets for key in _keys(part.target, job)]
@@ -66,7 +71,7 @@ def run_job(job: Job, progress: Progress) -> tuple[ShardRecord, list[TargetRecor
             if residuals:
                 behind.submit(residuals.write, reader.header.raw)
             for window in windows(walk, job.window_bytes):
-                _work_off(window, work, job, residuals, factors, behind)
+                _work_off(window, work, dequantizer, job, residuals, factors, behind)
         source = FileRecord(job.shard.file, reader.header.file_bytes, walk.sha256)
         residual_record = residuals.commit(job.shard.file) if residuals else None
         factors_record = factors.commit(factors_name) if factors else None
@@ -81,7 +86,7 @@ def _check_unchanged(reader: ShardReader, shard: ShardPlan) -> None:
         )
 
 
-def _with_rank(target: Target, reader: ShardReader, job: Job) -> Target:
+def _with_rank(target: Target, reader: ShardReader, dequantizer: Dequantizer, job: Job) -> Target:
     """The target itself, or for a stack that is to keep an energy with the rank that all of its matrices need for it.
 
     They share one rank, so that their scales are one tensor, and it must be known before the first of them is done. So
@@ -92,8 +97,9 @@ def _with_rank(target: Target, reader: ShardReader, job: Job) -> Target:
     entry = next(entry for entry in reader.header.tensors if entry.name == target.tensor)
     rank = 1
     for first in range(target.matrices[0]):
-        weight = target.view.matrices(reader.read(entry, first, 1))[0].to(job.settings.device)
-        rank = max(rank, len(truncate(target, weight, job.settings).s))
+        weight = dequantizer.weight(reader.read(entry, first, 1), first, target.scaled)
+        matrix = target.view.matrices(weight)[0].to(job.settings.device)
+        rank = max(rank, len(truncate(target, matrix, job.settings).s))
     return dataclasses.replace(target, rank=rank, energy=None)
 
 
@@ -182,6 +188,7 @@ class _TensorWork:
 def _work_off(
     window: list[Bytes | TargetPiece],
     work: dict[str, _TensorWork],
+    dequantizer: Dequantizer,
     job: Job,
     residuals: FileWriter | None,
     factors: TensorFileWriter | None,
@@ -191,10 +198,12 @@ def _work_off(
     matrices = []
     for piece in window:
         if isinstance(piece, TargetPiece):
-            for part in work[piece.entry.name].targets:
-                stored = part.target.view.matrices(piece.tensor)
-                part.sha256.update(bytes_of(stored))
-                matrices += [Matrix(part.target, piece.first + i, weight) for i, weight in enumerate(stored)]
+            parts = work[piece.entry.name].targets
+            weight = dequantizer.weight(piece.tensor, piece.first, parts[0].target.scaled)
+            for part in parts:
+                part.sha256.update(bytes_of(part.target.view.matrices(piece.tensor)))
+                seen = part.target.view.matrices(weight)
+                matrices += [Matrix(part.target, piece.first + i, matrix) for i, matrix in enumerate(seen)]
     done = {(result.target.key, result.index): result for result in factorize_matrices(matrices, job.settings)}
     del matrices
     for piece in window:

@@ -27,6 +27,8 @@ from surgery.memory import bytes_of
 from surgery.names import MANIFEST_FILE, SCALES_FILE, correction_key, factor_key
 from surgery.operations.base import BaseWeights, OwnWeights, check_entry
 from surgery.operations.output import check_room
+from surgery.operations.quantized import Dequantizer
+from surgery.planning.quantization import FP8
 from surgery.progress import Progress, Silent
 from surgery.source.model import open_source
 
@@ -121,7 +123,7 @@ def verify(
             try:
                 _check_headers(folder, shard, targets, manifest, report)
                 if targets and not fast:
-                    _check_shard(folder, shard, targets, weights, where, report, progress)
+                    _check_shard(folder, shard, targets, manifest, weights, where, report, progress)
             except SurgeryError as error:  # a file that cannot even be read; the others may be well
                 report.fail(shard.source.file, error)
     finally:
@@ -199,6 +201,7 @@ def _check_shard(
     folder: Path,
     shard: ShardRecord,
     targets: list[TargetRecord],
+    manifest: Manifest,
     weights: OwnWeights | BaseWeights | None,
     device: torch.device,
     report: VerifyReport,
@@ -218,6 +221,8 @@ def _check_shard(
         source = stack.enter_context(ShardReader(path, name=path.name))
         portions = {name: checks[0].target.at_a_time for name, checks in by_name.items()}
         walk = stack.enter_context(ShardWalk(source, portions, progress))
+        quantized = weights.quantized() if isinstance(weights, BaseWeights) and any(t.dtype == FP8 for t in targets) else {}
+        dequantizer = stack.enter_context(Dequantizer(lambda file: _path(weights, manifest, file)))
         for piece in walk:
             if not isinstance(piece, TargetPiece):
                 continue
@@ -228,7 +233,10 @@ def _check_shard(
                     report.fail(f"{path.name}: {checked.target.key}", error)
                     checked.spoiled = True
                     continue
-                for i, matrix in enumerate(checked.target.seen_as.matrices(piece.tensor)):
+                view = checked.target.seen_as
+                checked.stored.update(bytes_of(view.matrices(piece.tensor)))
+                weight = dequantizer.weight(piece.tensor, piece.first, quantized.get(piece.entry.name))
+                for i, matrix in enumerate(view.matrices(weight)):
                     check = partial(_check_matrix, checked, piece.first + i, reader, isinstance(weights, OwnWeights), report)
                     as_memory_allows(check, [matrix], device)
         for checks in by_name.values():
@@ -238,6 +246,10 @@ def _check_shard(
             report.expect(walk.sha256 == expected.sha256, path.name, "sha256 of the base", walk.sha256, expected.sha256)
 
 
+def _path(weights: OwnWeights | BaseWeights, manifest: Manifest, file: str) -> Path:
+    return weights.file(next(shard for shard in manifest.shards if shard.source.file == file))[0]
+
+
 @dataclass(slots=True)
 class _Checked:
     """What has been seen of a target so far: of its matrices as they are stored, and as they are recovered."""
@@ -245,7 +257,7 @@ class _Checked:
     target: TargetRecord
     matrices: int = 0
     stored: hashlib._Hash = field(default_factory=hashlib.sha256)
-    original: hashlib._Hash = field(default_factory=hashlib.sha256)
+    recovered: hashlib._Hash = field(default_factory=hashlib.sha256)
     spoiled: bool = False
     misses: list[str] = field(default_factory=list)
 
@@ -286,7 +298,6 @@ def _check_matrix(
     """Recovery and certificate of one matrix. ``stored`` holds its residual, or with ``own`` false its weight."""
     target, weight, factors = checked.target, stored[0], reader.factors(checked.target, index).to(device)
     checked.matrices += 1
-    checked.stored.update(bytes_of(weight))
     if own:
         try:
             weight = join(weight.to(device), factors, reader.correction(target, index)).cpu()
@@ -294,7 +305,7 @@ def _check_matrix(
             report.expect(False, target.key, "the correction decodes", error)
             checked.spoiled = True
             return []
-    checked.original.update(bytes_of(weight))
+        checked.recovered.update(bytes_of(weight))
     with full_precision(device):
         measured = residuals_of(weight.to(device), factors.U, factors.s, factors.V)
     recorded = torch.tensor(target.certificates[index].residual, dtype=torch.float64)
@@ -317,7 +328,7 @@ def _check_hashes(checked: _Checked, file: str, own: bool, report: VerifyReport)
     if own:
         found = checked.stored.hexdigest()
         report.expect(found == target.residual_sha256, target.key, "sha256 of the residual", found, target.residual_sha256)
-    found = checked.original.hexdigest()
+    found = (checked.recovered if own else checked.stored).hexdigest()
     if not report.expect(found == target.sha256, target.key, "sha256 of the original weight", found, target.sha256):
         return  # its certificates are those of another matrix
     for miss in checked.misses:

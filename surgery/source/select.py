@@ -18,7 +18,7 @@ OTHER_WEIGHTS = (
 )  # fmt: skip
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-_INDEX_SUFFIX = ".safetensors.index.json"
+INDEX_SUFFIX = ".safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ def select_files(names: list[str], read_text: Callable[[str], str], *, where: st
         else:
             others.append(name)
     shards, index = _shards(
-        weights, [name for name in others if name.endswith(_INDEX_SUFFIX) and "/" not in name], read_text, where
+        weights, [name for name in others if name.endswith(INDEX_SUFFIX) and "/" not in name], read_text, where
     )
     if not shards:
         pickles = sorted(name for name in left_out if name.endswith(_PICKLES) and left_out[name] == "weights in another format")
@@ -95,7 +95,7 @@ def select_files(names: list[str], read_text: Callable[[str], str], *, where: st
         if name not in shards:
             left_out[name] = f"not among the weights that {index or shards[0]} stands for"
     for name in list(others):
-        if name.endswith(_INDEX_SUFFIX) and "/" not in name and name != index:
+        if name.endswith(INDEX_SUFFIX) and "/" not in name and name != index:
             others.remove(name)
             left_out[name] = f"not among the weights that {index or shards[0]} stands for"
     return Selection(tuple(shards), index, tuple(others), left_out)
@@ -114,9 +114,7 @@ def _shards(
     for single in ("model.safetensors", "diffusion_pytorch_model.safetensors"):
         if single in weights:
             return [single], None
-    index = next(
-        (name for name in ("model" + _INDEX_SUFFIX, "diffusion_pytorch_model" + _INDEX_SUFFIX) if name in indexes), None
-    )
+    index = next((name for name in ("model" + INDEX_SUFFIX, "diffusion_pytorch_model" + INDEX_SUFFIX) if name in indexes), None)
     index = index or (indexes[0] if indexes else None)
     if index is None:
         return weights, None

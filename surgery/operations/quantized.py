@@ -1,0 +1,78 @@
+"""FP8 weights as the rest of the operations need them: in float32, with scales from whichever shard has them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from surgery.format.files import read_json_object
+from surgery.format.safetensors import ShardReader, TensorEntry
+from surgery.linalg.fp8 import dequantize
+from surgery.planning.quantization import Scaled
+
+
+class Dequantizer:
+    """Reads scales and applies them. A context manager, for one thread.
+
+    Args:
+        path: from the name of a weight file of the source to where it is on this machine.
+    """
+
+    def __init__(self, path: Callable[[str], Path]) -> None:
+        self._path = path
+        self._files = ExitStack()
+        self._readers: dict[str, tuple[ShardReader, dict[str, TensorEntry]]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._files.close()
+
+    def reader(self, shard: str) -> tuple[ShardReader, dict[str, TensorEntry]]:
+        """An open weight file and its entries by name."""
+        if shard not in self._readers:
+            reader = self._files.enter_context(ShardReader(self._path(shard), name=shard))
+            self._readers[shard] = (reader, {entry.name: entry for entry in reader.header.tensors})
+        return self._readers[shard]
+
+    def scales(self, scaled: Scaled, first: int = 0, count: int | None = None) -> torch.Tensor:
+        """The scales of a weight, or of ``count`` matrices of a stack."""
+        reader, entries = self.reader(scaled.shard)
+        entry = entries[scaled.scale]
+        return reader.read(entry, first, count if len(entry.shape) > 2 else None)
+
+    def weight(self, tensor: torch.Tensor, first: int, scaled: Scaled | None) -> torch.Tensor:
+        """A weight, or some matrices of a stack from ``first`` on, float32 if it is FP8, else as it is."""
+        if scaled is None:
+            return tensor
+        count = len(tensor) if tensor.ndim > 2 else None
+        return dequantize(tensor, self.scales(scaled, first, count), scaled.block)
+
+
+def without_quantization(config: Path) -> bytes:
+    """A ``config.json`` that says nothing of a quantization."""
+    parsed = read_json_object(config, config.name)
+    for part in (parsed, *(value for value in parsed.values() if isinstance(value, dict))):
+        for key in ("quantization_config", "compression_config"):
+            part.pop(key, None)
+    return json.dumps(parsed, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def index_of(folder: Path, before: Path) -> bytes:
+    """The index of the weight files in a folder that were written in the place of those that ``before`` names."""
+    parsed = read_json_object(before, before.name)
+    weight_map, total = {}, 0
+    for shard in sorted(set(parsed["weight_map"].values())):
+        if (folder / shard).is_file():
+            with ShardReader(folder / shard) as reader:
+                weight_map.update({entry.name: shard for entry in reader.header.tensors})
+                total += reader.header.data_bytes
+    metadata = {**parsed.get("metadata", {}), "total_size": total}
+    return json.dumps({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2).encode() + b"\n"
