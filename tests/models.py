@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +52,7 @@ def realistic(m: int, n: int, *, seed: int = 0, exponent: float = 0.5) -> torch.
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     """All weights of a model folder, read by the safetensors library."""
-    index = folder / "model.safetensors.index.json"
-    files = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
-    return {name: tensor for file in sorted(files) for name, tensor in load_file(folder / file).items()}
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -1,92 +1,19 @@
-"""Default targets on real architectures, as transformers saves them; the globs; the plan."""
+"""Why tensors are passed over; the globs; the plan."""
 
 from __future__ import annotations
 
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import save_file
 
 import surgery
 from surgery.errors import FormatError, OptionError
 from surgery.planning.plan import Plan
-from tests.models import files_of, save_llama, tensors_of
-
-_SMALL: dict[str, Any] = {
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "vocab_size": 50,
-}
-
-#: Family -> configuration, and the linear layers of one of its blocks.
-FAMILIES: dict[str, tuple[Any, set[str]]] = {
-    "llama": (
-        transformers.LlamaConfig(**_SMALL),
-        {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
-    ),
-    "qwen3": (
-        transformers.Qwen3Config(**_SMALL, head_dim=8),
-        {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
-    ),
-    "bert": (transformers.BertConfig(**_SMALL), {"query", "key", "value", "output.dense", "intermediate.dense"}),
-    "gpt2": (transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=50), {"c_attn", "c_proj", "c_fc"}),
-    "gpt_neox": (
-        transformers.GPTNeoXConfig(**_SMALL),
-        {"query_key_value", "attention.dense", "dense_h_to_4h", "dense_4h_to_h"},
-    ),
-    "mixtral": (
-        transformers.MixtralConfig(**_SMALL, num_key_value_heads=2, num_local_experts=2, head_dim=8),
-        {"q_proj", "k_proj", "v_proj", "o_proj", "w1", "w2", "w3"},
-    ),
-    "t5": (
-        transformers.T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, vocab_size=50),
-        {"q", "k", "v", "o", "wi", "wo"},
-    ),
-    "vit": (
-        transformers.ViTConfig(
-            hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, image_size=8, patch_size=4
-        ),
-        {"query", "key", "value", "output.dense", "intermediate.dense"},
-    ),
-}
-
-
-def _save(config: Any, folder: Path) -> Path:
-    torch.manual_seed(0)
-    architectures = {"t5": transformers.T5ForConditionalGeneration, "vit": transformers.ViTForImageClassification}
-    automatic = transformers.AutoModelForMaskedLM if config.model_type == "bert" else transformers.AutoModelForCausalLM
-    model = architectures[config.model_type](config) if config.model_type in architectures else automatic.from_config(config)
-    model.save_pretrained(folder)
-    return folder
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_default_targets_and_round_trip(family: str, tmp_path: Path) -> None:
-    config, layers = FAMILIES[family]
-    folder = _save(config, tmp_path / family)
-    steps = surgery.plan(folder, rank=4)
-    tensors = tensors_of(folder)
-    # Every tensor is accounted for, once.
-    names = [target.tensor for target in steps.targets] + [item.tensor for item in steps.skipped]
-    assert sorted(names) == sorted(tensors)
-    assert all(item.reason for item in steps.skipped)
-    # Exactly the block's linear layers are targets.
-    for target in steps.targets:
-        assert target.tensor.endswith(tuple(f"{layer}.weight" for layer in layers)), target
-        assert target.shape == tuple(tensors[target.tensor].shape)
-    # And the whole way there and back gives the same files.
-    surgery.factorize(folder, tmp_path / "f", rank=4)
-    surgery.fold(tmp_path / "f", tmp_path / "f/surgery/scales.safetensors", tmp_path / "out")
-    assert files_of(tmp_path / "out") == files_of(folder)
-    found = {layer for layer in layers for target in steps.targets if target.tensor.endswith(f"{layer}.weight")}
-    assert found == layers
+from tests.models import save_llama
 
 
 def test_reasons(tmp_path: Path) -> None:
