@@ -1,0 +1,313 @@
+"""FP8 checkpoints with block scales, against torch's arithmetic and transformers' own dequantization."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import surgery
+from surgery.errors import FormatError, OptionError, SourceError
+from surgery.linalg.fp8 import block_scales, dequantize, quantize
+from surgery.operations.verify import verify
+from tests.families import FAMILIES
+from tests.models import files_of, tensors_of
+
+BLOCK = (16, 16)
+
+
+def _scales(weight: torch.Tensor, block: tuple[int, int], *, powers_of_two: bool) -> torch.Tensor:
+    """One by one, from the format's description."""
+    *stack, m, n = weight.shape
+    rows, columns = -(-m // block[0]), -(-n // block[1])
+    scales = torch.empty(*stack, rows, columns)
+    for i in range(rows):
+        for j in range(columns):
+            part = weight[..., i * block[0] : (i + 1) * block[0], j * block[1] : (j + 1) * block[1]].float()
+            scale = part.abs().amax((-2, -1)) / 448
+            scales[..., i, j] = torch.exp2(torch.ceil(torch.log2(scale))) if powers_of_two else scale
+    return scales.to(torch.float8_e8m0fnu) if powers_of_two else scales
+
+
+def _dense(q: torch.Tensor, scales: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    """float32 weights, entry by entry."""
+    m, n = q.shape[-2:]
+    i, j = torch.arange(m) // block[0], torch.arange(n) // block[1]
+    return q.float() * scales.float()[..., i[:, None], j[None, :]]
+
+
+def _quantize_model(
+    source: Path,
+    folder: Path,
+    *,
+    block: tuple[int, int] = BLOCK,
+    powers_of_two: bool = False,
+    apart: bool = False,
+    which: Callable[[str], bool] = lambda name: "layers" in name and name.endswith(("_proj.weight", "_proj")),
+) -> Path:
+    """An FP8 copy of a model; ``apart`` puts the scales into a shard of their own."""
+    folder.mkdir(parents=True)
+    weights: dict[str, torch.Tensor] = {}
+    scales: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors_of(source).items():
+        if not which(name):
+            weights[name] = tensor.to(torch.bfloat16)
+            continue
+        scale = _scales(tensor, block, powers_of_two=powers_of_two)
+        m, n = tensor.shape[-2:]
+        spread = scale.float()[..., (torch.arange(m) // block[0])[:, None], (torch.arange(n) // block[1])[None, :]]
+        weights[name] = (tensor.float() / spread).clamp(-448, 448).to(torch.float8_e4m3fn)
+        scales[f"{name}_scale_inv"] = scale
+    config = json.loads((source / "config.json").read_text())
+    config["dtype"] = "bfloat16"
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": list(block),
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    if not apart:
+        save_file({**weights, **scales}, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+    # The scales come first, so that they are met before the weights that they belong to.
+    shards = {"model-00001-of-00002.safetensors": scales, "model-00002-of-00002.safetensors": weights}
+    for file, tensors in shards.items():
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, tensors in shards.items() for name in tensors}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def _folded(tmp_path: Path, base: Path, scales: Any, name: str, **options: Any) -> Path:
+    surgery.fold(tmp_path / "f", scales, tmp_path / name, base=base, **options)
+    return tmp_path / name
+
+
+def _random_scales(manifest: surgery.Manifest) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return {target.key: 1 + 0.5 * torch.randn(target.scales_shape, generator=generator) for target in manifest.targets}
+
+
+@pytest.mark.parametrize("shape", [(32, 48), (37, 50), (5, 3), (3, 20, 33)])
+@pytest.mark.parametrize("powers_of_two", [False, True])
+def test_arithmetic(shape: tuple[int, ...], powers_of_two: bool) -> None:
+    """Blocks cut off at the edges, stacks, both kinds of scales."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 2, shape[-1])
+    expected = _scales(weight, BLOCK, powers_of_two=powers_of_two)
+    scales = block_scales(weight, BLOCK, expected)
+    assert scales.dtype == expected.dtype
+    assert torch.equal(scales.float(), expected.float())
+    q = quantize(weight, scales, BLOCK)
+    assert torch.equal(dequantize(q, scales, BLOCK), _dense(q, scales, BLOCK))
+    # Half a unit in the last of three places, or of the smallest subnormal.
+    spread = _dense(torch.ones(shape), scales, BLOCK)
+    error = (dequantize(q, scales, BLOCK) - weight).abs()
+    assert bool((error <= torch.maximum(weight.abs() * 2**-4, spread * 2**-10) * 1.0001).all())
+    # What is dequantized and quantized with its own scales is itself.
+    assert torch.equal(quantize(dequantize(q, scales, BLOCK), scales, BLOCK).view(torch.uint8), q.view(torch.uint8))
+
+
+def test_one_scale_for_all_and_zeros() -> None:
+    weight = torch.tensor([[1.0, -896.0], [0.25, 2.0]])
+    scale = block_scales(weight, None, torch.ones(()))
+    assert scale.item() == 2.0
+    assert dequantize(quantize(weight, scale, None), scale, None).tolist() == [[1.0, -896.0], [0.25, 2.0]]
+    zeros = torch.zeros(4, 4)
+    assert block_scales(zeros, BLOCK, torch.ones(1, 1)).item() == 1.0
+    assert not dequantize(quantize(zeros, torch.ones(1, 1), BLOCK), torch.ones(1, 1), BLOCK).any()
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("powers_of_two", [False, True])
+@pytest.mark.parametrize("name", ["llama", "deepseek_v3", "llama4"])
+def test_there_and_back(name: str, powers_of_two: bool, apart: bool, tmp_path: Path) -> None:
+    """Untouched: the same bytes. Changed: the nearest FP8 numbers to the formula, with fresh scales; the rest untouched."""
+    block = (10, 12)  # fits no side
+    base = _quantize_model(
+        FAMILIES[name].save(tmp_path / "m"), tmp_path / "base", block=block, powers_of_two=powers_of_two, apart=apart
+    )
+    manifest = surgery.factorize(base, tmp_path / "f", rank=4)
+    assert manifest.layout == "overlay"
+    mixed = {"F8_E4M3", "BF16"} if name == "deepseek_v3" else {"F8_E4M3"}  # kv_a_proj_with_mqa has stayed as it was
+    assert {target.dtype for target in manifest.targets} == mixed
+    assert files_of(_folded(tmp_path, base, tmp_path / "f/surgery/scales.safetensors", "back")) == files_of(base)
+    assert verify(tmp_path / "f", base=base).ok
+
+    scales = _random_scales(manifest)
+    untouched = manifest.targets[0]
+    scales[untouched.key] = torch.ones(untouched.scales_shape)
+    stacks = [target for target in manifest.targets if target.view == "stack"]
+    for target in stacks:
+        scales[target.key][1] = 1  # one expert of each
+    before, after = tensors_of(base), tensors_of(_folded(tmp_path, base, scales, "folded"))
+    assert before.keys() == after.keys()
+    factors = {key: part for file in (tmp_path / "f/surgery").glob("factors*") for key, part in load_file(file).items()}
+    for target in manifest.targets:
+        if target.dtype == "BF16":
+            U, s, V = (factors[f"{target.key}.{part}"].double() for part in ("U", "s", "V"))
+            exact = before[target.tensor].double() + (U * (s * (scales[target.key].double() - 1))) @ V.T
+            assert torch.allclose(after[target.tensor].double(), exact, rtol=2**-8, atol=0)
+            continue
+        q, scale = before[target.tensor], before[f"{target.tensor}_scale_inv"]
+        new_q, new_scale = after[target.tensor], after[f"{target.tensor}_scale_inv"]
+        assert (new_q.dtype, new_scale.dtype, new_scale.shape) == (q.dtype, scale.dtype, scale.shape)
+        if target is untouched:
+            assert torch.equal(q.view(torch.uint8), new_q.view(torch.uint8))
+            assert torch.equal(scale.float(), new_scale.float())
+            continue
+        U, s, V = (factors[f"{target.key}.{part}"].double() for part in ("U", "s", "V"))
+        change = (U * (s * (scales[target.key].double() - 1)).unsqueeze(-2)) @ V.mT
+        wanted = (_dense(q, scale, block).double() + change).float()
+        fresh = _scales(wanted, block, powers_of_two=powers_of_two)
+        if target.view == "stack":
+            wanted[1], fresh[1] = _dense(q, scale, block)[1], scale[1]
+            assert torch.equal(q[1].view(torch.uint8), new_q[1].view(torch.uint8))
+        assert torch.allclose(new_scale.float(), fresh.float(), rtol=1e-6)
+        spread = _dense(torch.ones_like(wanted), new_scale, block)
+        error = (_dense(new_q, new_scale, block) - wanted).abs()
+        assert bool((error <= torch.maximum(wanted.abs() * 2**-4, spread * 2**-10) * 1.001).all())
+    others = before.keys() - {name for t in manifest.targets for name in (t.tensor, f"{t.tensor}_scale_inv")}
+    assert others
+    assert all(torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8)) for name in others)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_dequantized(apart: bool, tmp_path: Path) -> None:
+    """Every FP8 weight becomes bfloat16, targets or not; the model then loads without a quantization."""
+    base = _quantize_model(FAMILIES["llama"].save(tmp_path / "m"), tmp_path / "base", apart=apart)
+    manifest = surgery.factorize(base, tmp_path / "f", rank=4, exclude=["*down_proj*"])
+    scales = _random_scales(manifest)
+    out = _folded(tmp_path, base, scales, "dense", dequantize=True)
+    before, after = tensors_of(base), tensors_of(out)
+    assert {name for name in before if not name.endswith("_scale_inv")} == after.keys()
+    assert {tensor.dtype for tensor in after.values()} == {torch.bfloat16}
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    factors = {key: part for file in (tmp_path / "f/surgery").glob("factors*") for key, part in load_file(file).items()}
+    targets = {target.tensor for target in manifest.targets}
+    for name in after:
+        if f"{name}_scale_inv" not in before:
+            assert torch.equal(after[name], before[name])
+            continue
+        expected = _dense(before[name], before[f"{name}_scale_inv"], BLOCK)
+        if name in targets:
+            U, s, V = (factors[f"{name}.{part}"].double() for part in ("U", "s", "V"))
+            expected = (expected.double() + (U * (s * (scales[name].double() - 1))) @ V.T).float()
+        assert torch.equal(after[name], expected.to(torch.bfloat16))
+    if apart:
+        index = json.loads((out / "model.safetensors.index.json").read_text())
+        assert index["weight_map"].keys() == after.keys()
+        assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in after.values())
+        assert sorted(path.name for path in out.glob("*.safetensors")) == sorted(set(index["weight_map"].values()))
+    model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
+    assert model.get_parameter("model.layers.0.self_attn.q_proj.weight").dtype == torch.bfloat16
+
+
+def test_as_transformers_dequantizes(tmp_path: Path) -> None:
+    """Its loader and ours read the same weights out of an FP8 checkpoint (with blocks that fit)."""
+    base = _quantize_model(FAMILIES["llama"].save(tmp_path / "m"), tmp_path / "base")
+    surgery.factorize(base, tmp_path / "f", rank=4)
+    out = _folded(tmp_path, base, tmp_path / "f/surgery/scales.safetensors", "dense", dequantize=True)
+    config = transformers.FineGrainedFP8Config(dequantize=True)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, quantization_config=config)
+    ours = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
+    tokens = torch.tensor([[3, 5, 7, 9]])
+    with torch.no_grad():
+        assert torch.equal(theirs(tokens).logits, ours(tokens).logits)
+
+
+def test_residual_layout_is_refused(tmp_path: Path) -> None:
+    base = _quantize_model(FAMILIES["llama"].save(tmp_path / "m"), tmp_path / "base")
+    with pytest.raises(OptionError, match="has no residual layout"):
+        surgery.plan(base, layout="residual")
+    # What is not FP8 in the same model has one.
+    assert surgery.plan(base, include=["model.embed_tokens.weight"], layout="residual").layout == "residual"
+
+
+def test_nothing_to_dequantize(llama: Path, tmp_path: Path) -> None:
+    surgery.factorize(llama, tmp_path / "f", rank=4)
+    with pytest.raises(OptionError, match="nothing to dequantize"):
+        surgery.fold(tmp_path / "f", tmp_path / "f/surgery/scales.safetensors", tmp_path / "o", dequantize=True)
+    assert not (tmp_path / "o").exists()
+
+
+def _rewritten(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+_Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: tensors.pop(f"{_Q}_scale_inv"), "its scales are missing"),
+        (lambda tensors: tensors.update({f"{_Q}_scale": tensors.pop(f"{_Q}_scale_inv")}), f"{_Q}_scale"),
+        (lambda tensors: tensors.update({f"{_Q}_scale_inv": torch.ones(3, 3)}), "do not fit"),
+        (lambda tensors: tensors.update({f"{_Q}_scale_inv": torch.ones(2, 2, dtype=torch.int32)}), "do not fit"),
+    ],
+)
+def test_scales_that_are_wrong(change: Callable[[dict[str, torch.Tensor]], None], message: str, tmp_path: Path) -> None:
+    base = _quantize_model(FAMILIES["llama"].save(tmp_path / "m"), tmp_path / "base")
+    _rewritten(base, change)
+    with pytest.raises(FormatError) as caught:
+        surgery.plan(base)
+    assert message in str(caught.value)
+
+
+def _with_config(folder: Path, quantization: dict[str, Any] | None) -> Path:
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("quantization_config", None)
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("quantization", "message"),
+    [
+        ({"quant_method": "mxfp4"}, "Mxfp4Config(dequantize=True)"),
+        ({"quant_method": "gptq", "bits": 4}, "unquantized model"),
+        ({"quant_method": "awq"}, "unquantized model"),
+        ({"load_in_4bit": True}, "model.dequantize()"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "model.dequantize()"),
+        ({"quant_method": "compressed-tensors"}, "CompressedTensorsConfig"),
+        ({"quant_method": "something new"}, "something new"),
+    ],
+)
+def test_other_quantizations_are_refused_by_name(quantization: dict[str, Any], message: str, tmp_path: Path) -> None:
+    folder = _with_config(FAMILIES["llama"].save(tmp_path / "m"), quantization)
+    with pytest.raises(SourceError, match="which is not supported") as caught:
+        surgery.plan(folder)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        ("model.layers.0.self_attn.q_proj.qweight", "gptq or awq"),
+        ("model.layers.0.self_attn.q_proj.weight_packed", "compressed-tensors"),
+        ("model.layers.0.mlp.experts.gate_up_proj_blocks", "mxfp4"),
+        ("model.layers.0.self_attn.q_proj.weight.absmax", "bitsandbytes"),
+    ],
+)
+def test_quantized_tensors_without_a_word_in_the_config(tensor: str, message: str, tmp_path: Path) -> None:
+    folder = FAMILIES["llama"].save(tmp_path / "m")
+    _rewritten(folder, lambda tensors: tensors.update({tensor: torch.zeros(4, 4, dtype=torch.uint8)}))
+    with pytest.raises(SourceError, match=message):
+        surgery.plan(folder)
+
+
+def test_fp8_without_a_word_in_the_config(tmp_path: Path) -> None:
+    base = _with_config(_quantize_model(FAMILIES["llama"].save(tmp_path / "m"), tmp_path / "base"), None)
+    with pytest.raises(SourceError, match="has no quantization_config"):
+        surgery.plan(base)
