@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -218,9 +219,9 @@ class Manifest:
             check_relative_path(shard.source.file, str(path))
         for target in manifest.targets:
             _check_target(target, str(path))
-        keys = [target.key for target in manifest.targets]
-        if twice := sorted({key for key in keys if keys.count(key) > 1} if len(set(keys)) < len(keys) else set()):
-            raise FormatError(f"{path}: {twice[0]!r} is there twice")
+        key, count = next(iter(Counter(target.key for target in manifest.targets).most_common(1)), ("", 0))
+        if count > 1:
+            raise FormatError(f"{path}: {key!r} is there twice")
         _check_shards(manifest, str(path))
         return manifest
 

@@ -56,6 +56,8 @@ class View:
         sizes = self._whole(tensor)
         if self.slice is None:
             return sizes
+        if self.slice.axis not in (0, 1):
+            raise ValueError(f"a matrix has no axis {self.slice.axis}: the slice does not fit")
         part, length = self.slice, sizes[1 + self.slice.axis]
         if not (0 <= part.start < part.stop <= part.period and part.period <= length and length % part.period == 0):
             raise ValueError(f"a slice [{part.start}, {part.stop}) of every {part.period} does not fit {length}")

@@ -29,8 +29,8 @@ def slices_of(rule: Rule, shape: tuple[int, int], config: Mapping[str, Any], ten
         widths = [1] * len(rule.slices)
     elif set(rule.slices) <= set(_ATTENTION):
         heads, groups, width = _attention(config, tensor)
-        per_group = {"q": heads // groups * width, "k": width, "v": width}
-        widths = [per_group[name] * (1 if rule.every == "group" else groups) for name in rule.slices]
+        across = {"q": heads * width, "k": groups * width, "v": groups * width}
+        widths = [across[name] // (groups if rule.every == "group" else 1) for name in rule.slices]
     else:
         widths = [length // len(rule.slices)] * len(rule.slices)
     period = sum(widths)

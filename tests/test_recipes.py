@@ -1,0 +1,193 @@
+"""Recipes: what they choose, how they meet the command line's options, and what is said of bad ones."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import surgery
+from surgery.errors import OptionError
+from surgery.planning.plan import Plan
+from surgery.planning.recipes import builtin_recipes, find_recipe, recipe_for_family
+from tests.families import FAMILIES
+from tests.models import files_of
+
+
+def _recipe(folder: Path, text: str) -> str:
+    path = folder / "mine.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def _endings(steps: Plan) -> set[str]:
+    return {re.sub(r".*\.\d+\.", "", target.tensor).removesuffix(".weight") for target in steps.targets}
+
+
+def test_first_rule_that_matches_decides(llama: Path, tmp_path: Path) -> None:
+    recipe = _recipe(
+        tmp_path,
+        """
+        [[rules]]
+        match = "*.0.self_attn.q_proj.weight"
+        skip = "the first one stays"
+
+        [[rules]]
+        match = ["*.q_proj.weight", "*.k_proj.weight"]
+        rank = 3
+
+        [[rules]]
+        regex = '.*mlp\\.(up|down)_proj\\.weight'
+        energy = 0.4
+        max_rank = 9
+        """,
+    )
+    steps = surgery.plan(llama, recipe=recipe)
+    assert steps.recipe == "mine"
+    extent = {target.tensor: (target.rank, target.energy) for target in steps.targets}
+    assert extent == {
+        "model.layers.0.self_attn.k_proj.weight": (3, None),
+        "model.layers.1.self_attn.k_proj.weight": (3, None),
+        "model.layers.1.self_attn.q_proj.weight": (3, None),
+        **{f"model.layers.{i}.mlp.{name}_proj.weight": (9, 0.4) for i in (0, 1) for name in ("up", "down")},
+    }
+    reasons = {item.tensor: item.reason for item in steps.skipped}
+    assert reasons["model.layers.0.self_attn.q_proj.weight"] == "the first one stays"
+    assert reasons["model.layers.0.self_attn.v_proj.weight"] == "not in the recipe mine"
+    assert reasons["lm_head.weight"] == "an output head"
+    manifest = surgery.factorize(llama, tmp_path / "f", recipe=recipe)
+    assert manifest.options.recipe == "mine"
+    assert {target.tensor for target in manifest.targets} == extent.keys()
+    surgery.fold(tmp_path / "f", tmp_path / "f/surgery/scales.safetensors", tmp_path / "back")
+    assert files_of(tmp_path / "back") == files_of(llama)
+
+
+def test_options_come_on_top(llama: Path, tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path, '[[rules]]\nmatch = "*.self_attn.*"\nrank = 3\n[[rules]]\nmatch = "*.mlp.*"\nenergy = 0.5')
+    assert {target.rank for target in surgery.plan(llama, recipe=recipe, rank=5).targets} == {5}
+    assert {(t.rank, t.energy) for t in surgery.plan(llama, recipe=recipe, energy=0.3, max_rank=7).targets} == {(7, 0.3)}
+    # A largest rank alone belongs to the rules with an energy.
+    assert {(t.rank, t.energy) for t in surgery.plan(llama, recipe=recipe, max_rank=7).targets} == {(3, None), (7, 0.5)}
+    assert _endings(surgery.plan(llama, recipe=recipe, exclude=["*.mlp.*", "*[kv]_proj*"])) == {
+        "self_attn.q_proj",
+        "self_attn.o_proj",
+    }
+    # --include takes exactly what it matches, and sees it as the recipe says.
+    assert _endings(surgery.plan(llama, recipe=recipe, include=["lm_head.weight", "*.up_proj.*"])) == {"lm_head", "mlp.up_proj"}
+
+
+def test_include_keeps_the_view_of_the_family(tmp_path: Path) -> None:
+    folder = FAMILIES["gpt_oss"].save(tmp_path / "m")
+    steps = surgery.plan(folder, include=["*experts.gate_up_proj"], rank=2, split=True)
+    assert {target.key.rpartition(".")[2] for target in steps.targets} == {"gate_up_proj[gate]", "gate_up_proj[up]"}
+    assert {target.matrices for target in steps.targets} == {(4, 32, 48)}
+
+
+def test_attention_alone_and_mlp_alone(tmp_path: Path) -> None:
+    """On every family with both, the two recipes share nothing, and make up what the family's own one takes."""
+    for name, family in FAMILIES.items():
+        folder = family.save(tmp_path / name)
+        if family.recipe in ("mamba", "diffusion"):
+            continue
+        attention, mlp = (
+            {target.tensor for target in surgery.plan(folder, recipe=recipe, rank=2).targets} for recipe in ("attention", "mlp")
+        )
+        both = {target.tensor for target in surgery.plan(folder, rank=2).targets}
+        assert not attention & mlp, name
+        assert attention | mlp == both - {tensor for tensor in both if ".mamba." in tensor}, name
+
+
+def test_every_builtin_recipe_can_be_named_and_is_used() -> None:
+    families = {family.recipe for family in FAMILIES.values()} | {"attention", "mlp"}
+    assert families - {None} == builtin_recipes().keys()
+    for name, recipe in builtin_recipes().items():
+        assert find_recipe(name) is recipe
+        assert recipe.description
+        for family in recipe.families:
+            assert recipe_for_family({"model_type": family}) is recipe, family
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        ("[[rules]\n", "no valid TOML", "line 1"),
+        ("", "has no rules", ""),
+        ("rules = 3", "has no rules", ""),
+        ('[[rules]]\nmatch = "*"\nrnak = 3', "unknown key 'rnak'", "did you mean 'rank'?"),
+        ('famlies = []\n[[rules]]\nmatch = "*"', "unknown key 'famlies'", "did you mean 'families'?"),
+        ("[[rules]]\nrank = 3", "rule 1 needs either match or regex", "rank"),
+        ('[[rules]]\nmatch = "*"\nregex = ".*"', "rule 1 needs either match or regex", ""),
+        ("[[rules]]\nmatch = []", "match is empty", ""),
+        ("[[rules]]\nmatch = 3", "wrong type", "a list of strings"),
+        ('[[rules]]\nregex = "("', "no regular expression", "missing )"),
+        ('[[rules]]\nmatch = "*"\nskip = "x"\nrank = 3', "nothing else can be said", ""),
+        ('[[rules]]\nmatch = "*"\nrank = 3\nenergy = 0.5', "contradict each other", ""),
+        ('[[rules]]\nmatch = "*"\nrank = 0', "rank must be at least 1", "0"),
+        ('[[rules]]\nmatch = "*"\nrank = "8"', "wrong type", "int"),
+        ('[[rules]]\nmatch = "*"\nrank = true', "wrong type", "int"),
+        ('[[rules]]\nmatch = "*"\nenergy = 1.5', "the energy makes no sense", "1.5"),
+        ('[[rules]]\nmatch = "*"\nmax_rank = 8', "max_rank goes with an energy", ""),
+        ('[[rules]]\nmatch = "*"\nview = "stak"', "view makes no sense", "did you mean 'stack'?"),
+        ('[[rules]]\nmatch = "*"\nslices = ["q"]', "two or more different names", ""),
+        ('[[rules]]\nmatch = "*"\nslices = ["q", "q"]', "two or more different names", ""),
+        ('[[rules]]\nmatch = "*"\nevery = "group"', "every goes with slices", ""),
+        ('[[rules]]\nmatch = "*"\nslices = ["a", "b"]\naxis = "diagonals"', "axis makes no sense", "rows, columns"),
+    ],
+)
+def test_bad_recipes(text: str, message: str, hint: str, llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError) as caught:
+        surgery.plan(llama, recipe=_recipe(tmp_path, text))
+    assert message in str(caught.value)
+    assert hint in str(caught.value)
+
+
+def test_recipes_that_are_not_there(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="there is no recipe 'lama'") as caught:
+        surgery.plan(llama, recipe="lama")
+    assert "did you mean 'llama'?" in str(caught.value)
+    with pytest.raises(OptionError, match="there is no recipe"):
+        surgery.plan(llama, recipe=tmp_path / "nothing.toml")
+
+
+def test_a_recipe_for_another_family(llama: Path) -> None:
+    with pytest.raises(OptionError, match="the recipe gpt2 takes no tensor") as caught:
+        surgery.plan(llama, recipe="gpt2")
+    assert "model.layers.0.mlp.up_proj.weight (not in the recipe gpt2)" in str(caught.value)
+
+
+def test_a_rule_of_ones_own_that_matches_nothing_is_noted(llama: Path, tmp_path: Path) -> None:
+    recipe = _recipe(tmp_path, '[[rules]]\nmatch = "*.q_proj.weight"\n[[rules]]\nmatch = "*.qq_proj.weight"')
+    (note,) = surgery.plan(llama, recipe=recipe, rank=4).notes
+    assert "rule 2 (*.qq_proj.weight) decides on no tensor" in note
+    assert not surgery.plan(llama, recipe="llama", rank=4).notes  # of a shipped one some rules are for others
+
+
+def test_split_where_nothing_is_fused_is_noted(llama: Path) -> None:
+    (note,) = surgery.plan(llama, rank=4, split=True).notes
+    assert "--split changes nothing" in note
+
+
+def test_slices_that_do_not_add_up(tmp_path: Path) -> None:
+    folder = FAMILIES["phi3"].save(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_key_value_heads": 3}))
+    with pytest.raises(OptionError, match="do not add up") as caught:
+        surgery.plan(folder, rank=4, split=True)
+    assert "32 + 24 + 24 for a length of 64" in str(caught.value)
+    assert surgery.plan(folder, rank=4).targets  # as one matrix there is nothing to add up
+    (folder / "config.json").write_text(json.dumps({"model_type": "phi3"}))
+    with pytest.raises(OptionError, match="does not tell the number of attention heads"):
+        surgery.plan(folder, rank=4, split=True)
+
+
+def test_tied_head_is_taken_once(tmp_path: Path) -> None:
+    tensors = {"model.embed_tokens.weight": torch.randn(20, 8), "lm_head.weight": torch.randn(20, 8)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"tie_word_embeddings": True}))
+    steps = surgery.plan(tmp_path, include=["*"], rank=2)
+    assert [target.tensor for target in steps.targets] == ["model.embed_tokens.weight"]
+    assert steps.skipped[0].reason == "tied to the input embedding"
