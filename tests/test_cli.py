@@ -86,10 +86,40 @@ def test_dry_run_prints_every_tensor_and_writes_nothing(llama: Path, tmp_path: P
     monkeypatch.chdir(tmp_path)
     done = _run("factorize", llama, "--dry-run")
     assert done.exit_code == 0
-    names = {surgery.plan(llama).targets[i].tensor for i in range(14)} | {item.tensor for item in surgery.plan(llama).skipped}
-    assert all(name in done.stdout for name in names)
-    assert re.search(r"lm_head\.weight +an output head", done.stdout)
+    assert re.search(r"^1 +lm_head\.weight +an output head$", done.stdout, re.MULTILINE)
+    assert re.search(r"^2 +model\.layers\.\*\.mlp\.up_proj\.weight +80x48 +matrix +BF16 +16$", done.stdout, re.MULTILINE)
+    # The same as surgery plan prints but for the time, which is measured.
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("takes about")]
+    plan = _run("plan", llama)
+    assert [line for line in plan.stdout.splitlines() if not line.startswith("takes about")] == lines
+    counted = sum(int(line.split()[0]) for line in lines if re.match(r"\d+ +\S+\.", line))
+    steps = surgery.plan(llama)
+    assert counted == len(steps.targets) + len(steps.skipped)
+    every = _run("plan", llama, "--all").stdout
+    assert all(name in every for name in [t.tensor for t in steps.targets] + [item.tensor for item in steps.skipped])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_with_options(llama: Path, tmp_path: Path) -> None:
+    plan = json.loads(_run("plan", llama, "--rank", 4, "--recipe", "attention", "--layout", "overlay", "--json").stdout)
+    assert (plan["layout"], plan["recipe"], len(plan["targets"]), plan["trainable"]) == ("overlay", "attention", 8, 32)
+    assert 0 < plan["seconds"] < 60
+    assert "at most 896 trainable" in _run("plan", llama, "--energy", 0.5, "--max-rank", 64).stdout.replace("<= ", "")
+    done = _run("plan", llama, "--rank", 4, "--energy", 0.5)
+    assert done.exit_code == 1
+    assert "contradict" in done.stderr
+    for options in (["--max-rank", 4], ["--rank", 4, "--no-correction", "--layout", "overlay"]):
+        done = _run("plan", llama, *options)
+        assert (done.exit_code, done.stdout) == (1, "")
+
+
+def test_recipes_are_listed() -> None:
+    done = _run("recipes")
+    assert done.exit_code == 0
+    assert re.search(r"^llama: every linear layer", done.stdout, re.MULTILINE)
+    assert "not *.mlp.router.weight: a router" in done.stdout
+    listed = json.loads(_run("recipes", "--json").stdout)
+    assert {recipe["name"] for recipe in listed} >= {"llama", "attention", "mlp", "gpt_oss", "diffusion"}
 
 
 def test_quiet_says_nothing(llama: Path, tmp_path: Path) -> None:

@@ -49,6 +49,22 @@ def test_plan_reads_headers_only(hub: LoopbackHub, llama: Path) -> None:
     assert not list(cache.rglob("*.safetensors"))
 
 
+def test_subfolder_of_a_pipeline(hub: LoopbackHub, llama: Path, tmp_path: Path) -> None:
+    pipeline = tmp_path / "pipeline"
+    shutil.copytree(llama, pipeline / "text_encoder")
+    (pipeline / "model_index.json").write_text("{}")
+    hub.publish("acme/pipeline", pipeline)
+    with pytest.raises(SourceError, match="in its subfolders") as caught:
+        surgery.plan("acme/pipeline")
+    assert "--subfolder text_encoder" in str(caught.value)
+    with pytest.raises(SourceError, match="has no subfolder 'unet'"):
+        surgery.plan("acme/pipeline", subfolder="unet")
+    manifest = surgery.factorize("acme/pipeline", tmp_path / "f", rank=4, subfolder="text_encoder", layout="overlay")
+    assert (manifest.source.repo_id, manifest.source.subfolder) == ("acme/pipeline", "text_encoder")
+    surgery.fold(tmp_path / "f", tmp_path / "f/surgery/scales.safetensors", tmp_path / "back")
+    assert files_of(tmp_path / "back") == files_of(llama)
+
+
 def test_revision(hub: LoopbackHub, llama: Path, tmp_path: Path) -> None:
     repo = hub.publish("acme/revisions", llama)
     repo.branches["v2"] = repo.commit

@@ -52,6 +52,27 @@ def _peak(call: str) -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_more_experts_in_a_stack_the_same_peak(tmp_path: Path) -> None:
+    """The experts of a layer are one tensor, which need not fit into memory."""
+    peaks = {}
+    for experts in (8, 24):
+        model, factorized, folded = tmp_path / f"m{experts}", tmp_path / f"f{experts}", tmp_path / f"o{experts}"
+        model.mkdir()
+        weight = torch.randn(1024, 8) @ torch.randn(8, 2048) + 0.01 * torch.randn(1024, 2048)
+        stack = torch.stack([weight * (i + 1) for i in range(experts)])
+        save_file({"layers.0.experts.up": stack}, model / "model.safetensors")
+        peak = _peak(f"surgery.factorize({str(model)!r}, {str(factorized)!r}, rank=4, device='cpu')")
+        assert peak <= surgery.plan(model, rank=4).peak_memory_bytes
+        fold_peak = _peak(
+            f"surgery.fold({str(factorized)!r}, {str(factorized / 'surgery/scales.safetensors')!r}, {str(folded)!r})"
+        )
+        assert (folded / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+        peaks[experts] = (peak, fold_peak)
+    # 16 more of 8 MB each.
+    assert all(large < small + 35e6 for small, large in zip(peaks[8], peaks[24], strict=True))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_twice_the_layers_the_same_peak(tmp_path: Path) -> None:
     peaks, sizes = {}, {}
     for layers in (4, 8):

@@ -15,8 +15,11 @@ def main(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     inside = {name for name in names if not name.split("/")[0].endswith(".dist-info")}
-    tracked = subprocess.run(["git", "ls-files", "surgery"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    expected = set(tracked.splitlines())
+    tracked = subprocess.run(
+        ["git", "ls-files", "surgery", "recipes"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    # Recipes lie beside the package in a checkout, and in it once installed.
+    expected = {name if name.startswith("surgery/") else f"surgery/{name}" for name in listing.stdout.splitlines()}
     if inside != expected:
         sys.exit(f"{wheel.name}: unexpected {sorted(inside - expected)[:5]}, missing {sorted(expected - inside)[:5]}")
     # A wheel is a zip file, and this package imports from one: the command runs without being installed.

@@ -265,7 +265,7 @@ def plan_as_json(steps: Plan, seconds: float) -> str:
             "temporary_bytes": steps.temporary_bytes,
             "peak_memory_bytes": steps.peak_memory_bytes,
             "device_memory_bytes": steps.device_memory_bytes,
-            "seconds": round(seconds, 1),
+            "seconds": float(f"{seconds:.2g}"),
         },
         indent=1,
     )
