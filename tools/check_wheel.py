@@ -19,7 +19,7 @@ def main(wheel: Path) -> None:
         ["git", "ls-files", "surgery", "recipes"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout
     # Recipes lie beside the package in a checkout, and in it once installed.
-    expected = {name if name.startswith("surgery/") else f"surgery/{name}" for name in listing.stdout.splitlines()}
+    expected = {name if name.startswith("surgery/") else f"surgery/{name}" for name in tracked.splitlines()}
     if inside != expected:
         sys.exit(f"{wheel.name}: unexpected {sorted(inside - expected)[:5]}, missing {sorted(expected - inside)[:5]}")
     # A wheel is a zip file, and this package imports from one: the command runs without being installed.
