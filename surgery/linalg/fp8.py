@@ -6,6 +6,8 @@ README_WEIGHTS of its repository): float8_e4m3fn, blocks of 128 x 128, those at 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 _LARGEST = 448.0  # of float8_e4m3fn
@@ -23,7 +25,9 @@ def dequantize(q: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] | No
         float32 (..., m, n), each product rounded once.
     """
     weight = q.float()
-    return weight.mul_(_spread(scale.float(), q.shape[-2:], block))
+    for rows, factors in _rows_of_blocks(scale, weight.shape, block):
+        weight[..., rows, :] *= factors
+    return weight
 
 
 def block_scales(weight: torch.Tensor, block: tuple[int, int] | None, like: torch.Tensor) -> torch.Tensor:
@@ -34,15 +38,17 @@ def block_scales(weight: torch.Tensor, block: tuple[int, int] | None, like: torc
         block: (rows, columns), or None for one scale.
         like: the scales they replace, whose shape and dtype they take. Powers of two are rounded up (float8_e8m0fnu).
     """
-    largest = weight.abs()
     if block is None:
-        largest = largest.amax()
+        largest = weight.abs().amax()
     else:
         m, n = weight.shape[-2:]
-        rows, columns = -(-m // block[0]), -(-n // block[1])
-        padding = (0, columns * block[1] - n, 0, rows * block[0] - m)
-        largest = torch.nn.functional.pad(largest, padding)
-        largest = largest.view(*weight.shape[:-2], rows, block[0], columns, block[1]).amax(dim=(-3, -1))
+        padding = -n % block[1]
+        rows = [
+            torch.nn.functional.pad(weight[..., first : first + block[0], :].abs().amax(-2), (0, padding))
+            for first in range(0, m, block[0])
+        ]
+        largest = torch.stack(rows, -2)
+        largest = largest.view(*largest.shape[:-1], -1, block[1]).amax(-1)
     scale = largest / _LARGEST
     if like.dtype == torch.float8_e8m0fnu:
         mantissa, exponent = torch.frexp(scale)
@@ -54,13 +60,20 @@ def block_scales(weight: torch.Tensor, block: tuple[int, int] | None, like: torc
 
 def quantize(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] | None) -> torch.Tensor:
     """float8_e4m3fn (..., m, n), the nearest to ``weight / scale``; arguments as for ``dequantize``."""
-    spread = _spread(scale.float(), weight.shape[-2:], block)
-    return (weight / spread).clamp_(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
+    q = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
+    for rows, factors in _rows_of_blocks(scale, weight.shape, block):
+        q[..., rows, :] = (weight[..., rows, :] / factors).clamp_(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
+    return q
 
 
-def _spread(scale: torch.Tensor, shape: torch.Size, block: tuple[int, int] | None) -> torch.Tensor:
-    """A scale for each entry."""
+def _rows_of_blocks(
+    scale: torch.Tensor, shape: torch.Size, block: tuple[int, int] | None
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Rows that share their scales, and those, float32 (..., 1, n): a few at a time, as all would be as large as the weight."""
     if block is None:
-        return scale.reshape(())
-    m, n = shape
-    return scale.repeat_interleave(block[0], -2)[..., :m, :].repeat_interleave(block[1], -1)[..., :n]
+        yield slice(None), scale.float().reshape(())
+        return
+    m, n = shape[-2:]
+    for i, first in enumerate(range(0, m, block[0])):
+        factors = scale[..., i, :].float().repeat_interleave(block[1], -1)[..., None, :n]
+        yield slice(first, first + block[0]), factors

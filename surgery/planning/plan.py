@@ -252,8 +252,6 @@ def _peak_memory(target: Target, layout: Layout) -> int:
     count, m, n = target.matrices
     dtype = _working_dtype(target)
     held = math.prod(target.shape) * dtype.itemsize  # all of the tensor, also where only a slice is meant
-    if target.scaled is not None:
-        held *= 2  # the scales, one for each entry
     if target.at_a_time is not None:
         held = held // count * min(count, target.at_a_time)
     # The one in work, the one read ahead; residuals: one being written, one behind it; slices are cut out and put back.

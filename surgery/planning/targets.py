@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from surgery.errors import OptionError
@@ -29,7 +30,7 @@ _HEAD = frozenset(
     {"lm_head", "head", "heads", "score", "classifier", "embed_out", "cls", "qa_outputs", "output_layer", "pooler"}
 )
 _ROUTER = frozenset({"router", "gate", "shared_expert_gate", "wg"})
-_NO_WEIGHT = re.compile(r"^(A_log|D|dt_bias|inv_freq)$|_bias$|^bias$|rotary|freqs|_scale(_inv)?$")
+_NO_WEIGHT = re.compile(r"^(A_log|D|dt_bias|inv_freq)$|_bias$|^bias$|rotary|freqs")
 _EXPERTS = re.compile(r"(^|[._])(experts?|moe)([._]|$)")
 
 
@@ -129,7 +130,7 @@ class Choice:
     split: bool | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Model:
     """What choosing targets needs to know of a model besides a tensor's entry.
 
@@ -142,6 +143,11 @@ class Model:
     config: Mapping[str, Any]
     recipe: Recipe | None
     quantized: Mapping[str, Scaled]
+
+    @cached_property
+    def scales(self) -> frozenset[str]:
+        """The tensors that hold the scales of FP8 weights."""
+        return frozenset(scaled.scale for scaled in self.quantized.values())
 
 
 def choose(entry: TensorEntry, shard: str, choice: Choice, model: Model) -> list[Target] | Skipped:
@@ -191,6 +197,8 @@ def _extent(choice: Choice, rule: Rule | None) -> tuple[int, float | None]:
 
 def _impossible(entry: TensorEntry, model: Model) -> str | None:
     """Why a tensor can never be a target, whatever is asked for."""
+    if entry.name in model.scales:
+        return "the scales of an FP8 weight"
     if entry.dtype not in FACTORIZABLE_DTYPES and entry.name not in model.quantized:
         if entry.dtype.startswith(("F", "C")):
             return f"dtype {entry.dtype} is not supported"
@@ -198,7 +206,7 @@ def _impossible(entry: TensorEntry, model: Model) -> str | None:
     if len(entry.shape) < 2:
         return "a vector (norm, bias)"
     if _NO_WEIGHT.search(entry.name.split(".")[-1]):
-        return "no weight (bias, state, table or scale)"
+        return "no weight (bias, state or table)"
     if _tied(entry, model):
         return "tied to the input embedding"
     return None
