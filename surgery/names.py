@@ -13,6 +13,11 @@ SCALES_FILE = f"{SURGERY_DIR}/scales.safetensors"
 
 CONFIG_FILE = "config.json"
 
+#: Hidden, so that no loader looks into it; only there while a result is unfinished.
+JOURNAL_DIR = ".surgery"
+LOCK_FILE = f"{JOURNAL_DIR}/lock"
+RUN_FILE = f"{JOURNAL_DIR}/run.json"
+
 #: The one metadata entry of a scales file, a JSON object. One, since writers do not keep the order of several.
 SCALES_METADATA_KEY = "surgery"
 

@@ -157,3 +157,11 @@ def test_pipeline_of_several_models(tmp_path: Path) -> None:
     assert {target.view for target in manifest.targets} == {"matrix", "convolution"}
     surgery.fold(tmp_path / "f", tmp_path / "f/surgery/scales.safetensors", tmp_path / "back")
     assert files_of(tmp_path / "back") == files_of(unet)
+    # A pipeline's other models are not to be written over; its parts can be found again from the whole.
+    with pytest.raises(surgery.SurgeryError, match="lie in one another"):
+        surgery.factorize(pipeline, pipeline / "text_encoder", subfolder="unet", rank=4, overwrite=True)
+    surgery.factorize(pipeline, tmp_path / "overlay", subfolder="unet", rank=4, layout="overlay")
+    for i, base in enumerate((pipeline, unet)):
+        surgery.fold(tmp_path / "overlay", tmp_path / "overlay/surgery/scales.safetensors", tmp_path / f"o{i}", base=base)
+        assert files_of(tmp_path / f"o{i}") == files_of(unet)
+        assert verify(tmp_path / "overlay", base=base).ok

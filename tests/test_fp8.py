@@ -298,16 +298,120 @@ def test_other_quantizations_are_refused_by_name(quantization: dict[str, Any], m
         ("model.layers.0.self_attn.q_proj.weight_packed", "compressed-tensors"),
         ("model.layers.0.mlp.experts.gate_up_proj_blocks", "mxfp4"),
         ("model.layers.0.self_attn.q_proj.weight.absmax", "bitsandbytes"),
+        ("model.layers.0.self_attn.q_proj.SCB", "bitsandbytes"),
     ],
 )
 def test_quantized_tensors_without_a_word_in_the_config(tensor: str, message: str, tmp_path: Path) -> None:
     folder = FAMILIES["llama"].save(tmp_path / "m")
-    _rewritten(folder, lambda tensors: tensors.update({tensor: torch.zeros(4, 4, dtype=torch.uint8)}))
+    others = {tensor.replace("_blocks", "_scales"): torch.zeros(4, 4, dtype=torch.uint8)}
+    # Scales of bitsandbytes are float32: the dtype tells nothing.
+    _rewritten(folder, lambda tensors: tensors.update(others | {tensor: torch.zeros(4, 4)}))
     with pytest.raises(SourceError, match=message):
         surgery.plan(folder)
+    # A model may well count its blocks.
+    if tensor.endswith("_blocks"):
+        _rewritten(folder, lambda tensors: tensors.pop(tensor.replace("_blocks", "_scales")))
+        assert surgery.plan(folder, rank=4).targets
 
 
 def test_fp8_without_a_word_in_the_config(tmp_path: Path) -> None:
     base = _with_config(_quantize_model(FAMILIES["llama"].save(tmp_path / "m"), tmp_path / "base"), None)
     with pytest.raises(SourceError, match="has no quantization_config"):
         surgery.plan(base)
+
+
+def _stack(folder: Path, scale: torch.Tensor, config: dict[str, Any]) -> Path:
+    """Four FP8 experts in one tensor."""
+    folder.mkdir()
+    q = torch.randn(4, 24, 20, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn)
+    tensors = {"layers.0.experts.up": q, "layers.0.experts.up_scale_inv": scale}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "fp8", **config}}))
+    return folder
+
+
+def test_one_scale_for_each_expert(tmp_path: Path) -> None:
+    old = torch.tensor([0.5, 0.01, 3.0, 7.0]).reshape(4, 1, 1)
+    base = _stack(tmp_path / "base", old, {"weight_block_size": None})
+    surgery.factorize(base, tmp_path / "f", rank=3)
+    scales = torch.ones(4, 3)
+    scales[0] = 1.5
+    out = _folded(tmp_path, base, {"layers.0.experts.up": scales}, "out")
+    before, after = tensors_of(base), tensors_of(out)
+    new = after["layers.0.experts.up_scale_inv"]
+    assert torch.equal(new[1:], old[1:])
+    assert torch.equal(after["layers.0.experts.up"][1:].float(), before["layers.0.experts.up"][1:].float())
+    factors = load_file(tmp_path / "f/surgery/factors-00001-of-00001.safetensors")
+    U, s, V = (factors[f"layers.0.experts.up.{part}"][0].double() for part in ("U", "s", "V"))
+    wanted = before["layers.0.experts.up"][0].double() * 0.5 + (U * (s * 0.5)) @ V.T
+    assert new[0].item() == pytest.approx(wanted.abs().max().item() / 448, rel=1e-6)
+    error = (after["layers.0.experts.up"][0].double() * new[0].double() - wanted).abs()
+    assert bool((error <= torch.maximum(wanted.abs() * 2**-4, new[0] * 2**-10) * 1.001).all())
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (4,), (4, 24, 1)])
+def test_scales_of_a_stack_that_are_not_one_for_each(shape: tuple[int, ...], tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="do not fit"):
+        surgery.plan(_stack(tmp_path / "base", torch.ones(shape), {"weight_block_size": None}))
+
+
+def test_tiny_blocks_stay_finite() -> None:
+    weight = torch.full((4, 4), 1e-44)
+    for dtype in (torch.float32, torch.bfloat16, torch.float8_e8m0fnu):
+        scale = block_scales(weight, BLOCK, torch.ones(1, 1).to(dtype))
+        assert not dequantize(quantize(weight, scale, BLOCK), scale, BLOCK).isnan().any()
+
+
+def test_convolutions_and_stray_scales_are_no_targets(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    folder.mkdir()
+    tensors = {
+        "layers.0.q.weight": torch.randn(24, 20).to(torch.float8_e4m3fn),
+        "layers.0.q.weight_scale_inv": torch.ones(3, 2),
+        "layers.0.conv.weight": torch.randn(24, 20, 3).to(torch.float8_e4m3fn),
+        "layers.0.conv.weight_scale_inv": torch.ones(24, 2, 1),
+        "layers.0.experts.0.up.weight": torch.ones(24, 20, dtype=torch.int8),
+        "layers.0.experts.0.up.weight_scale_inv": torch.randn(24, 20),
+    }
+    save_file(tensors, folder / "model.safetensors")
+    quantization = {"quant_method": "fp8", "weight_block_size": [10, 12]}
+    (folder / "config.json").write_text(json.dumps({"quantization_config": quantization}))
+    steps = surgery.plan(folder, include=["*"], rank=2)
+    assert [target.tensor for target in steps.targets] == ["layers.0.q.weight"]
+    reasons = {item.tensor: item.reason for item in steps.skipped}
+    assert reasons["layers.0.conv.weight"] == "an FP8 convolution"
+    assert reasons["layers.0.q.weight_scale_inv"] == "the scales of an FP8 weight"
+    assert reasons["layers.0.experts.0.up.weight_scale_inv"].startswith("no weight")
+
+
+def test_the_base_may_not_say_otherwise(tmp_path: Path) -> None:
+    """Fold goes by the config that was factorized, not by what has become of the base's."""
+    base = _quantize_model(FAMILIES["llama"].save(tmp_path / "m"), tmp_path / "base")
+    manifest = surgery.factorize(base, tmp_path / "f", rank=4)
+    scales = _random_scales(manifest)
+    expected = files_of(_folded(tmp_path, base, scales, "before"))
+    _with_config(base, {"quant_method": "fp8", "weight_block_size": [8, 8]})
+    assert files_of(_folded(tmp_path, base, scales, "after")) == expected
+    # Another model altogether.
+    other = FAMILIES["llama"].save(tmp_path / "other")
+    with pytest.raises(surgery.SurgeryError):
+        _folded(tmp_path, other, scales, "wrong")
+    assert not (tmp_path / "wrong/config.json").exists()
+
+
+def test_attach_refuses_fp8(tmp_path: Path) -> None:
+    base = _quantize_model(FAMILIES["llama"].save(tmp_path / "m"), tmp_path / "base")
+    surgery.factorize(base, tmp_path / "f", rank=4)
+    with pytest.raises(OptionError, match="cannot be attached") as caught:
+        surgery.attach(FAMILIES["llama"].make(), tmp_path / "f")
+    assert "--dequantize" in str(caught.value)
+
+
+@pytest.mark.parametrize("metadata", [None, [], "x"])
+def test_index_with_odd_metadata(metadata: object, tmp_path: Path) -> None:
+    base = _quantize_model(FAMILIES["llama"].save(tmp_path / "m"), tmp_path / "base", apart=True)
+    path = base / "model.safetensors.index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "metadata": metadata}))
+    surgery.factorize(base, tmp_path / "f", rank=4)
+    out = _folded(tmp_path, base, tmp_path / "f/surgery/scales.safetensors", "dense", dequantize=True)
+    assert json.loads((out / path.name).read_text())["metadata"].keys() == {"total_size"}

@@ -15,7 +15,7 @@ from surgery.errors import OptionError
 from surgery.planning.plan import Plan
 from surgery.planning.recipes import builtin_recipes, find_recipe, recipe_for_family
 from tests.families import FAMILIES
-from tests.models import files_of
+from tests.models import files_of, tensors_of
 
 
 def _recipe(folder: Path, text: str) -> str:
@@ -125,6 +125,11 @@ def test_every_builtin_recipe_can_be_named_and_is_used() -> None:
         ("[[rules]]\nmatch = 3", "wrong type", "a list of strings"),
         ('[[rules]]\nregex = "("', "no regular expression", "missing )"),
         ('[[rules]]\nmatch = "*"\nskip = "x"\nrank = 3', "nothing else can be said", ""),
+        ('[[rules]]\nmatch = "*"\nskip = ""', "must tell the reason", ""),
+        ('[[rules]]\nregex = "a{99999999999999999999}"', "no regular expression", ""),
+        ("[[rules]]\nregex = '" + "(" * 5000 + ")" * 5000 + "'", "no regular expression", ""),
+        ("a = " + "[" * 5000, "no valid TOML", ""),
+        ('[[rules]]\nmatch = "*"\nslices = ["query", "key"]\nevery = "group"', "only slices q, k and v", ""),
         ('[[rules]]\nmatch = "*"\nrank = 3\nenergy = 0.5', "contradict each other", ""),
         ('[[rules]]\nmatch = "*"\nrank = 0', "rank must be at least 1", "0"),
         ('[[rules]]\nmatch = "*"\nrank = "8"', "wrong type", "int"),
@@ -149,8 +154,9 @@ def test_recipes_that_are_not_there(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="there is no recipe 'lama'") as caught:
         surgery.plan(llama, recipe="lama")
     assert "did you mean 'llama'?" in str(caught.value)
-    with pytest.raises(OptionError, match="there is no recipe"):
-        surgery.plan(llama, recipe=tmp_path / "nothing.toml")
+    for name in (tmp_path / "nothing.toml", "x" * 5000, "~nobody-of-this-name/x.toml", "null\0byte"):
+        with pytest.raises(OptionError, match="there is no recipe"):
+            surgery.plan(llama, recipe=name)
 
 
 def test_a_recipe_for_another_family(llama: Path) -> None:
@@ -191,3 +197,63 @@ def test_tied_head_is_taken_once(tmp_path: Path) -> None:
     steps = surgery.plan(tmp_path, include=["*"], rank=2)
     assert [target.tensor for target in steps.targets] == ["model.embed_tokens.weight"]
     assert steps.skipped[0].reason == "tied to the input embedding"
+
+
+@pytest.mark.parametrize("flag", [{"tie_word_embeddings": True}, {"text_config": {"tie_word_embeddings": True}}])
+@pytest.mark.parametrize("head", ["language_model.lm_head.weight", "proj_out.weight", "cls.predictions.decoder.weight"])
+def test_tied_heads_by_other_names(head: str, flag: dict[str, object], tmp_path: Path) -> None:
+    save_file({"embed.weight": torch.randn(20, 8), head: torch.randn(20, 8)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(flag))
+    assert [target.tensor for target in surgery.plan(tmp_path, include=["*"], rank=2).targets] == ["embed.weight"]
+
+
+def test_gpt2_without_the_prefix_of_a_head(tmp_path: Path) -> None:
+    """As the first GPT-2 checkpoints have their names."""
+    folder = FAMILIES["gpt2"].save(tmp_path / "m")
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in tensors_of(folder).items()}
+    save_file(tensors, folder / "model.safetensors")
+    steps = surgery.plan(folder, rank=2)
+    assert steps.recipe == "gpt2"
+    assert _endings(steps) | {t.tensor.removeprefix("h.0.").removesuffix(".weight") for t in steps.targets} >= {
+        "attn.c_attn",
+        "attn.c_proj",
+        "mlp.c_fc",
+        "mlp.c_proj",
+    }
+    assert len(steps.targets) == 8
+
+
+@pytest.mark.parametrize("value", ["abc", [8], 8.5, -8, float("nan"), True, 10**30])
+def test_sizes_in_the_config_that_are_none(value: object, tmp_path: Path) -> None:
+    folder = FAMILIES["gpt_neox"].save(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("head_dim", "num_attention_heads", "num_key_value_heads"):
+        (folder / "config.json").write_text(json.dumps({**config, name: value}))
+        try:
+            steps = surgery.plan(folder, rank=2, split=True)
+        except OptionError:
+            continue
+        assert all(min(target.matrices) >= 1 for target in steps.targets)
+
+
+def test_a_slice_of_one_row_is_passed_over_with_a_reason(tmp_path: Path) -> None:
+    folder = FAMILIES["phi3"].save(tmp_path / "m")
+    tensors = tensors_of(folder)
+    for name in [name for name in tensors if "qkv_proj" in name]:
+        tensors[name] = tensors[name][:34].clone()
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    sizes = {"num_attention_heads": 32, "num_key_value_heads": 1, "head_dim": 1}
+    (folder / "config.json").write_text(json.dumps({**config, **sizes}))
+    steps = surgery.plan(folder, rank=2, split=True)
+    skipped = {item.tensor: item.reason for item in steps.skipped}
+    assert skipped["model.layers.0.self_attn.qkv_proj.weight[k]"] == "a single row or column"
+    assert "model.layers.0.self_attn.qkv_proj.weight[q]" in {target.key for target in steps.targets}
+
+
+@pytest.mark.parametrize(
+    "options", [{"rank": 4.0}, {"rank": "4"}, {"rank": True}, {"energy": "0.5"}, {"energy": 0.5, "max_rank": 3.5}]
+)
+def test_numbers_that_are_none(options: dict[str, object], llama: Path) -> None:
+    with pytest.raises(OptionError, match="makes no sense"):
+        surgery.plan(llama, **options)  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -199,3 +200,36 @@ def test_a_target_twice(llama: Path, tmp_path: Path) -> None:
     path.write_text(json.dumps(manifest))
     with pytest.raises(FormatError, match="is there twice"):
         Manifest.read(tmp_path / "f")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda targets: targets[0].update(tensor="model.layers.9.ghost.weight"), "is not there"),
+        (lambda targets: targets[0].update(dtype="F8_E4M3"), "makes no sense"),
+        (lambda targets: targets[0].update(dtype="I64"), "makes no sense"),
+        (lambda targets: targets.append(_cut(targets[0], "q", 0, 4)), "contradict"),
+        (
+            lambda targets: targets.extend([_cut(targets[0], "q", 0, 4), _cut(targets.pop(0), "k", 3, 8)]),
+            "contradict",
+        ),
+    ],
+)
+def test_manifest_that_would_fold_to_something_else(change: object, message: str, llama: Path, tmp_path: Path) -> None:
+    surgery.factorize(llama, tmp_path / "f", rank=2)
+    path = tmp_path / "f/surgery/manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest["targets"])  # type: ignore[operator]
+    path.write_text(json.dumps(manifest))
+    scales = {_key(target): torch.full((2,), 2.0) for target in manifest["targets"]}
+    with pytest.raises(surgery.SurgeryError, match=message):
+        surgery.fold(tmp_path / "f", scales, tmp_path / "o")
+    assert not (tmp_path / "o/config.json").exists()
+
+
+def _cut(target: dict[str, object], name: str, start: int, stop: int) -> dict[str, object]:
+    return {**target, "slice": {"name": name, "axis": 0, "period": 8, "start": start, "stop": stop}}
+
+
+def _key(target: dict[str, Any]) -> str:
+    return str(target["tensor"] if target["slice"] is None else f"{target['tensor']}[{target['slice']['name']}]")

@@ -1,15 +1,18 @@
-"""The ``surgery`` command. Exit codes: 0 ok, 1 a SurgeryError, 2 usage, 3 a check that failed."""
+"""The ``surgery`` command. Exit codes: 0 ok, 1 a SurgeryError, 2 usage, 3 a check that failed, 130 and 143 interrupted."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -25,12 +28,25 @@ if TYPE_CHECKING:
 # Modules that import torch are imported inside the commands: --help must not wait for them.
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which stops a run as Ctrl-C does."""
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
+
+
 class _Group(click.Group):
     """Turns a SurgeryError into a message and exit code 1; anything unforeseen keeps its traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _terminate)
         try:
             return super().invoke(ctx)
+        except KeyboardInterrupt as stop:
+            click.echo("Interrupted.", err=True)
+            ctx.exit(143 if isinstance(stop, _Terminated) else 130)
         except SurgeryError as error:
             click.echo(f"Error: {error}", err=True)
             ctx.exit(1)

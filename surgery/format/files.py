@@ -42,7 +42,9 @@ class FileWriter:
         self.size = 0
         with reporting(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.file: IO[bytes] = open(self.partial, "wb", buffering=0)
+            # What a killed run has left, or a link that somebody put there: never written through.
+            self.partial.unlink(missing_ok=True)
+            self.file: IO[bytes] = open(self.partial, "xb", buffering=0)
 
     def __enter__(self) -> Self:
         return self
@@ -143,7 +145,7 @@ def reporting(path: Path) -> Iterator[None]:
     except OSError as error:
         raise OutputError(
             f"{path}: cannot be written ({error.strerror or error})",
-            hint="free some space or choose another folder with -o, then run it again with --overwrite",
+            hint="free some space, then run the same command again: it goes on where it stopped",
         ) from error
 
 

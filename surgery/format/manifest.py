@@ -8,13 +8,14 @@ import json
 import math
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
 from surgery.errors import FormatError, SourceError
 from surgery.format.files import FileRecord, check_relative_path, read_json_object, write_file
 from surgery.linalg.views import KINDS, Slice, View
-from surgery.names import DTYPE_BITS, FORMAT_VERSION, MANIFEST_FILE, SURGERY_DIR, target_key
+from surgery.names import DTYPE_BITS, FACTORIZABLE_DTYPES, FORMAT_VERSION, MANIFEST_FILE, SURGERY_DIR, target_key
 
 _T = TypeVar("_T")
 
@@ -102,7 +103,8 @@ class TargetRecord:
     @property
     def at_a_time(self) -> int | None:
         """How many matrices of a stack are held at a time; None for one matrix."""
-        return self.seen_as.at_a_time(self.shape, DTYPE_BITS[self.dtype] // 8)
+        # What is FP8 is worked on in float32.
+        return self.seen_as.at_a_time(self.shape, 4 if self.dtype == "F8_E4M3" else DTYPE_BITS[self.dtype] // 8)
 
     @property
     def scales_shape(self) -> list[int]:
@@ -153,6 +155,25 @@ class OptionsRecord:
     exclude: list[str]
     seed: int
     tolerance: float
+
+
+@dataclass(frozen=True, slots=True)
+class ShardResult:
+    """All that came of one shard: what the journal of an unfinished run keeps."""
+
+    shard: ShardRecord
+    targets: list[TargetRecord]
+
+    def as_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Any, where: str) -> ShardResult:
+        """Raises: FormatError."""
+        result = _decode(cls, value, where)
+        for target in result.targets:
+            _check_target(target, where, overlay=result.shard.residual is None)
+        return result
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,11 +239,12 @@ class Manifest:
         for shard in manifest.shards:
             check_relative_path(shard.source.file, str(path))
         for target in manifest.targets:
-            _check_target(target, str(path))
+            _check_target(target, str(path), overlay=manifest.layout == "overlay")
         key, count = next(iter(Counter(target.key for target in manifest.targets).most_common(1)), ("", 0))
         if count > 1:
             raise FormatError(f"{path}: {key!r} is there twice")
         _check_shards(manifest, str(path))
+        _check_slices(manifest.targets, str(path))
         return manifest
 
     @property
@@ -240,9 +262,10 @@ class Manifest:
         return [target for target in self.targets if target.shard == shard]
 
 
-def _check_target(target: TargetRecord, where: str) -> None:
+def _check_target(target: TargetRecord, where: str, *, overlay: bool) -> None:
+    dtypes = (*FACTORIZABLE_DTYPES, "F8_E4M3") if overlay else FACTORIZABLE_DTYPES
     try:
-        if target.view not in KINDS or target.dtype not in DTYPE_BITS:
+        if target.view not in KINDS or target.dtype not in dtypes:
             raise ValueError(f"{target.view!r} of {target.dtype}")
         count, m, n = target.matrices
     except ValueError as error:
@@ -263,6 +286,32 @@ def _check_shards(manifest: Manifest, where: str) -> None:
             raise FormatError(f"{where}: {name!r} has targets and no factors")
     if missing := sorted(owners - {shard.source.file for shard in manifest.shards}):
         raise FormatError(f"{where}: there are targets in a weight file that is not listed", got=missing[0])
+
+
+def _check_slices(targets: list[TargetRecord], where: str) -> None:
+    """Targets of one tensor are slices that have nothing in common."""
+    together: dict[str, list[TargetRecord]] = {}
+    for target in targets:
+        together.setdefault(target.tensor, []).append(target)
+    for tensor, parts in together.items():
+        slices = [part.slice for part in parts if part.slice is not None]
+        alike = {(part.shard, part.dtype, tuple(part.shape), part.view) for part in parts}
+        alike_cut = {(part.axis, part.period) for part in slices}
+        ranges = sorted((part.start, part.stop) for part in slices)
+        overlap = any(stop > start for (_, stop), (start, _) in pairwise(ranges))
+        if len(parts) > 1 and (len(slices) < len(parts) or len(alike) > 1 or len(alike_cut) > 1 or overlap):
+            raise FormatError(f"{where}: the targets of {tensor!r} contradict each other")
+
+
+def decode_file(value: Any, where: str) -> FileRecord | None:
+    """A file's record, or its absence, as the journal of a fold keeps it: ``{"file": ...}``.
+
+    Raises:
+        FormatError: it is neither.
+    """
+    if not isinstance(value, dict) or value.keys() != {"file"}:
+        raise FormatError(f"{where} is damaged", got=repr(value)[:80])
+    return None if value["file"] is None else _decode(FileRecord, value["file"], where)
 
 
 def fingerprint_of(targets: list[TargetRecord]) -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -124,13 +124,19 @@ def header_from_json(parsed: dict[str, Any], *, raw: bytes, file: str, file_byte
     return Header(raw=raw, tensors=tuple(entries), metadata=metadata)
 
 
-def make_header(tensors: Iterable[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
-    """The bytes before the data for tensors (name, dtype, shape) that follow one another."""
+def resized(entry: TensorEntry, dtype: str) -> TensorEntry:
+    """The same tensor in another dtype, starting at 0; with its own one as many bytes as it has."""
+    size = entry.nbytes if dtype == entry.dtype else math.prod(entry.shape) * DTYPE_BITS[dtype] // 8
+    return TensorEntry(entry.name, dtype, entry.shape, 0, size)
+
+
+def make_header(tensors: Iterable[TensorEntry], metadata: Mapping[str, str]) -> bytes:
+    """The bytes before the data for tensors that follow one another, wherever they lay before."""
     described: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
-    for name, dtype, shape in tensors:
-        end = position + math.prod(shape) * DTYPE_BITS[dtype] // 8
-        described[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, end]}
+    for entry in tensors:
+        end = position + entry.nbytes
+        described[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(described, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -54,7 +54,7 @@ def block_scales(weight: torch.Tensor, block: tuple[int, int] | None, like: torc
         mantissa, exponent = torch.frexp(scale)
         exponent = torch.where(mantissa == 0.5, exponent - 1, exponent).clamp(-127, 127)
         scale = torch.ldexp(torch.ones_like(scale), exponent)
-    scale = torch.where(largest > 0, scale, 1.0)
+    scale = torch.where(largest > 0, scale.clamp(min=torch.finfo(torch.float32).tiny), 1.0)
     return scale.to(like.dtype).reshape(like.shape)
 
 

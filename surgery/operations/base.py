@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from surgery.errors import FormatError, SourceError
-from surgery.format.files import FileRecord
-from surgery.format.manifest import ShardRecord, TargetRecord
+from surgery.format.files import FileRecord, file_sha256, not_as_described, read_json_object
+from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
 from surgery.format.safetensors import TensorEntry
+from surgery.names import CONFIG_FILE
 from surgery.planning.quantization import Scaled, read_quantization
-from surgery.source.model import Source
+from surgery.source.model import Source, open_source
 
 
 class OwnWeights:
@@ -20,6 +23,9 @@ class OwnWeights:
 
     def folder(self) -> Path | None:
         return None  # the factorized folder is an input anyway
+
+    def stamps(self) -> dict[str, list[int]]:
+        return {}  # the manifest has the hashes of its files
 
     def file(self, shard: ShardRecord) -> tuple[Path, FileRecord]:
         """Where a shard's weights are, and what that file must be."""
@@ -39,15 +45,68 @@ class BaseWeights:
     def folder(self) -> Path | None:
         return self._source.folder()
 
-    def quantized(self) -> dict[str, Scaled]:
-        """Its FP8 weights and where their scales are."""
+    def stamps(self) -> dict[str, list[int]]:
+        """See ``Source.stamps``."""
+        return self._source.stamps()
+
+    def bytes_to_fetch(self) -> tuple[Path, int] | None:
+        """See ``Source.bytes_to_fetch``."""
+        return self._source.bytes_to_fetch()
+
+    def quantized(self, config: Mapping[str, Any]) -> dict[str, Scaled]:
+        """Its FP8 weights and where their scales are, by the config of the checkpoint that was factorized."""
         headers = {shard: self._source.header(shard) for shard in self._source.selection.shards}
-        return read_quantization(self._source.config(), headers, self._source.name)
+        return read_quantization(config, headers, self._source.name)
 
     def file(self, shard: ShardRecord) -> tuple[Path, FileRecord]:
         if shard.source.file not in self._source.selection.shards:
             raise SourceError(f"{self._source.name} is not the base of this overlay: it has no {shard.source.file}")
         return self._source.fetch(shard.source.file), shard.source
+
+
+def shard_path(weights: OwnWeights | BaseWeights, shards: Mapping[str, ShardRecord], name: str) -> Path:
+    """Where a weight file of the source is.
+
+    Raises:
+        SourceError: the manifest knows no such file.
+    """
+    if name not in shards:
+        raise SourceError(f"the base is not that of this overlay: it has another weight file, {name}")
+    return weights.file(shards[name])[0]
+
+
+def open_base(base: str | Path, manifest: Manifest) -> BaseWeights:
+    """The model that a user says an overlay was made from: the model itself, or the pipeline that it is a part of."""
+    subfolder = manifest.source.subfolder
+    if subfolder is not None and Path(base).is_dir() and not (Path(base) / subfolder).is_dir():
+        subfolder = None
+    return BaseWeights(open_source(base, subfolder=subfolder))
+
+
+def own_config(factorized: Path, manifest: Manifest) -> dict[str, Any]:
+    """The ``config.json`` of a factorized checkpoint, as it was in the source; empty if there was none.
+
+    Raises:
+        FormatError: it is not the file that the manifest describes.
+    """
+    record = next((record for record in manifest.files if record.file == CONFIG_FILE), None)
+    if record is None:
+        return {}
+    check_file(factorized, record)
+    return read_json_object(factorized / CONFIG_FILE, str(factorized / CONFIG_FILE))
+
+
+def check_file(folder: Path, record: FileRecord) -> None:
+    """Refuse a file that is missing or not the one that a manifest describes.
+
+    Raises:
+        FormatError: with both hashes.
+    """
+    path = folder / record.file
+    if not path.is_file():
+        raise FormatError(f"{path} is missing", hint="restore it from the source model")
+    if (found := file_sha256(path)) != record.sha256:
+        raise not_as_described(path, found, record, "restore it from the source model")
 
 
 def check_entry(entry: TensorEntry, target: TargetRecord) -> None:

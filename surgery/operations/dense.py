@@ -12,15 +12,15 @@ import torch
 
 from surgery.device import as_memory_allows
 from surgery.engine.pipeline import TargetPiece
-from surgery.errors import FormatError, ScalesError
+from surgery.errors import FormatError, ScalesError, SourceError
 from surgery.format.factors import FactorsReader
 from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
-from surgery.format.safetensors import Header, make_header
+from surgery.format.safetensors import Header, make_header, resized
 from surgery.linalg.correction import CorruptCorrection
 from surgery.linalg.fp8 import block_scales, quantize
 from surgery.linalg.lossless import approximate, join, rescale
 from surgery.linalg.views import View
-from surgery.operations.base import BaseWeights, OwnWeights, check_entry
+from surgery.operations.base import BaseWeights, OwnWeights, check_entry, own_config, shard_path
 from surgery.operations.quantized import Dequantizer
 from surgery.planning.quantization import FP8, Scaled
 
@@ -62,11 +62,17 @@ class DenseWeights:
         for target in manifest.targets:
             self._targets.setdefault(target.tensor, []).append(target)
         fp8 = isinstance(weights, BaseWeights) and (to_dense or any(target.dtype == FP8 for target in manifest.targets))
-        self._quantized: Mapping[str, Scaled] = weights.quantized() if fp8 and isinstance(weights, BaseWeights) else {}
+        self._quantized: Mapping[str, Scaled] = {}
+        if fp8 and isinstance(weights, BaseWeights):
+            self._quantized = weights.quantized(own_config(factorized, manifest))
+        if lost := [
+            target.tensor for target in manifest.targets if target.dtype == FP8 and target.tensor not in self._quantized
+        ]:
+            raise SourceError(f"the base is not that of this overlay: {lost[0]!r} is not FP8 there")
         self._weight_of = {scaled.scale: name for name, scaled in self._quantized.items()}
         self._fresh: dict[str, torch.Tensor] = {}
         self._open = ExitStack()
-        self._dequantizer = self._open.enter_context(Dequantizer(lambda shard: weights.file(self._shards[shard])[0]))
+        self._dequantizer = self._open.enter_context(Dequantizer(lambda shard: shard_path(weights, self._shards, shard)))
         self._factors: dict[str, FactorsReader] = {}
 
     def __enter__(self) -> Self:
@@ -104,13 +110,18 @@ class DenseWeights:
                 touched[entry.name] = targets[0].at_a_time
         return touched
 
+    def missing(self, shard: ShardRecord, header: Header) -> list[str]:
+        """The targets of a shard that it does not have."""
+        there = {entry.name for entry in header.tensors}
+        return sorted({t.tensor for t in self._manifest.targets_of(shard.source.file)} - there)
+
     def header(self, header: Header) -> bytes:
         """The header of what is written for a shard with this one."""
         if not self._to_dense:
             return header.raw
         kept = [entry for entry in header.tensors if entry.name not in self._weight_of]
         dtypes = {entry.name: DENSE_DTYPE if entry.name in self._quantized else entry.dtype for entry in kept}
-        return make_header([(entry.name, dtypes[entry.name], entry.shape) for entry in kept], header.metadata)
+        return make_header([resized(entry, dtypes[entry.name]) for entry in kept], header.metadata)
 
     def drops(self, tensor: str) -> bool:
         """Whether a tensor is not written at all: scales of what is dequantized."""

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from surgery import __version__
 from surgery.device import choose_device, device_name
 from surgery.engine.pipeline import ReadAhead
-from surgery.errors import OptionError
-from surgery.format.files import copy_file
+from surgery.errors import OptionError, OutputError
+from surgery.format.files import copy_file, file_sha256
 from surgery.format.manifest import (
     LeftOutRecord,
     Manifest,
     OptionsRecord,
-    ShardRecord,
+    ShardResult,
     SkippedRecord,
     TargetRecord,
     fingerprint_of,
@@ -26,7 +29,8 @@ from surgery.linalg.svd import DEFAULT_TOLERANCE, check_accuracy
 from surgery.names import FORMAT_VERSION, MANIFEST_FILE, SCALES_FILE, factors_file
 from surgery.operations.batch import Settings
 from surgery.operations.job import Job, run_job
-from surgery.operations.output import check_room, loading_order, prepare_output
+from surgery.operations.journal import Journal, differing
+from surgery.operations.output import check_room, is_as_recorded, loading_order, locked, prepare_output
 from surgery.planning.plan import LAYOUTS, Layout, Plan, make_plan
 from surgery.planning.targets import Choice
 from surgery.progress import Progress, Silent
@@ -122,11 +126,11 @@ def factorize(
         progress: told how far it is.
 
     Returns:
-        The manifest, as written.
+        The manifest, as written, or as it was if ``out`` holds the complete result of the same run.
 
     Raises:
         SurgeryError: see ``surgery.errors``. What has been written by then has no manifest and no ``config.json``,
-            and so is taken for a checkpoint by nobody.
+            and so is taken for a checkpoint by nobody; the same call goes on after the last finished shard.
     """
     progress = progress or Silent()
     where = choose_device(device)
@@ -137,15 +141,42 @@ def factorize(
     for note in steps.notes:
         progress.note(note)
     out = Path(out)
-    if (download := source.bytes_to_fetch()) is not None:
-        check_room(*download)
-    inputs = [folder] if (folder := source.folder()) else []
-    prepare_output(out, inputs, _output_files(source, steps), steps.bytes_written, overwrite=overwrite)
+    options = OptionsRecord(
+        rank, energy, max_rank, steps.recipe, split, correction, list(include), list(exclude), seed, tolerance
+    )
+    with locked(out, [folder] if (folder := source.folder()) else []):
+        if (out / MANIFEST_FILE).is_file() and not overwrite:
+            manifest = _finished(out, source, steps, options, progress)
+            Journal.forget(out)
+            progress.note(f"{out} is already complete: nothing to do")
+            return manifest
+        if (download := source.bytes_to_fetch()) is not None:
+            check_room(*download)
+        journal = Journal(out, _identity(source, steps, options, where))
+        prepare_output(out, journal, _output_files(source, steps), steps.bytes_written, overwrite=overwrite)
+        settings = Settings(steps.layout, correction, seed, tolerance, str(where))
+        results = _run_jobs(source, steps, out, settings, journal, progress)
+        manifest = _finish(source, steps, out, results, options, where)
+        journal.finish()
+    for note in _accuracy_notes(manifest.targets, steps):
+        progress.note(note)
+    return manifest
 
+
+def _run_jobs(
+    source: Source, steps: Plan, out: Path, settings: Settings, journal: Journal, progress: Progress
+) -> list[ShardResult]:
+    """The results of all shards: of those that an earlier start of this run has finished from its journal."""
     progress.start("factorizing", steps.bytes_read)
-    shards, targets = [], []
-    settings = Settings(steps.layout, correction, seed, tolerance, str(where))
+    results: dict[int, ShardResult] = {}
     try:
+        for index, shard in enumerate(steps.shards):
+            done = _recorded(journal, index, out)
+            if done is not None:
+                results[index] = done
+                progress.advance(shard.header.data_bytes)
+        if results:
+            progress.note(f"going on after {len(results)} of {len(steps.shards)} shards")
         # A shard from the hub is downloaded while the one before it is worked on.
         jobs = (
             Job(
@@ -159,20 +190,80 @@ def factorize(
                 settings,
             )
             for index, shard in enumerate(steps.shards)
+            if index not in results
         )
         with ReadAhead(jobs) as ready:
             for job in ready:
-                record, shard_targets = run_job(job, progress)
-                shards.append(record)
-                targets += shard_targets
+                results[job.index] = run_job(job, progress)
+                journal.record(job.index, results[job.index].as_json())
+    except KeyboardInterrupt:
+        progress.note(f"stopped after {len(results)} of {len(steps.shards)} shards; the same command goes on from there")
+        raise
     finally:
         progress.finish()
-    options = OptionsRecord(
-        rank, energy, max_rank, steps.recipe, split, correction, list(include), list(exclude), seed, tolerance
-    )
-    manifest = _finish(source, steps, out, shards, targets, options, where)
-    for note in _accuracy_notes(targets, steps):
-        progress.note(note)
+    return [results[index] for index in range(len(steps.shards))]
+
+
+def _recorded(journal: Journal, index: int, out: Path) -> ShardResult | None:
+    """What the journal has of a shard, if its files are still what they were."""
+    value = journal.recorded(index)
+    if value is None:
+        return None
+    result = ShardResult.from_json(value, f"{out}: the journal of shard {index + 1}")
+    files = (record for record in (result.shard.residual, result.shard.factors) if record is not None)
+    return result if all(is_as_recorded(out, record) for record in files) else None
+
+
+def _identity(source: Source, steps: Plan, options: OptionsRecord, device: torch.device) -> dict[str, Any]:
+    """All that the bytes of the result depend on."""
+    chosen = [[t.key, list(t.shape), t.view.kind, t.rank, t.energy] for t in steps.targets]
+    return {
+        "command": "factorize",
+        "format_version": FORMAT_VERSION,
+        "tool": f"surgery {__version__}",
+        "torch": torch.__version__,
+        "device": device_name(device),
+        "layout": steps.layout,
+        "options": asdict(options),
+        "targets": hashlib.sha256(json.dumps(chosen).encode()).hexdigest(),
+        "source": {**asdict(source.record), "files": source.stamps()},
+    }
+
+
+def _finished(out: Path, source: Source, steps: Plan, options: OptionsRecord, progress: Progress) -> Manifest:
+    """The manifest of a complete result, if it is that of this run.
+
+    Raises:
+        OutputError: it is of another one; says what differs.
+    """
+    manifest = Manifest.read(out)
+    then = {"layout": manifest.layout, "options": asdict(manifest.options), "source": asdict(manifest.source)}
+    now = {"layout": steps.layout, "options": asdict(options), "source": asdict(source.record)}
+    differences = differing(then, now)
+    if {target.key for target in manifest.targets} != {target.key for target in steps.targets}:
+        differences.append("the targets are others")
+    if source.record.kind == "folder" and not differences:
+        progress.start("comparing", steps.bytes_read)
+        recorded = {shard.source.file: shard.source for shard in manifest.shards}
+        for shard in steps.shards:
+            progress.item(shard.file)
+            path = source.fetch(shard.file)
+            if shard.file not in recorded or recorded[shard.file].sha256 != file_sha256(path):
+                differences.append(f"{shard.file} of the model has changed")
+            progress.advance(shard.header.data_bytes)
+        progress.finish()
+    if differences:
+        raise OutputError(
+            f"{out} holds the complete result of another run",
+            got="; ".join(differences[:4]) + (" ..." if len(differences) > 4 else ""),
+            hint="--overwrite replaces it; -o chooses another folder",
+        )
+    if lost := [record.file for record in manifest.output_files() if not (out / record.file).is_file()]:
+        raise OutputError(
+            f"{out} holds a complete result that has lost files since",
+            got=", ".join(lost[:5]) + (" ..." if len(lost) > 5 else ""),
+            hint="--overwrite makes it anew",
+        )
     return manifest
 
 
@@ -191,13 +282,13 @@ def _finish(
     source: Source,
     steps: Plan,
     out: Path,
-    shards: list[ShardRecord],
-    targets: list[TargetRecord],
+    results: list[ShardResult],
     options: OptionsRecord,
     device: torch.device,
 ) -> Manifest:
     """Copy what goes along, write the scales and, last, the manifest."""
     selection = source.selection
+    targets = [target for result in results for target in result.targets]
     others = [copy_file(source.fetch(name), out / name, name) for name in loading_order(selection.others)]
     fingerprint = fingerprint_of(targets)
     write_scales(out / SCALES_FILE, {target.key: torch.ones(target.scales_shape) for target in targets}, fingerprint)
@@ -210,7 +301,7 @@ def _finish(
         source=source.record,
         options=options,
         fingerprint=fingerprint,
-        shards=shards,
+        shards=[result.shard for result in results],
         files=others,
         left_out=[LeftOutRecord(name, reason) for name, reason in sorted(selection.left_out.items())],
         targets=targets,

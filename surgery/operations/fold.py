@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from surgery.device import choose_device
+from surgery import __version__
+from surgery.device import choose_device, device_name
 from surgery.engine.pipeline import ShardWalk, TargetPiece, WriteBehind
 from surgery.errors import FormatError, OptionError, SourceError
 from surgery.format.factors import DAMAGED_HINT
-from surgery.format.files import FileRecord, FileWriter, copy_file, not_as_described, write_file
-from surgery.format.manifest import Manifest, ShardRecord
+from surgery.format.files import FileRecord, FileWriter, copy_file, file_sha256, not_as_described, write_file
+from surgery.format.manifest import Manifest, ShardRecord, decode_file
 from surgery.format.safetensors import ShardReader
 from surgery.format.scales import check_scales, read_scales
 from surgery.memory import bytes_of
-from surgery.names import CONFIG_FILE
-from surgery.operations.base import BaseWeights, OwnWeights
+from surgery.names import CONFIG_FILE, MANIFEST_FILE
+from surgery.operations.base import BaseWeights, OwnWeights, check_file, open_base
 from surgery.operations.dense import DenseWeights
-from surgery.operations.output import loading_order, prepare_output
+from surgery.operations.journal import Journal
+from surgery.operations.output import is_as_recorded, loading_order, locked, prepare_output
 from surgery.operations.quantized import index_of, without_quantization
 from surgery.progress import Progress, Silent
 from surgery.source.model import open_source
@@ -83,7 +87,7 @@ def fold(
 
     Raises:
         SurgeryError: see ``surgery.errors``. ``config.json`` comes last, so no loader takes what is there by then
-            for a model.
+            for a model; the same call goes on after the last finished shard.
 
     Warns:
         SurgeryWarning: see ``surgery.format.scales.read_scales``.
@@ -99,25 +103,78 @@ def fold(
         inputs.append(Path(scales))
     # Folding is float64 arithmetic, which an Apple GPU does not have.
     exact_on = torch.device("cpu") if where.type == "mps" else where
-    total = sum(shard.source.size for shard in manifest.shards)
-    # What is FP8 takes twice as much in bfloat16.
-    needed = total * (2 if dequantize else 1) + sum(record.size for record in manifest.files)
-    writes = [shard.source.file for shard in manifest.shards] + [record.file for record in manifest.files]
-    with DenseWeights(manifest, factorized, weights, values, exact_on, to_dense=dequantize) as dense:
+    with (
+        locked(out, inputs),
+        DenseWeights(manifest, factorized, weights, values, exact_on, to_dense=dequantize) as dense,
+    ):
         if dequantize and not dense.quantized:
-            raise OptionError("there is nothing to dequantize: no weight is FP8", hint="drop --dequantize")
-        prepare_output(out, inputs, writes, needed, overwrite=overwrite)
-        progress.start("folding", total)
-        try:
-            written = [_fold_shard(shard, manifest, weights, dense, out, progress) for shard in manifest.shards]
-        finally:
-            progress.finish()
-    files = [record for record in written if record is not None]
-    _copy_others(factorized, out, manifest, to_dense=dequantize)
+            raise OptionError("there is nothing to dequantize: this is no overlay of an FP8 model", hint="drop --dequantize")
+        journal = Journal(out, _identity(factorized, manifest, weights, values, exact_on, dequantize))
+        # What is FP8 takes twice as much in bfloat16.
+        needed = sum(shard.source.size for shard in manifest.shards) * (2 if dequantize else 1)
+        needed += sum(record.size for record in manifest.files)
+        writes = [shard.source.file for shard in manifest.shards] + [record.file for record in manifest.files]
+        prepare_output(out, journal, writes, needed, overwrite=overwrite)
+        files = _fold_shards(manifest, weights, dense, out, journal, progress)
+        _copy_others(factorized, out, manifest, to_dense=dequantize)
+        journal.finish()
     changed = sum(bool((value != 1).any()) for value in values.values())
     originals = {shard.source.file: shard.source.sha256 for shard in manifest.shards}
     restored = sum(file.sha256 == originals[file.file] for file in files)
     return FoldReport(out, tuple(files), len(values), changed, restored, manifest.lossless, dequantize)
+
+
+def _identity(
+    factorized: Path,
+    manifest: Manifest,
+    weights: OwnWeights | BaseWeights,
+    scales: Mapping[str, torch.Tensor],
+    device: torch.device,
+    dequantize: bool,
+) -> dict[str, Any]:
+    """All that the bytes of the result depend on."""
+    digest = hashlib.sha256()
+    for key, value in sorted(scales.items()):
+        digest.update(f"{key}\0".encode() + bytes_of(value.contiguous()))
+    return {
+        "command": "fold",
+        "tool": f"surgery {__version__}",
+        "torch": torch.__version__,
+        "device": device_name(device),
+        "manifest": file_sha256(factorized / MANIFEST_FILE),
+        "scales": digest.hexdigest(),
+        "dequantize": dequantize,
+        "base": weights.stamps(),
+    }
+
+
+def _fold_shards(
+    manifest: Manifest,
+    weights: OwnWeights | BaseWeights,
+    dense: DenseWeights,
+    out: Path,
+    journal: Journal,
+    progress: Progress,
+) -> list[FileRecord]:
+    """Write all weight files but those that an earlier start of this run has written."""
+    progress.start("folding", sum(shard.source.size for shard in manifest.shards))
+    files: list[FileRecord | None] = []
+    try:
+        for index, shard in enumerate(manifest.shards):
+            known = journal.recorded(index)
+            record = None if known is None else decode_file(known, f"{out}: the journal of shard {index + 1}")
+            if known is not None and (record is None or is_as_recorded(out, record)):
+                progress.advance(shard.source.size)
+            else:
+                record = _fold_shard(shard, manifest, weights, dense, out, progress)
+                journal.record(index, {"file": None if record is None else asdict(record)})
+            files.append(record)
+    except KeyboardInterrupt:
+        progress.note(f"stopped after {len(files)} of {len(manifest.shards)} shards; the same command goes on from there")
+        raise
+    finally:
+        progress.finish()
+    return [record for record in files if record is not None]
 
 
 def _weight_source(factorized: Path, manifest: Manifest, base: str | Path | None) -> OwnWeights | BaseWeights:
@@ -126,7 +183,7 @@ def _weight_source(factorized: Path, manifest: Manifest, base: str | Path | None
             raise OptionError("--base is for overlays; this checkpoint holds its own weights", hint="leave --base out")
         return OwnWeights(factorized)
     if base is not None:
-        return BaseWeights(open_source(base))
+        return open_base(base, manifest)
     source = manifest.source
     if source.repo_id is None:
         raise SourceError(
@@ -149,6 +206,8 @@ def _fold_shard(
     with ExitStack() as stack:
         reader = stack.enter_context(ShardReader(path))
         header = dense.header(reader.header)
+        if lost := dense.missing(shard, reader.header):
+            raise FormatError(f"{path}: a target of the manifest is not there", got="nothing", expected=lost[0])
         if reader.header.tensors and all(dense.drops(entry.name) for entry in reader.header.tensors):
             progress.advance(reader.header.data_bytes)
             return None
@@ -173,10 +232,11 @@ def _copy_others(factorized: Path, out: Path, manifest: Manifest, *, to_dense: b
     """What goes along with the weights: as it is, but for what speaks of a quantization that is no more."""
     by_name = {record.file: record for record in manifest.files}
     for name in loading_order(by_name):
-        copy_file(factorized / name, out / name, name, by_name[name])
-        if not to_dense:
-            continue
-        if name == CONFIG_FILE:
+        if to_dense:
+            check_file(factorized, by_name[name])
+        if to_dense and name == CONFIG_FILE:
             write_file(out / name, without_quantization(factorized / name))
-        elif name.endswith(INDEX_SUFFIX) and "/" not in name:
+        elif to_dense and name.endswith(INDEX_SUFFIX) and "/" not in name:
             write_file(out / name, index_of(out, factorized / name))
+        else:
+            copy_file(factorized / name, out / name, name, by_name[name])

@@ -15,7 +15,7 @@ from surgery.engine.pipeline import Bytes, ShardWalk, TargetPiece, WriteBehind, 
 from surgery.errors import SourceError
 from surgery.format.factors import FactorsHash
 from surgery.format.files import FileRecord, FileWriter
-from surgery.format.manifest import CertificateRecord, ShardRecord, TargetRecord
+from surgery.format.manifest import CertificateRecord, ShardRecord, ShardResult, TargetRecord
 from surgery.format.safetensors import ShardReader, TensorEntry, TensorFileWriter
 from surgery.linalg.views import View
 from surgery.memory import bytes_of
@@ -51,7 +51,7 @@ class Job:
     settings: Settings
 
 
-def run_job(job: Job, progress: Progress) -> tuple[ShardRecord, list[TargetRecord]]:
+def run_job(job: Job, progress: Progress) -> ShardResult:
     """Factorize the targets of one shard and write its files."""
     factors_name = factors_file(job.index, job.count)
     with ExitStack() as stack:
@@ -76,7 +76,7 @@ def run_job(job: Job, progress: Progress) -> tuple[ShardRecord, list[TargetRecor
         residual_record = residuals.commit(job.shard.file) if residuals else None
         factors_record = factors.commit(factors_name) if factors else None
     records = [part.record(job) for tensor in work.values() for part in tensor.targets]
-    return ShardRecord(source, residual_record, factors_record), records
+    return ShardResult(ShardRecord(source, residual_record, factors_record), records)
 
 
 def _check_unchanged(reader: ShardReader, shard: ShardPlan) -> None:

@@ -3,48 +3,105 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from surgery.errors import OutputError, SurgeryError
-from surgery.format.files import reporting
+from surgery.format.files import FileRecord, check_relative_path, file_sha256, reporting
 from surgery.format.manifest import Manifest
-from surgery.names import CONFIG_FILE, MANIFEST_FILE, OUR_FILES, SCALES_FILE, SURGERY_DIR
+from surgery.names import CONFIG_FILE, JOURNAL_DIR, LOCK_FILE, MANIFEST_FILE, OUR_FILES, RUN_FILE, SCALES_FILE, SURGERY_DIR
+from surgery.operations.journal import Journal
 
 _PARTIAL = ".partial"
 
 
-def prepare_output(out: Path, inputs: Iterable[Path], writes: Iterable[str], needed: int, *, overwrite: bool) -> None:
-    """Make ``out`` a folder that the result can be written to.
+@contextmanager
+def locked(out: Path, inputs: Iterable[Path]) -> Iterator[None]:
+    """Hold the output folder, created if missing, against other runs. The system lets go of a dead one's lock.
+
+    Args:
+        out: the folder.
+        inputs: folders and files that are read; ``out`` may neither be one, nor lie in one, nor hold one.
+
+    Raises:
+        OutputError: another run holds it, it is one of the inputs or no folder, or it cannot be written to.
+    """
+    _check_apart(out, inputs)
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is no folder", hint="choose another folder with -o")
+    made = not out.exists()
+    with reporting(out):
+        (out / JOURNAL_DIR).mkdir(parents=True, exist_ok=True)
+        if (out / JOURNAL_DIR).is_symlink():
+            raise OutputError(f"{out / JOURNAL_DIR} is a link", hint="remove it, or choose another folder with -o")
+        lock = FileLock(out / LOCK_FILE, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise OutputError(
+                f"another run is writing to {out}", hint="wait until it is finished, or choose another folder with -o"
+            ) from None
+    try:
+        yield
+    finally:
+        # The lock's file is removed only while it is held, and with nothing left to go on with.
+        if not Journal.is_there(out) or _nothing_done(out):
+            with reporting(out):
+                shutil.rmtree(out / JOURNAL_DIR, ignore_errors=True)
+                if not _files(out):
+                    for path in (out / SURGERY_DIR, *([out] if made else [])):
+                        if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
+                            path.rmdir()
+        lock.release()
+
+
+def _nothing_done(out: Path) -> bool:
+    """Whether a run has been begun, and has neither finished a shard nor left anything else."""
+    journal = {f"{JOURNAL_DIR}/{path.name}" for path in (out / JOURNAL_DIR).iterdir()}
+    return not _files(out) and journal <= {LOCK_FILE, RUN_FILE}
+
+
+def prepare_output(out: Path, journal: Journal, writes: Iterable[str], needed: int, *, overwrite: bool) -> None:
+    """Make ``out`` a folder that the result can be written to, empty, or with what an earlier start of the run has done.
 
     With ``overwrite`` the files of an earlier result are removed: those that its manifest names, those that the new
     result will write, and what an unfinished run leaves. Weights and files in ``surgery/`` that are neither are a
     reason to refuse, as they would mix with the result or are not ours; any other file is left alone.
 
     Args:
-        out: created if missing.
-        inputs: folders and files that are read; ``out`` may neither be one, nor lie in one, nor hold one.
+        out: the folder, locked.
+        journal: of the run, begun or gone on with when this returns.
         writes: files of the new result, relative.
         needed: bytes that it takes.
         overwrite: whether an earlier result may be replaced.
 
     Raises:
-        OutputError: ``out`` is not empty, not ours, one of the inputs, too small, or not to be written.
+        OutputError: ``out`` is not empty, not ours, holds another unfinished run, is too small, or not to be written.
     """
-    _check_apart(out, inputs)
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is no folder", hint="choose another folder with -o")
+    writes = set(writes)
     with reporting(out):
-        top = sorted(path.name for path in out.iterdir()) if out.exists() else []
+        top = sorted(path.name for path in out.iterdir() if path.name != JOURNAL_DIR)
+    if Journal.is_there(out) and not overwrite:
+        journal.check()
+        _check_links(out)
+        present = _files(out)
+        check_room(out, needed, freed=sum((out / name).lstat().st_size for name in present & writes))
+        with reporting(out):
+            for name in {name + _PARTIAL for name in writes} & present:
+                (out / name).unlink()
+        return
     if top and not overwrite:
-        unfinished = SURGERY_DIR in top and not (out / MANIFEST_FILE).exists()
         raise OutputError(
-            f"{out} holds {'an unfinished run' if unfinished else 'files already'}",
+            f"{out} holds files already",
             got=", ".join(top[:5]) + (" ..." if len(top) > 5 else ""),
             hint="--overwrite replaces an earlier result; -o chooses another folder",
         )
-    present = {path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()} if top else set()
-    ours = _earlier_result(out) | set(writes)
+    _check_links(out)
+    present = _files(out)
+    ours = _earlier_result(out) | writes
     ours |= {name + _PARTIAL for name in ours}
     stale = {name for name in present if name in ours or OUR_FILES.fullmatch(name)}
     foreign = sorted(name for name in present - stale if _would_mix(name))
@@ -56,10 +113,24 @@ def prepare_output(out: Path, inputs: Iterable[Path], writes: Iterable[str], nee
         )
     check_room(out, needed, freed=sum((out / name).lstat().st_size for name in stale))
     with reporting(out):
-        out.mkdir(parents=True, exist_ok=True)
         # The manifest and the config go first: from then on no loader takes the folder.
         for name in sorted(stale, key=lambda name: (name not in (MANIFEST_FILE, CONFIG_FILE), name)):
             (out / name).unlink()
+    journal.begin()
+
+
+def _files(out: Path) -> set[str]:
+    """All that is no folder, relative, but for the journal. Links are not followed."""
+    paths = (path for path in out.rglob("*") if path.is_symlink() or not path.is_dir())
+    names = {path.relative_to(out).as_posix() for path in paths}
+    return {name for name in names if not name.startswith(f"{JOURNAL_DIR}/")}
+
+
+def _check_links(out: Path) -> None:
+    """A folder in the output that is a link would lead what is written elsewhere."""
+    for path in out.rglob("*"):
+        if path.is_symlink() and path.is_dir():
+            raise OutputError(f"{path} is a link to a folder", hint="remove it, or choose another folder with -o")
 
 
 def _check_apart(out: Path, inputs: Iterable[Path]) -> None:
@@ -105,6 +176,15 @@ def check_room(folder: Path, needed: int, *, freed: int = 0) -> None:
             expected=f"about {needed / 1e9:.3f} GB",
             hint="free some space, or choose a folder on another disk",
         )
+
+
+def is_as_recorded(out: Path, record: FileRecord) -> bool:
+    """Whether a file is there with the size and the sha256 that a journal has of it."""
+    path = out / check_relative_path(record.file, "the journal")
+    try:
+        return path.stat().st_size == record.size and file_sha256(path) == record.sha256
+    except OSError:
+        return False
 
 
 def loading_order(files: Iterable[str]) -> list[str]:

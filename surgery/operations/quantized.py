@@ -15,6 +15,7 @@ from surgery.format.files import read_json_object
 from surgery.format.safetensors import ShardReader, TensorEntry
 from surgery.linalg.fp8 import dequantize
 from surgery.planning.quantization import Scaled
+from surgery.source.select import index_entries
 
 
 class Dequantizer:
@@ -69,10 +70,11 @@ def index_of(folder: Path, before: Path) -> bytes:
     """The index of the weight files in a folder that were written in the place of those that ``before`` names."""
     parsed = read_json_object(before, before.name)
     weight_map, total = {}, 0
-    for shard in sorted(set(parsed["weight_map"].values())):
+    for shard in sorted(set(index_entries(json.dumps(parsed), before.name).values())):
         if (folder / shard).is_file():
             with ShardReader(folder / shard) as reader:
                 weight_map.update({entry.name: shard for entry in reader.header.tensors})
                 total += reader.header.data_bytes
-    metadata = {**parsed.get("metadata", {}), "total_size": total}
+    metadata = parsed.get("metadata")
+    metadata = {**(metadata if isinstance(metadata, dict) else {}), "total_size": total}
     return json.dumps({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, indent=2).encode() + b"\n"

@@ -25,12 +25,11 @@ from surgery.linalg.precision import full_precision
 from surgery.linalg.triplets import residuals_of
 from surgery.memory import bytes_of
 from surgery.names import MANIFEST_FILE, SCALES_FILE, correction_key, factor_key
-from surgery.operations.base import BaseWeights, OwnWeights, check_entry
+from surgery.operations.base import BaseWeights, OwnWeights, check_entry, open_base, own_config, shard_path
 from surgery.operations.output import check_room
 from surgery.operations.quantized import Dequantizer
 from surgery.planning.quantization import FP8
 from surgery.progress import Progress, Silent
-from surgery.source.model import open_source
 
 #: Largest entry of ``U^T U - I`` that passes: vectors are rounded to float32.
 _ORTHONORMAL = 1e-5
@@ -188,10 +187,10 @@ def _weights(
             raise OptionError("--base is not needed here: this checkpoint holds its own weights", hint="leave --base out")
         return OwnWeights(folder)
     if base is not None:
-        source = open_source(base)
-        if (download := source.bytes_to_fetch()) is not None:
+        weights = open_base(base, manifest)
+        if (download := weights.bytes_to_fetch()) is not None:
             check_room(*download)
-        return BaseWeights(source)
+        return weights
     kind = "an overlay" if manifest.layout == "overlay" else "a residual without a correction"
     report.unchecked.append(f"weights and certificates: {kind} does not hold its weights (--base MODEL)")
     return None
@@ -221,8 +220,11 @@ def _check_shard(
         source = stack.enter_context(ShardReader(path, name=path.name))
         portions = {name: checks[0].target.at_a_time for name, checks in by_name.items()}
         walk = stack.enter_context(ShardWalk(source, portions, progress))
-        quantized = weights.quantized() if isinstance(weights, BaseWeights) and any(t.dtype == FP8 for t in targets) else {}
-        dequantizer = stack.enter_context(Dequantizer(lambda file: _path(weights, manifest, file)))
+        quantized = {}
+        if isinstance(weights, BaseWeights) and any(target.dtype == FP8 for target in targets):
+            quantized = weights.quantized(own_config(folder, manifest))
+        shards = {shard.source.file: shard for shard in manifest.shards}
+        dequantizer = stack.enter_context(Dequantizer(lambda file: shard_path(weights, shards, file)))
         for piece in walk:
             if not isinstance(piece, TargetPiece):
                 continue
@@ -244,10 +246,6 @@ def _check_shard(
                 _check_hashes(checked, path.name, isinstance(weights, OwnWeights), report)
         if isinstance(weights, BaseWeights):
             report.expect(walk.sha256 == expected.sha256, path.name, "sha256 of the base", walk.sha256, expected.sha256)
-
-
-def _path(weights: OwnWeights | BaseWeights, manifest: Manifest, file: str) -> Path:
-    return weights.file(next(shard for shard in manifest.shards if shard.source.file == file))[0]
 
 
 @dataclass(slots=True)

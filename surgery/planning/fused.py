@@ -59,15 +59,15 @@ def _attention(config: Mapping[str, Any], tensor: str) -> tuple[int, int, int]:
     groups = _first(sizes, _KEY_VALUE_HEADS) or heads
     if family_of(config) == "falcon" and not sizes.get("new_decoder_architecture"):
         groups = 1 if sizes.get("multi_query", True) else heads  # its config.json names another number
-    width = sizes.get("head_dim")
+    width = _first(sizes, ("head_dim",))
     if width is None:
         across = _first(sizes, _WIDTH)
         if across is None:
             raise OptionError(f"{tensor}: config.json does not tell the width of a head", hint="leave --split out")
         width = across // heads
-    return heads, groups, int(width)
+    return heads, groups, width
 
 
 def _first(sizes: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
-    found = (sizes[name] for name in names if isinstance(sizes.get(name), int) and sizes[name] > 0)
+    found = (sizes[name] for name in names if type(sizes.get(name)) is int and 0 < sizes[name] < 1 << 32)
     return next(found, None)

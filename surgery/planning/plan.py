@@ -26,6 +26,9 @@ _CORRECTION_BYTES = 0.25
 _BASE_MEMORY = 400 << 20
 #: Float64 temporaries of the block-wise arithmetic, per core.
 _BLOCK_MEMORY = 32 << 20
+#: What the manifest says of a matrix and of each of its directions, as objects, and as text in the making.
+_MATRIX_MEMORY = 4096
+_DIRECTION_MEMORY = 256
 #: Bytes of a shard that are held at a time on a GPU, so that its matrices of one shape are solved together. A constant,
 #: not what happens to be free: which matrices share a batch is part of what makes a run repeatable to the bit.
 GPU_WINDOW_BYTES = 2 << 30
@@ -108,11 +111,11 @@ def make_plan(
     for file, header in headers.items():
         targets: list[Target] = []
         for entry in header.tensors:
-            fate = choose(entry, file, choice, model)
-            if isinstance(fate, Skipped):
-                skipped.append(fate)
-            else:
-                targets += fate
+            for fate in choose(entry, file, choice, model):
+                if isinstance(fate, Skipped):
+                    skipped.append(fate)
+                else:
+                    targets.append(fate)
         shards.append(ShardPlan(file, source.size(file), header, tuple(targets)))
     every = [target for shard in shards for target in shard.targets]
     if not every:
@@ -127,6 +130,9 @@ def make_plan(
             "an overlay has no correction to leave out", hint="drop --no-correction: its weights stay as they are"
         )
     weights = sum(shard.size for shard in shards)
+    twice = {
+        target.tensor: target.stored_bytes for target in every if target.energy is not None and target.view.kind == "stack"
+    }
     others = sum(source.size(file) for file in source.selection.others)
     factors = sum(target.factor_bytes + _described_bytes(target) for target in every)
     written = others + factors
@@ -141,13 +147,14 @@ def make_plan(
         shards=tuple(shards),
         skipped=tuple(skipped),
         notes=(*_rank_notes(every), *_recipe_notes(choice, recipe, names), *_split_notes(choice, every)),
-        bytes_read=weights,
+        bytes_read=weights + sum(twice.values()),
         bytes_written=written,
         temporary_bytes=download[1] if download else 0,
         window_bytes=window,
         # Of a window: the weights; for the residual layout as many residuals, and corrections; the factors.
         peak_memory_bytes=int(window * (2.25 if layout == "residual" else 1.1))
-        + max(_peak_memory(target, layout) for target in every),
+        + max(_peak_memory(target, layout) for target in every)
+        + _collected_memory(every),
         device_memory_bytes=max(_device_memory(target, window) for target in every) if device == "cuda" else 0,
     )
 
@@ -256,8 +263,18 @@ def _peak_memory(target: Target, layout: Layout) -> int:
         held = held // count * min(count, target.at_a_time)
     # The one in work, the one read ahead; residuals: one being written, one behind it; slices are cut out and put back.
     copies = 2 + (3 if layout == "residual" else 0) + (2 if target.view.slice else 0)
-    # The factors of a stack are written when the last of its matrices is done.
-    factors = 2 * target.factor_bytes if count > 1 else 0
     working = workspace_bytes(m, n, target.rank, dtype)
     blocks = _BLOCK_MEMORY * (os.cpu_count() or 1)
-    return int(_BASE_MEMORY + blocks + copies * held + working + factors + held // dtype.itemsize * _CORRECTION_BYTES)
+    return int(_BASE_MEMORY + blocks + copies * held + working + held // dtype.itemsize * _CORRECTION_BYTES)
+
+
+def _collected_memory(targets: list[Target]) -> int:
+    """What is kept besides the weights: the factors of a stack until the last of its matrices is done, and of all matrices
+    what the manifest will say of them, as objects and as text."""
+    factors: dict[str, int] = {}
+    for target in targets:
+        if target.matrices[0] > 1:
+            # Those of each slice, and those of one of them once more, put together.
+            factors[target.tensor] = factors.get(target.tensor, target.factor_bytes) + target.factor_bytes
+    described = sum(target.matrices[0] * (_MATRIX_MEMORY + _DIRECTION_MEMORY * target.rank) for target in targets)
+    return max(factors.values(), default=0) + described

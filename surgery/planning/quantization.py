@@ -12,7 +12,7 @@ from surgery.format.safetensors import Header, TensorEntry
 
 FP8 = "F8_E4M3"
 SCALE_SUFFIX = "_scale_inv"
-_SCALE_DTYPES = ("F32", "F16", "BF16", "F8_E8M0")
+_SCALE_DTYPES = ("F32", "BF16", "F8_E8M0")
 
 _DENSE = "factorize the publisher's unquantized model, and fold into that"
 
@@ -31,7 +31,6 @@ _TRACES = (
     (re.compile(r".*\.(qweight|qzeros|g_idx)"), "gptq or awq"),
     (re.compile(r".*\.(weight_packed|weight_global_scale|weight_shape)"), "compressed-tensors"),
     (re.compile(r".*\.weight\.(absmax|quant_map|quant_state\..*|nested_absmax)|.*\.SCB"), "bitsandbytes"),
-    (re.compile(r".*_blocks"), "mxfp4"),
     (re.compile(r".*\.(W_q|codebooks|qbiases)"), "hqq, aqlm or mlx"),
 )
 _SCALE_LIKE = re.compile(r"(\.|_)(weight_scale(_2|_inv)?|scale_weight|qscale_weight|scale_inv|scale)$")
@@ -44,7 +43,7 @@ class Scaled:
     Attributes:
         scale: the name of the tensor that holds them.
         shard: the file it is in, which may be another than the weight's.
-        block: rows and columns that share a scale; None where the whole weight has one.
+        block: rows and columns that share a scale; None where a matrix has one.
     """
 
     scale: str
@@ -57,7 +56,7 @@ def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     parts = [config, *(config[part] for part in ("text_config", "language_config") if isinstance(config.get(part), dict))]
     for part in parts:
         for key in ("quantization_config", "compression_config"):
-            if isinstance(part.get(key), dict):
+            if isinstance(part.get(key), dict) and part[key]:
                 found: Mapping[str, Any] = part[key]
                 return found
     return None
@@ -125,6 +124,8 @@ def _scaled(
         )
     scale, shard = where[name]
     *stack, m, n = entry.shape
+    if block is None and stack:
+        block = m, n  # one scale for each matrix
     shapes = [[*stack, -(-m // block[0]), -(-n // block[1])]] if block else [[], [1], [1, 1]]
     if list(scale.shape) not in shapes or scale.dtype not in _SCALE_DTYPES:
         raise FormatError(
@@ -135,16 +136,22 @@ def _scaled(
     return Scaled(name, shard, block)
 
 
+def _seems(model: str, method: str, entry: TensorEntry) -> SourceError:
+    return SourceError(
+        f"{model} seems to be quantized with {method}, which is not supported",
+        got=f"{entry.name!r}, {entry.dtype}, and no quantization_config in config.json",
+        expected="bfloat16, float16, float32, or FP8 with block scales (quant_method 'fp8')",
+        hint=_INSTEAD.get(method, _DENSE),
+    )
+
+
 def _refuse_traces(where: Mapping[str, tuple[TensorEntry, str]], model: str) -> None:
     for name, (entry, _) in where.items():
         for pattern, method in _TRACES:
-            if pattern.fullmatch(name) and not entry.dtype.startswith(("BF", "F16", "F32")):
-                raise SourceError(
-                    f"{model} seems to be quantized with {method}, which is not supported",
-                    got=f"{name!r}, {entry.dtype}, and no quantization_config in config.json",
-                    expected="bfloat16, float16, float32, or FP8 with block scales (quant_method 'fp8')",
-                    hint=_INSTEAD.get(method, _DENSE),
-                )
+            if pattern.fullmatch(name):
+                raise _seems(model, method, entry)
+        if name.endswith("_blocks") and name.removesuffix("_blocks") + "_scales" in where:
+            raise _seems(model, "mxfp4", entry)
         if entry.dtype == FP8 and (scales := [name + suffix for suffix in ("_scale_inv", "_scale") if name + suffix in where]):
             raise SourceError(
                 f"{model} has FP8 weights with scales, but its config.json has no quantization_config",

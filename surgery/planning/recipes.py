@@ -34,6 +34,7 @@ Every = Literal["group", "column"]
 
 _RECIPE_KEYS = ("description", "families", "split", "rules")
 _RULE_KEYS = ("match", "regex", "view", "slices", "every", "axis", "split", "rank", "energy", "max_rank", "skip")
+_MAX_BYTES = 1 << 20
 _AXES = {"rows": 0, "columns": 1}
 
 
@@ -99,9 +100,15 @@ def find_recipe(name: str) -> Recipe:
     """
     if name in builtin_recipes():
         return builtin_recipes()[name]
-    path = Path(name).expanduser()
-    if path.is_file():
-        return read_recipe(path)
+    path = Path(name)
+    try:
+        path = path.expanduser()
+        if path.is_file():
+            return read_recipe(path)
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, no such user, a null byte
+        if isinstance(error, OptionError):
+            raise
+        raise OptionError(f"there is no recipe {name[:100]!r}", got=str(error)[:200]) from None
     looks_like_a_file = path.suffix == ".toml" or len(path.parts) > 1
     raise OptionError(
         f"there is no recipe {name!r}",
@@ -129,10 +136,14 @@ def read_recipe(path: Path) -> Recipe:
         OptionError: it cannot be read, is no TOML, or makes no sense.
     """
     try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise OptionError(
+                f"the recipe {path} is too large", got=f"{path.stat().st_size} bytes", expected=f"at most {_MAX_BYTES}"
+            )
         parsed = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
         raise OptionError(f"the recipe {path} cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise OptionError(f"the recipe {path} is no valid TOML", got=error) from None
     where = f"recipe {path.name}"
     _check_keys(parsed, _RECIPE_KEYS, where)
@@ -159,8 +170,10 @@ def _rule(table: dict[str, Any], where: str) -> Rule:
         raise OptionError(f"{where}: {key} is empty")
     try:
         patterns = tuple(re.compile(fnmatch.translate(text) if key == "match" else text) for text in written)
-    except re.error as error:
-        raise OptionError(f"{where}: no regular expression", got=f"{error.pattern!r}: {error.msg}") from None
+    except (re.error, OverflowError, RecursionError) as error:
+        raise OptionError(f"{where}: no regular expression", got=str(error)[:200]) from None
+    if table.get("skip") == "":
+        raise OptionError(f"{where}: skip must tell the reason", got="an empty string")
     if "skip" in table and len(table) > 2:
         raise OptionError(f"{where} skips its tensors, so nothing else can be said of them", got=", ".join(table))
     numbers = {name: table.get(name) for name in ("rank", "max_rank")}
@@ -177,6 +190,8 @@ def _rule(table: dict[str, Any], where: str) -> Rule:
     slices = _strings(table.get("slices", []), f"{where}: slices")
     if len(slices) == 1 or len(set(slices)) < len(slices) or not all(re.fullmatch(r"\w+", name) for name in slices):
         raise OptionError(f"{where}: slices must be two or more different names", got=", ".join(slices))
+    if table.get("every") == "group" and not set(slices) <= {"q", "k", "v"}:
+        raise OptionError(f"{where}: only slices q, k and v alternate by group", got=", ".join(slices))
     if not slices and (odd := [name for name in ("every", "axis", "split") if name in table]):
         raise OptionError(f"{where}: {odd[0]} goes with slices")
     return Rule(

@@ -29,8 +29,9 @@ _NORM = re.compile(r"norm|^ln(_|\d|$)|layernorm")
 _HEAD = frozenset(
     {"lm_head", "head", "heads", "score", "classifier", "embed_out", "cls", "qa_outputs", "output_layer", "pooler"}
 )
+_TIED_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|lm_head\.decoder|cls\.predictions\.decoder)\.weight$|^proj_out\.weight$")
 _ROUTER = frozenset({"router", "gate", "shared_expert_gate", "wg"})
-_NO_WEIGHT = re.compile(r"^(A_log|D|dt_bias|inv_freq)$|_bias$|^bias$|rotary|freqs")
+_NO_WEIGHT = re.compile(r"^(A_log|D|dt_bias|inv_freq)$|_bias$|^bias$|rotary|freqs|_scale(_inv)?$")
 _EXPERTS = re.compile(r"(^|[._])(experts?|moe)([._]|$)")
 
 
@@ -71,6 +72,11 @@ class Target:
     @property
     def entries(self) -> int:
         return math.prod(self.matrices)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Of the whole tensor, as it is in the checkpoint."""
+        return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
     @property
     def scales_shape(self) -> tuple[int, ...]:
@@ -150,32 +156,32 @@ class Model:
         return frozenset(scaled.scale for scaled in self.quantized.values())
 
 
-def choose(entry: TensorEntry, shard: str, choice: Choice, model: Model) -> list[Target] | Skipped:
-    """The fate of one tensor: a target, one for each slice of a fused weight that is split, or none, and why."""
+def choose(entry: TensorEntry, shard: str, choice: Choice, model: Model) -> list[Target | Skipped]:
+    """The fate of one tensor: a target, or none, and why; of a fused weight that is split, that of each slice."""
     rule = model.recipe.rule_for(entry.name) if model.recipe else None
     reason = _impossible(entry, model) or _unwanted(entry, choice, model, rule)
     if reason is not None:
-        return Skipped(entry.name, shard, reason)
+        return [Skipped(entry.name, shard, reason)]
     kind = (rule.view if rule else None) or _kind(entry)
     try:
         _, m, n = View(kind).shape(entry.shape)
     except ValueError as error:
-        return Skipped(entry.name, shard, str(error))
+        return [Skipped(entry.name, shard, str(error))]
     if min(m, n) < 2:
-        return Skipped(entry.name, shard, "a single row or column")
-    if kind == "convolution" and entry.shape[1] == 1:
-        return Skipped(entry.name, shard, "a depthwise convolution")
+        return [Skipped(entry.name, shard, "a single row or column")]
+    scaled = model.quantized.get(entry.name)
+    if kind == "convolution" and (entry.shape[1] == 1 or scaled):
+        return [Skipped(entry.name, shard, "an FP8 convolution" if scaled else "a depthwise convolution")]
     views = [View(kind)]
     if rule is not None and rule.slices and _wants_split(choice, model, rule):
         views = [View(kind, part) for part in slices_of(rule, (m, n), model.config, entry.name)]
     rank, energy = _extent(choice, rule)
-    scaled = model.quantized.get(entry.name)
-    targets = []
+    fates: list[Target | Skipped] = []
     for view in views:
         smaller = min(view.shape(entry.shape)[1:])
-        if smaller > 1:
-            targets.append(Target(entry.name, shard, entry.dtype, entry.shape, view, min(rank, smaller), energy, rank, scaled))
-    return targets or Skipped(entry.name, shard, "slices of a single row or column")
+        target = Target(entry.name, shard, entry.dtype, entry.shape, view, min(rank, smaller), energy, rank, scaled)
+        fates.append(target if smaller > 1 else Skipped(target.key, shard, "a single row or column"))
+    return fates
 
 
 def _wants_split(choice: Choice, model: Model, rule: Rule) -> bool:
@@ -214,7 +220,9 @@ def _impossible(entry: TensorEntry, model: Model) -> str | None:
 
 def _tied(entry: TensorEntry, model: Model) -> bool:
     """An output head that a loader replaces by the embedding, whatever the file holds."""
-    return bool(model.config.get("tie_word_embeddings")) and entry.name in ("lm_head.weight", "embed_out.weight")
+    text = model.config.get("text_config")
+    tied = model.config.get("tie_word_embeddings") or (isinstance(text, dict) and text.get("tie_word_embeddings"))
+    return bool(tied) and _TIED_HEAD.search(entry.name) is not None
 
 
 def _unwanted(entry: TensorEntry, choice: Choice, model: Model, rule: Rule | None) -> str | None:
@@ -270,6 +278,13 @@ def check_choice(choice: Choice, names: list[str]) -> None:
     Raises:
         OptionError: for a glob with the nearest names.
     """
+    for name, number, kind in (
+        ("rank", choice.rank, int),
+        ("max-rank", choice.max_rank, int),
+        ("energy", choice.energy, float),
+    ):
+        if number is not None and (isinstance(number, bool) or not isinstance(number, (int, kind))):
+            raise OptionError(f"the {name} makes no sense", got=repr(number), expected=f"a number ({kind.__name__})")
     if choice.rank is not None and choice.energy is not None:
         raise OptionError("a rank and an energy contradict each other", got=f"rank {choice.rank}, energy {choice.energy}")
     if choice.energy is not None:

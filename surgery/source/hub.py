@@ -148,6 +148,9 @@ class HubSource:
     def folder(self) -> Path | None:
         return None
 
+    def stamps(self) -> dict[str, list[int]]:
+        return {}
+
     def bytes_to_fetch(self) -> tuple[Path, int] | None:
         wanted = (*self.selection.shards, *self.selection.others)
         missing = sum(self.size(file) for file in wanted if not self._files[file].is_cached)

@@ -44,6 +44,9 @@ class Source(Protocol):
     def folder(self) -> Path | None:
         """The folder it is in, if it is a local one."""
 
+    def stamps(self) -> dict[str, list[int]]:
+        """Size and time of change of each file of a local model; empty where a commit pins them."""
+
     def bytes_to_fetch(self) -> tuple[Path, int] | None:
         """Where a download will go and how much it still is; None for a local model."""
 
@@ -51,10 +54,13 @@ class Source(Protocol):
 class FolderSource:
     """A model in a local folder, or a snapshot of one from the hub's cache."""
 
-    def __init__(self, root: Path, *, name: str | None = None, record: SourceRecord | None = None) -> None:
+    def __init__(
+        self, root: Path, *, name: str | None = None, record: SourceRecord | None = None, within: Path | None = None
+    ) -> None:
         self.name = name or str(root)
         self.record = record or SourceRecord("folder", None, None)
         self._root = root
+        self._within = within or root  # a pipeline's other models are not to be written to either
         names = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
         self.selection = select_files(names, lambda file: _read_text(root / file, f"{self.name}/{file}"), where=self.name)
 
@@ -72,7 +78,13 @@ class FolderSource:
         return self._root / file
 
     def folder(self) -> Path | None:
-        return self._root if self.record.kind == "folder" else None
+        return self._within if self.record.kind == "folder" else None
+
+    def stamps(self) -> dict[str, list[int]]:
+        if self.record.kind != "folder":
+            return {}
+        stats = {file: (self._root / file).stat() for file in (*self.selection.shards, *self.selection.others)}
+        return {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()}
 
     def bytes_to_fetch(self) -> tuple[Path, int] | None:
         return None
@@ -90,12 +102,16 @@ def open_source(model: str | Path, *, revision: str | None = None, subfolder: st
         SourceError: not there, not reachable, or no model.
         FormatError: its index is damaged.
     """
-    path = Path(model).expanduser()
-    if str(model) and path.is_dir():
+    try:
+        path = Path(model).expanduser()
+        is_folder, is_file = bool(str(model)) and path.is_dir(), path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, no such user, a null byte
+        raise SourceError(f"there is no folder {str(model)[:100]!r}", got=str(error)[:200]) from None
+    if is_folder:
         if revision is not None:
             raise SourceError(f"{model} is a local folder: it has no revisions", hint="leave --revision out")
         return _open_folder(path, str(model), subfolder)
-    if path.is_file():
+    if is_file:
         raise SourceError(
             f"{model} is a file", expected="the folder that holds it, with its config.json", hint=f"give {path.parent}"
         )
@@ -119,7 +135,7 @@ def _open_folder(path: Path, name: str, subfolder: str | None) -> FolderSource:
             expected=", ".join(models) or "a model without subfolders",
             hint="--subfolder",
         )
-    return FolderSource(inside, name=f"{name}/{subfolder}", record=SourceRecord("folder", None, None, subfolder))
+    return FolderSource(inside, name=f"{name}/{subfolder}", record=SourceRecord("folder", None, None, subfolder), within=path)
 
 
 def check_subfolder(subfolder: str) -> str:

@@ -17,6 +17,7 @@ from surgery.format.safetensors import TORCH_DTYPES
 from surgery.format.scales import read_scales, write_scales
 from surgery.linalg.lossless import Factors
 from surgery.memory import bytes_of
+from surgery.names import FACTORIZABLE_DTYPES
 
 _NAME = "surgery_scale"
 
@@ -137,6 +138,11 @@ def attach(model: nn.Module, factorized: str | Path) -> Scales:
 
 def _layer(model: nn.Module, target: TargetRecord) -> nn.Module:
     """The linear layer that a target is the weight of."""
+    if target.dtype not in FACTORIZABLE_DTYPES:
+        raise OptionError(
+            f"{target.key!r} is {target.dtype}, and cannot be attached",
+            hint="fold with --dequantize, factorize that, and train on it",
+        )
     if target.view != "matrix" or target.slice is not None:
         raise OptionError(
             f"{target.key!r} is no whole matrix, and cannot be attached",

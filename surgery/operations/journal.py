@@ -1,0 +1,91 @@
+"""What an unfinished run has done so far, so that the same command goes on where it stopped.
+
+In a hidden folder of the output, which no loader looks into and which is gone when the run is finished: ``run.json`` says
+what the run is, and one file for each finished shard what became of it, written when all of the shard's files are in place.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from surgery.errors import OutputError
+from surgery.format.files import read_json_object, reporting, write_file
+from surgery.names import JOURNAL_DIR, RUN_FILE
+
+
+class Journal:
+    """The diary of the run that writes to ``out``.
+
+    Args:
+        out: the output folder.
+        identity: all that the result depends on, as JSON: runs with the same give the same bytes.
+    """
+
+    def __init__(self, out: Path, identity: Mapping[str, Any]) -> None:
+        self._out = out
+        self._folder = out / JOURNAL_DIR
+        self._identity = json.loads(json.dumps(identity))
+
+    @staticmethod
+    def is_there(out: Path) -> bool:
+        """Whether ``out`` holds a run that was begun and not finished."""
+        return (out / RUN_FILE).is_file()
+
+    @staticmethod
+    def forget(out: Path) -> None:
+        """The result in ``out`` is complete: what a run killed at its very end has left goes."""
+        with reporting(out):
+            (out / RUN_FILE).unlink(missing_ok=True)
+
+    def check(self) -> None:
+        """Refuse to go on with a run that is not this one.
+
+        Raises:
+            OutputError: says what differs.
+        """
+        begun = read_json_object(self._out / RUN_FILE, str(self._out / RUN_FILE))
+        differences = differing(begun, self._identity)
+        if differences:
+            raise OutputError(
+                f"{self._out} holds an unfinished run of another kind",
+                got="; ".join(differences[:4]) + (" ..." if len(differences) > 4 else ""),
+                expected="the same command on the same model, to go on with it",
+                hint="repeat the earlier command, start anew with --overwrite, or choose another folder with -o",
+            )
+
+    def begin(self) -> None:
+        """Say that the run has begun, and forget any other."""
+        with reporting(self._folder):
+            (self._out / RUN_FILE).unlink(missing_ok=True)
+            for path in self._folder.glob("[0-9]*.json*"):
+                path.unlink()
+        write_file(self._out / RUN_FILE, json.dumps(self._identity, indent=1).encode())
+
+    def record(self, index: int, value: Any) -> None:
+        """Say that a shard is finished."""
+        write_file(self._folder / f"{index + 1:05d}.json", json.dumps(value).encode())
+
+    def recorded(self, index: int) -> dict[str, Any] | None:
+        """What ``record`` was given for a shard; None if it is not finished."""
+        path = self._folder / f"{index + 1:05d}.json"
+        return read_json_object(path, str(path)) if path.is_file() else None
+
+    def finish(self) -> None:
+        """The result is complete: forget the run. The first thing to go is what says that it has begun."""
+        Journal.forget(self._out)
+
+
+def differing(before: Any, now: Any, where: str = "") -> list[str]:
+    """Where two JSON values differ, each as ``path: before, now``."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return [
+            line
+            for key in sorted(before.keys() | now.keys())
+            for line in differing(before.get(key), now.get(key), f"{where}.{key}".lstrip("."))
+        ]
+    if before == now:
+        return []
+    return [f"{where}: {json.dumps(before)[:80]} then, {json.dumps(now)[:80]} now"]

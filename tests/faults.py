@@ -1,0 +1,133 @@
+"""Runs factorize and fold in children that are killed, and looks at what they leave.
+
+    python -m tests.faults MODEL FOLDER TRIALS SEED
+
+MODEL is factorized and folded into folders within FOLDER. A child is killed with SIGKILL just before the n-th time that it
+changes a file or folder (opens one for writing, renames, removes, makes), for TRIALS values of n spread over all there are,
+and at as many random moments. After each kill the result must be unfinished, and seen as such, or complete and right; then
+the same call, killed once more and started a third time, must give what an undisturbed one gives, and leave nothing else.
+Prints the number of trials of each kind. Forks, and so must be a process of its own in which torch has not computed anything.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import surgery
+
+Call = Callable[[Path], object]
+#: Audit events of changes to the file system, and which of their arguments are paths.
+_CHANGES = {"os.rename": (0, 1), "os.remove": (0,), "os.mkdir": (0,), "os.rmdir": (0,), "shutil.rmtree": (0,)}
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def run(call: Call, out: Path, *, kill_at: int = 0, kill_after: float = 0.0) -> tuple[bool, int]:
+    """Whether a child that makes the call came to its end, and how many changes it made if it did."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def watch(event: str, arguments: tuple[object, ...]) -> None:
+            nonlocal count
+            if event == "open":
+                flags = arguments[2]
+                touches = (
+                    isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR) and str(arguments[0]).startswith(str(out))
+                )
+            else:
+                touches = event in _CHANGES and any(str(arguments[i]).startswith(str(out)) for i in _CHANGES[event])
+            if touches:
+                count += 1
+                if count == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        status = 1
+        try:
+            torch.set_num_threads(1)
+            sys.addaudithook(watch)
+            call(out)
+            os.write(writing, str(count).encode())
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(writing)
+    if kill_after:
+        time.sleep(kill_after)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    with os.fdopen(reading) as pipe:
+        said = pipe.read()
+    if os.WIFSIGNALED(status):
+        return False, 0
+    if os.WEXITSTATUS(status) != 0:
+        raise AssertionError("the child failed, see its traceback")
+    return True, int(said)
+
+
+def trial(call: Call, out: Path, truth: dict[str, bytes], marker: str, kills: list[dict[str, Any]]) -> int:
+    """Kill the call again and again, look at what is there after each kill, and let it finish; how many kills came."""
+    shutil.rmtree(out, ignore_errors=True)
+    count = 0
+    for kill in [*kills, {}]:
+        if run(call, out, **kill)[0]:
+            break
+        count += 1
+        left = files_of(out) if out.exists() else {}
+        if marker in left:  # then it must be all there, whatever else lies about
+            result = {name: data for name, data in left.items() if not name.startswith(".surgery/")}
+            assert result == truth, f"after {kills}: {marker} is there, and something is wrong"
+    found = files_of(out)
+    assert found.keys() == truth.keys(), f"after {kills}: {sorted(found.keys() ^ truth.keys())}"
+    assert found == truth, f"after {kills}: {[name for name in truth if truth[name] != found[name]]}"
+    return count
+
+
+def main(model: Path, folder: Path, trials: int, seed: int) -> None:
+    chance = random.Random(seed)
+    factorized = folder / "truth f"
+
+    def factorize(out: Path) -> None:
+        surgery.factorize(model, out, rank=4)
+
+    def fold(out: Path) -> None:
+        manifest = surgery.Manifest.read(factorized)
+        scales = {target.key: torch.full(target.scales_shape, 1.5) for target in manifest.targets}
+        try:
+            surgery.fold(factorized, scales, out)
+        except surgery.SurgeryError as error:
+            # A fold keeps no record of itself: once it is complete, it says that there is something already.
+            if "holds files already" not in str(error):
+                raise
+
+    for name, call, marker in (("factorize", factorize, "surgery/manifest.json"), ("fold", fold, "config.json")):
+        start = time.perf_counter()
+        truth_folder = folder / f"truth {name[:1] if name == 'factorize' else name}"
+        _, changes = run(call, truth_folder)
+        seconds = time.perf_counter() - start
+        truth, out = files_of(truth_folder), folder / name
+        steps = sorted({1 + i * changes // trials for i in range(min(trials, changes))})
+        kills = 0
+        for step in steps:
+            kills += trial(call, out, truth, marker, [{"kill_at": step}, {"kill_at": chance.randint(1, changes)}])
+        for _ in range(trials):
+            kills += trial(call, out, truth, marker, [{"kill_after": chance.uniform(0, seconds)} for _ in range(2)])
+        print(f"{name}: {changes} changes, {len(steps)} of them and {trials} random moments tried, {kills} kills")
+        assert kills >= len(steps)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

@@ -1,0 +1,334 @@
+"""What is on the disk after a kill, a full disk or an interruption, and how a run goes on from there."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import random
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import surgery
+from surgery.errors import OutputError, SurgeryError
+from surgery.format import files
+from surgery.operations.output import locked
+from surgery.progress import Silent
+from tests.models import files_of, realistic, save_llama
+
+ROOT = Path(__file__).parent.parent
+
+
+class _Stop(Silent):
+    """Interrupts a run when it comes to a tensor of this name."""
+
+    def __init__(self, at: str) -> None:
+        super().__init__()
+        self.at = at
+
+    def item(self, name: str) -> None:
+        if name == self.at:
+            raise KeyboardInterrupt
+
+
+LAST = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def truth(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An undisturbed result."""
+    out = tmp_path_factory.mktemp("truth") / "f"
+    surgery.factorize(llama, out, rank=4)
+    return out
+
+
+def _interrupted(llama: Path, out: Path, **options: Any) -> _Stop:
+    stop = _Stop(LAST)
+    with pytest.raises(KeyboardInterrupt):
+        surgery.factorize(llama, out, progress=stop, **{"rank": 4, **options})
+    return stop
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.parametrize("trials", [pytest.param(8), pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+def test_killed_at_any_moment(trials: int, llama: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.faults", str(llama), str(tmp_path), str(trials), "0"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=3600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count(f"and {trials} random moments tried") == 2
+
+
+def test_goes_on_after_the_last_finished_shard(llama: Path, truth: Path, tmp_path: Path) -> None:
+    out = tmp_path / "f"
+    stop = _interrupted(llama, out)
+    assert stop.notes[-1] == "stopped after 2 of 3 shards; the same command goes on from there"
+    assert not (out / "surgery/manifest.json").exists()
+    assert not (out / "config.json").exists()
+    assert not list(out.rglob("*.partial"))
+    again = Silent()
+    surgery.factorize(llama, out, rank=4, progress=again)
+    assert again.notes == ["going on after 2 of 3 shards"]
+    assert files_of(out) == files_of(truth)
+
+
+def test_a_damaged_shard_is_made_again(llama: Path, truth: Path, tmp_path: Path) -> None:
+    out = tmp_path / "f"
+    _interrupted(llama, out)
+    for name in ("model-00001-of-00003.safetensors", "surgery/factors-00002-of-00003.safetensors"):
+        damaged = bytearray((out / name).read_bytes())
+        damaged[-1] ^= 1
+        (out / name).write_bytes(damaged)
+    again = Silent()
+    surgery.factorize(llama, out, rank=4, progress=again)
+    assert again.notes == []
+    assert files_of(out) == files_of(truth)
+
+
+@pytest.mark.parametrize(
+    ("options", "difference"),
+    [
+        ({"rank": 5}, "options.rank: 4 then, 5 now"),
+        ({"seed": 1}, "options.seed: 0 then, 1 now"),
+        ({"layout": "overlay"}, 'layout: "residual" then, "overlay" now'),
+        ({"exclude": ["*q_proj*"]}, "options.exclude"),
+        ({"recipe": "attention"}, 'options.recipe: "llama" then, "attention" now'),
+        ({"correction": False}, "options.correction: true then, false now"),
+    ],
+)
+def test_other_options_are_refused(options: dict[str, Any], difference: str, llama: Path, tmp_path: Path) -> None:
+    """Of an unfinished run and of a complete one, which then go on or are complete as if nothing had been asked."""
+    _interrupted(llama, tmp_path / "f")
+    before = files_of(tmp_path / "f")
+    with pytest.raises(OutputError, match="an unfinished run of another kind") as caught:
+        surgery.factorize(llama, tmp_path / "f", **{"rank": 4, **options})
+    assert difference in str(caught.value)
+    assert files_of(tmp_path / "f") == before
+    surgery.factorize(llama, tmp_path / "f", rank=4)
+    before = files_of(tmp_path / "f")
+    with pytest.raises(OutputError, match="the complete result of another run") as caught:
+        surgery.factorize(llama, tmp_path / "f", **{"rank": 4, **options})
+    assert difference in str(caught.value)
+    assert files_of(tmp_path / "f") == before
+
+
+def test_a_changed_source_is_refused(tmp_path: Path) -> None:
+    model, out = save_llama(tmp_path / "m", torch.bfloat16), tmp_path / "f"
+    _interrupted(model, out)
+    shard = model / "model-00001-of-00003.safetensors"
+    tensors = load_file(shard)
+    next(iter(tensors.values())).view(-1)[0] += 1
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(OutputError, match="an unfinished run of another kind") as caught:
+        surgery.factorize(model, out, rank=4)
+    assert f"source.files.{shard.name}" in str(caught.value)
+    surgery.factorize(model, out, rank=4, overwrite=True)
+    # Of a complete one, whatever the file's times say.
+    was = shard.stat()
+    next(iter(tensors.values())).view(-1)[0] += 1
+    save_file(tensors, shard, metadata={"format": "pt"})
+    os.utime(shard, ns=(was.st_atime_ns, was.st_mtime_ns))
+    with pytest.raises(OutputError, match=f"{shard.name} of the model has changed"):
+        surgery.factorize(model, out, rank=4)
+
+
+def test_a_complete_result_is_left_alone(llama: Path, truth: Path, tmp_path: Path) -> None:
+    out = tmp_path / "f"
+    surgery.factorize(llama, out, rank=4)
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+    again = Silent()
+    manifest = surgery.factorize(llama, out, rank=4, progress=again)
+    assert manifest == surgery.Manifest.read(truth)
+    assert again.notes == [f"{out} is already complete: nothing to do"]
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == times
+    (out / "surgery/factors-00002-of-00003.safetensors").unlink()
+    with pytest.raises(OutputError, match="has lost files"):
+        surgery.factorize(llama, out, rank=4)
+
+
+def test_fold_goes_on(llama: Path, truth: Path, tmp_path: Path) -> None:
+    scales = {t.key: torch.full(t.scales_shape, 2.0) for t in surgery.Manifest.read(truth).targets}
+    surgery.fold(truth, scales, tmp_path / "whole")
+    stop = _Stop(LAST)
+    with pytest.raises(KeyboardInterrupt):
+        surgery.fold(truth, scales, tmp_path / "o", progress=stop)
+    assert stop.notes == ["stopped after 2 of 3 shards; the same command goes on from there"]
+    assert not (tmp_path / "o/config.json").exists()
+    first = tmp_path / "o/model-00001-of-00003.safetensors"
+    written = first.stat().st_mtime_ns
+    with pytest.raises(OutputError, match="an unfinished run of another kind") as caught:
+        surgery.fold(truth, {name: value * 2 for name, value in scales.items()}, tmp_path / "o")
+    assert "scales" in str(caught.value)
+    surgery.fold(truth, scales, tmp_path / "o")
+    assert files_of(tmp_path / "o") == files_of(tmp_path / "whole")
+    assert first.stat().st_mtime_ns == written
+
+
+def test_two_runs_into_one_folder(llama: Path, tmp_path: Path) -> None:
+    with locked(tmp_path / "f", []), pytest.raises(OutputError, match="another run is writing to"):
+        surgery.factorize(llama, tmp_path / "f", rank=4)
+    surgery.factorize(llama, tmp_path / "f", rank=4)
+
+
+def test_nothing_is_left_of_a_run_that_is_refused(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(SurgeryError):
+        surgery.factorize(llama, tmp_path / "new", rank=4, include=["nothing"])
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/thesis.txt").write_text("")
+    with pytest.raises(OutputError, match="holds files already"):
+        surgery.factorize(llama, tmp_path / "full", rank=4)
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
+
+
+class _FailingFile(io.FileIO):
+    """Takes a few bytes at a time, and after so many in all fails as a disk does."""
+
+    left = 0
+    error = errno.ENOSPC
+
+    def write(self, data: Any) -> int:
+        if _FailingFile.left <= 0:
+            raise OSError(_FailingFile.error, os.strerror(_FailingFile.error))
+        taken = min(len(data), _FailingFile.left, 10_000)
+        _FailingFile.left -= taken
+        return super().write(data[:taken]) or 0
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
+def test_a_disk_that_fails(error: int, llama: Path, truth: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short writes, and an error after so many bytes: named, nothing that looks whole, and the next start goes on."""
+    total = sum(len(data) for data in files_of(truth).values())
+
+    def opened(path: Path, mode: str, buffering: int = -1) -> Any:
+        return _FailingFile(path, mode.replace("b", "")) if "x" in mode else open(path, mode, buffering)
+
+    monkeypatch.setattr(files, "open", opened, raising=False)
+    _FailingFile.error = error
+    out = tmp_path / "f"
+    chance = random.Random(error)
+    for _ in range(12):
+        _FailingFile.left = chance.randrange(total // 2)
+        try:
+            surgery.factorize(llama, out, rank=4)
+        except OutputError as raised:
+            failure = str(raised)
+        else:
+            break
+        assert os.strerror(error) in failure
+        assert not (out / "surgery/manifest.json").exists()
+        assert not list(out.rglob("*.partial"))
+    _FailingFile.left = 2 * total
+    surgery.factorize(llama, out, rank=4)
+    assert files_of(out) == files_of(truth)
+
+
+def test_a_sync_that_fails(llama: Path, truth: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync, calls = os.fsync, iter(range(10**6))
+
+    def failing(descriptor: int) -> None:
+        if next(calls) % 7 == 6:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    for _ in range(100):
+        try:
+            surgery.factorize(llama, tmp_path / "f", rank=4)
+        except OutputError:
+            continue
+        break
+    monkeypatch.undo()
+    surgery.factorize(llama, tmp_path / "f", rank=4)
+    assert files_of(tmp_path / "f") == files_of(truth)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_stop_the_command(number: signal.Signals, code: int, tmp_path: Path) -> None:
+    """Within seconds, with a word on how to go on, and then it does."""
+    model, out = tmp_path / "m", tmp_path / "f"
+    model.mkdir()
+    for i in range(4):
+        weights = {f"layers.{i}.a{j}.weight": realistic(512, 700, seed=10 * i + j) for j in range(3)}
+        save_file(weights, model / f"part-{i}.safetensors")
+    command = [sys.executable, str(ROOT / "cli.py"), "factorize", str(model), "-o", str(out), "--device", "cpu"]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (out / ".surgery/00001.json").exists() and time.monotonic() < deadline and running.poll() is None:
+        time.sleep(0.01)
+    running.send_signal(number)
+    sent = time.monotonic()
+    stdout, stderr = running.communicate(timeout=60)
+    assert time.monotonic() - sent < 10  # two seconds on a machine that does nothing else
+    assert (running.returncode, stdout) == (code, "")
+    assert "the same command goes on from there" in stderr
+    assert "Traceback" not in stderr
+    assert not list(out.rglob("*.partial"))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0
+    assert "going on after" in done.stderr
+    surgery.factorize(model, tmp_path / "truth", device="cpu")
+    assert files_of(out).keys() == files_of(tmp_path / "truth").keys()
+
+
+def _hostile(change: Callable[[Path, Path], None], tmp_path: Path) -> tuple[Path, Path]:
+    model, out = save_llama(tmp_path / "m", torch.bfloat16), tmp_path / "f"
+    change(model, out)
+    return model, out
+
+
+def test_links_in_the_output_are_never_written_through(llama: Path, tmp_path: Path) -> None:
+    out, precious = tmp_path / "f", tmp_path / "precious"
+    out.mkdir()
+    precious.mkdir()
+    (precious / "file").write_text("as it was")
+    _interrupted(llama, out)
+    (out / "config.json.partial").symlink_to(precious / "file")
+    (out / "config.json").symlink_to(precious / "file")
+    surgery.factorize(llama, out, rank=4)
+    assert (precious / "file").read_text() == "as it was"
+    assert not (out / "config.json").is_symlink()
+    (tmp_path / "g").mkdir()
+    (tmp_path / "g/surgery").symlink_to(precious)
+    with pytest.raises(OutputError):
+        surgery.factorize(llama, tmp_path / "g", rank=4, overwrite=True)
+    assert [path.name for path in precious.iterdir()] == ["file"]
+
+
+def test_the_source_is_never_the_output(tmp_path: Path) -> None:
+    model = save_llama(tmp_path / "m", torch.bfloat16)
+    before = files_of(model)
+    (tmp_path / "link").symlink_to(model)
+    for out in (model, tmp_path / "link", model / "inside", tmp_path):
+        for overwrite in (False, True):
+            with pytest.raises(OutputError, match="lie in one another"):
+                surgery.factorize(model, out, rank=4, overwrite=overwrite)
+    assert files_of(model) == before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
+def test_ordinary_permissions_and_nothing_private(llama: Path, truth: Path) -> None:
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in truth.rglob("*"):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o777 if path.is_dir() else 0o666) & ~mask, path
+    text = (truth / "surgery/manifest.json").read_text()
+    for private in (str(llama), str(truth), str(Path.home()), os.environ["HF_HOME"]):
+        assert private not in text
+    assert json.loads(text)["source"] == {"kind": "folder", "repo_id": None, "commit": None, "subfolder": None}
