@@ -16,7 +16,9 @@ from surgery.errors import FormatError, OutputError
 
 #: Bytes moved at a time where no tensor has to be whole.
 CHUNK_BYTES = 8 << 20
-MAX_JSON_BYTES = 1 << 30
+#: Of a config or an index, and of what surgery writes: the manifest of a model of 45,000 matrices takes some 80 MB.
+MAX_JSON_BYTES = 1 << 26
+MAX_OWN_JSON_BYTES = 1 << 29
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,17 +151,14 @@ def reporting(path: Path) -> Iterator[None]:
         ) from error
 
 
-def read_json_object(path: Path, name: str) -> dict[str, Any]:
+def read_json_object(path: Path, name: str, *, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """A JSON object from a file that may be anything.
 
     Raises:
         FormatError: not readable, too large, not JSON, or no object.
     """
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise FormatError(
-                f"{name}: too large to be read", got=f"{path.stat().st_size} bytes", expected=f"at most {MAX_JSON_BYTES}"
-            )
+        check_size(path, name, most)
         parsed = json.loads(path.read_bytes().decode("utf-8"))
     except OSError as error:
         raise FormatError(f"{name}: cannot be read ({error.strerror})") from error
@@ -170,6 +169,17 @@ def read_json_object(path: Path, name: str) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise FormatError(f"{name}: no JSON object", got=type(parsed).__name__)
     return parsed
+
+
+def check_size(path: Path, name: str, most: int = MAX_JSON_BYTES) -> None:
+    """Refuse a file that would take unbounded memory.
+
+    Raises:
+        FormatError: it is larger than ``most`` bytes.
+    """
+    size = path.stat().st_size
+    if size > most:
+        raise FormatError(f"{name}: too large to be read", got=f"{size} bytes", expected=f"at most {most}")
 
 
 def check_relative_path(name: str, where: str) -> str:

@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from surgery.errors import FormatError, SourceError
-from surgery.format.files import FileRecord, check_relative_path, read_json_object, write_file
+from surgery.format.files import (
+    MAX_OWN_JSON_BYTES,
+    FileRecord,
+    check_relative_path,
+    read_json_object,
+    write_file,
+)
 from surgery.linalg.views import KINDS, Slice, View
 from surgery.names import DTYPE_BITS, FACTORIZABLE_DTYPES, FORMAT_VERSION, MANIFEST_FILE, SURGERY_DIR, target_key
 
@@ -225,7 +231,7 @@ class Manifest:
                 if unfinished
                 else "give the folder that surgery factorize wrote",
             )
-        parsed = read_json_object(path, str(path))
+        parsed = read_json_object(path, str(path), most=MAX_OWN_JSON_BYTES)
         if parsed.get("format_version") != FORMAT_VERSION:
             raise FormatError(
                 f"{path}: another format version",

@@ -6,13 +6,14 @@ what the run is, and one file for each finished shard what became of it, written
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import OutputError
-from surgery.format.files import read_json_object, reporting, write_file
+from surgery.errors import FormatError, OutputError
+from surgery.format.files import MAX_OWN_JSON_BYTES, read_json_object, reporting, write_file
 from surgery.names import JOURNAL_DIR, RUN_FILE
 
 
@@ -46,7 +47,12 @@ class Journal:
         Raises:
             OutputError: says what differs.
         """
-        begun = read_json_object(self._out / RUN_FILE, str(self._out / RUN_FILE))
+        try:
+            begun = read_json_object(self._out / RUN_FILE, str(self._out / RUN_FILE))
+        except FormatError as error:
+            raise OutputError(
+                f"{self._out} holds an unfinished run whose journal is damaged", got=error.what, hint="--overwrite starts anew"
+            ) from error
         differences = differing(begun, self._identity)
         if differences:
             raise OutputError(
@@ -66,16 +72,28 @@ class Journal:
 
     def record(self, index: int, value: Any) -> None:
         """Say that a shard is finished."""
-        write_file(self._folder / f"{index + 1:05d}.json", json.dumps(value).encode())
+        sealed = {"value": value, "sha256": _seal(value)}
+        write_file(self._folder / f"{index + 1:05d}.json", json.dumps(sealed).encode())
 
-    def recorded(self, index: int) -> dict[str, Any] | None:
-        """What ``record`` was given for a shard; None if it is not finished."""
+    def recorded(self, index: int) -> Any:
+        """What ``record`` was given for a shard; None if it is not finished, or if the record is damaged."""
         path = self._folder / f"{index + 1:05d}.json"
-        return read_json_object(path, str(path)) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            sealed = read_json_object(path, str(path), most=MAX_OWN_JSON_BYTES)
+        except FormatError:
+            return None
+        value = sealed.get("value")
+        return value if sealed.get("sha256") == _seal(value) else None
 
     def finish(self) -> None:
         """The result is complete: forget the run. The first thing to go is what says that it has begun."""
         Journal.forget(self._out)
+
+
+def _seal(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def differing(before: Any, now: Any, where: str = "") -> list[str]:

@@ -34,7 +34,7 @@ def slices_of(rule: Rule, shape: tuple[int, int], config: Mapping[str, Any], ten
     else:
         widths = [length // len(rule.slices)] * len(rule.slices)
     period = sum(widths)
-    if not period or length % period or (rule.every is None and length != period):
+    if min(widths) < 1 or length % period or (rule.every is None and length != period):
         raise OptionError(
             f"{tensor}: its slices {', '.join(rule.slices)} do not add up to the size of the tensor",
             got=f"{' + '.join(map(str, widths))} for a length of {length} of {list(shape)}",

@@ -20,6 +20,7 @@ import difflib
 import fnmatch
 import re
 import tomllib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -169,7 +170,9 @@ def _rule(table: dict[str, Any], where: str) -> Rule:
     if not written:
         raise OptionError(f"{where}: {key} is empty")
     try:
-        patterns = tuple(re.compile(fnmatch.translate(text) if key == "match" else text) for text in written)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of what a later Python may read otherwise
+            patterns = tuple(re.compile(fnmatch.translate(text) if key == "match" else text) for text in written)
     except (re.error, OverflowError, RecursionError) as error:
         raise OptionError(f"{where}: no regular expression", got=str(error)[:200]) from None
     if table.get("skip") == "":

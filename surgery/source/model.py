@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from surgery.errors import FormatError, SourceError
-from surgery.format.files import check_relative_path, read_json_object
+from surgery.format.files import check_relative_path, check_size, read_json_object
 from surgery.format.manifest import SourceRecord
 from surgery.format.safetensors import Header, ShardReader
 from surgery.names import CONFIG_FILE
@@ -62,7 +62,24 @@ class FolderSource:
         self._root = root
         self._within = within or root  # a pipeline's other models are not to be written to either
         names = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
+        if self.record.kind == "folder":
+            self._check_links(names)
         self.selection = select_files(names, lambda file: _read_text(root / file, f"{self.name}/{file}"), where=self.name)
+
+    def _check_links(self, names: list[str]) -> None:
+        """Refuse links out of the folder: what they lead to would be copied into the result."""
+        allowed = [self._within.resolve()]
+        if self._within.absolute().parent.name == "snapshots":  # the hub's cache: a snapshot consists of links to blobs
+            allowed.append((self._within.absolute().parent.parent / "blobs").resolve())
+        for name in names:
+            path = self._root / name
+            real = path.resolve()
+            if not any(folder in real.parents for folder in allowed):
+                raise SourceError(
+                    f"{self.name}/{name} is a link that leaves the model's folder",
+                    got=str(real),
+                    hint="put a copy of the file in its place",
+                )
 
     def size(self, file: str) -> int:
         return (self._root / file).stat().st_size
@@ -172,6 +189,7 @@ def check_index(source: Source, headers: dict[str, Header]) -> None:
 
 def _read_text(path: Path, where: str) -> str:
     try:
+        check_size(path, where)
         return path.read_bytes().decode("utf-8")
     except OSError as error:
         raise FormatError(f"{where}: cannot be read ({error.strerror})") from error

@@ -1,0 +1,256 @@
+"""Mutates every kind of file that surgery reads, and sees to it that nothing worse than a SurgeryError comes of it.
+
+    python -m tests.fuzz SEED COUNT        from that seed on, COUNT mutations of each kind
+
+Each mutation has a seed of its own, which a failure names: ``python -m tests.fuzz SEED 1`` repeats it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import surgery
+from surgery.errors import SurgeryError
+from surgery.progress import Silent
+from tests.models import files_of, save_llama
+
+#: No mutated file of a tiny model may keep a run busy for longer, on whatever machine.
+SECONDS = 20.0
+_ODD: list[Any] = [
+    *(None, True, False, "", "x", "../../etc/passwd", "/etc/passwd", "a\\b", "\ud800", "nul\0l", "é" * 300),
+    *(-1, 0, 1, 2, 7, 2**31, 2**63 - 1, 2**63, 2**64, 10**30, 0.5, -0.5, 1e308, float("nan"), float("inf")),
+    *([], {}, [[]], [1, 2], {"a": 1}, [None], "F8_E4M3", "F32", "I64", "stack", "overlay", "residual"),
+]
+
+
+def mutate_bytes(data: bytes, chance: random.Random) -> bytes:
+    """A few bytes changed, cut out, doubled or put in."""
+    out = bytearray(data)
+    for _ in range(chance.choice((1, 1, 2, 5, 20))):
+        at = chance.randrange(len(out)) if out else 0
+        near = min(at, chance.choice((len(out), 200)))  # headers are where it hurts
+        match chance.randrange(6):
+            case 0 if out:
+                out[near] = chance.randrange(256)
+            case 1 if out:
+                out[near] ^= 1 << chance.randrange(8)
+            case 2:
+                del out[at:]
+            case 3:
+                out[near:near] = chance.choice((b"\0", b"{", b'"', b"[" * 2000, b"-", b"9" * 30, b"\xff\xfe", b" " * 50))
+            case 4:
+                out[near:near] = out[at : at + chance.randrange(64)]
+            case _:
+                del out[near : near + chance.randrange(64)]
+    return bytes(out)
+
+
+def mutate_json(value: Any, chance: random.Random) -> Any:
+    """One node of a JSON value replaced, removed, doubled, or moved to another's place."""
+    value = json.loads(json.dumps(value))
+    paths = list(_paths(value, ()))
+    for _ in range(chance.choice((1, 1, 1, 2, 4))):
+        *parents, key = chance.choice(paths)
+        holder = value
+        try:
+            for parent in parents:
+                holder = holder[parent]
+            match chance.randrange(5):
+                case 0 | 1:
+                    holder[key] = chance.choice(_ODD)
+                case 2:
+                    del holder[key]
+                case 3 if isinstance(holder, dict):
+                    holder[chance.choice(("new", "", "__metadata__", str(chance.choice(_ODD))))] = holder[key]
+                case _:
+                    other: Any = value
+                    for part in chance.choice(paths):
+                        other = other[part]
+                    holder[key] = json.loads(json.dumps(other))
+        except (KeyError, IndexError, TypeError):  # an earlier change took it away
+            continue
+    return value
+
+
+def _paths(value: Any, path: tuple[Any, ...]) -> Any:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield (*path, key)
+        yield from _paths(inner, (*path, key))
+
+
+def _mutate_text(data: bytes, chance: random.Random) -> bytes:
+    """JSON by its structure, one time in three by its bytes."""
+    if chance.randrange(3) == 0:
+        return mutate_bytes(data, chance)
+    return json.dumps(mutate_json(json.loads(data), chance)).encode("utf-8", "surrogatepass")
+
+
+def _mutate_safetensors(data: bytes, chance: random.Random) -> bytes:
+    """The header by its structure with a right length before it, or all by bytes."""
+    if chance.randrange(3) == 0:
+        return mutate_bytes(data, chance)
+    length = int.from_bytes(data[:8], "little")
+    header = _mutate_text(data[8 : 8 + length].rstrip(), chance)
+    return len(header).to_bytes(8, "little") + header + data[8 + length :]
+
+
+_RECIPE = b"""
+description = "x"
+split = false
+[[rules]]
+match = ["*.q_proj.weight", "*.k_proj.weight"]
+slices = ["q", "k"]
+every = "group"
+rank = 3
+[[rules]]
+regex = '.*mlp\\.(up|down)_proj\\.weight'
+energy = 0.4
+max_rank = 9
+view = "matrix"
+[[rules]]
+match = "*norm*"
+skip = "why"
+"""
+
+
+class Fuzz:
+    """A tiny model, its factorized forms, and what is done with mutated copies of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model = save_llama(folder / "model", torch.bfloat16)
+        self.recipe = folder / "recipe.toml"
+        self.recipe.write_bytes(_RECIPE)
+        self.factorized = folder / "f"
+        surgery.factorize(self.model, self.factorized, rank=2, recipe="attention")
+        self.half = folder / "half"
+        with contextlib.suppress(KeyboardInterrupt):
+            surgery.factorize(self.model, self.half, rank=2, progress=_Stop(), device="cpu")
+        self.scales = self.factorized / "surgery/scales.safetensors"
+        self.kinds: dict[str, Callable[[Path, random.Random], None]] = {
+            "weights": self._weights,
+            "index": self._index,
+            "config": self._config,
+            "recipe": self._recipe,
+            "manifest": self._manifest,
+            "scales": self._scales,
+            "factors": self._factors,
+            "journal": self._journal,
+        }
+
+    def one(self, kind: str, seed: int) -> bool:
+        """Whether a mutation is taken as if nothing were wrong; raises what is neither that nor a SurgeryError."""
+        work = self.folder / "work"
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir()
+        before = files_of(self.model)
+        start = time.perf_counter()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", surgery.errors.SurgeryWarning)
+                self.kinds[kind](work, random.Random(f"{kind} {seed}"))
+            taken = True
+        except SurgeryError:
+            taken = False
+        except Exception as error:
+            raise AssertionError(f"{kind}, seed {seed}: {type(error).__name__}: {error}") from error
+        assert time.perf_counter() - start < SECONDS, f"{kind}, seed {seed}: took too long"
+        assert files_of(self.model) == before, f"{kind}, seed {seed}: the source was written to"
+        outside = {path.name for path in self.folder.iterdir()} - {"model", "recipe.toml", "f", "half", "work"}
+        assert not outside, f"{kind}, seed {seed}: {outside} written outside of the output"
+        return taken
+
+    def _model(self, work: Path, name: str, chance: random.Random, mutate: Callable[[bytes, random.Random], bytes]) -> Path:
+        shutil.copytree(self.model, work / "m")
+        (work / "m" / name).write_bytes(mutate((work / "m" / name).read_bytes(), chance))
+        return work / "m"
+
+    def _weights(self, work: Path, chance: random.Random) -> None:
+        shard = chance.choice(sorted(path.name for path in self.model.glob("*.safetensors")))
+        surgery.factorize(self._model(work, shard, chance, _mutate_safetensors), work / "o", rank=2, device="cpu")
+
+    def _index(self, work: Path, chance: random.Random) -> None:
+        model = self._model(work, "model.safetensors.index.json", chance, _mutate_text)
+        surgery.factorize(model, work / "o", rank=2, layout="overlay", include=["*q_proj*"], device="cpu")
+
+    def _config(self, work: Path, chance: random.Random) -> None:
+        config = json.loads((self.model / "config.json").read_bytes())
+        config["model_type"] = chance.choice(("llama", "phi3", "gpt_neox", "falcon", "gpt_oss"))
+        config["quantization_config"] = chance.choice(({}, None, {"quant_method": "fp8", "weight_block_size": [8, 8]}))
+        model = self._model(work, "config.json", chance, lambda _, __: _mutate_text(json.dumps(config).encode(), chance))
+        recipe = chance.choice((None, str(self.recipe)))
+        surgery.plan(model, rank=2, split=True, recipe=recipe, device="cpu")
+
+    def _recipe(self, work: Path, chance: random.Random) -> None:
+        (work / "r.toml").write_bytes(mutate_bytes(_RECIPE, chance))
+        surgery.plan(self.model, recipe=work / "r.toml", device="cpu")
+
+    def _checkpoint(
+        self, work: Path, name: str, chance: random.Random, mutate: Callable[[bytes, random.Random], bytes]
+    ) -> Path:
+        shutil.copytree(self.factorized, work / "f")
+        (work / "f" / name).write_bytes(mutate((work / "f" / name).read_bytes(), chance))
+        return work / "f"
+
+    def _use(self, factorized: Path, work: Path, scales: Path) -> None:
+        with contextlib.suppress(SurgeryError):
+            surgery.verify(factorized, device="cpu")
+        surgery.fold(factorized, scales, work / "o", device="cpu")
+
+    def _manifest(self, work: Path, chance: random.Random) -> None:
+        self._use(self._checkpoint(work, "surgery/manifest.json", chance, _mutate_text), work, self.scales)
+
+    def _scales(self, work: Path, chance: random.Random) -> None:
+        (work / "s.safetensors").write_bytes(_mutate_safetensors(self.scales.read_bytes(), chance))
+        surgery.fold(self.factorized, work / "s.safetensors", work / "o", device="cpu")
+
+    def _factors(self, work: Path, chance: random.Random) -> None:
+        name = chance.choice(sorted(path.name for path in (self.factorized / "surgery").glob("factors*")))
+        folder = self._checkpoint(work, f"surgery/{name}", chance, _mutate_safetensors)
+        self._use(folder, work, self.scales)
+
+    def _journal(self, work: Path, chance: random.Random) -> None:
+        shutil.copytree(self.half, work / "o")
+        path = chance.choice(sorted((work / "o/.surgery").glob("*.json")))
+        path.write_bytes(_mutate_text(path.read_bytes(), chance))
+        manifest = surgery.factorize(self.model, work / "o", rank=2, device="cpu")
+        assert surgery.verify(work / "o", device="cpu").ok or not manifest
+
+
+class _Stop(Silent):
+    """Interrupts a run in its third shard."""
+
+    def item(self, name: str) -> None:
+        if name == "model.layers.1.mlp.down_proj.weight":
+            raise KeyboardInterrupt
+
+
+def main(seed: int, count: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        fuzz = Fuzz(Path(folder))
+        for kind in fuzz.kinds:
+            start, taken, failures = time.perf_counter(), 0, []
+            for i in range(count):
+                try:
+                    taken += fuzz.one(kind, seed + i)
+                except AssertionError as error:
+                    failures.append(str(error))
+            print(f"{kind}: {count} mutations, {taken} taken, {time.perf_counter() - start:.1f} s", flush=True)
+            print("\n".join(failures[:20]), end="\n" if failures else "", flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

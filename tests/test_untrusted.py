@@ -1,0 +1,134 @@
+"""Whatever is read may be damaged or hostile: nothing worse than a SurgeryError comes of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import surgery
+from surgery.errors import FormatError, SourceError, SurgeryError
+from surgery.format.safetensors import ShardReader
+from tests.fuzz import Fuzz
+from tests.models import files_of, save_llama
+
+ROOT = Path(__file__).parent.parent
+ADVERSARIAL = Path(__file__).parent / "adversarial"
+EXPECTED: dict[str, str] = json.loads((ADVERSARIAL / "expected.json").read_text())
+KINDS = ("weights", "index", "config", "recipe", "manifest", "scales", "factors", "journal")
+
+
+@pytest.fixture(scope="module")
+def fuzz(tmp_path_factory: pytest.TempPathFactory) -> Fuzz:
+    return Fuzz(tmp_path_factory.mktemp("fuzz"))
+
+
+@pytest.mark.parametrize("count", [pytest.param(150), pytest.param(5000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize("kind", KINDS)
+def test_mutations(kind: str, count: int, fuzz: Fuzz) -> None:
+    """Seeds are counted from 0, so that what fails once fails again: python -m tests.fuzz SEED 1."""
+    assert kind in fuzz.kinds
+    taken = sum(fuzz.one(kind, seed) for seed in range(count))
+    assert taken < count  # the mutations do something
+
+
+def test_every_kind_is_tested(fuzz: Fuzz) -> None:
+    assert fuzz.kinds.keys() == set(KINDS)
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_adversarial_file(name: str, tmp_path: Path) -> None:
+    """Each by itself a model, or the index of one, with the message that is to be said of it."""
+    if name.endswith(".safetensors"):
+        shutil.copy(ADVERSARIAL / name, tmp_path / "model.safetensors")
+        place = "model.safetensors"
+    else:
+        save_file({"layers.0.a.weight": torch.randn(4, 4)}, tmp_path / "part.safetensors")
+        shutil.copy(ADVERSARIAL / name, tmp_path / "model.safetensors.index.json")
+        place = "model.safetensors.index.json"
+    done = subprocess.run if name == "deep.safetensors" else None
+    with pytest.raises(SurgeryError) as caught:
+        surgery.plan(tmp_path, rank=1)
+    assert EXPECTED[name] in str(caught.value)
+    assert place in str(caught.value)
+    if done is not None:  # one of them through the command: exit code 1, and no traceback
+        ran = done([sys.executable, str(ROOT / "cli.py"), "plan", str(tmp_path)], capture_output=True, text=True, timeout=60)
+        assert (ran.returncode, ran.stdout) == (1, "")
+        assert ran.stderr.startswith("Error: ")
+        assert "Traceback" not in ran.stderr
+
+
+def test_every_adversarial_file_is_expected() -> None:
+    assert {path.name for path in ADVERSARIAL.iterdir()} == {*EXPECTED, "expected.json"}
+
+
+def test_links_that_leave_the_model(tmp_path: Path) -> None:
+    """What they lead to would be copied into the result, and published with it."""
+    (tmp_path / "secret").write_text("not for the world")
+    for name in ("notes.txt", "model-00001-of-00003.safetensors"):
+        model = save_llama(tmp_path / f"m {name}", torch.bfloat16)
+        (model / name).unlink(missing_ok=True)
+        (model / name).symlink_to(tmp_path / "secret")
+        with pytest.raises(SourceError, match="is a link that leaves the model's folder") as caught:
+            surgery.plan(model, rank=4)
+        assert name in str(caught.value)
+    # Within the folder they are fine.
+    model = save_llama(tmp_path / "m", torch.bfloat16)
+    (model / "readme").symlink_to(model / "tokenizer.json")
+    surgery.factorize(model, tmp_path / "f", rank=4)
+    assert (tmp_path / "f/readme").read_bytes() == (model / "tokenizer.json").read_bytes()
+    assert not (tmp_path / "f/readme").is_symlink()
+
+
+def test_the_layout_of_the_hubs_cache_is_taken(tmp_path: Path) -> None:
+    """There a snapshot consists of links to blobs."""
+    model = save_llama(tmp_path / "model", torch.bfloat16)
+    cache = tmp_path / "models--acme--m"
+    snapshot = cache / "snapshots/0123"
+    (cache / "blobs").mkdir(parents=True)
+    for i, path in enumerate(sorted(path for path in model.rglob("*") if path.is_file())):
+        blob = cache / "blobs" / str(i)
+        shutil.copy(path, blob)
+        link = snapshot / path.relative_to(model)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    surgery.factorize(snapshot, tmp_path / "f", rank=4)
+    surgery.fold(tmp_path / "f", tmp_path / "f/surgery/scales.safetensors", tmp_path / "back")
+    assert files_of(tmp_path / "back") == files_of(model)
+
+
+def test_a_shard_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
+    save_file({"a": torch.randn(1000, 1000)}, tmp_path / "m.safetensors")
+    with ShardReader(tmp_path / "m.safetensors") as reader:
+        os.truncate(tmp_path / "m.safetensors", 1_000_000)
+        with pytest.raises(FormatError, match="ended while it was being read"):
+            reader.read(reader.header.tensors[0])
+
+
+def test_a_config_that_is_no_config(tmp_path: Path) -> None:
+    model = save_llama(tmp_path / "m", torch.bfloat16)
+    for text, message in (
+        (b"[]", "no JSON object"),
+        (b"{", "not valid JSON"),
+        (b"\xff", "not valid JSON"),
+        (b"[" * 10**5, "not valid"),
+    ):
+        (model / "config.json").write_bytes(text)
+        with pytest.raises(FormatError, match=message):
+            surgery.plan(model, rank=4)
+    with open(model / "config.json", "wb") as file:
+        file.truncate(1 << 30)  # sparse
+    with pytest.raises(FormatError, match="too large"):
+        surgery.plan(model, rank=4)
+    (model / "config.json").unlink()
+    with open(model / "model.safetensors.index.json", "wb") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(FormatError, match="too large"):
+        surgery.plan(model, rank=4)
