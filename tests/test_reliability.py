@@ -180,6 +180,25 @@ def test_fold_goes_on(llama: Path, truth: Path, tmp_path: Path) -> None:
     assert first.stat().st_mtime_ns == written
 
 
+def test_a_complete_fold_is_left_alone(llama: Path, truth: Path, tmp_path: Path) -> None:
+    scales = {t.key: torch.full(t.scales_shape, 2.0) for t in surgery.Manifest.read(truth).targets}
+    first = surgery.fold(truth, scales, tmp_path / "o")
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "o").rglob("*")}
+    again = Silent()
+    assert surgery.fold(truth, scales, tmp_path / "o", progress=again) == first
+    assert again.notes == [f"{tmp_path / 'o'} is already complete: nothing to do"]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "o").rglob("*")} == times
+    # Of other scales, or changed since, or with something more in it, it is not.
+    with pytest.raises(OutputError, match="they are not those of this fold"):
+        surgery.fold(truth, {name: value * 2 for name, value in scales.items()}, tmp_path / "o")
+    (tmp_path / "o/tokenizer.json").write_text('{"made": "UP"}')
+    with pytest.raises(OutputError, match="they are not those of this fold"):
+        surgery.fold(truth, scales, tmp_path / "o")
+    (tmp_path / "o/thesis.txt").write_text("")
+    with pytest.raises(OutputError, match="holds files already\n"):
+        surgery.fold(truth, scales, tmp_path / "o")
+
+
 def test_two_runs_into_one_folder(llama: Path, tmp_path: Path) -> None:
     with locked(tmp_path / "f", []), pytest.raises(OutputError, match="another run is writing to"):
         surgery.factorize(llama, tmp_path / "f", rank=4)
@@ -264,8 +283,8 @@ def test_signals_stop_the_command(number: signal.Signals, code: int, tmp_path: P
     """Within seconds, with a word on how to go on, and then it does."""
     model, out = tmp_path / "m", tmp_path / "f"
     model.mkdir()
-    for i in range(4):
-        weights = {f"layers.{i}.a{j}.weight": realistic(512, 700, seed=10 * i + j) for j in range(3)}
+    for i in range(8):
+        weights = {f"layers.{i}.a{j}.weight": realistic(512, 600, seed=10 * i + j) for j in range(2)}
         save_file(weights, model / f"part-{i}.safetensors")
     command = [sys.executable, str(ROOT / "cli.py"), "factorize", str(model), "-o", str(out), "--device", "cpu"]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -275,7 +294,7 @@ def test_signals_stop_the_command(number: signal.Signals, code: int, tmp_path: P
     running.send_signal(number)
     sent = time.monotonic()
     stdout, stderr = running.communicate(timeout=60)
-    assert time.monotonic() - sent < 10  # two seconds on a machine that does nothing else
+    assert time.monotonic() - sent < 30  # two seconds on a machine that does nothing else
     assert (running.returncode, stdout) == (code, "")
     assert "the same command goes on from there" in stderr
     assert "Traceback" not in stderr

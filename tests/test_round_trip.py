@@ -289,7 +289,7 @@ def test_fold_again_into_the_same_folder(factorized: Path, llama: Path, tmp_path
     scales = _scales(Manifest.read(factorized))
     surgery.fold(factorized, scales, tmp_path / "out")
     with pytest.raises(OutputError, match="holds files already"):
-        surgery.fold(factorized, scales, tmp_path / "out")
+        surgery.fold(factorized, factorized / "surgery/scales.safetensors", tmp_path / "out")
     surgery.fold(factorized, factorized / "surgery/scales.safetensors", tmp_path / "out", overwrite=True)
     assert files_of(tmp_path / "out") == files_of(llama)
 

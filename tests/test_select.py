@@ -100,3 +100,10 @@ def test_nothing_usable() -> None:
     assert "save_pretrained" in str(caught.value)
     with pytest.raises(SourceError, match="no safetensors weights"):
         _select("adapter_model.safetensors", "adapter_config.json")
+
+
+@pytest.mark.parametrize("name", ["../outside.txt", "/etc/cron.d/x", "a/../../b", "C:\\x", "a\0b", ""])
+def test_names_that_leave_the_folder(name: str) -> None:
+    """As a hub may list them: what they name would be written there."""
+    with pytest.raises(FormatError, match="leaves its folder"):
+        select_files(["model.safetensors", name], lambda _: "", where="m")

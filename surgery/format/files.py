@@ -84,6 +84,21 @@ class FileWriter:
         return FileRecord(name, self.size, self.sha256)
 
 
+class HashSink:
+    """Takes what a ``FileWriter`` would write, and only tells what it was."""
+
+    def __init__(self) -> None:
+        self._sha256 = hashlib.sha256()
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self._sha256.update(data)
+
+    @property
+    def sha256(self) -> str:
+        """Of what has been written so far, in order."""
+        return self._sha256.hexdigest()
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Write a small file whole and synced, or not at all."""
     with FileWriter(path) as writer:

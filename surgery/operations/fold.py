@@ -14,9 +14,9 @@ import torch
 from surgery import __version__
 from surgery.device import choose_device, device_name
 from surgery.engine.pipeline import ShardWalk, TargetPiece, WriteBehind
-from surgery.errors import FormatError, OptionError, SourceError
+from surgery.errors import FormatError, OptionError, OutputError, SourceError
 from surgery.format.factors import DAMAGED_HINT
-from surgery.format.files import FileRecord, FileWriter, copy_file, file_sha256, not_as_described, write_file
+from surgery.format.files import FileRecord, FileWriter, HashSink, copy_file, file_sha256, not_as_described, write_file
 from surgery.format.manifest import Manifest, ShardRecord, decode_file
 from surgery.format.safetensors import ShardReader
 from surgery.format.scales import check_scales, read_scales
@@ -25,7 +25,7 @@ from surgery.names import CONFIG_FILE, MANIFEST_FILE
 from surgery.operations.base import BaseWeights, OwnWeights, check_file, open_base
 from surgery.operations.dense import DenseWeights
 from surgery.operations.journal import Journal
-from surgery.operations.output import is_as_recorded, loading_order, locked, prepare_output
+from surgery.operations.output import files_in, is_as_recorded, loading_order, locked, prepare_output
 from surgery.operations.quantized import index_of, without_quantization
 from surgery.progress import Progress, Silent
 from surgery.source.model import open_source
@@ -109,6 +109,8 @@ def fold(
     ):
         if dequantize and not dense.quantized:
             raise OptionError("there is nothing to dequantize: this is no overlay of an FP8 model", hint="drop --dequantize")
+        if not overwrite and _looks_finished(out, manifest, dequantize):
+            return _compared(factorized, out, manifest, weights, dense, values, dequantize, progress)
         journal = Journal(out, _identity(factorized, manifest, weights, values, exact_on, dequantize))
         # What is FP8 takes twice as much in bfloat16.
         needed = sum(shard.source.size for shard in manifest.shards) * (2 if dequantize else 1)
@@ -118,10 +120,59 @@ def fold(
         files = _fold_shards(manifest, weights, dense, out, journal, progress)
         _copy_others(factorized, out, manifest, to_dense=dequantize)
         journal.finish()
+    return _report(out, files, manifest, values, dequantize)
+
+
+def _report(
+    out: Path, files: list[FileRecord], manifest: Manifest, values: Mapping[str, torch.Tensor], dequantize: bool
+) -> FoldReport:
     changed = sum(bool((value != 1).any()) for value in values.values())
     originals = {shard.source.file: shard.source.sha256 for shard in manifest.shards}
     restored = sum(file.sha256 == originals[file.file] for file in files)
     return FoldReport(out, tuple(files), len(values), changed, restored, manifest.lossless, dequantize)
+
+
+def _looks_finished(out: Path, manifest: Manifest, dequantize: bool) -> bool:
+    """Whether ``out`` may hold a complete fold of this checkpoint: its files, no others, and weights of the right sizes."""
+    if Journal.is_there(out) or not manifest.files or dequantize:
+        return False
+    expected = {record.file for record in manifest.files} | {shard.source.file for shard in manifest.shards}
+    return files_in(out) == expected and all(
+        (out / shard.source.file).stat().st_size == shard.source.size for shard in manifest.shards
+    )
+
+
+def _compared(
+    factorized: Path,
+    out: Path,
+    manifest: Manifest,
+    weights: OwnWeights | BaseWeights,
+    dense: DenseWeights,
+    values: Mapping[str, torch.Tensor],
+    dequantize: bool,
+    progress: Progress,
+) -> FoldReport:
+    """The report of a fold that is complete already. It keeps no record of itself, so it is done again and compared.
+
+    Raises:
+        OutputError: what is there is another fold, or something else.
+    """
+    progress.start("comparing", sum(shard.source.size for shard in manifest.shards))
+    files = []
+    try:
+        for shard in manifest.shards:
+            sink = HashSink()
+            _write_shard(shard, manifest, weights, dense, sink, progress)
+            files.append(FileRecord(shard.source.file, shard.source.size, sink.sha256))
+    finally:
+        progress.finish()
+    if not all(is_as_recorded(out, record) for record in (*files, *manifest.files)):
+        raise OutputError(
+            f"{out} holds files already, and they are not those of this fold",
+            hint="--overwrite replaces an earlier result; -o chooses another folder",
+        )
+    progress.note(f"{out} is already complete: nothing to do")
+    return _report(out, files, manifest, values, dequantize)
 
 
 def _identity(
@@ -202,16 +253,30 @@ def _fold_shard(
     progress: Progress,
 ) -> FileRecord | None:
     """Write one weight file; None if nothing of it is left."""
+    with ShardReader(weights.file(shard)[0]) as reader:
+        if reader.header.tensors and all(dense.drops(entry.name) for entry in reader.header.tensors):
+            progress.advance(reader.header.data_bytes)
+            return None
+    with FileWriter(out / shard.source.file) as writer:
+        _write_shard(shard, manifest, weights, dense, writer, progress)
+        return writer.commit(shard.source.file)
+
+
+def _write_shard(
+    shard: ShardRecord,
+    manifest: Manifest,
+    weights: OwnWeights | BaseWeights,
+    dense: DenseWeights,
+    writer: FileWriter | HashSink,
+    progress: Progress,
+) -> None:
+    """The bytes of one weight file, in order."""
     path, expected = weights.file(shard)
     with ExitStack() as stack:
         reader = stack.enter_context(ShardReader(path))
         header = dense.header(reader.header)
         if lost := dense.missing(shard, reader.header):
             raise FormatError(f"{path}: a target of the manifest is not there", got="nothing", expected=lost[0])
-        if reader.header.tensors and all(dense.drops(entry.name) for entry in reader.header.tensors):
-            progress.advance(reader.header.data_bytes)
-            return None
-        writer = stack.enter_context(FileWriter(out / shard.source.file))
         walk = stack.enter_context(ShardWalk(reader, dense.touched(reader.header), progress))
         with WriteBehind() as behind:
             behind.submit(writer.write, header)
@@ -225,7 +290,6 @@ def _fold_shard(
             raise not_as_described(path, walk.sha256, expected, _BASE_HINT if overlay else DAMAGED_HINT)
         if header == reader.header.raw and dense.keeps(shard) and writer.sha256 != shard.source.sha256:
             raise FormatError(f"{path}: untouched scales do not give the source back", hint=DAMAGED_HINT)
-        return writer.commit(shard.source.file)
 
 
 def _copy_others(factorized: Path, out: Path, manifest: Manifest, *, to_dense: bool) -> None:

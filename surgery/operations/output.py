@@ -51,7 +51,7 @@ def locked(out: Path, inputs: Iterable[Path]) -> Iterator[None]:
         if not Journal.is_there(out) or _nothing_done(out):
             with reporting(out):
                 shutil.rmtree(out / JOURNAL_DIR, ignore_errors=True)
-                if not _files(out):
+                if not files_in(out):
                     for path in (out / SURGERY_DIR, *([out] if made else [])):
                         if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
                             path.rmdir()
@@ -61,7 +61,7 @@ def locked(out: Path, inputs: Iterable[Path]) -> Iterator[None]:
 def _nothing_done(out: Path) -> bool:
     """Whether a run has been begun, and has neither finished a shard nor left anything else."""
     journal = {f"{JOURNAL_DIR}/{path.name}" for path in (out / JOURNAL_DIR).iterdir()}
-    return not _files(out) and journal <= {LOCK_FILE, RUN_FILE}
+    return not files_in(out) and journal <= {LOCK_FILE, RUN_FILE}
 
 
 def prepare_output(out: Path, journal: Journal, writes: Iterable[str], needed: int, *, overwrite: bool) -> None:
@@ -87,7 +87,7 @@ def prepare_output(out: Path, journal: Journal, writes: Iterable[str], needed: i
     if Journal.is_there(out) and not overwrite:
         journal.check()
         _check_links(out)
-        present = _files(out)
+        present = files_in(out)
         check_room(out, needed, freed=sum((out / name).lstat().st_size for name in present & writes))
         with reporting(out):
             for name in {name + _PARTIAL for name in writes} & present:
@@ -100,7 +100,7 @@ def prepare_output(out: Path, journal: Journal, writes: Iterable[str], needed: i
             hint="--overwrite replaces an earlier result; -o chooses another folder",
         )
     _check_links(out)
-    present = _files(out)
+    present = files_in(out)
     ours = _earlier_result(out) | writes
     ours |= {name + _PARTIAL for name in ours}
     stale = {name for name in present if name in ours or OUR_FILES.fullmatch(name)}
@@ -119,7 +119,7 @@ def prepare_output(out: Path, journal: Journal, writes: Iterable[str], needed: i
     journal.begin()
 
 
-def _files(out: Path) -> set[str]:
+def files_in(out: Path) -> set[str]:
     """All that is no folder, relative, but for the journal. Links are not followed."""
     paths = (path for path in out.rglob("*") if path.is_symlink() or not path.is_dir())
     names = {path.relative_to(out).as_posix() for path in paths}

@@ -48,8 +48,10 @@ def select_files(names: list[str], read_text: Callable[[str], str], *, where: st
 
     Raises:
         SourceError: no safetensors weights.
-        FormatError: an index that is no index, or names a file that is missing or elsewhere.
+        FormatError: a name that leaves the folder; an index that is no index, or names a file that is missing or elsewhere.
     """
+    for name in names:
+        check_relative_path(name, where)
     if any(OUR_FILES.fullmatch(name) for name in names):
         raise SourceError(
             f"{where} is itself a factorized checkpoint, finished or not",
