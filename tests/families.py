@@ -152,6 +152,9 @@ _NEOX_FUSED = {"query_key_value.weight": _QKV}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_DECODER)), _text, "llama", _QKVO | _GATED, {}),
+    "mistral": Family(
+        lambda: hf.MistralForCausalLM(hf.MistralConfig(**_DECODER, head_dim=8)), _text, "llama", _QKVO | _GATED, {}
+    ),
     "qwen3": Family(lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**_DECODER, head_dim=16)), _text, "llama", _QKVO | _GATED, {}),
     "gemma3": Family(
         lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**_DECODER, head_dim=16, query_pre_attn_scalar=16)),

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import surgery
 from surgery.errors import OptionError
 from surgery.planning.plan import Plan
-from surgery.planning.recipes import builtin_recipes, find_recipe, recipe_for_family
+from surgery.planning.recipes import RECIPE_KEYS, RULE_KEYS, builtin_recipes, find_recipe, read_recipe, recipe_for_family
 from tests.families import FAMILIES
 from tests.models import files_of, tensors_of
 
@@ -257,3 +257,14 @@ def test_a_slice_of_one_row_is_passed_over_with_a_reason(tmp_path: Path) -> None
 def test_numbers_that_are_none(options: dict[str, object], llama: Path) -> None:
     with pytest.raises(OptionError, match="makes no sense"):
         surgery.plan(llama, **options)  # type: ignore[arg-type]
+
+
+def test_the_documentation_describes_the_format(tmp_path: Path) -> None:
+    """Its example is a recipe, and every key is in its tables."""
+    page = (Path(__file__).parent.parent / "docs/recipes.md").read_text()
+    (example,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "example.toml").write_text(example)
+    recipe = read_recipe(tmp_path / "example.toml")
+    assert [rule.skip is not None for rule in recipe.rules] == [True, False, False]
+    for key in (*RECIPE_KEYS, *RULE_KEYS):
+        assert f"`{key}`" in page, key

@@ -33,8 +33,8 @@ from surgery.linalg.views import KINDS, Kind
 
 Every = Literal["group", "column"]
 
-_RECIPE_KEYS = ("description", "families", "split", "rules")
-_RULE_KEYS = ("match", "regex", "view", "slices", "every", "axis", "split", "rank", "energy", "max_rank", "skip")
+RECIPE_KEYS = ("description", "families", "split", "rules")
+RULE_KEYS = ("match", "regex", "view", "slices", "every", "axis", "split", "rank", "energy", "max_rank", "skip")
 _MAX_BYTES = 1 << 20
 _AXES = {"rows": 0, "columns": 1}
 
@@ -147,7 +147,7 @@ def read_recipe(path: Path) -> Recipe:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise OptionError(f"the recipe {path} is no valid TOML", got=error) from None
     where = f"recipe {path.name}"
-    _check_keys(parsed, _RECIPE_KEYS, where)
+    _check_keys(parsed, RECIPE_KEYS, where)
     families = parsed.get("families", [])
     rules = parsed.get("rules")
     if not isinstance(rules, list) or not rules or not all(isinstance(rule, dict) for rule in rules):
@@ -162,7 +162,7 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def _rule(table: dict[str, Any], where: str) -> Rule:
-    _check_keys(table, _RULE_KEYS, where)
+    _check_keys(table, RULE_KEYS, where)
     if ("match" in table) == ("regex" in table):
         raise OptionError(f"{where} needs either match or regex", got=", ".join(table) or "neither")
     key = "match" if "match" in table else "regex"
