@@ -17,6 +17,7 @@ CONFIG_FILE = "config.json"
 JOURNAL_DIR = ".surgery"
 LOCK_FILE = f"{JOURNAL_DIR}/lock"
 RUN_FILE = f"{JOURNAL_DIR}/run.json"
+FILES_FILE = f"{JOURNAL_DIR}/files.json"
 
 #: The one metadata entry of a scales file, a JSON object. One, since writers do not keep the order of several.
 SCALES_METADATA_KEY = "surgery"

@@ -164,3 +164,12 @@ def test_hub_that_is_down(tmp_path: Path) -> None:
     assert "acme/down cannot be reached" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "x").exists()
+
+
+def test_the_cache_is_never_the_output(hub: LoopbackHub, llama: Path) -> None:
+    hub.publish("acme/cached", llama)
+    surgery.plan("acme/cached", rank=4)
+    cache = Path(os.environ["HF_HOME"]) / "hub"
+    for out in (cache / "models--acme--cached/snapshots/x", cache / "inside", cache):
+        with pytest.raises(OutputError, match="lie in one another"):
+            surgery.factorize("acme/cached", out, rank=4, overwrite=True)

@@ -351,3 +351,91 @@ def test_ordinary_permissions_and_nothing_private(llama: Path, truth: Path) -> N
     for private in (str(llama), str(truth), str(Path.home()), os.environ["HF_HOME"]):
         assert private not in text
     assert json.loads(text)["source"] == {"kind": "folder", "repo_id": None, "commit": None, "subfolder": None}
+
+
+def test_a_recipe_that_has_changed_is_another_run(llama: Path, tmp_path: Path) -> None:
+    """Its name says nothing: what it chooses does, slices included."""
+    recipe = tmp_path / "mine.toml"
+    text = '[[rules]]\nmatch = "*proj.weight"\nslices = ["a", "b"]\nsplit = true\nrank = 3\n'
+    recipe.write_text(text)
+    with pytest.raises(KeyboardInterrupt):
+        surgery.factorize(llama, tmp_path / "f", recipe=recipe, progress=_Stop(LAST))
+    for change in (text + 'axis = "columns"\n', text.replace("rank = 3", "rank = 4")):
+        recipe.write_text(change)
+        with pytest.raises(OutputError, match="of another kind"):
+            surgery.factorize(llama, tmp_path / "f", recipe=recipe)
+    recipe.write_text(text)
+    surgery.factorize(llama, tmp_path / "f", recipe=recipe)
+    for change, difference in ((text + 'axis = "columns"\n', "targets"), (text.replace("rank = 3", "rank = 4"), "ranks")):
+        recipe.write_text(change)
+        with pytest.raises(OutputError, match=f"the {difference} are others"):
+            surgery.factorize(llama, tmp_path / "f", recipe=recipe)
+
+
+def test_complete_means_all_of_it(tmp_path: Path) -> None:
+    model, out = save_llama(tmp_path / "m", torch.bfloat16), tmp_path / "f"
+    surgery.factorize(model, out, rank=4)
+    before = (model / "tokenizer.json").read_bytes()
+    (model / "tokenizer.json").write_bytes(b"{}")
+    with pytest.raises(OutputError, match=r"tokenizer\.json of the model has changed"):
+        surgery.factorize(model, out, rank=4)
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(OutputError, match=r"tokenizer\.json of the model is gone"):
+        surgery.factorize(model, out, rank=4)
+    (model / "tokenizer.json").write_bytes(before)
+    surgery.factorize(model, out, rank=4)
+    (out / "surgery/scales.safetensors").unlink()
+    with pytest.raises(OutputError, match="has lost files") as caught:
+        surgery.factorize(model, out, rank=4)
+    assert "scales.safetensors" in str(caught.value)
+
+
+def test_overwrite_goes_on_as_well(llama: Path, truth: Path, tmp_path: Path) -> None:
+    """An interrupted run with --overwrite is gone on with by the same command; another one replaces it."""
+    out = tmp_path / "f"
+    surgery.factorize(llama, out, rank=3)
+    _interrupted(llama, out, overwrite=True)
+    again = Silent()
+    surgery.factorize(llama, out, rank=4, overwrite=True, progress=again)
+    assert again.notes == ["going on after 2 of 3 shards"]
+    assert files_of(out) == files_of(truth)
+    # An unfinished run of a model with other files.
+    other = save_llama(tmp_path / "m", torch.bfloat16, shard_size="10MB")
+    surgery.factorize(other, tmp_path / "expected", rank=4)
+    (out / "surgery/manifest.json").unlink()
+    _interrupted(llama, out, overwrite=True)
+    surgery.factorize(other, out, rank=4, overwrite=True)
+    assert files_of(out) == files_of(tmp_path / "expected")
+
+
+def test_killed_while_it_cleared(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other, out = save_llama(tmp_path / "m", torch.bfloat16, shard_size="10MB"), tmp_path / "f"
+    surgery.factorize(other, tmp_path / "expected", rank=4)
+    surgery.factorize(llama, out, rank=4)
+    unlink, count = Path.unlink, iter(range(1000))
+
+    def killed(path: Path, missing_ok: bool = False) -> None:
+        if path.is_relative_to(out) and ".surgery" not in path.parts and next(count) == 4:
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(KeyboardInterrupt):
+        surgery.factorize(other, out, rank=4, overwrite=True)
+    monkeypatch.undo()
+    surgery.factorize(other, out, rank=4, overwrite=True)
+    assert files_of(out) == files_of(tmp_path / "expected")
+
+
+def test_paths_that_cannot_be(llama: Path, truth: Path, tmp_path: Path) -> None:
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / ("x" * 300), tmp_path / "a", tmp_path / "file/x", tmp_path / "file"):
+        with pytest.raises(OutputError):
+            surgery.factorize(llama, out, rank=4)
+    command = [sys.executable, str(ROOT / "cli.py"), "inspect", str(tmp_path / ("x" * 300))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("Error: ")

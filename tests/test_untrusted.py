@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ import surgery
 from surgery.errors import FormatError, SourceError, SurgeryError
 from surgery.format.safetensors import ShardReader
 from tests.fuzz import Fuzz
+from tests.loopback_hub import LoopbackHub
 from tests.models import files_of, save_llama
 
 ROOT = Path(__file__).parent.parent
@@ -137,3 +140,91 @@ def test_a_config_that_is_no_config(tmp_path: Path) -> None:
         file.truncate(1 << 30)
     with pytest.raises(FormatError, match="too large"):
         surgery.plan(model, rank=4)
+
+
+def test_a_name_twice_among_many_is_found_at_once(tmp_path: Path) -> None:
+    """In a header of the largest size allowed, too: one pass over the names."""
+    entry = '{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+    text = ("{" + ",".join(f'"t{i % 59_999}":{entry}' for i in range(60_000)) + "}").encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(FormatError, match="'t0' appears twice"):
+        surgery.plan(tmp_path)
+
+
+def test_scales_are_looked_at_before_they_are_read(llama: Path, tmp_path: Path) -> None:
+    """A sparse file of four terabytes, named as if it were scales."""
+    surgery.factorize(llama, tmp_path / "f", rank=4)
+    header = json.dumps({"x": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}).encode()
+    with open(tmp_path / "s.safetensors", "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + (1 << 42))
+    with pytest.raises(SurgeryError, match="'x' is no target"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        surgery.fold(tmp_path / "f", tmp_path / "s.safetensors", tmp_path / "o")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
+def test_pipes_and_devices_are_no_files(llama: Path, tmp_path: Path) -> None:
+    surgery.factorize(llama, tmp_path / "f", rank=4)
+    scales = tmp_path / "f/surgery/scales.safetensors"
+    for name, make in (
+        ("tokenizer.json", lambda path: path.symlink_to("/dev/zero")),
+        ("surgery/factors-00002-of-00003.safetensors", os.mkfifo),
+    ):
+        shutil.copytree(tmp_path / "f", tmp_path / "g")
+        (tmp_path / "g" / name).unlink()
+        make(tmp_path / "g" / name)  # type: ignore[operator]
+        with pytest.raises(FormatError):
+            surgery.fold(tmp_path / "g", scales, tmp_path / "o")
+        shutil.rmtree(tmp_path / "g")
+        shutil.rmtree(tmp_path / "o", ignore_errors=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names as bytes")
+def test_a_file_name_that_is_no_text(tmp_path: Path) -> None:
+    model = save_llama(tmp_path / "m", torch.bfloat16)
+    with open(os.fsencode(model) + b"/caf\xe9.txt", "wb"):
+        pass
+    with pytest.raises(FormatError, match="no Unicode text"):
+        surgery.plan(model, rank=4)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: manifest["files"].append(manifest["shards"][0]["source"]),
+        lambda manifest: manifest["files"].append({**manifest["files"][0], "file": ".surgery/run.json"}),
+        lambda manifest: manifest["files"].append({**manifest["files"][0], "file": "surgery/manifest.json"}),
+        lambda manifest: manifest["files"].append({**manifest["files"][0], "file": "config.json/x"}),
+        lambda manifest: manifest["shards"][0]["residual"].update(file=manifest["shards"][1]["residual"]["file"]),
+        lambda manifest: manifest["targets"][0].update(energy=10**400),
+    ],
+)
+def test_manifests_whose_files_contradict_each_other(change: Any, llama: Path, tmp_path: Path) -> None:
+    surgery.factorize(llama, tmp_path / "f", rank=4)
+    path = tmp_path / "f/surgery/manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(FormatError):
+        surgery.Manifest.read(tmp_path / "f")
+
+
+def test_headers_from_the_hub_are_no_more_trusted(hub: LoopbackHub, tmp_path: Path) -> None:
+    """Those go through the hub client, which takes their shape for granted."""
+    headers = [b"[1]", b'{"a": 5}', b"[" * 50_000, b'{"a": {"dtype": [], "shape": [], "data_offsets": [0, 0]}}']
+    headers += [b'{"a": {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 4]}}', b'{"a": ' + b"9" * 5000 + b"}"]
+    headers += [b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": 4}}']
+    for i, header in enumerate(headers):
+        model = tmp_path / f"m{i}"
+        model.mkdir()
+        (model / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 8)
+        hub.publish(f"acme/hostile{i}", model)
+        with pytest.raises(SurgeryError):
+            surgery.plan(f"acme/hostile{i}", rank=4)
+    model = tmp_path / "index"
+    save_llama(model, torch.bfloat16)
+    (model / "model.safetensors.index.json").write_bytes(b"\xff\xfe{}")
+    hub.publish("acme/hostile-index", model)
+    with pytest.raises(FormatError, match="not UTF-8"):
+        surgery.plan("acme/hostile-index", rank=4)

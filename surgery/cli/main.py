@@ -40,16 +40,24 @@ class _Group(click.Group):
     """Turns a SurgeryError into a message and exit code 1; anything unforeseen keeps its traceback."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, _terminate)
+        main_thread = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGTERM, _terminate) if main_thread else None
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:  # of whoever reads the output: click knows what to do
+            raise
         except KeyboardInterrupt as stop:
             click.echo("Interrupted.", err=True)
             ctx.exit(143 if isinstance(stop, _Terminated) else 130)
         except SurgeryError as error:
             click.echo(f"Error: {error}", err=True)
             ctx.exit(1)
+        except OSError as error:  # of a path that the system will not even look at
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(1)
+        finally:
+            if main_thread:
+                signal.signal(signal.SIGTERM, before)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -391,7 +399,7 @@ def inspect(factorized: Path, as_json: bool) -> None:
     )
     if not manifest.lossless:
         entries = sum(target.entries for target in manifest.targets)
-        lost = sum((target.inexact or 0) * target.entries for target in manifest.targets) / entries
+        lost = sum((target.inexact or 0) * target.entries for target in manifest.targets) / max(entries, 1)
         click.echo(f"not lossless (--no-correction): {lost:.1%} of the weights of targets cannot be recovered exactly")
 
 

@@ -47,7 +47,8 @@ class Bar:
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, flush_right: Collection[int] = ()) -> str:
-    """Columns padded with spaces."""
+    """Columns padded with spaces; names that would move a terminal's cursor are escaped."""
+    rows = [[cell if cell.isprintable() else ascii(cell)[1:-1] for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [headings, *rows]) for i in range(len(headings))]
 
     def line(cells: Sequence[str]) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,7 +45,9 @@ class FileWriter:
         self._sha256 = hashlib.sha256()
         self.size = 0
         with reporting(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.parent.is_dir():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                sync_directory(path.parent.parent)
             # What a killed run has left, or a link that somebody put there: never written through.
             self.partial.unlink(missing_ok=True)
             self.file: IO[bytes] = open(self.partial, "xb", buffering=0)
@@ -119,12 +123,17 @@ def copy_file(source: Path, target: Path, name: str, expected: FileRecord | None
         OutputError: the source cannot be read or the target not be written.
         FormatError: the file is not the ``expected`` one. Nothing is put in place then.
     """
-    try:
+    with reading(source):
+        check_regular(source, str(source))
         file = open(source, "rb")
-    except OSError as error:
-        raise OutputError(f"{source}: cannot be read ({error.strerror})") from error
     with file, FileWriter(target) as writer:
-        while data := file.read(CHUNK_BYTES):
+        if expected is not None and os.fstat(file.fileno()).st_size != expected.size:
+            raise not_as_described(source, "another size", expected, "restore it from the source model")
+        while True:
+            with reading(source):
+                data = file.read(CHUNK_BYTES)
+            if not data:
+                break
             writer.write(data)
         if expected is not None and writer.sha256 != expected.sha256:
             raise not_as_described(source, writer.sha256, expected, "restore it from the source model")
@@ -162,7 +171,9 @@ def reporting(path: Path) -> Iterator[None]:
     except OSError as error:
         raise OutputError(
             f"{path}: cannot be written ({error.strerror or error})",
-            hint="free some space, then run the same command again: it goes on where it stopped",
+            hint="free some space, then run the same command again: it goes on where it stopped"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
+            else "choose another folder with -o",
         ) from error
 
 
@@ -186,6 +197,27 @@ def read_json_object(path: Path, name: str, *, most: int = MAX_JSON_BYTES) -> di
     return parsed
 
 
+@contextmanager
+def reading(path: Path, name: str | None = None) -> Iterator[None]:
+    """Turns an OSError of reading into a FormatError that names the file."""
+    try:
+        yield
+    except (FormatError, OutputError):
+        raise
+    except OSError as error:
+        raise FormatError(f"{name or path}: cannot be read ({error.strerror or error})") from error
+
+
+def check_regular(path: Path, name: str) -> None:
+    """Refuse what is no ordinary file: a pipe or a device may have no end.
+
+    Raises:
+        FormatError: it is something else.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise FormatError(f"{name}: is no ordinary file")
+
+
 def check_size(path: Path, name: str, most: int = MAX_JSON_BYTES) -> None:
     """Refuse a file that would take unbounded memory.
 
@@ -204,6 +236,8 @@ def check_relative_path(name: str, where: str) -> str:
         FormatError: absolute, with ``..``, empty, or with characters no path of ours has.
     """
     path = PurePosixPath(name)
+    if not name.isprintable() and any(0xD800 <= ord(character) < 0xE000 for character in name):
+        raise FormatError(f"{where}: a file name that is no Unicode text", got=ascii(name)[:200])
     if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or ":" in path.parts[0]:
         raise FormatError(f"{where}: a path that leaves its folder", got=repr(name)[:200], expected="a plain relative path")
     return name

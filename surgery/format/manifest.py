@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from surgery.errors import FormatError, SourceError
@@ -21,7 +21,7 @@ from surgery.format.files import (
     write_file,
 )
 from surgery.linalg.views import KINDS, Slice, View
-from surgery.names import DTYPE_BITS, FACTORIZABLE_DTYPES, FORMAT_VERSION, MANIFEST_FILE, SURGERY_DIR, target_key
+from surgery.names import DTYPE_BITS, FACTORIZABLE_DTYPES, FORMAT_VERSION, JOURNAL_DIR, MANIFEST_FILE, SURGERY_DIR, target_key
 
 _T = TypeVar("_T")
 
@@ -244,6 +244,7 @@ class Manifest:
             check_relative_path(record.file, str(path))
         for shard in manifest.shards:
             check_relative_path(shard.source.file, str(path))
+        _check_names(manifest, str(path))
         for target in manifest.targets:
             _check_target(target, str(path), overlay=manifest.layout == "overlay")
         key, count = next(iter(Counter(target.key for target in manifest.targets).most_common(1)), ("", 0))
@@ -292,6 +293,21 @@ def _check_shards(manifest: Manifest, where: str) -> None:
             raise FormatError(f"{where}: {name!r} has targets and no factors")
     if missing := sorted(owners - {shard.source.file for shard in manifest.shards}):
         raise FormatError(f"{where}: there are targets in a weight file that is not listed", got=missing[0])
+
+
+def _check_names(manifest: Manifest, where: str) -> None:
+    """No two files have one name, and none is where a run keeps its own."""
+    names = [shard.source.file for shard in manifest.shards] + [record.file for record in manifest.files]
+    name, count = next(iter(Counter(names).most_common(1)), ("", 0))
+    if count > 1:
+        raise FormatError(f"{where}: the file {name!r} is there twice")
+    folders = {parent.as_posix() for name in names for parent in PurePosixPath(name).parents}
+    for name in names:
+        if name.split("/")[0] in (JOURNAL_DIR, SURGERY_DIR) or name.endswith(".partial") or name in folders:
+            raise FormatError(f"{where}: a file of the model cannot be called {name!r}")
+    for shard in manifest.shards:
+        if shard.residual is not None and shard.residual.file != shard.source.file:
+            raise FormatError(f"{where}: the residual of {shard.source.file!r} has another name", got=shard.residual.file)
 
 
 def _check_slices(targets: list[TargetRecord], where: str) -> None:
@@ -350,4 +366,9 @@ def _decode_field(annotation: str, value: Any, where: str) -> Any:
         return _decode(globals()[annotation], value, where)
     if not isinstance(value, scalar) or (isinstance(value, bool) and annotation != "bool"):  # type: ignore[arg-type]
         raise FormatError(f"{where}: expected {annotation}", got=repr(value)[:80])
+    if annotation == "float" and isinstance(value, int):
+        try:
+            return float(value)
+        except OverflowError:
+            raise FormatError(f"{where}: a number out of all range") from None
     return value

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import IO, Any, Self, TypeGuard
 import torch
 
 from surgery.errors import FormatError
-from surgery.format.files import CHUNK_BYTES, FileRecord, FileWriter, file_sha256, reporting
+from surgery.format.files import CHUNK_BYTES, FileRecord, FileWriter, check_regular, file_sha256, reading, reporting
 from surgery.memory import bytes_of
 from surgery.names import DTYPE_BITS
 
@@ -146,8 +147,7 @@ def make_header(tensors: Iterable[TensorEntry], metadata: Mapping[str, str]) -> 
 def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"the name {twice!r} appears twice")
     return result
 
@@ -196,10 +196,9 @@ class ShardReader:
 
     def __init__(self, path: Path, *, name: str | None = None) -> None:
         self.name = name or path.name
-        try:
+        with reading(path, self.name):
+            check_regular(path, self.name)
             self._file: IO[bytes] = open(path, "rb", buffering=0)
-        except OSError as error:
-            raise FormatError(f"{self.name}: cannot be opened ({error.strerror})") from error
         try:
             size = os.fstat(self._file.fileno()).st_size
             prefix = self._file.read(8)
@@ -260,7 +259,10 @@ class ShardReader:
         return data.view(TORCH_DTYPES[entry.dtype]).reshape(count, *entry.shape[1:])
 
     def _read(self, start: int, count: int) -> torch.Tensor:
-        data = torch.empty(count, dtype=torch.uint8)
+        try:
+            data = torch.empty(count, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise FormatError(f"{self.name}: a tensor of {count} bytes does not fit into memory") from error
         self.read_into(bytes_of(data), start)
         return data
 

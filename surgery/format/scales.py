@@ -62,6 +62,7 @@ def read_scales(path: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
                 raise ScalesError(
                     f"{path}: {entry.name!r} has a dtype that scales cannot have", got=entry.dtype, expected="F32"
                 )
+        _check_shapes({entry.name: list(entry.shape) for entry in reader.header.tensors}, manifest, str(path))
         values = {entry.name: reader.read(entry).float() for entry in reader.header.tensors}
     return check_scales(values, manifest, str(path))
 
@@ -93,6 +94,20 @@ def _check_owner(metadata: Mapping[str, str], manifest: Manifest, path: Path) ->
 
 def check_scales(values: Mapping[str, torch.Tensor], manifest: Manifest, where: str = "scales") -> dict[str, torch.Tensor]:
     """Check scales against the targets of a manifest; arguments, result and errors as for ``read_scales``."""
+    shapes = _check_shapes({name: list(value.shape) for name, value in values.items()}, manifest, where)
+    checked = {}
+    for name in shapes:
+        value = values[name].detach().to("cpu", torch.float32)
+        if not bool(torch.isfinite(value).all()):
+            raise ScalesError(
+                f"{where}: {name!r} holds NaN or infinity", hint="the training diverged: take an earlier checkpoint"
+            )
+        checked[name] = value
+    return checked
+
+
+def _check_shapes(values: Mapping[str, list[int]], manifest: Manifest, where: str) -> dict[str, list[int]]:
+    """The shapes that scales must have, if these names and shapes are those."""
     shapes = {target.key: target.scales_shape for target in manifest.targets}
     unknown = sorted(values.keys() - shapes.keys())
     missing = sorted(shapes.keys() - values.keys())
@@ -105,17 +120,10 @@ def check_scales(values: Mapping[str, torch.Tensor], manifest: Manifest, where: 
         raise ScalesError(
             f"{where}: the scales of {missing[0]!r} are missing" + _and_more(missing), expected="one entry per target"
         )
-    checked = {}
     for name, shape in shapes.items():
-        value = values[name].detach().to("cpu", torch.float32)
-        if list(value.shape) != shape:
-            raise ScalesError(f"{where}: {name!r} has the wrong shape", got=list(value.shape), expected=shape)
-        if not bool(torch.isfinite(value).all()):
-            raise ScalesError(
-                f"{where}: {name!r} holds NaN or infinity", hint="the training diverged: take an earlier checkpoint"
-            )
-        checked[name] = value
-    return checked
+        if values[name] != shape:
+            raise ScalesError(f"{where}: {name!r} has the wrong shape", got=values[name], expected=shape)
+    return shapes
 
 
 def _and_more(names: list[str]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from surgery import __version__
 from surgery.device import choose_device, device_name
 from surgery.engine.pipeline import ReadAhead
 from surgery.errors import OptionError, OutputError
-from surgery.format.files import copy_file, file_sha256
+from surgery.format.files import copy_file, file_sha256, reading
 from surgery.format.manifest import (
     LeftOutRecord,
     Manifest,
@@ -26,6 +27,7 @@ from surgery.format.manifest import (
 )
 from surgery.format.scales import write_scales
 from surgery.linalg.svd import DEFAULT_TOLERANCE, check_accuracy
+from surgery.linalg.views import View
 from surgery.names import FORMAT_VERSION, MANIFEST_FILE, SCALES_FILE, factors_file
 from surgery.operations.batch import Settings
 from surgery.operations.job import Job, run_job
@@ -216,7 +218,7 @@ def _recorded(journal: Journal, index: int, out: Path) -> ShardResult | None:
 
 def _identity(source: Source, steps: Plan, options: OptionsRecord, device: torch.device) -> dict[str, Any]:
     """All that the bytes of the result depend on."""
-    chosen = [[t.key, list(t.shape), t.view.kind, t.rank, t.energy] for t in steps.targets]
+    chosen = [[*_seen(t.key, t.shape, t.view), t.rank, t.energy] for t in steps.targets]
     return {
         "command": "factorize",
         "format_version": FORMAT_VERSION,
@@ -230,6 +232,10 @@ def _identity(source: Source, steps: Plan, options: OptionsRecord, device: torch
     }
 
 
+def _seen(key: str, shape: Sequence[int], view: View) -> list[Any]:
+    return [key, list(shape), view.kind, asdict(view.slice) if view.slice else None]
+
+
 def _finished(out: Path, source: Source, steps: Plan, options: OptionsRecord, progress: Progress) -> Manifest:
     """The manifest of a complete result, if it is that of this run.
 
@@ -240,27 +246,38 @@ def _finished(out: Path, source: Source, steps: Plan, options: OptionsRecord, pr
     then = {"layout": manifest.layout, "options": asdict(manifest.options), "source": asdict(manifest.source)}
     now = {"layout": steps.layout, "options": asdict(options), "source": asdict(source.record)}
     differences = differing(then, now)
-    if {target.key for target in manifest.targets} != {target.key for target in steps.targets}:
+    ranks = {target.key: target.rank for target in manifest.targets}
+    planned = sorted(_seen(t.key, t.shape, t.view) for t in steps.targets)
+    if sorted(_seen(t.key, t.shape, t.seen_as) for t in manifest.targets) != planned:
         differences.append("the targets are others")
+    elif any(ranks[t.key] > t.rank or (t.energy is None and ranks[t.key] != t.rank) for t in steps.targets):
+        differences.append("the ranks are others")
     if source.record.kind == "folder" and not differences:
         progress.start("comparing", steps.bytes_read)
-        recorded = {shard.source.file: shard.source for shard in manifest.shards}
-        for shard in steps.shards:
-            progress.item(shard.file)
-            path = source.fetch(shard.file)
-            if shard.file not in recorded or recorded[shard.file].sha256 != file_sha256(path):
-                differences.append(f"{shard.file} of the model has changed")
-            progress.advance(shard.header.data_bytes)
-        progress.finish()
+        recorded = {record.file: record for record in (*(shard.source for shard in manifest.shards), *manifest.files)}
+        files = (*(shard.file for shard in steps.shards), *source.selection.others)
+        try:
+            for file in files:
+                progress.item(file)
+                with reading(source.fetch(file)):
+                    same = file in recorded and recorded[file].sha256 == file_sha256(source.fetch(file))
+                if not same:
+                    differences.append(f"{file} of the model has changed")
+                progress.advance(source.size(file))
+        finally:
+            progress.finish()
+        differences += [f"{file} of the model is gone" for file in sorted(recorded.keys() - set(files))]
     if differences:
         raise OutputError(
             f"{out} holds the complete result of another run",
             got="; ".join(differences[:4]) + (" ..." if len(differences) > 4 else ""),
             hint="--overwrite replaces it; -o chooses another folder",
         )
-    if lost := [record.file for record in manifest.output_files() if not (out / record.file).is_file()]:
+    lost = [record.file for record in manifest.output_files() if not is_as_recorded(out, record)]
+    if lost or not (out / SCALES_FILE).is_file():
+        lost = lost or [SCALES_FILE]
         raise OutputError(
-            f"{out} holds a complete result that has lost files since",
+            f"{out} holds a complete result that has lost files since, or whose files have changed",
             got=", ".join(lost[:5]) + (" ..." if len(lost) > 5 else ""),
             hint="--overwrite makes it anew",
         )

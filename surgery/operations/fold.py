@@ -110,7 +110,9 @@ def fold(
         if dequantize and not dense.quantized:
             raise OptionError("there is nothing to dequantize: this is no overlay of an FP8 model", hint="drop --dequantize")
         if not overwrite and _looks_finished(out, manifest, dequantize):
-            return _compared(factorized, out, manifest, weights, dense, values, dequantize, progress)
+            report = _compared(factorized, out, manifest, weights, dense, values, dequantize, progress)
+            Journal.forget(out)
+            return report
         journal = Journal(out, _identity(factorized, manifest, weights, values, exact_on, dequantize))
         # What is FP8 takes twice as much in bfloat16.
         needed = sum(shard.source.size for shard in manifest.shards) * (2 if dequantize else 1)
@@ -134,7 +136,7 @@ def _report(
 
 def _looks_finished(out: Path, manifest: Manifest, dequantize: bool) -> bool:
     """Whether ``out`` may hold a complete fold of this checkpoint: its files, no others, and weights of the right sizes."""
-    if Journal.is_there(out) or not manifest.files or dequantize:
+    if Journal.is_there(out) or dequantize or any(path.is_symlink() for path in out.rglob("*")):
         return False
     expected = {record.file for record in manifest.files} | {shard.source.file for shard in manifest.shards}
     return files_in(out) == expected and all(

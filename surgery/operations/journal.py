@@ -14,7 +14,7 @@ from typing import Any
 
 from surgery.errors import FormatError, OutputError
 from surgery.format.files import MAX_OWN_JSON_BYTES, read_json_object, reporting, write_file
-from surgery.names import JOURNAL_DIR, RUN_FILE
+from surgery.names import FILES_FILE, JOURNAL_DIR, RUN_FILE
 
 
 class Journal:
@@ -40,6 +40,28 @@ class Journal:
         """The result in ``out`` is complete: what a run killed at its very end has left goes."""
         with reporting(out):
             (out / RUN_FILE).unlink(missing_ok=True)
+            (out / FILES_FILE).unlink(missing_ok=True)
+
+    def matches(self) -> bool:
+        """Whether the run that was begun is this one."""
+        try:
+            return not differing(read_json_object(self._out / RUN_FILE, str(self._out / RUN_FILE)), self._identity)
+        except FormatError:
+            return False
+
+    @staticmethod
+    def files(out: Path) -> set[str]:
+        """What the run that was begun would write, and what it found of an earlier result: all that may be removed."""
+        path = out / FILES_FILE
+        try:
+            listed = read_json_object(path, str(path), most=MAX_OWN_JSON_BYTES).get("files") if path.is_file() else []
+        except FormatError:
+            return set()
+        return {name for name in listed if isinstance(name, str)} if isinstance(listed, list) else set()
+
+    def claim(self, files: set[str]) -> None:
+        """Say which files may be removed, before the first of them is."""
+        write_file(self._out / FILES_FILE, json.dumps({"files": sorted(files)}).encode())
 
     def check(self) -> None:
         """Refuse to go on with a run that is not this one.

@@ -10,9 +10,19 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from surgery.errors import OutputError, SurgeryError
-from surgery.format.files import FileRecord, check_relative_path, file_sha256, reporting
+from surgery.format.files import FileRecord, check_relative_path, file_sha256, reporting, sync_directory
 from surgery.format.manifest import Manifest
-from surgery.names import CONFIG_FILE, JOURNAL_DIR, LOCK_FILE, MANIFEST_FILE, OUR_FILES, RUN_FILE, SCALES_FILE, SURGERY_DIR
+from surgery.names import (
+    CONFIG_FILE,
+    FILES_FILE,
+    JOURNAL_DIR,
+    LOCK_FILE,
+    MANIFEST_FILE,
+    OUR_FILES,
+    RUN_FILE,
+    SCALES_FILE,
+    SURGERY_DIR,
+)
 from surgery.operations.journal import Journal
 
 _PARTIAL = ".partial"
@@ -29,11 +39,11 @@ def locked(out: Path, inputs: Iterable[Path]) -> Iterator[None]:
     Raises:
         OutputError: another run holds it, it is one of the inputs or no folder, or it cannot be written to.
     """
-    _check_apart(out, inputs)
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is no folder", hint="choose another folder with -o")
-    made = not out.exists()
     with reporting(out):
+        _check_apart(out, inputs)
+        if out.exists() and not out.is_dir():
+            raise OutputError(f"{out} is no folder", hint="choose another folder with -o")
+        made = not out.exists()
         (out / JOURNAL_DIR).mkdir(parents=True, exist_ok=True)
         if (out / JOURNAL_DIR).is_symlink():
             raise OutputError(f"{out / JOURNAL_DIR} is a link", hint="remove it, or choose another folder with -o")
@@ -48,7 +58,8 @@ def locked(out: Path, inputs: Iterable[Path]) -> Iterator[None]:
         yield
     finally:
         # The lock's file is removed only while it is held, and with nothing left to go on with.
-        if not Journal.is_there(out) or _nothing_done(out):
+        unfinished = Journal.is_there(out) or (out / FILES_FILE).is_file()
+        if not unfinished or _nothing_done(out):
             with reporting(out):
                 shutil.rmtree(out / JOURNAL_DIR, ignore_errors=True)
                 if not files_in(out):
@@ -61,7 +72,7 @@ def locked(out: Path, inputs: Iterable[Path]) -> Iterator[None]:
 def _nothing_done(out: Path) -> bool:
     """Whether a run has been begun, and has neither finished a shard nor left anything else."""
     journal = {f"{JOURNAL_DIR}/{path.name}" for path in (out / JOURNAL_DIR).iterdir()}
-    return not files_in(out) and journal <= {LOCK_FILE, RUN_FILE}
+    return not files_in(out) and journal <= {LOCK_FILE, RUN_FILE, FILES_FILE}
 
 
 def prepare_output(out: Path, journal: Journal, writes: Iterable[str], needed: int, *, overwrite: bool) -> None:
@@ -84,7 +95,7 @@ def prepare_output(out: Path, journal: Journal, writes: Iterable[str], needed: i
     writes = set(writes)
     with reporting(out):
         top = sorted(path.name for path in out.iterdir() if path.name != JOURNAL_DIR)
-    if Journal.is_there(out) and not overwrite:
+    if Journal.is_there(out) and (not overwrite or journal.matches()):
         journal.check()
         _check_links(out)
         present = files_in(out)
@@ -101,7 +112,7 @@ def prepare_output(out: Path, journal: Journal, writes: Iterable[str], needed: i
         )
     _check_links(out)
     present = files_in(out)
-    ours = _earlier_result(out) | writes
+    ours = _earlier_result(out) | writes | Journal.files(out)
     ours |= {name + _PARTIAL for name in ours}
     stale = {name for name in present if name in ours or OUR_FILES.fullmatch(name)}
     foreign = sorted(name for name in present - stale if _would_mix(name))
@@ -112,10 +123,13 @@ def prepare_output(out: Path, journal: Journal, writes: Iterable[str], needed: i
             hint="choose another folder with -o",
         )
     check_room(out, needed, freed=sum((out / name).lstat().st_size for name in stale))
+    journal.claim(ours)
     with reporting(out):
         # The manifest and the config go first: from then on no loader takes the folder.
         for name in sorted(stale, key=lambda name: (name not in (MANIFEST_FILE, CONFIG_FILE), name)):
             (out / name).unlink()
+            if name in (MANIFEST_FILE, CONFIG_FILE):
+                sync_directory((out / name).parent)
     journal.begin()
 
 
@@ -134,9 +148,12 @@ def _check_links(out: Path) -> None:
 
 
 def _check_apart(out: Path, inputs: Iterable[Path]) -> None:
-    real = out.resolve()
-    for path in inputs:
-        read = path.resolve()
+    try:
+        real = out.resolve()
+        resolved = [(path, path.resolve()) for path in inputs]
+    except RuntimeError as error:  # links in a circle
+        raise OutputError(f"{out}: no such folder can be", got=error, hint="choose another folder with -o") from None
+    for path, read in resolved:
         if real == read or read in real.parents or real in read.parents:
             raise OutputError(
                 f"the output {out} and the input {path} lie in one another",

@@ -12,10 +12,10 @@ import httpx2
 import huggingface_hub
 from huggingface_hub import DryRunFileInfo, errors
 
-from surgery.errors import FormatError, SourceError
+from surgery.errors import FormatError, SourceError, SurgeryError
 from surgery.format.manifest import SourceRecord
 from surgery.format.safetensors import Header, ShardReader, header_from_json
-from surgery.source.model import FolderSource, Source, check_subfolder, read_config
+from surgery.source.model import FolderSource, Source, check_subfolder, read_config, read_text
 from surgery.source.select import select_files
 
 _OFFLINE_HINT = "connect to the network, or fetch the model once while online: hf download"
@@ -112,7 +112,10 @@ class HubSource:
             raise SourceError(
                 f"{repo_id} has no subfolder {record.subfolder!r}", expected=", ".join(folders) or "a model without subfolders"
             )
-        self.selection = select_files(list(self._files), lambda file: self.fetch(file).read_text("utf-8"), where=self.name)
+        self.selection = select_files(list(self._files), self._read_text, where=self.name)
+
+    def _read_text(self, file: str) -> str:
+        return read_text(self.fetch(file), f"{self.name}/{file}")
 
     def size(self, file: str) -> int:
         return self._files[file].file_size or 0
@@ -126,8 +129,13 @@ class HubSource:
         if isinstance(cached, str):
             with ShardReader(Path(cached), name=name) as reader:
                 return reader.header
-        with _explained(self._repo_id):
-            parsed = huggingface_hub.HfApi().parse_safetensors_file_metadata(self._repo_id, file, revision=self._commit)
+        try:
+            with _explained(self._repo_id):
+                parsed = huggingface_hub.HfApi().parse_safetensors_file_metadata(self._repo_id, file, revision=self._commit)
+        except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
+            if isinstance(error, SurgeryError):
+                raise
+            raise FormatError(f"{name}: the header is damaged", got=f"{type(error).__name__}: {error}"[:200]) from error
         tensors = {
             tensor: {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": list(info.data_offsets)}
             for tensor, info in parsed.tensors.items()
@@ -146,7 +154,7 @@ class HubSource:
             return Path(huggingface_hub.hf_hub_download(self._repo_id, self._prefix + file, revision=self._commit))
 
     def folder(self) -> Path | None:
-        return None
+        return Path(huggingface_hub.constants.HF_HUB_CACHE)
 
     def stamps(self) -> dict[str, list[int]]:
         return {}

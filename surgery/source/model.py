@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any, Protocol
 
 from surgery.errors import FormatError, SourceError
-from surgery.format.files import check_relative_path, check_size, read_json_object
+from surgery.format.files import check_relative_path, check_size, read_json_object, reading
 from surgery.format.manifest import SourceRecord
 from surgery.format.safetensors import Header, ShardReader
 from surgery.names import CONFIG_FILE
@@ -42,7 +43,7 @@ class Source(Protocol):
         """A local path of one of its files, downloaded if need be."""
 
     def folder(self) -> Path | None:
-        """The folder it is in, if it is a local one."""
+        """What must not be written to: the folder it is in, or the hub's cache."""
 
     def stamps(self) -> dict[str, list[int]]:
         """Size and time of change of each file of a local model; empty where a commit pins them."""
@@ -61,10 +62,11 @@ class FolderSource:
         self.record = record or SourceRecord("folder", None, None)
         self._root = root
         self._within = within or root  # a pipeline's other models are not to be written to either
-        names = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
+        with reading(root, self.name):
+            names = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
         if self.record.kind == "folder":
             self._check_links(names)
-        self.selection = select_files(names, lambda file: _read_text(root / file, f"{self.name}/{file}"), where=self.name)
+        self.selection = select_files(names, lambda file: read_text(root / file, f"{self.name}/{file}"), where=self.name)
 
     def _check_links(self, names: list[str]) -> None:
         """Refuse links out of the folder: what they lead to would be copied into the result."""
@@ -95,12 +97,18 @@ class FolderSource:
         return self._root / file
 
     def folder(self) -> Path | None:
-        return self._within if self.record.kind == "folder" else None
+        # Of a snapshot in the hub's cache the whole repository.
+        return self._within if self.record.kind == "folder" else self._within.parent.parent
 
     def stamps(self) -> dict[str, list[int]]:
         if self.record.kind != "folder":
             return {}
-        stats = {file: (self._root / file).stat() for file in (*self.selection.shards, *self.selection.others)}
+        stats = {}
+        for file in (*self.selection.shards, *self.selection.others):
+            with reading(self._root / file):
+                stats[file] = (self._root / file).stat()
+                if not os.access(self._root / file, os.R_OK):
+                    raise FormatError(f"{self.name}/{file}: cannot be read (no permission)")
         return {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()}
 
     def bytes_to_fetch(self) -> tuple[Path, int] | None:
@@ -178,7 +186,7 @@ def check_index(source: Source, headers: dict[str, Header]) -> None:
         return
     where = f"{source.name}/{index}"
     names = {shard: {entry.name for entry in header.tensors} for shard, header in headers.items()}
-    for tensor, shard in index_entries(_read_text(source.fetch(index), where), where).items():
+    for tensor, shard in index_entries(read_text(source.fetch(index), where), where).items():
         if tensor not in names[shard]:
             raise FormatError(
                 f"{where}: {tensor!r} is not in the shard it is mapped to",
@@ -187,7 +195,7 @@ def check_index(source: Source, headers: dict[str, Header]) -> None:
             )
 
 
-def _read_text(path: Path, where: str) -> str:
+def read_text(path: Path, where: str) -> str:
     try:
         check_size(path, where)
         return path.read_bytes().decode("utf-8")

@@ -64,6 +64,8 @@ def select_files(names: list[str], read_text: Callable[[str], str], *, where: st
         path = PurePosixPath(name)
         if any(part.startswith(".") for part in path.parts[:-1]):
             left_out[name] = "in a hidden folder"
+        elif path.suffix == ".partial":
+            left_out[name] = "an unfinished file"
         elif path.name.endswith(OTHER_WEIGHTS):
             left_out[name] = "weights in another format"
         elif path.parts[0] == "original":
