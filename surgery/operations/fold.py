@@ -295,14 +295,17 @@ def _write_shard(
 
 
 def _copy_others(factorized: Path, out: Path, manifest: Manifest, *, to_dense: bool) -> None:
-    """What goes along with the weights: as it is, but for what speaks of a quantization that is no more."""
+    """What goes along with the weights: as it is, but for what speaks of a quantization that is no more.
+
+    What an earlier start has put in place stays: once ``config.json`` is there, nothing is in the making any more.
+    """
     by_name = {record.file: record for record in manifest.files}
     for name in loading_order(by_name):
-        if to_dense:
+        is_index = name.endswith(INDEX_SUFFIX) and "/" not in name
+        if to_dense and (name == CONFIG_FILE or is_index):
             check_file(factorized, by_name[name])
-        if to_dense and name == CONFIG_FILE:
-            write_file(out / name, without_quantization(factorized / name))
-        elif to_dense and name.endswith(INDEX_SUFFIX) and "/" not in name:
-            write_file(out / name, index_of(out, factorized / name))
-        else:
+            data = index_of(out, factorized / name) if is_index else without_quantization(factorized / name)
+            if not (out / name).is_file() or (out / name).read_bytes() != data:
+                write_file(out / name, data)
+        elif not is_as_recorded(out, by_name[name]):
             copy_file(factorized / name, out / name, name, by_name[name])
