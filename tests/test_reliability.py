@@ -12,7 +12,6 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -304,12 +303,6 @@ def test_signals_stop_the_command(number: signal.Signals, code: int, tmp_path: P
     assert "going on after" in done.stderr
     surgery.factorize(model, tmp_path / "truth", device="cpu")
     assert files_of(out).keys() == files_of(tmp_path / "truth").keys()
-
-
-def _hostile(change: Callable[[Path, Path], None], tmp_path: Path) -> tuple[Path, Path]:
-    model, out = save_llama(tmp_path / "m", torch.bfloat16), tmp_path / "f"
-    change(model, out)
-    return model, out
 
 
 def test_links_in_the_output_are_never_written_through(llama: Path, tmp_path: Path) -> None:

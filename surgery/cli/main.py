@@ -96,7 +96,7 @@ def _notes_and_quiet(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _planning(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that a plan depends on, for ``plan`` and ``factorize``; they arrive as one dictionary, ``chosen``."""
+    """The options that a plan depends on, for ``plan`` and ``factorize``."""
     options = [
         click.option("--rank", type=int, metavar="K", help="Singular directions to keep of each matrix.  [default: 16]"),
         click.option("--energy", type=float, metavar="X", help="Keep this share of each one's squared norm (0 to 1) instead."),
@@ -127,30 +127,9 @@ def _planning(command: Callable[..., None]) -> Callable[..., None]:
         _device,
     ]
 
-    @wraps(command)
-    def wrapper(*args: Any, **kwargs: Any) -> None:
-        chosen = {name: kwargs.pop(name) for name in _PLANNED}
-        command(*args, chosen=chosen, **kwargs)
-
     for option in reversed(options):
-        wrapper = option(wrapper)
-    return wrapper
-
-
-_PLANNED = (
-    "rank",
-    "energy",
-    "max_rank",
-    "recipe",
-    "include",
-    "exclude",
-    "split",
-    "layout",
-    "correction",
-    "revision",
-    "subfolder",
-    "device",
-)
+        command = option(command)
+    return command
 
 
 @main.command(short_help="Write a model's factorized form and a tiny file of scales.")
@@ -169,13 +148,13 @@ _PLANNED = (
 def factorize(
     model: str,
     out: Path,
-    chosen: dict[str, Any],
     seed: int,
     tolerance: float,
     overwrite: bool,
     dry_run: bool,
     as_json: bool,
     quiet: bool,
+    **chosen: Any,
 ) -> None:
     """Write the factorized form of MODEL, a Hugging Face repo id or a local folder.
 
@@ -210,7 +189,7 @@ def factorize(
 @_planning
 @click.option("--all", "every", is_flag=True, help="Every tensor on a line of its own, not by group.")
 @_json
-def plan(model: str, chosen: dict[str, Any], every: bool, as_json: bool) -> None:
+def plan(model: str, every: bool, as_json: bool, **chosen: Any) -> None:
     """Show what surgery factorize would do with MODEL and the same options, without reading a weight.
 
     For a model on the hub only headers are fetched. Tensors are shown by group: those whose names differ in numbers

@@ -10,7 +10,7 @@ from typing import Self
 import torch
 
 from surgery.errors import FormatError
-from surgery.format.files import file_sha256, not_as_described
+from surgery.format.files import check_file
 from surgery.format.manifest import ShardRecord, TargetRecord
 from surgery.format.safetensors import ShardReader, TensorEntry
 from surgery.linalg.lossless import Factors
@@ -50,11 +50,10 @@ class FactorsReader:
         if shard.factors is None:
             raise FormatError(f"{folder}: the manifest names no factors for {shard.source.file}")
         self._name = shard.factors.file
+        if check:
+            check_file(folder, shard.factors, DAMAGED_HINT)
         self._reader = ShardReader(folder / self._name, name=self._name)
         self._entries = {entry.name: entry for entry in self._reader.header.tensors}
-        if check and (found := file_sha256(folder / self._name)) != shard.factors.sha256:
-            self._reader.__exit__(None, None, None)
-            raise not_as_described(folder / self._name, found, shard.factors, DAMAGED_HINT)
 
     def __enter__(self) -> Self:
         return self

@@ -18,6 +18,7 @@ from surgery.errors import FormatError, OutputError
 
 #: Bytes moved at a time where no tensor has to be whole.
 CHUNK_BYTES = 8 << 20
+RESTORE_HINT = "restore it from the source model"
 #: Of a config or an index, and of what surgery writes: the manifest of a model of 45,000 matrices takes some 80 MB.
 MAX_JSON_BYTES = 1 << 26
 MAX_OWN_JSON_BYTES = 1 << 29
@@ -128,7 +129,7 @@ def copy_file(source: Path, target: Path, name: str, expected: FileRecord | None
         file = open(source, "rb")
     with file, FileWriter(target) as writer:
         if expected is not None and os.fstat(file.fileno()).st_size != expected.size:
-            raise not_as_described(source, "another size", expected, "restore it from the source model")
+            raise not_as_described(source, "another size", expected, RESTORE_HINT)
         while True:
             with reading(source):
                 data = file.read(CHUNK_BYTES)
@@ -136,8 +137,21 @@ def copy_file(source: Path, target: Path, name: str, expected: FileRecord | None
                 break
             writer.write(data)
         if expected is not None and writer.sha256 != expected.sha256:
-            raise not_as_described(source, writer.sha256, expected, "restore it from the source model")
+            raise not_as_described(source, writer.sha256, expected, RESTORE_HINT)
         return writer.commit(name)
+
+
+def check_file(folder: Path, record: FileRecord, hint: str) -> None:
+    """Refuse a file that is missing or not the one that was recorded.
+
+    Raises:
+        FormatError: with both hashes.
+    """
+    path = folder / check_relative_path(record.file, str(folder))
+    with reading(path):
+        found = file_sha256(path) if path.stat().st_size == record.size else f"of {path.stat().st_size} bytes"
+    if found != record.sha256:
+        raise not_as_described(path, found, record, hint)
 
 
 def not_as_described(path: Path, found: str, expected: FileRecord, hint: str) -> FormatError:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import FormatError, SourceError
-from surgery.format.files import FileRecord, file_sha256, not_as_described, read_json_object
+from surgery.format.files import RESTORE_HINT, FileRecord, check_file, read_json_object
 from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
 from surgery.format.safetensors import TensorEntry
 from surgery.names import CONFIG_FILE
@@ -92,21 +92,8 @@ def own_config(factorized: Path, manifest: Manifest) -> dict[str, Any]:
     record = next((record for record in manifest.files if record.file == CONFIG_FILE), None)
     if record is None:
         return {}
-    check_file(factorized, record)
+    check_file(factorized, record, RESTORE_HINT)
     return read_json_object(factorized / CONFIG_FILE, str(factorized / CONFIG_FILE))
-
-
-def check_file(folder: Path, record: FileRecord) -> None:
-    """Refuse a file that is missing or not the one that a manifest describes.
-
-    Raises:
-        FormatError: with both hashes.
-    """
-    path = folder / record.file
-    if not path.is_file():
-        raise FormatError(f"{path} is missing", hint="restore it from the source model")
-    if (found := file_sha256(path)) != record.sha256:
-        raise not_as_described(path, found, record, "restore it from the source model")
 
 
 def check_entry(entry: TensorEntry, target: TargetRecord) -> None:

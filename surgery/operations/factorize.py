@@ -159,7 +159,7 @@ def factorize(
         settings = Settings(steps.layout, correction, seed, tolerance, str(where))
         results = _run_jobs(source, steps, out, settings, journal, progress)
         manifest = _finish(source, steps, out, results, options, where)
-        journal.finish()
+        Journal.forget(out)
     for note in _accuracy_notes(manifest.targets, steps):
         progress.note(note)
     return manifest
@@ -253,14 +253,15 @@ def _finished(out: Path, source: Source, steps: Plan, options: OptionsRecord, pr
     elif any(ranks[t.key] > t.rank or (t.energy is None and ranks[t.key] != t.rank) for t in steps.targets):
         differences.append("the ranks are others")
     if source.record.kind == "folder" and not differences:
-        progress.start("comparing", steps.bytes_read)
         recorded = {record.file: record for record in (*(shard.source for shard in manifest.shards), *manifest.files)}
         files = (*(shard.file for shard in steps.shards), *source.selection.others)
+        progress.start("comparing", sum(map(source.size, files)))
         try:
             for file in files:
                 progress.item(file)
-                with reading(source.fetch(file)):
-                    same = file in recorded and recorded[file].sha256 == file_sha256(source.fetch(file))
+                path = source.fetch(file)
+                with reading(path):
+                    same = file in recorded and recorded[file].sha256 == file_sha256(path)
                 if not same:
                     differences.append(f"{file} of the model has changed")
                 progress.advance(source.size(file))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,23 @@ from surgery.device import choose_device, device_name
 from surgery.engine.pipeline import ShardWalk, TargetPiece, WriteBehind
 from surgery.errors import FormatError, OptionError, OutputError, SourceError
 from surgery.format.factors import DAMAGED_HINT
-from surgery.format.files import FileRecord, FileWriter, HashSink, copy_file, file_sha256, not_as_described, write_file
+from surgery.format.files import (
+    RESTORE_HINT,
+    FileRecord,
+    FileWriter,
+    HashSink,
+    check_file,
+    copy_file,
+    file_sha256,
+    not_as_described,
+    write_file,
+)
 from surgery.format.manifest import Manifest, ShardRecord, decode_file
 from surgery.format.safetensors import ShardReader
 from surgery.format.scales import check_scales, read_scales
 from surgery.memory import bytes_of
 from surgery.names import CONFIG_FILE, MANIFEST_FILE
-from surgery.operations.base import BaseWeights, OwnWeights, check_file, open_base
+from surgery.operations.base import BaseWeights, OwnWeights, open_base
 from surgery.operations.dense import DenseWeights
 from surgery.operations.journal import Journal
 from surgery.operations.output import files_in, is_as_recorded, loading_order, locked, prepare_output
@@ -110,7 +119,7 @@ def fold(
         if dequantize and not dense.quantized:
             raise OptionError("there is nothing to dequantize: this is no overlay of an FP8 model", hint="drop --dequantize")
         if not overwrite and _looks_finished(out, manifest, dequantize):
-            report = _compared(factorized, out, manifest, weights, dense, values, dequantize, progress)
+            report = _compared(out, manifest, weights, dense, values, progress)
             Journal.forget(out)
             return report
         journal = Journal(out, _identity(factorized, manifest, weights, values, exact_on, dequantize))
@@ -121,12 +130,12 @@ def fold(
         prepare_output(out, journal, writes, needed, overwrite=overwrite)
         files = _fold_shards(manifest, weights, dense, out, journal, progress)
         _copy_others(factorized, out, manifest, to_dense=dequantize)
-        journal.finish()
-    return _report(out, files, manifest, values, dequantize)
+        Journal.forget(out)
+    return _report(out, files, manifest, values, dequantize=dequantize)
 
 
 def _report(
-    out: Path, files: list[FileRecord], manifest: Manifest, values: Mapping[str, torch.Tensor], dequantize: bool
+    out: Path, files: list[FileRecord], manifest: Manifest, values: Mapping[str, torch.Tensor], *, dequantize: bool
 ) -> FoldReport:
     changed = sum(bool((value != 1).any()) for value in values.values())
     originals = {shard.source.file: shard.source.sha256 for shard in manifest.shards}
@@ -145,13 +154,11 @@ def _looks_finished(out: Path, manifest: Manifest, dequantize: bool) -> bool:
 
 
 def _compared(
-    factorized: Path,
     out: Path,
     manifest: Manifest,
     weights: OwnWeights | BaseWeights,
     dense: DenseWeights,
     values: Mapping[str, torch.Tensor],
-    dequantize: bool,
     progress: Progress,
 ) -> FoldReport:
     """The report of a fold that is complete already. It keeps no record of itself, so it is done again and compared.
@@ -164,7 +171,8 @@ def _compared(
     try:
         for shard in manifest.shards:
             sink = HashSink()
-            _write_shard(shard, manifest, weights, dense, sink, progress)
+            with ShardReader(weights.file(shard)[0]) as reader:
+                _write_shard(shard, manifest, weights, dense, reader, sink, progress)
             files.append(FileRecord(shard.source.file, shard.source.size, sink.sha256))
     finally:
         progress.finish()
@@ -174,7 +182,7 @@ def _compared(
             hint="--overwrite replaces an earlier result; -o chooses another folder",
         )
     progress.note(f"{out} is already complete: nothing to do")
-    return _report(out, files, manifest, values, dequantize)
+    return _report(out, files, manifest, values, dequantize=False)
 
 
 def _identity(
@@ -259,9 +267,9 @@ def _fold_shard(
         if reader.header.tensors and all(dense.drops(entry.name) for entry in reader.header.tensors):
             progress.advance(reader.header.data_bytes)
             return None
-    with FileWriter(out / shard.source.file) as writer:
-        _write_shard(shard, manifest, weights, dense, writer, progress)
-        return writer.commit(shard.source.file)
+        with FileWriter(out / shard.source.file) as writer:
+            _write_shard(shard, manifest, weights, dense, reader, writer, progress)
+            return writer.commit(shard.source.file)
 
 
 def _write_shard(
@@ -269,29 +277,27 @@ def _write_shard(
     manifest: Manifest,
     weights: OwnWeights | BaseWeights,
     dense: DenseWeights,
+    reader: ShardReader,
     writer: FileWriter | HashSink,
     progress: Progress,
 ) -> None:
     """The bytes of one weight file, in order."""
     path, expected = weights.file(shard)
-    with ExitStack() as stack:
-        reader = stack.enter_context(ShardReader(path))
-        header = dense.header(reader.header)
-        if lost := dense.missing(shard, reader.header):
-            raise FormatError(f"{path}: a target of the manifest is not there", got="nothing", expected=lost[0])
-        walk = stack.enter_context(ShardWalk(reader, dense.touched(reader.header), progress))
-        with WriteBehind() as behind:
-            behind.submit(writer.write, header)
-            for piece in walk:
-                if not isinstance(piece, TargetPiece):
-                    behind.submit(writer.write, piece.data)
-                elif (weight := dense.folded(piece)) is not None:
-                    behind.submit(writer.write, bytes_of(weight.contiguous()))
-        if walk.sha256 != expected.sha256:
-            overlay = manifest.layout == "overlay"
-            raise not_as_described(path, walk.sha256, expected, _BASE_HINT if overlay else DAMAGED_HINT)
-        if header == reader.header.raw and dense.keeps(shard) and writer.sha256 != shard.source.sha256:
-            raise FormatError(f"{path}: untouched scales do not give the source back", hint=DAMAGED_HINT)
+    header = dense.header(reader.header)
+    if lost := dense.missing(shard, reader.header):
+        raise FormatError(f"{path}: a target of the manifest is not there", got="nothing", expected=lost[0])
+    with ShardWalk(reader, dense.touched(reader.header), progress) as walk, WriteBehind() as behind:
+        behind.submit(writer.write, header)
+        for piece in walk:
+            if not isinstance(piece, TargetPiece):
+                behind.submit(writer.write, piece.data)
+            elif (weight := dense.folded(piece)) is not None:
+                behind.submit(writer.write, bytes_of(weight.contiguous()))
+    if walk.sha256 != expected.sha256:
+        overlay = manifest.layout == "overlay"
+        raise not_as_described(path, walk.sha256, expected, _BASE_HINT if overlay else DAMAGED_HINT)
+    if header == reader.header.raw and dense.keeps(shard) and writer.sha256 != shard.source.sha256:
+        raise FormatError(f"{path}: untouched scales do not give the source back", hint=DAMAGED_HINT)
 
 
 def _copy_others(factorized: Path, out: Path, manifest: Manifest, *, to_dense: bool) -> None:
@@ -303,7 +309,7 @@ def _copy_others(factorized: Path, out: Path, manifest: Manifest, *, to_dense: b
     for name in loading_order(by_name):
         is_index = name.endswith(INDEX_SUFFIX) and "/" not in name
         if to_dense and (name == CONFIG_FILE or is_index):
-            check_file(factorized, by_name[name])
+            check_file(factorized, by_name[name], RESTORE_HINT)
             data = index_of(out, factorized / name) if is_index else without_quantization(factorized / name)
             if not (out / name).is_file() or (out / name).read_bytes() != data:
                 write_file(out / name, data)

@@ -16,7 +16,7 @@ from surgery.errors import SourceError
 from surgery.format.factors import FactorsHash
 from surgery.format.files import FileRecord, FileWriter
 from surgery.format.manifest import CertificateRecord, ShardRecord, ShardResult, TargetRecord
-from surgery.format.safetensors import ShardReader, TensorEntry, TensorFileWriter
+from surgery.format.safetensors import ShardReader, TensorFileWriter
 from surgery.linalg.views import View
 from surgery.memory import bytes_of
 from surgery.names import correction_key, factor_key, factors_file
@@ -58,14 +58,13 @@ def run_job(job: Job, progress: Progress) -> ShardResult:
         reader = stack.enter_context(ShardReader(job.path, name=job.shard.file))
         _check_unchanged(reader, job.shard)
         dequantizer = stack.enter_context(Dequantizer(job.scales.__getitem__))
-        work = {entry.name: _TensorWork(entry) for entry in reader.header.tensors}
+        work: dict[str, list[_Collected]] = {}
         for target in job.shard.targets:
-            work[target.tensor].targets.append(_Collected(_with_rank(target, reader, dequantizer, job)))
-        work = {name: tensor for name, tensor in work.items() if tensor.targets}
+            work.setdefault(target.tensor, []).append(_Collected(_with_rank(target, reader, dequantizer, job)))
         residuals = stack.enter_context(FileWriter(job.out / job.shard.file)) if job.settings.layout == "residual" else None
-        keys = [key for tensor in work.values() for part in tensor.targets for key in _keys(part.target, job)]
+        keys = [key for parts in work.values() for part in parts for key in _keys(part.target, job)]
         factors = stack.enter_context(TensorFileWriter(job.out / factors_name, keys)) if keys else None
-        portions = {name: tensor.targets[0].target.at_a_time for name, tensor in work.items()}
+        portions = {name: parts[0].target.at_a_time for name, parts in work.items()}
         walk = stack.enter_context(ShardWalk(reader, portions, progress))
         with WriteBehind() as behind:
             if residuals:
@@ -75,7 +74,7 @@ def run_job(job: Job, progress: Progress) -> ShardResult:
         source = FileRecord(job.shard.file, reader.header.file_bytes, walk.sha256)
         residual_record = residuals.commit(job.shard.file) if residuals else None
         factors_record = factors.commit(factors_name) if factors else None
-    records = [part.record(job) for tensor in work.values() for part in tensor.targets]
+    records = [part.record(job) for parts in work.values() for part in parts]
     return ShardResult(ShardRecord(source, residual_record, factors_record), records)
 
 
@@ -177,17 +176,9 @@ class _Collected:
         )
 
 
-@dataclass(slots=True)
-class _TensorWork:
-    """A tensor of the shard and its targets: one, or several slices."""
-
-    entry: TensorEntry
-    targets: list[_Collected] = field(default_factory=list)
-
-
 def _work_off(
     window: list[Bytes | TargetPiece],
-    work: dict[str, _TensorWork],
+    work: dict[str, list[_Collected]],
     dequantizer: Dequantizer,
     job: Job,
     residuals: FileWriter | None,
@@ -198,7 +189,7 @@ def _work_off(
     matrices = []
     for piece in window:
         if isinstance(piece, TargetPiece):
-            parts = work[piece.entry.name].targets
+            parts = work[piece.entry.name]
             weight = dequantizer.weight(piece.tensor, piece.first, parts[0].target.scaled)
             for part in parts:
                 part.sha256.update(bytes_of(part.target.view.matrices(piece.tensor)))
@@ -211,7 +202,7 @@ def _work_off(
             if residuals:
                 behind.submit(residuals.write, piece.data)
             continue
-        parts = work[piece.entry.name].targets
+        parts = work[piece.entry.name]
         results = {}
         for part in parts:
             count = part.target.view.shape(piece.tensor.shape)[0]

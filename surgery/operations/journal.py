@@ -37,7 +37,7 @@ class Journal:
 
     @staticmethod
     def forget(out: Path) -> None:
-        """The result in ``out`` is complete: what a run killed at its very end has left goes."""
+        """The result in ``out`` is complete: the run is over. The first thing to go is what says that it has begun."""
         with reporting(out):
             (out / RUN_FILE).unlink(missing_ok=True)
             (out / FILES_FILE).unlink(missing_ok=True)
@@ -45,9 +45,12 @@ class Journal:
     def matches(self) -> bool:
         """Whether the run that was begun is this one."""
         try:
-            return not differing(read_json_object(self._out / RUN_FILE, str(self._out / RUN_FILE)), self._identity)
+            return not self._differences()
         except FormatError:
             return False
+
+    def _differences(self) -> list[str]:
+        return differing(read_json_object(self._out / RUN_FILE, str(self._out / RUN_FILE)), self._identity)
 
     @staticmethod
     def files(out: Path) -> set[str]:
@@ -70,12 +73,11 @@ class Journal:
             OutputError: says what differs.
         """
         try:
-            begun = read_json_object(self._out / RUN_FILE, str(self._out / RUN_FILE))
+            differences = self._differences()
         except FormatError as error:
             raise OutputError(
                 f"{self._out} holds an unfinished run whose journal is damaged", got=error.what, hint="--overwrite starts anew"
             ) from error
-        differences = differing(begun, self._identity)
         if differences:
             raise OutputError(
                 f"{self._out} holds an unfinished run of another kind",
@@ -108,10 +110,6 @@ class Journal:
             return None
         value = sealed.get("value")
         return value if sealed.get("sha256") == _seal(value) else None
-
-    def finish(self) -> None:
-        """The result is complete: forget the run. The first thing to go is what says that it has begun."""
-        Journal.forget(self._out)
 
 
 def _seal(value: Any) -> str:

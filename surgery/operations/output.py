@@ -9,8 +9,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from surgery.errors import OutputError, SurgeryError
-from surgery.format.files import FileRecord, check_relative_path, file_sha256, reporting, sync_directory
+from surgery.errors import FormatError, OutputError, SurgeryError
+from surgery.format.files import FileRecord, check_file, reporting, sync_directory
 from surgery.format.manifest import Manifest
 from surgery.names import (
     CONFIG_FILE,
@@ -196,12 +196,12 @@ def check_room(folder: Path, needed: int, *, freed: int = 0) -> None:
 
 
 def is_as_recorded(out: Path, record: FileRecord) -> bool:
-    """Whether a file is there with the size and the sha256 that a journal has of it."""
-    path = out / check_relative_path(record.file, "the journal")
+    """Whether a file is there with the size and the sha256 that were recorded."""
     try:
-        return path.stat().st_size == record.size and file_sha256(path) == record.sha256
-    except OSError:
+        check_file(out, record, "")
+    except FormatError:
         return False
+    return True
 
 
 def loading_order(files: Iterable[str]) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from surgery.format.files import read_json_object
 from surgery.format.safetensors import ShardReader, TensorEntry
 from surgery.linalg.fp8 import dequantize
-from surgery.planning.quantization import Scaled
+from surgery.planning.quantization import QUANTIZATION_KEYS, Scaled
 from surgery.source.select import index_entries
 
 
@@ -61,7 +61,7 @@ def without_quantization(config: Path) -> bytes:
     """A ``config.json`` that says nothing of a quantization."""
     parsed = read_json_object(config, config.name)
     for part in (parsed, *(value for value in parsed.values() if isinstance(value, dict))):
-        for key in ("quantization_config", "compression_config"):
+        for key in QUANTIZATION_KEYS:
             part.pop(key, None)
     return json.dumps(parsed, indent=2, ensure_ascii=False).encode() + b"\n"
 

@@ -28,7 +28,7 @@ from surgery.names import MANIFEST_FILE, SCALES_FILE, correction_key, factor_key
 from surgery.operations.base import BaseWeights, OwnWeights, check_entry, open_base, own_config, shard_path
 from surgery.operations.output import check_room
 from surgery.operations.quantized import Dequantizer
-from surgery.planning.quantization import FP8
+from surgery.planning.quantization import FP8, Scaled
 from surgery.progress import Progress, Silent
 
 #: Largest entry of ``U^T U - I`` that passes: vectors are rounded to float32.
@@ -109,6 +109,9 @@ def verify(
     report.expect(fingerprint == manifest.fingerprint, MANIFEST_FILE, "fingerprint", manifest.fingerprint, fingerprint)
     _check_scales(folder, manifest, report)
     weights = None if fast else _weights(folder, manifest, base, report)
+    quantized: dict[str, Scaled] = {}
+    if isinstance(weights, BaseWeights) and any(target.dtype == FP8 for target in manifest.targets):
+        quantized = weights.quantized(own_config(folder, manifest))
     by_reading = 0 if fast else sum(shard.source.size for shard in manifest.shards)
     progress.start("verifying", by_reading + sum(record.size for record in manifest.output_files()))
     try:
@@ -122,7 +125,7 @@ def verify(
             try:
                 _check_headers(folder, shard, targets, manifest, report)
                 if targets and not fast:
-                    _check_shard(folder, shard, targets, manifest, weights, where, report, progress)
+                    _check_shard(folder, shard, targets, manifest, weights, quantized, where, report, progress)
             except SurgeryError as error:  # a file that cannot even be read; the others may be well
                 report.fail(shard.source.file, error)
     finally:
@@ -202,6 +205,7 @@ def _check_shard(
     targets: list[TargetRecord],
     manifest: Manifest,
     weights: OwnWeights | BaseWeights | None,
+    quantized: dict[str, Scaled],
     device: torch.device,
     report: VerifyReport,
     progress: Progress,
@@ -220,9 +224,6 @@ def _check_shard(
         source = stack.enter_context(ShardReader(path, name=path.name))
         portions = {name: checks[0].target.at_a_time for name, checks in by_name.items()}
         walk = stack.enter_context(ShardWalk(source, portions, progress))
-        quantized = {}
-        if isinstance(weights, BaseWeights) and any(target.dtype == FP8 for target in targets):
-            quantized = weights.quantized(own_config(folder, manifest))
         shards = {shard.source.file: shard for shard in manifest.shards}
         dequantizer = stack.enter_context(Dequantizer(lambda file: shard_path(weights, shards, file)))
         for piece in walk:

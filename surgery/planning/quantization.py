@@ -11,6 +11,8 @@ from surgery.errors import FormatError, SourceError
 from surgery.format.safetensors import Header, TensorEntry
 
 FP8 = "F8_E4M3"
+#: Under which ``config.json`` describes a quantization.
+QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 SCALE_SUFFIX = "_scale_inv"
 _SCALE_DTYPES = ("F32", "BF16", "F8_E8M0")
 
@@ -55,7 +57,7 @@ def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """The quantization that ``config.json`` names, wherever it stands."""
     parts = [config, *(config[part] for part in ("text_config", "language_config") if isinstance(config.get(part), dict))]
     for part in parts:
-        for key in ("quantization_config", "compression_config"):
+        for key in QUANTIZATION_KEYS:
             if isinstance(part.get(key), dict) and part[key]:
                 found: Mapping[str, Any] = part[key]
                 return found
