@@ -77,7 +77,7 @@ def test_killed_at_any_moment(trials: int, llama: Path, tmp_path: Path) -> None:
 def test_goes_on_after_the_last_finished_shard(llama: Path, truth: Path, tmp_path: Path) -> None:
     out = tmp_path / "f"
     stop = _interrupted(llama, out)
-    assert stop.notes[-1] == "stopped after 2 of 3 shards; the same command goes on from there"
+    assert stop.notes[-1] == "stopped after 2 shards; the same command goes on from there"
     assert not (out / "surgery/manifest.json").exists()
     assert not (out / "config.json").exists()
     assert not list(out.rglob("*.partial"))
@@ -85,6 +85,29 @@ def test_goes_on_after_the_last_finished_shard(llama: Path, truth: Path, tmp_pat
     surgery.factorize(llama, out, rank=4, progress=again)
     assert again.notes == ["going on after 2 of 3 shards"]
     assert files_of(out) == files_of(truth)
+
+
+def test_interrupted_while_the_last_files_are_copied(
+    llama: Path, truth: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hint comes there as well, for factorize and for fold."""
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    scales = truth / "surgery/scales.safetensors"
+    for module, run in (
+        ("factorize", lambda progress: surgery.factorize(llama, tmp_path / "f", rank=4, progress=progress)),
+        ("fold", lambda progress: surgery.fold(truth, scales, tmp_path / "o", progress=progress)),
+    ):
+        said = Silent()
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(f"surgery.operations.{module}.copy_file", stopped)
+            run(said)
+        assert said.notes == ["stopped after 3 shards; the same command goes on from there"]
+        run(Silent())
+    assert files_of(tmp_path / "f") == files_of(truth)
+    assert files_of(tmp_path / "o") == files_of(llama)
 
 
 def test_a_damaged_shard_is_made_again(llama: Path, truth: Path, tmp_path: Path) -> None:
@@ -167,7 +190,7 @@ def test_fold_goes_on(llama: Path, truth: Path, tmp_path: Path) -> None:
     stop = _Stop(LAST)
     with pytest.raises(KeyboardInterrupt):
         surgery.fold(truth, scales, tmp_path / "o", progress=stop)
-    assert stop.notes == ["stopped after 2 of 3 shards; the same command goes on from there"]
+    assert stop.notes == ["stopped after 2 shards; the same command goes on from there"]
     assert not (tmp_path / "o/config.json").exists()
     first = tmp_path / "o/model-00001-of-00003.safetensors"
     written = first.stat().st_mtime_ns
@@ -199,7 +222,7 @@ def test_a_complete_fold_is_left_alone(llama: Path, truth: Path, tmp_path: Path)
 
 
 def test_two_runs_into_one_folder(llama: Path, tmp_path: Path) -> None:
-    with locked(tmp_path / "f", []), pytest.raises(OutputError, match="another run is writing to"):
+    with locked(tmp_path / "f", [], Silent()), pytest.raises(OutputError, match="another run is writing to"):
         surgery.factorize(llama, tmp_path / "f", rank=4)
     surgery.factorize(llama, tmp_path / "f", rank=4)
 

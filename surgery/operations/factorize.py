@@ -146,7 +146,7 @@ def factorize(
     options = OptionsRecord(
         rank, energy, max_rank, steps.recipe, split, correction, list(include), list(exclude), seed, tolerance
     )
-    with locked(out, [folder] if (folder := source.folder()) else []):
+    with locked(out, [folder] if (folder := source.folder()) else [], progress):
         if (out / MANIFEST_FILE).is_file() and not overwrite:
             manifest = _finished(out, source, steps, options, progress)
             Journal.forget(out)
@@ -198,9 +198,6 @@ def _run_jobs(
             for job in ready:
                 results[job.index] = run_job(job, progress)
                 journal.record(job.index, results[job.index].as_json())
-    except KeyboardInterrupt:
-        progress.note(f"stopped after {len(results)} of {len(steps.shards)} shards; the same command goes on from there")
-        raise
     finally:
         progress.finish()
     return [results[index] for index in range(len(steps.shards))]

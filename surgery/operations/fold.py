@@ -113,7 +113,7 @@ def fold(
     # Folding is float64 arithmetic, which an Apple GPU does not have.
     exact_on = torch.device("cpu") if where.type == "mps" else where
     with (
-        locked(out, inputs),
+        locked(out, inputs, progress),
         DenseWeights(manifest, factorized, weights, values, exact_on, to_dense=dequantize) as dense,
     ):
         if dequantize and not dense.quantized:
@@ -230,9 +230,6 @@ def _fold_shards(
                 record = _fold_shard(shard, manifest, weights, dense, out, progress)
                 journal.record(index, {"file": None if record is None else asdict(record)})
             files.append(record)
-    except KeyboardInterrupt:
-        progress.note(f"stopped after {len(files)} of {len(manifest.shards)} shards; the same command goes on from there")
-        raise
     finally:
         progress.finish()
     return [record for record in files if record is not None]

@@ -94,6 +94,11 @@ class Journal:
                 path.unlink()
         write_file(self._out / RUN_FILE, json.dumps(self._identity, indent=1).encode())
 
+    @staticmethod
+    def count(out: Path) -> int:
+        """How many shards are finished."""
+        return len(list((out / JOURNAL_DIR).glob("[0-9]*.json")))
+
     def record(self, index: int, value: Any) -> None:
         """Say that a shard is finished."""
         sealed = {"value": value, "sha256": _seal(value)}

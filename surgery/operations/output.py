@@ -24,17 +24,19 @@ from surgery.names import (
     SURGERY_DIR,
 )
 from surgery.operations.journal import Journal
+from surgery.progress import Progress
 
 _PARTIAL = ".partial"
 
 
 @contextmanager
-def locked(out: Path, inputs: Iterable[Path]) -> Iterator[None]:
+def locked(out: Path, inputs: Iterable[Path], progress: Progress) -> Iterator[None]:
     """Hold the output folder, created if missing, against other runs. The system lets go of a dead one's lock.
 
     Args:
         out: the folder.
         inputs: folders and files that are read; ``out`` may neither be one, nor lie in one, nor hold one.
+        progress: told how to go on, if the run is interrupted.
 
     Raises:
         OutputError: another run holds it, it is one of the inputs or no folder, or it cannot be written to.
@@ -56,6 +58,10 @@ def locked(out: Path, inputs: Iterable[Path]) -> Iterator[None]:
             ) from None
     try:
         yield
+    except KeyboardInterrupt:
+        if Journal.is_there(out):
+            progress.note(f"stopped after {Journal.count(out)} shards; the same command goes on from there")
+        raise
     finally:
         # The lock's file is removed only while it is held, and with nothing left to go on with.
         unfinished = Journal.is_there(out) or (out / FILES_FILE).is_file()
