@@ -133,12 +133,14 @@ class Family:
         self.make().save_pretrained(folder)  # type: ignore[operator]
         return folder
 
+    def load(self, folder: Path) -> Any:
+        """A saved model, float32."""
+        return type(self.make()).from_pretrained(folder).eval()  # type: ignore[attr-defined]
+
     def output(self, folder: Path) -> torch.Tensor:
         """Of a saved model, float32."""
-        kind = type(self.make())
-        model = kind.from_pretrained(folder).eval()  # type: ignore[attr-defined]
         with torch.no_grad():
-            return self.run(model)
+            return self.run(self.load(folder))
 
 
 _QKVO = {f"self_attn.{name}_proj.weight" for name in "qkvo"}

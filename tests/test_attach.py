@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import Chunk, Interleave, PermuteForRope, Transpose, WeightConverter
 
 import surgery
-from surgery.errors import FormatError, OptionError, SourceError
+from surgery.errors import FormatError, OptionError, SourceError, SurgeryWarning
 from surgery.planning.plan import Layout
 from tests.models import save_llama
 
@@ -19,6 +24,12 @@ def _load(folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
 
 
 IDS = torch.arange(40)[None]
+
+
+def _randomize(scales: surgery.Scales) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for delta in scales.parameters():
+        delta.data = 0.5 * torch.randn(delta.shape, generator=generator)
 
 
 def _train(model: torch.nn.Module, scales: surgery.Scales, steps: int = 5) -> None:
@@ -80,14 +91,131 @@ def test_conv1d_stores_its_weight_transposed(tmp_path: Path) -> None:
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "m")
     surgery.factorize(tmp_path / "m", tmp_path / "f", rank=4)
     model = _load(tmp_path / "m").eval()
-    with pytest.raises(OptionError, match=r"is not the weight of a linear layer of this model"):
-        surgery.attach(model.transformer, tmp_path / "f")
+    with pytest.raises(OptionError, match=r"'transformer\.h\.0\.attn\.c_attn\.weight' is not in this model"):
+        surgery.attach(model.transformer.h[0], tmp_path / "f")
     scales = surgery.attach(model, tmp_path / "f")
     for value in scales.parameters():
         value.data.uniform_(-0.5, 0.5)
     scales.save(tmp_path / "s.safetensors")
     surgery.fold(tmp_path / "f", tmp_path / "s.safetensors", tmp_path / "out")
     assert torch.allclose(_load(tmp_path / "out").eval()(IDS).logits, model(IDS).logits, atol=1e-4)
+
+
+class _Odd(nn.Module):
+    """Weights that are used in other ways than by a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(40, 32)
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+        self.line = nn.Conv1d(32, 32, 3, padding=1, groups=2)
+        self.plane = nn.Conv2d(32, 16, 3, padding="same", padding_mode="reflect")
+        self.space = nn.Conv3d(16, 32, 2, stride=2)
+        self.back = nn.ConvTranspose1d(32, 24, 3, padding=1)
+        self.bilinear = nn.Bilinear(24, 24, 32)
+        self.head = nn.Linear(32, 40, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        x = self.line((x + self.attention(x, x, x)[0]).mT)
+        plane = self.plane(x[..., None].expand(-1, -1, -1, 4))
+        space = self.space(plane[..., None].expand(-1, -1, -1, -1, 4))
+        x = self.back(x + space.mean(dim=(2, 3, 4))[..., None]).mT
+        return self.head(self.bilinear(x, x.flip(1)))
+
+
+def test_any_module(tmp_path: Path) -> None:
+    """Convolutions, tied embeddings, attention that reads its weights itself, modules that nothing is known of."""
+    torch.manual_seed(0)
+    model = _Odd().eval()
+    weights = {name: value for name, value in model.state_dict().items() if name != "head.weight"}
+    (tmp_path / "m").mkdir()
+    save_file(weights, tmp_path / "m/model.safetensors")
+    manifest = surgery.factorize(tmp_path / "m", tmp_path / "f", rank=4, include=["*weight"])
+    assert len(manifest.targets) == 8
+    ids = torch.arange(12).view(2, 6)
+    before = model(ids)
+    scales = surgery.attach(model, tmp_path / "f")
+    assert torch.equal(model(ids), before)
+    _randomize(scales)
+    attached = model(ids)
+    attached.square().mean().backward()
+    assert all(delta.grad is not None for delta in scales.parameters())
+    scales.save(tmp_path / "s.safetensors")
+    surgery.fold(tmp_path / "f", tmp_path / "s.safetensors", tmp_path / "out")
+    folded = _Odd().eval()
+    weights = load_file(tmp_path / "out/model.safetensors")
+    folded.load_state_dict(weights | {"head.weight": weights["embed.weight"]})
+    assert torch.allclose(folded(ids), attached, atol=1e-4)
+    assert not torch.allclose(attached, before, atol=1e-1)
+    with torch.no_grad():  # where attention has a fast path of its own
+        assert torch.allclose(folded(ids), model(ids), atol=1e-4)
+
+
+def test_names_and_shapes_are_followed_as_transformers_converts_them(tmp_path: Path) -> None:
+    """A checkpoint whose weights are fused, interleaved, permuted and transposed against those in memory."""
+    fused = [
+        WeightConverter(
+            "self_attn.qkv.weight",
+            [f"self_attn.{name}_proj.weight" for name in "qkv"],
+            [Chunk(dim=0), PermuteForRope(permute_layer_names=["q_proj", "k_proj"])],
+        ),
+        WeightConverter("mlp.both.weight", ["mlp.gate_proj.weight", "mlp.up_proj.weight"], [Interleave(dim=0), Chunk(dim=0)]),
+        WeightConverter("mlp.down.weight", ["mlp.down_proj.weight"], [Transpose(0, 1)]),
+    ]
+    known = get_checkpoint_conversion_mapping("llama")
+    register_checkpoint_conversion_mapping("llama", fused, overwrite=True)
+    try:
+        torch.manual_seed(0)
+        config = transformers.LlamaConfig(
+            vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+        )
+        llama = tmp_path / "m"
+        transformers.LlamaForCausalLM(config).save_pretrained(llama)
+        manifest = surgery.factorize(llama, tmp_path / "f", rank=4, include=["*_proj.*", "*.qkv.*", "*.both.*", "*.down.*"])
+        assert len(manifest.targets) == 4 * 2
+        original = _load(llama)(IDS).logits
+        for loaded in (llama, tmp_path / "f"):
+            model = _load(loaded)
+            scales = surgery.attach(model, tmp_path / "f")
+            assert torch.allclose(model(IDS).logits, original, atol=1e-4)
+            _randomize(scales)
+            scales.save(tmp_path / "s.safetensors")
+            surgery.fold(tmp_path / "f", tmp_path / "s.safetensors", tmp_path / "out", overwrite=True)
+            attached = model(IDS).logits
+            assert not torch.allclose(attached, original, atol=1e-2)
+            assert torch.allclose(_load(tmp_path / "out")(IDS).logits, attached, atol=1e-4)
+    finally:
+        register_checkpoint_conversion_mapping("llama", known or [], overwrite=True)
+
+
+def test_a_conversion_that_cannot_be_followed(tmp_path: Path) -> None:
+    class Shuffle(Transpose):
+        def convert(self, input_dict: Any, **known: Any) -> Any:
+            return {name: [value[0].unfold(0, 2, 2)] for name, value in input_dict.items()}
+
+    llama = save_llama(tmp_path / "m", torch.float32)
+    surgery.factorize(llama, tmp_path / "f", rank=4)
+    model = _load(llama)
+    known = get_checkpoint_conversion_mapping("llama")
+    odd = WeightConverter("mlp.down_proj.weight", ["mlp.down_proj.weight"], [Shuffle()])
+    register_checkpoint_conversion_mapping("llama", [odd], overwrite=True)
+    try:
+        with pytest.raises(OptionError, match=r"down_proj\.weight' cannot be followed into the model: .* by Shuffle"):
+            surgery.attach(model, tmp_path / "f")
+    finally:
+        register_checkpoint_conversion_mapping("llama", known or [], overwrite=True)
+
+
+def test_layers_that_were_never_run_are_named(llama: Path, tmp_path: Path) -> None:
+    surgery.factorize(llama, tmp_path / "f", rank=4)
+    model = _load(llama)
+    scales = surgery.attach(model, tmp_path / "f")
+    model.model.layers = model.model.layers[:1]
+    model(IDS)
+    with pytest.warns(SurgeryWarning, match=r"'model\.layers\.1\.mlp\.down_proj\.weight' and of 6 other targets were never"):
+        scales.save(tmp_path / "s.safetensors")
 
 
 def test_damaged_factors_are_refused(llama: Path, tmp_path: Path) -> None:

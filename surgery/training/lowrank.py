@@ -1,0 +1,315 @@
+"""The trainable part of an attached model: the low-rank path beside each weight that has scales.
+
+Where a layer is linear, its output gets ``((x V) c) U^T`` added to it, with a coefficient for each direction, so that a
+step keeps rank-k activations and nothing of the size of the weight. A weight that its module uses in another way, such
+as stacked experts, is replaced during the module's forward by an object that does the same inside matrix products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+#: Columns of the factors of a stack come in multiples of this: grouped products want rows of 16 bytes.
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """Directions of one matrix of a target, as they lie in a parameter.
+
+    Attributes:
+        target: position of the target in the list of the path.
+        first: where the scales of the matrix begin among those of the target.
+        matrix: which matrix of the parameter, 0 unless it is a stack.
+        left: (rows, k), zero where the matrix is not.
+        right: (columns, k).
+    """
+
+    target: int
+    first: int
+    matrix: int
+    left: torch.Tensor
+    right: torch.Tensor
+
+
+class LowRankPath(nn.Module):
+    """``left diag(s (delta + offset)) right^T`` for a parameter, from all targets that lie in it.
+
+    Args:
+        deltas: ``g - 1`` of each target, float32, flat; shared with the paths of other parameters that it lies in.
+        singular_values: float32, of each target, shaped like its delta.
+        offsets: of each target: 0 where the parameter holds the original weight, 1 where it holds the residual.
+        terms: of all targets.
+        count: matrices of the parameter; None if it is no stack.
+        like: gives dtype and device.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    singular_values: torch.Tensor
+    offsets: torch.Tensor
+    order: torch.Tensor | None
+
+    def __init__(
+        self,
+        deltas: Sequence[nn.Parameter],
+        singular_values: Sequence[torch.Tensor],
+        offsets: Sequence[int],
+        terms: Sequence[Term],
+        count: int | None,
+        like: torch.Tensor,
+    ) -> None:
+        super().__init__()
+        self.used = False
+        self._count = len(deltas)
+        for i, delta in enumerate(deltas):
+            self.register_parameter(f"delta_{i}", delta)
+        spread = [torch.full_like(s, offset) for s, offset in zip(singular_values, offsets, strict=True)]
+        self._keep("singular_values", torch.cat(list(singular_values)).to(like.device))
+        self._keep("offsets", torch.cat(spread).to(like.device))
+        left, right, order = _side_by_side(terms, [len(s) for s in singular_values], count)
+        self._keep("left", left.to(like))
+        self._keep("right", right.to(like))
+        self._keep("order", None if order is None else order.to(like.device))
+
+    def _keep(self, name: str, value: torch.Tensor | None) -> None:
+        self.register_buffer(name, value, persistent=False)
+
+    def delta(self, i: int) -> nn.Parameter:
+        """That of target i, as it is now: a trainer may have put another object in its place."""
+        return self.get_parameter(f"delta_{i}")
+
+    def coefficients(self) -> torch.Tensor:
+        """float32 (k,), or (B, k) for a stack."""
+        deltas: list[torch.Tensor] = [self.delta(i) for i in range(self._count)]
+        values = self.singular_values * ((deltas[0] if len(deltas) == 1 else torch.cat(deltas)) + self.offsets)
+        if self.order is None:
+            return values
+        return functional.pad(values, (0, 1))[self.order]  # padding is taken from behind the last
+
+    def forward(self, x: torch.Tensor, apply: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Any]) -> Any:
+        """``apply(x, left, right, coefficients)``, all in the dtype of x and on the device of the path."""
+        self.used = True
+        x = x.to(self.left.device)
+        kind = self.left.dtype if torch.is_autocast_enabled(x.device.type) or not x.is_floating_point() else x.dtype
+        return apply(x, self.left.to(kind), self.right.to(kind), self.coefficients().to(kind))
+
+
+def _side_by_side(
+    terms: Sequence[Term], lengths: Sequence[int], count: int | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Factors of all terms in columns, (rows, K) and (columns, K), or (B, ...) for a stack; and which scale each column
+    takes, None if all in order."""
+    firsts = [sum(lengths[:i]) for i in range(len(lengths))]
+    members: list[list[Term]] = [[] for _ in range(count or 1)]
+    for term in terms:
+        members[term.matrix].append(term)
+    ranks = [sum(term.left.shape[1] for term in group) for group in members]
+    width = max(ranks) if count is None else -(-max(ranks) // _ALIGNMENT) * _ALIGNMENT
+    left = terms[0].left.new_zeros(len(members), len(terms[0].left), width)
+    right = terms[0].right.new_zeros(len(members), len(terms[0].right), width)
+    order = torch.full((len(members), width), sum(lengths))
+    for i, group in enumerate(members):
+        column = 0
+        for term in group:
+            k = term.left.shape[1]
+            left[i, :, column : column + k] = term.left
+            right[i, :, column : column + k] = term.right
+            first = firsts[term.target] + term.first
+            order[i, column : column + k] = torch.arange(first, first + k)
+            column += k
+    if count is not None:
+        return left, right, order
+    in_order = torch.equal(order[0], torch.arange(sum(lengths)))
+    return left[0], right[0], None if in_order else order[0]
+
+
+def linear_hook(path: LowRankPath) -> Callable[..., torch.Tensor]:
+    """For a layer that computes ``x W^T``, with or without a bias, from its first argument."""
+
+    def update(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+        return ((x @ right) * coefficients) @ left.T
+
+    return _adding(path, update)
+
+
+def transposed_linear_hook(path: LowRankPath) -> Callable[..., torch.Tensor]:
+    """For a layer that computes ``x W``, such as the Conv1D of GPT-2."""
+
+    def update(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+        return ((x @ left) * coefficients) @ right.T
+
+    return _adding(path, update)
+
+
+def embedding_hook(path: LowRankPath) -> Callable[..., torch.Tensor]:
+    def update(ids: torch.Tensor, left: torch.Tensor, right: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+        return (functional.embedding(ids, left) * coefficients) @ right.T
+
+    return _adding(path, update)
+
+
+def convolution_hook(path: LowRankPath, layer: Any) -> Callable[..., torch.Tensor]:
+    """For a convolution: one with k channels and the kernel of the layer, and one of single points after it."""
+
+    def update(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+        groups, k = layer.groups, left.shape[1]
+        points = (1,) * (layer.weight.ndim - 2)
+        kernel = right.T.reshape(k, *layer.weight.shape[1:])
+        hidden = layer._conv_forward(x, kernel.repeat(groups, *(1,) * (kernel.ndim - 1)), None)
+        hidden = hidden * coefficients.repeat(groups).view(-1, *points)
+        convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[len(points) - 1]
+        return convolve(hidden, left.view(*left.shape, *points), groups=groups)
+
+    return _adding(path, update)
+
+
+def _adding(path: LowRankPath, update: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def hook(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
+        x = inputs[0] if inputs else next(iter(named.values()))
+        added: torch.Tensor = path(x, update)
+        return output + added.to(output.device)
+
+    return hook
+
+
+class Shadow:
+    """Puts a ``LowRankWeight`` in a parameter's place while a module runs.
+
+    In the instance's dictionary, which comes before parameters when an attribute is looked up and is in no state dict.
+
+    Args:
+        path: of the parameter.
+        holder: the module that has it.
+        name: the attribute.
+    """
+
+    def __init__(self, path: LowRankPath, holder: nn.Module, name: str) -> None:
+        self._path = path
+        self._holder = holder
+        self._name = name
+
+    def enter(self, _module: nn.Module, _inputs: tuple[Any, ...]) -> None:
+        def scaled(_: Any, left: torch.Tensor, right: torch.Tensor, coefficients: torch.Tensor) -> LowRankWeight:
+            # Looked up when it is used: it may be brought from elsewhere in between.
+            return LowRankWeight(lambda: self._holder._parameters[self._name], left * coefficients.unsqueeze(-2), right)
+
+        self._holder.__dict__[self._name] = self._path(self._path.left, scaled)
+
+    def leave(self, _module: nn.Module, _inputs: tuple[Any, ...], _output: Any) -> None:
+        self._holder.__dict__.pop(self._name, None)
+
+
+class LowRankWeight:
+    """``weight + left right^T``, the sum never formed for matrix products, and formed for anything else.
+
+    Args:
+        weight: gives (m, n), or (B, m, n) for a stack.
+        left: (m, k) or (B, m, k).
+        right: (n, k) or (B, n, k).
+    """
+
+    _OF_THE_WEIGHT = frozenset(
+        ["data_ptr", "device", "dim", "dtype", "is_cpu", "is_cuda", "is_floating_point", "is_meta", "ndim", "shape", "size"]
+    )
+
+    def __init__(self, weight: Callable[[], Any], left: torch.Tensor, right: torch.Tensor) -> None:
+        self._weight = weight
+        self._left = left
+        self._right = right
+
+    def dense(self) -> torch.Tensor:
+        weight: torch.Tensor = self._weight()
+        return weight + (self._left @ self._right.mT).reshape(weight.shape).to(weight.dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._weight() if name in self._OF_THE_WEIGHT else self.dense(), name)
+
+    def __len__(self) -> int:
+        return len(self._weight())
+
+    def __getitem__(self, index: Any) -> Any:
+        matrices = isinstance(index, int | slice) or (isinstance(index, torch.Tensor) and index.dtype is not torch.bool)
+        if self._left.ndim < 3 or not matrices:
+            return self.dense()[index]
+        weight = self._weight()[index]
+        return LowRankWeight(lambda: weight, self._left[index], self._right[index])
+
+    @property
+    def mT(self) -> LowRankWeight:  # noqa: N802
+        return LowRankWeight(lambda: self._weight().mT, self._right, self._left)
+
+    @property
+    def T(self) -> Any:  # noqa: N802
+        return self.mT if self.ndim == 2 else self.dense().T
+
+    def t(self) -> Any:
+        return self.T
+
+    def transpose(self, dim0: int, dim1: int) -> Any:
+        last = {self.ndim - 2, self.ndim - 1}
+        return self.mT if {dim0 % self.ndim, dim1 % self.ndim} == last else self.dense().transpose(dim0, dim1)
+
+    def __matmul__(self, x: torch.Tensor) -> torch.Tensor:
+        product: torch.Tensor = self._weight() @ x + self._left @ (self._right.mT @ x)
+        return product
+
+    def __rmatmul__(self, x: torch.Tensor) -> torch.Tensor:
+        product: torch.Tensor = x @ self._weight() + (x @ self._left) @ self._right.mT
+        return product
+
+    def _linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return functional.linear(x, self._weight(), bias) + (x @ self._right) @ self._left.mT
+
+    def _grouped(self, product: Callable[..., torch.Tensor], x: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
+        hidden = product(x, self._left, *args, **named)
+        return product(x, self._weight(), *args, **named) + product(hidden, self._right.mT, *args, **named)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is functional.linear and len(args) >= 2 and cls._only(args, 1) and args[1]._left.ndim == 2:
+            bias = args[2] if len(args) > 2 else kwargs.get("bias")
+            return args[1]._linear(args[0], bias)
+        if function in _PRODUCTS and not kwargs and len(args) == 2:
+            if cls._only(args, 1):
+                return args[1].__rmatmul__(args[0])
+            if cls._only(args, 0):
+                return args[0] @ args[1]
+        if function in _GROUPED and cls._only(args, 1):
+            return args[1]._grouped(function, args[0], *args[2:], **kwargs)
+        return function(*_formed(args), **_formed(kwargs))
+
+    @staticmethod
+    def _only(args: Sequence[Any], place: int) -> bool:
+        return all(isinstance(arg, LowRankWeight) == (i == place) for i, arg in enumerate(args))
+
+
+def _delegated(name: str) -> Callable[..., Any]:
+    def operator(self: LowRankWeight, *args: Any) -> Any:
+        return getattr(self.dense(), name)(*_formed(args))
+
+    return operator
+
+
+# Operators are looked up in the class, past __getattr__.
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "neg", "pow"):
+    setattr(LowRankWeight, f"__{_name}__", _delegated(f"__{_name}__"))
+
+_PRODUCTS = {torch.matmul, torch.mm, torch.bmm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.bmm, torch.Tensor.__matmul__}
+_GROUPED = {product for product in (getattr(functional, "grouped_mm", None), getattr(torch, "_grouped_mm", None)) if product}
+
+
+def _formed(value: Any) -> Any:
+    """Arguments with sums in place of what stands for them."""
+    if isinstance(value, LowRankWeight):
+        return value.dense()
+    if isinstance(value, dict):
+        return {key: _formed(item) for key, item in value.items()}
+    return type(value)(_formed(item) for item in value) if isinstance(value, list | tuple) else value
