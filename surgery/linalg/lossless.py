@@ -61,6 +61,22 @@ class Factors:
 
 
 @dataclass(frozen=True, slots=True)
+class Addition:
+    """``left right^T``, added to a weight together with its scaled directions, such as a LoRA update.
+
+    Attributes:
+        left: float32 or float64 (m, r).
+        right: float32 (n, r).
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+
+    def to(self, device: torch.device | str) -> Addition:
+        return Addition(self.left.to(device), self.right.to(device))
+
+
+@dataclass(frozen=True, slots=True)
 class Parts:
     """A weight without its factors.
 
@@ -113,7 +129,11 @@ def split(weight: torch.Tensor, factors: Factors, *, correct: bool = True) -> Pa
 
 
 def join(
-    residual: torch.Tensor, factors: Factors, correction: torch.Tensor, scales: torch.Tensor | None = None
+    residual: torch.Tensor,
+    factors: Factors,
+    correction: torch.Tensor,
+    scales: torch.Tensor | None = None,
+    addition: Addition | None = None,
 ) -> torch.Tensor:
     """The weight that ``split`` took apart, with its directions scaled.
 
@@ -124,6 +144,7 @@ def join(
         factors: on the same device.
         correction: as returned by ``split``, on the CPU.
         scales: ``g``, float32 (k,), on the CPU; None for all ones, which gives W itself.
+        addition: added before the rounding, on the device of the residual.
 
     Returns:
         (m, n), dtype and device of ``residual``.
@@ -136,7 +157,7 @@ def join(
     step = reader.rows_per_block
     with one_thread():
         prediction = _Prediction(factors, residual.dtype)
-        update = None if scales is None else _Update(factors, _change(factors, scales), residual.dtype)
+        update = _update(factors, scales, addition, residual.dtype)
     weight = torch.empty_like(residual)
 
     def worker(most: int) -> Callable[[slice], None]:
@@ -160,24 +181,52 @@ def join(
     return weight
 
 
-def rescale(weight: torch.Tensor, factors: Factors, scales: torch.Tensor) -> torch.Tensor:
+def rescale(
+    weight: torch.Tensor, factors: Factors | None, scales: torch.Tensor | None, addition: Addition | None = None
+) -> torch.Tensor:
     """``round(W + U diag(s (g - 1)) V^T)`` from the weight itself: the fold of an overlay.
 
-    Args and result as for ``join``.
+    Args and result as for ``join``; ``factors`` may be None with an addition.
     """
-    return _updated(weight, _Update(factors, _change(factors, scales), weight.dtype))
+    return _updated(weight, _update(factors, scales, addition, weight.dtype))
 
 
-def approximate(residual: torch.Tensor, factors: Factors, scales: torch.Tensor | None = None) -> torch.Tensor:
+def approximate(
+    residual: torch.Tensor, factors: Factors, scales: torch.Tensor | None = None, addition: Addition | None = None
+) -> torch.Tensor:
     """``round(R + U diag(s g) V^T)``: the fold of a residual without a correction.
 
     Args and result as for ``join``. With scales of 1 it gives what the residual has kept of the weight.
     """
     s = factors.s.double()
-    return _updated(residual, _Update(factors, s if scales is None else s * scales.to(s), residual.dtype))
+    kept = _scaled(factors, s if scales is None else s * scales.to(s))
+    return _updated(residual, _Update(kept if addition is None else _both(kept, addition), residual.dtype))
 
 
-def _updated(weight: torch.Tensor, update: _Update) -> torch.Tensor:
+def _update(
+    factors: Factors | None, scales: torch.Tensor | None, addition: Addition | None, dtype: torch.dtype
+) -> _Update | None:
+    """What changes a weight; None if nothing does."""
+    if factors is None or scales is None:
+        return None if addition is None else _Update(addition, dtype)
+    change = _scaled(factors, _change(factors, scales))
+    return _Update(change if addition is None else _both(change, addition), dtype)
+
+
+def _scaled(factors: Factors, values: torch.Tensor) -> Addition:
+    """``U diag(values) V^T``; float64 (k,)."""
+    return Addition(factors.U.double() * values, factors.V)
+
+
+def _both(first: Addition, second: Addition) -> Addition:
+    return Addition(
+        torch.cat([first.left.double(), second.left.double()], dim=1), torch.cat([first.right, second.right], dim=1)
+    )
+
+
+def _updated(weight: torch.Tensor, update: _Update | None) -> torch.Tensor:
+    if update is None:
+        return weight
     m, n = weight.shape
     result = torch.empty_like(weight)
 
@@ -237,23 +286,23 @@ def _change(factors: Factors, scales: torch.Tensor) -> torch.Tensor:
 
 
 class _Update:
-    """``W + U diag(change) V^T``, rounded once.
+    """``W + left right^T``, rounded once.
 
     Two-byte weights are computed in float32 first, with a bound on the error. Where both ends of the interval round
     to the same number, so does what lies between; the few entries where they do not are computed in float64.
     """
 
-    def __init__(self, factors: Factors, change: torch.Tensor, dtype: torch.dtype) -> None:
-        self._left = factors.U.double() * change
-        self._right = factors.V.double()
+    def __init__(self, change: Addition, dtype: torch.dtype) -> None:
+        self._left = change.left.double()
+        self._right = change.right.double()
         self._dtype = dtype
-        self._in_float64 = len(change) > _MOST_IN_FLOAT32[dtype]
+        k = change.left.shape[1]
+        self._in_float64 = k > _MOST_IN_FLOAT32[dtype]
         if self._in_float64:
             self._right_rows = self._right.T.contiguous()
             return
-        self._left_single, self._right_single = self._left.float(), factors.V.T.contiguous()
+        self._left_single, self._right_single = self._left.float(), change.right.T.contiguous()
         # Each product and each sum is off by 2^-24 of its size, of which there are k + 2; twice that to be safe.
-        k = len(change)
         bound = self._left.norm(dim=1) * self._right.norm(dim=1).max() * (2 * (k + 2) * 2.0**-24)
         self._error = bound.float()[:, None].clamp_(min=1e-40)
 

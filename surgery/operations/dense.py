@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -12,14 +12,15 @@ import torch
 
 from surgery.device import as_memory_allows
 from surgery.engine.pipeline import TargetPiece
-from surgery.errors import FormatError, ScalesError, SourceError
+from surgery.errors import FormatError, OptionError, ScalesError, SourceError
 from surgery.format.factors import FactorsReader
 from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
 from surgery.format.safetensors import Header, make_header, resized
 from surgery.linalg.correction import CorruptCorrection
 from surgery.linalg.fp8 import block_scales, quantize
-from surgery.linalg.lossless import approximate, join, rescale
+from surgery.linalg.lossless import Addition, approximate, join, rescale
 from surgery.linalg.views import View
+from surgery.names import FACTORIZABLE_DTYPES
 from surgery.operations.base import BaseWeights, OwnWeights, check_entry, own_config, shard_path
 from surgery.operations.quantized import Dequantizer
 from surgery.planning.quantization import FP8, Scaled
@@ -40,6 +41,7 @@ class DenseWeights:
         scales: by the key of a target.
         device: where the arithmetic runs; it must have float64.
         to_dense: turn every FP8 weight into bfloat16.
+        additions: by the name of a tensor, what else is added to it before the rounding.
     """
 
     def __init__(
@@ -51,12 +53,14 @@ class DenseWeights:
         device: torch.device,
         *,
         to_dense: bool,
+        additions: Mapping[str, Addition],
     ) -> None:
         self._manifest = manifest
         self._factorized = factorized
         self._scales = scales
         self._device = device
         self._to_dense = to_dense
+        self._additions = additions
         self._shards = {shard.source.file: shard for shard in manifest.shards}
         self._targets: dict[str, list[TargetRecord]] = {}
         for target in manifest.targets:
@@ -86,8 +90,10 @@ class DenseWeights:
         """Whether any weight is FP8."""
         return bool(self._quantized)
 
-    def keeps(self, shard: ShardRecord) -> bool:
-        """Whether a weight file comes out as it was in the source."""
+    def keeps(self, shard: ShardRecord, header: Header) -> bool:
+        """Whether a weight file, with this header, comes out as it was in the source."""
+        if any(entry.name in self._additions for entry in header.tensors):
+            return False
         weights = [tensor for tensor, scaled in self._quantized.items() if scaled.shard == shard.source.file]
         targets = [target for tensor in weights for target in self._targets.get(tensor, [])]
         targets += self._manifest.targets_of(shard.source.file)
@@ -98,7 +104,12 @@ class DenseWeights:
         touched: dict[str, int | None] = {}
         for entry in header.tensors:
             targets = self._targets.get(entry.name, [])
-            changed = any(self._changed(target) for target in targets)
+            added = entry.name in self._additions
+            changed = added or any(self._changed(target) for target in targets)
+            if added and entry.dtype not in FACTORIZABLE_DTYPES and not (self._to_dense and entry.name in self._quantized):
+                raise OptionError(
+                    f"the adapter changes {entry.name!r}, which is {entry.dtype}", hint="--dequantize, if that is FP8"
+                )
             if entry.name in self._quantized:
                 if changed or self._to_dense:
                     touched[entry.name] = View("stack").at_a_time(entry.shape, 4) if len(entry.shape) == 3 else None
@@ -108,6 +119,8 @@ class DenseWeights:
                     touched[entry.name] = None
             elif targets and (changed or self._manifest.layout == "residual"):
                 touched[entry.name] = targets[0].at_a_time
+            elif added:
+                touched[entry.name] = None
         return touched
 
     def missing(self, shard: ShardRecord, header: Header) -> list[str]:
@@ -181,46 +194,85 @@ class DenseWeights:
 
     def _dense(self, weight: torch.Tensor, piece: TargetPiece) -> torch.Tensor:
         """``weight``, that of the piece in working precision, with the scaled directions of its targets."""
+        addition = self._additions.get(piece.entry.name)
         result: torch.Tensor | None = None
-        for target in self._targets.get(piece.entry.name, []):
+        targets = self._targets.get(piece.entry.name, [])
+        if addition is not None and not (len(targets) == 1 and targets[0].slice is None):
+            # What is in no slice; the slices are computed from the weight below.
+            flat = weight.view(len(weight), -1)
+            result = self._computed([flat], lambda w, to: rescale(w, None, None, addition.to(to))).view(weight.shape)
+            _check_finite(result, f"the adapter pushes {piece.entry.name!r}", None)
+        for target in targets:
             check_entry(piece.entry, target)
-            if self._manifest.layout == "overlay" and not self._changed(target):
+            if self._manifest.layout == "overlay" and not self._changed(target) and addition is None:
                 continue
             view = target.seen_as
-            dense = [self._dense_matrix(matrix, target, piece.first + i) for i, matrix in enumerate(view.matrices(weight))]
+            part = None if addition is None else _of_slice(addition, target)
+            matrices = enumerate(view.matrices(weight))
+            dense = [self._dense_matrix(matrix, target, piece.first + i, part) for i, matrix in matrices]
             if view.slice is None and len(dense) == 1:
                 return dense[0].view(weight.shape)
             result = weight.clone() if result is None else result
             view.store(torch.stack(dense), result)
         return weight if result is None else result
 
-    def _dense_matrix(self, weight: torch.Tensor, target: TargetRecord, index: int) -> torch.Tensor:
+    def _computed(
+        self, weights: list[torch.Tensor], compute: Callable[[torch.Tensor, torch.device], torch.Tensor]
+    ) -> torch.Tensor:
+        """Of one weight, on the CPU; worked on where there is memory for it."""
+
+        def on(some: Sequence[torch.Tensor], where: torch.device) -> list[torch.Tensor]:
+            return [compute(some[0].to(where), where).cpu()]
+
+        return as_memory_allows(on, weights, self._device)[0]
+
+    def _dense_matrix(
+        self, weight: torch.Tensor, target: TargetRecord, index: int, addition: Addition | None = None
+    ) -> torch.Tensor:
         """One dense matrix (m, n), on the CPU, from its residual or, for an overlay, from its weight."""
         scales = self._scales[target.key].view(-1, target.rank)[index]
         overlay, changed = self._manifest.layout == "overlay", bool((scales != 1).any())
-        if overlay and not changed:
+        if overlay and not changed and addition is None:
             return weight
         reader = self._reader(target)
         parts = reader.factors(target, index)
         correction = reader.correction(target, index) if not overlay and self._manifest.lossless else None
 
-        def compute(weights: Sequence[torch.Tensor], where: torch.device) -> list[torch.Tensor]:
-            there, kept = weights[0].to(where), parts.to(where)
+        def compute(there: torch.Tensor, where: torch.device) -> torch.Tensor:
+            kept, new = parts.to(where), scales if changed else None
+            added = None if addition is None else addition.to(where)
             if overlay:
-                return [rescale(there, kept, scales).cpu()]
+                return rescale(there, kept, new, added)
             if correction is None:
-                return [approximate(there, kept, scales if changed else None).cpu()]
-            return [join(there, kept, correction, scales if changed else None).cpu()]
+                return approximate(there, kept, new, added)
+            return join(there, kept, correction, new, added)
 
         try:
-            result = as_memory_allows(compute, [weight], self._device)[0]
+            result = self._computed([weight], compute)
         except CorruptCorrection as error:
             raise FormatError(f"{target.shard}: the correction of {target.key!r} is damaged ({error})") from error
-        # A minimum or maximum of NaN is NaN: one pass, many times faster than asking each number.
-        if changed and not all(bool(torch.isfinite(end)) for end in torch.aminmax(result)):
-            raise ScalesError(
-                f"the scales of {target.key!r} push weights beyond the range of {str(weight.dtype).removeprefix('torch.')}",
-                got=f"scales of up to {scales.abs().max().item():.3g}",
-                hint="the training diverged: take an earlier checkpoint",
-            )
+        if changed or addition is not None:
+            what = f"the scales of {target.key!r} push" if addition is None else f"scales and adapter push {target.key!r}"
+            _check_finite(result, what, scales)
         return result
+
+
+def _check_finite(weight: torch.Tensor, what: str, scales: torch.Tensor | None) -> None:
+    # A minimum or maximum of NaN is NaN: one pass, many times faster than asking each number.
+    if not all(bool(torch.isfinite(end)) for end in torch.aminmax(weight)):
+        raise ScalesError(
+            f"{what} weights beyond the range of {str(weight.dtype).removeprefix('torch.')}",
+            got=None if scales is None else f"scales of up to {scales.abs().max().item():.3g}",
+            hint="the training diverged: take an earlier checkpoint",
+        )
+
+
+def _of_slice(addition: Addition, target: TargetRecord) -> Addition:
+    """The part of what is added to a tensor that concerns a target."""
+    part = target.slice
+    if part is None:
+        return addition
+    sides = [addition.left, addition.right]
+    phase = torch.arange(len(sides[part.axis])) % part.period
+    sides[part.axis] = sides[part.axis][(phase >= part.start) & (phase < part.stop)]
+    return Addition(*sides)

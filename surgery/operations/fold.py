@@ -26,9 +26,11 @@ from surgery.format.files import (
     not_as_described,
     write_file,
 )
+from surgery.format.lora import read_lora
 from surgery.format.manifest import Manifest, ShardRecord, decode_file
 from surgery.format.safetensors import ShardReader
 from surgery.format.scales import check_scales, read_scales
+from surgery.linalg.lossless import Addition
 from surgery.memory import bytes_of
 from surgery.names import CONFIG_FILE, MANIFEST_FILE
 from surgery.operations.base import BaseWeights, OwnWeights, open_base
@@ -39,6 +41,7 @@ from surgery.operations.quantized import index_of, without_quantization
 from surgery.progress import Progress, Silent
 from surgery.source.model import open_source
 from surgery.source.select import INDEX_SUFFIX
+from surgery.training.adapter import additions_of
 
 _BASE_HINT = "give the model that was factorized with --base"
 
@@ -55,6 +58,7 @@ class FoldReport:
         restored: weight files that are the source's own, bit for bit.
         lossless: whether untouched weights are the source's: not after ``--no-correction``.
         dequantized: whether FP8 weights have become bfloat16.
+        adapted: how many tensors a LoRA adapter changed.
     """
 
     out: Path
@@ -64,6 +68,7 @@ class FoldReport:
     restored: int
     lossless: bool
     dequantized: bool
+    adapted: int
 
 
 def fold(
@@ -72,15 +77,17 @@ def fold(
     out: str | Path = "folded",
     *,
     base: str | Path | None = None,
+    lora: str | Path | None = None,
     device: str = "auto",
     dequantize: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> FoldReport:
-    """Write dense weights ``round(W + U diag(s (g - 1)) V^T)`` under the source's names, dtypes and shards.
+    """Write dense weights ``round(W + U diag(s (g - 1)) V^T + B A)`` under the source's names, dtypes and shards.
 
     W is recovered bit for bit and the update added with one rounding at the end, so a target whose scales are all 1
-    keeps its bytes. A residual without a correction gives ``round(R + U diag(s g) V^T)`` instead.
+    keeps its bytes. A residual without a correction gives ``round(R + U diag(s g) V^T)`` instead. ``B A`` is the update
+    of a LoRA adapter, if one is given, scaled by its alpha.
 
     Args:
         factorized: a folder written by ``factorize``.
@@ -88,6 +95,7 @@ def fold(
         out: folder to write, empty or new.
         base: for an overlay, the model it was made from (folder or hub id), if the one that the manifest names is
             not to be used.
+        lora: folder of a LoRA adapter that was trained together with the scales, as PEFT saves it.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         dequantize: write every FP8 weight as bfloat16, without its scales, and drop the quantization from the config;
             otherwise a changed FP8 weight is quantized again, with fresh scales for its blocks.
@@ -110,19 +118,23 @@ def fold(
     inputs = [factorized] + ([folder] if (folder := weights.folder()) else [])
     if not isinstance(scales, Mapping):
         inputs.append(Path(scales))
+    additions: dict[str, Addition] = {}
+    if lora is not None:
+        inputs.append(Path(lora))
+        additions = _additions(factorized, manifest, weights, Path(lora))
     # Folding is float64 arithmetic, which an Apple GPU does not have.
     exact_on = torch.device("cpu") if where.type == "mps" else where
     with (
         locked(out, inputs, progress),
-        DenseWeights(manifest, factorized, weights, values, exact_on, to_dense=dequantize) as dense,
+        DenseWeights(manifest, factorized, weights, values, exact_on, to_dense=dequantize, additions=additions) as dense,
     ):
         if dequantize and not dense.quantized:
             raise OptionError("there is nothing to dequantize: this is no overlay of an FP8 model", hint="drop --dequantize")
         if not overwrite and _looks_finished(out, manifest, dequantize):
-            report = _compared(out, manifest, weights, dense, values, progress)
+            report = _compared(out, manifest, weights, dense, values, len(additions), progress)
             Journal.forget(out)
             return report
-        journal = Journal(out, _identity(factorized, manifest, weights, values, exact_on, dequantize))
+        journal = Journal(out, _identity(factorized, manifest, weights, values, additions, exact_on, dequantize))
         # What is FP8 takes twice as much in bfloat16.
         needed = sum(shard.source.size for shard in manifest.shards) * (2 if dequantize else 1)
         needed += sum(record.size for record in manifest.files)
@@ -131,16 +143,31 @@ def fold(
         files = _fold_shards(manifest, weights, dense, out, journal, progress)
         _copy_others(factorized, out, manifest, to_dense=dequantize)
         Journal.forget(out)
-    return _report(out, files, manifest, values, dequantize=dequantize)
+    return _report(out, files, manifest, values, len(additions), dequantize=dequantize)
+
+
+def _additions(factorized: Path, manifest: Manifest, weights: OwnWeights | BaseWeights, lora: Path) -> dict[str, Addition]:
+    """What a LoRA adapter adds to which tensors."""
+    shapes = {}
+    for shard in manifest.shards:
+        with ShardReader(weights.file(shard)[0]) as reader:
+            shapes.update({entry.name: entry.shape for entry in reader.header.tensors})
+    return additions_of(factorized, shapes, read_lora(lora))
 
 
 def _report(
-    out: Path, files: list[FileRecord], manifest: Manifest, values: Mapping[str, torch.Tensor], *, dequantize: bool
+    out: Path,
+    files: list[FileRecord],
+    manifest: Manifest,
+    values: Mapping[str, torch.Tensor],
+    adapted: int,
+    *,
+    dequantize: bool,
 ) -> FoldReport:
     changed = sum(bool((value != 1).any()) for value in values.values())
     originals = {shard.source.file: shard.source.sha256 for shard in manifest.shards}
     restored = sum(file.sha256 == originals[file.file] for file in files)
-    return FoldReport(out, tuple(files), len(values), changed, restored, manifest.lossless, dequantize)
+    return FoldReport(out, tuple(files), len(values), changed, restored, manifest.lossless, dequantize, adapted)
 
 
 def _looks_finished(out: Path, manifest: Manifest, dequantize: bool) -> bool:
@@ -159,6 +186,7 @@ def _compared(
     weights: OwnWeights | BaseWeights,
     dense: DenseWeights,
     values: Mapping[str, torch.Tensor],
+    adapted: int,
     progress: Progress,
 ) -> FoldReport:
     """The report of a fold that is complete already. It keeps no record of itself, so it is done again and compared.
@@ -182,7 +210,7 @@ def _compared(
             hint="--overwrite replaces an earlier result; -o chooses another folder",
         )
     progress.note(f"{out} is already complete: nothing to do")
-    return _report(out, files, manifest, values, dequantize=False)
+    return _report(out, files, manifest, values, adapted, dequantize=False)
 
 
 def _identity(
@@ -190,13 +218,16 @@ def _identity(
     manifest: Manifest,
     weights: OwnWeights | BaseWeights,
     scales: Mapping[str, torch.Tensor],
+    additions: Mapping[str, Addition],
     device: torch.device,
     dequantize: bool,
 ) -> dict[str, Any]:
     """All that the bytes of the result depend on."""
-    digest = hashlib.sha256()
+    digest, added = hashlib.sha256(), hashlib.sha256()
     for key, value in sorted(scales.items()):
         digest.update(f"{key}\0".encode() + bytes_of(value.contiguous()))
+    for tensor, addition in sorted(additions.items()):
+        added.update(f"{tensor}\0".encode() + bytes_of(addition.left.contiguous()) + bytes_of(addition.right.contiguous()))
     return {
         "command": "fold",
         "tool": f"surgery {__version__}",
@@ -204,6 +235,7 @@ def _identity(
         "device": device_name(device),
         "manifest": file_sha256(factorized / MANIFEST_FILE),
         "scales": digest.hexdigest(),
+        "lora": added.hexdigest(),
         "dequantize": dequantize,
         "base": weights.stamps(),
     }
@@ -293,7 +325,7 @@ def _write_shard(
     if walk.sha256 != expected.sha256:
         overlay = manifest.layout == "overlay"
         raise not_as_described(path, walk.sha256, expected, _BASE_HINT if overlay else DAMAGED_HINT)
-    if header == reader.header.raw and dense.keeps(shard) and writer.sha256 != shard.source.sha256:
+    if header == reader.header.raw and dense.keeps(shard, reader.header) and writer.sha256 != shard.source.sha256:
         raise FormatError(f"{path}: untouched scales do not give the source back", hint=DAMAGED_HINT)
 
 

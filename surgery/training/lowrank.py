@@ -24,14 +24,12 @@ class Term:
     """Directions of one matrix of a target, as they lie in a parameter.
 
     Attributes:
-        target: position of the target in the list of the path.
         first: where the scales of the matrix begin among those of the target.
         matrix: which matrix of the parameter, 0 unless it is a stack.
         left: (rows, k), zero where the matrix is not.
         right: (columns, k).
     """
 
-    target: int
     first: int
     matrix: int
     left: torch.Tensor
@@ -45,7 +43,7 @@ class LowRankPath(nn.Module):
         deltas: ``g - 1`` of each target, float32, flat; shared with the paths of other parameters that it lies in.
         singular_values: float32, of each target, shaped like its delta.
         offsets: of each target: 0 where the parameter holds the original weight, 1 where it holds the residual.
-        terms: of all targets.
+        terms: of each target.
         count: matrices of the parameter; None if it is no stack.
         like: gives dtype and device.
     """
@@ -61,7 +59,7 @@ class LowRankPath(nn.Module):
         deltas: Sequence[nn.Parameter],
         singular_values: Sequence[torch.Tensor],
         offsets: Sequence[int],
-        terms: Sequence[Term],
+        terms: Sequence[Sequence[Term]],
         count: int | None,
         like: torch.Tensor,
     ) -> None:
@@ -102,26 +100,27 @@ class LowRankPath(nn.Module):
 
 
 def _side_by_side(
-    terms: Sequence[Term], lengths: Sequence[int], count: int | None
+    terms: Sequence[Sequence[Term]], lengths: Sequence[int], count: int | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Factors of all terms in columns, (rows, K) and (columns, K), or (B, ...) for a stack; and which scale each column
     takes, None if all in order."""
     firsts = [sum(lengths[:i]) for i in range(len(lengths))]
-    members: list[list[Term]] = [[] for _ in range(count or 1)]
-    for term in terms:
-        members[term.matrix].append(term)
-    ranks = [sum(term.left.shape[1] for term in group) for group in members]
-    width = max(ranks) if count is None else -(-max(ranks) // _ALIGNMENT) * _ALIGNMENT
-    left = terms[0].left.new_zeros(len(members), len(terms[0].left), width)
-    right = terms[0].right.new_zeros(len(members), len(terms[0].right), width)
-    order = torch.full((len(members), width), sum(lengths))
-    for i, group in enumerate(members):
-        column = 0
+    members: list[list[tuple[int, Term]]] = [[] for _ in range(count or 1)]
+    for first, group in zip(firsts, terms, strict=True):
         for term in group:
+            members[term.matrix].append((first + term.first, term))
+    ranks = [sum(term.left.shape[1] for _, term in matrix) for matrix in members]
+    width = max(ranks) if count is None else -(-max(ranks) // _ALIGNMENT) * _ALIGNMENT
+    some = terms[0][0]
+    left = some.left.new_zeros(len(members), len(some.left), width)
+    right = some.right.new_zeros(len(members), len(some.right), width)
+    order = torch.full((len(members), width), sum(lengths))
+    for i, matrix in enumerate(members):
+        column = 0
+        for first, term in matrix:
             k = term.left.shape[1]
             left[i, :, column : column + k] = term.left
             right[i, :, column : column + k] = term.right
-            first = firsts[term.target] + term.first
             order[i, column : column + k] = torch.arange(first, first + k)
             column += k
     if count is not None:
@@ -281,7 +280,7 @@ class LowRankWeight:
             if cls._only(args, 1):
                 return args[1].__rmatmul__(args[0])
             if cls._only(args, 0):
-                return args[0] @ args[1]
+                return args[0].__matmul__(args[1])  # by name: torch.compile takes the operator for that of a tensor
         if function in _GROUPED and cls._only(args, 1):
             return args[1]._grouped(function, args[0], *args[2:], **kwargs)
         return function(*_formed(args), **_formed(kwargs))

@@ -1,0 +1,284 @@
+"""Which parameters of a model the targets of a checkpoint are in, how their modules use them, and the factors to match."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery.errors import OptionError
+from surgery.format.manifest import Manifest, TargetRecord
+from surgery.linalg.lossless import Factors
+from surgery.training.lowrank import Term
+from surgery.training.placement import Place, Positions, locate
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's, DistributedDataParallel's and PEFT's wrappers."""
+    inner: Any = model
+    while True:
+        if hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        elif type(inner).__name__ in ("DistributedDataParallel", "DataParallel"):
+            inner = inner.module
+        elif type(inner).__module__ == "peft.peft_model":
+            inner = inner.get_base_model()
+        else:
+            unwrapped: nn.Module = inner
+            return unwrapped
+
+
+def places_of(model: nn.Module, manifest: Manifest) -> dict[str, list[Place]]:
+    """Tensor of a target -> where it is."""
+    shapes: dict[str, Sequence[int] | None] = {skipped.tensor: None for skipped in manifest.skipped}
+    shapes |= {target.tensor: target.shape for target in manifest.targets}
+    places = locate(model, shapes)
+    for target in manifest.targets:
+        if target.tensor not in places:
+            raise OptionError(
+                f"{target.tensor!r} is not in this model",
+                got=type(model).__name__,
+                expected="the model that the checkpoint loads as",
+                hint="fold the scales instead, or factorize with --include for the layers that the model has",
+            )
+    return places
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A module that holds a parameter.
+
+    Attributes:
+        module, name: where it is.
+        kind: how it is used: ``linear``, ``transposed``, ``embedding``, ``convolution``, or in an unknown way.
+        caller: whose forward uses it.
+    """
+
+    module: nn.Module
+    name: str
+    kind: str
+    caller: nn.Module
+
+
+@dataclass(slots=True)
+class Carrier:
+    """A parameter, all modules that hold it, and what it gets.
+
+    Attributes:
+        layers: one, or several for tied weights.
+        shape: of the weight, also where that is stored in another way.
+        quantized: whether it is.
+        stack: whether it is seen as a batch of matrices.
+    """
+
+    layers: list[Layer]
+    shape: tuple[int, ...]
+    quantized: bool
+    stack: bool = False
+
+    @property
+    def rows_and_columns(self) -> tuple[int, int]:
+        shape = self.shape[1:] if self.stack else self.shape
+        return shape[0], math.prod(shape[1:])
+
+    def present(self) -> AbstractContextManager[Any]:
+        """The weight is where it is computed with, even if accelerate keeps it elsewhere."""
+        module = self.layers[0].module
+        if hasattr(module, "_hf_hook") and self.weight().is_meta:
+            from accelerate.utils import align_module_device  # type: ignore[import-untyped]
+
+            aligned: AbstractContextManager[Any] = align_module_device(module)
+            return aligned
+        return nullcontext()
+
+    def weight(self) -> torch.Tensor:
+        layer = self.layers[0]
+        return layer.module.get_parameter(layer.name).detach()
+
+
+def carriers_of(model: nn.Module, names: set[str]) -> dict[str, Carrier]:
+    """Full name of a parameter -> its carrier, the same for all names of one parameter."""
+    callers = {
+        child: parent
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if name in _read_by_parent(type(parent))  # type: ignore[arg-type]  # types have a hash
+    }
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append((module, name))
+    made: dict[int, Carrier] = {}
+    carriers = {}
+    for name in names:
+        parameter = model.get_parameter(name)
+        if id(parameter) not in made:
+            first = holders[id(parameter)][0][0]
+            quantized = _is_quantized(first, parameter, name)
+            layers = [
+                Layer(module, attribute, _kind(module, attribute, quantized, module in callers), callers.get(module, module))
+                for module, attribute in holders[id(parameter)]
+            ]
+            shape = (first.out_features, first.in_features) if quantized else tuple(parameter.shape)
+            made[id(parameter)] = Carrier(layers, shape, quantized)  # type: ignore[arg-type]
+        carriers[name] = made[id(parameter)]
+    return carriers
+
+
+@cache
+def _read_by_parent(kind: Any) -> frozenset[str]:
+    """Names of children whose weight a module uses by itself, past their forward: Mamba's dt_proj, attention's out_proj.
+
+    Told by its source, in want of anything better; ``Scales.save`` warns of a layer that was never called.
+    """
+    names: set[str] = set()
+    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        with suppress(OSError, TypeError):  # made at run time, or without source
+            names.update(re.findall(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|size|is_\w+))", inspect.getsource(base)))
+    return frozenset(names)
+
+
+def _is_quantized(module: nn.Module, weight: nn.Parameter, name: str) -> bool:
+    if is_sharded(weight):
+        raise OptionError(f"{name!r} is sharded over processes", hint="attach first, then shard the model")
+    # Libraries store integers, 8-bit floats, or a kind of tensor of their own.
+    plain = type(weight) is nn.Parameter and weight.is_floating_point() and weight.element_size() > 1
+    if not plain and not isinstance(module, nn.Linear):
+        raise OptionError(
+            f"{name!r} is quantized, and not the weight of a linear layer",
+            got=f"{type(weight).__name__} of {weight.dtype} in {type(module).__name__}",
+            hint="load the model without quantization",
+        )
+    return not plain
+
+
+def _kind(module: Any, name: str, quantized: bool, used_by_parent: bool) -> str:
+    """How a module uses a parameter. A subclass with a forward of its own may do anything with it."""
+    if isinstance(module, nn.RNNBase):
+        raise OptionError("scales cannot be attached to recurrent layers", hint="leave them out with --exclude")
+    kind: Any = type(module)
+    forward = kind.forward
+    if name != "weight" or used_by_parent:
+        return "unknown"
+    if quantized or forward is nn.Linear.forward:
+        return "linear"
+    if kind.__qualname__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
+        return "transposed"
+    if forward is nn.Embedding.forward and module.max_norm is None:
+        return "embedding"
+    return "convolution" if forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward) else "unknown"
+
+
+def terms_of(
+    target: TargetRecord, places: Sequence[Place], carriers: dict[str, Carrier], factors: Sequence[Factors]
+) -> Iterator[tuple[Carrier, Term]]:
+    """The directions of a target, matrix by matrix, as they lie in the parameters that it is in.
+
+    Args:
+        target: with its ``places`` and the ``carriers`` of these.
+        factors: of its matrices.
+
+    Raises:
+        OptionError: a parameter has not the shape that the checkpoint's tensor gives it.
+    """
+    for place in places:
+        carrier = carriers[place.parameter]
+        if place.shape != carrier.shape:
+            raise OptionError(
+                f"{target.tensor!r} does not fit the parameter {place.parameter!r} of the model",
+                got=list(carrier.shape),
+                expected=list(place.shape),
+            )
+        carrier.stack, region = _region(target, place)
+        rows, columns = carrier.rows_and_columns
+        for matrix, index in zip(region.matrices, region.of_target, strict=True):
+            left, right = factors[index].U, factors[index].V
+            if region.transposed:
+                left, right = right, left
+            left, right = _placed(left, region.rows, rows), _placed(right, region.columns, columns)
+            yield carrier, Term(index * target.rank, matrix, left, right)
+
+
+@dataclass(frozen=True, slots=True)
+class _Region:
+    """Where matrices of a target are in a parameter.
+
+    Attributes:
+        matrices: which of the parameter's, ``[0]`` unless it is a stack.
+        of_target: which of the target's are there.
+        rows, columns: positions in the matrix of the parameter, and those in the target's that are there.
+        transposed: whether rows of the parameter are columns of the target.
+    """
+
+    matrices: Sequence[int]
+    of_target: Sequence[int]
+    rows: tuple[Positions, Positions]
+    columns: tuple[Positions, Positions]
+    transposed: bool
+
+
+def _region(target: TargetRecord, place: Place) -> tuple[bool, _Region]:
+    """And whether the parameter is a stack."""
+    piece = place.piece
+    if target.view == "convolution":
+        whole = tuple(range(len(target.shape)))
+        if piece.axes != whole or any(len(piece.of[axis]) != target.shape[axis] for axis in whole[1:]):
+            raise _unknown_place(target, place)
+        every = range(math.prod(target.shape[1:]))
+        rows = _in_slice(target, 0, piece.at[0], piece.of[0])
+        return False, _Region([0], [0], rows, _in_slice(target, 1, every, every), transposed=False)
+    row, column = (1, 2) if target.view == "stack" else (0, 1)
+    stack = len(piece.axes) == 3
+    if piece.axes[-2:] not in ((row, column), (column, row)) or len(piece.axes) - stack != 2:
+        raise _unknown_place(target, place)
+    transposed = piece.axes[-2] == column
+    cut = [_in_slice(target, 0 if piece.axes[axis] == row else 1, piece.at[axis], piece.of[axis]) for axis in (-2, -1)]
+    if not stack:
+        return False, _Region([0], [0], cut[0], cut[1], transposed)
+    matrices, of_target = ([int(i) for i in positions[0]] for positions in (piece.at, piece.of))
+    return True, _Region(
+        matrices, of_target if piece.axes[0] == 0 and target.view == "stack" else [0], cut[0], cut[1], transposed
+    )
+
+
+def _unknown_place(target: TargetRecord, place: Place) -> OptionError:
+    return OptionError(
+        f"{target.tensor!r} lies in the parameter {place.parameter!r} of the model in a way that scales cannot follow",
+        got=f"axes {place.piece.axes} of a {target.view}",
+        hint="fold the scales instead, or leave it out with --exclude",
+    )
+
+
+def _in_slice(target: TargetRecord, axis: int, at: Positions, of: Positions) -> tuple[Positions, Positions]:
+    """Positions in a parameter, and in the target's matrix instead of the whole tensor's."""
+    part = target.slice
+    if part is None or part.axis != axis:
+        return at, of
+    index = torch.as_tensor(of)
+    phase = index % part.period
+    inside = (phase >= part.start) & (phase < part.stop)
+    local = index // part.period * (part.stop - part.start) + phase - part.start
+    return torch.as_tensor(at)[inside], local[inside]
+
+
+def _placed(factor: torch.Tensor, positions: tuple[Positions, Positions], length: int) -> torch.Tensor:
+    """Rows of a factor (any, k) where they belong among ``length``, zero elsewhere."""
+    at, of = positions
+    if isinstance(at, range) and isinstance(of, range) and at == of == range(length):
+        return factor
+    placed = factor.new_zeros(length, factor.shape[1])
+    placed[torch.as_tensor(at)] = factor[torch.as_tensor(of)]
+    return placed
+
+
+def is_sharded(parameter: torch.Tensor) -> bool:
+    """Whether it is a DTensor, asked without importing what these are."""
+    return hasattr(parameter, "device_mesh")

@@ -1,0 +1,163 @@
+"""Scales together with a LoRA update: trained together, folded together, and exported as one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import surgery
+from surgery.errors import FormatError, OptionError, SourceError
+from tests.families import FAMILIES
+from tests.models import tensors_of
+
+# PEFT asks transformers for an attribute that has a new name.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
+]
+
+
+def _with_lora(model: Any, targets: list[str], **options: Any) -> Any:
+    torch.manual_seed(2)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, **options))
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(0, 0.1)
+    return adapted
+
+
+def _random_scales(scales: surgery.Scales) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for delta in scales.parameters():
+        delta.data = 0.5 * torch.randn(delta.shape, generator=generator)
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "targets"),
+    [
+        ("llama", None, ["q_proj", "down_proj", "lm_head"]),
+        ("gpt2", True, ["c_attn", "c_proj"]),
+        ("phi3", True, ["qkv_proj", "down_proj"]),
+        ("bert", None, ["query", "dense"]),
+        ("vit", None, ["q_proj", "fc1"]),
+        ("mixtral", None, ["q_proj"]),
+    ],
+)
+@pytest.mark.parametrize("layout", ["residual", "overlay"])
+def test_trained_together_and_folded_together(
+    name: str, split: bool | None, targets: list[str], layout: Any, tmp_path: Path
+) -> None:
+    family = FAMILIES[name]
+    folder = family.save(tmp_path / "m")
+    surgery.factorize(folder, tmp_path / "f", rank=4, split=split, layout=layout)
+    model = _with_lora(family.load(folder), targets, fan_in_fan_out=name == "gpt2")
+    scales = surgery.attach(model, tmp_path / "f")
+    model.eval()
+    before = family.run(model)
+    before.square().mean().backward()
+    trained = {id(p) for p in model.parameters() if p.grad is not None}
+    lora = {id(p) for n, p in model.named_parameters() if "lora_" in n}
+    assert trained == lora | {id(p) for p in scales.parameters()}
+    _random_scales(scales)
+    with torch.no_grad():
+        attached = family.run(model)
+    scales.save(tmp_path / "s.safetensors")
+    model.save_pretrained(tmp_path / "lora")
+    report = surgery.fold(
+        tmp_path / "f",
+        tmp_path / "s.safetensors",
+        tmp_path / "o",
+        lora=tmp_path / "lora",
+        base=folder if layout == "overlay" else None,
+    )
+    assert report.adapted > 0
+    folded = family.output(tmp_path / "o")
+    largest = folded.abs().max().item()
+    assert torch.allclose(attached, folded, rtol=1e-3, atol=1e-4 * largest)
+    assert not torch.allclose(folded, before, rtol=1e-3, atol=2e-3 * largest)
+
+
+@pytest.mark.parametrize("layout", ["residual", "overlay"])
+def test_one_rounding(layout: Any, llama: Path, tmp_path: Path) -> None:
+    """In bfloat16: W, scaled directions and PEFT's own update, summed in float64 and rounded once."""
+    import transformers
+
+    surgery.factorize(llama, tmp_path / "f", rank=4, layout=layout)
+    options = {"use_rslora": True, "rank_pattern": {"layers.1.mlp.up_proj": 5}, "alpha_pattern": {"up_proj": 7}}
+    model = _with_lora(
+        transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32),
+        ["q_proj", "up_proj", "lm_head"],
+        **options,
+    )
+    model.save_pretrained(tmp_path / "lora")
+    scales = load_file(tmp_path / "f/surgery/scales.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    scales = {key: 1 + 0.3 * torch.randn(value.shape, generator=generator) for key, value in scales.items()}
+    surgery.fold(tmp_path / "f", scales, tmp_path / "o", lora=tmp_path / "lora", base=llama if layout == "overlay" else None)
+    factors: dict[str, torch.Tensor] = {}
+    for path in (tmp_path / "f/surgery").glob("factors-*"):
+        factors |= load_file(path)
+    original, folded = tensors_of(llama), tensors_of(tmp_path / "o")
+    layers = {
+        name.removeprefix("base_model.model."): layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")
+    }
+    assert len(layers) == 5
+    for name, weight in original.items():
+        expected = weight.double()
+        if name in scales:
+            U, s, V = (factors[f"{name}.{part}"].double() for part in ("U", "s", "V"))
+            expected = expected + U @ torch.diag(s * (scales[name].double() - 1)) @ V.T
+        layer = layers.get(name.removesuffix(".weight"))
+        if layer is not None:
+            A, B = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
+            expected = expected + layer.scaling["default"] * (B @ A)
+        assert torch.equal(folded[name], expected.to(weight.dtype)), name
+
+
+def test_an_adapter_alone_changes_nothing_else(llama: Path, tmp_path: Path) -> None:
+    import transformers
+
+    surgery.factorize(llama, tmp_path / "f", rank=4)
+    _with_lora(transformers.AutoModelForCausalLM.from_pretrained(llama), ["o_proj"]).save_pretrained(tmp_path / "lora")
+    surgery.fold(tmp_path / "f", tmp_path / "f/surgery/scales.safetensors", tmp_path / "o", lora=tmp_path / "lora")
+    before, after = tensors_of(llama), tensors_of(tmp_path / "o")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"model.layers.{i}.self_attn.o_proj.weight" for i in range(2)}
+
+
+def test_adapters_that_cannot_be_folded(llama: Path, tmp_path: Path) -> None:
+    import transformers
+
+    surgery.factorize(llama, tmp_path / "f", rank=4)
+    scales = tmp_path / "f/surgery/scales.safetensors"
+    fresh = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    with pytest.raises(SourceError, match=r"there is no adapter_config\.json"):
+        surgery.fold(tmp_path / "f", scales, tmp_path / "o", lora=llama)
+    _with_lora(fresh, ["o_proj"], use_dora=True).save_pretrained(tmp_path / "dora")
+    with pytest.raises(OptionError, match="a LoRA adapter with use_dora cannot be folded"):
+        surgery.fold(tmp_path / "f", scales, tmp_path / "o", lora=tmp_path / "dora")
+    adapter = tmp_path / "lora"
+    fresh = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    _with_lora(fresh, ["o_proj"]).save_pretrained(adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    for change, error, message in (
+        ({"modules_to_save": ["lm_head"]}, OptionError, "modules_to_save"),
+        ({"init_lora_weights": "pissa"}, OptionError, "init_lora_weights"),
+        ({"peft_type": "IA3"}, OptionError, "is no LoRA adapter"),
+        ({"r": 4}, FormatError, "contradicts its config"),
+    ):
+        (adapter / "adapter_config.json").write_text(json.dumps(config | change))
+        with pytest.raises(error, match=message):
+            surgery.fold(tmp_path / "f", scales, tmp_path / "o", lora=adapter)
+    other = FAMILIES["gpt2"].save(tmp_path / "gpt2")
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    surgery.factorize(other, tmp_path / "g", rank=4)
+    with pytest.raises(OptionError, match=r"the adapter changes 'model\.layers\.0\.self_attn\.o_proj', which is no module"):
+        surgery.fold(tmp_path / "g", tmp_path / "g/surgery/scales.safetensors", tmp_path / "o", lora=adapter)
+    assert not (tmp_path / "o/config.json").exists()
