@@ -18,23 +18,31 @@ if TYPE_CHECKING:
     from surgery.format.manifest import Manifest
     from surgery.linalg.energy import energy_svd
     from surgery.linalg.svd import Certificate, TruncatedSVD, truncated_svd
+    from surgery.operations.blend import blend
+    from surgery.operations.export import ExportReport, export
     from surgery.operations.factorize import factorize, plan
     from surgery.operations.fold import FoldReport, fold
+    from surgery.operations.project import ProjectReport, project
     from surgery.operations.verify import VerifyReport, verify
     from surgery.training.attach import Scales, attach
 
 _HOMES = {
     "Certificate": "surgery.linalg.svd",
+    "ExportReport": "surgery.operations.export",
     "FoldReport": "surgery.operations.fold",
     "Manifest": "surgery.format.manifest",
+    "ProjectReport": "surgery.operations.project",
     "Scales": "surgery.training.attach",
     "SurgeryError": "surgery.errors",
     "TruncatedSVD": "surgery.linalg.svd",
     "attach": "surgery.training.attach",
+    "blend": "surgery.operations.blend",
     "energy_svd": "surgery.linalg.energy",
+    "export": "surgery.operations.export",
     "factorize": "surgery.operations.factorize",
     "fold": "surgery.operations.fold",
     "plan": "surgery.operations.factorize",
+    "project": "surgery.operations.project",
     "truncated_svd": "surgery.linalg.svd",
     "VerifyReport": "surgery.operations.verify",
     "verify": "surgery.operations.verify",
@@ -42,18 +50,23 @@ _HOMES = {
 
 __all__ = [
     "Certificate",
+    "ExportReport",
     "FoldReport",
     "Manifest",
+    "ProjectReport",
     "Scales",
     "SurgeryError",
     "TruncatedSVD",
     "VerifyReport",
     "__version__",
     "attach",
+    "blend",
     "energy_svd",
+    "export",
     "factorize",
     "fold",
     "plan",
+    "project",
     "truncated_svd",
     "verify",
 ]

@@ -311,6 +311,13 @@ FAMILIES: dict[str, Family] = {
         _QKVO | _GATED,
         {},
     ),
+    "olmoe": Family(
+        lambda: hf.OlmoeForCausalLM(hf.OlmoeConfig(**_DECODER, num_experts=4, num_experts_per_tok=2)),
+        _text,
+        "qwen3_moe",
+        _QKVO | _GATED,
+        {},
+    ),
     "deepseek_v3": Family(
         lambda: hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(**{**_DECODER, **_LATENT}, n_shared_experts=1, n_group=2)),
         _text,

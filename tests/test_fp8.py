@@ -415,3 +415,27 @@ def test_index_with_odd_metadata(metadata: object, tmp_path: Path) -> None:
     surgery.factorize(base, tmp_path / "f", rank=4)
     out = _folded(tmp_path, base, tmp_path / "f/surgery/scales.safetensors", "dense", dequantize=True)
     assert json.loads((out / path.name).read_text())["metadata"].keys() == {"total_size"}
+
+
+def test_scales_are_attached_to_the_dequantized_model(tmp_path: Path) -> None:
+    """The model in memory is bfloat16: its leading singular values tell that it is the one that was factorized."""
+    base = _quantize_model(FAMILIES["llama"].save(tmp_path / "m"), tmp_path / "base")
+    manifest = surgery.factorize(base, tmp_path / "f", rank=4)
+    scales = _random_scales(manifest)
+    dense = _folded(tmp_path, base, {key: torch.ones_like(value) for key, value in scales.items()}, "dense", dequantize=True)
+    changed = _folded(tmp_path, base, scales, "changed", dequantize=True)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    model = load(dense, dtype=torch.float32)
+    attached = surgery.attach(model, tmp_path / "f")
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, load(dense, dtype=torch.float32)(ids).logits)
+        for key, delta in zip(attached.values(), attached.parameters(), strict=True):
+            delta.copy_(scales[key] - 1)
+        expected = load(changed, dtype=torch.float32)(ids).logits
+        assert torch.allclose(model(ids).logits, expected, atol=2e-2 * expected.abs().max().item())
+    other = load(dense, dtype=torch.float32)
+    for parameter in other.parameters():
+        parameter.data = parameter.data.flip(0)
+    with pytest.raises(SourceError, match="neither the original weight nor its residual"):
+        surgery.attach(other, tmp_path / "f")

@@ -12,13 +12,15 @@ import torch
 from safetensors.torch import load_file
 
 import surgery
-from surgery.errors import FormatError, OptionError, SourceError
+from surgery.errors import FormatError, OptionError, OutputError, SourceError
 from tests.families import FAMILIES
 from tests.models import tensors_of
 
 # PEFT asks transformers for an attribute that has a new name.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    # With fused experts it sets ranks for modules that are parameters now, and finds them there all the same.
+    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
 ]
 
@@ -161,3 +163,84 @@ def test_adapters_that_cannot_be_folded(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"the adapter changes 'model\.layers\.0\.self_attn\.o_proj', which is no module"):
         surgery.fold(tmp_path / "g", tmp_path / "g/surgery/scales.safetensors", tmp_path / "o", lora=adapter)
     assert not (tmp_path / "o/config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        *(
+            (name, None)
+            for name in ("llama", "gpt2", "phi3", "gpt_neox", "mixtral", "qwen3_moe", "olmoe", "bert", "vit", "t5", "UNet")
+        ),
+        ("phi3", True),
+        ("gpt2", True),
+    ],
+)
+def test_exported_merged_and_folded_are_one(name: str, split: bool | None, tmp_path: Path) -> None:
+    """The adapter on the original model, as it is and merged, gives what the attached and the folded model give."""
+    family = FAMILIES[name]
+    folder = family.save(tmp_path / "m")
+    surgery.factorize(folder, tmp_path / "f", rank=4, split=split)
+    model = family.load(folder)
+    scales = surgery.attach(model, tmp_path / "f")
+    with torch.no_grad():
+        before = family.run(model)
+        _random_scales(scales)
+        attached = family.run(model)
+    scales.save(tmp_path / "s.safetensors")
+    report = surgery.export(tmp_path / "f", tmp_path / "s.safetensors", tmp_path / "lora")
+    surgery.fold(tmp_path / "f", tmp_path / "s.safetensors", tmp_path / "o")
+    folded = family.output(tmp_path / "o")
+    adapted = peft.PeftModel.from_pretrained(family.load(folder), tmp_path / "lora")
+    stored = load_file(tmp_path / "lora/adapter_model.safetensors")
+    assert {value.shape[0 if "lora_A" in key else 1] for key, value in stored.items()} == {report.rank}
+    assert len(stored) == 2 * report.modules
+    largest = folded.abs().max().item()
+    with torch.no_grad():
+        unmerged = family.run(adapted)
+        merged = family.run(adapted.merge_and_unload())
+    for output in (attached, unmerged, merged):
+        assert torch.allclose(output, folded, rtol=1e-3, atol=1e-4 * largest)
+    assert not torch.allclose(folded, before, rtol=1e-3, atol=2e-3 * largest)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("deepseek_v3", "experts of deepseek_v3, which PEFT does not load as they are"),
+        ("qwen2_moe", "experts of qwen2_moe"),
+        ("granitemoe", "a weight of GraniteMoeExperts"),
+        ("gpt_oss", "a weight of GptOssExperts"),
+        ("mamba", "a weight of Linear"),
+    ],
+)
+def test_what_an_adapter_cannot_say_is_refused(name: str, message: str, tmp_path: Path) -> None:
+    family = FAMILIES[name]
+    surgery.factorize(family.save(tmp_path / "m"), tmp_path / "f", rank=4)
+    with pytest.raises(OptionError, match=f"cannot be exported as LoRA\n  got: +({message})(.|\n)*surgery fold"):
+        surgery.export(tmp_path / "f", tmp_path / "f/surgery/scales.safetensors", tmp_path / "lora")
+    assert not (tmp_path / "lora/adapter_config.json").exists()
+
+
+def test_attention_of_a_mixture_is_exported(tmp_path: Path) -> None:
+    family = FAMILIES["deepseek_v3"]
+    folder = family.save(tmp_path / "m")
+    surgery.factorize(folder, tmp_path / "f", rank=4, recipe="attention")
+    scales = load_file(tmp_path / "f/surgery/scales.safetensors")
+    scales = {key: value * 1.5 for key, value in scales.items()}
+    surgery.export(tmp_path / "f", scales, tmp_path / "lora")
+    surgery.fold(tmp_path / "f", scales, tmp_path / "o")
+    with torch.no_grad():
+        merged = family.run(peft.PeftModel.from_pretrained(family.load(folder), tmp_path / "lora").merge_and_unload())
+    assert torch.allclose(merged, family.output(tmp_path / "o"), atol=1e-4)
+
+
+def test_an_adapter_is_not_replaced_unasked(llama: Path, tmp_path: Path) -> None:
+    surgery.factorize(llama, tmp_path / "f", rank=4)
+    scales = tmp_path / "f/surgery/scales.safetensors"
+    surgery.export(tmp_path / "f", scales, tmp_path / "lora")
+    with pytest.raises(OutputError, match="there is an adapter in"):
+        surgery.export(tmp_path / "f", scales, tmp_path / "lora")
+    before = (tmp_path / "lora/adapter_model.safetensors").read_bytes()
+    surgery.export(tmp_path / "f", scales, tmp_path / "lora", overwrite=True)
+    assert (tmp_path / "lora/adapter_model.safetensors").read_bytes() == before

@@ -1,5 +1,6 @@
 """Print docs/cli.md: the help of every command, as a terminal of 100 columns shows it."""
 
+import click
 from click.testing import CliRunner
 
 from surgery.cli.main import main
@@ -14,10 +15,20 @@ Written by `make docs`; a test holds it to what `--help` prints.
 """
 
 
+def names() -> list[str]:
+    """Of all commands, those of a group after it."""
+    found = []
+    for name, command in sorted(main.commands.items()):
+        found.append(name)
+        if isinstance(command, click.Group):
+            found += [f"{name} {inner}" for inner in sorted(command.commands)]
+    return found
+
+
 def page() -> str:
     parts = [HEAD]
-    for name in sorted(main.commands):
-        shown = CliRunner().invoke(main, [name, "--help"], terminal_width=100, prog_name="surgery").stdout.strip()
+    for name in names():
+        shown = CliRunner().invoke(main, [*name.split(), "--help"], terminal_width=100, prog_name="surgery").stdout.strip()
         parts.append(f"## surgery {name}\n\n```text\n{shown}\n```\n")
     return "\n".join(parts)
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -18,8 +15,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery import __version__
+from surgery.cli.options import (
+    device_option,
+    json_option,
+    notes_and_quiet,
+    overlay_base_option,
+    overwrite_option,
+    quiet_option,
+)
 from surgery.cli.report import Bar, plan_text, say, size, table
-from surgery.errors import SurgeryError, SurgeryWarning
+from surgery.cli.scaling import blend, project, scales
+from surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
     from surgery.demo.run import DemoReport
@@ -71,28 +77,9 @@ def main() -> None:
     """
 
 
-_quiet = click.option("-q", "--quiet", is_flag=True, help="No progress, no notes; errors only.")
-_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of text.")
-_device = click.option("--device", default="auto", show_default=True, metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps.")
-_overwrite = click.option("--overwrite", is_flag=True, help="Replace an earlier result in the output folder.")
-
-
-def _notes_and_quiet(command: Callable[..., None]) -> Callable[..., None]:
-    """Show the library's warnings as notes, in one line each; with --quiet neither them nor the hub client's bars."""
-
-    @wraps(command)
-    def wrapper(*args: Any, quiet: bool, **kwargs: Any) -> None:
-        if quiet:
-            os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read by the hub client when it is imported
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", SurgeryWarning)
-            try:
-                command(*args, quiet=quiet, **kwargs)
-            finally:
-                for message in dict.fromkeys(str(warning.message) for warning in caught):
-                    say(f"note: {message}", quiet=quiet)
-
-    return wrapper
+main.add_command(blend)
+main.add_command(project)
+main.add_command(scales)
 
 
 def _planning(command: Callable[..., None]) -> Callable[..., None]:
@@ -124,7 +111,7 @@ def _planning(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model."),
         click.option("--subfolder", metavar="PATH", help="The model in this subfolder, as in a diffusion pipeline."),
-        _device,
+        device_option,
     ]
 
     for option in reversed(options):
@@ -140,11 +127,11 @@ def _planning(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--tolerance", default=1e-5, show_default=True, help="Residual over the largest singular value at which the SVD stops."
 )
-@_overwrite
+@overwrite_option
 @click.option("--dry-run", is_flag=True, help="Print what surgery plan prints, and stop.")
-@_json
-@_quiet
-@_notes_and_quiet
+@json_option
+@quiet_option
+@notes_and_quiet
 def factorize(
     model: str,
     out: Path,
@@ -188,7 +175,7 @@ def factorize(
 @click.argument("model")
 @_planning
 @click.option("--all", "every", is_flag=True, help="Every tensor on a line of its own, not by group.")
-@_json
+@json_option
 def plan(model: str, every: bool, as_json: bool, **chosen: Any) -> None:
     """Show what surgery factorize would do with MODEL and the same options, without reading a weight.
 
@@ -209,7 +196,7 @@ def _show_plan(model: str, chosen: dict[str, Any], as_json: bool, *, every: bool
 
 
 @main.command(short_help="List the recipes and what they match.")
-@_json
+@json_option
 def recipes(as_json: bool) -> None:
     """List the built-in recipes: the families that take them by themselves, and the tensors that their rules match.
 
@@ -265,18 +252,25 @@ def _totals(manifest: Manifest) -> dict[str, Any]:
 @click.argument("factorized", type=click.Path(path_type=Path))
 @click.argument("scales", type=click.Path(path_type=Path))
 @click.option("-o", "--out", default="folded", show_default=True, type=click.Path(path_type=Path), help="Folder to write.")
-@click.option("--base", metavar="MODEL", help="For an overlay: the model it was made from, if not the one the manifest names.")
+@overlay_base_option
+@click.option(
+    "--lora",
+    metavar="ADAPTER",
+    type=click.Path(path_type=Path),
+    help="Folder of a LoRA adapter trained together with the scales, added before the one rounding.",
+)
 @click.option("--dequantize", is_flag=True, help="Write FP8 weights as bfloat16, and drop the quantization from config.json.")
-@_device
-@_overwrite
-@_json
-@_quiet
-@_notes_and_quiet
+@device_option
+@overwrite_option
+@json_option
+@quiet_option
+@notes_and_quiet
 def fold(
     factorized: Path,
     scales: Path,
     out: Path,
     base: str | None,
+    lora: Path | None,
     dequantize: bool,
     device: str,
     overwrite: bool,
@@ -296,6 +290,7 @@ def fold(
         scales,
         out,
         base=base,
+        lora=lora,
         device=device,
         dequantize=dequantize,
         overwrite=overwrite,
@@ -311,6 +306,7 @@ def fold(
             "restored": report.restored,
             "lossless": report.lossless,
             "dequantized": report.dequantized,
+            "adapted": report.adapted,
         }
         click.echo(
             json.dumps(
@@ -323,6 +319,8 @@ def fold(
         if report.restored == len(report.files)
         else f"{report.changed} of {report.targets} targets changed"
     )
+    if lora is not None:
+        outcome += f", {report.adapted} tensors by the adapter"
     if report.dequantized:
         outcome += ", FP8 weights now bfloat16"
     if not report.lossless:
@@ -330,9 +328,47 @@ def fold(
     say(f"{out}: {outcome}; {size(written)} in {seconds:.1f} s", quiet=quiet)
 
 
+@main.command(short_help="Write trained scales as an adapter for other tools.")
+@click.argument("factorized", type=click.Path(path_type=Path))
+@click.argument("scales", type=click.Path(path_type=Path))
+@click.option(
+    "--to",
+    "kind",
+    type=click.Choice(["peft"]),
+    default="peft",
+    show_default=True,
+    help="Format: a LoRA adapter as PEFT stores it.",
+)
+@click.option("-o", "--out", default="adapter", show_default=True, type=click.Path(path_type=Path), help="Folder to write.")
+@overwrite_option
+@json_option
+@quiet_option
+@notes_and_quiet
+def export(factorized: Path, scales: Path, kind: str, out: Path, overwrite: bool, as_json: bool, quiet: bool) -> None:
+    """Write the scales in file SCALES as a LoRA adapter against the original model of folder FACTORIZED.
+
+    PEFT loads it, and merges it to what fold writes; all modules have one rank, so that vLLM takes it as well. What an
+    adapter cannot say, or PEFT is known to load wrongly, is refused: fold instead.
+    """
+    from surgery.operations.export import export as operation
+
+    start = time.perf_counter()
+    report = operation(factorized, scales, out, overwrite=overwrite, progress=Bar(quiet=quiet))
+    seconds = time.perf_counter() - start
+    if as_json:
+        figures = {"format": kind, "modules": report.modules, "rank": report.rank, "bytes_written": report.bytes_written}
+        click.echo(json.dumps({"schema_version": 1, "out": str(out), "seconds": round(seconds, 3), **figures}))
+        return
+    say(
+        f"{out}: a LoRA adapter of rank {report.rank} for {report.modules} modules; "
+        f"{size(report.bytes_written)} in {seconds:.1f} s",
+        quiet=quiet,
+    )
+
+
 @main.command(short_help="Show what a factorized folder holds.")
 @click.argument("factorized", type=click.Path(path_type=Path))
-@_json
+@json_option
 def inspect(factorized: Path, as_json: bool) -> None:
     """Show what the folder FACTORIZED holds: a table of targets, or with --json all there is to know.
 
@@ -386,10 +422,10 @@ def inspect(factorized: Path, as_json: bool) -> None:
 @click.argument("factorized", type=click.Path(path_type=Path))
 @click.option("--base", metavar="MODEL", help="The model it was made from: an overlay is checked in part without it.")
 @click.option("--fast", is_flag=True, help="Hashes and headers only, no arithmetic.")
-@_device
-@_json
-@_quiet
-@_notes_and_quiet
+@device_option
+@json_option
+@quiet_option
+@notes_and_quiet
 def verify(factorized: Path, base: str | None, fast: bool, device: str, as_json: bool, quiet: bool) -> None:
     """Check the folder FACTORIZED against its manifest. Exit code 3 if anything does not hold.
 
@@ -419,11 +455,11 @@ def verify(factorized: Path, base: str | None, fast: bool, device: str, as_json:
 @click.option("-o", "--out", type=click.Path(path_type=Path), help="Keep the demo's folders here; without it nothing is kept.")
 @click.option("--rank", default=16, show_default=True, help="Singular directions to keep of each target.")
 @click.option("--steps", default=60, show_default=True, type=click.IntRange(min=1), help="Training steps.")
-@_device
-@_overwrite
-@_json
-@_quiet
-@_notes_and_quiet
+@device_option
+@overwrite_option
+@json_option
+@quiet_option
+@notes_and_quiet
 def demo(out: Path | None, rank: int, steps: int, device: str, overwrite: bool, as_json: bool, quiet: bool) -> None:
     """Do the whole job on the built-in model: factorize, train the scales, fold, compare.
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -13,21 +16,62 @@ import torch
 from surgery.errors import ScalesError, SurgeryWarning
 from surgery.format.files import write_file
 from surgery.format.manifest import Manifest
-from surgery.format.safetensors import ShardReader
+from surgery.format.safetensors import Header, ShardReader
 from surgery.names import FORMAT_VERSION, SCALES_METADATA_KEY
 
 
-def write_scales(path: Path, scales: Mapping[str, torch.Tensor], fingerprint: str) -> None:
+@dataclass(frozen=True, slots=True)
+class ScalesFile:
+    """A scales file as it is, without the factorized checkpoint.
+
+    Attributes:
+        values: key of a target -> float32 (k,), or (B, k) for a stack, on the CPU, finite; sorted by name.
+        fingerprint: of the factors that they belong to; None where the file does not say.
+    """
+
+    values: dict[str, torch.Tensor]
+    fingerprint: str | None
+
+
+def write_scales(path: Path, scales: Mapping[str, torch.Tensor], fingerprint: str | None) -> None:
     """Write scales with what ties them to their factors.
 
     Args:
         path: the file, replaced as a whole.
         scales: key of a target -> (k,), or (B, k) for a stack, written as float32.
-        fingerprint: that of the manifest of the factorized checkpoint.
+        fingerprint: that of the manifest of the factorized checkpoint; None, where it is not known, leaves it out.
     """
     tensors = {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in sorted(scales.items())}
     belongs_to = json.dumps({"format_version": FORMAT_VERSION, "fingerprint": fingerprint})
-    write_file(path, safetensors.torch.save(tensors, metadata={SCALES_METADATA_KEY: belongs_to}))
+    metadata = None if fingerprint is None else {SCALES_METADATA_KEY: belongs_to}
+    write_file(path, safetensors.torch.save(tensors, metadata=metadata))
+
+
+def read_scales_alone(path: Path) -> ScalesFile:
+    """Read a scales file without the checkpoint that it belongs to. Names are taken as they are.
+
+    Raises:
+        FormatError: no safetensors file, or a damaged one.
+        ScalesError: no such file, no scales in it, damaged metadata, or a tensor whose dtype, shape or numbers scales
+            cannot have.
+
+    Warns:
+        SurgeryWarning: it holds half-precision values.
+    """
+    with _open(path) as reader:
+        fingerprint = _fingerprint(reader.header.metadata, path)
+        _check_dtypes(reader.header, path)
+        if not reader.header.tensors:
+            raise ScalesError(f"{path} holds no scales")
+        for entry in reader.header.tensors:
+            if len(entry.shape) not in (1, 2) or 0 in entry.shape:
+                raise ScalesError(
+                    f"{path}: {entry.name!r} has a shape that scales cannot have",
+                    got=list(entry.shape),
+                    expected="(k,), or (B, k) for a stack",
+                )
+        values = {entry.name: reader.read(entry) for entry in reader.header.tensors}
+    return ScalesFile({name: _finite(name, values[name], str(path)) for name in sorted(values)}, fingerprint)
 
 
 def read_scales(path: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
@@ -43,45 +87,77 @@ def read_scales(path: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
     Warns:
         SurgeryWarning: the file says nothing about its factors, or holds half-precision values.
     """
-    if not path.is_file():
-        raise ScalesError(
-            f"there is no scales file {path}", hint="a fresh one is surgery/scales.safetensors in the factorized folder"
-        )
-    with ShardReader(path, name=str(path)) as reader:
+    with _open(path) as reader:
         _check_owner(reader.header.metadata, manifest, path)
-        half = sorted({entry.dtype for entry in reader.header.tensors} & {"BF16", "F16"})
-        if half:
-            warnings.warn(
-                f"{path} holds {' and '.join(half)} scales: next to 1 they are spaced by "
-                f"{'2^-7' if 'BF16' in half else '2^-10'}; train them in float32",
-                SurgeryWarning,
-                stacklevel=2,
-            )
-        for entry in reader.header.tensors:
-            if entry.dtype not in ("F32", "F16", "BF16"):
-                raise ScalesError(
-                    f"{path}: {entry.name!r} has a dtype that scales cannot have", got=entry.dtype, expected="F32"
-                )
+        _check_dtypes(reader.header, path)
         _check_shapes({entry.name: list(entry.shape) for entry in reader.header.tensors}, manifest, str(path))
         values = {entry.name: reader.read(entry).float() for entry in reader.header.tensors}
     return check_scales(values, manifest, str(path))
 
 
-def _check_owner(metadata: Mapping[str, str], manifest: Manifest, path: Path) -> None:
-    """Refuse scales that say they belong to other factors."""
-    if SCALES_METADATA_KEY not in metadata:
+def _open(path: Path) -> ShardReader:
+    if not path.is_file():
+        raise ScalesError(
+            f"there is no scales file {path}", hint="a fresh one is surgery/scales.safetensors in the factorized folder"
+        )
+    return ShardReader(path, name=str(path))
+
+
+def _check_dtypes(header: Header, path: Path) -> None:
+    """Refuse what is no float of scales, and warn of half precision."""
+    half = sorted({entry.dtype for entry in header.tensors} & {"BF16", "F16"})
+    if half:
         warnings.warn(
-            f"{path} does not say which factors it belongs to (its metadata is missing); checked by names and shapes only",
+            f"{path} holds {' and '.join(half)} scales: next to 1 they are spaced by "
+            f"{'2^-7' if 'BF16' in half else '2^-10'}; train them in float32",
             SurgeryWarning,
             stacklevel=3,
         )
-        return
+    for entry in header.tensors:
+        if entry.dtype not in ("F32", "F16", "BF16"):
+            raise ScalesError(f"{path}: {entry.name!r} has a dtype that scales cannot have", got=entry.dtype, expected="F32")
+
+
+def _owner(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | None:
+    """What a scales file says it belongs to; None if nothing."""
+    if SCALES_METADATA_KEY not in metadata:
+        return None
     try:
         owner = json.loads(metadata[SCALES_METADATA_KEY])
     except (ValueError, RecursionError):
         owner = None
     if not isinstance(owner, dict):
         raise ScalesError(f"{path}: its metadata is damaged", got=metadata[SCALES_METADATA_KEY][:80], expected="a JSON object")
+    return owner
+
+
+def _fingerprint(metadata: Mapping[str, str], path: Path) -> str | None:
+    owner = _owner(metadata, path)
+    if owner is None:
+        return None
+    fingerprint = owner.get("fingerprint")
+    if owner.get("format_version") != FORMAT_VERSION or not re.fullmatch("[0-9a-f]{64}", str(fingerprint)):
+        raise ScalesError(
+            f"{path}: its metadata is damaged, or of another version",
+            got=ascii(metadata[SCALES_METADATA_KEY])[:120],
+            expected=f"format_version {FORMAT_VERSION} and a fingerprint, a sha256",
+        )
+    return str(fingerprint)
+
+
+def without_owner(path: Path) -> SurgeryWarning:
+    """The warning that a scales file could not be told to belong to the factors."""
+    return SurgeryWarning(
+        f"{path} does not say which factors it belongs to (its metadata is missing); checked by names and shapes only"
+    )
+
+
+def _check_owner(metadata: Mapping[str, str], manifest: Manifest, path: Path) -> None:
+    """Refuse scales that say they belong to other factors."""
+    owner = _owner(metadata, path)
+    if owner is None:
+        warnings.warn(without_owner(path), stacklevel=3)
+        return
     for what, expected in (("format_version", FORMAT_VERSION), ("fingerprint", manifest.fingerprint)):
         if owner.get(what) != expected:
             raise ScalesError(
@@ -95,15 +171,15 @@ def _check_owner(metadata: Mapping[str, str], manifest: Manifest, path: Path) ->
 def check_scales(values: Mapping[str, torch.Tensor], manifest: Manifest, where: str = "scales") -> dict[str, torch.Tensor]:
     """Check scales against the targets of a manifest; arguments, result and errors as for ``read_scales``."""
     shapes = _check_shapes({name: list(value.shape) for name, value in values.items()}, manifest, where)
-    checked = {}
-    for name in shapes:
-        value = values[name].detach().to("cpu", torch.float32)
-        if not bool(torch.isfinite(value).all()):
-            raise ScalesError(
-                f"{where}: {name!r} holds NaN or infinity", hint="the training diverged: take an earlier checkpoint"
-            )
-        checked[name] = value
-    return checked
+    return {name: _finite(name, values[name], where) for name in shapes}
+
+
+def _finite(name: str, value: torch.Tensor, where: str) -> torch.Tensor:
+    """float32 on the CPU, if all of it is finite."""
+    value = value.detach().to("cpu", torch.float32)
+    if not bool(torch.isfinite(value).all()):
+        raise ScalesError(f"{where}: {name!r} holds NaN or infinity", hint="the training diverged: take an earlier checkpoint")
+    return value
 
 
 def _check_shapes(values: Mapping[str, list[int]], manifest: Manifest, where: str) -> dict[str, list[int]]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import FormatError, SourceError
+from surgery.errors import FormatError, OptionError, SourceError
 from surgery.format.files import RESTORE_HINT, FileRecord, check_file, read_json_object
 from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
 from surgery.format.safetensors import TensorEntry
@@ -81,6 +81,28 @@ def open_base(base: str | Path, manifest: Manifest) -> BaseWeights:
     if subfolder is not None and Path(base).is_dir() and not (Path(base) / subfolder).is_dir():
         subfolder = None
     return BaseWeights(open_source(base, subfolder=subfolder))
+
+
+def weight_source(factorized: Path, manifest: Manifest, base: str | Path | None) -> OwnWeights | BaseWeights:
+    """Where the weights of a factorized checkpoint are: with itself, or in the model that it was made from.
+
+    Raises:
+        OptionError: a base for a checkpoint that holds its own weights.
+        SourceError: an overlay on a local model, and no base.
+    """
+    if manifest.layout == "residual":
+        if base is not None:
+            raise OptionError("--base is for overlays; this checkpoint holds its own weights", hint="leave --base out")
+        return OwnWeights(factorized)
+    if base is not None:
+        return open_base(base, manifest)
+    source = manifest.source
+    if source.repo_id is None:
+        raise SourceError(
+            f"{factorized} is an overlay on a local model, and does not say where that is",
+            hint="--base FOLDER, the model it was factorized from",
+        )
+    return BaseWeights(open_source(source.repo_id, revision=source.commit, subfolder=source.subfolder))
 
 
 def own_config(factorized: Path, manifest: Manifest) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from surgery import __version__
 from surgery.device import choose_device, device_name
 from surgery.engine.pipeline import ShardWalk, TargetPiece, WriteBehind
-from surgery.errors import FormatError, OptionError, OutputError, SourceError
+from surgery.errors import FormatError, OptionError, OutputError
 from surgery.format.factors import DAMAGED_HINT
 from surgery.format.files import (
     RESTORE_HINT,
@@ -33,13 +33,12 @@ from surgery.format.scales import check_scales, read_scales
 from surgery.linalg.lossless import Addition
 from surgery.memory import bytes_of
 from surgery.names import CONFIG_FILE, MANIFEST_FILE
-from surgery.operations.base import BaseWeights, OwnWeights, open_base
+from surgery.operations.base import BaseWeights, OwnWeights, weight_source
 from surgery.operations.dense import DenseWeights
 from surgery.operations.journal import Journal
 from surgery.operations.output import files_in, is_as_recorded, loading_order, locked, prepare_output
 from surgery.operations.quantized import index_of, without_quantization
 from surgery.progress import Progress, Silent
-from surgery.source.model import open_source
 from surgery.source.select import INDEX_SUFFIX
 from surgery.training.adapter import additions_of
 
@@ -114,7 +113,7 @@ def fold(
     factorized, out = Path(factorized), Path(out)
     manifest = Manifest.read(factorized)
     values = check_scales(scales, manifest) if isinstance(scales, Mapping) else read_scales(Path(scales), manifest)
-    weights = _weight_source(factorized, manifest, base)
+    weights = weight_source(factorized, manifest, base)
     inputs = [factorized] + ([folder] if (folder := weights.folder()) else [])
     if not isinstance(scales, Mapping):
         inputs.append(Path(scales))
@@ -265,22 +264,6 @@ def _fold_shards(
     finally:
         progress.finish()
     return [record for record in files if record is not None]
-
-
-def _weight_source(factorized: Path, manifest: Manifest, base: str | Path | None) -> OwnWeights | BaseWeights:
-    if manifest.layout == "residual":
-        if base is not None:
-            raise OptionError("--base is for overlays; this checkpoint holds its own weights", hint="leave --base out")
-        return OwnWeights(factorized)
-    if base is not None:
-        return open_base(base, manifest)
-    source = manifest.source
-    if source.repo_id is None:
-        raise SourceError(
-            f"{factorized} is an overlay on a local model, and does not say where that is",
-            hint="--base FOLDER, the model it was factorized from",
-        )
-    return BaseWeights(open_source(source.repo_id, revision=source.commit, subfolder=source.subfolder))
 
 
 def _fold_shard(

@@ -139,10 +139,12 @@ def _read_by_parent(kind: Any) -> frozenset[str]:
 
     Told by its source, in want of anything better; ``Scales.save`` warns of a layer that was never called.
     """
+    # Not where only its type or dtype is asked for.
+    uses = re.compile(r"(?<!isinstance\()self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|size|is_\w+))")
     names: set[str] = set()
     for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
         with suppress(OSError, TypeError):  # made at run time, or without source
-            names.update(re.findall(r"self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|size|is_\w+))", inspect.getsource(base)))
+            names.update(uses.findall(inspect.getsource(base)))
     return frozenset(names)
 
 

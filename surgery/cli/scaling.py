@@ -1,0 +1,181 @@
+"""The commands about scales files: ``project``, ``blend`` and ``scales``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from surgery.cli.options import device_option, json_option, notes_and_quiet, overlay_base_option, quiet_option
+from surgery.cli.report import Bar, say, table
+
+if TYPE_CHECKING:
+    from surgery.operations.project import Projection
+
+# Modules that import torch are imported inside the commands: --help must not wait for them.
+
+_out = click.option(
+    "-o",
+    "--out",
+    default="scales.safetensors",
+    show_default=True,
+    type=click.Path(path_type=Path),
+    help="Scales file to write.",
+)
+_overwrite = click.option("--overwrite", is_flag=True, help="Replace the file if it is there.")
+
+
+@click.command(short_help="Find the scales that come closest to a fine-tuned model.")
+@click.argument("factorized", type=click.Path(path_type=Path))
+@click.argument("tuned")
+@_out
+@overlay_base_option
+@device_option
+@_overwrite
+@json_option
+@quiet_option
+@notes_and_quiet
+def project(
+    factorized: Path,
+    tuned: str,
+    out: Path,
+    base: str | None,
+    device: str,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Write the scales that bring the folder FACTORIZED closest to TUNED, a repo id or a local folder.
+
+    TUNED is the same model, fully fine-tuned: the same tensors, in any dtype and any shards. The scales are the least-squares
+    ones, g_i = 1 + u_i^T (W_tuned - W) v_i / s_i. The table shows, for each target:
+
+    \b
+    change      size of the change, |W_tuned - W| / |W| (Frobenius norms)
+    explained   share of the change's squared norm that the scales make up
+    |g - 1|     the largest distance of a scale from 1
+    """
+    from surgery.operations import project as operation
+
+    start = time.perf_counter()
+    report = operation.project(factorized, tuned, out, base=base, device=device, overwrite=overwrite, progress=Bar(quiet=quiet))
+    seconds = time.perf_counter() - start
+    if as_json:
+        found = {**dataclasses.asdict(report), "out": str(out)}
+        click.echo(json.dumps({"schema_version": 1, "seconds": round(seconds, 3), **found}, indent=1))
+        return
+    rows = [_figures(one) for one in (*report.targets, dataclasses.replace(report.total, key=f"all {len(report.targets)}"))]
+    click.echo(table(["target", "change", "explained", "|g - 1|"], rows, flush_right=range(1, 4)))
+    say(f"{out}: {report.trainable} scales in {seconds:.1f} s", quiet=quiet)
+
+
+def _figures(found: Projection) -> list[str]:
+    return [
+        found.key,
+        "-" if found.change is None else f"{found.change:.3g}",
+        "-" if found.explained is None else f"{found.explained:.2%}",
+        f"{found.largest:.3g}",
+    ]
+
+
+def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) -> list[float] | None:
+    try:
+        return None if value is None else [float(part) for part in value.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is no list of numbers such as 0.7,0.3") from None
+
+
+@click.command(short_help="Take the weighted mean of scales files.")
+@click.argument("files", nargs=-1, required=True, metavar="FILE...", type=click.Path(path_type=Path))
+@_out
+@click.option(
+    "--weights", callback=_numbers, metavar="W,W...", help="One for each file; their sum becomes 1.  [default: equal]"
+)
+@click.option(
+    "--space",
+    type=click.Choice(["linear", "log"]),
+    default="linear",
+    show_default=True,
+    help="Mean of the scales, or of their logarithms (geometric).",
+)
+@_overwrite
+@json_option
+@quiet_option
+@notes_and_quiet
+def blend(
+    files: tuple[Path, ...],
+    out: Path,
+    weights: list[float] | None,
+    space: Literal["linear", "log"],
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Write the weighted mean of scales FILEs that were trained with the same factorized folder.
+
+    A negative weight takes a training away from the others: --weights 1.5,-0.5. The factorized folder is not needed.
+    """
+    from surgery.operations import blend as operation
+
+    report = operation.blend(files, out, weights=weights, space=space, overwrite=overwrite)
+    if as_json:
+        click.echo(json.dumps({"schema_version": 1, **dataclasses.asdict(report), "out": str(out)}))
+        return
+    shares = ", ".join(f"{weight:.3g}" for weight in report.weights)
+    say(
+        f"{out}: {report.changed} of {report.trainable} scales of {report.targets} targets differ from 1; "
+        f"weights {shares}, {report.space} mean",
+        quiet=quiet,
+    )
+
+
+@click.group(short_help="Look into scales files.")
+def scales() -> None:
+    """Look into scales files.
+
+    \b
+    surgery scales show FILE [--top N] [--json]    what changed most, and a summary
+    """
+
+
+@scales.command(short_help="Show what a scales file changes most.")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--top", default=20, show_default=True, type=click.IntRange(min=0), help="How many directions to list.")
+@json_option
+@quiet_option
+@notes_and_quiet
+def show(file: Path, top: int, as_json: bool, quiet: bool) -> None:
+    """Show the directions that a scales FILE changes most, and a summary. The factorized folder is not needed.
+
+    Matrices of a stack are counted from 0, directions from 1: direction 1 has the largest singular value.
+    """
+    from surgery.operations.scales import show_scales
+
+    found = show_scales(file, top=top)
+    if as_json:
+        click.echo(json.dumps({"schema_version": 1, **dataclasses.asdict(found)}, indent=1))
+        return
+    if found.directions:
+        rows = [
+            [
+                one.target,
+                "" if one.matrix is None else str(one.matrix),
+                str(one.direction),
+                f"{one.g:.6g}",
+                f"{100 * (one.g - 1):+.3g}",
+            ]
+            for one in found.directions
+        ]
+        click.echo(table(["target", "matrix", "direction", "g", "change in %"], rows, flush_right=range(1, 5)))
+        click.echo()
+    click.echo(f"{found.targets} targets, {found.trainable} trainable numbers, " + _changed(found.changed))
+    click.echo(f"least {found.least:.6g}, median {found.median:.6g}, most {found.most:.6g}")
+    click.echo(f"fingerprint {found.fingerprint or 'unknown: the file does not say which factors it belongs to'}")
+
+
+def _changed(count: int) -> str:
+    return f"{count} of them differ from 1" if count else "all of them 1: an untouched file"

@@ -1,0 +1,163 @@
+"""Blend scale files: a weighted mean of the scales of several trainings of the same factors."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from surgery.errors import OptionError, ScalesError
+from surgery.format.scales import ScalesFile, read_scales_alone, without_owner, write_scales
+from surgery.operations.scales import check_output_file
+
+Space = Literal["linear", "log"]
+
+
+@dataclass(frozen=True, slots=True)
+class BlendReport:
+    """What a blend wrote.
+
+    Attributes:
+        out: the file.
+        weights: of the files, as used: their sum is 1.
+        space: in which the mean was taken.
+        targets: how many there are.
+        trainable: how many numbers.
+        changed: how many of them are not 1.
+        fingerprint: of the factors that they belong to; None where no file says.
+    """
+
+    out: Path
+    weights: tuple[float, ...]
+    space: Space
+    targets: int
+    trainable: int
+    changed: int
+    fingerprint: str | None
+
+
+def blend(
+    files: Sequence[str | Path],
+    out: str | Path,
+    *,
+    weights: Sequence[float] | None = None,
+    space: Space = "linear",
+    overwrite: bool = False,
+) -> BlendReport:
+    """Write the weighted mean of scale files that belong to the same factors.
+
+    With weights w of sum 1 a scale becomes ``sum_j w_j g_j``, in log space ``exp(sum_j w_j log g_j)``, computed in
+    float64 and rounded once. As a folded weight is linear in its scales, the linear mean is that of the folded models.
+    A weight may be negative in either space: it takes a training away from the others. The factorized checkpoint is
+    not needed.
+
+    Args:
+        files: one scales file or more.
+        out: the file to write.
+        weights: one for each file, finite, scaled so that they sum to 1; all the same by default.
+        space: ``linear`` or ``log``.
+        overwrite: replace ``out`` if it is there.
+
+    Raises:
+        OptionError: no files, another number of weights than files, or weights whose sum is not positive.
+        ScalesError: the files are not of the same factors, names or shapes; a scale that is not positive in log space;
+            a mean beyond the range of float32.
+        FormatError: a file is damaged.
+        OutputError: ``out`` is there already, is one of the files, or cannot be written.
+
+    Warns:
+        SurgeryWarning: a file does not say which factors it belongs to, or holds half-precision values.
+    """
+    if space not in get_args(Space):
+        raise OptionError("unknown space", got=space, expected=" or ".join(get_args(Space)))
+    paths, out = [Path(file) for file in files], Path(out)
+    shares = _normalised(weights, len(paths))
+    check_output_file(out, paths, overwrite=overwrite)
+    read = [read_scales_alone(path) for path in paths]
+    fingerprint = _check_alike(paths, read)
+    means = {}
+    for key in read[0].values:
+        mean = _mean(key, paths, [file.values[key].double() for file in read], shares, space)
+        if not bool(torch.isfinite(mean).all()):
+            raise ScalesError(
+                f"the blend of {key!r} is beyond the range of float32", hint="take weights that are closer to one another"
+            )
+        means[key] = mean
+    write_scales(out, means, fingerprint)
+    changed = sum(int((mean != 1).sum()) for mean in means.values())
+    return BlendReport(out, shares, space, len(means), sum(mean.numel() for mean in means.values()), changed, fingerprint)
+
+
+def _normalised(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
+    """Weights that sum to 1."""
+    if not count:
+        raise OptionError("no scales files to blend", expected="one or more")
+    given = [1.0] * count if weights is None else [float(weight) for weight in weights]
+    if len(given) != count:
+        raise OptionError("there must be one weight for each file", got=f"{len(given)} weights", expected=f"{count} weights")
+    if not all(math.isfinite(weight) for weight in given):
+        raise OptionError("a weight is no finite number", got=", ".join(map(str, given)))
+    largest = max(map(abs, given))
+    # Over the largest first: a sum of huge or tiny ones is as good as any. What is left of weights that cancel is noise.
+    scaled = [weight / largest for weight in given] if largest else given
+    total = math.fsum(scaled)
+    if total < 1e-9:
+        raise OptionError(
+            "the sum of the weights is not positive, or no more than rounding",
+            got=f"{', '.join(f'{weight:g}' for weight in given)}, in all {sum(given):g}",
+        )
+    return tuple(weight / total for weight in scaled)
+
+
+def _check_alike(paths: Sequence[Path], read: Sequence[ScalesFile]) -> str | None:
+    """The fingerprint of files that may be blended."""
+    owned: dict[str, Path] = {}
+    for path, file in zip(paths, read, strict=True):
+        if file.fingerprint is None:
+            warnings.warn(without_owner(path), stacklevel=3)
+        else:
+            owned.setdefault(file.fingerprint, path)
+    if len(owned) > 1:
+        (one, first), (other, second) = list(owned.items())[:2]
+        raise ScalesError(
+            f"{first} and {second} belong to different factors",
+            got=f"fingerprint {other}",
+            expected=f"fingerprint {one}",
+            hint="blend scales that were trained with the same factorized folder",
+        )
+    first, shapes = paths[0], {key: list(value.shape) for key, value in read[0].values.items()}
+    for path, file in zip(paths[1:], read[1:], strict=True):
+        if odd := sorted(shapes.keys() ^ file.values.keys()):
+            has, lacks = (first, path) if odd[0] in shapes else (path, first)
+            raise ScalesError(f"{odd[0]!r} is in {has} and not in {lacks}", expected="the same targets in all files")
+        for key, shape in shapes.items():
+            if list(file.values[key].shape) != shape:
+                raise ScalesError(
+                    f"{key!r} has another shape in {path} than in {first}", got=list(file.values[key].shape), expected=shape
+                )
+    return next(iter(owned), None)
+
+
+def _mean(
+    key: str, paths: Sequence[Path], values: Sequence[torch.Tensor], weights: Sequence[float], space: Space
+) -> torch.Tensor:
+    """The mean of float64 tensors of one shape, as float32."""
+    shares, stacked = torch.tensor(weights, dtype=torch.float64), torch.stack(list(values))
+    if space == "linear":
+        # Of the distances from 1: what is 1 in every file stays 1, whatever the weights round to.
+        mean: torch.Tensor = 1 + torch.tensordot(shares, stacked - 1, dims=1)
+        return mean.float()
+    for path, value in zip(paths, values, strict=True):
+        if not bool((value > 0).all()):
+            raise ScalesError(
+                f"{path}: {key!r} has a scale that is not positive, and so has no logarithm",
+                got=f"{value.min().item():g}",
+                hint="blend in linear space",
+            )
+    mean = torch.tensordot(shares, stacked.log(), dims=1).exp()
+    return mean.float()

@@ -1,0 +1,377 @@
+"""Project a fine-tuned model onto the scales: the ones that bring a factorized checkpoint closest to it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from surgery.device import as_memory_allows, choose_device
+from surgery.engine.pipeline import ShardWalk, TargetPiece
+from surgery.errors import FormatError, SourceError, WeightError
+from surgery.format.factors import DAMAGED_HINT, FactorsReader
+from surgery.format.files import not_as_described
+from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
+from surgery.format.safetensors import ShardReader
+from surgery.format.scales import write_scales
+from surgery.linalg.correction import CorruptCorrection
+from surgery.linalg.lossless import BLOCK_ENTRIES, DEVICE_BLOCKS, Factors, approximate, join
+from surgery.names import FACTORIZABLE_DTYPES, SCALES_FILE
+from surgery.operations.base import BaseWeights, OwnWeights, check_entry, own_config, shard_path, weight_source
+from surgery.operations.output import check_room
+from surgery.operations.quantized import Dequantizer
+from surgery.operations.scales import check_output_file
+from surgery.planning.quantization import FP8, Scaled, read_quantization
+from surgery.progress import Progress, Silent
+from surgery.source.model import Source, open_source
+
+#: What is stored of an original matrix, and the fine-tuned one.
+_Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """How far a fine-tuned weight W_t is from the original W, and how much of that scales can express.
+
+    Attributes:
+        key: of the target, or of all.
+        change: ``||W_t - W|| / ||W||``, Frobenius norms; None where W is zero and W_t is not.
+        explained: the share of ``||W_t - W||^2`` that the scales take away; None where nothing has changed.
+        largest: the largest ``|g - 1|``.
+    """
+
+    key: str
+    change: float | None
+    explained: float | None
+    largest: float
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectReport:
+    """What a projection found.
+
+    Attributes:
+        out: the scales file.
+        fingerprint: of the factors that they belong to.
+        trainable: how many scales.
+        targets: one by one, as in the manifest.
+        total: all of them together, as if they were one long vector.
+    """
+
+    out: Path
+    fingerprint: str
+    trainable: int
+    targets: tuple[Projection, ...]
+    total: Projection
+
+
+def project(
+    factorized: str | Path,
+    tuned: str | Path,
+    out: str | Path,
+    *,
+    base: str | Path | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> ProjectReport:
+    """Write the scales that bring a factorized checkpoint closest to a fully fine-tuned model.
+
+    ``g_i = 1 + u_i^T (W_t - W) v_i / s_i``. As ``u_i v_i^T`` are orthonormal matrices, this is the one minimiser of
+    ``||W + U diag(s (g - 1)) V^T - W_t||``, the Frobenius norm; where s_i is 0, or so small that g_i is beyond float32,
+    g_i has no use and stays 1. W is the original weight, for FP8 in float32; for a residual without a correction it is
+    what a fold with untouched scales gives. Computed in float64 from the difference of the weights.
+
+    Streams both models: the memory needed is that of the largest target, for a stack of some of its matrices, in both.
+
+    Args:
+        factorized: a folder written by ``factorize``.
+        tuned: the fine-tuned model, folder or hub id. Its tensors have the names and shapes of the original ones;
+            bfloat16, float16, float32, or FP8 with scales; in shards of any kind.
+        out: the scales file to write.
+        base: for an overlay, the model it was made from (folder or hub id), if the one that the manifest names is
+            not to be used.
+        device: where the arithmetic runs: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        overwrite: replace ``out`` if it is there.
+        progress: told how far it is.
+
+    Raises:
+        SourceError: a model is not there, or lacks a target; a target has another shape there.
+        WeightError: a fine-tuned weight holds NaN or infinity.
+        FormatError: a file is damaged, or is not the one that the manifest describes.
+        OutputError: ``out`` is there already, is an input, or cannot be written.
+        OptionError: a base that is not needed; no such device.
+    """
+    progress = progress or Silent()
+    where = choose_device(device)
+    where = torch.device("cpu") if where.type == "mps" else where  # which has no float64
+    factorized, out = Path(factorized), Path(out)
+    manifest = Manifest.read(factorized)
+    weights = weight_source(factorized, manifest, base)
+    source = _open_like(tuned, manifest)
+    inputs = [factorized, *(folder for folder in (weights.folder(), source.folder()) if folder is not None)]
+    check_output_file(out, inputs, overwrite=overwrite, but=factorized / SCALES_FILE)
+    downloads = [source.bytes_to_fetch(), weights.bytes_to_fetch() if isinstance(weights, BaseWeights) else None]
+    for download in downloads:
+        if download is not None:
+            check_room(*download)
+    with _Tuned(source, manifest.targets) as model, _Projector(factorized, manifest, weights, model, where) as projector:
+        projector.run(progress)
+        found = projector.found
+    write_scales(out, {key: one.scales for key, one in found.items()}, manifest.fingerprint)
+    total = _Sums()
+    for one in found.values():
+        total.add(one.sums)
+    return ProjectReport(
+        out,
+        manifest.fingerprint,
+        sum(target.trainable for target in manifest.targets),
+        tuple(found[target.key].sums.projection(target.key) for target in manifest.targets),
+        total.projection("all"),
+    )
+
+
+def _open_like(model: str | Path, manifest: Manifest) -> Source:
+    """A model, or the part of a pipeline that the factorized one was."""
+    subfolder = manifest.source.subfolder
+    if subfolder is not None and Path(model).is_dir() and not (Path(model) / subfolder).is_dir():
+        subfolder = None
+    return open_source(model, subfolder=subfolder)
+
+
+class _Tuned:
+    """The fine-tuned model. A context manager, for one thread.
+
+    Raises:
+        SourceError: a target is not there, or with another shape, or in a dtype that weights cannot have.
+    """
+
+    def __init__(self, source: Source, targets: Iterable[TargetRecord]) -> None:
+        self._name = source.name
+        headers = {shard: source.header(shard) for shard in source.selection.shards}
+        self._quantized = read_quantization(source.config(), headers, source.name)
+        self._places = {entry.name: (shard, entry) for shard, header in headers.items() for entry in header.tensors}
+        for target in targets:
+            self._check(target)
+        self._files = Dequantizer(source.fetch)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._files.__exit__(kind, error, trace)
+
+    def _check(self, target: TargetRecord) -> None:
+        name = target.tensor
+        if name not in self._places:
+            raise SourceError(
+                f"{self._name} has no tensor {name!r}",
+                expected=f"one of shape {target.shape}",
+                hint="give the whole fine-tuned model, saved under the names of the original; merge adapters first",
+            )
+        entry = self._places[name][1]
+        if list(entry.shape) != target.shape:
+            raise SourceError(
+                f"{self._name}: {name!r} has another shape than in the original", got=list(entry.shape), expected=target.shape
+            )
+        if entry.dtype not in FACTORIZABLE_DTYPES and name not in self._quantized:
+            raise SourceError(
+                f"{self._name}: {name!r} has a dtype that is not supported",
+                got=entry.dtype,
+                expected=", ".join(FACTORIZABLE_DTYPES) + ", or FP8 with scales",
+            )
+
+    def weight(self, piece: TargetPiece) -> torch.Tensor:
+        """What the tensor of a piece has become, with as many matrices; float32 if it is FP8, else as it is; on the CPU.
+
+        Raises:
+            WeightError: NaN or infinity in it.
+        """
+        name, shard = piece.entry.name, self._places[piece.entry.name][0]
+        reader, entries = self._files.reader(shard)
+        entry = entries.get(name)
+        if entry != self._places[name][1]:
+            raise FormatError(f"{self._name}/{shard} has changed since its header was read")
+        assert entry is not None
+        some = len(entry.shape) == 3 and len(piece.tensor) < entry.shape[0]
+        tensor = reader.read(entry, piece.first, len(piece.tensor)) if some else reader.read(entry)
+        tensor = self._files.weight(tensor, piece.first, self._quantized.get(name))
+        # A minimum or maximum of NaN is NaN: one pass, many times faster than asking each number.
+        if not all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor)):
+            raise WeightError(
+                f"{self._name}: {name!r} holds NaN or infinity", hint="the fine-tuning diverged: take an earlier checkpoint"
+            )
+        return tensor
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Squared Frobenius norms, of any number of matrices: of W, of W_t - W, and of what scales explain of that."""
+
+    weight: float = 0.0
+    change: float = 0.0
+    explained: float = 0.0
+    largest: float = 0.0
+
+    def add(self, other: _Sums) -> None:
+        self.weight += other.weight
+        self.change += other.change
+        self.explained += other.explained
+        self.largest = max(self.largest, other.largest)
+
+    def projection(self, key: str) -> Projection:
+        change = math.sqrt(self.change / self.weight) if self.weight else None if self.change else 0.0
+        # Rounding may take what is explained in full beyond the whole.
+        return Projection(key, change, min(1.0, self.explained / self.change) if self.change else None, self.largest)
+
+
+@dataclass(slots=True)
+class _Found:
+    """What has been found of a target: scales float32 (k,), or (B, k) for a stack."""
+
+    scales: torch.Tensor
+    sums: _Sums = field(default_factory=_Sums)
+
+
+class _Projector:
+    """Compares the two models, shard by shard. A context manager, for one thread.
+
+    Args:
+        factorized, manifest: of the checkpoint.
+        weights: where its weight files are.
+        tuned: the fine-tuned model.
+        device: where the arithmetic runs; it must have float64.
+    """
+
+    def __init__(
+        self,
+        factorized: Path,
+        manifest: Manifest,
+        weights: OwnWeights | BaseWeights,
+        tuned: _Tuned,
+        device: torch.device,
+    ) -> None:
+        self._factorized = factorized
+        self._manifest = manifest
+        self._weights = weights
+        self._tuned = tuned
+        self._device = device
+        self._quantized: Mapping[str, Scaled] = {}
+        fp8 = [target.tensor for target in manifest.targets if target.dtype == FP8]
+        if fp8 and isinstance(weights, BaseWeights):
+            self._quantized = weights.quantized(own_config(factorized, manifest))
+        if lost := [tensor for tensor in fp8 if tensor not in self._quantized]:
+            raise SourceError(f"the base is not that of this overlay: {lost[0]!r} is not FP8 there")
+        shards = {shard.source.file: shard for shard in manifest.shards}
+        self._dequantizer = Dequantizer(lambda file: shard_path(weights, shards, file))
+        self.found = {target.key: _Found(torch.ones(target.scales_shape)) for target in manifest.targets}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._dequantizer.__exit__(kind, error, trace)
+
+    def run(self, progress: Progress) -> None:
+        """Fill ``found``. Shards without targets are not read."""
+        owners = {target.shard for target in self._manifest.targets}
+        shards = [shard for shard in self._manifest.shards if shard.source.file in owners]
+        progress.start("projecting", sum(shard.source.size for shard in shards))
+        try:
+            for shard in shards:
+                self._shard(shard, progress)
+        finally:
+            progress.finish()
+
+    def _shard(self, shard: ShardRecord, progress: Progress) -> None:
+        path, expected = self._weights.file(shard)
+        targets: dict[str, list[TargetRecord]] = {}
+        for target in self._manifest.targets_of(shard.source.file):
+            targets.setdefault(target.tensor, []).append(target)
+        with (
+            FactorsReader(self._factorized, shard) as reader,
+            ShardReader(path, name=path.name) as stored,
+            ShardWalk(stored, {name: some[0].at_a_time for name, some in targets.items()}, progress) as walk,
+        ):
+            if lost := sorted(targets.keys() - {entry.name for entry in stored.header.tensors}):
+                raise FormatError(f"{path}: a target of the manifest is not there", got="nothing", expected=lost[0])
+            for piece in walk:
+                if isinstance(piece, TargetPiece):
+                    self._piece(piece, targets[piece.entry.name], reader)
+        if walk.sha256 != expected.sha256:
+            overlay = isinstance(self._weights, BaseWeights)
+            raise not_as_described(
+                path, walk.sha256, expected, "give the model that was factorized with --base" if overlay else DAMAGED_HINT
+            )
+
+    def _piece(self, piece: TargetPiece, targets: Sequence[TargetRecord], reader: FactorsReader) -> None:
+        for target in targets:
+            check_entry(piece.entry, target)
+        tuned = self._tuned.weight(piece)
+        weight = self._dequantizer.weight(piece.tensor, piece.first, self._quantized.get(piece.entry.name))
+        for target in targets:
+            view, found = target.seen_as, self.found[target.key]
+            rows = found.scales.view(-1, target.rank)
+            for i, matrices in enumerate(zip(view.matrices(weight), view.matrices(tuned), strict=True), piece.first):
+                rows[i] = self._matrix(matrices, target, i, reader, found.sums)
+
+    def _matrix(
+        self,
+        matrices: _Pair,
+        target: TargetRecord,
+        index: int,
+        reader: FactorsReader,
+        sums: _Sums,
+    ) -> torch.Tensor:
+        """The scales of one matrix, float32 (k,)."""
+        factors = reader.factors(target, index)
+        own = isinstance(self._weights, OwnWeights)
+        correction = reader.correction(target, index) if own and self._manifest.lossless else None
+
+        def compute(pairs: Sequence[_Pair], where: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+            (weight, tuned), kept = (part.to(where) for part in pairs[0]), factors.to(where)
+            if own:
+                weight = approximate(weight, kept) if correction is None else join(weight, kept, correction)
+            components, norms = _components(weight, tuned, kept)
+            return [(components.cpu(), norms.cpu())]
+
+        try:
+            components, norms = as_memory_allows(compute, [matrices], self._device)[0]
+        except CorruptCorrection as error:
+            raise FormatError(f"{target.shard}: the correction of {target.key!r} is damaged ({error})") from error
+        scales = (1 + components / factors.s.double()).float()
+        scales = torch.where((factors.s > 0) & torch.isfinite(scales), scales, 1)
+        explained = components[scales != 1].square().sum().item()
+        largest = (scales.double() - 1).abs().max().item()
+        sums.add(_Sums(norms[0].item(), norms[1].item(), explained, largest))
+        return scales
+
+
+def _components(weight: torch.Tensor, tuned: torch.Tensor, factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a change D = tuned - weight has in the direction of each ``u_i v_i^T``, and how large weight and change are.
+
+    Args:
+        weight, tuned: (m, n), any float dtypes.
+        factors: of the weight, on the same device, one with float64.
+
+    Returns:
+        ``u_i^T D v_i``, float64 (k,), and ``||weight||^2`` and ``||D||^2``, float64 (2,).
+    """
+    (m, n), left, right = weight.shape, factors.U.double(), factors.V.double()
+    step = min(m, max(1, BLOCK_ENTRIES // n) * (1 if weight.device.type == "cpu" else DEVICE_BLOCKS))
+    components, norms = right.new_zeros(right.shape[1]), right.new_zeros(2)
+    # Fresh memory for every block would cost many times the arithmetic.
+    wide, difference, product = (right.new_empty(step, columns) for columns in (n, n, right.shape[1]))
+    for first in range(0, m, step):
+        rows = slice(first, min(first + step, m))
+        count = rows.stop - first
+        before = wide[:count].copy_(weight[rows])
+        change = difference[:count].copy_(tuned[rows]).sub_(before)
+        components += torch.mm(change, right, out=product[:count]).mul_(left[rows]).sum(dim=0)
+        norms += torch.stack([torch.linalg.vector_norm(part).square() for part in (before, change)])
+    return components, norms
