@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from transformers.core_model_loading import Chunk, Interleave, PermuteForRope, T
 import surgery
 from surgery.errors import FormatError, OptionError, SourceError, SurgeryWarning
 from surgery.planning.plan import Layout
+from tests.families import FAMILIES
 from tests.models import save_llama
 
 
@@ -206,6 +209,29 @@ def test_a_conversion_that_cannot_be_followed(tmp_path: Path) -> None:
             surgery.attach(model, tmp_path / "f")
     finally:
         register_checkpoint_conversion_mapping("llama", known or [], overwrite=True)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_copy_has_scales_of_its_own(name: str, tmp_path: Path) -> None:
+    """As for a moving average of the model, or another process."""
+    family = FAMILIES[name]
+    folder = family.save(tmp_path / "m")
+    surgery.factorize(folder, tmp_path / "f", rank=4, layout="overlay")
+    model = family.load(folder)
+    scales = surgery.attach(model, tmp_path / "f")
+    before = family.run(model)
+    copied = copy.deepcopy(model)
+    stored = io.BytesIO()
+    torch.save(model, stored)
+    _randomize(scales)
+    after = family.run(model)
+    assert not torch.allclose(after, before, atol=1e-3)
+    stored.seek(0)
+    loaded = torch.load(stored, weights_only=False)
+    for other in (copied, loaded):
+        assert torch.equal(family.run(other), before)
+        other.load_state_dict(model.state_dict())
+        assert torch.equal(family.run(other), after)
 
 
 def test_layers_that_were_never_run_are_named(llama: Path, tmp_path: Path) -> None:

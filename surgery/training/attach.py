@@ -22,15 +22,7 @@ from surgery.linalg.lossless import Factors
 from surgery.memory import bytes_of
 from surgery.names import FACTORIZABLE_DTYPES
 from surgery.training.carriers import Carrier, Layer, carriers_of, is_sharded, places_of, terms_of, unwrapped
-from surgery.training.lowrank import (
-    LowRankPath,
-    Shadow,
-    Term,
-    convolution_hook,
-    embedding_hook,
-    linear_hook,
-    transposed_linear_hook,
-)
+from surgery.training.lowrank import Adding, LowRankPath, Shadow, Term
 from surgery.training.placement import Place, Positions
 
 _NAME = "surgery_scale"
@@ -229,9 +221,7 @@ def _hook(layer: Layer, path: LowRankPath) -> list[Any]:
             layer.caller.register_forward_pre_hook(shadow.enter),
             layer.caller.register_forward_hook(shadow.leave, always_call=True),
         ]
-    hooks = {"linear": linear_hook, "transposed": transposed_linear_hook, "embedding": embedding_hook}
-    hook = convolution_hook(path, layer.module) if layer.kind == "convolution" else hooks[layer.kind](path)
-    return [layer.module.register_forward_hook(hook, with_kwargs=True)]
+    return [layer.module.register_forward_hook(Adding(path, layer.kind), with_kwargs=True)]
 
 
 def _offset(

@@ -91,12 +91,12 @@ class LowRankPath(nn.Module):
             return values
         return functional.pad(values, (0, 1))[self.order]  # padding is taken from behind the last
 
-    def forward(self, x: torch.Tensor, apply: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], Any]) -> Any:
-        """``apply(x, left, right, coefficients)``, all in the dtype of x and on the device of the path."""
+    def forward(self, x: torch.Tensor, apply: Callable[..., Any], owner: Any) -> Any:
+        """``apply(x, left, right, coefficients, owner)``, all in the dtype of x and on the device of the path."""
         self.used = True
         x = x.to(self.left.device)
         kind = self.left.dtype if torch.is_autocast_enabled(x.device.type) or not x.is_floating_point() else x.dtype
-        return apply(x, self.left.to(kind), self.right.to(kind), self.coefficients().to(kind))
+        return apply(x, self.left.to(kind), self.right.to(kind), self.coefficients().to(kind), owner)
 
 
 def _side_by_side(
@@ -129,53 +129,60 @@ def _side_by_side(
     return left[0], right[0], None if in_order else order[0]
 
 
-def linear_hook(path: LowRankPath) -> Callable[..., torch.Tensor]:
-    """For a layer that computes ``x W^T``, with or without a bias, from its first argument."""
+class Adding:
+    """A forward hook that adds a path's update to the output of a layer.
 
-    def update(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
-        return ((x @ right) * coefficients) @ left.T
+    An object and not a closure, so that a deep copy of the model has the copy of the path in it.
 
-    return _adding(path, update)
+    Args:
+        path: of the layer's weight.
+        kind: of the layer, one of ``UPDATES``.
+    """
 
+    def __init__(self, path: LowRankPath, kind: str) -> None:
+        self._path = path
+        self._kind = kind
 
-def transposed_linear_hook(path: LowRankPath) -> Callable[..., torch.Tensor]:
-    """For a layer that computes ``x W``, such as the Conv1D of GPT-2."""
-
-    def update(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
-        return ((x @ left) * coefficients) @ right.T
-
-    return _adding(path, update)
-
-
-def embedding_hook(path: LowRankPath) -> Callable[..., torch.Tensor]:
-    def update(ids: torch.Tensor, left: torch.Tensor, right: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
-        return (functional.embedding(ids, left) * coefficients) @ right.T
-
-    return _adding(path, update)
-
-
-def convolution_hook(path: LowRankPath, layer: Any) -> Callable[..., torch.Tensor]:
-    """For a convolution: one with k channels and the kernel of the layer, and one of single points after it."""
-
-    def update(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
-        groups, k = layer.groups, left.shape[1]
-        points = (1,) * (layer.weight.ndim - 2)
-        kernel = right.T.reshape(k, *layer.weight.shape[1:])
-        hidden = layer._conv_forward(x, kernel.repeat(groups, *(1,) * (kernel.ndim - 1)), None)
-        hidden = hidden * coefficients.repeat(groups).view(-1, *points)
-        convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[len(points) - 1]
-        return convolve(hidden, left.view(*left.shape, *points), groups=groups)
-
-    return _adding(path, update)
-
-
-def _adding(path: LowRankPath, update: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    def hook(_module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
+    def __call__(self, layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
         x = inputs[0] if inputs else next(iter(named.values()))
-        added: torch.Tensor = path(x, update)
+        added: torch.Tensor = self._path(x, UPDATES[self._kind], layer)
         return output + added.to(output.device)
 
-    return hook
+
+def _linear(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, coefficients: torch.Tensor, _: Any) -> torch.Tensor:
+    """For a layer that computes ``x W^T``."""
+    return ((x @ right) * coefficients) @ left.T
+
+
+def _transposed(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, coefficients: torch.Tensor, _: Any) -> torch.Tensor:
+    """For a layer that computes ``x W``, such as the Conv1D of GPT-2."""
+    return ((x @ left) * coefficients) @ right.T
+
+
+def _embedding(ids: torch.Tensor, left: torch.Tensor, right: torch.Tensor, coefficients: torch.Tensor, _: Any) -> torch.Tensor:
+    return (functional.embedding(ids, left) * coefficients) @ right.T
+
+
+def _convolution(
+    x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, coefficients: torch.Tensor, layer: Any
+) -> torch.Tensor:
+    """A convolution with k channels and the layer's kernel, and one of single points after it."""
+    groups, k = layer.groups, left.shape[1]
+    points = (1,) * (layer.weight.ndim - 2)
+    kernel = right.T.reshape(k, *layer.weight.shape[1:])
+    hidden = layer._conv_forward(x, kernel.repeat(groups, *(1,) * (kernel.ndim - 1)), None)
+    hidden = hidden * coefficients.repeat(groups).view(-1, *points)
+    convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[len(points) - 1]
+    return convolve(hidden, left.view(*left.shape, *points), groups=groups)
+
+
+#: Kind of a layer -> ``update(x, left, right, coefficients, layer)``, x being its first argument.
+UPDATES: dict[str, Callable[..., torch.Tensor]] = {
+    "linear": _linear,
+    "transposed": _transposed,
+    "embedding": _embedding,
+    "convolution": _convolution,
+}
 
 
 class Shadow:
@@ -195,11 +202,13 @@ class Shadow:
         self._name = name
 
     def enter(self, _module: nn.Module, _inputs: tuple[Any, ...]) -> None:
-        def scaled(_: Any, left: torch.Tensor, right: torch.Tensor, coefficients: torch.Tensor) -> LowRankWeight:
-            # Looked up when it is used: it may be brought from elsewhere in between.
-            return LowRankWeight(lambda: self._holder._parameters[self._name], left * coefficients.unsqueeze(-2), right)
+        self._holder.__dict__[self._name] = self._path(self._path.left, self._sum, self._holder)
 
-        self._holder.__dict__[self._name] = self._path(self._path.left, scaled)
+    def _sum(
+        self, _: Any, left: torch.Tensor, right: torch.Tensor, coefficients: torch.Tensor, holder: nn.Module
+    ) -> LowRankWeight:
+        # The weight is looked up when it is used: it may be brought from elsewhere in between.
+        return LowRankWeight(lambda: holder._parameters[self._name], left * coefficients.unsqueeze(-2), right)
 
     def leave(self, _module: nn.Module, _inputs: tuple[Any, ...], _output: Any) -> None:
         self._holder.__dict__.pop(self._name, None)
