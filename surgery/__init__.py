@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from surgery.operations.project import ProjectReport, project
     from surgery.operations.verify import VerifyReport, verify
     from surgery.training.attach import Scales, attach
+    from surgery.training.trainer import SaveScales
 
 _HOMES = {
     "Certificate": "surgery.linalg.svd",
@@ -32,6 +33,7 @@ _HOMES = {
     "FoldReport": "surgery.operations.fold",
     "Manifest": "surgery.format.manifest",
     "ProjectReport": "surgery.operations.project",
+    "SaveScales": "surgery.training.trainer",
     "Scales": "surgery.training.attach",
     "SurgeryError": "surgery.errors",
     "TruncatedSVD": "surgery.linalg.svd",
@@ -54,6 +56,7 @@ __all__ = [
     "FoldReport",
     "Manifest",
     "ProjectReport",
+    "SaveScales",
     "Scales",
     "SurgeryError",
     "TruncatedSVD",

@@ -399,14 +399,6 @@ def test_the_base_may_not_say_otherwise(tmp_path: Path) -> None:
     assert not (tmp_path / "wrong/config.json").exists()
 
 
-def test_attach_refuses_fp8(tmp_path: Path) -> None:
-    base = _quantize_model(FAMILIES["llama"].save(tmp_path / "m"), tmp_path / "base")
-    surgery.factorize(base, tmp_path / "f", rank=4)
-    with pytest.raises(OptionError, match="cannot be attached") as caught:
-        surgery.attach(FAMILIES["llama"].make(), tmp_path / "f")
-    assert "--dequantize" in str(caught.value)
-
-
 @pytest.mark.parametrize("metadata", [None, [], "x"])
 def test_index_with_odd_metadata(metadata: object, tmp_path: Path) -> None:
     base = _quantize_model(FAMILIES["llama"].save(tmp_path / "m"), tmp_path / "base", apart=True)

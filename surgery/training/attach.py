@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from surgery.errors import OptionError, SourceError, SurgeryWarning
+from surgery.errors import OptionError, SurgeryWarning
 from surgery.format.factors import FactorsReader
-from surgery.format.manifest import Manifest, TargetRecord
-from surgery.format.safetensors import TORCH_DTYPES
+from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
+from surgery.format.safetensors import ShardReader
 from surgery.format.scales import read_scales, write_scales
-from surgery.linalg.lossless import Factors
-from surgery.memory import bytes_of
-from surgery.names import FACTORIZABLE_DTYPES
 from surgery.training.carriers import Carrier, Layer, carriers_of, is_sharded, places_of, terms_of, unwrapped
 from surgery.training.lowrank import Adding, LowRankPath, Shadow, Term
-from surgery.training.placement import Place, Positions
+from surgery.training.placement import Place
+from surgery.training.recognize import is_residual
 
 _NAME = "surgery_scale"
-
-#: By how much the leading part of a quantized weight may be off: in four bits 1 % of a large matrix, 16 % of one of 24 rows;
-#: of a residual or another model it is 100 % or more.
-_QUANTIZATION_ERROR = 0.3
 
 
 class Scales:
@@ -48,8 +42,12 @@ class Scales:
         self._owners = owners
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """What to hand to an optimizer: ``g - 1`` of each target, float32 (B k,). Use no weight decay."""
-        return (path.delta(i) for path, i in self._homes.values())
+        """What to hand to an optimizer: ``g - 1`` of each target, float32 (B k,). Use no weight decay.
+
+        Raises:
+            OptionError: they have been offloaded, where nothing can train them.
+        """
+        return iter([_trainable(path.delta(i)) for path, i in self._homes.values()])
 
     def values(self) -> dict[str, torch.Tensor]:
         """Key of a target -> ``g``, float32 (k,), or (B, k) for a stack, on the CPU.
@@ -57,7 +55,7 @@ class Scales:
         Where they are sharded over processes, all of these must ask together.
         """
         shapes = {target.key: target.scales_shape for target in self._manifest.targets}
-        return {key: 1 + _whole(path.delta(i)).reshape(shapes[key]) for key, (path, i) in self._homes.items()}
+        return {key: 1 + _whole(path.delta(i), shapes[key]) for key, (path, i) in self._homes.items()}
 
     def save(self, path: str | Path) -> None:
         """Write the scales file that ``surgery fold`` takes.
@@ -84,7 +82,7 @@ class Scales:
         values = read_scales(Path(path), self._manifest)
         with torch.no_grad():
             for key, (home, i) in self._homes.items():
-                delta: Any = home.delta(i)
+                delta: Any = _trainable(home.delta(i))
                 value = values[key].flatten() - 1
                 if is_sharded(delta):
                     from torch.distributed.tensor import distribute_tensor
@@ -102,11 +100,24 @@ class Scales:
         self._owners.clear()
 
 
-def _whole(delta: nn.Parameter) -> torch.Tensor:
+def _trainable(delta: nn.Parameter) -> nn.Parameter:
+    if delta.is_meta:
+        raise OptionError("the scales have been offloaded with the model", hint="offload the model first, then attach")
+    return delta
+
+
+def _whole(delta: nn.Parameter, shape: list[int]) -> torch.Tensor:
     """A parameter's values on the CPU, gathered if it is sharded over processes."""
-    value: Any = delta.detach()
+    value: Any = _trainable(delta).detach()
     gathered: torch.Tensor = value.full_tensor() if is_sharded(value) else value
-    return gathered.float().cpu()
+    if gathered.numel() != math.prod(shape):
+        raise OptionError(
+            "the scales have been taken over by a trainer in a way that is not known here",
+            got=list(gathered.shape),
+            expected=shape,
+            hint="shard with DistributedDataParallel or FSDP2 (fully_shard)",
+        )
+    return gathered.float().cpu().reshape(shape)
 
 
 def attach(model: nn.Module, factorized: str | Path) -> Scales:
@@ -144,7 +155,8 @@ def attach(model: nn.Module, factorized: str | Path) -> Scales:
         if shard.factors is not None:
             with FactorsReader(factorized, shard) as reader:
                 for target in manifest.targets_of(shard.source.file):
-                    homes[target.key] = _add(target, places[target.tensor], carriers, reader, dtype, planned)
+                    stored = partial(_stored, factorized, shard, target)
+                    homes[target.key] = _add(target, places[target.tensor], carriers, reader, dtype, stored, planned)
     paths = {key: plan.path() for key, plan in planned.items()}
     if not any(hasattr(module, "adapter_layer_names") for module in bare.modules()):  # else PEFT has done it
         model.requires_grad_(False)
@@ -164,6 +176,13 @@ def _activations(model: nn.Module) -> torch.dtype:
     """The dtype that a model computes in: that of what is not quantized."""
     kinds = (parameter.dtype for parameter in model.parameters())
     return next((kind for kind in kinds if kind.is_floating_point and kind.itemsize > 1), torch.float32)
+
+
+def _stored(factorized: Path, shard: ShardRecord, target: TargetRecord) -> torch.Tensor:
+    """A target's tensor as it is in a residual checkpoint."""
+    assert shard.residual is not None
+    with ShardReader(factorized / shard.residual.file, name=shard.residual.file) as reader:
+        return reader.read(next(entry for entry in reader.header.tensors if entry.name == target.tensor))
 
 
 @dataclass(slots=True)
@@ -189,6 +208,7 @@ def _add(
     carriers: dict[str, Carrier],
     reader: FactorsReader,
     dtype: torch.dtype,
+    stored: Callable[[], torch.Tensor],
     planned: dict[int, _Planned],
 ) -> tuple[int, int]:
     """Give a target's directions to the paths of the parameters that it is in.
@@ -201,14 +221,15 @@ def _add(
     for carrier, term in terms_of(target, places, carriers, factors):
         planned.setdefault(id(carrier), _Planned(carrier))
         terms.setdefault(id(carrier), []).append(term)
-    offset = _offset(target, places, carriers, [term for group in terms.values() for term in group], factors, dtype)
+    every = [term for group in terms.values() for term in group]
+    residual = is_residual(target, places, carriers, every, factors, dtype, stored)
     s = torch.cat([factor.s for factor in factors])
     first = next(iter(terms))
     home = first, len(planned[first].entries)
     with planned[first].carrier.present():
         delta = nn.Parameter(torch.zeros_like(s, device=planned[first].carrier.weight().device))
     for key, group in terms.items():
-        planned[key].entries.append((delta, s, offset, group))
+        planned[key].entries.append((delta, s, int(residual), group))
     return home
 
 
@@ -222,108 +243,3 @@ def _hook(layer: Layer, path: LowRankPath) -> list[Any]:
             layer.caller.register_forward_hook(shadow.leave, always_call=True),
         ]
     return [layer.module.register_forward_hook(Adding(path, layer.kind), with_kwargs=True)]
-
-
-def _offset(
-    target: TargetRecord,
-    places: list[Place],
-    carriers: dict[str, Carrier],
-    terms: list[Term],
-    factors: list[Factors],
-    dtype: torch.dtype,
-) -> int:
-    """0 if the original weight is in the model, 1 if the residual is.
-
-    Raises:
-        SourceError: it is neither.
-    """
-    quantized = any(carriers[place.parameter].quantized for place in places)
-    if quantized:
-        if len(terms) > 1:
-            raise OptionError(f"{target.tensor!r} is not one weight in this model, and quantized", hint="load it unquantized")
-        got = [_asked_of_layer(carriers[places[0].parameter].layers[0].module, terms[0], dtype)]
-    else:
-        matrices = target.seen_as.matrices(_gathered(target, places, carriers))
-        if target.dtype in FACTORIZABLE_DTYPES:
-            digest = _hash_as(matrices, TORCH_DTYPES[target.dtype])
-            if digest is not None and digest in (target.sha256, target.residual_sha256):
-                return int(digest != target.sha256)
-            raise _neither(target, f"{str(matrices.dtype).removeprefix('torch.')} {target.shape}", "bytes")
-        got = [f.U.T.to(w.device) @ w.float() @ f.V.to(w.device) for f, w in zip(factors, matrices, strict=True)]
-    expected = torch.stack([factor.s.diag() for factor in factors])
-    found = torch.stack(got).float().cpu()
-    size = expected.norm().item()
-    errors = [(found - offset_of * expected).norm().item() for offset_of in (1, 0)]  # the original has them, the residual not
-    if size == 0 or errors[0] <= _QUANTIZATION_ERROR * size:
-        return 0
-    if target.residual_sha256 is not None and errors[1] <= _QUANTIZATION_ERROR * size:
-        return 1
-    raise _neither(target, f"leading singular values that are off by {errors[0] / size:.0%}", "leading singular values")
-
-
-def _neither(target: TargetRecord, got: str, what: str) -> SourceError:
-    return SourceError(
-        f"{target.key!r} of the model is neither the original weight nor its residual",
-        got=got,
-        expected=f"the {what} of {target.dtype} {target.shape}",
-        hint="load the model from the original or the factorized folder, and attach before training",
-    )
-
-
-def _asked_of_layer(layer: nn.Module, term: Term, dtype: torch.dtype) -> torch.Tensor:
-    """``left^T W right``, (k, k), of a linear layer whose weight only it can read."""
-    device = layer.get_parameter("weight").device
-    right = torch.cat([term.right.T, term.right.new_zeros(1, len(term.right))]).to(device, dtype)
-    # As in training: without a gradient to compute, bitsandbytes packs the weight for inference, for good.
-    with torch.enable_grad():
-        images: torch.Tensor = layer(right.requires_grad_()).detach().float()
-    return term.left.to(device).T @ (images[:-1] - images[-1:]).T
-
-
-def _gathered(target: TargetRecord, places: list[Place], carriers: dict[str, Carrier]) -> torch.Tensor:
-    """A target's tensor, put together from where it is in the model; in the dtype of that, on its device.
-
-    Raises:
-        OptionError: some of it is not in the model.
-    """
-    whole: torch.Tensor | None = None
-    count = 0
-    for place in places:
-        carrier, piece = carriers[place.parameter], place.piece
-        with carrier.present():
-            weight = carrier.weight()
-            for axis, at in enumerate(piece.at):
-                weight = _selected(weight, axis, at)
-        count += weight.numel()
-        if list(weight.shape) == target.shape and piece.axes == tuple(range(len(target.shape))) and count == weight.numel():
-            in_order = all(list(of) == list(range(size)) for of, size in zip(piece.of, target.shape, strict=True))
-            if in_order and len(places) == 1:
-                return weight.contiguous()
-        if whole is None:
-            whole = torch.empty(target.shape, dtype=weight.dtype, device=weight.device)
-        stacked = [axis for axis, of in enumerate(piece.axes) if of is None]
-        kept = [axis for axis in range(weight.ndim) if axis not in stacked]
-        order = sorted(kept, key=lambda axis: piece.axes[axis] or 0)
-        values = weight.permute(*stacked, *order)[(0,) * len(stacked)]
-        index = [torch.as_tensor(piece.of[axis]).to(whole.device) for axis in order]
-        whole[torch.meshgrid(*index, indexing="ij")] = values.to(whole.device)
-    if whole is None or count != whole.numel():
-        raise OptionError(f"only a part of {target.tensor!r} is in this model", got=count, expected=math.prod(target.shape))
-    return whole
-
-
-def _selected(tensor: torch.Tensor, axis: int, at: Positions) -> torch.Tensor:
-    if isinstance(at, range):
-        return tensor.narrow(axis, at.start, len(at))
-    return tensor.index_select(axis, at.to(tensor.device))
-
-
-def _hash_as(matrices: torch.Tensor, dtype: torch.dtype) -> str | None:
-    """sha256 of the bytes of matrices (B, m, n) in the dtype of the checkpoint; None if they hold values that it cannot."""
-    digest = hashlib.sha256()
-    for matrix in matrices:
-        cast = matrix.to(dtype)
-        if not torch.equal(cast.to(matrix.dtype), matrix):
-            return None
-        digest.update(bytes_of(cast.cpu().contiguous()))
-    return digest.hexdigest()

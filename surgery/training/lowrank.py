@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -82,6 +82,16 @@ class LowRankPath(nn.Module):
     def delta(self, i: int) -> nn.Parameter:
         """That of target i, as it is now: a trainer may have put another object in its place."""
         return self.get_parameter(f"delta_{i}")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """As for any module, but that a cast of the model leaves the deltas in float32: half precision has no room for them."""
+        before = [self.delta(i).data for i in range(self._count)]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for i, value in enumerate(before):
+            delta = self.delta(i)
+            if delta.dtype != value.dtype:
+                delta.data = value.to(delta.device)
+        return self
 
     def coefficients(self) -> torch.Tensor:
         """float32 (k,), or (B, k) for a stack."""

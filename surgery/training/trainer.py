@@ -1,0 +1,143 @@
+"""Checkpoints of transformers' Trainer, and of its subclasses such as TRL's, that hold the scales and not the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from surgery.errors import OptionError
+from surgery.training.attach import Scales
+
+if TYPE_CHECKING:
+    from transformers import Trainer as _Trainer
+else:
+    _Trainer = object  # the real one comes after the mixin in the bases, and transformers is optional
+
+#: In every checkpoint folder, and where ``save_model`` writes.
+CHECKPOINT_FILE = "scales.safetensors"
+
+
+class SaveScales(_Trainer):
+    """Mixin for transformers' Trainer and its subclasses: save and resume the scales, never the frozen model.
+
+        class ScalesTrainer(SaveScales, Trainer): ...
+
+        scales = surgery.attach(model, "factorized")
+        trainer = ScalesTrainer(model, args, train_dataset=data, scales=scales)
+
+    A checkpoint has ``scales.safetensors``, a file that ``surgery fold`` takes, instead of the model, and otherwise
+    what a Trainer's checkpoint has: tokenizer, arguments, optimizer, scheduler, random states, Trainer state.
+    ``save_model`` writes the same but for the last four. Resuming and ``load_best_model_at_end`` read the scales back.
+    A resumed run takes the steps of the uninterrupted one from scales that were rounded once, by at most 2^-24 of g.
+
+    Under FSDP2 the scales are gathered when they are saved. PEFT's adapters beside the scales are saved as PEFT does.
+
+    Args:
+        scales: those attached to the Trainer's model. All other arguments are the Trainer's own.
+
+    Raises:
+        OptionError: the Trainer's model does not train these scales, or trains more than its checkpoints would hold.
+    """
+
+    def __init__(self, *args: Any, scales: Scales, **kwargs: Any) -> None:
+        self.scales = scales
+        values = [parameter.data for parameter in scales.parameters()]
+        with _counted_as_adapters(kwargs.get("model", args[0] if args else None)):
+            super().__init__(*args, **kwargs)
+        for parameter, value in zip(scales.parameters(), values, strict=True):
+            if parameter.dtype != value.dtype:  # TRL makes bfloat16 of all that is trained in a quantized model
+                parameter.data = value.to(parameter.device)
+        model: Any = self.model
+        trained = {id(value): name for name, value in model.named_parameters() if value.requires_grad}
+        own = {id(value) for value in scales.parameters()}
+        if not own <= trained.keys():
+            raise OptionError(
+                "the Trainer's model does not train the scales it was given",
+                hint="attach to the very model that the Trainer gets; what freezes it later, such as PEFT's get_peft_model, "
+                "comes before attach",
+            )
+        others = [name for key, name in trained.items() if key not in own]
+        if others and not self._has_adapters():
+            raise OptionError(
+                "the model has trainable parameters besides the scales, which no checkpoint would hold",
+                got=f"{others[0]!r}, one of {len(others)}",
+                hint="freeze them after attach, or save them on your own with the stock Trainer",
+            )
+        if self.is_fsdp_enabled and self._has_adapters():
+            raise OptionError("under FSDP, checkpoints can hold scales or PEFT's adapters, not both", hint="train one of them")
+
+    def _has_adapters(self) -> bool:
+        from accelerate.utils import is_peft_model  # type: ignore[import-untyped]
+
+        return bool(is_peft_model(self.model))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir or "")
+        if self._has_adapters():
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            from transformers.trainer import TRAINING_ARGS_NAME
+
+            folder.mkdir(parents=True, exist_ok=True)
+            tokenizer: Any = self.processing_class
+            if tokenizer is None:
+                tokenizer = getattr(self.data_collator, "tokenizer", None)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            torch.save(self.args, folder / TRAINING_ARGS_NAME)
+        self.scales.save(folder / CHECKPOINT_FILE)  # by all processes: it gathers what is sharded, and the first one writes
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the scales, the tokenizer and the arguments to a folder, by default ``args.output_dir``.
+
+        In a distributed run all processes must call it.
+        """
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        # The Trainer gathers the whole model first, or with sharded checkpoints saves nothing here.
+        self._save(output_dir)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # The Trainer would write the shards of the model as well.
+        from accelerate.utils import save_fsdp_optimizer
+        from transformers.trainer import SCHEDULER_NAME
+
+        scheduler: Any = self.lr_scheduler
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        if self._has_adapters():
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.scales.load(Path(resume_from_checkpoint) / CHECKPOINT_FILE)
+
+    def _load_best_model(self) -> None:
+        if self._has_adapters():
+            super()._load_best_model()
+        best: Any = self.state.best_model_checkpoint
+        self.scales.load(Path(best) / CHECKPOINT_FILE)
+
+
+@contextmanager
+def _counted_as_adapters(model: Any) -> Iterator[None]:
+    """Let the Trainer take a quantized model: it refuses one without adapters, and by itself knows none but PEFT's."""
+    needed = getattr(model, "is_quantized", False) and not getattr(model, "_hf_peft_config_loaded", True)
+    if needed:
+        model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        if needed:
+            model._hf_peft_config_loaded = False
