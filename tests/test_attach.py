@@ -268,3 +268,104 @@ def test_a_model_loaded_in_fewer_bits_is_refused(tmp_path: Path) -> None:
     surgery.factorize(llama, tmp_path / "f", rank=4)
     with pytest.raises(SourceError, match="neither the original weight nor its residual"):
         surgery.attach(_load(llama, torch.bfloat16), tmp_path / "f")
+
+
+class _Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(24, 24) / 5)
+        self.proj = nn.Linear(24, 24)
+
+
+class _Reader(nn.Module):
+    """Reads weights past the modules that hold them; calls one of these as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = _Inner()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.inner.proj(x) @ self.inner.w
+        return x + nn.functional.linear(x, self.inner.proj.weight)
+
+
+class _Alias(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = _Inner()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        inner = self.inner
+        return inner.proj(x) @ inner.w
+
+
+def test_weights_that_are_read_past_their_module(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = _Reader()
+    (tmp_path / "m").mkdir()
+    save_file(model.state_dict(), tmp_path / "m/model.safetensors")
+    (tmp_path / "m/config.json").write_text("{}")
+    surgery.factorize(tmp_path / "m", tmp_path / "f", rank=4, include=["inner.w", "inner.proj.weight"])
+    x = torch.randn(5, 24)
+    before = model(x)
+    scales = surgery.attach(model, tmp_path / "f")
+    assert torch.equal(model(x), before)
+    _randomize(scales)
+    attached = model(x)
+    scales.save(tmp_path / "s.safetensors")
+    surgery.fold(tmp_path / "f", tmp_path / "s.safetensors", tmp_path / "o")
+    folded = _Reader()
+    folded.load_state_dict(load_file(tmp_path / "o/model.safetensors"))
+    assert torch.allclose(folded(x), attached, atol=1e-4)
+    # By way of a variable it is not found, and said to be unused.
+    other = _Alias()
+    other.load_state_dict(load_file(tmp_path / "m/model.safetensors"))
+    scales = surgery.attach(other, tmp_path / "f")
+    other(x)
+    with pytest.warns(SurgeryWarning, match=r"'inner\.w' and of 0 other targets were never used"):
+        scales.save(tmp_path / "s.safetensors")
+
+
+def test_half_precision_does_not_overflow(tmp_path: Path) -> None:
+    """A sum over a vector may be beyond float16 where the layer's output is not; times a coefficient of 0 it is still 0."""
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(4096, 8, bias=False)).half()
+    sign = torch.where(torch.rand(4096) < 0.5, -1.0, 1.0)
+    layer[0].weight.data = (1e-4 * sign * torch.ones(8, 1)).half()
+    (tmp_path / "m").mkdir()
+    save_file(layer.state_dict(), tmp_path / "m/model.safetensors")
+    (tmp_path / "m/config.json").write_text("{}")
+    surgery.factorize(tmp_path / "m", tmp_path / "f", rank=1, include=["*"])
+    x = (1500 * sign).half()[None]
+    before = layer(x)
+    assert torch.isfinite(before).all()
+    surgery.attach(layer, tmp_path / "f")
+    assert torch.equal(layer(x), before)
+
+
+def test_models_that_are_not_ready(llama: Path, tmp_path: Path) -> None:
+    surgery.factorize(llama, tmp_path / "f", rank=4)
+    config = transformers.AutoConfig.from_pretrained(llama)
+    with torch.device("meta"):
+        empty = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(OptionError, match="has no values: it is on the meta device"):
+        surgery.attach(empty, tmp_path / "f")
+    with pytest.raises(OptionError, match="the model is in DataParallel already"):
+        surgery.attach(nn.DataParallel(_load(llama)), tmp_path / "f")
+    wrapped = nn.Module()
+    wrapped.inner = _load(llama)
+    with pytest.raises(OptionError, match=r"is not in this model(.|\n)*inside a wrapper"):
+        surgery.attach(wrapped, tmp_path / "f")
+
+
+def test_tied_scales_are_saved_with_the_model_once(tmp_path: Path) -> None:
+    llama = save_llama(tmp_path / "m", torch.float32, tie_word_embeddings=True)
+    surgery.factorize(llama, tmp_path / "f", rank=4, include=["*embed_tokens*"])
+    model = _load(llama)
+    scales = surgery.attach(model, tmp_path / "f")
+    _randomize(scales)
+    attached = model(IDS).logits
+    model.save_pretrained(tmp_path / "saved")
+    scales.save(tmp_path / "s.safetensors")
+    surgery.fold(tmp_path / "f", tmp_path / "s.safetensors", tmp_path / "o")
+    assert torch.allclose(_load(tmp_path / "o")(IDS).logits, attached, atol=1e-4)

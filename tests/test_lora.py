@@ -9,18 +9,20 @@ from typing import Any
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+import transformers
+from safetensors.torch import load_file, save_file
 
 import surgery
-from surgery.errors import FormatError, OptionError, OutputError, SourceError
+from surgery.errors import FormatError, OptionError, OutputError, SourceError, SurgeryError, SurgeryWarning
 from tests.families import FAMILIES
-from tests.models import tensors_of
+from tests.models import save_llama, tensors_of
 
 # PEFT asks transformers for an attribute that has a new name.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     # With fused experts it sets ranks for modules that are parameters now, and finds them there all the same.
     pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`:UserWarning"),
 ]
 
@@ -88,8 +90,6 @@ def test_trained_together_and_folded_together(
 @pytest.mark.parametrize("layout", ["residual", "overlay"])
 def test_one_rounding(layout: Any, llama: Path, tmp_path: Path) -> None:
     """In bfloat16: W, scaled directions and PEFT's own update, summed in float64 and rounded once."""
-    import transformers
-
     surgery.factorize(llama, tmp_path / "f", rank=4, layout=layout)
     options = {"use_rslora": True, "rank_pattern": {"layers.1.mlp.up_proj": 5}, "alpha_pattern": {"up_proj": 7}}
     model = _with_lora(
@@ -123,8 +123,6 @@ def test_one_rounding(layout: Any, llama: Path, tmp_path: Path) -> None:
 
 
 def test_an_adapter_alone_changes_nothing_else(llama: Path, tmp_path: Path) -> None:
-    import transformers
-
     surgery.factorize(llama, tmp_path / "f", rank=4)
     _with_lora(transformers.AutoModelForCausalLM.from_pretrained(llama), ["o_proj"]).save_pretrained(tmp_path / "lora")
     surgery.fold(tmp_path / "f", tmp_path / "f/surgery/scales.safetensors", tmp_path / "o", lora=tmp_path / "lora")
@@ -134,8 +132,6 @@ def test_an_adapter_alone_changes_nothing_else(llama: Path, tmp_path: Path) -> N
 
 
 def test_adapters_that_cannot_be_folded(llama: Path, tmp_path: Path) -> None:
-    import transformers
-
     surgery.factorize(llama, tmp_path / "f", rank=4)
     scales = tmp_path / "f/surgery/scales.safetensors"
     fresh = transformers.AutoModelForCausalLM.from_pretrained(llama)
@@ -244,3 +240,131 @@ def test_an_adapter_is_not_replaced_unasked(llama: Path, tmp_path: Path) -> None
     before = (tmp_path / "lora/adapter_model.safetensors").read_bytes()
     surgery.export(tmp_path / "f", scales, tmp_path / "lora", overwrite=True)
     assert (tmp_path / "lora/adapter_model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(("name", "targets"), [("gpt2", ["c_attn", "c_fc"]), ("llama", ["embed_tokens"])])
+def test_transposed_weights_in_half_precision(name: str, targets: list[str], tmp_path: Path) -> None:
+    """Against the sum in float64, rounded once."""
+    family = FAMILIES[name]
+    family.make().to(torch.bfloat16).save_pretrained(tmp_path / "m")  # type: ignore[operator]
+    surgery.factorize(tmp_path / "m", tmp_path / "f", rank=4)
+    model = _with_lora(family.load(tmp_path / "m"), targets, fan_in_fan_out=name == "gpt2")
+    model.save_pretrained(tmp_path / "lora")
+    scales = tmp_path / "f/surgery/scales.safetensors"
+    surgery.fold(tmp_path / "f", scales, tmp_path / "o", lora=tmp_path / "lora")
+    before, after = tensors_of(tmp_path / "m"), tensors_of(tmp_path / "o")
+    changed = 0
+    for module, layer in model.get_base_model().named_modules():
+        if not hasattr(layer, "lora_A"):
+            continue
+        embedding = "default" in layer.lora_embedding_A
+        A, B = (
+            (layer.lora_embedding_A["default"], layer.lora_embedding_B["default"])
+            if embedding
+            else (layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+        )
+        update = layer.scaling["default"] * (B.double() @ A.double()).T
+        name = f"{module}.weight"
+        assert torch.equal(after[name], (before[name].double() + update).to(torch.bfloat16))
+        changed += 1
+    assert changed >= 1
+
+
+def test_adapters_that_would_be_folded_wrongly(llama: Path, tmp_path: Path) -> None:
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    surgery.factorize(llama, tmp_path / "f", rank=4)
+    scales = tmp_path / "f/surgery/scales.safetensors"
+
+    def refused(adapter: Path, match: str, folder: str = "f") -> None:
+        own = tmp_path / folder / "surgery/scales.safetensors"
+        with pytest.raises(SurgeryError, match=match):
+            surgery.fold(tmp_path / folder, own, tmp_path / "o", lora=adapter)
+
+    tied = save_llama(tmp_path / "tied", torch.float32, tie_word_embeddings=True)
+    surgery.factorize(tied, tmp_path / "ft", rank=4)
+    _with_lora(load(tied), ["embed_tokens"]).save_pretrained(tmp_path / "shared")
+    refused(tmp_path / "shared", "whose weight several modules share", "ft")
+
+    grown = load(llama)
+    grown.resize_token_embeddings(103)
+    _with_lora(grown, ["lm_head"]).save_pretrained(tmp_path / "grown", save_embedding_layers=False)
+    refused(tmp_path / "grown", r"'lm_head' does not fit its weight\n  got: +\[103, 48\]")
+
+    _with_lora(load(llama), ["o_proj"]).save_pretrained(tmp_path / "lora")
+    config = json.loads((tmp_path / "lora/adapter_config.json").read_text())
+    for change, match in (
+        ({"rank_pattern": ["a"]}, "its pattern of ranks or alphas makes no sense"),
+        ({"alpha_pattern": {"(": 3}}, "its pattern of ranks or alphas makes no sense"),
+        ({"lora_alpha": 10**400}, "contradicts its config"),
+        ({"lora_alpha": True}, "contradicts its config"),
+    ):
+        (tmp_path / "lora/adapter_config.json").write_text(json.dumps(config | change))
+        refused(tmp_path / "lora", match)
+    (tmp_path / "lora/adapter_config.json").write_text(json.dumps(config))
+    halves = load_file(tmp_path / "lora/adapter_model.safetensors")
+    one = "base_model.model.model.layers.0.self_attn.o_proj.lora"
+    for broken, match in (
+        ({}, "changes nothing"),
+        ({f"{one}_A.weight": torch.ones(3, 49), f"{one}_B.weight": torch.ones(50, 3)}, "does not fit its weight"),
+        ({f"{one}_A.weight": torch.ones(3, 2, 24), f"{one}_B.weight": torch.ones(48, 3)}, "does not fit its weight"),
+        ({f"{one}_embedding_A": torch.ones(3, 48), f"{one}_embedding_B": torch.ones(48, 3)}, "of another kind"),
+        ({f"{one}_A.weight": halves[f"{one}_A.weight"]}, "lacks a half"),
+        (halves | {key.replace("model.model.model.", "model.model."): value.clone() for key, value in halves.items()}, "twice"),
+    ):
+        save_file(broken, tmp_path / "lora/adapter_model.safetensors")
+        refused(tmp_path / "lora", match)
+    assert scales.is_file()
+
+
+@pytest.mark.parametrize("change", [{"hidden_size": "abc"}, {"num_attention_heads": 0}, {"architectures": ["Nonsense"]}])
+def test_configs_that_make_no_model(change: dict[str, Any], llama: Path, tmp_path: Path) -> None:
+    surgery.factorize(llama, tmp_path / "f", rank=4)
+    path = tmp_path / "f/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(SourceError, match=r"transformers (cannot make a|has no model)"):
+        surgery.export(tmp_path / "f", tmp_path / "f/surgery/scales.safetensors", tmp_path / "lora")
+
+
+def test_a_config_that_names_no_class(tmp_path: Path) -> None:
+    """Its family is known all the same, and with it that GPT-2 stores its weights transposed; but not the names of modules."""
+    family = FAMILIES["gpt2"]
+    folder = family.save(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    del config["architectures"]
+    (folder / "config.json").write_text(json.dumps(config))
+    surgery.factorize(folder, tmp_path / "f", rank=4)
+    scales = tmp_path / "f/surgery/scales.safetensors"
+    with pytest.raises(SourceError, match="does not say what class the model is"):
+        surgery.export(tmp_path / "f", scales, tmp_path / "no")
+    model = _with_lora(family.load(folder), ["attn.c_proj"], fan_in_fan_out=True)
+    model.save_pretrained(tmp_path / "lora")
+    surgery.fold(tmp_path / "f", scales, tmp_path / "o", lora=tmp_path / "lora")
+    with torch.no_grad():
+        assert torch.allclose(family.run(model.eval()), family.output(tmp_path / "o"), atol=1e-4)
+
+
+def test_an_adapter_does_not_come_into_a_model(llama: Path, tmp_path: Path) -> None:
+    surgery.factorize(llama, tmp_path / "f", rank=4)
+    scales = tmp_path / "f/surgery/scales.safetensors"
+    for out in (tmp_path / "f", tmp_path / "f/surgery", llama):
+        with pytest.raises(OutputError, match="there is a model in"):
+            surgery.export(tmp_path / "f", scales, out)
+    with pytest.raises(OutputError, match="is no folder"):
+        surgery.export(tmp_path / "f", scales, scales)
+
+
+def test_adapters_that_cannot_go_with_scales(llama: Path, tmp_path: Path) -> None:
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    surgery.factorize(llama, tmp_path / "f", rank=4)
+    with pytest.raises(OptionError, match="looks at the weight that it changes"):
+        surgery.attach(_with_lora(load(llama), ["o_proj"], use_dora=True), tmp_path / "f")
+    prompts = peft.get_peft_model(load(llama), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    scales = surgery.attach(prompts, tmp_path / "f")
+    trained = {name for name, parameter in prompts.named_parameters() if parameter.requires_grad and "delta" not in name}
+    assert trained == {"prompt_encoder.default.embedding.weight"}
+    scales.detach()
+    plain = load(llama)
+    scales = surgery.attach(plain, tmp_path / "f")
+    _with_lora(plain, ["o_proj"])
+    with pytest.warns(SurgeryWarning, match="and of 13 other targets are frozen: .* comes before attach"):
+        scales.save(tmp_path / "s.safetensors")

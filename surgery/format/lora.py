@@ -44,12 +44,16 @@ class LoraUpdate:
         B: float32 (out, r).
         scaling: a number.
         embedding: whether the module is an embedding, whose weight is (in, out).
+        transposed: whether the adapter says that the weight is (in, out); not to be relied on where the module is known.
+        base: shape of the module's own weight, where PEFT has kept a copy of it.
     """
 
     A: torch.Tensor
     B: torch.Tensor
     scaling: float
     embedding: bool
+    transposed: bool
+    base: tuple[int, ...] | None
 
 
 def read_lora(folder: Path) -> dict[str, LoraUpdate]:
@@ -66,11 +70,14 @@ def read_lora(folder: Path) -> dict[str, LoraUpdate]:
     config = read_json_object(folder / CONFIG, str(folder / CONFIG))
     _check(config, folder)
     pairs: dict[str, dict[str, torch.Tensor]] = {}
+    bases: dict[str, tuple[int, ...]] = {}
     with ShardReader(folder / WEIGHTS, name=str(folder / WEIGHTS)) as reader:
         for entry in reader.header.tensors:
             found = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.(lora_(?:embedding_)?([AB]))(?:\.weight)?", entry.name)
-            if found is None and entry.name.endswith(".base_layer.weight"):
-                continue  # PEFT keeps a copy of an embedding that it adapts
+            copied = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.base_layer\.weight", entry.name)
+            if found is None and copied is not None:  # PEFT keeps a copy of an embedding that it adapts
+                bases[copied[1]] = tuple(entry.shape)
+                continue
             if found is None or ".base_layer" in entry.name or entry.dtype not in ("F32", "F16", "BF16"):
                 raise OptionError(
                     f"{folder}: {entry.name!r} is no part of a LoRA update of a module's weight",
@@ -78,7 +85,9 @@ def read_lora(folder: Path) -> dict[str, LoraUpdate]:
                     hint="merge the adapter with PEFT into the folded model",
                 )
             pairs.setdefault(found[1], {})[found[2]] = reader.read(entry).float()
-    return {module: _update(module, parts, config, folder) for module, parts in pairs.items()}
+    if not pairs:
+        raise OptionError(f"{folder} is an adapter that changes nothing", got="no LoRA matrices")
+    return {module: _update(module, parts, config, folder, bases.get(module)) for module, parts in pairs.items()}
 
 
 def _check(config: Mapping[str, Any], folder: Path) -> None:
@@ -100,7 +109,13 @@ def _check(config: Mapping[str, Any], folder: Path) -> None:
         )
 
 
-def _update(module: str, parts: Mapping[str, torch.Tensor], config: Mapping[str, Any], folder: Path) -> LoraUpdate:
+def _update(
+    module: str,
+    parts: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any],
+    folder: Path,
+    base: tuple[int, ...] | None,
+) -> LoraUpdate:
     embedding = "lora_embedding_A" in parts
     names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
     if set(parts) != set(names):
@@ -108,19 +123,31 @@ def _update(module: str, parts: Mapping[str, torch.Tensor], config: Mapping[str,
     A, B = parts[names[0]], parts[names[1]]
     if A.ndim < 2 or B.ndim < 2 or A.shape[0] != B.shape[1] or math.prod(B.shape[2:]) != 1:
         raise FormatError(f"{folder}: the halves of {module!r} do not fit", got=[list(A.shape), list(B.shape)])
-    r = _of_module(config.get("rank_pattern"), module, config.get("r"))
-    alpha = _of_module(config.get("alpha_pattern"), module, config.get("lora_alpha"))
-    if not isinstance(alpha, int | float) or r != A.shape[0]:
+    r = _of_module(config.get("rank_pattern"), module, config.get("r"), folder)
+    alpha = _of_module(config.get("alpha_pattern"), module, config.get("lora_alpha"), folder)
+    if not _is_number(alpha) or r != A.shape[0] or r == 0:
         raise FormatError(f"{folder}: rank or alpha of {module!r} contradicts its config", got=[r, alpha], expected=A.shape[0])
     if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
         raise FormatError(f"{folder}: the update of {module!r} holds NaN or infinity", hint="take an earlier checkpoint")
     scaling = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
-    return LoraUpdate(A, B.reshape(B.shape[:2]), scaling, embedding)
+    return LoraUpdate(A, B.reshape(B.shape[:2]), scaling, embedding, config.get("fan_in_fan_out") is True, base)
 
 
-def _of_module(patterns: Any, module: str, default: Any) -> Any:
+def _is_number(value: Any) -> bool:
+    """One that float32 has, and so many tensors could be multiplied by."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
+
+
+def _of_module(patterns: Any, module: str, default: Any, folder: Path) -> Any:
     """The entry of a rank or alpha pattern for a module, as PEFT looks it up."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
+    if patterns is None:
+        return default
+    try:
+        for pattern, value in patterns.items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return value
+    except (AttributeError, re.error) as error:
+        raise FormatError(
+            f"{folder}: its pattern of ranks or alphas makes no sense", got=patterns, expected="regular expression -> number"
+        ) from error
     return default

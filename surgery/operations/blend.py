@@ -97,7 +97,10 @@ def _normalised(weights: Sequence[float] | None, count: int) -> tuple[float, ...
     """Weights that sum to 1."""
     if not count:
         raise OptionError("no scales files to blend", expected="one or more")
-    given = [1.0] * count if weights is None else [float(weight) for weight in weights]
+    try:
+        given = [1.0] * count if weights is None else [float(weight) for weight in weights]
+    except (TypeError, ValueError) as error:
+        raise OptionError("a weight is no number", got=weights) from error
     if len(given) != count:
         raise OptionError("there must be one weight for each file", got=f"{len(given)} weights", expected=f"{count} weights")
     if not all(math.isfinite(weight) for weight in given):

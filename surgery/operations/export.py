@@ -22,6 +22,7 @@ from surgery.format.safetensors import TensorEntry, make_header
 from surgery.format.scales import check_scales, read_scales
 from surgery.linalg.lossless import Factors
 from surgery.memory import bytes_of
+from surgery.names import CONFIG_FILE
 from surgery.progress import Progress, Silent
 from surgery.training.carriers import Carrier, Layer, carriers_of, places_of, terms_of
 from surgery.training.placement import Piece, Place
@@ -29,7 +30,7 @@ from surgery.training.skeleton import skeleton
 
 #: Families whose experts PEFT takes one by one and puts together as transformers does; measured (docs/training.md).
 _EXPERTS_ONE_BY_ONE = ("mixtral", "olmoe", "qwen3_moe")
-_FOLD_HINT = "fold instead: surgery fold gives standard weights for any model"
+_FOLD_HINT = "fold instead: surgery fold gives standard weights for any model. Or factorize without it: --exclude"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +100,14 @@ def export(
     factorized, out = Path(factorized), Path(out)
     manifest = Manifest.read(factorized)
     values = check_scales(scales, manifest) if isinstance(scales, Mapping) else read_scales(Path(scales), manifest)
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is no folder", hint="-o chooses another one")
+    if (out / CONFIG_FILE).exists() or factorized.resolve() in (out.resolve(), *out.resolve().parents):
+        # transformers would load what is there with the adapter, without a word.
+        raise OutputError(f"there is a model in {out}, which an adapter must not come into", hint="-o chooses another folder")
     if not overwrite and any((out / name).exists() for name in (CONFIG, WEIGHTS)):
         raise OutputError(f"there is an adapter in {out} already", hint="--overwrite replaces it; -o chooses another folder")
-    model = skeleton(factorized)
+    model = skeleton(factorized, exact=True)
     updates, carriers = _updates(model, manifest)
     rank = max(update.rank for update in updates)
     entries = [entry for update in updates for entry in _entries(update, rank)]
@@ -161,11 +167,9 @@ def _as_named(manifest: Manifest) -> tuple[dict[str, list[Place]], dict[str, Car
     """For a model that is not transformers': modules are named as in the checkpoint."""
     places, carriers = {}, {}
     for target in manifest.targets:
-        every = tuple(range(size) for size in target.shape)
-        piece = Piece(target.tensor, tuple(range(len(target.shape))), every, every)
-        places[target.tensor] = [Place(target.tensor, tuple(target.shape), piece)]
+        places[target.tensor] = [Place(target.tensor, tuple(target.shape), Piece.whole(target.tensor, target.shape))]
         kind = {"matrix": "linear", "convolution": "convolution", "stack": "unknown"}[target.view]
-        carriers[target.tensor] = Carrier([Layer(nn.Module(), "weight", kind, nn.Module())], tuple(target.shape), False)
+        carriers[target.tensor] = Carrier([Layer(nn.Module(), "weight", kind)], tuple(target.shape), False)
     return places, carriers
 
 
@@ -180,7 +184,7 @@ def _check_carrier(target: TargetRecord, carrier: Carrier) -> None:
     """Refuse what an adapter changes in another way than fold, or not at all."""
     layer = carrier.layers[0]
     if layer.kind not in ("linear", "transposed", "convolution"):
-        raise _not_exportable(target, f"a weight of {type(layer.module).__name__}")
+        raise _not_exportable(target, layer.described)
     if len(carrier.layers) > 1:
         raise _not_exportable(target, "a weight that several modules share")
     if layer.kind == "convolution" and getattr(layer.module, "groups", 1) != 1:

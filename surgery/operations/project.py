@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +13,7 @@ import torch
 
 from surgery.device import as_memory_allows, choose_device
 from surgery.engine.pipeline import ShardWalk, TargetPiece
-from surgery.errors import FormatError, SourceError, WeightError
+from surgery.errors import FormatError, SourceError
 from surgery.format.factors import DAMAGED_HINT, FactorsReader
 from surgery.format.files import not_as_described
 from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
@@ -21,12 +21,13 @@ from surgery.format.safetensors import ShardReader
 from surgery.format.scales import write_scales
 from surgery.linalg.correction import CorruptCorrection
 from surgery.linalg.lossless import BLOCK_ENTRIES, DEVICE_BLOCKS, Factors, approximate, join
-from surgery.names import FACTORIZABLE_DTYPES, SCALES_FILE
+from surgery.names import SCALES_FILE
 from surgery.operations.base import BaseWeights, OwnWeights, check_entry, own_config, shard_path, weight_source
 from surgery.operations.output import check_room
 from surgery.operations.quantized import Dequantizer
 from surgery.operations.scales import check_output_file
-from surgery.planning.quantization import FP8, Scaled, read_quantization
+from surgery.operations.tuned import TunedModel
+from surgery.planning.quantization import FP8, Scaled
 from surgery.progress import Progress, Silent
 from surgery.source.model import Source, open_source
 
@@ -120,7 +121,10 @@ def project(
     for download in downloads:
         if download is not None:
             check_room(*download)
-    with _Tuned(source, manifest.targets) as model, _Projector(factorized, manifest, weights, model, where) as projector:
+    with (
+        TunedModel(source, {target.tensor: target.shape for target in manifest.targets}) as model,
+        _Projector(factorized, manifest, weights, model, where) as projector,
+    ):
         projector.run(progress)
         found = projector.found
     write_scales(out, {key: one.scales for key, one in found.items()}, manifest.fingerprint)
@@ -142,71 +146,6 @@ def _open_like(model: str | Path, manifest: Manifest) -> Source:
     if subfolder is not None and Path(model).is_dir() and not (Path(model) / subfolder).is_dir():
         subfolder = None
     return open_source(model, subfolder=subfolder)
-
-
-class _Tuned:
-    """The fine-tuned model. A context manager, for one thread.
-
-    Raises:
-        SourceError: a target is not there, or with another shape, or in a dtype that weights cannot have.
-    """
-
-    def __init__(self, source: Source, targets: Iterable[TargetRecord]) -> None:
-        self._name = source.name
-        headers = {shard: source.header(shard) for shard in source.selection.shards}
-        self._quantized = read_quantization(source.config(), headers, source.name)
-        self._places = {entry.name: (shard, entry) for shard, header in headers.items() for entry in header.tensors}
-        for target in targets:
-            self._check(target)
-        self._files = Dequantizer(source.fetch)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._files.__exit__(kind, error, trace)
-
-    def _check(self, target: TargetRecord) -> None:
-        name = target.tensor
-        if name not in self._places:
-            raise SourceError(
-                f"{self._name} has no tensor {name!r}",
-                expected=f"one of shape {target.shape}",
-                hint="give the whole fine-tuned model, saved under the names of the original; merge adapters first",
-            )
-        entry = self._places[name][1]
-        if list(entry.shape) != target.shape:
-            raise SourceError(
-                f"{self._name}: {name!r} has another shape than in the original", got=list(entry.shape), expected=target.shape
-            )
-        if entry.dtype not in FACTORIZABLE_DTYPES and name not in self._quantized:
-            raise SourceError(
-                f"{self._name}: {name!r} has a dtype that is not supported",
-                got=entry.dtype,
-                expected=", ".join(FACTORIZABLE_DTYPES) + ", or FP8 with scales",
-            )
-
-    def weight(self, piece: TargetPiece) -> torch.Tensor:
-        """What the tensor of a piece has become, with as many matrices; float32 if it is FP8, else as it is; on the CPU.
-
-        Raises:
-            WeightError: NaN or infinity in it.
-        """
-        name, shard = piece.entry.name, self._places[piece.entry.name][0]
-        reader, entries = self._files.reader(shard)
-        entry = entries.get(name)
-        if entry != self._places[name][1]:
-            raise FormatError(f"{self._name}/{shard} has changed since its header was read")
-        assert entry is not None
-        some = len(entry.shape) == 3 and len(piece.tensor) < entry.shape[0]
-        tensor = reader.read(entry, piece.first, len(piece.tensor)) if some else reader.read(entry)
-        tensor = self._files.weight(tensor, piece.first, self._quantized.get(name))
-        # A minimum or maximum of NaN is NaN: one pass, many times faster than asking each number.
-        if not all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor)):
-            raise WeightError(
-                f"{self._name}: {name!r} holds NaN or infinity", hint="the fine-tuning diverged: take an earlier checkpoint"
-            )
-        return tensor
 
 
 @dataclass(slots=True)
@@ -253,7 +192,7 @@ class _Projector:
         factorized: Path,
         manifest: Manifest,
         weights: OwnWeights | BaseWeights,
-        tuned: _Tuned,
+        tuned: TunedModel,
         device: torch.device,
     ) -> None:
         self._factorized = factorized

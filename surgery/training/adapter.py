@@ -13,7 +13,7 @@ from torch import nn
 from surgery.errors import OptionError
 from surgery.format.lora import LoraUpdate
 from surgery.linalg.lossless import Addition
-from surgery.training.carriers import carriers_of
+from surgery.training.carriers import Carrier, carriers_of
 from surgery.training.placement import Piece, locate, parameter_names
 from surgery.training.skeleton import skeleton
 
@@ -33,28 +33,64 @@ def additions_of(folder: Path, shapes: Mapping[str, Sequence[int]], updates: Map
     model = skeleton(folder)
     pieces: dict[str, list[Piece]] = {}
     if model is None:
-        for name, shape in shapes.items():
-            every = tuple(range(size) for size in shape)
-            pieces[name] = [Piece(name, tuple(range(len(shape))), every, every)]
+        pieces = {name: [Piece.whole(name, shape)] for name, shape in shapes.items()}
     else:
         for places in locate(model, shapes).values():
             for place in places:
                 pieces.setdefault(place.parameter, []).append(place.piece)
+    parameters = {module: _parameter(model, module, pieces) for module in updates}
+    if len(set(parameters.values())) < len(parameters):
+        raise OptionError("the adapter changes a weight twice, under two names", got=sorted(parameters))
+    carriers = None if model is None else carriers_of(model, parameters.values())
     added: dict[str, list[Addition]] = {}
     for module, update in updates.items():
-        parameter = _parameter(model, module, pieces)
-        kind = "embedding" if update.embedding else "linear"
-        if model is not None:
-            kind = carriers_of(model, {parameter})[parameter].layers[0].kind
-        left, right = update.B.double() * update.scaling, update.A.flatten(1).T
-        if kind in ("transposed", "embedding"):
+        parameter = parameters[module]
+        if carriers is None:
+            shape, transposed = tuple(shapes[parameter]), update.embedding or update.transposed
+        else:
+            shape, transposed = _of_layer(carriers[parameter], module, update)
+        left, right = update.B, update.A.flatten(1).T
+        if transposed:
             left, right = right, left
+        sizes = (shape[0], math.prod(shape[1:]))
+        if (len(left), len(right)) != sizes or (update.A.ndim > 2 and update.A.shape[1:] != shape[1:]):
+            raise _misfit(module, [len(left), len(right)], list(shape))
+        if update.base is not None and update.base != shape:
+            raise _misfit(module, list(update.base), list(shape))
         for piece in pieces[parameter]:
-            added.setdefault(piece.tensor, []).append(_in_tensor(piece, shapes[piece.tensor], left, right, module))
+            added.setdefault(piece.tensor, []).append(
+                _in_tensor(piece, shapes[piece.tensor], left, right, update.scaling, module)
+            )
     return {
         tensor: Addition(torch.cat([one.left for one in several], dim=1), torch.cat([one.right for one in several], dim=1))
         for tensor, several in added.items()
     }
+
+
+def _of_layer(carrier: Carrier, module: str, update: LoraUpdate) -> tuple[tuple[int, ...], bool]:
+    """Shape of the weight that a module of a known model has, and whether it is (in, out)."""
+    layer = carrier.layers[0]
+    if len(carrier.layers) > 1:
+        raise OptionError(
+            f"the adapter changes {module!r}, whose weight several modules share",
+            got=[type(other.module).__name__ for other in carrier.layers],
+            expected="a weight of its own: elsewhere the model was not adapted",
+            hint="fold without the adapter, and load it beside the folded model",
+        )
+    if update.embedding != isinstance(layer.module, nn.Embedding):
+        raise OptionError(
+            f"the adapter's update of {module!r} is of another kind than the module", got=type(layer.module).__name__
+        )
+    return carrier.shape, update.embedding or layer.kind == "transposed"
+
+
+def _misfit(module: str, got: list[int], expected: list[int]) -> OptionError:
+    return OptionError(
+        f"the adapter's update of {module!r} does not fit its weight",
+        got=got,
+        expected=expected,
+        hint="fold onto the model that the adapter was trained on, with the vocabulary that it had",
+    )
 
 
 def _parameter(model: nn.Module | None, module: str, pieces: Mapping[str, Any]) -> str:
@@ -72,26 +108,19 @@ def _parameter(model: nn.Module | None, module: str, pieces: Mapping[str, Any]) 
     return found
 
 
-def _in_tensor(piece: Piece, shape: Sequence[int], left: torch.Tensor, right: torch.Tensor, module: str) -> Addition:
-    """``left right^T`` of a parameter as it is in a tensor; zero where the tensor is not in that parameter."""
-    whole = tuple(range(len(shape)))
-    rows, columns = len(left), len(right)
-    if len(shape) > 2 and piece.axes == whole and (rows, columns) == (shape[0], math.prod(shape[1:])):
-        return Addition(left, right)  # a convolution
-    fits = piece.axes in ((0, 1), (1, 0)) and all(
-        len(at) == 0 or int(max(at[0], at[-1])) < size for at, size in zip(piece.at, (rows, columns), strict=True)
-    )
-    if not fits:
-        raise OptionError(
-            f"the adapter's update of {module!r} does not fit its weight",
-            got=[rows, columns],
-            expected=list(shape),
-            hint="merge the adapter with PEFT into the folded model",
-        )
+def _in_tensor(
+    piece: Piece, shape: Sequence[int], left: torch.Tensor, right: torch.Tensor, scaling: float, module: str
+) -> Addition:
+    """``scaling left right^T`` of a parameter as it is in a tensor; zero where the tensor is not in that parameter."""
+    if len(shape) > 2 and piece.axes == tuple(range(len(shape))):
+        return Addition(left.double() * scaling, right)  # a convolution
+    if piece.axes not in ((0, 1), (1, 0)):
+        raise _misfit(module, [len(left), len(right)], list(shape))
     parts = []
     for axis, factor in enumerate((left, right)):
-        size = shape[piece.axes[axis] or 0]
-        part = factor.new_zeros(size, factor.shape[1])
+        part = factor.new_zeros(shape[piece.axes[axis] or 0], factor.shape[1])
         part[torch.as_tensor(piece.of[axis])] = factor[torch.as_tensor(piece.at[axis])]
         parts.append(part)
-    return Addition(*parts) if piece.axes == (0, 1) else Addition(parts[1], parts[0])
+    if piece.axes == (1, 0):
+        parts.reverse()
+    return Addition(parts[0].double() * scaling, parts[1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,20 +26,52 @@ from surgery.training.recognize import is_residual
 _NAME = "surgery_scale"
 
 
+class _Attached:
+    """A path in its place: the hooks that make the layers of a parameter use it.
+
+    Attributes:
+        path: a submodule of the first of the layers.
+    """
+
+    def __init__(self, path: LowRankPath, layers: Sequence[Layer]) -> None:
+        self.path = path
+        self._handles: list[Any] = []
+        self._hooks: list[Adding | Shadow] = []
+        first = layers[0]
+        self._owner, self._name = first.module, _NAME if first.name == "weight" else f"{_NAME}_{first.name}"
+        first.module.add_module(self._name, path)
+        for layer in layers:
+            if layer.kind == "unknown":
+                shadow = Shadow(path, layer.module, layer.name)
+                for module in (layer.module, *layer.readers):
+                    self._handles.append(module.register_forward_pre_hook(shadow.enter))
+                    # Also after an exception, with which a recomputation under gradient checkpointing may end.
+                    self._handles.append(module.register_forward_hook(shadow.leave, always_call=True))
+                self._hooks.append(shadow)
+            else:
+                adding = Adding(path, layer.kind)
+                self._handles.append(layer.module.register_forward_hook(adding, with_kwargs=True))
+                self._hooks.append(adding)
+
+    @property
+    def used(self) -> tuple[bool, bool]:
+        """Whether any of the layers has been run, and whether all have."""
+        used = [hook.used for hook in self._hooks]
+        return any(used), all(used)
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        delattr(self._owner, self._name)
+
+
 class Scales:
     """The scales attached to a model; made by ``attach``."""
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        homes: dict[str, tuple[LowRankPath, int]],
-        handles: list[Any],
-        owners: list[tuple[nn.Module, str]],
-    ) -> None:
+    def __init__(self, manifest: Manifest, homes: dict[str, tuple[_Attached, int]], attached: list[_Attached]) -> None:
         self._manifest = manifest
         self._homes = homes
-        self._handles = handles
-        self._owners = owners
+        self._attached = attached
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """What to hand to an optimizer: ``g - 1`` of each target, float32 (B k,). Use no weight decay.
@@ -47,7 +79,7 @@ class Scales:
         Raises:
             OptionError: they have been offloaded, where nothing can train them.
         """
-        return iter([_trainable(path.delta(i)) for path, i in self._homes.values()])
+        return iter([_trainable(home.path.delta(i)) for home, i in self._homes.values()])
 
     def values(self) -> dict[str, torch.Tensor]:
         """Key of a target -> ``g``, float32 (k,), or (B, k) for a stack, on the CPU.
@@ -55,7 +87,7 @@ class Scales:
         Where they are sharded over processes, all of these must ask together.
         """
         shapes = {target.key: target.scales_shape for target in self._manifest.targets}
-        return {key: 1 + _whole(path.delta(i), shapes[key]) for key, (path, i) in self._homes.items()}
+        return {key: 1 + _whole(home.path.delta(i), shapes[key]) for key, (home, i) in self._homes.items()}
 
     def save(self, path: str | Path) -> None:
         """Write the scales file that ``surgery fold`` takes.
@@ -63,13 +95,21 @@ class Scales:
         In a distributed run all processes must call it, and the first one writes.
 
         Warns:
-            SurgeryWarning: the model was run, and some scales had no part in it.
+            SurgeryWarning: the model was run, and some scales had no part in it; or they are frozen.
         """
-        unused = sorted(key for key, (home, _) in self._homes.items() if not home.used)
-        if unused and len(unused) < len(self._homes):
+        used = {key: home.used for key, (home, _) in self._homes.items()}
+        unused = sorted(key for key, (_, every) in used.items() if not every)
+        if unused and any(some for some, _ in used.values()):
             warnings.warn(
-                f"the scales of {unused[0]!r} and of {len(unused) - 1} other targets were never used: "
-                "the model does not run these layers, or not by calling them",
+                f"the scales of {unused[0]!r} and of {len(unused) - 1} other targets were never used, or not by all layers "
+                "that share the weight: the model does not run these, or reads their weights in a way that is not known here",
+                SurgeryWarning,
+                stacklevel=2,
+            )
+        if frozen := [key for key, (home, i) in self._homes.items() if not home.path.delta(i).requires_grad]:
+            warnings.warn(
+                f"the scales of {frozen[0]!r} and of {len(frozen) - 1} other targets are frozen: what freezes a model, such as "
+                "PEFT's get_peft_model, comes before attach",
                 SurgeryWarning,
                 stacklevel=2,
             )
@@ -82,7 +122,7 @@ class Scales:
         values = read_scales(Path(path), self._manifest)
         with torch.no_grad():
             for key, (home, i) in self._homes.items():
-                delta: Any = _trainable(home.delta(i))
+                delta: Any = _trainable(home.path.delta(i))
                 value = values[key].flatten() - 1
                 if is_sharded(delta):
                     from torch.distributed.tensor import distribute_tensor
@@ -92,12 +132,9 @@ class Scales:
 
     def detach(self) -> None:
         """Take the scales out of the model again. Its weights are what they were; they stay frozen."""
-        for handle in self._handles:
-            handle.remove()
-        for owner, name in self._owners:
-            delattr(owner, name)
-        self._handles.clear()
-        self._owners.clear()
+        for attached in self._attached:
+            attached.remove()
+        self._attached.clear()
 
 
 def _trainable(delta: nn.Parameter) -> nn.Parameter:
@@ -146,6 +183,7 @@ def attach(model: nn.Module, factorized: str | Path) -> Scales:
     bare = unwrapped(model)
     if any(isinstance(module, LowRankPath) for module in bare.modules()):
         raise OptionError("scales are attached to this model already", hint="detach() them first")
+    _check_suitable(model, bare)
     places = places_of(bare, manifest)
     carriers = carriers_of(bare, {place.parameter for found in places.values() for place in found})
     dtype = _activations(bare)
@@ -159,17 +197,29 @@ def attach(model: nn.Module, factorized: str | Path) -> Scales:
                     homes[target.key] = _add(target, places[target.tensor], carriers, reader, dtype, stored, planned)
     paths = {key: plan.path() for key, plan in planned.items()}
     if not any(hasattr(module, "adapter_layer_names") for module in bare.modules()):  # else PEFT has done it
-        model.requires_grad_(False)
-    handles: list[Any] = []
-    owners = []
+        bare.requires_grad_(False)
+    attached = []
     for key, path in paths.items():
-        for layer in planned[key].carrier.layers:
-            handles += _hook(layer, path)
-            name = _NAME if layer.name == "weight" else f"{_NAME}_{layer.name}"
-            layer.module.add_module(name, path)
-            owners.append((layer.module, name))
+        plan = planned[key]
+        attached.append(_Attached(path, plan.carrier.layers))
         path.requires_grad_(True)
-    return Scales(manifest, {key: (paths[home], i) for key, (home, i) in homes.items()}, handles, owners)
+    by_key = dict(zip(planned, attached, strict=True))
+    return Scales(manifest, {key: (by_key[home], i) for key, (home, i) in homes.items()}, attached)
+
+
+def _check_suitable(model: Any, bare: Any) -> None:
+    """Refuse what is known to use weights in ways that scales cannot follow."""
+    if getattr(getattr(bare, "config", None), "model_type", None) == "rwkv":
+        raise OptionError("RWKV divides its weights when it is put into eval mode, and scales cannot follow that")
+    # DoRA and HRA look at the weight under them, scales not included; the folded model would not be what was trained.
+    for name, config in getattr(model, "peft_config", {}).items():
+        kind = str(getattr(config, "peft_type", "")).rpartition(".")[2]
+        if getattr(config, "use_dora", False) or kind == "HRA":
+            raise OptionError(
+                f"the adapter {name!r} looks at the weight that it changes, and cannot go with scales",
+                got="DoRA" if kind == "LORA" else kind,
+                expected="such as a plain LoRA",
+            )
 
 
 def _activations(model: nn.Module) -> torch.dtype:
@@ -231,15 +281,3 @@ def _add(
     for key, group in terms.items():
         planned[key].entries.append((delta, s, int(residual), group))
     return home
-
-
-def _hook(layer: Layer, path: LowRankPath) -> list[Any]:
-    """Make the module use the path as well."""
-    if layer.kind == "unknown":
-        shadow = Shadow(path, layer.module, layer.name)
-        # Also after an exception, with which a recomputation under gradient checkpointing may end.
-        return [
-            layer.caller.register_forward_pre_hook(shadow.enter),
-            layer.caller.register_forward_hook(shadow.leave, always_call=True),
-        ]
-    return [layer.module.register_forward_hook(Adding(path, layer.kind), with_kwargs=True)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -22,13 +22,17 @@ from surgery.training.placement import Place, Positions, locate
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's, DistributedDataParallel's and PEFT's wrappers."""
+    """The model inside torch.compile's and PEFT's wrappers.
+
+    Raises:
+        OptionError: it is in a wrapper for several processes or devices, which has taken its parameters already.
+    """
     inner: Any = model
     while True:
         if hasattr(inner, "_orig_mod"):
             inner = inner._orig_mod
-        elif type(inner).__name__ in ("DistributedDataParallel", "DataParallel"):
-            inner = inner.module
+        elif type(inner).__name__ in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):
+            raise OptionError(f"the model is in {type(inner).__name__} already", hint="attach first, then wrap")
         elif type(inner).__module__ == "peft.peft_model":
             inner = inner.get_base_model()
         else:
@@ -47,7 +51,7 @@ def places_of(model: nn.Module, manifest: Manifest) -> dict[str, list[Place]]:
                 f"{target.tensor!r} is not in this model",
                 got=type(model).__name__,
                 expected="the model that the checkpoint loads as",
-                hint="fold the scales instead, or factorize with --include for the layers that the model has",
+                hint="attach to the transformers model inside a wrapper; or leave out what the model does not have: --exclude",
             )
     return places
 
@@ -58,14 +62,19 @@ class Layer:
 
     Attributes:
         module, name: where it is.
-        kind: how it is used: ``linear``, ``transposed``, ``embedding``, ``convolution``, or in an unknown way.
-        caller: whose forward uses it.
+        kind: how it is used: ``linear``, ``transposed``, ``embedding``, ``convolution``, or in an ``unknown`` way.
+        readers: other modules that read it by themselves, past the forward of this one.
     """
 
     module: nn.Module
     name: str
     kind: str
-    caller: nn.Module
+    readers: tuple[nn.Module, ...] = ()
+
+    @property
+    def described(self) -> str:
+        text = f"a weight of {type(self.module).__name__}"
+        return text + (f", which {type(self.readers[0]).__name__} reads past its forward" if self.readers else "")
 
 
 @dataclass(slots=True)
@@ -104,14 +113,9 @@ class Carrier:
         return layer.module.get_parameter(layer.name).detach()
 
 
-def carriers_of(model: nn.Module, names: set[str]) -> dict[str, Carrier]:
+def carriers_of(model: nn.Module, names: Iterable[str]) -> dict[str, Carrier]:
     """Full name of a parameter -> its carrier, the same for all names of one parameter."""
-    callers = {
-        child: parent
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if name in _read_by_parent(type(parent))  # type: ignore[arg-type]  # types have a hash
-    }
+    readers = _readers(model)
     holders: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -121,31 +125,67 @@ def carriers_of(model: nn.Module, names: set[str]) -> dict[str, Carrier]:
     for name in names:
         parameter = model.get_parameter(name)
         if id(parameter) not in made:
-            first = holders[id(parameter)][0][0]
-            quantized = _is_quantized(first, parameter, name)
-            layers = [
-                Layer(module, attribute, _kind(module, attribute, quantized, module in callers), callers.get(module, module))
-                for module, attribute in holders[id(parameter)]
-            ]
-            shape = (first.out_features, first.in_features) if quantized else tuple(parameter.shape)
-            made[id(parameter)] = Carrier(layers, shape, quantized)  # type: ignore[arg-type]
+            made[id(parameter)] = _carrier(name, parameter, holders[id(parameter)], readers)
         carriers[name] = made[id(parameter)]
     return carriers
 
 
-@cache
-def _read_by_parent(kind: Any) -> frozenset[str]:
-    """Names of children whose weight a module uses by itself, past their forward: Mamba's dt_proj, attention's out_proj.
+def _carrier(
+    name: str,
+    parameter: nn.Parameter,
+    holders: Sequence[tuple[nn.Module, str]],
+    readers: dict[tuple[int, str], list[nn.Module]],
+) -> Carrier:
+    first: Any = holders[0][0]
+    quantized = _is_quantized(first, parameter, name)
+    layers = []
+    for module, attribute in holders:
+        reading = tuple(readers.get((id(module), attribute), ()))
+        layers.append(Layer(module, attribute, _kind(module, attribute, quantized, bool(reading)), reading))
+        if quantized and reading:
+            raise OptionError(
+                f"{name!r} is quantized, and {layers[-1].described}",
+                hint="leave it out with --exclude, or load the model without quantization",
+            )
+    shape = (first.out_features, first.in_features) if quantized else tuple(parameter.shape)
+    return Carrier(layers, shape, quantized)
 
-    Told by its source, in want of anything better; ``Scales.save`` warns of a layer that was never called.
+
+def _readers(model: nn.Module) -> dict[tuple[int, str], list[nn.Module]]:
+    """Module, by its id, and the name of a parameter -> modules that use it by themselves, past the forward of its own.
+
+    Such as the mixer of Mamba with its dt_proj, attention with its out_proj, DBRX with the weights of its experts. Told by
+    their source, in want of anything better; ``Scales.save`` warns of a layer that was never used.
     """
-    # Not where only its type or dtype is asked for.
-    uses = re.compile(r"(?<!isinstance\()self\.(\w+)\.weight\b(?!\.(?:dtype|device|shape|size|is_\w+))")
-    names: set[str] = set()
+    found: dict[tuple[int, str], list[nn.Module]] = {}
+    for reader in model.modules():
+        for chain in _chains(type(reader)):  # type: ignore[arg-type]  # types have a hash
+            module = reader
+            for part, after in zip(chain, (*chain[1:], ""), strict=True):
+                if part in module._modules and module._modules[part] is not None:
+                    module = module._modules[part]  # type: ignore[assignment]
+                    continue
+                # Its own parameters are used in its own forward; of others, their dtype alone is no use.
+                if part in module._parameters and module is not reader and not _METADATA.fullmatch(after):
+                    known = found.setdefault((id(module), part), [])
+                    if reader not in known:
+                        known.append(reader)
+                break
+    return found
+
+
+_METADATA = re.compile("dtype|device|shape|size|ndim|dim|numel|requires_grad|is_[a-z]+")
+
+
+@cache
+def _chains(kind: Any) -> frozenset[tuple[str, ...]]:
+    """What the source of a class says as ``self.a.b.c``, but for what is only asked for its type."""
+    chains: set[tuple[str, ...]] = set()
     for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
-        with suppress(OSError, TypeError):  # made at run time, or without source
-            names.update(uses.findall(inspect.getsource(base)))
-    return frozenset(names)
+        with suppress(OSError, TypeError, AttributeError):  # made at run time, or without source
+            found = re.findall(r"(?<!isinstance\()\bself((?:\.\w+){2,})", inspect.getsource(base))
+            chains.update(tuple(chain[1:].split(".")) for chain in found)
+    return frozenset(chains)
 
 
 def _is_quantized(module: nn.Module, weight: nn.Parameter, name: str) -> bool:
@@ -198,6 +238,9 @@ def terms_of(
                 f"{target.tensor!r} does not fit the parameter {place.parameter!r} of the model",
                 got=list(carrier.shape),
                 expected=list(place.shape),
+                hint="give the model that was factorized; bitsandbytes transposes the weights of GPT-2's Conv1D"
+                if carrier.quantized
+                else "give the model that was factorized, with the vocabulary that it had",
             )
         carrier.stack, region = _region(target, place)
         rows, columns = carrier.rows_and_columns

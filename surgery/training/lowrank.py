@@ -64,7 +64,6 @@ class LowRankPath(nn.Module):
         like: torch.Tensor,
     ) -> None:
         super().__init__()
-        self.used = False
         self._count = len(deltas)
         for i, delta in enumerate(deltas):
             self.register_parameter(f"delta_{i}", delta)
@@ -84,13 +83,14 @@ class LowRankPath(nn.Module):
         return self.get_parameter(f"delta_{i}")
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """As for any module, but that a cast of the model leaves the deltas in float32: half precision has no room for them."""
-        before = [self.delta(i).data for i in range(self._count)]
+        """As for any module, but that a cast of the model leaves the coefficients in float32: less has no room for them."""
+        kept = [*(f"delta_{i}" for i in range(self._count)), "singular_values", "offsets"]
+        before = {name: getattr(self, name).data for name in kept}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for i, value in enumerate(before):
-            delta = self.delta(i)
-            if delta.dtype != value.dtype:
-                delta.data = value.to(delta.device)
+        for name, value in before.items():
+            tensor = getattr(self, name)
+            if tensor.dtype != value.dtype:
+                tensor.data = value.to(tensor.device)
         return self
 
     def coefficients(self) -> torch.Tensor:
@@ -103,7 +103,6 @@ class LowRankPath(nn.Module):
 
     def forward(self, x: torch.Tensor, apply: Callable[..., Any], owner: Any) -> Any:
         """``apply(x, left, right, coefficients, owner)``, all in the dtype of x and on the device of the path."""
-        self.used = True
         x = x.to(self.left.device)
         kind = self.left.dtype if torch.is_autocast_enabled(x.device.type) or not x.is_floating_point() else x.dtype
         return apply(x, self.left.to(kind), self.right.to(kind), self.coefficients().to(kind), owner)
@@ -147,26 +146,38 @@ class Adding:
     Args:
         path: of the layer's weight.
         kind: of the layer, one of ``UPDATES``.
+
+    Attributes:
+        used: whether the layer has been run.
     """
 
     def __init__(self, path: LowRankPath, kind: str) -> None:
         self._path = path
         self._kind = kind
+        self.used = False
 
     def __call__(self, layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
+        self.used = True
         x = inputs[0] if inputs else next(iter(named.values()))
         added: torch.Tensor = self._path(x, UPDATES[self._kind], layer)
         return output + added.to(output.device)
 
 
+def _narrow(x: torch.Tensor, factor: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
+    """``(x factor) c``; in float32 where the product may leave the range of float16, however small c is."""
+    if coefficients.dtype == torch.float16:
+        return ((x.float() @ factor.float()) * coefficients.float()).half()
+    return (x @ factor) * coefficients
+
+
 def _linear(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, coefficients: torch.Tensor, _: Any) -> torch.Tensor:
     """For a layer that computes ``x W^T``."""
-    return ((x @ right) * coefficients) @ left.T
+    return _narrow(x, right, coefficients) @ left.T
 
 
 def _transposed(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, coefficients: torch.Tensor, _: Any) -> torch.Tensor:
     """For a layer that computes ``x W``, such as the Conv1D of GPT-2."""
-    return ((x @ left) * coefficients) @ right.T
+    return _narrow(x, left, coefficients) @ right.T
 
 
 def _embedding(ids: torch.Tensor, left: torch.Tensor, right: torch.Tensor, coefficients: torch.Tensor, _: Any) -> torch.Tensor:
@@ -196,7 +207,7 @@ UPDATES: dict[str, Callable[..., torch.Tensor]] = {
 
 
 class Shadow:
-    """Puts a ``LowRankWeight`` in a parameter's place while a module runs.
+    """Puts a ``LowRankWeight`` in a parameter's place while modules run that use it.
 
     In the instance's dictionary, which comes before parameters when an attribute is looked up and is in no state dict.
 
@@ -204,47 +215,78 @@ class Shadow:
         path: of the parameter.
         holder: the module that has it.
         name: the attribute.
+
+    Attributes:
+        used: whether the weight has been read meanwhile.
     """
 
     def __init__(self, path: LowRankPath, holder: nn.Module, name: str) -> None:
         self._path = path
         self._holder = holder
         self._name = name
+        self._depth = 0  # of modules that run one inside the other
+        self.used = False
 
     def enter(self, _module: nn.Module, _inputs: tuple[Any, ...]) -> None:
-        self._holder.__dict__[self._name] = self._path(self._path.left, self._sum, self._holder)
-
-    def _sum(
-        self, _: Any, left: torch.Tensor, right: torch.Tensor, coefficients: torch.Tensor, holder: nn.Module
-    ) -> LowRankWeight:
-        # The weight is looked up when it is used: it may be brought from elsewhere in between.
-        return LowRankWeight(lambda: holder._parameters[self._name], left * coefficients.unsqueeze(-2), right)
+        self._depth += 1
+        if self._depth == 1:
+            self._holder.__dict__[self._name] = self._path(self._path.left, self._sum, None)
 
     def leave(self, _module: nn.Module, _inputs: tuple[Any, ...], _output: Any) -> None:
-        self._holder.__dict__.pop(self._name, None)
+        self._depth -= 1
+        if self._depth == 0:
+            self._holder.__dict__.pop(self._name, None)
+
+    def _sum(self, _: Any, left: torch.Tensor, right: torch.Tensor, coefficients: torch.Tensor, _owner: Any) -> LowRankWeight:
+        return LowRankWeight(self._weight, left, right, coefficients)
+
+    def _weight(self) -> Any:
+        """Looked up when it is used: it may be brought from elsewhere in between."""
+        self.used = True
+        return self._holder._parameters[self._name]
 
 
 class LowRankWeight:
-    """``weight + left right^T``, the sum never formed for matrix products, and formed for anything else.
+    """``weight + left diag(c) right^T``, the sum never formed for matrix products, and formed for anything else.
+
+    The coefficients are applied between the two factors: what autograd keeps for their gradient is of rank k then.
 
     Args:
         weight: gives (m, n), or (B, m, n) for a stack.
         left: (m, k) or (B, m, k).
         right: (n, k) or (B, n, k).
+        coefficients: (k,) or (B, k).
     """
 
     _OF_THE_WEIGHT = frozenset(
-        ["data_ptr", "device", "dim", "dtype", "is_cpu", "is_cuda", "is_floating_point", "is_meta", "ndim", "shape", "size"]
+        [
+            *("data_ptr", "device", "dim", "dtype", "element_size", "is_contiguous", "is_cpu", "is_cuda", "is_floating_point"),
+            *(
+                "is_leaf",
+                "is_meta",
+                "itemsize",
+                "layout",
+                "nbytes",
+                "ndim",
+                "numel",
+                "requires_grad",
+                "shape",
+                "size",
+                "stride",
+            ),
+        ]
     )
 
-    def __init__(self, weight: Callable[[], Any], left: torch.Tensor, right: torch.Tensor) -> None:
+    def __init__(self, weight: Callable[[], Any], left: torch.Tensor, right: torch.Tensor, coefficients: torch.Tensor) -> None:
         self._weight = weight
         self._left = left
         self._right = right
+        self._coefficients = coefficients
 
     def dense(self) -> torch.Tensor:
         weight: torch.Tensor = self._weight()
-        return weight + (self._left @ self._right.mT).reshape(weight.shape).to(weight.dtype)
+        added = (self._left * self._coefficients.unsqueeze(-2)) @ self._right.mT
+        return weight + added.reshape(weight.shape).to(weight.dtype)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._weight() if name in self._OF_THE_WEIGHT else self.dense(), name)
@@ -257,11 +299,11 @@ class LowRankWeight:
         if self._left.ndim < 3 or not matrices:
             return self.dense()[index]
         weight = self._weight()[index]
-        return LowRankWeight(lambda: weight, self._left[index], self._right[index])
+        return LowRankWeight(lambda: weight, self._left[index], self._right[index], self._coefficients[index])
 
     @property
     def mT(self) -> LowRankWeight:  # noqa: N802
-        return LowRankWeight(lambda: self._weight().mT, self._right, self._left)
+        return LowRankWeight(lambda: self._weight().mT, self._right, self._left, self._coefficients)
 
     @property
     def T(self) -> Any:  # noqa: N802
@@ -275,19 +317,24 @@ class LowRankWeight:
         return self.mT if {dim0 % self.ndim, dim1 % self.ndim} == last else self.dense().transpose(dim0, dim1)
 
     def __matmul__(self, x: torch.Tensor) -> torch.Tensor:
-        product: torch.Tensor = self._weight() @ x + self._left @ (self._right.mT @ x)
+        hidden = _narrow(self._right.mT, x, self._coefficients.unsqueeze(-1) if x.ndim > 1 else self._coefficients)
+        product: torch.Tensor = self._weight() @ x + self._left @ hidden
         return product
 
     def __rmatmul__(self, x: torch.Tensor) -> torch.Tensor:
-        product: torch.Tensor = x @ self._weight() + (x @ self._left) @ self._right.mT
+        stacked = self._coefficients.ndim > 1 and x.ndim > 1
+        hidden = _narrow(x, self._left, self._coefficients.unsqueeze(-2) if stacked else self._coefficients)
+        product: torch.Tensor = x @ self._weight() + hidden @ self._right.mT
         return product
 
     def _linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return functional.linear(x, self._weight(), bias) + (x @ self._right) @ self._left.mT
+        return functional.linear(x, self._weight(), bias) + _narrow(x, self._right, self._coefficients) @ self._left.mT
 
     def _grouped(self, product: Callable[..., torch.Tensor], x: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
+        # Which coefficients a row takes is known to the product alone: they go into the second factor.
         hidden = product(x, self._left, *args, **named)
-        return product(x, self._weight(), *args, **named) + product(hidden, self._right.mT, *args, **named)
+        scaled = (self._right * self._coefficients.unsqueeze(-2)).mT
+        return product(x, self._weight(), *args, **named) + product(hidden, scaled, *args, **named)
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -37,6 +37,12 @@ class Piece:
     at: tuple[Positions, ...]
     of: tuple[Positions, ...]
 
+    @classmethod
+    def whole(cls, tensor: str, shape: Sequence[int]) -> Piece:
+        """All of a tensor, in a parameter of the same shape."""
+        every = tuple(range(size) for size in shape)
+        return cls(tensor, tuple(range(len(shape))), every, every)
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -125,6 +131,9 @@ def _loaded(
             for pattern, members in sources.items()
         }
         if converter is None:
+            several = [name for members in sources.values() for name in members]
+            if len(several) > 1:
+                raise OptionError(f"two tensors of the checkpoint are loaded as {renamed!r}", got=several)
             ((_, (symbol,)),) = symbols.items()
             yield renamed, symbol
         else:
@@ -142,7 +151,7 @@ def _converted(model: nn.Module, converter: Any, name: str, symbols: dict[str, l
     try:
         made = following.convert(name, model=model, config=model.config)
         return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
-    except (AttributeError, NotImplementedError, TypeError, ValueError, RuntimeError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         operations = ", ".join(type(op).__name__ for op in converter.operations)
         raise OptionError(
             f"{names[0]!r} cannot be followed into the model: transformers loads it by {operations}",
@@ -163,8 +172,7 @@ class _Symbol:
 
     @classmethod
     def of_tensor(cls, name: str, shape: Sequence[int]) -> _Symbol:
-        every = tuple(range(size) for size in shape)
-        return cls(tuple(shape), (Piece(name, tuple(range(len(shape))), every, every),))
+        return cls(tuple(shape), (Piece.whole(name, shape),))
 
     @property
     def ndim(self) -> int:

@@ -65,7 +65,10 @@ def is_residual(
     if target.dtype in FACTORIZABLE_DTYPES:
         digest = _hash_as(matrices, TORCH_DTYPES[target.dtype])
         if digest is None or digest not in (target.sha256, target.residual_sha256):
-            raise _neither(target, f"{str(matrices.dtype).removeprefix('torch.')} {target.shape}", "bytes")
+            dtype_of_model = str(matrices.dtype).removeprefix("torch.")
+            fewer = matrices.dtype.itemsize < TORCH_DTYPES[target.dtype].itemsize
+            hint = f'load the model with dtype="auto": {dtype_of_model} has not room for its weights' if fewer else None
+            raise _neither(target, f"{dtype_of_model} {target.shape}", "bytes", hint)
         return digest != target.sha256
     # FP8, dequantized when it was loaded: an overlay, of which nothing but the factors is at hand.
     leading = [f.U.T.to(w.device) @ w.float() @ f.V.to(w.device) for f, w in zip(factors, matrices, strict=True)]
@@ -81,12 +84,12 @@ def _is_original(leading: Sequence[torch.Tensor], factors: Sequence[Factors]) ->
     return bool(error.norm() <= _QUANTIZATION_ERROR * expected.norm())
 
 
-def _neither(target: TargetRecord, got: str, what: str) -> SourceError:
+def _neither(target: TargetRecord, got: str, what: str, hint: str | None = None) -> SourceError:
     return SourceError(
         f"{target.key!r} of the model is neither the original weight nor its residual",
         got=got,
         expected=f"the {what} of {target.dtype} {target.shape}",
-        hint="load the model from the original or the factorized folder, and attach before training",
+        hint=hint or "load the model from the original or the factorized folder, and attach before training",
     )
 
 
@@ -112,6 +115,8 @@ def _gathered(target: TargetRecord, places: Sequence[Place], carriers: dict[str,
         carrier, piece = carriers[place.parameter], place.piece
         with carrier.present():
             weight = carrier.weight()
+            if weight.is_meta:
+                raise OptionError(f"{place.parameter!r} has no values: it is on the meta device", hint="load the weights first")
             for axis, at in enumerate(piece.at):
                 weight = _selected(weight, axis, at)
         count += weight.numel()

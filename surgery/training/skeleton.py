@@ -13,8 +13,12 @@ from surgery.format.files import read_json_object
 from surgery.names import CONFIG_FILE
 
 
-def skeleton(folder: Path) -> nn.Module | None:
+def skeleton(folder: Path, *, exact: bool = False) -> nn.Module | None:
     """The model that a folder loads as, on the meta device; None if it is none of transformers' models.
+
+    Args:
+        folder: with a ``config.json``.
+        exact: whether it must be the very class, so that names of modules are right, and not the bare model of its family.
 
     Raises:
         MissingExtra: transformers is not installed.
@@ -23,24 +27,32 @@ def skeleton(folder: Path) -> nn.Module | None:
     path = folder / CONFIG_FILE
     config = read_json_object(path, str(path)) if path.is_file() else {}
     names = config.get("architectures")
-    if not (isinstance(names, list) and names and isinstance(names[0], str)):
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+    if name is None and "model_type" not in config:
         return None
+    if name is None and exact:
+        raise SourceError(
+            f"{path} does not say what class the model is", expected='"architectures": ["..."]', hint="add it, and try again"
+        )
     try:
         import transformers
     except ImportError as error:
         raise MissingExtra(
             "names of modules are found with transformers, which is not installed", hint="pip install 'model-surgery[train]'"
         ) from error
-    kind: Any = getattr(transformers, names[0], None)
-    if kind is None or not hasattr(kind, "config_class"):
-        raise SourceError(f"{folder}: transformers has no model {names[0]!r}", hint="fold, and adapt the folded model")
+    kind: Any = transformers.AutoModel if name is None else getattr(transformers, name, None)
+    if kind is None:
+        raise SourceError(f"{folder}: transformers has no model {name!r}", hint="fold, and adapt the folded model")
     try:
         described = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        # What the checkpoint is quantized with is no part of the shapes.
+        # What the checkpoint is quantized with, and how attention is computed, are no part of the shapes.
         if hasattr(described, "quantization_config"):
             del described.quantization_config
+        described._attn_implementation = "eager"
         with torch.device("meta"):
-            model: nn.Module = kind(described)
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, OSError, ImportError) as error:
-        raise SourceError(f"{folder}: transformers cannot make a {names[0]} from its config", got=error) from error
+            model: nn.Module = kind.from_config(described) if name is None else kind(described)
+    except Exception as error:  # whatever a strange config makes somebody else's code do
+        raise SourceError(
+            f"{folder}: transformers cannot make a {name or 'model'} from its config", got=f"{type(error).__name__}: {error}"
+        ) from error
     return model.eval()
