@@ -21,7 +21,7 @@ from surgery.progress import Progress, Silent
 from surgery.training.attach import attach
 
 MODEL = Path(__file__).with_name("model")
-_CONTEXT = 256
+CONTEXT = 256
 _BATCH = 16
 _LEARNING_RATE = 2e-2
 
@@ -79,8 +79,8 @@ def run_demo(
 
 
 def _run(folder: Path, rank: int, steps: int, device: str, overwrite: bool, progress: Progress) -> DemoReport:
-    train, held_out = _prose()
-    loss_before = _loss(_load(MODEL), held_out)
+    train, held_out = prose()
+    loss_before = mean_loss(load(MODEL), held_out)
     factorized, scales_file = folder / "factorized", folder / "scales.safetensors"
 
     clock = time.perf_counter()
@@ -92,19 +92,19 @@ def _run(folder: Path, rank: int, steps: int, device: str, overwrite: bool, prog
     identical = report.restored == len(report.files)
 
     clock = time.perf_counter()
-    model = _load(factorized)
+    model = load(factorized)
     scales = attach(model, factorized)
     _train(model, list(scales.parameters()), train, steps, progress)
     scales.save(scales_file)
     seconds_train = time.perf_counter() - clock
-    loss_attached = _loss(model, held_out)
+    loss_attached = mean_loss(model, held_out)
 
     clock = time.perf_counter()
     fold(factorized, scales_file, folder / "folded", device=device, overwrite=overwrite, progress=progress)
     seconds_fold = time.perf_counter() - clock
 
     return DemoReport(
-        weights=sum(parameter.numel() for parameter in _load(MODEL).parameters()),
+        weights=sum(parameter.numel() for parameter in load(MODEL).parameters()),
         targets=len(manifest.targets),
         trainable=sum(target.rank for target in manifest.targets),
         source_bytes=_size(MODEL),
@@ -114,14 +114,15 @@ def _run(folder: Path, rank: int, steps: int, device: str, overwrite: bool, prog
         steps=steps,
         loss_before=loss_before,
         loss_attached=loss_attached,
-        loss_folded=_loss(_load(folder / "folded"), held_out),
+        loss_folded=mean_loss(load(folder / "folded"), held_out),
         seconds_factorize=seconds_factorize,
         seconds_train=seconds_train,
         seconds_fold=seconds_fold,
     )
 
 
-def _load(folder: Path) -> Any:
+def load(folder: Path) -> Any:
+    """The causal language model of a folder, by transformers, float32 on the CPU. Raises MissingExtra without these."""
     try:
         import transformers
     except ImportError as error:
@@ -132,7 +133,7 @@ def _load(folder: Path) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
 
 
-def _prose() -> tuple[torch.Tensor, torch.Tensor]:
+def prose() -> tuple[torch.Tensor, torch.Tensor]:
     """Training and held-out text as bytes, int64: the topics of ``help()``, every fifth held out."""
     from pydoc_data.topics import topics
 
@@ -146,10 +147,10 @@ def _train(model: Any, parameters: list[torch.nn.Parameter], text: torch.Tensor,
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(parameters, lr=_LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    progress.start("training", steps * _BATCH * _CONTEXT)
+    progress.start("training", steps * _BATCH * CONTEXT)
     for _ in range(steps):
-        starts = torch.randint(len(text) - _CONTEXT, (_BATCH, 1), generator=generator)
-        ids = text[starts + torch.arange(_CONTEXT)]
+        starts = torch.randint(len(text) - CONTEXT, (_BATCH, 1), generator=generator)
+        ids = text[starts + torch.arange(CONTEXT)]
         loss = model(input_ids=ids, labels=ids).loss
         optimizer.zero_grad()
         loss.backward()
@@ -161,10 +162,10 @@ def _train(model: Any, parameters: list[torch.nn.Parameter], text: torch.Tensor,
 
 
 @torch.no_grad()
-def _loss(model: Any, text: torch.Tensor) -> float:
-    """Mean cross-entropy in nats per byte, over 64 windows spread evenly."""
-    starts = torch.linspace(0, len(text) - _CONTEXT - 1, 64).long()[:, None]
-    ids = text[starts + torch.arange(_CONTEXT)]
+def mean_loss(model: Any, text: torch.Tensor) -> float:
+    """Mean cross-entropy in nats per byte, over 64 windows spread evenly over text, int64 (bytes,)."""
+    starts = torch.linspace(0, len(text) - CONTEXT - 1, 64).long()[:, None]
+    ids = text[starts + torch.arange(CONTEXT)]
     losses = [float(model(input_ids=batch, labels=batch).loss) for batch in torch.split(ids, 16)]
     return sum(losses) / len(losses)
 
