@@ -18,21 +18,25 @@ if TYPE_CHECKING:
     from surgery.format.manifest import Manifest
     from surgery.linalg.energy import energy_svd
     from surgery.linalg.svd import Certificate, TruncatedSVD, truncated_svd
-    from surgery.operations.blend import blend
+    from surgery.operations.blend import BlendReport, blend
     from surgery.operations.export import ExportReport, export
     from surgery.operations.factorize import factorize, plan
     from surgery.operations.fold import FoldReport, fold
     from surgery.operations.project import ProjectReport, project
+    from surgery.operations.recommend import Recommendation, recommend
+    from surgery.operations.spectra import spectra
     from surgery.operations.verify import VerifyReport, verify
     from surgery.training.attach import Scales, attach
     from surgery.training.trainer import SaveScales
 
 _HOMES = {
+    "BlendReport": "surgery.operations.blend",
     "Certificate": "surgery.linalg.svd",
     "ExportReport": "surgery.operations.export",
     "FoldReport": "surgery.operations.fold",
     "Manifest": "surgery.format.manifest",
     "ProjectReport": "surgery.operations.project",
+    "Recommendation": "surgery.operations.recommend",
     "SaveScales": "surgery.training.trainer",
     "Scales": "surgery.training.attach",
     "SurgeryError": "surgery.errors",
@@ -45,17 +49,21 @@ _HOMES = {
     "fold": "surgery.operations.fold",
     "plan": "surgery.operations.factorize",
     "project": "surgery.operations.project",
+    "recommend": "surgery.operations.recommend",
+    "spectra": "surgery.operations.spectra",
     "truncated_svd": "surgery.linalg.svd",
     "VerifyReport": "surgery.operations.verify",
     "verify": "surgery.operations.verify",
 }
 
 __all__ = [
+    "BlendReport",
     "Certificate",
     "ExportReport",
     "FoldReport",
     "Manifest",
     "ProjectReport",
+    "Recommendation",
     "SaveScales",
     "Scales",
     "SurgeryError",
@@ -70,6 +78,8 @@ __all__ = [
     "fold",
     "plan",
     "project",
+    "recommend",
+    "spectra",
     "truncated_svd",
     "verify",
 ]

@@ -25,6 +25,7 @@ from surgery.cli.options import (
 )
 from surgery.cli.report import Bar, plan_text, say, size, table
 from surgery.cli.scaling import blend, project, scales
+from surgery.cli.study import recommend, spectra
 from surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
@@ -79,7 +80,9 @@ def main() -> None:
 
 main.add_command(blend)
 main.add_command(project)
+main.add_command(recommend)
 main.add_command(scales)
+main.add_command(spectra)
 
 
 def _planning(command: Callable[..., None]) -> Callable[..., None]:

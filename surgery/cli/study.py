@@ -1,0 +1,150 @@
+"""The commands that study spectra: ``spectra`` and ``recommend``."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from surgery.cli.options import device_option, json_option, notes_and_quiet, quiet_option
+from surgery.cli.report import Bar, say
+from surgery.errors import MissingExtra, OutputError
+
+# Modules that import torch are imported inside the commands: --help must not wait for them.
+
+_JSON_FILE, _CSV_FILE, _PAGE_FILE = "spectra.json", "spectra.csv", "index.html"
+
+
+def _which_weights(command: Callable[..., None]) -> Callable[..., None]:
+    options = [
+        click.option("--include", multiple=True, metavar="GLOB", help="Take exactly the weights that match (repeatable)."),
+        click.option("--exclude", multiple=True, metavar="GLOB", help="Never take tensors that match (repeatable)."),
+        click.option("--recipe", metavar="NAME|FILE", help="Which weights, and how they are seen; see surgery recipes."),
+        click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model."),
+        click.option("--subfolder", metavar="PATH", help="The models in this subfolder, as in a diffusion pipeline."),
+        click.option("--seed", default=0, show_default=True, help="Seed of the SVD's random start."),
+        device_option,
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.command(short_help="Study the spectra of a model, or what fine-tuning made of them.")
+@click.argument("model")
+@click.argument("tuned", required=False)
+@click.option("-o", "--out", default="report", show_default=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("--top", default=256, show_default=True, help="Singular values to tell of each matrix.")
+@click.option("--subspace", default=16, show_default=True, help="Dimension of the leading subspaces that are compared.")
+@click.option(
+    "--split/--no-split", default=None, help="Split fused weights (qkv, gate_up) into their projections.  [default: no]"
+)
+@_which_weights
+@click.option("--overwrite", is_flag=True, help="Replace an earlier report.")
+@json_option
+@quiet_option
+@notes_and_quiet
+def spectra(model: str, tuned: str | None, out: Path, overwrite: bool, as_json: bool, quiet: bool, **chosen: Any) -> None:
+    """Describe the singular values of MODEL's weights, or how those of TUNED, a fine-tuned MODEL, differ from them.
+
+    Writes spectra.json and spectra.csv, and with the extra plot index.html: the findings in words and pictures, a page that
+    needs no network. With --json the findings are printed as well.
+    """
+    from surgery.format.files import write_file
+    from surgery.operations import spectra as operation
+    from surgery.report.listing import write_csv
+    from surgery.report.page import write_page
+
+    start = time.perf_counter()
+    there = [name for name in (_JSON_FILE, _CSV_FILE, _PAGE_FILE) if (out / name).exists()]
+    if there and not overwrite:
+        raise OutputError(
+            f"there is {there[0]} in {out} already", hint="--overwrite replaces an earlier report; -o chooses another folder"
+        )
+    report = operation.spectra(model, tuned, **chosen, progress=Bar(quiet=quiet))
+    for name in there:
+        (out / name).unlink()
+    out.mkdir(parents=True, exist_ok=True)
+    write_file(out / _JSON_FILE, json.dumps(report).encode() + b"\n")
+    write_csv(report, out / _CSV_FILE)
+    try:
+        write_page(report, out / _PAGE_FILE)
+        page = str(out / _PAGE_FILE)
+    except MissingExtra as missing:
+        say(f"note: no page: {missing}", quiet=quiet)
+        page = str(out / _JSON_FILE)
+    seconds = time.perf_counter() - start
+    if as_json:
+        click.echo(json.dumps({"schema_version": 1, "out": str(out), "seconds": round(seconds, 3), **report["findings"]}))
+        return
+    say(f"{page}: {report['findings']['targets']} matrices in {seconds:.1f} s on {report['device']}", quiet=quiet)
+
+
+@click.command(short_help="Recommend ranks that spend a budget best.")
+@click.argument("model")
+@click.argument("tuned", required=False)
+@click.option("--budget", required=True, type=click.IntRange(min=1), help="How much may be spent.")
+@click.option(
+    "--unit",
+    type=click.Choice(["numbers", "bytes"]),
+    default="numbers",
+    show_default=True,
+    help="Of the budget: numbers to train, or bytes of U, s and V.",
+)
+@click.option("--max-rank", default=256, show_default=True, type=click.IntRange(min=1), help="The most directions of a matrix.")
+@click.option(
+    "-o", "--out", default="recipe.toml", show_default=True, type=click.Path(path_type=Path), help="Recipe file to write."
+)
+@_which_weights
+@click.option("--overwrite", is_flag=True, help="Replace the file if it is there.")
+@json_option
+@quiet_option
+@notes_and_quiet
+def recommend(
+    model: str,
+    tuned: str | None,
+    budget: int,
+    unit: Literal["numbers", "bytes"],
+    max_rank: int,
+    out: Path,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+    **chosen: Any,
+) -> None:
+    """Write a recipe with a rank for each weight of MODEL, such that a budget keeps as much as it can.
+
+    What counts is the squared norm of all weights in the kept directions; with TUNED, a fine-tuned MODEL, what scales of these
+    directions explain of its change. surgery factorize MODEL --recipe FILE takes the result.
+    """
+    from surgery.operations import recommend as operation
+
+    report = operation.recommend(
+        model,
+        tuned,
+        budget=budget,
+        unit=unit,
+        max_rank=max_rank,
+        out=out,
+        **chosen,
+        overwrite=overwrite,
+        progress=Bar(quiet=quiet),
+    )
+    kept, rank = report.uniform
+    used = [value for value in report.ranks.values() if value]
+    if as_json:
+        figures = {"spent": report.spent, "trainable": report.trainable, "kept": report.kept, "ranks": dict(report.ranks)}
+        alike = {"uniform_rank": rank, "uniform_kept": kept}
+        click.echo(json.dumps({"schema_version": 1, "out": str(out), "unit": unit, **figures, **alike}))
+        return
+    of = "the squared norm of the weights" if tuned is None else "the change"
+    say(
+        f"{out}: ranks {min(used)} to {max(used)} for {len(used)} of {len(report.ranks)} weights, {report.trainable} scales, "
+        f"{report.spent} of {budget} {unit}; keeps {report.kept:.2%} of {of}",
+        quiet=quiet,
+    )
+    say(f"one rank for all that fits the budget, {rank}, would keep {kept:.2%}", quiet=quiet)

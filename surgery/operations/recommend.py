@@ -1,0 +1,221 @@
+"""Ranks that spend a budget best, as a recipe."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from surgery.errors import OptionError, OutputError
+from surgery.format.files import write_file
+from surgery.operations.spectra import spectra
+from surgery.progress import Progress
+
+Unit = Literal["numbers", "bytes"]
+UNITS: tuple[Unit, ...] = ("numbers", "bytes")
+#: Gains below this share of all there is are rounding.
+_NOISE = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class Recommendation:
+    """Ranks within a budget.
+
+    Attributes:
+        out: the recipe file.
+        ranks: of each tensor, 0 where it is better left alone.
+        spent: of the budget.
+        trainable: how many scales that makes.
+        kept: the share of what counts that is kept: of the squared norm of all weights, or of their change.
+        uniform: the share that one rank for all would keep for the same budget, and that rank.
+    """
+
+    out: Path
+    ranks: Mapping[str, int]
+    spent: int
+    trainable: int
+    kept: float
+    uniform: tuple[float, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """A tensor: what each further direction of its matrices adds, and costs."""
+
+    tensor: str
+    gains: list[float]
+    matrices: int
+    cost: int
+
+
+def recommend(
+    model: str | Path,
+    tuned: str | Path | None = None,
+    *,
+    budget: int,
+    out: str | Path,
+    unit: Unit = "numbers",
+    max_rank: int = 256,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    recipe: str | Path | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Recommendation:
+    """Write a recipe with a rank for each target, such that a budget keeps as much as it can.
+
+    What counts is the squared norm of the leading singular values, ``sum s_i^2`` over all weights; with a fine-tuned model
+    what scales of these directions explain of its change, ``sum (u_i^T D v_i)^2``. Directions are taken in the order of gain
+    over cost; where a later direction of a matrix is worth more than an earlier one, together with those before it.
+
+    Args:
+        model: local folder or Hugging Face repo id.
+        tuned: the same of a fine-tuned model.
+        budget: how much may be spent, at least 1.
+        out: the recipe file.
+        unit: of the budget: ``numbers`` to train, or ``bytes`` of U, s and V in float32.
+        max_rank: the most directions of a matrix.
+        include, exclude, recipe, revision, subfolder: as for ``factorize``.
+        seed, device, progress: as for ``surgery.operations.spectra.spectra``.
+        overwrite: replace ``out``.
+
+    Raises:
+        OptionError: the budget buys nothing, or an option makes no sense.
+        OutputError: ``out`` is there already.
+        SurgeryError: as for ``spectra``.
+    """
+    out = Path(out)
+    if unit not in UNITS:
+        raise OptionError("unknown unit", got=unit, expected=" or ".join(UNITS))
+    if budget < 1:
+        raise OptionError("the budget must be at least 1", got=budget)
+    if out.exists() and not overwrite:
+        raise OutputError(f"{out} is there already", hint="--overwrite replaces it")
+    report = spectra(
+        model,
+        tuned,
+        top=max_rank,
+        subspace=max_rank if tuned is not None else 1,
+        include=include,
+        exclude=exclude,
+        recipe=recipe,
+        split=False,
+        revision=revision,
+        subfolder=subfolder,
+        seed=seed,
+        device=device,
+        progress=progress,
+    )
+    candidates = _candidates(report["targets"], unit, changed=tuned is not None)
+    total = _total(report["targets"], changed=tuned is not None)
+    if total == 0:
+        raise OptionError("there is nothing to keep: the two models have the same weights")
+    ranks = _spend(candidates, budget, _NOISE * total)
+    if not any(ranks.values()):
+        cheapest = min(candidate.cost for candidate in candidates)
+        raise OptionError("the budget buys no direction", got=f"{budget} {unit}", expected=f"at least {cheapest} {unit}")
+    text = _as_recipe(report["targets"], ranks, budget, unit)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_file(out, text.encode())
+    return Recommendation(
+        out=out,
+        ranks=ranks,
+        spent=sum(ranks[c.tensor] * c.cost for c in candidates),
+        trainable=sum(ranks[c.tensor] * c.matrices for c in candidates),
+        kept=_kept(candidates, ranks) / total,
+        uniform=_uniform(candidates, budget, total),
+    )
+
+
+def _candidates(targets: Sequence[Mapping[str, Any]], unit: Unit, *, changed: bool) -> list[_Candidate]:
+    by_tensor: dict[str, list[Mapping[str, Any]]] = {}
+    for target in targets:
+        by_tensor.setdefault(target["tensor"], []).append(target)
+    candidates = []
+    for tensor, matrices in by_tensor.items():
+        m, n = matrices[0]["shape"]
+        each = [target["explained"] if changed else [s * s for s in target["singular_values"]] for target in matrices]
+        gains = [sum(values) for values in zip(*each, strict=True)]  # the matrices of a stack share one rank
+        cost = len(matrices) * (1 if unit == "numbers" else 4 * (m + n + 1))
+        candidates.append(_Candidate(tensor, gains, len(matrices), cost))
+    return candidates
+
+
+def _total(targets: Sequence[Mapping[str, Any]], *, changed: bool) -> float:
+    if changed:
+        return float(sum(target["update"]["norm"] ** 2 for target in targets if target["update"] is not None))
+    return float(sum(target["norm"] ** 2 for target in targets))
+
+
+def _spend(candidates: Sequence[_Candidate], budget: int, least: float) -> dict[str, int]:
+    """Steps along the upper concave hull of each candidate's gains, steepest first, as long as they fit.
+
+    What is below ``least`` is not worth a number.
+    """
+    steps = sorted(
+        (
+            (-gain / (length * candidate.cost), index, first, length)
+            for index, candidate in enumerate(candidates)
+            for first, length, gain in _hull(candidate.gains)
+            if gain > least
+        ),
+    )
+    ranks = {candidate.tensor: 0 for candidate in candidates}
+    left = budget
+    for _, index, first, length in steps:
+        candidate = candidates[index]
+        if ranks[candidate.tensor] != first:
+            continue  # what comes before did not fit
+        taken = min(length, left // candidate.cost)
+        ranks[candidate.tensor] += taken
+        left -= taken * candidate.cost
+    return ranks
+
+
+def _hull(gains: Sequence[float]) -> list[tuple[int, int, float]]:
+    """First direction, how many and their gain, of runs with falling mean gains."""
+    runs: list[tuple[int, int, float]] = []
+    for i, gain in enumerate(gains):
+        runs.append((i, 1, gain))
+        while len(runs) > 1 and runs[-1][2] * runs[-2][1] > runs[-2][2] * runs[-1][1]:
+            (first, length, value), (_, more, added) = runs[-2], runs[-1]
+            runs[-2:] = [(first, length + more, value + added)]
+    return runs
+
+
+def _kept(candidates: Sequence[_Candidate], ranks: Mapping[str, int]) -> float:
+    return sum(sum(candidate.gains[: ranks[candidate.tensor]]) for candidate in candidates)
+
+
+def _uniform(candidates: Sequence[_Candidate], budget: int, total: float) -> tuple[float, int]:
+    """What the largest rank for all that fits the budget keeps, and that rank."""
+    best = 0
+    for rank in range(1, max(len(candidate.gains) for candidate in candidates) + 1):
+        if sum(min(rank, len(candidate.gains)) * candidate.cost for candidate in candidates) > budget:
+            break
+        best = rank
+    return _kept(candidates, {candidate.tensor: best for candidate in candidates}) / total, best
+
+
+def _as_recipe(targets: Sequence[Mapping[str, Any]], ranks: Mapping[str, int], budget: int, unit: Unit) -> str:
+    """One rule for each tensor; its name is matched as it is."""
+    views = {target["tensor"]: target["view"] for target in targets}
+    lines = [f"description = {json.dumps(f'ranks recommended for a budget of {budget} {unit}')}"]
+    for tensor, rank in ranks.items():
+        lines += ["", "[[rules]]", f"match = {json.dumps(_literal(tensor))}"]
+        if rank:
+            lines += [f"view = {json.dumps(views[tensor])}", f"rank = {rank}"]
+        else:
+            lines.append('skip = "not worth its part of the budget"')
+    return "\n".join(lines) + "\n"
+
+
+def _literal(name: str) -> str:
+    """A glob that matches this name alone."""
+    return "".join(f"[{character}]" if character in "*?[" else character for character in name)

@@ -1,0 +1,293 @@
+"""The spectra of a model's weights, and what fine-tuning has made of them."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surgery import __version__
+from surgery.device import as_memory_allows, choose_device, device_name
+from surgery.engine.pipeline import ShardWalk, TargetPiece
+from surgery.errors import OptionError, WeightError
+from surgery.format.safetensors import ShardReader
+from surgery.linalg.spectrum import compare, spectrum
+from surgery.linalg.svd import DEFAULT_TOLERANCE, check_accuracy
+from surgery.operations.quantized import Dequantizer
+from surgery.operations.tuned import TunedModel
+from surgery.planning.plan import Plan, make_plan
+from surgery.planning.targets import Choice, Target
+from surgery.progress import Progress, Silent
+from surgery.source.model import Source, open_source
+
+SCHEMA_VERSION = 1
+_MOST_AMPLIFIED = 10
+_DIGITS = 6
+
+
+def spectra(
+    model: str | Path,
+    tuned: str | Path | None = None,
+    *,
+    top: int = 256,
+    subspace: int = 16,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    recipe: str | Path | None = None,
+    split: bool | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    seed: int = 0,
+    tolerance: float = DEFAULT_TOLERANCE,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Describe the spectrum of every matrix that ``factorize`` would take, alone or against a fine-tuned model.
+
+    Both models are streamed and read once; the memory needed is that of the largest target in both. What the numbers
+    mean is said in ``surgery.linalg.spectrum`` and docs/study.md.
+
+    Args:
+        model: local folder or Hugging Face repo id.
+        tuned: the same of a model with the same tensors, in any dtype and shards.
+        top: singular values to tell of each matrix.
+        subspace: dimension of the leading subspaces that are compared.
+        include, exclude, recipe, split, revision, subfolder: as for ``factorize``; the revision is the first model's.
+        seed, tolerance: of the truncated SVD.
+        device: where the linear algebra runs.
+        progress: told how far it is.
+
+    Returns:
+        JSON-able, ``schema_version`` 1: ``targets``, one object per matrix, and ``findings`` over all of them.
+
+    Raises:
+        SurgeryError: a model cannot be had or read, holds NaN, or lacks a tensor; an option makes no sense.
+    """
+    progress = progress or Silent()
+    where = choose_device(device)
+    check_accuracy(tolerance, seed)
+    for what, value in (("top", top), ("subspace", subspace)):
+        if value < 1:
+            raise OptionError(f"{what} must be at least 1", got=value)
+    if subspace > top:
+        raise OptionError("the subspaces need as many singular vectors", got=f"subspace {subspace}, top {top}")
+    source = open_source(model, revision=revision, subfolder=subfolder)
+    # The rank is of no account: what is told depends on top.
+    choice = Choice(1, None, None, tuple(include), tuple(exclude), None if recipe is None else str(recipe), split)
+    steps = make_plan(source, choice, "overlay", where.type)
+    other = None if tuned is None else open_source(tuned, subfolder=subfolder)
+    measure = _Measure(top, subspace, tolerance, seed, where)
+    targets = _walk(source, steps, other, measure, progress)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "tool": f"surgery {__version__}",
+        "torch": torch.__version__,
+        "device": device_name(where),
+        "base": _named(source),
+        "tuned": None if other is None else _named(other),
+        "options": {
+            "top": top,
+            "subspace": subspace,
+            "seed": seed,
+            "tolerance": tolerance,
+            "recipe": steps.recipe,
+            "include": list(include),
+            "exclude": list(exclude),
+        },
+        "targets": targets,
+        "findings": _findings(targets, subspace, compared=other is not None),
+    }
+
+
+def _named(source: Source) -> dict[str, str | None]:
+    return {"name": source.name, "repo_id": source.record.repo_id, "commit": source.record.commit}
+
+
+class _Measure:
+    """Takes the figures of one matrix, or of one and what it became."""
+
+    def __init__(self, top: int, subspace: int, tolerance: float, seed: int, device: torch.device) -> None:
+        self._top = top
+        self._subspace = subspace
+        self._tolerance = tolerance
+        self._seed = seed
+        # Differences and entropies are taken in float64, which an Apple GPU does not have.
+        self._device = torch.device("cpu") if device.type == "mps" else device
+
+    def __call__(self, old: torch.Tensor, new: torch.Tensor | None) -> dict[str, Any]:
+        def on(pairs: Sequence[tuple[torch.Tensor, torch.Tensor | None]], where: torch.device) -> list[dict[str, Any]]:
+            before, after = pairs[0]
+            return [self._figures(before.to(where), None if after is None else after.to(where))]
+
+        return as_memory_allows(on, [(old, new)], self._device)[0]
+
+    def _figures(self, old: torch.Tensor, new: torch.Tensor | None) -> dict[str, Any]:
+        described, before = spectrum(old, self._top, tolerance=self._tolerance, seed=self._seed)
+        figures = asdict(described)
+        if new is not None:
+            changed, after = spectrum(new, self._top, tolerance=self._tolerance, seed=self._seed)
+            figures["tuned"] = asdict(changed)
+            figures |= asdict(compare(old, new, before, after, self._subspace, self._seed))
+        short: dict[str, Any] = _rounded(figures)
+        return short
+
+
+def _rounded(value: Any) -> Any:
+    """Six significant digits: what float32 weights can say."""
+    if isinstance(value, float):
+        return float(f"{value:.{_DIGITS}g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value
+
+
+def _walk(source: Source, steps: Plan, other: Source | None, measure: _Measure, progress: Progress) -> list[dict[str, Any]]:
+    """The figures of all targets, in the order of the checkpoint."""
+    shapes = {target.tensor: target.shape for target in steps.targets}
+    prefix = _common_prefix([_generic(target.tensor) for target in steps.targets])
+    shards = [shard for shard in steps.shards if shard.targets]
+    described: list[dict[str, Any]] = []
+    progress.start("measuring", sum(shard.size for shard in shards))
+    try:
+        with ExitStack() as stack:
+            dequantizer = stack.enter_context(Dequantizer(source.fetch))
+            tuned = None if other is None else stack.enter_context(TunedModel(other, shapes))
+            for shard in shards:
+                inside: dict[str, list[Target]] = {}
+                for target in shard.targets:
+                    inside.setdefault(target.tensor, []).append(target)
+                portions = {name: parts[0].at_a_time for name, parts in inside.items()}
+                with (
+                    ShardReader(source.fetch(shard.file), name=shard.file) as reader,
+                    ShardWalk(reader, portions, progress) as walk,
+                ):
+                    for piece in walk:
+                        if isinstance(piece, TargetPiece):
+                            described += _piece(piece, inside[piece.entry.name], dequantizer, tuned, measure, prefix)
+    finally:
+        progress.finish()
+    return described
+
+
+def _piece(
+    piece: TargetPiece,
+    targets: Sequence[Target],
+    dequantizer: Dequantizer,
+    tuned: TunedModel | None,
+    measure: _Measure,
+    prefix: str,
+) -> list[dict[str, Any]]:
+    weight = dequantizer.weight(piece.tensor, piece.first, targets[0].scaled)
+    changed = None if tuned is None else tuned.weight(piece)
+    described = []
+    for target in targets:
+        old = target.view.matrices(weight)
+        new = None if changed is None else target.view.matrices(changed)
+        for i, matrix in enumerate(old):
+            index = piece.first + i if target.view.kind == "stack" else None
+            try:
+                figures = measure(matrix, None if new is None else new[i])
+            except WeightError as error:
+                raise WeightError(f"{target.shard}: {target.key!r}: {error.what}", hint="repair the model") from error
+            described.append({**_identity(target, index, prefix), "shape": list(matrix.shape), **figures})
+    return described
+
+
+def _identity(target: Target, index: int | None, prefix: str) -> dict[str, Any]:
+    number = re.search(r"(?:^|\.)(\d+)\.", target.tensor)
+    part = target.view.slice.name if target.view.slice else None
+    group = _generic(target.tensor).removeprefix(prefix).removesuffix(".weight").removesuffix("_weight")
+    return {
+        "tensor": target.tensor,
+        "slice": part,
+        "matrix": index,
+        "key": target.key if index is None else f"{target.key}#{index}",
+        "group": group if part is None else f"{group}[{part}]",
+        "layer": int(number[1]) if number else None,
+        "view": target.view.kind,
+        "dtype": target.dtype,
+    }
+
+
+def _generic(name: str) -> str:
+    """A name without the numbers of layers and experts."""
+    return re.sub(r"(?:(?<=\.)|^)\d+\.", "", name)
+
+
+def _common_prefix(names: Sequence[str]) -> str:
+    """Of whole parts of names, such as ``model.layers.``."""
+    parts = [name.split(".")[:-1] for name in names]
+    common = []
+    for some in zip(*parts, strict=False):
+        if len(set(some)) > 1:
+            break
+        common.append(some[0])
+    # What is left must still say what it is: ``self_attn.q_proj``.
+    return "".join(f"{part}." for part in common[: max(0, min(map(len, parts)) - 1)])
+
+
+def _findings(targets: Sequence[Mapping[str, Any]], r: int, *, compared: bool) -> dict[str, Any]:
+    """What can be said of all matrices together; medians unless the name says otherwise."""
+    ranks = sorted({int(rank) for target in targets for rank in target["energy"]})
+    known = [flag for target in targets for flag in target["identified"]]
+    sides = ["", *(["tuned"] if compared else [])]
+    found: dict[str, Any] = {
+        "targets": len(targets),
+        "median_stable_rank": _median(target["stable_rank"] for target in targets),
+        "median_effective_rank_share": _median(target["effective_rank"] / min(target["shape"]) for target in targets),
+        "median_energy": {
+            str(rank): _median(target["energy"][str(rank)] for target in targets if str(rank) in target["energy"])
+            for rank in ranks
+        },
+        "unconverged": sum(not (target[side] if side else target)["converged"] for target in targets for side in sides),
+        "unidentified_share": 1 - sum(known) / len(known),
+    }
+    if compared:
+        found |= _changes(targets, r)
+    rounded: dict[str, Any] = _rounded(found)
+    return rounded
+
+
+def _changes(targets: Sequence[Mapping[str, Any]], r: int) -> dict[str, Any]:
+    tops = [[value for value in target["amplification"][:r] if value is not None] for target in targets]
+    ratios = [value for values in tops for value in values]
+    updates = [target["update"] for target in targets if target["update"] is not None]
+    sizes = [(min(r, len(target["amplification"])), *target["shape"]) for target in targets if target["update"] is not None]
+    most = sorted(
+        (
+            {"key": target["key"], "index": i + 1, "amplification": value}
+            for target, values in zip(targets, tops, strict=True)
+            for i, value in enumerate(values)
+        ),
+        key=lambda entry: -abs(entry["amplification"] - 1),
+    )
+    nexts = [[value for value in target["amplification"][r:] if value is not None] for target in targets]
+    rests = [target["rest_amplification"] for target in targets]
+    return {
+        "top_change": _median(statistics.fmean(abs(value - 1) for value in values) for values in tops if values),
+        "next_change": _median(statistics.fmean(abs(value - 1) for value in values) for values in nexts if values),
+        "rest_change": _median(abs(rest - 1) for rest in rests if rest is not None),
+        "median_top_amplification": _median(ratios),
+        "median_next_amplification": _median(value for values in nexts for value in values),
+        "median_rest_amplification": _median(rest for rest in rests if rest is not None),
+        "top_amplified_share": sum(value > 1 for value in ratios) / len(ratios) if ratios else None,
+        "median_left_cosine": _median(value for t in targets for value in t["left_cosine"][:r] if value is not None),
+        "median_right_cosine": _median(value for t in targets for value in t["right_cosine"][:r] if value is not None),
+        "median_relative_update": _median(u["relative"] for u in updates if u["relative"] is not None),
+        "median_update_in_both": _median(update["in_both"] for update in updates),
+        "chance_in_both": _median(k * k / (m * n) for k, m, n in sizes),
+        "median_rescaling": _median(update["rescaling"] for update in updates),
+        "chance_rescaling": _median(k / (m * n) for k, m, n in sizes),
+        "most_amplified": most[:_MOST_AMPLIFIED],
+    }
+
+
+def _median(values: Iterable[float]) -> float | None:
+    known = list(values)
+    return statistics.median(known) if known else None

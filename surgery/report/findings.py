@@ -1,0 +1,366 @@
+"""What the numbers say, in sentences that follow from them: also where a finding does not hold."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from surgery.report.summary import (
+    Change,
+    Group,
+    Target,
+    change,
+    half_energy_rank,
+    median,
+    median_rank,
+    relative_update,
+    verdict,
+    worst_residual,
+)
+from surgery.report.words import cosine, matrices, number, percent, rank_text, shown, times
+
+#: Cosines of directions before and after.
+STAYED, TURNED = 0.99, 0.9
+#: Shares against those of an update without any direction.
+MORE_THAN_CHANCE = 2.0
+MOST, LITTLE = 0.5, 0.1
+#: Changes of singular values below this many times the tolerance of the solver say nothing.
+ABOVE_TOLERANCE = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """One question, its answer in a few words, and the numbers for it."""
+
+    question: str
+    answer: str
+    details: str
+
+
+def statements(spectra: dict[str, Any], groups: Sequence[Group]) -> list[Statement]:
+    """The findings on a model, or on what turned one model into another."""
+    targets: list[Target] = spectra["targets"]
+    if spectra["tuned"] is None:
+        return [_spectrum(spectra), _energy(targets, groups), _certificates(spectra)]
+    if all(target["update"] is None for target in targets):
+        unchanged = Statement(
+            "What changed?",
+            "Nothing",
+            f"The two models are the same in all {matrices(len(targets))} that were compared, so there is no update to speak "
+            "of.",
+        )
+        return [unchanged, _energy(targets, groups), _certificates(spectra)]
+    return [
+        _amplification(spectra, groups),
+        _rotation(spectra),
+        _subspaces(spectra),
+        _rescaling(spectra),
+        _update(spectra, groups),
+        _energy(targets, groups),
+        _certificates(spectra),
+    ]
+
+
+def changes(spectra: dict[str, Any], targets: Sequence[Target]) -> list[Change]:
+    """How the singular values of each changed, with the top that the run was asked for."""
+    return [change(target, spectra["options"]["subspace"]) for target in targets]
+
+
+def _amplification(spectra: dict[str, Any], groups: Sequence[Group]) -> Statement:
+    question = "Is the top of the spectrum amplified, more than the rest?"
+    found, r = spectra["findings"], spectra["options"]["subspace"]
+    each = changes(spectra, spectra["targets"])
+    mean, middle = median(item.mean for item in each), median(item.middle for item in each)
+    top, rest, grew = found["top_change"], found["rest_change"], found["top_amplified_share"]
+    if mean is None or top is None or grew is None:
+        return Statement(question, "This cannot be told", "No matrix has singular values above zero in both models.")
+
+    others = [value for value in (middle, rest) if value is not None]
+    details = [
+        f"Of the first {r} singular values of all matrices, {percent(grew)} grew; their mean change is "
+        f"{percent(mean, signed=True)}, and the mean size of their change {percent(top)} (medians over matrices)."
+    ]
+    against = []
+    if middle is not None:
+        against.append(f"{percent(middle)} for the directions after them")
+    if rest is not None:
+        against.append(f"{percent(rest)} for the norm of all that comes after the values kept")
+    if against:
+        details.append(f"Against that stand {' and '.join(against)}.")
+    else:
+        details.append(f"No values were kept after the first {r}, so there is no rest to compare them with.")
+
+    tolerance = spectra["options"]["tolerance"]
+    answer = verdict(grew, top, max(others, default=None))
+    if top < ABOVE_TOLERANCE * tolerance:
+        return Statement(
+            question,
+            "This cannot be told",
+            " ".join(
+                [
+                    *details,
+                    f"Changes this small are near the tolerance of the computation, {number(tolerance)} of the first value.",
+                ]
+            ),
+        )
+    if answer == "yes":
+        words = f"Yes: the top is amplified, {_against(top, others)} the rest"
+    elif answer == "unknown":
+        words = "It grew, but there is no rest to compare" if grew > 0.5 else "No: half of the top or more did not grow"
+    elif grew <= 0.5:
+        words = "No: the top is not amplified, as half of it or more did not grow"
+    elif answer == "no":
+        words = "No: the top grew, but the rest changed as much or more"
+    else:
+        words = (
+            "In part: the top grew, but not clearly more than the rest" if grew >= 0.75 else "In part: not all of the top grew"
+        )
+    if answer != "unknown":
+        holding = sum(item.holds for item in each)
+        details.append(f"Taken one by one, it holds in {holding:,} of {matrices(len(each))}.")
+    details.extend(_where(spectra, groups))
+    return Statement(question, words, " ".join(details))
+
+
+def _against(top: float, others: Sequence[float]) -> str:
+    other = max(others)
+    return f"{times(top / other)} as much as" if other > 0 else "unlike"
+
+
+def _where(spectra: dict[str, Any], groups: Sequence[Group]) -> list[str]:
+    """The groups and layers where the top changed the most and the least."""
+    by_group: dict[str, float] = {}
+    layers: dict[int, list[float]] = {}
+    for group in groups:
+        means = []
+        for row in group.rows:
+            values = [item.mean for item in changes(spectra, row.targets) if item.mean is not None]
+            means.extend(values)
+            if row.layer is not None:
+                layers.setdefault(row.layer, []).extend(values)
+        if means:
+            by_group[group.name] = statistics.median(means)
+    said = []
+    if len(by_group) > 1:
+        high, low = max(by_group, key=by_group.__getitem__), min(by_group, key=by_group.__getitem__)
+        said.append(
+            f"By group the mean change of the top is highest in {shown(high)} ({percent(by_group[high], signed=True)}) and "
+            f"lowest in {shown(low)} ({percent(by_group[low], signed=True)})."
+        )
+    by_layer = {layer: statistics.median(values) for layer, values in layers.items() if values}
+    if len(by_layer) > 1:
+        high_layer, low_layer = max(by_layer, key=by_layer.__getitem__), min(by_layer, key=by_layer.__getitem__)
+        said.append(
+            f"By layer it is highest in layer {high_layer} ({percent(by_layer[high_layer], signed=True)}) and lowest in layer "
+            f"{low_layer} ({percent(by_layer[low_layer], signed=True)})."
+        )
+    return said
+
+
+def _rotation(spectra: dict[str, Any]) -> Statement:
+    question = "Do the singular directions turn?"
+    found, r = spectra["findings"], spectra["options"]["subspace"]
+    left, right = found["median_left_cosine"], found["median_right_cosine"]
+    kept = [_kept(target[side]) for target in spectra["targets"] for side in ("left_top", "right_top")]
+    following = [_kept(target[side]) for target in spectra["targets"] for side in ("left_next", "right_next")]
+    subspace, next_subspace = median(kept), median(following)
+    subspaces = ""
+    if subspace is not None:
+        subspaces = f"The subspaces that the first {r} span together keep {percent(subspace)} of themselves"
+        subspaces += f", those of the next {r} {percent(next_subspace)}." if next_subspace is not None else "."
+    known = [value for value in (left, right) if value is not None]
+    if not known:
+        return Statement(
+            question,
+            "This cannot be told of single directions",
+            f"None of the first {r} directions is determined by the matrix in both models. {subspaces}".strip(),
+        )
+    worst = min(known)
+    if worst >= STAYED:
+        answer = "Hardly"
+    elif worst >= TURNED:
+        answer = "A little"
+    else:
+        answer = "Yes"
+    if worst < TURNED and subspace is not None and subspace >= STAYED:
+        answer = "Yes, but mostly among themselves: the subspace stays"
+    angles = " and ".join(
+        f"{name} {cosine(value)} ({number(math.degrees(math.acos(min(1.0, value))))}°)"
+        for name, value in (("left", left), ("right", right))
+        if value is not None
+    )
+    identified = [
+        value is not None
+        for target in spectra["targets"]
+        for side in ("left_cosine", "right_cosine")
+        for value in target[side][:r]
+    ]
+    details = [f"Between a direction of the first {r} before and after, the median cosine is: {angles}."]
+    unknown = 1 - sum(identified) / len(identified)
+    if unknown > 0:
+        details.append(f"{percent(unknown)} of these directions are left out, as they are not determined in one of the models.")
+    if subspaces:
+        details.append(subspaces)
+    return Statement(question, answer, " ".join(details))
+
+
+def _kept(cosines: Sequence[float]) -> float | None:
+    """The share of a subspace that lies in another: the mean squared cosine of the principal angles."""
+    return statistics.fmean(value * value for value in cosines) if cosines else None
+
+
+def _subspaces(spectra: dict[str, Any]) -> Statement:
+    question = "Does the update lie inside the base's top subspaces?"
+    found, r = spectra["findings"], spectra["options"]["subspace"]
+    inside, chance = found["median_update_in_both"], found["chance_in_both"]
+    if inside is None or not chance:
+        return Statement(question, "This cannot be told", "No share of an update was measured.")
+    ratio = inside / chance
+    if ratio < 1 / MORE_THAN_CHANCE:
+        answer = "No, less than chance would have it"
+    elif ratio < MORE_THAN_CHANCE:
+        answer = "Not more than chance would have it"
+    elif inside >= MOST:
+        answer = "Yes, most of it"
+    else:
+        answer = "More than chance would have it, but most of it lies outside"
+    updates = [target["update"] for target in spectra["targets"] if target["update"] is not None]
+    left, right = median(item["in_left"] for item in updates), median(item["in_right"] for item in updates)
+    return Statement(
+        question,
+        answer,
+        f"{percent(inside)} of the update's energy lies inside both the left and the right top-{r} subspace of the base "
+        f"(median); a random update would have {percent(chance)}, so this is {times(ratio)} as much. Inside the left one alone "
+        f"there is {percent(left)}, inside the right one {percent(right)}.",
+    )
+
+
+def _rescaling(spectra: dict[str, Any]) -> Statement:
+    question = "How much of the update would pure rescaling explain?"
+    found, r = spectra["findings"], spectra["options"]["subspace"]
+    share, chance = found["median_rescaling"], found["chance_rescaling"]
+    if share is None:
+        return Statement(question, "This cannot be told", "No share of an update was measured.")
+    if share >= MOST:
+        answer = f"Most of it: {percent(share)}"
+    elif share >= LITTLE:
+        answer = f"A part of it: {percent(share)}"
+    else:
+        answer = f"Little: {percent(share)}"
+    details = (
+        f"New scales for the first {r} directions of the base, and nothing else, give back {percent(share)} of the update's "
+        f"energy (median); of a random update they would give {percent(chance)}."
+    )
+    if chance:
+        details += f" This is {times(share / chance)} as much."
+    return Statement(question, answer, details)
+
+
+def _update(spectra: dict[str, Any], groups: Sequence[Group]) -> Statement:
+    targets = spectra["targets"]
+    changed = [target for target in targets if target["update"] is not None]
+    relative = statistics.median(map(relative_update, changed))
+    ranks = [half_energy_rank(target["update"]["singular_values"], target["update"]["norm"]) for target in changed]
+    kept = max(len(target["update"]["singular_values"]) for target in changed)
+    details = [
+        f"The norm of the update is {percent(relative)} of the matrix's own (median of the {matrices(len(changed))} that "
+        f"changed), and half of its energy takes {_directions(median_rank(ranks), kept)}."
+    ]
+    if len(changed) < len(targets):
+        details.append(f"{matrices(len(targets) - len(changed))} did not change at all.")
+    by_group = {group.name: median(map(relative_update, group.targets)) or 0.0 for group in groups}
+    if len(by_group) > 1:
+        high, low = max(by_group, key=by_group.__getitem__), min(by_group, key=by_group.__getitem__)
+        details.append(
+            f"It is largest in {shown(high)} ({percent(by_group[high])}) and smallest in {shown(low)} "
+            f"({percent(by_group[low])})."
+        )
+    return Statement("How large is the update?", f"{percent(relative)} of the weights' norm", " ".join(details))
+
+
+def _directions(rank: float, kept: int) -> str:
+    return f"{rank_text(rank, kept)} direction{'s' if rank != 1 else ''}"
+
+
+def _energy(targets: Sequence[Target], groups: Sequence[Group]) -> Statement:
+    def rank_of(target: Target) -> float:
+        return half_energy_rank(target["singular_values"], target["norm"])
+
+    def share(target: Target) -> float:
+        rows, columns = target["shape"]
+        return rank_of(target) / float(min(rows, columns))
+
+    kept = max(len(target["singular_values"]) for target in targets)
+    rank = median_rank(map(rank_of, targets))
+    details = f"Half of the energy of a matrix (its squared norm) takes {_directions(rank, kept)} (median)"
+    if math.isfinite(rank):
+        details += f", which is {percent(median_rank(map(share, targets)))} of all it has."
+    else:
+        details += ", and more were not computed."
+    details += _extremes(groups, rank_of, lambda value: rank_text(value, kept), "ranks")
+    held = median(target["energy"].get("1") for target in targets)
+    if held is not None:
+        details += f" The first direction alone holds {percent(held)}."
+    return Statement(
+        "What rank holds half of the energy?",
+        f"Rank {number(rank)}" if math.isfinite(rank) else f"More than rank {kept}",
+        details,
+    )
+
+
+def _extremes(groups: Sequence[Group], get: Callable[[Target], float], word: Callable[[float], str], what: str) -> str:
+    """The groups with the least and the greatest median, as a sentence."""
+    values = {group.name: median_rank(map(get, group.targets)) for group in groups}
+    low, high = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
+    if values[low] == values[high]:
+        return ""
+    return f" The {what} go from {word(values[low])} in {shown(low)} to {word(values[high])} in {shown(high)}."
+
+
+def _spectrum(spectra: dict[str, Any]) -> Statement:
+    found, targets = spectra["findings"], spectra["targets"]
+    effective = found["median_effective_rank_share"]
+    tail = median(target["tail_exponent"] for target in targets)
+    details = [
+        f"The stable rank, the squared norm over that of the first direction, is {number(found['median_stable_rank'])} (median "
+        f"of {matrices(found['targets'])}), and the effective rank {percent(effective)} of what the shapes allow."
+    ]
+    if tail is not None:
+        details.append(
+            f"In the last three quarters of what was kept the values fall like the index to the power of {number(-tail)}."
+        )
+    condition = median(target["condition"] for target in targets)
+    if condition is not None:
+        details.append(f"The first value is {number(condition)} times the last one kept.")
+    if effective is None:
+        answer = "This cannot be told"
+    elif effective >= 0.7:
+        answer = "Flat: nearly all directions count"
+    elif effective >= 0.3:
+        answer = "Neither flat nor steep"
+    else:
+        answer = "Steep: few directions count"
+    return Statement("How fast do the singular values fall?", answer, " ".join(details))
+
+
+def _certificates(spectra: dict[str, Any]) -> Statement:
+    found, tolerance = spectra["findings"], spectra["options"]["tolerance"]
+    worst = max(map(worst_residual, spectra["targets"]))
+    unconverged, unidentified = found["unconverged"], found["unidentified_share"]
+    parts = [
+        f"The worst residual of any direction is {number(worst)} of the first value, at a tolerance of {number(tolerance)}."
+    ]
+    if unconverged:
+        answer = f"Not all: {matrices(unconverged)} did not converge"
+        parts.append("What is said of them is an estimate; the table marks them.")
+    else:
+        answer = "Yes, all solvers converged"
+    if unidentified:
+        parts.append(
+            f"{percent(unidentified)} of the directions are not determined by their matrix, as values next to theirs are "
+            "nearly equal: their singular values count, their directions are left out."
+        )
+    return Statement("Can the numbers be trusted?", answer, " ".join(parts))

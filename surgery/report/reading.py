@@ -1,0 +1,88 @@
+"""What the words and numbers of a report mean, and where its answers draw the line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from surgery.report.findings import LITTLE, MORE_THAN_CHANCE, MOST, STAYED, TURNED
+from surgery.report.summary import CLEARLY_MORE, GREW_HALF, GREW_MOST, worst_residual
+from surgery.report.words import matrices, number, percent
+
+
+def terms(spectra: dict[str, Any]) -> list[tuple[str, str]]:
+    """Terms and their meaning, as HTML; what is put in is numbers only."""
+    options, found, targets = spectra["options"], spectra["findings"], spectra["targets"]
+    r, tolerance = options["subspace"], options["tolerance"]
+    entries = [
+        (
+            "Singular values and directions",
+            "A matrix A is a sum of s<sub>i</sub> u<sub>i</sub> v<sub>i</sub><sup>T</sup>, with the singular values "
+            "s<sub>i</sub> in descending order, left directions u<sub>i</sub> (what the matrix writes) and right directions "
+            "v<sub>i</sub> (what it reads). A tensor of several matrices, such as fused projections or a stack of experts, is "
+            "looked at matrix by matrix.",
+        ),
+        ("Energy", "The squared Frobenius norm ‖A‖², which is the sum of all s<sub>i</sub>²."),
+        (
+            "Stable rank, effective rank",
+            "The stable rank is ‖A‖² / s<sub>1</sub>². The effective rank is the exponential of the entropy of the shares "
+            "s<sub>i</sub>² / ‖A‖²: as many equal singular values would have the same entropy. Where not all values were "
+            "computed, it is estimated from random vectors, with a standard error.",
+        ),
+    ]
+    if spectra["tuned"] is not None:
+        entries += [
+            (
+                "Amplification",
+                "s<sub>i</sub> of the tuned model over s<sub>i</sub> of the base, for the same i. It compares values by their "
+                f"place in the order, and says nothing of directions. The top is the first {r}; the rest is the Frobenius norm "
+                "of all that comes after the values kept.",
+            ),
+            (
+                "When the top counts as amplified",
+                f"When at least {percent(GREW_MOST)} of its values grew, and their mean change is at least "
+                f"{number(CLEARLY_MORE)} times that of the directions after them and of the rest. It does not hold when "
+                f"{percent(GREW_HALF)} or less grew, or the others changed as much or more; in between it holds in part.",
+            ),
+            (
+                "Rotation",
+                "|u<sub>i</sub> · u′<sub>i</sub>| and |v<sub>i</sub> · v′<sub>i</sub>|, of the i-th directions before and "
+                "after. Two directions that swap places show as turned, though their subspace stays: compare the share that "
+                "the subspace keeps, which is the mean squared cosine of the principal angles. "
+                f"“Hardly” means a median cosine of at least {number(STAYED)}, “a little” of at least {number(TURNED)}.",
+            ),
+            (
+                "Share of the update in a subspace",
+                "D is the tuned matrix minus the base's. Its share in both subspaces is ‖U<sup>T</sup> D V‖² / ‖D‖², with the "
+                f"base's first {r} directions as U and V. Chance is the mean of that for a D of independent random entries: "
+                f"{r}² / (m n) for an m × n matrix, {r} / m for the left and {r} / n for the right one alone. "
+                f"“More than chance” means at least {number(MORE_THAN_CHANCE)} times as much.",
+            ),
+            (
+                "Rescaling",
+                f"The share Σ (u<sub>i</sub><sup>T</sup> D v<sub>i</sub>)² / ‖D‖² over the first {r} directions: what would be "
+                f"reached by multiplying the base's singular values, with no direction turned. Chance is {r} / (m n). "
+                f"“Most” means at least {percent(MOST)}, “little” less than {percent(LITTLE)}.",
+            ),
+        ]
+    worst = max(map(worst_residual, targets))
+    entries += [
+        (
+            "Certificates",
+            "Each direction comes with a residual, which bounds the error of its singular value, over s<sub>1</sub>. "
+            f"The worst here is {number(worst)}, and the solver was to reach {number(tolerance)}. "
+            f"{_converged(found['unconverged'])} A direction is identified when its residual is small "
+            "against the gap to the next singular values, so that the true direction is within 0.1 of the one found; "
+            f"{percent(found['unidentified_share'])} are not. Where values are equal, no direction is the right one, and the "
+            "cosines are left blank.",
+        ),
+        (
+            "Medians",
+            "Findings are medians over matrices, large and small ones alike. A median says what is common, not that it holds "
+            "everywhere: the table has every exception.",
+        ),
+    ]
+    return entries
+
+
+def _converged(failed: int) -> str:
+    return f"{matrices(failed)} did not converge." if failed else "All converged."

@@ -1,0 +1,297 @@
+"""The study of spectra: planted changes come out as planted, numbers against numpy's full SVDs."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+import surgery
+from surgery.cli.main import main
+from surgery.errors import OptionError, SourceError, WeightError
+from surgery.linalg.spectrum import spectrum
+from tests.families import FAMILIES
+from tests.models import save_llama, tensors_of
+
+R = 4
+NAME = "model.layers.0.mlp.up_proj.weight"
+
+
+def _orthogonal(rows: int, columns: int, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(rows, columns, dtype=torch.float64, generator=generator))[0]
+
+
+def _planted(m: int = 60, n: int = 40) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    k = min(m, n)
+    return _orthogonal(m, k, 0), 10 * torch.arange(1, k + 1, dtype=torch.float64) ** -0.5, _orthogonal(n, k, 1)
+
+
+def _saved(folder: Path, weight: torch.Tensor) -> Path:
+    folder.mkdir()
+    save_file({NAME: weight.to(torch.float32).contiguous()}, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def _compared(tmp_path: Path, old: torch.Tensor, new: torch.Tensor, **options: Any) -> dict[str, Any]:
+    report = surgery.spectra(_saved(tmp_path / "a", old), _saved(tmp_path / "b", new), subspace=R, **options)
+    (target,) = report["targets"]
+    assert target["converged"]
+    assert target["tuned"]["converged"]
+    return dict(target)
+
+
+def test_one_matrix_against_numpy(tmp_path: Path) -> None:
+    U, s, V = _planted()
+    report = surgery.spectra(_saved(tmp_path / "m", U * s @ V.T), top=20)
+    (target,) = report["targets"]
+    values = np.linalg.svd((U * s @ V.T).float().double().numpy(), compute_uv=False)
+    energy = (values**2).sum()
+    shares = values**2 / energy
+    assert target["singular_values"] == pytest.approx(values[:20], rel=1e-5)
+    assert target["norm"] == pytest.approx(math.sqrt(energy), rel=1e-5)
+    assert target["stable_rank"] == pytest.approx(energy / values[0] ** 2, rel=1e-5)
+    assert target["effective_rank"] == pytest.approx(np.exp(-(shares * np.log(shares)).sum()), rel=1e-4)
+    assert target["effective_rank_error"] == 0
+    assert target["energy"] == {str(k): pytest.approx(shares[:k].sum(), rel=1e-5) for k in (1, 2, 4, 8, 16)}
+    assert target["condition"] == pytest.approx(values[0] / values[19], rel=1e-5)
+    assert target["tail_exponent"] == pytest.approx(0.5, abs=1e-3)
+    assert all(target["identified"])
+    assert max(target["residual"]) < 1e-5
+    assert {key: target[key] for key in ("tensor", "layer", "shape", "dtype", "matrix", "slice")} == {
+        "tensor": NAME,
+        "layer": 0,
+        "shape": [60, 40],
+        "dtype": "F32",
+        "matrix": None,
+        "slice": None,
+    }
+    assert report["schema_version"] == 1
+    assert report["tuned"] is None
+    assert "update" not in target
+
+
+@pytest.mark.parametrize("shape", [(1100, 1300), (1400, 1050)])
+@pytest.mark.parametrize("kind", ["power", "flat", "steps"])
+def test_effective_rank_of_a_large_matrix_is_within_its_error(shape: tuple[int, int], kind: str) -> None:
+    k = min(shape)
+    index = torch.arange(1, k + 1, dtype=torch.float64)
+    s = {"power": index**-0.5, "flat": torch.ones(k, dtype=torch.float64), "steps": 2.0 ** -(index // 200)}[kind]
+    A = (_orthogonal(shape[0], k, 2) * s) @ _orthogonal(shape[1], k, 3).T
+    shares = s.square() / s.square().sum()
+    exact = math.exp(-(shares * shares.log()).sum().item())
+    found, _ = spectrum(A.float(), 32, tolerance=1e-5, seed=0)
+    assert abs(found.effective_rank - exact) <= 4 * found.effective_rank_error + 1e-3 * exact
+    assert found.effective_rank_error < 0.03 * exact
+
+
+def test_amplified_by_known_factors(tmp_path: Path) -> None:
+    U, s, V = _planted()
+    factors = torch.ones_like(s)
+    factors[:R] = torch.tensor([1.5, 1.4, 1.3, 1.2], dtype=torch.float64)
+    target = _compared(tmp_path, U * s @ V.T, U * (s * factors) @ V.T, top=10)
+    assert target["amplification"] == pytest.approx(factors[:10], rel=1e-5)
+    assert target["rest_amplification"] == pytest.approx(1, rel=1e-5)
+    assert target["left_cosine"] == pytest.approx([1] * 10, abs=1e-5)
+    assert target["right_cosine"] == pytest.approx([1] * 10, abs=1e-5)
+    update = target["update"]
+    change = (s * (factors - 1))[:R]
+    assert update["norm"] == pytest.approx(change.norm().item(), rel=1e-4)
+    assert update["relative"] == pytest.approx((change.norm() / s.norm()).item(), rel=1e-4)
+    for share in ("in_left", "in_right", "in_both", "rescaling"):
+        assert update[share] == pytest.approx(1, abs=1e-5)
+    assert update["singular_values"][:R] == pytest.approx(sorted(change.tolist(), reverse=True), rel=1e-4)
+    assert update["effective_rank"] < R + 0.1
+
+
+def test_rotated_by_known_angles(tmp_path: Path) -> None:
+    """The first and the eleventh left vectors turn towards each other, the second and the third right vectors as well."""
+    U, s, V = _planted()
+    a, b = 0.3, 0.5
+    turned, other = U.clone(), V.clone()
+    turned[:, 0] = math.cos(a) * U[:, 0] + math.sin(a) * U[:, 10]
+    turned[:, 10] = -math.sin(a) * U[:, 0] + math.cos(a) * U[:, 10]
+    other[:, 1] = math.cos(b) * V[:, 1] + math.sin(b) * V[:, 2]
+    other[:, 2] = -math.sin(b) * V[:, 1] + math.cos(b) * V[:, 2]
+    target = _compared(tmp_path, U * s @ V.T, turned * s @ other.T, top=12)
+    left, right = [1.0] * 12, [1.0] * 12
+    left[0] = left[10] = math.cos(a)
+    right[1] = right[2] = math.cos(b)
+    assert target["left_cosine"] == pytest.approx(left, abs=1e-4)
+    assert target["right_cosine"] == pytest.approx(right, abs=1e-4)
+    assert target["amplification"] == pytest.approx([1] * 12, abs=1e-5)
+    assert target["left_top"] == pytest.approx([1, 1, 1, math.cos(a)], abs=1e-4)
+    # Within the leading subspace nothing shows of a rotation of its own vectors.
+    assert target["right_top"] == pytest.approx([1] * R, abs=1e-4)
+    assert target["left_next"] == pytest.approx([1] * R, abs=1e-4)
+
+
+def test_a_random_update_lies_nowhere_in_particular(tmp_path: Path) -> None:
+    m, n = 200, 160
+    U, s, V = _planted(m, n)
+    update = 0.01 * _orthogonal(m, 3, 7) @ _orthogonal(n, 3, 8).T
+    target = _compared(tmp_path, U * s @ V.T, U * s @ V.T + update, top=16)
+    found = target["update"]
+    assert found["singular_values"][:3] == pytest.approx([0.01] * 3, rel=1e-2)
+    assert found["stable_rank"] == pytest.approx(3, rel=1e-2)
+    assert found["in_both"] < 20 * R * R / (m * n)
+    assert found["in_left"] == pytest.approx(R / m, abs=5 * R / m)
+    assert found["rescaling"] < 0.01
+
+
+def test_directions_that_a_matrix_does_not_determine(tmp_path: Path) -> None:
+    U, s, V = _planted()
+    s[2] = s[1]
+    report = surgery.spectra(_saved(tmp_path / "m", U * s @ V.T), top=6, subspace=R)
+    (target,) = report["targets"]
+    assert target["identified"] == [True, False, False, True, True, True]
+    assert report["findings"]["unidentified_share"] == pytest.approx(2 / 6, rel=1e-5)
+    again = surgery.spectra(tmp_path / "m", tmp_path / "m", top=6, subspace=R)["targets"][0]
+    assert [value is None for value in again["left_cosine"]] == [False, True, True, False, False, False]
+    assert again["update"] is None
+
+
+def test_against_numpy_through_whole_models(tmp_path: Path) -> None:
+    """A bfloat16 model and a float32 one with other shards: every matrix, by the definitions."""
+    old = save_llama(tmp_path / "a", torch.bfloat16)
+    new = save_llama(tmp_path / "b", torch.float32, shard_size="1GB")
+    weights = load_file(new / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in weights.items():
+        weights[name] = weight * (1 + 0.05 * torch.randn(weight.shape, generator=generator))
+    save_file(weights, new / "model.safetensors")
+    report = surgery.spectra(old, new, top=8, subspace=R)
+    assert len(report["targets"]) == 14
+    originals = tensors_of(old)
+    for target in report["targets"]:
+        before, after = originals[target["tensor"]].double().numpy(), weights[target["tensor"]].double().numpy()
+        (U, s, Vh), (X, t, Yh) = np.linalg.svd(before), np.linalg.svd(after)
+        D = after - before
+        assert target["amplification"] == pytest.approx(t[:8] / s[:8], rel=1e-4)
+        rest = math.sqrt((t[8:] ** 2).sum() / (s[8:] ** 2).sum())
+        assert target["rest_amplification"] == pytest.approx(rest, rel=1e-3)
+        assert target["left_top"] == pytest.approx(np.linalg.svd(U[:, :R].T @ X[:, :R], compute_uv=False), abs=1e-3)
+        assert target["right_next"] == pytest.approx(np.linalg.svd(Vh[R : 2 * R] @ Yh[R : 2 * R].T, compute_uv=False), abs=1e-3)
+        both = U[:, :R].T @ D @ Vh[:R].T
+        total = (D**2).sum()
+        assert target["update"]["in_both"] == pytest.approx((both**2).sum() / total, rel=1e-3)
+        assert target["update"]["in_left"] == pytest.approx(((U[:, :R].T @ D) ** 2).sum() / total, rel=1e-3)
+        assert target["update"]["rescaling"] == pytest.approx((both.diagonal() ** 2).sum() / total, rel=1e-3, abs=1e-7)
+        assert target["update"]["norm"] == pytest.approx(math.sqrt(total), rel=1e-5)
+    tops = [abs(value - 1) for target in report["targets"] for value in target["amplification"][:R]]
+    found = report["findings"]
+    assert found["targets"] == 14
+    assert abs(found["most_amplified"][0]["amplification"] - 1) == pytest.approx(max(tops), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "phi3", "UNet"])
+def test_stacks_slices_and_convolutions(name: str, tmp_path: Path) -> None:
+    folder = FAMILIES[name].save(tmp_path / "m")
+    report = surgery.spectra(folder, folder, top=4, subspace=2, split=name == "phi3" or None)
+    manifest = surgery.factorize(folder, tmp_path / "f", rank=4, split=name == "phi3" or None)
+    assert len(report["targets"]) == sum(target.matrices[0] for target in manifest.targets)
+    assert len({target["key"] for target in report["targets"]}) == len(report["targets"])
+    factors = {key: part for file in (tmp_path / "f/surgery").glob("factors*") for key, part in load_file(file).items()}
+    for target in report["targets"]:
+        key = target["tensor"] if target["slice"] is None else f"{target['tensor']}[{target['slice']}]"
+        s = factors[f"{key}.s"] if target["matrix"] is None else factors[f"{key}.s"][target["matrix"]]
+        assert target["singular_values"] == pytest.approx(s.tolist(), rel=1e-4)
+        assert target["amplification"] == [1.0] * 4
+
+
+def test_what_is_refused(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="the subspaces need as many singular vectors"):
+        surgery.spectra(llama, top=4, subspace=8)
+    with pytest.raises(SourceError, match="has no tensor"):
+        surgery.spectra(llama, _saved(tmp_path / "other", torch.ones(3, 3)))
+    U, s, V = _planted()
+    bad = U * s @ V.T
+    bad[3, 3] = math.nan
+    with pytest.raises(WeightError, match=r"up_proj\.weight': the matrix holds NaN"):
+        surgery.spectra(_saved(tmp_path / "bad", bad))
+
+
+def test_command(llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    result = CliRunner().invoke(main, ["spectra", str(llama), str(llama), "-o", str(out), "--top", "8", "--subspace", "4"])
+    assert result.exit_code == 0, result.output
+    report = json.loads((out / "spectra.json").read_text())
+    assert report == json.loads(json.dumps(surgery.spectra(llama, llama, top=8, subspace=4)))
+    assert len((out / "spectra.csv").read_text().splitlines()) == 1 + len(report["targets"])
+    again = CliRunner().invoke(main, ["spectra", str(llama), "-o", str(out)])
+    assert again.exit_code == 1
+    assert "--overwrite" in again.output
+
+
+@pytest.mark.parametrize("unit", ["numbers", "bytes"])
+def test_recommended_ranks_keep_the_most(unit: str, tmp_path: Path) -> None:
+    """Against every other way to spend the budget, for two small weights."""
+    folder = tmp_path / "m"
+    folder.mkdir()
+    spectra = {"a": [5.0, 4.0, 0.1, 0.1], "b": [3.0, 2.9, 2.8, 0.2]}
+    weights = {}
+    for i, (name, values) in enumerate(spectra.items()):
+        s = torch.tensor(values, dtype=torch.float64)
+        weights[f"layers.{i}.{name}.weight"] = (
+            ((_orthogonal(8, 4, i) * s) @ _orthogonal(6 - i, 4, 9 + i).T).float().contiguous()
+        )
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    costs = [1, 1] if unit == "numbers" else [4 * (8 + 6 + 1), 4 * (8 + 5 + 1)]
+    budget = 4 if unit == "numbers" else 4 * 60
+    result = CliRunner().invoke(
+        main,
+        ["recommend", str(folder), "--budget", str(budget), "--unit", unit, "-o", str(tmp_path / "r.toml"), "--json"],
+    )
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    best = max(
+        sum(v * v for v in spectra["a"][:i]) + sum(v * v for v in spectra["b"][:j])
+        for i in range(5)
+        for j in range(5)
+        if i * costs[0] + j * costs[1] <= budget
+    )
+    total = sum(v * v for values in spectra.values() for v in values)
+    assert found["kept"] == pytest.approx(best / total, rel=1e-4)
+    assert found["spent"] <= budget
+    manifest = surgery.factorize(folder, tmp_path / "f", recipe=tmp_path / "r.toml")
+    assert {target.tensor: target.rank for target in manifest.targets} == {k: v for k, v in found["ranks"].items() if v}
+    assert sum(target.trainable for target in manifest.targets) == found["trainable"]
+
+
+def test_recommended_for_a_change(tmp_path: Path) -> None:
+    """What counts is the change: of a matrix that has not changed nothing is kept, and a late direction is reached."""
+    folder, tuned = tmp_path / "a", tmp_path / "b"
+    U, s, V = _planted()
+    old = {f"layers.{i}.w.weight": U * s @ V.T for i in range(3)}
+    factors = torch.ones_like(s)
+    factors[2] = 1.5
+    new = {**old, "layers.1.w.weight": U * (s * factors) @ V.T}
+    for path, weights in ((folder, old), (tuned, new)):
+        path.mkdir()
+        save_file({name: value.float().contiguous() for name, value in weights.items()}, path / "model.safetensors")
+        (path / "config.json").write_text("{}")
+    found = surgery.recommend(folder, tuned, budget=7, out=tmp_path / "r.toml", max_rank=8)
+    assert found.ranks == {"layers.0.w.weight": 0, "layers.1.w.weight": 3, "layers.2.w.weight": 0}
+    assert found.kept == pytest.approx(1, abs=1e-4)
+    assert found.uniform == (pytest.approx(0.0, abs=1e-9), 2)
+    with pytest.raises(OptionError, match="there is nothing to keep"):
+        surgery.recommend(folder, folder, budget=7, out=tmp_path / "other.toml")
+    with pytest.raises(OptionError, match="the budget buys no direction"):
+        surgery.recommend(folder, budget=7, unit="bytes", out=tmp_path / "other.toml")
+
+
+def test_recommended_for_stacked_experts(tmp_path: Path) -> None:
+    folder = FAMILIES["gpt_oss"].save(tmp_path / "m")
+    found = surgery.recommend(folder, budget=60, out=tmp_path / "r.toml")
+    manifest = surgery.factorize(folder, tmp_path / "f", recipe=tmp_path / "r.toml")
+    assert sum(target.trainable for target in manifest.targets) == found.trainable == found.spent <= 60
+    assert found.kept >= found.uniform[0]
