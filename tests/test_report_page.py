@@ -405,6 +405,7 @@ def test_an_amplified_top_is_found(pages: dict[str, Page]) -> None:
     assert f"it holds in {len(NAMES)} of {len(NAMES)} matrices" in details
     assert answers[TURNED][0] == "Hardly"
     assert answers[INSIDE][0] == "Yes, most of it"
+    assert f"{len(NAMES)} of {len(NAMES)} matrices have more than chance" in answers[INSIDE][1]
     assert answers[RESCALED][0].startswith("Most of it: ")
 
 
@@ -422,6 +423,7 @@ def test_a_random_update_is_told_as_what_it_is(pages: dict[str, Page]) -> None:
     assert f"{100 * inside:.3g} % of the update's energy" in answers[INSIDE][1]
     assert f"a random update would have {100 * chance:.3g} %" in answers[INSIDE][1]
     assert answers[RESCALED][0].startswith("Little: ")
+    assert f"0 of {len(NAMES)} matrices have more than chance" in answers[INSIDE][1]
 
 
 def test_a_model_alone_is_told_of_by_its_spectrum(pages: dict[str, Page]) -> None:
@@ -482,7 +484,18 @@ def test_directions_that_turn_among_themselves(tmp_path: Path) -> None:
         return (U[:, order] * s) @ Vh[order]
 
     page = _page(_compared(swapped), tmp_path)
-    assert page.answers()[TURNED][0] == "Yes, but mostly among themselves: the subspace stays"
+    assert page.answers()[TURNED][0] == "Yes, mostly among themselves: the subspace stays"
+
+
+def test_a_few_directions_that_turn_are_not_hidden_by_the_median(tmp_path: Path) -> None:
+    def swapped(matrix: Matrix) -> Matrix:
+        U, s, Vh = np.linalg.svd(matrix, full_matrices=False)
+        order = [1, 0, *range(2, len(s))]
+        return (U[:, order] * s) @ Vh[order]
+
+    answer, details = _page(_compared(swapped), tmp_path).answers()[TURNED]
+    assert answer == f"Most do hardly, but {100 * 2 / R:.0f} % turned, mostly among themselves: the subspace stays"
+    assert f"Of all these cosines {100 * 2 / R:.0f} % are below 0.9" in details
 
 
 def test_solvers_that_did_not_converge(tmp_path: Path) -> None:
@@ -492,10 +505,10 @@ def test_solvers_that_did_not_converge(tmp_path: Path) -> None:
     spectra["findings"] |= {"unconverged": 1, "unidentified_share": 0.25}
     page = _page(spectra, tmp_path)
     answer, details = page.answers()[TRUSTED]
-    assert answer == "Not all: 1 matrix did not converge"
+    assert answer == "Not all: 1 decomposition did not converge"
     assert "0.012 of the first value" in details
     assert "25 % of the directions are not determined" in details
-    assert "1 matrix did not converge" in page.by_id("reading")["text"]
+    assert "1 decomposition did not converge" in page.by_id("reading")["text"]
 
 
 @pytest.mark.parametrize(

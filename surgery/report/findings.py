@@ -20,10 +20,12 @@ from surgery.report.summary import (
     verdict,
     worst_residual,
 )
-from surgery.report.words import cosine, matrices, number, percent, rank_text, shown, times
+from surgery.report.words import cosine, count, matrices, number, percent, rank_text, shown, times
 
 #: Cosines of directions before and after.
 STAYED, TURNED = 0.99, 0.9
+#: Of directions that turned: from this share on, what most of them did is not the whole answer.
+MANY = 0.05
 #: Shares against those of an update without any direction.
 MORE_THAN_CHANCE = 2.0
 MOST, LITTLE = 0.5, 0.1
@@ -179,27 +181,27 @@ def _rotation(spectra: dict[str, Any]) -> Statement:
             f"None of the first {r} directions is determined by the matrix in both models. {subspaces}".strip(),
         )
     worst = min(known)
-    if worst >= STAYED:
-        answer = "Hardly"
-    elif worst >= TURNED:
-        answer = "A little"
-    else:
+    cosines = [value for target in spectra["targets"] for side in ("left_cosine", "right_cosine") for value in target[side][:r]]
+    identified = [value for value in cosines if value is not None]
+    turned = sum(value < TURNED for value in identified) / len(identified)
+    if worst < TURNED:
         answer = "Yes"
-    if worst < TURNED and subspace is not None and subspace >= STAYED:
-        answer = "Yes, but mostly among themselves: the subspace stays"
+    else:
+        answer = "Hardly" if worst >= STAYED else "A little"
+        if turned >= MANY:
+            answer = f"Most do {'hardly' if worst >= STAYED else 'a little'}, but {percent(turned)} turned"
+    if (worst < TURNED or turned >= MANY) and subspace is not None and subspace >= STAYED:
+        answer += ", mostly among themselves: the subspace stays"
     angles = " and ".join(
         f"{name} {cosine(value)} ({number(math.degrees(math.acos(min(1.0, value))))}°)"
         for name, value in (("left", left), ("right", right))
         if value is not None
     )
-    identified = [
-        value is not None
-        for target in spectra["targets"]
-        for side in ("left_cosine", "right_cosine")
-        for value in target[side][:r]
+    details = [
+        f"Between a direction of the first {r} before and after, the median cosine is: {angles}. "
+        f"Of all these cosines {percent(turned) if turned else 'none'} {'is' if not turned else 'are'} below {number(TURNED)}."
     ]
-    details = [f"Between a direction of the first {r} before and after, the median cosine is: {angles}."]
-    unknown = 1 - sum(identified) / len(identified)
+    unknown = 1 - len(identified) / len(cosines)
     if unknown > 0:
         details.append(f"{percent(unknown)} of these directions are left out, as they are not determined in one of the models.")
     if subspaces:
@@ -216,8 +218,6 @@ def _subspaces(spectra: dict[str, Any]) -> Statement:
     question = "Does the update lie inside the base's top subspaces?"
     found, r = spectra["findings"], spectra["options"]["subspace"]
     inside, chance = found["median_update_in_both"], found["chance_in_both"]
-    if inside is None or not chance:
-        return Statement(question, "This cannot be told", "No share of an update was measured.")
     ratio = inside / chance
     if ratio < 1 / MORE_THAN_CHANCE:
         answer = "No, less than chance would have it"
@@ -227,14 +227,20 @@ def _subspaces(spectra: dict[str, Any]) -> Statement:
         answer = "Yes, most of it"
     else:
         answer = "More than chance would have it, but most of it lies outside"
-    updates = [target["update"] for target in spectra["targets"] if target["update"] is not None]
+    changed = [target for target in spectra["targets"] if target["update"] is not None]
+    updates = [target["update"] for target in changed]
+    above = 0
+    for target in changed:
+        m, n = target["shape"]
+        above += target["update"]["in_both"] >= MORE_THAN_CHANCE * min(r, m, n) ** 2 / (m * n)
     left, right = median(item["in_left"] for item in updates), median(item["in_right"] for item in updates)
     return Statement(
         question,
         answer,
         f"{percent(inside)} of the update's energy lies inside both the left and the right top-{r} subspace of the base "
         f"(median); a random update would have {percent(chance)}, so this is {times(ratio)} as much. Inside the left one alone "
-        f"there is {percent(left)}, inside the right one {percent(right)}.",
+        f"there is {percent(left)}, inside the right one {percent(right)}. Taken one by one, {above:,} of "
+        f"{matrices(len(changed))} have more than chance inside both.",
     )
 
 
@@ -242,8 +248,6 @@ def _rescaling(spectra: dict[str, Any]) -> Statement:
     question = "How much of the update would pure rescaling explain?"
     found, r = spectra["findings"], spectra["options"]["subspace"]
     share, chance = found["median_rescaling"], found["chance_rescaling"]
-    if share is None:
-        return Statement(question, "This cannot be told", "No share of an update was measured.")
     if share >= MOST:
         answer = f"Most of it: {percent(share)}"
     elif share >= LITTLE:
@@ -354,7 +358,7 @@ def _certificates(spectra: dict[str, Any]) -> Statement:
         f"The worst residual of any direction is {number(worst)} of the first value, at a tolerance of {number(tolerance)}."
     ]
     if unconverged:
-        answer = f"Not all: {matrices(unconverged)} did not converge"
+        answer = f"Not all: {count(unconverged, 'decomposition')} did not converge"
         parts.append("What is said of them is an estimate; the table marks them.")
     else:
         answer = "Yes, all solvers converged"

@@ -103,11 +103,11 @@ def amplification(groups: Sequence[Group], r: int) -> Picture:
         row, index = np.unravel_index(int(np.nanargmax(np.abs(table))), table.shape)
         layer = group.rows[row].layer
         where = "outside of the layers" if layer is None else f"in layer {layer}"
-        words = f"Amplification goes from {number(1 + known.min())} to {number(1 + known.max())}; its median is "
+        words = f"Amplification goes from {_factor(1 + known.min())} to {_factor(1 + known.max())}; its median is "
         words += _signed_median(table[:, :r], f"over the first {min(r, group.k)} directions")
         if group.k > r:
             words += f" and {_signed_median(table[:, r:], 'over the others')}"
-        words += f". It is farthest from 1 {where} at direction {index + 1}: {number(1 + table[row, index])}."
+        words += f". It is farthest from 1 {where} at direction {index + 1}: {_factor(1 + table[row, index])}."
         return finished(figure, group, words)
 
     return Picture([panel(*item) for item in zip(groups, tables, drawn, strict=True)], -limit, limit)
@@ -211,7 +211,7 @@ def _range(values: Floats, word: Callable[[float], str] = number) -> str:
 
 def _signed_median(values: Floats, where: str) -> str:
     known = values[np.isfinite(values)]
-    return f"{number(1 + float(np.median(known)))} {where}" if known.size else f"unknown {where}"
+    return f"{_factor(1 + float(np.median(known)))} {where}" if known.size else f"unknown {where}"
 
 
 def _round_up(value: float) -> float:
@@ -219,3 +219,7 @@ def _round_up(value: float) -> float:
     value = max(value, 1e-6)
     power = 10.0 ** math.floor(math.log10(value))
     return next(factor * power for factor in (1, 2, 5, 10) if value <= factor * power * (1 + 1e-9))
+
+
+def _factor(value: float) -> str:
+    return f"{value:.4g}"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from surgery.report.findings import LITTLE, MORE_THAN_CHANCE, MOST, STAYED, TURNED
+from surgery.report.findings import LITTLE, MANY, MORE_THAN_CHANCE, MOST, STAYED, TURNED
 from surgery.report.summary import CLEARLY_MORE, GREW_HALF, GREW_MOST, worst_residual
-from surgery.report.words import matrices, number, percent
+from surgery.report.words import count, number, percent
 
 
 def terms(spectra: dict[str, Any]) -> list[tuple[str, str]]:
@@ -48,7 +48,8 @@ def terms(spectra: dict[str, Any]) -> list[tuple[str, str]]:
                 "|u<sub>i</sub> · u′<sub>i</sub>| and |v<sub>i</sub> · v′<sub>i</sub>|, of the i-th directions before and "
                 "after. Two directions that swap places show as turned, though their subspace stays: compare the share that "
                 "the subspace keeps, which is the mean squared cosine of the principal angles. "
-                f"“Hardly” means a median cosine of at least {number(STAYED)}, “a little” of at least {number(TURNED)}.",
+                f"“Hardly” means a median cosine of at least {number(STAYED)}, “a little” of at least {number(TURNED)}; "
+                f"a direction below that counts as turned, and from {percent(MANY)} of them on the answer says so.",
             ),
             (
                 "Share of the update in a subspace",
@@ -85,4 +86,4 @@ def terms(spectra: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _converged(failed: int) -> str:
-    return f"{matrices(failed)} did not converge." if failed else "All converged."
+    return f"{count(failed, 'decomposition')} did not converge." if failed else "All converged."

@@ -6,6 +6,7 @@ import html
 import math
 
 MINUS = "\u2212"
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def shown(name: object) -> str:
@@ -21,14 +22,15 @@ def escaped(name: object) -> str:
 
 
 def number(value: float | None, *, signed: bool = False) -> str:
-    """To three digits, fewer below one, and never with an exponent in between 1e-9 and 1e9."""
+    """To three digits, fewer below one, with a power of ten only below 1e-4 and from 1e9 on."""
     if value is None or not math.isfinite(value):
         return "–"
     size = abs(value)
     if size == 0:
         digits = "0"
-    elif size < 1e-9 or size >= 1e9:
-        digits = f"{size:.1e}"
+    elif size < 1e-4 or size >= 1e9:
+        mantissa, power = f"{size:.1e}".split("e")
+        digits = f"{mantissa.removesuffix('.0')}\u00a0×\u00a010{str(int(power)).translate(_RAISED)}"
     elif size < 1:
         places = 1 - math.floor(math.log10(size))
         digits = f"{size:.{places}f}".rstrip("0").rstrip(".")
