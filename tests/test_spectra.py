@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -15,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.cli.main import main
-from surgery.errors import OptionError, SourceError, WeightError
+from surgery.errors import OptionError, OutputError, SourceError, WeightError
 from surgery.linalg.spectrum import spectrum
+from surgery.operations.recommend import _Candidate, _kept, _spend, _uniform
 from tests.families import FAMILIES
 from tests.models import save_llama, tensors_of
 
@@ -295,3 +297,74 @@ def test_recommended_for_stacked_experts(tmp_path: Path) -> None:
     manifest = surgery.factorize(folder, tmp_path / "f", recipe=tmp_path / "r.toml")
     assert sum(target.trainable for target in manifest.targets) == found.trainable == found.spent <= 60
     assert found.kept >= found.uniform[0]
+
+
+def test_equal_values_determine_no_direction(tmp_path: Path) -> None:
+    """Also where the computed vectors are exact, with residuals of 0."""
+    (target,) = surgery.spectra(_saved(tmp_path / "m", torch.eye(16)), top=8)["targets"]
+    assert target["identified"] == [False] * 8
+    (target,) = surgery.spectra(_saved(tmp_path / "n", torch.diag(torch.tensor([3.0, 3, 2, 1, 1]))), top=4)["targets"]
+    assert target["identified"] == [False, False, True, False]
+
+
+def test_rounding_is_not_amplified(tmp_path: Path) -> None:
+    """Of a matrix of rank 3 the fourth value is rounding: what it became says nothing."""
+    U, s, V = _planted()
+    low = (U[:, :3] * s[:3]) @ V[:, :3].T
+    noise = 1e-3 * torch.randn(low.shape, generator=torch.Generator().manual_seed(0))
+    target = _compared(tmp_path, low, low + noise, top=8)
+    assert [value is None for value in target["amplification"]] == [False] * 3 + [True] * 5
+    assert target["condition"] is None
+    assert target["tail_exponent"] is None
+    assert target["left_cosine"][3:] == [None] * 5
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e20, 1e30])
+def test_scale_is_no_matter(scale: float) -> None:
+    A = torch.randn(1100, 1050, generator=torch.Generator().manual_seed(0))
+    found, _ = spectrum(A * scale, 16, tolerance=1e-5, seed=0)
+    expected, _ = spectrum(A, 16, tolerance=1e-5, seed=0)
+    assert found.effective_rank == pytest.approx(expected.effective_rank, rel=1e-3)
+    assert found.stable_rank == pytest.approx(expected.stable_rank, rel=1e-3)
+    assert found.energy == pytest.approx(expected.energy, rel=1e-3)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_spending_against_every_way_to_spend(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(seed)
+    candidates = [
+        _Candidate(str(i), generator.choice([0.0, 1.0, 2.0, 9.0], 4).tolist(), 1, int(generator.integers(1, 6)))
+        for i in range(3)
+    ]
+    budget = int(generator.integers(1, 25))
+    ways = [
+        ranks
+        for ranks in itertools.product(range(5), repeat=3)
+        if sum(rank * c.cost for rank, c in zip(ranks, candidates, strict=True)) <= budget
+    ]
+    kept = [sum(sum(c.gains[:rank]) for rank, c in zip(ranks, candidates, strict=True)) for ranks in ways]
+    chosen = _spend(candidates, budget, 0.0)
+    assert tuple(chosen.values()) in ways
+    assert _kept(candidates, chosen) == pytest.approx(max(kept))
+    # What is too large for that is done greedily, and no worse than one rank for all.
+    monkeypatch.setattr("surgery.operations.recommend._EXACT_WORK", 0)
+    greedy = _spend(candidates, budget, 0.0)
+    assert tuple(greedy.values()) in ways
+    assert _kept(candidates, greedy) >= _uniform(candidates, budget, 1.0)[0]
+
+
+def test_nothing_is_written_into_a_model(llama: Path, tmp_path: Path) -> None:
+    for out in (llama, llama / "report"):
+        result = CliRunner().invoke(main, ["spectra", str(llama), "-o", str(out)])
+        assert result.exit_code == 1
+        assert "is in the model" in result.output
+    with pytest.raises(OutputError, match="is in the model"):
+        surgery.recommend(llama, budget=9, out=llama / "recipe.toml")
+    other = tmp_path / "weights.safetensors"
+    other.write_bytes(b"precious")
+    with pytest.raises(OutputError, match="is there already"):
+        surgery.recommend(llama, budget=9, out=other, overwrite=True)
+    assert other.read_bytes() == b"precious"
+    result = CliRunner().invoke(main, ["spectra", str(llama), "-o", str(other)])
+    assert result.exit_code == 1
+    assert "is no folder" in result.output

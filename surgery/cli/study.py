@@ -39,7 +39,7 @@ def _which_weights(command: Callable[..., None]) -> Callable[..., None]:
 @click.argument("tuned", required=False)
 @click.option("-o", "--out", default="report", show_default=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--top", default=256, show_default=True, help="Singular values to tell of each matrix.")
-@click.option("--subspace", default=16, show_default=True, help="Dimension of the leading subspaces that are compared.")
+@click.option("--subspace", type=int, help="Dimension of the leading subspaces that are compared.  [default: 16]")
 @click.option(
     "--split/--no-split", default=None, help="Split fused weights (qkv, gate_up) into their projections.  [default: no]"
 )
@@ -60,6 +60,9 @@ def spectra(model: str, tuned: str | None, out: Path, overwrite: bool, as_json: 
     from surgery.report.page import write_page
 
     start = time.perf_counter()
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is no folder", hint="-o chooses another one")
+    operation.check_outside(out, (model, tuned))
     there = [name for name in (_JSON_FILE, _CSV_FILE, _PAGE_FILE) if (out / name).exists()]
     if there and not overwrite:
         raise OutputError(
@@ -68,8 +71,7 @@ def spectra(model: str, tuned: str | None, out: Path, overwrite: bool, as_json: 
     report = operation.spectra(model, tuned, **chosen, progress=Bar(quiet=quiet))
     for name in there:
         (out / name).unlink()
-    out.mkdir(parents=True, exist_ok=True)
-    write_file(out / _JSON_FILE, json.dumps(report).encode() + b"\n")
+    write_file(out / _JSON_FILE, json.dumps(report, allow_nan=False).encode() + b"\n")
     write_csv(report, out / _CSV_FILE)
     try:
         write_page(report, out / _PAGE_FILE)

@@ -21,8 +21,11 @@ from surgery.linalg.svd import TruncatedSVD, truncated_svd
 ENERGY_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 #: A direction is taken as determined by the matrix where the sine of its angle to the true one is bounded by this.
 IDENTIFIED_ANGLE = 0.1
-#: Up to this many values all of them are computed for the effective rank.
+#: Values below this share of the largest are the rounding of float32.
+_NOISE = 1e-6
+#: Up to this many values, of a matrix of so many entries, all of them are computed for the effective rank.
 _EXACT_SIZE = 1024
+_EXACT_ENTRIES = 1 << 22
 _PROBES = 16
 _STEPS = 40
 #: Leading values of an update that are told.
@@ -72,6 +75,7 @@ class Update:
         in_left, in_right, in_both: shares of ``||D||^2`` in the span of its top left vectors, right vectors, both.
         rescaling: share that scales of its top r directions explain, ``sum (u_i^T D v_i)^2 / ||D||^2``.
         stable_rank, effective_rank, effective_rank_error, singular_values: of D, the leading 64 of these.
+        converged: whether the SVD of D is.
     """
 
     norm: float
@@ -84,6 +88,7 @@ class Update:
     effective_rank: float
     effective_rank_error: float
     singular_values: list[float]
+    converged: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +96,7 @@ class Comparison:
     """Of a matrix and the one that it became. Entries without a meaning are None.
 
     Attributes:
-        amplification: new over old singular values.
+        amplification: new over old singular values; None where the old one is no more than rounding.
         rest_amplification: of the Frobenius norms of what comes after them.
         left_cosine, right_cosine: of the i-th vectors; None where one of the two is not identified.
         left_top, right_top: cosines of the principal angles of the top-r subspaces, descending.
@@ -128,25 +133,39 @@ def spectrum(A: torch.Tensor, top: int, *, tolerance: float, seed: int) -> tuple
     energy = svd.norm.item() ** 2
     shares = (values.square().cumsum(0) / energy).clamp(max=1.0).tolist() if energy else []
     rank, error = _effective_rank(A, svd, seed)
-    certificate = svd.certificate
+    certificate, known = svd.certificate, _known(svd)
     return (
         Spectrum(
             norm=svd.norm.item(),
             singular_values=values.tolist(),
             residual=certificate.residual.tolist(),
             gap=certificate.gap.tolist(),
-            identified=(certificate.angle_bound < IDENTIFIED_ANGLE).tolist(),
+            identified=_identified(svd).tolist(),
             converged=bool(certificate.converged),
             method=str(certificate.method),
             stable_rank=energy / values[0].item() ** 2 if energy else 0.0,
             effective_rank=rank,
             effective_rank_error=error,
             energy={str(k): shares[k - 1] for k in ENERGY_RANKS if k <= len(shares)},
-            condition=(values[0] / values[-1]).item() if values[-1] > 0 else None,
-            tail_exponent=_tail_exponent(values),
+            condition=(values[0] / values[-1]).item() if known[-1] else None,
+            tail_exponent=_tail_exponent(values) if known[-1] else None,
         ),
         svd,
     )
+
+
+def _known(svd: TruncatedSVD) -> torch.Tensor:
+    """bool (k,), on the CPU: values that are more than the rounding of the matrix."""
+    s = svd.s.double().cpu()
+    return s > svd.certificate.residual.clamp(min=_NOISE) * s[0]
+
+
+def _identified(svd: TruncatedSVD) -> torch.Tensor:
+    """bool (k,), on the CPU: see ``IDENTIFIED_ANGLE``. A residual of 0 has still the rounding of its vectors."""
+    certificate = svd.certificate
+    rounding = torch.finfo(torch.float32).eps
+    angles = certificate.residual.clamp(min=rounding) / certificate.gap.clamp(min=1e-300)
+    return (angles < IDENTIFIED_ANGLE) & _known(svd)
 
 
 def compare(old: torch.Tensor, new: torch.Tensor, before: TruncatedSVD, after: TruncatedSVD, r: int, seed: int) -> Comparison:
@@ -158,8 +177,8 @@ def compare(old: torch.Tensor, new: torch.Tensor, before: TruncatedSVD, after: T
         r: dimension of the subspaces that are compared.
         seed: of the SVD of the difference.
     """
-    ratios = (after.s.double() / before.s.double()).tolist()
-    known = (before.certificate.angle_bound < IDENTIFIED_ANGLE) & (after.certificate.angle_bound < IDENTIFIED_ANGLE)
+    ratios = (after.s.double() / before.s.double()).cpu().tolist()
+    known = _identified(before) & _identified(after)
     pairs = [(before.U, after.U), (before.V, after.V)]
     cosines = [
         [_share(value) if sure else None for value, sure in zip((a * b).sum(dim=0).abs().tolist(), known.tolist(), strict=True)]
@@ -171,11 +190,12 @@ def compare(old: torch.Tensor, new: torch.Tensor, before: TruncatedSVD, after: T
     nexts = [_principal_cosines(a[:, r : 2 * r], b[:, r : 2 * r]) for a, b in pairs]
     # In float32 at least: the difference of numbers that are close is exact there, or nearly so.
     difference = new.to(torch.promote_types(new.dtype, torch.float32)) - old.to(torch.promote_types(old.dtype, torch.float32))
+    inside = _inside(difference, before, r)
     rests = [svd.norm.item() ** 2 - svd.s.double().square().sum().item() for svd in (before, after)]
     # Below the rounding of the norm nothing comes after.
     some_rest = rests[0] > 1e-6 * before.norm.item() ** 2
     return Comparison(
-        amplification=[ratio if math.isfinite(ratio) else None for ratio in ratios],
+        amplification=[ratio if some else None for ratio, some in zip(ratios, _known(before).tolist(), strict=True)],
         rest_amplification=math.sqrt(max(rests[1], 0.0) / rests[0]) if some_rest and k < min(old.shape) else None,
         left_cosine=cosines[0],
         right_cosine=cosines[1],
@@ -183,8 +203,8 @@ def compare(old: torch.Tensor, new: torch.Tensor, before: TruncatedSVD, after: T
         right_top=tops[1],
         left_next=nexts[0],
         right_next=nexts[1],
-        explained=_inside(difference, before, r)[2].diagonal().square().tolist(),
-        update=_update(difference, before, r, seed),
+        explained=inside[2].diagonal().square().tolist(),
+        update=_update(difference, before, inside, seed),
     )
 
 
@@ -196,12 +216,14 @@ def _inside(difference: torch.Tensor, before: TruncatedSVD, r: int) -> tuple[tor
     return left, right, left @ V.double()
 
 
-def _update(difference: torch.Tensor, before: TruncatedSVD, r: int, seed: int) -> Update | None:
+def _update(
+    difference: torch.Tensor, before: TruncatedSVD, inside: tuple[torch.Tensor, torch.Tensor, torch.Tensor], seed: int
+) -> Update | None:
     svd = truncated_svd(difference, min(_UPDATE_VALUES, *difference.shape), seed=seed)
     energy = svd.norm.item() ** 2
     if energy == 0:
         return None
-    left, right, both = _inside(difference, before, r)
+    left, right, both = inside
     rank, error = _effective_rank(difference, svd, seed)
     norm = before.norm.item()
     return Update(
@@ -215,6 +237,7 @@ def _update(difference: torch.Tensor, before: TruncatedSVD, r: int, seed: int) -
         effective_rank=rank,
         effective_rank_error=error,
         singular_values=svd.s.double().tolist(),
+        converged=bool(svd.certificate.converged),
     )
 
 
@@ -247,7 +270,7 @@ def _effective_rank(A: torch.Tensor, svd: TruncatedSVD, seed: int) -> tuple[floa
     if energy == 0:
         return 0.0, 0.0
     squares = svd.s.double().cpu().square()
-    if len(squares) < min(A.shape) <= _EXACT_SIZE:
+    if len(squares) < min(A.shape) <= _EXACT_SIZE and A.numel() <= _EXACT_ENTRIES:
         squares = torch.linalg.svdvals(A.double().cpu()).square()
     leading = _entropy(squares / energy).sum().item()
     if len(squares) == min(A.shape):
@@ -270,6 +293,9 @@ def _tail_entropy(A: torch.Tensor, svd: TruncatedSVD, energy: float, seed: int) 
     """
     wide = A.shape[0] < A.shape[1]
     matrix = A.to(torch.float32) if A.dtype != torch.float64 else A
+    # Squares of the entries must neither overflow nor vanish. A power of two changes no bit.
+    exponent = math.frexp(svd.norm.item())[1]
+    matrix, scaled = torch.ldexp(matrix, torch.tensor(-exponent, device=A.device)), math.ldexp(energy, -2 * exponent)
     known = (svd.U if wide else svd.V).to(matrix)
     short = min(A.shape)
     generator = torch.Generator().manual_seed(seed)
@@ -281,7 +307,7 @@ def _tail_entropy(A: torch.Tensor, svd: TruncatedSVD, energy: float, seed: int) 
 
     def product(block: torch.Tensor) -> torch.Tensor:
         image = matrix @ (matrix.T @ block) if wide else matrix.T @ (matrix @ block)
-        return apart(image / energy)
+        return apart(image / scaled)
 
     with torch.no_grad(), full_precision(A.device):
         block = apart(start)

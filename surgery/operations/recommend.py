@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from surgery.errors import OptionError, OutputError
 from surgery.format.files import write_file
-from surgery.operations.spectra import spectra
+from surgery.operations.spectra import check_outside, spectra
 from surgery.progress import Progress
 
 Unit = Literal["numbers", "bytes"]
 UNITS: tuple[Unit, ...] = ("numbers", "bytes")
 #: Gains below this share of all there is are rounding.
 _NOISE = 1e-9
+#: So many additions, and entries kept, for the exact solution.
+_EXACT_WORK = 4 * 10**9
+_EXACT_CELLS = 5 * 10**7
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +77,8 @@ def recommend(
     """Write a recipe with a rank for each target, such that a budget keeps as much as it can.
 
     What counts is the squared norm of the leading singular values, ``sum s_i^2`` over all weights; with a fine-tuned model
-    what scales of these directions explain of its change, ``sum (u_i^T D v_i)^2``. Directions are taken in the order of gain
-    over cost; where a later direction of a matrix is worth more than an earlier one, together with those before it.
+    what scales of these directions explain of its change, ``sum (u_i^T D v_i)^2``. Solved exactly while that is a matter of
+    seconds (4e9 additions), else greedily by gain over cost, and never for less than one rank for all would keep.
 
     Args:
         model: local folder or Hugging Face repo id.
@@ -95,8 +101,10 @@ def recommend(
         raise OptionError("unknown unit", got=unit, expected=" or ".join(UNITS))
     if budget < 1:
         raise OptionError("the budget must be at least 1", got=budget)
-    if out.exists() and not overwrite:
-        raise OutputError(f"{out} is there already", hint="--overwrite replaces it")
+    check_outside(out, (model, tuned))
+    if out.exists() and (not overwrite or not out.is_file() or out.suffix != ".toml"):
+        hint = "--overwrite replaces it" if out.suffix == ".toml" and out.is_file() else "-o chooses another file"
+        raise OutputError(f"{out} is there already", hint=hint)
     report = spectra(
         model,
         tuned,
@@ -115,13 +123,13 @@ def recommend(
     candidates = _candidates(report["targets"], unit, changed=tuned is not None)
     total = _total(report["targets"], changed=tuned is not None)
     if total == 0:
-        raise OptionError("there is nothing to keep: the two models have the same weights")
+        what = "all weights are 0" if tuned is None else "the two models have the same weights"
+        raise OptionError(f"there is nothing to keep: {what}")
     ranks = _spend(candidates, budget, _NOISE * total)
     if not any(ranks.values()):
         cheapest = min(candidate.cost for candidate in candidates)
         raise OptionError("the budget buys no direction", got=f"{budget} {unit}", expected=f"at least {cheapest} {unit}")
     text = _as_recipe(report["targets"], ranks, budget, unit)
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_file(out, text.encode())
     return Recommendation(
         out=out,
@@ -154,27 +162,63 @@ def _total(targets: Sequence[Mapping[str, Any]], *, changed: bool) -> float:
 
 
 def _spend(candidates: Sequence[_Candidate], budget: int, least: float) -> dict[str, int]:
-    """Steps along the upper concave hull of each candidate's gains, steepest first, as long as they fit.
+    """The ranks that keep the most: exactly where that is a matter of seconds, else greedily, and no less than one for all.
 
-    What is below ``least`` is not worth a number.
+    Gains below ``least`` are worth nothing.
     """
-    steps = sorted(
-        (
-            (-gain / (length * candidate.cost), index, first, length)
-            for index, candidate in enumerate(candidates)
-            for first, length, gain in _hull(candidate.gains)
-            if gain > least
-        ),
+    cleaned = [replace(c, gains=[gain if gain > least else 0.0 for gain in c.gains]) for c in candidates]
+    unit = math.gcd(*(candidate.cost for candidate in cleaned))
+    columns = budget // unit + 1
+    if columns * sum(len(candidate.gains) for candidate in cleaned) <= _EXACT_WORK and columns * len(cleaned) <= _EXACT_CELLS:
+        return _exactly(cleaned, unit, columns)
+    greedy = _greedily(cleaned, budget)
+    rank = _uniform_rank(cleaned, budget)
+    uniform = {candidate.tensor: min(rank, len(candidate.gains)) for candidate in cleaned}
+    return max(greedy, uniform, key=lambda ranks: _kept(cleaned, ranks))
+
+
+def _exactly(candidates: Sequence[_Candidate], unit: int, columns: int) -> dict[str, int]:
+    """By dynamic programming over what is spent, in units: the multiple-choice knapsack problem."""
+    best = np.zeros(columns)
+    choices = []
+    for candidate in candidates:
+        cost, taken, gain = candidate.cost // unit, np.zeros(columns, dtype=np.int32), 0.0
+        grown = best.copy()
+        for rank, more in enumerate(candidate.gains, 1):
+            gain += more
+            if cost * rank >= columns:
+                break
+            if not more:
+                continue  # a rank that ends in nothing is never better
+            offered = best[: columns - cost * rank] + gain
+            better = offered > grown[cost * rank :]
+            grown[cost * rank :][better] = offered[better]
+            taken[cost * rank :][better] = rank
+        best = grown
+        choices.append(taken)
+    ranks, left = {}, columns - 1
+    for candidate, taken in zip(reversed(candidates), reversed(choices), strict=True):
+        ranks[candidate.tensor] = int(taken[left])
+        left -= int(taken[left]) * (candidate.cost // unit)
+    return {candidate.tensor: ranks[candidate.tensor] for candidate in candidates}
+
+
+def _greedily(candidates: Sequence[_Candidate], budget: int) -> dict[str, int]:
+    """Runs along the upper concave hull of each candidate's gains, steepest first, those that fit."""
+    runs = sorted(
+        (-gain / (length * candidate.cost), index, first, length)
+        for index, candidate in enumerate(candidates)
+        for first, length, gain in _hull(candidate.gains)
+        if gain > 0
     )
     ranks = {candidate.tensor: 0 for candidate in candidates}
     left = budget
-    for _, index, first, length in steps:
+    for _, index, first, length in runs:
         candidate = candidates[index]
-        if ranks[candidate.tensor] != first:
-            continue  # what comes before did not fit
-        taken = min(length, left // candidate.cost)
-        ranks[candidate.tensor] += taken
-        left -= taken * candidate.cost
+        # What comes before may not have fitted.
+        if ranks[candidate.tensor] == first and length * candidate.cost <= left:
+            ranks[candidate.tensor] += length
+            left -= length * candidate.cost
     return ranks
 
 
@@ -195,12 +239,17 @@ def _kept(candidates: Sequence[_Candidate], ranks: Mapping[str, int]) -> float:
 
 def _uniform(candidates: Sequence[_Candidate], budget: int, total: float) -> tuple[float, int]:
     """What the largest rank for all that fits the budget keeps, and that rank."""
-    best = 0
+    rank = _uniform_rank(candidates, budget)
+    return _kept(candidates, {candidate.tensor: rank for candidate in candidates}) / total, rank
+
+
+def _uniform_rank(candidates: Sequence[_Candidate], budget: int) -> int:
+    fits = 0
     for rank in range(1, max(len(candidate.gains) for candidate in candidates) + 1):
         if sum(min(rank, len(candidate.gains)) * candidate.cost for candidate in candidates) > budget:
             break
-        best = rank
-    return _kept(candidates, {candidate.tensor: best for candidate in candidates}) / total, best
+        fits = rank
+    return fits
 
 
 def _as_recipe(targets: Sequence[Mapping[str, Any]], ranks: Mapping[str, int], budget: int, unit: Unit) -> str:

@@ -15,7 +15,7 @@ import torch
 from surgery import __version__
 from surgery.device import as_memory_allows, choose_device, device_name
 from surgery.engine.pipeline import ShardWalk, TargetPiece
-from surgery.errors import OptionError, WeightError
+from surgery.errors import OptionError, OutputError, WeightError
 from surgery.format.safetensors import ShardReader
 from surgery.linalg.spectrum import compare, spectrum
 from surgery.linalg.svd import DEFAULT_TOLERANCE, check_accuracy
@@ -36,7 +36,7 @@ def spectra(
     tuned: str | Path | None = None,
     *,
     top: int = 256,
-    subspace: int = 16,
+    subspace: int | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     recipe: str | Path | None = None,
@@ -57,7 +57,7 @@ def spectra(
         model: local folder or Hugging Face repo id.
         tuned: the same of a model with the same tensors, in any dtype and shards.
         top: singular values to tell of each matrix.
-        subspace: dimension of the leading subspaces that are compared.
+        subspace: dimension of the leading subspaces that are compared; 16, or ``top`` if that is less.
         include, exclude, recipe, split, revision, subfolder: as for ``factorize``; the revision is the first model's.
         seed, tolerance: of the truncated SVD.
         device: where the linear algebra runs.
@@ -72,6 +72,7 @@ def spectra(
     progress = progress or Silent()
     where = choose_device(device)
     check_accuracy(tolerance, seed)
+    subspace = min(16, top) if subspace is None else subspace
     for what, value in (("top", top), ("subspace", subspace)):
         if value < 1:
             raise OptionError(f"{what} must be at least 1", got=value)
@@ -103,6 +104,17 @@ def spectra(
         "targets": targets,
         "findings": _findings(targets, subspace, compared=other is not None),
     }
+
+
+def check_outside(out: Path, models: Iterable[str | Path | None]) -> None:
+    """Refuse to write into a model.
+
+    Raises:
+        OutputError: ``out`` is the folder of one, or in it.
+    """
+    for model in models:
+        if model is not None and Path(model).is_dir() and Path(model).resolve() in (out.resolve(), *out.resolve().parents):
+            raise OutputError(f"{out} is in the model {model}", hint="-o chooses another place")
 
 
 def _named(source: Source) -> dict[str, str | None]:
@@ -236,7 +248,6 @@ def _findings(targets: Sequence[Mapping[str, Any]], r: int, *, compared: bool) -
     """What can be said of all matrices together; medians unless the name says otherwise."""
     ranks = sorted({int(rank) for target in targets for rank in target["energy"]})
     known = [flag for target in targets for flag in target["identified"]]
-    sides = ["", *(["tuned"] if compared else [])]
     found: dict[str, Any] = {
         "targets": len(targets),
         "median_stable_rank": _median(target["stable_rank"] for target in targets),
@@ -245,13 +256,18 @@ def _findings(targets: Sequence[Mapping[str, Any]], r: int, *, compared: bool) -
             str(rank): _median(target["energy"][str(rank)] for target in targets if str(rank) in target["energy"])
             for rank in ranks
         },
-        "unconverged": sum(not (target[side] if side else target)["converged"] for target in targets for side in sides),
+        "unconverged": sum(not all(part["converged"] for part in _parts(target)) for target in targets),
         "unidentified_share": 1 - sum(known) / len(known),
     }
     if compared:
         found |= _changes(targets, r)
     rounded: dict[str, Any] = _rounded(found)
     return rounded
+
+
+def _parts(target: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """All that has an SVD of its own: a matrix, what it became, and the update."""
+    return [target, *(part for name in ("tuned", "update") if (part := target.get(name)) is not None)]
 
 
 def _changes(targets: Sequence[Mapping[str, Any]], r: int) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def _amplification(spectra: dict[str, Any], groups: Sequence[Group]) -> Statemen
         details.append(f"No values were kept after the first {r}, so there is no rest to compare them with.")
 
     tolerance = spectra["options"]["tolerance"]
-    answer = verdict(grew, top, max(others, default=None))
+    answer = verdict(grew, mean, max(others, default=None))
     if top < ABOVE_TOLERANCE * tolerance:
         return Statement(
             question,
@@ -109,7 +109,7 @@ def _amplification(spectra: dict[str, Any], groups: Sequence[Group]) -> Statemen
             ),
         )
     if answer == "yes":
-        words = f"Yes: the top is amplified, {_against(top, others)} the rest"
+        words = f"Yes: the top is amplified, {_against(mean, others)} the rest"
     elif answer == "unknown":
         words = "It grew, but there is no rest to compare" if grew > 0.5 else "No: half of the top or more did not grow"
     elif grew <= 0.5:

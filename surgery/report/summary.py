@@ -50,7 +50,7 @@ class Change:
     @property
     def holds(self) -> bool:
         """The top is amplified, and in particular the top."""
-        return verdict(self.grew, self.top, self.other) == "yes"
+        return verdict(self.grew, self.mean, self.other) == "yes"
 
 
 def verdict(grew: float | None, top: float | None, other: float | None) -> str:
@@ -58,8 +58,8 @@ def verdict(grew: float | None, top: float | None, other: float | None) -> str:
 
     Args:
         grew: share of the top values that grew.
-        top: mean size of their relative change.
-        other: that of what comes after them.
+        top: mean of their relative change, negative where they shrank.
+        other: mean size of the relative change of what comes after them.
     """
     if grew is None or top is None or other is None:
         return "unknown"
