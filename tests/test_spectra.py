@@ -332,10 +332,8 @@ def test_scale_is_no_matter(scale: float) -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_spending_against_every_way_to_spend(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = np.random.default_rng(seed)
-    candidates = [
-        _Candidate(str(i), generator.choice([0.0, 1.0, 2.0, 9.0], 4).tolist(), 1, int(generator.integers(1, 6)))
-        for i in range(3)
-    ]
+    gains = generator.choice([0.0, 1.0, 2.0, 9.0], (3, 4)).tolist()
+    candidates = [_Candidate(str(i), gains[i], 1, int(generator.integers(1, 6))) for i in range(3)]
     budget = int(generator.integers(1, 25))
     ways = [
         ranks
