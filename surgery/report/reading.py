@@ -41,7 +41,8 @@ def terms(spectra: dict[str, Any]) -> list[tuple[str, str]]:
                 "When the top counts as amplified",
                 f"When at least {percent(GREW_MOST)} of its values grew, and their mean change is at least "
                 f"{number(CLEARLY_MORE)} times the mean size of the change of the directions after them and of the rest. "
-                f"It does not hold when {percent(GREW_HALF)} or less grew, or the others changed as much or more; in between it holds in part.",
+                f"It does not hold when {percent(GREW_HALF)} or less grew, or the others changed as much or more; in between "
+                "it holds in part.",
             ),
             (
                 "Rotation",
