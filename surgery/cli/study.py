@@ -56,21 +56,19 @@ def spectra(model: str, tuned: str | None, out: Path, overwrite: bool, as_json: 
     """
     from surgery.format.files import write_file
     from surgery.operations import spectra as operation
+    from surgery.operations.output import check_output_file
     from surgery.report.listing import write_csv
     from surgery.report.page import write_page
 
     start = time.perf_counter()
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is no folder", hint="-o chooses another one")
-    operation.check_outside(out, (model, tuned))
-    there = [name for name in (_JSON_FILE, _CSV_FILE, _PAGE_FILE) if (out / name).exists()]
-    if there and not overwrite:
-        raise OutputError(
-            f"there is {there[0]} in {out} already", hint="--overwrite replaces an earlier report; -o chooses another folder"
-        )
+    files = [out / name for name in (_JSON_FILE, _CSV_FILE, _PAGE_FILE)]
+    for file in files:
+        check_output_file(file, operation.folders_of(model, tuned), overwrite=overwrite)
     report = operation.spectra(model, tuned, **chosen, progress=Bar(quiet=quiet))
-    for name in there:
-        (out / name).unlink()
+    for file in files:
+        file.unlink(missing_ok=True)
     write_file(out / _JSON_FILE, json.dumps(report, allow_nan=False).encode() + b"\n")
     write_csv(report, out / _CSV_FILE)
     try:

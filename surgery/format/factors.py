@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -11,7 +12,7 @@ import torch
 
 from surgery.errors import FormatError
 from surgery.format.files import check_file
-from surgery.format.manifest import ShardRecord, TargetRecord
+from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
 from surgery.format.safetensors import ShardReader, TensorEntry
 from surgery.linalg.lossless import Factors
 from surgery.memory import bytes_of
@@ -86,3 +87,25 @@ class FactorsReader:
                 expected=f"{dtype} {shape or '(bytes,)'}",
             )
         return entry
+
+
+class FactorsReaders:
+    """The readers of all shards of a factorized checkpoint, each opened when it is first needed. A context manager."""
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self._folder = folder
+        self._shards = {shard.source.file: shard for shard in manifest.shards}
+        self._readers: dict[str, FactorsReader] = {}
+        self._open = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._open.close()
+
+    def of(self, target: TargetRecord) -> FactorsReader:
+        """The one that has a target's factors; errors as for ``FactorsReader``."""
+        if target.shard not in self._readers:
+            self._readers[target.shard] = self._open.enter_context(FactorsReader(self._folder, self._shards[target.shard]))
+        return self._readers[target.shard]

@@ -256,7 +256,7 @@ def _principal_cosines(a: torch.Tensor, b: torch.Tensor) -> list[float]:
 
 def _tail_exponent(values: torch.Tensor) -> float | None:
     k = len(values)
-    if k < 8 or values[-1] <= 0:
+    if k < 8:
         return None
     indices = torch.arange(k // 4, k, dtype=torch.float64)
     x, y = (indices + 1).log(), values[k // 4 :].log()

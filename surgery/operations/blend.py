@@ -13,7 +13,7 @@ import torch
 
 from surgery.errors import OptionError, ScalesError
 from surgery.format.scales import ScalesFile, read_scales_alone, without_owner, write_scales
-from surgery.operations.scales import check_output_file
+from surgery.operations.output import check_output_file
 
 Space = Literal["linear", "log"]
 

@@ -13,7 +13,7 @@ import torch
 from surgery.device import as_memory_allows
 from surgery.engine.pipeline import TargetPiece
 from surgery.errors import FormatError, OptionError, ScalesError, SourceError
-from surgery.format.factors import FactorsReader
+from surgery.format.factors import FactorsReaders
 from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
 from surgery.format.safetensors import Header, make_header, resized
 from surgery.linalg.correction import CorruptCorrection
@@ -56,7 +56,6 @@ class DenseWeights:
         additions: Mapping[str, Addition],
     ) -> None:
         self._manifest = manifest
-        self._factorized = factorized
         self._scales = scales
         self._device = device
         self._to_dense = to_dense
@@ -77,7 +76,7 @@ class DenseWeights:
         self._fresh: dict[str, torch.Tensor] = {}
         self._open = ExitStack()
         self._dequantizer = self._open.enter_context(Dequantizer(lambda shard: shard_path(weights, self._shards, shard)))
-        self._factors: dict[str, FactorsReader] = {}
+        self._factors = self._open.enter_context(FactorsReaders(factorized, manifest))
 
     def __enter__(self) -> Self:
         return self
@@ -187,11 +186,6 @@ class DenseWeights:
             self._fresh[tensor] = fresh
         return self._fresh[tensor]
 
-    def _reader(self, target: TargetRecord) -> FactorsReader:
-        if target.shard not in self._factors:
-            self._factors[target.shard] = self._open.enter_context(FactorsReader(self._factorized, self._shards[target.shard]))
-        return self._factors[target.shard]
-
     def _dense(self, weight: torch.Tensor, piece: TargetPiece) -> torch.Tensor:
         """``weight``, that of the piece in working precision, with the scaled directions of its targets."""
         addition = self._additions.get(piece.entry.name)
@@ -234,7 +228,7 @@ class DenseWeights:
         overlay, changed = self._manifest.layout == "overlay", bool((scales != 1).any())
         if overlay and not changed and addition is None:
             return weight
-        reader = self._reader(target)
+        reader = self._factors.of(target)
         parts = reader.factors(target, index)
         correction = reader.correction(target, index) if not overlay and self._manifest.lossless else None
 

@@ -5,24 +5,23 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import nn
 
 from surgery.errors import OptionError, OutputError
-from surgery.format.factors import FactorsReader
+from surgery.format.factors import FactorsReaders
 from surgery.format.files import FileWriter, write_file
 from surgery.format.lora import CONFIG, PREFIX, WEIGHTS
 from surgery.format.manifest import Manifest, TargetRecord
 from surgery.format.safetensors import TensorEntry, make_header
 from surgery.format.scales import check_scales, read_scales
-from surgery.linalg.lossless import Factors
 from surgery.memory import bytes_of
 from surgery.names import CONFIG_FILE
+from surgery.operations.output import check_output_file
 from surgery.progress import Progress, Silent
 from surgery.training.carriers import Carrier, Layer, carriers_of, places_of, terms_of
 from surgery.training.placement import Piece, Place
@@ -102,11 +101,11 @@ def export(
     values = check_scales(scales, manifest) if isinstance(scales, Mapping) else read_scales(Path(scales), manifest)
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is no folder", hint="-o chooses another one")
-    if (out / CONFIG_FILE).exists() or factorized.resolve() in (out.resolve(), *out.resolve().parents):
+    if (out / CONFIG_FILE).exists():
         # transformers would load what is there with the adapter, without a word.
         raise OutputError(f"there is a model in {out}, which an adapter must not come into", hint="-o chooses another folder")
-    if not overwrite and any((out / name).exists() for name in (CONFIG, WEIGHTS)):
-        raise OutputError(f"there is an adapter in {out} already", hint="--overwrite replaces it; -o chooses another folder")
+    for name in (CONFIG, WEIGHTS):
+        check_output_file(out / name, [factorized], overwrite=overwrite)
     model = skeleton(factorized, exact=True)
     updates, carriers = _updates(model, manifest)
     rank = max(update.rank for update in updates)
@@ -115,7 +114,7 @@ def export(
     (out / CONFIG).unlink(missing_ok=True)  # until the end there is no adapter
     progress.start("exporting", sum(entry.nbytes for entry in entries))
     try:
-        with FileWriter(out / WEIGHTS) as writer, _Factors(factorized, manifest) as factors:
+        with FileWriter(out / WEIGHTS) as writer, FactorsReaders(factorized, manifest) as factors:
             writer.write(header)
             for update in updates:
                 progress.item(update.name)
@@ -226,12 +225,12 @@ def _entries(update: _Update, rank: int) -> list[TensorEntry]:
 
 
 def _halves(
-    update: _Update, carriers: dict[str, Carrier], factors: _Factors, values: Mapping[str, torch.Tensor], rank: int
+    update: _Update, carriers: dict[str, Carrier], factors: FactorsReaders, values: Mapping[str, torch.Tensor], rank: int
 ) -> Iterator[torch.Tensor]:
     """A and B, float32, on the CPU."""
     lefts, rights = [], []
     for target, places in update.targets:
-        kept = factors.of(target)
+        kept = factors.of(target).factors(target)
         change = (kept.s.double() * (values[target.key].double() - 1)).float()
         if update.carrier is None:
             pairs = [(kept.U, kept.V)]
@@ -247,27 +246,6 @@ def _halves(
     B = nn.functional.pad(torch.cat(lefts, dim=1), (0, missing))
     yield A.contiguous()
     yield B.contiguous()
-
-
-class _Factors:
-    """The factors of targets, from shards opened when they are first needed. A context manager."""
-
-    def __init__(self, factorized: Path, manifest: Manifest) -> None:
-        self._folder = factorized
-        self._shards = {shard.source.file: shard for shard in manifest.shards}
-        self._open = ExitStack()
-        self._readers: dict[str, FactorsReader] = {}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._open.close()
-
-    def of(self, target: TargetRecord) -> Factors:
-        if target.shard not in self._readers:
-            self._readers[target.shard] = self._open.enter_context(FactorsReader(self._folder, self._shards[target.shard]))
-        return self._readers[target.shard].factors(target)
 
 
 def _config(updates: Sequence[_Update], manifest: Manifest, rank: int) -> dict[str, Any]:

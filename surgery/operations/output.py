@@ -81,6 +81,35 @@ def _nothing_done(out: Path) -> bool:
     return not files_in(out) and journal <= {LOCK_FILE, RUN_FILE, FILES_FILE}
 
 
+def check_output_file(out: Path, inputs: Iterable[Path], *, overwrite: bool, but: Path | None = None) -> None:
+    """Refuse to write a file where it would replace something that it must not.
+
+    Args:
+        out: the file.
+        inputs: files and folders that are read; ``out`` may neither be one nor lie in one.
+        overwrite: whether a file may be replaced.
+        but: a file in one of the folders that may be replaced all the same.
+
+    Raises:
+        OutputError: it is one of the inputs or in one, is no file, or is there already.
+    """
+    try:
+        real = out.resolve()
+        for path in inputs:
+            read = path.resolve()
+            if real == read or (read in real.parents and (but is None or real != but.resolve())):
+                raise OutputError(
+                    f"the output {out} is one of the inputs, or lies in one: {path}",
+                    hint="choose another file with -o; what is read is never written to",
+                )
+        if out.is_dir():
+            raise OutputError(f"{out} is a folder", expected="a file to write, such as scales.safetensors", hint="-o FILE")
+        if out.exists() and not overwrite:
+            raise OutputError(f"{out} is there already", hint="--overwrite replaces it; -o chooses another file")
+    except (RuntimeError, ValueError) as error:  # links in a circle, a null byte
+        raise OutputError(f"{out}: no such file can be", got=error, hint="choose another file with -o") from None
+
+
 def prepare_output(out: Path, journal: Journal, writes: Iterable[str], needed: int, *, overwrite: bool) -> None:
     """Make ``out`` a folder that the result can be written to, empty, or with what an earlier start of the run has done.
 

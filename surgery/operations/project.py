@@ -23,9 +23,8 @@ from surgery.linalg.correction import CorruptCorrection
 from surgery.linalg.lossless import BLOCK_ENTRIES, DEVICE_BLOCKS, Factors, approximate, join
 from surgery.names import SCALES_FILE
 from surgery.operations.base import BaseWeights, OwnWeights, check_entry, own_config, shard_path, weight_source
-from surgery.operations.output import check_room
+from surgery.operations.output import check_output_file, check_room
 from surgery.operations.quantized import Dequantizer
-from surgery.operations.scales import check_output_file
 from surgery.operations.tuned import TunedModel
 from surgery.planning.quantization import FP8, Scaled
 from surgery.progress import Progress, Silent

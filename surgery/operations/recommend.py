@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from surgery.errors import OptionError, OutputError
+from surgery.errors import OptionError
 from surgery.format.files import write_file
-from surgery.operations.spectra import check_outside, spectra
+from surgery.operations.output import check_output_file
+from surgery.operations.spectra import folders_of, spectra
 from surgery.progress import Progress
 
 Unit = Literal["numbers", "bytes"]
@@ -93,7 +94,7 @@ def recommend(
 
     Raises:
         OptionError: the budget buys nothing, or an option makes no sense.
-        OutputError: ``out`` is there already.
+        OutputError: ``out`` is there already, or in one of the models.
         SurgeryError: as for ``spectra``.
     """
     out = Path(out)
@@ -101,10 +102,7 @@ def recommend(
         raise OptionError("unknown unit", got=unit, expected=" or ".join(UNITS))
     if budget < 1:
         raise OptionError("the budget must be at least 1", got=budget)
-    check_outside(out, (model, tuned))
-    if out.exists() and (not overwrite or not out.is_file() or out.suffix != ".toml"):
-        hint = "--overwrite replaces it" if out.suffix == ".toml" and out.is_file() else "-o chooses another file"
-        raise OutputError(f"{out} is there already", hint=hint)
+    check_output_file(out, folders_of(model, tuned), overwrite=overwrite)
     report = spectra(
         model,
         tuned,

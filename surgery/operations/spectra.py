@@ -15,7 +15,7 @@ import torch
 from surgery import __version__
 from surgery.device import as_memory_allows, choose_device, device_name
 from surgery.engine.pipeline import ShardWalk, TargetPiece
-from surgery.errors import OptionError, OutputError, WeightError
+from surgery.errors import OptionError, WeightError
 from surgery.format.safetensors import ShardReader
 from surgery.linalg.spectrum import compare, spectrum
 from surgery.linalg.svd import DEFAULT_TOLERANCE, check_accuracy
@@ -106,15 +106,9 @@ def spectra(
     }
 
 
-def check_outside(out: Path, models: Iterable[str | Path | None]) -> None:
-    """Refuse to write into a model.
-
-    Raises:
-        OutputError: ``out`` is the folder of one, or in it.
-    """
-    for model in models:
-        if model is not None and Path(model).is_dir() and Path(model).resolve() in (out.resolve(), *out.resolve().parents):
-            raise OutputError(f"{out} is in the model {model}", hint="-o chooses another place")
+def folders_of(*models: str | Path | None) -> list[Path]:
+    """Those of models that are local."""
+    return [Path(model) for model in models if model is not None and Path(model).is_dir()]
 
 
 def _named(source: Source) -> dict[str, str | None]:

@@ -161,9 +161,8 @@ def attach(model: nn.Module, factorized: str | Path) -> Scales:
     """Freeze a model and make the scales of a factorized checkpoint its only trainable parameters.
 
     The model may have been loaded from the factorized folder (residual layout) or from the original weights; which,
-    is told by the bytes of its weights, target by target. A weight that is quantized in memory is told by its leading
-    singular values, which quantization hardly changes. Untouched scales on the original weights change no bit of what
-    the model computes.
+    is told by the bytes of its weights, target by target. A weight that is quantized in memory is told by what its layer
+    computes. Untouched scales on the original weights change no bit of what the model computes.
 
     Names and shapes of a transformers model are followed through its own conversion: experts that it stacks, and weights
     that it joins or takes apart. In a model with PEFT's adapters, these stay as trainable as they are.

@@ -120,10 +120,11 @@ def _gathered(target: TargetRecord, places: Sequence[Place], carriers: dict[str,
             for axis, at in enumerate(piece.at):
                 weight = _selected(weight, axis, at)
         count += weight.numel()
-        if list(weight.shape) == target.shape and piece.axes == tuple(range(len(target.shape))) and count == weight.numel():
-            in_order = all(list(of) == list(range(size)) for of, size in zip(piece.of, target.shape, strict=True))
-            if in_order and len(places) == 1:
-                return weight.contiguous()
+        in_order = piece.axes == tuple(range(len(target.shape))) and all(
+            isinstance(of, range) and of == range(size) for of, size in zip(piece.of, target.shape, strict=False)
+        )
+        if in_order and len(places) == 1:
+            return weight.contiguous()
         if whole is None:
             whole = torch.empty(target.shape, dtype=weight.dtype, device=weight.device)
         stacked = [axis for axis, of in enumerate(piece.axes) if of is None]
