@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,13 +16,16 @@ from huggingface_hub import DryRunFileInfo, errors
 from surgery.errors import FormatError, SourceError, SurgeryError
 from surgery.format.manifest import SourceRecord
 from surgery.format.safetensors import Header, ShardReader, header_from_json
-from surgery.source.model import FolderSource, Source, check_subfolder, read_config, read_text
+from surgery.source.model import FolderSource, Source, Stays, check_subfolder, read_config, read_text
 from surgery.source.select import select_files
 
+SHA256 = re.compile("[0-9a-f]{64}")
 _OFFLINE_HINT = "connect to the network, or fetch the model once while online: hf download"
 
-#: From the client's exceptions to what a user can do; the first that fits counts, so subclasses come first.
-_MESSAGES: tuple[tuple[type[Exception], str, str], ...] = (
+#: From the client's exceptions to what happened and what a user can do; the first that fits counts, so subclasses come first.
+Messages = tuple[tuple[type[Exception], str, str], ...]
+
+_MESSAGES: Messages = (
     (errors.GatedRepoError, "is gated and your token has no access to it", "accept its terms on its page, then: hf auth login"),
     (errors.DisabledRepoError, "has been disabled on the hub", "choose another model"),
     (
@@ -43,14 +47,15 @@ _MESSAGES: tuple[tuple[type[Exception], str, str], ...] = (
 
 
 @contextmanager
-def _explained(repo_id: str) -> Iterator[None]:
+def explained(repo_id: str, messages: Messages = _MESSAGES, raised: type[SurgeryError] = SourceError) -> Iterator[None]:
+    """Turns the client's exceptions into ones that say what to do."""
     try:
         yield
-    except tuple(kind for kind, _, _ in _MESSAGES) as error:
-        what, hint = next((what, hint) for kind, what, hint in _MESSAGES if isinstance(error, kind))
+    except tuple(kind for kind, _, _ in messages) as error:
+        what, hint = next((what, hint) for kind, what, hint in messages if isinstance(error, kind))
         if huggingface_hub.constants.HF_HUB_OFFLINE and hint is _OFFLINE_HINT:
             hint = "unset HF_HUB_OFFLINE, or fetch the model once without it: hf download"
-        raise SourceError(f"{repo_id} {what}", got=_first_line(error), hint=hint) from error
+        raise raised(f"{repo_id} {what}", got=_first_line(error), hint=hint) from error
 
 
 def _first_line(error: Exception) -> str:
@@ -63,7 +68,7 @@ def open_hub(repo_id: str, revision: str | None, subfolder: str | None = None) -
     Raises:
         SourceError: see the table above.
     """
-    with _explained(repo_id):
+    with explained(repo_id):
         commit = huggingface_hub.HfApi().resolve_revision(repo_id, revision=revision).resolved
         inside = None if subfolder is None else check_subfolder(subfolder)
         record = SourceRecord("hub", repo_id, commit, inside)
@@ -92,15 +97,15 @@ def _cached(repo_id: str, commit: str, record: SourceRecord) -> FolderSource:
     return FolderSource(root, name=_named(repo_id, record), record=record)
 
 
-class HubSource:
+class HubSource(Stays):
     """A model on the hub at one commit. Files come through the hub's own cache; their names are relative to the model,
     which may lie in a subfolder of the repository."""
 
     def __init__(self, repo_id: str, commit: str, record: SourceRecord, files: list[DryRunFileInfo]) -> None:
         self.name = _named(repo_id, record)
         self.record = record
-        self._repo_id = repo_id
-        self._commit = commit
+        self.repo_id = repo_id
+        self.commit = commit
         self._prefix = "" if record.subfolder is None else f"{record.subfolder}/"
         self._files = {
             file.filename.removeprefix(self._prefix): file for file in files if file.filename.startswith(self._prefix)
@@ -125,13 +130,13 @@ class HubSource:
 
     def header(self, shard: str) -> Header:
         name, file = f"{self.name}/{shard}", self._prefix + shard
-        cached = huggingface_hub.try_to_load_from_cache(self._repo_id, file, revision=self._commit)
+        cached = huggingface_hub.try_to_load_from_cache(self.repo_id, file, revision=self.commit)
         if isinstance(cached, str):
             with ShardReader(Path(cached), name=name) as reader:
                 return reader.header
         try:
-            with _explained(self._repo_id):
-                parsed = huggingface_hub.HfApi().parse_safetensors_file_metadata(self._repo_id, file, revision=self._commit)
+            with explained(self.repo_id):
+                parsed = huggingface_hub.HfApi().parse_safetensors_file_metadata(self.repo_id, file, revision=self.commit)
         except (AttributeError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
             if isinstance(error, SurgeryError):
                 raise
@@ -150,8 +155,14 @@ class HubSource:
         return header
 
     def fetch(self, file: str) -> Path:
-        with _explained(self._repo_id):
-            return Path(huggingface_hub.hf_hub_download(self._repo_id, self._prefix + file, revision=self._commit))
+        with explained(self.repo_id):
+            return Path(huggingface_hub.hf_hub_download(self.repo_id, self._prefix + file, revision=self.commit))
+
+    def sha256(self, file: str) -> str | None:
+        cached = huggingface_hub.try_to_load_from_cache(self.repo_id, self._prefix + file, revision=self.commit)
+        # The cache names what it holds by the hash that the hub has given for it.
+        name = Path(cached).resolve().name if isinstance(cached, str) else ""
+        return name if SHA256.fullmatch(name) else None
 
     def folder(self) -> Path | None:
         return Path(huggingface_hub.constants.HF_HUB_CACHE)

@@ -1,0 +1,397 @@
+"""Results on their way to the Hugging Face hub, file by file, while the run that makes them goes on.
+
+A repository never looks whole before it is: what loaders and ``surgery fold`` look for first (``_MARKERS``) is deleted in the
+commit that brings the first new weights, and comes back in the very last one, which also deletes what is left of an earlier
+result. Until then the card of the repository says that it is unfinished.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+import httpx2
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, errors, get_token
+from huggingface_hub.hf_api import ModelInfo, RepoFile, RepoUrl
+from huggingface_hub.utils.sha import git_hash
+from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+from surgery.errors import OutputError, SurgeryError
+from surgery.format.files import reading
+from surgery.format.lora import CONFIG as ADAPTER_CONFIG
+from surgery.names import CONFIG_FILE, MANIFEST_FILE, SURGERY_DIR
+from surgery.progress import Progress, Silent
+from surgery.source.hub import Messages, explained
+from surgery.source.select import INDEX_SUFFIX, OTHER_WEIGHTS
+
+_T = TypeVar("_T")
+
+CARD_FILE = "README.md"
+
+#: In the card of every repository that surgery writes to: what has it may be replaced.
+TAG = "surgery"
+
+#: What makes a folder a model, a factorized checkpoint or an adapter.
+_MARKERS = (CONFIG_FILE, MANIFEST_FILE, ADAPTER_CONFIG)
+
+_UNFINISHED = f"""---
+tags:
+- {TAG}
+---
+
+# Unfinished
+
+surgery is uploading to this repository, or has been interrupted while it did. The files are complete once this note is gone.
+""".encode()
+
+#: Sent along as the rules of what git ignores: a .gitignore in the repository would drop files without a word.
+_NOTHING_IGNORED = "# nothing"
+
+#: The hub takes 128 commits an hour for a repository. What comes in between goes into one.
+_SECONDS_BETWEEN_COMMITS = 30.0
+
+#: Seconds before each new attempt, in addition to the client's own attempts.
+_PAUSES = (1.0, 4.0, 16.0, 60.0)
+_LONGEST_PAUSE = 3700.0
+_RETRY_AFTER = re.compile(r"([0-9]{1,9})")
+_LIMIT_REACHED = re.compile(r"r=0;t=([0-9]{1,9})")
+
+_TOKEN_HINT = "hf auth login, or set HF_TOKEN, with a token that may write to it"
+_AGAIN = "run the same command again: what has been uploaded is not uploaded twice"
+
+_MESSAGES: Messages = (
+    (errors.LocalTokenNotFoundError, "cannot be uploaded to without a token", _TOKEN_HINT),
+    (errors.OfflineModeIsEnabled, "cannot be uploaded to: the client is offline", "unset HF_HUB_OFFLINE"),
+    (errors.HFValidationError, "is no valid repo id", "give owner/name"),
+    (httpx2.TransportError, "cannot be reached", f"once connected, {_AGAIN}"),
+)
+_STATUSES = {
+    401: ("cannot be uploaded to: the hub does not know your token, or the repository", _TOKEN_HINT),
+    402: ("may not be uploaded to", "see the account's plan on the hub"),
+    403: ("may not be written to with your token", f"check the name; {_TOKEN_HINT}"),
+    404: ("is not on the hub, or your token may not see it", f"check the name; {_TOKEN_HINT}"),
+    429: ("has been written to too often", f"wait for an hour, then {_AGAIN}"),
+}
+
+
+class _Dropped(Exception):
+    """The run has failed: nobody wants what is still to be uploaded."""
+
+
+class _Changed(OutputError):
+    """The repository does not hold what has been uploaded to it (yet)."""
+
+
+class Upload:
+    """A repository on the hub to which the files of a result are uploaded, in one thread, in the order they come.
+
+    A context manager. Leaving it normally waits for all that was submitted; the first error is raised at the next
+    ``submit``, by ``finish`` or when leaving. Leaving it on an error drops what is waiting and what is under way. Files
+    are only read, and MUST stay as they are until ``finish`` has returned. The client's own progress bars are off
+    meanwhile.
+
+    A file that the repository has already is not uploaded again, so that the same run goes on where it was stopped.
+    """
+
+    def __init__(self, api: HfApi, url: RepoUrl, *, private: bool) -> None:
+        self.repo_id = url.repo_id
+        self.url = str(url)
+        self.private = private
+        self._api = api
+        self._queue: queue.SimpleQueue[list[CommitOperationAdd] | None] = queue.SimpleQueue()
+        self._uploaded: dict[str, CommitOperationAdd] = {}
+        self._bytes_submitted = self._bytes_done = 0
+        self._error: BaseException | None = None
+        self._dropped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="surgery-upload", daemon=True)
+        self._bars = False
+
+    @classmethod
+    def open(cls, repo_id: str, *, private: bool = True) -> Self:
+        """Create the repository if it is not there, and make sure that it can be written to.
+
+        Args:
+            repo_id: ``owner/name``; a name alone is one of the token's owner.
+            private: whether nobody else may see it; one that is there already stays as it is.
+
+        Raises:
+            OutputError: no token, or none that may write to it; the hub cannot be reached; the repository holds a model
+                that surgery has not put there.
+        """
+        with _explained(repo_id):
+            if get_token() is None:
+                raise errors.LocalTokenNotFoundError("no HF_TOKEN, and nobody is logged in")
+            api = HfApi()
+            url = api.create_repo(repo_id, private=private, exist_ok=True)
+            api.auth_check(url.repo_id, write=True)
+            info = api.model_info(url.repo_id)
+        _check_ours(info)
+        return cls(api, url, private=bool(info.private))
+
+    def __enter__(self) -> Self:
+        # Bars of several threads would write over each other.
+        self._bars = constants.HF_HUB_DISABLE_PROGRESS_BARS is None and not are_progress_bars_disabled()
+        if self._bars:
+            disable_progress_bars()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None:
+            self._dropped.set()
+        self._queue.put(None)
+        # On an error the thread is left behind with what it is uploading, of which it commits nothing.
+        self._thread.join(timeout=None if error is None else 1.0)
+        if self._bars:
+            enable_progress_bars()
+        if error is None and self._error is not None:
+            raise self._error
+
+    def submit(self, path: Path, name: str, sha256: str | None = None) -> None:
+        """Upload a file after all those before it; see ``submit_all``."""
+        self.submit_all([(path, name, sha256)])
+
+    def submit_all(self, files: Iterable[tuple[Path, str, str | None]]) -> None:
+        """Upload files that belong together, in one commit; it may be one with files before and after.
+
+        Args:
+            files: of each where it is, its path in the repository, and its sha256, computed if it is None.
+
+        Raises:
+            FormatError: a file cannot be read.
+            OutputError: something submitted earlier could not be uploaded.
+        """
+        if self._error is not None:
+            raise self._error
+        group = [_addition(name, path, sha256) for path, name, sha256 in files]
+        self._bytes_submitted += sum(addition.upload_info.size for addition in group)
+        self._queue.put(group)
+
+    def finish(self, files: Mapping[str, Path | bytes], card: str, *, progress: Progress | None = None) -> str:
+        """Wait for all that was submitted, then make the repository whole in one commit. Nothing can be submitted after it.
+
+        That commit brings the files that are left and the card, and deletes what an earlier result has left: weights and
+        their indexes, all in ``surgery/``, and configs of a model or an adapter. Other files stay.
+
+        Args:
+            files: by their paths in the repository: config, manifest, tokenizer ...
+            card: the text of its ``README.md``, with the tag ``surgery``.
+            progress: told how far it is.
+
+        Returns:
+            The address of the repository.
+
+        Raises:
+            FormatError: a file cannot be read.
+            OutputError: something could not be uploaded, or somebody else has changed what was.
+        """
+        self._wait(progress or Silent())
+        if self._error is not None:
+            raise self._error
+        last = [_addition(name, content) for name, content in files.items() if name != CARD_FILE]
+        last.append(_addition(CARD_FILE, card.encode()))
+        with _explained(self.repo_id):
+            self._patiently(lambda: self._complete(last))
+        return self.url
+
+    def _wait(self, progress: Progress) -> None:
+        """Until the thread has done all there is."""
+        self._queue.put(None)
+        done = self._bytes_done
+        progress.start("uploading", self._bytes_submitted - done)
+        try:
+            while self._thread.is_alive():
+                self._thread.join(timeout=0.2)
+                progress.advance(self._bytes_done - done)
+                done = self._bytes_done
+        finally:
+            progress.finish()
+
+    def _run(self) -> None:
+        try:
+            with _explained(self.repo_id):
+                self._work()
+        except _Dropped:
+            pass
+        except BaseException as error:  # raised in the thread that submits
+            self._error = error
+
+    def _work(self) -> None:
+        waiting: list[CommitOperationAdd] = []
+        due, last = 0.0, False
+        while not last:
+            try:
+                group = self._queue.get(timeout=max(0.0, due - time.monotonic()) if waiting else None)
+            except queue.Empty:
+                group = []
+            last = group is None
+            for addition in group or []:
+                waiting += self._transferred(addition)
+            if waiting and (last or time.monotonic() >= due):
+                self._commit(waiting)
+                waiting = []
+                due = time.monotonic() + _SECONDS_BETWEEN_COMMITS
+
+    def _transferred(self, addition: CommitOperationAdd) -> list[CommitOperationAdd]:
+        """Bring a file's contents to the hub, to be committed; nothing to commit if the repository has it."""
+        name = addition.path_in_repo
+        there = self._patiently(lambda: self._described([name]))
+        missing = not _is_there(there, addition)
+        if missing:
+            # One at a time: for several the client starts threads that the interpreter waits for at its end.
+            self._patiently(lambda: self._preupload([addition]))
+        self._uploaded[name] = addition
+        self._bytes_done += addition.upload_info.size
+        return [addition] if missing else []
+
+    def _commit(self, additions: list[CommitOperationAdd]) -> None:
+        """Add files to a repository that is not whole from then on."""
+        names = [addition.path_in_repo for addition in additions]
+        message = f"Add {', '.join(names[:2])}" + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+        note = _addition(CARD_FILE, _UNFINISHED)
+
+        def attempt() -> None:
+            # Looked at anew each time: of an attempt that seems to have failed the commit may have been made.
+            there = self._described([*names, CARD_FILE, *_MARKERS])
+            missing = [addition for addition in additions if not _is_there(there, addition)]
+            if not missing:
+                return
+            if not _is_there(there, note):
+                self._preupload([note])
+                missing.append(note)
+            stale = [CommitOperationDelete(name) for name in _MARKERS if name in there]
+            self._api.create_commit(self.repo_id, [*missing, *stale], commit_message=message)
+
+        self._patiently(attempt)
+
+    def _complete(self, last: list[CommitOperationAdd]) -> None:
+        """The last commit, if there is anything to it."""
+        head = self._api.model_info(self.repo_id).sha
+        tree = self._api.list_repo_tree(self.repo_id, recursive=True, revision=head)
+        there = {file.path: file for file in tree if isinstance(file, RepoFile)}
+        changed = [name for name, addition in self._uploaded.items() if not _is_there(there, addition)]
+        if changed:
+            raise _Changed(
+                f"{self.repo_id} has been changed by somebody else meanwhile", got=", ".join(changed[:5]), hint=_AGAIN
+            )
+        missing = [addition for addition in last if not _is_there(there, addition)]
+        kept = self._uploaded.keys() | {addition.path_in_repo for addition in last}
+        stale = [CommitOperationDelete(name) for name in sorted(there.keys() - kept) if _would_mix(name)]
+        if missing or stale:
+            self._preupload(missing)
+            self._api.create_commit(self.repo_id, [*missing, *stale], commit_message="Complete the upload", parent_commit=head)
+
+    def _described(self, names: list[str]) -> dict[str, RepoFile]:
+        """Those of the files that the repository has."""
+        found = self._api.get_paths_info(self.repo_id, names)
+        return {file.path: file for file in found if isinstance(file, RepoFile)}
+
+    def _preupload(self, additions: list[CommitOperationAdd]) -> None:
+        """Bring contents to the hub, unless they are small and go along with the commit."""
+        self._api.preupload_lfs_files(self.repo_id, additions, free_memory=False, gitignore_content=_NOTHING_IGNORED)
+
+    def _patiently(self, call: Callable[[], _T]) -> _T:
+        """The result of a call, tried again with growing pauses where that may help."""
+        for pause in (*_PAUSES, None):
+            if self._dropped.is_set():
+                raise _Dropped
+            try:
+                return call()
+            except Exception as error:
+                if pause is None or not _is_transient(error):
+                    raise
+                self._dropped.wait(_asked_for(error, pause))
+        raise AssertionError("the last attempt returns or raises")
+
+
+def _addition(name: str, content: Path | bytes, sha256: str | None = None) -> CommitOperationAdd:
+    try:
+        with reading(content if isinstance(content, Path) else Path(name)):
+            if isinstance(content, Path):
+                content.stat()
+            addition = CommitOperationAdd(name, content)
+    except ValueError as error:
+        if isinstance(error, SurgeryError):
+            raise
+        raise OutputError(f"{name}: the hub takes no such file", got=error) from error
+    if sha256 is not None:
+        addition.upload_info.sha256 = bytes.fromhex(sha256)  # the client need not read the file once more
+    return addition
+
+
+def _is_there(there: Mapping[str, RepoFile], addition: CommitOperationAdd) -> bool:
+    """Whether a repository has a file with these contents under this name."""
+    file = there.get(addition.path_in_repo)
+    if file is None or file.size != addition.upload_info.size:
+        return False
+    if file.lfs is not None:
+        return file.lfs.sha256 == addition.upload_info.sha256.hex()
+    with addition.as_file() as content:  # small, or the hub would have it as LFS
+        return file.blob_id == git_hash(content.read())
+
+
+def _would_mix(name: str) -> bool:
+    """Whether a file would be taken for part of a result that it does not belong to."""
+    return name in _MARKERS or name.startswith(f"{SURGERY_DIR}/") or name.endswith((".safetensors", INDEX_SUFFIX))
+
+
+def _check_ours(info: ModelInfo) -> None:
+    """Refuse a repository with a model of another origin: a mistyped name must not cost it its weights."""
+    names = [file.rfilename for file in info.siblings or []]
+    model = [name for name in names if name in _MARKERS or name.endswith((".safetensors", *OTHER_WEIGHTS))]
+    if model and MANIFEST_FILE not in names and TAG not in (info.tags or []):
+        raise OutputError(
+            f"{info.id} holds a model that surgery has not put there",
+            got=", ".join(model[:3]) + (" ..." if len(model) > 3 else ""),
+            hint=f"give a new name; or, to have it replaced, the tag {TAG} to the card of that repository",
+        )
+
+
+def _is_transient(error: Exception) -> bool:
+    """Whether another attempt may succeed."""
+    if isinstance(error, errors.HfHubHTTPError):
+        # 409 and 412: somebody else's commit came first.
+        return error.response.status_code in (408, 409, 412, 429) or error.response.status_code >= 500
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return False
+    # The client wraps what fails in an upload into a RuntimeError, and takes an error's page for JSON.
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        return _is_transient(error.__cause__)
+    return isinstance(
+        error, (httpx2.TransportError, ConnectionError, TimeoutError, RuntimeError, json.JSONDecodeError, _Changed)
+    )
+
+
+def _asked_for(error: Exception, pause: float) -> float:
+    """The pause, or the longer one that the hub asks for."""
+    if not isinstance(error, errors.HfHubHTTPError):
+        return pause
+    headers = error.response.headers
+    asked = _RETRY_AFTER.fullmatch(headers.get("Retry-After", "")) or _LIMIT_REACHED.search(headers.get("RateLimit", ""))
+    return min(max(pause, float(asked[1])), _LONGEST_PAUSE) if asked else pause
+
+
+@contextmanager
+def _explained(repo_id: str) -> Iterator[None]:
+    """Turns the client's exceptions into OutputErrors that say what to do."""
+    with explained(repo_id, _MESSAGES, OutputError):
+        try:
+            yield
+        except (OSError, RuntimeError, ValueError) as error:
+            if isinstance(error, (SurgeryError, *(kind for kind, _, _ in _MESSAGES))):
+                raise
+            cause = error.__cause__ if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception) else error
+            what, hint, got = "cannot be uploaded to", _AGAIN, str(cause)
+            if isinstance(cause, errors.HfHubHTTPError):
+                what, hint = _STATUSES.get(cause.response.status_code, (what, hint))
+                got = f"{cause.response.status_code} {cause.server_message or cause}"
+            got = " ".join(got.split()) or type(cause).__name__
+            raise OutputError(f"{repo_id} {what}", got=got[:300], hint=hint) from error
