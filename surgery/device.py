@@ -41,11 +41,25 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def choose_devices(name: str) -> list[torch.device]:
+    """The devices a user means: as for ``choose_device``, several with commas between, or ``all`` CUDA devices.
+
+    Raises:
+        OptionError: one is not there, is named twice, or is of another kind than the others.
+    """
+    if name == "all":
+        if not torch.cuda.is_available():
+            raise OptionError("there is no CUDA device", got="--device all", hint="--device auto takes what there is")
+        return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    devices = [choose_device(part.strip()) for part in name.split(",")]
+    if len(devices) > 1 and (len(set(devices)) < len(devices) or any(device.type != "cuda" for device in devices)):
+        raise OptionError("these devices do not go together", got=name, expected="different CUDA devices: cuda:0,cuda:1")
+    return devices
+
+
 def device_name(device: torch.device) -> str:
-    """For the manifest: the kind of device, with what its results depend on: the model of a GPU, the threads of a CPU."""
-    if device.type == "cuda":
-        return f"cuda ({torch.cuda.get_device_name(device)})"
-    return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
+    """For the manifest: the kind of device, with what its results depend on, the model of a GPU."""
+    return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
 
 
 def as_memory_allows(

@@ -18,6 +18,7 @@ JOURNAL_DIR = ".surgery"
 LOCK_FILE = f"{JOURNAL_DIR}/lock"
 RUN_FILE = f"{JOURNAL_DIR}/run.json"
 FILES_FILE = f"{JOURNAL_DIR}/files.json"
+STREAM_DIR = f"{JOURNAL_DIR}/shards"
 
 #: The one metadata entry of a scales file, a JSON object. One, since writers do not keep the order of several.
 SCALES_METADATA_KEY = "surgery"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Protocol
 
 
@@ -40,3 +41,31 @@ class Silent:
         self.notes.append(message)
 
     def finish(self) -> None: ...
+
+
+class Shared:
+    """Another one, for several threads at a time."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._one = threading.Lock()
+
+    def start(self, label: str, total_bytes: int) -> None:
+        with self._one:
+            self._progress.start(label, total_bytes)
+
+    def item(self, name: str) -> None:
+        with self._one:
+            self._progress.item(name)
+
+    def advance(self, n_bytes: int) -> None:
+        with self._one:
+            self._progress.advance(n_bytes)
+
+    def note(self, message: str) -> None:
+        with self._one:
+            self._progress.note(message)
+
+    def finish(self) -> None:
+        with self._one:
+            self._progress.finish()

@@ -16,6 +16,7 @@ from surgery.linalg import svd
 from surgery.operations import batch
 from surgery.operations import factorize as operation
 from surgery.planning import plan as planning
+from surgery.planning.memory import Resources
 from tests.models import files_of, realistic
 
 GPU = torch.device("cuda")
@@ -69,7 +70,7 @@ def test_a_window_of_several_targets_gives_the_same_model(llama: Path, tmp_path:
         return solve(A, *args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(batch, "truncated_svds", counting)
-    monkeypatch.setattr(operation, "make_plan", lambda *given, **_: planning.make_plan(*given[:3], "cuda"))
+    monkeypatch.setattr(operation, "resources_of", lambda *_: Resources("cuda", cores=2))
     monkeypatch.setattr(svd, "_in_step", lambda A, k: len(A))
     manifest = surgery.factorize(llama, tmp_path / "f", rank=4, device="cpu")
     assert sizes
@@ -82,9 +83,9 @@ def test_a_window_of_several_targets_gives_the_same_model(llama: Path, tmp_path:
 def test_the_plan_of_a_gpu_knows_its_memory(llama: Path) -> None:
     source = operation.open_source(llama)
     choice = planning.Choice(8)
-    on_cpu, on_gpu = (planning.make_plan(source, choice, device=device) for device in ("cpu", "cuda"))
-    assert on_cpu.device_memory_bytes == 0 < on_gpu.device_memory_bytes
-    assert on_gpu.peak_memory_bytes >= on_cpu.peak_memory_bytes + on_gpu.window_bytes
+    on_cpu, on_gpu = (planning.make_plan(source, choice, resources=Resources(kind)).memory for kind in ("cpu", "cuda"))
+    assert on_cpu.device_bytes == 0 < on_gpu.device_bytes
+    assert on_gpu.peak_bytes >= on_cpu.peak_bytes + on_gpu.window_bytes
 
 
 @pytest.mark.cuda

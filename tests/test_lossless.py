@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from surgery.linalg import lossless
-from surgery.linalg.correction import CorruptCorrection
+from surgery.linalg.correction import CorruptCorrection, differences
 from surgery.linalg.lossless import Factors, join, rescale, split
 from surgery.linalg.rounding import bits_of, flipped, round_once
 from tests.models import realistic
@@ -230,6 +230,23 @@ def test_a_device_that_takes_many_blocks_at_a_time_writes_the_same_bytes(
     assert torch.equal(_bits(residual), _bits(expected[0]))
     assert torch.equal(correction, expected[1])
     assert torch.equal(_bits(join(residual, factors, correction)), _bits(weight))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_device_finds_the_same_differences(dtype: torch.dtype) -> None:
+    """The search that a GPU does, done on the CPU."""
+    generator = torch.Generator().manual_seed(0)
+    exact = _bits(realistic(50, 30).to(dtype))
+    guess = exact + torch.randint(-300, 300, exact.shape, generator=generator).to(exact) * (
+        torch.rand(exact.shape, generator=generator) < 0.1
+    )
+    found = lossless._differences_by_device(exact, guess, 7)
+    expected = [differences(exact[i : i + 7].numpy().ravel(), guess[i : i + 7].numpy().ravel()) for i in range(0, 50, 7)]
+    assert len(found) == len(expected) == 8
+    assert sum(len(values) for _, values in found) > 50
+    for (mask, values), (other_mask, other_values) in zip(found, expected, strict=True):
+        assert np.array_equal(mask, other_mask)
+        assert np.array_equal(values, other_values)
 
 
 def test_correction_is_small() -> None:

@@ -62,7 +62,7 @@ def test_more_experts_in_a_stack_the_same_peak(tmp_path: Path) -> None:
         stack = torch.stack([weight * (i + 1) for i in range(experts)])
         save_file({"layers.0.experts.up": stack}, model / "model.safetensors")
         peak = _peak(f"surgery.factorize({str(model)!r}, {str(factorized)!r}, rank=4, device='cpu')")
-        assert peak <= surgery.plan(model, rank=4).peak_memory_bytes
+        assert peak <= surgery.plan(model, rank=4).memory.peak_bytes
         fold_peak = _peak(
             f"surgery.fold({str(factorized)!r}, {str(factorized / 'surgery/scales.safetensors')!r}, {str(folded)!r})"
         )
@@ -78,7 +78,7 @@ def test_twice_the_layers_the_same_peak(tmp_path: Path) -> None:
     for layers in (4, 8):
         model, factorized, folded = _model(tmp_path / f"m{layers}", layers), tmp_path / f"f{layers}", tmp_path / f"o{layers}"
         peak = _peak(f"surgery.factorize({str(model)!r}, {str(factorized)!r}, rank=4, device='cpu')")
-        assert peak <= surgery.plan(model, rank=4).peak_memory_bytes
+        assert peak <= surgery.plan(model, rank=4).memory.peak_bytes
         fold_peak = _peak(
             f"surgery.fold({str(factorized)!r}, {str(factorized / 'surgery/scales.safetensors')!r}, {str(folded)!r})"
         )

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from surgery.engine.pipeline import ReadAhead, WriteBehind
+from surgery.engine.threads import ReadAhead, WriteBehind
 
 
 def test_read_ahead_keeps_order_and_stays_one_ahead() -> None:

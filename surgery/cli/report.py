@@ -102,8 +102,8 @@ def plan_text(steps: Plan, seconds: float, *, every: bool) -> str:
         f"{steps.layout} layout, " + (f"recipe {steps.recipe}" if steps.recipe else "no recipe: the defaults for any model"),
         f"reads {size(steps.bytes_read)}, writes at most about {size(steps.bytes_written)}, "
         + (f"downloads {size(steps.temporary_bytes)} into the hub's cache, " if steps.temporary_bytes else "")
-        + f"needs at most about {size(steps.peak_memory_bytes)} of memory"
-        + (f", {size(steps.device_memory_bytes)} of the GPU's" if steps.device_memory_bytes else ""),
+        + f"needs at most about {size(steps.memory.peak_bytes)} of memory"
+        + (f", {size(steps.memory.device_bytes)} of each GPU's" if steps.memory.device_bytes else ""),
         f"takes about {duration(seconds)} on this machine" + (", without the download" if steps.temporary_bytes else ""),
         *(f"note: {note}" for note in steps.notes),
     ]

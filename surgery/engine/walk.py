@@ -1,125 +1,39 @@
-"""Overlap within one process: read ahead in one thread, write behind in another, compute in between."""
+"""A pass over a weight file, piece by piece in the order of the file."""
 
 from __future__ import annotations
 
 import hashlib
-import queue
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Self
 
 import torch
 
+from surgery.engine.buffers import Buffers
+from surgery.engine.threads import ReadAhead
+from surgery.format.files import CHUNK_BYTES
 from surgery.format.safetensors import ShardReader, TensorEntry
 from surgery.memory import bytes_of, return_free_memory
 from surgery.progress import Progress
-
-_T = TypeVar("_T")
+from surgery.timing import Timing, timed
 
 #: Bytes of a shard after which freed memory is given back.
 _TRIM_BYTES = 16 << 20
 
 
-class ReadAhead(Generic[_T]):
-    """Iterate over ``items`` with the next one being made in a thread while this one is used.
-
-    Exactly one item is ready or in the making besides the one handed out. A context manager: leaving it stops the
-    thread after the item in the making. Errors of the iterator are raised where its item would have come.
-    """
-
-    def __init__(self, items: Iterator[_T]) -> None:
-        self._items = items
-        self._room = threading.Semaphore(1)
-        self._ready: queue.SimpleQueue[tuple[_T | None, BaseException | None, bool]] = queue.SimpleQueue()
-        self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="surgery-read", daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stopping = True
-        self._room.release()
-        # On an error nobody wants what is still being read, which may be a whole download: the thread is left behind.
-        self._thread.join(timeout=None if error is None else 1.0)
-
-    def _run(self) -> None:
-        try:
-            while True:
-                self._room.acquire()
-                if self._stopping:
-                    return
-                try:
-                    item = next(self._items)
-                except StopIteration:
-                    self._ready.put((None, None, True))
-                    return
-                self._ready.put((item, None, False))
-        except BaseException as error:  # handed to the thread that waits for the item
-            self._ready.put((None, error, True))
-
-    def __iter__(self) -> Iterator[_T]:
-        while True:
-            item, error, end = self._ready.get()
-            self._room.release()
-            if error is not None:
-                raise error
-            if end:
-                return
-            yield item  # type: ignore[misc]  # an item is there unless it is the end
-
-
-class WriteBehind:
-    """Runs calls in order in one thread, with at most one waiting behind the one that runs.
-
-    A context manager. Leaving it normally waits for all calls; the first error is raised at the next call of
-    ``submit`` or when leaving.
-    """
-
-    def __init__(self) -> None:
-        self._calls: queue.Queue[tuple[Callable[..., object], tuple[Any, ...]] | None] = queue.Queue(maxsize=1)
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="surgery-write", daemon=True)
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is not None:
-            self._error = self._error or error  # the calls still waiting are dropped
-        self._calls.put(None)
-        self._thread.join()
-        if error is None and self._error is not None:
-            raise self._error
-
-    def submit(self, call: Callable[..., object], *args: Any) -> None:
-        """Run ``call(*args)`` after all calls before it."""
-        if self._error is not None:
-            raise self._error
-        self._calls.put((call, args))
-
-    def _run(self) -> None:
-        while (item := self._calls.get()) is not None:
-            if self._error is None:
-                call, args = item
-                try:
-                    call(*args)
-                except BaseException as error:  # raised in the thread that submits
-                    self._error = error
-
-
 @dataclass(frozen=True, slots=True)
 class Bytes:
-    """Some of what lies between targets, never looked into."""
+    """Some of what lies between targets, never looked into: uint8 (bytes,)."""
 
-    data: memoryview
+    buffer: torch.Tensor
+
+    @property
+    def data(self) -> memoryview:
+        return bytes_of(self.buffer)
 
     def __len__(self) -> int:
-        return len(self.data)
+        return len(self.buffer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,30 +44,31 @@ class TargetPiece:
         entry: what the header says of the tensor.
         first: the first of the matrices, 0 for a whole tensor.
         tensor: in the shape of the tensor, for a stack with fewer matrices.
+        buffer: the memory of ``tensor``, uint8 (bytes,).
     """
 
     entry: TensorEntry
     first: int
     tensor: torch.Tensor
+    buffer: torch.Tensor
 
     def __len__(self) -> int:
-        return self.tensor.nbytes
+        return len(self.buffer)
 
 
-def windows(pieces: Iterable[Bytes | TargetPiece], limit: int) -> Iterator[list[Bytes | TargetPiece]]:
-    """Runs of pieces, each as long as it takes to come to ``limit`` bytes.
+Piece = Bytes | TargetPiece
 
-    A window is emptied when the next one is asked for: the caller must not keep it.
-    """
-    window: list[Bytes | TargetPiece] = []
+
+def windows(pieces: Iterable[Piece], limit: int) -> Iterator[list[Piece]]:
+    """Runs of pieces, each as long as it takes to come to ``limit`` bytes."""
+    window: list[Piece] = []
     held = 0
     for piece in pieces:
         window.append(piece)
         held += len(piece)
         if held >= limit:
             yield window
-            window.clear()
-            held = 0
+            window, held = [], 0
     if window:
         yield window
 
@@ -167,13 +82,21 @@ class ShardWalk:
     Args:
         reader: of the shard.
         targets: the tensors to hand out as ``TargetPiece``; each with None, or how many matrices of a stack at a time.
-        progress: told how far it is.
+        buffers: where the memory comes from; whoever uses a piece gives it back. None: fresh memory for each.
+        timing: told how long the reading takes.
     """
 
-    def __init__(self, reader: ShardReader, targets: Mapping[str, int | None], progress: Progress) -> None:
+    def __init__(
+        self,
+        reader: ShardReader,
+        targets: Mapping[str, int | None],
+        buffers: Buffers | None = None,
+        timing: Timing | None = None,
+    ) -> None:
         self._reader = reader
         self._targets = targets
-        self._progress = progress
+        self._buffers = buffers
+        self._timing = timing
         self._sha256 = hashlib.sha256(reader.header.raw)
         self._ahead = ReadAhead(self._pieces())
 
@@ -186,37 +109,56 @@ class ShardWalk:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None and self._buffers is not None:
+            self._buffers.stop()  # the reader may be waiting for what nobody gives back any more
         self._ahead.__exit__(kind, error, trace)
 
-    def __iter__(self) -> Iterator[Bytes | TargetPiece]:
-        passed = 0
-        for piece in self._ahead:
-            if isinstance(piece, TargetPiece):
-                self._progress.item(piece.entry.name)
-            yield piece
-            self._progress.advance(len(piece))
-            passed += len(piece)
-            if passed >= _TRIM_BYTES:
-                passed = 0
-                return_free_memory()
+    def __iter__(self) -> Iterator[Piece]:
+        return iter(self._ahead)
 
-    def _pieces(self) -> Iterator[Bytes | TargetPiece]:
+    def _pieces(self) -> Iterator[Piece]:
+        if self._timing is not None:
+            self._timing.watch("reader")
         position = 0
         for entry in self._reader.header.tensors:
             if entry.name not in self._targets:
                 continue
             yield from self._between(position, entry.start)
             for first, count in _portions(entry, self._targets[entry.name]):
-                tensor = self._reader.read(entry, first, count)
-                self._sha256.update(bytes_of(tensor))
-                yield TargetPiece(entry, first, tensor)
+                yield self._target(entry, first, count)
             position = entry.end
         yield from self._between(position, self._reader.header.data_bytes)
 
-    def _between(self, start: int, end: int) -> Iterator[Bytes | TargetPiece]:
-        for chunk in self._reader.chunks(start, end):
-            self._sha256.update(chunk)
-            yield Bytes(chunk)
+    def _target(self, entry: TensorEntry, first: int, count: int | None) -> TargetPiece:
+        start, stop = self._reader.span(entry, first, count)
+        buffer = self._read(start, stop - start)
+        return TargetPiece(entry, first, self._reader.shaped(buffer, entry, count), buffer)
+
+    def _between(self, start: int, end: int) -> Iterator[Bytes]:
+        for position in range(start, end, CHUNK_BYTES):
+            yield Bytes(self._read(position, min(CHUNK_BYTES, end - position)))
+
+    def _read(self, start: int, count: int) -> torch.Tensor:
+        buffer = self._reader.empty(count) if self._buffers is None else self._buffers.take(count)
+        with timed("read"):
+            self._reader.read_into(bytes_of(buffer), start)
+        with timed("hash"):
+            self._sha256.update(bytes_of(buffer))
+        return buffer
+
+
+def reported(walk: ShardWalk, progress: Progress) -> Iterator[Piece]:
+    """The pieces of a walk without buffers, telling the progress of whoever uses them one by one."""
+    passed = 0
+    for piece in walk:
+        if isinstance(piece, TargetPiece):
+            progress.item(piece.entry.name)
+        yield piece
+        progress.advance(len(piece))
+        passed += len(piece)
+        if passed >= _TRIM_BYTES:
+            passed = 0
+            return_free_memory()
 
 
 def _portions(entry: TensorEntry, at_a_time: int | None) -> Iterator[tuple[int, int | None]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -36,7 +37,7 @@ class FactorsHash:
 
 
 class FactorsReader:
-    """Reads the factors of a shard's targets. A context manager.
+    """Reads the factors of a shard's targets. A context manager, for any number of threads.
 
     Args:
         folder: the factorized checkpoint.
@@ -97,6 +98,7 @@ class FactorsReaders:
         self._shards = {shard.source.file: shard for shard in manifest.shards}
         self._readers: dict[str, FactorsReader] = {}
         self._open = ExitStack()
+        self._opening = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -106,6 +108,8 @@ class FactorsReaders:
 
     def of(self, target: TargetRecord) -> FactorsReader:
         """The one that has a target's factors; errors as for ``FactorsReader``."""
-        if target.shard not in self._readers:
-            self._readers[target.shard] = self._open.enter_context(FactorsReader(self._folder, self._shards[target.shard]))
-        return self._readers[target.shard]
+        with self._opening:
+            if target.shard not in self._readers:
+                reader = self._open.enter_context(FactorsReader(self._folder, self._shards[target.shard]))
+                self._readers[target.shard] = reader
+            return self._readers[target.shard]

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from surgery.errors import FormatError, OutputError
+from surgery.timing import timed
 
 #: Bytes moved at a time where no tensor has to be whole.
 CHUNK_BYTES = 8 << 20
@@ -67,8 +68,9 @@ class FileWriter:
             OutputError: the disk is full or fails.
         """
         view = memoryview(data)
-        self._sha256.update(view)
-        with reporting(self.path):
+        with timed("hash"):
+            self._sha256.update(view)
+        with timed("write"), reporting(self.path):
             done = 0
             while done < len(view):
                 done += self.file.write(view[done:])

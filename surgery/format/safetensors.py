@@ -12,8 +12,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +23,7 @@ from typing import IO, Any, Self, TypeGuard
 import torch
 
 from surgery.errors import FormatError
-from surgery.format.files import CHUNK_BYTES, FileRecord, FileWriter, check_regular, file_sha256, reading, reporting
+from surgery.format.files import FileRecord, FileWriter, check_regular, file_sha256, reading, reporting
 from surgery.memory import bytes_of
 from surgery.names import DTYPE_BITS
 
@@ -188,7 +189,7 @@ def _naturals(value: Any) -> TypeGuard[list[int]]:
 
 
 class ShardReader:
-    """Reads from one safetensors file by position. A context manager; for one thread at a time.
+    """Reads from one safetensors file by position. A context manager; for any number of threads.
 
     Plain reads rather than a memory map: a file that shrinks while it is read gives a ``FormatError`` and not a
     bus error.
@@ -199,6 +200,7 @@ class ShardReader:
         with reading(path, self.name):
             check_regular(path, self.name)
             self._file: IO[bytes] = open(path, "rb", buffering=0)
+        self._position = threading.Lock()
         try:
             size = os.fstat(self._file.fileno()).st_size
             prefix = self._file.read(8)
@@ -218,6 +220,10 @@ class ShardReader:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """No more reading; as often as one likes."""
         self._file.close()
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
@@ -228,17 +234,18 @@ class ShardReader:
         """
         position, done = len(self.header.raw) + offset, 0
         try:
-            self._file.seek(position)
-            while done < len(buffer):
-                count = self._file.readinto(buffer[done:])  # type: ignore[attr-defined]  # raw files have it
-                if not count:
-                    raise FormatError(
-                        f"{self.name}: ended while it was being read",
-                        got=f"{position + done} bytes",
-                        expected=f"{self.header.file_bytes} bytes",
-                        hint="something changes the file: start again when it is whole",
-                    )
-                done += count
+            with self._position:
+                self._file.seek(position)
+                while done < len(buffer):
+                    count = self._file.readinto(buffer[done:])  # type: ignore[attr-defined]  # raw files have it
+                    if not count:
+                        raise FormatError(
+                            f"{self.name}: ended while it was being read",
+                            got=f"{position + done} bytes",
+                            expected=f"{self.header.file_bytes} bytes",
+                            hint="something changes the file: start again when it is whole",
+                        )
+                    done += count
         except OSError as error:
             raise FormatError(f"{self.name}: cannot be read ({error.strerror})") from error
 
@@ -248,31 +255,42 @@ class ShardReader:
 
     def read(self, entry: TensorEntry, first: int = 0, count: int | None = None) -> torch.Tensor:
         """A float tensor in its own dtype, on the CPU: whole, or ``count`` of its rows along the first dimension."""
+        start, stop = self.span(entry, first, count)
+        return self.shaped(self._read(start, stop - start), entry, count)
+
+    @staticmethod
+    def span(entry: TensorEntry, first: int, count: int | None) -> tuple[int, int]:
+        """Where in the data a tensor is, or ``count`` of its rows along the first dimension: from, to."""
+        if count is None:
+            return entry.start, entry.end
+        row = entry.nbytes // entry.shape[0]
+        return entry.start + first * row, entry.start + (first + count) * row
+
+    @staticmethod
+    def shaped(data: torch.Tensor, entry: TensorEntry, count: int | None) -> torch.Tensor:
+        """The bytes of a tensor, or of ``count`` of its rows, as what they are."""
         if entry.dtype not in TORCH_DTYPES:
             raise FormatError(
                 f"{entry.name!r} has another dtype than it should", got=entry.dtype, expected=" or ".join(TORCH_DTYPES)
             )
-        if count is None:
-            return self.read_bytes(entry).view(TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
-        row = entry.nbytes // entry.shape[0]
-        data = self._read(entry.start + first * row, count * row)
-        return data.view(TORCH_DTYPES[entry.dtype]).reshape(count, *entry.shape[1:])
+        shape = entry.shape if count is None else (count, *entry.shape[1:])
+        return data.view(TORCH_DTYPES[entry.dtype]).reshape(shape)
 
     def _read(self, start: int, count: int) -> torch.Tensor:
-        try:
-            data = torch.empty(count, dtype=torch.uint8)
-        except RuntimeError as error:
-            raise FormatError(f"{self.name}: a tensor of {count} bytes does not fit into memory") from error
+        data = self.empty(count)
         self.read_into(bytes_of(data), start)
         return data
 
-    def chunks(self, start: int, end: int) -> Iterator[memoryview]:
-        """The data from ``start`` to ``end``, a bounded piece at a time; each piece is its own memory."""
-        for position in range(start, end, CHUNK_BYTES):
-            piece = torch.empty(min(CHUNK_BYTES, end - position), dtype=torch.uint8)
-            view = bytes_of(piece)
-            self.read_into(view, position)
-            yield view
+    def empty(self, count: int) -> torch.Tensor:
+        """Memory for so many bytes of the file, uint8.
+
+        Raises:
+            FormatError: there is not so much.
+        """
+        try:
+            return torch.empty(count, dtype=torch.uint8)
+        except RuntimeError as error:
+            raise FormatError(f"{self.name}: a tensor of {count} bytes does not fit into memory") from error
 
 
 class TensorFileWriter(FileWriter):

@@ -22,22 +22,26 @@ class CorruptCorrection(ValueError):
     """A correction that does not decode. The caller knows the file and the tensor."""
 
 
-def encode_block(exact: Integers, guess: Integers) -> tuple[bytes, int]:
-    """What takes one block of floats to another, and in how many entries they differ.
+def differences(exact: Integers, guess: Integers) -> tuple[npt.NDArray[np.bool_], Integers]:
+    """Where two blocks of floats differ, (entries,), and by how many units in the last place there, (d,).
 
     Args:
         exact, guess: the bits of the floats, int16 or int32 (entries,).
     """
     differs = exact != guess
     positions = np.flatnonzero(differs)
-    values = flipped(exact[positions]) - flipped(guess[positions])
+    return differs, flipped(exact[positions]) - flipped(guess[positions])
+
+
+def encode_block(differs: npt.NDArray[np.bool_], values: Integers) -> bytes:
+    """What ``differences`` found of one block, as it is stored."""
     escaped = (values > 127) | (values < -127)
     short = np.where(escaped, _ESCAPE, values).astype(np.int8)
     mask = _deflate(np.packbits(differs, bitorder="little").tobytes())
     numbers = _deflate(short.tobytes())
     escapes = values[escaped]
     header = _BLOCK_HEADER.pack(len(mask), len(numbers), len(escapes))
-    return header + mask + numbers + escapes.tobytes(), len(positions)
+    return header + mask + numbers + escapes.tobytes()
 
 
 def assemble(blocks: list[bytes], rows_per_block: int) -> bytearray:

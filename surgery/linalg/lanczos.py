@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from surgery.linalg.operator import Operator, wide_device, widened
+from surgery.memory import scratch
 
 MAX_PASSES = 400
 
@@ -158,8 +159,8 @@ class _Basis:
         count = len(operator)
         self.limit = min(limit, operator.short)
         rows = self.limit + block
-        self._rows = torch.empty(count, rows, operator.short, dtype=matrices.dtype, device=matrices.device)
-        self._images = torch.empty(count, self.limit, operator.long, dtype=matrices.dtype, device=matrices.device)
+        self._rows = scratch("basis", (count, rows, operator.short), matrices.dtype, matrices.device)
+        self._images = scratch("images", (count, self.limit, operator.long), matrices.dtype, matrices.device)
         self._wide = wide_device(matrices)
         self._projected = torch.zeros(count, rows, rows, dtype=torch.float64, device=self._wide)
         self._coupling = torch.zeros(count, 0, 0, dtype=torch.float64, device=self._wide)

@@ -17,16 +17,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from surgery.linalg.correction import CorrectionReader, assemble, encode_block
+from surgery.linalg.correction import CorrectionReader, assemble, differences, encode_block
 from surgery.linalg.precision import full_precision
 from surgery.linalg.rounding import bits_of, flipped, round_once
 from surgery.linalg.threads import one_thread, one_thread_each
-from surgery.memory import bytes_of
+from surgery.memory import bytes_of, scratch
+from surgery.timing import timed
 
 #: Entries that are worked on at a time: few enough for their temporaries to stay in cache, enough for the threads not to
 #: wait for the interpreter (2^15 to 2^22 measured: below 2^18 and above 2^20 it takes up to twice as long).
@@ -91,33 +93,38 @@ class Parts:
     inexact: float
 
 
-def split(weight: torch.Tensor, factors: Factors, *, correct: bool = True) -> Parts:
+def split(weight: torch.Tensor, factors: Factors, *, correct: bool = True, out: torch.Tensor | None = None) -> Parts:
     """Take a weight apart so that ``join`` puts it together again bit for bit.
 
     Args:
         weight: (m, n), bfloat16, float16 or float32, finite, on a device with float64.
         factors: on the same device.
         correct: whether to encode what residual and factors alone do not give back.
+        out: where the residual goes, like the weight; may be the weight itself.
     """
     m, n = weight.shape
-    residual = torch.empty_like(weight)
+    residual = torch.empty_like(weight) if out is None else out
     step = _step(n)
     with one_thread():
         prediction = _Prediction(factors, weight.dtype)
 
     def worker(most: int) -> Callable[[slice], list[tuple[bytes, int]]]:
-        predict, predicted = prediction.worker(most), weight.new_empty(most, n)
-        wide = weight.new_empty(most, n, dtype=working_dtype(weight.dtype))
+        predict = prediction.worker(most)
+        wide = scratch("split sums", (most, n), working_dtype(weight.dtype), weight.device)
+        left, predicted = (scratch(f"split {part}", (most, n), weight.dtype, weight.device) for part in ("residual", "guess"))
 
         def work(rows: slice) -> list[tuple[bytes, int]]:
             block, count = weight[rows], rows.stop - rows.start
             low_rank, sums = predict(rows), wide[:count]
-            rounded = residual[rows].copy_(sums.copy_(block).sub_(low_rank))
+            rounded = left[:count].copy_(sums.copy_(block).sub_(low_rank))
             guess = predicted[:count].copy_(sums.copy_(rounded).add_(low_rank))
-            if not correct:
-                return [(b"", len(_differing(bits_of(block), bits_of(guess))))]
-            exact_bits, guess_bits = (bits_of(part).cpu().numpy() for part in (block, guess))
-            return [encode_block(exact_bits[some].ravel(), guess_bits[some].ravel()) for some in _slices(count, step)]
+            if correct:
+                with timed("correction"):
+                    encoded = _encoded(bits_of(block), bits_of(guess), step)
+            else:
+                encoded = [(b"", len(_differing(bits_of(block), bits_of(guess))))]
+            residual[rows] = rounded  # last: it may be the weight itself
+            return encoded
 
         return work
 
@@ -128,12 +135,38 @@ def split(weight: torch.Tensor, factors: Factors, *, correct: bool = True) -> Pa
     return Parts(residual, torch.frombuffer(assemble([data for data, _ in blocks], step), dtype=torch.uint8), inexact)
 
 
+def _encoded(exact: torch.Tensor, guess: torch.Tensor, step: int) -> list[tuple[bytes, int]]:
+    """For ``step`` rows (r, n) at a time: what takes the guess to the exact bits, and how many of them differ."""
+    if exact.device.type == "cpu":
+        found = [differences(exact[rows].numpy().ravel(), guess[rows].numpy().ravel()) for rows in _slices(len(exact), step)]
+    else:
+        found = _differences_by_device(exact, guess, step)
+    return [(encode_block(differs, values), len(values)) for differs, values in found]
+
+
+def _differences_by_device(
+    exact: torch.Tensor, guess: torch.Tensor, step: int
+) -> list[tuple[npt.NDArray[np.bool_], npt.NDArray[Any]]]:
+    """``differences`` of each block, found where the tensors are: only where and how much comes to the host."""
+    differ = exact != guess
+    units = (flipped(exact[differ]) - flipped(guess[differ])).cpu().numpy()
+    mask = differ.cpu().numpy()
+    found, first = [], 0
+    for rows in _slices(len(exact), step):
+        block = mask[rows].ravel()
+        last = first + int(np.count_nonzero(block))
+        found.append((block, units[first:last]))
+        first = last
+    return found
+
+
 def join(
     residual: torch.Tensor,
     factors: Factors,
     correction: torch.Tensor,
     scales: torch.Tensor | None = None,
     addition: Addition | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The weight that ``split`` took apart, with its directions scaled.
 
@@ -145,6 +178,7 @@ def join(
         correction: as returned by ``split``, on the CPU.
         scales: ``g``, float32 (k,), on the CPU; None for all ones, which gives W itself.
         addition: added before the rounding, on the device of the residual.
+        out: where the result goes, like the residual; may be the residual itself.
 
     Returns:
         (m, n), dtype and device of ``residual``.
@@ -158,19 +192,18 @@ def join(
     with one_thread():
         prediction = _Prediction(factors, residual.dtype)
         update = _update(factors, scales, addition, residual.dtype)
-    weight = torch.empty_like(residual)
+    weight = torch.empty_like(residual) if out is None else out
 
     def worker(most: int) -> Callable[[slice], None]:
-        predict, wide = prediction.worker(most), residual.new_empty(most, n, dtype=working_dtype(residual.dtype))
+        predict = prediction.worker(most)
+        wide = scratch("join sums", (most, n), working_dtype(residual.dtype), residual.device)
         apply = None if update is None else update.worker(most)
 
         def work(rows: slice) -> None:
             sums = wide[: rows.stop - rows.start].copy_(residual[rows]).add_(predict(rows))
             block = weight[rows].copy_(sums)
             for first in range(rows.start, rows.stop, step):
-                positions, units = (torch.from_numpy(part).to(block.device) for part in reader.block(first))
-                bits = bits_of(weight[first : first + step]).view(-1)
-                bits[positions] = flipped(flipped(bits[positions]) + units)
+                _correct(bits_of(weight[first : first + step]).view(-1), *reader.block(first))
             if apply is not None:
                 apply(block, rows)
 
@@ -181,18 +214,36 @@ def join(
     return weight
 
 
+def _correct(bits: torch.Tensor, positions: npt.NDArray[np.int64], units: npt.NDArray[Any]) -> None:
+    """Move the floats with these bits (entries,), at some positions, by units in the last place."""
+    if bits.device.type == "cpu":
+        array = bits.numpy()  # more than twice as fast as torch here
+        array[positions] = flipped(flipped(array[positions]) + units)
+        return
+    where, by = (torch.from_numpy(part).to(bits.device) for part in (positions, units))
+    bits[where] = flipped(flipped(bits[where]) + by)
+
+
 def rescale(
-    weight: torch.Tensor, factors: Factors | None, scales: torch.Tensor | None, addition: Addition | None = None
+    weight: torch.Tensor,
+    factors: Factors | None,
+    scales: torch.Tensor | None,
+    addition: Addition | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``round(W + U diag(s (g - 1)) V^T)`` from the weight itself: the fold of an overlay.
 
     Args and result as for ``join``; ``factors`` may be None with an addition.
     """
-    return _updated(weight, _update(factors, scales, addition, weight.dtype))
+    return _updated(weight, _update(factors, scales, addition, weight.dtype), out)
 
 
 def approximate(
-    residual: torch.Tensor, factors: Factors, scales: torch.Tensor | None = None, addition: Addition | None = None
+    residual: torch.Tensor,
+    factors: Factors,
+    scales: torch.Tensor | None = None,
+    addition: Addition | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``round(R + U diag(s g) V^T)``: the fold of a residual without a correction.
 
@@ -200,7 +251,7 @@ def approximate(
     """
     s = factors.s.double()
     kept = _scaled(factors, s if scales is None else s * scales.to(s))
-    return _updated(residual, _Update(kept if addition is None else _both(kept, addition), residual.dtype))
+    return _updated(residual, _Update(kept if addition is None else _both(kept, addition), residual.dtype), out)
 
 
 def _update(
@@ -224,15 +275,15 @@ def _both(first: Addition, second: Addition) -> Addition:
     )
 
 
-def _updated(weight: torch.Tensor, update: _Update | None) -> torch.Tensor:
+def _updated(weight: torch.Tensor, update: _Update | None, out: torch.Tensor | None) -> torch.Tensor:
     if update is None:
         return weight
     m, n = weight.shape
-    result = torch.empty_like(weight)
+    result = torch.empty_like(weight) if out is None else out
 
     def worker(most: int) -> Callable[[slice], None]:
         apply = update.worker(most)
-        return lambda rows: apply(result[rows].copy_(weight[rows]), rows)
+        return lambda rows: apply(result[rows] if result is weight else result[rows].copy_(weight[rows]), rows)
 
     with full_precision(weight.device):
         _for_each(worker, m, _step(n), weight.device)
@@ -262,8 +313,9 @@ class _Prediction:
 
     def worker(self, most: int) -> Callable[[slice], torch.Tensor]:
         """A function from rows to (r, n) in the working precision, r <= ``most``, valid until it is called again."""
-        product = self._left.new_empty(most, self._right.shape[1])
-        rounded = torch.empty_like(product, dtype=self._dtype)
+        shape, device = (most, self._right.shape[1]), self._left.device
+        product = scratch("exact product", shape, torch.float64, device)
+        rounded = scratch("rounded product", shape, self._dtype, device)
 
         def predict(rows: slice) -> torch.Tensor:
             count = rows.stop - rows.start
@@ -317,16 +369,18 @@ class _Update:
         """A function that updates the given rows (r, n) of the weight in place, r <= ``most``."""
         n = len(self._right)
         if self._in_float64:
-            wide = self._left.new_empty(most, n)
+            wide = scratch("update sums", (most, n), torch.float64, self._left.device)
 
             def exactly(block: torch.Tensor, rows: slice) -> None:
                 sums = wide[: len(block)].copy_(block).addmm_(self._left[rows], self._right_rows)
                 block.copy_(round_once(sums, self._dtype))
 
             return exactly
-        single = self._left_single.new_empty(most, n)
-        reach, end = torch.empty_like(single), torch.empty_like(single)
-        low, high = (torch.empty_like(single, dtype=self._dtype) for _ in range(2))
+        device = self._left.device
+        single, reach, end = (
+            scratch(f"update {part}", (most, n), torch.float32, device) for part in ("product", "reach", "end")
+        )
+        low, high = (scratch(f"update {part}", (most, n), self._dtype, device) for part in ("low", "high"))
 
         def update(block: torch.Tensor, rows: slice) -> None:
             count = len(block)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from surgery.linalg.product import rows_times, rows_times_transposed
+from surgery.memory import scratch
 
 #: Rows of a matrix that are widened to float64 at a time on a CPU: few enough for its cache, enough for its products.
 WIDE_ROWS = 256
@@ -116,7 +117,7 @@ class Operator:
         if self.matrices.dtype == torch.float64:
             yield slice(0, m), self.matrices
             return
-        buffer = torch.empty(len(self), step, n, dtype=torch.float64, device=wide_device(self.matrices))
+        buffer = scratch("widened rows", (len(self), step, n), torch.float64, wide_device(self.matrices))
         for start in range(0, m, step):
             block = buffer[:, : min(step, m - start)]
             yield slice(start, min(start + step, m)), block.copy_(self.matrices[:, start : start + step].to(buffer.device))

@@ -14,6 +14,7 @@ from surgery.errors import OptionError, WeightError
 from surgery.linalg.operator import Operator, widened
 from surgery.linalg.precision import full_precision
 from surgery.linalg.triplets import ROUNDING, Triplets, engine, solve
+from surgery.memory import scratch
 
 DEFAULT_TOLERANCE = 1e-5
 
@@ -175,7 +176,7 @@ def _in_step(A: torch.Tensor, k: int) -> int:
 
 def _solve(A: torch.Tensor, k: int, tolerance: float, seed: int) -> list[TruncatedSVD]:
     """Of each matrix of a batch (B, m, n)."""
-    work = A.to(A.dtype if A.dtype == torch.float64 else torch.float32).contiguous()
+    work = _in_working_precision(A)
     norms = _norms(work)
     shifts = [_shift(matrix, norm) for matrix, norm in zip(work, norms.tolist(), strict=True)]
     nonzero = [i for i, shift in enumerate(shifts) if shift is not None]
@@ -193,6 +194,13 @@ def _solve(A: torch.Tensor, k: int, tolerance: float, seed: int) -> list[Truncat
             i = nonzero[j]
             results[i] = _finished(operator, triplets, norms[j], method, passes, tolerance, exponents[j])
     return [_zero(A[i], work.dtype, k) if result is None else result for i, result in enumerate(results)]
+
+
+def _in_working_precision(A: torch.Tensor) -> torch.Tensor:
+    """Contiguous, float64 if it is that already, else float32."""
+    if A.dtype in (torch.float32, torch.float64):
+        return A.contiguous()
+    return scratch("matrix", A.shape, torch.float32, A.device).copy_(A)
 
 
 def _shift(matrix: torch.Tensor, norm: float) -> int | None:

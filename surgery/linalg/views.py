@@ -73,13 +73,14 @@ class View:
         return 1, tensor[0], math.prod(tensor[1:])
 
     def matrices(self, tensor: torch.Tensor) -> torch.Tensor:
-        """(B, m, n), contiguous, of a contiguous tensor of the kind; its own memory if there is a slice."""
+        """(B, m, n), contiguous, of a contiguous tensor of the kind; the tensor's own memory, but for most slices."""
         return self._select(tensor).reshape(self.shape(tensor.shape)).contiguous()
 
     def store(self, matrices: torch.Tensor, tensor: torch.Tensor) -> None:
         """Write matrices (B, m, n) to where ``matrices(tensor)`` takes them from."""
         part = self._select(tensor)
-        part.copy_(matrices.reshape(part.shape))
+        if matrices.data_ptr() != part.data_ptr():  # some slices are stretches of the tensor's own memory
+            part.copy_(matrices.reshape(part.shape))
 
     def _select(self, tensor: torch.Tensor) -> torch.Tensor:
         """The part of a tensor that is meant, in the tensor's own memory."""

@@ -13,6 +13,7 @@ from surgery.format.safetensors import TensorEntry
 from surgery.names import CONFIG_FILE
 from surgery.planning.quantization import Scaled, read_quantization
 from surgery.source.model import Source, open_source
+from surgery.source.stream import streamed
 
 
 class OwnWeights:
@@ -26,6 +27,14 @@ class OwnWeights:
 
     def stamps(self) -> dict[str, list[int]]:
         return {}  # the manifest has the hashes of its files
+
+    def acquire(self, shard: str) -> None: ...
+
+    def release(self, shard: str) -> None: ...
+
+    def wait_for_room(self) -> None: ...
+
+    def close(self) -> None: ...
 
     def file(self, shard: ShardRecord) -> tuple[Path, FileRecord]:
         """Where a shard's weights are, and what that file must be."""
@@ -53,6 +62,22 @@ class BaseWeights:
         """See ``Source.bytes_to_fetch``."""
         return self._source.bytes_to_fetch()
 
+    def acquire(self, shard: str) -> None:
+        """See ``Source.acquire``."""
+        self._source.acquire(shard)
+
+    def release(self, shard: str) -> None:
+        """See ``Source.acquire``."""
+        self._source.release(shard)
+
+    def wait_for_room(self) -> None:
+        """See ``Source.wait_for_room``."""
+        self._source.wait_for_room()
+
+    def close(self) -> None:
+        """See ``Source.close``."""
+        self._source.close()
+
     def quantized(self, config: Mapping[str, Any]) -> dict[str, Scaled]:
         """Its FP8 weights and where their scales are, by the config of the checkpoint that was factorized."""
         headers = {shard: self._source.header(shard) for shard in self._source.selection.shards}
@@ -75,34 +100,45 @@ def shard_path(weights: OwnWeights | BaseWeights, shards: Mapping[str, ShardReco
     return weights.file(shards[name])[0]
 
 
-def open_base(base: str | Path, manifest: Manifest) -> BaseWeights:
+def open_base(base: str | Path, manifest: Manifest) -> Source:
     """The model that a user says an overlay was made from: the model itself, or the pipeline that it is a part of."""
     subfolder = manifest.source.subfolder
     if subfolder is not None and Path(base).is_dir() and not (Path(base) / subfolder).is_dir():
         subfolder = None
-    return BaseWeights(open_source(base, subfolder=subfolder))
+    return open_source(base, subfolder=subfolder)
 
 
-def weight_source(factorized: Path, manifest: Manifest, base: str | Path | None) -> OwnWeights | BaseWeights:
+def weight_source(
+    factorized: Path, manifest: Manifest, base: str | Path | None, stream: tuple[Path, int] | None = None
+) -> OwnWeights | BaseWeights:
     """Where the weights of a factorized checkpoint are: with itself, or in the model that it was made from.
 
+    Args:
+        factorized, manifest: of the checkpoint.
+        base: the model, if not the one that the manifest names.
+        stream: where its weight files pass through, and how many at a time; None: they stay in the hub's cache.
+
     Raises:
-        OptionError: a base for a checkpoint that holds its own weights.
-        SourceError: an overlay on a local model, and no base.
+        OptionError: a base, or a stream, for a checkpoint that holds its own weights.
+        SourceError: an overlay on a local model, and no base; or one to be streamed.
     """
     if manifest.layout == "residual":
         if base is not None:
             raise OptionError("--base is for overlays; this checkpoint holds its own weights", hint="leave --base out")
+        if stream is not None:
+            raise OptionError("--stream is for overlays; this checkpoint holds its own weights", hint="leave --stream out")
         return OwnWeights(factorized)
+    record = manifest.source
     if base is not None:
-        return open_base(base, manifest)
-    source = manifest.source
-    if source.repo_id is None:
+        source = open_base(base, manifest)
+    elif record.repo_id is not None:
+        source = open_source(record.repo_id, revision=record.commit, subfolder=record.subfolder)
+    else:
         raise SourceError(
             f"{factorized} is an overlay on a local model, and does not say where that is",
             hint="--base FOLDER, the model it was factorized from",
         )
-    return BaseWeights(open_source(source.repo_id, revision=source.commit, subfolder=source.subfolder))
+    return BaseWeights(source if stream is None else streamed(source, *stream))
 
 
 def own_config(factorized: Path, manifest: Manifest) -> dict[str, Any]:

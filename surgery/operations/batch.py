@@ -11,21 +11,21 @@ import torch
 from surgery.device import as_memory_allows
 from surgery.errors import WeightError
 from surgery.linalg.energy import energy_svd
-from surgery.linalg.lossless import Factors, split
+from surgery.linalg.lossless import Factors, Parts, split
 from surgery.linalg.svd import Certificate, TruncatedSVD, truncated_svd, truncated_svds
 from surgery.planning.plan import Layout
 from surgery.planning.targets import Target
+from surgery.timing import timed
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How matrices are factorized, see ``surgery.factorize``. ``device`` is a name that torch knows."""
+    """How matrices are factorized, see ``surgery.factorize``."""
 
     layout: Layout
     correction: bool
     seed: int
     tolerance: float
-    device: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,27 +48,24 @@ class Result:
     """What became of one matrix; all on the CPU.
 
     Attributes:
-        target, index: of the matrix.
+        matrix: in the residual layout its weight holds the residual now.
         factors: float32.
         norm: the Frobenius norm of the matrix.
         certificate: of the SVD.
-        residual: (m, n); None in the overlay layout.
         correction: encoded; None in the overlay layout, or if it is not wanted.
         inexact: share of the entries that residual and factors alone do not give back.
     """
 
-    target: Target
-    index: int
+    matrix: Matrix
     factors: Factors
     norm: float
     certificate: Certificate
-    residual: torch.Tensor | None
     correction: torch.Tensor | None
     inexact: float
 
 
-def factorize_matrices(matrices: Sequence[Matrix], settings: Settings) -> list[Result]:
-    """The results of matrices, in no order.
+def factorize_matrices(matrices: Sequence[Matrix], settings: Settings, device: torch.device) -> list[Result]:
+    """The results of matrices, in no order. In the residual layout their weights are replaced by the residuals.
 
     Raises:
         WeightError: a matrix holds NaN or infinity; names the tensor.
@@ -78,7 +75,6 @@ def factorize_matrices(matrices: Sequence[Matrix], settings: Settings) -> list[R
         target = matrix.target
         alone = (target.key, matrix.index) if target.energy is not None else None  # its rank is not known yet
         groups.setdefault((matrix.weight.shape, matrix.weight.dtype, target.rank, alone), []).append(matrix)
-    device = torch.device(settings.device)
     return [
         result
         for group in groups.values()
@@ -87,17 +83,49 @@ def factorize_matrices(matrices: Sequence[Matrix], settings: Settings) -> list[R
 
 
 def _factorize_group(group: Sequence[Matrix], device: torch.device, settings: Settings) -> list[Result]:
-    first = group[0]
-    if len(group) == 1:
-        weights = first.weight.to(device)[None]
-        found = [truncate(first.target, weights[0], settings)]
+    with timed("copy"):
+        weights = [matrix.weight.to(device, non_blocking=True) for matrix in group]
+    with timed("svd"):
+        found = _svds(group, weights, settings)
+    with timed("copy"):
+        factors = [Factors(svd.U.cpu().contiguous(), svd.s.cpu(), svd.V.cpu().contiguous()) for svd in found]
+    if settings.layout == "overlay":
+        parts: list[Parts | None] = [None] * len(group)
     else:
-        weights = torch.stack([matrix.weight.to(device) for matrix in group])
+        with timed("residual"):
+            parts = []
+            for matrix, weight, kept in zip(group, weights, factors, strict=True):
+                # The lossless arithmetic is float64, which an Apple GPU does not have.
+                exact = matrix.weight if device.type == "mps" else weight
+                parts.append(split(exact, kept.to(exact.device), correct=settings.correction, out=exact))
+        # Only now: a group for which the memory does not suffice is begun again with the weights as they were.
+        with timed("copy"):
+            for matrix, part in zip(group, parts, strict=True):
+                if part is not None and part.residual.device.type == "cuda":
+                    matrix.weight.copy_(part.residual, non_blocking=True)
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
+    return [
+        Result(
+            matrix,
+            kept,
+            svd.norm.item(),
+            svd.certificate,
+            None if part is None else part.correction,
+            0.0 if part is None else part.inexact,
+        )
+        for matrix, kept, svd, part in zip(group, factors, found, parts, strict=True)
+    ]
+
+
+def _svds(group: Sequence[Matrix], weights: Sequence[torch.Tensor], settings: Settings) -> list[TruncatedSVD]:
+    if len(group) > 1:
         try:
-            found = truncated_svds(weights, first.target.rank, tolerance=settings.tolerance, seed=settings.seed)
-        except WeightError:  # some matrix of it; one by one the message can name it
-            found = [truncate(matrix.target, weight, settings) for matrix, weight in zip(group, weights, strict=True)]
-    return [_finish(matrix, svd, on_device, settings) for matrix, svd, on_device in zip(group, found, weights, strict=True)]
+            batch = torch.stack(list(weights))
+            return truncated_svds(batch, group[0].target.rank, tolerance=settings.tolerance, seed=settings.seed)
+        except WeightError:  # of some matrix of it; one by one the message can name it
+            pass
+    return [truncate(matrix.target, weight, settings) for matrix, weight in zip(group, weights, strict=True)]
 
 
 def truncate(target: Target, weight: torch.Tensor, settings: Settings) -> TruncatedSVD:
@@ -111,14 +139,3 @@ def truncate(target: Target, weight: torch.Tensor, settings: Settings) -> Trunca
             f"{target.shard}: {target.key!r} cannot be factorized: {error.what}",
             hint=f"repair the model, or leave it out: --exclude '{glob.escape(target.tensor)}'",
         ) from error
-
-
-def _finish(matrix: Matrix, svd: TruncatedSVD, on_device: torch.Tensor, settings: Settings) -> Result:
-    factors = Factors(svd.U.cpu().contiguous(), svd.s.cpu(), svd.V.cpu().contiguous())
-    known = (matrix.target, matrix.index, factors, svd.norm.item(), svd.certificate)
-    if settings.layout == "overlay":
-        return Result(*known, residual=None, correction=None, inexact=0.0)
-    # The lossless arithmetic is float64, which an Apple GPU does not have.
-    exact = matrix.weight if on_device.device.type == "mps" else on_device
-    apart = split(exact, factors.to(exact.device), correct=settings.correction)
-    return Result(*known, apart.residual.cpu(), apart.correction, apart.inexact)

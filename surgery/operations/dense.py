@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,11 +12,11 @@ from typing import Self
 import torch
 
 from surgery.device import as_memory_allows
-from surgery.engine.pipeline import TargetPiece
+from surgery.engine.walk import TargetPiece
 from surgery.errors import FormatError, OptionError, ScalesError, SourceError
 from surgery.format.factors import FactorsReaders
 from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
-from surgery.format.safetensors import Header, make_header, resized
+from surgery.format.safetensors import Header, TensorEntry, make_header, resized
 from surgery.linalg.correction import CorruptCorrection
 from surgery.linalg.fp8 import block_scales, quantize
 from surgery.linalg.lossless import Addition, approximate, join, rescale
@@ -24,13 +25,14 @@ from surgery.names import FACTORIZABLE_DTYPES
 from surgery.operations.base import BaseWeights, OwnWeights, check_entry, own_config, shard_path
 from surgery.operations.quantized import Dequantizer
 from surgery.planning.quantization import FP8, Scaled
+from surgery.timing import timed
 
 #: What FP8 weights become when they are dequantized.
 DENSE_DTYPE = "BF16"
 
 
 class DenseWeights:
-    """What each tensor of a factorized checkpoint becomes. A context manager, for one thread.
+    """What each tensor of a factorized checkpoint becomes. A context manager, for any number of threads.
 
     A changed FP8 weight is quantized again with fresh scales. Those may stand before it, or in another shard, so they
     are computed when they are first asked for, from the whole weight, and kept.
@@ -39,7 +41,6 @@ class DenseWeights:
         manifest, factorized: of the checkpoint.
         weights: where its weight files are.
         scales: by the key of a target.
-        device: where the arithmetic runs; it must have float64.
         to_dense: turn every FP8 weight into bfloat16.
         additions: by the name of a tensor, what else is added to it before the rounding.
     """
@@ -50,14 +51,12 @@ class DenseWeights:
         factorized: Path,
         weights: OwnWeights | BaseWeights,
         scales: Mapping[str, torch.Tensor],
-        device: torch.device,
         *,
         to_dense: bool,
         additions: Mapping[str, Addition],
     ) -> None:
         self._manifest = manifest
         self._scales = scales
-        self._device = device
         self._to_dense = to_dense
         self._additions = additions
         self._shards = {shard.source.file: shard for shard in manifest.shards}
@@ -74,6 +73,7 @@ class DenseWeights:
             raise SourceError(f"the base is not that of this overlay: {lost[0]!r} is not FP8 there")
         self._weight_of = {scaled.scale: name for name, scaled in self._quantized.items()}
         self._fresh: dict[str, torch.Tensor] = {}
+        self._one = threading.Lock()
         self._open = ExitStack()
         self._dequantizer = self._open.enter_context(Dequantizer(lambda shard: shard_path(weights, self._shards, shard)))
         self._factors = self._open.enter_context(FactorsReaders(factorized, manifest))
@@ -88,6 +88,18 @@ class DenseWeights:
     def quantized(self) -> bool:
         """Whether any weight is FP8."""
         return bool(self._quantized)
+
+    def files(self, shard: ShardRecord) -> list[str]:
+        """The weight files of the source that one of them takes: itself, and those that FP8 weights share with it."""
+        name = shard.source.file
+        homes: dict[str, str] = {target.tensor: target.shard for target in self._manifest.targets}
+        homes |= {skipped.tensor: skipped.shard for skipped in self._manifest.skipped}
+        pairs = [(homes.get(tensor, name), scaled.shard) for tensor, scaled in self._quantized.items()]
+        return [name, *sorted({file for pair in pairs if name in pair for file in pair} - {name})]
+
+    def forget(self, file: str) -> None:
+        """A weight file of the source will not be there any more."""
+        self._dequantizer.forget(file)
 
     def keeps(self, shard: ShardRecord, header: Header) -> bool:
         """Whether a weight file, with this header, comes out as it was in the source."""
@@ -139,18 +151,23 @@ class DenseWeights:
         """Whether a tensor is not written at all: scales of what is dequantized."""
         return self._to_dense and tensor in self._weight_of
 
-    def folded(self, piece: TargetPiece) -> torch.Tensor | None:
-        """What is written for a tensor, or for some matrices of a stack, on the CPU; None for nothing."""
+    def folded(self, piece: TargetPiece, device: torch.device) -> torch.Tensor | None:
+        """What is written for a tensor, or for some matrices of a stack, on the CPU; None for nothing.
+
+        Args:
+            piece: its memory may be used for the result.
+            device: where the arithmetic runs; it must have float64.
+        """
         name = piece.entry.name
         if name in self._weight_of:
-            return None if self._to_dense else self._fresh_scales(self._weight_of[name])
+            return None if self._to_dense else self._fresh_scales(self._weight_of[name], device)
         if name not in self._quantized:
-            return self._dense(piece.tensor, piece)
+            return self._dense(piece.tensor, piece.entry, piece.first, device)
         scaled = self._quantized[name]
-        weight = self._dense(self._dequantizer.weight(piece.tensor, piece.first, scaled), piece)
+        weight = self._dense(self._dequantizer.weight(piece.tensor, piece.first, scaled), piece.entry, piece.first, device)
         if self._to_dense:
             return weight.to(torch.bfloat16)
-        scales = self._fresh_scales(name)
+        scales = self._fresh_scales(name, device)
         result = quantize(weight, scales[piece.first : piece.first + len(weight)] if weight.ndim == 3 else scales, scaled.block)
         if weight.ndim == 3:  # a stack: matrices whose scales are all 1 keep their bytes
             for i in range(len(weight)):
@@ -166,64 +183,80 @@ class DenseWeights:
             bool((self._scales[target.key].view(-1, target.rank)[index] != 1).any()) for target in self._targets.get(tensor, [])
         )
 
-    def _fresh_scales(self, tensor: str) -> torch.Tensor:
+    def _fresh_scales(self, tensor: str, device: torch.device) -> torch.Tensor:
         """The scales of an FP8 weight after its change, as a whole, in the dtype and shape of those before."""
-        if tensor not in self._fresh:
-            scaled = self._quantized[tensor]
-            old = self._dequantizer.scales(scaled)
-            reader, entries = self._dequantizer.reader(self._targets[tensor][0].shard)
-            entry = entries[tensor]
-            fresh = old.clone()
-            for first in range(entry.shape[0]) if len(entry.shape) == 3 else [0]:
-                stack = len(entry.shape) == 3
-                if stack and not self._matrix_changed(tensor, first):
-                    continue
-                stored = reader.read(entry, first, 1) if stack else reader.read(entry)
-                piece = TargetPiece(entry, first, stored)
-                weight = self._dense(self._dequantizer.weight(stored, first, scaled), piece)
-                where = slice(first, first + 1) if stack and scaled.block else slice(None)
-                fresh[where] = block_scales(weight, scaled.block, old[where])
+        with self._one:
+            known = self._fresh.get(tensor)
+        if known is not None:
+            return known
+        # Two threads that find them missing at once both compute them: the same.
+        scaled = self._quantized[tensor]
+        old = self._dequantizer.scales(scaled)
+        reader, entries = self._dequantizer.reader(self._targets[tensor][0].shard)
+        entry = entries[tensor]
+        fresh = old.clone()
+        stack = len(entry.shape) == 3
+        for first in range(entry.shape[0]) if stack else [0]:
+            if stack and not self._matrix_changed(tensor, first):
+                continue
+            stored = reader.read(entry, first, 1) if stack else reader.read(entry)
+            weight = self._dense(self._dequantizer.weight(stored, first, scaled), entry, first, device)
+            where = slice(first, first + 1) if stack and scaled.block else slice(None)
+            fresh[where] = block_scales(weight, scaled.block, old[where])
+        with self._one:
             self._fresh[tensor] = fresh
-        return self._fresh[tensor]
+        return fresh
 
-    def _dense(self, weight: torch.Tensor, piece: TargetPiece) -> torch.Tensor:
-        """``weight``, that of the piece in working precision, with the scaled directions of its targets."""
-        addition = self._additions.get(piece.entry.name)
-        result: torch.Tensor | None = None
-        targets = self._targets.get(piece.entry.name, [])
+    def _dense(self, weight: torch.Tensor, entry: TensorEntry, first: int, device: torch.device) -> torch.Tensor:
+        """``weight``, that of a tensor or of its matrices from ``first`` on, in working precision, with the scaled
+        directions of its targets. Its memory may be used for the result."""
+        addition = self._additions.get(entry.name)
+        result = weight
+        targets = self._targets.get(entry.name, [])
         if addition is not None and not (len(targets) == 1 and targets[0].slice is None):
             # What is in no slice; the slices are computed from the weight below.
             flat = weight.view(len(weight), -1)
-            result = self._computed([flat], lambda w, to: rescale(w, None, None, addition.to(to))).view(weight.shape)
-            _check_finite(result, f"the adapter pushes {piece.entry.name!r}", None)
+            result = self._computed(flat, device, lambda w, to: rescale(w, None, None, addition.to(to))).view(weight.shape)
+            _check_finite(result, f"the adapter pushes {entry.name!r}", None)
         for target in targets:
-            check_entry(piece.entry, target)
+            check_entry(entry, target)
             if self._manifest.layout == "overlay" and not self._changed(target) and addition is None:
                 continue
             view = target.seen_as
             part = None if addition is None else _of_slice(addition, target)
-            matrices = enumerate(view.matrices(weight))
-            dense = [self._dense_matrix(matrix, target, piece.first + i, part) for i, matrix in matrices]
-            if view.slice is None and len(dense) == 1:
+            matrices = list(view.matrices(weight))
+            dense = [self._dense_matrix(matrix, target, first + i, device, part) for i, matrix in enumerate(matrices)]
+            if view.slice is not None:
+                view.store(torch.stack(dense), result)
+            elif len(dense) == 1:
                 return dense[0].view(weight.shape)
-            result = weight.clone() if result is None else result
-            view.store(torch.stack(dense), result)
-        return weight if result is None else result
+            else:
+                for matrix, new in zip(matrices, dense, strict=True):
+                    if new is not matrix:  # computed elsewhere
+                        matrix.copy_(new)
+        return result
 
+    @staticmethod
     def _computed(
-        self, weights: list[torch.Tensor], compute: Callable[[torch.Tensor, torch.device], torch.Tensor]
+        weight: torch.Tensor, device: torch.device, compute: Callable[[torch.Tensor, torch.device], torch.Tensor]
     ) -> torch.Tensor:
         """Of one weight, on the CPU; worked on where there is memory for it."""
 
         def on(some: Sequence[torch.Tensor], where: torch.device) -> list[torch.Tensor]:
-            return [compute(some[0].to(where), where).cpu()]
+            with timed("copy"):
+                there = some[0].to(where, non_blocking=True)
+            with timed("fold"):
+                result = compute(there, where)
+            with timed("copy"):
+                return [result.cpu()]
 
-        return as_memory_allows(on, weights, self._device)[0]
+        return as_memory_allows(on, [weight], device)[0]
 
     def _dense_matrix(
-        self, weight: torch.Tensor, target: TargetRecord, index: int, addition: Addition | None = None
+        self, weight: torch.Tensor, target: TargetRecord, index: int, device: torch.device, addition: Addition | None = None
     ) -> torch.Tensor:
-        """One dense matrix (m, n), on the CPU, from its residual or, for an overlay, from its weight."""
+        """One dense matrix (m, n), on the CPU, from its residual or, for an overlay, from its weight, in whose memory it
+        may be."""
         scales = self._scales[target.key].view(-1, target.rank)[index]
         overlay, changed = self._manifest.layout == "overlay", bool((scales != 1).any())
         if overlay and not changed and addition is None:
@@ -235,14 +268,15 @@ class DenseWeights:
         def compute(there: torch.Tensor, where: torch.device) -> torch.Tensor:
             kept, new = parts.to(where), scales if changed else None
             added = None if addition is None else addition.to(where)
+            # On a GPU the weight here stays as it was until the result comes over, should the memory not suffice.
             if overlay:
-                return rescale(there, kept, new, added)
+                return rescale(there, kept, new, added, out=there)
             if correction is None:
-                return approximate(there, kept, new, added)
-            return join(there, kept, correction, new, added)
+                return approximate(there, kept, new, added, out=there)
+            return join(there, kept, correction, new, added, out=there)
 
         try:
-            result = self._computed([weight], compute)
+            result = self._computed(weight, device, compute)
         except CorruptCorrection as error:
             raise FormatError(f"{target.shard}: the correction of {target.key!r} is damaged ({error})") from error
         if changed or addition is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from typing import Any
 import torch
 
 from surgery import __version__
-from surgery.device import choose_device, device_name
-from surgery.engine.pipeline import ReadAhead
+from surgery.device import choose_devices, device_name
+from surgery.engine.lane import Lane
+from surgery.engine.local import run_jobs
 from surgery.errors import OptionError, OutputError
 from surgery.format.files import copy_file, file_sha256, reading
 from surgery.format.manifest import (
@@ -28,15 +30,19 @@ from surgery.format.manifest import (
 from surgery.format.scales import write_scales
 from surgery.linalg.svd import DEFAULT_TOLERANCE, check_accuracy
 from surgery.linalg.views import View
-from surgery.names import FORMAT_VERSION, MANIFEST_FILE, SCALES_FILE, factors_file
+from surgery.names import FORMAT_VERSION, MANIFEST_FILE, SCALES_FILE, STREAM_DIR, factors_file
 from surgery.operations.batch import Settings
 from surgery.operations.job import Job, run_job
 from surgery.operations.journal import Journal, differing
+from surgery.operations.lanes import lanes_of, resources_of
 from surgery.operations.output import check_room, is_as_recorded, loading_order, locked, prepare_output
+from surgery.planning.memory import Resources
 from surgery.planning.plan import LAYOUTS, Layout, Plan, make_plan
 from surgery.planning.targets import Choice
-from surgery.progress import Progress, Silent
+from surgery.progress import Progress, Shared, Silent
 from surgery.source.model import Source, open_source
+from surgery.source.stream import streamed
+from surgery.timing import Timing, timed
 
 
 def plan(
@@ -54,11 +60,16 @@ def plan(
     revision: str | None = None,
     subfolder: str | None = None,
     device: str = "auto",
+    max_memory: int | None = None,
+    max_device_memory: int | None = None,
+    stream: bool = False,
 ) -> Plan:
     """What ``factorize`` would do with the same arguments, from headers alone."""
     choice = _choice(rank, energy, max_rank, include, exclude, recipe, split)
     source = open_source(model, revision=revision, subfolder=subfolder)
-    return _plan(source, choice, layout, correction, choose_device(device))
+    if stream:
+        source = streamed(source, Path(STREAM_DIR), len(choose_devices(device)) + 1)
+    return _plan(source, choice, layout, correction, resources_of(choose_devices(device), max_memory, max_device_memory))
 
 
 def _choice(
@@ -73,10 +84,10 @@ def _choice(
     return Choice(rank, energy, max_rank, tuple(include), tuple(exclude), None if recipe is None else str(recipe), split)
 
 
-def _plan(source: Source, choice: Choice, layout: Layout | None, correction: bool, device: torch.device) -> Plan:
+def _plan(source: Source, choice: Choice, layout: Layout | None, correction: bool, resources: Resources) -> Plan:
     if layout is not None and layout not in LAYOUTS:
         raise OptionError("unknown layout", got=layout, expected=" or ".join(LAYOUTS))
-    return make_plan(source, choice, layout, device.type, correction=correction)
+    return make_plan(source, choice, layout, resources, correction=correction)
 
 
 def factorize(
@@ -97,14 +108,18 @@ def factorize(
     seed: int = 0,
     tolerance: float = DEFAULT_TOLERANCE,
     device: str = "auto",
+    max_memory: int | None = None,
+    max_device_memory: int | None = None,
+    stream: bool = False,
     overwrite: bool = False,
     progress: Progress | None = None,
+    timing: Timing | None = None,
 ) -> Manifest:
     """Write the factorized form of a checkpoint (docs/format.md) and a file of scales, all ones.
 
     Each matrix W (m, n) of a target becomes U (m, k), s (k,), V (n, k), float32, and in the residual layout the residual
     ``round(W - U diag(s) V^T)`` in the dtype of W together with what makes W recoverable bit for bit. Shards are
-    streamed: the memory needed is set by the largest target.
+    streamed: the memory needed is set by the largest target and by how many are worked on at a time.
 
     Args:
         model: local folder or Hugging Face repo id.
@@ -123,9 +138,17 @@ def factorize(
         revision: of a hub model.
         subfolder: of a folder or repository with several models, such as a diffusion pipeline.
         seed, tolerance: of the truncated SVD, see ``surgery.truncated_svd``.
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; where the linear algebra runs.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``mps``, several as ``cuda:0,cuda:1``, or ``all`` CUDA devices;
+            where the linear algebra runs, a shard at a time on each. On a CPU each matrix is the work of one core: the
+            result does not depend on how many there are.
+        max_memory: bytes of host memory to keep to; as many matrices are worked on at a time as fit. By default half of
+            what is free, and always enough for one.
+        max_device_memory: the same of each GPU, by default four fifths of what it has.
+        stream: fetch each weight file of a hub model when its turn comes, and drop it when it has been read: beside the
+            result the disk holds one file more than there are devices. Without it the model stays in the hub's cache.
         overwrite: replace an earlier result in ``out``.
         progress: told how far it is.
+        timing: told where the time goes.
 
     Returns:
         The manifest, as written, or as it was if ``out`` holds the complete result of the same run.
@@ -135,14 +158,16 @@ def factorize(
             and so is taken for a checkpoint by nobody; the same call goes on after the last finished shard.
     """
     progress = progress or Silent()
-    where = choose_device(device)
+    devices = choose_devices(device)
     check_accuracy(tolerance, seed)
+    out = Path(out)
     source = open_source(model, revision=revision, subfolder=subfolder)
+    if stream:
+        source = streamed(source, out / STREAM_DIR, len(devices) + 1)
     choice = _choice(rank, energy, max_rank, include, exclude, recipe, split)
-    steps = _plan(source, choice, layout, correction, where)
+    steps = _plan(source, choice, layout, correction, resources_of(devices, max_memory, max_device_memory))
     for note in steps.notes:
         progress.note(note)
-    out = Path(out)
     options = OptionsRecord(
         rank, energy, max_rank, steps.recipe, split, correction, list(include), list(exclude), seed, tolerance
     )
@@ -152,13 +177,15 @@ def factorize(
             Journal.forget(out)
             progress.note(f"{out} is already complete: nothing to do")
             return manifest
-        if (download := source.bytes_to_fetch()) is not None:
+        if (download := source.bytes_to_fetch()) is not None and not stream:
             check_room(*download)
-        journal = Journal(out, _identity(source, steps, options, where))
-        prepare_output(out, journal, _output_files(source, steps), steps.bytes_written, overwrite=overwrite)
-        settings = Settings(steps.layout, correction, seed, tolerance, str(where))
-        results = _run_jobs(source, steps, out, settings, journal, progress)
-        manifest = _finish(source, steps, out, results, options, where)
+        journal = Journal(out, _identity(source, steps, options, devices[0]))
+        needed = steps.bytes_written + (steps.temporary_bytes if stream else 0)
+        prepare_output(out, journal, _output_files(source, steps), needed, overwrite=overwrite)
+        settings = Settings(steps.layout, correction, seed, tolerance)
+        with lanes_of(devices, steps.memory, max_device_memory, timing) as lanes:
+            results = _run_jobs(source, steps, out, settings, journal, lanes, progress)
+        manifest = _finish(source, steps, out, results, options, devices[0])
         Journal.forget(out)
     for note in _accuracy_notes(manifest.targets, steps):
         progress.note(note)
@@ -166,9 +193,16 @@ def factorize(
 
 
 def _run_jobs(
-    source: Source, steps: Plan, out: Path, settings: Settings, journal: Journal, progress: Progress
+    source: Source,
+    steps: Plan,
+    out: Path,
+    settings: Settings,
+    journal: Journal,
+    lanes: Sequence[Lane],
+    progress: Progress,
 ) -> list[ShardResult]:
     """The results of all shards: of those that an earlier start of this run has finished from its journal."""
+    progress = Shared(progress)
     progress.start("factorizing", steps.bytes_read)
     results: dict[int, ShardResult] = {}
     try:
@@ -179,28 +213,58 @@ def _run_jobs(
                 progress.advance(shard.header.data_bytes)
         if results:
             progress.note(f"going on after {len(results)} of {len(steps.shards)} shards")
-        # A shard from the hub is downloaded while the one before it is worked on.
-        jobs = (
-            Job(
-                shard,
-                index,
-                len(steps.shards),
-                source.fetch(shard.file),
-                out,
-                {target.scaled.shard: source.fetch(target.scaled.shard) for target in shard.targets if target.scaled},
-                steps.window_bytes,
-                settings,
-            )
-            for index, shard in enumerate(steps.shards)
-            if index not in results
-        )
-        with ReadAhead(jobs) as ready:
-            for job in ready:
-                results[job.index] = run_job(job, progress)
-                journal.record(job.index, results[job.index].as_json())
+        missing = [index for index in range(len(steps.shards)) if index not in results]
+        jobs = _jobs(source, steps, out, settings, missing, lanes[0].timing)
+
+        def work(job: Job, lane: Lane, read: Callable[[], object]) -> ShardResult:
+            with releasing(source, job, read) as has_been_read:
+                return run_job(job, lane, progress, has_been_read)
+
+        with closing(run_jobs(work, jobs, lanes)) as finished:
+            for job, result in finished:
+                results[job.index] = result
+                journal.record(job.index, result.as_json())
     finally:
+        source.close()
         progress.finish()
     return [results[index] for index in range(len(steps.shards))]
+
+
+def _jobs(
+    source: Source, steps: Plan, out: Path, settings: Settings, which: Sequence[int], timing: Timing | None
+) -> Iterator[Job]:
+    """The jobs of some shards, each when its files are here."""
+    if timing is not None:
+        timing.watch("download")
+    for index in which:
+        shard = steps.shards[index]
+        source.wait_for_room()
+        with timed("download"):
+            path = source.acquire(shard.file)
+            others = sorted({target.scaled.shard for target in shard.targets if target.scaled})
+            scales = {other: source.acquire(other) for other in others}
+            sha256 = source.sha256(shard.file)
+        yield Job(shard, index, len(steps.shards), path, sha256, out, scales, steps.memory.window_bytes, settings)
+
+
+@contextmanager
+def releasing(source: Source, job: Job, read: Callable[[], object]) -> Iterator[Callable[[], object]]:
+    """What to call when the shard of a job has been read; at the end its files are released."""
+    held = [job.shard.file, *job.scales]
+
+    def has_been_read() -> None:
+        if not job.scales:  # of FP8 weights, which are looked up until the end
+            release()
+        read()
+
+    def release() -> None:
+        while held:
+            source.release(held.pop())
+
+    try:
+        yield has_been_read
+    finally:
+        release()
 
 
 def _recorded(journal: Journal, index: int, out: Path) -> ShardResult | None:
@@ -222,6 +286,7 @@ def _identity(source: Source, steps: Plan, options: OptionsRecord, device: torch
         "tool": f"surgery {__version__}",
         "torch": torch.__version__,
         "device": device_name(device),
+        "window_bytes": steps.memory.window_bytes,
         "layout": steps.layout,
         "options": asdict(options),
         "targets": hashlib.sha256(json.dumps(chosen).encode()).hexdigest(),
@@ -369,8 +434,9 @@ def plan_as_json(steps: Plan, seconds: float) -> str:
             "bytes_read": steps.bytes_read,
             "bytes_written": steps.bytes_written,
             "temporary_bytes": steps.temporary_bytes,
-            "peak_memory_bytes": steps.peak_memory_bytes,
-            "device_memory_bytes": steps.device_memory_bytes,
+            "workers": steps.memory.workers,
+            "peak_memory_bytes": steps.memory.peak_bytes,
+            "device_memory_bytes": steps.memory.device_bytes,
             "seconds": float(f"{seconds:.2g}"),
         },
         indent=1,

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from surgery.engine.pipeline import Bytes, ShardWalk, TargetPiece, WriteBehind, windows
+from surgery.engine.lane import Lane
+from surgery.engine.walk import Piece, ShardWalk, TargetPiece
 from surgery.errors import SourceError
 from surgery.format.factors import FactorsHash
 from surgery.format.files import FileRecord, FileWriter
 from surgery.format.manifest import CertificateRecord, ShardRecord, ShardResult, TargetRecord
 from surgery.format.safetensors import ShardReader, TensorFileWriter
-from surgery.linalg.views import View
 from surgery.memory import bytes_of
 from surgery.names import correction_key, factor_key, factors_file
 from surgery.operations.batch import Matrix, Result, Settings, factorize_matrices, truncate
@@ -25,6 +25,7 @@ from surgery.operations.quantized import Dequantizer
 from surgery.planning.plan import ShardPlan
 from surgery.planning.targets import Target
 from surgery.progress import Progress
+from surgery.timing import timed
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class Job:
         shard: the source's weight file and its targets.
         index, count: which of how many shards.
         path: the weight file on this machine.
+        sha256: what the hub says that its hash is; None where nobody does.
         out: the output folder.
         scales: the weight files that hold scales of FP8 targets, by name, and where they are on this machine.
         window_bytes: how much of the shard is held at a time, so that matrices of one shape are solved together.
@@ -45,14 +47,22 @@ class Job:
     index: int
     count: int
     path: Path
+    sha256: str | None
     out: Path
     scales: Mapping[str, Path]
     window_bytes: int
     settings: Settings
 
 
-def run_job(job: Job, progress: Progress) -> ShardResult:
-    """Factorize the targets of one shard and write its files."""
+def run_job(job: Job, lane: Lane, progress: Progress, read: Callable[[], object]) -> ShardResult:
+    """Factorize the targets of one shard and write its files.
+
+    Args:
+        job: what to do.
+        lane: where.
+        progress: told of each tensor that is done; called from threads.
+        read: called when the shard has been read.
+    """
     factors_name = factors_file(job.index, job.count)
     with ExitStack() as stack:
         reader = stack.enter_context(ShardReader(job.path, name=job.shard.file))
@@ -60,17 +70,30 @@ def run_job(job: Job, progress: Progress) -> ShardResult:
         dequantizer = stack.enter_context(Dequantizer(job.scales.__getitem__))
         work: dict[str, list[_Collected]] = {}
         for target in job.shard.targets:
-            work.setdefault(target.tensor, []).append(_Collected(_with_rank(target, reader, dequantizer, job)))
+            ranked = _with_rank(target, reader, dequantizer, job, lane)
+            work.setdefault(target.tensor, []).append(_Collected(ranked))
         residuals = stack.enter_context(FileWriter(job.out / job.shard.file)) if job.settings.layout == "residual" else None
         keys = [key for parts in work.values() for part in parts for key in _keys(part.target, job)]
         factors = stack.enter_context(TensorFileWriter(job.out / factors_name, keys)) if keys else None
         portions = {name: parts[0].target.at_a_time for name, parts in work.items()}
-        walk = stack.enter_context(ShardWalk(reader, portions, progress))
-        with WriteBehind() as behind:
-            if residuals:
-                behind.submit(residuals.write, reader.header.raw)
-            for window in windows(walk, job.window_bytes):
-                _work_off(window, work, dequantizer, job, residuals, factors, behind)
+        walk = stack.enter_context(ShardWalk(reader, portions, lane.buffers, lane.timing))
+        if residuals:
+            residuals.write(reader.header.raw)
+
+        def factorize(window: Sequence[Piece]) -> list[Result]:
+            return _factorize(window, work, dequantizer, job.settings, lane.device)
+
+        def finish(window: Sequence[Piece], results: list[Result]) -> None:
+            _write(window, results, work, residuals, factors, progress)
+
+        lane.flow(_hashed_in_order(walk, work), job.window_bytes, factorize, finish, read)
+        if job.sha256 not in (None, walk.sha256):
+            raise SourceError(
+                f"{job.shard.file} is not the file that the hub has",
+                got=f"sha256 {walk.sha256}",
+                expected=f"sha256 {job.sha256}",
+                hint="the download is damaged: remove it (hf cache rm), and run the same command again",
+            )
         source = FileRecord(job.shard.file, reader.header.file_bytes, walk.sha256)
         residual_record = residuals.commit(job.shard.file) if residuals else None
         factors_record = factors.commit(factors_name) if factors else None
@@ -85,7 +108,7 @@ def _check_unchanged(reader: ShardReader, shard: ShardPlan) -> None:
         )
 
 
-def _with_rank(target: Target, reader: ShardReader, dequantizer: Dequantizer, job: Job) -> Target:
+def _with_rank(target: Target, reader: ShardReader, dequantizer: Dequantizer, job: Job, lane: Lane) -> Target:
     """The target itself, or for a stack that is to keep an energy with the rank that all of its matrices need for it.
 
     They share one rank, so that their scales are one tensor, and it must be known before the first of them is done. So
@@ -94,12 +117,14 @@ def _with_rank(target: Target, reader: ShardReader, dequantizer: Dequantizer, jo
     if target.energy is None or target.view.kind != "stack":
         return target
     entry = next(entry for entry in reader.header.tensors if entry.name == target.tensor)
-    rank = 1
-    for first in range(target.matrices[0]):
-        weight = dequantizer.weight(reader.read(entry, first, 1), first, target.scaled)
-        matrix = target.view.matrices(weight)[0].to(job.settings.device)
-        rank = max(rank, len(truncate(target, matrix, job.settings).s))
-    return dataclasses.replace(target, rank=rank, energy=None)
+
+    def rank_of(index: int) -> int:
+        weight = dequantizer.weight(reader.read(entry, index, 1), index, target.scaled)
+        matrix = target.view.matrices(weight)[0].to(lane.device)
+        return len(truncate(target, matrix, job.settings).s)
+
+    ranks = [lane.submit(rank_of, index) for index in range(target.matrices[0])]
+    return dataclasses.replace(target, rank=max(rank.result() for rank in ranks), energy=None)
 
 
 def _keys(target: Target, job: Job) -> list[str]:
@@ -145,8 +170,6 @@ class _Collected:
         self.total += result.norm**2
         self.s_first, self.s_last = max(self.s_first, factors.s[0].item()), min(self.s_last, factors.s[-1].item())
         self.inexact += result.inexact
-        if result.residual is not None:
-            self.residual_sha256.update(bytes_of(result.residual))
 
     def finished_factors(self) -> dict[str, torch.Tensor]:
         """U (m, k), s (k,), V (n, k), for a stack one after the other in a dimension more."""
@@ -176,60 +199,92 @@ class _Collected:
         )
 
 
-def _work_off(
-    window: list[Bytes | TargetPiece],
-    work: dict[str, list[_Collected]],
+def _whole(piece: TargetPiece) -> bool:
+    return len(piece) == piece.entry.nbytes
+
+
+def _hashed_in_order(walk: Iterable[Piece], work: Mapping[str, list[_Collected]]) -> Iterator[Piece]:
+    """The pieces; those of stacks that come in several are hashed here, as it must be done one after the other."""
+    for piece in walk:
+        if isinstance(piece, TargetPiece) and not _whole(piece):
+            _hash_source(piece, work[piece.entry.name])
+        yield piece
+
+
+def _hash_source(piece: TargetPiece, parts: Iterable[_Collected]) -> None:
+    with timed("hash"):
+        for part in parts:
+            part.sha256.update(bytes_of(part.target.view.matrices(piece.tensor)))
+
+
+def _factorize(
+    window: Sequence[Piece],
+    work: Mapping[str, list[_Collected]],
     dequantizer: Dequantizer,
-    job: Job,
-    residuals: FileWriter | None,
-    factors: TensorFileWriter | None,
-    behind: WriteBehind,
-) -> None:
-    """Factorize the targets of one window and hand it all to the writer in the order of the shard."""
-    matrices = []
-    for piece in window:
-        if isinstance(piece, TargetPiece):
-            parts = work[piece.entry.name]
-            weight = dequantizer.weight(piece.tensor, piece.first, parts[0].target.scaled)
-            for part in parts:
-                part.sha256.update(bytes_of(part.target.view.matrices(piece.tensor)))
-                seen = part.target.view.matrices(weight)
-                matrices += [Matrix(part.target, piece.first + i, matrix) for i, matrix in enumerate(seen)]
-    done = {(result.target.key, result.index): result for result in factorize_matrices(matrices, job.settings)}
-    del matrices
+    settings: Settings,
+    device: torch.device,
+) -> list[Result]:
+    """The results of all targets in a window. In the residual layout its tensors are replaced by their residuals."""
+    matrices: list[Matrix] = []
+    sliced = []
     for piece in window:
         if not isinstance(piece, TargetPiece):
-            if residuals:
-                behind.submit(residuals.write, piece.data)
             continue
         parts = work[piece.entry.name]
-        results = {}
+        if _whole(piece):
+            _hash_source(piece, parts)
+        weight = dequantizer.weight(piece.tensor, piece.first, parts[0].target.scaled)
         for part in parts:
-            count = part.target.view.shape(piece.tensor.shape)[0]
-            results[part.target.view] = [done.pop((part.target.key, piece.first + i)) for i in range(count)]
-            for result in results[part.target.view]:
-                part.add(result)
-                if factors and result.correction is not None:
-                    behind.submit(
-                        factors.add, correction_key(part.target.key, part.target.place(result.index)), result.correction
-                    )
-            if factors and part.done == part.target.matrices[0]:
-                for name, tensor in part.finished_factors().items():
-                    behind.submit(factors.add, factor_key(part.target.key, name), tensor)
+            seen = part.target.view.matrices(weight)
+            matrices += [Matrix(part.target, piece.first + i, matrix) for i, matrix in enumerate(seen)]
+            if part.target.view.slice is not None:
+                sliced.append((part.target.view, seen, piece.tensor))
+    results = factorize_matrices(matrices, settings, device)
+    if settings.layout == "residual":
+        for view, seen, tensor in sliced:
+            view.store(seen, tensor)
+        with timed("hash"):
+            for piece in window:
+                if isinstance(piece, TargetPiece) and _whole(piece):
+                    for part in work[piece.entry.name]:
+                        part.residual_sha256.update(bytes_of(part.target.view.matrices(piece.tensor)))
+    return results
+
+
+def _write(
+    window: Sequence[Piece],
+    results: Iterable[Result],
+    work: Mapping[str, list[_Collected]],
+    residuals: FileWriter | None,
+    factors: TensorFileWriter | None,
+    progress: Progress,
+) -> None:
+    """What has become of a window, in the order of the shard."""
+    done = {(result.matrix.target.key, result.matrix.index): result for result in results}
+    for piece in window:
+        if isinstance(piece, TargetPiece):
+            progress.item(piece.entry.name)
+            for part in work[piece.entry.name]:
+                for i in range(part.target.view.shape(piece.tensor.shape)[0]):
+                    _add(part, done.pop((part.target.key, piece.first + i)), factors)
+                if residuals and not _whole(piece):
+                    with timed("hash"):
+                        part.residual_sha256.update(bytes_of(part.target.view.matrices(piece.tensor)))
         if residuals:
-            behind.submit(residuals.write, bytes_of(_residual(piece.tensor, results)))
+            residuals.write(bytes_of(piece.buffer))
+        progress.advance(len(piece))
 
 
-def _residual(tensor: torch.Tensor, results: dict[View, list[Result]]) -> torch.Tensor:
-    """A tensor with the residuals of its matrices in their place."""
-    replaced: torch.Tensor | None = None
-    for view, parts in results.items():
-        matrices = [result.residual for result in parts if result.residual is not None]
-        if view.slice is None and len(matrices) == 1:
-            return matrices[0].view(tensor.shape)
-        replaced = tensor.clone() if replaced is None else replaced
-        view.store(torch.stack(matrices), replaced)
-    return tensor if replaced is None else replaced
+def _add(part: _Collected, result: Result, factors: TensorFileWriter | None) -> None:
+    part.add(result)
+    target = part.target
+    if factors is None:
+        return
+    if result.correction is not None:
+        factors.add(correction_key(target.key, target.place(result.matrix.index)), result.correction)
+    if part.done == target.matrices[0]:
+        for name, tensor in part.finished_factors().items():
+            factors.add(factor_key(target.key, name), tensor)
 
 
 def _digits(value: float, digits: int) -> float:

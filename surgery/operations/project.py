@@ -12,7 +12,7 @@ from typing import Self
 import torch
 
 from surgery.device import as_memory_allows, choose_device
-from surgery.engine.pipeline import ShardWalk, TargetPiece
+from surgery.engine.walk import ShardWalk, TargetPiece, reported
 from surgery.errors import FormatError, SourceError
 from surgery.format.factors import DAMAGED_HINT, FactorsReader
 from surgery.format.files import not_as_described
@@ -234,11 +234,11 @@ class _Projector:
         with (
             FactorsReader(self._factorized, shard) as reader,
             ShardReader(path, name=path.name) as stored,
-            ShardWalk(stored, {name: some[0].at_a_time for name, some in targets.items()}, progress) as walk,
+            ShardWalk(stored, {name: some[0].at_a_time for name, some in targets.items()}) as walk,
         ):
             if lost := sorted(targets.keys() - {entry.name for entry in stored.header.tensors}):
                 raise FormatError(f"{path}: a target of the manifest is not there", got="nothing", expected=lost[0])
-            for piece in walk:
+            for piece in reported(walk, progress):
                 if isinstance(piece, TargetPiece):
                     self._piece(piece, targets[piece.entry.name], reader)
         if walk.sha256 != expected.sha256:

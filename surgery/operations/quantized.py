@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,7 +20,7 @@ from surgery.source.select import index_entries
 
 
 class Dequantizer:
-    """Reads scales and applies them. A context manager, for one thread.
+    """Reads scales and applies them. A context manager, for any number of threads.
 
     Args:
         path: from the name of a weight file of the source to where it is on this machine.
@@ -29,6 +30,7 @@ class Dequantizer:
         self._path = path
         self._files = ExitStack()
         self._readers: dict[str, tuple[ShardReader, dict[str, TensorEntry]]] = {}
+        self._opening = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -38,10 +40,18 @@ class Dequantizer:
 
     def reader(self, shard: str) -> tuple[ShardReader, dict[str, TensorEntry]]:
         """An open weight file and its entries by name."""
-        if shard not in self._readers:
-            reader = self._files.enter_context(ShardReader(self._path(shard), name=shard))
-            self._readers[shard] = (reader, {entry.name: entry for entry in reader.header.tensors})
-        return self._readers[shard]
+        with self._opening:
+            if shard not in self._readers:
+                reader = self._files.enter_context(ShardReader(self._path(shard), name=shard))
+                self._readers[shard] = (reader, {entry.name: entry for entry in reader.header.tensors})
+            return self._readers[shard]
+
+    def forget(self, shard: str) -> None:
+        """Close a weight file, which is going to be dropped and is not read any more."""
+        with self._opening:
+            reader, _ = self._readers.pop(shard, (None, None))
+        if reader is not None:
+            reader.close()
 
     def scales(self, scaled: Scaled, first: int = 0, count: int | None = None) -> torch.Tensor:
         """The scales of a weight, or of ``count`` matrices of a stack."""

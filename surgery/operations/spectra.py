@@ -14,7 +14,7 @@ import torch
 
 from surgery import __version__
 from surgery.device import as_memory_allows, choose_device, device_name
-from surgery.engine.pipeline import ShardWalk, TargetPiece
+from surgery.engine.walk import ShardWalk, TargetPiece, reported
 from surgery.errors import OptionError, WeightError
 from surgery.format.safetensors import ShardReader
 from surgery.linalg.spectrum import compare, spectrum
@@ -81,7 +81,7 @@ def spectra(
     source = open_source(model, revision=revision, subfolder=subfolder)
     # The rank is of no account: what is told depends on top.
     choice = Choice(1, None, None, tuple(include), tuple(exclude), None if recipe is None else str(recipe), split)
-    steps = make_plan(source, choice, "overlay", where.type)
+    steps = make_plan(source, choice, "overlay")
     other = None if tuned is None else open_source(tuned, subfolder=subfolder)
     measure = _Measure(top, subspace, tolerance, seed, where)
     targets = _walk(source, steps, other, measure, progress)
@@ -171,9 +171,9 @@ def _walk(source: Source, steps: Plan, other: Source | None, measure: _Measure, 
                 portions = {name: parts[0].at_a_time for name, parts in inside.items()}
                 with (
                     ShardReader(source.fetch(shard.file), name=shard.file) as reader,
-                    ShardWalk(reader, portions, progress) as walk,
+                    ShardWalk(reader, portions) as walk,
                 ):
-                    for piece in walk:
+                    for piece in reported(walk, progress):
                         if isinstance(piece, TargetPiece):
                             described += _piece(piece, inside[piece.entry.name], dequantizer, tuned, measure, prefix)
     finally:

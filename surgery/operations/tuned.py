@@ -8,7 +8,7 @@ from typing import Self
 
 import torch
 
-from surgery.engine.pipeline import TargetPiece
+from surgery.engine.walk import TargetPiece
 from surgery.errors import FormatError, SourceError, WeightError
 from surgery.names import FACTORIZABLE_DTYPES
 from surgery.operations.quantized import Dequantizer

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from surgery.device import as_memory_allows, choose_device
-from surgery.engine.pipeline import ShardWalk, TargetPiece
+from surgery.engine.walk import ShardWalk, TargetPiece, reported
 from surgery.errors import FormatError, OptionError, SurgeryError
 from surgery.format.factors import FactorsHash, FactorsReader
 from surgery.format.files import FileRecord, file_sha256
@@ -190,7 +190,7 @@ def _weights(
             raise OptionError("--base is not needed here: this checkpoint holds its own weights", hint="leave --base out")
         return OwnWeights(folder)
     if base is not None:
-        weights = open_base(base, manifest)
+        weights = BaseWeights(open_base(base, manifest))
         if (download := weights.bytes_to_fetch()) is not None:
             check_room(*download)
         return weights
@@ -223,10 +223,10 @@ def _check_shard(
         path, expected = weights.file(shard)
         source = stack.enter_context(ShardReader(path, name=path.name))
         portions = {name: checks[0].target.at_a_time for name, checks in by_name.items()}
-        walk = stack.enter_context(ShardWalk(source, portions, progress))
+        walk = stack.enter_context(ShardWalk(source, portions))
         shards = {shard.source.file: shard for shard in manifest.shards}
         dequantizer = stack.enter_context(Dequantizer(lambda file: shard_path(weights, shards, file)))
-        for piece in walk:
+        for piece in reported(walk, progress):
             if not isinstance(piece, TargetPiece):
                 continue
             for checked in by_name[piece.entry.name]:

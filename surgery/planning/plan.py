@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import os
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from surgery.errors import FormatError, OptionError
-from surgery.format.safetensors import TORCH_DTYPES, Header
-from surgery.linalg.triplets import workspace_bytes
+from surgery.format.safetensors import Header
+from surgery.planning.memory import CORRECTION_BYTES, Memory, Resources, collected_bytes, need_to_factorize, share_out
 from surgery.planning.quantization import read_quantization
 from surgery.planning.recipes import Recipe, builtin_recipes, find_recipe, recipe_for_family
 from surgery.planning.targets import Choice, Model, Skipped, Target, check_choice, choose, matches
@@ -19,21 +15,6 @@ from surgery.source.model import Source, check_index
 
 Layout = Literal["residual", "overlay"]
 LAYOUTS: tuple[Layout, ...] = ("residual", "overlay")
-
-#: Upper estimate of the correction, bytes per weight (measured: 0.06-0.15).
-_CORRECTION_BYTES = 0.25
-#: The interpreter with torch loaded (220 MB), the libraries' own buffers, and what the allocator keeps of freed blocks.
-_BASE_MEMORY = 400 << 20
-#: Float64 temporaries of the block-wise arithmetic, per core.
-_BLOCK_MEMORY = 32 << 20
-#: What the manifest says of a matrix and of each of its directions, as objects, and as text in the making.
-_MATRIX_MEMORY = 4096
-_DIRECTION_MEMORY = 256
-#: Bytes of a shard that are held at a time on a GPU, so that its matrices of one shape are solved together. A constant,
-#: not what happens to be free: which matrices share a batch is part of what makes a run repeatable to the bit.
-GPU_WINDOW_BYTES = 2 << 30
-#: On a GPU: the context with its libraries, and the temporaries of the certificate and of the lossless arithmetic.
-_GPU_BASE_MEMORY = 3 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +40,7 @@ class Plan:
         notes: what the user should know before the run.
         bytes_read, bytes_written: over the whole run; written is an upper estimate.
         temporary_bytes: what a model from the hub still takes in its cache.
-        window_bytes: how much of a shard is held at a time; one target if that is more.
-        peak_memory_bytes: upper estimate of the host memory needed.
-        device_memory_bytes: the same of a GPU's, 0 without one. With less, batches become smaller, and what does not
-            fit at all is done on the CPU.
+        memory: how many matrices are worked on at a time, and what that takes.
     """
 
     layout: Layout
@@ -74,9 +52,7 @@ class Plan:
     bytes_read: int
     bytes_written: int
     temporary_bytes: int
-    window_bytes: int
-    peak_memory_bytes: int
-    device_memory_bytes: int
+    memory: Memory
 
     @property
     def targets(self) -> list[Target]:
@@ -89,9 +65,9 @@ class Plan:
 
 
 def make_plan(
-    source: Source, choice: Choice, layout: Layout | None = None, device: str = "cpu", *, correction: bool = True
+    source: Source, choice: Choice, layout: Layout | None = None, resources: Resources | None = None, *, correction: bool = True
 ) -> Plan:
-    """Plan a factorization, on a kind of device (``cpu``, ``cuda``, ``mps``), without reading a weight.
+    """Plan a factorization without reading a weight; without ``resources`` for one core.
 
     Without a layout it is the residual one, or the overlay where a target is quantized.
 
@@ -137,8 +113,7 @@ def make_plan(
     factors = sum(target.factor_bytes + _described_bytes(target) for target in every)
     written = others + factors
     if layout == "residual":
-        written += weights + (int(_CORRECTION_BYTES * sum(target.entries for target in every)) if correction else 0)
-    window = GPU_WINDOW_BYTES if device == "cuda" else 0
+        written += weights + (int(CORRECTION_BYTES * sum(target.entries for target in every)) if correction else 0)
     download = source.bytes_to_fetch()
     return Plan(
         layout=layout,
@@ -150,12 +125,9 @@ def make_plan(
         bytes_read=weights + sum(twice.values()),
         bytes_written=written,
         temporary_bytes=download[1] if download else 0,
-        window_bytes=window,
-        # Of a window: the weights; for the residual layout as many residuals, and corrections; the factors.
-        peak_memory_bytes=int(window * (2.25 if layout == "residual" else 1.1))
-        + max(_peak_memory(target, layout) for target in every)
-        + _collected_memory(every),
-        device_memory_bytes=max(_device_memory(target, window) for target in every) if device == "cuda" else 0,
+        memory=share_out(
+            [need_to_factorize(target) for target in every], resources or Resources(), kept=collected_bytes(every)
+        ),
     )
 
 
@@ -238,43 +210,6 @@ def _split_notes(choice: Choice, targets: list[Target]) -> list[str]:
     return ["--split changes nothing here: no target is known to fuse several projections"]
 
 
-def _device_memory(target: Target, window: int) -> int:
-    dtype = _working_dtype(target)
-    _, m, n = target.matrices
-    matrix = m * n * dtype.itemsize
-    return _GPU_BASE_MEMORY + max(1, window // matrix) * (matrix + workspace_bytes(m, n, target.rank, dtype))
-
-
-def _working_dtype(target: Target) -> torch.dtype:
-    """In which a weight reaches the SVD: its own, or float32 where it is quantized."""
-    return torch.float32 if target.scaled is not None else TORCH_DTYPES[target.dtype]
-
-
 def _described_bytes(target: Target) -> int:
     """Upper estimate of what a target takes in headers, manifest and scales besides its numbers."""
     return 8 * len(target.key) + 4096 + target.matrices[0] * (64 * target.rank + 2048)
-
-
-def _peak_memory(target: Target, layout: Layout) -> int:
-    count, m, n = target.matrices
-    dtype = _working_dtype(target)
-    held = math.prod(target.shape) * dtype.itemsize  # all of the tensor, also where only a slice is meant
-    if target.at_a_time is not None:
-        held = held // count * min(count, target.at_a_time)
-    # The one in work, the one read ahead; residuals: one being written, one behind it; slices are cut out and put back.
-    copies = 2 + (3 if layout == "residual" else 0) + (2 if target.view.slice else 0)
-    working = workspace_bytes(m, n, target.rank, dtype)
-    blocks = _BLOCK_MEMORY * (os.cpu_count() or 1)
-    return int(_BASE_MEMORY + blocks + copies * held + working + held // dtype.itemsize * _CORRECTION_BYTES)
-
-
-def _collected_memory(targets: list[Target]) -> int:
-    """What is kept besides the weights: the factors of a stack until the last of its matrices is done, and of all matrices
-    what the manifest will say of them, as objects and as text."""
-    factors: dict[str, int] = {}
-    for target in targets:
-        if target.matrices[0] > 1:
-            # Those of each slice, and those of one of them once more, put together.
-            factors[target.tensor] = factors.get(target.tensor, target.factor_bytes) + target.factor_bytes
-    described = sum(target.matrices[0] * (_MATRIX_MEMORY + _DIRECTION_MEMORY * target.rank) for target in targets)
-    return max(factors.values(), default=0) + described

@@ -42,6 +42,21 @@ class Source(Protocol):
     def fetch(self, file: str) -> Path:
         """A local path of one of its files, downloaded if need be."""
 
+    def acquire(self, file: str) -> Path:
+        """``fetch`` for a weight file that is needed until as many calls of ``release`` say that it is not."""
+
+    def release(self, file: str) -> None:
+        """See ``acquire``."""
+
+    def wait_for_room(self) -> None:
+        """Returns when the next weight file may be acquired, or after ``close``."""
+
+    def close(self) -> None:
+        """Nothing more is wanted."""
+
+    def sha256(self, file: str) -> str | None:
+        """Of a weight file that has been fetched, if somebody else than the file itself says so."""
+
     def folder(self) -> Path | None:
         """What must not be written to: the folder it is in, or the hub's cache."""
 
@@ -52,7 +67,26 @@ class Source(Protocol):
         """Where a download will go and how much it still is; None for a local model."""
 
 
-class FolderSource:
+class Stays:
+    """A source whose weight files stay where they are."""
+
+    def fetch(self, file: str) -> Path:
+        raise NotImplementedError
+
+    def acquire(self, file: str) -> Path:
+        return self.fetch(file)
+
+    def release(self, file: str) -> None: ...
+
+    def wait_for_room(self) -> None: ...
+
+    def close(self) -> None: ...
+
+    def sha256(self, file: str) -> str | None:
+        return None
+
+
+class FolderSource(Stays):
     """A model in a local folder, or a snapshot of one from the hub's cache."""
 
     def __init__(

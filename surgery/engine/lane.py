@@ -1,0 +1,115 @@
+"""One device with the threads and the memory that serve it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self, TypeVar
+
+import torch
+
+from surgery.engine.buffers import Buffers
+from surgery.engine.threads import WriteBehind
+from surgery.engine.walk import Piece, windows
+from surgery.memory import keep_scratch
+from surgery.timing import Timing
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+
+#: Windows that may wait for the writer; their memory is bounded by the buffers.
+_WAITING = 64
+
+
+class Lane:
+    """Workers, each taking one window of a shard from its bytes to what is written of it. A context manager.
+
+    A worker is one thread, on a CPU with one core: nothing that it computes depends on how many there are. On a GPU each
+    has a stream of its own, so that copies of one go on beside the arithmetic of another.
+
+    Args:
+        device: where the arithmetic runs.
+        workers: how many.
+        buffer_bytes: host memory for what is between the reader and the writer.
+        timing: told where the time goes.
+    """
+
+    def __init__(self, device: torch.device, workers: int, buffer_bytes: int, timing: Timing | None = None) -> None:
+        self.device = device
+        self.workers = workers
+        self.timing = timing
+        self.buffers = Buffers(buffer_bytes, pinned=device.type == "cuda")
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="surgery-work", initializer=self._start_worker)
+        self._streams = threading.local()
+
+    def __enter__(self) -> Self:
+        self._threads = torch.get_num_threads()
+        return self
+
+    def stop(self) -> None:
+        """Give up what has not been begun, and wake who waits for it."""
+        self.buffers.stop()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+        self._pool.shutdown()
+        torch.set_num_threads(self._threads)  # the libraries below have one setting for all threads
+
+    def _start_worker(self) -> None:
+        torch.set_num_threads(1)
+        keep_scratch()
+        if self.timing is not None:
+            self.timing.watch("worker")
+        if self.device.type == "cuda":
+            self._streams.own = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        if self.device.type != "cuda":
+            yield
+            return
+        with torch.cuda.device(self.device), torch.cuda.stream(self._streams.own):
+            yield
+            self._streams.own.synchronize()  # the results go to other threads
+
+    def submit(self, work: Callable[[_In], _Out], item: _In) -> Future[_Out]:
+        """``work(item)`` by the next worker that is free."""
+
+        def run() -> _Out:
+            with self._on_device():
+                return work(item)
+
+        return self._pool.submit(run)
+
+    def flow(
+        self,
+        pieces: Iterable[Piece],
+        window_bytes: int,
+        work: Callable[[Sequence[Piece]], _Out],
+        finish: Callable[[Sequence[Piece], _Out], object],
+        read: Callable[[], object],
+    ) -> None:
+        """``finish(window, work(window))`` for each window of a shard.
+
+        Args:
+            pieces: of the shard, in this lane's buffers.
+            window_bytes: how long a window is at least, but for the last one.
+            work: done by the workers, several at a time.
+            finish: called in one thread, in the order of the shard. Then the memory of the window is lent to others.
+            read: called when all of the shard has been read.
+        """
+        with WriteBehind(_WAITING, failed=self.buffers.stop) as behind:
+            for window in windows(pieces, window_bytes):
+                behind.submit(self._finish, window, self.submit(work, window), finish)
+            read()
+
+    def _finish(self, window: list[Piece], result: Future[_Out], finish: Callable[[Sequence[Piece], _Out], object]) -> None:
+        if self.timing is not None:
+            self.timing.watch("writer")
+        finish(window, result.result())
+        for piece in window:
+            self.buffers.give(piece.buffer)

@@ -1,0 +1,134 @@
+"""The jobs of a run in this process: a shard at a time on each device, the end of one beside the beginning of the next."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any, Generic, TypeVar
+
+from surgery.engine.lane import Lane
+from surgery.engine.threads import ReadAhead, Stopped
+
+_Job = TypeVar("_Job")
+_Result = TypeVar("_Result")
+
+#: Shards in hand on a lane: one being read, one whose last matrices are computed and written.
+_IN_HAND = 2
+
+
+def run_jobs(
+    work: Callable[[_Job, Lane, Callable[[], object]], _Result], jobs: Iterator[_Job], lanes: Sequence[Lane]
+) -> Generator[tuple[_Job, _Result], None, None]:
+    """Jobs with their results, in the order in which they are finished. To be closed when left early.
+
+    The next job is made, which may be a download, while others are worked on.
+
+    Args:
+        work: ``work(job, lane, read)``, which calls ``read`` once its shard has been read: then the lane turns to the next.
+        jobs: in order.
+        lanes: one for each device; entered and left here.
+
+    Raises:
+        The first error of a job, or of making one, when those that need not be read any more have been handed out.
+    """
+    finished: queue.SimpleQueue[tuple[Any, Any, BaseException | None]] = queue.SimpleQueue()
+    with ExitStack() as stack:
+        for lane in lanes:
+            stack.enter_context(lane)
+        ahead = stack.enter_context(ReadAhead(jobs))
+        source = _Shared(ahead)
+        runners = []
+        for lane in lanes:
+            turn = threading.Semaphore(1)
+            arguments = (work, source, lane, turn, finished)
+            runners += [threading.Thread(target=_run, args=arguments, name="surgery-job") for _ in range(_IN_HAND)]
+        for runner in runners:
+            runner.start()
+        going, first = len(runners), None
+        try:
+            while going:
+                job, result, error = finished.get()
+                if error is not None:
+                    if first is None:
+                        first = error
+                    # What has been read already is brought to its end: nothing that is nearly done is lost.
+                    source.close()
+                    for lane in lanes:
+                        lane.buffers.stop()
+                elif job is None:
+                    going -= 1
+                else:
+                    yield job, result
+            if first is not None:
+                raise first
+        finally:
+            source.close()
+            if going:
+                for lane in lanes:
+                    lane.stop()
+            for runner in runners:
+                runner.join()
+
+
+class _Shared(Generic[_Job]):
+    """An iterator for several threads."""
+
+    def __init__(self, ahead: ReadAhead[_Job]) -> None:
+        self._ahead = ahead
+        self._items = iter(ahead)
+        self._one = threading.Lock()
+        self._closed = False
+
+    def next(self) -> _Job | None:
+        """None when there are no more, or none are wanted."""
+        with self._one:
+            if self._closed:
+                return None
+            try:
+                return next(self._items)
+            except (StopIteration, Stopped):
+                self._closed = True
+                return None
+
+    def close(self) -> None:
+        """Wakes who waits."""
+        self._closed = True
+        self._ahead.stop()
+
+
+def _run(
+    work: Callable[[Any, Lane, Callable[[], object]], Any],
+    source: _Shared[Any],
+    lane: Lane,
+    turn: threading.Semaphore,
+    finished: queue.SimpleQueue[tuple[Any, Any, BaseException | None]],
+) -> None:
+    try:
+        while True:
+            turn.acquire()
+            over = _Once(turn.release)
+            try:
+                job = source.next()
+                if job is None:
+                    break
+                result = work(job, lane, over)
+            finally:
+                over()
+            finished.put((job, result, None))
+    except BaseException as error:  # raised in the thread that waits for results
+        finished.put((None, None, error))
+    finished.put((None, None, None))
+
+
+class _Once:
+    """A call that is made the first time only."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self._call: Callable[[], object] | None = call
+
+    def __call__(self) -> None:
+        call, self._call = self._call, None
+        if call is not None:
+            call()

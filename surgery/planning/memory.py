@@ -1,0 +1,206 @@
+"""How many matrices are worked on at a time, and the memory that takes, from what may be used."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from surgery.errors import OptionError
+from surgery.format.files import CHUNK_BYTES
+from surgery.format.manifest import TargetRecord
+from surgery.format.safetensors import TORCH_DTYPES
+from surgery.linalg.triplets import workspace_bytes
+from surgery.names import DTYPE_BITS
+from surgery.planning.quantization import FP8
+from surgery.planning.targets import Target
+
+#: Bytes of a shard that are taken at a time, so that small matrices of one shape are solved together. Constants, not what
+#: happens to be free: which matrices share a batch is part of what makes a run repeatable to the bit.
+CPU_WINDOW_BYTES = 8 << 20
+GPU_WINDOW_BYTES = 512 << 20
+#: Windows in work on a GPU at a time: enough to copy, compute and encode at once.
+_GPU_WORKERS = 4
+#: The interpreter with torch loaded (220 MB), the libraries' own buffers, and what the allocator keeps of freed blocks.
+_BASE_MEMORY = 400 << 20
+#: Temporaries of the block-wise arithmetic, per worker.
+_BLOCK_MEMORY = 32 << 20
+#: Upper estimate of the correction, bytes per weight (measured: 0.06-0.15).
+CORRECTION_BYTES = 0.25
+#: What the manifest says of a matrix and of each of its directions, as objects, and as text in the making.
+_MATRIX_MEMORY = 4096
+_DIRECTION_MEMORY = 256
+#: On a GPU: the context with its libraries, and the temporaries of the certificate and of the lossless arithmetic.
+_GPU_BASE_MEMORY = 3 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What a run may use.
+
+    Attributes:
+        device: ``cpu``, ``cuda`` or ``mps``.
+        lanes: how many devices.
+        cores: threads that may compute, over all devices.
+        memory: bytes of host memory; None: no matter.
+        strict: whether a run that cannot keep to that is refused; otherwise it takes what one matrix at a time needs.
+        device_memory: bytes of each GPU.
+    """
+
+    device: str = "cpu"
+    lanes: int = 1
+    cores: int = 1
+    memory: int | None = None
+    strict: bool = False
+    device_memory: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """How a run uses its memory.
+
+    Attributes:
+        workers: windows in work at a time on each device.
+        window_bytes: how long a window is at least, but at the end of a shard; one target if that is more.
+        buffer_bytes: host memory of each device for what is between the reader and the writer.
+        peak_bytes: upper estimate of the host memory needed.
+        device_bytes: the same of each GPU's, 0 without one. With less, batches become smaller, and what does not fit at
+            all is done on the CPU.
+    """
+
+    workers: int
+    window_bytes: int
+    buffer_bytes: int
+    peak_bytes: int
+    device_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What one tensor takes.
+
+    Attributes:
+        key, shape: of it, for messages.
+        held: bytes that are read of it at a time.
+        working: host memory of a worker besides what is held, or on a GPU that of the GPU.
+        matrix: bytes of one matrix.
+    """
+
+    key: str
+    shape: Sequence[int]
+    held: int
+    working: int
+    matrix: int
+
+
+def need_to_factorize(target: Target) -> Need:
+    """What the SVD and the split of a target take."""
+    _, m, n = target.matrices
+    # In which the weight reaches the SVD: its own dtype, or float32 where it is quantized.
+    dtype = torch.float32 if target.scaled is not None else TORCH_DTYPES[target.dtype]
+    held = _held(target.shape, target.dtype, target.at_a_time)
+    copies = _copies(held, target.dtype, target.scaled is not None, target.view.slice is not None)
+    working = copies + workspace_bytes(m, n, target.rank, dtype)
+    return Need(target.key, target.shape, held, working, m * n * dtype.itemsize)
+
+
+def need_to_fold(target: TargetRecord) -> Need:
+    """What the recovery and the update of a target take."""
+    _, m, n = target.matrices
+    fp8 = target.dtype == FP8
+    held = _held(target.shape, target.dtype, target.at_a_time)
+    # The factors as they are, as integers in float64, and as what is added; the correction.
+    working = _copies(held, target.dtype, fp8, target.slice is not None) + 32 * target.rank * (m + n) + held // 8
+    return Need(target.key, target.shape, held, working, m * n * (4 if fp8 else TORCH_DTYPES[target.dtype].itemsize))
+
+
+def _held(shape: Sequence[int], dtype: str, at_a_time: int | None) -> int:
+    """Bytes that are read of a tensor at a time: all of it also where only a slice is meant, of a stack some matrices."""
+    held = math.prod(shape) * DTYPE_BITS[dtype] // 8
+    return held if at_a_time is None else held // shape[0] * min(shape[0], at_a_time)
+
+
+def _copies(held: int, dtype: str, quantized: bool, sliced: bool) -> int:
+    """What is made of it before the arithmetic: float32 of FP8 weights; slices, cut out and turned to be contiguous."""
+    return (4 * held * 8 // DTYPE_BITS[dtype] if quantized else 0) + (2 * held if sliced else 0)
+
+
+def share_out(needs: Sequence[Need], resources: Resources, *, kept: int = 0) -> Memory:
+    """As many workers as there are cores and memory for.
+
+    Args:
+        needs: of all tensors of the run.
+        resources: what it may use.
+        kept: host memory that it takes besides.
+
+    Raises:
+        OptionError: a strict limit is too small for one matrix at a time.
+    """
+    window = _window(needs, resources)
+    most = max(1, resources.cores // resources.lanes)
+    if resources.device == "cuda":
+        most = min(most, _GPU_WORKERS)
+    elif resources.device == "mps":
+        most = 1
+    options = [_memory(needs, resources, workers, window, kept) for workers in range(most, 0, -1)]
+    fits = [memory for memory in options if _keeps_to(memory, resources)]
+    least = options[-1].peak_bytes
+    if resources.strict and resources.memory is not None and least > resources.memory:
+        largest = max(needs, key=lambda need: need.held + need.working)
+        raise OptionError(
+            "the memory allowed is too small for one matrix at a time",
+            got=f"{resources.memory / 1e9:.2f} GB",
+            expected=f"at least {least / 1e9:.2f} GB, for {largest.key} {list(largest.shape)}",
+            hint="allow more with --max-memory",
+        )
+    return fits[0] if fits else options[-1]
+
+
+def _keeps_to(memory: Memory, resources: Resources) -> bool:
+    return (resources.memory is None or memory.peak_bytes <= resources.memory) and (
+        resources.device_memory is None or memory.device_bytes <= resources.device_memory
+    )
+
+
+def _window(needs: Sequence[Need], resources: Resources) -> int:
+    if resources.device != "cuda":
+        return CPU_WINDOW_BYTES
+    window = GPU_WINDOW_BYTES
+    if resources.device_memory is not None:
+        while window > CPU_WINDOW_BYTES and _device_bytes(needs, 1, window) > resources.device_memory:
+            window //= 2
+    return window
+
+
+def _memory(needs: Sequence[Need], resources: Resources, workers: int, window: int, kept: int) -> Memory:
+    held = max([CHUNK_BYTES, *(need.held for need in needs)])
+    unit = window + held  # a window is closed by the piece that fills it
+    # One for each worker, one being written, and the piece being read.
+    buffers = (workers + 1) * unit + held
+    work = max([0, *(need.working for need in needs)])
+    # What a window leaves to be written besides itself: corrections, at two bytes or more for each weight.
+    left = int(unit * CORRECTION_BYTES / 2) + _BLOCK_MEMORY
+    # On a GPU the workspace is there; what does not fit there comes here.
+    host = workers * left + (work if resources.device == "cuda" else workers * work)
+    peak = _BASE_MEMORY + resources.lanes * (buffers + host) + kept
+    return Memory(workers, window, buffers, peak, _device_bytes(needs, workers, window) if resources.device == "cuda" else 0)
+
+
+def _device_bytes(needs: Sequence[Need], workers: int, window: int) -> int:
+    # The matrices, those of a batch once more, and what the arithmetic takes.
+    one = max(max(1, window // need.matrix) * (2 * need.matrix + need.working) for need in needs)
+    return _GPU_BASE_MEMORY + workers * one
+
+
+def collected_bytes(targets: Sequence[Target]) -> int:
+    """What factorizing keeps besides the weights: the factors of a stack until the last of its matrices is done, and of all
+    matrices what the manifest will say of them, as objects and as text."""
+    factors: dict[str, int] = {}
+    for target in targets:
+        if target.matrices[0] > 1:
+            # Those of each slice, and those of one of them once more, put together.
+            factors[target.tensor] = factors.get(target.tensor, target.factor_bytes) + target.factor_bytes
+    described = sum(target.matrices[0] * (_MATRIX_MEMORY + _DIRECTION_MEMORY * target.rank) for target in targets)
+    return max(factors.values(), default=0) + described

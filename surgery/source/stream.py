@@ -1,0 +1,100 @@
+"""A model on the hub whose weight files are never all here: each is fetched, used and dropped."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import huggingface_hub
+
+from surgery.errors import SourceError
+from surgery.source.hub import SHA256, HubSource, explained
+from surgery.source.model import Source
+
+
+class StreamedSource(HubSource):
+    """The model of a ``HubSource``, with its weight files in a folder of their own for as long as they are needed.
+
+    What the hub's cache has already is taken from there, and stays there. A download that is interrupted is gone on with.
+
+    Args:
+        source: the model.
+        folder: where weight files come; may hold some from an earlier start.
+        at_a_time: how many may be here before ``wait_for_room`` waits.
+    """
+
+    def __init__(self, source: HubSource, folder: Path, at_a_time: int) -> None:
+        self.name, self.record, self.selection = source.name, source.record, source.selection
+        self.repo_id, self.commit = source.repo_id, source.commit
+        self._prefix, self._files = source._prefix, source._files
+        self._folder = folder
+        self._at_a_time = at_a_time
+        self._users: dict[str, int] = {}
+        self._here: dict[str, Path] = {}
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def _passing(self, file: str) -> bool:
+        return file in self.selection.shards and not self._files[file].is_cached
+
+    def fetch(self, file: str) -> Path:
+        if not self._passing(file):
+            return super().fetch(file)
+        if file not in self._here:
+            with explained(self.repo_id):
+                path = huggingface_hub.hf_hub_download(
+                    self.repo_id, self._prefix + file, revision=self.commit, local_dir=self._folder
+                )
+            self._here[file] = Path(path)
+        return self._here[file]
+
+    def acquire(self, file: str) -> Path:
+        if self._passing(file):
+            with self._changed:
+                self._users[file] = self._users.get(file, 0) + 1
+        return self.fetch(file)
+
+    def release(self, file: str) -> None:
+        with self._changed:
+            if file not in self._users:
+                return
+            self._users[file] -= 1
+            if self._users[file] == 0:
+                del self._users[file]
+                self._here.pop(file, self._folder / file).unlink(missing_ok=True)
+                self._changed.notify_all()
+
+    def wait_for_room(self) -> None:
+        with self._changed:
+            while len(self._users) >= self._at_a_time and not self._closed:
+                self._changed.wait()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def sha256(self, file: str) -> str | None:
+        if not self._passing(file):
+            return super().sha256(file)
+        with explained(self.repo_id):
+            url = huggingface_hub.hf_hub_url(self.repo_id, self._prefix + file, revision=self.commit)
+            etag = huggingface_hub.get_hf_file_metadata(url).etag
+        return etag if etag is not None and SHA256.fullmatch(etag) else None
+
+    def bytes_to_fetch(self) -> tuple[Path, int] | None:
+        shards = sorted((self.size(file) for file in self.selection.shards if self._passing(file)), reverse=True)
+        others = sum(self.size(file) for file in self.selection.others if not self._files[file].is_cached)
+        return self._folder, sum(shards[: self._at_a_time]) + others
+
+
+def streamed(source: Source, folder: Path, at_a_time: int) -> StreamedSource:
+    """The same model, streamed; see ``StreamedSource``.
+
+    Raises:
+        SourceError: it is not on the hub, or the hub cannot be reached.
+    """
+    if not isinstance(source, HubSource):
+        where = "is a local folder" if source.record.kind == "folder" else "comes from the local cache: the hub is not reached"
+        raise SourceError(f"{source.name} {where}: there is nothing to stream", hint="leave --stream out")
+    return StreamedSource(source, folder, at_a_time)
