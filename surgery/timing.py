@@ -26,10 +26,16 @@ class Timing:
     Args:
         wait_for_device: called at both ends of a stage, so that work which a GPU does by itself is counted where it belongs.
             It takes away from the overlap: for profiles only.
+
+    Attributes:
+        wall: seconds that the shards took, from beginning to end.
+        threads: how many there were of each kind.
     """
 
     def __init__(self, wait_for_device: Callable[[], object] | None = None) -> None:
         self.wait_for_device = wait_for_device
+        self.wall = 0.0
+        self.threads: dict[str, int] = {}
         self._seconds: Seconds = {}
         self._lock = threading.Lock()
 

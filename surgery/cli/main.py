@@ -17,12 +17,18 @@ import click
 from surgery import __version__
 from surgery.cli.options import (
     device_option,
+    devices_option,
     json_option,
+    memory_options,
     notes_and_quiet,
     overlay_base_option,
     overwrite_option,
+    profile_option,
+    push_options,
     quiet_option,
+    stream_option,
 )
+from surgery.cli.profile import profile_figures, profile_text
 from surgery.cli.report import Bar, plan_text, say, size, table
 from surgery.cli.scaling import blend, project, scales
 from surgery.cli.study import recommend, spectra
@@ -87,7 +93,7 @@ main.add_command(spectra)
 
 def _planning(command: Callable[..., None]) -> Callable[..., None]:
     """The options that a plan depends on, for ``plan`` and ``factorize``."""
-    options = [
+    options: list[Callable[[Callable[..., None]], Callable[..., None]]] = [
         click.option("--rank", type=int, metavar="K", help="Singular directions to keep of each matrix.  [default: 16]"),
         click.option("--energy", type=float, metavar="X", help="Keep this share of each one's squared norm (0 to 1) instead."),
         click.option("--max-rank", type=int, metavar="K", help="With --energy: the most directions.  [default: 256]"),
@@ -114,7 +120,9 @@ def _planning(command: Callable[..., None]) -> Callable[..., None]:
         ),
         click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model."),
         click.option("--subfolder", metavar="PATH", help="The model in this subfolder, as in a diffusion pipeline."),
-        device_option,
+        devices_option,
+        memory_options,
+        stream_option,
     ]
 
     for option in reversed(options):
@@ -130,8 +138,10 @@ def _planning(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--tolerance", default=1e-5, show_default=True, help="Residual over the largest singular value at which the SVD stops."
 )
+@push_options
 @overwrite_option
 @click.option("--dry-run", is_flag=True, help="Print what surgery plan prints, and stop.")
+@profile_option
 @json_option
 @quiet_option
 @notes_and_quiet
@@ -140,8 +150,11 @@ def factorize(
     out: Path,
     seed: int,
     tolerance: float,
+    push_to_hub: str | None,
+    private: bool,
     overwrite: bool,
     dry_run: bool,
+    profile: bool,
     as_json: bool,
     quiet: bool,
     **chosen: Any,
@@ -153,18 +166,32 @@ def factorize(
     every tensor that is passed over, with the reason.
     """
     from surgery.operations import factorize as operation
+    from surgery.timing import Timing
 
     if dry_run:
         _show_plan(model, chosen, as_json)
         return
+    timing = Timing() if profile else None
     start = time.perf_counter()
     manifest = operation.factorize(
-        model, out, **chosen, seed=seed, tolerance=tolerance, overwrite=overwrite, progress=Bar(quiet=quiet)
+        model,
+        out,
+        **chosen,
+        seed=seed,
+        tolerance=tolerance,
+        push_to_hub=push_to_hub,
+        private=private,
+        overwrite=overwrite,
+        progress=Bar(quiet=quiet),
+        timing=timing,
     )
     seconds = time.perf_counter() - start
     if as_json:
-        click.echo(json.dumps({"schema_version": 1, "out": str(out), "seconds": round(seconds, 3), **_totals(manifest)}))
+        figures = {"seconds": round(seconds, 3), **_totals(manifest), **profile_figures(timing)}
+        click.echo(json.dumps({"schema_version": 1, "out": str(out), **figures}))
     else:
+        if timing is not None:
+            click.echo(profile_text(timing))
         totals = _totals(manifest)
         say(
             f"{out}: {totals['matrices']} matrices at rank {_ranks(manifest)}, {totals['trainable']} trainable scales, "
@@ -189,12 +216,12 @@ def plan(model: str, every: bool, as_json: bool, **chosen: Any) -> None:
 
 
 def _show_plan(model: str, chosen: dict[str, Any], as_json: bool, *, every: bool = False) -> None:
-    from surgery.device import choose_device
+    from surgery.device import choose_devices
     from surgery.operations import factorize as operation
     from surgery.planning.estimate import estimate_seconds
 
     steps = operation.plan(model, **chosen)
-    seconds = estimate_seconds(steps, choose_device(chosen["device"]))
+    seconds = estimate_seconds(steps, choose_devices(chosen["device"])[0])
     click.echo(operation.plan_as_json(steps, seconds) if as_json else plan_text(steps, seconds, every=every))
 
 
@@ -263,8 +290,12 @@ def _totals(manifest: Manifest) -> dict[str, Any]:
     help="Folder of a LoRA adapter trained together with the scales, added before the one rounding.",
 )
 @click.option("--dequantize", is_flag=True, help="Write FP8 weights as bfloat16, and drop the quantization from config.json.")
-@device_option
+@devices_option
+@memory_options
+@stream_option
+@push_options
 @overwrite_option
+@profile_option
 @json_option
 @quiet_option
 @notes_and_quiet
@@ -275,10 +306,10 @@ def fold(
     base: str | None,
     lora: Path | None,
     dequantize: bool,
-    device: str,
-    overwrite: bool,
+    profile: bool,
     as_json: bool,
     quiet: bool,
+    **chosen: Any,
 ) -> None:
     """Fold the scales in file SCALES into the weights of folder FACTORIZED.
 
@@ -286,7 +317,9 @@ def fold(
     Scales that are all 1 give back the original files byte for byte. A changed FP8 weight is quantized again.
     """
     from surgery.operations import fold as operation
+    from surgery.timing import Timing
 
+    timing = Timing() if profile else None
     start = time.perf_counter()
     report = operation.fold(
         factorized,
@@ -294,10 +327,10 @@ def fold(
         out,
         base=base,
         lora=lora,
-        device=device,
         dequantize=dequantize,
-        overwrite=overwrite,
+        **chosen,
         progress=Bar(quiet=quiet),
+        timing=timing,
     )
     seconds = time.perf_counter() - start
     written = sum(record.size for record in report.files)
@@ -310,6 +343,7 @@ def fold(
             "lossless": report.lossless,
             "dequantized": report.dequantized,
             "adapted": report.adapted,
+            **profile_figures(timing),
         }
         click.echo(
             json.dumps(
@@ -328,6 +362,8 @@ def fold(
         outcome += ", FP8 weights now bfloat16"
     if not report.lossless:
         outcome += ", the others only nearly the source's (made with --no-correction)"
+    if timing is not None:
+        click.echo(profile_text(timing))
     say(f"{out}: {outcome}; {size(written)} in {seconds:.1f} s", quiet=quiet)
 
 
@@ -343,11 +379,12 @@ def fold(
     help="Format: a LoRA adapter as PEFT stores it.",
 )
 @click.option("-o", "--out", default="adapter", show_default=True, type=click.Path(path_type=Path), help="Folder to write.")
+@push_options
 @overwrite_option
 @json_option
 @quiet_option
 @notes_and_quiet
-def export(factorized: Path, scales: Path, kind: str, out: Path, overwrite: bool, as_json: bool, quiet: bool) -> None:
+def export(factorized: Path, scales: Path, kind: str, out: Path, as_json: bool, quiet: bool, **chosen: Any) -> None:
     """Write the scales in file SCALES as a LoRA adapter against the original model of folder FACTORIZED.
 
     PEFT loads it, and merges it to what fold writes; all modules have one rank, so that vLLM takes it as well. What an
@@ -356,7 +393,7 @@ def export(factorized: Path, scales: Path, kind: str, out: Path, overwrite: bool
     from surgery.operations.export import export as operation
 
     start = time.perf_counter()
-    report = operation(factorized, scales, out, overwrite=overwrite, progress=Bar(quiet=quiet))
+    report = operation(factorized, scales, out, **chosen, progress=Bar(quiet=quiet))
     seconds = time.perf_counter() - start
     if as_json:
         figures = {"format": kind, "modules": report.modules, "rank": report.rank, "bytes_written": report.bytes_written}

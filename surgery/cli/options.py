@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Callable
 from functools import wraps
@@ -18,10 +19,55 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print one JS
 device_option = click.option(
     "--device", default="auto", show_default=True, metavar="DEVICE", help="auto, cpu, cuda, cuda:N or mps."
 )
+devices_option = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    metavar="DEVICE",
+    help="auto, cpu, cuda, cuda:N, mps; several as cuda:0,cuda:1; all CUDA devices: all.",
+)
+stream_option = click.option(
+    "--stream", is_flag=True, help="Of a hub model keep no more than two weight files on the disk at a time."
+)
+profile_option = click.option("--profile", is_flag=True, help="Show where the time went.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an earlier result in the output folder.")
 overlay_base_option = click.option(
     "--base", metavar="MODEL", help="For an overlay: the model it was made from, if not the one the manifest names."
 )
+
+
+_UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]*)?)\s*([KMGT]I?)?B?", re.IGNORECASE)
+
+
+def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """A number of bytes such as 8GB, 7.5GiB or 500000000."""
+    if value is None:
+        return None
+    match = _SIZE.fullmatch(value.strip())
+    if match is None:
+        raise click.BadParameter(f"{value!r} is no size such as 8GB, 500MB or 7.5GiB")
+    return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
+
+
+def memory_options(command: Callable[..., None]) -> Callable[..., None]:
+    """How much memory a run may take."""
+    host = "Host memory to keep to, such as 8GB.  [default: half of what is free]"
+    limit = click.option("--max-memory", callback=_bytes, metavar="SIZE", help=host)
+    device = "The same of each GPU.  [default: four fifths of it]"
+    of_device = click.option("--max-device-memory", callback=_bytes, metavar="SIZE", help=device)
+    return limit(of_device(command))
+
+
+def push_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Where a result goes besides the disk."""
+    repo = click.option(
+        "--push-to-hub", metavar="REPO", help="Upload the result to this hub repository as well, while it is made."
+    )
+    public = click.option(
+        "--private/--public", default=True, show_default=True, help="What a repository that is made for it is."
+    )
+    return repo(public(command))
 
 
 def notes_and_quiet(command: Callable[..., None]) -> Callable[..., None]:

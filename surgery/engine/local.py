@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, Generic, TypeVar
@@ -46,7 +47,7 @@ def run_jobs(
             runners += [threading.Thread(target=_run, args=arguments, name="surgery-job") for _ in range(_IN_HAND)]
         for runner in runners:
             runner.start()
-        going, first = len(runners), None
+        going, first, begun = len(runners), None, time.perf_counter()
         try:
             while going:
                 job, result, error = finished.get()
@@ -70,6 +71,8 @@ def run_jobs(
                     lane.stop()
             for runner in runners:
                 runner.join()
+            if (timing := lanes[0].timing) is not None:
+                timing.wall += time.perf_counter() - begun
 
 
 class _Shared(Generic[_Job]):

@@ -208,9 +208,12 @@ class Manifest:
     targets: list[TargetRecord]
     skipped: list[SkippedRecord]
 
+    def as_bytes(self) -> bytes:
+        """As it is in its file."""
+        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False).encode() + b"\n"
+
     def write(self, folder: Path) -> None:
-        text = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)
-        write_file(folder / MANIFEST_FILE, text.encode() + b"\n")
+        write_file(folder / MANIFEST_FILE, self.as_bytes())
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:

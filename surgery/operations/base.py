@@ -13,7 +13,6 @@ from surgery.format.safetensors import TensorEntry
 from surgery.names import CONFIG_FILE
 from surgery.planning.quantization import Scaled, read_quantization
 from surgery.source.model import Source, open_source
-from surgery.source.stream import streamed
 
 
 class OwnWeights:
@@ -138,7 +137,11 @@ def weight_source(
             f"{factorized} is an overlay on a local model, and does not say where that is",
             hint="--base FOLDER, the model it was factorized from",
         )
-    return BaseWeights(source if stream is None else streamed(source, *stream))
+    if stream is not None:
+        from surgery.source.stream import streamed  # the hub client is slow to import
+
+        source = streamed(source, *stream)
+    return BaseWeights(source)
 
 
 def own_config(factorized: Path, manifest: Manifest) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from surgery.format.scales import check_scales, read_scales
 from surgery.memory import bytes_of
 from surgery.names import CONFIG_FILE
 from surgery.operations.output import check_output_file
+from surgery.operations.publish import publish_adapter, uploading
 from surgery.progress import Progress, Silent
 from surgery.training.carriers import Carrier, Layer, carriers_of, places_of, terms_of
 from surgery.training.placement import Piece, Place
@@ -74,6 +75,8 @@ def export(
     scales: str | Path | Mapping[str, torch.Tensor],
     out: str | Path,
     *,
+    push_to_hub: str | None = None,
+    private: bool = True,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
@@ -86,6 +89,8 @@ def export(
         factorized: a folder written by ``factorize``.
         scales: a scales file, or for the key of each target ``g``.
         out: folder to write; ``adapter_config.json`` comes last.
+        push_to_hub: repo id that the adapter is uploaded to as well. An earlier result of surgery there is replaced.
+        private: whether a repository that is created for it is private.
         overwrite: replace an adapter in ``out``.
         progress: told how far it is.
 
@@ -106,6 +111,16 @@ def export(
         raise OutputError(f"there is a model in {out}, which an adapter must not come into", hint="-o chooses another folder")
     for name in (CONFIG, WEIGHTS):
         check_output_file(out / name, [factorized], overwrite=overwrite)
+    with uploading(push_to_hub, private=private) as upload:
+        report = _written(factorized, manifest, values, out, progress)
+        names = (CONFIG, WEIGHTS)
+        publish_adapter(upload, out, names, manifest, factorized, modules=report.modules, rank=report.rank, progress=progress)
+    return report
+
+
+def _written(
+    factorized: Path, manifest: Manifest, values: Mapping[str, torch.Tensor], out: Path, progress: Progress
+) -> ExportReport:
     model = skeleton(factorized, exact=True)
     updates, carriers = _updates(model, manifest)
     rank = max(update.rank for update in updates)

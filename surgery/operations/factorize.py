@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -36,13 +36,16 @@ from surgery.operations.job import Job, run_job
 from surgery.operations.journal import Journal, differing
 from surgery.operations.lanes import lanes_of, resources_of
 from surgery.operations.output import check_room, is_as_recorded, loading_order, locked, prepare_output
+from surgery.operations.publish import publish_factorized, submit_shard, uploading
 from surgery.planning.memory import Resources
 from surgery.planning.plan import LAYOUTS, Layout, Plan, make_plan
 from surgery.planning.targets import Choice
 from surgery.progress import Progress, Shared, Silent
 from surgery.source.model import Source, open_source
-from surgery.source.stream import streamed
 from surgery.timing import Timing, timed
+
+if TYPE_CHECKING:
+    from surgery.source.upload import Upload
 
 
 def plan(
@@ -66,10 +69,18 @@ def plan(
 ) -> Plan:
     """What ``factorize`` would do with the same arguments, from headers alone."""
     choice = _choice(rank, energy, max_rank, include, exclude, recipe, split)
+    devices = choose_devices(device)
+    source = _open(model, revision, subfolder, (Path(STREAM_DIR), len(devices) + 1) if stream else None)
+    return _plan(source, choice, layout, correction, resources_of(devices, max_memory, max_device_memory))
+
+
+def _open(model: str | Path, revision: str | None, subfolder: str | None, stream: tuple[Path, int] | None) -> Source:
     source = open_source(model, revision=revision, subfolder=subfolder)
-    if stream:
-        source = streamed(source, Path(STREAM_DIR), len(choose_devices(device)) + 1)
-    return _plan(source, choice, layout, correction, resources_of(choose_devices(device), max_memory, max_device_memory))
+    if stream is None:
+        return source
+    from surgery.source.stream import streamed  # the hub client is slow to import
+
+    return streamed(source, *stream)
 
 
 def _choice(
@@ -111,6 +122,8 @@ def factorize(
     max_memory: int | None = None,
     max_device_memory: int | None = None,
     stream: bool = False,
+    push_to_hub: str | None = None,
+    private: bool = True,
     overwrite: bool = False,
     progress: Progress | None = None,
     timing: Timing | None = None,
@@ -146,6 +159,9 @@ def factorize(
         max_device_memory: the same of each GPU, by default four fifths of what it has.
         stream: fetch each weight file of a hub model when its turn comes, and drop it when it has been read: beside the
             result the disk holds one file more than there are devices. Without it the model stays in the hub's cache.
+        push_to_hub: repo id that the result is uploaded to as well, each shard when it is finished. An earlier result of
+            surgery there is replaced.
+        private: whether a repository that is created for it is private.
         overwrite: replace an earlier result in ``out``.
         progress: told how far it is.
         timing: told where the time goes.
@@ -161,9 +177,7 @@ def factorize(
     devices = choose_devices(device)
     check_accuracy(tolerance, seed)
     out = Path(out)
-    source = open_source(model, revision=revision, subfolder=subfolder)
-    if stream:
-        source = streamed(source, out / STREAM_DIR, len(devices) + 1)
+    source = _open(model, revision, subfolder, (out / STREAM_DIR, len(devices) + 1) if stream else None)
     choice = _choice(rank, energy, max_rank, include, exclude, recipe, split)
     steps = _plan(source, choice, layout, correction, resources_of(devices, max_memory, max_device_memory))
     for note in steps.notes:
@@ -171,11 +185,17 @@ def factorize(
     options = OptionsRecord(
         rank, energy, max_rank, steps.recipe, split, correction, list(include), list(exclude), seed, tolerance
     )
-    with locked(out, [folder] if (folder := source.folder()) else [], progress):
+    with (
+        uploading(push_to_hub, private=private) as upload,
+        locked(out, [folder] if (folder := source.folder()) else [], progress),
+    ):
         if (out / MANIFEST_FILE).is_file() and not overwrite:
             manifest = _finished(out, source, steps, options, progress)
             Journal.forget(out)
             progress.note(f"{out} is already complete: nothing to do")
+            for shard in manifest.shards:
+                submit_shard(upload, out, shard)
+            publish_factorized(upload, out, manifest, progress)
             return manifest
         if (download := source.bytes_to_fetch()) is not None and not stream:
             check_room(*download)
@@ -184,9 +204,10 @@ def factorize(
         prepare_output(out, journal, _output_files(source, steps), needed, overwrite=overwrite)
         settings = Settings(steps.layout, correction, seed, tolerance)
         with lanes_of(devices, steps.memory, max_device_memory, timing) as lanes:
-            results = _run_jobs(source, steps, out, settings, journal, lanes, progress)
+            results = _run_jobs(source, steps, out, settings, journal, lanes, upload, progress)
         manifest = _finish(source, steps, out, results, options, devices[0])
         Journal.forget(out)
+        publish_factorized(upload, out, manifest, progress)
     for note in _accuracy_notes(manifest.targets, steps):
         progress.note(note)
     return manifest
@@ -199,6 +220,7 @@ def _run_jobs(
     settings: Settings,
     journal: Journal,
     lanes: Sequence[Lane],
+    upload: Upload | None,
     progress: Progress,
 ) -> list[ShardResult]:
     """The results of all shards: of those that an earlier start of this run has finished from its journal."""
@@ -210,6 +232,7 @@ def _run_jobs(
             done = _recorded(journal, index, out)
             if done is not None:
                 results[index] = done
+                submit_shard(upload, out, done.shard)
                 progress.advance(shard.header.data_bytes)
         if results:
             progress.note(f"going on after {len(results)} of {len(steps.shards)} shards")
@@ -224,6 +247,7 @@ def _run_jobs(
             for job, result in finished:
                 results[job.index] = result
                 journal.record(job.index, result.as_json())
+                submit_shard(upload, out, result.shard)
     finally:
         source.close()
         progress.finish()

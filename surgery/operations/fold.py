@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -41,11 +41,15 @@ from surgery.operations.dense import DenseWeights
 from surgery.operations.journal import Journal
 from surgery.operations.lanes import lanes_of, resources_of
 from surgery.operations.output import files_in, is_as_recorded, loading_order, locked, prepare_output
+from surgery.operations.publish import publish_folded, submit_files, uploading
 from surgery.operations.quantized import index_of, without_quantization
 from surgery.planning.memory import need_to_fold, share_out
 from surgery.progress import Progress, Shared, Silent
 from surgery.source.select import INDEX_SUFFIX
 from surgery.timing import Timing, timed
+
+if TYPE_CHECKING:
+    from surgery.source.upload import Upload
 from surgery.training.adapter import additions_of
 
 _T = TypeVar("_T")
@@ -91,6 +95,8 @@ def fold(
     max_device_memory: int | None = None,
     dequantize: bool = False,
     stream: bool = False,
+    push_to_hub: str | None = None,
+    private: bool = True,
     overwrite: bool = False,
     progress: Progress | None = None,
     timing: Timing | None = None,
@@ -114,6 +120,7 @@ def fold(
             otherwise a changed FP8 weight is quantized again, with fresh scales for its blocks.
         stream: for an overlay, fetch each weight file of the base from the hub when its turn comes, and drop it when it has
             been read.
+        push_to_hub, private: as for ``factorize``.
         overwrite: replace an earlier result in ``out``.
         progress: told how far it is.
         timing: told where the time goes.
@@ -142,6 +149,7 @@ def fold(
     resources = resources_of(devices, max_memory, max_device_memory)
     memory = share_out([need_to_fold(target) for target in manifest.targets], resources)
     with (
+        uploading(push_to_hub, private=private) as upload,
         locked(out, inputs, progress),
         DenseWeights(manifest, factorized, weights, values, to_dense=dequantize, additions=additions) as dense,
         lanes_of(devices, memory, max_device_memory, timing) as lanes,
@@ -152,6 +160,7 @@ def fold(
         if not overwrite and _looks_finished(out, manifest, dequantize):
             report = _compared(out, work, lanes, values, len(additions), progress)
             Journal.forget(out)
+            _publish(upload, report, manifest, progress, submitted=False)
             return report
         journal = Journal(out, _identity(factorized, manifest, weights, values, additions, devices[0], dequantize))
         # What is FP8 takes twice as much in bfloat16.
@@ -159,10 +168,27 @@ def fold(
         needed += sum(record.size for record in manifest.files)
         writes = [shard.source.file for shard in manifest.shards] + [record.file for record in manifest.files]
         prepare_output(out, journal, writes, needed, overwrite=overwrite)
-        files = _fold_shards(work, lanes, out, journal, progress)
+        files = _fold_shards(work, lanes, out, journal, upload, progress)
         _copy_others(factorized, out, manifest, to_dense=dequantize)
         Journal.forget(out)
-    return _report(out, files, manifest, values, len(additions), dequantize=dequantize)
+        report = _report(out, files, manifest, values, len(additions), dequantize=dequantize)
+        _publish(upload, report, manifest, progress, submitted=True)
+    return report
+
+
+def _publish(upload: Upload | None, report: FoldReport, manifest: Manifest, progress: Progress, *, submitted: bool) -> None:
+    if not submitted:
+        for record in report.files:
+            submit_files(upload, report.out, [record])
+    publish_folded(
+        upload,
+        report.out,
+        manifest,
+        changed=report.changed,
+        adapted=report.adapted,
+        dequantized=report.dequantized,
+        progress=progress,
+    )
 
 
 def _additions(factorized: Path, manifest: Manifest, weights: OwnWeights | BaseWeights, lora: Path) -> dict[str, Addition]:
@@ -262,7 +288,9 @@ def _identity(
     }
 
 
-def _fold_shards(work: _Folding, lanes: Sequence[Lane], out: Path, journal: Journal, progress: Progress) -> list[FileRecord]:
+def _fold_shards(
+    work: _Folding, lanes: Sequence[Lane], out: Path, journal: Journal, upload: Upload | None, progress: Progress
+) -> list[FileRecord]:
     """Write all weight files but those that an earlier start of this run has written."""
     shards = work.manifest.shards
     progress.start("folding", sum(shard.source.size for shard in shards))
@@ -277,6 +305,7 @@ def _fold_shards(work: _Folding, lanes: Sequence[Lane], out: Path, journal: Jour
             record = None if known is None else decode_file(known, f"{out}: the journal of shard {index + 1}")
             if known is not None and (record is None or is_as_recorded(out, record)):
                 files[index] = record
+                submit_files(upload, out, [record] if record else [])
                 progress.advance(shard.source.size)
         missing = [shard for index, shard in enumerate(shards) if index not in files]
         places = {shard.source.file: index for index, shard in enumerate(shards)}
@@ -285,6 +314,7 @@ def _fold_shards(work: _Folding, lanes: Sequence[Lane], out: Path, journal: Jour
                 index = places[shard.source.file]
                 files[index] = record
                 journal.record(index, {"file": None if record is None else asdict(record)})
+                submit_files(upload, out, [record] if record else [])
     finally:
         work.weights.close()
         progress.finish()

@@ -36,6 +36,11 @@ def lanes_of(
     for device in limited:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, (max_device_memory or 0) / total), device)
+    if timing is not None:
+        count = len(devices)
+        timing.threads = {"download": 1, "reader": count, "worker": count * memory.workers, "writer": count}
+        if devices[0].type == "cuda":
+            timing.wait_for_device = lambda: torch.cuda.current_stream().synchronize()
     try:
         yield [Lane(device, memory.workers, memory.buffer_bytes, timing) for device in devices]
     finally:

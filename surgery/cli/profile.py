@@ -1,0 +1,59 @@
+"""Where the time of a run went, for people."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from surgery.cli.report import table
+
+if TYPE_CHECKING:
+    from surgery.timing import Timing
+
+_VERDICTS = {
+    "download": "the network bounds this run",
+    "reader": "reading and hashing bound this run",
+    "worker": "the arithmetic bounds this run",
+    "writer": "writing and hashing bound this run",
+}
+
+
+def profile_text(timing: Timing) -> str:
+    """A table of the stages of each kind of thread, how long it waited, and what bounds the run."""
+    rows = []
+    for kind, stages in _by_kind(timing).items():
+        count = timing.threads[kind]
+        for i, (stage, seconds) in enumerate(stages.items()):
+            name = (kind if count == 1 else f"{count} {kind}s") if i == 0 else ""
+            rows.append([name, stage, f"{seconds:.2f}", f"{100 * seconds / (count * timing.wall):.0f} %"])
+    busiest = _busiest(timing)
+    lines = [table(["threads", "stage", "seconds", "of its time"], rows, flush_right=(2, 3))]
+    if busiest is not None:
+        lines.append(f"{timing.wall:.1f} s; {_VERDICTS[busiest]}")
+    return "\n".join(lines)
+
+
+def profile_figures(timing: Timing | None) -> dict[str, Any]:
+    """The same for ``--json``: seconds, summed over the threads of a kind."""
+    if timing is None:
+        return {}
+    stages = {
+        kind: {stage: round(seconds, 3) for stage, seconds in stages.items()} for kind, stages in _by_kind(timing).items()
+    }
+    return {"profile": {"seconds": round(timing.wall, 3), "threads": timing.threads, "stages": stages}}
+
+
+def _by_kind(timing: Timing) -> dict[str, dict[str, float]]:
+    from surgery.timing import STAGES
+
+    measured, found = timing.seconds, {}
+    for kind, names in STAGES.items():
+        stages = {name: measured[kind, name] for name in names if measured.get((kind, name), 0.0) >= 0.0005}
+        if stages and timing.wall:
+            wait = timing.threads[kind] * timing.wall - sum(stages.values())
+            found[kind] = {**stages, "wait": max(0.0, wait)}
+    return found
+
+
+def _busiest(timing: Timing) -> str | None:
+    shares = {kind: 1 - stages["wait"] / (timing.threads[kind] * timing.wall) for kind, stages in _by_kind(timing).items()}
+    return max(shares, key=lambda kind: shares[kind], default=None)
