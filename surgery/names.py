@@ -19,6 +19,7 @@ LOCK_FILE = f"{JOURNAL_DIR}/lock"
 RUN_FILE = f"{JOURNAL_DIR}/run.json"
 FILES_FILE = f"{JOURNAL_DIR}/files.json"
 STREAM_DIR = f"{JOURNAL_DIR}/shards"
+PARTIALS_DIR = f"{JOURNAL_DIR}/partials"
 
 #: The one metadata entry of a scales file, a JSON object. One, since writers do not keep the order of several.
 SCALES_METADATA_KEY = "surgery"

@@ -13,7 +13,7 @@ import surgery
 from surgery.device import as_memory_allows
 from surgery.errors import SurgeryWarning
 from surgery.linalg import svd
-from surgery.operations import batch
+from surgery.operations import batch, engines
 from surgery.operations import factorize as operation
 from surgery.planning import plan as planning
 from surgery.planning.memory import Resources
@@ -70,7 +70,7 @@ def test_a_window_of_several_targets_gives_the_same_model(llama: Path, tmp_path:
         return solve(A, *args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(batch, "truncated_svds", counting)
-    monkeypatch.setattr(operation, "resources_of", lambda *_: Resources("cuda", cores=2))
+    monkeypatch.setattr(engines, "_resources", lambda *_: Resources("cuda", cores=2))
     monkeypatch.setattr(svd, "_in_step", lambda A, k: len(A))
     manifest = surgery.factorize(llama, tmp_path / "f", rank=4, device="cpu")
     assert sizes

@@ -6,7 +6,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -33,8 +33,9 @@ def most_at_a_time(folder: Path) -> Iterator[list[int]]:
 
     def look() -> None:
         while not over.is_set():
-            here = [*folder.glob("*.safetensors"), *folder.rglob("*.incomplete")] if folder.is_dir() else []
-            most[0] = max(most[0], len(here))
+            with suppress(OSError):  # what is listed may be gone by then
+                here = [*folder.glob("*.safetensors"), *folder.rglob("*.incomplete")]
+                most[0] = max(most[0], len(here))
             time.sleep(0.0005)
 
     watcher = threading.Thread(target=look)

@@ -18,6 +18,7 @@ from surgery import __version__
 from surgery.cli.options import (
     device_option,
     devices_option,
+    engine_option,
     json_option,
     memory_options,
     notes_and_quiet,
@@ -37,6 +38,7 @@ from surgery.errors import SurgeryError
 if TYPE_CHECKING:
     from surgery.demo.run import DemoReport
     from surgery.format.manifest import Manifest
+    from surgery.operations.engines import EngineName
 
 # Modules that import torch are imported inside the commands: --help must not wait for them.
 
@@ -138,6 +140,7 @@ def _planning(command: Callable[..., None]) -> Callable[..., None]:
 @click.option(
     "--tolerance", default=1e-5, show_default=True, help="Residual over the largest singular value at which the SVD stops."
 )
+@engine_option
 @push_options
 @overwrite_option
 @click.option("--dry-run", is_flag=True, help="Print what surgery plan prints, and stop.")
@@ -150,6 +153,7 @@ def factorize(
     out: Path,
     seed: int,
     tolerance: float,
+    engine: EngineName,
     push_to_hub: str | None,
     private: bool,
     overwrite: bool,
@@ -179,6 +183,7 @@ def factorize(
         **chosen,
         seed=seed,
         tolerance=tolerance,
+        engine=engine,
         push_to_hub=push_to_hub,
         private=private,
         overwrite=overwrite,
@@ -292,6 +297,7 @@ def _totals(manifest: Manifest) -> dict[str, Any]:
 @click.option("--dequantize", is_flag=True, help="Write FP8 weights as bfloat16, and drop the quantization from config.json.")
 @devices_option
 @memory_options
+@engine_option
 @stream_option
 @push_options
 @overwrite_option

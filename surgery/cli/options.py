@@ -29,6 +29,13 @@ devices_option = click.option(
 stream_option = click.option(
     "--stream", is_flag=True, help="Of a hub model keep no more than two weight files on the disk at a time."
 )
+engine_option = click.option(
+    "--engine",
+    type=click.Choice(["local", "ray"]),
+    default="local",
+    show_default=True,
+    help="ray: a task of a Ray cluster for each weight file.",
+)
 profile_option = click.option("--profile", is_flag=True, help="Show where the time went.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an earlier result in the output folder.")
 overlay_base_option = click.option(

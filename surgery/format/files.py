@@ -37,19 +37,20 @@ class FileRecord:
 class FileWriter:
     """A file that appears under its name only when ``commit`` is called, and then whole and on the disk.
 
-    Writes go to ``<name>.partial`` beside it. Leaving the context without ``commit`` removes that file, so a
-    failure cannot be mistaken for a result.
+    Writes go to ``<name>.partial`` beside it, or to ``partial``, on the same disk, if others may be writing the same file
+    at the same time. Leaving the context without ``commit`` removes that file, so a failure cannot be mistaken for a result.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, partial: Path | None = None) -> None:
         self.path = path
-        self.partial = path.with_name(path.name + ".partial")
+        self.partial = partial or path.with_name(path.name + ".partial")
         self._sha256 = hashlib.sha256()
         self.size = 0
         with reporting(path):
-            if not path.parent.is_dir():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                sync_directory(path.parent.parent)
+            for folder in {path.parent, self.partial.parent}:
+                if not folder.is_dir():
+                    folder.mkdir(parents=True, exist_ok=True)
+                    sync_directory(folder.parent)
             # What a killed run has left, or a link that somebody put there: never written through.
             self.partial.unlink(missing_ok=True)
             self.file: IO[bytes] = open(self.partial, "xb", buffering=0)

@@ -300,8 +300,8 @@ class TensorFileWriter(FileWriter):
     padded with spaces, as the format allows. Tensors must be a multiple of 4 bytes, which keeps all aligned.
     """
 
-    def __init__(self, path: Path, names: Iterable[str]) -> None:
-        super().__init__(path)
+    def __init__(self, path: Path, names: Iterable[str], partial: Path | None = None) -> None:
+        super().__init__(path, partial)
         # The largest description a tensor can need: dtype, up to four sizes and two offsets of 19 digits.
         room = sum(len(json.dumps(name)) + 200 for name in names) + 64
         self._header_bytes = room + -room % 8

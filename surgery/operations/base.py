@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Protocol, Self
 
 from surgery.errors import FormatError, OptionError, SourceError
 from surgery.format.files import RESTORE_HINT, FileRecord, check_file, read_json_object
 from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
-from surgery.format.safetensors import TensorEntry
+from surgery.format.safetensors import Header, ShardReader, TensorEntry
 from surgery.names import CONFIG_FILE
-from surgery.planning.quantization import Scaled, read_quantization
+from surgery.planning.quantization import FP8, Scaled, read_quantization
 from surgery.source.model import Source, open_source
+from surgery.source.origin import FolderOrigin, Origin
+
+
+class Weights(Protocol):
+    """Where the weight files are that a fold begins with."""
+
+    def file(self, shard: ShardRecord) -> tuple[Path, FileRecord]:
+        """Where a shard's weights are, and what that file must be."""
 
 
 class OwnWeights:
@@ -29,14 +40,22 @@ class OwnWeights:
 
     def acquire(self, shard: str) -> None: ...
 
-    def release(self, shard: str) -> None: ...
+    def release(self, shard: str) -> bool:
+        return False
 
     def wait_for_room(self) -> None: ...
 
     def close(self) -> None: ...
 
+    def origin(self) -> Origin:
+        return FolderOrigin(self._folder.resolve())
+
+    def header(self, shard: ShardRecord) -> Header:
+        with ShardReader(self.file(shard)[0]) as reader:
+            return reader.header
+
     def file(self, shard: ShardRecord) -> tuple[Path, FileRecord]:
-        """Where a shard's weights are, and what that file must be."""
+        """See ``Weights``."""
         if shard.residual is None:
             raise FormatError(
                 f"{self._folder}: the manifest of a residual checkpoint lacks a weight file", got=shard.source.file
@@ -65,9 +84,9 @@ class BaseWeights:
         """See ``Source.acquire``."""
         self._source.acquire(shard)
 
-    def release(self, shard: str) -> None:
+    def release(self, shard: str) -> bool:
         """See ``Source.acquire``."""
-        self._source.release(shard)
+        return self._source.release(shard)
 
     def wait_for_room(self) -> None:
         """See ``Source.wait_for_room``."""
@@ -77,18 +96,76 @@ class BaseWeights:
         """See ``Source.close``."""
         self._source.close()
 
+    def origin(self) -> Origin:
+        """See ``Source.origin``."""
+        return self._source.origin()
+
+    def header(self, shard: ShardRecord) -> Header:
+        """Of a weight file, without its weights where that can be had."""
+        return self._source.header(shard.source.file)
+
     def quantized(self, config: Mapping[str, Any]) -> dict[str, Scaled]:
         """Its FP8 weights and where their scales are, by the config of the checkpoint that was factorized."""
         headers = {shard: self._source.header(shard) for shard in self._source.selection.shards}
         return read_quantization(config, headers, self._source.name)
 
     def file(self, shard: ShardRecord) -> tuple[Path, FileRecord]:
+        """See ``Weights``."""
         if shard.source.file not in self._source.selection.shards:
             raise SourceError(f"{self._source.name} is not the base of this overlay: it has no {shard.source.file}")
         return self._source.fetch(shard.source.file), shard.source
 
 
-def shard_path(weights: OwnWeights | BaseWeights, shards: Mapping[str, ShardRecord], name: str) -> Path:
+class SentWeights:
+    """The same of either kind, in a process that was sent there. A context manager.
+
+    Args:
+        origin: where the files come from.
+        layout: of the checkpoint.
+    """
+
+    def __init__(self, origin: Origin, layout: str) -> None:
+        self._origin = origin
+        self._layout = layout
+        self._here: dict[str, Path] = {}
+        self._open = ExitStack()
+        self._one = threading.Lock()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._open.close()
+
+    def file(self, shard: ShardRecord) -> tuple[Path, FileRecord]:
+        """See ``Weights``."""
+        record = shard.residual if self._layout == "residual" else shard.source
+        if record is None:
+            raise FormatError("the manifest of a residual checkpoint lacks a weight file", got=shard.source.file)
+        with self._one:
+            if record.file not in self._here:
+                self._here[record.file] = self._open.enter_context(self._origin.file(record.file))
+            return self._here[record.file], record
+
+
+def quantized_weights(
+    manifest: Manifest, factorized: Path, weights: OwnWeights | BaseWeights, *, all_of_them: bool
+) -> Mapping[str, Scaled]:
+    """The FP8 weights of a checkpoint and where their scales are, if it has FP8 targets or if all are wanted.
+
+    Raises:
+        SourceError: a target is not FP8 in the base.
+    """
+    targets = [target.tensor for target in manifest.targets if target.dtype == FP8]
+    if not isinstance(weights, BaseWeights) or not (all_of_them or targets):
+        return {}
+    quantized = weights.quantized(own_config(factorized, manifest))
+    if lost := [tensor for tensor in targets if tensor not in quantized]:
+        raise SourceError(f"the base is not that of this overlay: {lost[0]!r} is not FP8 there")
+    return quantized
+
+
+def shard_path(weights: Weights, shards: Mapping[str, ShardRecord], name: str) -> Path:
     """Where a weight file of the source is.
 
     Raises:

@@ -13,7 +13,7 @@ import torch
 
 from surgery.device import as_memory_allows
 from surgery.engine.walk import TargetPiece
-from surgery.errors import FormatError, OptionError, ScalesError, SourceError
+from surgery.errors import FormatError, OptionError, ScalesError
 from surgery.format.factors import FactorsReaders
 from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
 from surgery.format.safetensors import Header, TensorEntry, make_header, resized
@@ -22,9 +22,9 @@ from surgery.linalg.fp8 import block_scales, quantize
 from surgery.linalg.lossless import Addition, approximate, join, rescale
 from surgery.linalg.views import View
 from surgery.names import FACTORIZABLE_DTYPES
-from surgery.operations.base import BaseWeights, OwnWeights, check_entry, own_config, shard_path
+from surgery.operations.base import Weights, check_entry, shard_path
 from surgery.operations.quantized import Dequantizer
-from surgery.planning.quantization import FP8, Scaled
+from surgery.planning.quantization import Scaled
 from surgery.timing import timed
 
 #: What FP8 weights become when they are dequantized.
@@ -40,6 +40,7 @@ class DenseWeights:
     Args:
         manifest, factorized: of the checkpoint.
         weights: where its weight files are.
+        quantized: its FP8 weights and where their scales are, see ``quantized_weights``.
         scales: by the key of a target.
         to_dense: turn every FP8 weight into bfloat16.
         additions: by the name of a tensor, what else is added to it before the rounding.
@@ -49,7 +50,8 @@ class DenseWeights:
         self,
         manifest: Manifest,
         factorized: Path,
-        weights: OwnWeights | BaseWeights,
+        weights: Weights,
+        quantized: Mapping[str, Scaled],
         scales: Mapping[str, torch.Tensor],
         *,
         to_dense: bool,
@@ -63,14 +65,7 @@ class DenseWeights:
         self._targets: dict[str, list[TargetRecord]] = {}
         for target in manifest.targets:
             self._targets.setdefault(target.tensor, []).append(target)
-        fp8 = isinstance(weights, BaseWeights) and (to_dense or any(target.dtype == FP8 for target in manifest.targets))
-        self._quantized: Mapping[str, Scaled] = {}
-        if fp8 and isinstance(weights, BaseWeights):
-            self._quantized = weights.quantized(own_config(factorized, manifest))
-        if lost := [
-            target.tensor for target in manifest.targets if target.dtype == FP8 and target.tensor not in self._quantized
-        ]:
-            raise SourceError(f"the base is not that of this overlay: {lost[0]!r} is not FP8 there")
+        self._quantized = quantized
         self._weight_of = {scaled.scale: name for name, scaled in self._quantized.items()}
         self._fresh: dict[str, torch.Tensor] = {}
         self._one = threading.Lock()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,9 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from surgery import __version__
-from surgery.device import choose_devices, device_name
 from surgery.engine.lane import Lane
-from surgery.engine.local import run_jobs
 from surgery.errors import OptionError, OutputError
 from surgery.format.files import copy_file, file_sha256, reading
 from surgery.format.manifest import (
@@ -32,9 +30,9 @@ from surgery.linalg.svd import DEFAULT_TOLERANCE, check_accuracy
 from surgery.linalg.views import View
 from surgery.names import FORMAT_VERSION, MANIFEST_FILE, SCALES_FILE, STREAM_DIR, factors_file
 from surgery.operations.batch import Settings
-from surgery.operations.job import Job, run_job
+from surgery.operations.engines import Engine, EngineName, engine_of
+from surgery.operations.job import Job, RemoteShard, run_job, scale_files
 from surgery.operations.journal import Journal, differing
-from surgery.operations.lanes import lanes_of, resources_of
 from surgery.operations.output import check_room, is_as_recorded, loading_order, locked, prepare_output
 from surgery.operations.publish import publish_factorized, submit_shard, uploading
 from surgery.planning.memory import Resources
@@ -69,9 +67,9 @@ def plan(
 ) -> Plan:
     """What ``factorize`` would do with the same arguments, from headers alone."""
     choice = _choice(rank, energy, max_rank, include, exclude, recipe, split)
-    devices = choose_devices(device)
-    source = _open(model, revision, subfolder, (Path(STREAM_DIR), len(devices) + 1) if stream else None)
-    return _plan(source, choice, layout, correction, resources_of(devices, max_memory, max_device_memory))
+    with engine_of("local", device, max_memory, max_device_memory, None) as by:
+        source = _open(model, revision, subfolder, (Path(STREAM_DIR), by.files_at_a_time) if stream else None)
+        return _plan(source, choice, layout, correction, by.resources)
 
 
 def _open(model: str | Path, revision: str | None, subfolder: str | None, stream: tuple[Path, int] | None) -> Source:
@@ -121,6 +119,7 @@ def factorize(
     device: str = "auto",
     max_memory: int | None = None,
     max_device_memory: int | None = None,
+    engine: EngineName = "local",
     stream: bool = False,
     push_to_hub: str | None = None,
     private: bool = True,
@@ -157,6 +156,9 @@ def factorize(
         max_memory: bytes of host memory to keep to; as many matrices are worked on at a time as fit. By default half of
             what is free, and always enough for one.
         max_device_memory: the same of each GPU, by default four fifths of what it has.
+        engine: ``local``, this process; or ``ray``: each shard is a task on the cluster that ``RAY_ADDRESS`` names or that
+            runs on this machine, else on one of this machine alone. All machines must see ``out`` under the same path, and
+            a local model as well.
         stream: fetch each weight file of a hub model when its turn comes, and drop it when it has been read: beside the
             result the disk holds one file more than there are devices. Without it the model stays in the hub's cache.
         push_to_hub: repo id that the result is uploaded to as well, each shard when it is finished. An earlier result of
@@ -174,121 +176,132 @@ def factorize(
             and so is taken for a checkpoint by nobody; the same call goes on after the last finished shard.
     """
     progress = progress or Silent()
-    devices = choose_devices(device)
     check_accuracy(tolerance, seed)
     out = Path(out)
-    source = _open(model, revision, subfolder, (out / STREAM_DIR, len(devices) + 1) if stream else None)
-    choice = _choice(rank, energy, max_rank, include, exclude, recipe, split)
-    steps = _plan(source, choice, layout, correction, resources_of(devices, max_memory, max_device_memory))
-    for note in steps.notes:
-        progress.note(note)
-    options = OptionsRecord(
-        rank, energy, max_rank, steps.recipe, split, correction, list(include), list(exclude), seed, tolerance
-    )
-    with (
-        uploading(push_to_hub, private=private) as upload,
-        locked(out, [folder] if (folder := source.folder()) else [], progress),
-    ):
-        if (out / MANIFEST_FILE).is_file() and not overwrite:
-            manifest = _finished(out, source, steps, options, progress)
+    with engine_of(engine, device, max_memory, max_device_memory, timing) as by:
+        source = _open(model, revision, subfolder, (out / STREAM_DIR, by.files_at_a_time) if stream else None)
+        choice = _choice(rank, energy, max_rank, include, exclude, recipe, split)
+        steps = _plan(source, choice, layout, correction, by.resources)
+        for note in steps.notes:
+            progress.note(note)
+        options = OptionsRecord(
+            rank, energy, max_rank, steps.recipe, split, correction, list(include), list(exclude), seed, tolerance
+        )
+        with (
+            uploading(push_to_hub, private=private) as upload,
+            locked(out, [folder] if (folder := source.folder()) else [], progress),
+        ):
+            if (out / MANIFEST_FILE).is_file() and not overwrite:
+                manifest = _finished(out, source, steps, options, progress)
+                Journal.forget(out)
+                progress.note(f"{out} is already complete: nothing to do")
+                for shard in manifest.shards:
+                    submit_shard(upload, out, shard)
+                publish_factorized(upload, out, manifest, progress)
+                return manifest
+            if (download := source.bytes_to_fetch()) is not None and not stream:
+                check_room(*download)
+            journal = Journal(out, _identity(source, steps, options, by.device_name))
+            needed = steps.bytes_written + (steps.temporary_bytes if stream else 0)
+            prepare_output(out, journal, _output_files(source, steps), needed, overwrite=overwrite)
+            settings = Settings(steps.layout, correction, seed, tolerance)
+            work = _Factorizing(source, steps, out, settings, progress, timing)
+            results = _run_jobs(by, work, journal, upload, progress)
+            manifest = _finish(source, steps, out, results, options, by.device_name)
             Journal.forget(out)
-            progress.note(f"{out} is already complete: nothing to do")
-            for shard in manifest.shards:
-                submit_shard(upload, out, shard)
             publish_factorized(upload, out, manifest, progress)
-            return manifest
-        if (download := source.bytes_to_fetch()) is not None and not stream:
-            check_room(*download)
-        journal = Journal(out, _identity(source, steps, options, devices[0]))
-        needed = steps.bytes_written + (steps.temporary_bytes if stream else 0)
-        prepare_output(out, journal, _output_files(source, steps), needed, overwrite=overwrite)
-        settings = Settings(steps.layout, correction, seed, tolerance)
-        with lanes_of(devices, steps.memory, max_device_memory, timing) as lanes:
-            results = _run_jobs(source, steps, out, settings, journal, lanes, upload, progress)
-        manifest = _finish(source, steps, out, results, options, devices[0])
-        Journal.forget(out)
-        publish_factorized(upload, out, manifest, progress)
     for note in _accuracy_notes(manifest.targets, steps):
         progress.note(note)
     return manifest
 
 
 def _run_jobs(
-    source: Source,
-    steps: Plan,
-    out: Path,
-    settings: Settings,
-    journal: Journal,
-    lanes: Sequence[Lane],
-    upload: Upload | None,
-    progress: Progress,
+    engine: Engine, work: _Factorizing, journal: Journal, upload: Upload | None, progress: Progress
 ) -> list[ShardResult]:
     """The results of all shards: of those that an earlier start of this run has finished from its journal."""
-    progress = Shared(progress)
-    progress.start("factorizing", steps.bytes_read)
+    shards, out = work.steps.shards, work.out
+    progress.start("factorizing", work.steps.bytes_read)
     results: dict[int, ShardResult] = {}
     try:
-        for index, shard in enumerate(steps.shards):
+        for index in range(len(shards)):
             done = _recorded(journal, index, out)
             if done is not None:
                 results[index] = done
                 submit_shard(upload, out, done.shard)
-                progress.advance(shard.header.data_bytes)
+                work.tell(index)
         if results:
-            progress.note(f"going on after {len(results)} of {len(steps.shards)} shards")
-        missing = [index for index in range(len(steps.shards)) if index not in results]
-        jobs = _jobs(source, steps, out, settings, missing, lanes[0].timing)
-
-        def work(job: Job, lane: Lane, read: Callable[[], object]) -> ShardResult:
-            with releasing(source, job, read) as has_been_read:
-                return run_job(job, lane, progress, has_been_read)
-
-        with closing(run_jobs(work, jobs, lanes)) as finished:
-            for job, result in finished:
-                results[job.index] = result
-                journal.record(job.index, result.as_json())
+            progress.note(f"going on after {len(results)} of {len(shards)} shards")
+        missing = [index for index in range(len(shards)) if index not in results]
+        with closing(engine.run(work, missing, work.steps.memory)) as finished:
+            for index, result in finished:
+                results[index] = result
+                journal.record(index, result.as_json())
                 submit_shard(upload, out, result.shard)
     finally:
-        source.close()
         progress.finish()
-    return [results[index] for index in range(len(steps.shards))]
+    return [results[index] for index in range(len(shards))]
 
 
-def _jobs(
-    source: Source, steps: Plan, out: Path, settings: Settings, which: Sequence[int], timing: Timing | None
-) -> Iterator[Job]:
-    """The jobs of some shards, each when its files are here."""
-    if timing is not None:
-        timing.watch("download")
-    for index in which:
-        shard = steps.shards[index]
-        source.wait_for_room()
-        with timed("download"):
-            path = source.acquire(shard.file)
-            others = sorted({target.scaled.shard for target in shard.targets if target.scaled})
-            scales = {other: source.acquire(other) for other in others}
-            sha256 = source.sha256(shard.file)
-        yield Job(shard, index, len(steps.shards), path, sha256, out, scales, steps.memory.window_bytes, settings)
+class _Factorizing:
+    """What is done with the shards of a run, see ``ShardWork``."""
 
+    def __init__(
+        self, source: Source, steps: Plan, out: Path, settings: Settings, progress: Progress, timing: Timing | None
+    ) -> None:
+        self.steps = steps
+        self.out = out
+        self._source = source
+        self._settings = settings
+        self._progress = Shared(progress)
+        self._timing = timing
+        self._jobs: dict[int, Job] = {}
 
-@contextmanager
-def releasing(source: Source, job: Job, read: Callable[[], object]) -> Iterator[Callable[[], object]]:
-    """What to call when the shard of a job has been read; at the end its files are released."""
-    held = [job.shard.file, *job.scales]
+    def acquired(self, which: Iterable[int]) -> Iterator[int]:
+        if self._timing is not None:
+            self._timing.watch("download")
+        for index in which:
+            shard = self.steps.shards[index]
+            self._source.wait_for_room()
+            with timed("download"):
+                path = self._source.acquire(shard.file)
+                scales = {other: self._source.acquire(other) for other in scale_files(shard)}
+                sha256 = self._source.sha256(shard.file)
+            self._jobs[index] = self._job(index, path, sha256, scales, None)
+            yield index
 
-    def has_been_read() -> None:
-        if not job.scales:  # of FP8 weights, which are looked up until the end
+    def _job(self, index: int, path: Path, sha256: str | None, scales: Mapping[str, Path], partials: Path | None) -> Job:
+        shards, window = self.steps.shards, self.steps.memory.window_bytes
+        return Job(shards[index], index, len(shards), path, sha256, self.out, partials, scales, window, self._settings)
+
+    def work(self, index: int, lane: Lane, read: Callable[[], object]) -> ShardResult:
+        job = self._jobs.pop(index)
+        held = [job.shard.file, *job.scales]
+
+        def release() -> None:
+            while held:
+                self._source.release(held.pop())
+
+        def has_been_read() -> None:
+            if not job.scales:  # of FP8 weights, which are looked up until the end
+                release()
+            read()
+
+        try:
+            return run_job(job, lane, self._progress, has_been_read)
+        finally:
             release()
-        read()
 
-    def release() -> None:
-        while held:
-            source.release(held.pop())
+    def remote(self, index: int) -> RemoteShard:
+        shards, window = self.steps.shards, self.steps.memory.window_bytes
+        return RemoteShard(shards[index], index, len(shards), self._source.origin(), self.out.resolve(), window, self._settings)
 
-    try:
-        yield has_been_read
-    finally:
-        release()
+    def tell(self, index: int) -> None:
+        shard = self.steps.shards[index]
+        self._progress.item(shard.file)
+        self._progress.advance(shard.header.data_bytes)
+
+    def close(self) -> None:
+        self._source.close()
 
 
 def _recorded(journal: Journal, index: int, out: Path) -> ShardResult | None:
@@ -301,7 +314,7 @@ def _recorded(journal: Journal, index: int, out: Path) -> ShardResult | None:
     return result if all(is_as_recorded(out, record) for record in files) else None
 
 
-def _identity(source: Source, steps: Plan, options: OptionsRecord, device: torch.device) -> dict[str, Any]:
+def _identity(source: Source, steps: Plan, options: OptionsRecord, device: str) -> dict[str, Any]:
     """All that the bytes of the result depend on."""
     chosen = [[*_seen(t.key, t.shape, t.view), t.rank, t.energy] for t in steps.targets]
     return {
@@ -309,7 +322,7 @@ def _identity(source: Source, steps: Plan, options: OptionsRecord, device: torch
         "format_version": FORMAT_VERSION,
         "tool": f"surgery {__version__}",
         "torch": torch.__version__,
-        "device": device_name(device),
+        "device": device,
         "window_bytes": steps.memory.window_bytes,
         "layout": steps.layout,
         "options": asdict(options),
@@ -388,7 +401,7 @@ def _finish(
     out: Path,
     results: list[ShardResult],
     options: OptionsRecord,
-    device: torch.device,
+    device: str,
 ) -> Manifest:
     """Copy what goes along, write the scales and, last, the manifest."""
     selection = source.selection
@@ -400,7 +413,7 @@ def _finish(
         format_version=FORMAT_VERSION,
         tool=f"surgery {__version__}",
         torch=torch.__version__,
-        device=device_name(device),
+        device=device,
         layout=steps.layout,
         source=source.record,
         options=options,

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from surgery import __version__
-from surgery.device import choose_devices, device_name
+from surgery.device import choose_devices
 from surgery.engine.lane import Lane
-from surgery.engine.local import run_jobs
 from surgery.engine.walk import Piece, ShardWalk, TargetPiece
 from surgery.errors import FormatError, OptionError, OutputError
 from surgery.format.factors import DAMAGED_HINT
@@ -35,25 +35,25 @@ from surgery.format.safetensors import ShardReader
 from surgery.format.scales import check_scales, read_scales
 from surgery.linalg.lossless import Addition
 from surgery.memory import bytes_of
-from surgery.names import CONFIG_FILE, MANIFEST_FILE, STREAM_DIR
-from surgery.operations.base import BaseWeights, OwnWeights, weight_source
+from surgery.names import CONFIG_FILE, MANIFEST_FILE, PARTIALS_DIR, STREAM_DIR
+from surgery.operations.base import BaseWeights, OwnWeights, SentWeights, Weights, quantized_weights, weight_source
 from surgery.operations.dense import DenseWeights
+from surgery.operations.engines import Engine, EngineName, engine_of
+from surgery.operations.job import check_shared
 from surgery.operations.journal import Journal
-from surgery.operations.lanes import lanes_of, resources_of
 from surgery.operations.output import files_in, is_as_recorded, loading_order, locked, prepare_output
 from surgery.operations.publish import publish_folded, submit_files, uploading
 from surgery.operations.quantized import index_of, without_quantization
-from surgery.planning.memory import need_to_fold, share_out
+from surgery.planning.memory import Memory, need_to_fold, share_out
+from surgery.planning.quantization import Scaled
 from surgery.progress import Progress, Shared, Silent
+from surgery.source.origin import Origin
 from surgery.source.select import INDEX_SUFFIX
 from surgery.timing import Timing, timed
 
 if TYPE_CHECKING:
     from surgery.source.upload import Upload
 from surgery.training.adapter import additions_of
-
-_T = TypeVar("_T")
-_Work = Callable[[ShardRecord, Lane, Callable[[], object]], _T]
 
 _BASE_HINT = "give the model that was factorized with --base"
 
@@ -93,6 +93,7 @@ def fold(
     device: str = "auto",
     max_memory: int | None = None,
     max_device_memory: int | None = None,
+    engine: EngineName = "local",
     dequantize: bool = False,
     stream: bool = False,
     push_to_hub: str | None = None,
@@ -115,7 +116,7 @@ def fold(
             not to be used.
         lora: folder of a LoRA adapter that was trained together with the scales, as PEFT saves it.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, several as ``cuda:0,cuda:1``, or ``all`` CUDA devices.
-        max_memory, max_device_memory: as for ``factorize``.
+        max_memory, max_device_memory, engine: as for ``factorize``; with Ray all machines must see ``factorized`` as well.
         dequantize: write every FP8 weight as bfloat16, without its scales, and drop the quantization from the config;
             otherwise a changed FP8 weight is quantized again, with fresh scales for its blocks.
         stream: for an overlay, fetch each weight file of the base from the hub when its turn comes, and drop it when it has
@@ -133,46 +134,48 @@ def fold(
         SurgeryWarning: see ``surgery.format.scales.read_scales``.
     """
     progress = progress or Silent()
-    # Folding is float64 arithmetic, which an Apple GPU does not have.
-    devices = [torch.device("cpu") if where.type == "mps" else where for where in choose_devices(device)]
     factorized, out = Path(factorized), Path(out)
     manifest = Manifest.read(factorized)
     values = check_scales(scales, manifest) if isinstance(scales, Mapping) else read_scales(Path(scales), manifest)
-    weights = weight_source(factorized, manifest, base, (out / STREAM_DIR, len(devices) + 1) if stream else None)
-    inputs = [factorized] + ([folder] if (folder := weights.folder()) else [])
-    if not isinstance(scales, Mapping):
-        inputs.append(Path(scales))
-    additions: dict[str, Addition] = {}
-    if lora is not None:
-        inputs.append(Path(lora))
-        additions = _additions(factorized, manifest, weights, Path(lora))
-    resources = resources_of(devices, max_memory, max_device_memory)
-    memory = share_out([need_to_fold(target) for target in manifest.targets], resources)
-    with (
-        uploading(push_to_hub, private=private) as upload,
-        locked(out, inputs, progress),
-        DenseWeights(manifest, factorized, weights, values, to_dense=dequantize, additions=additions) as dense,
-        lanes_of(devices, memory, max_device_memory, timing) as lanes,
-    ):
-        work = _Folding(manifest, weights, dense, memory.window_bytes, Shared(progress))
-        if dequantize and not dense.quantized:
+    # Folding is float64 arithmetic, which an Apple GPU does not have.
+    exact_on = "cpu" if choose_devices(device)[0].type == "mps" else device
+    with engine_of(engine, exact_on, max_memory, max_device_memory, timing) as by:
+        streaming = (out / STREAM_DIR, by.files_at_a_time) if stream else None
+        weights = weight_source(factorized, manifest, base, streaming)
+        inputs = [factorized] + ([folder] if (folder := weights.folder()) else [])
+        if not isinstance(scales, Mapping):
+            inputs.append(Path(scales))
+        additions: dict[str, Addition] = {}
+        if lora is not None:
+            inputs.append(Path(lora))
+            additions = _additions(factorized, manifest, weights, Path(lora))
+        quantized = quantized_weights(manifest, factorized, weights, all_of_them=dequantize)
+        if dequantize and not quantized:
             raise OptionError("there is nothing to dequantize: this is no overlay of an FP8 model", hint="drop --dequantize")
-        if not overwrite and _looks_finished(out, manifest, dequantize):
-            report = _compared(out, work, lanes, values, len(additions), progress)
+        memory = share_out([need_to_fold(target) for target in manifest.targets], by.resources)
+        with (
+            uploading(push_to_hub, private=private) as upload,
+            locked(out, inputs, progress),
+            DenseWeights(manifest, factorized, weights, quantized, values, to_dense=dequantize, additions=additions) as dense,
+        ):
+            settings = FoldSettings(factorized.resolve(), out, memory.window_bytes, dequantize, values, additions, quantized)
+            work = _Folding(manifest, weights, dense, settings, progress, timing)
+            if not overwrite and _looks_finished(out, manifest, dequantize):
+                report = _compared(by, work, memory, progress)
+                Journal.forget(out)
+                _publish(upload, report, manifest, progress, submitted=False)
+                return report
+            journal = Journal(out, _identity(manifest, weights, settings, by.device_name))
+            # What is FP8 takes twice as much in bfloat16.
+            needed = sum(shard.source.size for shard in manifest.shards) * (2 if dequantize else 1)
+            needed += sum(record.size for record in manifest.files)
+            writes = [shard.source.file for shard in manifest.shards] + [record.file for record in manifest.files]
+            prepare_output(out, journal, writes, needed, overwrite=overwrite)
+            files = _fold_shards(by, work, memory, journal, upload, progress)
+            _copy_others(factorized, out, manifest, to_dense=dequantize)
             Journal.forget(out)
-            _publish(upload, report, manifest, progress, submitted=False)
-            return report
-        journal = Journal(out, _identity(factorized, manifest, weights, values, additions, devices[0], dequantize))
-        # What is FP8 takes twice as much in bfloat16.
-        needed = sum(shard.source.size for shard in manifest.shards) * (2 if dequantize else 1)
-        needed += sum(record.size for record in manifest.files)
-        writes = [shard.source.file for shard in manifest.shards] + [record.file for record in manifest.files]
-        prepare_output(out, journal, writes, needed, overwrite=overwrite)
-        files = _fold_shards(work, lanes, out, journal, upload, progress)
-        _copy_others(factorized, out, manifest, to_dense=dequantize)
-        Journal.forget(out)
-        report = _report(out, files, manifest, values, len(additions), dequantize=dequantize)
-        _publish(upload, report, manifest, progress, submitted=True)
+            report = _report(files, manifest, settings)
+            _publish(upload, report, manifest, progress, submitted=True)
     return report
 
 
@@ -193,26 +196,24 @@ def _publish(upload: Upload | None, report: FoldReport, manifest: Manifest, prog
 
 def _additions(factorized: Path, manifest: Manifest, weights: OwnWeights | BaseWeights, lora: Path) -> dict[str, Addition]:
     """What a LoRA adapter adds to which tensors."""
-    shapes = {}
-    for shard in manifest.shards:
-        with ShardReader(weights.file(shard)[0]) as reader:
-            shapes.update({entry.name: entry.shape for entry in reader.header.tensors})
-    return additions_of(factorized, shapes, read_lora(lora))
+    entries = [entry for shard in manifest.shards for entry in weights.header(shard).tensors]
+    return additions_of(factorized, {entry.name: entry.shape for entry in entries}, read_lora(lora))
 
 
-def _report(
-    out: Path,
-    files: list[FileRecord],
-    manifest: Manifest,
-    values: Mapping[str, torch.Tensor],
-    adapted: int,
-    *,
-    dequantize: bool,
-) -> FoldReport:
-    changed = sum(bool((value != 1).any()) for value in values.values())
+def _report(files: list[FileRecord], manifest: Manifest, settings: FoldSettings) -> FoldReport:
+    changed = sum(bool((value != 1).any()) for value in settings.scales.values())
     originals = {shard.source.file: shard.source.sha256 for shard in manifest.shards}
     restored = sum(file.sha256 == originals[file.file] for file in files)
-    return FoldReport(out, tuple(files), len(values), changed, restored, manifest.lossless, dequantize, adapted)
+    return FoldReport(
+        settings.out,
+        tuple(files),
+        len(settings.scales),
+        changed,
+        restored,
+        manifest.lossless,
+        settings.dequantize,
+        len(settings.additions),
+    )
 
 
 def _looks_finished(out: Path, manifest: Manifest, dequantize: bool) -> bool:
@@ -225,184 +226,282 @@ def _looks_finished(out: Path, manifest: Manifest, dequantize: bool) -> bool:
     )
 
 
-def _compared(
-    out: Path, work: _Folding, lanes: Sequence[Lane], values: Mapping[str, torch.Tensor], adapted: int, progress: Progress
-) -> FoldReport:
+def _compared(engine: Engine, work: _Folding, memory: Memory, progress: Progress) -> FoldReport:
     """The report of a fold that is complete already. It keeps no record of itself, so it is done again and compared.
 
     Raises:
         OutputError: what is there is another fold, or something else.
     """
-    manifest = work.manifest
+    manifest, out = work.manifest, work.settings.out
     progress.start("comparing", sum(shard.source.size for shard in manifest.shards))
-    hashes: dict[str, str] = {}
-
-    def compare(shard: ShardRecord, lane: Lane, read: Callable[[], object]) -> None:
-        sink = HashSink()
-        with ShardReader(work.weights.file(shard)[0]) as reader:
-            work.write(shard, reader, sink, lane, read)
-        hashes[shard.source.file] = sink.sha256
-
+    work.to_compare = True
+    found: dict[int, FileRecord | None] = {}
     try:
-        with closing(run_jobs(work.held(compare), work.acquired(manifest.shards), lanes)) as finished:
-            for _ in finished:
-                pass
+        with closing(engine.run(work, range(len(manifest.shards)), memory)) as finished:
+            found.update(finished)
     finally:
-        work.weights.close()
         progress.finish()
-    files = [FileRecord(shard.source.file, shard.source.size, hashes[shard.source.file]) for shard in manifest.shards]
+    files = [record for index in range(len(manifest.shards)) if (record := found[index]) is not None]
     if not all(is_as_recorded(out, record) for record in (*files, *manifest.files)):
         raise OutputError(
             f"{out} holds files already, and they are not those of this fold",
             hint="--overwrite replaces an earlier result; -o chooses another folder",
         )
     progress.note(f"{out} is already complete: nothing to do")
-    return _report(out, files, manifest, values, adapted, dequantize=False)
+    return _report(files, manifest, work.settings)
 
 
-def _identity(
-    factorized: Path,
-    manifest: Manifest,
-    weights: OwnWeights | BaseWeights,
-    scales: Mapping[str, torch.Tensor],
-    additions: Mapping[str, Addition],
-    device: torch.device,
-    dequantize: bool,
-) -> dict[str, Any]:
+def _identity(manifest: Manifest, weights: OwnWeights | BaseWeights, settings: FoldSettings, device: str) -> dict[str, Any]:
     """All that the bytes of the result depend on."""
     digest, added = hashlib.sha256(), hashlib.sha256()
-    for key, value in sorted(scales.items()):
+    for key, value in sorted(settings.scales.items()):
         digest.update(f"{key}\0".encode() + bytes_of(value.contiguous()))
-    for tensor, addition in sorted(additions.items()):
+    for tensor, addition in sorted(settings.additions.items()):
         added.update(f"{tensor}\0".encode() + bytes_of(addition.left.contiguous()) + bytes_of(addition.right.contiguous()))
     return {
         "command": "fold",
         "tool": f"surgery {__version__}",
         "torch": torch.__version__,
-        "device": device_name(device),
-        "manifest": file_sha256(factorized / MANIFEST_FILE),
+        "device": device,
+        "manifest": file_sha256(settings.factorized / MANIFEST_FILE),
         "scales": digest.hexdigest(),
         "lora": added.hexdigest(),
-        "dequantize": dequantize,
+        "dequantize": settings.dequantize,
         "base": weights.stamps(),
     }
 
 
 def _fold_shards(
-    work: _Folding, lanes: Sequence[Lane], out: Path, journal: Journal, upload: Upload | None, progress: Progress
+    engine: Engine, work: _Folding, memory: Memory, journal: Journal, upload: Upload | None, progress: Progress
 ) -> list[FileRecord]:
     """Write all weight files but those that an earlier start of this run has written."""
-    shards = work.manifest.shards
+    shards, out = work.manifest.shards, work.settings.out
     progress.start("folding", sum(shard.source.size for shard in shards))
     files: dict[int, FileRecord | None] = {}
-
-    def fold_shard(shard: ShardRecord, lane: Lane, read: Callable[[], object]) -> FileRecord | None:
-        return work.to_file(shard, out, lane, read)
-
     try:
-        for index, shard in enumerate(shards):
+        for index in range(len(shards)):
             known = journal.recorded(index)
             record = None if known is None else decode_file(known, f"{out}: the journal of shard {index + 1}")
             if known is not None and (record is None or is_as_recorded(out, record)):
                 files[index] = record
                 submit_files(upload, out, [record] if record else [])
-                progress.advance(shard.source.size)
-        missing = [shard for index, shard in enumerate(shards) if index not in files]
-        places = {shard.source.file: index for index, shard in enumerate(shards)}
-        with closing(run_jobs(work.held(fold_shard), work.acquired(missing), lanes)) as finished:
-            for shard, record in finished:
-                index = places[shard.source.file]
+                work.tell(index)
+        missing = [index for index in range(len(shards)) if index not in files]
+        with closing(engine.run(work, missing, memory)) as finished:
+            for index, record in finished:
                 files[index] = record
                 journal.record(index, {"file": None if record is None else asdict(record)})
                 submit_files(upload, out, [record] if record else [])
     finally:
-        work.weights.close()
         progress.finish()
     return [record for index in range(len(shards)) if (record := files[index]) is not None]
 
 
 @dataclass(frozen=True, slots=True)
-class _Folding:
-    """What is done with a shard. ``progress`` is called from threads."""
+class FoldSettings:
+    """What a fold depends on besides the checkpoint; see ``fold``.
 
-    manifest: Manifest
-    weights: OwnWeights | BaseWeights
-    dense: DenseWeights
+    Attributes:
+        factorized, out: folders.
+        window_bytes: how much of a shard is worked on at a time.
+        dequantize: whether FP8 weights become bfloat16.
+        scales: by the key of a target.
+        additions: by the name of a tensor, what an adapter adds to it.
+        quantized: its FP8 weights and where their scales are.
+    """
+
+    factorized: Path
+    out: Path
     window_bytes: int
-    progress: Progress
+    dequantize: bool
+    scales: Mapping[str, torch.Tensor]
+    additions: Mapping[str, Addition]
+    quantized: Mapping[str, Scaled]
 
-    def acquired(self, shards: Iterable[ShardRecord]) -> Iterator[ShardRecord]:
-        """The shards, each when its files are here."""
-        for shard in shards:
-            self.weights.wait_for_room()
-            with timed("download"):
-                for file in self.dense.files(shard):
-                    self.weights.acquire(file)
-            yield shard
 
-    def held(self, work: _Work[_T]) -> _Work[_T]:
-        """The same work, after which the files of the shard are released; earlier, if nobody looks into them again."""
+class _Folding:
+    """What is done with the shards of a fold, see ``ShardWork``.
 
-        def and_release(shard: ShardRecord, lane: Lane, read: Callable[[], object]) -> _T:
-            files = self.dense.files(shard)
+    Attributes:
+        to_compare: whether the files are not written, and only told what they would be.
+    """
 
-            def release() -> None:
-                while files:
-                    self.dense.forget(files[-1])
-                    self.weights.release(files.pop())
-
-            def has_been_read() -> None:
-                if not self.dense.quantized:
-                    release()
-                read()
-
-            try:
-                return work(shard, lane, has_been_read)
-            finally:
-                release()
-
-        return and_release
-
-    def to_file(self, shard: ShardRecord, out: Path, lane: Lane, read: Callable[[], object]) -> FileRecord | None:
-        """Write one weight file; None if nothing of it is left."""
-        with ShardReader(self.weights.file(shard)[0]) as reader:
-            if reader.header.tensors and all(self.dense.drops(entry.name) for entry in reader.header.tensors):
-                self.progress.advance(reader.header.data_bytes)
-                return None
-            with FileWriter(out / shard.source.file) as writer:
-                self.write(shard, reader, writer, lane, read)
-                return writer.commit(shard.source.file)
-
-    def write(
-        self, shard: ShardRecord, reader: ShardReader, writer: FileWriter | HashSink, lane: Lane, read: Callable[[], object]
+    def __init__(
+        self,
+        manifest: Manifest,
+        weights: OwnWeights | BaseWeights,
+        dense: DenseWeights,
+        settings: FoldSettings,
+        progress: Progress,
+        timing: Timing | None,
     ) -> None:
-        """The bytes of one weight file, in order."""
-        path, expected = self.weights.file(shard)
-        header = self.dense.header(reader.header)
-        if lost := self.dense.missing(shard, reader.header):
-            raise FormatError(f"{path}: a target of the manifest is not there", got="nothing", expected=lost[0])
-        writer.write(header)
+        self.manifest = manifest
+        self.settings = settings
+        self.to_compare = False
+        self._weights = weights
+        self._dense = dense
+        self._progress = Shared(progress)
+        self._timing = timing
 
-        def fold(window: Sequence[Piece]) -> list[torch.Tensor | None]:
-            return [
-                self.dense.folded(piece, lane.device) if isinstance(piece, TargetPiece) else piece.buffer for piece in window
-            ]
+    def acquired(self, which: Iterable[int]) -> Iterator[int]:
+        if self._timing is not None:
+            self._timing.watch("download")
+        for index in which:
+            self._weights.wait_for_room()
+            with timed("download"):
+                for file in self._dense.files(self.manifest.shards[index]):
+                    self._weights.acquire(file)
+            yield index
 
-        def finish(window: Sequence[Piece], folded: Sequence[torch.Tensor | None]) -> None:
-            for piece, weight in zip(window, folded, strict=True):
-                if isinstance(piece, TargetPiece):
-                    self.progress.item(piece.entry.name)
-                if weight is not None:
-                    writer.write(bytes_of(weight.contiguous()))
-                self.progress.advance(len(piece))
+    def work(self, index: int, lane: Lane, read: Callable[[], object]) -> FileRecord | None:
+        shard = self.manifest.shards[index]
+        files = self._dense.files(shard)
 
-        with ShardWalk(reader, self.dense.touched(reader.header), lane.buffers, lane.timing) as walk:
-            lane.flow(walk, self.window_bytes, fold, finish, read)
-        if walk.sha256 != expected.sha256:
-            overlay = self.manifest.layout == "overlay"
-            raise not_as_described(path, walk.sha256, expected, _BASE_HINT if overlay else DAMAGED_HINT)
-        if header == reader.header.raw and self.dense.keeps(shard, reader.header) and writer.sha256 != shard.source.sha256:
-            raise FormatError(f"{path}: untouched scales do not give the source back", hint=DAMAGED_HINT)
+        def release() -> None:
+            while files:
+                file = files.pop()
+                if self._weights.release(file):
+                    self._dense.forget(file)
+
+        def has_been_read() -> None:
+            if not self._dense.quantized:  # else scales are looked up until the end
+                release()
+            read()
+
+        try:
+            parts = (self.manifest, self._weights, self._dense, self.settings, self._progress)
+            return fold_shard(shard, *parts, lane, has_been_read, partial=None, to_compare=self.to_compare)
+        finally:
+            release()
+
+    def remote(self, index: int) -> RemoteFold:
+        settings = dataclasses.replace(self.settings, out=self.settings.out.resolve())
+        return RemoteFold(self.manifest.shards[index], self._weights.origin(), settings, self.to_compare)
+
+    def tell(self, index: int) -> None:
+        record = self.manifest.shards[index].source
+        self._progress.item(record.file)
+        self._progress.advance(record.size)
+
+    def close(self) -> None:
+        self._weights.close()
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFold:
+    """The fold of one shard for another process, perhaps on another machine.
+
+    Attributes:
+        shard: which.
+        origin: where the weight files come from.
+        settings: of the fold.
+        to_compare: see ``_Folding``.
+    """
+
+    shard: ShardRecord
+    origin: Origin
+    settings: FoldSettings
+    to_compare: bool
+
+    def __call__(self, lane: Lane, attempt: str) -> FileRecord | None:
+        """What it has become; unfinished files of several attempts do not meet."""
+        settings = self.settings
+        if not self.to_compare:
+            check_shared(settings.out)
+        manifest = Manifest.read(settings.factorized)
+        partial = settings.out / PARTIALS_DIR / attempt / self.shard.source.file.replace("/", "--")
+        with ExitStack() as stack:
+            weights = stack.enter_context(SentWeights(self.origin, manifest.layout))
+            dense = stack.enter_context(
+                DenseWeights(
+                    manifest,
+                    settings.factorized,
+                    weights,
+                    settings.quantized,
+                    settings.scales,
+                    to_dense=settings.dequantize,
+                    additions=settings.additions,
+                )
+            )
+            parts = (manifest, weights, dense, settings, Silent())
+            return fold_shard(self.shard, *parts, lane, lambda: None, partial=partial, to_compare=self.to_compare)
+
+
+def fold_shard(
+    shard: ShardRecord,
+    manifest: Manifest,
+    weights: Weights,
+    dense: DenseWeights,
+    settings: FoldSettings,
+    progress: Progress,
+    lane: Lane,
+    read: Callable[[], object],
+    *,
+    partial: Path | None,
+    to_compare: bool,
+) -> FileRecord | None:
+    """Write one weight file, or only tell what it would be; None if nothing of it is left.
+
+    Args:
+        shard, manifest, weights, dense, settings: what is folded.
+        progress: told of each tensor that is done; called from threads.
+        lane: where.
+        read: called when the shard has been read.
+        partial: where the file is until it is finished, if not beside it.
+        to_compare: nothing is written.
+    """
+    file = shard.source.file
+    with ShardReader(weights.file(shard)[0]) as reader:
+        if reader.header.tensors and all(dense.drops(entry.name) for entry in reader.header.tensors):
+            progress.advance(reader.header.data_bytes)
+            return None
+        parts = (shard, manifest, weights, dense, settings, progress, lane, read)
+        if to_compare:
+            sink = HashSink()
+            _write_shard(reader, sink, *parts)
+            return FileRecord(file, shard.source.size, sink.sha256)
+        with FileWriter(settings.out / file, partial) as writer:
+            _write_shard(reader, writer, *parts)
+            return writer.commit(file)
+
+
+def _write_shard(
+    reader: ShardReader,
+    writer: FileWriter | HashSink,
+    shard: ShardRecord,
+    manifest: Manifest,
+    weights: Weights,
+    dense: DenseWeights,
+    settings: FoldSettings,
+    progress: Progress,
+    lane: Lane,
+    read: Callable[[], object],
+) -> None:
+    """The bytes of one weight file, in order."""
+    path, expected = weights.file(shard)
+    header = dense.header(reader.header)
+    if lost := dense.missing(shard, reader.header):
+        raise FormatError(f"{path}: a target of the manifest is not there", got="nothing", expected=lost[0])
+    writer.write(header)
+
+    def fold(window: Sequence[Piece]) -> list[torch.Tensor | None]:
+        return [dense.folded(piece, lane.device) if isinstance(piece, TargetPiece) else piece.buffer for piece in window]
+
+    def finish(window: Sequence[Piece], folded: Sequence[torch.Tensor | None]) -> None:
+        for piece, weight in zip(window, folded, strict=True):
+            if isinstance(piece, TargetPiece):
+                progress.item(piece.entry.name)
+            if weight is not None:
+                writer.write(bytes_of(weight.contiguous()))
+            progress.advance(len(piece))
+
+    with ShardWalk(reader, dense.touched(reader.header), lane.buffers, lane.timing) as walk:
+        lane.flow(walk, settings.window_bytes, fold, finish, read)
+    if walk.sha256 != expected.sha256:
+        overlay = manifest.layout == "overlay"
+        raise not_as_described(path, walk.sha256, expected, _BASE_HINT if overlay else DAMAGED_HINT)
+    if header == reader.header.raw and dense.keeps(shard, reader.header) and writer.sha256 != shard.source.sha256:
+        raise FormatError(f"{path}: untouched scales do not give the source back", hint=DAMAGED_HINT)
 
 
 def _copy_others(factorized: Path, out: Path, manifest: Manifest, *, to_dense: bool) -> None:

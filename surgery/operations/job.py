@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -13,18 +14,19 @@ import torch
 
 from surgery.engine.lane import Lane
 from surgery.engine.walk import Piece, ShardWalk, TargetPiece
-from surgery.errors import SourceError
+from surgery.errors import OutputError, SourceError
 from surgery.format.factors import FactorsHash
 from surgery.format.files import FileRecord, FileWriter
 from surgery.format.manifest import CertificateRecord, ShardRecord, ShardResult, TargetRecord
 from surgery.format.safetensors import ShardReader, TensorFileWriter
 from surgery.memory import bytes_of
-from surgery.names import correction_key, factor_key, factors_file
+from surgery.names import PARTIALS_DIR, RUN_FILE, correction_key, factor_key, factors_file
 from surgery.operations.batch import Matrix, Result, Settings, factorize_matrices, truncate
 from surgery.operations.quantized import Dequantizer
 from surgery.planning.plan import ShardPlan
 from surgery.planning.targets import Target
-from surgery.progress import Progress
+from surgery.progress import Progress, Silent
+from surgery.source.origin import Origin
 from surgery.timing import timed
 
 
@@ -38,6 +40,7 @@ class Job:
         path: the weight file on this machine.
         sha256: what the hub says that its hash is; None where nobody does.
         out: the output folder.
+        partials: where unfinished files are, if not beside the finished ones.
         scales: the weight files that hold scales of FP8 targets, by name, and where they are on this machine.
         window_bytes: how much of the shard is held at a time, so that matrices of one shape are solved together.
         settings: as asked for.
@@ -49,9 +52,72 @@ class Job:
     path: Path
     sha256: str | None
     out: Path
+    partials: Path | None
     scales: Mapping[str, Path]
     window_bytes: int
     settings: Settings
+
+    def partial(self, file: str) -> Path | None:
+        """Where a file is until it is finished, if not beside it."""
+        return None if self.partials is None else self.partials / file.replace("/", "--")
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteShard:
+    """A job for another process, perhaps on another machine.
+
+    Attributes:
+        shard, index, count, out, window_bytes, settings: as for ``Job``.
+        origin: where its weight files come from.
+    """
+
+    shard: ShardPlan
+    index: int
+    count: int
+    origin: Origin
+    out: Path
+    window_bytes: int
+    settings: Settings
+
+    def __call__(self, lane: Lane, attempt: str) -> ShardResult:
+        """The result; unfinished files of several attempts do not meet."""
+        check_shared(self.out)
+        with ExitStack() as stack:
+            path = stack.enter_context(self.origin.file(self.shard.file))
+            scales = {other: stack.enter_context(self.origin.file(other)) for other in scale_files(self.shard)}
+            sha256 = self.origin.sha256(self.shard.file)
+            partials = self.out / PARTIALS_DIR / attempt
+            job = Job(
+                self.shard,
+                self.index,
+                self.count,
+                path,
+                sha256,
+                self.out,
+                partials,
+                scales,
+                self.window_bytes,
+                self.settings,
+            )
+            return run_job(job, lane, Silent(), lambda: None)
+
+
+def scale_files(shard: ShardPlan) -> list[str]:
+    """The weight files that hold scales of its FP8 targets."""
+    return sorted({target.scaled.shard for target in shard.targets if target.scaled})
+
+
+def check_shared(out: Path) -> None:
+    """Refuse to work where the output folder of the run is not the one that it was begun with.
+
+    Raises:
+        OutputError: naming the machine.
+    """
+    if not (out / RUN_FILE).is_file():
+        raise OutputError(
+            f"{out} on {socket.gethostname()} is not the output folder of this run",
+            hint="-o must be a folder that every machine sees under the same path",
+        )
 
 
 def run_job(job: Job, lane: Lane, progress: Progress, read: Callable[[], object]) -> ShardResult:
@@ -72,9 +138,15 @@ def run_job(job: Job, lane: Lane, progress: Progress, read: Callable[[], object]
         for target in job.shard.targets:
             ranked = _with_rank(target, reader, dequantizer, job, lane)
             work.setdefault(target.tensor, []).append(_Collected(ranked))
-        residuals = stack.enter_context(FileWriter(job.out / job.shard.file)) if job.settings.layout == "residual" else None
+        residuals = (
+            stack.enter_context(FileWriter(job.out / job.shard.file, job.partial(job.shard.file)))
+            if job.settings.layout == "residual"
+            else None
+        )
         keys = [key for parts in work.values() for part in parts for key in _keys(part.target, job)]
-        factors = stack.enter_context(TensorFileWriter(job.out / factors_name, keys)) if keys else None
+        factors = (
+            stack.enter_context(TensorFileWriter(job.out / factors_name, keys, job.partial(factors_name))) if keys else None
+        )
         portions = {name: parts[0].target.at_a_time for name, parts in work.items()}
         walk = stack.enter_context(ShardWalk(reader, portions, lane.buffers, lane.timing))
         if residuals:

@@ -17,9 +17,10 @@ from surgery.errors import FormatError, SourceError, SurgeryError
 from surgery.format.manifest import SourceRecord
 from surgery.format.safetensors import Header, ShardReader, header_from_json
 from surgery.source.model import FolderSource, Source, Stays, check_subfolder, read_config, read_text
+from surgery.source.origin import HubOrigin
 from surgery.source.select import select_files
 
-SHA256 = re.compile("[0-9a-f]{64}")
+_SHA256 = re.compile("[0-9a-f]{64}")
 _OFFLINE_HINT = "connect to the network, or fetch the model once while online: hf download"
 
 #: From the client's exceptions to what happened and what a user can do; the first that fits counts, so subclasses come first.
@@ -60,6 +61,36 @@ def explained(repo_id: str, messages: Messages = _MESSAGES, raised: type[Surgery
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def fetch(repo_id: str, commit: str, file: str, folder: Path | None = None) -> Path:
+    """A file of a repository, in the hub's cache or in a folder of one's own.
+
+    Raises:
+        SourceError: see the table above.
+    """
+    with explained(repo_id):
+        return Path(huggingface_hub.hf_hub_download(repo_id, file, revision=commit, local_dir=folder))
+
+
+def is_cached(repo_id: str, commit: str, file: str) -> bool:
+    """Whether the hub's cache has it."""
+    return isinstance(huggingface_hub.try_to_load_from_cache(repo_id, file, revision=commit), str)
+
+
+def sha256_of(repo_id: str, commit: str, file: str) -> str | None:
+    """The hash that the hub has given for a large file; None for a small one.
+
+    Raises:
+        SourceError: see the table above.
+    """
+    cached = huggingface_hub.try_to_load_from_cache(repo_id, file, revision=commit)
+    if isinstance(cached, str):
+        name = Path(cached).resolve().name  # the cache names what it holds by that
+    else:
+        with explained(repo_id):
+            name = huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repo_id, file, revision=commit)).etag or ""
+    return name if _SHA256.fullmatch(name) else None
 
 
 def open_hub(repo_id: str, revision: str | None, subfolder: str | None = None) -> Source:
@@ -155,14 +186,13 @@ class HubSource(Stays):
         return header
 
     def fetch(self, file: str) -> Path:
-        with explained(self.repo_id):
-            return Path(huggingface_hub.hf_hub_download(self.repo_id, self._prefix + file, revision=self.commit))
+        return fetch(self.repo_id, self.commit, self._prefix + file)
 
     def sha256(self, file: str) -> str | None:
-        cached = huggingface_hub.try_to_load_from_cache(self.repo_id, self._prefix + file, revision=self.commit)
-        # The cache names what it holds by the hash that the hub has given for it.
-        name = Path(cached).resolve().name if isinstance(cached, str) else ""
-        return name if SHA256.fullmatch(name) else None
+        return sha256_of(self.repo_id, self.commit, self._prefix + file)
+
+    def origin(self) -> HubOrigin:
+        return HubOrigin(self.repo_id, self.commit, self._prefix, passing=False)
 
     def folder(self) -> Path | None:
         return Path(huggingface_hub.constants.HF_HUB_CACHE)

@@ -12,6 +12,7 @@ from surgery.format.files import check_relative_path, check_size, read_json_obje
 from surgery.format.manifest import SourceRecord
 from surgery.format.safetensors import Header, ShardReader
 from surgery.names import CONFIG_FILE
+from surgery.source.origin import FolderOrigin, Origin
 from surgery.source.select import Selection, index_entries, select_files
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -45,8 +46,8 @@ class Source(Protocol):
     def acquire(self, file: str) -> Path:
         """``fetch`` for a weight file that is needed until as many calls of ``release`` say that it is not."""
 
-    def release(self, file: str) -> None:
-        """See ``acquire``."""
+    def release(self, file: str) -> bool:
+        """See ``acquire``. Whether it is gone now."""
 
     def wait_for_room(self) -> None:
         """Returns when the next weight file may be acquired, or after ``close``."""
@@ -56,6 +57,9 @@ class Source(Protocol):
 
     def sha256(self, file: str) -> str | None:
         """Of a weight file that has been fetched, if somebody else than the file itself says so."""
+
+    def origin(self) -> Origin:
+        """Where its weight files are, for others to take them from."""
 
     def folder(self) -> Path | None:
         """What must not be written to: the folder it is in, or the hub's cache."""
@@ -76,7 +80,8 @@ class Stays:
     def acquire(self, file: str) -> Path:
         return self.fetch(file)
 
-    def release(self, file: str) -> None: ...
+    def release(self, file: str) -> bool:
+        return False
 
     def wait_for_room(self) -> None: ...
 
@@ -147,6 +152,9 @@ class FolderSource(Stays):
 
     def bytes_to_fetch(self) -> tuple[Path, int] | None:
         return None
+
+    def origin(self) -> FolderOrigin:
+        return FolderOrigin(self._root.resolve())
 
 
 def open_source(model: str | Path, *, revision: str | None = None, subfolder: str | None = None) -> Source:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-import huggingface_hub
-
 from surgery.errors import SourceError
-from surgery.source.hub import SHA256, HubSource, explained
+from surgery.source.hub import HubSource, fetch
 from surgery.source.model import Source
+from surgery.source.origin import HubOrigin
 
 
 class StreamedSource(HubSource):
@@ -41,11 +40,7 @@ class StreamedSource(HubSource):
         if not self._passing(file):
             return super().fetch(file)
         if file not in self._here:
-            with explained(self.repo_id):
-                path = huggingface_hub.hf_hub_download(
-                    self.repo_id, self._prefix + file, revision=self.commit, local_dir=self._folder
-                )
-            self._here[file] = Path(path)
+            self._here[file] = fetch(self.repo_id, self.commit, self._prefix + file, self._folder)
         return self._here[file]
 
     def acquire(self, file: str) -> Path:
@@ -54,15 +49,17 @@ class StreamedSource(HubSource):
                 self._users[file] = self._users.get(file, 0) + 1
         return self.fetch(file)
 
-    def release(self, file: str) -> None:
+    def release(self, file: str) -> bool:
         with self._changed:
             if file not in self._users:
-                return
+                return False
             self._users[file] -= 1
-            if self._users[file] == 0:
-                del self._users[file]
-                self._here.pop(file, self._folder / file).unlink(missing_ok=True)
-                self._changed.notify_all()
+            if self._users[file]:
+                return False
+            del self._users[file]
+            self._here.pop(file, self._folder / file).unlink(missing_ok=True)
+            self._changed.notify_all()
+            return True
 
     def wait_for_room(self) -> None:
         with self._changed:
@@ -74,13 +71,8 @@ class StreamedSource(HubSource):
             self._closed = True
             self._changed.notify_all()
 
-    def sha256(self, file: str) -> str | None:
-        if not self._passing(file):
-            return super().sha256(file)
-        with explained(self.repo_id):
-            url = huggingface_hub.hf_hub_url(self.repo_id, self._prefix + file, revision=self.commit)
-            etag = huggingface_hub.get_hf_file_metadata(url).etag
-        return etag if etag is not None and SHA256.fullmatch(etag) else None
+    def origin(self) -> HubOrigin:
+        return HubOrigin(self.repo_id, self.commit, self._prefix, passing=True)
 
     def bytes_to_fetch(self) -> tuple[Path, int] | None:
         shards = sorted((self.size(file) for file in self.selection.shards if self._passing(file)), reverse=True)

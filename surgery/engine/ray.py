@@ -1,0 +1,180 @@
+"""The jobs of a run as tasks of Ray, on this machine or on a cluster.
+
+A task is run again when its process or its machine is lost, which is all that is lost with it: jobs are idempotent.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from surgery.device import choose_device, device_name
+from surgery.engine.lane import Lane
+from surgery.errors import MissingExtra, OptionError, SurgeryError
+from surgery.planning.memory import Memory
+from surgery.timing import Seconds, Timing
+
+#: How often a task is begun anew after its process or its machine is lost, and after an error of a disk or a network.
+_RETRIES = 5
+
+_Result = TypeVar("_Result")
+_Result_co = TypeVar("_Result_co", covariant=True)
+
+
+class RemoteJob(Protocol[_Result_co]):
+    """What can be sent to another process and done there."""
+
+    def __call__(self, lane: Lane, attempt: str, /) -> _Result_co:
+        """The result, which can be sent back. Attempts at one job may be under way at the same time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """What the machines of a cluster have.
+
+    Attributes:
+        device: the kind of device that the tasks use: ``cuda`` or ``cpu``.
+        device_name: for the manifest, see ``surgery.device.device_name``.
+        cores: of the smallest machine that can do tasks; for each of its GPUs, if those are used.
+        tasks: how many can run at a time.
+        device_memory: bytes of a GPU.
+    """
+
+    device: str
+    device_name: str
+    cores: int
+    tasks: int
+    device_memory: int | None
+
+
+@contextmanager
+def connected(device: str) -> Iterator[Cluster]:
+    """The cluster that ``RAY_ADDRESS`` names or that runs on this machine; with neither, one of this machine alone.
+
+    Args:
+        device: ``auto``, ``cpu`` or ``cuda``.
+
+    Raises:
+        MissingExtra: Ray is not installed.
+        OptionError: the cluster has no such device, or cannot be reached.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise OptionError("Ray places tasks by itself", got=f"--device {device}", expected="auto, cpu or cuda")
+    ray = _ray()
+    ours = not ray.is_initialized()
+    if ours:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        try:
+            ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise OptionError(
+                "the Ray cluster cannot be reached",
+                got=str(error)[:300],
+                hint="check RAY_ADDRESS, and that ray status works here",
+            ) from error
+    try:
+        yield _cluster(ray, device)
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def _ray() -> Any:
+    try:
+        import ray
+    except ImportError as error:
+        raise MissingExtra("--engine ray needs Ray", hint="pip install 'model-surgery[ray]'") from error
+    return ray
+
+
+def _cluster(ray: Any, device: str) -> Cluster:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    with_gpu = [node for node in nodes if node.get("GPU", 0) >= 1]
+    if device == "cuda" and not with_gpu:
+        raise OptionError("the Ray cluster has no GPU", got=f"{len(nodes)} machines", hint="--device auto takes what there is")
+    if not nodes:
+        raise OptionError("the Ray cluster has no CPU to work on", got=f"{len(ray.nodes())} machines")
+    if with_gpu and device != "cpu":
+        cores = min(max(1, int(node["CPU"] // node["GPU"])) for node in with_gpu)
+        described = ray.remote(num_gpus=1, num_cpus=0)(_describe)
+        name, memory = ray.get(described.remote())
+        return Cluster("cuda", name, cores, sum(int(node["GPU"]) for node in with_gpu), memory)
+    cores = min(int(node["CPU"]) for node in nodes)
+    return Cluster("cpu", "cpu", cores, sum(int(node["CPU"]) // cores for node in nodes), None)
+
+
+def _describe() -> tuple[str, int]:
+    device = choose_device("cuda")
+    return device_name(device), torch.cuda.get_device_properties(device).total_memory
+
+
+def run_remotely(
+    jobs: Mapping[int, RemoteJob[_Result]], cluster: Cluster, memory: Memory, timing: Timing | None
+) -> Generator[tuple[int, _Result], None, None]:
+    """The keys of jobs with their results, in the order in which they are finished. To be closed when left early.
+
+    Args:
+        jobs: each goes to a machine with as many cores as ``memory`` has workers, and a GPU if those are used.
+        cluster: which is connected.
+        memory: of each task.
+        timing: told where the time of the tasks went.
+
+    Raises:
+        The first error of a job; the others are cancelled.
+    """
+    ray = _ray()
+    task = ray.remote(
+        num_cpus=memory.workers,
+        num_gpus=1 if cluster.device == "cuda" else 0,
+        max_retries=_RETRIES,
+        retry_exceptions=[ConnectionError, TimeoutError],
+    )(_run)
+    waiting = {task.remote(job, cluster.device, memory, timing is not None): key for key, job in jobs.items()}
+    try:
+        while waiting:
+            finished, _ = ray.wait(list(waiting), num_returns=1)
+            key = waiting.pop(finished[0])
+            result, seconds, wall = _result(ray, finished[0])
+            if timing is not None:
+                timing.add(seconds)
+                timing.wall += wall
+                timing.threads = {"download": 1, "reader": 1, "worker": memory.workers, "writer": 1}
+            yield key, result
+    finally:
+        for reference in waiting:
+            ray.cancel(reference, force=True)
+
+
+def _result(ray: Any, reference: Any) -> tuple[Any, Seconds, float]:
+    try:
+        result: tuple[Any, Seconds, float] = ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, SurgeryError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayError as error:
+        raise OptionError(
+            f"a task has been lost {_RETRIES + 1} times",
+            got=f"{type(error).__name__}: {error}"[:300],
+            hint="see the logs of Ray; less memory for each task: --max-memory",
+        ) from error
+    return result
+
+
+def _run(job: RemoteJob[_Result], kind: str, memory: Memory, timed: bool) -> tuple[_Result, Seconds, float]:
+    """One job, in a process of Ray's."""
+    import ray
+
+    context = ray.get_runtime_context()
+    attempt = f"{context.get_task_id()}-{context.get_worker_id()}"
+    timing = Timing() if timed else None
+    begun = time.perf_counter()
+    with Lane(choose_device(kind), memory.workers, memory.buffer_bytes, timing) as lane:
+        result = job(lane, attempt)
+    return result, timing.seconds if timing is not None else {}, time.perf_counter() - begun
