@@ -31,11 +31,9 @@ from pipeline import CHILD, measure
 
 import surgery
 from surgery.linalg.lossless import Factors, split
-from surgery.memory import bytes_of
+from surgery.memory import bytes_of, keep_scratch
 from surgery.planning.plan import Plan
 
-#: Times that the bytes of a target are hashed: in the source's file, in the residual's, and of both by themselves.
-HASHES = 4
 #: Least time that a rate is measured for, and the most bytes written for that of the disk.
 PROBE_SECONDS = 0.5
 PROBE_BYTES = 256 << 20
@@ -55,7 +53,8 @@ class Machine:
         split: per weight, of taking it apart losslessly.
         hash: per byte, of sha256.
         read: per byte of a file in the system's cache.
-        write: per byte of a file, synced.
+        write: per byte of a file, into the system's cache.
+        sync: per byte of a file, until it is on the disk: of one file at a time, whatever the cores do.
         start: what a run takes whatever there is to do: seconds for next to nothing.
     """
 
@@ -65,30 +64,32 @@ class Machine:
     hash: float
     read: float
     write: float
+    sync: float
     start: float
 
 
 def predicted_seconds(steps: Plan, machine: Machine) -> float:
     """Seconds that ``factorize`` will take for a plan in the residual layout on a CPU.
 
-        a * flops + d * matrices + b * weights + c * bytes + start
+        max(a * flops + d * matrices + b * weights + c * bytes, e * bytes written) + start
 
-    with a and d the cost of the SVDs, b that of the lossless split and of hashing, c that of reading and writing. It assumes:
+    with a and d the cost of the SVDs, b that of the lossless split, c that of hashing, reading and writing, e that of the disk.
+    It assumes:
 
-    - Work on one matrix is done by one core, and no core ever waits for work: the rates are those of all cores together.
+    - Each piece of work is done by one core, and no core ever waits for work: the rates are those of all cores together.
     - All SVDs take as many passes over their matrix as those of the two that were timed, whose time is interpolated.
-    - Nothing overlaps: while a file is read or written no core computes. Where it does overlap, this is too much by up to
-      the c term.
-    - The source is in the system's cache.
+    - All bytes that are read or written are hashed; what is written beside the weights (factors and corrections, whose header
+      comes last) once more.
+    - The disk writes while the cores compute. The source is in the system's cache.
     """
     flops = sum(2.0 * target.entries * target.rank for target in steps.targets)
     matrices = sum(target.matrices[0] for target in steps.targets)
     weights = sum(target.entries for target in steps.targets)
-    stored = sum(target.stored_bytes for target in steps.targets)
+    beside = steps.bytes_written - steps.bytes_read
     svd = machine.flop * flops + machine.matrix * matrices
-    exact = machine.split * weights + machine.hash * HASHES * stored
+    hashing = machine.hash * (steps.bytes_read + steps.bytes_written + beside)
     files = machine.read * steps.bytes_read + machine.write * steps.bytes_written
-    return svd + exact + files + machine.start
+    return max(svd + machine.split * weights + hashing + files, machine.sync * steps.bytes_written) + machine.start
 
 
 def calibrated(folder: Path, hidden: int, rank: int) -> Machine:
@@ -102,14 +103,16 @@ def calibrated(folder: Path, hidden: int, rank: int) -> Machine:
     found = surgery.truncated_svd(large, rank)
     factors = Factors(found.U.contiguous(), found.s, found.V.contiguous())
     data = large.view(torch.uint8)
-    read, write = file_rates(folder / "probe", data)
+    read, write, sync = file_rates(folder / "probe", data)
+    spare = torch.empty_like(large)
     return Machine(
         flop=flop,
         matrix=seconds[0] - flop * flops[0],
-        split=with_all_cores(lambda A: split(A, factors), large) / large.numel(),
+        split=with_all_cores(lambda A: split(A, factors, out=spare), large) / large.numel(),
         hash=with_all_cores(lambda A: hashlib.sha256(bytes_of(A)), data) / data.numel(),
         read=read,
         write=write,
+        sync=sync,
         start=seconds_to_start(folder),
     )
 
@@ -132,22 +135,24 @@ def with_all_cores(work: Callable[[torch.Tensor], object], tensor: torch.Tensor)
 def start_worker() -> None:
     """What a thread of a run does before its first matrix, each of which it then works on alone."""
     torch.set_num_threads(1)
+    keep_scratch()
 
 
-def file_rates(path: Path, data: torch.Tensor) -> tuple[float, float]:
-    """Seconds per byte of reading, from the cache, and of writing, synced: medians of three."""
+def file_rates(path: Path, data: torch.Tensor) -> tuple[float, float, float]:
+    """Seconds per byte of reading and of writing, with all cores at it, and of syncing: medians of three."""
     written = bytes_of(data)
     read = memoryview(bytearray(written.nbytes))
     times = max(1, min(16, PROBE_BYTES // written.nbytes))
-    reading, writing = [], []
+    reading, writing, syncing, cores = [], [], [], os.cpu_count() or 1
     for _ in range(3):
         start = time.perf_counter()
         with open(path, "wb") as file:
             for _ in range(times):
                 file.write(written)
             file.flush()
+            writing.append(time.perf_counter() - start)
             os.fsync(file.fileno())
-        writing.append(time.perf_counter() - start)
+        syncing.append(time.perf_counter() - start)
         start = time.perf_counter()
         with open(path, "rb", buffering=0) as file:
             while file.readinto(read):
@@ -155,7 +160,8 @@ def file_rates(path: Path, data: torch.Tensor) -> tuple[float, float]:
         reading.append(time.perf_counter() - start)
         path.unlink()
     n_bytes = times * written.nbytes
-    return statistics.median(reading) / n_bytes, statistics.median(writing) / n_bytes
+    read_rate, write_rate, sync_rate = (statistics.median(seconds) / n_bytes for seconds in (reading, writing, syncing))
+    return read_rate / cores, write_rate / cores, sync_rate
 
 
 def seconds_to_start(folder: Path) -> float:

@@ -65,8 +65,8 @@ class TargetRecord:
         rank: directions kept of each matrix.
         energy: share of the squared Frobenius norm in the kept part.
         s_first, s_last: largest and smallest kept singular value.
-        sha256: of the original bytes of the matrices, one after the other, row by row.
-        residual_sha256: of those of the residuals; None in the overlay layout.
+        sample_sha256: of a sample of the original entries, see ``surgery.format.sample``.
+        residual_sample_sha256: of that of the residuals; None in the overlay layout.
         inexact: share of the entries that residual and factors alone do not give back; None in the overlay layout.
         factors_sha256: of the bytes of U, s and V, in this order, of the matrices one after the other.
         certificates: of the SVD of each matrix.
@@ -82,8 +82,8 @@ class TargetRecord:
     energy: float
     s_first: float
     s_last: float
-    sha256: str
-    residual_sha256: str | None
+    sample_sha256: str
+    residual_sample_sha256: str | None
     inexact: float | None
     factors_sha256: str
     certificates: list[CertificateRecord]

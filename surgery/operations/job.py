@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -18,7 +17,8 @@ from surgery.errors import OutputError, SourceError
 from surgery.format.factors import FactorsHash
 from surgery.format.files import FileRecord, FileWriter
 from surgery.format.manifest import CertificateRecord, ShardRecord, ShardResult, TargetRecord
-from surgery.format.safetensors import ShardReader, TensorFileWriter
+from surgery.format.safetensors import TORCH_DTYPES, ShardReader, TensorFileWriter
+from surgery.format.sample import SampleHash
 from surgery.memory import bytes_of
 from surgery.names import PARTIALS_DIR, RUN_FILE, correction_key, factor_key, factors_file
 from surgery.operations.batch import Matrix, Result, Settings, factorize_matrices, truncate
@@ -27,7 +27,6 @@ from surgery.planning.plan import ShardPlan
 from surgery.planning.targets import Target
 from surgery.progress import Progress, Silent
 from surgery.source.origin import Origin
-from surgery.timing import timed
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +157,7 @@ def run_job(job: Job, lane: Lane, progress: Progress, read: Callable[[], object]
         def finish(window: Sequence[Piece], results: list[Result]) -> None:
             _write(window, results, work, residuals, factors, progress)
 
-        lane.flow(_hashed_in_order(walk, work), job.window_bytes, factorize, finish, read)
+        lane.flow(_sampled(walk, work), job.window_bytes, factorize, finish, read)
         if job.sha256 not in (None, walk.sha256):
             raise SourceError(
                 f"{job.shard.file} is not the file that the hub has",
@@ -220,9 +219,13 @@ class _Collected:
     s_first: float = 0.0
     s_last: float = float("inf")
     inexact: float = 0.0
-    sha256: hashlib._Hash = field(default_factory=hashlib.sha256)
-    residual_sha256: hashlib._Hash = field(default_factory=hashlib.sha256)
     factors_sha256: FactorsHash = field(default_factory=FactorsHash)
+    sample: SampleHash = field(init=False)
+    residual_sample: SampleHash = field(init=False)
+
+    def __post_init__(self) -> None:
+        dtype = TORCH_DTYPES[self.target.dtype]
+        self.sample, self.residual_sample = SampleHash(dtype), SampleHash(dtype)
 
     def add(self, result: Result) -> None:
         factors, certificate = result.factors, result.certificate
@@ -263,30 +266,21 @@ class _Collected:
             energy=_digits(min(self.kept / self.total, 1.0) if self.total else 1.0, 6),
             s_first=self.s_first,
             s_last=self.s_last,
-            sha256=self.sha256.hexdigest(),
-            residual_sha256=self.residual_sha256.hexdigest() if residual else None,
+            sample_sha256=self.sample.hexdigest(),
+            residual_sample_sha256=self.residual_sample.hexdigest() if residual else None,
             inexact=_digits(self.inexact / self.done, 3) if residual else None,
             factors_sha256=self.factors_sha256.hexdigest(),
             certificates=self.certificates,
         )
 
 
-def _whole(piece: TargetPiece) -> bool:
-    return len(piece) == piece.entry.nbytes
-
-
-def _hashed_in_order(walk: Iterable[Piece], work: Mapping[str, list[_Collected]]) -> Iterator[Piece]:
-    """The pieces; those of stacks that come in several are hashed here, as it must be done one after the other."""
+def _sampled(walk: Iterable[Piece], work: Mapping[str, list[_Collected]]) -> Iterator[Piece]:
+    """The pieces of a shard, of which the samples are taken as they pass: later they may hold residuals."""
     for piece in walk:
-        if isinstance(piece, TargetPiece) and not _whole(piece):
-            _hash_source(piece, work[piece.entry.name])
+        if isinstance(piece, TargetPiece):
+            for part in work[piece.entry.name]:
+                part.sample.update(part.target.view.matrices(piece.tensor))
         yield piece
-
-
-def _hash_source(piece: TargetPiece, parts: Iterable[_Collected]) -> None:
-    with timed("hash"):
-        for part in parts:
-            part.sha256.update(bytes_of(part.target.view.matrices(piece.tensor)))
 
 
 def _factorize(
@@ -303,8 +297,6 @@ def _factorize(
         if not isinstance(piece, TargetPiece):
             continue
         parts = work[piece.entry.name]
-        if _whole(piece):
-            _hash_source(piece, parts)
         weight = dequantizer.weight(piece.tensor, piece.first, parts[0].target.scaled)
         for part in parts:
             seen = part.target.view.matrices(weight)
@@ -315,11 +307,6 @@ def _factorize(
     if settings.layout == "residual":
         for view, seen, tensor in sliced:
             view.store(seen, tensor)
-        with timed("hash"):
-            for piece in window:
-                if isinstance(piece, TargetPiece) and _whole(piece):
-                    for part in work[piece.entry.name]:
-                        part.residual_sha256.update(bytes_of(part.target.view.matrices(piece.tensor)))
     return results
 
 
@@ -339,9 +326,8 @@ def _write(
             for part in work[piece.entry.name]:
                 for i in range(part.target.view.shape(piece.tensor.shape)[0]):
                     _add(part, done.pop((part.target.key, piece.first + i)), factors)
-                if residuals and not _whole(piece):
-                    with timed("hash"):
-                        part.residual_sha256.update(bytes_of(part.target.view.matrices(piece.tensor)))
+                if residuals:
+                    part.residual_sample.update(part.target.view.matrices(piece.tensor))
         if residuals:
             residuals.write(bytes_of(piece.buffer))
         progress.advance(len(piece))

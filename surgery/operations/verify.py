@@ -17,7 +17,8 @@ from surgery.errors import FormatError, OptionError, SurgeryError
 from surgery.format.factors import FactorsHash, FactorsReader
 from surgery.format.files import FileRecord, file_sha256
 from surgery.format.manifest import Manifest, ShardRecord, TargetRecord, fingerprint_of
-from surgery.format.safetensors import ShardReader
+from surgery.format.safetensors import TORCH_DTYPES, ShardReader
+from surgery.format.sample import SampleHash
 from surgery.format.scales import read_scales
 from surgery.linalg.correction import CorruptCorrection
 from surgery.linalg.lossless import join
@@ -226,8 +227,10 @@ def _check_shard(
         walk = stack.enter_context(ShardWalk(source, portions))
         shards = {shard.source.file: shard for shard in manifest.shards}
         dequantizer = stack.enter_context(Dequantizer(lambda file: shard_path(weights, shards, file)))
+        recovered = hashlib.sha256(source.header.raw)
         for piece in reported(walk, progress):
             if not isinstance(piece, TargetPiece):
+                recovered.update(piece.data)
                 continue
             for checked in by_name[piece.entry.name]:
                 try:
@@ -237,16 +240,25 @@ def _check_shard(
                     checked.spoiled = True
                     continue
                 view = checked.target.seen_as
-                checked.stored.update(bytes_of(view.matrices(piece.tensor)))
+                checked.stored.update(view.matrices(piece.tensor))
                 weight = dequantizer.weight(piece.tensor, piece.first, quantized.get(piece.entry.name))
-                for i, matrix in enumerate(view.matrices(weight)):
-                    check = partial(_check_matrix, checked, piece.first + i, reader, isinstance(weights, OwnWeights), report)
-                    as_memory_allows(check, [matrix], device)
+                own = isinstance(weights, OwnWeights)
+                matrices = view.matrices(weight)
+                for i, matrix in enumerate(matrices):
+                    check = partial(_check_matrix, checked, piece.first + i, reader, own, report)
+                    matrix.copy_(as_memory_allows(check, [matrix], device)[0])
+                if own:  # from here on the piece holds what it was in the source
+                    checked.recovered.update(matrices)
+                    view.store(matrices, piece.tensor)
+            recovered.update(bytes_of(piece.buffer))
         for checks in by_name.values():
             for checked in checks:
-                _check_hashes(checked, path.name, isinstance(weights, OwnWeights), report)
+                _check_samples(checked, path.name, isinstance(weights, OwnWeights), report)
         if isinstance(weights, BaseWeights):
             report.expect(walk.sha256 == expected.sha256, path.name, "sha256 of the base", walk.sha256, expected.sha256)
+        else:
+            found = recovered.hexdigest()
+            report.expect(found == shard.source.sha256, path.name, "sha256 of the original file", found, shard.source.sha256)
 
 
 @dataclass(slots=True)
@@ -255,10 +267,14 @@ class _Checked:
 
     target: TargetRecord
     matrices: int = 0
-    stored: hashlib._Hash = field(default_factory=hashlib.sha256)
-    recovered: hashlib._Hash = field(default_factory=hashlib.sha256)
     spoiled: bool = False
     misses: list[str] = field(default_factory=list)
+    stored: SampleHash = field(init=False)
+    recovered: SampleHash = field(init=False)
+
+    def __post_init__(self) -> None:
+        dtype = TORCH_DTYPES[self.target.dtype]
+        self.stored, self.recovered = SampleHash(dtype), SampleHash(dtype)
 
 
 def _check_factors(target: TargetRecord, reader: FactorsReader, report: VerifyReport) -> None:
@@ -293,8 +309,8 @@ def _check_matrix(
     report: VerifyReport,
     stored: Sequence[torch.Tensor],
     device: torch.device,
-) -> list[None]:
-    """Recovery and certificate of one matrix. ``stored`` holds its residual, or with ``own`` false its weight."""
+) -> list[torch.Tensor]:
+    """Recovery and certificate of one matrix, and its weight. ``stored`` holds its residual, or with ``own`` false that."""
     target, weight, factors = checked.target, stored[0], reader.factors(checked.target, index).to(device)
     checked.matrices += 1
     if own:
@@ -303,8 +319,7 @@ def _check_matrix(
         except CorruptCorrection as error:
             report.expect(False, target.key, "the correction decodes", error)
             checked.spoiled = True
-            return []
-        checked.recovered.update(bytes_of(weight))
+            return [weight]
     with full_precision(device):
         measured = residuals_of(weight.to(device), factors.U, factors.s, factors.V)
     recorded = torch.tensor(target.certificates[index].residual, dtype=torch.float64)
@@ -314,10 +329,10 @@ def _check_matrix(
             f"residual {measured[worst].item():.2e} of direction {worst + 1}, recorded {recorded[worst].item():.2e}"
             + (f", matrix {index}" if target.view == "stack" else "")
         )
-    return []
+    return [weight]
 
 
-def _check_hashes(checked: _Checked, file: str, own: bool, report: VerifyReport) -> None:
+def _check_samples(checked: _Checked, file: str, own: bool, report: VerifyReport) -> None:
     """What can be told of a target once all of its matrices have been seen."""
     target = checked.target
     if checked.spoiled:
@@ -325,10 +340,10 @@ def _check_hashes(checked: _Checked, file: str, own: bool, report: VerifyReport)
     if not report.expect(checked.matrices > 0, f"{file}: {target.tensor}", "the tensor is there", "nothing"):
         return
     if own:
-        found = checked.stored.hexdigest()
-        report.expect(found == target.residual_sha256, target.key, "sha256 of the residual", found, target.residual_sha256)
-    found = (checked.recovered if own else checked.stored).hexdigest()
-    if not report.expect(found == target.sha256, target.key, "sha256 of the original weight", found, target.sha256):
+        found, sample = checked.stored.hexdigest(), target.residual_sample_sha256
+        report.expect(found == sample, target.key, "sample of the residual", found, sample)
+    found, sample = (checked.recovered if own else checked.stored).hexdigest(), target.sample_sha256
+    if not report.expect(found == sample, target.key, "sample of the original weight", found, sample):
         return  # its certificates are those of another matrix
     for miss in checked.misses:
         report.expect(False, target.key, "certificate", miss)

@@ -7,13 +7,16 @@ import time
 import torch
 
 from surgery.linalg.product import rows_times
+from surgery.linalg.threads import one_thread
 from surgery.planning.plan import Plan
 
-#: Rows multiplied by a matrix until its triplets are certified, per wanted one; measured at 4096x4096, k = 16 to 128.
-_ROWS = 31
+#: Rows multiplied by a matrix until its triplets are certified, per wanted one; measured at 2048 to 4096 wide, k = 16 to 128.
+_ROWS = 18
 _EXTRA_RANK = 16
-#: Seconds per weight for the lossless split on one CPU core. On a GPU it has not been measured, and counts for nothing.
-_SPLIT = 10e-9
+#: Seconds of a core per weight for the lossless split. On a GPU it has not been measured; its encoding is the host's.
+_SPLIT = 6e-9
+#: Seconds of a core per byte that is read or written and hashed.
+_BYTE = 1e-9
 #: Bytes per second that an ordinary disk takes and gives.
 _DISK = 1e9
 _PROBE = 2048
@@ -22,24 +25,28 @@ _PROBE = 2048
 def estimate_seconds(steps: Plan, device: torch.device) -> float:
     """Seconds that a planned run will take on this machine, without downloads: a rough figure.
 
-    Multiplies a few rows by a small matrix on the device to see how fast it is.
+    Multiplies a few rows by a small matrix on the device to see how fast it is. The cores share the work; the disk writes
+    meanwhile.
     """
-    rate = _product_rate(device)
     products = sum(2.0 * t.entries * min(_ROWS * (t.rank + _EXTRA_RANK), 2 * min(t.matrices[1:])) for t in steps.targets)
-    seconds = products / rate + (steps.bytes_read + steps.bytes_written) / _DISK
-    if steps.layout == "residual" and device.type == "cpu":
-        seconds += sum(target.entries for target in steps.targets) * _SPLIT / min(torch.get_num_threads(), 8)
-    return seconds
+    on_device = products / _product_rate(device)
+    on_host = (steps.bytes_read + steps.bytes_written) * _BYTE
+    if steps.layout == "residual":
+        on_host += sum(target.entries for target in steps.targets) * _SPLIT
+    workers = steps.memory.workers
+    busy = (on_device + on_host) / workers if device.type == "cpu" else max(on_device, on_host / workers)
+    return max(busy, (steps.bytes_read + steps.bytes_written) / _DISK)
 
 
 def _product_rate(device: torch.device) -> float:
-    """Float32 operations per second of the products that an SVD consists of."""
+    """Float32 operations per second of the products that an SVD consists of, on a CPU those of one core."""
     x = torch.ones(1, 16, _PROBE, device=device)
     A = torch.ones(1, _PROBE, _PROBE, device=device)
     fastest = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        product = rows_times(x, A)
-        product[0, 0, 0].item()  # waits for the device
-        fastest = min(fastest, time.perf_counter() - start)
+    with one_thread():
+        for _ in range(5):
+            start = time.perf_counter()
+            product = rows_times(x, A)
+            product[0, 0, 0].item()  # waits for the device
+            fastest = min(fastest, time.perf_counter() - start)
     return 2.0 * 16 * _PROBE**2 / fastest

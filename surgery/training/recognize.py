@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 
@@ -12,8 +11,8 @@ from torch import nn
 from surgery.errors import OptionError, SourceError
 from surgery.format.manifest import TargetRecord
 from surgery.format.safetensors import TORCH_DTYPES
+from surgery.format.sample import SampleHash
 from surgery.linalg.lossless import Factors
-from surgery.memory import bytes_of
 from surgery.names import FACTORIZABLE_DTYPES
 from surgery.training.carriers import Carrier
 from surgery.training.lowrank import Term
@@ -36,7 +35,7 @@ def is_residual(
 ) -> bool:
     """Whether the residual of a target is in a model, and not the original weight.
 
-    Told by the bytes; where these have been quantized, by what the layer makes of singular and of random vectors.
+    Told by a sample of the entries; where these have been quantized, by what the layer makes of singular and of random vectors.
 
     Args:
         target: with its ``places``, the ``carriers`` of these, its ``factors`` and the ``terms`` made of them.
@@ -54,7 +53,7 @@ def is_residual(
         leading = [terms[0].left.T @ _images(layer, terms[0].right.T, dtype).T]
         if _is_original(leading, factors):
             return False
-        if target.residual_sha256 is not None:
+        if target.residual_sample_sha256 is not None:
             # Next to nothing is left of the leading directions, as in any other model: it must be this one all over.
             probes = torch.randn(_PROBES, target.shape[1], generator=torch.Generator().manual_seed(0))
             expected = probes @ stored().float().T
@@ -64,12 +63,12 @@ def is_residual(
     matrices = target.seen_as.matrices(_gathered(target, places, carriers))
     if target.dtype in FACTORIZABLE_DTYPES:
         digest = _hash_as(matrices, TORCH_DTYPES[target.dtype])
-        if digest is None or digest not in (target.sha256, target.residual_sha256):
+        if digest is None or digest not in (target.sample_sha256, target.residual_sample_sha256):
             dtype_of_model = str(matrices.dtype).removeprefix("torch.")
             fewer = matrices.dtype.itemsize < TORCH_DTYPES[target.dtype].itemsize
             hint = f'load the model with dtype="auto": {dtype_of_model} has not room for its weights' if fewer else None
             raise _neither(target, f"{dtype_of_model} {target.shape}", "bytes", hint)
-        return digest != target.sha256
+        return digest != target.sample_sha256
     # FP8, dequantized when it was loaded: an overlay, of which nothing but the factors is at hand.
     leading = [f.U.T.to(w.device) @ w.float() @ f.V.to(w.device) for f, w in zip(factors, matrices, strict=True)]
     if not _is_original(leading, factors):
@@ -145,11 +144,7 @@ def _selected(tensor: torch.Tensor, axis: int, at: Positions) -> torch.Tensor:
 
 
 def _hash_as(matrices: torch.Tensor, dtype: torch.dtype) -> str | None:
-    """sha256 of the bytes of matrices (B, m, n) in the dtype of the checkpoint; None if they hold values that it cannot."""
-    digest = hashlib.sha256()
-    for matrix in matrices:
-        cast = matrix.to(dtype)
-        if not torch.equal(cast.to(matrix.dtype), matrix):
-            return None
-        digest.update(bytes_of(cast.cpu().contiguous()))
-    return digest.hexdigest()
+    """The hash of a sample of matrices (B, m, n) in the dtype of the checkpoint; None if that does not hold its values."""
+    sample = SampleHash(dtype)
+    sample.update(matrices)
+    return sample.hexdigest() if sample.exact else None
