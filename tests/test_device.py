@@ -110,3 +110,22 @@ def test_batches_on_cuda() -> None:
     result, expected = surgery.truncated_svd(batch.cuda(), 16), surgery.truncated_svd(batch, 16)
     assert bool(result.certificate.converged.all())
     assert torch.allclose(result.s.cpu(), expected.s, rtol=1e-5)
+
+
+def test_several_devices_take_a_shard_each(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with several GPUs: a lane for each device, here of the CPU."""
+    surgery.factorize(llama, tmp_path / "one", rank=4, device="cpu")
+    monkeypatch.setattr(engines, "choose_devices", lambda _: [torch.device("cpu")] * 3)
+    lanes = set()
+    run = operation.run_job
+
+    def noting(job: object, lane: object, *rest: object) -> object:
+        lanes.add(lane)
+        return run(job, lane, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(operation, "run_job", noting)
+    surgery.factorize(llama, tmp_path / "three", rank=4)
+    assert len(lanes) == 3
+    assert files_of(tmp_path / "three") == files_of(tmp_path / "one")
+    surgery.fold(tmp_path / "three", tmp_path / "three/surgery/scales.safetensors", tmp_path / "back")
+    assert files_of(tmp_path / "back") == files_of(llama)

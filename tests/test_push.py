@@ -299,9 +299,24 @@ def test_folded_model(
     assert "LlamaForCausalLM.from_pretrained('acme/folded')" in card
     transformers.LlamaForCausalLM.from_pretrained(tmp_path / "back")
     # Scales that are all 1 take its place, and the card says so.
+    done = len(repo.history)
     surgery.fold(factorized, factorized / SCALES, tmp_path / "same", push_to_hub="acme/folded")
+    *meanwhile, last = repo.history[done:]
+    assert meanwhile
+    assert not any(looks_whole(commit.files) for commit in meanwhile)
+    assert looks_whole(last.files)
     assert without_card(downloaded("acme/folded", tmp_path / "back2")) == files_of(llama)
     assert "scales that are all 1" in (tmp_path / "back2/README.md").read_text()
+
+
+def test_folded_model_with_a_card_of_its_own(hub: LoopbackHub, shards: Path, tmp_path: Path) -> None:
+    surgery.factorize(shards, tmp_path / "f", rank=2)
+    surgery.fold(tmp_path / "f", tmp_path / "f" / SCALES, tmp_path / "o", push_to_hub="acme/folded-carded")
+    assert files_of(tmp_path / "o") == files_of(shards)
+    back = downloaded("acme/folded-carded", tmp_path / "back")
+    assert without_card(back) == without_card(files_of(shards))
+    assert back["README.md"].decode().endswith("## Card of the original model\n\n# The source's own card\n")
+    assert front_matter(hub.repos["acme/folded-carded"])["license"] == "apache-2.0"
 
 
 def test_adapter(hub: LoopbackHub, llama: Path, factorized: Path, trained: dict[str, torch.Tensor], tmp_path: Path) -> None:

@@ -26,9 +26,10 @@ def profile_text(timing: Timing) -> str:
             name = (kind if count == 1 else f"{count} {kind}s") if i == 0 else ""
             rows.append([name, stage, f"{seconds:.2f}", f"{100 * seconds / (count * timing.wall):.0f} %"])
     busiest = _busiest(timing)
+    if busiest is None:
+        return "nothing to show: no shard was worked on"
     lines = [table(["threads", "stage", "seconds", "of its time"], rows, flush_right=(2, 3))]
-    if busiest is not None:
-        lines.append(f"{timing.wall:.1f} s; {_VERDICTS[busiest]}")
+    lines.append(f"{timing.wall:.1f} s; {_VERDICTS[busiest]}")
     return "\n".join(lines)
 
 

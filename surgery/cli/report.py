@@ -101,10 +101,10 @@ def plan_text(steps: Plan, seconds: float, *, every: bool) -> str:
         f"{steps.trainable} trainable scales; {len(steps.skipped)} tensors passed over",
         f"{steps.layout} layout, " + (f"recipe {steps.recipe}" if steps.recipe else "no recipe: the defaults for any model"),
         f"reads {size(steps.bytes_read)}, writes at most about {size(steps.bytes_written)}, "
-        + (f"downloads {size(steps.temporary_bytes)} into the hub's cache, " if steps.temporary_bytes else "")
+        + _download(steps)
         + f"needs at most about {size(steps.memory.peak_bytes)} of memory"
         + (f", {size(steps.memory.device_bytes)} of each GPU's" if steps.memory.device_bytes else ""),
-        f"takes about {duration(seconds)} on this machine" + (", without the download" if steps.temporary_bytes else ""),
+        f"takes about {duration(seconds)} on this machine" + (", without the download" if steps.download_bytes else ""),
         *(f"note: {note}" for note in steps.notes),
     ]
     rows = [[f"{count}", *line] for line, count in targets.items()]
@@ -117,6 +117,14 @@ def plan_text(steps: Plan, seconds: float, *, every: bool) -> str:
             *totals,
         ]
     )
+
+
+def _download(steps: Plan) -> str:
+    if not steps.download_bytes:
+        return ""
+    if steps.temporary_bytes < steps.download_bytes:
+        return f"downloads {size(steps.download_bytes)}, of which at most {size(steps.temporary_bytes)} are here at a time, "
+    return f"downloads {size(steps.download_bytes)} into the hub's cache, "
 
 
 def duration(seconds: float) -> str:

@@ -52,7 +52,7 @@ def run_jobs(
             while going:
                 job, result, error = finished.get()
                 if error is not None:
-                    if first is None:
+                    if first is None or isinstance(first, Stopped):  # which only says that there is another error
                         first = error
                     # What has been read already is brought to its end: nothing that is nearly done is lost.
                     source.close()

@@ -42,14 +42,14 @@ class Cluster:
         device: the kind of device that the tasks use: ``cuda`` or ``cpu``.
         device_name: for the manifest, see ``surgery.device.device_name``.
         cores: of the smallest machine that can do tasks; for each of its GPUs, if those are used.
-        tasks: how many can run at a time.
+        memory: bytes of host memory that is left to each task; None if Ray does not say.
         device_memory: bytes of a GPU.
     """
 
     device: str
     device_name: str
     cores: int
-    tasks: int
+    memory: int | None
     device_memory: int | None
 
 
@@ -103,10 +103,12 @@ def _cluster(ray: Any, device: str) -> Cluster:
     if with_gpu and device != "cpu":
         cores = min(max(1, int(node["CPU"] // node["GPU"])) for node in with_gpu)
         described = ray.remote(num_gpus=1, num_cpus=0)(_describe)
-        name, memory = ray.get(described.remote())
-        return Cluster("cuda", name, cores, sum(int(node["GPU"]) for node in with_gpu), memory)
+        name, device_memory = ray.get(described.remote())
+        memory = min(int(node.get("memory", 0) // node["GPU"]) for node in with_gpu)
+        return Cluster("cuda", name, cores, memory or None, device_memory)
     cores = min(int(node["CPU"]) for node in nodes)
-    return Cluster("cpu", "cpu", cores, sum(int(node["CPU"]) // cores for node in nodes), None)
+    memory = min(int(node.get("memory", 0) * cores // node["CPU"]) for node in nodes)
+    return Cluster("cpu", "cpu", cores, memory or None, None)
 
 
 def _describe() -> tuple[str, int]:
@@ -120,7 +122,7 @@ def run_remotely(
     """The keys of jobs with their results, in the order in which they are finished. To be closed when left early.
 
     Args:
-        jobs: each goes to a machine with as many cores as ``memory`` has workers, and a GPU if those are used.
+        jobs: each takes all of the smallest machine, or as much of a larger one; with GPUs, a GPU and its share.
         cluster: which is connected.
         memory: of each task.
         timing: told where the time of the tasks went.
@@ -130,7 +132,7 @@ def run_remotely(
     """
     ray = _ray()
     task = ray.remote(
-        num_cpus=memory.workers,
+        num_cpus=cluster.cores,  # also where the memory is enough for fewer workers: what is left is enough for no other task
         num_gpus=1 if cluster.device == "cuda" else 0,
         max_retries=_RETRIES,
         retry_exceptions=[ConnectionError, TimeoutError],

@@ -76,9 +76,9 @@ class BaseWeights:
         """See ``Source.stamps``."""
         return self._source.stamps()
 
-    def bytes_to_fetch(self) -> tuple[Path, int] | None:
-        """See ``Source.bytes_to_fetch``."""
-        return self._source.bytes_to_fetch()
+    def room_to_fetch(self) -> tuple[Path, int] | None:
+        """See ``Source.room_to_fetch``."""
+        return self._source.room_to_fetch()
 
     def acquire(self, shard: str) -> None:
         """See ``Source.acquire``."""

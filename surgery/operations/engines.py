@@ -95,7 +95,8 @@ class RayEngine:
         device_memory = max_device_memory
         if device_memory is None and cluster.device_memory is not None:
             device_memory = cluster.device_memory * 4 // 5
-        self.resources = Resources(cluster.device, 1, cluster.cores, max_memory, max_memory is not None, device_memory)
+        memory = cluster.memory if max_memory is None else max_memory
+        self.resources = Resources(cluster.device, 1, cluster.cores, memory, max_memory is not None, device_memory)
         self.device_name = cluster.device_name
         self.files_at_a_time = 1
 

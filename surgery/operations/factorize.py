@@ -199,7 +199,7 @@ def factorize(
                     submit_shard(upload, out, shard)
                 publish_factorized(upload, out, manifest, progress)
                 return manifest
-            if (download := source.bytes_to_fetch()) is not None and not stream:
+            if (download := source.room_to_fetch()) is not None and not stream:
                 check_room(*download)
             journal = Journal(out, _identity(source, steps, options, by.device_name))
             needed = steps.bytes_written + (steps.temporary_bytes if stream else 0)
@@ -470,6 +470,7 @@ def plan_as_json(steps: Plan, seconds: float) -> str:
             "trainable": steps.trainable,
             "bytes_read": steps.bytes_read,
             "bytes_written": steps.bytes_written,
+            "download_bytes": steps.download_bytes,
             "temporary_bytes": steps.temporary_bytes,
             "workers": steps.memory.workers,
             "peak_memory_bytes": steps.memory.peak_bytes,

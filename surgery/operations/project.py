@@ -116,7 +116,7 @@ def project(
     source = _open_like(tuned, manifest)
     inputs = [factorized, *(folder for folder in (weights.folder(), source.folder()) if folder is not None)]
     check_output_file(out, inputs, overwrite=overwrite, but=factorized / SCALES_FILE)
-    downloads = [source.bytes_to_fetch(), weights.bytes_to_fetch() if isinstance(weights, BaseWeights) else None]
+    downloads = [source.room_to_fetch(), weights.room_to_fetch() if isinstance(weights, BaseWeights) else None]
     for download in downloads:
         if download is not None:
             check_room(*download)

@@ -192,7 +192,7 @@ def _weights(
         return OwnWeights(folder)
     if base is not None:
         weights = BaseWeights(open_base(base, manifest))
-        if (download := weights.bytes_to_fetch()) is not None:
+        if (download := weights.room_to_fetch()) is not None:
             check_room(*download)
         return weights
     kind = "an overlay" if manifest.layout == "overlay" else "a residual without a correction"

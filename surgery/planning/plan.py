@@ -39,7 +39,8 @@ class Plan:
         skipped: every tensor without a target, with the reason.
         notes: what the user should know before the run.
         bytes_read, bytes_written: over the whole run; written is an upper estimate.
-        temporary_bytes: what a model from the hub still takes in its cache.
+        download_bytes: what a model from the hub still has to be fetched of.
+        temporary_bytes: how much of that is on the disk at a time: all of it, in the hub's cache, unless it is streamed.
         memory: how many matrices are worked on at a time, and what that takes.
     """
 
@@ -51,6 +52,7 @@ class Plan:
     notes: tuple[str, ...]
     bytes_read: int
     bytes_written: int
+    download_bytes: int
     temporary_bytes: int
     memory: Memory
 
@@ -114,7 +116,7 @@ def make_plan(
     written = others + factors
     if layout == "residual":
         written += weights + (int(CORRECTION_BYTES * sum(target.entries for target in every)) if correction else 0)
-    download = source.bytes_to_fetch()
+    room = source.room_to_fetch()
     return Plan(
         layout=layout,
         recipe=recipe.name if recipe else None,
@@ -124,7 +126,8 @@ def make_plan(
         notes=(*_rank_notes(every), *_recipe_notes(choice, recipe, names), *_split_notes(choice, every)),
         bytes_read=weights + sum(twice.values()),
         bytes_written=written,
-        temporary_bytes=download[1] if download else 0,
+        download_bytes=source.bytes_to_fetch(),
+        temporary_bytes=room[1] if room else 0,
         memory=share_out(
             [need_to_factorize(target) for target in every], resources or Resources(), kept=collected_bytes(every)
         ),

@@ -200,7 +200,9 @@ class HubSource(Stays):
     def stamps(self) -> dict[str, list[int]]:
         return {}
 
-    def bytes_to_fetch(self) -> tuple[Path, int] | None:
+    def bytes_to_fetch(self) -> int:
         wanted = (*self.selection.shards, *self.selection.others)
-        missing = sum(self.size(file) for file in wanted if not self._files[file].is_cached)
-        return Path(huggingface_hub.constants.HF_HUB_CACHE), missing
+        return sum(self.size(file) for file in wanted if not self._files[file].is_cached)
+
+    def room_to_fetch(self) -> tuple[Path, int] | None:
+        return Path(huggingface_hub.constants.HF_HUB_CACHE), self.bytes_to_fetch()

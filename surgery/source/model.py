@@ -67,8 +67,11 @@ class Source(Protocol):
     def stamps(self) -> dict[str, list[int]]:
         """Size and time of change of each file of a local model; empty where a commit pins them."""
 
-    def bytes_to_fetch(self) -> tuple[Path, int] | None:
-        """Where a download will go and how much it still is; None for a local model."""
+    def bytes_to_fetch(self) -> int:
+        """How much is still to be downloaded."""
+
+    def room_to_fetch(self) -> tuple[Path, int] | None:
+        """Where a download will go and how much of it is there at a time; None for a local model."""
 
 
 class Stays:
@@ -150,7 +153,10 @@ class FolderSource(Stays):
                     raise FormatError(f"{self.name}/{file}: cannot be read (no permission)")
         return {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()}
 
-    def bytes_to_fetch(self) -> tuple[Path, int] | None:
+    def bytes_to_fetch(self) -> int:
+        return 0
+
+    def room_to_fetch(self) -> tuple[Path, int] | None:
         return None
 
     def origin(self) -> FolderOrigin:

@@ -74,7 +74,7 @@ class StreamedSource(HubSource):
     def origin(self) -> HubOrigin:
         return HubOrigin(self.repo_id, self.commit, self._prefix, passing=True)
 
-    def bytes_to_fetch(self) -> tuple[Path, int] | None:
+    def room_to_fetch(self) -> tuple[Path, int] | None:
         shards = sorted((self.size(file) for file in self.selection.shards if self._passing(file)), reverse=True)
         others = sum(self.size(file) for file in self.selection.others if not self._files[file].is_cached)
         return self._folder, sum(shards[: self._at_a_time]) + others
