@@ -52,6 +52,19 @@ def _no_thread_is_left() -> Iterator[None]:
     assert not left
 
 
+class _Counted:
+    """How much there is at a time, and how much there has been at most."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+        self._one = threading.Lock()
+
+    def add(self, more: int) -> None:
+        with self._one:
+            self.now += more
+            self.most = max(self.most, self.now)
+
+
 def lane_of(workers: int = 2, units: int = 8) -> Lane:
     return Lane(CPU, workers, units * UNIT)
 
@@ -349,6 +362,23 @@ def test_what_is_between_reading_and_writing_is_bounded() -> None:
     assert len(finished) == 20
 
 
+@pytest.mark.parametrize("workers", [1, 3])
+def test_as_many_windows_are_worked_on_at_a_time_as_there_are_workers(workers: int) -> None:
+    lane, counted, all_at_once = lane_of(workers=workers, units=10), _Counted(), threading.Event()
+
+    def work(window: Sequence[Piece]) -> None:
+        counted.add(1)
+        if counted.most >= workers:
+            all_at_once.set()
+        wait(all_at_once)
+        time.sleep(0.005)
+        counted.add(-1)
+
+    with lane:
+        lane.flow(marked(lane, 20), UNIT, work, lambda *_: None, lambda: None)
+    assert counted.most == workers
+
+
 def test_windows_hold_as_many_pieces_as_it_takes() -> None:
     lane, seen = lane_of(units=20), []
     with lane:
@@ -393,19 +423,6 @@ def test_the_error_that_is_raised_is_the_one_that_happened(where: str, units: in
 
 
 # Memory.
-
-
-class _Counted:
-    """How much is out, as those see it who have borrowed."""
-
-    def __init__(self) -> None:
-        self.one = threading.Lock()
-        self.out = self.most = 0
-
-    def add(self, n_bytes: int) -> None:
-        with self.one:
-            self.out += n_bytes
-            self.most = max(self.most, self.out)
 
 
 def test_many_threads_never_get_more_than_there_is_nor_the_same_memory() -> None:

@@ -108,6 +108,8 @@ def _run(
     turn: threading.Semaphore,
     finished: queue.SimpleQueue[tuple[Any, Any, BaseException | None]],
 ) -> None:
+    if lane.timing is not None:
+        lane.timing.watch("writer")  # it puts finished files in their places
     try:
         while True:
             turn.acquire()

@@ -26,6 +26,7 @@ from surgery.errors import FormatError
 from surgery.format.files import FileRecord, FileWriter, check_regular, file_sha256, reading, reporting
 from surgery.memory import bytes_of
 from surgery.names import DTYPE_BITS
+from surgery.timing import timed
 
 MAX_HEADER_BYTES = 100_000_000
 TORCH_DTYPES = {
@@ -320,7 +321,7 @@ class TensorFileWriter(FileWriter):
             "shape": list(tensor.shape),
             "data_offsets": [self.size, self.size + len(data)],
         }
-        self.write(data)
+        self.append(data)
 
     def commit(self, name: str) -> FileRecord:
         text = json.dumps(self._entries, separators=(",", ":")).encode()
@@ -330,6 +331,7 @@ class TensorFileWriter(FileWriter):
             self.file.seek(0)
             self.file.write(self._header_bytes.to_bytes(8, "little") + text.ljust(self._header_bytes))
         # The header came last but stands first: the hash has to go over the file again.
-        digest = file_sha256(self.partial)
+        with timed("hash"):
+            digest = file_sha256(self.partial)
         super().commit(name)
         return FileRecord(name, 8 + self._header_bytes + self.size, digest)
