@@ -340,7 +340,7 @@ def test_windows_are_finished_in_order_though_worked_on_at_once() -> None:
         lane.flow(marked(lane, 12), UNIT, work, finish, read.set)
         assert in_time(lambda: lane.buffers.take(4 * UNIT))  # everything has been given back
     assert finished == list(range(12))
-    assert ended[0] == 1
+    assert ended.index(1) < ended.index(0)
     assert read.is_set()
 
 
@@ -350,7 +350,7 @@ def test_what_is_between_reading_and_writing_is_bounded() -> None:
     def pieces() -> Iterator[Piece]:
         for piece in marked(lane, 20):
             taken.append(piece)
-            assert len(taken) - len(finished) <= 4  # one is counted a moment after its memory has been given back
+            assert len(taken) - len(finished) <= 3
             yield piece
 
     def finish(window: Sequence[Piece], result: object) -> None:

@@ -14,7 +14,7 @@ import torch
 from surgery.engine.buffers import Buffers
 from surgery.engine.threads import WriteBehind
 from surgery.engine.walk import Piece, windows
-from surgery.memory import keep_scratch
+from surgery.memory import keep_scratch, return_free_memory
 from surgery.timing import Timing
 
 _In = TypeVar("_In")
@@ -22,6 +22,8 @@ _Out = TypeVar("_Out")
 
 #: Windows that may wait for the writer; their memory is bounded by the buffers.
 _WAITING = 64
+#: Bytes of shards after which freed memory is given back to the system.
+_TRIM_BYTES = 64 << 20
 
 
 class Lane:
@@ -44,6 +46,7 @@ class Lane:
         self.buffers = Buffers(buffer_bytes, pinned=device.type == "cuda")
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="surgery-work", initializer=self._start_worker)
         self._streams = threading.local()
+        self._passed = 0
 
     def __enter__(self) -> Self:
         self._threads = torch.get_num_threads()
@@ -112,4 +115,8 @@ class Lane:
             self.timing.watch("writer")
         finish(window, result.result())
         for piece in window:
+            self._passed += len(piece)
             self.buffers.give(piece.buffer)
+        if self._passed >= _TRIM_BYTES:
+            self._passed = 0
+            return_free_memory()
