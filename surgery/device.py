@@ -27,14 +27,14 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise OptionError("unknown device", got=name, expected="auto, cpu, cuda, cuda:N or mps") from None
+        raise OptionError("unknown device", got=repr(name), expected="auto, cpu, cuda, cuda:N or mps") from None
     usable = {
         "cpu": device.index in (None, 0),
         "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
         "mps": torch.backends.mps.is_available(),
     }
     if device.type not in usable:
-        raise OptionError("unknown device", got=name, expected="auto, cpu, cuda, cuda:N or mps")
+        raise OptionError("unknown device", got=repr(name), expected="auto, cpu, cuda, cuda:N or mps")
     if not usable[device.type]:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         raise OptionError(f"device {name} is not there", got=f"{count} CUDA devices", hint="--device auto takes what there is")
@@ -52,7 +52,8 @@ def choose_devices(name: str) -> list[torch.device]:
             raise OptionError("there is no CUDA device", got="--device all", hint="--device auto takes what there is")
         return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     devices = [choose_device(part.strip()) for part in name.split(",")]
-    if len(devices) > 1 and (len(set(devices)) < len(devices) or any(device.type != "cuda" for device in devices)):
+    numbered = {device for device in devices if device.type == "cuda" and device.index is not None}
+    if len(devices) > 1 and len(numbered) < len(devices):
         raise OptionError("these devices do not go together", got=name, expected="different CUDA devices: cuda:0,cuda:1")
     return devices
 

@@ -308,16 +308,16 @@ def test_profile_as_a_table(mixed: Path, tmp_path: Path) -> None:
         seconds = time.perf_counter() - start
     assert done.exit_code == 0
     found = shares(done.stdout)
-    assert found.keys() == {"reader", "2 workers", "writer"}
+    assert found.keys() == {"reader", "2 workers", "2 writers"}
     assert {"svd", "residual", "correction", "wait"} <= found["2 workers"].keys()
     assert {"read", "hash", "wait"} == found["reader"].keys()
-    assert {"hash", "write", "wait"} == found["writer"].keys()
+    assert {"hash", "write", "wait"} == found["2 writers"].keys()
     for stages in found.values():
         assert abs(sum(stages.values()) - 100) <= len(stages)  # each is rounded
     assert sum(found["2 workers"][stage] for stage in ("svd", "residual", "correction")) > 20
-    last = re.fullmatch(r"([0-9.]+) s; .* bounds? this run", done.stdout.splitlines()[-1])
+    last = re.fullmatch(r"([0-9.]+) s at the weight files, mostly .*; ([0-9.]+) s in all", done.stdout.splitlines()[-1])
     assert last
-    assert float(last[1]) <= seconds + 0.05
+    assert float(last[1]) <= float(last[2]) + 0.05 <= seconds + 0.1
     # What is no data is where it always is.
     assert "25 matrices at rank 4" in done.stderr
 
@@ -338,7 +338,7 @@ def test_profile_as_json(mixed: Path, tmp_path: Path, command: str) -> None:
     report = json.loads(done.stdout)
     profile = report["profile"]
     assert 0 < profile["seconds"] <= report["seconds"]
-    assert profile["threads"] == {"download": 1, "reader": 1, "worker": 2, "writer": 1}
+    assert profile["threads"] == {"download": 1, "reader": 1, "worker": 2, "writer": 2}
     assert profile["stages"].keys() == {"reader", "worker", "writer"}
     for kind, stages in profile["stages"].items():
         assert abs(sum(stages.values()) - profile["threads"][kind] * profile["seconds"]) < 0.01

@@ -196,7 +196,7 @@ def factorize(
         click.echo(json.dumps({"schema_version": 1, "out": str(out), **figures}))
     else:
         if timing is not None:
-            click.echo(profile_text(timing))
+            click.echo(profile_text(timing, seconds))
         totals = _totals(manifest)
         say(
             f"{out}: {totals['matrices']} matrices at rank {_ranks(manifest)}, {totals['trainable']} trainable scales, "
@@ -369,7 +369,7 @@ def fold(
     if not report.lossless:
         outcome += ", the others only nearly the source's (made with --no-correction)"
     if timing is not None:
-        click.echo(profile_text(timing))
+        click.echo(profile_text(timing, seconds))
     say(f"{out}: {outcome}; {size(written)} in {seconds:.1f} s", quiet=quiet)
 
 

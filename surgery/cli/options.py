@@ -24,7 +24,7 @@ devices_option = click.option(
     default="auto",
     show_default=True,
     metavar="DEVICE",
-    help="auto, cpu, cuda, cuda:N, mps; several as cuda:0,cuda:1; all CUDA devices: all.",
+    help="auto, cpu, cuda, cuda:N, mps; cuda:0,cuda:1: several; all: every CUDA device.",
 )
 stream_option = click.option(
     "--stream", is_flag=True, help="Of a hub model keep no more than two weight files on the disk at a time."
@@ -36,7 +36,7 @@ engine_option = click.option(
     show_default=True,
     help="ray: a task of a Ray cluster for each weight file.",
 )
-profile_option = click.option("--profile", is_flag=True, help="Show where the time went.")
+profile_option = click.option("--profile", is_flag=True, help="Print where the time went, by thread and stage.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an earlier result in the output folder.")
 overlay_base_option = click.option(
     "--base", metavar="MODEL", help="For an overlay: the model it was made from, if not the one the manifest names."
@@ -61,7 +61,7 @@ def memory_options(command: Callable[..., None]) -> Callable[..., None]:
     """How much memory a run may take."""
     host = "Host memory to keep to, such as 8GB.  [default: half of what is free]"
     limit = click.option("--max-memory", callback=_bytes, metavar="SIZE", help=host)
-    device = "The same of each GPU.  [default: four fifths of it]"
+    device = "Memory of each GPU to keep to.  [default: four fifths of it]"
     of_device = click.option("--max-device-memory", callback=_bytes, metavar="SIZE", help=device)
     return limit(of_device(command))
 
@@ -72,18 +72,18 @@ def push_options(command: Callable[..., None]) -> Callable[..., None]:
         "--push-to-hub", metavar="REPO", help="Upload the result to this hub repository as well, while it is made."
     )
     public = click.option(
-        "--private/--public", default=True, show_default=True, help="What a repository that is made for it is."
+        "--private/--public", default=True, show_default=True, help="Visibility of a repository that is created for it."
     )
     return repo(public(command))
 
 
 def notes_and_quiet(command: Callable[..., None]) -> Callable[..., None]:
-    """Show the library's warnings as notes, in one line each; with --quiet neither them nor the hub client's bars."""
+    """Show the library's warnings as notes, in one line each, unless with --quiet; and no bars but ours."""
 
     @wraps(command)
     def wrapper(*args: Any, quiet: bool, **kwargs: Any) -> None:
-        if quiet:
-            os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read by the hub client when it is imported
+        # Read by the hub client when it is imported: its bars and ours would write over each other.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", SurgeryWarning)
             try:

@@ -10,26 +10,26 @@ if TYPE_CHECKING:
     from surgery.timing import Timing
 
 _VERDICTS = {
-    "download": "the network bounds this run",
-    "reader": "reading and hashing bound this run",
-    "worker": "the arithmetic bounds this run",
-    "writer": "writing and hashing bound this run",
+    "download": "mostly the network",
+    "reader": "mostly reading and hashing",
+    "worker": "mostly arithmetic",
+    "writer": "mostly writing and hashing",
 }
 
 
-def profile_text(timing: Timing) -> str:
-    """A table of the stages of each kind of thread, how long it waited, and what bounds the run."""
+def profile_text(timing: Timing, seconds: float) -> str:
+    """A table of the stages of each kind of thread, how long it waited, and what took most of a run of so many seconds."""
     rows = []
     for kind, stages in _by_kind(timing).items():
         count = timing.threads[kind]
-        for i, (stage, seconds) in enumerate(stages.items()):
+        for i, (stage, taken) in enumerate(stages.items()):
             name = (kind if count == 1 else f"{count} {kind}s") if i == 0 else ""
-            rows.append([name, stage, f"{seconds:.2f}", f"{100 * seconds / (count * timing.wall):.0f} %"])
+            rows.append([name, stage, f"{taken:.2f}", f"{100 * taken / (count * timing.wall):.0f} %"])
     busiest = _busiest(timing)
     if busiest is None:
         return "nothing to show: no shard was worked on"
     lines = [table(["threads", "stage", "seconds", "of its time"], rows, flush_right=(2, 3))]
-    lines.append(f"{timing.wall:.1f} s; {_VERDICTS[busiest]}")
+    lines.append(f"{timing.wall:.1f} s at the weight files, {_VERDICTS[busiest]}; {seconds:.1f} s in all")
     return "\n".join(lines)
 
 

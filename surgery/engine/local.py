@@ -16,7 +16,7 @@ _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
 
 #: Shards in hand on a lane: one being read, one whose last matrices are computed and written.
-_IN_HAND = 2
+IN_HAND = 2
 
 
 def run_jobs(
@@ -44,7 +44,7 @@ def run_jobs(
         for lane in lanes:
             turn = threading.Semaphore(1)
             arguments = (work, source, lane, turn, finished)
-            runners += [threading.Thread(target=_run, args=arguments, name="surgery-job") for _ in range(_IN_HAND)]
+            runners += [threading.Thread(target=_run, args=arguments, name="surgery-job") for _ in range(IN_HAND)]
         for runner in runners:
             runner.start()
         going, first, begun = len(runners), None, time.perf_counter()

@@ -11,7 +11,7 @@ import torch
 
 from surgery.device import choose_devices, device_name
 from surgery.engine.lane import Lane
-from surgery.engine.local import run_jobs
+from surgery.engine.local import IN_HAND, run_jobs
 from surgery.errors import OptionError
 from surgery.memory import available_memory
 from surgery.planning.memory import Memory, Resources
@@ -75,7 +75,8 @@ class LocalEngine:
         with _limited(self._devices, self._max_device_memory):
             if (timing := self._timing) is not None:
                 count = len(self._devices)
-                timing.threads = {"download": 1, "reader": count, "worker": count * memory.workers, "writer": count}
+                writers = IN_HAND * count
+                timing.threads = {"download": 1, "reader": count, "worker": count * memory.workers, "writer": writers}
                 if self._devices[0].type == "cuda":
                     timing.wait_for_device = lambda: torch.cuda.current_stream().synchronize()
             lanes = [Lane(device, memory.workers, memory.buffer_bytes, timing) for device in self._devices]

@@ -111,7 +111,7 @@ def export(
         raise OutputError(f"there is a model in {out}, which an adapter must not come into", hint="-o chooses another folder")
     for name in (CONFIG, WEIGHTS):
         check_output_file(out / name, [factorized], overwrite=overwrite)
-    with uploading(push_to_hub, private=private) as upload:
+    with uploading(push_to_hub, progress, private=private) as upload:
         report = _written(factorized, manifest, values, out, progress)
         names = (CONFIG, WEIGHTS)
         publish_adapter(upload, out, names, manifest, factorized, modules=report.modules, rank=report.rank, progress=progress)

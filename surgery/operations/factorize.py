@@ -188,13 +188,13 @@ def factorize(
             rank, energy, max_rank, steps.recipe, split, correction, list(include), list(exclude), seed, tolerance
         )
         with (
-            uploading(push_to_hub, private=private) as upload,
+            uploading(push_to_hub, progress, private=private) as upload,
             locked(out, [folder] if (folder := source.folder()) else [], progress),
         ):
             if (out / MANIFEST_FILE).is_file() and not overwrite:
                 manifest = _finished(out, source, steps, options, progress)
                 Journal.forget(out)
-                progress.note(f"{out} is already complete: nothing to do")
+                progress.note(f"{out} is already complete" + (": nothing to do" if upload is None else ""))
                 for shard in manifest.shards:
                     submit_shard(upload, out, shard)
                 publish_factorized(upload, out, manifest, progress)
@@ -262,6 +262,8 @@ class _Factorizing:
         for index in which:
             shard = self.steps.shards[index]
             self._source.wait_for_room()
+            if self._source.bytes_to_fetch():
+                self._progress.item(f"fetching {shard.file}")
             with timed("download"):
                 path = self._source.acquire(shard.file)
                 scales = {other: self._source.acquire(other) for other in scale_files(shard)}

@@ -154,7 +154,7 @@ def fold(
             raise OptionError("there is nothing to dequantize: this is no overlay of an FP8 model", hint="drop --dequantize")
         memory = share_out([need_to_fold(target) for target in manifest.targets], by.resources)
         with (
-            uploading(push_to_hub, private=private) as upload,
+            uploading(push_to_hub, progress, private=private) as upload,
             locked(out, inputs, progress),
             DenseWeights(manifest, factorized, weights, quantized, values, to_dense=dequantize, additions=additions) as dense,
         ):
@@ -173,9 +173,9 @@ def fold(
             prepare_output(out, journal, writes, needed, overwrite=overwrite)
             files = _fold_shards(by, work, memory, journal, upload, progress)
             _copy_others(factorized, out, manifest, to_dense=dequantize)
-            Journal.forget(out)
             report = _report(files, manifest, settings)
             _publish(upload, report, manifest, progress, submitted=True)
+            Journal.forget(out)  # a fold keeps no record: an upload that fails is gone on with by this one
     return report
 
 

@@ -60,7 +60,8 @@ def locked(out: Path, inputs: Iterable[Path], progress: Progress) -> Iterator[No
         yield
     except KeyboardInterrupt:
         if Journal.is_there(out):
-            progress.note(f"stopped after {Journal.count(out)} shards; the same command goes on from there")
+            done = Journal.count(out)
+            progress.note(f"stopped after {done} shard{'' if done == 1 else 's'}; the same command goes on from there")
         raise
     finally:
         # The lock's file is removed only while it is held, and with nothing left to go on with.

@@ -21,7 +21,7 @@ _CARD_FILE = "README.md"
 
 
 @contextmanager
-def uploading(repo_id: str | None, *, private: bool) -> Iterator[Upload | None]:
+def uploading(repo_id: str | None, progress: Progress, *, private: bool) -> Iterator[Upload | None]:
     """The repository that a result goes to, made sure of before any work is done; None for none."""
     if repo_id is None:
         yield None
@@ -29,6 +29,9 @@ def uploading(repo_id: str | None, *, private: bool) -> Iterator[Upload | None]:
     from surgery.source.upload import Upload
 
     with Upload.open(repo_id, private=private) as upload:
+        if upload.private != private:
+            kind = "private" if upload.private else "public"
+            progress.note(f"the repository {upload.repo_id} is there already, and stays as it is: {kind}")
         yield upload
 
 

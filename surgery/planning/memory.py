@@ -152,7 +152,7 @@ def share_out(needs: Sequence[Need], resources: Resources, *, kept: int = 0) -> 
         raise OptionError(
             "the memory allowed is too small for one matrix at a time",
             got=f"{resources.memory / 1e9:.2f} GB",
-            expected=f"at least {least / 1e9:.2f} GB, for {largest.key} {list(largest.shape)}",
+            expected=f"at least {math.ceil(least / 1e7) / 100:.2f} GB, for {largest.key} {list(largest.shape)}",
             hint="allow more with --max-memory",
         )
     return fits[0] if fits else options[-1]
