@@ -149,7 +149,9 @@ def _resources(devices: Sequence[torch.device], max_memory: int | None, max_devi
 @contextmanager
 def _limited(devices: Sequence[torch.device], max_device_memory: int | None) -> Iterator[None]:
     """A limit on the memory of GPUs is torch's own meanwhile."""
-    limited = [device for device in devices if device.type == "cuda" and max_device_memory is not None]
+    limited = []
+    if max_device_memory is not None and devices[0].type == "cuda":
+        limited = [torch.cuda.current_device() if device.index is None else device.index for device in devices]
     for device in limited:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, (max_device_memory or 0) / total), device)
