@@ -268,12 +268,12 @@ class _Factorizing:
                 path = self._source.acquire(shard.file)
                 scales = {other: self._source.acquire(other) for other in scale_files(shard)}
                 sha256 = self._source.sha256(shard.file)
-            self._jobs[index] = self._job(index, path, sha256, scales, None)
+            self._jobs[index] = self._job(index, path, sha256, scales)
             yield index
 
-    def _job(self, index: int, path: Path, sha256: str | None, scales: Mapping[str, Path], partials: Path | None) -> Job:
+    def _job(self, index: int, path: Path, sha256: str | None, scales: Mapping[str, Path]) -> Job:
         shards, window = self.steps.shards, self.steps.memory.window_bytes
-        return Job(shards[index], index, len(shards), path, sha256, self.out, partials, scales, window, self._settings)
+        return Job(shards[index], index, len(shards), path, sha256, self.out, None, scales, window, self._settings)
 
     def work(self, index: int, lane: Lane, read: Callable[[], object]) -> ShardResult:
         job = self._jobs.pop(index)

@@ -57,7 +57,8 @@ class StreamedSource(HubSource):
             if self._users[file]:
                 return False
             del self._users[file]
-            self._here.pop(file, self._folder / file).unlink(missing_ok=True)
+            if (path := self._here.pop(file, None)) is not None:  # else it has not come
+                path.unlink(missing_ok=True)
             self._changed.notify_all()
             return True
 
