@@ -9,8 +9,8 @@ from surgery.linalg.product import rows_times, rows_times_transposed
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("b", [1, 24, 33])
-@pytest.mark.parametrize(("m", "n"), [(1, 1), (3, 700), (700, 3), (513, 640)])
+@pytest.mark.parametrize("b", [1, 16, 24, 33])
+@pytest.mark.parametrize(("m", "n"), [(1, 1), (3, 700), (700, 3), (513, 640), (1030, 2050)])
 def test_products(m: int, n: int, b: int, batch: int) -> None:
     generator = torch.Generator().manual_seed(0)
     A = torch.randn(batch, m, n, generator=generator)

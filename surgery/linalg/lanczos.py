@@ -16,12 +16,10 @@ from dataclasses import dataclass
 import torch
 
 from surgery.linalg.operator import Operator, wide_device, widened
+from surgery.linalg.product import LARGE
 from surgery.memory import scratch
 
 MAX_PASSES = 400
-
-#: Entries of a matrix that a CPU can be hoped to keep at hand from one pass to the next.
-_CACHED = 1 << 24
 
 #: By how much residuals fall in a step at the most, for deciding when to look at them.
 _STEEPEST = 8.0
@@ -48,13 +46,12 @@ class RitzVectors:
 def block_size(k: int, operator: Operator) -> int:
     """Rows per step.
 
-    On a GPU a step costs its launches, so that few wide ones are best. On a CPU the total of rows counts: narrow
-    blocks need fewer of them, but go through the matrix more often, which is dear where it is in no cache.
+    On a GPU a step costs its launches, so that few wide ones are best. On a CPU the total of rows counts, so narrow blocks
+    are best, which need fewer of them; but fewer than sixteen rows take a large matrix as long as sixteen.
     """
     if operator.matrices.device.type != "cpu":
         return 8 * math.ceil((k + 8) / 8)
-    least = 8 if operator.short * operator.long <= _CACHED else 16
-    return max(least, min(32, 8 * math.ceil(k / 16)))
+    return max(8 if operator.short * operator.long < LARGE else 16, min(32, 8 * math.ceil(k / 32)))
 
 
 def basis_limit(k: int, block: int) -> int:

@@ -9,10 +9,10 @@ import torch
 from surgery.linalg.product import rows_times, rows_times_transposed
 from surgery.memory import scratch
 
-#: Rows of a matrix that are widened to float64 at a time on a CPU: few enough for its cache, enough for its products.
-WIDE_ROWS = 256
-#: Entries of all matrices of a batch that are widened at a time on a GPU.
-WIDE_ENTRIES = 1 << 25
+#: Entries of a matrix that are widened to float64 at a time on a CPU: few enough for its cache, enough for its products.
+WIDE_ENTRIES = 1 << 19
+#: The same on a GPU, of all matrices of a batch.
+WIDE_ENTRIES_GPU = 1 << 25
 
 
 class Operator:
@@ -124,8 +124,8 @@ class Operator:
 
     def _wide_rows(self, length: int) -> int:
         if self.matrices.device.type == "cpu":
-            return WIDE_ROWS
-        return max(1, WIDE_ENTRIES // (len(self) * length))
+            return max(16, WIDE_ENTRIES // length)
+        return max(1, WIDE_ENTRIES_GPU // (len(self) * length))
 
 
 def wide_device(x: torch.Tensor) -> torch.device:

@@ -8,31 +8,56 @@ latter is taken if it is there and gives the right answer on a small case.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 
+#: From so many entries on, and with hardly more rows than fill whole vector registers, oneDNN is quickest when the
+#: large matrix is its first operand: the second one is what it packs, and packing takes longer than multiplying by a few rows.
+LARGE = 1 << 21
+_LANES = 16
+
 
 def rows_times(y: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
     """``y A``: (B, b, m) and (B, m, n) -> (B, b, n)."""
-    return _linear(y, matrices.mT)
+    return _each(_by_columns, y, matrices) if _onednn(y, matrices) else torch.bmm(y, matrices)
 
 
 def rows_times_transposed(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
     """``x A^T``: (B, b, n) and (B, m, n) -> (B, b, m)."""
-    return _linear(x, matrices)
+    return _each(_by_rows, x, matrices) if _onednn(x, matrices) else torch.bmm(x, matrices.mT)
 
 
-def _linear(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    onednn = _onednn_linear() if x.device.type == "cpu" and x.dtype == torch.float32 and weights.numel() else None
-    if onednn is not None:
-        if len(x) == 1:
-            single: torch.Tensor = onednn(x[0], weights[0], None, "none", [], "")
-            return single[None]
-        # One by one: on a CPU a batched product is slower.
-        return torch.stack([onednn(rows, weight, None, "none", [], "") for rows, weight in zip(x, weights, strict=True)])
-    return torch.bmm(x, weights.mT)
+def _by_columns(y: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    return _linear(y, matrix.T)
+
+
+def _by_rows(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    if matrix.numel() >= LARGE and -len(x) % _LANES < _LANES // 2:
+        return _linear(matrix, x.T.contiguous().T).T
+    return _linear(x, matrix)
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``x weight^T``. Both must be contiguous, or their transposes: oneDNN is a hundred times slower otherwise."""
+    product: torch.Tensor = _onednn_linear()(x, weight, None, "none", [], "")
+    return product
+
+
+_Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _each(product: _Product, x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+    """One by one: on a CPU a batched product is slower."""
+    if len(x) == 1:
+        return product(x[0], matrices[0])[None]
+    return torch.stack([product(rows, matrix) for rows, matrix in zip(x, matrices, strict=True)])
+
+
+def _onednn(x: torch.Tensor, matrices: torch.Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32 and matrices.numel() > 0 and _onednn_linear() is not None
 
 
 @cache

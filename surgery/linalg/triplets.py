@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from surgery.linalg.lanczos import RitzVectors, basis_rows, block_lanczos, block_size
-from surgery.linalg.operator import WIDE_ROWS, Operator, widened
+from surgery.linalg.operator import WIDE_ENTRIES, Operator, widened
 from surgery.linalg.orthonormal import orthonormal_rows
 from surgery.linalg.subspace import leading_eigenvectors
 from surgery.linalg.threads import one_thread_each
@@ -60,7 +60,7 @@ def workspace_bytes(m: int, n: int, k: int, dtype: torch.dtype) -> int:
     """Upper estimate of the memory that solving one (m, n) matrix of ``dtype`` takes besides the matrix."""
     short, long = min(m, n), max(m, n)
     copy = 4 * m * n if dtype.itemsize < 4 else 0
-    vectors = 48 * k * (m + n) + 8 * WIDE_ROWS * long
+    vectors = 48 * k * (m + n) + 8 * max(WIDE_ENTRIES, 16 * long)
     match engine(short, k):
         case "svd":
             dense = 8 * 4 * m * n
