@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import stat
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,10 +15,9 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from surgery.errors import FormatError, OutputError
+from surgery.format.disk import DiskStream
 from surgery.timing import timed
 
-#: Bytes after which a file being written is brought to the disk.
-_FLUSH_BYTES = 64 << 20
 #: Bytes moved at a time where no tensor has to be whole.
 CHUNK_BYTES = 8 << 20
 RESTORE_HINT = "restore it from the source model"
@@ -42,9 +40,14 @@ class FileWriter:
 
     Writes go to ``<name>.partial`` beside it, or to ``partial``, on the same disk, if others may be writing the same file
     at the same time. Leaving the context without ``commit`` removes that file, so a failure cannot be mistaken for a result.
+
+    Args:
+        path: of the file.
+        partial: see above.
+        read_soon: see ``DiskStream``.
     """
 
-    def __init__(self, path: Path, partial: Path | None = None) -> None:
+    def __init__(self, path: Path, partial: Path | None = None, *, read_soon: bool = False) -> None:
         self.path = path
         self.partial = partial or path.with_name(path.name + ".partial")
         self._sha256 = hashlib.sha256()
@@ -57,13 +60,13 @@ class FileWriter:
             # What a killed run has left, or a link that somebody put there: never written through.
             self.partial.unlink(missing_ok=True)
             self.file: IO[bytes] = open(self.partial, "xb", buffering=0)
-        self._flusher = _Flusher(self.file)
+        self.stream = DiskStream(self.file, read_soon=read_soon)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._flusher.wait()
+        self.stream.stop()
         self.file.close()
         self.partial.unlink(missing_ok=True)
 
@@ -81,10 +84,7 @@ class FileWriter:
     def append(self, view: memoryview) -> None:
         """``write``, for those who compute the hash by themselves."""
         with timed("write"), reporting(self.path):
-            done = 0
-            while done < len(view):
-                done += self.file.write(view[done:])
-            self._flusher.wrote(len(view))
+            self.stream.write(view)
         self.size += len(view)
 
     @property
@@ -95,51 +95,12 @@ class FileWriter:
     def commit(self, name: str) -> FileRecord:
         """Put the file in place, synced; the record carries ``name``."""
         with timed("write"), reporting(self.path):
-            self._flusher.wait()
-            self._flusher.check()
+            self.stream.finish()
             os.fsync(self.file.fileno())
             self.file.close()
             self.partial.replace(self.path)
             sync_directory(self.path.parent)
         return FileRecord(name, self.size, self.sha256)
-
-
-class _Flusher:
-    """Brings what has been written to a file to the disk from time to time, in a thread.
-
-    Otherwise the system may keep gigabytes in memory until the file is whole, and then everybody waits for the disk.
-    """
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._waiting = 0
-        self._thread: threading.Thread | None = None
-        self._error: OSError | None = None
-
-    def wrote(self, n_bytes: int) -> None:
-        """Raises: OSError, of an earlier flush."""
-        self.check()
-        self._waiting += n_bytes
-        if self._waiting >= _FLUSH_BYTES and (self._thread is None or not self._thread.is_alive()):
-            self._waiting = 0
-            self._thread = threading.Thread(target=self._run, name="surgery-flush", daemon=True)
-            self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            os.fsync(self._file.fileno())
-        except OSError as error:  # the system tells it once only
-            self._error = error
-
-    def wait(self) -> None:
-        """Until nothing is under way."""
-        if self._thread is not None:
-            self._thread.join()
-
-    def check(self) -> None:
-        """Raises: OSError, of an earlier flush."""
-        if self._error is not None:
-            raise self._error
 
 
 class HashSink:

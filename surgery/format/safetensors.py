@@ -302,7 +302,7 @@ class TensorFileWriter(FileWriter):
     """
 
     def __init__(self, path: Path, names: Iterable[str], partial: Path | None = None) -> None:
-        super().__init__(path, partial)
+        super().__init__(path, partial, read_soon=True)
         # The largest description a tensor can need: dtype, up to four sizes and two offsets of 19 digits.
         room = sum(len(json.dumps(name)) + 200 for name in names) + 64
         self._header_bytes = room + -room % 8
@@ -328,6 +328,7 @@ class TensorFileWriter(FileWriter):
         if len(text) > self._header_bytes:
             raise ValueError(f"{name}: the header outgrew the room set aside for it")
         with reporting(self.path):
+            self.stream.finish()
             self.file.seek(0)
             self.file.write(self._header_bytes.to_bytes(8, "little") + text.ljust(self._header_bytes))
         # The header came last but stands first: the hash has to go over the file again.

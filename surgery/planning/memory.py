@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from surgery.errors import OptionError
+from surgery.format.disk import STREAM_MEMORY
 from surgery.format.files import CHUNK_BYTES
 from surgery.format.manifest import TargetRecord
 from surgery.format.safetensors import TORCH_DTYPES
@@ -27,6 +28,8 @@ _GPU_WORKERS = 4
 _BASE_MEMORY = 400 << 20
 #: Temporaries of the block-wise arithmetic, per worker.
 _BLOCK_MEMORY = 32 << 20
+#: Files being written at a time on each device: those of one shard that is begun while the one before is finished.
+_OPEN_FILES = 4
 #: Upper estimate of the correction, bytes per weight (measured: 0.06-0.15).
 CORRECTION_BYTES = 0.25
 #: What the manifest says of a matrix and of each of its directions, as objects, and as text in the making.
@@ -184,7 +187,7 @@ def _memory(needs: Sequence[Need], resources: Resources, workers: int, window: i
     left = int(unit * CORRECTION_BYTES / 2) + _BLOCK_MEMORY
     # On a GPU the workspace is there; what does not fit there comes here.
     host = workers * left + (work if resources.device == "cuda" else workers * work)
-    peak = _BASE_MEMORY + resources.lanes * (buffers + host) + kept
+    peak = _BASE_MEMORY + resources.lanes * (buffers + host + _OPEN_FILES * STREAM_MEMORY) + kept
     return Memory(workers, window, buffers, peak, _device_bytes(needs, workers, window) if resources.device == "cuda" else 0)
 
 
