@@ -4,8 +4,9 @@
     python benchmarks/pipeline.py --peft --rows factorize,peft-pissa --json found.json      some of the rows, in this order
 
 Each measurement is a process of its own: seconds are those of the call without the import of torch, peak memory is
-the process's largest resident set. The copies are synced, as what surgery writes is; PEFT's files are not, so what is left
-of them is synced between two measurements. Rows are medians over repeats in which the operations take turns.
+the process's largest resident set. What it reads is in the system's cache. The copies are synced, as what surgery writes
+is; PEFT's files are not, so what is left of them is synced between two measurements. Rows are medians over repeats in
+which the operations take turns.
 
 The peers of factorize and fold are PEFT's PiSSA initialization (residual model and adapter, saved the way PEFT's own
 example does) and its merge of a LoRA adapter of the same rank. At the end stand the residuals of the singular triplets
@@ -206,14 +207,24 @@ def slug(row: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", row.lower()).strip("-")
 
 
-def measure(code: str, call: str, **arguments: object) -> dict[str, Any]:
+def measure(code: str, call: str, **arguments: Any) -> dict[str, Any]:
     """What a process of its own prints as its last line, a JSON object."""
     os.sync()  # what the one before has left to be written is not this one's
+    for folder in ("model", "factorized", "adapter"):
+        warm(Path(arguments.get(folder) or ""))
     done = subprocess.run(
         [sys.executable, "-c", code, call, json.dumps(arguments)], stdout=subprocess.PIPE, text=True, check=True
     )
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
+
+
+def warm(folder: Path) -> None:
+    """Bring what a measurement reads into the system's cache: whoever wrote it, past the cache or through it."""
+    for path in folder.rglob("*.safetensors") if folder.is_absolute() else ():
+        with open(path, "rb") as file:
+            while file.read(1 << 23):
+                pass
 
 
 def main() -> None:
