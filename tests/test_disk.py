@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import builtins
 import errno
-import fcntl
 import hashlib
 import io
 import itertools
 import os
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from surgery.errors import OutputError
 from surgery.format import files
 from surgery.format.files import FileWriter
+from surgery.format.safetensors import TensorFileWriter
 
+fcntl = pytest.importorskip("fcntl")
 CHUNK = 2 << 20
-SIZES = [0, 1, 4096, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, 5 * CHUNK + 4097]
+SYNCED = 32 << 20
+SIZES = [0, 1, 4096, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, 5 * CHUNK + 4097, SYNCED + CHUNK]
 
 
 class Watched(io.FileIO):
@@ -29,13 +34,15 @@ class Watched(io.FileIO):
 
     taken: Callable[[int], int] = staticmethod(lambda size: size)
     direct_fails = False
+    start = 0
 
     def __init__(self, path: Any, mode: str) -> None:
         super().__init__(path, mode)
+        self.seek(self.start)
         self.log: list[tuple[bool, int]] = []
 
     def write(self, data: Any) -> int:
-        direct = bool(fcntl.fcntl(self, fcntl.F_GETFL) & os.O_DIRECT)
+        direct = bool(fcntl.fcntl(self, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0))
         if direct and self.direct_fails:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         written = super().write(data[: self.taken(len(data))]) or 0
@@ -142,5 +149,67 @@ def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_leaving_early_stops_the_thread(tmp_path: Path) -> None:
     with pytest.raises(KeyError), FileWriter(tmp_path / "x") as writer:
         writer.write(bytes(3 * CHUNK + 1))
+        assert "surgery-disk" in [thread.name for thread in threading.enumerate()]
         raise KeyError
     assert list(tmp_path.iterdir()) == []
+    assert "surgery-disk" not in [thread.name for thread in threading.enumerate()]
+    with pytest.raises(ValueError, match="has been finished"):
+        writer.write(b"x")
+
+
+def test_from_a_place_within_a_page(tmp_path: Path, watched: type[Watched]) -> None:
+    watched.start = 100
+    data = random.Random(3).randbytes(2 * CHUNK + 5)
+    log = write_in_pieces(tmp_path / "x", data)
+    assert (tmp_path / "x").read_bytes() == bytes(100) + data
+    assert not any(direct for direct, _ in log)
+
+
+@pytest.mark.parametrize("read_soon", [False, True])
+def test_a_sync_that_fails_behind(read_soon: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with FileWriter(tmp_path / "x", read_soon=read_soon) as writer:
+        monkeypatch.setattr(os, "fsync", failing)
+        with pytest.raises(OutputError, match="Input/output error"):
+            writer.write(bytes(SYNCED + 3 * CHUNK))
+            pytest.fail("the next bytes were taken")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_what_is_no_error_of_the_disk(chunks: int, tmp_path: Path, watched: type[Watched]) -> None:
+    """Whatever happens in the thread is told, and never a file that looks whole."""
+
+    def taken(size: int) -> int:
+        raise MemoryError("no room")
+
+    watched.taken = staticmethod(taken)
+    with pytest.raises(MemoryError, match="no room"):
+        write_in_pieces(tmp_path / "x", bytes(chunks * CHUNK + 10))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_thread_that_cannot_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", failing)
+    with pytest.raises(RuntimeError, match="can't start new thread"), FileWriter(tmp_path / "x") as writer:
+        writer.write(bytes(CHUNK))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_header_that_is_taken_bit_by_bit(tmp_path: Path, watched: type[Watched]) -> None:
+    """The header is written last: what the disk does not take of it must not be left out."""
+    watched.taken = staticmethod(lambda size: min(size, 100))
+    tensors = {f"{i}": torch.full((3,), float(i)) for i in range(50)}
+    with TensorFileWriter(tmp_path / "x", tensors) as writer:
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+        record = writer.commit("x")
+    assert record.sha256 == hashlib.sha256((tmp_path / "x").read_bytes()).hexdigest()
+    assert {name: tensor.tolist() for name, tensor in load_file(tmp_path / "x").items()} == {
+        name: tensor.tolist() for name, tensor in tensors.items()
+    }

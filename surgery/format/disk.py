@@ -18,12 +18,12 @@ _CHUNKS = 2
 STREAM_MEMORY = _CHUNKS * _CHUNK_BYTES
 #: What the place and length of a write must be a multiple of to go past the cache, on any disk.
 _PAGE = 4096
-#: Bytes in the system's cache after which they are brought to the disk.
-_SYNC_BYTES = 16 << 20
+#: Bytes after which a file is synced.
+_SYNC_BYTES = 32 << 20
 
 
 class DiskStream:
-    """Writes to an unbuffered file from where it stands, in a thread of its own, each chunk on the disk before the next.
+    """Writes to an unbuffered file from where it stands, in a thread of its own, while more is being made.
 
     Past the system's cache where the file system allows that (``O_DIRECT``). Through it, gigabytes would wait in memory
     until the file is synced, everything else that was in there would go, and a core would be busy with moving pages: up to
@@ -36,21 +36,26 @@ class DiskStream:
 
     def __init__(self, file: IO[bytes], *, read_soon: bool) -> None:
         self._file = file
-        self._past_cache = not read_soon
+        self._past_cache: bool | None = False if read_soon else None  # None: if possible
         self._chunk: mmap.mmap | None = None  # the one being filled
         self._filled = 0
         self._made = 0
+        self._unsynced = 0
         self._free: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
         self._full: queue.SimpleQueue[mmap.mmap | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._error: OSError | None = None
+        self._error: BaseException | None = None
+        self._ended = False
 
     def write(self, view: memoryview) -> None:
         """Take bytes.
 
         Raises:
             OSError: of this write or an earlier one.
+            ValueError: after ``finish`` or ``stop``.
         """
+        if self._ended:
+            raise ValueError("the file has been finished")
         done = 0
         while done < len(view):
             if self._chunk is None:
@@ -65,23 +70,26 @@ class DiskStream:
                 self._hand_over(self._chunk)
 
     def finish(self) -> None:
-        """Write the rest. What is still in the cache is for the caller to sync.
+        """Write the rest. What is in the system's cache then is for the caller to sync.
 
         Raises:
             OSError: of this write or an earlier one.
         """
         self.stop()
         self._check()
-        self._past_cache = _pass_cache(self._file, False)
+        if self._past_cache:
+            self._past_cache = pass_cache(self._file, False)
         if self._chunk is not None:
-            self._write(memoryview(self._chunk)[: self._filled])
-            self._chunk, self._filled = None, 0
+            write_all(self._file, memoryview(self._chunk)[: self._filled])
+            self._chunk = None
 
     def stop(self) -> None:
-        """Wait for what is under way, and write no more."""
+        """Take no more, and wait for what is under way."""
+        self._ended = True
         if self._thread is not None:
             self._full.put(None)
-            self._thread.join()
+            if self._thread.ident is not None:  # None where it could not be started
+                self._thread.join()
             self._thread = None
 
     def _check(self) -> None:
@@ -89,11 +97,15 @@ class DiskStream:
             raise self._error
 
     def _empty_chunk(self) -> mmap.mmap:
-        if self._made < _CHUNKS:
-            self._made += 1
-            return mmap.mmap(-1, _CHUNK_BYTES)  # whose memory begins at a page
-        chunk = self._free.get()
         self._check()
+        if self._made < _CHUNKS:
+            chunk = mmap.mmap(-1, _CHUNK_BYTES)  # whose memory begins at a page
+            self._made += 1
+            return chunk
+        chunk = self._free.get()
+        if self._error is not None:
+            self._free.put(chunk)
+            raise self._error
         return chunk
 
     def _hand_over(self, chunk: mmap.mmap) -> None:
@@ -104,36 +116,44 @@ class DiskStream:
         self._chunk, self._filled = None, 0
 
     def _run(self) -> None:
-        unsynced = 0
-        try:
-            self._past_cache = self._past_cache and self._file.tell() % _PAGE == 0 and _pass_cache(self._file, True)
-            while (chunk := self._full.get()) is not None:
-                self._write(memoryview(chunk))
-                unsynced += 0 if self._past_cache else _CHUNK_BYTES
-                if unsynced >= _SYNC_BYTES:
-                    os.fsync(self._file.fileno())
-                    unsynced = 0
-                self._free.put(chunk)
-        except OSError as error:  # raised where the next bytes come from; the system tells it once only
-            self._error = error
-            while (chunk := self._full.get()) is not None:
-                self._free.put(chunk)
-
-    def _write(self, view: memoryview) -> None:
-        done = 0
-        while done < len(view):
+        while (chunk := self._full.get()) is not None:
             try:
-                written = self._file.write(view[done:])
+                if self._error is None:
+                    self._bring(memoryview(chunk))
+            except BaseException as error:  # raised where the next bytes come from; the system tells it once only
+                self._error = error
+            self._free.put(chunk)
+
+    def _bring(self, view: memoryview) -> None:
+        if self._past_cache is None:
+            self._past_cache = self._file.tell() % _PAGE == 0 and pass_cache(self._file, True)
+        done = 0
+        while self._past_cache and done < len(view):
+            try:
+                done += self._file.write(view[done:])
             except OSError as error:
-                if not (self._past_cache and error.errno == errno.EINVAL):
+                if error.errno != errno.EINVAL:
                     raise
-                written = 0  # this file system takes the flag, but not these writes
-            done += written
-            if self._past_cache and (written == 0 or written % _PAGE):
-                self._past_cache = _pass_cache(self._file, False)
+                # This file system takes the flag, but not these writes.
+                self._past_cache = pass_cache(self._file, False)
+            if done % _PAGE:
+                self._past_cache = pass_cache(self._file, False)
+        write_all(self._file, view[done:])
+        # Also past the cache: some file systems take the flag and go through it all the same.
+        self._unsynced += len(view)
+        if self._unsynced >= _SYNC_BYTES:
+            os.fsync(self._file.fileno())
+            self._unsynced = 0
 
 
-def _pass_cache(file: IO[bytes], wanted: bool) -> bool:
+def write_all(file: IO[bytes], view: memoryview) -> None:
+    """Write to an unbuffered file, which may take less than it is given."""
+    done = 0
+    while done < len(view):
+        done += file.write(view[done:])
+
+
+def pass_cache(file: IO[bytes], wanted: bool) -> bool:
     """Have writes go past the system's cache or through it; whether they do go past it now."""
     if sys.platform != "linux":
         return False

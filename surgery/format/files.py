@@ -66,9 +66,11 @@ class FileWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.stream.stop()
-        self.file.close()
-        self.partial.unlink(missing_ok=True)
+        try:
+            self.stream.stop()
+        finally:
+            self.file.close()
+            self.partial.unlink(missing_ok=True)
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Append ``data``.

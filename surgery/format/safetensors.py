@@ -23,6 +23,7 @@ from typing import IO, Any, Self, TypeGuard
 import torch
 
 from surgery.errors import FormatError
+from surgery.format.disk import write_all
 from surgery.format.files import FileRecord, FileWriter, check_regular, file_sha256, reading, reporting
 from surgery.memory import bytes_of
 from surgery.names import DTYPE_BITS
@@ -330,7 +331,7 @@ class TensorFileWriter(FileWriter):
         with reporting(self.path):
             self.stream.finish()
             self.file.seek(0)
-            self.file.write(self._header_bytes.to_bytes(8, "little") + text.ljust(self._header_bytes))
+            write_all(self.file, memoryview(self._header_bytes.to_bytes(8, "little") + text.ljust(self._header_bytes)))
         # The header came last but stands first: the hash has to go over the file again.
         with timed("hash"):
             digest = file_sha256(self.partial)

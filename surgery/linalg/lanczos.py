@@ -51,7 +51,9 @@ def block_size(k: int, operator: Operator) -> int:
     """
     if operator.matrices.device.type != "cpu":
         return 8 * math.ceil((k + 8) / 8)
-    return max(8 if operator.short * operator.long < LARGE else 16, min(32, 8 * math.ceil(k / 32)))
+    if operator.short * operator.long >= LARGE:
+        return 16 if k <= 64 else 32
+    return min(32, 8 * math.ceil(k / 64))
 
 
 def basis_limit(k: int, block: int) -> int:

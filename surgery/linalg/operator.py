@@ -124,7 +124,7 @@ class Operator:
 
     def _wide_rows(self, length: int) -> int:
         if self.matrices.device.type == "cpu":
-            return max(16, WIDE_ENTRIES // length)
+            return max(16, WIDE_ENTRIES // max(1, length))
         return max(1, WIDE_ENTRIES_GPU // (len(self) * length))
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-#: From so many entries on, and with hardly more rows than fill whole vector registers, oneDNN is quickest when the
-#: large matrix is its first operand: the second one is what it packs, and packing takes longer than multiplying by a few rows.
+#: From so many entries on, and with rows that fill whole vector registers or nearly so, oneDNN is quickest when the large
+#: matrix is its first operand: the second one is what it packs, and packing takes longer than multiplying by a few rows.
 LARGE = 1 << 21
 _LANES = 16
 

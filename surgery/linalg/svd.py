@@ -162,16 +162,14 @@ def _stack(parts: list[TruncatedSVD]) -> TruncatedSVD:
 
 
 def _in_step(A: torch.Tensor, k: int) -> int:
-    """How many matrices of a batch are solved together."""
-    if A.device.type == "cuda":
-        return len(A)
-    match engine(short := min(A.shape[1:]), k):
-        case "svd":
-            return len(A)
-        case "gram":
-            return max(1, GRAM_ENTRIES // short**2)
-        case _:
-            return 1  # on a CPU one after the other is faster
+    """How many matrices of a batch are given to the engine together."""
+    short = min(A.shape[1:])
+    return len(A) if A.device.type == "cuda" or engine(short, k) == "svd" else solved_together(short, k)
+
+
+def solved_together(short: int, k: int) -> int:
+    """How many matrices with this shorter side advance in step on a CPU: where one after the other is faster, one."""
+    return max(1, GRAM_ENTRIES // short**2) if engine(short, k) == "gram" else 1
 
 
 def _solve(A: torch.Tensor, k: int, tolerance: float, seed: int) -> list[TruncatedSVD]:

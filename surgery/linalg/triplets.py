@@ -60,7 +60,7 @@ def workspace_bytes(m: int, n: int, k: int, dtype: torch.dtype) -> int:
     """Upper estimate of the memory that solving one (m, n) matrix of ``dtype`` takes besides the matrix."""
     short, long = min(m, n), max(m, n)
     copy = 4 * m * n if dtype.itemsize < 4 else 0
-    vectors = 48 * k * (m + n) + 8 * max(WIDE_ENTRIES, 16 * long)
+    vectors = 48 * k * (m + n) + 8 * min(m * n, max(WIDE_ENTRIES, 16 * long))
     match engine(short, k):
         case "svd":
             dense = 8 * 4 * m * n

@@ -38,6 +38,9 @@ class OwnWeights:
     def stamps(self) -> dict[str, list[int]]:
         return {}  # the manifest has the hashes of its files
 
+    def room_to_fetch(self) -> None:
+        return None
+
     def acquire(self, shard: str) -> None: ...
 
     def release(self, shard: str) -> bool:

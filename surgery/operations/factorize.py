@@ -257,7 +257,7 @@ class _Factorizing:
         self._jobs: dict[int, Job] = {}
 
     def acquired(self, which: Iterable[int]) -> Iterator[int]:
-        if self._timing is not None:
+        if self._timing is not None and self._source.room_to_fetch() is not None:
             self._timing.watch("download")
         for index in which:
             shard = self.steps.shards[index]

@@ -13,6 +13,7 @@ from surgery.format.disk import STREAM_MEMORY
 from surgery.format.files import CHUNK_BYTES
 from surgery.format.manifest import TargetRecord
 from surgery.format.safetensors import TORCH_DTYPES
+from surgery.linalg.svd import solved_together
 from surgery.linalg.triplets import workspace_bytes
 from surgery.names import DTYPE_BITS
 from surgery.planning.quantization import FP8
@@ -89,6 +90,7 @@ class Need:
         held: bytes that are read of it at a time.
         working: host memory of a worker besides what is held, or on a GPU that of the GPU.
         matrix: bytes of one matrix.
+        together: how many matrices a CPU works on at once.
     """
 
     key: str
@@ -96,6 +98,7 @@ class Need:
     held: int
     working: int
     matrix: int
+    together: int = 1
 
 
 def need_to_factorize(target: Target) -> Need:
@@ -106,7 +109,8 @@ def need_to_factorize(target: Target) -> Need:
     held = _held(target.shape, target.dtype, target.at_a_time)
     copies = _copies(held, target.dtype, target.scaled is not None, target.view.slice is not None)
     working = copies + workspace_bytes(m, n, target.rank, dtype)
-    return Need(target.key, target.shape, held, working, m * n * dtype.itemsize)
+    together = min(solved_together(min(m, n), target.rank), CPU_WINDOW_BYTES // (m * n * dtype.itemsize) + 1)
+    return Need(target.key, target.shape, held, working, m * n * dtype.itemsize, together)
 
 
 def need_to_fold(target: TargetRecord) -> Need:
@@ -182,7 +186,7 @@ def _memory(needs: Sequence[Need], resources: Resources, workers: int, window: i
     unit = window + held  # a window is closed by the piece that fills it
     # One for each worker, one being written, and the piece being read.
     buffers = (workers + 1) * unit + held
-    work = max([0, *(need.working for need in needs)])
+    work = max([0, *(need.working * (1 if resources.device == "cuda" else need.together) for need in needs)])
     # What a window leaves to be written besides itself: corrections, at two bytes or more for each weight.
     left = int(unit * CORRECTION_BYTES / 2) + _BLOCK_MEMORY
     # On a GPU the workspace is there; what does not fit there comes here.
