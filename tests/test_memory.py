@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -51,41 +52,39 @@ def _peak(call: str) -> int:
     return int(done.stdout)
 
 
+def _peaks(models: list[Path]) -> list[tuple[int, int]]:
+    """Of factorize and fold of each model, which are given back byte for byte. Side by side: a peak is a process's own."""
+
+    def one(model: Path) -> tuple[int, int]:
+        factorized, folded = model.with_name(f"{model.name} factorized"), model.with_name(f"{model.name} folded")
+        peak = _peak(f"surgery.factorize({str(model)!r}, {str(factorized)!r}, rank=4, device='cpu')")
+        assert peak <= surgery.plan(model, rank=4).memory.peak_bytes
+        scales = factorized / "surgery/scales.safetensors"
+        fold_peak = _peak(f"surgery.fold({str(factorized)!r}, {str(scales)!r}, {str(folded)!r})")
+        assert (folded / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
+        return peak, fold_peak
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(one, models))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_more_experts_in_a_stack_the_same_peak(tmp_path: Path) -> None:
     """The experts of a layer are one tensor, which need not fit into memory."""
-    peaks = {}
-    for experts in (8, 24):
-        model, factorized, folded = tmp_path / f"m{experts}", tmp_path / f"f{experts}", tmp_path / f"o{experts}"
+    models = [tmp_path / f"{experts}" for experts in (8, 24)]
+    for model in models:
         model.mkdir()
         weight = torch.randn(1024, 8) @ torch.randn(8, 2048) + 0.01 * torch.randn(1024, 2048)
-        stack = torch.stack([weight * (i + 1) for i in range(experts)])
+        stack = torch.stack([weight * (i + 1) for i in range(int(model.name))])
         save_file({"layers.0.experts.up": stack}, model / "model.safetensors")
-        peak = _peak(f"surgery.factorize({str(model)!r}, {str(factorized)!r}, rank=4, device='cpu')")
-        assert peak <= surgery.plan(model, rank=4).memory.peak_bytes
-        fold_peak = _peak(
-            f"surgery.fold({str(factorized)!r}, {str(factorized / 'surgery/scales.safetensors')!r}, {str(folded)!r})"
-        )
-        assert (folded / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
-        peaks[experts] = (peak, fold_peak)
     # 16 more of 8 MB each.
-    assert all(large < small + 35e6 for small, large in zip(peaks[8], peaks[24], strict=True))
+    assert all(large < small + 35e6 for small, large in zip(*_peaks(models), strict=True))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_twice_the_layers_the_same_peak(tmp_path: Path) -> None:
-    peaks, sizes = {}, {}
-    for layers in (4, 8):
-        model, factorized, folded = _model(tmp_path / f"m{layers}", layers), tmp_path / f"f{layers}", tmp_path / f"o{layers}"
-        peak = _peak(f"surgery.factorize({str(model)!r}, {str(factorized)!r}, rank=4, device='cpu')")
-        assert peak <= surgery.plan(model, rank=4).memory.peak_bytes
-        fold_peak = _peak(
-            f"surgery.fold({str(factorized)!r}, {str(factorized / 'surgery/scales.safetensors')!r}, {str(folded)!r})"
-        )
-        assert (folded / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
-        sizes[layers] = (model / "model.safetensors").stat().st_size
-        peaks[layers] = (peak, fold_peak)
-    growth = sizes[8] - sizes[4]
-    for small, large in zip(peaks[4], peaks[8], strict=True):
+    models = [_model(tmp_path / f"{layers}", layers) for layers in (4, 8)]
+    few, many = ((model / "model.safetensors").stat().st_size for model in models)
+    for small, large in zip(*_peaks(models), strict=True):
         # One matrix more or less may be in flight, as the threads happen to meet.
-        assert large < small + 35e6 < small + 0.25 * growth
+        assert large < small + 35e6 < small + 0.25 * (many - few)

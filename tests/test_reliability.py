@@ -60,7 +60,7 @@ def _interrupted(llama: Path, out: Path, **options: Any) -> _Stop:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-@pytest.mark.parametrize("trials", [pytest.param(8), pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize("trials", [pytest.param(5), pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_killed_at_any_moment(trials: int, llama: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.faults", str(llama), str(tmp_path), str(trials), "0"],

@@ -33,7 +33,7 @@ def fuzz(tmp_path_factory: pytest.TempPathFactory) -> Fuzz:
     return Fuzz(tmp_path_factory.mktemp("fuzz"))
 
 
-@pytest.mark.parametrize("count", [pytest.param(150), pytest.param(5000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize("count", [pytest.param(100), pytest.param(5000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 @pytest.mark.parametrize("kind", KINDS)
 def test_mutations(kind: str, count: int, fuzz: Fuzz) -> None:
     """Seeds are counted from 0, so that what fails once fails again: python -m tests.fuzz SEED 1."""
