@@ -30,6 +30,7 @@ from checkpoints import layer_shapes, llm_like, write_checkpoint
 from pipeline import CHILD, measure
 
 import surgery
+from surgery.format.files import FileWriter
 from surgery.linalg.lossless import Factors, split
 from surgery.memory import bytes_of, keep_scratch
 from surgery.planning.plan import Plan
@@ -53,8 +54,8 @@ class Machine:
         split: per weight, of taking it apart losslessly.
         hash: per byte, of sha256.
         read: per byte of a file in the system's cache.
-        write: per byte of a file, into the system's cache.
-        sync: per byte of a file, until it is on the disk: of one file at a time, whatever the cores do.
+        write: per byte of a file.
+        disk: per byte of a file, until it is on the disk: of one file at a time, whatever the cores do.
         start: what a run takes whatever there is to do: seconds for next to nothing.
     """
 
@@ -64,7 +65,7 @@ class Machine:
     hash: float
     read: float
     write: float
-    sync: float
+    disk: float
     start: float
 
 
@@ -89,7 +90,7 @@ def predicted_seconds(steps: Plan, machine: Machine) -> float:
     svd = machine.flop * flops + machine.matrix * matrices
     hashing = machine.hash * (steps.bytes_read + steps.bytes_written + beside)
     files = machine.read * steps.bytes_read + machine.write * steps.bytes_written
-    return max(svd + machine.split * weights + hashing + files, machine.sync * steps.bytes_written) + machine.start
+    return max(svd + machine.split * weights + hashing + files, machine.disk * steps.bytes_written) + machine.start
 
 
 def calibrated(folder: Path, hidden: int, rank: int) -> Machine:
@@ -103,7 +104,7 @@ def calibrated(folder: Path, hidden: int, rank: int) -> Machine:
     found = surgery.truncated_svd(large, rank)
     factors = Factors(found.U.contiguous(), found.s, found.V.contiguous())
     data = large.view(torch.uint8)
-    read, write, sync = file_rates(folder / "probe", data)
+    read, write, disk = file_rates(folder / "probe", data)
     spare = torch.empty_like(large)
     return Machine(
         flop=flop,
@@ -112,7 +113,7 @@ def calibrated(folder: Path, hidden: int, rank: int) -> Machine:
         hash=with_all_cores(lambda A: hashlib.sha256(bytes_of(A)), data) / data.numel(),
         read=read,
         write=write,
-        sync=sync,
+        disk=disk,
         start=seconds_to_start(folder),
     )
 
@@ -139,29 +140,32 @@ def start_worker() -> None:
 
 
 def file_rates(path: Path, data: torch.Tensor) -> tuple[float, float, float]:
-    """Seconds per byte of reading and of writing, with all cores at it, and of syncing: medians of three."""
+    """Seconds per byte of reading and of writing, with all cores at it, and of the disk: medians of three.
+
+    Writing is counted in seconds of a core, since the disk works meanwhile.
+    """
     written = bytes_of(data)
     read = memoryview(bytearray(written.nbytes))
     times = max(1, min(16, PROBE_BYTES // written.nbytes))
-    reading, writing, syncing, cores = [], [], [], os.cpu_count() or 1
+    reading, writing, disk, cores = [], [], [], os.cpu_count() or 1
     for _ in range(3):
-        start = time.perf_counter()
-        with open(path, "wb") as file:
+        start, busy = time.perf_counter(), time.process_time()
+        with FileWriter(path) as writer:
             for _ in range(times):
-                file.write(written)
-            file.flush()
-            writing.append(time.perf_counter() - start)
-            os.fsync(file.fileno())
-        syncing.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        with open(path, "rb", buffering=0) as file:
-            while file.readinto(read):
-                pass
-        reading.append(time.perf_counter() - start)
+                writer.append(written)
+            writer.commit(path.name)
+        writing.append(time.process_time() - busy)
+        disk.append(time.perf_counter() - start)
+        for seconds in ([], reading):  # the first brings it into the cache
+            start = time.perf_counter()
+            with open(path, "rb", buffering=0) as file:
+                while file.readinto(read):
+                    pass
+            seconds.append(time.perf_counter() - start)
         path.unlink()
     n_bytes = times * written.nbytes
-    read_rate, write_rate, sync_rate = (statistics.median(seconds) / n_bytes for seconds in (reading, writing, syncing))
-    return read_rate / cores, write_rate / cores, sync_rate
+    read_rate, write_rate, disk_rate = (statistics.median(seconds) / n_bytes for seconds in (reading, writing, disk))
+    return read_rate / cores, write_rate / cores, disk_rate
 
 
 def seconds_to_start(folder: Path) -> float:
