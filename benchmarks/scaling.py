@@ -6,7 +6,7 @@
 Checkpoints of so many billions of target weights are written, measured and deleted one after the other. Each measurement is
 a process of its own on the CPU: seconds are those of the call without the import of torch, peak memory is the process's
 largest resident set. The coefficients of the cost model (``predicted_seconds``) come from single matrices and files, a few
-seconds before the first run. The slope is that of log(seconds) over log(weights), by least squares.
+seconds before each run. The slope is that of log(seconds) over log(weights), by least squares.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -298,18 +298,20 @@ def draw(path: Path, found: Sequence[dict[str, Any]], slopes: dict[str, Slope | 
 
 def grow(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Sizes: the table, the slopes and the picture."""
-    machine = calibrated(folder, args.hidden, args.rank)
-    print(
-        f"calibrated: SVD {1e12 * machine.flop:.3g} ps a flop and {1e3 * machine.matrix:.3g} ms a matrix, split "
-        f"{1e9 * machine.split:.3g} ns a weight, sha256 {1e-9 / machine.hash:.3g} GB/s, "
-        f"files {1e-9 / machine.read:.3g} GB/s read and {1e-9 / machine.write:.3g} written, {machine.start:.2g} s to start"
-    )
     layers = [max(1, round(size * 1e9 / layer_weights(args.hidden))) for size in args.sizes]
     print_head()
-    found = []
+    machines, found = [], []
     for count in layers:
-        found.append(measured(folder, count, machine, args))
+        # Each time anew: the machine may be shared, and slower for minutes.
+        machines.append(calibrated(folder, args.hidden, args.rank))
+        found.append(measured(folder, count, machines[-1], args))
         print_runs(found[-1])
+    machine = Machine(*(statistics.median(values) for values in zip(*map(astuple, machines), strict=True)))
+    print(
+        f"calibrated before each: SVD {1e12 * machine.flop:.3g} ps a flop and {1e3 * machine.matrix:.3g} ms a matrix, split "
+        f"{1e9 * machine.split:.3g} ns a weight, sha256 {1e-9 / machine.hash:.3g} GB/s, files {1e-9 / machine.read:.3g} GB/s "
+        f"read and {1e-9 / machine.write:.3g} written, {machine.start:.2g} s to start (medians)"
+    )
     weights = [one["weights"] for one in found]
     slopes = {name: fitted(weights, [median(one, name, "seconds") for one in found]) for name in OPERATIONS}
     for name, slope in slopes.items():
