@@ -1,0 +1,144 @@
+"""All that runs on a GPU, on a device that keeps its tensors apart from the CPU's (``tests/pretend_gpu.py``)."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import surgery
+from surgery.errors import SurgeryWarning
+from tests.models import files_of, realistic, save_llama
+from tests.pretend_gpu import GPU, OnGpu, pretend_gpu
+from tests.test_fp8 import _quantize_model as quantize_model
+from tests.test_limits import mixed  # noqa: F401  # a fixture
+from tests.test_svd import MATRICES
+from tests.test_svd import _check as check
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real one")
+
+
+@pytest.fixture
+def gpu() -> Iterator[dict[str, int]]:
+    with pretend_gpu() as log:
+        yield log
+
+
+def on_cpu(result: surgery.TruncatedSVD) -> surgery.TruncatedSVD:
+    return dataclasses.replace(result, U=result.U.cpu(), s=result.s.cpu(), V=result.V.cpu())
+
+
+def test_the_device_refuses_what_a_real_one_does(gpu: dict[str, int]) -> None:
+    here, there = torch.ones(3), torch.ones(3).to(GPU)
+    assert isinstance(there, OnGpu)
+    assert (there.device, (there + 1).device, there[1:].device) == (GPU, GPU, GPU)
+    assert torch.equal((there * torch.tensor(2.0)).cpu(), here * 2)  # a number may lie anywhere
+    for mix in (lambda: here + there, lambda: there.add_(here), lambda: torch.cat([here, there])):
+        with pytest.raises(RuntimeError, match="same device"):
+            mix()
+    with pytest.raises(RuntimeError, match="numpy"):
+        there.numpy()
+    there[0] = 5.0
+    assert there.tolist() == [5.0, 1.0, 1.0]
+    assert here.copy_(there).tolist() == [5.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "name", ["power law", "wide", "rank 5", "staircase of 33", "geometric", "scaled rows", "tiny", "small"]
+)
+def test_hard_matrices(name: str, gpu: dict[str, int]) -> None:
+    A = MATRICES[name]
+    k = min(16, *A.shape)
+    result = surgery.truncated_svd(A.to(GPU), k)
+    assert {result.U.device, result.s.device, result.V.device} == {GPU}
+    assert {result.norm.device.type, result.certificate.residual.device.type, result.certificate.gap.device.type} == {"cpu"}
+    check(A, on_cpu(result), k)
+
+
+@pytest.mark.parametrize(("shape", "k"), [((60, 50), 8), ((300, 400), 12), ((620, 560), 16), ((300, 200), 150)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_batches(shape: tuple[int, int], k: int, dtype: torch.dtype, gpu: dict[str, int]) -> None:
+    batch = torch.stack([realistic(*shape, seed=seed) for seed in range(3)]).to(dtype)
+    result = surgery.truncated_svd(batch.to(GPU), k)
+    assert bool(result.certificate.converged.all())
+    truth = torch.linalg.svdvals(batch.double())[:, :k]
+    assert ((result.s.cpu().double() - truth).abs() <= 1e-6 * truth[:, :1]).all()
+    found = surgery.energy_svd(batch[0].to(GPU), 0.5, max_rank=k)
+    assert found.s.device == GPU
+
+
+@pytest.mark.parametrize("room", [8, 2, 0.5])
+def test_a_full_device(room: float) -> None:
+    """With room for so many of the matrices, in float32, in an allocation: all at once, one by one, none."""
+    batch = torch.stack([realistic(600, 550, seed=seed) for seed in range(4)])
+    with pretend_gpu() as log, warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", SurgeryWarning)
+        there = batch.to(GPU).bfloat16()
+        log["largest"] = int(room * 4 * 600 * 550)
+        result = surgery.truncated_svd(there, 8)
+        assert result.U.device == GPU
+    assert any("done on the CPU" in str(warning.message) for warning in said) == (room < 1)
+    truth = torch.linalg.svdvals(batch.bfloat16().double())[:, :8]
+    assert ((result.s.cpu().double() - truth).abs() <= 1e-6 * truth[:, :1]).all()
+
+
+def there_and_back(model: Path, folder: Path, **options: Any) -> surgery.Manifest:
+    """Factorized, verified and folded on the device; what comes is what the CPU makes of the same factors."""
+    with pretend_gpu() as log:
+        manifest = surgery.factorize(model, folder / "f", rank=4, device="cuda:0", **options)
+        assert manifest.device == "cuda (Pretended)"
+        assert all(target.converged for target in manifest.targets)
+        assert surgery.verify(folder / "f", base=model if manifest.layout == "overlay" else None, device="cuda:0").ok
+        base = {"base": model} if manifest.layout == "overlay" else {}
+        before = log["calls"]
+        surgery.fold(folder / "f", folder / "f/surgery/scales.safetensors", folder / "same", device="cuda:0", **base)
+        scales = {target.key: torch.full(target.scales_shape, 1.25) for target in manifest.targets}
+        surgery.fold(folder / "f", scales, folder / "changed", device="cuda:0", **base)
+        assert log["calls"] > before
+    assert files_of(folder / "same") == files_of(model)
+    assert surgery.verify(folder / "f", base=model if manifest.layout == "overlay" else None, device="cpu").ok
+    surgery.fold(folder / "f", scales, folder / "truth", device="cpu", **base)
+    assert files_of(folder / "changed") == files_of(folder / "truth")
+    return manifest
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_there_and_back(dtype: torch.dtype, tmp_path: Path) -> None:
+    there_and_back(save_llama(tmp_path / "m", dtype), tmp_path)
+
+
+def test_stacks_and_windows(mixed: Path, tmp_path: Path) -> None:  # noqa: F811
+    there_and_back(mixed, tmp_path)
+
+
+def test_without_a_correction(llama: Path, tmp_path: Path) -> None:
+    with pretend_gpu():
+        surgery.factorize(llama, tmp_path / "f", rank=4, device="cuda:0", correction=False)
+        surgery.fold(tmp_path / "f", tmp_path / "f/surgery/scales.safetensors", tmp_path / "o", device="cuda:0")
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_overlays(quantized: bool, llama: Path, tmp_path: Path) -> None:
+    model = quantize_model(llama, tmp_path / "m") if quantized else llama
+    there_and_back(model, tmp_path, layout="overlay")
+
+
+@pytest.mark.parametrize(
+    "study",
+    [
+        lambda folder, device: surgery.spectra(folder / "m", folder / "changed", device=device),
+        lambda folder, device: surgery.project(
+            folder / "f", folder / "changed", folder / f"{device}.safetensors", device=device
+        ),
+    ],
+)
+def test_studies(study: Callable[[Path, str], Any], tmp_path: Path) -> None:
+    there_and_back(save_llama(tmp_path / "m", torch.bfloat16), tmp_path)
+    with pretend_gpu() as log:
+        study(tmp_path, "cuda:0")
+        assert log["calls"]
