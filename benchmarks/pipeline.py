@@ -211,7 +211,8 @@ def measure(code: str, call: str, **arguments: Any) -> dict[str, Any]:
     """What a process of its own prints as its last line, a JSON object."""
     os.sync()  # what the one before has left to be written is not this one's
     for folder in ("model", "factorized", "adapter"):
-        warm(Path(arguments.get(folder) or ""))
+        if arguments.get(folder):
+            warm(Path(arguments[folder]))
     done = subprocess.run(
         [sys.executable, "-c", code, call, json.dumps(arguments)], stdout=subprocess.PIPE, text=True, check=True
     )
@@ -221,7 +222,7 @@ def measure(code: str, call: str, **arguments: Any) -> dict[str, Any]:
 
 def warm(folder: Path) -> None:
     """Bring what a measurement reads into the system's cache: whoever wrote it, past the cache or through it."""
-    for path in folder.rglob("*.safetensors") if folder.is_absolute() else ():
+    for path in folder.rglob("*.safetensors"):
         with open(path, "rb") as file:
             while file.read(1 << 23):
                 pass

@@ -21,7 +21,8 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from tests.models import save_llama  # noqa: E402
+import surgery  # noqa: E402
+from tests.models import save_llama, save_mixed  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +34,20 @@ def hub() -> LoopbackHub:
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama in bfloat16, in several shards with an index. Read-only."""
     return save_llama(tmp_path_factory.mktemp("models") / "llama", torch.bfloat16)
+
+
+@pytest.fixture(scope="session")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """See ``save_mixed``. Read-only."""
+    return save_mixed(tmp_path_factory.mktemp("mixed") / "m")
+
+
+@pytest.fixture(scope="session")
+def factorized(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama at rank 4. Read-only."""
+    out = tmp_path_factory.mktemp("factorized") / "f"
+    surgery.factorize(llama, out, rank=4)
+    return out
 
 
 @pytest.fixture(autouse=True)

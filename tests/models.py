@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
@@ -58,3 +59,22 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
 def files_of(folder: Path) -> dict[str, bytes]:
     """Relative path -> contents."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def save_mixed(folder: Path) -> Path:
+    """Matrices of several shapes over several windows and files, and a stack of experts."""
+    folder.mkdir()
+    experts = torch.stack([realistic(64, 96, seed=seed) for seed in range(12)])
+    big = {f"layers.{i}.mlp.up.weight": realistic(700, 900, seed=i) for i in range(8)}
+    files = [
+        {**{name: big[name] for name in list(big)[:5]}, "layers.0.experts.up": experts},
+        {**{name: big[name] for name in list(big)[5:]}, "norm.weight": torch.ones(50)},
+        {f"layers.{i}.attn.q.weight": realistic(64, 64, seed=i).half() for i in range(5)},
+    ]
+    place = {}
+    for i, tensors in enumerate(files):
+        name = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+        save_file(tensors, folder / name)
+        place |= dict.fromkeys(tensors, name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": place}))
+    return folder

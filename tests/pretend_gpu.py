@@ -85,7 +85,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any], log: dict[str, int]) -> A
     def wrapped(x: Any) -> Any:
         if not isinstance(x, torch.Tensor):
             return x
-        return known.get(id(x)) if id(x) in known else OnGpu(x)  # what was written in place stays what it was
+        return known[id(x)] if id(x) in known else OnGpu(x)  # what was written in place stays what it was
 
     return tree_map(wrapped, result)
 

@@ -42,7 +42,7 @@ def _dense(q: torch.Tensor, scales: torch.Tensor, block: tuple[int, int]) -> tor
     return q.float() * scales.float()[..., i[:, None], j[None, :]]
 
 
-def _quantize_model(
+def quantize_model(
     source: Path,
     folder: Path,
     *,
@@ -130,7 +130,7 @@ def test_one_scale_for_all_and_zeros() -> None:
 def test_there_and_back(name: str, powers_of_two: bool, apart: bool, tmp_path: Path) -> None:
     """Untouched: the same bytes. Changed: the nearest FP8 numbers to the formula, with fresh scales; the rest untouched."""
     block = (10, 12)  # fits no side
-    base = _quantize_model(
+    base = quantize_model(
         FAMILIES[name].save(tmp_path / "m"), tmp_path / "base", block=block, powers_of_two=powers_of_two, apart=apart
     )
     manifest = surgery.factorize(base, tmp_path / "f", rank=4)
@@ -181,7 +181,7 @@ def test_there_and_back(name: str, powers_of_two: bool, apart: bool, tmp_path: P
 @pytest.mark.parametrize("apart", [False, True])
 def test_dequantized(apart: bool, tmp_path: Path) -> None:
     """Every FP8 weight becomes bfloat16, targets or not; the model then loads without a quantization."""
-    base = _quantize_model(FAMILIES["llama"].save(tmp_path / "m"), tmp_path / "base", apart=apart)
+    base = quantize_model(FAMILIES["llama"].save(tmp_path / "m"), tmp_path / "base", apart=apart)
     manifest = surgery.factorize(base, tmp_path / "f", rank=4, exclude=["*down_proj*"])
     scales = _random_scales(manifest)
     out = _folded(tmp_path, base, scales, "dense", dequantize=True)
@@ -211,7 +211,7 @@ def test_dequantized(apart: bool, tmp_path: Path) -> None:
 
 def test_as_transformers_dequantizes(tmp_path: Path) -> None:
     """Its loader and ours read the same weights out of an FP8 checkpoint (with blocks that fit)."""
-    base = _quantize_model(FAMILIES["llama"].save(tmp_path / "m"), tmp_path / "base")
+    base = quantize_model(FAMILIES["llama"].save(tmp_path / "m"), tmp_path / "base")
     surgery.factorize(base, tmp_path / "f", rank=4)
     out = _folded(tmp_path, base, tmp_path / "f/surgery/scales.safetensors", "dense", dequantize=True)
     config = transformers.FineGrainedFP8Config(dequantize=True)
@@ -223,7 +223,7 @@ def test_as_transformers_dequantizes(tmp_path: Path) -> None:
 
 
 def test_residual_layout_is_refused(tmp_path: Path) -> None:
-    base = _quantize_model(FAMILIES["llama"].save(tmp_path / "m"), tmp_path / "base")
+    base = quantize_model(FAMILIES["llama"].save(tmp_path / "m"), tmp_path / "base")
     with pytest.raises(OptionError, match="has no residual layout"):
         surgery.plan(base, layout="residual")
     # What is not FP8 in the same model has one.
@@ -256,7 +256,7 @@ _Q = "model.layers.0.self_attn.q_proj.weight"
     ],
 )
 def test_scales_that_are_wrong(change: Callable[[dict[str, torch.Tensor]], None], message: str, tmp_path: Path) -> None:
-    base = _quantize_model(FAMILIES["llama"].save(tmp_path / "m"), tmp_path / "base")
+    base = quantize_model(FAMILIES["llama"].save(tmp_path / "m"), tmp_path / "base")
     _rewritten(base, change)
     with pytest.raises(FormatError) as caught:
         surgery.plan(base)
@@ -315,7 +315,7 @@ def test_quantized_tensors_without_a_word_in_the_config(tensor: str, message: st
 
 
 def test_fp8_without_a_word_in_the_config(tmp_path: Path) -> None:
-    base = _with_config(_quantize_model(FAMILIES["llama"].save(tmp_path / "m"), tmp_path / "base"), None)
+    base = _with_config(quantize_model(FAMILIES["llama"].save(tmp_path / "m"), tmp_path / "base"), None)
     with pytest.raises(SourceError, match="has no quantization_config"):
         surgery.plan(base)
 
@@ -386,7 +386,7 @@ def test_convolutions_and_stray_scales_are_no_targets(tmp_path: Path) -> None:
 
 def test_the_base_may_not_say_otherwise(tmp_path: Path) -> None:
     """Fold goes by the config that was factorized, not by what has become of the base's."""
-    base = _quantize_model(FAMILIES["llama"].save(tmp_path / "m"), tmp_path / "base")
+    base = quantize_model(FAMILIES["llama"].save(tmp_path / "m"), tmp_path / "base")
     manifest = surgery.factorize(base, tmp_path / "f", rank=4)
     scales = _random_scales(manifest)
     expected = files_of(_folded(tmp_path, base, scales, "before"))
@@ -401,7 +401,7 @@ def test_the_base_may_not_say_otherwise(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("metadata", [None, [], "x"])
 def test_index_with_odd_metadata(metadata: object, tmp_path: Path) -> None:
-    base = _quantize_model(FAMILIES["llama"].save(tmp_path / "m"), tmp_path / "base", apart=True)
+    base = quantize_model(FAMILIES["llama"].save(tmp_path / "m"), tmp_path / "base", apart=True)
     path = base / "model.safetensors.index.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "metadata": metadata}))
     surgery.factorize(base, tmp_path / "f", rank=4)
@@ -411,7 +411,7 @@ def test_index_with_odd_metadata(metadata: object, tmp_path: Path) -> None:
 
 def test_scales_are_attached_to_the_dequantized_model(tmp_path: Path) -> None:
     """The model in memory is bfloat16: its leading singular values tell that it is the one that was factorized."""
-    base = _quantize_model(FAMILIES["llama"].save(tmp_path / "m"), tmp_path / "base")
+    base = quantize_model(FAMILIES["llama"].save(tmp_path / "m"), tmp_path / "base")
     manifest = surgery.factorize(base, tmp_path / "f", rank=4)
     scales = _random_scales(manifest)
     dense = _folded(tmp_path, base, {key: torch.ones_like(value) for key, value in scales.items()}, "dense", dequantize=True)

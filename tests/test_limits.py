@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import struct
-import subprocess
 import sys
 import threading
 import time
@@ -25,17 +23,10 @@ from surgery.device import choose_devices
 from surgery.errors import OptionError
 from surgery.timing import Timing, timed
 from tests.loopback_hub import LoopbackHub
-from tests.models import files_of, realistic
+from tests.measure import measured_peak
+from tests.models import files_of
 
-ROOT = Path(__file__).parent.parent
 SCALES = "surgery/scales.safetensors"
-#: One run in a process of its own, as if there were eight cores; prints its peak resident memory in bytes.
-MEASURE = """
-import re, torch, surgery
-torch.set_num_threads(8)
-{call}
-print(int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024)
-"""
 
 
 @contextmanager
@@ -51,19 +42,6 @@ def cores(count: int) -> Iterator[None]:
 
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, [str(argument) for argument in arguments], catch_exceptions=False)
-
-
-def peak(call: str) -> int:
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE.format(call=call)],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-        # Large blocks are mappings of their own, so that what is in use is measured, not what the C library keeps.
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "8", "MALLOC_MMAP_THRESHOLD_": "1000000"},
-    )
-    return int(done.stdout)
 
 
 # Memory.
@@ -111,9 +89,9 @@ def test_a_limit_is_kept_by_fewer_workers(heavy: Path) -> None:
 def test_the_peak_is_within_the_limit_and_the_bytes_are_the_same(heavy: Path, tmp_path: Path) -> None:
     limit = needed(heavy, 1)
     call = "surgery.factorize({!r}, {!r}, rank=4, device='cpu', max_memory={!r})"
-    generous = peak(call.format(str(heavy), str(tmp_path / "generous"), 10**11))
+    generous = measured_peak(call.format(str(heavy), str(tmp_path / "generous"), 10**11), threads=8)
     assert generous > limit  # it is the limit that makes the difference
-    assert peak(call.format(str(heavy), str(tmp_path / "f"), limit)) <= limit
+    assert measured_peak(call.format(str(heavy), str(tmp_path / "f"), limit), threads=8) <= limit
     assert files_of(tmp_path / "f") == files_of(tmp_path / "generous")
 
 
@@ -151,34 +129,6 @@ def test_too_little_is_told_before_any_work(llama: Path, factorized: Path, tmp_p
         for limit, count in {f"{told(done.stderr) / 1e9:g}GB": 1, "1TB": 4}.items():
             profile = json.loads(run(*arguments, limit, "--overwrite", "--profile", "--json").stdout)["profile"]
             assert profile["threads"]["worker"] == count
-
-
-@pytest.fixture(scope="module")
-def factorized(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("factorized") / "f"
-    surgery.factorize(llama, out, rank=4)
-    return out
-
-
-@pytest.fixture(scope="module")
-def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Matrices of several shapes over several windows and files, and a stack of experts."""
-    folder = tmp_path_factory.mktemp("mixed") / "m"
-    folder.mkdir()
-    experts = torch.stack([realistic(64, 96, seed=seed) for seed in range(12)])
-    big = {f"layers.{i}.mlp.up.weight": realistic(700, 900, seed=i) for i in range(8)}
-    files = [
-        {**{name: big[name] for name in list(big)[:5]}, "layers.0.experts.up": experts},
-        {**{name: big[name] for name in list(big)[5:]}, "norm.weight": torch.ones(50)},
-        {f"layers.{i}.attn.q.weight": realistic(64, 64, seed=i).half() for i in range(5)},
-    ]
-    place = {}
-    for i, tensors in enumerate(files):
-        name = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
-        save_file(tensors, folder / name)
-        place |= dict.fromkeys(tensors, name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": place}))
-    return folder
 
 
 def test_neither_cores_nor_limits_change_a_byte(mixed: Path, tmp_path: Path) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,20 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import surgery
-
-ROOT = Path(__file__).parent.parent
-#: Prints the peak resident memory in bytes. VmHWM, since ru_maxrss is inherited from the
-#: process that starts this one; with every large block of the C library a mapping of its own, so that it measures what
-#: is in use and not how the library keeps what is free.
-MEASURE = """
-import re, torch, surgery
-from surgery.operations import factorize, fold
-def peak():
-    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
-torch.set_num_threads(1)
-{call}
-print(peak())
-"""
+from tests.measure import measured_peak
 
 
 def _model(folder: Path, layers: int) -> Path:
@@ -40,27 +25,15 @@ def _model(folder: Path, layers: int) -> Path:
     return folder
 
 
-def _peak(call: str) -> int:
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE.format(call=call)],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "1000000"},
-    )
-    return int(done.stdout)
-
-
 def _peaks(models: list[Path]) -> list[tuple[int, int]]:
     """Of factorize and fold of each model, which are given back byte for byte. Side by side: a peak is a process's own."""
 
     def one(model: Path) -> tuple[int, int]:
         factorized, folded = model.with_name(f"{model.name} factorized"), model.with_name(f"{model.name} folded")
-        peak = _peak(f"surgery.factorize({str(model)!r}, {str(factorized)!r}, rank=4, device='cpu')")
+        peak = measured_peak(f"surgery.factorize({str(model)!r}, {str(factorized)!r}, rank=4, device='cpu')", threads=1)
         assert peak <= surgery.plan(model, rank=4).memory.peak_bytes
         scales = factorized / "surgery/scales.safetensors"
-        fold_peak = _peak(f"surgery.fold({str(factorized)!r}, {str(scales)!r}, {str(folded)!r})")
+        fold_peak = measured_peak(f"surgery.fold({str(factorized)!r}, {str(scales)!r}, {str(folded)!r})", threads=1)
         assert (folded / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
         return peak, fold_peak
 

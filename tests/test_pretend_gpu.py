@@ -14,12 +14,10 @@ from safetensors.torch import load_file
 
 import surgery
 from surgery.errors import SurgeryWarning
-from tests.models import files_of, realistic, save_llama
+from tests.models import files_of, realistic, save_llama, tensors_of
 from tests.pretend_gpu import GPU, OnGpu, pretend_gpu
-from tests.test_fp8 import _quantize_model as quantize_model
-from tests.test_limits import mixed  # noqa: F401  # a fixture
-from tests.test_svd import MATRICES
-from tests.test_svd import _check as check
+from tests.test_fp8 import quantize_model
+from tests.test_svd import MATRICES, check
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real one")
 
@@ -111,14 +109,21 @@ def test_there_and_back(dtype: torch.dtype, tmp_path: Path) -> None:
     there_and_back(save_llama(tmp_path / "m", dtype), tmp_path)
 
 
-def test_stacks_and_windows(mixed: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_stacks_and_windows(mixed: Path, tmp_path: Path) -> None:
     there_and_back(mixed, tmp_path)
 
 
 def test_without_a_correction(llama: Path, tmp_path: Path) -> None:
+    scales = "f/surgery/scales.safetensors"
     with pretend_gpu():
-        surgery.factorize(llama, tmp_path / "f", rank=4, device="cuda:0", correction=False)
-        surgery.fold(tmp_path / "f", tmp_path / "f/surgery/scales.safetensors", tmp_path / "o", device="cuda:0")
+        manifest = surgery.factorize(llama, tmp_path / "f", rank=4, device="cuda:0", correction=False)
+        surgery.fold(tmp_path / "f", tmp_path / scales, tmp_path / "there", device="cuda:0")
+    surgery.fold(tmp_path / "f", tmp_path / scales, tmp_path / "here", device="cpu")
+    assert not manifest.lossless
+    assert files_of(tmp_path / "there").keys() == files_of(llama).keys()
+    truth = tensors_of(tmp_path / "here")
+    for name, tensor in tensors_of(tmp_path / "there").items():
+        assert torch.allclose(tensor.double(), truth[name].double(), rtol=2**-7, atol=0)
 
 
 @pytest.mark.parametrize("quantized", [False, True])

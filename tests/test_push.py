@@ -53,13 +53,6 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def factorized(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("factorized") / "f"
-    surgery.factorize(llama, out, rank=4)
-    return out
-
-
-@pytest.fixture(scope="module")
 def trained(factorized: Path) -> dict[str, torch.Tensor]:
     """Scales of which one target's are still 1."""
     generator = torch.Generator().manual_seed(1)

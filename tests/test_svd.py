@@ -61,7 +61,7 @@ MATRICES = {
 }
 
 
-def _check(A: torch.Tensor, result: surgery.TruncatedSVD, k: int, *, value_error: float = 1e-6) -> None:
+def check(A: torch.Tensor, result: surgery.TruncatedSVD, k: int, *, value_error: float = 1e-6) -> None:
     """Everything that must hold of a result, recomputed in float64."""
     U, s, V = result.U.double(), result.s.double(), result.V.double()
     truth = torch.linalg.svdvals(A.double())
@@ -88,7 +88,7 @@ def test_hard_matrices(name: str, k: int) -> None:
     A = MATRICES[name]
     k = min(k, *A.shape)
     # Subnormal numbers have fewer bits: so have the singular values that are stored as such.
-    _check(A, surgery.truncated_svd(A, k), k, value_error=1e-5 if name == "subnormal" else 1e-6)
+    check(A, surgery.truncated_svd(A, k), k, value_error=1e-5 if name == "subnormal" else 1e-6)
 
 
 def test_zero_matrix() -> None:
@@ -104,7 +104,7 @@ def test_zero_matrix() -> None:
 def test_any_shape_and_rank(m: int, n: int, data: st.DataObject, seed: int) -> None:
     k = data.draw(st.integers(1, min(m, n)))
     A = _gaussian(m, n, seed)
-    _check(A, surgery.truncated_svd(A, k), k)
+    check(A, surgery.truncated_svd(A, k), k)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -113,7 +113,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
     result = surgery.truncated_svd(A, 16)
     wide = dtype == torch.float64
     assert {result.U.dtype, result.s.dtype, result.V.dtype} == {torch.float64 if wide else torch.float32}
-    _check(A, result, 16, value_error=1e-9 if wide else 1e-6)
+    check(A, result, 16, value_error=1e-9 if wide else 1e-6)
 
 
 @pytest.mark.parametrize("shape", [(N, 800), (800, N), (N, N), (40, 60)])
@@ -159,7 +159,7 @@ def test_matrices_solved_in_step(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     batch = torch.stack([A, realistic(*A.shape, seed=7) * 1e20, torch.zeros_like(A), _gaussian(*A.shape)])
     results = svd.truncated_svds(batch, 16)
     for i in (0, 1, 3):
-        _check(batch[i], results[i], 16)
+        check(batch[i], results[i], 16)
     assert not results[2].s.any()
 
 
@@ -227,7 +227,7 @@ def test_a_rank_so_large_that_a_restart_keeps_most_of_the_basis() -> None:
     A = _gaussian(1500, 1500)
     result = surgery.truncated_svd(A, 240)
     assert result.certificate.method == "block-lanczos"
-    _check(A, result, 240)
+    check(A, result, 240)
 
 
 @pytest.mark.parametrize("setting", ["high", "medium", "highest"])
@@ -298,4 +298,4 @@ def test_hard_matrices_on_cuda(name: str) -> None:
     k = min(16, *A.shape)
     result = surgery.truncated_svd(A.cuda(), k)
     on_cpu = surgery.TruncatedSVD(result.U.cpu(), result.s.cpu(), result.V.cpu(), result.norm, result.certificate)
-    _check(A, on_cpu, k, value_error=1e-5 if name == "subnormal" else 1e-6)
+    check(A, on_cpu, k, value_error=1e-5 if name == "subnormal" else 1e-6)

@@ -78,7 +78,7 @@ class DiskStream:
         self.stop()
         self._check()
         if self._past_cache:
-            self._past_cache = pass_cache(self._file, False)
+            self._past_cache = _pass_cache(self._file, False)
         if self._chunk is not None:
             write_all(self._file, memoryview(self._chunk)[: self._filled])
             self._chunk = None
@@ -126,7 +126,7 @@ class DiskStream:
 
     def _bring(self, view: memoryview) -> None:
         if self._past_cache is None:
-            self._past_cache = self._file.tell() % _PAGE == 0 and pass_cache(self._file, True)
+            self._past_cache = self._file.tell() % _PAGE == 0 and _pass_cache(self._file, True)
         done = 0
         while self._past_cache and done < len(view):
             try:
@@ -135,9 +135,9 @@ class DiskStream:
                 if error.errno != errno.EINVAL:
                     raise
                 # This file system takes the flag, but not these writes.
-                self._past_cache = pass_cache(self._file, False)
+                self._past_cache = _pass_cache(self._file, False)
             if done % _PAGE:
-                self._past_cache = pass_cache(self._file, False)
+                self._past_cache = _pass_cache(self._file, False)
         write_all(self._file, view[done:])
         # Also past the cache: some file systems take the flag and go through it all the same.
         self._unsynced += len(view)
@@ -153,7 +153,7 @@ def write_all(file: IO[bytes], view: memoryview) -> None:
         done += file.write(view[done:])
 
 
-def pass_cache(file: IO[bytes], wanted: bool) -> bool:
+def _pass_cache(file: IO[bytes], wanted: bool) -> bool:
     """Have writes go past the system's cache or through it; whether they do go past it now."""
     if sys.platform != "linux":
         return False

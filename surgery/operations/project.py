@@ -116,8 +116,7 @@ def project(
     source = _open_like(tuned, manifest)
     inputs = [factorized, *(folder for folder in (weights.folder(), source.folder()) if folder is not None)]
     check_output_file(out, inputs, overwrite=overwrite, but=factorized / SCALES_FILE)
-    downloads = [source.room_to_fetch(), weights.room_to_fetch() if isinstance(weights, BaseWeights) else None]
-    for download in downloads:
+    for download in (source.room_to_fetch(), weights.room_to_fetch()):
         if download is not None:
             check_room(*download)
     with (

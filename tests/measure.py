@@ -1,0 +1,33 @@
+"""The peak memory of a call in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+#: VmHWM, since ru_maxrss is inherited from the process that starts this one.
+MEASURE = """
+import re, torch, surgery
+torch.set_num_threads({threads})
+{call}
+print(int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024)
+"""
+
+
+def measured_peak(call: str, *, threads: int) -> int:
+    """Bytes, resident, with as many cores as threads.
+
+    Large blocks are mappings of their own, so that what is in use is measured, not what the C library keeps.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE.format(call=call, threads=threads)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads), "MALLOC_MMAP_THRESHOLD_": "1000000"},
+    )
+    return int(done.stdout)
