@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from surgery.linalg.product import rows_times, rows_times_transposed
+from surgery.linalg.product import gram, rows_times, rows_times_transposed
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -18,3 +18,15 @@ def test_products(m: int, n: int, b: int, batch: int) -> None:
     assert torch.allclose(rows_times_transposed(x, A).double(), x.double() @ A.double().mT, atol=1e-3, rtol=0)
     assert torch.allclose(rows_times(y, A).double(), y.double() @ A.double(), atol=1e-3, rtol=0)
     assert rows_times(y.double(), A.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("r", "length"), [(1, 1), (3, 700), (128, 50), (129, 300), (384, 1030)])
+def test_symmetric_product(r: int, length: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(2, r, length, generator=generator, dtype=dtype)
+    turned = X.mT.contiguous().mT
+    for rows in (X, turned):
+        product = gram(rows)
+        assert product.dtype == dtype
+        assert torch.allclose(product.double(), X.double() @ X.double().mT, atol=1e-5 * length, rtol=0)

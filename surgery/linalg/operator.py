@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from surgery.linalg.product import rows_times, rows_times_transposed
+from surgery.linalg.product import gram, rows_times, rows_times_transposed
 from surgery.memory import scratch
 
 #: Entries of a matrix that are widened to float64 at a time on a CPU: few enough for its cache, enough for its products.
@@ -56,8 +56,7 @@ class Operator:
     def gram(self) -> torch.Tensor:
         """(B, short, short), A^T A or A A^T in the working precision."""
         self.passes += 1
-        across = self.matrices if self.wide else self.matrices.mT
-        return torch.bmm(across, across.mT)
+        return gram(self.matrices if self.wide else self.matrices.mT)
 
     # The same in float64, for the last step and the certificate: float32 products of vectors without changes of
     # sign are off by more than 1e-6. The matrices are widened a few rows at a time.

@@ -18,6 +18,9 @@ import torch
 #: matrix is its first operand: the second one is what it packs, and packing takes longer than multiplying by a few rows.
 LARGE = 1 << 21
 _LANES = 16
+#: Rows of a symmetric product that are computed at a time, up to the diagonal: few enough to leave out most of what lies
+#: beyond it, enough for a product.
+_SYMMETRIC_ROWS = 128
 
 
 def rows_times(y: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
@@ -28,6 +31,24 @@ def rows_times(y: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
 def rows_times_transposed(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
     """``x A^T``: (B, b, n) and (B, m, n) -> (B, b, m)."""
     return _each(_by_rows, x, matrices) if _onednn(x, matrices) else torch.bmm(x, matrices.mT)
+
+
+def gram(rows: torch.Tensor) -> torch.Tensor:
+    """``X X^T``, of which on a CPU only little more than half is computed: (B, r, l) -> (B, r, r).
+
+    X may be a transposed view of contiguous matrices.
+    """
+    if rows.device.type != "cpu":
+        return torch.bmm(rows, rows.mT)
+    product = rows.new_empty(len(rows), rows.shape[1], rows.shape[1])
+    direct = rows.is_contiguous() and _onednn(rows, rows)
+    for X, G in zip(rows, product, strict=True):
+        for start in range(0, len(X), _SYMMETRIC_ROWS):
+            stop = min(start + _SYMMETRIC_ROWS, len(X))
+            part, known = X[start:stop], X[:stop]
+            G[start:stop, :stop] = _linear(part, known) if direct else part @ known.T
+            G[:start, start:stop] = G[start:stop, :start].T
+    return product
 
 
 def _by_columns(y: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
