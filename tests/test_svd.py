@@ -11,6 +11,7 @@ import surgery
 from surgery.errors import OptionError, WeightError
 from surgery.linalg import lanczos, svd, triplets
 from surgery.linalg.precision import full_precision
+from surgery.linalg.product import leading_dimension
 from tests.models import realistic
 
 N = 640  # above the sizes that go to the Gram matrix
@@ -114,6 +115,20 @@ def test_dtypes(dtype: torch.dtype) -> None:
     wide = dtype == torch.float64
     assert {result.U.dtype, result.s.dtype, result.V.dtype} == {torch.float64 if wide else torch.float32}
     check(A, result, 16, value_error=1e-9 if wide else 1e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**60])
+@pytest.mark.parametrize("shape", [(2048, 1024), (1030, 2048)])
+def test_rows_that_are_kept_further_apart(shape: tuple[int, int], scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows a multiple of a page apart get zeros behind them, in memory that may hold anything."""
+
+    def used(purpose: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.full(tuple(shape), torch.nan, dtype=dtype, device=device)
+
+    monkeypatch.setattr(svd, "scratch", used)
+    assert leading_dimension(*shape, torch.device("cpu")) > shape[1]
+    A = (realistic(*shape) * scale).bfloat16()
+    check(A, surgery.truncated_svd(A, 8), 8)
 
 
 @pytest.mark.parametrize("shape", [(N, 800), (800, N), (N, N), (40, 60)])

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from surgery.linalg.product import gram, rows_times, rows_times_transposed
+from surgery.linalg.product import gram, leading_dimension, rows_times, rows_times_transposed
 from surgery.memory import scratch
 
 #: Entries of a matrix that are widened to float64 at a time on a CPU: few enough for its cache, enough for its products.
@@ -20,16 +20,21 @@ class Operator:
 
     Vectors are rows: (B, b, short) or (B, b, long) with short = min(m, n) and long = max(m, n).
 
+    Args:
+        padded: (B, m, n or more), float32 or float64, contiguous for products in the working precision.
+        columns: n, if that is less: what lies behind it is zeros.
+
     Attributes:
-        matrices: (B, m, n), float32 or float64.
+        matrices: (B, m, n).
         short, long: the smaller and the larger of m and n.
         wide: whether m is the smaller.
         passes: how many times the matrices were gone through.
     """
 
-    def __init__(self, matrices: torch.Tensor) -> None:
-        m, n = matrices.shape[1:]
-        self.matrices = matrices
+    def __init__(self, padded: torch.Tensor, columns: int | None = None) -> None:
+        self._padded = padded
+        self.matrices = padded[:, :, :columns]
+        m, n = self.matrices.shape[1:]
         self.wide = m < n
         self.long, self.short = max(m, n), min(m, n)
         self.passes = 0
@@ -39,24 +44,32 @@ class Operator:
 
     def one(self, i: int) -> Operator:
         """The same of one matrix, as a batch of one, with a count of its own that goes on from here."""
-        single = Operator(self.matrices[i : i + 1])
+        single = Operator(self._padded[i : i + 1], self.matrices.shape[2])
         single.passes = self.passes
         return single
 
     def to_long(self, x: torch.Tensor) -> torch.Tensor:
         """(B, b, short) -> (B, b, long)."""
         self.passes += 1
-        return rows_times(x, self.matrices) if self.wide else rows_times_transposed(x, self.matrices)
+        return self._by_columns(x) if self.wide else self._by_rows(x)
 
     def to_short(self, y: torch.Tensor) -> torch.Tensor:
         """(B, b, long) -> (B, b, short)."""
         self.passes += 1
-        return rows_times_transposed(y, self.matrices) if self.wide else rows_times(y, self.matrices)
+        return self._by_rows(y) if self.wide else self._by_columns(y)
 
     def gram(self) -> torch.Tensor:
         """(B, short, short), A^T A or A A^T in the working precision."""
         self.passes += 1
         return gram(self.matrices if self.wide else self.matrices.mT)
+
+    def _by_columns(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows_times(rows, self._padded)[:, :, : self.matrices.shape[2]]
+
+    def _by_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        if zeros := self._padded.shape[2] - self.matrices.shape[2]:
+            rows = torch.nn.functional.pad(rows, (0, zeros))
+        return rows_times_transposed(rows, self._padded)
 
     # The same in float64, for the last step and the certificate: float32 products of vectors without changes of
     # sign are off by more than 1e-6. The matrices are widened a few rows at a time.
@@ -116,7 +129,8 @@ class Operator:
         if self.matrices.dtype == torch.float64:
             yield slice(0, m), self.matrices
             return
-        buffer = scratch("widened rows", (len(self), step, n), torch.float64, wide_device(self.matrices))
+        device = wide_device(self.matrices)
+        buffer = scratch("widened rows", (len(self), step, leading_dimension(m, n, device)), torch.float64, device)[:, :, :n]
         for start in range(0, m, step):
             block = buffer[:, : min(step, m - start)]
             yield slice(start, min(start + step, m)), block.copy_(self.matrices[:, start : start + step].to(buffer.device))

@@ -13,6 +13,7 @@ from surgery.device import as_memory_allows
 from surgery.errors import OptionError, WeightError
 from surgery.linalg.operator import Operator, widened
 from surgery.linalg.precision import full_precision
+from surgery.linalg.product import leading_dimension
 from surgery.linalg.triplets import ROUNDING, Triplets, engine, solve
 from surgery.memory import scratch
 
@@ -187,7 +188,7 @@ def _solve(A: torch.Tensor, k: int, tolerance: float, seed: int) -> list[Truncat
         norms = _norms(work)
     results: list[TruncatedSVD | None] = [None] * len(A)
     if nonzero:
-        operator = Operator(work)
+        operator = Operator(work, A.shape[2])
         for j, (method, triplets, passes) in enumerate(solve(operator, k, tolerance, seed)):
             i = nonzero[j]
             results[i] = _finished(operator, triplets, norms[j], method, passes, tolerance, exponents[j])
@@ -195,10 +196,14 @@ def _solve(A: torch.Tensor, k: int, tolerance: float, seed: int) -> list[Truncat
 
 
 def _in_working_precision(A: torch.Tensor) -> torch.Tensor:
-    """Contiguous, float64 if it is that already, else float32."""
+    """Contiguous, float64 if it is that already, else float32, and then with zeros behind each row where that is quicker."""
     if A.dtype in (torch.float32, torch.float64):
         return A.contiguous()
-    return scratch("matrix", A.shape, torch.float32, A.device).copy_(A)
+    count, m, n = A.shape
+    padded = scratch("matrix", (count, m, leading_dimension(m, n, A.device)), torch.float32, A.device)
+    padded[:, :, :n] = A
+    padded[:, :, n:] = 0
+    return padded
 
 
 def _shift(matrix: torch.Tensor, norm: float) -> int | None:
