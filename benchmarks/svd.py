@@ -1,7 +1,8 @@
 """truncated_svd against its peers, side by side in one process, every result checked in float64.
 
     python benchmarks/svd.py                     all cases (about ten minutes on two cores)
-    python benchmarks/svd.py square wide         some of them: square, wide, ranks, full, gaussian, small, hard
+    python benchmarks/svd.py square wide         some of them: square, wide, ranks, stored, full, gaussian, small, hard
+    python benchmarks/svd.py parts               where the time of a call goes, ours and theirs (CPU)
     python benchmarks/svd.py model --device cuda the matrices of an 8B model, in batches of one shape
 
 Peers: torch.svd_lowrank with q = k and niter = 16, SciPy's ARPACK and PROPACK (needs scipy), torch.linalg.svd. They take
@@ -18,11 +19,14 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 from checkpoints import layer_shapes, llm_like
 from safetensors.torch import load_file
 
 import surgery
+from surgery.linalg.lanczos import block_size
+from surgery.linalg.operator import Operator
 
 Triplets = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Solver = Callable[[torch.Tensor, int], Triplets]
@@ -59,6 +63,7 @@ def _scipy(solver: str) -> Solver:
 PEERS: dict[str, Solver] = {
     "surgery": ours,
     "svd_lowrank": svd_lowrank,
+    "svd_lowrank, converted": lambda A, k: svd_lowrank(A.float(), k),
     "ARPACK": _scipy("arpack"),
     "PROPACK": _scipy("propack"),
     "full SVD": full_svd,
@@ -132,6 +137,13 @@ def ranks(device: str, repeats: int) -> None:
             compare(f"4096x{n}, k={k}", A, k, ["surgery", "svd_lowrank"], max(1, repeats // 2))
 
 
+def stored(device: str, repeats: int) -> None:
+    """Weights as checkpoints hold them. The peers know float32 only: converting is part of their time."""
+    for m, n in ((4096, 4096), (8192, 2048), (512, 2048)):
+        A = random_matrix(m, n, device).bfloat16()
+        compare(f"{m}x{n}, bfloat16, k=16", A, 16, ["surgery", "svd_lowrank, converted"], repeats)
+
+
 def full(device: str, repeats: int) -> None:
     A = random_matrix(4096, 4096, device)
     truth = torch.linalg.svdvals(A.double()).cpu()
@@ -200,6 +212,56 @@ def hard(device: str, repeats: int) -> None:
         compare(f"{name}, {n}x{n}, k=64", A.to(device), 64, peers, 1, truth=truth)
 
 
+def parts(device: str, repeats: int) -> None:
+    """Calls of surgery, svd_lowrank and PROPACK, and their products with the matrix measured alone, equally many of them."""
+    for m, n, k in ((1024, 1024, 16), (2048, 2048, 16), (4096, 4096, 16), (4096, 11008, 16), (4096, 4096, 64)):
+        A, name = random_matrix(m, n, device), f"{m}x{n}, k={k}"
+        operator, block = Operator(A[None]), block_size(k, Operator(A[None]))
+        steps = (int(surgery.truncated_svd(A, k, tolerance=TOLERANCE).certificate.passes) - 2) // 2
+        short, long = torch.randn(1, block, operator.short), torch.randn(1, block, operator.long)
+        wide = torch.randn(1, k, operator.short).double(), torch.randn(1, k, operator.long).double()
+        theirs = torch.randn(n, k), torch.randn(m, k)
+        singles, one, other = _propack_products(A, k), A.numpy(), (np.ones(n, np.float32), np.ones(m, np.float32))
+        ways: dict[str, tuple[int, Callable[[], object]]] = {
+            "surgery": (1, lambda A=A, k=k: ours(A, k)),
+            f"  float32 products, {block} rows, to the longer side": (steps, lambda o=operator, x=short: o.to_long(x)),
+            f"  float32 products, {block} rows, to the shorter side": (steps, lambda o=operator, y=long: o.to_short(y)),
+            "  float64 sweep": (1, lambda o=operator, w=wide: o.both_wide(*w)),
+            "svd_lowrank": (1, lambda A=A, k=k: svd_lowrank(A, k)),
+            f"  products, {k} columns": (17, lambda A=A, t=theirs: (A @ t[0], A.T @ t[1])),
+        }
+        if k == 16:
+            ways["PROPACK"] = (1, lambda A=A, k=k: PEERS["PROPACK"](A, k))
+            ways["  products, 1 column"] = (singles // 2, lambda a=one, x=other: (a @ x[0], a.T @ x[1]))
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        for repeat in range(repeats + 1):
+            for way, (count, call) in ways.items():
+                time.sleep(PAUSE)
+                start = time.perf_counter()
+                for _ in range(count):
+                    call()
+                if repeat:  # the first one warms up
+                    seconds[way].append(time.perf_counter() - start)
+        for way, times in seconds.items():
+            print(f"| {name} | {way} | {1e3 * statistics.median(times):.1f} | {ways[way][0]} | | |", flush=True)
+
+
+def _propack_products(A: torch.Tensor, k: int) -> int:
+    """How many products with a vector PROPACK makes."""
+    from scipy.sparse.linalg import LinearOperator, svds
+
+    count, matrix = 0, A.numpy()
+
+    def counted(matrix: np.ndarray, x: np.ndarray) -> np.ndarray:
+        nonlocal count
+        count += 1
+        return matrix @ x
+
+    both = {"matvec": lambda x: counted(matrix, x), "rmatvec": lambda y: counted(matrix.T, y)}
+    svds(LinearOperator(matrix.shape, **both, dtype=matrix.dtype), k, tol=TOLERANCE, solver="propack", rng=0)
+    return count
+
+
 def model(device: str, repeats: int) -> None:
     """The 224 matrices of a Llama of 8 billion weights, bfloat16, in batches of one shape as factorize makes them."""
     layers, seconds, count, worst = 32, 0.0, 0, 0.0
@@ -224,19 +286,19 @@ def model(device: str, repeats: int) -> None:
     print(f"| {count} matrices of an 8B model, k=16 | surgery | {1e3 * seconds:.0f} | 1.00 | {worst:.0e} | |")
 
 
-CASES = {case.__name__: case for case in (square, wide, ranks, full, gaussian, small, hard, model)}
+CASES = {case.__name__: case for case in (square, wide, ranks, stored, full, gaussian, small, hard, parts, model)}
 
 
 def run(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("cases", nargs="*", help=", ".join(CASES) + " (default: all but model)")
+    parser.add_argument("cases", nargs="*", help=", ".join(CASES) + " (default: all but parts and model)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--weights", type=Path, help="for small: a safetensors file of a real model")
     arguments = parser.parse_args(argv)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.device}, tolerance {TOLERANCE}\n")
     print("| case | solver | ms | of surgery's | residual | values |\n| --- | --- | --- | --- | --- | --- |", flush=True)
-    for name in arguments.cases or [case for case in CASES if case != "model"]:
+    for name in arguments.cases or [case for case in CASES if case not in ("parts", "model")]:
         if name == "small":
             small(arguments.device, arguments.repeats, arguments.weights)
         else:
