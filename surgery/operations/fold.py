@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,47 +15,37 @@ import torch
 from surgery import __version__
 from surgery.device import choose_devices
 from surgery.engine.lane import Lane
-from surgery.engine.walk import Piece, ShardWalk, TargetPiece
-from surgery.errors import FormatError, OptionError, OutputError
-from surgery.format.factors import DAMAGED_HINT
+from surgery.errors import OptionError, OutputError
 from surgery.format.files import (
     RESTORE_HINT,
     FileRecord,
-    FileWriter,
-    HashSink,
     check_file,
     copy_file,
     file_sha256,
-    not_as_described,
     write_file,
 )
 from surgery.format.lora import read_lora
-from surgery.format.manifest import Manifest, ShardRecord, decode_file
-from surgery.format.safetensors import ShardReader
+from surgery.format.manifest import Manifest, decode_file
 from surgery.format.scales import check_scales, read_scales
 from surgery.linalg.lossless import Addition
 from surgery.memory import bytes_of
-from surgery.names import CONFIG_FILE, MANIFEST_FILE, PARTIALS_DIR, STREAM_DIR
-from surgery.operations.base import BaseWeights, OwnWeights, SentWeights, Weights, quantized_weights, weight_source
+from surgery.names import CONFIG_FILE, MANIFEST_FILE, STREAM_DIR
+from surgery.operations.base import BaseWeights, OwnWeights, quantized_weights, weight_source
 from surgery.operations.dense import DenseWeights
 from surgery.operations.engines import Engine, EngineName, engine_of
-from surgery.operations.job import check_shared
+from surgery.operations.fold_shard import FoldSettings, RemoteFold, fold_shard
 from surgery.operations.journal import Journal
 from surgery.operations.output import files_in, is_as_recorded, loading_order, locked, prepare_output
 from surgery.operations.publish import publish_folded, submit_files, uploading
 from surgery.operations.quantized import index_of, without_quantization
 from surgery.planning.memory import Memory, need_to_fold, share_out
-from surgery.planning.quantization import Scaled
 from surgery.progress import Progress, Shared, Silent
-from surgery.source.origin import Origin
 from surgery.source.select import INDEX_SUFFIX
 from surgery.timing import Timing, timed
+from surgery.training.adapter import additions_of
 
 if TYPE_CHECKING:
     from surgery.source.upload import Upload
-from surgery.training.adapter import additions_of
-
-_BASE_HINT = "give the model that was factorized with --base"
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,28 +287,6 @@ def _fold_shards(
     return [record for index in range(len(shards)) if (record := files[index]) is not None]
 
 
-@dataclass(frozen=True, slots=True)
-class FoldSettings:
-    """What a fold depends on besides the checkpoint; see ``fold``.
-
-    Attributes:
-        factorized, out: folders.
-        window_bytes: how much of a shard is worked on at a time.
-        dequantize: whether FP8 weights become bfloat16.
-        scales: by the key of a target.
-        additions: by the name of a tensor, what an adapter adds to it.
-        quantized: its FP8 weights and where their scales are.
-    """
-
-    factorized: Path
-    out: Path
-    window_bytes: int
-    dequantize: bool
-    scales: Mapping[str, torch.Tensor]
-    additions: Mapping[str, Addition]
-    quantized: Mapping[str, Scaled]
-
-
 class _Folding:
     """What is done with the shards of a fold, see ``ShardWork``.
 
@@ -385,123 +353,6 @@ class _Folding:
 
     def close(self) -> None:
         self._weights.close()
-
-
-@dataclass(frozen=True, slots=True)
-class RemoteFold:
-    """The fold of one shard for another process, perhaps on another machine.
-
-    Attributes:
-        shard: which.
-        origin: where the weight files come from.
-        settings: of the fold.
-        to_compare: see ``_Folding``.
-    """
-
-    shard: ShardRecord
-    origin: Origin
-    settings: FoldSettings
-    to_compare: bool
-
-    def __call__(self, lane: Lane, attempt: str) -> FileRecord | None:
-        """What it has become; unfinished files of several attempts do not meet."""
-        settings = self.settings
-        if not self.to_compare:
-            check_shared(settings.out)
-        manifest = Manifest.read(settings.factorized)
-        partial = settings.out / PARTIALS_DIR / attempt / self.shard.source.file.replace("/", "--")
-        with ExitStack() as stack:
-            weights = stack.enter_context(SentWeights(self.origin, manifest.layout))
-            dense = stack.enter_context(
-                DenseWeights(
-                    manifest,
-                    settings.factorized,
-                    weights,
-                    settings.quantized,
-                    settings.scales,
-                    to_dense=settings.dequantize,
-                    additions=settings.additions,
-                )
-            )
-            parts = (manifest, weights, dense, settings, Silent())
-            return fold_shard(self.shard, *parts, lane, lambda: None, partial=partial, to_compare=self.to_compare)
-
-
-def fold_shard(
-    shard: ShardRecord,
-    manifest: Manifest,
-    weights: Weights,
-    dense: DenseWeights,
-    settings: FoldSettings,
-    progress: Progress,
-    lane: Lane,
-    read: Callable[[], object],
-    *,
-    partial: Path | None,
-    to_compare: bool,
-) -> FileRecord | None:
-    """Write one weight file, or only tell what it would be; None if nothing of it is left.
-
-    Args:
-        shard, manifest, weights, dense, settings: what is folded.
-        progress: told of each tensor that is done; called from threads.
-        lane: where.
-        read: called when the shard has been read.
-        partial: where the file is until it is finished, if not beside it.
-        to_compare: nothing is written.
-    """
-    file = shard.source.file
-    with ShardReader(weights.file(shard)[0]) as reader:
-        if reader.header.tensors and all(dense.drops(entry.name) for entry in reader.header.tensors):
-            progress.advance(reader.header.data_bytes)
-            return None
-        parts = (shard, manifest, weights, dense, settings, progress, lane, read)
-        if to_compare:
-            sink = HashSink()
-            _write_shard(reader, sink, *parts)
-            return FileRecord(file, shard.source.size, sink.sha256)
-        with FileWriter(settings.out / file, partial) as writer:
-            _write_shard(reader, writer, *parts)
-            return writer.commit(file)
-
-
-def _write_shard(
-    reader: ShardReader,
-    writer: FileWriter | HashSink,
-    shard: ShardRecord,
-    manifest: Manifest,
-    weights: Weights,
-    dense: DenseWeights,
-    settings: FoldSettings,
-    progress: Progress,
-    lane: Lane,
-    read: Callable[[], object],
-) -> None:
-    """The bytes of one weight file, in order."""
-    path, expected = weights.file(shard)
-    header = dense.header(reader.header)
-    if lost := dense.missing(shard, reader.header):
-        raise FormatError(f"{path}: a target of the manifest is not there", got="nothing", expected=lost[0])
-    writer.write(header)
-
-    def fold(window: Sequence[Piece]) -> list[torch.Tensor | None]:
-        return [dense.folded(piece, lane.device) if isinstance(piece, TargetPiece) else piece.buffer for piece in window]
-
-    def finish(window: Sequence[Piece], folded: Sequence[torch.Tensor | None]) -> None:
-        for piece, weight in zip(window, folded, strict=True):
-            if isinstance(piece, TargetPiece):
-                progress.item(piece.entry.name)
-            if weight is not None:
-                writer.write(bytes_of(weight.contiguous()))
-            progress.advance(len(piece))
-
-    with ShardWalk(reader, dense.touched(reader.header), lane.buffers, lane.timing) as walk:
-        lane.flow(walk, settings.window_bytes, fold, finish, read)
-    if walk.sha256 != expected.sha256:
-        overlay = manifest.layout == "overlay"
-        raise not_as_described(path, walk.sha256, expected, _BASE_HINT if overlay else DAMAGED_HINT)
-    if header == reader.header.raw and dense.keeps(shard, reader.header) and writer.sha256 != shard.source.sha256:
-        raise FormatError(f"{path}: untouched scales do not give the source back", hint=DAMAGED_HINT)
 
 
 def _copy_others(factorized: Path, out: Path, manifest: Manifest, *, to_dense: bool) -> None:

@@ -1,0 +1,168 @@
+"""The work of one shard of a fold: its dense weights written, or only compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from surgery.engine.lane import Lane
+from surgery.engine.walk import Piece, ShardWalk, TargetPiece
+from surgery.errors import FormatError
+from surgery.format.factors import DAMAGED_HINT
+from surgery.format.files import FileRecord, FileWriter, HashSink, not_as_described
+from surgery.format.manifest import Manifest, ShardRecord
+from surgery.format.safetensors import ShardReader
+from surgery.linalg.lossless import Addition
+from surgery.memory import bytes_of
+from surgery.names import PARTIALS_DIR
+from surgery.operations.base import SentWeights, Weights
+from surgery.operations.dense import DenseWeights
+from surgery.operations.job import check_shared
+from surgery.planning.quantization import Scaled
+from surgery.progress import Progress, Silent
+from surgery.source.origin import Origin
+
+_BASE_HINT = "give the model that was factorized with --base"
+
+
+@dataclass(frozen=True, slots=True)
+class FoldSettings:
+    """What a fold depends on besides the checkpoint; see ``fold``.
+
+    Attributes:
+        factorized, out: folders.
+        window_bytes: how much of a shard is worked on at a time.
+        dequantize: whether FP8 weights become bfloat16.
+        scales: by the key of a target.
+        additions: by the name of a tensor, what an adapter adds to it.
+        quantized: its FP8 weights and where their scales are.
+    """
+
+    factorized: Path
+    out: Path
+    window_bytes: int
+    dequantize: bool
+    scales: Mapping[str, torch.Tensor]
+    additions: Mapping[str, Addition]
+    quantized: Mapping[str, Scaled]
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFold:
+    """The fold of one shard for another process, perhaps on another machine.
+
+    Attributes:
+        shard: which.
+        origin: where the weight files come from.
+        settings: of the fold.
+        to_compare: whether nothing is written, and only told what it would be.
+    """
+
+    shard: ShardRecord
+    origin: Origin
+    settings: FoldSettings
+    to_compare: bool
+
+    def __call__(self, lane: Lane, attempt: str) -> FileRecord | None:
+        """What it has become; unfinished files of several attempts do not meet."""
+        settings = self.settings
+        if not self.to_compare:
+            check_shared(settings.out)
+        manifest = Manifest.read(settings.factorized)
+        partial = settings.out / PARTIALS_DIR / attempt / self.shard.source.file.replace("/", "--")
+        with ExitStack() as stack:
+            weights = stack.enter_context(SentWeights(self.origin, manifest.layout))
+            dense = stack.enter_context(
+                DenseWeights(
+                    manifest,
+                    settings.factorized,
+                    weights,
+                    settings.quantized,
+                    settings.scales,
+                    to_dense=settings.dequantize,
+                    additions=settings.additions,
+                )
+            )
+            parts = (manifest, weights, dense, settings, Silent())
+            return fold_shard(self.shard, *parts, lane, lambda: None, partial=partial, to_compare=self.to_compare)
+
+
+def fold_shard(
+    shard: ShardRecord,
+    manifest: Manifest,
+    weights: Weights,
+    dense: DenseWeights,
+    settings: FoldSettings,
+    progress: Progress,
+    lane: Lane,
+    read: Callable[[], object],
+    *,
+    partial: Path | None,
+    to_compare: bool,
+) -> FileRecord | None:
+    """Write one weight file, or only tell what it would be; None if nothing of it is left.
+
+    Args:
+        shard, manifest, weights, dense, settings: what is folded.
+        progress: told of each tensor that is done; called from threads.
+        lane: where.
+        read: called when the shard has been read.
+        partial: where the file is until it is finished, if not beside it.
+        to_compare: nothing is written.
+    """
+    file = shard.source.file
+    with ShardReader(weights.file(shard)[0]) as reader:
+        if reader.header.tensors and all(dense.drops(entry.name) for entry in reader.header.tensors):
+            progress.advance(reader.header.data_bytes)
+            return None
+        parts = (shard, manifest, weights, dense, settings, progress, lane, read)
+        if to_compare:
+            sink = HashSink()
+            _write_shard(reader, sink, *parts)
+            return FileRecord(file, shard.source.size, sink.sha256)
+        with FileWriter(settings.out / file, partial) as writer:
+            _write_shard(reader, writer, *parts)
+            return writer.commit(file)
+
+
+def _write_shard(
+    reader: ShardReader,
+    writer: FileWriter | HashSink,
+    shard: ShardRecord,
+    manifest: Manifest,
+    weights: Weights,
+    dense: DenseWeights,
+    settings: FoldSettings,
+    progress: Progress,
+    lane: Lane,
+    read: Callable[[], object],
+) -> None:
+    """The bytes of one weight file, in order."""
+    path, expected = weights.file(shard)
+    header = dense.header(reader.header)
+    if lost := dense.missing(shard, reader.header):
+        raise FormatError(f"{path}: a target of the manifest is not there", got="nothing", expected=lost[0])
+    writer.write(header)
+
+    def fold(window: Sequence[Piece]) -> list[torch.Tensor | None]:
+        return [dense.folded(piece, lane.device) if isinstance(piece, TargetPiece) else piece.buffer for piece in window]
+
+    def finish(window: Sequence[Piece], folded: Sequence[torch.Tensor | None]) -> None:
+        for piece, weight in zip(window, folded, strict=True):
+            if isinstance(piece, TargetPiece):
+                progress.item(piece.entry.name)
+            if weight is not None:
+                writer.write(bytes_of(weight.contiguous()))
+            progress.advance(len(piece))
+
+    with ShardWalk(reader, dense.touched(reader.header), lane.buffers, lane.timing) as walk:
+        lane.flow(walk, settings.window_bytes, fold, finish, read)
+    if walk.sha256 != expected.sha256:
+        overlay = manifest.layout == "overlay"
+        raise not_as_described(path, walk.sha256, expected, _BASE_HINT if overlay else DAMAGED_HINT)
+    if header == reader.header.raw and dense.keeps(shard, reader.header) and writer.sha256 != shard.source.sha256:
+        raise FormatError(f"{path}: untouched scales do not give the source back", hint=DAMAGED_HINT)
