@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.errors import FormatError, OptionError, OutputError, SourceError, SurgeryError, SurgeryWarning
+from surgery.progress import Silent
 from tests.families import FAMILIES
-from tests.models import save_llama, tensors_of
+from tests.models import files_of, save_llama, tensors_of
 
 # PEFT asks transformers for an attribute that has a new name.
 pytestmark = [
@@ -231,15 +232,27 @@ def test_attention_of_a_mixture_is_exported(tmp_path: Path) -> None:
     assert torch.allclose(merged, family.output(tmp_path / "o"), atol=1e-4)
 
 
-def test_an_adapter_is_not_replaced_unasked(llama: Path, tmp_path: Path) -> None:
-    surgery.factorize(llama, tmp_path / "f", rank=4)
-    scales = tmp_path / "f/surgery/scales.safetensors"
-    surgery.export(tmp_path / "f", scales, tmp_path / "lora")
+def test_another_adapter_is_not_replaced_unasked(factorized: Path, tmp_path: Path) -> None:
+    out, untouched = tmp_path / "lora", factorized / "surgery/scales.safetensors"
+    trained = {key: value * 1.5 for key, value in load_file(untouched).items()}
+    first = surgery.export(factorized, trained, out)
+    before, modified = files_of(out), (out / "adapter_model.safetensors").stat().st_mtime_ns
+    progress = Silent()
+    assert surgery.export(factorized, trained, out, progress=progress) == first
+    assert progress.notes == [f"{out} is already complete: nothing to do"]
+    assert (out / "adapter_model.safetensors").stat().st_mtime_ns == modified
     with pytest.raises(OutputError, match="is there already"):
-        surgery.export(tmp_path / "f", scales, tmp_path / "lora")
-    before = (tmp_path / "lora/adapter_model.safetensors").read_bytes()
-    surgery.export(tmp_path / "f", scales, tmp_path / "lora", overwrite=True)
-    assert (tmp_path / "lora/adapter_model.safetensors").read_bytes() == before
+        surgery.export(factorized, untouched, out)
+    assert files_of(out) == before
+    surgery.export(factorized, untouched, out, overwrite=True)
+    assert files_of(out) != before
+
+    # Cut short, or more than it should be: not the same.
+    surgery.export(factorized, trained, out, overwrite=True)
+    for damaged in (before["adapter_model.safetensors"][:-1], before["adapter_model.safetensors"] + b"x"):
+        (out / "adapter_model.safetensors").write_bytes(damaged)
+        with pytest.raises(OutputError, match="is there already"):
+            surgery.export(factorized, trained, out)
 
 
 @pytest.mark.parametrize(("name", "targets"), [("gpt2", ["c_attn", "c_fc"]), ("llama", ["embed_tokens"])])

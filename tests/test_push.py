@@ -312,6 +312,16 @@ def test_folded_model_with_a_card_of_its_own(hub: LoopbackHub, shards: Path, tmp
     assert front_matter(hub.repos["acme/folded-carded"])["license"] == "apache-2.0"
 
 
+def test_an_adapter_whose_upload_failed_is_uploaded_by_the_same_command(
+    hub: LoopbackHub, factorized: Path, trained: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    hub.fail_next(1, 403, "/commit/")
+    with pytest.raises(OutputError, match="may not be written to"):
+        surgery.export(factorized, trained, tmp_path / "lora", push_to_hub="acme/again")
+    surgery.export(factorized, trained, tmp_path / "lora", push_to_hub="acme/again")
+    assert without_card(downloaded("acme/again", tmp_path / "back")) == files_of(tmp_path / "lora")
+
+
 def test_adapter(hub: LoopbackHub, llama: Path, factorized: Path, trained: dict[str, torch.Tensor], tmp_path: Path) -> None:
     surgery.export(factorized, trained, tmp_path / "lora", push_to_hub="acme/lora")
     repo = hub.repos["acme/lora"]

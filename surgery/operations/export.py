@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -91,7 +92,7 @@ def export(
         out: folder to write; ``adapter_config.json`` comes last.
         push_to_hub: repo id that the adapter is uploaded to as well. An earlier result of surgery there is replaced.
         private: whether a repository that is created for it is private.
-        overwrite: replace an adapter in ``out``.
+        overwrite: replace another adapter in ``out``; one that is the same already is left as it is.
         progress: told how far it is.
 
     Raises:
@@ -109,38 +110,84 @@ def export(
     if (out / CONFIG_FILE).exists():
         # transformers would load what is there with the adapter, without a word.
         raise OutputError(f"there is a model in {out}, which an adapter must not come into", hint="-o chooses another folder")
+    there = not overwrite and any((out / name).exists() for name in (CONFIG, WEIGHTS))
     for name in (CONFIG, WEIGHTS):
-        check_output_file(out / name, [factorized], overwrite=overwrite)
+        check_output_file(out / name, [factorized], overwrite=overwrite or there)
     with uploading(push_to_hub, progress, private=private) as upload:
-        report = _written(factorized, manifest, values, out, progress)
-        names = (CONFIG, WEIGHTS)
-        publish_adapter(upload, out, names, manifest, factorized, modules=report.modules, rank=report.rank, progress=progress)
-    return report
+        adapter = _Adapter.of(factorized, manifest)
+        if there and adapter.is_in(out, factorized, values, progress):
+            progress.note(f"{out} is already complete" + (": nothing to do" if upload is None else ""))
+        else:
+            for name in (CONFIG, WEIGHTS):
+                check_output_file(out / name, [factorized], overwrite=overwrite)
+            adapter.write(out, factorized, values, progress)
+        names, modules = (CONFIG, WEIGHTS), len(adapter.updates)
+        publish_adapter(upload, out, names, manifest, factorized, modules=modules, rank=adapter.rank, progress=progress)
+    return ExportReport(out, modules, adapter.rank, (out / WEIGHTS).stat().st_size)
 
 
-def _written(
-    factorized: Path, manifest: Manifest, values: Mapping[str, torch.Tensor], out: Path, progress: Progress
-) -> ExportReport:
-    model = skeleton(factorized, exact=True)
-    updates, carriers = _updates(model, manifest)
-    rank = max(update.rank for update in updates)
-    entries = [entry for update in updates for entry in _entries(update, rank)]
-    header = make_header(entries, {"format": "pt"})
-    (out / CONFIG).unlink(missing_ok=True)  # until the end there is no adapter
-    progress.start("exporting", sum(entry.nbytes for entry in entries))
-    try:
-        with FileWriter(out / WEIGHTS) as writer, FactorsReaders(factorized, manifest) as factors:
-            writer.write(header)
-            for update in updates:
-                progress.item(update.name)
-                for half in _halves(update, carriers, factors, values, rank):
-                    writer.write(bytes_of(half))
-                    progress.advance(half.nbytes)
-            record = writer.commit(WEIGHTS)
-    finally:
-        progress.finish()
-    write_file(out / CONFIG, json.dumps(_config(updates, manifest, rank), indent=1).encode() + b"\n")
-    return ExportReport(out, len(updates), rank, record.size)
+@dataclass(frozen=True, slots=True)
+class _Adapter:
+    """What an export consists of.
+
+    Attributes:
+        updates: the modules, in the order of the file.
+        carriers: the parameters of the model.
+        rank: of all modules.
+        config: the text of ``adapter_config.json``.
+    """
+
+    manifest: Manifest
+    updates: list[_Update]
+    carriers: dict[str, Carrier]
+    rank: int
+    config: bytes
+
+    @classmethod
+    def of(cls, factorized: Path, manifest: Manifest) -> Self:
+        updates, carriers = _updates(skeleton(factorized, exact=True), manifest)
+        rank = max(update.rank for update in updates)
+        config = json.dumps(_config(updates, manifest, rank), indent=1).encode() + b"\n"
+        return cls(manifest, updates, carriers, rank, config)
+
+    def is_in(self, out: Path, factorized: Path, values: Mapping[str, torch.Tensor], progress: Progress) -> bool:
+        """Whether a folder holds this adapter, byte for byte."""
+        try:
+            with (
+                open(out / CONFIG, "rb") as config,
+                open(out / WEIGHTS, "rb") as weights,
+                closing(self._contents("comparing", factorized, values, progress)) as contents,
+            ):
+                same = config.read() == self.config and all(weights.read(len(data)) == data for data in contents)
+                return same and not weights.read(1)
+        except OSError:
+            return False
+
+    def write(self, out: Path, factorized: Path, values: Mapping[str, torch.Tensor], progress: Progress) -> None:
+        """The weights, then the config, without which there is no adapter."""
+        (out / CONFIG).unlink(missing_ok=True)
+        with FileWriter(out / WEIGHTS) as writer:
+            for data in self._contents("exporting", factorized, values, progress):
+                writer.write(data)
+            writer.commit(WEIGHTS)
+        write_file(out / CONFIG, self.config)
+
+    def _contents(
+        self, what: str, factorized: Path, values: Mapping[str, torch.Tensor], progress: Progress
+    ) -> Generator[bytes | memoryview]:
+        """The file of weights, one half of a module at a time."""
+        entries = [entry for update in self.updates for entry in _entries(update, self.rank)]
+        progress.start(what, sum(entry.nbytes for entry in entries))
+        try:
+            with FactorsReaders(factorized, self.manifest) as factors:
+                yield make_header(entries, {"format": "pt"})
+                for update in self.updates:
+                    progress.item(update.name)
+                    for half in _halves(update, self.carriers, factors, values, self.rank):
+                        yield bytes_of(half)
+                        progress.advance(half.nbytes)
+        finally:
+            progress.finish()
 
 
 def _updates(model: nn.Module | None, manifest: Manifest) -> tuple[list[_Update], dict[str, Carrier]]:
