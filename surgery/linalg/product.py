@@ -20,7 +20,7 @@ LARGE = 1 << 21
 _LANES = 16
 #: Rows a multiple of this many entries apart fall on the same few lines of the cache, which makes packing slower by a tenth to
 #: a third; so many zeros behind each row cure that.
-_CROWDED, _GAP = 1024, 16
+_CROWDED, GAP = 1024, 16
 #: Rows of a symmetric product that are computed at a time, up to the diagonal: few enough to leave out most of what lies
 #: beyond it, enough for a product.
 _SYMMETRIC_ROWS = 128
@@ -38,7 +38,7 @@ def rows_times_transposed(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tens
 
 def leading_dimension(m: int, n: int, device: torch.device) -> int:
     """Entries from one row to the next, at least n, at which products with a matrix (m, n) are quickest."""
-    return n + _GAP if device.type == "cpu" and m * n >= LARGE and n % _CROWDED == 0 else n
+    return n + GAP if device.type == "cpu" and m * n >= LARGE and n % _CROWDED == 0 else n
 
 
 def gram(rows: torch.Tensor) -> torch.Tensor:
