@@ -6,8 +6,9 @@
     python benchmarks/svd.py model --device cuda the matrices of an 8B model, in batches of one shape
 
 Peers: torch.svd_lowrank with q = k and niter = 16, SciPy's ARPACK and PROPACK (needs scipy), torch.linalg.svd. They take
-turns; a row holds medians over the repeats. Between two calls lies a pause: the thread pools of the libraries spin for a
-while after a call, and would slow the next one down. ``residual`` is the largest two-sided residual over s_1, ``values``
+turns; a row holds medians over the repeats. Between two calls lies a pause, since the thread pools of the libraries spin for
+a while after a call and would slow the next one down, and then the same call with a small matrix: threads that sleep take
+milliseconds to wake up. ``residual`` is the largest two-sided residual over s_1, ``values``
 the largest error of a singular value over s_1, against float64 LAPACK where the case asks for it.
 """
 
@@ -86,6 +87,7 @@ def compare(
     name: str, A: torch.Tensor, k: int, peers: Iterable[str], repeats: int, *, truth: torch.Tensor | None = None
 ) -> None:
     """Print one row for each peer."""
+    awake = random_matrix(600, 600, A.device.type).to(A.dtype)
     seconds: dict[str, list[float]] = {peer: [] for peer in peers}
     results: dict[str, Triplets | None] = {}
     for peer in seconds:
@@ -98,6 +100,7 @@ def compare(
         for peer in seconds:
             if results[peer] is not None:
                 time.sleep(PAUSE)
+                PEERS[peer](awake, 8)
                 start = time.perf_counter()
                 PEERS[peer](A, k)
                 if A.device.type == "cuda":
@@ -178,9 +181,11 @@ def small(device: str, repeats: int, weights: str | None = None) -> None:
     for _ in range(repeats):
         for name, way in ways.items():
             time.sleep(PAUSE)
-            start = time.perf_counter()
-            way()
-            seconds[name].append(time.perf_counter() - start)
+            for timed in (False, True):  # the first one wakes the threads
+                start = time.perf_counter()
+                way()
+                if timed:
+                    seconds[name].append(time.perf_counter() - start)
     own = statistics.median(seconds["surgery"])
     for name, times in seconds.items():
         median = statistics.median(times)
@@ -234,14 +239,14 @@ def parts(device: str, repeats: int) -> None:
             ways["PROPACK"] = (1, lambda A=A, k=k: PEERS["PROPACK"](A, k))
             ways["  products, 1 column"] = (singles // 2, lambda a=one, x=other: (a @ x[0], a.T @ x[1]))
         seconds: dict[str, list[float]] = {way: [] for way in ways}
-        for repeat in range(repeats + 1):
+        for _ in range(repeats):
             for way, (count, call) in ways.items():
                 time.sleep(PAUSE)
+                call()
                 start = time.perf_counter()
                 for _ in range(count):
                     call()
-                if repeat:  # the first one warms up
-                    seconds[way].append(time.perf_counter() - start)
+                seconds[way].append(time.perf_counter() - start)
         for way, times in seconds.items():
             print(f"| {name} | {way} | {1e3 * statistics.median(times):.1f} | {ways[way][0]} | | |", flush=True)
 
