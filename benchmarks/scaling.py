@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import heapq
 import json
 import math
 import os
@@ -48,6 +49,7 @@ class Machine:
     """What a unit of work takes with all cores at it: seconds of the clock, over all units that were done meanwhile.
 
     Attributes:
+        cores: how many there are.
         flop: of the SVD, where a matrix (m, n) at rank k has 2 m n k of them; how often it is gone through is in here.
         matrix: of the SVD, what every matrix takes whatever its size. Less than nothing where products of small matrices
             run faster, since they fit the cache.
@@ -59,6 +61,7 @@ class Machine:
         start: what a run takes whatever there is to do: seconds for next to nothing.
     """
 
+    cores: int
     flop: float
     matrix: float
     split: float
@@ -72,25 +75,28 @@ class Machine:
 def predicted_seconds(steps: Plan, machine: Machine) -> float:
     """Seconds that ``factorize`` will take for a plan in the residual layout on a CPU.
 
-        max(a * flops + d * matrices + b * weights + c * bytes, e * bytes written) + start
+        max(last core's end of a * flops + d * matrices + b * weights, + c * bytes, e * bytes written) + start
 
     with a and d the cost of the SVDs, b that of the lossless split, c that of hashing, reading and writing, e that of the disk.
     It assumes:
 
-    - Each piece of work is done by one core, and no core ever waits for work: the rates are those of all cores together.
+    - Each matrix is worked on by one core, in the order of the files: the next one by whichever core is free first. All else is
+      shared evenly: the rates are those of all cores together.
     - All SVDs take as many passes over their matrix as those of the two that were timed, whose time is interpolated.
     - All bytes that are read or written are hashed; what is written beside the weights (factors and corrections, whose header
       comes last) once more.
     - The disk writes while the cores compute. The source is in the system's cache.
     """
-    flops = sum(2.0 * target.entries * target.rank for target in steps.targets)
-    matrices = sum(target.matrices[0] for target in steps.targets)
-    weights = sum(target.entries for target in steps.targets)
+    cores = [0.0] * machine.cores
+    for target in steps.targets:
+        entries = target.entries / target.matrices[0]
+        alone = machine.cores * (machine.flop * 2.0 * entries * target.rank + machine.matrix + machine.split * entries)
+        for _ in range(target.matrices[0]):
+            heapq.heapreplace(cores, cores[0] + alone)
     beside = steps.bytes_written - steps.bytes_read
-    svd = machine.flop * flops + machine.matrix * matrices
     hashing = machine.hash * (steps.bytes_read + steps.bytes_written + beside)
     files = machine.read * steps.bytes_read + machine.write * steps.bytes_written
-    return max(svd + machine.split * weights + hashing + files, machine.disk * steps.bytes_written) + machine.start
+    return max(max(cores) + hashing + files, machine.disk * steps.bytes_written) + machine.start
 
 
 def calibrated(folder: Path, hidden: int, rank: int) -> Machine:
@@ -107,6 +113,7 @@ def calibrated(folder: Path, hidden: int, rank: int) -> Machine:
     read, write, disk = file_rates(folder / "probe", data)
     spare = torch.empty_like(large)
     return Machine(
+        cores=os.cpu_count() or 1,
         flop=flop,
         matrix=seconds[0] - flop * flops[0],
         split=with_all_cores(lambda A: split(A, factors, out=spare), large) / large.numel(),
