@@ -5,8 +5,9 @@
 
 Checkpoints of so many billions of target weights are written, measured and deleted one after the other. Each measurement is
 a process of its own on the CPU: seconds are those of the call without the import of torch, peak memory is the process's
-largest resident set. The coefficients of the cost model (``predicted_seconds``) come from single matrices and files, a few
-seconds before each run. The slope is that of log(seconds) over log(weights), by least squares.
+largest resident set. The coefficients of the cost model (``predicted_seconds``) come from single matrices and files, and the
+constant from a checkpoint of one layer, a few seconds before each run. The slope is that of log(seconds) over log(weights), by
+least squares.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ class Machine:
         read: per byte of a file in the system's cache.
         write: per byte of a file.
         disk: per byte of a file, until it is on the disk: of one file at a time, whatever the cores do.
-        start: what a run takes whatever there is to do: seconds for next to nothing.
+        start: what a run takes whatever there is to do.
     """
 
     cores: int
@@ -112,7 +113,7 @@ def calibrated(folder: Path, hidden: int, rank: int) -> Machine:
     data = large.view(torch.uint8)
     read, write, disk = file_rates(folder / "probe", data)
     spare = torch.empty_like(large)
-    return Machine(
+    machine = Machine(
         cores=os.cpu_count() or 1,
         flop=flop,
         matrix=seconds[0] - flop * flops[0],
@@ -121,8 +122,9 @@ def calibrated(folder: Path, hidden: int, rank: int) -> Machine:
         read=read,
         write=write,
         disk=disk,
-        start=seconds_to_start(folder),
+        start=0.0,
     )
+    return replace(machine, start=max(0.0, seconds_to_start(folder, hidden, rank, machine)))
 
 
 def with_all_cores(work: Callable[[torch.Tensor], object], tensor: torch.Tensor) -> float:
@@ -175,15 +177,17 @@ def file_rates(path: Path, data: torch.Tensor) -> tuple[float, float, float]:
     return read_rate / cores, write_rate / cores, disk_rate
 
 
-def seconds_to_start(folder: Path) -> float:
-    """Of ``factorize`` for a layer that is 64 wide: the median of three."""
+def seconds_to_start(folder: Path, hidden: int, rank: int, machine: Machine) -> float:
+    """What ``factorize`` takes for one layer beyond what it takes for its work: new memory above all. The median of three."""
     with tempfile.TemporaryDirectory(dir=folder) as place:
         model = Path(place) / "model"
-        write_checkpoint(model, 1, 64)
+        write_checkpoint(model, 2 * layer_weights(hidden), hidden)
         seconds: list[float] = []
         for i in range(3):
-            seconds.append(measure(CHILD, "factorize", model=str(model), out=f"{place}/{i}", rank=4, **RESIDUAL)["seconds"])
-    return statistics.median(seconds)
+            seconds.append(measure(CHILD, "factorize", model=str(model), out=f"{place}/{i}", rank=rank, **RESIDUAL)["seconds"])
+        return statistics.median(seconds) - predicted_seconds(
+            surgery.plan(model, rank=rank, layout="residual", device="cpu"), machine
+        )
 
 
 def measured(folder: Path, layers: int, machine: Machine | None, args: argparse.Namespace) -> dict[str, Any]:
