@@ -76,10 +76,10 @@ class Machine:
 def predicted_seconds(steps: Plan, machine: Machine) -> float:
     """Seconds that ``factorize`` will take for a plan in the residual layout on a CPU.
 
-        max(last core's end of a * flops + d * matrices + b * weights, + c * bytes, e * bytes written) + start
+        max(end + c * bytes, e * bytes written) + start
 
-    with a and d the cost of the SVDs, b that of the lossless split, c that of hashing, reading and writing, e that of the disk.
-    It assumes:
+    with the end of the last core, where each has a * flops + d * matrices + b * weights to do. a and d are the cost of SVDs,
+    b that of the lossless split, c of hashing, reading and writing, e of the disk. It assumes:
 
     - Each matrix is worked on by one core, in the order of the files: the next one by whichever core is free first. All else is
       shared evenly: the rates are those of all cores together.

@@ -247,6 +247,12 @@ def test_another_adapter_is_not_replaced_unasked(factorized: Path, tmp_path: Pat
     surgery.export(factorized, untouched, out, overwrite=True)
     assert files_of(out) != before
 
+    # Stopped just before the end.
+    surgery.export(factorized, trained, out, overwrite=True)
+    (out / "adapter_config.json").unlink()
+    surgery.export(factorized, trained, out)
+    assert files_of(out) == before
+
     # Cut short, or more than it should be: not the same.
     surgery.export(factorized, trained, out, overwrite=True)
     for damaged in (before["adapter_model.safetensors"][:-1], before["adapter_model.safetensors"] + b"x"):

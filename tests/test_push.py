@@ -320,6 +320,9 @@ def test_an_adapter_whose_upload_failed_is_uploaded_by_the_same_command(
         surgery.export(factorized, trained, tmp_path / "lora", push_to_hub="acme/again")
     surgery.export(factorized, trained, tmp_path / "lora", push_to_hub="acme/again")
     assert without_card(downloaded("acme/again", tmp_path / "back")) == files_of(tmp_path / "lora")
+    with pytest.raises(OutputError, match="is there already"):
+        surgery.export(factorized, factorized / SCALES, tmp_path / "lora", push_to_hub="acme/never")
+    assert "acme/never" not in hub.repos
 
 
 def test_adapter(hub: LoopbackHub, llama: Path, factorized: Path, trained: dict[str, torch.Tensor], tmp_path: Path) -> None:

@@ -118,8 +118,13 @@ def test_dtypes(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0**60])
-@pytest.mark.parametrize("shape", [(2048, 1024), (1030, 2048)])
-def test_rows_that_are_kept_further_apart(shape: tuple[int, int], scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("shape", "method"),
+    [((2048, 1024), "block-lanczos"), ((1030, 2048), "block-lanczos"), ((512, 4096), "gram"), ((60, 40960), "svd")],
+)
+def test_rows_that_are_kept_further_apart(
+    shape: tuple[int, int], method: str, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows a multiple of a page apart get zeros behind them, in memory that may hold anything."""
 
     def used(purpose: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -128,7 +133,10 @@ def test_rows_that_are_kept_further_apart(shape: tuple[int, int], scale: float, 
     monkeypatch.setattr(svd, "scratch", used)
     assert leading_dimension(*shape, torch.device("cpu")) > shape[1]
     A = (realistic(*shape) * scale).bfloat16()
-    check(A, surgery.truncated_svd(A, 8), 8)
+    found = svd.truncated_svds(torch.stack([A, torch.zeros_like(A), -A]), 8)
+    assert [result.certificate.method for result in found] == [method, "zero", method]
+    check(A, found[0], 8)
+    check(-A, found[2], 8)
 
 
 @pytest.mark.parametrize("shape", [(N, 800), (800, N), (N, N), (40, 60)])

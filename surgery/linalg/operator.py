@@ -11,11 +11,11 @@ from surgery.memory import scratch
 
 #: Entries of a matrix that are widened to float64 at a time on a CPU: few enough for its cache, enough for its products.
 WIDE_ENTRIES = 1 << 19
-#: Columns of a block at the most, so that it does not become low: low blocks make low products (4096x11008 on two cores: 64 ms
-#: instead of 91 for 16 rows, 226 instead of 339 for 64).
-_WIDE_COLUMNS = 1 << 11
 #: The same on a GPU, of all matrices of a batch.
 WIDE_ENTRIES_GPU = 1 << 25
+#: Columns of a block on a CPU at the most: of wider ones few rows would fit the cache, and products with few rows are slow
+#: (4096x11008 on two cores, with and without: 64 and 91 ms for 16 vectors, 226 and 339 ms for 64).
+_WIDE_COLUMNS = 1 << 11
 
 
 class Operator:
@@ -64,7 +64,7 @@ class Operator:
     def gram(self) -> torch.Tensor:
         """(B, short, short), A^T A or A A^T in the working precision."""
         self.passes += 1
-        return gram(self.matrices if self.wide else self.matrices.mT)
+        return gram(self._padded if self.wide else self.matrices.mT)  # zeros behind a row do not count
 
     def _by_columns(self, rows: torch.Tensor) -> torch.Tensor:
         return rows_times(rows, self._padded)[:, :, : self.matrices.shape[2]]
@@ -75,7 +75,7 @@ class Operator:
         return rows_times_transposed(rows, self._padded)
 
     # The same in float64, for the last step and the certificate: float32 products of vectors without changes of
-    # sign are off by more than 1e-6. The matrices are widened a few rows at a time.
+    # sign are off by more than 1e-6. The matrices are widened a block at a time.
 
     def both_wide(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """float64 (B, b, short), (B, b, long) -> (B, b, long), (B, b, short): both products, the matrices read once."""

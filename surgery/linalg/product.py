@@ -44,7 +44,7 @@ def leading_dimension(m: int, n: int, device: torch.device) -> int:
 def gram(rows: torch.Tensor) -> torch.Tensor:
     """``X X^T``, of which on a CPU only little more than half is computed: (B, r, l) -> (B, r, r).
 
-    X may be a transposed view of contiguous matrices.
+    X may be a transposed view of matrices, whose rows may lie further apart than they are long.
     """
     if rows.device.type != "cpu":
         return torch.bmm(rows, rows.mT)

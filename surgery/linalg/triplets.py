@@ -10,7 +10,7 @@ import torch
 from surgery.linalg.lanczos import RitzVectors, basis_rows, block_lanczos, block_size
 from surgery.linalg.operator import WIDE_ENTRIES, Operator, widened
 from surgery.linalg.orthonormal import orthonormal_rows
-from surgery.linalg.product import leading_dimension
+from surgery.linalg.product import GAP, leading_dimension
 from surgery.linalg.subspace import leading_eigenvectors
 from surgery.linalg.threads import one_thread_each
 
@@ -61,7 +61,7 @@ def workspace_bytes(m: int, n: int, k: int, dtype: torch.dtype) -> int:
     """Upper estimate of the memory that solving one (m, n) matrix of ``dtype`` takes besides the matrix."""
     short, long = min(m, n), max(m, n)
     copy = 4 * m * leading_dimension(m, n, torch.device("cpu")) if dtype.itemsize < 4 else 0
-    vectors = 48 * k * (m + n) + 8 * min(m * n, max(WIDE_ENTRIES, 16 * long))
+    vectors = 48 * k * (m + n) + 8 * min(m * (n + GAP), max(2 * WIDE_ENTRIES, 32 * long))
     match engine(short, k):
         case "svd":
             dense = 8 * 4 * m * n

@@ -89,15 +89,15 @@ def export(
     Args:
         factorized: a folder written by ``factorize``.
         scales: a scales file, or for the key of each target ``g``.
-        out: folder to write; ``adapter_config.json`` comes last.
+        out: folder to write; ``adapter_config.json`` comes last. The same adapter that is there already is left as it is.
         push_to_hub: repo id that the adapter is uploaded to as well. An earlier result of surgery there is replaced.
         private: whether a repository that is created for it is private.
-        overwrite: replace another adapter in ``out``; one that is the same already is left as it is.
+        overwrite: write in any case, in place of whatever adapter is in ``out``.
         progress: told how far it is.
 
     Raises:
         OptionError: a target that an adapter cannot change, or that PEFT is known to load wrongly.
-        OutputError: there is an adapter already.
+        OutputError: another adapter is there.
         MissingExtra: a transformers model, and transformers is not installed.
         SurgeryError: the factorized folder or the scales are damaged, or do not belong together.
     """
@@ -113,13 +113,17 @@ def export(
     there = not overwrite and any((out / name).exists() for name in (CONFIG, WEIGHTS))
     for name in (CONFIG, WEIGHTS):
         check_output_file(out / name, [factorized], overwrite=overwrite or there)
+    adapter = _Adapter.of(factorized, manifest) if there else None
+    if adapter is not None and not adapter.is_in(out, factorized, values, progress):
+        for name in (CONFIG, WEIGHTS):
+            check_output_file(out / name, [factorized], overwrite=False)
     with uploading(push_to_hub, progress, private=private) as upload:
-        adapter = _Adapter.of(factorized, manifest)
-        if there and adapter.is_in(out, factorized, values, progress):
+        if adapter is not None:
+            if not (out / CONFIG).exists():  # stopped just before the end
+                write_file(out / CONFIG, adapter.config)
             progress.note(f"{out} is already complete" + (": nothing to do" if upload is None else ""))
         else:
-            for name in (CONFIG, WEIGHTS):
-                check_output_file(out / name, [factorized], overwrite=overwrite)
+            adapter = _Adapter.of(factorized, manifest)
             adapter.write(out, factorized, values, progress)
         names, modules = (CONFIG, WEIGHTS), len(adapter.updates)
         publish_adapter(upload, out, names, manifest, factorized, modules=modules, rank=adapter.rank, progress=progress)
@@ -151,15 +155,15 @@ class _Adapter:
         return cls(manifest, updates, carriers, rank, config)
 
     def is_in(self, out: Path, factorized: Path, values: Mapping[str, torch.Tensor], progress: Progress) -> bool:
-        """Whether a folder holds this adapter, byte for byte."""
+        """Whether a folder holds this adapter, byte for byte, perhaps but for the config, which comes last."""
         try:
+            if (out / CONFIG).exists() and (out / CONFIG).read_bytes() != self.config:
+                return False
             with (
-                open(out / CONFIG, "rb") as config,
                 open(out / WEIGHTS, "rb") as weights,
                 closing(self._contents("comparing", factorized, values, progress)) as contents,
             ):
-                same = config.read() == self.config and all(weights.read(len(data)) == data for data in contents)
-                return same and not weights.read(1)
+                return all(weights.read(len(data)) == data for data in contents) and not weights.read(1)
         except OSError:
             return False
 
