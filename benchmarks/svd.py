@@ -286,12 +286,10 @@ def model(device: str, repeats: int) -> None:
         surgery.truncated_svd(batch, 16)  # loads kernels
         for done in range(0, total, together):
             part = batch[: min(together, total - done)]
-            if device.startswith("cuda"):
-                torch.cuda.synchronize()
+            synchronize(A)
             start = time.perf_counter()
             result = surgery.truncated_svd(part, 16)
-            if device.startswith("cuda"):
-                torch.cuda.synchronize()
+            synchronize(A)
             seconds += time.perf_counter() - start
             count += len(part)
             worst = max(worst, result.certificate.residual.max().item())

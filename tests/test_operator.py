@@ -13,7 +13,7 @@ from surgery.linalg.operator import Operator
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize(("m", "n"), [(70, 300), (300, 70), (129, 128), (1, 200), (200, 1)])
 def test_float64_products(m: int, n: int, count: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "WIDE_ENTRIES", 1024)
+    monkeypatch.setattr(module, "_WIDE_ENTRIES", 1024)
     monkeypatch.setattr(module, "_WIDE_COLUMNS", 64)
     generator = torch.Generator().manual_seed(0)
     A = torch.randn(count, m, n, generator=generator).to(dtype)

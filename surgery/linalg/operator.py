@@ -10,9 +10,9 @@ from surgery.linalg.product import GAP, gram, rows_times, rows_times_transposed
 from surgery.memory import scratch
 
 #: Entries of a matrix that are widened to float64 at a time on a CPU: few enough for its cache, enough for its products.
-WIDE_ENTRIES = 1 << 19
+_WIDE_ENTRIES = 1 << 19
 #: The same on a GPU, of all matrices of a batch.
-WIDE_ENTRIES_GPU = 1 << 25
+_WIDE_ENTRIES_GPU = 1 << 25
 #: Columns of a block on a CPU at the most: of wider ones few rows would fit the cache, and products with few rows are slow
 #: (4096x11008 on two cores, with and without: 64 and 91 ms for 16 vectors, 226 and 339 ms for 64).
 _WIDE_COLUMNS = 1 << 11
@@ -133,9 +133,8 @@ class Operator:
             return
         height = min(m, self._wide_rows(width))
         device = wide_device(self.matrices)
-        buffer = scratch(
-            "widened rows", (len(self), height, width + (GAP if device.type == "cpu" else 0)), torch.float64, device
-        )
+        gap = GAP if device.type == "cpu" else 0
+        buffer = scratch("widened rows", (len(self), height, width + gap), torch.float64, device)
         for top in range(0, m, height):
             down = slice(top, min(top + height, m))
             for first in range(0, n, width):
@@ -145,8 +144,18 @@ class Operator:
 
     def _wide_rows(self, length: int) -> int:
         if self.matrices.device.type == "cpu":
-            return max(16, WIDE_ENTRIES // max(1, length))
-        return max(1, WIDE_ENTRIES_GPU // (len(self) * length))
+            return _rows_at_a_time(length)
+        return max(1, _WIDE_ENTRIES_GPU // (len(self) * length))
+
+
+def _rows_at_a_time(width: int) -> int:
+    return max(16, _WIDE_ENTRIES // max(1, width))
+
+
+def widened_bytes(m: int, n: int) -> int:
+    """What float64 products with a matrix (m, n) take on a CPU besides their results."""
+    width = min(n, _WIDE_COLUMNS)
+    return 8 * min(m, _rows_at_a_time(width)) * (width + GAP)
 
 
 def wide_device(x: torch.Tensor) -> torch.device:

@@ -18,8 +18,8 @@ import torch
 #: matrix is its first operand: the second one is what it packs, and packing takes longer than multiplying by a few rows.
 LARGE = 1 << 21
 _LANES = 16
-#: Rows a multiple of this many entries apart fall on the same few lines of the cache, which makes packing slower by a tenth to
-#: a third; so many zeros behind each row cure that.
+#: Rows a multiple of this many entries apart fall on the same few lines of the cache, and packing takes longer; so many zeros
+#: behind each row cure that (docs/numerics.md).
 _CROWDED, GAP = 1024, 16
 #: Rows of a symmetric product that are computed at a time, up to the diagonal: few enough to leave out most of what lies
 #: beyond it, enough for a product.

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from surgery.linalg.lanczos import RitzVectors, basis_rows, block_lanczos, block_size
-from surgery.linalg.operator import WIDE_ENTRIES, Operator, widened
+from surgery.linalg.operator import Operator, widened, widened_bytes
 from surgery.linalg.orthonormal import orthonormal_rows
-from surgery.linalg.product import GAP, leading_dimension
+from surgery.linalg.product import leading_dimension
 from surgery.linalg.subspace import leading_eigenvectors
 from surgery.linalg.threads import one_thread_each
 
@@ -59,9 +59,9 @@ def engine(short: int, k: int) -> str:
 
 def workspace_bytes(m: int, n: int, k: int, dtype: torch.dtype) -> int:
     """Upper estimate of the memory that solving one (m, n) matrix of ``dtype`` takes besides the matrix."""
-    short, long = min(m, n), max(m, n)
+    short = min(m, n)
     copy = 4 * m * leading_dimension(m, n, torch.device("cpu")) if dtype.itemsize < 4 else 0
-    vectors = 48 * k * (m + n) + 8 * min(m * (n + GAP), max(2 * WIDE_ENTRIES, 32 * long))
+    vectors = 48 * k * (m + n) + widened_bytes(m, n)
     match engine(short, k):
         case "svd":
             dense = 8 * 4 * m * n

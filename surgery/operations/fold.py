@@ -33,7 +33,7 @@ from surgery.names import CONFIG_FILE, MANIFEST_FILE, STREAM_DIR
 from surgery.operations.base import BaseWeights, OwnWeights, quantized_weights, weight_source
 from surgery.operations.dense import DenseWeights
 from surgery.operations.engines import Engine, EngineName, engine_of
-from surgery.operations.fold_shard import FoldSettings, RemoteFold, fold_shard
+from surgery.operations.fold_shard import FoldSettings, RemoteFold, ShardFold
 from surgery.operations.journal import Journal
 from surgery.operations.output import files_in, is_as_recorded, loading_order, locked, prepare_output
 from surgery.operations.publish import publish_folded, submit_files, uploading
@@ -337,8 +337,8 @@ class _Folding:
             read()
 
         try:
-            parts = (self.manifest, self._weights, self._dense, self.settings, self._progress)
-            return fold_shard(shard, *parts, lane, has_been_read, partial=None, to_compare=self.to_compare)
+            fold = ShardFold(shard, self.manifest, self._weights, self._dense, self.settings, self._progress)
+            return fold.run(lane, has_been_read, partial=None, to_compare=self.to_compare)
         finally:
             release()
 

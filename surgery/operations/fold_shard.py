@@ -87,82 +87,72 @@ class RemoteFold:
                     additions=settings.additions,
                 )
             )
-            parts = (manifest, weights, dense, settings, Silent())
-            return fold_shard(self.shard, *parts, lane, lambda: None, partial=partial, to_compare=self.to_compare)
+            fold = ShardFold(self.shard, manifest, weights, dense, settings, Silent())
+            return fold.run(lane, lambda: None, partial=partial, to_compare=self.to_compare)
 
 
-def fold_shard(
-    shard: ShardRecord,
-    manifest: Manifest,
-    weights: Weights,
-    dense: DenseWeights,
-    settings: FoldSettings,
-    progress: Progress,
-    lane: Lane,
-    read: Callable[[], object],
-    *,
-    partial: Path | None,
-    to_compare: bool,
-) -> FileRecord | None:
-    """Write one weight file, or only tell what it would be; None if nothing of it is left.
+@dataclass(frozen=True, slots=True)
+class ShardFold:
+    """The fold of one shard.
 
-    Args:
+    Attributes:
         shard, manifest, weights, dense, settings: what is folded.
         progress: told of each tensor that is done; called from threads.
-        lane: where.
-        read: called when the shard has been read.
-        partial: where the file is until it is finished, if not beside it.
-        to_compare: nothing is written.
     """
-    file = shard.source.file
-    with ShardReader(weights.file(shard)[0]) as reader:
-        if reader.header.tensors and all(dense.drops(entry.name) for entry in reader.header.tensors):
-            progress.advance(reader.header.data_bytes)
-            return None
-        parts = (shard, manifest, weights, dense, settings, progress, lane, read)
-        if to_compare:
-            sink = HashSink()
-            _write_shard(reader, sink, *parts)
-            return FileRecord(file, shard.source.size, sink.sha256)
-        with FileWriter(settings.out / file, partial) as writer:
-            _write_shard(reader, writer, *parts)
-            return writer.commit(file)
 
+    shard: ShardRecord
+    manifest: Manifest
+    weights: Weights
+    dense: DenseWeights
+    settings: FoldSettings
+    progress: Progress
 
-def _write_shard(
-    reader: ShardReader,
-    writer: FileWriter | HashSink,
-    shard: ShardRecord,
-    manifest: Manifest,
-    weights: Weights,
-    dense: DenseWeights,
-    settings: FoldSettings,
-    progress: Progress,
-    lane: Lane,
-    read: Callable[[], object],
-) -> None:
-    """The bytes of one weight file, in order."""
-    path, expected = weights.file(shard)
-    header = dense.header(reader.header)
-    if lost := dense.missing(shard, reader.header):
-        raise FormatError(f"{path}: a target of the manifest is not there", got="nothing", expected=lost[0])
-    writer.write(header)
+    def run(self, lane: Lane, read: Callable[[], object], *, partial: Path | None, to_compare: bool) -> FileRecord | None:
+        """Write the weight file, or only tell what it would be; None if nothing of it is left.
 
-    def fold(window: Sequence[Piece]) -> list[torch.Tensor | None]:
-        return [dense.folded(piece, lane.device) if isinstance(piece, TargetPiece) else piece.buffer for piece in window]
+        Args:
+            lane: where.
+            read: called when the shard has been read.
+            partial: where the file is until it is finished, if not beside it.
+            to_compare: nothing is written.
+        """
+        file = self.shard.source.file
+        with ShardReader(self.weights.file(self.shard)[0]) as reader:
+            if reader.header.tensors and all(self.dense.drops(entry.name) for entry in reader.header.tensors):
+                self.progress.advance(reader.header.data_bytes)
+                return None
+            if to_compare:
+                sink = HashSink()
+                self._write(reader, sink, lane, read)
+                return FileRecord(file, self.shard.source.size, sink.sha256)
+            with FileWriter(self.settings.out / file, partial) as writer:
+                self._write(reader, writer, lane, read)
+                return writer.commit(file)
 
-    def finish(window: Sequence[Piece], folded: Sequence[torch.Tensor | None]) -> None:
-        for piece, weight in zip(window, folded, strict=True):
-            if isinstance(piece, TargetPiece):
-                progress.item(piece.entry.name)
-            if weight is not None:
-                writer.write(bytes_of(weight.contiguous()))
-            progress.advance(len(piece))
+    def _write(self, reader: ShardReader, writer: FileWriter | HashSink, lane: Lane, read: Callable[[], object]) -> None:
+        """The bytes of the weight file, in order."""
+        shard, dense, progress = self.shard, self.dense, self.progress
+        path, expected = self.weights.file(shard)
+        header = dense.header(reader.header)
+        if lost := dense.missing(shard, reader.header):
+            raise FormatError(f"{path}: a target of the manifest is not there", got="nothing", expected=lost[0])
+        writer.write(header)
 
-    with ShardWalk(reader, dense.touched(reader.header), lane.buffers, lane.timing) as walk:
-        lane.flow(walk, settings.window_bytes, fold, finish, read)
-    if walk.sha256 != expected.sha256:
-        overlay = manifest.layout == "overlay"
-        raise not_as_described(path, walk.sha256, expected, _BASE_HINT if overlay else DAMAGED_HINT)
-    if header == reader.header.raw and dense.keeps(shard, reader.header) and writer.sha256 != shard.source.sha256:
-        raise FormatError(f"{path}: untouched scales do not give the source back", hint=DAMAGED_HINT)
+        def fold(window: Sequence[Piece]) -> list[torch.Tensor | None]:
+            return [dense.folded(piece, lane.device) if isinstance(piece, TargetPiece) else piece.buffer for piece in window]
+
+        def finish(window: Sequence[Piece], folded: Sequence[torch.Tensor | None]) -> None:
+            for piece, weight in zip(window, folded, strict=True):
+                if isinstance(piece, TargetPiece):
+                    progress.item(piece.entry.name)
+                if weight is not None:
+                    writer.write(bytes_of(weight.contiguous()))
+                progress.advance(len(piece))
+
+        with ShardWalk(reader, dense.touched(reader.header), lane.buffers, lane.timing) as walk:
+            lane.flow(walk, self.settings.window_bytes, fold, finish, read)
+        if walk.sha256 != expected.sha256:
+            overlay = self.manifest.layout == "overlay"
+            raise not_as_described(path, walk.sha256, expected, _BASE_HINT if overlay else DAMAGED_HINT)
+        if header == reader.header.raw and dense.keeps(shard, reader.header) and writer.sha256 != shard.source.sha256:
+            raise FormatError(f"{path}: untouched scales do not give the source back", hint=DAMAGED_HINT)
