@@ -9,7 +9,9 @@ import io
 import itertools
 import os
 import random
+import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from safetensors.torch import load_file
 
 from surgery.errors import OutputError
 from surgery.format import files
-from surgery.format.files import FileWriter
+from surgery.format.files import FileWriter, write_file
 from surgery.format.safetensors import TensorFileWriter
 
 fcntl = pytest.importorskip("fcntl")
@@ -199,6 +201,36 @@ def test_a_thread_that_cannot_start(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(RuntimeError, match="can't start new thread"), FileWriter(tmp_path / "x") as writer:
         writer.write(bytes(CHUNK))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # of Python, stopped between a call and its result
+def test_ctrl_c_at_any_moment(tmp_path: Path) -> None:
+    """Also while the file is being opened, before ``with`` has it in hand."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    path, stops, moments = tmp_path / "x", 0, random.Random(1)
+    begun = time.perf_counter()
+    write_file(path, b"whole")
+    takes = time.perf_counter() - begun
+    before = signal.signal(signal.SIGALRM, stop)
+    try:
+        for _ in range(800):
+            path.unlink(missing_ok=True)
+            try:
+                signal.setitimer(signal.ITIMER_REAL, moments.uniform(1e-6, takes))
+                try:
+                    write_file(path, b"whole")
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                stops += 1
+            assert [file.name for file in tmp_path.iterdir()] in ([], ["x"])
+            assert not path.exists() or path.read_bytes() == b"whole"
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert stops > 100
 
 
 def test_a_header_that_is_taken_bit_by_bit(tmp_path: Path, watched: type[Watched]) -> None:

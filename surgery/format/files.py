@@ -8,7 +8,7 @@ import json
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -50,20 +50,29 @@ class FileWriter:
     def __init__(self, path: Path, partial: Path | None = None, *, read_soon: bool = False) -> None:
         self.path = path
         self.partial = partial or path.with_name(path.name + ".partial")
+        self._read_soon = read_soon
         self._sha256 = hashlib.sha256()
         self.size = 0
-        with reporting(path):
-            for folder in {path.parent, self.partial.parent}:
-                if not folder.is_dir():
-                    folder.mkdir(parents=True, exist_ok=True)
-                    sync_directory(folder.parent)
-            # What a killed run has left, or a link that somebody put there: never written through.
-            self.partial.unlink(missing_ok=True)
-            self.file: IO[bytes] = open(self.partial, "xb", buffering=0)
-        self.stream = DiskStream(self.file, read_soon=read_soon)
 
     def __enter__(self) -> Self:
-        return self
+        try:
+            with reporting(self.path):
+                self._open()
+            return self
+        except BaseException:  # Ctrl-C too: what is made here is nobody else's to remove yet
+            with suppress(OSError):
+                self.partial.unlink()
+            raise
+
+    def _open(self) -> None:
+        for folder in {self.path.parent, self.partial.parent}:
+            if not folder.is_dir():
+                folder.mkdir(parents=True, exist_ok=True)
+                sync_directory(folder.parent)
+        # What a killed run has left, or a link that somebody put there: never written through.
+        self.partial.unlink(missing_ok=True)
+        self.file: IO[bytes] = open(self.partial, "xb", buffering=0)
+        self.stream = DiskStream(self.file, read_soon=self._read_soon)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:

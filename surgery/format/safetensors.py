@@ -308,8 +308,10 @@ class TensorFileWriter(FileWriter):
         room = sum(len(json.dumps(name)) + 200 for name in names) + 64
         self._header_bytes = room + -room % 8
         self._entries: dict[str, Any] = {}
-        with reporting(path):
-            self.file.seek(8 + self._header_bytes)
+
+    def _open(self) -> None:
+        super()._open()
+        self.file.seek(8 + self._header_bytes)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         """Append one float32 or uint8 tensor (CPU, contiguous)."""
