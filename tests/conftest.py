@@ -7,6 +7,9 @@ import tempfile
 
 from tests.loopback_hub import LoopbackHub
 
+# Threads that spin while they wait would take the cores from the other processes of the suite. Read when torch is imported.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
 # The hub client reads these when it is imported, so they must be set before anything imports it.
 HUB = LoopbackHub()
 os.environ["HF_ENDPOINT"] = HUB.url

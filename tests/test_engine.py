@@ -33,7 +33,7 @@ def wait(event: threading.Event) -> None:
     assert event.wait(LONG), "this was to happen meanwhile"
 
 
-def in_time(call: Callable[[], Any], seconds: float = 0.3) -> bool:
+def in_time(call: Callable[[], Any], seconds: float = LONG) -> bool:
     """Whether a call comes back. If it does not, its thread is left behind."""
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
@@ -273,21 +273,24 @@ def test_leaving_early_wakes_who_waits_for_memory() -> None:
 
 
 def leaves_at_once(finished: Generator[Any, None, None]) -> None:
-    assert in_time(finished.close, 1.0)
+    assert in_time(finished.close)
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("surgery-")]
 
 
 def test_an_interruption_where_results_are_used_stops_at_once() -> None:
+    downloaded = threading.Event()
+
     def jobs() -> Iterator[int]:
         yield 0
-        time.sleep(3)  # a download
+        downloaded.wait(2 * LONG)
         yield 1
 
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt), closing(run_jobs(lambda *_: None, jobs(), [lane_of()])) as finished:
         for _ in finished:
             raise KeyboardInterrupt
-    assert time.monotonic() - start < 2.5
+    assert time.monotonic() - start < LONG
+    downloaded.set()
 
 
 def test_a_worker_computes_in_one_thread() -> None:
@@ -470,11 +473,11 @@ def test_who_asks_for_too_much_waits_until_some_is_given_back() -> None:
 def test_one_that_is_larger_than_the_limit_is_lent_alone() -> None:
     pool = Buffers(2 * UNIT)
     small = pool.take(UNIT)
-    assert not in_time(lambda: _back(pool, 5 * UNIT))
+    assert not in_time(lambda: _back(pool, 5 * UNIT), 0.3)
     pool.give(small)  # now the one that waits gets it, and gives it back
     large = pool.take(5 * UNIT)
     assert len(large) == 5 * UNIT
-    assert not in_time(lambda: _back(pool, UNIT))
+    assert not in_time(lambda: _back(pool, UNIT), 0.3)
     pool.give(large)
     assert in_time(lambda: pool.take(2 * UNIT))
 
@@ -508,7 +511,7 @@ def test_small_ones_are_no_matter() -> None:
     small = [pool.take(UNIT - 1) for _ in range(20)]
     for buffer in small:
         pool.give(buffer)
-    assert not in_time(lambda: pool.take(UNIT))  # they have not been counted as given back
+    assert not in_time(lambda: pool.take(UNIT), 0.3)  # they have not been counted as given back
     pool.give(whole)
 
 
