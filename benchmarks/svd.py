@@ -155,12 +155,12 @@ def stored(device: str, repeats: int) -> None:
 def full(device: str, repeats: int) -> None:
     A = random_matrix(4096, 4096, device)
     truth = torch.linalg.svdvals(A.double()).cpu()
-    compare("4096x4096, k=16", A, 16, ["surgery", "full SVD"], 1, truth=truth)
+    compare("4096x4096, k=16", A, 16, ["surgery", "full SVD"], max(1, repeats // 2), truth=truth)
 
 
 def gaussian(device: str, repeats: int) -> None:
     A = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0)).to(device)
-    compare("Gaussian 4096x4096, k=16", A, 16, ["surgery", "full SVD"], 1)
+    compare("Gaussian 4096x4096, k=16", A, 16, ["surgery", "full SVD"], max(1, repeats // 2))
 
 
 def small(device: str, repeats: int, weights: str | None = None) -> None:

@@ -24,6 +24,9 @@ MAX_PASSES = 400
 #: By how much residuals fall in a step at the most, for deciding when to look at them.
 _STEEPEST = 8.0
 
+#: Rows that a restart keeps at the least besides those that are wanted.
+_SPARE_ROWS = 64
+
 #: A direction whose part outside the basis is below this multiple of what rounding leaves there is noise.
 _NOISE = 3e-7
 
@@ -62,8 +65,8 @@ def basis_limit(k: int, block: int) -> int:
 
 
 def kept_rows(k: int, block: int) -> int:
-    """Rows that a restart keeps: a few more than are wanted speed up what comes after."""
-    return k + max(block, k // 2)
+    """Rows that a restart keeps: more than are wanted speed up what comes after (docs/numerics.md)."""
+    return k + max(block, _SPARE_ROWS, k // 2)
 
 
 def basis_rows(k: int) -> int:
