@@ -10,7 +10,7 @@ demo: $(VENV)/demo.done
 	$(BIN)/surgery demo
 
 test: $(VENV)/test.done
-	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(VENV)/check.done
 	$(BIN)/ruff check .
