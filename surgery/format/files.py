@@ -39,7 +39,8 @@ class FileWriter:
     """A file that appears under its name only when ``commit`` is called, and then whole and on the disk.
 
     Writes go to ``<name>.partial`` beside it, or to ``partial``, on the same disk, if others may be writing the same file
-    at the same time. Leaving the context without ``commit`` removes that file, so a failure cannot be mistaken for a result.
+    at the same time. Entering the context makes that file, leaving it without ``commit`` removes it, so a failure cannot be
+    mistaken for a result.
 
     Args:
         path: of the file.
