@@ -1,10 +1,11 @@
-"""Choosing the device that linear algebra runs on, and what to do when its memory is full."""
+"""Choosing the device that linear algebra runs on, what to do when its memory is full, and where all else is made."""
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -12,6 +13,7 @@ from surgery.errors import OptionError, SurgeryWarning
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
+_Arguments = ParamSpec("_Arguments")
 
 
 def choose_device(name: str) -> torch.device:
@@ -87,6 +89,19 @@ def as_memory_allows(
         SurgeryWarning(f"{device} has not enough free memory for every matrix: the largest are done on the CPU"), stacklevel=2
     )
     return work(items, torch.device("cpu"))
+
+
+def on_its_own_devices(function: Callable[_Arguments, _Out]) -> Callable[_Arguments, _Out]:
+    """For what users call: tensors made without a device are on the CPU, whatever the caller's default device is."""
+
+    @functools.wraps(function)
+    def wrapped(*arguments: _Arguments.args, **options: _Arguments.kwargs) -> _Out:
+        if torch.get_default_device().type == "cpu":  # the context costs each operation a call
+            return function(*arguments, **options)
+        with torch.device("cpu"):
+            return function(*arguments, **options)
+
+    return wrapped
 
 
 def _is_full(error: RuntimeError) -> bool:

@@ -1,4 +1,4 @@
-"""What happens when a GPU's memory is full, by raising what torch raises then."""
+"""What happens when a GPU's memory is full, by raising what torch raises then; and whatever the default device is."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import surgery
 from surgery.device import as_memory_allows
 from surgery.errors import SurgeryWarning
+from surgery.format.scales import write_scales
 from surgery.linalg import svd
 from surgery.operations import batch, engines
 from surgery.operations import factorize as operation
@@ -86,6 +89,41 @@ def test_the_plan_of_a_gpu_knows_its_memory(llama: Path) -> None:
     on_cpu, on_gpu = (planning.make_plan(source, choice, resources=Resources(kind)).memory for kind in ("cpu", "cuda"))
     assert on_cpu.device_bytes == 0 < on_gpu.device_bytes
     assert on_gpu.peak_bytes >= on_cpu.peak_bytes + on_gpu.window_bytes
+
+
+def test_whatever_the_default_device_is(llama: Path, tmp_path: Path) -> None:
+    """As after torch.set_default_device("cuda"). A tensor on meta has no values: one made there by mistake shows."""
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    tokens = torch.arange(10)[None]
+    A = torch.randn(3, 80, 100)
+    expected, logits = surgery.truncated_svd(A, 4), model(tokens).logits
+    fingerprint = surgery.factorize(llama, tmp_path / "truth", rank=4).fingerprint
+    scales, changed = tmp_path / "truth/surgery/scales.safetensors", tmp_path / "changed.safetensors"
+    write_scales(changed, {name: 1.5 * g for name, g in load_file(scales).items()}, fingerprint)
+    surgery.fold(tmp_path / "truth", changed, tmp_path / "folded")
+    with torch.device("meta"):
+        found = surgery.truncated_svd(A, 4)
+        assert surgery.energy_svd(A[0], 0.5, max_rank=80).U.device.type == "cpu"
+        surgery.factorize(llama, tmp_path / "f", rank=4)
+        assert surgery.verify(tmp_path / "f").ok
+        surgery.fold(tmp_path / "f", scales, tmp_path / "o")
+        surgery.project(tmp_path / "f", tmp_path / "folded", tmp_path / "projected.safetensors")
+        surgery.blend([scales, changed], tmp_path / "blended.safetensors")
+        surgery.export(tmp_path / "f", changed, tmp_path / "adapter")
+        surgery.spectra(llama, tmp_path / "folded")
+        attached = surgery.attach(model, tmp_path / "f")
+        attached.load(changed)
+        model(tokens).logits.sum().backward()
+        attached.save(tmp_path / "saved.safetensors")
+    assert torch.equal(found.U, expected.U)
+    assert torch.equal(found.certificate.residual, expected.certificate.residual)
+    assert files_of(tmp_path / "f") == files_of(tmp_path / "truth")
+    assert all((tmp_path / "o" / path.name).read_bytes() == path.read_bytes() for path in llama.glob("*.safetensors"))
+    for file, value in (("projected", 1.5), ("blended", 1.25), ("saved", 1.5)):
+        for g in load_file(tmp_path / f"{file}.safetensors").values():
+            torch.testing.assert_close(g, torch.full_like(g, value), rtol=0.02, atol=0)
+    assert not torch.allclose(model(tokens).logits, logits)
+    assert all(g.grad is not None and g.grad.device.type == "cpu" for g in attached.parameters())
 
 
 @pytest.mark.cuda

@@ -7,12 +7,14 @@ import math
 
 import torch
 
+from surgery.device import on_its_own_devices
 from surgery.errors import OptionError
 from surgery.linalg.svd import DEFAULT_TOLERANCE, TruncatedSVD, truncated_svd
 
 _FIRST_RANK = 16
 
 
+@on_its_own_devices
 def energy_svd(
     A: torch.Tensor, energy: float, *, max_rank: int, tolerance: float = DEFAULT_TOLERANCE, seed: int = 0
 ) -> TruncatedSVD:

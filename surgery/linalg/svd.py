@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from surgery.device import as_memory_allows
+from surgery.device import as_memory_allows, on_its_own_devices
 from surgery.errors import OptionError, WeightError
 from surgery.linalg.operator import Operator, widened
 from surgery.linalg.precision import full_precision
@@ -68,6 +68,7 @@ class TruncatedSVD:
     certificate: Certificate
 
 
+@on_its_own_devices
 def truncated_svd(A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERANCE, seed: int = 0) -> TruncatedSVD:
     """The k largest singular triplets of a matrix, or of each of a batch, with a certificate.
 

@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 import torch
 
+from surgery.device import on_its_own_devices
 from surgery.errors import OptionError, ScalesError
 from surgery.format.scales import ScalesFile, read_scales_alone, without_owner, write_scales
 from surgery.operations.output import check_output_file
@@ -41,6 +42,7 @@ class BlendReport:
     fingerprint: str | None
 
 
+@on_its_own_devices
 def blend(
     files: Sequence[str | Path],
     out: str | Path,
@@ -122,7 +124,7 @@ def _check_alike(paths: Sequence[Path], read: Sequence[ScalesFile]) -> str | Non
     owned: dict[str, Path] = {}
     for path, file in zip(paths, read, strict=True):
         if file.fingerprint is None:
-            warnings.warn(without_owner(path), stacklevel=3)
+            warnings.warn(without_owner(path), stacklevel=4)
         else:
             owned.setdefault(file.fingerprint, path)
     if len(owned) > 1:

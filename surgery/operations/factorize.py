@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from surgery import __version__
+from surgery.device import on_its_own_devices
 from surgery.engine.lane import Lane
 from surgery.errors import OptionError, OutputError
 from surgery.format.files import copy_file, file_sha256, reading
@@ -99,6 +100,7 @@ def _plan(source: Source, choice: Choice, layout: Layout | None, correction: boo
     return make_plan(source, choice, layout, resources, correction=correction)
 
 
+@on_its_own_devices
 def factorize(
     model: str | Path,
     out: str | Path = "factorized",

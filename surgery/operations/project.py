@@ -11,7 +11,7 @@ from typing import Self
 
 import torch
 
-from surgery.device import as_memory_allows, choose_device
+from surgery.device import as_memory_allows, choose_device, on_its_own_devices
 from surgery.engine.walk import ShardWalk, TargetPiece, reported
 from surgery.errors import FormatError, SourceError
 from surgery.format.factors import DAMAGED_HINT, FactorsReader
@@ -70,6 +70,7 @@ class ProjectReport:
     total: Projection
 
 
+@on_its_own_devices
 def project(
     factorized: str | Path,
     tuned: str | Path,
