@@ -88,3 +88,23 @@ def test_a_model_by_energy(llama: Path, tmp_path: Path) -> None:
 def test_options_that_contradict_each_other(llama: Path, options: dict[str, float], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         plan(llama, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("A", "energy", "rank"),
+    [
+        (torch.diag(torch.tensor([1.0] * 5 + [0.0] * 95)), 1.0, 5),
+        (torch.full((600, 600), 0.3), 1.0, 1),
+        (torch.full((65, 70000), 0.3), 0.99995, 1),
+        (torch.eye(640), 0.5, 320),
+        (torch.zeros(60, 70), 0.5, 1),
+    ],
+)
+def test_rounding_asks_for_no_more(A: torch.Tensor, energy: float, rank: int) -> None:
+    assert len(surgery.energy_svd(A, energy, max_rank=640).s) == rank
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e-165, 1e160, 1e300])
+def test_squares_that_float64_cannot_hold(scale: float) -> None:
+    A = torch.randn(100, 120, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    assert len(surgery.energy_svd(A * scale, 0.3, max_rank=100).s) == len(surgery.energy_svd(A, 0.3, max_rank=100).s)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -322,3 +324,50 @@ def test_hard_matrices_on_cuda(name: str) -> None:
     result = surgery.truncated_svd(A.cuda(), k)
     on_cpu = surgery.TruncatedSVD(result.U.cpu(), result.s.cpu(), result.V.cpu(), result.norm, result.certificate)
     check(A, on_cpu, k, value_error=1e-5 if name == "subnormal" else 1e-6)
+
+
+def test_a_matrix_made_of_the_numbers_that_its_caller_drew_with_the_same_seed() -> None:
+    """A start block of those would span singular vectors of it, and never see the others."""
+    n = 384
+    torch.manual_seed(0)
+    V = torch.linalg.qr(torch.randn(n, n).T)[0]
+    A = (torch.linalg.qr(torch.randn(n, n))[0] * torch.linspace(0.8, 1, n)) @ V.T
+    found = surgery.truncated_svd(A, 4, seed=0)
+    assert (found.s.double() - torch.linalg.svdvals(A.double())[:4]).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("scale", [1e-40, 1e-42, 1e-44])
+def test_the_certificate_counts_the_rounding_of_values_that_are_subnormal(scale: float) -> None:
+    A = scale * torch.randn(30, 40, generator=torch.Generator().manual_seed(0))
+    found, wide = surgery.truncated_svd(A, 3), A.double()
+    residual = (wide @ found.V.double() - found.U.double() * found.s.double()).norm(dim=0) / torch.linalg.svdvals(wide)[0]
+    assert (residual <= 1.01 * found.certificate.residual + 1e-7).all()
+
+
+def test_the_norm_of_long_rows() -> None:
+    A = torch.full((65, 70000), 0.3)
+    norm = A.double().norm().item()
+    assert abs(surgery.truncated_svd(A, 1).norm.item() - norm) < 1e-6 * norm
+
+
+def test_several_threads_put_the_settings_back() -> None:
+    small, inside = torch.randn(40, 50), threading.Event()
+
+    def others() -> None:
+        while not inside.is_set():
+            surgery.truncated_svd(small, 3)
+
+    before = torch.get_float32_matmul_precision()
+    A = torch.randn(600, 700)
+    alone = surgery.truncated_svd(A, 8)
+    try:
+        torch.set_float32_matmul_precision("medium")
+        thread = threading.Thread(target=others)
+        thread.start()
+        together = [surgery.truncated_svd(A, 8) for _ in range(10)]
+        inside.set()
+        thread.join()
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert all(torch.equal(found.U, alone.U) for found in together)

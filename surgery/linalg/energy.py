@@ -12,6 +12,8 @@ from surgery.errors import OptionError
 from surgery.linalg.svd import DEFAULT_TOLERANCE, TruncatedSVD, truncated_svd
 
 _FIRST_RANK = 16
+#: Units of the working precision by which rounding may keep a sum of squares below its share.
+_ROUNDING = 8
 
 
 @on_its_own_devices
@@ -43,13 +45,15 @@ def energy_svd(
     k = min(_FIRST_RANK, limit)
     while True:
         svd = truncated_svd(A, k, tolerance=tolerance, seed=seed)
-        squares = svd.s.double().cpu().square()
-        wanted = energy * svd.norm.item() ** 2
-        enough = (squares.cumsum(0) >= wanted).nonzero().flatten()
-        if len(enough) or k == limit or squares[-1] == 0:  # after a zero only zeros come
+        if not (norm := svd.norm.item()):
+            return _cut(svd, 1)
+        shares = (svd.s.double().cpu() / norm).square()
+        wanted = energy * (1 - _ROUNDING * torch.finfo(svd.s.dtype).eps)
+        enough = (shares.cumsum(0) >= wanted).nonzero().flatten()
+        if len(enough) or k == limit or shares[-1] == 0:  # after a zero only zeros come
             return _cut(svd, int(enough[0]) + 1 if len(enough) else k)
         # No further value is larger than the last: so many more are needed at least.
-        missing = (wanted - squares.sum().item()) / squares[-1].item()
+        missing = (wanted - shares.sum().item()) / shares[-1].item()
         k = min(limit, max(2 * k, k + math.ceil(1.2 * missing)))
 
 

@@ -17,6 +17,7 @@ import torch
 
 from surgery.linalg.operator import Operator, wide_device, widened
 from surgery.linalg.product import LARGE
+from surgery.linalg.random import generator_of
 from surgery.memory import scratch
 
 MAX_PASSES = 400
@@ -168,7 +169,7 @@ class _Basis:
         self._coupling = torch.zeros(count, 0, 0, dtype=torch.float64, device=self._wide)
         self._top = torch.zeros(count, 1, dtype=torch.float64, device=self._wide)  # longest image so far
         # One generator for each matrix: which rows it is given must not depend on its company.
-        self._generators = [torch.Generator().manual_seed(seed) for _ in range(count)]
+        self._generators = [generator_of(seed) for _ in range(count)]
         self.size = 0  # rows already multiplied by C
         self._pending = 0  # orthonormal rows behind them, yet to be multiplied
         self._last = 0  # rows multiplied in the last step

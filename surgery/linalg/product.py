@@ -96,8 +96,8 @@ def _onednn_linear() -> Any:
         return None
     try:
         operator = torch.ops.mkldnn._linear_pointwise
-        x = torch.arange(32.0).reshape(2, 16)
-        straight, turned = torch.arange(80.0).reshape(5, 16), torch.arange(80.0).reshape(16, 5).T
+        x, w = torch.arange(32, dtype=torch.float32).reshape(2, 16), torch.arange(80, dtype=torch.float32)
+        straight, turned = w.reshape(5, 16), w.reshape(16, 5).T
         # Small integers: the product is exact, in whatever order.
         right = all(torch.equal(operator(x, w, None, "none", [], ""), x @ w.T) for w in (straight, turned))
     except (AttributeError, RuntimeError, TypeError):  # not in this build, or with other arguments

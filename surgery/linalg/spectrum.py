@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from surgery.linalg.precision import full_precision
+from surgery.linalg.random import generator_of
 from surgery.linalg.svd import TruncatedSVD, truncated_svd
 
 #: Ranks for which the share of the energy is told.
@@ -298,7 +299,7 @@ def _tail_entropy(A: torch.Tensor, svd: TruncatedSVD, energy: float, seed: int) 
     matrix, scaled = torch.ldexp(matrix, torch.tensor(-exponent, device=A.device)), math.ldexp(energy, -2 * exponent)
     known = (svd.U if wide else svd.V).to(matrix)
     short = min(A.shape)
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     start = torch.randint(0, 2, (short, _PROBES), generator=generator).to(matrix) * 2 - 1
 
     def apart(block: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 
 from surgery.linalg.operator import widened
 from surgery.linalg.orthonormal import orthonormal_rows
+from surgery.linalg.random import generator_of
 from surgery.linalg.threads import one_thread_each
 
 _MAX_ROUNDS = 20
@@ -72,7 +73,7 @@ def _iterate(G: torch.Tensor, k: int, width: int, tolerance: float, seed: int) -
     rows = G.new_empty(count, k, n)
     found = torch.empty(count, k + 1, dtype=torch.float64, device=widened(G[:, :1, :1]).device)
     settled = [False] * count
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     start = torch.randn(width, n, generator=generator, dtype=torch.float32).to(G)
     block = orthonormal_rows(widened(start @ G @ G)).to(G)
     active, before = list(range(count)), [float("inf")] * count
