@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -154,11 +155,12 @@ def test_several_devices_take_a_shard_each(llama: Path, tmp_path: Path, monkeypa
     """As with several GPUs: a lane for each device, here of the CPU."""
     surgery.factorize(llama, tmp_path / "one", rank=4, device="cpu")
     monkeypatch.setattr(engines, "choose_devices", lambda _: [torch.device("cpu")] * 3)
-    lanes = set()
+    lanes, all_three = set(), threading.Barrier(3)
     run = operation.run_job
 
     def noting(job: object, lane: object, *rest: object) -> object:
         lanes.add(lane)
+        all_three.wait(60)  # a quick lane does not take the shard of a slow one
         return run(job, lane, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(operation, "run_job", noting)
