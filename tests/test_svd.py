@@ -351,10 +351,10 @@ def test_the_norm_of_long_rows() -> None:
 
 
 def test_several_threads_put_the_settings_back() -> None:
-    small, inside = torch.randn(40, 50), threading.Event()
+    small, done = torch.randn(40, 50), threading.Event()
 
     def others() -> None:
-        while not inside.is_set():
+        while not done.is_set():
             surgery.truncated_svd(small, 3)
 
     before = torch.get_float32_matmul_precision()
@@ -364,9 +364,11 @@ def test_several_threads_put_the_settings_back() -> None:
         torch.set_float32_matmul_precision("medium")
         thread = threading.Thread(target=others)
         thread.start()
-        together = [surgery.truncated_svd(A, 8) for _ in range(10)]
-        inside.set()
-        thread.join()
+        try:
+            together = [surgery.truncated_svd(A, 8) for _ in range(10)]
+        finally:
+            done.set()
+            thread.join()
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)

@@ -40,7 +40,7 @@ def _backends() -> tuple[Any, ...]:
 
 
 def _set() -> tuple[str | None, list[str]]:
-    """What was set before."""
+    """Allow full precision only; what was set before."""
     try:
         # Torch has two interfaces for this, and fails where one has been used and the other says something else.
         older = torch.get_float32_matmul_precision()
