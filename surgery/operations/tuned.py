@@ -2,18 +2,94 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+import statistics
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 import torch
 
 from surgery.engine.walk import TargetPiece
-from surgery.errors import FormatError, SourceError, WeightError
+from surgery.errors import FormatError, SourceError, SurgeryWarning, WeightError
 from surgery.names import FACTORIZABLE_DTYPES
 from surgery.operations.quantized import Dequantizer
 from surgery.planning.quantization import read_quantization
 from surgery.source.model import Source
+
+
+#: A fine-tuned matrix is at less than 60 degrees to the original, and has half to twice its norm: changes of up to half of
+#: the norm, which are large ones, leave it within 30 degrees. Two models of other seeds are at 90.
+_RELATED, _SIZES = 0.5, (0.5, 2.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Norms:
+    """Frobenius norms of a matrix, of what it became, and of the difference."""
+
+    key: str
+    before: float
+    after: float
+    change: float
+
+    @property
+    def cosine(self) -> float | None:
+        """Of the angle between the two, as vectors; None where one is 0."""
+        if not self.before or not self.after:
+            return None
+        ratio = self.after / self.before
+        return (1 + ratio**2 - (self.change / self.before) ** 2) / (2 * ratio)
+
+
+def warn_of_unlikely(name: str, found: Sequence[Norms]) -> None:
+    """Say so where a model cannot be meant as a fine-tuned one.
+
+    Args:
+        name: of the model.
+        found: for each matrix that was compared.
+
+    Warns:
+        SurgeryWarning: no matrix has changed; or most, or some, are hardly related to the original ones.
+    """
+    if all(norms.change == 0 for norms in found):
+        _warn(
+            f"{name} has the same weights as the original in all {len(found)} matrices that were compared: the original was "
+            "given twice, nothing was trained, or its steps were smaller than the rounding of the dtype it was saved in"
+        )
+        return
+    known = [norms for norms in found if norms.before]
+    turned = [norms for norms in known if norms.cosine is not None and norms.cosine < _RELATED]
+    apart = {id(norms) for norms in turned}
+    low, high = _SIZES
+    scaled = [norms for norms in known if id(norms) not in apart and not low <= norms.after / norms.before <= high]
+    if len(turned) > len(known) / 2:
+        change = statistics.median(norms.change / norms.before for norms in turned)
+        _warn(
+            f"{name} has hardly anything in common with the original in {_of(turned, known)}: the change is {change:.3g} times "
+            "the weights' norm, and 1.41 between unrelated models of one size. It looks like a model of another seed, one that "
+            "was trained from nothing, or one whose weights are in another order"
+        )
+    elif turned:
+        _warn(
+            f"{name} has hardly anything in common with the original in {_of(turned, known)}, first {turned[0].key!r}: they look "
+            "as if they had been made anew, and not fine-tuned"
+        )
+    if scaled:
+        ratio = statistics.median(norms.after / norms.before for norms in scaled)
+        _warn(
+            f"{name} has {ratio:.3g} times the norm of the original in {_of(scaled, known)}, first {scaled[0].key!r}: it looks "
+            "like weights without their quantization scales, or a merge with a wrong factor"
+        )
+
+
+def _of(some: Sequence[Norms], every: Sequence[Norms]) -> str:
+    return f"{len(some)} of {len(every)} matrices"
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, SurgeryWarning, stacklevel=4)
 
 
 class TunedModel:
@@ -22,18 +98,28 @@ class TunedModel:
     Args:
         source: the model.
         shapes: of the tensors that it must have, by their names.
+        names: of all tensors of the other model.
 
     Raises:
         SourceError: one is not there, or with another shape, or in a dtype that weights cannot have.
+
+    Warns:
+        SurgeryWarning: it has layers that the other model does not have.
     """
 
-    def __init__(self, source: Source, shapes: Mapping[str, Sequence[int]]) -> None:
+    def __init__(self, source: Source, shapes: Mapping[str, Sequence[int]], names: Collection[str]) -> None:
         self._name = source.name
         headers = {shard: source.header(shard) for shard in source.selection.shards}
         self._quantized = read_quantization(source.config(), headers, source.name)
         self._places = {entry.name: (shard, entry) for shard, header in headers.items() for entry in header.tensors}
         for name, shape in shapes.items():
             self._check(name, list(shape))
+        kinds = {_kind(name) for name in shapes}
+        if more := [name for name in self._places.keys() - set(names) if _kind(name) in kinds]:
+            _warn(
+                f"{self._name} has {len(more)} weights like those that are compared and that the original does not have, such as "
+                f"{min(more)!r}: it looks like a model of another size, of which only the first layers are compared"
+            )
         self._files = Dequantizer(source.fetch)
 
     def __enter__(self) -> Self:
@@ -61,6 +147,10 @@ class TunedModel:
                 expected=", ".join(FACTORIZABLE_DTYPES) + ", or FP8 with scales",
             )
 
+    def dtype(self, name: str) -> str:
+        """What a tensor is stored in, as safetensors names it."""
+        return self._places[name][1].dtype
+
     def weight(self, piece: TargetPiece) -> torch.Tensor:
         """What the tensor of a piece has become, with as many matrices; float32 if it is FP8, else as it is; on the CPU.
 
@@ -82,3 +172,8 @@ class TunedModel:
                 f"{self._name}: {name!r} holds NaN or infinity", hint="the fine-tuning diverged: take an earlier checkpoint"
             )
         return tensor
+
+
+def _kind(name: str) -> str:
+    """What a name has but for the numbers of layers and experts; nothing in common with others without such a number."""
+    return re.sub(r"(?:(?<=\.)|^)\d+\.", "#.", name)
