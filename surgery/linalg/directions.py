@@ -13,10 +13,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from surgery.linalg.matching import Floats, assignment, in_common, turned_onto
+from surgery.linalg.matching import Floats, Indices, assignment, in_common, turned_onto
 from surgery.linalg.precision import full_precision
 from surgery.linalg.svd import TruncatedSVD
+
+Flags = NDArray[np.bool_]
 
 #: A direction is taken as determined by the matrix where the sine of its angle to the true one is bounded by this.
 IDENTIFIED_ANGLE = 0.1
@@ -102,36 +105,28 @@ def became(
     exact = _groups(before)
     U, V = before.U, before.V
     for group in _several(exact):
-        turn = turned_onto(*(cosines[np.ix_(group, match[group])] for cosines in (left, right)))
-        for cosines in (left, right):
-            cosines[group] = turn.T @ cosines[group]
+        turn = _turn_rows(left, right, group, match[group])
         U, V, to_left, to_right = (_turned(vectors, group, turn) for vectors in (U, V, to_left, to_right))
     in_place, leaks = _in_place(before, U, V, to_left, to_right)
 
     # From here on directions count as one group where the rounding of the stored numbers may have mixed them.
     old, new = _groups(before, noise), _groups(after, noise)
     for group in _several(old):
-        turn = turned_onto(*(cosines[np.ix_(group, match[group])] for cosines in (left, right)))
-        for cosines in (left, right):
-            cosines[group] = turn.T @ cosines[group]
+        _turn_rows(left, right, group, match[group])
     owner = np.argsort(match)
     for group in _several(new):
-        turn = turned_onto(*(cosines[np.ix_(owner[group], group)].T for cosines in (left, right)))
-        for cosines in (left, right):
-            cosines[:, group] = cosines[:, group] @ turn
+        _turn_rows(left.T, right.T, group, owner[group])
 
     rows = np.arange(len(match))
     shares = in_common(left, right)[rows, match]
     sure = np.array([old[i] is not None and new[j] is not None for i, j in enumerate(match)])
     mostly = sure & (shares > _MOSTLY)
-    values = after.s.double().cpu().numpy()
+    s, values = (svd.s.double().cpu().numpy() for svd in (before, after))
     complete = len(values) == min(before.U.shape[0], before.V.shape[0])
     least = NOISE * values[0] if complete else max(values[-1], NOISE * values[0])
-    s = before.s.double().cpu().numpy()
-    gone = ~mostly & (leaks <= _LEAK * s) & (np.abs(in_place) - leaks <= least) & np.array([g is not None for g in exact])
-    told = sure & ~gone
     real = known_values(before).numpy() & np.array([group is not None for group in exact])
-    gone &= real
+    gone = real & ~mostly & (leaks <= _LEAK * s) & (np.abs(in_place) - leaks <= least)
+    told = sure & ~gone
     return Became(
         place=[int(j) + 1 if yes else None for j, yes in zip(match[:k], mostly[:k], strict=True)],
         left_cosine=_listed(np.minimum(np.abs(left[rows, match]), 1.0), told, k),
@@ -143,7 +138,15 @@ def became(
     )
 
 
-def _groups(svd: TruncatedSVD, noise: float = 0.0) -> list[list[int] | None]:
+def _turn_rows(left: Floats, right: Floats, group: Indices, others: Indices) -> Floats:
+    """Turn a group of rows of both matrices of cosines onto other directions, and return by what."""
+    turn = turned_onto(*(cosines[np.ix_(group, others)] for cosines in (left, right)))
+    for cosines in (left, right):
+        cosines[group] = turn.T @ cosines[group]
+    return turn
+
+
+def _groups(svd: TruncatedSVD, noise: float = 0.0) -> list[Indices | None]:
     """For each direction those that the matrix determines only together, itself among them; None where these may go on
     beyond what was computed, or where values are no more than rounding."""
     s, certificate = svd.s.double().cpu().numpy(), svd.certificate
@@ -152,22 +155,22 @@ def _groups(svd: TruncatedSVD, noise: float = 0.0) -> list[list[int] | None]:
     ended = len(s) == min(svd.U.shape[0], svd.V.shape[0]) or certificate.gap[-1].item() * s[0] > width[-1]
     bounds = np.flatnonzero(s[:-1] - s[1:] > np.maximum(width[:-1], width[1:])) + 1
     known = known_values(svd).numpy()
-    found: list[list[int] | None] = []
+    found: list[Indices | None] = []
     for group in np.split(np.arange(len(s)), bounds):
-        members = group.tolist() if known[group].all() and (ended or group[-1] < len(s) - 1) else None
+        members = group if known[group].all() and (ended or group[-1] < len(s) - 1) else None
         found += [members] * len(group)
     return found
 
 
-def _several(groups: list[list[int] | None]) -> list[list[int]]:
+def _several(groups: list[Indices | None]) -> list[Indices]:
     """The groups of more than one, each once."""
     return [group for i, group in enumerate(groups) if group is not None and len(group) > 1 and group[0] == i]
 
 
-def _turned(vectors: torch.Tensor, group: list[int], turn: Floats) -> torch.Tensor:
+def _turned(vectors: torch.Tensor, group: Indices, turn: Floats) -> torch.Tensor:
     """Columns of a group turned among themselves."""
-    turned = vectors.clone()
-    turned[:, group] = vectors[:, group] @ torch.from_numpy(turn).to(vectors)
+    turned, columns = vectors.clone(), torch.from_numpy(group).to(vectors.device)
+    turned[:, columns] = vectors[:, columns] @ torch.from_numpy(turn).to(vectors)
     return turned
 
 
@@ -176,18 +179,16 @@ def _in_place(
 ) -> tuple[Floats, Floats]:
     """``u_i^T W' v_i``, and the norm of what W' makes of u_i or v_i besides that, the larger of the two sides."""
     components = (U * to_left).sum(dim=0, dtype=torch.float64).cpu().numpy()
-    aside = [
-        np.sqrt(np.maximum(part.square().sum(dim=0, dtype=torch.float64).cpu().numpy() - components**2, 0.0))
-        for part in (to_left, to_right)
-    ]
+    sizes = [torch.linalg.vector_norm(part, dim=0, dtype=torch.float64).cpu().numpy() for part in (to_left, to_right)]
+    aside = [np.sqrt(np.maximum(size**2 - components**2, 0.0)) for size in sizes]
     return before.s.double().cpu().numpy() + components, np.maximum(*aside)
 
 
-def _listed(values: Floats, known: np.ndarray, k: int) -> list[float | None]:
+def _listed(values: Floats, known: Flags, k: int) -> list[float | None]:
     return [float(value) if sure else None for value, sure in zip(values[:k], known[:k], strict=True)]
 
 
-def _order_changes(before: TruncatedSVD, after: TruncatedSVD, match: np.ndarray, r: int) -> int:
+def _order_changes(before: TruncatedSVD, after: TruncatedSVD, match: Indices, r: int) -> int:
     """Pairs of directions with another order after than before; values that are equal to rounding have no order."""
     followed = np.flatnonzero(match >= 0)
     orders = []

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from surgery.linalg.directions import NOISE, became, identified, known_values, storage_noise
+from surgery.linalg.directions import became, identified, known_values, storage_noise
 from surgery.linalg.precision import full_precision
 from surgery.linalg.random import generator_of
 from surgery.linalg.svd import TruncatedSVD, truncated_svd
@@ -121,9 +121,7 @@ class Comparison:
     update: Update | None
 
 
-def spectrum(
-    A: torch.Tensor, top: int, *, beyond: int = 0, tolerance: float, seed: int
-) -> tuple[Spectrum, TruncatedSVD]:
+def spectrum(A: torch.Tensor, top: int, *, beyond: int = 0, tolerance: float, seed: int) -> tuple[Spectrum, TruncatedSVD]:
     """The spectrum of a matrix, and the SVD of its ``top + beyond`` leading triplets (fewer if it has not as many).
 
     Args:

@@ -25,7 +25,7 @@ from surgery.names import SCALES_FILE
 from surgery.operations.base import BaseWeights, OwnWeights, check_entry, own_config, shard_path, weight_source
 from surgery.operations.output import check_output_file, check_room
 from surgery.operations.quantized import Dequantizer
-from surgery.operations.tuned import Norms, TunedModel, warn_of_unlikely
+from surgery.operations.tuned import Norms, TunedModel, note_what_is_unlikely
 from surgery.planning.quantization import FP8, Scaled
 from surgery.progress import Progress, Silent
 from surgery.source.model import Source, open_source
@@ -99,7 +99,8 @@ def project(
             not to be used.
         device: where the arithmetic runs: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         overwrite: replace ``out`` if it is there.
-        progress: told how far it is.
+        progress: told how far it is, and where ``tuned`` does not look like a fine-tuned model (``surgery.operations.tuned``);
+            without it that is a ``SurgeryWarning``.
 
     Raises:
         SourceError: a model is not there, or lacks a target; a target has another shape there.
@@ -107,11 +108,7 @@ def project(
         FormatError: a file is damaged, or is not the one that the manifest describes.
         OutputError: ``out`` is there already, is an input, or cannot be written.
         OptionError: a base that is not needed; no such device.
-
-    Warns:
-        SurgeryWarning: ``tuned`` does not look like a fine-tuned model, see ``surgery.operations.tuned``.
     """
-    progress = progress or Silent()
     where = choose_device(device)
     where = torch.device("cpu") if where.type == "mps" else where  # which has no float64
     factorized, out = Path(factorized), Path(out)
@@ -125,13 +122,13 @@ def project(
             check_room(*download)
     names = {entry.name for shard in manifest.shards for entry in weights.header(shard).tensors}
     with (
-        TunedModel(source, {target.tensor: target.shape for target in manifest.targets}, names) as model,
+        TunedModel(source, {target.tensor: target.shape for target in manifest.targets}, names, progress) as model,
         _Projector(factorized, manifest, weights, model, where) as projector,
     ):
-        projector.run(progress)
+        projector.run(progress or Silent())
         found = projector.found
     write_scales(out, {key: one.scales for key, one in found.items()}, manifest.fingerprint)
-    warn_of_unlikely(source.name, [one.sums.norms(key) for key, one in found.items()])
+    note_what_is_unlikely(source.name, [one.sums.norms(key) for key, one in found.items()], progress)
     total = _Sums()
     for one in found.values():
         total.add(one.sums)

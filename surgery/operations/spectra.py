@@ -20,7 +20,7 @@ from surgery.format.safetensors import TORCH_DTYPES, ShardReader
 from surgery.linalg.spectrum import compare, spectrum
 from surgery.linalg.svd import DEFAULT_TOLERANCE, check_accuracy
 from surgery.operations.quantized import Dequantizer
-from surgery.operations.tuned import Norms, TunedModel, warn_of_unlikely
+from surgery.operations.tuned import Norms, TunedModel, note_what_is_unlikely
 from surgery.planning.plan import Plan, make_plan
 from surgery.planning.targets import Choice, Target
 from surgery.progress import Progress, Silent
@@ -64,18 +64,15 @@ def spectra(
         include, exclude, recipe, split, revision, subfolder: as for ``factorize``; the revision is the first model's.
         seed, tolerance: of the truncated SVD.
         device: where the linear algebra runs.
-        progress: told how far it is.
+        progress: told how far it is, and where ``tuned`` does not look like a fine-tuned model (``surgery.operations.tuned``);
+            without it that is a ``SurgeryWarning``.
 
     Returns:
         JSON-able, ``schema_version`` 2: ``targets``, one object per matrix, and ``findings`` over all of them.
 
     Raises:
         SurgeryError: a model cannot be had or read, holds NaN, or lacks a tensor; an option makes no sense.
-
-    Warns:
-        SurgeryWarning: ``tuned`` does not look like a fine-tuned ``model``, see ``surgery.operations.tuned``.
     """
-    progress = progress or Silent()
     where = choose_device(device)
     check_accuracy(tolerance, seed)
     subspace = min(16, top) if subspace is None else subspace
@@ -92,7 +89,7 @@ def spectra(
     measure = _Measure(top, subspace, tolerance, seed, where)
     targets = _walk(source, steps, other, measure, progress)
     if other is not None:
-        warn_of_unlikely(other.name, [_norms(target) for target in targets])
+        note_what_is_unlikely(other.name, [_norms(target) for target in targets], progress)
     return {
         "schema_version": SCHEMA_VERSION,
         "tool": f"surgery {__version__}",
@@ -149,14 +146,14 @@ class _Measure:
         return as_memory_allows(on, [(old, new)], self._device)[0]
 
     def _figures(self, old: torch.Tensor, new: torch.Tensor | None, spacings: tuple[float, float]) -> dict[str, Any]:
-        top, accuracy = self._top, {"tolerance": self._tolerance, "seed": self._seed}
+        top, seed = self._top, self._seed
         beyond = 0 if new is None else max(_BEYOND, top // 4)
-        described, before = spectrum(old, top, beyond=beyond, **accuracy)
+        described, before = spectrum(old, top, beyond=beyond, tolerance=self._tolerance, seed=seed)
         figures = asdict(described)
         if new is not None:
-            changed, after = spectrum(new, top, beyond=beyond, **accuracy)
+            changed, after = spectrum(new, top, beyond=beyond, tolerance=self._tolerance, seed=seed)
             figures["tuned"] = asdict(changed)
-            figures |= asdict(compare(old, new, before, after, top, self._subspace, spacings=spacings, seed=self._seed))
+            figures |= asdict(compare(old, new, before, after, top, self._subspace, spacings=spacings, seed=seed))
         short: dict[str, Any] = _rounded(figures)
         return short
 
@@ -170,18 +167,21 @@ def _rounded(value: Any) -> Any:
     return [_rounded(item) for item in value] if isinstance(value, list) else value
 
 
-def _walk(source: Source, steps: Plan, other: Source | None, measure: _Measure, progress: Progress) -> list[dict[str, Any]]:
+def _walk(
+    source: Source, steps: Plan, other: Source | None, measure: _Measure, progress: Progress | None
+) -> list[dict[str, Any]]:
     """The figures of all targets, in the order of the checkpoint."""
+    shown = progress or Silent()
     shapes = {target.tensor: target.shape for target in steps.targets}
     prefix = _common_prefix([_generic(target.tensor) for target in steps.targets])
     shards = [shard for shard in steps.shards if shard.targets]
     described: list[dict[str, Any]] = []
-    progress.start("measuring", sum(shard.size for shard in shards))
+    shown.start("measuring", sum(shard.size for shard in shards))
     try:
         with ExitStack() as stack:
             dequantizer = stack.enter_context(Dequantizer(source.fetch))
             names = {entry.name for shard in source.selection.shards for entry in source.header(shard).tensors}
-            tuned = None if other is None else stack.enter_context(TunedModel(other, shapes, names))
+            tuned = None if other is None else stack.enter_context(TunedModel(other, shapes, names, progress))
             for shard in shards:
                 inside: dict[str, list[Target]] = {}
                 for target in shard.targets:
@@ -191,11 +191,11 @@ def _walk(source: Source, steps: Plan, other: Source | None, measure: _Measure, 
                     ShardReader(source.fetch(shard.file), name=shard.file) as reader,
                     ShardWalk(reader, portions) as walk,
                 ):
-                    for piece in reported(walk, progress):
+                    for piece in reported(walk, shown):
                         if isinstance(piece, TargetPiece):
                             described += _piece(piece, inside[piece.entry.name], dequantizer, tuned, measure, prefix)
     finally:
-        progress.finish()
+        shown.finish()
     return described
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import statistics
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -13,12 +12,12 @@ from typing import Self
 import torch
 
 from surgery.engine.walk import TargetPiece
-from surgery.errors import FormatError, SourceError, SurgeryWarning, WeightError
+from surgery.errors import FormatError, SourceError, WeightError
 from surgery.names import FACTORIZABLE_DTYPES
 from surgery.operations.quantized import Dequantizer
 from surgery.planning.quantization import read_quantization
+from surgery.progress import Progress, note_or_warn
 from surgery.source.model import Source
-
 
 #: A fine-tuned matrix is at less than 60 degrees to the original, and has half to twice its norm: changes of up to half of
 #: the norm, which are large ones, leave it within 30 degrees. Two models of other seeds are at 90.
@@ -43,53 +42,48 @@ class Norms:
         return (1 + ratio**2 - (self.change / self.before) ** 2) / (2 * ratio)
 
 
-def warn_of_unlikely(name: str, found: Sequence[Norms]) -> None:
-    """Say so where a model cannot be meant as a fine-tuned one.
+def note_what_is_unlikely(name: str, found: Sequence[Norms], progress: Progress | None) -> None:
+    """Say so where a model does not look like a fine-tuned one.
+
+    That is where no matrix has changed, and where most, or some, are hardly related to the original ones.
 
     Args:
         name: of the model.
         found: for each matrix that was compared.
-
-    Warns:
-        SurgeryWarning: no matrix has changed; or most, or some, are hardly related to the original ones.
+        progress: told; where there is none, it is a ``SurgeryWarning``.
     """
     if all(norms.change == 0 for norms in found):
-        _warn(
+        note_or_warn(
+            progress,
             f"{name} has the same weights as the original in all {len(found)} matrices that were compared: the original was "
-            "given twice, nothing was trained, or its steps were smaller than the rounding of the dtype it was saved in"
+            "given twice, nothing was trained, or its steps were smaller than the rounding of the dtype it was saved in",
         )
         return
     known = [norms for norms in found if norms.before]
-    turned = [norms for norms in known if norms.cosine is not None and norms.cosine < _RELATED]
-    apart = {id(norms) for norms in turned}
+    apart = [norms for norms in known if norms.cosine is not None and norms.cosine < _RELATED]
+    if len(apart) > len(known) / 2:
+        change = statistics.median(norms.change / norms.before for norms in apart)
+        note_or_warn(
+            progress,
+            f"{name} has hardly anything in common with the original in {len(apart)} of {len(known)} matrices: the change is "
+            f"{change:.3g} times the weights' norm, and 1.41 between unrelated models of one size. It looks like a model of "
+            "another seed, one that was trained from nothing, or one whose weights are in another order",
+        )
+    elif apart:
+        note_or_warn(
+            progress,
+            f"{name} has hardly anything in common with the original in {len(apart)} of {len(known)} matrices, first "
+            f"{apart[0].key!r}: they look as if they had been made anew, and not fine-tuned",
+        )
     low, high = _SIZES
-    scaled = [norms for norms in known if id(norms) not in apart and not low <= norms.after / norms.before <= high]
-    if len(turned) > len(known) / 2:
-        change = statistics.median(norms.change / norms.before for norms in turned)
-        _warn(
-            f"{name} has hardly anything in common with the original in {_of(turned, known)}: the change is {change:.3g} times "
-            "the weights' norm, and 1.41 between unrelated models of one size. It looks like a model of another seed, one that "
-            "was trained from nothing, or one whose weights are in another order"
-        )
-    elif turned:
-        _warn(
-            f"{name} has hardly anything in common with the original in {_of(turned, known)}, first {turned[0].key!r}: they look "
-            "as if they had been made anew, and not fine-tuned"
-        )
+    scaled = [norms for norms in known if norms not in apart and not low <= norms.after / norms.before <= high]
     if scaled:
         ratio = statistics.median(norms.after / norms.before for norms in scaled)
-        _warn(
-            f"{name} has {ratio:.3g} times the norm of the original in {_of(scaled, known)}, first {scaled[0].key!r}: it looks "
-            "like weights without their quantization scales, or a merge with a wrong factor"
+        note_or_warn(
+            progress,
+            f"{name} has {ratio:.3g} times the norm of the original in {len(scaled)} of {len(known)} matrices, first "
+            f"{scaled[0].key!r}: it looks like weights without their quantization scales, or a merge with a wrong factor",
         )
-
-
-def _of(some: Sequence[Norms], every: Sequence[Norms]) -> str:
-    return f"{len(some)} of {len(every)} matrices"
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, SurgeryWarning, stacklevel=4)
 
 
 class TunedModel:
@@ -99,15 +93,15 @@ class TunedModel:
         source: the model.
         shapes: of the tensors that it must have, by their names.
         names: of all tensors of the other model.
+        progress: told if it has layers that the other model has not; where there is none, it is a ``SurgeryWarning``.
 
     Raises:
         SourceError: one is not there, or with another shape, or in a dtype that weights cannot have.
-
-    Warns:
-        SurgeryWarning: it has layers that the other model does not have.
     """
 
-    def __init__(self, source: Source, shapes: Mapping[str, Sequence[int]], names: Collection[str]) -> None:
+    def __init__(
+        self, source: Source, shapes: Mapping[str, Sequence[int]], names: Collection[str], progress: Progress | None
+    ) -> None:
         self._name = source.name
         headers = {shard: source.header(shard) for shard in source.selection.shards}
         self._quantized = read_quantization(source.config(), headers, source.name)
@@ -116,9 +110,10 @@ class TunedModel:
             self._check(name, list(shape))
         kinds = {_kind(name) for name in shapes}
         if more := [name for name in self._places.keys() - set(names) if _kind(name) in kinds]:
-            _warn(
-                f"{self._name} has {len(more)} weights like those that are compared and that the original does not have, such as "
-                f"{min(more)!r}: it looks like a model of another size, of which only the first layers are compared"
+            note_or_warn(
+                progress,
+                f"{source.name} has {len(more)} weights of the kinds that are compared, such as {min(more)!r}, that the "
+                "original does not have: it looks like a model of another size, of which only some layers are compared",
             )
         self._files = Dequantizer(source.fetch)
 
@@ -175,5 +170,5 @@ class TunedModel:
 
 
 def _kind(name: str) -> str:
-    """What a name has but for the numbers of layers and experts; nothing in common with others without such a number."""
+    """A name without the numbers of layers and experts."""
     return re.sub(r"(?:(?<=\.)|^)\d+\.", "#.", name)

@@ -120,7 +120,7 @@ class Scales:
 
     @on_its_own_devices
     def load(self, path: str | Path) -> None:
-        """Take the values of a scales file; errors as for ``surgery.format.scales.read_scales``."""
+        """Take the values of a scales file; errors and warnings as for ``surgery.format.scales.read_scales``."""
         values = read_scales(Path(path), self._manifest)
         with torch.no_grad():
             for key, (home, i) in self._homes.items():
