@@ -670,7 +670,13 @@ def test_a_matrix_without_anything_in_it(tmp_path: Path) -> None:
     k = len(zeros["singular_values"])
     nothing = {"norm": 0.0, "singular_values": [0.0] * k, "stable_rank": 0.0, "effective_rank": 0.0, "energy": {}}
     zeros |= nothing | {"condition": None, "tail_exponent": None, "identified": [False] * k, "rest_amplification": None}
-    zeros |= {"amplification": [None] * k, "in_place": [None] * k, "place": [None] * k, "left_cosine": [None] * k, "right_cosine": [None] * k}
+    zeros |= {
+        "amplification": [None] * k,
+        "in_place": [None] * k,
+        "place": [None] * k,
+        "left_cosine": [None] * k,
+        "right_cosine": [None] * k,
+    }
     zeros["update"]["relative"] = None
     page = _page(_spectra([zeros]), tmp_path)
     assert page.answers()[AMPLIFIED][0] == "This cannot be told"

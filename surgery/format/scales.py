@@ -77,7 +77,7 @@ def read_scales_alone(path: Path) -> ScalesFile:
                     expected="(k,), or (B, k) for a stack",
                 )
         values = {entry.name: reader.read(entry) for entry in reader.header.tensors}
-    return ScalesFile(_checked(values, sorted(values), str(path)), fingerprint)
+    return ScalesFile(_checked(values, sorted(values), path), fingerprint)
 
 
 def read_scales(path: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
@@ -99,7 +99,7 @@ def read_scales(path: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
         _check_dtypes(reader.header, path)
         _check_shapes({entry.name: list(entry.shape) for entry in reader.header.tensors}, manifest, str(path))
         values = {entry.name: reader.read(entry).float() for entry in reader.header.tensors}
-    return check_scales(values, manifest, str(path))
+    return check_scales(values, manifest, path)
 
 
 def _open(path: Path) -> ShardReader:
@@ -175,21 +175,25 @@ def _check_owner(metadata: Mapping[str, str], manifest: Manifest, path: Path) ->
             )
 
 
-def check_scales(values: Mapping[str, torch.Tensor], manifest: Manifest, where: str = "scales") -> dict[str, torch.Tensor]:
-    """Check scales against the targets of a manifest; arguments, result, errors and warnings as for ``read_scales``."""
-    shapes = _check_shapes({name: list(value.shape) for name, value in values.items()}, manifest, where)
-    return _checked(values, shapes, where)
+def check_scales(values: Mapping[str, torch.Tensor], manifest: Manifest, file: Path | None = None) -> dict[str, torch.Tensor]:
+    """Check scales against the targets of a manifest; arguments, result, errors and warnings as for ``read_scales``.
+
+    Without a file they are somebody's own tensors, which may be the same everywhere.
+    """
+    shapes = _check_shapes({name: list(value.shape) for name, value in values.items()}, manifest, str(file or "scales"))
+    return _checked(values, shapes, file)
 
 
-def _checked(values: Mapping[str, torch.Tensor], names: Iterable[str], where: str) -> dict[str, torch.Tensor]:
+def _checked(values: Mapping[str, torch.Tensor], names: Iterable[str], file: Path | None) -> dict[str, torch.Tensor]:
     """Those of these names, float32 on the CPU; a warning where they cannot be meant."""
+    where = str(file or "scales")
     checked = {name: _finite(name, values[name], where) for name in names}
-    if odd := _unlikely(checked):
+    if odd := _unlikely(checked, from_file=file is not None):
         warnings.warn(f"{where}: {odd}", SurgeryWarning, stacklevel=4)
     return checked
 
 
-def _unlikely(scales: Mapping[str, torch.Tensor]) -> str | None:
+def _unlikely(scales: Mapping[str, torch.Tensor], *, from_file: bool) -> str | None:
     """What numbers look like that cannot be meant as multipliers, which are 1 where nothing has changed."""
     values = torch.cat([value.flatten() for value in scales.values()])
     if len(values) < _FEW:
@@ -203,7 +207,7 @@ def _unlikely(scales: Mapping[str, torch.Tensor]) -> str | None:
             f"most scales are near 0 (median size {middle:.3g}): they look like changes g - 1, or logarithms, and not like the "
             "multipliers g, which are 1 where nothing has changed"
         )
-    if bool((values == values[0]).all()) and values[0] != 1:
+    if from_file and bool((values == values[0]).all()) and values[0] != 1:
         return f"all {len(values)} scales are {values[0].item():.6g}, which no training makes of them"
     if (values < 0).sum() > len(values) / 2:
         return "most scales are negative, which turns the kept directions round; where nothing has changed a scale is 1"

@@ -199,8 +199,8 @@ def _rotation(spectra: dict[str, Any]) -> Statement:
         if value is not None
     )
     details = [
-        f"Between a direction of the first {r} and the one that it became, wherever that is in the order, the median cosine is: "
-        f"{angles}. "
+        f"Between a direction of the first {r} and the one that it became, wherever that is in the order, the median cosine "
+        f"is: {angles}. "
         f"Of all these cosines {percent(turned) if turned else 'none'} {'is' if not turned else 'are'} below {number(TURNED)}."
     ]
     unknown = 1 - len(identified) / len(cosines)
@@ -232,7 +232,8 @@ def _order(spectra: dict[str, Any]) -> Statement:
         )
     if grew is not None:
         details.append(
-            f"In place, uᵀ W′ v / s, their median amplification is {number(found['median_in_place'])}, and {percent(grew)} grew."
+            f"In place, uᵀ W′ v / s, their median amplification is {number(found['median_in_place'])}, and {percent(grew)} "
+            "grew."
         )
     if gone:
         details.append(f"Gone are those that have not turned, but whose values are below all that were computed: {gone:,}.")

@@ -160,7 +160,19 @@ def _by_group(spectra: dict[str, Any], groups: Sequence[Group]) -> str:
     r = spectra["options"]["subspace"]
     headings = ["matrices", "stable rank", "half energy"]
     if spectra["tuned"] is not None:
-        headings += ["top grew by", "next", "rest", "amplified in", "in place", "order", "left cos", "right cos", "update", "in both", "rescaling"]
+        headings += [
+            "top grew by",
+            "next",
+            "rest",
+            "amplified in",
+            "in place",
+            "order",
+            "left cos",
+            "right cos",
+            "update",
+            "in both",
+            "rescaling",
+        ]
     lines = []
     for group in groups:
         ranks = median_rank(half_energy_rank(target["singular_values"], target["norm"]) for target in group.targets)
@@ -200,9 +212,7 @@ def _by_group(spectra: dict[str, Any], groups: Sequence[Group]) -> str:
 def _most_amplified(found: Sequence[dict[str, Any]]) -> str:
     lines = [(item["key"], [f"{item['index']}", f"{item['amplification']:.4f}"]) for item in found]
     caption = "Singular values of the tuned model over those of the base, by their place in the order."
-    return _table(
-        "Where singular values changed the most", "amplified", caption, ["matrix", "place", "amplification"], lines
-    )
+    return _table("Where singular values changed the most", "amplified", caption, ["matrix", "place", "amplification"], lines)
 
 
 def _table(heading: str, name: str, caption: str, headings: Sequence[str], lines: Iterable[tuple[str, Sequence[str]]]) -> str:
