@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import surgery
-from surgery.errors import FormatError, OptionError, OutputError, ScalesError, SourceError, WeightError
+from surgery.errors import FormatError, OptionError, OutputError, ScalesError, SourceError, SurgeryWarning, WeightError
 from surgery.format.manifest import Manifest
 from surgery.planning.plan import Layout
 from tests.models import files_of, realistic, save_llama, tensors_of

@@ -293,7 +293,8 @@ class _Projector:
         scales = torch.where((factors.s > 0) & torch.isfinite(scales), scales, 1)
         explained = components[scales != 1].square().sum().item()
         largest = (scales.double() - 1).abs().max().item()
-        sums.add(_Sums(*norms.tolist(), explained, largest))
+        before, after, change = norms.tolist()
+        sums.add(_Sums(before, after, change, explained, largest))
         return scales
 
 

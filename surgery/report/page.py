@@ -160,19 +160,8 @@ def _by_group(spectra: dict[str, Any], groups: Sequence[Group]) -> str:
     r = spectra["options"]["subspace"]
     headings = ["matrices", "stable rank", "half energy"]
     if spectra["tuned"] is not None:
-        headings += [
-            "top grew by",
-            "next",
-            "rest",
-            "amplified in",
-            "in place",
-            "order",
-            "left cos",
-            "right cos",
-            "update",
-            "in both",
-            "rescaling",
-        ]
+        headings += ["top grew by", "next", "rest", "amplified in", "in place", "order"]
+        headings += ["left cos", "right cos", "update", "in both", "rescaling"]
     lines = []
     for group in groups:
         ranks = median_rank(half_energy_rank(target["singular_values"], target["norm"]) for target in group.targets)
