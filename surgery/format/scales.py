@@ -19,9 +19,9 @@ from surgery.format.manifest import Manifest
 from surgery.format.safetensors import Header, ShardReader
 from surgery.names import FORMAT_VERSION, SCALES_METADATA_KEY
 
-#: Multipliers are 1 before a training, and most stay nearer to it than to 0, and below 3; single ones may be negative, near 0,
+#: Multipliers are 1 before a training, and most stay nearer to it than to 0, and below 5; single ones may be negative, near 0,
 #: or 10 and more.
-_NEAR_ZERO, _FAR, _HUGE = 0.5, 3.0, 100.0
+_NEAR_ZERO, _FAR, _HUGE = 0.5, 5.0, 100.0
 #: Of fewer numbers nothing is said; so many of one target near 0 are no chance where others are not.
 _FEW, _SEVERAL = 4, 8
 
