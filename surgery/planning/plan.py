@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from surgery.errors import FormatError, OptionError
+from surgery.format.manifest import Alias
 from surgery.format.safetensors import Header
 from surgery.planning.memory import CORRECTION_BYTES, Memory, Resources, collected_bytes, need_to_factorize, share_out
 from surgery.planning.quantization import read_quantization
@@ -66,12 +68,23 @@ class Plan:
         return sum(target.trainable for target in self.targets)
 
 
-def make_plan(
-    source: Source, choice: Choice, layout: Layout | None = None, resources: Resources | None = None, *, correction: bool = True
-) -> Plan:
-    """Plan a factorization without reading a weight; without ``resources`` for one core.
+#: From the headers of a model and its targets to the aliases of these, by tensor, and notes: ``surgery.operations.aliases``.
+FindAliases = Callable[[Mapping[str, Header], Sequence[Target]], tuple[dict[str, tuple[Alias, ...]], list[str]]]
 
-    Without a layout it is the residual one, or the overlay where a target is quantized.
+
+def make_plan(
+    source: Source,
+    choice: Choice,
+    layout: Layout | None = None,
+    resources: Resources | None = None,
+    *,
+    correction: bool = True,
+    find_aliases: FindAliases | None = None,
+) -> Plan:
+    """Plan a factorization from headers; without ``resources`` for one core.
+
+    Without a layout it is the residual one, or the overlay where a target is quantized. ``find_aliases`` may read weights;
+    without it each tensor is a target by itself.
 
     Raises:
         OptionError: the choice makes no sense for this model, or selects nothing.
@@ -85,17 +98,17 @@ def make_plan(
     config = source.config()
     recipe = find_recipe(choice.recipe) if choice.recipe is not None else recipe_for_family(config)
     model = Model(config, recipe, read_quantization(config, headers, source.name))
-    shards, skipped = [], []
-    for file, header in headers.items():
-        targets: list[Target] = []
-        for entry in header.tensors:
-            for fate in choose(entry, file, choice, model):
-                if isinstance(fate, Skipped):
-                    skipped.append(fate)
-                else:
-                    targets.append(fate)
-        shards.append(ShardPlan(file, source.size(file), header, tuple(targets)))
-    every = [target for shard in shards for target in shard.targets]
+    entries = [(entry, file) for file, header in headers.items() for entry in header.tensors]
+    fates = [fate for entry, file in entries for fate in choose(entry, file, choice, model)]
+    every = [fate for fate in fates if not isinstance(fate, Skipped)]
+    aliases, alias_notes = find_aliases(headers, every) if find_aliases is not None else ({}, [])
+    merged = {alias.tensor for several in aliases.values() for alias in several}
+    every = [replace(one, aliases=aliases.get(one.tensor, ())) for one in every if one.tensor not in merged]
+    skipped = [fate for fate in fates if isinstance(fate, Skipped) and fate.tensor not in merged]
+    by_shard: dict[str, list[Target]] = {file: [] for file in headers}
+    for target in every:
+        by_shard[target.shard].append(target)
+    shards = [ShardPlan(file, source.size(file), header, tuple(by_shard[file])) for file, header in headers.items()]
     if not every:
         raise _nothing_selected(source.name, choice, recipe, skipped)
     if choice.max_rank is not None and not any(target.energy is not None for target in every):
@@ -106,6 +119,12 @@ def make_plan(
     if layout == "overlay" and not correction:
         raise OptionError(
             "an overlay has no correction to leave out", hint="drop --no-correction: its weights stay as they are"
+        )
+    if aliases and not correction:
+        raise OptionError(
+            "a weight that is stored twice needs its correction: else its two copies would not be equal after a fold",
+            got=f"{next(iter(aliases))} and {next(iter(aliases.values()))[0].tensor}",
+            hint="drop --no-correction",
         )
     weights = sum(shard.size for shard in shards)
     twice = {
@@ -123,7 +142,13 @@ def make_plan(
         choice=choice,
         shards=tuple(shards),
         skipped=tuple(skipped),
-        notes=(*_rank_notes(every), *_recipe_notes(choice, recipe, names), *_split_notes(choice, every)),
+        notes=(
+            *_rank_notes(every),
+            *_recipe_notes(choice, recipe, names),
+            *_split_notes(choice, every),
+            *_alias_notes(every),
+            *alias_notes,
+        ),
         bytes_read=weights + sum(twice.values()),
         bytes_written=written,
         download_bytes=source.bytes_to_fetch(),
@@ -211,6 +236,17 @@ def _split_notes(choice: Choice, targets: list[Target]) -> list[str]:
     if not choice.split or any(target.view.slice for target in targets):
         return []
     return ["--split changes nothing here: no target is known to fuse several projections"]
+
+
+def _alias_notes(targets: list[Target]) -> list[str]:
+    aliases = {target.tensor: target.aliases for target in targets if target.aliases}
+    if not aliases:
+        return []
+    tensor, others = next(iter(aliases.items()))
+    return [
+        f"{tensor} is stored again as {', '.join(alias.tensor for alias in others)}: one parameter, edited together"
+        + (f" (and {len(aliases) - 1} more)" if len(aliases) > 1 else "")
+    ]
 
 
 def _described_bytes(target: Target) -> int:
