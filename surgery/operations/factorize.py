@@ -443,6 +443,17 @@ def _accuracy_notes(targets: list[TargetRecord], steps: Plan) -> list[str]:
     if failed:
         notes.append(f"the SVD of {len(failed)} targets did not reach the tolerance (first: {failed[0]}); see surgery inspect")
     asked = {target.key: target.energy for target in steps.targets if target.energy is not None}
+    first_with: dict[tuple[str, str], str] = {}
+    twice = [
+        (first, target.key)
+        for target in targets
+        if target.s_first and (first := first_with.setdefault((target.dtype, target.sample_sha256), target.key)) != target.key
+    ]
+    if twice and steps.download_bytes:  # what is at hand has been compared by the plan
+        notes.append(
+            f"{len(twice)} targets seem to hold the weights of another one (first: {twice[0][1]} those of {twice[0][0]}): if the "
+            "model makes one parameter of them, attach refuses them; --exclude leaves them out"
+        )
     short = [t for t in targets if t.key in asked and t.energy < (asked[t.key] or 0) and t.rank < min(t.matrices[1:])]
     if short:
         least = min(short, key=lambda target: target.energy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
 
@@ -44,11 +45,14 @@ class TunedModel:
             for stored in self._stored[name]:
                 self._check(stored, list(shape))
         self._files = Dequantizer(source.fetch)
-        for name, *others in self._stored.values():
-            for other in others:
-                self._check_same(name, other)
 
     def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            stack.enter_context(self._files)
+            for name, *others in self._stored.values():
+                for other in others:
+                    self._check_same(name, other)
+            stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
