@@ -451,8 +451,8 @@ def _accuracy_notes(targets: list[TargetRecord], steps: Plan) -> list[str]:
     ]
     if twice and steps.download_bytes:  # what is at hand has been compared by the plan
         notes.append(
-            f"{len(twice)} targets seem to hold the weights of another one (first: {twice[0][1]} those of {twice[0][0]}): if the "
-            "model makes one parameter of them, attach refuses them; --exclude leaves them out"
+            f"{len(twice)} targets seem to hold the weights of another one (first: {twice[0][1]} those of {twice[0][0]}): if "
+            "the model makes one parameter of them, attach refuses them; --exclude leaves them out"
         )
     short = [t for t in targets if t.key in asked and t.energy < (asked[t.key] or 0) and t.rank < min(t.matrices[1:])]
     if short:
