@@ -222,14 +222,34 @@ def test_what_cannot_be_known_is_refused(missing: str, tmp_path: Path, monkeypat
         assert [len(t.aliases) for t in surgery.plan(folder, rank=2, include=[EMBEDDING]).targets] == [1]
 
 
-def test_equal_weights_in_blocks_of_an_unknown_class_are_refused(tmp_path: Path) -> None:
-    weight = realistic(32, 24, seed=1)
-    save_file({"layers.0.up.weight": weight, "layers.1.up.weight": weight.clone()}, tmp_path / "model.safetensors")
-    with pytest.raises(OptionError, match=r"layers\.0\.up\.weight and layers\.1\.up\.weight: they hold the same weights"):
-        surgery.plan(tmp_path, rank=2)
+class _Blocks(torch.nn.Module):
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.ModuleDict({"up": torch.nn.Linear(24, 32, bias=False)}) for _ in range(2)])
+        if tied:
+            self.layers[1]["up"].weight = self.layers[0]["up"].weight
+
+
+def test_equal_weights_in_blocks_of_an_unknown_class(tmp_path: Path) -> None:
+    """Copied blocks are targets of their own; where the model makes one parameter of them, that shows when it is there."""
+    weight, folder = realistic(32, 24, seed=1), tmp_path / "m"
+    folder.mkdir()
+    save_file({"layers.0.up.weight": weight, "layers.1.up.weight": weight.clone()}, folder / "model.safetensors")
+    told = Silent()
+    manifest = surgery.factorize(folder, tmp_path / "f", rank=2, layout="overlay", progress=told)
+    assert len(manifest.targets) == 2
+    assert [note for note in told.notes if "layers.1.up.weight holds the same weights as layers.0.up.weight" in note]
+    for tied in (False, True):
+        model = _Blocks(tied)
+        model.load_state_dict(load_file(folder / "model.safetensors"))
+        if tied:
+            with pytest.raises(OptionError, match=r"is one parameter of the model with 'layers\.1\.up\.weight'"):
+                surgery.attach(model, tmp_path / "f")
+        else:
+            assert len(list(surgery.attach(model, tmp_path / "f").parameters())) == 2
     zeros = torch.zeros(32, 24)  # have no directions to change
-    save_file({"layers.0.up.weight": zeros, "layers.1.up.weight": zeros.clone()}, tmp_path / "model.safetensors")
-    assert len(surgery.plan(tmp_path, rank=2).targets) == 2
+    save_file({"layers.0.up.weight": zeros, "layers.1.up.weight": zeros.clone()}, folder / "model.safetensors")
+    assert surgery.plan(folder, rank=2).notes == ()
 
 
 def test_an_embedding_that_begins_with_zeros_is_compared(tmp_path: Path) -> None:

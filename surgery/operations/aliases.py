@@ -43,10 +43,11 @@ def find_aliases(
         fetch: whether weight files may be fetched to compare embeddings.
 
     Returns:
-        Tensor of a target -> its aliases, which are no targets themselves; and what could not be compared, in words.
+        Tensor of a target -> its aliases, which are no targets themselves; and what could not be known, in words.
 
     Raises:
-        OptionError: two tensors are the same, and it cannot be known whether the model ties them; or they are FP8.
+        OptionError: an embedding and another tensor are the same, and it cannot be known whether the model ties them; or tied
+            tensors are FP8.
     """
     chosen = {target.tensor: target for target in targets}
     alike: dict[tuple[str, tuple[int, ...]], list[_Place]] = {}
@@ -57,20 +58,33 @@ def find_aliases(
     at_hand = source.bytes_to_fetch() == 0
     found: dict[str, tuple[Alias, ...]] = {}
     notes: list[str] = []
+    unknown: list[tuple[str, str]] = []
     ties = _Ties(source, headers)
     for candidates in _candidates(groups, source, chosen, at_hand=at_hand):
         if not at_hand and not fetch:
             first, second = (entry.name for entry, _ in candidates[:2])
             notes.append(f"{first} and {second} may be one parameter, stored twice: factorize compares them when it has them")
             continue
-        for together in _equal(source, candidates, ties):
+        for together in _equal(source, candidates, ties, unknown):
             kept, *others = sorted(together, key=lambda place: place[0].name not in chosen)  # stable: else as in the files
             if kept[0].name not in chosen:
                 continue
             if chosen[kept[0].name].scaled is not None:
                 raise _refused(source, together, "an FP8 weight that is stored twice cannot be edited", None)
             found[kept[0].name] = tuple(Alias(entry.name, shard) for entry, shard in others)
+    if unknown := [pair for pair in unknown if not chosen.keys().isdisjoint(pair)]:
+        notes.append(note_of_equal(len(unknown), *unknown[0]))
     return found, notes
+
+
+def note_of_equal(count: int, first: str, second: str) -> str:
+    """That targets have the same weights, as those of copied blocks do, and may be one parameter all the same."""
+    return (
+        f"{second} holds the same weights as {first}"
+        + (f" ({count} such pairs)" if count > 1 else "")
+        + ", and it is not known "
+        "whether the model makes one parameter of them: attach refuses them if it does, and --exclude leaves them out"
+    )
 
 
 def _candidates(
@@ -124,11 +138,11 @@ def _opened(source: Source, shards: Sequence[str]) -> Iterator[list[ShardReader]
         yield readers
 
 
-def _equal(source: Source, candidates: Sequence[_Place], ties: _Ties) -> Iterator[list[_Place]]:
-    """Those of the candidates that are one parameter, two or more at a time.
+def _equal(source: Source, candidates: Sequence[_Place], ties: _Ties, unknown: list[tuple[str, str]]) -> Iterator[list[_Place]]:
+    """Those that are one parameter, two or more at a time; pairs of which that is not known go to ``unknown``.
 
     Raises:
-        OptionError: that cannot be known.
+        OptionError: it is not known of an embedding.
     """
     left = list(candidates)
     while len(left) > 1:
@@ -139,8 +153,10 @@ def _equal(source: Source, candidates: Sequence[_Place], ties: _Ties) -> Iterato
             tied, why = ties.between(first[0].name, place[0].name)
             if tied is False or not _same_bytes(source, first, place):
                 left.append(place)
-            elif tied is None:
+            elif tied is None and (is_embedding(first[0].name) or is_embedding(place[0].name)):
                 raise _refused(source, [first, place], _UNKNOWN, why)
+            elif tied is None:
+                unknown.append((first[0].name, place[0].name))
             else:
                 same.append(place)
         if len(same) > 1:
@@ -154,7 +170,7 @@ def _refused(source: Source, places: Sequence[_Place], what: str, why: str | Non
         got=why,
         expected="one parameter, edited together, or two" if why else None,
         hint=f"--exclude '{names[0]}' --exclude '{names[1]}'"
-        + ("; or say it in config.json: tie_word_embeddings" if any(map(is_embedding, names)) and why else ""),
+        + ("; or say it in config.json: tie_word_embeddings" if why else ""),
     )
 
 

@@ -31,7 +31,7 @@ from surgery.format.scales import write_scales
 from surgery.linalg.svd import DEFAULT_TOLERANCE, check_accuracy
 from surgery.linalg.views import View
 from surgery.names import FORMAT_VERSION, MANIFEST_FILE, SCALES_FILE, STREAM_DIR, factors_file
-from surgery.operations.aliases import find_aliases
+from surgery.operations.aliases import find_aliases, note_of_equal
 from surgery.operations.batch import Settings
 from surgery.operations.engines import Engine, EngineName, engine_of
 from surgery.operations.job import Job, RemoteShard, run_job, scale_files
@@ -450,10 +450,7 @@ def _accuracy_notes(targets: list[TargetRecord], steps: Plan) -> list[str]:
         if target.s_first and (first := first_with.setdefault((target.dtype, target.sample_sha256), target.key)) != target.key
     ]
     if twice and steps.download_bytes:  # what is at hand has been compared by the plan
-        notes.append(
-            f"{len(twice)} targets seem to hold the weights of another one (first: {twice[0][1]} those of {twice[0][0]}): if "
-            "the model makes one parameter of them, attach refuses them; --exclude leaves them out"
-        )
+        notes.append(note_of_equal(len(twice), *twice[0]))
     short = [t for t in targets if t.key in asked and t.energy < (asked[t.key] or 0) and t.rank < min(t.matrices[1:])]
     if short:
         least = min(short, key=lambda target: target.energy)
