@@ -23,8 +23,6 @@ from surgery.training.skeleton import skeleton
 _STRETCHES = 3
 _STRETCH_BYTES = 64
 
-_UNKNOWN = "they hold the same weights, and it cannot be known whether the model ties them"
-
 #: A tensor and the weight file that it is in.
 _Place = tuple[TensorEntry, str]
 
@@ -58,7 +56,7 @@ def find_aliases(
     at_hand = source.bytes_to_fetch() == 0
     found: dict[str, tuple[Alias, ...]] = {}
     notes: list[str] = []
-    unknown: list[tuple[str, str]] = []
+    unknown: list[tuple[str, str, str]] = []
     ties = _Ties(source, headers)
     for candidates in _candidates(groups, source, chosen, at_hand=at_hand):
         if not at_hand and not fetch:
@@ -70,10 +68,15 @@ def find_aliases(
             if kept[0].name not in chosen:
                 continue
             if chosen[kept[0].name].scaled is not None:
-                raise _refused(source, together, "an FP8 weight that is stored twice cannot be edited", None)
+                names = [entry.name for entry, _ in together]
+                raise _refused(source, names, "an FP8 weight that is stored twice cannot be edited", None)
             found[kept[0].name] = tuple(Alias(entry.name, shard) for entry, shard in others)
-    if unknown := [pair for pair in unknown if not chosen.keys().isdisjoint(pair)]:
-        notes.append(note_of_equal(len(unknown), *unknown[0]))
+    pairs = [(first, second, why) for first, second, why in unknown if first in chosen or second in chosen]
+    for *pair, why in pairs:
+        if any(map(is_embedding, pair)):
+            raise _refused(source, pair, "they hold the same weights, and it cannot be known whether the model ties them", why)
+    if pairs:
+        notes.append(note_of_equal(len(pairs), *pairs[0][:2]))
     return found, notes
 
 
@@ -138,12 +141,10 @@ def _opened(source: Source, shards: Sequence[str]) -> Iterator[list[ShardReader]
         yield readers
 
 
-def _equal(source: Source, candidates: Sequence[_Place], ties: _Ties, unknown: list[tuple[str, str]]) -> Iterator[list[_Place]]:
-    """Those that are one parameter, two or more at a time; pairs of which that is not known go to ``unknown``.
-
-    Raises:
-        OptionError: it is not known of an embedding.
-    """
+def _equal(
+    source: Source, candidates: Sequence[_Place], ties: _Ties, unknown: list[tuple[str, str, str]]
+) -> Iterator[list[_Place]]:
+    """Those that are one parameter, two or more at a time; pairs of which that is not known go to ``unknown``, with why."""
     left = list(candidates)
     while len(left) > 1:
         first, *rest = left
@@ -153,18 +154,15 @@ def _equal(source: Source, candidates: Sequence[_Place], ties: _Ties, unknown: l
             tied, why = ties.between(first[0].name, place[0].name)
             if tied is False or not _same_bytes(source, first, place):
                 left.append(place)
-            elif tied is None and (is_embedding(first[0].name) or is_embedding(place[0].name)):
-                raise _refused(source, [first, place], _UNKNOWN, why)
             elif tied is None:
-                unknown.append((first[0].name, place[0].name))
+                unknown.append((first[0].name, place[0].name, why))
             else:
                 same.append(place)
         if len(same) > 1:
             yield same
 
 
-def _refused(source: Source, places: Sequence[_Place], what: str, why: str | None) -> OptionError:
-    names = [entry.name for entry, _ in places]
+def _refused(source: Source, names: Sequence[str], what: str, why: str | None) -> OptionError:
     return OptionError(
         f"{source.name}: {names[0]} and {names[1]}: {what}",
         got=why,
