@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,10 +33,12 @@ class _Attached:
 
     Attributes:
         path: a submodule of the first of the layers.
+        modules: the layers.
     """
 
     def __init__(self, path: LowRankPath, layers: Sequence[Layer]) -> None:
         self.path = path
+        self.modules = [layer.module for layer in layers]
         self._handles: list[Any] = []
         self._hooks: list[Adding | Shadow] = []
         first = layers[0]
@@ -132,6 +135,31 @@ class Scales:
                     value = distribute_tensor(value.to(delta.device), delta.device_mesh, delta.placements)
                 delta.copy_(value)
 
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Within it the model computes as with scales that are all 1; their values stay, and hold again after it.
+
+            with scales.untouched():
+                reference = model(ids).logits
+
+        On the original weights that is the original model, bit for bit; on a residual it is within the rounding of the
+        dtype. No gradients are recorded.
+        """
+        paths = [attached.path for attached in self._attached]
+        before = [path.untouched for path in paths]
+        for path in paths:
+            path.untouched = True
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for path, value in zip(paths, before, strict=True):
+                path.untouched = value
+
+    def act_on(self, module: nn.Module) -> bool:
+        """Whether a weight of the module itself, not of one inside it, has scales."""
+        return any(module is other for attached in self._attached for other in attached.modules)
+
     def detach(self) -> None:
         """Take the scales out of the model again. Its weights are what they were; they stay frozen."""
         for attached in self._attached:
@@ -163,9 +191,11 @@ def _whole(delta: nn.Parameter, shape: list[int]) -> torch.Tensor:
 def attach(model: nn.Module, factorized: str | Path) -> Scales:
     """Freeze a model and make the scales of a factorized checkpoint its only trainable parameters.
 
-    The model may have been loaded from the factorized folder (residual layout) or from the original weights; which,
-    is told by the bytes of its weights, target by target. A weight that is quantized in memory is told by what its layer
-    computes. Untouched scales on the original weights change no bit of what the model computes.
+    The model may have been loaded from the original weights or from the factorized folder (residual layout); which, is
+    told by the bytes of its weights, target by target. A weight that is quantized in memory is told by what its layer
+    computes. Untouched scales on the original weights change no bit of what the model computes. Without its scales, a model
+    loaded from the residual layout is another model: load the original, so that whatever loads it once more, such as a
+    trainer that wants a reference, has the same.
 
     Names and shapes of a transformers model are followed through its own conversion: experts that it stacks, and weights
     that it joins or takes apart. In a model with PEFT's adapters, these stay as trainable as they are.
