@@ -121,7 +121,7 @@ def check_arguments(bases: Sequence[type], scales: Scales, args: Sequence[Any], 
         )
     own = {id(parameter) for parameter in scales.parameters()}
     for name, value in given.items():
-        for model in (value if isinstance(value, list | tuple) else [value]) if name != "model" else []:
+        for model in value if name == "reward_funcs" and isinstance(value, list) else [value] if name != "model" else []:
             if isinstance(model, nn.Module) and any(id(parameter) in own for parameter in model.parameters()):
                 raise OptionError(
                     f"{name} is the model that is trained, or shares its scales, and would change with it",
@@ -144,9 +144,13 @@ def _bare_residual(model: Any) -> Path | None:
         if any(isinstance(module, LowRankPath) for module in model.modules()):
             return None
         model = getattr(getattr(model, "config", None), "_name_or_path", None)
-    if not isinstance(model, str | Path) or not (Path(model) / MANIFEST_FILE).is_file():
+    if not isinstance(model, str | Path):
         return None
-    return Path(model) if Manifest.read(Path(model)).layout == "residual" else None
+    try:
+        factorized = (Path(model) / MANIFEST_FILE).is_file()
+    except OSError:  # a text too long for a path
+        return None
+    return Path(model) if factorized and Manifest.read(Path(model)).layout == "residual" else None
 
 
 @contextmanager
