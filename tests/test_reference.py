@@ -301,10 +301,14 @@ def test_dpo_on_scales_that_were_loaded_has_the_untouched_model_for_its_referenc
     found = (batch["ref_chosen_logps"], batch["ref_rejected_logps"]) if precomputed else None
     reference = torch.cat(found or trainer.compute_ref_log_probs(trainer.ref_model, batch))
     assert torch.allclose(reference.double(), _of_completions(_load(made / "m"), batch), atol=1e-3)
-    # Data that come later, too: TRL itself would take the trained model then, or refuse.
+    # And where data come after training: TRL by itself refuses to compute a reference for them.
     trainer.train()
-    later = _data("prompt", "chosen", "rejected").select([1, 0])
-    assert trainer.evaluate(later)["eval_loss"] > 0
+    found_loss = trainer.evaluate(_data("prompt", "chosen", "rejected"))["eval_loss"]
+    gained = _of_completions(model.eval(), batch) - _of_completions(_load(made / "m"), batch)
+    chosen, rejected = gained.chunk(2)
+    right = -nn.functional.logsigmoid(trainer.beta * (chosen - rejected)).mean().item()
+    assert found_loss == pytest.approx(right, abs=1e-4)
+    assert abs(right - math.log(2)) > 1e-3
 
 
 def test_dpo_with_adapters_beside_the_scales(made: Path, tmp_path: Path) -> None:

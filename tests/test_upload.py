@@ -447,6 +447,7 @@ def test_factorized_card(hub: LoopbackHub, source: Path, factorized: Path) -> No
         f"at most {worst:.1e} of the largest singular value",
         "Lossless: yes",
         "Layout: residual",
+        "By themselves the weights here are another model",
         f"`{manifest.tool}`",
         "hf download acme/tiny-f --local-dir factorized",
         "surgery fold factorized scales.safetensors",
@@ -469,6 +470,7 @@ def test_factorized_card_of_other_kinds(source: Path, tmp_path: Path) -> None:
     metadata, text = parts(factorized_card(overlay, "acme/x"))
     assert (metadata["base_model"], metadata["base_model_relation"]) == ("acme/tiny", "adapter")
     assert "Layout: overlay" in text
+    assert "another model" not in text
     assert "fetch them at the commit above" in text
 
 

@@ -92,7 +92,7 @@ def _run(folder: Path, rank: int, steps: int, device: str, overwrite: bool, prog
     identical = report.restored == len(report.files)
 
     clock = time.perf_counter()
-    model = load(factorized)
+    model = load(MODEL)
     scales = attach(model, factorized)
     _train(model, list(scales.parameters()), train, steps, progress)
     scales.save(scales_file)
