@@ -247,6 +247,46 @@ def test_weights_that_are_no_numbers(value: float, tmp_path: Path) -> None:
     surgery.factorize(tmp_path / "m", tmp_path / "g", rank=2, exclude=["layers.1.*"])
 
 
+@pytest.mark.parametrize("correction", [True, False])
+def test_residuals_beyond_the_range_of_float16_are_refused(correction: bool, tmp_path: Path) -> None:
+    """Every loader would take an infinity for the weight. An overlay has no residuals."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.where(torch.rand(64, 48, generator=generator) < 0.3, 65504.0, 0.0)
+    weight *= torch.randint(0, 2, weight.shape, generator=generator) * 2 - 1
+    tensors = {"layers.0.w.weight": realistic(64, 48).half(), "layers.1.w.weight": weight.half()}
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m/config.json").write_text("{}")
+    save_file(tensors, tmp_path / "m/model.safetensors")
+    message = r"model\.safetensors: 'layers\.1\.w\.weight' cannot be factorized: its residual is beyond the range of float16"
+    with pytest.raises(WeightError, match=message) as caught:
+        surgery.factorize(tmp_path / "m", tmp_path / "f", rank=4, correction=correction)
+    assert "--layout overlay" in str(caught.value)
+    assert files_of(tmp_path / "f") == {}
+    manifest = surgery.factorize(tmp_path / "m", tmp_path / "g", rank=4, layout="overlay")
+    untouched = {target.key: torch.ones(4) for target in manifest.targets}
+    surgery.fold(tmp_path / "g", untouched, tmp_path / "o", base=tmp_path / "m")
+    assert files_of(tmp_path / "o") == files_of(tmp_path / "m")
+    with pytest.raises(ScalesError, match=r"the scales of 'layers\.1\.w\.weight' push weights beyond the range of float16"):
+        surgery.fold(tmp_path / "g", {key: 2 * g for key, g in untouched.items()}, tmp_path / "p", base=tmp_path / "m")
+    surgery.factorize(tmp_path / "m", tmp_path / "h", rank=4, exclude=["layers.1.*"], correction=correction)
+
+
+def test_weights_that_are_infinite_without_their_correction_are_refused(tmp_path: Path) -> None:
+    """Where the residual was rounded up by nearly half of a unit of 32, of the largest weights infinity becomes."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.where(torch.rand(1000, 600, generator=generator) < 0.45, 65504.0, 0.0).half()
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m/config.json").write_text("{}")
+    save_file({"layers.0.w.weight": weight}, tmp_path / "m/model.safetensors")
+    for name, correction in (("f", True), ("g", False)):
+        surgery.factorize(tmp_path / "m", tmp_path / name, rank=1, correction=correction)
+    surgery.fold(tmp_path / "f", tmp_path / "f/surgery/scales.safetensors", tmp_path / "o")
+    assert files_of(tmp_path / "o") == files_of(tmp_path / "m")
+    with pytest.raises(WeightError, match=r"without its correction 'layers\.0\.w\.weight' is beyond the range"):
+        surgery.fold(tmp_path / "g", tmp_path / "g/surgery/scales.safetensors", tmp_path / "p")
+    assert not (tmp_path / "p/model.safetensors").exists()
+
+
 def test_output_folder_that_is_not_empty(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "f").mkdir()
     (tmp_path / "f/mine.txt").write_text("precious")

@@ -7,6 +7,8 @@ calculations using Chebyshev-filtered subspace iteration" (J. Comput. Phys. 219,
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from surgery.linalg.operator import widened
@@ -118,7 +120,7 @@ def _degrees(
         return torch.acosh((2 * value / torch.where(usable, edge, 1.0) - 1).clamp(min=1.0))[:, 0]
 
     needed = (3 * worst).log() / growth(values[:, k - 1 : k]).clamp(min=1e-2)
-    affordable = torch.log(torch.tensor(contrast)) / growth(top).clamp(min=1e-4)
+    affordable = math.log(contrast) / growth(top).clamp(min=1e-4)
     degrees = torch.minimum(needed + 1, affordable).clamp(max=_MAX_DEGREE).floor()
     return torch.where(usable[:, 0], degrees, 0.0).int()
 

@@ -7,14 +7,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from surgery.device import as_memory_allows, on_its_own_devices
+from surgery.device import as_memory_allows, on_its_own_terms
 from surgery.errors import OptionError, WeightError
 from surgery.linalg.operator import Operator, widened
 from surgery.linalg.precision import full_precision
 from surgery.linalg.product import leading_dimension
+from surgery.linalg.rounding import times_power_of_two
+from surgery.linalg.threads import one_thread
 from surgery.linalg.triplets import ROUNDING, Triplets, engine, solve
 from surgery.memory import scratch
 
@@ -72,7 +73,7 @@ class TruncatedSVD:
     certificate: Certificate
 
 
-@on_its_own_devices
+@on_its_own_terms
 def truncated_svd(A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERANCE, seed: int = 0) -> TruncatedSVD:
     """The k largest singular triplets of a matrix, or of each of a batch, with a certificate.
 
@@ -189,7 +190,7 @@ def _solve(A: torch.Tensor, k: int, tolerance: float, seed: int) -> list[Truncat
     exponents = torch.tensor([shifts[i] for i in nonzero], dtype=torch.int32)
     if exponents.any():
         # Squares of the entries must neither overflow nor vanish. A power of two changes no bit of the mantissa.
-        work = torch.ldexp(work, -exponents.to(work.device)[:, None, None])
+        work = torch.stack([times_power_of_two(*pair) for pair in zip(work, (-exponents).tolist(), strict=True)])
         norms = _norms(work)
     results: list[TruncatedSVD | None] = [None] * len(A)
     if nonzero:
@@ -215,7 +216,8 @@ def _shift(matrix: torch.Tensor, norm: float) -> int | None:
     """The power of two to divide by, or None for a matrix of zeros."""
     if 2.0**-12 <= norm <= 2.0**24:
         return 0
-    low, high = (value.item() for value in torch.aminmax(matrix))
+    with one_thread():  # see exact_arithmetic
+        low, high = (value.item() for value in torch.aminmax(matrix))
     largest = max(-low, high)
     if not math.isfinite(largest):
         raise WeightError("the matrix holds NaN or infinity", got=f"values from {low} to {high}")
@@ -240,12 +242,13 @@ def _finished(
     U, V = (triplets.short, triplets.long) if operator.wide else (triplets.long, triplets.short)
     sign = _signs(U, V)
     s = triplets.s
-    values = torch.ldexp(s, shift).to(U.dtype)
+    values = times_power_of_two(s, int(shift)).to(U.dtype)
     if not math.isfinite(values[0].item()):
-        raise WeightError(f"the matrix has singular values beyond the range of {U.dtype}", got=torch.ldexp(s[0], shift).item())
+        largest = times_power_of_two(s[0], int(shift)).item()
+        raise WeightError(f"the matrix has singular values beyond the range of {U.dtype}", got=largest)
     top = s[0].clamp(min=1e-300)
     # What rounding takes from values below the normal range, where few bits are left.
-    rounded = torch.from_numpy(np.ldexp(values.double().numpy(), -shift.item()))
+    rounded = times_power_of_two(values.double(), -int(shift))
     triplets = dataclasses.replace(triplets, residual=triplets.residual + (rounded - s).abs() / top)
     distances = torch.cat([s[:-1] - s[1:], s[-1:] - triplets.next_value]).abs()
     gap = torch.minimum(distances, torch.cat([distances[:1], distances[:-1]])) / top
@@ -255,7 +258,7 @@ def _finished(
         U * sign,
         values.to(U.device),
         V * sign,
-        torch.ldexp(norm, shift),
+        times_power_of_two(norm, int(shift)),
         Certificate(
             residual=triplets.residual,
             gap=gap,

@@ -171,7 +171,7 @@ def _full_svd(operator: Operator, k: int) -> Triplets:
     short = right[None, :k].contiguous()
     long = left[None, :, :k].mT.contiguous()
     to_long, to_short = operator.to_long_wide(short), operator.to_short_wide(long)
-    return _measured(operator, long, s[None, :k], short, to_long, to_short, torch.tensor([next_value]))[0]
+    return _measured(operator, long, s[None, :k], short, to_long, to_short, torch.tensor([next_value], dtype=torch.float64))[0]
 
 
 def _from_pairs(operator: Operator, ritz: RitzVectors) -> list[Triplets]:
@@ -189,7 +189,9 @@ def _from_rows(operator: Operator, rows: torch.Tensor, next_value: float) -> Tri
     q, r = torch.linalg.qr(images[0].T)
     left, s, right = (part.to(q.device) for part in torch.linalg.svd(r.cpu()))
     long, short, to_long = (q @ left).T.contiguous()[None], right @ basis, right @ images
-    return _measured(operator, long, s[None], short, to_long, operator.to_short_wide(long), torch.tensor([next_value]))[0]
+    return _measured(
+        operator, long, s[None], short, to_long, operator.to_short_wide(long), torch.tensor([next_value], dtype=torch.float64)
+    )[0]
 
 
 def _measured(

@@ -13,13 +13,14 @@ import torch
 
 from surgery.device import as_memory_allows
 from surgery.engine.walk import TargetPiece
-from surgery.errors import FormatError, OptionError, ScalesError
+from surgery.errors import FormatError, OptionError, ScalesError, WeightError
 from surgery.format.factors import FactorsReaders
 from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
 from surgery.format.safetensors import Header, TensorEntry, make_header, resized
 from surgery.linalg.correction import CorruptCorrection
 from surgery.linalg.fp8 import block_scales, quantize
 from surgery.linalg.lossless import Addition, approximate, join, rescale
+from surgery.linalg.rounding import all_finite
 from surgery.linalg.views import View
 from surgery.names import FACTORIZABLE_DTYPES
 from surgery.operations.base import Weights, check_entry, shard_path
@@ -293,12 +294,16 @@ class DenseWeights:
         if changed or addition is not None:
             what = f"the scales of {target.key!r} push" if addition is None else f"scales and adapter push {target.key!r}"
             _check_finite(result, what, scales)
+        elif correction is None and not all_finite(result):
+            raise WeightError(
+                f"{target.shard}: without its correction {target.key!r} is beyond the range of its dtype",
+                hint="factorize again, without --no-correction",
+            )
         return result
 
 
 def _check_finite(weight: torch.Tensor, what: str, scales: torch.Tensor | None) -> None:
-    # A minimum or maximum of NaN is NaN: one pass, many times faster than asking each number.
-    if not all(bool(torch.isfinite(end)) for end in torch.aminmax(weight)):
+    if not all_finite(weight):
         raise ScalesError(
             f"{what} weights beyond the range of {str(weight.dtype).removeprefix('torch.')}",
             got=None if scales is None else f"scales of up to {scales.abs().max().item():.3g}",

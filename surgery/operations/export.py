@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from surgery.device import on_its_own_devices
+from surgery.device import on_its_own_terms
 from surgery.errors import OptionError, OutputError
 from surgery.format.factors import FactorsReaders
 from surgery.format.files import FileWriter, write_file
@@ -72,7 +72,7 @@ class _Update:
     B: tuple[int, ...]
 
 
-@on_its_own_devices
+@on_its_own_terms
 def export(
     factorized: str | Path,
     scales: str | Path | Mapping[str, torch.Tensor],

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from surgery import __version__
-from surgery.device import on_its_own_devices
+from surgery.device import on_its_own_terms
 from surgery.engine.lane import Lane
 from surgery.errors import OptionError, OutputError
 from surgery.format.files import copy_file, file_sha256, reading
@@ -105,7 +105,7 @@ def _plan(
     return make_plan(source, choice, layout, resources, correction=correction, find_aliases=find)
 
 
-@on_its_own_devices
+@on_its_own_terms
 def factorize(
     model: str | Path,
     out: str | Path = "factorized",
@@ -417,7 +417,9 @@ def _finish(
     targets = [target for result in results for target in result.targets]
     others = [copy_file(source.fetch(name), out / name, name) for name in loading_order(selection.others)]
     fingerprint = fingerprint_of(targets)
-    write_scales(out / SCALES_FILE, {target.key: torch.ones(target.scales_shape) for target in targets}, fingerprint)
+    write_scales(
+        out / SCALES_FILE, {target.key: torch.ones(target.scales_shape, dtype=torch.float32) for target in targets}, fingerprint
+    )
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         tool=f"surgery {__version__}",

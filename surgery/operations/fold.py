@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from surgery import __version__
-from surgery.device import choose_devices, on_its_own_devices
+from surgery.device import choose_devices, on_its_own_terms
 from surgery.engine.lane import Lane
 from surgery.errors import OptionError, OutputError
 from surgery.format.files import (
@@ -73,7 +73,7 @@ class FoldReport:
     adapted: int
 
 
-@on_its_own_devices
+@on_its_own_terms
 def fold(
     factorized: str | Path,
     scales: str | Path | Mapping[str, torch.Tensor],

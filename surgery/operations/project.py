@@ -11,7 +11,7 @@ from typing import Self
 
 import torch
 
-from surgery.device import as_memory_allows, choose_device, on_its_own_devices
+from surgery.device import as_memory_allows, choose_device, on_its_own_terms
 from surgery.engine.walk import ShardWalk, TargetPiece, reported
 from surgery.errors import FormatError, SourceError
 from surgery.format.factors import DAMAGED_HINT, FactorsReader
@@ -70,7 +70,7 @@ class ProjectReport:
     total: Projection
 
 
-@on_its_own_devices
+@on_its_own_terms
 def project(
     factorized: str | Path,
     tuned: str | Path,
@@ -208,7 +208,7 @@ class _Projector:
             raise SourceError(f"the base is not that of this overlay: {lost[0]!r} is not FP8 there")
         shards = {shard.source.file: shard for shard in manifest.shards}
         self._dequantizer = Dequantizer(lambda file: shard_path(weights, shards, file))
-        self.found = {target.key: _Found(torch.ones(target.scales_shape)) for target in manifest.targets}
+        self.found = {target.key: _Found(torch.ones(target.scales_shape, dtype=torch.float32)) for target in manifest.targets}
 
     def __enter__(self) -> Self:
         return self

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from surgery import __version__
-from surgery.device import as_memory_allows, choose_device, device_name, on_its_own_devices
+from surgery.device import as_memory_allows, choose_device, device_name, on_its_own_terms
 from surgery.engine.walk import ShardWalk, TargetPiece, reported
 from surgery.errors import OptionError, WeightError
 from surgery.format.safetensors import ShardReader
@@ -31,7 +31,7 @@ _MOST_AMPLIFIED = 10
 _DIGITS = 6
 
 
-@on_its_own_devices
+@on_its_own_terms
 def spectra(
     model: str | Path,
     tuned: str | Path | None = None,

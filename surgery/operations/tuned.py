@@ -12,6 +12,7 @@ import torch
 from surgery.engine.walk import TargetPiece
 from surgery.errors import FormatError, SourceError, WeightError
 from surgery.format.safetensors import same_bytes
+from surgery.linalg.rounding import all_finite
 from surgery.names import FACTORIZABLE_DTYPES
 from surgery.operations.quantized import Dequantizer
 from surgery.planning.quantization import read_quantization
@@ -103,8 +104,7 @@ class TunedModel:
         some = len(entry.shape) == 3 and len(piece.tensor) < entry.shape[0]
         tensor = reader.read(entry, piece.first, len(piece.tensor)) if some else reader.read(entry)
         tensor = self._files.weight(tensor, piece.first, self._quantized.get(name))
-        # A minimum or maximum of NaN is NaN: one pass, many times faster than asking each number.
-        if not all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor)):
+        if not all_finite(tensor):
             raise WeightError(
                 f"{self._name}: {name!r} holds NaN or infinity", hint="the fine-tuning diverged: take an earlier checkpoint"
             )

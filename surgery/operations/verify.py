@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from surgery.device import as_memory_allows, choose_device, on_its_own_devices
+from surgery.device import as_memory_allows, choose_device, on_its_own_terms
 from surgery.engine.walk import ShardWalk, TargetPiece, reported
 from surgery.errors import FormatError, OptionError, SurgeryError
 from surgery.format.factors import FactorsHash, FactorsReader
@@ -77,7 +77,7 @@ class VerifyReport:
         return holds
 
 
-@on_its_own_devices
+@on_its_own_terms
 def verify(
     factorized: str | Path,
     *,

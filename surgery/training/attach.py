@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.device import on_its_own_devices
+from surgery.device import on_its_own_terms
 from surgery.errors import OptionError, SurgeryWarning
 from surgery.format.factors import FactorsReader
 from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
@@ -121,7 +121,7 @@ class Scales:
         if not (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0):
             write_scales(Path(path), values, self._manifest.fingerprint)
 
-    @on_its_own_devices
+    @on_its_own_terms
     def load(self, path: str | Path) -> None:
         """Take the values of a scales file; errors as for ``surgery.format.scales.read_scales``."""
         values = read_scales(Path(path), self._manifest)
@@ -187,7 +187,7 @@ def _whole(delta: nn.Parameter, shape: list[int]) -> torch.Tensor:
     return gathered.float().cpu().reshape(shape)
 
 
-@on_its_own_devices
+@on_its_own_terms
 def attach(model: nn.Module, factorized: str | Path) -> Scales:
     """Freeze a model and make the scales of a factorized checkpoint its only trainable parameters.
 
