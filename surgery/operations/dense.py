@@ -69,6 +69,9 @@ class DenseWeights:
                 self._targets.setdefault(tensor, []).append(target)
         self._quantized = quantized
         self._weight_of = {scaled.scale: name for name, scaled in self._quantized.items()}
+        self._dropped: set[str] = set()
+        if to_dense:
+            self._dropped.update(self._weight_of, *(scaled.activations for scaled in self._quantized.values()))
         self._fresh: dict[str, torch.Tensor] = {}
         self._one = threading.Lock()
         self._open = ExitStack()
@@ -121,9 +124,10 @@ class DenseWeights:
             if entry.name in self._quantized:
                 if changed or self._to_dense:
                     touched[entry.name] = View("stack").at_a_time(entry.shape, 4) if len(entry.shape) == 3 else None
+            elif entry.name in self._dropped:
+                touched[entry.name] = None
             elif entry.name in self._weight_of:
-                weight = self._weight_of[entry.name]
-                if self._to_dense or any(self._changed(target) for target in self._targets.get(weight, [])):
+                if any(self._changed(target) for target in self._targets.get(self._weight_of[entry.name], [])):
                     touched[entry.name] = None
             elif targets and (changed or self._is_residual(entry.name)):
                 touched[entry.name] = targets[0].at_a_time
@@ -142,13 +146,13 @@ class DenseWeights:
         """The header of what is written for a shard with this one."""
         if not self._to_dense:
             return header.raw
-        kept = [entry for entry in header.tensors if entry.name not in self._weight_of]
+        kept = [entry for entry in header.tensors if entry.name not in self._dropped]
         dtypes = {entry.name: DENSE_DTYPE if entry.name in self._quantized else entry.dtype for entry in kept}
         return make_header([resized(entry, dtypes[entry.name]) for entry in kept], header.metadata)
 
     def drops(self, tensor: str) -> bool:
-        """Whether a tensor is not written at all: scales of what is dequantized."""
-        return self._to_dense and tensor in self._weight_of
+        """Whether a tensor is not written at all: scales of what is dequantized, and of its activations."""
+        return tensor in self._dropped
 
     def folded(self, piece: TargetPiece, device: torch.device) -> torch.Tensor | None:
         """What is written for a tensor, or for some matrices of a stack, on the CPU; None for nothing.
@@ -158,14 +162,19 @@ class DenseWeights:
             device: where the arithmetic runs; it must have float64.
         """
         name = piece.entry.name
+        if name in self._dropped:
+            return None
         if name in self._weight_of:
-            return None if self._to_dense else self._fresh_scales(self._weight_of[name], device)
+            return self._fresh_scales(self._weight_of[name], device)
         if name not in self._quantized:
             return self._dense(piece.tensor, piece.entry, piece.first, device)
         scaled = self._quantized[name]
         weight = self._dense(self._dequantizer.weight(piece.tensor, piece.first, scaled), piece.entry, piece.first, device)
         if self._to_dense:
-            return weight.to(torch.bfloat16)
+            dense = weight.to(torch.bfloat16)
+            if not all_finite(dense):
+                raise WeightError(f"{name!r} is beyond the range of bfloat16", hint="fold without --dequantize")
+            return dense
         scales = self._fresh_scales(name, device)
         result = quantize(weight, scales[piece.first : piece.first + len(weight)] if weight.ndim == 3 else scales, scaled.block)
         if weight.ndim == 3:  # a stack: matrices whose scales are all 1 keep their bytes
@@ -204,7 +213,7 @@ class DenseWeights:
                 continue
             stored = reader.read(entry, first, 1) if stack else reader.read(entry)
             weight = self._dense(self._dequantizer.weight(stored, first, scaled), entry, first, device)
-            where = slice(first, first + 1) if stack and scaled.block else slice(None)
+            where = slice(first, first + 1) if stack else ...
             fresh[where] = block_scales(weight, scaled.block, old[where])
         with self._one:
             self._fresh[tensor] = fresh

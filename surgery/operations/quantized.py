@@ -56,8 +56,7 @@ class Dequantizer:
     def scales(self, scaled: Scaled, first: int = 0, count: int | None = None) -> torch.Tensor:
         """The scales of a weight, or of ``count`` matrices of a stack."""
         reader, entries = self.reader(scaled.shard)
-        entry = entries[scaled.scale]
-        return reader.read(entry, first, count if len(entry.shape) > 2 else None)
+        return reader.read(entries[scaled.scale], first, count)
 
     def weight(self, tensor: torch.Tensor, first: int, scaled: Scaled | None) -> torch.Tensor:
         """A weight, or some matrices of a stack from ``first`` on, float32 if it is FP8, else as it is."""
