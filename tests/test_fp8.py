@@ -1,4 +1,4 @@
-"""FP8 checkpoints with block scales, against torch's arithmetic and transformers' own dequantization."""
+"""FP8 checkpoints with scales by block and by matrix, against torch's arithmetic and transformers' own dequantization."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def times_power_of_two(x: torch.Tensor, exponent: int) -> torch.Tensor:
     with one_thread():  # as exact_arithmetic asks for
         while exponent > most:
             x, exponent = x * 2.0**most, exponent - most
-        # Should a step round, at least all digits go in the next one: what is left is 0 either way.
+        # A step that has to round is followed by one that takes away all digits: what is left is zero either way.
         while exponent < 1 - most:
             x, exponent = x * 2.0 ** (1 - most + digits), exponent - (1 - most + digits)
         return x * 2.0**exponent
