@@ -191,7 +191,7 @@ def factorize(
         )
         with (
             uploading(push_to_hub, progress, private=private) as upload,
-            locked(out, [folder] if (folder := source.folder()) else [], progress),
+            locked(out, source.folders(), progress),
         ):
             if (out / MANIFEST_FILE).is_file() and not overwrite:
                 manifest = _finished(out, source, steps, options, progress)
