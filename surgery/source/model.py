@@ -260,24 +260,35 @@ def read_config(source: Source) -> dict[str, Any]:
     return read_json_object(source.fetch(CONFIG_FILE), f"{source.name}/{CONFIG_FILE}")
 
 
-def check_index(source: Source, headers: dict[str, Header]) -> None:
-    """Refuse an index that maps a tensor to a shard without it.
+def check_index(source: Source, headers: dict[str, Header]) -> list[str]:
+    """What a user should know of an index that says something else than the shards; loaders believe the shards.
 
     Raises:
-        FormatError: naming the tensor and the shard.
+        FormatError: it is the index of another model.
     """
     index = source.selection.index
     if index is None:
-        return
+        return []
     where = f"{source.name}/{index}"
+    entries = index_entries(read_text(source.fetch(index), where), where)
     names = {shard: {entry.name for entry in header.tensors} for shard, header in headers.items()}
-    for tensor, shard in index_entries(read_text(source.fetch(index), where), where).items():
-        if tensor not in names[shard]:
-            raise FormatError(
-                f"{where}: {tensor!r} is not in the shard it is mapped to",
-                got=shard,
-                hint="index and shards are from different versions of the model: fetch it again",
-            )
+    there = set[str]().union(*names.values())
+    if not there & entries.keys():
+        raise FormatError(
+            f"{where} names none of the tensors that its shards hold",
+            got=repr(next(iter(entries))),
+            hint="index and shards are from different models: fetch them again",
+        )
+    absent = [tensor for tensor in entries if tensor not in there]
+    moved = [tensor for tensor, shard in entries.items() if tensor in there and tensor not in names[shard]]
+    return [
+        f"{index} {what}: {len(tensors)}, the first {tensors[0]}"
+        for what, tensors in (
+            ("names tensors that no shard holds", absent),
+            ("names another shard than the tensor is in", moved),
+        )
+        if tensors
+    ]
 
 
 def read_text(path: Path, where: str) -> str:
