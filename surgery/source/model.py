@@ -109,8 +109,7 @@ class FolderSource(Stays):
             self._names, lambda file: read_text(self._copied(file), f"{self.name}/{file}"), where=self.name
         )
         for file in self.selection.others:
-            with reading(root / file, f"{self.name}/{file}"):
-                check_regular(self._copied(file), f"{self.name}/{file}")
+            check_regular(self._copied(file), f"{self.name}/{file}")
         for file in self.selection.shards:
             self._real(file)  # weights are only read: they may lie anywhere
 
@@ -122,7 +121,7 @@ class FolderSource(Stays):
             if real in {parent.resolve() for parent in path.parents}:
                 raise SourceError(f"{self.name}/{folder} is a link to a folder that it lies in", got=str(real))
         with reading(path, f"{self.name}/{folder}"):
-            return sorted(entry.name + ("/" if entry.is_dir() else "") for entry in os.scandir(path))
+            return sorted(entry.name + ("/" if entry.is_dir() else "") for entry in path.iterdir())
 
     def _real(self, file: str) -> Path:
         """Where a file is, whatever links lead to it."""
@@ -143,7 +142,7 @@ class FolderSource(Stays):
         """
         real = self._real(file)
         within = self._within.resolve()
-        if self.record.kind == "folder" and within not in (real, *real.parents) and not _in_hub_cache(real):
+        if self.record.kind == "folder" and within not in (real, *real.parents) and _hub_cache(real) is None:
             raise SourceError(
                 f"{self.name}/{file} is a link that leaves the model's folder",
                 got=str(real),
@@ -167,8 +166,8 @@ class FolderSource(Stays):
     def folders(self) -> list[Path]:
         if self.record.kind != "folder":  # of a snapshot in the hub's cache the whole repository
             return [self._within.parent.parent]
-        files = (*self.selection.shards, *self.selection.others)
-        return [self._within, *sorted({self._real(file).parent for file in files} - {self._root.resolve()})]
+        files = [self._real(file) for file in (*self.selection.shards, *self.selection.others)]
+        return [self._within, *sorted({_hub_cache(file) or file.parent for file in files} - {self._root.resolve()})]
 
     def stamps(self) -> dict[str, list[int]]:
         if self.record.kind != "folder":
@@ -239,12 +238,16 @@ def _open_folder(path: Path, name: str, subfolder: str | None) -> FolderSource:
     return FolderSource(inside, name=f"{name}/{subfolder}", record=SourceRecord("folder", None, None, subfolder), within=path)
 
 
-def _in_hub_cache(path: Path) -> bool:
-    """Whether a file is one that the hub's client keeps for a model, or shares between several."""
-    return any(
-        folder.parent.name.startswith("models--") or (folder / ".huggingface-shared-blobs").exists()
-        for folder in path.parents
-        if folder.name in ("blobs", "snapshots")
+def _hub_cache(path: Path) -> Path | None:
+    """The folder in which the hub's client keeps a file for a model, or shares it between several; None for other files."""
+    return next(
+        (
+            folder.parent
+            for folder in path.parents
+            if folder.name in ("blobs", "snapshots")
+            and (folder.parent.name.startswith("models--") or (folder / ".huggingface-shared-blobs").exists())
+        ),
+        None,
     )
 
 
