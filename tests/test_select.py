@@ -85,7 +85,7 @@ def test_a_variant_beside_the_plain_weights_is_told() -> None:
     for plain, index in ((["model.safetensors"], []), (_numbered(1, 2, of=2), ["model.safetensors.index.json"])):
         found = _select(*plain, *index, *variant, "model.safetensors.index.fp16.json", index=_index(*plain))
         assert found.shards == tuple(plain)
-        assert {found.left_out[name] for name in variant} == {"a variant of the weights that are taken"}
+        assert {found.left_out[name] for name in variant} == {"a variant of the weights"}
         assert variant[0] in found.notes[0]
         assert "model.safetensors.index.fp16.json" in found.left_out
 
@@ -180,7 +180,7 @@ def test_what_stays_behind() -> None:
         ".git/": "hidden",
         ".env": "hidden",
         "original/": "the publisher's own copy of the weights",
-        "onnx/": "nothing that loads the model looks for it",
+        "onnx/": "no loader looks for it",
         "checkpoint-100/": "left by a training run",
         "wandb/": "left by a training run",
         "runs/": "left by a training run",
@@ -191,13 +191,13 @@ def test_what_stays_behind() -> None:
         "config.json.bak": "an unfinished file or a spare copy",
         "tokenizer.json.partial": "an unfinished file or a spare copy",
         "vocab.bak": "an unfinished file or a spare copy",
-        "train.parquet": "nothing that loads the model looks for it",
-        "data.jsonl": "nothing that loads the model looks for it",
-        "notes.txt": "nothing that loads the model looks for it",
-        "secrets.json": "nothing that loads the model looks for it",
-        "logo.png": "nothing that loads the model looks for it",
-        "unet/": "nothing that loads the model looks for it",
-        "surgery/": "nothing that loads the model looks for it",
+        "train.parquet": "no loader looks for it",
+        "data.jsonl": "no loader looks for it",
+        "notes.txt": "no loader looks for it",
+        "secrets.json": "no loader looks for it",
+        "logo.png": "no loader looks for it",
+        "unet/": "no loader looks for it",
+        "surgery/": "no loader looks for it",
     }
     inside = {
         "original/": "consolidated.safetensors",
@@ -250,10 +250,17 @@ def test_an_adapter_beside_the_weights() -> None:
     ):
         found = _select("config.json", "model.safetensors", *pair)
         assert (found.shards, found.others) == (("model.safetensors",), ("config.json",))
-        assert found.left_out == dict.fromkeys(sorted(pair), "an adapter, no part of the model")
+        assert found.left_out == dict.fromkeys(sorted(pair), "an adapter")
         assert "adapter" in found.notes[0]
         with pytest.raises(SourceError, match="holds an adapter and no safetensors weights"):
             _select("config.json", *pair)
+    assert _select("model.safetensors", "adapter_layers.py").others == ("adapter_layers.py",)
+
+
+def test_weights_that_are_called_as_what_a_run_leaves() -> None:
+    names = _numbered(1, 2, of=2, stem="checkpoint")
+    assert _select(*names).shards == tuple(names)
+    assert _select("checkpoint-best.safetensors").shards == ("checkpoint-best.safetensors",)
 
 
 def test_what_every_tokenizer_and_processor_of_transformers_looks_for() -> None:
@@ -348,6 +355,8 @@ def test_a_folder_of_the_models_own_where_ours_is() -> None:
     for name in ("manifest.json", "scales.safetensors", "factors-00001-of-00002.safetensors.partial"):
         with pytest.raises(SourceError, match="m is itself a factorized checkpoint"):
             _select("model.safetensors", f"surgery/{name}")
+    with pytest.raises(SourceError, match="m is an unfinished result"):
+        _select("model.safetensors", "surgery/factors-00001-of-00002.safetensors", ".surgery/run.json")
 
 
 @pytest.mark.parametrize(

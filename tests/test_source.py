@@ -428,7 +428,7 @@ def test_a_folder_of_that_name_in_the_source(name: str, model: Path, tmp_path: P
     (model / "surgery" / name).write_text("")
     factorized, back = _there_and_back(model, tmp_path)
     assert surgery.Manifest.read(factorized).left_out == [
-        surgery.format.manifest.LeftOutRecord("surgery/", "nothing that loads the model looks for it")
+        surgery.format.manifest.LeftOutRecord("surgery/", "no loader looks for it")
     ]
     assert files_of(back) == truth
 

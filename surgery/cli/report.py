@@ -128,7 +128,7 @@ def plan_text(steps: Plan, seconds: float, *, every: bool) -> str:
 
 def _few(files: list[str]) -> str:
     """As many names as a line of a table has room for."""
-    count = next((count for count in range(min(len(files), 8), 1, -1) if len(", ".join(files[:count])) <= 40), 1)
+    count = next((count for count in range(min(len(files), 8), 1, -1) if len(", ".join(files[:count])) <= 32), 1)
     return ", ".join(files[:count]) + (" ..." if count < len(files) else "")
 
 

@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 
 from surgery.errors import FormatError, SourceError, SurgeryError
 from surgery.format.files import check_relative_path
-from surgery.names import CONFIG_FILE, OUR_FILES, RESERVED_SUFFIX, SURGERY_DIR, is_reserved
+from surgery.names import CONFIG_FILE, JOURNAL_DIR, OUR_FILES, RESERVED_SUFFIX, RUN_FILE, SURGERY_DIR, is_reserved
 from surgery.source.shards import SUFFIX, choose_shards, is_index
 
 #: Weights in other formats. None of them is ever opened.
@@ -23,7 +23,6 @@ OTHER_WEIGHTS = (
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 #: Small arrays that code of a model may read beside its weights.
 _ARRAYS = (".npz", ".npy")
-_ADAPTER = ("adapter_", "adapters.", "pytorch_lora_weights")
 _MODULES_FILE = "modules.json"
 _PIPELINE_FILE = "model_index.json"
 
@@ -51,17 +50,22 @@ _CARD = re.compile(
     r"([^/]*\.(md|txt|rst|html?|pdf|cff)|[^/.]*(\d[\d.]*)?)",
     re.IGNORECASE,
 )
+_ADAPTER = _names(
+    "adapter_config.json", "adapter_*.safetensors", "adapter_*.bin", "adapter_*.index.json", "*adapters.safetensors",
+    "*adapters.npz", "pytorch_lora_weights.*",
+)  # fmt: skip
 #: Folders that loaders look into, and for what.
 _KNOWN_FOLDERS = {"additional_chat_templates": _names("*.jinja"), "custom_generate": _names("*.py", "requirements.txt")}
 _OF_A_RUN = _names(
     "training_args.*", "trainer_state.json", "optimizer*.bin", "optimizer*.pt", "optimizer*.pth", "optimizer*.safetensors",
     "scheduler.pt", "scheduler.bin", "scaler.pt", "rng_state*", "random_states_*", "events.out.tfevents.*", "*_results.json",
-    "*.distcp", "zero_to_fp32.py", "*.log", "checkpoint-*", "global_step*", "wandb", "runs", "logs", "mlruns", "lightning_logs",
+    "*.distcp", "zero_to_fp32.py", "*.log", "checkpoint-*[0-9]", "global_step*[0-9]", "wandb", "runs", "logs", "mlruns",
+    "lightning_logs",
 )  # fmt: skip
 _LEFTOVERS = (RESERVED_SUFFIX, ".incomplete", ".tmp", ".bak", ".orig", ".old", ".swp", ".lock", "~")
 _OTHER_FORMAT = "weights in another format"
 _CONVERT = "AutoModel.from_pretrained(MODEL).save_pretrained(FOLDER) writes safetensors"
-_UNREAD = "nothing that loads the model looks for it"
+_UNREAD = "no loader looks for it"
 _QUOTED = re.compile(r"""\"([^"\n\\]*)\"|'([^'\n\\]*)'""")
 _IMPORT = re.compile(r"^\s*(?:from\s+\.+([\w.]*)\s+import\s+(\([^)]*\)|[^\n]*)|import\s+\.([\w.]+))", re.MULTILINE)
 
@@ -92,7 +96,7 @@ def listing_of(names: Iterable[str]) -> Listing:
     """The listing of a model whose files are all known by name."""
     folders: dict[str, set[str]] = {"": set()}
     for name in names:
-        parts = PurePosixPath(name).parts
+        parts = name.split("/")
         for depth in range(len(parts)):
             slash = "/" if depth + 1 < len(parts) else ""
             folders.setdefault("/".join(parts[:depth]), set()).add(parts[depth] + slash)
@@ -144,9 +148,9 @@ class _Selector:
         adapter: list[str] = []
         unknown: list[str] = []
         for name in self._files:
-            if name.startswith(_ADAPTER):
+            if _ADAPTER.fullmatch(name):
                 adapter.append(name)
-                self._left_out[name] = "an adapter, no part of the model"
+                self._left_out[name] = "an adapter"
             elif (reason := _stays(name)) is not None:
                 self._left_out[name] = reason
             elif name.endswith(SUFFIX):
@@ -193,10 +197,19 @@ class _Selector:
             return ""
 
     def _refuse_our_own(self) -> None:
-        inside = self._names(SURGERY_DIR) if SURGERY_DIR in self._folders else []
-        if any(OUR_FILES.fullmatch(f"{SURGERY_DIR}/{name}") for name in inside):
+        inside = [
+            f"{folder}/{name}"
+            for folder in (SURGERY_DIR, JOURNAL_DIR)
+            if folder in self._folders
+            for name in self._peek(folder)
+        ]
+        if RUN_FILE in inside:
             raise SourceError(
-                f"{self._where} is itself a factorized checkpoint, finished or not",
+                f"{self._where} is an unfinished result", hint="repeat the command that writes it, or give another model"
+            )
+        if any(map(OUR_FILES.fullmatch, inside)):
+            raise SourceError(
+                f"{self._where} is itself a factorized checkpoint",
                 hint="fold it first, or give the original model",
             )
 
@@ -265,7 +278,7 @@ class _Selector:
 
     def _take_module(self, folder: str) -> None:
         files = list(self._walk(folder))
-        with_weights = {PurePosixPath(file).parent for file in files if file.endswith(".safetensors")}
+        with_weights = {PurePosixPath(file).parent for file in files if file.endswith(SUFFIX)}
         for file in files:
             path = PurePosixPath(file)
             # A module whose only weights are a pickle is nothing without it; it is copied, not opened.
@@ -326,7 +339,7 @@ class _Selector:
         raise SourceError(
             f"{self._where} is a pipeline of several models ({_PIPELINE_FILE}), which lie in its subfolders",
             got=(", ".join(folders) or "no subfolder with safetensors weights")
-            + (f"; and at the top, of the whole pipeline, {_few(weights)}" if weights else ""),
+            + (f"; and at the top {_few(weights)}" if weights else ""),
             expected="one model",
             hint=f"take one of them: --subfolder {_likely(folders)}" if folders else "give the folder of one model",
         )

@@ -176,7 +176,7 @@ def _reason(name: str, shards: Sequence[str], index: str | None) -> str:
     taken = {one.stem for one in _sets(shards)}
     stem = _stem_of_index(name) if is_index(name) else _sets([name])[0].stem
     if any(stem.startswith(f"{other}.") for other in taken):
-        return "a variant of the weights that are taken"
+        return "a variant of the weights"
     return f"not among the weights that {index or shards[0]} stands for" if shards else "not read"
 
 
