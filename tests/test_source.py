@@ -106,6 +106,19 @@ def test_holes_in_the_numbering_of_layers(gone: tuple[int, ...], said: str, tmp_
     assert [said in note for note in notes] == ([True] if gone else [])
 
 
+def test_holes_in_other_lists(tmp_path: Path) -> None:
+    for names, said in (
+        (("layers.0.w.weight", "layers.2.w.weight"), "there is no layers.1"),
+        (("h.1.attn.weight", "h.2.attn.weight"), "there is no h.0"),
+        (("x.layers.0.e.experts.0.up.weight", "x.layers.0.e.experts.0.down.weight", "x.layers.0.e.experts.5.up.weight",
+          "x.layers.0.e.experts.5.down.weight"), "there is no x.layers.0.e.experts.1, nor 3 others"),
+        (("layers.0.w.weight", "layers.999999999.w.weight"), "nor 999999997 others"),
+    ):  # fmt: skip
+        save_file({name: torch.randn(4, 4) for name in names}, tmp_path / "model.safetensors")
+        (note,) = surgery.plan(tmp_path, rank=2, include=["*"]).notes
+        assert said in note
+
+
 def test_numbers_without_weights_are_no_holes(tmp_path: Path) -> None:
     """An activation between layers has a number and no weight."""
     save_file(

@@ -9,6 +9,7 @@ from typing import Any
 #: Where configs say how many layers a model has, and under which key the part of a larger model does.
 _COUNTS = ("num_hidden_layers", "n_layer")
 _TEXT_PARTS = ("text_config", "language_config", "llm_config")
+_LISTS_OF_LAYERS = ("layers", "layer", "h", "blocks", "block")
 
 
 def numbering_notes(names: Iterable[str], config: Mapping[str, Any]) -> list[str]:
@@ -19,7 +20,7 @@ def numbering_notes(names: Iterable[str], config: Mapping[str, Any]) -> list[str
         config: of the model.
     """
     lists = _numbered(names)
-    holes = [(prefix, *hole) for prefix, items in lists.items() if (hole := _hole(items)) is not None]
+    holes = [(prefix, *hole) for prefix, items in lists.items() if (hole := _hole(prefix, items)) is not None]
     notes = []
     if holes:
         prefix, first, count, last = holes[0]
@@ -29,7 +30,7 @@ def numbering_notes(names: Iterable[str], config: Mapping[str, Any]) -> list[str
             + (f", nor {count - 1} others" if count > 1 else "")
             + (f"; {len(holes) - 1} more such lists" if len(holes) > 1 else "")
         )
-    length = max((max(items) + 1 for items in lists.values() if all(map(_is_block, items.values()))), default=0)
+    length = max((max(items) + 1 for items in lists.values() if len(set.union(*items.values())) > 1), default=0)
     told = _layers_of(config)
     if 0 < length < told:
         notes.append(f"the config speaks of {told} layers, and no list of layers among the weights is longer than {length}")
@@ -48,23 +49,20 @@ def _numbered(names: Iterable[str]) -> dict[str, dict[int, set[str]]]:
     return lists
 
 
-def _hole(items: Mapping[int, set[str]]) -> tuple[int, int, int] | None:
-    """The first number that is missing, how many are, and the last one that is there. Lists of unlike things, such as a
-    sequence of convolutions and activations, have numbers without weights."""
+def _hole(prefix: str, items: Mapping[int, set[str]]) -> tuple[int, int, int] | None:
+    """The first number that is missing, how many are, and the last one that is there.
+
+    Only between things that are alike: a sequence of convolutions and activations has numbers without weights.
+    """
     numbers = sorted(items)
-    gaps = [(before + 1, after - before - 1) for before, after in pairwise(numbers) if _alike(items[before], items[after])]
-    if len(numbers) > 1 and _alike(items[numbers[0]], items[numbers[1]]):
-        gaps.insert(0, (0, numbers[0]))
-    gaps = [gap for gap in gaps if gap[1] > 0]
+    one_kind = prefix.rpartition(".")[2] in _LISTS_OF_LAYERS and all(modules == items[numbers[0]] for modules in items.values())
+    least = 1 if one_kind else 2
+    gaps = [
+        (before + 1, after - before - 1)
+        for before, after in pairwise((-1, *numbers))
+        if after - before > 1 and len((items[after] & items.get(before, items[after])) - {""}) >= least
+    ]
     return (gaps[0][0], sum(count for _, count in gaps), numbers[-1]) if gaps else None
-
-
-def _is_block(modules: set[str]) -> bool:
-    return len(modules - {""}) > 1
-
-
-def _alike(one: set[str], other: set[str]) -> bool:
-    return _is_block(one & other)
 
 
 def _layers_of(config: Mapping[str, Any]) -> int:

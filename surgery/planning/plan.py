@@ -80,7 +80,7 @@ class Plan:
 def make_plan(
     source: Source, choice: Choice, layout: Layout | None = None, resources: Resources | None = None, *, correction: bool = True
 ) -> Plan:
-    """Plan a factorization without reading a weight; without ``resources`` for one core.
+    """Plan a factorization without reading weights, but those that are in several files; without ``resources`` for one core.
 
     Without a layout it is the residual one, or the overlay where a target is quantized.
 

@@ -140,7 +140,7 @@ def _named_by(index: str, text: str, weights: Sequence[str], where: str) -> list
             raise FormatError(
                 f"{where}/{index} names a shard that is not there",
                 got=repr(name)[:200],
-                expected=f"one of {len(weights)} safetensors files",
+                expected=f"one of the {len(weights)} safetensors files beside it",
                 hint="the model is incomplete: fetch the missing file",
             )
     return named
