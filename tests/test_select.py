@@ -114,6 +114,15 @@ def test_a_numbered_file_that_is_missing(names: list[str], missing: str, indexed
         _select(*names, *indexes, index=_index(*names))
 
 
+def test_numbers_without_a_count() -> None:
+    for names in (["part-0.safetensors", "part-1.safetensors"], ["weights.00.safetensors", "weights.01.safetensors"]):
+        assert _select(*names).shards == tuple(names)
+    with pytest.raises(FormatError, match=r"lacks the weight file part-01\.safetensors"):
+        _select("part-00.safetensors", "part-02.safetensors")
+    names = ["part-00.safetensors", "part-02.safetensors"]  # an index knows better
+    assert _select(*names, "model.safetensors.index.json", index=_index(*names)).shards == tuple(names)
+
+
 def test_numbers_from_0_and_numbers_of_what_is_not_read() -> None:
     assert len(_select(*_numbered(0, 1, 2, of=3)).shards) == 3
     assert _select("model.safetensors", *_numbered(1, 3, of=3)).shards == ("model.safetensors",)
@@ -139,6 +148,7 @@ def test_an_index_that_names_too_few() -> None:
         [*_numbered(1, 2, of=2, stem="model.fp16"), *_numbered(1, 2, of=2, stem="model.bf16")],
         [*_numbered(1, 2, of=2), *_numbered(1, 2, 3, of=3)],
         ["sd_xl_base_1.0.safetensors", "sd_xl_base_1.0_0.9vae.safetensors"],
+        ["a-1.safetensors", "a_1.safetensors", "a-01.safetensors"],
         ["a.safetensors", "a.safetensors.index.json", "b.safetensors.index.json"],
         ["model.fp16-1.safetensors", "model.safetensors.index.fp16.json", "model.bf16.safetensors"],
     ],

@@ -17,7 +17,10 @@ CONSOLIDATED = "consolidated"
 SUFFIX = ".safetensors"
 
 _INDEX = re.compile(r"(?P<stem>[^/]+)\.safetensors\.index(?P<variant>\.[^./]+)?\.json")
-_NUMBERED = re.compile(r"(?P<stem>.+)-(?P<number>\d{1,12})-of-(?P<count>\d{1,12})(?P<variant>\.[^./-]+)?\.safetensors")
+_NUMBERED = re.compile(
+    r"(?P<stem>.+)-(?P<number>\d{1,12})-of-(?P<count>\d{1,12})(?P<variant>\.[^./-]+)?\.safetensors"
+    r"|(?P<parts>.+)[-_.](?P<part>\d{1,12})\.safetensors"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,14 @@ class Chosen:
 
 @dataclass(slots=True)
 class _Set:
-    """Weight files that belong together by their names: ``stem.safetensors``, or ``stem-00001-of-0000N.safetensors``."""
+    """Weight files that belong together by their names: ``stem.safetensors``, ``stem-00001-of-0000N.safetensors``, or
+    ``stem-1.safetensors`` and so on.
+
+    Attributes:
+        stem: as above.
+        count: how many there are to be, by their names; 0 if they have numbers and do not say, None without numbers.
+        files: by number.
+    """
 
     stem: str
     count: int | None
@@ -47,7 +57,11 @@ class _Set:
 
     @property
     def label(self) -> str:
-        return next(iter(self.files.values())) if len(self.files) == 1 else f"{self.stem}-*-of-{self.count}{SUFFIX}"
+        return (
+            next(iter(self.files.values()))
+            if len(self.files) == 1
+            else f"{self.stem}-*{f'-of-{self.count}' if self.count else ''}{SUFFIX}"
+        )
 
 
 def is_index(name: str) -> bool:
@@ -73,7 +87,7 @@ def choose_shards(
     """
     shards, index = _choose(weights, indexes, named, read_text, where)
     if shards:
-        _check_numbers(shards, weights, where)
+        _check_numbers(shards, weights, index, where)
     left_out = {name: _reason(name, shards, index) for name in (*weights, *indexes) if name not in shards and name != index}
     unread = tuple(name for name in weights if name in left_out and not name.startswith(CONSOLIDATED))
     return Chosen(tuple(shards), index, left_out, unread)
@@ -121,10 +135,17 @@ def _choose(
 def _sets(weights: Iterable[str]) -> list[_Set]:
     sets: dict[tuple[str, int | None], _Set] = {}
     for name in weights:
-        numbered = _NUMBERED.fullmatch(name)
-        stem = numbered["stem"] + (numbered["variant"] or "") if numbered else name.removesuffix(SUFFIX)
-        count = int(numbered["count"]) if numbered else None
-        sets.setdefault((stem, count), _Set(stem, count)).files[int(numbered["number"]) if numbered else 0] = name
+        match = _NUMBERED.fullmatch(name)
+        if match is None:
+            stem, count, number = name.removesuffix(SUFFIX), None, 0
+        elif match["number"] is None:
+            stem, count, number = match["parts"], 0, int(match["part"])
+        else:
+            stem, count, number = match["stem"] + (match["variant"] or ""), int(match["count"]), int(match["number"])
+        one = sets.setdefault((stem, count), _Set(stem, count))
+        if number in one.files:  # a_1 beside a-1: no two of one model
+            one = sets[name, None] = _Set(name.removesuffix(SUFFIX), None)
+        one.files[number] = name
     return list(sets.values())
 
 
@@ -146,18 +167,22 @@ def _named_by(index: str, text: str, weights: Sequence[str], where: str) -> list
     return named
 
 
-def _check_numbers(shards: Sequence[str], weights: Sequence[str], where: str) -> None:
-    """Refuse a model that lacks one of its numbered files, whether or not an index names it."""
+def _check_numbers(shards: Sequence[str], weights: Sequence[str], index: str | None, where: str) -> None:
+    """Refuse a model that lacks one of its numbered files, whether or not an index names it.
+
+    Without an index also one between others that do not say how many they are.
+    """
     for one in _sets(weights):
-        if one.count is None or not {*one.files.values()} & {*shards}:
+        if one.count is None or (one.count == 0 and index is not None) or not {*one.files.values()} & {*shards}:
             continue
-        first = 0 if 0 in one.files else 1
-        missing = next((number for number in range(first, first + one.count) if number not in one.files), None)
+        first = min(one.files) if one.count == 0 else 0 if 0 in one.files else 1
+        count = one.count or max(one.files) + 1 - first
+        missing = next((number for number in range(first, first + count) if number not in one.files), None)
         if missing is not None:
             raise FormatError(
                 f"{where} lacks the weight file {_with_number(next(iter(one.files.values())), missing)}",
-                got=f"{len(one.files)} of {one.count} numbered files",
-                expected=f"all {one.count}",
+                got=f"{len(one.files)} of {count} numbered files",
+                expected=f"all {count}",
                 hint="the model is incomplete: fetch the missing file",
             )
 
@@ -167,7 +192,8 @@ def _with_number(name: str, number: int) -> str:
     match = _NUMBERED.fullmatch(name)
     if match is None:
         return name
-    return f"{name[: match.start('number')]}{number:0{len(match['number'])}d}{name[match.end('number') :]}"
+    start, end = match.span("part" if match["number"] is None else "number")
+    return f"{name[:start]}{number:0{end - start}d}{name[end:]}"
 
 
 def _reason(name: str, shards: Sequence[str], index: str | None) -> str:
