@@ -58,7 +58,18 @@ def test_factorize_fold_inspect(llama: Path, tmp_path: Path) -> None:
 def test_json_is_all_there_is_on_stdout(llama: Path, tmp_path: Path) -> None:
     plan = json.loads(_run("factorize", llama, "--rank", 4, "--dry-run", "--json").stdout)
     assert plan["schema_version"] == 1
-    assert plan["targets"][0].keys() == {"tensor", "slice", "shard", "dtype", "shape", "view", "matrices", "rank", "energy"}
+    assert plan["targets"][0].keys() == {
+        "tensor",
+        "slice",
+        "shard",
+        "dtype",
+        "shape",
+        "view",
+        "matrices",
+        "rank",
+        "energy",
+        "aliases",
+    }
     assert plan["skipped"][0].keys() == {"tensor", "shard", "reason"}
     assert plan["trainable"] == 56
     assert {"bytes_read", "bytes_written", "peak_memory_bytes"} <= plan.keys()

@@ -184,6 +184,19 @@ def test_the_same_tensor_in_several_shards(name: str, indexed: bool, model: Path
         _plan(model)
 
 
+def test_what_is_tied_to_a_tensor_in_several_shards(tmp_path: Path) -> None:
+    """Is no target either: one parameter could not be edited in all its places."""
+    model = save_llama(tmp_path / "m", torch.bfloat16, tie_word_embeddings=True)
+    shards = sorted(model.glob("*.safetensors"))
+    embedding = tensors_of(model)["model.embed_tokens.weight"]
+    for path in shards[:2]:
+        _edit_shard(path, lambda tensors: tensors.update({"model.embed_tokens.weight": embedding}))
+    _edit_shard(shards[2], lambda tensors: tensors.update({"lm_head.weight": embedding}))
+    manifest = surgery.factorize(model, tmp_path / "f", rank=4, include=["lm_head.weight", "*q_proj*"])
+    assert {target.tensor.split(".")[-2] for target in manifest.targets} == {"q_proj"}
+    assert "lm_head.weight" in {item.tensor for item in manifest.skipped}
+
+
 def test_metadata_that_is_null(model: Path, tmp_path: Path) -> None:
     tensors = {}
     for path in sorted(model.glob("*.safetensors")):

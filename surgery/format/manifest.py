@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -53,6 +53,14 @@ class CertificateRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Alias:
+    """Another tensor that holds a target's parameter once more: the same bytes, and the model ties the two."""
+
+    tensor: str
+    shard: str
+
+
+@dataclass(frozen=True, slots=True)
 class TargetRecord:
     """A factorized tensor, or a slice of one, seen as a batch of matrices.
 
@@ -70,6 +78,7 @@ class TargetRecord:
         inexact: share of the entries that residual and factors alone do not give back; None in the overlay layout.
         factors_sha256: of the bytes of U, s and V, in this order, of the matrices one after the other.
         certificates: of the SVD of each matrix.
+        aliases: the tensors that are edited together with it.
     """
 
     tensor: str
@@ -87,6 +96,12 @@ class TargetRecord:
     inexact: float | None
     factors_sha256: str
     certificates: list[CertificateRecord]
+    aliases: list[Alias] = field(default_factory=list)
+
+    @property
+    def tensors(self) -> list[str]:
+        """Its tensor and the aliases of it."""
+        return [self.tensor, *(alias.tensor for alias in self.aliases)]
 
     @property
     def key(self) -> str:
@@ -269,6 +284,7 @@ class Manifest:
             raise FormatError(f"{where}: {key!r} is there twice")
         _check_shards(manifest, where)
         _check_slices(manifest.targets, where)
+        _check_aliases(manifest, where)
         return manifest
 
     @property
@@ -342,6 +358,21 @@ def _check_slices(targets: list[TargetRecord], where: str) -> None:
             raise FormatError(f"{where}: the targets of {tensor!r} contradict each other")
 
 
+def _check_aliases(manifest: Manifest, where: str) -> None:
+    """No tensor is edited for two targets, and all slices of a tensor have the same aliases."""
+    shards = {shard.source.file for shard in manifest.shards}
+    owners: dict[str, TargetRecord] = {}
+    for target in manifest.targets:
+        for tensor in target.tensors:
+            owner = owners.setdefault(tensor, target)
+            if (owner.tensor, owner.aliases) != (target.tensor, target.aliases):
+                raise FormatError(f"{where}: {tensor!r} belongs to two targets", got=f"{owner.key} and {target.key}")
+        if len(set(target.tensors)) < len(target.tensors) or any(alias.shard not in shards for alias in target.aliases):
+            raise FormatError(f"{where}: the aliases of {target.key!r} make no sense")
+    if passed := sorted({skipped.tensor for skipped in manifest.skipped} & owners.keys()):
+        raise FormatError(f"{where}: {passed[0]!r} is both a target and passed over")
+
+
 def decode_file(value: Any, where: str) -> FileRecord | None:
     """A file's record, or its absence, as the journal of a fold keeps it: ``{"file": ...}``.
 
@@ -360,14 +391,14 @@ def fingerprint_of(targets: list[TargetRecord]) -> str:
 
 
 def _decode(kind: type[_T], value: Any, where: str) -> _T:
-    """A dataclass from JSON, every field present and of its type."""
+    """A dataclass from JSON, every field of its type, and present unless it has a default."""
     if not isinstance(value, dict):
         raise FormatError(f"{where}: expected an object", got=type(value).__name__)
-    fields = {field.name: str(field.type) for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    if value.keys() != fields.keys():
-        odd = sorted(value.keys() ^ fields.keys())
+    fields = {part.name: part for part in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    needed = {name for name, part in fields.items() if part.default_factory is dataclasses.MISSING}
+    if odd := sorted(value.keys() - fields.keys() | needed - value.keys()):
         raise FormatError(f"{where}: missing or unknown entries", got=", ".join(map(repr, odd[:5])))
-    return kind(**{name: _decode_field(annotation, value[name], f"{where}: {name}") for name, annotation in fields.items()})
+    return kind(**{name: _decode_field(str(fields[name].type), value[name], f"{where}: {name}") for name in value})
 
 
 def _decode_field(annotation: str, value: Any, where: str) -> Any:

@@ -30,6 +30,7 @@ from surgery.names import DTYPE_BITS
 from surgery.timing import timed
 
 MAX_HEADER_BYTES = 100_000_000
+_COMPARED_BYTES = 4 << 20
 TORCH_DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -299,6 +300,22 @@ class ShardReader:
             return torch.empty(count, dtype=torch.uint8)
         except RuntimeError as error:
             raise FormatError(f"{self.name}: a tensor of {count} bytes does not fit into memory") from error
+
+
+def same_bytes(one: ShardReader, entry: TensorEntry, other: ShardReader, other_entry: TensorEntry) -> bool:
+    """Whether two tensors hold the same bytes; a few megabytes of each are held at a time."""
+    if entry.nbytes != other_entry.nbytes:
+        return False
+    for done in range(0, entry.nbytes, _COMPARED_BYTES):
+        count = min(_COMPARED_BYTES, entry.nbytes - done)
+        parts = []
+        for reader, start in ((one, entry.start), (other, other_entry.start)):
+            part = bytes_of(reader.empty(count))
+            reader.read_into(part, start + done)
+            parts.append(part)
+        if parts[0] != parts[1]:
+            return False
+    return True
 
 
 class TensorFileWriter(FileWriter):

@@ -64,7 +64,8 @@ class DenseWeights:
         self._shards = {shard.source.file: shard for shard in manifest.shards}
         self._targets: dict[str, list[TargetRecord]] = {}
         for target in manifest.targets:
-            self._targets.setdefault(target.tensor, []).append(target)
+            for tensor in target.tensors:
+                self._targets.setdefault(tensor, []).append(target)
         self._quantized = quantized
         self._weight_of = {scaled.scale: name for name, scaled in self._quantized.items()}
         self._fresh: dict[str, torch.Tensor] = {}
@@ -101,8 +102,8 @@ class DenseWeights:
         if any(entry.name in self._additions for entry in header.tensors):
             return False
         weights = [tensor for tensor, scaled in self._quantized.items() if scaled.shard == shard.source.file]
+        weights += [entry.name for entry in header.tensors]
         targets = [target for tensor in weights for target in self._targets.get(tensor, [])]
-        targets += self._manifest.targets_of(shard.source.file)
         return self._manifest.lossless and not self._to_dense and not any(map(self._changed, targets))
 
     def touched(self, header: Header) -> dict[str, int | None]:
@@ -123,16 +124,18 @@ class DenseWeights:
                 weight = self._weight_of[entry.name]
                 if self._to_dense or any(self._changed(target) for target in self._targets.get(weight, [])):
                     touched[entry.name] = None
-            elif targets and (changed or self._manifest.layout == "residual"):
+            elif targets and (changed or self._is_residual(entry.name)):
                 touched[entry.name] = targets[0].at_a_time
             elif added:
                 touched[entry.name] = None
         return touched
 
     def missing(self, shard: ShardRecord, header: Header) -> list[str]:
-        """The targets of a shard that it does not have."""
-        there = {entry.name for entry in header.tensors}
-        return sorted({t.tensor for t in self._manifest.targets_of(shard.source.file)} - there)
+        """The targets of a shard, and their aliases there, that it does not have."""
+        there, file = {entry.name for entry in header.tensors}, shard.source.file
+        expected = {target.tensor for target in self._manifest.targets if target.shard == file}
+        expected |= {alias.tensor for target in self._manifest.targets for alias in target.aliases if alias.shard == file}
+        return sorted(expected - there)
 
     def header(self, header: Header) -> bytes:
         """The header of what is written for a shard with this one."""
@@ -169,6 +172,10 @@ class DenseWeights:
                 if not self._matrix_changed(name, piece.first + i):
                     result[i] = piece.tensor[i]
         return result
+
+    def _is_residual(self, tensor: str) -> bool:
+        """Whether a tensor of a target is stored as its residual; an alias is stored as it was."""
+        return self._manifest.layout == "residual" and self._targets[tensor][0].tensor == tensor
 
     def _changed(self, target: TargetRecord) -> bool:
         return bool((self._scales[target.key] != 1).any())
@@ -215,12 +222,15 @@ class DenseWeights:
             _check_finite(result, f"the adapter pushes {entry.name!r}", None)
         for target in targets:
             check_entry(entry, target)
-            if self._manifest.layout == "overlay" and not self._changed(target) and addition is None:
+            if not self._is_residual(entry.name) and not self._changed(target) and addition is None:
                 continue
             view = target.seen_as
-            part = None if addition is None else _of_slice(addition, target)
+            part, residual = None if addition is None else _of_slice(addition, target), self._is_residual(entry.name)
             matrices = list(view.matrices(weight))
-            dense = [self._dense_matrix(matrix, target, first + i, device, part) for i, matrix in enumerate(matrices)]
+            dense = [
+                self._dense_matrix(matrix, target, i, device, part, residual=residual)
+                for i, matrix in enumerate(matrices, first)
+            ]
             if view.slice is not None:
                 view.store(torch.stack(dense), result)
             elif len(dense) == 1:
@@ -248,23 +258,29 @@ class DenseWeights:
         return as_memory_allows(on, [weight], device)[0]
 
     def _dense_matrix(
-        self, weight: torch.Tensor, target: TargetRecord, index: int, device: torch.device, addition: Addition | None = None
+        self,
+        weight: torch.Tensor,
+        target: TargetRecord,
+        index: int,
+        device: torch.device,
+        addition: Addition | None = None,
+        *,
+        residual: bool,
     ) -> torch.Tensor:
-        """One dense matrix (m, n), on the CPU, from its residual or, for an overlay, from its weight, in whose memory it
-        may be."""
+        """One dense matrix (m, n), on the CPU, from its residual or from its weight, in whose memory it may be."""
         scales = self._scales[target.key].view(-1, target.rank)[index]
-        overlay, changed = self._manifest.layout == "overlay", bool((scales != 1).any())
-        if overlay and not changed and addition is None:
+        changed = bool((scales != 1).any())
+        if not residual and not changed and addition is None:
             return weight
         reader = self._factors.of(target)
         parts = reader.factors(target, index)
-        correction = reader.correction(target, index) if not overlay and self._manifest.lossless else None
+        correction = reader.correction(target, index) if residual and self._manifest.lossless else None
 
         def compute(there: torch.Tensor, where: torch.device) -> torch.Tensor:
             kept, new = parts.to(where), scales if changed else None
             added = None if addition is None else addition.to(where)
             # On a GPU the weight here stays as it was until the result comes over, should the memory not suffice.
-            if overlay:
+            if not residual:
                 return rescale(there, kept, new, added, out=there)
             if correction is None:
                 return approximate(there, kept, new, added, out=there)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from surgery.format.scales import write_scales
 from surgery.linalg.svd import DEFAULT_TOLERANCE, check_accuracy
 from surgery.linalg.views import View
 from surgery.names import FORMAT_VERSION, MANIFEST_FILE, SCALES_FILE, STREAM_DIR, factors_file
+from surgery.operations.aliases import find_aliases, note_of_equal
 from surgery.operations.batch import Settings
 from surgery.operations.engines import Engine, EngineName, engine_of
 from surgery.operations.job import Job, RemoteShard, run_job, scale_files
@@ -70,7 +72,7 @@ def plan(
     choice = _choice(rank, energy, max_rank, include, exclude, recipe, split)
     with engine_of("local", device, max_memory, max_device_memory, None) as by:
         source = _open(model, revision, subfolder, (Path(STREAM_DIR), by.files_at_a_time) if stream else None)
-        return _plan(source, choice, layout, correction, by.resources)
+        return _plan(source, choice, layout, correction, by.resources, fetch=False)
 
 
 def _open(model: str | Path, revision: str | None, subfolder: str | None, stream: tuple[Path, int] | None) -> Source:
@@ -94,10 +96,13 @@ def _choice(
     return Choice(rank, energy, max_rank, tuple(include), tuple(exclude), None if recipe is None else str(recipe), split)
 
 
-def _plan(source: Source, choice: Choice, layout: Layout | None, correction: bool, resources: Resources) -> Plan:
+def _plan(
+    source: Source, choice: Choice, layout: Layout | None, correction: bool, resources: Resources, *, fetch: bool
+) -> Plan:
     if layout is not None and layout not in LAYOUTS:
         raise OptionError("unknown layout", got=layout, expected=" or ".join(LAYOUTS))
-    return make_plan(source, choice, layout, resources, correction=correction)
+    find = partial(find_aliases, source, fetch=fetch)
+    return make_plan(source, choice, layout, resources, correction=correction, find_aliases=find)
 
 
 @on_its_own_devices
@@ -183,7 +188,7 @@ def factorize(
     with engine_of(engine, device, max_memory, max_device_memory, timing) as by:
         source = _open(model, revision, subfolder, (out / STREAM_DIR, by.files_at_a_time) if stream else None)
         choice = _choice(rank, energy, max_rank, include, exclude, recipe, split)
-        steps = _plan(source, choice, layout, correction, by.resources)
+        steps = _plan(source, choice, layout, correction, by.resources, fetch=True)
         for note in steps.notes:
             progress.note(note)
         options = OptionsRecord(
@@ -320,7 +325,7 @@ def _recorded(journal: Journal, index: int, out: Path) -> ShardResult | None:
 
 def _identity(source: Source, steps: Plan, options: OptionsRecord, device: str) -> dict[str, Any]:
     """All that the bytes of the result depend on."""
-    chosen = [[*_seen(t.key, t.shape, t.view), t.rank, t.energy] for t in steps.targets]
+    chosen = [[*_seen(t.key, t.shape, t.view), t.rank, t.energy, [alias.tensor for alias in t.aliases]] for t in steps.targets]
     return {
         "command": "factorize",
         "format_version": FORMAT_VERSION,
@@ -438,6 +443,14 @@ def _accuracy_notes(targets: list[TargetRecord], steps: Plan) -> list[str]:
     if failed:
         notes.append(f"the SVD of {len(failed)} targets did not reach the tolerance (first: {failed[0]}); see surgery inspect")
     asked = {target.key: target.energy for target in steps.targets if target.energy is not None}
+    first_with: dict[tuple[str, str], str] = {}
+    twice = [
+        (first, target.key)
+        for target in targets
+        if target.s_first and (first := first_with.setdefault((target.dtype, target.sample_sha256), target.key)) != target.key
+    ]
+    if twice and steps.download_bytes:  # what is at hand has been compared by the plan
+        notes.append(note_of_equal(len(twice), *twice[0]))
     short = [t for t in targets if t.key in asked and t.energy < (asked[t.key] or 0) and t.rank < min(t.matrices[1:])]
     if short:
         least = min(short, key=lambda target: target.energy)
@@ -466,6 +479,7 @@ def plan_as_json(steps: Plan, seconds: float) -> str:
                     "matrices": list(t.matrices),
                     "rank": t.rank,
                     "energy": t.energy,
+                    "aliases": [alias.tensor for alias in t.aliases],
                 }
                 for t in steps.targets
             ],

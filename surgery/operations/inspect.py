@@ -65,6 +65,7 @@ def summary(manifest: Manifest) -> dict[str, Any]:
                 "passes": sum(certificate.passes for certificate in target.certificates),
                 "max_residual": largest_residual(target),
                 "undetermined": undetermined(target),
+                "aliases": [alias.tensor for alias in target.aliases],
             }
             for target in manifest.targets
         ],

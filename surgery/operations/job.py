@@ -271,6 +271,7 @@ class _Collected:
             inexact=_digits(self.inexact / self.done, 3) if residual else None,
             factors_sha256=self.factors_sha256.hexdigest(),
             certificates=self.certificates,
+            aliases=list(target.aliases),
         )
 
 

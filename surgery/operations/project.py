@@ -120,8 +120,9 @@ def project(
     for download in (source.room_to_fetch(), weights.room_to_fetch()):
         if download is not None:
             check_room(*download)
+    aliases = {target.tensor: target.tensors[1:] for target in manifest.targets}
     with (
-        TunedModel(source, {target.tensor: target.shape for target in manifest.targets}) as model,
+        TunedModel(source, {target.tensor: target.shape for target in manifest.targets}, aliases) as model,
         _Projector(factorized, manifest, weights, model, where) as projector,
     ):
         projector.run(progress)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Self
 
@@ -10,6 +11,7 @@ import torch
 
 from surgery.engine.walk import TargetPiece
 from surgery.errors import FormatError, SourceError, WeightError
+from surgery.format.safetensors import same_bytes
 from surgery.names import FACTORIZABLE_DTYPES
 from surgery.operations.quantized import Dequantizer
 from surgery.planning.quantization import read_quantization
@@ -22,21 +24,35 @@ class TunedModel:
     Args:
         source: the model.
         shapes: of the tensors that it must have, by their names.
+        aliases: for some of them the names under which it may have them as well, or instead.
 
     Raises:
-        SourceError: one is not there, or with another shape, or in a dtype that weights cannot have.
+        SourceError: one is not there, or with another shape, or in a dtype that weights cannot have; or it is there twice, with
+            other bytes.
     """
 
-    def __init__(self, source: Source, shapes: Mapping[str, Sequence[int]]) -> None:
+    def __init__(
+        self, source: Source, shapes: Mapping[str, Sequence[int]], aliases: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
         self._name = source.name
         headers = {shard: source.header(shard) for shard in source.selection.shards}
         self._quantized = read_quantization(source.config(), headers, source.name)
         self._places = {entry.name: (shard, entry) for shard, header in headers.items() for entry in header.tensors}
+        self._stored = {
+            name: [one for one in (name, *(aliases or {}).get(name, ())) if one in self._places] or [name] for name in shapes
+        }
         for name, shape in shapes.items():
-            self._check(name, list(shape))
+            for stored in self._stored[name]:
+                self._check(stored, list(shape))
         self._files = Dequantizer(source.fetch)
 
     def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            stack.enter_context(self._files)
+            for name, *others in self._stored.values():
+                for other in others:
+                    self._check_same(name, other)
+            stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -61,13 +77,24 @@ class TunedModel:
                 expected=", ".join(FACTORIZABLE_DTYPES) + ", or FP8 with scales",
             )
 
+    def _check_same(self, name: str, other: str) -> None:
+        readers = [self._files.reader(self._places[one][0])[0] for one in (name, other)]
+        if not same_bytes(readers[0], self._places[name][1], readers[1], self._places[other][1]):
+            raise SourceError(
+                f"{self._name} holds other weights in {other!r} than in {name!r}",
+                got="two parameters",
+                expected="one, as in the model that was factorized",
+                hint="fine-tune with tied weights, or factorize with --exclude of both",
+            )
+
     def weight(self, piece: TargetPiece) -> torch.Tensor:
         """What the tensor of a piece has become, with as many matrices; float32 if it is FP8, else as it is; on the CPU.
 
         Raises:
             WeightError: NaN or infinity in it.
         """
-        name, shard = piece.entry.name, self._places[piece.entry.name][0]
+        name = self._stored[piece.entry.name][0]
+        shard = self._places[name][0]
         reader, entries = self._files.reader(shard)
         entry = entries.get(name)
         if entry != self._places[name][1]:

@@ -165,6 +165,9 @@ def _check_headers(
     expected: dict[str, dict[str, tuple[str, list[int] | None]]] = {}
     if shard.residual is not None:
         expected[shard.residual.file] = {target.tensor: (target.dtype, target.shape) for target in targets}
+        for target in manifest.targets:
+            aliases = [alias.tensor for alias in target.aliases if alias.shard == shard.source.file]
+            expected[shard.residual.file].update(dict.fromkeys(aliases, (target.dtype, target.shape)))
     if shard.factors is not None:
         parts = expected[shard.factors.file] = {}
         for target in targets:

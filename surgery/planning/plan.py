@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
-
 from surgery.errors import FormatError, OptionError
-from surgery.format.files import CHUNK_BYTES
-from surgery.format.safetensors import Header, ShardReader, TensorEntry
-from surgery.memory import bytes_of
+from surgery.format.manifest import Alias
+from surgery.format.safetensors import Header, ShardReader, TensorEntry, same_bytes
 from surgery.planning.memory import CORRECTION_BYTES, Memory, Resources, collected_bytes, need_to_factorize, share_out
 from surgery.planning.numbering import numbering_notes
 from surgery.planning.quantization import read_quantization
@@ -77,12 +74,23 @@ class Plan:
         return sum(target.trainable for target in self.targets)
 
 
-def make_plan(
-    source: Source, choice: Choice, layout: Layout | None = None, resources: Resources | None = None, *, correction: bool = True
-) -> Plan:
-    """Plan a factorization without reading weights, but those that are in several files; without ``resources`` for one core.
+#: From the headers of a model and its targets to the aliases of these, by tensor, and notes: ``surgery.operations.aliases``.
+FindAliases = Callable[[Mapping[str, Header], Sequence[Target]], tuple[dict[str, tuple[Alias, ...]], list[str]]]
 
-    Without a layout it is the residual one, or the overlay where a target is quantized.
+
+def make_plan(
+    source: Source,
+    choice: Choice,
+    layout: Layout | None = None,
+    resources: Resources | None = None,
+    *,
+    correction: bool = True,
+    find_aliases: FindAliases | None = None,
+) -> Plan:
+    """Plan a factorization from headers, and from the weights that are in several files; without ``resources`` for one core.
+
+    Without a layout it is the residual one, or the overlay where a target is quantized. ``find_aliases`` may read weights;
+    without it each tensor is a target by itself.
 
     Raises:
         OptionError: the choice makes no sense for this model, or selects nothing.
@@ -96,20 +104,34 @@ def make_plan(
     config = source.config()
     recipe = find_recipe(choice.recipe) if choice.recipe is not None else recipe_for_family(config)
     model = Model(config, recipe, read_quantization(config, headers, source.name))
-    shards, skipped = [], []
-    for file, header in headers.items():
-        targets: list[Target] = []
-        for entry in header.tensors:
-            if entry.name in copies:
-                skipped.append(Skipped(entry.name, file, f"in several weight files: {', '.join(copies[entry.name])}"))
-                continue
-            for fate in choose(entry, file, choice, model):
-                if isinstance(fate, Skipped):
-                    skipped.append(fate)
-                else:
-                    targets.append(fate)
-        shards.append(ShardPlan(file, source.size(file), header, tuple(targets)))
-    every = [target for shard in shards for target in shard.targets]
+    entries = [(entry, file) for file, header in headers.items() for entry in header.tensors]
+    fates = [
+        fate
+        for entry, file in entries
+        for fate in (
+            [Skipped(entry.name, file, f"in several weight files: {', '.join(copies[entry.name])}")]
+            if entry.name in copies
+            else choose(entry, file, choice, model)
+        )
+    ]
+    every = [fate for fate in fates if not isinstance(fate, Skipped)]
+    aliases, alias_notes = find_aliases(headers, every) if find_aliases is not None else ({}, [])
+    if untouched := _tied_to(copies, aliases):
+        aliases = {tensor: several for tensor, several in aliases.items() if tensor not in untouched}
+        fates = [
+            Skipped(fate.tensor, fate.shard, "one parameter with a tensor in several weight files")
+            if fate.tensor in untouched and isinstance(fate, Target)
+            else fate
+            for fate in fates
+        ]
+        every = [fate for fate in fates if not isinstance(fate, Skipped)]
+    merged = {alias.tensor for several in aliases.values() for alias in several}
+    every = [replace(one, aliases=aliases.get(one.tensor, ())) for one in every if one.tensor not in merged]
+    skipped = [fate for fate in fates if isinstance(fate, Skipped) and fate.tensor not in merged]
+    by_shard: dict[str, list[Target]] = {file: [] for file in headers}
+    for target in every:
+        by_shard[target.shard].append(target)
+    shards = [ShardPlan(file, source.size(file), header, tuple(by_shard[file])) for file, header in headers.items()]
     if not every:
         raise _nothing_selected(source.name, choice, recipe, skipped)
     if choice.max_rank is not None and not any(target.energy is not None for target in every):
@@ -120,6 +142,12 @@ def make_plan(
     if layout == "overlay" and not correction:
         raise OptionError(
             "an overlay has no correction to leave out", hint="drop --no-correction: its weights stay as they are"
+        )
+    if aliases and not correction:
+        raise OptionError(
+            "a weight that is stored twice needs its correction: else its two copies would not be equal after a fold",
+            got=f"{next(iter(aliases))} and {next(iter(aliases.values()))[0].tensor}",
+            hint="drop --no-correction",
         )
     weights = sum(shard.size for shard in shards)
     twice = {
@@ -144,6 +172,8 @@ def make_plan(
             *_rank_notes(every),
             *_recipe_notes(choice, recipe, names),
             *_split_notes(choice, every),
+            *_alias_notes(every),
+            *alias_notes,
         ),
         files_along=len(source.selection.others),
         bytes_along=along,
@@ -186,7 +216,7 @@ def _all_names(headers: Mapping[str, Header], source: Source) -> tuple[list[str]
         (first, one), *others = copies.items()
         for shard, other in others:
             alike = (one.dtype, one.shape) == (other.dtype, other.shape)
-            if not alike or (source.room_to_fetch() is None and not _equal(source, first, one, shard, other)):
+            if not alike or (source.bytes_to_fetch() == 0 and not _equal(source, first, one, shard, other)):
                 raise FormatError(
                     f"{source.name}: {name!r} is in two shards, and not the same in both",
                     got=f"{first} and {shard}",
@@ -197,15 +227,13 @@ def _all_names(headers: Mapping[str, Header], source: Source) -> tuple[list[str]
 
 def _equal(source: Source, first: str, one: TensorEntry, second: str, other: TensorEntry) -> bool:
     with ShardReader(source.fetch(first), name=first) as left, ShardReader(source.fetch(second), name=second) as right:
-        for done in range(0, one.nbytes, CHUNK_BYTES):
-            count = min(CHUNK_BYTES, one.nbytes - done)
-            parts = []
-            for reader, start in ((left, one.start), (right, other.start)):
-                parts.append(reader.empty(count))
-                reader.read_into(bytes_of(parts[-1]), start + done)
-            if not torch.equal(*parts):
-                return False
-    return True
+        return same_bytes(left, one, right, other)
+
+
+def _tied_to(copies: Mapping[str, list[str]], aliases: Mapping[str, tuple[Alias, ...]]) -> set[str]:
+    """What is one parameter with a tensor that is in several files, and so must stay as it is too."""
+    several = [{tensor, *(alias.tensor for alias in others)} for tensor, others in aliases.items()]
+    return set[str]().union(*(names for names in several if not names.isdisjoint(copies)))
 
 
 def _nothing_selected(model: str, choice: Choice, recipe: Recipe | None, skipped: list[Skipped]) -> OptionError:
@@ -262,6 +290,17 @@ def _split_notes(choice: Choice, targets: list[Target]) -> list[str]:
     if not choice.split or any(target.view.slice for target in targets):
         return []
     return ["--split changes nothing here: no target is known to fuse several projections"]
+
+
+def _alias_notes(targets: list[Target]) -> list[str]:
+    aliases = {target.tensor: target.aliases for target in targets if target.aliases}
+    if not aliases:
+        return []
+    tensor, others = next(iter(aliases.items()))
+    return [
+        f"{tensor} is stored again as {', '.join(alias.tensor for alias in others)}: one parameter, edited together"
+        + (f" (and {len(aliases) - 1} more)" if len(aliases) > 1 else "")
+    ]
 
 
 def _described_bytes(target: Target) -> int:

@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from surgery.errors import OptionError
+from surgery.format.manifest import Alias
 from surgery.format.safetensors import TensorEntry
 from surgery.linalg.energy import check_energy
 from surgery.linalg.views import Kind, View
@@ -29,7 +30,6 @@ _NORM = re.compile(r"norm|^ln(_|\d|$)|layernorm")
 _HEAD = frozenset(
     {"lm_head", "head", "heads", "score", "classifier", "embed_out", "cls", "qa_outputs", "output_layer", "pooler"}
 )
-_TIED_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|lm_head\.decoder|cls\.predictions\.decoder)\.weight$|^proj_out\.weight$")
 _ROUTER = frozenset({"router", "gate", "shared_expert_gate", "wg"})
 _NO_WEIGHT = re.compile(r"^(A_log|D|dt_bias|inv_freq)$|_bias$|^bias$|rotary|freqs|_scale(_inv)?$")
 _EXPERTS = re.compile(r"(^|[._])(experts?|moe)([._]|$)")
@@ -47,6 +47,7 @@ class Target:
             most. None: exactly ``rank``.
         asked: the rank before it was cut to the matrix.
         scaled: where the scales of an FP8 weight are; None for a weight that is not quantized.
+        aliases: the tensors that hold the same parameter once more, see ``surgery.planning.aliases``.
     """
 
     tensor: str
@@ -58,6 +59,7 @@ class Target:
     energy: float | None
     asked: int
     scaled: Scaled | None = None
+    aliases: tuple[Alias, ...] = ()
 
     @property
     def key(self) -> str:
@@ -213,16 +215,17 @@ def _impossible(entry: TensorEntry, model: Model) -> str | None:
         return "a vector (norm, bias)"
     if _NO_WEIGHT.search(entry.name.split(".")[-1]):
         return "no weight (bias, state or table)"
-    if _tied(entry, model):
-        return "tied to the input embedding"
     return None
 
 
-def _tied(entry: TensorEntry, model: Model) -> bool:
-    """An output head that a loader replaces by the embedding, whatever the file holds."""
-    text = model.config.get("text_config")
-    tied = model.config.get("tie_word_embeddings") or (isinstance(text, dict) and text.get("tie_word_embeddings"))
-    return bool(tied) and _TIED_HEAD.search(entry.name) is not None
+def in_block(tensor: str) -> bool:
+    """Whether a tensor is in one of several numbered blocks, by its name."""
+    return _BLOCK_INDEX.search(tensor) is not None
+
+
+def is_embedding(tensor: str) -> bool:
+    """Whether a tensor is an embedding, by its name."""
+    return any(_EMBEDDING.search(part) for part in tensor.split(".")[:-1])
 
 
 def _unwanted(entry: TensorEntry, choice: Choice, model: Model, rule: Rule | None) -> str | None:
@@ -245,7 +248,7 @@ def _role(entry: TensorEntry) -> str | None:
     experts = bool(_EXPERTS.search(entry.name))
     if last != "weight" and not experts:
         return "no weight of a linear layer"
-    if any(_EMBEDDING.search(part) for part in modules):
+    if is_embedding(entry.name):
         return "an embedding"
     if _NORM.search(owner):
         return "a norm"
@@ -255,7 +258,7 @@ def _role(entry: TensorEntry) -> str | None:
         return "an output head"
     if len(entry.shape) > 2 and not experts:
         return "a depthwise convolution" if entry.shape[1] == 1 else "a convolution"
-    if not _BLOCK_INDEX.search(entry.name):
+    if not in_block(entry.name):
         return "outside the transformer blocks"
     return None
 

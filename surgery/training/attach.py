@@ -196,7 +196,8 @@ def attach(model: nn.Module, factorized: str | Path) -> Scales:
             with FactorsReader(factorized, shard) as reader:
                 for target in manifest.targets_of(shard.source.file):
                     stored = partial(_stored, factorized, shard, target)
-                    homes[target.key] = _add(target, places[target.tensor], carriers, reader, dtype, stored, planned)
+                    copies = [places[tensor] for tensor in target.tensors if tensor in places]
+                    homes[target.key] = _add(target, copies, carriers, reader, dtype, stored, planned)
     paths = {key: plan.path() for key, plan in planned.items()}
     if not any(hasattr(module, "adapter_layer_names") for module in bare.modules()):  # else PEFT has done it
         bare.requires_grad_(False)
@@ -256,7 +257,7 @@ class _Planned:
 
 def _add(
     target: TargetRecord,
-    places: list[Place],
+    copies: list[list[Place]],
     carriers: dict[str, Carrier],
     reader: FactorsReader,
     dtype: torch.dtype,
@@ -265,21 +266,30 @@ def _add(
 ) -> tuple[int, int]:
     """Give a target's directions to the paths of the parameters that it is in.
 
+    Args:
+        copies: where its tensor is, and where each alias of that. A loader may tie them or not: in a residual checkpoint they
+            differ, and each is told by its own bytes.
+
     Returns:
         a key of ``planned``, and which of its entries this is.
     """
     factors = [reader.factors(target, i) for i in range(target.matrices[0])]
-    terms: dict[int, list[Term]] = {}
-    for carrier, term in terms_of(target, places, carriers, factors):
-        planned.setdefault(id(carrier), _Planned(carrier))
-        terms.setdefault(id(carrier), []).append(term)
-    every = [term for group in terms.values() for term in group]
-    residual = is_residual(target, places, carriers, every, factors, dtype, stored)
     s = torch.cat([factor.s for factor in factors])
+    terms: dict[int, tuple[int, list[Term]]] = {}
+    for places in copies:
+        if any(id(carriers[place.parameter]) in terms for place in places):
+            continue
+        here: dict[int, list[Term]] = {}
+        for carrier, term in terms_of(target, places, carriers, factors):
+            planned.setdefault(id(carrier), _Planned(carrier))
+            here.setdefault(id(carrier), []).append(term)
+        every = [term for group in here.values() for term in group]
+        residual = is_residual(target, places, carriers, every, factors, dtype, stored)
+        terms |= {key: (int(residual), group) for key, group in here.items()}
     first = next(iter(terms))
     home = first, len(planned[first].entries)
     with planned[first].carrier.present():
         delta = nn.Parameter(torch.zeros_like(s, device=planned[first].carrier.weight().device))
-    for key, group in terms.items():
-        planned[key].entries.append((delta, s, int(residual), group))
+    for key, (offset, group) in terms.items():
+        planned[key].entries.append((delta, s, offset, group))
     return home

@@ -18,7 +18,7 @@ from surgery.errors import OptionError
 from surgery.format.manifest import Manifest, TargetRecord
 from surgery.linalg.lossless import Factors
 from surgery.training.lowrank import Term
-from surgery.training.placement import Place, Positions, locate
+from surgery.training.placement import Place, Positions, homes, locate
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -41,19 +41,40 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def places_of(model: nn.Module, manifest: Manifest) -> dict[str, list[Place]]:
-    """Tensor of a target -> where it is."""
+    """Tensor of a target, or an alias of one -> where it is."""
     shapes: dict[str, Sequence[int] | None] = {skipped.tensor: None for skipped in manifest.skipped}
-    shapes |= {target.tensor: target.shape for target in manifest.targets}
+    shapes |= {tensor: target.shape for target in manifest.targets for tensor in target.tensors}
     places = locate(model, shapes)
     for target in manifest.targets:
-        if target.tensor not in places:
+        if places.keys().isdisjoint(target.tensors):
             raise OptionError(
                 f"{target.tensor!r} is not in this model",
                 got=type(model).__name__,
                 expected="the model that the checkpoint loads as",
                 hint="attach to the transformers model inside a wrapper; or leave out what the model does not have: --exclude",
             )
+    _check_alone(model, manifest, shapes)
     return places
+
+
+def _check_alone(model: nn.Module, manifest: Manifest, tensors: Iterable[str]) -> None:
+    """Refuse a parameter that the checkpoint holds more than once, if the manifest does not know it: a fold would edit one.
+
+    Raises:
+        OptionError: naming both tensors.
+    """
+    together: dict[int, dict[str, str]] = {}  # parameter -> its names that anything is loaded into, and a tensor that is
+    for tensor, name in homes(model, tensors).items():
+        together.setdefault(id(model.get_parameter(name)), {}).setdefault(name, tensor)
+    twice = {tensor: set(found.values()) for found in together.values() if len(found) > 1 for tensor in found.values()}
+    for target in manifest.targets:
+        for tensor in target.tensors:
+            if others := sorted(twice.get(tensor, set()).difference(target.tensors)):
+                raise OptionError(
+                    f"{target.key!r} is one parameter of the model with {others[0]!r}, which a fold would leave as it is",
+                    got=f"a model that ties them; {others[0]!r} had other bytes, or it was not known that it is tied",
+                    hint="factorize again, or load the model without tying: tie_word_embeddings=False",
+                )
 
 
 @dataclass(frozen=True, slots=True)
