@@ -24,6 +24,7 @@ def test_plan_is_complete(name: str, tmp_path: Path) -> None:
     tensors = tensors_of(folder)
     targets = {target.tensor: target for target in steps.targets}
     assert steps.recipe == family.recipe
+    assert not steps.notes
     # Every tensor is accounted for, once.
     assert sorted([*targets, *(item.tensor for item in steps.skipped)]) == sorted(tensors)
     assert all(item.reason for item in steps.skipped)

@@ -185,7 +185,10 @@ def test_real_embedding_model(tmp_path: Path) -> None:
     manifest = surgery.factorize(model, tmp_path / "f", rank=16)
     assert len(manifest.targets) == 36
     surgery.fold(tmp_path / "f", tmp_path / "f/surgery/scales.safetensors", tmp_path / "out")
-    assert files_of(tmp_path / "out") == files_of(model)
+    before = files_of(model)
+    left_out = {".gitattributes", "data_config.json"}
+    assert files_of(tmp_path / "out") == {name: data for name, data in before.items() if name not in left_out}
+    assert "1_Pooling/config.json" in before.keys() - left_out
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     inputs = tokenizer(["A surgeon operates.", "The weights are folded."], padding=True, return_tensors="pt")
     before, after = (
@@ -403,7 +406,9 @@ def factorized(llama: Path, tmp_path: Path) -> Path:
     return tmp_path / "f"
 
 
-@pytest.mark.parametrize("victim", ["model-00002*.safetensors", "surgery/factors-00002*.safetensors", "extra/notes.txt"])
+@pytest.mark.parametrize(
+    "victim", ["model-00002*.safetensors", "surgery/factors-00002*.safetensors", "additional_chat_templates/notes.jinja"]
+)
 def test_one_flipped_bit_is_noticed(victim: str, factorized: Path, tmp_path: Path) -> None:
     (path,) = factorized.glob(victim)
     data = bytearray(path.read_bytes())
@@ -412,7 +417,7 @@ def test_one_flipped_bit_is_noticed(victim: str, factorized: Path, tmp_path: Pat
     with pytest.raises(FormatError, match=f"{path.name} is not the file that the manifest describes"):
         surgery.fold(factorized, factorized / "surgery/scales.safetensors", tmp_path / "out")
     assert not (tmp_path / "out" / "config.json").exists()
-    assert not (tmp_path / "out" / "extra/notes.txt").exists()
+    assert not (tmp_path / "out" / "additional_chat_templates/notes.jinja").exists()
 
 
 @pytest.mark.parametrize(

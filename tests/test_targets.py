@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -11,9 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 import surgery
-from surgery.errors import FormatError, OptionError
+from surgery.errors import OptionError
 from surgery.planning.plan import Plan
-from tests.models import save_llama
 
 
 def test_reasons(tmp_path: Path) -> None:
@@ -111,20 +109,3 @@ def test_rank_is_cut_to_small_matrices_and_says_so(llama: Path) -> None:
     with pytest.raises(OptionError, match="larger than every target") as caught:
         surgery.plan(llama, rank=1000)
     assert "at most 48" in str(caught.value)
-
-
-def test_index_that_contradicts_the_shards(tmp_path: Path) -> None:
-    folder = save_llama(tmp_path / "m", torch.bfloat16)
-    path = folder / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    index["weight_map"]["model.layers.0.ghost.weight"] = sorted(index["weight_map"].values())[0]
-    path.write_text(json.dumps(index))
-    with pytest.raises(FormatError, match=r"'model.layers.0.ghost.weight' is not in the shard"):
-        surgery.plan(folder)
-
-
-def test_tensor_in_two_shards(tmp_path: Path) -> None:
-    for name in ("a.safetensors", "b.safetensors"):
-        save_file({"layers.0.w.weight": torch.randn(4, 4)}, tmp_path / name)
-    with pytest.raises(FormatError, match="is in two shards"):
-        surgery.plan(tmp_path)

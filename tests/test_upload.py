@@ -308,7 +308,13 @@ def test_model_of_another_origin_is_not_replaced(hub: LoopbackHub, llama: Path, 
     # One that is told to be replaceable is.
     (repo.folder / "README.md").write_text("---\ntags: [surgery]\n---\n")
     push("acme/precious", {})
-    assert head(repo).keys() == {"README.md", "tokenizer.json", "generation_config.json", "extra/notes.txt", *SMALL}
+    assert head(repo).keys() == {
+        "README.md",
+        "tokenizer.json",
+        "generation_config.json",
+        "additional_chat_templates/notes.jinja",
+        *SMALL,
+    }
 
 
 def test_what_git_ignores_is_uploaded(hub: LoopbackHub, tmp_path: Path) -> None:

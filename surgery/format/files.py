@@ -259,11 +259,12 @@ def check_regular(path: Path, name: str) -> None:
 
 
 def check_size(path: Path, name: str, most: int = MAX_JSON_BYTES) -> None:
-    """Refuse a file that would take unbounded memory.
+    """Refuse a file that would take unbounded memory or time.
 
     Raises:
-        FormatError: it is larger than ``most`` bytes.
+        FormatError: it is larger than ``most`` bytes, or no ordinary file.
     """
+    check_regular(path, name)
     size = path.stat().st_size
     if size > most:
         raise FormatError(f"{name}: too large to be read", got=f"{size} bytes", expected=f"at most {most}")

@@ -21,7 +21,7 @@ from surgery.format.files import (
     write_file,
 )
 from surgery.linalg.views import KINDS, Slice, View
-from surgery.names import DTYPE_BITS, FACTORIZABLE_DTYPES, FORMAT_VERSION, JOURNAL_DIR, MANIFEST_FILE, SURGERY_DIR, target_key
+from surgery.names import DTYPE_BITS, FACTORIZABLE_DTYPES, FORMAT_VERSION, MANIFEST_FILE, SURGERY_DIR, is_reserved, target_key
 
 _T = TypeVar("_T")
 
@@ -228,7 +228,18 @@ class Manifest:
         return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False).encode() + b"\n"
 
     def write(self, folder: Path) -> None:
-        write_file(folder / MANIFEST_FILE, self.as_bytes())
+        """Put the manifest in its place, if it can be read again.
+
+        Raises:
+            FormatError: it could not be; nothing is written.
+            OutputError: the disk is full or fails.
+        """
+        data = self.as_bytes()
+        where = str(folder / MANIFEST_FILE)
+        if len(data) > MAX_OWN_JSON_BYTES:
+            raise FormatError(f"{where}: too large to be read again", got=f"{len(data)} bytes", expected=MAX_OWN_JSON_BYTES)
+        self._from_json(json.loads(data), where)
+        write_file(folder / MANIFEST_FILE, data)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -249,28 +260,31 @@ class Manifest:
                 if unfinished
                 else "give the folder that surgery factorize wrote",
             )
-        parsed = read_json_object(path, str(path), most=MAX_OWN_JSON_BYTES)
+        return cls._from_json(read_json_object(path, str(path), most=MAX_OWN_JSON_BYTES), str(path))
+
+    @classmethod
+    def _from_json(cls, parsed: dict[str, Any], where: str) -> Manifest:
         if parsed.get("format_version") != FORMAT_VERSION:
             raise FormatError(
-                f"{path}: another format version",
+                f"{where}: another format version",
                 got=parsed.get("format_version"),
                 expected=FORMAT_VERSION,
                 hint="use the version of surgery that wrote it, or factorize again",
             )
-        manifest = _decode(cls, parsed, str(path))
+        manifest = _decode(cls, parsed, where)
         for record in manifest.output_files():
-            check_relative_path(record.file, str(path))
+            check_relative_path(record.file, where)
         for shard in manifest.shards:
-            check_relative_path(shard.source.file, str(path))
-        _check_names(manifest, str(path))
+            check_relative_path(shard.source.file, where)
+        _check_names(manifest, where)
         for target in manifest.targets:
-            _check_target(target, str(path), overlay=manifest.layout == "overlay")
+            _check_target(target, where, overlay=manifest.layout == "overlay")
         key, count = next(iter(Counter(target.key for target in manifest.targets).most_common(1)), ("", 0))
         if count > 1:
-            raise FormatError(f"{path}: {key!r} is there twice")
-        _check_shards(manifest, str(path))
-        _check_slices(manifest.targets, str(path))
-        _check_aliases(manifest, str(path))
+            raise FormatError(f"{where}: {key!r} is there twice")
+        _check_shards(manifest, where)
+        _check_slices(manifest.targets, where)
+        _check_aliases(manifest, where)
         return manifest
 
     @property
@@ -322,7 +336,7 @@ def _check_names(manifest: Manifest, where: str) -> None:
         raise FormatError(f"{where}: the file {name!r} is there twice")
     folders = {parent.as_posix() for name in names for parent in PurePosixPath(name).parents}
     for name in names:
-        if name.split("/")[0] in (JOURNAL_DIR, SURGERY_DIR) or name.endswith(".partial") or name in folders:
+        if is_reserved(name) or name in folders:
             raise FormatError(f"{where}: a file of the model cannot be called {name!r}")
     for shard in manifest.shards:
         if shard.residual is not None and shard.residual.file != shard.source.file:

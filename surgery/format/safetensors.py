@@ -105,7 +105,8 @@ def parse_header(raw: bytes, *, file: str, file_bytes: int | None = None) -> Hea
 
 def header_from_json(parsed: dict[str, Any], *, raw: bytes, file: str, file_bytes: int | None = None) -> Header:
     """Check a decoded header object and turn it into a ``Header``; arguments as for ``parse_header``."""
-    metadata = parsed.get("__metadata__", {})
+    metadata = parsed.get("__metadata__")
+    metadata = {} if metadata is None else metadata  # null is none, as the safetensors library reads it
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError(f"{file}: __metadata__ is no map of strings to strings")
     entries = [_entry(name, value, file) for name, value in parsed.items() if name != "__metadata__"]
@@ -165,23 +166,28 @@ def _entry(name: str, value: Any, file: str) -> TensorEntry:
     dtype, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
     if not isinstance(dtype, str):
         raise FormatError(f"{where} has no dtype", got=repr(dtype)[:80])
+    if dtype not in DTYPE_BITS:
+        raise FormatError(
+            f"{where} has a dtype that the format does not know",
+            got=repr(dtype)[:80],
+            expected=f"one of {', '.join(DTYPE_BITS)}",
+        )
     if not _naturals(shape):
         raise FormatError(f"{where} has no valid shape", got=repr(shape)[:80])
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise FormatError(f"{where} has no valid data_offsets", got=repr(offsets)[:80])
-    bits = DTYPE_BITS.get(dtype)
-    if bits is not None:
-        numel = 1
-        for size in shape:
-            numel *= size
-            if numel >= 1 << 63:
-                raise FormatError(f"{where} has an impossible shape", got=repr(shape)[:80])
-        if (numel * bits + 7) // 8 != offsets[1] - offsets[0]:
-            raise FormatError(
-                f"{where}: its bytes do not fit its shape",
-                got=f"{offsets[1] - offsets[0]} bytes",
-                expected=f"{(numel * bits + 7) // 8} bytes for {dtype} {list(shape)}",
-            )
+    numel = 1
+    for size in shape:
+        numel *= size
+        if numel >= 1 << 63:
+            raise FormatError(f"{where} has an impossible shape", got=repr(shape)[:80])
+    bits = numel * DTYPE_BITS[dtype]
+    if bits != 8 * (offsets[1] - offsets[0]):
+        raise FormatError(
+            f"{where}: its bytes do not fit its shape",
+            got=f"{offsets[1] - offsets[0]} bytes",
+            expected=f"{bits // 8} bytes for {dtype} {list(shape)}" if bits % 8 == 0 else f"a multiple of 8 bits, not {bits}",
+        )
     return TensorEntry(name, dtype, tuple(shape), offsets[0], offsets[1])
 
 

@@ -32,8 +32,8 @@ class OwnWeights:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def folder(self) -> Path | None:
-        return None  # the factorized folder is an input anyway
+    def folders(self) -> list[Path]:
+        return []  # the factorized folder is an input anyway
 
     def stamps(self) -> dict[str, list[int]]:
         return {}  # the manifest has the hashes of its files
@@ -72,8 +72,8 @@ class BaseWeights:
     def __init__(self, source: Source) -> None:
         self._source = source
 
-    def folder(self) -> Path | None:
-        return self._source.folder()
+    def folders(self) -> list[Path]:
+        return self._source.folders()
 
     def stamps(self) -> dict[str, list[int]]:
         """See ``Source.stamps``."""

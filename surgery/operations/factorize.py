@@ -196,7 +196,7 @@ def factorize(
         )
         with (
             uploading(push_to_hub, progress, private=private) as upload,
-            locked(out, [folder] if (folder := source.folder()) else [], progress),
+            locked(out, source.folders(), progress),
         ):
             if (out / MANIFEST_FILE).is_file() and not overwrite:
                 manifest = _finished(out, source, steps, options, progress)
@@ -487,6 +487,9 @@ def plan_as_json(steps: Plan, seconds: float) -> str:
             ],
             "skipped": [{"tensor": s.tensor, "shard": s.shard, "reason": s.reason} for s in steps.skipped],
             "notes": list(steps.notes),
+            "files_along": steps.files_along,
+            "bytes_along": steps.bytes_along,
+            "left_out": [{"file": file, "reason": reason} for file, reason in steps.left_out.items()],
             "trainable": steps.trainable,
             "bytes_read": steps.bytes_read,
             "bytes_written": steps.bytes_written,

@@ -40,7 +40,7 @@ from surgery.operations.publish import publish_folded, submit_files, uploading
 from surgery.operations.quantized import index_of, without_quantization
 from surgery.planning.memory import Memory, need_to_fold, share_out
 from surgery.progress import Progress, Shared, Silent
-from surgery.source.select import INDEX_SUFFIX
+from surgery.source.shards import is_index
 from surgery.timing import Timing, timed
 from surgery.training.adapter import additions_of
 
@@ -133,7 +133,7 @@ def fold(
     with engine_of(engine, exact_on, max_memory, max_device_memory, timing) as by:
         streaming = (out / STREAM_DIR, by.files_at_a_time) if stream else None
         weights = weight_source(factorized, manifest, base, streaming)
-        inputs = [factorized] + ([folder] if (folder := weights.folder()) else [])
+        inputs = [factorized, *weights.folders()]
         if not isinstance(scales, Mapping):
             inputs.append(Path(scales))
         additions: dict[str, Addition] = {}
@@ -363,10 +363,9 @@ def _copy_others(factorized: Path, out: Path, manifest: Manifest, *, to_dense: b
     """
     by_name = {record.file: record for record in manifest.files}
     for name in loading_order(by_name):
-        is_index = name.endswith(INDEX_SUFFIX) and "/" not in name
-        if to_dense and (name == CONFIG_FILE or is_index):
+        if to_dense and (name == CONFIG_FILE or is_index(name)):
             check_file(factorized, by_name[name], RESTORE_HINT)
-            data = index_of(out, factorized / name) if is_index else without_quantization(factorized / name)
+            data = index_of(out, factorized / name) if is_index(name) else without_quantization(factorized / name)
             if not (out / name).is_file() or (out / name).read_bytes() != data:
                 write_file(out / name, data)
         elif not is_as_recorded(out, by_name[name]):

@@ -25,6 +25,7 @@ from surgery.names import (
 )
 from surgery.operations.journal import Journal
 from surgery.progress import Progress
+from surgery.source.shards import is_index
 
 _PARTIAL = ".partial"
 
@@ -210,8 +211,7 @@ def _earlier_result(out: Path) -> set[str]:
 
 def _would_mix(name: str) -> bool:
     """Whether a file that stays in the output folder would be taken for part of the result."""
-    folder, _, _ = name.rpartition("/")
-    return name.startswith(f"{SURGERY_DIR}/") or (not folder and name.endswith((".safetensors", ".safetensors.index.json")))
+    return name.startswith(f"{SURGERY_DIR}/") or ("/" not in name and (name.endswith(".safetensors") or is_index(name)))
 
 
 def check_room(folder: Path, needed: int, *, freed: int = 0) -> None:

@@ -115,7 +115,7 @@ def project(
     manifest = Manifest.read(factorized)
     weights = weight_source(factorized, manifest, base)
     source = _open_like(tuned, manifest)
-    inputs = [factorized, *(folder for folder in (weights.folder(), source.folder()) if folder is not None)]
+    inputs = [factorized, *weights.folders(), *source.folders()]
     check_output_file(out, inputs, overwrite=overwrite, but=factorized / SCALES_FILE)
     for download in (source.room_to_fetch(), weights.room_to_fetch()):
         if download is not None:

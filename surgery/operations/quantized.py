@@ -16,7 +16,7 @@ from surgery.format.files import read_json_object
 from surgery.format.safetensors import ShardReader, TensorEntry
 from surgery.linalg.fp8 import dequantize
 from surgery.planning.quantization import QUANTIZATION_KEYS, Scaled
-from surgery.source.select import index_entries
+from surgery.source.shards import index_entries
 
 
 class Dequantizer:

@@ -14,11 +14,12 @@ import huggingface_hub
 from huggingface_hub import DryRunFileInfo, errors
 
 from surgery.errors import FormatError, SourceError, SurgeryError
+from surgery.format.files import check_relative_path
 from surgery.format.manifest import SourceRecord
 from surgery.format.safetensors import Header, ShardReader, header_from_json
 from surgery.source.model import FolderSource, Source, Stays, check_subfolder, read_config, read_text
 from surgery.source.origin import HubOrigin
-from surgery.source.select import select_files
+from surgery.source.select import listing_of, select_files
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 _OFFLINE_HINT = "connect to the network, or fetch the model once while online: hf download"
@@ -148,7 +149,9 @@ class HubSource(Stays):
             raise SourceError(
                 f"{repo_id} has no subfolder {record.subfolder!r}", expected=", ".join(folders) or "a model without subfolders"
             )
-        self.selection = select_files(list(self._files), self._read_text, where=self.name)
+        for file in self._files:
+            check_relative_path(file, self.name)
+        self.selection = select_files(listing_of(self._files), self._read_text, where=self.name)
 
     def _read_text(self, file: str) -> str:
         return read_text(self.fetch(file), f"{self.name}/{file}")
@@ -194,8 +197,8 @@ class HubSource(Stays):
     def origin(self) -> HubOrigin:
         return HubOrigin(self.repo_id, self.commit, self._prefix, passing=False)
 
-    def folder(self) -> Path | None:
-        return Path(huggingface_hub.constants.HF_HUB_CACHE)
+    def folders(self) -> list[Path]:
+        return [Path(huggingface_hub.constants.HF_HUB_CACHE)]
 
     def stamps(self) -> dict[str, list[int]]:
         return {}
