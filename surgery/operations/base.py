@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 from surgery.errors import FormatError, OptionError, SourceError
-from surgery.format.files import RESTORE_HINT, FileRecord, check_file, read_json_object
+from surgery.format.files import RESTORE_HINT, FileRecord, Watch, check_file, read_json_object
 from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
 from surgery.format.safetensors import Header, ShardReader, TensorEntry
 from surgery.names import CONFIG_FILE
@@ -20,7 +20,14 @@ from surgery.source.origin import FolderOrigin, Origin
 
 
 class Weights(Protocol):
-    """Where the weight files are that a fold begins with."""
+    """Where the weight files are that a fold begins with.
+
+    Attributes:
+        watch: sees to it that they do not change meanwhile.
+    """
+
+    @property
+    def watch(self) -> Watch: ...
 
     def file(self, shard: ShardRecord) -> tuple[Path, FileRecord]:
         """Where a shard's weights are, and what that file must be."""
@@ -31,6 +38,7 @@ class OwnWeights:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self.watch = Watch()
 
     def folder(self) -> Path | None:
         return None  # the factorized folder is an input anyway
@@ -50,11 +58,11 @@ class OwnWeights:
 
     def close(self) -> None: ...
 
-    def origin(self) -> Origin:
-        return FolderOrigin(self._folder.resolve())
+    def origin(self, files: Iterable[str]) -> Origin:
+        return FolderOrigin(self._folder.resolve(), {})  # whose files have hashes in the manifest
 
     def header(self, shard: ShardRecord) -> Header:
-        with ShardReader(self.file(shard)[0]) as reader:
+        with ShardReader(self.file(shard)[0], watch=self.watch) as reader:
             return reader.header
 
     def file(self, shard: ShardRecord) -> tuple[Path, FileRecord]:
@@ -71,6 +79,11 @@ class BaseWeights:
 
     def __init__(self, source: Source) -> None:
         self._source = source
+
+    @property
+    def watch(self) -> Watch:
+        """See ``Source``."""
+        return self._source.watch
 
     def folder(self) -> Path | None:
         return self._source.folder()
@@ -99,9 +112,9 @@ class BaseWeights:
         """See ``Source.close``."""
         self._source.close()
 
-    def origin(self) -> Origin:
+    def origin(self, files: Iterable[str]) -> Origin:
         """See ``Source.origin``."""
-        return self._source.origin()
+        return self._source.origin(files)
 
     def header(self, shard: ShardRecord) -> Header:
         """Of a weight file, without its weights where that can be had."""
@@ -128,6 +141,7 @@ class SentWeights:
     """
 
     def __init__(self, origin: Origin, layout: str) -> None:
+        self.watch = Watch()
         self._origin = origin
         self._layout = layout
         self._here: dict[str, Path] = {}

@@ -71,7 +71,9 @@ class DenseWeights:
         self._fresh: dict[str, torch.Tensor] = {}
         self._one = threading.Lock()
         self._open = ExitStack()
-        self._dequantizer = self._open.enter_context(Dequantizer(lambda shard: shard_path(weights, self._shards, shard)))
+        self._dequantizer = self._open.enter_context(
+            Dequantizer(lambda shard: shard_path(weights, self._shards, shard), weights.watch)
+        )
         self._factors = self._open.enter_context(FactorsReaders(factorized, manifest))
 
     def __enter__(self) -> Self:
@@ -94,7 +96,7 @@ class DenseWeights:
         return [name, *sorted({file for pair in pairs if name in pair for file in pair} - {name})]
 
     def forget(self, file: str) -> None:
-        """A weight file of the source will not be there any more."""
+        """A weight file of the source may not be there any more."""
         self._dequantizer.forget(file)
 
     def keeps(self, shard: ShardRecord, header: Header) -> bool:
@@ -194,17 +196,17 @@ class DenseWeights:
         # Two threads that find them missing at once both compute them: the same.
         scaled = self._quantized[tensor]
         old = self._dequantizer.scales(scaled)
-        reader, entries = self._dequantizer.reader(self._targets[tensor][0].shard)
-        entry = entries[tensor]
         fresh = old.clone()
-        stack = len(entry.shape) == 3
-        for first in range(entry.shape[0]) if stack else [0]:
-            if stack and not self._matrix_changed(tensor, first):
-                continue
-            stored = reader.read(entry, first, 1) if stack else reader.read(entry)
-            weight = self._dense(self._dequantizer.weight(stored, first, scaled), entry, first, device)
-            where = slice(first, first + 1) if stack and scaled.block else slice(None)
-            fresh[where] = block_scales(weight, scaled.block, old[where])
+        with self._dequantizer.reader(self._targets[tensor][0].shard) as reader:
+            entry = reader.entries[tensor]
+            stack = len(entry.shape) == 3
+            for first in range(entry.shape[0]) if stack else [0]:
+                if stack and not self._matrix_changed(tensor, first):
+                    continue
+                stored = reader.read(entry, first, 1) if stack else reader.read(entry)
+                weight = self._dense(self._dequantizer.weight(stored, first, scaled), entry, first, device)
+                where = slice(first, first + 1) if stack and scaled.block else slice(None)
+                fresh[where] = block_scales(weight, scaled.block, old[where])
         with self._one:
             self._fresh[tensor] = fresh
         return fresh
@@ -272,9 +274,9 @@ class DenseWeights:
         changed = bool((scales != 1).any())
         if not residual and not changed and addition is None:
             return weight
-        reader = self._factors.of(target)
-        parts = reader.factors(target, index)
-        correction = reader.correction(target, index) if residual and self._manifest.lossless else None
+        with self._factors.of(target) as reader:
+            parts = reader.factors(target, index)
+            correction = reader.correction(target, index) if residual and self._manifest.lossless else None
 
         def compute(there: torch.Tensor, where: torch.device) -> torch.Tensor:
             kept, new = parts.to(where), scales if changed else None

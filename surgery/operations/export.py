@@ -298,7 +298,8 @@ def _halves(
     """A and B, float32, on the CPU."""
     lefts, rights = [], []
     for target, places in update.targets:
-        kept = factors.of(target).factors(target)
+        with factors.of(target) as reader:
+            kept = reader.factors(target)
         change = (kept.s.double() * (values[target.key].double() - 1)).float()
         if update.carrier is None:
             pairs = [(kept.U, kept.V)]

@@ -231,7 +231,7 @@ def _run_jobs(
     results: dict[int, ShardResult] = {}
     try:
         for index in range(len(shards)):
-            done = _recorded(journal, index, out)
+            done = _recorded(journal, index, work)
             if done is not None:
                 results[index] = done
                 submit_shard(upload, out, done.shard)
@@ -279,8 +279,8 @@ class _Factorizing:
             yield index
 
     def _job(self, index: int, path: Path, sha256: str | None, scales: Mapping[str, Path]) -> Job:
-        shards, window = self.steps.shards, self.steps.memory.window_bytes
-        return Job(shards[index], index, len(shards), path, sha256, self.out, None, scales, window, self._settings)
+        shards, window, watch = self.steps.shards, self.steps.memory.window_bytes, self._source.watch
+        return Job(shards[index], index, len(shards), path, sha256, self.out, None, scales, window, self._settings, watch)
 
     def work(self, index: int, lane: Lane, read: Callable[[], object]) -> ShardResult:
         job = self._jobs.pop(index)
@@ -302,7 +302,17 @@ class _Factorizing:
 
     def remote(self, index: int) -> RemoteShard:
         shards, window = self.steps.shards, self.steps.memory.window_bytes
-        return RemoteShard(shards[index], index, len(shards), self._source.origin(), self.out.resolve(), window, self._settings)
+        origin = self._source.origin([shards[index].file, *scale_files(shards[index])])
+        return RemoteShard(shards[index], index, len(shards), origin, self.out.resolve(), window, self._settings)
+
+    def is_of_the_source(self, result: ShardResult) -> bool:
+        """Whether the shard of a local model still has the bytes that a result was made of. A commit pins those of others."""
+        if self._source.record.kind != "folder":
+            return True
+        record = result.shard.source
+        path = self._source.fetch(record.file)
+        with reading(path):
+            return file_sha256(path) == record.sha256
 
     def tell(self, index: int) -> None:
         shard = self.steps.shards[index]
@@ -313,14 +323,14 @@ class _Factorizing:
         self._source.close()
 
 
-def _recorded(journal: Journal, index: int, out: Path) -> ShardResult | None:
-    """What the journal has of a shard, if its files are still what they were."""
+def _recorded(journal: Journal, index: int, work: _Factorizing) -> ShardResult | None:
+    """What the journal has of a shard, if its files are still what they were, and so is the one that they were made of."""
     value = journal.recorded(index)
     if value is None:
         return None
-    result = ShardResult.from_json(value, f"{out}: the journal of shard {index + 1}")
+    result = ShardResult.from_json(value, f"{work.out}: the journal of shard {index + 1}")
     files = (record for record in (result.shard.residual, result.shard.factors) if record is not None)
-    return result if all(is_as_recorded(out, record) for record in files) else None
+    return result if work.is_of_the_source(result) and all(is_as_recorded(work.out, record) for record in files) else None
 
 
 def _identity(source: Source, steps: Plan, options: OptionsRecord, device: str) -> dict[str, Any]:
@@ -412,10 +422,11 @@ def _finish(
     options: OptionsRecord,
     device: str,
 ) -> Manifest:
-    """Copy what goes along, write the scales and, last, the manifest."""
+    """Copy what goes along, write the scales and, last, the manifest: of a source that is still what was planned for."""
     selection = source.selection
     targets = [target for result in results for target in result.targets]
-    others = [copy_file(source.fetch(name), out / name, name) for name in loading_order(selection.others)]
+    source.watch.check()
+    others = [copy_file(source.fetch(name), out / name, name, watch=source.watch) for name in loading_order(selection.others)]
     fingerprint = fingerprint_of(targets)
     write_scales(out / SCALES_FILE, {target.key: torch.ones(target.scales_shape) for target in targets}, fingerprint)
     manifest = Manifest(
@@ -433,6 +444,7 @@ def _finish(
         targets=targets,
         skipped=[SkippedRecord(item.tensor, item.shard, item.reason) for item in steps.skipped],
     )
+    source.watch.check()
     manifest.write(out)
     return manifest
 

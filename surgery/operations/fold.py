@@ -329,8 +329,8 @@ class _Folding:
         def release() -> None:
             while files:
                 file = files.pop()
-                if self._weights.release(file):
-                    self._dense.forget(file)
+                self._dense.forget(file)
+                self._weights.release(file)
 
         def has_been_read() -> None:
             if not self._dense.quantized:  # else scales are looked up until the end
@@ -345,7 +345,8 @@ class _Folding:
 
     def remote(self, index: int) -> RemoteFold:
         settings = dataclasses.replace(self.settings, out=self.settings.out.resolve())
-        return RemoteFold(self.manifest.shards[index], self._weights.origin(), settings, self.to_compare)
+        shard = self.manifest.shards[index]
+        return RemoteFold(shard, self._weights.origin(self._dense.files(shard)), settings, self.to_compare)
 
     def tell(self, index: int) -> None:
         record = self.manifest.shards[index].source

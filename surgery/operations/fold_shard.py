@@ -117,7 +117,7 @@ class ShardFold:
             to_compare: nothing is written.
         """
         file = self.shard.source.file
-        with ShardReader(self.weights.file(self.shard)[0]) as reader:
+        with ShardReader(self.weights.file(self.shard)[0], watch=self.weights.watch) as reader:
             if reader.header.tensors and all(self.dense.drops(entry.name) for entry in reader.header.tensors):
                 self.progress.advance(reader.header.data_bytes)
                 return None

@@ -15,7 +15,7 @@ from surgery.engine.lane import Lane
 from surgery.engine.walk import Piece, ShardWalk, TargetPiece
 from surgery.errors import OutputError, SourceError
 from surgery.format.factors import FactorsHash
-from surgery.format.files import FileRecord, FileWriter
+from surgery.format.files import FileRecord, FileWriter, Watch
 from surgery.format.manifest import CertificateRecord, ShardRecord, ShardResult, TargetRecord
 from surgery.format.safetensors import TORCH_DTYPES, ShardReader, TensorFileWriter
 from surgery.format.sample import SampleHash
@@ -43,6 +43,7 @@ class Job:
         scales: the weight files that hold scales of FP8 targets, by name, and where they are on this machine.
         window_bytes: how much of the shard is held at a time, so that matrices of one shape are solved together.
         settings: as asked for.
+        watch: of the source.
     """
 
     shard: ShardPlan
@@ -55,6 +56,7 @@ class Job:
     scales: Mapping[str, Path]
     window_bytes: int
     settings: Settings
+    watch: Watch
 
     def partial(self, file: str) -> Path | None:
         """Where a file is until it is finished, if not beside it."""
@@ -97,6 +99,7 @@ class RemoteShard:
                 scales,
                 self.window_bytes,
                 self.settings,
+                Watch(),
             )
             return run_job(job, lane, Silent(), lambda: None)
 
@@ -130,9 +133,9 @@ def run_job(job: Job, lane: Lane, progress: Progress, read: Callable[[], object]
     """
     factors_name = factors_file(job.index, job.count)
     with ExitStack() as stack:
-        reader = stack.enter_context(ShardReader(job.path, name=job.shard.file))
+        reader = stack.enter_context(ShardReader(job.path, name=job.shard.file, watch=job.watch))
         _check_unchanged(reader, job.shard)
-        dequantizer = stack.enter_context(Dequantizer(job.scales.__getitem__))
+        dequantizer = stack.enter_context(Dequantizer(job.scales.__getitem__, job.watch))
         work: dict[str, list[_Collected]] = {}
         for target in job.shard.targets:
             ranked = _with_rank(target, reader, dequantizer, job, lane)

@@ -127,6 +127,8 @@ def project(
     ):
         projector.run(progress)
         found = projector.found
+    for read in (source, weights):
+        read.watch.check()
     write_scales(out, {key: one.scales for key, one in found.items()}, manifest.fingerprint)
     total = _Sums()
     for one in found.values():
@@ -207,7 +209,7 @@ class _Projector:
         if lost := [tensor for tensor in fp8 if tensor not in self._quantized]:
             raise SourceError(f"the base is not that of this overlay: {lost[0]!r} is not FP8 there")
         shards = {shard.source.file: shard for shard in manifest.shards}
-        self._dequantizer = Dequantizer(lambda file: shard_path(weights, shards, file))
+        self._dequantizer = Dequantizer(lambda file: shard_path(weights, shards, file), weights.watch)
         self.found = {target.key: _Found(torch.ones(target.scales_shape)) for target in manifest.targets}
 
     def __enter__(self) -> Self:
@@ -234,7 +236,7 @@ class _Projector:
             targets.setdefault(target.tensor, []).append(target)
         with (
             FactorsReader(self._factorized, shard) as reader,
-            ShardReader(path, name=path.name) as stored,
+            ShardReader(path, name=path.name, watch=self._weights.watch) as stored,
             ShardWalk(stored, {name: some[0].at_a_time for name, some in targets.items()}) as walk,
         ):
             if lost := sorted(targets.keys() - {entry.name for entry in stored.header.tensors}):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 from surgery.errors import FormatError, SourceError
-from surgery.format.files import check_relative_path, check_size, read_json_object, reading
+from surgery.format.files import Watch, check_relative_path, check_size, read_json_object, reading
 from surgery.format.manifest import SourceRecord
 from surgery.format.safetensors import Header, ShardReader
 from surgery.names import CONFIG_FILE
@@ -25,11 +25,13 @@ class Source(Protocol):
         name: what the user called it, for messages.
         record: its identity, for the manifest.
         selection: its files.
+        watch: sees to it that those which are here stay as they are while they are in use.
     """
 
     name: str
     record: SourceRecord
     selection: Selection
+    watch: Watch
 
     def size(self, file: str) -> int:
         """Bytes of one of its files."""
@@ -58,8 +60,8 @@ class Source(Protocol):
     def sha256(self, file: str) -> str | None:
         """Of a weight file that has been fetched, if somebody else than the file itself says so."""
 
-    def origin(self) -> Origin:
-        """Where its weight files are, for others to take them from."""
+    def origin(self, files: Iterable[str]) -> Origin:
+        """Where some of its weight files are, for others to take them from."""
 
     def folder(self) -> Path | None:
         """What must not be written to: the folder it is in, or the hub's cache."""
@@ -104,11 +106,12 @@ class FolderSource(Stays):
         self.record = record or SourceRecord("folder", None, None)
         self._root = root
         self._within = within or root  # a pipeline's other models are not to be written to either
+        self.watch = Watch()
         with reading(root, self.name):
             names = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
         if self.record.kind == "folder":
             self._check_links(names)
-        self.selection = select_files(names, lambda file: read_text(root / file, f"{self.name}/{file}"), where=self.name)
+        self.selection = select_files(names, lambda file: read_text(self.fetch(file), f"{self.name}/{file}"), where=self.name)
 
     def _check_links(self, names: list[str]) -> None:
         """Refuse links out of the folder: what they lead to would be copied into the result."""
@@ -132,11 +135,13 @@ class FolderSource(Stays):
         return read_config(self)
 
     def header(self, shard: str) -> Header:
-        with ShardReader(self._root / shard, name=f"{self.name}/{shard}") as reader:
+        with ShardReader(self._root / shard, name=f"{self.name}/{shard}", watch=self.watch) as reader:
             return reader.header
 
     def fetch(self, file: str) -> Path:
-        return self._root / file
+        path = self._root / file
+        self.watch.see(path, f"{self.name}/{file}")
+        return path
 
     def folder(self) -> Path | None:
         # Of a snapshot in the hub's cache the whole repository.
@@ -145,13 +150,12 @@ class FolderSource(Stays):
     def stamps(self) -> dict[str, list[int]]:
         if self.record.kind != "folder":
             return {}
-        stats = {}
-        for file in (*self.selection.shards, *self.selection.others):
-            with reading(self._root / file):
-                stats[file] = (self._root / file).stat()
-                if not os.access(self._root / file, os.R_OK):
-                    raise FormatError(f"{self.name}/{file}: cannot be read (no permission)")
-        return {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()}
+        return self._stamps((*self.selection.shards, *self.selection.others))
+
+    def _stamps(self, files: Iterable[str]) -> dict[str, list[int]]:
+        stamps = {file: self.watch.see(self._root / file, f"{self.name}/{file}") for file in files}
+        # What a restart of the machine, or another place to mount a disk, leaves as it is.
+        return {file: [stamp.size, stamp.mtime_ns] for file, stamp in stamps.items()}
 
     def bytes_to_fetch(self) -> int:
         return 0
@@ -159,8 +163,8 @@ class FolderSource(Stays):
     def room_to_fetch(self) -> tuple[Path, int] | None:
         return None
 
-    def origin(self) -> FolderOrigin:
-        return FolderOrigin(self._root.resolve())
+    def origin(self, files: Iterable[str]) -> FolderOrigin:
+        return FolderOrigin(self._root.resolve(), self._stamps(files))
 
 
 def open_source(model: str | Path, *, revision: str | None = None, subfolder: str | None = None) -> Source:
