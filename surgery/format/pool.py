@@ -73,14 +73,21 @@ class Pool(Generic[_Reader]):
         with self._one:
             idle = [name for name in self._open if not self._users[name]]
             for name in idle[:-_KEPT_OPEN]:
-                reader = self._open.pop(name)
-                try:
-                    reader.check_unchanged()
-                finally:
-                    reader.close()
+                self._close(name)
 
     def forget(self, name: str) -> None:
-        """Close a file that nobody uses, if it is open: it may be dropped."""
+        """Close a file that nobody uses, if it is open: it may be dropped.
+
+        Raises:
+            FormatError: it has changed.
+        """
         with self._one:
-            if not self._users[name] and (reader := self._open.pop(name, None)) is not None:
-                reader.close()
+            if name in self._open and not self._users[name]:
+                self._close(name)
+
+    def _close(self, name: str) -> None:
+        reader = self._open.pop(name)
+        try:
+            reader.check_unchanged()
+        finally:
+            reader.close()

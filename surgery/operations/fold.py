@@ -329,8 +329,10 @@ class _Folding:
         def release() -> None:
             while files:
                 file = files.pop()
-                self._dense.forget(file)
-                self._weights.release(file)
+                try:
+                    self._dense.forget(file)
+                finally:
+                    self._weights.release(file)
 
         def has_been_read() -> None:
             if not self._dense.quantized:  # else scales are looked up until the end
