@@ -281,11 +281,25 @@ def check_file(folder: Path, record: FileRecord, hint: str) -> None:
     Raises:
         FormatError: with both hashes.
     """
-    path = folder / check_relative_path(record.file, str(folder))
+    path = check_size_of(folder, record, hint)
     with reading(path):
-        found = file_sha256(path) if path.stat().st_size == record.size else f"of {path.stat().st_size} bytes"
+        found = file_sha256(path)
     if found != record.sha256:
         raise not_as_described(path, found, record, hint)
+
+
+def check_size_of(folder: Path, record: FileRecord, hint: str) -> Path:
+    """Refuse a file that is missing or has another size than was recorded; returns where it is.
+
+    Raises:
+        FormatError: with its size.
+    """
+    path = folder / check_relative_path(record.file, str(folder))
+    with reading(path):
+        size = path.stat().st_size
+    if size != record.size:
+        raise not_as_described(path, f"of {size} bytes", record, hint)
+    return path
 
 
 def not_as_described(path: Path, found: str, expected: FileRecord, hint: str) -> FormatError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -99,6 +99,11 @@ class DenseWeights:
         """A weight file of the source may not be there any more."""
         self._dequantizer.forget(file)
 
+    def check(self, headers: Iterable[Header]) -> None:
+        """Find out before any work what ``touched`` would find out of the shards with these headers."""
+        for header in headers:
+            self.touched(header)
+
     def keeps(self, shard: ShardRecord, header: Header) -> bool:
         """Whether a weight file, with this header, comes out as it was in the source."""
         if any(entry.name in self._additions for entry in header.tensors):
@@ -109,7 +114,11 @@ class DenseWeights:
         return self._manifest.lossless and not self._to_dense and not any(map(self._changed, targets))
 
     def touched(self, header: Header) -> dict[str, int | None]:
-        """The tensors of a shard that do not keep their bytes, and how many matrices of each to hold at a time."""
+        """The tensors of a shard that do not keep their bytes, and how many matrices of each to hold at a time.
+
+        Raises:
+            OptionError: the adapter changes one whose dtype it cannot change.
+        """
         touched: dict[str, int | None] = {}
         for entry in header.tensors:
             targets = self._targets.get(entry.name, [])

@@ -36,7 +36,7 @@ from surgery.operations.batch import Settings
 from surgery.operations.engines import Engine, EngineName, engine_of
 from surgery.operations.job import Job, RemoteShard, run_job, scale_files
 from surgery.operations.journal import Journal, differing
-from surgery.operations.output import check_room, is_as_recorded, loading_order, locked, prepare_output
+from surgery.operations.output import check_room, is_as_recorded, loading_order, locked, result_folder
 from surgery.operations.publish import publish_factorized, submit_shard, uploading
 from surgery.planning.memory import Resources
 from surgery.planning.plan import LAYOUTS, Layout, Plan, make_plan
@@ -210,13 +210,12 @@ def factorize(
                 check_room(*download)
             journal = Journal(out, _identity(source, steps, options, by.device_name))
             needed = steps.bytes_written + (steps.temporary_bytes if stream else 0)
-            prepare_output(out, journal, _output_files(source, steps), needed, overwrite=overwrite)
             settings = Settings(steps.layout, correction, seed, tolerance)
-            work = _Factorizing(source, steps, out, settings, progress, timing)
-            results = _run_jobs(by, work, journal, upload, progress)
-            manifest = _finish(source, steps, out, results, options, by.device_name)
-            Journal.forget(out)
-            publish_factorized(upload, out, manifest, progress)
+            with result_folder(out, journal, _output_files(source, steps), needed, progress, overwrite=overwrite) as place:
+                work = _Factorizing(source, steps, out, place, settings, progress, timing)
+                results = _run_jobs(by, work, journal, upload, progress)
+                manifest = _finish(source, steps, place, results, options, by.device_name)
+                publish_factorized(upload, place, manifest, progress)
     for note in _accuracy_notes(manifest.targets, steps):
         progress.note(note)
     return manifest
@@ -226,7 +225,7 @@ def _run_jobs(
     engine: Engine, work: _Factorizing, journal: Journal, upload: Upload | None, progress: Progress
 ) -> list[ShardResult]:
     """The results of all shards: of those that an earlier start of this run has finished from its journal."""
-    shards, out = work.steps.shards, work.out
+    shards, place = work.steps.shards, work.place
     progress.start("factorizing", work.steps.bytes_read)
     results: dict[int, ShardResult] = {}
     try:
@@ -234,7 +233,7 @@ def _run_jobs(
             done = _recorded(journal, index, work)
             if done is not None:
                 results[index] = done
-                submit_shard(upload, out, done.shard)
+                submit_shard(upload, place, done.shard)
                 work.tell(index)
         if results:
             progress.note(f"going on after {len(results)} of {len(shards)} shards")
@@ -243,20 +242,28 @@ def _run_jobs(
             for index, result in finished:
                 results[index] = result
                 journal.record(index, result.as_json())
-                submit_shard(upload, out, result.shard)
+                submit_shard(upload, place, result.shard)
     finally:
         progress.finish()
     return [results[index] for index in range(len(shards))]
 
 
 class _Factorizing:
-    """What is done with the shards of a run, see ``ShardWork``."""
+    """What is done with the shards of a run, see ``ShardWork``: of one that writes to ``place``, in or at ``out``."""
 
     def __init__(
-        self, source: Source, steps: Plan, out: Path, settings: Settings, progress: Progress, timing: Timing | None
+        self,
+        source: Source,
+        steps: Plan,
+        out: Path,
+        place: Path,
+        settings: Settings,
+        progress: Progress,
+        timing: Timing | None,
     ) -> None:
         self.steps = steps
-        self.out = out
+        self.place = place
+        self._out = out
         self._source = source
         self._settings = settings
         self._progress = Shared(progress)
@@ -280,7 +287,7 @@ class _Factorizing:
 
     def _job(self, index: int, path: Path, sha256: str | None, scales: Mapping[str, Path]) -> Job:
         shards, window, watch = self.steps.shards, self.steps.memory.window_bytes, self._source.watch
-        return Job(shards[index], index, len(shards), path, sha256, self.out, None, scales, window, self._settings, watch)
+        return Job(shards[index], index, len(shards), path, sha256, self.place, None, scales, window, self._settings, watch)
 
     def work(self, index: int, lane: Lane, read: Callable[[], object]) -> ShardResult:
         job = self._jobs.pop(index)
@@ -303,7 +310,8 @@ class _Factorizing:
     def remote(self, index: int) -> RemoteShard:
         shards, window = self.steps.shards, self.steps.memory.window_bytes
         origin = self._source.origin([shards[index].file, *scale_files(shards[index])])
-        return RemoteShard(shards[index], index, len(shards), origin, self.out.resolve(), window, self._settings)
+        out, place = self._out.resolve(), self.place.resolve()
+        return RemoteShard(shards[index], index, len(shards), origin, out, place, window, self._settings)
 
     def is_of_the_source(self, result: ShardResult) -> bool:
         """Whether the shard of a local model still has the bytes that a result was made of. A commit pins those of others."""
@@ -328,9 +336,9 @@ def _recorded(journal: Journal, index: int, work: _Factorizing) -> ShardResult |
     value = journal.recorded(index)
     if value is None:
         return None
-    result = ShardResult.from_json(value, f"{work.out}: the journal of shard {index + 1}")
+    result = ShardResult.from_json(value, f"{work.place}: the journal of shard {index + 1}")
     files = (record for record in (result.shard.residual, result.shard.factors) if record is not None)
-    return result if work.is_of_the_source(result) and all(is_as_recorded(work.out, record) for record in files) else None
+    return result if work.is_of_the_source(result) and all(is_as_recorded(work.place, record) for record in files) else None
 
 
 def _identity(source: Source, steps: Plan, options: OptionsRecord, device: str) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class Job:
         index, count: which of how many shards.
         path: the weight file on this machine.
         sha256: what the hub says that its hash is; None where nobody does.
-        out: the output folder.
+        out: the folder that is written to.
         partials: where unfinished files are, if not beside the finished ones.
         scales: the weight files that hold scales of FP8 targets, by name, and where they are on this machine.
         window_bytes: how much of the shard is held at a time, so that matrices of one shape are solved together.
@@ -68,8 +68,10 @@ class RemoteShard:
     """A job for another process, perhaps on another machine.
 
     Attributes:
-        shard, index, count, out, window_bytes, settings: as for ``Job``.
+        shard, index, count, window_bytes, settings: as for ``Job``.
         origin: where its weight files come from.
+        out: the output folder of the run.
+        place: the folder that is written to, that one or one inside of it.
     """
 
     shard: ShardPlan
@@ -77,6 +79,7 @@ class RemoteShard:
     count: int
     origin: Origin
     out: Path
+    place: Path
     window_bytes: int
     settings: Settings
 
@@ -94,7 +97,7 @@ class RemoteShard:
                 self.count,
                 path,
                 sha256,
-                self.out,
+                self.place,
                 partials,
                 scales,
                 self.window_bytes,

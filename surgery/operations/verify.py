@@ -26,7 +26,7 @@ from surgery.linalg.precision import full_precision
 from surgery.linalg.triplets import residuals_of
 from surgery.memory import bytes_of
 from surgery.names import MANIFEST_FILE, SCALES_FILE, correction_key, factor_key
-from surgery.operations.base import BaseWeights, OwnWeights, check_entry, open_base, own_config, shard_path
+from surgery.operations.base import BaseWeights, OwnWeights, check_entry, open_base, shard_path
 from surgery.operations.output import check_room
 from surgery.operations.quantized import Dequantizer
 from surgery.planning.quantization import FP8, Scaled
@@ -114,7 +114,7 @@ def verify(
     weights = None if fast else _weights(folder, manifest, base, report)
     quantized: dict[str, Scaled] = {}
     if isinstance(weights, BaseWeights) and any(target.dtype == FP8 for target in manifest.targets):
-        quantized = weights.quantized(own_config(folder, manifest))
+        quantized = weights.quantized(folder, manifest)
     by_reading = 0 if fast else sum(shard.source.size for shard in manifest.shards)
     progress.start("verifying", by_reading + sum(record.size for record in manifest.output_files()))
     try:

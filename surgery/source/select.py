@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -132,6 +133,18 @@ def _shards(
                 hint="the model is incomplete: fetch the missing file",
             )
     return named, index
+
+
+_READ_BY_LOADERS = re.compile(
+    r"[^/]*config[^/]*\.json|(tokenizer|vocab|chat_template|special_tokens_map|added_tokens|modules|preprocessor)[^/]*\.(json|txt)"
+    r"|[^/]*merges\.txt|[^/]*\.(py|jinja|model|tiktoken)|(README|LICENSE|NOTICE)(\.\w+)?"
+)
+
+
+def is_read_by_loaders(name: str) -> bool:
+    """Whether loaders look for a file of this name in any model: weights, index, config, tokenizer, code, card and the like."""
+    at_top = "/" not in name
+    return at_top and (name.endswith((".safetensors", INDEX_SUFFIX)) or _READ_BY_LOADERS.fullmatch(name) is not None)
 
 
 def index_entries(text: str, where: str) -> dict[str, str]:
