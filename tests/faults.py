@@ -112,9 +112,6 @@ def main(model: Path, folder: Path, trials: int, seed: int) -> None:
     def factorize(out: Path) -> None:
         surgery.factorize(model, out, rank=4)
 
-    def factorize_anew(out: Path) -> None:
-        surgery.factorize(model, out, rank=4, overwrite=True)
-
     def fold(out: Path, *, overwrite: bool = False) -> None:
         manifest = surgery.Manifest.read(factorized)
         scales = {target.key: torch.full(target.scales_shape, 1.5) for target in manifest.targets}
@@ -131,13 +128,10 @@ def main(model: Path, folder: Path, trials: int, seed: int) -> None:
     shutil.copy(model / "config.json", other)
     for name in ("generation_config.json", "chat_template.jinja", "vocab.json"):
         (other / name).write_text("{}")
-    earlier = folder / "earlier f"
-    run(lambda out: surgery.factorize(other, out, rank=3), earlier)
 
     for name, call, marker, before in (
         ("factorize", factorize, "surgery/manifest.json", None),
         ("fold", fold, "config.json", None),
-        ("factorize anew", factorize_anew, "surgery/manifest.json", earlier),
         ("fold anew", fold_anew, "config.json", other),
     ):
         start = time.perf_counter()
@@ -155,7 +149,7 @@ def main(model: Path, folder: Path, trials: int, seed: int) -> None:
         for _ in range(trials):
             kills += trial(call, out, before, truth, marker, [{"kill_after": chance.uniform(0, seconds)} for _ in range(2)])
         if before is not None:
-            assert truth == files_of(folder / f"truth {name.removesuffix(' anew')}" if name == "fold anew" else factorized)
+            assert truth == files_of(folder / f"truth {name.removesuffix(' anew')}")
         print(f"{name}: {changes} changes, {len(steps)} of them and {trials} random moments tried, {kills} kills")
         assert kills >= len(steps)
 
