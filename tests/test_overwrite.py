@@ -161,6 +161,17 @@ def test_a_run_that_fails_leaves_the_earlier_result(
     assert error is FormatError or left == before
 
 
+def test_an_export_that_fails_leaves_the_earlier_adapter(tmp_path: Path) -> None:
+    made, out = _made(_small(tmp_path / "m", shards=3), tmp_path / "f"), tmp_path / "adapter"
+    surgery.export(made, _ones(made, 1.25), out)
+    before = files_of(out)
+    victim = sorted((made / "surgery").glob("factors*"))[-1]
+    victim.write_bytes(victim.read_bytes()[:-1] + b"?")
+    with pytest.raises(FormatError, match=victim.name):
+        surgery.export(made, _ones(made), out, overwrite=True)
+    assert files_of(out) == before
+
+
 def test_a_disk_that_is_full_leaves_it_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, out = _made(_small(tmp_path / "m", shards=3), tmp_path / "f"), tmp_path / "out"
     surgery.fold(made, _ones(made, 1.25), out, device="cpu")

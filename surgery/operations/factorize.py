@@ -171,7 +171,7 @@ def factorize(
         push_to_hub: repo id that the result is uploaded to as well, each shard when it is finished. An earlier result of
             surgery there is replaced.
         private: whether a repository that is created for it is private.
-        overwrite: replace an earlier result in ``out``.
+        overwrite: replace an earlier result in ``out``, which stays as it is until the new one is whole.
         progress: told how far it is.
         timing: told where the time goes.
 

@@ -119,7 +119,7 @@ def fold(
         stream: for an overlay, fetch each weight file of the base from the hub when its turn comes, and drop it when it has
             been read.
         push_to_hub, private: as for ``factorize``.
-        overwrite: replace an earlier result in ``out``.
+        overwrite: replace an earlier result in ``out``, which stays as it is until the new one is whole.
         progress: told how far it is.
         timing: told where the time goes.
 

@@ -164,7 +164,8 @@ class FolderSource(Stays):
         return None
 
     def origin(self, files: Iterable[str]) -> FolderOrigin:
-        return FolderOrigin(self._root.resolve(), self._stamps(files))
+        # Of a model from the hub's cache each machine may have a copy of its own.
+        return FolderOrigin(self._root.resolve(), self._stamps(files) if self.record.kind == "folder" else {})
 
 
 def open_source(model: str | Path, *, revision: str | None = None, subfolder: str | None = None) -> Source:
