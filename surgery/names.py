@@ -20,6 +20,9 @@ RUN_FILE = f"{JOURNAL_DIR}/run.json"
 FILES_FILE = f"{JOURNAL_DIR}/files.json"
 STREAM_DIR = f"{JOURNAL_DIR}/shards"
 PARTIALS_DIR = f"{JOURNAL_DIR}/partials"
+#: Where a result is made that is to replace another one, and what of that is to go once it is whole.
+RESULT_DIR = f"{JOURNAL_DIR}/result"
+REPLACED_FILE = f"{JOURNAL_DIR}/replaced.json"
 
 RESERVED_SUFFIX = ".partial"
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self, TypeGuard
@@ -24,7 +24,7 @@ import torch
 
 from surgery.errors import FormatError
 from surgery.format.disk import write_all
-from surgery.format.files import FileRecord, FileWriter, check_regular, file_sha256, reading, reporting
+from surgery.format.files import FileRecord, FileWriter, Stamp, Watch, check_regular, file_sha256, reading, reporting
 from surgery.memory import bytes_of
 from surgery.names import DTYPE_BITS
 from surgery.timing import timed
@@ -201,17 +201,29 @@ class ShardReader:
     """Reads from one safetensors file by position. A context manager; for any number of threads.
 
     Plain reads rather than a memory map: a file that shrinks while it is read gives a ``FormatError`` and not a
-    bus error.
+    bus error. Whoever has read the last byte that is wanted calls ``check_unchanged``.
+
+    Args:
+        path: of the file.
+        name: for messages.
+        watch: makes sure that it is what it was when it was opened before, or when the run was planned.
+
+    Raises:
+        FormatError: it cannot be read, breaks the format, or has changed.
     """
 
-    def __init__(self, path: Path, *, name: str | None = None) -> None:
+    def __init__(self, path: Path, *, name: str | None = None, watch: Watch | None = None) -> None:
         self.name = name or path.name
+        self._path = path
         with reading(path, self.name):
             check_regular(path, self.name)
             self._file: IO[bytes] = open(path, "rb", buffering=0)
         self._position = threading.Lock()
         try:
-            size = os.fstat(self._file.fileno()).st_size
+            self._stamp = Stamp.of(self._file)
+            if watch is not None:
+                watch.see(path, self.name, self._stamp)
+            size = self._stamp.size
             prefix = self._file.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
@@ -234,6 +246,20 @@ class ShardReader:
     def close(self) -> None:
         """No more reading; as often as one likes."""
         self._file.close()
+
+    def check_unchanged(self) -> None:
+        """Make sure that all that was read is of one file, which is still there.
+
+        Raises:
+            FormatError: it has been written to since it was opened, or replaced.
+        """
+        self._stamp.check(Stamp.of(self._file), self.name)
+        self._stamp.check(Stamp.at(self._path, self.name), self.name)
+
+    @cached_property
+    def entries(self) -> dict[str, TensorEntry]:
+        """What the header says of each tensor, by name."""
+        return {entry.name: entry for entry in self.header.tensors}
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` from ``offset`` bytes after the start of the data.

@@ -137,7 +137,7 @@ def _opened(source: Source, shards: Sequence[str]) -> Iterator[list[ShardReader]
         for shard in shards:
             path = source.acquire(shard)
             stack.callback(source.release, shard)
-            readers.append(stack.enter_context(ShardReader(path, name=f"{source.name}/{shard}")))
+            readers.append(stack.enter_context(ShardReader(path, name=f"{source.name}/{shard}", watch=source.watch)))
         yield readers
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -75,7 +75,9 @@ class DenseWeights:
         self._fresh: dict[str, torch.Tensor] = {}
         self._one = threading.Lock()
         self._open = ExitStack()
-        self._dequantizer = self._open.enter_context(Dequantizer(lambda shard: shard_path(weights, self._shards, shard)))
+        self._dequantizer = self._open.enter_context(
+            Dequantizer(lambda shard: shard_path(weights, self._shards, shard), weights.watch)
+        )
         self._factors = self._open.enter_context(FactorsReaders(factorized, manifest))
 
     def __enter__(self) -> Self:
@@ -98,8 +100,13 @@ class DenseWeights:
         return [name, *sorted({file for pair in pairs if name in pair for file in pair} - {name})]
 
     def forget(self, file: str) -> None:
-        """A weight file of the source will not be there any more."""
+        """A weight file of the source may not be there any more."""
         self._dequantizer.forget(file)
+
+    def check(self, headers: Iterable[Header]) -> None:
+        """Find out before any work what ``touched`` would find out of the shards with these headers."""
+        for header in headers:
+            self.touched(header)
 
     def keeps(self, shard: ShardRecord, header: Header) -> bool:
         """Whether a weight file, with this header, comes out as it was in the source."""
@@ -111,7 +118,11 @@ class DenseWeights:
         return self._manifest.lossless and not self._to_dense and not any(map(self._changed, targets))
 
     def touched(self, header: Header) -> dict[str, int | None]:
-        """The tensors of a shard that do not keep their bytes, and how many matrices of each to hold at a time."""
+        """The tensors of a shard that do not keep their bytes, and how many matrices of each to hold at a time.
+
+        Raises:
+            OptionError: the adapter changes one whose dtype it cannot change.
+        """
         touched: dict[str, int | None] = {}
         for entry in header.tensors:
             targets = self._targets.get(entry.name, [])
@@ -204,17 +215,17 @@ class DenseWeights:
         # Two threads that find them missing at once both compute them: the same.
         scaled = self._quantized[tensor]
         old = self._dequantizer.scales(scaled)
-        reader, entries = self._dequantizer.reader(self._targets[tensor][0].shard)
-        entry = entries[tensor]
         fresh = old.clone()
-        stack = len(entry.shape) == 3
-        for first in range(entry.shape[0]) if stack else [0]:
-            if stack and not self._matrix_changed(tensor, first):
-                continue
-            stored = reader.read(entry, first, 1) if stack else reader.read(entry)
-            weight = self._dense(self._dequantizer.weight(stored, first, scaled), entry, first, device)
-            where = slice(first, first + 1) if stack else ...
-            fresh[where] = block_scales(weight, scaled.block, old[where])
+        with self._dequantizer.reader(self._targets[tensor][0].shard) as reader:
+            entry = reader.entries[tensor]
+            stack = len(entry.shape) == 3
+            for first in range(entry.shape[0]) if stack else [0]:
+                if stack and not self._matrix_changed(tensor, first):
+                    continue
+                stored = reader.read(entry, first, 1) if stack else reader.read(entry)
+                weight = self._dense(self._dequantizer.weight(stored, first, scaled), entry, first, device)
+                where = slice(first, first + 1) if stack else ...
+                fresh[where] = block_scales(weight, scaled.block, old[where])
         with self._one:
             self._fresh[tensor] = fresh
         return fresh
@@ -282,9 +293,9 @@ class DenseWeights:
         changed = bool((scales != 1).any())
         if not residual and not changed and addition is None:
             return weight
-        reader = self._factors.of(target)
-        parts = reader.factors(target, index)
-        correction = reader.correction(target, index) if residual and self._manifest.lossless else None
+        with self._factors.of(target) as reader:
+            parts = reader.factors(target, index)
+            correction = reader.correction(target, index) if residual and self._manifest.lossless else None
 
         def compute(there: torch.Tensor, where: torch.device) -> torch.Tensor:
             kept, new = parts.to(where), scales if changed else None

@@ -16,7 +16,7 @@ from torch import nn
 from surgery.device import on_its_own_terms
 from surgery.errors import OptionError, OutputError
 from surgery.format.factors import FactorsReaders
-from surgery.format.files import FileWriter, write_file
+from surgery.format.files import FileWriter, reporting, sync_directory, write_file
 from surgery.format.lora import CONFIG, PREFIX, WEIGHTS
 from surgery.format.manifest import Manifest, TargetRecord
 from surgery.format.safetensors import TensorEntry, make_header
@@ -170,11 +170,13 @@ class _Adapter:
             return False
 
     def write(self, out: Path, factorized: Path, values: Mapping[str, torch.Tensor], progress: Progress) -> None:
-        """The weights, then the config, without which there is no adapter."""
-        (out / CONFIG).unlink(missing_ok=True)
+        """The weights, then the config, without which there is no adapter. An earlier one is there until the weights are."""
         with FileWriter(out / WEIGHTS) as writer:
             for data in self._contents("exporting", factorized, values, progress):
                 writer.write(data)
+            with reporting(out):
+                (out / CONFIG).unlink(missing_ok=True)
+                sync_directory(out)
             writer.commit(WEIGHTS)
         write_file(out / CONFIG, self.config)
 
@@ -298,7 +300,8 @@ def _halves(
     """A and B, float32, on the CPU."""
     lefts, rights = [], []
     for target, places in update.targets:
-        kept = factors.of(target).factors(target)
+        with factors.of(target) as reader:
+            kept = reader.factors(target)
         change = (kept.s.double() * (values[target.key].double() - 1)).float()
         if update.carrier is None:
             pairs = [(kept.U, kept.V)]

@@ -22,7 +22,7 @@ from surgery.format.scales import write_scales
 from surgery.linalg.correction import CorruptCorrection
 from surgery.linalg.lossless import BLOCK_ENTRIES, DEVICE_BLOCKS, Factors, approximate, join
 from surgery.names import SCALES_FILE
-from surgery.operations.base import BaseWeights, OwnWeights, check_entry, own_config, shard_path, weight_source
+from surgery.operations.base import BASE_HINT, BaseWeights, OwnWeights, check_entry, shard_path, weight_source
 from surgery.operations.output import check_output_file, check_room
 from surgery.operations.quantized import Dequantizer
 from surgery.operations.tuned import TunedModel
@@ -127,6 +127,8 @@ def project(
     ):
         projector.run(progress)
         found = projector.found
+    for read in (source, weights):
+        read.watch.check()
     write_scales(out, {key: one.scales for key, one in found.items()}, manifest.fingerprint)
     total = _Sums()
     for one in found.values():
@@ -203,11 +205,11 @@ class _Projector:
         self._quantized: Mapping[str, Scaled] = {}
         fp8 = [target.tensor for target in manifest.targets if target.dtype == FP8]
         if fp8 and isinstance(weights, BaseWeights):
-            self._quantized = weights.quantized(own_config(factorized, manifest))
+            self._quantized = weights.quantized(factorized, manifest)
         if lost := [tensor for tensor in fp8 if tensor not in self._quantized]:
             raise SourceError(f"the base is not that of this overlay: {lost[0]!r} is not FP8 there")
         shards = {shard.source.file: shard for shard in manifest.shards}
-        self._dequantizer = Dequantizer(lambda file: shard_path(weights, shards, file))
+        self._dequantizer = Dequantizer(lambda file: shard_path(weights, shards, file), weights.watch)
         self.found = {target.key: _Found(torch.ones(target.scales_shape, dtype=torch.float32)) for target in manifest.targets}
 
     def __enter__(self) -> Self:
@@ -234,7 +236,7 @@ class _Projector:
             targets.setdefault(target.tensor, []).append(target)
         with (
             FactorsReader(self._factorized, shard) as reader,
-            ShardReader(path, name=path.name) as stored,
+            ShardReader(path, name=path.name, watch=self._weights.watch) as stored,
             ShardWalk(stored, {name: some[0].at_a_time for name, some in targets.items()}) as walk,
         ):
             if lost := sorted(targets.keys() - {entry.name for entry in stored.header.tensors}):
@@ -244,9 +246,7 @@ class _Projector:
                     self._piece(piece, targets[piece.entry.name], reader)
         if walk.sha256 != expected.sha256:
             overlay = isinstance(self._weights, BaseWeights)
-            raise not_as_described(
-                path, walk.sha256, expected, "give the model that was factorized with --base" if overlay else DAMAGED_HINT
-            )
+            raise not_as_described(path, walk.sha256, expected, BASE_HINT if overlay else DAMAGED_HINT)
 
     def _piece(self, piece: TargetPiece, targets: Sequence[TargetRecord], reader: FactorsReader) -> None:
         for target in targets:

@@ -86,6 +86,9 @@ def spectra(
     other = None if tuned is None else open_source(tuned, subfolder=subfolder)
     measure = _Measure(top, subspace, tolerance, seed, where)
     targets = _walk(source, steps, other, measure, progress)
+    for read in (source, other):
+        if read is not None:
+            read.watch.check()
     return {
         "schema_version": SCHEMA_VERSION,
         "tool": f"surgery {__version__}",
@@ -163,7 +166,7 @@ def _walk(source: Source, steps: Plan, other: Source | None, measure: _Measure, 
     progress.start("measuring", sum(shard.size for shard in shards))
     try:
         with ExitStack() as stack:
-            dequantizer = stack.enter_context(Dequantizer(source.fetch))
+            dequantizer = stack.enter_context(Dequantizer(source.fetch, source.watch))
             tuned = None if other is None else stack.enter_context(TunedModel(other, shapes))
             for shard in shards:
                 inside: dict[str, list[Target]] = {}
@@ -171,7 +174,7 @@ def _walk(source: Source, steps: Plan, other: Source | None, measure: _Measure, 
                     inside.setdefault(target.tensor, []).append(target)
                 portions = {name: parts[0].at_a_time for name, parts in inside.items()}
                 with (
-                    ShardReader(source.fetch(shard.file), name=shard.file) as reader,
+                    ShardReader(source.fetch(shard.file), name=shard.file, watch=source.watch) as reader,
                     ShardWalk(reader, portions) as walk,
                 ):
                     for piece in reported(walk, progress):

@@ -45,7 +45,7 @@ class TunedModel:
         for name, shape in shapes.items():
             for stored in self._stored[name]:
                 self._check(stored, list(shape))
-        self._files = Dequantizer(source.fetch)
+        self._files = Dequantizer(source.fetch, source.watch)
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -79,8 +79,10 @@ class TunedModel:
             )
 
     def _check_same(self, name: str, other: str) -> None:
-        readers = [self._files.reader(self._places[one][0])[0] for one in (name, other)]
-        if not same_bytes(readers[0], self._places[name][1], readers[1], self._places[other][1]):
+        (shard, entry), (other_shard, other_entry) = self._places[name], self._places[other]
+        with self._files.reader(shard) as here, self._files.reader(other_shard) as there:
+            same = same_bytes(here, entry, there, other_entry)
+        if not same:
             raise SourceError(
                 f"{self._name} holds other weights in {other!r} than in {name!r}",
                 got="two parameters",
@@ -96,13 +98,13 @@ class TunedModel:
         """
         name = self._stored[piece.entry.name][0]
         shard = self._places[name][0]
-        reader, entries = self._files.reader(shard)
-        entry = entries.get(name)
-        if entry != self._places[name][1]:
-            raise FormatError(f"{self._name}/{shard} has changed since its header was read")
-        assert entry is not None
-        some = len(entry.shape) == 3 and len(piece.tensor) < entry.shape[0]
-        tensor = reader.read(entry, piece.first, len(piece.tensor)) if some else reader.read(entry)
+        with self._files.reader(shard) as reader:
+            entry = reader.entries.get(name)
+            if entry != self._places[name][1]:
+                raise FormatError(f"{self._name}/{shard} has changed since its header was read")
+            assert entry is not None
+            some = len(entry.shape) == 3 and len(piece.tensor) < entry.shape[0]
+            tensor = reader.read(entry, piece.first, len(piece.tensor)) if some else reader.read(entry)
         tensor = self._files.weight(tensor, piece.first, self._quantized.get(name))
         if not all_finite(tensor):
             raise WeightError(

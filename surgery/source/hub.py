@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import huggingface_hub
 from huggingface_hub import DryRunFileInfo, errors
 
 from surgery.errors import FormatError, SourceError, SurgeryError
-from surgery.format.files import check_relative_path
+from surgery.format.files import Watch, check_relative_path
 from surgery.format.manifest import SourceRecord
 from surgery.format.safetensors import Header, ShardReader, header_from_json
 from surgery.source.model import FolderSource, Source, Stays, check_subfolder, read_config, read_text
@@ -136,6 +136,7 @@ class HubSource(Stays):
     def __init__(self, repo_id: str, commit: str, record: SourceRecord, files: list[DryRunFileInfo]) -> None:
         self.name = _named(repo_id, record)
         self.record = record
+        self.watch = Watch()
         self.repo_id = repo_id
         self.commit = commit
         self._prefix = "" if record.subfolder is None else f"{record.subfolder}/"
@@ -166,7 +167,7 @@ class HubSource(Stays):
         name, file = f"{self.name}/{shard}", self._prefix + shard
         cached = huggingface_hub.try_to_load_from_cache(self.repo_id, file, revision=self.commit)
         if isinstance(cached, str):
-            with ShardReader(Path(cached), name=name) as reader:
+            with ShardReader(Path(cached), name=name, watch=self.watch) as reader:
                 return reader.header
         try:
             with explained(self.repo_id):
@@ -194,7 +195,7 @@ class HubSource(Stays):
     def sha256(self, file: str) -> str | None:
         return sha256_of(self.repo_id, self.commit, self._prefix + file)
 
-    def origin(self) -> HubOrigin:
+    def origin(self, files: Iterable[str]) -> HubOrigin:
         return HubOrigin(self.repo_id, self.commit, self._prefix, passing=False)
 
     def folders(self) -> list[Path]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 from surgery.errors import FormatError, SourceError
-from surgery.format.files import check_regular, check_relative_path, check_size, read_json_object, reading
+from surgery.format.files import Watch, check_regular, check_relative_path, check_size, read_json_object, reading
 from surgery.format.manifest import SourceRecord
 from surgery.format.safetensors import Header, ShardReader
 from surgery.names import CONFIG_FILE
@@ -26,11 +26,13 @@ class Source(Protocol):
         name: what the user called it, for messages.
         record: its identity, for the manifest.
         selection: its files.
+        watch: sees to it that those which are here stay as they are while they are in use.
     """
 
     name: str
     record: SourceRecord
     selection: Selection
+    watch: Watch
 
     def size(self, file: str) -> int:
         """Bytes of one of its files."""
@@ -59,8 +61,8 @@ class Source(Protocol):
     def sha256(self, file: str) -> str | None:
         """Of a weight file that has been fetched, if somebody else than the file itself says so."""
 
-    def origin(self) -> Origin:
-        """Where its weight files are, for others to take them from."""
+    def origin(self, files: Iterable[str]) -> Origin:
+        """Where some of its weight files are, for others to take them from."""
 
     def folders(self) -> list[Path]:
         """What must not be written to: the folders that its files are in, also by links, or the hub's cache."""
@@ -105,9 +107,8 @@ class FolderSource(Stays):
         self.record = record or SourceRecord("folder", None, None)
         self._root = root
         self._within = within or root  # a pipeline's other models are not to be written to either
-        self.selection = select_files(
-            self._names, lambda file: read_text(self._copied(file), f"{self.name}/{file}"), where=self.name
-        )
+        self.watch = Watch()
+        self.selection = select_files(self._names, self._text, where=self.name)
         for file in self.selection.others:
             check_regular(self._copied(file), f"{self.name}/{file}")
         for file in self.selection.shards:
@@ -122,6 +123,10 @@ class FolderSource(Stays):
                 raise SourceError(f"{self.name}/{folder} is a link to a folder that it lies in", got=str(real))
         with reading(path, f"{self.name}/{folder}"):
             return sorted(entry.name + ("/" if entry.is_dir() else "") for entry in path.iterdir())
+
+    def _text(self, file: str) -> str:
+        self._copied(file)
+        return read_text(self.fetch(file), f"{self.name}/{file}")
 
     def _real(self, file: str) -> Path:
         """Where a file is, whatever links lead to it."""
@@ -157,11 +162,13 @@ class FolderSource(Stays):
         return read_config(self)
 
     def header(self, shard: str) -> Header:
-        with ShardReader(self._root / shard, name=f"{self.name}/{shard}") as reader:
+        with ShardReader(self._root / shard, name=f"{self.name}/{shard}", watch=self.watch) as reader:
             return reader.header
 
     def fetch(self, file: str) -> Path:
-        return self._root / file
+        path = self._root / file
+        self.watch.see(path, f"{self.name}/{file}")
+        return path
 
     def folders(self) -> list[Path]:
         if self.record.kind != "folder":  # of a snapshot in the hub's cache the whole repository
@@ -172,13 +179,12 @@ class FolderSource(Stays):
     def stamps(self) -> dict[str, list[int]]:
         if self.record.kind != "folder":
             return {}
-        stats = {}
-        for file in (*self.selection.shards, *self.selection.others):
-            with reading(self._root / file):
-                stats[file] = (self._root / file).stat()
-                if not os.access(self._root / file, os.R_OK):
-                    raise FormatError(f"{self.name}/{file}: cannot be read (no permission)")
-        return {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()}
+        return self._stamps((*self.selection.shards, *self.selection.others))
+
+    def _stamps(self, files: Iterable[str]) -> dict[str, list[int]]:
+        stamps = {file: self.watch.see(self._root / file, f"{self.name}/{file}") for file in files}
+        # What a restart of the machine, or another place to mount a disk, leaves as it is.
+        return {file: [stamp.size, stamp.mtime_ns] for file, stamp in stamps.items()}
 
     def bytes_to_fetch(self) -> int:
         return 0
@@ -186,8 +192,9 @@ class FolderSource(Stays):
     def room_to_fetch(self) -> tuple[Path, int] | None:
         return None
 
-    def origin(self) -> FolderOrigin:
-        return FolderOrigin(self._root.resolve())
+    def origin(self, files: Iterable[str]) -> FolderOrigin:
+        # Of a model from the hub's cache each machine may have a copy of its own.
+        return FolderOrigin(self._root.resolve(), self._stamps(files) if self.record.kind == "folder" else {})
 
 
 def open_source(model: str | Path, *, revision: str | None = None, subfolder: str | None = None) -> Source:
