@@ -123,7 +123,12 @@ def make_plan(
         choice=choice,
         shards=tuple(shards),
         skipped=tuple(skipped),
-        notes=(*_rank_notes(every), *_recipe_notes(choice, recipe, names), *_split_notes(choice, every)),
+        notes=(
+            *_rank_notes(every),
+            *_wanted_notes(skipped),
+            *_recipe_notes(choice, recipe, names),
+            *_split_notes(choice, every),
+        ),
         bytes_read=weights + sum(twice.values()),
         bytes_written=written,
         download_bytes=source.bytes_to_fetch(),
@@ -192,6 +197,18 @@ def _rank_notes(targets: list[Target]) -> list[str]:
     return [
         f"rank {first.asked} is larger than {len(clamped)} of {len(targets)} targets and is cut to their smaller side there "
         f"(first: {first.key} {list(first.matrices[1:])}, rank {first.rank})"
+    ]
+
+
+def _wanted_notes(skipped: list[Skipped]) -> list[str]:
+    """What would be a target but for its dtype or its number of dimensions."""
+    by_reason: dict[str, list[str]] = {}
+    for item in skipped:
+        if item.wanted:
+            by_reason.setdefault(item.reason, []).append(item.tensor)
+    return [
+        f"{len(tensors)} that would be targets by their names are passed over: {reason} (first: {tensors[0]})"
+        for reason, tensors in by_reason.items()
     ]
 
 
