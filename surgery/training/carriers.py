@@ -300,7 +300,9 @@ def _region(target: TargetRecord, place: Place) -> tuple[bool, _Region]:
     piece = place.piece
     if target.view == "convolution":
         whole = tuple(range(len(target.shape)))
-        if piece.axes != whole or any(len(piece.of[axis]) != target.shape[axis] for axis in whole[1:]):
+        if piece.axes != whole or any(
+            len(piece.of[i]) != target.shape[i] or place.shape[i] != target.shape[i] for i in whole[1:]
+        ):
             raise _unknown_place(target, place)
         every = range(math.prod(target.shape[1:]))
         rows = _in_slice(target, 0, piece.at[0], piece.of[0])
