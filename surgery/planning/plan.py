@@ -125,7 +125,7 @@ def make_plan(
         skipped=tuple(skipped),
         notes=(
             *_rank_notes(every),
-            *_wanted_notes(skipped),
+            *_wanted_notes(skipped, len(every)),
             *_recipe_notes(choice, recipe, names),
             *_split_notes(choice, every),
         ),
@@ -200,14 +200,14 @@ def _rank_notes(targets: list[Target]) -> list[str]:
     ]
 
 
-def _wanted_notes(skipped: list[Skipped]) -> list[str]:
+def _wanted_notes(skipped: list[Skipped], targets: int) -> list[str]:
     """What would be a target but for its dtype or its number of dimensions."""
+    wanted = [item for item in skipped if item.wanted]
     by_reason: dict[str, list[str]] = {}
-    for item in skipped:
-        if item.wanted:
-            by_reason.setdefault(item.reason, []).append(item.tensor)
+    for item in wanted:
+        by_reason.setdefault(item.reason, []).append(item.tensor)
     return [
-        f"{len(tensors)} that would be targets by their names are passed over: {reason} (first: {tensors[0]})"
+        f"{reason}: {len(tensors)} of {targets + len(wanted)} that would be targets are passed over (first: {tensors[0]})"
         for reason, tensors in by_reason.items()
     ]
 
