@@ -308,3 +308,29 @@ def test_a_model_of_ones_own_with_a_target_under_another_name_is_refused(tmp_pat
     without.first.weight.data = stored["first.weight"]
     with pytest.warns(SurgeryWarning, match=r"1 of 2 targets are not in this model \(first: 'second\.weight'\)"):
         surgery.attach(without, tmp_path / "f")
+
+
+class _ScalesTrainer(surgery.SaveScales, hf.Trainer):
+    pass
+
+
+def test_a_trainer_saves_and_resumes_what_is_there(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    _save(folder, _qwen3_5)
+    manifest = surgery.factorize(folder, tmp_path / "f", rank=2)
+    data = [{"input_ids": IDS[0], "labels": IDS[0]}] * 4
+
+    def trainer(steps: int) -> _ScalesTrainer:
+        model = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "f")
+        with pytest.warns(SurgeryWarning, match="not in this model"):
+            scales = surgery.attach(model, tmp_path / "f")
+        settings: dict[str, Any] = {"use_cpu": True, "dataloader_pin_memory": False, "report_to": "none", "disable_tqdm": True}
+        arguments = hf.TrainingArguments(str(tmp_path / "out"), max_steps=steps, save_steps=1, learning_rate=0.1, **settings)
+        return _ScalesTrainer(model, arguments, train_dataset=data, scales=scales)
+
+    trainer(1).train()
+    again = trainer(2)
+    again.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-1"))
+    saved = read_scales(tmp_path / "out/checkpoint-2/scales.safetensors", manifest)
+    assert {("visual" in key) for key, value in saved.items() if (value == 1).all()} == {True}
+    assert all((saved[key] == 1).all() for key in saved if "visual" in key)
