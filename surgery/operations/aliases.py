@@ -15,6 +15,7 @@ from surgery.format.manifest import Alias
 from surgery.format.safetensors import Header, ShardReader, TensorEntry, same_bytes
 from surgery.names import CONFIG_FILE
 from surgery.planning.targets import Target, in_block, is_embedding
+from surgery.planning.unloaded import why_unloaded
 from surgery.source.model import Source
 from surgery.training.placement import locate
 from surgery.training.skeleton import skeleton
@@ -48,10 +49,13 @@ def find_aliases(
             tensors are FP8.
     """
     chosen = {target.tensor: target for target in targets}
+    config = source.config()
     alike: dict[tuple[str, tuple[int, ...]], list[_Place]] = {}
     for shard, header in headers.items():
         for entry in header.tensors:
-            alike.setdefault((entry.dtype, entry.shape), []).append((entry, shard))
+            # What the model does not have is no parameter of it, such as the embedding that comes with a layer for prediction.
+            if entry.name in chosen or why_unloaded(entry.name, config) is None:
+                alike.setdefault((entry.dtype, entry.shape), []).append((entry, shard))
     groups = [places for places in alike.values() if len(places) > 1 and any(entry.name in chosen for entry, _ in places)]
     at_hand = source.bytes_to_fetch() == 0
     found: dict[str, tuple[Alias, ...]] = {}

@@ -115,7 +115,7 @@ def export(
     there = not overwrite and any((out / name).exists() for name in (CONFIG, WEIGHTS))
     for name in (CONFIG, WEIGHTS):
         check_output_file(out / name, [factorized], overwrite=overwrite or there)
-    adapter = _Adapter.of(factorized, manifest) if there else None
+    adapter = _Adapter.of(factorized, manifest, values) if there else None
     if adapter is not None and not adapter.is_in(out, factorized, values, progress):
         for name in (CONFIG, WEIGHTS):
             check_output_file(out / name, [factorized], overwrite=False)
@@ -125,7 +125,7 @@ def export(
                 write_file(out / CONFIG, adapter.config)
             progress.note(f"{out} is already complete" + (": nothing to do" if upload is None else ""))
         else:
-            adapter = _Adapter.of(factorized, manifest)
+            adapter = _Adapter.of(factorized, manifest, values)
             adapter.write(out, factorized, values, progress)
         names, modules = (CONFIG, WEIGHTS), len(adapter.updates)
         publish_adapter(upload, out, names, manifest, factorized, modules=modules, rank=adapter.rank, progress=progress)
@@ -150,8 +150,12 @@ class _Adapter:
     config: bytes
 
     @classmethod
-    def of(cls, factorized: Path, manifest: Manifest) -> Self:
+    def of(cls, factorized: Path, manifest: Manifest, values: Mapping[str, torch.Tensor]) -> Self:
         updates, carriers = _updates(skeleton(factorized, exact=True), manifest)
+        held = {target.key for update in updates for target, _ in update.targets}
+        for target in manifest.targets:
+            if target.key not in held and not (values[target.key] == 1).all():
+                raise _not_exportable(target, "scales other than 1, and the model that the config names does not have it")
         rank = max(update.rank for update in updates)
         config = json.dumps(_config(updates, manifest, rank), indent=1).encode() + b"\n"
         return cls(manifest, updates, carriers, rank, config)
@@ -209,7 +213,7 @@ def _updates(model: nn.Module | None, manifest: Manifest) -> tuple[list[_Update]
     experts: dict[str, list[TargetRecord]] = {}
     for target in manifest.targets:
         by_parameter: dict[str, list[Place]] = {}
-        for place in places[target.tensor]:
+        for place in places.get(target.tensor, ()):
             by_parameter.setdefault(place.parameter, []).append(place)
         for parameter, inside in by_parameter.items():
             if len(inside[0].shape) == 3 and target.view == "matrix":

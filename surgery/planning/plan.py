@@ -170,6 +170,7 @@ def make_plan(
             *index_notes,
             *numbering_notes(names, config),
             *_rank_notes(every),
+            *_wanted_notes(skipped, len(every)),
             *_recipe_notes(choice, recipe, names),
             *_split_notes(choice, every),
             *_alias_notes(every),
@@ -271,6 +272,18 @@ def _rank_notes(targets: list[Target]) -> list[str]:
     return [
         f"rank {first.asked} is larger than {len(clamped)} of {len(targets)} targets and is cut to their smaller side there "
         f"(first: {first.key} {list(first.matrices[1:])}, rank {first.rank})"
+    ]
+
+
+def _wanted_notes(skipped: list[Skipped], targets: int) -> list[str]:
+    """What would be a target but for its dtype or its number of dimensions."""
+    wanted = [item for item in skipped if item.wanted]
+    by_reason: dict[str, list[str]] = {}
+    for item in wanted:
+        by_reason.setdefault(item.reason, []).append(item.tensor)
+    return [
+        f"{reason}: {len(tensors)} of {targets + len(wanted)} that would be targets are passed over (first: {tensors[0]})"
+        for reason, tensors in by_reason.items()
     ]
 
 

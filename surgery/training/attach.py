@@ -76,9 +76,11 @@ class Scales:
         self._manifest = manifest
         self._homes = homes
         self._attached = attached
+        #: ``g`` of the targets that the model does not have.
+        self._absent = {t.key: torch.ones(t.scales_shape) for t in manifest.targets if t.key not in homes}
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """What to hand to an optimizer: ``g - 1`` of each target, float32 (B k,). Use no weight decay.
+        """What to hand to an optimizer: ``g - 1`` of each target in the model, float32 (B k,). Use no weight decay.
 
         Raises:
             OptionError: they have been offloaded, where nothing can train them.
@@ -88,10 +90,12 @@ class Scales:
     def values(self) -> dict[str, torch.Tensor]:
         """Key of a target -> ``g``, float32 (k,), or (B, k) for a stack, on the CPU.
 
-        Where they are sharded over processes, all of these must ask together.
+        Of a target that the model does not have: 1, or what was last loaded. Where they are sharded over processes, all of
+        these must ask together.
         """
         shapes = {target.key: target.scales_shape for target in self._manifest.targets}
-        return {key: 1 + _whole(home.path.delta(i), shapes[key]) for key, (home, i) in self._homes.items()}
+        values = {key: 1 + _whole(home.path.delta(i), shapes[key]) for key, (home, i) in self._homes.items()}
+        return values | {key: value.clone() for key, value in self._absent.items()}
 
     def save(self, path: str | Path) -> None:
         """Write the scales file that ``surgery fold`` takes.
@@ -123,8 +127,12 @@ class Scales:
 
     @on_its_own_terms
     def load(self, path: str | Path) -> None:
-        """Take the values of a scales file; errors as for ``surgery.format.scales.read_scales``."""
+        """Take the values of a scales file; errors as for ``surgery.format.scales.read_scales``.
+
+        Those of targets that the model does not have are kept for ``values`` and ``save``.
+        """
         values = read_scales(Path(path), self._manifest)
+        self._absent = {key: values[key] for key in self._absent}
         with torch.no_grad():
             for key, (home, i) in self._homes.items():
                 delta: Any = _trainable(home.path.delta(i))
@@ -198,7 +206,8 @@ def attach(model: nn.Module, factorized: str | Path) -> Scales:
     trainer that wants a reference, has the same.
 
     Names and shapes of a transformers model are followed through its own conversion: experts that it stacks, and weights
-    that it joins or takes apart. In a model with PEFT's adapters, these stay as trainable as they are.
+    that it joins or takes apart. In a model with PEFT's adapters, these stay as trainable as they are. Targets that the
+    loader has dropped, such as the vision tower of a model that is loaded for its text, keep their scales at 1.
 
     Args:
         model: in the dtype of the checkpoint or a wider one, or quantized, on any device or several. Not yet sharded.
@@ -206,9 +215,12 @@ def attach(model: nn.Module, factorized: str | Path) -> Scales:
 
     Raises:
         SourceError: the model's weights are neither the original nor the residual.
-        OptionError: a target is not in the model, or not in a way that scales can be attached to, or scales are
-            attached already.
+        OptionError: most targets are not in the model, or one is there in a way that scales cannot be attached to, or
+            scales are attached already.
         FormatError: the factorized folder is damaged.
+
+    Warns:
+        SurgeryWarning: some targets are not in the model.
     """
     factorized = Path(factorized)
     manifest = Manifest.read(factorized)
@@ -225,9 +237,10 @@ def attach(model: nn.Module, factorized: str | Path) -> Scales:
         if shard.factors is not None:
             with FactorsReader(factorized, shard) as reader:
                 for target in manifest.targets_of(shard.source.file):
-                    stored = partial(_stored, factorized, shard, target)
                     copies = [places[tensor] for tensor in target.tensors if tensor in places]
-                    homes[target.key] = _add(target, copies, carriers, reader, dtype, stored, planned)
+                    if copies:
+                        stored = partial(_stored, factorized, shard, target)
+                        homes[target.key] = _add(target, copies, carriers, reader, dtype, stored, planned)
     paths = {key: plan.path() for key, plan in planned.items()}
     if not any(hasattr(module, "adapter_layer_names") for module in bare.modules()):  # else PEFT has done it
         bare.requires_grad_(False)
@@ -237,6 +250,13 @@ def attach(model: nn.Module, factorized: str | Path) -> Scales:
         attached.append(_Attached(path, plan.carrier.layers))
         path.requires_grad_(True)
     by_key = dict(zip(planned, attached, strict=True))
+    if absent := [target.key for target in manifest.targets if target.key not in homes]:
+        warnings.warn(
+            f"{len(absent)} of {len(manifest.targets)} targets are not in this model (first: {absent[0]!r}): their scales stay "
+            "at 1, and fold leaves these weights as they are",
+            SurgeryWarning,
+            stacklevel=3,  # past the wrapper that sets the device
+        )
     return Scales(manifest, {key: (by_key[home], i) for key, (home, i) in homes.items()}, attached)
 
 
@@ -279,6 +299,14 @@ class _Planned:
     def path(self) -> LowRankPath:
         deltas, values, offsets, terms = zip(*self.entries, strict=True)
         carrier = self.carrier
+        sizes = {(len(term.left), len(term.right)) for group in terms for term in group}
+        if sizes != {carrier.rows_and_columns}:  # a tower that the input does not reach would never tell
+            raise OptionError(
+                f"factors do not fit {carrier.layers[0].described}",
+                got=f"rows and columns {sorted(sizes)}",
+                expected=carrier.rows_and_columns,
+                hint="targets that are joined in the model must be seen in the same way: check the views of the recipe",
+            )
         with carrier.present():
             weight = carrier.weight()
         like = torch.empty(0, device=weight.device, dtype=torch.float32 if carrier.quantized else weight.dtype)

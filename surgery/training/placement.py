@@ -70,6 +70,8 @@ def locate(model: nn.Module, tensors: Mapping[str, Sequence[int] | None]) -> dic
     names = parameter_names(model)
     found: dict[str, list[Place]] = {}
     for parameter, symbol in _loaded(model, names, tensors):
+        if parameter not in names:  # a part of a fused tensor that this model has no use for
+            continue
         for piece in symbol.pieces:
             found.setdefault(piece.tensor, []).append(Place(names[parameter], tuple(symbol.shape), piece))
     return found
