@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from typing import Protocol
+
+from surgery.errors import SurgeryWarning
 
 
 class Progress(Protocol):
@@ -41,6 +44,14 @@ class Silent:
         self.notes.append(message)
 
     def finish(self) -> None: ...
+
+
+def note_or_warn(progress: Progress | None, message: str) -> None:
+    """A note to whoever listens, and a ``SurgeryWarning`` where nobody does."""
+    if progress is not None:
+        progress.note(message)
+    else:
+        warnings.warn(message, SurgeryWarning, stacklevel=4)
 
 
 class Shared:

@@ -12,6 +12,7 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import surgery
 from surgery.cli.main import main
@@ -330,3 +331,93 @@ def test_blend_command(files: list[Path], tmp_path: Path, monkeypatch: pytest.Mo
     assert done.exit_code == 0
     assert done.stderr.splitlines()[-1].startswith("note: nameless does not say which factors it belongs to")
     assert _run("blend", files[0], "nameless", "-o", "other", "--overwrite", "-q").output == ""
+
+
+# ---- numbers that cannot be meant as multipliers
+
+
+def _like(values: Tensors, make: Any) -> Tensors:
+    return {key: make(value) for key, value in values.items()}
+
+
+def _some_near_zero(values: Tensors) -> Tensors:
+    return values | {"layers.0.experts.up": values["layers.0.experts.up"] - 1, "layers.1.q.weight": torch.rand(9) + 0.6}
+
+
+UNLIKELY: list[tuple[Any, str]] = [
+    (lambda values: _like(values, lambda g: 0.3 * (g - 1)), "they look like changes g - 1, or logarithms"),
+    (lambda values: _like(values, torch.log), "they look like changes g - 1, or logarithms"),
+    (lambda values: _like(values, lambda g: 1e-3 * (g - 1)), "they look like changes g - 1, or logarithms"),
+    (lambda values: _like(values, torch.zeros_like), "all scales are 0"),
+    (lambda values: _like(values, lambda g: torch.full_like(g, 0.9)), "all 21 scales are 0.9"),
+    (lambda values: _like(values, lambda g: torch.full_like(g, 2)), "all 21 scales are 2"),
+    (lambda values: _like(values, torch.neg), "most scales are negative"),
+    (lambda values: _like(values, lambda g: 100 * g), "scales are far from 1"),
+    (lambda values: _like(values, lambda g: torch.linspace(30, 5, g.numel()).view(g.shape)), "scales are far from 1"),
+    (lambda values: values | {"layers.0.q.weight": torch.tensor([1, 1, 1, 1, 1e5])}, "largest 1e+05"),
+    (_some_near_zero, "the scales of 'layers.0.experts.up' are all near 0"),
+]
+
+
+@pytest.mark.parametrize(("make", "words"), UNLIKELY)
+def test_scales_that_cannot_be_meant(make: Any, words: str, tmp_path: Path) -> None:
+    odd = make(_values(0, spread=0.1))
+    file = _write(tmp_path / "odd", odd)
+    good = _write(tmp_path / "good", _like(odd, lambda g: torch.linspace(0.9, 1.1, g.numel()).view(g.shape)))
+    with pytest.warns(SurgeryWarning, match="odd: ") as caught:
+        show_scales(file)
+    assert [words in str(warning.message) for warning in caught] == [True]
+    with pytest.warns(SurgeryWarning, match="odd: ") as caught:
+        blend([good, file], tmp_path / "out")
+    assert [words in str(warning.message) for warning in caught] == [True]
+    for command in (["scales", "show", file], ["blend", good, file, "-o", tmp_path / "other"]):
+        done = CliRunner().invoke(main, list(map(str, command)), catch_exceptions=False)
+        assert done.exit_code == 0
+        assert f"note: {file}: " in done.stderr
+        assert words in done.stderr
+
+
+def _legitimate(values: Tensors) -> list[Tensors]:
+    first = {key: value.clone() for key, value in values.items()}
+    first["layers.0.q.weight"] = torch.tensor([10.0, -1.5, 0.0, 1e-3, 1.0])
+    return [
+        _like(values, torch.ones_like),
+        values,
+        first,
+        _like(values, lambda g: 1 + 1e-6 * (g - 1)),
+        _like(values, lambda g: 0.55 * g),
+        _like(values, lambda g: 2 * g),
+        {"a": torch.tensor([0.3])},
+        {"a": torch.tensor([0.3, 0.1, 1.0])},
+        values | {"layers.0.qkv.weight[v]": torch.tensor([0.1, 0.2, -0.1, 0.4])},
+    ]
+
+
+@pytest.mark.parametrize("index", range(9))
+def test_scales_that_training_makes_get_no_note(index: int, tmp_path: Path) -> None:
+    show_scales(_write(tmp_path / "g", _legitimate(_values(3, spread=0.15))[index]))
+
+
+def test_scales_that_cannot_be_meant_wherever_they_are_given(factorized: Path, llama: Path, tmp_path: Path) -> None:
+    """To fold and export, as a file and as tensors, and to attached scales: each says so, and goes on."""
+    manifest = Manifest.read(factorized)
+    deltas = {target.key: 0.1 * torch.randn(target.scales_shape, generator=torch.Generator()) for target in manifest.targets}
+    file = _write(tmp_path / "deltas", deltas, manifest.fingerprint)
+    model = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    scales = surgery.attach(model, factorized)
+    calls: list[Any] = [
+        lambda: surgery.fold(factorized, file, tmp_path / "a"),
+        lambda: surgery.fold(factorized, deltas, tmp_path / "b"),
+        lambda: surgery.export(factorized, file, tmp_path / "c"),
+        lambda: surgery.export(factorized, deltas, tmp_path / "d"),
+        lambda: scales.load(file),
+    ]
+    for call in calls:
+        with pytest.warns(SurgeryWarning, match="they look like changes g - 1, or logarithms") as caught:
+            call()
+        assert len(caught) == 1
+    for command in ("fold", "export"):
+        arguments = [command, str(factorized), str(file), "-o", str(tmp_path / command)]
+        done = CliRunner().invoke(main, arguments, catch_exceptions=False)
+        assert done.exit_code == 0
+        assert f"note: {file}: most scales are near 0" in done.stderr

@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.cli.main import main
-from surgery.errors import FormatError, OptionError, OutputError, SourceError, WeightError
+from surgery.errors import FormatError, OptionError, OutputError, SourceError, SurgeryWarning, WeightError
 from surgery.format.manifest import Manifest
 from surgery.format.scales import read_scales
 from surgery.linalg import views
+from surgery.progress import Silent
 from tests.loopback_hub import LoopbackHub
 from tests.models import files_of, realistic, tensors_of
 
@@ -246,7 +247,8 @@ def test_no_other_scales_come_closer(source: Path, tmp_path: Path) -> None:
 def test_the_same_model_in_other_shards_changes_nothing(source: Path, tmp_path: Path) -> None:
     _factorize(source, tmp_path / "f")
     same = _save(tmp_path / "same", tensors_of(source), shards=4)
-    report = surgery.project(tmp_path / "f", same, tmp_path / "g", device="cpu")
+    with pytest.warns(SurgeryWarning, match="has the same weights as the original in all 7 matrices"):
+        report = surgery.project(tmp_path / "f", same, tmp_path / "g", device="cpu")
     assert all(bool((g == 1).all()) for g in load_file(tmp_path / "g").values())
     assert {(one.change, one.explained, one.largest) for one in (*report.targets, report.total)} == {(0.0, None, 0.0)}
     assert (tmp_path / "g").read_bytes() == (tmp_path / "f/surgery/scales.safetensors").read_bytes()
@@ -460,3 +462,107 @@ def test_command(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert (done.exit_code, done.stdout) == (1, "")
     assert "is there already" in done.stderr
     assert run("--overwrite", "--quiet").stderr == ""
+
+
+# ---- models that cannot be meant as fine-tuned ones
+
+
+def _other_seed(tensors: Tensors) -> Tensors:
+    generator = torch.Generator().manual_seed(7)
+    return {name: tensor.std() * torch.randn(tensor.shape, generator=generator) for name, tensor in tensors.items()}
+
+
+def _permuted(tensors: Tensors) -> Tensors:
+    generator = torch.Generator().manual_seed(8)
+    return {name: tensor[..., torch.randperm(tensor.shape[-1], generator=generator)] for name, tensor in tensors.items()}
+
+
+def _one_made_anew(tensors: Tensors) -> Tensors:
+    return _nudged(tensors) | {"layers.1.w.weight": _other_seed(tensors)["layers.1.w.weight"]}
+
+
+def _without_scales(tensors: Tensors) -> Tensors:
+    return {name: 64 * tensor for name, tensor in tensors.items()}
+
+
+def _emptied(tensors: Tensors) -> Tensors:
+    return _nudged(tensors) | {"layers.2.w.weight": torch.zeros_like(tensors["layers.2.w.weight"])}
+
+
+def _deeper(tensors: Tensors) -> Tensors:
+    return _nudged(tensors) | {f"layers.{i}.w.weight": tensors["layers.0.w.weight"].clone() for i in (3, 4)}
+
+
+UNLIKELY: list[tuple[Callable[[Tensors], Tensors], str]] = [
+    (dict, "has the same weights as the original in all 3 matrices that were compared"),
+    (
+        lambda tensors: {name: tensor.double().float() for name, tensor in tensors.items()},
+        "has the same weights as the original",
+    ),
+    (_other_seed, "in 3 of 3 matrices: the change is 1.4"),
+    (_permuted, "in 3 of 3 matrices: the change is 1.4"),
+    (lambda tensors: {name: -tensor for name, tensor in tensors.items()}, "in 3 of 3 matrices: the change is 2 times"),
+    (_one_made_anew, "in 1 of 3 matrices, first 'layers.1.w.weight': they look as if they had been made anew"),
+    (_without_scales, "has 64 times the norm of the original in 3 of 3 matrices"),
+    (_emptied, "has 0 times the norm of the original in 1 of 3 matrices, first 'layers.2.w.weight'"),
+    (_deeper, "has 2 weights of the kinds that are compared, such as 'layers.3.w.weight', that the original does not have"),
+]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A model of three like layers, and the same factorized."""
+    folder = tmp_path_factory.mktemp("plain")
+    model = _save(folder / "model", {f"layers.{i}.w.weight": realistic(48, 32, seed=i).float() for i in range(3)})
+    surgery.factorize(model, folder / "factorized", rank=4, device="cpu")
+    return model, folder / "factorized"
+
+
+@pytest.mark.parametrize(("change", "words"), UNLIKELY)
+def test_models_that_cannot_be_meant(
+    change: Callable[[Tensors], Tensors], words: str, plain: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """By each function that takes two models: a note to who listens, else a warning; a note on the command line."""
+    model, folder = plain
+    tuned = _save(tmp_path / "t", change(tensors_of(model)))
+    calls: list[Callable[[Silent | None], object]] = [
+        lambda progress: surgery.project(folder, tuned, tmp_path / "g", device="cpu", overwrite=True, progress=progress),
+        lambda progress: surgery.spectra(model, tuned, top=8, device="cpu", progress=progress),
+    ]
+    if "the same weights" not in words:
+        calls.append(
+            lambda progress: surgery.recommend(
+                model, tuned, budget=6, out=tmp_path / "r", device="cpu", overwrite=True, progress=progress
+            )
+        )
+    for call in calls:
+        heard = Silent()
+        call(heard)
+        assert len(heard.notes) == 1
+        assert words in heard.notes[0]
+        with pytest.warns(SurgeryWarning) as caught:
+            call(None)
+        assert [str(warning.message) for warning in caught] == heard.notes
+    for command in (["project", folder, tuned, "-o", tmp_path / "c"], ["spectra", model, tuned, "-o", tmp_path / "report"]):
+        done = CliRunner().invoke(main, [*map(str, command), "--device", "cpu"], catch_exceptions=False)
+        assert done.exit_code == 0
+        assert done.stderr.count("note: ") == 1
+        assert words in done.stderr
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e-2, 0.2, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fine_tuned_models_get_no_note(size: float, dtype: torch.dtype, plain: tuple[Path, Path], tmp_path: Path) -> None:
+    """Some layers frozen, some changed by as much as training ever does, longer or shorter; and a head of its own."""
+    model, folder = plain
+    tensors = tensors_of(model)
+    tuned = dict(tensors) | {"score.weight": torch.ones(2, 32)}
+    for i, name in enumerate(list(tensors)[1:]):
+        change = torch.randn(tensors[name].shape, generator=torch.Generator().manual_seed(i))
+        tuned[name] = (1 - i * size) * tensors[name] + (1 - i) * size * change * tensors[name].norm() / change.norm()
+    heard = Silent()
+    path = _save(tmp_path / "t", {name: tensor.to(dtype) for name, tensor in tuned.items()})
+    report = surgery.project(folder, path, tmp_path / "g", device="cpu", progress=heard)
+    surgery.spectra(model, path, top=8, device="cpu", progress=heard)
+    assert report.targets[1].change == pytest.approx(size, rel=0.05, abs=2e-3)
+    assert heard.notes == []

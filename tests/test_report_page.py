@@ -87,6 +87,11 @@ def _target(tensor: str, old: Matrix, new: Matrix | None, index: int | None = No
     D = new - old
     total = (D**2).sum()
     inside = U[:, :r].T @ D @ V[:, :r]
+    cosines = [np.abs(a.T @ b).clip(max=1) for a, b in ((U, U2), (V, V2))]
+    common = (cosines[0] ** 2 + cosines[1] ** 2) / 2
+    rows, became = np.arange(k), common.argmax(axis=1)
+    place = [int(j) + 1 if common[i, j] > 0.5 else None for i, j in enumerate(became)]
+    pairs = [(place[i], place[j]) for i in range(r) for j in range(i + 1, k)]
 
     def angles(a: Matrix, b: Matrix) -> list[float]:
         return np.linalg.svd(a.T @ b, compute_uv=False).clip(max=1).tolist() if a.shape[1] else []
@@ -95,8 +100,13 @@ def _target(tensor: str, old: Matrix, new: Matrix | None, index: int | None = No
         "tuned": changed,
         "amplification": (s2[:k] / s[:k]).tolist(),
         "rest_amplification": float(np.linalg.norm(s2[k:]) / np.linalg.norm(s[k:])) if k < len(s) else None,
-        "left_cosine": np.abs((U * U2).sum(0)).clip(max=1).tolist(),
-        "right_cosine": np.abs((V * V2).sum(0)).clip(max=1).tolist(),
+        "place": place,
+        "left_cosine": cosines[0][rows, became].tolist(),
+        "right_cosine": cosines[1][rows, became].tolist(),
+        "in_place": ((U * (new @ V)).sum(0) / s[:k]).tolist(),
+        "order_changes": sum(a > b for a, b in pairs if a is not None and b is not None),
+        "gone": [],
+        "new": [],
         "left_top": angles(U[:, :r], U2[:, :r]),
         "right_top": angles(V[:, :r], V2[:, :r]),
         "left_next": angles(U[:, r : 2 * r], U2[:, r : 2 * r]),
@@ -136,6 +146,7 @@ def _spectra(targets: list[dict[str, Any]], base: str = "some/base", tuned: str 
     }
     if compared:
         ratios = [value for target in targets for value in target["amplification"][:R] if value is not None]
+        in_place = [value for target in targets for value in target["in_place"][:R] if value is not None]
         updates = [target["update"] for target in targets if target["update"] is not None]
         m, n = targets[0]["shape"]
         findings |= {
@@ -150,6 +161,14 @@ def _spectra(targets: list[dict[str, Any]], base: str = "some/base", tuned: str 
             "top_amplified_share": sum(value > 1 for value in ratios) / len(ratios) if ratios else None,
             "median_left_cosine": _median(value for target in targets for value in target["left_cosine"][:R]),
             "median_right_cosine": _median(value for target in targets for value in target["right_cosine"][:R]),
+            "median_in_place": _median(in_place),
+            "in_place_grew_share": sum(value > 1 for value in in_place) / len(in_place) if in_place else None,
+            "order_changes": sum(target["order_changes"] for target in targets),
+            "moved_share": statistics.fmean(
+                [place != i for target in targets for i, place in enumerate(target["place"][:R], 1) if place is not None] or [0]
+            ),
+            "gone": 0,
+            "new": 0,
             "median_update_in_both": _median(update["in_both"] for update in updates),
             "chance_in_both": R * R / (m * n),
             "median_rescaling": _median(update["rescaling"] for update in updates),
@@ -157,7 +176,7 @@ def _spectra(targets: list[dict[str, Any]], base: str = "some/base", tuned: str 
             "most_amplified": [{"key": targets[0]["key"], "index": 1, "amplification": 1.25}],
         }
     return {
-        "schema_version": 1,
+        "schema_version": 2,
         "tool": "surgery 0.1.0",
         "torch": "2.13.0",
         "device": "cpu (2 threads)",
@@ -306,7 +325,9 @@ def test_nothing_comes_from_elsewhere(page: Page) -> None:
             value = element.get(name)
             assert value is None or value.startswith(("#", "data:image/png;base64,")), (element["tag"], value)
     # Names of the hostile case have no address in them, so there is none anywhere.
-    assert not re.search(r"https?:|//[a-z]|@import|@font-face", re.sub(r"(?m)^\s*//.*$", "", page.source))
+    # A picture's own bytes may spell anything.
+    source = re.sub(r'(?m)^\s*//.*$|data:image/png;base64,[^"]*', "", page.source)
+    assert not re.search(r"https?:|//[a-z]|@import|@font-face", source)
     assert set(re.findall(r"url\((.)", page.source)) <= {"#"}
 
 
@@ -391,6 +412,7 @@ def test_the_same_numbers_give_the_same_page(tmp_path: Path, pages: dict[str, Pa
 
 AMPLIFIED = "Is the top of the spectrum amplified, more than the rest?"
 TURNED = "Do the singular directions turn?"
+BECAME = "What became of the leading directions?"
 INSIDE = "Does the update lie inside the base's top subspaces?"
 RESCALED = "How much of the update would pure rescaling explain?"
 HALF = "What rank holds half of the energy?"
@@ -404,6 +426,8 @@ def test_an_amplified_top_is_found(pages: dict[str, Page]) -> None:
     assert f"Of the first {R} singular values of all matrices, 100 % grew; their mean change is +5 %" in details
     assert f"it holds in {len(NAMES)} of {len(NAMES)} matrices" in details
     assert answers[TURNED][0] == "Hardly"
+    assert answers[BECAME][0] == "None changed places"
+    assert "their median amplification is 1.05, and 100 % grew" in answers[BECAME][1]
     assert answers[INSIDE][0] == "Yes, most of it"
     assert f"{len(NAMES)} of {len(NAMES)} matrices have more than chance" in answers[INSIDE][1]
     assert answers[RESCALED][0].startswith("Most of it: ")
@@ -477,25 +501,49 @@ def test_directions_that_turn(tmp_path: Path) -> None:
     assert f"left {math.floor(1e4 * cosine) / 1e4:.4f} ({math.degrees(math.acos(cosine)):.3g}°)" in details
 
 
+def _mixed(matrix: Matrix, which: range, angle: float) -> Matrix:
+    """With the directions of a range turned towards their neighbours, in pairs."""
+    U, s, Vh = np.linalg.svd(matrix, full_matrices=False)
+    new_U, new_Vh = U.copy(), Vh.copy()
+    a, b = math.cos(angle), math.sin(angle)
+    for i, j in zip(which[::2], which[1::2], strict=True):
+        new_U[:, i], new_U[:, j] = a * U[:, i] + b * U[:, j], a * U[:, j] - b * U[:, i]
+        new_Vh[i], new_Vh[j] = a * Vh[i] + b * Vh[j], a * Vh[j] - b * Vh[i]
+    return (new_U * s) @ new_Vh
+
+
 def test_directions_that_turn_among_themselves(tmp_path: Path) -> None:
-    def swapped(matrix: Matrix) -> Matrix:
+    page = _page(_compared(lambda matrix: _mixed(matrix, range(R), 0.6)), tmp_path)
+    assert page.answers()[TURNED][0] == "Yes, mostly among themselves: the subspace stays"
+    assert page.answers()[BECAME][0] == "None changed places"
+
+
+def test_a_few_directions_that_turn_are_not_hidden_by_the_median(tmp_path: Path) -> None:
+    answer, details = _page(_compared(lambda matrix: _mixed(matrix, range(2), 0.6)), tmp_path).answers()[TURNED]
+    assert answer == f"Most do hardly, but {100 * 2 / R:.0f} % turned, mostly among themselves: the subspace stays"
+    assert f"Of all these cosines {100 * 2 / R:.0f} % are below 0.9" in details
+
+
+def test_directions_that_change_places_have_not_turned(tmp_path: Path) -> None:
+    def reordered(matrix: Matrix) -> Matrix:
         U, s, Vh = np.linalg.svd(matrix, full_matrices=False)
         order = [*range(R)[::-1], *range(R, len(s))]
         return (U[:, order] * s) @ Vh[order]
 
-    page = _page(_compared(swapped), tmp_path)
-    assert page.answers()[TURNED][0] == "Yes, mostly among themselves: the subspace stays"
+    answers = _page(_compared(reordered), tmp_path).answers()
+    assert answers[TURNED][0] == "Hardly"
+    changes = len(NAMES) * R * (R - 1) // 2
+    assert answers[BECAME][0] == f"Their order changed {changes} times"
+    assert "100 % have another place there" in answers[BECAME][1]
 
 
-def test_a_few_directions_that_turn_are_not_hidden_by_the_median(tmp_path: Path) -> None:
-    def swapped(matrix: Matrix) -> Matrix:
-        U, s, Vh = np.linalg.svd(matrix, full_matrices=False)
-        order = [1, 0, *range(2, len(s))]
-        return (U[:, order] * s) @ Vh[order]
-
-    answer, details = _page(_compared(swapped), tmp_path).answers()[TURNED]
-    assert answer == f"Most do hardly, but {100 * 2 / R:.0f} % turned, mostly among themselves: the subspace stays"
-    assert f"Of all these cosines {100 * 2 / R:.0f} % are below 0.9" in details
+def test_directions_that_are_gone_or_new_are_told(tmp_path: Path) -> None:
+    spectra = _compared(_amplified)
+    spectra["findings"] |= {"gone": 1, "new": 12}
+    answer, details = _page(spectra, tmp_path).answers()[BECAME]
+    assert answer == "None changed places, 1 is gone, 12 are new"
+    assert "whose values are below all that were computed: 1." in details
+    assert f"12 of the first {R} of the tuned matrices are none of the base's" in details
 
 
 def test_solvers_that_did_not_converge(tmp_path: Path) -> None:
@@ -554,7 +602,7 @@ def test_amplification_is_drawn_cell_by_cell(tmp_path: Path) -> None:
     assert blue[2] > blue[0]
     assert red[3] > blue[3] > 0.1
     np.testing.assert_allclose(pixels[1, :, 3], 0, atol=0.01)
-    assert "Amplification goes from 0.96 to 1.08" in page.description("amplification")
+    assert "Amplification by order goes from 0.96 to 1.08" in page.description("amplification")
     assert "farthest from 1 in layer 0 at direction 1: 1.08" in page.description("amplification")
 
 
@@ -622,12 +670,18 @@ def test_a_matrix_without_anything_in_it(tmp_path: Path) -> None:
     k = len(zeros["singular_values"])
     nothing = {"norm": 0.0, "singular_values": [0.0] * k, "stable_rank": 0.0, "effective_rank": 0.0, "energy": {}}
     zeros |= nothing | {"condition": None, "tail_exponent": None, "identified": [False] * k, "rest_amplification": None}
-    zeros |= {"amplification": [None] * k, "left_cosine": [None] * k, "right_cosine": [None] * k}
+    zeros |= {
+        "amplification": [None] * k,
+        "in_place": [None] * k,
+        "place": [None] * k,
+        "left_cosine": [None] * k,
+        "right_cosine": [None] * k,
+    }
     zeros["update"]["relative"] = None
     page = _page(_spectra([zeros]), tmp_path)
     assert page.answers()[AMPLIFIED][0] == "This cannot be told"
     assert page.answers()[TURNED][0] == "This cannot be told of single directions"
-    assert page.description("amplification") == "No amplification is known."
+    assert page.description("amplification").startswith("No amplification by order is known.")
 
 
 @pytest.mark.parametrize("shape", [(1, 5), (2, 2)])
@@ -683,8 +737,11 @@ def test_csv_holds_what_the_json_holds(case: str, tmp_path: Path) -> None:
             expected |= {
                 f"update_{name}": target["update"] and target["update"][name] for name in full if name != "singular_values"
             }
-            first = [*target["amplification"], *[None] * 8][:8]
-            expected |= {f"amplification_{i + 1}": value for i, value in enumerate(first)}
+            expected["order_changes"] = target["order_changes"]
+            expected |= {name: len(target[name]) for name in ("gone", "new")}
+            for name in ("amplification", "in_place", "place"):
+                first = [*target[name], *[None] * 8][:8]
+                expected |= {f"{name}_{i + 1}": value for i, value in enumerate(first)}
         assert set(row) == set(expected)
         for name, value in expected.items():
             if value is None:
@@ -732,7 +789,7 @@ assert "torch" not in sys.modules
 
 def test_another_schema_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="another version"):
-        write_page(_alone() | {"schema_version": 2}, tmp_path / "index.html")
+        write_page(_alone() | {"schema_version": 1}, tmp_path / "index.html")
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
@@ -815,7 +872,7 @@ def test_in_a_browser(tmp_path: Path) -> None:
     assert result["width"] == result["room"] <= 360
     assert len(result["pictures"]) == 5 * 3
     assert all(0 <= left < right <= 360 and right - left > 300 and height > 60 for left, right, height in result["pictures"])
-    assert len(result["images"]) == 3 * 3
+    assert len(result["images"]) == 4 * 3
     assert min(result["images"]) > 200
     assert result["reachable"]
     norms = sorted(target["norm"] for target in spectra["targets"])

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import networkx
 import numpy as np
 import pytest
 import torch
@@ -16,9 +17,13 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.cli.main import main
-from surgery.errors import OptionError, OutputError, SourceError, WeightError
+from surgery.errors import OptionError, OutputError, SourceError, SurgeryWarning, WeightError
+from surgery.linalg.matching import assignment, in_common
 from surgery.linalg.spectrum import spectrum
 from surgery.operations.recommend import _Candidate, _kept, _spend, _uniform
+from surgery.progress import Silent
+from surgery.report.findings import statements
+from surgery.report.summary import groups_of
 from tests.families import FAMILIES
 from tests.models import save_llama, tensors_of
 
@@ -76,7 +81,7 @@ def test_one_matrix_against_numpy(tmp_path: Path) -> None:
         "matrix": None,
         "slice": None,
     }
-    assert report["schema_version"] == 1
+    assert report["schema_version"] == 2
     assert report["tuned"] is None
     assert "update" not in target
 
@@ -156,8 +161,11 @@ def test_directions_that_a_matrix_does_not_determine(tmp_path: Path) -> None:
     (target,) = report["targets"]
     assert target["identified"] == [True, False, False, True, True, True]
     assert report["findings"]["unidentified_share"] == pytest.approx(2 / 6, rel=1e-5)
-    again = surgery.spectra(tmp_path / "m", tmp_path / "m", top=6, subspace=R)["targets"][0]
-    assert [value is None for value in again["left_cosine"]] == [False, True, True, False, False, False]
+    with pytest.warns(SurgeryWarning, match="has the same weights as the original in all 1 matrices"):
+        again = surgery.spectra(tmp_path / "m", tmp_path / "m", top=6, subspace=R)["targets"][0]
+    # What is not determined has not turned either.
+    assert again["left_cosine"] == pytest.approx([1] * 6, abs=1e-5)
+    assert again["order_changes"] == 0
     assert again["update"] is None
 
 
@@ -197,7 +205,8 @@ def test_against_numpy_through_whole_models(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["gpt_oss", "phi3", "UNet"])
 def test_stacks_slices_and_convolutions(name: str, tmp_path: Path) -> None:
     folder = FAMILIES[name].save(tmp_path / "m")
-    report = surgery.spectra(folder, folder, top=4, subspace=2, split=name == "phi3" or None)
+    with pytest.warns(SurgeryWarning, match="has the same weights as the original"):
+        report = surgery.spectra(folder, folder, top=4, subspace=2, split=name == "phi3" or None)
     manifest = surgery.factorize(folder, tmp_path / "f", rank=4, split=name == "phi3" or None)
     assert len(report["targets"]) == sum(target.matrices[0] for target in manifest.targets)
     assert len({target["key"] for target in report["targets"]}) == len(report["targets"])
@@ -226,7 +235,9 @@ def test_command(llama: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["spectra", str(llama), str(llama), "-o", str(out), "--top", "8", "--subspace", "4"])
     assert result.exit_code == 0, result.output
     report = json.loads((out / "spectra.json").read_text())
-    assert report == json.loads(json.dumps(surgery.spectra(llama, llama, top=8, subspace=4)))
+    assert "note: " in result.stderr
+    assert "has the same weights as the original in all 14 matrices that were compared" in result.stderr
+    assert report == json.loads(json.dumps(surgery.spectra(llama, llama, top=8, subspace=4, progress=Silent())))
     assert len((out / "spectra.csv").read_text().splitlines()) == 1 + len(report["targets"])
     again = CliRunner().invoke(main, ["spectra", str(llama), "-o", str(out)])
     assert again.exit_code == 1
@@ -285,8 +296,10 @@ def test_recommended_for_a_change(tmp_path: Path) -> None:
     assert found.ranks == {"layers.0.w.weight": 0, "layers.1.w.weight": 3, "layers.2.w.weight": 0}
     assert found.kept == pytest.approx(1, abs=1e-4)
     assert found.uniform == (pytest.approx(0.0, abs=1e-9), 2)
+    heard = Silent()
     with pytest.raises(OptionError, match="there is nothing to keep"):
-        surgery.recommend(folder, folder, budget=7, out=tmp_path / "other.toml")
+        surgery.recommend(folder, folder, budget=7, out=tmp_path / "other.toml", progress=heard)
+    assert "has the same weights as the original in all 3 matrices" in heard.notes[0]
     with pytest.raises(OptionError, match="the budget buys no direction"):
         surgery.recommend(folder, budget=7, unit="bytes", out=tmp_path / "other.toml")
 
@@ -364,3 +377,182 @@ def test_nothing_is_written_into_a_model(llama: Path, tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "is no folder" in result.output
     assert other.read_bytes() == b"precious"
+
+
+# ---- what became of directions
+
+
+def _slow(m: int = 80, n: int = 64, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A spectrum whose values are close to each other: a few per cent change their order."""
+    k = min(m, n)
+    return _orthogonal(m, k, seed), torch.arange(1, k + 1, dtype=torch.float64) ** -0.3, _orthogonal(n, k, seed + 100)
+
+
+def _stored(folder: Path, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> Path:
+    folder.mkdir()
+    save_file({name: weight.to(dtype).contiguous() for name, weight in weights.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def _passes(values: torch.Tensor) -> int:
+    """Pairs of values that are no more in descending order."""
+    return sum(a < b for a, b in itertools.combinations(values.tolist(), 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rescaling_turns_nothing(dtype: torch.dtype, tmp_path: Path) -> None:
+    old, new, factors = {}, {}, []
+    for layer in range(4):
+        U, s, V = _slow(seed=layer)
+        g = torch.ones_like(s)
+        g[:16] += 0.05 * torch.randn(16, dtype=torch.float64, generator=torch.Generator().manual_seed(layer)).abs()
+        old[f"layers.{layer}.w.weight"], new[f"layers.{layer}.w.weight"] = U * s @ V.T, U * (s * g) @ V.T
+        factors.append(g)
+    report = surgery.spectra(_stored(tmp_path / "a", old, dtype), _stored(tmp_path / "b", new, dtype))
+    exact = 1e-5 if dtype == torch.float32 else 5e-3
+    for target, g in zip(report["targets"], factors, strict=True):
+        assert target["order_changes"] == _passes(g * _slow()[1])
+        assert target["in_place"][:16] == pytest.approx(g[:16].tolist(), abs=exact)
+        assert target["left_cosine"][:16] == pytest.approx([1] * 16, abs=exact)
+        assert target["right_cosine"][:16] == pytest.approx([1] * 16, abs=exact)
+        order = (-g * _slow()[1]).argsort(stable=True).tolist()
+        assert target["place"][:16] == [order.index(i) + 1 for i in range(16)]
+        assert target["gone"] == target["new"] == []
+    found = report["findings"]
+    passed = sum(target["order_changes"] for target in report["targets"])
+    assert found["order_changes"] == passed > 10
+    said = {item.question: item for item in statements(report, groups_of(report["targets"]))}
+    assert said["Do the singular directions turn?"].answer == "Hardly"
+    assert "none is below 0.9" in said["Do the singular directions turn?"].details
+    assert said["What became of the leading directions?"].answer == f"Their order changed {passed} times"
+
+
+@pytest.mark.parametrize("factors", [(1.1, 1.3), (1.3, 1.1), (-1.2, 1.1), (-0.3, -0.2), (1, 1), (0.98, 1.02)])
+def test_equal_values_that_are_rescaled(factors: tuple[float, float], tmp_path: Path) -> None:
+    """A matrix does not say which basis of equal values was meant; the other one does."""
+    U, s, V = _planted()
+    s[2] = s[1]
+    g = torch.ones_like(s)
+    g[1:3] = torch.tensor(factors, dtype=torch.float64)
+    g[7] = -1
+    target = _compared(tmp_path, U * s @ V.T, U * (s * g) @ V.T, top=10)
+    assert target["left_cosine"] == pytest.approx([1] * 10, abs=1e-4)
+    assert target["right_cosine"] == pytest.approx([1] * 10, abs=1e-4)
+    assert sorted(target["in_place"][1:3]) == pytest.approx(sorted(factors), abs=1e-4)
+    assert target["in_place"][7] == pytest.approx(-1, abs=1e-4)
+    assert target["order_changes"] == sum(abs(s[0] * g[0]) < abs(s[i] * g[i]) for i in (1, 2)) + sum(
+        abs(s[i] * g[i]) < s[j] for i in (1, 2) for j in range(3, 10)
+    )
+
+
+def test_values_that_become_equal(tmp_path: Path) -> None:
+    U, s, V = _planted()
+    g = torch.ones_like(s)
+    g[3] = s[1] / s[3]
+    target = _compared(tmp_path, U * s @ V.T, U * (s * g) @ V.T, top=10)
+    assert target["left_cosine"] == pytest.approx([1] * 10, abs=1e-4)
+    assert target["in_place"] == pytest.approx(g[:10].tolist(), abs=1e-4)
+    assert target["order_changes"] == 1  # of 2 and 4 there is no order any more
+
+
+def test_directions_that_turn_and_change_places(tmp_path: Path) -> None:
+    """Known angles on both sides, in an order of its own."""
+    U, s, V = _planted()
+    angles = {0: (0.2, 0.1), 2: (0.3, 0.0), 4: (0.0, 0.4)}
+    new_U, new_V, g = U.clone(), V.clone(), torch.ones_like(s)
+    for i, (left, right) in angles.items():
+        # Towards directions that are far down.
+        for vectors, turned, angle in ((U, new_U, left), (V, new_V, right)):
+            a, b = math.cos(angle), math.sin(angle)
+            turned[:, i], turned[:, i + 30] = (
+                a * vectors[:, i] + b * vectors[:, i + 30],
+                a * vectors[:, i + 30] - b * vectors[:, i],
+            )
+    g[:6] = torch.tensor([0.6, 1.0, 1.4, 1.0, 1.5, 0.9], dtype=torch.float64)
+    target = _compared(tmp_path, U * s @ V.T, new_U * (s * g) @ new_V.T, top=8)
+    for i in range(6):
+        left, right = angles.get(i, (0, 0))
+        assert target["left_cosine"][i] == pytest.approx(math.cos(left), abs=1e-4)
+        assert target["right_cosine"][i] == pytest.approx(math.cos(right), abs=1e-4)
+    order = (-s * g).argsort().tolist()
+    assert target["place"] == [order.index(i) + 1 for i in range(8)]
+    truth = (U * (new_U * (s * g) @ new_V.T @ V)).sum(0) / s
+    assert target["in_place"] == pytest.approx(truth[:8].tolist(), abs=1e-4)
+
+
+def test_directions_that_leave_the_first_ones(tmp_path: Path) -> None:
+    """One falls beyond those that are told, one beyond all that are computed, one is taken out."""
+    U, s, V = _planted(120, 100)
+    g = torch.ones_like(s)
+    g[1], g[2], g[3] = s[15] / s[1] * 1.01, 1e-3, 0
+    target = _compared(tmp_path, U * s @ V.T, U * (s * g) @ V.T, top=8)
+    assert target["place"] == [1, 13, None, None, 2, 3, 4, 5]
+    assert target["gone"] == [3, 4]
+    told = [0, 1, 4, 5, 6, 7]
+    for side in ("left_cosine", "right_cosine"):
+        assert [target[side][i] for i in told] == pytest.approx([1] * 6, abs=1e-4)
+        assert target[side][2:4] == [None, None]
+    assert target["in_place"] == pytest.approx(g[:8].tolist(), abs=1e-5)
+    assert target["new"] == []
+    # Passed by all that are followed, but for those two that are not.
+    assert target["order_changes"] == 11
+
+
+def test_an_intruder_is_new_and_turns_nobody(tmp_path: Path) -> None:
+    U, s, V = _planted(120, 100)
+    m, n = _orthogonal(120, 120, 0), _orthogonal(100, 100, 5)
+    x = m[:, 110] - U[:, :20] @ (U[:, :20].T @ m[:, 110])
+    y = n[:, 50] - V[:, :20] @ (V[:, :20].T @ n[:, 50])
+    update = 20 * torch.outer(x / x.norm(), y / y.norm())
+    target = _compared(tmp_path, U * s @ V.T, U * s @ V.T + update, top=8)
+    assert target["new"] == [1]
+    assert target["place"] == [i + 2 for i in range(8)]
+    assert target["order_changes"] == 0
+    assert target["left_cosine"] == pytest.approx([1] * 8, abs=1e-3)
+    assert target["in_place"] == pytest.approx([1] * 8, abs=1e-4)
+
+
+def test_a_model_of_another_seed_has_nothing_of_the_first(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(96, 80, generator=generator) for _ in range(2))
+    with pytest.warns(SurgeryWarning, match="has hardly anything in common with the original in 1 of 1 matrices"):
+        target = _compared(tmp_path, a, b, top=8)
+    assert len(target["new"]) >= R - 1
+    assert max(value for value in target["left_cosine"] if value is not None) < 0.9
+    assert target["order_changes"] == 0
+
+
+@pytest.mark.parametrize("smaller", ["old", "new"])
+def test_one_side_of_lower_rank(smaller: str, tmp_path: Path) -> None:
+    U, s, V = _planted()
+    low = (U[:, :3] * s[:3]) @ V[:, :3].T
+    full = U * s @ V.T
+    target = _compared(tmp_path, *((low, full) if smaller == "old" else (full, low)), top=8)
+    assert target["place"][:3] == [1, 2, 3]
+    assert target["left_cosine"][:3] == pytest.approx([1] * 3, abs=1e-4)
+    assert target["left_cosine"][3:] == [None] * 5
+    if smaller == "old":
+        assert target["in_place"][3:] == [None] * 5
+        assert target["new"] == [4]
+    else:
+        assert target["in_place"][3:] == pytest.approx([0] * 5, abs=1e-5)
+        assert target["gone"] == [4]
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1, 0.4, 2.0, 1e3])
+def test_assignment_against_networkx(noise: float) -> None:
+    generator = np.random.default_rng(0)
+    k = 40
+    bases = [np.linalg.qr(generator.standard_normal((60, k)))[0] for _ in range(2)]
+    order = generator.permutation(k)
+    moved = [np.linalg.qr(base[:, order] + noise * generator.standard_normal(base.shape) / 8)[0] for base in bases]
+    shares = in_common(*(base.T @ other for base, other in zip(bases, moved, strict=True)))
+    found = assignment(shares)
+    assert sorted(found) == list(range(k))
+    graph = networkx.Graph()
+    graph.add_weighted_edges_from((i, k + j, shares[i, j]) for i in range(k) for j in range(k))
+    best = sum(shares[min(pair), max(pair) - k] for pair in networkx.max_weight_matching(graph, maxcardinality=True))
+    assert shares[np.arange(k), found].sum() == pytest.approx(best, rel=1e-12)
+    if noise < 0.2:
+        assert found[order].tolist() == list(range(k))

@@ -79,7 +79,8 @@ def spectra(model: str, tuned: str | None, out: Path, overwrite: bool, as_json: 
         page = str(out / _JSON_FILE)
     seconds = time.perf_counter() - start
     if as_json:
-        click.echo(json.dumps({"schema_version": 1, "out": str(out), "seconds": round(seconds, 3), **report["findings"]}))
+        about = {"schema_version": report["schema_version"], "out": str(out), "seconds": round(seconds, 3)}
+        click.echo(json.dumps(about | report["findings"]))
         return
     say(f"{page}: {report['findings']['targets']} matrices in {seconds:.1f} s on {report['device']}", quiet=quiet)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,12 @@ from surgery.format.files import write_file
 from surgery.format.manifest import Manifest
 from surgery.format.safetensors import Header, ShardReader
 from surgery.names import FORMAT_VERSION, SCALES_METADATA_KEY
+
+#: Multipliers are 1 before a training, and most stay nearer to it than to 0, and below 3; single ones may be negative, near 0,
+#: or 10 and more.
+_NEAR_ZERO, _FAR, _HUGE = 0.5, 3.0, 100.0
+#: Of fewer numbers nothing is said; so many of one target near 0 are no chance where others are not.
+_FEW, _SEVERAL = 4, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +62,7 @@ def read_scales_alone(path: Path) -> ScalesFile:
             cannot have.
 
     Warns:
-        SurgeryWarning: it holds half-precision values.
+        SurgeryWarning: it holds half-precision values, or numbers that do not look like multipliers.
     """
     with _open(path) as reader:
         fingerprint = _fingerprint(reader.header.metadata, path)
@@ -71,7 +77,7 @@ def read_scales_alone(path: Path) -> ScalesFile:
                     expected="(k,), or (B, k) for a stack",
                 )
         values = {entry.name: reader.read(entry) for entry in reader.header.tensors}
-    return ScalesFile({name: _finite(name, values[name], str(path)) for name in sorted(values)}, fingerprint)
+    return ScalesFile(_checked(values, sorted(values), path), fingerprint)
 
 
 def read_scales(path: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
@@ -85,14 +91,15 @@ def read_scales(path: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
         ScalesError: made for other factors, or a tensor is missing, unknown, misshapen or not finite.
 
     Warns:
-        SurgeryWarning: the file says nothing about its factors, or holds half-precision values.
+        SurgeryWarning: the file says nothing about its factors, or holds half-precision values, or numbers that do not
+            look like multipliers.
     """
     with _open(path) as reader:
         _check_owner(reader.header.metadata, manifest, path)
         _check_dtypes(reader.header, path)
         _check_shapes({entry.name: list(entry.shape) for entry in reader.header.tensors}, manifest, str(path))
         values = {entry.name: reader.read(entry).float() for entry in reader.header.tensors}
-    return check_scales(values, manifest, str(path))
+    return check_scales(values, manifest, path)
 
 
 def _open(path: Path) -> ShardReader:
@@ -168,10 +175,54 @@ def _check_owner(metadata: Mapping[str, str], manifest: Manifest, path: Path) ->
             )
 
 
-def check_scales(values: Mapping[str, torch.Tensor], manifest: Manifest, where: str = "scales") -> dict[str, torch.Tensor]:
-    """Check scales against the targets of a manifest; arguments, result and errors as for ``read_scales``."""
-    shapes = _check_shapes({name: list(value.shape) for name, value in values.items()}, manifest, where)
-    return {name: _finite(name, values[name], where) for name in shapes}
+def check_scales(values: Mapping[str, torch.Tensor], manifest: Manifest, file: Path | None = None) -> dict[str, torch.Tensor]:
+    """Check scales against the targets of a manifest; arguments, result, errors and warnings as for ``read_scales``.
+
+    Without a file they are somebody's own tensors, which may be the same everywhere.
+    """
+    shapes = _check_shapes({name: list(value.shape) for name, value in values.items()}, manifest, str(file or "scales"))
+    return _checked(values, shapes, file)
+
+
+def _checked(values: Mapping[str, torch.Tensor], names: Iterable[str], file: Path | None) -> dict[str, torch.Tensor]:
+    """Those of these names, float32 on the CPU; a warning where they cannot be meant."""
+    where = str(file or "scales")
+    checked = {name: _finite(name, values[name], where) for name in names}
+    if odd := _unlikely(checked, from_file=file is not None):
+        warnings.warn(f"{where}: {odd}", SurgeryWarning, stacklevel=4)
+    return checked
+
+
+def _unlikely(scales: Mapping[str, torch.Tensor], *, from_file: bool) -> str | None:
+    """What numbers look like that cannot be meant as multipliers, which are 1 where nothing has changed."""
+    values = torch.cat([value.flatten() for value in scales.values()])
+    if len(values) < _FEW:
+        return None
+    sizes = values.abs()
+    middle, most = sizes.median().item(), sizes.max().item()
+    if most == 0:
+        return "all scales are 0, which takes the kept directions out of the weights; where nothing has changed a scale is 1"
+    if middle < _NEAR_ZERO:
+        return (
+            f"most scales are near 0 (median size {middle:.3g}): they look like changes g - 1, or logarithms, and not like the "
+            "multipliers g, which are 1 where nothing has changed"
+        )
+    if from_file and bool((values == values[0]).all()) and values[0] != 1:
+        return f"all {len(values)} scales are {values[0].item():.6g}, which no training makes of them"
+    if (values < 0).sum() > len(values) / 2:
+        return "most scales are negative, which turns the kept directions round; where nothing has changed a scale is 1"
+    if middle > _FAR or most > _HUGE:
+        return (
+            f"scales are far from 1 (median size {middle:.3g}, largest {most:.3g}): they look like singular values or "
+            "percentages, or like a training that diverged, and not like multipliers, which are 1 where nothing has changed"
+        )
+    near = [name for name, value in scales.items() if value.numel() >= _SEVERAL and value.abs().max().item() < _NEAR_ZERO]
+    if near:
+        return (
+            f"the scales of {near[0]!r}{_and_more(near)} are all near 0: they look like changes g - 1, or logarithms, and not "
+            "like the multipliers g of the others"
+        )
+    return None
 
 
 def _finite(name: str, value: torch.Tensor, where: str) -> torch.Tensor:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
+from surgery.linalg.directions import became, identified, known_values, storage_noise
 from surgery.linalg.precision import full_precision
 from surgery.linalg.random import generator_of
 from surgery.linalg.rounding import times_power_of_two
@@ -21,10 +22,6 @@ from surgery.linalg.svd import TruncatedSVD, truncated_svd
 
 #: Ranks for which the share of the energy is told.
 ENERGY_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-#: A direction is taken as determined by the matrix where the sine of its angle to the true one is bounded by this.
-IDENTIFIED_ANGLE = 0.1
-#: Values below this share of the largest are the rounding of float32.
-_NOISE = 1e-6
 #: Up to this many values, of a matrix of so many entries, all of them are computed for the effective rank.
 _EXACT_SIZE = 1024
 _EXACT_ENTRIES = 1 << 22
@@ -98,9 +95,10 @@ class Comparison:
     """Of a matrix and the one that it became. Entries without a meaning are None.
 
     Attributes:
-        amplification: new over old singular values; None where the old one is no more than rounding.
+        amplification: the i-th new over the i-th old singular value; None where the old one is no more than rounding.
         rest_amplification: of the Frobenius norms of what comes after them.
-        left_cosine, right_cosine: of the i-th vectors; None where one of the two is not identified.
+        place, left_cosine, right_cosine, in_place, order_changes, gone, new: what became of each direction, see
+            ``surgery.linalg.directions.Became``.
         left_top, right_top: cosines of the principal angles of the top-r subspaces, descending.
         left_next, right_next: of those of directions r + 1 to 2 r.
         explained: ``(u_i^T D v_i)^2`` of the difference D, for the first r directions: what a scale takes of it.
@@ -109,8 +107,13 @@ class Comparison:
 
     amplification: list[float | None]
     rest_amplification: float | None
+    place: list[int | None]
     left_cosine: list[float | None]
     right_cosine: list[float | None]
+    in_place: list[float | None]
+    order_changes: int
+    gone: list[int]
+    new: list[int]
     left_top: list[float]
     right_top: list[float]
     left_next: list[float]
@@ -119,103 +122,92 @@ class Comparison:
     update: Update | None
 
 
-def spectrum(A: torch.Tensor, top: int, *, tolerance: float, seed: int) -> tuple[Spectrum, TruncatedSVD]:
-    """The spectrum of a matrix, and the SVD of its ``top`` leading triplets (fewer if it has not as many).
+def spectrum(A: torch.Tensor, top: int, *, beyond: int = 0, tolerance: float, seed: int) -> tuple[Spectrum, TruncatedSVD]:
+    """The spectrum of a matrix, and the SVD of its ``top + beyond`` leading triplets (fewer if it has not as many).
 
     Args:
         A: (m, n), any real floating dtype, any device.
         top: how many values are told.
+        beyond: how many more are computed.
         tolerance, seed: see ``truncated_svd``.
 
     Raises:
         WeightError: A holds NaN or infinity.
     """
-    svd = truncated_svd(A, min(top, *A.shape), tolerance=tolerance, seed=seed)
-    values = svd.s.double().cpu()
+    svd = truncated_svd(A, min(top + beyond, *A.shape), tolerance=tolerance, seed=seed)
+    values = svd.s.double().cpu()[:top]
     energy = svd.norm.item() ** 2
     shares = (values.square().cumsum(0) / energy).clamp(max=1.0).tolist() if energy else []
     rank, error = _effective_rank(A, svd, seed)
-    certificate, known = svd.certificate, _known(svd)
+    k, certificate, known = len(values), svd.certificate, known_values(svd)
     return (
         Spectrum(
             norm=svd.norm.item(),
             singular_values=values.tolist(),
-            residual=certificate.residual.tolist(),
-            gap=certificate.gap.tolist(),
-            identified=_identified(svd).tolist(),
+            residual=certificate.residual[:k].tolist(),
+            gap=certificate.gap[:k].tolist(),
+            identified=identified(svd)[:k].tolist(),
             converged=bool(certificate.converged),
             method=str(certificate.method),
             stable_rank=energy / values[0].item() ** 2 if energy else 0.0,
             effective_rank=rank,
             effective_rank_error=error,
-            energy={str(k): shares[k - 1] for k in ENERGY_RANKS if k <= len(shares)},
-            condition=(values[0] / values[-1]).item() if known[-1] else None,
-            tail_exponent=_tail_exponent(values) if known[-1] else None,
+            energy={str(rank): shares[rank - 1] for rank in ENERGY_RANKS if rank <= len(shares)},
+            condition=(values[0] / values[-1]).item() if known[k - 1] else None,
+            tail_exponent=_tail_exponent(values) if known[k - 1] else None,
         ),
         svd,
     )
 
 
-def _known(svd: TruncatedSVD) -> torch.Tensor:
-    """bool (k,), on the CPU: values that are more than the rounding of the matrix."""
-    s = svd.s.double().cpu()
-    return s > svd.certificate.residual.clamp(min=_NOISE) * s[0]
-
-
-def _identified(svd: TruncatedSVD) -> torch.Tensor:
-    """bool (k,), on the CPU: see ``IDENTIFIED_ANGLE``. A residual of 0 has still the rounding of its vectors."""
-    certificate = svd.certificate
-    rounding = torch.finfo(torch.float32).eps
-    angles = certificate.residual.clamp(min=rounding) / certificate.gap.clamp(min=1e-300)
-    return (angles < IDENTIFIED_ANGLE) & _known(svd)
-
-
-def compare(old: torch.Tensor, new: torch.Tensor, before: TruncatedSVD, after: TruncatedSVD, r: int, seed: int) -> Comparison:
+def compare(
+    old: torch.Tensor,
+    new: torch.Tensor,
+    before: TruncatedSVD,
+    after: TruncatedSVD,
+    k: int,
+    r: int,
+    *,
+    spacings: tuple[float, float],
+    seed: int,
+) -> Comparison:
     """What became of a matrix.
 
     Args:
         old, new: (m, n), on one device.
         before, after: their SVDs, of as many triplets.
+        k: how many directions are told; more are looked at for those that change places.
         r: dimension of the subspaces that are compared.
+        spacings: of the numbers next to 1 in the dtypes that the two are stored in.
         seed: of the SVD of the difference.
     """
-    ratios = (after.s.double() / before.s.double()).cpu().tolist()
-    known = _identified(before) & _identified(after)
-    pairs = [(before.U, after.U), (before.V, after.V)]
-    cosines = [
-        [_share(value) if sure else None for value, sure in zip((a * b).sum(dim=0).abs().tolist(), known.tolist(), strict=True)]
-        for a, b in pairs
-    ]
-    k = before.s.numel()
+    k = min(k, before.s.numel())
     r = min(r, k)
+    ratios = (after.s.double() / before.s.double()).cpu().tolist()[:k]
+    pairs = [(before.U[:, :k], after.U[:, :k]), (before.V[:, :k], after.V[:, :k])]
     tops = [_principal_cosines(a[:, :r], b[:, :r]) for a, b in pairs]
     nexts = [_principal_cosines(a[:, r : 2 * r], b[:, r : 2 * r]) for a, b in pairs]
     # In float32 at least: the difference of numbers that are close is exact there, or nearly so.
     difference = new.to(torch.promote_types(new.dtype, torch.float32)) - old.to(torch.promote_types(old.dtype, torch.float32))
-    inside = _inside(difference, before, r)
-    rests = [svd.norm.item() ** 2 - svd.s.double().square().sum().item() for svd in (before, after)]
+    with full_precision(difference.device):
+        to_left, to_right = difference @ before.V.to(difference), difference.T @ before.U.to(difference)
+    both = before.U[:, :r].double().T @ to_left[:, :r].double()
+    inside = to_left[:, :r], to_right[:, :r], both
+    rests = [svd.norm.item() ** 2 - svd.s[:k].double().square().sum().item() for svd in (before, after)]
     # Below the rounding of the norm nothing comes after.
     some_rest = rests[0] > 1e-6 * before.norm.item() ** 2
+    noise = storage_noise(before, after, spacings)
     return Comparison(
-        amplification=[ratio if some else None for ratio, some in zip(ratios, _known(before).tolist(), strict=True)],
+        amplification=[ratio if some else None for ratio, some in zip(ratios, known_values(before)[:k].tolist(), strict=True)],
         rest_amplification=math.sqrt(max(rests[1], 0.0) / rests[0]) if some_rest and k < min(old.shape) else None,
-        left_cosine=cosines[0],
-        right_cosine=cosines[1],
         left_top=tops[0],
         right_top=tops[1],
         left_next=nexts[0],
         right_next=nexts[1],
-        explained=inside[2].diagonal().square().tolist(),
+        explained=both.diagonal().square().tolist(),
         update=_update(difference, before, inside, seed),
+        **asdict(became(before, after, to_left, to_right, k, r, noise)),
     )
-
-
-def _inside(difference: torch.Tensor, before: TruncatedSVD, r: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``U^T D``, ``D V`` and ``U^T D V`` for the leading r vectors, float64."""
-    U, V = before.U[:, :r].to(difference), before.V[:, :r].to(difference)
-    with full_precision(difference.device):
-        left, right = (U.T @ difference).double(), (difference @ V).double()
-    return left, right, left @ V.double()
 
 
 def _update(
@@ -225,14 +217,14 @@ def _update(
     energy = svd.norm.item() ** 2
     if energy == 0:
         return None
-    left, right, both = inside
+    to_left, to_right, both = inside
     rank, error = _effective_rank(difference, svd, seed)
     norm = before.norm.item()
     return Update(
         norm=svd.norm.item(),
         relative=svd.norm.item() / norm if norm else None,
-        in_left=_share(left.square().sum().item() / energy),
-        in_right=_share(right.square().sum().item() / energy),
+        in_left=_share(to_right.double().square().sum().item() / energy),
+        in_right=_share(to_left.double().square().sum().item() / energy),
         in_both=_share(both.square().sum().item() / energy),
         rescaling=_share(both.diagonal().square().sum().item() / energy),
         stable_rank=energy / svd.s[0].item() ** 2,

@@ -73,7 +73,8 @@ def blend(
         OutputError: ``out`` is there already, is one of the files, or cannot be written.
 
     Warns:
-        SurgeryWarning: a file does not say which factors it belongs to, or holds half-precision values.
+        SurgeryWarning: a file does not say which factors it belongs to, or holds half-precision values, or numbers that do not
+            look like multipliers.
     """
     if space not in get_args(Space):
         raise OptionError("unknown space", got=space, expected=" or ".join(get_args(Space)))

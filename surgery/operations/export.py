@@ -102,6 +102,9 @@ def export(
         OutputError: another adapter is there.
         MissingExtra: a transformers model, and transformers is not installed.
         SurgeryError: the factorized folder or the scales are damaged, or do not belong together.
+
+    Warns:
+        SurgeryWarning: see ``surgery.format.scales.read_scales``.
     """
     progress = progress or Silent()
     factorized, out = Path(factorized), Path(out)

@@ -25,7 +25,7 @@ from surgery.names import SCALES_FILE
 from surgery.operations.base import BASE_HINT, BaseWeights, OwnWeights, check_entry, shard_path, weight_source
 from surgery.operations.output import check_output_file, check_room
 from surgery.operations.quantized import Dequantizer
-from surgery.operations.tuned import TunedModel
+from surgery.operations.tuned import Norms, TunedModel, note_what_is_unlikely
 from surgery.planning.quantization import FP8, Scaled
 from surgery.progress import Progress, Silent
 from surgery.source.model import Source, open_source
@@ -99,7 +99,8 @@ def project(
             not to be used.
         device: where the arithmetic runs: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         overwrite: replace ``out`` if it is there.
-        progress: told how far it is.
+        progress: told how far it is, and where ``tuned`` does not look like a fine-tuned model (``surgery.operations.tuned``);
+            without it that is a ``SurgeryWarning``.
 
     Raises:
         SourceError: a model is not there, or lacks a target; a target has another shape there.
@@ -108,7 +109,6 @@ def project(
         OutputError: ``out`` is there already, is an input, or cannot be written.
         OptionError: a base that is not needed; no such device.
     """
-    progress = progress or Silent()
     where = choose_device(device)
     where = torch.device("cpu") if where.type == "mps" else where  # which has no float64
     factorized, out = Path(factorized), Path(out)
@@ -121,15 +121,17 @@ def project(
         if download is not None:
             check_room(*download)
     aliases = {target.tensor: target.tensors[1:] for target in manifest.targets}
+    names = {entry.name for shard in manifest.shards for entry in weights.header(shard).tensors}
     with (
-        TunedModel(source, {target.tensor: target.shape for target in manifest.targets}, aliases) as model,
+        TunedModel(source, {target.tensor: target.shape for target in manifest.targets}, names, progress, aliases) as model,
         _Projector(factorized, manifest, weights, model, where) as projector,
     ):
-        projector.run(progress)
+        projector.run(progress or Silent())
         found = projector.found
     for read in (source, weights):
         read.watch.check()
     write_scales(out, {key: one.scales for key, one in found.items()}, manifest.fingerprint)
+    note_what_is_unlikely(source.name, [one.sums.norms(key) for key, one in found.items()], progress)
     total = _Sums()
     for one in found.values():
         total.add(one.sums)
@@ -152,18 +154,23 @@ def _open_like(model: str | Path, manifest: Manifest) -> Source:
 
 @dataclass(slots=True)
 class _Sums:
-    """Squared Frobenius norms, of any number of matrices: of W, of W_t - W, and of what scales explain of that."""
+    """Squared Frobenius norms, of any number of matrices: of W, W_t, W_t - W, and of what scales explain of that."""
 
     weight: float = 0.0
+    tuned: float = 0.0
     change: float = 0.0
     explained: float = 0.0
     largest: float = 0.0
 
     def add(self, other: _Sums) -> None:
         self.weight += other.weight
+        self.tuned += other.tuned
         self.change += other.change
         self.explained += other.explained
         self.largest = max(self.largest, other.largest)
+
+    def norms(self, key: str) -> Norms:
+        return Norms(key, math.sqrt(self.weight), math.sqrt(self.tuned), math.sqrt(self.change))
 
     def projection(self, key: str) -> Projection:
         change = math.sqrt(self.change / self.weight) if self.weight else None if self.change else 0.0
@@ -287,7 +294,8 @@ class _Projector:
         scales = torch.where((factors.s > 0) & torch.isfinite(scales), scales, 1)
         explained = components[scales != 1].square().sum().item()
         largest = (scales.double() - 1).abs().max().item()
-        sums.add(_Sums(norms[0].item(), norms[1].item(), explained, largest))
+        before, after, change = norms.tolist()
+        sums.add(_Sums(before, after, change, explained, largest))
         return scales
 
 
@@ -299,18 +307,20 @@ def _components(weight: torch.Tensor, tuned: torch.Tensor, factors: Factors) -> 
         factors: of the weight, on the same device, one with float64.
 
     Returns:
-        ``u_i^T D v_i``, float64 (k,), and ``||weight||^2`` and ``||D||^2``, float64 (2,).
+        ``u_i^T D v_i``, float64 (k,), and ``||weight||^2``, ``||tuned||^2`` and ``||D||^2``, float64 (3,).
     """
     (m, n), left, right = weight.shape, factors.U.double(), factors.V.double()
     step = min(m, max(1, BLOCK_ENTRIES // n) * (1 if weight.device.type == "cpu" else DEVICE_BLOCKS))
-    components, norms = right.new_zeros(right.shape[1]), right.new_zeros(2)
+    components, norms = right.new_zeros(right.shape[1]), right.new_zeros(3)
     # Fresh memory for every block would cost many times the arithmetic.
     wide, difference, product = (right.new_empty(step, columns) for columns in (n, n, right.shape[1]))
     for first in range(0, m, step):
         rows = slice(first, min(first + step, m))
         count = rows.stop - first
         before = wide[:count].copy_(weight[rows])
-        change = difference[:count].copy_(tuned[rows]).sub_(before)
+        after = difference[:count].copy_(tuned[rows])
+        size = torch.linalg.vector_norm(after)
+        change = after.sub_(before)
         components += torch.mm(change, right, out=product[:count]).mul_(left[rows]).sum(dim=0)
-        norms += torch.stack([torch.linalg.vector_norm(part).square() for part in (before, change)])
+        norms += torch.stack([torch.linalg.vector_norm(before), size, torch.linalg.vector_norm(change)]).square()
     return components, norms

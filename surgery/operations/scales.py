@@ -63,7 +63,7 @@ def show_scales(path: str | Path, *, top: int = 20) -> ScalesSummary:
         SurgeryError: see ``surgery.format.scales.read_scales_alone``.
 
     Warns:
-        SurgeryWarning: the file holds half-precision values.
+        SurgeryWarning: the file holds half-precision values, or numbers that do not look like multipliers.
     """
     if top < 0:
         raise OptionError("a negative number of directions", got=top, expected="0 or more")

@@ -16,18 +16,20 @@ from surgery import __version__
 from surgery.device import as_memory_allows, choose_device, device_name, on_its_own_terms
 from surgery.engine.walk import ShardWalk, TargetPiece, reported
 from surgery.errors import OptionError, WeightError
-from surgery.format.safetensors import ShardReader
+from surgery.format.safetensors import TORCH_DTYPES, ShardReader
 from surgery.linalg.spectrum import compare, spectrum
 from surgery.linalg.svd import DEFAULT_TOLERANCE, check_accuracy
 from surgery.operations.quantized import Dequantizer
-from surgery.operations.tuned import TunedModel
+from surgery.operations.tuned import Norms, TunedModel, note_what_is_unlikely
 from surgery.planning.plan import Plan, make_plan
 from surgery.planning.targets import Choice, Target
 from surgery.progress import Progress, Silent
 from surgery.source.model import Source, open_source
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _MOST_AMPLIFIED = 10
+#: More triplets than are told, for directions that change places: a quarter of them, or so many.
+_BEYOND = 16
 _DIGITS = 6
 
 
@@ -62,15 +64,15 @@ def spectra(
         include, exclude, recipe, split, revision, subfolder: as for ``factorize``; the revision is the first model's.
         seed, tolerance: of the truncated SVD.
         device: where the linear algebra runs.
-        progress: told how far it is.
+        progress: told how far it is, and where ``tuned`` does not look like a fine-tuned model (``surgery.operations.tuned``);
+            without it that is a ``SurgeryWarning``.
 
     Returns:
-        JSON-able, ``schema_version`` 1: ``targets``, one object per matrix, and ``findings`` over all of them.
+        JSON-able, ``schema_version`` 2: ``targets``, one object per matrix, and ``findings`` over all of them.
 
     Raises:
         SurgeryError: a model cannot be had or read, holds NaN, or lacks a tensor; an option makes no sense.
     """
-    progress = progress or Silent()
     where = choose_device(device)
     check_accuracy(tolerance, seed)
     subspace = min(16, top) if subspace is None else subspace
@@ -89,6 +91,8 @@ def spectra(
     for read in (source, other):
         if read is not None:
             read.watch.check()
+    if other is not None:
+        note_what_is_unlikely(other.name, [_norms(target) for target in targets], progress)
     return {
         "schema_version": SCHEMA_VERSION,
         "tool": f"surgery {__version__}",
@@ -108,6 +112,11 @@ def spectra(
         "targets": targets,
         "findings": _findings(targets, subspace, compared=other is not None),
     }
+
+
+def _norms(target: Mapping[str, Any]) -> Norms:
+    change = 0.0 if target["update"] is None else target["update"]["norm"]
+    return Norms(target["key"], target["norm"], target["tuned"]["norm"], change)
 
 
 def folders_of(*models: str | Path | None) -> list[Path]:
@@ -130,20 +139,24 @@ class _Measure:
         # Differences and entropies are taken in float64, which an Apple GPU does not have.
         self._device = torch.device("cpu") if device.type == "mps" else device
 
-    def __call__(self, old: torch.Tensor, new: torch.Tensor | None) -> dict[str, Any]:
+    def __call__(self, old: torch.Tensor, new: torch.Tensor | None, spacings: tuple[float, float]) -> dict[str, Any]:
+        """The figures of a matrix, and of what it became, stored with so much between the numbers next to 1."""
+
         def on(pairs: Sequence[tuple[torch.Tensor, torch.Tensor | None]], where: torch.device) -> list[dict[str, Any]]:
             before, after = pairs[0]
-            return [self._figures(before.to(where), None if after is None else after.to(where))]
+            return [self._figures(before.to(where), None if after is None else after.to(where), spacings)]
 
         return as_memory_allows(on, [(old, new)], self._device)[0]
 
-    def _figures(self, old: torch.Tensor, new: torch.Tensor | None) -> dict[str, Any]:
-        described, before = spectrum(old, self._top, tolerance=self._tolerance, seed=self._seed)
+    def _figures(self, old: torch.Tensor, new: torch.Tensor | None, spacings: tuple[float, float]) -> dict[str, Any]:
+        top, seed = self._top, self._seed
+        beyond = 0 if new is None else max(_BEYOND, top // 4)
+        described, before = spectrum(old, top, beyond=beyond, tolerance=self._tolerance, seed=seed)
         figures = asdict(described)
         if new is not None:
-            changed, after = spectrum(new, self._top, tolerance=self._tolerance, seed=self._seed)
+            changed, after = spectrum(new, top, beyond=beyond, tolerance=self._tolerance, seed=seed)
             figures["tuned"] = asdict(changed)
-            figures |= asdict(compare(old, new, before, after, self._subspace, self._seed))
+            figures |= asdict(compare(old, new, before, after, top, self._subspace, spacings=spacings, seed=seed))
         short: dict[str, Any] = _rounded(figures)
         return short
 
@@ -157,17 +170,21 @@ def _rounded(value: Any) -> Any:
     return [_rounded(item) for item in value] if isinstance(value, list) else value
 
 
-def _walk(source: Source, steps: Plan, other: Source | None, measure: _Measure, progress: Progress) -> list[dict[str, Any]]:
+def _walk(
+    source: Source, steps: Plan, other: Source | None, measure: _Measure, progress: Progress | None
+) -> list[dict[str, Any]]:
     """The figures of all targets, in the order of the checkpoint."""
+    shown = progress or Silent()
     shapes = {target.tensor: target.shape for target in steps.targets}
     prefix = _common_prefix([_generic(target.tensor) for target in steps.targets])
     shards = [shard for shard in steps.shards if shard.targets]
     described: list[dict[str, Any]] = []
-    progress.start("measuring", sum(shard.size for shard in shards))
+    shown.start("measuring", sum(shard.size for shard in shards))
     try:
         with ExitStack() as stack:
             dequantizer = stack.enter_context(Dequantizer(source.fetch, source.watch))
-            tuned = None if other is None else stack.enter_context(TunedModel(other, shapes))
+            names = {entry.name for shard in source.selection.shards for entry in source.header(shard).tensors}
+            tuned = None if other is None else stack.enter_context(TunedModel(other, shapes, names, progress))
             for shard in shards:
                 inside: dict[str, list[Target]] = {}
                 for target in shard.targets:
@@ -177,11 +194,11 @@ def _walk(source: Source, steps: Plan, other: Source | None, measure: _Measure, 
                     ShardReader(source.fetch(shard.file), name=shard.file, watch=source.watch) as reader,
                     ShardWalk(reader, portions) as walk,
                 ):
-                    for piece in reported(walk, progress):
+                    for piece in reported(walk, shown):
                         if isinstance(piece, TargetPiece):
                             described += _piece(piece, inside[piece.entry.name], dequantizer, tuned, measure, prefix)
     finally:
-        progress.finish()
+        shown.finish()
     return described
 
 
@@ -195,6 +212,8 @@ def _piece(
 ) -> list[dict[str, Any]]:
     weight = dequantizer.weight(piece.tensor, piece.first, targets[0].scaled)
     changed = None if tuned is None else tuned.weight(piece)
+    stored = [targets[0].dtype] if tuned is None else [targets[0].dtype, tuned.dtype(piece.entry.name)]
+    spacings = tuple(torch.finfo(TORCH_DTYPES[dtype]).eps for dtype in stored)
     described = []
     for target in targets:
         old = target.view.matrices(weight)
@@ -202,7 +221,7 @@ def _piece(
         for i, matrix in enumerate(old):
             index = piece.first + i if target.view.kind == "stack" else None
             try:
-                figures = measure(matrix, None if new is None else new[i])
+                figures = measure(matrix, None if new is None else new[i], (spacings[0], spacings[-1]))
             except WeightError as error:
                 raise WeightError(f"{target.shard}: {target.key!r}: {error.what}", hint="repair the model") from error
             described.append({**_identity(target, index, prefix), "shape": list(matrix.shape), **figures})
@@ -283,6 +302,8 @@ def _changes(targets: Sequence[Mapping[str, Any]], r: int) -> dict[str, Any]:
     )
     nexts = [[value for value in target["amplification"][r:] if value is not None] for target in targets]
     rests = [target["rest_amplification"] for target in targets]
+    in_place = [value for target in targets for value in target["in_place"][:r] if value is not None]
+    places = [(i, place) for target in targets for i, place in enumerate(target["place"][:r], 1) if place is not None]
     return {
         "top_change": _median(statistics.fmean(abs(value - 1) for value in values) for values in tops if values),
         "next_change": _median(statistics.fmean(abs(value - 1) for value in values) for values in nexts if values),
@@ -293,6 +314,12 @@ def _changes(targets: Sequence[Mapping[str, Any]], r: int) -> dict[str, Any]:
         "top_amplified_share": sum(value > 1 for value in ratios) / len(ratios) if ratios else None,
         "median_left_cosine": _median(value for t in targets for value in t["left_cosine"][:r] if value is not None),
         "median_right_cosine": _median(value for t in targets for value in t["right_cosine"][:r] if value is not None),
+        "median_in_place": _median(in_place),
+        "in_place_grew_share": sum(value > 1 for value in in_place) / len(in_place) if in_place else None,
+        "order_changes": sum(target["order_changes"] for target in targets),
+        "moved_share": sum(place != i for i, place in places) / len(places) if places else None,
+        "gone": sum(len(target["gone"]) for target in targets),
+        "new": sum(len(target["new"]) for target in targets),
         "median_relative_update": _median(u["relative"] for u in updates if u["relative"] is not None),
         "median_update_in_both": _median(update["in_both"] for update in updates),
         "chance_in_both": _median(k * k / (m * n) for k, m, n in sizes),

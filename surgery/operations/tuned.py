@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+import statistics
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -16,7 +19,74 @@ from surgery.linalg.rounding import all_finite
 from surgery.names import FACTORIZABLE_DTYPES
 from surgery.operations.quantized import Dequantizer
 from surgery.planning.quantization import read_quantization
+from surgery.progress import Progress, note_or_warn
 from surgery.source.model import Source
+
+#: A fine-tuned matrix is at less than 60 degrees to the original, and has half to twice its norm: changes of up to half of
+#: the norm, which are large ones, leave it within 30 degrees. Two models of other seeds are at 90.
+_RELATED, _SIZES = 0.5, (0.5, 2.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Norms:
+    """Frobenius norms of a matrix, of what it became, and of the difference."""
+
+    key: str
+    before: float
+    after: float
+    change: float
+
+    @property
+    def cosine(self) -> float | None:
+        """Of the angle between the two, as vectors; None where one is 0."""
+        if not self.before or not self.after:
+            return None
+        ratio = self.after / self.before
+        return (1 + ratio**2 - (self.change / self.before) ** 2) / (2 * ratio)
+
+
+def note_what_is_unlikely(name: str, found: Sequence[Norms], progress: Progress | None) -> None:
+    """Say so where a model does not look like a fine-tuned one.
+
+    That is where no matrix has changed, and where most, or some, are hardly related to the original ones.
+
+    Args:
+        name: of the model.
+        found: for each matrix that was compared.
+        progress: told; where there is none, it is a ``SurgeryWarning``.
+    """
+    if all(norms.change == 0 for norms in found):
+        note_or_warn(
+            progress,
+            f"{name} has the same weights as the original in all {len(found)} matrices that were compared: the original was "
+            "given twice, nothing was trained, or its steps were smaller than the rounding of the dtype it was saved in",
+        )
+        return
+    known = [norms for norms in found if norms.before]
+    apart = [norms for norms in known if norms.cosine is not None and norms.cosine < _RELATED]
+    if len(apart) > len(known) / 2:
+        change = statistics.median(norms.change / norms.before for norms in apart)
+        note_or_warn(
+            progress,
+            f"{name} has hardly anything in common with the original in {len(apart)} of {len(known)} matrices: the change is "
+            f"{change:.3g} times the weights' norm, and 1.41 between unrelated models of one size. It looks like a model of "
+            "another seed, one that was trained from nothing, or one whose weights are in another order",
+        )
+    elif apart:
+        note_or_warn(
+            progress,
+            f"{name} has hardly anything in common with the original in {len(apart)} of {len(known)} matrices, first "
+            f"{apart[0].key!r}: they look as if they had been made anew, and not fine-tuned",
+        )
+    low, high = _SIZES
+    scaled = [norms for norms in known if norms not in apart and not low <= norms.after / norms.before <= high]
+    if scaled:
+        ratio = statistics.median(norms.after / norms.before for norms in scaled)
+        note_or_warn(
+            progress,
+            f"{name} has {ratio:.3g} times the norm of the original in {len(scaled)} of {len(known)} matrices, first "
+            f"{scaled[0].key!r}: it looks like weights without their quantization scales, or a merge with a wrong factor",
+        )
 
 
 class TunedModel:
@@ -25,7 +95,9 @@ class TunedModel:
     Args:
         source: the model.
         shapes: of the tensors that it must have, by their names.
-        aliases: for some of them the names under which it may have them as well, or instead.
+        names: of all tensors of the other model.
+        progress: told if it has layers that the other model has not; where there is none, it is a ``SurgeryWarning``.
+        aliases: for some of the shapes the names under which it may have the tensor as well, or instead.
 
     Raises:
         SourceError: one is not there, or with another shape, or in a dtype that weights cannot have; or it is there twice, with
@@ -33,7 +105,12 @@ class TunedModel:
     """
 
     def __init__(
-        self, source: Source, shapes: Mapping[str, Sequence[int]], aliases: Mapping[str, Sequence[str]] | None = None
+        self,
+        source: Source,
+        shapes: Mapping[str, Sequence[int]],
+        names: Collection[str],
+        progress: Progress | None,
+        aliases: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self._name = source.name
         headers = {shard: source.header(shard) for shard in source.selection.shards}
@@ -45,6 +122,13 @@ class TunedModel:
         for name, shape in shapes.items():
             for stored in self._stored[name]:
                 self._check(stored, list(shape))
+        kinds = {_kind(name) for name in shapes}
+        if more := [name for name in self._places.keys() - set(names) if _kind(name) in kinds]:
+            note_or_warn(
+                progress,
+                f"{source.name} has {len(more)} weights of the kinds that are compared, such as {min(more)!r}, that the "
+                "original does not have: it looks like a model of another size, of which only some layers are compared",
+            )
         self._files = Dequantizer(source.fetch, source.watch)
 
     def __enter__(self) -> Self:
@@ -90,6 +174,10 @@ class TunedModel:
                 hint="fine-tune with tied weights, or factorize with --exclude of both",
             )
 
+    def dtype(self, name: str) -> str:
+        """What a tensor is stored in, as safetensors names it."""
+        return self._places[self._stored[name][0]][1].dtype
+
     def weight(self, piece: TargetPiece) -> torch.Tensor:
         """What the tensor of a piece has become, with as many matrices; float32 if it is FP8, else as it is; on the CPU.
 
@@ -111,3 +199,8 @@ class TunedModel:
                 f"{self._name}: {name!r} holds NaN or infinity", hint="the fine-tuning diverged: take an earlier checkpoint"
             )
         return tensor
+
+
+def _kind(name: str) -> str:
+    """A name without the numbers of layers and experts."""
+    return re.sub(r"(?:(?<=\.)|^)\d+\.", "#.", name)

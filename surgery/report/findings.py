@@ -22,7 +22,7 @@ from surgery.report.summary import (
 )
 from surgery.report.words import cosine, count, matrices, number, percent, rank_text, shown, times
 
-#: Cosines of directions before and after.
+#: Cosines of directions and of what they became.
 STAYED, TURNED = 0.99, 0.9
 #: Of directions that turned: from this share on, what most of them did is not the whole answer.
 MANY = 0.05
@@ -58,6 +58,7 @@ def statements(spectra: dict[str, Any], groups: Sequence[Group]) -> list[Stateme
     return [
         _amplification(spectra, groups),
         _rotation(spectra),
+        _order(spectra),
         _subspaces(spectra),
         _rescaling(spectra),
         _update(spectra, groups),
@@ -171,7 +172,7 @@ def _rotation(spectra: dict[str, Any]) -> Statement:
     subspace, next_subspace = median(kept), median(following)
     subspaces = ""
     if subspace is not None:
-        subspaces = f"The subspaces that the first {r} span together keep {percent(subspace)} of themselves"
+        subspaces = f"The subspaces that the first {r} of either model span have {percent(subspace)} in common"
         subspaces += f", those of the next {r} {percent(next_subspace)}." if next_subspace is not None else "."
     known = [value for value in (left, right) if value is not None]
     if not known:
@@ -198,15 +199,47 @@ def _rotation(spectra: dict[str, Any]) -> Statement:
         if value is not None
     )
     details = [
-        f"Between a direction of the first {r} before and after, the median cosine is: {angles}. "
+        f"Between a direction of the first {r} and the one that it became, wherever that is in the order, the median cosine "
+        f"is: {angles}. "
         f"Of all these cosines {percent(turned) if turned else 'none'} {'is' if not turned else 'are'} below {number(TURNED)}."
     ]
     unknown = 1 - len(identified) / len(cosines)
     if unknown > 0:
-        details.append(f"{percent(unknown)} of these directions are left out, as they are not determined in one of the models.")
+        details.append(
+            f"{percent(unknown)} of these directions are left out, as they are not determined in one of the models, or gone."
+        )
     if subspaces:
         details.append(subspaces)
     return Statement(question, answer, " ".join(details))
+
+
+def _order(spectra: dict[str, Any]) -> Statement:
+    question = "What became of the leading directions?"
+    found, r = spectra["findings"], spectra["options"]["subspace"]
+    changes, moved, grew = found["order_changes"], found["moved_share"], found["in_place_grew_share"]
+    gone, new = found["gone"], found["new"]
+    said = [f"their order changed {count(changes, 'time')}" if changes else "none changed places"]
+    if gone:
+        said.append(f"{gone:,} {'is' if gone == 1 else 'are'} gone")
+    if new:
+        said.append(f"{new:,} {'is' if new == 1 else 'are'} new")
+    answer = ", ".join(said)
+    details = [f"Pairs of directions, one of the first {r} of a matrix and any other, that changed their order: {changes:,}."]
+    if moved is not None:
+        details.append(
+            f"Of the first {r} of all matrices that are mostly one direction of the tuned model, {percent(moved)} have another "
+            "place there. That is no rotation: a change of values is enough."
+        )
+    if grew is not None:
+        details.append(
+            f"In place, uᵀ W′ v / s, their median amplification is {number(found['median_in_place'])}, and {percent(grew)} "
+            "grew."
+        )
+    if gone:
+        details.append(f"Gone are those that have not turned, but whose values are below all that were computed: {gone:,}.")
+    if new:
+        details.append(f"{new:,} of the first {r} of the tuned matrices are none of the base's that were computed.")
+    return Statement(question, answer[0].upper() + answer[1:], " ".join(details))
 
 
 def _kept(cosines: Sequence[float]) -> float | None:

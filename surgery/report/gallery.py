@@ -81,8 +81,9 @@ def _pictures_of_change(drawn: Sequence[Group], layers: tuple[int, int], layer_k
         _figure(
             "amplification",
             "Amplification",
-            f"Singular values of the tuned model over those of the base, by direction and layer: red grew, blue "
-            f"shrank, and what has the colour of the page did not change. {steps}",
+            "Above, singular values of the tuned model over those of the base by their place in the order; below, each "
+            "direction of the base in place, uᵀ W′ v / s. Red grew, blue shrank, and what has the colour of the page did not "
+            f"change. {steps}",
             [
                 _bar(diverging_colors(), percent(amplification.low, signed=True), percent(amplification.high, signed=True))
                 + " or more",
@@ -93,11 +94,11 @@ def _pictures_of_change(drawn: Sequence[Group], layers: tuple[int, int], layer_k
         _figure(
             "rotation",
             "Rotation",
-            "The cosine between a direction before and the direction of the same number after: what has the colour of the "
-            f"page did not turn. Neighbours that swapped places have turned, too. {steps}",
+            "The cosine between a direction and the one that it became, wherever that is in the order: what has the colour of "
+            f"the page did not turn. {steps}",
             [
                 _bar(turning_colors(), number(rotation.low) + (" or less" if rotation.low else ""), "1"),
-                f"{hatched}not identified: the matrix does not determine this direction, in one of the models",
+                f"{hatched}not identified: the matrix does not determine this direction, in one of the models, or it is gone",
             ],
             rotation,
         ),

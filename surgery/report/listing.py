@@ -13,8 +13,9 @@ from surgery.format.files import write_file
 from surgery.report.summary import Target, change, half_energy_rank, median, relative_update, worst_residual
 from surgery.report.words import cosine, number, percent, shown
 
-#: Directions whose amplification the CSV has.
+#: Directions of which the CSV tells one by one, and what.
 AMPLIFICATIONS = 8
+_DIRECTIONS = ("amplification", "in_place", "place")
 #: Matrices that the page has room for.
 MAX_ROWS = 300
 
@@ -60,7 +61,8 @@ def write_csv(spectra: dict[str, Any], path: Path) -> None:
     if tuned:
         heading += [f"tuned_{name}" for name in _SCALARS]
         heading += ["rest_amplification", *(f"update_{name}" for name in _UPDATE)]
-        heading += [f"amplification_{index + 1}" for index in range(AMPLIFICATIONS)]
+        heading += ["order_changes", "gone", "new"]
+        heading += [f"{name}_{index + 1}" for name in _DIRECTIONS for index in range(AMPLIFICATIONS)]
     out = io.StringIO(newline="")
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(heading)
@@ -70,7 +72,9 @@ def write_csv(spectra: dict[str, Any], path: Path) -> None:
             update = target["update"] or {}
             values += [target["tuned"][name] for name in _SCALARS]
             values += [target["rest_amplification"], *(update.get(name) for name in _UPDATE)]
-            values += [*target["amplification"], *[None] * AMPLIFICATIONS][:AMPLIFICATIONS]
+            values += [target["order_changes"], len(target["gone"]), len(target["new"])]
+            for name in _DIRECTIONS:
+                values += [*target[name], *[None] * AMPLIFICATIONS][:AMPLIFICATIONS]
         writer.writerow([_cell(value) for value in values])
     write_file(path, out.getvalue().encode())
 
@@ -125,8 +129,11 @@ def columns(spectra: dict[str, Any]) -> list[Column]:
             return lambda target: target["update"] and target["update"][name]
 
         found += [
-            Column("s₁ ×", "amplification of the first direction", lambda target: target["amplification"][0], _factor),
+            Column("s₁ ×", "amplification of the first value", lambda target: target["amplification"][0], _factor),
             Column(f"top {r}", f"mean change of the first {r} values", lambda target: change(target, r).mean, _signed),
+            Column("in place", f"median change of the first {r} in place", lambda target: _in_place(target, r), _signed),
+            Column("order", f"changes of order with one of the first {r}", lambda target: target["order_changes"], _whole),
+            Column("new", f"directions that are new among the first {r}", lambda target: len(target["new"]), _whole),
             Column("rest", "change of what comes after the values kept", _rest, _signed),
             Column(
                 "left cos", f"median left cosine of the first {r}", lambda target: median(target["left_cosine"][:r]), cosine
@@ -163,6 +170,11 @@ def rows(spectra: dict[str, Any], most: int = MAX_ROWS) -> list[Target]:
 def _rest(target: Target) -> float | None:
     value = target["rest_amplification"]
     return None if value is None else float(value) - 1
+
+
+def _in_place(target: Target, r: int) -> float | None:
+    value = median(target["in_place"][:r])
+    return None if value is None else value - 1
 
 
 def _converged(target: Target) -> bool:

@@ -19,7 +19,7 @@ from surgery.report.words import cosine, count, escaped, matrices, number, perce
 
 __all__ = ["write_csv", "write_page"]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
@@ -160,7 +160,8 @@ def _by_group(spectra: dict[str, Any], groups: Sequence[Group]) -> str:
     r = spectra["options"]["subspace"]
     headings = ["matrices", "stable rank", "half energy"]
     if spectra["tuned"] is not None:
-        headings += ["top grew by", "next", "rest", "amplified in", "left cos", "right cos", "update", "in both", "rescaling"]
+        headings += ["top grew by", "next", "rest", "amplified in", "in place", "order"]
+        headings += ["left cos", "right cos", "update", "in both", "rescaling"]
     lines = []
     for group in groups:
         ranks = median_rank(half_energy_rank(target["singular_values"], target["norm"]) for target in group.targets)
@@ -177,6 +178,8 @@ def _by_group(spectra: dict[str, Any], groups: Sequence[Group]) -> str:
                 percent(median(item.middle for item in each)),
                 percent(median(item.rest for item in each)),
                 f"{sum(item.holds for item in each):,} of {len(each):,}",
+                number(median(median(target["in_place"][:r]) for target in group.targets)),
+                f"{sum(target['order_changes'] for target in group.targets):,}",
                 cosine(median(median(target["left_cosine"][:r]) for target in group.targets)),
                 cosine(median(median(target["right_cosine"][:r]) for target in group.targets)),
                 percent(median(map(relative_update, group.targets))),
@@ -189,17 +192,16 @@ def _by_group(spectra: dict[str, Any], groups: Sequence[Group]) -> str:
     if spectra["tuned"] is not None:
         caption += (
             f" Top grew by: the mean change of the first {r} singular values; next: the mean size of the change of those after "
-            "them; rest: that of all that was not kept. Amplified in: how many of the matrices the first finding holds for."
+            "them; rest: that of all that was not kept. Amplified in: how many of the matrices the first finding holds for. "
+            "In place: the amplification of the base's directions; order: how often two of them changed their order."
         )
     return _table("By group", "groups", caption, ["group", *headings], lines)
 
 
 def _most_amplified(found: Sequence[dict[str, Any]]) -> str:
     lines = [(item["key"], [f"{item['index']}", f"{item['amplification']:.4f}"]) for item in found]
-    caption = "Singular values of the tuned model over those of the base."
-    return _table(
-        "Where singular values changed the most", "amplified", caption, ["matrix", "direction", "amplification"], lines
-    )
+    caption = "Singular values of the tuned model over those of the base, by their place in the order."
+    return _table("Where singular values changed the most", "amplified", caption, ["matrix", "place", "amplification"], lines)
 
 
 def _table(heading: str, name: str, caption: str, headings: Sequence[str], lines: Iterable[tuple[str, Sequence[str]]]) -> str:

@@ -86,35 +86,46 @@ def energy(groups: Sequence[Group], layers: tuple[int, int]) -> Picture:
     return Picture([panel(group) for group in groups])
 
 
+#: Rows of the picture of amplification: its key, and what it is called.
+_AMPLIFICATIONS = (("amplification", "by order"), ("in_place", "in place"))
+
+
 def amplification(groups: Sequence[Group], r: int) -> Picture:
-    """Amplification by index and layer, as colours around 1."""
-    tables = [group.table(lambda target: target["amplification"]) - 1 for group in groups]
-    drawn = [in_steps(table, steps(group.k)) for group, table in zip(groups, tables, strict=True)]
-    sizes = np.concatenate([np.abs(table[np.isfinite(table)]) for table in drawn])
+    """Amplification by index and layer, as colours around 1: of values in their order above, of directions in place below."""
+    tables = [[group.table(itemgetter(key)) - 1 for key, _ in _AMPLIFICATIONS] for group in groups]
+    drawn = [[in_steps(table, steps(group.k)) for table in pair] for group, pair in zip(groups, tables, strict=True)]
+    sizes = np.concatenate([np.abs(table[np.isfinite(table)]) for pair in drawn for table in pair])
     limit = _round_up(float(np.quantile(sizes, 0.98))) if sizes.size else 0.01
 
-    def panel(group: Group, table: Floats, cells: Floats) -> Panel:
-        with canvas(map_height(group)) as (figure, axes):
-            heat_map(axes, group, cells, faded(np.where(cells < 0, 0, 1), (SHRANK, GREW), np.abs(cells) / limit))
-            step_axis(axes, group.k)
-        known = table[np.isfinite(table)]
-        if not known.size:
-            return finished(figure, group, "No amplification is known.")
-        row, index = np.unravel_index(int(np.nanargmax(np.abs(table))), table.shape)
-        layer = group.rows[row].layer
-        where = "outside of the layers" if layer is None else f"in layer {layer}"
-        words = f"Amplification goes from {_factor(1 + known.min())} to {_factor(1 + known.max())}; its median is "
-        words += _signed_median(table[:, :r], f"over the first {min(r, group.k)} directions")
-        if group.k > r:
-            words += f" and {_signed_median(table[:, r:], 'over the others')}"
-        words += f". It is farthest from 1 {where} at direction {index + 1}: {_factor(1 + table[row, index])}."
-        return finished(figure, group, words)
+    def panel(group: Group, pair: list[Floats], cells: list[Floats]) -> Panel:
+        words = []
+        with canvas(map_height(group), rows=2, above=0.24) as (figure, *both):
+            for axes, table, shown, (_, name) in zip(both, pair, cells, _AMPLIFICATIONS, strict=True):
+                heat_map(axes, group, shown, faded(np.where(shown < 0, 0, 1), (SHRANK, GREW), np.abs(shown) / limit))
+                axes.set_title(name, fontsize=9, loc="left", pad=3)
+                step_axis(axes, group.k, label=name == _AMPLIFICATIONS[-1][1])
+                words.append(_of_amplification(group, table, name, r))
+        return finished(figure, group, " ".join(words))
 
     return Picture([panel(*item) for item in zip(groups, tables, drawn, strict=True)], -limit, limit)
 
 
+def _of_amplification(group: Group, table: Floats, name: str, r: int) -> str:
+    known = table[np.isfinite(table)]
+    if not known.size:
+        return f"No amplification {name} is known."
+    row, index = np.unravel_index(int(np.nanargmax(np.abs(table))), table.shape)
+    layer = group.rows[row].layer
+    where = "outside of the layers" if layer is None else f"in layer {layer}"
+    words = f"Amplification {name} goes from {_factor(1 + known.min())} to {_factor(1 + known.max())}; its median is "
+    words += _signed_median(table[:, :r], f"over the first {min(r, group.k)} directions")
+    if group.k > r:
+        words += f" and {_signed_median(table[:, r:], 'over the others')}"
+    return words + f". It is farthest from 1 {where} at direction {index + 1}: {_factor(1 + table[row, index])}."
+
+
 def rotation(groups: Sequence[Group], r: int) -> Picture:
-    """Cosines between the directions before and after by index and layer: left ones above, right ones below."""
+    """Cosines between directions and what they became by index and layer: left ones above, right ones below."""
     tables = [[group.table(itemgetter(side)) for side in ("left_cosine", "right_cosine")] for group in groups]
     drawn = [[in_steps(table, steps(group.k)) for table in pair] for group, pair in zip(groups, tables, strict=True)]
     known = np.concatenate([table[np.isfinite(table)] for pair in drawn for table in pair])

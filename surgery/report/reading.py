@@ -46,11 +46,22 @@ def terms(spectra: dict[str, Any]) -> list[tuple[str, str]]:
             ),
             (
                 "Rotation",
-                "|u<sub>i</sub> · u′<sub>i</sub>| and |v<sub>i</sub> · v′<sub>i</sub>|, of the i-th directions before and "
-                "after. Two directions that swap places show as turned, though their subspace stays: compare the share that "
-                "the subspace keeps, which is the mean squared cosine of the principal angles. "
+                "|u<sub>i</sub> · u′| and |v<sub>i</sub> · v′|, where (u′, v′) is the direction of the tuned model that the "
+                "i-th one became: they are assigned to one another such that the sum of ((u<sub>i</sub> · u′)² + (v<sub>i</sub> · "
+                "v′)²) / 2 is greatest. What only changed its place has not turned. Directions whose values are equal, or so "
+                "close that the rounding of the stored weights may have mixed them, are first turned among themselves to match "
+                "best. "
                 f"“Hardly” means a median cosine of at least {number(STAYED)}, “a little” of at least {number(TURNED)}; "
                 f"a direction below that counts as turned, and from {percent(MANY)} of them on the answer says so.",
+            ),
+            (
+                "In place, changes of order, gone, new",
+                "In place: u<sub>i</sub><sup>T</sup> W′ v<sub>i</sub> / s<sub>i</sub>, how strong the base's direction is in "
+                "the tuned model W′; it is what a scale would have to be. The order of two directions has changed where each "
+                "is mostly one direction of the tuned model (more than half in common), and these are in the other order. A "
+                "direction is gone where W′ still maps it to itself, with a value below all that was computed. New is a "
+                "direction of the tuned "
+                f"model's first {r} that has less than a quarter in common with any one that it could have been.",
             ),
             (
                 "Share of the update in a subspace",

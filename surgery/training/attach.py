@@ -127,7 +127,7 @@ class Scales:
 
     @on_its_own_terms
     def load(self, path: str | Path) -> None:
-        """Take the values of a scales file; errors as for ``surgery.format.scales.read_scales``.
+        """Take the values of a scales file; errors and warnings as for ``surgery.format.scales.read_scales``.
 
         Those of targets that the model does not have are kept for ``values`` and ``save``.
         """
