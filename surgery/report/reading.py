@@ -48,9 +48,9 @@ def terms(spectra: dict[str, Any]) -> list[tuple[str, str]]:
                 "Rotation",
                 "|u<sub>i</sub> · u′| and |v<sub>i</sub> · v′|, where (u′, v′) is the direction of the tuned model that the "
                 "i-th one became: they are assigned to one another such that the sum of ((u<sub>i</sub> · u′)² + "
-                "(v<sub>i</sub> · v′)²) / 2 is greatest. What only changed its place has not turned. Directions whose values are equal, or so "
-                "close that the rounding of the stored weights may have mixed them, are first turned among themselves to match "
-                "best. "
+                "(v<sub>i</sub> · v′)²) / 2 is greatest. What only changed its place has not turned. Directions whose values "
+                "are equal, or so close that the rounding of the stored weights may have mixed them, are first turned among "
+                "themselves to match best. "
                 f"“Hardly” means a median cosine of at least {number(STAYED)}, “a little” of at least {number(TURNED)}; "
                 f"a direction below that counts as turned, and from {percent(MANY)} of them on the answer says so.",
             ),
