@@ -126,6 +126,11 @@ def test_what_may_be_empty(llama: Path, tmp_path: Path) -> None:
     assert steps.notes == ()
 
 
+def _notes(steps: Plan) -> list[str]:
+    """Without those on weights of this model that are equal, where nobody knows whether its class ties them."""
+    return [note for note in steps.notes if "holds the same weights" not in note]
+
+
 @pytest.mark.parametrize("model_type", ["llama", "unheard of"])
 @pytest.mark.parametrize(
     ("dtype", "name"),
@@ -145,7 +150,7 @@ def test_a_weight_of_another_dtype_is_noted(
     if dtype.is_floating_point:  # what is no target in any dtype has that for a reason
         assert "a vector" in reasons["model.norm.weight"]
         assert re.search("embedding|recipe", reasons["model.embed_tokens.weight"])
-    (note,) = steps.notes
+    (note,) = _notes(steps)
     assert "2 of 14 that would be targets" in note
     assert name in note
     assert any(key in note for key in others)
@@ -153,8 +158,8 @@ def test_a_weight_of_another_dtype_is_noted(
     surgery.factorize(folder, tmp_path / "f", rank=4, progress=progress)
     assert note in progress.notes
     # Not if nobody wants them.
-    assert surgery.plan(folder, rank=4, exclude=others).notes == ()
-    assert surgery.plan(folder, rank=4, include=["*.o_proj.weight"]).notes == ()
+    assert _notes(surgery.plan(folder, rank=4, exclude=others)) == []
+    assert _notes(surgery.plan(folder, rank=4, include=["*.o_proj.weight"])) == []
 
 
 def test_a_flat_weight_is_noted_where_a_rule_takes_it(llama: Path, tmp_path: Path) -> None:

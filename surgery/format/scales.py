@@ -178,7 +178,8 @@ def _check_owner(metadata: Mapping[str, str], manifest: Manifest, path: Path) ->
 def check_scales(values: Mapping[str, torch.Tensor], manifest: Manifest, file: Path | None = None) -> dict[str, torch.Tensor]:
     """Check scales against the targets of a manifest; arguments, result, errors and warnings as for ``read_scales``.
 
-    Without a file they are somebody's own tensors, which may be the same everywhere.
+    Without a file they are somebody's own tensors, who may want whatever multipliers: told is only what looks like no
+    multipliers at all.
     """
     shapes = _check_shapes({name: list(value.shape) for name, value in values.items()}, manifest, str(file or "scales"))
     return _checked(values, shapes, file)
@@ -200,14 +201,16 @@ def _unlikely(scales: Mapping[str, torch.Tensor], *, from_file: bool) -> str | N
         return None
     sizes = values.abs()
     middle, most = sizes.median().item(), sizes.max().item()
-    if most == 0:
+    if most == 0 and from_file:
         return "all scales are 0, which takes the kept directions out of the weights; where nothing has changed a scale is 1"
-    if middle < _NEAR_ZERO:
+    if 0 < most and middle < _NEAR_ZERO:
         return (
             f"most scales are near 0 (median size {middle:.3g}): they look like changes g - 1, or logarithms, and not like the "
             "multipliers g, which are 1 where nothing has changed"
         )
-    if from_file and bool((values == values[0]).all()) and values[0] != 1:
+    if not from_file:
+        return None
+    if bool((values == values[0]).all()) and values[0] != 1:
         return f"all {len(values)} scales are {values[0].item():.6g}, which no training makes of them"
     if (values < 0).sum() > len(values) / 2:
         return "most scales are negative, which turns the kept directions round; where nothing has changed a scale is 1"
