@@ -203,7 +203,7 @@ def _unlikely(scales: Mapping[str, torch.Tensor], *, from_file: bool) -> str | N
     middle, most = sizes.median().item(), sizes.max().item()
     if most == 0 and from_file:
         return "all scales are 0, which takes the kept directions out of the weights; where nothing has changed a scale is 1"
-    if 0 < most and middle < _NEAR_ZERO:
+    if most > 0 and middle < _NEAR_ZERO:
         return (
             f"most scales are near 0 (median size {middle:.3g}): they look like changes g - 1, or logarithms, and not like the "
             "multipliers g, which are 1 where nothing has changed"
