@@ -302,7 +302,7 @@ def test_edits_of_what_is_no_weight_are_taken_along(name: str, llama: Path, tmp_
     edited.write_bytes(text)
     said = Silent()
     surgery.fold(made, _ones(made, 1.0), tmp_path / "o", device="cpu", progress=said)
-    assert said.notes == [f"taken along as edited since {made} was made: {name}"]
+    assert said.notes == [f"changed since {made} was made, and taken along as they are: {name}"]
     assert files_of(tmp_path / "o") == {**files_of(llama), name: text}
     again = Silent()
     surgery.fold(made, _ones(made, 1.0), tmp_path / "o", device="cpu", progress=again)

@@ -407,7 +407,7 @@ def _as_they_are(factorized: Path, manifest: Manifest, progress: Progress) -> li
     if edited := [now.file for now, before in zip(found, manifest.files, strict=True) if now != before]:
         if CONFIG_FILE in edited:
             read_json_object(factorized / CONFIG_FILE, str(factorized / CONFIG_FILE))
-        progress.note(f"taken along as edited since {factorized} was made: {', '.join(edited)}")
+        progress.note(f"changed since {factorized} was made, and taken along as they are: {', '.join(edited)}")
     return found
 
 
