@@ -82,10 +82,14 @@ def test_what_another_fold_has_left_does_not_stay(first: int, then: int, tmp_pat
     a, b = _small(tmp_path / "a", shards=first), _small(tmp_path / "b", shards=then, seed=9)
     for name, text in BESIDE.items():
         (a / name).write_text(text)
+    # Folders that a config names.
+    (a / "modules.json").write_text('[{"idx": 0, "name": "0", "path": "1_Pooling", "type": "Pooling"}]')
+    (a / "1_Pooling").mkdir()
+    (a / "1_Pooling/config.json").write_text("{}")
     (b / "tokenizer.json").write_text('{"of": "B"}')
     of_a, of_b, out = _made(a, tmp_path / "fa"), _made(b, tmp_path / "fb"), tmp_path / "out"
     surgery.fold(of_a, _ones(of_a), out, device="cpu")
-    assert BESIDE.keys() <= files_of(out).keys()
+    assert {*BESIDE, "modules.json", "1_Pooling/config.json"} <= files_of(out).keys()
     (out / "notes.txt").write_text("mine")
     (out / "plots").mkdir()
     (out / "plots/loss.png").write_bytes(b"mine")
@@ -292,17 +296,15 @@ class _NoWork(Silent):
         raise AssertionError(f"{label}: work has begun")
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "extra/notes.txt"])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "additional_chat_templates/notes.jinja"])
 def test_edits_of_what_is_no_weight_are_taken_along(name: str, llama: Path, tmp_path: Path) -> None:
     made = _made(llama, tmp_path / "f")
-    if name not in files_of(made):
-        pytest.skip(f"{name} does not go along")
     edited = made / name
     text = b'{"model_type": "llama", "edited": true}'
     edited.write_bytes(text)
     said = Silent()
     surgery.fold(made, _ones(made, 1.0), tmp_path / "o", device="cpu", progress=said)
-    assert said.notes == [f"taken along as edited since {made} was made: {name}"]
+    assert said.notes == [f"changed since {made} was made, and taken along as they are: {name}"]
     assert files_of(tmp_path / "o") == {**files_of(llama), name: text}
     again = Silent()
     surgery.fold(made, _ones(made, 1.0), tmp_path / "o", device="cpu", progress=again)

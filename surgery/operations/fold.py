@@ -174,9 +174,7 @@ def fold(
             needed += sum(record.size for record in others)
             writes = [shard.source.file for shard in manifest.shards] + [record.file for record in others]
             # The journal is there until the upload is over: a fold keeps no other record to go on with.
-            with result_folder(
-                out, journal, writes, needed, progress, overwrite=overwrite, earlier=_weights_of_a_model(out)
-            ) as place:
+            with result_folder(out, journal, writes, needed, progress, overwrite=overwrite, earlier=_model_in(out)) as place:
                 work.settings = dataclasses.replace(settings, place=place)
                 files = _fold_shards(by, work, memory, journal, upload, progress)
                 _copy_others(factorized, place, others, to_dense=dequantize)
@@ -407,19 +405,19 @@ def _as_they_are(factorized: Path, manifest: Manifest, progress: Progress) -> li
     if edited := [now.file for now, before in zip(found, manifest.files, strict=True) if now != before]:
         if CONFIG_FILE in edited:
             read_json_object(factorized / CONFIG_FILE, str(factorized / CONFIG_FILE))
-        progress.note(f"taken along as edited since {factorized} was made: {', '.join(edited)}")
+        progress.note(f"changed since {factorized} was made, and taken along as they are: {', '.join(edited)}")
     return found
 
 
-def _weights_of_a_model(out: Path) -> set[str]:
-    """The weight files of a model in the output folder: it may be an earlier fold, which keeps no record of itself."""
+def _model_in(out: Path) -> set[str]:
+    """What a model in the output folder consists of: it may be an earlier fold, which keeps no record of itself."""
     try:
         selection = FolderSource(out).selection
     except SurgeryError:
         return set()
     if CONFIG_FILE not in selection.others:
         return set()
-    return {*selection.shards, *([selection.index] if selection.index else [])}
+    return {*selection.shards, *selection.others}
 
 
 def _copy_others(factorized: Path, out: Path, others: Iterable[FileRecord], *, to_dense: bool) -> None:

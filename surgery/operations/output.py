@@ -143,7 +143,7 @@ def result_folder(
         needed: bytes that it takes.
         progress: told what stays.
         overwrite: whether an earlier result may be replaced.
-        earlier: weights that belong to an earlier result as well.
+        earlier: files that belong to an earlier result as well.
 
     Raises:
         OutputError: ``out`` is not empty, not ours, holds another unfinished run, is too small, or not to be written.
