@@ -100,7 +100,7 @@ def block_lanczos(
         tolerance: see above.
         block: rows per step.
         seed: of the random rows, drawn on the CPU; each matrix gets the same ones, whatever batch it is in.
-        start: (B, b, short) rows to begin from, b <= ``block``.
+        start: (B, b, short) orthonormal rows to begin from, b <= ``block``, by descending value.
     """
     basis = _Basis(operator, limit=basis_limit(k, block), block=block, seed=seed)
     basis.begin(start)
@@ -187,9 +187,10 @@ class _Basis:
         return self._pending == 0
 
     def begin(self, start: torch.Tensor | None) -> None:
-        if start is None:
-            width = min(self._block, self.limit)
-            start = torch.stack([self._random(i, width) for i in range(len(self._operator))])
+        """Random rows, after those of ``start``: which keep their order, since small values drown where rows are mixed."""
+        width = min(self._block, self.limit) - (0 if start is None else start.shape[1])
+        more = torch.stack([self._random(i, width) for i in range(len(self._operator))])
+        start = more if start is None else torch.cat([start, more], dim=1)
         self._append(start, torch.zeros(start.shape[:2], dtype=torch.float64, device=self._wide))
 
     def step(self) -> None:

@@ -283,7 +283,7 @@ def _gaps(s: torch.Tensor, residual: torch.Tensor, next_bound: float, operator: 
     below, above = s.new_full(s.shape, math.inf), s.new_full(s.shape, math.inf)
     below[:-1], above[1:] = apart - error[1:], apart - error[:-1]
     if len(s) < operator.short:
-        below[-1] = s[-1] - next_bound
+        below = torch.minimum(below, s - next_bound)  # what was not found may lie anywhere up to there
     elif operator.short < operator.long or len(s) == 1:
         below[-1] = s[-1]  # the long side has vectors that the matrix takes to zero
     return torch.minimum(below, above).clamp(min=0.0)

@@ -21,7 +21,7 @@ _MAX_ROUNDS = 4
 ROUNDING = 16
 #: Beyond this the Gram matrix is no fallback any more: its eigenproblem takes longer than anybody waits.
 _MAX_GRAM = 2048
-#: Entries up to which a float64 matrix is decomposed as a whole where its Gram matrix has lost the small values: within a second.
+#: Entries up to which a float64 matrix is decomposed as a whole where its Gram matrix has lost the small values: a second.
 _MAX_FULL = 1 << 20
 #: A value is known where no more than this share of it is in doubt.
 _KNOWN = 1e-2
@@ -52,14 +52,17 @@ class Triplets:
         return bool((self.residual <= relative.clamp(max=tolerance).clamp(min=floor)).all())
 
     def known(self) -> bool:
-        """Whether each value is known to 1 %, or to the rounding of the working precision.
-
-        Its residual says so, and that nothing larger than the last one comes after it.
-        """
-        rounding = torch.finfo(self.long.dtype).eps
+        """Whether the residuals leave no value in doubt by more than 1 %, or the rounding of the working precision."""
         share = self.s / self.s[0].clamp(min=1e-300)
-        told = bool((self.residual <= (_KNOWN * share).clamp(min=rounding)).all())
-        return told and self.next_bound <= (1 + _KNOWN) * self.s[-1].item() + rounding * self.s[0].item()
+        return bool((self.residual <= (_KNOWN * share).clamp(min=torch.finfo(self.long.dtype).eps)).all())
+
+    def last(self) -> bool:
+        """Whether what comes after them is known to be no larger, to 1 %, or no more than rounding.
+
+        A last value of next to nothing proves nothing by itself: the iteration may have missed one that it cannot tell.
+        """
+        rounding = torch.finfo(self.long.dtype).eps * self.s[0].item()
+        return self.next_bound <= max((1 + _KNOWN) * self.s[-1].item(), rounding)
 
 
 def engine(short: int, k: int) -> str:
@@ -162,7 +165,7 @@ def _gram(operator: Operator, k: int, tolerance: float, seed: int) -> list[tuple
     found = []
     for i, triplets in enumerate(_from_gram(operator, operator.gram(), k, tolerance, seed)):
         single = operator.one(i)
-        if triplets.converged(tolerance) and triplets.known():
+        if triplets.converged(tolerance) and triplets.known() and triplets.last():
             found.append(("gram", triplets, single.passes))
         else:
             found.append(_gram_wide(single, k, tolerance, seed))
@@ -177,7 +180,7 @@ def _gram_wide(operator: Operator, k: int, tolerance: float, seed: int) -> tuple
     triplets = _from_gram(operator, operator.gram_wide(), k, tolerance, seed)[0]
     matrices = operator.matrices
     small = matrices.dtype == torch.float64 and matrices.numel() <= _MAX_FULL
-    if small and not (triplets.converged(tolerance) and triplets.known()):
+    if small and not (triplets.converged(tolerance) and triplets.known() and triplets.last()):
         return "svd", _full_svd(operator, k), operator.passes
     return "gram", triplets, operator.passes
 
