@@ -24,6 +24,9 @@ DEFAULT_TOLERANCE = 1e-5
 #: Columns over which a float32 sum of squares stays accurate.
 _NORM_COLUMNS = 1024
 
+#: What rounding takes from float64 products with the matrix, in units of its Frobenius norm, and from their small problems.
+_MEASURED = 2.0**-50
+
 #: Entries of Gram matrices that are worked on together on a CPU: few enough for its cache.
 GRAM_ENTRIES = 1 << 21
 
@@ -33,12 +36,12 @@ class Certificate:
     """What is known about the accuracy of a truncated SVD. Tensors are float64 on the CPU.
 
     Attributes:
-        residual: (..., k), ``max(|A v - s u|, |A^T u - s v|) / s_1`` of the vectors returned, measured in float64.
-            By Weyl's inequality some singular value lies within ``residual * s_1`` of each s.
-        gap: (..., k), distance to the nearest other singular value over s_1. For the last triplet the next value
-            is estimated from below.
+        residual: (..., k), ``max(|A v - s u|, |A^T u - s v|) / s_1`` of the vectors returned, measured in float64, and what
+            rounding may hide of it there. By Weyl's inequality some singular value lies within ``residual * s_1`` of each s.
+        gap: (..., k), distance to the nearest other singular value over s_1, at the least: less what the other may be off by.
+            For the last triplet the next value is taken as large as its residual and rounding allow. 0 where no gap is known.
         angle_bound: (..., k), ``residual / gap``, at most 1: bounds the sine of the angle between the vectors and
-            the true ones (Wedin 1972). At 1 the direction is not determined by the matrix: that is no failure.
+            the true ones (Wedin 1972). At 1 the direction is not determined by what is known: that is no failure.
         converged: bool (...,), every residual is within the tolerance.
         passes: int64 (...,), products with A or its transpose.
         method: ``block-lanczos``, ``gram``, ``svd`` or ``zero``; a tuple of these for a batch.
@@ -250,24 +253,43 @@ def _finished(
     # What rounding takes from values below the normal range, where few bits are left.
     rounded = times_power_of_two(values.double(), -int(shift))
     triplets = dataclasses.replace(triplets, residual=triplets.residual + (rounded - s).abs() / top)
-    distances = torch.cat([s[:-1] - s[1:], s[-1:] - triplets.next_value]).abs()
-    gap = torch.minimum(distances, torch.cat([distances[:1], distances[:-1]])) / top
-    if triplets.next_value == 0.0 and len(s) == operator.short:
-        gap[-1] = distances[-2 if len(s) > 1 else -1] / top
+    residual = triplets.residual + _MEASURED * max(1.0, norm.item() / top.item())
+    gap = _gaps(s / top, residual, triplets.next_bound / top.item(), operator)
     return TruncatedSVD(
         U * sign,
         values.to(U.device),
         V * sign,
         times_power_of_two(norm, int(shift)),
         Certificate(
-            residual=triplets.residual,
+            residual=residual,
             gap=gap,
-            angle_bound=(triplets.residual / gap.clamp(min=1e-300)).clamp(max=1.0),
+            angle_bound=(residual / gap.clamp(min=1e-300)).clamp(max=1.0),
             converged=torch.tensor(triplets.converged(tolerance)),
             passes=torch.tensor(passes),
             method=method,
         ),
     )
+
+
+def _gaps(s: torch.Tensor, residual: torch.Tensor, next_bound: float, operator: Operator) -> torch.Tensor:
+    """How far each value is from all others of the matrix at the least, in units of s_1: 0 where that is not known.
+
+    Args:
+        s, residual: float64 (k,), over s_1; next_bound: over s_1.
+
+    The others are not known exactly either: to their residual, and to second order in all residuals where a margin lies
+    between them and what comes after (Kahan 1967; Parlett, "The Symmetric Eigenvalue Problem", section 11.7).
+    """
+    margin = (s - next_bound).clamp(min=1e-300)
+    error = torch.minimum(residual, residual.square().sum() / margin) + _MEASURED
+    apart = s[:-1] - s[1:]
+    below, above = s.new_full(s.shape, math.inf), s.new_full(s.shape, math.inf)
+    below[:-1], above[1:] = apart - error[1:], apart - error[:-1]
+    if len(s) < operator.short:
+        below = torch.minimum(below, s - next_bound)  # what was not found may lie anywhere up to there
+    elif operator.short < operator.long or len(s) == 1:
+        below[-1] = s[-1]  # the long side has vectors that the matrix takes to zero
+    return torch.minimum(below, above).clamp(min=0.0)
 
 
 def _norms(matrices: torch.Tensor) -> torch.Tensor:
