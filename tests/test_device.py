@@ -100,7 +100,8 @@ def test_whatever_the_default_device_is(llama: Path, tmp_path: Path) -> None:
     expected, logits = surgery.truncated_svd(A, 4), model(tokens).logits
     fingerprint = surgery.factorize(llama, tmp_path / "truth", rank=4).fingerprint
     scales, changed = tmp_path / "truth/surgery/scales.safetensors", tmp_path / "changed.safetensors"
-    write_scales(changed, {name: 1.5 * g for name, g in load_file(scales).items()}, fingerprint)
+    trained = {name: torch.linspace(1.4, 1.6, g.numel()) for name, g in load_file(scales).items()}
+    write_scales(changed, trained, fingerprint)
     surgery.fold(tmp_path / "truth", changed, tmp_path / "folded")
     with torch.device("meta"):
         found = surgery.truncated_svd(A, 4)
@@ -120,9 +121,9 @@ def test_whatever_the_default_device_is(llama: Path, tmp_path: Path) -> None:
     assert torch.equal(found.certificate.residual, expected.certificate.residual)
     assert files_of(tmp_path / "f") == files_of(tmp_path / "truth")
     assert all((tmp_path / "o" / path.name).read_bytes() == path.read_bytes() for path in llama.glob("*.safetensors"))
-    for file, value in (("projected", 1.5), ("blended", 1.25), ("saved", 1.5)):
-        for g in load_file(tmp_path / f"{file}.safetensors").values():
-            torch.testing.assert_close(g, torch.full_like(g, value), rtol=0.02, atol=0)
+    for file, share in (("projected", 1), ("blended", 0.5), ("saved", 1)):
+        for name, g in load_file(tmp_path / f"{file}.safetensors").items():
+            torch.testing.assert_close(g, 1 + share * (trained[name] - 1), rtol=0.02, atol=0)
     assert not torch.allclose(model(tokens).logits, logits)
     assert all(g.grad is not None and g.grad.device.type == "cpu" for g in attached.parameters())
 

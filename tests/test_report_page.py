@@ -426,8 +426,8 @@ def test_an_amplified_top_is_found(pages: dict[str, Page]) -> None:
     assert f"Of the first {R} singular values of all matrices, 100 % grew; their mean change is +5 %" in details
     assert f"it holds in {len(NAMES)} of {len(NAMES)} matrices" in details
     assert answers[TURNED][0] == "Hardly"
-    assert answers[BECAME][0] == "None changed places"
-    assert "their median amplification is 1.05, and 100 % grew" in answers[BECAME][1]
+    assert answers[BECAME][0] == "None changed their order"
+    assert "they changed by +5 % (median), and 100 % grew" in answers[BECAME][1]
     assert answers[INSIDE][0] == "Yes, most of it"
     assert f"{len(NAMES)} of {len(NAMES)} matrices have more than chance" in answers[INSIDE][1]
     assert answers[RESCALED][0].startswith("Most of it: ")
@@ -515,7 +515,7 @@ def _mixed(matrix: Matrix, which: range, angle: float) -> Matrix:
 def test_directions_that_turn_among_themselves(tmp_path: Path) -> None:
     page = _page(_compared(lambda matrix: _mixed(matrix, range(R), 0.6)), tmp_path)
     assert page.answers()[TURNED][0] == "Yes, mostly among themselves: the subspace stays"
-    assert page.answers()[BECAME][0] == "None changed places"
+    assert page.answers()[BECAME][0] == "None changed their order"
 
 
 def test_a_few_directions_that_turn_are_not_hidden_by_the_median(tmp_path: Path) -> None:
@@ -541,7 +541,7 @@ def test_directions_that_are_gone_or_new_are_told(tmp_path: Path) -> None:
     spectra = _compared(_amplified)
     spectra["findings"] |= {"gone": 1, "new": 12}
     answer, details = _page(spectra, tmp_path).answers()[BECAME]
-    assert answer == "None changed places, 1 is gone, 12 are new"
+    assert answer == "None changed their order, 1 is gone, 12 are new"
     assert "whose values are below all that were computed: 1." in details
     assert f"12 of the first {R} of the tuned matrices are none of the base's" in details
 

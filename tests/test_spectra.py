@@ -428,7 +428,7 @@ def test_a_rescaling_turns_nothing(dtype: torch.dtype, tmp_path: Path) -> None:
     assert said["What became of the leading directions?"].answer == f"Their order changed {passed} times"
 
 
-@pytest.mark.parametrize("factors", [(1.1, 1.3), (1.3, 1.1), (-1.2, 1.1), (-0.3, -0.2), (1, 1), (0.98, 1.02)])
+@pytest.mark.parametrize("factors", [(1.1, 1.3), (1.3, 1.1), (-1.2, 1.1), (-0.5, -0.4), (1, 1), (0.98, 1.02)])
 def test_equal_values_that_are_rescaled(factors: tuple[float, float], tmp_path: Path) -> None:
     """A matrix does not say which basis of equal values was meant; the other one does."""
     U, s, V = _planted()

@@ -31,6 +31,8 @@ _MOSTLY = 1 / 2
 _NEW = 1 / 4
 #: A direction that is mapped to itself but for this share of its value has not turned, whatever its value is now.
 _LEAK = 0.1
+#: Of the distance at which noise may mix two directions, that at which it may change their order: three times the noise.
+_ORDER = 0.3
 #: Root mean square of the rounding of a number over its size, in spacings next to 1, if numbers are spread evenly on a log
 #: scale: ``sqrt(3 / (8 log 2) / 12)``.
 _ROUNDING = 0.2123
@@ -101,7 +103,7 @@ def became(
     """
     with full_precision(before.U.device):
         left, right = ((a.T @ b).double().cpu().numpy() for a, b in ((before.U, after.U), (before.V, after.V)))
-    match = assignment(in_common(left, right))
+    match = _in_order(assignment(in_common(left, right)), before, after, noise)
     exact = _groups(before)
     U, V = before.U, before.V
     for group in _several(exact):
@@ -132,10 +134,21 @@ def became(
         left_cosine=_listed(np.minimum(np.abs(left[rows, match]), 1.0), told, k),
         right_cosine=_listed(np.minimum(np.abs(right[rows, match]), 1.0), told, k),
         in_place=_listed(in_place / np.where(real, s, 1.0), real, k),
-        order_changes=_order_changes(before, after, np.where(mostly, match, -1), r),
+        order_changes=_order_changes(np.where(mostly, match, -1), r),
         gone=[int(i) + 1 for i in np.flatnonzero(gone[:r])],
         new=[j + 1 for j in range(r) if new[j] is not None and shares[owner[j]] < _NEW],
     )
+
+
+def _in_order(match: Indices, before: TruncatedSVD, after: TruncatedSVD, noise: float) -> Indices:
+    """The same with directions in their order wherever the values of either matrix are too close to have one."""
+    match = match.copy()
+    for group in _several(_groups(before, _ORDER * noise)):
+        match[group] = np.sort(match[group])
+    owner = np.argsort(match)
+    for group in _several(_groups(after, _ORDER * noise)):
+        owner[group] = np.sort(owner[group])
+    return np.argsort(owner)
 
 
 def _turn_rows(left: Floats, right: Floats, group: Indices, others: Indices) -> Floats:
@@ -188,15 +201,8 @@ def _listed(values: Floats, known: Flags, k: int) -> list[float | None]:
     return [float(value) if sure else None for value, sure in zip(values[:k], known[:k], strict=True)]
 
 
-def _order_changes(before: TruncatedSVD, after: TruncatedSVD, match: Indices, r: int) -> int:
-    """Pairs of directions with another order after than before; values that are equal to rounding have no order."""
+def _order_changes(match: Indices, r: int) -> int:
+    """Pairs of directions, one of the first r among them, with another order after than before; -1 is followed nowhere."""
     followed = np.flatnonzero(match >= 0)
-    orders = []
-    for svd, places in ((before, followed), (after, match[followed])):
-        s = svd.s.double().cpu().numpy()
-        error = np.maximum(svd.certificate.residual.numpy(), torch.finfo(torch.float32).eps)[places] * s[0]
-        distances = s[places][:, None] - s[places][None, :]
-        orders.append(np.where(np.abs(distances) > error[:, None] + error[None, :], np.sign(distances), 0))
-    # Of each pair the one that comes first before is the row.
-    changed = (orders[0] > 0) & (orders[1] < 0) & (followed < r)[:, None]
-    return int(changed.sum())
+    earlier = np.less.outer(followed, followed) & (followed < r)[:, None]
+    return int((earlier & np.greater.outer(match[followed], match[followed])).sum())

@@ -218,22 +218,22 @@ def _order(spectra: dict[str, Any]) -> Statement:
     found, r = spectra["findings"], spectra["options"]["subspace"]
     changes, moved, grew = found["order_changes"], found["moved_share"], found["in_place_grew_share"]
     gone, new = found["gone"], found["new"]
-    said = [f"their order changed {count(changes, 'time')}" if changes else "none changed places"]
+    said = [f"their order changed {count(changes, 'time')}" if changes else "none changed their order"]
     if gone:
         said.append(f"{gone:,} {'is' if gone == 1 else 'are'} gone")
     if new:
         said.append(f"{new:,} {'is' if new == 1 else 'are'} new")
     answer = ", ".join(said)
     details = [f"Pairs of directions, one of the first {r} of a matrix and any other, that changed their order: {changes:,}."]
-    if moved is not None:
+    if moved:
         details.append(
             f"Of the first {r} of all matrices that are mostly one direction of the tuned model, {percent(moved)} have another "
-            "place there. That is no rotation: a change of values is enough."
+            "place there. That is no rotation: a change of values is enough, or one that came in or is gone."
         )
     if grew is not None:
         details.append(
-            f"In place, uᵀ W′ v / s, their median amplification is {number(found['median_in_place'])}, and {percent(grew)} "
-            "grew."
+            f"In place, uᵀ W′ v / s, they changed by {percent(found['median_in_place'] - 1, signed=True)} (median), and "
+            f"{percent(grew)} grew."
         )
     if gone:
         details.append(f"Gone are those that have not turned, but whose values are below all that were computed: {gone:,}.")

@@ -131,7 +131,7 @@ def columns(spectra: dict[str, Any]) -> list[Column]:
         found += [
             Column("s₁ ×", "amplification of the first value", lambda target: target["amplification"][0], _factor),
             Column(f"top {r}", f"mean change of the first {r} values", lambda target: change(target, r).mean, _signed),
-            Column("in place", f"median change of the first {r} in place", lambda target: _in_place(target, r), _signed),
+            Column("in place", f"median change of the first {r} in place", lambda target: in_place(target, r), _signed),
             Column("order", f"changes of order with one of the first {r}", lambda target: target["order_changes"], _whole),
             Column("new", f"directions that are new among the first {r}", lambda target: len(target["new"]), _whole),
             Column("rest", "change of what comes after the values kept", _rest, _signed),
@@ -172,7 +172,8 @@ def _rest(target: Target) -> float | None:
     return None if value is None else float(value) - 1
 
 
-def _in_place(target: Target, r: int) -> float | None:
+def in_place(target: Target, r: int) -> float | None:
+    """The median change of a matrix's first r directions in place."""
     value = median(target["in_place"][:r])
     return None if value is None else value - 1
 

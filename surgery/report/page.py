@@ -178,7 +178,7 @@ def _by_group(spectra: dict[str, Any], groups: Sequence[Group]) -> str:
                 percent(median(item.middle for item in each)),
                 percent(median(item.rest for item in each)),
                 f"{sum(item.holds for item in each):,} of {len(each):,}",
-                number(median(median(target["in_place"][:r]) for target in group.targets)),
+                percent(median(listing.in_place(target, r) for target in group.targets), signed=True),
                 f"{sum(target['order_changes'] for target in group.targets):,}",
                 cosine(median(median(target["left_cosine"][:r]) for target in group.targets)),
                 cosine(median(median(target["right_cosine"][:r]) for target in group.targets)),
@@ -193,7 +193,7 @@ def _by_group(spectra: dict[str, Any], groups: Sequence[Group]) -> str:
         caption += (
             f" Top grew by: the mean change of the first {r} singular values; next: the mean size of the change of those after "
             "them; rest: that of all that was not kept. Amplified in: how many of the matrices the first finding holds for. "
-            "In place: the amplification of the base's directions; order: how often two of them changed their order."
+            "In place: the change of the base's directions where they are; order: how often two of them changed their order."
         )
     return _table("By group", "groups", caption, ["group", *headings], lines)
 

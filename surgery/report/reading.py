@@ -60,8 +60,8 @@ def terms(spectra: dict[str, Any]) -> list[tuple[str, str]]:
                 "the tuned model W′; it is what a scale would have to be. The order of two directions has changed where each "
                 "is mostly one direction of the tuned model (more than half in common), and these are in the other order. A "
                 "direction is gone where W′ still maps it to itself, with a value below all that was computed. New is a "
-                "direction of the tuned "
-                f"model's first {r} that has less than a quarter in common with any one that it could have been.",
+                f"direction of the tuned model's first {r} that has less than a quarter in common with the one that it is "
+                "assigned to.",
             ),
             (
                 "Share of the update in a subspace",
