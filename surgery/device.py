@@ -1,4 +1,4 @@
-"""Choosing the device that linear algebra runs on, what to do when its memory is full, and where all else is made."""
+"""Choosing the device that linear algebra runs on, what to do when its memory is full, and what a caller cannot change."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from surgery.arithmetic import exact_arithmetic
 from surgery.errors import OptionError, SurgeryWarning
 
 _In = TypeVar("_In")
@@ -91,15 +92,17 @@ def as_memory_allows(
     return work(items, torch.device("cpu"))
 
 
-def on_its_own_devices(function: Callable[_Arguments, _Out]) -> Callable[_Arguments, _Out]:
-    """For what users call: tensors made without a device are on the CPU, whatever the caller's default device is."""
+def on_its_own_terms(function: Callable[_Arguments, _Out]) -> Callable[_Arguments, _Out]:
+    """For what users call: tensors made without a device are on the CPU, whatever the caller's default device is, and
+    arithmetic is exact, see ``exact_arithmetic``."""
 
     @functools.wraps(function)
     def wrapped(*arguments: _Arguments.args, **options: _Arguments.kwargs) -> _Out:
-        if torch.get_default_device().type == "cpu":  # the context costs each operation a call
-            return function(*arguments, **options)
-        with torch.device("cpu"):
-            return function(*arguments, **options)
+        with exact_arithmetic():
+            if torch.get_default_device().type == "cpu":  # the context costs each operation a call
+                return function(*arguments, **options)
+            with torch.device("cpu"):
+                return function(*arguments, **options)
 
     return wrapped
 

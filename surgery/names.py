@@ -20,6 +20,11 @@ RUN_FILE = f"{JOURNAL_DIR}/run.json"
 FILES_FILE = f"{JOURNAL_DIR}/files.json"
 STREAM_DIR = f"{JOURNAL_DIR}/shards"
 PARTIALS_DIR = f"{JOURNAL_DIR}/partials"
+#: Where a result is made that is to replace another one, and what of that is to go once it is whole.
+RESULT_DIR = f"{JOURNAL_DIR}/result"
+REPLACED_FILE = f"{JOURNAL_DIR}/replaced.json"
+
+RESERVED_SUFFIX = ".partial"
 
 #: The one metadata entry of a scales file, a JSON object. One, since writers do not keep the order of several.
 SCALES_METADATA_KEY = "surgery"
@@ -42,6 +47,11 @@ FACTORIZABLE_DTYPES = ("BF16", "F16", "F32")
 OUR_FILES = re.compile(
     rf"{SURGERY_DIR}/(factors-\d{{5,}}-of-\d{{5,}}\.safetensors|scales\.safetensors|manifest\.json)(\.partial)?"
 )
+
+
+def is_reserved(name: str) -> bool:
+    """Whether a file of a model cannot have this path in a result, where files of ours have it while they are made or after."""
+    return name.split("/")[0] in (JOURNAL_DIR, SURGERY_DIR) or name.endswith(RESERVED_SUFFIX)
 
 
 def factors_file(index: int, count: int) -> str:

@@ -2,11 +2,12 @@
 
     python -m tests.faults MODEL FOLDER TRIALS SEED
 
-MODEL is factorized and folded into folders within FOLDER. A child is killed with SIGKILL just before the n-th time that it
-changes a file or folder (opens one for writing, renames, removes, makes), for TRIALS values of n spread over all there are,
-and at as many random moments. After each kill the result must be unfinished, and seen as such, or complete and right; then
-the same call, killed once more and started a third time, must give what an undisturbed one gives, and leave nothing else.
-Prints the number of trials of each kind. Forks, and so must be a process of its own in which torch has not computed anything.
+MODEL is factorized and folded into folders within FOLDER, empty ones and such as hold an earlier result. A child is killed
+with SIGKILL just before the n-th time that it changes a file or folder (opens one for writing, renames, removes, makes), for
+TRIALS values of n spread over all there are, and at as many random moments. After each kill the result must be unfinished, and
+seen as such, or complete and right, or the earlier one, whole; then the same call, killed once more and started a third time,
+must give what an undisturbed one gives, and leave nothing else. Prints the number of trials of each kind. Forks, and so must be
+a process of its own in which torch has not computed anything.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 import surgery
 
@@ -78,9 +80,14 @@ def run(call: Call, out: Path, *, kill_at: int = 0, kill_after: float = 0.0) -> 
     return True, int(said)
 
 
-def trial(call: Call, out: Path, truth: dict[str, bytes], marker: str, kills: list[dict[str, Any]]) -> int:
+def trial(
+    call: Call, out: Path, earlier: Path | None, truth: dict[str, bytes], marker: str, kills: list[dict[str, Any]]
+) -> int:
     """Kill the call again and again, look at what is there after each kill, and let it finish; how many kills came."""
     shutil.rmtree(out, ignore_errors=True)
+    if earlier is not None:
+        shutil.copytree(earlier, out)
+    before = files_of(earlier) if earlier is not None else None
     count = 0
     for kill in [*kills, {}]:
         if run(call, out, **kill)[0]:
@@ -89,7 +96,9 @@ def trial(call: Call, out: Path, truth: dict[str, bytes], marker: str, kills: li
         left = files_of(out) if out.exists() else {}
         if marker in left:  # then it must be all there, whatever else lies about
             result = {name: data for name, data in left.items() if not name.startswith(".surgery/")}
-            assert result == truth, f"after {kills}: {marker} is there, and something is wrong"
+            assert result in (truth, before), f"after {kills}: {marker} is there, and something is wrong"
+        elif before is not None:
+            assert (out / ".surgery").exists(), f"after {kills}: the earlier result is gone, and nothing to go on with"
     found = files_of(out)
     assert found.keys() == truth.keys(), f"after {kills}: {sorted(found.keys() ^ truth.keys())}"
     assert found == truth, f"after {kills}: {[name for name in truth if truth[name] != found[name]]}"
@@ -103,14 +112,32 @@ def main(model: Path, folder: Path, trials: int, seed: int) -> None:
     def factorize(out: Path) -> None:
         surgery.factorize(model, out, rank=4)
 
-    def fold(out: Path) -> None:
+    def fold(out: Path, *, overwrite: bool = False) -> None:
         manifest = surgery.Manifest.read(factorized)
         scales = {target.key: torch.full(target.scales_shape, 1.5) for target in manifest.targets}
-        surgery.fold(factorized, scales, out)
+        surgery.fold(factorized, scales, out, overwrite=overwrite)
 
-    for name, call, marker in (("factorize", factorize, "surgery/manifest.json"), ("fold", fold, "config.json")):
+    def fold_anew(out: Path) -> None:
+        fold(out, overwrite=True)
+
+    # Another model: one weight file, other files beside it.
+    other = folder / "other"
+    other.mkdir()
+    weights = {name: tensor for path in sorted(model.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+    save_file(weights, other / "model.safetensors")
+    shutil.copy(model / "config.json", other)
+    for name in ("generation_config.json", "chat_template.jinja", "vocab.json"):
+        (other / name).write_text("{}")
+
+    for name, call, marker, before in (
+        ("factorize", factorize, "surgery/manifest.json", None),
+        ("fold", fold, "config.json", None),
+        ("fold anew", fold_anew, "config.json", other),
+    ):
         start = time.perf_counter()
-        truth_folder = folder / f"truth {name[:1] if name == 'factorize' else name}"
+        truth_folder = factorized if name == "factorize" else folder / f"truth {name}"
+        if before is not None:
+            shutil.copytree(before, truth_folder)
         _, changes = run(call, truth_folder)
         seconds = time.perf_counter() - start
         truth, out = files_of(truth_folder), folder / name
@@ -118,9 +145,11 @@ def main(model: Path, folder: Path, trials: int, seed: int) -> None:
         steps = [1 + i * changes // count for i in range(count)]
         kills = 0
         for step in steps:
-            kills += trial(call, out, truth, marker, [{"kill_at": step}, {"kill_at": chance.randint(1, changes)}])
+            kills += trial(call, out, before, truth, marker, [{"kill_at": step}, {"kill_at": chance.randint(1, changes)}])
         for _ in range(trials):
-            kills += trial(call, out, truth, marker, [{"kill_after": chance.uniform(0, seconds)} for _ in range(2)])
+            kills += trial(call, out, before, truth, marker, [{"kill_after": chance.uniform(0, seconds)} for _ in range(2)])
+        if before is not None:
+            assert truth == files_of(folder / f"truth {name.removesuffix(' anew')}")
         print(f"{name}: {changes} changes, {len(steps)} of them and {trials} random moments tried, {kills} kills")
         assert kills >= len(steps)
 

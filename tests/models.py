@@ -33,8 +33,8 @@ def save_llama(folder: Path, dtype: torch.dtype, *, shard_size: str = "40KB", **
                 parameter.copy_(realistic(*parameter.shape, seed=parameter.numel()))
     model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
     (folder / "tokenizer.json").write_text('{"made": "up"}')
-    (folder / "extra").mkdir()
-    (folder / "extra" / "notes.txt").write_bytes(b"any bytes \xff\x00\n")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates/notes.jinja").write_bytes(b"any bytes \xff\x00\n")
     return folder
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
@@ -58,7 +59,18 @@ def test_factorize_fold_inspect(llama: Path, tmp_path: Path) -> None:
 def test_json_is_all_there_is_on_stdout(llama: Path, tmp_path: Path) -> None:
     plan = json.loads(_run("factorize", llama, "--rank", 4, "--dry-run", "--json").stdout)
     assert plan["schema_version"] == 1
-    assert plan["targets"][0].keys() == {"tensor", "slice", "shard", "dtype", "shape", "view", "matrices", "rank", "energy"}
+    assert plan["targets"][0].keys() == {
+        "tensor",
+        "slice",
+        "shard",
+        "dtype",
+        "shape",
+        "view",
+        "matrices",
+        "rank",
+        "energy",
+        "aliases",
+    }
     assert plan["skipped"][0].keys() == {"tensor", "shard", "reason"}
     assert plan["trainable"] == 56
     assert {"bytes_read", "bytes_written", "peak_memory_bytes"} <= plan.keys()
@@ -203,3 +215,29 @@ def test_readme_names_only_options_that_exist() -> None:
     for line in (ROOT / "README.md").read_text().splitlines():
         if "surgery " in line and not line.startswith(("pip ", "python -m venv")):
             assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", line)) <= known | pip, line
+
+
+def test_inspect_tells_when_the_smallest_value_is_hardly_known(tmp_path: Path) -> None:
+    """s_2 from half of s_1 down to what float32 cannot tell, and a matrix of zeros."""
+    (tmp_path / "m").mkdir()
+    left, right = (torch.linalg.qr(torch.randn(96, 2, generator=torch.Generator().manual_seed(i)).double())[0] for i in (0, 1))
+    values = {"a": 0.5, "b": 1e-4, "c": 1e-6, "d": 1e-8}
+    weights = {name: ((left * torch.tensor([1, second])) @ right.T).float() for name, second in values.items()}
+    weights = {
+        f"model.layers.0.mlp.{name}_proj.weight": weight for name, weight in {**weights, "e": torch.zeros(96, 96)}.items()
+    }
+    save_file(weights, tmp_path / "m/model.safetensors")
+    assert _run("factorize", tmp_path / "m", "--rank", 2, "-o", tmp_path / "f").exit_code == 0
+
+    found = {row["tensor"][19]: row for row in json.loads(_run("inspect", tmp_path / "f", "--json").stdout)["targets"]}
+    for name, second in values.items():
+        true = torch.linalg.svdvals(weights[f"model.layers.0.mlp.{name}_proj.weight"].double())[1].item()
+        assert true == pytest.approx(second, rel=0.01, abs=1e-8)
+        error = found[name]["s_last_error"]
+        assert error == 1 or abs(found[name]["s_last"] - true) <= error * found[name]["s_last"]
+    assert found["a"]["s_last_error"] < found["b"]["s_last_error"] < 0.01 < found["c"]["s_last_error"] < 0.2
+    assert (found["d"]["s_last_error"], found["e"]["s_last_error"]) == (1, 0)
+
+    shown = {line[19]: line for line in _run("inspect", tmp_path / "f").stdout.splitlines() if line.startswith("model.")}
+    assert [name for name, line in shown.items() if "+-" in line] == ["c"]
+    assert [name for name, line in shown.items() if "unknown" in line] == ["d"]

@@ -24,9 +24,11 @@ def test_plan_is_complete(name: str, tmp_path: Path) -> None:
     tensors = tensors_of(folder)
     targets = {target.tensor: target for target in steps.targets}
     assert steps.recipe == family.recipe
+    assert not steps.notes
     # Every tensor is accounted for, once.
     assert sorted([*targets, *(item.tensor for item in steps.skipped)]) == sorted(tensors)
     assert all(item.reason for item in steps.skipped)
+    assert not [item for item in steps.skipped if item.wanted or "loaders leave" in item.reason]
     # Exactly the layers one would expect are targets, and each of those that are is one that the model has.
     found = {layer for tensor in targets for layer in family.layers if tensor.endswith(layer)}
     assert found == family.layers

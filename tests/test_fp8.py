@@ -1,4 +1,4 @@
-"""FP8 checkpoints with block scales, against torch's arithmetic and transformers' own dequantization."""
+"""FP8 checkpoints with scales by block and by matrix, against torch's arithmetic and transformers' own dequantization."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import surgery
-from surgery.errors import FormatError, OptionError, SourceError
+from surgery.errors import FormatError, OptionError, SourceError, WeightError
 from surgery.linalg.fp8 import block_scales, dequantize, quantize
 from surgery.operations.verify import verify
 from tests.families import FAMILIES
@@ -114,11 +114,13 @@ def test_arithmetic(shape: tuple[int, ...], powers_of_two: bool) -> None:
     assert torch.equal(quantize(dequantize(q, scales, BLOCK), scales, BLOCK).view(torch.uint8), q.view(torch.uint8))
 
 
-def test_one_scale_for_all_and_zeros() -> None:
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e8m0fnu])
+def test_one_scale_for_all_and_zeros(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     weight = torch.tensor([[1.0, -896.0], [0.25, 2.0]])
-    scale = block_scales(weight, None, torch.ones(()))
-    assert scale.item() == 2.0
-    assert dequantize(quantize(weight, scale, None), scale, None).tolist() == [[1.0, -896.0], [0.25, 2.0]]
+    scale = block_scales(weight, (2, 2), torch.ones(shape).to(dtype))
+    assert (scale.shape, scale.dtype, scale.float().item()) == (shape, dtype, 2.0)
+    assert dequantize(quantize(weight, scale, (2, 2)), scale, (2, 2)).tolist() == [[1.0, -896.0], [0.25, 2.0]]
     zeros = torch.zeros(4, 4)
     assert block_scales(zeros, BLOCK, torch.ones(1, 1)).item() == 1.0
     assert not dequantize(quantize(zeros, torch.ones(1, 1), BLOCK), torch.ones(1, 1), BLOCK).any()
@@ -349,10 +351,153 @@ def test_one_scale_for_each_expert(tmp_path: Path) -> None:
     assert bool((error <= torch.maximum(wanted.abs() * 2**-4, new[0] * 2**-10) * 1.001).all())
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (4,), (4, 24, 1)])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (5,), (4, 1), (4, 24, 1)])
 def test_scales_of_a_stack_that_are_not_one_for_each(shape: tuple[int, ...], tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="do not fit"):
         surgery.plan(_stack(tmp_path / "base", torch.ones(shape), {"weight_block_size": None}))
+
+
+def quantize_whole(source: Path, folder: Path, scale: torch.Tensor, **quantization: Any) -> Path:
+    """An FP8 copy of a model as Mistral's lie on the hub: one scale for each matrix, in the shape and dtype of this one."""
+    folder.mkdir()
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors_of(source).items():
+        tensors[name] = tensor.to(torch.bfloat16)
+        if "layers" in name and name.endswith("_proj.weight"):
+            fresh = tensor.abs().max().float() / 448
+            if scale.dtype == torch.float8_e8m0fnu:
+                fresh = torch.exp2(torch.ceil(torch.log2(fresh)))
+            stored = fresh.to(scale.dtype).reshape(scale.shape)
+            tensors[name] = (tensor.float() / stored.float()).clamp(-448, 448).to(torch.float8_e4m3fn)
+            tensors[f"{name}_scale_inv"] = stored
+            tensors[f"{name.removesuffix('weight')}activation_scale"] = torch.tensor(0.03, dtype=torch.bfloat16)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config["dtype"] = "bfloat16"
+    config["quantization_config"] = {"activation_scheme": "static", "quant_method": "fp8", **quantization}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("scale", "quantization"),
+    [
+        (torch.ones((), dtype=torch.bfloat16), {"weight_block_size": None}),
+        (torch.ones(()), {"weight_block_size": None}),
+        (torch.ones(1), {"weight_block_size": None}),
+        (torch.ones(1, 1), {"weight_block_size": None}),
+        (torch.ones(()).to(torch.float8_e8m0fnu), {"weight_block_size": None}),
+        (torch.ones(()), {}),
+        (torch.ones(1, 1), {"weight_block_size": [16, 16]}),
+    ],
+    ids=str,
+)
+def test_one_scale_for_a_whole_matrix(scale: torch.Tensor, quantization: dict[str, Any], tmp_path: Path) -> None:
+    """Read as transformers reads it; folded is what was attached, within the step of FP8; untouched, the same bytes."""
+    base = quantize_whole(FAMILIES["llama"].save(tmp_path / "m"), tmp_path / "base", scale, **quantization)
+    manifest = surgery.factorize(base, tmp_path / "f", rank=4)
+    untouched = {target.key: torch.ones(target.scales_shape) for target in manifest.targets}
+    assert files_of(_folded(tmp_path, base, untouched, "back")) == files_of(base)
+    assert verify(tmp_path / "f", base=base).ok
+
+    config = transformers.FineGrainedFP8Config(dequantize=True)
+    ids = torch.arange(20)[None]
+
+    def loaded(folder: Path, **options: Any) -> Any:
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options).float()
+
+    model, scales = loaded(base, quantization_config=config), _random_scales(manifest)
+    dense = _folded(tmp_path, base, untouched, "dense", dequantize=True)
+    with torch.no_grad():
+        before_training = model(ids).logits
+        assert torch.equal(loaded(dense)(ids).logits, before_training)
+        attached = surgery.attach(model, tmp_path / "f")
+        for key, delta in zip(attached.values(), attached.parameters(), strict=True):
+            delta.copy_(scales[key] - 1)
+        out = _folded(tmp_path, base, scales, "folded")
+        trained, folded = model(ids).logits, loaded(out, quantization_config=config)(ids).logits
+        assert (folded - trained).norm() < 0.3 * (trained - before_training).norm()
+
+    before, after = tensors_of(base), tensors_of(out)
+    assert before.keys() == after.keys()
+    factors = load_file(tmp_path / "f/surgery/factors-00001-of-00001.safetensors")
+    for target in manifest.targets:
+        old, new = before[f"{target.tensor}_scale_inv"], after[f"{target.tensor}_scale_inv"]
+        assert (new.shape, new.dtype) == (old.shape, old.dtype) == (scale.shape, scale.dtype)
+        U, s, V = (factors[f"{target.key}.{part}"].double() for part in ("U", "s", "V"))
+        wanted = before[target.tensor].double() * old.double() + (U * (s * (scales[target.key].double() - 1))) @ V.T
+        error = (after[target.tensor].double() * new.double() - wanted).abs()
+        assert bool((error <= torch.maximum(wanted.abs() * 2**-4, new.double() * 2**-10) * 1.01).all())
+    others = before.keys() - {name for t in manifest.targets for name in (t.tensor, f"{t.tensor}_scale_inv")}
+    assert all(torch.equal(before[name], after[name]) for name in others)
+
+
+def test_one_scale_for_each_expert_in_a_row(tmp_path: Path) -> None:
+    """(experts,) is what (experts, 1, 1) is."""
+    old, scales = torch.tensor([0.5, 0.01, 3.0, 7.0]), torch.ones(4, 3)
+    scales[1:3] = 1.5
+    found = {}
+    for name, shape in (("row", (4,)), ("grid", (4, 1, 1))):
+        (tmp_path / name).mkdir()
+        base = _stack(tmp_path / name / "base", old.reshape(shape), {"weight_block_size": None})
+        surgery.factorize(base, tmp_path / name / "f", rank=3)
+        found[name] = tensors_of(_folded(tmp_path / name, base, {"layers.0.experts.up": scales}, "out"))
+        assert found[name]["layers.0.experts.up_scale_inv"].shape == shape
+    up, up_scale = "layers.0.experts.up", "layers.0.experts.up_scale_inv"
+    assert torch.equal(found["row"][up].view(torch.uint8), found["grid"][up].view(torch.uint8))
+    assert torch.equal(found["row"][up_scale], found["grid"][up_scale].flatten())
+    assert (found["row"][up_scale] == old).tolist() == [True, False, False, True]
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 1), (1, 2), (1, 1, 1), (0,), (48,), (48, 1)])
+@pytest.mark.parametrize("quantization", [{}, {"weight_block_size": None}])
+def test_scales_that_fit_neither_blocks_nor_matrix(
+    shape: tuple[int, ...], quantization: dict[str, Any], tmp_path: Path
+) -> None:
+    """Told when it is planned, with both shapes."""
+    base = quantize_whole(FAMILIES["llama"].save(tmp_path / "m"), tmp_path / "base", torch.ones(()), **quantization)
+    _rewritten(base, lambda tensors: tensors.update({f"{_Q}_scale_inv": torch.ones(shape)}))
+    with pytest.raises(FormatError, match=f"the scales '{_Q}_scale_inv' do not fit") as caught:
+        surgery.plan(base)
+    assert f"F32 {list(shape)} for [" in str(caught.value)
+    assert "F32 or BF16 or F8_E8M0 [" in str(caught.value)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_dequantized_nothing_of_the_quantization_stays(apart: bool, tmp_path: Path) -> None:
+    """Scales of activations lie beside FP8 weights, modules or stacks; what only sounds like them is no business of ours."""
+    base = quantize_model(FAMILIES["llama4"].save(tmp_path / "m"), tmp_path / "base", apart=apart)
+    file = base / ("model-00001-of-00002.safetensors" if apart else "model.safetensors")
+    names = {name for part in base.glob("*.safetensors") for name in load_file(part)}
+    stack = next(name for name in names if name.endswith("experts.down_proj"))
+    module = next(name for name in names if name.endswith("q_proj.weight")).removesuffix(".weight")
+    gone = [f"{module}.{of}_scale{end}" for of in ("activation", "input", "output", "act") for end in ("", "_inv")]
+    gone.append(f"{stack}_activation_scale")
+    kept = [f"{module}.gate_scale", f"{module}.scale", f"{module.removesuffix('.q_proj')}.k_scale", "logit_scale"]
+    kept += ["model.norm.input_scale", "input_scale", f"{module}.lora.input_scale"]
+    save_file({**load_file(file), **{name: torch.tensor(0.5) for name in gone + kept}}, file, metadata={"format": "pt"})
+    if apart:
+        index = json.loads((base / "model.safetensors.index.json").read_text())
+        index["weight_map"].update(dict.fromkeys(gone + kept, file.name))
+        (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    manifest = surgery.factorize(base, tmp_path / "f", rank=2)
+    scales = _random_scales(manifest)
+    before, quantized = tensors_of(base), tensors_of(_folded(tmp_path, base, scales, "quantized"))
+    assert before.keys() == quantized.keys()
+    out = _folded(tmp_path, base, scales, "dense", dequantize=True)
+    after = tensors_of(out)
+    assert before.keys() - after.keys() == {*gone, *(name for name in names if name.endswith("_scale_inv"))}
+    assert all(torch.equal(after[name], before[name]) for name in kept)
+    if apart:
+        assert json.loads((out / "model.safetensors.index.json").read_text())["weight_map"].keys() == after.keys()
+
+
+def test_dequantized_beyond_the_range_of_bfloat16(tmp_path: Path) -> None:
+    base = quantize_whole(FAMILIES["llama"].save(tmp_path / "m"), tmp_path / "base", torch.ones(()), weight_block_size=None)
+    _rewritten(base, lambda tensors: tensors.update({f"{_Q}_scale_inv": torch.tensor(7.59e35)}))  # 448 of it: float32's largest
+    manifest = surgery.factorize(base, tmp_path / "f", rank=4, exclude=[_Q])
+    with pytest.raises(WeightError, match=f"{_Q}.*beyond the range of bfloat16"):
+        _folded(tmp_path, base, _random_scales(manifest), "dense", dequantize=True)
 
 
 def test_tiny_blocks_stay_finite() -> None:

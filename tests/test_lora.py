@@ -28,6 +28,9 @@ pytestmark = [
 ]
 
 
+_O = "model.layers.0.self_attn.o_proj.weight"
+
+
 def _with_lora(model: Any, targets: list[str], **options: Any) -> Any:
     torch.manual_seed(2)
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=3, lora_alpha=5, target_modules=targets, **options))
@@ -160,6 +163,29 @@ def test_adapters_that_cannot_be_folded(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"the adapter changes 'model\.layers\.0\.self_attn\.o_proj', which is no module"):
         surgery.fold(tmp_path / "g", tmp_path / "g/surgery/scales.safetensors", tmp_path / "o", lora=adapter)
     assert not (tmp_path / "o/config.json").exists()
+
+
+def test_ways_to_begin_that_leave_the_weights_alone(llama: Path, tmp_path: Path) -> None:
+    """Those are folded as PEFT merges them; the others, which change the weights under the adapter, are refused."""
+    surgery.factorize(llama, tmp_path / "f", rank=4)
+    scales, adapter = tmp_path / "f/surgery/scales.safetensors", tmp_path / "lora"
+    fresh = transformers.AutoModelForCausalLM.from_pretrained(llama)
+    _with_lora(fresh, ["o_proj"], init_lora_weights=False).save_pretrained(adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    assert config.pop("init_lora_weights") is False
+    model = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(llama), adapter)
+    merged = model.merge_and_unload().state_dict()
+    ways = [{}, *({"init_lora_weights": way} for way in (False, None, True, "gaussian", "orthogonal", "eva"))]
+    for i, way in enumerate(ways):
+        (adapter / "adapter_config.json").write_text(json.dumps(config | way))
+        surgery.fold(tmp_path / "f", scales, tmp_path / f"o{i}", lora=adapter)
+        for name, tensor in tensors_of(tmp_path / f"o{i}").items():
+            torch.testing.assert_close(tensor, merged[name], rtol=1e-6, atol=1e-7)
+    assert not torch.equal(tensors_of(llama)[_O], merged[_O])
+    for way in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "mica", "something new", 2, ["gaussian"]):
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": way}))
+        with pytest.raises(OptionError, match="a LoRA adapter with init_lora_weights cannot be folded"):
+            surgery.fold(tmp_path / "f", scales, tmp_path / "refused", lora=adapter)
 
 
 @pytest.mark.parametrize(

@@ -348,3 +348,21 @@ def test_adapter(hub: LoopbackHub, llama: Path, factorized: Path, trained: dict[
     adapted = output(peft.PeftModel.from_pretrained(load(llama), tmp_path / "back"))
     # The folded weights are bfloat16, the adapted ones are not rounded.
     assert (adapted - folded).abs().max() < 0.1 * (original - folded).abs().max()
+
+
+def test_what_replaces_another_result_is_uploaded_first(
+    hub: LoopbackHub, factorized: Path, tmp_path: Path, trained: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the upload fails the earlier result is still here, and the same command goes on; it may be repeated."""
+    out, name = tmp_path / "o", "acme/replaced"
+    surgery.fold(factorized, factorized / SCALES, out)
+    before = files_of(out)
+    with monkeypatch.context() as patched:
+        patched.setattr(upload.Upload, "finish", lambda *_, **__: (_ for _ in ()).throw(OutputError("the hub is gone")))
+        with pytest.raises(OutputError, match="the hub is gone"):
+            surgery.fold(factorized, trained, out, push_to_hub=name, overwrite=True)
+    assert {file: data for file, data in files_of(out).items() if not file.startswith(".surgery/")} == before
+    surgery.fold(factorized, trained, out, push_to_hub=name, overwrite=True)
+    surgery.fold(factorized, trained, tmp_path / "alone")
+    assert files_of(out) == files_of(tmp_path / "alone")
+    assert without_card(downloaded(name, tmp_path / "back")) == without_card(files_of(out))

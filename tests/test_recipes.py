@@ -191,20 +191,24 @@ def test_slices_that_do_not_add_up(tmp_path: Path) -> None:
 
 
 def test_tied_head_is_taken_once(tmp_path: Path) -> None:
-    tensors = {"model.embed_tokens.weight": torch.randn(20, 8), "lm_head.weight": torch.randn(20, 8)}
+    weight = torch.randn(20, 8)
+    tensors = {"model.embed_tokens.weight": weight, "lm_head.weight": weight.clone()}
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"tie_word_embeddings": True}))
     steps = surgery.plan(tmp_path, include=["*"], rank=2)
-    assert [target.tensor for target in steps.targets] == ["model.embed_tokens.weight"]
-    assert steps.skipped[0].reason == "tied to the input embedding"
+    assert [target.tensor for target in steps.targets] == ["lm_head.weight"]
+    assert [alias.tensor for alias in steps.targets[0].aliases] == ["model.embed_tokens.weight"]
+    assert steps.skipped == ()
 
 
 @pytest.mark.parametrize("flag", [{"tie_word_embeddings": True}, {"text_config": {"tie_word_embeddings": True}}])
 @pytest.mark.parametrize("head", ["language_model.lm_head.weight", "proj_out.weight", "cls.predictions.decoder.weight"])
 def test_tied_heads_by_other_names(head: str, flag: dict[str, object], tmp_path: Path) -> None:
-    save_file({"embed.weight": torch.randn(20, 8), head: torch.randn(20, 8)}, tmp_path / "model.safetensors")
+    weight = torch.randn(20, 8)
+    save_file({"embed.weight": weight, head: weight.clone()}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(flag))
-    assert [target.tensor for target in surgery.plan(tmp_path, include=["*"], rank=2).targets] == ["embed.weight"]
+    (target,) = surgery.plan(tmp_path, include=["*"], rank=2).targets
+    assert {target.tensor, *(alias.tensor for alias in target.aliases)} == {"embed.weight", head}
 
 
 def test_gpt2_without_the_prefix_of_a_head(tmp_path: Path) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from surgery.errors import FormatError
 from surgery.format.files import FileWriter, file_sha256, write_file
 from surgery.format.safetensors import ShardReader, TensorFileWriter
 from surgery.memory import bytes_of
+from surgery.names import DTYPE_BITS
 
 
 def _file(path: Path, header: object, data: bytes = b"", *, length: int | None = None) -> Path:
@@ -132,3 +135,119 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     write_file(path, b"whole")
     assert path.read_bytes() == b"whole"
+
+
+def _library(path: Path) -> dict[str, tuple[str, list[int]]] | None:
+    """What the safetensors library says is in a file: name -> dtype, shape. None if it refuses it."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            return {name: (file.get_slice(name).get_dtype(), file.get_slice(name).get_shape()) for name in names}
+    except (SafetensorError, ValueError):
+        return None
+
+
+def _ours(path: Path) -> dict[str, tuple[str, list[int]]] | None:
+    try:
+        with ShardReader(path) as reader:
+            return {entry.name: (entry.dtype, list(entry.shape)) for entry in reader.header.tensors}
+    except FormatError:
+        return None
+
+
+#: header, bytes of data; and why ours refuses what the library takes.
+HEADERS: dict[str, tuple[object, int, str | None]] = {
+    "plain": ({"a": _tensor(0, 4)}, 4, None),
+    "no tensors": ({}, 0, None),
+    "metadata alone": ({"__metadata__": {"format": "pt"}}, 0, None),
+    "metadata null": ({"__metadata__": None, "a": _tensor(0, 4)}, 4, None),
+    "metadata empty": ({"__metadata__": {}, "a": _tensor(0, 4)}, 4, None),
+    "metadata a list": ({"__metadata__": [], "a": _tensor(0, 4)}, 4, None),
+    "metadata false": ({"__metadata__": False, "a": _tensor(0, 4)}, 4, None),
+    "metadata a string": ({"__metadata__": "", "a": _tensor(0, 4)}, 4, None),
+    "metadata with a number": ({"__metadata__": {"x": 1}, "a": _tensor(0, 4)}, 4, None),
+    "metadata with null": ({"__metadata__": {"x": None}, "a": _tensor(0, 4)}, 4, None),
+    "dtype empty": ({"a": _tensor(0, 4, dtype="")}, 4, None),
+    "dtype unknown": ({"a": _tensor(0, 4, dtype="F128")}, 4, None),
+    "dtype in small letters": ({"a": _tensor(0, 4, dtype="u8")}, 4, None),
+    "dtype null": ({"a": {**_tensor(0, 4), "dtype": None}}, 4, None),
+    "dtype of nothing": ({"a": _tensor(0, 0, [0], dtype="X")}, 0, None),
+    "scalar": ({"a": _tensor(0, 4, [], "F32")}, 4, None),
+    "nothing": ({"a": _tensor(0, 0, [0, 7], "F32")}, 0, None),
+    "nothing in between": ({"a": _tensor(0, 4), "b": _tensor(4, 4), "c": _tensor(4, 8)}, 8, None),
+    "nothing at the end": ({"a": _tensor(0, 4), "b": _tensor(4, 4)}, 4, None),
+    "nothing elsewhere": ({"a": _tensor(0, 4), "b": _tensor(2, 2)}, 4, None),
+    "nothing beyond": ({"a": _tensor(0, 4), "b": _tensor(9, 9)}, 4, None),
+    "out of order": ({"b": _tensor(4, 8), "a": _tensor(0, 4)}, 8, None),
+    "gap": ({"a": _tensor(0, 4), "b": _tensor(5, 8)}, 8, None),
+    "overlap": ({"a": _tensor(0, 4), "b": _tensor(3, 8)}, 8, None),
+    "the same bytes twice": ({"a": _tensor(0, 4), "b": _tensor(0, 4)}, 4, None),
+    "starts late": ({"a": _tensor(4, 8)}, 8, None),
+    "trailing bytes": ({"a": _tensor(0, 4)}, 5, None),
+    "bytes are missing": ({"a": _tensor(0, 4)}, 3, None),
+    "wrong count": ({"a": _tensor(0, 4, [3])}, 4, None),
+    "backwards": ({"a": _tensor(4, 0, [4])}, 4, None),
+    "negative size": ({"a": _tensor(0, 4, [-4])}, 4, None),
+    "size as float": ({"a": _tensor(0, 4, [4.0])}, 4, None),  # type: ignore[list-item]
+    "size as bool": ({"a": _tensor(0, 1, [True])}, 1, None),
+    "half a byte": ({"a": _tensor(0, 2, [3], "F4")}, 2, None),
+    "two half bytes": ({"a": _tensor(0, 2, [4], "F4")}, 2, None),
+    "six bits": ({"a": _tensor(0, 3, [4], "F6_E2M3")}, 3, None),
+    "six bits too many": ({"a": _tensor(0, 4, [5], "F6_E3M2")}, 4, None),
+    "size that overflows": ({"a": _tensor(0, 0, [1 << 62, 4, 0])}, 0, None),
+    "huge and nothing": ({"a": _tensor(0, 0, [0, 1 << 62, 4])}, 0, None),
+    "offsets of three": ({"a": {**_tensor(0, 4), "data_offsets": [0, 4, 4]}}, 4, None),
+    "more than is known": ({"a": {**_tensor(0, 4), "note": "x"}}, 4, None),
+    "no shape": ({"a": {"dtype": "U8", "data_offsets": [0, 4]}}, 4, None),
+    "a list": ([], 0, None),
+    "spaces after": (b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}   ', 4, None),
+    "spaces before": (b'   {"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}', 4, None),
+    "new lines": (b'{"a":\n{"dtype":"U8",\t"shape":[4],"data_offsets":[0,4]}}\n', 4, None),
+    "null bytes after": (b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}\0\0', 4, None),
+    "byte order mark": (b'\xef\xbb\xbf{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}', 4, None),
+    "name empty": ({"": _tensor(0, 4)}, 4, None),
+    "name with escapes": (b'{"a\\u0000\\u00e9\\n":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}', 4, None),
+    "lone surrogate": (b'{"\\ud800":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}', 4, None),
+    "not a number": (b'{"a":{"dtype":"U8","shape":[NaN],"data_offsets":[0,4]}}', 4, None),
+    "name twice": (
+        b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"a":{"dtype":"I8","shape":[4],"data_offsets":[0,4]}}',
+        4,
+        "which of the two is meant is anybody's guess",
+    ),
+    "entry twice": (b'{"a":{"dtype":"U8","dtype":"I8","shape":[4],"data_offsets":[0,4]}}', 4, None),
+}
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_verdicts_are_those_of_the_safetensors_library(case: str, tmp_path: Path) -> None:
+    header, data, stricter = HEADERS[case]
+    path = _file(tmp_path / "x.safetensors", header, bytes(data))
+    if stricter is None:
+        assert _ours(path) == _library(path)
+    else:
+        assert _ours(path) is None
+        assert _library(path) is not None
+
+
+@pytest.mark.parametrize("dtype", sorted(DTYPE_BITS))
+def test_every_dtype_is_one_of_the_librarys(dtype: str, tmp_path: Path) -> None:
+    size = DTYPE_BITS[dtype]  # bytes of 8 numbers
+    for count in (size, size + 1):
+        path = _file(tmp_path / "x.safetensors", {"a": _tensor(0, count, [8], dtype)}, bytes(count))
+        assert (_ours(path) is not None) == (_library(path) is not None) == (count == size)
+
+
+def test_verdicts_on_mutated_headers(tmp_path: Path) -> None:
+    """What ours takes the library takes, and reads the same from it."""
+    text = json.dumps({"__metadata__": {"a": "b"}, "x": _tensor(0, 4), "y": _tensor(4, 8, [1], "F32")}).encode()
+    taken = 0
+    for seed in range(500):
+        rng = random.Random(seed)
+        changed = bytearray(text)
+        for _ in range(rng.randint(1, 2)):
+            changed[rng.randrange(len(changed))] = rng.choice(b'0123456789"{}[],: null-x')
+        path = _file(tmp_path / "x.safetensors", bytes(changed), bytes(8))
+        ours = _ours(path)
+        assert ours is None or ours == _library(path), (seed, bytes(changed))
+        taken += ours is not None
+    assert 0 < taken < 500

@@ -19,12 +19,13 @@ from tests.models import realistic
 N = 640  # above the sizes that go to the Gram matrix
 
 
-def _with_values(values: torch.Tensor, seed: int = 0) -> torch.Tensor:
+def _with_values(values: torch.Tensor, seed: int = 0, *, double: bool = False) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     n = len(values)
     left, _ = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
     right, _ = torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))
-    return ((left * values.double()) @ right.T).float()
+    matrix = (left * values.double()) @ right.T
+    return matrix if double else matrix.float()
 
 
 def _gaussian(m: int, n: int, seed: int = 0) -> torch.Tensor:
@@ -373,3 +374,157 @@ def test_several_threads_put_the_settings_back() -> None:
     finally:
         torch.set_float32_matmul_precision(before)
     assert all(torch.equal(found.U, alone.U) for found in together)
+
+
+def _hadamard(n: int, seed: int) -> torch.Tensor:
+    """Orthogonal columns of length sqrt(n), of ones and minus ones, in an order and with signs of its own; int64."""
+    H = torch.ones(1, 1, dtype=torch.int64)
+    while len(H) < n:
+        H = torch.cat([torch.cat([H, H], dim=1), torch.cat([H, -H], dim=1)])
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, (n, 1), generator=generator) * 2 - 1
+    return (H * signs)[torch.randperm(n, generator=generator)][:, torch.randperm(n, generator=generator)]
+
+
+def _exactly(m: int, n: int, values: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A float64 matrix (m, n), both powers of 4, that has these whole numbers as singular values exactly, and its vectors."""
+    U, V = _hadamard(m, seed)[:, : len(values)], _hadamard(n, seed + 1)[:, : len(values)]
+    product = (U * values) @ V.T
+    assert product.abs().max().item() < 1 << 53
+    return product.double() / (m * n) ** 0.5, U.double() / m**0.5, V.double() / n**0.5
+
+
+def _sines(result: surgery.TruncatedSVD, U: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
+    """(k,), of the larger of the angles of each pair of vectors to the true ones."""
+
+    def of(found: torch.Tensor, true: torch.Tensor) -> torch.Tensor:
+        found = found.double() / found.double().norm(dim=0)
+        true = true[:, : found.shape[1]]
+        sines: torch.Tensor = (found - true * (found * true).sum(dim=0)).norm(dim=0)
+        return sines
+
+    return torch.maximum(of(result.U, U), of(result.V, V))
+
+
+def _close_values(count: int, bits: int, close: int, pattern: str, seed: int) -> torch.Tensor:
+    """Descending int64 values below 2^bits of which some lie ``2^(bits - close)`` apart."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(2 ** (bits - 4), 2**bits, (count,), generator=generator)
+    values = values.sort(descending=True).values
+    apart = 2 ** (bits - close)
+    if pattern == "last":
+        values[count // 3 + 1 :] //= 4
+        values[count // 3] = values[count // 3 - 1] - apart
+    elif pattern == "pairs":
+        values[1::2] = values[::2] - apart
+    else:
+        values = 2**bits - apart * torch.arange(count)
+    return values.sort(descending=True).values
+
+
+@pytest.mark.parametrize("tolerance", [1e-5, 1e-13])
+@pytest.mark.parametrize("pattern", ["last", "pairs", "all"])
+@pytest.mark.parametrize("shape", [(64, 64), (64, 256), (256, 64), (256, 256)])
+def test_angles_of_float64_vectors_are_within_their_bound(shape: tuple[int, int], pattern: str, tolerance: float) -> None:
+    determined = 0
+    for close in (12, 20, 28, 36, 42):
+        count = min(shape)
+        values = _close_values(count, 43, close, pattern, seed=close)
+        A, U, V = _exactly(*shape, values, seed=close)
+        result = surgery.truncated_svd(A, count // 3, tolerance=tolerance)
+        bound = result.certificate.angle_bound
+        assert bool((_sines(result, U, V) <= bound + 1e-14).all())
+        assert bool(result.certificate.converged)
+        assert ((result.s - values[: count // 3]).abs() <= result.certificate.residual * values[0]).all()
+        determined += int((bound < 0.1).sum())
+    assert determined > 40 or (pattern, tolerance) != ("all", 1e-13)
+
+
+@pytest.mark.parametrize("k", [2, 6])
+@pytest.mark.parametrize(
+    ("n", "ratio"), [(n, ratio) for n in (96, 384) for ratio in (1e-4, 1e-5, 1e-6, 1e-7, 1e-9)] + [(N, 1e-4), (N, 1e-6)]
+)
+def test_one_value_that_dominates_all_others(n: int, ratio: float, k: int) -> None:
+    rest = torch.rand(n - 2, generator=torch.Generator().manual_seed(0)).sort(descending=True).values
+    rest = torch.cat([torch.ones(1), 0.3 * rest])
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        A = _with_values(torch.cat([torch.ones(1, dtype=torch.float64), ratio * rest.double()]), double=True).to(dtype)
+        left, s, right = torch.linalg.svd(A.double(), full_matrices=False)
+        result = surgery.truncated_svd(A, k)
+        certificate, told = result.certificate, s[:k] - s[1 : k + 1] > 1e-13
+        assert bool((_sines(result, left, right.T) <= certificate.angle_bound + 1e-13)[told].all())
+        error = (result.s.double() - s[:k]).abs()
+        assert bool((error <= certificate.residual * s[0] + torch.finfo(result.s.dtype).eps * s[0]).all())
+        assert bool(certificate.converged)
+        if dtype == torch.float64 or ratio >= 1e-6:  # what float32 vectors can tell
+            assert bool((error <= 0.01 * s[:k]).all())
+            assert bool((certificate.residual <= 0.2 * s[:k]).all())
+        elif dtype == torch.float32:
+            assert certificate.angle_bound[1:].min().item() == 1.0
+
+
+def _in_blocks(values: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A float64 matrix with these values exactly, however small, if four neighbours each have common bits; and its vectors."""
+    n = len(values)
+    parts = [_exactly(4, 4, torch.tensor([8, 4, 2, 1]), seed + i)[1:] for i in range(n // 4)]
+    U, V = (torch.block_diag(*side) for side in zip(*parts, strict=True))
+    generator = torch.Generator().manual_seed(seed)
+    U, V = U[torch.randperm(n, generator=generator)], V[torch.randperm(n, generator=generator)]
+    return (U * values) @ V.T, U, V
+
+
+@pytest.mark.parametrize("k", [12, 24])
+@pytest.mark.parametrize("rate", [0.5, 1.0, 4.0])
+@pytest.mark.parametrize(("n", "scale"), [(96, 1.0), (200, 2.0**40), (520, 2.0**-40)])
+def test_values_that_fall_by_halves_and_faster_in_float64(n: int, scale: float, rate: float, k: int) -> None:
+    steps = torch.arange(n, dtype=torch.float64)
+    values = 2.0 ** -(rate * 2 * (steps // 2)).clamp(max=400) * (1 + (steps % 2 == 0) * 0.5) * scale
+    A, U, V = _in_blocks(values, seed=n)
+    result = surgery.truncated_svd(A, k)
+    certificate = result.certificate
+    assert bool(certificate.converged)
+    assert bool((_sines(result, U, V) <= certificate.angle_bound + 1e-14).all())
+    assert bool(((result.s - values[:k]).abs() <= certificate.residual * values[0]).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(40, 60), (60, 40), (40, 40), (1, 7), (7, 1)])
+def test_the_last_direction_of_all(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Beside a smallest value near 0 the long side has the vectors that the matrix takes to 0."""
+    k = min(shape)
+    values = torch.logspace(0, -6, k, dtype=torch.float64)
+    left = torch.linalg.qr(_gaussian(shape[0], k).double())[0]
+    A = ((left * values) @ torch.linalg.qr(_gaussian(shape[1], k, seed=1).double())[0].T).to(dtype)
+    U, s, Vt = torch.linalg.svd(A.double(), full_matrices=False)
+    result = surgery.truncated_svd(A, k)
+    assert bool((_sines(result, U, Vt.T) <= result.certificate.angle_bound + 1e-13 / (s / s[0])).all())
+    assert result.certificate.gap[-1].item() <= 1.01 * (s[-1] / s[0]).item() or shape[0] == shape[1]
+
+
+@pytest.mark.parametrize("k", [16, 40])
+@pytest.mark.parametrize("n", [384, N, 1024])
+def test_a_next_value_that_has_not_converged(n: int, k: int) -> None:
+    """Twelve large values over a bulk of noise: the gaps in it are small against what is known of the next value."""
+    A = _gaussian(n, 12) @ _gaussian(12, n, seed=1) + 0.05 * _gaussian(n, n, seed=2)
+    left, s, right = torch.linalg.svd(A.double(), full_matrices=False)
+    result = surgery.truncated_svd(A, k)
+    assert bool((_sines(result, left, right.T) <= result.certificate.angle_bound).all())
+    assert result.certificate.gap[-1].item() <= ((s[k - 1] - s[k]) / s[0]).item()
+    assert result.certificate.angle_bound[:12].max().item() < 0.1
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_small_values_in_blocks_of_their_own(dtype: torch.dtype, seed: int) -> None:
+    """Their products with the large ones are exactly 0: a Gram matrix may lose them without a residual that tells."""
+    generator = torch.Generator().manual_seed(seed)
+    values = 2.0 ** -torch.randint(0, 44, (160,), generator=generator, dtype=torch.float64).sort().values
+    values *= 1 + torch.randint(0, 8, (160,), generator=generator) / 8
+    A, _, _ = _in_blocks(values.sort(descending=True).values, seed)
+    A = A.to(dtype)
+    left, s, right = torch.linalg.svd(A.double())
+    result = surgery.truncated_svd(A, 40)
+    told = torch.minimum(s[:40] - s[1:41], torch.cat([s[:1], s[:39] - s[1:40]])) > 1e-13 * s[0]
+    assert bool((_sines(result, left, right.T) <= result.certificate.angle_bound + 1e-2)[told].all())
+    rounding = torch.finfo(dtype).eps * s[0]
+    assert bool(((result.s.double() - s[:40]).abs() <= result.certificate.residual * s[0] + rounding).all())

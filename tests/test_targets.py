@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.errors import FormatError, OptionError
 from surgery.planning.plan import Plan
-from tests.models import save_llama
+from surgery.progress import Silent
+from tests.families import FAMILIES
+from tests.models import tensors_of
 
 
 def test_reasons(tmp_path: Path) -> None:
@@ -57,6 +59,115 @@ def test_reasons(tmp_path: Path) -> None:
     for ending, reason in expected.items():
         (found,) = [text for name, text in reasons.items() if name.endswith(ending)]
         assert reason in found, ending
+
+
+_QUERY = "model.layers.1.self_attn.q_proj.weight"
+
+
+def _changed(llama: Path, folder: Path, change: dict[str, torch.Tensor], **config: object) -> Path:
+    """The tiny Llama in one file, with other tensors, and settings in its config."""
+    folder.mkdir()
+    save_file({**tensors_of(llama), **change}, folder / "model.safetensors")
+    settings = json.loads((llama / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 48), (48, 0), (0, 0)])
+@pytest.mark.parametrize("model_type", ["llama", "unheard of"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.float8_e5m2])
+def test_an_empty_weight_is_a_broken_checkpoint(
+    shape: tuple[int, ...], model_type: str, dtype: torch.dtype, llama: Path, tmp_path: Path
+) -> None:
+    folder = _changed(llama, tmp_path / "m", {_QUERY: torch.zeros(shape, dtype=dtype)}, model_type=model_type)
+    with pytest.raises(FormatError, match="the checkpoint is broken") as caught:
+        surgery.plan(folder, rank=4)
+    assert repr(_QUERY) in str(caught.value)
+    assert str(list(shape)) in str(caught.value)
+    with pytest.raises(FormatError, match="the checkpoint is broken"):
+        surgery.factorize(folder, tmp_path / "f", rank=4, include=["*.q_proj.*"])
+    assert not (tmp_path / "f").exists()
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight", "model.layers.0.input_layernorm.weight"])
+def test_an_empty_weight_that_is_no_target(name: str, llama: Path, tmp_path: Path) -> None:
+    """No loader takes it: transformers refuses the shape."""
+    folder = _changed(llama, tmp_path / "m", {name: torch.zeros(0)})
+    with pytest.raises(FormatError, match=rf"the checkpoint is broken: '{name}' is empty"):
+        surgery.plan(folder, rank=4)
+    assert len(surgery.plan(folder, rank=4, exclude=[name]).targets) == 14
+
+
+def test_an_empty_stack_of_experts(tmp_path: Path) -> None:
+    folder = FAMILIES["gpt_oss"].save(tmp_path / "m")
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    stored = load_file(folder / "model.safetensors")
+    for shape in ((0,), (4, 0, 96)):
+        save_file({**stored, name: torch.zeros(shape)}, folder / "model.safetensors")
+        for split in (None, True):
+            with pytest.raises(FormatError, match=rf"the checkpoint is broken: '{name}' is empty"):
+                surgery.plan(folder, rank=4, split=split)
+
+
+def test_what_may_be_empty(llama: Path, tmp_path: Path) -> None:
+    """Buffers, a head for no classes, an embedding of no rows, and what loaders leave out."""
+    change = {
+        "model.layers.0.self_attn.cache": torch.zeros(0),
+        "model.layers.0.self_attn.positions": torch.zeros(0, dtype=torch.int64),
+        "score.weight": torch.zeros(0, 48),
+        "score.bias": torch.zeros(0),
+        "model.token_type_embeddings.weight": torch.zeros(0, 48),
+        "mtp.layers.0.self_attn.q_proj.weight": torch.zeros(0),
+        "model.layers.2.self_attn.q_proj.weight": torch.zeros(0),
+    }
+    steps = surgery.plan(_changed(llama, tmp_path / "m", change), rank=4)
+    assert len(steps.targets) == 14
+    assert change.keys() <= {item.tensor for item in steps.skipped}
+    assert steps.notes == ()
+
+
+def _notes(steps: Plan) -> list[str]:
+    """Without those on weights of this model that are equal, where nobody knows whether its class ties them."""
+    return [note for note in steps.notes if "holds the same weights" not in note]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "unheard of"])
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [(torch.float64, "F64"), (torch.float8_e5m2, "F8_E5M2"), (torch.float8_e4m3fn, "F8_E4M3"), (torch.int8, "I8")],
+)
+def test_a_weight_of_another_dtype_is_noted(
+    dtype: torch.dtype, name: str, model_type: str, llama: Path, tmp_path: Path
+) -> None:
+    stored = tensors_of(llama)
+    others = [_QUERY, "model.layers.1.mlp.up_proj.weight"]
+    change = {key: stored[key].to(dtype) for key in [*others, "model.norm.weight", "model.embed_tokens.weight"]}
+    folder = _changed(llama, tmp_path / "m", change, model_type=model_type)
+    steps = surgery.plan(folder, rank=4)
+    assert len(steps.targets) == 12
+    reasons = {item.tensor: item.reason for item in steps.skipped}
+    assert all(name in reasons[key] for key in others)
+    if dtype.is_floating_point:  # what is no target in any dtype has that for a reason
+        assert "a vector" in reasons["model.norm.weight"]
+        assert re.search("embedding|recipe", reasons["model.embed_tokens.weight"])
+    (note,) = _notes(steps)
+    assert "2 of 14 that would be targets" in note
+    assert name in note
+    assert any(key in note for key in others)
+    progress = Silent()
+    surgery.factorize(folder, tmp_path / "f", rank=4, progress=progress)
+    assert note in progress.notes
+    # Not if nobody wants them.
+    assert _notes(surgery.plan(folder, rank=4, exclude=others)) == []
+    assert _notes(surgery.plan(folder, rank=4, include=["*.o_proj.weight"])) == []
+
+
+def test_a_flat_weight_is_noted_where_a_rule_takes_it(llama: Path, tmp_path: Path) -> None:
+    flat = tensors_of(llama)[_QUERY].flatten()[:1000]
+    folder = _changed(llama, tmp_path / "m", {_QUERY: flat})
+    steps = surgery.plan(folder, rank=4)
+    assert [note for note in steps.notes if "a vector" in note and _QUERY in note]
+    assert surgery.plan(folder, rank=4, include=["*"], exclude=["*o_proj*"]).notes == ()
 
 
 def _names(steps: Plan) -> list[str]:
@@ -111,20 +222,3 @@ def test_rank_is_cut_to_small_matrices_and_says_so(llama: Path) -> None:
     with pytest.raises(OptionError, match="larger than every target") as caught:
         surgery.plan(llama, rank=1000)
     assert "at most 48" in str(caught.value)
-
-
-def test_index_that_contradicts_the_shards(tmp_path: Path) -> None:
-    folder = save_llama(tmp_path / "m", torch.bfloat16)
-    path = folder / "model.safetensors.index.json"
-    index = json.loads(path.read_text())
-    index["weight_map"]["model.layers.0.ghost.weight"] = sorted(index["weight_map"].values())[0]
-    path.write_text(json.dumps(index))
-    with pytest.raises(FormatError, match=r"'model.layers.0.ghost.weight' is not in the shard"):
-        surgery.plan(folder)
-
-
-def test_tensor_in_two_shards(tmp_path: Path) -> None:
-    for name in ("a.safetensors", "b.safetensors"):
-        save_file({"layers.0.w.weight": torch.randn(4, 4)}, tmp_path / name)
-    with pytest.raises(FormatError, match="is in two shards"):
-        surgery.plan(tmp_path)

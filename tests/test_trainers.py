@@ -328,6 +328,8 @@ def _fsdp2(rank: int, made: Path, out: Path) -> None:
         nn.init.zeros_(parameter)
     scales.load(out / "fsdp2.safetensors")
     assert _apart(scales.values(), values) == 0
+    with scales.untouched():
+        assert torch.allclose(model(IDS).logits, _load(made / "m")(IDS).logits, atol=1e-4)
 
 
 def _arguments_for_two(out: Path, sharded: bool) -> transformers.TrainingArguments:

@@ -308,7 +308,13 @@ def test_model_of_another_origin_is_not_replaced(hub: LoopbackHub, llama: Path, 
     # One that is told to be replaceable is.
     (repo.folder / "README.md").write_text("---\ntags: [surgery]\n---\n")
     push("acme/precious", {})
-    assert head(repo).keys() == {"README.md", "tokenizer.json", "generation_config.json", "extra/notes.txt", *SMALL}
+    assert head(repo).keys() == {
+        "README.md",
+        "tokenizer.json",
+        "generation_config.json",
+        "additional_chat_templates/notes.jinja",
+        *SMALL,
+    }
 
 
 def test_what_git_ignores_is_uploaded(hub: LoopbackHub, tmp_path: Path) -> None:
@@ -447,6 +453,7 @@ def test_factorized_card(hub: LoopbackHub, source: Path, factorized: Path) -> No
         f"at most {worst:.1e} of the largest singular value",
         "Lossless: yes",
         "Layout: residual",
+        "By themselves the weights here are another model",
         f"`{manifest.tool}`",
         "hf download acme/tiny-f --local-dir factorized",
         "surgery fold factorized scales.safetensors",
@@ -469,6 +476,7 @@ def test_factorized_card_of_other_kinds(source: Path, tmp_path: Path) -> None:
     metadata, text = parts(factorized_card(overlay, "acme/x"))
     assert (metadata["base_model"], metadata["base_model_relation"]) == ("acme/tiny", "adapter")
     assert "Layout: overlay" in text
+    assert "another model" not in text
     assert "fetch them at the commit above" in text
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import signal
 import threading
 import time
@@ -270,6 +271,13 @@ def _ranks(manifest: Manifest) -> str:
     return str(most) if least == most else f"{least} to {most}"
 
 
+def _doubt(share: float) -> str:
+    """What is said beside a value of which this share is in doubt: nothing up to 1 %."""
+    if share <= 0.01:
+        return ""
+    return f" +-{math.ceil(100 * share)}%" if share < 1 else " unknown"
+
+
 def _totals(manifest: Manifest) -> dict[str, Any]:
     return {
         "layout": manifest.layout,
@@ -420,9 +428,10 @@ def inspect(factorized: Path, as_json: bool) -> None:
 
     \b
     energy        share of the squared Frobenius norm in the kept part
-    s_1, s_k      largest and smallest kept singular value
+    s_1, s_k      largest and smallest kept singular value; +- where s_k is known to less than 1 %,
+                  unknown where all of it is in doubt
     residual      largest residual of a kept triplet over s_1, measured
-    undetermined  kept directions that the matrix does not determine (no gap to the next value)
+    undetermined  kept directions that are not determined: no gap to the next value, or none that is known
     """
     from surgery.operations import inspect as operation
 
@@ -438,7 +447,7 @@ def inspect(factorized: Path, as_json: bool) -> None:
             str(target.rank),
             f"{target.energy:.1%}",
             f"{target.s_first:.4g}",
-            f"{target.s_last:.4g}",
+            f"{target.s_last:.4g}" + _doubt(operation.last_value_error(target)),
             f"{operation.largest_residual(target):.1e}",
             "yes" if target.converged else "NO",
             str(operation.undetermined(target)),

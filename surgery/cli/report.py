@@ -100,6 +100,8 @@ def plan_text(steps: Plan, seconds: float, *, every: bool) -> str:
         f"{len(steps.targets)} targets, {'at most ' if any(t.energy is not None for t in steps.targets) else ''}"
         f"{steps.trainable} trainable scales; {len(steps.skipped)} tensors passed over",
         f"{steps.layout} layout, " + (f"recipe {steps.recipe}" if steps.recipe else "no recipe: the defaults for any model"),
+        f"{steps.files_along} other files go along, {size(steps.bytes_along)}"
+        + (f"; {len(steps.left_out)} files and folders stay behind" if steps.left_out else ""),
         f"reads {size(steps.bytes_read)}, writes at most about {size(steps.bytes_written)}, "
         + _download(steps)
         + f"needs at most about {size(steps.memory.peak_bytes)} of memory"
@@ -108,15 +110,26 @@ def plan_text(steps: Plan, seconds: float, *, every: bool) -> str:
         *(f"note: {note}" for note in steps.notes),
     ]
     rows = [[f"{count}", *line] for line, count in targets.items()]
+    stays: dict[str, list[str]] = {}
+    for file, reason in steps.left_out.items():
+        stays.setdefault(f"{file}: {reason}" if every else reason, []).append(file)
+    left = [[f"{len(files)}", _few(files), steps.left_out[files[0]]] for files in stays.values()]
     passed = [[f"{count}", *line] for line, count in skipped.items()]
     return "\n".join(
         [
             table(["", "target", "shape", "view", "dtype", "rank"], rows, flush_right=(0, 5)),
             "",
             *([table(["", "passed over", "reason"], passed, flush_right=(0,)), ""] if passed else []),
+            *([table(["", "left out", "reason"], left, flush_right=(0,)), ""] if left else []),
             *totals,
         ]
     )
+
+
+def _few(files: list[str]) -> str:
+    """As many names as a line of a table has room for."""
+    count = next((count for count in range(min(len(files), 8), 1, -1) if len(", ".join(files[:count])) <= 32), 1)
+    return ", ".join(files[:count]) + (" ..." if count < len(files) else "")
 
 
 def _download(steps: Plan) -> str:

@@ -92,7 +92,7 @@ def _run(folder: Path, rank: int, steps: int, device: str, overwrite: bool, prog
     identical = report.restored == len(report.files)
 
     clock = time.perf_counter()
-    model = load(factorized)
+    model = load(MODEL)
     scales = attach(model, factorized)
     _train(model, list(scales.parameters()), train, steps, progress)
     scales.save(scales_file)
@@ -164,7 +164,7 @@ def _train(model: Any, parameters: list[torch.nn.Parameter], text: torch.Tensor,
 @torch.no_grad()
 def mean_loss(model: Any, text: torch.Tensor) -> float:
     """Mean cross-entropy in nats per byte, over 64 windows spread evenly over text, int64 (bytes,)."""
-    starts = torch.linspace(0, len(text) - CONTEXT - 1, 64).long()[:, None]
+    starts = torch.linspace(0, len(text) - CONTEXT - 1, 64, dtype=torch.float32).long()[:, None]
     ids = text[starts + torch.arange(CONTEXT)]
     losses = [float(model(input_ids=batch, labels=batch).loss) for batch in torch.split(ids, 16)]
     return sum(losses) / len(losses)

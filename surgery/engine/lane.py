@@ -11,6 +11,7 @@ from typing import Self, TypeVar
 
 import torch
 
+from surgery.arithmetic import exact_arithmetic
 from surgery.engine.buffers import Buffers
 from surgery.engine.threads import WriteBehind
 from surgery.engine.walk import Piece, windows
@@ -83,7 +84,7 @@ class Lane:
         """``work(item)`` by the next worker that is free."""
 
         def run() -> _Out:
-            with self._on_device():
+            with exact_arithmetic(), self._on_device():
                 return work(item)
 
         return self._pool.submit(run)

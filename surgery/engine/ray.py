@@ -14,6 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from surgery.arithmetic import exact_arithmetic
 from surgery.device import choose_device, device_name
 from surgery.engine.lane import Lane
 from surgery.errors import MissingExtra, OptionError, SurgeryError
@@ -177,6 +178,6 @@ def _run(job: RemoteJob[_Result], kind: str, memory: Memory, timed: bool) -> tup
     attempt = f"{context.get_task_id()}-{context.get_worker_id()}"
     timing = Timing() if timed else None
     begun = time.perf_counter()
-    with Lane(choose_device(kind), memory.workers, memory.buffer_bytes, timing) as lane:
+    with exact_arithmetic(), Lane(choose_device(kind), memory.workers, memory.buffer_bytes, timing) as lane:
         result = job(lane, attempt)
     return result, timing.seconds if timing is not None else {}, time.perf_counter() - begun

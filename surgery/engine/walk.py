@@ -77,7 +77,7 @@ class ShardWalk:
     """One pass over a shard in file order, reading ahead and hashing what is read.
 
     A context manager over an iterable of ``Bytes`` and ``TargetPiece``. After the last piece ``sha256`` is that of the
-    whole file.
+    whole file, which has not changed since the reader was made: else a ``FormatError`` comes in the place of the end.
 
     Args:
         reader: of the shard.
@@ -128,6 +128,7 @@ class ShardWalk:
                 yield self._target(entry, first, count)
             position = entry.end
         yield from self._between(position, self._reader.header.data_bytes)
+        self._reader.check_unchanged()
 
     def _target(self, entry: TensorEntry, first: int, count: int | None) -> TargetPiece:
         start, stop = self._reader.span(entry, first, count)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import threading
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -12,8 +11,9 @@ from typing import Self
 import torch
 
 from surgery.errors import FormatError
-from surgery.format.files import check_file
+from surgery.format.files import Watch, check_file
 from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
+from surgery.format.pool import Pool
 from surgery.format.safetensors import ShardReader, TensorEntry
 from surgery.linalg.lossless import Factors
 from surgery.memory import bytes_of
@@ -43,25 +43,40 @@ class FactorsReader:
         folder: the factorized checkpoint.
         shard: whose factors.
         check: compare the whole file's sha256 with the manifest first.
+        watch: see ``ShardReader``.
 
     Raises:
-        FormatError: there is no such file, or it is not the one that the manifest describes.
+        FormatError: there is no such file, or it is not the one that the manifest describes; when the context is left
+            without another error, that it has changed since.
     """
 
-    def __init__(self, folder: Path, shard: ShardRecord, *, check: bool = True) -> None:
+    def __init__(self, folder: Path, shard: ShardRecord, *, check: bool = True, watch: Watch | None = None) -> None:
         if shard.factors is None:
             raise FormatError(f"{folder}: the manifest names no factors for {shard.source.file}")
         self._name = shard.factors.file
+        watch = watch or Watch()
         if check:
+            watch.see(folder / self._name, self._name)  # what is hashed must be what is read
             check_file(folder, shard.factors, DAMAGED_HINT)
-        self._reader = ShardReader(folder / self._name, name=self._name)
-        self._entries = {entry.name: entry for entry in self._reader.header.tensors}
+        self._reader = ShardReader(folder / self._name, name=self._name, watch=watch)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._reader.__exit__(kind, error, trace)
+        try:
+            if error is None:
+                self.check_unchanged()
+        finally:
+            self.close()
+
+    def check_unchanged(self) -> None:
+        """See ``ShardReader``."""
+        self._reader.check_unchanged()
+
+    def close(self) -> None:
+        """See ``ShardReader``."""
+        self._reader.close()
 
     def factors(self, target: TargetRecord, index: int | None = None) -> Factors:
         """U (m, k), s (k,), V (n, k), float32 on the CPU; for a stack those of the matrix ``index``."""
@@ -80,7 +95,7 @@ class FactorsReader:
         return self._reader.read_bytes(self._entry(target, key, "U8", None))
 
     def _entry(self, target: TargetRecord, key: str, dtype: str, shape: list[int] | None) -> TensorEntry:
-        entry = self._entries.get(key)
+        entry = self._reader.entries.get(key)
         if entry is None or entry.dtype != dtype or (shape is not None and list(entry.shape) != shape):
             raise FormatError(
                 f"{self._name}: {key!r} is missing or misshapen",
@@ -91,25 +106,27 @@ class FactorsReader:
 
 
 class FactorsReaders:
-    """The readers of all shards of a factorized checkpoint, each opened when it is first needed. A context manager."""
+    """The readers of all shards of a factorized checkpoint, each opened when it is needed. A context manager."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self._folder = folder
         self._shards = {shard.source.file: shard for shard in manifest.shards}
-        self._readers: dict[str, FactorsReader] = {}
-        self._open = ExitStack()
-        self._opening = threading.Lock()
+        self._watch = Watch()
+        self._checked: set[str] = set()
+        self._pool = Pool(self._reader)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._open.close()
+        self._pool.__exit__(kind, error, trace)
 
-    def of(self, target: TargetRecord) -> FactorsReader:
-        """The one that has a target's factors; errors as for ``FactorsReader``."""
-        with self._opening:
-            if target.shard not in self._readers:
-                reader = self._open.enter_context(FactorsReader(self._folder, self._shards[target.shard]))
-                self._readers[target.shard] = reader
-            return self._readers[target.shard]
+    def of(self, target: TargetRecord) -> AbstractContextManager[FactorsReader]:
+        """The one that has a target's factors, to be used inside of the context; errors as for ``FactorsReader``."""
+        return self._pool.of(target.shard)
+
+    def _reader(self, shard: str) -> FactorsReader:
+        # The hash is taken once: what is opened again has been watched since.
+        reader = FactorsReader(self._folder, self._shards[shard], check=shard not in self._checked, watch=self._watch)
+        self._checked.add(shard)
+        return reader

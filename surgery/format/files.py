@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import stat
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -33,6 +34,108 @@ class FileRecord:
     file: str
     size: int
     sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """What changes when a file is written to or another one takes its place, whatever becomes of its other times.
+
+    Attributes:
+        device, inode: which file it is.
+        size: in bytes.
+        mtime_ns, ctime_ns: when its contents changed, and when anything about it did; the latter cannot be set back.
+    """
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, file: IO[bytes]) -> Self:
+        """Of an open file."""
+        found = os.fstat(file.fileno())
+        return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+    @classmethod
+    def at(cls, path: Path, name: str) -> Self:
+        """Of the file that is to be found there now.
+
+        Raises:
+            FormatError: it is gone, is no ordinary file or cannot be opened.
+        """
+        with reading(path, name):
+            check_regular(path, name)
+            with open(path, "rb", buffering=0) as file:
+                return cls.of(file)
+
+    def check(self, now: Stamp, name: str) -> None:
+        """Refuse what has changed since.
+
+        Raises:
+            FormatError: says what is different.
+        """
+        if now == self:
+            return
+        if (now.device, now.inode) != (self.device, self.inode):
+            got = "another file in its place"
+        elif now.size != self.size:
+            got = f"{now.size} bytes, {self.size} before"
+        elif now.mtime_ns != self.mtime_ns:
+            got = "another time of change"
+        else:
+            got = "the same size and time of change, but it has been touched since: its ctime is another"
+        raise FormatError(
+            f"{name} has changed while it was in use",
+            got=got,
+            expected="a file that stays as it is from the plan to the end",
+            hint="run the same command again when nothing writes to that folder any more",
+        )
+
+
+class Watch:
+    """Files that are read more than once, or together with others, and must be the same all the time.
+
+    For any number of threads.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[Path, tuple[str, Stamp]] = {}
+        self._one = threading.Lock()
+
+    def see(self, path: Path, name: str, stamp: Stamp | None = None) -> Stamp:
+        """Remember what a file is, or make sure that it still is what it was when it was seen first.
+
+        Args:
+            path: where it is.
+            name: for messages.
+            stamp: of the file as it has been opened; else of what is found there.
+
+        Raises:
+            FormatError: it has changed, is gone or cannot be opened.
+        """
+        stamp = stamp or Stamp.at(path, name)
+        with self._one:
+            _, before = self._seen.setdefault(path, (name, stamp))
+        before.check(stamp, name)
+        return stamp
+
+    def forget(self, path: Path) -> None:
+        """A file is dropped by whoever put it there."""
+        with self._one:
+            self._seen.pop(path, None)
+
+    def check(self) -> None:
+        """All once more.
+
+        Raises:
+            FormatError: one has changed or is gone.
+        """
+        with self._one:
+            seen = list(self._seen.items())
+        for path, (name, before) in seen:
+            before.check(Stamp.at(path, name), name)
 
 
 class FileWriter:
@@ -143,12 +246,15 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def copy_file(source: Path, target: Path, name: str, expected: FileRecord | None = None) -> FileRecord:
+def copy_file(
+    source: Path, target: Path, name: str, expected: FileRecord | None = None, watch: Watch | None = None
+) -> FileRecord:
     """Copy a file as bytes; the record carries ``name``.
 
     Raises:
-        OutputError: the source cannot be read or the target not be written.
-        FormatError: the file is not the ``expected`` one. Nothing is put in place then.
+        OutputError: the target cannot be written.
+        FormatError: the source cannot be read, is not the ``expected`` file, or not the one that ``watch`` has seen.
+            Nothing is put in place then.
     """
     with reading(source):
         check_regular(source, str(source))
@@ -162,6 +268,8 @@ def copy_file(source: Path, target: Path, name: str, expected: FileRecord | None
             if not data:
                 break
             writer.write(data)
+        if watch is not None:
+            watch.see(source, str(source))
         if expected is not None and writer.sha256 != expected.sha256:
             raise not_as_described(source, writer.sha256, expected, RESTORE_HINT)
         return writer.commit(name)
@@ -173,11 +281,25 @@ def check_file(folder: Path, record: FileRecord, hint: str) -> None:
     Raises:
         FormatError: with both hashes.
     """
-    path = folder / check_relative_path(record.file, str(folder))
+    path = check_size_of(folder, record, hint)
     with reading(path):
-        found = file_sha256(path) if path.stat().st_size == record.size else f"of {path.stat().st_size} bytes"
+        found = file_sha256(path)
     if found != record.sha256:
         raise not_as_described(path, found, record, hint)
+
+
+def check_size_of(folder: Path, record: FileRecord, hint: str) -> Path:
+    """Refuse a file that is missing or has another size than was recorded; returns where it is.
+
+    Raises:
+        FormatError: with its size.
+    """
+    path = folder / check_relative_path(record.file, str(folder))
+    with reading(path):
+        size = path.stat().st_size
+    if size != record.size:
+        raise not_as_described(path, f"of {size} bytes", record, hint)
+    return path
 
 
 def not_as_described(path: Path, found: str, expected: FileRecord, hint: str) -> FormatError:
@@ -259,11 +381,12 @@ def check_regular(path: Path, name: str) -> None:
 
 
 def check_size(path: Path, name: str, most: int = MAX_JSON_BYTES) -> None:
-    """Refuse a file that would take unbounded memory.
+    """Refuse a file that would take unbounded memory or time.
 
     Raises:
-        FormatError: it is larger than ``most`` bytes.
+        FormatError: it is larger than ``most`` bytes, or no ordinary file.
     """
+    check_regular(path, name)
     size = path.stat().st_size
     if size > most:
         raise FormatError(f"{name}: too large to be read", got=f"{size} bytes", expected=f"at most {most}")

@@ -98,7 +98,7 @@ def _check(config: Mapping[str, Any], folder: Path) -> None:
     if odd.get("bias") == "none":
         odd.pop("bias")
     if odd.get("init_lora_weights") in _INITIAL:
-        odd.pop("init_lora_weights")
+        odd.pop("init_lora_weights", None)  # false and null are not among the odd ones
     if odd:
         key, value = sorted(odd.items())[0]
         raise OptionError(

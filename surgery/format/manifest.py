@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -21,7 +21,7 @@ from surgery.format.files import (
     write_file,
 )
 from surgery.linalg.views import KINDS, Slice, View
-from surgery.names import DTYPE_BITS, FACTORIZABLE_DTYPES, FORMAT_VERSION, JOURNAL_DIR, MANIFEST_FILE, SURGERY_DIR, target_key
+from surgery.names import DTYPE_BITS, FACTORIZABLE_DTYPES, FORMAT_VERSION, MANIFEST_FILE, SURGERY_DIR, is_reserved, target_key
 
 _T = TypeVar("_T")
 
@@ -53,6 +53,14 @@ class CertificateRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class Alias:
+    """Another tensor that holds a target's parameter once more: the same bytes, and the model ties the two."""
+
+    tensor: str
+    shard: str
+
+
+@dataclass(frozen=True, slots=True)
 class TargetRecord:
     """A factorized tensor, or a slice of one, seen as a batch of matrices.
 
@@ -70,6 +78,7 @@ class TargetRecord:
         inexact: share of the entries that residual and factors alone do not give back; None in the overlay layout.
         factors_sha256: of the bytes of U, s and V, in this order, of the matrices one after the other.
         certificates: of the SVD of each matrix.
+        aliases: the tensors that are edited together with it.
     """
 
     tensor: str
@@ -87,6 +96,12 @@ class TargetRecord:
     inexact: float | None
     factors_sha256: str
     certificates: list[CertificateRecord]
+    aliases: list[Alias] = field(default_factory=list)
+
+    @property
+    def tensors(self) -> list[str]:
+        """Its tensor and the aliases of it."""
+        return [self.tensor, *(alias.tensor for alias in self.aliases)]
 
     @property
     def key(self) -> str:
@@ -213,7 +228,18 @@ class Manifest:
         return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False).encode() + b"\n"
 
     def write(self, folder: Path) -> None:
-        write_file(folder / MANIFEST_FILE, self.as_bytes())
+        """Put the manifest in its place, if it can be read again.
+
+        Raises:
+            FormatError: it could not be; nothing is written.
+            OutputError: the disk is full or fails.
+        """
+        data = self.as_bytes()
+        where = str(folder / MANIFEST_FILE)
+        if len(data) > MAX_OWN_JSON_BYTES:
+            raise FormatError(f"{where}: too large to be read again", got=f"{len(data)} bytes", expected=MAX_OWN_JSON_BYTES)
+        self._from_json(json.loads(data), where)
+        write_file(folder / MANIFEST_FILE, data)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -234,27 +260,31 @@ class Manifest:
                 if unfinished
                 else "give the folder that surgery factorize wrote",
             )
-        parsed = read_json_object(path, str(path), most=MAX_OWN_JSON_BYTES)
+        return cls._from_json(read_json_object(path, str(path), most=MAX_OWN_JSON_BYTES), str(path))
+
+    @classmethod
+    def _from_json(cls, parsed: dict[str, Any], where: str) -> Manifest:
         if parsed.get("format_version") != FORMAT_VERSION:
             raise FormatError(
-                f"{path}: another format version",
+                f"{where}: another format version",
                 got=parsed.get("format_version"),
                 expected=FORMAT_VERSION,
                 hint="use the version of surgery that wrote it, or factorize again",
             )
-        manifest = _decode(cls, parsed, str(path))
+        manifest = _decode(cls, parsed, where)
         for record in manifest.output_files():
-            check_relative_path(record.file, str(path))
+            check_relative_path(record.file, where)
         for shard in manifest.shards:
-            check_relative_path(shard.source.file, str(path))
-        _check_names(manifest, str(path))
+            check_relative_path(shard.source.file, where)
+        _check_names(manifest, where)
         for target in manifest.targets:
-            _check_target(target, str(path), overlay=manifest.layout == "overlay")
+            _check_target(target, where, overlay=manifest.layout == "overlay")
         key, count = next(iter(Counter(target.key for target in manifest.targets).most_common(1)), ("", 0))
         if count > 1:
-            raise FormatError(f"{path}: {key!r} is there twice")
-        _check_shards(manifest, str(path))
-        _check_slices(manifest.targets, str(path))
+            raise FormatError(f"{where}: {key!r} is there twice")
+        _check_shards(manifest, where)
+        _check_slices(manifest.targets, where)
+        _check_aliases(manifest, where)
         return manifest
 
     @property
@@ -306,7 +336,7 @@ def _check_names(manifest: Manifest, where: str) -> None:
         raise FormatError(f"{where}: the file {name!r} is there twice")
     folders = {parent.as_posix() for name in names for parent in PurePosixPath(name).parents}
     for name in names:
-        if name.split("/")[0] in (JOURNAL_DIR, SURGERY_DIR) or name.endswith(".partial") or name in folders:
+        if is_reserved(name) or name in folders:
             raise FormatError(f"{where}: a file of the model cannot be called {name!r}")
     for shard in manifest.shards:
         if shard.residual is not None and shard.residual.file != shard.source.file:
@@ -328,6 +358,21 @@ def _check_slices(targets: list[TargetRecord], where: str) -> None:
             raise FormatError(f"{where}: the targets of {tensor!r} contradict each other")
 
 
+def _check_aliases(manifest: Manifest, where: str) -> None:
+    """No tensor is edited for two targets, and all slices of a tensor have the same aliases."""
+    shards = {shard.source.file for shard in manifest.shards}
+    owners: dict[str, TargetRecord] = {}
+    for target in manifest.targets:
+        for tensor in target.tensors:
+            owner = owners.setdefault(tensor, target)
+            if (owner.tensor, owner.aliases) != (target.tensor, target.aliases):
+                raise FormatError(f"{where}: {tensor!r} belongs to two targets", got=f"{owner.key} and {target.key}")
+        if len(set(target.tensors)) < len(target.tensors) or any(alias.shard not in shards for alias in target.aliases):
+            raise FormatError(f"{where}: the aliases of {target.key!r} make no sense")
+    if passed := sorted({skipped.tensor for skipped in manifest.skipped} & owners.keys()):
+        raise FormatError(f"{where}: {passed[0]!r} is both a target and passed over")
+
+
 def decode_file(value: Any, where: str) -> FileRecord | None:
     """A file's record, or its absence, as the journal of a fold keeps it: ``{"file": ...}``.
 
@@ -346,14 +391,14 @@ def fingerprint_of(targets: list[TargetRecord]) -> str:
 
 
 def _decode(kind: type[_T], value: Any, where: str) -> _T:
-    """A dataclass from JSON, every field present and of its type."""
+    """A dataclass from JSON, every field of its type, and present unless it has a default."""
     if not isinstance(value, dict):
         raise FormatError(f"{where}: expected an object", got=type(value).__name__)
-    fields = {field.name: str(field.type) for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    if value.keys() != fields.keys():
-        odd = sorted(value.keys() ^ fields.keys())
+    fields = {part.name: part for part in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    needed = {name for name, part in fields.items() if part.default_factory is dataclasses.MISSING}
+    if odd := sorted(value.keys() - fields.keys() | needed - value.keys()):
         raise FormatError(f"{where}: missing or unknown entries", got=", ".join(map(repr, odd[:5])))
-    return kind(**{name: _decode_field(annotation, value[name], f"{where}: {name}") for name, annotation in fields.items()})
+    return kind(**{name: _decode_field(str(fields[name].type), value[name], f"{where}: {name}") for name in value})
 
 
 def _decode_field(annotation: str, value: Any, where: str) -> Any:

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self, TypeGuard
@@ -24,12 +24,13 @@ import torch
 
 from surgery.errors import FormatError
 from surgery.format.disk import write_all
-from surgery.format.files import FileRecord, FileWriter, check_regular, file_sha256, reading, reporting
+from surgery.format.files import FileRecord, FileWriter, Stamp, Watch, check_regular, file_sha256, reading, reporting
 from surgery.memory import bytes_of
 from surgery.names import DTYPE_BITS
 from surgery.timing import timed
 
 MAX_HEADER_BYTES = 100_000_000
+_COMPARED_BYTES = 4 << 20
 TORCH_DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -104,7 +105,8 @@ def parse_header(raw: bytes, *, file: str, file_bytes: int | None = None) -> Hea
 
 def header_from_json(parsed: dict[str, Any], *, raw: bytes, file: str, file_bytes: int | None = None) -> Header:
     """Check a decoded header object and turn it into a ``Header``; arguments as for ``parse_header``."""
-    metadata = parsed.get("__metadata__", {})
+    metadata = parsed.get("__metadata__")
+    metadata = {} if metadata is None else metadata  # null is none, as the safetensors library reads it
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError(f"{file}: __metadata__ is no map of strings to strings")
     entries = [_entry(name, value, file) for name, value in parsed.items() if name != "__metadata__"]
@@ -164,23 +166,28 @@ def _entry(name: str, value: Any, file: str) -> TensorEntry:
     dtype, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
     if not isinstance(dtype, str):
         raise FormatError(f"{where} has no dtype", got=repr(dtype)[:80])
+    if dtype not in DTYPE_BITS:
+        raise FormatError(
+            f"{where} has a dtype that the format does not know",
+            got=repr(dtype)[:80],
+            expected=f"one of {', '.join(DTYPE_BITS)}",
+        )
     if not _naturals(shape):
         raise FormatError(f"{where} has no valid shape", got=repr(shape)[:80])
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise FormatError(f"{where} has no valid data_offsets", got=repr(offsets)[:80])
-    bits = DTYPE_BITS.get(dtype)
-    if bits is not None:
-        numel = 1
-        for size in shape:
-            numel *= size
-            if numel >= 1 << 63:
-                raise FormatError(f"{where} has an impossible shape", got=repr(shape)[:80])
-        if (numel * bits + 7) // 8 != offsets[1] - offsets[0]:
-            raise FormatError(
-                f"{where}: its bytes do not fit its shape",
-                got=f"{offsets[1] - offsets[0]} bytes",
-                expected=f"{(numel * bits + 7) // 8} bytes for {dtype} {list(shape)}",
-            )
+    numel = 1
+    for size in shape:
+        numel *= size
+        if numel >= 1 << 63:
+            raise FormatError(f"{where} has an impossible shape", got=repr(shape)[:80])
+    bits = numel * DTYPE_BITS[dtype]
+    if bits != 8 * (offsets[1] - offsets[0]):
+        raise FormatError(
+            f"{where}: its bytes do not fit its shape",
+            got=f"{offsets[1] - offsets[0]} bytes",
+            expected=f"{bits // 8} bytes for {dtype} {list(shape)}" if bits % 8 == 0 else f"a multiple of 8 bits, not {bits}",
+        )
     return TensorEntry(name, dtype, tuple(shape), offsets[0], offsets[1])
 
 
@@ -194,17 +201,29 @@ class ShardReader:
     """Reads from one safetensors file by position. A context manager; for any number of threads.
 
     Plain reads rather than a memory map: a file that shrinks while it is read gives a ``FormatError`` and not a
-    bus error.
+    bus error. Whoever has read the last byte that is wanted calls ``check_unchanged``.
+
+    Args:
+        path: of the file.
+        name: for messages.
+        watch: makes sure that it is what it was when it was opened before, or when the run was planned.
+
+    Raises:
+        FormatError: it cannot be read, breaks the format, or has changed.
     """
 
-    def __init__(self, path: Path, *, name: str | None = None) -> None:
+    def __init__(self, path: Path, *, name: str | None = None, watch: Watch | None = None) -> None:
         self.name = name or path.name
+        self._path = path
         with reading(path, self.name):
             check_regular(path, self.name)
             self._file: IO[bytes] = open(path, "rb", buffering=0)
         self._position = threading.Lock()
         try:
-            size = os.fstat(self._file.fileno()).st_size
+            self._stamp = Stamp.of(self._file)
+            if watch is not None:
+                watch.see(path, self.name, self._stamp)
+            size = self._stamp.size
             prefix = self._file.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
@@ -227,6 +246,20 @@ class ShardReader:
     def close(self) -> None:
         """No more reading; as often as one likes."""
         self._file.close()
+
+    def check_unchanged(self) -> None:
+        """Make sure that all that was read is of one file, which is still there.
+
+        Raises:
+            FormatError: it has been written to since it was opened, or replaced.
+        """
+        self._stamp.check(Stamp.of(self._file), self.name)
+        self._stamp.check(Stamp.at(self._path, self.name), self.name)
+
+    @cached_property
+    def entries(self) -> dict[str, TensorEntry]:
+        """What the header says of each tensor, by name."""
+        return {entry.name: entry for entry in self.header.tensors}
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` from ``offset`` bytes after the start of the data.
@@ -293,6 +326,22 @@ class ShardReader:
             return torch.empty(count, dtype=torch.uint8)
         except RuntimeError as error:
             raise FormatError(f"{self.name}: a tensor of {count} bytes does not fit into memory") from error
+
+
+def same_bytes(one: ShardReader, entry: TensorEntry, other: ShardReader, other_entry: TensorEntry) -> bool:
+    """Whether two tensors hold the same bytes; a few megabytes of each are held at a time."""
+    if entry.nbytes != other_entry.nbytes:
+        return False
+    for done in range(0, entry.nbytes, _COMPARED_BYTES):
+        count = min(_COMPARED_BYTES, entry.nbytes - done)
+        parts = []
+        for reader, start in ((one, entry.start), (other, other_entry.start)):
+            part = bytes_of(reader.empty(count))
+            reader.read_into(part, start + done)
+            parts.append(part)
+        if parts[0] != parts[1]:
+            return False
+    return True
 
 
 class TensorFileWriter(FileWriter):

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from surgery.device import on_its_own_devices
+from surgery.device import on_its_own_terms
 from surgery.errors import OptionError
 from surgery.linalg.svd import DEFAULT_TOLERANCE, TruncatedSVD, truncated_svd
 
@@ -16,7 +16,7 @@ _FIRST_RANK = 16
 _ROUNDING = 8
 
 
-@on_its_own_devices
+@on_its_own_terms
 def energy_svd(
     A: torch.Tensor, energy: float, *, max_rank: int, tolerance: float = DEFAULT_TOLERANCE, seed: int = 0
 ) -> TruncatedSVD:

@@ -28,6 +28,10 @@ _STEEPEST = 8.0
 #: Rows that a restart keeps at the least besides those that are wanted.
 _SPARE_ROWS = 64
 
+#: A value after the wanted ones may lie above its estimate by this many of its residuals, and by so many units of rounding.
+BEYOND_RESIDUAL = 2.0
+_ROUNDING = 4
+
 #: A direction whose part outside the basis is below this multiple of what rounding leaves there is noise.
 _NOISE = 3e-7
 
@@ -39,12 +43,12 @@ class RitzVectors:
     Attributes:
         rows: (B, k, short), right vectors, nearly orthonormal.
         images: (B, k, long), the products of B with them.
-        next_value: float64 (B,) on the CPU, estimate of the singular value after them.
+        next_bound: float64 (B,) on the CPU, how large the singular value after them may be.
     """
 
     rows: torch.Tensor
     images: torch.Tensor
-    next_value: torch.Tensor
+    next_bound: torch.Tensor
 
 
 def block_size(k: int, operator: Operator) -> int:
@@ -96,13 +100,14 @@ def block_lanczos(
         tolerance: see above.
         block: rows per step.
         seed: of the random rows, drawn on the CPU; each matrix gets the same ones, whatever batch it is in.
-        start: (B, b, short) rows to begin from, b <= ``block``.
+        start: (B, b, short) orthonormal rows to begin from, b <= ``block``, by descending value.
     """
     basis = _Basis(operator, limit=basis_limit(k, block), block=block, seed=seed)
     basis.begin(start)
     keep = kept_rows(k, block)
     last_pass = operator.passes + MAX_PASSES
     checks = _CheckSchedule()
+    eps = torch.finfo(operator.matrices.dtype).eps
     while True:
         basis.step()
         last = operator.passes + 2 > last_pass
@@ -110,10 +115,12 @@ def block_lanczos(
         if not (checks.due() or full or last) or (basis.size <= k and not basis.exhausted):
             continue
         values, vectors, residuals = basis.ritz()
-        worst = _worst(values, residuals, k, tolerance, torch.finfo(operator.matrices.dtype).eps)
+        worst = _worst(values, residuals, k, tolerance, eps)
         if worst <= 1 or last or basis.exhausted:
             rows, images = basis.combine(vectors[:, :, :k])
-            return RitzVectors(rows, images, values[:, k].clamp(min=0).sqrt())
+            rounding = _ROUNDING * eps * values[:, 0].clamp(min=0).sqrt()
+            beyond = (values[:, k].clamp(min=0) + BEYOND_RESIDUAL * residuals[:, k]).sqrt()
+            return RitzVectors(rows, images, beyond + rounding)
         checks.saw(worst)
         if full:
             basis.restart(values, vectors, min(keep, values.shape[1] - 1))
@@ -180,9 +187,10 @@ class _Basis:
         return self._pending == 0
 
     def begin(self, start: torch.Tensor | None) -> None:
-        if start is None:
-            width = min(self._block, self.limit)
-            start = torch.stack([self._random(i, width) for i in range(len(self._operator))])
+        """Random rows, after those of ``start``: which keep their order, since small values drown where rows are mixed."""
+        width = min(self._block, self.limit) - (0 if start is None else start.shape[1])
+        more = torch.stack([self._random(i, width) for i in range(len(self._operator))])
+        start = more if start is None else torch.cat([start, more], dim=1)
         self._append(start, torch.zeros(start.shape[:2], dtype=torch.float64, device=self._wide))
 
     def step(self) -> None:

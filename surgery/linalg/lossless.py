@@ -23,9 +23,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from surgery.arithmetic import exact_arithmetic
+from surgery.errors import WeightError
 from surgery.linalg.correction import CorrectionReader, assemble, differences, encode_block
 from surgery.linalg.precision import full_precision
-from surgery.linalg.rounding import bits_of, flipped, round_once
+from surgery.linalg.rounding import all_finite, bits_of, flipped, round_once, times_power_of_two
 from surgery.linalg.threads import one_thread, one_thread_each
 from surgery.memory import bytes_of, scratch
 from surgery.timing import timed
@@ -93,6 +95,7 @@ class Parts:
     inexact: float
 
 
+@exact_arithmetic()
 def split(weight: torch.Tensor, factors: Factors, *, correct: bool = True, out: torch.Tensor | None = None) -> Parts:
     """Take a weight apart so that ``join`` puts it together again bit for bit.
 
@@ -101,6 +104,9 @@ def split(weight: torch.Tensor, factors: Factors, *, correct: bool = True, out: 
         factors: on the same device.
         correct: whether to encode what residual and factors alone do not give back.
         out: where the residual goes, like the weight; may be the weight itself.
+
+    Raises:
+        WeightError: the residual is beyond the range of the dtype. What is in ``out`` then is worth nothing.
     """
     m, n = weight.shape
     residual = torch.empty_like(weight) if out is None else out
@@ -117,6 +123,12 @@ def split(weight: torch.Tensor, factors: Factors, *, correct: bool = True, out: 
             block, count = weight[rows], rows.stop - rows.start
             low_rank, sums = predict(rows), wide[:count]
             rounded = left[:count].copy_(sums.copy_(block).sub_(low_rank))
+            if not all_finite(rounded):
+                raise WeightError(
+                    f"its residual is beyond the range of {str(weight.dtype).removeprefix('torch.')}",
+                    got=f"up to {sums.abs().max().item():.6g}",
+                    expected=f"at most {torch.finfo(weight.dtype).max:.6g}",
+                )
             guess = predicted[:count].copy_(sums.copy_(rounded).add_(low_rank))
             if correct:
                 with timed("correction"):
@@ -160,6 +172,7 @@ def _differences_by_device(
     return found
 
 
+@exact_arithmetic()
 def join(
     residual: torch.Tensor,
     factors: Factors,
@@ -224,6 +237,7 @@ def _correct(bits: torch.Tensor, positions: npt.NDArray[np.int64], units: npt.ND
     bits[where] = flipped(flipped(bits[where]) + by)
 
 
+@exact_arithmetic()
 def rescale(
     weight: torch.Tensor,
     factors: Factors | None,
@@ -235,9 +249,12 @@ def rescale(
 
     Args and result as for ``join``; ``factors`` may be None with an addition.
     """
-    return _updated(weight, _update(factors, scales, addition, weight.dtype), out)
+    with one_thread():
+        update = _update(factors, scales, addition, weight.dtype)
+    return _updated(weight, update, out)
 
 
+@exact_arithmetic()
 def approximate(
     residual: torch.Tensor,
     factors: Factors,
@@ -249,9 +266,11 @@ def approximate(
 
     Args and result as for ``join``. With scales of 1 it gives what the residual has kept of the weight.
     """
-    s = factors.s.double()
-    kept = _scaled(factors, s if scales is None else s * scales.to(s))
-    return _updated(residual, _Update(kept if addition is None else _both(kept, addition), residual.dtype), out)
+    with one_thread():
+        s = factors.s.double()
+        kept = _scaled(factors, s if scales is None else s * scales.to(s))
+        update = _Update(kept if addition is None else _both(kept, addition), residual.dtype)
+    return _updated(residual, update, out)
 
 
 def _update(
@@ -307,7 +326,7 @@ class _Prediction:
         bits = (53 - math.ceil(math.log2(max(k, 1)))) // 2
         self._left, left_exponent = _to_integers(factors.U * factors.s, bits)
         right, right_exponent = _to_integers(factors.V, bits)
-        self._left = torch.ldexp(self._left, torch.tensor(left_exponent + right_exponent - 2 * bits, device=right.device))
+        self._left = times_power_of_two(self._left, left_exponent + right_exponent - 2 * bits)
         self._right = right.T.contiguous()
         self._dtype = working_dtype(dtype)
 
@@ -329,7 +348,7 @@ def _to_integers(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, int]:
     """``x`` as float64 integers of at most ``bits`` bits, and the exponent e such that x = integers 2^(e - bits)."""
     largest = x.abs().max().item() if x.numel() else 0.0
     exponent = math.frexp(largest)[1]
-    return torch.ldexp(x.double(), torch.tensor(bits - exponent, device=x.device)).round_(), exponent
+    return times_power_of_two(x.double(), bits - exponent).round_(), exponent
 
 
 def _change(factors: Factors, scales: torch.Tensor) -> torch.Tensor:
@@ -424,8 +443,9 @@ def _for_each(worker: Callable[[int], Callable[[slice], _T]], m: int, step: int,
     blocks = _slices(m, step)
     workers = min(len(blocks), torch.get_num_threads())
     if workers < 2:
-        work = worker(min(m, step))
-        return [work(rows) for rows in blocks]
+        with one_thread():
+            work = worker(min(m, step))
+            return [work(rows) for rows in blocks]
     results: list[_T | None] = [None] * len(blocks)
     waiting = iter(enumerate(blocks))
 

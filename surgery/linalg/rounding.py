@@ -1,11 +1,14 @@
-"""Rounding float64 values to a model's dtype exactly once, and counting units in the last place."""
+"""Rounding float64 values to a model's dtype exactly once, exact powers of two, and counting units in the last place."""
 
 from __future__ import annotations
 
+import math
 from typing import Any, TypeVar
 
 import numpy.typing as npt
 import torch
+
+from surgery.linalg.threads import one_thread
 
 _Bits = TypeVar("_Bits", torch.Tensor, npt.NDArray[Any])
 
@@ -38,6 +41,31 @@ def round_once(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     magic.clamp_(min=2.0**min_exponent).mul_(1.5 * 2.0 ** (53 - precision))
     rounded = (x + magic).sub_(magic).copysign_(x)  # a negative number that rounds to zero gives -0
     return rounded.to(torch.float32).to(dtype)
+
+
+def times_power_of_two(x: torch.Tensor, exponent: int) -> torch.Tensor:
+    """``x 2^exponent``: exact, but where that is subnormal or overflows, and there rounded once.
+
+    ``torch.ldexp`` is not: before torch 2.11 it multiplies by a float32 power, which may be off or out of range.
+
+    Args:
+        x: float32 or float64, any shape and device.
+    """
+    limits = torch.finfo(x.dtype)
+    most, digits = math.frexp(limits.max)[1] - 1, 2 - math.frexp(limits.eps)[1]
+    with one_thread():  # as exact_arithmetic asks for
+        while exponent > most:
+            x, exponent = x * 2.0**most, exponent - most
+        # A step that has to round is followed by one that takes away all digits: what is left is zero either way.
+        while exponent < 1 - most:
+            x, exponent = x * 2.0 ** (1 - most + digits), exponent - (1 - most + digits)
+        return x * 2.0**exponent
+
+
+def all_finite(x: torch.Tensor) -> bool:
+    """Whether a float tensor with at least one entry holds neither NaN nor infinity."""
+    # A minimum or maximum of NaN is NaN: one pass, many times faster than asking each number.
+    return all(bool(torch.isfinite(end)) for end in torch.aminmax(x))
 
 
 def bits_of(x: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ import torch
 from surgery.linalg.directions import became, identified, known_values, storage_noise
 from surgery.linalg.precision import full_precision
 from surgery.linalg.random import generator_of
+from surgery.linalg.rounding import times_power_of_two
 from surgery.linalg.svd import TruncatedSVD, truncated_svd
 
 #: Ranks for which the share of the energy is told.
@@ -288,7 +289,7 @@ def _tail_entropy(A: torch.Tensor, svd: TruncatedSVD, energy: float, seed: int) 
     matrix = A.to(torch.float32) if A.dtype != torch.float64 else A
     # Squares of the entries must neither overflow nor vanish. A power of two changes no bit.
     exponent = math.frexp(svd.norm.item())[1]
-    matrix, scaled = torch.ldexp(matrix, torch.tensor(-exponent, device=A.device)), math.ldexp(energy, -2 * exponent)
+    matrix, scaled = times_power_of_two(matrix, -exponent), math.ldexp(energy, -2 * exponent)
     known = (svd.U if wide else svd.V).to(matrix)
     short = min(A.shape)
     generator = generator_of(seed)

@@ -7,8 +7,11 @@ calculations using Chebyshev-filtered subspace iteration" (J. Comput. Phys. 219,
 
 from __future__ import annotations
 
+import math
+
 import torch
 
+from surgery.linalg.lanczos import BEYOND_RESIDUAL
 from surgery.linalg.operator import widened
 from surgery.linalg.orthonormal import orthonormal_rows
 from surgery.linalg.random import generator_of
@@ -20,6 +23,8 @@ _MAX_DEGREE = 16
 _MAX_CONTRAST = {torch.float32: 1e9, torch.float64: 1e10}
 #: Residuals and eigenvalues over the largest eigenvalue that are rounding.
 _FLOOR = {torch.float32: 5e-7, torch.float64: 1e-14}
+#: Units of the precision of a Gram matrix, over the largest eigenvalue, by which its small eigenvalues may be wrong.
+_ROUNDING = 2
 #: A round that leaves more than this share of the residuals has come to the end of the precision.
 _STALLED = 0.7
 
@@ -36,16 +41,19 @@ def leading_eigenvectors(G: torch.Tensor, k: int, *, tolerance: float, seed: int
         seed: of the random start block, drawn on the CPU.
 
     Returns:
-        (B, k, n) orthonormal rows in the dtype of G, and float64 (B, k + 1) values, descending; the last one is an
-        estimate of the next, or zero for k = n.
+        (B, k, n) orthonormal rows in the dtype of G, and float64 (B, k + 1) values, descending but for the last one:
+        that is how large the next may be, or zero for k = n.
     """
     count, n = G.shape[:2]
     width = k + max(8, k // 2)
     if width > n // 4:
-        return _decompose(G, range(count), k)
-    rows, values, settled = _iterate(G, k, width, tolerance, seed)
-    if G.dtype == torch.float64 and len(left := [i for i in range(count) if not settled[i]]):
-        rows[left], values[left] = _decompose(G, left, k)
+        rows, values = _decompose(G, range(count), k)
+    else:
+        rows, values, settled = _iterate(G, k, width, tolerance, seed)
+        if G.dtype == torch.float64 and len(left := [i for i in range(count) if not settled[i]]):
+            rows[left], values[left] = _decompose(G, left, k)
+    if k < n:
+        values[:, k] = values[:, k].clamp(min=0) + _ROUNDING * torch.finfo(G.dtype).eps * values[:, 0]
     return rows, values
 
 
@@ -67,7 +75,7 @@ def _decompose(G: torch.Tensor, which: range | list[int], k: int) -> tuple[torch
 
 
 def _iterate(G: torch.Tensor, k: int, width: int, tolerance: float, seed: int) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
-    """Rows and values as above, and of which matrices they are within the tolerance."""
+    """Rows and values as above but for the rounding of G, and of which matrices they are within the tolerance."""
     count, n = G.shape[:2]
     floor = _FLOOR[G.dtype]
     rows = G.new_empty(count, k, n)
@@ -86,8 +94,8 @@ def _iterate(G: torch.Tensor, k: int, width: int, tolerance: float, seed: int) -
         sigma = values[:, :k].clamp(min=0).sqrt()
         allowed = torch.minimum(tolerance * sigma[:, :1] * sigma, 100 * tolerance * values[:, :k])
         allowed = torch.maximum(allowed, floor * top)
-        lengths = widened((images[:, :k] - block[:, :k] * values[:, :k, None].to(G)).norm(dim=2))
-        worst = (lengths / allowed).amax(dim=1)
+        lengths = widened((images[:, : k + 1] - block[:, : k + 1] * values[:, : k + 1, None].to(G)).norm(dim=2))
+        worst = (lengths[:, :k] / allowed).amax(dim=1)
         degrees = _degrees(values, worst, k, edge, floor, _MAX_CONTRAST[G.dtype])
         going = []
         for j, (i, far, degree) in enumerate(zip(active, worst.tolist(), degrees.tolist(), strict=True)):
@@ -97,6 +105,7 @@ def _iterate(G: torch.Tensor, k: int, width: int, tolerance: float, seed: int) -
                 before[i] = far
             else:
                 rows[i], found[i] = block[j, :k], values[j, : k + 1]
+                found[i, k] += BEYOND_RESIDUAL * lengths[j, k]
         if not going:
             break
         if len(going) < len(active):
@@ -118,7 +127,7 @@ def _degrees(
         return torch.acosh((2 * value / torch.where(usable, edge, 1.0) - 1).clamp(min=1.0))[:, 0]
 
     needed = (3 * worst).log() / growth(values[:, k - 1 : k]).clamp(min=1e-2)
-    affordable = torch.log(torch.tensor(contrast)) / growth(top).clamp(min=1e-4)
+    affordable = math.log(contrast) / growth(top).clamp(min=1e-4)
     degrees = torch.minimum(needed + 1, affordable).clamp(max=_MAX_DEGREE).floor()
     return torch.where(usable[:, 0], degrees, 0.0).int()
 

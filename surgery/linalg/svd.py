@@ -7,14 +7,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from surgery.device import as_memory_allows, on_its_own_devices
+from surgery.device import as_memory_allows, on_its_own_terms
 from surgery.errors import OptionError, WeightError
 from surgery.linalg.operator import Operator, widened
 from surgery.linalg.precision import full_precision
 from surgery.linalg.product import leading_dimension
+from surgery.linalg.rounding import times_power_of_two
+from surgery.linalg.threads import one_thread
 from surgery.linalg.triplets import ROUNDING, Triplets, engine, solve
 from surgery.memory import scratch
 
@@ -22,6 +23,9 @@ DEFAULT_TOLERANCE = 1e-5
 
 #: Columns over which a float32 sum of squares stays accurate.
 _NORM_COLUMNS = 1024
+
+#: What rounding takes from float64 products with the matrix, in units of its Frobenius norm, and from their small problems.
+_MEASURED = 2.0**-50
 
 #: Entries of Gram matrices that are worked on together on a CPU: few enough for its cache.
 GRAM_ENTRIES = 1 << 21
@@ -32,12 +36,12 @@ class Certificate:
     """What is known about the accuracy of a truncated SVD. Tensors are float64 on the CPU.
 
     Attributes:
-        residual: (..., k), ``max(|A v - s u|, |A^T u - s v|) / s_1`` of the vectors returned, measured in float64.
-            By Weyl's inequality some singular value lies within ``residual * s_1`` of each s.
-        gap: (..., k), distance to the nearest other singular value over s_1. For the last triplet the next value
-            is estimated from below.
+        residual: (..., k), ``max(|A v - s u|, |A^T u - s v|) / s_1`` of the vectors returned, measured in float64, and what
+            rounding may hide of it there. By Weyl's inequality some singular value lies within ``residual * s_1`` of each s.
+        gap: (..., k), distance to the nearest other singular value over s_1, at the least: less what the other may be off by.
+            For the last triplet the next value is taken as large as its residual and rounding allow. 0 where no gap is known.
         angle_bound: (..., k), ``residual / gap``, at most 1: bounds the sine of the angle between the vectors and
-            the true ones (Wedin 1972). At 1 the direction is not determined by the matrix: that is no failure.
+            the true ones (Wedin 1972). At 1 the direction is not determined by what is known: that is no failure.
         converged: bool (...,), every residual is within the tolerance.
         passes: int64 (...,), products with A or its transpose.
         method: ``block-lanczos``, ``gram``, ``svd`` or ``zero``; a tuple of these for a batch.
@@ -72,7 +76,7 @@ class TruncatedSVD:
     certificate: Certificate
 
 
-@on_its_own_devices
+@on_its_own_terms
 def truncated_svd(A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERANCE, seed: int = 0) -> TruncatedSVD:
     """The k largest singular triplets of a matrix, or of each of a batch, with a certificate.
 
@@ -189,7 +193,7 @@ def _solve(A: torch.Tensor, k: int, tolerance: float, seed: int) -> list[Truncat
     exponents = torch.tensor([shifts[i] for i in nonzero], dtype=torch.int32)
     if exponents.any():
         # Squares of the entries must neither overflow nor vanish. A power of two changes no bit of the mantissa.
-        work = torch.ldexp(work, -exponents.to(work.device)[:, None, None])
+        work = torch.stack([times_power_of_two(*pair) for pair in zip(work, (-exponents).tolist(), strict=True)])
         norms = _norms(work)
     results: list[TruncatedSVD | None] = [None] * len(A)
     if nonzero:
@@ -215,7 +219,8 @@ def _shift(matrix: torch.Tensor, norm: float) -> int | None:
     """The power of two to divide by, or None for a matrix of zeros."""
     if 2.0**-12 <= norm <= 2.0**24:
         return 0
-    low, high = (value.item() for value in torch.aminmax(matrix))
+    with one_thread():  # see exact_arithmetic
+        low, high = (value.item() for value in torch.aminmax(matrix))
     largest = max(-low, high)
     if not math.isfinite(largest):
         raise WeightError("the matrix holds NaN or infinity", got=f"values from {low} to {high}")
@@ -240,31 +245,51 @@ def _finished(
     U, V = (triplets.short, triplets.long) if operator.wide else (triplets.long, triplets.short)
     sign = _signs(U, V)
     s = triplets.s
-    values = torch.ldexp(s, shift).to(U.dtype)
+    values = times_power_of_two(s, int(shift)).to(U.dtype)
     if not math.isfinite(values[0].item()):
-        raise WeightError(f"the matrix has singular values beyond the range of {U.dtype}", got=torch.ldexp(s[0], shift).item())
+        largest = times_power_of_two(s[0], int(shift)).item()
+        raise WeightError(f"the matrix has singular values beyond the range of {U.dtype}", got=largest)
     top = s[0].clamp(min=1e-300)
     # What rounding takes from values below the normal range, where few bits are left.
-    rounded = torch.from_numpy(np.ldexp(values.double().numpy(), -shift.item()))
+    rounded = times_power_of_two(values.double(), -int(shift))
     triplets = dataclasses.replace(triplets, residual=triplets.residual + (rounded - s).abs() / top)
-    distances = torch.cat([s[:-1] - s[1:], s[-1:] - triplets.next_value]).abs()
-    gap = torch.minimum(distances, torch.cat([distances[:1], distances[:-1]])) / top
-    if triplets.next_value == 0.0 and len(s) == operator.short:
-        gap[-1] = distances[-2 if len(s) > 1 else -1] / top
+    residual = triplets.residual + _MEASURED * max(1.0, norm.item() / top.item())
+    gap = _gaps(s / top, residual, triplets.next_bound / top.item(), operator)
     return TruncatedSVD(
         U * sign,
         values.to(U.device),
         V * sign,
-        torch.ldexp(norm, shift),
+        times_power_of_two(norm, int(shift)),
         Certificate(
-            residual=triplets.residual,
+            residual=residual,
             gap=gap,
-            angle_bound=(triplets.residual / gap.clamp(min=1e-300)).clamp(max=1.0),
+            angle_bound=(residual / gap.clamp(min=1e-300)).clamp(max=1.0),
             converged=torch.tensor(triplets.converged(tolerance)),
             passes=torch.tensor(passes),
             method=method,
         ),
     )
+
+
+def _gaps(s: torch.Tensor, residual: torch.Tensor, next_bound: float, operator: Operator) -> torch.Tensor:
+    """How far each value is from all others of the matrix at the least, in units of s_1: 0 where that is not known.
+
+    Args:
+        s, residual: float64 (k,), over s_1; next_bound: over s_1.
+
+    The others are not known exactly either: to their residual, and to second order in all residuals where a margin lies
+    between them and what comes after (Kahan 1967; Parlett, "The Symmetric Eigenvalue Problem", section 11.7).
+    """
+    margin = (s - next_bound).clamp(min=1e-300)
+    error = torch.minimum(residual, residual.square().sum() / margin) + _MEASURED
+    apart = s[:-1] - s[1:]
+    below, above = s.new_full(s.shape, math.inf), s.new_full(s.shape, math.inf)
+    below[:-1], above[1:] = apart - error[1:], apart - error[:-1]
+    if len(s) < operator.short:
+        below = torch.minimum(below, s - next_bound)  # what was not found may lie anywhere up to there
+    elif operator.short < operator.long or len(s) == 1:
+        below[-1] = s[-1]  # the long side has vectors that the matrix takes to zero
+    return torch.minimum(below, above).clamp(min=0.0)
 
 
 def _norms(matrices: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,10 @@ _MAX_ROUNDS = 4
 ROUNDING = 16
 #: Beyond this the Gram matrix is no fallback any more: its eigenproblem takes longer than anybody waits.
 _MAX_GRAM = 2048
+#: Entries up to which a float64 matrix is decomposed as a whole where its Gram matrix has lost the small values: a second.
+_MAX_FULL = 1 << 20
+#: A value is known where no more than this share of it is in doubt.
+_KNOWN = 1e-2
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,20 +36,33 @@ class Triplets:
         s: float64 (k,) on the CPU.
         short: (short, k) in the working precision.
         residual: float64 (k,) on the CPU, both sides, over s_1, measured in float64.
-        next_value: estimate of the singular value after them.
+        next_bound: how large the singular value after them may be, as far as what was iterated on can tell; 0 if none comes.
     """
 
     long: torch.Tensor
     s: torch.Tensor
     short: torch.Tensor
     residual: torch.Tensor
-    next_value: float
+    next_bound: float
 
     def converged(self, tolerance: float) -> bool:
         """Every residual is below ``tolerance * s_1`` and ``100 * tolerance * s_i``, as far as rounding allows."""
         floor = ROUNDING * torch.finfo(self.long.dtype).eps
         relative = 100 * tolerance * self.s / self.s[0].clamp(min=1e-300)
         return bool((self.residual <= relative.clamp(max=tolerance).clamp(min=floor)).all())
+
+    def known(self) -> bool:
+        """Whether the residuals leave no value in doubt by more than 1 %, or the rounding of the working precision."""
+        share = self.s / self.s[0].clamp(min=1e-300)
+        return bool((self.residual <= (_KNOWN * share).clamp(min=torch.finfo(self.long.dtype).eps)).all())
+
+    def last(self) -> bool:
+        """Whether what comes after them is known to be no larger, to 1 %, or no more than rounding.
+
+        A last value of next to nothing proves nothing by itself: the iteration may have missed one that it cannot tell.
+        """
+        rounding = torch.finfo(self.long.dtype).eps * self.s[0].item()
+        return self.next_bound <= max((1 + _KNOWN) * self.s[-1].item(), rounding)
 
 
 def engine(short: int, k: int) -> str:
@@ -72,13 +89,16 @@ def workspace_bytes(m: int, n: int, k: int, dtype: torch.dtype) -> int:
             dense *= basis_rows(k) * (m + n)
             if short <= _MAX_GRAM:  # where the iteration may fall back on
                 dense = max(dense, 8 * 6 * short**2)
+    if dtype == torch.float64 and m * n <= _MAX_FULL:
+        dense = max(dense, 8 * 4 * m * n)
     return copy + vectors + dense
 
 
 def solve(operator: Operator, k: int, tolerance: float, seed: int) -> list[tuple[str, Triplets, int]]:
     """The k leading triplets of each matrix of a batch, the engine that they come from and the passes it took.
 
-    Matrices on which the iteration does not converge go through the Gram matrix, if they are not too large for it.
+    Matrices on which the iteration does not converge, or leaves a value in doubt, go through the Gram matrix, if they are
+    not too large for it; those that are float64 and small through a full SVD after that.
     """
     match engine(operator.short, k):
         case "svd":
@@ -106,7 +126,7 @@ def _lanczos(operator: Operator, k: int, tolerance: float, seed: int) -> list[tu
     for i, candidate in enumerate(first_round):
         single = operator.one(i)
         triplets = _settled(single, candidate, block, tolerance, seed)
-        if triplets.converged(tolerance) or single.short > _MAX_GRAM:
+        if (triplets.converged(tolerance) and triplets.known()) or single.short > _MAX_GRAM:
             found.append(("block-lanczos", triplets, single.passes))
         else:
             found += _gram(single, k, tolerance, seed)
@@ -124,7 +144,7 @@ def _settled(operator: Operator, best: Triplets, block: int, tolerance: float, s
         if best.converged(tolerance):
             break
         # Small values of a graded spectrum need vectors from float64 products.
-        candidates = [_from_rows(operator, best.short.T, best.next_value)]
+        candidates = [_from_rows(operator, best.short.T, best.next_bound)]
         if not candidates[0].converged(tolerance):
             block, start = min(max(block, k), widest), candidates[0].short.T[None]
             ritz = block_lanczos(operator, k, tolerance=tolerance, block=block, seed=seed + 1, start=start)
@@ -141,15 +161,28 @@ def _clustered(s: torch.Tensor, block: int) -> bool:
 def _gram(operator: Operator, k: int, tolerance: float, seed: int) -> list[tuple[str, Triplets, int]]:
     """From the leading eigenvectors of the Gram matrices of the short side: of float32 ones where they are good enough."""
     if operator.matrices.dtype == torch.float64:
-        singles = [operator.one(i) for i in range(len(operator))]
-        return [("gram", _from_gram(single, single.gram_wide(), k, tolerance, seed)[0], single.passes) for single in singles]
+        return [_gram_wide(operator.one(i), k, tolerance, seed) for i in range(len(operator))]
     found = []
     for i, triplets in enumerate(_from_gram(operator, operator.gram(), k, tolerance, seed)):
         single = operator.one(i)
-        if not triplets.converged(tolerance):
-            triplets = _from_gram(single, single.gram_wide(), k, tolerance, seed)[0]
-        found.append(("gram", triplets, single.passes))
+        if triplets.converged(tolerance) and triplets.known() and triplets.last():
+            found.append(("gram", triplets, single.passes))
+        else:
+            found.append(_gram_wide(single, k, tolerance, seed))
     return found
+
+
+def _gram_wide(operator: Operator, k: int, tolerance: float, seed: int) -> tuple[str, Triplets, int]:
+    """Of one matrix, from a float64 Gram matrix.
+
+    That tells values down to 1e-8 s_1: enough for vectors that are rounded to float32, not for float64 ones.
+    """
+    triplets = _from_gram(operator, operator.gram_wide(), k, tolerance, seed)[0]
+    matrices = operator.matrices
+    small = matrices.dtype == torch.float64 and matrices.numel() <= _MAX_FULL
+    if small and not (triplets.converged(tolerance) and triplets.known() and triplets.last()):
+        return "svd", _full_svd(operator, k), operator.passes
+    return "gram", triplets, operator.passes
 
 
 def _from_gram(operator: Operator, gram: torch.Tensor, k: int, tolerance: float, seed: int) -> list[Triplets]:
@@ -159,7 +192,7 @@ def _from_gram(operator: Operator, gram: torch.Tensor, k: int, tolerance: float,
     found = _from_pairs(operator, ritz)
     for i, triplets in enumerate(found):
         if not triplets.converged(tolerance):
-            found[i] = _from_rows(operator.one(i), rows[i], triplets.next_value)
+            found[i] = _from_rows(operator.one(i), rows[i], triplets.next_bound)
     return found
 
 
@@ -167,11 +200,11 @@ def _full_svd(operator: Operator, k: int) -> Triplets:
     matrix = widened(operator.matrices[0])
     operator.passes += 1
     left, s, right = torch.linalg.svd(matrix.T if operator.wide else matrix, full_matrices=False)
-    next_value = s[k].item() if k < len(s) else 0.0
+    next_bound = s[k].item() + ROUNDING * torch.finfo(s.dtype).eps * s[0].item() if k < len(s) else 0.0
     short = right[None, :k].contiguous()
     long = left[None, :, :k].mT.contiguous()
     to_long, to_short = operator.to_long_wide(short), operator.to_short_wide(long)
-    return _measured(operator, long, s[None, :k], short, to_long, to_short, torch.tensor([next_value]))[0]
+    return _measured(operator, long, s[None, :k], short, to_long, to_short, [next_bound])[0]
 
 
 def _from_pairs(operator: Operator, ritz: RitzVectors) -> list[Triplets]:
@@ -179,17 +212,17 @@ def _from_pairs(operator: Operator, ritz: RitzVectors) -> list[Triplets]:
     short, long = orthonormal_rows(widened(ritz.rows)), orthonormal_rows(widened(ritz.images))
     to_long, to_short = operator.both_wide(short, long)
     left, s, right = (part.to(long.device) for part in torch.linalg.svd(torch.bmm(long, to_long.mT).cpu()))
-    return _measured(operator, left.mT @ long, s, right @ short, right @ to_long, left.mT @ to_short, ritz.next_value)
+    return _measured(operator, left.mT @ long, s, right @ short, right @ to_long, left.mT @ to_short, ritz.next_bound.tolist())
 
 
-def _from_rows(operator: Operator, rows: torch.Tensor, next_value: float) -> Triplets:
+def _from_rows(operator: Operator, rows: torch.Tensor, next_bound: float) -> Triplets:
     """Triplets of one matrix from a nearly orthonormal basis (k, short) of the space on its short side, in float64."""
     basis = orthonormal_rows(widened(rows)[None])
     images = operator.to_long_wide(basis)
     q, r = torch.linalg.qr(images[0].T)
     left, s, right = (part.to(q.device) for part in torch.linalg.svd(r.cpu()))
     long, short, to_long = (q @ left).T.contiguous()[None], right @ basis, right @ images
-    return _measured(operator, long, s[None], short, to_long, operator.to_short_wide(long), torch.tensor([next_value]))[0]
+    return _measured(operator, long, s[None], short, to_long, operator.to_short_wide(long), [next_bound])[0]
 
 
 def _measured(
@@ -199,7 +232,7 @@ def _measured(
     short: torch.Tensor,
     to_long: torch.Tensor,
     to_short: torch.Tensor,
-    next_value: torch.Tensor,
+    next_bounds: Sequence[float],
 ) -> list[Triplets]:
     """Round float64 vectors to the working precision, and say how far those are from being singular vectors.
 
@@ -218,7 +251,7 @@ def _measured(
     residual = torch.maximum(on_long, on_short).cpu()
     return [
         Triplets(rounded_long[i].T.contiguous(), s[i].cpu(), rounded_short[i].T.contiguous(), residual[i], value)
-        for i, value in enumerate(next_value.tolist())
+        for i, value in enumerate(next_bounds)
     ]
 
 

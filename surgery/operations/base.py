@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 from surgery.errors import FormatError, OptionError, SourceError
-from surgery.format.files import RESTORE_HINT, FileRecord, check_file, read_json_object
+from surgery.format.files import FileRecord, Watch, file_sha256, not_as_described, read_json_object, reading
 from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
 from surgery.format.safetensors import Header, ShardReader, TensorEntry
 from surgery.names import CONFIG_FILE
-from surgery.planning.quantization import FP8, Scaled, read_quantization
+from surgery.planning.quantization import FP8, Scaled, quantization_of, read_quantization
 from surgery.source.model import Source, open_source
 from surgery.source.origin import FolderOrigin, Origin
 
+BASE_HINT = "give the model that was factorized with --base"
+
 
 class Weights(Protocol):
-    """Where the weight files are that a fold begins with."""
+    """Where the weight files are that a fold begins with.
+
+    Attributes:
+        watch: sees to it that they do not change meanwhile.
+    """
+
+    @property
+    def watch(self) -> Watch: ...
 
     def file(self, shard: ShardRecord) -> tuple[Path, FileRecord]:
         """Where a shard's weights are, and what that file must be."""
@@ -31,9 +40,10 @@ class OwnWeights:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
+        self.watch = Watch()
 
-    def folder(self) -> Path | None:
-        return None  # the factorized folder is an input anyway
+    def folders(self) -> list[Path]:
+        return []  # the factorized folder is an input anyway
 
     def stamps(self) -> dict[str, list[int]]:
         return {}  # the manifest has the hashes of its files
@@ -50,11 +60,13 @@ class OwnWeights:
 
     def close(self) -> None: ...
 
-    def origin(self) -> Origin:
-        return FolderOrigin(self._folder.resolve())
+    def origin(self, files: Iterable[str]) -> Origin:
+        return FolderOrigin(self._folder.resolve(), {})  # whose files have hashes in the manifest
+
+    def check(self, shards: Iterable[ShardRecord]) -> None: ...
 
     def header(self, shard: ShardRecord) -> Header:
-        with ShardReader(self.file(shard)[0]) as reader:
+        with ShardReader(self.file(shard)[0], watch=self.watch) as reader:
             return reader.header
 
     def file(self, shard: ShardRecord) -> tuple[Path, FileRecord]:
@@ -72,8 +84,13 @@ class BaseWeights:
     def __init__(self, source: Source) -> None:
         self._source = source
 
-    def folder(self) -> Path | None:
-        return self._source.folder()
+    @property
+    def watch(self) -> Watch:
+        """See ``Source``."""
+        return self._source.watch
+
+    def folders(self) -> list[Path]:
+        return self._source.folders()
 
     def stamps(self) -> dict[str, list[int]]:
         """See ``Source.stamps``."""
@@ -99,23 +116,51 @@ class BaseWeights:
         """See ``Source.close``."""
         self._source.close()
 
-    def origin(self) -> Origin:
+    def origin(self, files: Iterable[str]) -> Origin:
         """See ``Source.origin``."""
-        return self._source.origin()
+        return self._source.origin(files)
+
+    def check(self, shards: Iterable[ShardRecord]) -> None:
+        """Refuse what is seen not to be the base before a weight of it is read.
+
+        Raises:
+            SourceError: it lacks a weight file.
+            FormatError: one has another size.
+        """
+        for shard in shards:
+            self._check_there(shard)
+            if (size := self._source.size(shard.source.file)) != shard.source.size:
+                path = Path(self._source.name) / shard.source.file
+                raise not_as_described(path, f"of {size} bytes", shard.source, BASE_HINT)
+
+    def _check_there(self, shard: ShardRecord) -> None:
+        if shard.source.file not in self._source.selection.shards:
+            raise SourceError(f"{self._source.name} is not the base of this overlay: it has no {shard.source.file}")
 
     def header(self, shard: ShardRecord) -> Header:
         """Of a weight file, without its weights where that can be had."""
         return self._source.header(shard.source.file)
 
-    def quantized(self, config: Mapping[str, Any]) -> dict[str, Scaled]:
-        """Its FP8 weights and where their scales are, by the config of the checkpoint that was factorized."""
+    def quantized(self, factorized: Path, manifest: Manifest) -> dict[str, Scaled]:
+        """Its FP8 weights and where their scales are, by the config of the checkpoint that was factorized.
+
+        Raises:
+            FormatError: that config has been edited since, and speaks of another quantization than the base.
+        """
+        config, is_edited = _own_config(factorized, manifest)
+        if is_edited and quantization_of(config) != quantization_of(self._source.config()):
+            raise FormatError(
+                f"{factorized / CONFIG_FILE} has been edited, and speaks of another quantization than the model",
+                got=quantization_of(config),
+                expected=quantization_of(self._source.config()),
+                hint="restore that part of it from the source model",
+            )
         headers = {shard: self._source.header(shard) for shard in self._source.selection.shards}
         return read_quantization(config, headers, self._source.name)
 
     def file(self, shard: ShardRecord) -> tuple[Path, FileRecord]:
         """See ``Weights``."""
-        if shard.source.file not in self._source.selection.shards:
-            raise SourceError(f"{self._source.name} is not the base of this overlay: it has no {shard.source.file}")
+        self._check_there(shard)
         return self._source.fetch(shard.source.file), shard.source
 
 
@@ -128,6 +173,7 @@ class SentWeights:
     """
 
     def __init__(self, origin: Origin, layout: str) -> None:
+        self.watch = Watch()
         self._origin = origin
         self._layout = layout
         self._here: dict[str, Path] = {}
@@ -162,7 +208,7 @@ def quantized_weights(
     targets = [target.tensor for target in manifest.targets if target.dtype == FP8]
     if not isinstance(weights, BaseWeights) or not (all_of_them or targets):
         return {}
-    quantized = weights.quantized(own_config(factorized, manifest))
+    quantized = weights.quantized(factorized, manifest)
     if lost := [tensor for tensor in targets if tensor not in quantized]:
         raise SourceError(f"the base is not that of this overlay: {lost[0]!r} is not FP8 there")
     return quantized
@@ -224,17 +270,15 @@ def weight_source(
     return BaseWeights(source)
 
 
-def own_config(factorized: Path, manifest: Manifest) -> dict[str, Any]:
-    """The ``config.json`` of a factorized checkpoint, as it was in the source; empty if there was none.
-
-    Raises:
-        FormatError: it is not the file that the manifest describes.
-    """
+def _own_config(factorized: Path, manifest: Manifest) -> tuple[dict[str, Any], bool]:
+    """The ``config.json`` of a factorized checkpoint, empty if there was none, and whether it is another than in the source."""
     record = next((record for record in manifest.files if record.file == CONFIG_FILE), None)
     if record is None:
-        return {}
-    check_file(factorized, record, RESTORE_HINT)
-    return read_json_object(factorized / CONFIG_FILE, str(factorized / CONFIG_FILE))
+        return {}, False
+    path = factorized / CONFIG_FILE
+    with reading(path):
+        is_edited = file_sha256(path) != record.sha256
+    return read_json_object(path, str(path)), is_edited
 
 
 def check_entry(entry: TensorEntry, target: TargetRecord) -> None:

@@ -68,7 +68,7 @@ def factorize_matrices(matrices: Sequence[Matrix], settings: Settings, device: t
     """The results of matrices, in no order. In the residual layout their weights are replaced by the residuals.
 
     Raises:
-        WeightError: a matrix holds NaN or infinity; names the tensor.
+        WeightError: a matrix holds NaN or infinity, or has a residual beyond the range of its dtype; names the tensor.
     """
     groups: dict[object, list[Matrix]] = {}
     for matrix in matrices:
@@ -97,7 +97,7 @@ def _factorize_group(group: Sequence[Matrix], device: torch.device, settings: Se
             for matrix, weight, kept in zip(group, weights, factors, strict=True):
                 # The lossless arithmetic is float64, which an Apple GPU does not have.
                 exact = matrix.weight if device.type == "mps" else weight
-                parts.append(split(exact, kept.to(exact.device), correct=settings.correction, out=exact))
+                parts.append(_split(matrix.target, exact, kept.to(exact.device), settings))
         # Only now: a group for which the memory does not suffice is begun again with the weights as they were.
         with timed("copy"):
             for matrix, part in zip(group, parts, strict=True):
@@ -116,6 +116,19 @@ def _factorize_group(group: Sequence[Matrix], device: torch.device, settings: Se
         )
         for matrix, kept, svd, part in zip(group, factors, found, parts, strict=True)
     ]
+
+
+def _split(target: Target, weight: torch.Tensor, factors: Factors, settings: Settings) -> Parts:
+    """The parts of one matrix (m, n) of a target, whose residual takes its place; errors name the tensor."""
+    try:
+        return split(weight, factors, correct=settings.correction, out=weight)
+    except WeightError as error:
+        raise WeightError(
+            f"{target.shard}: {target.key!r} cannot be factorized: {error.what}",
+            got=error.got,
+            expected=error.expected,
+            hint=f"--layout overlay, which has no residuals; or leave it out: --exclude '{glob.escape(target.tensor)}'",
+        ) from error
 
 
 def _svds(group: Sequence[Matrix], weights: Sequence[torch.Tensor], settings: Settings) -> list[TruncatedSVD]:

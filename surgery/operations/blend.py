@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 import torch
 
-from surgery.device import on_its_own_devices
+from surgery.device import on_its_own_terms
 from surgery.errors import OptionError, ScalesError
 from surgery.format.scales import ScalesFile, read_scales_alone, without_owner, write_scales
 from surgery.operations.output import check_output_file
@@ -42,7 +42,7 @@ class BlendReport:
     fingerprint: str | None
 
 
-@on_its_own_devices
+@on_its_own_terms
 def blend(
     files: Sequence[str | Path],
     out: str | Path,

@@ -83,13 +83,20 @@ def factorized_card(manifest: Manifest, repo_id: str | None, *, original: str | 
         "surgery fold factorized scales.safetensors",
         "```",
         "",
-        'In PyTorch, `surgery.attach(model, "factorized")` makes the scales the only trainable parameters of the model.',
+        'In PyTorch, `surgery.attach(model, "factorized")` makes the scales the only trainable parameters of the original',
+        "model, loaded as usual.",
     ]
     if overlay:
         known = _is_name(manifest.source.repo_id)
         lines += [
             "These are the factors alone; the original weights stay where they are, and the commands "
             + ("fetch them at the commit above." if known else "want them with `--base FOLDER`."),
+        ]
+    else:
+        lines += [
+            "",
+            "**By themselves the weights here are another model**: they are what is left without those directions. Any loader",
+            "takes them and says nothing of it. `surgery.attach` and `surgery fold` put the directions back.",
         ]
     return _card(manifest, lines, original, relation="adapter" if overlay else None)
 

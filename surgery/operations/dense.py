@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -13,13 +13,14 @@ import torch
 
 from surgery.device import as_memory_allows
 from surgery.engine.walk import TargetPiece
-from surgery.errors import FormatError, OptionError, ScalesError
+from surgery.errors import FormatError, OptionError, ScalesError, WeightError
 from surgery.format.factors import FactorsReaders
 from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
 from surgery.format.safetensors import Header, TensorEntry, make_header, resized
 from surgery.linalg.correction import CorruptCorrection
 from surgery.linalg.fp8 import block_scales, quantize
 from surgery.linalg.lossless import Addition, approximate, join, rescale
+from surgery.linalg.rounding import all_finite
 from surgery.linalg.views import View
 from surgery.names import FACTORIZABLE_DTYPES
 from surgery.operations.base import Weights, check_entry, shard_path
@@ -64,13 +65,19 @@ class DenseWeights:
         self._shards = {shard.source.file: shard for shard in manifest.shards}
         self._targets: dict[str, list[TargetRecord]] = {}
         for target in manifest.targets:
-            self._targets.setdefault(target.tensor, []).append(target)
+            for tensor in target.tensors:
+                self._targets.setdefault(tensor, []).append(target)
         self._quantized = quantized
         self._weight_of = {scaled.scale: name for name, scaled in self._quantized.items()}
+        self._dropped: set[str] = set()
+        if to_dense:
+            self._dropped.update(self._weight_of, *(scaled.activations for scaled in self._quantized.values()))
         self._fresh: dict[str, torch.Tensor] = {}
         self._one = threading.Lock()
         self._open = ExitStack()
-        self._dequantizer = self._open.enter_context(Dequantizer(lambda shard: shard_path(weights, self._shards, shard)))
+        self._dequantizer = self._open.enter_context(
+            Dequantizer(lambda shard: shard_path(weights, self._shards, shard), weights.watch)
+        )
         self._factors = self._open.enter_context(FactorsReaders(factorized, manifest))
 
     def __enter__(self) -> Self:
@@ -93,20 +100,29 @@ class DenseWeights:
         return [name, *sorted({file for pair in pairs if name in pair for file in pair} - {name})]
 
     def forget(self, file: str) -> None:
-        """A weight file of the source will not be there any more."""
+        """A weight file of the source may not be there any more."""
         self._dequantizer.forget(file)
+
+    def check(self, headers: Iterable[Header]) -> None:
+        """Find out before any work what ``touched`` would find out of the shards with these headers."""
+        for header in headers:
+            self.touched(header)
 
     def keeps(self, shard: ShardRecord, header: Header) -> bool:
         """Whether a weight file, with this header, comes out as it was in the source."""
         if any(entry.name in self._additions for entry in header.tensors):
             return False
         weights = [tensor for tensor, scaled in self._quantized.items() if scaled.shard == shard.source.file]
+        weights += [entry.name for entry in header.tensors]
         targets = [target for tensor in weights for target in self._targets.get(tensor, [])]
-        targets += self._manifest.targets_of(shard.source.file)
         return self._manifest.lossless and not self._to_dense and not any(map(self._changed, targets))
 
     def touched(self, header: Header) -> dict[str, int | None]:
-        """The tensors of a shard that do not keep their bytes, and how many matrices of each to hold at a time."""
+        """The tensors of a shard that do not keep their bytes, and how many matrices of each to hold at a time.
+
+        Raises:
+            OptionError: the adapter changes one whose dtype it cannot change.
+        """
         touched: dict[str, int | None] = {}
         for entry in header.tensors:
             targets = self._targets.get(entry.name, [])
@@ -119,32 +135,35 @@ class DenseWeights:
             if entry.name in self._quantized:
                 if changed or self._to_dense:
                     touched[entry.name] = View("stack").at_a_time(entry.shape, 4) if len(entry.shape) == 3 else None
+            elif entry.name in self._dropped:
+                touched[entry.name] = None
             elif entry.name in self._weight_of:
-                weight = self._weight_of[entry.name]
-                if self._to_dense or any(self._changed(target) for target in self._targets.get(weight, [])):
+                if any(self._changed(target) for target in self._targets.get(self._weight_of[entry.name], [])):
                     touched[entry.name] = None
-            elif targets and (changed or self._manifest.layout == "residual"):
+            elif targets and (changed or self._is_residual(entry.name)):
                 touched[entry.name] = targets[0].at_a_time
             elif added:
                 touched[entry.name] = None
         return touched
 
     def missing(self, shard: ShardRecord, header: Header) -> list[str]:
-        """The targets of a shard that it does not have."""
-        there = {entry.name for entry in header.tensors}
-        return sorted({t.tensor for t in self._manifest.targets_of(shard.source.file)} - there)
+        """The targets of a shard, and their aliases there, that it does not have."""
+        there, file = {entry.name for entry in header.tensors}, shard.source.file
+        expected = {target.tensor for target in self._manifest.targets if target.shard == file}
+        expected |= {alias.tensor for target in self._manifest.targets for alias in target.aliases if alias.shard == file}
+        return sorted(expected - there)
 
     def header(self, header: Header) -> bytes:
         """The header of what is written for a shard with this one."""
         if not self._to_dense:
             return header.raw
-        kept = [entry for entry in header.tensors if entry.name not in self._weight_of]
+        kept = [entry for entry in header.tensors if entry.name not in self._dropped]
         dtypes = {entry.name: DENSE_DTYPE if entry.name in self._quantized else entry.dtype for entry in kept}
         return make_header([resized(entry, dtypes[entry.name]) for entry in kept], header.metadata)
 
     def drops(self, tensor: str) -> bool:
-        """Whether a tensor is not written at all: scales of what is dequantized."""
-        return self._to_dense and tensor in self._weight_of
+        """Whether a tensor is not written at all: scales of what is dequantized, and of its activations."""
+        return tensor in self._dropped
 
     def folded(self, piece: TargetPiece, device: torch.device) -> torch.Tensor | None:
         """What is written for a tensor, or for some matrices of a stack, on the CPU; None for nothing.
@@ -154,14 +173,19 @@ class DenseWeights:
             device: where the arithmetic runs; it must have float64.
         """
         name = piece.entry.name
+        if name in self._dropped:
+            return None
         if name in self._weight_of:
-            return None if self._to_dense else self._fresh_scales(self._weight_of[name], device)
+            return self._fresh_scales(self._weight_of[name], device)
         if name not in self._quantized:
             return self._dense(piece.tensor, piece.entry, piece.first, device)
         scaled = self._quantized[name]
         weight = self._dense(self._dequantizer.weight(piece.tensor, piece.first, scaled), piece.entry, piece.first, device)
         if self._to_dense:
-            return weight.to(torch.bfloat16)
+            dense = weight.to(torch.bfloat16)
+            if not all_finite(dense):
+                raise WeightError(f"{name!r} is beyond the range of bfloat16", hint="fold without --dequantize")
+            return dense
         scales = self._fresh_scales(name, device)
         result = quantize(weight, scales[piece.first : piece.first + len(weight)] if weight.ndim == 3 else scales, scaled.block)
         if weight.ndim == 3:  # a stack: matrices whose scales are all 1 keep their bytes
@@ -169,6 +193,10 @@ class DenseWeights:
                 if not self._matrix_changed(name, piece.first + i):
                     result[i] = piece.tensor[i]
         return result
+
+    def _is_residual(self, tensor: str) -> bool:
+        """Whether a tensor of a target is stored as its residual; an alias is stored as it was."""
+        return self._manifest.layout == "residual" and self._targets[tensor][0].tensor == tensor
 
     def _changed(self, target: TargetRecord) -> bool:
         return bool((self._scales[target.key] != 1).any())
@@ -187,17 +215,17 @@ class DenseWeights:
         # Two threads that find them missing at once both compute them: the same.
         scaled = self._quantized[tensor]
         old = self._dequantizer.scales(scaled)
-        reader, entries = self._dequantizer.reader(self._targets[tensor][0].shard)
-        entry = entries[tensor]
         fresh = old.clone()
-        stack = len(entry.shape) == 3
-        for first in range(entry.shape[0]) if stack else [0]:
-            if stack and not self._matrix_changed(tensor, first):
-                continue
-            stored = reader.read(entry, first, 1) if stack else reader.read(entry)
-            weight = self._dense(self._dequantizer.weight(stored, first, scaled), entry, first, device)
-            where = slice(first, first + 1) if stack and scaled.block else slice(None)
-            fresh[where] = block_scales(weight, scaled.block, old[where])
+        with self._dequantizer.reader(self._targets[tensor][0].shard) as reader:
+            entry = reader.entries[tensor]
+            stack = len(entry.shape) == 3
+            for first in range(entry.shape[0]) if stack else [0]:
+                if stack and not self._matrix_changed(tensor, first):
+                    continue
+                stored = reader.read(entry, first, 1) if stack else reader.read(entry)
+                weight = self._dense(self._dequantizer.weight(stored, first, scaled), entry, first, device)
+                where = slice(first, first + 1) if stack else ...
+                fresh[where] = block_scales(weight, scaled.block, old[where])
         with self._one:
             self._fresh[tensor] = fresh
         return fresh
@@ -215,12 +243,15 @@ class DenseWeights:
             _check_finite(result, f"the adapter pushes {entry.name!r}", None)
         for target in targets:
             check_entry(entry, target)
-            if self._manifest.layout == "overlay" and not self._changed(target) and addition is None:
+            if not self._is_residual(entry.name) and not self._changed(target) and addition is None:
                 continue
             view = target.seen_as
-            part = None if addition is None else _of_slice(addition, target)
+            part, residual = None if addition is None else _of_slice(addition, target), self._is_residual(entry.name)
             matrices = list(view.matrices(weight))
-            dense = [self._dense_matrix(matrix, target, first + i, device, part) for i, matrix in enumerate(matrices)]
+            dense = [
+                self._dense_matrix(matrix, target, i, device, part, residual=residual)
+                for i, matrix in enumerate(matrices, first)
+            ]
             if view.slice is not None:
                 view.store(torch.stack(dense), result)
             elif len(dense) == 1:
@@ -248,23 +279,29 @@ class DenseWeights:
         return as_memory_allows(on, [weight], device)[0]
 
     def _dense_matrix(
-        self, weight: torch.Tensor, target: TargetRecord, index: int, device: torch.device, addition: Addition | None = None
+        self,
+        weight: torch.Tensor,
+        target: TargetRecord,
+        index: int,
+        device: torch.device,
+        addition: Addition | None = None,
+        *,
+        residual: bool,
     ) -> torch.Tensor:
-        """One dense matrix (m, n), on the CPU, from its residual or, for an overlay, from its weight, in whose memory it
-        may be."""
+        """One dense matrix (m, n), on the CPU, from its residual or from its weight, in whose memory it may be."""
         scales = self._scales[target.key].view(-1, target.rank)[index]
-        overlay, changed = self._manifest.layout == "overlay", bool((scales != 1).any())
-        if overlay and not changed and addition is None:
+        changed = bool((scales != 1).any())
+        if not residual and not changed and addition is None:
             return weight
-        reader = self._factors.of(target)
-        parts = reader.factors(target, index)
-        correction = reader.correction(target, index) if not overlay and self._manifest.lossless else None
+        with self._factors.of(target) as reader:
+            parts = reader.factors(target, index)
+            correction = reader.correction(target, index) if residual and self._manifest.lossless else None
 
         def compute(there: torch.Tensor, where: torch.device) -> torch.Tensor:
             kept, new = parts.to(where), scales if changed else None
             added = None if addition is None else addition.to(where)
             # On a GPU the weight here stays as it was until the result comes over, should the memory not suffice.
-            if overlay:
+            if not residual:
                 return rescale(there, kept, new, added, out=there)
             if correction is None:
                 return approximate(there, kept, new, added, out=there)
@@ -277,12 +314,16 @@ class DenseWeights:
         if changed or addition is not None:
             what = f"the scales of {target.key!r} push" if addition is None else f"scales and adapter push {target.key!r}"
             _check_finite(result, what, scales)
+        elif correction is None and not all_finite(result):
+            raise WeightError(
+                f"{target.shard}: without its correction {target.key!r} is beyond the range of its dtype",
+                hint="factorize again, without --no-correction",
+            )
         return result
 
 
 def _check_finite(weight: torch.Tensor, what: str, scales: torch.Tensor | None) -> None:
-    # A minimum or maximum of NaN is NaN: one pass, many times faster than asking each number.
-    if not all(bool(torch.isfinite(end)) for end in torch.aminmax(weight)):
+    if not all_finite(weight):
         raise ScalesError(
             f"{what} weights beyond the range of {str(weight.dtype).removeprefix('torch.')}",
             got=None if scales is None else f"scales of up to {scales.abs().max().item():.3g}",

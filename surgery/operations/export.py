@@ -13,10 +13,10 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from surgery.device import on_its_own_devices
+from surgery.device import on_its_own_terms
 from surgery.errors import OptionError, OutputError
 from surgery.format.factors import FactorsReaders
-from surgery.format.files import FileWriter, write_file
+from surgery.format.files import FileWriter, reporting, sync_directory, write_file
 from surgery.format.lora import CONFIG, PREFIX, WEIGHTS
 from surgery.format.manifest import Manifest, TargetRecord
 from surgery.format.safetensors import TensorEntry, make_header
@@ -72,7 +72,7 @@ class _Update:
     B: tuple[int, ...]
 
 
-@on_its_own_devices
+@on_its_own_terms
 def export(
     factorized: str | Path,
     scales: str | Path | Mapping[str, torch.Tensor],
@@ -118,7 +118,7 @@ def export(
     there = not overwrite and any((out / name).exists() for name in (CONFIG, WEIGHTS))
     for name in (CONFIG, WEIGHTS):
         check_output_file(out / name, [factorized], overwrite=overwrite or there)
-    adapter = _Adapter.of(factorized, manifest) if there else None
+    adapter = _Adapter.of(factorized, manifest, values) if there else None
     if adapter is not None and not adapter.is_in(out, factorized, values, progress):
         for name in (CONFIG, WEIGHTS):
             check_output_file(out / name, [factorized], overwrite=False)
@@ -128,7 +128,7 @@ def export(
                 write_file(out / CONFIG, adapter.config)
             progress.note(f"{out} is already complete" + (": nothing to do" if upload is None else ""))
         else:
-            adapter = _Adapter.of(factorized, manifest)
+            adapter = _Adapter.of(factorized, manifest, values)
             adapter.write(out, factorized, values, progress)
         names, modules = (CONFIG, WEIGHTS), len(adapter.updates)
         publish_adapter(upload, out, names, manifest, factorized, modules=modules, rank=adapter.rank, progress=progress)
@@ -153,8 +153,12 @@ class _Adapter:
     config: bytes
 
     @classmethod
-    def of(cls, factorized: Path, manifest: Manifest) -> Self:
+    def of(cls, factorized: Path, manifest: Manifest, values: Mapping[str, torch.Tensor]) -> Self:
         updates, carriers = _updates(skeleton(factorized, exact=True), manifest)
+        held = {target.key for update in updates for target, _ in update.targets}
+        for target in manifest.targets:
+            if target.key not in held and not (values[target.key] == 1).all():
+                raise _not_exportable(target, "scales other than 1, and the model that the config names does not have it")
         rank = max(update.rank for update in updates)
         config = json.dumps(_config(updates, manifest, rank), indent=1).encode() + b"\n"
         return cls(manifest, updates, carriers, rank, config)
@@ -173,11 +177,13 @@ class _Adapter:
             return False
 
     def write(self, out: Path, factorized: Path, values: Mapping[str, torch.Tensor], progress: Progress) -> None:
-        """The weights, then the config, without which there is no adapter."""
-        (out / CONFIG).unlink(missing_ok=True)
+        """The weights, then the config, without which there is no adapter. An earlier one is there until the weights are."""
         with FileWriter(out / WEIGHTS) as writer:
             for data in self._contents("exporting", factorized, values, progress):
                 writer.write(data)
+            with reporting(out):
+                (out / CONFIG).unlink(missing_ok=True)
+                sync_directory(out)
             writer.commit(WEIGHTS)
         write_file(out / CONFIG, self.config)
 
@@ -210,7 +216,7 @@ def _updates(model: nn.Module | None, manifest: Manifest) -> tuple[list[_Update]
     experts: dict[str, list[TargetRecord]] = {}
     for target in manifest.targets:
         by_parameter: dict[str, list[Place]] = {}
-        for place in places[target.tensor]:
+        for place in places.get(target.tensor, ()):
             by_parameter.setdefault(place.parameter, []).append(place)
         for parameter, inside in by_parameter.items():
             if len(inside[0].shape) == 3 and target.view == "matrix":
@@ -301,7 +307,8 @@ def _halves(
     """A and B, float32, on the CPU."""
     lefts, rights = [], []
     for target, places in update.targets:
-        kept = factors.of(target).factors(target)
+        with factors.of(target) as reader:
+            kept = reader.factors(target)
         change = (kept.s.double() * (values[target.key].double() - 1)).float()
         if update.carrier is None:
             pairs = [(kept.U, kept.V)]

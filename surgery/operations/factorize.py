@@ -7,13 +7,14 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from surgery import __version__
-from surgery.device import on_its_own_devices
+from surgery.device import on_its_own_terms
 from surgery.engine.lane import Lane
 from surgery.errors import OptionError, OutputError
 from surgery.format.files import copy_file, file_sha256, reading
@@ -30,11 +31,12 @@ from surgery.format.scales import write_scales
 from surgery.linalg.svd import DEFAULT_TOLERANCE, check_accuracy
 from surgery.linalg.views import View
 from surgery.names import FORMAT_VERSION, MANIFEST_FILE, SCALES_FILE, STREAM_DIR, factors_file
+from surgery.operations.aliases import find_aliases, note_of_equal
 from surgery.operations.batch import Settings
 from surgery.operations.engines import Engine, EngineName, engine_of
 from surgery.operations.job import Job, RemoteShard, run_job, scale_files
 from surgery.operations.journal import Journal, differing
-from surgery.operations.output import check_room, is_as_recorded, loading_order, locked, prepare_output
+from surgery.operations.output import check_room, is_as_recorded, loading_order, locked, result_folder
 from surgery.operations.publish import publish_factorized, submit_shard, uploading
 from surgery.planning.memory import Resources
 from surgery.planning.plan import LAYOUTS, Layout, Plan, make_plan
@@ -70,7 +72,7 @@ def plan(
     choice = _choice(rank, energy, max_rank, include, exclude, recipe, split)
     with engine_of("local", device, max_memory, max_device_memory, None) as by:
         source = _open(model, revision, subfolder, (Path(STREAM_DIR), by.files_at_a_time) if stream else None)
-        return _plan(source, choice, layout, correction, by.resources)
+        return _plan(source, choice, layout, correction, by.resources, fetch=False)
 
 
 def _open(model: str | Path, revision: str | None, subfolder: str | None, stream: tuple[Path, int] | None) -> Source:
@@ -94,13 +96,16 @@ def _choice(
     return Choice(rank, energy, max_rank, tuple(include), tuple(exclude), None if recipe is None else str(recipe), split)
 
 
-def _plan(source: Source, choice: Choice, layout: Layout | None, correction: bool, resources: Resources) -> Plan:
+def _plan(
+    source: Source, choice: Choice, layout: Layout | None, correction: bool, resources: Resources, *, fetch: bool
+) -> Plan:
     if layout is not None and layout not in LAYOUTS:
         raise OptionError("unknown layout", got=layout, expected=" or ".join(LAYOUTS))
-    return make_plan(source, choice, layout, resources, correction=correction)
+    find = partial(find_aliases, source, fetch=fetch)
+    return make_plan(source, choice, layout, resources, correction=correction, find_aliases=find)
 
 
-@on_its_own_devices
+@on_its_own_terms
 def factorize(
     model: str | Path,
     out: str | Path = "factorized",
@@ -166,7 +171,7 @@ def factorize(
         push_to_hub: repo id that the result is uploaded to as well, each shard when it is finished. An earlier result of
             surgery there is replaced.
         private: whether a repository that is created for it is private.
-        overwrite: replace an earlier result in ``out``.
+        overwrite: replace an earlier result in ``out``, which stays as it is until the new one is whole.
         progress: told how far it is.
         timing: told where the time goes.
 
@@ -183,7 +188,7 @@ def factorize(
     with engine_of(engine, device, max_memory, max_device_memory, timing) as by:
         source = _open(model, revision, subfolder, (out / STREAM_DIR, by.files_at_a_time) if stream else None)
         choice = _choice(rank, energy, max_rank, include, exclude, recipe, split)
-        steps = _plan(source, choice, layout, correction, by.resources)
+        steps = _plan(source, choice, layout, correction, by.resources, fetch=True)
         for note in steps.notes:
             progress.note(note)
         options = OptionsRecord(
@@ -191,7 +196,7 @@ def factorize(
         )
         with (
             uploading(push_to_hub, progress, private=private) as upload,
-            locked(out, [folder] if (folder := source.folder()) else [], progress),
+            locked(out, source.folders(), progress),
         ):
             if (out / MANIFEST_FILE).is_file() and not overwrite:
                 manifest = _finished(out, source, steps, options, progress)
@@ -205,13 +210,12 @@ def factorize(
                 check_room(*download)
             journal = Journal(out, _identity(source, steps, options, by.device_name))
             needed = steps.bytes_written + (steps.temporary_bytes if stream else 0)
-            prepare_output(out, journal, _output_files(source, steps), needed, overwrite=overwrite)
             settings = Settings(steps.layout, correction, seed, tolerance)
-            work = _Factorizing(source, steps, out, settings, progress, timing)
-            results = _run_jobs(by, work, journal, upload, progress)
-            manifest = _finish(source, steps, out, results, options, by.device_name)
-            Journal.forget(out)
-            publish_factorized(upload, out, manifest, progress)
+            with result_folder(out, journal, _output_files(source, steps), needed, progress, overwrite=overwrite) as place:
+                work = _Factorizing(source, steps, out, place, settings, progress, timing)
+                results = _run_jobs(by, work, journal, upload, progress)
+                manifest = _finish(source, steps, place, results, options, by.device_name)
+                publish_factorized(upload, place, manifest, progress)
     for note in _accuracy_notes(manifest.targets, steps):
         progress.note(note)
     return manifest
@@ -221,15 +225,15 @@ def _run_jobs(
     engine: Engine, work: _Factorizing, journal: Journal, upload: Upload | None, progress: Progress
 ) -> list[ShardResult]:
     """The results of all shards: of those that an earlier start of this run has finished from its journal."""
-    shards, out = work.steps.shards, work.out
+    shards, place = work.steps.shards, work.place
     progress.start("factorizing", work.steps.bytes_read)
     results: dict[int, ShardResult] = {}
     try:
         for index in range(len(shards)):
-            done = _recorded(journal, index, out)
+            done = _recorded(journal, index, work)
             if done is not None:
                 results[index] = done
-                submit_shard(upload, out, done.shard)
+                submit_shard(upload, place, done.shard)
                 work.tell(index)
         if results:
             progress.note(f"going on after {len(results)} of {len(shards)} shards")
@@ -238,20 +242,28 @@ def _run_jobs(
             for index, result in finished:
                 results[index] = result
                 journal.record(index, result.as_json())
-                submit_shard(upload, out, result.shard)
+                submit_shard(upload, place, result.shard)
     finally:
         progress.finish()
     return [results[index] for index in range(len(shards))]
 
 
 class _Factorizing:
-    """What is done with the shards of a run, see ``ShardWork``."""
+    """What is done with the shards of a run, see ``ShardWork``: of one that writes to ``place``, in or at ``out``."""
 
     def __init__(
-        self, source: Source, steps: Plan, out: Path, settings: Settings, progress: Progress, timing: Timing | None
+        self,
+        source: Source,
+        steps: Plan,
+        out: Path,
+        place: Path,
+        settings: Settings,
+        progress: Progress,
+        timing: Timing | None,
     ) -> None:
         self.steps = steps
-        self.out = out
+        self.place = place
+        self._out = out
         self._source = source
         self._settings = settings
         self._progress = Shared(progress)
@@ -274,8 +286,8 @@ class _Factorizing:
             yield index
 
     def _job(self, index: int, path: Path, sha256: str | None, scales: Mapping[str, Path]) -> Job:
-        shards, window = self.steps.shards, self.steps.memory.window_bytes
-        return Job(shards[index], index, len(shards), path, sha256, self.out, None, scales, window, self._settings)
+        shards, window, watch = self.steps.shards, self.steps.memory.window_bytes, self._source.watch
+        return Job(shards[index], index, len(shards), path, sha256, self.place, None, scales, window, self._settings, watch)
 
     def work(self, index: int, lane: Lane, read: Callable[[], object]) -> ShardResult:
         job = self._jobs.pop(index)
@@ -297,7 +309,18 @@ class _Factorizing:
 
     def remote(self, index: int) -> RemoteShard:
         shards, window = self.steps.shards, self.steps.memory.window_bytes
-        return RemoteShard(shards[index], index, len(shards), self._source.origin(), self.out.resolve(), window, self._settings)
+        origin = self._source.origin([shards[index].file, *scale_files(shards[index])])
+        out, place = self._out.resolve(), self.place.resolve()
+        return RemoteShard(shards[index], index, len(shards), origin, out, place, window, self._settings)
+
+    def is_of_the_source(self, result: ShardResult) -> bool:
+        """Whether the shard of a local model still has the bytes that a result was made of. A commit pins those of others."""
+        if self._source.record.kind != "folder":
+            return True
+        record = result.shard.source
+        path = self._source.fetch(record.file)
+        with reading(path):
+            return file_sha256(path) == record.sha256
 
     def tell(self, index: int) -> None:
         shard = self.steps.shards[index]
@@ -308,19 +331,19 @@ class _Factorizing:
         self._source.close()
 
 
-def _recorded(journal: Journal, index: int, out: Path) -> ShardResult | None:
-    """What the journal has of a shard, if its files are still what they were."""
+def _recorded(journal: Journal, index: int, work: _Factorizing) -> ShardResult | None:
+    """What the journal has of a shard, if its files are still what they were, and so is the one that they were made of."""
     value = journal.recorded(index)
     if value is None:
         return None
-    result = ShardResult.from_json(value, f"{out}: the journal of shard {index + 1}")
+    result = ShardResult.from_json(value, f"{work.place}: the journal of shard {index + 1}")
     files = (record for record in (result.shard.residual, result.shard.factors) if record is not None)
-    return result if all(is_as_recorded(out, record) for record in files) else None
+    return result if work.is_of_the_source(result) and all(is_as_recorded(work.place, record) for record in files) else None
 
 
 def _identity(source: Source, steps: Plan, options: OptionsRecord, device: str) -> dict[str, Any]:
     """All that the bytes of the result depend on."""
-    chosen = [[*_seen(t.key, t.shape, t.view), t.rank, t.energy] for t in steps.targets]
+    chosen = [[*_seen(t.key, t.shape, t.view), t.rank, t.energy, [alias.tensor for alias in t.aliases]] for t in steps.targets]
     return {
         "command": "factorize",
         "format_version": FORMAT_VERSION,
@@ -407,12 +430,15 @@ def _finish(
     options: OptionsRecord,
     device: str,
 ) -> Manifest:
-    """Copy what goes along, write the scales and, last, the manifest."""
+    """Copy what goes along, write the scales and, last, the manifest: of a source that is still what was planned for."""
     selection = source.selection
     targets = [target for result in results for target in result.targets]
-    others = [copy_file(source.fetch(name), out / name, name) for name in loading_order(selection.others)]
+    source.watch.check()
+    others = [copy_file(source.fetch(name), out / name, name, watch=source.watch) for name in loading_order(selection.others)]
     fingerprint = fingerprint_of(targets)
-    write_scales(out / SCALES_FILE, {target.key: torch.ones(target.scales_shape) for target in targets}, fingerprint)
+    write_scales(
+        out / SCALES_FILE, {target.key: torch.ones(target.scales_shape, dtype=torch.float32) for target in targets}, fingerprint
+    )
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         tool=f"surgery {__version__}",
@@ -428,6 +454,7 @@ def _finish(
         targets=targets,
         skipped=[SkippedRecord(item.tensor, item.shard, item.reason) for item in steps.skipped],
     )
+    source.watch.check()
     manifest.write(out)
     return manifest
 
@@ -438,6 +465,14 @@ def _accuracy_notes(targets: list[TargetRecord], steps: Plan) -> list[str]:
     if failed:
         notes.append(f"the SVD of {len(failed)} targets did not reach the tolerance (first: {failed[0]}); see surgery inspect")
     asked = {target.key: target.energy for target in steps.targets if target.energy is not None}
+    first_with: dict[tuple[str, str], str] = {}
+    twice = [
+        (first, target.key)
+        for target in targets
+        if target.s_first and (first := first_with.setdefault((target.dtype, target.sample_sha256), target.key)) != target.key
+    ]
+    if twice and steps.download_bytes:  # what is at hand has been compared by the plan
+        notes.append(note_of_equal(len(twice), *twice[0]))
     short = [t for t in targets if t.key in asked and t.energy < (asked[t.key] or 0) and t.rank < min(t.matrices[1:])]
     if short:
         least = min(short, key=lambda target: target.energy)
@@ -466,11 +501,15 @@ def plan_as_json(steps: Plan, seconds: float) -> str:
                     "matrices": list(t.matrices),
                     "rank": t.rank,
                     "energy": t.energy,
+                    "aliases": [alias.tensor for alias in t.aliases],
                 }
                 for t in steps.targets
             ],
             "skipped": [{"tensor": s.tensor, "shard": s.shard, "reason": s.reason} for s in steps.skipped],
             "notes": list(steps.notes),
+            "files_along": steps.files_along,
+            "bytes_along": steps.bytes_along,
+            "left_out": [{"file": file, "reason": reason} for file, reason in steps.left_out.items()],
             "trainable": steps.trainable,
             "bytes_read": steps.bytes_read,
             "bytes_written": steps.bytes_written,

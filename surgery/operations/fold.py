@@ -13,15 +13,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from surgery import __version__
-from surgery.device import choose_devices, on_its_own_devices
+from surgery.device import choose_devices, on_its_own_terms
 from surgery.engine.lane import Lane
-from surgery.errors import OptionError, OutputError
+from surgery.errors import FormatError, OptionError, OutputError, SurgeryError
+from surgery.format.factors import DAMAGED_HINT
 from surgery.format.files import (
     RESTORE_HINT,
     FileRecord,
     check_file,
+    check_size_of,
     copy_file,
     file_sha256,
+    not_as_described,
+    read_json_object,
+    reading,
     write_file,
 )
 from surgery.format.lora import read_lora
@@ -35,12 +40,13 @@ from surgery.operations.dense import DenseWeights
 from surgery.operations.engines import Engine, EngineName, engine_of
 from surgery.operations.fold_shard import FoldSettings, RemoteFold, ShardFold
 from surgery.operations.journal import Journal
-from surgery.operations.output import files_in, is_as_recorded, loading_order, locked, prepare_output
+from surgery.operations.output import files_in, is_as_recorded, loading_order, locked, result_folder
 from surgery.operations.publish import publish_folded, submit_files, uploading
 from surgery.operations.quantized import index_of, without_quantization
 from surgery.planning.memory import Memory, need_to_fold, share_out
 from surgery.progress import Progress, Shared, Silent
-from surgery.source.select import INDEX_SUFFIX
+from surgery.source.model import FolderSource
+from surgery.source.shards import is_index
 from surgery.timing import Timing, timed
 from surgery.training.adapter import additions_of
 
@@ -73,7 +79,7 @@ class FoldReport:
     adapted: int
 
 
-@on_its_own_devices
+@on_its_own_terms
 def fold(
     factorized: str | Path,
     scales: str | Path | Mapping[str, torch.Tensor],
@@ -113,7 +119,7 @@ def fold(
         stream: for an overlay, fetch each weight file of the base from the hub when its turn comes, and drop it when it has
             been read.
         push_to_hub, private: as for ``factorize``.
-        overwrite: replace an earlier result in ``out``.
+        overwrite: replace an earlier result in ``out``, which stays as it is until the new one is whole.
         progress: told how far it is.
         timing: told where the time goes.
 
@@ -127,13 +133,15 @@ def fold(
     progress = progress or Silent()
     factorized, out = Path(factorized), Path(out)
     manifest = Manifest.read(factorized)
+    others = _as_they_are(factorized, manifest, progress)
     values = check_scales(scales, manifest) if isinstance(scales, Mapping) else read_scales(Path(scales), manifest)
     # Folding is float64 arithmetic, which an Apple GPU does not have.
     exact_on = "cpu" if choose_devices(device)[0].type == "mps" else device
     with engine_of(engine, exact_on, max_memory, max_device_memory, timing) as by:
         streaming = (out / STREAM_DIR, by.files_at_a_time) if stream else None
         weights = weight_source(factorized, manifest, base, streaming)
-        inputs = [factorized] + ([folder] if (folder := weights.folder()) else [])
+        weights.check(manifest.shards)
+        inputs = [factorized, *weights.folders()]
         if not isinstance(scales, Mapping):
             inputs.append(Path(scales))
         additions: dict[str, Addition] = {}
@@ -149,34 +157,41 @@ def fold(
             locked(out, inputs, progress),
             DenseWeights(manifest, factorized, weights, quantized, values, to_dense=dequantize, additions=additions) as dense,
         ):
-            settings = FoldSettings(factorized.resolve(), out, memory.window_bytes, dequantize, values, additions, quantized)
+            if additions:
+                dense.check(weights.header(shard) for shard in manifest.shards)
+            settings = FoldSettings(
+                factorized.resolve(), out, out, memory.window_bytes, dequantize, values, additions, quantized
+            )
             work = _Folding(manifest, weights, dense, settings, progress, timing)
             if not overwrite and _looks_finished(out, manifest, dequantize):
-                report = _compared(by, work, memory, progress)
+                report = _compared(by, work, others, memory, progress)
                 Journal.forget(out)
-                _publish(upload, report, manifest, progress, submitted=False)
+                _publish(upload, out, report, manifest, progress, submitted=False)
                 return report
-            journal = Journal(out, _identity(manifest, weights, settings, by.device_name))
+            journal = Journal(out, _identity(manifest, others, weights, settings, by.device_name))
             # What is FP8 takes twice as much in bfloat16.
             needed = sum(shard.source.size for shard in manifest.shards) * (2 if dequantize else 1)
-            needed += sum(record.size for record in manifest.files)
-            writes = [shard.source.file for shard in manifest.shards] + [record.file for record in manifest.files]
-            prepare_output(out, journal, writes, needed, overwrite=overwrite)
-            files = _fold_shards(by, work, memory, journal, upload, progress)
-            _copy_others(factorized, out, manifest, to_dense=dequantize)
-            report = _report(files, manifest, settings)
-            _publish(upload, report, manifest, progress, submitted=True)
-            Journal.forget(out)  # a fold keeps no record: an upload that fails is gone on with by this one
+            needed += sum(record.size for record in others)
+            writes = [shard.source.file for shard in manifest.shards] + [record.file for record in others]
+            # The journal is there until the upload is over: a fold keeps no other record to go on with.
+            with result_folder(out, journal, writes, needed, progress, overwrite=overwrite, earlier=_model_in(out)) as place:
+                work.settings = dataclasses.replace(settings, place=place)
+                files = _fold_shards(by, work, memory, journal, upload, progress)
+                _copy_others(factorized, place, others, to_dense=dequantize)
+                report = _report(files, manifest, settings)
+                _publish(upload, place, report, manifest, progress, submitted=True)
     return report
 
 
-def _publish(upload: Upload | None, report: FoldReport, manifest: Manifest, progress: Progress, *, submitted: bool) -> None:
+def _publish(
+    upload: Upload | None, place: Path, report: FoldReport, manifest: Manifest, progress: Progress, *, submitted: bool
+) -> None:
     if not submitted:
         for record in report.files:
-            submit_files(upload, report.out, [record])
+            submit_files(upload, place, [record])
     publish_folded(
         upload,
-        report.out,
+        place,
         manifest,
         changed=report.changed,
         adapted=report.adapted,
@@ -217,7 +232,7 @@ def _looks_finished(out: Path, manifest: Manifest, dequantize: bool) -> bool:
     )
 
 
-def _compared(engine: Engine, work: _Folding, memory: Memory, progress: Progress) -> FoldReport:
+def _compared(engine: Engine, work: _Folding, others: Iterable[FileRecord], memory: Memory, progress: Progress) -> FoldReport:
     """The report of a fold that is complete already. It keeps no record of itself, so it is done again and compared.
 
     Raises:
@@ -233,7 +248,7 @@ def _compared(engine: Engine, work: _Folding, memory: Memory, progress: Progress
     finally:
         progress.finish()
     files = [record for index in range(len(manifest.shards)) if (record := found[index]) is not None]
-    if not all(is_as_recorded(out, record) for record in (*files, *manifest.files)):
+    if not all(is_as_recorded(out, record) for record in (*files, *others)):
         raise OutputError(
             f"{out} holds files already, and they are not those of this fold",
             hint="--overwrite replaces an earlier result; -o chooses another folder",
@@ -242,7 +257,13 @@ def _compared(engine: Engine, work: _Folding, memory: Memory, progress: Progress
     return _report(files, manifest, work.settings)
 
 
-def _identity(manifest: Manifest, weights: OwnWeights | BaseWeights, settings: FoldSettings, device: str) -> dict[str, Any]:
+def _identity(
+    manifest: Manifest,
+    others: Iterable[FileRecord],
+    weights: OwnWeights | BaseWeights,
+    settings: FoldSettings,
+    device: str,
+) -> dict[str, Any]:
     """All that the bytes of the result depend on."""
     digest, added = hashlib.sha256(), hashlib.sha256()
     for key, value in sorted(settings.scales.items()):
@@ -255,6 +276,7 @@ def _identity(manifest: Manifest, weights: OwnWeights | BaseWeights, settings: F
         "torch": torch.__version__,
         "device": device,
         "manifest": file_sha256(settings.factorized / MANIFEST_FILE),
+        "edited": {record.file: record.sha256 for record in others if record not in manifest.files},
         "scales": digest.hexdigest(),
         "lora": added.hexdigest(),
         "dequantize": settings.dequantize,
@@ -266,23 +288,23 @@ def _fold_shards(
     engine: Engine, work: _Folding, memory: Memory, journal: Journal, upload: Upload | None, progress: Progress
 ) -> list[FileRecord]:
     """Write all weight files but those that an earlier start of this run has written."""
-    shards, out = work.manifest.shards, work.settings.out
+    shards, place = work.manifest.shards, work.settings.place
     progress.start("folding", sum(shard.source.size for shard in shards))
     files: dict[int, FileRecord | None] = {}
     try:
         for index in range(len(shards)):
             known = journal.recorded(index)
-            record = None if known is None else decode_file(known, f"{out}: the journal of shard {index + 1}")
-            if known is not None and (record is None or is_as_recorded(out, record)):
+            record = None if known is None else decode_file(known, f"{place}: the journal of shard {index + 1}")
+            if known is not None and (record is None or is_as_recorded(place, record)):
                 files[index] = record
-                submit_files(upload, out, [record] if record else [])
+                submit_files(upload, place, [record] if record else [])
                 work.tell(index)
         missing = [index for index in range(len(shards)) if index not in files]
         with closing(engine.run(work, missing, memory)) as finished:
             for index, record in finished:
                 files[index] = record
                 journal.record(index, {"file": None if record is None else asdict(record)})
-                submit_files(upload, out, [record] if record else [])
+                submit_files(upload, place, [record] if record else [])
     finally:
         progress.finish()
     return [record for index in range(len(shards)) if (record := files[index]) is not None]
@@ -329,8 +351,10 @@ class _Folding:
         def release() -> None:
             while files:
                 file = files.pop()
-                if self._weights.release(file):
+                try:
                     self._dense.forget(file)
+                finally:
+                    self._weights.release(file)
 
         def has_been_read() -> None:
             if not self._dense.quantized:  # else scales are looked up until the end
@@ -344,8 +368,10 @@ class _Folding:
             release()
 
     def remote(self, index: int) -> RemoteFold:
-        settings = dataclasses.replace(self.settings, out=self.settings.out.resolve())
-        return RemoteFold(self.manifest.shards[index], self._weights.origin(), settings, self.to_compare)
+        settings = self.settings
+        settings = dataclasses.replace(settings, out=settings.out.resolve(), place=settings.place.resolve())
+        shard = self.manifest.shards[index]
+        return RemoteFold(shard, self._weights.origin(self._dense.files(shard)), settings, self.to_compare)
 
     def tell(self, index: int) -> None:
         record = self.manifest.shards[index].source
@@ -356,17 +382,54 @@ class _Folding:
         self._weights.close()
 
 
-def _copy_others(factorized: Path, out: Path, manifest: Manifest, *, to_dense: bool) -> None:
+def _as_they_are(factorized: Path, manifest: Manifest, progress: Progress) -> list[FileRecord]:
+    """The files that go along with the weights, as they are now: those that are not about weights may have been edited.
+
+    Raises:
+        FormatError: a file of the checkpoint is missing or has another size; one that must not be edited was.
+    """
+    for shard in manifest.shards:
+        for record in (shard.residual, shard.factors):
+            if record is not None:
+                check_size_of(factorized, record, DAMAGED_HINT)
+    found = []
+    for record in manifest.files:
+        path = factorized / record.file
+        if not path.is_file():
+            raise FormatError(f"{path} is not there", expected="what goes along with the weights", hint=RESTORE_HINT)
+        with reading(path):
+            found.append(FileRecord(record.file, path.stat().st_size, file_sha256(path)))
+        is_inside = factorized.resolve() in path.resolve().parents
+        if found[-1] != record and (is_index(record.file) or not is_inside):
+            raise not_as_described(path, found[-1].sha256, record, RESTORE_HINT)
+    if edited := [now.file for now, before in zip(found, manifest.files, strict=True) if now != before]:
+        if CONFIG_FILE in edited:
+            read_json_object(factorized / CONFIG_FILE, str(factorized / CONFIG_FILE))
+        progress.note(f"changed since {factorized} was made, and taken along as they are: {', '.join(edited)}")
+    return found
+
+
+def _model_in(out: Path) -> set[str]:
+    """What a model in the output folder consists of: it may be an earlier fold, which keeps no record of itself."""
+    try:
+        selection = FolderSource(out).selection
+    except SurgeryError:
+        return set()
+    if CONFIG_FILE not in selection.others:
+        return set()
+    return {*selection.shards, *selection.others}
+
+
+def _copy_others(factorized: Path, out: Path, others: Iterable[FileRecord], *, to_dense: bool) -> None:
     """What goes along with the weights: as it is, but for what speaks of a quantization that is no more.
 
     What an earlier start has put in place stays: once ``config.json`` is there, nothing is in the making any more.
     """
-    by_name = {record.file: record for record in manifest.files}
+    by_name = {record.file: record for record in others}
     for name in loading_order(by_name):
-        is_index = name.endswith(INDEX_SUFFIX) and "/" not in name
-        if to_dense and (name == CONFIG_FILE or is_index):
+        if to_dense and (name == CONFIG_FILE or is_index(name)):
             check_file(factorized, by_name[name], RESTORE_HINT)
-            data = index_of(out, factorized / name) if is_index else without_quantization(factorized / name)
+            data = index_of(out, factorized / name) if is_index(name) else without_quantization(factorized / name)
             if not (out / name).is_file() or (out / name).read_bytes() != data:
                 write_file(out / name, data)
         elif not is_as_recorded(out, by_name[name]):

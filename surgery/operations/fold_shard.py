@@ -19,14 +19,12 @@ from surgery.format.safetensors import ShardReader
 from surgery.linalg.lossless import Addition
 from surgery.memory import bytes_of
 from surgery.names import PARTIALS_DIR
-from surgery.operations.base import SentWeights, Weights
+from surgery.operations.base import BASE_HINT, SentWeights, Weights
 from surgery.operations.dense import DenseWeights
 from surgery.operations.job import check_shared
 from surgery.planning.quantization import Scaled
 from surgery.progress import Progress, Silent
 from surgery.source.origin import Origin
-
-_BASE_HINT = "give the model that was factorized with --base"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +32,9 @@ class FoldSettings:
     """What a fold depends on besides the checkpoint; see ``fold``.
 
     Attributes:
-        factorized, out: folders.
+        factorized: the folder that is read.
+        out: the output folder.
+        place: the folder that is written to, that one or one inside of it.
         window_bytes: how much of a shard is worked on at a time.
         dequantize: whether FP8 weights become bfloat16.
         scales: by the key of a target.
@@ -44,6 +44,7 @@ class FoldSettings:
 
     factorized: Path
     out: Path
+    place: Path
     window_bytes: int
     dequantize: bool
     scales: Mapping[str, torch.Tensor]
@@ -117,7 +118,7 @@ class ShardFold:
             to_compare: nothing is written.
         """
         file = self.shard.source.file
-        with ShardReader(self.weights.file(self.shard)[0]) as reader:
+        with ShardReader(self.weights.file(self.shard)[0], watch=self.weights.watch) as reader:
             if reader.header.tensors and all(self.dense.drops(entry.name) for entry in reader.header.tensors):
                 self.progress.advance(reader.header.data_bytes)
                 return None
@@ -125,7 +126,7 @@ class ShardFold:
                 sink = HashSink()
                 self._write(reader, sink, lane, read)
                 return FileRecord(file, self.shard.source.size, sink.sha256)
-            with FileWriter(self.settings.out / file, partial) as writer:
+            with FileWriter(self.settings.place / file, partial) as writer:
                 self._write(reader, writer, lane, read)
                 return writer.commit(file)
 
@@ -153,6 +154,6 @@ class ShardFold:
             lane.flow(walk, self.settings.window_bytes, fold, finish, read)
         if walk.sha256 != expected.sha256:
             overlay = self.manifest.layout == "overlay"
-            raise not_as_described(path, walk.sha256, expected, _BASE_HINT if overlay else DAMAGED_HINT)
+            raise not_as_described(path, walk.sha256, expected, BASE_HINT if overlay else DAMAGED_HINT)
         if header == reader.header.raw and dense.keeps(shard, reader.header) and writer.sha256 != shard.source.sha256:
             raise FormatError(f"{path}: untouched scales do not give the source back", hint=DAMAGED_HINT)

@@ -19,7 +19,7 @@ def inspect(factorized: str | Path) -> Manifest:
 
 
 def undetermined(target: TargetRecord) -> int:
-    """How many kept directions the matrix does not determine: their residual is no smaller than their gap."""
+    """How many kept directions are not determined: their residual is no smaller than their gap, or no gap is known."""
     return sum(
         residual >= gap
         for certificate in target.certificates
@@ -32,13 +32,27 @@ def largest_residual(target: TargetRecord) -> float:
     return max(max(certificate.residual) for certificate in target.certificates)
 
 
+def last_value_error(target: TargetRecord) -> float:
+    """Share of s_k that is in doubt, at the most: 1 where it may be anything. Of the matrix that it is largest for.
+
+    A residual says how far a value may be off, over the s_1 of its matrix. Of a stack the manifest has only the largest and the
+    smallest value of all; that of each is no smaller than its gap.
+    """
+    share = target.s_last / target.s_first if target.s_first else 0.0
+
+    def of(residual: float, least: float) -> float:
+        return min(1.0, residual / least) if least else float(residual > 0)
+
+    return max(of(certificate.residual[-1], max(share, certificate.gap[-1])) for certificate in target.certificates)
+
+
 def methods(target: TargetRecord) -> str:
     """The methods that its matrices were solved by."""
     return ", ".join(sorted({certificate.method for certificate in target.certificates}))
 
 
 def summary(manifest: Manifest) -> dict[str, Any]:
-    """The JSON that ``surgery inspect --json`` prints; ``schema_version`` 1."""
+    """The JSON that ``surgery inspect --json`` prints; ``schema_version`` 1. ``s_last_error``: see ``last_value_error``."""
     return {
         "schema_version": 1,
         "layout": manifest.layout,
@@ -59,12 +73,14 @@ def summary(manifest: Manifest) -> dict[str, Any]:
                 "energy": target.energy,
                 "s_first": target.s_first,
                 "s_last": target.s_last,
+                "s_last_error": last_value_error(target),
                 "inexact": target.inexact,
                 "converged": target.converged,
                 "method": methods(target),
                 "passes": sum(certificate.passes for certificate in target.certificates),
                 "max_residual": largest_residual(target),
                 "undetermined": undetermined(target),
+                "aliases": [alias.tensor for alias in target.aliases],
             }
             for target in manifest.targets
         ],

@@ -15,7 +15,7 @@ from surgery.engine.lane import Lane
 from surgery.engine.walk import Piece, ShardWalk, TargetPiece
 from surgery.errors import OutputError, SourceError
 from surgery.format.factors import FactorsHash
-from surgery.format.files import FileRecord, FileWriter
+from surgery.format.files import FileRecord, FileWriter, Watch
 from surgery.format.manifest import CertificateRecord, ShardRecord, ShardResult, TargetRecord
 from surgery.format.safetensors import TORCH_DTYPES, ShardReader, TensorFileWriter
 from surgery.format.sample import SampleHash
@@ -38,11 +38,12 @@ class Job:
         index, count: which of how many shards.
         path: the weight file on this machine.
         sha256: what the hub says that its hash is; None where nobody does.
-        out: the output folder.
+        out: the folder that is written to.
         partials: where unfinished files are, if not beside the finished ones.
         scales: the weight files that hold scales of FP8 targets, by name, and where they are on this machine.
         window_bytes: how much of the shard is held at a time, so that matrices of one shape are solved together.
         settings: as asked for.
+        watch: of the source.
     """
 
     shard: ShardPlan
@@ -55,6 +56,7 @@ class Job:
     scales: Mapping[str, Path]
     window_bytes: int
     settings: Settings
+    watch: Watch
 
     def partial(self, file: str) -> Path | None:
         """Where a file is until it is finished, if not beside it."""
@@ -66,8 +68,10 @@ class RemoteShard:
     """A job for another process, perhaps on another machine.
 
     Attributes:
-        shard, index, count, out, window_bytes, settings: as for ``Job``.
+        shard, index, count, window_bytes, settings: as for ``Job``.
         origin: where its weight files come from.
+        out: the output folder of the run.
+        place: the folder that is written to, that one or one inside of it.
     """
 
     shard: ShardPlan
@@ -75,6 +79,7 @@ class RemoteShard:
     count: int
     origin: Origin
     out: Path
+    place: Path
     window_bytes: int
     settings: Settings
 
@@ -92,11 +97,12 @@ class RemoteShard:
                 self.count,
                 path,
                 sha256,
-                self.out,
+                self.place,
                 partials,
                 scales,
                 self.window_bytes,
                 self.settings,
+                Watch(),
             )
             return run_job(job, lane, Silent(), lambda: None)
 
@@ -130,9 +136,9 @@ def run_job(job: Job, lane: Lane, progress: Progress, read: Callable[[], object]
     """
     factors_name = factors_file(job.index, job.count)
     with ExitStack() as stack:
-        reader = stack.enter_context(ShardReader(job.path, name=job.shard.file))
+        reader = stack.enter_context(ShardReader(job.path, name=job.shard.file, watch=job.watch))
         _check_unchanged(reader, job.shard)
-        dequantizer = stack.enter_context(Dequantizer(job.scales.__getitem__))
+        dequantizer = stack.enter_context(Dequantizer(job.scales.__getitem__, job.watch))
         work: dict[str, list[_Collected]] = {}
         for target in job.shard.targets:
             ranked = _with_rank(target, reader, dequantizer, job, lane)
@@ -271,6 +277,7 @@ class _Collected:
             inexact=_digits(self.inexact / self.done, 3) if residual else None,
             factors_sha256=self.factors_sha256.hexdigest(),
             certificates=self.certificates,
+            aliases=list(target.aliases),
         )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from surgery.errors import FormatError, OutputError
 from surgery.format.files import MAX_OWN_JSON_BYTES, read_json_object, reporting, write_file
-from surgery.names import FILES_FILE, JOURNAL_DIR, RUN_FILE
+from surgery.names import FILES_FILE, JOURNAL_DIR, REPLACED_FILE, RUN_FILE
 
 
 class Journal:
@@ -42,6 +42,11 @@ class Journal:
             (out / RUN_FILE).unlink(missing_ok=True)
             (out / FILES_FILE).unlink(missing_ok=True)
 
+    @staticmethod
+    def is_replacing(out: Path) -> bool:
+        """Whether the result of the run that was begun is whole, and was about to take the place of the earlier one."""
+        return (out / REPLACED_FILE).is_file()
+
     def matches(self) -> bool:
         """Whether the run that was begun is this one."""
         try:
@@ -55,16 +60,21 @@ class Journal:
     @staticmethod
     def files(out: Path) -> set[str]:
         """What the run that was begun would write, and what it found of an earlier result: all that may be removed."""
-        path = out / FILES_FILE
-        try:
-            listed = read_json_object(path, str(path), most=MAX_OWN_JSON_BYTES).get("files") if path.is_file() else []
-        except FormatError:
-            return set()
-        return {name for name in listed if isinstance(name, str)} if isinstance(listed, list) else set()
+        return _listed(out / FILES_FILE)
 
     def claim(self, files: set[str]) -> None:
         """Say which files may be removed, before the first of them is."""
-        write_file(self._out / FILES_FILE, json.dumps({"files": sorted(files)}).encode())
+        _list(self._out / FILES_FILE, files)
+
+    @staticmethod
+    def replaced(out: Path) -> set[str]:
+        """What is to go before the result takes its place."""
+        return _listed(out / REPLACED_FILE)
+
+    @staticmethod
+    def replace(out: Path, files: set[str]) -> None:
+        """Say that the result is whole, and which files are to go before it takes their place."""
+        _list(out / REPLACED_FILE, files)
 
     def check(self) -> None:
         """Refuse to go on with a run that is not this one.
@@ -86,12 +96,16 @@ class Journal:
                 hint="repeat the earlier command, start anew with --overwrite, or choose another folder with -o",
             )
 
-    def begin(self) -> None:
-        """Say that the run has begun, and forget any other."""
+    def drop(self) -> None:
+        """Any other run that was begun is not gone on with."""
         with reporting(self._folder):
             (self._out / RUN_FILE).unlink(missing_ok=True)
+            (self._out / REPLACED_FILE).unlink(missing_ok=True)
             for path in self._folder.glob("[0-9]*.json*"):
                 path.unlink()
+
+    def begin(self) -> None:
+        """Say that the run has begun."""
         write_file(self._out / RUN_FILE, json.dumps(self._identity, indent=1).encode())
 
     @staticmethod
@@ -115,6 +129,18 @@ class Journal:
             return None
         value = sealed.get("value")
         return value if sealed.get("sha256") == _seal(value) else None
+
+
+def _list(path: Path, files: set[str]) -> None:
+    write_file(path, json.dumps({"files": sorted(files)}).encode())
+
+
+def _listed(path: Path) -> set[str]:
+    try:
+        listed = read_json_object(path, str(path), most=MAX_OWN_JSON_BYTES).get("files") if path.is_file() else []
+    except FormatError:
+        return set()
+    return {name for name in listed if isinstance(name, str)} if isinstance(listed, list) else set()
 
 
 def _seal(value: Any) -> str:

@@ -1,15 +1,15 @@
-"""The output folder: refused where it must not be, checked for room, cleared of an earlier result and nothing else."""
+"""The output folder: refused where it must not be, checked for room, and an earlier result in it replaced by a whole one."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
 
 from filelock import FileLock, Timeout
 
-from surgery.errors import FormatError, OutputError, SurgeryError
+from surgery.errors import FormatError, OptionError, OutputError, ScalesError, SurgeryError, WeightError
 from surgery.format.files import FileRecord, check_file, reporting, sync_directory
 from surgery.format.manifest import Manifest
 from surgery.names import (
@@ -19,14 +19,19 @@ from surgery.names import (
     LOCK_FILE,
     MANIFEST_FILE,
     OUR_FILES,
+    REPLACED_FILE,
+    RESULT_DIR,
     RUN_FILE,
     SCALES_FILE,
     SURGERY_DIR,
 )
 from surgery.operations.journal import Journal
 from surgery.progress import Progress
+from surgery.source.select import is_read_by_loaders
+from surgery.source.shards import is_index
 
 _PARTIAL = ".partial"
+_ROOM_HINT = "free some space, or choose a folder on another disk"
 
 
 @contextmanager
@@ -79,7 +84,8 @@ def locked(out: Path, inputs: Iterable[Path], progress: Progress) -> Iterator[No
 def _nothing_done(out: Path) -> bool:
     """Whether a run has been begun, and has neither finished a shard nor left anything else."""
     journal = {f"{JOURNAL_DIR}/{path.name}" for path in (out / JOURNAL_DIR).iterdir()}
-    return not files_in(out) and journal <= {LOCK_FILE, RUN_FILE, FILES_FILE}
+    place = out / RESULT_DIR if RESULT_DIR in journal else out
+    return not files_in(place) and journal <= {LOCK_FILE, RUN_FILE, FILES_FILE, RESULT_DIR}
 
 
 def check_output_file(out: Path, inputs: Iterable[Path], *, overwrite: bool, but: Path | None = None) -> None:
@@ -111,46 +117,79 @@ def check_output_file(out: Path, inputs: Iterable[Path], *, overwrite: bool, but
         raise OutputError(f"{out}: no such file can be", got=error, hint="choose another file with -o") from None
 
 
-def prepare_output(out: Path, journal: Journal, writes: Iterable[str], needed: int, *, overwrite: bool) -> None:
-    """Make ``out`` a folder that the result can be written to, empty, or with what an earlier start of the run has done.
+@contextmanager
+def result_folder(
+    out: Path,
+    journal: Journal,
+    writes: Iterable[str],
+    needed: int,
+    progress: Progress,
+    *,
+    overwrite: bool,
+    earlier: Iterable[str] = (),
+) -> Iterator[Path]:
+    """The folder to write a result to: ``out``, empty, or with what an earlier start of the run has done.
 
-    With ``overwrite`` the files of an earlier result are removed: those that its manifest names, those that the new
-    result will write, and what an unfinished run leaves. Weights and files in ``surgery/`` that are neither are a
-    reason to refuse, as they would mix with the result or are not ours; any other file is left alone.
+    With ``overwrite``, where there is an earlier result, it is a folder inside of ``out``. When the context is left without an
+    error the new result is whole, and takes the place of the earlier one: of what that consists of nothing stays. That
+    is what its manifest names, what the new result has under the same names, what loaders look for beside a model's weights,
+    and what an unfinished run leaves. Other weights and files in ``surgery/`` are a reason to refuse, as they would mix with
+    the result or are not ours; any other file is left alone.
 
     Args:
         out: the folder, locked.
-        journal: of the run, begun or gone on with when this returns.
+        journal: of the run, which is over when the context is left without an error.
         writes: files of the new result, relative.
         needed: bytes that it takes.
+        progress: told what stays.
         overwrite: whether an earlier result may be replaced.
+        earlier: files that belong to an earlier result as well.
 
     Raises:
         OutputError: ``out`` is not empty, not ours, holds another unfinished run, is too small, or not to be written.
     """
-    writes = set(writes)
+    place = _prepared(out, journal, set(writes), needed, set(earlier), overwrite=overwrite)
+    try:
+        yield place
+    except (OptionError, ScalesError, WeightError):
+        if place != out:  # the same command would meet it again: nothing is left of it beside what it would have replaced
+            Journal.forget(out)
+        raise
+    if place != out:
+        stale, new = _stale(out, Journal.files(out)), files_in(place)
+        Journal.replace(out, stale - new)
+        _take_place(out)
+        if kept := sorted(files_in(out) - new):
+            progress.note(f"{out} keeps what is no part of a model: {', '.join(kept[:5])}" + (" ..." if len(kept) > 5 else ""))
+    Journal.forget(out)
+
+
+def _prepared(out: Path, journal: Journal, writes: set[str], needed: int, earlier: set[str], *, overwrite: bool) -> Path:
+    """See ``result_folder``. The run has begun, or is gone on with, when this returns."""
     with reporting(out):
         top = sorted(path.name for path in out.iterdir() if path.name != JOURNAL_DIR)
+    _check_links(out)
     if Journal.is_there(out) and (not overwrite or journal.matches()):
         journal.check()
-        _check_links(out)
-        present = files_in(out)
-        check_room(out, needed, freed=sum((out / name).lstat().st_size for name in present & writes))
-        with reporting(out):
+        if Journal.is_replacing(out):
+            _take_place(out)
+        place = out / RESULT_DIR if (out / RESULT_DIR).is_dir() else out
+        present = files_in(place)
+        check_room(out, needed, freed=_size(place, present & writes))
+        with reporting(place):
             for name in {name + _PARTIAL for name in writes} & present:
-                (out / name).unlink()
-        return
+                (place / name).unlink()
+        return place
     if top and not overwrite:
         raise OutputError(
             f"{out} holds files already",
             got=", ".join(top[:5]) + (" ..." if len(top) > 5 else ""),
             hint="--overwrite replaces an earlier result; -o chooses another folder",
         )
-    _check_links(out)
     present = files_in(out)
-    ours = _earlier_result(out) | writes | Journal.files(out)
+    ours = earlier | _earlier_result(out, present) | writes | Journal.files(out) | Journal.replaced(out)
     ours |= {name + _PARTIAL for name in ours}
-    stale = {name for name in present if name in ours or OUR_FILES.fullmatch(name)}
+    stale = _stale(out, ours)
     foreign = sorted(name for name in present - stale if _would_mix(name))
     if foreign:
         raise OutputError(
@@ -158,15 +197,72 @@ def prepare_output(out: Path, journal: Journal, writes: Iterable[str], needed: i
             got=", ".join(foreign[:5]) + (" ..." if len(foreign) > 5 else ""),
             hint="choose another folder with -o",
         )
-    check_room(out, needed, freed=sum((out / name).lstat().st_size for name in stale))
+    is_whole = bool(stale) and _may_be_whole(out, present)
+    if is_whole:
+        _check_way(out, writes, present - stale)
+    freed = _size(out / RESULT_DIR, files_in(out / RESULT_DIR)) + (0 if is_whole else _size(out, stale))
+    check_room(out, needed, freed=freed, hint="remove the earlier result, which stays until then" if is_whole else _ROOM_HINT)
     journal.claim(ours)
+    journal.drop()
     with reporting(out):
-        # The manifest and the config go first: from then on no loader takes the folder.
-        for name in sorted(stale, key=lambda name: (name not in (MANIFEST_FILE, CONFIG_FILE), name)):
-            (out / name).unlink()
-            if name in (MANIFEST_FILE, CONFIG_FILE):
-                sync_directory((out / name).parent)
+        shutil.rmtree(out / RESULT_DIR, ignore_errors=True)
+        if is_whole:
+            (out / RESULT_DIR).mkdir()
+        else:
+            _remove(out, stale)
     journal.begin()
+    return out / RESULT_DIR if is_whole else out
+
+
+def _may_be_whole(out: Path, present: set[str]) -> bool:
+    """Whether what is there of earlier runs may be a finished result, which must not be lost before there is another."""
+    if not Journal.is_there(out) or not {MANIFEST_FILE, CONFIG_FILE}.isdisjoint(present):
+        return True
+    return (out / RESULT_DIR).is_dir() and not Journal.is_replacing(out)
+
+
+def _stale(out: Path, ours: set[str]) -> set[str]:
+    """What has to go from the output folder, given what is ours by name."""
+    return {name for name in files_in(out) if name in ours or OUR_FILES.fullmatch(name)}
+
+
+def _take_place(out: Path) -> None:
+    """The result, which is whole, to the place of the earlier one; gone on with where a run was killed meanwhile."""
+    result = out / RESULT_DIR
+    new, gone = files_in(result), Journal.replaced(out) & files_in(out)
+    with reporting(out):
+        # Those by which a loader would take the folder for the earlier result, which is not whole from then on.
+        _remove(out, gone | ({MANIFEST_FILE, CONFIG_FILE} & new & files_in(out)))
+        for name in sorted(new, key=_how_late):
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (result / name).replace(out / name)
+            sync_directory((out / name).parent)
+        shutil.rmtree(result, ignore_errors=True)
+        (out / REPLACED_FILE).unlink()
+
+
+def _remove(out: Path, files: set[str]) -> None:
+    """Files of an earlier result, and the folders that are empty then."""
+    # The manifest and the config go first: from then on no loader takes the folder.
+    for name in sorted(files, key=_how_late, reverse=True):
+        (out / name).unlink()
+        if name in (MANIFEST_FILE, CONFIG_FILE):
+            sync_directory((out / name).parent)
+    for folder in sorted({parent for name in files for parent in PurePosixPath(name).parents[:-1]}, reverse=True):
+        with suppress(OSError):  # something else is in it
+            (out / folder).rmdir()
+
+
+def _check_way(out: Path, writes: set[str], kept: set[str]) -> None:
+    """Refuse where something that stays would be in the way of the result when it takes its place."""
+    for name in sorted(writes):
+        above = {str(parent) for parent in PurePosixPath(name).parents}
+        if (out / name).is_dir() or not kept.isdisjoint(above):
+            raise OutputError(f"{out}: something is in the way of {name}", hint="remove it, or choose another folder with -o")
+
+
+def _size(folder: Path, names: set[str]) -> int:
+    return sum((folder / name).lstat().st_size for name in names)
 
 
 def files_in(out: Path) -> set[str]:
@@ -197,24 +293,25 @@ def _check_apart(out: Path, inputs: Iterable[Path]) -> None:
             )
 
 
-def _earlier_result(out: Path) -> set[str]:
-    """What a finished factorize run has written to ``out``."""
+def _earlier_result(out: Path, present: set[str]) -> set[str]:
+    """What a finished run has put into ``out``: by its manifest; as a fold keeps none, what a model has beside its weights."""
+    is_model = CONFIG_FILE in present
+    beside = {name for name in present if is_model and is_read_by_loaders(name) and not _would_mix(name)}
     if not (out / MANIFEST_FILE).is_file():
-        return set()
+        return beside
     try:
         manifest = Manifest.read(out)
     except SurgeryError:
-        return set()
-    return {record.file for record in manifest.output_files()} | {MANIFEST_FILE, SCALES_FILE}
+        return beside
+    return beside | {record.file for record in manifest.output_files()} | {MANIFEST_FILE, SCALES_FILE}
 
 
 def _would_mix(name: str) -> bool:
     """Whether a file that stays in the output folder would be taken for part of the result."""
-    folder, _, _ = name.rpartition("/")
-    return name.startswith(f"{SURGERY_DIR}/") or (not folder and name.endswith((".safetensors", ".safetensors.index.json")))
+    return name.startswith(f"{SURGERY_DIR}/") or ("/" not in name and (name.endswith(".safetensors") or is_index(name)))
 
 
-def check_room(folder: Path, needed: int, *, freed: int = 0) -> None:
+def check_room(folder: Path, needed: int, *, freed: int = 0, hint: str = _ROOM_HINT) -> None:
     """Refuse to start on a disk that cannot hold ``needed`` bytes once ``freed`` ones are gone.
 
     Raises:
@@ -227,7 +324,7 @@ def check_room(folder: Path, needed: int, *, freed: int = 0) -> None:
             f"the disk under {folder} is too small",
             got=f"{free / 1e9:.3f} GB free",
             expected=f"about {needed / 1e9:.3f} GB",
-            hint="free some space, or choose a folder on another disk",
+            hint=hint,
         )
 
 
@@ -242,4 +339,8 @@ def is_as_recorded(out: Path, record: FileRecord) -> bool:
 
 def loading_order(files: Iterable[str]) -> list[str]:
     """Files in the order they are put in place: ``config.json`` last, as no loader takes a folder without it."""
-    return sorted(files, key=lambda name: (name == CONFIG_FILE, name))
+    return sorted(files, key=_how_late)
+
+
+def _how_late(name: str) -> tuple[bool, bool, str]:
+    return name == MANIFEST_FILE, name == CONFIG_FILE, name

@@ -11,7 +11,7 @@ from typing import Self
 
 import torch
 
-from surgery.device import as_memory_allows, choose_device, on_its_own_devices
+from surgery.device import as_memory_allows, choose_device, on_its_own_terms
 from surgery.engine.walk import ShardWalk, TargetPiece, reported
 from surgery.errors import FormatError, SourceError
 from surgery.format.factors import DAMAGED_HINT, FactorsReader
@@ -22,7 +22,7 @@ from surgery.format.scales import write_scales
 from surgery.linalg.correction import CorruptCorrection
 from surgery.linalg.lossless import BLOCK_ENTRIES, DEVICE_BLOCKS, Factors, approximate, join
 from surgery.names import SCALES_FILE
-from surgery.operations.base import BaseWeights, OwnWeights, check_entry, own_config, shard_path, weight_source
+from surgery.operations.base import BASE_HINT, BaseWeights, OwnWeights, check_entry, shard_path, weight_source
 from surgery.operations.output import check_output_file, check_room
 from surgery.operations.quantized import Dequantizer
 from surgery.operations.tuned import Norms, TunedModel, note_what_is_unlikely
@@ -70,7 +70,7 @@ class ProjectReport:
     total: Projection
 
 
-@on_its_own_devices
+@on_its_own_terms
 def project(
     factorized: str | Path,
     tuned: str | Path,
@@ -115,18 +115,21 @@ def project(
     manifest = Manifest.read(factorized)
     weights = weight_source(factorized, manifest, base)
     source = _open_like(tuned, manifest)
-    inputs = [factorized, *(folder for folder in (weights.folder(), source.folder()) if folder is not None)]
+    inputs = [factorized, *weights.folders(), *source.folders()]
     check_output_file(out, inputs, overwrite=overwrite, but=factorized / SCALES_FILE)
     for download in (source.room_to_fetch(), weights.room_to_fetch()):
         if download is not None:
             check_room(*download)
+    aliases = {target.tensor: target.tensors[1:] for target in manifest.targets}
     names = {entry.name for shard in manifest.shards for entry in weights.header(shard).tensors}
     with (
-        TunedModel(source, {target.tensor: target.shape for target in manifest.targets}, names, progress) as model,
+        TunedModel(source, {target.tensor: target.shape for target in manifest.targets}, names, progress, aliases) as model,
         _Projector(factorized, manifest, weights, model, where) as projector,
     ):
         projector.run(progress or Silent())
         found = projector.found
+    for read in (source, weights):
+        read.watch.check()
     write_scales(out, {key: one.scales for key, one in found.items()}, manifest.fingerprint)
     note_what_is_unlikely(source.name, [one.sums.norms(key) for key, one in found.items()], progress)
     total = _Sums()
@@ -209,12 +212,12 @@ class _Projector:
         self._quantized: Mapping[str, Scaled] = {}
         fp8 = [target.tensor for target in manifest.targets if target.dtype == FP8]
         if fp8 and isinstance(weights, BaseWeights):
-            self._quantized = weights.quantized(own_config(factorized, manifest))
+            self._quantized = weights.quantized(factorized, manifest)
         if lost := [tensor for tensor in fp8 if tensor not in self._quantized]:
             raise SourceError(f"the base is not that of this overlay: {lost[0]!r} is not FP8 there")
         shards = {shard.source.file: shard for shard in manifest.shards}
-        self._dequantizer = Dequantizer(lambda file: shard_path(weights, shards, file))
-        self.found = {target.key: _Found(torch.ones(target.scales_shape)) for target in manifest.targets}
+        self._dequantizer = Dequantizer(lambda file: shard_path(weights, shards, file), weights.watch)
+        self.found = {target.key: _Found(torch.ones(target.scales_shape, dtype=torch.float32)) for target in manifest.targets}
 
     def __enter__(self) -> Self:
         return self
@@ -240,7 +243,7 @@ class _Projector:
             targets.setdefault(target.tensor, []).append(target)
         with (
             FactorsReader(self._factorized, shard) as reader,
-            ShardReader(path, name=path.name) as stored,
+            ShardReader(path, name=path.name, watch=self._weights.watch) as stored,
             ShardWalk(stored, {name: some[0].at_a_time for name, some in targets.items()}) as walk,
         ):
             if lost := sorted(targets.keys() - {entry.name for entry in stored.header.tensors}):
@@ -250,9 +253,7 @@ class _Projector:
                     self._piece(piece, targets[piece.entry.name], reader)
         if walk.sha256 != expected.sha256:
             overlay = isinstance(self._weights, BaseWeights)
-            raise not_as_described(
-                path, walk.sha256, expected, "give the model that was factorized with --base" if overlay else DAMAGED_HINT
-            )
+            raise not_as_described(path, walk.sha256, expected, BASE_HINT if overlay else DAMAGED_HINT)
 
     def _piece(self, piece: TargetPiece, targets: Sequence[TargetRecord], reader: FactorsReader) -> None:
         for target in targets:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import torch
 
-from surgery.format.files import read_json_object
-from surgery.format.safetensors import ShardReader, TensorEntry
+from surgery.format.files import Watch, read_json_object
+from surgery.format.pool import Pool
+from surgery.format.safetensors import ShardReader
 from surgery.linalg.fp8 import dequantize
 from surgery.planning.quantization import QUANTIZATION_KEYS, Scaled
-from surgery.source.select import index_entries
+from surgery.source.shards import index_entries
 
 
 class Dequantizer:
@@ -24,40 +24,30 @@ class Dequantizer:
 
     Args:
         path: from the name of a weight file of the source to where it is on this machine.
+        watch: of the source.
     """
 
-    def __init__(self, path: Callable[[str], Path]) -> None:
-        self._path = path
-        self._files = ExitStack()
-        self._readers: dict[str, tuple[ShardReader, dict[str, TensorEntry]]] = {}
-        self._opening = threading.Lock()
+    def __init__(self, path: Callable[[str], Path], watch: Watch) -> None:
+        self._files = Pool(lambda shard: ShardReader(path(shard), name=shard, watch=watch))
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._files.close()
+        self._files.__exit__(kind, error, trace)
 
-    def reader(self, shard: str) -> tuple[ShardReader, dict[str, TensorEntry]]:
-        """An open weight file and its entries by name."""
-        with self._opening:
-            if shard not in self._readers:
-                reader = self._files.enter_context(ShardReader(self._path(shard), name=shard))
-                self._readers[shard] = (reader, {entry.name: entry for entry in reader.header.tensors})
-            return self._readers[shard]
+    def reader(self, shard: str) -> AbstractContextManager[ShardReader]:
+        """A weight file, open for as long as the context lasts."""
+        return self._files.of(shard)
 
     def forget(self, shard: str) -> None:
-        """Close a weight file, which is going to be dropped and is not read any more."""
-        with self._opening:
-            reader, _ = self._readers.pop(shard, (None, None))
-        if reader is not None:
-            reader.close()
+        """A weight file may be dropped, unless somebody reads it just now."""
+        self._files.forget(shard)
 
     def scales(self, scaled: Scaled, first: int = 0, count: int | None = None) -> torch.Tensor:
         """The scales of a weight, or of ``count`` matrices of a stack."""
-        reader, entries = self.reader(scaled.shard)
-        entry = entries[scaled.scale]
-        return reader.read(entry, first, count if len(entry.shape) > 2 else None)
+        with self.reader(scaled.shard) as reader:
+            return reader.read(reader.entries[scaled.scale], first, count)
 
     def weight(self, tensor: torch.Tensor, first: int, scaled: Scaled | None) -> torch.Tensor:
         """A weight, or some matrices of a stack from ``first`` on, float32 if it is FP8, else as it is."""

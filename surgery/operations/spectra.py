@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from surgery import __version__
-from surgery.device import as_memory_allows, choose_device, device_name, on_its_own_devices
+from surgery.device import as_memory_allows, choose_device, device_name, on_its_own_terms
 from surgery.engine.walk import ShardWalk, TargetPiece, reported
 from surgery.errors import OptionError, WeightError
 from surgery.format.safetensors import TORCH_DTYPES, ShardReader
@@ -33,7 +33,7 @@ _BEYOND = 16
 _DIGITS = 6
 
 
-@on_its_own_devices
+@on_its_own_terms
 def spectra(
     model: str | Path,
     tuned: str | Path | None = None,
@@ -88,6 +88,9 @@ def spectra(
     other = None if tuned is None else open_source(tuned, subfolder=subfolder)
     measure = _Measure(top, subspace, tolerance, seed, where)
     targets = _walk(source, steps, other, measure, progress)
+    for read in (source, other):
+        if read is not None:
+            read.watch.check()
     if other is not None:
         note_what_is_unlikely(other.name, [_norms(target) for target in targets], progress)
     return {
@@ -179,7 +182,7 @@ def _walk(
     shown.start("measuring", sum(shard.size for shard in shards))
     try:
         with ExitStack() as stack:
-            dequantizer = stack.enter_context(Dequantizer(source.fetch))
+            dequantizer = stack.enter_context(Dequantizer(source.fetch, source.watch))
             names = {entry.name for shard in source.selection.shards for entry in source.header(shard).tensors}
             tuned = None if other is None else stack.enter_context(TunedModel(other, shapes, names, progress))
             for shard in shards:
@@ -188,7 +191,7 @@ def _walk(
                     inside.setdefault(target.tensor, []).append(target)
                 portions = {name: parts[0].at_a_time for name, parts in inside.items()}
                 with (
-                    ShardReader(source.fetch(shard.file), name=shard.file) as reader,
+                    ShardReader(source.fetch(shard.file), name=shard.file, watch=source.watch) as reader,
                     ShardWalk(reader, portions) as walk,
                 ):
                     for piece in reported(walk, shown):

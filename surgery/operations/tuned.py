@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import statistics
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -13,6 +14,8 @@ import torch
 
 from surgery.engine.walk import TargetPiece
 from surgery.errors import FormatError, SourceError, WeightError
+from surgery.format.safetensors import same_bytes
+from surgery.linalg.rounding import all_finite
 from surgery.names import FACTORIZABLE_DTYPES
 from surgery.operations.quantized import Dequantizer
 from surgery.planning.quantization import read_quantization
@@ -94,20 +97,31 @@ class TunedModel:
         shapes: of the tensors that it must have, by their names.
         names: of all tensors of the other model.
         progress: told if it has layers that the other model has not; where there is none, it is a ``SurgeryWarning``.
+        aliases: for some of the shapes the names under which it may have the tensor as well, or instead.
 
     Raises:
-        SourceError: one is not there, or with another shape, or in a dtype that weights cannot have.
+        SourceError: one is not there, or with another shape, or in a dtype that weights cannot have; or it is there twice, with
+            other bytes.
     """
 
     def __init__(
-        self, source: Source, shapes: Mapping[str, Sequence[int]], names: Collection[str], progress: Progress | None
+        self,
+        source: Source,
+        shapes: Mapping[str, Sequence[int]],
+        names: Collection[str],
+        progress: Progress | None,
+        aliases: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self._name = source.name
         headers = {shard: source.header(shard) for shard in source.selection.shards}
         self._quantized = read_quantization(source.config(), headers, source.name)
         self._places = {entry.name: (shard, entry) for shard, header in headers.items() for entry in header.tensors}
+        self._stored = {
+            name: [one for one in (name, *(aliases or {}).get(name, ())) if one in self._places] or [name] for name in shapes
+        }
         for name, shape in shapes.items():
-            self._check(name, list(shape))
+            for stored in self._stored[name]:
+                self._check(stored, list(shape))
         kinds = {_kind(name) for name in shapes}
         if more := [name for name in self._places.keys() - set(names) if _kind(name) in kinds]:
             note_or_warn(
@@ -115,9 +129,15 @@ class TunedModel:
                 f"{source.name} has {len(more)} weights of the kinds that are compared, such as {min(more)!r}, that the "
                 "original does not have: it looks like a model of another size, of which only some layers are compared",
             )
-        self._files = Dequantizer(source.fetch)
+        self._files = Dequantizer(source.fetch, source.watch)
 
     def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            stack.enter_context(self._files)
+            for name, *others in self._stored.values():
+                for other in others:
+                    self._check_same(name, other)
+            stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -142,9 +162,21 @@ class TunedModel:
                 expected=", ".join(FACTORIZABLE_DTYPES) + ", or FP8 with scales",
             )
 
+    def _check_same(self, name: str, other: str) -> None:
+        (shard, entry), (other_shard, other_entry) = self._places[name], self._places[other]
+        with self._files.reader(shard) as here, self._files.reader(other_shard) as there:
+            same = same_bytes(here, entry, there, other_entry)
+        if not same:
+            raise SourceError(
+                f"{self._name} holds other weights in {other!r} than in {name!r}",
+                got="two parameters",
+                expected="one, as in the model that was factorized",
+                hint="fine-tune with tied weights, or factorize with --exclude of both",
+            )
+
     def dtype(self, name: str) -> str:
         """What a tensor is stored in, as safetensors names it."""
-        return self._places[name][1].dtype
+        return self._places[self._stored[name][0]][1].dtype
 
     def weight(self, piece: TargetPiece) -> torch.Tensor:
         """What the tensor of a piece has become, with as many matrices; float32 if it is FP8, else as it is; on the CPU.
@@ -152,17 +184,17 @@ class TunedModel:
         Raises:
             WeightError: NaN or infinity in it.
         """
-        name, shard = piece.entry.name, self._places[piece.entry.name][0]
-        reader, entries = self._files.reader(shard)
-        entry = entries.get(name)
-        if entry != self._places[name][1]:
-            raise FormatError(f"{self._name}/{shard} has changed since its header was read")
-        assert entry is not None
-        some = len(entry.shape) == 3 and len(piece.tensor) < entry.shape[0]
-        tensor = reader.read(entry, piece.first, len(piece.tensor)) if some else reader.read(entry)
+        name = self._stored[piece.entry.name][0]
+        shard = self._places[name][0]
+        with self._files.reader(shard) as reader:
+            entry = reader.entries.get(name)
+            if entry != self._places[name][1]:
+                raise FormatError(f"{self._name}/{shard} has changed since its header was read")
+            assert entry is not None
+            some = len(entry.shape) == 3 and len(piece.tensor) < entry.shape[0]
+            tensor = reader.read(entry, piece.first, len(piece.tensor)) if some else reader.read(entry)
         tensor = self._files.weight(tensor, piece.first, self._quantized.get(name))
-        # A minimum or maximum of NaN is NaN: one pass, many times faster than asking each number.
-        if not all(bool(torch.isfinite(end)) for end in torch.aminmax(tensor)):
+        if not all_finite(tensor):
             raise WeightError(
                 f"{self._name}: {name!r} holds NaN or infinity", hint="the fine-tuning diverged: take an earlier checkpoint"
             )

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from surgery.device import as_memory_allows, choose_device, on_its_own_devices
+from surgery.device import as_memory_allows, choose_device, on_its_own_terms
 from surgery.engine.walk import ShardWalk, TargetPiece, reported
 from surgery.errors import FormatError, OptionError, SurgeryError
 from surgery.format.factors import FactorsHash, FactorsReader
-from surgery.format.files import FileRecord, file_sha256
+from surgery.format.files import FileRecord, Watch, file_sha256
 from surgery.format.manifest import Manifest, ShardRecord, TargetRecord, fingerprint_of
 from surgery.format.safetensors import TORCH_DTYPES, ShardReader
 from surgery.format.sample import SampleHash
@@ -26,7 +26,7 @@ from surgery.linalg.precision import full_precision
 from surgery.linalg.triplets import residuals_of
 from surgery.memory import bytes_of
 from surgery.names import MANIFEST_FILE, SCALES_FILE, correction_key, factor_key
-from surgery.operations.base import BaseWeights, OwnWeights, check_entry, open_base, own_config, shard_path
+from surgery.operations.base import BaseWeights, OwnWeights, check_entry, open_base, shard_path
 from surgery.operations.output import check_room
 from surgery.operations.quantized import Dequantizer
 from surgery.planning.quantization import FP8, Scaled
@@ -77,7 +77,7 @@ class VerifyReport:
         return holds
 
 
-@on_its_own_devices
+@on_its_own_terms
 def verify(
     factorized: str | Path,
     *,
@@ -108,28 +108,30 @@ def verify(
     manifest = Manifest.read(folder)
     report = VerifyReport()
     fingerprint = fingerprint_of(manifest.targets)
+    watch = Watch()
     report.expect(fingerprint == manifest.fingerprint, MANIFEST_FILE, "fingerprint", manifest.fingerprint, fingerprint)
     _check_scales(folder, manifest, report)
     weights = None if fast else _weights(folder, manifest, base, report)
     quantized: dict[str, Scaled] = {}
     if isinstance(weights, BaseWeights) and any(target.dtype == FP8 for target in manifest.targets):
-        quantized = weights.quantized(own_config(folder, manifest))
+        quantized = weights.quantized(folder, manifest)
     by_reading = 0 if fast else sum(shard.source.size for shard in manifest.shards)
     progress.start("verifying", by_reading + sum(record.size for record in manifest.output_files()))
     try:
         for record in manifest.output_files():
             progress.item(record.file)
-            _check_file(folder, record, report)
+            _check_file(folder, record, watch, report)
             progress.advance(record.size)
         for shard in manifest.shards:
             targets = manifest.targets_of(shard.source.file)
             report.targets += len(targets)
             try:
-                _check_headers(folder, shard, targets, manifest, report)
+                _check_headers(folder, shard, targets, manifest, watch, report)
                 if targets and not fast:
-                    _check_shard(folder, shard, targets, manifest, weights, quantized, where, report, progress)
+                    _check_shard(folder, shard, targets, manifest, weights, quantized, where, watch, report, progress)
             except SurgeryError as error:  # a file that cannot even be read; the others may be well
                 report.fail(shard.source.file, error)
+        _check_unchanged([watch] if weights is None else [watch, weights.watch], report)
     finally:
         progress.finish()
     if fast:
@@ -144,27 +146,41 @@ def _check_scales(folder: Path, manifest: Manifest, report: VerifyReport) -> Non
         report.fail(SCALES_FILE, error)
 
 
-def _check_file(folder: Path, record: FileRecord, report: VerifyReport) -> None:
+def _check_file(folder: Path, record: FileRecord, watch: Watch, report: VerifyReport) -> None:
     report.files += 1
     path = folder / record.file
     if not report.expect(path.is_file(), record.file, "the file is there", "nothing"):
         return
     try:
-        size = path.stat().st_size
+        size = watch.see(path, record.file).size
         if report.expect(size == record.size, record.file, "size", size, record.size):
             found = file_sha256(path)
             report.expect(found == record.sha256, record.file, "sha256", found, record.sha256)
+    except FormatError as error:
+        report.fail(record.file, error)
     except OSError as error:
         report.expect(False, record.file, "the file can be read", error)
 
 
+def _check_unchanged(watches: list[Watch], report: VerifyReport) -> None:
+    """What was found must hold of all files at the same time."""
+    for watch in watches:
+        try:
+            watch.check()
+        except FormatError as error:
+            report.fail("at the end", error)
+
+
 def _check_headers(
-    folder: Path, shard: ShardRecord, targets: list[TargetRecord], manifest: Manifest, report: VerifyReport
+    folder: Path, shard: ShardRecord, targets: list[TargetRecord], manifest: Manifest, watch: Watch, report: VerifyReport
 ) -> None:
     """Each target is there with its dtype and shape, and so are its factors."""
     expected: dict[str, dict[str, tuple[str, list[int] | None]]] = {}
     if shard.residual is not None:
         expected[shard.residual.file] = {target.tensor: (target.dtype, target.shape) for target in targets}
+        for target in manifest.targets:
+            aliases = [alias.tensor for alias in target.aliases if alias.shard == shard.source.file]
+            expected[shard.residual.file].update(dict.fromkeys(aliases, (target.dtype, target.shape)))
     if shard.factors is not None:
         parts = expected[shard.factors.file] = {}
         for target in targets:
@@ -176,7 +192,7 @@ def _check_headers(
                 places = range(count) if stack else [None]
                 parts.update((correction_key(target.key, place), ("U8", None)) for place in places)
     for file, tensors in expected.items():
-        with ShardReader(folder / file, name=file) as reader:
+        with ShardReader(folder / file, name=file, watch=watch) as reader:
             found = {entry.name: (entry.dtype, list(entry.shape)) for entry in reader.header.tensors}
         for name, (dtype, shape) in tensors.items():
             got = found.get(name)
@@ -209,12 +225,13 @@ def _check_shard(
     weights: OwnWeights | BaseWeights | None,
     quantized: dict[str, Scaled],
     device: torch.device,
+    watch: Watch,
     report: VerifyReport,
     progress: Progress,
 ) -> None:
     by_name: dict[str, list[_Checked]] = {}
     with ExitStack() as stack:
-        reader = stack.enter_context(FactorsReader(folder, shard, check=False))
+        reader = stack.enter_context(FactorsReader(folder, shard, check=False, watch=watch))
         for target in targets:
             progress.item(target.key)
             _check_factors(target, reader, report)
@@ -223,11 +240,12 @@ def _check_shard(
             progress.advance(shard.source.size)
             return
         path, expected = weights.file(shard)
-        source = stack.enter_context(ShardReader(path, name=path.name))
+        watch = watch if isinstance(weights, OwnWeights) else weights.watch
+        source = stack.enter_context(ShardReader(path, name=path.name, watch=watch))
         portions = {name: checks[0].target.at_a_time for name, checks in by_name.items()}
         walk = stack.enter_context(ShardWalk(source, portions))
         shards = {shard.source.file: shard for shard in manifest.shards}
-        dequantizer = stack.enter_context(Dequantizer(lambda file: shard_path(weights, shards, file)))
+        dequantizer = stack.enter_context(Dequantizer(lambda file: shard_path(weights, shards, file), watch))
         recovered = hashlib.sha256(source.header.raw)
         for piece in reported(walk, progress):
             if not isinstance(piece, TargetPiece):

@@ -40,8 +40,8 @@ def estimate_seconds(steps: Plan, device: torch.device) -> float:
 
 def _product_rate(device: torch.device) -> float:
     """Float32 operations per second of the products that an SVD consists of, on a CPU those of one core."""
-    x = torch.ones(1, 16, _PROBE, device=device)
-    A = torch.ones(1, _PROBE, _PROBE, device=device)
+    x = torch.ones(1, 16, _PROBE, dtype=torch.float32, device=device)
+    A = torch.ones(1, _PROBE, _PROBE, dtype=torch.float32, device=device)
     fastest = float("inf")
     with one_thread():
         for _ in range(5):

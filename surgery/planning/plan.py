@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from surgery.errors import FormatError, OptionError
-from surgery.format.safetensors import Header
+from surgery.format.manifest import Alias
+from surgery.format.safetensors import Header, ShardReader, TensorEntry, same_bytes
 from surgery.planning.memory import CORRECTION_BYTES, Memory, Resources, collected_bytes, need_to_factorize, share_out
+from surgery.planning.numbering import numbering_notes
 from surgery.planning.quantization import read_quantization
 from surgery.planning.recipes import Recipe, builtin_recipes, find_recipe, recipe_for_family
 from surgery.planning.targets import Choice, Model, Skipped, Target, check_choice, choose, matches
@@ -38,6 +41,8 @@ class Plan:
         shards: in the order they are worked on.
         skipped: every tensor without a target, with the reason.
         notes: what the user should know before the run.
+        files_along, bytes_along: what goes along as it is: config, tokenizer, code ...
+        left_out: files and folders of the source that stay behind, with the reason; see ``surgery.source.select.Selection``.
         bytes_read, bytes_written: over the whole run; written is an upper estimate.
         download_bytes: what a model from the hub still has to be fetched of.
         temporary_bytes: how much of that is on the disk at a time: all of it, in the hub's cache, unless it is streamed.
@@ -50,6 +55,9 @@ class Plan:
     shards: tuple[ShardPlan, ...]
     skipped: tuple[Skipped, ...]
     notes: tuple[str, ...]
+    files_along: int
+    bytes_along: int
+    left_out: Mapping[str, str]
     bytes_read: int
     bytes_written: int
     download_bytes: int
@@ -66,12 +74,23 @@ class Plan:
         return sum(target.trainable for target in self.targets)
 
 
-def make_plan(
-    source: Source, choice: Choice, layout: Layout | None = None, resources: Resources | None = None, *, correction: bool = True
-) -> Plan:
-    """Plan a factorization without reading a weight; without ``resources`` for one core.
+#: From the headers of a model and its targets to the aliases of these, by tensor, and notes: ``surgery.operations.aliases``.
+FindAliases = Callable[[Mapping[str, Header], Sequence[Target]], tuple[dict[str, tuple[Alias, ...]], list[str]]]
 
-    Without a layout it is the residual one, or the overlay where a target is quantized.
+
+def make_plan(
+    source: Source,
+    choice: Choice,
+    layout: Layout | None = None,
+    resources: Resources | None = None,
+    *,
+    correction: bool = True,
+    find_aliases: FindAliases | None = None,
+) -> Plan:
+    """Plan a factorization from headers, and from the weights that are in several files; without ``resources`` for one core.
+
+    Without a layout it is the residual one, or the overlay where a target is quantized. ``find_aliases`` may read weights;
+    without it each tensor is a target by itself.
 
     Raises:
         OptionError: the choice makes no sense for this model, or selects nothing.
@@ -79,23 +98,40 @@ def make_plan(
         FormatError: the headers contradict each other, the index or the config.
     """
     headers = {shard: source.header(shard) for shard in source.selection.shards}
-    check_index(source, headers)
-    names = _all_names(headers, source.name)
+    index_notes = check_index(source, headers)
+    names, copies = _all_names(headers, source)
     check_choice(choice, names)
     config = source.config()
     recipe = find_recipe(choice.recipe) if choice.recipe is not None else recipe_for_family(config)
     model = Model(config, recipe, read_quantization(config, headers, source.name))
-    shards, skipped = [], []
-    for file, header in headers.items():
-        targets: list[Target] = []
-        for entry in header.tensors:
-            for fate in choose(entry, file, choice, model):
-                if isinstance(fate, Skipped):
-                    skipped.append(fate)
-                else:
-                    targets.append(fate)
-        shards.append(ShardPlan(file, source.size(file), header, tuple(targets)))
-    every = [target for shard in shards for target in shard.targets]
+    entries = [(entry, file) for file, header in headers.items() for entry in header.tensors]
+    fates = [
+        fate
+        for entry, file in entries
+        for fate in (
+            [Skipped(entry.name, file, f"in several weight files: {', '.join(copies[entry.name])}")]
+            if entry.name in copies
+            else choose(entry, file, choice, model)
+        )
+    ]
+    every = [fate for fate in fates if not isinstance(fate, Skipped)]
+    aliases, alias_notes = find_aliases(headers, every) if find_aliases is not None else ({}, [])
+    if untouched := _tied_to(copies, aliases):
+        aliases = {tensor: several for tensor, several in aliases.items() if tensor not in untouched}
+        fates = [
+            Skipped(fate.tensor, fate.shard, "one parameter with a tensor in several weight files")
+            if fate.tensor in untouched and isinstance(fate, Target)
+            else fate
+            for fate in fates
+        ]
+        every = [fate for fate in fates if not isinstance(fate, Skipped)]
+    merged = {alias.tensor for several in aliases.values() for alias in several}
+    every = [replace(one, aliases=aliases.get(one.tensor, ())) for one in every if one.tensor not in merged]
+    skipped = [fate for fate in fates if isinstance(fate, Skipped) and fate.tensor not in merged]
+    by_shard: dict[str, list[Target]] = {file: [] for file in headers}
+    for target in every:
+        by_shard[target.shard].append(target)
+    shards = [ShardPlan(file, source.size(file), header, tuple(by_shard[file])) for file, header in headers.items()]
     if not every:
         raise _nothing_selected(source.name, choice, recipe, skipped)
     if choice.max_rank is not None and not any(target.energy is not None for target in every):
@@ -107,13 +143,19 @@ def make_plan(
         raise OptionError(
             "an overlay has no correction to leave out", hint="drop --no-correction: its weights stay as they are"
         )
+    if aliases and not correction:
+        raise OptionError(
+            "a weight that is stored twice needs its correction: else its two copies would not be equal after a fold",
+            got=f"{next(iter(aliases))} and {next(iter(aliases.values()))[0].tensor}",
+            hint="drop --no-correction",
+        )
     weights = sum(shard.size for shard in shards)
     twice = {
         target.tensor: target.stored_bytes for target in every if target.energy is not None and target.view.kind == "stack"
     }
-    others = sum(source.size(file) for file in source.selection.others)
+    along = sum(source.size(file) for file in source.selection.others)
     factors = sum(target.factor_bytes + _described_bytes(target) for target in every)
-    written = others + factors
+    written = along + factors
     if layout == "residual":
         written += weights + (int(CORRECTION_BYTES * sum(target.entries for target in every)) if correction else 0)
     room = source.room_to_fetch()
@@ -123,7 +165,20 @@ def make_plan(
         choice=choice,
         shards=tuple(shards),
         skipped=tuple(skipped),
-        notes=(*_rank_notes(every), *_recipe_notes(choice, recipe, names), *_split_notes(choice, every)),
+        notes=(
+            *source.selection.notes,
+            *index_notes,
+            *numbering_notes(names, config),
+            *_rank_notes(every),
+            *_wanted_notes(skipped, len(every)),
+            *_recipe_notes(choice, recipe, names),
+            *_split_notes(choice, every),
+            *_alias_notes(every),
+            *alias_notes,
+        ),
+        files_along=len(source.selection.others),
+        bytes_along=along,
+        left_out=source.selection.left_out,
         bytes_read=weights + sum(twice.values()),
         bytes_written=written,
         download_bytes=source.bytes_to_fetch(),
@@ -147,14 +202,39 @@ def _layout(asked: Layout | None, targets: list[Target]) -> Layout:
     return "overlay"
 
 
-def _all_names(headers: dict[str, Header], model: str) -> list[str]:
-    owner: dict[str, str] = {}
+def _all_names(headers: Mapping[str, Header], source: Source) -> tuple[list[str], dict[str, list[str]]]:
+    """The names of all tensors, and the shards of each that is in more than one.
+
+    Loaders take the copy that they read last. So the copies must be equal, and are no target: they stay as they are, and any
+    that a loader takes is right. Of a model that is here their bytes are compared, of one on the hub what the headers say.
+    """
+    places: dict[str, dict[str, TensorEntry]] = {}
     for shard, header in headers.items():
         for entry in header.tensors:
-            if entry.name in owner:
-                raise FormatError(f"{model}: {entry.name!r} is in two shards", got=f"{owner[entry.name]} and {shard}")
-            owner[entry.name] = shard
-    return list(owner)
+            places.setdefault(entry.name, {})[shard] = entry
+    twice = {name: copies for name, copies in places.items() if len(copies) > 1}
+    for name, copies in twice.items():
+        (first, one), *others = copies.items()
+        for shard, other in others:
+            alike = (one.dtype, one.shape) == (other.dtype, other.shape)
+            if not alike or (source.bytes_to_fetch() == 0 and not _equal(source, first, one, shard, other)):
+                raise FormatError(
+                    f"{source.name}: {name!r} is in two shards, and not the same in both",
+                    got=f"{first} and {shard}",
+                    hint="take it out of the one that is not meant",
+                )
+    return list(places), {name: list(copies) for name, copies in twice.items()}
+
+
+def _equal(source: Source, first: str, one: TensorEntry, second: str, other: TensorEntry) -> bool:
+    with ShardReader(source.fetch(first), name=first) as left, ShardReader(source.fetch(second), name=second) as right:
+        return same_bytes(left, one, right, other)
+
+
+def _tied_to(copies: Mapping[str, list[str]], aliases: Mapping[str, tuple[Alias, ...]]) -> set[str]:
+    """What is one parameter with a tensor that is in several files, and so must stay as it is too."""
+    several = [{tensor, *(alias.tensor for alias in others)} for tensor, others in aliases.items()]
+    return set[str]().union(*(names for names in several if not names.isdisjoint(copies)))
 
 
 def _nothing_selected(model: str, choice: Choice, recipe: Recipe | None, skipped: list[Skipped]) -> OptionError:
@@ -195,6 +275,18 @@ def _rank_notes(targets: list[Target]) -> list[str]:
     ]
 
 
+def _wanted_notes(skipped: list[Skipped], targets: int) -> list[str]:
+    """What would be a target but for its dtype or its number of dimensions."""
+    wanted = [item for item in skipped if item.wanted]
+    by_reason: dict[str, list[str]] = {}
+    for item in wanted:
+        by_reason.setdefault(item.reason, []).append(item.tensor)
+    return [
+        f"{reason}: {len(tensors)} of {targets + len(wanted)} that would be targets are passed over (first: {tensors[0]})"
+        for reason, tensors in by_reason.items()
+    ]
+
+
 def _recipe_notes(choice: Choice, recipe: Recipe | None, names: list[str]) -> list[str]:
     """Rules that match nothing, in a recipe of the user's own: probably a slip."""
     if recipe is None or choice.recipe is None or choice.recipe in builtin_recipes():
@@ -211,6 +303,17 @@ def _split_notes(choice: Choice, targets: list[Target]) -> list[str]:
     if not choice.split or any(target.view.slice for target in targets):
         return []
     return ["--split changes nothing here: no target is known to fuse several projections"]
+
+
+def _alias_notes(targets: list[Target]) -> list[str]:
+    aliases = {target.tensor: target.aliases for target in targets if target.aliases}
+    if not aliases:
+        return []
+    tensor, others = next(iter(aliases.items()))
+    return [
+        f"{tensor} is stored again as {', '.join(alias.tensor for alias in others)}: one parameter, edited together"
+        + (f" (and {len(aliases) - 1} more)" if len(aliases) > 1 else "")
+    ]
 
 
 def _described_bytes(target: Target) -> int:

@@ -1,4 +1,4 @@
-"""What a model's quantization means for it: FP8 with block scales is read, everything else is refused by name."""
+"""What a model's quantization means for it: FP8 with scales by block or by matrix is read, all else is refused by name."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ FP8 = "F8_E4M3"
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 SCALE_SUFFIX = "_scale_inv"
 _SCALE_DTYPES = ("F32", "BF16", "F8_E8M0")
+#: What may lie beside an FP8 weight for its inputs and outputs, which are quantized in inference only.
+_ACTIVATION_SCALES = tuple(f"{of}_scale{end}" for of in ("activation", "act", "input", "output") for end in ("", "_inv"))
 
 _DENSE = "factorize the publisher's unquantized model, and fold into that"
 
@@ -45,12 +47,14 @@ class Scaled:
     Attributes:
         scale: the name of the tensor that holds them.
         shard: the file it is in, which may be another than the weight's.
-        block: rows and columns that share a scale; None where a matrix has one.
+        block: rows and columns that share a scale: all of a matrix where it has one.
+        activations: the names of further tensors of its quantization, which mean nothing for the weight.
     """
 
     scale: str
     shard: str
-    block: tuple[int, int] | None
+    block: tuple[int, int]
+    activations: tuple[str, ...]
 
 
 def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -81,7 +85,7 @@ def read_quantization(config: Mapping[str, Any], headers: Mapping[str, Header], 
         raise SourceError(
             f"{model} is quantized with {method}, which is not supported",
             got=f"quant_method {method!r} in config.json",
-            expected="bfloat16, float16, float32, or FP8 with block scales (quant_method 'fp8')",
+            expected="bfloat16, float16, float32, or FP8 with scales (quant_method 'fp8')",
             hint=_INSTEAD.get(method, _DENSE),
         )
     block = _block(described, model)
@@ -126,23 +130,28 @@ def _scaled(
         )
     scale, shard = where[name]
     *stack, m, n = entry.shape
-    if block is None and stack:
-        block = m, n  # one scale for each matrix
-    shapes = [[*stack, -(-m // block[0]), -(-n // block[1])]] if block else [[], [1], [1, 1]]
-    if list(scale.shape) not in shapes or scale.dtype not in _SCALE_DTYPES:
+    # Whatever the config says of blocks, one number for a matrix is its scale: so transformers reads it.
+    whole = max(m, 1), max(n, 1)
+    fitting = {tuple(shape): whole for shape in ([*stack], [*stack, 1, 1], *([] if stack else [[1]]))}
+    if block is not None:
+        fitting[(*stack, -(-m // block[0]), -(-n // block[1]))] = block
+    if scale.shape not in fitting or scale.dtype not in _SCALE_DTYPES:
+        by = f"for blocks of {list(block)}, or one for each matrix" if block else "one for each matrix"
         raise FormatError(
             f"{model}: the scales {name!r} do not fit {entry.name!r}",
             got=f"{scale.dtype} {list(scale.shape)} for {list(entry.shape)}",
-            expected=f"{' or '.join(_SCALE_DTYPES)} {shapes[0]}, for blocks of {list(block) if block else 'all of it'}",
+            expected=f"{' or '.join(_SCALE_DTYPES)} {' or '.join(str(list(shape)) for shape in reversed(fitting))}, {by}",
         )
-    return Scaled(name, shard, block)
+    beside = entry.name.removesuffix("weight") if entry.name.endswith(".weight") else f"{entry.name}_"
+    activations = tuple(beside + last for last in _ACTIVATION_SCALES if beside + last in where)
+    return Scaled(name, shard, fitting[scale.shape], activations)
 
 
 def _seems(model: str, method: str, entry: TensorEntry) -> SourceError:
     return SourceError(
         f"{model} seems to be quantized with {method}, which is not supported",
         got=f"{entry.name!r}, {entry.dtype}, and no quantization_config in config.json",
-        expected="bfloat16, float16, float32, or FP8 with block scales (quant_method 'fp8')",
+        expected="bfloat16, float16, float32, or FP8 with scales (quant_method 'fp8')",
         hint=_INSTEAD.get(method, _DENSE),
     )
 

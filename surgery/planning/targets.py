@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from surgery.errors import OptionError
+from surgery.errors import FormatError, OptionError
+from surgery.format.manifest import Alias
 from surgery.format.safetensors import TensorEntry
 from surgery.linalg.energy import check_energy
 from surgery.linalg.views import Kind, View
@@ -19,6 +20,7 @@ from surgery.names import DTYPE_BITS, FACTORIZABLE_DTYPES, target_key
 from surgery.planning.fused import slices_of
 from surgery.planning.quantization import Scaled
 from surgery.planning.recipes import Recipe, Rule
+from surgery.planning.unloaded import why_unloaded
 
 DEFAULT_RANK = 16
 DEFAULT_MAX_RANK = 256
@@ -29,7 +31,6 @@ _NORM = re.compile(r"norm|^ln(_|\d|$)|layernorm")
 _HEAD = frozenset(
     {"lm_head", "head", "heads", "score", "classifier", "embed_out", "cls", "qa_outputs", "output_layer", "pooler"}
 )
-_TIED_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|lm_head\.decoder|cls\.predictions\.decoder)\.weight$|^proj_out\.weight$")
 _ROUTER = frozenset({"router", "gate", "shared_expert_gate", "wg"})
 _NO_WEIGHT = re.compile(r"^(A_log|D|dt_bias|inv_freq)$|_bias$|^bias$|rotary|freqs|_scale(_inv)?$")
 _EXPERTS = re.compile(r"(^|[._])(experts?|moe)([._]|$)")
@@ -47,6 +48,7 @@ class Target:
             most. None: exactly ``rank``.
         asked: the rank before it was cut to the matrix.
         scaled: where the scales of an FP8 weight are; None for a weight that is not quantized.
+        aliases: the tensors that hold the same parameter once more, see ``surgery.planning.aliases``.
     """
 
     tensor: str
@@ -58,6 +60,7 @@ class Target:
     energy: float | None
     asked: int
     scaled: Scaled | None = None
+    aliases: tuple[Alias, ...] = ()
 
     @property
     def key(self) -> str:
@@ -105,11 +108,16 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A tensor that is passed over."""
+    """A tensor that is passed over.
+
+    Attributes:
+        wanted: whether it would be a target if it were of another dtype or had two dimensions.
+    """
 
     tensor: str
     shard: str
     reason: str
+    wanted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,11 +165,19 @@ class Model:
 
 
 def choose(entry: TensorEntry, shard: str, choice: Choice, model: Model) -> list[Target | Skipped]:
-    """The fate of one tensor: a target, or none, and why; of a fused weight that is split, that of each slice."""
+    """The fate of one tensor: a target, or none, and why; of a fused weight that is split, that of each slice.
+
+    Raises:
+        FormatError: it is a weight without any numbers.
+    """
     rule = model.recipe.rule_for(entry.name) if model.recipe else None
-    reason = _impossible(entry, model) or _unwanted(entry, choice, model, rule)
-    if reason is not None:
-        return [Skipped(entry.name, shard, reason)]
+    by_name = _no_weight(entry, model) or _unwanted(entry, choice, model, rule)
+    if by_name is None or entry.name.split(".")[-1] == "weight":
+        _check_not_empty(entry, choice, model, wanted=by_name is None)
+    if (reason := _impossible(entry, model) or by_name or _unsupported(entry, model)) is not None:
+        # That a vector should have been a matrix only a rule can know: a glob or a name may well mean a norm.
+        matrix = len(entry.shape) > 1 or (rule is not None and not choice.include)
+        return [Skipped(entry.name, shard, reason, wanted=by_name is None and matrix)]
     kind = (rule.view if rule else None) or _kind(entry)
     try:
         _, m, n = View(kind).shape(entry.shape)
@@ -202,27 +218,55 @@ def _extent(choice: Choice, rule: Rule | None) -> tuple[int, float | None]:
 
 
 def _impossible(entry: TensorEntry, model: Model) -> str | None:
-    """Why a tensor can never be a target, whatever is asked for."""
+    """Why a tensor can be no matrix of numbers, whatever its name."""
     if entry.name in model.scales:
         return "the scales of an FP8 weight"
-    if entry.dtype not in FACTORIZABLE_DTYPES and entry.name not in model.quantized:
-        if entry.dtype.startswith(("F", "C")):
-            return f"dtype {entry.dtype} is not supported"
+    if not entry.dtype.startswith(("F", "BF", "C")):
         return f"no floating-point weight ({entry.dtype})"
     if len(entry.shape) < 2:
         return "a vector (norm, bias)"
-    if _NO_WEIGHT.search(entry.name.split(".")[-1]):
-        return "no weight (bias, state or table)"
-    if _tied(entry, model):
-        return "tied to the input embedding"
     return None
 
 
-def _tied(entry: TensorEntry, model: Model) -> bool:
-    """An output head that a loader replaces by the embedding, whatever the file holds."""
-    text = model.config.get("text_config")
-    tied = model.config.get("tie_word_embeddings") or (isinstance(text, dict) and text.get("tie_word_embeddings"))
-    return bool(tied) and _TIED_HEAD.search(entry.name) is not None
+def _no_weight(entry: TensorEntry, model: Model) -> str | None:
+    """Why a tensor can never be a target by its name, whatever is asked for."""
+    if _NO_WEIGHT.search(entry.name.split(".")[-1]):
+        return "no weight (bias, state or table)"
+    return None
+
+
+def in_block(tensor: str) -> bool:
+    """Whether a tensor is in one of several numbered blocks, by its name."""
+    return _BLOCK_INDEX.search(tensor) is not None
+
+
+def is_embedding(tensor: str) -> bool:
+    """Whether a tensor is an embedding, by its name."""
+    return any(_EMBEDDING.search(part) for part in tensor.split(".")[:-1])
+
+
+def _unsupported(entry: TensorEntry, model: Model) -> str | None:
+    if entry.dtype in FACTORIZABLE_DTYPES or entry.name in model.quantized:
+        return None
+    return f"dtype {entry.dtype} is not supported"
+
+
+def _check_not_empty(entry: TensorEntry, choice: Choice, model: Model, *, wanted: bool) -> None:
+    """Refuse a weight without numbers, which a sharded trainer leaves where it has not gathered them before it saved.
+
+    An embedding of no rows or a head for no classes, (0, n), is as it should be, unless it is wanted.
+    """
+    if 0 not in entry.shape or not (wanted or entry.shape == (0,)):
+        return
+    if not wanted and (matches(entry.name, choice.exclude) or why_unloaded(entry.name, model.config)):
+        return
+    raise FormatError(
+        f"the checkpoint is broken: {entry.name!r} is empty",
+        got=f"{entry.dtype} {list(entry.shape)}",
+        expected="the numbers of a weight",
+        hint="save it again with the weights gathered (DeepSpeed ZeRO-3: stage3_gather_16bit_weights_on_model_save), or "
+        "--exclude it if it is meant to be empty",
+    )
 
 
 def _unwanted(entry: TensorEntry, choice: Choice, model: Model, rule: Rule | None) -> str | None:
@@ -230,6 +274,8 @@ def _unwanted(entry: TensorEntry, choice: Choice, model: Model, rule: Rule | Non
         return "matched by --exclude"
     if choice.include:
         return None if matches(entry.name, choice.include) else "not matched by --include"
+    if (unloaded := why_unloaded(entry.name, model.config)) is not None:
+        return unloaded
     if rule is not None:
         return rule.skip
     reason = _role(entry)
@@ -245,7 +291,7 @@ def _role(entry: TensorEntry) -> str | None:
     experts = bool(_EXPERTS.search(entry.name))
     if last != "weight" and not experts:
         return "no weight of a linear layer"
-    if any(_EMBEDDING.search(part) for part in modules):
+    if is_embedding(entry.name):
         return "an embedding"
     if _NORM.search(owner):
         return "a norm"
@@ -255,7 +301,7 @@ def _role(entry: TensorEntry) -> str | None:
         return "an output head"
     if len(entry.shape) > 2 and not experts:
         return "a depthwise convolution" if entry.shape[1] == 1 else "a convolution"
-    if not _BLOCK_INDEX.search(entry.name):
+    if not in_block(entry.name):
         return "outside the transformer blocks"
     return None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ import huggingface_hub
 from huggingface_hub import DryRunFileInfo, errors
 
 from surgery.errors import FormatError, SourceError, SurgeryError
+from surgery.format.files import Watch, check_relative_path
 from surgery.format.manifest import SourceRecord
 from surgery.format.safetensors import Header, ShardReader, header_from_json
 from surgery.source.model import FolderSource, Source, Stays, check_subfolder, read_config, read_text
 from surgery.source.origin import HubOrigin
-from surgery.source.select import select_files
+from surgery.source.select import listing_of, select_files
 
 _SHA256 = re.compile("[0-9a-f]{64}")
 _OFFLINE_HINT = "connect to the network, or fetch the model once while online: hf download"
@@ -135,6 +136,7 @@ class HubSource(Stays):
     def __init__(self, repo_id: str, commit: str, record: SourceRecord, files: list[DryRunFileInfo]) -> None:
         self.name = _named(repo_id, record)
         self.record = record
+        self.watch = Watch()
         self.repo_id = repo_id
         self.commit = commit
         self._prefix = "" if record.subfolder is None else f"{record.subfolder}/"
@@ -148,7 +150,9 @@ class HubSource(Stays):
             raise SourceError(
                 f"{repo_id} has no subfolder {record.subfolder!r}", expected=", ".join(folders) or "a model without subfolders"
             )
-        self.selection = select_files(list(self._files), self._read_text, where=self.name)
+        for file in self._files:
+            check_relative_path(file, self.name)
+        self.selection = select_files(listing_of(self._files), self._read_text, where=self.name)
 
     def _read_text(self, file: str) -> str:
         return read_text(self.fetch(file), f"{self.name}/{file}")
@@ -163,7 +167,7 @@ class HubSource(Stays):
         name, file = f"{self.name}/{shard}", self._prefix + shard
         cached = huggingface_hub.try_to_load_from_cache(self.repo_id, file, revision=self.commit)
         if isinstance(cached, str):
-            with ShardReader(Path(cached), name=name) as reader:
+            with ShardReader(Path(cached), name=name, watch=self.watch) as reader:
                 return reader.header
         try:
             with explained(self.repo_id):
@@ -191,11 +195,11 @@ class HubSource(Stays):
     def sha256(self, file: str) -> str | None:
         return sha256_of(self.repo_id, self.commit, self._prefix + file)
 
-    def origin(self) -> HubOrigin:
+    def origin(self, files: Iterable[str]) -> HubOrigin:
         return HubOrigin(self.repo_id, self.commit, self._prefix, passing=False)
 
-    def folder(self) -> Path | None:
-        return Path(huggingface_hub.constants.HF_HUB_CACHE)
+    def folders(self) -> list[Path]:
+        return [Path(huggingface_hub.constants.HF_HUB_CACHE)]
 
     def stamps(self) -> dict[str, list[int]]:
         return {}

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
 from surgery.errors import FormatError, SourceError
-from surgery.format.files import check_relative_path, check_size, read_json_object, reading
+from surgery.format.files import Watch, check_regular, check_relative_path, check_size, read_json_object, reading
 from surgery.format.manifest import SourceRecord
 from surgery.format.safetensors import Header, ShardReader
 from surgery.names import CONFIG_FILE
 from surgery.source.origin import FolderOrigin, Origin
-from surgery.source.select import Selection, index_entries, select_files
+from surgery.source.select import Selection, select_files
+from surgery.source.shards import index_entries
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -25,11 +26,13 @@ class Source(Protocol):
         name: what the user called it, for messages.
         record: its identity, for the manifest.
         selection: its files.
+        watch: sees to it that those which are here stay as they are while they are in use.
     """
 
     name: str
     record: SourceRecord
     selection: Selection
+    watch: Watch
 
     def size(self, file: str) -> int:
         """Bytes of one of its files."""
@@ -58,11 +61,11 @@ class Source(Protocol):
     def sha256(self, file: str) -> str | None:
         """Of a weight file that has been fetched, if somebody else than the file itself says so."""
 
-    def origin(self) -> Origin:
-        """Where its weight files are, for others to take them from."""
+    def origin(self, files: Iterable[str]) -> Origin:
+        """Where some of its weight files are, for others to take them from."""
 
-    def folder(self) -> Path | None:
-        """What must not be written to: the folder it is in, or the hub's cache."""
+    def folders(self) -> list[Path]:
+        """What must not be written to: the folders that its files are in, also by links, or the hub's cache."""
 
     def stamps(self) -> dict[str, list[int]]:
         """Size and time of change of each file of a local model; empty where a commit pins them."""
@@ -104,26 +107,53 @@ class FolderSource(Stays):
         self.record = record or SourceRecord("folder", None, None)
         self._root = root
         self._within = within or root  # a pipeline's other models are not to be written to either
-        with reading(root, self.name):
-            names = [path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()]
-        if self.record.kind == "folder":
-            self._check_links(names)
-        self.selection = select_files(names, lambda file: read_text(root / file, f"{self.name}/{file}"), where=self.name)
+        self.watch = Watch()
+        self.selection = select_files(self._names, self._text, where=self.name)
+        for file in self.selection.others:
+            check_regular(self._copied(file), f"{self.name}/{file}")
+        for file in self.selection.shards:
+            self._real(file)  # weights are only read: they may lie anywhere
 
-    def _check_links(self, names: list[str]) -> None:
-        """Refuse links out of the folder: what they lead to would be copied into the result."""
-        allowed = [self._within.resolve()]
-        if self._within.absolute().parent.name == "snapshots":  # the hub's cache: a snapshot consists of links to blobs
-            allowed.append((self._within.absolute().parent.parent / "blobs").resolve())
-        for name in names:
-            path = self._root / name
-            real = path.resolve()
-            if not any(folder in real.parents for folder in allowed):
-                raise SourceError(
-                    f"{self.name}/{name} is a link that leaves the model's folder",
-                    got=str(real),
-                    hint="put a copy of the file in its place",
-                )
+    def _names(self, folder: str) -> list[str]:
+        """See ``Listing``. Links to folders count as folders; a folder that leads out of the model is not looked into."""
+        path = self._root / folder
+        if folder:
+            real = self._copied(folder)
+            if real in {parent.resolve() for parent in path.parents}:
+                raise SourceError(f"{self.name}/{folder} is a link to a folder that it lies in", got=str(real))
+        with reading(path, f"{self.name}/{folder}"):
+            return sorted(entry.name + ("/" if entry.is_dir() else "") for entry in path.iterdir())
+
+    def _text(self, file: str) -> str:
+        self._copied(file)
+        return read_text(self.fetch(file), f"{self.name}/{file}")
+
+    def _real(self, file: str) -> Path:
+        """Where a file is, whatever links lead to it."""
+        try:
+            return (self._root / file).resolve(strict=True)
+        except (OSError, RuntimeError):  # links in a circle
+            raise SourceError(
+                f"{self.name}/{file} is a link that leads nowhere",
+                got=(self._root / file).readlink() if (self._root / file).is_symlink() else None,
+                hint="put the file in its place; from the hub: fetch the model again",
+            ) from None
+
+    def _copied(self, file: str) -> Path:
+        """The same of what is copied into the result, and may be published with it.
+
+        Raises:
+            SourceError: it leads out of the model's folder, and not into the hub's cache.
+        """
+        real = self._real(file)
+        within = self._within.resolve()
+        if self.record.kind == "folder" and within not in (real, *real.parents) and _hub_cache(real) is None:
+            raise SourceError(
+                f"{self.name}/{file} is a link that leaves the model's folder",
+                got=str(real),
+                hint="put a copy of the file in its place",
+            )
+        return real
 
     def size(self, file: str) -> int:
         return (self._root / file).stat().st_size
@@ -132,26 +162,29 @@ class FolderSource(Stays):
         return read_config(self)
 
     def header(self, shard: str) -> Header:
-        with ShardReader(self._root / shard, name=f"{self.name}/{shard}") as reader:
+        with ShardReader(self._root / shard, name=f"{self.name}/{shard}", watch=self.watch) as reader:
             return reader.header
 
     def fetch(self, file: str) -> Path:
-        return self._root / file
+        path = self._root / file
+        self.watch.see(path, f"{self.name}/{file}")
+        return path
 
-    def folder(self) -> Path | None:
-        # Of a snapshot in the hub's cache the whole repository.
-        return self._within if self.record.kind == "folder" else self._within.parent.parent
+    def folders(self) -> list[Path]:
+        if self.record.kind != "folder":  # of a snapshot in the hub's cache the whole repository
+            return [self._within.parent.parent]
+        files = [self._real(file) for file in (*self.selection.shards, *self.selection.others)]
+        return [self._within, *sorted({_hub_cache(file) or file.parent for file in files} - {self._root.resolve()})]
 
     def stamps(self) -> dict[str, list[int]]:
         if self.record.kind != "folder":
             return {}
-        stats = {}
-        for file in (*self.selection.shards, *self.selection.others):
-            with reading(self._root / file):
-                stats[file] = (self._root / file).stat()
-                if not os.access(self._root / file, os.R_OK):
-                    raise FormatError(f"{self.name}/{file}: cannot be read (no permission)")
-        return {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()}
+        return self._stamps((*self.selection.shards, *self.selection.others))
+
+    def _stamps(self, files: Iterable[str]) -> dict[str, list[int]]:
+        stamps = {file: self.watch.see(self._root / file, f"{self.name}/{file}") for file in files}
+        # What a restart of the machine, or another place to mount a disk, leaves as it is.
+        return {file: [stamp.size, stamp.mtime_ns] for file, stamp in stamps.items()}
 
     def bytes_to_fetch(self) -> int:
         return 0
@@ -159,8 +192,9 @@ class FolderSource(Stays):
     def room_to_fetch(self) -> tuple[Path, int] | None:
         return None
 
-    def origin(self) -> FolderOrigin:
-        return FolderOrigin(self._root.resolve())
+    def origin(self, files: Iterable[str]) -> FolderOrigin:
+        # Of a model from the hub's cache each machine may have a copy of its own.
+        return FolderOrigin(self._root.resolve(), self._stamps(files) if self.record.kind == "folder" else {})
 
 
 def open_source(model: str | Path, *, revision: str | None = None, subfolder: str | None = None) -> Source:
@@ -211,6 +245,19 @@ def _open_folder(path: Path, name: str, subfolder: str | None) -> FolderSource:
     return FolderSource(inside, name=f"{name}/{subfolder}", record=SourceRecord("folder", None, None, subfolder), within=path)
 
 
+def _hub_cache(path: Path) -> Path | None:
+    """The folder in which the hub's client keeps a file for a model, or shares it between several; None for other files."""
+    return next(
+        (
+            folder.parent
+            for folder in path.parents
+            if folder.name in ("blobs", "snapshots")
+            and (folder.parent.name.startswith("models--") or (folder / ".huggingface-shared-blobs").exists())
+        ),
+        None,
+    )
+
+
 def check_subfolder(subfolder: str) -> str:
     """``subfolder`` without slashes around it, if it stays inside."""
     return check_relative_path(subfolder.strip("/"), "--subfolder")
@@ -223,24 +270,35 @@ def read_config(source: Source) -> dict[str, Any]:
     return read_json_object(source.fetch(CONFIG_FILE), f"{source.name}/{CONFIG_FILE}")
 
 
-def check_index(source: Source, headers: dict[str, Header]) -> None:
-    """Refuse an index that maps a tensor to a shard without it.
+def check_index(source: Source, headers: dict[str, Header]) -> list[str]:
+    """What a user should know of an index that says something else than the shards; loaders believe the shards.
 
     Raises:
-        FormatError: naming the tensor and the shard.
+        FormatError: it is the index of another model.
     """
     index = source.selection.index
     if index is None:
-        return
+        return []
     where = f"{source.name}/{index}"
+    entries = index_entries(read_text(source.fetch(index), where), where)
     names = {shard: {entry.name for entry in header.tensors} for shard, header in headers.items()}
-    for tensor, shard in index_entries(read_text(source.fetch(index), where), where).items():
-        if tensor not in names[shard]:
-            raise FormatError(
-                f"{where}: {tensor!r} is not in the shard it is mapped to",
-                got=shard,
-                hint="index and shards are from different versions of the model: fetch it again",
-            )
+    there = set[str]().union(*names.values())
+    if not there & entries.keys():
+        raise FormatError(
+            f"{where} names none of the tensors that its shards hold",
+            got=repr(next(iter(entries))),
+            hint="index and shards are from different models: fetch them again",
+        )
+    absent = [tensor for tensor in entries if tensor not in there]
+    moved = [tensor for tensor, shard in entries.items() if tensor in there and tensor not in names[shard]]
+    return [
+        f"{index} {what}: {len(tensors)}, the first {tensors[0]}"
+        for what, tensors in (
+            ("names tensors that no shard holds", absent),
+            ("names another shard than the tensor is in", moved),
+        )
+        if tensors
+    ]
 
 
 def read_text(path: Path, where: str) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from surgery.errors import SourceError
+from surgery.format.files import reading
 
 
 class Origin(Protocol):
@@ -25,18 +26,37 @@ class Origin(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FolderOrigin:
-    """A folder that every machine sees under the same path."""
+    """A folder that every machine sees under the same path.
+
+    Attributes:
+        root: the folder.
+        stamps: of its files those that must be what they were: size and time of change in nanoseconds, which are the same
+            on every machine.
+    """
 
     root: Path
+    stamps: Mapping[str, Sequence[int]]
 
     @contextmanager
     def file(self, name: str) -> Iterator[Path]:
+        self._check(name)
+        yield self.root / name
+        self._check(name)
+
+    def _check(self, name: str) -> None:
         if not (self.root / name).is_file():
             raise SourceError(
                 f"{self.root / name} is not there on {socket.gethostname()}",
                 hint="a local model must be in a folder that every machine sees under the same path; one on the hub need not",
             )
-        yield self.root / name
+        with reading(self.root / name):
+            found = (self.root / name).stat()
+        if name in self.stamps and [found.st_size, found.st_mtime_ns] != list(self.stamps[name]):
+            raise SourceError(
+                f"{self.root / name} on {socket.gethostname()} is not what it was when the run was planned",
+                got="another size or time of change",
+                hint="run the same command again when nothing writes to that folder any more",
+            )
 
     def sha256(self, name: str) -> str | None:
         return None

@@ -1,15 +1,18 @@
-"""Which files of a model are its weights, which go along, and which stay behind: a pure function of names."""
+"""Which files of a model are its weights, which go along, and which stay behind: by their names, and by what configs name."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import translate
 from pathlib import PurePosixPath
 
-from surgery.errors import FormatError, SourceError
+from surgery.errors import FormatError, SourceError, SurgeryError
 from surgery.format.files import check_relative_path
-from surgery.names import OUR_FILES
+from surgery.names import CONFIG_FILE, JOURNAL_DIR, OUR_FILES, RESERVED_SUFFIX, RUN_FILE, SURGERY_DIR, is_reserved
+from surgery.source.shards import SUFFIX, choose_shards, is_index
 
 #: Weights in other formats. None of them is ever opened.
 OTHER_WEIGHTS = (
@@ -18,7 +21,56 @@ OTHER_WEIGHTS = (
 )  # fmt: skip
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-INDEX_SUFFIX = ".safetensors.index.json"
+#: Small arrays that code of a model may read beside its weights.
+_ARRAYS = (".npz", ".npy")
+_MODULES_FILE = "modules.json"
+_PIPELINE_FILE = "model_index.json"
+
+
+def _names(*globs: str) -> re.Pattern[str]:
+    return re.compile("|".join(map(translate, globs)), re.IGNORECASE)
+
+
+#: Files at the top of a model that loaders look for by name, and may find the names of others in.
+_CONFIGS = _names(
+    CONFIG_FILE, "configuration.json", "generation_config*.json", "*processor_config.json", "*tokenizer_config.json",
+    _MODULES_FILE, "router_config.json", "config_sentence_transformers.json", "sentence_*_config.json", "open_clip_config.json",
+    _PIPELINE_FILE, "scheduler_config.json", "speaker_embeddings_path.json",
+)  # fmt: skip
+#: The same of all that is no config, and of card and licences.
+_KNOWN = _names(
+    "hf_quant_config.json", "quant*_config.json", "params.json", "chat_template*.json", "*.jinja",
+    "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "*.tokenizer", "*.model", "*.model.v[0-9]*", "*.spm",
+    "*.tiktoken", "tekken*.json", "*vocab*.json", "*vocab*.txt", "vocab.*", "*.vocab", "*merges*.txt", "*.bpe", "*.codes",
+    "dict*.txt", "encoder.json", "emoji.json", "byte_maps.json", "normalizer.json", "word_shape.json",
+    "word_pronunciation.json", "*.py", "requirements.txt", "modelcard.json",
+)  # fmt: skip
+_CARD = re.compile(
+    r"(readme|citation|authors|[^/]*(licen[cs]e|copying|notice|(usage|use)[_-]?policy|terms[_-]of[_-]use|acceptable[_-]use))"
+    r"([^/]*\.(md|txt|rst|html?|pdf|cff)|[^/.]*(\d[\d.]*)?)",
+    re.IGNORECASE,
+)
+_ADAPTER = _names(
+    "adapter_config.json", "adapter_*.safetensors", "adapter_*.bin", "adapter_*.index.json", "*adapters.safetensors",
+    "*adapters.npz", "pytorch_lora_weights.*",
+)  # fmt: skip
+#: Folders that loaders look into, and for what.
+_KNOWN_FOLDERS = {"additional_chat_templates": _names("*.jinja"), "custom_generate": _names("*.py", "requirements.txt")}
+_OF_A_RUN = _names(
+    "training_args.*", "trainer_state.json", "optimizer*.bin", "optimizer*.pt", "optimizer*.pth", "optimizer*.safetensors",
+    "scheduler.pt", "scheduler.bin", "scaler.pt", "rng_state*", "random_states_*", "events.out.tfevents.*", "*_results.json",
+    "*.distcp", "zero_to_fp32.py", "*.log", "checkpoint-*[0-9]", "global_step*[0-9]", "wandb", "runs", "logs", "mlruns",
+    "lightning_logs",
+)  # fmt: skip
+_LEFTOVERS = (RESERVED_SUFFIX, ".incomplete", ".tmp", ".bak", ".orig", ".old", ".swp", ".lock", "~")
+_OTHER_FORMAT = "weights in another format"
+_CONVERT = "AutoModel.from_pretrained(MODEL).save_pretrained(FOLDER) writes safetensors"
+_UNREAD = "no loader looks for it"
+_QUOTED = re.compile(r"""\"([^"\n\\]*)\"|'([^'\n\\]*)'""")
+_IMPORT = re.compile(r"^\s*(?:from\s+\.+([\w.]*)\s+import\s+(\([^)]*\)|[^\n]*)|import\s+\.([\w.]+))", re.MULTILINE)
+
+#: Gives the names in a folder of the model, ``""`` for the model's own; those of folders end in a slash.
+Listing = Callable[[str], list[str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,124 +81,333 @@ class Selection:
         shards: safetensors files with the weights.
         index: the index that names them, if there is one.
         others: files that go along as they are (config, tokenizer, code ...).
-        left_out: file -> why it stays behind.
+        left_out: file -> why it stays behind; a folder of which nothing goes along is one entry, with a slash at its end.
+        notes: what the user should know about what is left out.
     """
 
     shards: tuple[str, ...]
     index: str | None
     others: tuple[str, ...]
     left_out: Mapping[str, str]
+    notes: tuple[str, ...] = ()
 
 
-def select_files(names: list[str], read_text: Callable[[str], str], *, where: str) -> Selection:
-    """Sort the files of a model.
+def listing_of(names: Iterable[str]) -> Listing:
+    """The listing of a model whose files are all known by name."""
+    folders: dict[str, set[str]] = {"": set()}
+    for name in names:
+        parts = name.split("/")
+        for depth in range(len(parts)):
+            slash = "/" if depth + 1 < len(parts) else ""
+            folders.setdefault("/".join(parts[:depth]), set()).add(parts[depth] + slash)
+    return lambda folder: sorted(folders.get(folder, ()))
+
+
+def is_read_by_loaders(name: str) -> bool:
+    """Whether loaders look for a file of this name in any model: weights, index, config, tokenizer, code, card and the like.
+
+    By the name alone: files that only the config of one model names are not among them.
+    """
+    folder, _, file = name.rpartition("/")
+    if folder:
+        return folder in _KNOWN_FOLDERS and _KNOWN_FOLDERS[folder].fullmatch(file) is not None
+    return name.endswith(SUFFIX) or is_index(name) or (_stays(name) is None and _is_known(name))
+
+
+def select_files(listing: Listing, read_text: Callable[[str], str], *, where: str) -> Selection:
+    """Sort the files of a model. Folders of which nothing goes along are not looked into.
 
     Args:
-        names: all files, relative with forward slashes.
-        read_text: gives the text of one of them; asked for the index only.
+        listing: names the files.
+        read_text: gives the text of one of them; asked for the index, configs and code only.
         where: the model, for messages.
 
     Raises:
-        SourceError: no safetensors weights.
-        FormatError: a name that leaves the folder; an index that is no index, or names a file that is missing or elsewhere.
+        SourceError: no safetensors weights, or those of several models.
+        FormatError: a name that leaves the folder; an index that is no index, or names a file that is missing or elsewhere; a
+            numbered weight file that is missing.
     """
-    for name in names:
-        check_relative_path(name, where)
-    if any(OUR_FILES.fullmatch(name) for name in names):
-        raise SourceError(
-            f"{where} is itself a factorized checkpoint, finished or not",
-            hint="fold it first, or give the original model",
-        )
-    left_out: dict[str, str] = {}
-    others: list[str] = []
-    weights: list[str] = []
-    for name in sorted(names):
-        path = PurePosixPath(name)
-        if any(part.startswith(".") for part in path.parts[:-1]):
-            left_out[name] = "in a hidden folder"
-        elif path.suffix == ".partial":
-            left_out[name] = "an unfinished file"
-        elif path.name.endswith(OTHER_WEIGHTS):
-            left_out[name] = "weights in another format"
-        elif path.parts[0] == "original":
-            left_out[name] = "the publisher's own copy of the weights"
-        elif len(path.parts) == 1 and path.suffix == ".safetensors":
-            weights.append(name)
-        else:
-            others.append(name)
-    shards, index = _shards(
-        weights, [name for name in others if name.endswith(INDEX_SUFFIX) and "/" not in name], read_text, where
-    )
-    if not shards:
-        pickles = sorted(name for name in left_out if name.endswith(_PICKLES) and left_out[name] == "weights in another format")
-        if pickles:
+    return _Selector(listing, read_text, where).selection()
+
+
+class _Selector:
+    def __init__(self, listing: Listing, read_text: Callable[[str], str], where: str) -> None:
+        self._listing = listing
+        self._read_text = read_text
+        self._where = where
+        top = self._names("")
+        self._files = [name for name in top if not name.endswith("/")]
+        self._folders = [name[:-1] for name in top if name.endswith("/")]
+        self._others: list[str] = []
+        self._left_out: dict[str, str] = {}
+
+    def selection(self) -> Selection:
+        self._refuse_our_own()
+        weights: list[str] = []
+        indexes: list[str] = []
+        adapter: list[str] = []
+        unknown: list[str] = []
+        for name in self._files:
+            if _ADAPTER.fullmatch(name):
+                adapter.append(name)
+                self._left_out[name] = "an adapter"
+            elif (reason := _stays(name)) is not None:
+                self._left_out[name] = reason
+            elif name.endswith(SUFFIX):
+                weights.append(name)
+            elif is_index(name):
+                indexes.append(name)
+            elif _is_known(name):
+                self._others.append(name)
+            else:
+                unknown.append(name)
+        self._refuse_pipeline(weights)
+        chosen = choose_shards(weights, indexes, self._named_weights(), self._read_text, self._where)
+        if not chosen.shards:
+            raise self._no_weights(adapter)
+        self._left_out |= chosen.left_out
+        self._others += [chosen.index] if chosen.index is not None else []
+        self._take_what_is_named(unknown)
+        if reserved := [name for name in self._others if is_reserved(name)]:
             raise SourceError(
-                f"{where} has no safetensors weights, only a pickle checkpoint, which is never opened",
-                got=", ".join(pickles[:3]),
-                hint="convert it once: AutoModel.from_pretrained(MODEL).save_pretrained(FOLDER) writes safetensors",
+                f"{self._where} needs files of its own in {SURGERY_DIR}/, where a result has its factors",
+                got=_few(reserved),
+                hint="give that folder another name in a copy of the model, also where configs and code name it",
             )
-        folders = sorted({name.rpartition("/")[0] for name in others if name.endswith(".safetensors")})
-        if folders:
+        notes = []
+        if chosen.unread:
+            notes.append(f"weight files that lie there and are not read: {_few(chosen.unread)}")
+        if adapter:
+            notes.append(f"left out, since loaders would take the result for an adapter: {_few(adapter)}")
+        return Selection(
+            chosen.shards, chosen.index, tuple(sorted(self._others)), dict(sorted(self._left_out.items())), tuple(notes)
+        )
+
+    def _names(self, folder: str) -> list[str]:
+        names = self._listing(folder)
+        for name in names:
+            check_relative_path(name.removesuffix("/"), self._where)
+        return names
+
+    def _text(self, file: str) -> str:
+        """Of a config or of code; none if it is not sound, which is said by who reads it as what it is."""
+        try:
+            return self._read_text(file)
+        except FormatError:
+            return ""
+
+    def _refuse_our_own(self) -> None:
+        inside = [
+            f"{folder}/{name}"
+            for folder in (SURGERY_DIR, JOURNAL_DIR)
+            if folder in self._folders
+            for name in self._peek(folder)
+        ]
+        if RUN_FILE in inside:
             raise SourceError(
-                f"{where} has no weights at its top, but in its subfolders",
+                f"{self._where} is an unfinished result", hint="repeat the command that writes it, or give another model"
+            )
+        if any(map(OUR_FILES.fullmatch, inside)):
+            raise SourceError(
+                f"{self._where} is itself a factorized checkpoint",
+                hint="fold it first, or give the original model",
+            )
+
+    def _named_weights(self) -> str | None:
+        """The weights that the config names, which transformers looks at before any other."""
+        if CONFIG_FILE not in self._others:
+            return None
+        try:
+            config = json.loads(self._text(CONFIG_FILE))
+        except (ValueError, RecursionError):
+            return None
+        named = config.get("transformers_weights") if isinstance(config, dict) else None
+        return named if isinstance(named, str) else None
+
+    # -- what goes along -------------------------------------------------------------------------------------------------
+
+    def _take_what_is_named(self, unknown: list[str]) -> None:
+        """Files and folders that no loader knows by name: those that a config or the model's code names go along."""
+        modules = self._modules()
+        packages, quoted = self._called() if unknown or set(self._folders) - modules else (set(), set())
+        for name in unknown:
+            if name in quoted:
+                self._others.append(name)
+            else:
+                self._left_out[name] = _UNREAD
+        for folder in self._folders:
+            before = len(self._others)
+            reason = _stays(folder) or ("the publisher's own copy of the weights" if folder == "original" else None)
+            if reason is None:
+                if folder in modules:
+                    self._take_module(folder)
+                elif folder in packages:
+                    self._take_some(folder, _names("*.py"))
+                elif folder in _KNOWN_FOLDERS:
+                    self._take_some(folder, _KNOWN_FOLDERS[folder])
+                self._take_called(folder, quoted)
+            if len(self._others) == before:
+                self._left_out[f"{folder}/"] = reason or _UNREAD
+
+    def _modules(self) -> set[str]:
+        """The folders that sentence-transformers looks into: each is a module, with a config and maybe weights."""
+        return {
+            string.split("/")[0]
+            for file in (_MODULES_FILE, "router_config.json")
+            if file in self._others
+            for string in _strings(self._text(file))
+        } & set(self._folders)
+
+    def _called(self) -> tuple[set[str], set[str]]:
+        """Of the code that the configs name: the packages that it imports; and all strings in that code and in the configs."""
+        quoted: set[str] = set()
+        for file in self._others:
+            if _CONFIGS.fullmatch(file):
+                quoted |= _strings(self._text(file))
+        imported = {string.rpartition("--")[2].split(".")[0] for string in quoted if "." in string}
+        seen: set[str] = set()
+        while todo := sorted(name for name in imported - seen if f"{name}.py" in self._others):
+            for name in todo:
+                seen.add(name)
+                text = self._text(f"{name}.py")
+                quoted |= _strings(text)
+                for package, members, module in _IMPORT.findall(text):
+                    found = [package or module] if package or module else re.findall(r"\w+", members)
+                    imported |= {part.split(".")[0] for part in found}
+        return imported & set(self._folders), quoted
+
+    def _take_module(self, folder: str) -> None:
+        files = list(self._walk(folder))
+        with_weights = {PurePosixPath(file).parent for file in files if file.endswith(SUFFIX)}
+        for file in files:
+            path = PurePosixPath(file)
+            # A module whose only weights are a pickle is nothing without it; it is copied, not opened.
+            needed = path.suffix in _PICKLES and path.parent not in with_weights and not _OF_A_RUN.fullmatch(path.name)
+            reason = None if needed else _stays(path.name)
+            if reason is None:
+                self._others.append(file)
+            else:
+                self._left_out[file] = reason
+
+    def _take_some(self, folder: str, names: re.Pattern[str]) -> None:
+        for file in self._walk(folder):
+            if names.fullmatch(PurePosixPath(file).name):
+                self._others.append(file)
+
+    def _take_called(self, folder: str, quoted: set[str]) -> None:
+        """Files in a folder that are named by their path."""
+        wanted = {string for string in quoted if string.startswith(f"{folder}/")} - set(self._others)
+        parents = {string.rpartition("/")[0] for string in wanted}
+        there = {f"{parent}/{name}" for parent in sorted(parents) if self._is_folder(parent) for name in self._names(parent)}
+        self._others += [file for file in sorted(wanted & there) if _stays(PurePosixPath(file).name) is None]
+
+    def _is_folder(self, folder: str) -> bool:
+        parent, _, name = folder.rpartition("/")
+        return (not parent or self._is_folder(parent)) and f"{name}/" in self._names(parent)
+
+    def _walk(self, folder: str) -> Iterator[str]:
+        """The files in a folder and in the folders in it, but for those that never go along."""
+        for name in self._names(folder):
+            if not name.endswith("/"):
+                yield f"{folder}/{name}"
+            elif (reason := _stays(name[:-1])) is None:
+                yield from self._walk(f"{folder}/{name[:-1]}")
+            else:
+                self._left_out[f"{folder}/{name}"] = reason
+
+    # -- where the model is not ------------------------------------------------------------------------------------------
+
+    def _subfolders(self) -> list[str]:
+        """Folders with safetensors weights, at most two deep."""
+        folders = [folder for folder in self._folders if _stays(folder) is None and folder not in ("original", SURGERY_DIR)]
+        for folder in list(folders):
+            folders += [f"{folder}/{name[:-1]}" for name in self._peek(folder) if name.endswith("/") and name[0] != "."]
+        return sorted(folder for folder in folders if any(name.endswith(SUFFIX) for name in self._peek(folder)))
+
+    def _peek(self, folder: str) -> list[str]:
+        """What is in a folder that may not be looked into."""
+        try:
+            return self._names(folder)
+        except SurgeryError:
+            return []
+
+    def _refuse_pipeline(self, weights: list[str]) -> None:
+        """Refuse the top of a pipeline that is no model itself, whether or not a file of the whole pipeline lies there."""
+        if _PIPELINE_FILE not in self._others or CONFIG_FILE in self._others:
+            return
+        folders = self._subfolders()
+        raise SourceError(
+            f"{self._where} is a pipeline of several models ({_PIPELINE_FILE}), which lie in its subfolders",
+            got=(", ".join(folders) or "no subfolder with safetensors weights")
+            + (f"; and at the top {_few(weights)}" if weights else ""),
+            expected="one model",
+            hint=f"take one of them: --subfolder {_likely(folders)}" if folders else "give the folder of one model",
+        )
+
+    def _no_weights(self, adapter: list[str]) -> SourceError:
+        if folders := self._subfolders():
+            return SourceError(
+                f"{self._where} has no weights at its top, but in its subfolders",
                 got=", ".join(folders),
                 hint=f"take one of them: --subfolder {_likely(folders)}",
             )
-        raise SourceError(
-            f"{where} has no safetensors weights", got=", ".join(sorted(names)[:5]) or "no files", expected="*.safetensors"
-        )
-    for name in weights:
-        if name not in shards:
-            left_out[name] = f"not among the weights that {index or shards[0]} stands for"
-    for name in list(others):
-        if name.endswith(INDEX_SUFFIX) and "/" not in name and name != index:
-            others.remove(name)
-            left_out[name] = f"not among the weights that {index or shards[0]} stands for"
-    return Selection(tuple(shards), index, tuple(others), left_out)
+        if adapter:
+            return SourceError(
+                f"{self._where} holds an adapter and no safetensors weights of a model",
+                got=_few(adapter),
+                hint="give the model that it was trained on; surgery fold --lora adds an adapter",
+            )
+        inside = [f"{folder}/{name}" for folder in self._folders if _stays(folder) is None for name in self._peek(folder)]
+        others = [name for name in (*self._files, *inside) if _stays(PurePosixPath(name).name) == _OTHER_FORMAT]
+        for suffixes, kind, hint in (
+            (_PICKLES, "a pickle checkpoint, which is never opened", f"convert it once: {_CONVERT}"),
+            ((".gguf", ".ggml"), "GGUF", "give the model that it was made from; its card names it"),
+            ((".onnx", ".onnx_data"), "ONNX", "give the model that it was exported from; its card names it"),
+            (OTHER_WEIGHTS, "weights in another format", f"give the model in safetensors; of Flax or TensorFlow: {_CONVERT}"),
+        ):
+            if found := [name for name in others if name.endswith(suffixes)]:
+                return SourceError(f"{self._where} has no safetensors weights, only {kind}", got=_few(found), hint=hint)
+        names = [*self._files, *(f"{folder}/" for folder in self._folders)]
+        return SourceError(f"{self._where} has no safetensors weights", got=_few(names) or "no files", expected="*.safetensors")
+
+
+def _stays(name: str) -> str | None:
+    """Why a file or folder of this name never goes along; None if it may."""
+    if name.startswith("."):
+        return "hidden"
+    if name.endswith(_LEFTOVERS):
+        return "an unfinished file or a spare copy"
+    if _OF_A_RUN.fullmatch(name):
+        return "left by a training run"
+    if name.endswith(OTHER_WEIGHTS) and not name.endswith(_ARRAYS):
+        return _OTHER_FORMAT
+    return None
+
+
+def _is_known(name: str) -> bool:
+    return any(names.fullmatch(name) for names in (_CONFIGS, _KNOWN, _CARD))
+
+
+def _strings(text: str) -> set[str]:
+    """All strings in JSON or Python, without a ``./`` before them."""
+    try:
+        found, todo = [], [json.loads(text)]
+        while todo:
+            value = todo.pop()
+            if isinstance(value, str):
+                found.append(value)
+            elif isinstance(value, (dict, list)):
+                todo += [*value, *value.values()] if isinstance(value, dict) else value
+    except (ValueError, RecursionError):
+        found = [double or single for double, single in _QUOTED.findall(text)]
+    return {string.removeprefix("./") for string in found}
+
+
+def _few(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:4]) + (f" ... ({len(names)} in all)" if len(names) > 4 else "")
 
 
 def _likely(folders: list[str]) -> str:
     """Of a diffusion pipeline the part that people fine-tune."""
     return next((name for name in ("transformer", "unet") if name in folders), folders[0])
-
-
-def _shards(
-    weights: list[str], indexes: list[str], read_text: Callable[[str], str], where: str
-) -> tuple[list[str], str | None]:
-    """The weight files, as transformers would choose them: a single file first, then the index."""
-    weights = [name for name in weights if not name.startswith("adapter_")]
-    for single in ("model.safetensors", "diffusion_pytorch_model.safetensors"):
-        if single in weights:
-            return [single], None
-    index = next((name for name in ("model" + INDEX_SUFFIX, "diffusion_pytorch_model" + INDEX_SUFFIX) if name in indexes), None)
-    index = index or (indexes[0] if indexes else None)
-    if index is None:
-        return weights, None
-    named = sorted(set(index_entries(read_text(index), f"{where}/{index}").values()))
-    for name in named:
-        if name not in weights:
-            raise FormatError(
-                f"{where}/{index} names a shard that is not there",
-                got=repr(name)[:200],
-                expected=f"one of {len(weights)} safetensors files",
-                hint="the model is incomplete: fetch the missing file",
-            )
-    return named, index
-
-
-def index_entries(text: str, where: str) -> dict[str, str]:
-    """Tensor name -> shard, from the text of an index.
-
-    Raises:
-        FormatError: no index, or one with paths outside the folder.
-    """
-    try:
-        parsed = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{where}: not valid JSON ({error})") from None
-    entries = parsed.get("weight_map") if isinstance(parsed, dict) else None
-    if not isinstance(entries, dict) or not entries or not all(isinstance(shard, str) for shard in entries.values()):
-        raise FormatError(f"{where}: no weight_map of tensor names to shards")
-    for shard in set(entries.values()):
-        check_relative_path(shard, where)
-    return entries

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 from surgery.errors import SourceError
@@ -25,7 +26,7 @@ class StreamedSource(HubSource):
     def __init__(self, source: HubSource, folder: Path, at_a_time: int) -> None:
         self.name, self.record, self.selection = source.name, source.record, source.selection
         self.repo_id, self.commit = source.repo_id, source.commit
-        self._prefix, self._files = source._prefix, source._files
+        self._prefix, self._files, self.watch = source._prefix, source._files, source.watch
         self._folder = folder
         self._at_a_time = at_a_time
         self._users: dict[str, int] = {}
@@ -59,6 +60,7 @@ class StreamedSource(HubSource):
             del self._users[file]
             if (path := self._here.pop(file, None)) is not None:  # else it has not come
                 path.unlink(missing_ok=True)
+                self.watch.forget(path)  # it may come once more
             self._changed.notify_all()
             return True
 
@@ -72,7 +74,7 @@ class StreamedSource(HubSource):
             self._closed = True
             self._changed.notify_all()
 
-    def origin(self) -> HubOrigin:
+    def origin(self, files: Iterable[str]) -> HubOrigin:
         return HubOrigin(self.repo_id, self.commit, self._prefix, passing=True)
 
     def room_to_fetch(self) -> tuple[Path, int] | None:

@@ -30,7 +30,8 @@ from surgery.format.lora import CONFIG as ADAPTER_CONFIG
 from surgery.names import CONFIG_FILE, MANIFEST_FILE, SURGERY_DIR
 from surgery.progress import Progress, Silent
 from surgery.source.hub import Messages, explained
-from surgery.source.select import INDEX_SUFFIX, OTHER_WEIGHTS
+from surgery.source.select import OTHER_WEIGHTS
+from surgery.source.shards import is_index
 
 _T = TypeVar("_T")
 
@@ -340,7 +341,8 @@ def _is_there(there: Mapping[str, RepoFile], addition: CommitOperationAdd) -> bo
 
 def _would_mix(name: str) -> bool:
     """Whether a file would be taken for part of a result that it does not belong to."""
-    return name in _MARKERS or name.startswith(f"{SURGERY_DIR}/") or name.endswith((".safetensors", INDEX_SUFFIX))
+    is_weights = name.endswith(".safetensors") or is_index(name.rpartition("/")[2])
+    return name in _MARKERS or name.startswith(f"{SURGERY_DIR}/") or is_weights
 
 
 def _check_ours(info: ModelInfo) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.device import on_its_own_devices
+from surgery.device import on_its_own_terms
 from surgery.errors import OptionError, SurgeryWarning
 from surgery.format.factors import FactorsReader
 from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
@@ -32,10 +33,12 @@ class _Attached:
 
     Attributes:
         path: a submodule of the first of the layers.
+        modules: the layers.
     """
 
     def __init__(self, path: LowRankPath, layers: Sequence[Layer]) -> None:
         self.path = path
+        self.modules = [layer.module for layer in layers]
         self._handles: list[Any] = []
         self._hooks: list[Adding | Shadow] = []
         first = layers[0]
@@ -73,9 +76,11 @@ class Scales:
         self._manifest = manifest
         self._homes = homes
         self._attached = attached
+        #: ``g`` of the targets that the model does not have.
+        self._absent = {t.key: torch.ones(t.scales_shape) for t in manifest.targets if t.key not in homes}
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """What to hand to an optimizer: ``g - 1`` of each target, float32 (B k,). Use no weight decay.
+        """What to hand to an optimizer: ``g - 1`` of each target in the model, float32 (B k,). Use no weight decay.
 
         Raises:
             OptionError: they have been offloaded, where nothing can train them.
@@ -85,10 +90,12 @@ class Scales:
     def values(self) -> dict[str, torch.Tensor]:
         """Key of a target -> ``g``, float32 (k,), or (B, k) for a stack, on the CPU.
 
-        Where they are sharded over processes, all of these must ask together.
+        Of a target that the model does not have: 1, or what was last loaded. Where they are sharded over processes, all of
+        these must ask together.
         """
         shapes = {target.key: target.scales_shape for target in self._manifest.targets}
-        return {key: 1 + _whole(home.path.delta(i), shapes[key]) for key, (home, i) in self._homes.items()}
+        values = {key: 1 + _whole(home.path.delta(i), shapes[key]) for key, (home, i) in self._homes.items()}
+        return values | {key: value.clone() for key, value in self._absent.items()}
 
     def save(self, path: str | Path) -> None:
         """Write the scales file that ``surgery fold`` takes.
@@ -118,10 +125,14 @@ class Scales:
         if not (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0):
             write_scales(Path(path), values, self._manifest.fingerprint)
 
-    @on_its_own_devices
+    @on_its_own_terms
     def load(self, path: str | Path) -> None:
-        """Take the values of a scales file; errors and warnings as for ``surgery.format.scales.read_scales``."""
+        """Take the values of a scales file; errors and warnings as for ``surgery.format.scales.read_scales``.
+
+        Those of targets that the model does not have are kept for ``values`` and ``save``.
+        """
         values = read_scales(Path(path), self._manifest)
+        self._absent = {key: values[key] for key in self._absent}
         with torch.no_grad():
             for key, (home, i) in self._homes.items():
                 delta: Any = _trainable(home.path.delta(i))
@@ -131,6 +142,31 @@ class Scales:
 
                     value = distribute_tensor(value.to(delta.device), delta.device_mesh, delta.placements)
                 delta.copy_(value)
+
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """Within it the model computes as with scales that are all 1; their values stay, and hold again after it.
+
+            with scales.untouched():
+                reference = model(ids).logits
+
+        On the original weights that is the original model, bit for bit; on a residual it is within the rounding of the
+        dtype. No gradients are recorded.
+        """
+        paths = [attached.path for attached in self._attached]
+        before = [path.untouched for path in paths]
+        for path in paths:
+            path.untouched = True
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for path, value in zip(paths, before, strict=True):
+                path.untouched = value
+
+    def act_on(self, module: nn.Module) -> bool:
+        """Whether a weight of the module itself, not of one inside it, has scales."""
+        return any(module is other for attached in self._attached for other in attached.modules)
 
     def detach(self) -> None:
         """Take the scales out of the model again. Its weights are what they were; they stay frozen."""
@@ -159,16 +195,19 @@ def _whole(delta: nn.Parameter, shape: list[int]) -> torch.Tensor:
     return gathered.float().cpu().reshape(shape)
 
 
-@on_its_own_devices
+@on_its_own_terms
 def attach(model: nn.Module, factorized: str | Path) -> Scales:
     """Freeze a model and make the scales of a factorized checkpoint its only trainable parameters.
 
-    The model may have been loaded from the factorized folder (residual layout) or from the original weights; which,
-    is told by the bytes of its weights, target by target. A weight that is quantized in memory is told by what its layer
-    computes. Untouched scales on the original weights change no bit of what the model computes.
+    The model may have been loaded from the original weights or from the factorized folder (residual layout); which, is
+    told by the bytes of its weights, target by target. A weight that is quantized in memory is told by what its layer
+    computes. Untouched scales on the original weights change no bit of what the model computes. Without its scales, a model
+    loaded from the residual layout is another model: load the original, so that whatever loads it once more, such as a
+    trainer that wants a reference, has the same.
 
     Names and shapes of a transformers model are followed through its own conversion: experts that it stacks, and weights
-    that it joins or takes apart. In a model with PEFT's adapters, these stay as trainable as they are.
+    that it joins or takes apart. In a model with PEFT's adapters, these stay as trainable as they are. Targets that the
+    loader has dropped, such as the vision tower of a model that is loaded for its text, keep their scales at 1.
 
     Args:
         model: in the dtype of the checkpoint or a wider one, or quantized, on any device or several. Not yet sharded.
@@ -176,9 +215,12 @@ def attach(model: nn.Module, factorized: str | Path) -> Scales:
 
     Raises:
         SourceError: the model's weights are neither the original nor the residual.
-        OptionError: a target is not in the model, or not in a way that scales can be attached to, or scales are
-            attached already.
+        OptionError: most targets are not in the model, or one is there in a way that scales cannot be attached to, or
+            scales are attached already.
         FormatError: the factorized folder is damaged.
+
+    Warns:
+        SurgeryWarning: some targets are not in the model.
     """
     factorized = Path(factorized)
     manifest = Manifest.read(factorized)
@@ -195,8 +237,10 @@ def attach(model: nn.Module, factorized: str | Path) -> Scales:
         if shard.factors is not None:
             with FactorsReader(factorized, shard) as reader:
                 for target in manifest.targets_of(shard.source.file):
-                    stored = partial(_stored, factorized, shard, target)
-                    homes[target.key] = _add(target, places[target.tensor], carriers, reader, dtype, stored, planned)
+                    copies = [places[tensor] for tensor in target.tensors if tensor in places]
+                    if copies:
+                        stored = partial(_stored, factorized, shard, target)
+                        homes[target.key] = _add(target, copies, carriers, reader, dtype, stored, planned)
     paths = {key: plan.path() for key, plan in planned.items()}
     if not any(hasattr(module, "adapter_layer_names") for module in bare.modules()):  # else PEFT has done it
         bare.requires_grad_(False)
@@ -206,6 +250,13 @@ def attach(model: nn.Module, factorized: str | Path) -> Scales:
         attached.append(_Attached(path, plan.carrier.layers))
         path.requires_grad_(True)
     by_key = dict(zip(planned, attached, strict=True))
+    if absent := [target.key for target in manifest.targets if target.key not in homes]:
+        warnings.warn(
+            f"{len(absent)} of {len(manifest.targets)} targets are not in this model (first: {absent[0]!r}): their scales stay "
+            "at 1, and fold leaves these weights as they are",
+            SurgeryWarning,
+            stacklevel=3,  # past the wrapper that sets the device
+        )
     return Scales(manifest, {key: (by_key[home], i) for key, (home, i) in homes.items()}, attached)
 
 
@@ -248,6 +299,14 @@ class _Planned:
     def path(self) -> LowRankPath:
         deltas, values, offsets, terms = zip(*self.entries, strict=True)
         carrier = self.carrier
+        sizes = {(len(term.left), len(term.right)) for group in terms for term in group}
+        if sizes != {carrier.rows_and_columns}:  # a tower that the input does not reach would never tell
+            raise OptionError(
+                f"factors do not fit {carrier.layers[0].described}",
+                got=f"rows and columns {sorted(sizes)}",
+                expected=carrier.rows_and_columns,
+                hint="targets that are joined in the model must be seen in the same way: check the views of the recipe",
+            )
         with carrier.present():
             weight = carrier.weight()
         like = torch.empty(0, device=weight.device, dtype=torch.float32 if carrier.quantized else weight.dtype)
@@ -256,7 +315,7 @@ class _Planned:
 
 def _add(
     target: TargetRecord,
-    places: list[Place],
+    copies: list[list[Place]],
     carriers: dict[str, Carrier],
     reader: FactorsReader,
     dtype: torch.dtype,
@@ -265,21 +324,30 @@ def _add(
 ) -> tuple[int, int]:
     """Give a target's directions to the paths of the parameters that it is in.
 
+    Args:
+        copies: where its tensor is, and where each alias of that. A loader may tie them or not: in a residual checkpoint they
+            differ, and each is told by its own bytes.
+
     Returns:
         a key of ``planned``, and which of its entries this is.
     """
     factors = [reader.factors(target, i) for i in range(target.matrices[0])]
-    terms: dict[int, list[Term]] = {}
-    for carrier, term in terms_of(target, places, carriers, factors):
-        planned.setdefault(id(carrier), _Planned(carrier))
-        terms.setdefault(id(carrier), []).append(term)
-    every = [term for group in terms.values() for term in group]
-    residual = is_residual(target, places, carriers, every, factors, dtype, stored)
     s = torch.cat([factor.s for factor in factors])
+    terms: dict[int, tuple[int, list[Term]]] = {}
+    for places in copies:
+        if any(id(carriers[place.parameter]) in terms for place in places):
+            continue
+        here: dict[int, list[Term]] = {}
+        for carrier, term in terms_of(target, places, carriers, factors):
+            planned.setdefault(id(carrier), _Planned(carrier))
+            here.setdefault(id(carrier), []).append(term)
+        every = [term for group in here.values() for term in group]
+        residual = is_residual(target, places, carriers, every, factors, dtype, stored)
+        terms |= {key: (int(residual), group) for key, group in here.items()}
     first = next(iter(terms))
     home = first, len(planned[first].entries)
     with planned[first].carrier.present():
         delta = nn.Parameter(torch.zeros_like(s, device=planned[first].carrier.weight().device))
-    for key, group in terms.items():
-        planned[key].entries.append((delta, s, int(residual), group))
+    for key, (offset, group) in terms.items():
+        planned[key].entries.append((delta, s, offset, group))
     return home

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -18,7 +18,7 @@ from surgery.errors import OptionError
 from surgery.format.manifest import Manifest, TargetRecord
 from surgery.linalg.lossless import Factors
 from surgery.training.lowrank import Term
-from surgery.training.placement import Place, Positions, locate
+from surgery.training.placement import Place, Positions, homes, is_from_transformers, locate, parameter_names
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -41,19 +41,70 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def places_of(model: nn.Module, manifest: Manifest) -> dict[str, list[Place]]:
-    """Tensor of a target -> where it is."""
+    """Tensor of a target, or an alias of one -> where it is, for the targets that the model has.
+
+    A loader may drop tensors of a checkpoint: layers for multi-token prediction, the vision tower of a model that is
+    loaded for its text.
+
+    Raises:
+        OptionError: the model has none of the targets, or lacks most of them, by number and by size; or, where names are
+            taken as they are, it has a target under another name; or the checkpoint holds a parameter under a name that the
+            manifest does not know as that of the target.
+    """
     shapes: dict[str, Sequence[int] | None] = {skipped.tensor: None for skipped in manifest.skipped}
-    shapes |= {target.tensor: target.shape for target in manifest.targets}
+    shapes |= {tensor: target.shape for target in manifest.targets for tensor in target.tensors}
     places = locate(model, shapes)
-    for target in manifest.targets:
-        if target.tensor not in places:
-            raise OptionError(
-                f"{target.tensor!r} is not in this model",
-                got=type(model).__name__,
-                expected="the model that the checkpoint loads as",
-                hint="attach to the transformers model inside a wrapper; or leave out what the model does not have: --exclude",
-            )
+    if absent := [target for target in manifest.targets if places.keys().isdisjoint(target.tensors)]:
+        _check_lacking(model, manifest, absent, shapes, lacks_all=not places)
+    _check_alone(model, manifest, shapes)
     return places
+
+
+def _check_lacking(
+    model: nn.Module, manifest: Manifest, absent: Sequence[TargetRecord], known: Container[str], *, lacks_all: bool
+) -> None:
+    renamed = None if is_from_transformers(model) else _renamed(model, absent, known)
+    by_number = 2 * len(absent) > len(manifest.targets)
+    by_size = 2 * sum(target.entries for target in absent) > sum(target.entries for target in manifest.targets)
+    if renamed is not None or lacks_all or (by_number and by_size):
+        raise OptionError(
+            f"{absent[0].tensor!r} is not in this model, nor are {len(absent) - 1} others of {len(manifest.targets)} targets",
+            got=type(model).__name__ + (f", with {renamed!r} of the same shape" if renamed is not None else ""),
+            expected="the model that the checkpoint loads as",
+            hint="attach to the transformers model inside a wrapper; or leave out what the model does not have: --exclude",
+        )
+
+
+def _renamed(model: nn.Module, absent: Sequence[TargetRecord], known: Container[str]) -> str | None:
+    """A parameter of the shape of an absent target that is in the checkpoint under no name.
+
+    It could hold the residual of that target, and would compute without its leading directions.
+    """
+    parameters = {name: model.get_parameter(full) for name, full in parameter_names(model).items()}
+    loaded = {id(parameter) for name, parameter in parameters.items() if name in known}
+    shapes = {tuple(target.shape) for target in absent}
+    found = (name for name, own in parameters.items() if id(own) not in loaded and tuple(own.shape) in shapes)
+    return next(found, None)
+
+
+def _check_alone(model: nn.Module, manifest: Manifest, tensors: Iterable[str]) -> None:
+    """Refuse a parameter that the checkpoint holds more than once, if the manifest does not know it: a fold would edit one.
+
+    Raises:
+        OptionError: naming both tensors.
+    """
+    together: dict[int, dict[str, str]] = {}  # parameter -> its names that anything is loaded into, and a tensor that is
+    for tensor, name in homes(model, tensors).items():
+        together.setdefault(id(model.get_parameter(name)), {}).setdefault(name, tensor)
+    twice = {tensor: set(found.values()) for found in together.values() if len(found) > 1 for tensor in found.values()}
+    for target in manifest.targets:
+        for tensor in target.tensors:
+            if others := sorted(twice.get(tensor, set()).difference(target.tensors)):
+                raise OptionError(
+                    f"{target.key!r} is one parameter of the model with {others[0]!r}, which a fold would leave as it is",
+                    got=f"a model that ties them; {others[0]!r} had other bytes, or it was not known that it is tied",
+                    hint="factorize again, or load the model without tying: tie_word_embeddings=False",
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +326,9 @@ def _region(target: TargetRecord, place: Place) -> tuple[bool, _Region]:
     piece = place.piece
     if target.view == "convolution":
         whole = tuple(range(len(target.shape)))
-        if piece.axes != whole or any(len(piece.of[axis]) != target.shape[axis] for axis in whole[1:]):
+        if piece.axes != whole or any(
+            len(piece.of[i]) != target.shape[i] or place.shape[i] != target.shape[i] for i in whole[1:]
+        ):
             raise _unknown_place(target, place)
         every = range(math.prod(target.shape[1:]))
         rows = _in_slice(target, 0, piece.at[0], piece.of[0])
@@ -317,7 +370,8 @@ def _in_slice(target: TargetRecord, axis: int, at: Positions, of: Positions) -> 
 def _placed(factor: torch.Tensor, positions: tuple[Positions, Positions], length: int) -> torch.Tensor:
     """Rows of a factor (any, k) where they belong among ``length``, zero elsewhere."""
     at, of = positions
-    if isinstance(at, range) and isinstance(of, range) and at == of == range(length):
+    # Of a tensor that is cut the first part has the positions of the whole parameter, and not of the whole factor.
+    if len(factor) == length and isinstance(at, range) and isinstance(of, range) and at == of == range(length):
         return factor
     placed = factor.new_zeros(length, factor.shape[1])
     placed[torch.as_tensor(at)] = factor[torch.as_tensor(of)]

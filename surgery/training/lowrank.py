@@ -46,6 +46,9 @@ class LowRankPath(nn.Module):
         terms: of each target.
         count: matrices of the parameter; None if it is no stack.
         like: gives dtype and device.
+
+    Attributes:
+        untouched: whether it computes as with deltas of 0, whatever they are.
     """
 
     left: torch.Tensor
@@ -64,6 +67,7 @@ class LowRankPath(nn.Module):
         like: torch.Tensor,
     ) -> None:
         super().__init__()
+        self.untouched = False
         self._count = len(deltas)
         for i, delta in enumerate(deltas):
             self.register_parameter(f"delta_{i}", delta)
@@ -95,8 +99,11 @@ class LowRankPath(nn.Module):
 
     def coefficients(self) -> torch.Tensor:
         """float32 (k,), or (B, k) for a stack."""
-        deltas: list[torch.Tensor] = [self.delta(i) for i in range(self._count)]
-        values = self.singular_values * ((deltas[0] if len(deltas) == 1 else torch.cat(deltas)) + self.offsets)
+        if self.untouched:
+            values = self.singular_values * self.offsets
+        else:
+            deltas: list[torch.Tensor] = [self.delta(i) for i in range(self._count)]
+            values = self.singular_values * ((deltas[0] if len(deltas) == 1 else torch.cat(deltas)) + self.offsets)
         if self.order is None:
             return values
         return functional.pad(values, (0, 1))[self.order]  # padding is taken from behind the last

@@ -7,7 +7,7 @@ keep account of positions, so that a model family needs no entry of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -70,9 +70,23 @@ def locate(model: nn.Module, tensors: Mapping[str, Sequence[int] | None]) -> dic
     names = parameter_names(model)
     found: dict[str, list[Place]] = {}
     for parameter, symbol in _loaded(model, names, tensors):
+        if parameter not in names:  # a part of a fused tensor that this model has no use for
+            continue
         for piece in symbol.pieces:
             found.setdefault(piece.tensor, []).append(Place(names[parameter], tuple(symbol.shape), piece))
     return found
+
+
+def homes(model: nn.Module, tensors: Iterable[str]) -> dict[str, str]:
+    """Tensors of a checkpoint -> full names of the parameters that a loader puts them into, alone or with others; without
+    those that are not in the model. What the shapes are does not matter."""
+    names = parameter_names(model)
+    if not is_from_transformers(model):
+        return {name: names[name] for name in tensors if name in names}
+    groups = _groups(model, names, tensors)
+    return {
+        name: names[renamed] for renamed, (_, sources) in groups.items() for members in sources.values() for name in members
+    }
 
 
 def parameter_names(model: nn.Module) -> dict[str, str]:
@@ -94,6 +108,31 @@ def _loaded(
             if name in names and shape is not None:
                 yield name, _Symbol.of_tensor(name, shape)
         return
+    for renamed, (converter, sources) in _groups(model, names, tensors).items():
+        known = [shape for members in sources.values() for name in members if (shape := tensors[name]) is not None]
+        if not known:
+            continue
+        # A tensor that is passed over is there for the positions of others, and shaped like its neighbours: if it is not,
+        # the result has not the shape of the parameter, or not the bytes.
+        symbols = {
+            pattern: [
+                _Symbol.of_tensor(name, shape) if (shape := tensors[name]) is not None else _Symbol(tuple(known[0]), ())
+                for name in members
+            ]
+            for pattern, members in sources.items()
+        }
+        if converter is None:
+            several = [name for members in sources.values() for name in members]
+            if len(several) > 1:
+                raise OptionError(f"two tensors of the checkpoint are loaded as {renamed!r}", got=several)
+            ((_, (symbol,)),) = symbols.items()
+            yield renamed, symbol
+        else:
+            yield from _converted(model, converter, renamed, symbols).items()
+
+
+def _groups(model: nn.Module, names: dict[str, str], tensors: Iterable[str]) -> dict[str, tuple[Any, dict[str, list[str]]]]:
+    """Parameters of a transformers model -> how it converts what is loaded into them, if so, and the tensors, by pattern."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,
@@ -117,27 +156,7 @@ def _loaded(
         converter = None if pattern is None else by_pattern[pattern]
         _, sources = groups.setdefault(renamed, (converter, {}))
         sources.setdefault(pattern or name, []).append(name)
-    for renamed, (converter, sources) in groups.items():
-        known = [shape for members in sources.values() for name in members if (shape := tensors[name]) is not None]
-        if not known:
-            continue
-        # A tensor that is passed over is there for the positions of others, and shaped like its neighbours: if it is not,
-        # the result has not the shape of the parameter, or not the bytes.
-        symbols = {
-            pattern: [
-                _Symbol.of_tensor(name, shape) if (shape := tensors[name]) is not None else _Symbol(tuple(known[0]), ())
-                for name in members
-            ]
-            for pattern, members in sources.items()
-        }
-        if converter is None:
-            several = [name for members in sources.values() for name in members]
-            if len(several) > 1:
-                raise OptionError(f"two tensors of the checkpoint are loaded as {renamed!r}", got=several)
-            ((_, (symbol,)),) = symbols.items()
-            yield renamed, symbol
-        else:
-            yield from _converted(model, converter, renamed, symbols).items()
+    return groups
 
 
 def _converted(model: nn.Module, converter: Any, name: str, symbols: dict[str, list[_Symbol]]) -> dict[str, _Symbol]:

@@ -55,7 +55,8 @@ def is_residual(
             return False
         if target.residual_sample_sha256 is not None:
             # Next to nothing is left of the leading directions, as in any other model: it must be this one all over.
-            probes = torch.randn(_PROBES, target.shape[1], generator=torch.Generator().manual_seed(0))
+            generator = torch.Generator().manual_seed(0)
+            probes = torch.randn(_PROBES, target.shape[1], generator=generator, dtype=torch.float32)
             expected = probes @ stored().float().T
             if (_images(layer, probes, dtype) - expected).norm() <= _QUANTIZATION_ERROR * expected.norm():
                 return True

@@ -1,4 +1,5 @@
-"""Checkpoints of transformers' Trainer, and of its subclasses such as TRL's, that hold the scales and not the model."""
+"""transformers' Trainer, and its subclasses such as TRL's, with scales: what it saves are the scales and not the model, and
+the reference model of a preference or reinforcement loss is the same model with its scales untouched."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import torch
 
 from surgery.errors import OptionError
 from surgery.training.attach import Scales
+from surgery.training.reference import check_arguments, check_callback, check_trainer, no_second_load, own_forward
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -36,21 +38,32 @@ class SaveScales(_Trainer):
 
     Under FSDP2 the scales are gathered when they are saved. PEFT's adapters beside the scales are saved as PEFT does.
 
+    The reference model of TRL's trainers (DPO, KTO, GRPO, RLOO, online DPO), unless one is passed to them, is the same model
+    with its scales untouched, whatever they are when training begins; it takes no memory of its own.
+
     Args:
         scales: those attached to the Trainer's model. All other arguments are the Trainer's own.
 
     Raises:
-        OptionError: the Trainer's model does not train these scales, or trains more than its checkpoints would hold.
+        OptionError: the Trainer's model does not train these scales, or trains more than its checkpoints would hold. Or the
+            Trainer makes a second model by itself, mixes or merges whole models, sends weights to vLLM, or reads the weight
+            of an output head that has scales: in these the scales would have no part.
     """
 
     def __init__(self, *args: Any, scales: Scales, **kwargs: Any) -> None:
         self.scales = scales
-        values = [parameter.data for parameter in scales.parameters()]
-        with _counted_as_adapters(kwargs.get("model", args[0] if args else None)):
+        bases = type(self).__mro__
+        given = check_arguments(bases[bases.index(SaveScales) + 1 :], scales, args, kwargs)
+        before: Any = given.get("model")
+        forward = own_forward(before) if isinstance(before, torch.nn.Module) else None
+        held = [(parameter.data, parameter.requires_grad) for parameter in scales.parameters()]
+        with _counted_as_adapters(before), scales.untouched(), no_second_load(type(self), given):
             super().__init__(*args, **kwargs)
-        for parameter, value in zip(scales.parameters(), values, strict=True):
+        for parameter, (value, trainable) in zip(scales.parameters(), held, strict=True):
             if parameter.dtype != value.dtype:  # TRL makes bfloat16 of all that is trained in a quantized model
                 parameter.data = value.to(parameter.device)
+            if _is_adapted(before):  # TRL adds a copy of the adapters for a reference, and PEFT freezes all else again
+                parameter.requires_grad_(trainable)
         model: Any = self.model
         trained = {id(value): name for name, value in model.named_parameters() if value.requires_grad}
         own = {id(value) for value in scales.parameters()}
@@ -69,11 +82,19 @@ class SaveScales(_Trainer):
             )
         if self.is_fsdp_enabled and self._has_adapters():
             raise OptionError("under FSDP, checkpoints can hold scales or PEFT's adapters, not both", hint="train one of them")
+        check_trainer(self, scales, given, forward)
+
+    def add_callback(self, callback: Any) -> None:
+        """As the Trainer's own, but for callbacks that make or change whole models.
+
+        Raises:
+            OptionError: it is one of these.
+        """
+        check_callback(callback)
+        super().add_callback(callback)
 
     def _has_adapters(self) -> bool:
-        from accelerate.utils import is_peft_model  # type: ignore[import-untyped]
-
-        return bool(is_peft_model(self.model))
+        return _is_adapted(self.model)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir or "")
@@ -109,7 +130,7 @@ class SaveScales(_Trainer):
             super()._save_optimizer_and_scheduler(output_dir)
             return
         # The Trainer would write the shards of the model as well.
-        from accelerate.utils import save_fsdp_optimizer
+        from accelerate.utils import save_fsdp_optimizer  # type: ignore[import-untyped]
         from transformers.trainer import SCHEDULER_NAME
 
         scheduler: Any = self.lr_scheduler
@@ -128,6 +149,12 @@ class SaveScales(_Trainer):
             super()._load_best_model()
         best: Any = self.state.best_model_checkpoint
         self.scales.load(Path(best) / CHECKPOINT_FILE)
+
+
+def _is_adapted(model: Any) -> bool:
+    from accelerate.utils import is_peft_model
+
+    return bool(is_peft_model(model))
 
 
 @contextmanager

@@ -1,0 +1,233 @@
+"""Tensors that hold one parameter more than once: a tied embedding with its head written out, blocks that a model shares.
+
+A loader makes one parameter of them, so that what is trained is one thing, and a fold has to edit them together. It does so
+only if their bytes are the same; if they are not, each is a parameter of its own, whatever the config says (transformers 5.23).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from surgery.errors import MissingExtra, OptionError, SourceError
+from surgery.format.manifest import Alias
+from surgery.format.safetensors import Header, ShardReader, TensorEntry, same_bytes
+from surgery.names import CONFIG_FILE
+from surgery.planning.targets import Target, in_block, is_embedding
+from surgery.planning.unloaded import why_unloaded
+from surgery.source.model import Source
+from surgery.training.placement import locate
+from surgery.training.skeleton import skeleton
+
+#: What is looked at first of each tensor: so many stretches of so many bytes.
+_STRETCHES = 3
+_STRETCH_BYTES = 64
+
+#: A tensor and the weight file that it is in.
+_Place = tuple[TensorEntry, str]
+
+
+def find_aliases(
+    source: Source, headers: Mapping[str, Header], targets: Sequence[Target], *, fetch: bool
+) -> tuple[dict[str, tuple[Alias, ...]], list[str]]:
+    """The tensors that are the same parameter as that of a target.
+
+    Embeddings are compared with all that is shaped like them. Where the weights are at hand, so is every other target, by a
+    few of its bytes first.
+
+    Args:
+        source, headers: the model.
+        targets: chosen of it.
+        fetch: whether weight files may be fetched to compare embeddings.
+
+    Returns:
+        Tensor of a target -> its aliases, which are no targets themselves; and what could not be known, in words.
+
+    Raises:
+        OptionError: an embedding and another tensor are the same, and it cannot be known whether the model ties them; or tied
+            tensors are FP8.
+    """
+    chosen = {target.tensor: target for target in targets}
+    config = source.config()
+    alike: dict[tuple[str, tuple[int, ...]], list[_Place]] = {}
+    for shard, header in headers.items():
+        for entry in header.tensors:
+            # What the model does not have is no parameter of it, such as the embedding that comes with a layer for prediction.
+            if entry.name in chosen or why_unloaded(entry.name, config) is None:
+                alike.setdefault((entry.dtype, entry.shape), []).append((entry, shard))
+    groups = [places for places in alike.values() if len(places) > 1 and any(entry.name in chosen for entry, _ in places)]
+    at_hand = source.bytes_to_fetch() == 0
+    found: dict[str, tuple[Alias, ...]] = {}
+    notes: list[str] = []
+    unknown: list[tuple[str, str, str]] = []
+    ties = _Ties(source, headers)
+    for candidates in _candidates(groups, source, chosen, at_hand=at_hand):
+        if not at_hand and not fetch:
+            first, second = (entry.name for entry, _ in candidates[:2])
+            notes.append(f"{first} and {second} may be one parameter, stored twice: factorize compares them when it has them")
+            continue
+        for together in _equal(source, candidates, ties, unknown):
+            kept, *others = sorted(together, key=lambda place: place[0].name not in chosen)  # stable: else as in the files
+            if kept[0].name not in chosen:
+                continue
+            if chosen[kept[0].name].scaled is not None:
+                names = [entry.name for entry, _ in together]
+                raise _refused(source, names, "an FP8 weight that is stored twice cannot be edited", None)
+            found[kept[0].name] = tuple(Alias(entry.name, shard) for entry, shard in others)
+    pairs = [(first, second, why) for first, second, why in unknown if first in chosen or second in chosen]
+    for *pair, why in pairs:
+        if any(map(is_embedding, pair)):
+            raise _refused(source, pair, "they hold the same weights, and it cannot be known whether the model ties them", why)
+    if pairs:
+        notes.append(note_of_equal(len(pairs), *pairs[0][:2]))
+    return found, notes
+
+
+def note_of_equal(count: int, first: str, second: str) -> str:
+    """That targets have the same weights, as those of copied blocks do, and may be one parameter all the same."""
+    return (
+        f"{second} holds the same weights as {first}"
+        + (f" ({count} such pairs)" if count > 1 else "")
+        + ", and it is not known "
+        "whether the model makes one parameter of them: attach refuses them if it does, and --exclude leaves them out"
+    )
+
+
+def _candidates(
+    groups: Sequence[Sequence[_Place]], source: Source, chosen: Mapping[str, Target], *, at_hand: bool
+) -> Iterator[list[_Place]]:
+    """Tensors that may be the same as that of a target."""
+    if not at_hand:
+        for places in groups:
+            # Heads are in no block.
+            outside = [place for place in places if is_embedding(place[0].name) or not in_block(place[0].name)]
+            names = [entry.name for entry, _ in outside]
+            if len(names) > 1 and any(map(is_embedding, names)) and not chosen.keys().isdisjoint(names):
+                yield outside
+        return
+    by_shard: dict[str, list[tuple[TensorEntry, bool]]] = {}
+    for places in groups:
+        embeddings = any(is_embedding(entry.name) for entry, _ in places)
+        for entry, shard in places:
+            by_shard.setdefault(shard, []).append((entry, embeddings))
+    alike: dict[tuple[str, tuple[int, ...], bytes], list[_Place]] = {}
+    for shard, members in by_shard.items():
+        with _opened(source, [shard]) as (reader,):
+            for entry, embeddings in members:
+                some = _some_bytes(reader, entry)
+                # A weight of zeros has no directions to change; of an embedding that may be the rows for padding.
+                if embeddings or any(some):
+                    alike.setdefault((entry.dtype, entry.shape, some), []).append((entry, shard))
+    for places in alike.values():
+        if len(places) > 1 and any(entry.name in chosen for entry, _ in places):
+            yield places
+
+
+def _some_bytes(reader: ShardReader, entry: TensorEntry) -> bytes:
+    length = min(_STRETCH_BYTES, entry.nbytes)
+    starts = {entry.start + (entry.nbytes - length) * i // (_STRETCHES - 1) for i in range(_STRETCHES)}
+    found = bytearray(length * len(starts))
+    for i, start in enumerate(sorted(starts)):
+        reader.read_into(memoryview(found)[i * length : (i + 1) * length], start)
+    return bytes(found)
+
+
+@contextmanager
+def _opened(source: Source, shards: Sequence[str]) -> Iterator[list[ShardReader]]:
+    """Weight files, fetched if need be."""
+    with ExitStack() as stack:
+        readers = []
+        for shard in shards:
+            path = source.acquire(shard)
+            stack.callback(source.release, shard)
+            readers.append(stack.enter_context(ShardReader(path, name=f"{source.name}/{shard}", watch=source.watch)))
+        yield readers
+
+
+def _equal(
+    source: Source, candidates: Sequence[_Place], ties: _Ties, unknown: list[tuple[str, str, str]]
+) -> Iterator[list[_Place]]:
+    """Those that are one parameter, two or more at a time; pairs of which that is not known go to ``unknown``, with why."""
+    left = list(candidates)
+    while len(left) > 1:
+        first, *rest = left
+        same, left = [first], []
+        for place in rest:
+            # Reading comes last: of a model whose blocks were copied that would be half of it.
+            tied, why = ties.between(first[0].name, place[0].name)
+            if tied is False or not _same_bytes(source, first, place):
+                left.append(place)
+            elif tied is None:
+                unknown.append((first[0].name, place[0].name, why))
+            else:
+                same.append(place)
+        if len(same) > 1:
+            yield same
+
+
+def _refused(source: Source, names: Sequence[str], what: str, why: str | None) -> OptionError:
+    return OptionError(
+        f"{source.name}: {names[0]} and {names[1]}: {what}",
+        got=why,
+        expected="one parameter, edited together, or two" if why else None,
+        hint=f"--exclude '{names[0]}' --exclude '{names[1]}'"
+        + ("; or say it in config.json: tie_word_embeddings" if why else ""),
+    )
+
+
+def _same_bytes(source: Source, first: _Place, second: _Place) -> bool:
+    (one, shard), (other, other_shard) = first, second
+    with _opened(source, [shard, other_shard]) as (here, there):
+        return same_bytes(here, one, there, other)
+
+
+class _Ties:
+    """Which tensors a model takes for one parameter, if their bytes are the same; by its config, else by its class."""
+
+    def __init__(self, source: Source, headers: Mapping[str, Header]) -> None:
+        self._source = source
+        self._shapes = {entry.name: entry.shape for header in headers.values() for entry in header.tensors}
+        self._known: dict[str, frozenset[str]] | None = None
+        self._why = ""
+
+    def between(self, first: str, second: str) -> tuple[bool | None, str]:
+        """Whether two are; None where that is not known, and why."""
+        if is_embedding(first) != is_embedding(second):  # an embedding and a head
+            config = self._source.config()
+            parts = [config, *(value for key, value in config.items() if key.endswith("text_config") or key == "decoder")]
+            said = [part["tie_word_embeddings"] for part in parts if isinstance(part, dict) and "tie_word_embeddings" in part]
+            if said and all(isinstance(one, bool) for one in said) and len(set(said)) == 1:
+                return said[0], "config.json says it"
+        if self._known is None:
+            self._known = self._parameters()
+        if first in self._known and second in self._known:
+            return bool(self._known[first] & self._known[second]), "the model's class says it"
+        return None, self._why or "the model's class does not have both"
+
+    def _parameters(self) -> dict[str, frozenset[str]]:
+        """Tensor -> the parameters that it is in, of tied ones always the same."""
+        if CONFIG_FILE not in self._source.selection.others:
+            self._why = f"there is no {CONFIG_FILE}"
+            return {}
+        folder: Path = self._source.fetch(CONFIG_FILE).parent
+        try:
+            model = skeleton(folder)
+        except (MissingExtra, SourceError) as error:
+            self._why = error.what
+            return {}
+        if model is None:
+            self._why = f"{CONFIG_FILE} does not say what class the model is"
+            return {}
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        names: dict[int, str] = {}
+        for name, parameter in parameters.items():
+            names.setdefault(id(parameter), name)
+        tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
+
+        def root(name: str) -> str:
+            name = tied.get(name, name)
+            return names[id(parameters[name])] if name in parameters else name
+
+        places = locate(model, self._shapes)
+        return {tensor: frozenset(root(place.parameter) for place in found) for tensor, found in places.items()}

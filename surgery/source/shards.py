@@ -1,0 +1,224 @@
+"""Which of the weight files in a folder are the model: as transformers and diffusers choose them, and whole."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from surgery.errors import FormatError, SourceError
+from surgery.format.files import check_relative_path
+
+#: What transformers and diffusers look for, in this order.
+STANDARD_STEMS = ("model", "diffusion_pytorch_model")
+#: Mistral's own format of the weights that lie beside it.
+CONSOLIDATED = "consolidated"
+SUFFIX = ".safetensors"
+
+_INDEX = re.compile(r"(?P<stem>[^/]+)\.safetensors\.index(?P<variant>\.[^./]+)?\.json")
+_NUMBERED = re.compile(
+    r"(?P<stem>.+)-(?P<number>\d{1,12})-of-(?P<count>\d{1,12})(?P<variant>\.[^./-]+)?\.safetensors"
+    r"|(?P<parts>.+)[-_.](?P<part>\d{1,12})\.safetensors"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The weight files of a model.
+
+    Attributes:
+        shards: in name order; none if there are no weights.
+        index: the index that names them, if there is one.
+        left_out: the other weight files and indexes -> why they are not read.
+        unread: those of them that may be weights of the model, or of another one.
+    """
+
+    shards: tuple[str, ...]
+    index: str | None
+    left_out: dict[str, str]
+    unread: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class _Set:
+    """Weight files that belong together by their names: ``stem.safetensors``, ``stem-00001-of-0000N.safetensors``, or
+    ``stem-1.safetensors`` and so on.
+
+    Attributes:
+        stem: as above.
+        count: how many there are to be, by their names; 0 if they have numbers and do not say, None without numbers.
+        files: by number.
+    """
+
+    stem: str
+    count: int | None
+    files: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        return (
+            next(iter(self.files.values()))
+            if len(self.files) == 1
+            else f"{self.stem}-*{f'-of-{self.count}' if self.count else ''}{SUFFIX}"
+        )
+
+
+def is_index(name: str) -> bool:
+    """Whether a file is an index of weight files, by its name; those of variants (``.index.fp16.json``) are too."""
+    return _INDEX.fullmatch(name) is not None
+
+
+def choose_shards(
+    weights: Sequence[str], indexes: Sequence[str], named: str | None, read_text: Callable[[str], str], where: str
+) -> Chosen:
+    """Choose the weight files of a model.
+
+    Args:
+        weights: safetensors files in one folder.
+        indexes: the indexes there.
+        named: a weight file or index that the model's config names.
+        read_text: gives the text of an index.
+        where: the model, for messages.
+
+    Raises:
+        SourceError: they are those of several models or variants, and nothing says which is meant.
+        FormatError: an index that is no index, or names a file that is missing or elsewhere; a numbered file is missing.
+    """
+    shards, index = _choose(weights, indexes, named, read_text, where)
+    if shards:
+        _check_numbers(shards, weights, index, where)
+    left_out = {name: _reason(name, shards, index) for name in (*weights, *indexes) if name not in shards and name != index}
+    unread = tuple(name for name in weights if name in left_out and not name.startswith(CONSOLIDATED))
+    return Chosen(tuple(shards), index, left_out, unread)
+
+
+def _choose(
+    weights: Sequence[str], indexes: Sequence[str], named: str | None, read_text: Callable[[str], str], where: str
+) -> tuple[list[str], str | None]:
+    def from_index(name: str) -> tuple[list[str], str]:
+        return _named_by(name, read_text(name), weights, where), name
+
+    if named in weights:
+        return [str(named)], None
+    if named in indexes:
+        return from_index(str(named))
+    sets = _sets(weights)
+    stems = {one.stem for one in sets} | {_stem_of_index(name) for name in indexes}
+    if standard := [stem for stem in STANDARD_STEMS if stem in stems]:
+        if f"{standard[0]}{SUFFIX}" in weights and len(standard) == 1:
+            return [f"{standard[0]}{SUFFIX}"], None  # a single file first, then the index, as in transformers
+        sets = [one for one in sets if one.stem in standard]
+        indexes = [name for name in indexes if _stem_of_index(name) in standard]
+    elif any(not stem.startswith(CONSOLIDATED) for stem in stems):
+        sets = [one for one in sets if not one.stem.startswith(CONSOLIDATED)]
+    if len(indexes) == 1 and len(standard) < 2:
+        shards, index = from_index(indexes[0])
+        base = _stem_of_index(index).split(".")[0]
+        rivals = [
+            one for one in sets if one.stem.split(".")[0] == base and not standard and not {*one.files.values()} & {*shards}
+        ]
+        if not rivals:
+            return shards, index
+        sets = rivals
+    elif len(sets) <= 1 and not indexes:
+        return [file for one in sets for file in one.files.values()], None
+    raise SourceError(
+        f"{where} holds the weights of several models or variants side by side",
+        got=", ".join(sorted({*indexes, *(one.label for one in sets)})[:6]),
+        expected=f"those of one, such as {STANDARD_STEMS[0]}{SUFFIX}",
+        hint="give a folder with the files that are meant and their config.json; "
+        "from the hub: hf download ID --include FILES config.json --local-dir FOLDER",
+    )
+
+
+def _sets(weights: Iterable[str]) -> list[_Set]:
+    sets: dict[tuple[str, int | None], _Set] = {}
+    for name in weights:
+        match = _NUMBERED.fullmatch(name)
+        if match is None:
+            stem, count, number = name.removesuffix(SUFFIX), None, 0
+        elif match["number"] is None:
+            stem, count, number = match["parts"], 0, int(match["part"])
+        else:
+            stem, count, number = match["stem"] + (match["variant"] or ""), int(match["count"]), int(match["number"])
+        one = sets.setdefault((stem, count), _Set(stem, count))
+        if number in one.files:  # a_1 beside a-1: no two of one model
+            one = sets[name, None] = _Set(name.removesuffix(SUFFIX), None)
+        one.files[number] = name
+    return list(sets.values())
+
+
+def _stem_of_index(name: str) -> str:
+    match = _INDEX.fullmatch(name)
+    return match["stem"] + (match["variant"] or "") if match else name
+
+
+def _named_by(index: str, text: str, weights: Sequence[str], where: str) -> list[str]:
+    named = sorted(set(index_entries(text, f"{where}/{index}").values()))
+    for name in named:
+        if name not in weights:
+            raise FormatError(
+                f"{where}/{index} names a shard that is not there",
+                got=repr(name)[:200],
+                expected=f"one of the {len(weights)} safetensors files beside it",
+                hint="the model is incomplete: fetch the missing file",
+            )
+    return named
+
+
+def _check_numbers(shards: Sequence[str], weights: Sequence[str], index: str | None, where: str) -> None:
+    """Refuse a model that lacks one of its numbered files, whether or not an index names it.
+
+    Without an index also one between others that do not say how many they are.
+    """
+    for one in _sets(weights):
+        if one.count is None or (one.count == 0 and index is not None) or not {*one.files.values()} & {*shards}:
+            continue
+        first = min(one.files) if one.count == 0 else 0 if 0 in one.files else 1
+        count = one.count or max(one.files) + 1 - first
+        missing = next((number for number in range(first, first + count) if number not in one.files), None)
+        if missing is not None:
+            raise FormatError(
+                f"{where} lacks the weight file {_with_number(next(iter(one.files.values())), missing)}",
+                got=f"{len(one.files)} of {count} numbered files",
+                expected=f"all {count}",
+                hint="the model is incomplete: fetch the missing file",
+            )
+
+
+def _with_number(name: str, number: int) -> str:
+    """The name of another file of the same set."""
+    match = _NUMBERED.fullmatch(name)
+    if match is None:
+        return name
+    start, end = match.span("part" if match["number"] is None else "number")
+    return f"{name[:start]}{number:0{end - start}d}{name[end:]}"
+
+
+def _reason(name: str, shards: Sequence[str], index: str | None) -> str:
+    if name.startswith(CONSOLIDATED):
+        return "the publisher's own copy of the weights"
+    taken = {one.stem for one in _sets(shards)}
+    stem = _stem_of_index(name) if is_index(name) else _sets([name])[0].stem
+    if any(stem.startswith(f"{other}.") for other in taken):
+        return "a variant of the weights"
+    return f"not among the weights that {index or shards[0]} stands for" if shards else "not read"
+
+
+def index_entries(text: str, where: str) -> dict[str, str]:
+    """Tensor name -> shard, from the text of an index.
+
+    Raises:
+        FormatError: no index, or one with paths outside the folder.
+    """
+    try:
+        parsed = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{where}: not valid JSON ({error})") from None
+    entries = parsed.get("weight_map") if isinstance(parsed, dict) else None
+    if not isinstance(entries, dict) or not entries or not all(isinstance(shard, str) for shard in entries.values()):
+        raise FormatError(f"{where}: no weight_map of tensor names to shards")
+    for shard in set(entries.values()):
+        check_relative_path(shard, where)
+    return entries

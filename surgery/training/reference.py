@@ -1,0 +1,265 @@
+"""Trainers that make a second model of the one they are given, or read its weights past its layers.
+
+What they load from the model's path, or send to another program, has no scales, and is a residual where the model was
+loaded from one. A reference is the model itself with its scales untouched; the rest is refused by name.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from surgery.errors import OptionError
+from surgery.format.manifest import Manifest
+from surgery.names import MANIFEST_FILE
+from surgery.training.attach import Scales
+from surgery.training.carriers import unwrapped
+from surgery.training.lowrank import LowRankPath
+
+#: Of TRL, those that take the model with its adapters off for the reference where their ``ref_model`` is None.
+_WITH_REFERENCE = {"DPOTrainer", "GRPOTrainer", "KTOTrainer", "OnlineDPOTrainer", "RLOOTrainer"}
+#: Of TRL, those that multiply with the weight of the output head by themselves; others do so in a forward of their own.
+_PAST_THE_HEAD = {"DistillationTrainer"}
+#: Callbacks of TRL, and what they do.
+_CALLBACKS = {
+    "SyncRefModelCallback": "mixes the model's weights into the reference model, but not its scales",
+    "BEMACallback": "averages and saves a second whole model",
+    "MergeModelCallback": "merges whole models from checkpoints, which hold scales only",
+}
+
+
+class Reference(nn.Module):
+    """A trainer's model as it was before training: its scales untouched, in eval mode, without gradients.
+
+    PEFT's adapters are off in it; or the copy that TRL makes of trained ones under the name ``ref`` is on. It has no weights
+    and no attributes of its own: a trainer that wants more than to call it fails, and does not get the trained model.
+
+    Args:
+        model: gives the model that the trainer trains, which may wrap or replace it.
+        scales: attached to it.
+    """
+
+    def __init__(self, model: Callable[[], nn.Module], scales: Scales) -> None:
+        super().__init__()
+        self._model = model
+        self._scales = scales
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        model = self._model()
+        with self._scales.untouched(), _evaluating(model), _initial_adapters(model):
+            return model(*args, **kwargs)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    # Linear layers compute the same in either mode; those of bitsandbytes in 4 bits are repacked by the first forward in eval
+    # mode on a CPU, and no gradient passes through them from then on.
+    modules = [module for module in model.modules() if module.training and not isinstance(module, nn.Linear)]
+    for module in modules:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.training = True
+
+
+@contextmanager
+def _initial_adapters(model: Any) -> Iterator[None]:
+    from accelerate.utils import is_peft_model  # type: ignore[import-untyped]
+
+    if not is_peft_model(model):
+        yield
+    elif "ref" in model.peft_config:
+        active = model.active_adapter
+        model.set_adapter("ref")
+        try:
+            yield
+        finally:
+            model.set_adapter(active)
+    else:
+        with model.disable_adapter():
+            yield
+
+
+def check_arguments(bases: Sequence[type], scales: Scales, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Refuse arguments of a Trainer with which it would leave scales out.
+
+    Args:
+        bases: the Trainer's class and those it derives from, in the order in which methods are looked up.
+        scales: attached to its model.
+        args, kwargs: its own.
+
+    Returns:
+        its arguments by name, without those that are None.
+    """
+    names = [
+        list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:] for base in bases if "__init__" in vars(base)
+    ]
+    # Those that hand on whatever they get do not name it.
+    naming = next(group for group in names if all(parameter.kind is not parameter.VAR_POSITIONAL for parameter in group))
+    given = {**dict(zip((parameter.name for parameter in naming), args, strict=False)), **kwargs}
+    given = {name: value for name, value in given.items() if value is not None}
+    kind = bases[0]
+    options = given.get("args")
+    if getattr(options, "use_vllm", False) or any(each.name == "weight_transfer" for group in names for each in group):
+        raise OptionError(
+            f"{kind.__name__} sends the model's weights to vLLM, which would generate without the scales",
+            expected="use_vllm=False, with which the model generates by itself",
+        )
+    if getattr(options, "teacher_model_kind", "live") != "live":
+        raise OptionError(
+            f"{kind.__name__} makes a teacher of the model by itself, and scales would have no or a wrong part in it",
+            got=f"teacher_model_kind={options.teacher_model_kind!r}",  # type: ignore[union-attr]
+            expected="teacher_model_kind='live'",
+        )
+    own = {id(parameter) for parameter in scales.parameters()}
+    for name, value in given.items():
+        for model in value if name == "reward_funcs" and isinstance(value, list) else [value] if name != "model" else []:
+            if isinstance(model, nn.Module) and any(id(parameter) in own for parameter in model.parameters()):
+                raise OptionError(
+                    f"{name} is the model that is trained, or shares its scales, and would change with it",
+                    hint="leave ref_model out: the reference is the model with its scales untouched then"
+                    if name == "ref_model"
+                    else "load a model of its own",
+                )
+            if folder := _bare_residual(model):
+                raise OptionError(
+                    f"{name} is a bare residual, without the singular directions that were taken out of its weights",
+                    got=str(folder),
+                    expected="the original model, or a folded one",
+                )
+    return given
+
+
+def _bare_residual(model: Any) -> Path | None:
+    """The folder, if a model or a path is that of a residual checkpoint, and no scales are attached."""
+    if isinstance(model, nn.Module):
+        if any(isinstance(module, LowRankPath) for module in model.modules()):
+            return None
+        model = getattr(getattr(model, "config", None), "_name_or_path", None)
+    if not isinstance(model, str | Path):
+        return None
+    try:
+        factorized = (Path(model) / MANIFEST_FILE).is_file()
+    except OSError:  # a text too long for a path
+        return None
+    return Path(model) if factorized and Manifest.read(Path(model)).layout == "residual" else None
+
+
+@contextmanager
+def no_second_load(kind: type, given: dict[str, Any]) -> Iterator[None]:
+    """While a Trainer of TRL is made, do not let it load its model once more, from the path in the model's config.
+
+    Where a reference was to be loaded it gets None, and makes nothing ready for a reference, as for a model with adapters.
+
+    Raises:
+        OptionError: on a load by a Trainer of which it is not known what for.
+    """
+    path = getattr(getattr(given.get("model"), "config", None), "_name_or_path", "")
+    patched = {}
+    for base in kind.__mro__:
+        module: Any = sys.modules[base.__module__]
+        if hasattr(module, "create_model_from_path"):
+            patched[module.__name__] = module, module.create_model_from_path
+
+    def loading(load: Callable[..., Any]) -> Callable[..., Any]:
+        def load_another(model_id: str, *args: Any, **kwargs: Any) -> Any:
+            if model_id != path or model_id in _strings(given):
+                return load(model_id, *args, **kwargs)
+            if not _is_of_trl(kind, _WITH_REFERENCE):
+                raise _second_model(kind, f"loads {model_id!r} once more")
+            return None
+
+        return load_another
+
+    for module, load in patched.values():
+        module.create_model_from_path = loading(load)
+    try:
+        yield
+    finally:
+        for module, load in patched.values():
+            module.create_model_from_path = load
+
+
+def check_trainer(trainer: Any, scales: Scales, given: dict[str, Any], forward: Any) -> None:
+    """Give a Trainer that has been made its reference, and refuse it if it has made a second model by itself.
+
+    Args:
+        trainer: as it is after its construction within ``scales.untouched()`` and ``no_second_load``.
+        scales: attached to its model.
+        given: its arguments by name.
+        forward: what ``own_forward`` gave before.
+    """
+    kind = type(trainer)
+    model: Any = unwrapped(trainer.model)
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    past = own_forward(model) is not forward or _is_of_trl(kind, _PAST_THE_HEAD)
+    if head is not None and scales.act_on(head) and (past or getattr(trainer.args, "use_liger_kernel", False)):
+        raise OptionError(
+            f"{kind.__name__} multiplies with the weight of the output head by itself, and would leave its scales out",
+            hint="factorize without it (--exclude), or train with another Trainer",
+        )
+    for callback in trainer.callback_handler.callbacks:
+        check_callback(callback)
+    known = {
+        id(parameter)
+        for module in [model, *given.values()]
+        if isinstance(module, nn.Module)
+        for parameter in module.parameters()
+    }
+    for name, value in vars(trainer).items():
+        path = getattr(getattr(value, "config", None), "_name_or_path", None)
+        if (
+            not isinstance(value, nn.Module)
+            or name in given
+            or path in _strings(given)
+            or any(id(parameter) in known for parameter in value.parameters())
+        ):
+            continue
+        if name == "ref_model":
+            # One that was copied while the scales were untouched has them so for good.
+            paths = [module for module in value.modules() if isinstance(module, LowRankPath)]
+            right = bool(paths) and all(path.untouched for path in paths)
+        else:
+            right = not isinstance(value, type(model))
+        if not right:
+            raise _second_model(kind, f"has made {name} by itself")
+    if _is_of_trl(kind, _WITH_REFERENCE) and trainer.ref_model is None:
+        trainer.ref_model = Reference(lambda: trainer.model, scales)
+
+
+def check_callback(callback: Any) -> None:
+    """Refuse a callback, an object or a class, that does with whole models what is not right with scales."""
+    kind = callback if isinstance(callback, type) else type(callback)
+    for base in kind.__mro__:
+        if base.__name__ in _CALLBACKS:
+            raise OptionError(f"{kind.__name__} {_CALLBACKS[base.__name__]}", hint="train without it")
+
+
+def own_forward(model: nn.Module) -> Any:
+    """The forward that somebody has put into a model in the place of its class's; None if nobody has."""
+    return vars(unwrapped(model)).get("forward")
+
+
+def _strings(given: dict[str, Any]) -> list[str]:
+    """Arguments that may be the path of a model which the user wants."""
+    return [value for value in given.values() if isinstance(value, str)]
+
+
+def _is_of_trl(kind: type, names: set[str]) -> bool:
+    return any(base.__name__ in names and base.__module__.partition(".")[0] == "trl" for base in kind.__mro__)
+
+
+def _second_model(kind: type, what: str) -> OptionError:
+    return OptionError(
+        f"{kind.__name__} {what}: a second model, in which the scales have no part and which may be a bare residual",
+        hint="pass that model to the Trainer yourself, if it takes one: the original, not the factorized folder; or override "
+        "what makes it",
+    )
