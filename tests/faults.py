@@ -26,14 +26,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import surgery
+import surgery.operations.factorize
+import surgery.operations.fold
+from tests.models import files_of  # and with it transformers: here, and not in each child
 
 Call = Callable[[Path], object]
 #: Audit events of changes to the file system, and which of their arguments are paths.
 _CHANGES = {"os.rename": (0, 1), "os.remove": (0,), "os.mkdir": (0,), "os.rmdir": (0,), "shutil.rmtree": (0,)}
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def run(call: Call, out: Path, *, kill_at: int = 0, kill_after: float = 0.0) -> tuple[bool, int]:
