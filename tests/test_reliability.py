@@ -71,7 +71,7 @@ def test_killed_at_any_moment(trials: int, llama: Path, tmp_path: Path) -> None:
         timeout=3600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count(f"and {trials} random moments tried") == 3
+    assert done.stdout.count("random moments tried") == 3
 
 
 def test_goes_on_after_the_last_finished_shard(llama: Path, truth: Path, tmp_path: Path) -> None:
