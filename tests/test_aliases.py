@@ -350,3 +350,29 @@ def test_the_skeleton_is_not_needed_where_nothing_is_equal(tmp_path: Path, monke
     monkeypatch.setattr(skeleton, "skeleton", None)
     monkeypatch.setattr("surgery.operations.aliases.skeleton", None)
     assert len(surgery.plan(tmp_path / "m", rank=2).targets) == 14
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("module", ["lm_head", "model.embed_tokens"])
+def test_an_adapter_of_a_model_that_only_its_names_tell(module: str, layout: str, tmp_path: Path) -> None:
+    """An update of one of the tensors is one of all: a loader ties them only if they are the same."""
+    weight, folder = realistic(40, 24, seed=3), tmp_path / "m"
+    folder.mkdir()
+    save_file({EMBEDDING: weight, HEAD: weight.clone()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"tie_word_embeddings": True}))
+    surgery.factorize(folder, tmp_path / "f", rank=4, include=["*"], layout=layout)
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    A, B = torch.randn(2, 24), torch.randn(40, 2)
+    prefix = f"base_model.model.{module}.lora_"
+    save_file({f"{prefix}A.weight": A, f"{prefix}B.weight": B}, lora / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": [module], "bias": "none"}
+    (lora / "adapter_config.json").write_text(json.dumps(config))
+    base = folder if layout == "overlay" else None
+    for g, name in ((torch.ones(4), "untouched"), (torch.tensor([1.5, 1.0, 0.5, 2.0]), "scaled")):
+        surgery.fold(tmp_path / "f", {HEAD: g}, tmp_path / name, base=base, lora=lora)
+        after = tensors_of(tmp_path / name)
+        assert torch.equal(after[EMBEDDING], after[HEAD])
+        U, s, V = torch.linalg.svd(weight.double(), full_matrices=False)
+        expected = weight.double() + U[:, :4] @ torch.diag(s[:4] * (g.double() - 1)) @ V[:4] + B.double() @ A.double()
+        torch.testing.assert_close(after[HEAD].double(), expected, rtol=1e-4, atol=1e-4)

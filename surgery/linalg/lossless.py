@@ -269,7 +269,7 @@ def approximate(
     with one_thread():
         s = factors.s.double()
         kept = _scaled(factors, s if scales is None else s * scales.to(s))
-        update = _Update(kept if addition is None else _both(kept, addition), residual.dtype)
+        update = _Update(kept if addition is None else both(kept, addition), residual.dtype)
     return _updated(residual, update, out)
 
 
@@ -280,7 +280,7 @@ def _update(
     if factors is None or scales is None:
         return None if addition is None else _Update(addition, dtype)
     change = _scaled(factors, _change(factors, scales))
-    return _Update(change if addition is None else _both(change, addition), dtype)
+    return _Update(change if addition is None else both(change, addition), dtype)
 
 
 def _scaled(factors: Factors, values: torch.Tensor) -> Addition:
@@ -288,7 +288,8 @@ def _scaled(factors: Factors, values: torch.Tensor) -> Addition:
     return Addition(factors.U.double() * values, factors.V)
 
 
-def _both(first: Addition, second: Addition) -> Addition:
+def both(first: Addition, second: Addition) -> Addition:
+    """The sum of two."""
     return Addition(
         torch.cat([first.left.double(), second.left.double()], dim=1), torch.cat([first.right, second.right], dim=1)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
@@ -32,7 +33,7 @@ from surgery.format.files import (
 from surgery.format.lora import read_lora
 from surgery.format.manifest import Manifest, decode_file
 from surgery.format.scales import check_scales, read_scales
-from surgery.linalg.lossless import Addition
+from surgery.linalg.lossless import Addition, both
 from surgery.memory import bytes_of
 from surgery.names import CONFIG_FILE, MANIFEST_FILE, STREAM_DIR
 from surgery.operations.base import BaseWeights, OwnWeights, quantized_weights, weight_source
@@ -203,7 +204,12 @@ def _publish(
 def _additions(factorized: Path, manifest: Manifest, weights: OwnWeights | BaseWeights, lora: Path) -> dict[str, Addition]:
     """What a LoRA adapter adds to which tensors."""
     entries = [entry for shard in manifest.shards for entry in weights.header(shard).tensors]
-    return additions_of(factorized, {entry.name: entry.shape for entry in entries}, read_lora(lora))
+    additions = additions_of(factorized, {entry.name: entry.shape for entry in entries}, read_lora(lora))
+    for target in manifest.targets:
+        # Tensors of one parameter stay the same; where a model is at hand, an adapter of such a parameter is refused above.
+        if target.aliases and (several := [additions[tensor] for tensor in target.tensors if tensor in additions]):
+            additions |= dict.fromkeys(target.tensors, functools.reduce(both, several))
+    return additions
 
 
 def _report(files: list[FileRecord], manifest: Manifest, settings: FoldSettings) -> FoldReport:
