@@ -528,3 +528,14 @@ def test_small_values_in_blocks_of_their_own(dtype: torch.dtype, seed: int) -> N
     assert bool((_sines(result, left, right.T) <= result.certificate.angle_bound + 1e-2)[told].all())
     rounding = torch.finfo(dtype).eps * s[0]
     assert bool(((result.s.double() - s[:40]).abs() <= result.certificate.residual * s[0] + rounding).all())
+
+
+@pytest.mark.parametrize(("n", "rate", "seed"), [(256, 14, 10), (384, 7, 14), (384, 10, 9), (384, 14, 3), (384, 14, 17)])
+def test_matrices_on_which_lapack_gives_up(n: int, rate: int, seed: int) -> None:
+    """Its eigensolver does on the Gram matrices of some of these, with an error."""
+    steps = torch.arange(n, dtype=torch.float64)
+    values = 2.0 ** -(steps // 2 * rate).clamp(max=200) * (1 + (steps % 2 == 0) * 0.5)
+    A = _in_blocks(values, seed)[0].float()
+    result = surgery.truncated_svd(A, n // 3)
+    assert (result.s.double() - torch.linalg.svdvals(A.double())[: n // 3]).abs().max().item() < 1e-6
+    assert bool(result.certificate.converged)

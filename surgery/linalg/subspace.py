@@ -62,7 +62,11 @@ def _decompose(G: torch.Tensor, which: range | list[int], k: int) -> tuple[torch
 
     def one(i: int) -> tuple[torch.Tensor, torch.Tensor]:
         wide = widened(G[i])
-        values, vectors = torch.linalg.eigh((wide + wide.T) / 2)
+        symmetric = (wide + wide.T) / 2
+        try:
+            values, vectors = torch.linalg.eigh(symmetric)
+        except torch.linalg.LinAlgError:  # which LAPACK raises for some graded matrices; its SVD finds the same vectors
+            vectors, values, _ = (part.flip(-1) for part in torch.linalg.svd(symmetric))
         return vectors.T[-k:].flip(0), torch.cat([values.flip(0), values.new_zeros(1)])[: k + 1]
 
     workers = min(len(which), torch.get_num_threads()) if G.device.type == "cpu" else 1
