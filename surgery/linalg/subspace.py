@@ -65,7 +65,8 @@ def _decompose(G: torch.Tensor, which: range | list[int], k: int) -> tuple[torch
         symmetric = (wide + wide.T) / 2
         try:
             values, vectors = torch.linalg.eigh(symmetric)
-        except torch.linalg.LinAlgError:  # which LAPACK raises for some graded matrices; its SVD finds the same vectors
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # not in its list of names
+            # LAPACK gives up on some graded matrices; its SVD finds the same vectors.
             vectors, values, _ = (part.flip(-1) for part in torch.linalg.svd(symmetric))
         return vectors.T[-k:].flip(0), torch.cat([values.flip(0), values.new_zeros(1)])[: k + 1]
 
