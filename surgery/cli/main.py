@@ -207,7 +207,7 @@ def factorize(
         say(f"train {out / 'surgery' / 'scales.safetensors'}, then: surgery fold {out} SCALES", quiet=quiet)
 
 
-@main.command(short_help="Show what factorize would do, from headers alone.")
+@main.command(short_help="Show what factorize would do, from headers.")
 @click.argument("model")
 @_planning
 @click.option("--all", "every", is_flag=True, help="Every tensor on a line of its own, not by group.")

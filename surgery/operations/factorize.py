@@ -68,7 +68,10 @@ def plan(
     max_device_memory: int | None = None,
     stream: bool = False,
 ) -> Plan:
-    """What ``factorize`` would do with the same arguments, from headers alone."""
+    """What ``factorize`` would do with the same arguments, from headers.
+
+    Of a model that is here, weights that may be one parameter, stored twice, are compared.
+    """
     choice = _choice(rank, energy, max_rank, include, exclude, recipe, split)
     with engine_of("local", device, max_memory, max_device_memory, None) as by:
         source = _open(model, revision, subfolder, (Path(STREAM_DIR), by.files_at_a_time) if stream else None)

@@ -1,4 +1,4 @@
-"""What a run will do, from headers alone: the one object behind --dry-run, progress, disk check and engines."""
+"""What a run will do, from headers: the one object behind --dry-run, progress, disk check and engines."""
 
 from __future__ import annotations
 
