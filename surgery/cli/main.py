@@ -213,9 +213,9 @@ def factorize(
 @click.option("--all", "every", is_flag=True, help="Every tensor on a line of its own, not by group.")
 @json_option
 def plan(model: str, every: bool, as_json: bool, **chosen: Any) -> None:
-    """Show what surgery factorize would do with MODEL and the same options, without reading a weight.
+    """Show what surgery factorize would do with MODEL and the same options, from headers.
 
-    For a model on the hub only headers are fetched. Tensors are shown by group: those whose names differ in numbers
+    For a model on the hub only headers are fetched. Of a local one, weights that may be stored twice are compared. Tensors are shown by group: those whose names differ in numbers
     alone. Memory and disk are upper estimates; the time is a rough one, without downloads.
     """
     _show_plan(model, chosen, as_json, every=every)
