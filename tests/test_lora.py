@@ -126,6 +126,28 @@ def test_one_rounding(layout: Any, llama: Path, tmp_path: Path) -> None:
         assert torch.equal(folded[name], expected.to(weight.dtype)), name
 
 
+@pytest.mark.parametrize("layout", ["residual", "overlay"])
+@pytest.mark.parametrize("targets", [["q_proj", "embed_tokens"], ["embed_tokens", "lm_head"]])
+def test_an_adapted_embedding_beside_its_scales(targets: list[str], layout: Any, tmp_path: Path) -> None:
+    """PEFT saves the embedding with its adapter, and the scales that are in it."""
+    folder = FAMILIES["llama"].save(tmp_path / "m")
+    surgery.factorize(folder, tmp_path / "f", rank=4, layout=layout, include=["*embed_tokens*", "*proj*"])
+    model = _with_lora(transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), targets).eval()
+    scales = surgery.attach(model, tmp_path / "f")
+    _random_scales(scales)
+    ids = torch.arange(3, 14)[None]
+    with torch.no_grad():
+        attached = model(ids).logits
+    scales.save(tmp_path / "s.safetensors")
+    model.save_pretrained(tmp_path / "lora")
+    assert any("surgery_scale" in name for name in load_file(tmp_path / "lora/adapter_model.safetensors"))
+    base = folder if layout == "overlay" else None
+    surgery.fold(tmp_path / "f", tmp_path / "s.safetensors", tmp_path / "o", lora=tmp_path / "lora", base=base)
+    with torch.no_grad():
+        folded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "o", dtype=torch.float32).eval()(ids).logits
+    torch.testing.assert_close(attached, folded, rtol=1e-4, atol=1e-5)
+
+
 def test_an_adapter_alone_changes_nothing_else(llama: Path, tmp_path: Path) -> None:
     surgery.factorize(llama, tmp_path / "f", rank=4)
     _with_lora(transformers.AutoModelForCausalLM.from_pretrained(llama), ["o_proj"]).save_pretrained(tmp_path / "lora")
