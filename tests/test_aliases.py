@@ -275,6 +275,16 @@ def test_what_a_config_says_counts_as_the_class_takes_it(
     assert bool(target.aliases) is tied
 
 
+def test_the_config_counts_where_the_class_cannot_be_followed(tmp_path: Path) -> None:
+    folder = tied_llama(tmp_path / "m", tie_word_embeddings=True)
+    _rewrite(folder, {**tensors_of(folder), "norm.weight": torch.ones(48)})  # beside model.norm.weight
+    assert [len(t.aliases) for t in surgery.plan(folder, rank=2, include=[EMBEDDING]).targets] == [1]
+    _rewrite(folder, tensors_of(folder), tie_word_embeddings=None)
+    with pytest.raises(OptionError, match="it cannot be known") as caught:
+        surgery.plan(folder, rank=2, include=[EMBEDDING])
+    assert "two tensors of the checkpoint are loaded as 'model.norm.weight'" in str(caught.value)
+
+
 @pytest.mark.parametrize("said", [{"llm_config": True}, {"language_config": True}, {"llm_config": False}, {}])
 def test_a_class_of_its_own_that_says_it_of_its_language_model(said: dict[str, bool], tmp_path: Path) -> None:
     folder = tied_llama(tmp_path / "m", tie_word_embeddings=None, architectures=["OurVLM"], model_type="ours")

@@ -420,6 +420,21 @@ def test_an_adapter_does_not_come_into_a_model(llama: Path, tmp_path: Path) -> N
         surgery.export(tmp_path / "f", scales, scales)
 
 
+@pytest.mark.parametrize("source", ["m", "f"])
+@pytest.mark.parametrize(
+    "option",
+    [{"modules_to_save": ["up_proj"]}, {"trainable_token_indices": {"embed_tokens": [3, 5]}}],
+    ids=lambda one: next(iter(one)),
+)
+def test_adapters_that_keep_a_weight_under_another_name(option: dict[str, Any], source: str, tmp_path: Path) -> None:
+    """It would be left without scales, and as a residual without its leading directions."""
+    FAMILIES["llama"].save(tmp_path / "m")
+    surgery.factorize(tmp_path / "m", tmp_path / "f", rank=4, include=["*embed_tokens*", "*proj*"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / source, dtype=torch.float32)
+    with pytest.raises(OptionError, match="is in this model under a name that the checkpoint does not have"):
+        surgery.attach(_with_lora(model, ["q_proj"], **option), tmp_path / "f")
+
+
 def test_adapters_that_cannot_go_with_scales(llama: Path, tmp_path: Path) -> None:
     load = transformers.AutoModelForCausalLM.from_pretrained
     surgery.factorize(llama, tmp_path / "f", rank=4)

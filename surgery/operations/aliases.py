@@ -228,7 +228,11 @@ class _Ties:
         if self._model is None:
             self._why = f"{CONFIG_FILE} does not say what class the model is"
             return {}
-        return locate(self._model, self._shapes)
+        try:
+            return locate(self._model, self._shapes)
+        except OptionError as error:  # a conversion that cannot be followed
+            self._why = error.what
+            return {}
 
     def _spots(self, tensor: str) -> set[tuple[Any, ...]]:
         """The parameters that a tensor is in, and where in them: experts that are stacked share one."""

@@ -235,7 +235,7 @@ def attach(model: nn.Module, factorized: str | Path) -> Scales:
             f"{target.key!r} is in this model under a name that the checkpoint does not have, and would get no scales",
             got=repr(name),
             expected="the names that a loader gives it by itself",
-            hint="load the model without key_mapping, and adapt it without modules_to_save; or leave it out: --exclude",
+            hint="load the model without key_mapping, and adapt this weight by nothing but a plain LoRA; or --exclude it",
         )
     carriers = carriers_of(bare, {place.parameter for found in places.values() for place in found})
     dtype = _activations(bare)

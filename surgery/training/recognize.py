@@ -14,7 +14,7 @@ from surgery.format.safetensors import TORCH_DTYPES
 from surgery.format.sample import SampleHash
 from surgery.linalg.lossless import Factors
 from surgery.names import FACTORIZABLE_DTYPES
-from surgery.training.carriers import Carrier
+from surgery.training.carriers import Carrier, is_plain, is_sharded
 from surgery.training.lowrank import Term
 from surgery.training.placement import Place, Positions, homes
 
@@ -86,7 +86,7 @@ def held_elsewhere(model: nn.Module, manifest: Manifest, absent: Sequence[Target
     tensors = [*(skipped.tensor for skipped in manifest.skipped), *(name for t in manifest.targets for name in t.tensors)]
     loaded = {id(model.get_parameter(name)) for name in homes(model, tensors).values()}
     for name, parameter in model.named_parameters():
-        if id(parameter) in loaded or parameter.is_meta or not parameter.is_floating_point():
+        if id(parameter) in loaded or parameter.is_meta or not is_plain(parameter) or is_sharded(parameter):
             continue
         for target in absent:
             if tuple(target.shape) == tuple(parameter.shape) and target.dtype in FACTORIZABLE_DTYPES:
