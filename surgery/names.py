@@ -29,6 +29,9 @@ RESERVED_SUFFIX = ".partial"
 #: The one metadata entry of a scales file, a JSON object. One, since writers do not keep the order of several.
 SCALES_METADATA_KEY = "surgery"
 
+#: What a module that has scales keeps them in while a model is trained, or what the name of that begins with.
+ATTACHED_NAME = "surgery_scale"
+
 #: Bits per element by safetensors dtype name.
 DTYPE_BITS = {
     "F64": 64, "I64": 64, "U64": 64, "C64": 64,

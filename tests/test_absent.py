@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,20 @@ def test_what_is_asked_for_is_a_target_all_the_same(tmp_path: Path) -> None:
         surgery.export(tmp_path / "f", values, tmp_path / "other")
 
 
+def test_embeddings_that_come_with_a_layer_past_the_last(tmp_path: Path) -> None:
+    """They are those of the model, as DeepSeek-V3 stores them, and yet no parameter of it."""
+    folder = tmp_path / "m"
+    _with_prediction_layer(folder)
+    copied, embedding = "model.layers.2.embed_tokens.weight", "model.embed_tokens.weight"
+    _add(folder, {copied: load_file(folder / "model.safetensors")[embedding]})
+    manifest = surgery.factorize(folder, tmp_path / "f", rank=4, layout="overlay", include=["*embed_tokens*"])
+    assert {target.tensor: target.aliases for target in manifest.targets} == {copied: [], embedding: []}
+    model = hf.AutoModelForCausalLM.from_pretrained(folder).eval()
+    with pytest.warns(SurgeryWarning, match=re.escape(f"1 of 2 targets are not in this model (first: {copied!r})")):
+        scales = surgery.attach(model, tmp_path / "f")
+    _check_attached_is_folded(model, scales, folder, tmp_path)
+
+
 @pytest.mark.parametrize("make", [_gemma3n, _gemma4])
 def test_keys_and_values_of_layers_that_share_them(make: Callable[[], Any], tmp_path: Path) -> None:
     folder = tmp_path / "m"
@@ -308,6 +323,28 @@ def test_a_model_of_ones_own_with_a_target_under_another_name_is_refused(tmp_pat
     without.first.weight.data = stored["first.weight"]
     with pytest.warns(SurgeryWarning, match=r"1 of 2 targets are not in this model \(first: 'second\.weight'\)"):
         surgery.attach(without, tmp_path / "f")
+
+
+@pytest.mark.parametrize("layout", ["residual", "overlay"])
+def test_a_transformers_model_with_a_target_under_another_name_is_refused(layout: Any, llama: Path, tmp_path: Path) -> None:
+    """Where its weight is a residual the model computes without the leading directions, which no scales would give back."""
+    folder = tmp_path / "m"
+    shutil.copytree(llama, folder)
+    for path in folder.glob("*.safetensors"):
+        save_file({name.replace("up_proj", "w3"): tensor for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("up_proj", "w3"))
+    surgery.factorize(folder, tmp_path / "f", rank=4, layout=layout, include=["*_proj.weight", "*w3.weight"])
+    source = tmp_path / "f" if layout == "residual" else folder
+    model = hf.AutoModelForCausalLM.from_pretrained(source, key_mapping={r"mlp\.w3": "mlp.up_proj"}, dtype="auto")
+    with pytest.raises(
+        OptionError, match=r"(?s)'model\.layers\.0\.mlp\.w3\.weight' is in this model.*'model\.layers\.0\.mlp\.up_proj"
+    ):
+        surgery.attach(model, tmp_path / "f")
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    renewed = hf.AutoModelForCausalLM.from_pretrained(source, dtype="auto")  # what has no name there has other weights
+    with pytest.warns(SurgeryWarning, match=r"2 of 14 targets are not in this model \(first: 'model\.layers\.0\.mlp\.w3"):
+        surgery.attach(renewed, tmp_path / "f")
 
 
 class _ScalesTrainer(surgery.SaveScales, hf.Trainer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Callable, Iterable
@@ -19,6 +20,7 @@ from surgery.format.manifest import Manifest
 from surgery.names import MANIFEST_FILE
 from surgery.progress import Silent
 from surgery.training import skeleton
+from tests.families import FAMILIES
 from tests.loopback_hub import LoopbackHub
 from tests.models import realistic, save_llama, tensors_of
 
@@ -202,6 +204,98 @@ def test_copied_layers_are_not_tied(tmp_path: Path) -> None:
     manifest = _check(_rewrite(folder, tensors, 2), tmp_path, "residual")
     assert len(manifest.targets) == 14
     assert not any(_aliases(manifest).values())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_equal_experts_are_not_tied(family: str, layout: str, tmp_path: Path) -> None:
+    """As in a mixture that was made by copying a dense model: stacked in one parameter, and each trained by itself."""
+    folder = FAMILIES[family].save(tmp_path / "m")
+    tensors = tensors_of(folder)
+    copies = {name: tensors[name.replace("experts.1.", "experts.0.")] for name in tensors if ".experts.1." in name}
+    assert copies
+    manifest = _check(_rewrite(folder, {**tensors, **copies}, 2), tmp_path, layout)
+    assert copies.keys() <= {target.tensor for target in manifest.targets}
+    assert not any(_aliases(manifest).values())
+
+
+_TEXT: dict[str, Any] = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+_TEXT |= {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+_TOWER |= {"image_size": 16, "patch_size": 8}
+
+
+def gemma3() -> Any:
+    text = {**_TEXT, "head_dim": 8, "sliding_window": 8}
+    config = transformers.Gemma3Config(text_config=text, vision_config=_TOWER, mm_tokens_per_image=4)
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
+def idefics3() -> Any:
+    text = {**_TEXT, "model_type": "llama"}
+    return transformers.Idefics3ForConditionalGeneration(
+        transformers.Idefics3Config(text_config=text, vision_config=_TOWER, image_token_id=40)
+    )
+
+
+def qwen2_audio() -> Any:
+    audio = {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 4, "encoder_ffn_dim": 48, "num_mel_bins": 8}
+    config = transformers.Qwen2AudioConfig(
+        text_config={**_TEXT, "model_type": "qwen2"},
+        audio_config={**audio, "max_source_positions": 20},
+        audio_token_index=40,
+    )
+    return transformers.Qwen2AudioForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize(("whole", "text"), [(None, True), (None, False), (True, None), (False, None), (True, False)])
+@pytest.mark.parametrize("make", [gemma3, idefics3, qwen2_audio])
+def test_what_a_config_says_counts_as_the_class_takes_it(
+    make: Callable[[], Any], whole: bool | None, text: bool | None, tmp_path: Path
+) -> None:
+    """Of a model with a language model inside, transformers follows one of the two configs, or neither."""
+    torch.manual_seed(0)
+    model = make()
+    model.set_output_embeddings(copy.deepcopy(model.get_output_embeddings()))  # not tied, so that its file has both
+    model.get_output_embeddings().weight = torch.nn.Parameter(model.get_input_embeddings().weight.detach().clone())
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    (embedding,) = (name for name in tensors if name.endswith("embed_tokens.weight") and tensors[name].shape == (50, 32))
+    config = json.loads((tmp_path / "config.json").read_text())
+    for part, said in ((config, whole), (config["text_config"], text)):
+        part.pop("tie_word_embeddings", None)
+        if said is not None:
+            part["tie_word_embeddings"] = said
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = type(model).from_pretrained(tmp_path)
+    tied = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
+    (target,) = surgery.plan(tmp_path, rank=2, include=[embedding]).targets
+    assert bool(target.aliases) is tied
+
+
+def test_the_config_counts_where_the_class_cannot_be_followed(tmp_path: Path) -> None:
+    folder = tied_llama(tmp_path / "m", tie_word_embeddings=True)
+    _rewrite(folder, {**tensors_of(folder), "norm.weight": torch.ones(48)})  # beside model.norm.weight
+    assert [len(t.aliases) for t in surgery.plan(folder, rank=2, include=[EMBEDDING]).targets] == [1]
+    _rewrite(folder, tensors_of(folder), tie_word_embeddings=None)
+    with pytest.raises(OptionError, match="it cannot be known") as caught:
+        surgery.plan(folder, rank=2, include=[EMBEDDING])
+    assert "two tensors of the checkpoint are loaded as 'model.norm.weight'" in str(caught.value)
+
+
+@pytest.mark.parametrize("said", [{"llm_config": True}, {"language_config": True}, {"llm_config": False}, {}])
+def test_a_class_of_its_own_that_says_it_of_its_language_model(said: dict[str, bool], tmp_path: Path) -> None:
+    folder = tied_llama(tmp_path / "m", tie_word_embeddings=None, architectures=["OurVLM"], model_type="ours")
+    parts = {part: {"tie_word_embeddings": tied} for part, tied in said.items()}
+    _rewrite(folder, tensors_of(folder), **parts)
+    if said:
+        (target,) = surgery.plan(folder, rank=2, include=[EMBEDDING]).targets
+        assert bool(target.aliases) is next(iter(said.values()))
+        _rewrite(folder, tensors_of(folder), tie_word_embeddings=not next(iter(said.values())))
+    with pytest.raises(OptionError, match="it cannot be known whether the model ties them"):  # unsaid, or contradicted
+        surgery.plan(folder, rank=2, include=[EMBEDDING])
 
 
 @pytest.mark.parametrize("missing", ["no config", "a class of its own", "no transformers"])

@@ -126,6 +126,28 @@ def test_one_rounding(layout: Any, llama: Path, tmp_path: Path) -> None:
         assert torch.equal(folded[name], expected.to(weight.dtype)), name
 
 
+@pytest.mark.parametrize("layout", ["residual", "overlay"])
+@pytest.mark.parametrize("targets", [["q_proj", "embed_tokens"], ["embed_tokens", "lm_head"]])
+def test_an_adapted_embedding_beside_its_scales(targets: list[str], layout: Any, tmp_path: Path) -> None:
+    """PEFT saves the embedding with its adapter, and the scales that are in it."""
+    folder = FAMILIES["llama"].save(tmp_path / "m")
+    surgery.factorize(folder, tmp_path / "f", rank=4, layout=layout, include=["*embed_tokens*", "*proj*"])
+    model = _with_lora(transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), targets).eval()
+    scales = surgery.attach(model, tmp_path / "f")
+    _random_scales(scales)
+    ids = torch.arange(3, 14)[None]
+    with torch.no_grad():
+        attached = model(ids).logits
+    scales.save(tmp_path / "s.safetensors")
+    model.save_pretrained(tmp_path / "lora")
+    assert any("surgery_scale" in name for name in load_file(tmp_path / "lora/adapter_model.safetensors"))
+    base = folder if layout == "overlay" else None
+    surgery.fold(tmp_path / "f", tmp_path / "s.safetensors", tmp_path / "o", lora=tmp_path / "lora", base=base)
+    with torch.no_grad():
+        folded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "o", dtype=torch.float32).eval()(ids).logits
+    torch.testing.assert_close(attached, folded, rtol=1e-4, atol=1e-5)
+
+
 def test_an_adapter_alone_changes_nothing_else(llama: Path, tmp_path: Path) -> None:
     surgery.factorize(llama, tmp_path / "f", rank=4)
     _with_lora(transformers.AutoModelForCausalLM.from_pretrained(llama), ["o_proj"]).save_pretrained(tmp_path / "lora")
@@ -396,6 +418,21 @@ def test_an_adapter_does_not_come_into_a_model(llama: Path, tmp_path: Path) -> N
             surgery.export(tmp_path / "f", scales, out)
     with pytest.raises(OutputError, match="is no folder"):
         surgery.export(tmp_path / "f", scales, scales)
+
+
+@pytest.mark.parametrize("source", ["m", "f"])
+@pytest.mark.parametrize(
+    "option",
+    [{"modules_to_save": ["up_proj"]}, {"trainable_token_indices": {"embed_tokens": [3, 5]}}],
+    ids=lambda one: next(iter(one)),
+)
+def test_adapters_that_keep_a_weight_under_another_name(option: dict[str, Any], source: str, tmp_path: Path) -> None:
+    """It would be left without scales, and as a residual without its leading directions."""
+    FAMILIES["llama"].save(tmp_path / "m")
+    surgery.factorize(tmp_path / "m", tmp_path / "f", rank=4, include=["*embed_tokens*", "*proj*"])
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / source, dtype=torch.float32)
+    with pytest.raises(OptionError, match="is in this model under a name that the checkpoint does not have"):
+        surgery.attach(_with_lora(model, ["q_proj"], **option), tmp_path / "f")
 
 
 def test_adapters_that_cannot_go_with_scales(llama: Path, tmp_path: Path) -> None:

@@ -449,6 +449,14 @@ def test_a_bare_residual_for_a_reference_or_teacher_is_refused(made: Path, tmp_p
 # What is refused
 
 
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_model_by_its_path_is_refused(source: str, made: Path, tmp_path: Path) -> None:
+    """The Trainer would load one of its own."""
+    _, scales = _attached(made)
+    with pytest.raises(OptionError, match="DPOTrainer would load a model by itself"):
+        _dpo(tmp_path, str(made / source), scales)
+
+
 @pytest.mark.parametrize("name", ["GRPO", "RLOO"])
 def test_sending_weights_to_vllm_is_refused_before_it_is_looked_for(name: str, made: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=rf"(?s){name}Trainer sends the model's weights to vLLM.*use_vllm=False"):

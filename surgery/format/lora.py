@@ -17,6 +17,7 @@ import torch
 from surgery.errors import FormatError, OptionError, SourceError
 from surgery.format.files import read_json_object
 from surgery.format.safetensors import ShardReader
+from surgery.names import ATTACHED_NAME
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -74,9 +75,10 @@ def read_lora(folder: Path) -> dict[str, LoraUpdate]:
     with ShardReader(folder / WEIGHTS, name=str(folder / WEIGHTS)) as reader:
         for entry in reader.header.tensors:
             found = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.(lora_(?:embedding_)?([AB]))(?:\.weight)?", entry.name)
-            copied = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.base_layer\.weight", entry.name)
-            if found is None and copied is not None:  # PEFT keeps a copy of an embedding that it adapts
-                bases[copied[1]] = tuple(entry.shape)
+            copied = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.base_layer\.(weight|{ATTACHED_NAME}\..+)", entry.name)
+            if found is None and copied is not None:  # PEFT keeps a copy of an embedding that it adapts, and of its scales
+                if copied[2] == "weight":
+                    bases[copied[1]] = tuple(entry.shape)
                 continue
             if found is None or ".base_layer" in entry.name or entry.dtype not in ("F32", "F16", "BF16"):
                 raise OptionError(

@@ -9,6 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
 
 from surgery.errors import MissingExtra, OptionError, SourceError
 from surgery.format.manifest import Alias
@@ -17,15 +21,18 @@ from surgery.names import CONFIG_FILE
 from surgery.planning.targets import Target, in_block, is_embedding
 from surgery.planning.unloaded import why_unloaded
 from surgery.source.model import Source
-from surgery.training.placement import locate
+from surgery.training.placement import Place, Positions, locate
 from surgery.training.skeleton import skeleton
 
 #: What is looked at first of each tensor: so many stretches of so many bytes.
 _STRETCHES = 3
 _STRETCH_BYTES = 64
 
+#: Parts of a config, by how their keys end, that may say of a language model whether it ties its head.
+_LANGUAGE_PARTS = ("text_config", "language_config", "llm_config", "thinker_config", "decoder")
+
 #: A tensor and the weight file that it is in.
-_Place = tuple[TensorEntry, str]
+_Stored = tuple[TensorEntry, str]
 
 
 def find_aliases(
@@ -50,11 +57,11 @@ def find_aliases(
     """
     chosen = {target.tensor: target for target in targets}
     config = source.config()
-    alike: dict[tuple[str, tuple[int, ...]], list[_Place]] = {}
+    alike: dict[tuple[str, tuple[int, ...]], list[_Stored]] = {}
     for shard, header in headers.items():
         for entry in header.tensors:
             # What the model does not have is no parameter of it, such as the embedding that comes with a layer for prediction.
-            if entry.name in chosen or why_unloaded(entry.name, config) is None:
+            if why_unloaded(entry.name, config) is None:
                 alike.setdefault((entry.dtype, entry.shape), []).append((entry, shard))
     groups = [places for places in alike.values() if len(places) > 1 and any(entry.name in chosen for entry, _ in places)]
     at_hand = source.bytes_to_fetch() == 0
@@ -95,8 +102,8 @@ def note_of_equal(count: int, first: str, second: str) -> str:
 
 
 def _candidates(
-    groups: Sequence[Sequence[_Place]], source: Source, chosen: Mapping[str, Target], *, at_hand: bool
-) -> Iterator[list[_Place]]:
+    groups: Sequence[Sequence[_Stored]], source: Source, chosen: Mapping[str, Target], *, at_hand: bool
+) -> Iterator[list[_Stored]]:
     """Tensors that may be the same as that of a target."""
     if not at_hand:
         for places in groups:
@@ -111,7 +118,7 @@ def _candidates(
         embeddings = any(is_embedding(entry.name) for entry, _ in places)
         for entry, shard in places:
             by_shard.setdefault(shard, []).append((entry, embeddings))
-    alike: dict[tuple[str, tuple[int, ...], bytes], list[_Place]] = {}
+    alike: dict[tuple[str, tuple[int, ...], bytes], list[_Stored]] = {}
     for shard, members in by_shard.items():
         with _opened(source, [shard]) as (reader,):
             for entry, embeddings in members:
@@ -146,8 +153,8 @@ def _opened(source: Source, shards: Sequence[str]) -> Iterator[list[ShardReader]
 
 
 def _equal(
-    source: Source, candidates: Sequence[_Place], ties: _Ties, unknown: list[tuple[str, str, str]]
-) -> Iterator[list[_Place]]:
+    source: Source, candidates: Sequence[_Stored], ties: _Ties, unknown: list[tuple[str, str, str]]
+) -> Iterator[list[_Stored]]:
     """Those that are one parameter, two or more at a time; pairs of which that is not known go to ``unknown``, with why."""
     left = list(candidates)
     while len(left) > 1:
@@ -176,58 +183,69 @@ def _refused(source: Source, names: Sequence[str], what: str, why: str | None) -
     )
 
 
-def _same_bytes(source: Source, first: _Place, second: _Place) -> bool:
+def _same_bytes(source: Source, first: _Stored, second: _Stored) -> bool:
     (one, shard), (other, other_shard) = first, second
     with _opened(source, [shard, other_shard]) as (here, there):
         return same_bytes(here, one, there, other)
 
 
 class _Ties:
-    """Which tensors a model takes for one parameter, if their bytes are the same; by its config, else by its class."""
+    """Which tensors a model takes for one parameter, if their bytes are the same; by its class, else by its config."""
 
     def __init__(self, source: Source, headers: Mapping[str, Header]) -> None:
         self._source = source
         self._shapes = {entry.name: entry.shape for header in headers.values() for entry in header.tensors}
-        self._known: dict[str, frozenset[str]] | None = None
+        self._model: nn.Module | None = None
+        self._places: dict[str, list[Place]] | None = None
         self._why = ""
 
     def between(self, first: str, second: str) -> tuple[bool | None, str]:
         """Whether two are; None where that is not known, and why."""
+        # The class comes first: of a config with several parts it may follow any one, or none.
+        if self._places is None:
+            self._places = self._located()
+        if first in self._places and second in self._places:
+            return self._spots(first) == self._spots(second), "the model's class says it"
         if is_embedding(first) != is_embedding(second):  # an embedding and a head
             config = self._source.config()
-            parts = [config, *(value for key, value in config.items() if key.endswith("text_config") or key == "decoder")]
+            parts = [config, *(value for key, value in config.items() if key.endswith(_LANGUAGE_PARTS))]
             said = [part["tie_word_embeddings"] for part in parts if isinstance(part, dict) and "tie_word_embeddings" in part]
             if said and all(isinstance(one, bool) for one in said) and len(set(said)) == 1:
                 return said[0], "config.json says it"
-        if self._known is None:
-            self._known = self._parameters()
-        if first in self._known and second in self._known:
-            return bool(self._known[first] & self._known[second]), "the model's class says it"
         return None, self._why or "the model's class does not have both"
 
-    def _parameters(self) -> dict[str, frozenset[str]]:
-        """Tensor -> the parameters that it is in, of tied ones always the same."""
+    def _located(self) -> dict[str, list[Place]]:
+        """Tensor -> where it is in the model, for those that are in it; nothing where its class is not known."""
         if CONFIG_FILE not in self._source.selection.others:
             self._why = f"there is no {CONFIG_FILE}"
             return {}
         folder: Path = self._source.fetch(CONFIG_FILE).parent
         try:
-            model = skeleton(folder)
+            self._model = skeleton(folder)
         except (MissingExtra, SourceError) as error:
             self._why = error.what
             return {}
-        if model is None:
+        if self._model is None:
             self._why = f"{CONFIG_FILE} does not say what class the model is"
             return {}
-        parameters = dict(model.named_parameters(remove_duplicate=False))
-        names: dict[int, str] = {}
-        for name, parameter in parameters.items():
-            names.setdefault(id(parameter), name)
-        tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
+        try:
+            return locate(self._model, self._shapes)
+        except OptionError as error:  # a conversion that cannot be followed
+            self._why = error.what
+            return {}
 
-        def root(name: str) -> str:
-            name = tied.get(name, name)
-            return names[id(parameters[name])] if name in parameters else name
+    def _spots(self, tensor: str) -> set[tuple[Any, ...]]:
+        """The parameters that a tensor is in, and where in them: experts that are stacked share one."""
+        assert self._model is not None
+        assert self._places is not None
+        return {
+            (
+                id(self._model.get_parameter(place.parameter)),
+                *(_hashable(one) for one in (place.piece.axes, *place.piece.at, *place.piece.of)),
+            )
+            for place in self._places[tensor]
+        }
 
-        places = locate(model, self._shapes)
-        return {tensor: frozenset(root(place.parameter) for place in found) for tensor, found in places.items()}
+
+def _hashable(positions: Positions | tuple[int | None, ...]) -> Any:
+    return tuple(positions.tolist()) if isinstance(positions, torch.Tensor) else positions

@@ -20,12 +20,11 @@ from surgery.format.factors import FactorsReader
 from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
 from surgery.format.safetensors import ShardReader
 from surgery.format.scales import read_scales, write_scales
+from surgery.names import ATTACHED_NAME
 from surgery.training.carriers import Carrier, Layer, carriers_of, is_sharded, places_of, terms_of, unwrapped
 from surgery.training.lowrank import Adding, LowRankPath, Shadow, Term
 from surgery.training.placement import Place
-from surgery.training.recognize import is_residual
-
-_NAME = "surgery_scale"
+from surgery.training.recognize import held_elsewhere, is_residual
 
 
 class _Attached:
@@ -42,7 +41,7 @@ class _Attached:
         self._handles: list[Any] = []
         self._hooks: list[Adding | Shadow] = []
         first = layers[0]
-        self._owner, self._name = first.module, _NAME if first.name == "weight" else f"{_NAME}_{first.name}"
+        self._owner, self._name = first.module, ATTACHED_NAME + ("" if first.name == "weight" else f"_{first.name}")
         first.module.add_module(self._name, path)
         for layer in layers:
             if layer.kind == "unknown":
@@ -215,8 +214,8 @@ def attach(model: nn.Module, factorized: str | Path) -> Scales:
 
     Raises:
         SourceError: the model's weights are neither the original nor the residual.
-        OptionError: most targets are not in the model, or one is there in a way that scales cannot be attached to, or
-            scales are attached already.
+        OptionError: most targets are not in the model, or one is there under a name that is not known or in a way that scales
+            cannot be attached to, or scales are attached already.
         FormatError: the factorized folder is damaged.
 
     Warns:
@@ -229,6 +228,15 @@ def attach(model: nn.Module, factorized: str | Path) -> Scales:
         raise OptionError("scales are attached to this model already", hint="detach() them first")
     _check_suitable(model, bare)
     places = places_of(bare, manifest)
+    absent = [target for target in manifest.targets if places.keys().isdisjoint(target.tensors)]
+    if absent and (elsewhere := held_elsewhere(bare, manifest, absent)) is not None:
+        target, name = elsewhere
+        raise OptionError(
+            f"{target.key!r} is in this model under a name that the checkpoint does not have, and would get no scales",
+            got=repr(name),
+            expected="the names that a loader gives it by itself",
+            hint="load the model without key_mapping, and adapt this weight by nothing but a plain LoRA; or --exclude it",
+        )
     carriers = carriers_of(bare, {place.parameter for found in places.values() for place in found})
     dtype = _activations(bare)
     planned: dict[int, _Planned] = {}
@@ -250,10 +258,10 @@ def attach(model: nn.Module, factorized: str | Path) -> Scales:
         attached.append(_Attached(path, plan.carrier.layers))
         path.requires_grad_(True)
     by_key = dict(zip(planned, attached, strict=True))
-    if absent := [target.key for target in manifest.targets if target.key not in homes]:
+    if absent:
         warnings.warn(
-            f"{len(absent)} of {len(manifest.targets)} targets are not in this model (first: {absent[0]!r}): their scales stay "
-            "at 1, and fold leaves these weights as they are",
+            f"{len(absent)} of {len(manifest.targets)} targets are not in this model (first: {absent[0].key!r}): their scales "
+            "stay at 1, and fold leaves these weights as they are",
             SurgeryWarning,
             stacklevel=3,  # past the wrapper that sets the device
         )

@@ -242,8 +242,7 @@ def _chains(kind: Any) -> frozenset[tuple[str, ...]]:
 def _is_quantized(module: nn.Module, weight: nn.Parameter, name: str) -> bool:
     if is_sharded(weight):
         raise OptionError(f"{name!r} is sharded over processes", hint="attach first, then shard the model")
-    # Libraries store integers, 8-bit floats, or a kind of tensor of their own.
-    plain = type(weight) is nn.Parameter and weight.is_floating_point() and weight.element_size() > 1
+    plain = is_plain(weight)
     if not plain and not isinstance(module, nn.Linear):
         raise OptionError(
             f"{name!r} is quantized, and not the weight of a linear layer",
@@ -376,6 +375,11 @@ def _placed(factor: torch.Tensor, positions: tuple[Positions, Positions], length
     placed = factor.new_zeros(length, factor.shape[1])
     placed[torch.as_tensor(at)] = factor[torch.as_tensor(of)]
     return placed
+
+
+def is_plain(parameter: nn.Parameter) -> bool:
+    """Whether it is not quantized: libraries store integers, 8-bit floats, or a kind of tensor of their own."""
+    return type(parameter) is nn.Parameter and parameter.is_floating_point() and parameter.element_size() > 1
 
 
 def is_sharded(parameter: torch.Tensor) -> bool:

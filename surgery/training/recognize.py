@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from surgery.errors import OptionError, SourceError
-from surgery.format.manifest import TargetRecord
+from surgery.format.manifest import Manifest, TargetRecord
 from surgery.format.safetensors import TORCH_DTYPES
 from surgery.format.sample import SampleHash
 from surgery.linalg.lossless import Factors
 from surgery.names import FACTORIZABLE_DTYPES
-from surgery.training.carriers import Carrier
+from surgery.training.carriers import Carrier, is_plain, is_sharded
 from surgery.training.lowrank import Term
-from surgery.training.placement import Place, Positions
+from surgery.training.placement import Place, Positions, homes
 
 #: By how much what a quantized weight computes may be off: in four bits 10 % on random vectors and 1 % on the leading ones,
 #: up to 30 % of a matrix of some ten rows. Of another model it is 100 % and more.
@@ -75,6 +75,25 @@ def is_residual(
     if not _is_original(leading, factors):
         raise _neither(target, "another weight", "leading singular values")
     return False
+
+
+def held_elsewhere(model: nn.Module, manifest: Manifest, absent: Sequence[TargetRecord]) -> tuple[TargetRecord, str] | None:
+    """A target that no tensor's name leads to, and the parameter that has its weight or its residual all the same.
+
+    So it is where a loader was told other names than it knows by itself. Told by a sample of the entries, as ``is_residual``
+    does it; what is quantized or offloaded cannot be told.
+    """
+    tensors = [*(skipped.tensor for skipped in manifest.skipped), *(name for t in manifest.targets for name in t.tensors)]
+    loaded = {id(model.get_parameter(name)) for name in homes(model, tensors).values()}
+    for name, parameter in model.named_parameters():
+        if id(parameter) in loaded or parameter.is_meta or not is_plain(parameter) or is_sharded(parameter):
+            continue
+        for target in absent:
+            if tuple(target.shape) == tuple(parameter.shape) and target.dtype in FACTORIZABLE_DTYPES:
+                digest = _hash_as(target.seen_as.matrices(parameter.detach()), TORCH_DTYPES[target.dtype])
+                if digest is not None and digest in (target.sample_sha256, target.residual_sample_sha256):
+                    return target, name
+    return None
 
 
 def _is_original(leading: Sequence[torch.Tensor], factors: Sequence[Factors]) -> bool:

@@ -107,6 +107,12 @@ def check_arguments(bases: Sequence[type], scales: Scales, args: Sequence[Any], 
     given = {**dict(zip((parameter.name for parameter in naming), args, strict=False)), **kwargs}
     given = {name: value for name, value in given.items() if value is not None}
     kind = bases[0]
+    if isinstance(given.get("model"), str | Path):
+        raise OptionError(
+            f"{kind.__name__} would load a model by itself, in which the scales have no part",
+            got=repr(str(given["model"])),
+            hint="pass the model that they are attached to",
+        )
     options = given.get("args")
     if getattr(options, "use_vllm", False) or any(each.name == "weight_transfer" for group in names for each in group):
         raise OptionError(
