@@ -354,7 +354,7 @@ def test_what_replaces_another_result_is_uploaded_first(
     hub: LoopbackHub, factorized: Path, tmp_path: Path, trained: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If the upload fails the earlier result is still here, and the same command goes on; it may be repeated."""
-    out, name = tmp_path / "o", "acme/replaced"
+    out, name = tmp_path / "o", "acme/replaced-here"
     surgery.fold(factorized, factorized / SCALES, out)
     before = files_of(out)
     with monkeypatch.context() as patched:

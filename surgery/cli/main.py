@@ -215,8 +215,9 @@ def factorize(
 def plan(model: str, every: bool, as_json: bool, **chosen: Any) -> None:
     """Show what surgery factorize would do with MODEL and the same options, from headers.
 
-    For a model on the hub only headers are fetched. Of a local one, weights that may be stored twice are compared. Tensors are shown by group: those whose names differ in numbers
-    alone. Memory and disk are upper estimates; the time is a rough one, without downloads.
+    For a model on the hub only headers are fetched. Of a local one, weights that may be stored twice are compared. Tensors
+    are shown by group: those whose names differ in numbers alone. Memory and disk are upper estimates; the time is a
+    rough one, without downloads.
     """
     _show_plan(model, chosen, as_json, every=every)
 

@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from surgery.errors import MissingExtra, OptionError, SourceError
-from surgery.format.manifest import Alias
+from surgery.format.manifest import Alias, Manifest
 from surgery.format.safetensors import Header, ShardReader, TensorEntry, same_bytes
 from surgery.names import CONFIG_FILE
+from surgery.planning.plan import Plan
 from surgery.planning.targets import Target, in_block, is_embedding
 from surgery.planning.unloaded import why_unloaded
 from surgery.source.model import Source
@@ -40,8 +41,8 @@ def find_aliases(
 ) -> tuple[dict[str, tuple[Alias, ...]], list[str]]:
     """The tensors that are the same parameter as that of a target.
 
-    Embeddings are compared with all that is shaped like them. Where the weights are at hand, so is every other target, by a
-    few of its bytes first.
+    Embeddings are compared with all that is shaped like them. In a local model, so is every other target, by a few of its
+    bytes first.
 
     Args:
         source, headers: the model.
@@ -64,13 +65,14 @@ def find_aliases(
             if why_unloaded(entry.name, config) is None:
                 alike.setdefault((entry.dtype, entry.shape), []).append((entry, shard))
     groups = [places for places in alike.values() if len(places) > 1 and any(entry.name in chosen for entry, _ in places)]
-    at_hand = source.bytes_to_fetch() == 0
+    # Not whether a hub model is in the cache: a run that is gone on with must find what it found when it began.
+    local = source.record.kind == "folder"
     found: dict[str, tuple[Alias, ...]] = {}
     notes: list[str] = []
     unknown: list[tuple[str, str, str]] = []
     ties = _Ties(source, headers)
-    for candidates in _candidates(groups, source, chosen, at_hand=at_hand):
-        if not at_hand and not fetch:
+    for candidates in _candidates(groups, source, chosen, local=local):
+        if not local and not fetch and source.bytes_to_fetch():
             first, second = (entry.name for entry, _ in candidates[:2])
             notes.append(f"{first} and {second} may be one parameter, stored twice: factorize compares them when it has them")
             continue
@@ -87,25 +89,40 @@ def find_aliases(
         if any(map(is_embedding, pair)):
             raise _refused(source, pair, "they hold the same weights, and it cannot be known whether the model ties them", why)
     if pairs:
-        notes.append(note_of_equal(len(pairs), *pairs[0][:2]))
+        notes.append(_note_of_equal(len(pairs), *pairs[0][:2]))
     return found, notes
 
 
-def note_of_equal(count: int, first: str, second: str) -> str:
+def notes_of_equal(source: Source, steps: Plan, manifest: Manifest) -> list[str]:
+    """What a run has found of targets of a hub model, which its plan could not compare."""
+    if manifest.source.kind == "folder":
+        return []
+    first_with: dict[tuple[str, str], str] = {}
+    pairs = [
+        (first, target.tensor)
+        for target in manifest.targets
+        if target.s_first
+        and (first := first_with.setdefault((target.dtype, target.sample_sha256), target.tensor)) != target.tensor
+    ]
+    ties = _Ties(source, {shard.file: shard.header for shard in steps.shards})
+    pairs = [pair for pair in pairs if ties.between(*pair)[0] is not False]
+    return [_note_of_equal(len(pairs), *pairs[0])] if pairs else []
+
+
+def _note_of_equal(count: int, first: str, second: str) -> str:
     """That targets have the same weights, as those of copied blocks do, and may be one parameter all the same."""
     return (
         f"{second} holds the same weights as {first}"
         + (f" ({count} such pairs)" if count > 1 else "")
-        + ", and it is not known "
-        "whether the model makes one parameter of them: attach refuses them if it does, and --exclude leaves them out"
+        + ", and the model may make one parameter of them: attach refuses them if it does, and --exclude leaves them out"
     )
 
 
 def _candidates(
-    groups: Sequence[Sequence[_Stored]], source: Source, chosen: Mapping[str, Target], *, at_hand: bool
+    groups: Sequence[Sequence[_Stored]], source: Source, chosen: Mapping[str, Target], *, local: bool
 ) -> Iterator[list[_Stored]]:
     """Tensors that may be the same as that of a target."""
-    if not at_hand:
+    if not local:
         for places in groups:
             # Heads are in no block.
             outside = [place for place in places if is_embedding(place[0].name) or not in_block(place[0].name)]

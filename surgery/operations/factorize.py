@@ -31,7 +31,7 @@ from surgery.format.scales import write_scales
 from surgery.linalg.svd import DEFAULT_TOLERANCE, check_accuracy
 from surgery.linalg.views import View
 from surgery.names import FORMAT_VERSION, MANIFEST_FILE, SCALES_FILE, STREAM_DIR, factors_file
-from surgery.operations.aliases import find_aliases, note_of_equal
+from surgery.operations.aliases import find_aliases, notes_of_equal
 from surgery.operations.batch import Settings
 from surgery.operations.engines import Engine, EngineName, engine_of
 from surgery.operations.job import Job, RemoteShard, run_job, scale_files
@@ -219,7 +219,7 @@ def factorize(
                 results = _run_jobs(by, work, journal, upload, progress)
                 manifest = _finish(source, steps, place, results, options, by.device_name)
                 publish_factorized(upload, place, manifest, progress)
-    for note in _accuracy_notes(manifest.targets, steps):
+    for note in (*_accuracy_notes(manifest.targets, steps), *notes_of_equal(source, steps, manifest)):
         progress.note(note)
     return manifest
 
@@ -468,14 +468,6 @@ def _accuracy_notes(targets: list[TargetRecord], steps: Plan) -> list[str]:
     if failed:
         notes.append(f"the SVD of {len(failed)} targets did not reach the tolerance (first: {failed[0]}); see surgery inspect")
     asked = {target.key: target.energy for target in steps.targets if target.energy is not None}
-    first_with: dict[tuple[str, str], str] = {}
-    twice = [
-        (first, target.key)
-        for target in targets
-        if target.s_first and (first := first_with.setdefault((target.dtype, target.sample_sha256), target.key)) != target.key
-    ]
-    if twice and steps.download_bytes:  # what is at hand has been compared by the plan
-        notes.append(note_of_equal(len(twice), *twice[0]))
     short = [t for t in targets if t.key in asked and t.energy < (asked[t.key] or 0) and t.rank < min(t.matrices[1:])]
     if short:
         least = min(short, key=lambda target: target.energy)

@@ -103,7 +103,8 @@ def _check_alone(model: nn.Module, manifest: Manifest, tensors: Iterable[str]) -
                 raise OptionError(
                     f"{target.key!r} is one parameter of the model with {others[0]!r}, which a fold would leave as it is",
                     got=f"a model that ties them; {others[0]!r} had other bytes, or it was not known that it is tied",
-                    hint="factorize again, or load the model without tying: tie_word_embeddings=False",
+                    hint="factorize a local copy of the model, of which all weights are compared; or load it without tying: "
+                    "tie_word_embeddings=False",
                 )
 
 
