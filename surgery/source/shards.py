@@ -18,7 +18,7 @@ SUFFIX = ".safetensors"
 
 _INDEX = re.compile(r"(?P<stem>[^/]+)\.safetensors\.index(?P<variant>\.[^./]+)?\.json")
 _NUMBERED = re.compile(
-    r"(?P<stem>.+)-(?P<number>\d{1,12})-of-(?P<count>\d{1,12})(?P<variant>\.[^./-]+)?\.safetensors"
+    r"(?:(?P<stem>.+)[-_.])?(?P<number>\d{1,12})[-_.]of[-_.](?P<count>\d{1,12})(?P<variant>[-_.][^./-]+)?\.safetensors"
     r"|(?P<parts>.+)[-_.](?P<part>\d{1,12})\.safetensors"
 )
 
@@ -141,7 +141,8 @@ def _sets(weights: Iterable[str]) -> list[_Set]:
         elif match["number"] is None:
             stem, count, number = match["parts"], 0, int(match["part"])
         else:
-            stem, count, number = match["stem"] + (match["variant"] or ""), int(match["count"]), int(match["number"])
+            stem = (match["stem"] or "") + (match["variant"] or "")
+            count, number = int(match["count"]), int(match["number"])
         one = sets.setdefault((stem, count), _Set(stem, count))
         if number in one.files:  # a_1 beside a-1: no two of one model
             one = sets[name, None] = _Set(name.removesuffix(SUFFIX), None)
