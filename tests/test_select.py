@@ -119,6 +119,11 @@ def test_a_numbered_file_that_is_missing(names: list[str], missing: str, indexed
         _select(*names, *indexes, index=_index(*names))
 
 
+def test_an_index_with_a_dot_before_its_files_as_transformers_reads_it() -> None:
+    found = _select("model-1.safetensors", "model.safetensors.index.json", index=_index("./model-1.safetensors"))
+    assert found.shards == ("model-1.safetensors",)
+
+
 def test_numbers_and_counts_as_others_write_them() -> None:
     for names in (
         ["shard_0_of_2.safetensors", "shard_1_of_2.safetensors"],
@@ -426,7 +431,7 @@ def test_a_folder_of_the_models_own_where_ours_is() -> None:
         ({"weight_map": {"a": "C:\\x.safetensors"}}, "leaves its folder"),
         ({"weight_map": {"a": ""}}, "leaves its folder"),
         ({"weight_map": {"a": "."}}, "leaves its folder"),
-        ({"weight_map": {"a": "sub/model-1.safetensors"}}, "not there"),
+        ({"weight_map": {"a": "sub/model-1.safetensors"}}, "names a shard that is not beside it"),
         ("[" * 100_000, "not valid JSON"),
     ],
 )

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.cli.main import main
 from surgery.errors import FormatError, OutputError, SourceError, SurgeryError
+from surgery.planning.numbering import numbering_notes
 from surgery.progress import Silent
 from tests.loopback_hub import WRITING_TOKEN, LoopbackHub
 from tests.models import files_of, save_llama, tensors_of
@@ -130,6 +131,15 @@ def test_numbers_without_weights_are_no_holes(tmp_path: Path) -> None:
         tmp_path / "model.safetensors",
     )
     assert _plan(tmp_path).notes == ()
+
+
+@pytest.mark.parametrize("name", ["albert", "clap", "encodec", "hrm_text", "pp_doclayout_v3", "rt_detr", "swin"])
+def test_the_numbering_of_whole_models_has_no_holes(name: str) -> None:
+    """As transformers builds them: layers that are run several times, activations between convolutions, counts of all parts."""
+    config = transformers.AutoConfig.for_model(name)
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(config)
+    assert numbering_notes(model.state_dict(), json.loads(config.to_json_string(use_diff=False))) == []
 
 
 # -- as the reference readers read it ----------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 
 from surgery.errors import FormatError, SourceError
 from surgery.format.files import check_relative_path
@@ -159,11 +160,14 @@ def _named_by(index: str, text: str, weights: Sequence[str], where: str) -> list
     named = sorted(set(index_entries(text, f"{where}/{index}").values()))
     for name in named:
         if name not in weights:
+            is_elsewhere = "/" in name
             raise FormatError(
-                f"{where}/{index} names a shard that is not there",
+                f"{where}/{index} names a shard that is not " + ("beside it" if is_elsewhere else "there"),
                 got=repr(name)[:200],
                 expected=f"one of the {len(weights)} safetensors files beside it",
-                hint="the model is incomplete: fetch the missing file",
+                hint="put the weight files beside the index, and name them so in a copy of it"
+                if is_elsewhere
+                else "the model is incomplete: fetch the missing file",
             )
     return named
 
@@ -208,7 +212,7 @@ def _reason(name: str, shards: Sequence[str], index: str | None) -> str:
 
 
 def index_entries(text: str, where: str) -> dict[str, str]:
-    """Tensor name -> shard, from the text of an index.
+    """Tensor name -> shard, without a ``./`` before it, from the text of an index.
 
     Raises:
         FormatError: no index, or one with paths outside the folder.
@@ -222,4 +226,4 @@ def index_entries(text: str, where: str) -> dict[str, str]:
         raise FormatError(f"{where}: no weight_map of tensor names to shards")
     for shard in set(entries.values()):
         check_relative_path(shard, where)
-    return entries
+    return {tensor: PurePosixPath(shard).as_posix() for tensor, shard in entries.items()}
