@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.errors import SurgeryError
 from surgery.progress import Silent
+from surgery.source.model import open_source
 from tests.models import files_of, save_llama
 from tests.test_fp8 import quantize_model
 
@@ -125,6 +126,16 @@ def test_factorize_says_so(change: Change, which: int, tmp_path: Path) -> None:
     surgery.factorize(model, tmp_path / "f", rank=4, device="cpu", overwrite=True)
     surgery.factorize(model, tmp_path / "truth", rank=4, device="cpu")
     assert files_of(tmp_path / "f") == files_of(tmp_path / "truth")
+
+
+def test_a_small_file_that_goes_while_the_run_is_planned(tmp_path: Path) -> None:
+    source = open_source(_plain(tmp_path / "m"))
+    (tmp_path / "m/tokenizer.json").unlink()
+    for look in (source.size, source.fetch):
+        with pytest.raises(SurgeryError, match=r"tokenizer\.json: cannot be read"):
+            look("tokenizer.json")
+    with pytest.raises(SurgeryError, match=r"tokenizer\.json is not there any more"):
+        source.folders()
 
 
 def test_goes_on_with_what_has_changed_between_two_starts(tmp_path: Path) -> None:

@@ -101,6 +101,25 @@ def test_what_another_fold_has_left_does_not_stay(first: int, then: int, tmp_pat
     assert said.notes == [f"{out} keeps what is no part of a model: notes.txt, plots/loss.png"]
 
 
+def test_a_folder_with_a_config_and_no_model_in_it(tmp_path: Path) -> None:
+    """Somebody's own files: those that a result has too are replaced, the others stay, and are told."""
+    made, out = _made(_small(tmp_path / "m"), tmp_path / "f"), tmp_path / "out"
+    surgery.fold(made, _ones(made), tmp_path / "alone", device="cpu")
+    own = {"train.py": b"mine", "README.md": b"mine", "requirements.txt": b"mine", "notes.csv": b"mine"}
+    for config in (True, False):
+        out.mkdir()
+        for name, data in {**own, **({"config.json": b"{}"} if config else {})}.items():
+            (out / name).write_bytes(data)
+        said = Silent()
+        surgery.fold(made, _ones(made), out, device="cpu", overwrite=True, progress=said)
+        assert files_of(out) == {**files_of(tmp_path / "alone"), **own}
+        assert said.notes == [
+            f"{out} keeps what is no part of a model: notes.csv",
+            f"{out} keeps what may be taken for part of it: README.md, requirements.txt, train.py",
+        ]
+        shutil.rmtree(out)
+
+
 def test_each_kind_of_result_replaces_the_other(tmp_path: Path) -> None:
     a, b, out = _small(tmp_path / "a", shards=3), _small(tmp_path / "b", seed=9), tmp_path / "out"
     (a / "tokenizer.json").write_text("{}")

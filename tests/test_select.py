@@ -104,6 +104,11 @@ def test_a_variant_beside_the_plain_weights_is_told() -> None:
         (["model-00001-of-000163.safetensors", "model-00163-of-000163.safetensors"], "model-00002-of-000163"),
         (["model-1-of-999999999999.safetensors"], "model-2-of-999999999999"),
         (["a-1-of-2-1-of-2.safetensors"], "a-1-of-2-2-of-2"),
+        (["model_00001_of_00002.safetensors"], "model_00002_of_00002"),
+        (["shard_0_of_4.safetensors", "shard_1_of_4.safetensors", "shard_3_of_4.safetensors"], "shard_2_of_4"),
+        (["model.00001-of-00002.safetensors"], "model.00002-of-00002"),
+        (["00002-of-00002.safetensors"], "00001-of-00002"),
+        (["model-00001-of-00002-v2.safetensors"], "model-00002-of-00002-v2"),
     ],
 )
 @pytest.mark.parametrize("indexed", [False, True])
@@ -112,6 +117,22 @@ def test_a_numbered_file_that_is_missing(names: list[str], missing: str, indexed
     indexes = ["model.safetensors.index.json"] if indexed else []
     with pytest.raises(FormatError, match=f"lacks the weight file {missing}.safetensors"):
         _select(*names, *indexes, index=_index(*names))
+
+
+def test_an_index_with_a_dot_before_its_files_as_transformers_reads_it() -> None:
+    found = _select("model-1.safetensors", "model.safetensors.index.json", index=_index("./model-1.safetensors"))
+    assert found.shards == ("model-1.safetensors",)
+
+
+def test_numbers_and_counts_as_others_write_them() -> None:
+    for names in (
+        ["shard_0_of_2.safetensors", "shard_1_of_2.safetensors"],
+        ["model_00001_of_00002.safetensors", "model_00002_of_00002.safetensors"],
+        ["00001-of-00002.safetensors", "00002-of-00002.safetensors"],
+        ["model.1-of-2.safetensors", "model.2-of-2.safetensors"],
+    ):
+        assert _select(*names).shards == tuple(names)
+    assert _select("step_of_2.safetensors").shards == ("step_of_2.safetensors",)
 
 
 def test_numbers_without_a_count() -> None:
@@ -356,6 +377,33 @@ def test_modules_of_sentence_transformers() -> None:
     assert set(found.left_out) == {"3_Dense/pytorch_model.bin", "3_Dense/.cache/", "3_Dense/optimizer.pt", "wandb/", "4_Other/"}
 
 
+def test_folders_that_processors_look_into() -> None:
+    found = _select(
+        "model.safetensors", "alphabet.json", "language_model/attrs.json", "language_model/unigrams.txt",
+        "language_model/5gram.bin", "speech_tokenizer/config.json", "speech_tokenizer/model.safetensors",
+        "char_tokenizer/vocab.txt", "char_tokenizer/.DS_Store", "tokenizers/x.json",
+    )  # fmt: skip
+    assert set(found.others) == {
+        "alphabet.json", "language_model/attrs.json", "language_model/unigrams.txt", "language_model/5gram.bin",
+        "speech_tokenizer/config.json", "speech_tokenizer/model.safetensors", "char_tokenizer/vocab.txt",
+    }  # fmt: skip
+    assert set(found.left_out) == {"char_tokenizer/.DS_Store", "tokenizers/"}
+    # The language model of a model that sees, which has no alphabet.
+    assert _select("model.safetensors", "language_model/pytorch_model.bin").others == ()
+
+
+def test_an_adapter_in_a_folder_that_the_models_code_names() -> None:
+    files = ["adapters/adapter_config.json", "adapters/adapter_model.safetensors", "adapters/README.md"]
+    names = ["model.safetensors", "config.json", "modeling_x.py", *files, "data/x.csv"]
+    config = {"auto_map": {"AutoModel": "modeling_x.X"}}
+    code = "folder = os.path.join(base.name_or_path, 'adapters')\nload('data')"
+    found = _select(*names, config__json=config, modeling_x__py=code)
+    assert found.others == (*files[:2], "config.json", "modeling_x.py")
+    assert found.notes == ()
+    found = _select(*names, config__json=config)
+    assert set(found.left_out) == {"adapters/", "data/"}
+
+
 def test_a_folder_of_the_models_own_where_ours_is() -> None:
     with pytest.raises(SourceError, match="needs files of its own in surgery/"):
         _select(
@@ -383,7 +431,7 @@ def test_a_folder_of_the_models_own_where_ours_is() -> None:
         ({"weight_map": {"a": "C:\\x.safetensors"}}, "leaves its folder"),
         ({"weight_map": {"a": ""}}, "leaves its folder"),
         ({"weight_map": {"a": "."}}, "leaves its folder"),
-        ({"weight_map": {"a": "sub/model-1.safetensors"}}, "not there"),
+        ({"weight_map": {"a": "sub/model-1.safetensors"}}, "names a shard that is not beside it"),
         ("[" * 100_000, "not valid JSON"),
     ],
 )

@@ -11,6 +11,7 @@ from typing import Any
 
 import peft
 import pytest
+import tokenizers
 import torch
 import transformers
 from click.testing import CliRunner
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.cli.main import main
 from surgery.errors import FormatError, OutputError, SourceError, SurgeryError
+from surgery.planning.numbering import numbering_notes
 from surgery.progress import Silent
 from tests.loopback_hub import WRITING_TOKEN, LoopbackHub
 from tests.models import files_of, save_llama, tensors_of
@@ -129,6 +131,15 @@ def test_numbers_without_weights_are_no_holes(tmp_path: Path) -> None:
         tmp_path / "model.safetensors",
     )
     assert _plan(tmp_path).notes == ()
+
+
+@pytest.mark.parametrize("name", ["albert", "clap", "encodec", "hrm_text", "pp_doclayout_v3", "rt_detr", "swin"])
+def test_the_numbering_of_whole_models_has_no_holes(name: str) -> None:
+    """As transformers builds them: layers that are run several times, activations between convolutions, counts of all parts."""
+    config = transformers.AutoConfig.for_model(name)
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(config)
+    assert numbering_notes(model.state_dict(), json.loads(config.to_json_string(use_diff=False))) == []
 
 
 # -- as the reference readers read it ----------------------------------------------------------------------------------------
@@ -324,6 +335,48 @@ def test_modules_with_weights_of_their_own(model: Path, tmp_path: Path) -> None:
         save_file({"linear.weight": torch.eye(4)}, model / name / "model.safetensors")
     _, back = _there_and_back(model, tmp_path)
     assert files_of(back) == {name: data for name, data in files_of(model).items() if not name.startswith("2_Dense/")}
+
+
+def test_a_processor_with_two_tokenizers(model: Path, tmp_path: Path) -> None:
+    """Without its folder transformers takes the first tokenizer for both."""
+
+    def tokenizer(*words: str) -> transformers.PreTrainedTokenizerFast:
+        of_words = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[0])
+        made = tokenizers.Tokenizer(of_words)
+        made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()  # type: ignore[assignment]
+        return transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token=words[0])
+
+    image_processor = transformers.BlipImageProcessorPil()
+    for_query = tokenizer("?", "b", "a")
+    processor = transformers.InstructBlipProcessor(image_processor, tokenizer("?", "a", "b"), qformer_tokenizer=for_query)
+    shutil.rmtree(model / "additional_chat_templates")  # of any bytes
+    processor.save_pretrained(model)
+    made, back = _there_and_back(model, tmp_path)
+    for folder in (made, back):
+        loaded = transformers.AutoProcessor.from_pretrained(folder)
+        assert loaded.tokenizer("a b").input_ids == [1, 2]
+        assert loaded.qformer_tokenizer("a b").input_ids == [2, 1]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names that Windows cannot have")
+def test_names_that_other_systems_cannot_have(model: Path, tmp_path: Path) -> None:
+    """Of files that stay behind anyway."""
+    odd = {"12:30.log": "12:30.log", "a\\b.txt": "a\\b.txt"}
+    try:
+        (model / "caf\udce9.csv").write_text("")
+        odd["caf\udce9.csv"] = "caf\\udce9.csv"
+    except OSError:
+        pass  # a file system that has Unicode names only
+    for name in odd:
+        (model / name).write_text("x")
+    (model / "run 7:5").mkdir()
+    made, back = _there_and_back(model, tmp_path)
+    left_out = {record.file: record.reason for record in surgery.Manifest.read(made).left_out}
+    assert left_out == dict.fromkeys((*odd.values(), "run 7:5/"), "a name that not every system allows")
+    assert files_of(model).keys() - files_of(back).keys() == odd.keys()
+    (model / "vocab:en.json").write_text("{}")
+    with pytest.raises(FormatError, match="a path that leaves its folder"):
+        _plan(model)
 
 
 # -- links -------------------------------------------------------------------------------------------------------------------

@@ -43,19 +43,24 @@ def test_a_whole_checkpoint(whole: Path, fast: bool) -> None:
 
 @pytest.mark.parametrize("options", [{"layout": "overlay"}, {"correction": False}])
 def test_weights_that_are_elsewhere(options: dict[str, Any], llama: Path, tmp_path: Path) -> None:
-    surgery.factorize(llama, tmp_path / "f", rank=4, device="cpu", **options)
+    first = surgery.plan(llama, rank=4, layout="overlay").shards[0]
+    exclude = [target.tensor for target in first.targets]
+    surgery.factorize(llama, tmp_path / "f", rank=4, exclude=exclude, device="cpu", **options)
     without = verify(tmp_path / "f", device="cpu")
     assert without.ok
     assert "--base" in without.unchecked[0]
     with_base = verify(tmp_path / "f", base=llama, device="cpu")
     assert with_base.ok, with_base.failures
     assert not with_base.unchecked
-    other = Path(shutil.copytree(llama, tmp_path / "other"))
-    shard = sorted(other.glob("*.safetensors"))[0]
-    data = bytearray(shard.read_bytes())
-    data[-1] ^= 1
-    shard.write_bytes(data)
-    assert any("base" in failure.check for failure in verify(tmp_path / "f", base=other, device="cpu").failures)
+    manifest = surgery.Manifest.read(tmp_path / "f")
+    assert not manifest.targets_of(first.file)
+    for record in manifest.shards:  # that without targets too: a fold copies it
+        shard = Path(shutil.copytree(llama, tmp_path / f"other {record.source.file}")) / record.source.file
+        data = bytearray(shard.read_bytes())
+        data[-1] ^= 1
+        shard.write_bytes(data)
+        failures = verify(tmp_path / "f", base=shard.parent, device="cpu").failures
+        assert [failure.where for failure in failures if "base" in failure.check] == [shard.name]
 
 
 def _rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None], pattern: str = "surgery/factors-*") -> None:

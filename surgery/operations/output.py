@@ -148,19 +148,23 @@ def result_folder(
     Raises:
         OutputError: ``out`` is not empty, not ours, holds another unfinished run, is too small, or not to be written.
     """
-    place = _prepared(out, journal, set(writes), needed, set(earlier), overwrite=overwrite)
+    written = set(writes)
+    place = _prepared(out, journal, written, needed, set(earlier), overwrite=overwrite)
     try:
         yield place
     except (OptionError, ScalesError, WeightError):
         if place != out:  # the same command would meet it again: nothing is left of it beside what it would have replaced
             Journal.forget(out)
         raise
+    new = files_in(place) if place != out else written
     if place != out:
-        stale, new = _stale(out, Journal.files(out)), files_in(place)
-        Journal.replace(out, stale - new)
+        Journal.replace(out, _stale(out, Journal.files(out)) - new)
         _take_place(out)
-        if kept := sorted(files_in(out) - new):
-            progress.note(f"{out} keeps what is no part of a model: {', '.join(kept[:5])}" + (" ..." if len(kept) > 5 else ""))
+    kept = files_in(out) - new
+    taken = {name for name in kept if is_read_by_loaders(name)}
+    for names, what in ((kept - taken, "what is no part of a model"), (taken, "what may be taken for part of it")):
+        if names:
+            progress.note(f"{out} keeps {what}: {', '.join(sorted(names)[:5])}" + (" ..." if len(names) > 5 else ""))
     Journal.forget(out)
 
 
@@ -295,7 +299,7 @@ def _check_apart(out: Path, inputs: Iterable[Path]) -> None:
 
 def _earlier_result(out: Path, present: set[str]) -> set[str]:
     """What a finished run has put into ``out``: by its manifest; as a fold keeps none, what a model has beside its weights."""
-    is_model = CONFIG_FILE in present
+    is_model = CONFIG_FILE in present and any(map(_would_mix, present))
     beside = {name for name in present if is_model and is_read_by_loaders(name) and not _would_mix(name)}
     if not (out / MANIFEST_FILE).is_file():
         return beside

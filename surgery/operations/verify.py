@@ -15,7 +15,7 @@ from surgery.device import as_memory_allows, choose_device, on_its_own_terms
 from surgery.engine.walk import ShardWalk, TargetPiece, reported
 from surgery.errors import FormatError, OptionError, SurgeryError
 from surgery.format.factors import FactorsHash, FactorsReader
-from surgery.format.files import FileRecord, Watch, file_sha256
+from surgery.format.files import FileRecord, Watch, file_sha256, reading
 from surgery.format.manifest import Manifest, ShardRecord, TargetRecord, fingerprint_of
 from surgery.format.safetensors import TORCH_DTYPES, ShardReader
 from surgery.format.sample import SampleHash
@@ -129,6 +129,9 @@ def verify(
                 _check_headers(folder, shard, targets, manifest, watch, report)
                 if targets and not fast:
                     _check_shard(folder, shard, targets, manifest, weights, quantized, where, watch, report, progress)
+                elif isinstance(weights, BaseWeights):
+                    _check_base_file(shard, weights, report)
+                    progress.advance(shard.source.size)
             except SurgeryError as error:  # a file that cannot even be read; the others may be well
                 report.fail(shard.source.file, error)
         _check_unchanged([watch] if weights is None else [watch, weights.watch], report)
@@ -215,6 +218,14 @@ def _weights(
     kind = "an overlay" if manifest.layout == "overlay" else "a residual without a correction"
     report.unchecked.append(f"weights and certificates: {kind} does not hold its weights (--base MODEL)")
     return None
+
+
+def _check_base_file(shard: ShardRecord, weights: BaseWeights, report: VerifyReport) -> None:
+    """A weight file of the base that holds no targets: a fold copies it."""
+    path, expected = weights.file(shard)
+    with reading(path):
+        found = file_sha256(path)
+    report.expect(found == expected.sha256, path.name, "sha256 of the base", found, expected.sha256)
 
 
 def _check_shard(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any
 
-#: Where configs say how many layers a model has, and under which key the part of a larger model does.
-_COUNTS = ("num_hidden_layers", "n_layer")
+#: Where configs say how many layers a model has, and under which key the part of a larger model does. Where layers are run more
+#: than once (ALBERT, HRM), the number of those that are stored comes first.
+_COUNTS = ("num_hidden_groups", "num_layers_per_stack", "num_hidden_layers", "n_layer")
 _TEXT_PARTS = ("text_config", "language_config", "llm_config")
-_LISTS_OF_LAYERS = ("layers", "layer", "h", "blocks", "block")
+_LISTS_OF_LAYERS = ("layers", "layer", "h", "blocks")
 
 
 def numbering_notes(names: Iterable[str], config: Mapping[str, Any]) -> list[str]:
@@ -55,8 +57,7 @@ def _hole(prefix: str, items: Mapping[int, set[str]]) -> tuple[int, int, int] | 
     Only between things that are alike: a sequence of convolutions and activations has numbers without weights.
     """
     numbers = sorted(items)
-    one_kind = prefix.rpartition(".")[2] in _LISTS_OF_LAYERS and all(modules == items[numbers[0]] for modules in items.values())
-    least = 1 if one_kind else 2
+    least = _alike(prefix, all(modules == items[numbers[0]] for modules in items.values()))
     gaps = [
         (before + 1, after - before - 1)
         for before, after in pairwise((-1, *numbers))
@@ -65,9 +66,17 @@ def _hole(prefix: str, items: Mapping[int, set[str]]) -> tuple[int, int, int] | 
     return (gaps[0][0], sum(count for _, count in gaps), numbers[-1]) if gaps else None
 
 
+def _alike(prefix: str, of_one_kind: bool) -> float:
+    """How many modules two members of a list must have in common to be taken for layers or experts, by the list's name."""
+    *above, name = prefix.split(".")
+    if any(map(str.isdecimal, above)) and "expert" not in name:  # within a layer, where short sequences are
+        return 3 if name in _LISTS_OF_LAYERS else math.inf
+    return 1 if name in _LISTS_OF_LAYERS and of_one_kind else 2
+
+
 def _layers_of(config: Mapping[str, Any]) -> int:
     """How many layers a config speaks of; 0 if it does not."""
-    for part in (config, *(config.get(key) for key in _TEXT_PARTS)):
+    for part in (*(config.get(key) for key in _TEXT_PARTS), config):  # a whole may count the layers of all its parts
         for key in _COUNTS:
             if isinstance(part, Mapping) and isinstance(count := part.get(key), int):
                 return count

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ from surgery.format.manifest import SourceRecord
 from surgery.format.safetensors import Header, ShardReader
 from surgery.names import CONFIG_FILE
 from surgery.source.origin import FolderOrigin, Origin
-from surgery.source.select import Selection, select_files
+from surgery.source.select import Selection, is_read_by_loaders, select_files
 from surgery.source.shards import index_entries
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
@@ -108,7 +109,9 @@ class FolderSource(Stays):
         self._root = root
         self._within = within or root  # a pipeline's other models are not to be written to either
         self.watch = Watch()
-        self.selection = select_files(self._names, self._text, where=self.name)
+        self._unnamable: dict[str, str] = {}
+        found = select_files(self._names, self._text, where=self.name)
+        self.selection = replace(found, left_out=dict(sorted({**found.left_out, **self._unnamable}.items())))
         for file in self.selection.others:
             check_regular(self._copied(file), f"{self.name}/{file}")
         for file in self.selection.shards:
@@ -122,7 +125,20 @@ class FolderSource(Stays):
             if real in {parent.resolve() for parent in path.parents}:
                 raise SourceError(f"{self.name}/{folder} is a link to a folder that it lies in", got=str(real))
         with reading(path, f"{self.name}/{folder}"):
-            return sorted(entry.name + ("/" if entry.is_dir() else "") for entry in path.iterdir())
+            found = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in path.iterdir())
+        return [name for name in found if self._has_plain_name(folder, name)]
+
+    def _has_plain_name(self, folder: str, name: str) -> bool:
+        """False, and left out with its reason, for what has a name that other systems cannot have, and that no loader reads."""
+        try:
+            check_relative_path(name.removesuffix("/"), self.name)
+        except FormatError:
+            if is_read_by_loaders(name):
+                raise
+            shown = name.encode("utf-8", "backslashreplace").decode()
+            self._unnamable[f"{folder}/{shown}" if folder else shown] = "a name that not every system allows"
+            return False
+        return True
 
     def _text(self, file: str) -> str:
         self._copied(file)
@@ -133,9 +149,10 @@ class FolderSource(Stays):
         try:
             return (self._root / file).resolve(strict=True)
         except (OSError, RuntimeError):  # links in a circle
+            is_link = (self._root / file).is_symlink()
             raise SourceError(
-                f"{self.name}/{file} is a link that leads nowhere",
-                got=(self._root / file).readlink() if (self._root / file).is_symlink() else None,
+                f"{self.name}/{file} " + ("is a link that leads nowhere" if is_link else "is not there any more"),
+                got=(self._root / file).readlink() if is_link else None,
                 hint="put the file in its place; from the hub: fetch the model again",
             ) from None
 
@@ -156,7 +173,9 @@ class FolderSource(Stays):
         return real
 
     def size(self, file: str) -> int:
-        return (self._root / file).stat().st_size
+        path = self._root / file
+        with reading(path, f"{self.name}/{file}"):
+            return path.stat().st_size
 
     def config(self) -> dict[str, Any]:
         return read_config(self)

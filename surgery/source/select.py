@@ -25,6 +25,8 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _ARRAYS = (".npz", ".npy")
 _MODULES_FILE = "modules.json"
 _PIPELINE_FILE = "model_index.json"
+_ALPHABET_FILE = "alphabet.json"
+_ADAPTER_FILE = "adapter_config.json"
 
 
 def _names(*globs: str) -> re.Pattern[str]:
@@ -43,7 +45,7 @@ _KNOWN = _names(
     "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "*.tokenizer", "*.model", "*.model.v[0-9]*", "*.spm",
     "*.tiktoken", "tekken*.json", "*vocab*.json", "*vocab*.txt", "vocab.*", "*.vocab", "*merges*.txt", "*.bpe", "*.codes",
     "dict*.txt", "encoder.json", "emoji.json", "byte_maps.json", "normalizer.json", "word_shape.json",
-    "word_pronunciation.json", "*.py", "requirements.txt", "modelcard.json",
+    "word_pronunciation.json", _ALPHABET_FILE, "*.py", "requirements.txt", "modelcard.json",
 )  # fmt: skip
 _CARD = re.compile(
     r"(readme|citation|authors|[^/]*(licen[cs]e|copying|notice|(usage|use)[_-]?policy|terms[_-]of[_-]use|acceptable[_-]use))"
@@ -51,7 +53,7 @@ _CARD = re.compile(
     re.IGNORECASE,
 )
 _ADAPTER = _names(
-    "adapter_config.json", "adapter_*.safetensors", "adapter_*.bin", "adapter_*.index.json", "*adapters.safetensors",
+    _ADAPTER_FILE, "adapter_*.safetensors", "adapter_*.bin", "adapter_*.index.json", "*adapters.safetensors",
     "*adapters.npz", "pytorch_lora_weights.*",
 )  # fmt: skip
 #: Folders that loaders look into, and for what.
@@ -250,13 +252,17 @@ class _Selector:
                 self._left_out[f"{folder}/"] = reason or _UNREAD
 
     def _modules(self) -> set[str]:
-        """The folders that sentence-transformers looks into: each is a module, with a config and maybe weights."""
-        return {
+        """The folders that loaders look into whatever is in them: sentence-transformers' modules, each with a config and maybe
+        weights; further tokenizers of transformers' processors; the n-grams that a decoder of speech has an alphabet for."""
+        found = {
             string.split("/")[0]
             for file in (_MODULES_FILE, "router_config.json")
             if file in self._others
             for string in _strings(self._text(file))
-        } & set(self._folders)
+        }
+        found |= {folder for folder in self._folders if folder.endswith("_tokenizer")}
+        found |= {"language_model"} if _ALPHABET_FILE in self._others else set()
+        return found & set(self._folders)
 
     def _called(self) -> tuple[set[str], set[str]]:
         """Of the code that the configs name: the packages that it imports; and all strings in that code and in the configs."""
@@ -295,7 +301,9 @@ class _Selector:
                 self._others.append(file)
 
     def _take_called(self, folder: str, quoted: set[str]) -> None:
-        """Files in a folder that are named by their path."""
+        """Files in a folder that are named by their path; an adapter in a folder that is named."""
+        if folder in quoted and _ADAPTER_FILE in self._peek(folder):
+            self._take_some(folder, _ADAPTER)
         wanted = {string for string in quoted if string.startswith(f"{folder}/")} - set(self._others)
         parents = {string.rpartition("/")[0] for string in wanted}
         there = {f"{parent}/{name}" for parent in sorted(parents) if self._is_folder(parent) for name in self._names(parent)}

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 
 from surgery.errors import FormatError, SourceError
 from surgery.format.files import check_relative_path
@@ -18,7 +19,7 @@ SUFFIX = ".safetensors"
 
 _INDEX = re.compile(r"(?P<stem>[^/]+)\.safetensors\.index(?P<variant>\.[^./]+)?\.json")
 _NUMBERED = re.compile(
-    r"(?P<stem>.+)-(?P<number>\d{1,12})-of-(?P<count>\d{1,12})(?P<variant>\.[^./-]+)?\.safetensors"
+    r"(?:(?P<stem>.+)[-_.])?(?P<number>\d{1,12})[-_.]of[-_.](?P<count>\d{1,12})(?P<variant>[-_.][^./-]+)?\.safetensors"
     r"|(?P<parts>.+)[-_.](?P<part>\d{1,12})\.safetensors"
 )
 
@@ -141,7 +142,8 @@ def _sets(weights: Iterable[str]) -> list[_Set]:
         elif match["number"] is None:
             stem, count, number = match["parts"], 0, int(match["part"])
         else:
-            stem, count, number = match["stem"] + (match["variant"] or ""), int(match["count"]), int(match["number"])
+            stem = (match["stem"] or "") + (match["variant"] or "")
+            count, number = int(match["count"]), int(match["number"])
         one = sets.setdefault((stem, count), _Set(stem, count))
         if number in one.files:  # a_1 beside a-1: no two of one model
             one = sets[name, None] = _Set(name.removesuffix(SUFFIX), None)
@@ -158,11 +160,14 @@ def _named_by(index: str, text: str, weights: Sequence[str], where: str) -> list
     named = sorted(set(index_entries(text, f"{where}/{index}").values()))
     for name in named:
         if name not in weights:
+            is_elsewhere = "/" in name
             raise FormatError(
-                f"{where}/{index} names a shard that is not there",
+                f"{where}/{index} names a shard that is not " + ("beside it" if is_elsewhere else "there"),
                 got=repr(name)[:200],
                 expected=f"one of the {len(weights)} safetensors files beside it",
-                hint="the model is incomplete: fetch the missing file",
+                hint="put the weight files beside the index, and name them so in a copy of it"
+                if is_elsewhere
+                else "the model is incomplete: fetch the missing file",
             )
     return named
 
@@ -207,7 +212,7 @@ def _reason(name: str, shards: Sequence[str], index: str | None) -> str:
 
 
 def index_entries(text: str, where: str) -> dict[str, str]:
-    """Tensor name -> shard, from the text of an index.
+    """Tensor name -> shard, without a ``./`` before it, from the text of an index.
 
     Raises:
         FormatError: no index, or one with paths outside the folder.
@@ -221,4 +226,4 @@ def index_entries(text: str, where: str) -> dict[str, str]:
         raise FormatError(f"{where}: no weight_map of tensor names to shards")
     for shard in set(entries.values()):
         check_relative_path(shard, where)
-    return entries
+    return {tensor: PurePosixPath(shard).as_posix() for tensor, shard in entries.items()}
