@@ -528,3 +528,25 @@ def test_small_values_in_blocks_of_their_own(dtype: torch.dtype, seed: int) -> N
     assert bool((_sines(result, left, right.T) <= result.certificate.angle_bound + 1e-2)[told].all())
     rounding = torch.finfo(dtype).eps * s[0]
     assert bool(((result.s.double() - s[:40]).abs() <= result.certificate.residual * s[0] + rounding).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(66, 65), (70, 100)])
+def test_close_values_below_one_that_dominates_in_rows_of_one_entry(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """What the start of an iteration has lost to rounding comes in no other way, and the vectors that it has are exact."""
+    generator = torch.Generator().manual_seed(0)
+    r = min(shape)
+    for _ in range(60):
+        k = int(torch.randint(4, 9, (1,), generator=generator))
+        top = 10.0 ** -(4.4 + 1.5 * torch.rand(1, generator=generator, dtype=torch.float64))
+        close = top * (1 - 0.02 * torch.arange(k))
+        tail = top / 2 * torch.arange(1, r - k, dtype=torch.float64) ** -2
+        values = torch.cat([torch.ones(1, dtype=torch.float64), close, tail])
+        A = torch.zeros(shape, dtype=dtype)
+        A[torch.randperm(shape[0], generator=generator)[:r], torch.randperm(shape[1], generator=generator)[:r]] = values.to(dtype)
+        s = values.to(dtype).double()
+        result = surgery.truncated_svd(A, k + 1)
+        assert result.certificate.converged
+        torch.testing.assert_close(result.s.double(), s[: k + 1], rtol=1e-5, atol=1e-14)
+        gaps = torch.minimum(s[: k + 1] - s[1 : k + 2], torch.cat([s[:1], s[:k] - s[1 : k + 1]]))
+        assert bool((result.certificate.gap <= gaps + result.certificate.residual + 1e-14).all())
