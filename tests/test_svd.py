@@ -459,7 +459,7 @@ def test_one_value_that_dominates_all_others(n: int, ratio: float, k: int) -> No
         if dtype == torch.float64 or ratio >= 1e-6:  # what float32 vectors can tell
             assert bool((error <= 0.01 * s[:k]).all())
             assert bool((certificate.residual <= 0.2 * s[:k]).all())
-        elif dtype == torch.float32:
+        elif dtype == torch.float32 and ratio < 1e-7:
             assert certificate.angle_bound[1:].min().item() == 1.0
 
 
@@ -543,7 +543,8 @@ def test_close_values_below_one_that_dominates_in_rows_of_one_entry(shape: tuple
         tail = top / 2 * torch.arange(1, r - k, dtype=torch.float64) ** -2
         values = torch.cat([torch.ones(1, dtype=torch.float64), close, tail])
         A = torch.zeros(shape, dtype=dtype)
-        A[torch.randperm(shape[0], generator=generator)[:r], torch.randperm(shape[1], generator=generator)[:r]] = values.to(dtype)
+        rows, columns = (torch.randperm(side, generator=generator)[:r] for side in shape)
+        A[rows, columns] = values.to(dtype)
         s = values.to(dtype).double()
         result = surgery.truncated_svd(A, k + 1)
         assert result.certificate.converged
