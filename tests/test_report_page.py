@@ -425,10 +425,12 @@ def test_an_amplified_top_is_found(pages: dict[str, Page]) -> None:
     assert answer.startswith("Yes: the top is amplified, ")
     assert f"Of the first {R} singular values of all matrices, 100 % grew; their mean change is +5 %" in details
     assert f"it holds in {len(NAMES)} of {len(NAMES)} matrices" in details
+    assert "highest in" not in details  # it is the same everywhere
     assert answers[TURNED][0] == "Hardly"
     assert answers[BECAME][0] == "None changed their order"
     assert "they changed by +5 % (median), and 100 % grew" in answers[BECAME][1]
     assert answers[INSIDE][0] == "Yes, most of it"
+    assert answers[INSIDE][1].startswith("Of the update's energy ")
     assert f"{len(NAMES)} of {len(NAMES)} matrices have more than chance" in answers[INSIDE][1]
     assert answers[RESCALED][0].startswith("Most of it: ")
 
@@ -444,7 +446,7 @@ def test_a_random_update_is_told_as_what_it_is(pages: dict[str, Page]) -> None:
     assert f"{100 * rest:.3g} % for the norm of all that comes after" in details
     assert answers[INSIDE][0] == "Not more than chance would have it"
     inside, chance = spectra["findings"]["median_update_in_both"], R * R / (32 * 48)
-    assert f"{100 * inside:.3g} % of the update's energy" in answers[INSIDE][1]
+    assert f"Of the update's energy {100 * inside:.3g} % lies" in answers[INSIDE][1]
     assert f"a random update would have {100 * chance:.3g} %" in answers[INSIDE][1]
     assert answers[RESCALED][0].startswith("Little: ")
     assert f"0 of {len(NAMES)} matrices have more than chance" in answers[INSIDE][1]

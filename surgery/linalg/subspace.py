@@ -25,6 +25,9 @@ _MAX_CONTRAST = {torch.float32: 1e9, torch.float64: 1e10}
 _FLOOR = {torch.float32: 5e-7, torch.float64: 1e-14}
 #: Units of the precision of a Gram matrix, over the largest eigenvalue, by which its small eigenvalues may be wrong.
 _ROUNDING = 2
+#: Eigenvalues below this share of the largest are lost in the rounding of the two products that make the start block: which of
+#: their directions it still holds is chance, and where it holds some of them exactly no residual tells that others are missing.
+_VISIBLE = {dtype: math.sqrt(torch.finfo(dtype).eps) for dtype in (torch.float32, torch.float64)}
 #: A round that leaves more than this share of the residuals has come to the end of the precision.
 _STALLED = 0.7
 
@@ -82,7 +85,7 @@ def _decompose(G: torch.Tensor, which: range | list[int], k: int) -> tuple[torch
 def _iterate(G: torch.Tensor, k: int, width: int, tolerance: float, seed: int) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
     """Rows and values as above but for the rounding of G, and of which matrices they are within the tolerance."""
     count, n = G.shape[:2]
-    floor = _FLOOR[G.dtype]
+    floor, visible = _FLOOR[G.dtype], _VISIBLE[G.dtype]
     rows = G.new_empty(count, k, n)
     found = torch.empty(count, k + 1, dtype=torch.float64, device=widened(G[:, :1, :1]).device)
     settled = [False] * count
@@ -104,13 +107,13 @@ def _iterate(G: torch.Tensor, k: int, width: int, tolerance: float, seed: int) -
         degrees = _degrees(values, worst, k, edge, floor, _MAX_CONTRAST[G.dtype])
         going = []
         for j, (i, far, degree) in enumerate(zip(active, worst.tolist(), degrees.tolist(), strict=True)):
-            settled[i] = far <= 1
+            settled[i] = far <= 1 and bool(values[j, k - 1] >= visible * values[j, 0])
             if far > 1 and degree >= 2 and far < before[i] * _STALLED and round_number < _MAX_ROUNDS - 1:
                 going.append(j)
                 before[i] = far
             else:
                 rows[i], found[i] = block[j, :k], values[j, : k + 1]
-                found[i, k] += BEYOND_RESIDUAL * lengths[j, k]
+                found[i, k] = (found[i, k] + BEYOND_RESIDUAL * lengths[j, k]).clamp(min=visible * values[j, 0])
         if not going:
             break
         if len(going) < len(active):

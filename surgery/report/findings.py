@@ -147,20 +147,20 @@ def _where(spectra: dict[str, Any], groups: Sequence[Group]) -> list[str]:
         if means:
             by_group[group.name] = statistics.median(means)
     said = []
-    if len(by_group) > 1:
-        high, low = max(by_group, key=by_group.__getitem__), min(by_group, key=by_group.__getitem__)
-        said.append(
-            f"By group the mean change of the top is highest in {shown(high)} ({percent(by_group[high], signed=True)}) and "
-            f"lowest in {shown(low)} ({percent(by_group[low], signed=True)})."
-        )
-    by_layer = {layer: statistics.median(values) for layer, values in layers.items() if values}
-    if len(by_layer) > 1:
-        high_layer, low_layer = max(by_layer, key=by_layer.__getitem__), min(by_layer, key=by_layer.__getitem__)
-        said.append(
-            f"By layer it is highest in layer {high_layer} ({percent(by_layer[high_layer], signed=True)}) and lowest in layer "
-            f"{low_layer} ({percent(by_layer[low_layer], signed=True)})."
-        )
+    if between := _extreme_changes({shown(name): value for name, value in by_group.items()}):
+        said.append(f"By group the mean change of the top is {between}.")
+    if between := _extreme_changes({f"layer {layer}": statistics.median(values) for layer, values in layers.items() if values}):
+        said.append(f"By layer the mean change of the top is {between}.")
     return said
+
+
+def _extreme_changes(values: dict[str, float]) -> str:
+    """Where changes are highest and lowest, as a part of a sentence; nothing where all would read the same."""
+    words = {name: percent(value, signed=True) for name, value in values.items()}
+    if len(set(words.values())) < 2:
+        return ""
+    high, low = max(values, key=values.__getitem__), min(values, key=values.__getitem__)
+    return f"highest in {high} ({words[high]}) and lowest in {low} ({words[low]})"
 
 
 def _rotation(spectra: dict[str, Any]) -> Statement:
@@ -270,7 +270,7 @@ def _subspaces(spectra: dict[str, Any]) -> Statement:
     return Statement(
         question,
         answer,
-        f"{percent(inside)} of the update's energy lies inside both the left and the right top-{r} subspace of the base "
+        f"Of the update's energy {percent(inside)} lies inside both the left and the right top-{r} subspace of the base "
         f"(median); a random update would have {percent(chance)}, so this is {times(ratio)} as much. Inside the left one alone "
         f"there is {percent(left)}, inside the right one {percent(right)}. Taken one by one, {above:,} of "
         f"{matrices(len(changed))} have more than chance inside both.",
