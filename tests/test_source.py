@@ -361,19 +361,14 @@ def test_a_processor_with_two_tokenizers(model: Path, tmp_path: Path) -> None:
 @pytest.mark.skipif(os.name == "nt", reason="names that Windows cannot have")
 def test_names_that_other_systems_cannot_have(model: Path, tmp_path: Path) -> None:
     """Of files that stay behind anyway."""
-    odd = {"12:30.log": "12:30.log", "a\\b.txt": "a\\b.txt"}
-    try:
-        (model / "caf\udce9.csv").write_text("")
-        odd["caf\udce9.csv"] = "caf\\udce9.csv"
-    except OSError:
-        pass  # a file system that has Unicode names only
+    odd = {"12:30.log", "a\\b.txt"}
     for name in odd:
         (model / name).write_text("x")
     (model / "run 7:5").mkdir()
     made, back = _there_and_back(model, tmp_path)
     left_out = {record.file: record.reason for record in surgery.Manifest.read(made).left_out}
-    assert left_out == dict.fromkeys((*odd.values(), "run 7:5/"), "a name that not every system allows")
-    assert files_of(model).keys() - files_of(back).keys() == odd.keys()
+    assert left_out == dict.fromkeys((*odd, "run 7:5/"), "a name that not every system allows")
+    assert files_of(model).keys() - files_of(back).keys() == odd
     (model / "vocab:en.json").write_text("{}")
     with pytest.raises(FormatError, match="a path that leaves its folder"):
         _plan(model)

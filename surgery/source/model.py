@@ -133,10 +133,10 @@ class FolderSource(Stays):
         try:
             check_relative_path(name.removesuffix("/"), self.name)
         except FormatError:
-            if is_read_by_loaders(name):
+            is_text = not any(0xD800 <= ord(character) < 0xE000 for character in name)
+            if is_read_by_loaders(name) or not is_text:  # which no manifest could list
                 raise
-            shown = name.encode("utf-8", "backslashreplace").decode()
-            self._unnamable[f"{folder}/{shown}" if folder else shown] = "a name that not every system allows"
+            self._unnamable[f"{folder}/{name}" if folder else name] = "a name that not every system allows"
             return False
         return True
 
