@@ -154,7 +154,6 @@ def test_both_tensors_are_rounded_alike(dtype: torch.dtype, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.filterwarnings("ignore:the scales of .* were never used, or not by all")  # T5 never runs ``shared``
 @pytest.mark.parametrize(
     ("make", "include"),
     [

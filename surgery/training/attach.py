@@ -38,6 +38,7 @@ class _Attached:
     def __init__(self, path: LowRankPath, layers: Sequence[Layer]) -> None:
         self.path = path
         self.modules = [layer.module for layer in layers]
+        self._kinds = [layer.kind for layer in layers]
         self._handles: list[Any] = []
         self._hooks: list[Adding | Shadow] = []
         first = layers[0]
@@ -58,9 +59,12 @@ class _Attached:
 
     @property
     def used(self) -> tuple[bool, bool]:
-        """Whether any of the layers has been run, and whether all have."""
+        """Whether any of the layers has been run, and whether all have that may be read in another way than by being run.
+
+        An embedding beside others of the same weight may be there for its name alone, as T5's ``shared`` is.
+        """
         used = [hook.used for hook in self._hooks]
-        return any(used), all(used)
+        return any(used), any(used) and all(ran for ran, kind in zip(used, self._kinds, strict=True) if kind != "embedding")
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -76,7 +80,7 @@ class Scales:
         self._homes = homes
         self._attached = attached
         #: ``g`` of the targets that the model does not have.
-        self._absent = {t.key: torch.ones(t.scales_shape) for t in manifest.targets if t.key not in homes}
+        self._absent = {t.key: torch.ones(t.scales_shape, dtype=torch.float32) for t in manifest.targets if t.key not in homes}
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """What to hand to an optimizer: ``g - 1`` of each target in the model, float32 (B k,). Use no weight decay.
