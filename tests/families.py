@@ -14,7 +14,7 @@ from torch import nn
 
 _IDS = torch.tensor([[3, 5, 7, 9, 11, 13]])
 _SPECIAL: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-_DECODER: dict[str, Any] = {
+DECODER: dict[str, Any] = {
     "vocab_size": 50,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -24,7 +24,7 @@ _DECODER: dict[str, Any] = {
     "max_position_embeddings": 64,
     **_SPECIAL,
 }
-_ENCODER: dict[str, Any] = {
+ENCODER: dict[str, Any] = {
     "vocab_size": 50,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -153,20 +153,20 @@ _NEOX = {"query_key_value.weight", "dense.weight", "dense_h_to_4h.weight", "dens
 _NEOX_FUSED = {"query_key_value.weight": _QKV}
 
 FAMILIES: dict[str, Family] = {
-    "llama": Family(lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_DECODER)), _text, "llama", _QKVO | _GATED, {}),
+    "llama": Family(lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**DECODER)), _text, "llama", _QKVO | _GATED, {}),
     "mistral": Family(
-        lambda: hf.MistralForCausalLM(hf.MistralConfig(**_DECODER, head_dim=8)), _text, "llama", _QKVO | _GATED, {}
+        lambda: hf.MistralForCausalLM(hf.MistralConfig(**DECODER, head_dim=8)), _text, "llama", _QKVO | _GATED, {}
     ),
-    "qwen3": Family(lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**_DECODER, head_dim=16)), _text, "llama", _QKVO | _GATED, {}),
+    "qwen3": Family(lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**DECODER, head_dim=16)), _text, "llama", _QKVO | _GATED, {}),
     "gemma3": Family(
-        lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**_DECODER, head_dim=16, query_pre_attn_scalar=16)),
+        lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**DECODER, head_dim=16, query_pre_attn_scalar=16)),
         _text,
         "llama",
         _QKVO | _GATED,
         {},
     ),
     "phi3": Family(
-        lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**_DECODER)),
+        lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**DECODER)),
         _text,
         "phi3",
         {"qkv_proj.weight", "o_proj.weight", "gate_up_proj.weight", "down_proj.weight"},
@@ -188,7 +188,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gpt_neox": Family(
         lambda: hf.GPTNeoXForCausalLM(
-            hf.GPTNeoXConfig(**{name: size for name, size in _DECODER.items() if name != "num_key_value_heads"})
+            hf.GPTNeoXConfig(**{name: size for name, size in DECODER.items() if name != "num_key_value_heads"})
         ),
         _text,
         "gpt_neox",
@@ -216,10 +216,10 @@ FAMILIES: dict[str, Family] = {
         _NEOX,
         _NEOX_FUSED,
     ),
-    "bert": Family(lambda: hf.BertForMaskedLM(hf.BertConfig(**_ENCODER)), _text, "bert", _BERT, {}),
+    "bert": Family(lambda: hf.BertForMaskedLM(hf.BertConfig(**ENCODER)), _text, "bert", _BERT, {}),
     "modernbert": Family(
         lambda: hf.ModernBertForMaskedLM(
-            hf.ModernBertConfig(**_ENCODER, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2)
+            hf.ModernBertConfig(**ENCODER, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2)
         ),
         _text,
         "bert",
@@ -249,7 +249,7 @@ FAMILIES: dict[str, Family] = {
     "clip": Family(
         lambda: hf.CLIPModel(
             hf.CLIPConfig(
-                text_config={**_ENCODER, "projection_dim": 24, "bos_token_id": 1, "eos_token_id": 2},
+                text_config={**ENCODER, "projection_dim": 24, "bos_token_id": 1, "eos_token_id": 2},
                 vision_config={**_VISION, "projection_dim": 24},
                 projection_dim=24,
             )
@@ -285,7 +285,7 @@ FAMILIES: dict[str, Family] = {
         {},
     ),
     "mixtral": Family(
-        lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**_DECODER, **_EXPERTS)),
+        lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**DECODER, **_EXPERTS)),
         _text,
         "mixtral",
         _QKVO | {"w1.weight", "w2.weight", "w3.weight"},
@@ -294,7 +294,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2_moe": Family(
         lambda: hf.Qwen2MoeForCausalLM(
             hf.Qwen2MoeConfig(
-                **_DECODER, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=40
+                **DECODER, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=40
             )
         ),
         _text,
@@ -304,7 +304,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen3_moe": Family(
         lambda: hf.Qwen3MoeForCausalLM(
-            hf.Qwen3MoeConfig(**_DECODER, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+            hf.Qwen3MoeConfig(**DECODER, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
         ),
         _text,
         "qwen3_moe",
@@ -312,14 +312,14 @@ FAMILIES: dict[str, Family] = {
         {},
     ),
     "olmoe": Family(
-        lambda: hf.OlmoeForCausalLM(hf.OlmoeConfig(**_DECODER, num_experts=4, num_experts_per_tok=2)),
+        lambda: hf.OlmoeForCausalLM(hf.OlmoeConfig(**DECODER, num_experts=4, num_experts_per_tok=2)),
         _text,
         "qwen3_moe",
         _QKVO | _GATED,
         {},
     ),
     "deepseek_v3": Family(
-        lambda: hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(**{**_DECODER, **_LATENT}, n_shared_experts=1, n_group=2)),
+        lambda: hf.DeepseekV3ForCausalLM(hf.DeepseekV3Config(**{**DECODER, **_LATENT}, n_shared_experts=1, n_group=2)),
         _text,
         "deepseek_v3",
         {f"self_attn.{name}.weight" for name in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj")} | _GATED,
@@ -328,7 +328,7 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": Family(
         lambda: hf.GptOssForCausalLM(
             hf.GptOssConfig(
-                **_DECODER,
+                **DECODER,
                 **_EXPERTS,
                 head_dim=16,
                 sliding_window=8,
@@ -343,7 +343,7 @@ FAMILIES: dict[str, Family] = {
     "llama4": Family(
         lambda: hf.Llama4ForCausalLM(
             hf.Llama4TextConfig(
-                **{**_DECODER, "intermediate_size": 24},
+                **{**DECODER, "intermediate_size": 24},
                 head_dim=8,
                 intermediate_size_mlp=48,
                 num_local_experts=4,
@@ -358,7 +358,7 @@ FAMILIES: dict[str, Family] = {
         {"experts.gate_up_proj": _HALVES},
     ),
     "granitemoe": Family(
-        lambda: hf.GraniteMoeForCausalLM(hf.GraniteMoeConfig(**{**_DECODER, "intermediate_size": 24}, **_EXPERTS)),
+        lambda: hf.GraniteMoeForCausalLM(hf.GraniteMoeConfig(**{**DECODER, "intermediate_size": 24}, **_EXPERTS)),
         _text,
         "granitemoe",
         _QKVO | {"input_linear.weight", "output_linear.weight"},
@@ -367,7 +367,7 @@ FAMILIES: dict[str, Family] = {
     "jamba": Family(
         lambda: hf.JambaForCausalLM(
             hf.JambaConfig(
-                **_DECODER,
+                **DECODER,
                 num_experts=4,
                 num_experts_per_tok=2,
                 expert_layer_period=2,

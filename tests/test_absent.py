@@ -19,23 +19,11 @@ from surgery.errors import OptionError, SurgeryWarning
 from surgery.format.manifest import Manifest
 from surgery.format.scales import read_scales, write_scales
 from surgery.planning.unloaded import why_unloaded
-from tests.families import FAMILIES
+from tests.families import DECODER, FAMILIES
 
 IDS = torch.tensor([[3, 5, 7, 9, 11, 13]])
-TEXT: dict[str, Any] = {
-    "vocab_size": 50,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 SHARED: dict[str, Any] = {
-    **TEXT,
+    **DECODER,
     "num_hidden_layers": 4,
     "head_dim": 8,
     "num_kv_shared_layers": 2,
@@ -48,7 +36,7 @@ SHARED: dict[str, Any] = {
 
 def _llama4() -> Any:
     text = {
-        **TEXT,
+        **DECODER,
         "intermediate_size": 24,
         "head_dim": 8,
         "intermediate_size_mlp": 48,
@@ -65,7 +53,7 @@ def _llama4() -> Any:
 
 def _qwen3_5() -> Any:
     linear = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
-    text = {**TEXT, "head_dim": 16, "layer_types": ["linear_attention", "full_attention"], **linear}
+    text = {**DECODER, "head_dim": 16, "layer_types": ["linear_attention", "full_attention"], **linear}
     vision = {"hidden_size": 32, "depth": 3, "num_heads": 4, "intermediate_size": 48, "patch_size": 8, "out_hidden_size": 32}
     return hf.Qwen3_5ForConditionalGeneration(hf.Qwen3_5Config(text_config=text, vision_config=vision))
 

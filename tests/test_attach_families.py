@@ -17,7 +17,7 @@ import surgery
 from surgery.errors import OptionError
 from surgery.format.manifest import Manifest
 from surgery.training.lowrank import LowRankPath
-from tests.families import FAMILIES, Family
+from tests.families import ENCODER, FAMILIES, Family
 
 
 @pytest.mark.parametrize(
@@ -44,15 +44,6 @@ def test_experts_whose_weights_another_module_reads(tmp_path: Path) -> None:
     _check(Family(make, FAMILIES["llama"].run, None, set(), {}), None, tmp_path)
 
 
-_ENCODER: dict[str, Any] = {
-    "vocab_size": 50,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-}
 _VISION: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -60,7 +51,7 @@ _VISION: dict[str, Any] = {
     "image_size": 32,
     "patch_size": 8,
 }
-_GROUPED: dict[str, Any] = {**_ENCODER, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
+_GROUPED: dict[str, Any] = {**ENCODER, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
 _IMAGE = torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)
 
 
@@ -73,9 +64,9 @@ _IMAGE_RUN = _first_output(pixel_values=_IMAGE)
 
 #: Families of which transformers cuts a fused weight, and what is fused.
 CUT: dict[str, tuple[Callable[[], Any], Callable[[Any], torch.Tensor], set[str]]] = {
-    "nomic_bert": (lambda: hf.NomicBertForMaskedLM(hf.NomicBertConfig(**_ENCODER)), _TEXT_RUN, {"Wqkv.weight"}),
-    "gte": (lambda: hf.GteModel(hf.GteConfig(**_ENCODER)), _TEXT_RUN, {"qkv_proj.weight", "up_gate_proj.weight"}),
-    "jina": (lambda: hf.JinaEmbeddingsV3ForMaskedLM(hf.JinaEmbeddingsV3Config(**_ENCODER)), _TEXT_RUN, {"Wqkv.weight"}),
+    "nomic_bert": (lambda: hf.NomicBertForMaskedLM(hf.NomicBertConfig(**ENCODER)), _TEXT_RUN, {"Wqkv.weight"}),
+    "gte": (lambda: hf.GteModel(hf.GteConfig(**ENCODER)), _TEXT_RUN, {"qkv_proj.weight", "up_gate_proj.weight"}),
+    "jina": (lambda: hf.JinaEmbeddingsV3ForMaskedLM(hf.JinaEmbeddingsV3Config(**ENCODER)), _TEXT_RUN, {"Wqkv.weight"}),
     "dinov2, giant": (
         lambda: hf.Dinov2ForImageClassification(hf.Dinov2Config(**_VISION, use_swiglu_ffn=True, num_labels=5)),
         _IMAGE_RUN,
@@ -87,7 +78,7 @@ CUT: dict[str, tuple[Callable[[], Any], Callable[[Any], torch.Tensor], set[str]]
         {"weights_in.weight"},
     ),
     "hrm_text": (
-        lambda: hf.HrmTextForCausalLM(hf.HrmTextConfig(**_ENCODER, num_key_value_heads=4)),
+        lambda: hf.HrmTextForCausalLM(hf.HrmTextConfig(**ENCODER, num_key_value_heads=4)),
         _TEXT_RUN,
         {"gqkv_proj.weight", "gate_up_proj.weight"},
     ),

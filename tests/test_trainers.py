@@ -21,20 +21,13 @@ from tests.models import save_llama, tensors_of
 
 DEMO = Path(surgery.__file__).parent / "demo" / "model"
 IDS = (torch.arange(8 * 24).reshape(8, 24) * 7 + torch.arange(8)[:, None]) % 97
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EXAMPLES = [{"input_ids": row, "labels": row} for row in IDS]
 
 
 class ScalesTrainer(SaveScales, transformers.Trainer):
     pass
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models as small as these are faster on one thread, and do not wait for others that share the machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
