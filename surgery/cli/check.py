@@ -1,0 +1,109 @@
+"""The commands that look into a factorized folder: ``inspect`` and ``verify``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from pathlib import Path
+
+import click
+
+from surgery.cli.options import device_option, json_option, notes_and_quiet, quiet_option
+from surgery.cli.report import Bar, say, table, totals
+
+# Modules that import torch are imported inside the commands: --help must not wait for them.
+
+
+@click.command(short_help="Show what a factorized folder holds.")
+@click.argument("factorized", type=click.Path(path_type=Path))
+@json_option
+def inspect(factorized: Path, as_json: bool) -> None:
+    """Show what the folder FACTORIZED holds: a table of targets, or with --json all there is to know.
+
+    \b
+    energy        share of the squared Frobenius norm in the kept part
+    s_1, s_k      largest and smallest kept singular value; +- where s_k is known to less than 1 %,
+                  unknown where all of it is in doubt
+    residual      largest residual of a kept triplet over s_1, measured
+    undetermined  kept directions that are not determined: no gap to the next value, or none that is known
+    """
+    from surgery.operations import inspect as operation
+
+    manifest = operation.inspect(factorized)
+    if as_json:
+        click.echo(json.dumps(operation.summary(manifest), indent=1))
+        return
+    rows = [
+        [
+            target.key,
+            "x".join(map(str, target.shape)),
+            target.dtype,
+            str(target.rank),
+            f"{target.energy:.1%}",
+            f"{target.s_first:.4g}",
+            f"{target.s_last:.4g}" + _doubt(operation.last_value_error(target)),
+            f"{operation.largest_residual(target):.1e}",
+            "yes" if target.converged else "NO",
+            str(operation.undetermined(target)),
+        ]
+        for target in manifest.targets
+    ]
+    click.echo(
+        table(
+            ["target", "shape", "dtype", "rank", "energy", "s_1", "s_k", "residual", "converged", "undetermined"],
+            rows,
+            flush_right=range(1, 10),
+        )
+    )
+    amounts = totals(manifest)
+    origin = f"{manifest.source.repo_id}@{manifest.source.commit}" if manifest.source.repo_id else "a local folder"
+    click.echo(
+        f"\n{manifest.layout} layout of {origin}: {amounts['targets']} targets, {amounts['trainable']} trainable scales, "
+        f"{amounts['skipped']} tensors passed over"
+    )
+    if not manifest.lossless:
+        entries = sum(target.entries for target in manifest.targets)
+        lost = sum((target.inexact or 0) * target.entries for target in manifest.targets) / max(entries, 1)
+        click.echo(f"not lossless (--no-correction): {lost:.1%} of the weights of targets cannot be recovered exactly")
+
+
+def _doubt(share: float) -> str:
+    """What is said beside a value of which this share is in doubt: nothing up to 1 %."""
+    if share <= 0.01:
+        return ""
+    return f" +-{math.ceil(100 * share)}%" if share < 1 else " unknown"
+
+
+@click.command(short_help="Check that a factorized folder is what its manifest says.")
+@click.argument("factorized", type=click.Path(path_type=Path))
+@click.option("--base", metavar="MODEL", help="The model it was made from: an overlay is checked in part without it.")
+@click.option("--fast", is_flag=True, help="Hashes and headers only, no arithmetic.")
+@device_option
+@json_option
+@quiet_option
+@notes_and_quiet
+def verify(factorized: Path, base: str | None, fast: bool, device: str, as_json: bool, quiet: bool) -> None:
+    """Check the folder FACTORIZED against its manifest. Exit code 3 if anything does not hold.
+
+    Every file has its sha256; headers and shapes fit; factors are orthonormal and singular values descend; residual,
+    factors and correction give back each original weight (by the hash in the manifest); the certificates hold, measured
+    anew; scales belong to the factors.
+    """
+    from surgery.operations import verify as operation
+
+    start = time.perf_counter()
+    report = operation.verify(factorized, base=base, fast=fast, device=device, progress=Bar(quiet=quiet))
+    if as_json:
+        click.echo(json.dumps({"schema_version": 1, "ok": report.ok, **dataclasses.asdict(report)}, indent=1))
+    elif report.failures:
+        rows = [[failure.where, failure.check, failure.got, failure.expected] for failure in report.failures]
+        click.echo(table(["where", "check", "got", "expected"], rows))
+    for note in report.unchecked:
+        say(f"not checked: {note}", quiet=quiet)
+    outcome = "all is as the manifest says" if report.ok else f"{len(report.failures)} checks failed"
+    seconds = time.perf_counter() - start
+    say(f"{factorized}: {outcome}; {report.files} files, {report.targets} targets in {seconds:.1f} s", quiet=quiet)
+    if not report.ok:
+        raise SystemExit(3)

@@ -1,0 +1,210 @@
+"""The commands that take a model apart: ``factorize``, ``plan`` and ``recipes``."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from surgery.cli.options import (
+    devices_option,
+    engine_option,
+    json_option,
+    memory_options,
+    notes_and_quiet,
+    overwrite_option,
+    profile_option,
+    push_options,
+    quiet_option,
+    stream_option,
+)
+from surgery.cli.profile import profile_figures, profile_text
+from surgery.cli.report import Bar, plan_text, say, size, totals
+
+if TYPE_CHECKING:
+    from surgery.format.manifest import Manifest
+    from surgery.operations.engines import EngineName
+
+# Modules that import torch are imported inside the commands: --help must not wait for them.
+
+
+def _planning(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that a plan depends on, for ``plan`` and ``factorize``."""
+    options: list[Callable[[Callable[..., None]], Callable[..., None]]] = [
+        click.option("--rank", type=int, metavar="K", help="Singular directions to keep of each matrix.  [default: 16]"),
+        click.option("--energy", type=float, metavar="X", help="Keep this share of each one's squared norm (0 to 1) instead."),
+        click.option("--max-rank", type=int, metavar="K", help="With --energy: the most directions.  [default: 256]"),
+        click.option(
+            "--recipe", metavar="NAME|FILE", help="Which tensors, how seen: see surgery recipes.  [default: the family's]"
+        ),
+        click.option(
+            "--include", multiple=True, metavar="GLOB", help="Take exactly the weights whose names match (repeatable)."
+        ),
+        click.option("--exclude", multiple=True, metavar="GLOB", help="Never take tensors that match (repeatable)."),
+        click.option(
+            "--split/--no-split", default=None, help="Split fused weights (qkv, gate_up) into their projections.  [default: no]"
+        ),
+        click.option(
+            "--layout",
+            type=click.Choice(["residual", "overlay"]),
+            help="residual: self-contained; overlay: factors only, the weights stay where they are.  "
+            "[default: residual, for FP8 overlay]",
+        ),
+        click.option(
+            "--correction/--no-correction",
+            default=True,
+            help="Keep what makes residuals lossless (0.06 to 0.15 bytes per weight).  [default: correction]",
+        ),
+        click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model."),
+        click.option("--subfolder", metavar="PATH", help="The model in this subfolder, as in a diffusion pipeline."),
+        devices_option,
+        memory_options,
+        stream_option,
+    ]
+
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@click.command(short_help="Write a model's factorized form and a tiny file of scales.")
+@click.argument("model")
+@click.option("-o", "--out", default="factorized", show_default=True, type=click.Path(path_type=Path), help="Folder to write.")
+@_planning
+@click.option("--seed", default=0, show_default=True, help="Seed of the SVD's random start.")
+@click.option(
+    "--tolerance", default=1e-5, show_default=True, help="Residual over the largest singular value at which the SVD stops."
+)
+@engine_option
+@push_options
+@overwrite_option
+@click.option("--dry-run", is_flag=True, help="Print what surgery plan prints, and stop.")
+@profile_option
+@json_option
+@quiet_option
+@notes_and_quiet
+def factorize(
+    model: str,
+    out: Path,
+    seed: int,
+    tolerance: float,
+    engine: EngineName,
+    push_to_hub: str | None,
+    private: bool,
+    overwrite: bool,
+    dry_run: bool,
+    profile: bool,
+    as_json: bool,
+    quiet: bool,
+    **chosen: Any,
+) -> None:
+    """Write the factorized form of MODEL, a Hugging Face repo id or a local folder.
+
+    Which weights are factorized is told by the recipe of the model's family, or by default: the linear layers inside
+    transformer blocks, experts included; no embeddings, output heads, norms, biases or routers. surgery plan lists
+    every tensor that is passed over, with the reason.
+    """
+    from surgery.operations import factorize as operation
+    from surgery.timing import Timing
+
+    if dry_run:
+        _show_plan(model, chosen, as_json)
+        return
+    timing = Timing() if profile else None
+    start = time.perf_counter()
+    manifest = operation.factorize(
+        model,
+        out,
+        **chosen,
+        seed=seed,
+        tolerance=tolerance,
+        engine=engine,
+        push_to_hub=push_to_hub,
+        private=private,
+        overwrite=overwrite,
+        progress=Bar(quiet=quiet),
+        timing=timing,
+    )
+    seconds = time.perf_counter() - start
+    if as_json:
+        figures = {"seconds": round(seconds, 3), **totals(manifest), **profile_figures(timing)}
+        click.echo(json.dumps({"schema_version": 1, "out": str(out), **figures}))
+    else:
+        if timing is not None:
+            click.echo(profile_text(timing, seconds))
+        amounts = totals(manifest)
+        say(
+            f"{out}: {amounts['matrices']} matrices at rank {_ranks(manifest)}, {amounts['trainable']} trainable scales, "
+            f"{size(amounts['bytes_written'])} in {seconds:.1f} s on {manifest.device}",
+            quiet=quiet,
+        )
+        say(f"train {out / 'surgery' / 'scales.safetensors'}, then: surgery fold {out} SCALES", quiet=quiet)
+
+
+@click.command(short_help="Show what factorize would do, from headers.")
+@click.argument("model")
+@_planning
+@click.option("--all", "every", is_flag=True, help="Every tensor on a line of its own, not by group.")
+@json_option
+def plan(model: str, every: bool, as_json: bool, **chosen: Any) -> None:
+    """Show what surgery factorize would do with MODEL and the same options, from headers.
+
+    For a model on the hub only headers are fetched. Of a local one, weights that may be stored twice are compared. Tensors
+    are shown by group: those whose names differ in numbers alone. Memory and disk are upper estimates; the time is a
+    rough one, without downloads.
+    """
+    _show_plan(model, chosen, as_json, every=every)
+
+
+def _show_plan(model: str, chosen: dict[str, Any], as_json: bool, *, every: bool = False) -> None:
+    from surgery.device import choose_devices
+    from surgery.operations import factorize as operation
+    from surgery.planning.estimate import estimate_seconds
+
+    steps = operation.plan(model, **chosen)
+    seconds = estimate_seconds(steps, choose_devices(chosen["device"])[0])
+    click.echo(operation.plan_as_json(steps, seconds) if as_json else plan_text(steps, seconds, every=every))
+
+
+@click.command(short_help="List the recipes and what they match.")
+@json_option
+def recipes(as_json: bool) -> None:
+    """List the built-in recipes: the families that take them by themselves, and the tensors that their rules match.
+
+    Copy one, edit it, and give its path to --recipe; docs/recipes.md describes the format.
+    """
+    from surgery.planning.recipes import builtin_recipes
+
+    if as_json:
+        click.echo(
+            json.dumps(
+                [
+                    {
+                        "name": recipe.name,
+                        "description": recipe.description,
+                        "families": recipe.families,
+                        "rules": [{"match": rule.text, "view": rule.view, "skip": rule.skip} for rule in recipe.rules],
+                    }
+                    for recipe in builtin_recipes().values()
+                ],
+                indent=1,
+            )
+        )
+        return
+    for recipe in builtin_recipes().values():
+        click.echo(f"{recipe.name}: {recipe.description}")
+        if recipe.families:
+            click.echo(f"  families: {', '.join(recipe.families)}")
+        for rule in recipe.rules:
+            seen = f" ({rule.view})" if rule.view else ""
+            click.echo(f"  - {rule.text}{seen}" if rule.skip is None else f"  - not {rule.text}: {rule.skip}")
+        click.echo()
+
+
+def _ranks(manifest: Manifest) -> str:
+    least, most = (limit(target.rank for target in manifest.targets) for limit in (min, max))
+    return str(most) if least == most else f"{least} to {most}"

@@ -1,0 +1,157 @@
+"""The commands that bring trained scales to where they are used: ``fold`` and ``export``."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+
+from surgery.cli.options import (
+    devices_option,
+    engine_option,
+    json_option,
+    memory_options,
+    notes_and_quiet,
+    overlay_base_option,
+    overwrite_option,
+    profile_option,
+    push_options,
+    quiet_option,
+    stream_option,
+)
+from surgery.cli.profile import profile_figures, profile_text
+from surgery.cli.report import Bar, say, size
+
+# Modules that import torch are imported inside the commands: --help must not wait for them.
+
+
+@click.command(short_help="Fold trained scales back into dense weights.")
+@click.argument("factorized", type=click.Path(path_type=Path))
+@click.argument("scales", type=click.Path(path_type=Path))
+@click.option("-o", "--out", default="folded", show_default=True, type=click.Path(path_type=Path), help="Folder to write.")
+@overlay_base_option
+@click.option(
+    "--lora",
+    metavar="ADAPTER",
+    type=click.Path(path_type=Path),
+    help="Folder of a LoRA adapter trained together with the scales, added before the one rounding.",
+)
+@click.option("--dequantize", is_flag=True, help="Write FP8 weights as bfloat16, and drop the quantization from config.json.")
+@devices_option
+@memory_options
+@engine_option
+@stream_option
+@push_options
+@overwrite_option
+@profile_option
+@json_option
+@quiet_option
+@notes_and_quiet
+def fold(
+    factorized: Path,
+    scales: Path,
+    out: Path,
+    base: str | None,
+    lora: Path | None,
+    dequantize: bool,
+    profile: bool,
+    as_json: bool,
+    quiet: bool,
+    **chosen: Any,
+) -> None:
+    """Fold the scales in file SCALES into the weights of folder FACTORIZED.
+
+    Writes a folder that loads as the original model did, with its names, dtypes, shards, config and tokenizer.
+    Scales that are all 1 give back the original files byte for byte. A changed FP8 weight is quantized again.
+    """
+    from surgery.operations import fold as operation
+    from surgery.timing import Timing
+
+    timing = Timing() if profile else None
+    start = time.perf_counter()
+    report = operation.fold(
+        factorized,
+        scales,
+        out,
+        base=base,
+        lora=lora,
+        dequantize=dequantize,
+        **chosen,
+        progress=Bar(quiet=quiet),
+        timing=timing,
+    )
+    seconds = time.perf_counter() - start
+    written = sum(record.size for record in report.files)
+    if as_json:
+        figures = {
+            "targets": report.targets,
+            "changed": report.changed,
+            "shards": len(report.files),
+            "restored": report.restored,
+            "lossless": report.lossless,
+            "dequantized": report.dequantized,
+            "adapted": report.adapted,
+            **profile_figures(timing),
+        }
+        click.echo(
+            json.dumps(
+                {"schema_version": 1, "out": str(out), "seconds": round(seconds, 3), "bytes_written": written, **figures}
+            )
+        )
+        return
+    outcome = (
+        "the original weights, byte for byte"
+        if report.restored == len(report.files)
+        else f"{report.changed} of {report.targets} targets changed"
+    )
+    if lora is not None:
+        outcome += f", {report.adapted} tensors by the adapter"
+    if report.dequantized:
+        outcome += ", FP8 weights now bfloat16"
+    if not report.lossless:
+        outcome += ", the others only nearly the source's (made with --no-correction)"
+    if timing is not None:
+        click.echo(profile_text(timing, seconds))
+    say(f"{out}: {outcome}; {size(written)} in {seconds:.1f} s", quiet=quiet)
+
+
+@click.command(short_help="Write trained scales as an adapter for other tools.")
+@click.argument("factorized", type=click.Path(path_type=Path))
+@click.argument("scales", type=click.Path(path_type=Path))
+@click.option(
+    "--to",
+    "kind",
+    type=click.Choice(["peft"]),
+    default="peft",
+    show_default=True,
+    help="Format: a LoRA adapter as PEFT stores it.",
+)
+@click.option("-o", "--out", default="adapter", show_default=True, type=click.Path(path_type=Path), help="Folder to write.")
+@push_options
+@overwrite_option
+@json_option
+@quiet_option
+@notes_and_quiet
+def export(factorized: Path, scales: Path, kind: str, out: Path, as_json: bool, quiet: bool, **chosen: Any) -> None:
+    """Write the scales in file SCALES as a LoRA adapter against the original model of folder FACTORIZED.
+
+    PEFT loads it, and merges it to what fold writes; all modules have one rank, so that vLLM takes it as well. What an
+    adapter cannot say, or PEFT is known to load wrongly, is refused: fold instead.
+    """
+    from surgery.operations.export import export as operation
+
+    start = time.perf_counter()
+    report = operation(factorized, scales, out, **chosen, progress=Bar(quiet=quiet))
+    seconds = time.perf_counter() - start
+    if as_json:
+        figures = {"format": kind, "modules": report.modules, "rank": report.rank, "bytes_written": report.bytes_written}
+        click.echo(json.dumps({"schema_version": 1, "out": str(out), "seconds": round(seconds, 3), **figures}))
+        return
+    say(
+        f"{out}: a LoRA adapter of rank {report.rank} for {report.modules} modules; "
+        f"{size(report.bytes_written)} in {seconds:.1f} s",
+        quiet=quiet,
+    )
