@@ -27,6 +27,12 @@ import torch  # noqa: E402
 
 import surgery  # noqa: E402
 from tests.models import save_llama, save_mixed  # noqa: E402
+from tests.releases import OLDER  # noqa: E402
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if OLDER:  # modules of older releases are compiled by torch.compile as they are imported, and torch warns of its own code
+        config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ import surgery
 from surgery.errors import OptionError, ScalesError
 from surgery.training.trainer import CHECKPOINT_FILE, SaveScales
 from tests.models import save_llama, tensors_of
+from tests.releases import checkpoint_activations
 
 DEMO = Path(surgery.__file__).parent / "demo" / "model"
 IDS = (torch.arange(8 * 24).reshape(8, 24) * 7 + torch.arange(8)[:, None]) % 97
@@ -242,7 +243,7 @@ def test_gradient_checkpointing(use_reentrant: bool, made: Path) -> None:
     runs = []
     model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
     model.train()
-    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpoint_activations(model, use_reentrant=use_reentrant)
     for gradient, right in zip(_gradients(model, scales), expected, strict=True):
         assert gradient is not None
         assert torch.allclose(gradient, right, rtol=1e-4, atol=1e-8)
@@ -253,7 +254,7 @@ def test_gradient_checkpointing(use_reentrant: bool, made: Path) -> None:
 def test_reentrant_checkpointing_needs_an_input_that_requires_a_gradient(made: Path) -> None:
     model, scales = _attached(made)
     model.train()
-    model.activation_checkpointing_enable({"use_reentrant": True})
+    checkpoint_activations(model, use_reentrant=True)
     model.disable_input_require_grads()  # what a model without token embeddings, or an older transformers, starts from
     with pytest.raises(RuntimeError, match="does not require grad"):
         _gradients(model, scales)

@@ -138,6 +138,8 @@ def converted(converter: Any, operations: Sequence[Any], model: Any, name: str, 
         for member in members:
             following.add_tensor(name, name, pattern, member)
     made = following.convert(name, model=model, config=model.config)
+    if isinstance(made, tuple):  # with errors, in 5.0
+        made, _ = made
     return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
 
 
