@@ -18,7 +18,7 @@ import surgery
 from surgery.errors import OptionError, ScalesError
 from surgery.training.trainer import CHECKPOINT_FILE, SaveScales
 from tests.models import save_llama, tensors_of
-from tests.releases import checkpoint_activations
+from tests.releases import checkpoint_activations, since
 
 DEMO = Path(surgery.__file__).parent / "demo" / "model"
 IDS = (torch.arange(8 * 24).reshape(8, 24) * 7 + torch.arange(8)[:, None]) % 97
@@ -326,6 +326,10 @@ def _fsdp2(rank: int, made: Path, out: Path) -> None:
         assert torch.allclose(model(IDS).logits, _load(made / "m")(IDS).logits, atol=1e-4)
 
 
+#: Before, the Trainer reads the optimizer's state to a device "cpu:0", which torch does not know.
+resuming_in_two_processes = since("transformers", "5.19", "resuming in two processes on CPUs")
+
+
 def _arguments_for_two(out: Path, sharded: bool) -> transformers.TrainingArguments:
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
@@ -362,8 +366,9 @@ def _trainer(rank: int, made: Path, out: Path, sharded: bool) -> None:
     trainer.save_model(str(out / f"{kind}-saved"))
     torch.save(trainer.scales.values(), out / f"{kind}-{rank}.pt")
     torch.distributed.barrier()
-    resumed = trained(f"{kind}-resumed", str(out / kind / "checkpoint-2"))
-    torch.save(resumed.scales.values(), out / f"{kind}-resumed-{rank}.pt")
+    if not resuming_in_two_processes.args[0]:
+        resumed = trained(f"{kind}-resumed", str(out / kind / "checkpoint-2"))
+        torch.save(resumed.scales.values(), out / f"{kind}-resumed-{rank}.pt")
     if sharded:
         model, scales = _adapted(made)
         with pytest.raises(OptionError, match="scales or PEFT's adapters, not both"):
@@ -425,12 +430,17 @@ def test_the_trainer_on_two_processes(kind: str, made: Path, two_processes: Path
     alone = ScalesTrainer(model, _arguments(tmp_path, per_device_train_batch_size=4), train_dataset=EXAMPLES, scales=scales)
     alone.train()
     assert _apart(values, scales.values()) < 1e-5
-    assert _apart(_written(two_processes, f"{kind}-resumed"), values) < 1e-6
     for folder in (two_processes / kind / "checkpoint-2", two_processes / f"{kind}-saved"):
         names = {name for name in _names(folder) if "optimizer" not in name and "rng_state" not in name}
         assert names <= {CHECKPOINT_FILE, "training_args.bin", "trainer_state.json", "scheduler.pt"}
         scales.load(folder / CHECKPOINT_FILE)
     assert _apart(scales.values(), values) == 0
+
+
+@resuming_in_two_processes
+@pytest.mark.parametrize("kind", ["replicated", "sharded"])
+def test_resumed_on_two_processes(kind: str, two_processes: Path) -> None:
+    assert _apart(_written(two_processes, f"{kind}-resumed"), _written(two_processes, kind)) < 1e-6
 
 
 # accelerate's device hooks
