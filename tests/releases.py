@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
@@ -37,11 +38,11 @@ _TESTED = ("accelerate", "bitsandbytes", "diffusers", "huggingface-hub", "matplo
 OLDER = any(_is_older(package, pin) for package, pin in pins("constraints.txt").items() if package in _TESTED)
 
 
-def since(package: str, version: str, what: str) -> pytest.MarkDecorator:
-    """Skip a test where a package is older, or missing; with what it needs of it."""
+def needs(package: str, versions: str, what: str) -> pytest.MarkDecorator:
+    """Skip a test where a package is in none of these versions, such as ``>=5.10``, or missing; ``what`` it has there."""
     found = installed(package)
-    unmet = found is None or found < Version(version)
-    return pytest.mark.skipif(OLDER and unmet, reason=f"{package} is {found or 'not here'}: {what} needs {version}")
+    unmet = found is None or found not in SpecifierSet(versions)
+    return pytest.mark.skipif(OLDER and unmet, reason=f"{package} is {found or 'not here'}: {what} needs {versions}")
 
 
 def has(module: str, name: str) -> pytest.MarkDecorator:

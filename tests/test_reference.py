@@ -17,7 +17,7 @@ from surgery.errors import OptionError
 from surgery.training.reference import Reference
 from surgery.training.trainer import SaveScales
 from tests.models import save_llama
-from tests.releases import checkpoint_activations, since
+from tests.releases import checkpoint_activations, needs
 
 DEMO = Path(surgery.__file__).parent / "demo" / "model"
 IDS = (torch.arange(4 * 12).reshape(4, 12) * 7) % 257
@@ -538,7 +538,7 @@ def test_any_other_trainer_that_makes_a_second_model_is_refused(source: str, mad
     assert torch.allclose(_logits(copied.ref_model.eval()), _logits(_load(made / "m")), atol=1e-4)
 
 
-@since("trl", "1.16", "a DPOTrainer that multiplies with the weight of the head by itself")
+@needs("trl", ">=1.16", "a DPOTrainer that multiplies with the weight of the head by itself")
 def test_scales_of_an_output_head_that_dpo_reads_by_itself_are_refused(made: Path, tmp_path: Path) -> None:
     surgery.factorize(made / "m", tmp_path / "f", rank=6, include=["lm_head.weight"])
     model = _load(made / "m")

@@ -15,10 +15,10 @@ import transformers
 from torch import nn
 
 import surgery
-from surgery.errors import OptionError, ScalesError
+from surgery.errors import MissingExtra, OptionError, ScalesError
 from surgery.training.trainer import CHECKPOINT_FILE, SaveScales
 from tests.models import save_llama, tensors_of
-from tests.releases import checkpoint_activations, since
+from tests.releases import checkpoint_activations, needs
 
 DEMO = Path(surgery.__file__).parent / "demo" / "model"
 IDS = (torch.arange(8 * 24).reshape(8, 24) * 7 + torch.arange(8)[:, None]) % 97
@@ -176,6 +176,24 @@ def test_a_trainer_that_would_not_save_what_it_trains_is_refused(made: Path, tmp
         ScalesTrainer(model, _arguments(tmp_path), train_dataset=EXAMPLES, scales=scales)
 
 
+@pytest.mark.parametrize(
+    ("gone", "said"),
+    [
+        ("transformers.Trainer._load_best_model", rf"_load_best_model(.|\n)*transformers {transformers.__version__}(.|\n)*>=5"),
+        ("transformers.trainer.SCHEDULER_NAME", r"SCHEDULER_NAME(.|\n)*transformers>=5"),
+        ("accelerate.utils.is_peft_model", r"accelerate has no is_peft_model(.|\n)*accelerate>=1"),
+    ],
+)
+def test_a_release_that_has_not_what_is_used_of_it(
+    gone: str, said: str, monkeypatch: pytest.MonkeyPatch, made: Path, tmp_path: Path
+) -> None:
+    """Told before training, not by a checkpoint of the whole model or a failure in the middle."""
+    model, scales = _attached(made)
+    monkeypatch.delattr(gone)
+    with pytest.raises(MissingExtra, match=said):
+        ScalesTrainer(model, _arguments(tmp_path), train_dataset=EXAMPLES, scales=scales)
+
+
 def test_a_checkpoint_of_the_stock_trainer_is_refused(made: Path, tmp_path: Path) -> None:
     model, scales = _attached(made)
     transformers.Trainer(model, _arguments(tmp_path, max_steps=2), train_dataset=EXAMPLES).train()
@@ -327,7 +345,7 @@ def _fsdp2(rank: int, made: Path, out: Path) -> None:
 
 
 #: Before, the Trainer reads the optimizer's state to a device "cpu:0", which torch does not know.
-resuming_in_two_processes = since("transformers", "5.19", "resuming in two processes on CPUs")
+resuming_in_two_processes = needs("transformers", ">=5.19", "resuming in two processes on CPUs")
 
 
 def _arguments_for_two(out: Path, sharded: bool) -> transformers.TrainingArguments:

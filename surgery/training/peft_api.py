@@ -5,9 +5,24 @@ Tried with PEFT 0.18.0 to 0.21.2 (docs/compatibility.md has which). PEFT itself 
 
 from __future__ import annotations
 
+import re
+from importlib import metadata
 from typing import Any
 
 from torch import nn
+
+#: The first release that puts adapters of single experts together as transformers stacks them.
+LOADS_EXPERTS = (0, 20)
+
+
+def too_old_for_experts() -> str | None:
+    """The version that is installed, if it takes adapters of single experts for something else (0.18) or fails (0.19)."""
+    try:
+        version = metadata.version("peft")
+    except metadata.PackageNotFoundError:
+        return None
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return version if found is not None and (int(found[1]), int(found[2])) < LOADS_EXPERTS else None
 
 
 def is_wrapper(model: nn.Module) -> bool:

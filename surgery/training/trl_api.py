@@ -1,7 +1,7 @@
 """What is used of TRL past its documented interface: which of its trainers hold a reference, read the weight of the head, or
 load a model by themselves, and by what.
 
-Tried with TRL 1.0.0 to 1.16.0 (docs/compatibility.md has which). TRL itself is not imported: it is optional. What a release has
+Tried with TRL 1.9.0 to 1.16.0 (docs/compatibility.md has which). TRL itself is not imported: it is optional. What a release has
 under other names is not recognized; a second model that a trainer has made by then is refused all the same, see
 ``surgery.training.reference``.
 """
