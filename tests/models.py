@@ -28,9 +28,10 @@ def save_llama(folder: Path, dtype: torch.dtype, *, shard_size: str = "40KB", **
     }
     model = LlamaForCausalLM(LlamaConfig(**{**settings, **config}))
     with torch.no_grad():
-        for parameter in model.parameters():
+        # No two alike: planning would ask transformers' class whether equal ones are one parameter.
+        for seed, parameter in enumerate(model.parameters()):
             if parameter.ndim == 2:
-                parameter.copy_(realistic(*parameter.shape, seed=parameter.numel()))
+                parameter.copy_(realistic(*parameter.shape, seed=seed))
     model.to(dtype).save_pretrained(folder, max_shard_size=shard_size)
     (folder / "tokenizer.json").write_text('{"made": "up"}')
     (folder / "additional_chat_templates").mkdir()
