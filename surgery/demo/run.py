@@ -17,7 +17,7 @@ import torch
 from surgery.errors import MissingExtra, OutputError
 from surgery.operations.factorize import factorize
 from surgery.operations.fold import fold
-from surgery.progress import Progress, Silent
+from surgery.progress import Progress, heard, listening
 from surgery.training.attach import attach
 
 MODEL = Path(__file__).with_name("model")
@@ -46,6 +46,7 @@ class DemoReport:
     seconds_fold: float
 
 
+@heard
 def run_demo(
     out: str | Path | None = None,
     *,
@@ -63,7 +64,7 @@ def run_demo(
         steps: optimizer steps.
         device: where the linear algebra of factorize and fold runs; training is on the CPU.
         overwrite: replace an earlier demo in ``out``.
-        progress: told how far it is.
+        progress: told how far it is, and what the user should know; without it that is a ``SurgeryWarning``.
 
     Raises:
         MissingExtra: transformers is not installed.
@@ -71,11 +72,11 @@ def run_demo(
     """
     if out is None:
         with tempfile.TemporaryDirectory(prefix="surgery-demo-") as folder:
-            return _run(Path(folder), rank, steps, device, overwrite, progress or Silent())
+            return _run(Path(folder), rank, steps, device, overwrite, listening())
     for name in ("factorized", "scales.safetensors", "folded"):
         if (Path(out) / name).exists() and not overwrite:
             raise OutputError(f"{Path(out) / name} is there already", hint="--overwrite replaces an earlier demo")
-    return _run(Path(out), rank, steps, device, overwrite, progress or Silent())
+    return _run(Path(out), rank, steps, device, overwrite, listening())
 
 
 def _run(folder: Path, rank: int, steps: int, device: str, overwrite: bool, progress: Progress) -> DemoReport:
@@ -84,7 +85,7 @@ def _run(folder: Path, rank: int, steps: int, device: str, overwrite: bool, prog
     factorized, scales_file = folder / "factorized", folder / "scales.safetensors"
 
     clock = time.perf_counter()
-    manifest = factorize(MODEL, factorized, rank=rank, device=device, overwrite=overwrite, progress=progress)
+    manifest = factorize(MODEL, factorized, rank=rank, device=device, overwrite=overwrite)
     seconds_factorize = time.perf_counter() - clock
 
     with tempfile.TemporaryDirectory(prefix="surgery-demo-") as untouched:
@@ -100,7 +101,7 @@ def _run(folder: Path, rank: int, steps: int, device: str, overwrite: bool, prog
     loss_attached = mean_loss(model, held_out)
 
     clock = time.perf_counter()
-    fold(factorized, scales_file, folder / "folded", device=device, overwrite=overwrite, progress=progress)
+    fold(factorized, scales_file, folder / "folded", device=device, overwrite=overwrite)
     seconds_fold = time.perf_counter() - clock
 
     return DemoReport(

@@ -41,7 +41,7 @@ from surgery.operations.publish import publish_factorized, submit_shard, uploadi
 from surgery.planning.memory import Resources
 from surgery.planning.plan import LAYOUTS, Layout, Plan, make_plan
 from surgery.planning.targets import Choice
-from surgery.progress import Progress, Shared, Silent
+from surgery.progress import Progress, heard, listening
 from surgery.source.model import Source, open_source
 from surgery.timing import Timing, timed
 
@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from surgery.source.upload import Upload
 
 
+@heard
+@on_its_own_terms
 def plan(
     model: str | Path,
     *,
@@ -67,15 +69,26 @@ def plan(
     max_memory: int | None = None,
     max_device_memory: int | None = None,
     stream: bool = False,
+    progress: Progress | None = None,
 ) -> Plan:
     """What ``factorize`` would do with the same arguments, from headers.
 
     Of a model that is here, weights that may be one parameter, stored twice, are compared.
+
+    Args:
+        progress: told the notes that the plan holds; without it each is a ``SurgeryWarning``. The others: as for ``factorize``.
+
+    Raises:
+        SurgeryError: see ``surgery.errors``.
     """
+    progress = listening()
     choice = _choice(rank, energy, max_rank, include, exclude, recipe, split)
     with engine_of("local", device, max_memory, max_device_memory, None) as by:
         source = _open(model, revision, subfolder, (Path(STREAM_DIR), by.files_at_a_time) if stream else None)
-        return _plan(source, choice, layout, correction, by.resources, fetch=False)
+        steps = _plan(source, choice, layout, correction, by.resources, fetch=False)
+    for note in steps.notes:
+        progress.note(note)
+    return steps
 
 
 def _open(model: str | Path, revision: str | None, subfolder: str | None, stream: tuple[Path, int] | None) -> Source:
@@ -108,6 +121,7 @@ def _plan(
     return make_plan(source, choice, layout, resources, correction=correction, find_aliases=find)
 
 
+@heard
 @on_its_own_terms
 def factorize(
     model: str | Path,
@@ -175,7 +189,7 @@ def factorize(
             surgery there is replaced.
         private: whether a repository that is created for it is private.
         overwrite: replace an earlier result in ``out``, which stays as it is until the new one is whole.
-        progress: told how far it is.
+        progress: told how far it is, and what the user should know; without it that is a ``SurgeryWarning``.
         timing: told where the time goes.
 
     Returns:
@@ -185,7 +199,7 @@ def factorize(
         SurgeryError: see ``surgery.errors``. What has been written by then has no manifest and no ``config.json``,
             and so is taken for a checkpoint by nobody; the same call goes on after the last finished shard.
     """
-    progress = progress or Silent()
+    progress = listening()
     check_accuracy(tolerance, seed)
     out = Path(out)
     with engine_of(engine, device, max_memory, max_device_memory, timing) as by:
@@ -269,7 +283,7 @@ class _Factorizing:
         self._out = out
         self._source = source
         self._settings = settings
-        self._progress = Shared(progress)
+        self._progress = progress
         self._timing = timing
         self._jobs: dict[int, Job] = {}
 

@@ -45,7 +45,7 @@ from surgery.operations.output import files_in, is_as_recorded, loading_order, l
 from surgery.operations.publish import publish_folded, submit_files, uploading
 from surgery.operations.quantized import index_of, without_quantization
 from surgery.planning.memory import Memory, need_to_fold, share_out
-from surgery.progress import Progress, Shared, Silent
+from surgery.progress import Progress, heard, listening
 from surgery.source.model import FolderSource
 from surgery.source.shards import is_index
 from surgery.timing import Timing, timed
@@ -80,6 +80,7 @@ class FoldReport:
     adapted: int
 
 
+@heard
 @on_its_own_terms
 def fold(
     factorized: str | Path,
@@ -121,7 +122,7 @@ def fold(
             been read.
         push_to_hub, private: as for ``factorize``.
         overwrite: replace an earlier result in ``out``, which stays as it is until the new one is whole.
-        progress: told how far it is.
+        progress: told how far it is, and what the user should know; without it that is a ``SurgeryWarning``.
         timing: told where the time goes.
 
     Raises:
@@ -131,7 +132,7 @@ def fold(
     Warns:
         SurgeryWarning: see ``surgery.format.scales.read_scales``.
     """
-    progress = progress or Silent()
+    progress = listening()
     factorized, out = Path(factorized), Path(out)
     manifest = Manifest.read(factorized)
     others = _as_they_are(factorized, manifest, progress)
@@ -337,7 +338,7 @@ class _Folding:
         self.to_compare = False
         self._weights = weights
         self._dense = dense
-        self._progress = Shared(progress)
+        self._progress = progress
         self._timing = timing
 
     def acquired(self, which: Iterable[int]) -> Iterator[int]:

@@ -27,7 +27,7 @@ from surgery.operations.output import check_output_file, check_room
 from surgery.operations.quantized import Dequantizer
 from surgery.operations.tuned import Norms, TunedModel, note_what_is_unlikely
 from surgery.planning.quantization import FP8, Scaled
-from surgery.progress import Progress, Silent
+from surgery.progress import Progress, heard, listening
 from surgery.source.model import Source, open_source
 
 #: What is stored of an original matrix, and the fine-tuned one.
@@ -70,6 +70,7 @@ class ProjectReport:
     total: Projection
 
 
+@heard
 @on_its_own_terms
 def project(
     factorized: str | Path,
@@ -99,8 +100,8 @@ def project(
             not to be used.
         device: where the arithmetic runs: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         overwrite: replace ``out`` if it is there.
-        progress: told how far it is, and where ``tuned`` does not look like a fine-tuned model (``surgery.operations.tuned``);
-            without it that is a ``SurgeryWarning``.
+        progress: told how far it is, and what the user should know, such as where ``tuned`` does
+            not look like a fine-tuned model (``surgery.operations.tuned``); without it that is a ``SurgeryWarning``.
 
     Raises:
         SourceError: a model is not there, or lacks a target; a target has another shape there.
@@ -109,6 +110,7 @@ def project(
         OutputError: ``out`` is there already, is an input, or cannot be written.
         OptionError: a base that is not needed; no such device.
     """
+    progress = listening()
     where = choose_device(device)
     where = torch.device("cpu") if where.type == "mps" else where  # which has no float64
     factorized, out = Path(factorized), Path(out)
@@ -126,7 +128,7 @@ def project(
         TunedModel(source, {target.tensor: target.shape for target in manifest.targets}, names, progress, aliases) as model,
         _Projector(factorized, manifest, weights, model, where) as projector,
     ):
-        projector.run(progress or Silent())
+        projector.run(progress)
         found = projector.found
     for read in (source, weights):
         read.watch.check()

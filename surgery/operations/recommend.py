@@ -15,7 +15,7 @@ from surgery.errors import OptionError
 from surgery.format.files import write_file
 from surgery.operations.output import check_output_file
 from surgery.operations.spectra import folders_of, spectra
-from surgery.progress import Progress
+from surgery.progress import Progress, heard
 
 Unit = Literal["numbers", "bytes"]
 UNITS: tuple[Unit, ...] = ("numbers", "bytes")
@@ -57,6 +57,7 @@ class _Candidate:
     cost: int
 
 
+@heard
 def recommend(
     model: str | Path,
     tuned: str | Path | None = None,
@@ -116,7 +117,6 @@ def recommend(
         subfolder=subfolder,
         seed=seed,
         device=device,
-        progress=progress,
     )
     candidates = _candidates(report["targets"], unit, changed=tuned is not None)
     total = _total(report["targets"], changed=tuned is not None)

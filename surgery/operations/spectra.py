@@ -23,7 +23,7 @@ from surgery.operations.quantized import Dequantizer
 from surgery.operations.tuned import Norms, TunedModel, note_what_is_unlikely
 from surgery.planning.plan import Plan, make_plan
 from surgery.planning.targets import Choice, Target
-from surgery.progress import Progress, Silent
+from surgery.progress import Progress, heard, listening
 from surgery.source.model import Source, open_source
 
 SCHEMA_VERSION = 2
@@ -33,6 +33,7 @@ _BEYOND = 16
 _DIGITS = 6
 
 
+@heard
 @on_its_own_terms
 def spectra(
     model: str | Path,
@@ -64,8 +65,8 @@ def spectra(
         include, exclude, recipe, split, revision, subfolder: as for ``factorize``; the revision is the first model's.
         seed, tolerance: of the truncated SVD.
         device: where the linear algebra runs.
-        progress: told how far it is, and where ``tuned`` does not look like a fine-tuned model (``surgery.operations.tuned``);
-            without it that is a ``SurgeryWarning``.
+        progress: told how far it is, and what the user should know, such as where ``tuned`` does
+            not look like a fine-tuned model (``surgery.operations.tuned``); without it that is a ``SurgeryWarning``.
 
     Returns:
         JSON-able, ``schema_version`` 2: ``targets``, one object per matrix, and ``findings`` over all of them.
@@ -73,6 +74,7 @@ def spectra(
     Raises:
         SurgeryError: a model cannot be had or read, holds NaN, or lacks a tensor; an option makes no sense.
     """
+    progress = listening()
     where = choose_device(device)
     check_accuracy(tolerance, seed)
     subspace = min(16, top) if subspace is None else subspace
@@ -171,15 +173,14 @@ def _rounded(value: Any) -> Any:
 
 
 def _walk(
-    source: Source, steps: Plan, other: Source | None, measure: _Measure, progress: Progress | None
+    source: Source, steps: Plan, other: Source | None, measure: _Measure, progress: Progress
 ) -> list[dict[str, Any]]:
     """The figures of all targets, in the order of the checkpoint."""
-    shown = progress or Silent()
     shapes = {target.tensor: target.shape for target in steps.targets}
     prefix = _common_prefix([_generic(target.tensor) for target in steps.targets])
     shards = [shard for shard in steps.shards if shard.targets]
     described: list[dict[str, Any]] = []
-    shown.start("measuring", sum(shard.size for shard in shards))
+    progress.start("measuring", sum(shard.size for shard in shards))
     try:
         with ExitStack() as stack:
             dequantizer = stack.enter_context(Dequantizer(source.fetch, source.watch))
@@ -194,11 +195,11 @@ def _walk(
                     ShardReader(source.fetch(shard.file), name=shard.file, watch=source.watch) as reader,
                     ShardWalk(reader, portions) as walk,
                 ):
-                    for piece in reported(walk, shown):
+                    for piece in reported(walk, progress):
                         if isinstance(piece, TargetPiece):
                             described += _piece(piece, inside[piece.entry.name], dequantizer, tuned, measure, prefix)
     finally:
-        shown.finish()
+        progress.finish()
     return described
 
 

@@ -30,7 +30,7 @@ from surgery.operations.base import BaseWeights, OwnWeights, check_entry, open_b
 from surgery.operations.output import check_room
 from surgery.operations.quantized import Dequantizer
 from surgery.planning.quantization import FP8, Scaled
-from surgery.progress import Progress, Silent
+from surgery.progress import Progress, heard, listening
 
 #: Largest entry of ``U^T U - I`` that passes: vectors are rounded to float32.
 _ORTHONORMAL = 1e-5
@@ -77,6 +77,7 @@ class VerifyReport:
         return holds
 
 
+@heard
 @on_its_own_terms
 def verify(
     factorized: str | Path,
@@ -96,12 +97,12 @@ def verify(
             cannot be looked at otherwise; ``unchecked`` says so.
         fast: hashes and headers only.
         device: where the arithmetic runs: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        progress: told how far it is.
+        progress: told how far it is, and what the user should know; without it that is a ``SurgeryWarning``.
 
     Raises:
         SurgeryError: there is no manifest to check against, no such base, or one that is not needed.
     """
-    progress = progress or Silent()
+    progress = listening()
     where = choose_device(device)
     where = torch.device("cpu") if where.type == "mps" else where
     folder = Path(factorized)
