@@ -93,7 +93,7 @@ def _check(folder: Path, tmp_path: Path, layout: str, include: Iterable[str] = (
     kind = kind or getattr(transformers, json.loads((folder / "config.json").read_text())["architectures"][0])
     base = folder if layout == "overlay" else None
     factorized = tmp_path / "f"
-    manifest = surgery.factorize(folder, factorized, rank=4, include=list(include), layout=layout)
+    manifest = surgery.factorize(folder, factorized, rank=4, include=list(include), layout=layout).manifest
     for loaded in [folder] if base else [folder, factorized]:
         model = kind.from_pretrained(loaded, dtype="auto").eval()
         scales = surgery.attach(model, factorized)
@@ -329,7 +329,7 @@ def test_equal_weights_in_blocks_of_an_unknown_class(tmp_path: Path) -> None:
     folder.mkdir()
     save_file({"layers.0.up.weight": weight, "layers.1.up.weight": weight.clone()}, folder / "model.safetensors")
     told = Silent()
-    manifest = surgery.factorize(folder, tmp_path / "f", rank=2, layout="overlay", progress=told)
+    manifest = surgery.factorize(folder, tmp_path / "f", rank=2, layout="overlay", progress=told).manifest
     assert len(manifest.targets) == 2
     assert [note for note in told.notes if "layers.1.up.weight holds the same weights as layers.0.up.weight" in note]
     for tied in (False, True):
@@ -363,7 +363,7 @@ def test_without_a_correction_the_copies_would_part(tmp_path: Path) -> None:
 def test_a_parameter_that_the_manifest_knows_in_part_is_not_attached(tmp_path: Path) -> None:
     """As before aliases were recorded: the fold would edit one of the two."""
     folder = tied_llama(tmp_path / "m")
-    manifest = surgery.factorize(folder, tmp_path / "f", rank=2, include=[EMBEDDING], layout="overlay")
+    manifest = surgery.factorize(folder, tmp_path / "f", rank=2, include=[EMBEDDING], layout="overlay").manifest
     described = dataclasses.asdict(manifest)
     described["skipped"].append({**described["targets"][0].pop("aliases")[0], "reason": "an output head"})
     (tmp_path / "f" / MANIFEST_FILE).write_text(json.dumps(described))
@@ -386,7 +386,9 @@ def test_a_parameter_that_the_manifest_knows_in_part_is_not_attached(tmp_path: P
 )
 def test_aliases_in_a_manifest_that_make_no_sense(change: Callable[[Any], Any], message: str, tmp_path: Path) -> None:
     folder = tied_llama(tmp_path / "m")
-    manifest = surgery.factorize(folder, tmp_path / "f", rank=2, include=["lm_head.*", "*q_proj.weight"], layout="overlay")
+    manifest = surgery.factorize(
+        folder, tmp_path / "f", rank=2, include=["lm_head.*", "*q_proj.weight"], layout="overlay"
+    ).manifest
     described = dataclasses.asdict(manifest)
     change(described)
     (tmp_path / "f" / MANIFEST_FILE).write_text(json.dumps(described))
@@ -418,16 +420,18 @@ def test_from_the_hub_they_are_compared_when_the_run_has_them(stream: bool, hub:
     assert any(f"{HEAD} and {EMBEDDING} may be one parameter" in note for note in notes)
     told = Silent()
     layout = "overlay" if stream else "residual"
-    manifest = surgery.factorize(name, tmp_path / "f", rank=2, include=[EMBEDDING], stream=stream, layout=layout, progress=told)
+    manifest = surgery.factorize(
+        name, tmp_path / "f", rank=2, include=[EMBEDDING], stream=stream, layout=layout, progress=told
+    ).manifest
     assert _aliases(manifest) == {EMBEDDING: [HEAD]}
     assert any("stored again" in note for note in told.notes)
-    again = surgery.factorize(name, tmp_path / "f", rank=2, include=[EMBEDDING], stream=stream, layout=layout)
+    again = surgery.factorize(name, tmp_path / "f", rank=2, include=[EMBEDDING], stream=stream, layout=layout).manifest
     assert again == manifest
     scales = {EMBEDDING: torch.tensor([1.5, 0.5])}
     surgery.fold(tmp_path / "f", scales, tmp_path / "out", stream=stream)
     after = tensors_of(tmp_path / "out")
     assert torch.equal(after[EMBEDDING], after[HEAD])
-    local = surgery.factorize(folder, tmp_path / "local", rank=2, include=[EMBEDDING])
+    local = surgery.factorize(folder, tmp_path / "local", rank=2, include=[EMBEDDING]).manifest
     surgery.fold(tmp_path / "local", scales, tmp_path / "local-out")
     assert local.targets[0].factors_sha256 == manifest.targets[0].factors_sha256
     assert all(torch.equal(tensor, after[key]) for key, tensor in tensors_of(tmp_path / "local-out").items())

@@ -59,7 +59,7 @@ def test_first_rule_that_matches_decides(llama: Path, tmp_path: Path) -> None:
     assert reasons["model.layers.0.self_attn.q_proj.weight"] == "the first one stays"
     assert reasons["model.layers.0.self_attn.v_proj.weight"] == "not in the recipe mine"
     assert reasons["lm_head.weight"] == "an output head"
-    manifest = surgery.factorize(llama, tmp_path / "f", recipe=recipe)
+    manifest = surgery.factorize(llama, tmp_path / "f", recipe=recipe).manifest
     assert manifest.options.recipe == "mine"
     assert {target.tensor for target in manifest.targets} == extent.keys()
     surgery.fold(tmp_path / "f", tmp_path / "f/surgery/scales.safetensors", tmp_path / "back")

@@ -74,7 +74,7 @@ def test_an_index_that_names_too_few(model: Path, tmp_path: Path) -> None:
     index["weight_map"] = {name: shard for name, shard in index["weight_map"].items() if shard != left}
     (model / INDEX).write_text(json.dumps(index))
     progress = Silent()
-    manifest = surgery.factorize(model, tmp_path / "f", rank=4, progress=progress)
+    manifest = surgery.factorize(model, tmp_path / "f", rank=4, progress=progress).manifest
     assert any(left in note and "not read" in note for note in progress.notes)
     assert left in {record.file for record in manifest.left_out}
     # Not even on the disk: the numbering tells.
@@ -203,7 +203,7 @@ def test_what_is_tied_to_a_tensor_in_several_shards(tmp_path: Path) -> None:
     for path in shards[:2]:
         _edit_shard(path, lambda tensors: tensors.update({"model.embed_tokens.weight": embedding}))
     _edit_shard(shards[2], lambda tensors: tensors.update({"lm_head.weight": embedding}))
-    manifest = surgery.factorize(model, tmp_path / "f", rank=4, include=["lm_head.weight", "*q_proj*"])
+    manifest = surgery.factorize(model, tmp_path / "f", rank=4, include=["lm_head.weight", "*q_proj*"]).manifest
     assert {target.tensor.split(".")[-2] for target in manifest.targets} == {"q_proj"}
     assert "lm_head.weight" in {item.tensor for item in manifest.skipped}
 
@@ -250,7 +250,7 @@ def test_an_output_folder_of_a_trainer(model: Path, hub: LoopbackHub, tmp_path: 
     before = files_of(model)
     _make_output_folder(model)
     repo = hub.create("acme/output-folder", private=True)
-    manifest = surgery.factorize(model, tmp_path / "f", rank=4, push_to_hub="acme/output-folder")
+    manifest = surgery.factorize(model, tmp_path / "f", rank=4, push_to_hub="acme/output-folder").manifest
     left = {record.file for record in manifest.left_out}
     assert left == {
         "checkpoint-100/", "wandb/", "runs/", ".git/", ".cache/", "data/", "a/", ".env", "train.jsonl", "config.json.bak",

@@ -54,7 +54,7 @@ def test_two_files_at_a_time_and_the_same_bytes(
     name = f"acme/stream-{layout}"
     hub.publish(name, shards)
     with most_at_a_time(tmp_path / "f" / STREAM_DIR) as most:
-        manifest = surgery.factorize(name, tmp_path / "f", rank=4, layout=layout, stream=True)
+        manifest = surgery.factorize(name, tmp_path / "f", rank=4, layout=layout, stream=True).manifest
     assert len(manifest.shards) > 6
     assert 1 <= most[0] <= 2
     assert not (tmp_path / "f/.surgery").exists()

@@ -15,12 +15,13 @@ from surgery.errors import OptionError, ScalesError
 from surgery.format.scales import ScalesFile, note_without_owner, read_scales_alone, write_scales
 from surgery.operations.output import check_output_file
 from surgery.progress import Progress, heard
+from surgery.reports import Report
 
 Space = Literal["linear", "log"]
 
 
 @dataclass(frozen=True, slots=True)
-class BlendReport:
+class BlendReport(Report):
     """What a blend wrote.
 
     Attributes:

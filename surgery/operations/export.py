@@ -26,6 +26,7 @@ from surgery.names import CONFIG_FILE
 from surgery.operations.output import check_output_file
 from surgery.operations.publish import publish_adapter, uploading
 from surgery.progress import Progress, heard, listening
+from surgery.reports import Report
 from surgery.training.carriers import Carrier, Layer, carriers_of, places_of, terms_of
 from surgery.training.placement import Piece, Place
 from surgery.training.skeleton import skeleton
@@ -36,17 +37,19 @@ _FOLD_HINT = "fold instead: surgery fold gives standard weights for any model. O
 
 
 @dataclass(frozen=True, slots=True)
-class ExportReport:
+class ExportReport(Report):
     """What an export wrote.
 
     Attributes:
         out: the folder.
+        format: of the adapter: ``peft``.
         modules: how many modules have an update.
         rank: of all of them.
         bytes_written: of the adapter's weights.
     """
 
     out: Path
+    format: str
     modules: int
     rank: int
     bytes_written: int
@@ -133,7 +136,7 @@ def export(
             adapter.write(out, factorized, values, progress)
         names, modules = (CONFIG, WEIGHTS), len(adapter.updates)
         publish_adapter(upload, out, names, manifest, factorized, modules=modules, rank=adapter.rank, progress=progress)
-    return ExportReport(out, modules, adapter.rank, (out / WEIGHTS).stat().st_size)
+    return ExportReport(out, "peft", modules, adapter.rank, (out / WEIGHTS).stat().st_size)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from surgery.operations.quantized import Dequantizer
 from surgery.operations.tuned import Norms, TunedModel, note_what_is_unlikely
 from surgery.planning.quantization import FP8, Scaled
 from surgery.progress import Progress, heard, listening
+from surgery.reports import Report
 from surgery.source.model import Source, open_source
 
 #: What is stored of an original matrix, and the fine-tuned one.
@@ -52,7 +53,7 @@ class Projection:
 
 
 @dataclass(frozen=True, slots=True)
-class ProjectReport:
+class ProjectReport(Report):
     """What a projection found.
 
     Attributes:
