@@ -22,7 +22,7 @@ from surgery.progress import Silent
 from surgery.training import skeleton
 from tests.families import FAMILIES
 from tests.loopback_hub import LoopbackHub
-from tests.models import realistic, save_llama, tensors_of
+from tests.models import planned, realistic, save_llama, tensors_of
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LAYOUTS = ["residual", "overlay"]
@@ -270,17 +270,17 @@ def test_what_a_config_says_counts_as_the_class_takes_it(
     (tmp_path / "config.json").write_text(json.dumps(config))
     loaded = type(model).from_pretrained(tmp_path)
     tied = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
-    (target,) = surgery.plan(tmp_path, rank=2, include=[embedding]).targets
+    (target,) = planned(tmp_path, rank=2, include=[embedding]).targets
     assert bool(target.aliases) is tied
 
 
 def test_the_config_counts_where_the_class_cannot_be_followed(tmp_path: Path) -> None:
     folder = tied_llama(tmp_path / "m", tie_word_embeddings=True)
     _rewrite(folder, {**tensors_of(folder), "norm.weight": torch.ones(48)})  # beside model.norm.weight
-    assert [len(t.aliases) for t in surgery.plan(folder, rank=2, include=[EMBEDDING]).targets] == [1]
+    assert [len(t.aliases) for t in planned(folder, rank=2, include=[EMBEDDING]).targets] == [1]
     _rewrite(folder, tensors_of(folder), tie_word_embeddings=None)
     with pytest.raises(OptionError, match="it cannot be known") as caught:
-        surgery.plan(folder, rank=2, include=[EMBEDDING])
+        planned(folder, rank=2, include=[EMBEDDING])
     assert "two tensors of the checkpoint are loaded as 'model.norm.weight'" in str(caught.value)
 
 
@@ -290,11 +290,11 @@ def test_a_class_of_its_own_that_says_it_of_its_language_model(said: dict[str, b
     parts = {part: {"tie_word_embeddings": tied} for part, tied in said.items()}
     _rewrite(folder, tensors_of(folder), **parts)
     if said:
-        (target,) = surgery.plan(folder, rank=2, include=[EMBEDDING]).targets
+        (target,) = planned(folder, rank=2, include=[EMBEDDING]).targets
         assert bool(target.aliases) is next(iter(said.values()))
         _rewrite(folder, tensors_of(folder), tie_word_embeddings=not next(iter(said.values())))
     with pytest.raises(OptionError, match="it cannot be known whether the model ties them"):  # unsaid, or contradicted
-        surgery.plan(folder, rank=2, include=[EMBEDDING])
+        planned(folder, rank=2, include=[EMBEDDING])
 
 
 @pytest.mark.parametrize("missing", ["no config", "a class of its own", "no transformers"])
@@ -307,12 +307,12 @@ def test_what_cannot_be_known_is_refused(missing: str, tmp_path: Path, monkeypat
     else:
         monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(OptionError, match=f"{HEAD} and {EMBEDDING}: they hold the same weights") as caught:
-        surgery.plan(folder, rank=2, include=[EMBEDDING])
+        planned(folder, rank=2, include=[EMBEDDING])
     assert "--exclude 'lm_head.weight' --exclude 'model.embed_tokens.weight'" in str(caught.value)
     assert "tie_word_embeddings" in str(caught.value)
     if missing != "no config":  # said in the config it is known, without transformers as well
         _rewrite(folder, tensors_of(folder), tie_word_embeddings=True)
-        assert [len(t.aliases) for t in surgery.plan(folder, rank=2, include=[EMBEDDING]).targets] == [1]
+        assert [len(t.aliases) for t in planned(folder, rank=2, include=[EMBEDDING]).targets] == [1]
 
 
 class _Blocks(torch.nn.Module):
@@ -342,7 +342,7 @@ def test_equal_weights_in_blocks_of_an_unknown_class(tmp_path: Path) -> None:
             assert len(list(surgery.attach(model, tmp_path / "f").parameters())) == 2
     zeros = torch.zeros(32, 24)  # have no directions to change
     save_file({"layers.0.up.weight": zeros, "layers.1.up.weight": zeros.clone()}, folder / "model.safetensors")
-    assert surgery.plan(folder, rank=2).notes == ()
+    assert planned(folder, rank=2).notes == ()
 
 
 def test_an_embedding_that_begins_with_zeros_is_compared(tmp_path: Path) -> None:
@@ -351,7 +351,7 @@ def test_an_embedding_that_begins_with_zeros_is_compared(tmp_path: Path) -> None
     for row in (0, 48, 96):
         tensors[EMBEDDING][row] = 0
     _rewrite(folder, {**tensors, HEAD: tensors[EMBEDDING]})
-    assert [len(t.aliases) for t in surgery.plan(folder, rank=2, include=[EMBEDDING]).targets] == [1]
+    assert [len(t.aliases) for t in planned(folder, rank=2, include=[EMBEDDING]).targets] == [1]
 
 
 def test_without_a_correction_the_copies_would_part(tmp_path: Path) -> None:
@@ -416,7 +416,7 @@ def test_from_the_hub_they_are_compared_when_the_run_has_them(stream: bool, hub:
     folder = tied_llama(tmp_path / "m", shards=3)
     name = f"acme/tied-{stream}"
     hub.publish(name, folder)
-    notes = surgery.plan(name, rank=2, include=[EMBEDDING]).notes
+    notes = planned(name, rank=2, include=[EMBEDDING]).notes
     assert any(f"{HEAD} and {EMBEDDING} may be one parameter" in note for note in notes)
     told = Silent()
     layout = "overlay" if stream else "residual"
@@ -446,7 +446,7 @@ def test_the_skeleton_is_not_needed_where_nothing_is_equal(tmp_path: Path, monke
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "m")
     monkeypatch.setattr(skeleton, "skeleton", None)
     monkeypatch.setattr("surgery.operations.aliases.skeleton", None)
-    assert len(surgery.plan(tmp_path / "m", rank=2).targets) == 14
+    assert len(planned(tmp_path / "m", rank=2).targets) == 14
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

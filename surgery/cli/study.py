@@ -125,6 +125,7 @@ def recommend(
     """
     from surgery.operations import recommend as operation
 
+    start = time.perf_counter()
     report = operation.recommend(
         model,
         tuned,
@@ -137,7 +138,7 @@ def recommend(
         progress=Bar(quiet=quiet),
     )
     if as_json:
-        print_json(report)
+        print_json(report, seconds=time.perf_counter() - start)
         return
     used = [value for value in report.ranks.values() if value]
     of = "the squared norm of the weights" if tuned is None else "the change"

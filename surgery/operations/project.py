@@ -60,7 +60,7 @@ class ProjectReport(Report):
         out: the scales file.
         fingerprint: of the factors that they belong to.
         trainable: how many scales.
-        targets: one by one, as in the manifest.
+        targets: each of them, in the order of the manifest.
         total: all of them together, as if they were one long vector.
     """
 

@@ -50,7 +50,7 @@ class Rule:
         view: how the tensor is seen; None: told from its dimensions.
         slices: the projections that a fused tensor is made of, in this order; none where it is not fused.
         every: how they alternate: ``group`` (by key-value head), ``column`` (one by one), or None: one after the other.
-        axis: along which of the matrix: 0: rows, 1: columns.
+        axis: what they are parts of: 0: the rows of the matrix, 1: its columns.
         split: whether to split it; None: as the recipe says.
         rank, energy, max_rank: as on the command line.
         skip: why such a tensor is no target; None if it is one.
