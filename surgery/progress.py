@@ -69,21 +69,23 @@ class Silent:
 class _Warner(Silent):
     """Nobody listens: a note is a ``SurgeryWarning`` in the thread of the caller, at the line that it is at.
 
-    One that comes from another thread, or while an error is on its way, waits for the end of the operation: where warnings are
-    errors, it would end in a thread that nobody waits for, or take the place of the error.
+    One from another thread waits for the end of the operation. So does one that is an error, as the caller's filters have it:
+    a note never stops the work.
     """
 
     def __init__(self, caller: FrameType) -> None:
         super().__init__()
         self._caller = caller
         self._thread = threading.get_ident()
-        self._handled = sys.exception()
 
     def note(self, message: str) -> None:
-        if threading.get_ident() != self._thread or sys.exception() is not self._handled:
+        if threading.get_ident() != self._thread:
             self.notes.append(message)
-        else:
+            return
+        try:
             self._warn(message)
+        except SurgeryWarning:
+            self.notes.append(message)
 
     def tell_the_rest(self) -> None:
         while self.notes:
@@ -168,7 +170,7 @@ def heard(function: Callable[_Arguments, _Out]) -> Callable[_Arguments, _Out]:
             result = function(*arguments, **options)
         except BaseException:
             while warner.notes:
-                with suppress(SurgeryWarning):  # where warnings are errors: the one on its way is what counts
+                with suppress(SurgeryWarning):  # where that is an error: the one on its way is what counts
                     warner.tell_the_rest()
             raise
         finally:

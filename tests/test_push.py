@@ -31,6 +31,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
     # PEFT asks transformers for an attribute that has a new name.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    # What is said of an upload, where a test does not listen.
+    pytest.mark.filterwarnings(r"ignore:uploaded to |.* is already complete:surgery.errors.SurgeryWarning"),
 ]
 
 CARD = "---\nlicense: apache-2.0\n---\n\n# The source's own card\n"

@@ -26,6 +26,9 @@ from surgery.operations.output import locked
 from surgery.progress import Silent
 from tests.models import files_of, realistic, save_llama
 
+# What is said of a run that was begun before, where a test does not listen.
+pytestmark = pytest.mark.filterwarnings("ignore:going on after|.* is already complete:surgery.errors.SurgeryWarning")
+
 ROOT = Path(__file__).parent.parent
 
 
