@@ -25,7 +25,9 @@ from tests.loopback_hub import LoopbackHub
 from tests.models import planned, realistic, save_llama, tensors_of
 
 # What is said of such a model, where a test does not listen.
-pytestmark = pytest.mark.filterwarnings("ignore:.* (is stored again as|may be one parameter):surgery.errors.SurgeryWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.* (is stored again as|may be one parameter|is already complete):surgery.errors.SurgeryWarning"
+)
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LAYOUTS = ["residual", "overlay"]

@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.cli.main import main
-from surgery.errors import FormatError, OutputError, SourceError, SurgeryError
+from surgery.errors import FormatError, OutputError, SourceError, SurgeryError, SurgeryWarning
 from surgery.planning.numbering import numbering_notes
 from surgery.progress import Silent
 from tests.loopback_hub import WRITING_TOKEN, LoopbackHub
-from tests.models import files_of, save_llama, tensors_of
+from tests.models import files_of, planned, save_llama, tensors_of
 
 # PEFT asks transformers for an attribute that has a new name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -52,7 +52,7 @@ def _there_and_back(model: Path, work: Path) -> tuple[Path, Path]:
 
 
 def _plan(model: Path) -> surgery.Plan:
-    return surgery.plan(model, rank=4)
+    return planned(model, rank=4)
 
 
 # -- one whole model ---------------------------------------------------------------------------------------------------------
@@ -117,7 +117,7 @@ def test_holes_in_other_lists(tmp_path: Path) -> None:
         (("layers.0.w.weight", "layers.999999999.w.weight"), "nor 999999997 others"),
     ):  # fmt: skip
         save_file({name: torch.randn(4, 4) for name in names}, tmp_path / "model.safetensors")
-        (note,) = surgery.plan(tmp_path, rank=2, include=["*"]).notes
+        (note,) = planned(tmp_path, rank=2, include=["*"]).notes
         assert said in note
 
 
@@ -250,7 +250,8 @@ def test_an_output_folder_of_a_trainer(model: Path, hub: LoopbackHub, tmp_path: 
     before = files_of(model)
     _make_output_folder(model)
     repo = hub.create("acme/output-folder", private=True)
-    manifest = surgery.factorize(model, tmp_path / "f", rank=4, push_to_hub="acme/output-folder").manifest
+    with pytest.warns(SurgeryWarning, match=r"uploaded to .*/acme/output-folder \(private\)"):
+        manifest = surgery.factorize(model, tmp_path / "f", rank=4, push_to_hub="acme/output-folder").manifest
     left = {record.file for record in manifest.left_out}
     assert left == {
         "checkpoint-100/", "wandb/", "runs/", ".git/", ".cache/", "data/", "a/", ".env", "train.jsonl", "config.json.bak",
@@ -291,7 +292,8 @@ def test_an_adapter_beside_the_weights(model: Path, tmp_path: Path) -> None:
     assert not torch.equal(_logits(model), truth)
     notes = _plan(model).notes
     assert any("adapter_config.json, adapter_model.safetensors" in note for note in notes)
-    factorized, back = _there_and_back(model, tmp_path)
+    with pytest.warns(SurgeryWarning, match="adapter_config.json, adapter_model.safetensors"):
+        factorized, back = _there_and_back(model, tmp_path)
     assert torch.equal(_logits(back), truth)
     assert _logits(factorized).shape == truth.shape
     with pytest.raises(SourceError, match="holds an adapter and no safetensors weights"):
