@@ -17,7 +17,7 @@ from surgery.errors import FormatError, OptionError, SourceError, WeightError
 from surgery.linalg.fp8 import block_scales, dequantize, quantize
 from surgery.operations.verify import verify
 from tests.families import FAMILIES
-from tests.models import files_of, tensors_of
+from tests.models import files_of, planned, tensors_of
 
 BLOCK = (16, 16)
 
@@ -521,7 +521,7 @@ def test_convolutions_and_stray_scales_are_no_targets(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
     quantization = {"quant_method": "fp8", "weight_block_size": [10, 12]}
     (folder / "config.json").write_text(json.dumps({"quantization_config": quantization}))
-    steps = surgery.plan(folder, include=["*"], rank=2)
+    steps = planned(folder, include=["*"], rank=2)
     assert [target.tensor for target in steps.targets] == ["layers.0.q.weight"]
     reasons = {item.tensor: item.reason for item in steps.skipped}
     assert reasons["layers.0.conv.weight"] == "an FP8 convolution"
