@@ -71,4 +71,4 @@ class MissingExtra(SurgeryError, ImportError):
 
 
 class SurgeryWarning(UserWarning):
-    """Something that works but is probably not meant."""
+    """Something that works but is probably not meant, or that an operation has done by itself: a note that nobody else hears."""

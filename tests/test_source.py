@@ -163,7 +163,7 @@ def test_index_entries_that_no_shard_has(model: Path, tmp_path: Path) -> None:
     notes = _plan(model).notes
     assert any("no shard holds: 1, the first model.layers.0.ghost.weight" in note for note in notes)
     assert any(f"another shard than the tensor is in: 1, the first {moved}" in note for note in notes)
-    with pytest.warns(SurgeryWarning, match="no shard holds: 1, the first model.layers.0.ghost.weight"):
+    with pytest.warns(SurgeryWarning, match=r"model\.safetensors\.index\.json names"):
         _, back = _there_and_back(model, tmp_path)
     assert files_of(back) == files_of(model)
     assert torch.equal(_logits(back), truth)
