@@ -71,4 +71,4 @@ class MissingExtra(SurgeryError, ImportError):
 
 
 class SurgeryWarning(UserWarning):
-    """Something that works but is probably not meant, or that an operation has done by itself: a note that nobody else hears."""
+    """A note that nobody else hears: what works but is probably not meant, or what an operation has done by itself."""

@@ -287,7 +287,9 @@ def flat(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.usefixtures("no_convergence")
 def test_targets_that_did_not_converge_are_named(flat: Path, tmp_path: Path) -> None:
-    said = r"the SVD of 2 of 3 did not reach the tolerance 1e-05: model\.layers\.\d\.mlp\.up_proj\.weight \(residual .*try"
+    said = (
+        r"the SVD of 2 of 3 targets did not reach the tolerance 1e-05: model\.layers\.\d\.mlp\.up_proj\.weight \(residual .*try"
+    )
     with pytest.warns(surgery.SurgeryWarning, match=f"(?i){said}"):
         report = surgery.factorize(flat, tmp_path / "f", rank=4, device="cpu")
     failed = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(2)]
@@ -301,15 +303,15 @@ def test_targets_that_did_not_converge_are_named(flat: Path, tmp_path: Path) -> 
     assert any(f"1e-05: {worst.tensor} (residual {worst.max_residual:.1e}), " in note for note in again.notes)
     done = CliRunner().invoke(main, ["factorize", str(flat), "--rank", "4", "--device", "cpu", "-o", str(tmp_path / "g")])
     assert done.exit_code == 0
-    assert f"note: the SVD of 2 of 3 did not reach the tolerance 1e-05: {worst.tensor} (residual" in done.stderr
+    assert f"note: the SVD of 2 of 3 targets did not reach the tolerance 1e-05: {worst.tensor} (residual" in done.stderr
     # The fold is as exact as ever.
     surgery.fold(tmp_path / "f", tmp_path / "f/surgery/scales.safetensors", tmp_path / "out")
     assert (tmp_path / "out/model.safetensors").read_bytes() == (flat / "model.safetensors").read_bytes()
 
-    with pytest.warns(surgery.SurgeryWarning, match="the SVD of 2 of 3 did not reach the tolerance"):
+    with pytest.warns(surgery.SurgeryWarning, match="the SVD of 2 of 3 matrices did not reach the tolerance"):
         found = surgery.spectra(flat, top=4, device="cpu")
     assert found.findings.unconverged == 2
-    with pytest.warns(surgery.SurgeryWarning, match="the SVD of 2 of 3 did not reach the tolerance") as caught:
+    with pytest.warns(surgery.SurgeryWarning, match="the SVD of 2 of 3 matrices did not reach the tolerance") as caught:
         surgery.recommend(flat, budget=6, max_rank=4, out=tmp_path / "r.toml", device="cpu")
     assert {warning.filename for warning in caught} == {str(HERE)}
 

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 _NAMED = 3
 
 
-def unconverged_note(found: Mapping[str, float], of: int, tolerance: float, hint: str) -> str:
+def unconverged_note(found: Mapping[str, float], of: str, tolerance: float, hint: str) -> str:
     """How many they are, the worst of them by name, and what to do.
 
     Args:
         found: their largest residuals over s_1, by their names; at least one.
-        of: how many matrices, or targets, there are in all.
+        of: what they are some of: ``14 targets``.
         tolerance: that was to be reached.
         hint: what it means and what to do.
     """

@@ -539,7 +539,7 @@ def _accuracy_notes(manifest: Manifest, steps: Plan) -> list[str]:
             "A fold is as exact as ever, but these directions are less certain; surgery inspect tells how much. Try another "
             "--rank or --seed, or --exclude them; a larger --tolerance says that this is good enough"
         )
-        notes.append(unconverged_note(failed, len(targets), manifest.options.tolerance, hint))
+        notes.append(unconverged_note(failed, f"{len(targets)} targets", manifest.options.tolerance, hint))
     asked = {target.key: target.energy for target in steps.targets if target.energy is not None}
     short = [t for t in targets if t.key in asked and t.energy < (asked[t.key] or 0) and t.rank < min(t.matrices[1:])]
     if short:

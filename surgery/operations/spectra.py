@@ -234,7 +234,7 @@ def spectra(
         note_what_is_unlikely(other.name, [_norms(target) for target in targets], progress)
     if failed := {target["key"]: _worst_residual(target) for target in targets if not _has_converged(target)}:
         hint = "The figures of these are less certain: among targets they are those with converged false"
-        progress.note(unconverged_note(failed, len(targets), tolerance, hint))
+        progress.note(unconverged_note(failed, f"{len(targets)} matrices", tolerance, hint))
     return SpectraReport(
         tool=f"surgery {__version__}",
         torch=torch.__version__,
