@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Sequence
 from typing import ParamSpec, TypeVar
 
 import torch
 
 from surgery.arithmetic import exact_arithmetic
-from surgery.errors import OptionError, SurgeryWarning
+from surgery.errors import OptionError
+from surgery.progress import note
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
@@ -71,7 +71,7 @@ def as_memory_allows(
 ) -> list[_Out]:
     """``work(items, device)``, in halves where a GPU has not the memory for all at once.
 
-    What does not fit alone is done on the CPU, with a warning: a full GPU costs time, never the run.
+    What does not fit alone is done on the CPU, with a note: a full GPU costs time, never the run.
     """
     if device.type == "cpu":
         return work(items, device)
@@ -86,9 +86,7 @@ def as_memory_allows(
     if len(items) > 1:
         half = len(items) // 2
         return as_memory_allows(work, items[:half], device) + as_memory_allows(work, items[half:], device)
-    warnings.warn(
-        SurgeryWarning(f"{device} has not enough free memory for every matrix: the largest are done on the CPU"), stacklevel=2
-    )
+    note(f"{device} has not enough free memory for every matrix: the largest are done on the CPU")
     return work(items, torch.device("cpu"))
 
 

@@ -71,4 +71,4 @@ class MissingExtra(SurgeryError, ImportError):
 
 
 class SurgeryWarning(UserWarning):
-    """Something that works but is probably not meant."""
+    """A note that nobody else hears: what works but is probably not meant, or what an operation has done by itself."""

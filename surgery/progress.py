@@ -1,16 +1,32 @@
-"""How long-running operations say where they are, without knowing who listens."""
+"""How long-running operations say where they are, and what the user should know, without knowing who listens.
+
+What users call is ``heard``: its notes go to its ``progress``; without one each is a ``SurgeryWarning`` at the line that called
+it. What it consists of asks for ``listening``, or tells a ``note``, and need not be handed anything.
+"""
 
 from __future__ import annotations
 
+import functools
+import sys
 import threading
 import warnings
-from typing import Protocol
+from collections.abc import Callable
+from contextlib import suppress
+from contextvars import ContextVar
+from types import FrameType
+from typing import ParamSpec, Protocol, TypeVar
 
 from surgery.errors import SurgeryWarning
 
+_Arguments = ParamSpec("_Arguments")
+_Out = TypeVar("_Out")
+
 
 class Progress(Protocol):
-    """What an operation reports. The command line turns it into a bar; the default ignores it."""
+    """What an operation reports. The command line turns it into a bar; by default notes are warnings, and the rest is ignored.
+
+    Any object with these methods will do. They are called from several threads, one call at a time.
+    """
 
     def start(self, label: str, total_bytes: int) -> None:
         """A phase begins that will process ``total_bytes`` bytes."""
@@ -29,7 +45,11 @@ class Progress(Protocol):
 
 
 class Silent:
-    """Reports nothing, but keeps the notes for whoever asks."""
+    """Reports nothing, but keeps the notes for whoever asks.
+
+    Attributes:
+        notes: what has been said, in order.
+    """
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -46,20 +66,50 @@ class Silent:
     def finish(self) -> None: ...
 
 
-def note_or_warn(progress: Progress | None, message: str) -> None:
-    """A note to whoever listens, and a ``SurgeryWarning`` where nobody does."""
-    if progress is not None:
-        progress.note(message)
-    else:
-        warnings.warn(message, SurgeryWarning, stacklevel=4)
+class _Warner(Silent):
+    """Nobody listens: a note is a ``SurgeryWarning`` in the thread of the caller, at the line that it is at.
+
+    One from another thread waits for the end of the operation. So does one that is an error, as the caller's filters have it:
+    a note never stops the work.
+    """
+
+    def __init__(self, caller: FrameType) -> None:
+        super().__init__()
+        self._caller = caller
+        self._thread = threading.get_ident()
+
+    def note(self, message: str) -> None:
+        if threading.get_ident() != self._thread:
+            self.notes.append(message)
+            return
+        try:
+            self._warn(message)
+        except SurgeryWarning:
+            self.notes.append(message)
+
+    def tell_the_rest(self) -> None:
+        while self.notes:
+            self._warn(self.notes.pop(0))
+
+    def _warn(self, message: str) -> None:
+        where, known = self._caller, self._caller.f_globals
+        warnings.warn_explicit(
+            message,
+            SurgeryWarning,
+            where.f_code.co_filename,
+            where.f_lineno,
+            module=known.get("__name__"),
+            registry=known.setdefault("__warningregistry__", {}),
+        )
 
 
 class Shared:
-    """Another one, for several threads at a time."""
+    """Another one, for several threads at a time. A note that has been told is not told again."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
-        self._one = threading.Lock()
+        self._told: set[str] = set()
+        self._one = threading.RLock()  # a listener may call an operation itself
 
     def start(self, label: str, total_bytes: int) -> None:
         with self._one:
@@ -75,8 +125,57 @@ class Shared:
 
     def note(self, message: str) -> None:
         with self._one:
-            self._progress.note(message)
+            if message not in self._told:
+                self._told.add(message)
+                self._progress.note(message)
 
     def finish(self) -> None:
         with self._one:
             self._progress.finish()
+
+
+#: Who hears the operation that goes on. Threads that work for it are begun with a copy of its context.
+_listener: ContextVar[Shared | None] = ContextVar("surgery_listener", default=None)
+
+
+def listening() -> Progress:
+    """Who hears the operation that goes on; safe to call from several threads."""
+    return _listener.get() or Silent()
+
+
+def note(message: str) -> None:
+    """A note of the operation that goes on; where none does, a ``SurgeryWarning`` at the line that called our caller."""
+    listener = _listener.get()
+    if listener is not None:
+        listener.note(message)
+    else:
+        warnings.warn(message, SurgeryWarning, stacklevel=3)
+
+
+def heard(function: Callable[_Arguments, _Out]) -> Callable[_Arguments, _Out]:
+    """For what users call: who hears its progress and its notes, and those of all that it calls.
+
+    That is the keyword argument ``progress``, if there is one and it is given, alone. Without it, who hears the operation that
+    this one is a part of; and if it is a part of none, nobody: then each note is a ``SurgeryWarning`` at the caller's line.
+    """
+
+    @functools.wraps(function)
+    def wrapped(*arguments: _Arguments.args, **options: _Arguments.kwargs) -> _Out:
+        given: Progress | None = options.get("progress")  # type: ignore[assignment]
+        if given is None and _listener.get() is not None:
+            return function(*arguments, **options)
+        warner = _Warner(sys._getframe(1))
+        before = _listener.set(Shared(warner if given is None else given))
+        try:
+            result = function(*arguments, **options)
+        except BaseException:
+            while warner.notes:
+                with suppress(SurgeryWarning):  # where that is an error: the one on its way is what counts
+                    warner.tell_the_rest()
+            raise
+        finally:
+            _listener.reset(before)
+        warner.tell_the_rest()
+        return result
+
+    return wrapped

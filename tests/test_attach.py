@@ -135,7 +135,7 @@ def test_any_module(tmp_path: Path) -> None:
     weights = {name: value for name, value in model.state_dict().items() if name != "head.weight"}
     (tmp_path / "m").mkdir()
     save_file(weights, tmp_path / "m/model.safetensors")
-    manifest = surgery.factorize(tmp_path / "m", tmp_path / "f", rank=4, include=["*weight"])
+    manifest = surgery.factorize(tmp_path / "m", tmp_path / "f", rank=4, include=["*weight"]).manifest
     assert len(manifest.targets) == 8
     ids = torch.arange(12).view(2, 6)
     before = model(ids)
@@ -176,7 +176,9 @@ def test_names_and_shapes_are_followed_as_transformers_converts_them(tmp_path: P
         )
         llama = tmp_path / "m"
         transformers.LlamaForCausalLM(config).save_pretrained(llama)
-        manifest = surgery.factorize(llama, tmp_path / "f", rank=4, include=["*_proj.*", "*.qkv.*", "*.both.*", "*.down.*"])
+        manifest = surgery.factorize(
+            llama, tmp_path / "f", rank=4, include=["*_proj.*", "*.qkv.*", "*.both.*", "*.down.*"]
+        ).manifest
         assert len(manifest.targets) == 4 * 2
         original = _load(llama)(IDS).logits
         for loaded in (llama, tmp_path / "f"):

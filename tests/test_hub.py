@@ -19,7 +19,7 @@ from tests.models import files_of
 
 def test_round_trip_is_pinned_and_byte_exact(hub: LoopbackHub, llama: Path, tmp_path: Path) -> None:
     repo = hub.publish("acme/round-trip", llama)
-    manifest = surgery.factorize("acme/round-trip", tmp_path / "f", rank=4)
+    manifest = surgery.factorize("acme/round-trip", tmp_path / "f", rank=4).manifest
     assert (manifest.source.kind, manifest.source.repo_id, manifest.source.commit) == ("hub", "acme/round-trip", repo.commit)
     surgery.fold(tmp_path / "f", tmp_path / "f/surgery/scales.safetensors", tmp_path / "folded")
     assert files_of(tmp_path / "folded") == files_of(llama)
@@ -59,7 +59,7 @@ def test_subfolder_of_a_pipeline(hub: LoopbackHub, llama: Path, tmp_path: Path) 
     assert "--subfolder text_encoder" in str(caught.value)
     with pytest.raises(SourceError, match="has no subfolder 'unet'"):
         surgery.plan("acme/pipeline", subfolder="unet")
-    manifest = surgery.factorize("acme/pipeline", tmp_path / "f", rank=4, subfolder="text_encoder", layout="overlay")
+    manifest = surgery.factorize("acme/pipeline", tmp_path / "f", rank=4, subfolder="text_encoder", layout="overlay").manifest
     assert (manifest.source.repo_id, manifest.source.subfolder) == ("acme/pipeline", "text_encoder")
     surgery.fold(tmp_path / "f", tmp_path / "f/surgery/scales.safetensors", tmp_path / "back")
     assert files_of(tmp_path / "back") == files_of(llama)
@@ -68,7 +68,7 @@ def test_subfolder_of_a_pipeline(hub: LoopbackHub, llama: Path, tmp_path: Path) 
 def test_revision(hub: LoopbackHub, llama: Path, tmp_path: Path) -> None:
     repo = hub.publish("acme/revisions", llama)
     repo.branches["v2"] = repo.commit
-    assert surgery.factorize("acme/revisions", tmp_path / "f", rank=2, revision="v2").source.commit == repo.commit
+    assert surgery.factorize("acme/revisions", tmp_path / "f", rank=2, revision="v2").manifest.source.commit == repo.commit
     with pytest.raises(SourceError, match="no such revision"):
         surgery.plan("acme/revisions", revision="v3")
 

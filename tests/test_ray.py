@@ -41,6 +41,7 @@ def test_a_lost_worker_and_a_lost_machine_cost_only_the_shards_in_hand(llama: Pa
     assert report["fold"]["killed"] == ["machine"]
     weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     # An error of a task is the one that a user would get without Ray.
+    assert report.pop("said") == [7, "said elsewhere"]
     error = report.pop("error")
     assert error.startswith("WeightError")
     assert "holds NaN or infinity" in error

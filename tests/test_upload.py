@@ -464,7 +464,7 @@ def test_factorized_card(hub: LoopbackHub, source: Path, factorized: Path) -> No
 
 
 def test_factorized_card_of_other_kinds(source: Path, tmp_path: Path) -> None:
-    plain = surgery.factorize(source, tmp_path / "plain", energy=0.5, max_rank=8, correction=False)
+    plain = surgery.factorize(source, tmp_path / "plain", energy=0.5, max_rank=8, correction=False).manifest
     metadata, text = parts(factorized_card(plain, None))
     assert metadata == {"tags": ["surgery"]}
     ranks = [target.rank for target in plain.targets]
@@ -472,7 +472,7 @@ def test_factorized_card_of_other_kinds(source: Path, tmp_path: Path) -> None:
         assert fact in text
     assert "hf download" not in text
     assert str(source) not in text
-    overlay = surgery.factorize("acme/tiny", tmp_path / "overlay", rank=2, layout="overlay")
+    overlay = surgery.factorize("acme/tiny", tmp_path / "overlay", rank=2, layout="overlay").manifest
     metadata, text = parts(factorized_card(overlay, "acme/x"))
     assert (metadata["base_model"], metadata["base_model_relation"]) == ("acme/tiny", "adapter")
     assert "Layout: overlay" in text

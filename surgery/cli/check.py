@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 import time
 from pathlib import Path
@@ -11,7 +9,8 @@ from pathlib import Path
 import click
 
 from surgery.cli.options import device_option, json_option, notes_and_quiet, quiet_option
-from surgery.cli.report import Bar, say, table, totals
+from surgery.cli.printing import print_json
+from surgery.cli.report import Bar, say, table
 
 # Modules that import torch are imported inside the commands: --help must not wait for them.
 
@@ -31,9 +30,9 @@ def inspect(factorized: Path, as_json: bool) -> None:
     """
     from surgery.operations import inspect as operation
 
-    manifest = operation.inspect(factorized)
+    report = operation.inspect(factorized)
     if as_json:
-        click.echo(json.dumps(operation.summary(manifest), indent=1))
+        print_json(report)
         return
     rows = [
         [
@@ -43,12 +42,12 @@ def inspect(factorized: Path, as_json: bool) -> None:
             str(target.rank),
             f"{target.energy:.1%}",
             f"{target.s_first:.4g}",
-            f"{target.s_last:.4g}" + _doubt(operation.last_value_error(target)),
-            f"{operation.largest_residual(target):.1e}",
+            f"{target.s_last:.4g}" + _doubt(target.s_last_error),
+            f"{target.max_residual:.1e}",
             "yes" if target.converged else "NO",
-            str(operation.undetermined(target)),
+            str(target.undetermined),
         ]
-        for target in manifest.targets
+        for target in report.targets
     ]
     click.echo(
         table(
@@ -57,15 +56,14 @@ def inspect(factorized: Path, as_json: bool) -> None:
             flush_right=range(1, 10),
         )
     )
-    amounts = totals(manifest)
-    origin = f"{manifest.source.repo_id}@{manifest.source.commit}" if manifest.source.repo_id else "a local folder"
+    origin = f"{report.source.repo_id}@{report.source.commit}" if report.source.repo_id else "a local folder"
     click.echo(
-        f"\n{manifest.layout} layout of {origin}: {amounts['targets']} targets, {amounts['trainable']} trainable scales, "
-        f"{amounts['skipped']} tensors passed over"
+        f"\n{report.layout} layout of {origin}: {len(report.targets)} targets, {report.trainable} trainable scales, "
+        f"{len(report.skipped)} tensors passed over"
     )
-    if not manifest.lossless:
-        entries = sum(target.entries for target in manifest.targets)
-        lost = sum((target.inexact or 0) * target.entries for target in manifest.targets) / max(entries, 1)
+    if not report.lossless:
+        entries = [math.prod(target.matrices) for target in report.targets]
+        lost = sum((target.inexact or 0) * n for target, n in zip(report.targets, entries, strict=True)) / max(sum(entries), 1)
         click.echo(f"not lossless (--no-correction): {lost:.1%} of the weights of targets cannot be recovered exactly")
 
 
@@ -96,7 +94,7 @@ def verify(factorized: Path, base: str | None, fast: bool, device: str, as_json:
     start = time.perf_counter()
     report = operation.verify(factorized, base=base, fast=fast, device=device, progress=Bar(quiet=quiet))
     if as_json:
-        click.echo(json.dumps({"schema_version": 1, "ok": report.ok, **dataclasses.asdict(report)}, indent=1))
+        print_json(report, seconds=time.perf_counter() - start)
     elif report.failures:
         rows = [[failure.where, failure.check, failure.got, failure.expected] for failure in report.failures]
         click.echo(table(["where", "check", "got", "expected"], rows))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from surgery.cli.options import device_option, json_option, notes_and_quiet, overwrite_option, quiet_option
+from surgery.cli.printing import print_json
 from surgery.cli.report import Bar, say, size, table
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ def demo(out: Path | None, rank: int, steps: int, device: str, overwrite: bool, 
 
     report = run_demo(out, rank=rank, steps=steps, device=device, overwrite=overwrite, progress=Bar(quiet=quiet))
     if as_json:
-        click.echo(json.dumps({"schema_version": 1, **dataclasses.asdict(report)}))
+        print_json(report)
     else:
         click.echo(_demo_text(report))
         if out is not None:

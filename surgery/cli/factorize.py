@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,8 +21,9 @@ from surgery.cli.options import (
     quiet_option,
     stream_option,
 )
-from surgery.cli.profile import profile_figures, profile_text
-from surgery.cli.report import Bar, plan_text, say, size, totals
+from surgery.cli.printing import print_json
+from surgery.cli.profile import profile_text
+from surgery.cli.report import Bar, plan_text, say, size
 
 if TYPE_CHECKING:
     from surgery.format.manifest import Manifest
@@ -116,7 +116,7 @@ def factorize(
         return
     timing = Timing() if profile else None
     start = time.perf_counter()
-    manifest = operation.factorize(
+    report = operation.factorize(
         model,
         out,
         **chosen,
@@ -131,15 +131,13 @@ def factorize(
     )
     seconds = time.perf_counter() - start
     if as_json:
-        figures = {"seconds": round(seconds, 3), **totals(manifest), **profile_figures(timing)}
-        click.echo(json.dumps({"schema_version": 1, "out": str(out), **figures}))
+        print_json(report, seconds=seconds, timing=timing)
     else:
         if timing is not None:
             click.echo(profile_text(timing, seconds))
-        amounts = totals(manifest)
         say(
-            f"{out}: {amounts['matrices']} matrices at rank {_ranks(manifest)}, {amounts['trainable']} trainable scales, "
-            f"{size(amounts['bytes_written'])} in {seconds:.1f} s on {manifest.device}",
+            f"{out}: {report.matrices} matrices at rank {_ranks(report.manifest)}, {report.trainable} trainable scales, "
+            f"{size(report.bytes_written)} in {seconds:.1f} s on {report.device}",
             quiet=quiet,
         )
         say(f"train {out / 'surgery' / 'scales.safetensors'}, then: surgery fold {out} SCALES", quiet=quiet)
@@ -164,10 +162,14 @@ def _show_plan(model: str, chosen: dict[str, Any], as_json: bool, *, every: bool
     from surgery.device import choose_devices
     from surgery.operations import factorize as operation
     from surgery.planning.estimate import estimate_seconds
+    from surgery.progress import Silent
 
-    steps = operation.plan(model, **chosen)
-    seconds = estimate_seconds(steps, choose_devices(chosen["device"])[0])
-    click.echo(operation.plan_as_json(steps, seconds) if as_json else plan_text(steps, seconds, every=every))
+    steps = operation.plan(model, **chosen, progress=Silent())  # whose notes are among what is shown
+    seconds = float(f"{estimate_seconds(steps, choose_devices(chosen['device'])[0]):.2g}")
+    if as_json:
+        print_json(steps, seconds=seconds)
+    else:
+        click.echo(plan_text(steps, seconds, every=every))
 
 
 @click.command(short_help="List the recipes and what they match.")
@@ -177,25 +179,13 @@ def recipes(as_json: bool) -> None:
 
     Copy one, edit it, and give its path to --recipe; docs/recipes.md describes the format.
     """
-    from surgery.planning.recipes import builtin_recipes
+    from surgery.planning.recipes import recipes as operation
 
+    report = operation()
     if as_json:
-        click.echo(
-            json.dumps(
-                [
-                    {
-                        "name": recipe.name,
-                        "description": recipe.description,
-                        "families": recipe.families,
-                        "rules": [{"match": rule.text, "view": rule.view, "skip": rule.skip} for rule in recipe.rules],
-                    }
-                    for recipe in builtin_recipes().values()
-                ],
-                indent=1,
-            )
-        )
+        print_json(report)
         return
-    for recipe in builtin_recipes().values():
+    for recipe in report.recipes:
         click.echo(f"{recipe.name}: {recipe.description}")
         if recipe.families:
             click.echo(f"  families: {', '.join(recipe.families)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ from surgery.cli.options import (
     quiet_option,
     stream_option,
 )
-from surgery.cli.profile import profile_figures, profile_text
+from surgery.cli.printing import print_json
+from surgery.cli.profile import profile_text
 from surgery.cli.report import Bar, say, size
 
 # Modules that import torch are imported inside the commands: --help must not wait for them.
@@ -84,27 +84,12 @@ def fold(
         timing=timing,
     )
     seconds = time.perf_counter() - start
-    written = sum(record.size for record in report.files)
     if as_json:
-        figures = {
-            "targets": report.targets,
-            "changed": report.changed,
-            "shards": len(report.files),
-            "restored": report.restored,
-            "lossless": report.lossless,
-            "dequantized": report.dequantized,
-            "adapted": report.adapted,
-            **profile_figures(timing),
-        }
-        click.echo(
-            json.dumps(
-                {"schema_version": 1, "out": str(out), "seconds": round(seconds, 3), "bytes_written": written, **figures}
-            )
-        )
+        print_json(report, seconds=seconds, timing=timing)
         return
     outcome = (
         "the original weights, byte for byte"
-        if report.restored == len(report.files)
+        if report.restored == report.shards
         else f"{report.changed} of {report.targets} targets changed"
     )
     if lora is not None:
@@ -115,7 +100,7 @@ def fold(
         outcome += ", the others only nearly the source's (made with --no-correction)"
     if timing is not None:
         click.echo(profile_text(timing, seconds))
-    say(f"{out}: {outcome}; {size(written)} in {seconds:.1f} s", quiet=quiet)
+    say(f"{out}: {outcome}; {size(report.bytes_written)} in {seconds:.1f} s", quiet=quiet)
 
 
 @click.command(short_help="Write trained scales as an adapter for other tools.")
@@ -147,8 +132,7 @@ def export(factorized: Path, scales: Path, kind: str, out: Path, as_json: bool, 
     report = operation(factorized, scales, out, **chosen, progress=Bar(quiet=quiet))
     seconds = time.perf_counter() - start
     if as_json:
-        figures = {"format": kind, "modules": report.modules, "rank": report.rank, "bytes_written": report.bytes_written}
-        click.echo(json.dumps({"schema_version": 1, "out": str(out), "seconds": round(seconds, 3), **figures}))
+        print_json(report, seconds=seconds)
         return
     say(
         f"{out}: a LoRA adapter of rank {report.rank} for {report.modules} modules; "

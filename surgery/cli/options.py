@@ -12,7 +12,6 @@ from typing import Any
 import click
 
 from surgery.cli.report import say
-from surgery.errors import SurgeryWarning
 
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress, no notes; errors only.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of text.")
@@ -78,14 +77,13 @@ def push_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def notes_and_quiet(command: Callable[..., None]) -> Callable[..., None]:
-    """Show the library's warnings as notes, in one line each, unless with --quiet; and no bars but ours."""
+    """Show warnings of the libraries below as notes, in one line each, unless with --quiet; and no bars but ours."""
 
     @wraps(command)
     def wrapper(*args: Any, quiet: bool, **kwargs: Any) -> None:
         # Read by the hub client when it is imported: its bars and ours would write over each other.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", SurgeryWarning)
             try:
                 command(*args, quiet=quiet, **kwargs)
             finally:

@@ -12,7 +12,6 @@ import click
 from tqdm import tqdm
 
 if TYPE_CHECKING:
-    from surgery.format.manifest import Manifest
     from surgery.planning.plan import Plan
 
 
@@ -146,17 +145,3 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def totals(manifest: Manifest) -> dict[str, Any]:
-    """What a factorized folder amounts to, for ``--json`` and for closing lines."""
-    return {
-        "layout": manifest.layout,
-        "fingerprint": manifest.fingerprint,
-        "targets": len(manifest.targets),
-        "matrices": sum(target.matrices[0] for target in manifest.targets),
-        "skipped": len(manifest.skipped),
-        "trainable": sum(target.trainable for target in manifest.targets),
-        "converged": all(target.converged for target in manifest.targets),
-        "bytes_written": sum(record.size for record in manifest.output_files()),
-    }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from surgery.cli.options import device_option, json_option, notes_and_quiet, overlay_base_option, quiet_option
+from surgery.cli.printing import print_json
 from surgery.cli.report import Bar, say, table
 
 if TYPE_CHECKING:
@@ -65,8 +65,7 @@ def project(
     report = operation.project(factorized, tuned, out, base=base, device=device, overwrite=overwrite, progress=Bar(quiet=quiet))
     seconds = time.perf_counter() - start
     if as_json:
-        found = {**dataclasses.asdict(report), "out": str(out)}
-        click.echo(json.dumps({"schema_version": 1, "seconds": round(seconds, 3), **found}, indent=1))
+        print_json(report, seconds=seconds)
         return
     rows = [_figures(one) for one in (*report.targets, dataclasses.replace(report.total, key=f"all {len(report.targets)}"))]
     click.echo(table(["target", "change", "explained", "|g - 1|"], rows, flush_right=range(1, 4)))
@@ -121,9 +120,9 @@ def blend(
     """
     from surgery.operations import blend as operation
 
-    report = operation.blend(files, out, weights=weights, space=space, overwrite=overwrite)
+    report = operation.blend(files, out, weights=weights, space=space, overwrite=overwrite, progress=Bar(quiet=quiet))
     if as_json:
-        click.echo(json.dumps({"schema_version": 1, **dataclasses.asdict(report), "out": str(out)}))
+        print_json(report)
         return
     shares = ", ".join(f"{weight:.3g}" for weight in report.weights)
     say(
@@ -155,9 +154,9 @@ def show(file: Path, top: int, as_json: bool, quiet: bool) -> None:
     """
     from surgery.operations.scales import show_scales
 
-    found = show_scales(file, top=top)
+    found = show_scales(file, top=top, progress=Bar(quiet=quiet))
     if as_json:
-        click.echo(json.dumps({"schema_version": 1, **dataclasses.asdict(found)}, indent=1))
+        print_json(found)
         return
     if found.directions:
         rows = [

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import click
 
 from surgery.cli.options import device_option, json_option, notes_and_quiet, quiet_option
+from surgery.cli.printing import print_json
 from surgery.cli.report import Bar, say
 from surgery.errors import MissingExtra, OutputError
 
@@ -69,20 +70,20 @@ def spectra(model: str, tuned: str | None, out: Path, overwrite: bool, as_json: 
     report = operation.spectra(model, tuned, **chosen, progress=Bar(quiet=quiet))
     for file in files:
         file.unlink(missing_ok=True)
-    write_file(out / _JSON_FILE, json.dumps(report, allow_nan=False).encode() + b"\n")
-    write_csv(report, out / _CSV_FILE)
+    content = report.as_json()
+    write_file(out / _JSON_FILE, json.dumps(content, allow_nan=False).encode() + b"\n")
+    write_csv(content, out / _CSV_FILE)
     try:
-        write_page(report, out / _PAGE_FILE)
+        write_page(content, out / _PAGE_FILE)
         page = str(out / _PAGE_FILE)
     except MissingExtra as missing:
         say(f"note: no page: {missing}", quiet=quiet)
         page = str(out / _JSON_FILE)
     seconds = time.perf_counter() - start
     if as_json:
-        about = {"schema_version": report["schema_version"], "out": str(out), "seconds": round(seconds, 3)}
-        click.echo(json.dumps(about | report["findings"]))
+        print_json(report.findings, out=out, seconds=seconds)
         return
-    say(f"{page}: {report['findings']['targets']} matrices in {seconds:.1f} s on {report['device']}", quiet=quiet)
+    say(f"{page}: {report.findings.targets} matrices in {seconds:.1f} s on {report.device}", quiet=quiet)
 
 
 @click.command(short_help="Recommend ranks that spend a budget best.")
@@ -124,6 +125,7 @@ def recommend(
     """
     from surgery.operations import recommend as operation
 
+    start = time.perf_counter()
     report = operation.recommend(
         model,
         tuned,
@@ -135,17 +137,14 @@ def recommend(
         overwrite=overwrite,
         progress=Bar(quiet=quiet),
     )
-    kept, rank = report.uniform
-    used = [value for value in report.ranks.values() if value]
     if as_json:
-        figures = {"spent": report.spent, "trainable": report.trainable, "kept": report.kept, "ranks": dict(report.ranks)}
-        alike = {"uniform_rank": rank, "uniform_kept": kept}
-        click.echo(json.dumps({"schema_version": 1, "out": str(out), "unit": unit, **figures, **alike}))
+        print_json(report, seconds=time.perf_counter() - start)
         return
+    used = [value for value in report.ranks.values() if value]
     of = "the squared norm of the weights" if tuned is None else "the change"
     say(
         f"{out}: ranks {min(used)} to {max(used)} for {len(used)} of {len(report.ranks)} weights, {report.trainable} scales, "
         f"{report.spent} of {budget} {unit}; keeps {report.kept:.2%} of {of}",
         quiet=quiet,
     )
-    say(f"one rank for all that fits the budget, {rank}, would keep {kept:.2%}", quiet=quiet)
+    say(f"one rank for all that fits the budget, {report.uniform_rank}, would keep {report.uniform_kept:.2%}", quiet=quiet)

@@ -17,7 +17,8 @@ import torch
 from surgery.errors import MissingExtra, OutputError
 from surgery.operations.factorize import factorize
 from surgery.operations.fold import fold
-from surgery.progress import Progress, Silent
+from surgery.progress import Progress, heard, listening
+from surgery.reports import Report
 from surgery.training.attach import attach
 
 MODEL = Path(__file__).with_name("model")
@@ -27,9 +28,23 @@ _LEARNING_RATE = 2e-2
 
 
 @dataclass(frozen=True, slots=True)
-class DemoReport:
-    """What the demo saw. Sizes in bytes, losses in nats per byte on text held out from training, times in seconds."""
+class DemoReport(Report):
+    """What the demo saw.
 
+    Attributes:
+        out: the folder that keeps its results; None where nothing is kept.
+        weights: how many the model has.
+        targets: how many matrices have been factorized.
+        trainable: how many scales there are.
+        source_bytes, factorized_bytes, scales_bytes: of the model, the factorized folder and the scales file.
+        untouched_fold_identical: whether folding untouched scales gives the original files back, byte for byte.
+        steps: of the training.
+        loss_before, loss_attached, loss_folded: in nats per byte of text that was held out: of the model, with trained scales,
+            and of the folded model.
+        seconds_factorize, seconds_train, seconds_fold: how long each took.
+    """
+
+    out: Path | None
     weights: int
     targets: int
     trainable: int
@@ -46,6 +61,7 @@ class DemoReport:
     seconds_fold: float
 
 
+@heard
 def run_demo(
     out: str | Path | None = None,
     *,
@@ -63,7 +79,7 @@ def run_demo(
         steps: optimizer steps.
         device: where the linear algebra of factorize and fold runs; training is on the CPU.
         overwrite: replace an earlier demo in ``out``.
-        progress: told how far it is.
+        progress: told how far it is, and what the user should know; without it that is a ``SurgeryWarning``.
 
     Raises:
         MissingExtra: transformers is not installed.
@@ -71,20 +87,20 @@ def run_demo(
     """
     if out is None:
         with tempfile.TemporaryDirectory(prefix="surgery-demo-") as folder:
-            return _run(Path(folder), rank, steps, device, overwrite, progress or Silent())
+            return _run(None, Path(folder), rank, steps, device, overwrite, listening())
     for name in ("factorized", "scales.safetensors", "folded"):
         if (Path(out) / name).exists() and not overwrite:
             raise OutputError(f"{Path(out) / name} is there already", hint="--overwrite replaces an earlier demo")
-    return _run(Path(out), rank, steps, device, overwrite, progress or Silent())
+    return _run(Path(out), Path(out), rank, steps, device, overwrite, listening())
 
 
-def _run(folder: Path, rank: int, steps: int, device: str, overwrite: bool, progress: Progress) -> DemoReport:
+def _run(out: Path | None, folder: Path, rank: int, steps: int, device: str, overwrite: bool, progress: Progress) -> DemoReport:
     train, held_out = prose()
     loss_before = mean_loss(load(MODEL), held_out)
     factorized, scales_file = folder / "factorized", folder / "scales.safetensors"
 
     clock = time.perf_counter()
-    manifest = factorize(MODEL, factorized, rank=rank, device=device, overwrite=overwrite, progress=progress)
+    factorized_report = factorize(MODEL, factorized, rank=rank, device=device, overwrite=overwrite)
     seconds_factorize = time.perf_counter() - clock
 
     with tempfile.TemporaryDirectory(prefix="surgery-demo-") as untouched:
@@ -100,13 +116,14 @@ def _run(folder: Path, rank: int, steps: int, device: str, overwrite: bool, prog
     loss_attached = mean_loss(model, held_out)
 
     clock = time.perf_counter()
-    fold(factorized, scales_file, folder / "folded", device=device, overwrite=overwrite, progress=progress)
+    fold(factorized, scales_file, folder / "folded", device=device, overwrite=overwrite)
     seconds_fold = time.perf_counter() - clock
 
     return DemoReport(
+        out=out,
         weights=sum(parameter.numel() for parameter in load(MODEL).parameters()),
-        targets=len(manifest.targets),
-        trainable=sum(target.rank for target in manifest.targets),
+        targets=factorized_report.targets,
+        trainable=factorized_report.trainable,
         source_bytes=_size(MODEL),
         factorized_bytes=_size(factorized),
         scales_bytes=scales_file.stat().st_size,

@@ -29,7 +29,13 @@ MAX_OWN_JSON_BYTES = 1 << 29
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """A file, its path relative to the checkpoint, its size in bytes and sha256."""
+    """A file of a checkpoint.
+
+    Attributes:
+        file: its path, relative to the checkpoint.
+        size: in bytes.
+        sha256: of its bytes.
+    """
 
     file: str
     size: int

@@ -143,7 +143,13 @@ class TargetRecord:
 
 @dataclass(frozen=True, slots=True)
 class SkippedRecord:
-    """A tensor that was passed over, and why."""
+    """A tensor that was passed over.
+
+    Attributes:
+        tensor: its name.
+        shard: the weight file that it is in.
+        reason: why.
+    """
 
     tensor: str
     shard: str
@@ -152,8 +158,13 @@ class SkippedRecord:
 
 @dataclass(frozen=True, slots=True)
 class SourceRecord:
-    """Where the weights came from. ``repo_id`` and ``commit`` are None for a local folder, whose path is private;
-    ``subfolder`` is None where the model is at the top."""
+    """Where the weights came from.
+
+    Attributes:
+        kind: ``hub`` or ``folder``.
+        repo_id, commit: on the hub; None for a local folder, whose path is private.
+        subfolder: where the model is in there; None at the top.
+    """
 
     kind: str
     repo_id: str | None
@@ -199,7 +210,12 @@ class ShardResult:
 
 @dataclass(frozen=True, slots=True)
 class LeftOutRecord:
-    """A file of the source that was not taken over, and why."""
+    """A file of the source that is not taken over.
+
+    Attributes:
+        file: its path.
+        reason: why.
+    """
 
     file: str
     reason: str

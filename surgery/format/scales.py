@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,12 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from surgery.errors import ScalesError, SurgeryWarning
+from surgery.errors import ScalesError
 from surgery.format.files import write_file
 from surgery.format.manifest import Manifest
 from surgery.format.safetensors import Header, ShardReader
 from surgery.names import FORMAT_VERSION, SCALES_METADATA_KEY
+from surgery.progress import note
 
 #: Multipliers are 1 before a training, and stay nearer to it than to 0 but for a few. Of fewer than four nothing is said.
 _NEAR_ZERO, _NEARLY_ALL, _FEW = 0.5, 0.9, 4
@@ -59,7 +59,8 @@ def read_scales_alone(path: Path) -> ScalesFile:
             cannot have.
 
     Warns:
-        SurgeryWarning: it holds half-precision values, or numbers that do not look like multipliers.
+        SurgeryWarning, or a note of the operation that reads it: it holds half-precision values, or numbers that do not look
+            like multipliers.
     """
     with _open(path) as reader:
         fingerprint = _fingerprint(reader.header.metadata, path)
@@ -88,8 +89,8 @@ def read_scales(path: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
         ScalesError: made for other factors, or a tensor is missing, unknown, misshapen or not finite.
 
     Warns:
-        SurgeryWarning: the file says nothing about its factors, or holds half-precision values, or numbers that do not
-            look like multipliers.
+        SurgeryWarning, or a note of the operation that reads them: the file says nothing about its factors, or holds
+            half-precision values, or numbers that do not look like multipliers.
     """
     with _open(path) as reader:
         _check_owner(reader.header.metadata, manifest, path)
@@ -108,14 +109,12 @@ def _open(path: Path) -> ShardReader:
 
 
 def _check_dtypes(header: Header, path: Path) -> None:
-    """Refuse what is no float of scales, and warn of half precision."""
+    """Refuse what is no float of scales, and say so of half precision."""
     half = sorted({entry.dtype for entry in header.tensors} & {"BF16", "F16"})
     if half:
-        warnings.warn(
+        note(
             f"{path} holds {' and '.join(half)} scales: next to 1 they are spaced by "
-            f"{'2^-7' if 'BF16' in half else '2^-10'}; train them in float32",
-            SurgeryWarning,
-            stacklevel=3,
+            f"{'2^-7' if 'BF16' in half else '2^-10'}; train them in float32"
         )
     for entry in header.tensors:
         if entry.dtype not in ("F32", "F16", "BF16"):
@@ -149,18 +148,16 @@ def _fingerprint(metadata: Mapping[str, str], path: Path) -> str | None:
     return str(fingerprint)
 
 
-def without_owner(path: Path) -> SurgeryWarning:
-    """The warning that a scales file could not be told to belong to the factors."""
-    return SurgeryWarning(
-        f"{path} does not say which factors it belongs to (its metadata is missing); checked by names and shapes only"
-    )
+def note_without_owner(path: Path) -> None:
+    """Say that a scales file could not be told to belong to the factors."""
+    note(f"{path} does not say which factors it belongs to (its metadata is missing); checked by names and shapes only")
 
 
 def _check_owner(metadata: Mapping[str, str], manifest: Manifest, path: Path) -> None:
     """Refuse scales that say they belong to other factors."""
     owner = _owner(metadata, path)
     if owner is None:
-        warnings.warn(without_owner(path), stacklevel=3)
+        note_without_owner(path)
         return
     for what, expected in (("format_version", FORMAT_VERSION), ("fingerprint", manifest.fingerprint)):
         if owner.get(what) != expected:
@@ -173,22 +170,20 @@ def _check_owner(metadata: Mapping[str, str], manifest: Manifest, path: Path) ->
 
 
 def check_scales(values: Mapping[str, torch.Tensor], manifest: Manifest, file: Path | None = None) -> dict[str, torch.Tensor]:
-    """Check scales against the targets of a manifest; arguments, result, errors and warnings as for ``read_scales``."""
+    """Check scales against the targets of a manifest; arguments, result, errors and notes as for ``read_scales``."""
     shapes = _check_shapes({name: list(value.shape) for name, value in values.items()}, manifest, str(file or "scales"))
     return _checked(values, shapes, file)
 
 
 def _checked(values: Mapping[str, torch.Tensor], names: Iterable[str], file: Path | None) -> dict[str, torch.Tensor]:
-    """Those of these names, float32 on the CPU; a warning where they cannot be meant."""
+    """Those of these names, float32 on the CPU; a note where they cannot be meant."""
     where = str(file or "scales")
     checked = {name: _finite(name, values[name], where) for name in names}
     # Somebody's own tensors that are all 0 are meant: they take the kept directions out.
     if _look_like_changes(checked.values()) and (file is not None or any(value.any() for value in checked.values())):
-        warnings.warn(
+        note(
             f"{where}: nearly all scales are near 0: they look like changes g - 1, or logarithms, and not like the multipliers "
-            "g, which are 1 where nothing has changed",
-            SurgeryWarning,
-            stacklevel=4,
+            "g, which are 1 where nothing has changed"
         )
     return checked
 

@@ -10,12 +10,14 @@ import torch
 from surgery.device import on_its_own_terms
 from surgery.errors import OptionError
 from surgery.linalg.svd import DEFAULT_TOLERANCE, TruncatedSVD, truncated_svd
+from surgery.progress import heard
 
 _FIRST_RANK = 16
 #: Units of the working precision by which rounding may keep a sum of squares below its share.
 _ROUNDING = 8
 
 
+@heard
 @on_its_own_terms
 def energy_svd(
     A: torch.Tensor, energy: float, *, max_rank: int, tolerance: float = DEFAULT_TOLERANCE, seed: int = 0

@@ -18,6 +18,7 @@ from surgery.linalg.rounding import times_power_of_two
 from surgery.linalg.threads import one_thread
 from surgery.linalg.triplets import ROUNDING, Triplets, engine, solve
 from surgery.memory import scratch
+from surgery.progress import heard
 
 DEFAULT_TOLERANCE = 1e-5
 
@@ -76,6 +77,7 @@ class TruncatedSVD:
     certificate: Certificate
 
 
+@heard
 @on_its_own_terms
 def truncated_svd(A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERANCE, seed: int = 0) -> TruncatedSVD:
     """The k largest singular triplets of a matrix, or of each of a batch, with a certificate.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +12,16 @@ import torch
 
 from surgery.device import on_its_own_terms
 from surgery.errors import OptionError, ScalesError
-from surgery.format.scales import ScalesFile, read_scales_alone, without_owner, write_scales
+from surgery.format.scales import ScalesFile, note_without_owner, read_scales_alone, write_scales
 from surgery.operations.output import check_output_file
+from surgery.progress import Progress, heard
+from surgery.reports import Report
 
 Space = Literal["linear", "log"]
 
 
 @dataclass(frozen=True, slots=True)
-class BlendReport:
+class BlendReport(Report):
     """What a blend wrote.
 
     Attributes:
@@ -42,6 +43,7 @@ class BlendReport:
     fingerprint: str | None
 
 
+@heard
 @on_its_own_terms
 def blend(
     files: Sequence[str | Path],
@@ -50,6 +52,7 @@ def blend(
     weights: Sequence[float] | None = None,
     space: Space = "linear",
     overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> BlendReport:
     """Write the weighted mean of scale files that belong to the same factors.
 
@@ -64,6 +67,7 @@ def blend(
         weights: one for each file, finite, scaled so that they sum to 1; all the same by default.
         space: ``linear`` or ``log``.
         overwrite: replace ``out`` if it is there.
+        progress: told what the user should know; without it that is a ``SurgeryWarning``.
 
     Raises:
         OptionError: no files, another number of weights than files, or weights whose sum is not positive.
@@ -125,7 +129,7 @@ def _check_alike(paths: Sequence[Path], read: Sequence[ScalesFile]) -> str | Non
     owned: dict[str, Path] = {}
     for path, file in zip(paths, read, strict=True):
         if file.fingerprint is None:
-            warnings.warn(without_owner(path), stacklevel=4)
+            note_without_owner(path)
         else:
             owned.setdefault(file.fingerprint, path)
     if len(owned) > 1:

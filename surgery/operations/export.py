@@ -25,7 +25,8 @@ from surgery.memory import bytes_of
 from surgery.names import CONFIG_FILE
 from surgery.operations.output import check_output_file
 from surgery.operations.publish import publish_adapter, uploading
-from surgery.progress import Progress, Silent
+from surgery.progress import Progress, heard, listening
+from surgery.reports import Report
 from surgery.training.carriers import Carrier, Layer, carriers_of, places_of, terms_of
 from surgery.training.placement import Piece, Place
 from surgery.training.skeleton import skeleton
@@ -36,17 +37,19 @@ _FOLD_HINT = "fold instead: surgery fold gives standard weights for any model. O
 
 
 @dataclass(frozen=True, slots=True)
-class ExportReport:
+class ExportReport(Report):
     """What an export wrote.
 
     Attributes:
         out: the folder.
+        format: of the adapter: ``peft``.
         modules: how many modules have an update.
         rank: of all of them.
         bytes_written: of the adapter's weights.
     """
 
     out: Path
+    format: str
     modules: int
     rank: int
     bytes_written: int
@@ -72,6 +75,7 @@ class _Update:
     B: tuple[int, ...]
 
 
+@heard
 @on_its_own_terms
 def export(
     factorized: str | Path,
@@ -95,7 +99,7 @@ def export(
         push_to_hub: repo id that the adapter is uploaded to as well. An earlier result of surgery there is replaced.
         private: whether a repository that is created for it is private.
         overwrite: write in any case, in place of whatever adapter is in ``out``.
-        progress: told how far it is.
+        progress: told how far it is, and what the user should know; without it that is a ``SurgeryWarning``.
 
     Raises:
         OptionError: a target that an adapter cannot change, or that PEFT is known to load wrongly.
@@ -106,7 +110,7 @@ def export(
     Warns:
         SurgeryWarning: see ``surgery.format.scales.read_scales``.
     """
-    progress = progress or Silent()
+    progress = listening()
     factorized, out = Path(factorized), Path(out)
     manifest = Manifest.read(factorized)
     values = check_scales(scales, manifest) if isinstance(scales, Mapping) else read_scales(Path(scales), manifest)
@@ -132,7 +136,7 @@ def export(
             adapter.write(out, factorized, values, progress)
         names, modules = (CONFIG, WEIGHTS), len(adapter.updates)
         publish_adapter(upload, out, names, manifest, factorized, modules=modules, rank=adapter.rank, progress=progress)
-    return ExportReport(out, modules, adapter.rank, (out / WEIGHTS).stat().st_size)
+    return ExportReport(out, "peft", modules, adapter.rank, (out / WEIGHTS).stat().st_size)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,16 +24,17 @@ from surgery.format.manifest import (
     OptionsRecord,
     ShardResult,
     SkippedRecord,
-    TargetRecord,
     fingerprint_of,
 )
 from surgery.format.scales import write_scales
 from surgery.linalg.svd import DEFAULT_TOLERANCE, check_accuracy
 from surgery.linalg.views import View
 from surgery.names import FORMAT_VERSION, MANIFEST_FILE, SCALES_FILE, STREAM_DIR, factors_file
+from surgery.operations.accuracy import unconverged_note
 from surgery.operations.aliases import find_aliases, notes_of_equal
 from surgery.operations.batch import Settings
 from surgery.operations.engines import Engine, EngineName, engine_of
+from surgery.operations.inspect import largest_residual
 from surgery.operations.job import Job, RemoteShard, run_job, scale_files
 from surgery.operations.journal import Journal, differing
 from surgery.operations.output import check_room, is_as_recorded, loading_order, locked, result_folder
@@ -41,7 +42,8 @@ from surgery.operations.publish import publish_factorized, submit_shard, uploadi
 from surgery.planning.memory import Resources
 from surgery.planning.plan import LAYOUTS, Layout, Plan, make_plan
 from surgery.planning.targets import Choice
-from surgery.progress import Progress, Shared, Silent
+from surgery.progress import Progress, heard, listening
+from surgery.reports import NOT_IN_JSON, Report
 from surgery.source.model import Source, open_source
 from surgery.timing import Timing, timed
 
@@ -49,6 +51,60 @@ if TYPE_CHECKING:
     from surgery.source.upload import Upload
 
 
+@dataclass(frozen=True, slots=True)
+class FactorizeReport(Report):
+    """What a factorization wrote.
+
+    Attributes:
+        out: the folder.
+        layout: ``residual`` or ``overlay``.
+        fingerprint: of the factors; scales carry it.
+        device: what the linear algebra ran on.
+        targets: how many tensors, or slices of one, have been factorized.
+        matrices: how many matrices these are: a stack has several.
+        skipped: how many tensors were passed over.
+        trainable: how many scales there are to train.
+        converged: whether the SVD of every target reached the tolerance.
+        unconverged: the keys of those that did not.
+        bytes_written: of all files but the manifest and the scales.
+        manifest: all that is known of it, as written.
+    """
+
+    out: Path
+    layout: str
+    fingerprint: str
+    device: str
+    targets: int
+    matrices: int
+    skipped: int
+    trainable: int
+    converged: bool
+    unconverged: tuple[str, ...]
+    bytes_written: int
+    manifest: Manifest = field(repr=False, metadata=NOT_IN_JSON)
+
+    @classmethod
+    def of(cls, out: Path, manifest: Manifest) -> FactorizeReport:
+        """Of a complete result."""
+        unconverged = tuple(target.key for target in manifest.targets if not target.converged)
+        return cls(
+            out=out,
+            layout=manifest.layout,
+            fingerprint=manifest.fingerprint,
+            device=manifest.device,
+            targets=len(manifest.targets),
+            matrices=sum(target.matrices[0] for target in manifest.targets),
+            skipped=len(manifest.skipped),
+            trainable=sum(target.trainable for target in manifest.targets),
+            converged=not unconverged,
+            unconverged=unconverged,
+            bytes_written=sum(record.size for record in manifest.output_files()),
+            manifest=manifest,
+        )
+
+
+@heard
+@on_its_own_terms
 def plan(
     model: str | Path,
     *,
@@ -67,15 +123,26 @@ def plan(
     max_memory: int | None = None,
     max_device_memory: int | None = None,
     stream: bool = False,
+    progress: Progress | None = None,
 ) -> Plan:
     """What ``factorize`` would do with the same arguments, from headers.
 
     Of a model that is here, weights that may be one parameter, stored twice, are compared.
+
+    Args:
+        progress: told the notes that the plan holds; without it each is a ``SurgeryWarning``. The others: as for ``factorize``.
+
+    Raises:
+        SurgeryError: see ``surgery.errors``.
     """
+    progress = listening()
     choice = _choice(rank, energy, max_rank, include, exclude, recipe, split)
     with engine_of("local", device, max_memory, max_device_memory, None) as by:
         source = _open(model, revision, subfolder, (Path(STREAM_DIR), by.files_at_a_time) if stream else None)
-        return _plan(source, choice, layout, correction, by.resources, fetch=False)
+        steps = _plan(source, choice, layout, correction, by.resources, fetch=False)
+    for note in steps.notes:
+        progress.note(note)
+    return steps
 
 
 def _open(model: str | Path, revision: str | None, subfolder: str | None, stream: tuple[Path, int] | None) -> Source:
@@ -108,6 +175,7 @@ def _plan(
     return make_plan(source, choice, layout, resources, correction=correction, find_aliases=find)
 
 
+@heard
 @on_its_own_terms
 def factorize(
     model: str | Path,
@@ -136,7 +204,7 @@ def factorize(
     overwrite: bool = False,
     progress: Progress | None = None,
     timing: Timing | None = None,
-) -> Manifest:
+) -> FactorizeReport:
     """Write the factorized form of a checkpoint (docs/format.md) and a file of scales, all ones.
 
     Each matrix W (m, n) of a target becomes U (m, k), s (k,), V (n, k), float32, and in the residual layout the residual
@@ -175,17 +243,17 @@ def factorize(
             surgery there is replaced.
         private: whether a repository that is created for it is private.
         overwrite: replace an earlier result in ``out``, which stays as it is until the new one is whole.
-        progress: told how far it is.
+        progress: told how far it is, and what the user should know; without it that is a ``SurgeryWarning``.
         timing: told where the time goes.
 
     Returns:
-        The manifest, as written, or as it was if ``out`` holds the complete result of the same run.
+        What has been written, or what was there if ``out`` holds the complete result of the same run; with the manifest.
 
     Raises:
         SurgeryError: see ``surgery.errors``. What has been written by then has no manifest and no ``config.json``,
             and so is taken for a checkpoint by nobody; the same call goes on after the last finished shard.
     """
-    progress = progress or Silent()
+    progress = listening()
     check_accuracy(tolerance, seed)
     out = Path(out)
     with engine_of(engine, device, max_memory, max_device_memory, timing) as by:
@@ -208,7 +276,9 @@ def factorize(
                 for shard in manifest.shards:
                     submit_shard(upload, out, shard)
                 publish_factorized(upload, out, manifest, progress)
-                return manifest
+                for note in _accuracy_notes(manifest, steps):
+                    progress.note(note)
+                return FactorizeReport.of(out, manifest)
             if (download := source.room_to_fetch()) is not None and not stream:
                 check_room(*download)
             journal = Journal(out, _identity(source, steps, options, by.device_name))
@@ -219,9 +289,9 @@ def factorize(
                 results = _run_jobs(by, work, journal, upload, progress)
                 manifest = _finish(source, steps, place, results, options, by.device_name)
                 publish_factorized(upload, place, manifest, progress)
-    for note in (*_accuracy_notes(manifest.targets, steps), *notes_of_equal(source, steps, manifest)):
+    for note in (*_accuracy_notes(manifest, steps), *notes_of_equal(source, steps, manifest)):
         progress.note(note)
-    return manifest
+    return FactorizeReport.of(out, manifest)
 
 
 def _run_jobs(
@@ -269,7 +339,7 @@ class _Factorizing:
         self._out = out
         self._source = source
         self._settings = settings
-        self._progress = Shared(progress)
+        self._progress = progress
         self._timing = timing
         self._jobs: dict[int, Job] = {}
 
@@ -462,11 +532,14 @@ def _finish(
     return manifest
 
 
-def _accuracy_notes(targets: list[TargetRecord], steps: Plan) -> list[str]:
-    notes = []
-    failed = [target.key for target in targets if not target.converged]
-    if failed:
-        notes.append(f"the SVD of {len(failed)} targets did not reach the tolerance (first: {failed[0]}); see surgery inspect")
+def _accuracy_notes(manifest: Manifest, steps: Plan) -> list[str]:
+    notes, targets = [], manifest.targets
+    if failed := {target.key: largest_residual(target) for target in targets if not target.converged}:
+        hint = (
+            "A fold is as exact as ever, but these directions are less certain; surgery inspect tells how much. Try another "
+            "--rank or --seed, or --exclude them; a larger --tolerance says that this is good enough"
+        )
+        notes.append(unconverged_note(failed, f"{len(targets)} targets", manifest.options.tolerance, hint))
     asked = {target.key: target.energy for target in steps.targets if target.energy is not None}
     short = [t for t in targets if t.key in asked and t.energy < (asked[t.key] or 0) and t.rank < min(t.matrices[1:])]
     if short:
@@ -476,44 +549,3 @@ def _accuracy_notes(targets: list[TargetRecord], steps: Plan) -> list[str]:
             f"{least.rank}, the most allowed (least: {least.energy:g}, {least.key}); --max-rank allows more"
         )
     return notes
-
-
-def plan_as_json(steps: Plan, seconds: float) -> str:
-    """A plan as the JSON that ``surgery plan --json`` prints, with the time that it is estimated to take."""
-    return json.dumps(
-        {
-            "schema_version": 1,
-            "layout": steps.layout,
-            "recipe": steps.recipe,
-            "targets": [
-                {
-                    "tensor": t.tensor,
-                    "slice": t.view.slice.name if t.view.slice else None,
-                    "shard": t.shard,
-                    "dtype": t.dtype,
-                    "shape": list(t.shape),
-                    "view": t.view.kind,
-                    "matrices": list(t.matrices),
-                    "rank": t.rank,
-                    "energy": t.energy,
-                    "aliases": [alias.tensor for alias in t.aliases],
-                }
-                for t in steps.targets
-            ],
-            "skipped": [{"tensor": s.tensor, "shard": s.shard, "reason": s.reason} for s in steps.skipped],
-            "notes": list(steps.notes),
-            "files_along": steps.files_along,
-            "bytes_along": steps.bytes_along,
-            "left_out": [{"file": file, "reason": reason} for file, reason in steps.left_out.items()],
-            "trainable": steps.trainable,
-            "bytes_read": steps.bytes_read,
-            "bytes_written": steps.bytes_written,
-            "download_bytes": steps.download_bytes,
-            "temporary_bytes": steps.temporary_bytes,
-            "workers": steps.memory.workers,
-            "peak_memory_bytes": steps.memory.peak_bytes,
-            "device_memory_bytes": steps.memory.device_bytes,
-            "seconds": float(f"{seconds:.2g}"),
-        },
-        indent=1,
-    )

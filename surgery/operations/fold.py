@@ -45,7 +45,8 @@ from surgery.operations.output import files_in, is_as_recorded, loading_order, l
 from surgery.operations.publish import publish_folded, submit_files, uploading
 from surgery.operations.quantized import index_of, without_quantization
 from surgery.planning.memory import Memory, need_to_fold, share_out
-from surgery.progress import Progress, Shared, Silent
+from surgery.progress import Progress, heard, listening
+from surgery.reports import Report
 from surgery.source.model import FolderSource
 from surgery.source.shards import is_index
 from surgery.timing import Timing, timed
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class FoldReport:
+class FoldReport(Report):
     """What a fold wrote.
 
     Attributes:
@@ -64,22 +65,27 @@ class FoldReport:
         files: its weight files.
         targets: how many tensors had scales.
         changed: how many of them had scales other than 1.
-        restored: weight files that are the source's own, bit for bit.
+        shards: how many weight files there are.
+        restored: how many of them are the source's own, bit for bit.
         lossless: whether untouched weights are the source's: not after ``--no-correction``.
         dequantized: whether FP8 weights have become bfloat16.
         adapted: how many tensors a LoRA adapter changed.
+        bytes_written: of its weight files.
     """
 
     out: Path
     files: tuple[FileRecord, ...]
     targets: int
     changed: int
+    shards: int
     restored: int
     lossless: bool
     dequantized: bool
     adapted: int
+    bytes_written: int
 
 
+@heard
 @on_its_own_terms
 def fold(
     factorized: str | Path,
@@ -121,7 +127,7 @@ def fold(
             been read.
         push_to_hub, private: as for ``factorize``.
         overwrite: replace an earlier result in ``out``, which stays as it is until the new one is whole.
-        progress: told how far it is.
+        progress: told how far it is, and what the user should know; without it that is a ``SurgeryWarning``.
         timing: told where the time goes.
 
     Raises:
@@ -131,7 +137,7 @@ def fold(
     Warns:
         SurgeryWarning: see ``surgery.format.scales.read_scales``.
     """
-    progress = progress or Silent()
+    progress = listening()
     factorized, out = Path(factorized), Path(out)
     manifest = Manifest.read(factorized)
     others = _as_they_are(factorized, manifest, progress)
@@ -217,14 +223,16 @@ def _report(files: list[FileRecord], manifest: Manifest, settings: FoldSettings)
     originals = {shard.source.file: shard.source.sha256 for shard in manifest.shards}
     restored = sum(file.sha256 == originals[file.file] for file in files)
     return FoldReport(
-        settings.out,
-        tuple(files),
-        len(settings.scales),
-        changed,
-        restored,
-        manifest.lossless,
-        settings.dequantize,
-        len(settings.additions),
+        out=settings.out,
+        files=tuple(files),
+        targets=len(settings.scales),
+        changed=changed,
+        shards=len(files),
+        restored=restored,
+        lossless=manifest.lossless,
+        dequantized=settings.dequantize,
+        adapted=len(settings.additions),
+        bytes_written=sum(file.size for file in files),
     )
 
 
@@ -337,7 +345,7 @@ class _Folding:
         self.to_compare = False
         self._weights = weights
         self._dense = dense
-        self._progress = Shared(progress)
+        self._progress = progress
         self._timing = timing
 
     def acquired(self, which: Iterable[int]) -> Iterator[int]:

@@ -27,7 +27,8 @@ from surgery.operations.output import check_output_file, check_room
 from surgery.operations.quantized import Dequantizer
 from surgery.operations.tuned import Norms, TunedModel, note_what_is_unlikely
 from surgery.planning.quantization import FP8, Scaled
-from surgery.progress import Progress, Silent
+from surgery.progress import Progress, heard, listening
+from surgery.reports import Report
 from surgery.source.model import Source, open_source
 
 #: What is stored of an original matrix, and the fine-tuned one.
@@ -52,14 +53,14 @@ class Projection:
 
 
 @dataclass(frozen=True, slots=True)
-class ProjectReport:
+class ProjectReport(Report):
     """What a projection found.
 
     Attributes:
         out: the scales file.
         fingerprint: of the factors that they belong to.
         trainable: how many scales.
-        targets: one by one, as in the manifest.
+        targets: each of them, in the order of the manifest.
         total: all of them together, as if they were one long vector.
     """
 
@@ -70,6 +71,7 @@ class ProjectReport:
     total: Projection
 
 
+@heard
 @on_its_own_terms
 def project(
     factorized: str | Path,
@@ -99,8 +101,8 @@ def project(
             not to be used.
         device: where the arithmetic runs: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         overwrite: replace ``out`` if it is there.
-        progress: told how far it is, and where ``tuned`` does not look like a fine-tuned model (``surgery.operations.tuned``);
-            without it that is a ``SurgeryWarning``.
+        progress: told how far it is, and what the user should know, such as where ``tuned`` does
+            not look like a fine-tuned model (``surgery.operations.tuned``); without it that is a ``SurgeryWarning``.
 
     Raises:
         SourceError: a model is not there, or lacks a target; a target has another shape there.
@@ -109,6 +111,7 @@ def project(
         OutputError: ``out`` is there already, is an input, or cannot be written.
         OptionError: a base that is not needed; no such device.
     """
+    progress = listening()
     where = choose_device(device)
     where = torch.device("cpu") if where.type == "mps" else where  # which has no float64
     factorized, out = Path(factorized), Path(out)
@@ -126,7 +129,7 @@ def project(
         TunedModel(source, {target.tensor: target.shape for target in manifest.targets}, names, progress, aliases) as model,
         _Projector(factorized, manifest, weights, model, where) as projector,
     ):
-        projector.run(progress or Silent())
+        projector.run(progress)
         found = projector.found
     for read in (source, weights):
         read.watch.check()

@@ -22,7 +22,7 @@ import re
 import tomllib
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,7 @@ from typing import Any, Literal
 from surgery.errors import OptionError
 from surgery.linalg.energy import check_energy
 from surgery.linalg.views import KINDS, Kind
+from surgery.reports import NOT_IN_JSON, Report, in_json
 
 Every = Literal["group", "column"]
 
@@ -47,14 +48,16 @@ class Rule:
         text: the patterns as they are written.
         patterns: what a whole name must match one of.
         view: how the tensor is seen; None: told from its dimensions.
-        slices, every, axis: how a fused tensor is made up, see ``surgery.planning.fused``.
+        slices: the projections that a fused tensor is made of, in this order; none where it is not fused.
+        every: how they alternate: ``group`` (by key-value head), ``column`` (one by one), or None: one after the other.
+        axis: what they are parts of: 0: the rows of the matrix, 1: its columns.
         split: whether to split it; None: as the recipe says.
         rank, energy, max_rank: as on the command line.
         skip: why such a tensor is no target; None if it is one.
     """
 
-    text: str
-    patterns: tuple[re.Pattern[str], ...]
+    text: str = field(metadata=in_json("match"))
+    patterns: tuple[re.Pattern[str], ...] = field(repr=False, metadata=NOT_IN_JSON)
     view: Kind | None = None
     slices: tuple[str, ...] = ()
     every: Every | None = None
@@ -71,7 +74,15 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A recipe; ``name`` is that of its file."""
+    """Which tensors are factorized, and how they are seen.
+
+    Attributes:
+        name: of its file.
+        description: what it is for.
+        families: the models that take it by themselves, by ``model_type`` or class of their config.
+        split: whether fused projections are split, if nobody says.
+        rules: the first one that matches a tensor's name decides.
+    """
 
     name: str
     description: str
@@ -82,6 +93,22 @@ class Recipe:
     def rule_for(self, name: str) -> Rule | None:
         """The first rule that matches a tensor's name."""
         return next((rule for rule in self.rules if rule.matches(name)), None)
+
+
+@dataclass(frozen=True, slots=True)
+class RecipesReport(Report):
+    """The recipes that ship with the package.
+
+    Attributes:
+        recipes: by name.
+    """
+
+    recipes: tuple[Recipe, ...]
+
+
+def recipes() -> RecipesReport:
+    """The recipes that ship with the package."""
+    return RecipesReport(tuple(builtin_recipes().values()))
 
 
 @cache

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,12 +14,13 @@ import torch
 from torch import nn
 
 from surgery.device import on_its_own_terms
-from surgery.errors import OptionError, SurgeryWarning
+from surgery.errors import OptionError
 from surgery.format.factors import FactorsReader
 from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
 from surgery.format.safetensors import ShardReader
 from surgery.format.scales import read_scales, write_scales
 from surgery.names import ATTACHED_NAME
+from surgery.progress import heard, note
 from surgery.training.carriers import Carrier, Layer, carriers_of, is_sharded, places_of, terms_of, unwrapped
 from surgery.training.lowrank import Adding, LowRankPath, Shadow, Term
 from surgery.training.placement import Place
@@ -100,6 +100,7 @@ class Scales:
         values = {key: 1 + _whole(home.path.delta(i), shapes[key]) for key, (home, i) in self._homes.items()}
         return values | {key: value.clone() for key, value in self._absent.items()}
 
+    @heard
     def save(self, path: str | Path) -> None:
         """Write the scales file that ``surgery fold`` takes.
 
@@ -111,23 +112,20 @@ class Scales:
         used = {key: home.used for key, (home, _) in self._homes.items()}
         unused = sorted(key for key, (_, every) in used.items() if not every)
         if unused and any(some for some, _ in used.values()):
-            warnings.warn(
+            note(
                 f"the scales of {unused[0]!r} and of {len(unused) - 1} other targets were never used, or not by all layers "
-                "that share the weight: the model does not run these, or reads their weights in a way that is not known here",
-                SurgeryWarning,
-                stacklevel=2,
+                "that share the weight: the model does not run these, or reads their weights in a way that is not known here"
             )
         if frozen := [key for key, (home, i) in self._homes.items() if not home.path.delta(i).requires_grad]:
-            warnings.warn(
+            note(
                 f"the scales of {frozen[0]!r} and of {len(frozen) - 1} other targets are frozen: what freezes a model, such as "
-                "PEFT's get_peft_model, comes before attach",
-                SurgeryWarning,
-                stacklevel=2,
+                "PEFT's get_peft_model, comes before attach"
             )
         values = self.values()
         if not (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0):
             write_scales(Path(path), values, self._manifest.fingerprint)
 
+    @heard
     @on_its_own_terms
     def load(self, path: str | Path) -> None:
         """Take the values of a scales file; errors and warnings as for ``surgery.format.scales.read_scales``.
@@ -198,6 +196,7 @@ def _whole(delta: nn.Parameter, shape: list[int]) -> torch.Tensor:
     return gathered.float().cpu().reshape(shape)
 
 
+@heard
 @on_its_own_terms
 def attach(model: nn.Module, factorized: str | Path) -> Scales:
     """Freeze a model and make the scales of a factorized checkpoint its only trainable parameters.
@@ -263,11 +262,9 @@ def attach(model: nn.Module, factorized: str | Path) -> Scales:
         path.requires_grad_(True)
     by_key = dict(zip(planned, attached, strict=True))
     if absent:
-        warnings.warn(
+        note(
             f"{len(absent)} of {len(manifest.targets)} targets are not in this model (first: {absent[0].key!r}): their scales "
-            "stay at 1, and fold leaves these weights as they are",
-            SurgeryWarning,
-            stacklevel=3,  # past the wrapper that sets the device
+            "stay at 1, and fold leaves these weights as they are"
         )
     return Scales(manifest, {key: (by_key[home], i) for key, (home, i) in homes.items()}, attached)
 
