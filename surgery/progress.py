@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 import warnings
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from surgery.errors import SurgeryWarning
 
 
+@runtime_checkable
 class Progress(Protocol):
     """What an operation reports. The command line turns it into a bar; the default ignores it."""
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 
-from surgery import __version__
 from surgery.cli.check import inspect, verify
 from surgery.cli.demo import demo
 from surgery.cli.factorize import factorize, plan, recipes
@@ -17,6 +16,7 @@ from surgery.cli.fold import export, fold
 from surgery.cli.scaling import blend, project, scales
 from surgery.cli.study import recommend, spectra
 from surgery.errors import SurgeryError
+from surgery.version import __version__
 
 
 class _Terminated(KeyboardInterrupt):

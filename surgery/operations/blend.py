@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
@@ -76,8 +76,6 @@ def blend(
         SurgeryWarning: a file does not say which factors it belongs to, or holds half-precision values, or numbers that do not
             look like multipliers.
     """
-    if space not in get_args(Space):
-        raise OptionError("unknown space", got=space, expected=" or ".join(get_args(Space)))
     paths, out = [Path(file) for file in files], Path(out)
     shares = _normalised(weights, len(paths))
     check_output_file(out, paths, overwrite=overwrite)
@@ -100,10 +98,7 @@ def _normalised(weights: Sequence[float] | None, count: int) -> tuple[float, ...
     """Weights that sum to 1."""
     if not count:
         raise OptionError("no scales files to blend", expected="one or more")
-    try:
-        given = [1.0] * count if weights is None else [float(weight) for weight in weights]
-    except (TypeError, ValueError) as error:
-        raise OptionError("a weight is no number", got=weights) from error
+    given = [1.0] * count if weights is None else list(weights)
     if len(given) != count:
         raise OptionError("there must be one weight for each file", got=f"{len(given)} weights", expected=f"{count} weights")
     if not all(math.isfinite(weight) for weight in given):

@@ -12,7 +12,6 @@ import torch
 from surgery.device import choose_devices, device_name
 from surgery.engine.lane import Lane
 from surgery.engine.local import IN_HAND, run_jobs
-from surgery.errors import OptionError
 from surgery.memory import available_memory
 from surgery.planning.memory import Memory, Resources
 from surgery.timing import Timing
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from surgery.engine.ray import Cluster, RemoteJob
 
 EngineName = Literal["local", "ray"]
-ENGINES: tuple[EngineName, ...] = ("local", "ray")
 
 _Result = TypeVar("_Result")
 _Result_co = TypeVar("_Result_co", covariant=True)
@@ -119,11 +117,9 @@ def engine_of(
     """The engine that a user means.
 
     Raises:
-        OptionError: there is none of that name, or it has no such device.
+        OptionError: it has no such device.
         MissingExtra: Ray is not installed.
     """
-    if name not in ENGINES:
-        raise OptionError("unknown engine", got=name, expected=" or ".join(ENGINES))
     if name == "local":
         yield LocalEngine(device, max_memory, max_device_memory, timing)
         return

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from surgery import __version__
 from surgery.device import on_its_own_terms
 from surgery.engine.lane import Lane
-from surgery.errors import OptionError, OutputError
+from surgery.errors import OutputError
 from surgery.format.files import copy_file, file_sha256, reading
 from surgery.format.manifest import (
     LeftOutRecord,
@@ -39,16 +38,18 @@ from surgery.operations.journal import Journal, differing
 from surgery.operations.output import check_room, is_as_recorded, loading_order, locked, result_folder
 from surgery.operations.publish import publish_factorized, submit_shard, uploading
 from surgery.planning.memory import Resources
-from surgery.planning.plan import LAYOUTS, Layout, Plan, make_plan
+from surgery.planning.plan import Layout, Plan, make_plan
 from surgery.planning.targets import Choice
 from surgery.progress import Progress, Shared, Silent
 from surgery.source.model import Source, open_source
 from surgery.timing import Timing, timed
+from surgery.version import __version__
 
 if TYPE_CHECKING:
     from surgery.source.upload import Upload
 
 
+@on_its_own_terms
 def plan(
     model: str | Path,
     *,
@@ -102,8 +103,6 @@ def _choice(
 def _plan(
     source: Source, choice: Choice, layout: Layout | None, correction: bool, resources: Resources, *, fetch: bool
 ) -> Plan:
-    if layout is not None and layout not in LAYOUTS:
-        raise OptionError("unknown layout", got=layout, expected=" or ".join(LAYOUTS))
     find = partial(find_aliases, source, fetch=fetch)
     return make_plan(source, choice, layout, resources, correction=correction, find_aliases=find)
 

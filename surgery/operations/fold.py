@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from surgery import __version__
 from surgery.device import choose_devices, on_its_own_terms
 from surgery.engine.lane import Lane
 from surgery.errors import FormatError, OptionError, OutputError, SurgeryError
@@ -50,6 +49,7 @@ from surgery.source.model import FolderSource
 from surgery.source.shards import is_index
 from surgery.timing import Timing, timed
 from surgery.training.adapter import additions_of
+from surgery.version import __version__
 
 if TYPE_CHECKING:
     from surgery.source.upload import Upload

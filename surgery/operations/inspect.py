@@ -6,16 +6,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from surgery.device import on_its_own_terms
 from surgery.format.manifest import Manifest, TargetRecord
 
 
+@on_its_own_terms
 def inspect(factorized: str | Path) -> Manifest:
     """The manifest of a factorized checkpoint, checked.
 
     Raises:
         SurgeryError: see ``Manifest.read``.
     """
-    return Manifest.read(Path(factorized))
+    return Manifest.read(factorized)
 
 
 def undetermined(target: TargetRecord) -> int:

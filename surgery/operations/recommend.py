@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from surgery.device import on_its_own_terms
 from surgery.errors import OptionError
 from surgery.format.files import write_file
 from surgery.operations.output import check_output_file
@@ -18,7 +19,6 @@ from surgery.operations.spectra import folders_of, spectra
 from surgery.progress import Progress
 
 Unit = Literal["numbers", "bytes"]
-UNITS: tuple[Unit, ...] = ("numbers", "bytes")
 #: Gains below this share of all there is are rounding.
 _NOISE = 1e-9
 #: So many additions, and entries kept, for the exact solution.
@@ -57,6 +57,7 @@ class _Candidate:
     cost: int
 
 
+@on_its_own_terms
 def recommend(
     model: str | Path,
     tuned: str | Path | None = None,
@@ -98,8 +99,6 @@ def recommend(
         SurgeryError: as for ``spectra``.
     """
     out = Path(out)
-    if unit not in UNITS:
-        raise OptionError("unknown unit", got=unit, expected=" or ".join(UNITS))
     if budget < 1:
         raise OptionError("the budget must be at least 1", got=budget)
     check_output_file(out, folders_of(model, tuned), overwrite=overwrite)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from surgery.device import on_its_own_terms
 from surgery.errors import OptionError
 from surgery.format.scales import read_scales_alone
 
@@ -52,6 +53,7 @@ class ScalesSummary:
     directions: tuple[Direction, ...]
 
 
+@on_its_own_terms
 def show_scales(path: str | Path, *, top: int = 20) -> ScalesSummary:
     """Sum up a scales file; the factorized checkpoint is not needed.
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from surgery import __version__
 from surgery.device import as_memory_allows, choose_device, device_name, on_its_own_terms
 from surgery.engine.walk import ShardWalk, TargetPiece, reported
 from surgery.errors import OptionError, WeightError
@@ -25,6 +24,7 @@ from surgery.planning.plan import Plan, make_plan
 from surgery.planning.targets import Choice, Target
 from surgery.progress import Progress, Silent
 from surgery.source.model import Source, open_source
+from surgery.version import __version__
 
 SCHEMA_VERSION = 2
 _MOST_AMPLIFIED = 10

@@ -159,7 +159,7 @@ def _check_file(folder: Path, record: FileRecord, watch: Watch, report: VerifyRe
         if report.expect(size == record.size, record.file, "size", size, record.size):
             found = file_sha256(path)
             report.expect(found == record.sha256, record.file, "sha256", found, record.sha256)
-    except FormatError as error:
+    except SurgeryError as error:
         report.fail(record.file, error)
     except OSError as error:
         report.expect(False, record.file, "the file can be read", error)
@@ -170,7 +170,7 @@ def _check_unchanged(watches: list[Watch], report: VerifyReport) -> None:
     for watch in watches:
         try:
             watch.check()
-        except FormatError as error:
+        except SurgeryError as error:
             report.fail("at the end", error)
 
 

@@ -17,7 +17,6 @@ from surgery.planning.targets import Choice, Model, Skipped, Target, check_choic
 from surgery.source.model import Source, check_index
 
 Layout = Literal["residual", "overlay"]
-LAYOUTS: tuple[Layout, ...] = ("residual", "overlay")
 
 
 @dataclass(frozen=True, slots=True)

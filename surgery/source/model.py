@@ -229,9 +229,9 @@ def open_source(model: str | Path, *, revision: str | None = None, subfolder: st
         FormatError: its index is damaged.
     """
     try:
-        path = Path(model).expanduser()
+        path = Path(model)
         is_folder, is_file = bool(str(model)) and path.is_dir(), path.is_file()
-    except (OSError, RuntimeError, ValueError) as error:  # a name too long, no such user, a null byte
+    except (OSError, ValueError) as error:  # a name too long, a null byte
         raise SourceError(f"there is no folder {str(model)[:100]!r}", got=str(error)[:200]) from None
     if is_folder:
         if revision is not None:
@@ -321,10 +321,10 @@ def check_index(source: Source, headers: dict[str, Header]) -> list[str]:
 
 
 def read_text(path: Path, where: str) -> str:
-    try:
+    with reading(path, where):
         check_size(path, where)
-        return path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise FormatError(f"{where}: cannot be read ({error.strerror})") from error
+        data = path.read_bytes()
+    try:
+        return data.decode("utf-8")
     except UnicodeDecodeError:
         raise FormatError(f"{where}: not UTF-8 text") from None

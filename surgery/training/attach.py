@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from surgery.arguments import as_path
 from surgery.device import on_its_own_terms
 from surgery.errors import OptionError, SurgeryWarning
 from surgery.format.factors import FactorsReader
@@ -105,9 +106,17 @@ class Scales:
 
         In a distributed run all processes must call it, and the first one writes.
 
+        Args:
+            path: of the file, replaced if it is there.
+
+        Raises:
+            OptionError: no path; or the scales have been offloaded, or taken over in a way that is not known here.
+            OutputError: it cannot be written.
+
         Warns:
             SurgeryWarning: the model was run, and some scales had no part in it; or they are frozen.
         """
+        path = as_path(path, "path")
         used = {key: home.used for key, (home, _) in self._homes.items()}
         unused = sorted(key for key, (_, every) in used.items() if not every)
         if unused and any(some for some, _ in used.values()):
@@ -126,7 +135,7 @@ class Scales:
             )
         values = self.values()
         if not (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0):
-            write_scales(Path(path), values, self._manifest.fingerprint)
+            write_scales(path, values, self._manifest.fingerprint)
 
     @on_its_own_terms
     def load(self, path: str | Path) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from surgery.arguments import as_path
 from surgery.errors import OptionError
 from surgery.training.attach import Scales
 from surgery.training.reference import check_arguments, check_callback, check_trainer, no_second_load, own_forward
@@ -93,6 +94,12 @@ class SaveScales(_Trainer):
         check_callback(callback)
         super().add_callback(callback)
 
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's own, but that ``~`` in the path of a checkpoint is expanded."""
+        if isinstance(resume_from_checkpoint, str | Path):
+            resume_from_checkpoint = str(as_path(resume_from_checkpoint, "resume_from_checkpoint"))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def _has_adapters(self) -> bool:
         return _is_adapted(self.model)
 
@@ -116,7 +123,15 @@ class SaveScales(_Trainer):
         """Write the scales, the tokenizer and the arguments to a folder, by default ``args.output_dir``.
 
         In a distributed run all processes must call it.
+
+        Args:
+            output_dir: the folder; ``~`` is expanded.
+
+        Raises:
+            OptionError, OutputError: see ``Scales.save``.
         """
+        if output_dir is not None:
+            output_dir = str(as_path(output_dir, "output_dir"))
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
             return
