@@ -94,7 +94,12 @@ def _fitting(value: Any, kind: Any, name: str, function: str) -> Any:
 def _hint(value: Any, kind: Any, name: str) -> str | None:
     for one in _alternatives(kind):
         origin, inner = get_origin(one), get_args(one)
-        if isinstance(value, str) and origin is not None and issubclass(origin, Sequence) and str in _alternatives(inner[0]):
+        if (
+            isinstance(value, str)
+            and origin is not None
+            and issubclass(origin, Sequence)
+            and not {str, Path}.isdisjoint(_alternatives(inner[0]))
+        ):
             return f"{name}=[{value[:80]!r}]"
         if getattr(one, "__name__", "") == "Tensor" and (hasattr(value, "__array__") or isinstance(value, list | tuple)):
             return f"{name}=torch.as_tensor(...) of it"
@@ -186,7 +191,7 @@ def _described(kind: Any) -> str:
         return f"a mapping of names to {_many(inner[1])}"
     if origin is not None:
         return f"a list of {_many(inner[0])}"
-    return _SIMPLE.get(kind) or f"a {kind.__module__.partition('.')[0]}.{kind.__name__}"
+    return _SIMPLE.get(kind) or f"a {kind.__module__.partition('.')[0]} {kind.__name__}"
 
 
 def _many(kind: Any) -> str:

@@ -52,6 +52,10 @@ class SaveScales(_Trainer):
     """
 
     def __init__(self, *args: Any, scales: Scales, **kwargs: Any) -> None:
+        if not isinstance(scales, Scales):
+            raise OptionError(
+                "scales are those that surgery.attach returns", got=type(scales).__name__, expected="surgery.Scales"
+            )
         self.scales = scales
         bases = type(self).__mro__
         given = check_arguments(bases[bases.index(SaveScales) + 1 :], scales, args, kwargs)
