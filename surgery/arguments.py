@@ -93,13 +93,7 @@ def _fitting(value: Any, kind: Any, name: str, function: str) -> Any:
 
 def _hint(value: Any, kind: Any, name: str) -> str | None:
     for one in _alternatives(kind):
-        origin, inner = get_origin(one), get_args(one)
-        if (
-            isinstance(value, str)
-            and origin is not None
-            and issubclass(origin, Sequence)
-            and not {str, Path}.isdisjoint(_alternatives(inner[0]))
-        ):
+        if isinstance(value, str) and (items := _items(one)) is not None and not {str, Path}.isdisjoint(_alternatives(items)):
             return f"{name}=[{value[:80]!r}]"
         if getattr(one, "__name__", "") == "Tensor" and (hasattr(value, "__array__") or isinstance(value, list | tuple)):
             return f"{name}=torch.as_tensor(...) of it"
@@ -121,12 +115,12 @@ def _as_one(value: Any, kind: Any, name: str) -> Any:
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Literal:
         return _if(any(value is one or (type(value) is type(one) and value == one) for one in inner), value)
-    if origin is not None and issubclass(origin, Mapping):
+    if isinstance(origin, type) and issubclass(origin, Mapping):
         _if(isinstance(value, Mapping))
         return {_taken(key, inner[0], name): _taken(one, inner[1], name) for key, one in value.items()}
-    if origin is not None and issubclass(origin, Sequence):
+    if (items := _items(kind)) is not None:
         _if(isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview))
-        return tuple(_taken(one, inner[0], name) for one in value)
+        return tuple(_taken(one, items, name) for one in value)
     if kind is bool or kind is type(None):
         return _if(isinstance(value, kind), value)
     if kind is int:
@@ -171,6 +165,12 @@ def _expanded(path: Any, what: str) -> Any:
     return path
 
 
+def _items(kind: Any) -> Any:
+    """What a list of this kind holds; None for what is no list."""
+    origin = get_origin(kind)
+    return get_args(kind)[0] if isinstance(origin, type) and issubclass(origin, Sequence) else None
+
+
 def _alternatives(kind: Any) -> tuple[Any, ...]:
     """What a kind may be: what may be a Path may be a str."""
     several = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
@@ -187,10 +187,10 @@ def _described(kind: Any) -> str:
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Literal:
         return " or ".join(map(str, inner))
-    if origin is not None and issubclass(origin, Mapping):
+    if isinstance(origin, type) and issubclass(origin, Mapping):
         return f"a mapping of names to {_many(inner[1])}"
-    if origin is not None:
-        return f"a list of {_many(inner[0])}"
+    if (items := _items(kind)) is not None:
+        return f"a list of {_many(items)}"
     return _SIMPLE.get(kind) or f"a {kind.__module__.partition('.')[0]} {kind.__name__}"
 
 

@@ -103,11 +103,7 @@ def find_recipe(name: str) -> Recipe:
     if name in builtin_recipes():
         return builtin_recipes()[name]
     path = Path(name)
-    try:
-        is_file = path.is_file()
-    except (OSError, ValueError) as error:  # a name too long, a null byte
-        raise OptionError(f"there is no recipe {name[:100]!r}", got=str(error)[:200]) from None
-    if is_file:
+    if path.is_file():
         return read_recipe(path)
     looks_like_a_file = path.suffix == ".toml" or len(path.parts) > 1
     raise OptionError(

@@ -53,9 +53,7 @@ class SaveScales(_Trainer):
 
     def __init__(self, *args: Any, scales: Scales, **kwargs: Any) -> None:
         if not isinstance(scales, Scales):
-            raise OptionError(
-                "scales are those that surgery.attach returns", got=type(scales).__name__, expected="surgery.Scales"
-            )
+            raise OptionError("these are no scales", got=type(scales).__name__, expected="what surgery.attach returns")
         self.scales = scales
         bases = type(self).__mro__
         given = check_arguments(bases[bases.index(SaveScales) + 1 :], scales, args, kwargs)
