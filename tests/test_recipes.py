@@ -155,7 +155,7 @@ def test_recipes_that_are_not_there(llama: Path, tmp_path: Path) -> None:
         surgery.plan(llama, recipe="lama")
     assert "did you mean 'llama'?" in str(caught.value)
     for name in (tmp_path / "nothing.toml", "x" * 5000, "~nobody-of-this-name/x.toml", "null\0byte"):
-        with pytest.raises(OptionError, match="there is no recipe|no such path can be|a user that is not known here"):
+        with pytest.raises(OptionError, match=r"there is no recipe|no such path can be|a user that is not known here"):
             surgery.plan(llama, recipe=name)
 
 

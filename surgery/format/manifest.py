@@ -314,7 +314,11 @@ class Manifest:
         return written + self.files
 
     def targets_of(self, shard: str) -> list[TargetRecord]:
-        """The targets in one weight file of the source."""
+        """The targets in one weight file of the source.
+
+        Args:
+            shard: its path in the source, such as ``model.safetensors``.
+        """
         return [target for target in self.targets if target.shard == shard]
 
 

@@ -65,6 +65,9 @@ def blend(
         space: ``linear`` or ``log``.
         overwrite: replace ``out`` if it is there.
 
+    Returns:
+        What was written, with the weights as they were used.
+
     Raises:
         OptionError: no files, another number of weights than files, or weights whose sum is not positive.
         ScalesError: the files are not of the same factors, names or shapes; a scale that is not positive in log space;

@@ -97,6 +97,9 @@ def export(
         overwrite: write in any case, in place of whatever adapter is in ``out``.
         progress: told how far it is.
 
+    Returns:
+        What was written, or is there already.
+
     Raises:
         OptionError: a target that an adapter cannot change, or that PEFT is known to load wrongly.
         OutputError: another adapter is there.

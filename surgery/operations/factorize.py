@@ -71,7 +71,20 @@ def plan(
 ) -> Plan:
     """What ``factorize`` would do with the same arguments, from headers.
 
-    Of a model that is here, weights that may be one parameter, stored twice, are compared.
+    Of a model that is here, weights that may be one parameter, stored twice, are compared. Nothing is written.
+
+    Args:
+        model, rank, energy, max_rank, include, exclude, recipe, split, layout, correction, revision, subfolder: see
+            ``factorize``.
+        device, max_memory, max_device_memory, stream: see ``factorize``; on them depend memory and room on the disk alone.
+
+    Returns:
+        The targets by weight file, what is passed over and why, notes, and upper estimates of bytes.
+
+    Raises:
+        OptionError: an option makes no sense, for any model or for this one, or nothing is selected.
+        SourceError: the model cannot be had, or is quantized in a way that is not supported.
+        ReadError, FormatError: a file cannot be read, or is damaged.
     """
     choice = _choice(rank, energy, max_rank, include, exclude, recipe, split)
     with engine_of("local", device, max_memory, max_device_memory, None) as by:
@@ -181,7 +194,12 @@ def factorize(
         The manifest, as written, or as it was if ``out`` holds the complete result of the same run.
 
     Raises:
-        SurgeryError: see ``surgery.errors``. What has been written by then has no manifest and no ``config.json``,
+        OptionError, SourceError, ReadError, FormatError: as ``plan``.
+        WeightError: a weight holds NaN or infinity, or a residual would overflow.
+        OutputError: ``out`` holds something else, is in use, or the disk is full or fails.
+        ClusterError: with Ray, the cluster cannot be reached or is lost.
+        MissingExtra: Ray is not installed.
+        SurgeryError: any of these. What has been written by then has no manifest and no ``config.json``,
             and so is taken for a checkpoint by nobody; the same call goes on after the last finished shard.
     """
     progress = progress or Silent()

@@ -124,8 +124,18 @@ def fold(
         progress: told how far it is.
         timing: told where the time goes.
 
+    Returns:
+        What was written, or is there already if ``out`` holds this very fold.
+
     Raises:
-        SurgeryError: see ``surgery.errors``. ``config.json`` comes last, so no loader takes what is there by then
+        SourceError: the folder is no factorized checkpoint, or the base is not there or another model.
+        ScalesError: the scales are not those of this checkpoint, or not finite.
+        OptionError: an option makes no sense for this checkpoint, or the adapter is of a kind that cannot be folded.
+        ReadError, FormatError: a file cannot be read, or is damaged.
+        OutputError: ``out`` holds something else, is in use, or the disk is full or fails.
+        ClusterError: with Ray, the cluster cannot be reached or is lost.
+        MissingExtra: Ray is not installed, or transformers, which an adapter needs.
+        SurgeryError: any of these. ``config.json`` comes last, so no loader takes what is there by then
             for a model; the same call goes on after the last finished shard.
 
     Warns:

@@ -14,6 +14,12 @@ from surgery.format.manifest import Manifest, TargetRecord
 def inspect(factorized: str | Path) -> Manifest:
     """The manifest of a factorized checkpoint, checked.
 
+    Args:
+        factorized: a folder written by ``factorize``.
+
+    Returns:
+        What it says, which holds together; of files nothing is looked at.
+
     Raises:
         SurgeryError: see ``Manifest.read``.
     """

@@ -102,9 +102,13 @@ def project(
         progress: told how far it is, and where ``tuned`` does not look like a fine-tuned model (``surgery.operations.tuned``);
             without it that is a ``SurgeryWarning``.
 
+    Returns:
+        How much each target has changed, and how much of that its scales explain.
+
     Raises:
         SourceError: a model is not there, or lacks a target; a target has another shape there.
         WeightError: a fine-tuned weight holds NaN or infinity.
+        ReadError: a file cannot be read.
         FormatError: a file is damaged, or is not the one that the manifest describes.
         OutputError: ``out`` is there already, is an input, or cannot be written.
         OptionError: a base that is not needed; no such device.

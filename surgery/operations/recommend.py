@@ -93,6 +93,9 @@ def recommend(
         seed, device, progress: as for ``surgery.operations.spectra.spectra``.
         overwrite: replace ``out``.
 
+    Returns:
+        The ranks, what they cost, and what they keep beside one rank for all.
+
     Raises:
         OptionError: the budget buys nothing, or an option makes no sense.
         OutputError: ``out`` is there already, or in one of the models.

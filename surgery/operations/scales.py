@@ -61,7 +61,11 @@ def show_scales(path: str | Path, *, top: int = 20) -> ScalesSummary:
         path: the file.
         top: how many of the changed directions to list.
 
+    Returns:
+        How many numbers there are, how they are spread, and which are furthest from 1.
+
     Raises:
+        OptionError: ``top`` is negative.
         SurgeryError: see ``surgery.format.scales.read_scales_alone``.
 
     Warns:

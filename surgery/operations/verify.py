@@ -98,6 +98,9 @@ def verify(
         device: where the arithmetic runs: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         progress: told how far it is.
 
+    Returns:
+        What does not hold, and what could not be looked at; ``ok`` where all holds that was looked at.
+
     Raises:
         SurgeryError: there is no manifest to check against, no such base, or one that is not needed.
     """

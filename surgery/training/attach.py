@@ -139,9 +139,20 @@ class Scales:
 
     @on_its_own_terms
     def load(self, path: str | Path) -> None:
-        """Take the values of a scales file; errors and warnings as for ``surgery.format.scales.read_scales``.
+        """Take the values of a scales file.
 
         Those of targets that the model does not have are kept for ``values`` and ``save``.
+
+        Args:
+            path: of the file, written with the same factorized folder.
+
+        Raises:
+            ScalesError: no such file, or scales of other factors, or not finite.
+            ReadError, FormatError: it cannot be read, or is no safetensors file.
+            OptionError: no path; or the scales have been offloaded.
+
+        Warns:
+            SurgeryWarning: see ``surgery.format.scales.read_scales``.
         """
         values = read_scales(Path(path), self._manifest)
         self._absent = {key: values[key] for key in self._absent}
@@ -177,7 +188,11 @@ class Scales:
                 path.untouched = value
 
     def act_on(self, module: nn.Module) -> bool:
-        """Whether a weight of the module itself, not of one inside it, has scales."""
+        """Whether a weight of the module itself, not of one inside it, has scales.
+
+        Args:
+            module: any module of the model.
+        """
         return any(module is other for attached in self._attached for other in attached.modules)
 
     def detach(self) -> None:
@@ -224,6 +239,9 @@ def attach(model: nn.Module, factorized: str | Path) -> Scales:
     Args:
         model: in the dtype of the checkpoint or a wider one, or quantized, on any device or several. Not yet sharded.
         factorized: a folder written by ``surgery.factorize``.
+
+    Returns:
+        The scales, all 1, to be trained, saved and taken out again.
 
     Raises:
         SourceError: the model's weights are neither the original nor the residual.

@@ -90,6 +90,9 @@ class SaveScales(_Trainer):
     def add_callback(self, callback: Any) -> None:
         """As the Trainer's own, but for callbacks that make or change whole models.
 
+        Args:
+            callback: see transformers.
+
         Raises:
             OptionError: it is one of these.
         """
@@ -97,7 +100,11 @@ class SaveScales(_Trainer):
         super().add_callback(callback)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's own, but that ``~`` in the path of a checkpoint is expanded."""
+        """As the Trainer's own, but that ``~`` in the path of a checkpoint is expanded.
+
+        Args:
+            resume_from_checkpoint: the folder, or True for the last one; all else see transformers.
+        """
         if isinstance(resume_from_checkpoint, str | Path):
             resume_from_checkpoint = str(as_path(resume_from_checkpoint, "resume_from_checkpoint"))
         return super().train(resume_from_checkpoint, *args, **kwargs)
