@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import inspect
 import os
@@ -16,8 +15,6 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from surgery.errors import OptionError
 
 _PATH = "a path (str or Path)"
-#: What the system says of a name that no file can have. On Windows a wrong character is an EINVAL.
-_IMPOSSIBLE = (errno.ENAMETOOLONG, errno.EINVAL)
 _SIMPLE = {
     bool: "True or False",
     int: "a whole number",
@@ -156,12 +153,11 @@ def _expanded(path: Any, what: str) -> Any:
                 hint=f"./{name} is a folder of that name",
             ) from None
     try:
-        os.lstat(path)
-    except ValueError as error:  # a null byte, a lone surrogate
-        raise OptionError(f"{what}: no such path can be", got=f"{ascii(text)[:200]}: {error}") from None
-    except OSError as error:
-        if error.errno in _IMPOSSIBLE:
-            raise OptionError(f"{what}: no such path can be", got=f"{ascii(text)[:200]}: {error.strerror}") from None
+        impossible = b"\0" in os.fsencode(path)
+    except UnicodeEncodeError:  # half a character
+        impossible = True
+    if impossible:
+        raise OptionError(f"{what}: no such path can be", got=ascii(text)[:200])
     return path
 
 

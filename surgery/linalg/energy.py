@@ -42,7 +42,7 @@ def energy_svd(
     check_energy(energy, max_rank)
     check_dense(A, "A")
     if A.ndim != 2:
-        raise OptionError("energy_svd needs one matrix", got=f"shape {tuple(A.shape)}")
+        raise OptionError("A is not one matrix", got=f"shape {tuple(A.shape)}")
     limit = min(max_rank, *A.shape)
     k = min(_FIRST_RANK, limit)
     while True:

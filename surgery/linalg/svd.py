@@ -111,7 +111,7 @@ def truncated_svd(A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERAN
     """
     check_dense(A, "A")
     if A.ndim not in (2, 3):
-        raise OptionError("truncated_svd needs a matrix or a batch of matrices", got=f"shape {tuple(A.shape)}")
+        raise OptionError("A is neither a matrix nor a batch of matrices", got=f"shape {tuple(A.shape)}")
     found = truncated_svds(A[None] if A.ndim == 2 else A, k, tolerance=tolerance, seed=seed)
     return found[0] if A.ndim == 2 else _stack(found)
 
