@@ -25,9 +25,10 @@ bench: $(VENV)/test.done
 	$(PIP) scipy
 	$(BIN)/python benchmarks/svd.py
 
-# The page that shows every command's --help; a test fails when it is out of date.
+# The pages that show every command's --help, and every docstring; a test fails when one is out of date.
 docs: $(VENV)/demo.done
 	$(BIN)/python tools/write_cli_docs.py > docs/cli.md
+	$(BIN)/python tools/write_api_docs.py > docs/api.md
 
 clean:
 	rm -rf $(VENV) dist build *.egg-info

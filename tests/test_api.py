@@ -358,17 +358,18 @@ def test_wrong_calls_are_errors_of_python() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="a file of Linux's that is there, and cannot be read")
-@pytest.mark.parametrize("where", ["f/config.json", "f/surgery/manifest.json", "f/surgery/factors-*", "s", "r.toml"])
+@pytest.mark.parametrize("where", ["f/config.json", "f/surgery/manifest.json", "m/model-*", "s", "r.toml"])
 def test_files_that_cannot_be_read(where: str, llama: Path, tmp_path: Path) -> None:
     """A folder in a file's place, and a disk that fails: an OSError of ours that names the file."""
     surgery.factorize(llama, tmp_path / "f", rank=2)
+    shutil.copytree(llama, tmp_path / "m")
     shutil.copy(tmp_path / "f/surgery/scales.safetensors", tmp_path / "s")
     (tmp_path / "r.toml").write_text('[[rules]]\nmatch = "*.q_proj.weight"\n')
     file = min(tmp_path.glob(where))
 
     def call() -> None:
-        if where == "r.toml":
-            surgery.plan(llama, recipe=file)
+        if where in ("r.toml", "m/model-*"):
+            surgery.plan(tmp_path / "m", recipe=tmp_path / "r.toml")
         else:
             surgery.fold(tmp_path / "f", tmp_path / "s", tmp_path / "out")
 
@@ -382,6 +383,7 @@ def test_files_that_cannot_be_read(where: str, llama: Path, tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.skipif(os.name == "nt", reason="permissions of POSIX")
 def test_folders_that_nobody_may_look_into(llama: Path, factorized: Path, tmp_path: Path) -> None:
     """Permissions, which a superuser has to lay down first."""
     closed = tmp_path / "closed"

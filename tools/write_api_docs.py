@@ -54,6 +54,7 @@ def errors() -> Iterator[str]:
     """The tree of errors, as it is drawn in their module."""
     about, _, tree = (inspect.getdoc(surgery.errors) or "").partition("\n\n")
     yield f"{about}\n"
+    yield markdown(surgery.SurgeryError)
     for paragraph in tree.split("\n\n"):
         is_tree = "+--" in paragraph or paragraph.startswith("SurgeryWarning")
         yield code(paragraph, "text") if is_tree else f"{inline(paragraph)}\n"

@@ -99,15 +99,14 @@ class SaveScales(_Trainer):
         check_callback(callback)
         super().add_callback(callback)
 
-    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As the Trainer's own, but that ``~`` in the path of a checkpoint is expanded.
-
-        Args:
-            resume_from_checkpoint: the folder, or True for the last one; all else see transformers.
-        """
-        if isinstance(resume_from_checkpoint, str | Path):
-            resume_from_checkpoint = str(as_path(resume_from_checkpoint, "resume_from_checkpoint"))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+    def train(self, *args: Any, **options: Any) -> Any:
+        """As the Trainer's own, but that ``~`` in the path of a checkpoint to resume from is expanded."""
+        name = "resume_from_checkpoint"
+        if args and isinstance(args[0], str | Path):
+            args = (str(as_path(args[0], name)), *args[1:])
+        elif isinstance(options.get(name), str | Path):
+            options[name] = str(as_path(options[name], name))
+        return super().train(*args, **options)
 
     def _has_adapters(self) -> bool:
         return _is_adapted(self.model)
