@@ -192,7 +192,7 @@ def _described(kind: Any) -> str:
 
 def _many(kind: Any) -> str:
     """What is in a list."""
-    words = {str: "strs", float: "numbers", int: "whole numbers"}
+    words = {str: "str", float: "numbers", int: "whole numbers"}
     return "paths" if Path in _alternatives(kind) else words.get(kind) or _described(kind).removeprefix("a ") + "s"
 
 

@@ -110,4 +110,4 @@ def naming_system_errors() -> Iterator[None]:
     except OSError as error:
         if error.filename is None:
             raise
-        raise ReadError(f"{error.filename}: the system does not let it be read ({error.strerror})") from error
+        raise ReadError(f"{error.filename}: the system refuses it ({error.strerror})") from error
