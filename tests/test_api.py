@@ -350,6 +350,29 @@ def test_scales_of_the_wrong_kind(factorized: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"subfolder": name} for name in ("../x", "", "a/../../b", "x\\y")),
+        *({name: value} for name in ("max_memory", "max_device_memory") for value in (0, -1)),
+        *({"device": name} for name in ("", "gpu", "cuda:-1", "cuda:99", "cpu,cpu", "cpu:3", "meta", "all")),
+        {"rank": 0},
+        {"rank": 10**40},
+        {"energy": float("nan")},
+        {"energy": 0.5, "max_rank": 0},
+        {"rank": 2, "energy": 0.5},
+        {"include": ["no-such-name"]},
+        {"include": [""]},
+        {"layout": "overlay", "correction": False},
+    ],
+)
+def test_values_that_make_no_sense(options: dict[str, Any], llama: Path) -> None:
+    if options.get("device") in ("all", "cuda:99") and torch.cuda.is_available():
+        pytest.skip("a machine that has it, or as many")
+    with pytest.raises(OptionError):
+        surgery.plan(llama, **options)
+
+
 def test_wrong_calls_are_errors_of_python() -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'ranks'"):
         surgery.factorize("m", ranks=3)  # type: ignore[call-arg]

@@ -12,6 +12,7 @@ import torch
 from surgery.device import choose_devices, device_name
 from surgery.engine.lane import Lane
 from surgery.engine.local import IN_HAND, run_jobs
+from surgery.errors import OptionError
 from surgery.memory import available_memory
 from surgery.planning.memory import Memory, Resources
 from surgery.timing import Timing
@@ -117,9 +118,12 @@ def engine_of(
     """The engine that a user means.
 
     Raises:
-        OptionError: it has no such device.
+        OptionError: it has no such device, or a limit of memory is none.
         MissingExtra: Ray is not installed.
     """
+    for limit, value in (("max_memory", max_memory), ("max_device_memory", max_device_memory)):
+        if value is not None and value < 1:
+            raise OptionError(f"{limit} makes no sense", got=value, expected="a number of bytes, at least 1")
     if name == "local":
         yield LocalEngine(device, max_memory, max_device_memory, timing)
         return

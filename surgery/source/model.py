@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from surgery.errors import FormatError, SourceError
+from surgery.errors import FormatError, OptionError, SourceError
 from surgery.format.files import Watch, check_regular, check_relative_path, check_size, read_json_object, reading
 from surgery.format.manifest import SourceRecord
 from surgery.format.safetensors import Header, ShardReader
@@ -278,8 +278,15 @@ def _hub_cache(path: Path) -> Path | None:
 
 
 def check_subfolder(subfolder: str) -> str:
-    """``subfolder`` without slashes around it, if it stays inside."""
-    return check_relative_path(subfolder.strip("/"), "--subfolder")
+    """``subfolder`` without slashes around it, if it stays inside.
+
+    Raises:
+        OptionError: it does not.
+    """
+    try:
+        return check_relative_path(subfolder.strip("/"), "the subfolder")
+    except FormatError as error:
+        raise OptionError(error.what, got=error.got, expected="a path inside of the model, such as transformer") from None
 
 
 def read_config(source: Source) -> dict[str, Any]:
