@@ -281,8 +281,8 @@ def check_file(folder: Path, record: FileRecord, hint: str) -> None:
     """Refuse a file that is missing or not the one that was recorded.
 
     Raises:
-        ReadError: it is missing, or cannot be read.
-        FormatError: with both hashes.
+        ReadError: it cannot be read.
+        FormatError: it is missing, or with both hashes.
     """
     path = check_size_of(folder, record, hint)
     with reading(path):
@@ -295,11 +295,13 @@ def check_size_of(folder: Path, record: FileRecord, hint: str) -> Path:
     """Refuse a file that is missing or has another size than was recorded; returns where it is.
 
     Raises:
-        ReadError: it is missing.
-        FormatError: with its size.
+        ReadError: the system does not let it be looked at.
+        FormatError: it is missing, or with its size.
     """
     path = folder / check_relative_path(record.file, str(folder))
     with reading(path):
+        if not path.exists():
+            raise FormatError(f"{path} is not there", expected="a file that the manifest describes", hint=hint)
         size = path.stat().st_size
     if size != record.size:
         raise not_as_described(path, f"of {size} bytes", record, hint)
