@@ -8,9 +8,11 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from surgery.arguments import checked
 from surgery.arithmetic import exact_arithmetic
-from surgery.errors import OptionError
-from surgery.progress import note
+from surgery.errors import OptionError, naming_system_errors
+from surgery.installation import check_installation
+from surgery.progress import heard, note
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
@@ -91,18 +93,25 @@ def as_memory_allows(
 
 
 def on_its_own_terms(function: Callable[_Arguments, _Out]) -> Callable[_Arguments, _Out]:
-    """For what users call: tensors made without a device are on the CPU, whatever the caller's default device is, and
-    arithmetic is exact, see ``exact_arithmetic``."""
+    """For what users call.
+
+    Its arguments are of the kinds that its signature says (``surgery.arguments``). Tensors made without a device are on the
+    CPU, whatever the caller's default device is. Arithmetic is exact, see ``exact_arithmetic``. And what the system says of a
+    file is one of our errors. Its progress and notes reach whoever listens, see ``heard``.
+    """
+    call: Callable[..., _Out] = function
 
     @functools.wraps(function)
     def wrapped(*arguments: _Arguments.args, **options: _Arguments.kwargs) -> _Out:
-        with exact_arithmetic():
+        check_installation()
+        fitting, named = checked(function, arguments, options)
+        with naming_system_errors(), exact_arithmetic():
             if torch.get_default_device().type == "cpu":  # the context costs each operation a call
-                return function(*arguments, **options)
+                return call(*fitting, **named)
             with torch.device("cpu"):
-                return function(*arguments, **options)
+                return call(*fitting, **named)
 
-    return wrapped
+    return heard(wrapped)
 
 
 def _is_full(error: RuntimeError) -> bool:

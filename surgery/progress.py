@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from contextvars import ContextVar
 from types import FrameType
-from typing import ParamSpec, Protocol, TypeVar
+from typing import ParamSpec, Protocol, TypeVar, runtime_checkable
 
 from surgery.errors import SurgeryWarning
 
@@ -22,6 +22,7 @@ _Arguments = ParamSpec("_Arguments")
 _Out = TypeVar("_Out")
 
 
+@runtime_checkable
 class Progress(Protocol):
     """What an operation reports. The command line turns it into a bar; by default notes are warnings, and the rest is ignored.
 
@@ -29,16 +30,33 @@ class Progress(Protocol):
     """
 
     def start(self, label: str, total_bytes: int) -> None:
-        """A phase begins that will process ``total_bytes`` bytes."""
+        """A phase begins.
+
+        Args:
+            label: what is done in it, such as ``factorizing``.
+            total_bytes: how many bytes it will process.
+        """
 
     def item(self, name: str) -> None:
-        """The tensor or file now being worked on."""
+        """What is worked on changes.
+
+        Args:
+            name: of the tensor or file that is worked on from now on.
+        """
 
     def advance(self, n_bytes: int) -> None:
-        """``n_bytes`` more bytes are done."""
+        """Some bytes are done.
+
+        Args:
+            n_bytes: how many more.
+        """
 
     def note(self, message: str) -> None:
-        """Something the user should know that is no error. Said once."""
+        """Something the user should know that is no error.
+
+        Args:
+            message: one sentence. Said once.
+        """
 
     def finish(self) -> None:
         """The phase is over, well or not."""

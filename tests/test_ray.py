@@ -80,5 +80,11 @@ def test_refusals(llama: Path, tmp_path: Path) -> None:
     done = _command("factorize", str(llama), "-o", str(tmp_path / "f"), "--engine", "ray", "--device", "cuda:0")
     assert (done.returncode, done.stdout) == (1, "")
     assert "Ray places tasks by itself" in done.stderr
+    with (
+        pytest.raises(surgery.errors.ClusterError, match="the Ray cluster cannot be reached"),
+        pytest.MonkeyPatch.context() as changed,
+    ):
+        changed.setenv("RAY_ADDRESS", "no address")
+        surgery.factorize(llama, tmp_path / "f", engine="ray")
     with pytest.raises(surgery.errors.OptionError, match="unknown engine"):
         surgery.factorize(llama, tmp_path / "f", engine="slurm")  # type: ignore[arg-type]

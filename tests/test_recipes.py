@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import surgery
-from surgery.errors import OptionError
+from surgery.errors import OptionError, SurgeryError
 from surgery.planning.plan import Plan
 from surgery.planning.recipes import RECIPE_KEYS, RULE_KEYS, builtin_recipes, find_recipe, read_recipe, recipe_for_family
 from tests.families import FAMILIES
@@ -155,7 +155,7 @@ def test_recipes_that_are_not_there(llama: Path, tmp_path: Path) -> None:
         planned(llama, recipe="lama")
     assert "did you mean 'llama'?" in str(caught.value)
     for name in (tmp_path / "nothing.toml", "x" * 5000, "~nobody-of-this-name/x.toml", "null\0byte"):
-        with pytest.raises(OptionError, match="there is no recipe"):
+        with pytest.raises(SurgeryError, match=r"there is no recipe|no such path|a user that is not known|name too long"):
             planned(llama, recipe=name)
 
 
@@ -259,7 +259,7 @@ def test_a_slice_of_one_row_is_passed_over_with_a_reason(tmp_path: Path) -> None
     "options", [{"rank": 4.0}, {"rank": "4"}, {"rank": True}, {"energy": "0.5"}, {"energy": 0.5, "max_rank": 3.5}]
 )
 def test_numbers_that_are_none(options: dict[str, object], llama: Path) -> None:
-    with pytest.raises(OptionError, match="makes no sense"):
+    with pytest.raises(OptionError, match=r"plan\(\) cannot take this as"):
         planned(llama, **options)  # type: ignore[arg-type]
 
 

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 import surgery
-from surgery.errors import FormatError, OutputError
+from surgery.errors import OutputError, ReadError
 from surgery.format.manifest import Manifest, SourceRecord
 from surgery.operations.card import adapter_card, factorized_card, folded_card, published
 from surgery.source import upload
@@ -375,7 +375,7 @@ def test_change_by_somebody_else_at_the_last_moment(hub: LoopbackHub, tmp_path: 
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match=r"gone\.safetensors: cannot be read"), Upload.open("acme/gone") as target:
+    with pytest.raises(ReadError, match=r"gone\.safetensors: cannot be read"), Upload.open("acme/gone") as target:
         target.submit(tmp_path / "gone.safetensors", "gone.safetensors")
     with pytest.raises(OutputError, match="the hub takes no such file"), Upload.open("acme/gone") as target:
         target.finish({".git/config": b""}, CARD)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from surgery.cli.options import device_option, json_option, notes_and_quiet, quiet_option
+from surgery.cli.options import MODEL, PATH, device_option, json_option, notes_and_quiet, quiet_option
 from surgery.cli.printing import print_json
 from surgery.cli.report import Bar, say, table
 
@@ -16,7 +16,7 @@ from surgery.cli.report import Bar, say, table
 
 
 @click.command(short_help="Show what a factorized folder holds.")
-@click.argument("factorized", type=click.Path(path_type=Path))
+@click.argument("factorized", type=PATH)
 @json_option
 def inspect(factorized: Path, as_json: bool) -> None:
     """Show what the folder FACTORIZED holds: a table of targets, or with --json all there is to know.
@@ -75,8 +75,10 @@ def _doubt(share: float) -> str:
 
 
 @click.command(short_help="Check that a factorized folder is what its manifest says.")
-@click.argument("factorized", type=click.Path(path_type=Path))
-@click.option("--base", metavar="MODEL", help="The model it was made from: an overlay is checked in part without it.")
+@click.argument("factorized", type=PATH)
+@click.option(
+    "--base", type=MODEL, metavar="MODEL", help="The model it was made from: an overlay is checked in part without it."
+)
 @click.option("--fast", is_flag=True, help="Hashes and headers only, no arithmetic.")
 @device_option
 @json_option

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from surgery.cli.options import device_option, json_option, notes_and_quiet, overwrite_option, quiet_option
+from surgery.cli.options import PATH, device_option, json_option, notes_and_quiet, overwrite_option, quiet_option
 from surgery.cli.printing import print_json
 from surgery.cli.report import Bar, say, size, table
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="Do the whole job on a small built-in model.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Keep the demo's folders here; without it nothing is kept.")
+@click.option("-o", "--out", type=PATH, help="Keep the demo's folders here; without it nothing is kept.")
 @click.option("--rank", default=16, show_default=True, help="Singular directions to keep of each target.")
 @click.option("--steps", default=60, show_default=True, type=click.IntRange(min=1), help="Training steps.")
 @device_option

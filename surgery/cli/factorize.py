@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from surgery.cli.options import (
+    MODEL,
+    PATH,
     devices_option,
     engine_option,
     json_option,
@@ -39,7 +41,10 @@ def _planning(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--energy", type=float, metavar="X", help="Keep this share of each one's squared norm (0 to 1) instead."),
         click.option("--max-rank", type=int, metavar="K", help="With --energy: the most directions.  [default: 256]"),
         click.option(
-            "--recipe", metavar="NAME|FILE", help="Which tensors, how seen: see surgery recipes.  [default: the family's]"
+            "--recipe",
+            type=MODEL,
+            metavar="NAME|FILE",
+            help="Which tensors, how seen: see surgery recipes.  [default: the family's]",
         ),
         click.option(
             "--include", multiple=True, metavar="GLOB", help="Take exactly the weights whose names match (repeatable)."
@@ -72,8 +77,8 @@ def _planning(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @click.command(short_help="Write a model's factorized form and a tiny file of scales.")
-@click.argument("model")
-@click.option("-o", "--out", default="factorized", show_default=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.argument("model", type=MODEL)
+@click.option("-o", "--out", default="factorized", show_default=True, type=PATH, help="Folder to write.")
 @_planning
 @click.option("--seed", default=0, show_default=True, help="Seed of the SVD's random start.")
 @click.option(
@@ -144,7 +149,7 @@ def factorize(
 
 
 @click.command(short_help="Show what factorize would do, from headers.")
-@click.argument("model")
+@click.argument("model", type=MODEL)
 @_planning
 @click.option("--all", "every", is_flag=True, help="Every tensor on a line of its own, not by group.")
 @json_option

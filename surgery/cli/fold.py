@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from surgery.cli.options import (
+    PATH,
     devices_option,
     engine_option,
     json_option,
@@ -29,14 +30,14 @@ from surgery.cli.report import Bar, say, size
 
 
 @click.command(short_help="Fold trained scales back into dense weights.")
-@click.argument("factorized", type=click.Path(path_type=Path))
-@click.argument("scales", type=click.Path(path_type=Path))
-@click.option("-o", "--out", default="folded", show_default=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.argument("factorized", type=PATH)
+@click.argument("scales", type=PATH)
+@click.option("-o", "--out", default="folded", show_default=True, type=PATH, help="Folder to write.")
 @overlay_base_option
 @click.option(
     "--lora",
     metavar="ADAPTER",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Folder of a LoRA adapter trained together with the scales, added before the one rounding.",
 )
 @click.option("--dequantize", is_flag=True, help="Write FP8 weights as bfloat16, and drop the quantization from config.json.")
@@ -104,8 +105,8 @@ def fold(
 
 
 @click.command(short_help="Write trained scales as an adapter for other tools.")
-@click.argument("factorized", type=click.Path(path_type=Path))
-@click.argument("scales", type=click.Path(path_type=Path))
+@click.argument("factorized", type=PATH)
+@click.argument("scales", type=PATH)
 @click.option(
     "--to",
     "kind",
@@ -114,7 +115,7 @@ def fold(
     show_default=True,
     help="Format: a LoRA adapter as PEFT stores it.",
 )
-@click.option("-o", "--out", default="adapter", show_default=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("-o", "--out", default="adapter", show_default=True, type=PATH, help="Folder to write.")
 @push_options
 @overwrite_option
 @json_option

@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 
-from surgery import __version__
 from surgery.cli.check import inspect, verify
 from surgery.cli.demo import demo
 from surgery.cli.factorize import factorize, plan, recipes
@@ -17,6 +16,8 @@ from surgery.cli.fold import export, fold
 from surgery.cli.scaling import blend, project, scales
 from surgery.cli.study import recommend, spectra
 from surgery.errors import SurgeryError
+from surgery.installation import check_installation
+from surgery.version import __version__
 
 
 class _Terminated(KeyboardInterrupt):
@@ -34,6 +35,7 @@ class _Group(click.Group):
         main_thread = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGTERM, _terminate) if main_thread else None
         try:
+            check_installation()
             return super().invoke(ctx)
         except BrokenPipeError:  # of whoever reads the output: click knows what to do
             raise

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from surgery.cli.options import device_option, json_option, notes_and_quiet, overlay_base_option, quiet_option
+from surgery.cli.options import MODEL, PATH, device_option, json_option, notes_and_quiet, overlay_base_option, quiet_option
 from surgery.cli.printing import print_json
 from surgery.cli.report import Bar, say, table
 
@@ -23,15 +23,15 @@ _out = click.option(
     "--out",
     default="scales.safetensors",
     show_default=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Scales file to write.",
 )
 _overwrite = click.option("--overwrite", is_flag=True, help="Replace the file if it is there.")
 
 
 @click.command(short_help="Find the scales that come closest to a fine-tuned model.")
-@click.argument("factorized", type=click.Path(path_type=Path))
-@click.argument("tuned")
+@click.argument("factorized", type=PATH)
+@click.argument("tuned", type=MODEL)
 @_out
 @overlay_base_option
 @device_option
@@ -89,7 +89,7 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) 
 
 
 @click.command(short_help="Take the weighted mean of scales files.")
-@click.argument("files", nargs=-1, required=True, metavar="FILE...", type=click.Path(path_type=Path))
+@click.argument("files", nargs=-1, required=True, metavar="FILE...", type=PATH)
 @_out
 @click.option(
     "--weights", callback=_numbers, metavar="W,W...", help="One for each file; their sum becomes 1.  [default: equal]"
@@ -142,7 +142,7 @@ def scales() -> None:
 
 
 @scales.command(short_help="Show what a scales file changes most.")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=PATH)
 @click.option("--top", default=20, show_default=True, type=click.IntRange(min=0), help="How many directions to list.")
 @json_option
 @quiet_option

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import click
 
-from surgery.cli.options import device_option, json_option, notes_and_quiet, quiet_option
+from surgery.cli.options import MODEL, PATH, device_option, json_option, notes_and_quiet, quiet_option
 from surgery.cli.printing import print_json
 from surgery.cli.report import Bar, say
 from surgery.errors import MissingExtra, OutputError
@@ -24,7 +24,9 @@ def _which_weights(command: Callable[..., None]) -> Callable[..., None]:
     options = [
         click.option("--include", multiple=True, metavar="GLOB", help="Take exactly the weights that match (repeatable)."),
         click.option("--exclude", multiple=True, metavar="GLOB", help="Never take tensors that match (repeatable)."),
-        click.option("--recipe", metavar="NAME|FILE", help="Which weights, and how they are seen; see surgery recipes."),
+        click.option(
+            "--recipe", type=MODEL, metavar="NAME|FILE", help="Which weights, and how they are seen; see surgery recipes."
+        ),
         click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model."),
         click.option("--subfolder", metavar="PATH", help="The models in this subfolder, as in a diffusion pipeline."),
         click.option("--seed", default=0, show_default=True, help="Seed of the SVD's random start."),
@@ -36,9 +38,9 @@ def _which_weights(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @click.command(short_help="Study the spectra of a model, or what fine-tuning made of them.")
-@click.argument("model")
-@click.argument("tuned", required=False)
-@click.option("-o", "--out", default="report", show_default=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.argument("model", type=MODEL)
+@click.argument("tuned", required=False, type=MODEL)
+@click.option("-o", "--out", default="report", show_default=True, type=PATH, help="Folder to write.")
 @click.option("--top", default=256, show_default=True, help="Singular values to tell of each matrix.")
 @click.option("--subspace", type=int, help="Dimension of the leading subspaces that are compared.  [default: 16]")
 @click.option(
@@ -87,8 +89,8 @@ def spectra(model: str, tuned: str | None, out: Path, overwrite: bool, as_json: 
 
 
 @click.command(short_help="Recommend ranks that spend a budget best.")
-@click.argument("model")
-@click.argument("tuned", required=False)
+@click.argument("model", type=MODEL)
+@click.argument("tuned", required=False, type=MODEL)
 @click.option("--budget", required=True, type=click.IntRange(min=1), help="How much may be spent.")
 @click.option(
     "--unit",
@@ -98,9 +100,7 @@ def spectra(model: str, tuned: str | None, out: Path, overwrite: bool, as_json: 
     help="Of the budget: numbers to train, or bytes of U, s and V.",
 )
 @click.option("--max-rank", default=256, show_default=True, type=click.IntRange(min=1), help="The most directions of a matrix.")
-@click.option(
-    "-o", "--out", default="recipe.toml", show_default=True, type=click.Path(path_type=Path), help="Recipe file to write."
-)
+@click.option("-o", "--out", default="recipe.toml", show_default=True, type=PATH, help="Recipe file to write.")
 @_which_weights
 @click.option("--overwrite", is_flag=True, help="Replace the file if it is there.")
 @json_option

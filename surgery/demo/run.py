@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
+from surgery.device import on_its_own_terms
 from surgery.errors import MissingExtra, OutputError
 from surgery.operations.factorize import factorize
 from surgery.operations.fold import fold
-from surgery.progress import Progress, heard, listening
+from surgery.progress import Progress, listening
 from surgery.reports import Report
 from surgery.training.attach import attach
 
@@ -61,7 +62,7 @@ class DemoReport(Report):
     seconds_fold: float
 
 
-@heard
+@on_its_own_terms
 def run_demo(
     out: str | Path | None = None,
     *,
@@ -80,6 +81,9 @@ def run_demo(
         device: where the linear algebra of factorize and fold runs; training is on the CPU.
         overwrite: replace an earlier demo in ``out``.
         progress: told how far it is, and what the user should know; without it that is a ``SurgeryWarning``.
+
+    Returns:
+        Sizes, losses and times, and whether untouched scales fold to the original files.
 
     Raises:
         MissingExtra: transformers is not installed.

@@ -17,7 +17,7 @@ import torch
 from surgery.arithmetic import exact_arithmetic
 from surgery.device import choose_device, device_name
 from surgery.engine.lane import Lane
-from surgery.errors import MissingExtra, OptionError, SurgeryError
+from surgery.errors import ClusterError, MissingExtra, OptionError, SurgeryError
 from surgery.planning.memory import Memory
 from surgery.progress import Progress, Silent, heard, note
 from surgery.timing import Seconds, Timing
@@ -64,7 +64,8 @@ def connected(device: str) -> Iterator[Cluster]:
 
     Raises:
         MissingExtra: Ray is not installed.
-        OptionError: the cluster has no such device, or cannot be reached.
+        OptionError: Ray gives no such device.
+        ClusterError: the cluster cannot be reached, or has no such device or nothing to work on.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise OptionError("Ray places tasks by itself", got=f"--device {device}", expected="auto, cpu or cuda")
@@ -75,7 +76,7 @@ def connected(device: str) -> Iterator[Cluster]:
         try:
             ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise OptionError(
+            raise ClusterError(
                 "the Ray cluster cannot be reached",
                 got=str(error)[:300],
                 hint="check RAY_ADDRESS, and that ray status works here",
@@ -99,9 +100,9 @@ def _cluster(ray: Any, device: str) -> Cluster:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
     with_gpu = [node for node in nodes if node.get("GPU", 0) >= 1]
     if device == "cuda" and not with_gpu:
-        raise OptionError("the Ray cluster has no GPU", got=f"{len(nodes)} machines", hint="--device auto takes what there is")
+        raise ClusterError("the Ray cluster has no GPU", got=f"{len(nodes)} machines", hint="--device auto takes what there is")
     if not nodes:
-        raise OptionError("the Ray cluster has no CPU to work on", got=f"{len(ray.nodes())} machines")
+        raise ClusterError("the Ray cluster has no CPU to work on", got=f"{len(ray.nodes())} machines")
     if with_gpu and device != "cpu":
         cores = min(max(1, int(node["CPU"] // node["GPU"])) for node in with_gpu)
         described = ray.remote(num_gpus=1, num_cpus=0)(_describe)
@@ -175,7 +176,7 @@ def _result(ray: Any, reference: Any) -> _Done[Any]:
             raise error.cause from None
         raise
     except ray.exceptions.RayError as error:
-        raise OptionError(
+        raise ClusterError(
             f"a task has been lost {_RETRIES + 1} times",
             got=f"{type(error).__name__}: {error}"[:300],
             hint="see the logs of Ray; less memory for each task: --max-memory",

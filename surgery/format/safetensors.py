@@ -209,7 +209,8 @@ class ShardReader:
         watch: makes sure that it is what it was when it was opened before, or when the run was planned.
 
     Raises:
-        FormatError: it cannot be read, breaks the format, or has changed.
+        ReadError: it cannot be read.
+        FormatError: it breaks the format, or has changed.
     """
 
     def __init__(self, path: Path, *, name: str | None = None, watch: Watch | None = None) -> None:
@@ -224,7 +225,8 @@ class ShardReader:
             if watch is not None:
                 watch.see(path, self.name, self._stamp)
             size = self._stamp.size
-            prefix = self._file.read(8)
+            with reading(path, self.name):
+                prefix = self._file.read(8)
             length = int.from_bytes(prefix, "little")
             if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 raise FormatError(
@@ -232,7 +234,9 @@ class ShardReader:
                     got=f"{size} bytes, a header length of {length}",
                     hint="fetch the file again; a git-lfs pointer must be replaced by the file it stands for",
                 )
-            self.header = parse_header(prefix + self._file.read(length), file=self.name, file_bytes=size)
+            with reading(path, self.name):
+                rest = self._file.read(length)
+            self.header = parse_header(prefix + rest, file=self.name, file_bytes=size)
         except BaseException:
             self._file.close()
             raise
@@ -252,6 +256,7 @@ class ShardReader:
 
         Raises:
             FormatError: it has been written to since it was opened, or replaced.
+            ReadError: it is gone.
         """
         self._stamp.check(Stamp.of(self._file), self.name)
         self._stamp.check(Stamp.at(self._path, self.name), self.name)
@@ -265,24 +270,22 @@ class ShardReader:
         """Fill ``buffer`` from ``offset`` bytes after the start of the data.
 
         Raises:
-            FormatError: the file ends early or cannot be read.
+            FormatError: the file ends early.
+            ReadError: it cannot be read.
         """
         position, done = len(self.header.raw) + offset, 0
-        try:
-            with self._position:
-                self._file.seek(position)
-                while done < len(buffer):
-                    count = self._file.readinto(buffer[done:])  # type: ignore[attr-defined]  # raw files have it
-                    if not count:
-                        raise FormatError(
-                            f"{self.name}: ended while it was being read",
-                            got=f"{position + done} bytes",
-                            expected=f"{self.header.file_bytes} bytes",
-                            hint="something changes the file: start again when it is whole",
-                        )
-                    done += count
-        except OSError as error:
-            raise FormatError(f"{self.name}: cannot be read ({error.strerror})") from error
+        with reading(self._path, self.name), self._position:
+            self._file.seek(position)
+            while done < len(buffer):
+                count = self._file.readinto(buffer[done:])  # type: ignore[attr-defined]  # raw files have it
+                if not count:
+                    raise FormatError(
+                        f"{self.name}: ended while it was being read",
+                        got=f"{position + done} bytes",
+                        expected=f"{self.header.file_bytes} bytes",
+                        hint="something changes the file: start again when it is whole",
+                    )
+                done += count
 
     def read_bytes(self, entry: TensorEntry) -> torch.Tensor:
         """The payload of one tensor, as uint8 of shape (nbytes,) on the CPU."""

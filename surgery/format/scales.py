@@ -16,6 +16,7 @@ from surgery.errors import ScalesError
 from surgery.format.files import write_file
 from surgery.format.manifest import Manifest
 from surgery.format.safetensors import Header, ShardReader
+from surgery.linalg.rounding import check_dense
 from surgery.names import FORMAT_VERSION, SCALES_METADATA_KEY
 from surgery.progress import note
 
@@ -171,6 +172,8 @@ def _check_owner(metadata: Mapping[str, str], manifest: Manifest, path: Path) ->
 
 def check_scales(values: Mapping[str, torch.Tensor], manifest: Manifest, file: Path | None = None) -> dict[str, torch.Tensor]:
     """Check scales against the targets of a manifest; arguments, result, errors and notes as for ``read_scales``."""
+    for name, value in values.items():
+        check_dense(value, f"{file or 'scales'}: {name!r}")
     shapes = _check_shapes({name: list(value.shape) for name, value in values.items()}, manifest, str(file or "scales"))
     return _checked(values, shapes, file)
 

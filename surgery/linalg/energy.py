@@ -9,15 +9,14 @@ import torch
 
 from surgery.device import on_its_own_terms
 from surgery.errors import OptionError
+from surgery.linalg.rounding import check_dense
 from surgery.linalg.svd import DEFAULT_TOLERANCE, TruncatedSVD, truncated_svd
-from surgery.progress import heard
 
 _FIRST_RANK = 16
 #: Units of the working precision by which rounding may keep a sum of squares below its share.
 _ROUNDING = 8
 
 
-@heard
 @on_its_own_terms
 def energy_svd(
     A: torch.Tensor, energy: float, *, max_rank: int, tolerance: float = DEFAULT_TOLERANCE, seed: int = 0
@@ -41,8 +40,9 @@ def energy_svd(
         OptionError, WeightError: as ``truncated_svd``, or an energy or a max_rank that make no sense.
     """
     check_energy(energy, max_rank)
+    check_dense(A, "A")
     if A.ndim != 2:
-        raise OptionError("energy_svd needs one matrix", got=f"shape {tuple(A.shape)}")
+        raise OptionError("A is not one matrix", got=f"shape {tuple(A.shape)}")
     limit = min(max_rank, *A.shape)
     k = min(_FIRST_RANK, limit)
     while True:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
@@ -14,7 +14,7 @@ from surgery.device import on_its_own_terms
 from surgery.errors import OptionError, ScalesError
 from surgery.format.scales import ScalesFile, note_without_owner, read_scales_alone, write_scales
 from surgery.operations.output import check_output_file
-from surgery.progress import Progress, heard
+from surgery.progress import Progress
 from surgery.reports import Report
 
 Space = Literal["linear", "log"]
@@ -43,7 +43,6 @@ class BlendReport(Report):
     fingerprint: str | None
 
 
-@heard
 @on_its_own_terms
 def blend(
     files: Sequence[str | Path],
@@ -69,6 +68,9 @@ def blend(
         overwrite: replace ``out`` if it is there.
         progress: told what the user should know; without it that is a ``SurgeryWarning``.
 
+    Returns:
+        What was written, with the weights as they were used.
+
     Raises:
         OptionError: no files, another number of weights than files, or weights whose sum is not positive.
         ScalesError: the files are not of the same factors, names or shapes; a scale that is not positive in log space;
@@ -80,8 +82,6 @@ def blend(
         SurgeryWarning: a file does not say which factors it belongs to, or holds half-precision values, or numbers that do not
             look like multipliers.
     """
-    if space not in get_args(Space):
-        raise OptionError("unknown space", got=space, expected=" or ".join(get_args(Space)))
     paths, out = [Path(file) for file in files], Path(out)
     shares = _normalised(weights, len(paths))
     check_output_file(out, paths, overwrite=overwrite)
@@ -104,10 +104,7 @@ def _normalised(weights: Sequence[float] | None, count: int) -> tuple[float, ...
     """Weights that sum to 1."""
     if not count:
         raise OptionError("no scales files to blend", expected="one or more")
-    try:
-        given = [1.0] * count if weights is None else [float(weight) for weight in weights]
-    except (TypeError, ValueError) as error:
-        raise OptionError("a weight is no number", got=weights) from error
+    given = [1.0] * count if weights is None else list(weights)
     if len(given) != count:
         raise OptionError("there must be one weight for each file", got=f"{len(given)} weights", expected=f"{count} weights")
     if not all(math.isfinite(weight) for weight in given):

@@ -25,7 +25,7 @@ from surgery.memory import bytes_of
 from surgery.names import CONFIG_FILE
 from surgery.operations.output import check_output_file
 from surgery.operations.publish import publish_adapter, uploading
-from surgery.progress import Progress, heard, listening
+from surgery.progress import Progress, listening
 from surgery.reports import Report
 from surgery.training.carriers import Carrier, Layer, carriers_of, places_of, terms_of
 from surgery.training.placement import Piece, Place
@@ -75,7 +75,6 @@ class _Update:
     B: tuple[int, ...]
 
 
-@heard
 @on_its_own_terms
 def export(
     factorized: str | Path,
@@ -100,6 +99,9 @@ def export(
         private: whether a repository that is created for it is private.
         overwrite: write in any case, in place of whatever adapter is in ``out``.
         progress: told how far it is, and what the user should know; without it that is a ``SurgeryWarning``.
+
+    Returns:
+        What was written, or is there already.
 
     Raises:
         OptionError: a target that an adapter cannot change, or that PEFT is known to load wrongly.

@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from surgery import __version__
 from surgery.device import on_its_own_terms
 from surgery.engine.lane import Lane
-from surgery.errors import OptionError, OutputError
+from surgery.errors import OutputError
 from surgery.format.files import copy_file, file_sha256, reading
 from surgery.format.manifest import (
     LeftOutRecord,
@@ -40,12 +39,13 @@ from surgery.operations.journal import Journal, differing
 from surgery.operations.output import check_room, is_as_recorded, loading_order, locked, result_folder
 from surgery.operations.publish import publish_factorized, submit_shard, uploading
 from surgery.planning.memory import Resources
-from surgery.planning.plan import LAYOUTS, Layout, Plan, make_plan
+from surgery.planning.plan import Layout, Plan, make_plan
 from surgery.planning.targets import Choice
-from surgery.progress import Progress, heard, listening
+from surgery.progress import Progress, listening
 from surgery.reports import NOT_IN_JSON, Report
 from surgery.source.model import Source, open_source
 from surgery.timing import Timing, timed
+from surgery.version import __version__
 
 if TYPE_CHECKING:
     from surgery.source.upload import Upload
@@ -83,27 +83,7 @@ class FactorizeReport(Report):
     bytes_written: int
     manifest: Manifest = field(repr=False, metadata=NOT_IN_JSON)
 
-    @classmethod
-    def of(cls, out: Path, manifest: Manifest) -> FactorizeReport:
-        """Of a complete result."""
-        unconverged = tuple(target.key for target in manifest.targets if not target.converged)
-        return cls(
-            out=out,
-            layout=manifest.layout,
-            fingerprint=manifest.fingerprint,
-            device=manifest.device,
-            targets=len(manifest.targets),
-            matrices=sum(target.matrices[0] for target in manifest.targets),
-            skipped=len(manifest.skipped),
-            trainable=sum(target.trainable for target in manifest.targets),
-            converged=not unconverged,
-            unconverged=unconverged,
-            bytes_written=sum(record.size for record in manifest.output_files()),
-            manifest=manifest,
-        )
 
-
-@heard
 @on_its_own_terms
 def plan(
     model: str | Path,
@@ -127,13 +107,21 @@ def plan(
 ) -> Plan:
     """What ``factorize`` would do with the same arguments, from headers.
 
-    Of a model that is here, weights that may be one parameter, stored twice, are compared.
+    Of a model that is here, weights that may be one parameter, stored twice, are compared. Nothing is written.
 
     Args:
-        progress: told the notes that the plan holds; without it each is a ``SurgeryWarning``. The others: as for ``factorize``.
+        model, rank, energy, max_rank, include, exclude, recipe, split, layout, correction, revision, subfolder: see
+            ``factorize``.
+        device, max_memory, max_device_memory, stream: see ``factorize``; on them depend memory and room on the disk alone.
+        progress: told the notes that the plan holds; without it each is a ``SurgeryWarning``.
+
+    Returns:
+        The targets by weight file, what is passed over and why, notes, and upper estimates of bytes.
 
     Raises:
-        SurgeryError: see ``surgery.errors``.
+        OptionError: an option makes no sense, for any model or for this one, or nothing is selected.
+        SourceError: the model cannot be had, or is quantized in a way that is not supported.
+        ReadError, FormatError: a file cannot be read, or is damaged.
     """
     progress = listening()
     choice = _choice(rank, energy, max_rank, include, exclude, recipe, split)
@@ -169,13 +157,10 @@ def _choice(
 def _plan(
     source: Source, choice: Choice, layout: Layout | None, correction: bool, resources: Resources, *, fetch: bool
 ) -> Plan:
-    if layout is not None and layout not in LAYOUTS:
-        raise OptionError("unknown layout", got=layout, expected=" or ".join(LAYOUTS))
     find = partial(find_aliases, source, fetch=fetch)
     return make_plan(source, choice, layout, resources, correction=correction, find_aliases=find)
 
 
-@heard
 @on_its_own_terms
 def factorize(
     model: str | Path,
@@ -250,7 +235,12 @@ def factorize(
         What has been written, or what was there if ``out`` holds the complete result of the same run; with the manifest.
 
     Raises:
-        SurgeryError: see ``surgery.errors``. What has been written by then has no manifest and no ``config.json``,
+        OptionError, SourceError, ReadError, FormatError: as ``plan``.
+        WeightError: a weight holds NaN or infinity, or a residual would overflow.
+        OutputError: ``out`` holds something else, is in use, or the disk is full or fails.
+        ClusterError: with Ray, the cluster cannot be reached or is lost.
+        MissingExtra: Ray is not installed.
+        SurgeryError: any of these. What has been written by then has no manifest and no ``config.json``,
             and so is taken for a checkpoint by nobody; the same call goes on after the last finished shard.
     """
     progress = listening()
@@ -278,7 +268,7 @@ def factorize(
                 publish_factorized(upload, out, manifest, progress)
                 for note in _accuracy_notes(manifest, steps):
                     progress.note(note)
-                return FactorizeReport.of(out, manifest)
+                return _report(out, manifest)
             if (download := source.room_to_fetch()) is not None and not stream:
                 check_room(*download)
             journal = Journal(out, _identity(source, steps, options, by.device_name))
@@ -291,7 +281,7 @@ def factorize(
                 publish_factorized(upload, place, manifest, progress)
     for note in (*_accuracy_notes(manifest, steps), *notes_of_equal(source, steps, manifest)):
         progress.note(note)
-    return FactorizeReport.of(out, manifest)
+    return _report(out, manifest)
 
 
 def _run_jobs(
@@ -549,3 +539,22 @@ def _accuracy_notes(manifest: Manifest, steps: Plan) -> list[str]:
             f"{least.rank}, the most allowed (least: {least.energy:g}, {least.key}); --max-rank allows more"
         )
     return notes
+
+
+def _report(out: Path, manifest: Manifest) -> FactorizeReport:
+    """Of a complete result."""
+    unconverged = tuple(target.key for target in manifest.targets if not target.converged)
+    return FactorizeReport(
+        out=out,
+        layout=manifest.layout,
+        fingerprint=manifest.fingerprint,
+        device=manifest.device,
+        targets=len(manifest.targets),
+        matrices=sum(target.matrices[0] for target in manifest.targets),
+        skipped=len(manifest.skipped),
+        trainable=sum(target.trainable for target in manifest.targets),
+        converged=not unconverged,
+        unconverged=unconverged,
+        bytes_written=sum(record.size for record in manifest.output_files()),
+        manifest=manifest,
+    )

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from surgery import __version__
 from surgery.device import choose_devices, on_its_own_terms
 from surgery.engine.lane import Lane
 from surgery.errors import FormatError, OptionError, OutputError, SurgeryError
@@ -45,12 +44,13 @@ from surgery.operations.output import files_in, is_as_recorded, loading_order, l
 from surgery.operations.publish import publish_folded, submit_files, uploading
 from surgery.operations.quantized import index_of, without_quantization
 from surgery.planning.memory import Memory, need_to_fold, share_out
-from surgery.progress import Progress, heard, listening
+from surgery.progress import Progress, listening
 from surgery.reports import Report
 from surgery.source.model import FolderSource
 from surgery.source.shards import is_index
 from surgery.timing import Timing, timed
 from surgery.training.adapter import additions_of
+from surgery.version import __version__
 
 if TYPE_CHECKING:
     from surgery.source.upload import Upload
@@ -85,7 +85,6 @@ class FoldReport(Report):
     bytes_written: int
 
 
-@heard
 @on_its_own_terms
 def fold(
     factorized: str | Path,
@@ -130,8 +129,18 @@ def fold(
         progress: told how far it is, and what the user should know; without it that is a ``SurgeryWarning``.
         timing: told where the time goes.
 
+    Returns:
+        What was written, or is there already if ``out`` holds this very fold.
+
     Raises:
-        SurgeryError: see ``surgery.errors``. ``config.json`` comes last, so no loader takes what is there by then
+        SourceError: the folder is no factorized checkpoint, or the base is not there or another model.
+        ScalesError: the scales are not those of this checkpoint, or not finite.
+        OptionError: an option makes no sense for this checkpoint, or the adapter is of a kind that cannot be folded.
+        ReadError, FormatError: a file cannot be read, or is damaged.
+        OutputError: ``out`` holds something else, is in use, or the disk is full or fails.
+        ClusterError: with Ray, the cluster cannot be reached or is lost.
+        MissingExtra: Ray is not installed, or transformers, which an adapter needs.
+        SurgeryError: any of these. ``config.json`` comes last, so no loader takes what is there by then
             for a model; the same call goes on after the last finished shard.
 
     Warns:

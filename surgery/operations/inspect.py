@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from surgery.device import on_its_own_terms
 from surgery.format.manifest import Manifest, SkippedRecord, SourceRecord, TargetRecord
 from surgery.reports import NOT_IN_JSON, Report
 
@@ -106,16 +107,23 @@ class InspectReport(Report):
     manifest: Manifest = field(repr=False, metadata=NOT_IN_JSON)
 
 
+@on_its_own_terms
 def inspect(factorized: str | Path) -> InspectReport:
     """What a factorized checkpoint is, by its manifest, which is checked. Nothing else of it is read.
 
     Args:
         factorized: a folder written by ``factorize``.
 
+    Args:
+        factorized: a folder written by ``factorize``.
+
+    Returns:
+        What it says, which holds together; of files nothing is looked at.
+
     Raises:
         SurgeryError: see ``Manifest.read``.
     """
-    manifest = Manifest.read(Path(factorized))
+    manifest = Manifest.read(factorized)
     return InspectReport(
         layout=manifest.layout,
         lossless=manifest.lossless,

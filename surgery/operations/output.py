@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 
 from filelock import FileLock, Timeout
 
-from surgery.errors import FormatError, OptionError, OutputError, ScalesError, SurgeryError, WeightError
+from surgery.errors import FormatError, OptionError, OutputError, ReadError, ScalesError, SurgeryError, WeightError
 from surgery.format.files import FileRecord, check_file, reporting, sync_directory
 from surgery.format.manifest import Manifest
 from surgery.names import (
@@ -336,7 +336,7 @@ def is_as_recorded(out: Path, record: FileRecord) -> bool:
     """Whether a file is there with the size and the sha256 that were recorded."""
     try:
         check_file(out, record, "")
-    except FormatError:
+    except (FormatError, ReadError):
         return False
     return True
 

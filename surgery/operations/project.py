@@ -27,7 +27,7 @@ from surgery.operations.output import check_output_file, check_room
 from surgery.operations.quantized import Dequantizer
 from surgery.operations.tuned import Norms, TunedModel, note_what_is_unlikely
 from surgery.planning.quantization import FP8, Scaled
-from surgery.progress import Progress, heard, listening
+from surgery.progress import Progress, listening
 from surgery.reports import Report
 from surgery.source.model import Source, open_source
 
@@ -71,7 +71,6 @@ class ProjectReport(Report):
     total: Projection
 
 
-@heard
 @on_its_own_terms
 def project(
     factorized: str | Path,
@@ -104,9 +103,13 @@ def project(
         progress: told how far it is, and what the user should know, such as where ``tuned`` does
             not look like a fine-tuned model (``surgery.operations.tuned``); without it that is a ``SurgeryWarning``.
 
+    Returns:
+        How much each target has changed, and how much of that its scales explain.
+
     Raises:
         SourceError: a model is not there, or lacks a target; a target has another shape there.
         WeightError: a fine-tuned weight holds NaN or infinity.
+        ReadError: a file cannot be read.
         FormatError: a file is damaged, or is not the one that the manifest describes.
         OutputError: ``out`` is there already, is an input, or cannot be written.
         OptionError: a base that is not needed; no such device.

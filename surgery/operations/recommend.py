@@ -11,15 +11,15 @@ from typing import Any, Literal
 
 import numpy as np
 
+from surgery.device import on_its_own_terms
 from surgery.errors import OptionError
 from surgery.format.files import write_file
 from surgery.operations.output import check_output_file
 from surgery.operations.spectra import folders_of, spectra
-from surgery.progress import Progress, heard
+from surgery.progress import Progress
 from surgery.reports import Report
 
 Unit = Literal["numbers", "bytes"]
-UNITS: tuple[Unit, ...] = ("numbers", "bytes")
 #: Gains below this share of all there is are rounding.
 _NOISE = 1e-9
 #: So many additions, and entries kept, for the exact solution.
@@ -64,7 +64,7 @@ class _Candidate:
     cost: int
 
 
-@heard
+@on_its_own_terms
 def recommend(
     model: str | Path,
     tuned: str | Path | None = None,
@@ -100,14 +100,15 @@ def recommend(
         seed, device, progress: as for ``surgery.operations.spectra.spectra``.
         overwrite: replace ``out``.
 
+    Returns:
+        The ranks, what they cost, and what they keep beside one rank for all.
+
     Raises:
         OptionError: the budget buys nothing, or an option makes no sense.
         OutputError: ``out`` is there already, or in one of the models.
         SurgeryError: as for ``spectra``.
     """
     out = Path(out)
-    if unit not in UNITS:
-        raise OptionError("unknown unit", got=unit, expected=" or ".join(UNITS))
     if budget < 1:
         raise OptionError("the budget must be at least 1", got=budget)
     check_output_file(out, folders_of(model, tuned), overwrite=overwrite)

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from surgery.device import on_its_own_terms
 from surgery.errors import OptionError, ScalesError
 from surgery.format import scales as files
 from surgery.format.scales import ScalesFile
-from surgery.progress import Progress, heard
+from surgery.progress import Progress
 from surgery.reports import Report
 
 
@@ -57,7 +58,7 @@ class ScalesSummary(Report):
     directions: tuple[Direction, ...]
 
 
-@heard
+@on_its_own_terms
 def read_scales(path: str | Path, *, progress: Progress | None = None) -> ScalesFile:
     """Read a scales file; the factorized checkpoint is not needed.
 
@@ -80,6 +81,7 @@ def read_scales(path: str | Path, *, progress: Progress | None = None) -> Scales
     return files.read_scales_alone(Path(path))
 
 
+@on_its_own_terms
 def write_scales(path: str | Path, scales: Mapping[str, torch.Tensor], fingerprint: str | None) -> None:
     """Write a scales file that ``fold``, ``export`` and ``blend`` take, and that ``read_scales`` reads.
 
@@ -116,7 +118,7 @@ def write_scales(path: str | Path, scales: Mapping[str, torch.Tensor], fingerpri
     files.write_scales(Path(path), scales, fingerprint)
 
 
-@heard
+@on_its_own_terms
 def show_scales(path: str | Path, *, top: int = 20, progress: Progress | None = None) -> ScalesSummary:
     """Sum up a scales file; the factorized checkpoint is not needed.
 
@@ -125,7 +127,11 @@ def show_scales(path: str | Path, *, top: int = 20, progress: Progress | None = 
         top: how many of the changed directions to list.
         progress: told what the user should know; without it that is a ``SurgeryWarning``.
 
+    Returns:
+        How many numbers there are, how they are spread, and which are furthest from 1.
+
     Raises:
+        OptionError: ``top`` is negative.
         SurgeryError: see ``read_scales``.
 
     Warns:

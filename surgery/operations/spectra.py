@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from surgery import __version__
 from surgery.device import as_memory_allows, choose_device, device_name, on_its_own_terms
 from surgery.engine.walk import ShardWalk, TargetPiece, reported
 from surgery.errors import OptionError, WeightError
@@ -24,9 +23,10 @@ from surgery.operations.quantized import Dequantizer
 from surgery.operations.tuned import Norms, TunedModel, note_what_is_unlikely
 from surgery.planning.plan import Plan, make_plan
 from surgery.planning.targets import Choice, Target
-from surgery.progress import Progress, heard, listening
+from surgery.progress import Progress, listening
 from surgery.reports import Report
 from surgery.source.model import Source, open_source
+from surgery.version import __version__
 
 SCHEMA_VERSION = 2
 _MOST_AMPLIFIED = 10
@@ -173,7 +173,6 @@ class SpectraReport(Report):
     findings: Findings
 
 
-@heard
 @on_its_own_terms
 def spectra(
     model: str | Path,
@@ -207,6 +206,9 @@ def spectra(
         device: where the linear algebra runs.
         progress: told how far it is, and what the user should know, such as where ``tuned`` does
             not look like a fine-tuned model (``surgery.operations.tuned``); without it that is a ``SurgeryWarning``.
+
+    Returns:
+        The numbers of each matrix, and the findings about all of them. ``as_json()`` is the content of ``spectra.json``.
 
     Raises:
         SurgeryError: a model cannot be had or read, holds NaN, or lacks a tensor; an option makes no sense.

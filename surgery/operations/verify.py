@@ -30,7 +30,7 @@ from surgery.operations.base import BaseWeights, OwnWeights, check_entry, open_b
 from surgery.operations.output import check_room
 from surgery.operations.quantized import Dequantizer
 from surgery.planning.quantization import FP8, Scaled
-from surgery.progress import Progress, heard, listening
+from surgery.progress import Progress, listening
 from surgery.reports import Report
 
 #: Largest entry of ``U^T U - I`` that passes: vectors are rounded to float32.
@@ -95,7 +95,6 @@ class _Found:
         return VerifyReport(not self.failures, self.files, self.targets, tuple(self.failures), tuple(self.unchecked))
 
 
-@heard
 @on_its_own_terms
 def verify(
     factorized: str | Path,
@@ -116,6 +115,9 @@ def verify(
         fast: hashes and headers only.
         device: where the arithmetic runs: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         progress: told how far it is, and what the user should know; without it that is a ``SurgeryWarning``.
+
+    Returns:
+        What does not hold, and what could not be looked at; ``ok`` where all holds that was looked at.
 
     Raises:
         SurgeryError: there is no manifest to check against, no such base, or one that is not needed.
@@ -178,7 +180,7 @@ def _check_file(folder: Path, record: FileRecord, watch: Watch, report: _Found) 
         if report.expect(size == record.size, record.file, "size", size, record.size):
             found = file_sha256(path)
             report.expect(found == record.sha256, record.file, "sha256", found, record.sha256)
-    except FormatError as error:
+    except SurgeryError as error:
         report.fail(record.file, error)
     except OSError as error:
         report.expect(False, record.file, "the file can be read", error)
@@ -189,7 +191,7 @@ def _check_unchanged(watches: list[Watch], report: _Found) -> None:
     for watch in watches:
         try:
             watch.check()
-        except FormatError as error:
+        except SurgeryError as error:
             report.fail("at the end", error)
 
 

@@ -18,7 +18,6 @@ from surgery.reports import Report
 from surgery.source.model import Source, check_index
 
 Layout = Literal["residual", "overlay"]
-LAYOUTS: tuple[Layout, ...] = ("residual", "overlay")
 
 
 @dataclass(frozen=True, slots=True)

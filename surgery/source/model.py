@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from surgery.errors import FormatError, SourceError
+from surgery.errors import FormatError, OptionError, SourceError
 from surgery.format.files import Watch, check_regular, check_relative_path, check_size, read_json_object, reading
 from surgery.format.manifest import SourceRecord
 from surgery.format.safetensors import Header, ShardReader
@@ -229,9 +229,9 @@ def open_source(model: str | Path, *, revision: str | None = None, subfolder: st
         FormatError: its index is damaged.
     """
     try:
-        path = Path(model).expanduser()
+        path = Path(model)
         is_folder, is_file = bool(str(model)) and path.is_dir(), path.is_file()
-    except (OSError, RuntimeError, ValueError) as error:  # a name too long, no such user, a null byte
+    except (OSError, ValueError) as error:  # a name too long, a null byte
         raise SourceError(f"there is no folder {str(model)[:100]!r}", got=str(error)[:200]) from None
     if is_folder:
         if revision is not None:
@@ -278,8 +278,15 @@ def _hub_cache(path: Path) -> Path | None:
 
 
 def check_subfolder(subfolder: str) -> str:
-    """``subfolder`` without slashes around it, if it stays inside."""
-    return check_relative_path(subfolder.strip("/"), "--subfolder")
+    """``subfolder`` without slashes around it, if it stays inside.
+
+    Raises:
+        OptionError: it does not.
+    """
+    try:
+        return check_relative_path(subfolder.strip("/"), "the subfolder")
+    except FormatError as error:
+        raise OptionError(error.what, got=error.got, expected="a path inside of the model, such as transformer") from None
 
 
 def read_config(source: Source) -> dict[str, Any]:
@@ -321,10 +328,10 @@ def check_index(source: Source, headers: dict[str, Header]) -> list[str]:
 
 
 def read_text(path: Path, where: str) -> str:
-    try:
+    with reading(path, where):
         check_size(path, where)
-        return path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise FormatError(f"{where}: cannot be read ({error.strerror})") from error
+        data = path.read_bytes()
+    try:
+        return data.decode("utf-8")
     except UnicodeDecodeError:
         raise FormatError(f"{where}: not UTF-8 text") from None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from fnmatch import translate
 from pathlib import PurePosixPath
 
-from surgery.errors import FormatError, SourceError, SurgeryError
+from surgery.errors import FormatError, ReadError, SourceError, SurgeryError
 from surgery.format.files import check_relative_path
 from surgery.names import CONFIG_FILE, JOURNAL_DIR, OUR_FILES, RESERVED_SUFFIX, RUN_FILE, SURGERY_DIR, is_reserved
 from surgery.source.shards import SUFFIX, choose_shards, is_index
@@ -195,7 +195,7 @@ class _Selector:
         """Of a config or of code; none if it is not sound, which is said by who reads it as what it is."""
         try:
             return self._read_text(file)
-        except FormatError:
+        except (FormatError, ReadError):
             return ""
 
     def _refuse_our_own(self) -> None:

@@ -167,7 +167,7 @@ class Upload:
             files: of each where it is, its path in the repository, and its sha256, computed if it is None.
 
         Raises:
-            FormatError: a file cannot be read.
+            ReadError: a file cannot be read.
             OutputError: something submitted earlier could not be uploaded.
         """
         if self._error is not None:
@@ -191,7 +191,7 @@ class Upload:
             The address of the repository.
 
         Raises:
-            FormatError: a file cannot be read.
+            ReadError: a file cannot be read.
             OutputError: something could not be uploaded, or somebody else has changed what was.
         """
         self._wait(progress or Silent())

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from surgery.arguments import as_path
 from surgery.device import on_its_own_terms
 from surgery.errors import OptionError
 from surgery.format.factors import FactorsReader
@@ -20,7 +21,7 @@ from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
 from surgery.format.safetensors import ShardReader
 from surgery.format.scales import read_scales, write_scales
 from surgery.names import ATTACHED_NAME
-from surgery.progress import heard, note
+from surgery.progress import note
 from surgery.training.carriers import Carrier, Layer, carriers_of, is_sharded, places_of, terms_of, unwrapped
 from surgery.training.lowrank import Adding, LowRankPath, Shadow, Term
 from surgery.training.placement import Place
@@ -100,15 +101,23 @@ class Scales:
         values = {key: 1 + _whole(home.path.delta(i), shapes[key]) for key, (home, i) in self._homes.items()}
         return values | {key: value.clone() for key, value in self._absent.items()}
 
-    @heard
+    @on_its_own_terms
     def save(self, path: str | Path) -> None:
         """Write the scales file that ``surgery fold`` takes.
 
         In a distributed run all processes must call it, and the first one writes.
 
+        Args:
+            path: of the file, replaced if it is there.
+
+        Raises:
+            OptionError: no path; or the scales have been offloaded, or taken over in a way that is not known here.
+            OutputError: it cannot be written.
+
         Warns:
             SurgeryWarning: the model was run, and some scales had no part in it; or they are frozen.
         """
+        path = as_path(path, "path")
         used = {key: home.used for key, (home, _) in self._homes.items()}
         unused = sorted(key for key, (_, every) in used.items() if not every)
         if unused and any(some for some, _ in used.values()):
@@ -123,14 +132,24 @@ class Scales:
             )
         values = self.values()
         if not (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0):
-            write_scales(Path(path), values, self._manifest.fingerprint)
+            write_scales(path, values, self._manifest.fingerprint)
 
-    @heard
     @on_its_own_terms
     def load(self, path: str | Path) -> None:
-        """Take the values of a scales file; errors and warnings as for ``surgery.format.scales.read_scales``.
+        """Take the values of a scales file.
 
         Those of targets that the model does not have are kept for ``values`` and ``save``.
+
+        Args:
+            path: of the file, written with the same factorized folder.
+
+        Raises:
+            ScalesError: no such file, or scales of other factors, or not finite.
+            ReadError, FormatError: it cannot be read, or is no safetensors file.
+            OptionError: no path; or the scales have been offloaded.
+
+        Warns:
+            SurgeryWarning: see ``surgery.format.scales.read_scales``.
         """
         values = read_scales(Path(path), self._manifest)
         self._absent = {key: values[key] for key in self._absent}
@@ -166,7 +185,11 @@ class Scales:
                 path.untouched = value
 
     def act_on(self, module: nn.Module) -> bool:
-        """Whether a weight of the module itself, not of one inside it, has scales."""
+        """Whether a weight of the module itself, not of one inside it, has scales.
+
+        Args:
+            module: any module of the model.
+        """
         return any(module is other for attached in self._attached for other in attached.modules)
 
     def detach(self) -> None:
@@ -196,7 +219,6 @@ def _whole(delta: nn.Parameter, shape: list[int]) -> torch.Tensor:
     return gathered.float().cpu().reshape(shape)
 
 
-@heard
 @on_its_own_terms
 def attach(model: nn.Module, factorized: str | Path) -> Scales:
     """Freeze a model and make the scales of a factorized checkpoint its only trainable parameters.
@@ -214,6 +236,9 @@ def attach(model: nn.Module, factorized: str | Path) -> Scales:
     Args:
         model: in the dtype of the checkpoint or a wider one, or quantized, on any device or several. Not yet sharded.
         factorized: a folder written by ``surgery.factorize``.
+
+    Returns:
+        The scales, all 1, to be trained, saved and taken out again.
 
     Raises:
         SourceError: the model's weights are neither the original nor the residual.
