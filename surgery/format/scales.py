@@ -16,6 +16,8 @@ import torch
 
 from surgery.errors import FormatError, ScalesError, SurgeryWarning
 from surgery.format.files import write_file
+from surgery.format.lora import CONFIG as ADAPTER_CONFIG
+from surgery.format.lora import is_of_lora
 from surgery.format.manifest import Manifest
 from surgery.format.name_map import NameMap, match_names
 from surgery.format.safetensors import Header, ShardReader, TensorEntry
@@ -29,7 +31,6 @@ _PROJECT = "surgery project FACTORIZED MODEL -o scales.safetensors finds the sca
 _DTYPES = ("F32", "F64", "F16", "BF16")
 #: What trainings keep beside what they train.
 _COUNTERS = re.compile(r"(.*[._])?(steps?|epochs?|iter(ation)?s?|lr|learning_rate|loss|seed|count|num_batches_tracked)")
-_LORA = re.compile(r"(^|[._])lora[._](embedding_)?(a|b|up|down)([._]|$)", re.IGNORECASE)
 _FACTORS = re.compile(r".+\.(U|s|V|correction(\.\d+)?)")
 _OF_A_MODEL = re.compile(r"(.*[._])?(norm\w*|ln_\w+|layernorm)\.weight|.+\.bias")
 
@@ -85,7 +86,7 @@ def scales_file(path: Path) -> Path:
             expected="a scales file",
             hint=f"give the one that is meant, such as {found[-1]}",
         )
-    if (path / "adapter_config.json").is_file():
+    if (path / ADAPTER_CONFIG).is_file():
         hint = "surgery fold FACTORIZED SCALES --lora takes an adapter, beside scales"
         raise ScalesError(f"{path} is the folder of an adapter, and holds no scales", expected="a scales file", hint=hint)
     if (path / CONFIG_FILE).is_file():
@@ -190,7 +191,7 @@ def _check_kind(header: Header, path: Path, manifest: Manifest | None = None) ->
     names = [entry.name for entry in header.tensors]
     owned = SCALES_METADATA_KEY in header.metadata
     whole = {target.tensor: target.shape for target in manifest.targets} if manifest is not None else {}
-    if not owned and any(map(_LORA.search, names)):
+    if not owned and any(map(is_of_lora, names)):
         what, hint = "the weights of a LoRA adapter", f"surgery fold FACTORIZED SCALES --lora {path.parent}, beside scales"
     elif any(ATTACHED_NAME in name for name in names):
         what = "parameters of a model with scales, which hold g - 1"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -109,11 +110,27 @@ class FolderSource(Stays):
         self.watch = Watch()
         self._unnamable: dict[str, str] = {}
         found = select_files(self._names, self._text, where=self.name)
-        self.selection = replace(found, left_out=dict(sorted({**found.left_out, **self._unnamable}.items())))
+        left_out = dict(sorted({**found.left_out, **self._unnamable}.items()))
+        self.selection = replace(found, left_out=left_out, notes=(*found.notes, *self._notes_of_newer(found)))
         for file in self.selection.others:
             check_regular(self._copied(file), f"{self.name}/{file}")
         for file in self.selection.shards:
             self._real(file)  # weights are only read: they may lie anywhere
+
+    def _notes_of_newer(self, found: Selection) -> list[str]:
+        """Weight files that are not read, and that somebody saved after those that are."""
+        if self.record.kind != "folder" or not found.unread:
+            return []
+        last = max(self._changed(file) for file in found.shards)
+        newer = [file for file in found.unread if self._changed(file) > last]
+        if not newer:
+            return []
+        read = found.index or found.shards[0]
+        return [f"{newer[0]} is newer than {read}, which is read, as loaders read it; if the newer is meant, move {read} away"]
+
+    def _changed(self, file: str) -> float:
+        path = self._root / file
+        return path.stat().st_mtime if path.exists() else 0.0
 
     def _names(self, folder: str) -> list[str]:
         """See ``Listing``. Links to folders count as folders; a folder that leads out of the model is not looked into."""
@@ -271,6 +288,14 @@ def _check_is_all(source: Source, file: str) -> None:
 
 
 def _open_folder(path: Path, name: str, subfolder: str | None) -> FolderSource:
+    cached = re.fullmatch(r"models--(.+)", path.resolve().name)
+    if cached is not None and (path / "snapshots").is_dir():
+        repo_id, commits = cached[1].replace("--", "/"), sorted(one.name for one in (path / "snapshots").iterdir())
+        raise SourceError(
+            f"{name} is where the hub's client keeps {repo_id}",
+            got=f"snapshots of {', '.join(commits)}",
+            hint=f"give {repo_id}" + (f" --revision {commits[0]}" if commits else ""),
+        )
     if subfolder is None:
         return FolderSource(path, name=name)
     inside = path / check_subfolder(subfolder)
