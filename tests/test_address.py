@@ -91,6 +91,8 @@ def test_of_the_hub(text: str, expected: tuple[str | None, ...]) -> None:
         (f"{HUB}/owner/../tree/main", "names no model"),
         ("hf://datasets/owner/name", "is a page of datasets"),
         ("https://example.org/owner/name", "neither here nor on the Hugging Face hub"),
+        ("https://[huggingface.co/owner/name", "names no model"),
+        ("file:///no/such", "there is no folder '/no/such'"),
         ("s3://bucket/a model", "aws s3 sync 's3://bucket/a model' FOLDER"),
         ("gs://bucket/model", "gcloud storage cp -r"),
         ("abfss://x@y/model", "fetch it into a folder first"),
@@ -104,6 +106,13 @@ def test_what_names_no_model(text: str, said: str) -> None:
     with pytest.raises(SourceError) as caught:
         address_of(text)
     assert said in str(caught.value)
+
+
+def test_an_address_as_a_path() -> None:
+    assert address_of(Path(f"{HUB}/owner/name/tree/v1/unet")) == address_of("owner/name@v1/unet")
+    assert address_of(Path("hf://owner/name@v1")) == address_of("owner/name@v1")
+    with pytest.raises(SourceError, match="fetch it into a folder first"):
+        address_of(Path("s3://bucket/model"))
 
 
 def test_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

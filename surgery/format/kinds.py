@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,6 +69,11 @@ def _conversion(path: Path) -> str:
     # Opened before it is given to torch.load, which would take a name that ends in .safetensors at its word.
     code = (
         "import safetensors.torch, torch; "
-        f"safetensors.torch.save_file(torch.load(open({str(path)!r}, 'rb'), weights_only=True), {str(new)!r})"
+        f'safetensors.torch.save_file(torch.load(open({_literal(path)}, "rb"), weights_only=True), {_literal(new)})'
     )
     return f"convert it once: python -c {shlex.quote(code)}"
+
+
+def _literal(path: Path) -> str:
+    """A path as Python and a shell's single quotes take it."""
+    return json.dumps(str(path), ensure_ascii=False)

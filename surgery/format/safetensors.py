@@ -246,9 +246,7 @@ class ShardReader:
             kind = other_kind(head, size, self._path)
             if kind is None:
                 raise
-            raise FormatError(
-                f"{self.name}: is {kind.what}", got="no safetensors file", expected="a safetensors file", hint=kind.hint
-            ) from None
+            raise FormatError(f"{self.name} is {kind.what}", expected="a safetensors file", hint=kind.hint) from None
 
     def __enter__(self) -> Self:
         return self

@@ -32,7 +32,7 @@ _DTYPES = ("F32", "F64", "F16", "BF16")
 #: What trainings keep beside what they train.
 _COUNTERS = re.compile(r"(.*[._])?(steps?|epochs?|iter(ation)?s?|lr|learning_rate|loss|seed|count|num_batches_tracked)")
 _FACTORS = re.compile(r".+\.(U|s|V|correction(\.\d+)?)")
-_OF_A_MODEL = re.compile(r"(.*[._])?(norm\w*|ln_\w+|layernorm)\.weight|.+\.bias")
+_OF_A_MODEL = re.compile(r"(.*[._])?(norm\d*|layernorm|ln_(\d|f))\.weight|.+\.bias")
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +199,7 @@ def _check_kind(header: Header, path: Path, manifest: Manifest | None = None) ->
     elif not owned and names and all(map(_FACTORS.fullmatch, names)):
         what, hint = "factors", f"the scales beside them are {path.parent / CHECKPOINT_FILE}"
     elif any(list(entry.shape) == whole.get(entry.name) for entry in header.tensors) or (
-        not owned and any(map(_OF_A_MODEL.fullmatch, names))
+        manifest is None and not owned and any(map(_OF_A_MODEL.fullmatch, names))
     ):
         what, hint = "the weights of a model", _PROJECT
     else:

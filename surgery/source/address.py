@@ -18,7 +18,8 @@ _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _WITH_REVISION = re.compile(r"(?P<repo>[^@]+)@(?P<rest>.+)")
 #: As in the hub's own addresses (hf://): a revision ends at a slash, but for those that are called so.
 _REVISION = re.compile(r"(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+)(?:/(?P<path>.*))?")
-_SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+)://(?P<rest>.*)", re.DOTALL)
+#: One slash is what a ``Path`` leaves of two.
+_SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+)://?(?P<rest>.*)", re.DOTALL)
 _HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co", "www.hf.co", "hf-mirror.com")
 _NO_MODELS = (
     "datasets",
@@ -133,7 +134,7 @@ def _local(text: str) -> Address | None:
 
 def _by_scheme(text: str, scheme: str, rest: str) -> Address:
     if scheme == "file":
-        return address_of(unquote(rest.removeprefix("localhost")))
+        return address_of("/" + unquote(rest.lstrip("/").removeprefix("localhost/")))
     if scheme == "hf":
         kind, _, inside = rest.partition("/")
         if kind in _NO_MODELS[:3]:
@@ -147,8 +148,10 @@ def _by_scheme(text: str, scheme: str, rest: str) -> Address:
             owner, _, rev = owner.partition("@")
             return _by_revision(text, owner, rev)
         return _inside(text, f"{owner}/{repo}" if name else owner, None, path)
-    endpoint = urlsplit(os.environ.get("HF_ENDPOINT", ""))
-    url = urlsplit(text)
+    try:
+        endpoint, url = urlsplit(os.environ.get("HF_ENDPOINT", "")), urlsplit(f"{scheme}://{rest}")
+    except ValueError:  # half an IPv6 address
+        _refuse(text)
     if scheme in ("http", "https") and (url.hostname in _HOSTS or (url.netloc and url.netloc == endpoint.netloc)):
         return _by_url(text, url.path)
     if scheme in ("http", "https", "ftp", "git+https", "ssh"):

@@ -392,7 +392,9 @@ class _Selector:
             got=(", ".join(folders) or "no subfolder with safetensors weights")
             + (f"; and at the top {_few(weights)}" if weights else ""),
             expected="one model",
-            hint=f"take one of them: --subfolder {_likely(folders)}" if folders else "give the folder of one model",
+            hint=f"take one of them: --subfolder {_likely(folders)}"
+            if folders
+            else "if they are in another format: DiffusionPipeline.from_pretrained(MODEL).save_pretrained(FOLDER)",
         )
 
     def _no_weights(self, adapter: list[str]) -> SourceError:
