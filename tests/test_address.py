@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import surgery
-from surgery.errors import SourceError, SurgeryError
+from surgery.errors import OutputError, SourceError, SurgeryError
 from surgery.source.address import Address, address_of
 from surgery.source.model import open_source
 from tests.loopback_hub import LoopbackHub
@@ -157,6 +157,16 @@ def test_addresses_wherever_a_model_is_given(hub: LoopbackHub, llama: Path, tmp_
         surgery.plan(page, revision=commit)
     with pytest.raises(SourceError, match=r"one of the 3 weight files of me/addressed/unet"):
         surgery.plan(f"{hub.url}/me/addressed/blob/main/unet/model-00001-of-00003.safetensors")
+
+
+def test_the_source_is_not_written_to_whatever_it_is_called(llama: Path, tmp_path: Path) -> None:
+    model = tmp_path / "m"
+    shutil.copytree(llama, model)
+    for name in (f"'{model}' ", f"file://{model}"):
+        with pytest.raises(OutputError, match="lies in one"):
+            surgery.recommend(name, budget=100, out=model / "recipe.toml")
+        with pytest.raises(OutputError, match="lie in one another"):
+            surgery.factorize(name, model / "f", rank=2)
 
 
 def test_a_weight_file_as_the_model(tmp_path: Path) -> None:

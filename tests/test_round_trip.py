@@ -205,8 +205,8 @@ def test_missing_model() -> None:
         surgery.factorize("/no/such/model")
 
 
-def test_a_file_is_not_a_model(llama: Path) -> None:
-    with pytest.raises(SourceError, match="is a file"):
+def test_a_file_of_several_is_not_a_model(llama: Path) -> None:
+    with pytest.raises(SourceError, match="is one of the 3 weight files"):
         surgery.plan(sorted(llama.glob("*.safetensors"))[0])
 
 
