@@ -446,6 +446,38 @@ def test_killed_while_it_cleared(llama: Path, tmp_path: Path, monkeypatch: pytes
     assert files_of(out) == files_of(tmp_path / "expected")
 
 
+def test_links_that_lead_nowhere_as_the_output(llama: Path, factorized: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "gone")
+    scales = factorized / "surgery/scales.safetensors"
+    for command in (
+        lambda out: surgery.factorize(llama, out, rank=4),
+        lambda out: surgery.fold(factorized, scales, out),
+        lambda out: surgery.export(factorized, scales, out),
+        lambda out: surgery.blend([scales], out),
+        lambda out: surgery.blend([scales], out, overwrite=True),
+    ):
+        for out in (link, link / "deeper"):
+            with pytest.raises(OutputError, match="is a link that leads nowhere") as caught:
+                command(out)
+            assert str(tmp_path / "gone") in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+    (tmp_path / "gone").mkdir()
+    surgery.factorize(llama, link, rank=4)
+    assert files_of(tmp_path / "gone") == files_of(factorized)
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="permissions do not hold for root")
+def test_folders_that_may_not_be_written_to(llama: Path, factorized: Path, tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    for out in (closed, closed / "deeper"):
+        with pytest.raises(OutputError, match="Permission denied"):
+            surgery.factorize(llama, out, rank=4)
+    with pytest.raises(OutputError, match="may not be written to"):
+        surgery.project(factorized, llama, closed / "s.safetensors")
+
+
 def test_paths_that_cannot_be(llama: Path, truth: Path, tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to(tmp_path / "b")
     (tmp_path / "b").symlink_to(tmp_path / "a")

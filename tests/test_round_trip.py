@@ -205,8 +205,8 @@ def test_missing_model() -> None:
         surgery.factorize("/no/such/model")
 
 
-def test_a_file_is_not_a_model(llama: Path) -> None:
-    with pytest.raises(SourceError, match="is a file"):
+def test_a_file_of_several_is_not_a_model(llama: Path) -> None:
+    with pytest.raises(SourceError, match="is one of the 3 weight files"):
         surgery.plan(sorted(llama.glob("*.safetensors"))[0])
 
 
@@ -482,11 +482,11 @@ BAD_SCALES = {
     "missing": (lambda s: s.pop(_first(s)), "are missing"),
     "unknown": (lambda s: s.update(stranger=torch.ones(4)), "'stranger' is no target"),
     "misshapen": (lambda s: s.update({_first(s): torch.ones(5)}), "wrong shape"),
-    "transposed": (lambda s: s.update({_first(s): torch.ones(1, 4)}), "wrong shape"),
+    "folded up": (lambda s: s.update({_first(s): torch.ones(2, 2)}), "wrong shape"),
     "NaN": (lambda s: s.update({_first(s): torch.tensor([1, 1, float("nan"), 1])}), "NaN or infinity"),
     "infinite": (lambda s: s.update({_first(s): torch.tensor([1, 1, float("inf"), 1])}), "NaN or infinity"),
     "integers": (lambda s: s.update({_first(s): torch.ones(4, dtype=torch.int32)}), "dtype"),
-    "double": (lambda s: s.update({_first(s): torch.ones(4, dtype=torch.float64)}), "dtype"),
+    "beyond float32": (lambda s: s.update({_first(s): torch.full((4,), 1e40, dtype=torch.float64)}), "beyond the range of"),
 }
 
 

@@ -55,6 +55,132 @@ def _plan(model: Path) -> surgery.Plan:
     return planned(model, rank=4)
 
 
+# -- which of several ---------------------------------------------------------------------------------------------------------
+
+
+def _older(*files: Path) -> None:
+    for file in files:
+        os.utime(file, (1e9, 1e9))
+
+
+@pytest.mark.parametrize("newer", ["single", "shards"])
+def test_one_file_beside_shards_is_read_as_transformers_reads_it(newer: str, model: Path, tmp_path: Path) -> None:
+    other = save_llama(tmp_path / "other", torch.bfloat16, shard_size="1GB", rope_theta=7.0)
+    _edit_shard(other / "model.safetensors", lambda tensors: tensors["model.norm.weight"].mul_(3))
+    shutil.copy(other / "model.safetensors", model / "model.safetensors")
+    _older(*model.glob("model-*") if newer == "single" else [model / "model.safetensors"])
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(model).state_dict()
+    assert loaded["model.norm.weight"].unique().tolist() == [3.0]
+    steps = _plan(model)
+    assert [shard.file for shard in steps.shards] == ["model.safetensors"]
+    assert any("not read: model-00001-of-00003" in note for note in steps.notes)
+    told = [note for note in steps.notes if "is newer than" in note]
+    assert len(told) == (newer == "shards")
+    assert all("newer than model.safetensors, which is read" in note for note in told)
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_one_file_beside_shards_is_read_as_diffusers_reads_it(indexed: bool, tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    sizes = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 16, "embedding_dim": 32, "num_embeddings": 2}
+    torch.manual_seed(0)
+    one = diffusers.PriorTransformer(**sizes, additional_embeddings=2)
+    one.save_pretrained(tmp_path / "m", max_shard_size="20KB")
+    shards = {path.name for path in (tmp_path / "m").glob("*-of-*.safetensors")}
+    assert len(shards) > 1
+    with torch.no_grad():
+        one.proj_in.weight.zero_()
+    one.save_pretrained(tmp_path / "single")
+    name = "diffusion_pytorch_model.safetensors"
+    shutil.copy(tmp_path / "single" / name, tmp_path / "m" / name)
+    if not indexed:
+        (tmp_path / "m" / f"{name}.index.json").unlink()
+    read = diffusers.PriorTransformer.from_pretrained(tmp_path / "m", low_cpu_mem_usage=False)
+    assert bool(read.proj_in.weight.any()) is indexed
+    assert {shard.file for shard in _plan(tmp_path / "m").shards} == (shards if indexed else {name})
+
+
+def test_an_index_of_an_earlier_save(model: Path, tmp_path: Path) -> None:
+    """transformers follows it and fails; without it the shards are taken."""
+    index = json.loads((model / INDEX).read_text())
+    index["weight_map"] = {name: shard.replace("-of-00003", "-of-00007") for name, shard in index["weight_map"].items()}
+    (model / INDEX).write_text(json.dumps(index))
+    with pytest.raises(OSError, match="of-00007"):
+        transformers.AutoModelForCausalLM.from_pretrained(model)
+    with pytest.raises(FormatError, match="remove it to take"):
+        _plan(model)
+    (model / INDEX).unlink()
+    assert len(_plan(model).targets) == 14
+
+
+def test_weights_of_something_else(model: Path, factorized: Path, tmp_path: Path) -> None:
+    run = tmp_path / "checkpoint-100"
+    run.mkdir()
+    shutil.copy(factorized / "surgery/scales.safetensors", run / "scales.safetensors")
+    with pytest.raises(SourceError, match="holds scales and no model"):
+        _plan(run)
+    base = transformers.AutoModelForCausalLM.from_pretrained(model)
+    adapted = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    adapted.peft_config["default"].base_model_name_or_path = str(model)
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(SourceError, match="holds an adapter and no safetensors weights") as caught:
+        _plan(tmp_path / "adapter")
+    assert f"surgery factorize {model}" in str(caught.value)
+    kohya = {
+        f"lora_unet_down_{i}.{part}": torch.ones(4, 4) for i in range(3) for part in ("lora_down.weight", "lora_up.weight")
+    }
+    (tmp_path / "kohya").mkdir()
+    save_file(kohya | {"lora_unet_down_0.alpha": torch.tensor(1.0)}, tmp_path / "kohya/style.safetensors")
+    with pytest.raises(SourceError, match="holds a LoRA adapter and no weights"):
+        _plan(tmp_path / "kohya")
+
+
+def test_a_folder_as_a_mac_has_it(model: Path, tmp_path: Path) -> None:
+    _, plain = _there_and_back(model, tmp_path / "plain")
+    for folder in (model, model / "additional_chat_templates"):
+        for name in ("._model-00001-of-00003.safetensors", f"._{INDEX}", "._config.json", "._x.jinja", ".DS_Store"):
+            (folder / name).write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X")
+    out = tmp_path / "seen"
+    for folder in (out / "f", out / "back"):
+        folder.mkdir(parents=True)
+        (folder / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    f, back = _there_and_back(model, out)
+    assert {name for name in files_of(back) if name != ".DS_Store"} == files_of(plain).keys()
+    assert {name: data for name, data in files_of(back).items() if name != ".DS_Store"} == files_of(plain)
+    progress = Silent()
+    surgery.fold(f, f / "surgery/scales.safetensors", back, progress=progress)  # done again, and compared
+    surgery.fold(f, f / "surgery/scales.safetensors", back, overwrite=True)
+    assert (back / ".DS_Store").exists()
+
+
+def test_the_folder_in_which_the_hubs_client_keeps_a_model(tmp_path: Path) -> None:
+    folder = tmp_path / "models--me--it"
+    (folder / "snapshots/0123abc").mkdir(parents=True)
+    with pytest.raises(SourceError, match="is where the hub's client keeps me/it") as caught:
+        _plan(folder)
+    assert "give me/it --revision 0123abc" in str(caught.value)
+
+
+def test_a_source_in_the_current_folder(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(model)
+    before = files_of(model)
+    ran = CliRunner().invoke(main, ["factorize", ".", "--rank", "4", "-q"])
+    assert ran.exit_code == 1
+    command = ran.stderr.partition("try:      ")[2].partition(";")[0]
+    assert command == "-o ../m-factorized"
+    assert CliRunner().invoke(main, ["factorize", ".", "--rank", "4", "-q", *command.split()]).exit_code == 0
+    assert files_of(model) == before
+    # A result that somebody has moved into the model is no part of it, and no model to be taken.
+    expected = files_of(tmp_path / "m-factorized")
+    (tmp_path / "m-factorized").rename(model / "factorized")
+    monkeypatch.chdir(tmp_path)
+    again = surgery.factorize(model, tmp_path / "again", rank=4)
+    assert [record.reason for record in again.left_out if record.file == "factorized/"] == ["no loader looks for it"]
+    assert {name for name in files_of(tmp_path / "again") if not name.endswith("manifest.json")} == {
+        name for name in expected if not name.endswith("manifest.json")
+    }
+
+
 # -- one whole model ---------------------------------------------------------------------------------------------------------
 
 

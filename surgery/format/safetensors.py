@@ -25,6 +25,7 @@ import torch
 from surgery.errors import FormatError
 from surgery.format.disk import write_all
 from surgery.format.files import FileRecord, FileWriter, Stamp, Watch, check_regular, file_sha256, reading, reporting
+from surgery.format.kinds import HEAD_BYTES, other_kind
 from surgery.memory import bytes_of
 from surgery.names import DTYPE_BITS
 from surgery.timing import timed
@@ -224,22 +225,33 @@ class ShardReader:
             self._stamp = Stamp.of(self._file)
             if watch is not None:
                 watch.see(path, self.name, self._stamp)
-            size = self._stamp.size
-            with reading(path, self.name):
-                prefix = self._file.read(8)
-            length = int.from_bytes(prefix, "little")
+            self.header = self._read_header()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _read_header(self) -> Header:
+        size = self._stamp.size
+        with reading(self._path, self.name):
+            head = self._file.read(HEAD_BYTES)
+        prefix = head[:8]
+        length = int.from_bytes(prefix, "little")
+        try:
             if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
                 raise FormatError(
                     f"{self.name}: no safetensors file, or cut off within its header",
                     got=f"{size} bytes, a header length of {length}",
-                    hint="fetch the file again; a git-lfs pointer must be replaced by the file it stands for",
+                    hint="fetch the file again",
                 )
-            with reading(path, self.name):
+            with reading(self._path, self.name):
+                self._file.seek(8)
                 rest = self._file.read(length)
-            self.header = parse_header(prefix + rest, file=self.name, file_bytes=size)
-        except BaseException:
-            self._file.close()
-            raise
+            return parse_header(prefix + rest, file=self.name, file_bytes=size)
+        except FormatError:
+            kind = other_kind(head, size, self._path)
+            if kind is None:
+                raise
+            raise FormatError(f"{self.name} is {kind.what}", expected="a safetensors file", hint=kind.hint) from None
 
     def __enter__(self) -> Self:
         return self

@@ -93,7 +93,7 @@ def export(
 
     Args:
         factorized: a folder written by ``factorize``.
-        scales: a scales file, or for the key of each target ``g``.
+        scales: a scales file or a folder that holds one, or for the key of each target ``g``.
         out: folder to write; ``adapter_config.json`` comes last. The same adapter that is there already is left as it is.
         push_to_hub: repo id that the adapter is uploaded to as well. An earlier result of surgery there is replaced.
         private: whether a repository that is created for it is private.

@@ -31,7 +31,7 @@ from surgery.format.files import (
 )
 from surgery.format.lora import read_lora
 from surgery.format.manifest import Manifest, decode_file
-from surgery.format.scales import check_scales, read_scales
+from surgery.format.scales import check_scales, read_scales, scales_file
 from surgery.linalg.lossless import Addition, both
 from surgery.memory import bytes_of
 from surgery.names import CONFIG_FILE, MANIFEST_FILE, STREAM_DIR
@@ -113,7 +113,7 @@ def fold(
 
     Args:
         factorized: a folder written by ``factorize``.
-        scales: a scales file, or for the key of each target ``g``, (k,), or (B, k) for a stack.
+        scales: a scales file or a folder that holds one, or for the key of each target ``g``, (k,), or (B, k) for a stack.
         out: folder to write, empty or new.
         base: for an overlay, the model it was made from (folder or hub id), if the one that the manifest names is
             not to be used.
@@ -150,7 +150,9 @@ def fold(
     factorized, out = Path(factorized), Path(out)
     manifest = Manifest.read(factorized)
     others = _as_they_are(factorized, manifest, progress)
-    values = check_scales(scales, manifest) if isinstance(scales, Mapping) else read_scales(Path(scales), manifest)
+    if not isinstance(scales, Mapping):
+        scales = scales_file(Path(scales))
+    values = check_scales(scales, manifest) if isinstance(scales, Mapping) else read_scales(scales, manifest)
     # Folding is float64 arithmetic, which an Apple GPU does not have.
     exact_on = "cpu" if choose_devices(device)[0].type == "mps" else device
     with engine_of(engine, exact_on, max_memory, max_device_memory, timing) as by:
@@ -159,7 +161,7 @@ def fold(
         weights.check(manifest.shards)
         inputs = [factorized, *weights.folders()]
         if not isinstance(scales, Mapping):
-            inputs.append(Path(scales))
+            inputs.append(scales)
         additions: dict[str, Addition] = {}
         if lora is not None:
             inputs.append(Path(lora))

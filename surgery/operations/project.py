@@ -22,14 +22,13 @@ from surgery.format.scales import write_scales
 from surgery.linalg.correction import CorruptCorrection
 from surgery.linalg.lossless import BLOCK_ENTRIES, DEVICE_BLOCKS, Factors, approximate, join
 from surgery.names import SCALES_FILE
-from surgery.operations.base import BASE_HINT, BaseWeights, OwnWeights, check_entry, shard_path, weight_source
+from surgery.operations.base import BASE_HINT, BaseWeights, OwnWeights, check_entry, open_base, shard_path, weight_source
 from surgery.operations.output import check_output_file, check_room
 from surgery.operations.quantized import Dequantizer
 from surgery.operations.tuned import Norms, TunedModel, note_what_is_unlikely
 from surgery.planning.quantization import FP8, Scaled
 from surgery.progress import Progress, listening
 from surgery.reports import Report
-from surgery.source.model import Source, open_source
 
 #: What is stored of an original matrix, and the fine-tuned one.
 _Pair = tuple[torch.Tensor, torch.Tensor]
@@ -120,7 +119,7 @@ def project(
     factorized, out = Path(factorized), Path(out)
     manifest = Manifest.read(factorized)
     weights = weight_source(factorized, manifest, base)
-    source = _open_like(tuned, manifest)
+    source = open_base(tuned, manifest)
     inputs = [factorized, *weights.folders(), *source.folders()]
     check_output_file(out, inputs, overwrite=overwrite, but=factorized / SCALES_FILE)
     for download in (source.room_to_fetch(), weights.room_to_fetch()):
@@ -148,14 +147,6 @@ def project(
         tuple(found[target.key].sums.projection(target.key) for target in manifest.targets),
         total.projection("all"),
     )
-
-
-def _open_like(model: str | Path, manifest: Manifest) -> Source:
-    """A model, or the part of a pipeline that the factorized one was."""
-    subfolder = manifest.source.subfolder
-    if subfolder is not None and Path(model).is_dir() and not (Path(model) / subfolder).is_dir():
-        subfolder = None
-    return open_source(model, subfolder=subfolder)
 
 
 @dataclass(slots=True)

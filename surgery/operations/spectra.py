@@ -25,6 +25,7 @@ from surgery.planning.plan import Plan, make_plan
 from surgery.planning.targets import Choice, Target
 from surgery.progress import Progress, listening
 from surgery.reports import Report
+from surgery.source.address import address_of
 from surgery.source.model import Source, open_source
 from surgery.version import __version__
 
@@ -256,7 +257,8 @@ def _norms(target: Mapping[str, Any]) -> Norms:
 
 def folders_of(*models: str | Path | None) -> list[Path]:
     """Those of models that are local."""
-    return [Path(model) for model in models if model is not None and Path(model).is_dir()]
+    addresses = [address_of(model) for model in models if model is not None]
+    return [address.folder for address in addresses if address.folder is not None]
 
 
 def _named(source: Source) -> StudiedModel:

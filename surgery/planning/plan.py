@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from surgery.errors import FormatError, OptionError
+from surgery.errors import FormatError, OptionError, SourceError
+from surgery.format.lora import is_of_lora
 from surgery.format.manifest import Alias, LeftOutRecord, SkippedRecord
 from surgery.format.safetensors import Header, ShardReader, TensorEntry, same_bytes
+from surgery.names import SCALES_METADATA_KEY
 from surgery.planning.memory import CORRECTION_BYTES, Memory, Resources, collected_bytes, need_to_factorize, share_out
 from surgery.planning.numbering import numbering_notes
 from surgery.planning.quantization import read_quantization
@@ -205,6 +207,7 @@ def make_plan(
         FormatError: the headers contradict each other, the index or the config.
     """
     headers = {shard: source.header(shard) for shard in source.selection.shards}
+    _check_is_a_model(source.name, headers)
     index_notes = check_index(source, headers)
     names, copies = _all_names(headers, source)
     check_choice(choice, names)
@@ -294,6 +297,28 @@ def make_plan(
             [need_to_factorize(target) for target in every], resources or Resources(), kept=collected_bytes(every)
         ),
     )
+
+
+def _check_is_a_model(name: str, headers: Mapping[str, Header]) -> None:
+    """Refuse weight files that are none by what is in them.
+
+    Raises:
+        SourceError: scales, or an adapter under another name than PEFT's.
+    """
+    for shard, header in headers.items():
+        if SCALES_METADATA_KEY in header.metadata:
+            raise SourceError(
+                f"{name} holds scales and no model: {shard}",
+                expected="the model that was factorized",
+                hint="surgery fold FACTORIZED SCALES makes a model of scales",
+            )
+    tensors = [entry.name for header in headers.values() for entry in header.tensors]
+    if tensors and sum(map(is_of_lora, tensors)) > len(tensors) / 2:
+        raise SourceError(
+            f"{name} holds a LoRA adapter and no weights of a model: {', '.join(list(headers)[:3])}",
+            got=f"such as {next(filter(is_of_lora, tensors))!r}",
+            hint="give the model that it was trained on, or merge the two first",
+        )
 
 
 def _layout(asked: Layout | None, targets: list[Target]) -> Layout:

@@ -12,6 +12,7 @@ import torch
 
 from surgery.arguments import as_path
 from surgery.errors import OptionError
+from surgery.format.scales import CHECKPOINT_FILE
 from surgery.training.attach import Scales
 from surgery.training.reference import check_arguments, check_callback, check_trainer, no_second_load, own_forward
 
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
 else:
     _Trainer = object  # the real one comes after the mixin in the bases, and transformers is optional
-
-#: In every checkpoint folder, and where ``save_model`` writes.
-CHECKPOINT_FILE = "scales.safetensors"
 
 
 class SaveScales(_Trainer):
