@@ -141,7 +141,7 @@ def test_addresses_wherever_a_model_is_given(hub: LoopbackHub, llama: Path, tmp_
     hub.publish("me/addressed", both)
     commit = hub.repos["me/addressed"].commit
     page = f"{hub.url}/me/addressed/tree/main/unet"  # the hub that HF_ENDPOINT names
-    manifest = surgery.factorize(page, tmp_path / "f", rank=2, layout="overlay")
+    manifest = surgery.factorize(page, tmp_path / "f", rank=2, layout="overlay").manifest
     assert (manifest.source.kind, manifest.source.repo_id) == ("hub", "me/addressed")
     assert (manifest.source.commit, manifest.source.subfolder) == (commit, "unet")
     assert surgery.plan("me/addressed@main/unet").targets == surgery.plan(llama).targets

@@ -185,7 +185,7 @@ def _with_metadata(path: Path, owner: str) -> None:
     [
         (lambda path: path.unlink(), ScalesError, "there is no scales file"),
         (_truncated, FormatError, "size does not fit"),
-        (lambda path: path.write_bytes(b"PK\3\4"), FormatError, "no safetensors file"),
+        (lambda path: path.write_bytes(b"PK\3\4"), FormatError, "is a zip archive"),
         (lambda path: save_file({}, path), ScalesError, "holds no scales"),
         (lambda path: save_file({"a": torch.ones(2, dtype=torch.int32)}, path), ScalesError, "'a' has a dtype"),
         (lambda path: save_file({"a": torch.ones(2, 2, 2)}, path), ScalesError, "'a' has a shape"),
@@ -329,7 +329,7 @@ def test_blend_command(files: list[Path], tmp_path: Path, monkeypatch: pytest.Mo
     save_file(_values(0), "nameless")
     done = _run("blend", files[0], "nameless", "-o", "other")
     assert done.exit_code == 0
-    assert done.stderr.splitlines()[-1].startswith("note: nameless does not say which factors it belongs to")
+    assert done.stderr.startswith("note: nameless does not say which factors it belongs to")
     assert _run("blend", files[0], "nameless", "-o", "other", "--overwrite", "-q").output == ""
 
 

@@ -131,7 +131,7 @@ def test_names_that_carry_something_wherever_scales_are_read(
 
 
 def test_a_factorized_folder_with_such_scales_is_sound(llama: Path, trained: Tensors, tmp_path: Path) -> None:
-    manifest = surgery.factorize(llama, tmp_path / "f", rank=4)
+    manifest = surgery.factorize(llama, tmp_path / "f", rank=4).manifest
     write_scales(
         tmp_path / "f/surgery/scales.safetensors",
         {f"_orig_mod.{name}": value for name, value in trained.items()},
@@ -179,7 +179,7 @@ def experts(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
     (folder / "m").mkdir()
     tensors = {"layers.0.experts.up": torch.randn(12, 20, 16)}
     save_file(tensors | {f"layers.{i}.q.weight": torch.randn(16, 16) for i in range(2)}, folder / "m/model.safetensors")
-    return surgery.factorize(folder / "m", folder / "f", rank=3)
+    return surgery.factorize(folder / "m", folder / "f", rank=3).manifest
 
 
 def test_slices_and_stacks_keep_their_own_names(experts: Manifest, tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def test_a_source_in_the_current_folder(model: Path, tmp_path: Path, monkeypatch
     expected = files_of(tmp_path / "m-factorized")
     (tmp_path / "m-factorized").rename(model / "factorized")
     monkeypatch.chdir(tmp_path)
-    again = surgery.factorize(model, tmp_path / "again", rank=4)
+    again = surgery.factorize(model, tmp_path / "again", rank=4).manifest
     assert [record.reason for record in again.left_out if record.file == "factorized/"] == ["no loader looks for it"]
     assert {name for name in files_of(tmp_path / "again") if not name.endswith("manifest.json")} == {
         name for name in expected if not name.endswith("manifest.json")
