@@ -78,6 +78,27 @@ class Header:
         return len(self.raw) + self.data_bytes
 
 
+def header_length(prefix: bytes, *, file: str, file_bytes: int) -> int:
+    """How many bytes of JSON follow the length prefix of 8 bytes.
+
+    Args:
+        prefix: the first bytes of the file.
+        file: name for messages.
+        file_bytes: size of the whole file.
+
+    Raises:
+        FormatError: more than the file has, or than the format allows.
+    """
+    length = int.from_bytes(prefix[:8], "little")
+    if len(prefix) < 8 or length > min(file_bytes - 8, MAX_HEADER_BYTES):
+        raise FormatError(
+            f"{file}: no safetensors file, or cut off within its header",
+            got=f"{file_bytes} bytes, a header length of {length}",
+            hint="fetch the file again; a git-lfs pointer must be replaced by the file it stands for",
+        )
+    return length
+
+
 def parse_header(raw: bytes, *, file: str, file_bytes: int | None = None) -> Header:
     """Parse and check the bytes before the data.
 
@@ -225,13 +246,7 @@ class ShardReader:
                 watch.see(path, self.name, self._stamp)
             size = self._stamp.size
             prefix = self._file.read(8)
-            length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-                raise FormatError(
-                    f"{self.name}: no safetensors file, or cut off within its header",
-                    got=f"{size} bytes, a header length of {length}",
-                    hint="fetch the file again; a git-lfs pointer must be replaced by the file it stands for",
-                )
+            length = header_length(prefix, file=self.name, file_bytes=size)
             self.header = parse_header(prefix + self._file.read(length), file=self.name, file_bytes=size)
         except BaseException:
             self._file.close()

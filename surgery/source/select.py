@@ -173,14 +173,14 @@ class _Selector:
         if reserved := [name for name in self._others if is_reserved(name)]:
             raise SourceError(
                 f"{self._where} needs files of its own in {SURGERY_DIR}/, where a result has its factors",
-                got=_few(reserved),
+                got=few(reserved),
                 hint="give that folder another name in a copy of the model, also where configs and code name it",
             )
         notes = []
         if chosen.unread:
-            notes.append(f"weight files that lie there and are not read: {_few(chosen.unread)}")
+            notes.append(f"weight files that lie there and are not read: {few(chosen.unread)}")
         if adapter:
-            notes.append(f"left out, since loaders would take the result for an adapter: {_few(adapter)}")
+            notes.append(f"left out, since loaders would take the result for an adapter: {few(adapter)}")
         return Selection(
             chosen.shards, chosen.index, tuple(sorted(self._others)), dict(sorted(self._left_out.items())), tuple(notes)
         )
@@ -347,7 +347,7 @@ class _Selector:
         raise SourceError(
             f"{self._where} is a pipeline of several models ({_PIPELINE_FILE}), which lie in its subfolders",
             got=(", ".join(folders) or "no subfolder with safetensors weights")
-            + (f"; and at the top {_few(weights)}" if weights else ""),
+            + (f"; and at the top {few(weights)}" if weights else ""),
             expected="one model",
             hint=f"take one of them: --subfolder {_likely(folders)}" if folders else "give the folder of one model",
         )
@@ -362,7 +362,7 @@ class _Selector:
         if adapter:
             return SourceError(
                 f"{self._where} holds an adapter and no safetensors weights of a model",
-                got=_few(adapter),
+                got=few(adapter),
                 hint="give the model that it was trained on; surgery fold --lora adds an adapter",
             )
         inside = [f"{folder}/{name}" for folder in self._folders if _stays(folder) is None for name in self._peek(folder)]
@@ -374,9 +374,9 @@ class _Selector:
             (OTHER_WEIGHTS, "weights in another format", f"give the model in safetensors; of Flax or TensorFlow: {_CONVERT}"),
         ):
             if found := [name for name in others if name.endswith(suffixes)]:
-                return SourceError(f"{self._where} has no safetensors weights, only {kind}", got=_few(found), hint=hint)
+                return SourceError(f"{self._where} has no safetensors weights, only {kind}", got=few(found), hint=hint)
         names = [*self._files, *(f"{folder}/" for folder in self._folders)]
-        return SourceError(f"{self._where} has no safetensors weights", got=_few(names) or "no files", expected="*.safetensors")
+        return SourceError(f"{self._where} has no safetensors weights", got=few(names) or "no files", expected="*.safetensors")
 
 
 def _stays(name: str) -> str | None:
@@ -411,7 +411,8 @@ def _strings(text: str) -> set[str]:
     return {string.removeprefix("./") for string in found}
 
 
-def _few(names: Iterable[str]) -> str:
+def few(names: Iterable[str]) -> str:
+    """The first of some names, and how many there are."""
     names = list(names)
     return ", ".join(names[:4]) + (f" ... ({len(names)} in all)" if len(names) > 4 else "")
 
