@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import tempfile
 from collections.abc import Iterator
@@ -24,9 +26,13 @@ from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from click.testing import CliRunner  # noqa: E402
 
 import surgery  # noqa: E402
 from tests.models import save_llama, save_mixed  # noqa: E402
+
+if "mix_stderr" in inspect.signature(CliRunner).parameters:  # before click 8.2, where they are apart
+    CliRunner.__init__ = functools.partialmethod(CliRunner.__init__, mix_stderr=False)
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 import surgery
@@ -228,6 +229,21 @@ def test_two_runs_into_one_folder(llama: Path, tmp_path: Path) -> None:
     with locked(tmp_path / "f", [], Silent()), pytest.raises(OutputError, match="another run is writing to"):
         surgery.factorize(llama, tmp_path / "f", rank=4)
     surgery.factorize(llama, tmp_path / "f", rank=4)
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_in_the_place_of_the_lock_is_not_followed(llama: Path, tmp_path: Path, exists: bool) -> None:
+    victim = tmp_path / "victim"
+    if exists:
+        victim.write_text("precious")
+    (tmp_path / "f/.surgery").mkdir(parents=True)
+    (tmp_path / "f/.surgery/lock").symlink_to(victim)
+    with pytest.raises(OutputError, match=r"\.surgery/lock is a link"):
+        surgery.factorize(llama, tmp_path / "f", rank=4)
+    with pytest.raises(OSError, match="symbolic link"):  # also one that is planted in between
+        FileLock(tmp_path / "f/.surgery/lock", timeout=0).acquire()
+    assert victim.exists() == exists
+    assert not exists or victim.read_text() == "precious"
 
 
 def test_nothing_is_left_of_a_run_that_is_refused(llama: Path, tmp_path: Path) -> None:

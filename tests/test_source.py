@@ -262,6 +262,8 @@ def test_numbers_without_weights_are_no_holes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["albert", "clap", "encodec", "hrm_text", "pp_doclayout_v3", "rt_detr", "swin"])
 def test_the_numbering_of_whole_models_has_no_holes(name: str) -> None:
     """As transformers builds them: layers that are run several times, activations between convolutions, counts of all parts."""
+    if name not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} does not know {name}")
     config = transformers.AutoConfig.for_model(name)
     with torch.device("meta"):
         model = transformers.AutoModel.from_config(config)
@@ -475,7 +477,8 @@ def test_a_processor_with_two_tokenizers(model: Path, tmp_path: Path) -> None:
         made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()  # type: ignore[assignment]
         return transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token=words[0])
 
-    image_processor = transformers.BlipImageProcessorPil()
+    # The one that needs no torchvision; in older versions the only one.
+    image_processor = getattr(transformers, "BlipImageProcessorPil", transformers.BlipImageProcessor)()
     for_query = tokenizer("?", "b", "a")
     processor = transformers.InstructBlipProcessor(image_processor, tokenizer("?", "a", "b"), qformer_tokenizer=for_query)
     shutil.rmtree(model / "additional_chat_templates")  # of any bytes

@@ -10,7 +10,6 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import httpx2
 import huggingface_hub
 import pytest
 import yaml
@@ -19,6 +18,7 @@ import surgery
 from surgery.errors import OutputError, ReadError
 from surgery.format.manifest import Manifest, SourceRecord
 from surgery.operations.card import adapter_card, factorized_card, folded_card, published
+from surgery.source import hub_client as client
 from surgery.source import upload
 from surgery.source.upload import Upload
 from tests.loopback_hub import READING_TOKEN, WRITING_TOKEN, LoopbackHub, Repo
@@ -174,10 +174,10 @@ def test_commits_whose_answers_are_lost_are_not_made_twice(hub: LoopbackHub, tmp
 
 def test_hub_that_asks_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     def pause(**headers: str) -> float:
-        response = httpx2.Response(429, headers=headers, request=request)
+        response = client.http.Response(429, headers=headers, request=request)
         return upload._asked_for(huggingface_hub.errors.HfHubHTTPError("", response=response), 2.0)
 
-    request = httpx2.Request("POST", "http://127.0.0.1")
+    request = client.http.Request("POST", "http://127.0.0.1")
     assert pause() == 2
     assert pause(**{"Retry-After": "1"}) == 2
     assert pause(**{"Retry-After": "90"}) == 90

@@ -79,6 +79,27 @@ class Header:
         return len(self.raw) + self.data_bytes
 
 
+def header_length(prefix: bytes, *, file: str, file_bytes: int) -> int:
+    """How many bytes of JSON follow the length prefix of 8 bytes.
+
+    Args:
+        prefix: the first bytes of the file.
+        file: name for messages.
+        file_bytes: size of the whole file.
+
+    Raises:
+        FormatError: more than the file has, or than the format allows.
+    """
+    length = int.from_bytes(prefix[:8], "little")
+    if len(prefix) < 8 or length > min(file_bytes - 8, MAX_HEADER_BYTES):
+        raise FormatError(
+            f"{file}: no safetensors file, or cut off within its header",
+            got=f"{file_bytes} bytes, a header length of {length}",
+            hint="fetch the file again",
+        )
+    return length
+
+
 def parse_header(raw: bytes, *, file: str, file_bytes: int | None = None) -> Header:
     """Parse and check the bytes before the data.
 
@@ -234,19 +255,12 @@ class ShardReader:
         size = self._stamp.size
         with reading(self._path, self.name):
             head = self._file.read(HEAD_BYTES)
-        prefix = head[:8]
-        length = int.from_bytes(prefix, "little")
         try:
-            if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-                raise FormatError(
-                    f"{self.name}: no safetensors file, or cut off within its header",
-                    got=f"{size} bytes, a header length of {length}",
-                    hint="fetch the file again",
-                )
+            length = header_length(head[:8], file=self.name, file_bytes=size)
             with reading(self._path, self.name):
                 self._file.seek(8)
                 rest = self._file.read(length)
-            return parse_header(prefix + rest, file=self.name, file_bytes=size)
+            return parse_header(head[:8] + rest, file=self.name, file_bytes=size)
         except FormatError:
             kind = other_kind(head, size, self._path)
             if kind is None:

@@ -56,8 +56,9 @@ def locked(out: Path, inputs: Iterable[Path], progress: Progress) -> Iterator[No
             raise OutputError(f"{out} is no folder", hint="choose another folder with -o")
         made = not out.exists()
         (out / JOURNAL_DIR).mkdir(parents=True, exist_ok=True)
-        if (out / JOURNAL_DIR).is_symlink():
-            raise OutputError(f"{out / JOURNAL_DIR} is a link", hint="remove it, or choose another folder with -o")
+        for path in (out / JOURNAL_DIR, out / LOCK_FILE):
+            if path.is_symlink():
+                raise OutputError(f"{path} is a link", hint="remove it, or choose another folder with -o")
         lock = FileLock(out / LOCK_FILE, timeout=0)
         try:
             lock.acquire()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import replace
@@ -15,7 +16,7 @@ from surgery.format.safetensors import Header, ShardReader
 from surgery.names import CONFIG_FILE
 from surgery.source.address import address_of
 from surgery.source.origin import FolderOrigin, Origin
-from surgery.source.select import Selection, is_read_by_loaders, select_files
+from surgery.source.select import Selection, few, is_read_by_loaders, select_files
 from surgery.source.shards import index_entries
 
 
@@ -132,6 +133,10 @@ class FolderSource(Stays):
         path = self._root / file
         return path.stat().st_mtime if path.exists() else 0.0
 
+    def note(self, text: str) -> None:
+        """Something that the user should know of where the model comes from."""
+        self.selection = replace(self.selection, notes=(*self.selection.notes, text))
+
     def _names(self, folder: str) -> list[str]:
         """See ``Listing``. Links to folders count as folders; a folder that leads out of the model is not looked into."""
         path = self._root / folder
@@ -164,12 +169,33 @@ class FolderSource(Stays):
         try:
             return (self._root / file).resolve(strict=True)
         except (OSError, RuntimeError):  # links in a circle
-            is_link = (self._root / file).is_symlink()
+            if (self._root / file).is_symlink():
+                raise self._leads_nowhere(file) from None
             raise SourceError(
-                f"{self.name}/{file} " + ("is a link that leads nowhere" if is_link else "is not there any more"),
-                got=(self._root / file).readlink() if is_link else None,
+                f"{self.name}/{file} is not there any more",
                 hint="put the file in its place; from the hub: fetch the model again",
             ) from None
+
+    def _leads_nowhere(self, file: str) -> SourceError:
+        """What to say of a link to nothing, and of others beside it: the hub's cache may have lost all its blobs."""
+        folder = (self._root / file).parent
+        links = sorted(path for path in folder.iterdir() if path.is_symlink() and not path.exists())
+        names = [path.relative_to(self._root).as_posix() for path in links]
+        target = Path(os.path.normpath(folder / (self._root / file).readlink()))
+        cache = _hub_cache(target)
+        hint = "put the file in its place; from the hub: fetch the model again"
+        if cache is not None and cache.name.startswith("models--"):
+            repo_id = cache.name.removeprefix("models--").replace("--", "/")
+            commit = next(
+                (f" --revision {path.name}" for path in (folder, *folder.parents) if path.parent.name == "snapshots"), ""
+            )
+            hint = f"the hub's cache has lost what they lead to; fetch it again: hf download {repo_id}{commit}"
+        return SourceError(
+            f"{self.name}/{file} is a link that leads nowhere" + (f", one of {len(names)} here" if names[1:] else ""),
+            got=str(target) if len(names) == 1 else few(names),
+            expected="the files of the model",
+            hint=hint,
+        )
 
     def _copied(self, file: str) -> Path:
         """The same of what is copied into the result, and may be published with it.

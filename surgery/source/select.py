@@ -203,14 +203,14 @@ class _Selector:
         if reserved := [name for name in self._others if is_reserved(name)]:
             raise SourceError(
                 f"{self._where} needs files of its own in {SURGERY_DIR}/, where a result has its factors",
-                got=_few(reserved),
+                got=few(reserved),
                 hint="give that folder another name in a copy of the model, also where configs and code name it",
             )
         notes = []
         if unread := (*chosen.unread, *copies):
-            notes.append(f"weight files that lie there and are not read: {_few(unread)}")
+            notes.append(f"weight files that lie there and are not read: {few(unread)}")
         if adapter:
-            notes.append(f"left out, since loaders would take the result for an adapter: {_few(adapter)}")
+            notes.append(f"left out, since loaders would take the result for an adapter: {few(adapter)}")
         others, left_out = tuple(sorted(self._others)), dict(sorted(self._left_out.items()))
         return Selection(chosen.shards, chosen.index, others, left_out, unread, tuple(notes))
 
@@ -390,7 +390,7 @@ class _Selector:
         raise SourceError(
             f"{self._where} is a pipeline of several models ({_PIPELINE_FILE}), which lie in its subfolders",
             got=(", ".join(folders) or "no subfolder with safetensors weights")
-            + (f"; and at the top {_few(weights)}" if weights else ""),
+            + (f"; and at the top {few(weights)}" if weights else ""),
             expected="one model",
             hint=f"take one of them: --subfolder {_likely(folders)}"
             if folders
@@ -409,7 +409,7 @@ class _Selector:
         if inside := [folder for folder in self._folders if _ADAPTER_FILE in self._peek(folder)]:
             return SourceError(
                 f"{self._where} holds adapters in its subfolders, and no safetensors weights of a model",
-                got=_few(inside),
+                got=few(inside),
                 hint="give the model that they were trained on; surgery fold --lora adds an adapter",
             )
         halves = [name for name in self._files if name.endswith(_DOWNLOADS)]
@@ -418,7 +418,7 @@ class _Selector:
         if halves:
             return SourceError(
                 f"{self._where} has no safetensors weights, only downloads that were not finished",
-                got=_few(halves),
+                got=few(halves),
                 hint="fetch the model again: hf download goes on where it stopped",
             )
         inside = [f"{folder}/{name}" for folder in self._folders if _stays(folder) is None for name in self._peek(folder)]
@@ -430,9 +430,9 @@ class _Selector:
             (OTHER_WEIGHTS, "weights in another format", f"give the model in safetensors; of Flax or TensorFlow: {_CONVERT}"),
         ):
             if found := [name for name in others if name.endswith(suffixes)]:
-                return SourceError(f"{self._where} has no safetensors weights, only {kind}", got=_few(found), hint=hint)
+                return SourceError(f"{self._where} has no safetensors weights, only {kind}", got=few(found), hint=hint)
         names = [*self._files, *(f"{folder}/" for folder in self._folders)]
-        return SourceError(f"{self._where} has no safetensors weights", got=_few(names) or "no files", expected="*.safetensors")
+        return SourceError(f"{self._where} has no safetensors weights", got=few(names) or "no files", expected="*.safetensors")
 
     def _only_adapter(self, adapter: list[str]) -> SourceError:
         try:
@@ -444,7 +444,7 @@ class _Selector:
         model = shlex.quote(str(base)) if is_named else "MODEL, the one that it was trained on"
         return SourceError(
             f"{self._where} holds an adapter and no safetensors weights of a model",
-            got=_few(adapter) + (f"; base_model_name_or_path: {base!r}" if is_named else ""),
+            got=few(adapter) + (f"; base_model_name_or_path: {base!r}" if is_named else ""),
             hint=f"surgery factorize {model}; with the trained scales: surgery fold FACTORIZED SCALES --lora "
             f"{shlex.quote(self._where)}. Or merge it first, with merge_and_unload() of PEFT, and factorize what that gives",
         )
@@ -484,7 +484,8 @@ def _strings(text: str) -> set[str]:
     return {string.removeprefix("./") for string in found}
 
 
-def _few(names: Iterable[str]) -> str:
+def few(names: Iterable[str]) -> str:
+    """The first of some names, and how many there are."""
     names = list(names)
     return ", ".join(names[:4]) + (f" ... ({len(names)} in all)" if len(names) > 4 else "")
 
