@@ -10,8 +10,11 @@ from pathlib import Path
 
 import click
 
+from surgery.cli.bar import Bar
 from surgery.cli.options import device_option, json_option, notes_and_quiet, quiet_option
-from surgery.cli.report import Bar, say, table, totals
+from surgery.cli.report import totals
+from surgery.cli.tables import table
+from surgery.cli.text import fitted, say, whole
 
 # Modules that import torch are imported inside the commands: --help must not wait for them.
 
@@ -55,18 +58,21 @@ def inspect(factorized: Path, as_json: bool) -> None:
             ["target", "shape", "dtype", "rank", "energy", "s_1", "s_k", "residual", "converged", "undetermined"],
             rows,
             flush_right=range(1, 10),
+            names=(0,),
         )
     )
     amounts = totals(manifest)
     origin = f"{manifest.source.repo_id}@{manifest.source.commit}" if manifest.source.repo_id else "a local folder"
     click.echo(
-        f"\n{manifest.layout} layout of {origin}: {amounts['targets']} targets, {amounts['trainable']} trainable scales, "
-        f"{amounts['skipped']} tensors passed over"
+        fitted(
+            f"\n{manifest.layout} layout of {origin}: {amounts['targets']} targets, {amounts['trainable']} trainable scales, "
+            f"{amounts['skipped']} tensors passed over"
+        )
     )
     if not manifest.lossless:
         entries = sum(target.entries for target in manifest.targets)
         lost = sum((target.inexact or 0) * target.entries for target in manifest.targets) / max(entries, 1)
-        click.echo(f"not lossless (--no-correction): {lost:.1%} of the weights of targets cannot be recovered exactly")
+        click.echo(fitted(f"not lossless (--no-correction): {lost:.1%} of the weights of targets cannot be recovered exactly"))
 
 
 def _doubt(share: float) -> str:
@@ -99,11 +105,11 @@ def verify(factorized: Path, base: str | None, fast: bool, device: str, as_json:
         click.echo(json.dumps({"schema_version": 1, "ok": report.ok, **dataclasses.asdict(report)}, indent=1))
     elif report.failures:
         rows = [[failure.where, failure.check, failure.got, failure.expected] for failure in report.failures]
-        click.echo(table(["where", "check", "got", "expected"], rows))
+        click.echo(table(["where", "check", "got", "expected"], rows, names=(0,), prose=(1, 2, 3)))
     for note in report.unchecked:
         say(f"not checked: {note}", quiet=quiet)
     outcome = "all is as the manifest says" if report.ok else f"{len(report.failures)} checks failed"
     seconds = time.perf_counter() - start
-    say(f"{factorized}: {outcome}; {report.files} files, {report.targets} targets in {seconds:.1f} s", quiet=quiet)
+    say(f"{whole(factorized)}: {outcome}; {report.files} files, {report.targets} targets in {seconds:.1f} s", quiet=quiet)
     if not report.ok:
         raise SystemExit(3)

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from surgery.cli.bar import Bar
 from surgery.cli.options import device_option, json_option, notes_and_quiet, overwrite_option, quiet_option
-from surgery.cli.report import Bar, say, size, table
+from surgery.cli.tables import table
+from surgery.cli.text import fitted, say, size, whole
 
 if TYPE_CHECKING:
     from surgery.demo.run import DemoReport
@@ -40,7 +42,8 @@ def demo(out: Path | None, rank: int, steps: int, device: str, overwrite: bool, 
     else:
         click.echo(_demo_text(report))
         if out is not None:
-            say(f"kept: {out / 'factorized'}, {out / 'scales.safetensors'}, {out / 'folded'}", quiet=quiet)
+            kept = (whole(out / name) for name in ("factorized", "scales.safetensors", "folded"))
+            say(f"kept: {', '.join(kept)}", quiet=quiet)
 
 
 def _demo_text(report: DemoReport) -> str:
@@ -69,8 +72,11 @@ def _demo_text(report: DemoReport) -> str:
         [
             table(["", "numbers", "on disk", "loss", "seconds"], rows, flush_right=range(1, 5)),
             "",
-            f"Trainable: {report.trainable / report.weights:.2%} of the weights. Loss: nats per byte of held-out English",
-            "prose; the model had learned Python source code.",
-            f"Folding untouched scales {untouched}.",
+            fitted(
+                f"Trainable: {report.trainable / report.weights:.2%} of the weights. Loss: nats per byte of held-out English\n"
+                "prose; the model had learned Python source code.\n"
+                f"Folding untouched scales {untouched}.",
+                indent="",
+            ),
         ]
     )

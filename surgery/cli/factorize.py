@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from surgery.cli.bar import Bar
 from surgery.cli.options import (
     devices_option,
     engine_option,
@@ -23,7 +25,8 @@ from surgery.cli.options import (
     stream_option,
 )
 from surgery.cli.profile import profile_figures, profile_text
-from surgery.cli.report import Bar, plan_text, say, size, totals
+from surgery.cli.report import plan_text, totals
+from surgery.cli.text import fitted, say, size, whole
 
 if TYPE_CHECKING:
     from surgery.format.manifest import Manifest
@@ -138,11 +141,12 @@ def factorize(
             click.echo(profile_text(timing, seconds))
         amounts = totals(manifest)
         say(
-            f"{out}: {amounts['matrices']} matrices at rank {_ranks(manifest)}, {amounts['trainable']} trainable scales, "
-            f"{size(amounts['bytes_written'])} in {seconds:.1f} s on {manifest.device}",
+            f"{whole(out)}: {amounts['matrices']} matrices at rank {_ranks(manifest)}, {amounts['trainable']} trainable "
+            f"scales, {size(amounts['bytes_written'])} in {seconds:.1f} s on {manifest.device}",
             quiet=quiet,
         )
-        say(f"train {out / 'surgery' / 'scales.safetensors'}, then: surgery fold {out} SCALES", quiet=quiet)
+        for line in _next_steps(out, manifest):
+            say(line, quiet=quiet)
 
 
 @click.command(short_help="Show what factorize would do, from headers.")
@@ -196,13 +200,25 @@ def recipes(as_json: bool) -> None:
         )
         return
     for recipe in builtin_recipes().values():
-        click.echo(f"{recipe.name}: {recipe.description}")
+        click.echo(fitted(f"{recipe.name}: {recipe.description}"))
         if recipe.families:
-            click.echo(f"  families: {', '.join(recipe.families)}")
+            click.echo(fitted(f"  families: {', '.join(recipe.families)}", indent="    "))
         for rule in recipe.rules:
             seen = f" ({rule.view})" if rule.view else ""
-            click.echo(f"  - {rule.text}{seen}" if rule.skip is None else f"  - not {rule.text}: {rule.skip}")
+            line = f"  - {rule.text}{seen}" if rule.skip is None else f"  - not {rule.text}: {rule.skip}"
+            click.echo(fitted(line, indent="    "))
         click.echo()
+
+
+def _next_steps(out: Path, manifest: Manifest) -> list[str]:
+    """What to do with a factorized folder, to be copied."""
+    base = " --base MODEL" if manifest.layout == "overlay" and manifest.source.repo_id is None else ""
+    attach = whole(f"scales = surgery.attach(model, {json.dumps(str(out), ensure_ascii=False)})")
+    save = whole('scales.save("scales.safetensors")')
+    return [
+        f"train: {attach}, in the end {save}",
+        f"then:  {whole(f'surgery fold {shlex.quote(str(out))} scales.safetensors{base}')}",
+    ]
 
 
 def _ranks(manifest: Manifest) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from surgery.cli.bar import Bar
 from surgery.cli.options import (
     devices_option,
     engine_option,
@@ -23,7 +24,7 @@ from surgery.cli.options import (
     stream_option,
 )
 from surgery.cli.profile import profile_figures, profile_text
-from surgery.cli.report import Bar, say, size
+from surgery.cli.text import say, size, whole
 
 # Modules that import torch are imported inside the commands: --help must not wait for them.
 
@@ -115,7 +116,7 @@ def fold(
         outcome += ", the others only nearly the source's (made with --no-correction)"
     if timing is not None:
         click.echo(profile_text(timing, seconds))
-    say(f"{out}: {outcome}; {size(written)} in {seconds:.1f} s", quiet=quiet)
+    say(f"{whole(out)}: {outcome}; {size(written)} in {seconds:.1f} s", quiet=quiet)
 
 
 @click.command(short_help="Write trained scales as an adapter for other tools.")
@@ -151,7 +152,7 @@ def export(factorized: Path, scales: Path, kind: str, out: Path, as_json: bool, 
         click.echo(json.dumps({"schema_version": 1, "out": str(out), "seconds": round(seconds, 3), **figures}))
         return
     say(
-        f"{out}: a LoRA adapter of rank {report.rank} for {report.modules} modules; "
+        f"{whole(out)}: a LoRA adapter of rank {report.rank} for {report.modules} modules; "
         f"{size(report.bytes_written)} in {seconds:.1f} s",
         quiet=quiet,
     )

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from surgery.cli.report import say
+from surgery.cli.text import tell
 from surgery.errors import SurgeryWarning
 
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress, no notes; errors only.")
@@ -90,6 +90,6 @@ def notes_and_quiet(command: Callable[..., None]) -> Callable[..., None]:
                 command(*args, quiet=quiet, **kwargs)
             finally:
                 for message in dict.fromkeys(str(warning.message) for warning in caught):
-                    say(f"note: {message}", quiet=quiet)
+                    tell(f"note: {message}", quiet=quiet)
 
     return wrapper

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from surgery.cli.bar import Bar
 from surgery.cli.options import device_option, json_option, notes_and_quiet, overlay_base_option, quiet_option
-from surgery.cli.report import Bar, say, table
+from surgery.cli.tables import table
+from surgery.cli.text import fitted, say, whole
 
 if TYPE_CHECKING:
     from surgery.operations.project import Projection
@@ -69,8 +71,8 @@ def project(
         click.echo(json.dumps({"schema_version": 1, "seconds": round(seconds, 3), **found}, indent=1))
         return
     rows = [_figures(one) for one in (*report.targets, dataclasses.replace(report.total, key=f"all {len(report.targets)}"))]
-    click.echo(table(["target", "change", "explained", "|g - 1|"], rows, flush_right=range(1, 4)))
-    say(f"{out}: {report.trainable} scales in {seconds:.1f} s", quiet=quiet)
+    click.echo(table(["target", "change", "explained", "|g - 1|"], rows, flush_right=range(1, 4), names=(0,)))
+    say(f"{whole(out)}: {report.trainable} scales in {seconds:.1f} s", quiet=quiet)
 
 
 def _figures(found: Projection) -> list[str]:
@@ -127,7 +129,7 @@ def blend(
         return
     shares = ", ".join(f"{weight:.3g}" for weight in report.weights)
     say(
-        f"{out}: {report.changed} of {report.trainable} scales of {report.targets} targets differ from 1; "
+        f"{whole(out)}: {report.changed} of {report.trainable} scales of {report.targets} targets differ from 1; "
         f"weights {shares}, {report.space} mean",
         quiet=quiet,
     )
@@ -170,11 +172,15 @@ def show(file: Path, top: int, as_json: bool, quiet: bool) -> None:
             ]
             for one in found.directions
         ]
-        click.echo(table(["target", "matrix", "direction", "g", "change in %"], rows, flush_right=range(1, 5)))
+        click.echo(table(["target", "matrix", "direction", "g", "change in %"], rows, flush_right=range(1, 5), names=(0,)))
         click.echo()
-    click.echo(f"{found.targets} targets, {found.trainable} trainable numbers, " + _changed(found.changed))
-    click.echo(f"least {found.least:.6g}, median {found.median:.6g}, most {found.most:.6g}")
-    click.echo(f"fingerprint {found.fingerprint or 'unknown: the file does not say which factors it belongs to'}")
+    click.echo(
+        fitted(
+            f"{found.targets} targets, {found.trainable} trainable numbers, {_changed(found.changed)}\n"
+            f"least {found.least:.6g}, median {found.median:.6g}, most {found.most:.6g}\n"
+            f"fingerprint {found.fingerprint or 'unknown: the file does not say which factors it belongs to'}"
+        )
+    )
 
 
 def _changed(count: int) -> str:

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 import click
 
+from surgery.cli.bar import Bar
 from surgery.cli.options import device_option, json_option, notes_and_quiet, quiet_option
-from surgery.cli.report import Bar, say
+from surgery.cli.text import say, tell, whole
 from surgery.errors import MissingExtra, OutputError
 
 # Modules that import torch are imported inside the commands: --help must not wait for them.
@@ -75,14 +76,14 @@ def spectra(model: str, tuned: str | None, out: Path, overwrite: bool, as_json: 
         write_page(report, out / _PAGE_FILE)
         page = str(out / _PAGE_FILE)
     except MissingExtra as missing:
-        say(f"note: no page: {missing}", quiet=quiet)
+        tell(f"note: no page: {missing}", quiet=quiet)
         page = str(out / _JSON_FILE)
     seconds = time.perf_counter() - start
     if as_json:
         about = {"schema_version": report["schema_version"], "out": str(out), "seconds": round(seconds, 3)}
         click.echo(json.dumps(about | report["findings"]))
         return
-    say(f"{page}: {report['findings']['targets']} matrices in {seconds:.1f} s on {report['device']}", quiet=quiet)
+    say(f"{whole(page)}: {report['findings']['targets']} matrices in {seconds:.1f} s on {report['device']}", quiet=quiet)
 
 
 @click.command(short_help="Recommend ranks that spend a budget best.")
@@ -144,8 +145,8 @@ def recommend(
         return
     of = "the squared norm of the weights" if tuned is None else "the change"
     say(
-        f"{out}: ranks {min(used)} to {max(used)} for {len(used)} of {len(report.ranks)} weights, {report.trainable} scales, "
-        f"{report.spent} of {budget} {unit}; keeps {report.kept:.2%} of {of}",
+        f"{whole(out)}: ranks {min(used)} to {max(used)} for {len(used)} of {len(report.ranks)} weights, "
+        f"{report.trainable} scales, {report.spent} of {budget} {unit}; keeps {report.kept:.2%} of {of}",
         quiet=quiet,
     )
     say(f"one rank for all that fits the budget, {rank}, would keep {kept:.2%}", quiet=quiet)
