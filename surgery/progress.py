@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 from surgery.errors import SurgeryWarning
 
 
 class Progress(Protocol):
-    """What an operation reports. The command line turns it into a bar; the default ignores it."""
+    """What an operation reports. The command line turns it into a bar, or lines of a log; the default ignores it.
+
+    One phase is over before the next one begins. ``item``, ``advance`` and ``note`` are called by several threads in
+    ``factorize`` and ``fold``, one at a time.
+    """
 
     def start(self, label: str, total_bytes: int) -> None:
-        """A phase begins that will process ``total_bytes`` bytes."""
+        """A phase begins that will process ``total_bytes`` bytes; 0 if nobody can say how long it takes."""
 
     def item(self, name: str) -> None:
         """The tensor or file now being worked on."""
@@ -26,6 +32,16 @@ class Progress(Protocol):
 
     def finish(self) -> None:
         """The phase is over, well or not."""
+
+
+@contextmanager
+def phase(progress: Progress, label: str, total_bytes: int = 0) -> Iterator[None]:
+    """A phase for as long as the block takes; see ``Progress.start``."""
+    progress.start(label, total_bytes)
+    try:
+        yield
+    finally:
+        progress.finish()
 
 
 class Silent:

@@ -7,8 +7,6 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from surgery.cli.text import can_show, cells, clock, duration, shorten, shown, size, tell, terminal_width
 
@@ -76,15 +74,6 @@ class Bar:
             self._thread.join()
             self._thread = None
 
-    @contextmanager
-    def phase(self, label: str) -> Iterator[None]:
-        """A phase of which nobody can say how long it takes."""
-        self.start(label, 0)
-        try:
-            yield
-        finally:
-            self.finish()
-
     def _look(self) -> None:
         while not self._over.wait(_LOOK):
             with self._lock:
@@ -126,7 +115,7 @@ class _Phase:
         self.name = ""
         self._label, self._total, self._done = label, total, 0
         self._since = time.monotonic()
-        self.last = -_DRAW
+        self.last = self._since
         self._last_line, self._tenths = self._since, 0
         self._points = deque([(self._since, 0)])
 

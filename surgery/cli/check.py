@@ -15,6 +15,7 @@ from surgery.cli.options import device_option, json_option, notes_and_quiet, qui
 from surgery.cli.report import totals
 from surgery.cli.tables import table
 from surgery.cli.text import fitted, say, whole
+from surgery.progress import phase
 
 # Modules that import torch are imported inside the commands: --help must not wait for them.
 
@@ -97,10 +98,12 @@ def verify(factorized: Path, base: str | None, fast: bool, device: str, as_json:
     factors and correction give back each original weight (by the hash in the manifest); the certificates hold, measured
     anew; scales belong to the factors.
     """
-    from surgery.operations import verify as operation
+    bar = Bar(quiet=quiet)
+    with phase(bar, "starting"):
+        from surgery.operations import verify as operation
 
     start = time.perf_counter()
-    report = operation.verify(factorized, base=base, fast=fast, device=device, progress=Bar(quiet=quiet))
+    report = operation.verify(factorized, base=base, fast=fast, device=device, progress=bar)
     if as_json:
         click.echo(json.dumps({"schema_version": 1, "ok": report.ok, **dataclasses.asdict(report)}, indent=1))
     elif report.failures:

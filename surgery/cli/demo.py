@@ -13,6 +13,7 @@ from surgery.cli.bar import Bar
 from surgery.cli.options import device_option, json_option, notes_and_quiet, overwrite_option, quiet_option
 from surgery.cli.tables import table
 from surgery.cli.text import fitted, say, size, whole
+from surgery.progress import phase
 
 if TYPE_CHECKING:
     from surgery.demo.run import DemoReport
@@ -34,9 +35,11 @@ def demo(out: Path | None, rank: int, steps: int, device: str, overwrite: bool, 
 
     The model is a small Llama that has learned Python source code; its scales are trained on English prose.
     """
-    from surgery.demo.run import run_demo
+    bar = Bar(quiet=quiet)
+    with phase(bar, "starting"):
+        from surgery.demo.run import run_demo
 
-    report = run_demo(out, rank=rank, steps=steps, device=device, overwrite=overwrite, progress=Bar(quiet=quiet))
+    report = run_demo(out, rank=rank, steps=steps, device=device, overwrite=overwrite, progress=bar)
     if as_json:
         click.echo(json.dumps({"schema_version": 1, **dataclasses.asdict(report)}))
     else:

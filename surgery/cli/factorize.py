@@ -27,6 +27,7 @@ from surgery.cli.options import (
 from surgery.cli.profile import profile_figures, profile_text
 from surgery.cli.report import plan_text, totals
 from surgery.cli.text import fitted, say, size, whole
+from surgery.progress import phase
 
 if TYPE_CHECKING:
     from surgery.format.manifest import Manifest
@@ -111,12 +112,14 @@ def factorize(
     transformer blocks, experts included; no embeddings, output heads, norms, biases or routers. surgery plan lists
     every tensor that is passed over, with the reason.
     """
-    from surgery.operations import factorize as operation
-    from surgery.timing import Timing
-
+    bar = Bar(quiet=quiet)
     if dry_run:
-        _show_plan(model, chosen, as_json)
+        _show_plan(model, chosen, as_json, bar)
         return
+    with phase(bar, "starting"):
+        from surgery.operations import factorize as operation
+        from surgery.timing import Timing
+
     timing = Timing() if profile else None
     start = time.perf_counter()
     manifest = operation.factorize(
@@ -129,7 +132,7 @@ def factorize(
         push_to_hub=push_to_hub,
         private=private,
         overwrite=overwrite,
-        progress=Bar(quiet=quiet),
+        progress=bar,
         timing=timing,
     )
     seconds = time.perf_counter() - start
@@ -154,22 +157,25 @@ def factorize(
 @_planning
 @click.option("--all", "every", is_flag=True, help="Every tensor on a line of its own, not by group.")
 @json_option
-def plan(model: str, every: bool, as_json: bool, **chosen: Any) -> None:
+@quiet_option
+@notes_and_quiet
+def plan(model: str, every: bool, as_json: bool, quiet: bool, **chosen: Any) -> None:
     """Show what surgery factorize would do with MODEL and the same options, from headers.
 
     For a model on the hub only headers are fetched. Of a local one, weights that may be stored twice are compared. Tensors
     are shown by group: those whose names differ in numbers alone. Memory and disk are upper estimates; the time is a
     rough one, without downloads.
     """
-    _show_plan(model, chosen, as_json, every=every)
+    _show_plan(model, chosen, as_json, Bar(quiet=quiet), every=every)
 
 
-def _show_plan(model: str, chosen: dict[str, Any], as_json: bool, *, every: bool = False) -> None:
-    from surgery.device import choose_devices
-    from surgery.operations import factorize as operation
-    from surgery.planning.estimate import estimate_seconds
+def _show_plan(model: str, chosen: dict[str, Any], as_json: bool, bar: Bar, *, every: bool = False) -> None:
+    with phase(bar, "starting"):
+        from surgery.device import choose_devices
+        from surgery.operations import factorize as operation
+        from surgery.planning.estimate import estimate_seconds
 
-    steps = operation.plan(model, **chosen)
+    steps = operation.plan(model, **chosen, progress=bar)
     seconds = estimate_seconds(steps, choose_devices(chosen["device"])[0])
     click.echo(operation.plan_as_json(steps, seconds) if as_json else plan_text(steps, seconds, every=every))
 

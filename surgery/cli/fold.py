@@ -25,6 +25,7 @@ from surgery.cli.options import (
 )
 from surgery.cli.profile import profile_figures, profile_text
 from surgery.cli.text import say, size, whole
+from surgery.progress import phase
 
 # Modules that import torch are imported inside the commands: --help must not wait for them.
 
@@ -68,8 +69,10 @@ def fold(
     Writes a folder that loads as the original model did, with its names, dtypes, shards, config and tokenizer.
     Scales that are all 1 give back the original files byte for byte. A changed FP8 weight is quantized again.
     """
-    from surgery.operations import fold as operation
-    from surgery.timing import Timing
+    bar = Bar(quiet=quiet)
+    with phase(bar, "starting"):
+        from surgery.operations import fold as operation
+        from surgery.timing import Timing
 
     timing = Timing() if profile else None
     start = time.perf_counter()
@@ -81,7 +84,7 @@ def fold(
         lora=lora,
         dequantize=dequantize,
         **chosen,
-        progress=Bar(quiet=quiet),
+        progress=bar,
         timing=timing,
     )
     seconds = time.perf_counter() - start
@@ -142,10 +145,12 @@ def export(factorized: Path, scales: Path, kind: str, out: Path, as_json: bool, 
     PEFT loads it, and merges it to what fold writes; all modules have one rank, so that vLLM takes it as well. What an
     adapter cannot say, or PEFT is known to load wrongly, is refused: fold instead.
     """
-    from surgery.operations.export import export as operation
+    bar = Bar(quiet=quiet)
+    with phase(bar, "starting"):
+        from surgery.operations.export import export as operation
 
     start = time.perf_counter()
-    report = operation(factorized, scales, out, **chosen, progress=Bar(quiet=quiet))
+    report = operation(factorized, scales, out, **chosen, progress=bar)
     seconds = time.perf_counter() - start
     if as_json:
         figures = {"format": kind, "modules": report.modules, "rank": report.rank, "bytes_written": report.bytes_written}

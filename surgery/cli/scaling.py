@@ -14,6 +14,7 @@ from surgery.cli.bar import Bar
 from surgery.cli.options import device_option, json_option, notes_and_quiet, overlay_base_option, quiet_option
 from surgery.cli.tables import table
 from surgery.cli.text import fitted, say, whole
+from surgery.progress import phase
 
 if TYPE_CHECKING:
     from surgery.operations.project import Projection
@@ -61,10 +62,12 @@ def project(
     explained   share of the change's squared norm that the scales make up
     |g - 1|     the largest distance of a scale from 1
     """
-    from surgery.operations import project as operation
+    bar = Bar(quiet=quiet)
+    with phase(bar, "starting"):
+        from surgery.operations import project as operation
 
     start = time.perf_counter()
-    report = operation.project(factorized, tuned, out, base=base, device=device, overwrite=overwrite, progress=Bar(quiet=quiet))
+    report = operation.project(factorized, tuned, out, base=base, device=device, overwrite=overwrite, progress=bar)
     seconds = time.perf_counter() - start
     if as_json:
         found = {**dataclasses.asdict(report), "out": str(out)}

@@ -14,6 +14,7 @@ from surgery.cli.bar import Bar
 from surgery.cli.options import device_option, json_option, notes_and_quiet, quiet_option
 from surgery.cli.text import say, tell, whole
 from surgery.errors import MissingExtra, OutputError
+from surgery.progress import phase
 
 # Modules that import torch are imported inside the commands: --help must not wait for them.
 
@@ -55,11 +56,13 @@ def spectra(model: str, tuned: str | None, out: Path, overwrite: bool, as_json: 
     Writes spectra.json and spectra.csv, and with the extra plot index.html: the findings in words and pictures, a page that
     needs no network. With --json the findings are printed as well.
     """
-    from surgery.format.files import write_file
-    from surgery.operations import spectra as operation
-    from surgery.operations.output import check_output_file
-    from surgery.report.listing import write_csv
-    from surgery.report.page import write_page
+    bar = Bar(quiet=quiet)
+    with phase(bar, "starting"):
+        from surgery.format.files import write_file
+        from surgery.operations import spectra as operation
+        from surgery.operations.output import check_output_file
+        from surgery.report.listing import write_csv
+        from surgery.report.page import write_page
 
     start = time.perf_counter()
     if out.exists() and not out.is_dir():
@@ -67,13 +70,14 @@ def spectra(model: str, tuned: str | None, out: Path, overwrite: bool, as_json: 
     files = [out / name for name in (_JSON_FILE, _CSV_FILE, _PAGE_FILE)]
     for file in files:
         check_output_file(file, operation.folders_of(model, tuned), overwrite=overwrite)
-    report = operation.spectra(model, tuned, **chosen, progress=Bar(quiet=quiet))
+    report = operation.spectra(model, tuned, **chosen, progress=bar)
     for file in files:
         file.unlink(missing_ok=True)
     write_file(out / _JSON_FILE, json.dumps(report, allow_nan=False).encode() + b"\n")
     write_csv(report, out / _CSV_FILE)
     try:
-        write_page(report, out / _PAGE_FILE)
+        with phase(bar, "drawing"):
+            write_page(report, out / _PAGE_FILE)
         page = str(out / _PAGE_FILE)
     except MissingExtra as missing:
         tell(f"note: no page: {missing}", quiet=quiet)
@@ -123,7 +127,9 @@ def recommend(
     What counts is the squared norm of all weights in the kept directions; with TUNED, a fine-tuned MODEL, what scales of these
     directions explain of its change. surgery factorize MODEL --recipe FILE takes the result.
     """
-    from surgery.operations import recommend as operation
+    bar = Bar(quiet=quiet)
+    with phase(bar, "starting"):
+        from surgery.operations import recommend as operation
 
     report = operation.recommend(
         model,
@@ -134,7 +140,7 @@ def recommend(
         out=out,
         **chosen,
         overwrite=overwrite,
-        progress=Bar(quiet=quiet),
+        progress=bar,
     )
     kept, rank = report.uniform
     used = [value for value in report.ranks.values() if value]

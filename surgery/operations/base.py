@@ -15,6 +15,7 @@ from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
 from surgery.format.safetensors import Header, ShardReader, TensorEntry
 from surgery.names import CONFIG_FILE
 from surgery.planning.quantization import FP8, Scaled, quantization_of, read_quantization
+from surgery.progress import Progress
 from surgery.source.model import Source, open_source
 from surgery.source.origin import FolderOrigin, Origin
 
@@ -59,6 +60,8 @@ class OwnWeights:
     def wait_for_room(self) -> None: ...
 
     def close(self) -> None: ...
+
+    def report_to(self, progress: Progress) -> None: ...
 
     def origin(self, files: Iterable[str]) -> Origin:
         return FolderOrigin(self._folder.resolve(), {})  # whose files have hashes in the manifest
@@ -115,6 +118,10 @@ class BaseWeights:
     def close(self) -> None:
         """See ``Source.close``."""
         self._source.close()
+
+    def report_to(self, progress: Progress) -> None:
+        """See ``Source.report_to``."""
+        self._source.report_to(progress)
 
     def origin(self, files: Iterable[str]) -> Origin:
         """See ``Source.origin``."""

@@ -30,7 +30,7 @@ from surgery.operations.base import BaseWeights, OwnWeights, check_entry, open_b
 from surgery.operations.output import check_room
 from surgery.operations.quantized import Dequantizer
 from surgery.planning.quantization import FP8, Scaled
-from surgery.progress import Progress, Silent
+from surgery.progress import Progress, Silent, phase
 
 #: Largest entry of ``U^T U - I`` that passes: vectors are rounded to float32.
 _ORTHONORMAL = 1e-5
@@ -111,10 +111,13 @@ def verify(
     watch = Watch()
     report.expect(fingerprint == manifest.fingerprint, MANIFEST_FILE, "fingerprint", manifest.fingerprint, fingerprint)
     _check_scales(folder, manifest, report)
-    weights = None if fast else _weights(folder, manifest, base, report)
     quantized: dict[str, Scaled] = {}
-    if isinstance(weights, BaseWeights) and any(target.dtype == FP8 for target in manifest.targets):
-        quantized = weights.quantized(folder, manifest)
+    with phase(progress, "preparing"):
+        weights = None if fast else _weights(folder, manifest, base, report)
+        if weights is not None:
+            weights.report_to(progress)
+        if isinstance(weights, BaseWeights) and any(target.dtype == FP8 for target in manifest.targets):
+            quantized = weights.quantized(folder, manifest)
     by_reading = 0 if fast else sum(shard.source.size for shard in manifest.shards)
     progress.start("verifying", by_reading + sum(record.size for record in manifest.output_files()))
     try:
@@ -130,6 +133,7 @@ def verify(
                 if targets and not fast:
                     _check_shard(folder, shard, targets, manifest, weights, quantized, where, watch, report, progress)
                 elif isinstance(weights, BaseWeights):
+                    progress.item(shard.source.file)
                     _check_base_file(shard, weights, report)
                     progress.advance(shard.source.size)
             except SurgeryError as error:  # a file that cannot even be read; the others may be well

@@ -12,11 +12,13 @@ from typing import Any
 import httpx2
 import huggingface_hub
 from huggingface_hub import DryRunFileInfo, errors
+from tqdm import tqdm
 
 from surgery.errors import FormatError, SourceError, SurgeryError
 from surgery.format.files import Watch, check_relative_path
 from surgery.format.manifest import SourceRecord
 from surgery.format.safetensors import Header, ShardReader, header_from_json
+from surgery.progress import Progress, Silent
 from surgery.source.model import FolderSource, Source, Stays, check_subfolder, read_config, read_text
 from surgery.source.origin import HubOrigin
 from surgery.source.select import listing_of, select_files
@@ -64,14 +66,32 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def fetch(repo_id: str, commit: str, file: str, folder: Path | None = None) -> Path:
-    """A file of a repository, in the hub's cache or in a folder of one's own.
+def fetch(repo_id: str, commit: str, file: str, folder: Path | None = None, progress: Progress | None = None) -> Path:
+    """A file of a repository, in the hub's cache or in a folder of one's own; the progress is told how much of it is here.
 
     Raises:
         SourceError: see the table above.
     """
     with explained(repo_id):
-        return Path(huggingface_hub.hf_hub_download(repo_id, file, revision=commit, local_dir=folder))
+        bar = type("Download", (_Download,), {"progress": progress or Silent(), "file": file})
+        return Path(huggingface_hub.hf_hub_download(repo_id, file, revision=commit, local_dir=folder, tqdm_class=bar))
+
+
+class _Download(tqdm):  # type: ignore[type-arg]
+    """What the client takes for its bar. It shows nothing, and says how far the download of a file is."""
+
+    progress: Progress
+    file: str
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.pop("name", None)  # which some versions of the client give to any class
+        super().__init__(*args, **{**kwargs, "disable": True})
+        self.done = self.n
+
+    def update(self, n: float | None = 1) -> None:
+        self.done += n or 0
+        share = f"{self.done / self.total:.0%} of " if self.total else ""
+        self.progress.item(f"fetching {share}{self.file}")
 
 
 def is_cached(repo_id: str, commit: str, file: str) -> bool:
@@ -137,6 +157,7 @@ class HubSource(Stays):
         self.name = _named(repo_id, record)
         self.record = record
         self.watch = Watch()
+        self._progress: Progress = Silent()
         self.repo_id = repo_id
         self.commit = commit
         self._prefix = "" if record.subfolder is None else f"{record.subfolder}/"
@@ -154,6 +175,9 @@ class HubSource(Stays):
             check_relative_path(file, self.name)
         self.selection = select_files(listing_of(self._files), self._read_text, where=self.name)
 
+    def report_to(self, progress: Progress) -> None:
+        self._progress = progress
+
     def _read_text(self, file: str) -> str:
         return read_text(self.fetch(file), f"{self.name}/{file}")
 
@@ -169,6 +193,7 @@ class HubSource(Stays):
         if isinstance(cached, str):
             with ShardReader(Path(cached), name=name, watch=self.watch) as reader:
                 return reader.header
+        self._progress.item(f"header of {shard}")
         try:
             with explained(self.repo_id):
                 parsed = huggingface_hub.HfApi().parse_safetensors_file_metadata(self.repo_id, file, revision=self.commit)
@@ -190,7 +215,7 @@ class HubSource(Stays):
         return header
 
     def fetch(self, file: str) -> Path:
-        return fetch(self.repo_id, self.commit, self._prefix + file)
+        return fetch(self.repo_id, self.commit, self._prefix + file, progress=self._progress)
 
     def sha256(self, file: str) -> str | None:
         return sha256_of(self.repo_id, self.commit, self._prefix + file)

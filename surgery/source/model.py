@@ -13,6 +13,7 @@ from surgery.format.files import Watch, check_regular, check_relative_path, chec
 from surgery.format.manifest import SourceRecord
 from surgery.format.safetensors import Header, ShardReader
 from surgery.names import CONFIG_FILE
+from surgery.progress import Progress
 from surgery.source.origin import FolderOrigin, Origin
 from surgery.source.select import Selection, is_read_by_loaders, select_files
 from surgery.source.shards import index_entries
@@ -59,6 +60,9 @@ class Source(Protocol):
     def close(self) -> None:
         """Nothing more is wanted."""
 
+    def report_to(self, progress: Progress) -> None:
+        """Say from now on what is fetched, as items of the phase that goes on."""
+
     def sha256(self, file: str) -> str | None:
         """Of a weight file that has been fetched, if somebody else than the file itself says so."""
 
@@ -93,6 +97,8 @@ class Stays:
     def wait_for_room(self) -> None: ...
 
     def close(self) -> None: ...
+
+    def report_to(self, progress: Progress) -> None: ...
 
     def sha256(self, file: str) -> str | None:
         return None

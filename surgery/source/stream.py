@@ -27,6 +27,7 @@ class StreamedSource(HubSource):
         self.name, self.record, self.selection = source.name, source.record, source.selection
         self.repo_id, self.commit = source.repo_id, source.commit
         self._prefix, self._files, self.watch = source._prefix, source._files, source.watch
+        self._progress = source._progress
         self._folder = folder
         self._at_a_time = at_a_time
         self._users: dict[str, int] = {}
@@ -41,7 +42,7 @@ class StreamedSource(HubSource):
         if not self._passing(file):
             return super().fetch(file)
         if file not in self._here:
-            self._here[file] = fetch(self.repo_id, self.commit, self._prefix + file, self._folder)
+            self._here[file] = fetch(self.repo_id, self.commit, self._prefix + file, self._folder, self._progress)
         return self._here[file]
 
     def acquire(self, file: str) -> Path:
