@@ -14,6 +14,8 @@ from surgery.cli.text import can_show, cells, clock, duration, shorten, shown, s
 _LOOK, _DRAW = 0.5, 0.1
 #: Off a terminal: seconds before the first line of a phase, at least between two lines, and at most.
 _FIRST_LINE, _LEAST_GAP, _MOST_GAP = 5.0, 2.0, 60.0
+#: Seconds before the first line of a phase that has no tenths.
+_FIRST_WITHOUT_TENTHS = 20.0
 #: Seconds that a rate is a mean of.
 _RATE_SECONDS = 30.0
 _EIGHTHS = "▏▎▍▌▋▊▉█"
@@ -122,24 +124,22 @@ class _Phase:
     def advance(self, count: int) -> None:
         now = time.monotonic()
         self._done += count
+        if len(self._points) > 1 and now - self._points[-2][0] < _LOOK:
+            self._points.pop()
         self._points.append((now, self._done))
         while len(self._points) > 2 and now - self._points[1][0] >= _RATE_SECONDS:
             self._points.popleft()
 
     def is_due(self, now: float) -> bool:
         """Whether a log wants a line, which is then the last one."""
-        since_last, tenths = now - self._last_line, self._tenths_done()
-        due = now - self._since >= _FIRST_LINE and (
-            since_last >= _MOST_GAP
-            or (since_last >= _LEAST_GAP and tenths > self._tenths)
-            or (not self._total and self._last_line == self._since)
-        )
+        tenths = 10 * self._done // self._total if self._total else 0
+        gap = _LEAST_GAP if tenths > self._tenths else _MOST_GAP
+        if self._last_line == self._since:
+            gap = min(gap, _FIRST_WITHOUT_TENTHS) if not self._total else max(gap, _FIRST_LINE)
+        due = now - self._last_line >= gap
         if due:
             self._last_line, self._tenths = now, tenths
         return due
-
-    def _tenths_done(self) -> int:
-        return 10 * self._done // self._total if self._total else 0
 
     def line(self, now: float) -> str:
         """For a log."""

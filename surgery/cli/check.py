@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from surgery.cli.bar import Bar
-from surgery.cli.options import device_option, json_option, notes_and_quiet, quiet_option
+from surgery.cli.options import device_option, json_option, notes_and_quiet, paths, quiet_option
 from surgery.cli.report import totals
 from surgery.cli.tables import table
 from surgery.cli.text import fitted, say, whole
@@ -85,7 +85,12 @@ def _doubt(share: float) -> str:
 
 @click.command(short_help="Check that a factorized folder is what its manifest says.")
 @click.argument("factorized", type=click.Path(path_type=Path))
-@click.option("--base", metavar="MODEL", help="The model it was made from: an overlay is checked in part without it.")
+@click.option(
+    "--base",
+    metavar="MODEL",
+    shell_complete=paths,
+    help="The model it was made from: an overlay is checked in part without it.",
+)
 @click.option("--fast", is_flag=True, help="Hashes and headers only, no arithmetic.")
 @device_option
 @json_option

@@ -19,6 +19,7 @@ from surgery.cli.options import (
     memory_options,
     notes_and_quiet,
     overwrite_option,
+    paths,
     profile_option,
     push_options,
     quiet_option,
@@ -43,7 +44,10 @@ def _planning(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--energy", type=float, metavar="X", help="Keep this share of each one's squared norm (0 to 1) instead."),
         click.option("--max-rank", type=int, metavar="K", help="With --energy: the most directions.  [default: 256]"),
         click.option(
-            "--recipe", metavar="NAME|FILE", help="Which tensors, how seen: see surgery recipes.  [default: the family's]"
+            "--recipe",
+            metavar="NAME|FILE",
+            help="Which tensors, how seen: see surgery recipes.  [default: the family's]",
+            shell_complete=paths,
         ),
         click.option(
             "--include", multiple=True, metavar="GLOB", help="Take exactly the weights whose names match (repeatable)."
@@ -76,7 +80,7 @@ def _planning(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @click.command(short_help="Write a model's factorized form and a tiny file of scales.")
-@click.argument("model")
+@click.argument("model", shell_complete=paths)
 @click.option("-o", "--out", default="factorized", show_default=True, type=click.Path(path_type=Path), help="Folder to write.")
 @_planning
 @click.option("--seed", default=0, show_default=True, help="Seed of the SVD's random start.")
@@ -148,12 +152,11 @@ def factorize(
             f"scales, {size(amounts['bytes_written'])} in {seconds:.1f} s on {manifest.device}",
             quiet=quiet,
         )
-        for line in _next_steps(out, manifest):
-            say(line, quiet=quiet)
+        say(_next_steps(model, out, manifest), quiet=quiet)
 
 
 @click.command(short_help="Show what factorize would do, from headers.")
-@click.argument("model")
+@click.argument("model", shell_complete=paths)
 @_planning
 @click.option("--all", "every", is_flag=True, help="Every tensor on a line of its own, not by group.")
 @json_option
@@ -216,15 +219,13 @@ def recipes(as_json: bool) -> None:
         click.echo()
 
 
-def _next_steps(out: Path, manifest: Manifest) -> list[str]:
-    """What to do with a factorized folder, to be copied."""
-    base = " --base MODEL" if manifest.layout == "overlay" and manifest.source.repo_id is None else ""
-    attach = whole(f"scales = surgery.attach(model, {json.dumps(str(out), ensure_ascii=False)})")
-    save = whole('scales.save("scales.safetensors")')
-    return [
-        f"train: {attach}, in the end {save}",
-        f"then:  {whole(f'surgery fold {shlex.quote(str(out))} scales.safetensors{base}')}",
-    ]
+def _next_steps(model: str, out: Path, manifest: Manifest) -> str:
+    """How the scales are trained and folded, to be copied."""
+    attach = f"surgery.attach(model, {json.dumps(str(out), ensure_ascii=False)})"
+    fold = f"surgery fold {shlex.quote(str(out))} scales.safetensors"
+    if manifest.layout == "overlay" and manifest.source.repo_id is None:
+        fold += f" --base {shlex.quote(model)}"
+    return f"train with {whole(attach)}, then: {whole(fold)}"
 
 
 def _ranks(manifest: Manifest) -> str:

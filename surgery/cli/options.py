@@ -10,9 +10,16 @@ from functools import wraps
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from surgery.cli.text import tell
 from surgery.errors import SurgeryWarning
+
+
+def paths(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """For shell completion, where a path is one of several things that may be given."""
+    return [CompletionItem(incomplete, type="file")]
+
 
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress, no notes; errors only.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of text.")
@@ -39,7 +46,10 @@ engine_option = click.option(
 profile_option = click.option("--profile", is_flag=True, help="Print where the time went, by thread and stage.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an earlier result in the output folder.")
 overlay_base_option = click.option(
-    "--base", metavar="MODEL", help="For an overlay: the model it was made from, if not the one the manifest names."
+    "--base",
+    metavar="MODEL",
+    help="For an overlay: the model it was made from, if not the one the manifest names.",
+    shell_complete=paths,
 )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from surgery.cli.bar import Bar
-from surgery.cli.options import device_option, json_option, notes_and_quiet, overlay_base_option, quiet_option
+from surgery.cli.options import device_option, json_option, notes_and_quiet, overlay_base_option, paths, quiet_option
 from surgery.cli.tables import table
 from surgery.cli.text import fitted, say, whole
 from surgery.progress import phase
@@ -34,7 +34,7 @@ _overwrite = click.option("--overwrite", is_flag=True, help="Replace the file if
 
 @click.command(short_help="Find the scales that come closest to a fine-tuned model.")
 @click.argument("factorized", type=click.Path(path_type=Path))
-@click.argument("tuned")
+@click.argument("tuned", shell_complete=paths)
 @_out
 @overlay_base_option
 @device_option

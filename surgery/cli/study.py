@@ -11,7 +11,7 @@ from typing import Any, Literal
 import click
 
 from surgery.cli.bar import Bar
-from surgery.cli.options import device_option, json_option, notes_and_quiet, quiet_option
+from surgery.cli.options import device_option, json_option, notes_and_quiet, paths, quiet_option
 from surgery.cli.text import say, tell, whole
 from surgery.errors import MissingExtra, OutputError
 from surgery.progress import phase
@@ -25,7 +25,12 @@ def _which_weights(command: Callable[..., None]) -> Callable[..., None]:
     options = [
         click.option("--include", multiple=True, metavar="GLOB", help="Take exactly the weights that match (repeatable)."),
         click.option("--exclude", multiple=True, metavar="GLOB", help="Never take tensors that match (repeatable)."),
-        click.option("--recipe", metavar="NAME|FILE", help="Which weights, and how they are seen; see surgery recipes."),
+        click.option(
+            "--recipe",
+            metavar="NAME|FILE",
+            help="Which weights, and how they are seen; see surgery recipes.",
+            shell_complete=paths,
+        ),
         click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model."),
         click.option("--subfolder", metavar="PATH", help="The models in this subfolder, as in a diffusion pipeline."),
         click.option("--seed", default=0, show_default=True, help="Seed of the SVD's random start."),
@@ -37,8 +42,8 @@ def _which_weights(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @click.command(short_help="Study the spectra of a model, or what fine-tuning made of them.")
-@click.argument("model")
-@click.argument("tuned", required=False)
+@click.argument("model", shell_complete=paths)
+@click.argument("tuned", required=False, shell_complete=paths)
 @click.option("-o", "--out", default="report", show_default=True, type=click.Path(path_type=Path), help="Folder to write.")
 @click.option("--top", default=256, show_default=True, help="Singular values to tell of each matrix.")
 @click.option("--subspace", type=int, help="Dimension of the leading subspaces that are compared.  [default: 16]")
@@ -91,8 +96,8 @@ def spectra(model: str, tuned: str | None, out: Path, overwrite: bool, as_json: 
 
 
 @click.command(short_help="Recommend ranks that spend a budget best.")
-@click.argument("model")
-@click.argument("tuned", required=False)
+@click.argument("model", shell_complete=paths)
+@click.argument("tuned", required=False, shell_complete=paths)
 @click.option("--budget", required=True, type=click.IntRange(min=1), help="How much may be spent.")
 @click.option(
     "--unit",

@@ -15,7 +15,7 @@ from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
 from surgery.format.safetensors import Header, ShardReader, TensorEntry
 from surgery.names import CONFIG_FILE
 from surgery.planning.quantization import FP8, Scaled, quantization_of, read_quantization
-from surgery.progress import Progress
+from surgery.progress import Progress, Silent, phase
 from surgery.source.model import Source, open_source
 from surgery.source.origin import FolderOrigin, Origin
 
@@ -86,6 +86,7 @@ class BaseWeights:
 
     def __init__(self, source: Source) -> None:
         self._source = source
+        self._progress: Progress = Silent()
 
     @property
     def watch(self) -> Watch:
@@ -121,6 +122,7 @@ class BaseWeights:
 
     def report_to(self, progress: Progress) -> None:
         """See ``Source.report_to``."""
+        self._progress = progress
         self._source.report_to(progress)
 
     def origin(self, files: Iterable[str]) -> Origin:
@@ -162,7 +164,8 @@ class BaseWeights:
                 expected=quantization_of(self._source.config()),
                 hint="restore that part of it from the source model",
             )
-        headers = {shard: self._source.header(shard) for shard in self._source.selection.shards}
+        with phase(self._progress, "reading headers"):
+            headers = {shard: self._source.header(shard) for shard in self._source.selection.shards}
         return read_quantization(config, headers, self._source.name)
 
     def file(self, shard: ShardRecord) -> tuple[Path, FileRecord]:

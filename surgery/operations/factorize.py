@@ -239,7 +239,6 @@ def _run_jobs(
     results: dict[int, ShardResult] = {}
     try:
         for index in range(len(shards)):
-            progress.item(shards[index].file)
             done = _recorded(journal, index, work)
             if done is not None:
                 results[index] = done
@@ -447,11 +446,10 @@ def _finish(
     targets = [target for result in results for target in result.targets]
     source.watch.check()
     others = []
-    with phase(progress, "copying", steps.bytes_along):
+    with phase(progress, "copying"):
         for name in loading_order(selection.others):
             progress.item(name)
             others.append(copy_file(source.fetch(name), out / name, name, watch=source.watch))
-            progress.advance(source.size(name))
     fingerprint = fingerprint_of(targets)
     write_scales(
         out / SCALES_FILE, {target.key: torch.ones(target.scales_shape, dtype=torch.float32) for target in targets}, fingerprint

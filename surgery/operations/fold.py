@@ -134,29 +134,26 @@ def fold(
     progress = progress or Silent()
     factorized, out = Path(factorized), Path(out)
     manifest = Manifest.read(factorized)
-    with phase(progress, "preparing"):
-        others = _as_they_are(factorized, manifest, progress)
+    others = _as_they_are(factorized, manifest, progress)
     values = check_scales(scales, manifest) if isinstance(scales, Mapping) else read_scales(Path(scales), manifest)
     # Folding is float64 arithmetic, which an Apple GPU does not have.
     exact_on = "cpu" if choose_devices(device)[0].type == "mps" else device
     with engine_of(engine, exact_on, max_memory, max_device_memory, timing) as by:
-        with phase(progress, "preparing"):
-            streaming = (out / STREAM_DIR, by.files_at_a_time) if stream else None
-            weights = weight_source(factorized, manifest, base, streaming)
-            weights.report_to(progress)
-            weights.check(manifest.shards)
-            inputs = [factorized, *weights.folders()]
-            if not isinstance(scales, Mapping):
-                inputs.append(Path(scales))
-            additions: dict[str, Addition] = {}
-            if lora is not None:
-                inputs.append(Path(lora))
+        streaming = (out / STREAM_DIR, by.files_at_a_time) if stream else None
+        weights = weight_source(factorized, manifest, base, streaming)
+        weights.report_to(progress)
+        weights.check(manifest.shards)
+        inputs = [factorized, *weights.folders()]
+        if not isinstance(scales, Mapping):
+            inputs.append(Path(scales))
+        additions: dict[str, Addition] = {}
+        if lora is not None:
+            inputs.append(Path(lora))
+            with phase(progress, "loading transformers"):
                 additions = _additions(factorized, manifest, weights, Path(lora))
-            quantized = quantized_weights(manifest, factorized, weights, all_of_them=dequantize)
-            if dequantize and not quantized:
-                raise OptionError(
-                    "there is nothing to dequantize: this is no overlay of an FP8 model", hint="drop --dequantize"
-                )
+        quantized = quantized_weights(manifest, factorized, weights, all_of_them=dequantize)
+        if dequantize and not quantized:
+            raise OptionError("there is nothing to dequantize: this is no overlay of an FP8 model", hint="drop --dequantize")
         memory = share_out([need_to_fold(target) for target in manifest.targets], by.resources)
         with (
             uploading(push_to_hub, progress, private=private) as upload,
@@ -304,7 +301,6 @@ def _fold_shards(
     files: dict[int, FileRecord | None] = {}
     try:
         for index in range(len(shards)):
-            progress.item(shards[index].source.file)
             known = journal.recorded(index)
             record = None if known is None else decode_file(known, f"{place}: the journal of shard {index + 1}")
             if known is not None and (record is None or is_as_recorded(place, record)):
@@ -439,7 +435,7 @@ def _copy_others(factorized: Path, out: Path, others: Iterable[FileRecord], prog
     What an earlier start has put in place stays: once ``config.json`` is there, nothing is in the making any more.
     """
     by_name = {record.file: record for record in others}
-    with phase(progress, "copying", sum(record.size for record in by_name.values())):
+    with phase(progress, "copying"):
         for name in loading_order(by_name):
             progress.item(name)
             if to_dense and (name == CONFIG_FILE or is_index(name)):
@@ -449,4 +445,3 @@ def _copy_others(factorized: Path, out: Path, others: Iterable[FileRecord], prog
                     write_file(out / name, data)
             elif not is_as_recorded(out, by_name[name]):
                 copy_file(factorized / name, out / name, name, by_name[name])
-            progress.advance(by_name[name].size)

@@ -114,23 +114,22 @@ def project(
     where = torch.device("cpu") if where.type == "mps" else where  # which has no float64
     factorized, out = Path(factorized), Path(out)
     manifest = Manifest.read(factorized)
+    weights = weight_source(factorized, manifest, base)
+    source = _open_like(tuned, manifest)
     shown = progress or Silent()
+    inputs = [factorized, *weights.folders(), *source.folders()]
+    check_output_file(out, inputs, overwrite=overwrite, but=factorized / SCALES_FILE)
+    for read in (source, weights):
+        if (download := read.room_to_fetch()) is not None:
+            check_room(*download)
+        read.report_to(shown)
+    aliases = {target.tensor: target.tensors[1:] for target in manifest.targets}
+    shapes = {target.tensor: target.shape for target in manifest.targets}
     with ExitStack() as stack:
-        with phase(shown, "preparing"):
-            weights = weight_source(factorized, manifest, base)
-            source = _open_like(tuned, manifest)
-            for read in (source, weights):
-                read.report_to(shown)
-            inputs = [factorized, *weights.folders(), *source.folders()]
-            check_output_file(out, inputs, overwrite=overwrite, but=factorized / SCALES_FILE)
-            for download in (source.room_to_fetch(), weights.room_to_fetch()):
-                if download is not None:
-                    check_room(*download)
-            aliases = {target.tensor: target.tensors[1:] for target in manifest.targets}
+        with phase(shown, "reading headers"):
             names = {entry.name for shard in manifest.shards for entry in weights.header(shard).tensors}
-            shapes = {target.tensor: target.shape for target in manifest.targets}
             model = stack.enter_context(TunedModel(source, shapes, names, progress, aliases))
-            projector = stack.enter_context(_Projector(factorized, manifest, weights, model, where))
+        projector = stack.enter_context(_Projector(factorized, manifest, weights, model, where))
         projector.run(shown)
         found = projector.found
     for read in (source, weights):

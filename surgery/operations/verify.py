@@ -30,7 +30,7 @@ from surgery.operations.base import BaseWeights, OwnWeights, check_entry, open_b
 from surgery.operations.output import check_room
 from surgery.operations.quantized import Dequantizer
 from surgery.planning.quantization import FP8, Scaled
-from surgery.progress import Progress, Silent, phase
+from surgery.progress import Progress, Silent
 
 #: Largest entry of ``U^T U - I`` that passes: vectors are rounded to float32.
 _ORTHONORMAL = 1e-5
@@ -112,12 +112,11 @@ def verify(
     report.expect(fingerprint == manifest.fingerprint, MANIFEST_FILE, "fingerprint", manifest.fingerprint, fingerprint)
     _check_scales(folder, manifest, report)
     quantized: dict[str, Scaled] = {}
-    with phase(progress, "preparing"):
-        weights = None if fast else _weights(folder, manifest, base, report)
-        if weights is not None:
-            weights.report_to(progress)
-        if isinstance(weights, BaseWeights) and any(target.dtype == FP8 for target in manifest.targets):
-            quantized = weights.quantized(folder, manifest)
+    weights = None if fast else _weights(folder, manifest, base, report)
+    if weights is not None:
+        weights.report_to(progress)
+    if isinstance(weights, BaseWeights) and any(target.dtype == FP8 for target in manifest.targets):
+        quantized = weights.quantized(folder, manifest)
     by_reading = 0 if fast else sum(shard.source.size for shard in manifest.shards)
     progress.start("verifying", by_reading + sum(record.size for record in manifest.output_files()))
     try:
