@@ -60,7 +60,8 @@ def table(
 
     rule = [_BETWEEN.join("-" * widths[i] for i in groups[0])]
     if len(groups) > 1:
-        rule = ["-" * max(_total([widths[i] for i in group]) + len(_INDENT) * (group is not groups[0]) for group in groups)]
+        longest = max(_total([widths[i] for i in group]) + len(_INDENT) * (group is not groups[0]) for group in groups)
+        rule = ["-" * min(longest, room or longest)]
     return "\n".join([*lines(headings), *rule, *(line for row in cleaned for line in lines(row))])
 
 

@@ -67,12 +67,15 @@ def shorten(name: str, width: int, *, err: bool = False) -> str:
     if stem != name and cells(stem + gap) <= width:
         return stem + gap
     parts = [stem] if " " in stem else re.findall(r"[^./]*[./]|[^./]+$", stem)
+    if len(parts) > 1 and re.match("weight|bias", parts[-1]):
+        parts[-2:] = [parts[-2] + parts[-1]]  # which says little by itself
     last = len(parts) - 1
     numbers = [i for i, part in enumerate(parts[:-1]) if re.fullmatch(r"(\d+|\*)[./]", part)]
     first = numbers[0] if numbers else 0
     kept = {last}
     for i in (*numbers, *reversed(range(first)), *reversed(range(last))):
-        if i not in kept and cells(_joined(parts, kept | {i}, gap)) <= width:
+        beside = i in numbers or not kept.isdisjoint((i - 1, i + 1))
+        if i not in kept and beside and cells(_joined(parts, kept | {i}, gap)) <= width:
             kept.add(i)
     short = _joined(parts, kept, gap)
     return short if cells(short) <= width else _cut(parts[last], width, gap)
