@@ -73,9 +73,9 @@ def test_what_would_move_the_cursor_or_cannot_be_said_is_escaped(monkeypatch: py
     assert shown("层\x1b[2J\r\u202e\n\udcff") == "层\\x1b[2J\\r\\u202e\\n\\udcff"
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     done = _python(
-        "from surgery.cli.tables import table; print(table(['name'], [['层.' + 'a' * 40 + '.b']], names=[0]))", COLUMNS="20"
+        "from surgery.cli.tables import table; print(table(['name'], [['层.0.' + 'a' * 40 + '.b']], names=[0]))", COLUMNS="20"
     )
-    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "\\u5c42...b")
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "\\u5c42.0...b")
 
 
 def test_lines_break_at_words_and_never_in_what_is_copied() -> None:
