@@ -10,8 +10,8 @@ import functools
 import sys
 import threading
 import warnings
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from types import FrameType
 from typing import ParamSpec, Protocol, TypeVar, runtime_checkable
@@ -24,9 +24,11 @@ _Out = TypeVar("_Out")
 
 @runtime_checkable
 class Progress(Protocol):
-    """What an operation reports. The command line turns it into a bar; by default notes are warnings, and the rest is ignored.
+    """What an operation reports. The command line turns it into a bar, or lines of a log; by default notes are warnings, and
+    the rest is ignored.
 
-    Any object with these methods will do. They are called from several threads, one call at a time.
+    Any object with these methods will do. One phase is over before the next one begins. They are called from several threads,
+    one call at a time.
     """
 
     def start(self, label: str, total_bytes: int) -> None:
@@ -34,7 +36,7 @@ class Progress(Protocol):
 
         Args:
             label: what is done in it, such as ``factorizing``.
-            total_bytes: how many bytes it will process.
+            total_bytes: how many bytes it will process; 0 if nobody can say how long it takes.
         """
 
     def item(self, name: str) -> None:
@@ -60,6 +62,16 @@ class Progress(Protocol):
 
     def finish(self) -> None:
         """The phase is over, well or not."""
+
+
+@contextmanager
+def phase(progress: Progress, label: str, total_bytes: int = 0) -> Iterator[None]:
+    """A phase for as long as the block takes; see ``Progress.start``."""
+    progress.start(label, total_bytes)
+    try:
+        yield
+    finally:
+        progress.finish()
 
 
 class Silent:

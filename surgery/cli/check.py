@@ -8,9 +8,12 @@ from pathlib import Path
 
 import click
 
+from surgery.cli.bar import Bar
 from surgery.cli.options import MODEL, PATH, device_option, json_option, notes_and_quiet, quiet_option
 from surgery.cli.printing import print_json
-from surgery.cli.report import Bar, say, table
+from surgery.cli.tables import table
+from surgery.cli.text import fitted, say, whole
+from surgery.progress import phase
 
 # Modules that import torch are imported inside the commands: --help must not wait for them.
 
@@ -54,17 +57,20 @@ def inspect(factorized: Path, as_json: bool) -> None:
             ["target", "shape", "dtype", "rank", "energy", "s_1", "s_k", "residual", "converged", "undetermined"],
             rows,
             flush_right=range(1, 10),
+            names=(0,),
         )
     )
     origin = f"{report.source.repo_id}@{report.source.commit}" if report.source.repo_id else "a local folder"
     click.echo(
-        f"\n{report.layout} layout of {origin}: {len(report.targets)} targets, {report.trainable} trainable scales, "
-        f"{len(report.skipped)} tensors passed over"
+        fitted(
+            f"\n{report.layout} layout of {origin}: {len(report.targets)} targets, {report.trainable} trainable scales, "
+            f"{len(report.skipped)} tensors passed over"
+        )
     )
     if not report.lossless:
         entries = [math.prod(target.matrices) for target in report.targets]
         lost = sum((target.inexact or 0) * n for target, n in zip(report.targets, entries, strict=True)) / max(sum(entries), 1)
-        click.echo(f"not lossless (--no-correction): {lost:.1%} of the weights of targets cannot be recovered exactly")
+        click.echo(fitted(f"not lossless (--no-correction): {lost:.1%} of the weights of targets cannot be recovered exactly"))
 
 
 def _doubt(share: float) -> str:
@@ -91,19 +97,21 @@ def verify(factorized: Path, base: str | None, fast: bool, device: str, as_json:
     factors and correction give back each original weight (by the hash in the manifest); the certificates hold, measured
     anew; scales belong to the factors.
     """
-    from surgery.operations import verify as operation
+    bar = Bar(quiet=quiet)
+    with phase(bar, "starting"):
+        from surgery.operations import verify as operation
 
     start = time.perf_counter()
-    report = operation.verify(factorized, base=base, fast=fast, device=device, progress=Bar(quiet=quiet))
+    report = operation.verify(factorized, base=base, fast=fast, device=device, progress=bar)
     if as_json:
         print_json(report, seconds=time.perf_counter() - start)
     elif report.failures:
         rows = [[failure.where, failure.check, failure.got, failure.expected] for failure in report.failures]
-        click.echo(table(["where", "check", "got", "expected"], rows))
+        click.echo(table(["where", "check", "got", "expected"], rows, names=(0,), prose=(1, 2, 3)))
     for note in report.unchecked:
         say(f"not checked: {note}", quiet=quiet)
     outcome = "all is as the manifest says" if report.ok else f"{len(report.failures)} checks failed"
     seconds = time.perf_counter() - start
-    say(f"{factorized}: {outcome}; {report.files} files, {report.targets} targets in {seconds:.1f} s", quiet=quiet)
+    say(f"{whole(factorized)}: {outcome}; {report.files} files, {report.targets} targets in {seconds:.1f} s", quiet=quiet)
     if not report.ok:
         raise SystemExit(3)

@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING
 
 import click
 
+from surgery.cli.bar import Bar
 from surgery.cli.options import PATH, device_option, json_option, notes_and_quiet, overwrite_option, quiet_option
 from surgery.cli.printing import print_json
-from surgery.cli.report import Bar, say, size, table
+from surgery.cli.tables import table
+from surgery.cli.text import fitted, say, size, whole
+from surgery.progress import phase
 
 if TYPE_CHECKING:
     from surgery.demo.run import DemoReport
@@ -31,15 +34,18 @@ def demo(out: Path | None, rank: int, steps: int, device: str, overwrite: bool, 
 
     The model is a small Llama that has learned Python source code; its scales are trained on English prose.
     """
-    from surgery.demo.run import run_demo
+    bar = Bar(quiet=quiet)
+    with phase(bar, "starting"):
+        from surgery.demo.run import run_demo
 
-    report = run_demo(out, rank=rank, steps=steps, device=device, overwrite=overwrite, progress=Bar(quiet=quiet))
+    report = run_demo(out, rank=rank, steps=steps, device=device, overwrite=overwrite, progress=bar)
     if as_json:
         print_json(report)
     else:
         click.echo(_demo_text(report))
         if out is not None:
-            say(f"kept: {out / 'factorized'}, {out / 'scales.safetensors'}, {out / 'folded'}", quiet=quiet)
+            kept = (whole(out / name) for name in ("factorized", "scales.safetensors", "folded"))
+            say(f"kept: {', '.join(kept)}", quiet=quiet)
 
 
 def _demo_text(report: DemoReport) -> str:
@@ -68,8 +74,11 @@ def _demo_text(report: DemoReport) -> str:
         [
             table(["", "numbers", "on disk", "loss", "seconds"], rows, flush_right=range(1, 5)),
             "",
-            f"Trainable: {report.trainable / report.weights:.2%} of the weights. Loss: nats per byte of held-out English",
-            "prose; the model had learned Python source code.",
-            f"Folding untouched scales {untouched}.",
+            fitted(
+                f"Trainable: {report.trainable / report.weights:.2%} of the weights. Loss: nats per byte of held-out English\n"
+                "prose; the model had learned Python source code.\n"
+                f"Folding untouched scales {untouched}.",
+                indent="",
+            ),
         ]
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from surgery.cli.bar import Bar
 from surgery.cli.options import (
     MODEL,
     PATH,
@@ -25,7 +28,9 @@ from surgery.cli.options import (
 )
 from surgery.cli.printing import print_json
 from surgery.cli.profile import profile_text
-from surgery.cli.report import Bar, plan_text, say, size
+from surgery.cli.report import plan_text
+from surgery.cli.text import fitted, say, size, whole
+from surgery.progress import phase
 
 if TYPE_CHECKING:
     from surgery.format.manifest import Manifest
@@ -113,12 +118,14 @@ def factorize(
     transformer blocks, experts included; no embeddings, output heads, norms, biases or routers. surgery plan lists
     every tensor that is passed over, with the reason.
     """
-    from surgery.operations import factorize as operation
-    from surgery.timing import Timing
-
+    bar = Bar(quiet=quiet)
     if dry_run:
-        _show_plan(model, chosen, as_json)
+        _show_plan(model, chosen, as_json, quiet)
         return
+    with phase(bar, "starting"):
+        from surgery.operations import factorize as operation
+        from surgery.timing import Timing
+
     timing = Timing() if profile else None
     start = time.perf_counter()
     report = operation.factorize(
@@ -131,7 +138,7 @@ def factorize(
         push_to_hub=push_to_hub,
         private=private,
         overwrite=overwrite,
-        progress=Bar(quiet=quiet),
+        progress=bar,
         timing=timing,
     )
     seconds = time.perf_counter() - start
@@ -141,11 +148,11 @@ def factorize(
         if timing is not None:
             click.echo(profile_text(timing, seconds))
         say(
-            f"{out}: {report.matrices} matrices at rank {_ranks(report.manifest)}, {report.trainable} trainable scales, "
-            f"{size(report.bytes_written)} in {seconds:.1f} s on {report.device}",
+            f"{whole(out)}: {report.matrices} matrices at rank {_ranks(report.manifest)}, {report.trainable} trainable "
+            f"scales, {size(report.bytes_written)} in {seconds:.1f} s on {report.device}",
             quiet=quiet,
         )
-        say(f"train {out / 'surgery' / 'scales.safetensors'}, then: surgery fold {out} SCALES", quiet=quiet)
+        say(_next_steps(model, out, report.manifest), quiet=quiet)
 
 
 @click.command(short_help="Show what factorize would do, from headers.")
@@ -153,23 +160,26 @@ def factorize(
 @_planning
 @click.option("--all", "every", is_flag=True, help="Every tensor on a line of its own, not by group.")
 @json_option
-def plan(model: str, every: bool, as_json: bool, **chosen: Any) -> None:
+@quiet_option
+@notes_and_quiet
+def plan(model: str, every: bool, as_json: bool, quiet: bool, **chosen: Any) -> None:
     """Show what surgery factorize would do with MODEL and the same options, from headers.
 
     For a model on the hub only headers are fetched. Of a local one, weights that may be stored twice are compared. Tensors
     are shown by group: those whose names differ in numbers alone. Memory and disk are upper estimates; the time is a
     rough one, without downloads.
     """
-    _show_plan(model, chosen, as_json, every=every)
+    _show_plan(model, chosen, as_json, quiet, every=every)
 
 
-def _show_plan(model: str, chosen: dict[str, Any], as_json: bool, *, every: bool = False) -> None:
-    from surgery.device import choose_devices
-    from surgery.operations import factorize as operation
-    from surgery.planning.estimate import estimate_seconds
-    from surgery.progress import Silent
+def _show_plan(model: str, chosen: dict[str, Any], as_json: bool, quiet: bool, *, every: bool = False) -> None:
+    bar = Bar(quiet=quiet, notes=False)  # they are among what is shown
+    with phase(bar, "starting"):
+        from surgery.device import choose_devices
+        from surgery.operations import factorize as operation
+        from surgery.planning.estimate import estimate_seconds
 
-    steps = operation.plan(model, **chosen, progress=Silent())  # whose notes are among what is shown
+    steps = operation.plan(model, **chosen, progress=bar)
     seconds = float(f"{estimate_seconds(steps, choose_devices(chosen['device'])[0]):.2g}")
     if as_json:
         print_json(steps, seconds=seconds)
@@ -191,13 +201,23 @@ def recipes(as_json: bool) -> None:
         print_json(report)
         return
     for recipe in report.recipes:
-        click.echo(f"{recipe.name}: {recipe.description}")
+        click.echo(fitted(f"{recipe.name}: {recipe.description}"))
         if recipe.families:
-            click.echo(f"  families: {', '.join(recipe.families)}")
+            click.echo(fitted(f"  families: {', '.join(recipe.families)}", indent="    "))
         for rule in recipe.rules:
             seen = f" ({rule.view})" if rule.view else ""
-            click.echo(f"  - {rule.text}{seen}" if rule.skip is None else f"  - not {rule.text}: {rule.skip}")
+            line = f"  - {rule.text}{seen}" if rule.skip is None else f"  - not {rule.text}: {rule.skip}"
+            click.echo(fitted(line, indent="    "))
         click.echo()
+
+
+def _next_steps(model: str, out: Path, manifest: Manifest) -> str:
+    """How the scales are trained and folded, to be copied."""
+    attach = f"surgery.attach(model, {json.dumps(str(out), ensure_ascii=False)})"
+    fold = f"surgery fold {shlex.quote(str(out))} scales.safetensors"
+    if manifest.layout == "overlay" and manifest.source.repo_id is None:
+        fold += f" --base {shlex.quote(model)}"
+    return f"train with {whole(attach)}, then: {whole(fold)}"
 
 
 def _ranks(manifest: Manifest) -> str:

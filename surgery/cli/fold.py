@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from surgery.cli.bar import Bar
 from surgery.cli.options import (
     PATH,
     devices_option,
@@ -24,7 +25,8 @@ from surgery.cli.options import (
 )
 from surgery.cli.printing import print_json
 from surgery.cli.profile import profile_text
-from surgery.cli.report import Bar, say, size
+from surgery.cli.text import say, size, whole
+from surgery.progress import phase
 
 # Modules that import torch are imported inside the commands: --help must not wait for them.
 
@@ -68,8 +70,10 @@ def fold(
     Writes a folder that loads as the original model did, with its names, dtypes, shards, config and tokenizer.
     Scales that are all 1 give back the original files byte for byte. A changed FP8 weight is quantized again.
     """
-    from surgery.operations import fold as operation
-    from surgery.timing import Timing
+    bar = Bar(quiet=quiet)
+    with phase(bar, "starting"):
+        from surgery.operations import fold as operation
+        from surgery.timing import Timing
 
     timing = Timing() if profile else None
     start = time.perf_counter()
@@ -81,7 +85,7 @@ def fold(
         lora=lora,
         dequantize=dequantize,
         **chosen,
-        progress=Bar(quiet=quiet),
+        progress=bar,
         timing=timing,
     )
     seconds = time.perf_counter() - start
@@ -101,7 +105,7 @@ def fold(
         outcome += ", the others only nearly the source's (made with --no-correction)"
     if timing is not None:
         click.echo(profile_text(timing, seconds))
-    say(f"{out}: {outcome}; {size(report.bytes_written)} in {seconds:.1f} s", quiet=quiet)
+    say(f"{whole(out)}: {outcome}; {size(report.bytes_written)} in {seconds:.1f} s", quiet=quiet)
 
 
 @click.command(short_help="Write trained scales as an adapter for other tools.")
@@ -127,16 +131,18 @@ def export(factorized: Path, scales: Path, kind: str, out: Path, as_json: bool, 
     PEFT loads it, and merges it to what fold writes; all modules have one rank, so that vLLM takes it as well. What an
     adapter cannot say, or PEFT is known to load wrongly, is refused: fold instead.
     """
-    from surgery.operations.export import export as operation
+    bar = Bar(quiet=quiet)
+    with phase(bar, "starting"):
+        from surgery.operations.export import export as operation
 
     start = time.perf_counter()
-    report = operation(factorized, scales, out, **chosen, progress=Bar(quiet=quiet))
+    report = operation(factorized, scales, out, **chosen, progress=bar)
     seconds = time.perf_counter() - start
     if as_json:
         print_json(report, seconds=seconds)
         return
     say(
-        f"{out}: a LoRA adapter of rank {report.rank} for {report.modules} modules; "
+        f"{whole(out)}: a LoRA adapter of rank {report.rank} for {report.modules} modules; "
         f"{size(report.bytes_written)} in {seconds:.1f} s",
         quiet=quiet,
     )

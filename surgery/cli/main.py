@@ -15,6 +15,7 @@ from surgery.cli.factorize import factorize, plan, recipes
 from surgery.cli.fold import export, fold
 from surgery.cli.scaling import blend, project, scales
 from surgery.cli.study import recommend, spectra
+from surgery.cli.text import tell
 from surgery.errors import SurgeryError
 from surgery.installation import check_installation
 from surgery.version import __version__
@@ -43,10 +44,10 @@ class _Group(click.Group):
             click.echo("Interrupted.", err=True)
             ctx.exit(143 if isinstance(stop, _Terminated) else 130)
         except SurgeryError as error:
-            click.echo(f"Error: {error}", err=True)
+            tell(f"Error: {error}")
             ctx.exit(1)
         except OSError as error:  # of a path that the system will not even look at
-            click.echo(f"Error: {error}", err=True)
+            tell(f"Error: {error}")
             ctx.exit(1)
         finally:
             if main_thread:

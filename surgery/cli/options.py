@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from surgery.arguments import as_path
-from surgery.cli.report import say
+from surgery.cli.text import tell
 
 
 class _PathType(click.Path):
@@ -23,7 +23,7 @@ class _PathType(click.Path):
 
 
 class _ModelType(click.Path):
-    """A local folder with its ``~`` expanded, or a repo id or a name as it is."""
+    """A local folder with its ``~`` expanded, or a repo id or a name as it is. A shell completes paths."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return str(as_path(value, _called(param))) if value.startswith("~") else value
@@ -38,6 +38,7 @@ def _called(param: click.Parameter | None) -> str:
 
 PATH = _PathType()
 MODEL = _ModelType()
+
 
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress, no notes; errors only.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of text.")
@@ -114,6 +115,6 @@ def notes_and_quiet(command: Callable[..., None]) -> Callable[..., None]:
                 command(*args, quiet=quiet, **kwargs)
             finally:
                 for message in dict.fromkeys(str(warning.message) for warning in caught):
-                    say(f"note: {message}", quiet=quiet)
+                    tell(f"note: {message}", quiet=quiet)
 
     return wrapper

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from surgery.cli.bar import Bar
 from surgery.cli.options import MODEL, PATH, device_option, json_option, notes_and_quiet, overlay_base_option, quiet_option
 from surgery.cli.printing import print_json
-from surgery.cli.report import Bar, say, table
+from surgery.cli.tables import table
+from surgery.cli.text import fitted, say, whole
+from surgery.progress import phase
 
 if TYPE_CHECKING:
     from surgery.operations.project import Projection
@@ -59,17 +62,19 @@ def project(
     explained   share of the change's squared norm that the scales make up
     |g - 1|     the largest distance of a scale from 1
     """
-    from surgery.operations import project as operation
+    bar = Bar(quiet=quiet)
+    with phase(bar, "starting"):
+        from surgery.operations import project as operation
 
     start = time.perf_counter()
-    report = operation.project(factorized, tuned, out, base=base, device=device, overwrite=overwrite, progress=Bar(quiet=quiet))
+    report = operation.project(factorized, tuned, out, base=base, device=device, overwrite=overwrite, progress=bar)
     seconds = time.perf_counter() - start
     if as_json:
         print_json(report, seconds=seconds)
         return
     rows = [_figures(one) for one in (*report.targets, dataclasses.replace(report.total, key=f"all {len(report.targets)}"))]
-    click.echo(table(["target", "change", "explained", "|g - 1|"], rows, flush_right=range(1, 4)))
-    say(f"{out}: {report.trainable} scales in {seconds:.1f} s", quiet=quiet)
+    click.echo(table(["target", "change", "explained", "|g - 1|"], rows, flush_right=range(1, 4), names=(0,)))
+    say(f"{whole(out)}: {report.trainable} scales in {seconds:.1f} s", quiet=quiet)
 
 
 def _figures(found: Projection) -> list[str]:
@@ -126,7 +131,7 @@ def blend(
         return
     shares = ", ".join(f"{weight:.3g}" for weight in report.weights)
     say(
-        f"{out}: {report.changed} of {report.trainable} scales of {report.targets} targets differ from 1; "
+        f"{whole(out)}: {report.changed} of {report.trainable} scales of {report.targets} targets differ from 1; "
         f"weights {shares}, {report.space} mean",
         quiet=quiet,
     )
@@ -169,11 +174,15 @@ def show(file: Path, top: int, as_json: bool, quiet: bool) -> None:
             ]
             for one in found.directions
         ]
-        click.echo(table(["target", "matrix", "direction", "g", "change in %"], rows, flush_right=range(1, 5)))
+        click.echo(table(["target", "matrix", "direction", "g", "change in %"], rows, flush_right=range(1, 5), names=(0,)))
         click.echo()
-    click.echo(f"{found.targets} targets, {found.trainable} trainable numbers, " + _changed(found.changed))
-    click.echo(f"least {found.least:.6g}, median {found.median:.6g}, most {found.most:.6g}")
-    click.echo(f"fingerprint {found.fingerprint or 'unknown: the file does not say which factors it belongs to'}")
+    click.echo(
+        fitted(
+            f"{found.targets} targets, {found.trainable} trainable numbers, {_changed(found.changed)}\n"
+            f"least {found.least:.6g}, median {found.median:.6g}, most {found.most:.6g}\n"
+            f"fingerprint {found.fingerprint or 'unknown: the file does not say which factors it belongs to'}"
+        )
+    )
 
 
 def _changed(count: int) -> str:

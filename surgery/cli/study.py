@@ -10,10 +10,12 @@ from typing import Any, Literal
 
 import click
 
+from surgery.cli.bar import Bar
 from surgery.cli.options import MODEL, PATH, device_option, json_option, notes_and_quiet, quiet_option
 from surgery.cli.printing import print_json
-from surgery.cli.report import Bar, say
+from surgery.cli.text import say, tell, whole
 from surgery.errors import MissingExtra, OutputError
+from surgery.progress import phase
 
 # Modules that import torch are imported inside the commands: --help must not wait for them.
 
@@ -57,11 +59,13 @@ def spectra(model: str, tuned: str | None, out: Path, overwrite: bool, as_json: 
     Writes spectra.json and spectra.csv, and with the extra plot index.html: the findings in words and pictures, a page that
     needs no network. With --json the findings are printed as well.
     """
-    from surgery.format.files import write_file
-    from surgery.operations import spectra as operation
-    from surgery.operations.output import check_output_file
-    from surgery.report.listing import write_csv
-    from surgery.report.page import write_page
+    bar = Bar(quiet=quiet)
+    with phase(bar, "starting"):
+        from surgery.format.files import write_file
+        from surgery.operations import spectra as operation
+        from surgery.operations.output import check_output_file
+        from surgery.report.listing import write_csv
+        from surgery.report.page import write_page
 
     start = time.perf_counter()
     if out.exists() and not out.is_dir():
@@ -69,23 +73,24 @@ def spectra(model: str, tuned: str | None, out: Path, overwrite: bool, as_json: 
     files = [out / name for name in (_JSON_FILE, _CSV_FILE, _PAGE_FILE)]
     for file in files:
         check_output_file(file, operation.folders_of(model, tuned), overwrite=overwrite)
-    report = operation.spectra(model, tuned, **chosen, progress=Bar(quiet=quiet))
+    report = operation.spectra(model, tuned, **chosen, progress=bar)
     for file in files:
         file.unlink(missing_ok=True)
     content = report.as_json()
     write_file(out / _JSON_FILE, json.dumps(content, allow_nan=False).encode() + b"\n")
     write_csv(content, out / _CSV_FILE)
     try:
-        write_page(content, out / _PAGE_FILE)
+        with phase(bar, "drawing"):
+            write_page(content, out / _PAGE_FILE)
         page = str(out / _PAGE_FILE)
     except MissingExtra as missing:
-        say(f"note: no page: {missing}", quiet=quiet)
+        tell(f"note: no page: {missing}", quiet=quiet)
         page = str(out / _JSON_FILE)
     seconds = time.perf_counter() - start
     if as_json:
         print_json(report.findings, out=out, seconds=seconds)
         return
-    say(f"{page}: {report.findings.targets} matrices in {seconds:.1f} s on {report.device}", quiet=quiet)
+    say(f"{whole(page)}: {report.findings.targets} matrices in {seconds:.1f} s on {report.device}", quiet=quiet)
 
 
 @click.command(short_help="Recommend ranks that spend a budget best.")
@@ -123,7 +128,9 @@ def recommend(
     What counts is the squared norm of all weights in the kept directions; with TUNED, a fine-tuned MODEL, what scales of these
     directions explain of its change. surgery factorize MODEL --recipe FILE takes the result.
     """
-    from surgery.operations import recommend as operation
+    bar = Bar(quiet=quiet)
+    with phase(bar, "starting"):
+        from surgery.operations import recommend as operation
 
     start = time.perf_counter()
     report = operation.recommend(
@@ -135,7 +142,7 @@ def recommend(
         out=out,
         **chosen,
         overwrite=overwrite,
-        progress=Bar(quiet=quiet),
+        progress=bar,
     )
     if as_json:
         print_json(report, seconds=time.perf_counter() - start)
@@ -143,8 +150,8 @@ def recommend(
     used = [value for value in report.ranks.values() if value]
     of = "the squared norm of the weights" if tuned is None else "the change"
     say(
-        f"{out}: ranks {min(used)} to {max(used)} for {len(used)} of {len(report.ranks)} weights, {report.trainable} scales, "
-        f"{report.spent} of {budget} {unit}; keeps {report.kept:.2%} of {of}",
+        f"{whole(out)}: ranks {min(used)} to {max(used)} for {len(used)} of {len(report.ranks)} weights, "
+        f"{report.trainable} scales, {report.spent} of {budget} {unit}; keeps {report.kept:.2%} of {of}",
         quiet=quiet,
     )
     say(f"one rank for all that fits the budget, {report.uniform_rank}, would keep {report.uniform_kept:.2%}", quiet=quiet)

@@ -18,7 +18,7 @@ from surgery.device import on_its_own_terms
 from surgery.errors import MissingExtra, OutputError
 from surgery.operations.factorize import factorize
 from surgery.operations.fold import fold
-from surgery.progress import Progress, listening
+from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
 from surgery.training.attach import attach
 
@@ -100,7 +100,10 @@ def run_demo(
 
 def _run(out: Path | None, folder: Path, rank: int, steps: int, device: str, overwrite: bool, progress: Progress) -> DemoReport:
     train, held_out = prose()
-    loss_before = mean_loss(load(MODEL), held_out)
+    with phase(progress, "loading transformers"):
+        model = load(MODEL)
+    with phase(progress, "measuring"):
+        loss_before = mean_loss(model, held_out)
     factorized, scales_file = folder / "factorized", folder / "scales.safetensors"
 
     clock = time.perf_counter()
@@ -108,7 +111,8 @@ def _run(out: Path | None, folder: Path, rank: int, steps: int, device: str, ove
     seconds_factorize = time.perf_counter() - clock
 
     with tempfile.TemporaryDirectory(prefix="surgery-demo-") as untouched:
-        report = fold(factorized, factorized / "surgery/scales.safetensors", Path(untouched) / "folded", device=device)
+        untouched_scales, folded = factorized / "surgery/scales.safetensors", Path(untouched) / "folded"
+        report = fold(factorized, untouched_scales, folded, device=device, progress=progress)
     identical = report.restored == len(report.files)
 
     clock = time.perf_counter()
@@ -168,18 +172,17 @@ def _train(model: Any, parameters: list[torch.nn.Parameter], text: torch.Tensor,
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(parameters, lr=_LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    progress.start("training", steps * _BATCH * CONTEXT)
-    for _ in range(steps):
-        starts = torch.randint(len(text) - CONTEXT, (_BATCH, 1), generator=generator)
-        ids = text[starts + torch.arange(CONTEXT)]
-        loss = model(input_ids=ids, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        progress.item(f"loss {loss.item():.3f}")
-        progress.advance(ids.numel())
-    progress.finish()
+    with phase(progress, "training", steps * _BATCH * CONTEXT):
+        for _ in range(steps):
+            starts = torch.randint(len(text) - CONTEXT, (_BATCH, 1), generator=generator)
+            ids = text[starts + torch.arange(CONTEXT)]
+            loss = model(input_ids=ids, labels=ids).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            progress.item(f"loss {loss.item():.3f}")
+            progress.advance(ids.numel())
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
 from surgery.format.safetensors import Header, ShardReader, TensorEntry
 from surgery.names import CONFIG_FILE
 from surgery.planning.quantization import FP8, Scaled, quantization_of, read_quantization
+from surgery.progress import listening, phase
 from surgery.source.model import Source, open_part, open_source
 from surgery.source.origin import FolderOrigin, Origin
 
@@ -155,7 +156,8 @@ class BaseWeights:
                 expected=quantization_of(self._source.config()),
                 hint="restore that part of it from the source model",
             )
-        headers = {shard: self._source.header(shard) for shard in self._source.selection.shards}
+        with phase(listening(), "reading headers"):
+            headers = {shard: self._source.header(shard) for shard in self._source.selection.shards}
         return read_quantization(config, headers, self._source.name)
 
     def file(self, shard: ShardRecord) -> tuple[Path, FileRecord]:

@@ -25,7 +25,7 @@ from surgery.memory import bytes_of
 from surgery.names import CONFIG_FILE
 from surgery.operations.output import check_output_file
 from surgery.operations.publish import publish_adapter, uploading
-from surgery.progress import Progress, listening
+from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
 from surgery.training.carriers import Carrier, Layer, carriers_of, places_of, terms_of
 from surgery.training.placement import Piece, Place
@@ -124,7 +124,7 @@ def export(
     there = not overwrite and any((out / name).exists() for name in (CONFIG, WEIGHTS))
     for name in (CONFIG, WEIGHTS):
         check_output_file(out / name, [factorized], overwrite=overwrite or there)
-    adapter = _Adapter.of(factorized, manifest, values) if there else None
+    adapter = _Adapter.of(factorized, manifest, values, progress) if there else None
     if adapter is not None and not adapter.is_in(out, factorized, values, progress):
         for name in (CONFIG, WEIGHTS):
             check_output_file(out / name, [factorized], overwrite=False)
@@ -134,7 +134,7 @@ def export(
                 write_file(out / CONFIG, adapter.config)
             progress.note(f"{out} is already complete" + (": nothing to do" if upload is None else ""))
         else:
-            adapter = _Adapter.of(factorized, manifest, values)
+            adapter = _Adapter.of(factorized, manifest, values, progress)
             adapter.write(out, factorized, values, progress)
         names, modules = (CONFIG, WEIGHTS), len(adapter.updates)
         publish_adapter(upload, out, names, manifest, factorized, modules=modules, rank=adapter.rank, progress=progress)
@@ -159,8 +159,9 @@ class _Adapter:
     config: bytes
 
     @classmethod
-    def of(cls, factorized: Path, manifest: Manifest, values: Mapping[str, torch.Tensor]) -> Self:
-        updates, carriers = _updates(skeleton(factorized, exact=True), manifest)
+    def of(cls, factorized: Path, manifest: Manifest, values: Mapping[str, torch.Tensor], progress: Progress) -> Self:
+        with phase(progress, "loading transformers"):  # most of the time that a small export takes
+            updates, carriers = _updates(skeleton(factorized, exact=True), manifest)
         held = {target.key for update in updates for target, _ in update.targets}
         for target in manifest.targets:
             if target.key not in held and not (values[target.key] == 1).all():

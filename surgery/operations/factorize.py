@@ -36,12 +36,12 @@ from surgery.operations.engines import Engine, EngineName, engine_of
 from surgery.operations.inspect import largest_residual
 from surgery.operations.job import Job, RemoteShard, run_job, scale_files
 from surgery.operations.journal import Journal, differing
-from surgery.operations.output import check_room, is_as_recorded, loading_order, locked, result_folder
+from surgery.operations.output import check_room, is_as_recorded, loading_order, locked, not_as_recorded, result_folder
 from surgery.operations.publish import publish_factorized, submit_shard, uploading
 from surgery.planning.memory import Resources
 from surgery.planning.plan import Layout, Plan, make_plan
 from surgery.planning.targets import Choice
-from surgery.progress import Progress, listening
+from surgery.progress import Progress, listening, phase
 from surgery.reports import NOT_IN_JSON, Report
 from surgery.source.model import Source, open_source
 from surgery.timing import Timing, timed
@@ -125,7 +125,7 @@ def plan(
     """
     progress = listening()
     choice = _choice(rank, energy, max_rank, include, exclude, recipe, split)
-    with engine_of("local", device, max_memory, max_device_memory, None) as by:
+    with engine_of("local", device, max_memory, max_device_memory, None) as by, phase(progress, "planning"):
         source = _open(model, revision, subfolder, (Path(STREAM_DIR), by.files_at_a_time) if stream else None)
         steps = _plan(source, choice, layout, correction, by.resources, fetch=False)
     for note in steps.notes:
@@ -247,9 +247,10 @@ def factorize(
     check_accuracy(tolerance, seed)
     out = Path(out)
     with engine_of(engine, device, max_memory, max_device_memory, timing) as by:
-        source = _open(model, revision, subfolder, (out / STREAM_DIR, by.files_at_a_time) if stream else None)
-        choice = _choice(rank, energy, max_rank, include, exclude, recipe, split)
-        steps = _plan(source, choice, layout, correction, by.resources, fetch=True)
+        with phase(progress, "planning"):
+            source = _open(model, revision, subfolder, (out / STREAM_DIR, by.files_at_a_time) if stream else None)
+            choice = _choice(rank, energy, max_rank, include, exclude, recipe, split)
+            steps = _plan(source, choice, layout, correction, by.resources, fetch=True)
         for note in steps.notes:
             progress.note(note)
         options = OptionsRecord(
@@ -277,7 +278,7 @@ def factorize(
             with result_folder(out, journal, _output_files(source, steps), needed, progress, overwrite=overwrite) as place:
                 work = _Factorizing(source, steps, out, place, settings, progress, timing)
                 results = _run_jobs(by, work, journal, upload, progress)
-                manifest = _finish(source, steps, place, results, options, by.device_name)
+                manifest = _finish(source, steps, place, results, options, by.device_name, progress)
                 publish_factorized(upload, place, manifest, progress)
     for note in (*_accuracy_notes(manifest, steps), *notes_of_equal(source, steps, manifest)):
         progress.note(note)
@@ -463,7 +464,7 @@ def _finished(out: Path, source: Source, steps: Plan, options: OptionsRecord, pr
             got="; ".join(differences[:4]) + (" ..." if len(differences) > 4 else ""),
             hint="--overwrite replaces it; -o chooses another folder",
         )
-    lost = [record.file for record in manifest.output_files() if not is_as_recorded(out, record)]
+    lost = not_as_recorded(out, manifest.output_files(), progress)
     if lost or not (out / SCALES_FILE).is_file():
         lost = lost or [SCALES_FILE]
         raise OutputError(
@@ -492,12 +493,17 @@ def _finish(
     results: list[ShardResult],
     options: OptionsRecord,
     device: str,
+    progress: Progress,
 ) -> Manifest:
     """Copy what goes along, write the scales and, last, the manifest: of a source that is still what was planned for."""
     selection = source.selection
     targets = [target for result in results for target in result.targets]
     source.watch.check()
-    others = [copy_file(source.fetch(name), out / name, name, watch=source.watch) for name in loading_order(selection.others)]
+    others = []
+    with phase(progress, "copying"):
+        for name in loading_order(selection.others):
+            progress.item(name)
+            others.append(copy_file(source.fetch(name), out / name, name, watch=source.watch))
     fingerprint = fingerprint_of(targets)
     write_scales(
         out / SCALES_FILE, {target.key: torch.ones(target.scales_shape, dtype=torch.float32) for target in targets}, fingerprint

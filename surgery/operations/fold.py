@@ -40,11 +40,11 @@ from surgery.operations.dense import DenseWeights
 from surgery.operations.engines import Engine, EngineName, engine_of
 from surgery.operations.fold_shard import FoldSettings, RemoteFold, ShardFold
 from surgery.operations.journal import Journal
-from surgery.operations.output import files_in, is_as_recorded, loading_order, locked, result_folder
+from surgery.operations.output import files_in, is_as_recorded, loading_order, locked, not_as_recorded, result_folder
 from surgery.operations.publish import publish_folded, submit_files, uploading
 from surgery.operations.quantized import index_of, without_quantization
 from surgery.planning.memory import Memory, need_to_fold, share_out
-from surgery.progress import Progress, listening
+from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
 from surgery.source.model import FolderSource
 from surgery.source.shards import is_index
@@ -165,7 +165,8 @@ def fold(
         additions: dict[str, Addition] = {}
         if lora is not None:
             inputs.append(Path(lora))
-            additions = _additions(factorized, manifest, weights, Path(lora))
+            with phase(progress, "loading transformers"):
+                additions = _additions(factorized, manifest, weights, Path(lora))
         quantized = quantized_weights(manifest, factorized, weights, all_of_them=dequantize)
         if dequantize and not quantized:
             raise OptionError("there is nothing to dequantize: this is no overlay of an FP8 model", hint="drop --dequantize")
@@ -195,7 +196,7 @@ def fold(
             with result_folder(out, journal, writes, needed, progress, overwrite=overwrite, earlier=_model_in(out)) as place:
                 work.settings = dataclasses.replace(settings, place=place)
                 files = _fold_shards(by, work, memory, journal, upload, progress)
-                _copy_others(factorized, place, others, to_dense=dequantize)
+                _copy_others(factorized, place, others, progress, to_dense=dequantize)
                 report = _report(files, manifest, settings)
                 _publish(upload, place, report, manifest, progress, submitted=True)
     return report
@@ -273,7 +274,7 @@ def _compared(engine: Engine, work: _Folding, others: Iterable[FileRecord], memo
     finally:
         progress.finish()
     files = [record for index in range(len(manifest.shards)) if (record := found[index]) is not None]
-    if not all(is_as_recorded(out, record) for record in (*files, *others)):
+    if not_as_recorded(out, (*files, *others), progress):
         raise OutputError(
             f"{out} holds files already, and they are not those of this fold",
             hint="--overwrite replaces an earlier result; -o chooses another folder",
@@ -445,17 +446,19 @@ def _model_in(out: Path) -> set[str]:
     return {*selection.shards, *selection.others}
 
 
-def _copy_others(factorized: Path, out: Path, others: Iterable[FileRecord], *, to_dense: bool) -> None:
+def _copy_others(factorized: Path, out: Path, others: Iterable[FileRecord], progress: Progress, *, to_dense: bool) -> None:
     """What goes along with the weights: as it is, but for what speaks of a quantization that is no more.
 
     What an earlier start has put in place stays: once ``config.json`` is there, nothing is in the making any more.
     """
     by_name = {record.file: record for record in others}
-    for name in loading_order(by_name):
-        if to_dense and (name == CONFIG_FILE or is_index(name)):
-            check_file(factorized, by_name[name], RESTORE_HINT)
-            data = index_of(out, factorized / name) if is_index(name) else without_quantization(factorized / name)
-            if not (out / name).is_file() or (out / name).read_bytes() != data:
-                write_file(out / name, data)
-        elif not is_as_recorded(out, by_name[name]):
-            copy_file(factorized / name, out / name, name, by_name[name])
+    with phase(progress, "copying"):
+        for name in loading_order(by_name):
+            progress.item(name)
+            if to_dense and (name == CONFIG_FILE or is_index(name)):
+                check_file(factorized, by_name[name], RESTORE_HINT)
+                data = index_of(out, factorized / name) if is_index(name) else without_quantization(factorized / name)
+                if not (out / name).is_file() or (out / name).read_bytes() != data:
+                    write_file(out / name, data)
+            elif not is_as_recorded(out, by_name[name]):
+                copy_file(factorized / name, out / name, name, by_name[name])

@@ -29,7 +29,7 @@ from surgery.names import (
     is_litter,
 )
 from surgery.operations.journal import Journal
-from surgery.progress import Progress
+from surgery.progress import Progress, phase
 from surgery.source.select import is_read_by_loaders
 from surgery.source.shards import is_index
 
@@ -368,6 +368,18 @@ def is_as_recorded(out: Path, record: FileRecord) -> bool:
     except (FormatError, ReadError):
         return False
     return True
+
+
+def not_as_recorded(out: Path, records: Iterable[FileRecord], progress: Progress) -> list[str]:
+    """The files that are not there with the size and the sha256 that were recorded."""
+    known, lost = list(records), []
+    with phase(progress, "hashing", sum(record.size for record in known)):
+        for record in known:
+            progress.item(record.file)
+            if not is_as_recorded(out, record):
+                lost.append(record.file)
+            progress.advance(record.size)
+    return lost
 
 
 def loading_order(files: Iterable[str]) -> list[str]:

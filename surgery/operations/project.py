@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -27,7 +28,7 @@ from surgery.operations.output import check_output_file, check_room
 from surgery.operations.quantized import Dequantizer
 from surgery.operations.tuned import Norms, TunedModel, note_what_is_unlikely
 from surgery.planning.quantization import FP8, Scaled
-from surgery.progress import Progress, listening
+from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
 
 #: What is stored of an original matrix, and the fine-tuned one.
@@ -122,15 +123,16 @@ def project(
     source = open_base(tuned, manifest)
     inputs = [factorized, *weights.folders(), *source.folders()]
     check_output_file(out, inputs, overwrite=overwrite, but=factorized / SCALES_FILE)
-    for download in (source.room_to_fetch(), weights.room_to_fetch()):
-        if download is not None:
+    for read in (source, weights):
+        if (download := read.room_to_fetch()) is not None:
             check_room(*download)
     aliases = {target.tensor: target.tensors[1:] for target in manifest.targets}
-    names = {entry.name for shard in manifest.shards for entry in weights.header(shard).tensors}
-    with (
-        TunedModel(source, {target.tensor: target.shape for target in manifest.targets}, names, progress, aliases) as model,
-        _Projector(factorized, manifest, weights, model, where) as projector,
-    ):
+    shapes = {target.tensor: target.shape for target in manifest.targets}
+    with ExitStack() as stack:
+        with phase(progress, "reading headers"):
+            names = {entry.name for shard in manifest.shards for entry in weights.header(shard).tensors}
+            model = stack.enter_context(TunedModel(source, shapes, names, progress, aliases))
+        projector = stack.enter_context(_Projector(factorized, manifest, weights, model, where))
         projector.run(progress)
         found = projector.found
     for read in (source, weights):

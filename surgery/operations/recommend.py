@@ -16,7 +16,7 @@ from surgery.errors import OptionError
 from surgery.format.files import write_file
 from surgery.operations.output import check_output_file
 from surgery.operations.spectra import folders_of, spectra
-from surgery.progress import Progress
+from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
 
 Unit = Literal["numbers", "bytes"]
@@ -131,7 +131,8 @@ def recommend(
     if total == 0:
         what = "all weights are 0" if tuned is None else "the two models have the same weights"
         raise OptionError(f"there is nothing to keep: {what}")
-    ranks = _spend(candidates, budget, _NOISE * total)
+    with phase(listening(), "choosing ranks"):
+        ranks = _spend(candidates, budget, _NOISE * total)
     if not any(ranks.values()):
         cheapest = min(candidate.cost for candidate in candidates)
         raise OptionError("the budget buys no direction", got=f"{budget} {unit}", expected=f"at least {cheapest} {unit}")

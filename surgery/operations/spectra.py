@@ -23,7 +23,7 @@ from surgery.operations.quantized import Dequantizer
 from surgery.operations.tuned import Norms, TunedModel, note_what_is_unlikely
 from surgery.planning.plan import Plan, make_plan
 from surgery.planning.targets import Choice, Target
-from surgery.progress import Progress, listening
+from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
 from surgery.source.address import address_of
 from surgery.source.model import Source, open_source
@@ -223,11 +223,12 @@ def spectra(
             raise OptionError(f"{what} must be at least 1", got=value)
     if subspace > top:
         raise OptionError("the subspaces need as many singular vectors", got=f"subspace {subspace}, top {top}")
-    source = open_source(model, revision=revision, subfolder=subfolder)
     # The rank is of no account: what is told depends on top.
     choice = Choice(1, None, None, tuple(include), tuple(exclude), None if recipe is None else str(recipe), split)
-    steps = make_plan(source, choice, "overlay")
-    other = None if tuned is None else open_source(tuned, subfolder=subfolder)
+    with phase(progress, "planning"):
+        source = open_source(model, revision=revision, subfolder=subfolder)
+        steps = make_plan(source, choice, "overlay")
+        other = None if tuned is None else open_source(tuned, subfolder=subfolder)
     measure = _Measure(top, subspace, tolerance, seed, where)
     targets = _walk(source, steps, other, measure, progress)
     for read in (source, other):

@@ -132,8 +132,8 @@ def verify(
     watch = Watch()
     report.expect(fingerprint == manifest.fingerprint, MANIFEST_FILE, "fingerprint", manifest.fingerprint, fingerprint)
     _check_scales(folder, manifest, report)
-    weights = None if fast else _weights(folder, manifest, base, report)
     quantized: dict[str, Scaled] = {}
+    weights = None if fast else _weights(folder, manifest, base, report)
     if isinstance(weights, BaseWeights) and any(target.dtype == FP8 for target in manifest.targets):
         quantized = weights.quantized(folder, manifest)
     by_reading = 0 if fast else sum(shard.source.size for shard in manifest.shards)
@@ -151,6 +151,7 @@ def verify(
                 if targets and not fast:
                     _check_shard(folder, shard, targets, manifest, weights, quantized, where, watch, report, progress)
                 elif isinstance(weights, BaseWeights):
+                    progress.item(shard.source.file)
                     _check_base_file(shard, weights, report)
                     progress.advance(shard.source.size)
             except SurgeryError as error:  # a file that cannot even be read; the others may be well

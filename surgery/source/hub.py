@@ -12,6 +12,7 @@ from surgery.format.files import Watch, check_relative_path
 from surgery.format.manifest import SourceRecord
 from surgery.format.safetensors import Header, ShardReader, header_length, parse_header
 from surgery.names import CONFIG_FILE
+from surgery.progress import listening
 from surgery.source import hub_client as client
 from surgery.source.model import FolderSource, Source, Stays, check_subfolder, read_config, read_text
 from surgery.source.origin import HubOrigin
@@ -78,7 +79,7 @@ def _first_line(error: Exception) -> str:
 
 
 def fetch(repo_id: str, commit: str, file: str, folder: Path | None = None) -> Path:
-    """A file of a repository, in the hub's cache or in a folder of one's own.
+    """A file of a repository, in the hub's cache or in a folder of one's own; the progress is told how much of it is here.
 
     Raises:
         SourceError: see the tables above.
@@ -215,6 +216,7 @@ class HubSource(Stays):
         if (cached := client.cached_file(self.repo_id, self.commit, file)) is not None:
             with ShardReader(cached, name=name, watch=self.watch) as reader:
                 return reader.header
+        listening().item(f"header of {shard}")
         with explained(self.repo_id):
             raw = client.first_bytes(self.repo_id, self.commit, file, min(size, _HEADER_BYTES)) if size > 0 else b""
             end = 8 + header_length(raw, file=name, file_bytes=size)

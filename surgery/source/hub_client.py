@@ -17,9 +17,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
+
+from tqdm import tqdm
 
 from surgery.errors import MissingExtra
 from surgery.format.files import write_file
+from surgery.progress import Progress, listening
 
 _OLDEST = (1, 5)
 _TRIED = "1.5.0 to 2.4.0"
@@ -220,8 +224,26 @@ def _answering() -> Iterator[None]:
 
 def download(repo_id: str, commit: str, file: str, folder: Path | None = None) -> Path:
     """A file, in the cache or in a folder of one's own. Raises the client's errors; OSError, RuntimeError or
-    ``XetDownloadError`` for what fails on the way or on the disk."""
-    return Path(hf_hub_download(repo_id, file, revision=commit, local_dir=folder))
+    ``XetDownloadError`` for what fails on the way or on the disk. Whoever listens is told how much of it is here."""
+    bar = type("Download", (_Download,), {"progress": listening(), "file": file})
+    return Path(hf_hub_download(repo_id, file, revision=commit, local_dir=folder, tqdm_class=bar))
+
+
+class _Download(tqdm):  # type: ignore[type-arg]
+    """What the client takes for its bar. It shows nothing, and says how far the download of a file is."""
+
+    progress: Progress
+    file: str
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.pop("name", None)  # which some versions of the client give to any class
+        super().__init__(*args, **{**kwargs, "disable": True})
+        self.done = self.n
+
+    def update(self, n: float | None = 1) -> None:
+        self.done += n or 0
+        share = f"{self.done / self.total:.0%} of " if self.total else ""
+        self.progress.item(f"fetching {share}{self.file}")
 
 
 def sha256_of(repo_id: str, commit: str, file: str) -> str | None:

@@ -107,6 +107,7 @@ class Upload:
         self._queue: queue.SimpleQueue[list[CommitOperationAdd] | None] = queue.SimpleQueue()
         self._uploaded: dict[str, CommitOperationAdd] = {}
         self._bytes_submitted = self._bytes_done = 0
+        self._name = ""  # of what is being uploaded
         self._error: BaseException | None = None
         self._dropped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="surgery-upload", daemon=True)
@@ -204,6 +205,7 @@ class Upload:
         try:
             while self._thread.is_alive():
                 self._thread.join(timeout=0.2)
+                progress.item(self._name)
                 progress.advance(self._bytes_done - done)
                 done = self._bytes_done
         finally:
@@ -236,7 +238,7 @@ class Upload:
 
     def _transferred(self, addition: CommitOperationAdd) -> list[CommitOperationAdd]:
         """Bring a file's contents to the hub, to be committed; nothing to commit if the repository has it."""
-        name = addition.path_in_repo
+        self._name = name = addition.path_in_repo
         there = self._patiently(lambda: self._described([name]))
         missing = not _is_there(there, addition)
         if missing:

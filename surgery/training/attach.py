@@ -76,12 +76,48 @@ class _Attached:
 class Scales:
     """The scales attached to a model; made by ``attach``."""
 
-    def __init__(self, manifest: Manifest, homes: dict[str, tuple[_Attached, int]], attached: list[_Attached]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        folder: Path,
+        manifest: Manifest,
+        homes: dict[str, tuple[_Attached, int]],
+        attached: list[_Attached],
+    ) -> None:
+        self._model = model
+        self._folder = folder
         self._manifest = manifest
         self._homes = homes
         self._attached = attached
         #: ``g`` of the targets that the model does not have.
         self._absent = {t.key: torch.ones(t.scales_shape, dtype=torch.float32) for t in manifest.targets if t.key not in homes}
+
+    def __repr__(self) -> str:
+        """How many targets and numbers, of which folder, where they are, and whether they have been changed."""
+        deltas = [home.path.delta(i) for home, i in self._homes.values()]
+        there, every = len(self._homes), len(self._manifest.targets)
+        parts = [
+            f"{there} targets" + (f" of {every}" if there < every else ""),
+            f"{sum(delta.numel() for delta in deltas):,} trainable",
+            repr(str(self._folder)),
+            ", ".join(sorted({str(delta.device) for delta in deltas})),
+            _state(deltas),
+        ]
+        if not self._attached:
+            parts.append("detached")
+        return f"Scales({', '.join(parts)})"
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters of the model are trained, and how many it has, as PEFT does.
+
+        All of the model's count: with a LoRA beside the scales, its parameters are trainable as well.
+        """
+        trainable = every = 0
+        for parameter in self._model.parameters():
+            count = _count(parameter)
+            every += count
+            trainable += count if parameter.requires_grad else 0
+        print(f"trainable params: {trainable:,d} || all params: {every:,d} || trainable%: {100 * trainable / every:.4f}")
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """What to hand to an optimizer: ``g - 1`` of each target in the model, float32 (B k,). Use no weight decay.
@@ -199,6 +235,23 @@ class Scales:
         self._attached.clear()
 
 
+def _state(deltas: Sequence[nn.Parameter]) -> str:
+    """What can be said of ``g - 1`` of all targets without asking other processes."""
+    if any(delta.is_meta for delta in deltas):
+        return "offloaded"
+    frozen = "" if all(delta.requires_grad for delta in deltas) else ", frozen"
+    if any(map(is_sharded, deltas)):
+        return "sharded" + frozen
+    changed = sum(bool(delta.detach().any()) for delta in deltas)
+    return (f"{changed} changed" if changed else "untouched") + frozen
+
+
+def _count(parameter: nn.Parameter) -> int:
+    """Numbers in a parameter. bitsandbytes packs two of 4 bits into a byte; DeepSpeed leaves what is elsewhere empty."""
+    count = parameter.numel() or int(getattr(parameter, "ds_numel", 0))
+    return 2 * parameter.element_size() * count if type(parameter).__name__ == "Params4bit" else count
+
+
 def _trainable(delta: nn.Parameter) -> nn.Parameter:
     if delta.is_meta:
         raise OptionError("the scales have been offloaded with the model", hint="offload the model first, then attach")
@@ -291,7 +344,7 @@ def attach(model: nn.Module, factorized: str | Path) -> Scales:
             f"{len(absent)} of {len(manifest.targets)} targets are not in this model (first: {absent[0].key!r}): their scales "
             "stay at 1, and fold leaves these weights as they are"
         )
-    return Scales(manifest, {key: (by_key[home], i) for key, (home, i) in homes.items()}, attached)
+    return Scales(model, factorized, manifest, {key: (by_key[home], i) for key, (home, i) in homes.items()}, attached)
 
 
 def _check_suitable(model: Any, bare: Any) -> None:
