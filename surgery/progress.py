@@ -134,33 +134,45 @@ class _Warner(Silent):
 
 
 class Shared:
-    """Another one, for several threads at a time. A note that has been told is not told again."""
+    """Another one, for several threads at a time. A note that has been told is not told again.
+
+    What the other one does is its own: an operation that it calls is no part of the one that it hears.
+    """
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._told: set[str] = set()
-        self._one = threading.RLock()  # a listener may call an operation itself
+        self._one = threading.Lock()
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        with self._one:
+            before = _listener.set(None)
+            try:
+                yield
+            finally:
+                _listener.reset(before)
 
     def start(self, label: str, total_bytes: int) -> None:
-        with self._one:
+        with self._turn():
             self._progress.start(label, total_bytes)
 
     def item(self, name: str) -> None:
-        with self._one:
+        with self._turn():
             self._progress.item(name)
 
     def advance(self, n_bytes: int) -> None:
-        with self._one:
+        with self._turn():
             self._progress.advance(n_bytes)
 
     def note(self, message: str) -> None:
-        with self._one:
+        with self._turn():
             if message not in self._told:
                 self._told.add(message)
                 self._progress.note(message)
 
     def finish(self) -> None:
-        with self._one:
+        with self._turn():
             self._progress.finish()
 
 

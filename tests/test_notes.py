@@ -203,7 +203,7 @@ def test_operations_in_operations_and_beside_each_other() -> None:
         assert listening() is not None
 
     @heard
-    def outer(progress: surgery.Progress | None = None) -> None:
+    def outer(item: object = None, progress: surgery.Progress | None = None) -> None:
         inner()
 
     silent = surgery.Silent()
@@ -214,12 +214,12 @@ def test_operations_in_operations_and_beside_each_other() -> None:
     assert [warning.filename for warning in caught] == [str(HERE)]
 
     class Calling(surgery.Silent):
-        """Calls an operation itself when it is told something."""
+        """Calls an operation itself when it is told something, which works in threads and tells nobody else."""
 
         def note(self, message: str) -> None:
             super().note(message)
-            if len(self.notes) == 1:
-                inner()
+            with pytest.warns(surgery.SurgeryWarning, match="inside"), Lane(torch.device("cpu"), 1, 1 << 20) as lane:
+                lane.submit(outer, None).result(timeout=30)
 
     calling = Calling()
     outer(progress=calling)
@@ -287,10 +287,8 @@ def flat(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.usefixtures("no_convergence")
 def test_targets_that_did_not_converge_are_named(flat: Path, tmp_path: Path) -> None:
-    said = (
-        r"the SVD of 2 of 3 targets did not reach the tolerance 1e-05: model\.layers\.\d\.mlp\.up_proj\.weight \(residual .*try"
-    )
-    with pytest.warns(surgery.SurgeryWarning, match=f"(?i){said}"):
+    said = r"the SVD of 2 of 3 targets did not reach the tolerance 1e-05: model\.layers\.\d\.mlp\.up_proj\.weight \(residual "
+    with pytest.warns(surgery.SurgeryWarning, match=f"{said}.*Try another --rank or --seed"):
         report = surgery.factorize(flat, tmp_path / "f", rank=4, device="cpu")
     failed = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(2)]
     assert (report.converged, sorted(report.unconverged)) == (False, failed)

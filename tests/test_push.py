@@ -32,7 +32,9 @@ pytestmark = [
     # PEFT asks transformers for an attribute that has a new name.
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     # What is said of an upload, where a test does not listen.
-    pytest.mark.filterwarnings(r"ignore:uploaded to |.* is already complete:surgery.errors.SurgeryWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:uploaded to |.* is already complete|the repository .* is there already:surgery.errors.SurgeryWarning"
+    ),
 ]
 
 CARD = "---\nlicense: apache-2.0\n---\n\n# The source's own card\n"
