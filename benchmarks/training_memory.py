@@ -102,7 +102,7 @@ def peak_bytes(model: Any, args: argparse.Namespace) -> int:
 
 def report(folder: Path, args: argparse.Namespace, dtype: torch.dtype) -> None:
     write_model(folder / "model", args, dtype)
-    manifest = surgery.factorize(folder / "model", folder / "factorized", rank=args.rank)
+    manifest = surgery.factorize(folder / "model", folder / "factorized", rank=args.rank).manifest
     tokens, targets = args.batch * args.length, len(manifest.targets)
     rank_k = tokens * args.rank * dtype.itemsize
     widths = [target.shape[1] for target in manifest.targets]

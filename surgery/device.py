@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Sequence
 from typing import ParamSpec, TypeVar
 
 import torch
 
+from surgery.arguments import checked
 from surgery.arithmetic import exact_arithmetic
-from surgery.errors import OptionError, SurgeryWarning
+from surgery.errors import OptionError, naming_system_errors
+from surgery.installation import check_installation
+from surgery.progress import heard, note
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
@@ -71,7 +73,7 @@ def as_memory_allows(
 ) -> list[_Out]:
     """``work(items, device)``, in halves where a GPU has not the memory for all at once.
 
-    What does not fit alone is done on the CPU, with a warning: a full GPU costs time, never the run.
+    What does not fit alone is done on the CPU, with a note: a full GPU costs time, never the run.
     """
     if device.type == "cpu":
         return work(items, device)
@@ -86,25 +88,30 @@ def as_memory_allows(
     if len(items) > 1:
         half = len(items) // 2
         return as_memory_allows(work, items[:half], device) + as_memory_allows(work, items[half:], device)
-    warnings.warn(
-        SurgeryWarning(f"{device} has not enough free memory for every matrix: the largest are done on the CPU"), stacklevel=2
-    )
+    note(f"{device} has not enough free memory for every matrix: the largest are done on the CPU")
     return work(items, torch.device("cpu"))
 
 
 def on_its_own_terms(function: Callable[_Arguments, _Out]) -> Callable[_Arguments, _Out]:
-    """For what users call: tensors made without a device are on the CPU, whatever the caller's default device is, and
-    arithmetic is exact, see ``exact_arithmetic``."""
+    """For what users call.
+
+    Its arguments are of the kinds that its signature says (``surgery.arguments``). Tensors made without a device are on the
+    CPU, whatever the caller's default device is. Arithmetic is exact, see ``exact_arithmetic``. And what the system says of a
+    file is one of our errors. Its progress and notes reach whoever listens, see ``heard``.
+    """
+    call: Callable[..., _Out] = function
 
     @functools.wraps(function)
     def wrapped(*arguments: _Arguments.args, **options: _Arguments.kwargs) -> _Out:
-        with exact_arithmetic():
+        check_installation()
+        fitting, named = checked(function, arguments, options)
+        with naming_system_errors(), exact_arithmetic():
             if torch.get_default_device().type == "cpu":  # the context costs each operation a call
-                return function(*arguments, **options)
+                return call(*fitting, **named)
             with torch.device("cpu"):
-                return function(*arguments, **options)
+                return call(*fitting, **named)
 
-    return wrapped
+    return heard(wrapped)
 
 
 def _is_full(error: RuntimeError) -> bool:

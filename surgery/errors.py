@@ -1,16 +1,27 @@
 """The exception hierarchy. Every failure a user can cause or meet is one of these.
 
 SurgeryError
- +-- OptionError     (ValueError)   an option or argument that makes no sense here
- +-- SourceError     (OSError)      the model cannot be found, reached or used
- +-- FormatError     (ValueError)   a file breaks its own format
- +-- WeightError     (ValueError)   a weight that cannot be factorized (NaN, infinity)
- +-- ScalesError     (ValueError)   scales that do not fit the factors
- +-- OutputError     (OSError)      the output folder or the disk under it
- +-- MissingExtra    (ImportError)  an optional package is needed for this
+ +-- OptionError        (ValueError)    an option or argument that makes no sense, here or at all
+ +-- SourceError        (OSError)       the model cannot be found, reached or used
+ +-- ReadError          (OSError)       a file is there, or was, and the system does not let it be read
+ +-- FormatError        (ValueError)    a file breaks its own format
+ +-- WeightError        (ValueError)    a weight that cannot be factorized (NaN, infinity)
+ +-- ScalesError        (ValueError)    scales that do not fit the factors
+ +-- OutputError        (OSError)       the output folder or the disk under it
+ +-- ClusterError       (RuntimeError)  a Ray cluster that cannot be reached, has no room, or has been lost
+ +-- MissingExtra       (ImportError)   an optional package is needed for this
+ +-- InstallationError  (ImportError)   another project has the same package
+
+SurgeryWarning          (UserWarning)   something that works but is probably not meant
+
+Where the system has said what is wrong, its error is the ``__cause__``. What is no error of ours is Python's about the call
+itself: a TypeError for an unknown keyword.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class SurgeryError(Exception):
@@ -50,6 +61,10 @@ class SourceError(SurgeryError, OSError):
     """The model cannot be found, reached or used."""
 
 
+class ReadError(SurgeryError, OSError):
+    """A file that cannot be read: permissions, a folder in its place, a failing disk, or it has just gone."""
+
+
 class FormatError(SurgeryError, ValueError):
     """A file breaks its own format: truncated, garbage, or inconsistent."""
 
@@ -66,9 +81,33 @@ class OutputError(SurgeryError, OSError):
     """The output folder or the disk under it cannot be used."""
 
 
+class ClusterError(SurgeryError, RuntimeError):
+    """A Ray cluster cannot be reached, has nothing to work on, or has lost a task for good."""
+
+
 class MissingExtra(SurgeryError, ImportError):
     """An optional package is needed for what was asked."""
 
 
+class InstallationError(SurgeryError, ImportError):
+    """The package ``surgery`` of this project and that of another one lie in the same folder."""
+
+
 class SurgeryWarning(UserWarning):
-    """Something that works but is probably not meant."""
+    """A note that nobody else hears: what works but is probably not meant, or what an operation has done by itself."""
+
+
+@contextmanager
+def naming_system_errors() -> Iterator[None]:
+    """At the edge to callers: what the system says of a file, and nothing nearer to it has explained, is a ``ReadError``.
+
+    An OSError without a file, such as that of a closed pipe, is not of ours.
+    """
+    try:
+        yield
+    except SurgeryError:
+        raise
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise ReadError(f"{error.filename}: the system refuses it ({error.strerror})") from error

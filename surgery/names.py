@@ -52,6 +52,15 @@ OUR_FILES = re.compile(
 )
 
 
+#: What systems and file managers leave in any folder, such as ``._model.safetensors`` beside a file.
+_LITTER = re.compile(r"\._.*|\.DS_Store|(eh)?thumbs\.db|desktop\.ini|__MACOSX|\.ipynb_checkpoints", re.IGNORECASE)
+
+
+def is_litter(name: str) -> bool:
+    """Whether a file is none of anybody's, or lies in a folder that is not, by its path."""
+    return any(map(_LITTER.fullmatch, name.split("/")))
+
+
 def is_reserved(name: str) -> bool:
     """Whether a file of a model cannot have this path in a result, where files of ours have it while they are made or after."""
     return name.split("/")[0] in (JOURNAL_DIR, SURGERY_DIR) or name.endswith(RESERVED_SUFFIX)

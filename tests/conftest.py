@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import tempfile
 from collections.abc import Iterator
@@ -19,11 +21,13 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_DISABLE_XET"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ.pop("HF_TOKEN", None)
+os.environ.pop("COLUMNS", None)  # which tables would keep to
 
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from click.testing import CliRunner  # noqa: E402
 
 import surgery  # noqa: E402
 from tests.models import save_llama, save_mixed  # noqa: E402
@@ -33,6 +37,9 @@ from tests.releases import OLDER  # noqa: E402
 def pytest_configure(config: pytest.Config) -> None:
     if OLDER:  # modules of older releases are compiled by torch.compile as they are imported, and torch warns of its own code
         config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+
+if "mix_stderr" in inspect.signature(CliRunner).parameters:  # before click 8.2, where they are apart
+    CliRunner.__init__ = functools.partialmethod(CliRunner.__init__, mix_stderr=False)
 
 
 @pytest.fixture(scope="session")

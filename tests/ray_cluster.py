@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import ray
@@ -21,8 +22,11 @@ import torch
 from ray.cluster_utils import Cluster
 
 import surgery
+from surgery.engine.lane import Lane
+from surgery.engine.ray import connected, run_remotely
 from surgery.names import JOURNAL_DIR, PARTIALS_DIR
-from surgery.progress import Silent
+from surgery.planning.memory import Resources, need_to_factorize, share_out
+from surgery.progress import Silent, heard, note
 
 
 class Watch:
@@ -81,6 +85,22 @@ class Told(Silent):
         self.bytes += n_bytes
 
 
+class Saying:
+    """A job that has something to say, in a thread of its lane."""
+
+    def __call__(self, lane: Lane, attempt: str) -> int:
+        for _ in range(2):
+            lane.submit(note, "said elsewhere").result()
+        return 7
+
+
+@heard
+def said_elsewhere(*, progress: Silent) -> int:
+    memory = share_out([need_to_factorize(target) for target in surgery.plan(Path(sys.argv[1])).targets], Resources())
+    with connected("cpu") as found, closing(run_remotely({0: Saying()}, found, memory, None)) as done:
+        return dict(done)[0]
+
+
 def main(model: Path, folder: Path) -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     victim = cluster.add_node(num_cpus=1)
@@ -110,6 +130,8 @@ def main(model: Path, folder: Path) -> None:
         surgery.factorize(folder / "broken", folder / "x", rank=4, engine="ray", device="cpu")
     except surgery.SurgeryError as error:
         report["error"] = f"{type(error).__name__}: {error}"
+    said = Told()
+    report["said"] = [said_elsewhere(progress=said), *said.notes]
     (folder / "report.json").write_text(json.dumps(report))  # not printed: Ray prints as well
     ray.shutdown()
     cluster.shutdown()

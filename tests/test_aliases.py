@@ -22,7 +22,12 @@ from surgery.progress import Silent
 from surgery.training import skeleton
 from tests.families import FAMILIES
 from tests.loopback_hub import LoopbackHub
-from tests.models import realistic, save_llama, tensors_of
+from tests.models import planned, realistic, save_llama, tensors_of
+
+# What is said of such a model, where a test does not listen.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.* (is stored again as|may be one parameter|is already complete):surgery.errors.SurgeryWarning"
+)
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LAYOUTS = ["residual", "overlay"]
@@ -93,7 +98,7 @@ def _check(folder: Path, tmp_path: Path, layout: str, include: Iterable[str] = (
     kind = kind or getattr(transformers, json.loads((folder / "config.json").read_text())["architectures"][0])
     base = folder if layout == "overlay" else None
     factorized = tmp_path / "f"
-    manifest = surgery.factorize(folder, factorized, rank=4, include=list(include), layout=layout)
+    manifest = surgery.factorize(folder, factorized, rank=4, include=list(include), layout=layout).manifest
     for loaded in [folder] if base else [folder, factorized]:
         model = kind.from_pretrained(loaded, dtype="auto").eval()
         scales = surgery.attach(model, factorized)
@@ -270,17 +275,17 @@ def test_what_a_config_says_counts_as_the_class_takes_it(
     (tmp_path / "config.json").write_text(json.dumps(config))
     loaded = type(model).from_pretrained(tmp_path)
     tied = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
-    (target,) = surgery.plan(tmp_path, rank=2, include=[embedding]).targets
+    (target,) = planned(tmp_path, rank=2, include=[embedding]).targets
     assert bool(target.aliases) is tied
 
 
 def test_the_config_counts_where_the_class_cannot_be_followed(tmp_path: Path) -> None:
     folder = tied_llama(tmp_path / "m", tie_word_embeddings=True)
     _rewrite(folder, {**tensors_of(folder), "norm.weight": torch.ones(48)})  # beside model.norm.weight
-    assert [len(t.aliases) for t in surgery.plan(folder, rank=2, include=[EMBEDDING]).targets] == [1]
+    assert [len(t.aliases) for t in planned(folder, rank=2, include=[EMBEDDING]).targets] == [1]
     _rewrite(folder, tensors_of(folder), tie_word_embeddings=None)
     with pytest.raises(OptionError, match="it cannot be known") as caught:
-        surgery.plan(folder, rank=2, include=[EMBEDDING])
+        planned(folder, rank=2, include=[EMBEDDING])
     assert "two tensors of the checkpoint are loaded as 'model.norm.weight'" in str(caught.value)
 
 
@@ -290,11 +295,11 @@ def test_a_class_of_its_own_that_says_it_of_its_language_model(said: dict[str, b
     parts = {part: {"tie_word_embeddings": tied} for part, tied in said.items()}
     _rewrite(folder, tensors_of(folder), **parts)
     if said:
-        (target,) = surgery.plan(folder, rank=2, include=[EMBEDDING]).targets
+        (target,) = planned(folder, rank=2, include=[EMBEDDING]).targets
         assert bool(target.aliases) is next(iter(said.values()))
         _rewrite(folder, tensors_of(folder), tie_word_embeddings=not next(iter(said.values())))
     with pytest.raises(OptionError, match="it cannot be known whether the model ties them"):  # unsaid, or contradicted
-        surgery.plan(folder, rank=2, include=[EMBEDDING])
+        planned(folder, rank=2, include=[EMBEDDING])
 
 
 @pytest.mark.parametrize("missing", ["no config", "a class of its own", "no transformers"])
@@ -307,12 +312,12 @@ def test_what_cannot_be_known_is_refused(missing: str, tmp_path: Path, monkeypat
     else:
         monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(OptionError, match=f"{HEAD} and {EMBEDDING}: they hold the same weights") as caught:
-        surgery.plan(folder, rank=2, include=[EMBEDDING])
+        planned(folder, rank=2, include=[EMBEDDING])
     assert "--exclude 'lm_head.weight' --exclude 'model.embed_tokens.weight'" in str(caught.value)
     assert "tie_word_embeddings" in str(caught.value)
     if missing != "no config":  # said in the config it is known, without transformers as well
         _rewrite(folder, tensors_of(folder), tie_word_embeddings=True)
-        assert [len(t.aliases) for t in surgery.plan(folder, rank=2, include=[EMBEDDING]).targets] == [1]
+        assert [len(t.aliases) for t in planned(folder, rank=2, include=[EMBEDDING]).targets] == [1]
 
 
 class _Blocks(torch.nn.Module):
@@ -329,7 +334,7 @@ def test_equal_weights_in_blocks_of_an_unknown_class(tmp_path: Path) -> None:
     folder.mkdir()
     save_file({"layers.0.up.weight": weight, "layers.1.up.weight": weight.clone()}, folder / "model.safetensors")
     told = Silent()
-    manifest = surgery.factorize(folder, tmp_path / "f", rank=2, layout="overlay", progress=told)
+    manifest = surgery.factorize(folder, tmp_path / "f", rank=2, layout="overlay", progress=told).manifest
     assert len(manifest.targets) == 2
     assert [note for note in told.notes if "layers.1.up.weight holds the same weights as layers.0.up.weight" in note]
     for tied in (False, True):
@@ -342,7 +347,7 @@ def test_equal_weights_in_blocks_of_an_unknown_class(tmp_path: Path) -> None:
             assert len(list(surgery.attach(model, tmp_path / "f").parameters())) == 2
     zeros = torch.zeros(32, 24)  # have no directions to change
     save_file({"layers.0.up.weight": zeros, "layers.1.up.weight": zeros.clone()}, folder / "model.safetensors")
-    assert surgery.plan(folder, rank=2).notes == ()
+    assert planned(folder, rank=2).notes == ()
 
 
 def test_an_embedding_that_begins_with_zeros_is_compared(tmp_path: Path) -> None:
@@ -351,7 +356,7 @@ def test_an_embedding_that_begins_with_zeros_is_compared(tmp_path: Path) -> None
     for row in (0, 48, 96):
         tensors[EMBEDDING][row] = 0
     _rewrite(folder, {**tensors, HEAD: tensors[EMBEDDING]})
-    assert [len(t.aliases) for t in surgery.plan(folder, rank=2, include=[EMBEDDING]).targets] == [1]
+    assert [len(t.aliases) for t in planned(folder, rank=2, include=[EMBEDDING]).targets] == [1]
 
 
 def test_without_a_correction_the_copies_would_part(tmp_path: Path) -> None:
@@ -363,7 +368,7 @@ def test_without_a_correction_the_copies_would_part(tmp_path: Path) -> None:
 def test_a_parameter_that_the_manifest_knows_in_part_is_not_attached(tmp_path: Path) -> None:
     """As before aliases were recorded: the fold would edit one of the two."""
     folder = tied_llama(tmp_path / "m")
-    manifest = surgery.factorize(folder, tmp_path / "f", rank=2, include=[EMBEDDING], layout="overlay")
+    manifest = surgery.factorize(folder, tmp_path / "f", rank=2, include=[EMBEDDING], layout="overlay").manifest
     described = dataclasses.asdict(manifest)
     described["skipped"].append({**described["targets"][0].pop("aliases")[0], "reason": "an output head"})
     (tmp_path / "f" / MANIFEST_FILE).write_text(json.dumps(described))
@@ -386,7 +391,9 @@ def test_a_parameter_that_the_manifest_knows_in_part_is_not_attached(tmp_path: P
 )
 def test_aliases_in_a_manifest_that_make_no_sense(change: Callable[[Any], Any], message: str, tmp_path: Path) -> None:
     folder = tied_llama(tmp_path / "m")
-    manifest = surgery.factorize(folder, tmp_path / "f", rank=2, include=["lm_head.*", "*q_proj.weight"], layout="overlay")
+    manifest = surgery.factorize(
+        folder, tmp_path / "f", rank=2, include=["lm_head.*", "*q_proj.weight"], layout="overlay"
+    ).manifest
     described = dataclasses.asdict(manifest)
     change(described)
     (tmp_path / "f" / MANIFEST_FILE).write_text(json.dumps(described))
@@ -414,20 +421,22 @@ def test_from_the_hub_they_are_compared_when_the_run_has_them(stream: bool, hub:
     folder = tied_llama(tmp_path / "m", shards=3)
     name = f"acme/tied-{stream}"
     hub.publish(name, folder)
-    notes = surgery.plan(name, rank=2, include=[EMBEDDING]).notes
+    notes = planned(name, rank=2, include=[EMBEDDING]).notes
     assert any(f"{HEAD} and {EMBEDDING} may be one parameter" in note for note in notes)
     told = Silent()
     layout = "overlay" if stream else "residual"
-    manifest = surgery.factorize(name, tmp_path / "f", rank=2, include=[EMBEDDING], stream=stream, layout=layout, progress=told)
+    manifest = surgery.factorize(
+        name, tmp_path / "f", rank=2, include=[EMBEDDING], stream=stream, layout=layout, progress=told
+    ).manifest
     assert _aliases(manifest) == {EMBEDDING: [HEAD]}
     assert any("stored again" in note for note in told.notes)
-    again = surgery.factorize(name, tmp_path / "f", rank=2, include=[EMBEDDING], stream=stream, layout=layout)
+    again = surgery.factorize(name, tmp_path / "f", rank=2, include=[EMBEDDING], stream=stream, layout=layout).manifest
     assert again == manifest
     scales = {EMBEDDING: torch.tensor([1.5, 0.5])}
     surgery.fold(tmp_path / "f", scales, tmp_path / "out", stream=stream)
     after = tensors_of(tmp_path / "out")
     assert torch.equal(after[EMBEDDING], after[HEAD])
-    local = surgery.factorize(folder, tmp_path / "local", rank=2, include=[EMBEDDING])
+    local = surgery.factorize(folder, tmp_path / "local", rank=2, include=[EMBEDDING]).manifest
     surgery.fold(tmp_path / "local", scales, tmp_path / "local-out")
     assert local.targets[0].factors_sha256 == manifest.targets[0].factors_sha256
     assert all(torch.equal(tensor, after[key]) for key, tensor in tensors_of(tmp_path / "local-out").items())
@@ -442,7 +451,7 @@ def test_the_skeleton_is_not_needed_where_nothing_is_equal(tmp_path: Path, monke
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "m")
     monkeypatch.setattr(skeleton, "skeleton", None)
     monkeypatch.setattr("surgery.operations.aliases.skeleton", None)
-    assert len(surgery.plan(tmp_path / "m", rank=2).targets) == 14
+    assert len(planned(tmp_path / "m", rank=2).targets) == 14
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -189,7 +189,7 @@ def results(model: Path, loaded: Any, matrices: list[torch.Tensor], folder: Path
     projected = surgery.project(folder / "f", folder / "folded", folder / "projected.safetensors")
     surgery.blend([scales, changed], folder / "blended.safetensors")
     surgery.export(folder / "f", changed, folder / "adapter")
-    spectra = surgery.spectra(model, folder / "folded")
+    spectra = surgery.spectra(model, folder / "folded").as_json()
     attached = surgery.attach(loaded, folder / "f")
     attached.load(changed)
     loaded(torch.arange(10)[None]).logits.sum().backward()

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -138,7 +139,7 @@ def test_any_module(tmp_path: Path) -> None:
     weights = {name: value for name, value in model.state_dict().items() if name != "head.weight"}
     (tmp_path / "m").mkdir()
     save_file(weights, tmp_path / "m/model.safetensors")
-    manifest = surgery.factorize(tmp_path / "m", tmp_path / "f", rank=4, include=["*weight"])
+    manifest = surgery.factorize(tmp_path / "m", tmp_path / "f", rank=4, include=["*weight"]).manifest
     assert len(manifest.targets) == 8
     ids = torch.arange(12).view(2, 6)
     before = model(ids)
@@ -186,7 +187,9 @@ def test_names_and_shapes_are_followed_as_transformers_converts_them(tmp_path: P
         )
         llama = tmp_path / "m"
         transformers.LlamaForCausalLM(config).save_pretrained(llama)
-        manifest = surgery.factorize(llama, tmp_path / "f", rank=4, include=["*_proj.*", "*.qkv.*", "*.both.*", "*.down.*"])
+        manifest = surgery.factorize(
+            llama, tmp_path / "f", rank=4, include=["*_proj.*", "*.qkv.*", "*.both.*", "*.down.*"]
+        ).manifest
         assert len(manifest.targets) == 4 * 2
         original = _load(llama)(IDS).logits
         for loaded in (llama, tmp_path / "f"):
@@ -416,3 +419,50 @@ def test_tied_scales_are_saved_with_the_model_once(tmp_path: Path) -> None:
     scales.save(tmp_path / "s.safetensors")
     surgery.fold(tmp_path / "f", tmp_path / "s.safetensors", tmp_path / "o")
     assert torch.allclose(_load(tmp_path / "o")(IDS).logits, attached, atol=1e-4)
+
+
+def test_scales_say_what_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the words of PEFT, and with the numbers that PEFT counts."""
+    llama = save_llama(tmp_path / "m", torch.float32)
+    surgery.factorize(llama, tmp_path / "f", rank=8)
+    model = _load(llama)
+    scales = surgery.attach(model, tmp_path / "f")
+    where = repr(str(tmp_path / "f"))
+    assert repr(scales) == f"Scales(14 targets, 112 trainable, {where}, cpu, untouched)"
+    scales.print_trainable_parameters()
+    peft.PeftModel.print_trainable_parameters(_Counted(model))
+    ours, theirs = capsys.readouterr().out.splitlines()
+    assert ours == theirs
+    assert ours.startswith("trainable params: 112 || all params: ")
+    with torch.no_grad():
+        next(scales.parameters())[2] = 0.5
+    assert repr(scales) == f"Scales(14 targets, 112 trainable, {where}, cpu, 1 changed)"
+    model.requires_grad_(False)
+    assert repr(scales).endswith("cpu, 1 changed, frozen)")
+    model.to("meta")
+    assert repr(scales).endswith("meta, offloaded)")
+    scales.detach()
+    assert repr(scales).endswith("offloaded, detached)")
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_scales_beside_a_lora_count_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    llama = save_llama(tmp_path / "m", torch.bfloat16)
+    surgery.factorize(llama, tmp_path / "f", rank=8, include=["*.layers.0.*_proj.weight"])
+    model = peft.get_peft_model(_load(llama), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    scales = surgery.attach(model, tmp_path / "f")
+    scales.print_trainable_parameters()
+    model.print_trainable_parameters()
+    ours, theirs = capsys.readouterr().out.splitlines()
+    assert ours == theirs
+    assert repr(scales).startswith("Scales(7 targets, 56 trainable, ")
+
+
+class _Counted:
+    """What PEFT's own count looks at."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.named_parameters = model.named_parameters
+
+    def get_nb_trainable_parameters(self) -> Any:
+        return peft.PeftModel.get_nb_trainable_parameters(self)

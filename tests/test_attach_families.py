@@ -181,7 +181,7 @@ def test_every_weight_is_what_fold_makes_of_it(make: Callable[[], Any], include:
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.1)
     model.save_pretrained(folder)
-    manifest = surgery.factorize(folder, tmp_path / "f", rank=4, layout="overlay", include=include)
+    manifest = surgery.factorize(folder, tmp_path / "f", rank=4, layout="overlay", include=include).manifest
     assert any(cut in target.tensor for target in manifest.targets)
     model = type(model).from_pretrained(folder)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -243,7 +243,7 @@ def test_halves_that_are_not_seen_in_the_same_way_are_refused(dim: int, tmp_path
 
 def _check(family: Family, split: bool | None, tmp_path: Path, tolerance: float = 1e-4) -> None:
     folder = family.save(tmp_path / "model")
-    manifest = surgery.factorize(folder, tmp_path / "f", rank=4, layout="overlay", split=split)
+    manifest = surgery.factorize(folder, tmp_path / "f", rank=4, layout="overlay", split=split).manifest
     model = family.load(folder)
     with torch.no_grad():
         before = family.run(model)

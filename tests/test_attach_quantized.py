@@ -17,6 +17,8 @@ from tests.models import save_llama
 IDS = torch.arange(40)[None]
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 
+#: bitsandbytes' CPU kernel takes another block's scale where a row is no multiple of its 64.
+_SIZES = {"hidden_size": 64, "intermediate_size": 128}
 _BITS = {
     "4 bits": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32},
     "8 bits": {"load_in_8bit": True},
@@ -46,7 +48,7 @@ def _dense(model: Any) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("bits", _BITS)
 def test_scales_on_a_quantized_base(bits: str, tmp_path: Path) -> None:
-    llama = save_llama(tmp_path / "m", torch.float32)
+    llama = save_llama(tmp_path / "m", torch.float32, **_SIZES)
     surgery.factorize(llama, tmp_path / "f", rank=8, layout="overlay")
     model = _quantized(llama, bits)
     embeds = model.get_input_embeddings()(IDS).detach().requires_grad_()
@@ -83,7 +85,7 @@ def test_scales_on_a_quantized_base(bits: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bits", _BITS)
 def test_what_a_quantized_base_holds_is_told(bits: str, tmp_path: Path) -> None:
-    llama = save_llama(tmp_path / "m", torch.float32)
+    llama = save_llama(tmp_path / "m", torch.float32, **_SIZES)
     surgery.factorize(llama, tmp_path / "f", rank=8)
     original = _quantized(llama, bits)
     residual = _quantized(tmp_path / "f", bits)

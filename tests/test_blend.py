@@ -185,7 +185,7 @@ def _with_metadata(path: Path, owner: str) -> None:
     [
         (lambda path: path.unlink(), ScalesError, "there is no scales file"),
         (_truncated, FormatError, "size does not fit"),
-        (lambda path: path.write_bytes(b"PK\3\4"), FormatError, "no safetensors file"),
+        (lambda path: path.write_bytes(b"PK\3\4"), FormatError, "is a zip archive"),
         (lambda path: save_file({}, path), ScalesError, "holds no scales"),
         (lambda path: save_file({"a": torch.ones(2, dtype=torch.int32)}, path), ScalesError, "'a' has a dtype"),
         (lambda path: save_file({"a": torch.ones(2, 2, 2)}, path), ScalesError, "'a' has a shape"),
@@ -216,7 +216,7 @@ def test_half_precision_is_warned_of(tmp_path: Path) -> None:
 
 def test_a_blend_is_folded_as_the_mean_of_the_folds(llama: Path, tmp_path: Path) -> None:
     """A folded weight is linear in its scales: up to rounding to bfloat16, blend and fold may change places."""
-    manifest = surgery.factorize(llama, tmp_path / "f", rank=4, device="cpu")
+    manifest = surgery.factorize(llama, tmp_path / "f", rank=4, device="cpu").manifest
     for seed in range(2):
         generator = torch.Generator().manual_seed(seed)
         values = {target.key: 1 + 0.5 * torch.randn(target.scales_shape, generator=generator) for target in manifest.targets}
@@ -294,7 +294,7 @@ def test_show_command(llama: Path, tmp_path: Path) -> None:
     assert parsed["directions"] == [{"target": "layers.0.qkv.weight[v]", "matrix": None, "direction": 4, "g": -3.0}]
     assert (parsed["schema_version"], parsed["changed"], parsed["median"]) == (1, 4, 1.0)
 
-    manifest = surgery.factorize(llama, tmp_path / "f", rank=4, device="cpu")
+    manifest = surgery.factorize(llama, tmp_path / "f", rank=4, device="cpu").manifest
     done = _run("scales", "show", tmp_path / "f/surgery/scales.safetensors")
     assert done.stdout.splitlines() == [
         "14 targets, 56 trainable numbers, all of them 1: an untouched file",
@@ -329,7 +329,7 @@ def test_blend_command(files: list[Path], tmp_path: Path, monkeypatch: pytest.Mo
     save_file(_values(0), "nameless")
     done = _run("blend", files[0], "nameless", "-o", "other")
     assert done.exit_code == 0
-    assert done.stderr.splitlines()[-1].startswith("note: nameless does not say which factors it belongs to")
+    assert done.stderr.startswith("note: nameless does not say which factors it belongs to")
     assert _run("blend", files[0], "nameless", "-o", "other", "--overwrite", "-q").output == ""
 
 

@@ -131,7 +131,8 @@ def test_recipes_are_listed() -> None:
     assert re.search(r"^llama: every linear layer", done.stdout, re.MULTILINE)
     assert "not *.mlp.router.weight: a router" in done.stdout
     listed = json.loads(_run("recipes", "--json").stdout)
-    assert {recipe["name"] for recipe in listed} >= {"llama", "attention", "mlp", "gpt_oss", "diffusion"}
+    assert listed["schema_version"] == 1
+    assert {recipe["name"] for recipe in listed["recipes"]} >= {"llama", "attention", "mlp", "gpt_oss", "diffusion"}
 
 
 def test_quiet_says_nothing(llama: Path, tmp_path: Path) -> None:

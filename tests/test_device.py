@@ -76,7 +76,7 @@ def test_a_window_of_several_targets_gives_the_same_model(llama: Path, tmp_path:
     monkeypatch.setattr(batch, "truncated_svds", counting)
     monkeypatch.setattr(engines, "_resources", lambda *_: Resources("cuda", cores=2))
     monkeypatch.setattr(svd, "_in_step", lambda A, k: len(A))
-    manifest = surgery.factorize(llama, tmp_path / "f", rank=4, device="cpu")
+    manifest = surgery.factorize(llama, tmp_path / "f", rank=4, device="cpu").manifest
     assert sizes
     assert min(sizes) > 1
     assert all(target.converged for target in manifest.targets)
@@ -98,7 +98,7 @@ def test_whatever_the_default_device_is(llama: Path, tmp_path: Path) -> None:
     tokens = torch.arange(10)[None]
     A = torch.randn(3, 80, 100)
     expected, logits = surgery.truncated_svd(A, 4), model(tokens).logits
-    fingerprint = surgery.factorize(llama, tmp_path / "truth", rank=4).fingerprint
+    fingerprint = surgery.factorize(llama, tmp_path / "truth", rank=4).manifest.fingerprint
     scales, changed = tmp_path / "truth/surgery/scales.safetensors", tmp_path / "changed.safetensors"
     trained = {name: torch.linspace(1.4, 1.6, g.numel()) for name, g in load_file(scales).items()}
     write_scales(changed, trained, fingerprint)

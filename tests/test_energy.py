@@ -72,7 +72,7 @@ def test_values_that_are_no_numbers_are_refused() -> None:
 def test_a_model_by_energy(llama: Path, tmp_path: Path) -> None:
     steps = plan(llama, energy=0.5, max_rank=12)
     assert {target.rank for target in steps.targets} == {12}
-    manifest = surgery.factorize(llama, tmp_path / "out", energy=0.5, max_rank=12, device="cpu")
+    manifest = surgery.factorize(llama, tmp_path / "out", energy=0.5, max_rank=12, device="cpu").manifest
     assert (manifest.options.energy, manifest.options.rank, manifest.options.max_rank) == (0.5, None, 12)
     assert len({target.rank for target in manifest.targets}) > 1
     assert all(target.energy >= 0.5 or target.rank == 12 for target in manifest.targets)

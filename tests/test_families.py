@@ -45,7 +45,7 @@ def test_there_and_back(name: str, split: bool | None, tmp_path: Path) -> None:
     """Untouched scales give the files back; random ones the output of the model with the formula applied to it."""
     family = FAMILIES[name]
     folder = family.save(tmp_path / "model")
-    manifest = surgery.factorize(folder, tmp_path / "f", rank=4, split=split)
+    manifest = surgery.factorize(folder, tmp_path / "f", rank=4, split=split).manifest
     if split:
         slices: dict[str, set[str]] = {}
         for target in manifest.targets:
@@ -154,7 +154,7 @@ def test_pipeline_of_several_models(tmp_path: Path) -> None:
     assert "text_encoder, unet" in str(caught.value)
     with pytest.raises(surgery.SurgeryError, match="leaves its folder"):
         surgery.plan(pipeline, subfolder="../elsewhere")
-    manifest = surgery.factorize(pipeline, tmp_path / "f", subfolder="unet", rank=4)
+    manifest = surgery.factorize(pipeline, tmp_path / "f", subfolder="unet", rank=4).manifest
     assert manifest.source.subfolder == "unet"
     assert {target.view for target in manifest.targets} == {"matrix", "convolution"}
     surgery.fold(tmp_path / "f", tmp_path / "f/surgery/scales.safetensors", tmp_path / "back")

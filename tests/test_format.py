@@ -82,7 +82,7 @@ def _decode(data: bytes, m: int, n: int, dtype: Any) -> Array:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_a_reader_made_from_the_documentation_gets_the_weights_back(dtype: torch.dtype, tmp_path: Path) -> None:
     model = save_llama(tmp_path / "m", dtype, hidden_size=64, intermediate_size=9000, num_hidden_layers=1, shard_size="1GB")
-    manifest = surgery.factorize(model, tmp_path / "f", rank=6)
+    manifest = surgery.factorize(model, tmp_path / "f", rank=6).manifest
     source, residual = _load(model / "model.safetensors"), _load(tmp_path / "f/model.safetensors")
     factors = _load(tmp_path / "f/surgery/factors-00001-of-00001.safetensors")
     several_blocks = 0

@@ -17,7 +17,7 @@ from surgery.errors import FormatError, OptionError, SourceError, WeightError
 from surgery.linalg.fp8 import block_scales, dequantize, quantize
 from surgery.operations.verify import verify
 from tests.families import FAMILIES
-from tests.models import files_of, tensors_of
+from tests.models import files_of, planned, tensors_of
 from tests.releases import needs
 
 BLOCK = (16, 16)
@@ -136,7 +136,7 @@ def test_there_and_back(name: str, powers_of_two: bool, apart: bool, tmp_path: P
     base = quantize_model(
         FAMILIES[name].save(tmp_path / "m"), tmp_path / "base", block=block, powers_of_two=powers_of_two, apart=apart
     )
-    manifest = surgery.factorize(base, tmp_path / "f", rank=4)
+    manifest = surgery.factorize(base, tmp_path / "f", rank=4).manifest
     assert manifest.layout == "overlay"
     mixed = {"F8_E4M3", "BF16"} if name == "deepseek_v3" else {"F8_E4M3"}  # kv_a_proj_with_mqa has stayed as it was
     assert {target.dtype for target in manifest.targets} == mixed
@@ -185,7 +185,7 @@ def test_there_and_back(name: str, powers_of_two: bool, apart: bool, tmp_path: P
 def test_dequantized(apart: bool, tmp_path: Path) -> None:
     """Every FP8 weight becomes bfloat16, targets or not; the model then loads without a quantization."""
     base = quantize_model(FAMILIES["llama"].save(tmp_path / "m"), tmp_path / "base", apart=apart)
-    manifest = surgery.factorize(base, tmp_path / "f", rank=4, exclude=["*down_proj*"])
+    manifest = surgery.factorize(base, tmp_path / "f", rank=4, exclude=["*down_proj*"]).manifest
     scales = _random_scales(manifest)
     out = _folded(tmp_path, base, scales, "dense", dequantize=True)
     before, after = tensors_of(base), tensors_of(out)
@@ -402,7 +402,7 @@ def quantize_whole(source: Path, folder: Path, scale: torch.Tensor, **quantizati
 def test_one_scale_for_a_whole_matrix(scale: torch.Tensor, quantization: dict[str, Any], tmp_path: Path) -> None:
     """Read as transformers reads it; folded is what was attached, within the step of FP8; untouched, the same bytes."""
     base = quantize_whole(FAMILIES["llama"].save(tmp_path / "m"), tmp_path / "base", scale, **quantization)
-    manifest = surgery.factorize(base, tmp_path / "f", rank=4)
+    manifest = surgery.factorize(base, tmp_path / "f", rank=4).manifest
     untouched = {target.key: torch.ones(target.scales_shape) for target in manifest.targets}
     assert files_of(_folded(tmp_path, base, untouched, "back")) == files_of(base)
     assert verify(tmp_path / "f", base=base).ok
@@ -487,7 +487,7 @@ def test_dequantized_nothing_of_the_quantization_stays(apart: bool, tmp_path: Pa
         index = json.loads((base / "model.safetensors.index.json").read_text())
         index["weight_map"].update(dict.fromkeys(gone + kept, file.name))
         (base / "model.safetensors.index.json").write_text(json.dumps(index))
-    manifest = surgery.factorize(base, tmp_path / "f", rank=2)
+    manifest = surgery.factorize(base, tmp_path / "f", rank=2).manifest
     scales = _random_scales(manifest)
     before, quantized = tensors_of(base), tensors_of(_folded(tmp_path, base, scales, "quantized"))
     assert before.keys() == quantized.keys()
@@ -502,7 +502,7 @@ def test_dequantized_nothing_of_the_quantization_stays(apart: bool, tmp_path: Pa
 def test_dequantized_beyond_the_range_of_bfloat16(tmp_path: Path) -> None:
     base = quantize_whole(FAMILIES["llama"].save(tmp_path / "m"), tmp_path / "base", torch.ones(()), weight_block_size=None)
     _rewritten(base, lambda tensors: tensors.update({f"{_Q}_scale_inv": torch.tensor(7.59e35)}))  # 448 of it: float32's largest
-    manifest = surgery.factorize(base, tmp_path / "f", rank=4, exclude=[_Q])
+    manifest = surgery.factorize(base, tmp_path / "f", rank=4, exclude=[_Q]).manifest
     with pytest.raises(WeightError, match=f"{_Q}.*beyond the range of bfloat16"):
         _folded(tmp_path, base, _random_scales(manifest), "dense", dequantize=True)
 
@@ -528,7 +528,7 @@ def test_convolutions_and_stray_scales_are_no_targets(tmp_path: Path) -> None:
     save_file(tensors, folder / "model.safetensors")
     quantization = {"quant_method": "fp8", "weight_block_size": [10, 12]}
     (folder / "config.json").write_text(json.dumps({"quantization_config": quantization}))
-    steps = surgery.plan(folder, include=["*"], rank=2)
+    steps = planned(folder, include=["*"], rank=2)
     assert [target.tensor for target in steps.targets] == ["layers.0.q.weight"]
     reasons = {item.tensor: item.reason for item in steps.skipped}
     assert reasons["layers.0.conv.weight"] == "an FP8 convolution"
@@ -539,7 +539,7 @@ def test_convolutions_and_stray_scales_are_no_targets(tmp_path: Path) -> None:
 def test_the_base_may_not_say_otherwise(tmp_path: Path) -> None:
     """Fold goes by the config that was factorized, not by what has become of the base's."""
     base = quantize_model(FAMILIES["llama"].save(tmp_path / "m"), tmp_path / "base")
-    manifest = surgery.factorize(base, tmp_path / "f", rank=4)
+    manifest = surgery.factorize(base, tmp_path / "f", rank=4).manifest
     scales = _random_scales(manifest)
     expected = files_of(_folded(tmp_path, base, scales, "before"))
     _with_config(base, {"quant_method": "fp8", "weight_block_size": [8, 8]})
@@ -564,7 +564,7 @@ def test_index_with_odd_metadata(metadata: object, tmp_path: Path) -> None:
 def test_scales_are_attached_to_the_dequantized_model(tmp_path: Path) -> None:
     """The model in memory is bfloat16: its leading singular values tell that it is the one that was factorized."""
     base = quantize_model(FAMILIES["llama"].save(tmp_path / "m"), tmp_path / "base")
-    manifest = surgery.factorize(base, tmp_path / "f", rank=4)
+    manifest = surgery.factorize(base, tmp_path / "f", rank=4).manifest
     scales = _random_scales(manifest)
     dense = _folded(tmp_path, base, {key: torch.ones_like(value) for key, value in scales.items()}, "dense", dequantize=True)
     changed = _folded(tmp_path, base, scales, "changed", dequantize=True)

@@ -13,13 +13,14 @@ import pytest
 
 import surgery
 from surgery.errors import FormatError, OutputError, SourceError
+from surgery.source.model import FolderSource, open_source
 from tests.loopback_hub import LoopbackHub
 from tests.models import files_of
 
 
 def test_round_trip_is_pinned_and_byte_exact(hub: LoopbackHub, llama: Path, tmp_path: Path) -> None:
     repo = hub.publish("acme/round-trip", llama)
-    manifest = surgery.factorize("acme/round-trip", tmp_path / "f", rank=4)
+    manifest = surgery.factorize("acme/round-trip", tmp_path / "f", rank=4).manifest
     assert (manifest.source.kind, manifest.source.repo_id, manifest.source.commit) == ("hub", "acme/round-trip", repo.commit)
     surgery.fold(tmp_path / "f", tmp_path / "f/surgery/scales.safetensors", tmp_path / "folded")
     assert files_of(tmp_path / "folded") == files_of(llama)
@@ -49,6 +50,34 @@ def test_plan_reads_headers_only(hub: LoopbackHub, llama: Path) -> None:
     assert not list(cache.rglob("*.safetensors"))
 
 
+@pytest.mark.parametrize("ignores_ranges", [False, True])
+@pytest.mark.parametrize("length", [80, 99_984, 99_992, 99_996, 100_000, 100_008, 250_000])
+def test_a_header_of_any_length_is_read_and_little_else(
+    hub: LoopbackHub, tmp_path: Path, length: int, ignores_ranges: bool
+) -> None:
+    name = f"acme/header-{length}-{ignores_ranges}"
+    described = json.dumps({"w": {"dtype": "F32", "shape": [400, 400], "data_offsets": [0, 640_000]}}).encode()
+    raw = length.to_bytes(8, "little") + described.ljust(length)
+    (tmp_path / "model.safetensors").write_bytes(raw + bytes(640_000))
+    repo = hub.publish(name, tmp_path)
+    repo.ignores_ranges = ignores_ranges
+    before = len(hub.requests)
+    header = open_source(name).header("model.safetensors")
+    assert (header.raw, header.tensors) == (raw, FolderSource(tmp_path).header("model.safetensors").tensors)
+    fetched = [count for method, path, count in hub.requests[before:] if path.endswith(".safetensors")]
+    assert ignores_ranges or sum(fetched) <= 100_000 + (8 + length if length > 99_992 else 0)
+
+
+def test_a_plan_asks_for_no_file_that_it_does_not_read(hub: LoopbackHub, llama: Path) -> None:
+    hub.publish("acme/asks", llama)
+    before = len(hub.requests)
+    surgery.plan("acme/asks", rank=4)
+    asked = [(method, path.rpartition("/")[2]) for method, path, _ in hub.requests[before:] if "/resolve/" in path]
+    read = {"config.json", "generation_config.json", "model.safetensors.index.json"}
+    assert {name for method, name in asked if not name.endswith(".safetensors")} <= read
+    assert not [name for method, name in asked if method == "HEAD" and name.endswith(".safetensors")]
+
+
 def test_subfolder_of_a_pipeline(hub: LoopbackHub, llama: Path, tmp_path: Path) -> None:
     pipeline = tmp_path / "pipeline"
     shutil.copytree(llama, pipeline / "text_encoder")
@@ -59,7 +88,7 @@ def test_subfolder_of_a_pipeline(hub: LoopbackHub, llama: Path, tmp_path: Path) 
     assert "--subfolder text_encoder" in str(caught.value)
     with pytest.raises(SourceError, match="has no subfolder 'unet'"):
         surgery.plan("acme/pipeline", subfolder="unet")
-    manifest = surgery.factorize("acme/pipeline", tmp_path / "f", rank=4, subfolder="text_encoder", layout="overlay")
+    manifest = surgery.factorize("acme/pipeline", tmp_path / "f", rank=4, subfolder="text_encoder", layout="overlay").manifest
     assert (manifest.source.repo_id, manifest.source.subfolder) == ("acme/pipeline", "text_encoder")
     surgery.fold(tmp_path / "f", tmp_path / "f/surgery/scales.safetensors", tmp_path / "back")
     assert files_of(tmp_path / "back") == files_of(llama)
@@ -68,7 +97,7 @@ def test_subfolder_of_a_pipeline(hub: LoopbackHub, llama: Path, tmp_path: Path) 
 def test_revision(hub: LoopbackHub, llama: Path, tmp_path: Path) -> None:
     repo = hub.publish("acme/revisions", llama)
     repo.branches["v2"] = repo.commit
-    assert surgery.factorize("acme/revisions", tmp_path / "f", rank=2, revision="v2").source.commit == repo.commit
+    assert surgery.factorize("acme/revisions", tmp_path / "f", rank=2, revision="v2").manifest.source.commit == repo.commit
     with pytest.raises(SourceError, match="no such revision"):
         surgery.plan("acme/revisions", revision="v3")
 

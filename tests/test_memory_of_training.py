@@ -83,7 +83,7 @@ def _gpt_oss(folder: Path, dtype: torch.dtype) -> None:
 def test_only_rank_k_activations_are_kept(make: Callable[..., None], dtype: torch.dtype, tmp_path: Path) -> None:
     torch.manual_seed(0)
     make(tmp_path / "m", dtype)
-    manifest = surgery.factorize(tmp_path / "m", tmp_path / "f", rank=2)
+    manifest = surgery.factorize(tmp_path / "m", tmp_path / "f", rank=2).manifest
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "f", dtype=dtype).eval()
     everything = _saved_for_backward(model)
     model.requires_grad_(False)
@@ -103,7 +103,7 @@ def test_stacked_experts_keep_rank_k_activations_too(make: Callable[..., None], 
     """And one factor of each expert, whatever the number of tokens: the coefficients are multiplied into it."""
     torch.manual_seed(0)
     make(tmp_path / "m", torch.float32)
-    manifest = surgery.factorize(tmp_path / "m", tmp_path / "f", rank=8)
+    manifest = surgery.factorize(tmp_path / "m", tmp_path / "f", rank=8).manifest
     model = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "f", dtype=torch.float32, experts_implementation=experts
     ).eval()

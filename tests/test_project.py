@@ -96,7 +96,7 @@ def _factorize(model: Path, out: Path, **options: Any) -> Manifest:
     out.parent.mkdir(parents=True, exist_ok=True)
     recipe = out.parent / "views.toml"
     recipe.write_text(RECIPE)
-    return surgery.factorize(model, out, rank=3, recipe=recipe, device="cpu", **options)
+    return surgery.factorize(model, out, rank=3, recipe=recipe, device="cpu", **options).manifest
 
 
 def _factors(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:

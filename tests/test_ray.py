@@ -41,6 +41,7 @@ def test_a_lost_worker_and_a_lost_machine_cost_only_the_shards_in_hand(llama: Pa
     assert report["fold"]["killed"] == ["machine"]
     weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     # An error of a task is the one that a user would get without Ray.
+    assert report.pop("said") == [7, "said elsewhere"]
     error = report.pop("error")
     assert error.startswith("WeightError")
     assert "holds NaN or infinity" in error
@@ -79,5 +80,11 @@ def test_refusals(llama: Path, tmp_path: Path) -> None:
     done = _command("factorize", str(llama), "-o", str(tmp_path / "f"), "--engine", "ray", "--device", "cuda:0")
     assert (done.returncode, done.stdout) == (1, "")
     assert "Ray places tasks by itself" in done.stderr
+    with (
+        pytest.raises(surgery.errors.ClusterError, match="the Ray cluster cannot be reached"),
+        pytest.MonkeyPatch.context() as changed,
+    ):
+        changed.setenv("RAY_ADDRESS", "no address")
+        surgery.factorize(llama, tmp_path / "f", engine="ray")
     with pytest.raises(surgery.errors.OptionError, match="unknown engine"):
         surgery.factorize(llama, tmp_path / "f", engine="slurm")  # type: ignore[arg-type]

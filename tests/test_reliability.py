@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 import surgery
@@ -25,6 +26,9 @@ from surgery.format import files
 from surgery.operations.output import locked
 from surgery.progress import Silent
 from tests.models import files_of, realistic, save_llama
+
+# What is said of a run that was begun before, where a test does not listen.
+pytestmark = pytest.mark.filterwarnings("ignore:going on after|.* is already complete:surgery.errors.SurgeryWarning")
 
 ROOT = Path(__file__).parent.parent
 
@@ -175,7 +179,7 @@ def test_a_complete_result_is_left_alone(llama: Path, truth: Path, tmp_path: Pat
     surgery.factorize(llama, out, rank=4)
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     again = Silent()
-    manifest = surgery.factorize(llama, out, rank=4, progress=again)
+    manifest = surgery.factorize(llama, out, rank=4, progress=again).manifest
     assert manifest == surgery.Manifest.read(truth)
     assert again.notes == [f"{out} is already complete: nothing to do"]
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == times
@@ -225,6 +229,21 @@ def test_two_runs_into_one_folder(llama: Path, tmp_path: Path) -> None:
     with locked(tmp_path / "f", [], Silent()), pytest.raises(OutputError, match="another run is writing to"):
         surgery.factorize(llama, tmp_path / "f", rank=4)
     surgery.factorize(llama, tmp_path / "f", rank=4)
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_in_the_place_of_the_lock_is_not_followed(llama: Path, tmp_path: Path, exists: bool) -> None:
+    victim = tmp_path / "victim"
+    if exists:
+        victim.write_text("precious")
+    (tmp_path / "f/.surgery").mkdir(parents=True)
+    (tmp_path / "f/.surgery/lock").symlink_to(victim)
+    with pytest.raises(OutputError, match=r"\.surgery/lock is a link"):
+        surgery.factorize(llama, tmp_path / "f", rank=4)
+    with pytest.raises(OSError, match="symbolic link"):  # also one that is planted in between
+        FileLock(tmp_path / "f/.surgery/lock", timeout=0).acquire()
+    assert victim.exists() == exists
+    assert not exists or victim.read_text() == "precious"
 
 
 def test_nothing_is_left_of_a_run_that_is_refused(llama: Path, tmp_path: Path) -> None:
@@ -441,6 +460,38 @@ def test_killed_while_it_cleared(llama: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.undo()
     surgery.factorize(other, out, rank=4, overwrite=True)
     assert files_of(out) == files_of(tmp_path / "expected")
+
+
+def test_links_that_lead_nowhere_as_the_output(llama: Path, factorized: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "gone")
+    scales = factorized / "surgery/scales.safetensors"
+    for command in (
+        lambda out: surgery.factorize(llama, out, rank=4),
+        lambda out: surgery.fold(factorized, scales, out),
+        lambda out: surgery.export(factorized, scales, out),
+        lambda out: surgery.blend([scales], out),
+        lambda out: surgery.blend([scales], out, overwrite=True),
+    ):
+        for out in (link, link / "deeper"):
+            with pytest.raises(OutputError, match="is a link that leads nowhere") as caught:
+                command(out)
+            assert str(tmp_path / "gone") in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+    (tmp_path / "gone").mkdir()
+    surgery.factorize(llama, link, rank=4)
+    assert files_of(tmp_path / "gone") == files_of(factorized)
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="permissions do not hold for root")
+def test_folders_that_may_not_be_written_to(llama: Path, factorized: Path, tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o500)
+    for out in (closed, closed / "deeper"):
+        with pytest.raises(OutputError, match="Permission denied"):
+            surgery.factorize(llama, out, rank=4)
+    with pytest.raises(OutputError, match="may not be written to"):
+        surgery.project(factorized, llama, closed / "s.safetensors")
 
 
 def test_paths_that_cannot_be(llama: Path, truth: Path, tmp_path: Path) -> None:

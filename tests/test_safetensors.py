@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -26,6 +28,13 @@ def _file(path: Path, header: object, data: bytes = b"", *, length: int | None =
 
 def _tensor(start: int, end: int, shape: list[int] | None = None, dtype: str = "U8") -> dict[str, object]:
     return {"dtype": dtype, "shape": [end - start] if shape is None else shape, "data_offsets": [start, end]}
+
+
+def _skip_if_unknown(text: str) -> None:
+    """Dtypes that the library has learned after our lowest bound of it; ours knows them without it."""
+    old = tuple(map(int, safetensors.__version__.split(".")[:2])) < (0, 8)
+    if old and re.search(r"F4|F6_E\dM\d|F8_E8M0|F8_E\dM\dFNUZ|C64", text):
+        pytest.skip(f"safetensors {safetensors.__version__} does not know this dtype")
 
 
 def test_reads_what_the_library_writes(tmp_path: Path) -> None:
@@ -223,6 +232,7 @@ def test_verdicts_are_those_of_the_safetensors_library(case: str, tmp_path: Path
     header, data, stricter = HEADERS[case]
     path = _file(tmp_path / "x.safetensors", header, bytes(data))
     if stricter is None:
+        _skip_if_unknown(str(header))
         assert _ours(path) == _library(path)
     else:
         assert _ours(path) is None
@@ -231,6 +241,7 @@ def test_verdicts_are_those_of_the_safetensors_library(case: str, tmp_path: Path
 
 @pytest.mark.parametrize("dtype", sorted(DTYPE_BITS))
 def test_every_dtype_is_one_of_the_librarys(dtype: str, tmp_path: Path) -> None:
+    _skip_if_unknown(dtype)
     size = DTYPE_BITS[dtype]  # bytes of 8 numbers
     for count in (size, size + 1):
         path = _file(tmp_path / "x.safetensors", {"a": _tensor(0, count, [8], dtype)}, bytes(count))

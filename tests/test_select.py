@@ -243,6 +243,93 @@ def test_what_stays_behind() -> None:
     assert found.notes == ()
 
 
+LITTER = ("._model.safetensors", "._config.json", ".DS_Store", "Thumbs.db", "desktop.ini")
+
+
+def test_what_file_managers_leave() -> None:
+    pooling = ["modules.json", "1_Pooling/config.json"]
+    modules = [{"path": "1_Pooling"}]
+    inside = [f"{folder}/{name}" for folder in ("1_Pooling", "additional_chat_templates") for name in (*LITTER, "._x.jinja")]
+    found = _select(
+        "model.safetensors", "config.json", *LITTER, *pooling, *inside, "additional_chat_templates/x.jinja",
+        "__MACOSX/._model.safetensors", ".ipynb_checkpoints/model-checkpoint.safetensors", "._model.safetensors.index.json",
+        ".cache/huggingface/download/model.safetensors.metadata", modules__json=modules,
+    )  # fmt: skip
+    assert found.shards == ("model.safetensors",)
+    assert found.index is None
+    assert found.others == ("1_Pooling/config.json", "additional_chat_templates/x.jinja", "config.json", "modules.json")
+    assert found.notes == ()
+    assert {*LITTER, "__MACOSX/", ".ipynb_checkpoints/", ".cache/"} <= found.left_out.keys()
+    for names in (["__MACOSX/._model.safetensors", "._model.safetensors", ".DS_Store"], ["sub/._model.safetensors"]):
+        with pytest.raises(SourceError, match="has no safetensors weights"):
+            _select("config.json", *names)
+    with pytest.raises(SourceError, match=r"got:      unet\n"):
+        _select("unet/a.safetensors", "vae/._a.safetensors", "__MACOSX/unet/._a.safetensors")
+
+
+@pytest.mark.parametrize("copy", ["{} (1)", "{}(2)", "{} - Copy", "{} - Copy (3)", "{} copy", "{} copy 2"])
+def test_copies_that_browsers_and_file_managers_make(copy: str) -> None:
+    for names in (["model"], [name.removesuffix(".safetensors") for name in _numbered(1, 2, of=2)], ["part-0", "part-1"]):
+        weights = [f"{name}.safetensors" for name in names]
+        copies = [f"{copy.format(name)}.safetensors" for name in names]
+        found = _select("config.json", f"{copy.format('config')}.json", *weights, *copies)
+        assert found.shards == tuple(weights)
+        assert found.others == ("config.json",)
+        assert {found.left_out[name] for name in copies} == {"an unfinished file or a spare copy"}
+        assert copies[0] in found.notes[0]
+    alone = f"{copy.format('model')}.safetensors"
+    assert _select("config.json", alone).shards == (alone,)
+
+
+@pytest.mark.parametrize("suffix", [".incomplete", ".tmp", ".part", ".crdownload", ".download", ".partial"])
+def test_downloads_that_were_not_finished(suffix: str) -> None:
+    for names in ([f"model.safetensors{suffix}"], [".cache/huggingface/download/hash.0123.incomplete"]):
+        if suffix != ".partial" or "/" in names[0]:
+            with pytest.raises(SourceError, match="only downloads that were not finished") as caught:
+                _select("config.json", *names)
+            assert names[0] in str(caught.value)
+        assert _select("config.json", "model.safetensors", *names).shards == ("model.safetensors",)
+    names = _numbered(1, 2, of=2)
+    with pytest.raises(FormatError, match=f"lacks the weight file {names[1]}"):
+        _select(names[0], names[1] + suffix)
+
+
+def test_a_file_that_a_download_has_only_set_aside() -> None:
+    """aria2 makes the whole file at once, full of zeros, and keeps its own beside it until the end."""
+    with pytest.raises(SourceError, match=r"m/model\.safetensors is not all there"):
+        _select("config.json", "model.safetensors", "model.safetensors.aria2")
+
+
+def test_an_index_of_an_earlier_save() -> None:
+    old, new = _numbered(1, 2, of=2), _numbered(1, 2, 3, of=3)
+    for there in (new, ["weights.safetensors"]):
+        with pytest.raises(FormatError, match="names a shard that is not there") as caught:
+            _select("config.json", *there, "model.safetensors.index.json", index=_index(*old))
+        label = "model-*-of-3.safetensors" if there is new else "weights.safetensors"
+        assert f"remove it to take {label}" in str(caught.value)
+        assert old[0] in str(caught.value)
+    for there in (new[:2], [old[0]]):  # not whole either; of the same model
+        with pytest.raises(FormatError, match="names a shard that is not there") as caught:
+            _select("config.json", *there, "model.safetensors.index.json", index=_index(*old))
+        assert "the model is incomplete" in str(caught.value)
+
+
+def test_subfolders_that_can_be_taken() -> None:
+    """Not those of adapters, of results of ours, of runs and of file managers."""
+    with pytest.raises(SourceError, match="a pipeline of several models") as caught:
+        _select(
+            "model_index.json", "unet/diffusion_pytorch_model.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors",
+            "text_encoder/model.fp16.safetensors", "vae/x.safetensors", "lora/adapter_model.safetensors", "vae_bin/x.bin",
+            "factorized/model.safetensors", "factorized/surgery/manifest.json", "checkpoint-1/model.safetensors",
+        )  # fmt: skip
+    assert "got:      text_encoder, unet, vae\n" in str(caught.value)
+    with pytest.raises(SourceError, match="has no weights at its top") as caught:
+        _select(
+            "a/model.safetensors", "b/model.safetensors", "a-factorized/surgery/manifest.json", "a-factorized/x.safetensors"
+        )
+    assert "got:      a, b\n" in str(caught.value)
+
+
 def test_folders_that_stay_behind_are_not_looked_into() -> None:
     top = [
         "model.safetensors",
@@ -286,6 +373,25 @@ def test_an_adapter_beside_the_weights() -> None:
         with pytest.raises(SourceError, match="holds an adapter and no safetensors weights"):
             _select("config.json", *pair)
     assert _select("model.safetensors", "adapter_layers.py").others == ("adapter_layers.py",)
+
+
+def test_an_adapter_and_nothing_else() -> None:
+    names = ["README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "checkpoint-10/"]
+    for config, said in (
+        ({"base_model_name_or_path": "meta/Llama 3", "peft_type": "LORA"}, "surgery factorize 'meta/Llama 3'"),
+        ({"base_model_name_or_path": "meta/L3"}, "base_model_name_or_path: 'meta/L3'"),
+        ({"base_model_name_or_path": None}, "surgery factorize MODEL"),
+        ({"base_model_name_or_path": "a\x1b[2Jb"}, "surgery factorize MODEL"),
+        ([], "surgery factorize MODEL"),
+        ("{", "surgery factorize MODEL"),
+    ):
+        with pytest.raises(SourceError, match="holds an adapter and no safetensors weights") as caught:
+            _select(*names, adapter_config__json=config)
+        assert said in str(caught.value)
+        assert "surgery fold FACTORIZED SCALES --lora m" in str(caught.value)
+        assert "\x1b" not in str(caught.value)
+    with pytest.raises(SourceError, match="holds adapters in its subfolders"):
+        _select("default/adapter_config.json", "default/adapter_model.safetensors", "ref/adapter_model.safetensors")
 
 
 def test_weights_that_are_called_as_what_a_run_leaves() -> None:

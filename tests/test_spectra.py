@@ -49,7 +49,7 @@ def _saved(folder: Path, weight: torch.Tensor) -> Path:
 
 
 def _compared(tmp_path: Path, old: torch.Tensor, new: torch.Tensor, **options: Any) -> dict[str, Any]:
-    report = surgery.spectra(_saved(tmp_path / "a", old), _saved(tmp_path / "b", new), subspace=R, **options)
+    report = surgery.spectra(_saved(tmp_path / "a", old), _saved(tmp_path / "b", new), subspace=R, **options).as_json()
     (target,) = report["targets"]
     assert target["converged"]
     assert target["tuned"]["converged"]
@@ -58,7 +58,7 @@ def _compared(tmp_path: Path, old: torch.Tensor, new: torch.Tensor, **options: A
 
 def test_one_matrix_against_numpy(tmp_path: Path) -> None:
     U, s, V = _planted()
-    report = surgery.spectra(_saved(tmp_path / "m", U * s @ V.T), top=20)
+    report = surgery.spectra(_saved(tmp_path / "m", U * s @ V.T), top=20).as_json()
     (target,) = report["targets"]
     values = np.linalg.svd((U * s @ V.T).float().double().numpy(), compute_uv=False)
     energy = (values**2).sum()
@@ -157,12 +157,12 @@ def test_a_random_update_lies_nowhere_in_particular(tmp_path: Path) -> None:
 def test_directions_that_a_matrix_does_not_determine(tmp_path: Path) -> None:
     U, s, V = _planted()
     s[2] = s[1]
-    report = surgery.spectra(_saved(tmp_path / "m", U * s @ V.T), top=6, subspace=R)
+    report = surgery.spectra(_saved(tmp_path / "m", U * s @ V.T), top=6, subspace=R).as_json()
     (target,) = report["targets"]
     assert target["identified"] == [True, False, False, True, True, True]
     assert report["findings"]["unidentified_share"] == pytest.approx(2 / 6, rel=1e-5)
     with pytest.warns(SurgeryWarning, match="has the same weights as the original in all 1 matrices"):
-        again = surgery.spectra(tmp_path / "m", tmp_path / "m", top=6, subspace=R)["targets"][0]
+        again = surgery.spectra(tmp_path / "m", tmp_path / "m", top=6, subspace=R).as_json()["targets"][0]
     # What is not determined has not turned either.
     assert again["left_cosine"] == pytest.approx([1] * 6, abs=1e-5)
     assert again["order_changes"] == 0
@@ -178,7 +178,7 @@ def test_against_numpy_through_whole_models(tmp_path: Path) -> None:
     for name, weight in weights.items():
         weights[name] = weight * (1 + 0.05 * torch.randn(weight.shape, generator=generator))
     save_file(weights, new / "model.safetensors")
-    report = surgery.spectra(old, new, top=8, subspace=R)
+    report = surgery.spectra(old, new, top=8, subspace=R).as_json()
     assert len(report["targets"]) == 14
     originals = tensors_of(old)
     for target in report["targets"]:
@@ -206,8 +206,8 @@ def test_against_numpy_through_whole_models(tmp_path: Path) -> None:
 def test_stacks_slices_and_convolutions(name: str, tmp_path: Path) -> None:
     folder = FAMILIES[name].save(tmp_path / "m")
     with pytest.warns(SurgeryWarning, match="has the same weights as the original"):
-        report = surgery.spectra(folder, folder, top=4, subspace=2, split=name == "phi3" or None)
-    manifest = surgery.factorize(folder, tmp_path / "f", rank=4, split=name == "phi3" or None)
+        report = surgery.spectra(folder, folder, top=4, subspace=2, split=name == "phi3" or None).as_json()
+    manifest = surgery.factorize(folder, tmp_path / "f", rank=4, split=name == "phi3" or None).manifest
     assert len(report["targets"]) == sum(target.matrices[0] for target in manifest.targets)
     assert len({target["key"] for target in report["targets"]}) == len(report["targets"])
     factors = {key: part for file in (tmp_path / "f/surgery").glob("factors*") for key, part in load_file(file).items()}
@@ -237,7 +237,7 @@ def test_command(llama: Path, tmp_path: Path) -> None:
     report = json.loads((out / "spectra.json").read_text())
     assert "note: " in result.stderr
     assert "has the same weights as the original in all 14 matrices that were compared" in result.stderr
-    assert report == json.loads(json.dumps(surgery.spectra(llama, llama, top=8, subspace=4, progress=Silent())))
+    assert report == json.loads(json.dumps(surgery.spectra(llama, llama, top=8, subspace=4, progress=Silent()).as_json()))
     assert len((out / "spectra.csv").read_text().splitlines()) == 1 + len(report["targets"])
     again = CliRunner().invoke(main, ["spectra", str(llama), "-o", str(out)])
     assert again.exit_code == 1
@@ -275,7 +275,7 @@ def test_recommended_ranks_keep_the_most(unit: str, tmp_path: Path) -> None:
     total = sum(v * v for values in spectra.values() for v in values)
     assert found["kept"] == pytest.approx(best / total, rel=1e-4)
     assert found["spent"] <= budget
-    manifest = surgery.factorize(folder, tmp_path / "f", recipe=tmp_path / "r.toml")
+    manifest = surgery.factorize(folder, tmp_path / "f", recipe=tmp_path / "r.toml").manifest
     assert {target.tensor: target.rank for target in manifest.targets} == {k: v for k, v in found["ranks"].items() if v}
     assert sum(target.trainable for target in manifest.targets) == found["trainable"]
 
@@ -295,7 +295,7 @@ def test_recommended_for_a_change(tmp_path: Path) -> None:
     found = surgery.recommend(folder, tuned, budget=7, out=tmp_path / "r.toml", max_rank=8)
     assert found.ranks == {"layers.0.w.weight": 0, "layers.1.w.weight": 3, "layers.2.w.weight": 0}
     assert found.kept == pytest.approx(1, abs=1e-4)
-    assert found.uniform == (pytest.approx(0.0, abs=1e-9), 2)
+    assert (found.uniform_kept, found.uniform_rank) == (pytest.approx(0.0, abs=1e-9), 2)
     heard = Silent()
     with pytest.raises(OptionError, match="there is nothing to keep"):
         surgery.recommend(folder, folder, budget=7, out=tmp_path / "other.toml", progress=heard)
@@ -307,16 +307,16 @@ def test_recommended_for_a_change(tmp_path: Path) -> None:
 def test_recommended_for_stacked_experts(tmp_path: Path) -> None:
     folder = FAMILIES["gpt_oss"].save(tmp_path / "m")
     found = surgery.recommend(folder, budget=60, out=tmp_path / "r.toml")
-    manifest = surgery.factorize(folder, tmp_path / "f", recipe=tmp_path / "r.toml")
+    manifest = surgery.factorize(folder, tmp_path / "f", recipe=tmp_path / "r.toml").manifest
     assert sum(target.trainable for target in manifest.targets) == found.trainable == found.spent <= 60
-    assert found.kept >= found.uniform[0]
+    assert found.kept >= found.uniform_kept
 
 
 def test_equal_values_determine_no_direction(tmp_path: Path) -> None:
     """Also where the computed vectors are exact, with residuals of 0."""
-    (target,) = surgery.spectra(_saved(tmp_path / "m", torch.eye(16)), top=8)["targets"]
+    (target,) = surgery.spectra(_saved(tmp_path / "m", torch.eye(16)), top=8).as_json()["targets"]
     assert target["identified"] == [False] * 8
-    (target,) = surgery.spectra(_saved(tmp_path / "n", torch.diag(torch.tensor([3.0, 3, 2, 1, 1]))), top=4)["targets"]
+    (target,) = surgery.spectra(_saved(tmp_path / "n", torch.diag(torch.tensor([3.0, 3, 2, 1, 1]))), top=4).as_json()["targets"]
     assert target["identified"] == [False, False, True, False]
 
 
@@ -409,7 +409,7 @@ def test_a_rescaling_turns_nothing(dtype: torch.dtype, tmp_path: Path) -> None:
         g[:16] += 0.05 * torch.randn(16, dtype=torch.float64, generator=torch.Generator().manual_seed(layer)).abs()
         old[f"layers.{layer}.w.weight"], new[f"layers.{layer}.w.weight"] = U * s @ V.T, U * (s * g) @ V.T
         factors.append(g)
-    report = surgery.spectra(_stored(tmp_path / "a", old, dtype), _stored(tmp_path / "b", new, dtype))
+    report = surgery.spectra(_stored(tmp_path / "a", old, dtype), _stored(tmp_path / "b", new, dtype)).as_json()
     exact = 1e-5 if dtype == torch.float32 else 5e-3
     for target, g in zip(report["targets"], factors, strict=True):
         assert target["order_changes"] == _passes(g * _slow()[1])
@@ -574,7 +574,7 @@ def test_a_rescaling_of_an_fp8_model_turns_nothing(tmp_path: Path) -> None:
     g = torch.ones_like(s)
     g[:16] += 0.05 * torch.randn(16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).abs()
     base, tuned = saved(tmp_path / "a", U * s @ V.T), saved(tmp_path / "b", U * (s * g) @ V.T)
-    (target,) = surgery.spectra(base, tuned)["targets"]
+    (target,) = surgery.spectra(base, tuned).as_json()["targets"]
     told = [value for side in ("left_cosine", "right_cosine") for value in target[side] if value is not None]
     assert len(told) == 128
     assert min(told) > 0.95

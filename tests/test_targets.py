@@ -15,7 +15,7 @@ from surgery.errors import FormatError, OptionError
 from surgery.planning.plan import Plan
 from surgery.progress import Silent
 from tests.families import FAMILIES
-from tests.models import tensors_of
+from tests.models import planned, tensors_of
 
 
 def test_reasons(tmp_path: Path) -> None:
@@ -37,7 +37,7 @@ def test_reasons(tmp_path: Path) -> None:
         "projection.weight": torch.randn(8, 8),
     }
     save_file(tensors, tmp_path / "model.safetensors")
-    steps = surgery.plan(tmp_path, rank=2)
+    steps = planned(tmp_path, rank=2)
     assert [target.tensor for target in steps.targets] == ["model.layers.0.q.weight"]
     reasons = {item.tensor: item.reason for item in steps.skipped}
     expected = {
@@ -81,7 +81,7 @@ def test_an_empty_weight_is_a_broken_checkpoint(
 ) -> None:
     folder = _changed(llama, tmp_path / "m", {_QUERY: torch.zeros(shape, dtype=dtype)}, model_type=model_type)
     with pytest.raises(FormatError, match="the checkpoint is broken") as caught:
-        surgery.plan(folder, rank=4)
+        planned(folder, rank=4)
     assert repr(_QUERY) in str(caught.value)
     assert str(list(shape)) in str(caught.value)
     with pytest.raises(FormatError, match="the checkpoint is broken"):
@@ -94,8 +94,8 @@ def test_an_empty_weight_that_is_no_target(name: str, llama: Path, tmp_path: Pat
     """No loader takes it: transformers refuses the shape."""
     folder = _changed(llama, tmp_path / "m", {name: torch.zeros(0)})
     with pytest.raises(FormatError, match=rf"the checkpoint is broken: '{name}' is empty"):
-        surgery.plan(folder, rank=4)
-    assert len(surgery.plan(folder, rank=4, exclude=[name]).targets) == 14
+        planned(folder, rank=4)
+    assert len(planned(folder, rank=4, exclude=[name]).targets) == 14
 
 
 def test_an_empty_stack_of_experts(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_an_empty_stack_of_experts(tmp_path: Path) -> None:
         save_file({**stored, name: torch.zeros(shape)}, folder / "model.safetensors")
         for split in (None, True):
             with pytest.raises(FormatError, match=rf"the checkpoint is broken: '{name}' is empty"):
-                surgery.plan(folder, rank=4, split=split)
+                planned(folder, rank=4, split=split)
 
 
 def test_what_may_be_empty(llama: Path, tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_what_may_be_empty(llama: Path, tmp_path: Path) -> None:
         "mtp.layers.0.self_attn.q_proj.weight": torch.zeros(0),
         "model.layers.2.self_attn.q_proj.weight": torch.zeros(0),
     }
-    steps = surgery.plan(_changed(llama, tmp_path / "m", change), rank=4)
+    steps = planned(_changed(llama, tmp_path / "m", change), rank=4)
     assert len(steps.targets) == 14
     assert change.keys() <= {item.tensor for item in steps.skipped}
     assert steps.notes == ()
@@ -143,7 +143,7 @@ def test_a_weight_of_another_dtype_is_noted(
     others = [_QUERY, "model.layers.1.mlp.up_proj.weight"]
     change = {key: stored[key].to(dtype) for key in [*others, "model.norm.weight", "model.embed_tokens.weight"]}
     folder = _changed(llama, tmp_path / "m", change, model_type=model_type)
-    steps = surgery.plan(folder, rank=4)
+    steps = planned(folder, rank=4)
     assert len(steps.targets) == 12
     reasons = {item.tensor: item.reason for item in steps.skipped}
     assert all(name in reasons[key] for key in others)
@@ -158,16 +158,16 @@ def test_a_weight_of_another_dtype_is_noted(
     surgery.factorize(folder, tmp_path / "f", rank=4, progress=progress)
     assert note in progress.notes
     # Not if nobody wants them.
-    assert _notes(surgery.plan(folder, rank=4, exclude=others)) == []
-    assert _notes(surgery.plan(folder, rank=4, include=["*.o_proj.weight"])) == []
+    assert _notes(planned(folder, rank=4, exclude=others)) == []
+    assert _notes(planned(folder, rank=4, include=["*.o_proj.weight"])) == []
 
 
 def test_a_flat_weight_is_noted_where_a_rule_takes_it(llama: Path, tmp_path: Path) -> None:
     flat = tensors_of(llama)[_QUERY].flatten()[:1000]
     folder = _changed(llama, tmp_path / "m", {_QUERY: flat})
-    steps = surgery.plan(folder, rank=4)
+    steps = planned(folder, rank=4)
     assert [note for note in steps.notes if "a vector" in note and _QUERY in note]
-    assert surgery.plan(folder, rank=4, include=["*"], exclude=["*o_proj*"]).notes == ()
+    assert planned(folder, rank=4, include=["*"], exclude=["*o_proj*"]).notes == ()
 
 
 def _names(steps: Plan) -> list[str]:
@@ -175,50 +175,50 @@ def _names(steps: Plan) -> list[str]:
 
 
 def test_include_and_exclude(llama: Path) -> None:
-    assert set(_names(surgery.plan(llama, include=["*q_proj*"]))) == {"model.layers.N.self_attn.q_proj.weight"}
-    assert set(_names(surgery.plan(llama, include=["*q_proj*", "*k_proj*"], exclude=["*.1.*"]))) == {
+    assert set(_names(planned(llama, include=["*q_proj*"]))) == {"model.layers.N.self_attn.q_proj.weight"}
+    assert set(_names(planned(llama, include=["*q_proj*", "*k_proj*"], exclude=["*.1.*"]))) == {
         "model.layers.N.self_attn.q_proj.weight",
         "model.layers.N.self_attn.k_proj.weight",
     }
-    assert not [name for name in _names(surgery.plan(llama, exclude=["*mlp*"])) if "mlp" in name]
-    assert _names(surgery.plan(llama, include=["lm_head.weight", "model.embed_tokens.weight"], rank=3)) == [
+    assert not [name for name in _names(planned(llama, exclude=["*mlp*"])) if "mlp" in name]
+    assert _names(planned(llama, include=["lm_head.weight", "model.embed_tokens.weight"], rank=3)) == [
         "lm_head.weight",
         "model.embed_tokens.weight",
     ]
     # What is no matrix cannot be asked for.
     with pytest.raises(OptionError, match="nothing that --include matches") as caught:
-        surgery.plan(llama, include=["*layernorm*"])
+        planned(llama, include=["*layernorm*"])
     assert "input_layernorm.weight (a vector (norm, bias))" in str(caught.value)
 
 
 def test_glob_that_matches_nothing_names_near_misses(llama: Path) -> None:
     with pytest.raises(OptionError, match=r"--include '\*qproj\*' matches no tensor") as caught:
-        surgery.plan(llama, include=["*qproj*"])
+        planned(llama, include=["*qproj*"])
     assert "q_proj" in str(caught.value)
     with pytest.raises(OptionError, match="--exclude"):
-        surgery.plan(llama, exclude=["nothing"])
+        planned(llama, exclude=["nothing"])
 
 
 def test_model_without_targets_lists_what_came_close(tmp_path: Path) -> None:
     save_file({"head.weight": torch.randn(4, 4), "b": torch.ones(3)}, tmp_path / "model.safetensors")
     with pytest.raises(OptionError, match="is a target") as caught:
-        surgery.plan(tmp_path)
+        planned(tmp_path)
     assert "head.weight (an output head)" in str(caught.value)
 
 
 @pytest.mark.parametrize("rank", [0, -3])
 def test_rank_below_one(llama: Path, rank: int) -> None:
     with pytest.raises(OptionError, match="at least 1"):
-        surgery.plan(llama, rank=rank)
+        planned(llama, rank=rank)
 
 
 def test_rank_is_cut_to_small_matrices_and_says_so(llama: Path) -> None:
-    steps = surgery.plan(llama, rank=32)
+    steps = planned(llama, rank=32)
     assert {target.rank for target in steps.targets if "k_proj" in target.tensor} == {24}
     assert {target.rank for target in steps.targets if "q_proj" in target.tensor} == {32}
     assert len(steps.notes) == 1
     assert "larger than 4 of 14 targets" in steps.notes[0]
     assert steps.trainable == 4 * 24 + 10 * 32
     with pytest.raises(OptionError, match="larger than every target") as caught:
-        surgery.plan(llama, rank=1000)
+        planned(llama, rank=1000)
     assert "at most 48" in str(caught.value)

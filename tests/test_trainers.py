@@ -146,6 +146,24 @@ def test_checkpoints_hold_the_scales_and_resume_where_they_were(made: Path, tmp_
             assert torch.allclose(value, states[1][key][name], rtol=1e-4, atol=1e-9)
 
 
+def test_home_folders(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``~`` is expanded where checkpoints are written, and where they are read."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path / "here")
+    for resume in ({}, {"resume_from_checkpoint": "~/run/checkpoint-1"}):
+        model, scales = _attached(made)
+        steps = 2 if resume else 1
+        arguments = _arguments(Path("~/run"), max_steps=steps, save_steps=1)
+        trainer = ScalesTrainer(model, arguments, train_dataset=EXAMPLES, scales=scales)
+        trainer.train(**resume)
+        assert trainer.state.global_step == steps
+    trainer.save_model("~/saved")
+    assert _names(tmp_path / "saved") == {CHECKPOINT_FILE, "training_args.bin"}
+    assert _names(tmp_path / "run/checkpoint-2") == TRAINER_STATE | {CHECKPOINT_FILE}
+    assert not list(Path().iterdir())
+
+
 def test_the_best_checkpoint_is_loaded_at_the_end(made: Path, tmp_path: Path) -> None:
     model, scales = _attached(made)
     # Training lowers the loss, so that by this measure the first checkpoint is the best.

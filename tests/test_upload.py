@@ -10,15 +10,15 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-import httpx2
 import huggingface_hub
 import pytest
 import yaml
 
 import surgery
-from surgery.errors import FormatError, OutputError
+from surgery.errors import OutputError, ReadError
 from surgery.format.manifest import Manifest, SourceRecord
 from surgery.operations.card import adapter_card, factorized_card, folded_card, published
+from surgery.source import hub_client as client
 from surgery.source import upload
 from surgery.source.upload import Upload
 from tests.loopback_hub import READING_TOKEN, WRITING_TOKEN, LoopbackHub, Repo
@@ -174,10 +174,10 @@ def test_commits_whose_answers_are_lost_are_not_made_twice(hub: LoopbackHub, tmp
 
 def test_hub_that_asks_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     def pause(**headers: str) -> float:
-        response = httpx2.Response(429, headers=headers, request=request)
+        response = client.http.Response(429, headers=headers, request=request)
         return upload._asked_for(huggingface_hub.errors.HfHubHTTPError("", response=response), 2.0)
 
-    request = httpx2.Request("POST", "http://127.0.0.1")
+    request = client.http.Request("POST", "http://127.0.0.1")
     assert pause() == 2
     assert pause(**{"Retry-After": "1"}) == 2
     assert pause(**{"Retry-After": "90"}) == 90
@@ -375,7 +375,7 @@ def test_change_by_somebody_else_at_the_last_moment(hub: LoopbackHub, tmp_path: 
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match=r"gone\.safetensors: cannot be read"), Upload.open("acme/gone") as target:
+    with pytest.raises(ReadError, match=r"gone\.safetensors: cannot be read"), Upload.open("acme/gone") as target:
         target.submit(tmp_path / "gone.safetensors", "gone.safetensors")
     with pytest.raises(OutputError, match="the hub takes no such file"), Upload.open("acme/gone") as target:
         target.finish({".git/config": b""}, CARD)
@@ -464,7 +464,7 @@ def test_factorized_card(hub: LoopbackHub, source: Path, factorized: Path) -> No
 
 
 def test_factorized_card_of_other_kinds(source: Path, tmp_path: Path) -> None:
-    plain = surgery.factorize(source, tmp_path / "plain", energy=0.5, max_rank=8, correction=False)
+    plain = surgery.factorize(source, tmp_path / "plain", energy=0.5, max_rank=8, correction=False).manifest
     metadata, text = parts(factorized_card(plain, None))
     assert metadata == {"tags": ["surgery"]}
     ranks = [target.rank for target in plain.targets]
@@ -472,7 +472,7 @@ def test_factorized_card_of_other_kinds(source: Path, tmp_path: Path) -> None:
         assert fact in text
     assert "hf download" not in text
     assert str(source) not in text
-    overlay = surgery.factorize("acme/tiny", tmp_path / "overlay", rank=2, layout="overlay")
+    overlay = surgery.factorize("acme/tiny", tmp_path / "overlay", rank=2, layout="overlay").manifest
     metadata, text = parts(factorized_card(overlay, "acme/x"))
     assert (metadata["base_model"], metadata["base_model_relation"]) == ("acme/tiny", "adapter")
     assert "Layout: overlay" in text

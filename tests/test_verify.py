@@ -219,8 +219,8 @@ def test_command_has_its_own_exit_code_and_a_table(folder: Path) -> None:
 
 
 def test_without_a_correction(llama: Path, tmp_path: Path) -> None:
-    manifest = surgery.factorize(llama, tmp_path / "f", rank=6, device="cpu", correction=False)
-    exact = surgery.factorize(llama, tmp_path / "e", rank=6, device="cpu")
+    manifest = surgery.factorize(llama, tmp_path / "f", rank=6, device="cpu", correction=False).manifest
+    exact = surgery.factorize(llama, tmp_path / "e", rank=6, device="cpu").manifest
     assert not manifest.lossless
     assert exact.lossless
     lost = [target.inexact for target in manifest.targets]

@@ -111,7 +111,7 @@ def test_a_stack_in_portions_is_the_stack(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_stack_against_one_matrix_after_another(tmp_path: Path) -> None:
     model = _experts(tmp_path / "m")
-    manifest = surgery.factorize(model, tmp_path / "f", rank=4)
+    manifest = surgery.factorize(model, tmp_path / "f", rank=4).manifest
     (target,) = [target for target in manifest.targets if target.view == "stack"]
     assert (target.matrices, target.scales_shape, len(target.certificates)) == ((5, 40, 72), [5, 4], 5)
     assert [certificate.method for certificate in target.certificates][4] == "zero"
@@ -133,7 +133,7 @@ def test_a_stack_against_one_matrix_after_another(tmp_path: Path) -> None:
 def test_a_stack_by_energy_has_one_rank(tmp_path: Path) -> None:
     """The most that any expert needs, against full float64 SVDs."""
     model = _experts(tmp_path / "m", torch.float32)
-    manifest = surgery.factorize(model, tmp_path / "f", energy=0.6, max_rank=30)
+    manifest = surgery.factorize(model, tmp_path / "f", energy=0.6, max_rank=30).manifest
     (target,) = [target for target in manifest.targets if target.view == "stack"]
     needed = []
     for weight in load_file(model / "model.safetensors")[target.tensor].double():

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 import time
 from pathlib import Path
 
 import click
 
-from surgery.cli.options import device_option, json_option, notes_and_quiet, quiet_option
-from surgery.cli.report import Bar, say, table, totals
+from surgery.cli.bar import Bar
+from surgery.cli.options import MODEL, PATH, device_option, json_option, notes_and_quiet, quiet_option
+from surgery.cli.printing import print_json
+from surgery.cli.tables import table
+from surgery.cli.text import fitted, say, whole
+from surgery.progress import phase
 
 # Modules that import torch are imported inside the commands: --help must not wait for them.
 
 
 @click.command(short_help="Show what a factorized folder holds.")
-@click.argument("factorized", type=click.Path(path_type=Path))
+@click.argument("factorized", type=PATH)
 @json_option
 def inspect(factorized: Path, as_json: bool) -> None:
     """Show what the folder FACTORIZED holds: a table of targets, or with --json all there is to know.
@@ -31,9 +33,9 @@ def inspect(factorized: Path, as_json: bool) -> None:
     """
     from surgery.operations import inspect as operation
 
-    manifest = operation.inspect(factorized)
+    report = operation.inspect(factorized)
     if as_json:
-        click.echo(json.dumps(operation.summary(manifest), indent=1))
+        print_json(report)
         return
     rows = [
         [
@@ -43,30 +45,32 @@ def inspect(factorized: Path, as_json: bool) -> None:
             str(target.rank),
             f"{target.energy:.1%}",
             f"{target.s_first:.4g}",
-            f"{target.s_last:.4g}" + _doubt(operation.last_value_error(target)),
-            f"{operation.largest_residual(target):.1e}",
+            f"{target.s_last:.4g}" + _doubt(target.s_last_error),
+            f"{target.max_residual:.1e}",
             "yes" if target.converged else "NO",
-            str(operation.undetermined(target)),
+            str(target.undetermined),
         ]
-        for target in manifest.targets
+        for target in report.targets
     ]
     click.echo(
         table(
             ["target", "shape", "dtype", "rank", "energy", "s_1", "s_k", "residual", "converged", "undetermined"],
             rows,
             flush_right=range(1, 10),
+            names=(0,),
         )
     )
-    amounts = totals(manifest)
-    origin = f"{manifest.source.repo_id}@{manifest.source.commit}" if manifest.source.repo_id else "a local folder"
+    origin = f"{report.source.repo_id}@{report.source.commit}" if report.source.repo_id else "a local folder"
     click.echo(
-        f"\n{manifest.layout} layout of {origin}: {amounts['targets']} targets, {amounts['trainable']} trainable scales, "
-        f"{amounts['skipped']} tensors passed over"
+        fitted(
+            f"\n{report.layout} layout of {origin}: {len(report.targets)} targets, {report.trainable} trainable scales, "
+            f"{len(report.skipped)} tensors passed over"
+        )
     )
-    if not manifest.lossless:
-        entries = sum(target.entries for target in manifest.targets)
-        lost = sum((target.inexact or 0) * target.entries for target in manifest.targets) / max(entries, 1)
-        click.echo(f"not lossless (--no-correction): {lost:.1%} of the weights of targets cannot be recovered exactly")
+    if not report.lossless:
+        entries = [math.prod(target.matrices) for target in report.targets]
+        lost = sum((target.inexact or 0) * n for target, n in zip(report.targets, entries, strict=True)) / max(sum(entries), 1)
+        click.echo(fitted(f"not lossless (--no-correction): {lost:.1%} of the weights of targets cannot be recovered exactly"))
 
 
 def _doubt(share: float) -> str:
@@ -77,8 +81,10 @@ def _doubt(share: float) -> str:
 
 
 @click.command(short_help="Check that a factorized folder is what its manifest says.")
-@click.argument("factorized", type=click.Path(path_type=Path))
-@click.option("--base", metavar="MODEL", help="The model it was made from: an overlay is checked in part without it.")
+@click.argument("factorized", type=PATH)
+@click.option(
+    "--base", type=MODEL, metavar="MODEL", help="The model it was made from: an overlay is checked in part without it."
+)
 @click.option("--fast", is_flag=True, help="Hashes and headers only, no arithmetic.")
 @device_option
 @json_option
@@ -91,19 +97,21 @@ def verify(factorized: Path, base: str | None, fast: bool, device: str, as_json:
     factors and correction give back each original weight (by the hash in the manifest); the certificates hold, measured
     anew; scales belong to the factors.
     """
-    from surgery.operations import verify as operation
+    bar = Bar(quiet=quiet)
+    with phase(bar, "starting"):
+        from surgery.operations import verify as operation
 
     start = time.perf_counter()
-    report = operation.verify(factorized, base=base, fast=fast, device=device, progress=Bar(quiet=quiet))
+    report = operation.verify(factorized, base=base, fast=fast, device=device, progress=bar)
     if as_json:
-        click.echo(json.dumps({"schema_version": 1, "ok": report.ok, **dataclasses.asdict(report)}, indent=1))
+        print_json(report, seconds=time.perf_counter() - start)
     elif report.failures:
         rows = [[failure.where, failure.check, failure.got, failure.expected] for failure in report.failures]
-        click.echo(table(["where", "check", "got", "expected"], rows))
+        click.echo(table(["where", "check", "got", "expected"], rows, names=(0,), prose=(1, 2, 3)))
     for note in report.unchecked:
         say(f"not checked: {note}", quiet=quiet)
     outcome = "all is as the manifest says" if report.ok else f"{len(report.failures)} checks failed"
     seconds = time.perf_counter() - start
-    say(f"{factorized}: {outcome}; {report.files} files, {report.targets} targets in {seconds:.1f} s", quiet=quiet)
+    say(f"{whole(factorized)}: {outcome}; {report.files} files, {report.targets} targets in {seconds:.1f} s", quiet=quiet)
     if not report.ok:
         raise SystemExit(3)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from surgery.cli.options import device_option, json_option, notes_and_quiet, overwrite_option, quiet_option
-from surgery.cli.report import Bar, say, size, table
+from surgery.cli.bar import Bar
+from surgery.cli.options import PATH, device_option, json_option, notes_and_quiet, overwrite_option, quiet_option
+from surgery.cli.printing import print_json
+from surgery.cli.tables import table
+from surgery.cli.text import fitted, say, size, whole
+from surgery.progress import phase
 
 if TYPE_CHECKING:
     from surgery.demo.run import DemoReport
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @click.command(short_help="Do the whole job on a small built-in model.")
-@click.option("-o", "--out", type=click.Path(path_type=Path), help="Keep the demo's folders here; without it nothing is kept.")
+@click.option("-o", "--out", type=PATH, help="Keep the demo's folders here; without it nothing is kept.")
 @click.option("--rank", default=16, show_default=True, help="Singular directions to keep of each target.")
 @click.option("--steps", default=60, show_default=True, type=click.IntRange(min=1), help="Training steps.")
 @device_option
@@ -32,15 +34,18 @@ def demo(out: Path | None, rank: int, steps: int, device: str, overwrite: bool, 
 
     The model is a small Llama that has learned Python source code; its scales are trained on English prose.
     """
-    from surgery.demo.run import run_demo
+    bar = Bar(quiet=quiet)
+    with phase(bar, "starting"):
+        from surgery.demo.run import run_demo
 
-    report = run_demo(out, rank=rank, steps=steps, device=device, overwrite=overwrite, progress=Bar(quiet=quiet))
+    report = run_demo(out, rank=rank, steps=steps, device=device, overwrite=overwrite, progress=bar)
     if as_json:
-        click.echo(json.dumps({"schema_version": 1, **dataclasses.asdict(report)}))
+        print_json(report)
     else:
         click.echo(_demo_text(report))
         if out is not None:
-            say(f"kept: {out / 'factorized'}, {out / 'scales.safetensors'}, {out / 'folded'}", quiet=quiet)
+            kept = (whole(out / name) for name in ("factorized", "scales.safetensors", "folded"))
+            say(f"kept: {', '.join(kept)}", quiet=quiet)
 
 
 def _demo_text(report: DemoReport) -> str:
@@ -69,8 +74,11 @@ def _demo_text(report: DemoReport) -> str:
         [
             table(["", "numbers", "on disk", "loss", "seconds"], rows, flush_right=range(1, 5)),
             "",
-            f"Trainable: {report.trainable / report.weights:.2%} of the weights. Loss: nats per byte of held-out English",
-            "prose; the model had learned Python source code.",
-            f"Folding untouched scales {untouched}.",
+            fitted(
+                f"Trainable: {report.trainable / report.weights:.2%} of the weights. Loss: nats per byte of held-out English\n"
+                "prose; the model had learned Python source code.\n"
+                f"Folding untouched scales {untouched}.",
+                indent="",
+            ),
         ]
     )

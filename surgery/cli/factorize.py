@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from surgery.cli.bar import Bar
 from surgery.cli.options import (
+    MODEL,
+    PATH,
     devices_option,
     engine_option,
     json_option,
@@ -22,8 +26,11 @@ from surgery.cli.options import (
     quiet_option,
     stream_option,
 )
-from surgery.cli.profile import profile_figures, profile_text
-from surgery.cli.report import Bar, plan_text, say, size, totals
+from surgery.cli.printing import print_json
+from surgery.cli.profile import profile_text
+from surgery.cli.report import plan_text
+from surgery.cli.text import fitted, say, size, whole
+from surgery.progress import phase
 
 if TYPE_CHECKING:
     from surgery.format.manifest import Manifest
@@ -39,7 +46,10 @@ def _planning(command: Callable[..., None]) -> Callable[..., None]:
         click.option("--energy", type=float, metavar="X", help="Keep this share of each one's squared norm (0 to 1) instead."),
         click.option("--max-rank", type=int, metavar="K", help="With --energy: the most directions.  [default: 256]"),
         click.option(
-            "--recipe", metavar="NAME|FILE", help="Which tensors, how seen: see surgery recipes.  [default: the family's]"
+            "--recipe",
+            type=MODEL,
+            metavar="NAME|FILE",
+            help="Which tensors, how seen: see surgery recipes.  [default: the family's]",
         ),
         click.option(
             "--include", multiple=True, metavar="GLOB", help="Take exactly the weights whose names match (repeatable)."
@@ -72,8 +82,8 @@ def _planning(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @click.command(short_help="Write a model's factorized form and a tiny file of scales.")
-@click.argument("model")
-@click.option("-o", "--out", default="factorized", show_default=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.argument("model", type=MODEL)
+@click.option("-o", "--out", default="factorized", show_default=True, type=PATH, help="Folder to write.")
 @_planning
 @click.option("--seed", default=0, show_default=True, help="Seed of the SVD's random start.")
 @click.option(
@@ -108,15 +118,17 @@ def factorize(
     transformer blocks, experts included; no embeddings, output heads, norms, biases or routers. surgery plan lists
     every tensor that is passed over, with the reason.
     """
-    from surgery.operations import factorize as operation
-    from surgery.timing import Timing
-
+    bar = Bar(quiet=quiet)
     if dry_run:
-        _show_plan(model, chosen, as_json)
+        _show_plan(model, chosen, as_json, quiet)
         return
+    with phase(bar, "starting"):
+        from surgery.operations import factorize as operation
+        from surgery.timing import Timing
+
     timing = Timing() if profile else None
     start = time.perf_counter()
-    manifest = operation.factorize(
+    report = operation.factorize(
         model,
         out,
         **chosen,
@@ -126,48 +138,53 @@ def factorize(
         push_to_hub=push_to_hub,
         private=private,
         overwrite=overwrite,
-        progress=Bar(quiet=quiet),
+        progress=bar,
         timing=timing,
     )
     seconds = time.perf_counter() - start
     if as_json:
-        figures = {"seconds": round(seconds, 3), **totals(manifest), **profile_figures(timing)}
-        click.echo(json.dumps({"schema_version": 1, "out": str(out), **figures}))
+        print_json(report, seconds=seconds, timing=timing)
     else:
         if timing is not None:
             click.echo(profile_text(timing, seconds))
-        amounts = totals(manifest)
         say(
-            f"{out}: {amounts['matrices']} matrices at rank {_ranks(manifest)}, {amounts['trainable']} trainable scales, "
-            f"{size(amounts['bytes_written'])} in {seconds:.1f} s on {manifest.device}",
+            f"{whole(out)}: {report.matrices} matrices at rank {_ranks(report.manifest)}, {report.trainable} trainable "
+            f"scales, {size(report.bytes_written)} in {seconds:.1f} s on {report.device}",
             quiet=quiet,
         )
-        say(f"train {out / 'surgery' / 'scales.safetensors'}, then: surgery fold {out} SCALES", quiet=quiet)
+        say(_next_steps(model, out, report.manifest), quiet=quiet)
 
 
 @click.command(short_help="Show what factorize would do, from headers.")
-@click.argument("model")
+@click.argument("model", type=MODEL)
 @_planning
 @click.option("--all", "every", is_flag=True, help="Every tensor on a line of its own, not by group.")
 @json_option
-def plan(model: str, every: bool, as_json: bool, **chosen: Any) -> None:
+@quiet_option
+@notes_and_quiet
+def plan(model: str, every: bool, as_json: bool, quiet: bool, **chosen: Any) -> None:
     """Show what surgery factorize would do with MODEL and the same options, from headers.
 
     For a model on the hub only headers are fetched. Of a local one, weights that may be stored twice are compared. Tensors
     are shown by group: those whose names differ in numbers alone. Memory and disk are upper estimates; the time is a
     rough one, without downloads.
     """
-    _show_plan(model, chosen, as_json, every=every)
+    _show_plan(model, chosen, as_json, quiet, every=every)
 
 
-def _show_plan(model: str, chosen: dict[str, Any], as_json: bool, *, every: bool = False) -> None:
-    from surgery.device import choose_devices
-    from surgery.operations import factorize as operation
-    from surgery.planning.estimate import estimate_seconds
+def _show_plan(model: str, chosen: dict[str, Any], as_json: bool, quiet: bool, *, every: bool = False) -> None:
+    bar = Bar(quiet=quiet, notes=False)  # they are among what is shown
+    with phase(bar, "starting"):
+        from surgery.device import choose_devices
+        from surgery.operations import factorize as operation
+        from surgery.planning.estimate import estimate_seconds
 
-    steps = operation.plan(model, **chosen)
-    seconds = estimate_seconds(steps, choose_devices(chosen["device"])[0])
-    click.echo(operation.plan_as_json(steps, seconds) if as_json else plan_text(steps, seconds, every=every))
+    steps = operation.plan(model, **chosen, progress=bar)
+    seconds = float(f"{estimate_seconds(steps, choose_devices(chosen['device'])[0]):.2g}")
+    if as_json:
+        print_json(steps, seconds=seconds)
+    else:
+        click.echo(plan_text(steps, seconds, every=every))
 
 
 @click.command(short_help="List the recipes and what they match.")
@@ -177,32 +194,30 @@ def recipes(as_json: bool) -> None:
 
     Copy one, edit it, and give its path to --recipe; docs/recipes.md describes the format.
     """
-    from surgery.planning.recipes import builtin_recipes
+    from surgery.planning.recipes import recipes as operation
 
+    report = operation()
     if as_json:
-        click.echo(
-            json.dumps(
-                [
-                    {
-                        "name": recipe.name,
-                        "description": recipe.description,
-                        "families": recipe.families,
-                        "rules": [{"match": rule.text, "view": rule.view, "skip": rule.skip} for rule in recipe.rules],
-                    }
-                    for recipe in builtin_recipes().values()
-                ],
-                indent=1,
-            )
-        )
+        print_json(report)
         return
-    for recipe in builtin_recipes().values():
-        click.echo(f"{recipe.name}: {recipe.description}")
+    for recipe in report.recipes:
+        click.echo(fitted(f"{recipe.name}: {recipe.description}"))
         if recipe.families:
-            click.echo(f"  families: {', '.join(recipe.families)}")
+            click.echo(fitted(f"  families: {', '.join(recipe.families)}", indent="    "))
         for rule in recipe.rules:
             seen = f" ({rule.view})" if rule.view else ""
-            click.echo(f"  - {rule.text}{seen}" if rule.skip is None else f"  - not {rule.text}: {rule.skip}")
+            line = f"  - {rule.text}{seen}" if rule.skip is None else f"  - not {rule.text}: {rule.skip}"
+            click.echo(fitted(line, indent="    "))
         click.echo()
+
+
+def _next_steps(model: str, out: Path, manifest: Manifest) -> str:
+    """How the scales are trained and folded, to be copied."""
+    attach = f"surgery.attach(model, {json.dumps(str(out), ensure_ascii=False)})"
+    fold = f"surgery fold {shlex.quote(str(out))} scales.safetensors"
+    if manifest.layout == "overlay" and manifest.source.repo_id is None:
+        fold += f" --base {shlex.quote(model)}"
+    return f"train with {whole(attach)}, then: {whole(fold)}"
 
 
 def _ranks(manifest: Manifest) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import click
 
+from surgery.cli.bar import Bar
 from surgery.cli.options import (
+    PATH,
     devices_option,
     engine_option,
     json_option,
@@ -22,21 +23,23 @@ from surgery.cli.options import (
     quiet_option,
     stream_option,
 )
-from surgery.cli.profile import profile_figures, profile_text
-from surgery.cli.report import Bar, say, size
+from surgery.cli.printing import print_json
+from surgery.cli.profile import profile_text
+from surgery.cli.text import say, size, whole
+from surgery.progress import phase
 
 # Modules that import torch are imported inside the commands: --help must not wait for them.
 
 
 @click.command(short_help="Fold trained scales back into dense weights.")
-@click.argument("factorized", type=click.Path(path_type=Path))
-@click.argument("scales", type=click.Path(path_type=Path))
-@click.option("-o", "--out", default="folded", show_default=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.argument("factorized", type=PATH)
+@click.argument("scales", type=PATH)
+@click.option("-o", "--out", default="folded", show_default=True, type=PATH, help="Folder to write.")
 @overlay_base_option
 @click.option(
     "--lora",
     metavar="ADAPTER",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Folder of a LoRA adapter trained together with the scales, added before the one rounding.",
 )
 @click.option("--dequantize", is_flag=True, help="Write FP8 weights as bfloat16, and drop the quantization from config.json.")
@@ -67,8 +70,10 @@ def fold(
     Writes a folder that loads as the original model did, with its names, dtypes, shards, config and tokenizer.
     Scales that are all 1 give back the original files byte for byte. A changed FP8 weight is quantized again.
     """
-    from surgery.operations import fold as operation
-    from surgery.timing import Timing
+    bar = Bar(quiet=quiet)
+    with phase(bar, "starting"):
+        from surgery.operations import fold as operation
+        from surgery.timing import Timing
 
     timing = Timing() if profile else None
     start = time.perf_counter()
@@ -80,31 +85,16 @@ def fold(
         lora=lora,
         dequantize=dequantize,
         **chosen,
-        progress=Bar(quiet=quiet),
+        progress=bar,
         timing=timing,
     )
     seconds = time.perf_counter() - start
-    written = sum(record.size for record in report.files)
     if as_json:
-        figures = {
-            "targets": report.targets,
-            "changed": report.changed,
-            "shards": len(report.files),
-            "restored": report.restored,
-            "lossless": report.lossless,
-            "dequantized": report.dequantized,
-            "adapted": report.adapted,
-            **profile_figures(timing),
-        }
-        click.echo(
-            json.dumps(
-                {"schema_version": 1, "out": str(out), "seconds": round(seconds, 3), "bytes_written": written, **figures}
-            )
-        )
+        print_json(report, seconds=seconds, timing=timing)
         return
     outcome = (
         "the original weights, byte for byte"
-        if report.restored == len(report.files)
+        if report.restored == report.shards
         else f"{report.changed} of {report.targets} targets changed"
     )
     if lora is not None:
@@ -115,12 +105,12 @@ def fold(
         outcome += ", the others only nearly the source's (made with --no-correction)"
     if timing is not None:
         click.echo(profile_text(timing, seconds))
-    say(f"{out}: {outcome}; {size(written)} in {seconds:.1f} s", quiet=quiet)
+    say(f"{whole(out)}: {outcome}; {size(report.bytes_written)} in {seconds:.1f} s", quiet=quiet)
 
 
 @click.command(short_help="Write trained scales as an adapter for other tools.")
-@click.argument("factorized", type=click.Path(path_type=Path))
-@click.argument("scales", type=click.Path(path_type=Path))
+@click.argument("factorized", type=PATH)
+@click.argument("scales", type=PATH)
 @click.option(
     "--to",
     "kind",
@@ -129,7 +119,7 @@ def fold(
     show_default=True,
     help="Format: a LoRA adapter as PEFT stores it.",
 )
-@click.option("-o", "--out", default="adapter", show_default=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.option("-o", "--out", default="adapter", show_default=True, type=PATH, help="Folder to write.")
 @push_options
 @overwrite_option
 @json_option
@@ -141,17 +131,18 @@ def export(factorized: Path, scales: Path, kind: str, out: Path, as_json: bool, 
     PEFT loads it, and merges it to what fold writes; all modules have one rank, so that vLLM takes it as well. What an
     adapter cannot say, or PEFT is known to load wrongly, is refused: fold instead.
     """
-    from surgery.operations.export import export as operation
+    bar = Bar(quiet=quiet)
+    with phase(bar, "starting"):
+        from surgery.operations.export import export as operation
 
     start = time.perf_counter()
-    report = operation(factorized, scales, out, **chosen, progress=Bar(quiet=quiet))
+    report = operation(factorized, scales, out, **chosen, progress=bar)
     seconds = time.perf_counter() - start
     if as_json:
-        figures = {"format": kind, "modules": report.modules, "rank": report.rank, "bytes_written": report.bytes_written}
-        click.echo(json.dumps({"schema_version": 1, "out": str(out), "seconds": round(seconds, 3), **figures}))
+        print_json(report, seconds=seconds)
         return
     say(
-        f"{out}: a LoRA adapter of rank {report.rank} for {report.modules} modules; "
+        f"{whole(out)}: a LoRA adapter of rank {report.rank} for {report.modules} modules; "
         f"{size(report.bytes_written)} in {seconds:.1f} s",
         quiet=quiet,
     )

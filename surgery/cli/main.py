@@ -9,14 +9,16 @@ from typing import Any
 
 import click
 
-from surgery import __version__
 from surgery.cli.check import inspect, verify
 from surgery.cli.demo import demo
 from surgery.cli.factorize import factorize, plan, recipes
 from surgery.cli.fold import export, fold
 from surgery.cli.scaling import blend, project, scales
 from surgery.cli.study import recommend, spectra
+from surgery.cli.text import tell
 from surgery.errors import SurgeryError
+from surgery.installation import check_installation
+from surgery.version import __version__
 
 
 class _Terminated(KeyboardInterrupt):
@@ -34,6 +36,7 @@ class _Group(click.Group):
         main_thread = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGTERM, _terminate) if main_thread else None
         try:
+            check_installation()
             return super().invoke(ctx)
         except BrokenPipeError:  # of whoever reads the output: click knows what to do
             raise
@@ -41,10 +44,10 @@ class _Group(click.Group):
             click.echo("Interrupted.", err=True)
             ctx.exit(143 if isinstance(stop, _Terminated) else 130)
         except SurgeryError as error:
-            click.echo(f"Error: {error}", err=True)
+            tell(f"Error: {error}")
             ctx.exit(1)
         except OSError as error:  # of a path that the system will not even look at
-            click.echo(f"Error: {error}", err=True)
+            tell(f"Error: {error}")
             ctx.exit(1)
         finally:
             if main_thread:

@@ -11,8 +11,34 @@ from typing import Any
 
 import click
 
-from surgery.cli.report import say
-from surgery.errors import SurgeryWarning
+from surgery.arguments import as_path
+from surgery.cli.text import tell
+
+
+class _PathType(click.Path):
+    """A path with its ``~`` expanded, which a shell does only at the beginning of a word, and so not in ``--out=~/x``."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return as_path(value, _called(param))
+
+
+class _ModelType(click.Path):
+    """A local folder with its ``~`` expanded, or a repo id or a name as it is. A shell completes paths."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return str(as_path(value, _called(param))) if value.startswith("~") else value
+
+
+def _called(param: click.Parameter | None) -> str:
+    """A parameter as its users know it."""
+    if isinstance(param, click.Option):
+        return max(param.opts, key=len)
+    return "the path" if param is None else param.human_readable_name
+
+
+PATH = _PathType()
+MODEL = _ModelType()
+
 
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress, no notes; errors only.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of text.")
@@ -39,7 +65,7 @@ engine_option = click.option(
 profile_option = click.option("--profile", is_flag=True, help="Print where the time went, by thread and stage.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an earlier result in the output folder.")
 overlay_base_option = click.option(
-    "--base", metavar="MODEL", help="For an overlay: the model it was made from, if not the one the manifest names."
+    "--base", type=MODEL, metavar="MODEL", help="For an overlay: the model it was made from, if not the one the manifest names."
 )
 
 
@@ -78,18 +104,17 @@ def push_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def notes_and_quiet(command: Callable[..., None]) -> Callable[..., None]:
-    """Show the library's warnings as notes, in one line each, unless with --quiet; and no bars but ours."""
+    """Show warnings of the libraries below as notes, in one line each, unless with --quiet; and no bars but ours."""
 
     @wraps(command)
     def wrapper(*args: Any, quiet: bool, **kwargs: Any) -> None:
         # Read by the hub client when it is imported: its bars and ours would write over each other.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", SurgeryWarning)
             try:
                 command(*args, quiet=quiet, **kwargs)
             finally:
                 for message in dict.fromkeys(str(warning.message) for warning in caught):
-                    say(f"note: {message}", quiet=quiet)
+                    tell(f"note: {message}", quiet=quiet)
 
     return wrapper

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from surgery.cli.report import table
+from surgery.cli.tables import table
+from surgery.cli.text import fitted
 
 if TYPE_CHECKING:
     from surgery.timing import Timing
@@ -29,7 +30,7 @@ def profile_text(timing: Timing, seconds: float) -> str:
     if busiest is None:
         return "nothing to show: no shard was worked on"
     lines = [table(["threads", "stage", "seconds", "of its time"], rows, flush_right=(2, 3))]
-    lines.append(f"{timing.wall:.1f} s at the weight files, {_VERDICTS[busiest]}; {seconds:.1f} s in all")
+    lines.append(fitted(f"{timing.wall:.1f} s at the weight files, {_VERDICTS[busiest]}; {seconds:.1f} s in all"))
     return "\n".join(lines)
 
 

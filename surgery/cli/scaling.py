@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
 
-from surgery.cli.options import device_option, json_option, notes_and_quiet, overlay_base_option, quiet_option
-from surgery.cli.report import Bar, say, table
+from surgery.cli.bar import Bar
+from surgery.cli.options import MODEL, PATH, device_option, json_option, notes_and_quiet, overlay_base_option, quiet_option
+from surgery.cli.printing import print_json
+from surgery.cli.tables import table
+from surgery.cli.text import fitted, say, whole
+from surgery.progress import phase
 
 if TYPE_CHECKING:
     from surgery.operations.project import Projection
@@ -23,15 +26,15 @@ _out = click.option(
     "--out",
     default="scales.safetensors",
     show_default=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Scales file to write.",
 )
 _overwrite = click.option("--overwrite", is_flag=True, help="Replace the file if it is there.")
 
 
 @click.command(short_help="Find the scales that come closest to a fine-tuned model.")
-@click.argument("factorized", type=click.Path(path_type=Path))
-@click.argument("tuned")
+@click.argument("factorized", type=PATH)
+@click.argument("tuned", type=MODEL)
 @_out
 @overlay_base_option
 @device_option
@@ -59,18 +62,19 @@ def project(
     explained   share of the change's squared norm that the scales make up
     |g - 1|     the largest distance of a scale from 1
     """
-    from surgery.operations import project as operation
+    bar = Bar(quiet=quiet)
+    with phase(bar, "starting"):
+        from surgery.operations import project as operation
 
     start = time.perf_counter()
-    report = operation.project(factorized, tuned, out, base=base, device=device, overwrite=overwrite, progress=Bar(quiet=quiet))
+    report = operation.project(factorized, tuned, out, base=base, device=device, overwrite=overwrite, progress=bar)
     seconds = time.perf_counter() - start
     if as_json:
-        found = {**dataclasses.asdict(report), "out": str(out)}
-        click.echo(json.dumps({"schema_version": 1, "seconds": round(seconds, 3), **found}, indent=1))
+        print_json(report, seconds=seconds)
         return
     rows = [_figures(one) for one in (*report.targets, dataclasses.replace(report.total, key=f"all {len(report.targets)}"))]
-    click.echo(table(["target", "change", "explained", "|g - 1|"], rows, flush_right=range(1, 4)))
-    say(f"{out}: {report.trainable} scales in {seconds:.1f} s", quiet=quiet)
+    click.echo(table(["target", "change", "explained", "|g - 1|"], rows, flush_right=range(1, 4), names=(0,)))
+    say(f"{whole(out)}: {report.trainable} scales in {seconds:.1f} s", quiet=quiet)
 
 
 def _figures(found: Projection) -> list[str]:
@@ -90,7 +94,7 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) 
 
 
 @click.command(short_help="Take the weighted mean of scales files.")
-@click.argument("files", nargs=-1, required=True, metavar="FILE...", type=click.Path(path_type=Path))
+@click.argument("files", nargs=-1, required=True, metavar="FILE...", type=PATH)
 @_out
 @click.option(
     "--weights", callback=_numbers, metavar="W,W...", help="One for each file; their sum becomes 1.  [default: equal]"
@@ -121,13 +125,13 @@ def blend(
     """
     from surgery.operations import blend as operation
 
-    report = operation.blend(files, out, weights=weights, space=space, overwrite=overwrite)
+    report = operation.blend(files, out, weights=weights, space=space, overwrite=overwrite, progress=Bar(quiet=quiet))
     if as_json:
-        click.echo(json.dumps({"schema_version": 1, **dataclasses.asdict(report), "out": str(out)}))
+        print_json(report)
         return
     shares = ", ".join(f"{weight:.3g}" for weight in report.weights)
     say(
-        f"{out}: {report.changed} of {report.trainable} scales of {report.targets} targets differ from 1; "
+        f"{whole(out)}: {report.changed} of {report.trainable} scales of {report.targets} targets differ from 1; "
         f"weights {shares}, {report.space} mean",
         quiet=quiet,
     )
@@ -143,7 +147,7 @@ def scales() -> None:
 
 
 @scales.command(short_help="Show what a scales file changes most.")
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=PATH)
 @click.option("--top", default=20, show_default=True, type=click.IntRange(min=0), help="How many directions to list.")
 @json_option
 @quiet_option
@@ -155,9 +159,9 @@ def show(file: Path, top: int, as_json: bool, quiet: bool) -> None:
     """
     from surgery.operations.scales import show_scales
 
-    found = show_scales(file, top=top)
+    found = show_scales(file, top=top, progress=Bar(quiet=quiet))
     if as_json:
-        click.echo(json.dumps({"schema_version": 1, **dataclasses.asdict(found)}, indent=1))
+        print_json(found)
         return
     if found.directions:
         rows = [
@@ -170,11 +174,15 @@ def show(file: Path, top: int, as_json: bool, quiet: bool) -> None:
             ]
             for one in found.directions
         ]
-        click.echo(table(["target", "matrix", "direction", "g", "change in %"], rows, flush_right=range(1, 5)))
+        click.echo(table(["target", "matrix", "direction", "g", "change in %"], rows, flush_right=range(1, 5), names=(0,)))
         click.echo()
-    click.echo(f"{found.targets} targets, {found.trainable} trainable numbers, " + _changed(found.changed))
-    click.echo(f"least {found.least:.6g}, median {found.median:.6g}, most {found.most:.6g}")
-    click.echo(f"fingerprint {found.fingerprint or 'unknown: the file does not say which factors it belongs to'}")
+    click.echo(
+        fitted(
+            f"{found.targets} targets, {found.trainable} trainable numbers, {_changed(found.changed)}\n"
+            f"least {found.least:.6g}, median {found.median:.6g}, most {found.most:.6g}\n"
+            f"fingerprint {found.fingerprint or 'unknown: the file does not say which factors it belongs to'}"
+        )
+    )
 
 
 def _changed(count: int) -> str:

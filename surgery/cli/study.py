@@ -10,9 +10,12 @@ from typing import Any, Literal
 
 import click
 
-from surgery.cli.options import device_option, json_option, notes_and_quiet, quiet_option
-from surgery.cli.report import Bar, say
+from surgery.cli.bar import Bar
+from surgery.cli.options import MODEL, PATH, device_option, json_option, notes_and_quiet, quiet_option
+from surgery.cli.printing import print_json
+from surgery.cli.text import say, tell, whole
 from surgery.errors import MissingExtra, OutputError
+from surgery.progress import phase
 
 # Modules that import torch are imported inside the commands: --help must not wait for them.
 
@@ -23,7 +26,9 @@ def _which_weights(command: Callable[..., None]) -> Callable[..., None]:
     options = [
         click.option("--include", multiple=True, metavar="GLOB", help="Take exactly the weights that match (repeatable)."),
         click.option("--exclude", multiple=True, metavar="GLOB", help="Never take tensors that match (repeatable)."),
-        click.option("--recipe", metavar="NAME|FILE", help="Which weights, and how they are seen; see surgery recipes."),
+        click.option(
+            "--recipe", type=MODEL, metavar="NAME|FILE", help="Which weights, and how they are seen; see surgery recipes."
+        ),
         click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model."),
         click.option("--subfolder", metavar="PATH", help="The models in this subfolder, as in a diffusion pipeline."),
         click.option("--seed", default=0, show_default=True, help="Seed of the SVD's random start."),
@@ -35,9 +40,9 @@ def _which_weights(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @click.command(short_help="Study the spectra of a model, or what fine-tuning made of them.")
-@click.argument("model")
-@click.argument("tuned", required=False)
-@click.option("-o", "--out", default="report", show_default=True, type=click.Path(path_type=Path), help="Folder to write.")
+@click.argument("model", type=MODEL)
+@click.argument("tuned", required=False, type=MODEL)
+@click.option("-o", "--out", default="report", show_default=True, type=PATH, help="Folder to write.")
 @click.option("--top", default=256, show_default=True, help="Singular values to tell of each matrix.")
 @click.option("--subspace", type=int, help="Dimension of the leading subspaces that are compared.  [default: 16]")
 @click.option(
@@ -54,11 +59,13 @@ def spectra(model: str, tuned: str | None, out: Path, overwrite: bool, as_json: 
     Writes spectra.json and spectra.csv, and with the extra plot index.html: the findings in words and pictures, a page that
     needs no network. With --json the findings are printed as well.
     """
-    from surgery.format.files import write_file
-    from surgery.operations import spectra as operation
-    from surgery.operations.output import check_output_file
-    from surgery.report.listing import write_csv
-    from surgery.report.page import write_page
+    bar = Bar(quiet=quiet)
+    with phase(bar, "starting"):
+        from surgery.format.files import write_file
+        from surgery.operations import spectra as operation
+        from surgery.operations.output import check_output_file
+        from surgery.report.listing import write_csv
+        from surgery.report.page import write_page
 
     start = time.perf_counter()
     if out.exists() and not out.is_dir():
@@ -66,28 +73,29 @@ def spectra(model: str, tuned: str | None, out: Path, overwrite: bool, as_json: 
     files = [out / name for name in (_JSON_FILE, _CSV_FILE, _PAGE_FILE)]
     for file in files:
         check_output_file(file, operation.folders_of(model, tuned), overwrite=overwrite)
-    report = operation.spectra(model, tuned, **chosen, progress=Bar(quiet=quiet))
+    report = operation.spectra(model, tuned, **chosen, progress=bar)
     for file in files:
         file.unlink(missing_ok=True)
-    write_file(out / _JSON_FILE, json.dumps(report, allow_nan=False).encode() + b"\n")
-    write_csv(report, out / _CSV_FILE)
+    content = report.as_json()
+    write_file(out / _JSON_FILE, json.dumps(content, allow_nan=False).encode() + b"\n")
+    write_csv(content, out / _CSV_FILE)
     try:
-        write_page(report, out / _PAGE_FILE)
+        with phase(bar, "drawing"):
+            write_page(content, out / _PAGE_FILE)
         page = str(out / _PAGE_FILE)
     except MissingExtra as missing:
-        say(f"note: no page: {missing}", quiet=quiet)
+        tell(f"note: no page: {missing}", quiet=quiet)
         page = str(out / _JSON_FILE)
     seconds = time.perf_counter() - start
     if as_json:
-        about = {"schema_version": report["schema_version"], "out": str(out), "seconds": round(seconds, 3)}
-        click.echo(json.dumps(about | report["findings"]))
+        print_json(report.findings, out=out, seconds=seconds)
         return
-    say(f"{page}: {report['findings']['targets']} matrices in {seconds:.1f} s on {report['device']}", quiet=quiet)
+    say(f"{whole(page)}: {report.findings.targets} matrices in {seconds:.1f} s on {report.device}", quiet=quiet)
 
 
 @click.command(short_help="Recommend ranks that spend a budget best.")
-@click.argument("model")
-@click.argument("tuned", required=False)
+@click.argument("model", type=MODEL)
+@click.argument("tuned", required=False, type=MODEL)
 @click.option("--budget", required=True, type=click.IntRange(min=1), help="How much may be spent.")
 @click.option(
     "--unit",
@@ -97,9 +105,7 @@ def spectra(model: str, tuned: str | None, out: Path, overwrite: bool, as_json: 
     help="Of the budget: numbers to train, or bytes of U, s and V.",
 )
 @click.option("--max-rank", default=256, show_default=True, type=click.IntRange(min=1), help="The most directions of a matrix.")
-@click.option(
-    "-o", "--out", default="recipe.toml", show_default=True, type=click.Path(path_type=Path), help="Recipe file to write."
-)
+@click.option("-o", "--out", default="recipe.toml", show_default=True, type=PATH, help="Recipe file to write.")
 @_which_weights
 @click.option("--overwrite", is_flag=True, help="Replace the file if it is there.")
 @json_option
@@ -122,8 +128,11 @@ def recommend(
     What counts is the squared norm of all weights in the kept directions; with TUNED, a fine-tuned MODEL, what scales of these
     directions explain of its change. surgery factorize MODEL --recipe FILE takes the result.
     """
-    from surgery.operations import recommend as operation
+    bar = Bar(quiet=quiet)
+    with phase(bar, "starting"):
+        from surgery.operations import recommend as operation
 
+    start = time.perf_counter()
     report = operation.recommend(
         model,
         tuned,
@@ -133,19 +142,16 @@ def recommend(
         out=out,
         **chosen,
         overwrite=overwrite,
-        progress=Bar(quiet=quiet),
+        progress=bar,
     )
-    kept, rank = report.uniform
-    used = [value for value in report.ranks.values() if value]
     if as_json:
-        figures = {"spent": report.spent, "trainable": report.trainable, "kept": report.kept, "ranks": dict(report.ranks)}
-        alike = {"uniform_rank": rank, "uniform_kept": kept}
-        click.echo(json.dumps({"schema_version": 1, "out": str(out), "unit": unit, **figures, **alike}))
+        print_json(report, seconds=time.perf_counter() - start)
         return
+    used = [value for value in report.ranks.values() if value]
     of = "the squared norm of the weights" if tuned is None else "the change"
     say(
-        f"{out}: ranks {min(used)} to {max(used)} for {len(used)} of {len(report.ranks)} weights, {report.trainable} scales, "
-        f"{report.spent} of {budget} {unit}; keeps {report.kept:.2%} of {of}",
+        f"{whole(out)}: ranks {min(used)} to {max(used)} for {len(used)} of {len(report.ranks)} weights, "
+        f"{report.trainable} scales, {report.spent} of {budget} {unit}; keeps {report.kept:.2%} of {of}",
         quiet=quiet,
     )
-    say(f"one rank for all that fits the budget, {rank}, would keep {kept:.2%}", quiet=quiet)
+    say(f"one rank for all that fits the budget, {report.uniform_rank}, would keep {report.uniform_kept:.2%}", quiet=quiet)

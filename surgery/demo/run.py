@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 
+from surgery.device import on_its_own_terms
 from surgery.errors import MissingExtra, OutputError
 from surgery.operations.factorize import factorize
 from surgery.operations.fold import fold
-from surgery.progress import Progress, Silent
+from surgery.progress import Progress, listening, phase
+from surgery.reports import Report
 from surgery.training.attach import attach
 
 MODEL = Path(__file__).with_name("model")
@@ -27,9 +29,23 @@ _LEARNING_RATE = 2e-2
 
 
 @dataclass(frozen=True, slots=True)
-class DemoReport:
-    """What the demo saw. Sizes in bytes, losses in nats per byte on text held out from training, times in seconds."""
+class DemoReport(Report):
+    """What the demo saw.
 
+    Attributes:
+        out: the folder that keeps its results; None where nothing is kept.
+        weights: how many the model has.
+        targets: how many matrices have been factorized.
+        trainable: how many scales there are.
+        source_bytes, factorized_bytes, scales_bytes: of the model, the factorized folder and the scales file.
+        untouched_fold_identical: whether folding untouched scales gives the original files back, byte for byte.
+        steps: of the training.
+        loss_before, loss_attached, loss_folded: in nats per byte of text that was held out: of the model, with trained scales,
+            and of the folded model.
+        seconds_factorize, seconds_train, seconds_fold: how long each took.
+    """
+
+    out: Path | None
     weights: int
     targets: int
     trainable: int
@@ -46,6 +62,7 @@ class DemoReport:
     seconds_fold: float
 
 
+@on_its_own_terms
 def run_demo(
     out: str | Path | None = None,
     *,
@@ -63,7 +80,10 @@ def run_demo(
         steps: optimizer steps.
         device: where the linear algebra of factorize and fold runs; training is on the CPU.
         overwrite: replace an earlier demo in ``out``.
-        progress: told how far it is.
+        progress: told how far it is, and what the user should know; without it that is a ``SurgeryWarning``.
+
+    Returns:
+        Sizes, losses and times, and whether untouched scales fold to the original files.
 
     Raises:
         MissingExtra: transformers is not installed.
@@ -71,24 +91,28 @@ def run_demo(
     """
     if out is None:
         with tempfile.TemporaryDirectory(prefix="surgery-demo-") as folder:
-            return _run(Path(folder), rank, steps, device, overwrite, progress or Silent())
+            return _run(None, Path(folder), rank, steps, device, overwrite, listening())
     for name in ("factorized", "scales.safetensors", "folded"):
         if (Path(out) / name).exists() and not overwrite:
             raise OutputError(f"{Path(out) / name} is there already", hint="--overwrite replaces an earlier demo")
-    return _run(Path(out), rank, steps, device, overwrite, progress or Silent())
+    return _run(Path(out), Path(out), rank, steps, device, overwrite, listening())
 
 
-def _run(folder: Path, rank: int, steps: int, device: str, overwrite: bool, progress: Progress) -> DemoReport:
+def _run(out: Path | None, folder: Path, rank: int, steps: int, device: str, overwrite: bool, progress: Progress) -> DemoReport:
     train, held_out = prose()
-    loss_before = mean_loss(load(MODEL), held_out)
+    with phase(progress, "loading transformers"):
+        model = load(MODEL)
+    with phase(progress, "measuring"):
+        loss_before = mean_loss(model, held_out)
     factorized, scales_file = folder / "factorized", folder / "scales.safetensors"
 
     clock = time.perf_counter()
-    manifest = factorize(MODEL, factorized, rank=rank, device=device, overwrite=overwrite, progress=progress)
+    factorized_report = factorize(MODEL, factorized, rank=rank, device=device, overwrite=overwrite)
     seconds_factorize = time.perf_counter() - clock
 
     with tempfile.TemporaryDirectory(prefix="surgery-demo-") as untouched:
-        report = fold(factorized, factorized / "surgery/scales.safetensors", Path(untouched) / "folded", device=device)
+        untouched_scales, folded = factorized / "surgery/scales.safetensors", Path(untouched) / "folded"
+        report = fold(factorized, untouched_scales, folded, device=device, progress=progress)
     identical = report.restored == len(report.files)
 
     clock = time.perf_counter()
@@ -100,13 +124,14 @@ def _run(folder: Path, rank: int, steps: int, device: str, overwrite: bool, prog
     loss_attached = mean_loss(model, held_out)
 
     clock = time.perf_counter()
-    fold(factorized, scales_file, folder / "folded", device=device, overwrite=overwrite, progress=progress)
+    fold(factorized, scales_file, folder / "folded", device=device, overwrite=overwrite)
     seconds_fold = time.perf_counter() - clock
 
     return DemoReport(
+        out=out,
         weights=sum(parameter.numel() for parameter in load(MODEL).parameters()),
-        targets=len(manifest.targets),
-        trainable=sum(target.rank for target in manifest.targets),
+        targets=factorized_report.targets,
+        trainable=factorized_report.trainable,
         source_bytes=_size(MODEL),
         factorized_bytes=_size(factorized),
         scales_bytes=scales_file.stat().st_size,
@@ -147,18 +172,17 @@ def _train(model: Any, parameters: list[torch.nn.Parameter], text: torch.Tensor,
     generator = torch.Generator().manual_seed(0)
     optimizer = torch.optim.Adam(parameters, lr=_LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    progress.start("training", steps * _BATCH * CONTEXT)
-    for _ in range(steps):
-        starts = torch.randint(len(text) - CONTEXT, (_BATCH, 1), generator=generator)
-        ids = text[starts + torch.arange(CONTEXT)]
-        loss = model(input_ids=ids, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        progress.item(f"loss {loss.item():.3f}")
-        progress.advance(ids.numel())
-    progress.finish()
+    with phase(progress, "training", steps * _BATCH * CONTEXT):
+        for _ in range(steps):
+            starts = torch.randint(len(text) - CONTEXT, (_BATCH, 1), generator=generator)
+            ids = text[starts + torch.arange(CONTEXT)]
+            loss = model(input_ids=ids, labels=ids).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            progress.item(f"loss {loss.item():.3f}")
+            progress.advance(ids.numel())
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from types import TracebackType
 from typing import Self, TypeVar
 
@@ -87,7 +88,7 @@ class Lane:
             with exact_arithmetic(), self._on_device():
                 return work(item)
 
-        return self._pool.submit(run)
+        return self._pool.submit(copy_context().run, run)
 
     def flow(
         self,

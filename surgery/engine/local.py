@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
+from contextvars import copy_context
 from typing import Any, Generic, TypeVar
 
 from surgery.engine.lane import Lane
@@ -43,8 +44,9 @@ def run_jobs(
         runners = []
         for lane in lanes:
             turn = threading.Semaphore(1)
-            arguments = (work, source, lane, turn, finished)
-            runners += [threading.Thread(target=_run, args=arguments, name="surgery-job") for _ in range(IN_HAND)]
+            for _ in range(IN_HAND):
+                arguments = (_run, work, source, lane, turn, finished)
+                runners.append(threading.Thread(target=copy_context().run, args=arguments, name="surgery-job"))
         for runner in runners:
             runner.start()
         going, first, begun = len(runners), None, time.perf_counter()

@@ -10,15 +10,16 @@ import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
 from surgery.arithmetic import exact_arithmetic
 from surgery.device import choose_device, device_name
 from surgery.engine.lane import Lane
-from surgery.errors import MissingExtra, OptionError, SurgeryError
+from surgery.errors import ClusterError, MissingExtra, OptionError, SurgeryError
 from surgery.planning.memory import Memory
+from surgery.progress import Progress, Silent, heard, note
 from surgery.timing import Seconds, Timing
 
 #: How often a task is begun anew after its process or its machine is lost, and after an error of a disk or a network.
@@ -63,7 +64,8 @@ def connected(device: str) -> Iterator[Cluster]:
 
     Raises:
         MissingExtra: Ray is not installed.
-        OptionError: the cluster has no such device, or cannot be reached.
+        OptionError: Ray gives no such device.
+        ClusterError: the cluster cannot be reached, or has no such device or nothing to work on.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise OptionError("Ray places tasks by itself", got=f"--device {device}", expected="auto, cpu or cuda")
@@ -74,7 +76,7 @@ def connected(device: str) -> Iterator[Cluster]:
         try:
             ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise OptionError(
+            raise ClusterError(
                 "the Ray cluster cannot be reached",
                 got=str(error)[:300],
                 hint="check RAY_ADDRESS, and that ray status works here",
@@ -98,9 +100,9 @@ def _cluster(ray: Any, device: str) -> Cluster:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
     with_gpu = [node for node in nodes if node.get("GPU", 0) >= 1]
     if device == "cuda" and not with_gpu:
-        raise OptionError("the Ray cluster has no GPU", got=f"{len(nodes)} machines", hint="--device auto takes what there is")
+        raise ClusterError("the Ray cluster has no GPU", got=f"{len(nodes)} machines", hint="--device auto takes what there is")
     if not nodes:
-        raise OptionError("the Ray cluster has no CPU to work on", got=f"{len(ray.nodes())} machines")
+        raise ClusterError("the Ray cluster has no CPU to work on", got=f"{len(ray.nodes())} machines")
     if with_gpu and device != "cpu":
         cores = min(max(1, int(node["CPU"] // node["GPU"])) for node in with_gpu)
         described = ray.remote(num_gpus=1, num_cpus=0)(_describe)
@@ -143,26 +145,38 @@ def run_remotely(
         while waiting:
             finished, _ = ray.wait(list(waiting), num_returns=1)
             key = waiting.pop(finished[0])
-            result, seconds, wall = _result(ray, finished[0])
+            done = _result(ray, finished[0])
+            for message in done.notes:
+                note(message)
             if timing is not None:
-                timing.add(seconds)
-                timing.wall += wall
+                timing.add(done.seconds)
+                timing.wall += done.wall
                 timing.threads = {"download": 1, "reader": 1, "worker": memory.workers, "writer": 1}
-            yield key, result
+            yield key, done.result
     finally:
         for reference in waiting:
             ray.cancel(reference, force=True)
 
 
-def _result(ray: Any, reference: Any) -> tuple[Any, Seconds, float]:
+@dataclass(frozen=True, slots=True)
+class _Done(Generic[_Result]):
+    """What comes back of a job: its result, where its time went, how long it took, and what it had to say."""
+
+    result: _Result
+    seconds: Seconds
+    wall: float
+    notes: list[str]
+
+
+def _result(ray: Any, reference: Any) -> _Done[Any]:
     try:
-        result: tuple[Any, Seconds, float] = ray.get(reference)
+        result: _Done[Any] = ray.get(reference)
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, SurgeryError):
             raise error.cause from None
         raise
     except ray.exceptions.RayError as error:
-        raise OptionError(
+        raise ClusterError(
             f"a task has been lost {_RETRIES + 1} times",
             got=f"{type(error).__name__}: {error}"[:300],
             hint="see the logs of Ray; less memory for each task: --max-memory",
@@ -170,14 +184,20 @@ def _result(ray: Any, reference: Any) -> tuple[Any, Seconds, float]:
     return result
 
 
-def _run(job: RemoteJob[_Result], kind: str, memory: Memory, timed: bool) -> tuple[_Result, Seconds, float]:
+def _run(job: RemoteJob[_Result], kind: str, memory: Memory, timed: bool) -> _Done[_Result]:
     """One job, in a process of Ray's."""
     import ray
 
     context = ray.get_runtime_context()
     attempt = f"{context.get_task_id()}-{context.get_worker_id()}"
     timing = Timing() if timed else None
+    said = Silent()
     begun = time.perf_counter()
-    with exact_arithmetic(), Lane(choose_device(kind), memory.workers, memory.buffer_bytes, timing) as lane:
-        result = job(lane, attempt)
-    return result, timing.seconds if timing is not None else {}, time.perf_counter() - begun
+
+    @heard
+    def work(*, progress: Progress) -> _Result:
+        with exact_arithmetic(), Lane(choose_device(kind), memory.workers, memory.buffer_bytes, timing) as lane:
+            return job(lane, attempt)
+
+    result = work(progress=said)
+    return _Done(result, timing.seconds if timing is not None else {}, time.perf_counter() - begun, said.notes)

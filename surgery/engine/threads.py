@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from contextvars import copy_context
 from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
@@ -27,7 +28,7 @@ class ReadAhead(Generic[_T]):
         self._room = threading.Semaphore(1)
         self._ready: queue.SimpleQueue[tuple[_T | None, BaseException | None, bool]] = queue.SimpleQueue()
         self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="surgery-read", daemon=True)
+        self._thread = threading.Thread(target=copy_context().run, args=(self._run,), name="surgery-read", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -86,7 +87,7 @@ class WriteBehind:
         self._error: BaseException | None = None
         self._dropping = False
         self._failed = failed
-        self._thread = threading.Thread(target=self._run, name="surgery-write", daemon=True)
+        self._thread = threading.Thread(target=copy_context().run, args=(self._run,), name="surgery-write", daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()

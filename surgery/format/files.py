@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import IO, Any, Self
 
-from surgery.errors import FormatError, OutputError
+from surgery.errors import FormatError, OutputError, ReadError, SurgeryError
 from surgery.format.disk import DiskStream
 from surgery.timing import timed
 
@@ -29,7 +29,13 @@ MAX_OWN_JSON_BYTES = 1 << 29
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """A file, its path relative to the checkpoint, its size in bytes and sha256."""
+    """A file of a checkpoint.
+
+    Attributes:
+        file: its path, relative to the checkpoint.
+        size: in bytes.
+        sha256: of its bytes.
+    """
 
     file: str
     size: int
@@ -63,7 +69,7 @@ class Stamp:
         """Of the file that is to be found there now.
 
         Raises:
-            FormatError: it is gone, is no ordinary file or cannot be opened.
+            ReadError: it is gone, is no ordinary file or cannot be opened.
         """
         with reading(path, name):
             check_regular(path, name)
@@ -113,7 +119,8 @@ class Watch:
             stamp: of the file as it has been opened; else of what is found there.
 
         Raises:
-            FormatError: it has changed, is gone or cannot be opened.
+            FormatError: it has changed.
+            ReadError: it is gone or cannot be opened.
         """
         stamp = stamp or Stamp.at(path, name)
         with self._one:
@@ -130,7 +137,8 @@ class Watch:
         """All once more.
 
         Raises:
-            FormatError: one has changed or is gone.
+            FormatError: one has changed.
+            ReadError: one is gone.
         """
         with self._one:
             seen = list(self._seen.items())
@@ -253,8 +261,8 @@ def copy_file(
 
     Raises:
         OutputError: the target cannot be written.
-        FormatError: the source cannot be read, is not the ``expected`` file, or not the one that ``watch`` has seen.
-            Nothing is put in place then.
+        ReadError: the source cannot be read.
+        FormatError: it is not the ``expected`` file, or not the one that ``watch`` has seen. Nothing is put in place then.
     """
     with reading(source):
         check_regular(source, str(source))
@@ -279,7 +287,8 @@ def check_file(folder: Path, record: FileRecord, hint: str) -> None:
     """Refuse a file that is missing or not the one that was recorded.
 
     Raises:
-        FormatError: with both hashes.
+        ReadError: it cannot be read.
+        FormatError: it is missing, or with both hashes.
     """
     path = check_size_of(folder, record, hint)
     with reading(path):
@@ -292,10 +301,13 @@ def check_size_of(folder: Path, record: FileRecord, hint: str) -> Path:
     """Refuse a file that is missing or has another size than was recorded; returns where it is.
 
     Raises:
-        FormatError: with its size.
+        ReadError: the system does not let it be looked at.
+        FormatError: it is missing, or with its size.
     """
     path = folder / check_relative_path(record.file, str(folder))
     with reading(path):
+        if not path.exists():
+            raise FormatError(f"{path} is not there", expected="a file that the manifest describes", hint=hint)
         size = path.stat().st_size
     if size != record.size:
         raise not_as_described(path, f"of {size} bytes", record, hint)
@@ -343,16 +355,15 @@ def read_json_object(path: Path, name: str, *, most: int = MAX_JSON_BYTES) -> di
     """A JSON object from a file that may be anything.
 
     Raises:
-        FormatError: not readable, too large, not JSON, or no object.
+        ReadError: the system does not let it be read.
+        FormatError: too large, not JSON, or no object.
     """
-    try:
+    with reading(path, name):
         check_size(path, name, most)
-        parsed = json.loads(path.read_bytes().decode("utf-8"))
-    except OSError as error:
-        raise FormatError(f"{name}: cannot be read ({error.strerror})") from error
+        data = path.read_bytes()
+    try:
+        parsed = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        if isinstance(error, FormatError):
-            raise
         raise FormatError(f"{name}: not valid JSON ({error})") from None
     if not isinstance(parsed, dict):
         raise FormatError(f"{name}: no JSON object", got=type(parsed).__name__)
@@ -361,30 +372,34 @@ def read_json_object(path: Path, name: str, *, most: int = MAX_JSON_BYTES) -> di
 
 @contextmanager
 def reading(path: Path, name: str | None = None) -> Iterator[None]:
-    """Turns an OSError of reading into a FormatError that names the file."""
+    """Turns an OSError of reading into a ReadError that names the file."""
     try:
         yield
-    except (FormatError, OutputError):
+    except SurgeryError:
         raise
     except OSError as error:
-        raise FormatError(f"{name or path}: cannot be read ({error.strerror or error})") from error
+        raise ReadError(
+            f"{name or path}: cannot be read ({error.strerror or error})",
+            hint="see who may read it, and the folders above it: ls -l" if isinstance(error, PermissionError) else None,
+        ) from error
 
 
 def check_regular(path: Path, name: str) -> None:
     """Refuse what is no ordinary file: a pipe or a device may have no end.
 
     Raises:
-        FormatError: it is something else.
+        ReadError: it is something else.
     """
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise FormatError(f"{name}: is no ordinary file")
+    if not stat.S_ISREG(mode := path.stat().st_mode):
+        raise ReadError(f"{name}: is no ordinary file", got="a folder" if stat.S_ISDIR(mode) else "a pipe or a device")
 
 
 def check_size(path: Path, name: str, most: int = MAX_JSON_BYTES) -> None:
     """Refuse a file that would take unbounded memory or time.
 
     Raises:
-        FormatError: it is larger than ``most`` bytes, or no ordinary file.
+        ReadError: it is no ordinary file.
+        FormatError: it is larger than ``most`` bytes.
     """
     check_regular(path, name)
     size = path.stat().st_size

@@ -34,6 +34,13 @@ _HARMLESS = frozenset(
 )
 #: Ways to begin that leave the weights under the adapter as they are.
 _INITIAL = (None, True, False, "gaussian", "orthogonal", "eva")
+#: What adapters call their matrices: PEFT, diffusers, kohya.
+_OF_LORA = re.compile(r"(^|[._])lora[._](embedding_)?(a|b|up|down)([._]|$)", re.IGNORECASE)
+
+
+def is_of_lora(name: str) -> bool:
+    """Whether a tensor is part of a LoRA adapter, by its name."""
+    return _OF_LORA.search(name) is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,12 +12,14 @@ from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
+from surgery.arguments import as_path
 from surgery.errors import FormatError, SourceError
 from surgery.format.files import (
     MAX_OWN_JSON_BYTES,
     FileRecord,
     check_relative_path,
     read_json_object,
+    reading,
     write_file,
 )
 from surgery.linalg.views import KINDS, Slice, View
@@ -143,7 +145,13 @@ class TargetRecord:
 
 @dataclass(frozen=True, slots=True)
 class SkippedRecord:
-    """A tensor that was passed over, and why."""
+    """A tensor that was passed over.
+
+    Attributes:
+        tensor: its name.
+        shard: the weight file that it is in.
+        reason: why.
+    """
 
     tensor: str
     shard: str
@@ -152,8 +160,13 @@ class SkippedRecord:
 
 @dataclass(frozen=True, slots=True)
 class SourceRecord:
-    """Where the weights came from. ``repo_id`` and ``commit`` are None for a local folder, whose path is private;
-    ``subfolder`` is None where the model is at the top."""
+    """Where the weights came from.
+
+    Attributes:
+        kind: ``hub`` or ``folder``.
+        repo_id, commit: on the hub; None for a local folder, whose path is private.
+        subfolder: where the model is in there; None at the top.
+    """
 
     kind: str
     repo_id: str | None
@@ -199,7 +212,12 @@ class ShardResult:
 
 @dataclass(frozen=True, slots=True)
 class LeftOutRecord:
-    """A file of the source that was not taken over, and why."""
+    """A file of the source that is not taken over.
+
+    Attributes:
+        file: its path.
+        reason: why.
+    """
 
     file: str
     reason: str
@@ -227,14 +245,17 @@ class Manifest:
         """As it is in its file."""
         return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False).encode() + b"\n"
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: str | Path) -> None:
         """Put the manifest in its place, if it can be read again.
+
+        Args:
+            folder: the factorized checkpoint.
 
         Raises:
             FormatError: it could not be; nothing is written.
             OutputError: the disk is full or fails.
         """
-        data = self.as_bytes()
+        data, folder = self.as_bytes(), as_path(folder, "folder")
         where = str(folder / MANIFEST_FILE)
         if len(data) > MAX_OWN_JSON_BYTES:
             raise FormatError(f"{where}: too large to be read again", got=f"{len(data)} bytes", expected=MAX_OWN_JSON_BYTES)
@@ -242,18 +263,29 @@ class Manifest:
         write_file(folder / MANIFEST_FILE, data)
 
     @classmethod
-    def read(cls, folder: Path) -> Manifest:
+    def read(cls, folder: str | Path) -> Manifest:
         """The manifest of a factorized checkpoint.
 
+        Args:
+            folder: written by ``factorize``.
+
         Raises:
+            OptionError: no path.
             SourceError: the folder is no factorized checkpoint, or an unfinished one.
+            ReadError: the system does not let it be read.
             FormatError: the manifest is damaged, or of another version.
         """
+        folder = as_path(folder, "folder")
         path = folder / MANIFEST_FILE
-        if not folder.is_dir():
-            raise SourceError(f"there is no folder {folder}", expected="a folder written by surgery factorize")
-        if not path.is_file():
-            unfinished = (folder / SURGERY_DIR).is_dir()
+        with reading(folder):
+            is_folder, is_file = folder.is_dir(), folder.is_file()
+            there, unfinished = path.is_file(), (folder / SURGERY_DIR).is_dir()
+        if not is_folder:
+            raise SourceError(
+                f"{folder} is a file" if is_file else f"there is no folder {folder}",
+                expected="a folder written by surgery factorize",
+            )
+        if not there:
             raise SourceError(
                 f"{folder} is {'an unfinished' if unfinished else 'no'} factorized checkpoint: it has no {MANIFEST_FILE}",
                 hint="run surgery factorize again with --overwrite"
@@ -298,7 +330,11 @@ class Manifest:
         return written + self.files
 
     def targets_of(self, shard: str) -> list[TargetRecord]:
-        """The targets in one weight file of the source."""
+        """The targets in one weight file of the source.
+
+        Args:
+            shard: its path in the source, such as ``model.safetensors``.
+        """
         return [target for target in self.targets if target.shard == shard]
 
 

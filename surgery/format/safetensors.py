@@ -25,6 +25,7 @@ import torch
 from surgery.errors import FormatError
 from surgery.format.disk import write_all
 from surgery.format.files import FileRecord, FileWriter, Stamp, Watch, check_regular, file_sha256, reading, reporting
+from surgery.format.kinds import HEAD_BYTES, other_kind
 from surgery.memory import bytes_of
 from surgery.names import DTYPE_BITS
 from surgery.timing import timed
@@ -76,6 +77,27 @@ class Header:
     @property
     def file_bytes(self) -> int:
         return len(self.raw) + self.data_bytes
+
+
+def header_length(prefix: bytes, *, file: str, file_bytes: int) -> int:
+    """How many bytes of JSON follow the length prefix of 8 bytes.
+
+    Args:
+        prefix: the first bytes of the file.
+        file: name for messages.
+        file_bytes: size of the whole file.
+
+    Raises:
+        FormatError: more than the file has, or than the format allows.
+    """
+    length = int.from_bytes(prefix[:8], "little")
+    if len(prefix) < 8 or length > min(file_bytes - 8, MAX_HEADER_BYTES):
+        raise FormatError(
+            f"{file}: no safetensors file, or cut off within its header",
+            got=f"{file_bytes} bytes, a header length of {length}",
+            hint="fetch the file again",
+        )
+    return length
 
 
 def parse_header(raw: bytes, *, file: str, file_bytes: int | None = None) -> Header:
@@ -209,7 +231,8 @@ class ShardReader:
         watch: makes sure that it is what it was when it was opened before, or when the run was planned.
 
     Raises:
-        FormatError: it cannot be read, breaks the format, or has changed.
+        ReadError: it cannot be read.
+        FormatError: it breaks the format, or has changed.
     """
 
     def __init__(self, path: Path, *, name: str | None = None, watch: Watch | None = None) -> None:
@@ -223,19 +246,26 @@ class ShardReader:
             self._stamp = Stamp.of(self._file)
             if watch is not None:
                 watch.see(path, self.name, self._stamp)
-            size = self._stamp.size
-            prefix = self._file.read(8)
-            length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-                raise FormatError(
-                    f"{self.name}: no safetensors file, or cut off within its header",
-                    got=f"{size} bytes, a header length of {length}",
-                    hint="fetch the file again; a git-lfs pointer must be replaced by the file it stands for",
-                )
-            self.header = parse_header(prefix + self._file.read(length), file=self.name, file_bytes=size)
+            self.header = self._read_header()
         except BaseException:
             self._file.close()
             raise
+
+    def _read_header(self) -> Header:
+        size = self._stamp.size
+        with reading(self._path, self.name):
+            head = self._file.read(HEAD_BYTES)
+        try:
+            length = header_length(head[:8], file=self.name, file_bytes=size)
+            with reading(self._path, self.name):
+                self._file.seek(8)
+                rest = self._file.read(length)
+            return parse_header(head[:8] + rest, file=self.name, file_bytes=size)
+        except FormatError:
+            kind = other_kind(head, size, self._path)
+            if kind is None:
+                raise
+            raise FormatError(f"{self.name} is {kind.what}", expected="a safetensors file", hint=kind.hint) from None
 
     def __enter__(self) -> Self:
         return self
@@ -252,6 +282,7 @@ class ShardReader:
 
         Raises:
             FormatError: it has been written to since it was opened, or replaced.
+            ReadError: it is gone.
         """
         self._stamp.check(Stamp.of(self._file), self.name)
         self._stamp.check(Stamp.at(self._path, self.name), self.name)
@@ -265,24 +296,22 @@ class ShardReader:
         """Fill ``buffer`` from ``offset`` bytes after the start of the data.
 
         Raises:
-            FormatError: the file ends early or cannot be read.
+            FormatError: the file ends early.
+            ReadError: it cannot be read.
         """
         position, done = len(self.header.raw) + offset, 0
-        try:
-            with self._position:
-                self._file.seek(position)
-                while done < len(buffer):
-                    count = self._file.readinto(buffer[done:])  # type: ignore[attr-defined]  # raw files have it
-                    if not count:
-                        raise FormatError(
-                            f"{self.name}: ended while it was being read",
-                            got=f"{position + done} bytes",
-                            expected=f"{self.header.file_bytes} bytes",
-                            hint="something changes the file: start again when it is whole",
-                        )
-                    done += count
-        except OSError as error:
-            raise FormatError(f"{self.name}: cannot be read ({error.strerror})") from error
+        with reading(self._path, self.name), self._position:
+            self._file.seek(position)
+            while done < len(buffer):
+                count = self._file.readinto(buffer[done:])  # type: ignore[attr-defined]  # raw files have it
+                if not count:
+                    raise FormatError(
+                        f"{self.name}: ended while it was being read",
+                        got=f"{position + done} bytes",
+                        expected=f"{self.header.file_bytes} bytes",
+                        hint="something changes the file: start again when it is whole",
+                    )
+                done += count
 
     def read_bytes(self, entry: TensorEntry) -> torch.Tensor:
         """The payload of one tensor, as uint8 of shape (nbytes,) on the CPU."""

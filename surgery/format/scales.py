@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,27 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from surgery.errors import ScalesError, SurgeryWarning
+from surgery.errors import FormatError, ScalesError
 from surgery.format.files import write_file
+from surgery.format.lora import CONFIG as ADAPTER_CONFIG
+from surgery.format.lora import is_of_lora
 from surgery.format.manifest import Manifest
-from surgery.format.safetensors import Header, ShardReader
-from surgery.names import FORMAT_VERSION, SCALES_METADATA_KEY
+from surgery.format.name_map import NameMap, match_names
+from surgery.format.safetensors import Header, ShardReader, TensorEntry
+from surgery.linalg.rounding import check_dense
+from surgery.names import ATTACHED_NAME, CONFIG_FILE, FORMAT_VERSION, SCALES_FILE, SCALES_METADATA_KEY
+from surgery.progress import note
 
 #: Multipliers are 1 before a training, and stay nearer to it than to 0 but for a few. Of fewer than four nothing is said.
 _NEAR_ZERO, _NEARLY_ALL, _FEW = 0.5, 0.9, 4
+#: The file in each checkpoint folder of a Trainer, and of the factors in a factorized one.
+CHECKPOINT_FILE = "scales.safetensors"
+_PROJECT = "surgery project FACTORIZED MODEL -o scales.safetensors finds the scales that come closest to a fine-tuned model"
+_DTYPES = ("F32", "F64", "F16", "BF16")
+#: What trainings keep beside what they train.
+_COUNTERS = re.compile(r"(.*[._])?(steps?|epochs?|iter(ation)?s?|lr|learning_rate|loss|seed|count|num_batches_tracked)")
+_FACTORS = re.compile(r".+\.(U|s|V|correction(\.\d+)?)")
+_OF_A_MODEL = re.compile(r"(.*[._])?(norm\d*|layernorm|ln_(\d|f))\.weight|.+\.bias")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +63,59 @@ def write_scales(path: Path, scales: Mapping[str, torch.Tensor], fingerprint: st
     write_file(path, safetensors.torch.save(tensors, metadata=metadata))
 
 
+def scales_file(path: Path) -> Path:
+    """The file that is meant by a path: itself, or the one scales file that is in a folder.
+
+    Raises:
+        ScalesError: there is none in the folder, or there are several.
+
+    Warns:
+        SurgeryWarning: it is a folder; which file of it is taken.
+    """
+    if not path.is_dir():
+        return path
+    found = [file for file in (path / CHECKPOINT_FILE, path / SCALES_FILE) if file.is_file()]
+    found = found or [file for file in sorted(path.glob("*.safetensors")) if _says_what_it_is(file)]
+    found = found or sorted(path.glob(f"*/{CHECKPOINT_FILE}"), key=_numbers_in)
+    if len(found) == 1:
+        note(f"{path} is a folder: its {found[0].relative_to(path)} is taken")
+        return found[0]
+    if found:
+        raise ScalesError(
+            f"{path} is a folder with several scales files",
+            got=", ".join(str(file.relative_to(path)) for file in found[-4:]) + (" ..." if len(found) > 4 else ""),
+            expected="a scales file",
+            hint=f"give the one that is meant, such as {found[-1]}",
+        )
+    if (path / ADAPTER_CONFIG).is_file():
+        hint = "surgery fold FACTORIZED SCALES --lora takes an adapter, beside scales"
+        raise ScalesError(f"{path} is the folder of an adapter, and holds no scales", expected="a scales file", hint=hint)
+    if (path / CONFIG_FILE).is_file():
+        raise ScalesError(f"{path} is the folder of a model, and holds no scales", expected="a scales file", hint=_PROJECT)
+    names = sorted(file.name for file in path.iterdir() if not file.name.startswith("."))
+    raise ScalesError(
+        f"{path} is a folder that holds no scales",
+        got=", ".join(names[:4]) + (" ..." if len(names) > 4 else "") if names else "an empty folder",
+        expected=f"a scales file, or a folder with a {CHECKPOINT_FILE}",
+    )
+
+
+def _says_what_it_is(file: Path) -> bool:
+    """Whether a file is one of scales by its metadata."""
+    if file.name.startswith("."):
+        return False
+    try:
+        with ShardReader(file) as reader:
+            return SCALES_METADATA_KEY in reader.header.metadata
+    except FormatError:
+        return False
+
+
+def _numbers_in(file: Path) -> list[int]:
+    """Checkpoints in the order of their steps."""
+    return [int(number) for number in re.findall(r"\d+", file.parent.name)]
+
+
 def read_scales_alone(path: Path) -> ScalesFile:
     """Read a scales file without the checkpoint that it belongs to. Names are taken as they are.
 
@@ -59,67 +125,142 @@ def read_scales_alone(path: Path) -> ScalesFile:
             cannot have.
 
     Warns:
-        SurgeryWarning: it holds half-precision values, or numbers that do not look like multipliers.
+        SurgeryWarning, or a note of the operation that reads it: it holds half-precision values, float64 values that float32
+            has not, numbers that do not look like multipliers, or more than scales.
     """
+    path = scales_file(path)
     with _open(path) as reader:
+        _check_kind(reader.header, path)
         fingerprint = _fingerprint(reader.header.metadata, path)
-        _check_dtypes(reader.header, path)
-        if not reader.header.tensors:
-            raise ScalesError(f"{path} holds no scales")
-        for entry in reader.header.tensors:
-            if len(entry.shape) not in (1, 2) or 0 in entry.shape:
-                raise ScalesError(
-                    f"{path}: {entry.name!r} has a shape that scales cannot have",
-                    got=list(entry.shape),
-                    expected="(k,), or (B, k) for a stack",
-                )
-        values = {entry.name: reader.read(entry) for entry in reader.header.tensors}
+        entries = _entries(reader.header, (), path)
+        shapes = {entry.name: _plain_shape(entry, path) for entry in entries}
+        note_reshaped({entry.name: (entry.shape, shapes[entry.name]) for entry in entries}, str(path))
+        values = _read(reader, {entry.name: entry for entry in entries}, shapes, path)
     return ScalesFile(_checked(values, sorted(values), path), fingerprint)
 
 
 def read_scales(path: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
     """Read the scales of a factorized checkpoint.
 
+    Names that differ from those of the targets as ``surgery.format.name_map`` tells, and shapes that differ in sizes of 1, are
+    taken for what they stand for.
+
+    Args:
+        path: the file, or a folder that holds one.
+        manifest: of the checkpoint.
+
     Returns:
         Key of a target -> float32 (k,), or (B, k) for a stack, on the CPU, for each target of the manifest.
 
     Raises:
         FormatError: no safetensors file, or a damaged one.
-        ScalesError: made for other factors, or a tensor is missing, unknown, misshapen or not finite.
+        ScalesError: no such file, or something else than scales; made for other factors, or a tensor is missing, unknown,
+            misshapen or not finite.
 
     Warns:
-        SurgeryWarning: the file says nothing about its factors, or holds half-precision values, or numbers that do not
-            look like multipliers.
+        SurgeryWarning, or a note of the operation that reads them: the file says nothing about its factors, or has other names
+            or shapes than these; it holds half-precision values, float64 values that float32 has not, numbers that do not look
+            like multipliers, or more than scales.
     """
+    path = scales_file(path)
     with _open(path) as reader:
+        _check_kind(reader.header, path, manifest)
         _check_owner(reader.header.metadata, manifest, path)
-        _check_dtypes(reader.header, path)
-        _check_shapes({entry.name: list(entry.shape) for entry in reader.header.tensors}, manifest, str(path))
-        values = {entry.name: reader.read(entry).float() for entry in reader.header.tensors}
-    return check_scales(values, manifest, path)
+        entries = {entry.name: entry for entry in _entries(reader.header, {target.key for target in manifest.targets}, path)}
+        shapes = {name: list(entry.shape) for name, entry in entries.items()}
+        given = _check_shapes(shapes, manifest, str(path))
+        named = {key: entries[name] for key, name in given.items()}
+        values = _read(reader, named, {target.key: target.scales_shape for target in manifest.targets}, path)
+    return _checked(values, values, path)
 
 
 def _open(path: Path) -> ShardReader:
     if not path.is_file():
+        is_address = re.match(r"\w\w+:/", str(path)) is not None
         raise ScalesError(
-            f"there is no scales file {path}", hint="a fresh one is surgery/scales.safetensors in the factorized folder"
+            f"there is no scales file {path}",
+            got="a link that leads nowhere" if path.is_symlink() else None,
+            hint="scales are read from a file on this machine: hf download fetches one"
+            if is_address
+            else "a fresh one is surgery/scales.safetensors in the factorized folder",
         )
     return ShardReader(path, name=str(path))
 
 
-def _check_dtypes(header: Header, path: Path) -> None:
-    """Refuse what is no float of scales, and warn of half precision."""
-    half = sorted({entry.dtype for entry in header.tensors} & {"BF16", "F16"})
-    if half:
-        warnings.warn(
-            f"{path} holds {' and '.join(half)} scales: next to 1 they are spaced by "
-            f"{'2^-7' if 'BF16' in half else '2^-10'}; train them in float32",
-            SurgeryWarning,
-            stacklevel=3,
-        )
+def _check_kind(header: Header, path: Path, manifest: Manifest | None = None) -> None:
+    """Refuse files of tensors that are known to be something else."""
+    names = [entry.name for entry in header.tensors]
+    owned = SCALES_METADATA_KEY in header.metadata
+    whole = {target.tensor: target.shape for target in manifest.targets} if manifest is not None else {}
+    if not owned and any(map(is_of_lora, names)):
+        what, hint = "the weights of a LoRA adapter", f"surgery fold FACTORIZED SCALES --lora {path.parent}, beside scales"
+    elif any(ATTACHED_NAME in name for name in names):
+        what = "parameters of a model with scales, which hold g - 1"
+        hint = 'the scales that surgery.attach gave write the file: scales.save("scales.safetensors")'
+    elif not owned and names and all(map(_FACTORS.fullmatch, names)):
+        what, hint = "factors", f"the scales beside them are {path.parent / CHECKPOINT_FILE}"
+    elif any(list(entry.shape) == whole.get(entry.name) for entry in header.tensors) or (
+        manifest is None and not owned and any(map(_OF_A_MODEL.fullmatch, names))
+    ):
+        what, hint = "the weights of a model", _PROJECT
+    else:
+        return
+    raise ScalesError(f"{path} holds {what}, and no scales", got=f"such as {names[0]!r}", expected="a scales file", hint=hint)
+
+
+def _entries(header: Header, wanted: Collection[str], path: Path) -> list[TensorEntry]:
+    """What scales may be in. What else a training keeps in single numbers is left out, with a warning."""
+    entries, others = [], []
     for entry in header.tensors:
-        if entry.dtype not in ("F32", "F16", "BF16"):
+        is_counter = entry.dtype not in _DTYPES or _COUNTERS.fullmatch(entry.name)
+        if entry.name not in wanted and math.prod(entry.shape) == 1 and is_counter:
+            others.append(entry.name)
+        elif entry.dtype in _DTYPES:
+            entries.append(entry)
+        else:
             raise ScalesError(f"{path}: {entry.name!r} has a dtype that scales cannot have", got=entry.dtype, expected="F32")
+    if not entries:
+        raise ScalesError(f"{path} holds no scales")
+    if others:
+        note(f"{path} holds what is no scale, and is not used: {', '.join(sorted(others)[:4])}")
+    if half := sorted({entry.dtype for entry in entries} & {"BF16", "F16"}):
+        note(
+            f"{path} holds {' and '.join(half)} scales: next to 1 they are spaced by "
+            f"{'2^-7' if 'BF16' in half else '2^-10'}; train them in float32"
+        )
+    return entries
+
+
+def _plain_shape(entry: TensorEntry, path: Path) -> list[int]:
+    """The shape of scales of which no checkpoint says what it should be."""
+    shape = list(entry.shape)
+    if len(shape) > 2:
+        shape = [size for size in shape if size != 1]
+    if len(shape) not in (1, 2) or 0 in shape:
+        raise ScalesError(
+            f"{path}: {entry.name!r} has a shape that scales cannot have",
+            got=list(entry.shape),
+            expected="(k,), or (B, k) for a stack",
+        )
+    return shape
+
+
+def _read(
+    reader: ShardReader, named: Mapping[str, TensorEntry], shapes: Mapping[str, Sequence[int]], path: Path
+) -> dict[str, torch.Tensor]:
+    """The numbers of these entries in float32, and in these shapes."""
+    values, rounded = {}, 0
+    for key, entry in named.items():
+        value = reader.read(entry) if entry.dtype != "F64" else reader.read_bytes(entry).view(torch.float64)
+        single = value.float()
+        if bool((single.isinf() & value.isfinite()).any()):
+            raise ScalesError(f"{path}: {entry.name!r} holds a number beyond the range of float32", got=f"{entry.dtype}")
+        rounded += int(((single != value) & ~value.isnan()).sum())
+        values[key] = single.reshape(list(shapes[key]))
+    if rounded:
+        total = sum(value.numel() for value in values.values())
+        note(f"{path}: {rounded} of {total} scales are rounded from F64 to float32")
+    return values
 
 
 def _owner(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | None:
@@ -149,18 +290,16 @@ def _fingerprint(metadata: Mapping[str, str], path: Path) -> str | None:
     return str(fingerprint)
 
 
-def without_owner(path: Path) -> SurgeryWarning:
-    """The warning that a scales file could not be told to belong to the factors."""
-    return SurgeryWarning(
-        f"{path} does not say which factors it belongs to (its metadata is missing); checked by names and shapes only"
-    )
+def note_without_owner(path: Path) -> None:
+    """Say that a scales file could not be told to belong to the factors."""
+    note(f"{path} does not say which factors it belongs to (its metadata is missing); checked by names and shapes only")
 
 
 def _check_owner(metadata: Mapping[str, str], manifest: Manifest, path: Path) -> None:
     """Refuse scales that say they belong to other factors."""
     owner = _owner(metadata, path)
     if owner is None:
-        warnings.warn(without_owner(path), stacklevel=3)
+        note_without_owner(path)
         return
     for what, expected in (("format_version", FORMAT_VERSION), ("fingerprint", manifest.fingerprint)):
         if owner.get(what) != expected:
@@ -172,23 +311,25 @@ def _check_owner(metadata: Mapping[str, str], manifest: Manifest, path: Path) ->
             )
 
 
-def check_scales(values: Mapping[str, torch.Tensor], manifest: Manifest, file: Path | None = None) -> dict[str, torch.Tensor]:
-    """Check scales against the targets of a manifest; arguments, result, errors and warnings as for ``read_scales``."""
-    shapes = _check_shapes({name: list(value.shape) for name, value in values.items()}, manifest, str(file or "scales"))
-    return _checked(values, shapes, file)
+def check_scales(values: Mapping[str, torch.Tensor], manifest: Manifest) -> dict[str, torch.Tensor]:
+    """Check scales against the targets of a manifest; arguments, result, errors and notes as for ``read_scales``."""
+    for name, value in values.items():
+        check_dense(value, f"scales: {name!r}")
+    given = _check_shapes({name: list(value.shape) for name, value in values.items()}, manifest, "scales")
+    shapes = {target.key: target.scales_shape for target in manifest.targets}
+    named = {key: values[name].reshape(list(shapes[key])) for key, name in given.items()}
+    return _checked(named, named, None)
 
 
 def _checked(values: Mapping[str, torch.Tensor], names: Iterable[str], file: Path | None) -> dict[str, torch.Tensor]:
-    """Those of these names, float32 on the CPU; a warning where they cannot be meant."""
+    """Those of these names, float32 on the CPU; a note where they cannot be meant."""
     where = str(file or "scales")
     checked = {name: _finite(name, values[name], where) for name in names}
     # Somebody's own tensors that are all 0 are meant: they take the kept directions out.
     if _look_like_changes(checked.values()) and (file is not None or any(value.any() for value in checked.values())):
-        warnings.warn(
+        note(
             f"{where}: nearly all scales are near 0: they look like changes g - 1, or logarithms, and not like the multipliers "
-            "g, which are 1 where nothing has changed",
-            SurgeryWarning,
-            stacklevel=4,
+            "g, which are 1 where nothing has changed"
         )
     return checked
 
@@ -207,25 +348,58 @@ def _finite(name: str, value: torch.Tensor, where: str) -> torch.Tensor:
     return value
 
 
-def _check_shapes(values: Mapping[str, list[int]], manifest: Manifest, where: str) -> dict[str, list[int]]:
-    """The shapes that scales must have, if these names and shapes are those."""
+def _check_shapes(values: Mapping[str, list[int]], manifest: Manifest, where: str) -> dict[str, str]:
+    """Key of each target -> the name that its scales have, if these names and shapes are those of scales."""
     shapes = {target.key: target.scales_shape for target in manifest.targets}
-    unknown = sorted(values.keys() - shapes.keys())
-    missing = sorted(shapes.keys() - values.keys())
-    if unknown:
-        raise ScalesError(
-            f"{where}: {unknown[0]!r} is no target of this checkpoint" + _and_more(unknown),
-            hint="use the factorized folder these scales were trained with",
-        )
-    if missing:
-        raise ScalesError(
-            f"{where}: the scales of {missing[0]!r} are missing" + _and_more(missing), expected="one entry per target"
-        )
-    for name, shape in shapes.items():
-        if values[name] != shape:
-            raise ScalesError(f"{where}: {name!r} has the wrong shape", got=values[name], expected=shape)
-    return shapes
+    names = match_names(values, shapes)
+    if not names.fits:
+        raise _other_names(names, where, len(values), list(shapes))
+    note_renamed(names, where)
+    for key, name in names.given.items():
+        if not same_but_for_ones(values[name], shapes[key]):
+            raise ScalesError(f"{where}: {name!r} has the wrong shape", got=values[name], expected=shapes[key])
+    note_reshaped({name: (values[name], shapes[key]) for key, name in names.given.items()}, where)
+    return names.given
 
 
-def _and_more(names: list[str]) -> str:
+def _other_names(names: NameMap, where: str, count: int, targets: list[str]) -> ScalesError:
+    hint = "use the factorized folder these scales were trained with"
+    if names.unknown:
+        what = f"{where}: {names.unknown[0]!r} is no target of this checkpoint" + _and_more(names.unknown)
+        if names.given:
+            hint += "; what is no scales belongs into another file"
+    else:
+        what = f"{where}: the scales of {names.missing[0]!r} are missing" + _and_more(names.missing)
+    stands = f"; {names.renamed[0]!r} would be {names.renamed[1]!r}" if names.renamed else ""
+    return ScalesError(
+        what,
+        got=f"{count} entries, {len(names.given)} of them for targets" + stands,
+        expected=f"{len(targets)}, one for each target, such as {(names.missing or targets)[0]!r}",
+        hint=hint,
+    )
+
+
+def note_renamed(names: NameMap, where: str) -> None:
+    """Warn where names are taken for others."""
+    if (renamed := names.renamed) is not None:
+        note(
+            f"{where}: names that differ from the checkpoint's, and fit them one to one: {renamed[0]!r} is taken for "
+            f"{renamed[1]!r}"
+        )
+
+
+def same_but_for_ones(shape: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether two shapes are the same but for sizes of 1, and so are those of the same numbers in the same order."""
+    return [size for size in shape if size != 1] == [size for size in other if size != 1]
+
+
+def note_reshaped(shapes: Mapping[str, tuple[Sequence[int], Sequence[int]]], where: str) -> None:
+    """Warn where a shape is taken for another one: name -> the shape that is there, and the one that is meant."""
+    for name, (there, meant) in shapes.items():
+        if list(there) != list(meant):
+            note(f"{where}: {name!r} is of shape {list(there)}, and is taken for {list(meant)}")
+            return
+
+
+def _and_more(names: Sequence[str]) -> str:
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

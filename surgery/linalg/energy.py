@@ -9,6 +9,7 @@ import torch
 
 from surgery.device import on_its_own_terms
 from surgery.errors import OptionError
+from surgery.linalg.rounding import check_dense
 from surgery.linalg.svd import DEFAULT_TOLERANCE, TruncatedSVD, truncated_svd
 
 _FIRST_RANK = 16
@@ -39,8 +40,9 @@ def energy_svd(
         OptionError, WeightError: as ``truncated_svd``, or an energy or a max_rank that make no sense.
     """
     check_energy(energy, max_rank)
+    check_dense(A, "A")
     if A.ndim != 2:
-        raise OptionError("energy_svd needs one matrix", got=f"shape {tuple(A.shape)}")
+        raise OptionError("A is not one matrix", got=f"shape {tuple(A.shape)}")
     limit = min(max_rank, *A.shape)
     k = min(_FIRST_RANK, limit)
     while True:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -43,7 +44,9 @@ def _set() -> tuple[str | None, list[str]]:
     """Allow full precision only; what was set before."""
     try:
         # Torch has two interfaces for this, and fails where one has been used and the other says something else.
-        older = torch.get_float32_matmul_precision()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # torch 2.9 recommends the newer one, once
+            older = torch.get_float32_matmul_precision()
     except RuntimeError:  # the newer one is in use
         older = None
     before = [backend.fp32_precision for backend in _backends()]

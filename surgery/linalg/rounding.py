@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import numpy.typing as npt
 import torch
 
+from surgery.errors import OptionError
 from surgery.linalg.threads import one_thread
 
 _Bits = TypeVar("_Bits", torch.Tensor, npt.NDArray[Any])
@@ -60,6 +61,23 @@ def times_power_of_two(x: torch.Tensor, exponent: int) -> torch.Tensor:
         while exponent < 1 - most:
             x, exponent = x * 2.0 ** (1 - most + digits), exponent - (1 - most + digits)
         return x * 2.0**exponent
+
+
+def check_dense(tensor: torch.Tensor, name: str) -> None:
+    """Refuse a tensor that does not hold real floating-point numbers, one beside the other, in memory.
+
+    Raises:
+        OptionError: it is complex, of whole numbers or truth values, packed, sparse, nested, or on the meta device.
+    """
+    odd = not tensor.dtype.is_floating_point or tensor.dtype == torch.float4_e2m1fn_x2
+    if odd or tensor.layout != torch.strided or tensor.is_nested or tensor.is_meta:
+        where = ", which has no numbers," if tensor.is_meta else ""
+        raise OptionError(
+            f"{name} does not hold real floating-point numbers that are in memory",
+            got=f"a tensor of {tensor.dtype} on {tensor.device}{where} with layout {tensor.layout}",
+            expected="a dense tensor of torch.float32, float64, bfloat16 or float16",
+            hint="take .to_dense() of a sparse one, .float() of whole numbers",
+        )
 
 
 def all_finite(x: torch.Tensor) -> bool:

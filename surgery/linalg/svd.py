@@ -14,7 +14,7 @@ from surgery.errors import OptionError, WeightError
 from surgery.linalg.operator import Operator, widened
 from surgery.linalg.precision import full_precision
 from surgery.linalg.product import leading_dimension
-from surgery.linalg.rounding import times_power_of_two
+from surgery.linalg.rounding import check_dense, times_power_of_two
 from surgery.linalg.threads import one_thread
 from surgery.linalg.triplets import ROUNDING, Triplets, engine, solve
 from surgery.memory import scratch
@@ -109,11 +109,9 @@ def truncated_svd(A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERAN
     Source: see ``surgery.linalg.lanczos``; the certificate is that of Golub, Van Loan, "Matrix Computations",
     section 8.6, and Wedin, "Perturbation bounds in connection with singular value decomposition" (BIT 12, 1972).
     """
-    if A.ndim not in (2, 3) or not A.dtype.is_floating_point:
-        raise OptionError(
-            "truncated_svd needs a matrix or a batch of matrices of floating-point numbers",
-            got=f"{A.dtype} of shape {tuple(A.shape)}",
-        )
+    check_dense(A, "A")
+    if A.ndim not in (2, 3):
+        raise OptionError("A is neither a matrix nor a batch of matrices", got=f"shape {tuple(A.shape)}")
     found = truncated_svds(A[None] if A.ndim == 2 else A, k, tolerance=tolerance, seed=seed)
     return found[0] if A.ndim == 2 else _stack(found)
 

@@ -15,7 +15,8 @@ from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
 from surgery.format.safetensors import Header, ShardReader, TensorEntry
 from surgery.names import CONFIG_FILE
 from surgery.planning.quantization import FP8, Scaled, quantization_of, read_quantization
-from surgery.source.model import Source, open_source
+from surgery.progress import listening, phase
+from surgery.source.model import Source, open_part, open_source
 from surgery.source.origin import FolderOrigin, Origin
 
 BASE_HINT = "give the model that was factorized with --base"
@@ -155,7 +156,8 @@ class BaseWeights:
                 expected=quantization_of(self._source.config()),
                 hint="restore that part of it from the source model",
             )
-        headers = {shard: self._source.header(shard) for shard in self._source.selection.shards}
+        with phase(listening(), "reading headers"):
+            headers = {shard: self._source.header(shard) for shard in self._source.selection.shards}
         return read_quantization(config, headers, self._source.name)
 
     def file(self, shard: ShardRecord) -> tuple[Path, FileRecord]:
@@ -226,11 +228,8 @@ def shard_path(weights: Weights, shards: Mapping[str, ShardRecord], name: str) -
 
 
 def open_base(base: str | Path, manifest: Manifest) -> Source:
-    """The model that a user says an overlay was made from: the model itself, or the pipeline that it is a part of."""
-    subfolder = manifest.source.subfolder
-    if subfolder is not None and Path(base).is_dir() and not (Path(base) / subfolder).is_dir():
-        subfolder = None
-    return open_source(base, subfolder=subfolder)
+    """The model that a user says a checkpoint was made from, or one like it; maybe by the pipeline that it is a part of."""
+    return open_part(base, manifest.source.subfolder)
 
 
 def weight_source(

@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
 from surgery.device import on_its_own_terms
 from surgery.errors import OptionError, ScalesError
-from surgery.format.scales import ScalesFile, read_scales_alone, without_owner, write_scales
+from surgery.format.name_map import match_names
+from surgery.format.scales import (
+    ScalesFile,
+    note_renamed,
+    note_reshaped,
+    note_without_owner,
+    read_scales_alone,
+    same_but_for_ones,
+    scales_file,
+    write_scales,
+)
 from surgery.operations.output import check_output_file
+from surgery.progress import Progress
+from surgery.reports import Report
 
 Space = Literal["linear", "log"]
 
 
 @dataclass(frozen=True, slots=True)
-class BlendReport:
+class BlendReport(Report):
     """What a blend wrote.
 
     Attributes:
@@ -50,6 +61,7 @@ def blend(
     weights: Sequence[float] | None = None,
     space: Space = "linear",
     overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> BlendReport:
     """Write the weighted mean of scale files that belong to the same factors.
 
@@ -64,6 +76,10 @@ def blend(
         weights: one for each file, finite, scaled so that they sum to 1; all the same by default.
         space: ``linear`` or ``log``.
         overwrite: replace ``out`` if it is there.
+        progress: told what the user should know; without it that is a ``SurgeryWarning``.
+
+    Returns:
+        What was written, with the weights as they were used.
 
     Raises:
         OptionError: no files, another number of weights than files, or weights whose sum is not positive.
@@ -76,16 +92,15 @@ def blend(
         SurgeryWarning: a file does not say which factors it belongs to, or holds half-precision values, or numbers that do not
             look like multipliers.
     """
-    if space not in get_args(Space):
-        raise OptionError("unknown space", got=space, expected=" or ".join(get_args(Space)))
-    paths, out = [Path(file) for file in files], Path(out)
-    shares = _normalised(weights, len(paths))
+    shares = _normalised(weights, len(files))
+    paths, out = [scales_file(Path(file)) for file in files], Path(out)
     check_output_file(out, paths, overwrite=overwrite)
     read = [read_scales_alone(path) for path in paths]
-    fingerprint = _check_alike(paths, read)
+    fingerprint = _fingerprint_of(paths, read)
+    alike = [read[0].values, *(_as_the_first(paths, read, index) for index in range(1, len(paths)))]
     means = {}
-    for key in read[0].values:
-        mean = _mean(key, paths, [file.values[key].double() for file in read], shares, space)
+    for key in alike[0]:
+        mean = _mean(key, paths, [values[key].double() for values in alike], shares, space)
         if not bool(torch.isfinite(mean).all()):
             raise ScalesError(
                 f"the blend of {key!r} is beyond the range of float32", hint="take weights that are closer to one another"
@@ -100,10 +115,7 @@ def _normalised(weights: Sequence[float] | None, count: int) -> tuple[float, ...
     """Weights that sum to 1."""
     if not count:
         raise OptionError("no scales files to blend", expected="one or more")
-    try:
-        given = [1.0] * count if weights is None else [float(weight) for weight in weights]
-    except (TypeError, ValueError) as error:
-        raise OptionError("a weight is no number", got=weights) from error
+    given = [1.0] * count if weights is None else list(weights)
     if len(given) != count:
         raise OptionError("there must be one weight for each file", got=f"{len(given)} weights", expected=f"{count} weights")
     if not all(math.isfinite(weight) for weight in given):
@@ -120,12 +132,12 @@ def _normalised(weights: Sequence[float] | None, count: int) -> tuple[float, ...
     return tuple(weight / total for weight in scaled)
 
 
-def _check_alike(paths: Sequence[Path], read: Sequence[ScalesFile]) -> str | None:
+def _fingerprint_of(paths: Sequence[Path], read: Sequence[ScalesFile]) -> str | None:
     """The fingerprint of files that may be blended."""
     owned: dict[str, Path] = {}
     for path, file in zip(paths, read, strict=True):
         if file.fingerprint is None:
-            warnings.warn(without_owner(path), stacklevel=4)
+            note_without_owner(path)
         else:
             owned.setdefault(file.fingerprint, path)
     if len(owned) > 1:
@@ -136,17 +148,24 @@ def _check_alike(paths: Sequence[Path], read: Sequence[ScalesFile]) -> str | Non
             expected=f"fingerprint {one}",
             hint="blend scales that were trained with the same factorized folder",
         )
-    first, shapes = paths[0], {key: list(value.shape) for key, value in read[0].values.items()}
-    for path, file in zip(paths[1:], read[1:], strict=True):
-        if odd := sorted(shapes.keys() ^ file.values.keys()):
-            has, lacks = (first, path) if odd[0] in shapes else (path, first)
-            raise ScalesError(f"{odd[0]!r} is in {has} and not in {lacks}", expected="the same targets in all files")
-        for key, shape in shapes.items():
-            if list(file.values[key].shape) != shape:
-                raise ScalesError(
-                    f"{key!r} has another shape in {path} than in {first}", got=list(file.values[key].shape), expected=shape
-                )
     return next(iter(owned), None)
+
+
+def _as_the_first(paths: Sequence[Path], read: Sequence[ScalesFile], index: int) -> dict[str, torch.Tensor]:
+    """The scales of a file under the names and in the shapes of the first one."""
+    first, path, values = paths[0], paths[index], read[index].values
+    names = match_names(values, read[0].values)
+    if not names.fits:
+        odd, has, lacks = (names.missing[0], first, path) if names.missing else (names.unknown[0], path, first)
+        raise ScalesError(f"{odd!r} is in {has} and not in {lacks}", expected="the same targets in all files")
+    note_renamed(names, str(path))
+    shapes = {}
+    for key, one in read[0].values.items():
+        shapes[names.given[key]] = (there, meant) = list(values[names.given[key]].shape), list(one.shape)
+        if not same_but_for_ones(there, meant):
+            raise ScalesError(f"{key!r} has another shape in {path} than in {first}", got=there, expected=meant)
+    note_reshaped(shapes, str(path))
+    return {key: values[names.given[key]].reshape(one.shape) for key, one in read[0].values.items()}
 
 
 def _mean(

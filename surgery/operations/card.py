@@ -11,14 +11,13 @@ import re
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]  # the hub client's own
-from huggingface_hub import ModelCardData, errors
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but hidden from type checkers
 
 from surgery.format.manifest import LeftOutRecord, Manifest
 from surgery.names import CONFIG_FILE
+from surgery.source import hub_client as client
 from surgery.source.upload import CARD_FILE, TAG
 
+_FRONT_MATTER = re.compile(r"\s*---(?:\r\n|\r|\n)([\S\s]*?)(?:\r\n|\r|\n)---[ \t]*(?:\r\n|\r|\n|$)")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")
 _SLUG = re.compile(r"[a-z0-9][a-z0-9.-]{0,95}")
@@ -217,7 +216,7 @@ def _card(
 ) -> str:
     base = manifest.source.repo_id if _is_name(manifest.source.repo_id) else None
     metadata, text = _parts_of(original or "")
-    data = ModelCardData(
+    data = client.ModelCardData(
         base_model=base,
         base_model_relation=relation if base else None,
         library_name=library,
@@ -232,11 +231,11 @@ def _card(
 
 def _parts_of(card: str) -> tuple[dict[str, Any], str]:
     """Front matter and text; what is no front matter belongs to neither."""
-    found = REGEX_YAML_BLOCK.search(card)
+    found = _FRONT_MATTER.match(card)
     if found is None:
         return {}, card
     try:
-        metadata = yaml.safe_load(found[2])
+        metadata = yaml.safe_load(found[1])
     except (yaml.YAMLError, ValueError, RecursionError):
         metadata = None
     return metadata if isinstance(metadata, dict) else {}, card[found.end() :]
@@ -319,8 +318,8 @@ def _loader(library: str, architecture: str | None) -> str:
 
 def _is_name(repo_id: str | None) -> bool:
     try:
-        validate_repo_id(repo_id)
-    except errors.HFValidationError:
+        client.validate_repo_id(repo_id)
+    except client.HFValidationError:
         return False
     return repo_id is not None
 

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from surgery.engine.ray import Cluster, RemoteJob
 
 EngineName = Literal["local", "ray"]
-ENGINES: tuple[EngineName, ...] = ("local", "ray")
 
 _Result = TypeVar("_Result")
 _Result_co = TypeVar("_Result_co", covariant=True)
@@ -119,11 +118,12 @@ def engine_of(
     """The engine that a user means.
 
     Raises:
-        OptionError: there is none of that name, or it has no such device.
+        OptionError: it has no such device, or a limit of memory is none.
         MissingExtra: Ray is not installed.
     """
-    if name not in ENGINES:
-        raise OptionError("unknown engine", got=name, expected=" or ".join(ENGINES))
+    for limit, value in (("max_memory", max_memory), ("max_device_memory", max_device_memory)):
+        if value is not None and value < 1:
+            raise OptionError(f"{limit} makes no sense", got=value, expected="a number of bytes, at least 1")
     if name == "local":
         yield LocalEngine(device, max_memory, max_device_memory, timing)
         return

@@ -25,7 +25,8 @@ from surgery.memory import bytes_of
 from surgery.names import CONFIG_FILE
 from surgery.operations.output import check_output_file
 from surgery.operations.publish import publish_adapter, uploading
-from surgery.progress import Progress, Silent
+from surgery.progress import Progress, listening, phase
+from surgery.reports import Report
 from surgery.training.carriers import Carrier, Layer, carriers_of, places_of, terms_of
 from surgery.training.peft_api import too_old_for_experts
 from surgery.training.placement import Piece, Place
@@ -37,17 +38,19 @@ _FOLD_HINT = "fold instead: surgery fold gives standard weights for any model. O
 
 
 @dataclass(frozen=True, slots=True)
-class ExportReport:
+class ExportReport(Report):
     """What an export wrote.
 
     Attributes:
         out: the folder.
+        format: of the adapter: ``peft``.
         modules: how many modules have an update.
         rank: of all of them.
         bytes_written: of the adapter's weights.
     """
 
     out: Path
+    format: str
     modules: int
     rank: int
     bytes_written: int
@@ -91,12 +94,15 @@ def export(
 
     Args:
         factorized: a folder written by ``factorize``.
-        scales: a scales file, or for the key of each target ``g``.
+        scales: a scales file or a folder that holds one, or for the key of each target ``g``.
         out: folder to write; ``adapter_config.json`` comes last. The same adapter that is there already is left as it is.
         push_to_hub: repo id that the adapter is uploaded to as well. An earlier result of surgery there is replaced.
         private: whether a repository that is created for it is private.
         overwrite: write in any case, in place of whatever adapter is in ``out``.
-        progress: told how far it is.
+        progress: told how far it is, and what the user should know; without it that is a ``SurgeryWarning``.
+
+    Returns:
+        What was written, or is there already.
 
     Raises:
         OptionError: a target that an adapter cannot change, or that PEFT is known to load wrongly.
@@ -107,7 +113,7 @@ def export(
     Warns:
         SurgeryWarning: see ``surgery.format.scales.read_scales``.
     """
-    progress = progress or Silent()
+    progress = listening()
     factorized, out = Path(factorized), Path(out)
     manifest = Manifest.read(factorized)
     values = check_scales(scales, manifest) if isinstance(scales, Mapping) else read_scales(Path(scales), manifest)
@@ -119,7 +125,7 @@ def export(
     there = not overwrite and any((out / name).exists() for name in (CONFIG, WEIGHTS))
     for name in (CONFIG, WEIGHTS):
         check_output_file(out / name, [factorized], overwrite=overwrite or there)
-    adapter = _Adapter.of(factorized, manifest, values) if there else None
+    adapter = _Adapter.of(factorized, manifest, values, progress) if there else None
     if adapter is not None and not adapter.is_in(out, factorized, values, progress):
         for name in (CONFIG, WEIGHTS):
             check_output_file(out / name, [factorized], overwrite=False)
@@ -129,13 +135,13 @@ def export(
                 write_file(out / CONFIG, adapter.config)
             progress.note(f"{out} is already complete" + (": nothing to do" if upload is None else ""))
         else:
-            adapter = _Adapter.of(factorized, manifest, values)
+            adapter = _Adapter.of(factorized, manifest, values, progress)
             adapter.write(out, factorized, values, progress)
         if any(update.carrier is None for update in adapter.updates) and (older := too_old_for_experts()) is not None:
             progress.note(f"the adapter changes experts: PEFT loads it from 0.20 on, and here is {older}")
         names, modules = (CONFIG, WEIGHTS), len(adapter.updates)
         publish_adapter(upload, out, names, manifest, factorized, modules=modules, rank=adapter.rank, progress=progress)
-    return ExportReport(out, modules, adapter.rank, (out / WEIGHTS).stat().st_size)
+    return ExportReport(out, "peft", modules, adapter.rank, (out / WEIGHTS).stat().st_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +162,9 @@ class _Adapter:
     config: bytes
 
     @classmethod
-    def of(cls, factorized: Path, manifest: Manifest, values: Mapping[str, torch.Tensor]) -> Self:
-        updates, carriers = _updates(skeleton(factorized, exact=True), manifest)
+    def of(cls, factorized: Path, manifest: Manifest, values: Mapping[str, torch.Tensor], progress: Progress) -> Self:
+        with phase(progress, "loading transformers"):  # most of the time that a small export takes
+            updates, carriers = _updates(skeleton(factorized, exact=True), manifest)
         held = {target.key for update in updates for target, _ in update.targets}
         for target in manifest.targets:
             if target.key not in held and not (values[target.key] == 1).all():

@@ -6,17 +6,16 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from surgery import __version__
 from surgery.device import on_its_own_terms
 from surgery.engine.lane import Lane
-from surgery.errors import OptionError, OutputError
+from surgery.errors import OutputError
 from surgery.format.files import copy_file, file_sha256, reading
 from surgery.format.manifest import (
     LeftOutRecord,
@@ -24,31 +23,68 @@ from surgery.format.manifest import (
     OptionsRecord,
     ShardResult,
     SkippedRecord,
-    TargetRecord,
     fingerprint_of,
 )
 from surgery.format.scales import write_scales
 from surgery.linalg.svd import DEFAULT_TOLERANCE, check_accuracy
 from surgery.linalg.views import View
 from surgery.names import FORMAT_VERSION, MANIFEST_FILE, SCALES_FILE, STREAM_DIR, factors_file
+from surgery.operations.accuracy import unconverged_note
 from surgery.operations.aliases import find_aliases, notes_of_equal
 from surgery.operations.batch import Settings
 from surgery.operations.engines import Engine, EngineName, engine_of
+from surgery.operations.inspect import largest_residual
 from surgery.operations.job import Job, RemoteShard, run_job, scale_files
 from surgery.operations.journal import Journal, differing
-from surgery.operations.output import check_room, is_as_recorded, loading_order, locked, result_folder
+from surgery.operations.output import check_room, is_as_recorded, loading_order, locked, not_as_recorded, result_folder
 from surgery.operations.publish import publish_factorized, submit_shard, uploading
 from surgery.planning.memory import Resources
-from surgery.planning.plan import LAYOUTS, Layout, Plan, make_plan
+from surgery.planning.plan import Layout, Plan, make_plan
 from surgery.planning.targets import Choice
-from surgery.progress import Progress, Shared, Silent
+from surgery.progress import Progress, listening, phase
+from surgery.reports import NOT_IN_JSON, Report
 from surgery.source.model import Source, open_source
 from surgery.timing import Timing, timed
+from surgery.version import __version__
 
 if TYPE_CHECKING:
     from surgery.source.upload import Upload
 
 
+@dataclass(frozen=True, slots=True)
+class FactorizeReport(Report):
+    """What a factorization wrote.
+
+    Attributes:
+        out: the folder.
+        layout: ``residual`` or ``overlay``.
+        fingerprint: of the factors; scales carry it.
+        device: what the linear algebra ran on.
+        targets: how many tensors, or slices of one, have been factorized.
+        matrices: how many matrices these are: a stack has several.
+        skipped: how many tensors were passed over.
+        trainable: how many scales there are to train.
+        converged: whether the SVD of every target reached the tolerance.
+        unconverged: the keys of those that did not.
+        bytes_written: of all files but the manifest and the scales.
+        manifest: all that is known of it, as written.
+    """
+
+    out: Path
+    layout: str
+    fingerprint: str
+    device: str
+    targets: int
+    matrices: int
+    skipped: int
+    trainable: int
+    converged: bool
+    unconverged: tuple[str, ...]
+    bytes_written: int
+    manifest: Manifest = field(repr=False, metadata=NOT_IN_JSON)
+
+
+@on_its_own_terms
 def plan(
     model: str | Path,
     *,
@@ -67,15 +103,34 @@ def plan(
     max_memory: int | None = None,
     max_device_memory: int | None = None,
     stream: bool = False,
+    progress: Progress | None = None,
 ) -> Plan:
     """What ``factorize`` would do with the same arguments, from headers.
 
-    Of a model that is here, weights that may be one parameter, stored twice, are compared.
+    Of a model that is here, weights that may be one parameter, stored twice, are compared. Nothing is written.
+
+    Args:
+        model, rank, energy, max_rank, include, exclude, recipe, split, layout, correction, revision, subfolder: see
+            ``factorize``.
+        device, max_memory, max_device_memory, stream: see ``factorize``; on them depend memory and room on the disk alone.
+        progress: told the notes that the plan holds; without it each is a ``SurgeryWarning``.
+
+    Returns:
+        The targets by weight file, what is passed over and why, notes, and upper estimates of bytes.
+
+    Raises:
+        OptionError: an option makes no sense, for any model or for this one, or nothing is selected.
+        SourceError: the model cannot be had, or is quantized in a way that is not supported.
+        ReadError, FormatError: a file cannot be read, or is damaged.
     """
+    progress = listening()
     choice = _choice(rank, energy, max_rank, include, exclude, recipe, split)
-    with engine_of("local", device, max_memory, max_device_memory, None) as by:
+    with engine_of("local", device, max_memory, max_device_memory, None) as by, phase(progress, "planning"):
         source = _open(model, revision, subfolder, (Path(STREAM_DIR), by.files_at_a_time) if stream else None)
-        return _plan(source, choice, layout, correction, by.resources, fetch=False)
+        steps = _plan(source, choice, layout, correction, by.resources, fetch=False)
+    for note in steps.notes:
+        progress.note(note)
+    return steps
 
 
 def _open(model: str | Path, revision: str | None, subfolder: str | None, stream: tuple[Path, int] | None) -> Source:
@@ -102,8 +157,6 @@ def _choice(
 def _plan(
     source: Source, choice: Choice, layout: Layout | None, correction: bool, resources: Resources, *, fetch: bool
 ) -> Plan:
-    if layout is not None and layout not in LAYOUTS:
-        raise OptionError("unknown layout", got=layout, expected=" or ".join(LAYOUTS))
     find = partial(find_aliases, source, fetch=fetch)
     return make_plan(source, choice, layout, resources, correction=correction, find_aliases=find)
 
@@ -136,7 +189,7 @@ def factorize(
     overwrite: bool = False,
     progress: Progress | None = None,
     timing: Timing | None = None,
-) -> Manifest:
+) -> FactorizeReport:
     """Write the factorized form of a checkpoint (docs/format.md) and a file of scales, all ones.
 
     Each matrix W (m, n) of a target becomes U (m, k), s (k,), V (n, k), float32, and in the residual layout the residual
@@ -175,23 +228,29 @@ def factorize(
             surgery there is replaced.
         private: whether a repository that is created for it is private.
         overwrite: replace an earlier result in ``out``, which stays as it is until the new one is whole.
-        progress: told how far it is.
+        progress: told how far it is, and what the user should know; without it that is a ``SurgeryWarning``.
         timing: told where the time goes.
 
     Returns:
-        The manifest, as written, or as it was if ``out`` holds the complete result of the same run.
+        What has been written, or what was there if ``out`` holds the complete result of the same run; with the manifest.
 
     Raises:
-        SurgeryError: see ``surgery.errors``. What has been written by then has no manifest and no ``config.json``,
+        OptionError, SourceError, ReadError, FormatError: as ``plan``.
+        WeightError: a weight holds NaN or infinity, or a residual would overflow.
+        OutputError: ``out`` holds something else, is in use, or the disk is full or fails.
+        ClusterError: with Ray, the cluster cannot be reached or is lost.
+        MissingExtra: Ray is not installed.
+        SurgeryError: any of these. What has been written by then has no manifest and no ``config.json``,
             and so is taken for a checkpoint by nobody; the same call goes on after the last finished shard.
     """
-    progress = progress or Silent()
+    progress = listening()
     check_accuracy(tolerance, seed)
     out = Path(out)
     with engine_of(engine, device, max_memory, max_device_memory, timing) as by:
-        source = _open(model, revision, subfolder, (out / STREAM_DIR, by.files_at_a_time) if stream else None)
-        choice = _choice(rank, energy, max_rank, include, exclude, recipe, split)
-        steps = _plan(source, choice, layout, correction, by.resources, fetch=True)
+        with phase(progress, "planning"):
+            source = _open(model, revision, subfolder, (out / STREAM_DIR, by.files_at_a_time) if stream else None)
+            choice = _choice(rank, energy, max_rank, include, exclude, recipe, split)
+            steps = _plan(source, choice, layout, correction, by.resources, fetch=True)
         for note in steps.notes:
             progress.note(note)
         options = OptionsRecord(
@@ -208,7 +267,9 @@ def factorize(
                 for shard in manifest.shards:
                     submit_shard(upload, out, shard)
                 publish_factorized(upload, out, manifest, progress)
-                return manifest
+                for note in _accuracy_notes(manifest, steps):
+                    progress.note(note)
+                return _report(out, manifest)
             if (download := source.room_to_fetch()) is not None and not stream:
                 check_room(*download)
             journal = Journal(out, _identity(source, steps, options, by.device_name))
@@ -217,11 +278,11 @@ def factorize(
             with result_folder(out, journal, _output_files(source, steps), needed, progress, overwrite=overwrite) as place:
                 work = _Factorizing(source, steps, out, place, settings, progress, timing)
                 results = _run_jobs(by, work, journal, upload, progress)
-                manifest = _finish(source, steps, place, results, options, by.device_name)
+                manifest = _finish(source, steps, place, results, options, by.device_name, progress)
                 publish_factorized(upload, place, manifest, progress)
-    for note in (*_accuracy_notes(manifest.targets, steps), *notes_of_equal(source, steps, manifest)):
+    for note in (*_accuracy_notes(manifest, steps), *notes_of_equal(source, steps, manifest)):
         progress.note(note)
-    return manifest
+    return _report(out, manifest)
 
 
 def _run_jobs(
@@ -269,7 +330,7 @@ class _Factorizing:
         self._out = out
         self._source = source
         self._settings = settings
-        self._progress = Shared(progress)
+        self._progress = progress
         self._timing = timing
         self._jobs: dict[int, Job] = {}
 
@@ -403,7 +464,7 @@ def _finished(out: Path, source: Source, steps: Plan, options: OptionsRecord, pr
             got="; ".join(differences[:4]) + (" ..." if len(differences) > 4 else ""),
             hint="--overwrite replaces it; -o chooses another folder",
         )
-    lost = [record.file for record in manifest.output_files() if not is_as_recorded(out, record)]
+    lost = not_as_recorded(out, manifest.output_files(), progress)
     if lost or not (out / SCALES_FILE).is_file():
         lost = lost or [SCALES_FILE]
         raise OutputError(
@@ -432,12 +493,17 @@ def _finish(
     results: list[ShardResult],
     options: OptionsRecord,
     device: str,
+    progress: Progress,
 ) -> Manifest:
     """Copy what goes along, write the scales and, last, the manifest: of a source that is still what was planned for."""
     selection = source.selection
     targets = [target for result in results for target in result.targets]
     source.watch.check()
-    others = [copy_file(source.fetch(name), out / name, name, watch=source.watch) for name in loading_order(selection.others)]
+    others = []
+    with phase(progress, "copying"):
+        for name in loading_order(selection.others):
+            progress.item(name)
+            others.append(copy_file(source.fetch(name), out / name, name, watch=source.watch))
     fingerprint = fingerprint_of(targets)
     write_scales(
         out / SCALES_FILE, {target.key: torch.ones(target.scales_shape, dtype=torch.float32) for target in targets}, fingerprint
@@ -462,11 +528,14 @@ def _finish(
     return manifest
 
 
-def _accuracy_notes(targets: list[TargetRecord], steps: Plan) -> list[str]:
-    notes = []
-    failed = [target.key for target in targets if not target.converged]
-    if failed:
-        notes.append(f"the SVD of {len(failed)} targets did not reach the tolerance (first: {failed[0]}); see surgery inspect")
+def _accuracy_notes(manifest: Manifest, steps: Plan) -> list[str]:
+    notes, targets = [], manifest.targets
+    if failed := {target.key: largest_residual(target) for target in targets if not target.converged}:
+        hint = (
+            "A fold is as exact as ever, but these directions are less certain; surgery inspect tells how much. Try another "
+            "--rank or --seed, or --exclude them; a larger --tolerance says that this is good enough"
+        )
+        notes.append(unconverged_note(failed, f"{len(targets)} targets", manifest.options.tolerance, hint))
     asked = {target.key: target.energy for target in steps.targets if target.energy is not None}
     short = [t for t in targets if t.key in asked and t.energy < (asked[t.key] or 0) and t.rank < min(t.matrices[1:])]
     if short:
@@ -478,42 +547,20 @@ def _accuracy_notes(targets: list[TargetRecord], steps: Plan) -> list[str]:
     return notes
 
 
-def plan_as_json(steps: Plan, seconds: float) -> str:
-    """A plan as the JSON that ``surgery plan --json`` prints, with the time that it is estimated to take."""
-    return json.dumps(
-        {
-            "schema_version": 1,
-            "layout": steps.layout,
-            "recipe": steps.recipe,
-            "targets": [
-                {
-                    "tensor": t.tensor,
-                    "slice": t.view.slice.name if t.view.slice else None,
-                    "shard": t.shard,
-                    "dtype": t.dtype,
-                    "shape": list(t.shape),
-                    "view": t.view.kind,
-                    "matrices": list(t.matrices),
-                    "rank": t.rank,
-                    "energy": t.energy,
-                    "aliases": [alias.tensor for alias in t.aliases],
-                }
-                for t in steps.targets
-            ],
-            "skipped": [{"tensor": s.tensor, "shard": s.shard, "reason": s.reason} for s in steps.skipped],
-            "notes": list(steps.notes),
-            "files_along": steps.files_along,
-            "bytes_along": steps.bytes_along,
-            "left_out": [{"file": file, "reason": reason} for file, reason in steps.left_out.items()],
-            "trainable": steps.trainable,
-            "bytes_read": steps.bytes_read,
-            "bytes_written": steps.bytes_written,
-            "download_bytes": steps.download_bytes,
-            "temporary_bytes": steps.temporary_bytes,
-            "workers": steps.memory.workers,
-            "peak_memory_bytes": steps.memory.peak_bytes,
-            "device_memory_bytes": steps.memory.device_bytes,
-            "seconds": float(f"{seconds:.2g}"),
-        },
-        indent=1,
+def _report(out: Path, manifest: Manifest) -> FactorizeReport:
+    """Of a complete result."""
+    unconverged = tuple(target.key for target in manifest.targets if not target.converged)
+    return FactorizeReport(
+        out=out,
+        layout=manifest.layout,
+        fingerprint=manifest.fingerprint,
+        device=manifest.device,
+        targets=len(manifest.targets),
+        matrices=sum(target.matrices[0] for target in manifest.targets),
+        skipped=len(manifest.skipped),
+        trainable=sum(target.trainable for target in manifest.targets),
+        converged=not unconverged,
+        unconverged=unconverged,
+        bytes_written=sum(record.size for record in manifest.output_files()),
+        manifest=manifest,
     )

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from surgery import __version__
 from surgery.device import choose_devices, on_its_own_terms
 from surgery.engine.lane import Lane
 from surgery.errors import FormatError, OptionError, OutputError, SurgeryError
@@ -32,7 +31,7 @@ from surgery.format.files import (
 )
 from surgery.format.lora import read_lora
 from surgery.format.manifest import Manifest, decode_file
-from surgery.format.scales import check_scales, read_scales
+from surgery.format.scales import check_scales, read_scales, scales_file
 from surgery.linalg.lossless import Addition, both
 from surgery.memory import bytes_of
 from surgery.names import CONFIG_FILE, MANIFEST_FILE, STREAM_DIR
@@ -41,22 +40,24 @@ from surgery.operations.dense import DenseWeights
 from surgery.operations.engines import Engine, EngineName, engine_of
 from surgery.operations.fold_shard import FoldSettings, RemoteFold, ShardFold
 from surgery.operations.journal import Journal
-from surgery.operations.output import files_in, is_as_recorded, loading_order, locked, result_folder
+from surgery.operations.output import files_in, is_as_recorded, loading_order, locked, not_as_recorded, result_folder
 from surgery.operations.publish import publish_folded, submit_files, uploading
 from surgery.operations.quantized import index_of, without_quantization
 from surgery.planning.memory import Memory, need_to_fold, share_out
-from surgery.progress import Progress, Shared, Silent
+from surgery.progress import Progress, listening, phase
+from surgery.reports import Report
 from surgery.source.model import FolderSource
 from surgery.source.shards import is_index
 from surgery.timing import Timing, timed
 from surgery.training.adapter import additions_of
+from surgery.version import __version__
 
 if TYPE_CHECKING:
     from surgery.source.upload import Upload
 
 
 @dataclass(frozen=True, slots=True)
-class FoldReport:
+class FoldReport(Report):
     """What a fold wrote.
 
     Attributes:
@@ -64,20 +65,24 @@ class FoldReport:
         files: its weight files.
         targets: how many tensors had scales.
         changed: how many of them had scales other than 1.
-        restored: weight files that are the source's own, bit for bit.
+        shards: how many weight files there are.
+        restored: how many of them are the source's own, bit for bit.
         lossless: whether untouched weights are the source's: not after ``--no-correction``.
         dequantized: whether FP8 weights have become bfloat16.
         adapted: how many tensors a LoRA adapter changed.
+        bytes_written: of its weight files.
     """
 
     out: Path
     files: tuple[FileRecord, ...]
     targets: int
     changed: int
+    shards: int
     restored: int
     lossless: bool
     dequantized: bool
     adapted: int
+    bytes_written: int
 
 
 @on_its_own_terms
@@ -108,7 +113,7 @@ def fold(
 
     Args:
         factorized: a folder written by ``factorize``.
-        scales: a scales file, or for the key of each target ``g``, (k,), or (B, k) for a stack.
+        scales: a scales file or a folder that holds one, or for the key of each target ``g``, (k,), or (B, k) for a stack.
         out: folder to write, empty or new.
         base: for an overlay, the model it was made from (folder or hub id), if the one that the manifest names is
             not to be used.
@@ -121,21 +126,33 @@ def fold(
             been read.
         push_to_hub, private: as for ``factorize``.
         overwrite: replace an earlier result in ``out``, which stays as it is until the new one is whole.
-        progress: told how far it is.
+        progress: told how far it is, and what the user should know; without it that is a ``SurgeryWarning``.
         timing: told where the time goes.
 
+    Returns:
+        What was written, or is there already if ``out`` holds this very fold.
+
     Raises:
-        SurgeryError: see ``surgery.errors``. ``config.json`` comes last, so no loader takes what is there by then
+        SourceError: the folder is no factorized checkpoint, or the base is not there or another model.
+        ScalesError: the scales are not those of this checkpoint, or not finite.
+        OptionError: an option makes no sense for this checkpoint, or the adapter is of a kind that cannot be folded.
+        ReadError, FormatError: a file cannot be read, or is damaged.
+        OutputError: ``out`` holds something else, is in use, or the disk is full or fails.
+        ClusterError: with Ray, the cluster cannot be reached or is lost.
+        MissingExtra: Ray is not installed, or transformers, which an adapter needs.
+        SurgeryError: any of these. ``config.json`` comes last, so no loader takes what is there by then
             for a model; the same call goes on after the last finished shard.
 
     Warns:
         SurgeryWarning: see ``surgery.format.scales.read_scales``.
     """
-    progress = progress or Silent()
+    progress = listening()
     factorized, out = Path(factorized), Path(out)
     manifest = Manifest.read(factorized)
     others = _as_they_are(factorized, manifest, progress)
-    values = check_scales(scales, manifest) if isinstance(scales, Mapping) else read_scales(Path(scales), manifest)
+    if not isinstance(scales, Mapping):
+        scales = scales_file(Path(scales))
+    values = check_scales(scales, manifest) if isinstance(scales, Mapping) else read_scales(scales, manifest)
     # Folding is float64 arithmetic, which an Apple GPU does not have.
     exact_on = "cpu" if choose_devices(device)[0].type == "mps" else device
     with engine_of(engine, exact_on, max_memory, max_device_memory, timing) as by:
@@ -144,11 +161,12 @@ def fold(
         weights.check(manifest.shards)
         inputs = [factorized, *weights.folders()]
         if not isinstance(scales, Mapping):
-            inputs.append(Path(scales))
+            inputs.append(scales)
         additions: dict[str, Addition] = {}
         if lora is not None:
             inputs.append(Path(lora))
-            additions = _additions(factorized, manifest, weights, Path(lora))
+            with phase(progress, "loading transformers"):
+                additions = _additions(factorized, manifest, weights, Path(lora))
         quantized = quantized_weights(manifest, factorized, weights, all_of_them=dequantize)
         if dequantize and not quantized:
             raise OptionError("there is nothing to dequantize: this is no overlay of an FP8 model", hint="drop --dequantize")
@@ -178,7 +196,7 @@ def fold(
             with result_folder(out, journal, writes, needed, progress, overwrite=overwrite, earlier=_model_in(out)) as place:
                 work.settings = dataclasses.replace(settings, place=place)
                 files = _fold_shards(by, work, memory, journal, upload, progress)
-                _copy_others(factorized, place, others, to_dense=dequantize)
+                _copy_others(factorized, place, others, progress, to_dense=dequantize)
                 report = _report(files, manifest, settings)
                 _publish(upload, place, report, manifest, progress, submitted=True)
     return report
@@ -217,14 +235,16 @@ def _report(files: list[FileRecord], manifest: Manifest, settings: FoldSettings)
     originals = {shard.source.file: shard.source.sha256 for shard in manifest.shards}
     restored = sum(file.sha256 == originals[file.file] for file in files)
     return FoldReport(
-        settings.out,
-        tuple(files),
-        len(settings.scales),
-        changed,
-        restored,
-        manifest.lossless,
-        settings.dequantize,
-        len(settings.additions),
+        out=settings.out,
+        files=tuple(files),
+        targets=len(settings.scales),
+        changed=changed,
+        shards=len(files),
+        restored=restored,
+        lossless=manifest.lossless,
+        dequantized=settings.dequantize,
+        adapted=len(settings.additions),
+        bytes_written=sum(file.size for file in files),
     )
 
 
@@ -254,7 +274,7 @@ def _compared(engine: Engine, work: _Folding, others: Iterable[FileRecord], memo
     finally:
         progress.finish()
     files = [record for index in range(len(manifest.shards)) if (record := found[index]) is not None]
-    if not all(is_as_recorded(out, record) for record in (*files, *others)):
+    if not_as_recorded(out, (*files, *others), progress):
         raise OutputError(
             f"{out} holds files already, and they are not those of this fold",
             hint="--overwrite replaces an earlier result; -o chooses another folder",
@@ -337,7 +357,7 @@ class _Folding:
         self.to_compare = False
         self._weights = weights
         self._dense = dense
-        self._progress = Shared(progress)
+        self._progress = progress
         self._timing = timing
 
     def acquired(self, which: Iterable[int]) -> Iterator[int]:
@@ -426,17 +446,19 @@ def _model_in(out: Path) -> set[str]:
     return {*selection.shards, *selection.others}
 
 
-def _copy_others(factorized: Path, out: Path, others: Iterable[FileRecord], *, to_dense: bool) -> None:
+def _copy_others(factorized: Path, out: Path, others: Iterable[FileRecord], progress: Progress, *, to_dense: bool) -> None:
     """What goes along with the weights: as it is, but for what speaks of a quantization that is no more.
 
     What an earlier start has put in place stays: once ``config.json`` is there, nothing is in the making any more.
     """
     by_name = {record.file: record for record in others}
-    for name in loading_order(by_name):
-        if to_dense and (name == CONFIG_FILE or is_index(name)):
-            check_file(factorized, by_name[name], RESTORE_HINT)
-            data = index_of(out, factorized / name) if is_index(name) else without_quantization(factorized / name)
-            if not (out / name).is_file() or (out / name).read_bytes() != data:
-                write_file(out / name, data)
-        elif not is_as_recorded(out, by_name[name]):
-            copy_file(factorized / name, out / name, name, by_name[name])
+    with phase(progress, "copying"):
+        for name in loading_order(by_name):
+            progress.item(name)
+            if to_dense and (name == CONFIG_FILE or is_index(name)):
+                check_file(factorized, by_name[name], RESTORE_HINT)
+                data = index_of(out, factorized / name) if is_index(name) else without_quantization(factorized / name)
+                if not (out / name).is_file() or (out / name).read_bytes() != data:
+                    write_file(out / name, data)
+            elif not is_as_recorded(out, by_name[name]):
+                copy_file(factorized / name, out / name, name, by_name[name])

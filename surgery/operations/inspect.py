@@ -2,20 +2,138 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from surgery.format.manifest import Manifest, TargetRecord
+from surgery.device import on_its_own_terms
+from surgery.format.manifest import Manifest, SkippedRecord, SourceRecord, TargetRecord
+from surgery.reports import NOT_IN_JSON, Report
 
 
-def inspect(factorized: str | Path) -> Manifest:
-    """The manifest of a factorized checkpoint, checked.
+@dataclass(frozen=True, slots=True)
+class InspectedTarget:
+    """A factorized tensor, or a slice of one.
+
+    Attributes:
+        key: its name among factors and scales.
+        tensor: its name in the checkpoint.
+        slice: the part of it that is meant, such as ``q`` of a fused projection; None for all of it.
+        shard: the weight file that it is in.
+        shape, dtype: of the tensor, as in the source.
+        view: how it is seen: ``matrix``, ``stack`` or ``convolution``.
+        matrices: B, m, n: how many matrices, and their shape.
+        rank: directions kept of each.
+        energy: share of the squared Frobenius norm in the kept part.
+        s_first, s_last: largest and smallest kept singular value.
+        s_last_error: the share of ``s_last`` that is in doubt, at the most.
+        inexact: share of the entries that residual and factors alone do not give back; None in the overlay layout.
+        converged: whether the SVD reached the tolerance.
+        method: of the SVD; several, where the matrices of a stack differ in it.
+        passes: over the matrix, or over those of a stack together.
+        max_residual: the largest residual of a kept direction, over s_1.
+        undetermined: how many kept directions the matrix does not determine: no gap to the next value, or none that is known.
+        aliases: the tensors that hold the same parameter once more, and are edited together with it.
+    """
+
+    key: str
+    tensor: str
+    slice: str | None
+    shard: str
+    shape: tuple[int, ...]
+    dtype: str
+    view: str
+    matrices: tuple[int, int, int]
+    rank: int
+    energy: float
+    s_first: float
+    s_last: float
+    s_last_error: float
+    inexact: float | None
+    converged: bool
+    method: str
+    passes: int
+    max_residual: float
+    undetermined: int
+    aliases: tuple[str, ...]
+
+    @classmethod
+    def of(cls, target: TargetRecord) -> InspectedTarget:
+        return cls(
+            key=target.key,
+            tensor=target.tensor,
+            slice=target.slice.name if target.slice else None,
+            shard=target.shard,
+            shape=tuple(target.shape),
+            dtype=target.dtype,
+            view=target.view,
+            matrices=target.matrices,
+            rank=target.rank,
+            energy=target.energy,
+            s_first=target.s_first,
+            s_last=target.s_last,
+            s_last_error=last_value_error(target),
+            inexact=target.inexact,
+            converged=target.converged,
+            method=methods(target),
+            passes=sum(certificate.passes for certificate in target.certificates),
+            max_residual=largest_residual(target),
+            undetermined=undetermined(target),
+            aliases=tuple(alias.tensor for alias in target.aliases),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class InspectReport(Report):
+    """What a factorized checkpoint is.
+
+    Attributes:
+        layout: ``residual`` or ``overlay``.
+        lossless: whether a fold with untouched scales gives the source back.
+        source: where the weights came from.
+        fingerprint: of the factors; scales carry it.
+        trainable: how many scales there are.
+        targets: what has been factorized.
+        skipped: what was passed over.
+        manifest: all of the manifest.
+    """
+
+    layout: str
+    lossless: bool
+    source: SourceRecord
+    fingerprint: str
+    trainable: int
+    targets: tuple[InspectedTarget, ...]
+    skipped: tuple[SkippedRecord, ...]
+    manifest: Manifest = field(repr=False, metadata=NOT_IN_JSON)
+
+
+@on_its_own_terms
+def inspect(factorized: str | Path) -> InspectReport:
+    """What a factorized checkpoint is, by its manifest, which is checked. Nothing else of it is read.
+
+    Args:
+        factorized: a folder written by ``factorize``.
+
+    Args:
+        factorized: a folder written by ``factorize``.
+
+    Returns:
+        What it says, which holds together; of files nothing is looked at.
 
     Raises:
         SurgeryError: see ``Manifest.read``.
     """
-    return Manifest.read(Path(factorized))
+    manifest = Manifest.read(factorized)
+    return InspectReport(
+        layout=manifest.layout,
+        lossless=manifest.lossless,
+        source=manifest.source,
+        fingerprint=manifest.fingerprint,
+        trainable=sum(target.trainable for target in manifest.targets),
+        targets=tuple(map(InspectedTarget.of, manifest.targets)),
+        skipped=tuple(manifest.skipped),
+        manifest=manifest,
+    )
 
 
 def undetermined(target: TargetRecord) -> int:
@@ -49,40 +167,3 @@ def last_value_error(target: TargetRecord) -> float:
 def methods(target: TargetRecord) -> str:
     """The methods that its matrices were solved by."""
     return ", ".join(sorted({certificate.method for certificate in target.certificates}))
-
-
-def summary(manifest: Manifest) -> dict[str, Any]:
-    """The JSON that ``surgery inspect --json`` prints; ``schema_version`` 1. ``s_last_error``: see ``last_value_error``."""
-    return {
-        "schema_version": 1,
-        "layout": manifest.layout,
-        "lossless": manifest.lossless,
-        "source": asdict(manifest.source),
-        "fingerprint": manifest.fingerprint,
-        "trainable": sum(target.trainable for target in manifest.targets),
-        "targets": [
-            {
-                "tensor": target.tensor,
-                "slice": target.slice.name if target.slice else None,
-                "shard": target.shard,
-                "shape": target.shape,
-                "dtype": target.dtype,
-                "view": target.view,
-                "matrices": list(target.matrices),
-                "rank": target.rank,
-                "energy": target.energy,
-                "s_first": target.s_first,
-                "s_last": target.s_last,
-                "s_last_error": last_value_error(target),
-                "inexact": target.inexact,
-                "converged": target.converged,
-                "method": methods(target),
-                "passes": sum(certificate.passes for certificate in target.certificates),
-                "max_residual": largest_residual(target),
-                "undetermined": undetermined(target),
-                "aliases": [alias.tensor for alias in target.aliases],
-            }
-            for target in manifest.targets
-        ],
-        "skipped": [asdict(item) for item in manifest.skipped],
-    }

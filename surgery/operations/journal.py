@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import FormatError, OutputError
+from surgery.errors import FormatError, OutputError, ReadError
 from surgery.format.files import MAX_OWN_JSON_BYTES, read_json_object, reporting, write_file
 from surgery.names import FILES_FILE, JOURNAL_DIR, REPLACED_FILE, RUN_FILE
 
@@ -51,7 +51,7 @@ class Journal:
         """Whether the run that was begun is this one."""
         try:
             return not self._differences()
-        except FormatError:
+        except (FormatError, ReadError):
             return False
 
     def _differences(self) -> list[str]:
@@ -84,7 +84,7 @@ class Journal:
         """
         try:
             differences = self._differences()
-        except FormatError as error:
+        except (FormatError, ReadError) as error:
             raise OutputError(
                 f"{self._out} holds an unfinished run whose journal is damaged", got=error.what, hint="--overwrite starts anew"
             ) from error
@@ -125,7 +125,7 @@ class Journal:
             return None
         try:
             sealed = read_json_object(path, str(path), most=MAX_OWN_JSON_BYTES)
-        except FormatError:
+        except (FormatError, ReadError):
             return None
         value = sealed.get("value")
         return value if sealed.get("sha256") == _seal(value) else None
@@ -138,7 +138,7 @@ def _list(path: Path, files: set[str]) -> None:
 def _listed(path: Path) -> set[str]:
     try:
         listed = read_json_object(path, str(path), most=MAX_OWN_JSON_BYTES).get("files") if path.is_file() else []
-    except FormatError:
+    except (FormatError, ReadError):
         return set()
     return {name for name in listed if isinstance(name, str)} if isinstance(listed, list) else set()
 

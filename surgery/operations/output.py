@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -9,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from filelock import FileLock, Timeout
 
-from surgery.errors import FormatError, OptionError, OutputError, ScalesError, SurgeryError, WeightError
+from surgery.errors import FormatError, OptionError, OutputError, ReadError, ScalesError, SurgeryError, WeightError
 from surgery.format.files import FileRecord, check_file, reporting, sync_directory
 from surgery.format.manifest import Manifest
 from surgery.names import (
@@ -24,9 +26,10 @@ from surgery.names import (
     RUN_FILE,
     SCALES_FILE,
     SURGERY_DIR,
+    is_litter,
 )
 from surgery.operations.journal import Journal
-from surgery.progress import Progress
+from surgery.progress import Progress, phase
 from surgery.source.select import is_read_by_loaders
 from surgery.source.shards import is_index
 
@@ -48,12 +51,14 @@ def locked(out: Path, inputs: Iterable[Path], progress: Progress) -> Iterator[No
     """
     with reporting(out):
         _check_apart(out, inputs)
+        _check_leads_somewhere(out)
         if out.exists() and not out.is_dir():
             raise OutputError(f"{out} is no folder", hint="choose another folder with -o")
         made = not out.exists()
         (out / JOURNAL_DIR).mkdir(parents=True, exist_ok=True)
-        if (out / JOURNAL_DIR).is_symlink():
-            raise OutputError(f"{out / JOURNAL_DIR} is a link", hint="remove it, or choose another folder with -o")
+        for path in (out / JOURNAL_DIR, out / LOCK_FILE):
+            if path.is_symlink():
+                raise OutputError(f"{path} is a link", hint="remove it, or choose another folder with -o")
         lock = FileLock(out / LOCK_FILE, timeout=0)
         try:
             lock.acquire()
@@ -109,10 +114,15 @@ def check_output_file(out: Path, inputs: Iterable[Path], *, overwrite: bool, but
                     f"the output {out} is one of the inputs, or lies in one: {path}",
                     hint="choose another file with -o; what is read is never written to",
                 )
+        _check_leads_somewhere(out)
         if out.is_dir():
             raise OutputError(f"{out} is a folder", expected="a file to write, such as scales.safetensors", hint="-o FILE")
         if out.exists() and not overwrite:
             raise OutputError(f"{out} is there already", hint="--overwrite replaces it; -o chooses another file")
+        folder = next(path for path in out.absolute().parents if path.exists())
+        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            what = "may not be written to" if folder.is_dir() else "is no folder"
+            raise OutputError(f"{out} cannot be written: {folder} {what}", hint="choose another file with -o")
     except (RuntimeError, ValueError) as error:  # links in a circle, a null byte
         raise OutputError(f"{out}: no such file can be", got=error, hint="choose another file with -o") from None
 
@@ -171,7 +181,7 @@ def result_folder(
 def _prepared(out: Path, journal: Journal, writes: set[str], needed: int, earlier: set[str], *, overwrite: bool) -> Path:
     """See ``result_folder``. The run has begun, or is gone on with, when this returns."""
     with reporting(out):
-        top = sorted(path.name for path in out.iterdir() if path.name != JOURNAL_DIR)
+        top = sorted(path.name for path in out.iterdir() if path.name != JOURNAL_DIR and not is_litter(path.name))
     _check_links(out)
     if Journal.is_there(out) and (not overwrite or journal.matches()):
         journal.check()
@@ -270,10 +280,10 @@ def _size(folder: Path, names: set[str]) -> int:
 
 
 def files_in(out: Path) -> set[str]:
-    """All that is no folder, relative, but for the journal. Links are not followed."""
+    """All that is no folder, relative, but for the journal and what file managers leave. Links are not followed."""
     paths = (path for path in out.rglob("*") if path.is_symlink() or not path.is_dir())
     names = {path.relative_to(out).as_posix() for path in paths}
-    return {name for name in names if not name.startswith(f"{JOURNAL_DIR}/")}
+    return {name for name in names if not name.startswith(f"{JOURNAL_DIR}/") and not is_litter(name)}
 
 
 def _check_links(out: Path) -> None:
@@ -281,6 +291,24 @@ def _check_links(out: Path) -> None:
     for path in out.rglob("*"):
         if path.is_symlink() and path.is_dir():
             raise OutputError(f"{path} is a link to a folder", hint="remove it, or choose another folder with -o")
+
+
+def _check_leads_somewhere(out: Path) -> None:
+    """Refuse an output at or below a link to what is not there: nothing is made where a link leads."""
+    for path in (out, *out.absolute().parents):
+        if path.is_symlink() and not path.exists():
+            raise OutputError(
+                f"{path} is a link that leads nowhere",
+                got=path.readlink(),
+                hint="remove the link or make what it leads to, or choose another output with -o",
+            )
+
+
+def _beside(out: Path, read: Path) -> str:
+    """How to say that an output is to lie beside the folder that it was to lie in."""
+    if not read.is_dir() or read == read.parent:
+        return "choose another folder with -o"
+    return f"-o {shlex.quote(os.path.relpath(read.parent / f'{read.name}-{out.name}'))}"
 
 
 def _check_apart(out: Path, inputs: Iterable[Path]) -> None:
@@ -293,7 +321,8 @@ def _check_apart(out: Path, inputs: Iterable[Path]) -> None:
         if real == read or read in real.parents or real in read.parents:
             raise OutputError(
                 f"the output {out} and the input {path} lie in one another",
-                hint="choose another folder with -o; what is read is never written to",
+                hint=(_beside(out, read) if read in real.parents else "choose another folder with -o")
+                + "; what is read is never written to",
             )
 
 
@@ -336,9 +365,21 @@ def is_as_recorded(out: Path, record: FileRecord) -> bool:
     """Whether a file is there with the size and the sha256 that were recorded."""
     try:
         check_file(out, record, "")
-    except FormatError:
+    except (FormatError, ReadError):
         return False
     return True
+
+
+def not_as_recorded(out: Path, records: Iterable[FileRecord], progress: Progress) -> list[str]:
+    """The files that are not there with the size and the sha256 that were recorded."""
+    known, lost = list(records), []
+    with phase(progress, "hashing", sum(record.size for record in known)):
+        for record in known:
+            progress.item(record.file)
+            if not is_as_recorded(out, record):
+                lost.append(record.file)
+            progress.advance(record.size)
+    return lost
 
 
 def loading_order(files: Iterable[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -22,13 +23,13 @@ from surgery.format.scales import write_scales
 from surgery.linalg.correction import CorruptCorrection
 from surgery.linalg.lossless import BLOCK_ENTRIES, DEVICE_BLOCKS, Factors, approximate, join
 from surgery.names import SCALES_FILE
-from surgery.operations.base import BASE_HINT, BaseWeights, OwnWeights, check_entry, shard_path, weight_source
+from surgery.operations.base import BASE_HINT, BaseWeights, OwnWeights, check_entry, open_base, shard_path, weight_source
 from surgery.operations.output import check_output_file, check_room
 from surgery.operations.quantized import Dequantizer
 from surgery.operations.tuned import Norms, TunedModel, note_what_is_unlikely
 from surgery.planning.quantization import FP8, Scaled
-from surgery.progress import Progress, Silent
-from surgery.source.model import Source, open_source
+from surgery.progress import Progress, listening, phase
+from surgery.reports import Report
 
 #: What is stored of an original matrix, and the fine-tuned one.
 _Pair = tuple[torch.Tensor, torch.Tensor]
@@ -52,14 +53,14 @@ class Projection:
 
 
 @dataclass(frozen=True, slots=True)
-class ProjectReport:
+class ProjectReport(Report):
     """What a projection found.
 
     Attributes:
         out: the scales file.
         fingerprint: of the factors that they belong to.
         trainable: how many scales.
-        targets: one by one, as in the manifest.
+        targets: each of them, in the order of the manifest.
         total: all of them together, as if they were one long vector.
     """
 
@@ -99,34 +100,40 @@ def project(
             not to be used.
         device: where the arithmetic runs: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         overwrite: replace ``out`` if it is there.
-        progress: told how far it is, and where ``tuned`` does not look like a fine-tuned model (``surgery.operations.tuned``);
-            without it that is a ``SurgeryWarning``.
+        progress: told how far it is, and what the user should know, such as where ``tuned`` does
+            not look like a fine-tuned model (``surgery.operations.tuned``); without it that is a ``SurgeryWarning``.
+
+    Returns:
+        How much each target has changed, and how much of that its scales explain.
 
     Raises:
         SourceError: a model is not there, or lacks a target; a target has another shape there.
         WeightError: a fine-tuned weight holds NaN or infinity.
+        ReadError: a file cannot be read.
         FormatError: a file is damaged, or is not the one that the manifest describes.
         OutputError: ``out`` is there already, is an input, or cannot be written.
         OptionError: a base that is not needed; no such device.
     """
+    progress = listening()
     where = choose_device(device)
     where = torch.device("cpu") if where.type == "mps" else where  # which has no float64
     factorized, out = Path(factorized), Path(out)
     manifest = Manifest.read(factorized)
     weights = weight_source(factorized, manifest, base)
-    source = _open_like(tuned, manifest)
+    source = open_base(tuned, manifest)
     inputs = [factorized, *weights.folders(), *source.folders()]
     check_output_file(out, inputs, overwrite=overwrite, but=factorized / SCALES_FILE)
-    for download in (source.room_to_fetch(), weights.room_to_fetch()):
-        if download is not None:
+    for read in (source, weights):
+        if (download := read.room_to_fetch()) is not None:
             check_room(*download)
     aliases = {target.tensor: target.tensors[1:] for target in manifest.targets}
-    names = {entry.name for shard in manifest.shards for entry in weights.header(shard).tensors}
-    with (
-        TunedModel(source, {target.tensor: target.shape for target in manifest.targets}, names, progress, aliases) as model,
-        _Projector(factorized, manifest, weights, model, where) as projector,
-    ):
-        projector.run(progress or Silent())
+    shapes = {target.tensor: target.shape for target in manifest.targets}
+    with ExitStack() as stack:
+        with phase(progress, "reading headers"):
+            names = {entry.name for shard in manifest.shards for entry in weights.header(shard).tensors}
+            model = stack.enter_context(TunedModel(source, shapes, names, progress, aliases))
+        projector = stack.enter_context(_Projector(factorized, manifest, weights, model, where))
+        projector.run(progress)
         found = projector.found
     for read in (source, weights):
         read.watch.check()
@@ -142,14 +149,6 @@ def project(
         tuple(found[target.key].sums.projection(target.key) for target in manifest.targets),
         total.projection("all"),
     )
-
-
-def _open_like(model: str | Path, manifest: Manifest) -> Source:
-    """A model, or the part of a pipeline that the factorized one was."""
-    subfolder = manifest.source.subfolder
-    if subfolder is not None and Path(model).is_dir() and not (Path(model) / subfolder).is_dir():
-        subfolder = None
-    return open_source(model, subfolder=subfolder)
 
 
 @dataclass(slots=True)

@@ -11,14 +11,15 @@ from typing import Any, Literal
 
 import numpy as np
 
+from surgery.device import on_its_own_terms
 from surgery.errors import OptionError
 from surgery.format.files import write_file
 from surgery.operations.output import check_output_file
 from surgery.operations.spectra import folders_of, spectra
-from surgery.progress import Progress
+from surgery.progress import Progress, listening, phase
+from surgery.reports import Report
 
 Unit = Literal["numbers", "bytes"]
-UNITS: tuple[Unit, ...] = ("numbers", "bytes")
 #: Gains below this share of all there is are rounding.
 _NOISE = 1e-9
 #: So many additions, and entries kept, for the exact solution.
@@ -27,24 +28,30 @@ _EXACT_CELLS = 5 * 10**7
 
 
 @dataclass(frozen=True, slots=True)
-class Recommendation:
+class Recommendation(Report):
     """Ranks within a budget.
 
     Attributes:
         out: the recipe file.
+        unit: of the budget: ``numbers`` to train, or ``bytes`` of U, s and V.
+        budget: how much might be spent.
         ranks: of each tensor, 0 where it is better left alone.
-        spent: of the budget.
+        spent: how much is.
         trainable: how many scales that makes.
         kept: the share of what counts that is kept: of the squared norm of all weights, or of their change.
-        uniform: the share that one rank for all would keep for the same budget, and that rank.
+        uniform_rank: the largest rank for all that fits the budget.
+        uniform_kept: the share that it would keep.
     """
 
     out: Path
+    unit: Unit
+    budget: int
     ranks: Mapping[str, int]
     spent: int
     trainable: int
     kept: float
-    uniform: tuple[float, int]
+    uniform_rank: int
+    uniform_kept: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +64,7 @@ class _Candidate:
     cost: int
 
 
+@on_its_own_terms
 def recommend(
     model: str | Path,
     tuned: str | Path | None = None,
@@ -92,14 +100,15 @@ def recommend(
         seed, device, progress: as for ``surgery.operations.spectra.spectra``.
         overwrite: replace ``out``.
 
+    Returns:
+        The ranks, what they cost, and what they keep beside one rank for all.
+
     Raises:
         OptionError: the budget buys nothing, or an option makes no sense.
         OutputError: ``out`` is there already, or in one of the models.
         SurgeryError: as for ``spectra``.
     """
     out = Path(out)
-    if unit not in UNITS:
-        raise OptionError("unknown unit", got=unit, expected=" or ".join(UNITS))
     if budget < 1:
         raise OptionError("the budget must be at least 1", got=budget)
     check_output_file(out, folders_of(model, tuned), overwrite=overwrite)
@@ -116,26 +125,30 @@ def recommend(
         subfolder=subfolder,
         seed=seed,
         device=device,
-        progress=progress,
     )
-    candidates = _candidates(report["targets"], unit, changed=tuned is not None)
-    total = _total(report["targets"], changed=tuned is not None)
+    candidates = _candidates(report.targets, unit, changed=tuned is not None)
+    total = _total(report.targets, changed=tuned is not None)
     if total == 0:
         what = "all weights are 0" if tuned is None else "the two models have the same weights"
         raise OptionError(f"there is nothing to keep: {what}")
-    ranks = _spend(candidates, budget, _NOISE * total)
+    with phase(listening(), "choosing ranks"):
+        ranks = _spend(candidates, budget, _NOISE * total)
     if not any(ranks.values()):
         cheapest = min(candidate.cost for candidate in candidates)
         raise OptionError("the budget buys no direction", got=f"{budget} {unit}", expected=f"at least {cheapest} {unit}")
-    text = _as_recipe(report["targets"], ranks, budget, unit)
+    text = _as_recipe(report.targets, ranks, budget, unit)
     write_file(out, text.encode())
+    uniform_kept, uniform_rank = _uniform(candidates, budget, total)
     return Recommendation(
         out=out,
+        unit=unit,
+        budget=budget,
         ranks=ranks,
         spent=sum(ranks[c.tensor] * c.cost for c in candidates),
         trainable=sum(ranks[c.tensor] * c.matrices for c in candidates),
         kept=_kept(candidates, ranks) / total,
-        uniform=_uniform(candidates, budget, total),
+        uniform_rank=uniform_rank,
+        uniform_kept=uniform_kept,
     )
 
 

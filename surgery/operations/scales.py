@@ -1,15 +1,21 @@
-"""Scales files by themselves: what one holds, and where a new one may be written."""
+"""Scales files by themselves: read, written, summed up."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from surgery.errors import OptionError
-from surgery.format.scales import read_scales_alone
+from surgery.device import on_its_own_terms
+from surgery.errors import OptionError, ScalesError
+from surgery.format import scales as files
+from surgery.format.scales import ScalesFile
+from surgery.progress import Progress
+from surgery.reports import Report
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +36,7 @@ class Direction:
 
 
 @dataclass(frozen=True, slots=True)
-class ScalesSummary:
+class ScalesSummary(Report):
     """What a scales file holds.
 
     Attributes:
@@ -52,22 +58,88 @@ class ScalesSummary:
     directions: tuple[Direction, ...]
 
 
-def show_scales(path: str | Path, *, top: int = 20) -> ScalesSummary:
+@on_its_own_terms
+def read_scales(path: str | Path, *, progress: Progress | None = None) -> ScalesFile:
+    """Read a scales file; the factorized checkpoint is not needed.
+
+    Args:
+        path: the file.
+        progress: told what the user should know; without it that is a ``SurgeryWarning``.
+
+    Returns:
+        ``values``: key of a target -> ``g``, float32 (k,), or (B, k) for a stack, on the CPU, finite. ``fingerprint``: of the
+        factors that they belong to; None where the file does not say.
+
+    Raises:
+        FormatError: no safetensors file, or a damaged one.
+        ScalesError: no such file, no scales in it, damaged metadata, or a tensor whose dtype, shape or numbers scales
+            cannot have.
+
+    Warns:
+        SurgeryWarning: the file holds half-precision values, or numbers that do not look like multipliers.
+    """
+    return files.read_scales_alone(Path(path))
+
+
+@on_its_own_terms
+def write_scales(path: str | Path, scales: Mapping[str, torch.Tensor], fingerprint: str | None) -> None:
+    """Write a scales file that ``fold``, ``export`` and ``blend`` take, and that ``read_scales`` reads.
+
+    Args:
+        path: the file; one that is there is replaced as a whole.
+        scales: key of a target -> ``g``, (k,), or (B, k) for a stack, real floating, on any device; written as float32.
+        fingerprint: of the factors that they belong to, as in ``read_scales(...).fingerprint``, ``inspect(...).fingerprint``
+            and the report of ``factorize``; with None the file does not say, and is checked by names and shapes only.
+
+    Raises:
+        ScalesError: no scales, a name that is no text, or a value that is no tensor of floating-point numbers, has another
+            number of dimensions, or holds NaN, infinity or what is beyond float32.
+        OptionError: no fingerprint, which is a sha256.
+        OutputError: the file cannot be written.
+    """
+    if not isinstance(scales, Mapping) or not scales:
+        raise ScalesError("there are no scales to write", got=type(scales).__name__, expected="key -> tensor")
+    if fingerprint is not None and not re.fullmatch("[0-9a-f]{64}", str(fingerprint)):
+        raise OptionError(
+            "this is no fingerprint of factors", got=repr(fingerprint)[:80], expected="a sha256, or None where it is not known"
+        )
+    for key, value in scales.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
+            got = str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
+            raise ScalesError(f"{key!r} is nothing that scales can be", got=got, expected="a tensor of floating-point numbers")
+        if value.is_meta or value.layout != torch.strided or value.ndim not in (1, 2) or not value.numel():
+            raise ScalesError(
+                f"{key!r} has a shape that scales cannot have",
+                got=f"{list(value.shape)}, {value.layout}, on {value.device}",
+                expected="(k,), or (B, k) for a stack",
+            )
+        if not bool(torch.isfinite(value.detach().float()).all()):
+            raise ScalesError(f"{key!r} holds NaN or infinity, or what is beyond float32")
+    files.write_scales(Path(path), scales, fingerprint)
+
+
+@on_its_own_terms
+def show_scales(path: str | Path, *, top: int = 20, progress: Progress | None = None) -> ScalesSummary:
     """Sum up a scales file; the factorized checkpoint is not needed.
 
     Args:
         path: the file.
         top: how many of the changed directions to list.
+        progress: told what the user should know; without it that is a ``SurgeryWarning``.
+
+    Returns:
+        How many numbers there are, how they are spread, and which are furthest from 1.
 
     Raises:
-        SurgeryError: see ``surgery.format.scales.read_scales_alone``.
+        OptionError: ``top`` is negative.
+        SurgeryError: see ``read_scales``.
 
     Warns:
-        SurgeryWarning: the file holds half-precision values, or numbers that do not look like multipliers.
+        SurgeryWarning: see ``read_scales``.
     """
     if top < 0:
         raise OptionError("a negative number of directions", got=top, expected="0 or more")
-    file = read_scales_alone(Path(path))
+    file = files.read_scales_alone(Path(path))
     flat = torch.cat([value.flatten() for value in file.values.values()]).double().numpy()
     distance = np.abs(flat - 1)
     changed = int(np.count_nonzero(distance))

@@ -6,31 +6,172 @@ import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from surgery import __version__
 from surgery.device import as_memory_allows, choose_device, device_name, on_its_own_terms
 from surgery.engine.walk import ShardWalk, TargetPiece, reported
 from surgery.errors import OptionError, WeightError
 from surgery.format.safetensors import TORCH_DTYPES, ShardReader
 from surgery.linalg.spectrum import compare, spectrum
 from surgery.linalg.svd import DEFAULT_TOLERANCE, check_accuracy
+from surgery.operations.accuracy import unconverged_note
 from surgery.operations.quantized import Dequantizer
 from surgery.operations.tuned import Norms, TunedModel, note_what_is_unlikely
 from surgery.planning.plan import Plan, make_plan
 from surgery.planning.targets import Choice, Target
-from surgery.progress import Progress, Silent
+from surgery.progress import Progress, listening, phase
+from surgery.reports import Report
+from surgery.source.address import address_of
 from surgery.source.model import Source, open_source
+from surgery.version import __version__
 
 SCHEMA_VERSION = 2
 _MOST_AMPLIFIED = 10
 #: More triplets than are told, for directions that change places: a quarter of them, or so many.
 _BEYOND = 16
 _DIGITS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Amplified:
+    """A singular value that fine-tuning has changed.
+
+    Attributes:
+        key: of the matrix.
+        index: of the value, from 1.
+        amplification: the new one over the old one.
+    """
+
+    key: str
+    index: int
+    amplification: float
+
+
+@dataclass(frozen=True, slots=True)
+class Findings(Report):
+    """What can be said of all matrices together. From ``top_change`` on None where there is no tuned model.
+
+    The first r directions of a matrix are its top, the next are those after it that are told, and the rest comes after these.
+
+    Attributes:
+        targets: how many matrices there are.
+        median_stable_rank: of all matrices.
+        median_effective_rank_share: of the effective rank over the shorter side.
+        median_energy: by rank, of the share of the squared norm in as many directions.
+        unconverged: how many matrices have an SVD that did not reach the tolerance: their own, that of what they became, or
+            that of the update.
+        unidentified_share: of the directions, those that their matrix does not determine.
+        top_change, next_change, rest_change: medians of the mean size of the relative change of singular values, of the top,
+            the next and the rest.
+        median_top_amplification, median_next_amplification, median_rest_amplification: of new over old singular values.
+        top_amplified_share: of the top's values, those that grew.
+        median_left_cosine, median_right_cosine: of the top's directions and what they became.
+        median_in_place: of how strong the top's directions are in the tuned model, over what they were.
+        in_place_grew_share: of these, those that are stronger.
+        order_changes: how many pairs of directions have changed their order.
+        moved_share: of the top's directions, those that are at another place.
+        gone: how many of the top's directions are beyond all that was computed.
+        new: how many of the tuned model's top are no direction of the original.
+        median_relative_update: of the norm of the change over that of the matrix.
+        median_update_in_both, chance_in_both: of the share of the change inside the top's subspaces, and that by chance.
+        median_rescaling, chance_rescaling: of the share of it that scales of the top explain, and that by chance.
+        most_amplified: the values that have changed most, first the furthest.
+    """
+
+    schema_version: ClassVar[int] = SCHEMA_VERSION
+
+    targets: int
+    median_stable_rank: float | None
+    median_effective_rank_share: float | None
+    median_energy: Mapping[str, float | None]
+    unconverged: int
+    unidentified_share: float
+    top_change: float | None = None
+    next_change: float | None = None
+    rest_change: float | None = None
+    median_top_amplification: float | None = None
+    median_next_amplification: float | None = None
+    median_rest_amplification: float | None = None
+    top_amplified_share: float | None = None
+    median_left_cosine: float | None = None
+    median_right_cosine: float | None = None
+    median_in_place: float | None = None
+    in_place_grew_share: float | None = None
+    order_changes: int | None = None
+    moved_share: float | None = None
+    gone: int | None = None
+    new: int | None = None
+    median_relative_update: float | None = None
+    median_update_in_both: float | None = None
+    chance_in_both: float | None = None
+    median_rescaling: float | None = None
+    chance_rescaling: float | None = None
+    most_amplified: tuple[Amplified, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StudiedModel:
+    """A model.
+
+    Attributes:
+        name: as it was given.
+        repo_id, commit: on the hub; None for a local folder.
+    """
+
+    name: str
+    repo_id: str | None
+    commit: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class SpectraOptions:
+    """What was asked for.
+
+    Attributes:
+        top: singular values that are told of each matrix.
+        subspace: r, the dimension of the leading subspaces that are compared.
+        seed, tolerance: of the truncated SVD.
+        recipe: the name of the recipe that applies; None: the defaults for any model.
+        include, exclude: globs over tensor names.
+    """
+
+    top: int
+    subspace: int
+    seed: int
+    tolerance: float
+    recipe: str | None
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SpectraReport(Report):
+    """The spectra of a model, alone or against a fine-tuned one. Its JSON is the contents of ``spectra.json``.
+
+    Attributes:
+        tool, torch: the versions that measured.
+        device: what the linear algebra ran on.
+        base: the model.
+        tuned: the fine-tuned one; None without it.
+        options: what was asked for.
+        targets: what was measured of each matrix, an object as described in docs/study.md.
+        findings: what can be said of all of them together.
+    """
+
+    schema_version: ClassVar[int] = SCHEMA_VERSION
+
+    tool: str
+    torch: str
+    device: str
+    base: StudiedModel
+    tuned: StudiedModel | None
+    options: SpectraOptions
+    targets: tuple[Mapping[str, Any], ...]
+    findings: Findings
 
 
 @on_its_own_terms
@@ -50,7 +191,7 @@ def spectra(
     tolerance: float = DEFAULT_TOLERANCE,
     device: str = "auto",
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> SpectraReport:
     """Describe the spectrum of every matrix that ``factorize`` would take, alone or against a fine-tuned model.
 
     Both models are streamed and read once; the memory needed is that of the largest target in both. What the numbers
@@ -64,15 +205,16 @@ def spectra(
         include, exclude, recipe, split, revision, subfolder: as for ``factorize``; the revision is the first model's.
         seed, tolerance: of the truncated SVD.
         device: where the linear algebra runs.
-        progress: told how far it is, and where ``tuned`` does not look like a fine-tuned model (``surgery.operations.tuned``);
-            without it that is a ``SurgeryWarning``.
+        progress: told how far it is, and what the user should know, such as where ``tuned`` does
+            not look like a fine-tuned model (``surgery.operations.tuned``); without it that is a ``SurgeryWarning``.
 
     Returns:
-        JSON-able, ``schema_version`` 2: ``targets``, one object per matrix, and ``findings`` over all of them.
+        The numbers of each matrix, and the findings about all of them. ``as_json()`` is the content of ``spectra.json``.
 
     Raises:
         SurgeryError: a model cannot be had or read, holds NaN, or lacks a tensor; an option makes no sense.
     """
+    progress = listening()
     where = choose_device(device)
     check_accuracy(tolerance, seed)
     subspace = min(16, top) if subspace is None else subspace
@@ -81,11 +223,12 @@ def spectra(
             raise OptionError(f"{what} must be at least 1", got=value)
     if subspace > top:
         raise OptionError("the subspaces need as many singular vectors", got=f"subspace {subspace}, top {top}")
-    source = open_source(model, revision=revision, subfolder=subfolder)
     # The rank is of no account: what is told depends on top.
     choice = Choice(1, None, None, tuple(include), tuple(exclude), None if recipe is None else str(recipe), split)
-    steps = make_plan(source, choice, "overlay")
-    other = None if tuned is None else open_source(tuned, subfolder=subfolder)
+    with phase(progress, "planning"):
+        source = open_source(model, revision=revision, subfolder=subfolder)
+        steps = make_plan(source, choice, "overlay")
+        other = None if tuned is None else open_source(tuned, subfolder=subfolder)
     measure = _Measure(top, subspace, tolerance, seed, where)
     targets = _walk(source, steps, other, measure, progress)
     for read in (source, other):
@@ -93,25 +236,19 @@ def spectra(
             read.watch.check()
     if other is not None:
         note_what_is_unlikely(other.name, [_norms(target) for target in targets], progress)
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "tool": f"surgery {__version__}",
-        "torch": torch.__version__,
-        "device": device_name(where),
-        "base": _named(source),
-        "tuned": None if other is None else _named(other),
-        "options": {
-            "top": top,
-            "subspace": subspace,
-            "seed": seed,
-            "tolerance": tolerance,
-            "recipe": steps.recipe,
-            "include": list(include),
-            "exclude": list(exclude),
-        },
-        "targets": targets,
-        "findings": _findings(targets, subspace, compared=other is not None),
-    }
+    if failed := {target["key"]: _worst_residual(target) for target in targets if not _has_converged(target)}:
+        hint = "The figures of these are less certain: among targets they are those with converged false"
+        progress.note(unconverged_note(failed, f"{len(targets)} matrices", tolerance, hint))
+    return SpectraReport(
+        tool=f"surgery {__version__}",
+        torch=torch.__version__,
+        device=device_name(where),
+        base=_named(source),
+        tuned=None if other is None else _named(other),
+        options=SpectraOptions(top, subspace, seed, tolerance, steps.recipe, tuple(include), tuple(exclude)),
+        targets=tuple(targets),
+        findings=_findings(targets, subspace, compared=other is not None),
+    )
 
 
 def _norms(target: Mapping[str, Any]) -> Norms:
@@ -121,11 +258,12 @@ def _norms(target: Mapping[str, Any]) -> Norms:
 
 def folders_of(*models: str | Path | None) -> list[Path]:
     """Those of models that are local."""
-    return [Path(model) for model in models if model is not None and Path(model).is_dir()]
+    addresses = [address_of(model) for model in models if model is not None]
+    return [address.folder for address in addresses if address.folder is not None]
 
 
-def _named(source: Source) -> dict[str, str | None]:
-    return {"name": source.name, "repo_id": source.record.repo_id, "commit": source.record.commit}
+def _named(source: Source) -> StudiedModel:
+    return StudiedModel(source.name, source.record.repo_id, source.record.commit)
 
 
 class _Measure:
@@ -170,16 +308,13 @@ def _rounded(value: Any) -> Any:
     return [_rounded(item) for item in value] if isinstance(value, list) else value
 
 
-def _walk(
-    source: Source, steps: Plan, other: Source | None, measure: _Measure, progress: Progress | None
-) -> list[dict[str, Any]]:
+def _walk(source: Source, steps: Plan, other: Source | None, measure: _Measure, progress: Progress) -> list[dict[str, Any]]:
     """The figures of all targets, in the order of the checkpoint."""
-    shown = progress or Silent()
     shapes = {target.tensor: target.shape for target in steps.targets}
     prefix = _common_prefix([_generic(target.tensor) for target in steps.targets])
     shards = [shard for shard in steps.shards if shard.targets]
     described: list[dict[str, Any]] = []
-    shown.start("measuring", sum(shard.size for shard in shards))
+    progress.start("measuring", sum(shard.size for shard in shards))
     try:
         with ExitStack() as stack:
             dequantizer = stack.enter_context(Dequantizer(source.fetch, source.watch))
@@ -194,11 +329,11 @@ def _walk(
                     ShardReader(source.fetch(shard.file), name=shard.file, watch=source.watch) as reader,
                     ShardWalk(reader, portions) as walk,
                 ):
-                    for piece in reported(walk, shown):
+                    for piece in reported(walk, progress):
                         if isinstance(piece, TargetPiece):
                             described += _piece(piece, inside[piece.entry.name], dequantizer, tuned, measure, prefix)
     finally:
-        shown.finish()
+        progress.finish()
     return described
 
 
@@ -261,8 +396,7 @@ def _common_prefix(names: Sequence[str]) -> str:
     return "".join(f"{part}." for part in common[: max(0, min(map(len, parts)) - 1)])
 
 
-def _findings(targets: Sequence[Mapping[str, Any]], r: int, *, compared: bool) -> dict[str, Any]:
-    """What can be said of all matrices together; medians unless the name says otherwise."""
+def _findings(targets: Sequence[Mapping[str, Any]], r: int, *, compared: bool) -> Findings:
     ranks = sorted({int(rank) for target in targets for rank in target["energy"]})
     known = [flag for target in targets for flag in target["identified"]]
     found: dict[str, Any] = {
@@ -273,13 +407,12 @@ def _findings(targets: Sequence[Mapping[str, Any]], r: int, *, compared: bool) -
             str(rank): _median(target["energy"][str(rank)] for target in targets if str(rank) in target["energy"])
             for rank in ranks
         },
-        "unconverged": sum(not all(part["converged"] for part in _parts(target)) for target in targets),
+        "unconverged": sum(not _has_converged(target) for target in targets),
         "unidentified_share": 1 - sum(known) / len(known),
     }
     if compared:
         found |= _changes(targets, r)
-    rounded: dict[str, Any] = _rounded(found)
-    return rounded
+    return Findings(**_rounded(found), most_amplified=_most_amplified(targets, r) if compared else None)
 
 
 def _parts(target: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -287,19 +420,30 @@ def _parts(target: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [target, *(part for name in ("tuned", "update") if (part := target.get(name)) is not None)]
 
 
+def _has_converged(target: Mapping[str, Any]) -> bool:
+    return all(part["converged"] for part in _parts(target))
+
+
+def _worst_residual(target: Mapping[str, Any]) -> float:
+    """Of a matrix and of what it became; of an update they are not told."""
+    return max(max(part.get("residual", ()), default=0.0) for part in _parts(target))
+
+
+def _most_amplified(targets: Sequence[Mapping[str, Any]], r: int) -> tuple[Amplified, ...]:
+    every = (
+        Amplified(target["key"], index, value)
+        for target in targets
+        for index, value in enumerate(target["amplification"][:r], 1)
+        if value is not None
+    )
+    return tuple(sorted(every, key=lambda one: -abs(one.amplification - 1))[:_MOST_AMPLIFIED])
+
+
 def _changes(targets: Sequence[Mapping[str, Any]], r: int) -> dict[str, Any]:
     tops = [[value for value in target["amplification"][:r] if value is not None] for target in targets]
     ratios = [value for values in tops for value in values]
     updates = [target["update"] for target in targets if target["update"] is not None]
     sizes = [(min(r, len(target["amplification"])), *target["shape"]) for target in targets if target["update"] is not None]
-    most = sorted(
-        (
-            {"key": target["key"], "index": i + 1, "amplification": value}
-            for target, values in zip(targets, tops, strict=True)
-            for i, value in enumerate(values)
-        ),
-        key=lambda entry: -abs(entry["amplification"] - 1),
-    )
     nexts = [[value for value in target["amplification"][r:] if value is not None] for target in targets]
     rests = [target["rest_amplification"] for target in targets]
     in_place = [value for target in targets for value in target["in_place"][:r] if value is not None]
@@ -325,7 +469,6 @@ def _changes(targets: Sequence[Mapping[str, Any]], r: int) -> dict[str, Any]:
         "chance_in_both": _median(k * k / (m * n) for k, m, n in sizes),
         "median_rescaling": _median(update["rescaling"] for update in updates),
         "chance_rescaling": _median(k / (m * n) for k, m, n in sizes),
-        "most_amplified": most[:_MOST_AMPLIFIED],
     }
 
 

@@ -30,7 +30,8 @@ from surgery.operations.base import BaseWeights, OwnWeights, check_entry, open_b
 from surgery.operations.output import check_room
 from surgery.operations.quantized import Dequantizer
 from surgery.planning.quantization import FP8, Scaled
-from surgery.progress import Progress, Silent
+from surgery.progress import Progress, listening
+from surgery.reports import Report
 
 #: Largest entry of ``U^T U - I`` that passes: vectors are rounded to float32.
 _ORTHONORMAL = 1e-5
@@ -40,7 +41,13 @@ _ROUNDED = 2e-7
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Something that does not hold: where, what was checked, what was found and what belongs there."""
+    """Something that does not hold.
+
+    Attributes:
+        where: the file, or the target.
+        check: what was checked.
+        got, expected: what was found, and what belongs there; empty where there is nothing to tell.
+    """
 
     where: str
     check: str
@@ -48,24 +55,32 @@ class Failure:
     expected: str
 
 
-@dataclass(slots=True)
-class VerifyReport:
+@dataclass(frozen=True, slots=True)
+class VerifyReport(Report):
     """What ``verify`` found.
 
     Attributes:
+        ok: whether all that was looked at holds.
         files, targets: how many were looked at.
         failures: what does not hold.
         unchecked: what could not be looked at, and why.
     """
 
+    ok: bool
+    files: int
+    targets: int
+    failures: tuple[Failure, ...]
+    unchecked: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class _Found:
+    """See ``VerifyReport``, on the way."""
+
     files: int = 0
     targets: int = 0
     failures: list[Failure] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
-
-    @property
-    def ok(self) -> bool:
-        return not self.failures
 
     def fail(self, where: str, error: SurgeryError) -> None:
         got, expected = ("" if part is None else str(part) for part in (error.got, error.expected))
@@ -75,6 +90,9 @@ class VerifyReport:
         if not holds:
             self.failures.append(Failure(where, check, str(got), str(expected)))
         return holds
+
+    def report(self) -> VerifyReport:
+        return VerifyReport(not self.failures, self.files, self.targets, tuple(self.failures), tuple(self.unchecked))
 
 
 @on_its_own_terms
@@ -96,23 +114,26 @@ def verify(
             cannot be looked at otherwise; ``unchecked`` says so.
         fast: hashes and headers only.
         device: where the arithmetic runs: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        progress: told how far it is.
+        progress: told how far it is, and what the user should know; without it that is a ``SurgeryWarning``.
+
+    Returns:
+        What does not hold, and what could not be looked at; ``ok`` where all holds that was looked at.
 
     Raises:
         SurgeryError: there is no manifest to check against, no such base, or one that is not needed.
     """
-    progress = progress or Silent()
+    progress = listening()
     where = choose_device(device)
     where = torch.device("cpu") if where.type == "mps" else where
     folder = Path(factorized)
     manifest = Manifest.read(folder)
-    report = VerifyReport()
+    report = _Found()
     fingerprint = fingerprint_of(manifest.targets)
     watch = Watch()
     report.expect(fingerprint == manifest.fingerprint, MANIFEST_FILE, "fingerprint", manifest.fingerprint, fingerprint)
     _check_scales(folder, manifest, report)
-    weights = None if fast else _weights(folder, manifest, base, report)
     quantized: dict[str, Scaled] = {}
+    weights = None if fast else _weights(folder, manifest, base, report)
     if isinstance(weights, BaseWeights) and any(target.dtype == FP8 for target in manifest.targets):
         quantized = weights.quantized(folder, manifest)
     by_reading = 0 if fast else sum(shard.source.size for shard in manifest.shards)
@@ -130,6 +151,7 @@ def verify(
                 if targets and not fast:
                     _check_shard(folder, shard, targets, manifest, weights, quantized, where, watch, report, progress)
                 elif isinstance(weights, BaseWeights):
+                    progress.item(shard.source.file)
                     _check_base_file(shard, weights, report)
                     progress.advance(shard.source.size)
             except SurgeryError as error:  # a file that cannot even be read; the others may be well
@@ -139,17 +161,17 @@ def verify(
         progress.finish()
     if fast:
         report.unchecked.append("factors, recovery and certificates (--fast)")
-    return report
+    return report.report()
 
 
-def _check_scales(folder: Path, manifest: Manifest, report: VerifyReport) -> None:
+def _check_scales(folder: Path, manifest: Manifest, report: _Found) -> None:
     try:
         read_scales(folder / SCALES_FILE, manifest)
     except SurgeryError as error:
         report.fail(SCALES_FILE, error)
 
 
-def _check_file(folder: Path, record: FileRecord, watch: Watch, report: VerifyReport) -> None:
+def _check_file(folder: Path, record: FileRecord, watch: Watch, report: _Found) -> None:
     report.files += 1
     path = folder / record.file
     if not report.expect(path.is_file(), record.file, "the file is there", "nothing"):
@@ -159,23 +181,23 @@ def _check_file(folder: Path, record: FileRecord, watch: Watch, report: VerifyRe
         if report.expect(size == record.size, record.file, "size", size, record.size):
             found = file_sha256(path)
             report.expect(found == record.sha256, record.file, "sha256", found, record.sha256)
-    except FormatError as error:
+    except SurgeryError as error:
         report.fail(record.file, error)
     except OSError as error:
         report.expect(False, record.file, "the file can be read", error)
 
 
-def _check_unchanged(watches: list[Watch], report: VerifyReport) -> None:
+def _check_unchanged(watches: list[Watch], report: _Found) -> None:
     """What was found must hold of all files at the same time."""
     for watch in watches:
         try:
             watch.check()
-        except FormatError as error:
+        except SurgeryError as error:
             report.fail("at the end", error)
 
 
 def _check_headers(
-    folder: Path, shard: ShardRecord, targets: list[TargetRecord], manifest: Manifest, watch: Watch, report: VerifyReport
+    folder: Path, shard: ShardRecord, targets: list[TargetRecord], manifest: Manifest, watch: Watch, report: _Found
 ) -> None:
     """Each target is there with its dtype and shape, and so are its factors."""
     expected: dict[str, dict[str, tuple[str, list[int] | None]]] = {}
@@ -203,9 +225,7 @@ def _check_headers(
             report.expect(good, f"{file}: {name}", "dtype and shape", got or "nothing", f"{dtype} {shape or ''}")
 
 
-def _weights(
-    folder: Path, manifest: Manifest, base: str | Path | None, report: VerifyReport
-) -> OwnWeights | BaseWeights | None:
+def _weights(folder: Path, manifest: Manifest, base: str | Path | None, report: _Found) -> OwnWeights | BaseWeights | None:
     if manifest.layout == "residual" and manifest.lossless:
         if base is not None:
             raise OptionError("--base is not needed here: this checkpoint holds its own weights", hint="leave --base out")
@@ -220,7 +240,7 @@ def _weights(
     return None
 
 
-def _check_base_file(shard: ShardRecord, weights: BaseWeights, report: VerifyReport) -> None:
+def _check_base_file(shard: ShardRecord, weights: BaseWeights, report: _Found) -> None:
     """A weight file of the base that holds no targets: a fold copies it."""
     path, expected = weights.file(shard)
     with reading(path):
@@ -237,7 +257,7 @@ def _check_shard(
     quantized: dict[str, Scaled],
     device: torch.device,
     watch: Watch,
-    report: VerifyReport,
+    report: _Found,
     progress: Progress,
 ) -> None:
     by_name: dict[str, list[_Checked]] = {}
@@ -307,7 +327,7 @@ class _Checked:
         self.stored, self.recovered = SampleHash(dtype), SampleHash(dtype)
 
 
-def _check_factors(target: TargetRecord, reader: FactorsReader, report: VerifyReport) -> None:
+def _check_factors(target: TargetRecord, reader: FactorsReader, report: _Found) -> None:
     name, count = target.key, target.matrices[0]
     eye = torch.eye(target.rank, dtype=torch.float64)
     first, last, descends, off = 0.0, float("inf"), True, {"U": 0.0, "V": 0.0}
@@ -336,7 +356,7 @@ def _check_matrix(
     index: int,
     reader: FactorsReader,
     own: bool,
-    report: VerifyReport,
+    report: _Found,
     stored: Sequence[torch.Tensor],
     device: torch.device,
 ) -> list[torch.Tensor]:
@@ -362,7 +382,7 @@ def _check_matrix(
     return [weight]
 
 
-def _check_samples(checked: _Checked, file: str, own: bool, report: VerifyReport) -> None:
+def _check_samples(checked: _Checked, file: str, own: bool, report: _Found) -> None:
     """What can be told of a target once all of its matrices have been seen."""
     target = checked.target
     if checked.spoiled:

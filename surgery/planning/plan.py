@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
-from surgery.errors import FormatError, OptionError
-from surgery.format.manifest import Alias
+from surgery.errors import FormatError, OptionError, SourceError
+from surgery.format.lora import is_of_lora
+from surgery.format.manifest import Alias, LeftOutRecord, SkippedRecord
 from surgery.format.safetensors import Header, ShardReader, TensorEntry, same_bytes
+from surgery.names import SCALES_METADATA_KEY
 from surgery.planning.memory import CORRECTION_BYTES, Memory, Resources, collected_bytes, need_to_factorize, share_out
 from surgery.planning.numbering import numbering_notes
 from surgery.planning.quantization import read_quantization
 from surgery.planning.recipes import Recipe, builtin_recipes, find_recipe, recipe_for_family
 from surgery.planning.targets import Choice, Model, Skipped, Target, check_choice, choose, matches
+from surgery.reports import Report
 from surgery.source.model import Source, check_index
 
 Layout = Literal["residual", "overlay"]
-LAYOUTS: tuple[Layout, ...] = ("residual", "overlay")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +33,8 @@ class ShardPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """Everything a factorize run will do.
+class Plan(Report):
+    """Everything a factorize run will do. Its JSON is that of its ``PlanSummary``.
 
     Attributes:
         layout: ``residual`` or ``overlay``.
@@ -73,6 +75,113 @@ class Plan:
         """Number of trainable scales; the most where an energy decides."""
         return sum(target.trainable for target in self.targets)
 
+    def as_json(self) -> dict[str, Any]:
+        """See ``Report``."""
+        return PlanSummary.of(self).as_json()
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedTarget:
+    """A weight that would be factorized, or a slice of one.
+
+    Attributes:
+        tensor: its name.
+        slice: the part of it that is meant, such as ``q`` of a fused projection; None for all of it.
+        shard: the weight file that it is in.
+        dtype, shape: of the tensor, as stored.
+        view: how it is seen: ``matrix``, ``stack`` or ``convolution``.
+        matrices: B, m, n: how many matrices, and their shape.
+        rank: directions to keep of each; the most, where an energy decides.
+        energy: share of the squared Frobenius norm to keep; None: exactly ``rank`` directions.
+        aliases: the tensors that hold the same parameter once more.
+    """
+
+    tensor: str
+    slice: str | None
+    shard: str
+    dtype: str
+    shape: tuple[int, ...]
+    view: str
+    matrices: tuple[int, int, int]
+    rank: int
+    energy: float | None
+    aliases: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PlanSummary(Report):
+    """A plan without the headers that it was made from.
+
+    Attributes:
+        layout: ``residual`` or ``overlay``.
+        recipe: the name of the recipe that applies; None: the defaults for any model.
+        targets: what would be factorized.
+        skipped: every other tensor.
+        notes: what the user should know before the run.
+        files_along, bytes_along: what goes along as it is: config, tokenizer, code; how many files, and bytes.
+        left_out: files and folders of the source that stay behind.
+        trainable: how many scales there would be to train; the most, where an energy decides.
+        bytes_read: over the whole run.
+        bytes_written: the same; an upper estimate.
+        download_bytes: what a model from the hub still has to be fetched of.
+        temporary_bytes: how much of that is on the disk at a time.
+        workers: how many matrices are worked on at a time.
+        peak_memory_bytes: of this machine's memory; an upper estimate.
+        device_memory_bytes: of each GPU's memory; 0 without one.
+    """
+
+    layout: str
+    recipe: str | None
+    targets: tuple[PlannedTarget, ...]
+    skipped: tuple[SkippedRecord, ...]
+    notes: tuple[str, ...]
+    files_along: int
+    bytes_along: int
+    left_out: tuple[LeftOutRecord, ...]
+    trainable: int
+    bytes_read: int
+    bytes_written: int
+    download_bytes: int
+    temporary_bytes: int
+    workers: int
+    peak_memory_bytes: int
+    device_memory_bytes: int
+
+    @classmethod
+    def of(cls, steps: Plan) -> PlanSummary:
+        return cls(
+            layout=steps.layout,
+            recipe=steps.recipe,
+            targets=tuple(
+                PlannedTarget(
+                    tensor=target.tensor,
+                    slice=target.view.slice.name if target.view.slice else None,
+                    shard=target.shard,
+                    dtype=target.dtype,
+                    shape=target.shape,
+                    view=target.view.kind,
+                    matrices=target.matrices,
+                    rank=target.rank,
+                    energy=target.energy,
+                    aliases=tuple(alias.tensor for alias in target.aliases),
+                )
+                for target in steps.targets
+            ),
+            skipped=tuple(SkippedRecord(item.tensor, item.shard, item.reason) for item in steps.skipped),
+            notes=steps.notes,
+            files_along=steps.files_along,
+            bytes_along=steps.bytes_along,
+            left_out=tuple(LeftOutRecord(file, reason) for file, reason in steps.left_out.items()),
+            trainable=steps.trainable,
+            bytes_read=steps.bytes_read,
+            bytes_written=steps.bytes_written,
+            download_bytes=steps.download_bytes,
+            temporary_bytes=steps.temporary_bytes,
+            workers=steps.memory.workers,
+            peak_memory_bytes=steps.memory.peak_bytes,
+            device_memory_bytes=steps.memory.device_bytes,
+        )
+
 
 #: From the headers of a model and its targets to the aliases of these, by tensor, and notes: ``surgery.operations.aliases``.
 FindAliases = Callable[[Mapping[str, Header], Sequence[Target]], tuple[dict[str, tuple[Alias, ...]], list[str]]]
@@ -98,6 +207,7 @@ def make_plan(
         FormatError: the headers contradict each other, the index or the config.
     """
     headers = {shard: source.header(shard) for shard in source.selection.shards}
+    _check_is_a_model(source.name, headers)
     index_notes = check_index(source, headers)
     names, copies = _all_names(headers, source)
     check_choice(choice, names)
@@ -187,6 +297,28 @@ def make_plan(
             [need_to_factorize(target) for target in every], resources or Resources(), kept=collected_bytes(every)
         ),
     )
+
+
+def _check_is_a_model(name: str, headers: Mapping[str, Header]) -> None:
+    """Refuse weight files that are none by what is in them.
+
+    Raises:
+        SourceError: scales, or an adapter under another name than PEFT's.
+    """
+    for shard, header in headers.items():
+        if SCALES_METADATA_KEY in header.metadata:
+            raise SourceError(
+                f"{name} holds scales and no model: {shard}",
+                expected="the model that was factorized",
+                hint="surgery fold FACTORIZED SCALES makes a model of scales",
+            )
+    tensors = [entry.name for header in headers.values() for entry in header.tensors]
+    if tensors and sum(map(is_of_lora, tensors)) > len(tensors) / 2:
+        raise SourceError(
+            f"{name} holds a LoRA adapter and no weights of a model: {', '.join(list(headers)[:3])}",
+            got=f"such as {next(filter(is_of_lora, tensors))!r}",
+            hint="give the model that it was trained on, or merge the two first",
+        )
 
 
 def _layout(asked: Layout | None, targets: list[Target]) -> Layout:

@@ -22,14 +22,15 @@ import re
 import tomllib
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from surgery.errors import OptionError
+from surgery.errors import OptionError, ReadError
 from surgery.linalg.energy import check_energy
 from surgery.linalg.views import KINDS, Kind
+from surgery.reports import NOT_IN_JSON, Report, in_json
 
 Every = Literal["group", "column"]
 
@@ -47,14 +48,16 @@ class Rule:
         text: the patterns as they are written.
         patterns: what a whole name must match one of.
         view: how the tensor is seen; None: told from its dimensions.
-        slices, every, axis: how a fused tensor is made up, see ``surgery.planning.fused``.
+        slices: the projections that a fused tensor is made of, in this order; none where it is not fused.
+        every: how they alternate: ``group`` (by key-value head), ``column`` (one by one), or None: one after the other.
+        axis: what they are parts of: 0: the rows of the matrix, 1: its columns.
         split: whether to split it; None: as the recipe says.
         rank, energy, max_rank: as on the command line.
         skip: why such a tensor is no target; None if it is one.
     """
 
-    text: str
-    patterns: tuple[re.Pattern[str], ...]
+    text: str = field(metadata=in_json("match"))
+    patterns: tuple[re.Pattern[str], ...] = field(repr=False, metadata=NOT_IN_JSON)
     view: Kind | None = None
     slices: tuple[str, ...] = ()
     every: Every | None = None
@@ -71,7 +74,15 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """A recipe; ``name`` is that of its file."""
+    """Which tensors are factorized, and how they are seen.
+
+    Attributes:
+        name: of its file.
+        description: what it is for.
+        families: the models that take it by themselves, by ``model_type`` or class of their config.
+        split: whether fused projections are split, if nobody says.
+        rules: the first one that matches a tensor's name decides.
+    """
 
     name: str
     description: str
@@ -82,6 +93,26 @@ class Recipe:
     def rule_for(self, name: str) -> Rule | None:
         """The first rule that matches a tensor's name."""
         return next((rule for rule in self.rules if rule.matches(name)), None)
+
+
+@dataclass(frozen=True, slots=True)
+class RecipesReport(Report):
+    """The recipes that ship with the package.
+
+    Attributes:
+        recipes: by name.
+    """
+
+    recipes: tuple[Recipe, ...]
+
+
+def recipes() -> RecipesReport:
+    """The recipes that ship with the package, which ``recipe=`` takes by name.
+
+    Returns:
+        Each one with its description, the families that take it by themselves, and its rules.
+    """
+    return RecipesReport(tuple(builtin_recipes().values()))
 
 
 @cache
@@ -98,18 +129,13 @@ def find_recipe(name: str) -> Recipe:
 
     Raises:
         OptionError: there is none, or it makes no sense.
+        ReadError: its file cannot be read.
     """
     if name in builtin_recipes():
         return builtin_recipes()[name]
     path = Path(name)
-    try:
-        path = path.expanduser()
-        if path.is_file():
-            return read_recipe(path)
-    except (OSError, RuntimeError, ValueError) as error:  # a name too long, no such user, a null byte
-        if isinstance(error, OptionError):
-            raise
-        raise OptionError(f"there is no recipe {name[:100]!r}", got=str(error)[:200]) from None
+    if path.is_file():
+        return read_recipe(path)
     looks_like_a_file = path.suffix == ".toml" or len(path.parts) > 1
     raise OptionError(
         f"there is no recipe {name!r}",
@@ -134,7 +160,8 @@ def read_recipe(path: Path) -> Recipe:
     """A recipe from its file.
 
     Raises:
-        OptionError: it cannot be read, is no TOML, or makes no sense.
+        ReadError: it cannot be read.
+        OptionError: it is no TOML, or makes no sense.
     """
     try:
         if path.stat().st_size > _MAX_BYTES:
@@ -143,7 +170,7 @@ def read_recipe(path: Path) -> Recipe:
             )
         parsed = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
-        raise OptionError(f"the recipe {path} cannot be read ({error.strerror})") from error
+        raise ReadError(f"the recipe {path} cannot be read ({error.strerror})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise OptionError(f"the recipe {path} is no valid TOML", got=error) from None
     where = f"recipe {path.name}"

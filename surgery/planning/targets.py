@@ -324,13 +324,6 @@ def check_choice(choice: Choice, names: list[str]) -> None:
     Raises:
         OptionError: for a glob with the nearest names.
     """
-    for name, number, kind in (
-        ("rank", choice.rank, int),
-        ("max-rank", choice.max_rank, int),
-        ("energy", choice.energy, float),
-    ):
-        if number is not None and (isinstance(number, bool) or not isinstance(number, (int, kind))):
-            raise OptionError(f"the {name} makes no sense", got=repr(number), expected=f"a number ({kind.__name__})")
     if choice.rank is not None and choice.energy is not None:
         raise OptionError("a rank and an energy contradict each other", got=f"rank {choice.rank}, energy {choice.energy}")
     if choice.energy is not None:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from surgery.errors import FormatError, SourceError
+from surgery.errors import FormatError, OptionError, SourceError
 from surgery.format.files import Watch, check_regular, check_relative_path, check_size, read_json_object, reading
 from surgery.format.manifest import SourceRecord
 from surgery.format.safetensors import Header, ShardReader
 from surgery.names import CONFIG_FILE
+from surgery.source.address import address_of
 from surgery.source.origin import FolderOrigin, Origin
-from surgery.source.select import Selection, is_read_by_loaders, select_files
+from surgery.source.select import Selection, few, is_read_by_loaders, select_files
 from surgery.source.shards import index_entries
-
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 class Source(Protocol):
@@ -111,11 +111,31 @@ class FolderSource(Stays):
         self.watch = Watch()
         self._unnamable: dict[str, str] = {}
         found = select_files(self._names, self._text, where=self.name)
-        self.selection = replace(found, left_out=dict(sorted({**found.left_out, **self._unnamable}.items())))
+        left_out = dict(sorted({**found.left_out, **self._unnamable}.items()))
+        self.selection = replace(found, left_out=left_out, notes=(*found.notes, *self._notes_of_newer(found)))
         for file in self.selection.others:
             check_regular(self._copied(file), f"{self.name}/{file}")
         for file in self.selection.shards:
             self._real(file)  # weights are only read: they may lie anywhere
+
+    def _notes_of_newer(self, found: Selection) -> list[str]:
+        """Weight files that are not read, and that somebody saved after those that are."""
+        if self.record.kind != "folder" or not found.unread:
+            return []
+        last = max(self._changed(file) for file in found.shards)
+        newer = [file for file in found.unread if self._changed(file) > last]
+        if not newer:
+            return []
+        read = found.index or found.shards[0]
+        return [f"{newer[0]} is newer than {read}, which is read, as loaders read it; if the newer is meant, move {read} away"]
+
+    def _changed(self, file: str) -> float:
+        path = self._root / file
+        return path.stat().st_mtime if path.exists() else 0.0
+
+    def note(self, text: str) -> None:
+        """Something that the user should know of where the model comes from."""
+        self.selection = replace(self.selection, notes=(*self.selection.notes, text))
 
     def _names(self, folder: str) -> list[str]:
         """See ``Listing``. Links to folders count as folders; a folder that leads out of the model is not looked into."""
@@ -149,12 +169,33 @@ class FolderSource(Stays):
         try:
             return (self._root / file).resolve(strict=True)
         except (OSError, RuntimeError):  # links in a circle
-            is_link = (self._root / file).is_symlink()
+            if (self._root / file).is_symlink():
+                raise self._leads_nowhere(file) from None
             raise SourceError(
-                f"{self.name}/{file} " + ("is a link that leads nowhere" if is_link else "is not there any more"),
-                got=(self._root / file).readlink() if is_link else None,
+                f"{self.name}/{file} is not there any more",
                 hint="put the file in its place; from the hub: fetch the model again",
             ) from None
+
+    def _leads_nowhere(self, file: str) -> SourceError:
+        """What to say of a link to nothing, and of others beside it: the hub's cache may have lost all its blobs."""
+        folder = (self._root / file).parent
+        links = sorted(path for path in folder.iterdir() if path.is_symlink() and not path.exists())
+        names = [path.relative_to(self._root).as_posix() for path in links]
+        target = Path(os.path.normpath(folder / (self._root / file).readlink()))
+        cache = _hub_cache(target)
+        hint = "put the file in its place; from the hub: fetch the model again"
+        if cache is not None and cache.name.startswith("models--"):
+            repo_id = cache.name.removeprefix("models--").replace("--", "/")
+            commit = next(
+                (f" --revision {path.name}" for path in (folder, *folder.parents) if path.parent.name == "snapshots"), ""
+            )
+            hint = f"the hub's cache has lost what they lead to; fetch it again: hf download {repo_id}{commit}"
+        return SourceError(
+            f"{self.name}/{file} is a link that leads nowhere" + (f", one of {len(names)} here" if names[1:] else ""),
+            got=str(target) if len(names) == 1 else few(names),
+            expected="the files of the model",
+            hint=hint,
+        )
 
     def _copied(self, file: str) -> Path:
         """The same of what is copied into the result, and may be published with it.
@@ -217,10 +258,10 @@ class FolderSource(Stays):
 
 
 def open_source(model: str | Path, *, revision: str | None = None, subfolder: str | None = None) -> Source:
-    """The model that a user means: a local folder if there is one of that name, else a hub id.
+    """The model that a user means: a local folder if there is one of that name, else one on the hub.
 
     Args:
-        model: path or ``owner/name``.
+        model: path, ``owner/name``, or what stands for one of these, see ``surgery.source.address``.
         revision: branch, tag or commit of a hub model; pinned to a commit at once.
         subfolder: of a folder or repository that holds several models, such as a diffusion pipeline.
 
@@ -228,29 +269,59 @@ def open_source(model: str | Path, *, revision: str | None = None, subfolder: st
         SourceError: not there, not reachable, or no model.
         FormatError: its index is damaged.
     """
-    try:
-        path = Path(model).expanduser()
-        is_folder, is_file = bool(str(model)) and path.is_dir(), path.is_file()
-    except (OSError, RuntimeError, ValueError) as error:  # a name too long, no such user, a null byte
-        raise SourceError(f"there is no folder {str(model)[:100]!r}", got=str(error)[:200]) from None
-    if is_folder:
+    address = address_of(model).with_options(revision, subfolder)
+    source: Source
+    if address.folder is None:
+        from surgery.source.hub import open_hub  # the hub client is slow to import and not needed for folders
+
+        source = open_hub(address.repo_id, address.revision, address.subfolder)
+    else:
         if revision is not None:
             raise SourceError(f"{model} is a local folder: it has no revisions", hint="leave --revision out")
-        return _open_folder(path, str(model), subfolder)
-    if is_file:
-        raise SourceError(
-            f"{model} is a file", expected="the folder that holds it, with its config.json", hint=f"give {path.parent}"
-        )
-    if not _REPO_ID.fullmatch(str(model)):
-        raise SourceError(
-            f"there is no folder {str(model)!r}", expected="a local folder or a Hugging Face repo id such as owner/name"
-        )
-    from surgery.source.hub import open_hub  # the hub client is slow to import and not needed for folders
+        name = str(model) if Path(model).expanduser() == address.folder else str(address.folder)
+        source = _open_folder(address.folder, name, subfolder)
+    if address.file is not None:
+        _check_is_all(source, address.file)
+    return source
 
-    return open_hub(str(model), revision, subfolder)
+
+def open_part(model: str | Path, subfolder: str | None) -> Source:
+    """A model that is like one in this subfolder: the model itself, or the pipeline that it is a part of.
+
+    Raises:
+        SourceError, FormatError: see ``open_source``.
+    """
+    address = address_of(model)
+    is_itself = address.folder is not None and subfolder is not None and not (address.folder / subfolder).is_dir()
+    return open_source(model, subfolder=None if is_itself or address.subfolder is not None else subfolder)
+
+
+def _check_is_all(source: Source, file: str) -> None:
+    """Refuse a weight file as a model where it is not all of its weights."""
+    shards = source.selection.shards
+    if file in shards and len(shards) > 1:
+        raise SourceError(
+            f"{file} is one of the {len(shards)} weight files of {source.name}",
+            expected="the model",
+            hint=f"give {source.name}",
+        )
+    if file not in shards:
+        raise SourceError(
+            f"{file} is not among the weights that {source.name} stands for",
+            got=", ".join(shards[:4]) + (" ..." if len(shards) > 4 else ""),
+            hint="give a folder with this file alone, and its config.json",
+        )
 
 
 def _open_folder(path: Path, name: str, subfolder: str | None) -> FolderSource:
+    cached = re.fullmatch(r"models--(.+)", path.resolve().name)
+    if cached is not None and (path / "snapshots").is_dir():
+        repo_id, commits = cached[1].replace("--", "/"), sorted(one.name for one in (path / "snapshots").iterdir())
+        raise SourceError(
+            f"{name} is where the hub's client keeps {repo_id}",
+            got=f"snapshots of {', '.join(commits)}",
+            hint=f"give {repo_id}" + (f" --revision {commits[0]}" if commits else ""),
+        )
     if subfolder is None:
         return FolderSource(path, name=name)
     inside = path / check_subfolder(subfolder)
@@ -278,8 +349,15 @@ def _hub_cache(path: Path) -> Path | None:
 
 
 def check_subfolder(subfolder: str) -> str:
-    """``subfolder`` without slashes around it, if it stays inside."""
-    return check_relative_path(subfolder.strip("/"), "--subfolder")
+    """``subfolder`` without slashes around it, if it stays inside.
+
+    Raises:
+        OptionError: it does not.
+    """
+    try:
+        return check_relative_path(subfolder.strip("/"), "the subfolder")
+    except FormatError as error:
+        raise OptionError(error.what, got=error.got, expected="a path inside of the model, such as transformer") from None
 
 
 def read_config(source: Source) -> dict[str, Any]:
@@ -321,10 +399,10 @@ def check_index(source: Source, headers: dict[str, Header]) -> list[str]:
 
 
 def read_text(path: Path, where: str) -> str:
-    try:
+    with reading(path, where):
         check_size(path, where)
-        return path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise FormatError(f"{where}: cannot be read ({error.strerror})") from error
+        data = path.read_bytes()
+    try:
+        return data.decode("utf-8")
     except UnicodeDecodeError:
         raise FormatError(f"{where}: not UTF-8 text") from None

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import translate
 from pathlib import PurePosixPath
 
-from surgery.errors import FormatError, SourceError, SurgeryError
+from surgery.errors import FormatError, ReadError, SourceError, SurgeryError
 from surgery.format.files import check_relative_path
-from surgery.names import CONFIG_FILE, JOURNAL_DIR, OUR_FILES, RESERVED_SUFFIX, RUN_FILE, SURGERY_DIR, is_reserved
+from surgery.names import (
+    CONFIG_FILE,
+    JOURNAL_DIR,
+    MANIFEST_FILE,
+    OUR_FILES,
+    RESERVED_SUFFIX,
+    RUN_FILE,
+    SURGERY_DIR,
+    is_litter,
+    is_reserved,
+)
 from surgery.source.shards import SUFFIX, choose_shards, is_index
 
 #: Weights in other formats. None of them is ever opened.
@@ -64,7 +75,14 @@ _OF_A_RUN = _names(
     "*.distcp", "zero_to_fp32.py", "*.log", "checkpoint-*[0-9]", "global_step*[0-9]", "wandb", "runs", "logs", "mlruns",
     "lightning_logs",
 )  # fmt: skip
-_LEFTOVERS = (RESERVED_SUFFIX, ".incomplete", ".tmp", ".bak", ".orig", ".old", ".swp", ".lock", "~")
+#: What programs call a file while they fetch it, or keep beside it.
+_DOWNLOADS = (".incomplete", ".tmp", ".part", ".crdownload", ".download", ".aria2")
+_LEFTOVERS = (RESERVED_SUFFIX, *_DOWNLOADS, ".bak", ".orig", ".old", ".swp", ".lock", "~")
+_SPARE = "an unfinished file or a spare copy"
+#: A file that was fetched or copied again, as browsers and file managers call it: model (1).safetensors.
+_COPY = re.compile(r"(?P<name>.+?)(?: ?\(\d+\)| - Copy(?: \(\d+\))?| copy(?: \d+)?)(?P<suffix>\.[^. ]+)")
+#: Where the hub's client keeps what it fetches into a folder of one's own.
+_FETCHED = ".cache/huggingface/download"
 _OTHER_FORMAT = "weights in another format"
 _CONVERT = "AutoModel.from_pretrained(MODEL).save_pretrained(FOLDER) writes safetensors"
 _UNREAD = "no loader looks for it"
@@ -84,6 +102,7 @@ class Selection:
         index: the index that names them, if there is one.
         others: files that go along as they are (config, tokenizer, code ...).
         left_out: file -> why it stays behind; a folder of which nothing goes along is one entry, with a slash at its end.
+        unread: weight files that are left out, and may be weights of the model, or of another one.
         notes: what the user should know about what is left out.
     """
 
@@ -91,6 +110,7 @@ class Selection:
     index: str | None
     others: tuple[str, ...]
     left_out: Mapping[str, str]
+    unread: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -149,12 +169,16 @@ class _Selector:
         indexes: list[str] = []
         adapter: list[str] = []
         unknown: list[str] = []
+        copies: list[str] = []
         for name in self._files:
             if _ADAPTER.fullmatch(name):
                 adapter.append(name)
                 self._left_out[name] = "an adapter"
             elif (reason := _stays(name)) is not None:
                 self._left_out[name] = reason
+            elif name.endswith(SUFFIX) and self._is_copy(name):
+                copies.append(name)
+                self._left_out[name] = _SPARE
             elif name.endswith(SUFFIX):
                 weights.append(name)
             elif is_index(name):
@@ -167,23 +191,33 @@ class _Selector:
         chosen = choose_shards(weights, indexes, self._named_weights(), self._read_text, self._where)
         if not chosen.shards:
             raise self._no_weights(adapter)
+        if halves := [name for name in chosen.shards if f"{name}.aria2" in self._files]:
+            raise SourceError(
+                f"{self._where}/{halves[0]} is not all there: its download was not finished",
+                got=f"{halves[0]}.aria2 beside it",
+                hint="finish the download",
+            )
         self._left_out |= chosen.left_out
         self._others += [chosen.index] if chosen.index is not None else []
         self._take_what_is_named(unknown)
         if reserved := [name for name in self._others if is_reserved(name)]:
             raise SourceError(
                 f"{self._where} needs files of its own in {SURGERY_DIR}/, where a result has its factors",
-                got=_few(reserved),
+                got=few(reserved),
                 hint="give that folder another name in a copy of the model, also where configs and code name it",
             )
         notes = []
-        if chosen.unread:
-            notes.append(f"weight files that lie there and are not read: {_few(chosen.unread)}")
+        if unread := (*chosen.unread, *copies):
+            notes.append(f"weight files that lie there and are not read: {few(unread)}")
         if adapter:
-            notes.append(f"left out, since loaders would take the result for an adapter: {_few(adapter)}")
-        return Selection(
-            chosen.shards, chosen.index, tuple(sorted(self._others)), dict(sorted(self._left_out.items())), tuple(notes)
-        )
+            notes.append(f"left out, since loaders would take the result for an adapter: {few(adapter)}")
+        others, left_out = tuple(sorted(self._others)), dict(sorted(self._left_out.items()))
+        return Selection(chosen.shards, chosen.index, others, left_out, unread, tuple(notes))
+
+    def _is_copy(self, name: str) -> bool:
+        """Whether a file is another copy of one that is there, by its name."""
+        match = _COPY.fullmatch(name)
+        return match is not None and match["name"] + match["suffix"] in self._files
 
     def _names(self, folder: str) -> list[str]:
         names = self._listing(folder)
@@ -195,7 +229,7 @@ class _Selector:
         """Of a config or of code; none if it is not sound, which is said by who reads it as what it is."""
         try:
             return self._read_text(file)
-        except FormatError:
+        except (FormatError, ReadError):
             return ""
 
     def _refuse_our_own(self) -> None:
@@ -297,7 +331,8 @@ class _Selector:
 
     def _take_some(self, folder: str, names: re.Pattern[str]) -> None:
         for file in self._walk(folder):
-            if names.fullmatch(PurePosixPath(file).name):
+            name = PurePosixPath(file).name
+            if names.fullmatch(name) and not is_litter(name):
                 self._others.append(file)
 
     def _take_called(self, folder: str, quoted: set[str]) -> None:
@@ -330,7 +365,15 @@ class _Selector:
         folders = [folder for folder in self._folders if _stays(folder) is None and folder not in ("original", SURGERY_DIR)]
         for folder in list(folders):
             folders += [f"{folder}/{name[:-1]}" for name in self._peek(folder) if name.endswith("/") and name[0] != "."]
-        return sorted(folder for folder in folders if any(name.endswith(SUFFIX) for name in self._peek(folder)))
+        return sorted(folder for folder in folders if self._is_model(folder))
+
+    def _is_model(self, folder: str) -> bool:
+        """Whether a folder holds weights of a model, and is no result of ours."""
+        names = self._peek(folder)
+        is_ours = f"{SURGERY_DIR}/" in names and MANIFEST_FILE.rpartition("/")[2] in self._peek(f"{folder}/{SURGERY_DIR}")
+        return not is_ours and any(
+            name.endswith(SUFFIX) and _stays(name) is None and not _ADAPTER.fullmatch(name) for name in names
+        )
 
     def _peek(self, folder: str) -> list[str]:
         """What is in a folder that may not be looked into."""
@@ -347,9 +390,11 @@ class _Selector:
         raise SourceError(
             f"{self._where} is a pipeline of several models ({_PIPELINE_FILE}), which lie in its subfolders",
             got=(", ".join(folders) or "no subfolder with safetensors weights")
-            + (f"; and at the top {_few(weights)}" if weights else ""),
+            + (f"; and at the top {few(weights)}" if weights else ""),
             expected="one model",
-            hint=f"take one of them: --subfolder {_likely(folders)}" if folders else "give the folder of one model",
+            hint=f"take one of them: --subfolder {_likely(folders)}"
+            if folders
+            else "if they are in another format: DiffusionPipeline.from_pretrained(MODEL).save_pretrained(FOLDER)",
         )
 
     def _no_weights(self, adapter: list[str]) -> SourceError:
@@ -360,10 +405,21 @@ class _Selector:
                 hint=f"take one of them: --subfolder {_likely(folders)}",
             )
         if adapter:
+            return self._only_adapter(adapter)
+        if inside := [folder for folder in self._folders if _ADAPTER_FILE in self._peek(folder)]:
             return SourceError(
-                f"{self._where} holds an adapter and no safetensors weights of a model",
-                got=_few(adapter),
-                hint="give the model that it was trained on; surgery fold --lora adds an adapter",
+                f"{self._where} holds adapters in its subfolders, and no safetensors weights of a model",
+                got=few(inside),
+                hint="give the model that they were trained on; surgery fold --lora adds an adapter",
+            )
+        halves = [name for name in self._files if name.endswith(_DOWNLOADS)]
+        if ".cache" in self._folders:
+            halves += [f"{_FETCHED}/{name}" for name in self._peek(_FETCHED) if name.endswith(_DOWNLOADS)]
+        if halves:
+            return SourceError(
+                f"{self._where} has no safetensors weights, only downloads that were not finished",
+                got=few(halves),
+                hint="fetch the model again: hf download goes on where it stopped",
             )
         inside = [f"{folder}/{name}" for folder in self._folders if _stays(folder) is None for name in self._peek(folder)]
         others = [name for name in (*self._files, *inside) if _stays(PurePosixPath(name).name) == _OTHER_FORMAT]
@@ -374,17 +430,34 @@ class _Selector:
             (OTHER_WEIGHTS, "weights in another format", f"give the model in safetensors; of Flax or TensorFlow: {_CONVERT}"),
         ):
             if found := [name for name in others if name.endswith(suffixes)]:
-                return SourceError(f"{self._where} has no safetensors weights, only {kind}", got=_few(found), hint=hint)
+                return SourceError(f"{self._where} has no safetensors weights, only {kind}", got=few(found), hint=hint)
         names = [*self._files, *(f"{folder}/" for folder in self._folders)]
-        return SourceError(f"{self._where} has no safetensors weights", got=_few(names) or "no files", expected="*.safetensors")
+        return SourceError(f"{self._where} has no safetensors weights", got=few(names) or "no files", expected="*.safetensors")
+
+    def _only_adapter(self, adapter: list[str]) -> SourceError:
+        try:
+            config = json.loads(self._text(_ADAPTER_FILE)) if _ADAPTER_FILE in adapter else None
+        except (ValueError, RecursionError):
+            config = None
+        base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+        is_named = isinstance(base, str) and base != "" and base.isprintable()
+        model = shlex.quote(str(base)) if is_named else "MODEL, the one that it was trained on"
+        return SourceError(
+            f"{self._where} holds an adapter and no safetensors weights of a model",
+            got=few(adapter) + (f"; base_model_name_or_path: {base!r}" if is_named else ""),
+            hint=f"surgery factorize {model}; with the trained scales: surgery fold FACTORIZED SCALES --lora "
+            f"{shlex.quote(self._where)}. Or merge it first, with merge_and_unload() of PEFT, and factorize what that gives",
+        )
 
 
 def _stays(name: str) -> str | None:
     """Why a file or folder of this name never goes along; None if it may."""
     if name.startswith("."):
         return "hidden"
+    if is_litter(name):
+        return "left by a file manager"
     if name.endswith(_LEFTOVERS):
-        return "an unfinished file or a spare copy"
+        return _SPARE
     if _OF_A_RUN.fullmatch(name):
         return "left by a training run"
     if name.endswith(OTHER_WEIGHTS) and not name.endswith(_ARRAYS):
@@ -411,7 +484,8 @@ def _strings(text: str) -> set[str]:
     return {string.removeprefix("./") for string in found}
 
 
-def _few(names: Iterable[str]) -> str:
+def few(names: Iterable[str]) -> str:
+    """The first of some names, and how many there are."""
     names = list(names)
     return ", ".join(names[:4]) + (f" ... ({len(names)} in all)" if len(names) > 4 else "")
 

@@ -57,6 +57,20 @@ class _Set:
     files: dict[int, str] = field(default_factory=dict)
 
     @property
+    def is_whole(self) -> bool:
+        """Whether none is missing, by their numbers."""
+        return self.missing is None
+
+    @property
+    def missing(self) -> int | None:
+        """The first number that is not there, if one is not."""
+        if self.count is None:
+            return None
+        first = min(self.files) if self.count == 0 else 0 if 0 in self.files else 1
+        count = self.count or max(self.files) + 1 - first
+        return next((number for number in range(first, first + count) if number not in self.files), None)
+
+    @property
     def label(self) -> str:
         return (
             next(iter(self.files.values()))
@@ -108,7 +122,9 @@ def _choose(
     stems = {one.stem for one in sets} | {_stem_of_index(name) for name in indexes}
     if standard := [stem for stem in STANDARD_STEMS if stem in stems]:
         if f"{standard[0]}{SUFFIX}" in weights and len(standard) == 1:
-            return [f"{standard[0]}{SUFFIX}"], None  # a single file first, then the index, as in transformers
+            is_indexed = any(_stem_of_index(name) == standard[0] for name in indexes)
+            if standard[0] == STANDARD_STEMS[0] or not is_indexed:  # diffusers looks for the index first
+                return [f"{standard[0]}{SUFFIX}"], None  # a single file first, then the index, as in transformers
         sets = [one for one in sets if one.stem in standard]
         indexes = [name for name in indexes if _stem_of_index(name) in standard]
     elif any(not stem.startswith(CONSOLIDATED) for stem in stems):
@@ -161,6 +177,15 @@ def _named_by(index: str, text: str, weights: Sequence[str], where: str) -> list
     for name in named:
         if name not in weights:
             is_elsewhere = "/" in name
+            others = [one for one in _sets(weights) if one.is_whole] if not {*named} & {*weights} else []
+            if others and not is_elsewhere:
+                raise FormatError(
+                    f"{where}/{index} names a shard that is not there",
+                    got=f"{name!r}, and beside the index all of {others[0].label}, which it does not name",
+                    expected="an index of the files beside it, or none",
+                    hint=f"the index looks like one of an earlier save, and no loader gets past it: remove it to take "
+                    f"{others[0].label}",
+                )
             raise FormatError(
                 f"{where}/{index} names a shard that is not " + ("beside it" if is_elsewhere else "there"),
                 got=repr(name)[:200],
@@ -180,14 +205,11 @@ def _check_numbers(shards: Sequence[str], weights: Sequence[str], index: str | N
     for one in _sets(weights):
         if one.count is None or (one.count == 0 and index is not None) or not {*one.files.values()} & {*shards}:
             continue
-        first = min(one.files) if one.count == 0 else 0 if 0 in one.files else 1
-        count = one.count or max(one.files) + 1 - first
-        missing = next((number for number in range(first, first + count) if number not in one.files), None)
-        if missing is not None:
+        if (missing := one.missing) is not None:
             raise FormatError(
                 f"{where} lacks the weight file {_with_number(next(iter(one.files.values())), missing)}",
-                got=f"{len(one.files)} of {count} numbered files",
-                expected=f"all {count}",
+                got=f"{len(one.files)}{f' of {one.count}' if one.count else ''} numbered files",
+                expected=f"all {one.count}" if one.count else "no gap in their numbers",
                 hint="the model is incomplete: fetch the missing file",
             )
 

@@ -7,29 +7,26 @@ result. Until then the card of the repository says that it is unfinished.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import queue
 import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
-
-import httpx2
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants, errors, get_token
-from huggingface_hub.hf_api import ModelInfo, RepoFile, RepoUrl
-from huggingface_hub.utils.sha import git_hash
-from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from surgery.errors import OutputError, SurgeryError
 from surgery.format.files import reading
 from surgery.format.lora import CONFIG as ADAPTER_CONFIG
 from surgery.names import CONFIG_FILE, MANIFEST_FILE, SURGERY_DIR
 from surgery.progress import Progress, Silent
+from surgery.source import hub_client as client
 from surgery.source.hub import Messages, explained
+from surgery.source.hub_client import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, RepoFile, RepoUrl
 from surgery.source.select import OTHER_WEIGHTS
 from surgery.source.shards import is_index
 
@@ -69,10 +66,10 @@ _TOKEN_HINT = "hf auth login, or set HF_TOKEN, with a token that may write to it
 _AGAIN = "run the same command again: what has been uploaded is not uploaded twice"
 
 _MESSAGES: Messages = (
-    (errors.LocalTokenNotFoundError, "cannot be uploaded to without a token", _TOKEN_HINT),
-    (errors.OfflineModeIsEnabled, "cannot be uploaded to: the client is offline", "unset HF_HUB_OFFLINE"),
-    (errors.HFValidationError, "is no valid repo id", "give owner/name"),
-    (httpx2.TransportError, "cannot be reached", f"once connected, {_AGAIN}"),
+    (client.LocalTokenNotFoundError, "cannot be uploaded to without a token", _TOKEN_HINT),
+    (client.OfflineModeIsEnabled, "cannot be uploaded to: the client is offline", "unset HF_HUB_OFFLINE"),
+    (client.HFValidationError, "is no valid repo id", "give owner/name"),
+    (client.TransportError, "cannot be reached", f"once connected, {_AGAIN}"),
 )
 _STATUSES = {
     401: ("cannot be uploaded to: the hub does not know your token, or the repository", _TOKEN_HINT),
@@ -110,10 +107,11 @@ class Upload:
         self._queue: queue.SimpleQueue[list[CommitOperationAdd] | None] = queue.SimpleQueue()
         self._uploaded: dict[str, CommitOperationAdd] = {}
         self._bytes_submitted = self._bytes_done = 0
+        self._name = ""  # of what is being uploaded
         self._error: BaseException | None = None
         self._dropped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="surgery-upload", daemon=True)
-        self._bars = False
+        self._bars = ExitStack()
 
     @classmethod
     def open(cls, repo_id: str, *, private: bool = True) -> Self:
@@ -128,8 +126,8 @@ class Upload:
                 that surgery has not put there.
         """
         with _explained(repo_id):
-            if get_token() is None:
-                raise errors.LocalTokenNotFoundError("no HF_TOKEN, and nobody is logged in")
+            if client.get_token() is None:
+                raise client.LocalTokenNotFoundError("no HF_TOKEN, and nobody is logged in")
             api = HfApi()
             url = api.create_repo(repo_id, private=private, exist_ok=True)
             api.auth_check(url.repo_id, write=True)
@@ -138,10 +136,7 @@ class Upload:
         return cls(api, url, private=bool(info.private))
 
     def __enter__(self) -> Self:
-        # Bars of several threads would write over each other.
-        self._bars = constants.HF_HUB_DISABLE_PROGRESS_BARS is None and not are_progress_bars_disabled()
-        if self._bars:
-            disable_progress_bars()
+        self._bars.enter_context(client.without_bars())  # those of several threads would write over each other
         self._thread.start()
         return self
 
@@ -151,8 +146,7 @@ class Upload:
         self._queue.put(None)
         # On an error the thread is left behind with what it is uploading, of which it commits nothing.
         self._thread.join(timeout=None if error is None else 1.0)
-        if self._bars:
-            enable_progress_bars()
+        self._bars.close()
         if error is None and self._error is not None:
             raise self._error
 
@@ -167,7 +161,7 @@ class Upload:
             files: of each where it is, its path in the repository, and its sha256, computed if it is None.
 
         Raises:
-            FormatError: a file cannot be read.
+            ReadError: a file cannot be read.
             OutputError: something submitted earlier could not be uploaded.
         """
         if self._error is not None:
@@ -191,7 +185,7 @@ class Upload:
             The address of the repository.
 
         Raises:
-            FormatError: a file cannot be read.
+            ReadError: a file cannot be read.
             OutputError: something could not be uploaded, or somebody else has changed what was.
         """
         self._wait(progress or Silent())
@@ -211,6 +205,7 @@ class Upload:
         try:
             while self._thread.is_alive():
                 self._thread.join(timeout=0.2)
+                progress.item(self._name)
                 progress.advance(self._bytes_done - done)
                 done = self._bytes_done
         finally:
@@ -243,7 +238,7 @@ class Upload:
 
     def _transferred(self, addition: CommitOperationAdd) -> list[CommitOperationAdd]:
         """Bring a file's contents to the hub, to be committed; nothing to commit if the repository has it."""
-        name = addition.path_in_repo
+        self._name = name = addition.path_in_repo
         there = self._patiently(lambda: self._described([name]))
         missing = not _is_there(there, addition)
         if missing:
@@ -336,7 +331,12 @@ def _is_there(there: Mapping[str, RepoFile], addition: CommitOperationAdd) -> bo
     if file.lfs is not None:
         return file.lfs.sha256 == addition.upload_info.sha256.hex()
     with addition.as_file() as content:  # small, or the hub would have it as LFS
-        return file.blob_id == git_hash(content.read())
+        return file.blob_id == _blob_id(content.read())
+
+
+def _blob_id(content: bytes) -> str:
+    """What git calls a file with these contents."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def _would_mix(name: str) -> bool:
@@ -359,22 +359,22 @@ def _check_ours(info: ModelInfo) -> None:
 
 def _is_transient(error: Exception) -> bool:
     """Whether another attempt may succeed."""
-    if isinstance(error, errors.HfHubHTTPError):
+    if isinstance(error, client.HfHubHTTPError):
         # 409 and 412: somebody else's commit came first.
         return error.response.status_code in (408, 409, 412, 429) or error.response.status_code >= 500
-    if isinstance(error, errors.OfflineModeIsEnabled):
+    if isinstance(error, client.OfflineModeIsEnabled):
         return False
     # The client wraps what fails in an upload into a RuntimeError, and takes an error's page for JSON.
     if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
         return _is_transient(error.__cause__)
     return isinstance(
-        error, (httpx2.TransportError, ConnectionError, TimeoutError, RuntimeError, json.JSONDecodeError, _Changed)
+        error, (client.TransportError, ConnectionError, TimeoutError, RuntimeError, json.JSONDecodeError, _Changed)
     )
 
 
 def _asked_for(error: Exception, pause: float) -> float:
     """The pause, or the longer one that the hub asks for."""
-    if not isinstance(error, errors.HfHubHTTPError):
+    if not isinstance(error, client.HfHubHTTPError):
         return pause
     headers = error.response.headers
     asked = _RETRY_AFTER.fullmatch(headers.get("Retry-After", "")) or _LIMIT_REACHED.search(headers.get("RateLimit", ""))
@@ -392,7 +392,7 @@ def _explained(repo_id: str) -> Iterator[None]:
                 raise
             cause = error.__cause__ if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception) else error
             what, hint, got = "cannot be uploaded to", _AGAIN, str(cause)
-            if isinstance(cause, errors.HfHubHTTPError):
+            if isinstance(cause, client.HfHubHTTPError):
                 what, hint = _STATUSES.get(cause.response.status_code, (what, hint))
                 got = f"{cause.response.status_code} {cause.server_message or cause}"
             got = " ".join(got.split()) or type(cause).__name__

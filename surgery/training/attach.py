@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,13 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from surgery.arguments import as_path
 from surgery.device import on_its_own_terms
-from surgery.errors import OptionError, SurgeryWarning
+from surgery.errors import OptionError
 from surgery.format.factors import FactorsReader
 from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
 from surgery.format.safetensors import ShardReader
 from surgery.format.scales import read_scales, write_scales
 from surgery.names import ATTACHED_NAME
+from surgery.progress import note
 from surgery.training.carriers import Carrier, Layer, carriers_of, is_sharded, places_of, terms_of, unwrapped
 from surgery.training.lowrank import Adding, LowRankPath, Shadow, Term
 from surgery.training.peft_api import has_adapters, unfitting_adapter
@@ -76,12 +77,48 @@ class _Attached:
 class Scales:
     """The scales attached to a model; made by ``attach``."""
 
-    def __init__(self, manifest: Manifest, homes: dict[str, tuple[_Attached, int]], attached: list[_Attached]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        folder: Path,
+        manifest: Manifest,
+        homes: dict[str, tuple[_Attached, int]],
+        attached: list[_Attached],
+    ) -> None:
+        self._model = model
+        self._folder = folder
         self._manifest = manifest
         self._homes = homes
         self._attached = attached
         #: ``g`` of the targets that the model does not have.
         self._absent = {t.key: torch.ones(t.scales_shape, dtype=torch.float32) for t in manifest.targets if t.key not in homes}
+
+    def __repr__(self) -> str:
+        """How many targets and numbers, of which folder, where they are, and whether they have been changed."""
+        deltas = [home.path.delta(i) for home, i in self._homes.values()]
+        there, every = len(self._homes), len(self._manifest.targets)
+        parts = [
+            f"{there} targets" + (f" of {every}" if there < every else ""),
+            f"{sum(delta.numel() for delta in deltas):,} trainable",
+            repr(str(self._folder)),
+            ", ".join(sorted({str(delta.device) for delta in deltas})),
+            _state(deltas),
+        ]
+        if not self._attached:
+            parts.append("detached")
+        return f"Scales({', '.join(parts)})"
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters of the model are trained, and how many it has, as PEFT does.
+
+        All of the model's count: with a LoRA beside the scales, its parameters are trainable as well.
+        """
+        trainable = every = 0
+        for parameter in self._model.parameters():
+            count = _count(parameter)
+            every += count
+            trainable += count if parameter.requires_grad else 0
+        print(f"trainable params: {trainable:,d} || all params: {every:,d} || trainable%: {100 * trainable / every:.4f}")
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """What to hand to an optimizer: ``g - 1`` of each target in the model, float32 (B k,). Use no weight decay.
@@ -101,39 +138,55 @@ class Scales:
         values = {key: 1 + _whole(home.path.delta(i), shapes[key]) for key, (home, i) in self._homes.items()}
         return values | {key: value.clone() for key, value in self._absent.items()}
 
+    @on_its_own_terms
     def save(self, path: str | Path) -> None:
         """Write the scales file that ``surgery fold`` takes.
 
         In a distributed run all processes must call it, and the first one writes.
 
+        Args:
+            path: of the file, replaced if it is there.
+
+        Raises:
+            OptionError: no path; or the scales have been offloaded, or taken over in a way that is not known here.
+            OutputError: it cannot be written.
+
         Warns:
             SurgeryWarning: the model was run, and some scales had no part in it; or they are frozen.
         """
+        path = as_path(path, "path")
         used = {key: home.used for key, (home, _) in self._homes.items()}
         unused = sorted(key for key, (_, every) in used.items() if not every)
         if unused and any(some for some, _ in used.values()):
-            warnings.warn(
+            note(
                 f"the scales of {unused[0]!r} and of {len(unused) - 1} other targets were never used, or not by all layers "
-                "that share the weight: the model does not run these, or reads their weights in a way that is not known here",
-                SurgeryWarning,
-                stacklevel=2,
+                "that share the weight: the model does not run these, or reads their weights in a way that is not known here"
             )
         if frozen := [key for key, (home, i) in self._homes.items() if not home.path.delta(i).requires_grad]:
-            warnings.warn(
+            note(
                 f"the scales of {frozen[0]!r} and of {len(frozen) - 1} other targets are frozen: what freezes a model, such as "
-                "PEFT's get_peft_model, comes before attach",
-                SurgeryWarning,
-                stacklevel=2,
+                "PEFT's get_peft_model, comes before attach"
             )
         values = self.values()
         if not (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0):
-            write_scales(Path(path), values, self._manifest.fingerprint)
+            write_scales(path, values, self._manifest.fingerprint)
 
     @on_its_own_terms
     def load(self, path: str | Path) -> None:
-        """Take the values of a scales file; errors and warnings as for ``surgery.format.scales.read_scales``.
+        """Take the values of a scales file.
 
         Those of targets that the model does not have are kept for ``values`` and ``save``.
+
+        Args:
+            path: of the file, written with the same factorized folder.
+
+        Raises:
+            ScalesError: no such file, or scales of other factors, or not finite.
+            ReadError, FormatError: it cannot be read, or is no safetensors file.
+            OptionError: no path; or the scales have been offloaded.
+
+        Warns:
+            SurgeryWarning: see ``surgery.format.scales.read_scales``.
         """
         values = read_scales(Path(path), self._manifest)
         self._absent = {key: values[key] for key in self._absent}
@@ -169,7 +222,11 @@ class Scales:
                 path.untouched = value
 
     def act_on(self, module: nn.Module) -> bool:
-        """Whether a weight of the module itself, not of one inside it, has scales."""
+        """Whether a weight of the module itself, not of one inside it, has scales.
+
+        Args:
+            module: any module of the model.
+        """
         return any(module is other for attached in self._attached for other in attached.modules)
 
     def detach(self) -> None:
@@ -177,6 +234,23 @@ class Scales:
         for attached in self._attached:
             attached.remove()
         self._attached.clear()
+
+
+def _state(deltas: Sequence[nn.Parameter]) -> str:
+    """What can be said of ``g - 1`` of all targets without asking other processes."""
+    if any(delta.is_meta for delta in deltas):
+        return "offloaded"
+    frozen = "" if all(delta.requires_grad for delta in deltas) else ", frozen"
+    if any(map(is_sharded, deltas)):
+        return "sharded" + frozen
+    changed = sum(bool(delta.detach().any()) for delta in deltas)
+    return (f"{changed} changed" if changed else "untouched") + frozen
+
+
+def _count(parameter: nn.Parameter) -> int:
+    """Numbers in a parameter. bitsandbytes packs two of 4 bits into a byte; DeepSpeed leaves what is elsewhere empty."""
+    count = parameter.numel() or int(getattr(parameter, "ds_numel", 0))
+    return 2 * parameter.element_size() * count if type(parameter).__name__ == "Params4bit" else count
 
 
 def _trainable(delta: nn.Parameter) -> nn.Parameter:
@@ -216,6 +290,9 @@ def attach(model: nn.Module, factorized: str | Path) -> Scales:
     Args:
         model: in the dtype of the checkpoint or a wider one, or quantized, on any device or several. Not yet sharded.
         factorized: a folder written by ``surgery.factorize``.
+
+    Returns:
+        The scales, all 1, to be trained, saved and taken out again.
 
     Raises:
         SourceError: the model's weights are neither the original nor the residual.
@@ -265,13 +342,11 @@ def attach(model: nn.Module, factorized: str | Path) -> Scales:
         path.requires_grad_(True)
     by_key = dict(zip(planned, attached, strict=True))
     if absent:
-        warnings.warn(
+        note(
             f"{len(absent)} of {len(manifest.targets)} targets are not in this model (first: {absent[0].key!r}): their scales "
-            "stay at 1, and fold leaves these weights as they are",
-            SurgeryWarning,
-            stacklevel=3,  # past the wrapper that sets the device
+            "stay at 1, and fold leaves these weights as they are"
         )
-    return Scales(manifest, {key: (by_key[home], i) for key, (home, i) in homes.items()}, attached)
+    return Scales(model, factorized, manifest, {key: (by_key[home], i) for key, (home, i) in homes.items()}, attached)
 
 
 def _check_suitable(model: Any, bare: Any) -> None:

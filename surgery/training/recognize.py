@@ -18,8 +18,8 @@ from surgery.training.carriers import Carrier, is_plain, is_sharded
 from surgery.training.lowrank import Term
 from surgery.training.placement import Place, Positions, homes
 
-#: By how much what a quantized weight computes may be off: in four bits 10 % on random vectors and 1 % on the leading ones,
-#: up to 30 % of a matrix of some ten rows. Of another model it is 100 % and more.
+#: By how much what a quantized weight computes may be off: in four bits 10 % on random vectors and 1 to 5 % on the leading
+#: ones. Of another model it is 100 % and more.
 _QUANTIZATION_ERROR = 0.4
 _PROBES = 8
 

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from surgery.arguments import as_path
 from surgery.errors import OptionError
+from surgery.format.scales import CHECKPOINT_FILE
 from surgery.training.accelerate_api import is_peft_model, save_sharded_optimizer
 from surgery.training.attach import Scales
 from surgery.training.reference import check_arguments, check_callback, check_trainer, no_second_load, own_forward
@@ -18,9 +20,6 @@ if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
 else:
     _Trainer = object  # the real one comes after the mixin in the bases, and transformers is optional
-
-#: In every checkpoint folder, and where ``save_model`` writes.
-CHECKPOINT_FILE = "scales.safetensors"
 
 
 class SaveScales(_Trainer):
@@ -51,6 +50,8 @@ class SaveScales(_Trainer):
     """
 
     def __init__(self, *args: Any, scales: Scales, **kwargs: Any) -> None:
+        if not isinstance(scales, Scales):
+            raise OptionError("these are no scales", got=type(scales).__name__, expected="what surgery.attach returns")
         self.scales = scales
         bases = type(self).__mro__
         own_bases = bases[bases.index(SaveScales) + 1 :]
@@ -89,11 +90,23 @@ class SaveScales(_Trainer):
     def add_callback(self, callback: Any) -> None:
         """As the Trainer's own, but for callbacks that make or change whole models.
 
+        Args:
+            callback: see transformers.
+
         Raises:
             OptionError: it is one of these.
         """
         check_callback(callback)
         super().add_callback(callback)
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        """As the Trainer's own, but that ``~`` in the path of a checkpoint to resume from is expanded."""
+        name = "resume_from_checkpoint"
+        if args and isinstance(args[0], str | Path):
+            args = (str(as_path(args[0], name)), *args[1:])
+        elif isinstance(options.get(name), str | Path):
+            options[name] = str(as_path(options[name], name))
+        return super().train(*args, **options)
 
     def _has_adapters(self) -> bool:
         return is_peft_model(self.model)
@@ -116,7 +129,15 @@ class SaveScales(_Trainer):
         """Write the scales, the tokenizer and the arguments to a folder, by default ``args.output_dir``.
 
         In a distributed run all processes must call it.
+
+        Args:
+            output_dir: the folder; ``~`` is expanded.
+
+        Raises:
+            OptionError, OutputError: see ``Scales.save``.
         """
+        if output_dir is not None:
+            output_dir = str(as_path(output_dir, "output_dir"))
         if not self.is_fsdp_enabled:
             super().save_model(output_dir, _internal_call)
             return

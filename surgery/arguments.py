@@ -1,0 +1,203 @@
+"""What callers hand over: each argument of a public function is held against its annotation, and ``~`` in paths is expanded."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import reprlib
+import types
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from surgery.errors import OptionError
+
+_PATH = "a path (str or Path)"
+_SIMPLE = {
+    bool: "True or False",
+    int: "a whole number",
+    float: "a number",
+    str: "a str",
+    Path: _PATH,
+    type(None): "None",
+}
+
+
+class _Unfit(Exception):
+    """A value is not of the kind that is wanted."""
+
+
+def as_path(path: str | os.PathLike[str], what: str = "the path") -> Path:
+    """A path as users write it: ``~`` and ``~name`` at its beginning are home folders. Variables are not expanded.
+
+    Args:
+        path: any str or Path.
+        what: it is, for messages.
+
+    Raises:
+        OptionError: it is neither, is empty, cannot be a path on this system, or names a user that does not exist.
+    """
+    try:
+        return Path(_expanded(path, what))
+    except _Unfit:
+        raise OptionError(f"{what} is no path", got=_shown(path), expected=_PATH) from None
+
+
+def checked(
+    function: Callable[..., Any], arguments: Sequence[Any], options: Mapping[str, Any]
+) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """The arguments of a call, if each is of a kind that its annotation names.
+
+    Numbers of other libraries become Python's, lists become tuples, and what may be a str or a Path has its ``~`` expanded
+    and is left as it is otherwise: it may be a repo id. Whether numbers and names make sense, the function itself knows.
+
+    Raises:
+        OptionError: one is not.
+    """
+    signature, kinds = _kinds(function)
+    try:
+        bound = signature.bind(*arguments, **options)
+    except TypeError:
+        return arguments, options  # the call itself is wrong: Python says how
+    for name, kind in kinds.items():
+        if name in bound.arguments:
+            bound.arguments[name] = _fitting(bound.arguments[name], kind, name, function.__name__)
+    return bound.args, bound.kwargs
+
+
+@functools.cache
+def _kinds(function: Callable[..., Any]) -> tuple[inspect.Signature, dict[str, Any]]:
+    hints = get_type_hints(function)
+    hints.pop("return", None)
+    return inspect.signature(function), hints
+
+
+def _fitting(value: Any, kind: Any, name: str, function: str) -> Any:
+    if isinstance(value, str) and (known := _names(kind)) and value not in known:
+        raise OptionError(f"unknown {name}", got=_shown(value), expected=" or ".join(known))
+    try:
+        return _taken(value, kind, name)
+    except (_Unfit, OverflowError):
+        raise OptionError(
+            f"{function}() cannot take this as {name}",
+            got=_shown(value),
+            expected=" or ".join(dict.fromkeys(_described(one) for one in _alternatives(kind))),
+            hint=_hint(value, kind, name),
+        ) from None
+
+
+def _hint(value: Any, kind: Any, name: str) -> str | None:
+    for one in _alternatives(kind):
+        if isinstance(value, str) and (items := _items(one)) is not None and not {str, Path}.isdisjoint(_alternatives(items)):
+            return f"{name}=[{value[:80]!r}]"
+        if getattr(one, "__name__", "") == "Tensor" and (hasattr(value, "__array__") or isinstance(value, list | tuple)):
+            return f"{name}=torch.as_tensor(...) of it"
+    return None
+
+
+def _taken(value: Any, kind: Any, name: str) -> Any:
+    """The value as one of this kind."""
+    several = _alternatives(kind)
+    for one in several:
+        try:
+            return _as_one(value, one, name)
+        except _Unfit:
+            continue
+    raise _Unfit
+
+
+def _as_one(value: Any, kind: Any, name: str) -> Any:
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return _if(any(value is one or (type(value) is type(one) and value == one) for one in inner), value)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        _if(isinstance(value, Mapping))
+        return {_taken(key, inner[0], name): _taken(one, inner[1], name) for key, one in value.items()}
+    if (items := _items(kind)) is not None:
+        _if(isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview))
+        return tuple(_taken(one, items, name) for one in value)
+    if kind is bool or kind is type(None):
+        return _if(isinstance(value, kind), value)
+    if kind is int:
+        return int(_if(isinstance(value, Integral) and not isinstance(value, bool), value))
+    if kind is float:
+        return float(_if(isinstance(value, Real) and not isinstance(value, bool), value))
+    if kind is Path:
+        return _expanded(value, name)
+    return _if(isinstance(value, kind) and not isinstance(value, type), value)
+
+
+def _if(fits: bool, value: Any = None) -> Any:
+    if not fits:
+        raise _Unfit
+    return value
+
+
+def _expanded(path: Any, what: str) -> Any:
+    """A path with its ``~`` expanded: as a Path then, and else as it was given."""
+    _if(isinstance(path, str | os.PathLike))
+    text = os.fspath(path)
+    _if(isinstance(text, str))
+    if not text:
+        raise OptionError(f"{what} is an empty path", expected=_PATH, hint=". is the current folder")
+    if text.startswith("~"):
+        try:
+            path = Path(path).expanduser()
+        except RuntimeError:
+            name = Path(text).parts[0]
+            raise OptionError(
+                f"{what} begins with the home folder of a user that is not known here",
+                got=repr(text)[:200],
+                hint=f"./{name} is a folder of that name",
+            ) from None
+    try:
+        impossible = b"\0" in os.fsencode(path)
+    except UnicodeEncodeError:  # half a character
+        impossible = True
+    if impossible:
+        raise OptionError(f"{what}: no such path can be", got=ascii(text)[:200])
+    return path
+
+
+def _items(kind: Any) -> Any:
+    """What a list of this kind holds; None for what is no list."""
+    origin = get_origin(kind)
+    return get_args(kind)[0] if isinstance(origin, type) and issubclass(origin, Sequence) else None
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    """What a kind may be: what may be a Path may be a str."""
+    several = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    return tuple(one for one in several if one is not str or Path not in several)
+
+
+def _names(kind: Any) -> list[str]:
+    """Those that a parameter may have, where it has nothing but names."""
+    literals = [one for one in _alternatives(kind) if get_origin(one) is Literal]
+    return [str(name) for one in literals for name in get_args(one)]
+
+
+def _described(kind: Any) -> str:
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return " or ".join(map(str, inner))
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return f"a mapping of names to {_many(inner[1])}"
+    if (items := _items(kind)) is not None:
+        return f"a list of {_many(items)}"
+    return _SIMPLE.get(kind) or f"a {kind.__module__.partition('.')[0]} {kind.__name__}"
+
+
+def _many(kind: Any) -> str:
+    """What is in a list."""
+    words = {str: "str", float: "numbers", int: "whole numbers"}
+    return "paths" if Path in _alternatives(kind) else words.get(kind) or _described(kind).removeprefix("a ") + "s"
+
+
+def _shown(value: Any) -> str:
+    """A value for a message: what it is, in one short line."""
+    if value is None or isinstance(value, bool | str):
+        return repr(value)[:100]
+    return f"{type(value).__name__} {' '.join(reprlib.repr(value).split())[:100]}"

@@ -1,0 +1,210 @@
+"""Progress for people: one bar on a terminal, a line now and then where there is none."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections import deque
+
+from surgery.cli.text import can_show, cells, clock, duration, shorten, shown, size, tell, terminal_width
+
+#: Seconds between two looks at a phase, and between two drawings of its bar.
+_LOOK, _DRAW = 0.5, 0.1
+#: Off a terminal: seconds before the first line of a phase, at least between two lines, and at most.
+_FIRST_LINE, _LEAST_GAP, _MOST_GAP = 5.0, 2.0, 60.0
+#: Seconds before the first line of a phase that has no tenths.
+_FIRST_WITHOUT_TENTHS = 20.0
+#: Seconds that a rate is a mean of.
+_RATE_SECONDS = 30.0
+_EIGHTHS = "▏▎▍▌▋▊▉█"
+
+
+class Bar:
+    """What an operation reports, on stderr: see ``surgery.progress.Progress``. May be told from several threads.
+
+    On a terminal it is a bar that is drawn over and over. Elsewhere, as in the log of a job, it is a line at each tenth, or
+    each minute if that is sooner, and none for what is over within seconds.
+    """
+
+    def __init__(self, *, quiet: bool, notes: bool = True) -> None:
+        self._quiet, self._notes = quiet, notes and not quiet
+        self._drawn = 0  # cells
+        self._on_terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self._phase: _Phase | None = None
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._lock = threading.RLock()
+
+    def start(self, label: str, total_bytes: int) -> None:
+        self.finish()
+        if self._quiet:
+            return
+        with self._lock:
+            self._phase = _Phase(label, total_bytes)
+            self._over.clear()
+            # What takes long between two reports, such as a large matrix, must be seen to be alive.
+            self._thread = threading.Thread(target=self._look, name="surgery-progress", daemon=True)
+            self._thread.start()
+            self._show()
+
+    def item(self, name: str) -> None:
+        with self._lock:
+            if self._phase is not None:
+                self._phase.name = name
+                self._show()
+
+    def advance(self, n_bytes: int) -> None:
+        with self._lock:
+            if self._phase is not None:
+                self._phase.advance(n_bytes)
+                self._show()
+
+    def note(self, message: str) -> None:
+        if not self._notes:
+            return
+        with self._lock:
+            self._clear()
+            tell(f"note: {message}")
+            self._show(at_once=True)
+
+    def finish(self) -> None:
+        with self._lock:
+            self._phase = None
+            self._clear()
+            self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _look(self) -> None:
+        while not self._over.wait(_LOOK):
+            with self._lock:
+                self._show()
+
+    def _show(self, *, at_once: bool = False) -> None:
+        phase, now = self._phase, time.monotonic()
+        if phase is None:
+            return
+        if not self._on_terminal:
+            if phase.is_due(now):
+                tell(phase.line(now))
+        elif at_once or now - phase.last >= _DRAW:
+            phase.last = now
+            self._draw(phase.bar(now, _room()))
+
+    def _clear(self) -> None:
+        if self._drawn:
+            self._draw("")
+            sys.stderr.write("\r")
+            sys.stderr.flush()
+
+    def _draw(self, line: str) -> None:
+        length = cells(line)
+        sys.stderr.write("\r" + line + " " * (min(self._drawn, _room()) - length))
+        sys.stderr.flush()
+        self._drawn = length
+
+
+class _Phase:
+    """How far something is.
+
+    Attributes:
+        name: what is worked on.
+        last: when it was shown.
+    """
+
+    def __init__(self, label: str, total: int) -> None:
+        self.name = ""
+        self._label, self._total, self._done = label, total, 0
+        self._since = time.monotonic()
+        self.last = self._since
+        self._last_line, self._tenths = self._since, 0
+        self._points = deque([(self._since, 0)])
+
+    def advance(self, count: int) -> None:
+        now = time.monotonic()
+        self._done += count
+        if len(self._points) > 1 and now - self._points[-2][0] < _LOOK:
+            self._points.pop()
+        self._points.append((now, self._done))
+        while len(self._points) > 2 and now - self._points[1][0] >= _RATE_SECONDS:
+            self._points.popleft()
+
+    def is_due(self, now: float) -> bool:
+        """Whether a log wants a line, which is then the last one."""
+        tenths = 10 * self._done // self._total if self._total else 0
+        gap = _LEAST_GAP if tenths > self._tenths else _MOST_GAP
+        if self._last_line == self._since:
+            gap = min(gap, _FIRST_WITHOUT_TENTHS) if not self._total else max(gap, _FIRST_LINE)
+        due = now - self._last_line >= gap
+        if due:
+            self._last_line, self._tenths = now, tenths
+        return due
+
+    def line(self, now: float) -> str:
+        """For a log."""
+        if not self._total:
+            parts = [f"{duration(now - self._since)} so far"]
+        else:
+            parts = [f"{self._percent()}%", f"{size(self._done)} of {size(self._total)}"]
+            if (rate := self._rate(now)) > 0:
+                parts += [f"{size(rate)}/s", f"{duration(self._left(rate))} left"]
+        return f"{self._label}: {', '.join(parts)}" + (f", {self.name}" if self.name else "")
+
+    def bar(self, now: float, width: int) -> str:
+        """For a terminal: the most of it that fits, and numbers before the rest."""
+        name = shown(self.name, err=True)
+        if not self._total:
+            text = f"{self._label} {clock(now - self._since)}"
+            room = width - cells(text) - 1
+            return f"{text} {shorten(name, room, err=True)}" if name and room >= 8 else shorten(text, width, err=True)
+        rate = self._rate(now)
+        head, share = f"{self._label} ", f"{self._percent():3}%"
+        amount = f" {_amount(self._done, self._total)}"
+        speed, left = f" {size(rate) + '/s':>10}", f" {clock(self._left(rate)) if rate > 0 else '-:--':>5}"
+        room = width - len(head + share + speed + left)
+        if room - len(amount) >= 32:
+            room, speed = room - len(amount), amount + speed
+        if room >= 24:
+            length = min(40, room // 3)
+            return f"{head}{share} {_bar(self._share(), length - 1)}{speed}{left} {shorten(name, room - length - 1, err=True)}"
+        if room >= 6:
+            return f"{head}{share} {_bar(self._share(), room - 1)}{speed}{left}"
+        for text in (head + share + speed + left, head + share + speed, head + share):
+            if len(text) <= width:
+                return text
+        return share[: max(width, 0)]
+
+    def _share(self) -> float:
+        return min(1.0, self._done / self._total)
+
+    def _percent(self) -> int:
+        return int(100 * self._share())
+
+    def _left(self, rate: float) -> float:
+        return max(0, self._total - self._done) / rate
+
+    def _rate(self, now: float) -> float:
+        """Bytes a second, of late."""
+        since, before = self._points[0]
+        return (self._done - before) / (now - since) if now > since else 0.0
+
+
+def _room() -> int:
+    """Cells for a bar. The last column stays free: a terminal may go on to the next line after it."""
+    return (terminal_width(err=True) or 80) - 1
+
+
+def _bar(share: float, width: int) -> str:
+    if not can_show(_EIGHTHS, err=True):
+        return "[" + ("#" * int(share * (width - 2))).ljust(width - 2, ".") + "]"
+    full, part = divmod(int(share * 8 * (width - 2)), 8)
+    return "|" + (_EIGHTHS[-1] * full + (_EIGHTHS[part - 1] if part else "")).ljust(width - 2) + "|"
+
+
+def _amount(done: int, total: int) -> str:
+    """Both in the unit of the larger one, and always as wide: ``4.9/12.3 GB``."""
+    number, unit = size(total).split(" ")
+    return f"{done / total * float(number):{len(number)}.{1 if '.' in number else 0}f}/{number} {unit}"

@@ -1,0 +1,188 @@
+"""Text on its way out: what a terminal can show of it, how wide it is there, and how it is made to fit."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import unicodedata
+from typing import TextIO
+
+import click
+
+#: Stands for a space at which no line is broken. Neither paths nor what somebody types can hold it.
+_GLUE = "\0"
+
+
+def shown(text: str, *, err: bool = False) -> str:
+    """The text, with what would move a terminal's cursor, or what its encoding does not have, escaped as in a Python string.
+
+    Args:
+        err: whether it goes to stderr.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    encoding = _encoding(_stream(err))
+    return "".join(one if one.isprintable() and _has(encoding, one) else ascii(one)[1:-1] for one in text)
+
+
+def can_show(text: str, *, err: bool) -> bool:
+    """Whether stdout, or stderr, has all of these characters."""
+    return _has(_encoding(_stream(err)), text)
+
+
+def cells(text: str) -> int:
+    """How many columns of a terminal a text without control characters takes."""
+    return len(text) if text.isascii() else sum(map(_cells, text))
+
+
+def _cells(one: str) -> int:
+    if unicodedata.category(one) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if unicodedata.east_asian_width(one) in "WF" else 1
+
+
+def terminal_width(*, err: bool = False) -> int | None:
+    """Columns of the terminal that stdout, or stderr, is; ``COLUMNS`` has the last word. None where there is no limit."""
+    said = os.environ.get("COLUMNS", "")
+    if said.isdecimal() and int(said) > 0:
+        return int(said)
+    try:
+        return os.get_terminal_size(_stream(err).fileno()).columns or None
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def shorten(name: str, width: int, *, err: bool = False) -> str:
+    """A name in so many cells. Of a tensor's what tells it from others stays the longest.
+
+    That is its last part, the numbers of its layer and expert, then its beginning: ``model.layers.31…gate_proj``. A text with
+    spaces is cut in the middle.
+    """
+    if cells(name) <= width:
+        return name
+    gap = "…" if can_show("…", err=err) else "..."
+    # Nearly all names end so; a bias does not.
+    stem = re.sub(r"\.weight(?=\[|$)", "", name)
+    if stem != name and cells(stem + gap) <= width:
+        return stem + gap
+    parts = [stem] if " " in stem else re.findall(r"[^./]*[./]|[^./]+$", stem)
+    if len(parts) > 1 and re.match("weight|bias", parts[-1]):
+        parts[-2:] = [parts[-2] + parts[-1]]  # which says little by itself
+    last = len(parts) - 1
+    numbers = [i for i, part in enumerate(parts[:-1]) if re.fullmatch(r"(\d+|\*)[./]", part)]
+    first = numbers[0] if numbers else 0
+    kept = {last}
+    for i in (*numbers, *reversed(range(first)), *reversed(range(last))):
+        beside = i in numbers or not kept.isdisjoint((i - 1, i + 1))
+        if i not in kept and beside and cells(_joined(parts, kept | {i}, gap)) <= width:
+            kept.add(i)
+    short = _joined(parts, kept, gap)
+    return short if cells(short) <= width else _cut(parts[last], width, gap)
+
+
+def _joined(parts: list[str], kept: set[int], gap: str) -> str:
+    """Some parts of a name, each with the separator after it, and a gap for every run of others."""
+    text = ""
+    for i, part in enumerate(parts):
+        if i in kept:
+            text += part
+        elif not text.endswith(gap):
+            text = text.rstrip("./") + gap
+    return text
+
+
+def _cut(text: str, width: int, gap: str) -> str:
+    """The beginning and the end of a text."""
+    room = width - cells(gap)
+    if room < 2:
+        return _beginning(text, max(width, 0))
+    end = _beginning(text[::-1], room // 2)[::-1]
+    return _beginning(text, room - cells(end)) + gap + end
+
+
+def _beginning(text: str, width: int) -> str:
+    taken = 0
+    for i, one in enumerate(text):
+        taken += _cells(one)
+        if taken > width:
+            return text[:i]
+    return text
+
+
+def whole(text: object) -> str:
+    """A path or a command in a text: somebody copies it, so that no line is broken in it."""
+    return str(text).replace(" ", _GLUE)
+
+
+def wrapped(text: str, width: int | None, *, indent: str = "  ") -> list[str]:
+    """A line as lines of at most so many cells, broken at spaces only; those after the first are indented.
+
+    A word that is longer has a line for itself and is left to the terminal, which joins it again when it is copied.
+    """
+    first, *rest = text.lstrip(" ").split(" ")
+    lines = [" " * (len(text) - len(text.lstrip(" "))) + first]
+    for word in rest:
+        grown = f"{lines[-1]} {word}"
+        if width is not None and cells(grown) > width:
+            lines.append(indent + word)
+        else:
+            lines[-1] = grown
+    return [line.replace(_GLUE, " ") for line in lines]
+
+
+def size(n_bytes: float) -> str:
+    """A size for people, decimal units."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if n_bytes < 999.95:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1000
+    return f"{n_bytes:.1f} TB"
+
+
+def duration(seconds: float) -> str:
+    """A rough time for people."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def clock(seconds: float) -> str:
+    """``m:ss``, or ``h:mm:ss``."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def fitted(text: str, *, indent: str = "  ", err: bool = False) -> str:
+    """A text in the width of the terminal that stdout, or stderr, is: broken at words, each line by itself."""
+    width = terminal_width(err=err)
+    safe = (_GLUE.join(shown(part, err=err) for part in line.split(_GLUE)) for line in text.split("\n"))
+    return "\n".join(part for line in safe for part in wrapped(line, width, indent=indent))
+
+
+def say(message: str, *, quiet: bool = False) -> None:
+    """A line for the user that is no data, on stderr; broken at words where the terminal is narrow."""
+    if not quiet:
+        click.echo(fitted(message, err=True), err=True)
+
+
+def tell(message: str, *, quiet: bool = False) -> None:
+    """A note or an error, on stderr. What paths and commands it has is not known here: the terminal breaks its lines."""
+    if not quiet:
+        click.echo("\n".join(shown(line, err=True) for line in message.split("\n")), err=True)
+
+
+def _stream(err: bool) -> TextIO:
+    return sys.stderr if err else sys.stdout
+
+
+def _encoding(stream: TextIO) -> str:
+    return getattr(stream, "encoding", None) or "utf-8"
+
+
+def _has(encoding: str, text: str) -> bool:
+    try:
+        text.encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True

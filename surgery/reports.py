@@ -1,0 +1,65 @@
+"""What an operation tells when it is done: a Python object, and the JSON that its command prints with ``--json``.
+
+The fields of a report are the entries of its JSON, and its docstring says what they are: docs/json.md is written from both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import Field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+_NAME = "name in JSON"
+#: Metadata of a field that is for Python alone.
+NOT_IN_JSON: Mapping[str, str | None] = {_NAME: None}
+
+
+class Report:
+    """Base of all reports, which are frozen dataclasses.
+
+    Attributes:
+        schema_version: of the JSON: another one when an entry is gone, or means something else; not when one is new.
+    """
+
+    __slots__ = ()
+    schema_version: ClassVar[int] = 1
+
+    def as_json(self) -> dict[str, Any]:
+        """The report as dict, list, str, int, float, bool and None, with its ``schema_version`` first.
+
+        A path is a string. A number that is not finite, which JSON does not have, is None.
+        """
+        return {"schema_version": self.schema_version, **_entries(self)}
+
+
+def in_json(name: str) -> Mapping[str, str | None]:
+    """Metadata of a field that has another name in JSON."""
+    return {_NAME: name}
+
+
+def json_fields(kind: Any) -> dict[str, Field[Any]]:
+    """The fields of a dataclass by their names in JSON, those that are there."""
+    named = ((field.metadata.get(_NAME, field.name), field) for field in fields(kind))
+    return {name: field for name, field in named if name is not None}
+
+
+def _entries(record: Any) -> dict[str, Any]:
+    return {name: _plain(getattr(record, field.name)) for name, field in json_fields(record).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if is_dataclass(value):
+        return _entries(value)
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"a {type(value).__name__} is no part of a report")

@@ -1,0 +1,235 @@
+"""What a user gives for a model: a folder, a repo id, or an address that stands for one of these."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import NoReturn
+from urllib.parse import unquote, urlsplit
+
+from surgery.errors import SourceError
+from surgery.format.files import reading
+from surgery.format.kinds import HEAD_BYTES, other_kind
+
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_WITH_REVISION = re.compile(r"(?P<repo>[^@]+)@(?P<rest>.+)")
+#: As in the hub's own addresses (hf://): a revision ends at a slash, but for those that are called so.
+_REVISION = re.compile(r"(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+)(?:/(?P<path>.*))?")
+#: One slash is what a ``Path`` leaves of two.
+_SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+)://?(?P<rest>.*)", re.DOTALL)
+_HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co", "www.hf.co", "hf-mirror.com")
+_NO_MODELS = (
+    "datasets",
+    "spaces",
+    "buckets",
+    "collections",
+    "papers",
+    "docs",
+    "blog",
+    "posts",
+    "models",
+    "organizations",
+    "api",
+)
+_OF_FILES = ("blob", "resolve", "raw", "blame", "edit")
+_PAGES = ("tree", *_OF_FILES, "commit", "commits", "discussions")
+_WINDOWS = re.compile(r"(?:(?P<drive>[A-Za-z]):[\\/]|\\\\|[^/:]*\\)")
+_QUOTES = "\"'`\u201c\u201d\u2018\u2019<>"
+_STORES = {"s3": "aws s3 sync", "gs": "gcloud storage cp -r", "gcs": "gcloud storage cp -r"}
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a model is.
+
+    Attributes:
+        folder: of a local one; None for one on the hub.
+        repo_id: of one on the hub; empty for a local one.
+        revision: that the address names, if any.
+        subfolder: the same.
+        file: the weight file in there that the address names, if any.
+    """
+
+    folder: Path | None = None
+    repo_id: str = ""
+    revision: str | None = None
+    subfolder: str | None = None
+    file: str | None = None
+
+    def with_options(self, revision: str | None, subfolder: str | None) -> Address:
+        """The same with what is asked for beside the address.
+
+        Raises:
+            SourceError: it contradicts the address.
+        """
+        where = str(self.folder or self.repo_id)
+        for option, asked, named in (("--revision", revision, self.revision), ("--subfolder", subfolder, self.subfolder)):
+            if asked is not None and named is not None and asked.strip("/") != named:
+                raise SourceError(
+                    f"the address of {where} names another one than {option}", got=f"{named!r} and {asked!r}", hint="give one"
+                )
+        return replace(self, revision=self.revision or revision, subfolder=self.subfolder or subfolder)
+
+
+def address_of(model: str | Path) -> Address:
+    """What is meant by a folder, a weight file, a repo id, ``owner/name@revision``, or an address of the hub.
+
+    What is there on this machine under exactly that name comes first. Else quotes and spaces around it do not count.
+
+    Raises:
+        SourceError: none of these; says what it is, and what to do.
+    """
+    text = str(model)
+    if (found := _local(text)) is not None:
+        return found
+    if (bare := text.strip().strip(_QUOTES).strip()) != text and bare:
+        return address_of(bare)
+    if (match := _SCHEME.fullmatch(text)) is not None:
+        return _by_scheme(text, match["scheme"].lower(), match["rest"])
+    if text.startswith("git@hf.co:"):
+        return _by_url(text, text.removeprefix("git@hf.co:"))
+    if text.split("/")[0].lower() in _HOSTS:
+        return _by_url(text, text.partition("/")[2])
+    if (match := _WINDOWS.match(text)) is not None:
+        raise _windows_path(text, match["drive"])
+    if (match := _WITH_REVISION.fullmatch(text)) is not None and _REPO_ID.fullmatch(match["repo"]):
+        return _by_revision(text, match["repo"], match["rest"])
+    repo_id = text.rstrip("/") if "/" in text.rstrip("/") else text
+    if _REPO_ID.fullmatch(repo_id):
+        return Address(repo_id=repo_id)
+    parts = text.rstrip("/").split("/")
+    is_inside = len(parts) > 2 and _REPO_ID.fullmatch("/".join(parts[:2]))
+    raise SourceError(
+        f"there is no folder {text!r}",
+        expected="a local folder or a Hugging Face repo id such as owner/name",
+        hint=f"for what is inside of a hub model: {'/'.join(parts[:2])} --subfolder {shlex.quote('/'.join(parts[2:]))}"
+        if is_inside
+        else None,
+    )
+
+
+def _local(text: str) -> Address | None:
+    try:
+        path = Path(text).expanduser()
+        is_folder, is_file = bool(text) and path.is_dir(), path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, no such user, a null byte
+        raise SourceError(f"there is no folder {text[:100]!r}", got=str(error)[:200]) from None
+    if is_folder:
+        return Address(folder=path)
+    if not is_file:
+        return None
+    if path.suffix == ".safetensors":
+        return Address(folder=path.parent, file=path.name)
+    with reading(path), open(path, "rb") as file:
+        kind = None if path.suffix == ".json" else other_kind(file.read(HEAD_BYTES), path.stat().st_size, path)
+    raise SourceError(
+        f"{text} is {kind.what if kind else 'a file'}",
+        expected="the folder of a model in safetensors, with its config.json",
+        hint=kind.hint if kind else f"give {path.parent}",
+    )
+
+
+def _by_scheme(text: str, scheme: str, rest: str) -> Address:
+    if scheme == "file":
+        return address_of("/" + unquote(rest.lstrip("/").removeprefix("localhost/")))
+    if scheme == "hf":
+        kind, _, inside = rest.partition("/")
+        if kind in _NO_MODELS[:3]:
+            raise _no_model(text, kind)
+        owner, _, name = (inside if kind == "models" else rest).strip("/").partition("/")
+        repo, slash, path = name.partition("/")
+        if "@" in repo:
+            repo, _, rev = repo.partition("@")
+            return _by_revision(text, f"{owner}/{repo}", rev + slash + path)
+        if not name and "@" in owner:
+            owner, _, rev = owner.partition("@")
+            return _by_revision(text, owner, rev)
+        return _inside(text, f"{owner}/{repo}" if name else owner, None, path)
+    try:
+        endpoint, url = urlsplit(os.environ.get("HF_ENDPOINT", "")), urlsplit(f"{scheme}://{rest}")
+    except ValueError:  # half an IPv6 address
+        _refuse(text)
+    if scheme in ("http", "https") and (url.hostname in _HOSTS or (url.netloc and url.netloc == endpoint.netloc)):
+        return _by_url(text, url.path)
+    if scheme in ("http", "https", "ftp", "git+https", "ssh"):
+        hint = "fetch the model into a folder first; models of the Hugging Face hub have addresses of huggingface.co"
+    else:
+        hint = f"fetch it into a folder first: {_STORES.get(scheme, 'copy')} {shlex.quote(text)} FOLDER"
+    raise SourceError(
+        f"{text} is neither here nor on the Hugging Face hub",
+        expected="a local folder or a Hugging Face repo id such as owner/name",
+        hint=hint,
+    )
+
+
+def _by_url(text: str, path: str) -> Address:
+    """A page or file of the hub, by what comes after the host."""
+    parts = [unquote(part) for part in re.split("[?#]", path)[0].split("/") if part]
+    if parts[:2] == ["api", "models"] or (parts[:1] == ["models"] and len(parts) > 2):
+        parts = parts[2:] if parts[0] == "api" else parts[1:]
+    if not parts or parts[0] in _NO_MODELS:
+        raise _no_model(text, parts[0] if parts else "")
+    count = 1 if len(parts) == 1 or parts[1] in (*_PAGES, "revision") else 2
+    repo, page, rest = "/".join(parts[:count]).removesuffix(".git"), parts[count : count + 1], parts[count + 1 :]
+    if not page:
+        return _inside(text, repo, None, "")
+    if page[0] not in (*_PAGES, "revision") or page[0] == "discussions" or not rest:
+        raise SourceError(
+            f"{text} is a page of {repo} that is no model",
+            hint=f"give {repo}" + (f" --revision refs/pr/{rest[0]}" if page[0] == "discussions" and rest else ""),
+        )
+    if rest[0] == "refs" and len(rest) > 2:
+        rest = ["/".join(rest[:3]), *rest[3:]]
+    inside = rest[1:] if page[0] in ("tree", *_OF_FILES) else []
+    return _inside(text, repo, rest[0], "/".join(inside))
+
+
+def _by_revision(text: str, repo: str, rest: str) -> Address:
+    match = _REVISION.fullmatch(rest)
+    if match is None:
+        _refuse(text)
+    return _inside(text, repo, unquote(match["revision"]), match["path"] or "")
+
+
+def _inside(text: str, repo: str, revision: str | None, path: str) -> Address:
+    """The model of a repository, or the one in a folder of it; a file stands for the folder that it is in."""
+    if not _REPO_ID.fullmatch(repo):
+        _refuse(text)
+    inside = PurePosixPath(path.strip("/"))
+    file = None
+    if inside.suffix == ".safetensors":
+        file, inside = inside.name, inside.parent
+    elif inside.suffix in (".json", ".md", ".txt", ".model", ".jinja", ".py"):
+        inside = inside.parent
+    elif inside.suffix in (".gguf", ".bin", ".pt", ".pth", ".ckpt", ".onnx", ".h5", ".msgpack", ".zip"):
+        raise SourceError(
+            f"{text} is a file in another format than safetensors", hint=f"give {repo}, if it has its weights in safetensors"
+        )
+    subfolder = None if str(inside) == "." else str(inside)
+    return Address(repo_id=repo, revision=revision, subfolder=subfolder, file=file)
+
+
+def _refuse(text: str) -> NoReturn:
+    raise SourceError(
+        f"{text} names no model on the hub",
+        expected="owner/name, owner/name@revision, or https://huggingface.co/owner/name/tree/revision/subfolder",
+    )
+
+
+def _no_model(text: str, kind: str) -> SourceError:
+    what = f"is a page of {kind}" if kind else "is the hub itself"
+    return SourceError(f"{text} {what}, and no model", expected="a model of the hub, such as owner/name")
+
+
+def _windows_path(text: str, drive: str | None) -> SourceError:
+    plain = text.replace("\\", "/")
+    here = f"/mnt/{drive.lower()}{plain[2:]}" if drive else plain
+    return SourceError(
+        f"there is no folder {text!r}",
+        got="a path as Windows writes it" if os.name != "nt" else None,
+        expected="a local folder or a Hugging Face repo id such as owner/name",
+        hint=None if os.name == "nt" else f"in WSL: {shlex.quote(here)}" if drive else f"with slashes: {shlex.quote(here)}",
+    )

@@ -1,0 +1,75 @@
+"""A program as users of the wheel write them, for ``mypy --strict``: ``tools/check_wheel.py`` holds it against a built one.
+
+Nothing of it is run. ``assert_type`` fails where a result is Any or something else, an unused ``type: ignore`` where a
+wrong call is not reported. A new name of the package goes into the section it belongs to.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, assert_type
+
+import torch
+
+import surgery
+
+# Factorize and fold.
+assert_type(surgery.factorize("model", "factorized", rank=16, include=["*.q_proj.weight"]), surgery.FactorizeReport)
+assert_type(
+    surgery.factorize(Path("model"), Path("factorized"), energy=0.5, max_rank=64, layout="overlay"), surgery.FactorizeReport
+)
+assert_type(surgery.Manifest.read("factorized"), surgery.Manifest)
+assert_type(surgery.plan("model", rank=16).trainable, int)
+assert_type(surgery.fold("factorized", "scales.safetensors", "folded"), surgery.FoldReport)
+assert_type(surgery.fold("factorized", {"w": torch.ones(16)}).changed, int)
+assert_type(surgery.export("factorized", Path("scales.safetensors"), "adapter"), surgery.ExportReport)
+assert_type(surgery.inspect("factorized").manifest, surgery.Manifest)
+assert_type(surgery.inspect("factorized").as_json(), dict[str, Any])
+assert_type(surgery.verify("factorized"), surgery.VerifyReport)
+assert_type(surgery.verify("factorized", fast=True).ok, bool)
+
+# Train.
+scales = surgery.attach(torch.nn.Linear(4, 4), "factorized")
+assert_type(scales, surgery.Scales)
+assert_type(scales.parameters(), Iterator[torch.nn.Parameter])
+assert_type(scales.values(), dict[str, torch.Tensor])
+scales.save("scales.safetensors")
+scales.load(Path("scales.safetensors"))
+with scales.untouched():
+    pass
+
+# Scales without training.
+assert_type(surgery.project("factorized", "tuned", "scales.safetensors"), surgery.ProjectReport)
+assert_type(surgery.blend(["a.safetensors", Path("b.safetensors")], "c.safetensors", weights=[0.5, 0.5]), surgery.BlendReport)
+assert_type(surgery.recommend("model", budget=1000, out="recipe.toml"), surgery.Recommendation)
+
+assert_type(surgery.read_scales("a.safetensors").values["w"], torch.Tensor)
+surgery.write_scales("b.safetensors", {"w": torch.ones(16)}, surgery.inspect("factorized").fingerprint)
+assert_type(surgery.show_scales("a.safetensors").changed, int)
+
+# Studies.
+assert_type(surgery.spectra("model").findings, surgery.Findings)
+assert_type(surgery.recipes(), surgery.RecipesReport)
+
+# Linear algebra.
+svd = surgery.truncated_svd(torch.randn(8, 6), 2)
+assert_type(svd, surgery.TruncatedSVD)
+assert_type(svd.certificate, surgery.Certificate)
+assert_type(svd.certificate.converged, torch.Tensor)
+assert_type(surgery.energy_svd(torch.randn(8, 6), 0.5, max_rank=4).s, torch.Tensor)
+
+# Errors.
+try:
+    surgery.verify("factorized")
+except surgery.SurgeryError as error:
+    assert_type(error.what, str)
+assert_type(surgery.__version__, str)
+
+# What a type checker has to report.
+surgery.factorize("model", "factorized", rank="16")  # type: ignore[arg-type]
+surgery.factorize("model", "factorized", layout="both")  # type: ignore[arg-type]
+surgery.factorize("model", "factorized", ranks=16)  # type: ignore[call-arg]
+surgery.fold("factorized")  # type: ignore[call-arg]
+surgery.fold("factorized", {"w": 1.0}, "folded")  # type: ignore[dict-item]
+surgery.truncated_svd([[1.0]], 1)  # type: ignore[arg-type]
+surgery.attach(torch.ones(3), "factorized")  # type: ignore[arg-type]
+print(surgery.no_such_name)  # type: ignore[attr-defined]

@@ -1,0 +1,133 @@
+"""Print docs/json.md: what each command prints with --json, from the fields and docstrings of the reports."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import re
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from surgery.cli.printing import ADDED
+from surgery.demo.run import DemoReport
+from surgery.operations.blend import BlendReport
+from surgery.operations.export import ExportReport
+from surgery.operations.factorize import FactorizeReport
+from surgery.operations.fold import FoldReport
+from surgery.operations.inspect import InspectReport
+from surgery.operations.project import ProjectReport
+from surgery.operations.recommend import Recommendation
+from surgery.operations.scales import ScalesSummary
+from surgery.operations.spectra import Findings
+from surgery.operations.verify import VerifyReport
+from surgery.planning.plan import PlanSummary
+from surgery.planning.recipes import RecipesReport
+from surgery.reports import Report, json_fields
+
+HEAD = """# JSON
+
+With `--json` a command prints one object on stdout, and nothing else there. From Python it is `as_json()` of what the operation
+returns, without what only the command knows: `seconds`, the `profile` and, of `spectra`, `out`.
+
+`schema_version` changes when an entry is gone or means something else, and not when there is a new one: pass over what you do
+not know.
+Sizes are in bytes, times in seconds, paths are strings as they were given. A number that is not finite is `null`.
+
+Written by `make docs` from the reports' fields and docstrings; a test holds it to what the commands print.
+"""
+
+#: What each command prints, and what it adds to the report.
+COMMANDS: dict[str, tuple[type[Report], tuple[str, ...]]] = {
+    "blend": (BlendReport, ()),
+    "demo": (DemoReport, ()),
+    "export": (ExportReport, ("seconds",)),
+    "factorize": (FactorizeReport, ("seconds", "profile")),
+    "fold": (FoldReport, ("seconds", "profile")),
+    "inspect": (InspectReport, ()),
+    "plan": (PlanSummary, ("seconds",)),
+    "project": (ProjectReport, ("seconds",)),
+    "recipes": (RecipesReport, ()),
+    "recommend": (Recommendation, ("seconds",)),
+    "scales show": (ScalesSummary, ()),
+    "spectra": (Findings, ("out", "seconds")),
+    "verify": (VerifyReport, ("seconds",)),
+}
+
+_OTHER_WORDS = {
+    ("plan", "seconds"): "an estimate of what `factorize` takes on this machine, without downloads",
+    ("factorize", "schema_version"): "with `--dry-run` the command prints what `plan` prints",
+}
+
+
+def entries(kind: type[Any], path: str = "") -> Iterator[tuple[str, str, str]]:
+    """Path, type and meaning of each entry of a dataclass as JSON, those of what is in it after it."""
+    meanings, hints = _meanings(kind), get_type_hints(kind)
+    for name, field in json_fields(kind).items():
+        text, inner = _type(hints[field.name])
+        yield path + name, text, meanings[field.name]
+        if inner is not None:
+            yield from entries(inner, f"{path}{name}{'[]' if text.startswith('array') else ''}.")
+
+
+def _type(hint: Any) -> tuple[str, type[Any] | None]:
+    """The words for a type, and the dataclass that it is made of, if any."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        (one,) = (argument for argument in arguments if argument is not types.NoneType)
+        text, inner = _type(one)
+        return f"{text} or null", inner
+    if origin is Literal:
+        return " or ".join(f'`"{value}"`' for value in arguments), None
+    if origin in (list, tuple):
+        text, inner = _type(arguments[0])
+        return f"array of {text}s" if " " not in text else f"array of {text}", inner
+    if origin is not None and issubclass(origin, Mapping):
+        return f"object: name to {_type(arguments[1])[0]}", None
+    if is_dataclass(hint) and isinstance(hint, type):
+        return "object", hint
+    return {str: "string", Path: "string", int: "integer", float: "number", bool: "boolean"}[hint], None
+
+
+def _meanings(kind: type[Any]) -> dict[str, str]:
+    """What the section ``Attributes`` of a docstring says, by name."""
+    section = re.search(r"^Attributes:\n((?:    .*\n?|\n)+)", inspect.getdoc(kind) or "", re.MULTILINE)
+    if section is None:
+        raise ValueError(f"the docstring of {kind.__name__} has no attributes")
+    found = {}
+    for entry in re.split(r"\n(?=    \S)", section[1].rstrip()):
+        names, _, meaning = entry.strip().partition(": ")
+        for name in names.split(", "):
+            found[name] = _for_json(re.sub(r"\s+", " ", meaning).removesuffix("."))
+    return found
+
+
+def _for_json(text: str) -> str:
+    return re.sub(r"\bNone\b", "`null`", text.replace("``", "`"))
+
+
+def _table(rows: Iterable[tuple[str, str, str]]) -> str:
+    """Of entries that one text is about, one line."""
+    lines = ["| entry | type | meaning |", "| --- | --- | --- |"]
+    for (text, meaning), group in itertools.groupby(rows, key=lambda row: row[1:]):
+        names = ", ".join(f"`{path}`" for path, _, _ in group)
+        lines.append("| {} | {} | {} |".format(*(cell.replace("|", r"\|") for cell in (names, text, meaning))))
+    return "\n".join(lines)
+
+
+def page() -> str:
+    parts = [HEAD]
+    version = _meanings(Report)["schema_version"].partition(":")[0]
+    for command, (kind, added) in COMMANDS.items():
+        first = _for_json((kind.__doc__ or "").splitlines()[0])
+        rows = [("schema_version", f"`{kind.schema_version}`", version), *entries(kind)]
+        rows += [(name, *ADDED[name]) for name in added]
+        rows = [(path, text, _OTHER_WORDS.get((command, path), meaning)) for path, text, meaning in rows]
+        parts.append(f"## surgery {command}\n\n{first}\n\n{_table(rows)}\n")
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    print(page(), end="")
