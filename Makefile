@@ -13,8 +13,8 @@ test: $(VENV)/test.done
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # The tests that touch other packages, in two environments with older ones. What a release lacks is skipped, with a reason.
-OLDER_TESTS := $(wildcard $(patsubst %,tests/test_%.py,absent aliases attach* cli device families fp8 hub* lora push reference \
-	releases select source stream trainers upload))
+OLDER_TESTS := $(wildcard $(patsubst %,tests/test_%.py,absent address aliases attach* cli demo device examples families fp8 hub* \
+	installation light_install lora notes push reference releases select source stream trainers upload))
 
 test-oldest: $(VENV)-oldest/test.done $(VENV)-axolotl/test.done
 	$(VENV)-oldest/bin/python -m pytest -n 2 --dist worksteal $(OLDER_TESTS)
