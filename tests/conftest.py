@@ -31,9 +31,15 @@ from click.testing import CliRunner  # noqa: E402
 
 import surgery  # noqa: E402
 from tests.models import save_llama, save_mixed  # noqa: E402
+from tests.releases import OLDER  # noqa: E402
 
 if "mix_stderr" in inspect.signature(CliRunner).parameters:  # before click 8.2, where they are apart
     CliRunner.__init__ = functools.partialmethod(CliRunner.__init__, mix_stderr=False)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if OLDER:  # modules of older releases are compiled by torch.compile as they are imported, and torch warns of its own code
+        config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 
 
 @pytest.fixture(scope="session")

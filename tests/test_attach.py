@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,14 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Chunk, Interleave, PermuteForRope, Transpose, WeightConverter
+from transformers.core_model_loading import Chunk, PermuteForRope, Transpose, WeightConverter
 
 import surgery
-from surgery.errors import FormatError, OptionError, SourceError, SurgeryWarning
+from surgery.errors import FormatError, MissingExtra, OptionError, SourceError, SurgeryWarning
 from surgery.planning.plan import Layout
 from tests.families import FAMILIES
 from tests.models import save_llama
+from tests.releases import has
 
 
 def _load(folder: Path, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
@@ -157,16 +160,23 @@ def test_any_module(tmp_path: Path) -> None:
         assert torch.allclose(folded(ids), model(ids), atol=1e-4)
 
 
+@has("transformers.core_model_loading", "Interleave")
 def test_names_and_shapes_are_followed_as_transformers_converts_them(tmp_path: Path) -> None:
     """A checkpoint whose weights are fused, interleaved, permuted and transposed against those in memory."""
+    from transformers.core_model_loading import Interleave
+
     fused = [
         WeightConverter(
             "self_attn.qkv.weight",
             [f"self_attn.{name}_proj.weight" for name in "qkv"],
-            [Chunk(dim=0), PermuteForRope(permute_layer_names=["q_proj", "k_proj"])],
+            operations=[Chunk(dim=0), PermuteForRope(permute_layer_names=["q_proj", "k_proj"])],
         ),
-        WeightConverter("mlp.both.weight", ["mlp.gate_proj.weight", "mlp.up_proj.weight"], [Interleave(dim=0), Chunk(dim=0)]),
-        WeightConverter("mlp.down.weight", ["mlp.down_proj.weight"], [Transpose(0, 1)]),
+        WeightConverter(
+            "mlp.both.weight",
+            ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
+            operations=[Interleave(dim=0), Chunk(dim=0)],
+        ),
+        WeightConverter("mlp.down.weight", ["mlp.down_proj.weight"], operations=[Transpose(0, 1)]),
     ]
     known = get_checkpoint_conversion_mapping("llama")
     register_checkpoint_conversion_mapping("llama", fused, overwrite=True)
@@ -205,13 +215,50 @@ def test_a_conversion_that_cannot_be_followed(tmp_path: Path) -> None:
     surgery.factorize(llama, tmp_path / "f", rank=4)
     model = _load(llama)
     known = get_checkpoint_conversion_mapping("llama")
-    odd = WeightConverter("mlp.down_proj.weight", ["mlp.down_proj.weight"], [Shuffle()])
+    odd = WeightConverter("mlp.down_proj.weight", ["mlp.down_proj.weight"], operations=[Shuffle()])
     register_checkpoint_conversion_mapping("llama", [odd], overwrite=True)
     try:
         with pytest.raises(OptionError, match=r"down_proj\.weight' cannot be followed into the model: .* by Shuffle"):
             surgery.attach(model, tmp_path / "f")
     finally:
         register_checkpoint_conversion_mapping("llama", known or [], overwrite=True)
+
+
+def _missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers.conversion_mapping", None)  # as in 4.57: importing it fails
+
+
+def _renamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("transformers.core_model_loading.rename_source_key")
+
+
+def _called_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.core_model_loading.rename_source_key", lambda key, *, transforms: (key, transforms))
+
+
+@pytest.mark.parametrize("change", [_missing, _renamed, _called_otherwise])
+def test_a_release_that_does_not_tell_how_it_loads(
+    change: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Models that have all tensors under their own names need not ask; for others it is said which release does."""
+    torch.manual_seed(0)
+    gpt2 = FAMILIES["gpt2"].make()
+    gpt2.transformer.save_pretrained(tmp_path / "m")  # type: ignore[union-attr]
+    surgery.factorize(tmp_path / "m", tmp_path / "f", rank=4)
+    mixtral = FAMILIES["mixtral"].save(tmp_path / "mixtral")
+    surgery.factorize(mixtral, tmp_path / "fm", rank=4)
+    stacked = FAMILIES["mixtral"].load(mixtral)
+    with_a_head = type(gpt2).from_pretrained(tmp_path / "m")  # type: ignore[attr-defined]
+    change(monkeypatch)
+    scales = surgery.attach(with_a_head, tmp_path / "f")
+    _randomize(scales)
+    scales.save(tmp_path / "s.safetensors")
+    surgery.fold(tmp_path / "f", tmp_path / "s.safetensors", tmp_path / "out")
+    with pytest.raises(MissingExtra, match=rf"(?s)block_sparse_moe.*transformers {transformers.__version__} .*5\.0 to 5\.\d+"):
+        surgery.attach(stacked, tmp_path / "fm")
+    monkeypatch.undo()
+    folded = type(gpt2).from_pretrained(tmp_path / "out")  # type: ignore[attr-defined]
+    assert torch.allclose(with_a_head(IDS).logits, folded(IDS).logits, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral"])

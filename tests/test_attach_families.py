@@ -11,13 +11,14 @@ import torch
 import transformers as hf
 from safetensors.torch import save_file
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Chunk, Concatenate, Interleave, WeightConverter
+from transformers.core_model_loading import Chunk, Concatenate, WeightConverter
 
 import surgery
 from surgery.errors import OptionError
 from surgery.format.manifest import Manifest
 from surgery.training.lowrank import LowRankPath
 from tests.families import ENCODER, FAMILIES, Family
+from tests.releases import has, known_classes, needs
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,7 @@ def test_attached_is_folded(name: str, split: bool | None, tmp_path: Path) -> No
     _check(FAMILIES[name], split, tmp_path)
 
 
+@needs("transformers", ">=5.15", "DBRX with experts of another size than the model")
 def test_experts_whose_weights_another_module_reads(tmp_path: Path) -> None:
     """DBRX's modules of experts hold the weights, and their parent computes with them."""
     blocks = {
@@ -147,15 +149,14 @@ class Interleaved(hf.LlamaForCausalLM):
     """A Llama whose checkpoints have gate and up in one weight, row by row."""
 
 
-register_checkpoint_conversion_mapping(
-    "Interleaved",
-    [
-        WeightConverter(
-            ["mlp.w13.weight"], ["mlp.gate_proj.weight", "mlp.up_proj.weight"], operations=[Interleave(dim=0), Chunk(dim=0)]
-        )
-    ],
-    overwrite=True,
-)
+def _interleaved() -> Any:
+    from transformers.core_model_loading import Interleave
+
+    halves = WeightConverter(
+        ["mlp.w13.weight"], ["mlp.gate_proj.weight", "mlp.up_proj.weight"], operations=[Interleave(dim=0), Chunk(dim=0)]
+    )
+    register_checkpoint_conversion_mapping("Interleaved", [halves], overwrite=True)
+    return Interleaved(hf.LlamaConfig(**_GROUPED))
 
 
 @pytest.mark.parametrize(
@@ -165,7 +166,7 @@ register_checkpoint_conversion_mapping(
         (_rf_detr, ["*in_proj_weight"], "in_proj"),
         (_ernie, ["*experts*", "*qkv*"], "experts"),
         (_qwen3_vl, ["*experts*", "*qkv*"], "experts"),
-        (lambda: Interleaved(hf.LlamaConfig(**_GROUPED)), ["*w13*", "*down*"], "w13"),
+        pytest.param(_interleaved, ["*w13*", "*down*"], "w13", marks=has("transformers.core_model_loading", "Interleave")),
     ],
     ids=["kimi, in heads for RoPE", "rf_detr", "ernie, text and image", "qwen3_vl, transposed", "interleaved"],
 )
@@ -173,7 +174,8 @@ def test_every_weight_is_what_fold_makes_of_it(make: Callable[[], Any], include:
     """Also in towers that no input reaches: the low-rank path beside each parameter, and the parameter of the folded model."""
     folder = tmp_path / "model"
     torch.manual_seed(0)
-    model = make()
+    with known_classes():
+        model = make()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -205,6 +207,7 @@ class Joined(hf.Qwen3MoeForCausalLM):
     """A Qwen3-MoE whose checkpoints have each half of the experts' gate_up_proj in a tensor of its own."""
 
 
+@needs("transformers", ">=5.10", "a conversion that is registered for a class")
 @pytest.mark.parametrize("dim", [0, 1])
 def test_halves_that_are_not_seen_in_the_same_way_are_refused(dim: int, tmp_path: Path) -> None:
     register_checkpoint_conversion_mapping(

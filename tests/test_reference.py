@@ -17,6 +17,7 @@ from surgery.errors import OptionError
 from surgery.training.reference import Reference
 from surgery.training.trainer import SaveScales
 from tests.models import save_llama
+from tests.releases import checkpoint_activations, needs
 
 DEMO = Path(surgery.__file__).parent / "demo" / "model"
 IDS = (torch.arange(4 * 12).reshape(4, 12) * 7) % 257
@@ -104,7 +105,7 @@ def test_untouched_between_forward_and_backward_changes_no_gradient(source: str,
         _touch(scales)
         model.train()
         if checkpointed:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model, use_reentrant=False)
         loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
         if between:
             with scales.untouched():
@@ -537,6 +538,14 @@ def test_any_other_trainer_that_makes_a_second_model_is_refused(source: str, mad
     assert torch.allclose(_logits(copied.ref_model.eval()), _logits(_load(made / "m")), atol=1e-4)
 
 
+@needs("trl", ">=1.16", "a DPOTrainer that multiplies with the weight of the head by itself")
+def test_scales_of_an_output_head_that_dpo_reads_by_itself_are_refused(made: Path, tmp_path: Path) -> None:
+    surgery.factorize(made / "m", tmp_path / "f", rank=6, include=["lm_head.weight"])
+    model = _load(made / "m")
+    with pytest.raises(OptionError, match=r"(?s)multiplies with the weight of the output head by itself.*--exclude"):
+        _dpo(tmp_path / "dpo", model, surgery.attach(model, tmp_path / "f"))
+
+
 def test_scales_of_an_output_head_that_trl_reads_by_itself_are_refused(made: Path, tmp_path: Path) -> None:
     import trl
 
@@ -544,10 +553,6 @@ def test_scales_of_an_output_head_that_trl_reads_by_itself_are_refused(made: Pat
         pass
 
     surgery.factorize(made / "m", tmp_path / "f", rank=6, include=["lm_head.weight"])
-    model = _load(made / "m")
-    scales = surgery.attach(model, tmp_path / "f")
-    with pytest.raises(OptionError, match=r"(?s)multiplies with the weight of the output head by itself.*--exclude"):
-        _dpo(tmp_path / "dpo", model, scales)
     model = _load(made / "m")
     scales = surgery.attach(model, tmp_path / "f")
     data = _data("prompt", "completion")

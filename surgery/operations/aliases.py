@@ -247,7 +247,7 @@ class _Ties:
             return {}
         try:
             return locate(self._model, self._shapes)
-        except OptionError as error:  # a conversion that cannot be followed
+        except (MissingExtra, OptionError) as error:  # a conversion that cannot be followed
             self._why = error.what
             return {}
 

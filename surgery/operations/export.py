@@ -28,6 +28,7 @@ from surgery.operations.publish import publish_adapter, uploading
 from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
 from surgery.training.carriers import Carrier, Layer, carriers_of, places_of, terms_of
+from surgery.training.peft_api import too_old_for_experts
 from surgery.training.placement import Piece, Place
 from surgery.training.skeleton import skeleton
 
@@ -136,6 +137,8 @@ def export(
         else:
             adapter = _Adapter.of(factorized, manifest, values, progress)
             adapter.write(out, factorized, values, progress)
+        if any(update.carrier is None for update in adapter.updates) and (older := too_old_for_experts()) is not None:
+            progress.note(f"the adapter changes experts: PEFT loads it from 0.20 on, and here is {older}")
         names, modules = (CONFIG, WEIGHTS), len(adapter.updates)
         publish_adapter(upload, out, names, manifest, factorized, modules=modules, rank=adapter.rank, progress=progress)
     return ExportReport(out, "peft", modules, adapter.rank, (out / WEIGHTS).stat().st_size)

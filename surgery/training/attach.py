@@ -24,6 +24,7 @@ from surgery.names import ATTACHED_NAME
 from surgery.progress import note
 from surgery.training.carriers import Carrier, Layer, carriers_of, is_sharded, places_of, terms_of, unwrapped
 from surgery.training.lowrank import Adding, LowRankPath, Shadow, Term
+from surgery.training.peft_api import has_adapters, unfitting_adapter
 from surgery.training.placement import Place
 from surgery.training.recognize import held_elsewhere, is_residual
 
@@ -298,6 +299,7 @@ def attach(model: nn.Module, factorized: str | Path) -> Scales:
         OptionError: most targets are not in the model, or one is there under a name that is not known or in a way that scales
             cannot be attached to, or scales are attached already.
         FormatError: the factorized folder is damaged.
+        MissingExtra: the release of transformers does not tell how the model was loaded.
 
     Warns:
         SurgeryWarning: some targets are not in the model.
@@ -331,7 +333,7 @@ def attach(model: nn.Module, factorized: str | Path) -> Scales:
                         stored = partial(_stored, factorized, shard, target)
                         homes[target.key] = _add(target, copies, carriers, reader, dtype, stored, planned)
     paths = {key: plan.path() for key, plan in planned.items()}
-    if not any(hasattr(module, "adapter_layer_names") for module in bare.modules()):  # else PEFT has done it
+    if not has_adapters(bare):  # else PEFT has done it
         bare.requires_grad_(False)
     attached = []
     for key, path in paths.items():
@@ -351,15 +353,14 @@ def _check_suitable(model: Any, bare: Any) -> None:
     """Refuse what is known to use weights in ways that scales cannot follow."""
     if getattr(getattr(bare, "config", None), "model_type", None) == "rwkv":
         raise OptionError("RWKV divides its weights when it is put into eval mode, and scales cannot follow that")
-    # DoRA and HRA look at the weight under them, scales not included; the folded model would not be what was trained.
-    for name, config in getattr(model, "peft_config", {}).items():
-        kind = str(getattr(config, "peft_type", "")).rpartition(".")[2]
-        if getattr(config, "use_dora", False) or kind == "HRA":
-            raise OptionError(
-                f"the adapter {name!r} looks at the weight that it changes, and cannot go with scales",
-                got="DoRA" if kind == "LORA" else kind,
-                expected="such as a plain LoRA",
-            )
+    # Scales are not included in the weight that such an adapter sees; the folded model would not be what was trained.
+    if (unfitting := unfitting_adapter(model)) is not None:
+        name, kind = unfitting
+        raise OptionError(
+            f"the adapter {name!r} looks at the weight that it changes, and cannot go with scales",
+            got=kind,
+            expected="such as a plain LoRA",
+        )
 
 
 def _activations(model: nn.Module) -> torch.dtype:

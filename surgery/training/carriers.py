@@ -17,8 +17,11 @@ from torch import nn
 from surgery.errors import OptionError
 from surgery.format.manifest import Manifest, TargetRecord
 from surgery.linalg.lossless import Factors
+from surgery.training.accelerate_api import at_hand, is_kept_elsewhere
 from surgery.training.lowrank import Term
-from surgery.training.placement import Place, Positions, homes, is_from_transformers, locate, parameter_names
+from surgery.training.peft_api import is_wrapper
+from surgery.training.placement import Place, Positions, homes, locate, parameter_names
+from surgery.training.transformers_api import is_conv1d, is_from_transformers
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -33,7 +36,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
             inner = inner._orig_mod
         elif type(inner).__name__ in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):
             raise OptionError(f"the model is in {type(inner).__name__} already", hint="attach first, then wrap")
-        elif type(inner).__module__ == "peft.peft_model":
+        elif is_wrapper(inner):
             inner = inner.get_base_model()
         else:
             unwrapped: nn.Module = inner
@@ -153,12 +156,7 @@ class Carrier:
     def present(self) -> AbstractContextManager[Any]:
         """The weight is where it is computed with, even if accelerate keeps it elsewhere."""
         module = self.layers[0].module
-        if hasattr(module, "_hf_hook") and self.weight().is_meta:
-            from accelerate.utils import align_module_device  # type: ignore[import-untyped]
-
-            aligned: AbstractContextManager[Any] = align_module_device(module)
-            return aligned
-        return nullcontext()
+        return at_hand(module) if is_kept_elsewhere(module) and self.weight().is_meta else nullcontext()
 
     def weight(self) -> torch.Tensor:
         layer = self.layers[0]
@@ -263,7 +261,7 @@ def _kind(module: Any, name: str, quantized: bool, used_by_parent: bool) -> str:
         return "unknown"
     if quantized or forward is nn.Linear.forward:
         return "linear"
-    if kind.__qualname__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
+    if is_conv1d(module):
         return "transposed"
     if forward is nn.Embedding.forward and module.max_norm is None:
         return "embedding"

@@ -8,7 +8,6 @@ keep account of positions, so that a model family needs no entry of its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +15,8 @@ import torch
 from torch import nn
 
 from surgery.errors import OptionError
+from surgery.training.peft_api import own_name
+from surgery.training.transformers_api import converted, is_from_transformers, loaded_by, reordered_axis
 
 #: Indices along an axis; a range where they are consecutive, which is nearly always.
 Positions = range | torch.Tensor
@@ -66,6 +67,7 @@ def locate(model: nn.Module, tensors: Mapping[str, Sequence[int] | None]) -> dic
 
     Raises:
         OptionError: transformers converts a tensor in a way that cannot be followed.
+        MissingExtra: its release does not tell how it does.
     """
     names = parameter_names(model)
     found: dict[str, list[Place]] = {}
@@ -91,12 +93,7 @@ def homes(model: nn.Module, tensors: Iterable[str]) -> dict[str, str]:
 
 def parameter_names(model: nn.Module) -> dict[str, str]:
     """Names of parameters without what PEFT has put around the layers -> names as they are."""
-    return {name.replace(".base_layer.", "."): name for name, _ in model.named_parameters(remove_duplicate=False)}
-
-
-def is_from_transformers(model: nn.Module) -> bool:
-    """Asked without importing transformers, which is optional."""
-    return any(kind.__module__ == "transformers.modeling_utils" for kind in type(model).__mro__)
+    return {own_name(name): name for name, _ in model.named_parameters(remove_duplicate=False)}
 
 
 def _loaded(
@@ -133,43 +130,19 @@ def _loaded(
 
 def _groups(model: nn.Module, names: dict[str, str], tensors: Iterable[str]) -> dict[str, tuple[Any, dict[str, list[str]]]]:
     """Parameters of a transformers model -> how it converts what is loaded into them, if so, and the tensors, by pattern."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        dot_natural_key,
-        rename_source_key,
-    )
-
-    mapping = get_model_conversion_mapping(model)  # type: ignore[arg-type]
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    prefix: str = model.base_model_prefix  # type: ignore[assignment]
     groups: dict[str, tuple[Any, dict[str, list[str]]]] = {}
-    for name in sorted(tensors, key=dot_natural_key):  # the order of experts in a stack
-        renamed, pattern = rename_source_key(name, renamings, converters, prefix, names)
-        if renamed not in names and name in names:
-            renamed, pattern = rename_source_key(name, [], [], prefix, names)
-        if renamed not in names:
-            continue
-        converter = None if pattern is None else by_pattern[pattern]
-        _, sources = groups.setdefault(renamed, (converter, {}))
-        sources.setdefault(pattern or name, []).append(name)
+    for loaded in loaded_by(model, names, tensors):
+        _, sources = groups.setdefault(loaded.parameter, (loaded.converter, {}))
+        sources.setdefault(loaded.pattern or loaded.tensor, []).append(loaded.tensor)
     return groups
 
 
 def _converted(model: nn.Module, converter: Any, name: str, symbols: dict[str, list[_Symbol]]) -> dict[str, _Symbol]:
     """What a converter of transformers makes of the tensors that it collects for a parameter."""
     names = [symbol.pieces[0].tensor for members in symbols.values() for symbol in members if symbol.pieces]
-    following = deepcopy(converter)
-    following.operations = [_followed(op) for op in converter.operations]
-    for pattern, members in symbols.items():
-        for symbol in members:
-            following.add_tensor(name, name, pattern, symbol)
     try:
-        made = following.convert(name, model=model, config=model.config)
-        return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
+        made: dict[str, _Symbol] = converted(converter, [_followed(op) for op in converter.operations], model, name, symbols)
+        return made
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         operations = ", ".join(type(op).__name__ for op in converter.operations)
         raise OptionError(
@@ -202,6 +175,9 @@ class _Symbol:
 
     def contiguous(self) -> _Symbol:
         return self
+
+    def data_ptr(self) -> int:
+        return 0  # asked for its alignment
 
     def squeeze(self, dim: int) -> _Symbol:
         dim %= self.ndim
@@ -313,11 +289,8 @@ class _Symbol:
 
 def _followed(op: Any) -> Any:
     """An operation that works on symbols: itself, but for those that put the rows of a matrix into another order."""
-    from transformers.core_model_loading import Interleave, PermuteForRope
-
-    if isinstance(op, PermuteForRope):
-        return _Reordering(op, 0)
-    return _Reordering(op, op.dim) if isinstance(op, Interleave) else op
+    axis = reordered_axis(op)
+    return op if axis is None else _Reordering(op, axis)
 
 
 class _Reordering:

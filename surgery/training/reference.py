@@ -7,7 +7,6 @@ loaded from one. A reference is the model itself with its scales untouched; the 
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,20 +17,11 @@ from torch import nn
 from surgery.errors import OptionError
 from surgery.format.manifest import Manifest
 from surgery.names import MANIFEST_FILE
+from surgery.training.accelerate_api import is_peft_model
 from surgery.training.attach import Scales
 from surgery.training.carriers import unwrapped
 from surgery.training.lowrank import LowRankPath
-
-#: Of TRL, those that take the model with its adapters off for the reference where their ``ref_model`` is None.
-_WITH_REFERENCE = {"DPOTrainer", "GRPOTrainer", "KTOTrainer", "OnlineDPOTrainer", "RLOOTrainer"}
-#: Of TRL, those that multiply with the weight of the output head by themselves; others do so in a forward of their own.
-_PAST_THE_HEAD = {"DistillationTrainer"}
-#: Callbacks of TRL, and what they do.
-_CALLBACKS = {
-    "SyncRefModelCallback": "mixes the model's weights into the reference model, but not its scales",
-    "BEMACallback": "averages and saves a second whole model",
-    "MergeModelCallback": "merges whole models from checkpoints, which hold scales only",
-}
+from surgery.training.trl_api import LOADER, harm_of_callback, has_reference, loaders, reads_past_the_head
 
 
 class Reference(nn.Module):
@@ -72,8 +62,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _initial_adapters(model: Any) -> Iterator[None]:
-    from accelerate.utils import is_peft_model  # type: ignore[import-untyped]
-
     if not is_peft_model(model):
         yield
     elif "ref" in model.peft_config:
@@ -169,29 +157,25 @@ def no_second_load(kind: type, given: dict[str, Any]) -> Iterator[None]:
         OptionError: on a load by a Trainer of which it is not known what for.
     """
     path = getattr(getattr(given.get("model"), "config", None), "_name_or_path", "")
-    patched = {}
-    for base in kind.__mro__:
-        module: Any = sys.modules[base.__module__]
-        if hasattr(module, "create_model_from_path"):
-            patched[module.__name__] = module, module.create_model_from_path
+    patched = loaders(kind)
 
     def loading(load: Callable[..., Any]) -> Callable[..., Any]:
         def load_another(model_id: str, *args: Any, **kwargs: Any) -> Any:
             if model_id != path or model_id in _strings(given):
                 return load(model_id, *args, **kwargs)
-            if not _is_of_trl(kind, _WITH_REFERENCE):
+            if not has_reference(kind):
                 raise _second_model(kind, f"loads {model_id!r} once more")
             return None
 
         return load_another
 
-    for module, load in patched.values():
-        module.create_model_from_path = loading(load)
+    for module, load in patched:
+        setattr(module, LOADER, loading(load))
     try:
         yield
     finally:
-        for module, load in patched.values():
-            module.create_model_from_path = load
+        for module, load in patched:
+            setattr(module, LOADER, load)
 
 
 def check_trainer(trainer: Any, scales: Scales, given: dict[str, Any], forward: Any) -> None:
@@ -206,7 +190,7 @@ def check_trainer(trainer: Any, scales: Scales, given: dict[str, Any], forward: 
     kind = type(trainer)
     model: Any = unwrapped(trainer.model)
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    past = own_forward(model) is not forward or _is_of_trl(kind, _PAST_THE_HEAD)
+    past = own_forward(model) is not forward or reads_past_the_head(kind)
     if head is not None and scales.act_on(head) and (past or getattr(trainer.args, "use_liger_kernel", False)):
         raise OptionError(
             f"{kind.__name__} multiplies with the weight of the output head by itself, and would leave its scales out",
@@ -237,16 +221,15 @@ def check_trainer(trainer: Any, scales: Scales, given: dict[str, Any], forward: 
             right = not isinstance(value, type(model))
         if not right:
             raise _second_model(kind, f"has made {name} by itself")
-    if _is_of_trl(kind, _WITH_REFERENCE) and trainer.ref_model is None:
+    if has_reference(kind) and trainer.ref_model is None:
         trainer.ref_model = Reference(lambda: trainer.model, scales)
 
 
 def check_callback(callback: Any) -> None:
     """Refuse a callback, an object or a class, that does with whole models what is not right with scales."""
     kind = callback if isinstance(callback, type) else type(callback)
-    for base in kind.__mro__:
-        if base.__name__ in _CALLBACKS:
-            raise OptionError(f"{kind.__name__} {_CALLBACKS[base.__name__]}", hint="train without it")
+    if (harm := harm_of_callback(kind)) is not None:
+        raise OptionError(f"{kind.__name__} {harm}", hint="train without it")
 
 
 def own_forward(model: nn.Module) -> Any:
@@ -257,10 +240,6 @@ def own_forward(model: nn.Module) -> Any:
 def _strings(given: dict[str, Any]) -> list[str]:
     """Arguments that may be the path of a model which the user wants."""
     return [value for value in given.values() if isinstance(value, str)]
-
-
-def _is_of_trl(kind: type, names: set[str]) -> bool:
-    return any(base.__name__ in names and base.__module__.partition(".")[0] == "trl" for base in kind.__mro__)
 
 
 def _second_model(kind: type, what: str) -> OptionError:

@@ -44,11 +44,12 @@ def skeleton(folder: Path, *, exact: bool = False) -> nn.Module | None:
     if kind is None:
         raise SourceError(f"{folder}: transformers has no model {name!r}", hint="fold, and adapt the folded model")
     try:
-        described = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         # What the checkpoint is quantized with, and how attention is computed, are no part of the shapes.
+        described = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, attn_implementation="eager"
+        )
         if hasattr(described, "quantization_config"):
             del described.quantization_config
-        described._attn_implementation = "eager"
         with torch.device("meta"):
             model: nn.Module = kind.from_config(described) if name is None else kind(described)
     except Exception as error:  # whatever a strange config makes somebody else's code do

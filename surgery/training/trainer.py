@@ -3,8 +3,6 @@ the reference model of a preference or reinforcement loss is the same model with
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +11,10 @@ import torch
 from surgery.arguments import as_path
 from surgery.errors import OptionError
 from surgery.format.scales import CHECKPOINT_FILE
+from surgery.training.accelerate_api import is_peft_model, save_sharded_optimizer
 from surgery.training.attach import Scales
 from surgery.training.reference import check_arguments, check_callback, check_trainer, no_second_load, own_forward
+from surgery.training.transformers_api import check_trainer_class, counted_as_adapted, trainer_file
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer
@@ -54,16 +54,18 @@ class SaveScales(_Trainer):
             raise OptionError("these are no scales", got=type(scales).__name__, expected="what surgery.attach returns")
         self.scales = scales
         bases = type(self).__mro__
-        given = check_arguments(bases[bases.index(SaveScales) + 1 :], scales, args, kwargs)
+        own_bases = bases[bases.index(SaveScales) + 1 :]
+        check_trainer_class(own_bases)
+        given = check_arguments(own_bases, scales, args, kwargs)
         before: Any = given.get("model")
         forward = own_forward(before) if isinstance(before, torch.nn.Module) else None
         held = [(parameter.data, parameter.requires_grad) for parameter in scales.parameters()]
-        with _counted_as_adapters(before), scales.untouched(), no_second_load(type(self), given):
+        with counted_as_adapted(before), scales.untouched(), no_second_load(type(self), given):
             super().__init__(*args, **kwargs)
         for parameter, (value, trainable) in zip(scales.parameters(), held, strict=True):
             if parameter.dtype != value.dtype:  # TRL makes bfloat16 of all that is trained in a quantized model
                 parameter.data = value.to(parameter.device)
-            if _is_adapted(before):  # TRL adds a copy of the adapters for a reference, and PEFT freezes all else again
+            if is_peft_model(before):  # TRL adds a copy of the adapters for a reference, and PEFT freezes all else again
                 parameter.requires_grad_(trainable)
         model: Any = self.model
         trained = {id(value): name for name, value in model.named_parameters() if value.requires_grad}
@@ -107,22 +109,20 @@ class SaveScales(_Trainer):
         return super().train(*args, **options)
 
     def _has_adapters(self) -> bool:
-        return _is_adapted(self.model)
+        return is_peft_model(self.model)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir or "")
         if self._has_adapters():
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
-            from transformers.trainer import TRAINING_ARGS_NAME
-
             folder.mkdir(parents=True, exist_ok=True)
             tokenizer: Any = self.processing_class
             if tokenizer is None:
                 tokenizer = getattr(self.data_collator, "tokenizer", None)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
-            torch.save(self.args, folder / TRAINING_ARGS_NAME)
+            torch.save(self.args, folder / trainer_file("TRAINING_ARGS_NAME"))
         self.scales.save(folder / CHECKPOINT_FILE)  # by all processes: it gathers what is sharded, and the first one writes
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -151,14 +151,10 @@ class SaveScales(_Trainer):
             super()._save_optimizer_and_scheduler(output_dir)
             return
         # The Trainer would write the shards of the model as well.
-        from accelerate.utils import save_fsdp_optimizer  # type: ignore[import-untyped]
-        from transformers.trainer import SCHEDULER_NAME
-
         scheduler: Any = self.lr_scheduler
-        plugin = self.accelerator.state.fsdp_plugin
-        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        save_sharded_optimizer(self.accelerator, self.optimizer, self.model, output_dir)
         if self.args.should_save:
-            torch.save(scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+            torch.save(scheduler.state_dict(), Path(output_dir) / trainer_file("SCHEDULER_NAME"))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         if self._has_adapters():
@@ -170,22 +166,3 @@ class SaveScales(_Trainer):
             super()._load_best_model()
         best: Any = self.state.best_model_checkpoint
         self.scales.load(Path(best) / CHECKPOINT_FILE)
-
-
-def _is_adapted(model: Any) -> bool:
-    from accelerate.utils import is_peft_model
-
-    return bool(is_peft_model(model))
-
-
-@contextmanager
-def _counted_as_adapters(model: Any) -> Iterator[None]:
-    """Let the Trainer take a quantized model: it refuses one without adapters, and by itself knows none but PEFT's."""
-    needed = getattr(model, "is_quantized", False) and not getattr(model, "_hf_peft_config_loaded", True)
-    if needed:
-        model._hf_peft_config_loaded = True
-    try:
-        yield
-    finally:
-        if needed:
-            model._hf_peft_config_loaded = False

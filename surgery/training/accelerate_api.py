@@ -1,0 +1,48 @@
+"""What is used of accelerate, which comes with transformers' Trainer, and of its marks on a model.
+
+Tried with accelerate 1.13.0 to 1.15.0 (docs/compatibility.md has which).
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import nn
+
+from surgery.errors import MissingExtra
+
+
+def is_kept_elsewhere(module: nn.Module) -> bool:
+    """Whether a hook of accelerate brings the module's weights when it is run."""
+    return hasattr(module, "_hf_hook")
+
+
+def at_hand(module: nn.Module) -> AbstractContextManager[Any]:
+    """Within it the weights of a module are where they are computed with. Raises MissingExtra: accelerate is too old."""
+    aligned: AbstractContextManager[Any] = _utility("align_module_device")(module)
+    return aligned
+
+
+def is_peft_model(model: Any) -> bool:
+    """Whether a model is PEFT's, also inside what shards or compiles it. Raises MissingExtra: accelerate is too old."""
+    return bool(_utility("is_peft_model")(model))
+
+
+def save_sharded_optimizer(accelerator: Any, optimizer: Any, model: Any, folder: str) -> None:
+    """Write the state of an optimizer under FSDP, shard by shard. Raises MissingExtra: accelerate is too old."""
+    _utility("save_fsdp_optimizer")(accelerator.state.fsdp_plugin, accelerator, optimizer, model, folder)
+
+
+def _utility(name: str) -> Any:
+    import accelerate  # type: ignore[import-untyped]
+
+    found = getattr(accelerate.utils, name, None)
+    if found is None:
+        raise MissingExtra(
+            f"accelerate has no {name}, which is used here",
+            got=f"accelerate {accelerate.__version__}",
+            expected="accelerate 1.13 to 1.15, with which this version of surgery was tried",
+            hint="pip install 'accelerate>=1.13'",
+        )
+    return found

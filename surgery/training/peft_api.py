@@ -1,0 +1,50 @@
+"""What is used of PEFT past its documented interface: how its adapters lie in a model.
+
+Tried with PEFT 0.18.0 to 0.21.2 (docs/compatibility.md has which). PEFT itself is not imported: it is optional.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib import metadata
+from typing import Any
+
+from torch import nn
+
+#: The first release that puts adapters of single experts together as transformers stacks them.
+LOADS_EXPERTS = (0, 20)
+
+
+def too_old_for_experts() -> str | None:
+    """The version that is installed, if it takes adapters of single experts for something else (0.18) or fails (0.19)."""
+    try:
+        version = metadata.version("peft")
+    except metadata.PackageNotFoundError:
+        return None
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return version if found is not None and (int(found[1]), int(found[2])) < LOADS_EXPERTS else None
+
+
+def is_wrapper(model: nn.Module) -> bool:
+    """Whether a model is PEFT's wrapper, whose ``get_base_model()`` gives the model inside."""
+    return type(model).__module__ == "peft.peft_model"
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether PEFT has put adapters into any layer, with or without its wrapper."""
+    return any(hasattr(module, "adapter_layer_names") for module in model.modules())
+
+
+def own_name(parameter: str) -> str:
+    """The name of a parameter as it was before PEFT has put adapters around its layer."""
+    return parameter.replace(".base_layer.", ".")
+
+
+def unfitting_adapter(model: nn.Module) -> tuple[str, str] | None:
+    """Name and kind of an adapter that looks at the weight that it changes, as DoRA and HRA do; None if there is none."""
+    configs: Any = getattr(model, "peft_config", {})
+    for name, config in configs.items():
+        kind = str(getattr(config, "peft_type", "")).rpartition(".")[2]
+        if getattr(config, "use_dora", False) or kind == "HRA":
+            return name, "DoRA" if kind == "LORA" else kind
+    return None

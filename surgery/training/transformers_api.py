@@ -1,0 +1,191 @@
+"""What is used of transformers past its documented interface: how it converts a checkpoint that it loads, and the methods of
+its Trainer that are overridden.
+
+Tried with 5.0.0 to 5.24.0 (docs/compatibility.md has which). A release in which a name is missing gets a MissingExtra. To 4.57,
+whose loader converts in another way, models can be attached that have all tensors under the names of the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from surgery.errors import MissingExtra
+
+#: Operations that put what is along an axis into another order -> the axis, None where the operation has it. The oldest
+#: releases have no Interleave.
+_REORDERING = {"Interleave": None, "PermuteForRope": 0}
+
+#: Methods of the Trainer by which it writes and reads a checkpoint. Under other names it would do so with the whole model.
+_OVERRIDDEN = (
+    "_load_best_model",
+    "_load_from_checkpoint",
+    "_save",
+    "_save_optimizer_and_scheduler",
+    "add_callback",
+    "save_model",
+)
+#: Constants of its module: names of files in a checkpoint.
+_FILES = ("SCHEDULER_NAME", "TRAINING_ARGS_NAME")
+
+
+def is_from_transformers(model: nn.Module) -> bool:
+    """Asked without importing transformers, which is optional."""
+    return any(kind.__module__ == "transformers.modeling_utils" for kind in type(model).__mro__)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is the linear layer of GPT-2, whose weight is (in, out)."""
+    kind: Any = type(module)
+    return bool(kind.__qualname__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils")
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Where a loader puts a tensor of a checkpoint.
+
+    Attributes:
+        tensor: its name in the checkpoint.
+        parameter: the name of the first parameter that it goes into.
+        pattern, converter: what transformers' converter knows it by, and that converter; None where it is loaded as it is.
+    """
+
+    tensor: str
+    parameter: str
+    pattern: str | None = None
+    converter: Any = None
+
+
+def loaded_by(model: nn.Module, names: Mapping[str, Any], tensors: Iterable[str]) -> list[Loaded]:
+    """Where ``from_pretrained`` puts the tensors of a checkpoint, for those that the model has a use for.
+
+    Args:
+        model: of transformers.
+        names: of its parameters.
+        tensors: names in the checkpoint.
+
+    Returns:
+        In the order in which they are collected, which is that of experts in a stack.
+
+    Raises:
+        MissingExtra: this release of transformers does not tell, and not all of them are names in the model.
+    """
+    prefix: Any = model.base_model_prefix
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+        mapping = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        known = dict(names)
+        found = []
+        for tensor in sorted(tensors, key=dot_natural_key):
+            renamed, pattern = rename_source_key(tensor, renamings, converters, prefix, known)
+            if renamed not in names and tensor in names:
+                renamed, pattern = rename_source_key(tensor, [], [], prefix, known)
+            if renamed in names:
+                found.append(Loaded(tensor, renamed, pattern, None if pattern is None else by_pattern[pattern]))
+        return found
+    except (AttributeError, ImportError, TypeError) as error:
+        return _as_named(names, tensors, prefix, error)
+
+
+def _as_named(names: Mapping[str, Any], tensors: Iterable[str], prefix: str, why: Exception) -> list[Loaded]:
+    """For a model that needs no conversion, but for the prefix of what a head is put on."""
+    found = []
+    for tensor in tensors:
+        candidates = (tensor, f"{prefix}.{tensor}", tensor.removeprefix(f"{prefix}."))
+        parameter = next((candidate for candidate in candidates if candidate in names), None)
+        if parameter is None:
+            raise _not_fitting(f"{tensor!r} is loaded in a way that this release of transformers does not tell", why)
+        found.append(Loaded(tensor, parameter))
+    return found
+
+
+def reordered_axis(operation: Any) -> int | None:
+    """The axis of a matrix along which an operation of a converter changes nothing but the order; None if it does more."""
+    import transformers.core_model_loading
+
+    for name, axis in _REORDERING.items():
+        kind: Any = getattr(transformers.core_model_loading, name, ())
+        if isinstance(operation, kind):
+            return int(operation.dim) if axis is None else axis
+    return None
+
+
+def converted(converter: Any, operations: Sequence[Any], model: Any, name: str, tensors: Mapping[str, Sequence[Any]]) -> Any:
+    """What a converter makes of tensors, or of what stands for them.
+
+    Args:
+        converter: transformers' own, which stays as it is.
+        operations: to do in the place of its own.
+        name: of the parameter that it collects them for.
+        tensors: by pattern, in order.
+
+    Returns:
+        Parameters -> what is loaded into them.
+    """
+    following = deepcopy(converter)
+    following.operations = list(operations)
+    for pattern, members in tensors.items():
+        for member in members:
+            following.add_tensor(name, name, pattern, member)
+    made = following.convert(name, model=model, config=model.config)
+    if isinstance(made, tuple):  # with errors, in 5.0
+        made, _ = made
+    return {key: value[0] if isinstance(value, list) else value for key, value in made.items()}
+
+
+def check_trainer_class(bases: Sequence[type]) -> None:
+    """Refuse a Trainer that would not call what SaveScales overrides, and would write and load whole models.
+
+    Args:
+        bases: its class and those that it derives from, without SaveScales.
+
+    Raises:
+        MissingExtra: this release of transformers has other methods.
+    """
+    import transformers.trainer
+
+    missing = [name for name in _OVERRIDDEN if not any(name in vars(base) for base in bases)]
+    missing += [name for name in _FILES if not hasattr(transformers.trainer, name)]
+    if missing:
+        raise _not_fitting(f"{bases[0].__name__} has no {missing[0]}, by which scales are saved in the place of the model")
+
+
+def trainer_file(name: str) -> str:
+    """What the Trainer calls a file of a checkpoint: its ``TRAINING_ARGS_NAME`` or ``SCHEDULER_NAME``."""
+    import transformers.trainer
+
+    return str(getattr(transformers.trainer, name))
+
+
+@contextmanager
+def counted_as_adapted(model: Any) -> Iterator[None]:
+    """Let the Trainer take a quantized model: it refuses one without adapters, and by itself knows none but PEFT's."""
+    needed = getattr(model, "is_quantized", False) and not getattr(model, "_hf_peft_config_loaded", True)
+    if needed:
+        model._hf_peft_config_loaded = True
+    try:
+        yield
+    finally:
+        if needed:
+            model._hf_peft_config_loaded = False
+
+
+def _not_fitting(what: str, why: Exception | None = None) -> MissingExtra:
+    import transformers
+
+    return MissingExtra(
+        what,
+        got=f"transformers {transformers.__version__}" + (f" ({why})" if why else ""),
+        expected="transformers 5.0 to 5.24, with which this version of surgery was tried",
+        hint="pip install 'transformers>=5.0'",
+    )
