@@ -15,7 +15,7 @@ import torch
 
 from surgery.device import on_its_own_terms
 from surgery.engine.lane import Lane
-from surgery.errors import OutputError
+from surgery.errors import OutputError, few
 from surgery.format.files import copy_file, file_sha256, reading
 from surgery.format.manifest import (
     LeftOutRecord,
@@ -461,7 +461,7 @@ def _finished(out: Path, source: Source, steps: Plan, options: OptionsRecord, pr
     if differences:
         raise OutputError(
             f"{out} holds the complete result of another run",
-            got="; ".join(differences[:4]) + (" ..." if len(differences) > 4 else ""),
+            got=few(differences, between="; "),
             hint="--overwrite replaces it; -o chooses another folder",
         )
     lost = not_as_recorded(out, manifest.output_files(), progress)
@@ -469,7 +469,7 @@ def _finished(out: Path, source: Source, steps: Plan, options: OptionsRecord, pr
         lost = lost or [SCALES_FILE]
         raise OutputError(
             f"{out} holds a complete result that has lost files since, or whose files have changed",
-            got=", ".join(lost[:5]) + (" ..." if len(lost) > 5 else ""),
+            got=few(lost),
             hint="--overwrite makes it anew",
         )
     return manifest

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from filelock import FileLock, Timeout
 
-from surgery.errors import FormatError, OptionError, OutputError, ReadError, ScalesError, SurgeryError, WeightError
+from surgery.errors import FormatError, OptionError, OutputError, ReadError, ScalesError, SurgeryError, WeightError, few
 from surgery.format.files import FileRecord, check_file, reporting, sync_directory
 from surgery.format.manifest import Manifest
 from surgery.names import (
@@ -174,7 +174,7 @@ def result_folder(
     taken = {name for name in kept if is_read_by_loaders(name)}
     for names, what in ((kept - taken, "what is no part of a model"), (taken, "what may be taken for part of it")):
         if names:
-            progress.note(f"{out} keeps {what}: {', '.join(sorted(names)[:5])}" + (" ..." if len(names) > 5 else ""))
+            progress.note(f"{out} keeps {what}: {few(sorted(names))}")
     Journal.forget(out)
 
 
@@ -197,7 +197,7 @@ def _prepared(out: Path, journal: Journal, writes: set[str], needed: int, earlie
     if top and not overwrite:
         raise OutputError(
             f"{out} holds files already",
-            got=", ".join(top[:5]) + (" ..." if len(top) > 5 else ""),
+            got=few(top),
             hint="--overwrite replaces an earlier result; -o chooses another folder",
         )
     present = files_in(out)
@@ -208,7 +208,7 @@ def _prepared(out: Path, journal: Journal, writes: set[str], needed: int, earlie
     if foreign:
         raise OutputError(
             f"{out} holds files that no run of surgery has put there",
-            got=", ".join(foreign[:5]) + (" ..." if len(foreign) > 5 else ""),
+            got=few(foreign),
             hint="choose another folder with -o",
         )
     is_whole = bool(stale) and _may_be_whole(out, present)

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
-from surgery.errors import OutputError, SurgeryError
+from surgery.errors import OutputError, SurgeryError, few
 from surgery.format.files import reading
 from surgery.format.lora import CONFIG as ADAPTER_CONFIG
 from surgery.names import CONFIG_FILE, MANIFEST_FILE, SURGERY_DIR
@@ -275,9 +275,7 @@ class Upload:
         there = {file.path: file for file in tree if isinstance(file, RepoFile)}
         changed = [name for name, addition in self._uploaded.items() if not _is_there(there, addition)]
         if changed:
-            raise _Changed(
-                f"{self.repo_id} has been changed by somebody else meanwhile", got=", ".join(changed[:5]), hint=_AGAIN
-            )
+            raise _Changed(f"{self.repo_id} has been changed by somebody else meanwhile", got=few(changed), hint=_AGAIN)
         missing = [addition for addition in last if not _is_there(there, addition)]
         kept = self._uploaded.keys() | {addition.path_in_repo for addition in last}
         stale = [CommitOperationDelete(name) for name in sorted(there.keys() - kept) if _would_mix(name)]
@@ -352,7 +350,7 @@ def _check_ours(info: ModelInfo) -> None:
     if model and MANIFEST_FILE not in names and TAG not in (info.tags or []):
         raise OutputError(
             f"{info.id} holds a model that surgery has not put there",
-            got=", ".join(model[:3]) + (" ..." if len(model) > 3 else ""),
+            got=few(model),
             hint=f"give a new name; or, to have it replaced, the tag {TAG} to the card of that repository",
         )
 
