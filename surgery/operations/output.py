@@ -29,7 +29,7 @@ from surgery.names import (
     is_litter,
 )
 from surgery.operations.journal import Journal
-from surgery.progress import Progress, phase
+from surgery.progress import listening, note, phase
 from surgery.source.select import is_read_by_loaders
 from surgery.source.shards import is_index
 
@@ -38,13 +38,14 @@ _ROOM_HINT = "free some space, or choose a folder on another disk"
 
 
 @contextmanager
-def locked(out: Path, inputs: Iterable[Path], progress: Progress) -> Iterator[None]:
+def locked(out: Path, inputs: Iterable[Path]) -> Iterator[None]:
     """Hold the output folder, created if missing, against other runs. The system lets go of a dead one's lock.
+
+    If the run is interrupted, a note says how to go on.
 
     Args:
         out: the folder.
         inputs: folders and files that are read; ``out`` may neither be one, nor lie in one, nor hold one.
-        progress: told how to go on, if the run is interrupted.
 
     Raises:
         OutputError: another run holds it, it is one of the inputs or no folder, or it cannot be written to.
@@ -71,7 +72,7 @@ def locked(out: Path, inputs: Iterable[Path], progress: Progress) -> Iterator[No
     except KeyboardInterrupt:
         if Journal.is_there(out):
             done = Journal.count(out)
-            progress.note(f"stopped after {done} shard{'' if done == 1 else 's'}; the same command goes on from there")
+            note(f"stopped after {done} shard{'' if done == 1 else 's'}; the same command goes on from there")
         raise
     finally:
         # The lock's file is removed only while it is held, and with nothing left to go on with.
@@ -133,7 +134,6 @@ def result_folder(
     journal: Journal,
     writes: Iterable[str],
     needed: int,
-    progress: Progress,
     *,
     overwrite: bool,
     earlier: Iterable[str] = (),
@@ -144,14 +144,13 @@ def result_folder(
     error the new result is whole, and takes the place of the earlier one: of what that consists of nothing stays. That
     is what its manifest names, what the new result has under the same names, what loaders look for beside a model's weights,
     and what an unfinished run leaves. Other weights and files in ``surgery/`` are a reason to refuse, as they would mix with
-    the result or are not ours; any other file is left alone.
+    the result or are not ours; any other file is left alone, with a note.
 
     Args:
         out: the folder, locked.
         journal: of the run, which is over when the context is left without an error.
         writes: files of the new result, relative.
         needed: bytes that it takes.
-        progress: told what stays.
         overwrite: whether an earlier result may be replaced.
         earlier: files that belong to an earlier result as well.
 
@@ -174,7 +173,7 @@ def result_folder(
     taken = {name for name in kept if is_read_by_loaders(name)}
     for names, what in ((kept - taken, "what is no part of a model"), (taken, "what may be taken for part of it")):
         if names:
-            progress.note(f"{out} keeps {what}: {few(sorted(names))}")
+            note(f"{out} keeps {what}: {few(sorted(names))}")
     Journal.forget(out)
 
 
@@ -370,9 +369,9 @@ def is_as_recorded(out: Path, record: FileRecord) -> bool:
     return True
 
 
-def not_as_recorded(out: Path, records: Iterable[FileRecord], progress: Progress) -> list[str]:
+def not_as_recorded(out: Path, records: Iterable[FileRecord]) -> list[str]:
     """The files that are not there with the size and the sha256 that were recorded."""
-    known, lost = list(records), []
+    known, lost, progress = list(records), [], listening()
     with phase(progress, "hashing", sum(record.size for record in known)):
         for record in known:
             progress.item(record.file)

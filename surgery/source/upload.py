@@ -23,7 +23,7 @@ from surgery.errors import OutputError, SurgeryError, few
 from surgery.format.files import reading
 from surgery.format.lora import CONFIG as ADAPTER_CONFIG
 from surgery.names import CONFIG_FILE, MANIFEST_FILE, SURGERY_DIR
-from surgery.progress import Progress, Silent
+from surgery.progress import listening, phase
 from surgery.source import hub_client as client
 from surgery.source.hub import Messages, explained
 from surgery.source.hub_client import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, RepoFile, RepoUrl
@@ -170,7 +170,7 @@ class Upload:
         self._bytes_submitted += sum(addition.upload_info.size for addition in group)
         self._queue.put(group)
 
-    def finish(self, files: Mapping[str, Path | bytes], card: str, *, progress: Progress | None = None) -> str:
+    def finish(self, files: Mapping[str, Path | bytes], card: str) -> str:
         """Wait for all that was submitted, then make the repository whole in one commit. Nothing can be submitted after it.
 
         That commit brings the files that are left and the card, and deletes what an earlier result has left: weights and
@@ -179,7 +179,6 @@ class Upload:
         Args:
             files: by their paths in the repository: config, manifest, tokenizer ...
             card: the text of its ``README.md``, with the tag ``surgery``.
-            progress: told how far it is.
 
         Returns:
             The address of the repository.
@@ -188,7 +187,7 @@ class Upload:
             ReadError: a file cannot be read.
             OutputError: something could not be uploaded, or somebody else has changed what was.
         """
-        self._wait(progress or Silent())
+        self._wait()
         if self._error is not None:
             raise self._error
         last = [_addition(name, content) for name, content in files.items() if name != CARD_FILE]
@@ -197,19 +196,16 @@ class Upload:
             self._patiently(lambda: self._complete(last))
         return self.url
 
-    def _wait(self, progress: Progress) -> None:
+    def _wait(self) -> None:
         """Until the thread has done all there is."""
         self._queue.put(None)
-        done = self._bytes_done
-        progress.start("uploading", self._bytes_submitted - done)
-        try:
+        progress, done = listening(), self._bytes_done
+        with phase(progress, "uploading", self._bytes_submitted - done):
             while self._thread.is_alive():
                 self._thread.join(timeout=0.2)
                 progress.item(self._name)
                 progress.advance(self._bytes_done - done)
                 done = self._bytes_done
-        finally:
-            progress.finish()
 
     def _run(self) -> None:
         try:
