@@ -20,7 +20,7 @@ itself: a TypeError for an unknown keyword.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -95,6 +95,12 @@ class InstallationError(SurgeryError, ImportError):
 
 class SurgeryWarning(UserWarning):
     """A note that nobody else hears: what works but is probably not meant, or what an operation has done by itself."""
+
+
+def few(names: Iterable[object], *, most: int = 4, between: str = ", ") -> str:
+    """The first of some names, for a message, and how many there are where these are not all."""
+    texts = [str(name) for name in names]
+    return between.join(texts[:most]) + (f" ... ({len(texts)} in all)" if len(texts) > most else "")
 
 
 @contextmanager

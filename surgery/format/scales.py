@@ -13,7 +13,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from surgery.errors import FormatError, ScalesError
+from surgery.errors import FormatError, ScalesError, few
 from surgery.format.files import write_file
 from surgery.format.lora import CONFIG as ADAPTER_CONFIG
 from surgery.format.lora import is_of_lora
@@ -83,7 +83,7 @@ def scales_file(path: Path) -> Path:
     if found:
         raise ScalesError(
             f"{path} is a folder with several scales files",
-            got=", ".join(str(file.relative_to(path)) for file in found[-4:]) + (" ..." if len(found) > 4 else ""),
+            got=few(file.relative_to(path) for file in reversed(found)),
             expected="a scales file",
             hint=f"give the one that is meant, such as {found[-1]}",
         )
@@ -95,7 +95,7 @@ def scales_file(path: Path) -> Path:
     names = sorted(file.name for file in path.iterdir() if not file.name.startswith("."))
     raise ScalesError(
         f"{path} is a folder that holds no scales",
-        got=", ".join(names[:4]) + (" ..." if len(names) > 4 else "") if names else "an empty folder",
+        got=few(names) or "an empty folder",
         expected=f"a scales file, or a folder with a {CHECKPOINT_FILE}",
     )
 
@@ -222,7 +222,7 @@ def _entries(header: Header, wanted: Collection[str], path: Path) -> list[Tensor
     if not entries:
         raise ScalesError(f"{path} holds no scales")
     if others:
-        note(f"{path} holds what is no scale, and is not used: {', '.join(sorted(others)[:4])}")
+        note(f"{path} holds what is no scale, and is not used: {few(sorted(others))}")
     if half := sorted({entry.dtype for entry in entries} & {"BF16", "F16"}):
         note(
             f"{path} holds {' and '.join(half)} scales: next to 1 they are spaced by "

@@ -9,14 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from surgery.errors import FormatError, OptionError, SourceError
+from surgery.errors import FormatError, OptionError, SourceError, few
 from surgery.format.files import Watch, check_regular, check_relative_path, check_size, read_json_object, reading
 from surgery.format.manifest import SourceRecord
 from surgery.format.safetensors import Header, ShardReader
 from surgery.names import CONFIG_FILE
 from surgery.source.address import address_of
 from surgery.source.origin import FolderOrigin, Origin
-from surgery.source.select import Selection, few, is_read_by_loaders, select_files
+from surgery.source.select import Selection, is_read_by_loaders, select_files
 from surgery.source.shards import index_entries
 
 
@@ -308,7 +308,7 @@ def _check_is_all(source: Source, file: str) -> None:
     if file not in shards:
         raise SourceError(
             f"{file} is not among the weights that {source.name} stands for",
-            got=", ".join(shards[:4]) + (" ..." if len(shards) > 4 else ""),
+            got=few(shards),
             hint="give a folder with this file alone, and its config.json",
         )
 

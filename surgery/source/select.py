@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fnmatch import translate
 from pathlib import PurePosixPath
 
-from surgery.errors import FormatError, ReadError, SourceError, SurgeryError
+from surgery.errors import FormatError, ReadError, SourceError, SurgeryError, few
 from surgery.format.files import check_relative_path
 from surgery.names import (
     CONFIG_FILE,
@@ -482,12 +482,6 @@ def _strings(text: str) -> set[str]:
     except (ValueError, RecursionError):
         found = [double or single for double, single in _QUOTED.findall(text)]
     return {string.removeprefix("./") for string in found}
-
-
-def few(names: Iterable[str]) -> str:
-    """The first of some names, and how many there are."""
-    names = list(names)
-    return ", ".join(names[:4]) + (f" ... ({len(names)} in all)" if len(names) > 4 else "")
 
 
 def _likely(folders: list[str]) -> str:
