@@ -165,7 +165,10 @@ def test_a_local_path_to_links_that_lead_nowhere(hub: LoopbackHub, llama: Path, 
         (linked / path.name).symlink_to(path.resolve())
     names = {"all": [], "a shard": _shards(llama)[1:2], "the tokenizer": ["tokenizer.json"]}[lost]
     _lose_blobs(snapshot, *names)
-    for folder, revision in ((snapshot, f" --revision {repo.commit}"), (linked, "")):
+    link = tmp_path / "link"
+    link.symlink_to(snapshot)
+    pinned = f" --revision {repo.commit}"
+    for folder, revision in ((snapshot, pinned), (link, pinned), (linked, "")):
         with pytest.raises(SourceError, match="is a link that leads nowhere") as caught:
             surgery.plan(folder)
         message = str(caught.value)

@@ -122,7 +122,7 @@ def test_names_that_carry_something_wherever_scales_are_read(
     assert ran.exit_code == 0
     assert ran.stderr.count("note: ") == 1
     assert "is taken for" in ran.stderr
-    with pytest.warns(SurgeryWarning, match="is taken for"):
+    with pytest.warns(SurgeryWarning, match=r"differ from those in .*plain\.safetensors, and .* is taken for"):
         surgery.blend([plain, path], tmp_path / "mean")
     assert {name: value.tolist() for name, value in load_file(tmp_path / "mean").items()} == {
         name: value.tolist() for name, value in trained.items()
@@ -366,6 +366,37 @@ def test_folders_that_hold_several_or_none(
         for command in _commands(factorized, folder, tmp_path):
             with pytest.raises(ScalesError, match=said):
                 command()
+
+
+def test_folders_with_what_is_no_second_file(
+    factorized: Path, manifest: Manifest, trained: Tensors, folded: dict[str, bytes], tmp_path: Path
+) -> None:
+    """A copy that an editor keeps, a link to nothing, and a file that is none."""
+    folder = tmp_path / "run"
+    for name in (".ipynb_checkpoints", "checkpoint-10"):
+        (folder / name).mkdir(parents=True)
+        _save(folder / name / "scales.safetensors", trained, manifest.fingerprint)
+    (folder / "linked.safetensors").symlink_to("gone")
+    (folder / "folder.safetensors").mkdir()
+    with pytest.warns(SurgeryWarning, match=r"its checkpoint-10/scales\.safetensors is taken"):
+        surgery.fold(factorized, folder, tmp_path / "out")
+    assert files_of(tmp_path / "out") == folded
+
+
+def test_folders_with_scales_that_must_be_given_by_name(factorized: Path, trained: Tensors, tmp_path: Path) -> None:
+    """As what says that they are scales is in none of them."""
+    for name, save in (("mine.safetensors", save_file), ("scales.pt", torch.save)):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        save(trained, folder / name)
+        for command in _commands(factorized, folder, tmp_path):
+            with pytest.raises(ScalesError, match="holds no scales") as caught:
+                command()
+            assert f"give the file: {folder / name}" in str(caught.value)
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "gone/scales.safetensors").symlink_to("nowhere")
+    with pytest.warns(SurgeryWarning), pytest.raises(ScalesError, match="a link that leads nowhere"):
+        surgery.fold(factorized, tmp_path / "gone", tmp_path / "out")
 
 
 def _torch_save(path: Path, tensors: Tensors) -> None:

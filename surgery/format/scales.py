@@ -13,7 +13,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from surgery.errors import FormatError, ScalesError, few
+from surgery.errors import FormatError, ReadError, ScalesError, few
 from surgery.format.files import write_file
 from surgery.format.lora import CONFIG as ADAPTER_CONFIG
 from surgery.format.lora import is_of_lora
@@ -29,6 +29,8 @@ _NEAR_ZERO, _NEARLY_ALL, _FEW = 0.5, 0.9, 4
 #: The file in each checkpoint folder of a Trainer, and of the factors in a factorized one.
 CHECKPOINT_FILE = "scales.safetensors"
 _PROJECT = "surgery project FACTORIZED MODEL -o scales.safetensors finds the scales that come closest to a fine-tuned model"
+#: Files in which trainings keep tensors.
+_OF_TENSORS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".npz", ".npy")
 _DTYPES = ("F32", "F64", "F16", "BF16")
 #: What trainings keep beside what they train.
 _COUNTERS = re.compile(r"(.*[._])?(steps?|epochs?|iter(ation)?s?|lr|learning_rate|loss|seed|count|num_batches_tracked)")
@@ -74,9 +76,9 @@ def scales_file(path: Path) -> Path:
     """
     if not path.is_dir():
         return path
-    found = [file for file in (path / CHECKPOINT_FILE, path / SCALES_FILE) if file.is_file()]
+    found = [file for file in (path / CHECKPOINT_FILE, path / SCALES_FILE) if file.is_file() or file.is_symlink()]
     found = found or [file for file in sorted(path.glob("*.safetensors")) if _says_what_it_is(file)]
-    found = found or sorted(path.glob(f"*/{CHECKPOINT_FILE}"), key=_numbers_in)
+    found = found or sorted(filter(_is_shown, path.glob(f"*/{CHECKPOINT_FILE}")), key=_numbers_in)
     if len(found) == 1:
         note(f"{path} is a folder: its {found[0].relative_to(path)} is taken")
         return found[0]
@@ -93,21 +95,28 @@ def scales_file(path: Path) -> Path:
     if (path / CONFIG_FILE).is_file():
         raise ScalesError(f"{path} is the folder of a model, and holds no scales", expected="a scales file", hint=_PROJECT)
     names = sorted(file.name for file in path.iterdir() if not file.name.startswith("."))
+    files = [path / name for name in names if name.endswith(_OF_TENSORS) and (path / name).is_file()]
     raise ScalesError(
         f"{path} is a folder that holds no scales",
         got=few(names) or "an empty folder",
         expected=f"a scales file, or a folder with a {CHECKPOINT_FILE}",
+        hint=f"if it is what is meant, give the file: {files[0]}" if files else None,
     )
+
+
+def _is_shown(file: Path) -> bool:
+    """Whether a file is in no hidden folder, as editors keep copies in."""
+    return not file.parent.name.startswith(".")
 
 
 def _says_what_it_is(file: Path) -> bool:
     """Whether a file is one of scales by its metadata."""
-    if file.name.startswith("."):
+    if file.name.startswith(".") or not file.is_file():
         return False
     try:
         with ShardReader(file) as reader:
             return SCALES_METADATA_KEY in reader.header.metadata
-    except FormatError:
+    except (FormatError, ReadError):
         return False
 
 
@@ -379,13 +388,10 @@ def _other_names(names: NameMap, where: str, count: int, targets: list[str]) -> 
     )
 
 
-def note_renamed(names: NameMap, where: str) -> None:
-    """Warn where names are taken for others."""
+def note_renamed(names: NameMap, where: str, wanted: str = "the checkpoint's") -> None:
+    """Warn where names are taken for others, ``wanted``."""
     if (renamed := names.renamed) is not None:
-        note(
-            f"{where}: names that differ from the checkpoint's, and fit them one to one: {renamed[0]!r} is taken for "
-            f"{renamed[1]!r}"
-        )
+        note(f"{where}: names that differ from {wanted}, and fit them one to one: {renamed[0]!r} is taken for {renamed[1]!r}")
 
 
 def same_but_for_ones(shape: Sequence[int], other: Sequence[int]) -> bool:

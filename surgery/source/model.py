@@ -119,11 +119,11 @@ class FolderSource(Stays):
             self._real(file)  # weights are only read: they may lie anywhere
 
     def _notes_of_newer(self, found: Selection) -> list[str]:
-        """Weight files that are not read, and that somebody saved after those that are."""
-        if self.record.kind != "folder" or not found.unread:
+        """Weight files of another save of the model, which are not read, and are newer than those that are."""
+        if self.record.kind != "folder" or not found.rivals:
             return []
         last = max(self._changed(file) for file in found.shards)
-        newer = [file for file in found.unread if self._changed(file) > last]
+        newer = [file for file in found.rivals if self._changed(file) > last]
         if not newer:
             return []
         read = found.index or found.shards[0]
@@ -178,9 +178,9 @@ class FolderSource(Stays):
 
     def _leads_nowhere(self, file: str) -> SourceError:
         """What to say of a link to nothing, and of others beside it: the hub's cache may have lost all its blobs."""
-        folder = (self._root / file).parent
+        folder = (self._root / file).parent.resolve()
         links = sorted(path for path in folder.iterdir() if path.is_symlink() and not path.exists())
-        names = [path.relative_to(self._root).as_posix() for path in links]
+        names = [path.name for path in links]
         target = Path(os.path.normpath(folder / (self._root / file).readlink()))
         cache = _hub_cache(target)
         hint = "put the file in its place; from the hub: fetch the model again"
