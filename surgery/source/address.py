@@ -21,10 +21,10 @@ _REVISION = re.compile(r"(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+)(?:/(?P<pa
 #: One slash is what a ``Path`` leaves of two.
 _SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+)://?(?P<rest>.*)", re.DOTALL)
 _HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co", "www.hf.co", "hf-mirror.com")
+#: What the hub has beside models, in its addresses before the owner.
+_OTHER_REPOSITORIES = ("datasets", "spaces", "buckets")
 _NO_MODELS = (
-    "datasets",
-    "spaces",
-    "buckets",
+    *_OTHER_REPOSITORIES,
     "collections",
     "papers",
     "docs",
@@ -137,7 +137,7 @@ def _by_scheme(text: str, scheme: str, rest: str) -> Address:
         return address_of("/" + unquote(rest.lstrip("/").removeprefix("localhost/")))
     if scheme == "hf":
         kind, _, inside = rest.partition("/")
-        if kind in _NO_MODELS[:3]:
+        if kind in _OTHER_REPOSITORIES:
             raise _no_model(text, kind)
         owner, _, name = (inside if kind == "models" else rest).strip("/").partition("/")
         repo, slash, path = name.partition("/")
