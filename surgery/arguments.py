@@ -89,6 +89,7 @@ def _fitting(value: Any, kind: Any, name: str, function: str) -> Any:
 
 
 def _hint(value: Any, kind: Any, name: str) -> str | None:
+    """How the value becomes one of this kind: a list around one path, a tensor made of an array."""
     for one in _alternatives(kind):
         if isinstance(value, str) and (items := _items(one)) is not None and not {str, Path}.isdisjoint(_alternatives(items)):
             return f"{name}=[{value[:80]!r}]"
@@ -99,8 +100,7 @@ def _hint(value: Any, kind: Any, name: str) -> str | None:
 
 def _taken(value: Any, kind: Any, name: str) -> Any:
     """The value as one of this kind."""
-    several = _alternatives(kind)
-    for one in several:
+    for one in _alternatives(kind):
         try:
             return _as_one(value, one, name)
         except _Unfit:
@@ -111,25 +111,26 @@ def _taken(value: Any, kind: Any, name: str) -> Any:
 def _as_one(value: Any, kind: Any, name: str) -> Any:
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Literal:
-        return _if(any(value is one or (type(value) is type(one) and value == one) for one in inner), value)
+        return _only_if(any(value is one or (type(value) is type(one) and value == one) for one in inner), value)
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        _if(isinstance(value, Mapping))
+        _only_if(isinstance(value, Mapping))
         return {_taken(key, inner[0], name): _taken(one, inner[1], name) for key, one in value.items()}
     if (items := _items(kind)) is not None:
-        _if(isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview))
+        _only_if(isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview))
         return tuple(_taken(one, items, name) for one in value)
     if kind is bool or kind is type(None):
-        return _if(isinstance(value, kind), value)
+        return _only_if(isinstance(value, kind), value)
     if kind is int:
-        return int(_if(isinstance(value, Integral) and not isinstance(value, bool), value))
+        return int(_only_if(isinstance(value, Integral) and not isinstance(value, bool), value))
     if kind is float:
-        return float(_if(isinstance(value, Real) and not isinstance(value, bool), value))
+        return float(_only_if(isinstance(value, Real) and not isinstance(value, bool), value))
     if kind is Path:
         return _expanded(value, name)
-    return _if(isinstance(value, kind) and not isinstance(value, type), value)
+    return _only_if(isinstance(value, kind) and not isinstance(value, type), value)
 
 
-def _if(fits: bool, value: Any = None) -> Any:
+def _only_if(fits: bool, value: Any = None) -> Any:
+    """The value, if it fits; else ``_Unfit``."""
     if not fits:
         raise _Unfit
     return value
@@ -137,9 +138,9 @@ def _if(fits: bool, value: Any = None) -> Any:
 
 def _expanded(path: Any, what: str) -> Any:
     """A path with its ``~`` expanded: as a Path then, and else as it was given."""
-    _if(isinstance(path, str | os.PathLike))
+    _only_if(isinstance(path, str | os.PathLike))
     text = os.fspath(path)
-    _if(isinstance(text, str))
+    _only_if(isinstance(text, str))
     if not text:
         raise OptionError(f"{what} is an empty path", expected=_PATH, hint=". is the current folder")
     if text.startswith("~"):
@@ -174,7 +175,7 @@ def _alternatives(kind: Any) -> tuple[Any, ...]:
 
 
 def _names(kind: Any) -> list[str]:
-    """Those that a parameter may have, where it has nothing but names."""
+    """The names that a parameter of this kind may have; none where it takes no names."""
     literals = [one for one in _alternatives(kind) if get_origin(one) is Literal]
     return [str(name) for one in literals for name in get_args(one)]
 
@@ -191,7 +192,7 @@ def _described(kind: Any) -> str:
 
 
 def _many(kind: Any) -> str:
-    """What is in a list."""
+    """What a list of this kind holds, in words."""
     words = {str: "str", float: "numbers", int: "whole numbers"}
     return "paths" if Path in _alternatives(kind) else words.get(kind) or _described(kind).removeprefix("a ") + "s"
 

@@ -134,7 +134,7 @@ def read_scales_alone(path: Path) -> ScalesFile:
             cannot have.
 
     Warns:
-        SurgeryWarning, or a note of the operation that reads it: it holds half-precision values, float64 values that float32
+        SurgeryWarning, or a note where somebody listens: it holds half-precision values, float64 values that float32
             has not, numbers that do not look like multipliers, or more than scales.
     """
     path = scales_file(path)
@@ -167,7 +167,7 @@ def read_scales(path: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
             misshapen or not finite.
 
     Warns:
-        SurgeryWarning, or a note of the operation that reads them: the file says nothing about its factors, or has other names
+        SurgeryWarning, or a note where somebody listens: the file says nothing about its factors, or has other names
             or shapes than these; it holds half-precision values, float64 values that float32 has not, numbers that do not look
             like multipliers, or more than scales.
     """

@@ -64,7 +64,7 @@ def read_scales(path: str | Path, *, progress: Progress | None = None) -> Scales
     """Read a scales file; the factorized checkpoint is not needed.
 
     Args:
-        path: the file.
+        path: the file, or a folder that holds one.
         progress: told what the user should know; without it that is a ``SurgeryWarning``.
 
     Returns:
@@ -77,7 +77,8 @@ def read_scales(path: str | Path, *, progress: Progress | None = None) -> Scales
             cannot have.
 
     Warns:
-        SurgeryWarning: the file holds half-precision values, or numbers that do not look like multipliers.
+        SurgeryWarning: the path is a folder; or the file holds half-precision values, float64 values that float32 has not,
+            numbers that do not look like multipliers, or more than scales.
     """
     return files.read_scales_alone(Path(path))
 
@@ -119,7 +120,7 @@ def show_scales(path: str | Path, *, top: int = 20, progress: Progress | None = 
     """Sum up a scales file; the factorized checkpoint is not needed.
 
     Args:
-        path: the file.
+        path: the file, or a folder that holds one.
         top: how many of the changed directions to list.
         progress: told what the user should know; without it that is a ``SurgeryWarning``.
 

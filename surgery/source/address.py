@@ -24,10 +24,10 @@ _SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+)://?(?P<rest>.*)", re.
 _HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co", "www.hf.co", "hf-mirror.com")
 #: As git writes the address of a repository that it reaches by ssh.
 _SSH = re.compile(r"git@(?P<host>[^/:@]+):(?P<path>.*)")
+#: What the hub has beside models, in its addresses before the owner.
+_OTHER_REPOSITORIES = ("datasets", "spaces", "buckets")
 _NO_MODELS = (
-    "datasets",
-    "spaces",
-    "buckets",
+    *_OTHER_REPOSITORIES,
     "collections",
     "papers",
     "docs",
@@ -156,7 +156,7 @@ def _by_scheme(text: str, scheme: str, rest: str) -> Address:
         return address_of("/" + unquote(rest.lstrip("/").removeprefix("localhost/")))
     if scheme == "hf":
         kind, _, inside = rest.partition("/")
-        if kind in _NO_MODELS[:3]:
+        if kind in _OTHER_REPOSITORIES:
             raise _no_model(text, kind)
         owner, _, name = (inside if kind == "models" else rest).strip("/").partition("/")
         repo, slash, path = name.partition("/")

@@ -184,8 +184,7 @@ class FolderSource(Stays):
         target = Path(os.path.normpath(folder / (self._root / file).readlink()))
         cache = _hub_cache(target)
         hint = "put the file in its place; from the hub: fetch the model again"
-        if cache is not None and cache.name.startswith("models--"):
-            repo_id = cache.name.removeprefix("models--").replace("--", "/")
+        if cache is not None and (repo_id := _cached_repo(cache)) is not None:
             commit = next(
                 (f" --revision {path.name}" for path in (folder, *folder.parents) if path.parent.name == "snapshots"), ""
             )
@@ -314,9 +313,8 @@ def _check_is_all(source: Source, file: str) -> None:
 
 
 def _open_folder(path: Path, name: str, subfolder: str | None) -> FolderSource:
-    cached = re.fullmatch(r"models--(.+)", path.resolve().name)
-    if cached is not None and (path / "snapshots").is_dir():
-        repo_id, commits = cached[1].replace("--", "/"), sorted(one.name for one in (path / "snapshots").iterdir())
+    if (repo_id := _cached_repo(path.resolve())) is not None and (path / "snapshots").is_dir():
+        commits = sorted(one.name for one in (path / "snapshots").iterdir())
         raise SourceError(
             f"{name} is where the hub's client keeps {repo_id}",
             got=f"snapshots of {', '.join(commits)}",
@@ -335,6 +333,12 @@ def _open_folder(path: Path, name: str, subfolder: str | None) -> FolderSource:
     return FolderSource(inside, name=f"{name}/{subfolder}", record=SourceRecord("folder", None, None, subfolder), within=path)
 
 
+def _cached_repo(folder: Path) -> str | None:
+    """The model that the hub's client keeps in a folder, by the folder's name; None for other folders."""
+    match = re.fullmatch("models--(.+)", folder.name)
+    return None if match is None else match[1].replace("--", "/")
+
+
 def _hub_cache(path: Path) -> Path | None:
     """The folder in which the hub's client keeps a file for a model, or shares it between several; None for other files."""
     return next(
@@ -342,7 +346,7 @@ def _hub_cache(path: Path) -> Path | None:
             folder.parent
             for folder in path.parents
             if folder.name in ("blobs", "snapshots")
-            and (folder.parent.name.startswith("models--") or (folder / ".huggingface-shared-blobs").exists())
+            and (_cached_repo(folder.parent) is not None or (folder / ".huggingface-shared-blobs").exists())
         ),
         None,
     )
