@@ -92,21 +92,22 @@ def write_scales(path: str | Path, scales: Mapping[str, torch.Tensor], fingerpri
             and the report of ``factorize``; with None the file does not say, and is checked by names and shapes only.
 
     Raises:
-        ScalesError: no scales, a name that is no text, or a value that is no tensor of floating-point numbers, has another
-            number of dimensions, or holds NaN, infinity or what is beyond float32.
-        OptionError: no fingerprint, which is a sha256.
+        ScalesError: no scales, or one that is not of real floating-point numbers, has another number of dimensions, or holds
+            NaN, infinity or what is beyond float32.
+        OptionError: no mapping of names to tensors; no fingerprint, which is a sha256.
         OutputError: the file cannot be written.
     """
-    if not isinstance(scales, Mapping) or not scales:
-        raise ScalesError("there are no scales to write", got=type(scales).__name__, expected="key -> tensor")
+    if not scales:
+        raise ScalesError("there are no scales to write", expected="key -> tensor")
     if fingerprint is not None and not re.fullmatch("[0-9a-f]{64}", str(fingerprint)):
         raise OptionError(
             "this is no fingerprint of factors", got=repr(fingerprint)[:80], expected="a sha256, or None where it is not known"
         )
     for key, value in scales.items():
-        if not isinstance(key, str) or not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
-            got = str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
-            raise ScalesError(f"{key!r} is nothing that scales can be", got=got, expected="a tensor of floating-point numbers")
+        if not value.dtype.is_floating_point:
+            raise ScalesError(
+                f"{key!r} is nothing that scales can be", got=value.dtype, expected="a tensor of floating-point numbers"
+            )
         if value.is_meta or value.layout != torch.strided or value.ndim not in (1, 2) or not value.numel():
             raise ScalesError(
                 f"{key!r} has a shape that scales cannot have",
