@@ -128,7 +128,7 @@ class _Warner(Silent):
             SurgeryWarning,
             where.f_code.co_filename,
             where.f_lineno,
-            module=known.get("__name__"),
+            module=known.get("__name__") or "<string>",  # of exec and eval; without one nothing would be said
             registry=known.setdefault("__warningregistry__", {}),
         )
 

@@ -211,6 +211,25 @@ def test_a_module_that_is_called_as_a_wrapper() -> None:
     assert not match_names(["x.q.weight", "y.q.weight"], ["a.q.weight", "b.q.weight"]).fits
 
 
+def test_scales_that_share_memory(factorized: Path, manifest: Manifest, tmp_path: Path) -> None:
+    """Views of one vector, one tensor for all, and expanded ones are written as what they hold."""
+    keys = [target.key for target in manifest.targets]
+    rank = manifest.targets[0].rank
+    flat = 1 + torch.rand(len(keys) * rank)
+    one, tail = flat[:rank], flat[-rank:]
+    for given in (
+        dict.fromkeys(keys, one),
+        {key: flat[i : i + rank] for i, key in enumerate(keys)},  # overlapping
+        {key: torch.nn.Parameter(flat)[i * rank :][:rank] for i, key in enumerate(keys)},
+        {key: (one, tail)[i % 2][:1].expand(rank) for i, key in enumerate(keys)},
+    ):
+        surgery.write_scales(tmp_path / "s", given, manifest.fingerprint)
+        read = load_file(tmp_path / "s")
+        assert read.keys() == given.keys()
+        assert all(torch.equal(read[key], given[key].detach()) for key in keys)
+        assert surgery.fold(factorized, tmp_path / "s", tmp_path / "out", overwrite=True).changed == len(keys)
+
+
 def test_many_names_at_once() -> None:
     """As of a large mixture of experts, and a hostile one: of the longest name all others are ends."""
     wanted = [f"model.layers.{i}.mlp.experts.{j}.up_proj.weight" for i in range(60) for j in range(384)]

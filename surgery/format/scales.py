@@ -59,7 +59,8 @@ def write_scales(path: Path, scales: Mapping[str, torch.Tensor], fingerprint: st
         scales: key of a target -> (k,), or (B, k) for a stack, written as float32.
         fingerprint: that of the manifest of the factorized checkpoint; None, where it is not known, leaves it out.
     """
-    tensors = {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in sorted(scales.items())}
+    # Copies: several may be views of the same memory, which the safetensors library does not write.
+    tensors = {name: value.detach().to("cpu", torch.float32, copy=True).contiguous() for name, value in sorted(scales.items())}
     belongs_to = json.dumps({"format_version": FORMAT_VERSION, "fingerprint": fingerprint})
     metadata = None if fingerprint is None else {SCALES_METADATA_KEY: belongs_to}
     write_file(path, safetensors.torch.save(tensors, metadata=metadata))

@@ -99,7 +99,7 @@ def plan(
     correction: bool = True,
     revision: str | None = None,
     subfolder: str | None = None,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     max_memory: int | None = None,
     max_device_memory: int | None = None,
     stream: bool = False,
@@ -125,7 +125,7 @@ def plan(
     """
     progress = listening()
     choice = _choice(rank, energy, max_rank, include, exclude, recipe, split)
-    with engine_of("local", device, max_memory, max_device_memory, None) as by, phase(progress, "planning"):
+    with engine_of("local", str(device), max_memory, max_device_memory, None) as by, phase(progress, "planning"):
         source = _open(model, revision, subfolder, (Path(STREAM_DIR), by.files_at_a_time) if stream else None)
         steps = _plan(source, choice, layout, correction, by.resources, fetch=False)
     for note in steps.notes:
@@ -179,7 +179,7 @@ def factorize(
     subfolder: str | None = None,
     seed: int = 0,
     tolerance: float = DEFAULT_TOLERANCE,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     max_memory: int | None = None,
     max_device_memory: int | None = None,
     engine: EngineName = "local",
@@ -246,7 +246,7 @@ def factorize(
     progress = listening()
     check_accuracy(tolerance, seed)
     out = Path(out)
-    with engine_of(engine, device, max_memory, max_device_memory, timing) as by:
+    with engine_of(engine, str(device), max_memory, max_device_memory, timing) as by:
         with phase(progress, "planning"):
             source = _open(model, revision, subfolder, (out / STREAM_DIR, by.files_at_a_time) if stream else None)
             choice = _choice(rank, energy, max_rank, include, exclude, recipe, split)

@@ -93,7 +93,7 @@ def fold(
     *,
     base: str | Path | None = None,
     lora: str | Path | None = None,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     max_memory: int | None = None,
     max_device_memory: int | None = None,
     engine: EngineName = "local",
@@ -154,7 +154,7 @@ def fold(
         scales = scales_file(Path(scales))
     values = check_scales(scales, manifest) if isinstance(scales, Mapping) else read_scales(scales, manifest)
     # Folding is float64 arithmetic, which an Apple GPU does not have.
-    exact_on = "cpu" if choose_devices(device)[0].type == "mps" else device
+    exact_on = "cpu" if choose_devices(str(device))[0].type == "mps" else str(device)
     with engine_of(engine, exact_on, max_memory, max_device_memory, timing) as by:
         streaming = (out / STREAM_DIR, by.files_at_a_time) if stream else None
         weights = weight_source(factorized, manifest, base, streaming)

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from filelock import FileLock, Timeout
 
 from surgery.errors import FormatError, OptionError, OutputError, ReadError, ScalesError, SurgeryError, WeightError, few
-from surgery.format.files import FileRecord, check_file, reporting, sync_directory
+from surgery.format.files import FileRecord, check_file, check_replaceable, reporting, sync_directory
 from surgery.format.manifest import Manifest
 from surgery.names import (
     CONFIG_FILE,
@@ -116,8 +116,7 @@ def check_output_file(out: Path, inputs: Iterable[Path], *, overwrite: bool, but
                     hint="choose another file with -o; what is read is never written to",
                 )
         _check_leads_somewhere(out)
-        if out.is_dir():
-            raise OutputError(f"{out} is a folder", expected="a file to write, such as scales.safetensors", hint="-o FILE")
+        check_replaceable(out)
         if out.exists() and not overwrite:
             raise OutputError(f"{out} is there already", hint="--overwrite replaces it; -o chooses another file")
         folder = next(path for path in out.absolute().parents if path.exists())

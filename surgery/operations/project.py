@@ -78,7 +78,7 @@ def project(
     out: str | Path,
     *,
     base: str | Path | None = None,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ProjectReport:
@@ -115,7 +115,7 @@ def project(
         OptionError: a base that is not needed; no such device.
     """
     progress = listening()
-    where = choose_device(device)
+    where = choose_device(str(device))
     where = torch.device("cpu") if where.type == "mps" else where  # which has no float64
     factorized, out = Path(factorized), Path(out)
     manifest = Manifest.read(factorized)

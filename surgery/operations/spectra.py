@@ -189,7 +189,7 @@ def spectra(
     subfolder: str | None = None,
     seed: int = 0,
     tolerance: float = DEFAULT_TOLERANCE,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     progress: Progress | None = None,
 ) -> SpectraReport:
     """Describe the spectrum of every matrix that ``factorize`` would take, alone or against a fine-tuned model.
@@ -215,7 +215,7 @@ def spectra(
         SurgeryError: a model cannot be had or read, holds NaN, or lacks a tensor; an option makes no sense.
     """
     progress = listening()
-    where = choose_device(device)
+    where = choose_device(str(device))
     check_accuracy(tolerance, seed)
     subspace = min(16, top) if subspace is None else subspace
     for what, value in (("top", top), ("subspace", subspace)):

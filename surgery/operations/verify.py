@@ -101,7 +101,7 @@ def verify(
     *,
     base: str | Path | None = None,
     fast: bool = False,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Check files, factors, recovery, certificates and scales of a factorized checkpoint.
@@ -123,7 +123,7 @@ def verify(
         SurgeryError: there is no manifest to check against, no such base, or one that is not needed.
     """
     progress = listening()
-    where = choose_device(device)
+    where = choose_device(str(device))
     where = torch.device("cpu") if where.type == "mps" else where
     folder = Path(factorized)
     manifest = Manifest.read(folder)
