@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,7 +204,10 @@ def _check_kind(header: Header, path: Path, manifest: Manifest | None = None) ->
     owned = SCALES_METADATA_KEY in header.metadata
     whole = {target.tensor: target.shape for target in manifest.targets} if manifest is not None else {}
     if not owned and any(map(is_of_lora, names)):
-        what, hint = "the weights of a LoRA adapter", f"surgery fold FACTORIZED SCALES --lora {path.parent}, beside scales"
+        what, hint = (
+            "the weights of a LoRA adapter",
+            f"surgery fold FACTORIZED SCALES --lora {shlex.quote(str(path.parent))}, beside scales",
+        )
     elif any(ATTACHED_NAME in name for name in names):
         what = "parameters of a model with scales, which hold g - 1"
         hint = 'the scales that surgery.attach gave write the file: scales.save("scales.safetensors")'

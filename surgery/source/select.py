@@ -494,5 +494,5 @@ def _strings(text: str) -> set[str]:
 
 
 def _likely(folders: list[str]) -> str:
-    """Of a diffusion pipeline the part that people fine-tune."""
-    return next((name for name in ("transformer", "unet") if name in folders), folders[0])
+    """Of a diffusion pipeline the part that people fine-tune, for a shell."""
+    return shlex.quote(next((name for name in ("transformer", "unet") if name in folders), folders[0]))
