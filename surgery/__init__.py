@@ -19,10 +19,13 @@ __distribution__ = "model-surgery"
 if TYPE_CHECKING:
     from surgery.demo.run import DemoReport, run_demo
     from surgery.errors import (
+        ClusterError,
         FormatError,
+        InstallationError,
         MissingExtra,
         OptionError,
         OutputError,
+        ReadError,
         ScalesError,
         SourceError,
         SurgeryError,
@@ -53,6 +56,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "BlendReport": "surgery.operations.blend",
     "Certificate": "surgery.linalg.svd",
+    "ClusterError": "surgery.errors",
     "DemoReport": "surgery.demo.run",
     "ExportReport": "surgery.operations.export",
     "FactorizeReport": "surgery.operations.factorize",
@@ -60,6 +64,7 @@ _HOMES = {
     "FoldReport": "surgery.operations.fold",
     "FormatError": "surgery.errors",
     "InspectReport": "surgery.operations.inspect",
+    "InstallationError": "surgery.errors",
     "Manifest": "surgery.format.manifest",
     "MissingExtra": "surgery.errors",
     "OptionError": "surgery.errors",
@@ -67,6 +72,7 @@ _HOMES = {
     "Plan": "surgery.planning.plan",
     "Progress": "surgery.progress",
     "ProjectReport": "surgery.operations.project",
+    "ReadError": "surgery.errors",
     "RecipesReport": "surgery.planning.recipes",
     "Recommendation": "surgery.operations.recommend",
     "Report": "surgery.reports",
@@ -106,6 +112,7 @@ _HOMES = {
 __all__ = [
     "BlendReport",
     "Certificate",
+    "ClusterError",
     "DemoReport",
     "ExportReport",
     "FactorizeReport",
@@ -113,6 +120,7 @@ __all__ = [
     "FoldReport",
     "FormatError",
     "InspectReport",
+    "InstallationError",
     "Manifest",
     "MissingExtra",
     "OptionError",
@@ -120,6 +128,7 @@ __all__ = [
     "Plan",
     "Progress",
     "ProjectReport",
+    "ReadError",
     "RecipesReport",
     "Recommendation",
     "Report",

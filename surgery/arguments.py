@@ -7,7 +7,7 @@ import inspect
 import os
 import reprlib
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence, Set, ValuesView
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -50,8 +50,10 @@ def checked(
 ) -> tuple[Sequence[Any], Mapping[str, Any]]:
     """The arguments of a call, if each is of a kind that its annotation names.
 
-    Numbers of other libraries become Python's, lists become tuples, and what may be a str or a Path has its ``~`` expanded
-    and is left as it is otherwise: it may be a repo id. Whether numbers and names make sense, the function itself knows.
+    Numbers of other libraries and subclasses of str become Python's own, and so do paths of other kinds. What has an order
+    becomes a tuple: lists, iterators, which are used up, views of dicts, arrays of one dimension. What may be a str or a Path
+    has its ``~`` expanded, and is a str otherwise where it was one: it may be a repo id. A ``torch.device`` stands for its
+    name. Whether numbers and names make sense, the function itself knows.
 
     Raises:
         OptionError: one is not.
@@ -77,8 +79,9 @@ def _kinds(function: Callable[..., Any]) -> tuple[inspect.Signature, dict[str, A
 def _fitting(value: Any, kind: Any, name: str, function: str) -> Any:
     if isinstance(value, str) and (known := _names(kind)) and value not in known:
         raise OptionError(f"unknown {name}", got=_shown(value), expected=" or ".join(known))
+    has_items = any(_items(one) is not None for one in _alternatives(kind))
     try:
-        return _taken(value, kind, name)
+        return _taken(_in_order(value) if has_items else value, kind, name)
     except (_Unfit, OverflowError):
         raise OptionError(
             f"{function}() cannot take this as {name}",
@@ -89,18 +92,44 @@ def _fitting(value: Any, kind: Any, name: str, function: str) -> Any:
 
 
 def _hint(value: Any, kind: Any, name: str) -> str | None:
+    """How the value becomes one of this kind: a list around one path, a tensor made of an array."""
     for one in _alternatives(kind):
         if isinstance(value, str) and (items := _items(one)) is not None and not {str, Path}.isdisjoint(_alternatives(items)):
             return f"{name}=[{value[:80]!r}]"
         if getattr(one, "__name__", "") == "Tensor" and (hasattr(value, "__array__") or isinstance(value, list | tuple)):
             return f"{name}=torch.as_tensor(...) of it"
+        if _items(one) is not None and isinstance(value, Set):
+            return f"{name}=sorted(...) of it, as a set has no order"
+        if one in (bool, int, float) and callable(getattr(value, "item", None)) and not isinstance(value, Real):
+            return "its .item(), where it is a single value"
+        if _is_mapping(one):
+            if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+                return f"{name}={{key: torch.as_tensor(value), ...}}"
+            if type(value).__module__.startswith("surgery.") and hasattr(value, "values"):
+                return "its .values" + ("()" if callable(value.values) else "")
+        if getattr(one, "_is_protocol", False):
+            if isinstance(value, type):
+                return f"an object of {value.__name__}, and not the class"
+            methods = [method for method in vars(one) if not method.startswith("_")]
+            lacks = [method for method in methods if not callable(getattr(value, method, None))]
+            return f"an object with all of its methods: this one has no {', no '.join(lacks)}"
     return None
+
+
+def _in_order(value: Any) -> Any:
+    """What has an order as a tuple; anything else as it is."""
+    if isinstance(value, str | bytes | bytearray | memoryview):
+        return value
+    if isinstance(value, Sequence | Iterator | KeysView | ValuesView):
+        return tuple(value)
+    if hasattr(value, "__array__") and getattr(value, "ndim", 0) == 1:
+        return tuple(value.tolist())
+    return value
 
 
 def _taken(value: Any, kind: Any, name: str) -> Any:
     """The value as one of this kind."""
-    several = _alternatives(kind)
-    for one in several:
+    for one in _alternatives(kind):
         try:
             return _as_one(value, one, name)
         except _Unfit:
@@ -111,40 +140,57 @@ def _taken(value: Any, kind: Any, name: str) -> Any:
 def _as_one(value: Any, kind: Any, name: str) -> Any:
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Literal:
-        return _if(any(value is one or (type(value) is type(one) and value == one) for one in inner), value)
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        _if(isinstance(value, Mapping))
+        named = [one for one in inner if value is one or (isinstance(value, type(one)) and value == one)]
+        _only_if(bool(named))
+        return named[0]
+    if _is_mapping(kind):
+        _only_if(isinstance(value, Mapping))
         return {_taken(key, inner[0], name): _taken(one, inner[1], name) for key, one in value.items()}
     if (items := _items(kind)) is not None:
-        _if(isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray | memoryview))
-        return tuple(_taken(one, items, name) for one in value)
+        return tuple(_taken(one, items, name) for one in _only_if(isinstance(value, tuple), value))
     if kind is bool or kind is type(None):
-        return _if(isinstance(value, kind), value)
+        return _only_if(isinstance(value, kind), value)
     if kind is int:
-        return int(_if(isinstance(value, Integral) and not isinstance(value, bool), value))
+        return int(_only_if(isinstance(value, Integral) and not isinstance(value, bool), value))
     if kind is float:
-        return float(_if(isinstance(value, Real) and not isinstance(value, bool), value))
+        return float(_only_if(isinstance(value, Real) and not isinstance(value, bool), value))
+    if kind is str:
+        return _plain(_only_if(isinstance(value, str), value))
     if kind is Path:
         return _expanded(value, name)
-    return _if(isinstance(value, kind) and not isinstance(value, type), value)
+    if getattr(kind, "__module__", "") == "torch" and kind.__name__ == "device":
+        return str(_only_if(isinstance(value, kind), value))
+    return _only_if(isinstance(value, kind) and not isinstance(value, type), value)
 
 
-def _if(fits: bool, value: Any = None) -> Any:
+def _only_if(fits: bool, value: Any = None) -> Any:
+    """The value, if it fits; else ``_Unfit``."""
     if not fits:
         raise _Unfit
     return value
 
 
-def _expanded(path: Any, what: str) -> Any:
-    """A path with its ``~`` expanded: as a Path then, and else as it was given."""
-    _if(isinstance(path, str | os.PathLike))
-    text = os.fspath(path)
-    _if(isinstance(text, str))
+def _is_mapping(kind: Any) -> bool:
+    origin = get_origin(kind)
+    return isinstance(origin, type) and issubclass(origin, Mapping)
+
+
+def _plain(text: str) -> str:
+    """A str itself, where a subclass may show itself as something else: of an enumeration, its value."""
+    return str.__str__(text)
+
+
+def _expanded(given: Any, what: str) -> str | Path:
+    """A path with its ``~`` expanded: as a Path then, and else as a str if it was given as one."""
+    _only_if(isinstance(given, str | os.PathLike))
+    text = os.fspath(given)
+    text = _plain(_only_if(isinstance(text, str), text))
+    path: str | Path = text if isinstance(given, str) else given if isinstance(given, Path) else Path(text)
     if not text:
         raise OptionError(f"{what} is an empty path", expected=_PATH, hint=". is the current folder")
     if text.startswith("~"):
         try:
-            path = Path(path).expanduser()
+            path = Path(text).expanduser()
         except RuntimeError:
             name = Path(text).parts[0]
             raise OptionError(
@@ -174,7 +220,7 @@ def _alternatives(kind: Any) -> tuple[Any, ...]:
 
 
 def _names(kind: Any) -> list[str]:
-    """Those that a parameter may have, where it has nothing but names."""
+    """The names that a parameter of this kind may have; none where it takes no names."""
     literals = [one for one in _alternatives(kind) if get_origin(one) is Literal]
     return [str(name) for one in literals for name in get_args(one)]
 
@@ -183,7 +229,7 @@ def _described(kind: Any) -> str:
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Literal:
         return " or ".join(map(str, inner))
-    if isinstance(origin, type) and issubclass(origin, Mapping):
+    if _is_mapping(kind):
         return f"a mapping of names to {_many(inner[1])}"
     if (items := _items(kind)) is not None:
         return f"a list of {_many(items)}"
@@ -191,7 +237,7 @@ def _described(kind: Any) -> str:
 
 
 def _many(kind: Any) -> str:
-    """What is in a list."""
+    """What a list of this kind holds, in words."""
     words = {str: "str", float: "numbers", int: "whole numbers"}
     return "paths" if Path in _alternatives(kind) else words.get(kind) or _described(kind).removeprefix("a ") + "s"
 

@@ -20,7 +20,7 @@ itself: a TypeError for an unknown keyword.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -32,6 +32,9 @@ class SurgeryError(Exception):
         got: what was found.
         expected: what would have been right.
         hint: what to do next.
+
+    Each is an attribute, None where there is nothing to tell. An error goes from one process to another and stays what it is:
+    another error that was found is kept as its text.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class SurgeryError(Exception):
         expected: object = None,
         hint: str | None = None,
     ) -> None:
+        got = str(got) if isinstance(got, BaseException) else got
         lines = [what]
         if got is not None:
             lines.append(f"  got:      {got}")
@@ -50,7 +54,7 @@ class SurgeryError(Exception):
         if hint is not None:
             lines.append(f"  try:      {hint}")
         super().__init__("\n".join(lines))
-        self.what, self.got, self.expected = what, got, expected
+        self.what, self.got, self.expected, self.hint = what, got, expected, hint
 
 
 class OptionError(SurgeryError, ValueError):
@@ -95,6 +99,12 @@ class InstallationError(SurgeryError, ImportError):
 
 class SurgeryWarning(UserWarning):
     """A note that nobody else hears: what works but is probably not meant, or what an operation has done by itself."""
+
+
+def few(names: Iterable[object], *, most: int = 4, between: str = ", ") -> str:
+    """The first of some names, for a message, and how many there are where these are not all."""
+    texts = [str(name) for name in names]
+    return between.join(texts[:most]) + (f" ... ({len(texts)} in all)" if len(texts) > most else "")
 
 
 @contextmanager

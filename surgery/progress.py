@@ -97,10 +97,10 @@ class Silent:
 
 
 class _Warner(Silent):
-    """Nobody listens: a note is a ``SurgeryWarning`` in the thread of the caller, at the line that it is at.
+    """The listener of a call that was given none: a note becomes a ``SurgeryWarning`` at the line of that call.
 
-    One from another thread waits for the end of the operation. So does one that is an error, as the caller's filters have it:
-    a note never stops the work.
+    A note from another thread waits for the end of the operation. So does one that the caller's filters make an error: a note
+    never stops the work.
     """
 
     def __init__(self, caller: FrameType) -> None:
@@ -128,15 +128,15 @@ class _Warner(Silent):
             SurgeryWarning,
             where.f_code.co_filename,
             where.f_lineno,
-            module=known.get("__name__"),
+            module=known.get("__name__") or "<string>",  # of exec and eval; without one nothing would be said
             registry=known.setdefault("__warningregistry__", {}),
         )
 
 
 class Shared:
-    """Another one, for several threads at a time. A note that has been told is not told again.
+    """A listener that several threads may tell at a time: it hears one call after the other, and no note twice.
 
-    What the other one does is its own: an operation that it calls is no part of the one that it hears.
+    What it does when it hears something is its own: an operation that it calls is no part of the one that it hears.
     """
 
     def __init__(self, progress: Progress) -> None:

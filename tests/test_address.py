@@ -56,6 +56,10 @@ HUB = "https://huggingface.co"
         ("huggingface.co/owner/name/tree/main", ("owner/name", "main", None, None)),
         ("HTTPS://HuggingFace.co/owner/name", ("owner/name", None, None, None)),
         ("git@hf.co:owner/name.git", ("owner/name", None, None, None)),
+        ("git@huggingface.co:owner/name.git", ("owner/name", None, None, None)),
+        ("ssh://git@hf.co/owner/name.git", ("owner/name", None, None, None)),
+        (f"git+{HUB}/owner/name", ("owner/name", None, None, None)),
+        ("owner/file.safetensors", ("owner/file.safetensors", None, None, None)),
         ("hf://owner/name", ("owner/name", None, None, None)),
         ("hf://models/owner/name/", ("owner/name", None, None, None)),
         ("hf://owner/name@v1/unet", ("owner/name", "v1", "unet", None)),
@@ -79,6 +83,13 @@ def test_of_the_hub(text: str, expected: tuple[str | None, ...]) -> None:
         ("/no/such", "there is no folder"),
         ("llama/", "there is no folder 'llama/'"),
         ("owner/name/unet", "owner/name --subfolder unet"),
+        ("owner/name/unet/x.safetensors", "for a hub model: owner/name --subfolder unet"),
+        ("owner/name/model.safetensors", "for a hub model: owner/name"),
+        ("models/owner/name", "for a hub model: owner/name"),
+        ("git@github.com:owner/name.git", "neither here nor on the Hugging Face hub"),
+        ("ssh://git@github.com/owner/name.git", "neither here nor on the Hugging Face hub"),
+        ("model.safetensors", "there is no file 'model.safetensors'"),
+        ("./gone.safetensors", "there is no file './gone.safetensors'"),
         ("owner/name@", "there is no folder"),
         ("owner/name:Q4_K_M", "there is no folder"),
         (HUB, "is the hub itself"),
@@ -106,6 +117,26 @@ def test_what_names_no_model(text: str, said: str) -> None:
     with pytest.raises(SourceError) as caught:
         address_of(text)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["owner/name/../other", "owner/name/model.safetensors", "datasets/owner/name"])
+def test_no_subfolder_is_made_of_what_is_none(text: str) -> None:
+    with pytest.raises(SourceError, match="there is no folder") as caught:
+        address_of(text)
+    assert "--subfolder" not in str(caught.value)
+
+
+def test_what_is_not_there_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link and a file of a folder that is here are not looked for on the hub."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/link").symlink_to("gone")
+    for text in ("here/link", "here/link/", "./here/link", str(tmp_path / "here/link"), "'here/link'"):
+        with pytest.raises(SourceError, match="is a link that leads nowhere") as caught:
+            address_of(text)
+        assert "got:      gone" in str(caught.value)
+    with pytest.raises(SourceError, match=r"there is no file 'here/gone\.safetensors'"):
+        address_of("here/gone.safetensors")
 
 
 def test_an_address_as_a_path() -> None:

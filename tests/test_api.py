@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import copy
+import enum
 import getpass
 import importlib.util
 import inspect
+import json
 import os
+import pickle
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import click
@@ -239,18 +244,19 @@ TENSORS = [
     torch.tensor(1.0),
     torch.ones(4),
 ]
-LISTS = ["*.weight", 3, [1], [None], [b"x"], {"a": 1}, b"x", object()]
+LISTS = ["*.weight", {"*.weight"}, np.array("*.weight"), 3, [1], [None], [b"x"], {"a": 1}, b"x", object()]
 #: What a parameter cannot be, by its annotation without ``| None``.
 WRONG: dict[str, list[Any]] = {
     "str | Path": PATHS,
     "str": [3, True, b"x", ["x"], object()],
+    "str | torch.device": [3, True, b"x", ["x"], object(), torch.device],
     "int": ["16", 4.0, float("nan"), True, [1], torch.tensor(1), np.float64(2), 1j, object()],
     "float": ["0.5", True, [0.5], torch.tensor(0.5), 1j, 10**400, object()],
     "bool": ["yes", 1, 0.0, [], np.bool_(True), object()],
     "tuple[str, ...] | list[str]": LISTS,
     "Sequence[str]": LISTS,
     "Sequence[str | Path]": ["x", 3, [1], [None], [""], {"a": 1}, object()],
-    "Sequence[float]": ["0.5", 3.0, ["x"], [None], [True], {1.0: 2}, torch.ones(2), object()],
+    "Sequence[float]": ["0.5", 3.0, ["x"], [None], [True], {1.0: 2}, {1.0}, torch.ones(2, 2), np.float64(1), object()],
     "torch.Tensor": TENSORS,
     "str | Path | Mapping[str, torch.Tensor]": [
         3,
@@ -344,6 +350,138 @@ def test_numbers_of_numpy_are_numbers(value: Any, llama: Path, tmp_path: Path) -
     assert type(made.manifest.options.rank) is int
     assert surgery.Manifest.read(tmp_path / "f").options.rank == 2
     assert surgery.truncated_svd(torch.eye(4), value).s.tolist() == [1, 1]
+
+
+class _Shown(enum.Enum):
+    """Of the kind whose ``str()`` is not its value."""
+
+    RESIDUAL = "residual"
+    CPU = "cpu"
+    QUERIES = "*.q_proj.weight"
+
+
+class _Name(str, enum.Enum):  # noqa: UP042  # one that shows itself by its name
+    RESIDUAL = "residual"
+    CPU = "cpu"
+    QUERIES = "*.q_proj.weight"
+
+
+class _Place(os.PathLike[str]):
+    """A path of another library."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __fspath__(self) -> str:
+        return str(self._path)
+
+
+def test_words_and_paths_of_other_kinds(llama: Path, tmp_path: Path) -> None:
+    """What is a str or a path is taken for what it says, whatever it shows itself as; nothing is made of how it is shown."""
+    kind = type("Text", (str,), {"__str__": lambda self: "shown otherwise"})
+    for name, layout, device in (
+        (_Place(llama), _Name.RESIDUAL, _Name.CPU),
+        (kind(llama), kind("residual"), kind("cpu")),
+        (np.str_(llama), np.str_("residual"), torch.device("cpu")),
+        (PurePath(llama), "residual", torch.device("cpu", 0)),
+        (enum.Enum("Models", {"HERE": str(llama)}, type=str)["HERE"], "residual", "cpu"),
+    ):
+        out = tmp_path / "f"
+        shutil.rmtree(out, ignore_errors=True)
+        made = surgery.factorize(name, _Place(out), rank=2, layout=layout, device=device, include=[_Name.QUERIES])  # type: ignore[arg-type]
+        assert json.loads(json.dumps(made.as_json())) == made.as_json()
+        manifest = surgery.Manifest.read(_Place(out))  # type: ignore[arg-type]
+        assert (manifest.layout, manifest.device, manifest.options.include) == ("residual", "cpu", ["*.q_proj.weight"])
+    with pytest.raises(OptionError, match="cannot take this as layout"):
+        surgery.plan(llama, layout=_Shown.RESIDUAL)  # type: ignore[arg-type]
+
+
+def test_what_has_an_order_is_a_list(factorized: Path, llama: Path, tmp_path: Path) -> None:
+    """Iterators are read once, and whole; what has no order is not guessed at."""
+    files = [tmp_path / f"{i}.safetensors" for i in range(3)]
+    scales = surgery.read_scales(factorized / "surgery/scales.safetensors")
+    for i, file in enumerate(files):
+        surgery.write_scales(file, {key: value + i for key, value in scales.values.items()}, scales.fingerprint)
+    given: list[Any] = [
+        (file for file in files),
+        iter(files),
+        dict.fromkeys(files).keys(),
+        dict(enumerate(files)).values(),
+        np.array([str(file) for file in files]),
+    ]
+    out = tmp_path / "out"
+    for several, weights in zip(given, [None, np.array([1, 1, 2.0]), torch.ones(3), iter([3, 2, 1]), [1.0, 1, 1]], strict=True):
+        share = (
+            [1.0, 1, 1] if weights is None else [3, 2, 1] if not hasattr(weights, "__len__") else [float(w) for w in weights]
+        )
+        surgery.blend(several, out, weights=weights, overwrite=True)
+        mean = 1 + (share[1] + 2 * share[2]) / sum(share)
+        blended = surgery.read_scales(out).values
+        assert all(torch.allclose(value, torch.full_like(value, mean)) for value in blended.values())
+    every = (f"model.layers.{i}.self_attn.{name}_proj.weight" for i in range(2) for name in "qk")
+    assert len(surgery.plan(llama, rank=2, include=every).targets) == 4  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="cannot take this as include"):  # not what is left of it after the wrong one
+        surgery.plan(llama, rank=2, include=iter([1, "*.q_proj.weight"]))  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match=r"files=sorted\(\.\.\.\)"):
+        surgery.blend(set(files), out)  # type: ignore[arg-type]
+
+
+def test_wrong_arguments_are_told_what_to_hand_over(factorized: Path) -> None:
+    class Some:
+        def start(self, label: str, total_bytes: int) -> None: ...
+        def item(self, name: str) -> None: ...
+
+    scales = surgery.read_scales(factorized / "surgery/scales.safetensors")
+    for call, hint in (
+        (lambda: surgery.plan("m", progress=Some()), "no advance, no note, no finish"),  # type: ignore[arg-type]
+        (lambda: surgery.plan("m", progress=Silent), "an object of Silent, and not the class"),  # type: ignore[arg-type]
+        (lambda: surgery.plan("m", rank=torch.tensor(4)), r"its .item\(\)"),  # type: ignore[arg-type]
+        (lambda: surgery.fold("f", scales), "its .values"),  # type: ignore[arg-type]
+        (lambda: surgery.fold("f", {"a": np.ones(2)}), "torch.as_tensor"),  # type: ignore[dict-item]
+    ):
+        with pytest.raises(OptionError) as caught:
+            call()
+        assert re.search(hint, caught.value.hint or "")
+
+
+def test_errors_go_from_process_to_process() -> None:
+    """Each is the same after pickling and copying, with all that it tells as attributes; whatever was found."""
+
+    class Odd(Exception):
+        def __init__(self, *, response: object) -> None:
+            super().__init__("as it says")
+
+    kinds = [
+        kind for name in surgery.__all__ if inspect.isclass(kind := getattr(surgery, name)) and issubclass(kind, SurgeryError)
+    ]
+    assert len(kinds) > 10
+    for kind in kinds:
+        error = kind("what", got=Odd(response=lambda: None), expected=3, hint="do this")
+        for other in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
+            assert type(other) is kind
+            assert str(other) == str(error) == "what\n  got:      as it says\n  expected: 3\n  try:      do this"
+            assert (other.what, other.got, other.expected, other.hint) == ("what", "as it says", 3, "do this")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes of POSIX")
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_is_no_file_is_not_replaced_by_one(overwrite: bool, factorized: Path, llama: Path, tmp_path: Path) -> None:
+    """A file that appears under a name takes away what was there: not a pipe or a device, such as /dev/null."""
+    pipe, scales = tmp_path / "pipe", factorized / "surgery/scales.safetensors"
+    os.mkfifo(pipe)
+    (tmp_path / "link").symlink_to(pipe)
+    for out in (pipe, tmp_path / "link"):
+        for call in (
+            lambda out=out: surgery.write_scales(out, surgery.read_scales(scales).values, None),
+            lambda out=out: surgery.blend([scales], out, overwrite=overwrite),
+            lambda out=out: surgery.project(factorized, llama, out, overwrite=overwrite, progress=Silent()),
+            lambda out=out: surgery.recommend(llama, budget=50, out=out, overwrite=overwrite),
+        ):
+            with pytest.raises(OutputError, match="is a pipe or a device"):
+                call()
+    assert pipe.is_fifo()
+    assert (tmp_path / "link").is_symlink()
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_scales_of_the_wrong_kind(factorized: Path, tmp_path: Path) -> None:

@@ -143,6 +143,14 @@ def test_where_warnings_are_errors_the_work_is_done_all_the_same(models: Path, t
     assert surgery.plan(tmp_path / "out", rank=4).targets
 
 
+def test_code_that_has_no_name_is_told_as_well(models: Path) -> None:
+    """As ``exec`` and ``eval`` of a notebook, a template or a worker run it."""
+    for known in ({}, {"__name__": "somewhere"}, {"__builtins__": {}}, {"__name__": None}):
+        with pytest.warns(surgery.SurgeryWarning, match="rank 32 is larger") as caught:
+            exec("plan(m, rank=32)", {**known, "plan": surgery.plan, "m": models / "m"})
+        assert [(warning.filename, warning.lineno) for warning in caught] == [("<string>", 1)]
+
+
 def test_an_error_is_not_replaced_by_a_warning() -> None:
     @heard
     def stopped(fault: type[BaseException]) -> None:

@@ -226,7 +226,7 @@ def test_a_complete_fold_is_left_alone(llama: Path, truth: Path, tmp_path: Path)
 
 
 def test_two_runs_into_one_folder(llama: Path, tmp_path: Path) -> None:
-    with locked(tmp_path / "f", [], Silent()), pytest.raises(OutputError, match="another run is writing to"):
+    with locked(tmp_path / "f", []), pytest.raises(OutputError, match="another run is writing to"):
         surgery.factorize(llama, tmp_path / "f", rank=4)
     surgery.factorize(llama, tmp_path / "f", rank=4)
 

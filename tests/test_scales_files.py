@@ -122,7 +122,7 @@ def test_names_that_carry_something_wherever_scales_are_read(
     assert ran.exit_code == 0
     assert ran.stderr.count("note: ") == 1
     assert "is taken for" in ran.stderr
-    with pytest.warns(SurgeryWarning, match="is taken for"):
+    with pytest.warns(SurgeryWarning, match=r"differ from those in .*plain\.safetensors, and .* is taken for"):
         surgery.blend([plain, path], tmp_path / "mean")
     assert {name: value.tolist() for name, value in load_file(tmp_path / "mean").items()} == {
         name: value.tolist() for name, value in trained.items()
@@ -209,6 +209,25 @@ def test_a_module_that_is_called_as_a_wrapper() -> None:
     assert match_names(both, both).fits
     assert not match_names(["module.a.q.weight", "a.q.weight"], both).fits
     assert not match_names(["x.q.weight", "y.q.weight"], ["a.q.weight", "b.q.weight"]).fits
+
+
+def test_scales_that_share_memory(factorized: Path, manifest: Manifest, tmp_path: Path) -> None:
+    """Views of one vector, one tensor for all, and expanded ones are written as what they hold."""
+    keys = [target.key for target in manifest.targets]
+    rank = manifest.targets[0].rank
+    flat = 1 + torch.rand(len(keys) * rank)
+    one, tail = flat[:rank], flat[-rank:]
+    for given in (
+        dict.fromkeys(keys, one),
+        {key: flat[i : i + rank] for i, key in enumerate(keys)},  # overlapping
+        {key: torch.nn.Parameter(flat)[i * rank :][:rank] for i, key in enumerate(keys)},
+        {key: (one, tail)[i % 2][:1].expand(rank) for i, key in enumerate(keys)},
+    ):
+        surgery.write_scales(tmp_path / "s", given, manifest.fingerprint)
+        read = load_file(tmp_path / "s")
+        assert read.keys() == given.keys()
+        assert all(torch.equal(read[key], given[key].detach()) for key in keys)
+        assert surgery.fold(factorized, tmp_path / "s", tmp_path / "out", overwrite=True).changed == len(keys)
 
 
 def test_many_names_at_once() -> None:
@@ -368,6 +387,37 @@ def test_folders_that_hold_several_or_none(
                 command()
 
 
+def test_folders_with_what_is_no_second_file(
+    factorized: Path, manifest: Manifest, trained: Tensors, folded: dict[str, bytes], tmp_path: Path
+) -> None:
+    """A copy that an editor keeps, a link to nothing, and a file that is none."""
+    folder = tmp_path / "run"
+    for name in (".ipynb_checkpoints", "checkpoint-10"):
+        (folder / name).mkdir(parents=True)
+        _save(folder / name / "scales.safetensors", trained, manifest.fingerprint)
+    (folder / "linked.safetensors").symlink_to("gone")
+    (folder / "folder.safetensors").mkdir()
+    with pytest.warns(SurgeryWarning, match=r"its checkpoint-10/scales\.safetensors is taken"):
+        surgery.fold(factorized, folder, tmp_path / "out")
+    assert files_of(tmp_path / "out") == folded
+
+
+def test_folders_with_scales_that_must_be_given_by_name(factorized: Path, trained: Tensors, tmp_path: Path) -> None:
+    """As what says that they are scales is in none of them."""
+    for name, save in (("mine.safetensors", save_file), ("scales.pt", torch.save)):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        save(trained, folder / name)
+        for command in _commands(factorized, folder, tmp_path):
+            with pytest.raises(ScalesError, match="holds no scales") as caught:
+                command()
+            assert f"give the file: {folder / name}" in str(caught.value)
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "gone/scales.safetensors").symlink_to("nowhere")
+    with pytest.warns(SurgeryWarning), pytest.raises(ScalesError, match="a link that leads nowhere"):
+        surgery.fold(factorized, tmp_path / "gone", tmp_path / "out")
+
+
 def _torch_save(path: Path, tensors: Tensors) -> None:
     torch.save(tensors, path)
 
@@ -439,7 +489,7 @@ def test_another_ending(name: str, manifest: Manifest, trained: Tensors, tmp_pat
 def test_files_of_other_tensors(llama: Path, factorized: Path, trained: Tensors, tmp_path: Path) -> None:
     surgery.export(factorized, trained, tmp_path / "ours")
     base = transformers.AutoModelForCausalLM.from_pretrained(llama)
-    peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "theirs")
+    peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "of others")
     model = transformers.AutoModelForCausalLM.from_pretrained(llama)
     surgery.attach(model, factorized)
     save_file({name: value.detach() for name, value in model.named_parameters() if value.requires_grad}, tmp_path / "deltas")
@@ -447,7 +497,7 @@ def test_files_of_other_tensors(llama: Path, factorized: Path, trained: Tensors,
     (factors,) = sorted((factorized / "surgery").glob("factors-00001*"))
     for path, said in (
         (tmp_path / "ours/adapter_model.safetensors", "a LoRA adapter"),
-        (tmp_path / "theirs/adapter_model.safetensors", "--lora"),
+        (tmp_path / "of others/adapter_model.safetensors", r"--lora '\S*/of others',"),
         (tmp_path / "deltas", r"scales\.save"),
         (tmp_path / "model", "surgery project"),
         (factors, "holds factors"),

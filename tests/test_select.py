@@ -330,6 +330,18 @@ def test_subfolders_that_can_be_taken() -> None:
     assert "got:      a, b\n" in str(caught.value)
 
 
+def test_a_run_that_has_only_its_checkpoints() -> None:
+    names = [f"checkpoint-{step}/{file}" for step in (500, 90, 1000) for file in ("config.json", "model.safetensors")]
+    with pytest.raises(SourceError, match="the folder of a training run") as caught:
+        _select("runs/events.out.tfevents.1", "trainer_state.json", *names)
+    assert "got:      checkpoint-1000, checkpoint-500, checkpoint-90\n" in str(caught.value)
+    assert "--subfolder checkpoint-1000" in str(caught.value)
+    with pytest.raises(SourceError, match="adapters in its subfolders"):
+        _select("checkpoint-1/adapter_config.json", "checkpoint-1/adapter_model.safetensors")
+    with pytest.raises(SourceError, match=r"has no safetensors weights\n"):
+        _select("checkpoint-1/optimizer.pt", "checkpoint-1/trainer_state.json")
+
+
 def test_folders_that_stay_behind_are_not_looked_into() -> None:
     top = [
         "model.safetensors",
@@ -560,6 +572,7 @@ def test_bad_index(index: object, message: str) -> None:
         (["config.json", "onnx/model.onnx", "onnx/model.onnx_data"], "onnx/model.onnx"),
         (["config.json", "flax_model.msgpack"], "flax_model.msgpack"),
         (["config.json", "tf_model.h5"], "another format"),
+        (["config.json", "weights.npz"], "only weights in another format"),
         (["unet/diffusion_pytorch_model.safetensors", "vae/x.safetensors"], "--subfolder unet"),
         (["a/b/model.safetensors"], "--subfolder a/b"),
     ],

@@ -79,6 +79,26 @@ def test_one_file_beside_shards_is_read_as_transformers_reads_it(newer: str, mod
     assert all("newer than model.safetensors, which is read" in note for note in told)
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("model.fp32-00001-of-00001.safetensors", False),  # as of whisper-large-v3
+        ("model.fp16.safetensors", False),
+        ("mmproj.safetensors", False),
+        ("model (1).safetensors", True),
+        ("model-00001-of-00001.safetensors", True),
+    ],
+)
+def test_what_is_no_other_save_of_the_model_may_be_newer(name: str, told: bool, tmp_path: Path) -> None:
+    """As a download leaves them, one after the other."""
+    model = save_llama(tmp_path / "m", torch.bfloat16, shard_size="1GB")
+    shutil.copy(model / "model.safetensors", model / name)
+    _older(model / "model.safetensors")
+    notes = _plan(model).notes
+    assert any(f"not read: {name}" in note for note in notes)
+    assert any(f"{name} is newer than model.safetensors" in note for note in notes) is told
+
+
 @pytest.mark.parametrize("indexed", [True, False])
 def test_one_file_beside_shards_is_read_as_diffusers_reads_it(indexed: bool, tmp_path: Path) -> None:
     diffusers = pytest.importorskip("diffusers")

@@ -6,6 +6,7 @@ import fcntl
 import os
 import pty
 import re
+import shlex
 import struct
 import subprocess
 import sys
@@ -49,6 +50,7 @@ EXPERT = "model.layers.31.mlp.experts.127.gate_proj.weight"
         ("a_name_without_parts", 11, "a_nam…parts"),
         ("fetching 24% of model-00001.safetensors", 20, "fetching 2…fetensors"),
         ("模型.层.3.权重", 12, "…层.3.权重"),
+        (unicodedata.normalize("NFD", "한글.3.가중치"), 13, unicodedata.normalize("NFD", "한글.3.가중치")),
     ],
 )
 def test_names_are_shortened_in_the_middle(name: str, width: int, short: str) -> None:
@@ -364,6 +366,32 @@ def test_the_bar_keeps_to_the_encoding(encoding: str) -> None:
     assert "#" in text or encoding == "utf-8"
     assert "\x1b" not in text
     assert "\\u" not in text
+
+
+@pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full", "2> >(true)", ">&- 2>&-", ">&- 2>&- <&-"])
+def test_work_is_done_where_nobody_can_hear_of_it(stderr: str, factorized: Path, tmp_path: Path) -> None:
+    command = f"sleep 0.1; exec {shlex.quote(sys.executable)} -m surgery fold f f/surgery/scales.safetensors -o {tmp_path}/o"
+    done = subprocess.run(
+        ["bash", "-c", f"({command}) {stderr}"], cwd=factorized, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60
+    )
+    assert done.returncode == 0
+    for file in (factorized / "m").glob("*.safetensors"):
+        assert (tmp_path / "o" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_no_file_takes_the_place_of_a_closed_stream(tmp_path: Path) -> None:
+    program = f"""
+from surgery.cli.main import main
+main(["recipes"], standalone_mode=False)
+assert open({str(tmp_path / "shard")!r}, "wb").fileno() > 2
+"""
+    streams = "<&- >&- 2>&-"
+    done = subprocess.run(
+        ["bash", "-c", f'exec "$0" -c "$1" {streams}', sys.executable, program],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=60,
+    )
+    assert done.returncode == 0
 
 
 def test_a_dumb_terminal_is_a_log() -> None:

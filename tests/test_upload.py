@@ -18,6 +18,7 @@ import surgery
 from surgery.errors import OutputError, ReadError
 from surgery.format.manifest import Manifest, SourceRecord
 from surgery.operations.card import adapter_card, factorized_card, folded_card, published
+from surgery.progress import Progress, heard
 from surgery.source import hub_client as client
 from surgery.source import upload
 from surgery.source.upload import Upload
@@ -407,11 +408,16 @@ def test_progress_counts_what_finish_waits_for(hub: LoopbackHub, tmp_path: Path)
                 target.submit(path, name)
             time.sleep(0.1)
             hub.gate.set()
-            target.finish(SMALL, CARD, progress=progress)
+            _finished(target, progress=progress)
     finally:
         hub.gate.set()
     assert progress.total == progress.done
     assert progress.total <= sum(path.stat().st_size for path in files.values())
+
+
+@heard
+def _finished(target: Upload, *, progress: Progress) -> str:
+    return target.finish(SMALL, CARD)
 
 
 # The cards.

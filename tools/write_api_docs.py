@@ -14,7 +14,8 @@ HEAD = """# From Python
 
 All that `import surgery` gives. Names are imported when they are first used: the first one takes the second that torch takes.
 
-- Paths are `str` or `Path`; `~` is expanded, environment variables are not.
+- Paths are `str`, `Path` or any `os.PathLike` of text; `~` is expanded, environment variables are not. A list may be whatever
+  has an order: a tuple, an iterator, an array. A `device` is its name or a `torch.device`.
 - An argument of the wrong kind is an `OptionError` that names it. What is wrong with the call itself, such as an unknown
   keyword, is Python's `TypeError`.
 - The package has types (`py.typed`).

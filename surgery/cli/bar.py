@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 
-from surgery.cli.text import can_show, cells, clock, duration, shorten, shown, size, tell, terminal_width
+from surgery.cli.text import can_show, cells, clock, duration, shorten, shown, size, tell, terminal_width, to_stderr
 
 #: Seconds between two looks at a phase, and between two drawings of its bar.
 _LOOK, _DRAW = 0.5, 0.1
@@ -31,7 +31,7 @@ class Bar:
     def __init__(self, *, quiet: bool, notes: bool = True) -> None:
         self._quiet, self._notes = quiet, notes and not quiet
         self._drawn = 0  # cells
-        self._on_terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self._on_terminal = sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self._phase: _Phase | None = None
         self._over = threading.Event()
         self._thread: threading.Thread | None = None
@@ -97,13 +97,11 @@ class Bar:
     def _clear(self) -> None:
         if self._drawn:
             self._draw("")
-            sys.stderr.write("\r")
-            sys.stderr.flush()
+            to_stderr("\r")
 
     def _draw(self, line: str) -> None:
         length = cells(line)
-        sys.stderr.write("\r" + line + " " * (min(self._drawn, _room()) - length))
-        sys.stderr.flush()
+        to_stderr("\r" + line + " " * (min(self._drawn, _room()) - length))
         self._drawn = length
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -29,6 +30,13 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     raise _Terminated
 
 
+def _hold_standard_streams() -> None:
+    """Where one is closed, the next file that is opened would take its place, and get what libraries print."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+
+
 class _Group(click.Group):
     """Turns a SurgeryError into a message and exit code 1; anything unforeseen keeps its traceback."""
 
@@ -36,12 +44,13 @@ class _Group(click.Group):
         main_thread = threading.current_thread() is threading.main_thread()
         before = signal.signal(signal.SIGTERM, _terminate) if main_thread else None
         try:
+            _hold_standard_streams()
             check_installation()
             return super().invoke(ctx)
         except BrokenPipeError:  # of whoever reads the output: click knows what to do
             raise
         except KeyboardInterrupt as stop:
-            click.echo("Interrupted.", err=True)
+            tell("Interrupted.")
             ctx.exit(143 if isinstance(stop, _Terminated) else 130)
         except SurgeryError as error:
             tell(f"Error: {error}")

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from surgery.cli.bar import Bar
-from surgery.cli.options import MODEL, PATH, device_option, json_option, notes_and_quiet, overlay_base_option, quiet_option
+from surgery.cli.options import (
+    MODEL,
+    PATH,
+    device_option,
+    json_option,
+    notes_and_quiet,
+    overlay_base_option,
+    overwrite_file_option,
+    quiet_option,
+)
 from surgery.cli.printing import print_json
 from surgery.cli.tables import table
 from surgery.cli.text import fitted, say, whole
@@ -29,7 +38,6 @@ _out = click.option(
     type=PATH,
     help="Scales file to write.",
 )
-_overwrite = click.option("--overwrite", is_flag=True, help="Replace the file if it is there.")
 
 
 @click.command(short_help="Find the scales that come closest to a fine-tuned model.")
@@ -38,7 +46,7 @@ _overwrite = click.option("--overwrite", is_flag=True, help="Replace the file if
 @_out
 @overlay_base_option
 @device_option
-@_overwrite
+@overwrite_file_option
 @json_option
 @quiet_option
 @notes_and_quiet
@@ -106,7 +114,7 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) 
     show_default=True,
     help="Mean of the scales, or of their logarithms (geometric).",
 )
-@_overwrite
+@overwrite_file_option
 @json_option
 @quiet_option
 @notes_and_quiet

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import click
 
 from surgery.cli.bar import Bar
-from surgery.cli.options import MODEL, PATH, device_option, json_option, notes_and_quiet, quiet_option
+from surgery.cli.options import MODEL, PATH, device_option, json_option, notes_and_quiet, overwrite_file_option, quiet_option
 from surgery.cli.printing import print_json
 from surgery.cli.text import say, tell, whole
 from surgery.errors import MissingExtra, OutputError
@@ -107,7 +107,7 @@ def spectra(model: str, tuned: str | None, out: Path, overwrite: bool, as_json: 
 @click.option("--max-rank", default=256, show_default=True, type=click.IntRange(min=1), help="The most directions of a matrix.")
 @click.option("-o", "--out", default="recipe.toml", show_default=True, type=PATH, help="Recipe file to write.")
 @_which_weights
-@click.option("--overwrite", is_flag=True, help="Replace the file if it is there.")
+@overwrite_file_option
 @json_option
 @quiet_option
 @notes_and_quiet

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import unicodedata
+from contextlib import suppress
 from typing import TextIO
 
 import click
@@ -37,7 +38,8 @@ def cells(text: str) -> int:
 
 
 def _cells(one: str) -> int:
-    if unicodedata.category(one) in ("Mn", "Me", "Cf"):
+    # Vowels and finals of Hangul stand in the cells of the consonant before them, as in file names of macOS.
+    if unicodedata.category(one) in ("Mn", "Me", "Cf") or "\u1160" <= one <= "\u11ff" or "\ud7b0" <= one <= "\ud7ff":
         return 0
     return 2 if unicodedata.east_asian_width(one) in "WF" else 1
 
@@ -47,8 +49,9 @@ def terminal_width(*, err: bool = False) -> int | None:
     said = os.environ.get("COLUMNS", "")
     if said.isdecimal() and int(said) > 0:
         return int(said)
+    stream = _stream(err)
     try:
-        return os.get_terminal_size(_stream(err).fileno()).columns or None
+        return None if stream is None else os.get_terminal_size(stream.fileno()).columns or None
     except (AttributeError, OSError, ValueError):
         return None
 
@@ -160,23 +163,29 @@ def fitted(text: str, *, indent: str = "  ", err: bool = False) -> str:
     return "\n".join(part for line in safe for part in wrapped(line, width, indent=indent))
 
 
+def to_stderr(text: str) -> None:
+    """Write text as it is. Whether anybody hears it never decides over the work: stderr may be closed, its reader gone."""
+    with suppress(OSError, ValueError):
+        click.echo(text, err=True, nl=False)
+
+
 def say(message: str, *, quiet: bool = False) -> None:
     """A line for the user that is no data, on stderr; broken at words where the terminal is narrow."""
     if not quiet:
-        click.echo(fitted(message, err=True), err=True)
+        to_stderr(fitted(message, err=True) + "\n")
 
 
 def tell(message: str, *, quiet: bool = False) -> None:
     """A note or an error, on stderr. What paths and commands it has is not known here: the terminal breaks its lines."""
     if not quiet:
-        click.echo("\n".join(shown(line, err=True) for line in message.split("\n")), err=True)
+        to_stderr("".join(shown(line, err=True) + "\n" for line in message.split("\n")))
 
 
-def _stream(err: bool) -> TextIO:
+def _stream(err: bool) -> TextIO | None:
     return sys.stderr if err else sys.stdout
 
 
-def _encoding(stream: TextIO) -> str:
+def _encoding(stream: TextIO | None) -> str:
     return getattr(stream, "encoding", None) or "utf-8"
 
 

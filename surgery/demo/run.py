@@ -68,7 +68,7 @@ def run_demo(
     *,
     rank: int = 16,
     steps: int = 60,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> DemoReport:
@@ -91,11 +91,11 @@ def run_demo(
     """
     if out is None:
         with tempfile.TemporaryDirectory(prefix="surgery-demo-") as folder:
-            return _run(None, Path(folder), rank, steps, device, overwrite, listening())
+            return _run(None, Path(folder), rank, steps, str(device), overwrite, listening())
     for name in ("factorized", "scales.safetensors", "folded"):
         if (Path(out) / name).exists() and not overwrite:
             raise OutputError(f"{Path(out) / name} is there already", hint="--overwrite replaces an earlier demo")
-    return _run(Path(out), Path(out), rank, steps, device, overwrite, listening())
+    return _run(Path(out), Path(out), rank, steps, str(device), overwrite, listening())
 
 
 def _run(out: Path | None, folder: Path, rank: int, steps: int, device: str, overwrite: bool, progress: Progress) -> DemoReport:

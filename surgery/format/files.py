@@ -177,6 +177,7 @@ class FileWriter:
             raise
 
     def _open(self) -> None:
+        check_replaceable(self.path)
         for folder in {self.path.parent, self.partial.parent}:
             if not folder.is_dir():
                 folder.mkdir(parents=True, exist_ok=True)
@@ -392,6 +393,17 @@ def check_regular(path: Path, name: str) -> None:
     """
     if not stat.S_ISREG(mode := path.stat().st_mode):
         raise ReadError(f"{name}: is no ordinary file", got="a folder" if stat.S_ISDIR(mode) else "a pipe or a device")
+
+
+def check_replaceable(path: Path) -> None:
+    """Refuse to put a file in the place of what is none: renamed over ``/dev/null``, it would take it away.
+
+    Raises:
+        OutputError: something else is there.
+    """
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "a pipe or a device"
+        raise OutputError(f"{path} is {what}", expected="a file to write", hint="choose another file with -o")
 
 
 def check_size(path: Path, name: str, most: int = MAX_JSON_BYTES) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from surgery.arguments import as_path
-from surgery.errors import FormatError, SourceError
+from surgery.errors import FormatError, SourceError, few
 from surgery.format.files import (
     MAX_OWN_JSON_BYTES,
     FileRecord,
@@ -433,7 +433,7 @@ def _decode(kind: type[_T], value: Any, where: str) -> _T:
     fields = {part.name: part for part in dataclasses.fields(kind)}  # type: ignore[arg-type]
     needed = {name for name, part in fields.items() if part.default_factory is dataclasses.MISSING}
     if odd := sorted(value.keys() - fields.keys() | needed - value.keys()):
-        raise FormatError(f"{where}: missing or unknown entries", got=", ".join(map(repr, odd[:5])))
+        raise FormatError(f"{where}: missing or unknown entries", got=few(map(repr, odd)))
     return kind(**{name: _decode_field(str(fields[name].type), value[name], f"{where}: {name}") for name in value})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from surgery.errors import FormatError, ScalesError
+from surgery.errors import FormatError, ReadError, ScalesError, few
 from surgery.format.files import write_file
 from surgery.format.lora import CONFIG as ADAPTER_CONFIG
 from surgery.format.lora import is_of_lora
@@ -29,6 +30,8 @@ _NEAR_ZERO, _NEARLY_ALL, _FEW = 0.5, 0.9, 4
 #: The file in each checkpoint folder of a Trainer, and of the factors in a factorized one.
 CHECKPOINT_FILE = "scales.safetensors"
 _PROJECT = "surgery project FACTORIZED MODEL -o scales.safetensors finds the scales that come closest to a fine-tuned model"
+#: Files in which trainings keep tensors.
+_OF_TENSORS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".npz", ".npy")
 _DTYPES = ("F32", "F64", "F16", "BF16")
 #: What trainings keep beside what they train.
 _COUNTERS = re.compile(r"(.*[._])?(steps?|epochs?|iter(ation)?s?|lr|learning_rate|loss|seed|count|num_batches_tracked)")
@@ -57,7 +60,8 @@ def write_scales(path: Path, scales: Mapping[str, torch.Tensor], fingerprint: st
         scales: key of a target -> (k,), or (B, k) for a stack, written as float32.
         fingerprint: that of the manifest of the factorized checkpoint; None, where it is not known, leaves it out.
     """
-    tensors = {name: value.detach().to("cpu", torch.float32).contiguous() for name, value in sorted(scales.items())}
+    # Copies: several may be views of the same memory, which the safetensors library does not write.
+    tensors = {name: value.detach().to("cpu", torch.float32, copy=True).contiguous() for name, value in sorted(scales.items())}
     belongs_to = json.dumps({"format_version": FORMAT_VERSION, "fingerprint": fingerprint})
     metadata = None if fingerprint is None else {SCALES_METADATA_KEY: belongs_to}
     write_file(path, safetensors.torch.save(tensors, metadata=metadata))
@@ -74,16 +78,16 @@ def scales_file(path: Path) -> Path:
     """
     if not path.is_dir():
         return path
-    found = [file for file in (path / CHECKPOINT_FILE, path / SCALES_FILE) if file.is_file()]
+    found = [file for file in (path / CHECKPOINT_FILE, path / SCALES_FILE) if file.is_file() or file.is_symlink()]
     found = found or [file for file in sorted(path.glob("*.safetensors")) if _says_what_it_is(file)]
-    found = found or sorted(path.glob(f"*/{CHECKPOINT_FILE}"), key=_numbers_in)
+    found = found or sorted(filter(_is_shown, path.glob(f"*/{CHECKPOINT_FILE}")), key=_numbers_in)
     if len(found) == 1:
         note(f"{path} is a folder: its {found[0].relative_to(path)} is taken")
         return found[0]
     if found:
         raise ScalesError(
             f"{path} is a folder with several scales files",
-            got=", ".join(str(file.relative_to(path)) for file in found[-4:]) + (" ..." if len(found) > 4 else ""),
+            got=few(file.relative_to(path) for file in reversed(found)),
             expected="a scales file",
             hint=f"give the one that is meant, such as {found[-1]}",
         )
@@ -93,21 +97,28 @@ def scales_file(path: Path) -> Path:
     if (path / CONFIG_FILE).is_file():
         raise ScalesError(f"{path} is the folder of a model, and holds no scales", expected="a scales file", hint=_PROJECT)
     names = sorted(file.name for file in path.iterdir() if not file.name.startswith("."))
+    files = [path / name for name in names if name.endswith(_OF_TENSORS) and (path / name).is_file()]
     raise ScalesError(
         f"{path} is a folder that holds no scales",
-        got=", ".join(names[:4]) + (" ..." if len(names) > 4 else "") if names else "an empty folder",
+        got=few(names) or "an empty folder",
         expected=f"a scales file, or a folder with a {CHECKPOINT_FILE}",
+        hint=f"if it is what is meant, give the file: {files[0]}" if files else None,
     )
+
+
+def _is_shown(file: Path) -> bool:
+    """Whether a file is in no hidden folder, as editors keep copies in."""
+    return not file.parent.name.startswith(".")
 
 
 def _says_what_it_is(file: Path) -> bool:
     """Whether a file is one of scales by its metadata."""
-    if file.name.startswith("."):
+    if file.name.startswith(".") or not file.is_file():
         return False
     try:
         with ShardReader(file) as reader:
             return SCALES_METADATA_KEY in reader.header.metadata
-    except FormatError:
+    except (FormatError, ReadError):
         return False
 
 
@@ -125,7 +136,7 @@ def read_scales_alone(path: Path) -> ScalesFile:
             cannot have.
 
     Warns:
-        SurgeryWarning, or a note of the operation that reads it: it holds half-precision values, float64 values that float32
+        SurgeryWarning, or a note where somebody listens: it holds half-precision values, float64 values that float32
             has not, numbers that do not look like multipliers, or more than scales.
     """
     path = scales_file(path)
@@ -158,7 +169,7 @@ def read_scales(path: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
             misshapen or not finite.
 
     Warns:
-        SurgeryWarning, or a note of the operation that reads them: the file says nothing about its factors, or has other names
+        SurgeryWarning, or a note where somebody listens: the file says nothing about its factors, or has other names
             or shapes than these; it holds half-precision values, float64 values that float32 has not, numbers that do not look
             like multipliers, or more than scales.
     """
@@ -193,7 +204,10 @@ def _check_kind(header: Header, path: Path, manifest: Manifest | None = None) ->
     owned = SCALES_METADATA_KEY in header.metadata
     whole = {target.tensor: target.shape for target in manifest.targets} if manifest is not None else {}
     if not owned and any(map(is_of_lora, names)):
-        what, hint = "the weights of a LoRA adapter", f"surgery fold FACTORIZED SCALES --lora {path.parent}, beside scales"
+        what, hint = (
+            "the weights of a LoRA adapter",
+            f"surgery fold FACTORIZED SCALES --lora {shlex.quote(str(path.parent))}, beside scales",
+        )
     elif any(ATTACHED_NAME in name for name in names):
         what = "parameters of a model with scales, which hold g - 1"
         hint = 'the scales that surgery.attach gave write the file: scales.save("scales.safetensors")'
@@ -222,7 +236,7 @@ def _entries(header: Header, wanted: Collection[str], path: Path) -> list[Tensor
     if not entries:
         raise ScalesError(f"{path} holds no scales")
     if others:
-        note(f"{path} holds what is no scale, and is not used: {', '.join(sorted(others)[:4])}")
+        note(f"{path} holds what is no scale, and is not used: {few(sorted(others))}")
     if half := sorted({entry.dtype for entry in entries} & {"BF16", "F16"}):
         note(
             f"{path} holds {' and '.join(half)} scales: next to 1 they are spaced by "
@@ -379,13 +393,10 @@ def _other_names(names: NameMap, where: str, count: int, targets: list[str]) -> 
     )
 
 
-def note_renamed(names: NameMap, where: str) -> None:
-    """Warn where names are taken for others."""
+def note_renamed(names: NameMap, where: str, wanted: str = "the checkpoint's") -> None:
+    """Warn where names are taken for others, ``wanted``."""
     if (renamed := names.renamed) is not None:
-        note(
-            f"{where}: names that differ from the checkpoint's, and fit them one to one: {renamed[0]!r} is taken for "
-            f"{renamed[1]!r}"
-        )
+        note(f"{where}: names that differ from {wanted}, and fit them one to one: {renamed[0]!r} is taken for {renamed[1]!r}")
 
 
 def same_but_for_ones(shape: Sequence[int], other: Sequence[int]) -> bool:

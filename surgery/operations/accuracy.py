@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from surgery.errors import few
+
 #: As many are named.
 _NAMED = 3
 
@@ -18,6 +20,5 @@ def unconverged_note(found: Mapping[str, float], of: str, tolerance: float, hint
         hint: what it means and what to do.
     """
     worst = sorted(found, key=lambda key: -found[key])
-    named = ", ".join(f"{key} (residual {found[key]:.1e})" for key in worst[:_NAMED])
-    more = f" and {len(worst) - _NAMED} more" if len(worst) > _NAMED else ""
-    return f"the SVD of {len(found)} of {of} did not reach the tolerance {tolerance:g}: {named}{more}. {hint}"
+    named = few((f"{key} (residual {found[key]:.1e})" for key in worst), most=_NAMED)
+    return f"the SVD of {len(found)} of {of} did not reach the tolerance {tolerance:g}: {named}. {hint}"

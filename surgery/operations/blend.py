@@ -158,7 +158,7 @@ def _as_the_first(paths: Sequence[Path], read: Sequence[ScalesFile], index: int)
     if not names.fits:
         odd, has, lacks = (names.missing[0], first, path) if names.missing else (names.unknown[0], path, first)
         raise ScalesError(f"{odd!r} is in {has} and not in {lacks}", expected="the same targets in all files")
-    note_renamed(names, str(path))
+    note_renamed(names, str(path), f"those in {first}")
     shapes = {}
     for key, one in read[0].values.items():
         shapes[names.given[key]] = (there, meant) = list(values[names.given[key]].shape), list(one.shape)

@@ -129,7 +129,7 @@ def export(
     if adapter is not None and not adapter.is_in(out, factorized, values, progress):
         for name in (CONFIG, WEIGHTS):
             check_output_file(out / name, [factorized], overwrite=False)
-    with uploading(push_to_hub, progress, private=private) as upload:
+    with uploading(push_to_hub, private=private) as upload:
         if adapter is not None:
             if not (out / CONFIG).exists():  # stopped just before the end
                 write_file(out / CONFIG, adapter.config)
@@ -140,7 +140,7 @@ def export(
         if any(update.carrier is None for update in adapter.updates) and (older := too_old_for_experts()) is not None:
             progress.note(f"the adapter changes experts: PEFT loads it from 0.20 on, and here is {older}")
         names, modules = (CONFIG, WEIGHTS), len(adapter.updates)
-        publish_adapter(upload, out, names, manifest, factorized, modules=modules, rank=adapter.rank, progress=progress)
+        publish_adapter(upload, out, names, manifest, factorized, modules=modules, rank=adapter.rank)
     return ExportReport(out, "peft", modules, adapter.rank, (out / WEIGHTS).stat().st_size)
 
 
@@ -202,17 +202,14 @@ class _Adapter:
     ) -> Generator[bytes | memoryview]:
         """The file of weights, one half of a module at a time."""
         entries = [entry for update in self.updates for entry in _entries(update, self.rank)]
-        progress.start(what, sum(entry.nbytes for entry in entries))
-        try:
-            with FactorsReaders(factorized, self.manifest) as factors:
-                yield make_header(entries, {"format": "pt"})
-                for update in self.updates:
-                    progress.item(update.name)
-                    for half in _halves(update, self.carriers, factors, values, self.rank):
-                        yield bytes_of(half)
-                        progress.advance(half.nbytes)
-        finally:
-            progress.finish()
+        size = sum(entry.nbytes for entry in entries)
+        with phase(progress, what, size), FactorsReaders(factorized, self.manifest) as factors:
+            yield make_header(entries, {"format": "pt"})
+            for update in self.updates:
+                progress.item(update.name)
+                for half in _halves(update, self.carriers, factors, values, self.rank):
+                    yield bytes_of(half)
+                    progress.advance(half.nbytes)
 
 
 def _updates(model: nn.Module | None, manifest: Manifest) -> tuple[list[_Update], dict[str, Carrier]]:

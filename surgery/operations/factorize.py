@@ -15,7 +15,7 @@ import torch
 
 from surgery.device import on_its_own_terms
 from surgery.engine.lane import Lane
-from surgery.errors import OutputError
+from surgery.errors import OutputError, few
 from surgery.format.files import copy_file, file_sha256, reading
 from surgery.format.manifest import (
     LeftOutRecord,
@@ -99,7 +99,7 @@ def plan(
     correction: bool = True,
     revision: str | None = None,
     subfolder: str | None = None,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     max_memory: int | None = None,
     max_device_memory: int | None = None,
     stream: bool = False,
@@ -125,7 +125,7 @@ def plan(
     """
     progress = listening()
     choice = _choice(rank, energy, max_rank, include, exclude, recipe, split)
-    with engine_of("local", device, max_memory, max_device_memory, None) as by, phase(progress, "planning"):
+    with engine_of("local", str(device), max_memory, max_device_memory, None) as by, phase(progress, "planning"):
         source = _open(model, revision, subfolder, (Path(STREAM_DIR), by.files_at_a_time) if stream else None)
         steps = _plan(source, choice, layout, correction, by.resources, fetch=False)
     for note in steps.notes:
@@ -179,7 +179,7 @@ def factorize(
     subfolder: str | None = None,
     seed: int = 0,
     tolerance: float = DEFAULT_TOLERANCE,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     max_memory: int | None = None,
     max_device_memory: int | None = None,
     engine: EngineName = "local",
@@ -246,7 +246,7 @@ def factorize(
     progress = listening()
     check_accuracy(tolerance, seed)
     out = Path(out)
-    with engine_of(engine, device, max_memory, max_device_memory, timing) as by:
+    with engine_of(engine, str(device), max_memory, max_device_memory, timing) as by:
         with phase(progress, "planning"):
             source = _open(model, revision, subfolder, (out / STREAM_DIR, by.files_at_a_time) if stream else None)
             choice = _choice(rank, energy, max_rank, include, exclude, recipe, split)
@@ -257,8 +257,8 @@ def factorize(
             rank, energy, max_rank, steps.recipe, split, correction, list(include), list(exclude), seed, tolerance
         )
         with (
-            uploading(push_to_hub, progress, private=private) as upload,
-            locked(out, source.folders(), progress),
+            uploading(push_to_hub, private=private) as upload,
+            locked(out, source.folders()),
         ):
             if (out / MANIFEST_FILE).is_file() and not overwrite:
                 manifest = _finished(out, source, steps, options, progress)
@@ -266,7 +266,7 @@ def factorize(
                 progress.note(f"{out} is already complete" + (": nothing to do" if upload is None else ""))
                 for shard in manifest.shards:
                     submit_shard(upload, out, shard)
-                publish_factorized(upload, out, manifest, progress)
+                publish_factorized(upload, out, manifest)
                 for note in _accuracy_notes(manifest, steps):
                     progress.note(note)
                 return _report(out, manifest)
@@ -275,11 +275,11 @@ def factorize(
             journal = Journal(out, _identity(source, steps, options, by.device_name))
             needed = steps.bytes_written + (steps.temporary_bytes if stream else 0)
             settings = Settings(steps.layout, correction, seed, tolerance)
-            with result_folder(out, journal, _output_files(source, steps), needed, progress, overwrite=overwrite) as place:
+            with result_folder(out, journal, _output_files(source, steps), needed, overwrite=overwrite) as place:
                 work = _Factorizing(source, steps, out, place, settings, progress, timing)
                 results = _run_jobs(by, work, journal, upload, progress)
                 manifest = _finish(source, steps, place, results, options, by.device_name, progress)
-                publish_factorized(upload, place, manifest, progress)
+                publish_factorized(upload, place, manifest)
     for note in (*_accuracy_notes(manifest, steps), *notes_of_equal(source, steps, manifest)):
         progress.note(note)
     return _report(out, manifest)
@@ -290,9 +290,8 @@ def _run_jobs(
 ) -> list[ShardResult]:
     """The results of all shards: of those that an earlier start of this run has finished from its journal."""
     shards, place = work.steps.shards, work.place
-    progress.start("factorizing", work.steps.bytes_read)
     results: dict[int, ShardResult] = {}
-    try:
+    with phase(progress, "factorizing", work.steps.bytes_read):
         for index in range(len(shards)):
             done = _recorded(journal, index, work)
             if done is not None:
@@ -307,8 +306,6 @@ def _run_jobs(
                 results[index] = result
                 journal.record(index, result.as_json())
                 submit_shard(upload, place, result.shard)
-    finally:
-        progress.finish()
     return [results[index] for index in range(len(shards))]
 
 
@@ -445,8 +442,7 @@ def _finished(out: Path, source: Source, steps: Plan, options: OptionsRecord, pr
     if source.record.kind == "folder" and not differences:
         recorded = {record.file: record for record in (*(shard.source for shard in manifest.shards), *manifest.files)}
         files = (*(shard.file for shard in steps.shards), *source.selection.others)
-        progress.start("comparing", sum(map(source.size, files)))
-        try:
+        with phase(progress, "comparing", sum(map(source.size, files))):
             for file in files:
                 progress.item(file)
                 path = source.fetch(file)
@@ -455,21 +451,19 @@ def _finished(out: Path, source: Source, steps: Plan, options: OptionsRecord, pr
                 if not same:
                     differences.append(f"{file} of the model has changed")
                 progress.advance(source.size(file))
-        finally:
-            progress.finish()
         differences += [f"{file} of the model is gone" for file in sorted(recorded.keys() - set(files))]
     if differences:
         raise OutputError(
             f"{out} holds the complete result of another run",
-            got="; ".join(differences[:4]) + (" ..." if len(differences) > 4 else ""),
+            got=few(differences, between="; "),
             hint="--overwrite replaces it; -o chooses another folder",
         )
-    lost = not_as_recorded(out, manifest.output_files(), progress)
+    lost = not_as_recorded(out, manifest.output_files())
     if lost or not (out / SCALES_FILE).is_file():
         lost = lost or [SCALES_FILE]
         raise OutputError(
             f"{out} holds a complete result that has lost files since, or whose files have changed",
-            got=", ".join(lost[:5]) + (" ..." if len(lost) > 5 else ""),
+            got=few(lost),
             hint="--overwrite makes it anew",
         )
     return manifest

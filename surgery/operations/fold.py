@@ -93,7 +93,7 @@ def fold(
     *,
     base: str | Path | None = None,
     lora: str | Path | None = None,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     max_memory: int | None = None,
     max_device_memory: int | None = None,
     engine: EngineName = "local",
@@ -154,7 +154,7 @@ def fold(
         scales = scales_file(Path(scales))
     values = check_scales(scales, manifest) if isinstance(scales, Mapping) else read_scales(scales, manifest)
     # Folding is float64 arithmetic, which an Apple GPU does not have.
-    exact_on = "cpu" if choose_devices(device)[0].type == "mps" else device
+    exact_on = "cpu" if choose_devices(str(device))[0].type == "mps" else str(device)
     with engine_of(engine, exact_on, max_memory, max_device_memory, timing) as by:
         streaming = (out / STREAM_DIR, by.files_at_a_time) if stream else None
         weights = weight_source(factorized, manifest, base, streaming)
@@ -172,8 +172,8 @@ def fold(
             raise OptionError("there is nothing to dequantize: this is no overlay of an FP8 model", hint="drop --dequantize")
         memory = share_out([need_to_fold(target) for target in manifest.targets], by.resources)
         with (
-            uploading(push_to_hub, progress, private=private) as upload,
-            locked(out, inputs, progress),
+            uploading(push_to_hub, private=private) as upload,
+            locked(out, inputs),
             DenseWeights(manifest, factorized, weights, quantized, values, to_dense=dequantize, additions=additions) as dense,
         ):
             if additions:
@@ -185,7 +185,7 @@ def fold(
             if not overwrite and _looks_finished(out, manifest, dequantize):
                 report = _compared(by, work, others, memory, progress)
                 Journal.forget(out)
-                _publish(upload, out, report, manifest, progress, submitted=False)
+                _publish(upload, out, report, manifest, submitted=False)
                 return report
             journal = Journal(out, _identity(manifest, others, weights, settings, by.device_name))
             # What is FP8 takes twice as much in bfloat16.
@@ -193,30 +193,20 @@ def fold(
             needed += sum(record.size for record in others)
             writes = [shard.source.file for shard in manifest.shards] + [record.file for record in others]
             # The journal is there until the upload is over: a fold keeps no other record to go on with.
-            with result_folder(out, journal, writes, needed, progress, overwrite=overwrite, earlier=_model_in(out)) as place:
+            with result_folder(out, journal, writes, needed, overwrite=overwrite, earlier=_model_in(out)) as place:
                 work.settings = dataclasses.replace(settings, place=place)
                 files = _fold_shards(by, work, memory, journal, upload, progress)
                 _copy_others(factorized, place, others, progress, to_dense=dequantize)
                 report = _report(files, manifest, settings)
-                _publish(upload, place, report, manifest, progress, submitted=True)
+                _publish(upload, place, report, manifest, submitted=True)
     return report
 
 
-def _publish(
-    upload: Upload | None, place: Path, report: FoldReport, manifest: Manifest, progress: Progress, *, submitted: bool
-) -> None:
+def _publish(upload: Upload | None, place: Path, report: FoldReport, manifest: Manifest, *, submitted: bool) -> None:
     if not submitted:
         for record in report.files:
             submit_files(upload, place, [record])
-    publish_folded(
-        upload,
-        place,
-        manifest,
-        changed=report.changed,
-        adapted=report.adapted,
-        dequantized=report.dequantized,
-        progress=progress,
-    )
+    publish_folded(upload, place, manifest, changed=report.changed, adapted=report.adapted, dequantized=report.dequantized)
 
 
 def _additions(factorized: Path, manifest: Manifest, weights: OwnWeights | BaseWeights, lora: Path) -> dict[str, Addition]:
@@ -265,16 +255,13 @@ def _compared(engine: Engine, work: _Folding, others: Iterable[FileRecord], memo
         OutputError: what is there is another fold, or something else.
     """
     manifest, out = work.manifest, work.settings.out
-    progress.start("comparing", sum(shard.source.size for shard in manifest.shards))
     work.to_compare = True
     found: dict[int, FileRecord | None] = {}
-    try:
+    with phase(progress, "comparing", sum(shard.source.size for shard in manifest.shards)):
         with closing(engine.run(work, range(len(manifest.shards)), memory)) as finished:
             found.update(finished)
-    finally:
-        progress.finish()
     files = [record for index in range(len(manifest.shards)) if (record := found[index]) is not None]
-    if not_as_recorded(out, (*files, *others), progress):
+    if not_as_recorded(out, (*files, *others)):
         raise OutputError(
             f"{out} holds files already, and they are not those of this fold",
             hint="--overwrite replaces an earlier result; -o chooses another folder",
@@ -315,9 +302,8 @@ def _fold_shards(
 ) -> list[FileRecord]:
     """Write all weight files but those that an earlier start of this run has written."""
     shards, place = work.manifest.shards, work.settings.place
-    progress.start("folding", sum(shard.source.size for shard in shards))
     files: dict[int, FileRecord | None] = {}
-    try:
+    with phase(progress, "folding", sum(shard.source.size for shard in shards)):
         for index in range(len(shards)):
             known = journal.recorded(index)
             record = None if known is None else decode_file(known, f"{place}: the journal of shard {index + 1}")
@@ -331,8 +317,6 @@ def _fold_shards(
                 files[index] = record
                 journal.record(index, {"file": None if record is None else asdict(record)})
                 submit_files(upload, place, [record] if record else [])
-    finally:
-        progress.finish()
     return [record for index in range(len(shards)) if (record := files[index]) is not None]
 
 

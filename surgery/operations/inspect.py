@@ -114,9 +114,6 @@ def inspect(factorized: str | Path) -> InspectReport:
     Args:
         factorized: a folder written by ``factorize``.
 
-    Args:
-        factorized: a folder written by ``factorize``.
-
     Returns:
         What it says, which holds together; of files nothing is looked at.
 

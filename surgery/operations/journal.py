@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import FormatError, OutputError, ReadError
+from surgery.errors import FormatError, OutputError, ReadError, few
 from surgery.format.files import MAX_OWN_JSON_BYTES, read_json_object, reporting, write_file
 from surgery.names import FILES_FILE, JOURNAL_DIR, REPLACED_FILE, RUN_FILE
 
@@ -91,7 +91,7 @@ class Journal:
         if differences:
             raise OutputError(
                 f"{self._out} holds an unfinished run of another kind",
-                got="; ".join(differences[:4]) + (" ..." if len(differences) > 4 else ""),
+                got=few(differences, between="; "),
                 expected="the same command on the same model, to go on with it",
                 hint="repeat the earlier command, start anew with --overwrite, or choose another folder with -o",
             )

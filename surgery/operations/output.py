@@ -11,8 +11,8 @@ from pathlib import Path, PurePosixPath
 
 from filelock import FileLock, Timeout
 
-from surgery.errors import FormatError, OptionError, OutputError, ReadError, ScalesError, SurgeryError, WeightError
-from surgery.format.files import FileRecord, check_file, reporting, sync_directory
+from surgery.errors import FormatError, OptionError, OutputError, ReadError, ScalesError, SurgeryError, WeightError, few
+from surgery.format.files import FileRecord, check_file, check_replaceable, reporting, sync_directory
 from surgery.format.manifest import Manifest
 from surgery.names import (
     CONFIG_FILE,
@@ -29,7 +29,7 @@ from surgery.names import (
     is_litter,
 )
 from surgery.operations.journal import Journal
-from surgery.progress import Progress, phase
+from surgery.progress import listening, note, phase
 from surgery.source.select import is_read_by_loaders
 from surgery.source.shards import is_index
 
@@ -38,13 +38,14 @@ _ROOM_HINT = "free some space, or choose a folder on another disk"
 
 
 @contextmanager
-def locked(out: Path, inputs: Iterable[Path], progress: Progress) -> Iterator[None]:
+def locked(out: Path, inputs: Iterable[Path]) -> Iterator[None]:
     """Hold the output folder, created if missing, against other runs. The system lets go of a dead one's lock.
+
+    If the run is interrupted, a note says how to go on.
 
     Args:
         out: the folder.
         inputs: folders and files that are read; ``out`` may neither be one, nor lie in one, nor hold one.
-        progress: told how to go on, if the run is interrupted.
 
     Raises:
         OutputError: another run holds it, it is one of the inputs or no folder, or it cannot be written to.
@@ -71,7 +72,7 @@ def locked(out: Path, inputs: Iterable[Path], progress: Progress) -> Iterator[No
     except KeyboardInterrupt:
         if Journal.is_there(out):
             done = Journal.count(out)
-            progress.note(f"stopped after {done} shard{'' if done == 1 else 's'}; the same command goes on from there")
+            note(f"stopped after {done} shard{'' if done == 1 else 's'}; the same command goes on from there")
         raise
     finally:
         # The lock's file is removed only while it is held, and with nothing left to go on with.
@@ -115,8 +116,7 @@ def check_output_file(out: Path, inputs: Iterable[Path], *, overwrite: bool, but
                     hint="choose another file with -o; what is read is never written to",
                 )
         _check_leads_somewhere(out)
-        if out.is_dir():
-            raise OutputError(f"{out} is a folder", expected="a file to write, such as scales.safetensors", hint="-o FILE")
+        check_replaceable(out)
         if out.exists() and not overwrite:
             raise OutputError(f"{out} is there already", hint="--overwrite replaces it; -o chooses another file")
         folder = next(path for path in out.absolute().parents if path.exists())
@@ -133,7 +133,6 @@ def result_folder(
     journal: Journal,
     writes: Iterable[str],
     needed: int,
-    progress: Progress,
     *,
     overwrite: bool,
     earlier: Iterable[str] = (),
@@ -144,14 +143,13 @@ def result_folder(
     error the new result is whole, and takes the place of the earlier one: of what that consists of nothing stays. That
     is what its manifest names, what the new result has under the same names, what loaders look for beside a model's weights,
     and what an unfinished run leaves. Other weights and files in ``surgery/`` are a reason to refuse, as they would mix with
-    the result or are not ours; any other file is left alone.
+    the result or are not ours; any other file is left alone, with a note.
 
     Args:
         out: the folder, locked.
         journal: of the run, which is over when the context is left without an error.
         writes: files of the new result, relative.
         needed: bytes that it takes.
-        progress: told what stays.
         overwrite: whether an earlier result may be replaced.
         earlier: files that belong to an earlier result as well.
 
@@ -174,7 +172,7 @@ def result_folder(
     taken = {name for name in kept if is_read_by_loaders(name)}
     for names, what in ((kept - taken, "what is no part of a model"), (taken, "what may be taken for part of it")):
         if names:
-            progress.note(f"{out} keeps {what}: {', '.join(sorted(names)[:5])}" + (" ..." if len(names) > 5 else ""))
+            note(f"{out} keeps {what}: {few(sorted(names))}")
     Journal.forget(out)
 
 
@@ -197,7 +195,7 @@ def _prepared(out: Path, journal: Journal, writes: set[str], needed: int, earlie
     if top and not overwrite:
         raise OutputError(
             f"{out} holds files already",
-            got=", ".join(top[:5]) + (" ..." if len(top) > 5 else ""),
+            got=few(top),
             hint="--overwrite replaces an earlier result; -o chooses another folder",
         )
     present = files_in(out)
@@ -208,7 +206,7 @@ def _prepared(out: Path, journal: Journal, writes: set[str], needed: int, earlie
     if foreign:
         raise OutputError(
             f"{out} holds files that no run of surgery has put there",
-            got=", ".join(foreign[:5]) + (" ..." if len(foreign) > 5 else ""),
+            got=few(foreign),
             hint="choose another folder with -o",
         )
     is_whole = bool(stale) and _may_be_whole(out, present)
@@ -370,9 +368,9 @@ def is_as_recorded(out: Path, record: FileRecord) -> bool:
     return True
 
 
-def not_as_recorded(out: Path, records: Iterable[FileRecord], progress: Progress) -> list[str]:
+def not_as_recorded(out: Path, records: Iterable[FileRecord]) -> list[str]:
     """The files that are not there with the size and the sha256 that were recorded."""
-    known, lost = list(records), []
+    known, lost, progress = list(records), [], listening()
     with phase(progress, "hashing", sum(record.size for record in known)):
         for record in known:
             progress.item(record.file)

@@ -78,7 +78,7 @@ def project(
     out: str | Path,
     *,
     base: str | Path | None = None,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ProjectReport:
@@ -115,7 +115,7 @@ def project(
         OptionError: a base that is not needed; no such device.
     """
     progress = listening()
-    where = choose_device(device)
+    where = choose_device(str(device))
     where = torch.device("cpu") if where.type == "mps" else where  # which has no float64
     factorized, out = Path(factorized), Path(out)
     manifest = Manifest.read(factorized)
@@ -131,14 +131,14 @@ def project(
     with ExitStack() as stack:
         with phase(progress, "reading headers"):
             names = {entry.name for shard in manifest.shards for entry in weights.header(shard).tensors}
-            model = stack.enter_context(TunedModel(source, shapes, names, progress, aliases))
+            model = stack.enter_context(TunedModel(source, shapes, names, aliases))
         projector = stack.enter_context(_Projector(factorized, manifest, weights, model, where))
         projector.run(progress)
         found = projector.found
     for read in (source, weights):
         read.watch.check()
     write_scales(out, {key: one.scales for key, one in found.items()}, manifest.fingerprint)
-    note_what_is_unlikely(source.name, [one.sums.norms(key) for key, one in found.items()], progress)
+    note_what_is_unlikely(source.name, [one.sums.norms(key) for key, one in found.items()])
     total = _Sums()
     for one in found.values():
         total.add(one.sums)
@@ -228,12 +228,9 @@ class _Projector:
         """Fill ``found``. Shards without targets are not read."""
         owners = {target.shard for target in self._manifest.targets}
         shards = [shard for shard in self._manifest.shards if shard.source.file in owners]
-        progress.start("projecting", sum(shard.source.size for shard in shards))
-        try:
+        with phase(progress, "projecting", sum(shard.source.size for shard in shards)):
             for shard in shards:
                 self._shard(shard, progress)
-        finally:
-            progress.finish()
 
     def _shard(self, shard: ShardRecord, progress: Progress) -> None:
         path, expected = self._weights.file(shard)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from surgery.format.files import FileRecord, read_json_object
 from surgery.format.manifest import Manifest, ShardRecord
 from surgery.names import CONFIG_FILE, MANIFEST_FILE, SCALES_FILE
-from surgery.progress import Progress
+from surgery.progress import note
 
 if TYPE_CHECKING:
     from surgery.source.upload import Upload
@@ -21,7 +21,7 @@ _CARD_FILE = "README.md"
 
 
 @contextmanager
-def uploading(repo_id: str | None, progress: Progress, *, private: bool) -> Iterator[Upload | None]:
+def uploading(repo_id: str | None, *, private: bool) -> Iterator[Upload | None]:
     """The repository that a result goes to, made sure of before any work is done; None for none."""
     if repo_id is None:
         yield None
@@ -31,7 +31,7 @@ def uploading(repo_id: str | None, progress: Progress, *, private: bool) -> Iter
     with Upload.open(repo_id, private=private) as upload:
         if upload.private != private:
             kind = "private" if upload.private else "public"
-            progress.note(f"the repository {upload.repo_id} is there already, and stays as it is: {kind}")
+            note(f"the repository {upload.repo_id} is there already, and stays as it is: {kind}")
         yield upload
 
 
@@ -46,7 +46,7 @@ def submit_files(upload: Upload | None, out: Path, records: Iterable[FileRecord]
         upload.submit_all([(out / record.file, record.file, record.sha256) for record in records])
 
 
-def publish_factorized(upload: Upload | None, out: Path, manifest: Manifest, progress: Progress) -> None:
+def publish_factorized(upload: Upload | None, out: Path, manifest: Manifest) -> None:
     """All that is left of a factorized checkpoint, when its shards have been submitted."""
     if upload is None:
         return
@@ -56,11 +56,11 @@ def publish_factorized(upload: Upload | None, out: Path, manifest: Manifest, pro
     files: dict[str, Path | bytes] = {record.file: out / record.file for record in there.files}
     files |= {SCALES_FILE: out / SCALES_FILE, MANIFEST_FILE: there.as_bytes()}
     card = factorized_card(manifest, upload.repo_id, original=_original_card(out, manifest))
-    _complete(upload, files, card, progress)
+    _complete(upload, files, card)
 
 
 def publish_folded(
-    upload: Upload | None, out: Path, manifest: Manifest, *, changed: int, adapted: int, dequantized: bool, progress: Progress
+    upload: Upload | None, out: Path, manifest: Manifest, *, changed: int, adapted: int, dequantized: bool
 ) -> None:
     """All that goes along with the weights of a folded model, when those have been submitted."""
     if upload is None:
@@ -77,7 +77,7 @@ def publish_folded(
         architecture=_architecture(out),
         original=_original_card(out, manifest),
     )
-    _complete(upload, files, card, progress)
+    _complete(upload, files, card)
 
 
 def publish_adapter(
@@ -89,7 +89,6 @@ def publish_adapter(
     *,
     modules: int,
     rank: int,
-    progress: Progress,
 ) -> None:
     """An exported adapter."""
     if upload is None:
@@ -97,12 +96,12 @@ def publish_adapter(
     from surgery.operations.card import adapter_card
 
     card = adapter_card(manifest, upload.repo_id, modules=modules, rank=rank, architecture=_architecture(factorized))
-    _complete(upload, {name: out / name for name in names}, card, progress)
+    _complete(upload, {name: out / name for name in names}, card)
 
 
-def _complete(upload: Upload, files: dict[str, Path | bytes], card: str, progress: Progress) -> None:
-    url = upload.finish(files, card, progress=progress)
-    progress.note(f"uploaded to {url}" + (" (private)" if upload.private else ""))
+def _complete(upload: Upload, files: dict[str, Path | bytes], card: str) -> None:
+    url = upload.finish(files, card)
+    note(f"uploaded to {url}" + (" (private)" if upload.private else ""))
 
 
 def _original_card(out: Path, manifest: Manifest) -> str | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from surgery.device import on_its_own_terms
 from surgery.errors import OptionError
@@ -79,7 +80,7 @@ def recommend(
     revision: str | None = None,
     subfolder: str | None = None,
     seed: int = 0,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Recommendation:

@@ -14,6 +14,7 @@ from surgery.device import on_its_own_terms
 from surgery.errors import OptionError, ScalesError
 from surgery.format import scales as files
 from surgery.format.scales import ScalesFile
+from surgery.linalg.rounding import check_dense
 from surgery.progress import Progress
 from surgery.reports import Report
 
@@ -63,7 +64,7 @@ def read_scales(path: str | Path, *, progress: Progress | None = None) -> Scales
     """Read a scales file; the factorized checkpoint is not needed.
 
     Args:
-        path: the file.
+        path: the file, or a folder that holds one.
         progress: told what the user should know; without it that is a ``SurgeryWarning``.
 
     Returns:
@@ -76,7 +77,8 @@ def read_scales(path: str | Path, *, progress: Progress | None = None) -> Scales
             cannot have.
 
     Warns:
-        SurgeryWarning: the file holds half-precision values, or numbers that do not look like multipliers.
+        SurgeryWarning: the path is a folder; or the file holds half-precision values, float64 values that float32 has not,
+            numbers that do not look like multipliers, or more than scales.
     """
     return files.read_scales_alone(Path(path))
 
@@ -92,26 +94,21 @@ def write_scales(path: str | Path, scales: Mapping[str, torch.Tensor], fingerpri
             and the report of ``factorize``; with None the file does not say, and is checked by names and shapes only.
 
     Raises:
-        ScalesError: no scales, a name that is no text, or a value that is no tensor of floating-point numbers, has another
-            number of dimensions, or holds NaN, infinity or what is beyond float32.
-        OptionError: no fingerprint, which is a sha256.
+        OptionError: no mapping of names to dense tensors of real floating-point numbers; no fingerprint, which is a sha256.
+        ScalesError: no scales, or some that have another number of dimensions, or hold NaN, infinity or what is beyond float32.
         OutputError: the file cannot be written.
     """
-    if not isinstance(scales, Mapping) or not scales:
-        raise ScalesError("there are no scales to write", got=type(scales).__name__, expected="key -> tensor")
-    if fingerprint is not None and not re.fullmatch("[0-9a-f]{64}", str(fingerprint)):
+    if not scales:
+        raise ScalesError("there are no scales to write", expected="those of at least one target")
+    if fingerprint is not None and not re.fullmatch("[0-9a-f]{64}", fingerprint):
         raise OptionError(
             "this is no fingerprint of factors", got=repr(fingerprint)[:80], expected="a sha256, or None where it is not known"
         )
     for key, value in scales.items():
-        if not isinstance(key, str) or not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
-            got = str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
-            raise ScalesError(f"{key!r} is nothing that scales can be", got=got, expected="a tensor of floating-point numbers")
-        if value.is_meta or value.layout != torch.strided or value.ndim not in (1, 2) or not value.numel():
+        check_dense(value, f"scales: {key!r}")
+        if value.ndim not in (1, 2) or not value.numel():
             raise ScalesError(
-                f"{key!r} has a shape that scales cannot have",
-                got=f"{list(value.shape)}, {value.layout}, on {value.device}",
-                expected="(k,), or (B, k) for a stack",
+                f"{key!r} has a shape that scales cannot have", got=list(value.shape), expected="(k,), or (B, k) for a stack"
             )
         if not bool(torch.isfinite(value.detach().float()).all()):
             raise ScalesError(f"{key!r} holds NaN or infinity, or what is beyond float32")
@@ -123,7 +120,7 @@ def show_scales(path: str | Path, *, top: int = 20, progress: Progress | None = 
     """Sum up a scales file; the factorized checkpoint is not needed.
 
     Args:
-        path: the file.
+        path: the file, or a folder that holds one.
         top: how many of the changed directions to list.
         progress: told what the user should know; without it that is a ``SurgeryWarning``.
 

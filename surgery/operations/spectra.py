@@ -189,7 +189,7 @@ def spectra(
     subfolder: str | None = None,
     seed: int = 0,
     tolerance: float = DEFAULT_TOLERANCE,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     progress: Progress | None = None,
 ) -> SpectraReport:
     """Describe the spectrum of every matrix that ``factorize`` would take, alone or against a fine-tuned model.
@@ -215,7 +215,7 @@ def spectra(
         SurgeryError: a model cannot be had or read, holds NaN, or lacks a tensor; an option makes no sense.
     """
     progress = listening()
-    where = choose_device(device)
+    where = choose_device(str(device))
     check_accuracy(tolerance, seed)
     subspace = min(16, top) if subspace is None else subspace
     for what, value in (("top", top), ("subspace", subspace)):
@@ -235,7 +235,7 @@ def spectra(
         if read is not None:
             read.watch.check()
     if other is not None:
-        note_what_is_unlikely(other.name, [_norms(target) for target in targets], progress)
+        note_what_is_unlikely(other.name, [_norms(target) for target in targets])
     if failed := {target["key"]: _worst_residual(target) for target in targets if not _has_converged(target)}:
         hint = "The figures of these are less certain: among targets they are those with converged false"
         progress.note(unconverged_note(failed, f"{len(targets)} matrices", tolerance, hint))
@@ -314,26 +314,22 @@ def _walk(source: Source, steps: Plan, other: Source | None, measure: _Measure, 
     prefix = _common_prefix([_generic(target.tensor) for target in steps.targets])
     shards = [shard for shard in steps.shards if shard.targets]
     described: list[dict[str, Any]] = []
-    progress.start("measuring", sum(shard.size for shard in shards))
-    try:
-        with ExitStack() as stack:
-            dequantizer = stack.enter_context(Dequantizer(source.fetch, source.watch))
-            names = {entry.name for shard in source.selection.shards for entry in source.header(shard).tensors}
-            tuned = None if other is None else stack.enter_context(TunedModel(other, shapes, names, progress))
-            for shard in shards:
-                inside: dict[str, list[Target]] = {}
-                for target in shard.targets:
-                    inside.setdefault(target.tensor, []).append(target)
-                portions = {name: parts[0].at_a_time for name, parts in inside.items()}
-                with (
-                    ShardReader(source.fetch(shard.file), name=shard.file, watch=source.watch) as reader,
-                    ShardWalk(reader, portions) as walk,
-                ):
-                    for piece in reported(walk, progress):
-                        if isinstance(piece, TargetPiece):
-                            described += _piece(piece, inside[piece.entry.name], dequantizer, tuned, measure, prefix)
-    finally:
-        progress.finish()
+    with phase(progress, "measuring", sum(shard.size for shard in shards)), ExitStack() as stack:
+        dequantizer = stack.enter_context(Dequantizer(source.fetch, source.watch))
+        names = {entry.name for shard in source.selection.shards for entry in source.header(shard).tensors}
+        tuned = None if other is None else stack.enter_context(TunedModel(other, shapes, names))
+        for shard in shards:
+            inside: dict[str, list[Target]] = {}
+            for target in shard.targets:
+                inside.setdefault(target.tensor, []).append(target)
+            portions = {name: parts[0].at_a_time for name, parts in inside.items()}
+            with (
+                ShardReader(source.fetch(shard.file), name=shard.file, watch=source.watch) as reader,
+                ShardWalk(reader, portions) as walk,
+            ):
+                for piece in reported(walk, progress):
+                    if isinstance(piece, TargetPiece):
+                        described += _piece(piece, inside[piece.entry.name], dequantizer, tuned, measure, prefix)
     return described
 
 

@@ -19,7 +19,7 @@ from surgery.linalg.rounding import all_finite
 from surgery.names import FACTORIZABLE_DTYPES
 from surgery.operations.quantized import Dequantizer
 from surgery.planning.quantization import read_quantization
-from surgery.progress import Progress
+from surgery.progress import note
 from surgery.source.model import Source
 
 #: A fine-tuned matrix is at less than 60 degrees to the original, and has half to twice its norm: changes of up to half of
@@ -45,7 +45,7 @@ class Norms:
         return (1 + ratio**2 - (self.change / self.before) ** 2) / (2 * ratio)
 
 
-def note_what_is_unlikely(name: str, found: Sequence[Norms], progress: Progress) -> None:
+def note_what_is_unlikely(name: str, found: Sequence[Norms]) -> None:
     """Say so where a model does not look like a fine-tuned one.
 
     That is where no matrix has changed, and where most, or some, are hardly related to the original ones.
@@ -53,10 +53,9 @@ def note_what_is_unlikely(name: str, found: Sequence[Norms], progress: Progress)
     Args:
         name: of the model.
         found: for each matrix that was compared.
-        progress: told.
     """
     if all(norms.change == 0 for norms in found):
-        progress.note(
+        note(
             f"{name} has the same weights as the original in all {len(found)} matrices that were compared: the original was "
             "given twice, nothing was trained, or its steps were smaller than the rounding of the dtype it was saved in",
         )
@@ -65,13 +64,13 @@ def note_what_is_unlikely(name: str, found: Sequence[Norms], progress: Progress)
     apart = [norms for norms in known if norms.cosine is not None and norms.cosine < _RELATED]
     if len(apart) > len(known) / 2:
         change = statistics.median(norms.change / norms.before for norms in apart)
-        progress.note(
+        note(
             f"{name} has hardly anything in common with the original in {len(apart)} of {len(known)} matrices: the change is "
             f"{change:.3g} times the weights' norm, and 1.41 between unrelated models of one size. It looks like a model of "
             "another seed, one that was trained from nothing, or one whose weights are in another order",
         )
     elif apart:
-        progress.note(
+        note(
             f"{name} has hardly anything in common with the original in {len(apart)} of {len(known)} matrices, first "
             f"{apart[0].key!r}: they look as if they had been made anew, and not fine-tuned",
         )
@@ -79,7 +78,7 @@ def note_what_is_unlikely(name: str, found: Sequence[Norms], progress: Progress)
     scaled = [norms for norms in known if norms not in apart and not low <= norms.after / norms.before <= high]
     if scaled:
         ratio = statistics.median(norms.after / norms.before for norms in scaled)
-        progress.note(
+        note(
             f"{name} has {ratio:.3g} times the norm of the original in {len(scaled)} of {len(known)} matrices, first "
             f"{scaled[0].key!r}: it looks like weights without their quantization scales, or a merge with a wrong factor",
         )
@@ -88,11 +87,12 @@ def note_what_is_unlikely(name: str, found: Sequence[Norms], progress: Progress)
 class TunedModel:
     """A model with the tensors of another one, such as a fine-tuned one. A context manager, for one thread.
 
+    A note says so if it has layers that the other model has not.
+
     Args:
         source: the model.
         shapes: of the tensors that it must have, by their names.
         names: of all tensors of the other model.
-        progress: told if it has layers that the other model has not.
         aliases: for some of the shapes the names under which it may have the tensor as well, or instead.
 
     Raises:
@@ -105,7 +105,6 @@ class TunedModel:
         source: Source,
         shapes: Mapping[str, Sequence[int]],
         names: Collection[str],
-        progress: Progress,
         aliases: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self._name = source.name
@@ -120,7 +119,7 @@ class TunedModel:
                 self._check(stored, list(shape))
         kinds = {_kind(name) for name in shapes}
         if more := [name for name in self._places.keys() - set(names) if _kind(name) in kinds]:
-            progress.note(
+            note(
                 f"{source.name} has {len(more)} weights of the kinds that are compared, such as {min(more)!r}, that the "
                 "original does not have: it looks like a model of another size, of which only some layers are compared",
             )

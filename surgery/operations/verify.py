@@ -30,7 +30,7 @@ from surgery.operations.base import BaseWeights, OwnWeights, check_entry, open_b
 from surgery.operations.output import check_room
 from surgery.operations.quantized import Dequantizer
 from surgery.planning.quantization import FP8, Scaled
-from surgery.progress import Progress, listening
+from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
 
 #: Largest entry of ``U^T U - I`` that passes: vectors are rounded to float32.
@@ -101,7 +101,7 @@ def verify(
     *,
     base: str | Path | None = None,
     fast: bool = False,
-    device: str = "auto",
+    device: str | torch.device = "auto",
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Check files, factors, recovery, certificates and scales of a factorized checkpoint.
@@ -123,7 +123,7 @@ def verify(
         SurgeryError: there is no manifest to check against, no such base, or one that is not needed.
     """
     progress = listening()
-    where = choose_device(device)
+    where = choose_device(str(device))
     where = torch.device("cpu") if where.type == "mps" else where
     folder = Path(factorized)
     manifest = Manifest.read(folder)
@@ -137,8 +137,7 @@ def verify(
     if isinstance(weights, BaseWeights) and any(target.dtype == FP8 for target in manifest.targets):
         quantized = weights.quantized(folder, manifest)
     by_reading = 0 if fast else sum(shard.source.size for shard in manifest.shards)
-    progress.start("verifying", by_reading + sum(record.size for record in manifest.output_files()))
-    try:
+    with phase(progress, "verifying", by_reading + sum(record.size for record in manifest.output_files())):
         for record in manifest.output_files():
             progress.item(record.file)
             _check_file(folder, record, watch, report)
@@ -157,8 +156,6 @@ def verify(
             except SurgeryError as error:  # a file that cannot even be read; the others may be well
                 report.fail(shard.source.file, error)
         _check_unchanged([watch] if weights is None else [watch, weights.watch], report)
-    finally:
-        progress.finish()
     if fast:
         report.unchecked.append("factors, recovery and certificates (--fast)")
     return report.report()

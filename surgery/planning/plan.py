@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from surgery.errors import FormatError, OptionError, SourceError
+from surgery.errors import FormatError, OptionError, SourceError, few
 from surgery.format.lora import is_of_lora
 from surgery.format.manifest import Alias, LeftOutRecord, SkippedRecord
 from surgery.format.safetensors import Header, ShardReader, TensorEntry, same_bytes
@@ -315,7 +315,7 @@ def _check_is_a_model(name: str, headers: Mapping[str, Header]) -> None:
     tensors = [entry.name for header in headers.values() for entry in header.tensors]
     if tensors and sum(map(is_of_lora, tensors)) > len(tensors) / 2:
         raise SourceError(
-            f"{name} holds a LoRA adapter and no weights of a model: {', '.join(list(headers)[:3])}",
+            f"{name} holds a LoRA adapter and no weights of a model: {few(headers)}",
             got=f"such as {next(filter(is_of_lora, tensors))!r}",
             hint="give the model that it was trained on, or merge the two first",
         )
@@ -372,18 +372,18 @@ def _tied_to(copies: Mapping[str, list[str]], aliases: Mapping[str, tuple[Alias,
 def _nothing_selected(model: str, choice: Choice, recipe: Recipe | None, skipped: list[Skipped]) -> OptionError:
     if choice.include:
         asked = [f"{s.tensor} ({s.reason})" for s in skipped if matches(s.tensor, choice.include)]
-        return OptionError(f"nothing that --include matches in {model} can be factorized", got="; ".join(asked[:5]))
+        return OptionError(f"nothing that --include matches in {model} can be factorized", got=few(asked, between="; "))
     matrices = [s for s in skipped if not s.reason.startswith(("a vector", "no floating"))]
-    near = [f"{s.tensor} ({s.reason})" for s in matrices[:5]]
+    near = [f"{s.tensor} ({s.reason})" for s in matrices]
     if recipe is not None:
         return OptionError(
             f"the recipe {recipe.name} takes no tensor of {model}",
-            got="; ".join(near) or f"{len(skipped)} tensors, none of them a matrix of floating-point numbers",
+            got=few(near, between="; ") or f"{len(skipped)} tensors, none of them a matrix of floating-point numbers",
             hint="surgery recipes lists the others; --include GLOB takes any weight by name",
         )
     return OptionError(
         f"no tensor of {model} is a target",
-        got="; ".join(near) or f"{len(skipped)} tensors, none of them a matrix of floating-point numbers",
+        got=few(near, between="; ") or f"{len(skipped)} tensors, none of them a matrix of floating-point numbers",
         expected="weights of linear layers inside transformer blocks",
         hint="--include GLOB takes any weight by name" if matrices else None,
     )

@@ -13,6 +13,7 @@ from urllib.parse import unquote, urlsplit
 from surgery.errors import SourceError
 from surgery.format.files import reading
 from surgery.format.kinds import HEAD_BYTES, other_kind
+from surgery.source.shards import SUFFIX
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _WITH_REVISION = re.compile(r"(?P<repo>[^@]+)@(?P<rest>.+)")
@@ -21,10 +22,12 @@ _REVISION = re.compile(r"(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+)(?:/(?P<pa
 #: One slash is what a ``Path`` leaves of two.
 _SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+)://?(?P<rest>.*)", re.DOTALL)
 _HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co", "www.hf.co", "hf-mirror.com")
+#: As git writes the address of a repository that it reaches by ssh.
+_SSH = re.compile(r"git@(?P<host>[^/:@]+):(?P<path>.*)")
+#: What the hub has beside models, in its addresses before the owner.
+_OTHER_REPOSITORIES = ("datasets", "spaces", "buckets")
 _NO_MODELS = (
-    "datasets",
-    "spaces",
-    "buckets",
+    *_OTHER_REPOSITORIES,
     "collections",
     "papers",
     "docs",
@@ -89,8 +92,8 @@ def address_of(model: str | Path) -> Address:
         return address_of(bare)
     if (match := _SCHEME.fullmatch(text)) is not None:
         return _by_scheme(text, match["scheme"].lower(), match["rest"])
-    if text.startswith("git@hf.co:"):
-        return _by_url(text, text.removeprefix("git@hf.co:"))
+    if (match := _SSH.fullmatch(text)) is not None:
+        return _by_scheme(text, "ssh", f"{match['host']}/{match['path']}")
     if text.split("/")[0].lower() in _HOSTS:
         return _by_url(text, text.partition("/")[2])
     if (match := _WINDOWS.match(text)) is not None:
@@ -98,30 +101,46 @@ def address_of(model: str | Path) -> Address:
     if (match := _WITH_REVISION.fullmatch(text)) is not None and _REPO_ID.fullmatch(match["repo"]):
         return _by_revision(text, match["repo"], match["rest"])
     repo_id = text.rstrip("/") if "/" in text.rstrip("/") else text
+    if Path(text).suffix == SUFFIX and Path(text).parent.is_dir():  # of the hub only in a folder of that owner's name
+        raise SourceError(f"there is no file {text!r}", expected="a weight file, the folder of a model, or owner/name")
     if _REPO_ID.fullmatch(repo_id):
         return Address(repo_id=repo_id)
-    parts = text.rstrip("/").split("/")
-    is_inside = len(parts) > 2 and _REPO_ID.fullmatch("/".join(parts[:2]))
     raise SourceError(
         f"there is no folder {text!r}",
         expected="a local folder or a Hugging Face repo id such as owner/name",
-        hint=f"for what is inside of a hub model: {'/'.join(parts[:2])} --subfolder {shlex.quote('/'.join(parts[2:]))}"
-        if is_inside
-        else None,
+        hint=_hint_of_path(text.rstrip("/").split("/")),
     )
+
+
+def _hint_of_path(parts: list[str]) -> str | None:
+    """What may be meant by a path that is not there, and too long for a repo id: something inside of one."""
+    if parts[0] == "models":
+        parts = parts[1:]
+    elif parts[0] in _NO_MODELS:
+        return None
+    repo, inside = "/".join(parts[:2]), PurePosixPath(*parts[2:])
+    if len(parts) < 2 or not _REPO_ID.fullmatch(repo) or ".." in parts:
+        return None
+    subfolder = inside.parent if inside.suffix == SUFFIX else inside
+    return f"for a hub model: {repo}" + (f" --subfolder {shlex.quote(str(subfolder))}" if subfolder.parts else "")
 
 
 def _local(text: str) -> Address | None:
     try:
         path = Path(text).expanduser()
         is_folder, is_file = bool(text) and path.is_dir(), path.is_file()
+        leads_to = path.readlink() if not is_folder and not is_file and path.is_symlink() else None
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, no such user, a null byte
         raise SourceError(f"there is no folder {text[:100]!r}", got=str(error)[:200]) from None
+    if leads_to is not None:
+        raise SourceError(
+            f"{text} is a link that leads nowhere", got=leads_to, hint="make what it leads to, or give the folder of a model"
+        )
     if is_folder:
         return Address(folder=path)
     if not is_file:
         return None
-    if path.suffix == ".safetensors":
+    if path.suffix == SUFFIX:
         return Address(folder=path.parent, file=path.name)
     with reading(path), open(path, "rb") as file:
         kind = None if path.suffix == ".json" else other_kind(file.read(HEAD_BYTES), path.stat().st_size, path)
@@ -137,7 +156,7 @@ def _by_scheme(text: str, scheme: str, rest: str) -> Address:
         return address_of("/" + unquote(rest.lstrip("/").removeprefix("localhost/")))
     if scheme == "hf":
         kind, _, inside = rest.partition("/")
-        if kind in _NO_MODELS[:3]:
+        if kind in _OTHER_REPOSITORIES:
             raise _no_model(text, kind)
         owner, _, name = (inside if kind == "models" else rest).strip("/").partition("/")
         repo, slash, path = name.partition("/")
@@ -152,9 +171,10 @@ def _by_scheme(text: str, scheme: str, rest: str) -> Address:
         endpoint, url = urlsplit(os.environ.get("HF_ENDPOINT", "")), urlsplit(f"{scheme}://{rest}")
     except ValueError:  # half an IPv6 address
         _refuse(text)
-    if scheme in ("http", "https") and (url.hostname in _HOSTS or (url.netloc and url.netloc == endpoint.netloc)):
+    is_of_hub = url.hostname in _HOSTS or (url.netloc and url.netloc == endpoint.netloc)
+    if is_of_hub and scheme in ("http", "https", "git+https", "ssh", "git+ssh"):
         return _by_url(text, url.path)
-    if scheme in ("http", "https", "ftp", "git+https", "ssh"):
+    if scheme in ("http", "https", "ftp", "git+https", "ssh", "git+ssh"):
         hint = "fetch the model into a folder first; models of the Hugging Face hub have addresses of huggingface.co"
     else:
         hint = f"fetch it into a folder first: {_STORES.get(scheme, 'copy')} {shlex.quote(text)} FOLDER"
@@ -200,7 +220,7 @@ def _inside(text: str, repo: str, revision: str | None, path: str) -> Address:
         _refuse(text)
     inside = PurePosixPath(path.strip("/"))
     file = None
-    if inside.suffix == ".safetensors":
+    if inside.suffix == SUFFIX:
         file, inside = inside.name, inside.parent
     elif inside.suffix in (".json", ".md", ".txt", ".model", ".jinja", ".py"):
         inside = inside.parent

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from surgery.errors import FormatError, SourceError, SurgeryError
+from surgery.errors import FormatError, SourceError, SurgeryError, few
 from surgery.format.files import Watch, check_relative_path
 from surgery.format.manifest import SourceRecord
 from surgery.format.safetensors import Header, ShardReader, header_length, parse_header
@@ -16,7 +16,7 @@ from surgery.progress import listening
 from surgery.source import hub_client as client
 from surgery.source.model import FolderSource, Source, Stays, check_subfolder, read_config, read_text
 from surgery.source.origin import HubOrigin
-from surgery.source.select import few, listing_of, select_files
+from surgery.source.select import listing_of, select_files
 from surgery.source.shards import index_entries, is_index
 
 #: Stands for what ``_online`` says.

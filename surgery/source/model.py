@@ -9,14 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from surgery.errors import FormatError, OptionError, SourceError
+from surgery.errors import FormatError, OptionError, SourceError, few
 from surgery.format.files import Watch, check_regular, check_relative_path, check_size, read_json_object, reading
 from surgery.format.manifest import SourceRecord
 from surgery.format.safetensors import Header, ShardReader
 from surgery.names import CONFIG_FILE
 from surgery.source.address import address_of
 from surgery.source.origin import FolderOrigin, Origin
-from surgery.source.select import Selection, few, is_read_by_loaders, select_files
+from surgery.source.select import Selection, is_read_by_loaders, select_files
 from surgery.source.shards import index_entries
 
 
@@ -119,11 +119,11 @@ class FolderSource(Stays):
             self._real(file)  # weights are only read: they may lie anywhere
 
     def _notes_of_newer(self, found: Selection) -> list[str]:
-        """Weight files that are not read, and that somebody saved after those that are."""
-        if self.record.kind != "folder" or not found.unread:
+        """Weight files of another save of the model, which are not read, and are newer than those that are."""
+        if self.record.kind != "folder" or not found.rivals:
             return []
         last = max(self._changed(file) for file in found.shards)
-        newer = [file for file in found.unread if self._changed(file) > last]
+        newer = [file for file in found.rivals if self._changed(file) > last]
         if not newer:
             return []
         read = found.index or found.shards[0]
@@ -178,14 +178,13 @@ class FolderSource(Stays):
 
     def _leads_nowhere(self, file: str) -> SourceError:
         """What to say of a link to nothing, and of others beside it: the hub's cache may have lost all its blobs."""
-        folder = (self._root / file).parent
+        folder = (self._root / file).parent.resolve()
         links = sorted(path for path in folder.iterdir() if path.is_symlink() and not path.exists())
-        names = [path.relative_to(self._root).as_posix() for path in links]
+        names = [path.name for path in links]
         target = Path(os.path.normpath(folder / (self._root / file).readlink()))
         cache = _hub_cache(target)
         hint = "put the file in its place; from the hub: fetch the model again"
-        if cache is not None and cache.name.startswith("models--"):
-            repo_id = cache.name.removeprefix("models--").replace("--", "/")
+        if cache is not None and (repo_id := _cached_repo(cache)) is not None:
             commit = next(
                 (f" --revision {path.name}" for path in (folder, *folder.parents) if path.parent.name == "snapshots"), ""
             )
@@ -308,15 +307,14 @@ def _check_is_all(source: Source, file: str) -> None:
     if file not in shards:
         raise SourceError(
             f"{file} is not among the weights that {source.name} stands for",
-            got=", ".join(shards[:4]) + (" ..." if len(shards) > 4 else ""),
+            got=few(shards),
             hint="give a folder with this file alone, and its config.json",
         )
 
 
 def _open_folder(path: Path, name: str, subfolder: str | None) -> FolderSource:
-    cached = re.fullmatch(r"models--(.+)", path.resolve().name)
-    if cached is not None and (path / "snapshots").is_dir():
-        repo_id, commits = cached[1].replace("--", "/"), sorted(one.name for one in (path / "snapshots").iterdir())
+    if (repo_id := _cached_repo(path.resolve())) is not None and (path / "snapshots").is_dir():
+        commits = sorted(one.name for one in (path / "snapshots").iterdir())
         raise SourceError(
             f"{name} is where the hub's client keeps {repo_id}",
             got=f"snapshots of {', '.join(commits)}",
@@ -335,6 +333,12 @@ def _open_folder(path: Path, name: str, subfolder: str | None) -> FolderSource:
     return FolderSource(inside, name=f"{name}/{subfolder}", record=SourceRecord("folder", None, None, subfolder), within=path)
 
 
+def _cached_repo(folder: Path) -> str | None:
+    """The model that the hub's client keeps in a folder, by the folder's name; None for other folders."""
+    match = re.fullmatch("models--(.+)", folder.name)
+    return None if match is None else match[1].replace("--", "/")
+
+
 def _hub_cache(path: Path) -> Path | None:
     """The folder in which the hub's client keeps a file for a model, or shares it between several; None for other files."""
     return next(
@@ -342,7 +346,7 @@ def _hub_cache(path: Path) -> Path | None:
             folder.parent
             for folder in path.parents
             if folder.name in ("blobs", "snapshots")
-            and (folder.parent.name.startswith("models--") or (folder / ".huggingface-shared-blobs").exists())
+            and (_cached_repo(folder.parent) is not None or (folder / ".huggingface-shared-blobs").exists())
         ),
         None,
     )

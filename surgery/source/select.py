@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from fnmatch import translate
 from pathlib import PurePosixPath
 
-from surgery.errors import FormatError, ReadError, SourceError, SurgeryError
+from surgery.errors import FormatError, ReadError, SourceError, SurgeryError, few
 from surgery.format.files import check_relative_path
 from surgery.names import (
     CONFIG_FILE,
@@ -102,7 +102,7 @@ class Selection:
         index: the index that names them, if there is one.
         others: files that go along as they are (config, tokenizer, code ...).
         left_out: file -> why it stays behind; a folder of which nothing goes along is one entry, with a slash at its end.
-        unread: weight files that are left out, and may be weights of the model, or of another one.
+        rivals: weight files that are left out, and may be those of another save of this model, by their names.
         notes: what the user should know about what is left out.
     """
 
@@ -110,7 +110,7 @@ class Selection:
     index: str | None
     others: tuple[str, ...]
     left_out: Mapping[str, str]
-    unread: tuple[str, ...] = ()
+    rivals: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -212,7 +212,7 @@ class _Selector:
         if adapter:
             notes.append(f"left out, since loaders would take the result for an adapter: {few(adapter)}")
         others, left_out = tuple(sorted(self._others)), dict(sorted(self._left_out.items()))
-        return Selection(chosen.shards, chosen.index, others, left_out, unread, tuple(notes))
+        return Selection(chosen.shards, chosen.index, others, left_out, (*chosen.rivals, *copies), tuple(notes))
 
     def _is_copy(self, name: str) -> bool:
         """Whether a file is another copy of one that is there, by its name."""
@@ -406,6 +406,13 @@ class _Selector:
             )
         if adapter:
             return self._only_adapter(adapter)
+        if checkpoints := [folder for folder in self._folders if _OF_A_RUN.fullmatch(folder) and self._is_model(folder)]:
+            checkpoints.sort(key=lambda folder: [int(number) for number in re.findall(r"\d+", folder)])
+            return SourceError(
+                f"{self._where} is the folder of a training run, which has its weights in checkpoints",
+                got=few(reversed(checkpoints)),
+                hint=f"take one of them: --subfolder {shlex.quote(checkpoints[-1])}",
+            )
         if inside := [folder for folder in self._folders if _ADAPTER_FILE in self._peek(folder)]:
             return SourceError(
                 f"{self._where} holds adapters in its subfolders, and no safetensors weights of a model",
@@ -422,7 +429,9 @@ class _Selector:
                 hint="fetch the model again: hf download goes on where it stopped",
             )
         inside = [f"{folder}/{name}" for folder in self._folders if _stays(folder) is None for name in self._peek(folder)]
-        others = [name for name in (*self._files, *inside) if _stays(PurePosixPath(name).name) == _OTHER_FORMAT]
+        reasons = {name: _stays(PurePosixPath(name).name) for name in (*self._files, *inside)}
+        arrays = [name for name, reason in reasons.items() if reason is None and name.endswith(_ARRAYS)]
+        others = [name for name, reason in reasons.items() if reason == _OTHER_FORMAT] + arrays
         for suffixes, kind, hint in (
             (_PICKLES, "a pickle checkpoint, which is never opened", f"convert it once: {_CONVERT}"),
             ((".gguf", ".ggml"), "GGUF", "give the model that it was made from; its card names it"),
@@ -484,12 +493,6 @@ def _strings(text: str) -> set[str]:
     return {string.removeprefix("./") for string in found}
 
 
-def few(names: Iterable[str]) -> str:
-    """The first of some names, and how many there are."""
-    names = list(names)
-    return ", ".join(names[:4]) + (f" ... ({len(names)} in all)" if len(names) > 4 else "")
-
-
 def _likely(folders: list[str]) -> str:
-    """Of a diffusion pipeline the part that people fine-tune."""
-    return next((name for name in ("transformer", "unet") if name in folders), folders[0])
+    """Of a diffusion pipeline the part that people fine-tune, for a shell."""
+    return shlex.quote(next((name for name in ("transformer", "unet") if name in folders), folders[0]))

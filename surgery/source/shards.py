@@ -33,12 +33,14 @@ class Chosen:
         index: the index that names them, if there is one.
         left_out: the other weight files and indexes -> why they are not read.
         unread: those of them that may be weights of the model, or of another one.
+        rivals: those of them that have the names under which the model is saved: of another save of it.
     """
 
     shards: tuple[str, ...]
     index: str | None
     left_out: dict[str, str]
     unread: tuple[str, ...]
+    rivals: tuple[str, ...]
 
 
 @dataclass(slots=True)
@@ -105,7 +107,9 @@ def choose_shards(
         _check_numbers(shards, weights, index, where)
     left_out = {name: _reason(name, shards, index) for name in (*weights, *indexes) if name not in shards and name != index}
     unread = tuple(name for name in weights if name in left_out and not name.startswith(CONSOLIDATED))
-    return Chosen(tuple(shards), index, left_out, unread)
+    stems = {one.stem for one in _sets(shards)}
+    rivals = tuple(name for name in unread if _sets([name])[0].stem in stems)
+    return Chosen(tuple(shards), index, left_out, unread, rivals)
 
 
 def _choose(

@@ -19,11 +19,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
-from surgery.errors import OutputError, SurgeryError
+from surgery.errors import OutputError, SurgeryError, few
 from surgery.format.files import reading
 from surgery.format.lora import CONFIG as ADAPTER_CONFIG
 from surgery.names import CONFIG_FILE, MANIFEST_FILE, SURGERY_DIR
-from surgery.progress import Progress, Silent
+from surgery.progress import listening, phase
 from surgery.source import hub_client as client
 from surgery.source.hub import Messages, explained
 from surgery.source.hub_client import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, RepoFile, RepoUrl
@@ -170,7 +170,7 @@ class Upload:
         self._bytes_submitted += sum(addition.upload_info.size for addition in group)
         self._queue.put(group)
 
-    def finish(self, files: Mapping[str, Path | bytes], card: str, *, progress: Progress | None = None) -> str:
+    def finish(self, files: Mapping[str, Path | bytes], card: str) -> str:
         """Wait for all that was submitted, then make the repository whole in one commit. Nothing can be submitted after it.
 
         That commit brings the files that are left and the card, and deletes what an earlier result has left: weights and
@@ -179,7 +179,6 @@ class Upload:
         Args:
             files: by their paths in the repository: config, manifest, tokenizer ...
             card: the text of its ``README.md``, with the tag ``surgery``.
-            progress: told how far it is.
 
         Returns:
             The address of the repository.
@@ -188,7 +187,7 @@ class Upload:
             ReadError: a file cannot be read.
             OutputError: something could not be uploaded, or somebody else has changed what was.
         """
-        self._wait(progress or Silent())
+        self._wait()
         if self._error is not None:
             raise self._error
         last = [_addition(name, content) for name, content in files.items() if name != CARD_FILE]
@@ -197,19 +196,16 @@ class Upload:
             self._patiently(lambda: self._complete(last))
         return self.url
 
-    def _wait(self, progress: Progress) -> None:
+    def _wait(self) -> None:
         """Until the thread has done all there is."""
         self._queue.put(None)
-        done = self._bytes_done
-        progress.start("uploading", self._bytes_submitted - done)
-        try:
+        progress, done = listening(), self._bytes_done
+        with phase(progress, "uploading", self._bytes_submitted - done):
             while self._thread.is_alive():
                 self._thread.join(timeout=0.2)
                 progress.item(self._name)
                 progress.advance(self._bytes_done - done)
                 done = self._bytes_done
-        finally:
-            progress.finish()
 
     def _run(self) -> None:
         try:
@@ -275,9 +271,7 @@ class Upload:
         there = {file.path: file for file in tree if isinstance(file, RepoFile)}
         changed = [name for name, addition in self._uploaded.items() if not _is_there(there, addition)]
         if changed:
-            raise _Changed(
-                f"{self.repo_id} has been changed by somebody else meanwhile", got=", ".join(changed[:5]), hint=_AGAIN
-            )
+            raise _Changed(f"{self.repo_id} has been changed by somebody else meanwhile", got=few(changed), hint=_AGAIN)
         missing = [addition for addition in last if not _is_there(there, addition)]
         kept = self._uploaded.keys() | {addition.path_in_repo for addition in last}
         stale = [CommitOperationDelete(name) for name in sorted(there.keys() - kept) if _would_mix(name)]
@@ -352,7 +346,7 @@ def _check_ours(info: ModelInfo) -> None:
     if model and MANIFEST_FILE not in names and TAG not in (info.tags or []):
         raise OutputError(
             f"{info.id} holds a model that surgery has not put there",
-            got=", ".join(model[:3]) + (" ..." if len(model) > 3 else ""),
+            got=few(model),
             hint=f"give a new name; or, to have it replaced, the tag {TAG} to the card of that repository",
         )
 
