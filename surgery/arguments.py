@@ -188,6 +188,12 @@ def _expanded(given: Any, what: str) -> str | Path:
     path: str | Path = text if isinstance(given, str) else given if isinstance(given, Path) else Path(text)
     if not text:
         raise OptionError(f"{what} is an empty path", expected=_PATH, hint=". is the current folder")
+    try:
+        impossible = b"\0" in os.fsencode(text)
+    except UnicodeEncodeError:  # half a character
+        impossible = True
+    if impossible:
+        raise OptionError(f"{what}: no such path can be", got=ascii(text)[:200])
     if text.startswith("~"):
         try:
             path = Path(text).expanduser()
@@ -198,12 +204,6 @@ def _expanded(given: Any, what: str) -> str | Path:
                 got=repr(text)[:200],
                 hint=f"./{name} is a folder of that name",
             ) from None
-    try:
-        impossible = b"\0" in os.fsencode(path)
-    except UnicodeEncodeError:  # half a character
-        impossible = True
-    if impossible:
-        raise OptionError(f"{what}: no such path can be", got=ascii(text)[:200])
     return path
 
 

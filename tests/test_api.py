@@ -216,6 +216,7 @@ def test_what_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         ("~no-such-user-here/x", "a user that is not known here"),
         ("a\0b", "no such path can be"),
         ("\ud800", "no such path can be"),
+        ("~\ud800", "no such path can be"),
         (b"x", "is no path"),
         (None, "is no path"),
         (3, "is no path"),
