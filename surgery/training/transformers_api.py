@@ -1,7 +1,7 @@
 """What is used of transformers past its documented interface: how it converts a checkpoint that it loads, and the methods of
 its Trainer that are overridden.
 
-Tried with 5.0.0 to 5.24.0 (docs/compatibility.md has which). A release in which a name is missing gets a MissingExtra. To 4.57,
+Tried with 5.0.0 to 5.23.0 (docs/compatibility.md has which). A release in which a name is missing gets a MissingExtra. To 4.57,
 whose loader converts in another way, models can be attached that have all tensors under the names of the checkpoint.
 """
 
@@ -186,6 +186,6 @@ def _not_fitting(what: str, why: Exception | None = None) -> MissingExtra:
     return MissingExtra(
         what,
         got=f"transformers {transformers.__version__}" + (f" ({why})" if why else ""),
-        expected="transformers 5.0 to 5.24, with which this version of surgery was tried",
+        expected="transformers 5.0 to 5.23, with which this version of surgery was tried",
         hint="pip install 'transformers>=5.0'",
     )
