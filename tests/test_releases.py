@@ -13,7 +13,9 @@ from packaging.version import Version
 from tests import releases
 from tests.releases import ROOT, has, needs, pins
 
-OLDEST, AXOLOTL, NEWEST = (pins(f) for f in ("tools/constraints-oldest.txt", "tools/constraints-axolotl.txt", "constraints.txt"))
+OLDEST, AXOLOTL, NEWEST = (
+    pins(f) for f in ("tools/constraints-oldest.txt", "tools/constraints-axolotl.txt", "constraints.txt")
+)
 #: Of the page's table: the columns, as packages.
 COLUMNS = ("transformers", "peft", "huggingface-hub", "trl", "accelerate", "torch")
 
@@ -33,7 +35,10 @@ def _lower(requirement: Requirement) -> Version | None:
 def test_every_lower_bound_is_installed_by_make(requirement: Requirement) -> None:
     """In the oldest environment, or in the newest where that is the only one: tools, and what ships no older wheels."""
     bound = _lower(requirement)
-    if requirement.name in ("torch", "types-tqdm"):  # an older torch is gigabytes: tried by hand; types have no versions to speak of
+    if requirement.name in (
+        "torch",
+        "types-tqdm",
+    ):  # an older torch is gigabytes: tried by hand; types have no versions to speak of
         return
     assert bound == Version((OLDEST if requirement.name in OLDEST else NEWEST)[requirement.name])
 

@@ -784,7 +784,7 @@ assert "torch" not in sys.modules
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "pip install 'model-surgery[plot]'" in done.stdout
+    assert "pip install 'matplotlib>=3.10.8'" in done.stdout
     assert (tmp_path / "spectra.csv").exists()
     assert not (tmp_path / "index.html").exists()
 

@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import surgery
-from surgery.errors import FormatError, OptionError, OutputError, ScalesError, SourceError, WeightError
+from surgery.errors import FormatError, OptionError, OutputError, ScalesError, SourceError, SurgeryWarning, WeightError
 from surgery.format.manifest import Manifest
 from surgery.planning.plan import Layout
 from tests.models import files_of, realistic, save_llama, tensors_of
@@ -236,7 +236,7 @@ def test_damaged_shard_is_named_and_nothing_is_written(damage: str, tmp_path: Pa
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers(value: float, tmp_path: Path) -> None:
-    tensors = {f"layers.{i}.w.weight": realistic(20, 30) for i in range(3)}
+    tensors = {f"layers.{i}.w.weight": realistic(20, 30, seed=i) for i in range(3)}
     tensors["layers.1.w.weight"][4, 5] = value
     tensors["norm"] = torch.tensor([float("nan")])  # what is no target may hold anything
     (tmp_path / "m").mkdir()
@@ -304,7 +304,8 @@ def test_overwrite_replaces_an_earlier_result_and_nothing_else(llama: Path, tmp_
     surgery.factorize(llama, tmp_path / "f", rank=2)
     (tmp_path / "f/mine.txt").write_text("precious")
     (tmp_path / "f/surgery/factors-00007-of-00009.safetensors.partial").write_bytes(b"left by a killed run")
-    surgery.factorize(llama, tmp_path / "f", rank=4, layout="overlay", overwrite=True)
+    with pytest.warns(SurgeryWarning, match="keeps what is no part of a model: mine.txt"):
+        surgery.factorize(llama, tmp_path / "f", rank=4, layout="overlay", overwrite=True)
     surgery.factorize(llama, tmp_path / "fresh", rank=4, layout="overlay")
     assert files_of(tmp_path / "f") == {**files_of(tmp_path / "fresh"), "mine.txt": b"precious"}
 

@@ -152,7 +152,7 @@ def load(folder: Path) -> Any:
         import transformers
     except ImportError as error:
         raise MissingExtra(
-            "the demo trains with transformers, which is not installed", hint="pip install 'model-surgery[demo]'"
+            "the demo trains with transformers, which is not installed", hint="pip install 'transformers>=5.0'"
         ) from error
     transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)

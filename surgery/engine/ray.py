@@ -92,7 +92,7 @@ def _ray() -> Any:
     try:
         import ray
     except ImportError as error:
-        raise MissingExtra("--engine ray needs Ray", hint="pip install 'model-surgery[ray]'") from error
+        raise MissingExtra("--engine ray needs Ray", hint="pip install 'ray>=2.60'") from error
     return ray
 
 

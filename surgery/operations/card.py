@@ -75,7 +75,6 @@ def factorized_card(manifest: Manifest, repo_id: str | None, *, original: str | 
         "## Use",
         "",
         "```sh",
-        "pip install model-surgery",
         *([f"hf download {repo_id} --local-dir factorized"] if _is_name(repo_id) else []),
         "surgery verify factorized",
         "# train the scales, factorized/surgery/scales.safetensors, then:",

@@ -43,7 +43,7 @@ def write_page(spectra: dict[str, Any], path: Path) -> None:
     except ImportError as error:
         raise MissingExtra(
             "the pictures of a report are drawn with matplotlib, which is not installed",
-            hint="pip install 'model-surgery[plot]'",
+            hint="pip install 'matplotlib>=3.10.8'",
         ) from error
     if spectra.get("schema_version") != SCHEMA_VERSION:
         raise FormatError(

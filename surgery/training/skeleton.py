@@ -39,7 +39,7 @@ def skeleton(folder: Path, *, exact: bool = False) -> nn.Module | None:
         import transformers
     except ImportError as error:
         raise MissingExtra(
-            "names of modules are found with transformers, which is not installed", hint="pip install 'model-surgery[train]'"
+            "names of modules are found with transformers, which is not installed", hint="pip install 'transformers>=5.0'"
         ) from error
     kind: Any = transformers.AutoModel if name is None else getattr(transformers, name, None)
     if kind is None:
