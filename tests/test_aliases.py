@@ -23,6 +23,7 @@ from surgery.training import skeleton
 from tests.families import FAMILIES
 from tests.loopback_hub import LoopbackHub
 from tests.models import planned, realistic, save_llama, tensors_of
+from tests.releases import needs
 
 # What is said of such a model, where a test does not listen.
 pytestmark = pytest.mark.filterwarnings(
@@ -31,6 +32,8 @@ pytestmark = pytest.mark.filterwarnings(
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LAYOUTS = ["residual", "overlay"]
+#: Before, two parameters are made of a tied weight that is stored twice; scales reach both, and both are folded.
+ties_copies = needs("transformers", ">=5.6", "tying what is stored twice and is the same")
 
 
 def _rewrite(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 1, **config: Any) -> Path:
@@ -144,6 +147,7 @@ def test_tied_head_beside_the_embedding(layout: str, include: tuple[str, ...], s
     assert set(known) >= set(tensors_of(tmp_path / "m")) - {EMBEDDING, HEAD}
 
 
+@ties_copies
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_both_tensors_are_rounded_alike(dtype: torch.dtype, tmp_path: Path) -> None:
     """Else a loader would not tie them any more."""
@@ -252,6 +256,7 @@ def qwen2_audio() -> Any:
     return transformers.Qwen2AudioForConditionalGeneration(config)
 
 
+@ties_copies
 @pytest.mark.parametrize(("whole", "text"), [(None, True), (None, False), (True, None), (False, None), (True, False)])
 @pytest.mark.parametrize("make", [gemma3, idefics3, qwen2_audio])
 def test_what_a_config_says_counts_as_the_class_takes_it(
@@ -365,6 +370,7 @@ def test_without_a_correction_the_copies_would_part(tmp_path: Path) -> None:
         surgery.factorize(folder, tmp_path / "f", rank=2, include=[EMBEDDING], correction=False)
 
 
+@ties_copies
 def test_a_parameter_that_the_manifest_knows_in_part_is_not_attached(tmp_path: Path) -> None:
     """As before aliases were recorded: the fold would edit one of the two."""
     folder = tied_llama(tmp_path / "m")

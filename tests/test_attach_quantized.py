@@ -13,9 +13,13 @@ from safetensors.torch import load_file
 import surgery
 from surgery.errors import SourceError
 from tests.models import save_llama
+from tests.releases import needs
 
 IDS = torch.arange(40)[None]
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
+    needs("bitsandbytes", ">=0.50.2", "a quantized base"),
+]
 
 #: bitsandbytes' CPU kernel takes another block's scale where a row is no multiple of its 64.
 _SIZES = {"hidden_size": 64, "intermediate_size": 128}

@@ -517,6 +517,10 @@ def _quantized(folder: Path, bits: int) -> Any:
     return _load(folder, quantization_config=transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True}))
 
 
+quantizes = needs("bitsandbytes", ">=0.50.2", "a quantized base")
+
+
+@quantizes
 @pytest.mark.parametrize("bits", [4, 8])
 def test_gradients_through_a_quantized_base(bits: int, made: Path) -> None:
     model = _quantized(made / "m", bits)
@@ -533,6 +537,7 @@ def test_gradients_through_a_quantized_base(bits: int, made: Path) -> None:
         assert torch.cosine_similarity(gradient, right, dim=0) > 0.9999
 
 
+@quantizes
 @pytest.mark.filterwarnings(TRL_SETS_AN_OLD_NAME)
 def test_trl_on_a_quantized_base(made: Path, tmp_path: Path) -> None:
     model = _quantized(made / "m", 4)

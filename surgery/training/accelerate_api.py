@@ -1,6 +1,6 @@
 """What is used of accelerate, which comes with transformers' Trainer, and of its marks on a model.
 
-Tried with accelerate 1.13.0 to 1.15.0 (docs/compatibility.md has which).
+Tried with accelerate 1.11.0 to 1.15.0 (docs/compatibility.md has which).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _utility(name: str) -> Any:
         raise MissingExtra(
             f"accelerate has no {name}, which is used here",
             got=f"accelerate {accelerate.__version__}",
-            expected="accelerate 1.13 to 1.15, with which this version of surgery was tried",
-            hint="pip install 'accelerate>=1.13'",
+            expected="accelerate 1.11 to 1.15, with which this version of surgery was tried",
+            hint="pip install 'accelerate>=1.11'",
         )
     return found

@@ -11,6 +11,7 @@ from torch import nn
 from surgery.errors import MissingExtra, SourceError
 from surgery.format.files import read_json_object
 from surgery.names import CONFIG_FILE
+from surgery.training.transformers_api import tie
 
 
 def skeleton(folder: Path, *, exact: bool = False) -> nn.Module | None:
@@ -52,6 +53,7 @@ def skeleton(folder: Path, *, exact: bool = False) -> nn.Module | None:
             del described.quantization_config
         with torch.device("meta"):
             model: nn.Module = kind.from_config(described) if name is None else kind(described)
+        tie(model)
     except Exception as error:  # whatever a strange config makes somebody else's code do
         raise SourceError(
             f"{folder}: transformers cannot make a {name or 'model'} from its config", got=f"{type(error).__name__}: {error}"

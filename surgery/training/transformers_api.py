@@ -45,6 +45,12 @@ def is_conv1d(module: nn.Module) -> bool:
     return bool(kind.__qualname__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils")
 
 
+def tie(model: Any) -> None:
+    """Make one parameter of those that a model ties; transformers 5.0 does not by itself on the meta device."""
+    if hasattr(model, "all_tied_weights_keys"):
+        model.tie_weights(recompute_mapping=False)
+
+
 @dataclass(frozen=True, slots=True)
 class Loaded:
     """Where a loader puts a tensor of a checkpoint.
