@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import surgery
-from surgery.errors import FormatError, OptionError, OutputError, SourceError, SurgeryError, SurgeryWarning
+from surgery.errors import FormatError, MissingExtra, OptionError, OutputError, SourceError, SurgeryError, SurgeryWarning
 from surgery.progress import Silent
 from tests.families import FAMILIES
 from tests.models import files_of, save_llama, tensors_of
@@ -150,6 +151,19 @@ def test_an_adapted_embedding_beside_its_scales(targets: list[str], layout: Any,
     with torch.no_grad():
         folded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "o", dtype=torch.float32).eval()(ids).logits
     torch.testing.assert_close(attached, folded, rtol=1e-4, atol=1e-5)
+
+
+def test_a_class_derived_from_pefts_wrapper(llama: Path, tmp_path: Path) -> None:
+    class Own(peft.PeftModelForCausalLM):
+        pass
+
+    surgery.factorize(llama, tmp_path / "f", rank=4)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    adapted = Own(transformers.AutoModelForCausalLM.from_pretrained(llama), config)
+    scales = surgery.attach(adapted, tmp_path / "f")
+    lora = [value for name, value in adapted.named_parameters() if "lora_" in name]
+    trained = {id(value) for value in adapted.parameters() if value.requires_grad}
+    assert trained == {id(value) for value in [*lora, *scales.parameters()]}
 
 
 def test_an_adapter_alone_changes_nothing_else(llama: Path, tmp_path: Path) -> None:
@@ -410,6 +424,29 @@ def test_configs_that_make_no_model(change: dict[str, Any], llama: Path, tmp_pat
     path = tmp_path / "f/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(SourceError, match=r"transformers (cannot make a|has no model)"):
+        surgery.export(tmp_path / "f", tmp_path / "f/surgery/scales.safetensors", tmp_path / "lora")
+
+
+@pytest.mark.parametrize(
+    ("module", "told"),
+    [
+        (None, "which is not installed"),
+        ("raise ImportError('huggingface-hub>=1.3.0,<2.0 is required')", r"cannot be imported\n  got: +huggingface-hub.*<2\.0"),
+        ("import no_such_backend", r"cannot be imported\n  got: +No module named 'no_such_backend'"),
+    ],
+)
+def test_transformers_that_cannot_be_imported(
+    module: str | None, told: str, llama: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    surgery.factorize(llama, tmp_path / "f", rank=4)
+    if module is None:
+        monkeypatch.setitem(sys.modules, "transformers", None)
+    else:
+        (tmp_path / "packages/transformers").mkdir(parents=True)
+        (tmp_path / "packages/transformers/__init__.py").write_text(module)
+        monkeypatch.syspath_prepend(tmp_path / "packages")
+        monkeypatch.delitem(sys.modules, "transformers")
+    with pytest.raises(MissingExtra, match=told):
         surgery.export(tmp_path / "f", tmp_path / "f/surgery/scales.safetensors", tmp_path / "lora")
 
 

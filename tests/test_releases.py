@@ -35,10 +35,7 @@ def _lower(requirement: Requirement) -> Version | None:
 def test_every_lower_bound_is_installed_by_make(requirement: Requirement) -> None:
     """In the oldest environment, or in the newest where that is the only one: tools, and what ships no older wheels."""
     bound = _lower(requirement)
-    if requirement.name in (
-        "torch",
-        "types-tqdm",
-    ):  # an older torch is gigabytes: tried by hand; types have no versions to speak of
+    if requirement.name in ("torch", "types-tqdm"):  # an older torch is gigabytes, and tried by hand; types need no bound
         return
     assert bound == Version((OLDEST if requirement.name in OLDEST else NEWEST)[requirement.name])
 

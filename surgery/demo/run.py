@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from surgery.device import on_its_own_terms
-from surgery.errors import MissingExtra, OutputError
+from surgery.errors import OutputError
 from surgery.operations.factorize import factorize
 from surgery.operations.fold import fold
 from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
 from surgery.training.attach import attach
+from surgery.training.transformers_api import imported
 
 MODEL = Path(__file__).with_name("model")
 CONTEXT = 256
@@ -148,13 +149,8 @@ def _run(out: Path | None, folder: Path, rank: int, steps: int, device: str, ove
 
 def load(folder: Path) -> Any:
     """The causal language model of a folder, by transformers, float32 on the CPU. Raises MissingExtra without these."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingExtra(
-            "the demo trains with transformers, which is not installed", hint="pip install 'transformers>=5.0'"
-        ) from error
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers = imported("the demo trains with")
+    transformers.utils.logging.disable_progress_bar()
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
 
 

@@ -26,8 +26,8 @@ def too_old_for_experts() -> str | None:
 
 
 def is_wrapper(model: nn.Module) -> bool:
-    """Whether a model is PEFT's wrapper, whose ``get_base_model()`` gives the model inside."""
-    return type(model).__module__ == "peft.peft_model"
+    """Whether a model is PEFT's wrapper, or of a class derived from it, whose ``get_base_model()`` gives the model inside."""
+    return any(kind.__module__ == "peft.peft_model" for kind in type(model).__mro__)
 
 
 def has_adapters(model: nn.Module) -> bool:

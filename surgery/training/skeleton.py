@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from surgery.errors import MissingExtra, SourceError
+from surgery.errors import SourceError
 from surgery.format.files import read_json_object
 from surgery.names import CONFIG_FILE
-from surgery.training.transformers_api import tie
+from surgery.training.transformers_api import imported, tie
 
 
 def skeleton(folder: Path, *, exact: bool = False) -> nn.Module | None:
@@ -22,7 +22,7 @@ def skeleton(folder: Path, *, exact: bool = False) -> nn.Module | None:
         exact: whether it must be the very class, so that names of modules are right, and not the bare model of its family.
 
     Raises:
-        MissingExtra: transformers is not installed.
+        MissingExtra: transformers is not installed, or cannot be imported.
         SourceError: transformers does not know the model, or only by code that comes with it.
     """
     path = folder / CONFIG_FILE
@@ -35,16 +35,11 @@ def skeleton(folder: Path, *, exact: bool = False) -> nn.Module | None:
         raise SourceError(
             f"{path} does not say what class the model is", expected='"architectures": ["..."]', hint="add it, and try again"
         )
+    transformers = imported("names of modules are found with")
     try:
-        import transformers
-    except ImportError as error:
-        raise MissingExtra(
-            "names of modules are found with transformers, which is not installed", hint="pip install 'transformers>=5.0'"
-        ) from error
-    kind: Any = transformers.AutoModel if name is None else getattr(transformers, name, None)
-    if kind is None:
-        raise SourceError(f"{folder}: transformers has no model {name!r}", hint="fold, and adapt the folded model")
-    try:
+        kind: Any = transformers.AutoModel if name is None else getattr(transformers, name, None)
+        if kind is None:
+            raise SourceError(f"{folder}: transformers has no model {name!r}", hint="fold, and adapt the folded model")
         # What the checkpoint is quantized with, and how attention is computed, are no part of the shapes.
         described = transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, attn_implementation="eager"
@@ -54,7 +49,9 @@ def skeleton(folder: Path, *, exact: bool = False) -> nn.Module | None:
         with torch.device("meta"):
             model: nn.Module = kind.from_config(described) if name is None else kind(described)
         tie(model)
-    except Exception as error:  # whatever a strange config makes somebody else's code do
+    except SourceError:
+        raise
+    except Exception as error:  # whatever a strange config, or a class that needs what is not installed, leads to
         raise SourceError(
             f"{folder}: transformers cannot make a {name or 'model'} from its config", got=f"{type(error).__name__}: {error}"
         ) from error

@@ -34,6 +34,27 @@ _OVERRIDDEN = (
 _FILES = ("SCHEDULER_NAME", "TRAINING_ARGS_NAME")
 
 
+def imported(what: str) -> Any:
+    """The package.
+
+    Args:
+        what: is done with it, for the error.
+
+    Raises:
+        MissingExtra: it is not installed, or refuses what it is installed with, such as a hub client that is too new for it.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == "transformers"
+        raise MissingExtra(
+            f"{what} transformers, which " + ("is not installed" if missing else "cannot be imported"),
+            got=None if missing else error,
+            hint="pip install 'transformers>=5.0'",
+        ) from error
+    return transformers
+
+
 def is_from_transformers(model: nn.Module) -> bool:
     """Asked without importing transformers, which is optional."""
     return any(kind.__module__ == "transformers.modeling_utils" for kind in type(model).__mro__)
