@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from surgery.errors import FormatError, SourceError, SurgeryError, few
+from surgery.escapes import quoted
 from surgery.format.files import Watch, check_relative_path
 from surgery.format.manifest import SourceRecord
 from surgery.format.safetensors import Header, ShardReader, header_length, parse_header
@@ -68,7 +69,7 @@ def explained(
 
 def _online(repo_id: str, revision: str | None = None) -> str:
     """How a model gets into the cache."""
-    once = f"hf download {repo_id}" + ("" if revision is None else f" --revision {revision}")
+    once = f"hf download {quoted(repo_id)}" + ("" if revision is None else f" --revision {quoted(revision)}")
     if client.is_offline():
         return f"unset HF_HUB_OFFLINE, or fetch the model once without it: {once}"
     return f"connect to the network, or fetch the model once while online: {once}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from surgery.errors import FormatError, OptionError, SourceError, few
+from surgery.escapes import quoted
 from surgery.format.files import Watch, check_regular, check_relative_path, check_size, read_json_object, reading
 from surgery.format.manifest import SourceRecord
 from surgery.format.safetensors import Header, ShardReader
@@ -186,9 +187,10 @@ class FolderSource(Stays):
         hint = "put the file in its place; from the hub: fetch the model again"
         if cache is not None and (repo_id := _cached_repo(cache)) is not None:
             commit = next(
-                (f" --revision {path.name}" for path in (folder, *folder.parents) if path.parent.name == "snapshots"), ""
+                (f" --revision {quoted(path.name)}" for path in (folder, *folder.parents) if path.parent.name == "snapshots"),
+                "",
             )
-            hint = f"the hub's cache has lost what they lead to; fetch it again: hf download {repo_id}{commit}"
+            hint = f"the hub's cache has lost what they lead to; fetch it again: hf download {quoted(repo_id)}{commit}"
         return SourceError(
             f"{self.name}/{file} is a link that leads nowhere" + (f", one of {len(names)} here" if names[1:] else ""),
             got=str(target) if len(names) == 1 else few(names),
@@ -318,7 +320,7 @@ def _open_folder(path: Path, name: str, subfolder: str | None) -> FolderSource:
         raise SourceError(
             f"{name} is where the hub's client keeps {repo_id}",
             got=f"snapshots of {', '.join(commits)}",
-            hint=f"give {repo_id}" + (f" --revision {commits[0]}" if commits else ""),
+            hint=f"give {quoted(repo_id)}" + (f" --revision {quoted(commits[0])}" if commits else ""),
         )
     if subfolder is None:
         return FolderSource(path, name=name)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import translate
 from pathlib import PurePosixPath
 
 from surgery.errors import FormatError, ReadError, SourceError, SurgeryError, few
+from surgery.escapes import quoted
 from surgery.format.files import check_relative_path
 from surgery.names import (
     CONFIG_FILE,
@@ -411,7 +411,7 @@ class _Selector:
             return SourceError(
                 f"{self._where} is the folder of a training run, which has its weights in checkpoints",
                 got=few(reversed(checkpoints)),
-                hint=f"take one of them: --subfolder {shlex.quote(checkpoints[-1])}",
+                hint=f"take one of them: --subfolder {quoted(checkpoints[-1])}",
             )
         if inside := [folder for folder in self._folders if _ADAPTER_FILE in self._peek(folder)]:
             return SourceError(
@@ -450,12 +450,12 @@ class _Selector:
             config = None
         base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
         is_named = isinstance(base, str) and base != "" and base.isprintable()
-        model = shlex.quote(str(base)) if is_named else "MODEL, the one that it was trained on"
+        model = quoted(base) if is_named else "MODEL, the one that it was trained on"
         return SourceError(
             f"{self._where} holds an adapter and no safetensors weights of a model",
             got=few(adapter) + (f"; base_model_name_or_path: {base!r}" if is_named else ""),
             hint=f"surgery factorize {model}; with the trained scales: surgery fold FACTORIZED SCALES --lora "
-            f"{shlex.quote(self._where)}. Or merge it first, with merge_and_unload() of PEFT, and factorize what that gives",
+            f"{quoted(self._where)}. Or merge it first, with merge_and_unload() of PEFT, and factorize what that gives",
         )
 
 
@@ -495,4 +495,4 @@ def _strings(text: str) -> set[str]:
 
 def _likely(folders: list[str]) -> str:
     """Of a diffusion pipeline the part that people fine-tune, for a shell."""
-    return shlex.quote(next((name for name in ("transformer", "unet") if name in folders), folders[0]))
+    return quoted(next((name for name in ("transformer", "unet") if name in folders), folders[0]))
