@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from surgery.errors import MissingExtra
+from surgery.errors import MissingExtra, SourceError
 from surgery.format.files import MAX_JSON_BYTES, is_plain_path, write_file
 from surgery.progress import Progress, listening
 
@@ -98,6 +98,12 @@ try:
     RequestError: type[Exception] = http.RequestError
     TransportError: type[Exception] = http.TransportError
     InvalidURL: type[Exception] = http.InvalidURL
+except ValueError as error:
+    raise SourceError(
+        "the hub's client takes a setting of this environment for none",
+        got=error,
+        hint="set HF_ENDPOINT to the address of a hub",
+    ) from error
 except (AttributeError, ImportError, StopIteration) as error:
     raise _unusable(
         f"huggingface_hub {huggingface_hub.__version__} lacks a name that surgery uses", str(error) or type(error).__name__
