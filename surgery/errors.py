@@ -23,6 +23,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+from surgery.escapes import escaped
+
 
 class SurgeryError(Exception):
     """Base of all errors raised on purpose.
@@ -33,8 +35,9 @@ class SurgeryError(Exception):
         expected: what would have been right.
         hint: what to do next.
 
-    Each is an attribute, None where there is nothing to tell. An error goes from one process to another and stays what it is:
-    another error that was found is kept as its text.
+    Each is an attribute as it was given, None where there is nothing to tell. As text each is one line, with what it holds of
+    strangers' names ``escaped``: it may be printed anywhere, and no name can look like another line of it. An error goes from
+    one process to another and stays what it is: another error that was found is kept as its text, without its line ends.
     """
 
     def __init__(
@@ -45,16 +48,14 @@ class SurgeryError(Exception):
         expected: object = None,
         hint: str | None = None,
     ) -> None:
-        got = str(got) if isinstance(got, BaseException) else got
-        lines = [what]
-        if got is not None:
-            lines.append(f"  got:      {got}")
-        if expected is not None:
-            lines.append(f"  expected: {expected}")
-        if hint is not None:
-            lines.append(f"  try:      {hint}")
-        super().__init__("\n".join(lines))
-        self.what, self.got, self.expected, self.hint = what, got, expected, hint
+        super().__init__(what)
+        self.what, self.expected, self.hint = what, expected, hint
+        self.got = " ".join(str(got).split()) if isinstance(got, BaseException) else got
+
+    def __str__(self) -> str:
+        parts = {"got:      ": self.got, "expected: ": self.expected, "try:      ": self.hint}
+        rest = [f"  {label}{escaped(str(part))}" for label, part in parts.items() if part is not None]
+        return "\n".join([escaped(self.what), *rest])
 
 
 class OptionError(SurgeryError, ValueError):

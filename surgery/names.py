@@ -63,6 +63,7 @@ def is_litter(name: str) -> bool:
 
 def is_reserved(name: str) -> bool:
     """Whether a file of a model cannot have this path in a result, where files of ours have it while they are made or after."""
+    name = name.casefold()  # not every disk tells case apart
     return name.split("/")[0] in (JOURNAL_DIR, SURGERY_DIR) or name.endswith(RESERVED_SUFFIX)
 
 

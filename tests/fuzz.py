@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
 import shutil
 import sys
@@ -24,6 +25,7 @@ import torch
 import surgery
 from surgery.errors import SurgeryError
 from surgery.progress import Silent
+from tests.conftest import HUB
 from tests.models import files_of, save_llama
 
 #: No mutated file of a tiny model may keep a run busy for longer, on whatever machine.
@@ -107,6 +109,48 @@ def _mutate_safetensors(data: bytes, chance: random.Random) -> bytes:
     return len(header).to_bytes(8, "little") + header + data[8 + length :]
 
 
+_ODD_NAMES = (
+    *("../evil", "/abs/evil", "surgery/../../evil", "a\\..\\evil", "C:evil", "\ud800", "", ".", "..", "a//b", "./a", "x."),
+    *("n\0l", "a\nb", "\x1b[2J", "a\u202eb", "\u200b", "x" * 300, "a/" * 600 + "b", "CON", "nul.txt", "config.json/x", "x "),
+    *("./config.json", "/model.safetensors", "../model.safetensors", "model\n.safetensors", "model.safetensors", "é.md"),
+    *(".surgery/run.json", "surgery/manifest.json", "surgery/x", "Surgery/x.py", ".git/config", "x.partial", "tokenizer.json/"),
+    *("CONFIG.JSON", "👩\u200d💻.md"),
+)
+
+
+def _mutate_listing(entries: list[dict[str, Any]], chance: random.Random) -> list[Any]:
+    """Pages of a hub's listing: entries that are changed, renamed, added, doubled, lost or moved, and pages that are none."""
+    for _ in range(chance.choice((1, 1, 2, 4))):
+        entry, name = chance.choice(entries), chance.choice((*_ODD_NAMES, chance.choice(entries)["path"]))
+        match chance.randrange(6):
+            case 0:
+                entries = [{**one, "path": name} if one is entry else one for one in entries]
+            case 1:
+                entries = [*entries, {**entry, "path": name}]
+            case 2:
+                entries = [*entries, {**entry, "size": chance.choice((0, 1, -1, 2**70, 1.5, None, 7))}]
+            case 3:
+                entries = [one for one in entries if one is not entry] or entries
+            case 4:
+                changed = {"oid": "0" * 40, "lfs": {"oid": "0" * 64, "size": entry["size"]}}
+                entries = [{**one, **changed} if one is entry else one for one in entries]
+            case _:
+                changed = {chance.choice(("type", "size", "oid", "lfs", "path")): chance.choice(_ODD)}
+                entries = [{**one, **changed} if one is entry else one for one in entries]
+    pages: list[Any] = [entries]
+    match chance.randrange(6):
+        case 0:
+            at = chance.randrange(len(entries))
+            pages = [entries[:at], [], entries[at:]]
+        case 1:
+            pages = [mutate_json(entries, chance)]
+        case 2:
+            pages = [entries, mutate_bytes(json.dumps(entries).encode(), chance)]
+        case 3:
+            pages = [entries, chance.choice((entries, []))]
+    return pages
+
+
 _RECIPE = b"""
 description = "x"
 split = false
@@ -149,6 +193,7 @@ class Fuzz:
             "scales": self._scales,
             "factors": self._factors,
             "journal": self._journal,
+            "listing": self._listing,
         }
 
     def one(self, kind: str, seed: int) -> bool:
@@ -228,6 +273,25 @@ class Fuzz:
         path.write_bytes(_mutate_text(path.read_bytes(), chance))
         surgery.factorize(self.model, work / "o", rank=2, device="cpu")
         assert surgery.verify(work / "o", device="cpu").ok
+
+    def _listing(self, work: Path, chance: random.Random) -> None:
+        """What comes of it gives back the weights, and no other file than the model has."""
+        repo = HUB.publish("acme/fuzz", self.model)
+        repo.pages = _mutate_listing(HUB.described(repo), chance)
+        cache = Path(os.environ["HF_HOME"], "hub")
+        shutil.rmtree(cache, ignore_errors=True)
+        try:
+            surgery.factorize(
+                "acme/fuzz", work / "f", rank=2, include=["*0*q_proj*"], stream=chance.random() < 0.3, device="cpu"
+            )
+        finally:
+            written = {path.name for path in cache.iterdir()} if cache.is_dir() else set()
+            assert written <= {"models--acme--fuzz", ".locks", "CACHEDIR.TAG", "version.txt"}, written
+            assert {path.name for path in cache.parent.iterdir()} <= {"hub", "xet"}
+        surgery.fold(work / "f", work / "f/surgery/scales.safetensors", work / "o", device="cpu")
+        before, after = files_of(self.model), files_of(work / "o")
+        assert all(before.get(name) == data for name, data in after.items())
+        assert {name for name in before if name.endswith(".safetensors")} <= after.keys()
 
 
 class _Stop(Silent):

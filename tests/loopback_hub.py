@@ -53,6 +53,7 @@ class Repo:
     corrupted: set[str] = field(default_factory=set)  # files whose last byte changes on the way
     ignores_ranges: bool = False
     history: list[Commit] = field(default_factory=list)
+    pages: list[object] | None = None  # of the listing, in the place of the true one; endless if the last is ...
 
     def knows(self, revision: str) -> bool:
         return revision == self.commit or revision in self.branches
@@ -109,6 +110,7 @@ class LoopbackHub:
         self.gate = threading.Event()  # uploads wait while it is cleared
         self.gate.set()
         self.meanwhile: dict[str, Callable[[], None]] = {}  # part of a path: called once, just before the answer goes out
+        self.links_to: str | None = None  # the host that links to further pages name, if not this one
         self._failures: list[_Failure] = []
         self._root = tempfile.TemporaryDirectory(prefix="surgery-test-hub-")
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
@@ -120,6 +122,10 @@ class LoopbackHub:
 
     def refuse(self, name: str, status: int, code: str) -> None:
         self.repos[name] = Repo(Path(), "0" * 40, {"main": "0" * 40}, (status, code))
+
+    def described(self, repo: Repo) -> list[dict[str, object]]:
+        """The listing of a repository as it is."""
+        return [_described(repo, path) for path in repo.files()]
 
     def create(self, name: str, *, private: bool) -> Repo:
         """A new repository, with the one file that the hub puts there."""
@@ -174,13 +180,29 @@ class _Handler(BaseHTTPRequestHandler):
         elif match["what"] == "resolve":
             self._file(repo, match["file"], body)
         elif match["what"] == "tree":
-            self._json([self._described(repo, path) for path in repo.files()], body)
+            self._tree(repo, body)
         else:
             names = [{"rfilename": path.relative_to(repo.folder).as_posix()} for path in repo.files()]
             tags = repo.card().get("tags", [])
             self._json(
                 {"id": match["repo"], "sha": repo.commit, "siblings": names, "private": repo.private, "tags": tags}, body
             )
+
+    def _tree(self, repo: Repo, body: bool) -> None:
+        """A page of the listing, with a link to the next one."""
+        if repo.pages is None:
+            self._json(self.owner.described(repo), body)
+            return
+        asked = urlsplit(self.path)
+        number = int(parse_qs(asked.query).get("cursor", ["0"])[0])
+        endless = repo.pages[-1] is ...
+        pages = repo.pages[:-1] if endless else repo.pages
+        page = pages[min(number, len(pages) - 1)]
+        data = page if isinstance(page, bytes) else json.dumps(page).encode()
+        headers = {"Content-Type": "application/json"}
+        if endless or number + 1 < len(pages):
+            headers["Link"] = f'<{self.owner.links_to or self.owner.url}{asked.path}?cursor={number + 1}>; rel="next"'
+        self._send(200, data, headers, body)
 
     def do_PUT(self) -> None:
         self._take()
@@ -208,7 +230,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._error(404, "RepoNotFound")
             elif match["what"] == "paths-info":
                 paths = [repo.folder / name for name in parse_qs(data.decode())["paths"]]
-                self._json([self._described(repo, path) for path in paths if path.is_file()], True)
+                self._json([_described(repo, path) for path in paths if path.is_file()], True)
             elif match["what"] == "batch":
                 self._json({"transfer": "basic", "objects": [self._action(item) for item in json.loads(data)["objects"]]}, True)
             elif match["what"] == "preupload":
@@ -296,18 +318,6 @@ class _Handler(BaseHTTPRequestHandler):
         repo.apply(head["summary"], changes)
         self._json({"commitUrl": f"{self.owner.url}/{name}/commit/{repo.commit}", "commitOid": repo.commit}, True)
 
-    def _described(self, repo: Repo, path: Path) -> dict[str, object]:
-        size = path.stat().st_size
-        described: dict[str, object] = {
-            "type": "file",
-            "path": path.relative_to(repo.folder).as_posix(),
-            "size": size,
-            "oid": _blob(path),
-        }
-        if _is_lfs(path.name):
-            described["lfs"] = {"oid": _sha256(path.read_bytes()), "size": size, "pointerSize": 130}
-        return described
-
     def _file(self, repo: Repo, name: str, body: bool) -> None:
         path = repo.folder / name
         if not path.is_file():
@@ -344,6 +354,19 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if body:
             self.wfile.write(data)
+
+
+def _described(repo: Repo, path: Path) -> dict[str, object]:
+    size = path.stat().st_size
+    described: dict[str, object] = {
+        "type": "file",
+        "path": path.relative_to(repo.folder).as_posix(),
+        "size": size,
+        "oid": _blob(path),
+    }
+    if _is_lfs(path.name):
+        described["lfs"] = {"oid": _sha256(path.read_bytes()), "size": size, "pointerSize": 130}
+    return described
 
 
 def _is_lfs(name: str) -> bool:

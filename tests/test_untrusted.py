@@ -17,6 +17,8 @@ from safetensors.torch import save_file
 
 import surgery
 from surgery.errors import FormatError, SourceError, SurgeryError
+from surgery.escapes import escaped
+from surgery.format.files import check_relative_path
 from surgery.format.safetensors import ShardReader
 from tests.fuzz import Fuzz
 from tests.loopback_hub import LoopbackHub
@@ -25,7 +27,7 @@ from tests.models import save_llama
 ROOT = Path(__file__).parent.parent
 ADVERSARIAL = Path(__file__).parent / "adversarial"
 EXPECTED: dict[str, str] = json.loads((ADVERSARIAL / "expected.json").read_text())
-KINDS = ("weights", "index", "config", "recipe", "manifest", "scales", "factors", "journal")
+KINDS = ("weights", "index", "config", "recipe", "manifest", "scales", "factors", "journal", "listing")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,84 @@ def test_every_kind_is_tested(fuzz: Fuzz) -> None:
     assert fuzz.kinds.keys() == set(KINDS)
 
 
-@pytest.mark.parametrize("name", sorted(EXPECTED))
+@pytest.mark.parametrize("name", sorted(name for name in EXPECTED if name.endswith(".listing.json")))
+def test_adversarial_listing(name: str, hub: LoopbackHub, llama: Path) -> None:
+    """Each the second page of a listing, with the message that is to be said of it, or with what is left out and why."""
+    repo = hub.publish(f"acme/{name.partition('.')[0]}", llama)
+    repo.pages = [hub.described(repo), (ADVERSARIAL / name).read_bytes()]
+    try:
+        plan = surgery.plan(f"acme/{name.partition('.')[0]}", rank=1, progress=surgery.Silent())
+        said = "\n".join(escaped(f"{file}: {reason}") for file, reason in plan.left_out.items())
+        assert plan.targets
+    except SurgeryError as error:
+        said = str(error)
+        assert f"acme/{name.partition('.')[0]}" in said
+    assert EXPECTED[name] in said
+
+
+def test_a_listing_without_an_end(hub: LoopbackHub, llama: Path) -> None:
+    """And one whose links lead elsewhere: the next page is asked of the hub all the same, which the token is for."""
+    repo = hub.publish("acme/endless", llama)
+    repo.pages = [[], ...]
+    with pytest.raises(SourceError, match="more than 1000 pages"):
+        surgery.plan("acme/endless", rank=1)
+    everything = hub.described(repo)
+    repo.pages = [everything[:2], [], everything[2:]]
+    hub.links_to = "http://elsewhere.invalid"
+    try:
+        elsewhere = surgery.plan("acme/endless", rank=1)
+    finally:
+        hub.links_to = None
+    assert elsewhere.targets == surgery.plan(llama, rank=1).targets
+
+
+@pytest.mark.parametrize("name", ["emoji 👩🏽‍💻❤️‍🔥.md", "é.txt", "e\u0301.txt", "模型.json", "Größe (1).txt", "данные", "✓.x"])
+def test_ordinary_names_are_plain(name: str) -> None:
+    assert check_relative_path(f"a/{name}", "m") == f"a/{name}"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names that other systems cannot have")
+@pytest.mark.parametrize("name", ["a\n{}", "\x1b[2J{}", "\u202e{}", "a\u200b{}", "CON.{}", "x\x9b{}", "a:{}", "\u2066x{}"])
+def test_the_same_rule_for_folders_indexes_and_manifests(name: str, llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama, tmp_path / "m")
+    (tmp_path / "m" / name.format(".log")).write_text("x")
+    left_out = surgery.plan(tmp_path / "m", rank=1).left_out
+    assert left_out[name.format(".log")] == "a name that not every system allows"
+    surgery.factorize(tmp_path / "m", tmp_path / "f", rank=1)
+    assert {record.file for record in surgery.Manifest.read(tmp_path / "f").left_out} == {*left_out}
+    (tmp_path / "m" / name.format(".py")).write_text("x")
+    with pytest.raises(FormatError, match=r"a file name|leaves its folder"):
+        surgery.plan(tmp_path / "m", rank=1)
+    (tmp_path / "m" / name.format(".py")).unlink()
+    index = tmp_path / "m/model.safetensors.index.json"
+    entries = json.loads(index.read_text())
+    entries["weight_map"] = dict.fromkeys(entries["weight_map"], name.format(".safetensors"))
+    index.write_text(json.dumps(entries))
+    with pytest.raises(FormatError, match=r"a file name|leaves its folder"):
+        surgery.plan(tmp_path / "m", rank=1)
+    manifest = tmp_path / "f/surgery/manifest.json"
+    entries = json.loads(manifest.read_text())
+    entries["files"][0]["file"] = name.format(".json")
+    manifest.write_text(json.dumps(entries))
+    with pytest.raises(FormatError):
+        surgery.Manifest.read(tmp_path / "f")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a disk that tells case apart")
+def test_names_that_differ_in_case_alone(llama: Path, tmp_path: Path) -> None:
+    """Of cards one goes along, as on other disks there can be but one; of others nobody knows which is meant."""
+    shutil.copytree(llama, tmp_path / "m")
+    for name in ("README.md", "readme.md", "LICENSE\u00e9", "LICENSEe\u0301"):
+        (tmp_path / "m" / name).write_text(name)
+    left_out = surgery.plan(tmp_path / "m", rank=1).left_out
+    assert left_out["readme.md"] == "the same name as README.md, where case is not told apart"
+    assert len({"LICENSE\u00e9", "LICENSEe\u0301"} & left_out.keys()) == 1
+    (tmp_path / "m/Config.json").write_text("{}")
+    with pytest.raises(SourceError, match=r"'Config\.json' and 'config\.json'"):
+        surgery.plan(tmp_path / "m", rank=1)
+
+
+@pytest.mark.parametrize("name", sorted(name for name in EXPECTED if not name.endswith(".listing.json")))
 def test_adversarial_file(name: str, tmp_path: Path) -> None:
     """Each by itself a model, or the index of one, with the message that is to be said of it."""
     if name.endswith(".safetensors"):

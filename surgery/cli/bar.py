@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 
-from surgery.cli.text import can_show, cells, clock, duration, shorten, shown, size, tell, terminal_width, to_stderr
+from surgery.cli.text import can_show, cells, clock, duration, redraw, shorten, shown, size, tell, terminal_width
 
 #: Seconds between two looks at a phase, and between two drawings of its bar.
 _LOOK, _DRAW = 0.5, 0.1
@@ -97,11 +97,11 @@ class Bar:
     def _clear(self) -> None:
         if self._drawn:
             self._draw("")
-            to_stderr("\r")
+            redraw("")
 
     def _draw(self, line: str) -> None:
         length = cells(line)
-        to_stderr("\r" + line + " " * (min(self._drawn, _room()) - length))
+        redraw(line, over=min(self._drawn, _room()) - length)
         self._drawn = length
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -16,8 +18,9 @@ from surgery.cli.factorize import factorize, plan, recipes
 from surgery.cli.fold import export, fold
 from surgery.cli.scaling import blend, project, scales
 from surgery.cli.study import recommend, spectra
-from surgery.cli.text import tell
+from surgery.cli.text import guarded, tell, tell_error
 from surgery.errors import SurgeryError
+from surgery.escapes import escaped
 from surgery.installation import check_installation
 from surgery.version import __version__
 
@@ -37,8 +40,31 @@ def _hold_standard_streams() -> None:
     os.close(number)
 
 
+@contextmanager
+def _usage_in_one_line() -> Iterator[None]:
+    """What click says of an argument that it does not take names it as it is."""
+    try:
+        yield
+    except click.UsageError as error:
+        text = error.format_message()
+        if text.isprintable() or (error.ctx is not None and text == error.ctx.get_help()):
+            raise
+        raise click.UsageError(escaped(text), error.ctx) from None
+
+
 class _Group(click.Group):
-    """Turns a SurgeryError into a message and exit code 1; anything unforeseen keeps its traceback."""
+    """Turns a SurgeryError into a message and exit code 1; anything unforeseen keeps its traceback.
+
+    Whatever is written meanwhile is made safe for a terminal.
+    """
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        with guarded():
+            return super().main(*args, **options)
+
+    def make_context(self, *args: Any, **options: Any) -> click.Context:
+        with _usage_in_one_line():
+            return super().make_context(*args, **options)
 
     def invoke(self, ctx: click.Context) -> Any:
         main_thread = threading.current_thread() is threading.main_thread()
@@ -46,17 +72,18 @@ class _Group(click.Group):
         try:
             _hold_standard_streams()
             check_installation()
-            return super().invoke(ctx)
+            with _usage_in_one_line():
+                return super().invoke(ctx)
         except BrokenPipeError:  # of whoever reads the output: click knows what to do
             raise
         except KeyboardInterrupt as stop:
             tell("Interrupted.")
             ctx.exit(143 if isinstance(stop, _Terminated) else 130)
         except SurgeryError as error:
-            tell(f"Error: {error}")
+            tell_error(error)
             ctx.exit(1)
         except OSError as error:  # of a path that the system will not even look at
-            tell(f"Error: {error}")
+            tell_error(error)
             ctx.exit(1)
         finally:
             if main_thread:

@@ -84,7 +84,7 @@ def spectra(model: str, tuned: str | None, out: Path, overwrite: bool, as_json: 
             write_page(content, out / _PAGE_FILE)
         page = str(out / _PAGE_FILE)
     except MissingExtra as missing:
-        tell(f"note: no page: {missing}", quiet=quiet)
+        tell(f"note: no page: {missing.what}" + (f"; {missing.hint}" if missing.hint else ""), quiet=quiet)
         page = str(out / _JSON_FILE)
     seconds = time.perf_counter() - start
     if as_json:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import safetensors.torch
 import torch
 
 from surgery.errors import FormatError, ReadError, ScalesError, few
+from surgery.escapes import quoted
 from surgery.format.files import write_file
 from surgery.format.lora import CONFIG as ADAPTER_CONFIG
 from surgery.format.lora import is_of_lora
@@ -206,7 +206,7 @@ def _check_kind(header: Header, path: Path, manifest: Manifest | None = None) ->
     if not owned and any(map(is_of_lora, names)):
         what, hint = (
             "the weights of a LoRA adapter",
-            f"surgery fold FACTORIZED SCALES --lora {shlex.quote(str(path.parent))}, beside scales",
+            f"surgery fold FACTORIZED SCALES --lora {quoted(path.parent)}, beside scales",
         )
     elif any(ATTACHED_NAME in name for name in names):
         what = "parameters of a model with scales, which hold g - 1"

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from surgery.errors import MissingExtra, OptionError, SourceError
+from surgery.escapes import quoted_glob
 from surgery.format.manifest import Alias, Manifest
 from surgery.format.safetensors import Header, ShardReader, TensorEntry, same_bytes
 from surgery.names import CONFIG_FILE
@@ -195,7 +196,7 @@ def _refused(source: Source, names: Sequence[str], what: str, why: str | None) -
         f"{source.name}: {names[0]} and {names[1]}: {what}",
         got=why,
         expected="one parameter, edited together, or two" if why else None,
-        hint=f"--exclude '{names[0]}' --exclude '{names[1]}'"
+        hint=f"--exclude {quoted_glob(names[0])} --exclude {quoted_glob(names[1])}"
         + ("; or say it in config.json: tie_word_embeddings" if why else ""),
     )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from filelock import FileLock, Timeout
 
 from surgery.errors import FormatError, OptionError, OutputError, ReadError, ScalesError, SurgeryError, WeightError, few
+from surgery.escapes import quoted
 from surgery.format.files import FileRecord, check_file, check_replaceable, reporting, sync_directory
 from surgery.format.manifest import Manifest
 from surgery.names import (
@@ -306,7 +306,7 @@ def _beside(out: Path, read: Path) -> str:
     """How to say that an output is to lie beside the folder that it was to lie in."""
     if not read.is_dir() or read == read.parent:
         return "choose another folder with -o"
-    return f"-o {shlex.quote(os.path.relpath(read.parent / f'{read.name}-{out.name}'))}"
+    return f"-o {quoted(os.path.relpath(read.parent / f'{read.name}-{out.name}'))}"
 
 
 def _check_apart(out: Path, inputs: Iterable[Path]) -> None:

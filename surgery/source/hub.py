@@ -8,7 +8,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from surgery.errors import FormatError, SourceError, SurgeryError, few
-from surgery.format.files import Watch, check_relative_path
+from surgery.escapes import quoted
+from surgery.format.files import Watch
 from surgery.format.manifest import SourceRecord
 from surgery.format.safetensors import Header, ShardReader, header_length, parse_header
 from surgery.names import CONFIG_FILE
@@ -16,7 +17,7 @@ from surgery.progress import listening
 from surgery.source import hub_client as client
 from surgery.source.model import FolderSource, Source, Stays, check_subfolder, read_config, read_text
 from surgery.source.origin import HubOrigin
-from surgery.source.select import listing_of, select_files
+from surgery.source.select import listing_of, select_plain_files
 from surgery.source.shards import index_entries, is_index
 
 #: Stands for what ``_online`` says.
@@ -68,7 +69,7 @@ def explained(
 
 def _online(repo_id: str, revision: str | None = None) -> str:
     """How a model gets into the cache."""
-    once = f"hf download {repo_id}" + ("" if revision is None else f" --revision {revision}")
+    once = f"hf download {quoted(repo_id)}" + ("" if revision is None else f" --revision {quoted(revision)}")
     if client.is_offline():
         return f"unset HF_HUB_OFFLINE, or fetch the model once without it: {once}"
     return f"connect to the network, or fetch the model once while online: {once}"
@@ -198,9 +199,7 @@ class HubSource(Stays):
             raise SourceError(
                 f"{repo_id} has no subfolder {record.subfolder!r}", expected=", ".join(folders) or "a model without subfolders"
             )
-        for file in self._files:
-            check_relative_path(file, self.name)
-        self.selection = select_files(listing_of(self._files), self._read_text, where=self.name)
+        self.selection = select_plain_files(listing_of(self._files), self._read_text, where=self.name)
 
     def _read_text(self, file: str) -> str:
         return read_text(self.fetch(file), f"{self.name}/{file}")

@@ -12,17 +12,19 @@ where a model is on the hub.
 from __future__ import annotations
 
 import importlib
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from surgery.errors import MissingExtra
-from surgery.format.files import write_file
+from surgery.errors import MissingExtra, SourceError
+from surgery.format.files import MAX_JSON_BYTES, is_plain_path, write_file
 from surgery.progress import Progress, listening
 
 _OLDEST = (1, 5)
@@ -96,6 +98,12 @@ try:
     RequestError: type[Exception] = http.RequestError
     TransportError: type[Exception] = http.TransportError
     InvalidURL: type[Exception] = http.InvalidURL
+except ValueError as error:
+    raise SourceError(
+        "the hub's client takes a setting of this environment for none",
+        got=error,
+        hint="set HF_ENDPOINT to the address of a hub",
+    ) from error
 except (AttributeError, ImportError, StopIteration) as error:
     raise _unusable(
         f"huggingface_hub {huggingface_hub.__version__} lacks a name that surgery uses", str(error) or type(error).__name__
@@ -144,6 +152,10 @@ __all__ = [
 
 _COMMIT = re.compile("[0-9a-f]{40}")
 _SHA256 = re.compile("[0-9a-f]{64}")
+
+#: Of a listing, whose pages have a thousand files each; and of a file in it.
+_MOST_PAGES = 1000
+_MOST_BYTES = 1 << 63
 
 
 class NoHub(Exception):
@@ -197,18 +209,50 @@ def resolve(repo_id: str, revision: str | None) -> str:
 
 
 def list_files(repo_id: str, commit: str) -> dict[str, HubFile]:
-    """The files of a repository by name, from its listing alone. Raises the client's errors, and ``NoHub``."""
+    """The files of a repository by name, from its listing alone. Raises the client's errors, and ``NoHub``.
+
+    Their names are as the listing has them, and may be no names of files: the client is asked for none of these.
+    """
+    files: dict[str, HubFile] = {}
     with _answering():
-        tree = HfApi().list_repo_tree(repo_id, recursive=True, revision=commit)
-        files = [entry for entry in tree if isinstance(entry, RepoFile)]
-        return {
-            file.path: HubFile(
-                size=int(file.size),
-                sha256=None if file.lfs is None else _sha256(file.lfs.sha256),
-                is_cached=cached_file(repo_id, commit, file.path) is not None,
-            )
-            for file in files
-        }
+        for file in _tree(repo_id, commit):
+            name, size, sha256 = file.path, file.size, None if file.lfs is None else _sha256(file.lfs.sha256)
+            if not isinstance(name, str) or type(size) is not int or not 0 <= size < _MOST_BYTES:
+                raise NoHub(f"it lists a file {name!r} of {size!r} bytes"[:300])
+            if file.lfs is not None and (sha256 is None or file.lfs.size != size):
+                raise NoHub(f"its entry of {name!r} contradicts itself"[:300])
+            is_cached = is_plain_path(name) and cached_file(repo_id, commit, name) is not None
+            found = HubFile(size, sha256, is_cached)
+            if files.setdefault(name, found) != found:
+                raise NoHub(f"it lists {name!r} twice"[:300])
+    return files
+
+
+def _tree(repo_id: str, commit: str) -> Iterator[RepoFile]:
+    """The files in a listing, page by page. The client itself would follow its links anywhere, and for ever."""
+    address = f"{constants.ENDPOINT}/api/models/{repo_id}/tree/{commit}"
+    query = "recursive=true&expand=false"
+    for _ in range(_MOST_PAGES):
+        data, following = _page(f"{address}?{query}")
+        yield from (RepoFile(**entry) for entry in json.loads(data) if entry["type"] == "file")  # type: ignore[no-untyped-call]
+        if following is None:
+            return
+        query = urlsplit(following).query  # the token is for the hub alone, whatever host a link names
+    raise NoHub(f"its listing has more than {_MOST_PAGES} pages")
+
+
+def _page(url: str) -> tuple[bytes, str | None]:
+    """A page of a listing, and the link to the next one."""
+    data = bytearray()
+    with get_session().stream("GET", url, headers=build_hf_headers()) as response:
+        if response.is_error:
+            response.read()
+        hf_raise_for_status(response)
+        for part in response.iter_bytes():
+            data += part
+            if len(data) > MAX_JSON_BYTES:
+                raise NoHub(f"a page of its listing has more than {MAX_JSON_BYTES} bytes")
+        return bytes(data), response.links.get("next", {}).get("url")
 
 
 @contextmanager
@@ -218,7 +262,7 @@ def _answering() -> Iterator[None]:
         yield
     except HFValidationError:
         raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise NoHub(f"{constants.ENDPOINT} answers something else ({type(error).__name__}: {error})"[:300]) from error
 
 

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from surgery.errors import FormatError, OptionError, SourceError, few
+from surgery.escapes import quoted
 from surgery.format.files import Watch, check_regular, check_relative_path, check_size, read_json_object, reading
 from surgery.format.manifest import SourceRecord
 from surgery.format.safetensors import Header, ShardReader
 from surgery.names import CONFIG_FILE
 from surgery.source.address import address_of
 from surgery.source.origin import FolderOrigin, Origin
-from surgery.source.select import Selection, is_read_by_loaders, select_files
+from surgery.source.select import Selection, select_plain_files
 from surgery.source.shards import index_entries
 
 
@@ -109,10 +110,8 @@ class FolderSource(Stays):
         self._root = root
         self._within = within or root  # a pipeline's other models are not to be written to either
         self.watch = Watch()
-        self._unnamable: dict[str, str] = {}
-        found = select_files(self._names, self._text, where=self.name)
-        left_out = dict(sorted({**found.left_out, **self._unnamable}.items()))
-        self.selection = replace(found, left_out=left_out, notes=(*found.notes, *self._notes_of_newer(found)))
+        found = select_plain_files(self._names, self._text, where=self.name)
+        self.selection = replace(found, notes=(*found.notes, *self._notes_of_newer(found)))
         for file in self.selection.others:
             check_regular(self._copied(file), f"{self.name}/{file}")
         for file in self.selection.shards:
@@ -145,20 +144,7 @@ class FolderSource(Stays):
             if real in {parent.resolve() for parent in path.parents}:
                 raise SourceError(f"{self.name}/{folder} is a link to a folder that it lies in", got=str(real))
         with reading(path, f"{self.name}/{folder}"):
-            found = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in path.iterdir())
-        return [name for name in found if self._has_plain_name(folder, name)]
-
-    def _has_plain_name(self, folder: str, name: str) -> bool:
-        """False, and left out with its reason, for what has a name that other systems cannot have, and that no loader reads."""
-        try:
-            check_relative_path(name.removesuffix("/"), self.name)
-        except FormatError:
-            is_text = not any(0xD800 <= ord(character) < 0xE000 for character in name)
-            if is_read_by_loaders(name) or not is_text:  # which no manifest could list
-                raise
-            self._unnamable[f"{folder}/{name}" if folder else name] = "a name that not every system allows"
-            return False
-        return True
+            return sorted(entry.name + ("/" if entry.is_dir() else "") for entry in path.iterdir())
 
     def _text(self, file: str) -> str:
         self._copied(file)
@@ -186,9 +172,10 @@ class FolderSource(Stays):
         hint = "put the file in its place; from the hub: fetch the model again"
         if cache is not None and (repo_id := _cached_repo(cache)) is not None:
             commit = next(
-                (f" --revision {path.name}" for path in (folder, *folder.parents) if path.parent.name == "snapshots"), ""
+                (f" --revision {quoted(path.name)}" for path in (folder, *folder.parents) if path.parent.name == "snapshots"),
+                "",
             )
-            hint = f"the hub's cache has lost what they lead to; fetch it again: hf download {repo_id}{commit}"
+            hint = f"the hub's cache has lost what they lead to; fetch it again: hf download {quoted(repo_id)}{commit}"
         return SourceError(
             f"{self.name}/{file} is a link that leads nowhere" + (f", one of {len(names)} here" if names[1:] else ""),
             got=str(target) if len(names) == 1 else few(names),
@@ -318,7 +305,7 @@ def _open_folder(path: Path, name: str, subfolder: str | None) -> FolderSource:
         raise SourceError(
             f"{name} is where the hub's client keeps {repo_id}",
             got=f"snapshots of {', '.join(commits)}",
-            hint=f"give {repo_id}" + (f" --revision {commits[0]}" if commits else ""),
+            hint=f"give {quoted(repo_id)}" + (f" --revision {quoted(commits[0])}" if commits else ""),
         )
     if subfolder is None:
         return FolderSource(path, name=name)

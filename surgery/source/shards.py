@@ -250,6 +250,7 @@ def index_entries(text: str, where: str) -> dict[str, str]:
     entries = parsed.get("weight_map") if isinstance(parsed, dict) else None
     if not isinstance(entries, dict) or not entries or not all(isinstance(shard, str) for shard in entries.values()):
         raise FormatError(f"{where}: no weight_map of tensor names to shards")
-    for shard in set(entries.values()):
+    named = {shard: PurePosixPath(shard).as_posix() for shard in set(entries.values())}
+    for shard in named.values():
         check_relative_path(shard, where)
-    return {tensor: PurePosixPath(shard).as_posix() for tensor, shard in entries.items()}
+    return {tensor: named[shard] for tensor, shard in entries.items()}
