@@ -17,7 +17,7 @@ from surgery.cli.fold import export, fold
 from surgery.cli.scaling import blend, project, scales
 from surgery.cli.study import recommend, spectra
 from surgery.cli.text import tell
-from surgery.errors import SurgeryError
+from surgery.errors import SurgeryError, naming_system_errors
 from surgery.installation import check_installation
 from surgery.version import __version__
 
@@ -46,7 +46,8 @@ class _Group(click.Group):
         try:
             _hold_standard_streams()
             check_installation()
-            return super().invoke(ctx)
+            with naming_system_errors():
+                return super().invoke(ctx)
         except BrokenPipeError:  # of whoever reads the output: click knows what to do
             raise
         except KeyboardInterrupt as stop:

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import IO, Any, Self
 
-from surgery.errors import FormatError, OutputError, ReadError, SurgeryError
+from surgery.errors import FormatError, OutputError, ReadError, SurgeryError, advice
 from surgery.format.disk import DiskStream
 from surgery.timing import timed
 
@@ -25,6 +25,12 @@ RESTORE_HINT = "restore it from the source model"
 #: Of a config or an index, and of what surgery writes: the manifest of a model of 45,000 matrices takes some 80 MB.
 MAX_JSON_BYTES = 1 << 26
 MAX_OWN_JSON_BYTES = 1 << 29
+#: What to do where something cannot be written, and can be soon.
+_TO_GO_ON = {
+    errno.ENOSPC: "free some space, then run the same command again: it goes on where it stopped",
+    errno.EDQUOT: "free some of your quota, then run the same command again: it goes on where it stopped",
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f), or see what this disk allows, then run the same command again",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +170,7 @@ class FileWriter:
         self.partial = partial or path.with_name(path.name + ".partial")
         self._read_soon = read_soon
         self._sha256 = hashlib.sha256()
+        self._in_place = False
         self.size = 0
 
     def __enter__(self) -> Self:
@@ -191,8 +198,11 @@ class FileWriter:
         try:
             self.stream.stop()
         finally:
-            self.file.close()
-            self.partial.unlink(missing_ok=True)
+            with suppress(OSError):  # the disk has said before what is wrong with it, or it is of no account any more
+                self.file.close()
+            if not self._in_place:
+                with suppress(OSError):
+                    self.partial.unlink(missing_ok=True)
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Append ``data``.
@@ -223,7 +233,13 @@ class FileWriter:
             os.fsync(self.file.fileno())
             self.file.close()
             self.partial.replace(self.path)
-            sync_directory(self.path.parent)
+            self._in_place = True
+            try:
+                sync_directory(self.path.parent)
+            except OSError:  # what is not known to stay is not left to be taken for a result
+                with suppress(OSError):
+                    self.path.unlink()
+                raise
         return FileRecord(name, self.size, self.sha256)
 
 
@@ -346,9 +362,7 @@ def reporting(path: Path) -> Iterator[None]:
     except OSError as error:
         raise OutputError(
             f"{path}: cannot be written ({error.strerror or error})",
-            hint="free some space, then run the same command again: it goes on where it stopped"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
-            else "choose another folder with -o",
+            hint=_TO_GO_ON.get(error.errno or 0) or f"{advice(error)}; or choose another folder with -o",
         ) from error
 
 
@@ -381,7 +395,7 @@ def reading(path: Path, name: str | None = None) -> Iterator[None]:
     except OSError as error:
         raise ReadError(
             f"{name or path}: cannot be read ({error.strerror or error})",
-            hint="see who may read it, and the folders above it: ls -l" if isinstance(error, PermissionError) else None,
+            hint=advice(error),
         ) from error
 
 

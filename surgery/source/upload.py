@@ -136,8 +136,8 @@ class Upload:
         return cls(api, url, private=bool(info.private))
 
     def __enter__(self) -> Self:
-        self._bars.enter_context(client.without_bars())  # those of several threads would write over each other
         self._thread.start()
+        self._bars.enter_context(client.without_bars())  # those of several threads would write over each other
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
