@@ -134,6 +134,7 @@ __all__ = [
     "RecipesReport",
     "Recommendation",
     "Report",
+    "ResourceError",
     "SaveScales",
     "Scales",
     "ScalesError",

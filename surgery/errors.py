@@ -25,14 +25,15 @@ import errno
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-_MEMORY_HINT = "end other programs, allow less with --max-memory, or raise the limit (ulimit -v)"
+#: What to do where memory is short.
+MEMORY_HINT = "end other programs, allow less with --max-memory, or raise the limit (ulimit -v)"
 #: What to do about what the system says of a file or a folder; of anything else, look and try again.
 _ADVICE = {
     errno.EACCES: "see who may use it, and the folders above it: ls -l",
     errno.EPERM: "see who may use it, and the folders above it: ls -l",
     errno.EMFILE: "raise the limit of open files, ulimit -n, then run the same command again",
     errno.ENFILE: "end other programs, which have too many files open, then run the same command again",
-    errno.ENOMEM: _MEMORY_HINT,
+    errno.ENOMEM: MEMORY_HINT,
     errno.EIO: "see what the system says of this disk (dmesg), then run the same command again",
     errno.ESTALE: "see whether the network folder is there, mount it anew, then run the same command again",
 }
@@ -132,7 +133,8 @@ def few(names: Iterable[object], *, most: int = 4, between: str = ", ") -> str:
 def naming_system_errors() -> Iterator[None]:
     """At the edge to callers: what the system says, and nothing nearer to it has explained, becomes an error of ours.
 
-    Of a file it is a ``ReadError``, of memory or threads a ``ResourceError``. A connection or a pipe that is closed is not of ours.
+    Of a file it is a ``ReadError``, of memory or threads a ``ResourceError``. A connection or a pipe that is closed is not
+    of ours.
     """
     try:
         yield
@@ -158,7 +160,7 @@ def _lacking(error: BaseException) -> ResourceError | None:
     texts = [str(cause) for cause in (error, error.__cause__) if cause is not None]
     if isinstance(error, MemoryError) or any(sign in text for sign in _NO_MEMORY for text in texts):
         got = next((text for text in texts if text), type(error).__name__).partition("\n")[0]
-        return ResourceError("there is not enough memory", got=got[:300], hint=_MEMORY_HINT)
+        return ResourceError("there is not enough memory", got=got[:300], hint=MEMORY_HINT)
     if any(sign in text for sign in _NO_THREADS for text in texts):
         hint = "end other programs, or raise the limit of processes (ulimit -u), then run the same command again"
         return ResourceError("the system starts no more threads", got=texts[0][:300], hint=hint)

@@ -1,9 +1,9 @@
 """The sweep over the n-th operation: ``python -m tests.failing FOLDER [--most N] [--every N] [--offset N] [COMMAND ...]``.
 
-Each command is run once undisturbed, to count its operations, and then once for each of them, which fails with one of the errors
-that such an operation can fail with (``--all``: with each of them); then with errors that go on from there, and killed before
-each of its changes and requests. Of one kind of failure at most so many calls are tried, spread over all there are; and of all trials
-every N-th is made, beginning with the one at the offset.
+Each command is run once undisturbed, to count its operations, and then once for each of them, which fails with one of the
+errors that such an operation can fail with (``--all``: with each of them); then with errors that go on from there, and killed
+before each of its changes and requests. Of one kind of failure at most so many calls are tried, spread over all there are; and
+of all trials every N-th is made, beginning with the one at the offset.
 
 Prints a table of trials by operation and error, what was found, and a last line of JSON. The exit code is 1 if anything was found.
 """
@@ -73,6 +73,7 @@ def main() -> int:
     parser.add_argument("--offset", type=int, default=0)
     parser.add_argument("--all", action="store_true")
     parser.add_argument("--only", default="", help="a part of a fault")
+    parser.add_argument("--but", default="", help="commands to leave out, with commas between")
     parser.add_argument("commands", nargs="*")
     chosen = parser.parse_intermixed_args()
     # The hub's client reads these when it is imported.
@@ -110,7 +111,7 @@ def _sweep(chosen: argparse.Namespace, hub: LoopbackHub) -> int:
     number, begun = 0, time.perf_counter()
     operations: dict[str, dict[str, int]] = {}
     for name, command in bench.commands.items():
-        if chosen.commands and name not in chosen.commands:
+        if (chosen.commands and name not in chosen.commands) or name in chosen.but.split(","):
             continue
         *_, undisturbed = bench.truth(command)
         operations[name] = undisturbed.counts
@@ -121,7 +122,7 @@ def _sweep(chosen: argparse.Namespace, hub: LoopbackHub) -> int:
                 continue
             trials += 1
             if fault.error == 0:
-                row = ("killed before", fault.operations[0] == "connect" and "requests" or "changes")
+                row = ("killed before", (fault.operations[0] == "connect" and "requests") or "changes")
             else:
                 row = ("lasting" if fault.goes_on else fault.operations[0], errno.errorcode[fault.error])
             cell = table.setdefault(row, Counter())
@@ -140,7 +141,7 @@ def _sweep(chosen: argparse.Namespace, hub: LoopbackHub) -> int:
         print(f"{operation:14} {error:12} {cell.total():7} {figures[0]:7} {figures[1]:8} {figures[2]:7} {figures[3]:6}")
     for kind, cases in found.items():
         print(f"\n{len(cases)} x {kind}\n  {'; '.join(cases[:8])}")
-    total = sum((cell for cell in table.values()), Counter())
+    total = sum(table.values(), Counter())
     seconds = round(time.perf_counter() - begun, 1)
     print(json.dumps({"trials": total.total(), **total, "seconds": seconds}))
     return 1 if found else 0

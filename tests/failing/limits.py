@@ -1,8 +1,8 @@
 """Commands with too little of something: ``python -m tests.failing.limits FOLDER [--steps N] [--disk] [COMMAND ...]``.
 
-Open files, address space, the size of a file, threads, processor time: each is limited to a value swept from almost nothing to
-enough, in so many steps. With ``--disk``, which needs to be run by ``unshare -rm``, results are written to a disk of its own that
-has room for so many bytes or files, and later for all.
+Open files, address space, the size of a file, threads: each is limited to a value swept from almost nothing to enough, in so
+many steps. With ``--disk``, which needs to be run by ``unshare -rm``, results are written to a disk of its own that has room
+for so many bytes or files, and later for all.
 
 Prints how the trials of each limit ended, and what was found; the exit code is 1 if anything was.
 """
@@ -19,7 +19,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,7 +37,7 @@ def _soft(kind: int, value: int) -> _Limit:
 
 def _files(count: int) -> _Limit:
     """So many more than are open."""
-    return lambda: _soft(resource.RLIMIT_NOFILE, 1 + max(map(int, os.listdir("/proc/self/fd"))) + count)()
+    return lambda: _soft(resource.RLIMIT_NOFILE, 1 + max(int(path.name) for path in Path("/proc/self/fd").iterdir()) + count)()
 
 
 def _address_space(more: int) -> _Limit:
@@ -66,20 +65,10 @@ def _threads(count: int) -> _Limit:
                 raise OSError(ctypes.get_errno(), "capset")
             there = 1
         else:
-            there = sum(len(os.listdir(path / "task")) for path in Path("/proc").glob("[0-9]*") if path.stat().st_uid == os.getuid())
+            there = sum(
+                len(os.listdir(path / "task")) for path in Path("/proc").glob("[0-9]*") if path.stat().st_uid == os.getuid()
+            )
         _soft(resource.RLIMIT_NPROC, there + count)()
-
-    return limit
-
-
-def _processor(left: float) -> _Limit:
-    """So many seconds, and then SIGXCPU. The system counts in whole ones: what is too much is spent before."""
-
-    def limit() -> None:
-        used = time.process_time()
-        while time.process_time() - used < 1 - left:
-            pass
-        _soft(resource.RLIMIT_CPU, int(used) + 1)()
 
     return limit
 
@@ -98,8 +87,6 @@ def limits(steps: int, largest: int) -> Iterator[tuple[str, _Limit]]:
         yield "size of a file", _soft(resource.RLIMIT_FSIZE, int(value))
     for value in sorted({round(value) for value in _spread(14, steps)}):
         yield "threads", _threads(value)
-    for value in _spread(0.4, steps, least=0.01):
-        yield "processor time", _processor(value)
 
 
 def _mount(place: Path, options: str) -> None:
@@ -126,7 +113,7 @@ def main() -> int:
 
 
 def _sweep(chosen: argparse.Namespace, hub: LoopbackHub) -> int:
-    from tests.failing.trials import Bench, Finding, kind_of
+    from tests.failing.trials import Bench, Command, Finding, kind_of
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     gc.disable()
@@ -137,13 +124,19 @@ def _sweep(chosen: argparse.Namespace, hub: LoopbackHub) -> int:
     table: dict[str, Counter[str]] = {}
     found: dict[str, list[str]] = {}
 
-    def attempt(what: str, trial: Callable[[], str], name: str) -> None:
+    def attempt(what: str, command: Command, before: _Limit = bool, after: _Limit = bool) -> None:
         cell = table.setdefault(what, Counter())
         try:
-            cell[trial()] += 1
+            cell[bench.trial(command, None, before, after)] += 1
         except Finding as finding:
             cell["WRONG"] += 1
-            found.setdefault(kind_of(finding), []).append(f"{name}, {what}:\n{finding}")
+            cases = found.setdefault(kind_of(finding), [])
+            cases.append(f"{command.name}, {what}")
+            if len(cases) == 1:
+                print(f"\n=== {cases[0]}\n{str(finding)[-3500:]}", flush=True)
+
+    def enlarge() -> None:
+        subprocess.run(["mount", "-o", "remount,size=64m,nr_inodes=100000", str(bench.place)], check=True)
 
     for name, command in bench.commands.items():
         if (chosen.commands and name not in chosen.commands) or (not command.markers and not command.pushes and chosen.disk):
@@ -156,21 +149,20 @@ def _sweep(chosen: argparse.Namespace, hub: LoopbackHub) -> int:
         if not chosen.disk:
             for what, limit in limits(chosen.steps, max(sizes, default=0)):
                 if chosen.only in what:
-                    attempt(what, lambda limit=limit: bench.trial(command, None, limit), name)  # type: ignore[misc]
+                    attempt(what, command, limit)
             continue
         pages = sum(-(-size // 4096) for size in sizes) + 24
         for what, option, most, unit in (("bytes of a disk", "size", pages, 4096), ("files of a disk", "nr_inodes", 80, 1)):
             least = 4 + (len(before) + sum(-(-size // 4096) for size in before.values()) if unit > 1 else len(before))
             for value in _spread(most, chosen.steps, least=least):
                 _mount(bench.place, f"{option}={round(value) * unit}")
-                enlarge = ["mount", "-o", "remount,size=64m,nr_inodes=100000", str(bench.place)]
-                attempt(what, lambda: bench.trial(command, after=lambda: subprocess.run(enlarge, check=True)), name)
+                attempt(what, command, after=enlarge)
     for what, cell in table.items():
         print(f"{what:16} {cell.total():5} trials: {dict(cell)}")
     for kind, cases in found.items():
-        print(f"\n=== {len(cases)} x {kind}\n{cases[0][-3500:]}")
-        print("others:", [case.splitlines()[0] for case in cases[1:8]])
-    print(json.dumps({"trials": sum(cell.total() for cell in table.values())}))
+        print(f"\n{len(cases)} x {kind}\n  {'; '.join(cases[:8])}")
+    total = sum(table.values(), Counter())
+    print(json.dumps({"trials": total.total(), **total}))
     return 1 if found else 0
 
 

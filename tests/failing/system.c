@@ -163,8 +163,21 @@ PLAIN(TRUNCATE, is_ours(fd), int, ftruncate64, (int fd, off64_t size), (fd, size
 PLAIN(SEEK, is_ours(fd), off_t, lseek, (int fd, off_t at, int from), (fd, at, from))
 PLAIN(SEEK, is_ours(fd), off64_t, lseek64, (int fd, off64_t at, int from), (fd, at, from))
 PLAIN(CONNECT, 1, int, connect, (int fd, const struct sockaddr *to, socklen_t size), (fd, to, size))
-PLAIN(SEND, 1, ssize_t, send, (int fd, const void *data, size_t size, int flags), (fd, data, size, flags))
-PLAIN(RECEIVE, 1, ssize_t, recv, (int fd, void *data, size_t size, int flags), (fd, data, size, flags))
+
+/* A connection that fails once does not come back. */
+#define CONNECTED(which, name, parameters, arguments) \
+    ssize_t name parameters \
+    { \
+        REAL(name); \
+        if (!fails(which)) \
+            return real arguments; \
+        int error = errno; \
+        shutdown(fd, SHUT_RDWR); \
+        errno = error; \
+        return -1; \
+    }
+CONNECTED(SEND, send, (int fd, const void *data, size_t size, int flags), (fd, data, size, flags))
+CONNECTED(RECEIVE, recv, (int fd, void *data, size_t size, int flags), (fd, data, size, flags))
 
 #define CONTROLLING(name) \
     int name(int fd, int command, ...) \

@@ -27,8 +27,14 @@ def compiler() -> str | None:
     return (shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")) if sys.platform == "linux" else None
 
 
-def preloaded(arguments: list[str], **options: object) -> subprocess.CompletedProcess[str]:
-    """``python -m`` with these arguments in a process whose system can be made to fail."""
+def preloaded(arguments: list[str], under: tuple[str, ...] = (), **options: object) -> subprocess.CompletedProcess[str]:
+    """``python -m`` with these arguments in a process whose system can be made to fail.
+
+    Args:
+        arguments: the module, and what it is told.
+        under: a command that begins it, with its options.
+        options: of ``subprocess.run``.
+    """
     root = Path(__file__).parent.parent.parent
     with tempfile.TemporaryDirectory(prefix="surgery-test-") as folder:
         library = Path(folder) / "failing.so"
@@ -41,7 +47,7 @@ def preloaded(arguments: list[str], **options: object) -> subprocess.CompletedPr
             "PYTHONPATH": str(root),
             "OMP_NUM_THREADS": "1",
         }
-        command = [sys.executable, "-m", *arguments]
+        command = [*under, sys.executable, "-m", *arguments]
         return subprocess.run(command, cwd=root, env=environment, text=True, **options)  # type: ignore[call-overload, no-any-return]
 
 
@@ -52,7 +58,9 @@ class System:
         self._library = ctypes.CDLL(os.environ["SURGERY_TEST_LIBRARY"])
         self._library.failing_count.restype = self._library.failing_fallen.restype = ctypes.c_long
 
-    def arm(self, folder: Path, operations: tuple[str, ...] = (), at: int = 0, error: int = 0, *, goes_on: bool = False) -> None:
+    def arm(
+        self, folder: Path, operations: tuple[str, ...] = (), at: int = 0, error: int = 0, *, goes_on: bool = False
+    ) -> None:
         """Count from now on, and let the call number ``at`` of these operations fail; 0: none.
 
         Args:
