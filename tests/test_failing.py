@@ -1,4 +1,4 @@
-"""Every command on a system that fails or kills it at the n-th call, with too little of something, and on a disk that is full."""
+"""Every command on a system that fails or kills it at the n-th call, or gives too little, and on a disk that is full."""
 
 from __future__ import annotations
 

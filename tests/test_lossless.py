@@ -338,10 +338,13 @@ def test_too_little_memory_to_unpack_is_no_damage(monkeypatch: pytest.MonkeyPatc
     """zlib has one error for both: only one of them is a reason to make the checkpoint anew."""
 
     class Refused:
-        def decompress(self, data: memoryview, size: int) -> bytes:
-            raise zlib.error(f"Error {number} while decompressing data")
+        def __init__(self, number: int) -> None:
+            self.number = number
 
-    monkeypatch.setattr(zlib, "decompressobj", lambda bits: Refused())
+        def decompress(self, data: memoryview, size: int) -> bytes:
+            raise zlib.error(f"Error {self.number} while decompressing data")
+
     for number, kind in ((-4, MemoryError), (-3, CorruptCorrection)):
+        monkeypatch.setattr(zlib, "decompressobj", lambda bits, number=number: Refused(number))
         with pytest.raises(kind):
             _inflate(memoryview(b"x"), 1)

@@ -5,7 +5,8 @@ errors that such an operation can fail with (``--all``: with each of them); then
 before each of its changes and requests. Of one kind of failure at most so many calls are tried, spread over all there are; and
 of all trials every N-th is made, beginning with the one at the offset.
 
-Prints a table of trials by operation and error, what was found, and a last line of JSON. The exit code is 1 if anything was found.
+Prints each finding as it comes, a table of trials by operation and error, and a last line of JSON. The exit code is 1 if
+anything was found.
 """
 
 from __future__ import annotations

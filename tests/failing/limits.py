@@ -65,9 +65,8 @@ def _threads(count: int) -> _Limit:
                 raise OSError(ctypes.get_errno(), "capset")
             there = 1
         else:
-            there = sum(
-                len(os.listdir(path / "task")) for path in Path("/proc").glob("[0-9]*") if path.stat().st_uid == os.getuid()
-            )
+            ours = [path for path in Path("/proc").glob("[0-9]*") if path.stat().st_uid == os.getuid()]
+            there = sum(len(list((path / "task").iterdir())) for path in ours)
         _soft(resource.RLIMIT_NPROC, there + count)()
 
     return limit
