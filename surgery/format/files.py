@@ -357,7 +357,7 @@ def reporting(path: Path) -> Iterator[None]:
     """Turns an OSError into an OutputError that names the file."""
     try:
         yield
-    except OutputError:
+    except SurgeryError:
         raise
     except OSError as error:
         raise OutputError(
@@ -418,6 +418,26 @@ def check_replaceable(path: Path) -> None:
     if path.exists() and not path.is_file():
         what = "a folder" if path.is_dir() else "a pipe or a device"
         raise OutputError(f"{path} is {what}", expected="a file to write", hint="choose another file with -o")
+
+
+def all_below(folder: Path) -> Iterator[Path]:
+    """Everything in a folder and in the folders in it; links are not followed.
+
+    ``Path.rglob`` passes over folders that may not be looked into, as if nothing were there.
+
+    Raises:
+        ReadError: one of the folders cannot be looked into.
+    """
+    if not folder.is_dir():
+        return
+
+    def refused(error: OSError) -> None:
+        with reading(Path(error.filename)):
+            raise error
+
+    for top, folders, files in os.walk(folder, onerror=refused):
+        for name in (*folders, *files):
+            yield Path(top, name)
 
 
 def check_size(path: Path, name: str, most: int = MAX_JSON_BYTES) -> None:
