@@ -35,24 +35,22 @@ def told(arguments: list[str], under: tuple[str, ...] = ()) -> dict[str, int]:
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param(["--most", "12", "--every", "70", "--but", "export,push export"], id="some"),
+        pytest.param(["--most", "12", "--every", "120", "--but", "export,push export"], id="some"),
         pytest.param([], id="all", marks=SLOW),
     ],
 )
 def test_the_nth_operation_fails(options: list[str], tmp_path: Path) -> None:
     counts = told(["tests.failing", str(tmp_path / "bench"), *options])
-    assert counts["trials"] >= 20
-    assert min(counts["right"], counts["refused"], counts["killed"]) > 0
+    assert counts["trials"] >= 12
+    assert min(counts["right"], counts["refused"]) > 0
 
 
 @needs_compiler
-@pytest.mark.parametrize(
-    "options",
-    [pytest.param(["--steps", "2", "fold", "project"], id="some"), pytest.param([], id="all", marks=SLOW)],
-)
-def test_too_little(options: list[str], tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.timeout(4 * 3600)
+def test_too_little(tmp_path: Path) -> None:
     """Open files, address space, sizes of files, threads."""
-    counts = told(["tests.failing.limits", str(tmp_path / "bench"), *options])
+    counts = told(["tests.failing.limits", str(tmp_path / "bench")])
     assert counts["refused"] > 0
     assert counts["right"] > 0
 
@@ -67,7 +65,7 @@ def _may_mount() -> bool:
 @pytest.mark.skipif(not _may_mount(), reason="no user namespace in which a disk may be mounted")
 @pytest.mark.parametrize(
     "options",
-    [pytest.param(["--steps", "3", "factorize", "project"], id="some"), pytest.param([], id="all", marks=SLOW)],
+    [pytest.param(["--steps", "2", "project"], id="some"), pytest.param([], id="all", marks=SLOW)],
 )
 def test_a_disk_that_is_full(options: list[str], tmp_path: Path) -> None:
     """In bytes and in files; then there is room, and the same command goes on."""

@@ -311,7 +311,8 @@ def _addition(name: str, content: Path | bytes, sha256: str | None = None) -> Co
     except ValueError as error:
         if isinstance(error, SurgeryError):
             raise
-        raise OutputError(f"{name}: the hub takes no such file", got=error) from error
+        hint = "see that it is an ordinary file that may be read (ls -l), then run the same command again"
+        raise OutputError(f"{name}: the hub takes no such file", got=error, hint=hint) from error
     if sha256 is not None:
         addition.upload_info.sha256 = bytes.fromhex(sha256)  # the client need not read the file once more
     return addition

@@ -62,7 +62,6 @@ LASTING = {
     E.EROFS: ("create", "rename", "mkdir", "unlink"),
     E.ENOMEM: ("memory", "map"),
     E.EAGAIN: ("thread",),
-    E.ENETUNREACH: ("connect", "send"),
 }
 
 

@@ -32,7 +32,7 @@ from tests.failing.system import System
 from tests.loopback_hub import WRITING_TOKEN, LoopbackHub
 from tests.models import files_of, save_llama
 
-#: Seconds after which a command hangs. The slowest takes two.
+#: Seconds after which a command hangs. The slowest takes two, and the hub's client waits for half a minute before it gives up.
 LIMIT = 60
 #: What a child exits with where an exception leaves the command, which for a user is a traceback.
 _ESCAPED = 70
