@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 
 from surgery.cli.text import can_show, cells, clock, duration, redraw, shorten, shown, size, tell, terminal_width
 
@@ -45,8 +46,10 @@ class Bar:
             self._phase = _Phase(label, total_bytes)
             self._over.clear()
             # What takes long between two reports, such as a large matrix, must be seen to be alive.
-            self._thread = threading.Thread(target=self._look, name="surgery-progress", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._look, name="surgery-progress", daemon=True)
+            with suppress(RuntimeError):  # the system starts no more threads: nothing that the work depends on
+                thread.start()
+                self._thread = thread
             self._show()
 
     def item(self, name: str) -> None:

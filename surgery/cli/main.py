@@ -19,7 +19,7 @@ from surgery.cli.fold import export, fold
 from surgery.cli.scaling import blend, project, scales
 from surgery.cli.study import recommend, spectra
 from surgery.cli.text import guarded, tell, tell_error
-from surgery.errors import SurgeryError
+from surgery.errors import SurgeryError, naming_system_errors
 from surgery.escapes import escaped
 from surgery.installation import check_installation
 from surgery.version import __version__
@@ -72,7 +72,7 @@ class _Group(click.Group):
         try:
             _hold_standard_streams()
             check_installation()
-            with _usage_in_one_line():
+            with _usage_in_one_line(), naming_system_errors():
                 return super().invoke(ctx)
         except BrokenPipeError:  # of whoever reads the output: click knows what to do
             raise

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import IO, Any, Self
 
-from surgery.errors import FormatError, OutputError, ReadError, SurgeryError
+from surgery.errors import FormatError, OutputError, ReadError, SurgeryError, advice
 from surgery.format.disk import DiskStream
 from surgery.names import RESERVED_SUFFIX
 from surgery.timing import timed
@@ -28,6 +28,12 @@ RESTORE_HINT = "restore it from the source model"
 #: Of a config or an index, and of what surgery writes: the manifest of a model of 45,000 matrices takes some 80 MB.
 MAX_JSON_BYTES = 1 << 26
 MAX_OWN_JSON_BYTES = 1 << 29
+#: What to do where something cannot be written, and can be soon.
+_TO_GO_ON = {
+    errno.ENOSPC: "free some space, then run the same command again: it goes on where it stopped",
+    errno.EDQUOT: "free some of your quota, then run the same command again: it goes on where it stopped",
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f), or see what this disk allows, then run the same command again",
+}
 
 #: Bytes of a name that leave room for what is added to it while its file is written, and of a path below a folder.
 _LONGEST_NAME = 255 - len(RESERVED_SUFFIX)
@@ -176,6 +182,7 @@ class FileWriter:
         self.partial = partial or path.with_name(path.name + ".partial")
         self._read_soon = read_soon
         self._sha256 = hashlib.sha256()
+        self._in_place = False
         self.size = 0
 
     def __enter__(self) -> Self:
@@ -203,8 +210,11 @@ class FileWriter:
         try:
             self.stream.stop()
         finally:
-            self.file.close()
-            self.partial.unlink(missing_ok=True)
+            with suppress(OSError):  # the disk has said before what is wrong with it, or it is of no account any more
+                self.file.close()
+            if not self._in_place:
+                with suppress(OSError):
+                    self.partial.unlink(missing_ok=True)
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Append ``data``.
@@ -235,7 +245,13 @@ class FileWriter:
             os.fsync(self.file.fileno())
             self.file.close()
             self.partial.replace(self.path)
-            sync_directory(self.path.parent)
+            self._in_place = True
+            try:
+                sync_directory(self.path.parent)
+            except OSError:  # what is not known to stay is not left to be taken for a result
+                with suppress(OSError):
+                    self.path.unlink()
+                raise
         return FileRecord(name, self.size, self.sha256)
 
 
@@ -353,14 +369,12 @@ def reporting(path: Path) -> Iterator[None]:
     """Turns an OSError into an OutputError that names the file."""
     try:
         yield
-    except OutputError:
+    except SurgeryError:
         raise
     except OSError as error:
         raise OutputError(
             f"{path}: cannot be written ({error.strerror or error})",
-            hint="free some space, then run the same command again: it goes on where it stopped"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
-            else "choose another folder with -o",
+            hint=_TO_GO_ON.get(error.errno or 0) or f"{advice(error)}; or choose another folder with -o",
         ) from error
 
 
@@ -393,7 +407,7 @@ def reading(path: Path, name: str | None = None) -> Iterator[None]:
     except OSError as error:
         raise ReadError(
             f"{name or path}: cannot be read ({error.strerror or error})",
-            hint="see who may read it, and the folders above it: ls -l" if isinstance(error, PermissionError) else None,
+            hint=advice(error),
         ) from error
 
 
@@ -416,6 +430,26 @@ def check_replaceable(path: Path) -> None:
     if path.exists() and not path.is_file():
         what = "a folder" if path.is_dir() else "a pipe or a device"
         raise OutputError(f"{path} is {what}", expected="a file to write", hint="choose another file with -o")
+
+
+def all_below(folder: Path) -> Iterator[Path]:
+    """Everything in a folder and in the folders in it; links are not followed.
+
+    ``Path.rglob`` passes over folders that may not be looked into, as if nothing were there.
+
+    Raises:
+        ReadError: one of the folders cannot be looked into.
+    """
+    if not folder.is_dir():
+        return
+
+    def refused(error: OSError) -> None:
+        with reading(Path(error.filename)):
+            raise error
+
+    for top, folders, files in os.walk(folder, onerror=refused):
+        for name in (*folders, *files):
+            yield Path(top, name)
 
 
 def check_size(path: Path, name: str, most: int = MAX_JSON_BYTES) -> None:

@@ -22,7 +22,7 @@ from typing import IO, Any, Self, TypeGuard
 
 import torch
 
-from surgery.errors import FormatError
+from surgery.errors import MEMORY_HINT, FormatError
 from surgery.format.disk import write_all
 from surgery.format.files import FileRecord, FileWriter, Stamp, Watch, check_regular, file_sha256, reading, reporting
 from surgery.format.kinds import HEAD_BYTES, other_kind
@@ -354,7 +354,7 @@ class ShardReader:
         try:
             return torch.empty(count, dtype=torch.uint8)
         except RuntimeError as error:
-            raise FormatError(f"{self.name}: a tensor of {count} bytes does not fit into memory") from error
+            raise FormatError(f"{self.name}: a tensor of {count} bytes does not fit into memory", hint=MEMORY_HINT) from error
 
 
 def same_bytes(one: ShardReader, entry: TensorEntry, other: ShardReader, other_entry: TensorEntry) -> bool:

@@ -14,7 +14,7 @@ import torch
 from surgery.device import as_memory_allows
 from surgery.engine.walk import TargetPiece
 from surgery.errors import FormatError, OptionError, ScalesError, WeightError
-from surgery.format.factors import FactorsReaders
+from surgery.format.factors import DAMAGED_HINT, FactorsReaders
 from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
 from surgery.format.safetensors import Header, TensorEntry, make_header, resized
 from surgery.linalg.correction import CorruptCorrection
@@ -310,7 +310,8 @@ class DenseWeights:
         try:
             result = self._computed(weight, device, compute)
         except CorruptCorrection as error:
-            raise FormatError(f"{target.shard}: the correction of {target.key!r} is damaged ({error})") from error
+            what = f"{target.shard}: the correction of {target.key!r} is damaged ({error})"
+            raise FormatError(what, hint=DAMAGED_HINT) from error
         if changed or addition is not None:
             what = f"the scales of {target.key!r} push" if addition is None else f"scales and adapter push {target.key!r}"
             _check_finite(result, what, scales)

@@ -20,6 +20,7 @@ from surgery.format.factors import DAMAGED_HINT
 from surgery.format.files import (
     RESTORE_HINT,
     FileRecord,
+    all_below,
     check_file,
     check_size_of,
     copy_file,
@@ -240,7 +241,7 @@ def _report(files: list[FileRecord], manifest: Manifest, settings: FoldSettings)
 
 def _looks_finished(out: Path, manifest: Manifest, dequantize: bool) -> bool:
     """Whether ``out`` may hold a complete fold of this checkpoint: its files, no others, and weights of the right sizes."""
-    if Journal.is_there(out) or dequantize or any(path.is_symlink() for path in out.rglob("*")):
+    if Journal.is_there(out) or dequantize or any(path.is_symlink() for path in all_below(out)):
         return False
     expected = {record.file for record in manifest.files} | {shard.source.file for shard in manifest.shards}
     return files_in(out) == expected and all(
@@ -423,7 +424,9 @@ def _model_in(out: Path) -> set[str]:
     """What a model in the output folder consists of: it may be an earlier fold, which keeps no record of itself."""
     try:
         selection = FolderSource(out).selection
-    except SurgeryError:
+    except SurgeryError as error:
+        if isinstance(error.__cause__, OSError):  # which says nothing of what is in there
+            raise
         return set()
     if CONFIG_FILE not in selection.others:
         return set()

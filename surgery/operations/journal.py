@@ -136,9 +136,13 @@ def _list(path: Path, files: set[str]) -> None:
 
 
 def _listed(path: Path) -> set[str]:
+    """
+    Raises:
+        ReadError: the system does not let it be read.
+    """
     try:
         listed = read_json_object(path, str(path), most=MAX_OWN_JSON_BYTES).get("files") if path.is_file() else []
-    except (FormatError, ReadError):
+    except FormatError:
         return set()
     return {name for name in listed if isinstance(name, str)} if isinstance(listed, list) else set()
 

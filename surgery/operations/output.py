@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from surgery.errors import FormatError, OptionError, OutputError, ReadError, ScalesError, SurgeryError, WeightError, few
 from surgery.escapes import quoted
-from surgery.format.files import FileRecord, check_file, check_replaceable, reporting, sync_directory
+from surgery.format.files import FileRecord, all_below, check_file, check_replaceable, reporting, sync_directory
 from surgery.format.manifest import Manifest
 from surgery.names import (
     CONFIG_FILE,
@@ -279,14 +279,14 @@ def _size(folder: Path, names: set[str]) -> int:
 
 def files_in(out: Path) -> set[str]:
     """All that is no folder, relative, but for the journal and what file managers leave. Links are not followed."""
-    paths = (path for path in out.rglob("*") if path.is_symlink() or not path.is_dir())
+    paths = (path for path in all_below(out) if path.is_symlink() or not path.is_dir())
     names = {path.relative_to(out).as_posix() for path in paths}
     return {name for name in names if not name.startswith(f"{JOURNAL_DIR}/") and not is_litter(name)}
 
 
 def _check_links(out: Path) -> None:
     """A folder in the output that is a link would lead what is written elsewhere."""
-    for path in out.rglob("*"):
+    for path in all_below(out):
         if path.is_symlink() and path.is_dir():
             raise OutputError(f"{path} is a link to a folder", hint="remove it, or choose another folder with -o")
 
@@ -332,7 +332,9 @@ def _earlier_result(out: Path, present: set[str]) -> set[str]:
         return beside
     try:
         manifest = Manifest.read(out)
-    except SurgeryError:
+    except SurgeryError as error:
+        if isinstance(error.__cause__, OSError):  # which says nothing of what is in there
+            raise
         return beside
     return beside | {record.file for record in manifest.output_files()} | {MANIFEST_FILE, SCALES_FILE}
 

@@ -285,7 +285,8 @@ class _Projector:
         try:
             components, norms = as_memory_allows(compute, [matrices], self._device)[0]
         except CorruptCorrection as error:
-            raise FormatError(f"{target.shard}: the correction of {target.key!r} is damaged ({error})") from error
+            what = f"{target.shard}: the correction of {target.key!r} is damaged ({error})"
+            raise FormatError(what, hint=DAMAGED_HINT) from error
         scales = (1 + components / factors.s.double()).float()
         scales = torch.where((factors.s > 0) & torch.isfinite(scales), scales, 1)
         explained = components[scales != 1].square().sum().item()

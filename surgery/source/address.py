@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import NoReturn
 from urllib.parse import unquote, urlsplit
 
-from surgery.errors import SourceError
+from surgery.errors import SourceError, advice
 from surgery.escapes import quoted
 from surgery.format.files import reading
 from surgery.format.kinds import HEAD_BYTES, other_kind
@@ -130,8 +130,9 @@ def _local(text: str) -> Address | None:
         path = Path(text).expanduser()
         is_folder, is_file = bool(text) and path.is_dir(), path.is_file()
         leads_to = path.readlink() if not is_folder and not is_file and path.is_symlink() else None
-    except (OSError, RuntimeError, ValueError) as error:  # a name too long, no such user, a null byte
-        raise SourceError(f"there is no folder {text[:100]!r}", got=str(error)[:200]) from None
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, no such user, a null byte, a disk that fails
+        hint = advice(error) if isinstance(error, OSError) else None
+        raise SourceError(f"there is no folder {text[:100]!r}", got=str(error)[:200], hint=hint) from None
     if leads_to is not None:
         raise SourceError(
             f"{text} is a link that leads nowhere", got=leads_to, hint="make what it leads to, or give the folder of a model"

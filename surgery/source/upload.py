@@ -136,8 +136,8 @@ class Upload:
         return cls(api, url, private=bool(info.private))
 
     def __enter__(self) -> Self:
-        self._bars.enter_context(client.without_bars())  # those of several threads would write over each other
         self._thread.start()
+        self._bars.enter_context(client.without_bars())  # those of several threads would write over each other
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -311,7 +311,8 @@ def _addition(name: str, content: Path | bytes, sha256: str | None = None) -> Co
     except ValueError as error:
         if isinstance(error, SurgeryError):
             raise
-        raise OutputError(f"{name}: the hub takes no such file", got=error) from error
+        hint = "see that it is an ordinary file that may be read (ls -l), then run the same command again"
+        raise OutputError(f"{name}: the hub takes no such file", got=error, hint=hint) from error
     if sha256 is not None:
         addition.upload_info.sha256 = bytes.fromhex(sha256)  # the client need not read the file once more
     return addition
