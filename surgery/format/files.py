@@ -17,6 +17,7 @@ from typing import IO, Any, Self
 
 from surgery.errors import FormatError, OutputError, ReadError, SurgeryError
 from surgery.format.disk import DiskStream
+from surgery.format.hub_cache import hub_cache
 from surgery.timing import timed
 
 #: Bytes moved at a time where no tensor has to be whole.
@@ -127,6 +128,11 @@ class Watch:
             _, before = self._seen.setdefault(path, (name, stamp))
         before.check(stamp, name)
         return stamp
+
+    def seen(self, path: Path) -> Stamp | None:
+        """What a file was when it was seen, if it was."""
+        with self._one:
+            return self._seen[path][1] if path in self._seen else None
 
     def forget(self, path: Path) -> None:
         """A file is dropped by whoever put it there."""
@@ -379,10 +385,12 @@ def reading(path: Path, name: str | None = None) -> Iterator[None]:
     except SurgeryError:
         raise
     except OSError as error:
-        raise ReadError(
-            f"{name or path}: cannot be read ({error.strerror or error})",
-            hint="see who may read it, and the folders above it: ls -l" if isinstance(error, PermissionError) else None,
-        ) from error
+        hint = None
+        if isinstance(error, PermissionError):
+            hint = "see who may read it, and the folders above it: ls -l"
+        elif isinstance(error, FileNotFoundError) and hub_cache(path) is not None:
+            hint = "the hub's cache has lost it; run the same command again: it is fetched once more"
+        raise ReadError(f"{name or path}: cannot be read ({error.strerror or error})", hint=hint) from error
 
 
 def check_regular(path: Path, name: str) -> None:

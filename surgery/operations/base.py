@@ -163,7 +163,7 @@ class BaseWeights:
     def file(self, shard: ShardRecord) -> tuple[Path, FileRecord]:
         """See ``Weights``."""
         self._check_there(shard)
-        return self._source.fetch(shard.source.file), shard.source
+        return self._source.unchecked(shard.source.file), shard.source
 
 
 class SentWeights:

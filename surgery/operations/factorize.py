@@ -348,7 +348,10 @@ class _Factorizing:
 
     def _job(self, index: int, path: Path, sha256: str | None, scales: Mapping[str, Path]) -> Job:
         shards, window, watch = self.steps.shards, self.steps.memory.window_bytes, self._source.watch
-        return Job(shards[index], index, len(shards), path, sha256, self.place, None, scales, window, self._settings, watch)
+        again = self._source.again(shards[index].file)
+        return Job(
+            shards[index], index, len(shards), path, sha256, again, self.place, None, scales, window, self._settings, watch
+        )
 
     def work(self, index: int, lane: Lane, read: Callable[[], object]) -> ShardResult:
         job = self._jobs.pop(index)
