@@ -105,9 +105,14 @@ class Watch:
     """Files that are read more than once, or together with others, and must be the same all the time.
 
     For any number of threads.
+
+    Attributes:
+        pinned: whether hashes pin what the files hold, and each use holds them to it. Then one may be removed when it has been
+            opened, as from the hub's cache, and come again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, pinned: bool = False) -> None:
+        self.pinned = pinned
         self._seen: dict[Path, tuple[str, Stamp]] = {}
         self._one = threading.Lock()
 
@@ -140,14 +145,14 @@ class Watch:
             self._seen.pop(path, None)
 
     def check(self) -> None:
-        """All once more.
+        """All once more, unless they are pinned.
 
         Raises:
             FormatError: one has changed.
             ReadError: one is gone.
         """
         with self._one:
-            seen = list(self._seen.items())
+            seen = [] if self.pinned else list(self._seen.items())
         for path, (name, before) in seen:
             before.check(Stamp.at(path, name), name)
 

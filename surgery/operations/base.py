@@ -175,7 +175,7 @@ class SentWeights:
     """
 
     def __init__(self, origin: Origin, layout: str) -> None:
-        self.watch = Watch()
+        self.watch = Watch(pinned=origin.pinned)
         self._origin = origin
         self._layout = layout
         self._here: dict[str, Path] = {}

@@ -105,7 +105,7 @@ class RemoteShard:
                 scales,
                 self.window_bytes,
                 self.settings,
-                Watch(),
+                Watch(pinned=self.origin.pinned),
             )
             return run_job(job, lane, Silent(), lambda: None)
 

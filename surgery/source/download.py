@@ -120,6 +120,7 @@ def _filled(repo_id: str, commit: str, file: str, of: HubFile, partial: Path, pa
                     out.write(part)
                     digest.update(part)
                     here += len(part)
+                    patience.go_on()
                     patience.succeeded()
                     if told != (told := 100 * here // of.size):
                         progress.item(f"fetching {told}% of {file}")

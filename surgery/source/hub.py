@@ -295,13 +295,6 @@ def _perhaps_removed() -> Iterator[None]:
             raise
 
 
-class PinnedWatch(Watch):
-    """Of files whose contents a commit pins: each use holds them to it, so that one that is removed later, or fetched again,
-    takes nothing away."""
-
-    def check(self) -> None: ...
-
-
 class CachedSource(FolderSource):
     """The snapshot of a commit in the hub's cache, of whose files the cache tells the hashes by the names of its blobs."""
 
@@ -347,7 +340,7 @@ class HubSource(Stays):
     def __init__(self, repo_id: str, commit: str, record: SourceRecord, files: Mapping[str, client.HubFile]) -> None:
         self.name = _named(repo_id, record)
         self.record = record
-        self.watch: Watch = PinnedWatch()
+        self.watch = Watch(pinned=True)
         self.repo_id = repo_id
         self.commit = commit
         self._sound: dict[Path, Stamp] = {}

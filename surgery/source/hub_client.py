@@ -1,9 +1,13 @@
 """The official client of the Hugging Face hub: the one place that knows what it is called and how its versions differ.
 
 Tried with huggingface_hub 1.5.0, 1.17.0, 1.31.0, 2.0.0 and 2.4.0. Older ones are refused. Newer ones are taken as long as they
-have all names that are imported here. Of what has come or changed within that range nothing is used: revisions are resolved,
-headers read and snapshots in the cache found by the calls and the layout that all of them share. One thing is told apart at
-run time: whether the client speaks through httpx or httpx2, from which its errors come.
+have all names that are imported here. Of what has come or changed within that range nothing is used: revisions are resolved and
+snapshots in the cache found and filled by the calls and the layout that all of them share. One thing is told apart at run time:
+whether the client speaks through httpx or httpx2, from which its errors come.
+
+Files and listings are asked for in single requests, through the client's session. ``hf_hub_download`` goes on with a file that
+broke off until 1.17, and begins it anew from 1.31 on; listings are asked for once until 2.0, and six times in 2.4; a status of
+500 and above ends a download in all of them. It is called for what the hub has in its store of chunks, and for nothing else.
 
 Slow to import. Nothing but ``source/hub.py``, ``source/upload.py`` and ``operations/card.py`` needs it, and they are imported
 where a model is on the hub.
@@ -262,6 +266,8 @@ def _page(url: str) -> _Page:
     response = get_session().get(url, headers=build_hf_headers(), timeout=constants.HF_HUB_ETAG_TIMEOUT)
     hf_raise_for_status(response)
     with _answering():
+        if "json" in response.headers.get("Content-Type", "") and not response.content.rstrip().endswith(b"]"):
+            raise Incomplete("a page of the listing breaks off")
         entries = [RepoFile(**entry) for entry in response.json() if entry["type"] == "file"]  # type: ignore[no-untyped-call]
     return entries, response.links.get("next", {}).get("url")
 

@@ -18,7 +18,14 @@ if TYPE_CHECKING:  # the hub client is slow to import and not needed for folders
 
 
 class Origin(Protocol):
-    """Can be sent to wherever the work is done."""
+    """Can be sent to wherever the work is done.
+
+    Attributes:
+        pinned: see ``Watch``.
+    """
+
+    @property
+    def pinned(self) -> bool: ...
 
     def file(self, name: str) -> AbstractContextManager[Path]:
         """A weight file, there for as long as the context lasts."""
@@ -60,6 +67,10 @@ class FolderOrigin:
     stamps: Mapping[str, Sequence[int]]
     hashes: Mapping[str, str] = field(default_factory=dict)
     commands: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def pinned(self) -> bool:
+        return False
 
     @contextmanager
     def file(self, name: str) -> Iterator[Path]:
@@ -104,6 +115,10 @@ class HubOrigin:
     prefix: str
     files: Mapping[str, HubFile]
     passing: bool
+
+    @property
+    def pinned(self) -> bool:
+        return True
 
     @contextmanager
     def file(self, name: str) -> Iterator[Path]:

@@ -70,6 +70,11 @@ class Patience:
         self._since = 0.0
         self._is_extended = False
 
+    def go_on(self) -> None:
+        """Raises ``Dropped`` if nobody wants it any more."""
+        if self._dropped is not None and self._dropped.is_set():
+            raise Dropped
+
     def failed(self, error: Exception) -> None:
         """Wait until the next attempt is due.
 
@@ -77,8 +82,7 @@ class Patience:
             Exception: the error itself, if no further attempt is worth it, with a note of how long it has been tried.
             Dropped: meanwhile, or before, nobody wants it any more.
         """
-        if self._dropped is not None and self._dropped.is_set():
-            raise Dropped from error
+        self.go_on()
         if not self._may_pass(error) or getattr(error, "__notes__", None):  # given up already
             raise error
         now = _now()
@@ -102,6 +106,7 @@ class Patience:
     def run(self, call: Callable[[], _T]) -> _T:
         """What a call returns, at whatever attempt. Raises what ``failed`` does."""
         while True:
+            self.go_on()
             try:
                 result = call()
             except Exception as error:
@@ -146,8 +151,9 @@ def is_transient(error: Exception) -> bool:
 
 
 def is_busy(error: Exception) -> bool:
-    """Whether the hub itself, or who speaks for it, has answered, and may have something better to say in a while."""
-    return is_transient(error) and isinstance(error, client.HfHubHTTPError)
+    """Whether something has answered that may have something better to say in a while: no dead network, no portal's page."""
+    answers = (client.HfHubHTTPError, client.http.ReadError, client.http.RemoteProtocolError, client.Incomplete)
+    return is_transient(error) and isinstance(error, answers)
 
 
 def asked_for(error: Exception) -> float | None:

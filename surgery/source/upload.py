@@ -287,6 +287,7 @@ class Upload:
 
     def _tell(self, text: str, is_long: bool) -> None:
         self._waiting = f": {text}"
+        listening().item(self._name + self._waiting)  # nobody listens in the thread that uploads: ``_wait`` tells it
 
 
 def _addition(name: str, content: Path | bytes, sha256: str | None = None) -> CommitOperationAdd:
@@ -340,7 +341,8 @@ def _check_ours(info: ModelInfo) -> None:
 
 def _may_pass(error: Exception) -> bool:
     """Whether another attempt may succeed."""
-    if isinstance(error, client.HfHubHTTPError) and error.response.status_code in (409, 412):
+    cause = error.__cause__ if isinstance(error, RuntimeError) else error
+    if isinstance(cause, client.HfHubHTTPError) and cause.response.status_code in (409, 412):
         return True  # somebody else's commit came first
     return is_transient(error)
 
