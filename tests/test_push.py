@@ -44,7 +44,7 @@ SCALES = "surgery/scales.safetensors"
 @pytest.fixture(autouse=True)
 def _token_and_no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", WRITING_TOKEN)
-    monkeypatch.setattr(upload, "_PAUSES", (0.01, 0.01))
+    monkeypatch.setattr(upload, "_SECONDS_TO_SETTLE", 0.1)
     monkeypatch.setattr(upload, "_SECONDS_BETWEEN_COMMITS", 0.0)
 
 

@@ -19,6 +19,7 @@ from typing import IO, Any, Self
 
 from surgery.errors import FormatError, OutputError, ReadError, SurgeryError, advice
 from surgery.format.disk import DiskStream
+from surgery.format.hub_cache import hub_cache
 from surgery.names import RESERVED_SUFFIX
 from surgery.timing import timed
 
@@ -122,9 +123,14 @@ class Watch:
     """Files that are read more than once, or together with others, and must be the same all the time.
 
     For any number of threads.
+
+    Attributes:
+        pinned: whether hashes pin what the files hold, and each use holds them to it. Then one may be removed when it has been
+            opened, as from the hub's cache, and come again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, pinned: bool = False) -> None:
+        self.pinned = pinned
         self._seen: dict[Path, tuple[str, Stamp]] = {}
         self._one = threading.Lock()
 
@@ -146,20 +152,25 @@ class Watch:
         before.check(stamp, name)
         return stamp
 
+    def seen(self, path: Path) -> Stamp | None:
+        """What a file was when it was seen, if it was."""
+        with self._one:
+            return self._seen[path][1] if path in self._seen else None
+
     def forget(self, path: Path) -> None:
         """A file is dropped by whoever put it there."""
         with self._one:
             self._seen.pop(path, None)
 
     def check(self) -> None:
-        """All once more.
+        """All once more, unless they are pinned.
 
         Raises:
             FormatError: one has changed.
             ReadError: one is gone.
         """
         with self._one:
-            seen = list(self._seen.items())
+            seen = [] if self.pinned else list(self._seen.items())
         for path, (name, before) in seen:
             before.check(Stamp.at(path, name), name)
 
@@ -405,10 +416,10 @@ def reading(path: Path, name: str | None = None) -> Iterator[None]:
     except SurgeryError:
         raise
     except OSError as error:
-        raise ReadError(
-            f"{name or path}: cannot be read ({error.strerror or error})",
-            hint=advice(error),
-        ) from error
+        hint = advice(error)
+        if isinstance(error, FileNotFoundError) and hub_cache(path) is not None:
+            hint = "the hub's cache has lost it; run the same command again: it is fetched once more"
+        raise ReadError(f"{name or path}: cannot be read ({error.strerror or error})", hint=hint) from error
 
 
 def check_regular(path: Path, name: str) -> None:

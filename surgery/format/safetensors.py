@@ -14,7 +14,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -238,6 +238,7 @@ class ShardReader:
     def __init__(self, path: Path, *, name: str | None = None, watch: Watch | None = None) -> None:
         self.name = name or path.name
         self._path = path
+        self._is_pinned = watch is not None and watch.pinned
         with reading(path, self.name):
             check_regular(path, self.name)
             self._file: IO[bytes] = open(path, "rb", buffering=0)
@@ -284,7 +285,11 @@ class ShardReader:
             FormatError: it has been written to since it was opened, or replaced.
             ReadError: it is gone.
         """
-        self._stamp.check(Stamp.of(self._file), self.name)
+        now = Stamp.of(self._file)
+        if self._is_pinned:  # removing it changes its ctime, and nothing that is read
+            self._stamp.check(replace(now, ctime_ns=self._stamp.ctime_ns), self.name)
+            return
+        self._stamp.check(now, self.name)
         self._stamp.check(Stamp.at(self._path, self.name), self.name)
 
     @cached_property

@@ -36,7 +36,7 @@ from surgery.operations.engines import Engine, EngineName, engine_of
 from surgery.operations.inspect import largest_residual
 from surgery.operations.job import Job, RemoteShard, run_job, scale_files
 from surgery.operations.journal import Journal, differing
-from surgery.operations.output import check_room, is_as_recorded, loading_order, locked, not_as_recorded, result_folder
+from surgery.operations.output import download_needs, is_as_recorded, loading_order, locked, not_as_recorded, result_folder
 from surgery.operations.publish import publish_factorized, submit_shard, uploading
 from surgery.planning.memory import Resources
 from surgery.planning.plan import Layout, Plan, make_plan
@@ -270,12 +270,10 @@ def factorize(
                 for note in _accuracy_notes(manifest, steps):
                     progress.note(note)
                 return _report(out, manifest)
-            if (download := source.room_to_fetch()) is not None and not stream:
-                check_room(*download)
             journal = Journal(out, _identity(source, steps, options, by.device_name))
-            needed = steps.bytes_written + (steps.temporary_bytes if stream else 0)
             settings = Settings(steps.layout, correction, seed, tolerance)
-            with result_folder(out, journal, _output_files(source, steps), needed, overwrite=overwrite) as place:
+            writes, beside = _output_files(source, steps), download_needs(source)
+            with result_folder(out, journal, writes, steps.bytes_written, overwrite=overwrite, beside=beside) as place:
                 work = _Factorizing(source, steps, out, place, settings, progress, timing)
                 results = _run_jobs(by, work, journal, upload, progress)
                 manifest = _finish(source, steps, place, results, options, by.device_name, progress)
@@ -348,7 +346,10 @@ class _Factorizing:
 
     def _job(self, index: int, path: Path, sha256: str | None, scales: Mapping[str, Path]) -> Job:
         shards, window, watch = self.steps.shards, self.steps.memory.window_bytes, self._source.watch
-        return Job(shards[index], index, len(shards), path, sha256, self.place, None, scales, window, self._settings, watch)
+        again = self._source.again(shards[index].file)
+        return Job(
+            shards[index], index, len(shards), path, sha256, again, self.place, None, scales, window, self._settings, watch
+        )
 
     def work(self, index: int, lane: Lane, read: Callable[[], object]) -> ShardResult:
         job = self._jobs.pop(index)

@@ -41,7 +41,15 @@ from surgery.operations.dense import DenseWeights
 from surgery.operations.engines import Engine, EngineName, engine_of
 from surgery.operations.fold_shard import FoldSettings, RemoteFold, ShardFold
 from surgery.operations.journal import Journal
-from surgery.operations.output import files_in, is_as_recorded, loading_order, locked, not_as_recorded, result_folder
+from surgery.operations.output import (
+    download_needs,
+    files_in,
+    is_as_recorded,
+    loading_order,
+    locked,
+    not_as_recorded,
+    result_folder,
+)
 from surgery.operations.publish import publish_folded, submit_files, uploading
 from surgery.operations.quantized import index_of, without_quantization
 from surgery.planning.memory import Memory, need_to_fold, share_out
@@ -194,7 +202,10 @@ def fold(
             needed += sum(record.size for record in others)
             writes = [shard.source.file for shard in manifest.shards] + [record.file for record in others]
             # The journal is there until the upload is over: a fold keeps no other record to go on with.
-            with result_folder(out, journal, writes, needed, overwrite=overwrite, earlier=_model_in(out)) as place:
+            beside = download_needs(weights)
+            with result_folder(
+                out, journal, writes, needed, overwrite=overwrite, earlier=_model_in(out), beside=beside
+            ) as place:
                 work.settings = dataclasses.replace(settings, place=place)
                 files = _fold_shards(by, work, memory, journal, upload, progress)
                 _copy_others(factorized, place, others, progress, to_dense=dequantize)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Protocol
 
 from filelock import FileLock, Timeout
 
@@ -25,6 +27,7 @@ from surgery.names import (
     RESULT_DIR,
     RUN_FILE,
     SCALES_FILE,
+    STREAM_DIR,
     SURGERY_DIR,
     is_litter,
 )
@@ -35,6 +38,7 @@ from surgery.source.shards import is_index
 
 _PARTIAL = ".partial"
 _ROOM_HINT = "free some space, or choose a folder on another disk"
+_DOWNLOAD_HINT = "--stream, where the command has it, to hold a few of its files at a time, or HF_HOME on another disk"
 
 
 @contextmanager
@@ -136,6 +140,7 @@ def result_folder(
     *,
     overwrite: bool,
     earlier: Iterable[str] = (),
+    beside: Sequence[Need] = (),
 ) -> Iterator[Path]:
     """The folder to write a result to: ``out``, empty, or with what an earlier start of the run has done.
 
@@ -152,12 +157,13 @@ def result_folder(
         needed: bytes that it takes.
         overwrite: whether an earlier result may be replaced.
         earlier: files that belong to an earlier result as well.
+        beside: room that the run needs beside it, maybe on the same disk.
 
     Raises:
         OutputError: ``out`` is not empty, not ours, holds another unfinished run, is too small, or not to be written.
     """
     written = set(writes)
-    place = _prepared(out, journal, written, needed, set(earlier), overwrite=overwrite)
+    place = _prepared(out, journal, written, needed, set(earlier), beside, overwrite=overwrite)
     try:
         yield place
     except (OptionError, ScalesError, WeightError):
@@ -176,7 +182,16 @@ def result_folder(
     Journal.forget(out)
 
 
-def _prepared(out: Path, journal: Journal, writes: set[str], needed: int, earlier: set[str], *, overwrite: bool) -> Path:
+def _prepared(
+    out: Path,
+    journal: Journal,
+    writes: set[str],
+    needed: int,
+    earlier: set[str],
+    beside: Sequence[Need],
+    *,
+    overwrite: bool,
+) -> Path:
     """See ``result_folder``. The run has begun, or is gone on with, when this returns."""
     with reporting(out):
         top = sorted(path.name for path in out.iterdir() if path.name != JOURNAL_DIR and not is_litter(path.name))
@@ -187,7 +202,7 @@ def _prepared(out: Path, journal: Journal, writes: set[str], needed: int, earlie
             _take_place(out)
         place = out / RESULT_DIR if (out / RESULT_DIR).is_dir() else out
         present = files_in(place)
-        check_room(out, needed, freed=_size(place, present & writes))
+        check_room(Need(out, needed, "the result", _size(place, present & writes)), *beside)
         with reporting(place):
             for name in {name + _PARTIAL for name in writes} & present:
                 (place / name).unlink()
@@ -213,7 +228,8 @@ def _prepared(out: Path, journal: Journal, writes: set[str], needed: int, earlie
     if is_whole:
         _check_way(out, writes, present - stale)
     freed = _size(out / RESULT_DIR, files_in(out / RESULT_DIR)) + (0 if is_whole else _size(out, stale))
-    check_room(out, needed, freed=freed, hint="remove the earlier result, which stays until then" if is_whole else _ROOM_HINT)
+    hint = "remove the earlier result, which stays until then" if is_whole else _ROOM_HINT
+    check_room(Need(out, needed, "the result", freed, hint), *beside)
     journal.claim(ours)
     journal.drop()
     with reporting(out):
@@ -344,21 +360,66 @@ def _would_mix(name: str) -> bool:
     return name.startswith(f"{SURGERY_DIR}/") or ("/" not in name and (name.endswith(".safetensors") or is_index(name)))
 
 
-def check_room(folder: Path, needed: int, *, freed: int = 0, hint: str = _ROOM_HINT) -> None:
-    """Refuse to start on a disk that cannot hold ``needed`` bytes once ``freed`` ones are gone.
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Room that a run needs.
+
+    Attributes:
+        folder: where.
+        size: bytes.
+        what: for messages: ``the result``.
+        freed: bytes there that will be gone by then.
+        hint: what to do without it.
+    """
+
+    folder: Path
+    size: int
+    what: str
+    freed: int = 0
+    hint: str = _ROOM_HINT
+
+
+def download_needs(*sources: _Fetching) -> list[Need]:
+    """The room that models from the hub need for what is still to be fetched of them."""
+    rooms = [room for source in sources if (room := source.room_to_fetch()) is not None and room[1]]
+    return [
+        Need(folder, size, "weight files that pass through")
+        if folder.match(STREAM_DIR)
+        else Need(folder, size, "the download", hint=_DOWNLOAD_HINT)
+        for folder, size in rooms
+    ]
+
+
+class _Fetching(Protocol):
+    def room_to_fetch(self) -> tuple[Path, int] | None: ...
+
+
+def check_room(*needs: Need) -> None:
+    """Refuse to start on disks that cannot hold what is needed on each, in sum.
 
     Raises:
         OutputError: with the figures.
     """
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free + freed
-    if free < needed:
-        raise OutputError(
-            f"the disk under {folder} is too small",
-            got=f"{free / 1e9:.3f} GB free",
-            expected=f"about {needed / 1e9:.3f} GB",
-            hint=hint,
-        )
+    disks: dict[int, list[Need]] = {}
+    for need in needs:
+        disks.setdefault(_existing(need.folder).stat().st_dev, []).append(need)
+    for together in disks.values():
+        free = shutil.disk_usage(_existing(together[0].folder)).free
+        needed = sum(need.size - need.freed for need in together)
+        if free < needed:
+            folders = dict.fromkeys(str(need.folder) for need in together)
+            each = [f"{need.size / 1e9:.3f} GB for {need.what}" for need in together]
+            raise OutputError(
+                f"the disk under {' and '.join(folders)} is too small",
+                got=f"{(free + sum(need.freed for need in together)) / 1e9:.3f} GB free",
+                expected=f"about {sum(need.size for need in together) / 1e9:.3f} GB"
+                + (f": {', '.join(each)}" if each[1:] else ""),
+                hint="; or ".join(dict.fromkeys(need.hint for need in together)),
+            )
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
 def is_as_recorded(out: Path, record: FileRecord) -> bool:

@@ -19,6 +19,7 @@ from surgery.format.safetensors import TORCH_DTYPES, ShardReader
 from surgery.linalg.spectrum import compare, spectrum
 from surgery.linalg.svd import DEFAULT_TOLERANCE, check_accuracy
 from surgery.operations.accuracy import unconverged_note
+from surgery.operations.output import check_room, download_needs
 from surgery.operations.quantized import Dequantizer
 from surgery.operations.tuned import Norms, TunedModel, note_what_is_unlikely
 from surgery.planning.plan import Plan, make_plan
@@ -229,6 +230,7 @@ def spectra(
         source = open_source(model, revision=revision, subfolder=subfolder)
         steps = make_plan(source, choice, "overlay")
         other = None if tuned is None else open_source(tuned, subfolder=subfolder)
+    check_room(*download_needs(*([source] if other is None else [source, other])))
     measure = _Measure(top, subspace, tolerance, seed, where)
     targets = _walk(source, steps, other, measure, progress)
     for read in (source, other):

@@ -27,7 +27,7 @@ from surgery.linalg.triplets import residuals_of
 from surgery.memory import bytes_of
 from surgery.names import MANIFEST_FILE, SCALES_FILE, correction_key, factor_key
 from surgery.operations.base import BaseWeights, OwnWeights, check_entry, open_base, shard_path
-from surgery.operations.output import check_room
+from surgery.operations.output import check_room, download_needs
 from surgery.operations.quantized import Dequantizer
 from surgery.planning.quantization import FP8, Scaled
 from surgery.progress import Progress, listening, phase
@@ -229,8 +229,7 @@ def _weights(folder: Path, manifest: Manifest, base: str | Path | None, report: 
         return OwnWeights(folder)
     if base is not None:
         weights = BaseWeights(open_base(base, manifest))
-        if (download := weights.room_to_fetch()) is not None:
-            check_room(*download)
+        check_room(*download_needs(weights))
         return weights
     kind = "an overlay" if manifest.layout == "overlay" else "a residual without a correction"
     report.unchecked.append(f"weights and certificates: {kind} does not hold its weights (--base MODEL)")

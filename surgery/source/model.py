@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 from surgery.errors import FormatError, OptionError, SourceError, few
 from surgery.escapes import quoted
 from surgery.format.files import Watch, check_regular, check_relative_path, check_size, read_json_object, reading
+from surgery.format.hub_cache import cached_repo, hub_cache
 from surgery.format.manifest import SourceRecord
 from surgery.format.safetensors import Header, ShardReader
 from surgery.names import CONFIG_FILE
@@ -46,10 +46,13 @@ class Source(Protocol):
         """The header of a weight file, without its weights where that can be had."""
 
     def fetch(self, file: str) -> Path:
-        """A local path of one of its files, downloaded if need be."""
+        """A local path of one of its files, downloaded if need be; of one from the hub with the contents that the hub says."""
+
+    def unchecked(self, file: str) -> Path:
+        """``fetch`` for a weight file whose contents whoever reads all of it compares: with ``sha256``, or what is recorded."""
 
     def acquire(self, file: str) -> Path:
-        """``fetch`` for a weight file that is needed until as many calls of ``release`` say that it is not."""
+        """``unchecked`` for one that is needed until as many calls of ``release`` say that it is not, or until ``close``."""
 
     def release(self, file: str) -> bool:
         """See ``acquire``. Whether it is gone now."""
@@ -62,6 +65,9 @@ class Source(Protocol):
 
     def sha256(self, file: str) -> str | None:
         """Of a weight file that has been fetched, if somebody else than the file itself says so."""
+
+    def again(self, file: str) -> str | None:
+        """The command that fetches a file once more, if it comes from the hub."""
 
     def origin(self, files: Iterable[str]) -> Origin:
         """Where some of its weight files are, for others to take them from."""
@@ -85,8 +91,11 @@ class Stays:
     def fetch(self, file: str) -> Path:
         raise NotImplementedError
 
-    def acquire(self, file: str) -> Path:
+    def unchecked(self, file: str) -> Path:
         return self.fetch(file)
+
+    def acquire(self, file: str) -> Path:
+        return self.unchecked(file)
 
     def release(self, file: str) -> bool:
         return False
@@ -96,6 +105,9 @@ class Stays:
     def close(self) -> None: ...
 
     def sha256(self, file: str) -> str | None:
+        return None
+
+    def again(self, file: str) -> str | None:
         return None
 
 
@@ -168,9 +180,9 @@ class FolderSource(Stays):
         links = sorted(path for path in folder.iterdir() if path.is_symlink() and not path.exists())
         names = [path.name for path in links]
         target = Path(os.path.normpath(folder / (self._root / file).readlink()))
-        cache = _hub_cache(target)
+        cache = hub_cache(target)
         hint = "put the file in its place; from the hub: fetch the model again"
-        if cache is not None and (repo_id := _cached_repo(cache)) is not None:
+        if cache is not None and (repo_id := cached_repo(cache)) is not None:
             commit = next(
                 (f" --revision {quoted(path.name)}" for path in (folder, *folder.parents) if path.parent.name == "snapshots"),
                 "",
@@ -191,7 +203,7 @@ class FolderSource(Stays):
         """
         real = self._real(file)
         within = self._within.resolve()
-        if self.record.kind == "folder" and within not in (real, *real.parents) and _hub_cache(real) is None:
+        if self.record.kind == "folder" and within not in (real, *real.parents) and hub_cache(real) is None:
             raise SourceError(
                 f"{self.name}/{file} is a link that leaves the model's folder",
                 got=str(real),
@@ -220,7 +232,7 @@ class FolderSource(Stays):
         if self.record.kind != "folder":  # of a snapshot in the hub's cache the whole repository
             return [self._within.parent.parent]
         files = [self._real(file) for file in (*self.selection.shards, *self.selection.others)]
-        return [self._within, *sorted({_hub_cache(file) or file.parent for file in files} - {self._root.resolve()})]
+        return [self._within, *sorted({hub_cache(file) or file.parent for file in files} - {self._root.resolve()})]
 
     def stamps(self) -> dict[str, list[int]]:
         if self.record.kind != "folder":
@@ -300,7 +312,7 @@ def _check_is_all(source: Source, file: str) -> None:
 
 
 def _open_folder(path: Path, name: str, subfolder: str | None) -> FolderSource:
-    if (repo_id := _cached_repo(path.resolve())) is not None and (path / "snapshots").is_dir():
+    if (repo_id := cached_repo(path.resolve())) is not None and (path / "snapshots").is_dir():
         commits = sorted(one.name for one in (path / "snapshots").iterdir())
         raise SourceError(
             f"{name} is where the hub's client keeps {repo_id}",
@@ -318,25 +330,6 @@ def _open_folder(path: Path, name: str, subfolder: str | None) -> FolderSource:
             hint="--subfolder",
         )
     return FolderSource(inside, name=f"{name}/{subfolder}", record=SourceRecord("folder", None, None, subfolder), within=path)
-
-
-def _cached_repo(folder: Path) -> str | None:
-    """The model that the hub's client keeps in a folder, by the folder's name; None for other folders."""
-    match = re.fullmatch("models--(.+)", folder.name)
-    return None if match is None else match[1].replace("--", "/")
-
-
-def _hub_cache(path: Path) -> Path | None:
-    """The folder in which the hub's client keeps a file for a model, or shares it between several; None for other files."""
-    return next(
-        (
-            folder.parent
-            for folder in path.parents
-            if folder.name in ("blobs", "snapshots")
-            and (_cached_repo(folder.parent) is not None or (folder / ".huggingface-shared-blobs").exists())
-        ),
-        None,
-    )
 
 
 def check_subfolder(subfolder: str) -> str:
