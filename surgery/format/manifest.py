@@ -18,14 +18,16 @@ from surgery.format.files import (
     MAX_OWN_JSON_BYTES,
     FileRecord,
     check_relative_path,
-    read_json_object,
     reading,
     write_file,
 )
+from surgery.format.sealed import read_sealed, sealed, unsealed
 from surgery.linalg.views import KINDS, Slice, View
 from surgery.names import DTYPE_BITS, FACTORIZABLE_DTYPES, FORMAT_VERSION, MANIFEST_FILE, SURGERY_DIR, is_reserved, target_key
 
 _T = TypeVar("_T")
+
+_DAMAGED_HINT = "restore it, from a copy or by downloading it again, or factorize again with --overwrite"
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,8 +244,8 @@ class Manifest:
     skipped: list[SkippedRecord]
 
     def as_bytes(self) -> bytes:
-        """As it is in its file."""
-        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False).encode() + b"\n"
+        """As it is in its file, with its own hash as the last entry."""
+        return sealed(dataclasses.asdict(self))
 
     def write(self, folder: str | Path) -> None:
         """Put the manifest in its place, if it can be read again.
@@ -259,7 +261,7 @@ class Manifest:
         where = str(folder / MANIFEST_FILE)
         if len(data) > MAX_OWN_JSON_BYTES:
             raise FormatError(f"{where}: too large to be read again", got=f"{len(data)} bytes", expected=MAX_OWN_JSON_BYTES)
-        self._from_json(json.loads(data), where)
+        self._from_json(unsealed(data, where, _DAMAGED_HINT), where)
         write_file(folder / MANIFEST_FILE, data)
 
     @classmethod
@@ -273,7 +275,7 @@ class Manifest:
             OptionError: no path.
             SourceError: the folder is no factorized checkpoint, or an unfinished one.
             ReadError: the system does not let it be read.
-            FormatError: the manifest is damaged, or of another version.
+            FormatError: the manifest has been changed since it was written, makes no sense, or is of another version.
         """
         folder = as_path(folder, "folder")
         path = folder / MANIFEST_FILE
@@ -292,7 +294,7 @@ class Manifest:
                 if unfinished
                 else "give the folder that surgery factorize wrote",
             )
-        return cls._from_json(read_json_object(path, str(path), most=MAX_OWN_JSON_BYTES), str(path))
+        return cls._from_json(read_sealed(path, _DAMAGED_HINT), str(path))
 
     @classmethod
     def _from_json(cls, parsed: dict[str, Any], where: str) -> Manifest:
