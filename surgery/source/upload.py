@@ -109,6 +109,8 @@ class Upload:
         self._bytes_submitted = self._bytes_done = 0
         self._name = ""  # of what is being uploaded
         self._error: BaseException | None = None
+        #: Whether something is on its way, and the repository not whole yet.
+        self.unfinished = False
         self._dropped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="surgery-upload", daemon=True)
         self._bars = ExitStack()
@@ -167,6 +169,7 @@ class Upload:
         if self._error is not None:
             raise self._error
         group = [_addition(name, path, sha256) for path, name, sha256 in files]
+        self.unfinished = True
         self._bytes_submitted += sum(addition.upload_info.size for addition in group)
         self._queue.put(group)
 
@@ -187,6 +190,7 @@ class Upload:
             ReadError: a file cannot be read.
             OutputError: something could not be uploaded, or somebody else has changed what was.
         """
+        self.unfinished = True
         self._wait()
         if self._error is not None:
             raise self._error
@@ -194,6 +198,7 @@ class Upload:
         last.append(_addition(CARD_FILE, card.encode()))
         with _explained(self.repo_id):
             self._patiently(lambda: self._complete(last))
+        self.unfinished = False
         return self.url
 
     def _wait(self) -> None:
