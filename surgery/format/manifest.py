@@ -227,7 +227,11 @@ class LeftOutRecord:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The whole manifest. ``fingerprint`` identifies the factors; scales carry it."""
+    """The whole manifest.
+
+    ``fingerprint`` identifies the factors; scales carry it. ``source_stamps`` are what a local source's weight files are known
+    by (``source_stamp``), in the order of ``shards``; there are none of a model from the hub.
+    """
 
     format_version: int
     tool: str
@@ -237,6 +241,7 @@ class Manifest:
     source: SourceRecord
     options: OptionsRecord
     fingerprint: str
+    source_stamps: list[str]
     shards: list[ShardRecord]
     files: list[FileRecord]
     left_out: list[LeftOutRecord]
@@ -310,6 +315,10 @@ class Manifest:
             check_relative_path(record.file, where)
         for shard in manifest.shards:
             check_relative_path(shard.source.file, where)
+        if len(manifest.source_stamps) not in (0, len(manifest.shards)):
+            raise FormatError(
+                f"{where}: not one stamp for each weight file", got=len(manifest.source_stamps), expected=len(manifest.shards)
+            )
         _check_names(manifest, where)
         for target in manifest.targets:
             _check_target(target, where, overlay=manifest.layout == "overlay")
@@ -409,6 +418,19 @@ def _check_aliases(manifest: Manifest, where: str) -> None:
             raise FormatError(f"{where}: the aliases of {target.key!r} make no sense")
     if passed := sorted({skipped.tensor for skipped in manifest.skipped} & owners.keys()):
         raise FormatError(f"{where}: {passed[0]!r} is both a target and passed over")
+
+
+def source_stamp(record: FileRecord, mtime_ns: int) -> str:
+    """What tells a weight file of the source from others with the same bytes: when they were written, which is its own.
+
+    A hash, so that no time of the machine is in the manifest.
+
+    Args:
+        record: of the file.
+        mtime_ns: when its contents changed, in nanoseconds. The same after a restart, where its disk is mounted elsewhere,
+            and wherever the file is moved or faithfully copied to.
+    """
+    return hashlib.sha256(f"{record.sha256} {mtime_ns}".encode()).hexdigest()
 
 
 def decode_file(value: Any, where: str) -> FileRecord | None:

@@ -25,6 +25,7 @@ from surgery.format.manifest import (
     SkippedRecord,
     TargetRecord,
     fingerprint_of,
+    source_stamp,
 )
 from surgery.format.scales import write_scales
 from surgery.linalg.svd import DEFAULT_TOLERANCE, check_accuracy
@@ -538,6 +539,7 @@ def _finish(
     write_scales(
         out / SCALES_FILE, {target.key: torch.ones(target.scales_shape, dtype=torch.float32) for target in targets}, fingerprint
     )
+    shards, stamps = [result.shard for result in results], source.stamps()
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         tool=f"surgery {__version__}",
@@ -547,7 +549,8 @@ def _finish(
         source=source.record,
         options=options,
         fingerprint=fingerprint,
-        shards=[result.shard for result in results],
+        source_stamps=[source_stamp(shard.source, stamps[shard.source.file][1]) for shard in shards] if stamps else [],
+        shards=shards,
         files=others,
         left_out=[LeftOutRecord(name, reason) for name, reason in sorted(selection.left_out.items())],
         targets=targets,

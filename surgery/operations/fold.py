@@ -42,6 +42,7 @@ from surgery.operations.fold_shard import FoldSettings, RemoteFold, ShardFold
 from surgery.operations.journal import Journal
 from surgery.operations.output import (
     Interruptible,
+    check_not_the_source,
     files_in,
     is_as_recorded,
     loading_order,
@@ -180,6 +181,8 @@ def fold(
         if dequantize and not quantized:
             raise OptionError("there is nothing to dequantize: this is no overlay of an FP8 model", hint="drop --dequantize")
         memory = share_out([need_to_fold(target) for target in manifest.targets], by.resources)
+        if overwrite:
+            check_not_the_source(out, manifest)
         with (
             uploading(push_to_hub, private=private) as upload,
             locked(out, inputs),

@@ -15,8 +15,16 @@ from typing import TYPE_CHECKING, Self
 from filelock import BaseFileLock, FileLock, Timeout
 
 from surgery.errors import FormatError, OptionError, OutputError, ReadError, ScalesError, SurgeryError, WeightError, few
-from surgery.format.files import FileRecord, check_file, check_replaceable, reporting, sync_directory
-from surgery.format.manifest import Manifest
+from surgery.format.files import (
+    FileRecord,
+    check_file,
+    check_replaceable,
+    file_sha256,
+    reading,
+    reporting,
+    sync_directory,
+)
+from surgery.format.manifest import Manifest, source_stamp
 from surgery.names import (
     CONFIG_FILE,
     FILES_FILE,
@@ -177,6 +185,39 @@ def _clear(out: Path) -> None:
             (out / LOCK_FILE).unlink()
 
 
+def check_not_the_source(out: Path, manifest: Manifest) -> None:
+    """Refuse to replace a model that a checkpoint was made from, wherever it lies by now.
+
+    A weight file is the source's own if it has the size, the time of change and the bytes of it. What a fold has written has
+    another time.
+
+    Args:
+        out: the folder, or the file, that is to be replaced.
+        manifest: of the checkpoint.
+
+    Raises:
+        OutputError: it holds a weight file of the source, or is one.
+    """
+    for shard, stamp in zip(manifest.shards, manifest.source_stamps, strict=False):
+        record = shard.source
+        path = out / record.file if out.is_dir() else out
+        try:
+            found = path.stat()
+        except OSError:  # nothing is there that could be lost
+            continue
+        if (found.st_size, source_stamp(record, found.st_mtime_ns)) != (record.size, stamp):
+            continue
+        with reading(path):
+            is_the_same = file_sha256(path) == record.sha256
+        if is_the_same:
+            raise OutputError(
+                f"{out} is the model that the checkpoint was made from, or a copy of it",
+                got=f"{path}, with the bytes and the time of change of the source's {record.file}",
+                expected="a place where no model is lost",
+                hint="choose another output with -o; a copy that may go is yours to remove",
+            )
+
+
 def _nothing_done(out: Path) -> bool:
     """Whether a run has been begun, and has neither finished a shard nor left anything else."""
     journal = {f"{JOURNAL_DIR}/{path.name}" for path in (out / JOURNAL_DIR).iterdir()}
@@ -200,7 +241,7 @@ def check_output_file(out: Path, inputs: Iterable[Path], *, overwrite: bool, but
         real = out.resolve()
         for path in inputs:
             read = path.resolve()
-            if real == read or (read in real.parents and (but is None or real != but.resolve())):
+            if (_is_in(real, read) if read.is_dir() else real == read) and (but is None or real != but.resolve()):
                 raise OutputError(
                     f"the output {out} is one of the inputs, or lies in one: {path}",
                     hint="choose another file with -o; what is read is never written to",
@@ -406,12 +447,27 @@ def _check_apart(out: Path, inputs: Iterable[Path]) -> None:
     except RuntimeError as error:  # links in a circle
         raise OutputError(f"{out}: no such folder can be", got=error, hint="choose another folder with -o") from None
     for path, read in resolved:
-        if real == read or read in real.parents or real in read.parents:
+        if _is_in(real, read) or _is_in(read, real):
             raise OutputError(
                 f"the output {out} and the input {path} lie in one another",
                 hint=(_beside(out, read) if read in real.parents else "choose another folder with -o")
                 + "; what is read is never written to",
             )
+
+
+def _is_in(path: Path, folder: Path) -> bool:
+    """Whether a path is a folder or lies in it, also by another name of that, such as a second mount of it.
+
+    Args:
+        path, folder: without links.
+    """
+    if path == folder or folder in path.parents:
+        return True
+    with suppress(OSError):
+        there = folder.stat()
+        existing = (above for above in (path, *path.parents) if above.exists())
+        return there.st_ino != 0 and any(os.path.samestat(above.stat(), there) for above in existing)
+    return False
 
 
 def _earlier_result(out: Path, present: set[str]) -> set[str]:
