@@ -52,7 +52,8 @@ def _under_way(out: Path, is_over: Callable[[], bool], shards: int = 1) -> None:
     """Wait until a run has finished so many shards."""
     deadline = time.monotonic() + 100
     while len(list((out / ".surgery").glob("0*.json"))) < shards:
-        assert time.monotonic() < deadline and not is_over()
+        assert time.monotonic() < deadline
+        assert not is_over()
         time.sleep(0.005)
 
 
@@ -120,10 +121,12 @@ def test_a_connection_that_is_lost_is_told_in_a_log(model: Path, truth: dict[str
 def test_what_is_ignored_at_the_beginning_stays_so(how: str, model: Path, truth: dict[str, bytes], tmp_path: Path) -> None:
     """Under nohup, or behind a trap, the run outlives its terminal, comes to its end, and has no error to tell."""
     out = tmp_path / "f"
-    command = ["nohup", *_command(model, out)] if how == "nohup" else _command(model, out)
-    child, terminal = _on_a_terminal(
-        command, before=f"cd {shlex.quote(str(tmp_path))}; trap '' HUP; " if how == "ignored" else ""
-    )
+    command, before = _command(model, out), f"cd {shlex.quote(str(tmp_path))}; "
+    if how == "nohup":
+        command.insert(0, how)
+    else:
+        before += "trap '' HUP; "
+    child, terminal = _on_a_terminal(command, before=before)
     _under_way(out, lambda: False)
     os.close(terminal)
     assert _exit_code(child) == 0
@@ -169,7 +172,8 @@ def test_ctrl_c_again_and_again(tmp_path: Path) -> None:
     running = subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, bufsize=0
     )
-    assert running.stdout is not None and running.stderr is not None
+    assert running.stdout is not None
+    assert running.stderr is not None
     assert running.stdout.readline() == "waiting\n"
     running.send_signal(signal.SIGINT)
     assert running.stdout.readline() == "cleaning up\n"

@@ -77,7 +77,9 @@ class Interruptible:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if not isinstance(error, KeyboardInterrupt):
             return
-        if Journal.is_there(self._out):
+        # With its manifest in place a result is whole, and all that is left is to forget the run.
+        is_whole = (self._out / MANIFEST_FILE).is_file() and not (self._out / RESULT_DIR).is_dir()
+        if Journal.is_there(self._out) and not is_whole:
             done = Journal.count(self._out)
             after = f"after {done} shard{'' if done == 1 else 's'}"
             if self.journal is not None and self.journal.matches():
