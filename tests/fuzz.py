@@ -27,6 +27,7 @@ from surgery.errors import SurgeryError
 from surgery.progress import Silent
 from tests.conftest import HUB
 from tests.models import files_of, save_llama
+from tests.sealing import MANIFEST, seal
 
 #: No mutated file of a tiny model may keep a run busy for longer, on whatever machine.
 SECONDS = 20.0
@@ -98,6 +99,15 @@ def _mutate_text(data: bytes, chance: random.Random) -> bytes:
     if chance.randrange(3) == 0:
         return mutate_bytes(data, chance)
     return json.dumps(mutate_json(json.loads(data), chance)).encode("utf-8", "surrogatepass")
+
+
+def _mutate_manifest(data: bytes, chance: random.Random) -> bytes:
+    """As any JSON, and sealed anew: else its hash alone would be tried. One time in five that is."""
+    if chance.randrange(5) == 0:
+        return _mutate_text(data, chance)
+    value = json.loads(data)
+    del value["sha256"]
+    return seal(_mutate_text(json.dumps(value, indent=1).encode(), chance))
 
 
 def _mutate_safetensors(data: bytes, chance: random.Random) -> bytes:
@@ -256,7 +266,8 @@ class Fuzz:
         surgery.fold(factorized, scales, work / "o", device="cpu")
 
     def _manifest(self, work: Path, chance: random.Random) -> None:
-        self._use(self._checkpoint(work, "surgery/manifest.json", chance, _mutate_text), work, self.scales)
+        folder = self._checkpoint(work, MANIFEST, chance, _mutate_manifest)
+        self._use(folder, work, self.scales)
 
     def _scales(self, work: Path, chance: random.Random) -> None:
         (work / "s.safetensors").write_bytes(_mutate_safetensors(self.scales.read_bytes(), chance))

@@ -23,6 +23,7 @@ from surgery.format.safetensors import ShardReader
 from tests.fuzz import Fuzz
 from tests.loopback_hub import LoopbackHub
 from tests.models import save_llama
+from tests.sealing import edited_manifest
 
 ROOT = Path(__file__).parent.parent
 ADVERSARIAL = Path(__file__).parent / "adversarial"
@@ -267,10 +268,8 @@ def test_a_file_name_that_is_no_text(tmp_path: Path) -> None:
 )
 def test_manifests_whose_files_contradict_each_other(change: Any, llama: Path, tmp_path: Path) -> None:
     surgery.factorize(llama, tmp_path / "f", rank=4)
-    path = tmp_path / "f/surgery/manifest.json"
-    manifest = json.loads(path.read_text())
-    change(manifest)
-    path.write_text(json.dumps(manifest))
+    with edited_manifest(tmp_path / "f") as manifest:
+        change(manifest)
     with pytest.raises(FormatError):
         surgery.Manifest.read(tmp_path / "f")
 

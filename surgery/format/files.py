@@ -396,9 +396,27 @@ def read_json_object(path: Path, name: str, *, most: int = MAX_JSON_BYTES) -> di
         ReadError: the system does not let it be read.
         FormatError: too large, not JSON, or no object.
     """
+    return json_object(read_bytes(path, name, most=most), name)
+
+
+def read_bytes(path: Path, name: str, *, most: int) -> bytes:
+    """A small file that may be anything, whole.
+
+    Raises:
+        ReadError: the system does not let it be read, or it is no ordinary file.
+        FormatError: it is larger than ``most`` bytes.
+    """
     with reading(path, name):
         check_size(path, name, most)
-        data = path.read_bytes()
+        return path.read_bytes()
+
+
+def json_object(data: bytes, name: str) -> dict[str, Any]:
+    """A JSON object from the bytes of a file.
+
+    Raises:
+        FormatError: not JSON, or no object.
+    """
     try:
         parsed = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:

@@ -18,14 +18,16 @@ from surgery.format.files import (
     MAX_OWN_JSON_BYTES,
     FileRecord,
     check_relative_path,
-    read_json_object,
     reading,
     write_file,
 )
+from surgery.format.sealed import read_sealed, sealed, unsealed
 from surgery.linalg.views import KINDS, Slice, View
 from surgery.names import DTYPE_BITS, FACTORIZABLE_DTYPES, FORMAT_VERSION, MANIFEST_FILE, SURGERY_DIR, is_reserved, target_key
 
 _T = TypeVar("_T")
+
+_DAMAGED_HINT = "restore it, from a copy or by downloading it again, or factorize again with --overwrite"
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +227,11 @@ class LeftOutRecord:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """The whole manifest. ``fingerprint`` identifies the factors; scales carry it."""
+    """The whole manifest.
+
+    ``fingerprint`` identifies the factors; scales carry it. ``source_stamps`` are what a local source's weight files are known
+    by (``source_stamp``), in the order of ``shards``; there are none of a model from the hub.
+    """
 
     format_version: int
     tool: str
@@ -235,6 +241,7 @@ class Manifest:
     source: SourceRecord
     options: OptionsRecord
     fingerprint: str
+    source_stamps: list[str]
     shards: list[ShardRecord]
     files: list[FileRecord]
     left_out: list[LeftOutRecord]
@@ -242,8 +249,8 @@ class Manifest:
     skipped: list[SkippedRecord]
 
     def as_bytes(self) -> bytes:
-        """As it is in its file."""
-        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False).encode() + b"\n"
+        """As it is in its file, with its own hash as the last entry."""
+        return sealed(dataclasses.asdict(self))
 
     def write(self, folder: str | Path) -> None:
         """Put the manifest in its place, if it can be read again.
@@ -259,7 +266,7 @@ class Manifest:
         where = str(folder / MANIFEST_FILE)
         if len(data) > MAX_OWN_JSON_BYTES:
             raise FormatError(f"{where}: too large to be read again", got=f"{len(data)} bytes", expected=MAX_OWN_JSON_BYTES)
-        self._from_json(json.loads(data), where)
+        self._from_json(unsealed(data, where, _DAMAGED_HINT), where)
         write_file(folder / MANIFEST_FILE, data)
 
     @classmethod
@@ -273,7 +280,7 @@ class Manifest:
             OptionError: no path.
             SourceError: the folder is no factorized checkpoint, or an unfinished one.
             ReadError: the system does not let it be read.
-            FormatError: the manifest is damaged, or of another version.
+            FormatError: the manifest has been changed since it was written, makes no sense, or is of another version.
         """
         folder = as_path(folder, "folder")
         path = folder / MANIFEST_FILE
@@ -292,7 +299,7 @@ class Manifest:
                 if unfinished
                 else "give the folder that surgery factorize wrote",
             )
-        return cls._from_json(read_json_object(path, str(path), most=MAX_OWN_JSON_BYTES), str(path))
+        return cls._from_json(read_sealed(path, _DAMAGED_HINT), str(path))
 
     @classmethod
     def _from_json(cls, parsed: dict[str, Any], where: str) -> Manifest:
@@ -308,6 +315,10 @@ class Manifest:
             check_relative_path(record.file, where)
         for shard in manifest.shards:
             check_relative_path(shard.source.file, where)
+        if len(manifest.source_stamps) not in (0, len(manifest.shards)):
+            raise FormatError(
+                f"{where}: not one stamp for each weight file", got=len(manifest.source_stamps), expected=len(manifest.shards)
+            )
         _check_names(manifest, where)
         for target in manifest.targets:
             _check_target(target, where, overlay=manifest.layout == "overlay")
@@ -407,6 +418,19 @@ def _check_aliases(manifest: Manifest, where: str) -> None:
             raise FormatError(f"{where}: the aliases of {target.key!r} make no sense")
     if passed := sorted({skipped.tensor for skipped in manifest.skipped} & owners.keys()):
         raise FormatError(f"{where}: {passed[0]!r} is both a target and passed over")
+
+
+def source_stamp(record: FileRecord, mtime_ns: int) -> str:
+    """What tells a weight file of the source from others with the same bytes: when they were written, which is its own.
+
+    A hash, so that no time of the machine is in the manifest.
+
+    Args:
+        record: of the file.
+        mtime_ns: when its contents changed, in nanoseconds. The same after a restart, where its disk is mounted elsewhere,
+            and wherever the file is moved or faithfully copied to.
+    """
+    return hashlib.sha256(f"{record.sha256} {mtime_ns}".encode()).hexdigest()
 
 
 def decode_file(value: Any, where: str) -> FileRecord | None:

@@ -157,13 +157,20 @@ class DenseWeights:
         """The header of what is written for a shard with this one."""
         if not self._to_dense:
             return header.raw
-        kept = [entry for entry in header.tensors if entry.name not in self._dropped]
-        dtypes = {entry.name: DENSE_DTYPE if entry.name in self._quantized else entry.dtype for entry in kept}
-        return make_header([resized(entry, dtypes[entry.name]) for entry in kept], header.metadata)
+        return make_header(self._written(header), header.metadata)
 
-    def drops(self, tensor: str) -> bool:
-        """Whether a tensor is not written at all: scales of what is dequantized, and of its activations."""
-        return tensor in self._dropped
+    def size(self, header: Header) -> int | None:
+        """How long the weight file is that is written for a shard with this header; None if nothing is left of it."""
+        written = self._written(header)
+        if header.tensors and not written:
+            return None
+        return len(self.header(header)) + sum(entry.nbytes for entry in written)
+
+    def _written(self, header: Header) -> list[TensorEntry]:
+        """The tensors of a shard that are written, not the scales of what is dequantized and of its activations."""
+        kept = [entry for entry in header.tensors if entry.name not in self._dropped]
+        to_dense = self._quantized if self._to_dense else {}
+        return [resized(entry, DENSE_DTYPE if entry.name in to_dense else entry.dtype) for entry in kept]
 
     def folded(self, piece: TargetPiece, device: torch.device) -> torch.Tensor | None:
         """What is written for a tensor, or for some matrices of a stack, on the CPU; None for nothing.

@@ -42,6 +42,8 @@ from surgery.operations.engines import Engine, EngineName, engine_of
 from surgery.operations.fold_shard import FoldSettings, RemoteFold, ShardFold
 from surgery.operations.journal import Journal
 from surgery.operations.output import (
+    Interruptible,
+    check_not_the_source,
     download_needs,
     files_in,
     is_as_recorded,
@@ -157,14 +159,15 @@ def fold(
     """
     progress = listening()
     factorized, out = Path(factorized), Path(out)
-    manifest = Manifest.read(factorized)
-    others = _as_they_are(factorized, manifest, progress)
-    if not isinstance(scales, Mapping):
-        scales = scales_file(Path(scales))
-    values = check_scales(scales, manifest) if isinstance(scales, Mapping) else read_scales(scales, manifest)
+    with Interruptible(out):
+        manifest = Manifest.read(factorized)
+        others = _as_they_are(factorized, manifest, progress)
+        if not isinstance(scales, Mapping):
+            scales = scales_file(Path(scales))
+        values = check_scales(scales, manifest) if isinstance(scales, Mapping) else read_scales(scales, manifest)
     # Folding is float64 arithmetic, which an Apple GPU does not have.
     exact_on = "cpu" if choose_devices(str(device))[0].type == "mps" else str(device)
-    with engine_of(engine, exact_on, max_memory, max_device_memory, timing) as by:
+    with Interruptible(out) as run, engine_of(engine, exact_on, max_memory, max_device_memory, timing) as by:
         streaming = (out / STREAM_DIR, by.files_at_a_time) if stream else None
         weights = weight_source(factorized, manifest, base, streaming)
         weights.check(manifest.shards)
@@ -180,11 +183,14 @@ def fold(
         if dequantize and not quantized:
             raise OptionError("there is nothing to dequantize: this is no overlay of an FP8 model", hint="drop --dequantize")
         memory = share_out([need_to_fold(target) for target in manifest.targets], by.resources)
+        if overwrite:
+            check_not_the_source(out, manifest)
         with (
             uploading(push_to_hub, private=private) as upload,
             locked(out, inputs),
             DenseWeights(manifest, factorized, weights, quantized, values, to_dense=dequantize, additions=additions) as dense,
         ):
+            run.upload = upload
             if additions:
                 dense.check(weights.header(shard) for shard in manifest.shards)
             settings = FoldSettings(
@@ -196,7 +202,7 @@ def fold(
                 Journal.forget(out)
                 _publish(upload, out, report, manifest, submitted=False)
                 return report
-            journal = Journal(out, _identity(manifest, others, weights, settings, by.device_name))
+            run.journal = journal = Journal(out, _identity(manifest, others, weights, settings, by.device_name))
             # What is FP8 takes twice as much in bfloat16.
             needed = sum(shard.source.size for shard in manifest.shards) * (2 if dequantize else 1)
             needed += sum(record.size for record in others)
@@ -317,9 +323,8 @@ def _fold_shards(
     files: dict[int, FileRecord | None] = {}
     with phase(progress, "folding", sum(shard.source.size for shard in shards)):
         for index in range(len(shards)):
-            known = journal.recorded(index)
-            record = None if known is None else decode_file(known, f"{place}: the journal of shard {index + 1}")
-            if known is not None and (record is None or is_as_recorded(place, record)):
+            is_there, record = _recorded(journal, index, work)
+            if is_there:
                 files[index] = record
                 submit_files(upload, place, [record] if record else [])
                 work.tell(index)
@@ -327,9 +332,25 @@ def _fold_shards(
         with closing(engine.run(work, missing, memory)) as finished:
             for index, record in finished:
                 files[index] = record
-                journal.record(index, {"file": None if record is None else asdict(record)})
+                journal.record(index, shards[index].source.file, {"file": None if record is None else asdict(record)})
                 submit_files(upload, place, [record] if record else [])
     return [record for index in range(len(shards)) if (record := files[index]) is not None]
+
+
+def _recorded(journal: Journal, index: int, work: _Folding) -> tuple[bool, FileRecord | None]:
+    """Whether the journal has a shard whose file, if it has one, is what it was, and that file."""
+    file, place = work.manifest.shards[index].source.file, work.settings.place
+    value = journal.recorded(index, file)
+    if value is None:
+        return False, None
+    try:
+        record = decode_file(value, f"{place}: the journal of shard {index + 1}")
+    except FormatError:  # made again like any other that is damaged: the same command would meet it for ever
+        return False, None
+    size = work.size(index)
+    if record is None or size is None:
+        return record is None and size is None, None
+    return (record.file, record.size) == (file, size) and is_as_recorded(place, record), record
 
 
 class _Folding:
@@ -394,6 +415,11 @@ class _Folding:
         settings = dataclasses.replace(settings, out=settings.out.resolve(), place=settings.place.resolve())
         shard = self.manifest.shards[index]
         return RemoteFold(shard, self._weights.origin(self._dense.files(shard)), settings, self.to_compare)
+
+    def size(self, index: int) -> int | None:
+        """Of the weight file that is written for a shard; None if there is none."""
+        shard = self.manifest.shards[index]
+        return self._dense.size(self._weights.header(shard)) if self.settings.dequantize else shard.source.size
 
     def tell(self, index: int) -> None:
         record = self.manifest.shards[index].source

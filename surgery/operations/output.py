@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol, Self
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from surgery.errors import FormatError, OptionError, OutputError, ReadError, ScalesError, SurgeryError, WeightError, few
 from surgery.escapes import quoted
-from surgery.format.files import FileRecord, all_below, check_file, check_replaceable, reporting, sync_directory
-from surgery.format.manifest import Manifest
+from surgery.format.files import (
+    FileRecord,
+    all_below,
+    check_file,
+    check_replaceable,
+    file_sha256,
+    reading,
+    reporting,
+    sync_directory,
+)
+from surgery.format.manifest import Manifest, source_stamp
 from surgery.names import (
     CONFIG_FILE,
     FILES_FILE,
@@ -31,21 +42,61 @@ from surgery.names import (
     SURGERY_DIR,
     is_litter,
 )
-from surgery.operations.journal import Journal
+from surgery.operations.journal import Journal, clear_away
 from surgery.progress import listening, note, phase
 from surgery.source.select import is_read_by_loaders
 from surgery.source.shards import is_index
 
+if TYPE_CHECKING:
+    from surgery.source.upload import Upload
+
 _PARTIAL = ".partial"
+#: How often a lock is tried for that others take away meanwhile.
+_ATTEMPTS = 1000
 _ROOM_HINT = "free some space, or choose a folder on another disk"
 _DOWNLOAD_HINT = "--stream, where the command has it, to hold a few of its files at a time, or HF_HOME on another disk"
+
+
+class Interruptible:
+    """Around all that a run does, from its planning on: if it is interrupted, a note says how to go on.
+
+    That is said where there is something to go on with, and nowhere else. A context manager.
+
+    Args:
+        out: the output folder.
+
+    Attributes:
+        journal: of the run, once it is known.
+        upload: of its result, once there is one.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
+        self.journal: Journal | None = None
+        self.upload: Upload | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if not isinstance(error, KeyboardInterrupt):
+            return
+        # With its manifest in place a result is whole, and all that is left is to forget the run.
+        is_whole = (self._out / MANIFEST_FILE).is_file() and not (self._out / RESULT_DIR).is_dir()
+        if Journal.is_there(self._out) and not is_whole:
+            done = Journal.count(self._out)
+            after = f"after {done} shard{'' if done == 1 else 's'}"
+            if self.journal is not None and self.journal.matches():
+                note(f"stopped {after}; the same command goes on from there")
+            else:
+                note(f"{self._out} holds a run that was stopped {after}; the command that began it goes on from there")
+        elif self.upload is not None and self.upload.unfinished:
+            note(f"stopped before the upload to {self.upload.repo_id} was complete; the same command goes on from there")
 
 
 @contextmanager
 def locked(out: Path, inputs: Iterable[Path]) -> Iterator[None]:
     """Hold the output folder, created if missing, against other runs. The system lets go of a dead one's lock.
-
-    If the run is interrupted, a note says how to go on.
 
     Args:
         out: the folder.
@@ -57,38 +108,120 @@ def locked(out: Path, inputs: Iterable[Path]) -> Iterator[None]:
     with reporting(out):
         _check_apart(out, inputs)
         _check_leads_somewhere(out)
-        if out.exists() and not out.is_dir():
-            raise OutputError(f"{out} is no folder", hint="choose another folder with -o")
-        made = not out.exists()
-        (out / JOURNAL_DIR).mkdir(parents=True, exist_ok=True)
-        for path in (out / JOURNAL_DIR, out / LOCK_FILE):
-            if path.is_symlink():
-                raise OutputError(f"{path} is a link", hint="remove it, or choose another folder with -o")
-        lock = FileLock(out / LOCK_FILE, timeout=0)
+        lock, made = _taken(out)
+    try:
+        yield
+    finally:
         try:
-            lock.acquire()
+            unfinished = Journal.is_there(out) or (out / FILES_FILE).is_file()
+            over = not unfinished or _nothing_done(out)
+            if over:
+                _clear(out)
+        finally:
+            lock.release()
+        # A folder goes only if it is empty: another run may have come into it already.
+        for path in (out / JOURNAL_DIR, *([out] if made else [])) if over else ():
+            with suppress(OSError):
+                path.rmdir()
+
+
+def _taken(out: Path) -> tuple[BaseFileLock, bool]:
+    """The lock of an output folder, held, and whether the folder was made for it.
+
+    Another run that lets go takes its lock's file away, and then the folders around it, at any moment. What is gone is made
+    again, and a lock whose file is not in its place any more is none.
+    """
+    made, path = False, out / LOCK_FILE
+    for left in reversed(range(_ATTEMPTS)):
+        try:
+            if not stat.S_ISDIR(out.stat().st_mode):
+                raise OutputError(f"{out} is no folder", hint="choose another folder with -o")
+        except FileNotFoundError:
+            made = True
+        try:
+            (out / JOURNAL_DIR).mkdir(parents=True, exist_ok=True)
+            for ours in (out / JOURNAL_DIR, path):
+                if ours.is_symlink():
+                    raise OutputError(f"{ours} is a link", hint="remove it, or choose another folder with -o")
+            if (lock := _lock_in_place(path)) is not None:
+                return lock, made
         except Timeout:
             raise OutputError(
                 f"another run is writing to {out}", hint="wait until it is finished, or choose another folder with -o"
             ) from None
+        except (FileNotFoundError, FileExistsError):
+            if not left:
+                raise
+    raise OutputError(f"{out} cannot be locked: its lock is taken away again and again", hint="choose another folder with -o")
+
+
+def _lock_in_place(path: Path) -> BaseFileLock | None:
+    """The lock, held; None if its file has been taken away, or another put in its place, while it was acquired.
+
+    Raises:
+        Timeout: somebody else holds it.
+        FileNotFoundError: the file or its folder has been taken away.
+    """
+    lock = FileLock(path, timeout=0)
+    # Open until the end: while it is, no other file has its number.
+    before = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
     try:
-        yield
-    except KeyboardInterrupt:
-        if Journal.is_there(out):
-            done = Journal.count(out)
-            note(f"stopped after {done} shard{'' if done == 1 else 's'}; the same command goes on from there")
-        raise
-    finally:
-        # The lock's file is removed only while it is held, and with nothing left to go on with.
-        unfinished = Journal.is_there(out) or (out / FILES_FILE).is_file()
-        if not unfinished or _nothing_done(out):
-            with reporting(out):
-                shutil.rmtree(out / JOURNAL_DIR, ignore_errors=True)
-                if not files_in(out):
-                    for path in (out / SURGERY_DIR, *([out] if made else [])):
-                        if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
-                            path.rmdir()
+        lock.acquire()
+        try:
+            if os.path.samestat(os.fstat(before), path.lstat()):
+                return lock
+        except FileNotFoundError:
+            pass
         lock.release()
+        return None
+    finally:
+        os.close(before)
+
+
+def _clear(out: Path) -> None:
+    """Nothing stays of a run that is over or has done nothing: its lock's file goes last, while it is held."""
+    with reporting(out):
+        for path in set((out / JOURNAL_DIR).iterdir()) - {out / LOCK_FILE}:
+            with suppress(OSError):
+                clear_away(path)
+        if (out / SURGERY_DIR).is_dir() and not files_in(out):
+            with suppress(OSError):  # there are folders in it, or it is a link
+                (out / SURGERY_DIR).rmdir()
+        with suppress(OSError):  # Windows keeps what is open
+            (out / LOCK_FILE).unlink()
+
+
+def check_not_the_source(out: Path, manifest: Manifest) -> None:
+    """Refuse to replace a model that a checkpoint was made from, wherever it lies by now.
+
+    A weight file is the source's own if it has the size, the time of change and the bytes of it. What a fold has written has
+    another time.
+
+    Args:
+        out: the folder, or the file, that is to be replaced.
+        manifest: of the checkpoint.
+
+    Raises:
+        OutputError: it holds a weight file of the source, or is one.
+    """
+    for shard, stamp in zip(manifest.shards, manifest.source_stamps, strict=False):
+        record = shard.source
+        path = out / record.file if out.is_dir() else out
+        try:
+            found = path.stat()
+        except OSError:  # nothing is there that could be lost
+            continue
+        if (found.st_size, source_stamp(record, found.st_mtime_ns)) != (record.size, stamp):
+            continue
+        with reading(path):
+            is_the_same = file_sha256(path) == record.sha256
+        if is_the_same:
+            raise OutputError(
+                f"{out} is the model that the checkpoint was made from, or a copy of it",
+                got=f"{path}, with the bytes and the time of change of the source's {record.file}",
+                expected="a place where no model is lost",
+                hint="choose another output with -o; a copy that may go is yours to remove",
+            )
 
 
 def _nothing_done(out: Path) -> bool:
@@ -114,7 +247,7 @@ def check_output_file(out: Path, inputs: Iterable[Path], *, overwrite: bool, but
         real = out.resolve()
         for path in inputs:
             read = path.resolve()
-            if real == read or (read in real.parents and (but is None or real != but.resolve())):
+            if (_is_in(real, read) if read.is_dir() else real == read) and (but is None or real != but.resolve()):
                 raise OutputError(
                     f"the output {out} is one of the inputs, or lies in one: {path}",
                     hint="choose another file with -o; what is read is never written to",
@@ -332,12 +465,27 @@ def _check_apart(out: Path, inputs: Iterable[Path]) -> None:
     except RuntimeError as error:  # links in a circle
         raise OutputError(f"{out}: no such folder can be", got=error, hint="choose another folder with -o") from None
     for path, read in resolved:
-        if real == read or read in real.parents or real in read.parents:
+        if _is_in(real, read) or _is_in(read, real):
             raise OutputError(
                 f"the output {out} and the input {path} lie in one another",
                 hint=(_beside(out, read) if read in real.parents else "choose another folder with -o")
                 + "; what is read is never written to",
             )
+
+
+def _is_in(path: Path, folder: Path) -> bool:
+    """Whether a path is a folder or lies in it, also by another name of that, such as a second mount of it.
+
+    Args:
+        path, folder: without links.
+    """
+    if path == folder or folder in path.parents:
+        return True
+    with suppress(OSError):
+        there = folder.stat()
+        existing = (above for above in (path, *path.parents) if above.exists())
+        return there.st_ino != 0 and any(os.path.samestat(above.stat(), there) for above in existing)
+    return False
 
 
 def _earlier_result(out: Path, present: set[str]) -> set[str]:

@@ -24,7 +24,7 @@ from surgery.linalg.correction import CorruptCorrection
 from surgery.linalg.lossless import BLOCK_ENTRIES, DEVICE_BLOCKS, Factors, approximate, join
 from surgery.names import SCALES_FILE
 from surgery.operations.base import BASE_HINT, BaseWeights, OwnWeights, check_entry, open_base, shard_path, weight_source
-from surgery.operations.output import check_output_file, check_room, download_needs
+from surgery.operations.output import check_not_the_source, check_output_file, check_room, download_needs
 from surgery.operations.quantized import Dequantizer
 from surgery.operations.tuned import Norms, TunedModel, note_what_is_unlikely
 from surgery.planning.quantization import FP8, Scaled
@@ -124,6 +124,7 @@ def project(
     inputs = [factorized, *weights.folders(), *source.folders()]
     check_output_file(out, inputs, overwrite=overwrite, but=factorized / SCALES_FILE)
     check_room(*download_needs(source, weights))
+    check_not_the_source(out, manifest)
     aliases = {target.tensor: target.tensors[1:] for target in manifest.targets}
     shapes = {target.tensor: target.shape for target in manifest.targets}
     with ExitStack() as stack:

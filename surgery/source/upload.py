@@ -101,6 +101,8 @@ class Upload:
         self._bytes_submitted = self._bytes_done = 0
         self._name = self._waiting = ""  # what is being uploaded, and what for it has to be waited
         self._error: BaseException | None = None
+        #: Whether something is on its way, and the repository not whole yet.
+        self.unfinished = False
         self._dropped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="surgery-upload", daemon=True)
         self._bars = ExitStack()
@@ -159,6 +161,7 @@ class Upload:
         if self._error is not None:
             raise self._error
         group = [_addition(name, path, sha256) for path, name, sha256 in files]
+        self.unfinished = True
         self._bytes_submitted += sum(addition.upload_info.size for addition in group)
         self._queue.put(group)
 
@@ -179,6 +182,7 @@ class Upload:
             ReadError: a file cannot be read.
             OutputError: something could not be uploaded, or somebody else has changed what was.
         """
+        self.unfinished = True
         self._wait()
         if self._error is not None:
             raise self._error
@@ -187,6 +191,7 @@ class Upload:
         settling = Patience(self._tell, None, lambda error: isinstance(error, _Changed), _SECONDS_TO_SETTLE)
         with _explained(self.repo_id):
             settling.run(lambda: self._patiently(lambda: self._complete(last)))
+        self.unfinished = False
         return self.url
 
     def _wait(self) -> None:
