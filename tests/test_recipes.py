@@ -123,7 +123,7 @@ def test_every_builtin_recipe_can_be_named_and_is_used() -> None:
         ('[[rules]]\nmatch = "*"\nregex = ".*"', "rule 1 needs either match or regex", ""),
         ("[[rules]]\nmatch = []", "match is empty", ""),
         ("[[rules]]\nmatch = 3", "wrong type", "a list of strings"),
-        ('[[rules]]\nregex = "("', "no regular expression", "missing )"),
+        ('[[rules]]\nregex = "("', "no regular expression", "a ( without a )"),
         ('[[rules]]\nmatch = "*"\nskip = "x"\nrank = 3', "nothing else can be said", ""),
         ('[[rules]]\nmatch = "*"\nskip = ""', "must tell the reason", ""),
         ('[[rules]]\nregex = "a{99999999999999999999}"', "no regular expression", ""),

@@ -11,7 +11,7 @@ from fnmatch import translate
 from pathlib import PurePosixPath
 
 from surgery.errors import FormatError, ReadError, SourceError, SurgeryError, few
-from surgery.format.files import check_relative_path
+from surgery.format.files import check_relative_path, decode_json
 from surgery.names import (
     CONFIG_FILE,
     JOURNAL_DIR,
@@ -254,8 +254,8 @@ class _Selector:
         if CONFIG_FILE not in self._others:
             return None
         try:
-            config = json.loads(self._text(CONFIG_FILE))
-        except (ValueError, RecursionError):
+            config = decode_json(self._text(CONFIG_FILE))
+        except ValueError:
             return None
         named = config.get("transformers_weights") if isinstance(config, dict) else None
         return named if isinstance(named, str) else None
@@ -445,8 +445,8 @@ class _Selector:
 
     def _only_adapter(self, adapter: list[str]) -> SourceError:
         try:
-            config = json.loads(self._text(_ADAPTER_FILE)) if _ADAPTER_FILE in adapter else None
-        except (ValueError, RecursionError):
+            config = decode_json(self._text(_ADAPTER_FILE)) if _ADAPTER_FILE in adapter else None
+        except ValueError:
             config = None
         base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
         is_named = isinstance(base, str) and base != "" and base.isprintable()
