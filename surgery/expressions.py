@@ -9,13 +9,13 @@ such an automaton can do: characters, ``.``, classes in brackets, ``\\d \\w \\s`
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import NamedTuple
 
 #: Of an expression, and of the automaton that it becomes: ``a{1000}`` has a thousand times ``a``.
 MOST_CHARACTERS = 10_000
 MOST_INSTRUCTIONS = 10_000
-#: Instructions looked at to make the states of automata: about a second.
+#: Instructions made, and looked at to make states: about a second.
 MOST_WORK = 200_000
 _MOST_GROUPS = 40
 
@@ -85,9 +85,19 @@ class _State:
 
 @dataclass(slots=True)
 class Work:
-    """What a match, or all of many, may still cost: how many instructions may be looked at to make states."""
+    """What an expression, a match, or all of many, may still cost: instructions that are made or looked at."""
 
     left: int = MOST_WORK
+
+    def spend(self, instructions: int) -> None:
+        """Note some.
+
+        Raises:
+            ExpressionError: there are no more left.
+        """
+        self.left -= instructions
+        if self.left < 0:
+            raise ExpressionError("it takes too long to match")
 
 
 @dataclass(slots=True)
@@ -96,20 +106,23 @@ class Expression:
 
     Attributes:
         text: as it is written.
+        work: what making it may cost; None: ``MOST_WORK``.
 
     Raises:
         ExpressionError: says what is wrong with it.
     """
 
     text: str
+    work: InitVar[Work | None] = None
     _program: _Program = field(init=False, repr=False, compare=False)
     _states: dict[tuple[frozenset[int], bool | None], _State] = field(init=False, repr=False, compare=False)
     _kept: int = field(init=False, repr=False, compare=False, default=0)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, work: Work | None) -> None:
         if len(self.text) > MOST_CHARACTERS:
             raise ExpressionError(f"{len(self.text)} characters; at most {MOST_CHARACTERS} are taken")
         self._program = _Parser(self.text).parsed()
+        (work or Work()).spend(len(self._program))
         self._states = {}
 
     def fullmatch(self, text: str, work: Work | None = None) -> bool:
@@ -172,9 +185,7 @@ class Expression:
             elif isinstance(instruction, _At) and is_there[instruction.what]:
                 todo.append(place + 1)
         self._kept += len(reached)
-        work.left -= len(reached)
-        if work.left < 0:
-            raise ExpressionError("it takes too long to match")
+        work.spend(len(reached))
         return reached
 
 

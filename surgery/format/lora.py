@@ -38,8 +38,9 @@ _HARMLESS = frozenset(
 _INITIAL = (None, True, False, "gaussian", "orthogonal", "eva")
 #: Of a module's name. None of a model comes near, and with it the work of a pattern is bounded.
 _MOST_CHARACTERS = 1000
-#: What looking up patterns may cost, some seconds at most: characters of all that are regular expressions; characters of names
-#: that they are held against; sets of plain ones that have the same length and dots, times modules.
+#: What looking up patterns may cost, some seconds at most: characters of plain ones and of regular expressions; characters of
+#: names that the latter are held against; sets of plain ones that have the same length and dots, times modules.
+_MOST_PLAIN = 2_000_000
 _MOST_OF_EXPRESSIONS = 100_000
 _MOST_READ = 20_000_000
 _MOST_LOOKED_UP = 5_000_000
@@ -193,20 +194,19 @@ class _ByModule:
         if self._patterns and max(map(len, modules)) > _MOST_CHARACTERS:
             raise self._refusal(f"a module's name of {max(map(len, modules))} characters", f"at most {_MOST_CHARACTERS}")
         self._values = list(self._patterns.values())
+        numbered = list(enumerate(self._patterns))
+        others = {number: pattern for number, pattern in numbered if _NOT_PLAIN.search(pattern)}
+        # No module has a longer name.
+        plain = {n: pattern for n, pattern in numbered if n not in others and len(pattern) <= _MOST_CHARACTERS}
         #: By length, then by the parts between dots: where these are, and what is in them -> the number of the pattern.
         self._plain: dict[int, dict[tuple[tuple[int, int], ...], dict[str, int]]] = {}
-        others: dict[int, str] = {}
-        for number, pattern in enumerate(self._patterns):
-            if _NOT_PLAIN.search(pattern):
-                others[number] = pattern
-            elif len(pattern) <= _MOST_CHARACTERS:  # no module has a longer one
-                parts = tuple(found.span() for found in re.finditer(r"[^.]+", pattern))
-                alike = self._plain.setdefault(len(pattern), {}).setdefault(parts, {})
-                alike.setdefault(pattern.replace(".", ""), number)
-        read = len(others) * sum(map(len, modules))
-        looked_up = sum(map(len, self._plain.values())) * len(modules)
-        if read > _MOST_READ or looked_up > _MOST_LOOKED_UP or sum(map(len, others.values())) > _MOST_OF_EXPRESSIONS:
-            raise self._refusal(f"{len(self._patterns)} for {len(modules)} modules", "fewer, or names of modules alone")
+        self._check_most(sum(map(len, plain.values())) <= _MOST_PLAIN, modules)
+        for number, pattern in plain.items():
+            parts = tuple(found.span() for found in re.finditer(r"[^.]+", pattern))
+            self._plain.setdefault(len(pattern), {}).setdefault(parts, {}).setdefault(pattern.replace(".", ""), number)
+        self._check_most(sum(map(len, self._plain.values())) * len(modules) <= _MOST_LOOKED_UP, modules)
+        self._check_most(sum(map(len, others.values())) <= _MOST_OF_EXPRESSIONS, modules)
+        self._check_most(len(others) * sum(map(len, modules)) <= _MOST_READ, modules)
         self._work = Work()
         self._expressions = {number: self._expression(pattern) for number, pattern in others.items()}
 
@@ -238,12 +238,16 @@ class _ByModule:
 
     def _expression(self, pattern: str) -> Expression:
         try:
-            Expression(pattern)  # by itself it must be one: the group around it would make one of "a)|(b"
-            return Expression(rf"(.*\.)?({pattern})")
+            Expression(pattern, self._work)  # by itself it must be one: the group around it would make one of "a)|(b"
+            return Expression(rf"(.*\.)?({pattern})", self._work)
         except ExpressionError as error:
             raise self._refusal(
                 f"{pattern[:80]!r}: {error}", "the end of a module's name, or a regular expression without look-around"
             ) from None
+
+    def _check_most(self, is_less: bool, modules: Collection[str]) -> None:
+        if not is_less:
+            raise self._refusal(f"{len(self._patterns)} for {len(modules)} modules", "fewer, or names of modules alone")
 
     def _refusal(self, got: object, expected: str) -> FormatError:
         return FormatError(

@@ -87,7 +87,10 @@ _OTHER_FORMAT = "weights in another format"
 _CONVERT = "AutoModel.from_pretrained(MODEL).save_pretrained(FOLDER) writes safetensors"
 _UNREAD = "no loader looks for it"
 _QUOTED = re.compile(r"""\"([^"\n\\]*)\"|'([^'\n\\]*)'""")
-_IMPORT = re.compile(r"^\s*(?:from\s+\.+([\w.]*)\s+import\s+(\([^)]*\)|[^\n]*)|import\s+\.([\w.]+))", re.MULTILINE)
+#: Possessive, and a bracket need not be closed: each character of whatever code is looked at a few times.
+_IMPORT = re.compile(
+    r"^[^\S\n]*+(?:from\s++\.++([\w.]*+)\s++import\s++(\([^)]*+|[^\n]*+)|import\s++\.([\w.]++))", re.MULTILINE
+)
 
 #: Gives the names in a folder of the model, ``""`` for the model's own; those of folders end in a slash.
 Listing = Callable[[str], list[str]]
