@@ -88,9 +88,7 @@ _CONVERT = "AutoModel.from_pretrained(MODEL).save_pretrained(FOLDER) writes safe
 _UNREAD = "no loader looks for it"
 _QUOTED = re.compile(r"""\"([^"\n\\]*)\"|'([^'\n\\]*)'""")
 #: Possessive, and a bracket need not be closed: each character of whatever code is looked at a few times.
-_IMPORT = re.compile(
-    r"^[^\S\n]*+(?:from\s++\.++([\w.]*+)\s++import\s++(\([^)]*+|[^\n]*+)|import\s++\.([\w.]++))", re.MULTILINE
-)
+_IMPORT = re.compile(r"^[^\S\n]*+(?:from\s++\.++([\w.]*+)\s++import\s++(\([^)]*+|[^\n]*+)|import\s++\.([\w.]++))", re.MULTILINE)
 
 #: Gives the names in a folder of the model, ``""`` for the model's own; those of folders end in a slash.
 Listing = Callable[[str], list[str]]
