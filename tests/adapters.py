@@ -47,7 +47,10 @@ def save_adapter(model: Path, folder: Path) -> Path:
         rank_pattern={"layers.1.mlp.up_proj": 5, "k_proj": 2},
         alpha_pattern={"up_proj": 7, r"layers\.0\..*o_proj": 4},
     )
-    adapted = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), config)
+    base = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers for an attribute that has a new name
+        adapted = peft.get_peft_model(base, config)
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
             parameter.data.normal_(0, 0.1)
