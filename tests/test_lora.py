@@ -400,8 +400,8 @@ def test_adapters_that_would_be_folded_wrongly(llama: Path, tmp_path: Path) -> N
     _with_lora(load(llama), ["o_proj"]).save_pretrained(tmp_path / "lora")
     config = json.loads((tmp_path / "lora/adapter_config.json").read_text())
     for change, match in (
-        ({"rank_pattern": ["a"]}, "its pattern of ranks or alphas makes no sense"),
-        ({"alpha_pattern": {"(": 3}}, "its pattern of ranks or alphas makes no sense"),
+        ({"rank_pattern": ["a"]}, "cannot be looked up"),
+        ({"alpha_pattern": {"(": 3}}, "cannot be looked up"),
         ({"lora_alpha": 10**400}, "contradicts its config"),
         ({"lora_alpha": True}, "contradicts its config"),
     ):
