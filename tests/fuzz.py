@@ -1,6 +1,6 @@
 """Mutates every kind of file that surgery reads, and sees to it that nothing worse than a SurgeryError comes of it.
 
-    python -m tests.fuzz SEED COUNT        from that seed on, COUNT mutations of each kind
+    python -m tests.fuzz SEED COUNT [KIND]        from that seed on, COUNT mutations of each kind, or of one
 
 Each mutation has a seed of its own, which a failure names: ``python -m tests.fuzz SEED 1`` repeats it.
 """
@@ -25,8 +25,9 @@ import torch
 import surgery
 from surgery.errors import SurgeryError
 from surgery.progress import Silent
+from tests.adapters import is_tame, merged_by_peft, mutate_patterns, save_adapter
 from tests.conftest import HUB
-from tests.models import files_of, save_llama
+from tests.models import files_of, save_llama, tensors_of
 from tests.sealing import MANIFEST, seal
 
 #: No mutated file of a tiny model may keep a run busy for longer, on whatever machine.
@@ -181,7 +182,11 @@ skip = "why"
 
 
 class Fuzz:
-    """A tiny model, its factorized forms, and what is done with mutated copies of them."""
+    """A tiny model, its factorized forms, and what is done with mutated copies of them.
+
+    Attributes:
+        compared: how many results of mutated files were held against what another program makes of them.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -194,6 +199,8 @@ class Fuzz:
         with contextlib.suppress(KeyboardInterrupt):
             surgery.factorize(self.model, self.half, rank=2, progress=_Stop(), device="cpu")
         self.scales = self.factorized / "surgery/scales.safetensors"
+        self.adapter = save_adapter(self.model, folder / "lora")
+        self.compared = 0
         self.kinds: dict[str, Callable[[Path, random.Random], None]] = {
             "weights": self._weights,
             "index": self._index,
@@ -204,6 +211,8 @@ class Fuzz:
             "factors": self._factors,
             "journal": self._journal,
             "listing": self._listing,
+            "adapter config": self._adapter_config,
+            "adapter weights": self._adapter_weights,
         }
 
     def one(self, kind: str, seed: int) -> bool:
@@ -224,7 +233,7 @@ class Fuzz:
             raise AssertionError(f"{kind}, seed {seed}: {type(error).__name__}: {error}") from error
         assert time.perf_counter() - start < SECONDS, f"{kind}, seed {seed}: took too long"
         assert files_of(self.model) == before, f"{kind}, seed {seed}: the source was written to"
-        outside = {path.name for path in self.folder.iterdir()} - {"model", "recipe.toml", "f", "half", "work"}
+        outside = {path.name for path in self.folder.iterdir()} - {"model", "recipe.toml", "f", "half", "lora", "work"}
         assert not outside, f"{kind}, seed {seed}: {outside} written outside of the output"
         return taken
 
@@ -304,6 +313,34 @@ class Fuzz:
         assert all(before.get(name) == data for name, data in after.items())
         assert {name for name in before if name.endswith(".safetensors")} <= after.keys()
 
+    def _adapter_config(self, work: Path, chance: random.Random) -> None:
+        folder = shutil.copytree(self.adapter, work / "a")
+        text = (folder / "adapter_config.json").read_bytes()
+        by_pattern = chance.randrange(2) == 0
+        text = mutate_patterns(json.loads(text), chance).encode() if by_pattern else _mutate_text(text, chance)
+        (folder / "adapter_config.json").write_bytes(text)
+        self._fold_adapter(folder, work)
+
+    def _adapter_weights(self, work: Path, chance: random.Random) -> None:
+        folder = shutil.copytree(self.adapter, work / "a")
+        path = folder / "adapter_model.safetensors"
+        path.write_bytes(_mutate_safetensors(path.read_bytes(), chance))
+        self._fold_adapter(folder, work)
+
+    def _fold_adapter(self, adapter: Path, work: Path) -> None:
+        """Where PEFT takes all of the adapter as well, the weights are those of its merge, rounded once."""
+        surgery.fold(self.factorized, self.scales, work / "o", lora=adapter, device="cpu")
+        if not is_tame(json.loads((adapter / "adapter_config.json").read_bytes())):
+            return
+        merged = merged_by_peft(self.model, adapter)
+        if merged is None:
+            return
+        self.compared += 1
+        for name, weight in tensors_of(work / "o").items():
+            torch.testing.assert_close(
+                weight.double(), merged[name], rtol=2**-8, atol=1e-6, msg=f"{name} is another than PEFT's"
+            )
+
 
 class _Stop(Silent):
     """Interrupts a run in its third shard."""
@@ -313,19 +350,22 @@ class _Stop(Silent):
             raise KeyboardInterrupt
 
 
-def main(seed: int, count: int) -> None:
+def main(seed: int, count: int, only: str = "") -> None:
     with tempfile.TemporaryDirectory() as folder:
         fuzz = Fuzz(Path(folder))
-        for kind in fuzz.kinds:
-            start, taken, failures = time.perf_counter(), 0, []
+        for kind in [only] if only else fuzz.kinds:
+            start, taken, failures, fuzz.compared = time.perf_counter(), 0, [], 0
             for i in range(count):
                 try:
                     taken += fuzz.one(kind, seed + i)
                 except AssertionError as error:
                     failures.append(str(error))
-            print(f"{kind}: {count} mutations, {taken} taken, {time.perf_counter() - start:.1f} s", flush=True)
+            print(
+                f"{kind}: {count} mutations, {taken} taken, {fuzz.compared} compared, {time.perf_counter() - start:.1f} s",
+                flush=True,
+            )
             print("\n".join(failures[:20]), end="\n" if failures else "", flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])

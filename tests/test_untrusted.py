@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.errors import FormatError, SourceError, SurgeryError
@@ -28,7 +28,19 @@ from tests.sealing import edited_manifest
 ROOT = Path(__file__).parent.parent
 ADVERSARIAL = Path(__file__).parent / "adversarial"
 EXPECTED: dict[str, str] = json.loads((ADVERSARIAL / "expected.json").read_text())
-KINDS = ("weights", "index", "config", "recipe", "manifest", "scales", "factors", "journal", "listing")
+KINDS = (
+    "weights",
+    "index",
+    "config",
+    "recipe",
+    "manifest",
+    "scales",
+    "factors",
+    "journal",
+    "listing",
+    "adapter config",
+    "adapter weights",
+)
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +53,11 @@ def fuzz(tmp_path_factory: pytest.TempPathFactory) -> Fuzz:
 def test_mutations(kind: str, count: int, fuzz: Fuzz) -> None:
     """Seeds are counted from 0, so that what fails once fails again: python -m tests.fuzz SEED 1."""
     assert kind in fuzz.kinds
+    is_compared, before = kind.startswith("adapter"), fuzz.compared
+    count = count // 4 if is_compared else count  # PEFT takes its time
     taken = sum(fuzz.one(kind, seed) for seed in range(count))
     assert taken < count  # the mutations do something
+    assert fuzz.compared > before or not is_compared
 
 
 def test_every_kind_is_tested(fuzz: Fuzz) -> None:
@@ -184,6 +199,60 @@ def test_a_shard_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
         os.truncate(tmp_path / "m.safetensors", 1_000_000)
         with pytest.raises(FormatError, match="ended while it was being read"):
             reader.read(reader.header.tensors[0])
+
+
+def _twice(path: Path, key: str, value: str) -> None:
+    """Another value of the same name before the one that is there."""
+    text = path.read_text()
+    before, found, after = text.partition(f'"{key}"')
+    assert found
+    path.write_text(f'{before}"{key}": {value}, {found}{after}')
+
+
+@pytest.mark.parametrize("value", ["null", "3", '"x"', "{}"])
+def test_a_name_twice_in_what_decides(value: str, fuzz: Fuzz, tmp_path: Path) -> None:
+    """Readers take the first of two, or the last: what is meant nobody knows."""
+    model = shutil.copytree(fuzz.model, tmp_path / "m")
+    for name, key in (("config.json", "num_attention_heads"), ("model.safetensors.index.json", "weight_map")):
+        kept = (model / name).read_text()
+        _twice(model / name, key, value)
+        with pytest.raises(FormatError, match=rf"{name}: .*'{key}' appears twice"):
+            surgery.plan(model, rank=2)
+        (model / name).write_text(kept)
+    tensor = "model.layers.0.self_attn.q_proj.weight"
+    _twice(model / "model.safetensors.index.json", tensor, value)
+    with pytest.raises(FormatError, match=f"'{tensor}' appears twice"):
+        surgery.plan(model, rank=2)
+    factorized = shutil.copytree(fuzz.factorized, tmp_path / "f")
+    adapter = shutil.copytree(fuzz.adapter, tmp_path / "lora")
+    _twice(adapter / "adapter_config.json", "lora_alpha", value)
+    with pytest.raises(FormatError, match=r"adapter_config\.json: .*'lora_alpha' appears twice"):
+        surgery.fold(factorized, fuzz.scales, tmp_path / "o", lora=adapter)
+    owner = {"surgery": f'{{"format_version": {value}, "format_version": 1}}'}
+    save_file(load_file(fuzz.scales), tmp_path / "s.safetensors", metadata=owner)
+    with pytest.raises(SurgeryError, match="'format_version' appears twice"):
+        surgery.fold(factorized, tmp_path / "s.safetensors", tmp_path / "o")
+    _twice(factorized / "surgery/manifest.json", "sha256", value)
+    with pytest.raises(FormatError, match=r"manifest\.json: .*'sha256' appears twice"):
+        surgery.fold(factorized, fuzz.scales, tmp_path / "o")
+    half = shutil.copytree(fuzz.half, tmp_path / "half")
+    for path in (half / ".surgery").glob("*.json"):
+        _twice(path, next(iter(json.loads(path.read_text()))), value)
+    with pytest.raises(SurgeryError, match="appears twice"):
+        surgery.factorize(fuzz.model, half, rank=2, device="cpu")
+
+
+@pytest.mark.parametrize("depth", [150, 900, 5000])
+def test_json_that_is_nested_deeply(depth: int, fuzz: Fuzz, tmp_path: Path) -> None:
+    """What can just be parsed can perhaps not be printed or compared: none is taken."""
+    for brackets in ("[]", '{"a":'):
+        deep = brackets[0] * depth + "]" * depth if brackets == "[]" else brackets * depth + "1" + "}" * depth
+        adapter = shutil.copytree(fuzz.adapter, tmp_path / f"lora{len(brackets)}")
+        for key in ("peft_type", "bias", "rank_pattern", "something_new"):
+            config = json.loads((fuzz.adapter / "adapter_config.json").read_text()) | {key: "HERE"}
+            (adapter / "adapter_config.json").write_text(json.dumps(config).replace('"HERE"', deep))
+            with pytest.raises(FormatError, match=r"adapter_config\.json: not valid JSON \(nested deeper"):
+                surgery.fold(fuzz.factorized, fuzz.scales, tmp_path / "o", lora=adapter)
 
 
 def test_a_config_that_is_no_config(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import os
 import stat
 import threading
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ RESTORE_HINT = "restore it from the source model"
 #: Of a config or an index, and of what surgery writes: the manifest of a model of 45,000 matrices takes some 80 MB.
 MAX_JSON_BYTES = 1 << 26
 MAX_OWN_JSON_BYTES = 1 << 29
+#: Of JSON: far more than any config has, and far less than what Python's recursion bears, to compare and print it too.
+_MOST_LEVELS = 100
+_TOO_DEEP = f"nested deeper than {_MOST_LEVELS} levels"
 #: What to do where something cannot be written, and can be soon.
 _TO_GO_ON = {
     errno.ENOSPC: "free some space, then run the same command again: it goes on where it stopped",
@@ -418,12 +422,45 @@ def json_object(data: bytes, name: str) -> dict[str, Any]:
         FormatError: not JSON, or no object.
     """
     try:
-        parsed = json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
+        parsed = decode_json(data.decode("utf-8"))
+    except ValueError as error:
         raise FormatError(f"{name}: not valid JSON ({error})") from None
     if not isinstance(parsed, dict):
         raise FormatError(f"{name}: no JSON object", got=type(parsed).__name__)
     return parsed
+
+
+def decode_json(text: str) -> Any:
+    """What JSON says, where it says it once: of a name that is there twice every reader takes another value.
+
+    ``NaN`` and ``Infinity`` are numbers, as transformers writes them into configs.
+
+    Raises:
+        ValueError: it is no JSON, is nested deeply, or has an object with a name twice.
+    """
+    try:
+        parsed = json.loads(text, object_pairs_hook=_each_once)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    level, depth = [parsed], 0
+    while level := [
+        inner
+        for value in level
+        if isinstance(value, (dict, list))
+        for inner in (value.values() if isinstance(value, dict) else value)
+    ]:
+        depth += 1
+        if depth > _MOST_LEVELS:
+            raise ValueError(_TOO_DEEP)
+    return parsed
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the name {twice!r} appears twice")
+    return result
 
 
 @contextmanager

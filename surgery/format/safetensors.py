@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -24,7 +23,17 @@ import torch
 
 from surgery.errors import MEMORY_HINT, FormatError
 from surgery.format.disk import write_all
-from surgery.format.files import FileRecord, FileWriter, Stamp, Watch, check_regular, file_sha256, reading, reporting
+from surgery.format.files import (
+    FileRecord,
+    FileWriter,
+    Stamp,
+    Watch,
+    check_regular,
+    decode_json,
+    file_sha256,
+    reading,
+    reporting,
+)
 from surgery.format.kinds import HEAD_BYTES, other_kind
 from surgery.memory import bytes_of
 from surgery.names import DTYPE_BITS
@@ -114,8 +123,8 @@ def parse_header(raw: bytes, *, file: str, file_bytes: int | None = None) -> Hea
     if len(raw) < 8 or len(raw) != 8 + int.from_bytes(raw[:8], "little"):
         raise FormatError(f"{file}: the header is cut off")
     try:
-        parsed = json.loads(raw[8:].decode("utf-8"), object_pairs_hook=_reject_duplicates)
-    except (ValueError, RecursionError) as error:
+        parsed = decode_json(raw[8:].decode("utf-8"))
+    except ValueError as error:
         raise FormatError(
             f"{file}: the header is not valid JSON ({error})",
             hint="the file is damaged or no safetensors file: fetch it again",
@@ -169,14 +178,6 @@ def make_header(tensors: Iterable[TensorEntry], metadata: Mapping[str, str]) -> 
     text = json.dumps(described, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the name {twice!r} appears twice")
-    return result
 
 
 def _entry(name: str, value: Any, file: str) -> TensorEntry:

@@ -15,7 +15,7 @@ import torch
 
 from surgery.errors import FormatError, ReadError, ScalesError, few
 from surgery.escapes import quoted
-from surgery.format.files import write_file
+from surgery.format.files import decode_json, write_file
 from surgery.format.lora import CONFIG as ADAPTER_CONFIG
 from surgery.format.lora import is_of_lora
 from surgery.format.manifest import Manifest
@@ -281,12 +281,13 @@ def _owner(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | None:
     """What a scales file says it belongs to; None if nothing."""
     if SCALES_METADATA_KEY not in metadata:
         return None
+    said = metadata[SCALES_METADATA_KEY]
     try:
-        owner = json.loads(metadata[SCALES_METADATA_KEY])
-    except (ValueError, RecursionError):
-        owner = None
+        owner = decode_json(said)
+    except ValueError as error:
+        raise ScalesError(f"{path}: its metadata is damaged ({error})", got=said[:80], expected="a JSON object") from None
     if not isinstance(owner, dict):
-        raise ScalesError(f"{path}: its metadata is damaged", got=metadata[SCALES_METADATA_KEY][:80], expected="a JSON object")
+        raise ScalesError(f"{path}: its metadata is damaged", got=said[:80], expected="a JSON object")
     return owner
 
 

@@ -118,7 +118,8 @@ def locked(out: Path, inputs: Iterable[Path]) -> Iterator[None]:
             if over:
                 _clear(out)
         finally:
-            lock.release()
+            with suppress(OSError):  # of a system that cannot unlock: it does when the process ends
+                lock.release()
         # A folder goes only if it is empty: another run may have come into it already.
         for path in (out / JOURNAL_DIR, *([out] if made else [])) if over else ():
             with suppress(OSError):

@@ -18,7 +18,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
-import json
 import os
 import re
 import uuid
@@ -33,7 +32,7 @@ from urllib.parse import quote, urlsplit
 from tqdm import tqdm
 
 from surgery.errors import MissingExtra, SourceError
-from surgery.format.files import MAX_JSON_BYTES, is_plain_path, write_file
+from surgery.format.files import MAX_JSON_BYTES, decode_json, is_plain_path, write_file
 from surgery.progress import Progress, listening
 
 _OLDEST = (1, 5)
@@ -285,7 +284,7 @@ def _page(url: str) -> _Page:
         with _answering():
             if data.startswith(b"[") and not data.rstrip().endswith(b"]"):
                 raise Incomplete("a page of the listing breaks off")
-            entries = [RepoFile(**entry) for entry in json.loads(data) if entry["type"] == "file"]  # type: ignore[no-untyped-call]
+            entries = [RepoFile(**entry) for entry in decode_json(bytes(data).decode()) if entry["type"] == "file"]  # type: ignore[no-untyped-call]
             return entries, response.links.get("next", {}).get("url")
 
 

@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 
 from surgery.errors import FormatError, ReadError, SourceError, SurgeryError, few
 from surgery.escapes import quoted
-from surgery.format.files import check_relative_path, file_key
+from surgery.format.files import check_relative_path, decode_json, file_key
 from surgery.names import (
     CONFIG_FILE,
     JOURNAL_DIR,
@@ -87,7 +87,8 @@ _OTHER_FORMAT = "weights in another format"
 _CONVERT = "AutoModel.from_pretrained(MODEL).save_pretrained(FOLDER) writes safetensors"
 _UNREAD = "no loader looks for it"
 _QUOTED = re.compile(r"""\"([^"\n\\]*)\"|'([^'\n\\]*)'""")
-_IMPORT = re.compile(r"^\s*(?:from\s+\.+([\w.]*)\s+import\s+(\([^)]*\)|[^\n]*)|import\s+\.([\w.]+))", re.MULTILINE)
+#: Possessive, and a bracket need not be closed: each character of whatever code is looked at a few times.
+_IMPORT = re.compile(r"^[^\S\n]*+(?:from\s++\.++([\w.]*+)\s++import\s++(\([^)]*+|[^\n]*+)|import\s++\.([\w.]++))", re.MULTILINE)
 
 #: Gives the names in a folder of the model, ``""`` for the model's own; those of folders end in a slash.
 Listing = Callable[[str], list[str]]
@@ -308,8 +309,8 @@ class _Selector:
         if CONFIG_FILE not in self._others:
             return None
         try:
-            config = json.loads(self._text(CONFIG_FILE))
-        except (ValueError, RecursionError):
+            config = decode_json(self._text(CONFIG_FILE))
+        except ValueError:
             return None
         named = config.get("transformers_weights") if isinstance(config, dict) else None
         return named if isinstance(named, str) else None
@@ -499,8 +500,8 @@ class _Selector:
 
     def _only_adapter(self, adapter: list[str]) -> SourceError:
         try:
-            config = json.loads(self._text(_ADAPTER_FILE)) if _ADAPTER_FILE in adapter else None
-        except (ValueError, RecursionError):
+            config = decode_json(self._text(_ADAPTER_FILE)) if _ADAPTER_FILE in adapter else None
+        except ValueError:
             config = None
         base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
         is_named = isinstance(base, str) and base != "" and base.isprintable()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from surgery.errors import FormatError, SourceError
-from surgery.format.files import check_relative_path
+from surgery.format.files import check_relative_path, decode_json
 
 #: What transformers and diffusers look for, in this order.
 STANDARD_STEMS = ("model", "diffusion_pytorch_model")
@@ -244,8 +243,8 @@ def index_entries(text: str, where: str) -> dict[str, str]:
         FormatError: no index, or one with paths outside the folder.
     """
     try:
-        parsed = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        parsed = decode_json(text)
+    except ValueError as error:
         raise FormatError(f"{where}: not valid JSON ({error})") from None
     entries = parsed.get("weight_map") if isinstance(parsed, dict) else None
     if not isinstance(entries, dict) or not entries or not all(isinstance(shard, str) for shard in entries.values()):
