@@ -23,7 +23,7 @@ from surgery.format.safetensors import ShardReader
 from tests.fuzz import Fuzz
 from tests.loopback_hub import LoopbackHub
 from tests.models import save_llama
-from tests.sealing import edited_manifest
+from tests.sealing import MANIFEST, edited_manifest, open_manifest, seal
 
 ROOT = Path(__file__).parent.parent
 ADVERSARIAL = Path(__file__).parent / "adversarial"
@@ -232,8 +232,11 @@ def test_a_name_twice_in_what_decides(value: str, fuzz: Fuzz, tmp_path: Path) ->
     save_file(load_file(fuzz.scales), tmp_path / "s.safetensors", metadata=owner)
     with pytest.raises(SurgeryError, match="'format_version' appears twice"):
         surgery.fold(factorized, tmp_path / "s.safetensors", tmp_path / "o")
-    _twice(factorized / "surgery/manifest.json", "sha256", value)
-    with pytest.raises(FormatError, match=r"manifest\.json: .*'sha256' appears twice"):
+    manifest = factorized / MANIFEST
+    manifest.write_text(json.dumps(open_manifest(factorized)))
+    _twice(manifest, "seed", value)
+    manifest.write_bytes(seal(manifest.read_bytes()))
+    with pytest.raises(FormatError, match=r"manifest\.json: .*'seed' appears twice"):
         surgery.fold(factorized, fuzz.scales, tmp_path / "o")
     half = shutil.copytree(fuzz.half, tmp_path / "half")
     for path in (half / ".surgery").glob("*.json"):
