@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -11,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import IO, Any, Self
@@ -25,6 +27,8 @@ RESTORE_HINT = "restore it from the source model"
 #: Of a config or an index, and of what surgery writes: the manifest of a model of 45,000 matrices takes some 80 MB.
 MAX_JSON_BYTES = 1 << 26
 MAX_OWN_JSON_BYTES = 1 << 29
+#: Of JSON in the making, as the encoder gives them: a number, a bracket ...
+_PIECES = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +251,19 @@ def write_file(path: Path, data: bytes) -> None:
     with FileWriter(path) as writer:
         writer.write(data)
         writer.commit(path.name)
+
+
+def json_bytes(value: Any) -> bytes:
+    """Indented JSON of dataclasses and what JSON has, UTF-8. Of a large value no second copy is made but this one."""
+    encoder = json.JSONEncoder(indent=1, ensure_ascii=False, default=_fields)
+    text, pieces = bytearray(), encoder.iterencode(value)
+    while some := "".join(islice(pieces, _PIECES)):
+        text += some.encode()
+    return bytes(text)
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
 
 
 def file_sha256(path: Path) -> str:

@@ -199,10 +199,8 @@ def _check_headers(
     """Each target is there with its dtype and shape, and so are its factors."""
     expected: dict[str, dict[str, tuple[str, list[int] | None]]] = {}
     if shard.residual is not None:
-        expected[shard.residual.file] = {target.tensor: (target.dtype, target.shape) for target in targets}
-        for target in manifest.targets:
-            aliases = [alias.tensor for alias in target.aliases if alias.shard == shard.source.file]
-            expected[shard.residual.file].update(dict.fromkeys(aliases, (target.dtype, target.shape)))
+        edited = manifest.edited_in(shard.source.file)
+        expected[shard.residual.file] = {tensor: (target.dtype, target.shape) for tensor, target in edited.items()}
     if shard.factors is not None:
         parts = expected[shard.factors.file] = {}
         for target in targets:
