@@ -167,12 +167,12 @@ class _Acquired(ShardReader):
     """Of a weight file, which is fetched if need be, and may go when the reader is closed."""
 
     def __init__(self, source: Source, shard: str) -> None:
-        self._release = lambda: source.release(shard)
+        self._source, self._shard = source, shard
         super().__init__(source.acquire(shard), name=f"{source.name}/{shard}", watch=source.watch)
 
     def close(self) -> None:
         super().close()
-        self._release()
+        self._source.release(self._shard)
 
 
 def _equal(

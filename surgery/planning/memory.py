@@ -35,10 +35,12 @@ _OPEN_FILES = 4
 CORRECTION_BYTES = 0.25
 #: What a run knows of each tensor of a model, of each target, of each matrix of it and of each of its directions: headers and
 #: records, as objects, as what JSON makes of them, and as text in the making. docs/performance.md has what was measured.
-_TENSOR_MEMORY = 2048
-_TARGET_MEMORY = 10240
+_TENSOR_MEMORY = 1024
+_TARGET_MEMORY = 4096
 _MATRIX_MEMORY = 2048
-_DIRECTION_MEMORY = 384
+_DIRECTION_MEMORY = 256
+#: Of each target of a shard until that is finished: its hashes, and its record on the way to the journal.
+_UNFINISHED_MEMORY = 8192
 #: Of each matrix of a window in work, besides the numbers: its factors, correction and certificate are tensors of their own.
 _RESULT_MEMORY = 12288
 #: On a GPU: the context with its libraries, and the temporaries of the certificate and of the lossless arithmetic.
@@ -92,6 +94,7 @@ class Need:
 
     Attributes:
         key, shape: of it, for messages.
+        file: the weight file that it is in.
         held: bytes that are read of it at a time.
         working: host memory of a worker besides what is held, or on a GPU that of the GPU.
         matrix: bytes of one matrix.
@@ -101,6 +104,7 @@ class Need:
 
     key: str
     shape: Sequence[int]
+    file: str
     held: int
     working: int
     matrix: int
@@ -119,7 +123,7 @@ def need_to_factorize(target: Target) -> Need:
     working = copies + workspace_bytes(m, n, target.rank, dtype)
     together = min(solved_together(min(m, n), target.rank), CPU_WINDOW_BYTES // (m * n * dtype.itemsize) + 1)
     stored = m * n * DTYPE_BITS[target.dtype] // 8
-    return Need(target.key, target.shape, held, working, m * n * dtype.itemsize, count, stored, together)
+    return Need(target.key, target.shape, target.shard, held, working, m * n * dtype.itemsize, count, stored, together)
 
 
 def need_to_fold(target: TargetRecord) -> Need:
@@ -131,7 +135,7 @@ def need_to_fold(target: TargetRecord) -> Need:
     working = _copies(held, target.dtype, fp8, target.slice is not None) + 32 * target.rank * (m + n) + held // 8
     matrix = m * n * (4 if fp8 else TORCH_DTYPES[target.dtype].itemsize)
     stored = m * n * DTYPE_BITS[target.dtype] // 8
-    return Need(target.key, target.shape, held, working, matrix, count, stored)
+    return Need(target.key, target.shape, target.shard, held, working, matrix, count, stored)
 
 
 def _held(shape: Sequence[int], dtype: str, at_a_time: int | None) -> int:
@@ -201,7 +205,11 @@ def _memory(needs: Sequence[Need], resources: Resources, workers: int, window: i
     # What a window leaves to be written besides itself: corrections, at two bytes or more for each weight, and of small
     # matrices what each takes whatever its size.
     left = int(unit * CORRECTION_BYTES / 2) + _BLOCK_MEMORY
-    results = (workers + 1) * _most_in(unit, needs) * _RESULT_MEMORY
+    files: dict[str, list[Need]] = {}
+    for need in needs:
+        files.setdefault(need.file, []).append(need)
+    results = (workers + 1) * max((_most_in(unit, some) for some in files.values()), default=0) * _RESULT_MEMORY
+    results += max(map(len, files.values()), default=0) * _UNFINISHED_MEMORY
     # On a GPU the workspace is there; what does not fit there comes here.
     host = workers * left + (work if resources.device == "cuda" else workers * work)
     peak = _BASE_MEMORY + resources.lanes * (buffers + host + results + _OPEN_FILES * STREAM_MEMORY) + kept
@@ -215,7 +223,7 @@ def _device_bytes(needs: Sequence[Need], workers: int, window: int) -> int:
 
 
 def _most_in(window: int, needs: Sequence[Need]) -> int:
-    """How many matrices a window of so many bytes can have: the smallest ones there are."""
+    """How many matrices a window of so many bytes can have of those in one file: the smallest ones."""
     most = 0
     for need in sorted(needs, key=lambda need: need.stored):
         taken = min(need.count, window // need.stored)
