@@ -4,15 +4,16 @@
     python benchmarks/load.py --shards 2000
     python benchmarks/load.py --shards 2000 --rows factorize,resume,stream,push
 
-A model of so many 32x32 matrices, as the experts of a mixture are, in 8 files; or of so many files, with 4 matrices each. What
-is measured is what surgery does for each tensor and for each file, not the linear algebra. Models of a quarter and of half of that
-go first, and the exponent is that of the growth: with t = a + b n^p at sizes n, 2n and 4n it is log2((t(4n) - t(2n)) / (t(2n) - t(n))),
-whatever a command takes to start. 1 is linear, 2 quadratic; "-" where a row grows by less than can be told from noise.
+A model of so many 32x32 matrices, as the experts of a mixture are, in 8 files; or of so many files, with 4 matrices each.
+What is measured is what surgery does for each tensor and for each file, not the linear algebra. Models of a quarter and of
+half of that go first, and the exponent is that of the growth: with t = a + b n^p at sizes n, 2n and 4n it is
+log2((t(4n) - t(2n)) / (t(2n) - t(n))), whatever a command takes to start. 1 is linear, 2 quadratic; "-" where a row grows by
+less than can be told from noise. On a machine that does other things look at the seconds of the processor.
 
-Each row is the command itself, in a process of its own on the CPU. Seconds of the clock and of the processor hold all of it, the
-import of torch too; peak memory is the largest resident set, and "estimate" what ``plan`` says of it. ``stream`` and ``push`` are
-against a hub on this machine (``tests/loopback_hub.py``); ``resume`` goes on with a run that was interrupted when nine tenths of its files
-were done.
+Each row is the command itself, in a process of its own on the CPU. Seconds of the clock and of the processor hold all of it,
+the import of torch too; peak memory is the largest resident set, beside what the plan allows for factorize. ``stream`` and
+``push`` are against a hub on this machine (``tests/loopback_hub.py``), whose time is not in the processor's; ``resume`` goes
+on with a run that was interrupted when nine tenths of its files were done.
 """
 
 from __future__ import annotations
@@ -94,15 +95,16 @@ SURGERY = {
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """What a command took: seconds of the clock and of the processor, and bytes."""
+    """What a command took: seconds of the clock and of the processor, and bytes; and of a plan, the bytes that it allows."""
 
     seconds: float
     processor: float
     peak: float
+    allowed: float
 
 
 #: Growth that cannot be told from noise.
-NOISE = Taken(0.5, 0.5, 8e6)
+NOISE = Taken(0.5, 0.5, 8e6, 0)
 
 
 def write_model(folder: Path, files: int, per_file: int) -> None:
@@ -137,9 +139,8 @@ def run(row: str, work: Path, hub: LoopbackHub, rank: int, budget: int) -> Taken
     if done.returncode != 0:
         sys.exit(f"{row}: {done.stderr[-2000:]}")
     processor, peak = map(float, (work / "taken").read_text().split())
-    if row == "plan":
-        (work / "plan.json").write_text(done.stdout)
-    return Taken(seconds, processor, peak)
+    allowed = json.loads(done.stdout)["peak_memory_bytes"] if row == "plan" else 0
+    return Taken(seconds, processor, peak, allowed)
 
 
 def interrupt(work: Path, hub: LoopbackHub, rank: int, files: int) -> None:
@@ -216,6 +217,8 @@ def main() -> None:
             f"{processor[-1]:9.1f} {exponent(processor, NOISE.processor):>5} "
             f"{' '.join(f'{value / 1e6:6.0f}' for value in peak)} {exponent(peak, NOISE.peak):>5} {each:8.1f}"
         )
+    if "plan" in found[-1]:
+        print("allowed for factorize, MB: " + " ".join(f"{one['plan'].allowed / 1e6:.0f}" for one in found))
 
 
 if __name__ == "__main__":
