@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import json
@@ -13,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import IO, Any, Self
@@ -33,6 +34,8 @@ MAX_OWN_JSON_BYTES = 1 << 29
 #: Of JSON: far more than any config has, and far less than what Python's recursion bears, to compare and print it too.
 _MOST_LEVELS = 100
 _TOO_DEEP = f"nested deeper than {_MOST_LEVELS} levels"
+#: Of JSON in the making, as the encoder gives them: a number, a bracket ...
+_PIECES = 1 << 14
 #: What to do where something cannot be written, and can be soon.
 _TO_GO_ON = {
     errno.ENOSPC: "free some space, then run the same command again: it goes on where it stopped",
@@ -290,6 +293,19 @@ def write_file(path: Path, data: bytes) -> None:
     with FileWriter(path) as writer:
         writer.write(data)
         writer.commit(path.name)
+
+
+def json_bytes(value: Any) -> bytes:
+    """Indented JSON of dataclasses and what JSON has, UTF-8. Of a large value no second copy is made but this one."""
+    encoder = json.JSONEncoder(indent=1, ensure_ascii=False, default=_fields)
+    text, pieces = bytearray(), encoder.iterencode(value)
+    while some := "".join(islice(pieces, _PIECES)):
+        text += some.encode()
+    return bytes(text)
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
 
 
 def file_sha256(path: Path) -> str:

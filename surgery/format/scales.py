@@ -10,18 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 
 from surgery.errors import FormatError, ReadError, ScalesError, few
 from surgery.escapes import quoted
-from surgery.format.files import decode_json, write_file
+from surgery.format.files import FileWriter, decode_json
 from surgery.format.lora import CONFIG as ADAPTER_CONFIG
 from surgery.format.lora import is_of_lora
 from surgery.format.manifest import Manifest
 from surgery.format.name_map import NameMap, match_names
-from surgery.format.safetensors import Header, ShardReader, TensorEntry
+from surgery.format.safetensors import Header, ShardReader, TensorEntry, make_header
 from surgery.linalg.rounding import check_dense
+from surgery.memory import bytes_of
 from surgery.names import ATTACHED_NAME, CONFIG_FILE, FORMAT_VERSION, SCALES_FILE, SCALES_METADATA_KEY
 from surgery.progress import note
 
@@ -60,11 +60,14 @@ def write_scales(path: Path, scales: Mapping[str, torch.Tensor], fingerprint: st
         scales: key of a target -> (k,), or (B, k) for a stack, written as float32.
         fingerprint: that of the manifest of the factorized checkpoint; None, where it is not known, leaves it out.
     """
-    # Copies: several may be views of the same memory, which the safetensors library does not write.
-    tensors = {name: value.detach().to("cpu", torch.float32, copy=True).contiguous() for name, value in sorted(scales.items())}
     belongs_to = json.dumps({"format_version": FORMAT_VERSION, "fingerprint": fingerprint})
-    metadata = None if fingerprint is None else {SCALES_METADATA_KEY: belongs_to}
-    write_file(path, safetensors.torch.save(tensors, metadata=metadata))
+    named = sorted(scales.items())
+    entries = [TensorEntry(name, "F32", tuple(value.shape), 0, 4 * value.numel()) for name, value in named]
+    with FileWriter(path) as writer:
+        writer.write(make_header(entries, {} if fingerprint is None else {SCALES_METADATA_KEY: belongs_to}))
+        for _, value in named:
+            writer.write(bytes_of(value.detach().to("cpu", torch.float32).contiguous()))
+        writer.commit(path.name)
 
 
 def scales_file(path: Path) -> Path:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from surgery.errors import FormatError
-from surgery.format.files import MAX_OWN_JSON_BYTES, json_object, read_bytes
+from surgery.format.files import MAX_OWN_JSON_BYTES, json_bytes, json_object, read_bytes
 
 _KEY = "sha256"
 _HEAD, _TAIL = f',\n "{_KEY}": "'.encode(), b'"\n}\n'
@@ -18,13 +16,14 @@ _SEAL = re.compile(re.escape(_HEAD) + b"([0-9a-f]{64})" + re.escape(_TAIL))
 _SEAL_BYTES = len(_HEAD) + 64 + len(_TAIL)
 
 
-def sealed(value: Mapping[str, Any]) -> bytes:
-    """A JSON object, with an entry at least, as it is in its file: the last entry is the sha256 of all bytes before that.
+def sealed(value: Any) -> bytes:
+    """A JSON object, or a dataclass as one, with an entry at least, as it is in its file: the last entry is the sha256 of all
+    bytes before that.
 
     Args:
         value: without an entry ``sha256``.
     """
-    text = json.dumps(value, indent=1, ensure_ascii=False).encode()
+    text = json_bytes(value)
     before = memoryview(text)[: -len("\n}")]
     return b"".join((before, _HEAD, hashlib.sha256(before).hexdigest().encode(), _TAIL))
 

@@ -69,6 +69,7 @@ class DenseWeights:
                 self._targets.setdefault(tensor, []).append(target)
         self._quantized = quantized
         self._weight_of = {scaled.scale: name for name, scaled in self._quantized.items()}
+        self._together = _together(manifest, quantized)
         self._dropped: set[str] = set()
         if to_dense:
             self._dropped.update(self._weight_of, *(scaled.activations for scaled in self._quantized.values()))
@@ -94,10 +95,7 @@ class DenseWeights:
     def files(self, shard: ShardRecord) -> list[str]:
         """The weight files of the source that one of them takes: itself, and those that FP8 weights share with it."""
         name = shard.source.file
-        homes: dict[str, str] = {target.tensor: target.shard for target in self._manifest.targets}
-        homes |= {skipped.tensor: skipped.shard for skipped in self._manifest.skipped}
-        pairs = [(homes.get(tensor, name), scaled.shard) for tensor, scaled in self._quantized.items()]
-        return [name, *sorted({file for pair in pairs if name in pair for file in pair} - {name})]
+        return [name, *sorted(self._together.get(name, set()) - {name})]
 
     def forget(self, file: str) -> None:
         """A weight file of the source may not be there any more."""
@@ -112,8 +110,9 @@ class DenseWeights:
         """Whether a weight file, with this header, comes out as it was in the source."""
         if any(entry.name in self._additions for entry in header.tensors):
             return False
-        weights = [tensor for tensor, scaled in self._quantized.items() if scaled.shard == shard.source.file]
-        weights += [entry.name for entry in header.tensors]
+        names = [entry.name for entry in header.tensors]
+        # Scales of FP8 weights in another file change with these.
+        weights = {*names, *(self._weight_of[name] for name in names if name in self._weight_of)}
         targets = [target for tensor in weights for target in self._targets.get(tensor, [])]
         return self._manifest.lossless and not self._to_dense and not any(map(self._changed, targets))
 
@@ -148,10 +147,8 @@ class DenseWeights:
 
     def missing(self, shard: ShardRecord, header: Header) -> list[str]:
         """The targets of a shard, and their aliases there, that it does not have."""
-        there, file = {entry.name for entry in header.tensors}, shard.source.file
-        expected = {target.tensor for target in self._manifest.targets if target.shard == file}
-        expected |= {alias.tensor for target in self._manifest.targets for alias in target.aliases if alias.shard == file}
-        return sorted(expected - there)
+        there = {entry.name for entry in header.tensors}
+        return sorted(self._manifest.edited_in(shard.source.file).keys() - there)
 
     def header(self, header: Header) -> bytes:
         """The header of what is written for a shard with this one."""
@@ -328,6 +325,18 @@ class DenseWeights:
                 hint="factorize again, without --no-correction",
             )
         return result
+
+
+def _together(manifest: Manifest, quantized: Mapping[str, Scaled]) -> dict[str, set[str]]:
+    """Weight file -> those that hold scales of its FP8 weights, or the weights of its scales."""
+    homes = {target.tensor: target.shard for target in manifest.targets}
+    homes |= {skipped.tensor: skipped.shard for skipped in manifest.skipped}
+    found: dict[str, set[str]] = {}
+    for tensor, scaled in quantized.items():
+        if tensor in homes:
+            found.setdefault(homes[tensor], set()).add(scaled.shard)
+            found.setdefault(scaled.shard, set()).add(homes[tensor])
+    return found
 
 
 def _check_finite(weight: torch.Tensor, what: str, scales: torch.Tensor | None) -> None:

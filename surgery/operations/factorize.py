@@ -343,10 +343,11 @@ class _Factorizing:
     def acquired(self, which: Iterable[int]) -> Iterator[int]:
         if self._timing is not None and self._source.room_to_fetch() is not None:
             self._timing.watch("download")
+        is_fetched = self._source.bytes_to_fetch() > 0
         for index in which:
             shard = self.steps.shards[index]
             self._source.wait_for_room()
-            if self._source.bytes_to_fetch():
+            if is_fetched:
                 self._progress.item(f"fetching {shard.file}")
             with timed("download"):
                 path = self._source.acquire(shard.file)
@@ -537,9 +538,8 @@ def _finish(
             progress.item(name)
             others.append(copy_file(source.fetch(name), out / name, name, watch=source.watch))
     fingerprint = fingerprint_of(targets)
-    write_scales(
-        out / SCALES_FILE, {target.key: torch.ones(target.scales_shape, dtype=torch.float32) for target in targets}, fingerprint
-    )
+    ones = {shape: torch.ones(shape) for shape in {tuple(target.scales_shape) for target in targets}}
+    write_scales(out / SCALES_FILE, {target.key: ones[tuple(target.scales_shape)] for target in targets}, fingerprint)
     shards, stamps = [result.shard for result in results], source.stamps()
     manifest = Manifest(
         format_version=FORMAT_VERSION,

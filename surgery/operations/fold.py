@@ -54,7 +54,7 @@ from surgery.operations.output import (
 )
 from surgery.operations.publish import publish_folded, submit_files, uploading
 from surgery.operations.quantized import index_of, without_quantization
-from surgery.planning.memory import Memory, need_to_fold, share_out
+from surgery.planning.memory import Memory, known_bytes, need_to_fold, share_out
 from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
 from surgery.source.model import FolderSource
@@ -182,7 +182,8 @@ def fold(
         quantized = quantized_weights(manifest, factorized, weights, all_of_them=dequantize)
         if dequantize and not quantized:
             raise OptionError("there is nothing to dequantize: this is no overlay of an FP8 model", hint="drop --dequantize")
-        memory = share_out([need_to_fold(target) for target in manifest.targets], by.resources)
+        kept = known_bytes(manifest.targets, len(manifest.targets) + len(manifest.skipped))
+        memory = share_out([need_to_fold(target) for target in manifest.targets], by.resources, kept=kept)
         if overwrite:
             check_not_the_source(out, manifest)
         with (

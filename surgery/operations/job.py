@@ -191,7 +191,7 @@ def _with_rank(target: Target, reader: ShardReader, dequantizer: Dequantizer, jo
     """
     if target.energy is None or target.view.kind != "stack":
         return target
-    entry = next(entry for entry in reader.header.tensors if entry.name == target.tensor)
+    entry = reader.entries[target.tensor]
 
     def rank_of(index: int) -> int:
         weight = dequantizer.weight(reader.read(entry, index, 1), index, target.scaled)

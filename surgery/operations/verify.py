@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -136,6 +136,7 @@ def verify(
     weights = None if fast else _weights(folder, manifest, base, report)
     if isinstance(weights, BaseWeights) and any(target.dtype == FP8 for target in manifest.targets):
         quantized = weights.quantized(folder, manifest)
+    shards = {shard.source.file: shard for shard in manifest.shards}
     by_reading = 0 if fast else sum(shard.source.size for shard in manifest.shards)
     with phase(progress, "verifying", by_reading + sum(record.size for record in manifest.output_files())):
         for record in manifest.output_files():
@@ -148,7 +149,7 @@ def verify(
             try:
                 _check_headers(folder, shard, targets, manifest, watch, report)
                 if targets and not fast:
-                    _check_shard(folder, shard, targets, manifest, weights, quantized, where, watch, report, progress)
+                    _check_shard(folder, shard, targets, shards, weights, quantized, where, watch, report, progress)
                 elif isinstance(weights, BaseWeights):
                     progress.item(shard.source.file)
                     _check_base_file(shard, weights, report)
@@ -199,10 +200,8 @@ def _check_headers(
     """Each target is there with its dtype and shape, and so are its factors."""
     expected: dict[str, dict[str, tuple[str, list[int] | None]]] = {}
     if shard.residual is not None:
-        expected[shard.residual.file] = {target.tensor: (target.dtype, target.shape) for target in targets}
-        for target in manifest.targets:
-            aliases = [alias.tensor for alias in target.aliases if alias.shard == shard.source.file]
-            expected[shard.residual.file].update(dict.fromkeys(aliases, (target.dtype, target.shape)))
+        edited = manifest.edited_in(shard.source.file)
+        expected[shard.residual.file] = {tensor: (target.dtype, target.shape) for tensor, target in edited.items()}
     if shard.factors is not None:
         parts = expected[shard.factors.file] = {}
         for target in targets:
@@ -248,7 +247,7 @@ def _check_shard(
     folder: Path,
     shard: ShardRecord,
     targets: list[TargetRecord],
-    manifest: Manifest,
+    shards: Mapping[str, ShardRecord],
     weights: OwnWeights | BaseWeights | None,
     quantized: dict[str, Scaled],
     device: torch.device,
@@ -271,7 +270,6 @@ def _check_shard(
         source = stack.enter_context(ShardReader(path, name=path.name, watch=watch))
         portions = {name: checks[0].target.at_a_time for name, checks in by_name.items()}
         walk = stack.enter_context(ShardWalk(source, portions))
-        shards = {shard.source.file: shard for shard in manifest.shards}
         dequantizer = stack.enter_context(Dequantizer(lambda file: shard_path(weights, shards, file), watch))
         recovered = hashlib.sha256(source.header.raw)
         for piece in reported(walk, progress):
