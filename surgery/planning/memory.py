@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -121,6 +121,19 @@ def need_to_fold(target: TargetRecord) -> Need:
     # The factors as they are, as integers in float64, and as what is added; the correction.
     working = _copies(held, target.dtype, fp8, target.slice is not None) + 32 * target.rank * (m + n) + held // 8
     return Need(target.key, target.shape, held, working, m * n * (4 if fp8 else TORCH_DTYPES[target.dtype].itemsize))
+
+
+def need_to_measure(target: Target, triplets: int, *, compared: bool) -> Need:
+    """What the spectra of a target take; with ``compared`` also those of what it became, and of the difference."""
+    need = need_to_factorize(replace(target, rank=min(triplets, *target.matrices[1:])))
+    _, m, n = target.matrices
+    # All singular values of a small matrix, or the products with probes for a large one.
+    working = need.working + 24 * m * n
+    if compared:
+        # What it became, at most in float32, with slices of that; the difference; the directions of either, and their images.
+        tuned = 4 * need.held * 8 // DTYPE_BITS[target.dtype]
+        working += 3 * tuned + 4 * m * n + 32 * min(triplets, m, n) * (m + n)
+    return replace(need, working=working, together=1)
 
 
 def _held(shape: Sequence[int], dtype: str, at_a_time: int | None) -> int:
