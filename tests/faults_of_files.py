@@ -1,12 +1,12 @@
 """Stops the commands that write a few files, or one, at each of their changes to the file system, and looks at what they leave.
 
-    python -m tests.faults_of_files MODEL TUNED FOLDER TRIALS
+    python -m tests.faults_of_files MODEL TUNED FOLDER TRIALS [COMMAND ...]
 
-Each of ``spectra``, ``recommend``, ``project``, ``blend`` and ``export`` is stopped just before the n-th time that it changes a
-file or folder, by SIGKILL and by Ctrl-C, for TRIALS values of n spread over all there are, in an empty folder and in one with an
-earlier result that it is to replace. What is there then is the earlier result, whole, or nothing that could be taken for a
-result, or the new one; the same call makes the new one, and nothing else is left. Prints the number of stops. Forks, as
-``tests.faults`` does.
+Each of ``spectra``, ``recommend``, ``project``, ``blend`` and ``export`` is stopped just before the n-th time that it changes
+a file or folder, by SIGKILL and by Ctrl-C, for TRIALS values of n spread over all there are, in an empty folder and in one
+with an earlier result that it is to replace. What is there then is the earlier result, whole, or nothing that could be taken
+for a result, or the new one; the same call, killed once more and started a third time, makes the new one, and nothing else is
+left. Prints the number of stops. Names of commands after TRIALS leave the others out. Forks, as ``tests.faults`` does.
 """
 
 from __future__ import annotations
@@ -73,10 +73,11 @@ def _again(write: Write, overwrite: bool) -> Callable[[Path], object]:
     return call
 
 
-def main(model: Path, tuned: Path, folder: Path, trials: int) -> None:
+def main(model: Path, tuned: Path, folder: Path, trials: int, names: list[str]) -> None:
     factorized = folder / "f"
     assert run(lambda out: surgery.factorize(model, out, rank=2, recipe="attention", device="cpu"), factorized)[0]
-    for name, (write, last) in _calls(model, tuned, factorized).items():
+    calls = _calls(model, tuned, factorized)
+    for name, (write, last) in ((name, calls[name]) for name in names or calls):
         for overwrite in (False, True):
             earlier, truth_folder, out = (folder / f"{name} {overwrite} {what}" for what in ("earlier", "truth", "out"))
             earlier.mkdir()
@@ -107,6 +108,7 @@ def main(model: Path, tuned: Path, folder: Path, trials: int) -> None:
                         assert made in (truth, before), f"{where}: {last} is there, and something is wrong: {sorted(made)}"
                     if by is signal.SIGINT:
                         assert not [file for file in left if file.endswith(".partial")], f"{where}: {sorted(left)}"
+                    stops += by is signal.SIGKILL and not run(call, out, kill_at=1 + step * 7 % changes)[0]
                     assert run(call, out)[0], where
                     found = files_of(out)
                     assert found == truth, f"{where}: {sorted(found.keys() ^ truth.keys())}"
@@ -116,4 +118,4 @@ def main(model: Path, tuned: Path, folder: Path, trials: int) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:4]), int(sys.argv[4]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4]), sys.argv[5:])

@@ -26,6 +26,8 @@ ROOT = Path(__file__).parent.parent
 ADVERSARIAL = Path(__file__).parent / "adversarial"
 EXPECTED: dict[str, str] = json.loads((ADVERSARIAL / "expected.json").read_text())
 KINDS = ("weights", "index", "config", "recipe", "manifest", "scales", "factors", "journal")
+#: Kinds that take longer, or are of the same inputs as others: fewer of them.
+STUDIES = ("spectra", "measured", "report", "recommend")
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +44,14 @@ def test_mutations(kind: str, count: int, fuzz: Fuzz) -> None:
     assert taken < count  # the mutations do something
 
 
+@pytest.mark.parametrize("count", [pytest.param(30), pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize("kind", STUDIES)
+def test_mutations_of_studies(kind: str, count: int, fuzz: Fuzz) -> None:
+    test_mutations(kind, count, fuzz)
+
+
 def test_every_kind_is_tested(fuzz: Fuzz) -> None:
-    assert fuzz.kinds.keys() == set(KINDS)
+    assert fuzz.kinds.keys() == {*KINDS, *STUDIES}
 
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))

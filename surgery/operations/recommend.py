@@ -110,8 +110,9 @@ def recommend(
         SurgeryError: as for ``spectra``.
     """
     out = Path(out)
-    if budget < 1:
-        raise OptionError("the budget must be at least 1", got=budget)
+    for what, value in (("budget", budget), ("max_rank", max_rank)):
+        if value < 1:
+            raise OptionError(f"{what} must be at least 1", got=value)
     check_output_file(out, folders_of(model, tuned), overwrite=overwrite)
     report = spectra(
         model,
