@@ -484,7 +484,11 @@ def _check_ranks(
     spent = sum(costs[name] * rank for name, rank in found.ranks.items())
     assert found.spent == spent <= budget
     kept = sum(sum(gains[name][:rank]) for name, rank in found.ranks.items())
-    assert abs(kept / total - found.kept) <= 1e-4
+    # Below the normal numbers of float32 a singular value has a few bits.
+    subnormal = max(stack.abs().max().item() for stack in matrices.values()) < torch.finfo(torch.float32).tiny
+    near = 0.1 if subnormal else 1e-4
+    assert found.kept <= 1 + 1e-9
+    assert abs(kept / total - found.kept) <= near
     ways = [range(len(gains[name]) + 1) for name in matrices]
     if math.prod(map(len, ways)) <= 5000:
         best = max(
@@ -492,7 +496,7 @@ def _check_ranks(
             for ranks in itertools.product(*ways)
             if sum(costs[name] * rank for name, rank in zip(matrices, ranks, strict=True)) <= budget
         )
-        assert kept >= best - 1e-4 * total, f"{kept / total} kept, {best / total} can be"
+        assert kept >= best - near * total, f"{kept / total} kept, {best / total} can be"
 
 
 class _Stop(Silent):
