@@ -24,6 +24,9 @@ PARTIALS_DIR = f"{JOURNAL_DIR}/partials"
 RESULT_DIR = f"{JOURNAL_DIR}/result"
 REPLACED_FILE = f"{JOURNAL_DIR}/replaced.json"
 
+#: What ``surgery spectra`` writes: the numbers, which are there last; the same as a table; and a page.
+SPECTRA_FILE, SPECTRA_TABLE, SPECTRA_PAGE = "spectra.json", "spectra.csv", "index.html"
+
 RESERVED_SUFFIX = ".partial"
 
 #: The one metadata entry of a scales file, a JSON object. One, since writers do not keep the order of several.

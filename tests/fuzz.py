@@ -1,6 +1,6 @@
 """Mutates every kind of file that surgery reads, and sees to it that nothing worse than a SurgeryError comes of it.
 
-    python -m tests.fuzz SEED COUNT [KIND]        from that seed on, COUNT mutations of each kind, or of one
+    python -m tests.fuzz SEED COUNT [KIND ...]      from that seed on, COUNT mutations of each kind
 
 Each mutation has a seed of its own, which a failure names: ``python -m tests.fuzz SEED 1`` repeats it.
 """
@@ -8,23 +8,30 @@ Each mutation has a seed of its own, which a failure names: ``python -m tests.fu
 from __future__ import annotations
 
 import contextlib
+import csv
+import itertools
 import json
+import math
 import os
 import random
+import re
 import shutil
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 import surgery
-from surgery.errors import SurgeryError
+from surgery.errors import FormatError, SurgeryError
 from surgery.progress import Silent
+from surgery.report.page import write_csv, write_page
 from tests.adapters import is_tame, merged_by_peft, mutate_patterns, save_adapter
 from tests.conftest import HUB
 from tests.models import files_of, save_llama, tensors_of
@@ -201,6 +208,13 @@ class Fuzz:
         self.scales = self.factorized / "surgery/scales.safetensors"
         self.adapter = save_adapter(self.model, folder / "lora")
         self.compared = 0
+        self.tuned = _changed(self.model, folder / "tuned")
+        self.study: dict[str, Any] = {"top": 3, "include": ["*q_proj*", "*down_proj*"], "device": "cpu", "progress": Silent()}
+        surgery.spectra(self.model, self.tuned, out=folder / "report", **self.study)
+        self.report = (folder / "report/spectra.json").read_bytes()
+        self.begun = folder / "begun"
+        with contextlib.suppress(KeyboardInterrupt):
+            surgery.spectra(self.model, self.tuned, out=self.begun, **{**self.study, "progress": _Stop()})
         self.kinds: dict[str, Callable[[Path, random.Random], None]] = {
             "weights": self._weights,
             "index": self._index,
@@ -213,6 +227,10 @@ class Fuzz:
             "listing": self._listing,
             "adapter config": self._adapter_config,
             "adapter weights": self._adapter_weights,
+            "spectra": self._spectra,
+            "measured": self._measured,
+            "report": self._report,
+            "recommend": self._recommend,
         }
 
     def one(self, kind: str, seed: int) -> bool:
@@ -233,7 +251,8 @@ class Fuzz:
             raise AssertionError(f"{kind}, seed {seed}: {type(error).__name__}: {error}") from error
         assert time.perf_counter() - start < SECONDS, f"{kind}, seed {seed}: took too long"
         assert files_of(self.model) == before, f"{kind}, seed {seed}: the source was written to"
-        outside = {path.name for path in self.folder.iterdir()} - {"model", "recipe.toml", "f", "half", "lora", "work"}
+        known = {"model", "recipe.toml", "f", "half", "lora", "work", "tuned", "report", "begun"}
+        outside = {path.name for path in self.folder.iterdir()} - known
         assert not outside, f"{kind}, seed {seed}: {outside} written outside of the output"
         return taken
 
@@ -341,6 +360,256 @@ class Fuzz:
                 weight.double(), merged[name], rtol=2**-8, atol=1e-6, msg=f"{name} is another than PEFT's"
             )
 
+    def _spectra(self, work: Path, chance: random.Random) -> None:
+        """Either model damaged, with any options: the figures are those of the weights that the safetensors library reads."""
+        name = chance.choice([path.name for path in sorted(self.model.iterdir()) if path.suffix in (".safetensors", ".json")])
+        mutate = _mutate_safetensors if name.endswith(".safetensors") else _mutate_text
+        models = {"base": self.model, "tuned": self.tuned}
+        which = chance.choice(("base", "tuned"))
+        models[which] = work / which
+        shutil.copytree(self.tuned if which == "tuned" else self.model, models[which])
+        (models[which] / name).write_bytes(mutate((models[which] / name).read_bytes(), chance))
+        odd = {
+            "top": chance.choice((1, 2, 7, 64, 2**31, 2**63, 10**30, 0, -1)),
+            "subspace": chance.choice((None, 1, 2, 16, 2**40, 0, -3)),
+            "seed": chance.choice((0, 1, 2**63 - 1, 2**64, -1)),
+            "tolerance": chance.choice((1e-5, 1e-3, 1e-30, 0.0, 1.0, -1.0, float("nan"), float("inf"))),
+        }
+        options = {**self.study, **dict(chance.sample(sorted(odd.items()), chance.choice((0, 0, 1, 2))))}
+        out = work / "o" if chance.randrange(4) == 0 else None
+        tuned = models["tuned"] if chance.randrange(4) else None
+        try:
+            report = surgery.spectra(models["base"], tuned, out=out, **options)
+        except SurgeryError:
+            assert out is None or not (out / "spectra.json").exists(), "a report is there all the same"
+            raise
+        for target in report.targets:
+            _check_values(target, models["base"])
+            if tuned is not None:
+                _check_values({**target, **target["tuned"]}, tuned)
+        if out is not None:
+            assert {path.name for path in out.iterdir()} == {"spectra.json", "spectra.csv", "index.html"}
+            assert json.loads((out / "spectra.json").read_text()) == json.loads(json.dumps(report.as_json()))
+
+    def _measured(self, work: Path, chance: random.Random) -> None:
+        """What an unfinished study has left is damaged: the same command refuses, or gives what an undisturbed one does."""
+        shutil.copytree(self.begun, work / "o")
+        path = chance.choice(sorted((work / "o/.surgery").glob("*.json")))
+        path.write_bytes(_mutate_text(path.read_bytes(), chance))
+        surgery.spectra(self.model, self.tuned, out=work / "o", **self.study)
+        assert (work / "o/spectra.json").read_bytes() == self.report
+        assert not (work / "o/.surgery").exists()
+
+    def _report(self, work: Path, chance: random.Random) -> None:
+        """The numbers of a report damaged, with hostile names in it: the page is inert, and the table has every matrix."""
+        try:
+            found = json.loads(_mutate_text(self.report, chance))
+        except (ValueError, RecursionError):
+            raise FormatError("no JSON") from None
+        if isinstance(found, dict) and chance.randrange(2):
+            found = _renamed(found, chance)
+        if chance.randrange(2):
+            found = _resized(json.loads(self.report), chance)
+        write_csv(found, work / "o" / "spectra.csv")
+        with open(work / "o" / "spectra.csv", newline="", encoding="utf-8") as file:
+            assert len(list(csv.DictReader(file))) == len(found["targets"])
+        write_page(found, work / "o" / "index.html")
+        _check_inert((work / "o" / "index.html").read_text("utf-8"))
+
+    def _recommend(self, work: Path, chance: random.Random) -> None:
+        """Any weights, names and budgets: the ranks keep the most, by another way of finding them, and factorize takes them."""
+        weights = _any_weights(chance)
+        (work / "m").mkdir()
+        save_file(weights, work / "m/model.safetensors")
+        (work / "m/config.json").write_text("{}")
+        budget = chance.choice((1, 2, 3, 5, 8, 13, 40, 90, 300, 1000, 10**4, 10**5, 2**31, 2**63, 10**30, 0, -1))
+        most = chance.choice((1, 2, 3, 4, 5, 256, 256, 2**31, 2**63, 0, -1))
+        unit = chance.choice(("numbers", "numbers", "bytes"))
+        names = [_literal(name) for name in weights]
+        options: dict[str, Any] = {"include": names, "device": "cpu", "progress": Silent()}
+        try:
+            found = surgery.recommend(work / "m", budget=budget, unit=unit, max_rank=most, out=work / "o" / "r.toml", **options)
+        except SurgeryError:
+            assert not (work / "o").exists(), "something is left"
+            raise
+        assert [path.name for path in (work / "o").iterdir()] == ["r.toml"]
+        planned = surgery.plan(work / "m", rank=1, include=names, device="cpu").targets
+        assert found.ranks.keys() == {target.tensor for target in planned}
+        matrices = {target.tensor: target.view.matrices(weights[target.tensor]) for target in planned}
+        _check_ranks(matrices, found, budget, unit, most)
+        plan = surgery.plan(work / "m", recipe=work / "o/r.toml", device="cpu")
+        assert {target.tensor: target.rank for target in plan.targets} == {k: rank for k, rank in found.ranks.items() if rank}
+
+
+def _changed(model: Path, folder: Path) -> Path:
+    """A model that has been trained a little."""
+    shutil.copytree(model, folder)
+    generator = torch.Generator().manual_seed(1)
+    for path in sorted(folder.glob("*.safetensors")):
+        weights = {
+            name: tensor + 0.02 * torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
+            if tensor.ndim == 2
+            else tensor
+            for name, tensor in load_file(path).items()
+        }
+        save_file(weights, path, metadata={"format": "pt"})
+    return folder
+
+
+def _check_values(target: Mapping[str, Any], model: Path) -> None:
+    """The singular values that are told of a matrix are those of the weights in a file of the model, by LAPACK in float64."""
+    for path in model.glob("*.safetensors"):
+        try:
+            weights = load_file(path)
+        except Exception:  # which file the model's index leads to is another matter
+            continue
+        if target["tensor"] in weights:
+            matrix = weights[target["tensor"]].double()
+            matrix = matrix if target["matrix"] is None else matrix[target["matrix"]]
+            true = torch.linalg.svdvals(matrix)[: len(target["singular_values"])]
+            told = torch.tensor(target["singular_values"], dtype=torch.float64)
+            close = (told - true).abs().max() <= 1e-4 * true.max()
+            if bool(close) or not target["converged"]:
+                return
+    raise AssertionError(f"{target['key']}: no weights of {model.name} have the values that are told")
+
+
+#: What would do something in a page or a spreadsheet if it were not taken for text.
+_HOSTILE = (
+    "</script><script>boom()</script>",
+    "<img src=x onerror=boom()>",
+    '" onmouseover="boom()',
+    "' style='x",
+    "]]><svg onload=boom()>",
+    "<!--",
+    "-->",
+    "data:text/html,<script>boom()</script>",
+    "<a href='javascript:boom()'>x</a>",
+    "</title></svg><iframe src=//boom>",
+    "=boom()",
+    "&lt;b&gt;&#60;",
+    "{{boom}}${boom}$x^2_{$",
+    "\u202e\n\0\ud800",
+)
+
+
+def _renamed(found: dict[str, Any], chance: random.Random) -> dict[str, Any]:
+    """Some of its texts are hostile ones."""
+
+    def other(value: Any) -> Any:
+        if isinstance(value, str) and chance.randrange(3) == 0:
+            return value + chance.choice(_HOSTILE)
+        if isinstance(value, dict):
+            return {key: other(item) for key, item in value.items()}
+        return [other(item) for item in value] if isinstance(value, list) else value
+
+    return {key: other(value) for key, value in found.items()}
+
+
+def _resized(found: dict[str, Any], chance: random.Random) -> dict[str, Any]:
+    """Some of its numbers are others: a little, or as far as numbers go."""
+    numbers = [path for path in _paths(found, ()) if isinstance(_at(found, path), int | float)]
+    for *parents, key in chance.sample(numbers, chance.choice((1, 3, len(numbers) // 4))):
+        factor = chance.choice((0, -1, 1e-300, 1e-30, 0.5, 0.999999, 1.000001, 2, 1e3, 1e30, 1e60, 1e99))
+        _at(found, parents)[key] *= factor
+    return found
+
+
+def _at(value: Any, path: Any) -> Any:
+    for part in path:
+        value = value[part]
+    return value
+
+
+class _Inert(HTMLParser):
+    """Counts scripts, and refuses what comes from elsewhere or runs by itself."""
+
+    scripts = 0
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.scripts += tag == "script"
+        assert tag not in ("iframe", "object", "embed", "base", "img", "link", "form"), tag
+        for name, value in attributes:
+            assert not name.startswith("on"), (tag, name)
+            if name in ("src", "href", "xlink:href", "action", "srcset", "srcdoc", "data"):
+                assert (value or "").startswith(("#", "data:image/png;base64,")), (tag, name, value)
+
+
+def _check_inert(page: str) -> None:
+    parser = _Inert()
+    parser.feed(page)
+    parser.close()
+    assert parser.scripts == 1, f"{parser.scripts} scripts"
+    assert "nan" not in re.findall(r' d="([^"]*)"', page), "a line that leads nowhere"
+
+
+def _any_weights(chance: random.Random) -> dict[str, torch.Tensor]:
+    """A few matrices and stacks, of any size of numbers, under any names."""
+    generator = torch.Generator().manual_seed(chance.randrange(2**31))
+    odd = (
+        "q*",
+        "[a]",
+        "a?b",
+        "é",
+        '"',
+        "'",
+        "\\",
+        "\n",
+        "]]]",
+        "#",
+        "a b",
+        "x" * 300,
+        "9" * 5000,
+        "\u202e",
+        "=1+1",
+        "<b>",
+        "1",
+    )
+    weights = {}
+    for i in range(chance.choice((1, 2, 3, 4))):
+        shape = [chance.choice((1, 2, 3, 5, 8)), chance.choice((1, 2, 4, 7))]
+        if chance.randrange(5) == 0:
+            shape.insert(0, chance.choice((1, 2, 3)))
+        size = chance.choice((0.0, 1e-44, 1e-30, 1e-3, *[1.0] * 9, 1e4, 1e10, 1e30, 1e37, float("inf"), float("nan")))
+        dtype = chance.choice((torch.float32, torch.bfloat16, torch.float16))
+        matrix = torch.randn(shape, generator=generator)
+        name = f"model.layers.{i}.{chance.choice(odd)}.weight"
+        weights[name] = (matrix * size if i or size == size else matrix).to(dtype)
+    return weights
+
+
+def _literal(name: str) -> str:
+    return re.sub(r"([*?\[])", r"[\1]", name)
+
+
+def _check_ranks(
+    matrices: Mapping[str, torch.Tensor], found: surgery.Recommendation, budget: int, unit: str, most: int
+) -> None:
+    """Against float64 LAPACK, and every way to spend a budget that is small."""
+    gains, costs, total = {}, {}, 0.0
+    for name, stack in matrices.items():
+        B, m, n = stack.shape
+        squares = torch.linalg.svdvals(stack.double()).square().sum(dim=0)
+        gains[name], total = squares[:most].tolist(), total + squares.sum().item()
+        costs[name] = B * (1 if unit == "numbers" else 4 * (m + n + 1))
+        assert 0 <= found.ranks[name] <= min(m, n, most)
+    spent = sum(costs[name] * rank for name, rank in found.ranks.items())
+    assert found.spent == spent <= budget
+    kept = sum(sum(gains[name][:rank]) for name, rank in found.ranks.items())
+    # Below the normal numbers of float32 a singular value has a few bits.
+    subnormal = max(stack.abs().max().item() for stack in matrices.values()) < torch.finfo(torch.float32).tiny
+    near = 0.1 if subnormal else 1e-4
+    assert found.kept <= 1 + 1e-9
+    assert abs(kept / total - found.kept) <= near
+    ways = [range(len(gains[name]) + 1) for name in matrices]
+    if math.prod(map(len, ways)) <= 5000:
+        best = max(
+            sum(sum(gains[name][:rank]) for name, rank in zip(matrices, ranks, strict=True))
+            for ranks in itertools.product(*ways)
+            if sum(costs[name] * rank for name, rank in zip(matrices, ranks, strict=True)) <= budget
+        )
+        assert kept >= best - near * total, f"{kept / total} kept, {best / total} can be"
+
 
 class _Stop(Silent):
     """Interrupts a run in its third shard."""
@@ -350,10 +619,10 @@ class _Stop(Silent):
             raise KeyboardInterrupt
 
 
-def main(seed: int, count: int, only: str = "") -> None:
+def main(seed: int, count: int, kinds: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         fuzz = Fuzz(Path(folder))
-        for kind in [only] if only else fuzz.kinds:
+        for kind in kinds or fuzz.kinds:
             start, taken, failures, fuzz.compared = time.perf_counter(), 0, [], 0
             for i in range(count):
                 try:
@@ -368,4 +637,4 @@ def main(seed: int, count: int, only: str = "") -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])

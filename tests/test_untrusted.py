@@ -41,6 +41,8 @@ KINDS = (
     "adapter config",
     "adapter weights",
 )
+#: Kinds that take longer, or are of the same inputs as others: fewer of them.
+STUDIES = ("spectra", "measured", "report", "recommend")
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +62,14 @@ def test_mutations(kind: str, count: int, fuzz: Fuzz) -> None:
     assert fuzz.compared > before or not is_compared
 
 
+@pytest.mark.parametrize("count", [pytest.param(30), pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize("kind", STUDIES)
+def test_mutations_of_studies(kind: str, count: int, fuzz: Fuzz) -> None:
+    test_mutations(kind, count, fuzz)
+
+
 def test_every_kind_is_tested(fuzz: Fuzz) -> None:
-    assert fuzz.kinds.keys() == set(KINDS)
+    assert fuzz.kinds.keys() == {*KINDS, *STUDIES}
 
 
 @pytest.mark.parametrize("name", sorted(name for name in EXPECTED if name.endswith(".listing.json")))
@@ -119,11 +127,9 @@ def test_the_same_rule_for_folders_indexes_and_manifests(name: str, llama: Path,
     index.write_text(json.dumps(entries))
     with pytest.raises(FormatError, match=r"a file name|leaves its folder"):
         surgery.plan(tmp_path / "m", rank=1)
-    manifest = tmp_path / "f/surgery/manifest.json"
-    entries = json.loads(manifest.read_text())
-    entries["files"][0]["file"] = name.format(".json")
-    manifest.write_text(json.dumps(entries))
-    with pytest.raises(FormatError):
+    with edited_manifest(tmp_path / "f") as entries:
+        entries["files"][0]["file"] = name.format(".json")
+    with pytest.raises(FormatError, match=r"a file name|leaves its folder"):
         surgery.Manifest.read(tmp_path / "f")
 
 

@@ -28,23 +28,27 @@ _Result = TypeVar("_Result")
 _Result_co = TypeVar("_Result_co", covariant=True)
 
 
-class ShardWork(Protocol[_Result_co]):
-    """What is to be done with the shards of a run, which are known by their index."""
+class LocalWork(Protocol[_Result_co]):
+    """What is to be done in this process with the shards of a run, which are known by their index."""
 
     def acquired(self, which: Iterable[int]) -> Iterator[int]:
         """Some shards, each when its files are on this machine."""
 
     def work(self, index: int, lane: Lane, read: Callable[[], object], /) -> _Result_co:
-        """One of those, in this process; ``read`` is to be called when its files have been read."""
+        """One of those; ``read`` is to be called when its files have been read."""
+
+    def close(self) -> None:
+        """No more files are wanted."""
+
+
+class ShardWork(LocalWork[_Result_co], Protocol[_Result_co]):
+    """The same, here or elsewhere."""
 
     def remote(self, index: int) -> RemoteJob[_Result_co]:
         """The same for another process, which gets the files by itself."""
 
     def tell(self, index: int) -> None:
         """It has been done elsewhere: the progress is to know."""
-
-    def close(self) -> None:
-        """No more files are wanted."""
 
 
 class Engine(Protocol):
@@ -69,7 +73,7 @@ class LocalEngine:
         self.device_name = device_name(self._devices[0])
         self.files_at_a_time = len(self._devices) + 1
 
-    def run(self, work: ShardWork[_Result], which: Sequence[int], memory: Memory) -> Generator[tuple[int, _Result], None, None]:
+    def run(self, work: LocalWork[_Result], which: Sequence[int], memory: Memory) -> Generator[tuple[int, _Result], None, None]:
         """See ``Engine``."""
         with _limited(self._devices, self._max_device_memory):
             if (timing := self._timing) is not None:

@@ -32,6 +32,7 @@ class Journal:
         self._out = out
         self._folder = out / JOURNAL_DIR
         self._identity = json.loads(json.dumps(identity))
+        self._run = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     @staticmethod
     def is_there(out: Path) -> bool:
@@ -141,8 +142,7 @@ class Journal:
 
     def _whose(self, index: int, file: str) -> dict[str, Any]:
         """What a record says of itself: the shard that it is of, and the run."""
-        run = hashlib.sha256(json.dumps(self._identity, sort_keys=True).encode()).hexdigest()
-        return {"run": run, "shard": index, "file": file}
+        return {"run": self._run, "shard": index, "file": file}
 
 
 def clear_away(path: Path) -> None:

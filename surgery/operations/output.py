@@ -38,6 +38,7 @@ from surgery.names import (
     RESULT_DIR,
     RUN_FILE,
     SCALES_FILE,
+    SPECTRA_FILE,
     STREAM_DIR,
     SURGERY_DIR,
     is_litter,
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
 _PARTIAL = ".partial"
 #: How often a lock is tried for that others take away meanwhile.
 _ATTEMPTS = 1000
+#: Those by which a loader or a reader takes a folder for a result: the first to go, and the last to come.
+_DECIDING = (MANIFEST_FILE, CONFIG_FILE, SPECTRA_FILE)
 _ROOM_HINT = "free some space, or choose a folder on another disk"
 _DOWNLOAD_HINT = "--stream, where the command has it, to hold a few of its files at a time, or HF_HOME on another disk"
 
@@ -316,6 +319,55 @@ def result_folder(
     Journal.forget(out)
 
 
+@contextmanager
+def files_together(out: Path, journal: Journal, writes: Iterable[str], *, overwrite: bool) -> Iterator[Path]:
+    """A hidden folder in ``out`` to write a few files to, which take their places together when the context is left.
+
+    Other than with ``result_folder`` whatever else is in ``out`` is nobody's business. Of earlier files of these names
+    nothing stays then, also where there is no new one.
+
+    Args:
+        out: the folder, locked.
+        journal: of the run, which is over when the context is left without an error.
+        writes: names of the files.
+        overwrite: whether earlier ones may be replaced.
+
+    Raises:
+        OutputError: one is there already; or ``out`` holds another unfinished run.
+    """
+    names, place = set(writes), out / RESULT_DIR
+    goes_on = Journal.is_there(out) and (not overwrite or journal.matches())
+    if goes_on:
+        journal.check()
+    elif Journal.is_replacing(out):  # of another run, whose result is whole
+        _take_place(out)
+    if not Journal.is_there(out):
+        Journal.forget(out)  # what is left of a run that has come to its end
+    with reporting(out):
+        present = {name for name in names if os.path.lexists(out / name)}
+    for name in sorted(present - Journal.files(out)):
+        check_replaceable(out / name)
+        if not overwrite:
+            raise OutputError(f"{out / name} is there already", hint="--overwrite replaces it; -o chooses another folder")
+    if not goes_on:
+        journal.claim(present)
+        journal.drop()
+        journal.begin()
+    with reporting(out):
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+    try:
+        yield place
+    except (OptionError, WeightError):  # the same command would meet it again
+        Journal.forget(out)
+        raise
+    new = files_in(place)
+    journal.claim(names)
+    Journal.replace(out, names - new)
+    _take_place(out)
+    Journal.forget(out)
+
+
 def _prepared(
     out: Path,
     journal: Journal,
@@ -394,7 +446,7 @@ def _take_place(out: Path) -> None:
     new, gone = files_in(result), Journal.replaced(out) & files_in(out)
     with reporting(out):
         # Those by which a loader would take the folder for the earlier result, which is not whole from then on.
-        _remove(out, gone | ({MANIFEST_FILE, CONFIG_FILE} & new & files_in(out)))
+        _remove(out, gone | (set(_DECIDING) & new & files_in(out)))
         for name in sorted(new, key=_how_late):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             (result / name).replace(out / name)
@@ -405,10 +457,10 @@ def _take_place(out: Path) -> None:
 
 def _remove(out: Path, files: set[str]) -> None:
     """Files of an earlier result, and the folders that are empty then."""
-    # The manifest and the config go first: from then on no loader takes the folder.
+    # From the first of them on no loader takes the folder.
     for name in sorted(files, key=_how_late, reverse=True):
         (out / name).unlink()
-        if name in (MANIFEST_FILE, CONFIG_FILE):
+        if name in _DECIDING:
             sync_directory((out / name).parent)
     for folder in sorted({parent for name in files for parent in PurePosixPath(name).parents[:-1]}, reverse=True):
         with suppress(OSError):  # something else is in it

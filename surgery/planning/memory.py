@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -136,6 +136,19 @@ def need_to_fold(target: TargetRecord) -> Need:
     matrix = m * n * (4 if fp8 else TORCH_DTYPES[target.dtype].itemsize)
     stored = m * n * DTYPE_BITS[target.dtype] // 8
     return Need(target.key, target.shape, target.shard, held, working, matrix, count, stored)
+
+
+def need_to_measure(target: Target, triplets: int, *, compared: bool) -> Need:
+    """What the spectra of a target take; with ``compared`` also those of what it became, and of the difference."""
+    need = need_to_factorize(replace(target, rank=min(triplets, *target.matrices[1:])))
+    _, m, n = target.matrices
+    # All singular values of a small matrix, or the products with probes for a large one.
+    working = need.working + 24 * m * n
+    if compared:
+        # What it became, at most in float32, with slices of that; the difference; the directions of either, and their images.
+        tuned = 4 * need.held * 8 // DTYPE_BITS[target.dtype]
+        working += 3 * tuned + 4 * m * n + 32 * min(triplets, m, n) * (m + n)
+    return replace(need, working=working, together=1)
 
 
 def _held(shape: Sequence[int], dtype: str, at_a_time: int | None) -> int:
