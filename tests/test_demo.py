@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 from click.testing import CliRunner
 
 from surgery.cli.main import main
 from surgery.demo.run import MODEL, run_demo
+from surgery.errors import OutputError
+from surgery.progress import Silent
 
 
 def test_the_model_is_what_the_package_promises() -> None:
@@ -40,6 +43,26 @@ def test_demo_learns_and_what_it_folds_is_what_it_trained(tmp_path: Path) -> Non
     assert abs(report.loss_folded - report.loss_attached) < 2e-3  # the folded weights are rounded to bfloat16
     assert {path.name for path in (tmp_path / "demo").iterdir()} == {"factorized", "scales.safetensors", "folded"}
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "demo/folded")
+
+
+@pytest.mark.parametrize("moment", ["training", "folding"])
+def test_a_demo_that_was_stopped_is_gone_on_with(moment: str, tmp_path: Path) -> None:
+    phases: list[str] = []
+
+    class Stop(Silent):
+        def start(self, label: str, total_bytes: int) -> None:
+            phases.append(label)
+            if label == moment and (moment == "training" or phases.count(label) == 2):  # the first one folds untouched scales
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_demo(tmp_path, rank=2, steps=1, progress=Stop())
+    with pytest.raises(OutputError, match="another run"):
+        run_demo(tmp_path, rank=3, steps=1, progress=Silent())
+    run_demo(tmp_path, rank=2, steps=1, progress=Silent())
+    assert {path.name for path in tmp_path.iterdir()} == {"factorized", "scales.safetensors", "folded"}
+    with pytest.raises(OutputError, match="factorized is there already"):
+        run_demo(tmp_path, rank=2, steps=1, progress=Silent())
 
 
 def test_demo_command_prints_one_table() -> None:

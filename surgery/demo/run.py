@@ -16,6 +16,7 @@ import torch
 
 from surgery.device import on_its_own_terms
 from surgery.errors import OutputError
+from surgery.names import CONFIG_FILE
 from surgery.operations.factorize import factorize
 from surgery.operations.fold import fold
 from surgery.progress import Progress, listening, phase
@@ -76,7 +77,8 @@ def run_demo(
     """Factorize the built-in model, train its scales on text of another kind, fold, and compare.
 
     Args:
-        out: folder that keeps ``factorized/``, ``scales.safetensors`` and ``folded/``; None keeps nothing.
+        out: folder that keeps ``factorized/``, ``scales.safetensors`` and ``folded/``; None keeps nothing. A demo that was
+            stopped is gone on with.
         rank: directions per target.
         steps: optimizer steps.
         device: where the linear algebra of factorize and fold runs; training is on the CPU.
@@ -93,9 +95,11 @@ def run_demo(
     if out is None:
         with tempfile.TemporaryDirectory(prefix="surgery-demo-") as folder:
             return _run(None, Path(folder), rank, steps, str(device), overwrite, listening())
-    for name in ("factorized", "scales.safetensors", "folded"):
-        if (Path(out) / name).exists() and not overwrite:
-            raise OutputError(f"{Path(out) / name} is there already", hint="--overwrite replaces an earlier demo")
+    there = [path for name in ("factorized", "scales.safetensors", "folded") if (path := Path(out) / name).exists()]
+    # The folded model comes last, and its config last of all: without it an earlier start was stopped, and this one goes on.
+    is_begun = (Path(out) / "factorized").is_dir() and not (Path(out) / "folded" / CONFIG_FILE).exists()
+    if there and not is_begun and not overwrite:
+        raise OutputError(f"{there[0]} is there already", hint="--overwrite replaces an earlier demo")
     return _run(Path(out), Path(out), rank, steps, str(device), overwrite, listening())
 
 
