@@ -28,23 +28,27 @@ _Result = TypeVar("_Result")
 _Result_co = TypeVar("_Result_co", covariant=True)
 
 
-class ShardWork(Protocol[_Result_co]):
-    """What is to be done with the shards of a run, which are known by their index."""
+class LocalWork(Protocol[_Result_co]):
+    """What is to be done in this process with the shards of a run, which are known by their index."""
 
     def acquired(self, which: Iterable[int]) -> Iterator[int]:
         """Some shards, each when its files are on this machine."""
 
     def work(self, index: int, lane: Lane, read: Callable[[], object], /) -> _Result_co:
-        """One of those, in this process; ``read`` is to be called when its files have been read."""
+        """One of those; ``read`` is to be called when its files have been read."""
+
+    def close(self) -> None:
+        """No more files are wanted."""
+
+
+class ShardWork(LocalWork[_Result_co], Protocol[_Result_co]):
+    """The same, here or elsewhere."""
 
     def remote(self, index: int) -> RemoteJob[_Result_co]:
         """The same for another process, which gets the files by itself."""
 
     def tell(self, index: int) -> None:
         """It has been done elsewhere: the progress is to know."""
-
-    def close(self) -> None:
-        """No more files are wanted."""
 
 
 class Engine(Protocol):
@@ -62,6 +66,7 @@ class LocalEngine:
     """This process, with one lane for each device."""
 
     def __init__(self, device: str, max_memory: int | None, max_device_memory: int | None, timing: Timing | None) -> None:
+        _check_limits(max_memory, max_device_memory)
         self._devices = choose_devices(device)
         self._max_device_memory = max_device_memory
         self._timing = timing
@@ -69,7 +74,7 @@ class LocalEngine:
         self.device_name = device_name(self._devices[0])
         self.files_at_a_time = len(self._devices) + 1
 
-    def run(self, work: ShardWork[_Result], which: Sequence[int], memory: Memory) -> Generator[tuple[int, _Result], None, None]:
+    def run(self, work: LocalWork[_Result], which: Sequence[int], memory: Memory) -> Generator[tuple[int, _Result], None, None]:
         """See ``Engine``."""
         with _limited(self._devices, self._max_device_memory):
             if (timing := self._timing) is not None:
@@ -121,9 +126,7 @@ def engine_of(
         OptionError: it has no such device, or a limit of memory is none.
         MissingExtra: Ray is not installed.
     """
-    for limit, value in (("max_memory", max_memory), ("max_device_memory", max_device_memory)):
-        if value is not None and value < 1:
-            raise OptionError(f"{limit} makes no sense", got=value, expected="a number of bytes, at least 1")
+    _check_limits(max_memory, max_device_memory)
     if name == "local":
         yield LocalEngine(device, max_memory, max_device_memory, timing)
         return
@@ -131,6 +134,12 @@ def engine_of(
 
     with connected(device) as cluster:
         yield RayEngine(cluster, max_memory, max_device_memory, timing)
+
+
+def _check_limits(max_memory: int | None, max_device_memory: int | None) -> None:
+    for limit, value in (("max_memory", max_memory), ("max_device_memory", max_device_memory)):
+        if value is not None and value < 1:
+            raise OptionError(f"{limit} makes no sense", got=value, expected="a number of bytes, at least 1")
 
 
 def _resources(devices: Sequence[torch.device], max_memory: int | None, max_device_memory: int | None) -> Resources:

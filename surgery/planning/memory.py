@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,6 +13,7 @@ from surgery.format.disk import STREAM_MEMORY
 from surgery.format.files import CHUNK_BYTES
 from surgery.format.manifest import TargetRecord
 from surgery.format.safetensors import TORCH_DTYPES
+from surgery.linalg.measured import measuring_bytes
 from surgery.linalg.svd import solved_together
 from surgery.linalg.triplets import workspace_bytes
 from surgery.names import DTYPE_BITS
@@ -121,6 +122,13 @@ def need_to_fold(target: TargetRecord) -> Need:
     # The factors as they are, as integers in float64, and as what is added; the correction.
     working = _copies(held, target.dtype, fp8, target.slice is not None) + 32 * target.rank * (m + n) + held // 8
     return Need(target.key, target.shape, held, working, m * n * (4 if fp8 else TORCH_DTYPES[target.dtype].itemsize))
+
+
+def need_to_verify(target: TargetRecord) -> Need:
+    """What the recovery of a target and its measures take."""
+    _, m, n = target.matrices
+    need = need_to_fold(target)
+    return replace(need, working=need.working + measuring_bytes(m, n, target.rank))
 
 
 def _held(shape: Sequence[int], dtype: str, at_a_time: int | None) -> int:
