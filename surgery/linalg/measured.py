@@ -140,7 +140,7 @@ def could_come_from(method: str, passes: int, short: int, ranks: range, *, zeros
 def _squares(A: torch.Tensor) -> float:
     rows = range(0, len(A), _NORM_ROWS)
     wide = A.to(wide_device(A))
-    return sum(torch.linalg.vector_norm(wide[i : i + _NORM_ROWS], dtype=torch.float64).square().item() for i in rows)
+    return math.fsum(torch.linalg.vector_norm(wide[i : i + _NORM_ROWS], dtype=torch.float64).square().item() for i in rows)
 
 
 class _Apart(Operator):
@@ -169,7 +169,7 @@ def _beyond(A: torch.Tensor, factors: Factors, norm: float) -> float:
     if min(m, n) <= _DENSE:
         wide, U, V = widened(A), widened(factors.U), widened(factors.V)
         wide = wide - U @ (U.T @ wide)
-        return torch.linalg.svdvals(wide - (wide @ V) @ V.T)[0].item()
+        return float(torch.linalg.svdvals(wide - (wide @ V) @ V.T)[0])
     # A power of two changes no bit: squares must neither overflow nor vanish.
     exponent = math.frexp(norm)[1]
     work = scratch("matrix", (1, m, leading_dimension(m, n, A.device)), torch.float32, A.device)
@@ -180,5 +180,5 @@ def _beyond(A: torch.Tensor, factors: Factors, norm: float) -> float:
     left, right = factors.U.T[None].contiguous(), factors.V.T[None].contiguous()
     operator = _Apart(work, n, left, right)
     found = block_lanczos(operator, 1, tolerance=_TOLERANCE, block=min(_BLOCK, operator.short - 1), seed=_SEED)
-    value = (widened(found.images).norm() / widened(found.rows).norm()).item() * (1 - _ROUNDING)
+    value = float(widened(found.images).norm() / widened(found.rows).norm()) * (1 - _ROUNDING)
     return value if -12 < exponent < 24 else math.ldexp(value, exponent)
