@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo test test-oldest check bench docs clean
+.PHONY: demo test test-oldest check bench coverage docs clean
 
 demo: $(VENV)/demo.done
 	$(BIN)/surgery demo
@@ -32,6 +32,14 @@ bench: $(VENV)/test.done
 	$(BIN)/python benchmarks/pipeline.py
 	$(PIP) scipy
 	$(BIN)/python benchmarks/svd.py
+
+# Branches that the tests take, also in the processes that they start.
+coverage: $(VENV)/test.done
+	$(PIP) 'coverage>=7.10'
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --include='surgery/format/*,surgery/source/*,surgery/operations/*'
 
 # The pages that show every command's --help and JSON, and every docstring; tests fail when one is out of date.
 docs: $(VENV)/demo.done

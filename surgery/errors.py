@@ -8,6 +8,7 @@ SurgeryError
  +-- WeightError        (ValueError)    a weight that cannot be factorized (NaN, infinity)
  +-- ScalesError        (ValueError)    scales that do not fit the factors
  +-- OutputError        (OSError)       the output folder or the disk under it
+ +-- ResourceError      (RuntimeError)  the system gives no more memory or threads
  +-- ClusterError       (RuntimeError)  a Ray cluster that cannot be reached, has no room, or has been lost
  +-- MissingExtra       (ImportError)   an optional package is needed for this
  +-- InstallationError  (ImportError)   another project has the same package
@@ -20,8 +21,27 @@ itself: a TypeError for an unknown keyword.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+
+from surgery.escapes import escaped
+
+#: What to do where memory is short.
+MEMORY_HINT = "end other programs, allow less with --max-memory, or raise the limit (ulimit -v)"
+#: What to do about what the system says of a file or a folder; of anything else, look and try again.
+_ADVICE = {
+    errno.EACCES: "see who may use it, and the folders above it: ls -l",
+    errno.EPERM: "see who may use it, and the folders above it: ls -l",
+    errno.EMFILE: "raise the limit of open files, ulimit -n, then run the same command again",
+    errno.ENFILE: "end other programs, which have too many files open, then run the same command again",
+    errno.ENOMEM: MEMORY_HINT,
+    errno.EIO: "see what the system says of this disk (dmesg), then run the same command again",
+    errno.ESTALE: "see whether the network folder is there, mount it anew, then run the same command again",
+}
+#: Signs, in their texts, of errors that come of too little memory: of torch, of C++, of libraries that cannot be loaded.
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "std::bad_alloc", "Cannot allocate memory", "failed to map segment")
+_NO_THREADS = ("can't start new thread", "Resource temporarily unavailable")
 
 
 class SurgeryError(Exception):
@@ -33,8 +53,9 @@ class SurgeryError(Exception):
         expected: what would have been right.
         hint: what to do next.
 
-    Each is an attribute, None where there is nothing to tell. An error goes from one process to another and stays what it is:
-    another error that was found is kept as its text.
+    Each is an attribute as it was given, None where there is nothing to tell. As text each is one line, with what it holds of
+    strangers' names ``escaped``: it may be printed anywhere, and no name can look like another line of it. An error goes from
+    one process to another and stays what it is: another error that was found is kept as its text, without its line ends.
     """
 
     def __init__(
@@ -45,16 +66,14 @@ class SurgeryError(Exception):
         expected: object = None,
         hint: str | None = None,
     ) -> None:
-        got = str(got) if isinstance(got, BaseException) else got
-        lines = [what]
-        if got is not None:
-            lines.append(f"  got:      {got}")
-        if expected is not None:
-            lines.append(f"  expected: {expected}")
-        if hint is not None:
-            lines.append(f"  try:      {hint}")
-        super().__init__("\n".join(lines))
-        self.what, self.got, self.expected, self.hint = what, got, expected, hint
+        super().__init__(what)
+        self.what, self.expected, self.hint = what, expected, hint
+        self.got = " ".join(str(got).split()) if isinstance(got, BaseException) else got
+
+    def __str__(self) -> str:
+        parts = {"got:      ": self.got, "expected: ": self.expected, "try:      ": self.hint}
+        rest = [f"  {label}{escaped(str(part))}" for label, part in parts.items() if part is not None]
+        return "\n".join([escaped(self.what), *rest])
 
 
 class OptionError(SurgeryError, ValueError):
@@ -85,6 +104,10 @@ class OutputError(SurgeryError, OSError):
     """The output folder or the disk under it cannot be used."""
 
 
+class ResourceError(SurgeryError, RuntimeError):
+    """The system gives no more memory, or no more threads."""
+
+
 class ClusterError(SurgeryError, RuntimeError):
     """A Ray cluster cannot be reached, has nothing to work on, or has lost a task for good."""
 
@@ -109,15 +132,37 @@ def few(names: Iterable[object], *, most: int = 4, between: str = ", ") -> str:
 
 @contextmanager
 def naming_system_errors() -> Iterator[None]:
-    """At the edge to callers: what the system says of a file, and nothing nearer to it has explained, is a ``ReadError``.
+    """At the edge to callers: what the system says, and nothing nearer to it has explained, becomes an error of ours.
 
-    An OSError without a file, such as that of a closed pipe, is not of ours.
+    Of a file it is a ``ReadError``, of memory or threads a ``ResourceError``. A connection or a pipe that is closed is not
+    of ours.
     """
     try:
         yield
     except SurgeryError:
         raise
-    except OSError as error:
-        if error.filename is None:
-            raise
-        raise ReadError(f"{error.filename}: the system refuses it ({error.strerror})") from error
+    except (OSError, MemoryError, RuntimeError, ImportError) as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            raise ReadError(f"{error.filename}: the system refuses it ({error.strerror})", hint=advice(error)) from error
+        if (lacking := _lacking(error)) is not None:
+            raise lacking from error
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError):
+            raise ReadError(f"the system refuses what is asked of it ({error.strerror})", hint=advice(error)) from error
+        raise
+
+
+def advice(error: OSError) -> str:
+    """What to do about what the system says of a file or a folder that is there."""
+    return _ADVICE.get(error.errno or 0, "see what is there (ls -l), then run the same command again")
+
+
+def _lacking(error: BaseException) -> ResourceError | None:
+    """What an error is that comes of too little memory or too few threads; None of any other."""
+    texts = [str(cause) for cause in (error, error.__cause__) if cause is not None]
+    if isinstance(error, MemoryError) or any(sign in text for sign in _NO_MEMORY for text in texts):
+        got = next((text for text in texts if text), type(error).__name__).partition("\n")[0]
+        return ResourceError("there is not enough memory", got=got[:300], hint=MEMORY_HINT)
+    if any(sign in text for sign in _NO_THREADS for text in texts):
+        hint = "end other programs, or raise the limit of processes (ulimit -u), then run the same command again"
+        return ResourceError("the system starts no more threads", got=texts[0][:300], hint=hint)
+    return None

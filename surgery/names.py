@@ -24,6 +24,9 @@ PARTIALS_DIR = f"{JOURNAL_DIR}/partials"
 RESULT_DIR = f"{JOURNAL_DIR}/result"
 REPLACED_FILE = f"{JOURNAL_DIR}/replaced.json"
 
+#: What ``surgery spectra`` writes: the numbers, which are there last; the same as a table; and a page.
+SPECTRA_FILE, SPECTRA_TABLE, SPECTRA_PAGE = "spectra.json", "spectra.csv", "index.html"
+
 RESERVED_SUFFIX = ".partial"
 
 #: The one metadata entry of a scales file, a JSON object. One, since writers do not keep the order of several.
@@ -63,6 +66,7 @@ def is_litter(name: str) -> bool:
 
 def is_reserved(name: str) -> bool:
     """Whether a file of a model cannot have this path in a result, where files of ours have it while they are made or after."""
+    name = name.casefold()  # not every disk tells case apart
     return name.split("/")[0] in (JOURNAL_DIR, SURGERY_DIR) or name.endswith(RESERVED_SUFFIX)
 
 

@@ -17,6 +17,7 @@ from types import FrameType
 from typing import ParamSpec, Protocol, TypeVar, runtime_checkable
 
 from surgery.errors import SurgeryWarning
+from surgery.escapes import escaped
 
 _Arguments = ParamSpec("_Arguments")
 _Out = TypeVar("_Out")
@@ -57,7 +58,7 @@ class Progress(Protocol):
         """Something the user should know that is no error.
 
         Args:
-            message: one sentence. Said once.
+            message: one sentence in one line, with what it holds of strangers' names ``escaped``. Said once.
         """
 
     def finish(self) -> None:
@@ -166,6 +167,7 @@ class Shared:
             self._progress.advance(n_bytes)
 
     def note(self, message: str) -> None:
+        message = escaped(message)
         with self._turn():
             if message not in self._told:
                 self._told.add(message)
@@ -191,7 +193,7 @@ def note(message: str) -> None:
     if listener is not None:
         listener.note(message)
     else:
-        warnings.warn(message, SurgeryWarning, stacklevel=3)
+        warnings.warn(escaped(message), SurgeryWarning, stacklevel=3)
 
 
 def heard(function: Callable[_Arguments, _Out]) -> Callable[_Arguments, _Out]:

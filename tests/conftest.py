@@ -30,6 +30,7 @@ import torch  # noqa: E402
 from click.testing import CliRunner  # noqa: E402
 
 import surgery  # noqa: E402
+from surgery.source import patience  # noqa: E402
 from tests.models import save_llama, save_mixed  # noqa: E402
 from tests.releases import OLDER  # noqa: E402
 
@@ -40,6 +41,15 @@ if "mix_stderr" in inspect.signature(CliRunner).parameters:  # before click 8.2,
 def pytest_configure(config: pytest.Config) -> None:
     if OLDER:  # modules of older releases are compiled by torch.compile as they are imported, and torch warns of its own code
         config.addinivalue_line("filterwarnings", "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def _little_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a hub on this machine nobody has to wait for long."""
+    monkeypatch.setattr(patience, "FIRST_PAUSE", 0.002)
+    monkeypatch.setattr(patience, "LONGEST_PAUSE", 0.02)
+    monkeypatch.setattr(patience, "GIVE_UP_AFTER", 0.3)
+    monkeypatch.setattr(patience, "GIVE_UP_FIRST_AFTER", 0.1)
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,9 @@ Call = Callable[[Path], object]
 _CHANGES = {"os.rename": (0, 1), "os.remove": (0,), "os.mkdir": (0,), "os.rmdir": (0,), "shutil.rmtree": (0,)}
 
 
-def run(call: Call, out: Path, *, kill_at: int = 0, kill_after: float = 0.0) -> tuple[bool, int]:
+def run(
+    call: Call, out: Path, *, kill_at: int = 0, kill_after: float = 0.0, by: signal.Signals = signal.SIGKILL
+) -> tuple[bool, int]:
     """Whether a child that makes the call came to its end, and how many changes it made if it did."""
     reading, writing = os.pipe()
     child = os.fork()
@@ -54,7 +56,7 @@ def run(call: Call, out: Path, *, kill_at: int = 0, kill_after: float = 0.0) -> 
             if touches:
                 count += 1
                 if count == kill_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    os.kill(os.getpid(), by)
 
         status = 1
         try:
@@ -63,6 +65,8 @@ def run(call: Call, out: Path, *, kill_at: int = 0, kill_after: float = 0.0) -> 
             call(out)
             os.write(writing, str(count).encode())
             status = 0
+        except KeyboardInterrupt:
+            status = 130
         finally:
             os._exit(status)
     os.close(writing)
@@ -72,7 +76,7 @@ def run(call: Call, out: Path, *, kill_at: int = 0, kill_after: float = 0.0) -> 
     _, status = os.waitpid(child, 0)
     with os.fdopen(reading) as pipe:
         said = pipe.read()
-    if os.WIFSIGNALED(status):
+    if os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 130:
         return False, 0
     if os.WEXITSTATUS(status) != 0:
         raise AssertionError("the child failed, see its traceback")

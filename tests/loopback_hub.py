@@ -11,10 +11,12 @@ import base64
 import hashlib
 import json
 import re
+import socket
+import struct
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -52,7 +54,10 @@ class Repo:
     private: bool = False
     corrupted: set[str] = field(default_factory=set)  # files whose last byte changes on the way
     ignores_ranges: bool = False
+    page_size: int = 1000  # of its listing
+    by_xet: bool = False  # whether the listing says so of large files
     history: list[Commit] = field(default_factory=list)
+    pages: list[object] | None = None  # of the listing, in the place of the true one; endless if the last is ...
 
     def knows(self, revision: str) -> bool:
         return revision == self.commit or revision in self.branches
@@ -87,6 +92,23 @@ class _Failure:
     done_all_the_same: bool
 
 
+@dataclass(frozen=True)
+class Fault:
+    """What goes wrong with an answer: a status in its place, or a body that does not come to its end.
+
+    Attributes:
+        status: answered instead, with ``headers``; None: the answer is begun.
+        after: how many bytes of the body come.
+        how: and then: ``cut`` closes the connection, ``reset`` breaks it, ``stall`` leaves it open and silent, ``chunked`` cuts
+            an answer in chunks, ``quiet`` ends one that has not said how long it is.
+    """
+
+    status: int | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    after: int = 0
+    how: str = "cut"
+
+
 class _Server(ThreadingHTTPServer):
     def handle_error(self, request: object, client_address: object) -> None:
         if not isinstance(sys.exception(), ConnectionError):  # a client that has read enough hangs up
@@ -108,8 +130,12 @@ class LoopbackHub:
         self.received: list[str] = []  # sha256 of each upload
         self.gate = threading.Event()  # uploads wait while it is cleared
         self.gate.set()
+        self.over = threading.Event()  # ends the answers that stall
         self.meanwhile: dict[str, Callable[[], None]] = {}  # part of a path: called once, just before the answer goes out
+        self.links_to: str | None = None  # the host that links to further pages name, if not this one
         self._failures: list[_Failure] = []
+        self._faults: dict[str, Iterator[Fault | None]] = {}
+        self._one = threading.Lock()
         self._root = tempfile.TemporaryDirectory(prefix="surgery-test-hub-")
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
@@ -120,6 +146,10 @@ class LoopbackHub:
 
     def refuse(self, name: str, status: int, code: str) -> None:
         self.repos[name] = Repo(Path(), "0" * 40, {"main": "0" * 40}, (status, code))
+
+    def described(self, repo: Repo) -> list[dict[str, object]]:
+        """The listing of a repository as it is."""
+        return [_described(repo, path) for path in repo.files()]
 
     def create(self, name: str, *, private: bool) -> Repo:
         """A new repository, with the one file that the hub puts there."""
@@ -134,6 +164,18 @@ class LoopbackHub:
         """Fail so many of the coming POST and PUT requests whose paths have this part, before or after doing what they ask."""
         self._failures.append(_Failure(count, status, part, done_all_the_same))
 
+    def disturb(self, part: str, faults: Iterable[Fault | None]) -> None:
+        """What goes wrong with the coming GET and HEAD requests whose addresses have this part, one after the other; None:
+        nothing. After the last all go well again."""
+        self._faults[part] = iter(faults)
+
+    def fault(self, address: str) -> Fault | None:
+        with self._one:
+            for part, faults in self._faults.items():
+                if part in address:
+                    return next(faults, None)
+        return None
+
     def failing(self, path: str) -> _Failure | None:
         for failure in self._failures:
             if failure.count > 0 and failure.part in path:
@@ -147,6 +189,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # or each answer takes 40 ms
     status_instead: int | None = None
+    fault: Fault | None = None
 
     def log_message(self, *_: object) -> None: ...
 
@@ -158,6 +201,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, *, body: bool) -> None:
         path = unquote(urlsplit(self.path).path)
+        self.fault = self.owner.fault(self.path)
+        if self.fault is not None and self.fault.status is not None:
+            self._send(self.fault.status, b"", {"X-Error-Message": "", **self.fault.headers}, False)
+            return
         match = _API.fullmatch(path) or _FILE.fullmatch(path)
         repo = self.owner.repos.get(match["repo"]) if match else None
         if match is None or repo is None:
@@ -174,13 +221,28 @@ class _Handler(BaseHTTPRequestHandler):
         elif match["what"] == "resolve":
             self._file(repo, match["file"], body)
         elif match["what"] == "tree":
-            self._json([self._described(repo, path) for path in repo.files()], body)
+            self._tree(repo, body)
         else:
             names = [{"rfilename": path.relative_to(repo.folder).as_posix()} for path in repo.files()]
             tags = repo.card().get("tags", [])
             self._json(
                 {"id": match["repo"], "sha": repo.commit, "siblings": names, "private": repo.private, "tags": tags}, body
             )
+
+    def _tree(self, repo: Repo, body: bool) -> None:
+        """A page of the listing, with a link to the next one."""
+        asked = urlsplit(self.path)
+        number = int(parse_qs(asked.query).get("cursor", ["0"])[0])
+        true = self.owner.described(repo)
+        pages = repo.pages or [true[at : at + repo.page_size] for at in range(0, len(true), repo.page_size)] or [[]]
+        endless = pages[-1] is ...
+        pages = pages[:-1] if endless else pages
+        page = pages[min(number, len(pages) - 1)]
+        data = page if isinstance(page, bytes) else json.dumps(page).encode()
+        headers = {"Content-Type": "application/json"}
+        if endless or number + 1 < len(pages):
+            headers["Link"] = f'<{self.owner.links_to or self.owner.url}{asked.path}?cursor={number + 1}>; rel="next"'
+        self._send(200, data, headers, body)
 
     def do_PUT(self) -> None:
         self._take()
@@ -208,7 +270,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._error(404, "RepoNotFound")
             elif match["what"] == "paths-info":
                 paths = [repo.folder / name for name in parse_qs(data.decode())["paths"]]
-                self._json([self._described(repo, path) for path in paths if path.is_file()], True)
+                self._json([_described(repo, path) for path in paths if path.is_file()], True)
             elif match["what"] == "batch":
                 self._json({"transfer": "basic", "objects": [self._action(item) for item in json.loads(data)["objects"]]}, True)
             elif match["what"] == "preupload":
@@ -296,18 +358,6 @@ class _Handler(BaseHTTPRequestHandler):
         repo.apply(head["summary"], changes)
         self._json({"commitUrl": f"{self.owner.url}/{name}/commit/{repo.commit}", "commitOid": repo.commit}, True)
 
-    def _described(self, repo: Repo, path: Path) -> dict[str, object]:
-        size = path.stat().st_size
-        described: dict[str, object] = {
-            "type": "file",
-            "path": path.relative_to(repo.folder).as_posix(),
-            "size": size,
-            "oid": _blob(path),
-        }
-        if _is_lfs(path.name):
-            described["lfs"] = {"oid": _sha256(path.read_bytes()), "size": size, "pointerSize": 130}
-        return described
-
     def _file(self, repo: Repo, name: str, body: bool) -> None:
         path = repo.folder / name
         if not path.is_file():
@@ -339,11 +389,44 @@ class _Handler(BaseHTTPRequestHandler):
             self.owner.meanwhile.pop(part)()
         self.send_response(self.status_instead or status)
         self.status_instead = None
-        for name, value in {"Content-Length": str(len(data)), **headers}.items():
+        fault, self.fault = self.fault, None
+        length = {"Content-Length": str(len(data))}
+        if fault is not None and fault.status is None:
+            self.close_connection = True
+            length = {"chunked": {"Transfer-Encoding": "chunked"}, "quiet": {"Connection": "close"}}.get(fault.how, length)
+        for name, value in {**length, **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        if body:
+        if fault is not None and fault.status is None:
+            self._break_off(data[: fault.after], fault.how)
+        elif body:
             self.wfile.write(data)
+
+    def _break_off(self, data: bytes, how: str) -> None:
+        if how == "chunked":
+            data = b"%x\r\n%s\r\n" % (len(data), data) if data else b""
+        self.wfile.write(data)
+        self.wfile.flush()
+        if how == "stall":
+            self.owner.over.wait(timeout=30)
+        if how == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+
+
+def _described(repo: Repo, path: Path) -> dict[str, object]:
+    size = path.stat().st_size
+    described: dict[str, object] = {
+        "type": "file",
+        "path": path.relative_to(repo.folder).as_posix(),
+        "size": size,
+        "oid": _blob(path),
+    }
+    if _is_lfs(path.name):
+        described["lfs"] = {"oid": _sha256(path.read_bytes()), "size": size, "pointerSize": 130}
+        if repo.by_xet:
+            described["xetHash"] = _sha256(b"some other hash")
+    return described
 
 
 def _is_lfs(name: str) -> bool:

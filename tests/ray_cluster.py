@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -101,6 +102,20 @@ def said_elsewhere(*, progress: Silent) -> int:
         return dict(done)[0]
 
 
+def stopped(model: Path, out: Path, address: str) -> list[str]:
+    """What the run says that goes on with one whose driver was killed, while its tasks were at work on the cluster."""
+    command = [sys.executable, "-m", "surgery", "factorize", str(model), "-o", str(out), "--rank", "8"]
+    command += ["--engine", "ray", "--device", "cpu", "--quiet"]
+    driver = subprocess.Popen(command, env={**os.environ, "RAY_ADDRESS": address})
+    while driver.poll() is None and len(list((out / JOURNAL_DIR).glob("[0-9]*.json"))) < 2:
+        time.sleep(0.01)
+    driver.kill()
+    assert driver.wait() == -signal.SIGKILL, "it has come to its end before"
+    again = Told()
+    surgery.factorize(model, out, rank=8, engine="ray", device="cpu", progress=again)
+    return again.notes
+
+
 def main(model: Path, folder: Path) -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     victim = cluster.add_node(num_cpus=1)
@@ -130,6 +145,7 @@ def main(model: Path, folder: Path) -> None:
         surgery.factorize(folder / "broken", folder / "x", rank=4, engine="ray", device="cpu")
     except surgery.SurgeryError as error:
         report["error"] = f"{type(error).__name__}: {error}"
+    report["stopped"] = stopped(model, folder / "stopped", cluster.address)
     said = Told()
     report["said"] = [said_elsewhere(progress=said), *said.notes]
     (folder / "report.json").write_text(json.dumps(report))  # not printed: Ray prints as well

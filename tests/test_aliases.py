@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.errors import FormatError, OptionError, SourceError
 from surgery.format.manifest import Manifest
-from surgery.names import MANIFEST_FILE
 from surgery.progress import Silent
 from surgery.training import skeleton
 from tests.families import FAMILIES
 from tests.loopback_hub import LoopbackHub
 from tests.models import planned, realistic, save_llama, tensors_of
 from tests.releases import needs
+from tests.sealing import put_manifest
 
 # What is said of such a model, where a test does not listen.
 pytestmark = pytest.mark.filterwarnings(
@@ -377,7 +377,7 @@ def test_a_parameter_that_the_manifest_knows_in_part_is_not_attached(tmp_path: P
     manifest = surgery.factorize(folder, tmp_path / "f", rank=2, include=[EMBEDDING], layout="overlay").manifest
     described = dataclasses.asdict(manifest)
     described["skipped"].append({**described["targets"][0].pop("aliases")[0], "reason": "an output head"})
-    (tmp_path / "f" / MANIFEST_FILE).write_text(json.dumps(described))
+    put_manifest(tmp_path / "f", described)
     assert Manifest.read(tmp_path / "f").targets[0].aliases == []
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     with pytest.raises(OptionError, match=f"'{EMBEDDING}' is one parameter of the model with '{HEAD}'"):
@@ -402,7 +402,7 @@ def test_aliases_in_a_manifest_that_make_no_sense(change: Callable[[Any], Any], 
     ).manifest
     described = dataclasses.asdict(manifest)
     change(described)
-    (tmp_path / "f" / MANIFEST_FILE).write_text(json.dumps(described))
+    put_manifest(tmp_path / "f", described)
     with pytest.raises(FormatError, match=message):
         Manifest.read(tmp_path / "f")
 

@@ -10,6 +10,7 @@ import itertools
 import os
 import random
 import signal
+import stat
 import threading
 import time
 from collections.abc import Callable
@@ -178,6 +179,42 @@ def test_a_sync_that_fails_behind(read_soon: bool, tmp_path: Path, monkeypatch: 
             writer.write(bytes(SYNCED + 3 * CHUNK))
             pytest.fail("the next bytes were taken")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_whose_sync_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not known to stay is not left: a file that was told to have failed must not be found there."""
+    sync = os.fsync
+
+    def failing(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OutputError, match="Input/output error"):
+        write_file(tmp_path / "x", b"whole")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_partial_file_that_cannot_be_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but what it is about is told: the file that is in place is no failure, and a failure stays what it is."""
+    unlink, armed = Path.unlink, []
+
+    def failing(path: Path, missing_ok: bool = False) -> None:
+        if armed:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", failing)
+    with FileWriter(tmp_path / "x") as writer:
+        writer.write(b"whole")
+        writer.commit("x")
+        armed.append(True)
+    armed.clear()
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    with pytest.raises(KeyError), FileWriter(tmp_path / "y"):
+        armed.append(True)
+        raise KeyError
 
 
 @pytest.mark.parametrize("chunks", [1, 3])

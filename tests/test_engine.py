@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import random
 import threading
@@ -536,3 +537,28 @@ def test_stopping_wakes_who_waits_and_refuses_who_asks_later() -> None:
     assert told == ["stopped"] * 3
     with pytest.raises(Stopped):
         pool.take(UNIT)
+
+
+@pytest.mark.parametrize("good", range(1, 6))
+def test_a_thread_that_cannot_start(good: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that have been started are waited for: none is at work when the error comes out."""
+    start, started = threading.Thread.start, itertools.count(1)
+
+    def failing(thread: threading.Thread) -> None:
+        if next(started) > good:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def work(job: int, lane: Lane, read: Read) -> int:
+        read()
+        time.sleep(0.05)
+        return lane.submit(lambda item: item, job).result()
+
+    monkeypatch.setattr(threading.Thread, "start", failing)
+    with (
+        pytest.raises(RuntimeError, match="can't start new thread") if good < 4 else contextlib.nullcontext(),
+        closing(run_jobs(work, iter(range(50)), [Lane(CPU, 1, 10 * UNIT)])) as finished,
+    ):
+        list(finished)
+    monkeypatch.undo()
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("surgery-job")]

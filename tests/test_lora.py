@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
+import shutil
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,10 +15,12 @@ import peft
 import pytest
 import torch
 import transformers
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.errors import FormatError, MissingExtra, OptionError, OutputError, SourceError, SurgeryError, SurgeryWarning
+from surgery.format.lora import _ByModule, read_lora
 from surgery.progress import Silent
 from tests.families import FAMILIES
 from tests.models import files_of, save_llama, tensors_of
@@ -395,8 +400,8 @@ def test_adapters_that_would_be_folded_wrongly(llama: Path, tmp_path: Path) -> N
     _with_lora(load(llama), ["o_proj"]).save_pretrained(tmp_path / "lora")
     config = json.loads((tmp_path / "lora/adapter_config.json").read_text())
     for change, match in (
-        ({"rank_pattern": ["a"]}, "its pattern of ranks or alphas makes no sense"),
-        ({"alpha_pattern": {"(": 3}}, "its pattern of ranks or alphas makes no sense"),
+        ({"rank_pattern": ["a"]}, "cannot be looked up"),
+        ({"alpha_pattern": {"(": 3}}, "cannot be looked up"),
         ({"lora_alpha": 10**400}, "contradicts its config"),
         ({"lora_alpha": True}, "contradicts its config"),
     ):
@@ -508,3 +513,167 @@ def test_adapters_that_cannot_go_with_scales(llama: Path, tmp_path: Path) -> Non
     _with_lora(plain, ["o_proj"])
     with pytest.warns(SurgeryWarning, match="and of 13 other targets are frozen: .* comes before attach"):
         scales.save(tmp_path / "s.safetensors")
+
+
+_PARTS = ("model", "layers", "1", "11", "q_proj", "up", "a", "x-y", "q1proj")
+_PATTERNS = (
+    *(
+        "q_proj",
+        "q.proj",
+        "layers.1",
+        "layers.1.",
+        ".",
+        "",
+        "1.q_proj",
+        "a",
+        "up.a",
+        "(a",
+        "a)|(b",
+        "[a-z._0-9]+",
+        "a+",
+        "(?i:A)",
+    ),
+    *(r"layers\.(1|11)\..*q_proj", r"\d+", ".*", "^model", "^a$", "q_proj$", "(q|k)_proj", "[qk]_proj", "a|up", r"\bq_proj"),
+)
+
+
+def test_patterns_are_looked_up_as_peft_does() -> None:
+    chance = random.Random(0)
+    answers = 0
+    for _ in range(1500):
+        modules = [".".join(chance.choices(_PARTS, k=chance.randrange(1, 6))) for _ in range(5)]
+        patterns = {}
+        for value in range(chance.randrange(1, 4)):
+            pattern = chance.choice((chance.choice(modules)[chance.randrange(5) :], "".join(chance.choices(_PATTERNS, k=2))))
+            patterns[chance.choice((pattern, chance.choice(_PATTERNS)))] = value
+        try:
+            found = _ByModule({"rank_pattern": patterns, "r": 99}, "rank_pattern", "r", modules, Path("adapter"))
+        except FormatError:
+            continue
+        for module in modules:
+            key = get_pattern_key(list(patterns), module)
+            assert found.of(module) == patterns.get(key, 99), (patterns, module)
+            answers += 1
+    assert answers > 3000
+
+
+def _many(count: int) -> list[str]:
+    return [f"model.layers.{i // 100}.mlp.experts.{i % 100}.up_proj" for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "modules", "is_answered"),
+    [
+        ({"([a-z._0-9]+)+X": 2}, _many(2000), True),
+        (dict.fromkeys(_many(10_000), 2), _many(10_000), True),
+        ({f"{module}+": 2 for module in _many(10_000)}, _many(10_000), False),
+        ({f"{'.' * i}{'a' * (40 - i)}{'b.' * j}": 2 for i in range(40) for j in range(200)}, _many(10_000), False),
+        ({"a" * 30_000_000: 2}, _many(100), True),
+        ({"." * 30_000_000: 2}, _many(100), True),
+        ({"a+" * 15_000_000: 2}, _many(100), False),
+        ({f"{i}{'b.' * 450}": 2 for i in range(20_000)}, _many(100), False),
+        ({f"(a{{1000}}){{9}}{i}": 2 for i in range(1000)}, _many(100), False),
+        ({"(.*a.{40}b|.*b.{30}c)+x.*": 2}, ["".join(random.Random(i).choices("abc.", k=999)) for i in range(99)], False),
+        ({"q_proj": 2}, ["a." * 5_000_000], False),
+    ],
+    ids=range(11),
+)
+def test_patterns_are_looked_up_in_bounded_time(patterns: dict[str, int], modules: list[str], is_answered: bool) -> None:
+    started = time.perf_counter()
+    refused = None
+    try:
+        found = _ByModule({"rank_pattern": patterns, "r": 1}, "rank_pattern", "r", modules, Path("adapter"))
+        assert {found.of(module) for module in modules} in ({1}, {2})
+    except FormatError as error:
+        refused = str(error)
+    assert time.perf_counter() - started < 10
+    assert (refused is None) == is_answered
+    assert is_answered or len(str(refused)) < 1000
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A factorized Llama, and an adapter for it."""
+    folder = tmp_path_factory.mktemp("adapted")
+    model = save_llama(folder / "m", torch.bfloat16)
+    surgery.factorize(model, folder / "f", rank=2, include=["*q_proj*"])
+    _with_lora(transformers.AutoModelForCausalLM.from_pretrained(model), ["o_proj"]).save_pretrained(folder / "lora")
+    return folder
+
+
+def _fold(adapted: Path, adapter: Path, out: Path) -> None:
+    surgery.fold(adapted / "f", adapted / "f/surgery/scales.safetensors", out, lora=adapter)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rank_pattern": {"([a-z._0-9]+)+X": 2}}, None),  # fits no module
+        ({"rank_pattern": {"a{99999999999999999999}": 2}}, "rank_pattern cannot be looked up"),
+        ({"alpha_pattern": {"(" * 5000 + ")" * 5000: 2}}, "alpha_pattern cannot be looked up"),
+        ({"alpha_pattern": {"(?=x)o_proj": 2}}, "alpha_pattern cannot be looked up"),
+        ({"rank_pattern": ["o_proj"]}, "rank_pattern cannot be looked up"),
+        ({"rank_pattern": {"o_proj": None}}, "contradicts its config"),
+        ({"alpha_pattern": {"o_proj": "5"}}, "contradicts its config"),
+        ({"r": 3.0}, "contradicts its config"),
+        ({"r": "3"}, "contradicts its config"),
+        ({"r": 10**400}, "contradicts its config"),
+        ({"r": -3}, "contradicts its config"),
+        ({"lora_alpha": 10**400}, "contradicts its config"),
+        ({"lora_alpha": float("nan")}, "contradicts its config"),
+        ({"lora_alpha": float("-inf")}, "contradicts its config"),
+        ({"lora_alpha": True}, "contradicts its config"),
+        ({"lora_alpha": [5]}, "contradicts its config"),
+        ({"use_rslora": "false"}, "use_rslora makes no sense"),
+        ({"use_rslora": 1}, "use_rslora makes no sense"),
+        ({"use_rslora": None}, None),
+        ({"peft_type": [["LORA"] * 9] * 9}, "is no LoRA adapter"),
+        ({"bias": list(range(100_000))}, "a LoRA adapter with bias"),
+    ],
+    ids=range(21),
+)
+def test_configs_of_strangers(change: dict[str, Any], message: str | None, adapted: Path, tmp_path: Path) -> None:
+    """What is wrong is an error that says so in a few lines; the rest is as PEFT takes it."""
+    adapter = shutil.copytree(adapted / "lora", tmp_path / "lora")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | change))
+    if message is None:
+        assert read_lora(adapter)["model.layers.0.self_attn.o_proj"].scaling == 5 / 3
+        return
+    with pytest.raises(SurgeryError, match=message) as caught:
+        _fold(adapted, adapter, tmp_path / "o")
+    assert len(str(caught.value)) < 1000
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda A, B: {"lora_A.weight": A[:0], "lora_B.weight": B[:, :0]}, "a rank of 1 or more"),
+        (lambda A, B: {"lora_A.weight": A[:, :0], "lora_B.weight": B}, "does not fit its weight"),
+        (lambda A, B: {"lora_A.weight": A, "lora_B.weight": B[:0]}, "does not fit its weight"),
+        (lambda A, B: {"lora_A.weight": A, "lora_B.weight": B[:, :2]}, "do not fit"),
+        (lambda A, B: {"lora_A.weight": A.double(), "lora_B.weight": B}, "is no part of a LoRA update"),
+        (lambda A, B: {"lora_A.weight": A.int(), "lora_B.weight": B}, "is no part of a LoRA update"),
+        (lambda A, B: {"lora_A.weight": A[0], "lora_B.weight": B}, "do not fit"),
+        (lambda A, B: {"lora_A.weight": A, "lora_B.weight": B / 0}, "holds NaN or infinity"),
+        (lambda A, B: {"lora_A.weight": A}, "lacks a half"),
+        (lambda A, B: {"lora_A": A, "lora_A.weight": 2 * A, "lora_B.weight": B}, "is no part of a LoRA update"),
+        (lambda A, B: {"lora_A": A, "lora_B": B}, "is no part of a LoRA update"),  # PEFT leaves them out
+        (lambda A, B: {"lora_A.weight": A, "lora_B.weight": B, "\x1b[2J\n.lora_A.weight": A}, "is no part of a LoRA update"),
+        (lambda A, B: {"lora_embedding_A": A, "lora_embedding_B": B}, "is of another kind than the module"),
+    ],
+    ids=range(13),
+)
+def test_weights_of_strangers(change: Any, message: str, adapted: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "lora"
+    adapter.mkdir()
+    module = "base_model.model.model.layers.0.self_attn.o_proj"
+    parts = change(torch.randn(3, 48), torch.randn(48, 3))
+    save_file({f"{module}.{name}": part.clone() for name, part in parts.items()}, adapter / "adapter_model.safetensors")
+    rank = parts[next(iter(parts))].shape[0]
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 5}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(SurgeryError, match=message):
+        _fold(adapted, adapter, tmp_path / "o")
+    assert not (tmp_path / "o").exists()

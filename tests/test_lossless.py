@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import zlib
 from fractions import Fraction
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from surgery.errors import WeightError
 from surgery.linalg import lossless
-from surgery.linalg.correction import CorruptCorrection, differences
+from surgery.linalg.correction import CorruptCorrection, _inflate, differences
 from surgery.linalg.lossless import Factors, join, rescale, split
 from surgery.linalg.rounding import bits_of, flipped, round_once, times_power_of_two
 from surgery.linalg.svd import truncated_svd
@@ -331,3 +332,19 @@ def test_a_truncated_correction_is_noticed() -> None:
     for length in range(0, correction.numel(), 7):
         with pytest.raises(CorruptCorrection):
             join(residual, factors, correction[:length])
+
+
+def test_too_little_memory_to_unpack_is_no_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """zlib has one error for both: only one of them is a reason to make the checkpoint anew."""
+
+    class Refused:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def decompress(self, data: memoryview, size: int) -> bytes:
+            raise zlib.error(f"Error {self.number} while decompressing data")
+
+    for number, kind in ((-4, MemoryError), (-3, CorruptCorrection)):
+        monkeypatch.setattr(zlib, "decompressobj", lambda bits, number=number: Refused(number))
+        with pytest.raises(kind):
+            _inflate(memoryview(b"x"), 1)

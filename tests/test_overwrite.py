@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import surgery
-from surgery.errors import FormatError, OutputError, ScalesError, SurgeryError, SurgeryWarning, WeightError
+from surgery.errors import FormatError, OutputError, ReadError, ScalesError, SurgeryError, SurgeryWarning, WeightError
 from surgery.format import files
 from surgery.progress import Silent
 from tests.models import files_of, realistic, save_llama, tensors_of
@@ -400,3 +400,27 @@ def test_a_base_of_another_size_is_seen_before_any_work(tmp_path: Path) -> None:
     save_file({**load_file(last), "more": torch.ones(1)}, last, metadata={"format": "pt"})
     with pytest.raises(FormatError, match=f"{last.name} is not the file that the manifest describes"):
         surgery.fold(made, _ones(made), tmp_path / "o", base=model, device="cpu", progress=_NoWork())
+
+
+def test_a_folder_of_the_earlier_result_that_may_not_be_listed(
+    llama: Path, factorized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is in there is not known, and would be left in the midst of the new result."""
+    out = Path(shutil.copytree(llama, tmp_path / "o"))
+    before = files_of(out)
+    scan = os.scandir
+
+    def refused(path: object = ".") -> object:
+        if str(path).endswith("additional_chat_templates"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    scales = factorized / "surgery/scales.safetensors"
+    with pytest.raises(ReadError, match="cannot be read") as caught:
+        surgery.fold(factorized, scales, out, overwrite=True)
+    monkeypatch.undo()
+    assert str(out) in str(caught.value)
+    assert files_of(out) == before
+    surgery.fold(factorized, scales, out, overwrite=True)
+    assert files_of(out) == files_of(llama)

@@ -44,7 +44,7 @@ SCALES = "surgery/scales.safetensors"
 @pytest.fixture(autouse=True)
 def _token_and_no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", WRITING_TOKEN)
-    monkeypatch.setattr(upload, "_PAUSES", (0.01, 0.01))
+    monkeypatch.setattr(upload, "_SECONDS_TO_SETTLE", 0.1)
     monkeypatch.setattr(upload, "_SECONDS_BETWEEN_COMMITS", 0.0)
 
 
@@ -172,6 +172,36 @@ def test_each_shard_is_uploaded_while_the_others_are_made(hub: LoopbackHub, shar
     assert sorted(map(sorted, added)) == sorted(map(sorted, expected))
     assert looks_whole(last.files)
     assert {name: last.files[name] for name in weight_files(tmp_path / "f")} == weight_files(tmp_path / "f")
+
+
+class _StopWhileUploading(Silent):
+    """Interrupts while all that is left is to wait for the upload."""
+
+    def start(self, label: str, total_bytes: int) -> None:
+        if label == "uploading":
+            raise KeyboardInterrupt
+
+
+def test_interrupted_while_a_complete_result_is_uploaded(
+    hub: LoopbackHub, llama: Path, factorized: Path, trained: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """The hint speaks of the upload, of all that can be uploaded; once that is complete there is none."""
+    f = Path(shutil.copytree(factorized, tmp_path / "f"))
+    surgery.fold(f, trained, tmp_path / "o")
+    calls = {
+        "factorize": lambda **options: surgery.factorize(llama, f, rank=4, **options),
+        "fold": lambda **options: surgery.fold(f, trained, tmp_path / "o", **options),
+        "export": lambda **options: surgery.export(f, trained, tmp_path / "a", **options),
+    }
+    for name, call in calls.items():
+        said = _StopWhileUploading()
+        with pytest.raises(KeyboardInterrupt):
+            call(push_to_hub=f"acme/late-{name}", progress=said)
+        hint = f"stopped before the upload to acme/late-{name} was complete; the same command goes on from there"
+        assert said.notes[-1] == hint
+        assert not any(looks_whole(commit.files) for commit in hub.repos[f"acme/late-{name}"].history)
+        call(push_to_hub=f"acme/late-{name}", progress=Silent())
+        assert looks_whole(hub.repos[f"acme/late-{name}"].history[-1].files)
 
 
 def test_interrupted_run_leaves_no_model_and_goes_on(hub: LoopbackHub, shards: Path, tmp_path: Path) -> None:

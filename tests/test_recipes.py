@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -123,10 +124,12 @@ def test_every_builtin_recipe_can_be_named_and_is_used() -> None:
         ('[[rules]]\nmatch = "*"\nregex = ".*"', "rule 1 needs either match or regex", ""),
         ("[[rules]]\nmatch = []", "match is empty", ""),
         ("[[rules]]\nmatch = 3", "wrong type", "a list of strings"),
-        ('[[rules]]\nregex = "("', "no regular expression", "missing )"),
+        ('[[rules]]\nregex = "("', "no regular expression", "a ( without a )"),
         ('[[rules]]\nmatch = "*"\nskip = "x"\nrank = 3', "nothing else can be said", ""),
         ('[[rules]]\nmatch = "*"\nskip = ""', "must tell the reason", ""),
         ('[[rules]]\nregex = "a{99999999999999999999}"', "no regular expression", ""),
+        ("[[rules]]\nregex = '(?!.*mlp).*proj.*'", "no regular expression", "say in a rule before this one what is not meant"),
+        ("[[rules]]\nmatch = '" + "[" * 10_001 + "'", "a glob of 10001 characters", ""),
         ("[[rules]]\nregex = '" + "(" * 5000 + ")" * 5000 + "'", "no regular expression", ""),
         ("a = " + "[" * 5000, "no valid TOML", ""),
         ('[[rules]]\nmatch = "*"\nslices = ["query", "key"]\nevery = "group"', "only slices q, k and v", ""),
@@ -272,3 +275,42 @@ def test_the_documentation_describes_the_format(tmp_path: Path) -> None:
     assert [rule.skip is not None for rule in recipe.rules] == [True, False, False]
     for key in (*RECIPE_KEYS, *RULE_KEYS):
         assert f"`{key}`" in page, key
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        r"regex = '([a-z._0-9]+)+X'",
+        r"regex = '(.*a.*|.*o.*)*!'",
+        r"regex = '(\w*\.?)*!'",
+        "regex = '" + ".*o" * 300 + "!'",
+        "match = '" + "*o" * 300 + "!'",
+        "match = [" + ", ".join(["'" + "[" * 9000 + "'"] * 10) + "]",
+    ],
+)
+def test_patterns_take_bounded_time(rule: str, llama: Path, tmp_path: Path) -> None:
+    """They fit nothing here, after however many ways to find out."""
+    started = time.perf_counter()
+    plan = planned(llama, recipe=_recipe(tmp_path, f"[[rules]]\nmatch = '*q_proj*'\n[[rules]]\n{rule}\nrank = 3"), rank=2)
+    assert {target.rank for target in plan.targets} == {2}
+    assert time.perf_counter() - started < 20
+
+
+def test_shipped_recipes_on_names_of_strangers() -> None:
+    """Names are as long as a header lets them be."""
+    started = time.perf_counter()
+    for recipe in builtin_recipes().values():
+        for part in ("mlp.", "attn.", "a", ".", "model.layers.1.self_attn.", "experts.1.", "\n"):
+            assert recipe.rule_for(part * (20_000 // len(part)) + "!") is None
+    assert time.perf_counter() - started < 60
+
+
+def test_names_of_strangers_take_bounded_time(tmp_path: Path) -> None:
+    """A name may have any length and any character; here each part looks like a trace of quantization."""
+    name = ".weight.quant_state." * 5_000 + "\n"
+    save_file({name: torch.ones(2), "layers.0.a.weight": torch.randn(8, 8)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    started = time.perf_counter()
+    with pytest.raises(SurgeryError, match="seems to be quantized with bitsandbytes"):
+        planned(tmp_path, rank=2)
+    assert time.perf_counter() - started < 20

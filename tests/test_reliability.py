@@ -7,11 +7,13 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from surgery.format import files
 from surgery.operations.output import locked
 from surgery.progress import Silent
 from tests.models import files_of, realistic, save_llama
+from tests.sealing import seal
 
 # What is said of a run that was begun before, where a test does not listen.
 pytestmark = pytest.mark.filterwarnings("ignore:going on after|.* is already complete:surgery.errors.SurgeryWarning")
@@ -112,6 +115,206 @@ def test_interrupted_while_the_last_files_are_copied(
         run(Silent())
     assert files_of(tmp_path / "f") == files_of(truth)
     assert files_of(tmp_path / "o") == files_of(llama)
+
+
+@pytest.mark.parametrize("stride", [pytest.param(7), pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+def test_interrupted_at_any_moment(stride: int, tmp_path: Path) -> None:
+    """The hint to go on comes exactly when there is something to go on with."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.interrupts", str(tmp_path), str(stride)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=3600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("moments") == 4
+
+
+def test_a_run_of_other_options_that_is_interrupted_while_it_is_planned(llama: Path, tmp_path: Path) -> None:
+    """It does not claim to be the one that can be gone on with."""
+    _interrupted(llama, tmp_path / "f")
+
+    class Planned(Silent):
+        def start(self, label: str, total_bytes: int) -> None:
+            if label == "planning":
+                raise KeyboardInterrupt
+
+    said = Planned()
+    with pytest.raises(KeyboardInterrupt):
+        surgery.factorize(llama, tmp_path / "f", rank=5, progress=said)
+    expected = "holds a run that was stopped after 2 shards; the command that began it goes on from there"
+    assert said.notes == [f"{tmp_path / 'f'} {expected}"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_races_for_the_lock(tmp_path: Path) -> None:
+    """Nobody has it together with another, and who does not get it is told of the other run, of nothing else."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.races", str(tmp_path), "3"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith("had ")
+
+
+def _copied(records: Path) -> None:
+    (records / "00002.json").write_bytes((records / "00001.json").read_bytes())
+
+
+def _swapped(records: Path) -> None:
+    first, second = (records / name for name in ("00001.json", "00002.json"))
+    before = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(before)
+
+
+def _one_too_many(records: Path) -> None:
+    (records / "00003.json").write_bytes((records / "00002.json").read_bytes())
+
+
+def _relabelled(**changes: Any) -> Callable[[Path], None]:
+    """Sealed anew, as somebody would who means it."""
+
+    def change(records: Path) -> None:
+        record = json.loads((records / "00001.json").read_text())
+        del record["sha256"]
+        record.update({"shard": 1, "file": "model-00002-of-00003.safetensors", **changes})
+        (records / "00002.json").write_bytes(seal(json.dumps(record)))
+
+    return change
+
+
+def _edited(edit: Callable[[Any], object]) -> Callable[[Path], None]:
+    def change(records: Path) -> None:
+        record = json.loads((records / "00002.json").read_text())
+        del record["sha256"]
+        edit(record["value"])
+        (records / "00002.json").write_bytes(seal(json.dumps(record)))
+
+    return change
+
+
+def _instead(put: Callable[[Path], object]) -> Callable[[Path], None]:
+    def change(records: Path) -> None:
+        (records / "00002.json").unlink()
+        put(records / "00002.json")
+
+    return change
+
+
+def _huge(path: Path) -> None:
+    with open(path, "wb") as file:
+        file.truncate(1 << 33)
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "a copy of another's": _copied,
+    "two that have changed places": _swapped,
+    "a copy for a shard that is not finished": _one_too_many,
+    "a copy under another's name": _relabelled(),
+    "a record of no shard": _relabelled(shard=-1),
+    "truncated": lambda records: os.truncate(records / "00002.json", 100),
+    "empty": lambda records: os.truncate(records / "00002.json", 0),
+    "a flipped bit": lambda records: (records / "00002.json").write_bytes(
+        (records / "00002.json").read_bytes().replace(b"1", b"3", 1)
+    ),
+    "a link": _instead(lambda path: path.symlink_to("00001.json")),
+    "a link to nothing": _instead(lambda path: path.symlink_to("nothing")),
+    "a folder": _instead(lambda path: (path / "inside").mkdir(parents=True)),
+    "a pipe": _instead(os.mkfifo),
+    "huge": _instead(_huge),
+    "deep": _instead(lambda path: path.write_bytes(seal(b'{"run": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"))),
+    "no object": _instead(lambda path: path.write_bytes(b"[1]")),
+}
+CONTRADICTIONS: dict[str, Callable[[Any], object]] = {
+    "another source": lambda value: value["shard"]["source"].update(file="model-00001-of-00003.safetensors"),
+    "another size": lambda value: value["shard"]["source"].update(size=5),
+    "no residual": lambda value: value["shard"].update(residual=None),
+    "a residual elsewhere": lambda value: value["shard"]["residual"].update(file="../../etc/passwd"),
+    "no factors": lambda value: value["shard"].update(factors=None),
+    "another's factors": lambda value: value["shard"].update(
+        factors={**value["shard"]["factors"], "file": "surgery/factors-00001-of-00003.safetensors"}
+    ),
+    "no targets": lambda value: value.update(targets=[]),
+    "a target less": lambda value: value["targets"].pop(),
+    "another order": lambda value: value["targets"].reverse(),
+    "a target twice": lambda value: value["targets"].append(value["targets"][0]),
+    "another tensor": lambda value: value["targets"][0].update(tensor="model.embed_tokens.weight"),
+    "another shard": lambda value: value["targets"][0].update(shard="model-00001-of-00003.safetensors"),
+    "another shape": lambda value: value["targets"][0].update(shape=[32, 32, 1]),
+    "another dtype": lambda value: value["targets"][0].update(dtype="F16"),
+    "an alias": lambda value: value["targets"][0].update(aliases=[{"tensor": "x", "shard": "y"}]),
+    "another rank": lambda value: value["targets"][0].update(
+        rank=1, certificates=[{**value["targets"][0]["certificates"][0], "residual": [0.0], "gap": [1.0]}]
+    ),
+    "nothing inexact": lambda value: value["targets"][0].update(inexact=None),
+    "no view": lambda value: value["targets"][0].update(view="heap"),
+    "nothing": lambda value: value.clear(),
+}
+
+
+@pytest.fixture(scope="module")
+def halves(llama: Path, truth: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A factorize run and a fold, each stopped after two of three shards."""
+    folder = tmp_path_factory.mktemp("halves")
+    _interrupted(llama, folder / "factorize")
+    with pytest.raises(KeyboardInterrupt):
+        surgery.fold(truth, _twos(truth), folder / "fold", progress=_Stop(LAST))
+    return {name: folder / name for name in ("factorize", "fold")}
+
+
+def _twos(truth: Path) -> dict[str, torch.Tensor]:
+    return {t.key: torch.full(t.scales_shape, 2.0) for t in surgery.Manifest.read(truth).targets}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes")
+@pytest.mark.parametrize("damage", [*DAMAGES, *CONTRADICTIONS])
+def test_records_that_are_not_those_of_their_shards(
+    damage: str, halves: dict[str, Path], llama: Path, truth: Path, tmp_path: Path
+) -> None:
+    """They are taken for damaged, whatever they are, and their shards are made again: to the same bytes."""
+    out = Path(shutil.copytree(halves["factorize"], tmp_path / "f"))
+    (DAMAGES.get(damage) or _edited(CONTRADICTIONS[damage]))(out / ".surgery")
+    surgery.factorize(llama, out, rank=4, progress=Silent())
+    assert files_of(out) == files_of(truth)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes")
+def test_records_of_a_fold_as_well(halves: dict[str, Path], truth: Path, tmp_path: Path) -> None:
+    surgery.fold(truth, _twos(truth), tmp_path / "whole")
+    wrong: dict[str, Callable[[Path], None]] = {
+        "another file": _edited(lambda value: value["file"].update(file="model-00001-of-00003.safetensors")),
+        "a file elsewhere": _edited(lambda value: value["file"].update(file="../../etc/passwd")),
+        "another size": _edited(lambda value: value["file"].update(size=3)),
+        "no file": _edited(lambda value: value.update(file=None)),
+        "no record": _edited(lambda value: value.clear()),
+    }
+    for name, damage in (DAMAGES | wrong).items():
+        out = Path(shutil.copytree(halves["fold"], tmp_path / name))
+        damage(out / ".surgery")
+        surgery.fold(truth, _twos(truth), out)
+        assert files_of(out) == files_of(tmp_path / "whole"), name
+
+
+def test_records_of_another_run(halves: dict[str, Path], llama: Path, tmp_path: Path) -> None:
+    """Of other options, with the files that they speak of: the names and the shapes are the same, and the seed is not."""
+    surgery.factorize(llama, tmp_path / "truth", rank=4, seed=1)
+    out = tmp_path / "f"
+    _interrupted(llama, out, seed=1)
+    for path in sorted(halves["factorize"].rglob("*")):
+        name = path.relative_to(halves["factorize"])
+        if path.is_file() and name.name not in ("run.json", "files.json", "lock"):
+            shutil.copy(path, out / name)
+    said = Silent()
+    surgery.factorize(llama, out, rank=4, seed=1, progress=said)
+    assert said.notes == []
+    assert files_of(out) == files_of(tmp_path / "truth")
 
 
 def test_a_damaged_shard_is_made_again(llama: Path, truth: Path, tmp_path: Path) -> None:

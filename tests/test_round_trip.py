@@ -18,6 +18,7 @@ from surgery.errors import FormatError, OptionError, OutputError, ScalesError, S
 from surgery.format.manifest import Manifest
 from surgery.planning.plan import Layout
 from tests.models import files_of, realistic, save_llama, tensors_of
+from tests.sealing import edited_manifest
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 LAYOUTS: list[Layout] = ["residual", "overlay"]
@@ -436,10 +437,8 @@ def test_one_flipped_bit_is_noticed(victim: str, factorized: Path, tmp_path: Pat
     ],
 )
 def test_manifest_that_is_not_one(change: object, message: str, factorized: Path) -> None:
-    path = factorized / "surgery/manifest.json"
-    manifest = json.loads(path.read_text())
-    change(manifest)  # type: ignore[operator]
-    path.write_text(json.dumps(manifest))
+    with edited_manifest(factorized) as manifest:
+        change(manifest)  # type: ignore[operator]
     with pytest.raises(FormatError, match=message):
         Manifest.read(factorized)
 

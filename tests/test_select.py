@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -587,3 +588,26 @@ def test_names_that_leave_the_folder(name: str) -> None:
     """As a hub may list them: what they name would be written there."""
     with pytest.raises(FormatError, match="leaves its folder"):
         select_files(lambda _: ["model.safetensors", name], lambda _: "", where="m")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from " + "." * 500_000,
+        "from .a import (\n" * 50_000,
+        "from .a" + " " * 500_000 + "x",
+        "\n" * 500_000 + "x",
+        "from " * 100_000,
+        "import ." + "a." * 250_000,
+        "'\"" * 250_000,
+    ],
+    ids=range(7),
+)
+def test_hostile_code_takes_bounded_time(code: str) -> None:
+    """Whatever the code of a model is, it is searched once; names after a bracket that is closed nowhere count."""
+    names = ("model.safetensors", "config.json", "modeling_x.py", "a/__init__.py", "b/__init__.py")
+    config = {"auto_map": {"AutoModel": "modeling_x.X"}}
+    started = time.perf_counter()
+    found = _select(*names, config__json=config, modeling_x__py=f"from . import b\n{code}")
+    assert time.perf_counter() - started < 10
+    assert "b/__init__.py" in found.others

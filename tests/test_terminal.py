@@ -310,7 +310,7 @@ def _python(program: str, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def _in_a_terminal(program: str, width: int, **env: str) -> str:
+def in_a_terminal(program: str, width: int, **env: str) -> str:
     """What a program writes to a terminal of so many columns."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
@@ -336,7 +336,7 @@ def _in_a_terminal(program: str, width: int, **env: str) -> str:
 
 @pytest.mark.parametrize("width", [30, 46, 60, 80, 100, 160])
 def test_the_bar_fits_and_shows_what_counts(width: int) -> None:
-    text = _in_a_terminal(_PROGRAM, width)
+    text = in_a_terminal(_PROGRAM, width)
     frames = [frame for frame in re.split(r"[\r\n]+", text) if frame.startswith("factorizing")]
     assert len(frames) >= 4
     assert all(cells(frame) < width for frame in frames)
@@ -361,7 +361,7 @@ def test_the_bar_fits_and_shows_what_counts(width: int) -> None:
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 def test_the_bar_keeps_to_the_encoding(encoding: str) -> None:
-    text = _in_a_terminal(_PROGRAM, 100, PYTHONIOENCODING=encoding)
+    text = in_a_terminal(_PROGRAM, 100, PYTHONIOENCODING=encoding)
     assert text.isascii() == (encoding == "ascii")
     assert "#" in text or encoding == "utf-8"
     assert "\x1b" not in text
@@ -395,7 +395,7 @@ assert open({str(tmp_path / "shard")!r}, "wb").fileno() > 2
 
 
 def test_a_dumb_terminal_is_a_log() -> None:
-    assert "\r " not in _in_a_terminal(_PROGRAM, 100, TERM="dumb").replace("\r\n", "\n")
+    assert "\r " not in in_a_terminal(_PROGRAM, 100, TERM="dumb").replace("\r\n", "\n")
 
 
 class _Heard(Silent):

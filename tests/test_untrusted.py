@@ -13,19 +13,36 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.errors import FormatError, SourceError, SurgeryError
+from surgery.escapes import escaped
+from surgery.format.files import check_relative_path
 from surgery.format.safetensors import ShardReader
 from tests.fuzz import Fuzz
 from tests.loopback_hub import LoopbackHub
 from tests.models import save_llama
+from tests.sealing import MANIFEST, edited_manifest, open_manifest, seal
 
 ROOT = Path(__file__).parent.parent
 ADVERSARIAL = Path(__file__).parent / "adversarial"
 EXPECTED: dict[str, str] = json.loads((ADVERSARIAL / "expected.json").read_text())
-KINDS = ("weights", "index", "config", "recipe", "manifest", "scales", "factors", "journal")
+KINDS = (
+    "weights",
+    "index",
+    "config",
+    "recipe",
+    "manifest",
+    "scales",
+    "factors",
+    "journal",
+    "listing",
+    "adapter config",
+    "adapter weights",
+)
+#: Kinds that take longer, or are of the same inputs as others: fewer of them.
+STUDIES = ("spectra", "measured", "report", "recommend")
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +55,99 @@ def fuzz(tmp_path_factory: pytest.TempPathFactory) -> Fuzz:
 def test_mutations(kind: str, count: int, fuzz: Fuzz) -> None:
     """Seeds are counted from 0, so that what fails once fails again: python -m tests.fuzz SEED 1."""
     assert kind in fuzz.kinds
+    is_compared, before = kind.startswith("adapter"), fuzz.compared
+    count = count // 4 if is_compared else count  # PEFT takes its time
     taken = sum(fuzz.one(kind, seed) for seed in range(count))
     assert taken < count  # the mutations do something
+    assert fuzz.compared > before or not is_compared
+
+
+@pytest.mark.parametrize("count", [pytest.param(30), pytest.param(1000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
+@pytest.mark.parametrize("kind", STUDIES)
+def test_mutations_of_studies(kind: str, count: int, fuzz: Fuzz) -> None:
+    test_mutations(kind, count, fuzz)
 
 
 def test_every_kind_is_tested(fuzz: Fuzz) -> None:
-    assert fuzz.kinds.keys() == set(KINDS)
+    assert fuzz.kinds.keys() == {*KINDS, *STUDIES}
 
 
-@pytest.mark.parametrize("name", sorted(EXPECTED))
+@pytest.mark.parametrize("name", sorted(name for name in EXPECTED if name.endswith(".listing.json")))
+def test_adversarial_listing(name: str, hub: LoopbackHub, llama: Path) -> None:
+    """Each the second page of a listing, with the message that is to be said of it, or with what is left out and why."""
+    repo = hub.publish(f"acme/{name.partition('.')[0]}", llama)
+    repo.pages = [hub.described(repo), (ADVERSARIAL / name).read_bytes()]
+    try:
+        plan = surgery.plan(f"acme/{name.partition('.')[0]}", rank=1, progress=surgery.Silent())
+        said = "\n".join(escaped(f"{file}: {reason}") for file, reason in plan.left_out.items())
+        assert plan.targets
+    except SurgeryError as error:
+        said = str(error)
+        assert f"acme/{name.partition('.')[0]}" in said
+    assert EXPECTED[name] in said
+
+
+def test_a_listing_without_an_end(hub: LoopbackHub, llama: Path) -> None:
+    """And one whose links lead elsewhere: the next page is asked of the hub all the same, which the token is for."""
+    repo = hub.publish("acme/endless", llama)
+    repo.pages = [[], ...]
+    with pytest.raises(SourceError, match="more than 1000 pages"):
+        surgery.plan("acme/endless", rank=1)
+    everything = hub.described(repo)
+    repo.pages = [everything[:2], [], everything[2:]]
+    hub.links_to = "http://elsewhere.invalid"
+    try:
+        elsewhere = surgery.plan("acme/endless", rank=1)
+    finally:
+        hub.links_to = None
+    assert elsewhere.targets == surgery.plan(llama, rank=1).targets
+
+
+@pytest.mark.parametrize("name", ["emoji 👩🏽‍💻❤️‍🔥.md", "é.txt", "e\u0301.txt", "模型.json", "Größe (1).txt", "данные", "✓.x"])
+def test_ordinary_names_are_plain(name: str) -> None:
+    assert check_relative_path(f"a/{name}", "m") == f"a/{name}"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names that other systems cannot have")
+@pytest.mark.parametrize("name", ["a\n{}", "\x1b[2J{}", "\u202e{}", "a\u200b{}", "CON.{}", "x\x9b{}", "a:{}", "\u2066x{}"])
+def test_the_same_rule_for_folders_indexes_and_manifests(name: str, llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(llama, tmp_path / "m")
+    (tmp_path / "m" / name.format(".log")).write_text("x")
+    left_out = surgery.plan(tmp_path / "m", rank=1).left_out
+    assert left_out[name.format(".log")] == "a name that not every system allows"
+    surgery.factorize(tmp_path / "m", tmp_path / "f", rank=1)
+    assert {record.file for record in surgery.Manifest.read(tmp_path / "f").left_out} == {*left_out}
+    (tmp_path / "m" / name.format(".py")).write_text("x")
+    with pytest.raises(FormatError, match=r"a file name|leaves its folder"):
+        surgery.plan(tmp_path / "m", rank=1)
+    (tmp_path / "m" / name.format(".py")).unlink()
+    index = tmp_path / "m/model.safetensors.index.json"
+    entries = json.loads(index.read_text())
+    entries["weight_map"] = dict.fromkeys(entries["weight_map"], name.format(".safetensors"))
+    index.write_text(json.dumps(entries))
+    with pytest.raises(FormatError, match=r"a file name|leaves its folder"):
+        surgery.plan(tmp_path / "m", rank=1)
+    with edited_manifest(tmp_path / "f") as entries:
+        entries["files"][0]["file"] = name.format(".json")
+    with pytest.raises(FormatError, match=r"a file name|leaves its folder"):
+        surgery.Manifest.read(tmp_path / "f")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a disk that tells case apart")
+def test_names_that_differ_in_case_alone(llama: Path, tmp_path: Path) -> None:
+    """Of cards one goes along, as on other disks there can be but one; of others nobody knows which is meant."""
+    shutil.copytree(llama, tmp_path / "m")
+    for name in ("README.md", "readme.md", "LICENSE\u00e9", "LICENSEe\u0301"):
+        (tmp_path / "m" / name).write_text(name)
+    left_out = surgery.plan(tmp_path / "m", rank=1).left_out
+    assert left_out["readme.md"] == "the same name as README.md, where case is not told apart"
+    assert len({"LICENSE\u00e9", "LICENSEe\u0301"} & left_out.keys()) == 1
+    (tmp_path / "m/Config.json").write_text("{}")
+    with pytest.raises(SourceError, match=r"'Config\.json' and 'config\.json'"):
+        surgery.plan(tmp_path / "m", rank=1)
+
+
+@pytest.mark.parametrize("name", sorted(name for name in EXPECTED if not name.endswith(".listing.json")))
 def test_adversarial_file(name: str, tmp_path: Path) -> None:
     """Each by itself a model, or the index of one, with the message that is to be said of it."""
     if name.endswith(".safetensors"):
@@ -104,6 +205,63 @@ def test_a_shard_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
         os.truncate(tmp_path / "m.safetensors", 1_000_000)
         with pytest.raises(FormatError, match="ended while it was being read"):
             reader.read(reader.header.tensors[0])
+
+
+def _twice(path: Path, key: str, value: str) -> None:
+    """Another value of the same name before the one that is there."""
+    text = path.read_text()
+    before, found, after = text.partition(f'"{key}"')
+    assert found
+    path.write_text(f'{before}"{key}": {value}, {found}{after}')
+
+
+@pytest.mark.parametrize("value", ["null", "3", '"x"', "{}"])
+def test_a_name_twice_in_what_decides(value: str, fuzz: Fuzz, tmp_path: Path) -> None:
+    """Readers take the first of two, or the last: what is meant nobody knows."""
+    model = shutil.copytree(fuzz.model, tmp_path / "m")
+    for name, key in (("config.json", "num_attention_heads"), ("model.safetensors.index.json", "weight_map")):
+        kept = (model / name).read_text()
+        _twice(model / name, key, value)
+        with pytest.raises(FormatError, match=rf"{name}: .*'{key}' appears twice"):
+            surgery.plan(model, rank=2)
+        (model / name).write_text(kept)
+    tensor = "model.layers.0.self_attn.q_proj.weight"
+    _twice(model / "model.safetensors.index.json", tensor, value)
+    with pytest.raises(FormatError, match=f"'{tensor}' appears twice"):
+        surgery.plan(model, rank=2)
+    factorized = shutil.copytree(fuzz.factorized, tmp_path / "f")
+    adapter = shutil.copytree(fuzz.adapter, tmp_path / "lora")
+    _twice(adapter / "adapter_config.json", "lora_alpha", value)
+    with pytest.raises(FormatError, match=r"adapter_config\.json: .*'lora_alpha' appears twice"):
+        surgery.fold(factorized, fuzz.scales, tmp_path / "o", lora=adapter)
+    owner = {"surgery": f'{{"format_version": {value}, "format_version": 1}}'}
+    save_file(load_file(fuzz.scales), tmp_path / "s.safetensors", metadata=owner)
+    with pytest.raises(SurgeryError, match="'format_version' appears twice"):
+        surgery.fold(factorized, tmp_path / "s.safetensors", tmp_path / "o")
+    manifest = factorized / MANIFEST
+    manifest.write_text(json.dumps(open_manifest(factorized)))
+    _twice(manifest, "seed", value)
+    manifest.write_bytes(seal(manifest.read_bytes()))
+    with pytest.raises(FormatError, match=r"manifest\.json: .*'seed' appears twice"):
+        surgery.fold(factorized, fuzz.scales, tmp_path / "o")
+    half = shutil.copytree(fuzz.half, tmp_path / "half")
+    for path in (half / ".surgery").glob("*.json"):
+        _twice(path, next(iter(json.loads(path.read_text()))), value)
+    with pytest.raises(SurgeryError, match="appears twice"):
+        surgery.factorize(fuzz.model, half, rank=2, device="cpu")
+
+
+@pytest.mark.parametrize("depth", [150, 900, 5000])
+def test_json_that_is_nested_deeply(depth: int, fuzz: Fuzz, tmp_path: Path) -> None:
+    """What can just be parsed can perhaps not be printed or compared: none is taken."""
+    for brackets in ("[]", '{"a":'):
+        deep = brackets[0] * depth + "]" * depth if brackets == "[]" else brackets * depth + "1" + "}" * depth
+        adapter = shutil.copytree(fuzz.adapter, tmp_path / f"lora{len(brackets)}")
+        for key in ("peft_type", "bias", "rank_pattern", "something_new"):
+            config = json.loads((fuzz.adapter / "adapter_config.json").read_text()) | {key: "HERE"}
+            (adapter / "adapter_config.json").write_text(json.dumps(config).replace('"HERE"', deep))
+            with pytest.raises(FormatError, match=r"adapter_config\.json: not valid JSON \(nested deeper"):
+                surgery.fold(fuzz.factorized, fuzz.scales, tmp_path / "o", lora=adapter)
 
 
 def test_a_config_that_is_no_config(tmp_path: Path) -> None:
@@ -188,10 +346,8 @@ def test_a_file_name_that_is_no_text(tmp_path: Path) -> None:
 )
 def test_manifests_whose_files_contradict_each_other(change: Any, llama: Path, tmp_path: Path) -> None:
     surgery.factorize(llama, tmp_path / "f", rank=4)
-    path = tmp_path / "f/surgery/manifest.json"
-    manifest = json.loads(path.read_text())
-    change(manifest)
-    path.write_text(json.dumps(manifest))
+    with edited_manifest(tmp_path / "f") as manifest:
+        change(manifest)
     with pytest.raises(FormatError):
         surgery.Manifest.read(tmp_path / "f")
 

@@ -19,7 +19,6 @@ from surgery.errors import OutputError, ReadError
 from surgery.format.manifest import Manifest, SourceRecord
 from surgery.operations.card import adapter_card, factorized_card, folded_card, published
 from surgery.progress import Progress, heard
-from surgery.source import hub_client as client
 from surgery.source import upload
 from surgery.source.upload import Upload
 from tests.loopback_hub import READING_TOKEN, WRITING_TOKEN, LoopbackHub, Repo
@@ -35,7 +34,7 @@ SMALL = {"config.json": b"{}", "surgery/manifest.json": b'{"made": "up"}'}
 @pytest.fixture(autouse=True)
 def _token_and_no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", WRITING_TOKEN)
-    monkeypatch.setattr(upload, "_PAUSES", (0.01, 0.01))
+    monkeypatch.setattr(upload, "_SECONDS_TO_SETTLE", 0.1)
     monkeypatch.setattr(upload, "_SECONDS_BETWEEN_COMMITS", 0.0)
 
 
@@ -171,20 +170,6 @@ def test_commits_whose_answers_are_lost_are_not_made_twice(hub: LoopbackHub, tmp
     repo = hub.repos["acme/lost"]
     assert [commit.message for commit in repo.history] == [f"Add {next(iter(files))}", "Complete the upload"]
     assert head(repo) == hashes({**files, **SMALL, "README.md": CARD.encode()})
-
-
-def test_hub_that_asks_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    def pause(**headers: str) -> float:
-        response = client.http.Response(429, headers=headers, request=request)
-        return upload._asked_for(huggingface_hub.errors.HfHubHTTPError("", response=response), 2.0)
-
-    request = client.http.Request("POST", "http://127.0.0.1")
-    assert pause() == 2
-    assert pause(**{"Retry-After": "1"}) == 2
-    assert pause(**{"Retry-After": "90"}) == 90
-    assert pause(RateLimit='"api";r=0;t=55') == 55
-    assert pause(RateLimit='"api";r=7;t=55') == 2
-    assert pause(**{"Retry-After": "999999999"}) < 3800
 
 
 def test_lasting_failures_are_raised_where_the_next_file_is_submitted(hub: LoopbackHub, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from surgery.cli.main import main
 from surgery.format.files import file_sha256
 from surgery.operations.verify import verify
 from tests.models import files_of, save_llama
+from tests.sealing import edited_manifest
 
 
 @pytest.fixture(scope="module")
@@ -69,21 +70,17 @@ def _rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None], pa
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path, metadata={"format": "pt"})
-    manifest = json.loads((folder / "surgery/manifest.json").read_text())
     name = path.relative_to(folder).as_posix()
-    for shard in manifest["shards"]:
-        for record in (shard["residual"], shard["factors"]):
-            if record and record["file"] == name:
-                record.update(size=path.stat().st_size, sha256=file_sha256(path))
-    (folder / "surgery/manifest.json").write_text(json.dumps(manifest))
+    with edited_manifest(folder) as manifest:
+        for shard in manifest["shards"]:
+            for record in (shard["residual"], shard["factors"]):
+                if record and record["file"] == name:
+                    record.update(size=path.stat().st_size, sha256=file_sha256(path))
 
 
 def _edit_target(folder: Path, **changes: object) -> None:
-    path = folder / "surgery/manifest.json"
-    manifest = json.loads(path.read_text())
-    for key, value in changes.items():
-        manifest["targets"][0][key] = value
-    path.write_text(json.dumps(manifest))
+    with edited_manifest(folder) as manifest:
+        manifest["targets"][0].update(changes)
 
 
 def _bent(tensors: dict[str, torch.Tensor]) -> None:
@@ -190,14 +187,12 @@ def test_a_residual_of_another_shape(folder: Path) -> None:
 
 @pytest.mark.parametrize("change", ["no residual", "no factors", "a shard less"])
 def test_a_manifest_that_contradicts_itself(change: str, folder: Path) -> None:
-    path = folder / "surgery/manifest.json"
-    manifest = json.loads(path.read_text())
-    shard = next(shard for shard in manifest["shards"] if shard["factors"])
-    if change == "a shard less":
-        manifest["shards"].remove(shard)
-    else:
-        shard[change.removeprefix("no ")] = None
-    path.write_text(json.dumps(manifest))
+    with edited_manifest(folder) as manifest:
+        shard = next(shard for shard in manifest["shards"] if shard["factors"])
+        if change == "a shard less":
+            manifest["shards"].remove(shard)
+        else:
+            shard[change.removeprefix("no ")] = None
     with pytest.raises(surgery.SurgeryError):
         verify(folder, device="cpu", fast=True)
 

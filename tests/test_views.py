@@ -19,6 +19,7 @@ from surgery.linalg import views
 from surgery.linalg.views import Slice, View
 from surgery.operations.verify import verify
 from tests.models import files_of, realistic
+from tests.sealing import edited_manifest
 
 
 @st.composite
@@ -184,20 +185,16 @@ def test_convolutions_when_they_are_asked_for(tmp_path: Path) -> None:
 )
 def test_manifest_with_a_view_that_makes_no_sense(change: dict[str, object], llama: Path, tmp_path: Path) -> None:
     surgery.factorize(llama, tmp_path / "f", rank=4)
-    path = tmp_path / "f/surgery/manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["targets"][0].update(change)
-    path.write_text(json.dumps(manifest))
+    with edited_manifest(tmp_path / "f") as manifest:
+        manifest["targets"][0].update(change)
     with pytest.raises(FormatError, match=r"makes no sense|contradict"):
         Manifest.read(tmp_path / "f")
 
 
 def test_a_target_twice(llama: Path, tmp_path: Path) -> None:
     surgery.factorize(llama, tmp_path / "f", rank=4)
-    path = tmp_path / "f/surgery/manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["targets"].append(manifest["targets"][0])
-    path.write_text(json.dumps(manifest))
+    with edited_manifest(tmp_path / "f") as manifest:
+        manifest["targets"].append(manifest["targets"][0])
     with pytest.raises(FormatError, match="is there twice"):
         Manifest.read(tmp_path / "f")
 
@@ -217,10 +214,8 @@ def test_a_target_twice(llama: Path, tmp_path: Path) -> None:
 )
 def test_manifest_that_would_fold_to_something_else(change: object, message: str, llama: Path, tmp_path: Path) -> None:
     surgery.factorize(llama, tmp_path / "f", rank=2)
-    path = tmp_path / "f/surgery/manifest.json"
-    manifest = json.loads(path.read_text())
-    change(manifest["targets"])  # type: ignore[operator]
-    path.write_text(json.dumps(manifest))
+    with edited_manifest(tmp_path / "f") as manifest:
+        change(manifest["targets"])  # type: ignore[operator]
     scales = {_key(target): torch.full((2,), 2.0) for target in manifest["targets"]}
     with pytest.raises(surgery.SurgeryError, match=message):
         surgery.fold(tmp_path / "f", scales, tmp_path / "o")

@@ -8,8 +8,8 @@ from surgery.cli.main import main
 HEAD = """# Command line
 
 Data goes to stdout, everything else to stderr. Exit codes: 0 all well, 1 an error with its reason, 2 wrong usage, 3 a check
-that failed, 130 and 143 interrupted. With `--json`, stdout holds one object with a `schema_version`: [json.md](json.md) has
-its entries.
+that failed, 129, 130 and 143 interrupted. With `--json`, stdout holds one object with a `schema_version`: [json.md](json.md)
+has its entries.
 
 Written by `make docs`; a test holds it to what `--help` prints.
 

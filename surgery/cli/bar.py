@@ -7,8 +7,9 @@ import sys
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 
-from surgery.cli.text import can_show, cells, clock, duration, shorten, shown, size, tell, terminal_width, to_stderr
+from surgery.cli.text import can_show, cells, clock, duration, redraw, shorten, shown, size, tell, terminal_width
 
 #: Seconds between two looks at a phase, and between two drawings of its bar.
 _LOOK, _DRAW = 0.5, 0.1
@@ -45,8 +46,10 @@ class Bar:
             self._phase = _Phase(label, total_bytes)
             self._over.clear()
             # What takes long between two reports, such as a large matrix, must be seen to be alive.
-            self._thread = threading.Thread(target=self._look, name="surgery-progress", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._look, name="surgery-progress", daemon=True)
+            with suppress(RuntimeError):  # the system starts no more threads: nothing that the work depends on
+                thread.start()
+                self._thread = thread
             self._show()
 
     def item(self, name: str) -> None:
@@ -97,11 +100,11 @@ class Bar:
     def _clear(self) -> None:
         if self._drawn:
             self._draw("")
-            to_stderr("\r")
+            redraw("")
 
     def _draw(self, line: str) -> None:
         length = cells(line)
-        to_stderr("\r" + line + " " * (min(self._drawn, _room()) - length))
+        redraw(line, over=min(self._drawn, _room()) - length)
         self._drawn = length
 
 

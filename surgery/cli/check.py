@@ -64,8 +64,9 @@ def inspect(factorized: Path, as_json: bool) -> None:
     origin = f"{report.source.repo_id}@{report.source.commit}" if report.source.repo_id else "a local folder"
     click.echo(
         fitted(
-            f"\n{report.layout} layout of {origin}: {len(report.targets)} targets, {report.trainable} trainable scales, "
-            f"{len(report.skipped)} tensors passed over"
+            "",
+            f"{report.layout} layout of {origin}: {len(report.targets)} targets, {report.trainable} trainable scales, "
+            f"{len(report.skipped)} tensors passed over",
         )
     )
     if not report.lossless:

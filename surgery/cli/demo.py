@@ -75,8 +75,8 @@ def _demo_text(report: DemoReport) -> str:
             table(["", "numbers", "on disk", "loss", "seconds"], rows, flush_right=range(1, 5)),
             "",
             fitted(
-                f"Trainable: {report.trainable / report.weights:.2%} of the weights. Loss: nats per byte of held-out English\n"
-                "prose; the model had learned Python source code.\n"
+                f"Trainable: {report.trainable / report.weights:.2%} of the weights. Loss: nats per byte of held-out English",
+                "prose; the model had learned Python source code.",
                 f"Folding untouched scales {untouched}.",
                 indent="",
             ),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +29,7 @@ from surgery.cli.printing import print_json
 from surgery.cli.profile import profile_text
 from surgery.cli.report import plan_text
 from surgery.cli.text import fitted, say, size, whole
+from surgery.escapes import quoted
 from surgery.progress import phase
 
 if TYPE_CHECKING:
@@ -214,9 +214,9 @@ def recipes(as_json: bool) -> None:
 def _next_steps(model: str, out: Path, manifest: Manifest) -> str:
     """How the scales are trained and folded, to be copied."""
     attach = f"surgery.attach(model, {json.dumps(str(out), ensure_ascii=False)})"
-    fold = f"surgery fold {shlex.quote(str(out))} scales.safetensors"
+    fold = f"surgery fold {quoted(out)} scales.safetensors"
     if manifest.layout == "overlay" and manifest.source.repo_id is None:
-        fold += f" --base {shlex.quote(model)}"
+        fold += f" --base {quoted(model)}"
     return f"train with {whole(attach)}, then: {whole(fold)}"
 
 

@@ -1,12 +1,16 @@
-"""The ``surgery`` command. Exit codes: 0 ok, 1 a SurgeryError, 2 usage, 3 a check that failed, 130 and 143 interrupted."""
+"""The ``surgery`` command. Exit codes: 0 ok, 1 a SurgeryError, 2 usage, 3 a check that failed, 129, 130 and 143 interrupted."""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
-from types import FrameType
-from typing import Any
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType, TracebackType
+from typing import Any, NoReturn, Self, TextIO
 
 import click
 
@@ -16,18 +20,78 @@ from surgery.cli.factorize import factorize, plan, recipes
 from surgery.cli.fold import export, fold
 from surgery.cli.scaling import blend, project, scales
 from surgery.cli.study import recommend, spectra
-from surgery.cli.text import tell
-from surgery.errors import SurgeryError
+from surgery.cli.text import guarded, tell, tell_error
+from surgery.errors import SurgeryError, naming_system_errors
+from surgery.escapes import escaped
 from surgery.installation import check_installation
 from surgery.version import __version__
 
+#: What asks a command to stop. Windows has no SIGHUP.
+_STOPPING = [number for name in ("SIGINT", "SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)) is not None]
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which stops a run as Ctrl-C does."""
+
+class _Stopped(KeyboardInterrupt):
+    """A signal that stops a run as Ctrl-C does."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise _Terminated
+class _Signals:
+    """Makes a ``_Stopped`` of the first signal that asks for it, and lets nothing disturb the clean-up from then on.
+
+    A dropped connection sends two: the system, and the shell that passes it on. Ctrl-C while a stop is under way is told how
+    to stop at once, and the next one does so. A signal that was ignored at the beginning, as under nohup, stays so. A context
+    manager; does nothing outside of the main thread.
+    """
+
+    def __init__(self) -> None:
+        self._before: dict[int, Any] = {}
+        self._under_way: Callable[[], _Stopped | None] = lambda: None
+        self._insisted = False
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in _STOPPING:
+                before = signal.getsignal(number)
+                if before not in (signal.SIG_IGN, None):
+                    self._before[number] = before
+                    signal.signal(number, self._arrived)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+
+    def _arrived(self, number: int, frame: FrameType | None) -> None:
+        if self._under_way() is None:
+            stop = _Stopped(number)
+            # Alive as long as it is under way. Where it came into a finalizer, which drops it, the next signal counts.
+            self._under_way = weakref.ref(stop)
+            try:
+                raise stop
+            finally:
+                del stop
+        if number == signal.SIGINT:
+            if self._insisted:
+                os._exit(128 + number)
+            self._insisted = True
+            with suppress(OSError):  # not through a stream, which may be in the midst of a write
+                os.write(2, b"\nStopping, which may take a moment; Ctrl-C once more stops at once.\n")
+
+
+def _drop_unwritten(stream: TextIO | None) -> None:
+    """What nobody takes any more, as a terminal that is gone: else Python tries again at its end, and exits with 120."""
+    if stream is None:
+        return
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
 
 
 def _hold_standard_streams() -> None:
@@ -37,30 +101,54 @@ def _hold_standard_streams() -> None:
     os.close(number)
 
 
+@contextmanager
+def _usage_in_one_line() -> Iterator[None]:
+    """What click says of an argument that it does not take names it as it is."""
+    try:
+        yield
+    except click.UsageError as error:
+        text = error.format_message()
+        if text.isprintable() or (error.ctx is not None and text == error.ctx.get_help()):
+            raise
+        raise click.UsageError(escaped(text), error.ctx) from None
+
+
 class _Group(click.Group):
-    """Turns a SurgeryError into a message and exit code 1; anything unforeseen keeps its traceback."""
+    """Turns a SurgeryError into a message and exit code 1; anything unforeseen keeps its traceback.
+
+    Whatever is written meanwhile is made safe for a terminal.
+    """
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        with guarded():
+            return super().main(*args, **options)
+
+    def make_context(self, *args: Any, **options: Any) -> click.Context:
+        with _usage_in_one_line():
+            return super().make_context(*args, **options)
 
     def invoke(self, ctx: click.Context) -> Any:
-        main_thread = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGTERM, _terminate) if main_thread else None
-        try:
-            _hold_standard_streams()
-            check_installation()
-            return super().invoke(ctx)
-        except BrokenPipeError:  # of whoever reads the output: click knows what to do
-            raise
-        except KeyboardInterrupt as stop:
-            tell("Interrupted.")
-            ctx.exit(143 if isinstance(stop, _Terminated) else 130)
-        except SurgeryError as error:
-            tell(f"Error: {error}")
-            ctx.exit(1)
-        except OSError as error:  # of a path that the system will not even look at
-            tell(f"Error: {error}")
-            ctx.exit(1)
-        finally:
-            if main_thread:
-                signal.signal(signal.SIGTERM, before)
+        with _Signals():
+            try:
+                _hold_standard_streams()
+                check_installation()
+                with _usage_in_one_line(), naming_system_errors():
+                    return super().invoke(ctx)
+            except BrokenPipeError:  # of whoever reads the output: click knows what to do
+                raise
+            except KeyboardInterrupt as stop:
+                tell("Interrupted.")
+                self._end(ctx, 128 + (stop.number if isinstance(stop, _Stopped) else signal.SIGINT))
+            except (SurgeryError, OSError) as error:  # an OSError is of a path that the system will not even look at
+                tell_error(error)
+                self._end(ctx, 1)
+            finally:
+                _drop_unwritten(sys.stderr)
+
+    @staticmethod
+    def _end(ctx: click.Context, code: int) -> NoReturn:
+        _drop_unwritten(sys.stdout)
+        ctx.exit(code)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

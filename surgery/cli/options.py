@@ -115,7 +115,7 @@ def notes_and_quiet(command: Callable[..., None]) -> Callable[..., None]:
             try:
                 command(*args, quiet=quiet, **kwargs)
             finally:
-                for message in dict.fromkeys(str(warning.message) for warning in caught):
+                for message in dict.fromkeys(" ".join(str(warning.message).split()) for warning in caught):
                     tell(f"note: {message}", quiet=quiet)
 
     return wrapper

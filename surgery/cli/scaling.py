@@ -186,9 +186,9 @@ def show(file: Path, top: int, as_json: bool, quiet: bool) -> None:
         click.echo()
     click.echo(
         fitted(
-            f"{found.targets} targets, {found.trainable} trainable numbers, {_changed(found.changed)}\n"
-            f"least {found.least:.6g}, median {found.median:.6g}, most {found.most:.6g}\n"
-            f"fingerprint {found.fingerprint or 'unknown: the file does not say which factors it belongs to'}"
+            f"{found.targets} targets, {found.trainable} trainable numbers, {_changed(found.changed)}",
+            f"least {found.least:.6g}, median {found.median:.6g}, most {found.most:.6g}",
+            f"fingerprint {found.fingerprint or 'unknown: the file does not say which factors it belongs to'}",
         )
     )
 

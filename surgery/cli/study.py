@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +12,11 @@ import click
 from surgery.cli.bar import Bar
 from surgery.cli.options import MODEL, PATH, device_option, json_option, notes_and_quiet, overwrite_file_option, quiet_option
 from surgery.cli.printing import print_json
-from surgery.cli.text import say, tell, whole
-from surgery.errors import MissingExtra, OutputError
+from surgery.cli.text import say, whole
+from surgery.names import SPECTRA_FILE, SPECTRA_PAGE
 from surgery.progress import phase
 
 # Modules that import torch are imported inside the commands: --help must not wait for them.
-
-_JSON_FILE, _CSV_FILE, _PAGE_FILE = "spectra.json", "spectra.csv", "index.html"
 
 
 def _which_weights(command: Callable[..., None]) -> Callable[..., None]:
@@ -57,40 +54,21 @@ def spectra(model: str, tuned: str | None, out: Path, overwrite: bool, as_json: 
     """Describe the singular values of MODEL's weights, or how those of TUNED, a fine-tuned MODEL, differ from them.
 
     Writes spectra.json and spectra.csv, and with the extra plot index.html: the findings in words and pictures, a page that
-    needs no network. With --json the findings are printed as well.
+    needs no network. They come together, at the end; stopped before that, the same command goes on after the last finished
+    weight file. With --json the findings are printed as well.
     """
     bar = Bar(quiet=quiet)
     with phase(bar, "starting"):
-        from surgery.format.files import write_file
         from surgery.operations import spectra as operation
-        from surgery.operations.output import check_output_file
-        from surgery.report.listing import write_csv
-        from surgery.report.page import write_page
 
     start = time.perf_counter()
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is no folder", hint="-o chooses another one")
-    files = [out / name for name in (_JSON_FILE, _CSV_FILE, _PAGE_FILE)]
-    for file in files:
-        check_output_file(file, operation.folders_of(model, tuned), overwrite=overwrite)
-    report = operation.spectra(model, tuned, **chosen, progress=bar)
-    for file in files:
-        file.unlink(missing_ok=True)
-    content = report.as_json()
-    write_file(out / _JSON_FILE, json.dumps(content, allow_nan=False).encode() + b"\n")
-    write_csv(content, out / _CSV_FILE)
-    try:
-        with phase(bar, "drawing"):
-            write_page(content, out / _PAGE_FILE)
-        page = str(out / _PAGE_FILE)
-    except MissingExtra as missing:
-        tell(f"note: no page: {missing}", quiet=quiet)
-        page = str(out / _JSON_FILE)
+    report = operation.spectra(model, tuned, out=out, **chosen, overwrite=overwrite, progress=bar)
     seconds = time.perf_counter() - start
     if as_json:
         print_json(report.findings, out=out, seconds=seconds)
         return
-    say(f"{whole(page)}: {report.findings.targets} matrices in {seconds:.1f} s on {report.device}", quiet=quiet)
+    shown = next(path for name in (SPECTRA_PAGE, SPECTRA_FILE) if (path := out / name).exists())
+    say(f"{whole(shown)}: {report.findings.targets} matrices in {seconds:.1f} s on {report.device}", quiet=quiet)
 
 
 @click.command(short_help="Recommend ranks that spend a budget best.")

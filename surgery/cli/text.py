@@ -1,30 +1,45 @@
-"""Text on its way out: what a terminal can show of it, how wide it is there, and how it is made to fit."""
+"""Text on its way out: what a terminal can show of it, how wide it is there, and how it is made to fit.
+
+All that is written while a command runs goes through ``guarded``: of what others put into it nothing but characters and line
+ends comes through. Where a line ends is known to who writes it: what is to be one line is escaped as one before, by ``shown``.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
+import traceback
 import unicodedata
-from contextlib import suppress
-from typing import TextIO
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import TracebackType
+from typing import Any, TextIO, cast
 
 import click
+
+from surgery.errors import SurgeryError
+from surgery.escapes import escaped
 
 #: Stands for a space at which no line is broken. Neither paths nor what somebody types can hold it.
 _GLUE = "\0"
 
 
 def shown(text: str, *, err: bool = False) -> str:
-    """The text, with what would move a terminal's cursor, or what its encoding does not have, escaped as in a Python string.
+    """The text as one line: ``escaped``, and so is what the encoding of the stream does not have.
 
     Args:
         err: whether it goes to stderr.
     """
-    if text.isascii() and text.isprintable():
+    return _encodable(escaped(text), _stream(err))
+
+
+def _encodable(text: str, stream: TextIO | None) -> str:
+    encoding = _encoding(stream)
+    if text.isascii() or _has(encoding, text):
         return text
-    encoding = _encoding(_stream(err))
-    return "".join(one if one.isprintable() and _has(encoding, one) else ascii(one)[1:-1] for one in text)
+    return "".join(one if _has(encoding, one) else ascii(one)[1:-1] for one in text)
 
 
 def can_show(text: str, *, err: bool) -> bool:
@@ -156,29 +171,103 @@ def clock(seconds: float) -> str:
     return f"{minutes}:{rest:02}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
-def fitted(text: str, *, indent: str = "  ", err: bool = False) -> str:
-    """A text in the width of the terminal that stdout, or stderr, is: broken at words, each line by itself."""
+def fitted(*lines: str, indent: str = "  ", err: bool = False) -> str:
+    """Lines in the width of the terminal that stdout, or stderr, is, each broken at words."""
     width = terminal_width(err=err)
-    safe = (_GLUE.join(shown(part, err=err) for part in line.split(_GLUE)) for line in text.split("\n"))
+    safe = (_GLUE.join(shown(part, err=err) for part in line.split(_GLUE)) for line in lines)
     return "\n".join(part for line in safe for part in wrapped(line, width, indent=indent))
 
 
-def to_stderr(text: str) -> None:
-    """Write text as it is. Whether anybody hears it never decides over the work: stderr may be closed, its reader gone."""
+def _to_stderr(text: str) -> None:
+    """Whether anybody hears it never decides over the work: stderr may be closed, its reader gone."""
     with suppress(OSError, ValueError):
         click.echo(text, err=True, nl=False)
+
+
+def redraw(line: str, *, over: int = 0) -> None:
+    """A line of stderr anew, from its beginning: the one thing that moves a terminal's cursor.
+
+    Args:
+        over: how many cells of what is there now are to be wiped out after it.
+    """
+    with suppress(OSError, ValueError):
+        click.echo("\r" + shown(line, err=True) + " " * over, file=_bare(sys.stderr), nl=False)
 
 
 def say(message: str, *, quiet: bool = False) -> None:
     """A line for the user that is no data, on stderr; broken at words where the terminal is narrow."""
     if not quiet:
-        to_stderr(fitted(message, err=True) + "\n")
+        _to_stderr(fitted(message, err=True) + "\n")
 
 
 def tell(message: str, *, quiet: bool = False) -> None:
-    """A note or an error, on stderr. What paths and commands it has is not known here: the terminal breaks its lines."""
+    """A note, in one line on stderr. What paths and commands it has is not known here: the terminal breaks it."""
     if not quiet:
-        to_stderr("".join(shown(line, err=True) + "\n" for line in message.split("\n")))
+        _to_stderr(shown(message, err=True) + "\n")
+
+
+def tell_error(error: Exception) -> None:
+    """Why a command ends, on stderr. One of ours has several lines, and what it names is escaped in each."""
+    lines = str(error).split("\n") if isinstance(error, SurgeryError) else [str(error)]
+    _to_stderr("".join(shown(line, err=True) + "\n" for line in ["Error: " + lines[0], *lines[1:]]))
+
+
+class _Guarded:
+    """A standard stream through which only characters, tabs and line ends pass, whoever writes."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.bare = stream
+
+    def write(self, text: str) -> int:
+        safe = "\n".join("\t".join(map(escaped, line.split("\t"))) for line in text.split("\n"))
+        self.bare.write(_encodable(safe, self.bare))
+        return len(text)
+
+    def writelines(self, lines: Iterator[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.bare, name)
+
+
+class _OneLine(logging.LogRecord):
+    """What libraries log of configs and answers."""
+
+    def getMessage(self) -> str:  # noqa: N802  # as logging calls it
+        return escaped(super().getMessage())
+
+
+def _bare(stream: TextIO | None) -> TextIO | None:
+    return stream.bare if isinstance(stream, _Guarded) else stream
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """What is written meanwhile moves no cursor, whoever writes it: we, click, Python's warnings, libraries and their logs.
+
+    From then on a traceback of what nobody has foreseen is safe as well.
+    """
+    before = out, err = sys.stdout, sys.stderr
+    factory = logging.getLogRecordFactory()
+    if sys.excepthook is sys.__excepthook__:
+        sys.excepthook = _show_unforeseen
+    sys.stdout, sys.stderr = (None if one is None else cast(TextIO, _Guarded(one)) for one in before)
+    ours = sys.stdout, sys.stderr
+    logging.setLogRecordFactory(_OneLine)
+    try:
+        yield
+    finally:
+        logging.setLogRecordFactory(factory)
+        if (sys.stdout, sys.stderr) == ours:  # click puts others there when the reader of its output has gone
+            sys.stdout, sys.stderr = out, err
+
+
+def _show_unforeseen(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Python's own traceback; of each exception the message in one line."""
+    parts = [part.strip("\n") for part in traceback.format_exception(kind, error, trace)]
+    with guarded():
+        _to_stderr("".join((part if part.startswith("  File ") else escaped(part)) + "\n" for part in parts))
 
 
 def _stream(err: bool) -> TextIO | None:

@@ -47,10 +47,11 @@ def run_jobs(
             for _ in range(IN_HAND):
                 arguments = (_run, work, source, lane, turn, finished)
                 runners.append(threading.Thread(target=copy_context().run, args=arguments, name="surgery-job"))
-        for runner in runners:
-            runner.start()
-        going, first, begun = len(runners), None, time.perf_counter()
+        going, first, begun = 0, None, time.perf_counter()
         try:
+            for runner in runners:
+                runner.start()
+                going += 1
             while going:
                 job, result, error = finished.get()
                 if error is not None:
@@ -72,7 +73,8 @@ def run_jobs(
                 for lane in lanes:
                     lane.stop()
             for runner in runners:
-                runner.join()
+                if runner.ident is not None:  # None where it could not be started
+                    runner.join()
             if (timing := lanes[0].timing) is not None:
                 timing.wall += time.perf_counter() - begun
 

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import hashlib
 import json
 import os
 import stat
 import threading
+import unicodedata
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import islice, pairwise
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import IO, Any, Self
 
-from surgery.errors import FormatError, OutputError, ReadError, SurgeryError
+from surgery.errors import FormatError, OutputError, ReadError, SurgeryError, advice
 from surgery.format.disk import DiskStream
+from surgery.format.hub_cache import hub_cache
+from surgery.names import RESERVED_SUFFIX
 from surgery.timing import timed
 
 #: Bytes moved at a time where no tensor has to be whole.
@@ -25,6 +31,26 @@ RESTORE_HINT = "restore it from the source model"
 #: Of a config or an index, and of what surgery writes: the manifest of a model of 45,000 matrices takes some 80 MB.
 MAX_JSON_BYTES = 1 << 26
 MAX_OWN_JSON_BYTES = 1 << 29
+#: Of JSON: far more than any config has, and far less than what Python's recursion bears, to compare and print it too.
+_MOST_LEVELS = 100
+_TOO_DEEP = f"nested deeper than {_MOST_LEVELS} levels"
+#: Of JSON in the making, as the encoder gives them: a number, a bracket ...
+_PIECES = 1 << 14
+#: What to do where something cannot be written, and can be soon.
+_TO_GO_ON = {
+    errno.ENOSPC: "free some space, then run the same command again: it goes on where it stopped",
+    errno.EDQUOT: "free some of your quota, then run the same command again: it goes on where it stopped",
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f), or see what this disk allows, then run the same command again",
+}
+
+#: Bytes of a name that leave room for what is added to it while its file is written, and of a path below a folder.
+_LONGEST_NAME = 255 - len(RESERVED_SUFFIX)
+_LONGEST_PATH = 1000
+#: What Windows takes for devices, in any folder and with any suffix.
+_DEVICES = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"} | {
+    f"{port}{number}" for port in ("COM", "LPT") for number in "0123456789\u00b9\u00b2\u00b3"
+}
+_JOINER = "\u200d"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,9 +130,14 @@ class Watch:
     """Files that are read more than once, or together with others, and must be the same all the time.
 
     For any number of threads.
+
+    Attributes:
+        pinned: whether hashes pin what the files hold, and each use holds them to it. Then one may be removed when it has been
+            opened, as from the hub's cache, and come again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, pinned: bool = False) -> None:
+        self.pinned = pinned
         self._seen: dict[Path, tuple[str, Stamp]] = {}
         self._one = threading.Lock()
 
@@ -128,20 +159,25 @@ class Watch:
         before.check(stamp, name)
         return stamp
 
+    def seen(self, path: Path) -> Stamp | None:
+        """What a file was when it was seen, if it was."""
+        with self._one:
+            return self._seen[path][1] if path in self._seen else None
+
     def forget(self, path: Path) -> None:
         """A file is dropped by whoever put it there."""
         with self._one:
             self._seen.pop(path, None)
 
     def check(self) -> None:
-        """All once more.
+        """All once more, unless they are pinned.
 
         Raises:
             FormatError: one has changed.
             ReadError: one is gone.
         """
         with self._one:
-            seen = list(self._seen.items())
+            seen = [] if self.pinned else list(self._seen.items())
         for path, (name, before) in seen:
             before.check(Stamp.at(path, name), name)
 
@@ -164,6 +200,7 @@ class FileWriter:
         self.partial = partial or path.with_name(path.name + ".partial")
         self._read_soon = read_soon
         self._sha256 = hashlib.sha256()
+        self._in_place = False
         self.size = 0
 
     def __enter__(self) -> Self:
@@ -191,8 +228,11 @@ class FileWriter:
         try:
             self.stream.stop()
         finally:
-            self.file.close()
-            self.partial.unlink(missing_ok=True)
+            with suppress(OSError):  # the disk has said before what is wrong with it, or it is of no account any more
+                self.file.close()
+            if not self._in_place:
+                with suppress(OSError):
+                    self.partial.unlink(missing_ok=True)
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Append ``data``.
@@ -223,7 +263,13 @@ class FileWriter:
             os.fsync(self.file.fileno())
             self.file.close()
             self.partial.replace(self.path)
-            sync_directory(self.path.parent)
+            self._in_place = True
+            try:
+                sync_directory(self.path.parent)
+            except OSError:  # what is not known to stay is not left to be taken for a result
+                with suppress(OSError):
+                    self.path.unlink()
+                raise
         return FileRecord(name, self.size, self.sha256)
 
 
@@ -247,6 +293,19 @@ def write_file(path: Path, data: bytes) -> None:
     with FileWriter(path) as writer:
         writer.write(data)
         writer.commit(path.name)
+
+
+def json_bytes(value: Any) -> bytes:
+    """Indented JSON of dataclasses and what JSON has, UTF-8. Of a large value no second copy is made but this one."""
+    encoder = json.JSONEncoder(indent=1, ensure_ascii=False, default=_fields)
+    text, pieces = bytearray(), encoder.iterencode(value)
+    while some := "".join(islice(pieces, _PIECES)):
+        text += some.encode()
+    return bytes(text)
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
 
 
 def file_sha256(path: Path) -> str:
@@ -341,14 +400,12 @@ def reporting(path: Path) -> Iterator[None]:
     """Turns an OSError into an OutputError that names the file."""
     try:
         yield
-    except OutputError:
+    except SurgeryError:
         raise
     except OSError as error:
         raise OutputError(
             f"{path}: cannot be written ({error.strerror or error})",
-            hint="free some space, then run the same command again: it goes on where it stopped"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
-            else "choose another folder with -o",
+            hint=_TO_GO_ON.get(error.errno or 0) or f"{advice(error)}; or choose another folder with -o",
         ) from error
 
 
@@ -359,16 +416,67 @@ def read_json_object(path: Path, name: str, *, most: int = MAX_JSON_BYTES) -> di
         ReadError: the system does not let it be read.
         FormatError: too large, not JSON, or no object.
     """
+    return json_object(read_bytes(path, name, most=most), name)
+
+
+def read_bytes(path: Path, name: str, *, most: int) -> bytes:
+    """A small file that may be anything, whole.
+
+    Raises:
+        ReadError: the system does not let it be read, or it is no ordinary file.
+        FormatError: it is larger than ``most`` bytes.
+    """
     with reading(path, name):
         check_size(path, name, most)
-        data = path.read_bytes()
+        return path.read_bytes()
+
+
+def json_object(data: bytes, name: str) -> dict[str, Any]:
+    """A JSON object from the bytes of a file.
+
+    Raises:
+        FormatError: not JSON, or no object.
+    """
     try:
-        parsed = json.loads(data.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
+        parsed = decode_json(data.decode("utf-8"))
+    except ValueError as error:
         raise FormatError(f"{name}: not valid JSON ({error})") from None
     if not isinstance(parsed, dict):
         raise FormatError(f"{name}: no JSON object", got=type(parsed).__name__)
     return parsed
+
+
+def decode_json(text: str) -> Any:
+    """What JSON says, where it says it once: of a name that is there twice every reader takes another value.
+
+    ``NaN`` and ``Infinity`` are numbers, as transformers writes them into configs.
+
+    Raises:
+        ValueError: it is no JSON, is nested deeply, or has an object with a name twice.
+    """
+    try:
+        parsed = json.loads(text, object_pairs_hook=_each_once)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    level, depth = [parsed], 0
+    while level := [
+        inner
+        for value in level
+        if isinstance(value, (dict, list))
+        for inner in (value.values() if isinstance(value, dict) else value)
+    ]:
+        depth += 1
+        if depth > _MOST_LEVELS:
+            raise ValueError(_TOO_DEEP)
+    return parsed
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the name {twice!r} appears twice")
+    return result
 
 
 @contextmanager
@@ -379,10 +487,10 @@ def reading(path: Path, name: str | None = None) -> Iterator[None]:
     except SurgeryError:
         raise
     except OSError as error:
-        raise ReadError(
-            f"{name or path}: cannot be read ({error.strerror or error})",
-            hint="see who may read it, and the folders above it: ls -l" if isinstance(error, PermissionError) else None,
-        ) from error
+        hint = advice(error)
+        if isinstance(error, FileNotFoundError) and hub_cache(path) is not None:
+            hint = "the hub's cache has lost it; run the same command again: it is fetched once more"
+        raise ReadError(f"{name or path}: cannot be read ({error.strerror or error})", hint=hint) from error
 
 
 def check_regular(path: Path, name: str) -> None:
@@ -406,6 +514,26 @@ def check_replaceable(path: Path) -> None:
         raise OutputError(f"{path} is {what}", expected="a file to write", hint="choose another file with -o")
 
 
+def all_below(folder: Path) -> Iterator[Path]:
+    """Everything in a folder and in the folders in it; links are not followed.
+
+    ``Path.rglob`` passes over folders that may not be looked into, as if nothing were there.
+
+    Raises:
+        ReadError: one of the folders cannot be looked into.
+    """
+    if not folder.is_dir():
+        return
+
+    def refused(error: OSError) -> None:
+        with reading(Path(error.filename)):
+            raise error
+
+    for top, folders, files in os.walk(folder, onerror=refused):
+        for name in (*folders, *files):
+            yield Path(top, name)
+
+
 def check_size(path: Path, name: str, most: int = MAX_JSON_BYTES) -> None:
     """Refuse a file that would take unbounded memory or time.
 
@@ -420,14 +548,58 @@ def check_size(path: Path, name: str, most: int = MAX_JSON_BYTES) -> None:
 
 
 def check_relative_path(name: str, where: str) -> str:
-    """``name`` if it stays inside the folder it is relative to.
+    """``name`` if it is a path that means the same file on every system, and that stays inside the folder it is relative to.
+
+    Letters of all scripts, symbols and emoji are fine. The same rule holds for what a hub or a folder lists, what an index
+    names, and what a manifest records.
 
     Raises:
-        FormatError: absolute, with ``..``, empty, or with characters no path of ours has.
+        FormatError: says which part of the rule it breaks.
     """
     path = PurePosixPath(name)
-    if not name.isprintable() and any(0xD800 <= ord(character) < 0xE000 for character in name):
+    if any(0xD800 <= ord(character) < 0xE000 for character in name):
         raise FormatError(f"{where}: a file name that is no Unicode text", got=ascii(name)[:200])
-    if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or ":" in path.parts[0]:
+    if not path.parts or path.is_absolute() or ".." in path.parts or any(sign in name for sign in "\\\0:"):
         raise FormatError(f"{where}: a path that leaves its folder", got=repr(name)[:200], expected="a plain relative path")
+    if path.as_posix() != name:
+        raise FormatError(f"{where}: a path with parts that say nothing", got=repr(name)[:200], expected=repr(path.as_posix()))
+    for part in path.parts:
+        if _hidden(part):
+            raise FormatError(f"{where}: a file name with characters that are not seen", got=ascii(part)[:200])
+        if part[-1] in " ." or part.split(".")[0].rstrip().upper() in _DEVICES:
+            raise FormatError(f"{where}: a file name that Windows takes for another", got=repr(part)[:200])
+        if len(os.fsencode(part)) > _LONGEST_NAME:
+            raise FormatError(f"{where}: a file name that is too long", got=ascii(part)[:80], expected=f"{_LONGEST_NAME} bytes")
+    if len(os.fsencode(name)) > _LONGEST_PATH:
+        raise FormatError(f"{where}: a path that is too long", got=ascii(name)[:80], expected=f"{_LONGEST_PATH} bytes")
     return name
+
+
+def is_plain_path(name: str) -> bool:
+    """Whether ``check_relative_path`` takes it."""
+    try:
+        check_relative_path(name, "")
+    except FormatError:
+        return False
+    return True
+
+
+def _hidden(part: str) -> bool:
+    """Whether a name has control characters, line ends, changes of direction, or characters without a width in it.
+
+    One of these is part of emoji: what joins two.
+    """
+    if all(_is_emoji_joined(before, after) for before, after in pairwise(part.split(_JOINER))):
+        part = part.replace(_JOINER, "")
+    return any(unicodedata.category(one) in ("Cc", "Cf", "Zl", "Zp") for one in part)
+
+
+def _is_emoji_joined(before: str, after: str) -> bool:
+    """Whether a symbol, maybe with its skin or its variant, stands before a joiner, and a symbol after it."""
+    last, first = (unicodedata.category(one) if one else "" for one in (before[-1:], after[:1]))
+    return last in ("So", "Sk", "Mn") and first == "So"
+
+
+def file_key(path: str) -> str:
+    """What two paths have in common that are one on a disk that does not tell case or normal forms apart."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", path).casefold())

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
+
+from surgery.escapes import quoted
 
 #: How much of a file is looked at.
 HEAD_BYTES = 512
@@ -71,7 +72,7 @@ def _conversion(path: Path) -> str:
         "import safetensors.torch, torch; "
         f'safetensors.torch.save_file(torch.load(open({_literal(path)}, "rb"), weights_only=True), {_literal(new)})'
     )
-    return f"convert it once: python -c {shlex.quote(code)}"
+    return f"convert it once: python -c {quoted(code)}"
 
 
 def _literal(path: Path) -> str:

@@ -8,6 +8,7 @@ import json
 import math
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -18,14 +19,18 @@ from surgery.format.files import (
     MAX_OWN_JSON_BYTES,
     FileRecord,
     check_relative_path,
-    read_json_object,
     reading,
     write_file,
 )
+from surgery.format.sealed import read_sealed, sealed
 from surgery.linalg.views import KINDS, Slice, View
 from surgery.names import DTYPE_BITS, FACTORIZABLE_DTYPES, FORMAT_VERSION, MANIFEST_FILE, SURGERY_DIR, is_reserved, target_key
 
 _T = TypeVar("_T")
+
+_DAMAGED_HINT = "restore it, from a copy or by downloading it again, or factorize again with --overwrite"
+#: What JSON has for the annotations of a record.
+_SCALARS: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "bool": bool, "float": (int, float)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,9 +228,13 @@ class LeftOutRecord:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Manifest:
-    """The whole manifest. ``fingerprint`` identifies the factors; scales carry it."""
+    """The whole manifest.
+
+    ``fingerprint`` identifies the factors; scales carry it. ``source_stamps`` are what a local source's weight files are known
+    by (``source_stamp``), in the order of ``shards``; there are none of a model from the hub.
+    """
 
     format_version: int
     tool: str
@@ -235,6 +244,7 @@ class Manifest:
     source: SourceRecord
     options: OptionsRecord
     fingerprint: str
+    source_stamps: list[str]
     shards: list[ShardRecord]
     files: list[FileRecord]
     left_out: list[LeftOutRecord]
@@ -242,8 +252,7 @@ class Manifest:
     skipped: list[SkippedRecord]
 
     def as_bytes(self) -> bytes:
-        """As it is in its file."""
-        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False).encode() + b"\n"
+        return sealed(self)
 
     def write(self, folder: str | Path) -> None:
         """Put the manifest in its place, if it can be read again.
@@ -255,11 +264,12 @@ class Manifest:
             FormatError: it could not be; nothing is written.
             OutputError: the disk is full or fails.
         """
-        data, folder = self.as_bytes(), as_path(folder, "folder")
+        folder = as_path(folder, "folder")
         where = str(folder / MANIFEST_FILE)
+        self._check(where)
+        data = self.as_bytes()
         if len(data) > MAX_OWN_JSON_BYTES:
             raise FormatError(f"{where}: too large to be read again", got=f"{len(data)} bytes", expected=MAX_OWN_JSON_BYTES)
-        self._from_json(json.loads(data), where)
         write_file(folder / MANIFEST_FILE, data)
 
     @classmethod
@@ -273,7 +283,7 @@ class Manifest:
             OptionError: no path.
             SourceError: the folder is no factorized checkpoint, or an unfinished one.
             ReadError: the system does not let it be read.
-            FormatError: the manifest is damaged, or of another version.
+            FormatError: the manifest has been changed since it was written, makes no sense, or is of another version.
         """
         folder = as_path(folder, "folder")
         path = folder / MANIFEST_FILE
@@ -292,7 +302,7 @@ class Manifest:
                 if unfinished
                 else "give the folder that surgery factorize wrote",
             )
-        return cls._from_json(read_json_object(path, str(path), most=MAX_OWN_JSON_BYTES), str(path))
+        return cls._from_json(read_sealed(path, _DAMAGED_HINT), str(path))
 
     @classmethod
     def _from_json(cls, parsed: dict[str, Any], where: str) -> Manifest:
@@ -304,20 +314,28 @@ class Manifest:
                 hint="use the version of surgery that wrote it, or factorize again",
             )
         manifest = _decode(cls, parsed, where)
-        for record in manifest.output_files():
+        manifest._check(where)
+        return manifest
+
+    def _check(self, where: str) -> None:
+        """Raises: FormatError: its entries contradict each other."""
+        for record in self.output_files():
             check_relative_path(record.file, where)
-        for shard in manifest.shards:
+        for shard in self.shards:
             check_relative_path(shard.source.file, where)
-        _check_names(manifest, where)
-        for target in manifest.targets:
-            _check_target(target, where, overlay=manifest.layout == "overlay")
-        key, count = next(iter(Counter(target.key for target in manifest.targets).most_common(1)), ("", 0))
+        if len(self.source_stamps) not in (0, len(self.shards)):
+            raise FormatError(
+                f"{where}: not one stamp for each weight file", got=len(self.source_stamps), expected=len(self.shards)
+            )
+        _check_names(self, where)
+        for target in self.targets:
+            _check_target(target, where, overlay=self.layout == "overlay")
+        key, count = next(iter(Counter(target.key for target in self.targets).most_common(1)), ("", 0))
         if count > 1:
             raise FormatError(f"{where}: {key!r} is there twice")
-        _check_shards(manifest, where)
-        _check_slices(manifest.targets, where)
-        _check_aliases(manifest, where)
-        return manifest
+        _check_shards(self, where)
+        _check_slices(self.targets, where)
+        _check_aliases(self, where)
 
     @property
     def lossless(self) -> bool:
@@ -335,7 +353,32 @@ class Manifest:
         Args:
             shard: its path in the source, such as ``model.safetensors``.
         """
-        return [target for target in self.targets if target.shard == shard]
+        return self._by_shard.get(shard, [])
+
+    def edited_in(self, shard: str) -> dict[str, TargetRecord]:
+        """The tensors of targets in one weight file of the source, and their aliases there; of slices of one tensor any.
+
+        Args:
+            shard: its path in the source.
+        """
+        return self._edited.get(shard, {})
+
+    # Looked up for each of thousands of shards: a pass over all targets each time would be quadratic.
+    @cached_property
+    def _by_shard(self) -> dict[str, list[TargetRecord]]:
+        found: dict[str, list[TargetRecord]] = {}
+        for target in self.targets:
+            found.setdefault(target.shard, []).append(target)
+        return found
+
+    @cached_property
+    def _edited(self) -> dict[str, dict[str, TargetRecord]]:
+        found: dict[str, dict[str, TargetRecord]] = {}
+        for target in self.targets:
+            found.setdefault(target.shard, {})[target.tensor] = target
+            for alias in target.aliases:
+                found.setdefault(alias.shard, {})[alias.tensor] = target
+        return found
 
 
 def _check_target(target: TargetRecord, where: str, *, overlay: bool) -> None:
@@ -409,6 +452,19 @@ def _check_aliases(manifest: Manifest, where: str) -> None:
         raise FormatError(f"{where}: {passed[0]!r} is both a target and passed over")
 
 
+def source_stamp(record: FileRecord, mtime_ns: int) -> str:
+    """What tells a weight file of the source from others with the same bytes: when they were written, which is its own.
+
+    A hash, so that no time of the machine is in the manifest.
+
+    Args:
+        record: of the file.
+        mtime_ns: when its contents changed, in nanoseconds. The same after a restart, where its disk is mounted elsewhere,
+            and wherever the file is moved or faithfully copied to.
+    """
+    return hashlib.sha256(f"{record.sha256} {mtime_ns}".encode()).hexdigest()
+
+
 def decode_file(value: Any, where: str) -> FileRecord | None:
     """A file's record, or its absence, as the journal of a fold keeps it: ``{"file": ...}``.
 
@@ -444,11 +500,17 @@ def _decode_field(annotation: str, value: Any, where: str) -> Any:
     if annotation.startswith("list["):
         if not isinstance(value, list):
             raise FormatError(f"{where}: expected a list", got=type(value).__name__)
-        return [_decode_field(annotation[5:-1], item, f"{where}[{i}]") for i, item in enumerate(value)]
-    scalar = {"str": str, "int": int, "bool": bool, "float": (int, float)}.get(annotation)
+        if annotation[5:-1] in _SCALARS:
+            return [_decode_field(annotation[5:-1], item, f"{where}[{i}]") for i, item in enumerate(value)]
+        records = []
+        for i, item in enumerate(value):
+            records.append(_decode_field(annotation[5:-1], item, f"{where}[{i}]"))
+            value[i] = None  # of a long list what is parsed goes as the records come
+        return records
+    scalar = _SCALARS.get(annotation)
     if scalar is None:
         return _decode(globals()[annotation], value, where)
-    if not isinstance(value, scalar) or (isinstance(value, bool) and annotation != "bool"):  # type: ignore[arg-type]
+    if not isinstance(value, scalar) or (isinstance(value, bool) and annotation != "bool"):
         raise FormatError(f"{where}: expected {annotation}", got=repr(value)[:80])
     if annotation == "float" and isinstance(value, int):
         try:

@@ -12,9 +12,8 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -22,9 +21,19 @@ from typing import IO, Any, Self, TypeGuard
 
 import torch
 
-from surgery.errors import FormatError
+from surgery.errors import MEMORY_HINT, FormatError
 from surgery.format.disk import write_all
-from surgery.format.files import FileRecord, FileWriter, Stamp, Watch, check_regular, file_sha256, reading, reporting
+from surgery.format.files import (
+    FileRecord,
+    FileWriter,
+    Stamp,
+    Watch,
+    check_regular,
+    decode_json,
+    file_sha256,
+    reading,
+    reporting,
+)
 from surgery.format.kinds import HEAD_BYTES, other_kind
 from surgery.memory import bytes_of
 from surgery.names import DTYPE_BITS
@@ -114,8 +123,8 @@ def parse_header(raw: bytes, *, file: str, file_bytes: int | None = None) -> Hea
     if len(raw) < 8 or len(raw) != 8 + int.from_bytes(raw[:8], "little"):
         raise FormatError(f"{file}: the header is cut off")
     try:
-        parsed = json.loads(raw[8:].decode("utf-8"), object_pairs_hook=_reject_duplicates)
-    except (ValueError, RecursionError) as error:
+        parsed = decode_json(raw[8:].decode("utf-8"))
+    except ValueError as error:
         raise FormatError(
             f"{file}: the header is not valid JSON ({error})",
             hint="the file is damaged or no safetensors file: fetch it again",
@@ -160,23 +169,20 @@ def resized(entry: TensorEntry, dtype: str) -> TensorEntry:
 
 def make_header(tensors: Iterable[TensorEntry], metadata: Mapping[str, str]) -> bytes:
     """The bytes before the data for tensors that follow one another, wherever they lay before."""
-    described: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    lines = [f'"__metadata__":{json.dumps(dict(metadata), separators=(",", ":"))}'] if metadata else []
     position = 0
     for entry in tensors:
-        end = position + entry.nbytes
-        described[entry.name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [position, end]}
-        position = end
-    text = json.dumps(described, separators=(",", ":")).encode()
+        lines.append(_described(entry.name, entry.dtype, entry.shape, position, position + entry.nbytes))
+        position += entry.nbytes
+    text = f"{{{','.join(lines)}}}".encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
-def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"the name {twice!r} appears twice")
-    return result
+def _described(name: str, dtype: str, shape: Iterable[int], start: int, end: int) -> str:
+    """What a header says of a tensor, as text: of a hundred thousand, dicts would take ten times as much memory."""
+    described = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    return f"{json.dumps(name)}:{json.dumps(described, separators=(',', ':'))}"
 
 
 def _entry(name: str, value: Any, file: str) -> TensorEntry:
@@ -238,6 +244,7 @@ class ShardReader:
     def __init__(self, path: Path, *, name: str | None = None, watch: Watch | None = None) -> None:
         self.name = name or path.name
         self._path = path
+        self._is_pinned = watch is not None and watch.pinned
         with reading(path, self.name):
             check_regular(path, self.name)
             self._file: IO[bytes] = open(path, "rb", buffering=0)
@@ -284,7 +291,11 @@ class ShardReader:
             FormatError: it has been written to since it was opened, or replaced.
             ReadError: it is gone.
         """
-        self._stamp.check(Stamp.of(self._file), self.name)
+        now = Stamp.of(self._file)
+        if self._is_pinned:  # removing it changes its ctime, and nothing that is read
+            self._stamp.check(replace(now, ctime_ns=self._stamp.ctime_ns), self.name)
+            return
+        self._stamp.check(now, self.name)
         self._stamp.check(Stamp.at(self._path, self.name), self.name)
 
     @cached_property
@@ -354,7 +365,7 @@ class ShardReader:
         try:
             return torch.empty(count, dtype=torch.uint8)
         except RuntimeError as error:
-            raise FormatError(f"{self.name}: a tensor of {count} bytes does not fit into memory") from error
+            raise FormatError(f"{self.name}: a tensor of {count} bytes does not fit into memory", hint=MEMORY_HINT) from error
 
 
 def same_bytes(one: ShardReader, entry: TensorEntry, other: ShardReader, other_entry: TensorEntry) -> bool:
@@ -385,7 +396,7 @@ class TensorFileWriter(FileWriter):
         # The largest description a tensor can need: dtype, up to four sizes and two offsets of 19 digits.
         room = sum(len(json.dumps(name)) + 200 for name in names) + 64
         self._header_bytes = room + -room % 8
-        self._entries: dict[str, Any] = {}
+        self._entries: list[str] = []
 
     def _open(self) -> None:
         super()._open()
@@ -397,15 +408,11 @@ class TensorFileWriter(FileWriter):
         if len(data) % 4:
             raise ValueError(f"{name}: {len(data)} bytes are no multiple of 4")
         dtype = {torch.float32: "F32", torch.uint8: "U8"}[tensor.dtype]
-        self._entries[name] = {
-            "dtype": dtype,
-            "shape": list(tensor.shape),
-            "data_offsets": [self.size, self.size + len(data)],
-        }
+        self._entries.append(_described(name, dtype, tensor.shape, self.size, self.size + len(data)))
         self.append(data)
 
     def commit(self, name: str) -> FileRecord:
-        text = json.dumps(self._entries, separators=(",", ":")).encode()
+        text = f"{{{','.join(self._entries)}}}".encode()
         if len(text) > self._header_bytes:
             raise ValueError(f"{name}: the header outgrew the room set aside for it")
         with reporting(self.path):

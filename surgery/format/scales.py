@@ -5,23 +5,23 @@ from __future__ import annotations
 import json
 import math
 import re
-import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 
 from surgery.errors import FormatError, ReadError, ScalesError, few
-from surgery.format.files import write_file
+from surgery.escapes import quoted
+from surgery.format.files import FileWriter, decode_json
 from surgery.format.lora import CONFIG as ADAPTER_CONFIG
 from surgery.format.lora import is_of_lora
 from surgery.format.manifest import Manifest
 from surgery.format.name_map import NameMap, match_names
-from surgery.format.safetensors import Header, ShardReader, TensorEntry
+from surgery.format.safetensors import Header, ShardReader, TensorEntry, make_header
 from surgery.linalg.rounding import check_dense
+from surgery.memory import bytes_of
 from surgery.names import ATTACHED_NAME, CONFIG_FILE, FORMAT_VERSION, SCALES_FILE, SCALES_METADATA_KEY
 from surgery.progress import note
 
@@ -60,11 +60,14 @@ def write_scales(path: Path, scales: Mapping[str, torch.Tensor], fingerprint: st
         scales: key of a target -> (k,), or (B, k) for a stack, written as float32.
         fingerprint: that of the manifest of the factorized checkpoint; None, where it is not known, leaves it out.
     """
-    # Copies: several may be views of the same memory, which the safetensors library does not write.
-    tensors = {name: value.detach().to("cpu", torch.float32, copy=True).contiguous() for name, value in sorted(scales.items())}
     belongs_to = json.dumps({"format_version": FORMAT_VERSION, "fingerprint": fingerprint})
-    metadata = None if fingerprint is None else {SCALES_METADATA_KEY: belongs_to}
-    write_file(path, safetensors.torch.save(tensors, metadata=metadata))
+    named = sorted(scales.items())
+    entries = [TensorEntry(name, "F32", tuple(value.shape), 0, 4 * value.numel()) for name, value in named]
+    with FileWriter(path) as writer:
+        writer.write(make_header(entries, {} if fingerprint is None else {SCALES_METADATA_KEY: belongs_to}))
+        for _, value in named:
+            writer.write(bytes_of(value.detach().to("cpu", torch.float32).contiguous()))
+        writer.commit(path.name)
 
 
 def scales_file(path: Path) -> Path:
@@ -206,7 +209,7 @@ def _check_kind(header: Header, path: Path, manifest: Manifest | None = None) ->
     if not owned and any(map(is_of_lora, names)):
         what, hint = (
             "the weights of a LoRA adapter",
-            f"surgery fold FACTORIZED SCALES --lora {shlex.quote(str(path.parent))}, beside scales",
+            f"surgery fold FACTORIZED SCALES --lora {quoted(path.parent)}, beside scales",
         )
     elif any(ATTACHED_NAME in name for name in names):
         what = "parameters of a model with scales, which hold g - 1"
@@ -281,12 +284,13 @@ def _owner(metadata: Mapping[str, str], path: Path) -> dict[str, Any] | None:
     """What a scales file says it belongs to; None if nothing."""
     if SCALES_METADATA_KEY not in metadata:
         return None
+    said = metadata[SCALES_METADATA_KEY]
     try:
-        owner = json.loads(metadata[SCALES_METADATA_KEY])
-    except (ValueError, RecursionError):
-        owner = None
+        owner = decode_json(said)
+    except ValueError as error:
+        raise ScalesError(f"{path}: its metadata is damaged ({error})", got=said[:80], expected="a JSON object") from None
     if not isinstance(owner, dict):
-        raise ScalesError(f"{path}: its metadata is damaged", got=metadata[SCALES_METADATA_KEY][:80], expected="a JSON object")
+        raise ScalesError(f"{path}: its metadata is damaged", got=said[:80], expected="a JSON object")
     return owner
 
 

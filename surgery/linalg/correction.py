@@ -13,6 +13,8 @@ import numpy.typing as npt
 from surgery.linalg.rounding import flipped
 
 _ESCAPE = -128
+#: How zlib tells that it was given no memory (Z_MEM_ERROR), which says nothing of what it reads.
+_NO_MEMORY = "Error -4 "
 _BLOCK_HEADER = struct.Struct("<III")  # bytes of the mask, bytes of the values, number of escapes
 
 Integers = npt.NDArray[Any]
@@ -116,6 +118,8 @@ def _inflate(data: memoryview, size: int) -> bytes:
     try:
         result = decoder.decompress(data, size + 1)
     except zlib.error as error:
+        if str(error).startswith(_NO_MEMORY):
+            raise MemoryError("no room to unpack a correction") from None
         raise CorruptCorrection(str(error)) from None
     if len(result) != size or not decoder.eof:
         raise CorruptCorrection(f"a stream gives {len(result)} bytes where {size} belong")

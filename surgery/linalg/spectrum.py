@@ -265,7 +265,10 @@ def _effective_rank(A: torch.Tensor, svd: TruncatedSVD, seed: int) -> tuple[floa
         return 0.0, 0.0
     squares = svd.s.double().cpu().square()
     if len(squares) < min(A.shape) <= _EXACT_SIZE and A.numel() <= _EXACT_ENTRIES:
-        squares = torch.linalg.svdvals(A.double().cpu()).square()
+        # Of float32 weights the squares of all values are float64 numbers, to its rounding of their sum: no SVD is needed.
+        matrix = A.double().cpu()
+        gram = matrix @ matrix.T if A.shape[0] < A.shape[1] else matrix.T @ matrix
+        squares = torch.linalg.eigvalsh(gram).clamp(min=0)
     leading = _entropy(squares / energy).sum().item()
     if len(squares) == min(A.shape):
         return math.exp(leading), 0.0

@@ -7,7 +7,6 @@ only if their bytes are the same; if they are not, each is a parameter of its ow
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,9 @@ import torch
 from torch import nn
 
 from surgery.errors import MissingExtra, OptionError, SourceError
+from surgery.escapes import quoted_glob
 from surgery.format.manifest import Alias, Manifest
+from surgery.format.pool import Pool
 from surgery.format.safetensors import Header, ShardReader, TensorEntry, same_bytes
 from surgery.names import CONFIG_FILE
 from surgery.planning.plan import Plan
@@ -71,19 +72,25 @@ def find_aliases(
     notes: list[str] = []
     unknown: list[tuple[str, str, str]] = []
     ties = _Ties(source, headers)
-    for candidates in _candidates(groups, source, chosen, local=local):
-        if not local and not fetch and source.bytes_to_fetch():
-            first, second = (entry.name for entry, _ in candidates[:2])
-            notes.append(f"{first} and {second} may be one parameter, stored twice: factorize compares them when it has them")
-            continue
-        for together in _equal(source, candidates, ties, unknown):
-            kept, *others = sorted(together, key=lambda place: place[0].name not in chosen)  # stable: else as in the files
-            if kept[0].name not in chosen:
+    with Pool(lambda shard: _Acquired(source, shard)) as readers:
+        for candidates in _candidates(groups, readers, chosen, local=local):
+            if not local and not fetch and source.bytes_to_fetch():
+                first, second = (entry.name for entry, _ in candidates[:2])
+                notes.append(
+                    f"{first} and {second} may be one parameter, stored twice: factorize compares them when it has them"
+                )
                 continue
-            if chosen[kept[0].name].scaled is not None:
-                names = [entry.name for entry, _ in together]
-                raise _refused(source, names, "an FP8 weight that is stored twice cannot be edited", None)
-            found[kept[0].name] = tuple(Alias(entry.name, shard) for entry, shard in others)
+            for together in _equal(readers, candidates, ties, unknown):
+                kept, *others = sorted(together, key=lambda place: place[0].name not in chosen)  # stable: else as in the files
+                if kept[0].name not in chosen:
+                    continue
+                if chosen[kept[0].name].scaled is not None:
+                    names = [entry.name for entry, _ in together]
+                    raise _refused(source, names, "an FP8 weight that is stored twice cannot be edited", None)
+                found[kept[0].name] = tuple(Alias(entry.name, shard) for entry, shard in others)
+            if not local:  # what was fetched for this may have to make room
+                for _, shard in candidates:
+                    readers.forget(shard)
     pairs = [(first, second, why) for first, second, why in unknown if first in chosen or second in chosen]
     for *pair, why in pairs:
         if any(map(is_embedding, pair)):
@@ -119,7 +126,7 @@ def _note_of_equal(count: int, first: str, second: str) -> str:
 
 
 def _candidates(
-    groups: Sequence[Sequence[_Stored]], source: Source, chosen: Mapping[str, Target], *, local: bool
+    groups: Sequence[Sequence[_Stored]], readers: Pool[_Acquired], chosen: Mapping[str, Target], *, local: bool
 ) -> Iterator[list[_Stored]]:
     """Tensors that may be the same as that of a target."""
     if not local:
@@ -137,7 +144,7 @@ def _candidates(
             by_shard.setdefault(shard, []).append((entry, embeddings))
     alike: dict[tuple[str, tuple[int, ...], bytes], list[_Stored]] = {}
     for shard, members in by_shard.items():
-        with _opened(source, [shard]) as (reader,):
+        with readers.of(shard) as reader:
             for entry, embeddings in members:
                 some = _some_bytes(reader, entry)
                 # A weight of zeros has no directions to change; of an embedding that may be the rows for padding.
@@ -157,37 +164,37 @@ def _some_bytes(reader: ShardReader, entry: TensorEntry) -> bytes:
     return bytes(found)
 
 
-@contextmanager
-def _opened(source: Source, shards: Sequence[str]) -> Iterator[list[ShardReader]]:
-    """Weight files, fetched if need be."""
-    with ExitStack() as stack:
-        readers = []
-        for shard in shards:
-            path = source.acquire(shard)
-            stack.callback(source.release, shard)
-            readers.append(stack.enter_context(ShardReader(path, name=f"{source.name}/{shard}", watch=source.watch)))
-        yield readers
+class _Acquired(ShardReader):
+    """Of a weight file, which is fetched if need be, and may go when the reader is closed."""
+
+    def __init__(self, source: Source, shard: str) -> None:
+        self._source, self._shard = source, shard
+        super().__init__(source.acquire(shard), name=f"{source.name}/{shard}", watch=source.watch)
+
+    def close(self) -> None:
+        super().close()
+        self._source.release(self._shard)
 
 
 def _equal(
-    source: Source, candidates: Sequence[_Stored], ties: _Ties, unknown: list[tuple[str, str, str]]
+    readers: Pool[_Acquired], candidates: Sequence[_Stored], ties: _Ties, unknown: list[tuple[str, str, str]]
 ) -> Iterator[list[_Stored]]:
     """Those that are one parameter, two or more at a time; pairs of which that is not known go to ``unknown``, with why."""
-    left = list(candidates)
-    while len(left) > 1:
-        first, *rest = left
-        same, left = [first], []
-        for place in rest:
-            # Reading comes last: of a model whose blocks were copied that would be half of it.
-            tied, why = ties.between(first[0].name, place[0].name)
-            if tied is False or not _same_bytes(source, first, place):
-                left.append(place)
-            elif tied is None:
-                unknown.append((first[0].name, place[0].name, why))
-            else:
-                same.append(place)
-        if len(same) > 1:
-            yield same
+    for left in ties.parted(candidates):
+        while len(left) > 1:
+            first, *rest = left
+            same, left = [first], []
+            for place in rest:
+                # Reading comes last: of a model whose blocks were copied that would be half of it.
+                tied, why = ties.between(first[0].name, place[0].name)
+                if tied is False or not _same_bytes(readers, first, place):
+                    left.append(place)
+                elif tied is None:
+                    unknown.append((first[0].name, place[0].name, why))
+                else:
+                    same.append(place)
+            if len(same) > 1:
+                yield same
 
 
 def _refused(source: Source, names: Sequence[str], what: str, why: str | None) -> OptionError:
@@ -195,14 +202,14 @@ def _refused(source: Source, names: Sequence[str], what: str, why: str | None) -
         f"{source.name}: {names[0]} and {names[1]}: {what}",
         got=why,
         expected="one parameter, edited together, or two" if why else None,
-        hint=f"--exclude '{names[0]}' --exclude '{names[1]}'"
+        hint=f"--exclude {quoted_glob(names[0])} --exclude {quoted_glob(names[1])}"
         + ("; or say it in config.json: tie_word_embeddings" if why else ""),
     )
 
 
-def _same_bytes(source: Source, first: _Stored, second: _Stored) -> bool:
+def _same_bytes(readers: Pool[_Acquired], first: _Stored, second: _Stored) -> bool:
     (one, shard), (other, other_shard) = first, second
-    with _opened(source, [shard, other_shard]) as (here, there):
+    with readers.of(shard) as here, readers.of(other_shard) as there:
         return same_bytes(here, one, there, other)
 
 
@@ -216,12 +223,28 @@ class _Ties:
         self._places: dict[str, list[Place]] | None = None
         self._why = ""
 
+    @property
+    def _known(self) -> dict[str, list[Place]]:
+        if self._places is None:
+            self._places = self._located()
+        return self._places
+
+    def parted(self, candidates: Sequence[_Stored]) -> list[list[_Stored]]:
+        """Those that may be one parameter by the model's class, together; all where it does not have all of them.
+
+        Each by itself, so that what is copied into hundreds of experts need not be held against each other pair by pair.
+        """
+        if any(entry.name not in self._known for entry, _ in candidates):
+            return [list(candidates)]
+        parts: dict[frozenset[tuple[Any, ...]], list[_Stored]] = {}
+        for entry, shard in candidates:
+            parts.setdefault(frozenset(self._spots(entry.name)), []).append((entry, shard))
+        return list(parts.values())
+
     def between(self, first: str, second: str) -> tuple[bool | None, str]:
         """Whether two are; None where that is not known, and why."""
         # The class comes first: of a config with several parts it may follow any one, or none.
-        if self._places is None:
-            self._places = self._located()
-        if first in self._places and second in self._places:
+        if first in self._known and second in self._known:
             return self._spots(first) == self._spots(second), "the model's class says it"
         if is_embedding(first) != is_embedding(second):  # an embedding and a head
             config = self._source.config()
@@ -254,13 +277,12 @@ class _Ties:
     def _spots(self, tensor: str) -> set[tuple[Any, ...]]:
         """The parameters that a tensor is in, and where in them: experts that are stacked share one."""
         assert self._model is not None
-        assert self._places is not None
         return {
             (
                 id(self._model.get_parameter(place.parameter)),
                 *(_hashable(one) for one in (place.piece.axes, *place.piece.at, *place.piece.of)),
             )
-            for place in self._places[tensor]
+            for place in self._known[tensor]
         }
 
 

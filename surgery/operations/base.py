@@ -163,7 +163,7 @@ class BaseWeights:
     def file(self, shard: ShardRecord) -> tuple[Path, FileRecord]:
         """See ``Weights``."""
         self._check_there(shard)
-        return self._source.fetch(shard.source.file), shard.source
+        return self._source.unchecked(shard.source.file), shard.source
 
 
 class SentWeights:
@@ -175,7 +175,7 @@ class SentWeights:
     """
 
     def __init__(self, origin: Origin, layout: str) -> None:
-        self.watch = Watch()
+        self.watch = Watch(pinned=origin.pinned)
         self._origin = origin
         self._layout = layout
         self._here: dict[str, Path] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import torch
 
 from surgery.device import as_memory_allows
 from surgery.errors import WeightError
+from surgery.escapes import quoted_glob
 from surgery.linalg.energy import energy_svd
 from surgery.linalg.lossless import Factors, Parts, split
 from surgery.linalg.svd import Certificate, TruncatedSVD, truncated_svd, truncated_svds
@@ -127,7 +127,7 @@ def _split(target: Target, weight: torch.Tensor, factors: Factors, settings: Set
             f"{target.shard}: {target.key!r} cannot be factorized: {error.what}",
             got=error.got,
             expected=error.expected,
-            hint=f"--layout overlay, which has no residuals; or leave it out: --exclude '{glob.escape(target.tensor)}'",
+            hint=f"--layout overlay, which has no residuals; or leave it out: --exclude {quoted_glob(target.tensor)}",
         ) from error
 
 
@@ -150,5 +150,5 @@ def truncate(target: Target, weight: torch.Tensor, settings: Settings) -> Trunca
     except WeightError as error:
         raise WeightError(
             f"{target.shard}: {target.key!r} cannot be factorized: {error.what}",
-            hint=f"repair the model, or leave it out: --exclude '{glob.escape(target.tensor)}'",
+            hint=f"repair the model, or leave it out: --exclude {quoted_glob(target.tensor)}",
         ) from error

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]  # the hub client's own
 
+from surgery.escapes import escaped
 from surgery.format.manifest import LeftOutRecord, Manifest
 from surgery.names import CONFIG_FILE
 from surgery.source import hub_client as client
@@ -325,7 +326,7 @@ def _is_name(repo_id: str | None) -> bool:
 
 def _code(text: str) -> str:
     """Any text as one line of code in Markdown."""
-    text = (text if text.isprintable() else ascii(text)[1:-1])[:200]
+    text = escaped(text)[:200]
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence} {text} {fence}" if "`" in text or not text.strip() else f"{fence}{text}{fence}"
 

@@ -14,7 +14,7 @@ import torch
 from surgery.device import as_memory_allows
 from surgery.engine.walk import TargetPiece
 from surgery.errors import FormatError, OptionError, ScalesError, WeightError
-from surgery.format.factors import FactorsReaders
+from surgery.format.factors import DAMAGED_HINT, FactorsReaders
 from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
 from surgery.format.safetensors import Header, TensorEntry, make_header, resized
 from surgery.linalg.correction import CorruptCorrection
@@ -69,6 +69,7 @@ class DenseWeights:
                 self._targets.setdefault(tensor, []).append(target)
         self._quantized = quantized
         self._weight_of = {scaled.scale: name for name, scaled in self._quantized.items()}
+        self._together = _together(manifest, quantized)
         self._dropped: set[str] = set()
         if to_dense:
             self._dropped.update(self._weight_of, *(scaled.activations for scaled in self._quantized.values()))
@@ -94,10 +95,7 @@ class DenseWeights:
     def files(self, shard: ShardRecord) -> list[str]:
         """The weight files of the source that one of them takes: itself, and those that FP8 weights share with it."""
         name = shard.source.file
-        homes: dict[str, str] = {target.tensor: target.shard for target in self._manifest.targets}
-        homes |= {skipped.tensor: skipped.shard for skipped in self._manifest.skipped}
-        pairs = [(homes.get(tensor, name), scaled.shard) for tensor, scaled in self._quantized.items()]
-        return [name, *sorted({file for pair in pairs if name in pair for file in pair} - {name})]
+        return [name, *sorted(self._together.get(name, set()) - {name})]
 
     def forget(self, file: str) -> None:
         """A weight file of the source may not be there any more."""
@@ -112,8 +110,9 @@ class DenseWeights:
         """Whether a weight file, with this header, comes out as it was in the source."""
         if any(entry.name in self._additions for entry in header.tensors):
             return False
-        weights = [tensor for tensor, scaled in self._quantized.items() if scaled.shard == shard.source.file]
-        weights += [entry.name for entry in header.tensors]
+        names = [entry.name for entry in header.tensors]
+        # Scales of FP8 weights in another file change with these.
+        weights = {*names, *(self._weight_of[name] for name in names if name in self._weight_of)}
         targets = [target for tensor in weights for target in self._targets.get(tensor, [])]
         return self._manifest.lossless and not self._to_dense and not any(map(self._changed, targets))
 
@@ -148,22 +147,27 @@ class DenseWeights:
 
     def missing(self, shard: ShardRecord, header: Header) -> list[str]:
         """The targets of a shard, and their aliases there, that it does not have."""
-        there, file = {entry.name for entry in header.tensors}, shard.source.file
-        expected = {target.tensor for target in self._manifest.targets if target.shard == file}
-        expected |= {alias.tensor for target in self._manifest.targets for alias in target.aliases if alias.shard == file}
-        return sorted(expected - there)
+        there = {entry.name for entry in header.tensors}
+        return sorted(self._manifest.edited_in(shard.source.file).keys() - there)
 
     def header(self, header: Header) -> bytes:
         """The header of what is written for a shard with this one."""
         if not self._to_dense:
             return header.raw
-        kept = [entry for entry in header.tensors if entry.name not in self._dropped]
-        dtypes = {entry.name: DENSE_DTYPE if entry.name in self._quantized else entry.dtype for entry in kept}
-        return make_header([resized(entry, dtypes[entry.name]) for entry in kept], header.metadata)
+        return make_header(self._written(header), header.metadata)
 
-    def drops(self, tensor: str) -> bool:
-        """Whether a tensor is not written at all: scales of what is dequantized, and of its activations."""
-        return tensor in self._dropped
+    def size(self, header: Header) -> int | None:
+        """How long the weight file is that is written for a shard with this header; None if nothing is left of it."""
+        written = self._written(header)
+        if header.tensors and not written:
+            return None
+        return len(self.header(header)) + sum(entry.nbytes for entry in written)
+
+    def _written(self, header: Header) -> list[TensorEntry]:
+        """The tensors of a shard that are written, not the scales of what is dequantized and of its activations."""
+        kept = [entry for entry in header.tensors if entry.name not in self._dropped]
+        to_dense = self._quantized if self._to_dense else {}
+        return [resized(entry, DENSE_DTYPE if entry.name in to_dense else entry.dtype) for entry in kept]
 
     def folded(self, piece: TargetPiece, device: torch.device) -> torch.Tensor | None:
         """What is written for a tensor, or for some matrices of a stack, on the CPU; None for nothing.
@@ -310,7 +314,8 @@ class DenseWeights:
         try:
             result = self._computed(weight, device, compute)
         except CorruptCorrection as error:
-            raise FormatError(f"{target.shard}: the correction of {target.key!r} is damaged ({error})") from error
+            what = f"{target.shard}: the correction of {target.key!r} is damaged ({error})"
+            raise FormatError(what, hint=DAMAGED_HINT) from error
         if changed or addition is not None:
             what = f"the scales of {target.key!r} push" if addition is None else f"scales and adapter push {target.key!r}"
             _check_finite(result, what, scales)
@@ -320,6 +325,18 @@ class DenseWeights:
                 hint="factorize again, without --no-correction",
             )
         return result
+
+
+def _together(manifest: Manifest, quantized: Mapping[str, Scaled]) -> dict[str, set[str]]:
+    """Weight file -> those that hold scales of its FP8 weights, or the weights of its scales."""
+    homes = {target.tensor: target.shard for target in manifest.targets}
+    homes |= {skipped.tensor: skipped.shard for skipped in manifest.skipped}
+    found: dict[str, set[str]] = {}
+    for tensor, scaled in quantized.items():
+        if tensor in homes:
+            found.setdefault(homes[tensor], set()).add(scaled.shard)
+            found.setdefault(scaled.shard, set()).add(homes[tensor])
+    return found
 
 
 def _check_finite(weight: torch.Tensor, what: str, scales: torch.Tensor | None) -> None:

@@ -23,7 +23,7 @@ from surgery.format.safetensors import TensorEntry, make_header
 from surgery.format.scales import check_scales, read_scales
 from surgery.memory import bytes_of
 from surgery.names import CONFIG_FILE
-from surgery.operations.output import check_output_file
+from surgery.operations.output import Interruptible, check_output_file
 from surgery.operations.publish import publish_adapter, uploading
 from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
@@ -129,7 +129,8 @@ def export(
     if adapter is not None and not adapter.is_in(out, factorized, values, progress):
         for name in (CONFIG, WEIGHTS):
             check_output_file(out / name, [factorized], overwrite=False)
-    with uploading(push_to_hub, private=private) as upload:
+    with Interruptible(out) as run, uploading(push_to_hub, private=private) as upload:
+        run.upload = upload
         if adapter is not None:
             if not (out / CONFIG).exists():  # stopped just before the end
                 write_file(out / CONFIG, adapter.config)

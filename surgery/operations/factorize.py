@@ -15,7 +15,7 @@ import torch
 
 from surgery.device import on_its_own_terms
 from surgery.engine.lane import Lane
-from surgery.errors import OutputError, few
+from surgery.errors import FormatError, OutputError, few
 from surgery.format.files import copy_file, file_sha256, reading
 from surgery.format.manifest import (
     LeftOutRecord,
@@ -23,7 +23,9 @@ from surgery.format.manifest import (
     OptionsRecord,
     ShardResult,
     SkippedRecord,
+    TargetRecord,
     fingerprint_of,
+    source_stamp,
 )
 from surgery.format.scales import write_scales
 from surgery.linalg.svd import DEFAULT_TOLERANCE, check_accuracy
@@ -36,11 +38,19 @@ from surgery.operations.engines import Engine, EngineName, engine_of
 from surgery.operations.inspect import largest_residual
 from surgery.operations.job import Job, RemoteShard, run_job, scale_files
 from surgery.operations.journal import Journal, differing
-from surgery.operations.output import check_room, is_as_recorded, loading_order, locked, not_as_recorded, result_folder
+from surgery.operations.output import (
+    Interruptible,
+    download_needs,
+    is_as_recorded,
+    loading_order,
+    locked,
+    not_as_recorded,
+    result_folder,
+)
 from surgery.operations.publish import publish_factorized, submit_shard, uploading
 from surgery.planning.memory import Resources
 from surgery.planning.plan import Layout, Plan, make_plan
-from surgery.planning.targets import Choice
+from surgery.planning.targets import Choice, Target
 from surgery.progress import Progress, listening, phase
 from surgery.reports import NOT_IN_JSON, Report
 from surgery.source.model import Source, open_source
@@ -246,7 +256,7 @@ def factorize(
     progress = listening()
     check_accuracy(tolerance, seed)
     out = Path(out)
-    with engine_of(engine, str(device), max_memory, max_device_memory, timing) as by:
+    with Interruptible(out) as run, engine_of(engine, str(device), max_memory, max_device_memory, timing) as by:
         with phase(progress, "planning"):
             source = _open(model, revision, subfolder, (out / STREAM_DIR, by.files_at_a_time) if stream else None)
             choice = _choice(rank, energy, max_rank, include, exclude, recipe, split)
@@ -260,6 +270,7 @@ def factorize(
             uploading(push_to_hub, private=private) as upload,
             locked(out, source.folders()),
         ):
+            run.upload = upload
             if (out / MANIFEST_FILE).is_file() and not overwrite:
                 manifest = _finished(out, source, steps, options, progress)
                 Journal.forget(out)
@@ -270,12 +281,10 @@ def factorize(
                 for note in _accuracy_notes(manifest, steps):
                     progress.note(note)
                 return _report(out, manifest)
-            if (download := source.room_to_fetch()) is not None and not stream:
-                check_room(*download)
-            journal = Journal(out, _identity(source, steps, options, by.device_name))
-            needed = steps.bytes_written + (steps.temporary_bytes if stream else 0)
+            run.journal = journal = Journal(out, _identity(source, steps, options, by.device_name))
             settings = Settings(steps.layout, correction, seed, tolerance)
-            with result_folder(out, journal, _output_files(source, steps), needed, overwrite=overwrite) as place:
+            writes, beside = _output_files(source, steps), download_needs(source)
+            with result_folder(out, journal, writes, steps.bytes_written, overwrite=overwrite, beside=beside) as place:
                 work = _Factorizing(source, steps, out, place, settings, progress, timing)
                 results = _run_jobs(by, work, journal, upload, progress)
                 manifest = _finish(source, steps, place, results, options, by.device_name, progress)
@@ -304,7 +313,7 @@ def _run_jobs(
         with closing(engine.run(work, missing, work.steps.memory)) as finished:
             for index, result in finished:
                 results[index] = result
-                journal.record(index, result.as_json())
+                journal.record(index, shards[index].file, result.as_json())
                 submit_shard(upload, place, result.shard)
     return [results[index] for index in range(len(shards))]
 
@@ -334,10 +343,11 @@ class _Factorizing:
     def acquired(self, which: Iterable[int]) -> Iterator[int]:
         if self._timing is not None and self._source.room_to_fetch() is not None:
             self._timing.watch("download")
+        is_fetched = self._source.bytes_to_fetch() > 0
         for index in which:
             shard = self.steps.shards[index]
             self._source.wait_for_room()
-            if self._source.bytes_to_fetch():
+            if is_fetched:
                 self._progress.item(f"fetching {shard.file}")
             with timed("download"):
                 path = self._source.acquire(shard.file)
@@ -348,7 +358,10 @@ class _Factorizing:
 
     def _job(self, index: int, path: Path, sha256: str | None, scales: Mapping[str, Path]) -> Job:
         shards, window, watch = self.steps.shards, self.steps.memory.window_bytes, self._source.watch
-        return Job(shards[index], index, len(shards), path, sha256, self.place, None, scales, window, self._settings, watch)
+        again = self._source.again(shards[index].file)
+        return Job(
+            shards[index], index, len(shards), path, sha256, again, self.place, None, scales, window, self._settings, watch
+        )
 
     def work(self, index: int, lane: Lane, read: Callable[[], object]) -> ShardResult:
         job = self._jobs.pop(index)
@@ -394,12 +407,38 @@ class _Factorizing:
 
 def _recorded(journal: Journal, index: int, work: _Factorizing) -> ShardResult | None:
     """What the journal has of a shard, if its files are still what they were, and so is the one that they were made of."""
-    value = journal.recorded(index)
+    value = journal.recorded(index, work.steps.shards[index].file)
     if value is None:
         return None
-    result = ShardResult.from_json(value, f"{work.place}: the journal of shard {index + 1}")
+    try:
+        result = ShardResult.from_json(value, f"{work.place}: the journal of shard {index + 1}")
+    except FormatError:  # made again like any other that is damaged: the same command would meet it for ever
+        return None
+    if not _is_planned(result, index, work.steps) or not work.is_of_the_source(result):
+        return None
     files = (record for record in (result.shard.residual, result.shard.factors) if record is not None)
-    return result if work.is_of_the_source(result) and all(is_as_recorded(work.place, record) for record in files) else None
+    return result if all(is_as_recorded(work.place, record) for record in files) else None
+
+
+def _is_planned(result: ShardResult, index: int, steps: Plan) -> bool:
+    """Whether a result has the files and the targets that the plan has for a shard."""
+    shard, residual = steps.shards[index], steps.layout == "residual"
+    source = [(shard.file, shard.size)]
+    weights = [(record.file, record.size) for record in (result.shard.source, result.shard.residual) if record is not None]
+    factors = None if result.shard.factors is None else result.shard.factors.file
+    if weights != (source * 2 if residual else source) or (result.shard.residual is not None) != residual:
+        return False
+    if factors != (factors_file(index, len(steps.shards)) if shard.targets else None):
+        return False
+    planned = [(*_seen(t.key, t.shape, t.view), t.shard, t.dtype, list(t.aliases)) for t in shard.targets]
+    found = [(*_seen(t.key, t.shape, t.seen_as), t.shard, t.dtype, t.aliases) for t in result.targets]
+    measured = {value is not None for t in result.targets for value in (t.residual_sample_sha256, t.inexact)}
+    return found == planned and measured <= {residual} and not any(map(_has_other_rank, result.targets, shard.targets))
+
+
+def _has_other_rank(target: TargetRecord, planned: Target) -> bool:
+    """Than is asked for, or may come of the energy that is."""
+    return target.rank > planned.rank or (planned.energy is None and target.rank != planned.rank)
 
 
 def _identity(source: Source, steps: Plan, options: OptionsRecord, device: str) -> dict[str, Any]:
@@ -433,11 +472,11 @@ def _finished(out: Path, source: Source, steps: Plan, options: OptionsRecord, pr
     then = {"layout": manifest.layout, "options": asdict(manifest.options), "source": asdict(manifest.source)}
     now = {"layout": steps.layout, "options": asdict(options), "source": asdict(source.record)}
     differences = differing(then, now)
-    ranks = {target.key: target.rank for target in manifest.targets}
+    found = {target.key: target for target in manifest.targets}
     planned = sorted(_seen(t.key, t.shape, t.view) for t in steps.targets)
     if sorted(_seen(t.key, t.shape, t.seen_as) for t in manifest.targets) != planned:
         differences.append("the targets are others")
-    elif any(ranks[t.key] > t.rank or (t.energy is None and ranks[t.key] != t.rank) for t in steps.targets):
+    elif any(_has_other_rank(found[target.key], target) for target in steps.targets):
         differences.append("the ranks are others")
     if source.record.kind == "folder" and not differences:
         recorded = {record.file: record for record in (*(shard.source for shard in manifest.shards), *manifest.files)}
@@ -499,9 +538,9 @@ def _finish(
             progress.item(name)
             others.append(copy_file(source.fetch(name), out / name, name, watch=source.watch))
     fingerprint = fingerprint_of(targets)
-    write_scales(
-        out / SCALES_FILE, {target.key: torch.ones(target.scales_shape, dtype=torch.float32) for target in targets}, fingerprint
-    )
+    ones = {shape: torch.ones(shape) for shape in {tuple(target.scales_shape) for target in targets}}
+    write_scales(out / SCALES_FILE, {target.key: ones[tuple(target.scales_shape)] for target in targets}, fingerprint)
+    shards, stamps = [result.shard for result in results], source.stamps()
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         tool=f"surgery {__version__}",
@@ -511,7 +550,8 @@ def _finish(
         source=source.record,
         options=options,
         fingerprint=fingerprint,
-        shards=[result.shard for result in results],
+        source_stamps=[source_stamp(shard.source, stamps[shard.source.file][1]) for shard in shards] if stamps else [],
+        shards=shards,
         files=others,
         left_out=[LeftOutRecord(name, reason) for name, reason in sorted(selection.left_out.items())],
         targets=targets,

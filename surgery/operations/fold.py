@@ -20,6 +20,7 @@ from surgery.format.factors import DAMAGED_HINT
 from surgery.format.files import (
     RESTORE_HINT,
     FileRecord,
+    all_below,
     check_file,
     check_size_of,
     copy_file,
@@ -40,10 +41,20 @@ from surgery.operations.dense import DenseWeights
 from surgery.operations.engines import Engine, EngineName, engine_of
 from surgery.operations.fold_shard import FoldSettings, RemoteFold, ShardFold
 from surgery.operations.journal import Journal
-from surgery.operations.output import files_in, is_as_recorded, loading_order, locked, not_as_recorded, result_folder
+from surgery.operations.output import (
+    Interruptible,
+    check_not_the_source,
+    download_needs,
+    files_in,
+    is_as_recorded,
+    loading_order,
+    locked,
+    not_as_recorded,
+    result_folder,
+)
 from surgery.operations.publish import publish_folded, submit_files, uploading
 from surgery.operations.quantized import index_of, without_quantization
-from surgery.planning.memory import Memory, need_to_fold, share_out
+from surgery.planning.memory import Memory, known_bytes, need_to_fold, share_out
 from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
 from surgery.source.model import FolderSource
@@ -148,14 +159,15 @@ def fold(
     """
     progress = listening()
     factorized, out = Path(factorized), Path(out)
-    manifest = Manifest.read(factorized)
-    others = _as_they_are(factorized, manifest, progress)
-    if not isinstance(scales, Mapping):
-        scales = scales_file(Path(scales))
-    values = check_scales(scales, manifest) if isinstance(scales, Mapping) else read_scales(scales, manifest)
+    with Interruptible(out):
+        manifest = Manifest.read(factorized)
+        others = _as_they_are(factorized, manifest, progress)
+        if not isinstance(scales, Mapping):
+            scales = scales_file(Path(scales))
+        values = check_scales(scales, manifest) if isinstance(scales, Mapping) else read_scales(scales, manifest)
     # Folding is float64 arithmetic, which an Apple GPU does not have.
     exact_on = "cpu" if choose_devices(str(device))[0].type == "mps" else str(device)
-    with engine_of(engine, exact_on, max_memory, max_device_memory, timing) as by:
+    with Interruptible(out) as run, engine_of(engine, exact_on, max_memory, max_device_memory, timing) as by:
         streaming = (out / STREAM_DIR, by.files_at_a_time) if stream else None
         weights = weight_source(factorized, manifest, base, streaming)
         weights.check(manifest.shards)
@@ -170,12 +182,16 @@ def fold(
         quantized = quantized_weights(manifest, factorized, weights, all_of_them=dequantize)
         if dequantize and not quantized:
             raise OptionError("there is nothing to dequantize: this is no overlay of an FP8 model", hint="drop --dequantize")
-        memory = share_out([need_to_fold(target) for target in manifest.targets], by.resources)
+        kept = known_bytes(manifest.targets, len(manifest.targets) + len(manifest.skipped))
+        memory = share_out([need_to_fold(target) for target in manifest.targets], by.resources, kept=kept)
+        if overwrite:
+            check_not_the_source(out, manifest)
         with (
             uploading(push_to_hub, private=private) as upload,
             locked(out, inputs),
             DenseWeights(manifest, factorized, weights, quantized, values, to_dense=dequantize, additions=additions) as dense,
         ):
+            run.upload = upload
             if additions:
                 dense.check(weights.header(shard) for shard in manifest.shards)
             settings = FoldSettings(
@@ -187,13 +203,16 @@ def fold(
                 Journal.forget(out)
                 _publish(upload, out, report, manifest, submitted=False)
                 return report
-            journal = Journal(out, _identity(manifest, others, weights, settings, by.device_name))
+            run.journal = journal = Journal(out, _identity(manifest, others, weights, settings, by.device_name))
             # What is FP8 takes twice as much in bfloat16.
             needed = sum(shard.source.size for shard in manifest.shards) * (2 if dequantize else 1)
             needed += sum(record.size for record in others)
             writes = [shard.source.file for shard in manifest.shards] + [record.file for record in others]
             # The journal is there until the upload is over: a fold keeps no other record to go on with.
-            with result_folder(out, journal, writes, needed, overwrite=overwrite, earlier=_model_in(out)) as place:
+            beside = download_needs(weights)
+            with result_folder(
+                out, journal, writes, needed, overwrite=overwrite, earlier=_model_in(out), beside=beside
+            ) as place:
                 work.settings = dataclasses.replace(settings, place=place)
                 files = _fold_shards(by, work, memory, journal, upload, progress)
                 _copy_others(factorized, place, others, progress, to_dense=dequantize)
@@ -240,7 +259,7 @@ def _report(files: list[FileRecord], manifest: Manifest, settings: FoldSettings)
 
 def _looks_finished(out: Path, manifest: Manifest, dequantize: bool) -> bool:
     """Whether ``out`` may hold a complete fold of this checkpoint: its files, no others, and weights of the right sizes."""
-    if Journal.is_there(out) or dequantize or any(path.is_symlink() for path in out.rglob("*")):
+    if Journal.is_there(out) or dequantize or any(path.is_symlink() for path in all_below(out)):
         return False
     expected = {record.file for record in manifest.files} | {shard.source.file for shard in manifest.shards}
     return files_in(out) == expected and all(
@@ -305,9 +324,8 @@ def _fold_shards(
     files: dict[int, FileRecord | None] = {}
     with phase(progress, "folding", sum(shard.source.size for shard in shards)):
         for index in range(len(shards)):
-            known = journal.recorded(index)
-            record = None if known is None else decode_file(known, f"{place}: the journal of shard {index + 1}")
-            if known is not None and (record is None or is_as_recorded(place, record)):
+            is_there, record = _recorded(journal, index, work)
+            if is_there:
                 files[index] = record
                 submit_files(upload, place, [record] if record else [])
                 work.tell(index)
@@ -315,9 +333,25 @@ def _fold_shards(
         with closing(engine.run(work, missing, memory)) as finished:
             for index, record in finished:
                 files[index] = record
-                journal.record(index, {"file": None if record is None else asdict(record)})
+                journal.record(index, shards[index].source.file, {"file": None if record is None else asdict(record)})
                 submit_files(upload, place, [record] if record else [])
     return [record for index in range(len(shards)) if (record := files[index]) is not None]
+
+
+def _recorded(journal: Journal, index: int, work: _Folding) -> tuple[bool, FileRecord | None]:
+    """Whether the journal has a shard whose file, if it has one, is what it was, and that file."""
+    file, place = work.manifest.shards[index].source.file, work.settings.place
+    value = journal.recorded(index, file)
+    if value is None:
+        return False, None
+    try:
+        record = decode_file(value, f"{place}: the journal of shard {index + 1}")
+    except FormatError:  # made again like any other that is damaged: the same command would meet it for ever
+        return False, None
+    size = work.size(index)
+    if record is None or size is None:
+        return record is None and size is None, None
+    return (record.file, record.size) == (file, size) and is_as_recorded(place, record), record
 
 
 class _Folding:
@@ -383,6 +417,11 @@ class _Folding:
         shard = self.manifest.shards[index]
         return RemoteFold(shard, self._weights.origin(self._dense.files(shard)), settings, self.to_compare)
 
+    def size(self, index: int) -> int | None:
+        """Of the weight file that is written for a shard; None if there is none."""
+        shard = self.manifest.shards[index]
+        return self._dense.size(self._weights.header(shard)) if self.settings.dequantize else shard.source.size
+
     def tell(self, index: int) -> None:
         record = self.manifest.shards[index].source
         self._progress.item(record.file)
@@ -423,7 +462,9 @@ def _model_in(out: Path) -> set[str]:
     """What a model in the output folder consists of: it may be an earlier fold, which keeps no record of itself."""
     try:
         selection = FolderSource(out).selection
-    except SurgeryError:
+    except SurgeryError as error:
+        if isinstance(error.__cause__, OSError):  # which says nothing of what is in there
+            raise
         return set()
     if CONFIG_FILE not in selection.others:
         return set()

@@ -26,7 +26,7 @@ from surgery.operations.quantized import Dequantizer
 from surgery.planning.plan import ShardPlan
 from surgery.planning.targets import Target
 from surgery.progress import Progress, Silent
-from surgery.source.origin import Origin
+from surgery.source.origin import Origin, damaged
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,7 @@ class Job:
         index, count: which of how many shards.
         path: the weight file on this machine.
         sha256: what the hub says that its hash is; None where nobody does.
+        again: the command that fetches it once more, if it comes from the hub.
         out: the folder that is written to.
         partials: where unfinished files are, if not beside the finished ones.
         scales: the weight files that hold scales of FP8 targets, by name, and where they are on this machine.
@@ -51,6 +52,7 @@ class Job:
     count: int
     path: Path
     sha256: str | None
+    again: str | None
     out: Path
     partials: Path | None
     scales: Mapping[str, Path]
@@ -97,12 +99,13 @@ class RemoteShard:
                 self.count,
                 path,
                 sha256,
+                self.origin.again(self.shard.file),
                 self.place,
                 partials,
                 scales,
                 self.window_bytes,
                 self.settings,
-                Watch(),
+                Watch(pinned=self.origin.pinned),
             )
             return run_job(job, lane, Silent(), lambda: None)
 
@@ -165,12 +168,7 @@ def run_job(job: Job, lane: Lane, progress: Progress, read: Callable[[], object]
 
         lane.flow(_sampled(walk, work), job.window_bytes, factorize, finish, read)
         if job.sha256 not in (None, walk.sha256):
-            raise SourceError(
-                f"{job.shard.file} is not the file that the hub has",
-                got=f"sha256 {walk.sha256}",
-                expected=f"sha256 {job.sha256}",
-                hint="the download is damaged: remove it (hf cache rm), and run the same command again",
-            )
+            raise damaged(job.shard.file, job.again, f"sha256 {walk.sha256}", f"sha256 {job.sha256}")
         source = FileRecord(job.shard.file, reader.header.file_bytes, walk.sha256)
         residual_record = residuals.commit(job.shard.file) if residuals else None
         factors_record = factors.commit(factors_name) if factors else None
@@ -193,7 +191,7 @@ def _with_rank(target: Target, reader: ShardReader, dequantizer: Dequantizer, jo
     """
     if target.energy is None or target.view.kind != "stack":
         return target
-    entry = next(entry for entry in reader.header.tensors if entry.name == target.tensor)
+    entry = reader.entries[target.tensor]
 
     def rank_of(index: int) -> int:
         weight = dequantizer.weight(reader.read(entry, index, 1), index, target.scaled)

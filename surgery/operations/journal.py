@@ -2,18 +2,21 @@
 
 In a hidden folder of the output, which no loader looks into and which is gone when the run is finished: ``run.json`` says
 what the run is, and one file for each finished shard what became of it, written when all of the shard's files are in place.
+Such a record says which shard it is of, and of which run, and has its own hash: in another's place it is taken for damaged.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from surgery.errors import FormatError, OutputError, ReadError, few
 from surgery.format.files import MAX_OWN_JSON_BYTES, read_json_object, reporting, write_file
+from surgery.format.sealed import read_sealed, sealed
 from surgery.names import FILES_FILE, JOURNAL_DIR, REPLACED_FILE, RUN_FILE
 
 
@@ -29,6 +32,7 @@ class Journal:
         self._out = out
         self._folder = out / JOURNAL_DIR
         self._identity = json.loads(json.dumps(identity))
+        self._run = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
     @staticmethod
     def is_there(out: Path) -> bool:
@@ -99,52 +103,77 @@ class Journal:
     def drop(self) -> None:
         """Any other run that was begun is not gone on with."""
         with reporting(self._folder):
-            (self._out / RUN_FILE).unlink(missing_ok=True)
-            (self._out / REPLACED_FILE).unlink(missing_ok=True)
-            for path in self._folder.glob("[0-9]*.json*"):
-                path.unlink()
+            for path in (self._out / RUN_FILE, self._out / REPLACED_FILE, *self._folder.glob("[0-9]*.json*")):
+                clear_away(path)
 
     def begin(self) -> None:
         """Say that the run has begun."""
-        write_file(self._out / RUN_FILE, json.dumps(self._identity, indent=1).encode())
+        _write(self._out / RUN_FILE, json.dumps(self._identity, indent=1).encode())
 
     @staticmethod
     def count(out: Path) -> int:
         """How many shards are finished."""
         return len(list((out / JOURNAL_DIR).glob("[0-9]*.json")))
 
-    def record(self, index: int, value: Any) -> None:
-        """Say that a shard is finished."""
-        sealed = {"value": value, "sha256": _seal(value)}
-        write_file(self._folder / f"{index + 1:05d}.json", json.dumps(sealed).encode())
+    def record(self, index: int, file: str, value: Any) -> None:
+        """Say that a shard is finished.
 
-    def recorded(self, index: int) -> Any:
-        """What ``record`` was given for a shard; None if it is not finished, or if the record is damaged."""
-        path = self._folder / f"{index + 1:05d}.json"
-        if not path.is_file():
+        Args:
+            index: of the shard, from 0.
+            file: its name in the source.
+            value: what became of it, as JSON.
+        """
+        _write(self._record(index), sealed({**self._whose(index, file), "value": value}))
+
+    def recorded(self, index: int, file: str) -> Any:
+        """What ``record`` was given for a shard; None if it is not finished, or what is there is not this run's word on it."""
+        path = self._record(index)
+        if not path.is_file() or path.is_symlink():
             return None
         try:
-            sealed = read_json_object(path, str(path), most=MAX_OWN_JSON_BYTES)
+            found = read_sealed(path, "")
         except (FormatError, ReadError):
             return None
-        value = sealed.get("value")
-        return value if sealed.get("sha256") == _seal(value) else None
+        value = found.pop("value", None)
+        return value if found == self._whose(index, file) else None
+
+    def _record(self, index: int) -> Path:
+        return self._folder / f"{index + 1:05d}.json"
+
+    def _whose(self, index: int, file: str) -> dict[str, Any]:
+        """What a record says of itself: the shard that it is of, and the run."""
+        return {"run": self._run, "shard": index, "file": file}
+
+
+def clear_away(path: Path) -> None:
+    """Nothing stays in the place of a file of ours, whatever somebody has put there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with reporting(path):
+        if not path.is_file():
+            clear_away(path)
+    write_file(path, data)
 
 
 def _list(path: Path, files: set[str]) -> None:
-    write_file(path, json.dumps({"files": sorted(files)}).encode())
+    _write(path, json.dumps({"files": sorted(files)}).encode())
 
 
 def _listed(path: Path) -> set[str]:
+    """
+    Raises:
+        ReadError: the system does not let it be read.
+    """
     try:
         listed = read_json_object(path, str(path), most=MAX_OWN_JSON_BYTES).get("files") if path.is_file() else []
-    except (FormatError, ReadError):
+    except FormatError:
         return set()
     return {name for name in listed if isinstance(name, str)} if isinstance(listed, list) else set()
-
-
-def _seal(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def differing(before: Any, now: Any, where: str = "") -> list[str]:

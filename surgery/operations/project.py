@@ -24,7 +24,7 @@ from surgery.linalg.correction import CorruptCorrection
 from surgery.linalg.lossless import BLOCK_ENTRIES, DEVICE_BLOCKS, Factors, approximate, join
 from surgery.names import SCALES_FILE
 from surgery.operations.base import BASE_HINT, BaseWeights, OwnWeights, check_entry, open_base, shard_path, weight_source
-from surgery.operations.output import check_output_file, check_room
+from surgery.operations.output import check_not_the_source, check_output_file, check_room, download_needs
 from surgery.operations.quantized import Dequantizer
 from surgery.operations.tuned import Norms, TunedModel, note_what_is_unlikely
 from surgery.planning.quantization import FP8, Scaled
@@ -123,9 +123,8 @@ def project(
     source = open_base(tuned, manifest)
     inputs = [factorized, *weights.folders(), *source.folders()]
     check_output_file(out, inputs, overwrite=overwrite, but=factorized / SCALES_FILE)
-    for read in (source, weights):
-        if (download := read.room_to_fetch()) is not None:
-            check_room(*download)
+    check_room(*download_needs(source, weights))
+    check_not_the_source(out, manifest)
     aliases = {target.tensor: target.tensors[1:] for target in manifest.targets}
     shapes = {target.tensor: target.shape for target in manifest.targets}
     with ExitStack() as stack:
@@ -285,7 +284,8 @@ class _Projector:
         try:
             components, norms = as_memory_allows(compute, [matrices], self._device)[0]
         except CorruptCorrection as error:
-            raise FormatError(f"{target.shard}: the correction of {target.key!r} is damaged ({error})") from error
+            what = f"{target.shard}: the correction of {target.key!r} is damaged ({error})"
+            raise FormatError(what, hint=DAMAGED_HINT) from error
         scales = (1 + components / factors.s.double()).float()
         scales = torch.where((factors.s > 0) & torch.isfinite(scales), scales, 1)
         explained = components[scales != 1].square().sum().item()

@@ -110,8 +110,9 @@ def recommend(
         SurgeryError: as for ``spectra``.
     """
     out = Path(out)
-    if budget < 1:
-        raise OptionError("the budget must be at least 1", got=budget)
+    for what, value in (("budget", budget), ("max_rank", max_rank)):
+        if value < 1:
+            raise OptionError(f"{what} must be at least 1", got=value)
     check_output_file(out, folders_of(model, tuned), overwrite=overwrite)
     report = spectra(
         model,
@@ -168,9 +169,11 @@ def _candidates(targets: Sequence[Mapping[str, Any]], unit: Unit, *, changed: bo
 
 
 def _total(targets: Sequence[Mapping[str, Any]], *, changed: bool) -> float:
+    """Never less than its parts, which are rounded: to six digits, and to a few bits below the normal numbers of float32."""
     if changed:
-        return float(sum(target["update"]["norm"] ** 2 for target in targets if target["update"] is not None))
-    return float(sum(target["norm"] ** 2 for target in targets))
+        updates = [(target["update"]["norm"], target["explained"]) for target in targets if target["update"] is not None]
+        return float(sum(max(norm**2, sum(explained)) for norm, explained in updates))
+    return float(sum(max(target["norm"] ** 2, sum(s * s for s in target["singular_values"])) for target in targets))
 
 
 def _spend(candidates: Sequence[_Candidate], budget: int, least: float) -> dict[str, int]:

@@ -26,7 +26,7 @@ from surgery.operations.base import BASE_HINT, check_entry, open_base
 from surgery.operations.batch import Settings
 from surgery.operations.engines import LocalEngine
 from surgery.operations.job import Job, run_job
-from surgery.operations.output import check_room, locked, not_as_recorded
+from surgery.operations.output import Need, check_room, download_needs, locked, not_as_recorded
 from surgery.planning.memory import Memory, collected_bytes, need_to_factorize, share_out
 from surgery.planning.plan import Layout, ShardPlan
 from surgery.planning.quantization import FP8, Scaled, read_quantization
@@ -98,9 +98,7 @@ def repair_files(folder: Path, manifest: Manifest, source: Source, by: LocalEngi
             which = [i for i, shard in enumerate(manifest.shards) if any(record.file in lost for record in _made(shard))]
             if which:
                 needed = sum(record.size for i in which for record in _made(manifest.shards[i]))
-                if (download := source.room_to_fetch()) is not None:
-                    check_room(*download)
-                check_room(folder, needed)
+                check_room(Need(folder, needed, "what is repaired"), *download_needs(source))
                 work = _Repairing(folder, manifest, source, lost, progress)
                 memory = work.memory(by, which)
                 with phase(progress, "repairing", sum(manifest.shards[i].source.size for i in which)):
@@ -157,7 +155,11 @@ class _Repairing:
     def memory(self, by: LocalEngine, which: Iterable[int]) -> Memory:
         """What the work takes; like that of the run that made them, so that the same matrices share a batch."""
         targets = [self._target(one) for i in which for one in self._manifest.targets_of(self._manifest.shards[i].source.file)]
-        memory = share_out([need_to_factorize(target) for target in targets], by.resources, kept=collected_bytes(targets))
+        memory = share_out(
+            [need_to_factorize(target) for target in targets],
+            by.resources,
+            kept=collected_bytes(targets, len(self._manifest.targets) + len(self._manifest.skipped)),
+        )
         self._window = memory.window_bytes
         return memory
 
@@ -229,7 +231,7 @@ class _Repairing:
                 check_entry(entry, record)
         scales = {target.scaled.shard: self._source.fetch(target.scaled.shard) for target in targets if target.scaled}
         job = Job(
-            planned, index, len(shards), path, None, place, None, scales, self._window, self._settings, self._source.watch
+            planned, index, len(shards), path, None, None, place, None, scales, self._window, self._settings, self._source.watch
         )
         result = run_job(job, lane, self._progress, read)
         if result.shard.source != shard.source:

@@ -2,38 +2,41 @@
 
 from __future__ import annotations
 
-import re
+import hashlib
+import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
-from surgery.device import as_memory_allows, choose_device, device_name, on_its_own_terms
-from surgery.engine.walk import ShardWalk, TargetPiece, reported
-from surgery.errors import OptionError, WeightError
-from surgery.format.safetensors import TORCH_DTYPES, ShardReader
-from surgery.linalg.spectrum import compare, spectrum
+from surgery.device import choose_devices, on_its_own_terms
+from surgery.errors import FormatError, MissingExtra, OptionError, OutputError
+from surgery.format.files import file_sha256, reading, write_file
+from surgery.format.spectra import SCHEMA_VERSION, check_target
 from surgery.linalg.svd import DEFAULT_TOLERANCE, check_accuracy
+from surgery.names import JOURNAL_DIR, SPECTRA_FILE, SPECTRA_PAGE, SPECTRA_TABLE
 from surgery.operations.accuracy import unconverged_note
-from surgery.operations.quantized import Dequantizer
-from surgery.operations.tuned import Norms, TunedModel, note_what_is_unlikely
+from surgery.operations.engines import LocalEngine
+from surgery.operations.journal import Journal
+from surgery.operations.output import Interruptible, check_output_file, check_room, download_needs, files_together, locked
+from surgery.operations.spectra_shard import Measure, Measuring, ShardSpectra, rounded
+from surgery.operations.tuned import Norms, note_what_is_unlikely
+from surgery.planning.memory import need_to_measure, share_out
 from surgery.planning.plan import Plan, make_plan
-from surgery.planning.targets import Choice, Target
+from surgery.planning.targets import Choice
 from surgery.progress import Progress, listening, phase
+from surgery.report.page import write_csv, write_page
 from surgery.reports import Report
 from surgery.source.address import address_of
 from surgery.source.model import Source, open_source
 from surgery.version import __version__
 
-SCHEMA_VERSION = 2
+_FILES = (SPECTRA_FILE, SPECTRA_TABLE, SPECTRA_PAGE)
 _MOST_AMPLIFIED = 10
-#: More triplets than are told, for directions that change places: a quarter of them, or so many.
-_BEYOND = 16
-_DIGITS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +182,7 @@ def spectra(
     model: str | Path,
     tuned: str | Path | None = None,
     *,
+    out: str | Path | None = None,
     top: int = 256,
     subspace: int | None = None,
     include: Sequence[str] = (),
@@ -190,21 +194,26 @@ def spectra(
     seed: int = 0,
     tolerance: float = DEFAULT_TOLERANCE,
     device: str | torch.device = "auto",
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> SpectraReport:
     """Describe the spectrum of every matrix that ``factorize`` would take, alone or against a fine-tuned model.
 
-    Both models are streamed and read once; the memory needed is that of the largest target in both. What the numbers
-    mean is said in ``surgery.linalg.spectrum`` and docs/study.md.
+    Both models are streamed and read once; the memory needed is set by the largest target in both and by how many are worked
+    on at a time. What the numbers mean is said in ``surgery.linalg.spectrum`` and docs/study.md.
 
     Args:
         model: local folder or Hugging Face repo id.
         tuned: the same of a model with the same tensors, in any dtype and shards.
+        out: folder to write the report to: ``spectra.json``, ``spectra.csv`` and, with matplotlib, ``index.html``. They come
+            together, when all is measured; the same call goes on after the last finished weight file. None writes nothing.
         top: singular values to tell of each matrix.
         subspace: dimension of the leading subspaces that are compared; 16, or ``top`` if that is less.
         include, exclude, recipe, split, revision, subfolder: as for ``factorize``; the revision is the first model's.
         seed, tolerance: of the truncated SVD.
-        device: where the linear algebra runs.
+        device: where the linear algebra runs. On a CPU each matrix is the work of one core: the numbers do not depend on how
+            many there are.
+        overwrite: replace an earlier report in ``out``, which stays as it is until the new one is whole.
         progress: told how far it is, and what the user should know, such as where ``tuned`` does
             not look like a fine-tuned model (``surgery.operations.tuned``); without it that is a ``SurgeryWarning``.
 
@@ -212,10 +221,10 @@ def spectra(
         The numbers of each matrix, and the findings about all of them. ``as_json()`` is the content of ``spectra.json``.
 
     Raises:
+        OutputError: ``out`` holds a report, or another unfinished run; it is in a model, in use, or cannot be written.
         SurgeryError: a model cannot be had or read, holds NaN, or lacks a tensor; an option makes no sense.
     """
     progress = listening()
-    where = choose_device(str(device))
     check_accuracy(tolerance, seed)
     subspace = min(16, top) if subspace is None else subspace
     for what, value in (("top", top), ("subspace", subspace)):
@@ -223,32 +232,170 @@ def spectra(
             raise OptionError(f"{what} must be at least 1", got=value)
     if subspace > top:
         raise OptionError("the subspaces need as many singular vectors", got=f"subspace {subspace}, top {top}")
+    out = None if out is None else Path(out)
+    if out is not None:
+        _check_out(out, folders_of(model, tuned), overwrite=overwrite)
+    # Differences and entropies are taken in float64, which an Apple GPU does not have.
+    exact_on = "cpu" if choose_devices(str(device))[0].type == "mps" else str(device)
     # The rank is of no account: what is told depends on top.
     choice = Choice(1, None, None, tuple(include), tuple(exclude), None if recipe is None else str(recipe), split)
+    engine = LocalEngine(exact_on, None, None, None)
     with phase(progress, "planning"):
         source = open_source(model, revision=revision, subfolder=subfolder)
         steps = make_plan(source, choice, "overlay")
         other = None if tuned is None else open_source(tuned, subfolder=subfolder)
-    measure = _Measure(top, subspace, tolerance, seed, where)
-    targets = _walk(source, steps, other, measure, progress)
-    for read in (source, other):
-        if read is not None:
-            read.watch.check()
+    check_room(*download_needs(*([source] if other is None else [source, other])))
+    measure = Measure(top, subspace, tolerance, seed, compared=other is not None)
+    options = SpectraOptions(top, subspace, seed, tolerance, steps.recipe, tuple(include), tuple(exclude))
+    with ExitStack() as stack:
+        journal = place = None
+        if out is not None:
+            run = stack.enter_context(Interruptible(out))
+            run.journal = journal = Journal(out, _identity(source, other, steps, options, engine.device_name))
+            stack.enter_context(locked(out, ()))
+            place = stack.enter_context(files_together(out, journal, _FILES, overwrite=overwrite))
+        targets = _measured(engine, source, steps, other, measure, journal, progress)
+        for read in (source, other):
+            if read is not None:
+                read.watch.check()
+        report = SpectraReport(
+            tool=f"surgery {__version__}",
+            torch=torch.__version__,
+            device=engine.device_name,
+            base=_named(source),
+            tuned=None if other is None else _named(other),
+            options=options,
+            targets=tuple(targets),
+            findings=_findings(targets, subspace, compared=other is not None),
+        )
+        if place is not None:
+            _write(report, place, progress)
     if other is not None:
         note_what_is_unlikely(other.name, [_norms(target) for target in targets])
     if failed := {target["key"]: _worst_residual(target) for target in targets if not _has_converged(target)}:
         hint = "The figures of these are less certain: among targets they are those with converged false"
         progress.note(unconverged_note(failed, f"{len(targets)} matrices", tolerance, hint))
-    return SpectraReport(
-        tool=f"surgery {__version__}",
-        torch=torch.__version__,
-        device=device_name(where),
-        base=_named(source),
-        tuned=None if other is None else _named(other),
-        options=SpectraOptions(top, subspace, seed, tolerance, steps.recipe, tuple(include), tuple(exclude)),
-        targets=tuple(targets),
-        findings=_findings(targets, subspace, compared=other is not None),
-    )
+    return report
+
+
+def _check_out(out: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
+    """Refuse an output before any work. What an unfinished run has left there is looked at when the folder is locked."""
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is no folder", hint="-o chooses another one")
+    for name in _FILES:
+        check_output_file(out / name, inputs, overwrite=overwrite or (out / JOURNAL_DIR).is_dir())
+
+
+def _identity(source: Source, other: Source | None, steps: Plan, options: SpectraOptions, device: str) -> dict[str, Any]:
+    """All that the figures depend on."""
+    targets = [[t.key, list(t.shape), t.view.kind, asdict(t.view.slice) if t.view.slice else None] for t in steps.targets]
+    models = {
+        which: None if read is None else {**asdict(read.record), "files": read.stamps()}
+        for which, read in (("base", source), ("tuned", other))
+    }
+    return {
+        "command": "spectra",
+        "schema_version": SCHEMA_VERSION,
+        "tool": f"surgery {__version__}",
+        "torch": torch.__version__,
+        "device": device,
+        "options": asdict(options),
+        "targets": hashlib.sha256(json.dumps(targets).encode()).hexdigest(),
+        **models,
+    }
+
+
+def _measured(
+    engine: LocalEngine,
+    source: Source,
+    steps: Plan,
+    other: Source | None,
+    measure: Measure,
+    journal: Journal | None,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """The figures of all targets, in the order of the checkpoint; of what an earlier start has measured from the journal."""
+    needs = [need_to_measure(target, measure.triplets, compared=measure.compared) for target in steps.targets]
+    memory = share_out(needs, engine.resources)
+    results: dict[int, list[dict[str, Any]]] = {}
+    total = sum(shard.size for shard in steps.shards if shard.targets)
+    with phase(progress, "measuring", total), Measuring(source, steps, other, measure, progress) as work:
+        count = len(work.shards)
+        done = None if journal is None else _Done(journal, source, other, work)
+        for index in range(count):
+            if done is not None and (known := done.of(index)) is not None:
+                results[index] = known
+                work.tell(index)
+        if results:
+            progress.note(f"going on after {len(results)} of {count} shards")
+        missing = [index for index in range(count) if index not in results]
+        with closing(engine.run(work, missing, memory)) as finished:
+            for index, result in finished:
+                results[index] = result.targets
+                if done is not None:
+                    done.record(index, result)
+    return [target for index in range(count) for target in results[index]]
+
+
+class _Done:
+    """The shards that are measured, in a journal: each with the hashes of the local files that its figures were taken of."""
+
+    def __init__(self, journal: Journal, source: Source, other: Source | None, work: Measuring) -> None:
+        self._journal = journal
+        self._source = source
+        self._other = other
+        self._work = work
+        self._hashes: dict[Path, str] = {}
+
+    def record(self, index: int, result: ShardSpectra) -> None:
+        shard = self._work.shards[index]
+        if self._source.record.kind == "folder":
+            self._hashes[self._source.fetch(shard.file)] = result.sha256
+        self._journal.record(index, shard.file, {"files": self._files(index), "targets": result.targets})
+
+    def of(self, index: int) -> list[dict[str, Any]] | None:
+        """The figures of a shard, if it is still what they were taken of."""
+        value = self._journal.recorded(index, self._work.shards[index].file)
+        targets = value.get("targets") if isinstance(value, dict) else None
+        identities = self._work.identities(index)
+        if not isinstance(targets, list) or len(targets) != len(identities):
+            return None
+        for target, identity in zip(targets, identities, strict=True):
+            try:
+                check_target(target, compared=self._other is not None)
+            except FormatError:
+                return None
+            if any(target.get(name, ...) != value for name, value in identity.items()):
+                return None
+        return targets if value.get("files") == self._files(index) else None
+
+    def _files(self, index: int) -> list[list[str]]:
+        """Names and hashes of what a shard's figures are taken of. A commit pins the files of a hub model."""
+        shard = self._work.shards[index]
+        read = [(self._source, [shard.file])]
+        if self._other is not None and self._work.tuned is not None:
+            read.append((self._other, self._work.tuned.shards_of(target.tensor for target in shard.targets)))
+        return [
+            [file, self._sha256(model.fetch(file))] for model, files in read if model.record.kind == "folder" for file in files
+        ]
+
+    def _sha256(self, path: Path) -> str:
+        if path not in self._hashes:
+            with reading(path):
+                self._hashes[path] = file_sha256(path)
+        return self._hashes[path]
+
+
+def _write(report: SpectraReport, place: Path, progress: Progress) -> None:
+    """The files of a report."""
+    content = report.as_json()
+    write_file(place / SPECTRA_FILE, json.dumps(content, allow_nan=False).encode() + b"\n")
+    write_csv(content, place / SPECTRA_TABLE)
+    with phase(progress, "drawing"):
+        try:
+            write_page(content, place / SPECTRA_PAGE)
+        except MissingExtra as missing:
+            progress.note(f"no page: {missing}")
 
 
 def _norms(target: Mapping[str, Any]) -> Norms:
@@ -264,132 +411,6 @@ def folders_of(*models: str | Path | None) -> list[Path]:
 
 def _named(source: Source) -> StudiedModel:
     return StudiedModel(source.name, source.record.repo_id, source.record.commit)
-
-
-class _Measure:
-    """Takes the figures of one matrix, or of one and what it became."""
-
-    def __init__(self, top: int, subspace: int, tolerance: float, seed: int, device: torch.device) -> None:
-        self._top = top
-        self._subspace = subspace
-        self._tolerance = tolerance
-        self._seed = seed
-        # Differences and entropies are taken in float64, which an Apple GPU does not have.
-        self._device = torch.device("cpu") if device.type == "mps" else device
-
-    def __call__(self, old: torch.Tensor, new: torch.Tensor | None, spacings: tuple[float, float]) -> dict[str, Any]:
-        """The figures of a matrix, and of what it became, stored with so much between the numbers next to 1."""
-
-        def on(pairs: Sequence[tuple[torch.Tensor, torch.Tensor | None]], where: torch.device) -> list[dict[str, Any]]:
-            before, after = pairs[0]
-            return [self._figures(before.to(where), None if after is None else after.to(where), spacings)]
-
-        return as_memory_allows(on, [(old, new)], self._device)[0]
-
-    def _figures(self, old: torch.Tensor, new: torch.Tensor | None, spacings: tuple[float, float]) -> dict[str, Any]:
-        top, seed = self._top, self._seed
-        beyond = 0 if new is None else max(_BEYOND, top // 4)
-        described, before = spectrum(old, top, beyond=beyond, tolerance=self._tolerance, seed=seed)
-        figures = asdict(described)
-        if new is not None:
-            changed, after = spectrum(new, top, beyond=beyond, tolerance=self._tolerance, seed=seed)
-            figures["tuned"] = asdict(changed)
-            figures |= asdict(compare(old, new, before, after, top, self._subspace, spacings=spacings, seed=seed))
-        short: dict[str, Any] = _rounded(figures)
-        return short
-
-
-def _rounded(value: Any) -> Any:
-    """Six significant digits: what float32 weights can say."""
-    if isinstance(value, float):
-        return float(f"{value:.{_DIGITS}g}")
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list) else value
-
-
-def _walk(source: Source, steps: Plan, other: Source | None, measure: _Measure, progress: Progress) -> list[dict[str, Any]]:
-    """The figures of all targets, in the order of the checkpoint."""
-    shapes = {target.tensor: target.shape for target in steps.targets}
-    prefix = _common_prefix([_generic(target.tensor) for target in steps.targets])
-    shards = [shard for shard in steps.shards if shard.targets]
-    described: list[dict[str, Any]] = []
-    with phase(progress, "measuring", sum(shard.size for shard in shards)), ExitStack() as stack:
-        dequantizer = stack.enter_context(Dequantizer(source.fetch, source.watch))
-        names = {entry.name for shard in source.selection.shards for entry in source.header(shard).tensors}
-        tuned = None if other is None else stack.enter_context(TunedModel(other, shapes, names))
-        for shard in shards:
-            inside: dict[str, list[Target]] = {}
-            for target in shard.targets:
-                inside.setdefault(target.tensor, []).append(target)
-            portions = {name: parts[0].at_a_time for name, parts in inside.items()}
-            with (
-                ShardReader(source.fetch(shard.file), name=shard.file, watch=source.watch) as reader,
-                ShardWalk(reader, portions) as walk,
-            ):
-                for piece in reported(walk, progress):
-                    if isinstance(piece, TargetPiece):
-                        described += _piece(piece, inside[piece.entry.name], dequantizer, tuned, measure, prefix)
-    return described
-
-
-def _piece(
-    piece: TargetPiece,
-    targets: Sequence[Target],
-    dequantizer: Dequantizer,
-    tuned: TunedModel | None,
-    measure: _Measure,
-    prefix: str,
-) -> list[dict[str, Any]]:
-    weight = dequantizer.weight(piece.tensor, piece.first, targets[0].scaled)
-    changed = None if tuned is None else tuned.weight(piece)
-    stored = [targets[0].dtype] if tuned is None else [targets[0].dtype, tuned.dtype(piece.entry.name)]
-    spacings = tuple(torch.finfo(TORCH_DTYPES[dtype]).eps for dtype in stored)
-    described = []
-    for target in targets:
-        old = target.view.matrices(weight)
-        new = None if changed is None else target.view.matrices(changed)
-        for i, matrix in enumerate(old):
-            index = piece.first + i if target.view.kind == "stack" else None
-            try:
-                figures = measure(matrix, None if new is None else new[i], (spacings[0], spacings[-1]))
-            except WeightError as error:
-                raise WeightError(f"{target.shard}: {target.key!r}: {error.what}", hint="repair the model") from error
-            described.append({**_identity(target, index, prefix), "shape": list(matrix.shape), **figures})
-    return described
-
-
-def _identity(target: Target, index: int | None, prefix: str) -> dict[str, Any]:
-    number = re.search(r"(?:^|\.)(\d+)\.", target.tensor)
-    part = target.view.slice.name if target.view.slice else None
-    group = _generic(target.tensor).removeprefix(prefix).removesuffix(".weight").removesuffix("_weight")
-    return {
-        "tensor": target.tensor,
-        "slice": part,
-        "matrix": index,
-        "key": target.key if index is None else f"{target.key}#{index}",
-        "group": group if part is None else f"{group}[{part}]",
-        "layer": int(number[1]) if number else None,
-        "view": target.view.kind,
-        "dtype": target.dtype,
-    }
-
-
-def _generic(name: str) -> str:
-    """A name without the numbers of layers and experts."""
-    return re.sub(r"(?:(?<=\.)|^)\d+\.", "", name)
-
-
-def _common_prefix(names: Sequence[str]) -> str:
-    """Of whole parts of names, such as ``model.layers.``."""
-    parts = [name.split(".")[:-1] for name in names]
-    common = []
-    for some in zip(*parts, strict=False):
-        if len(set(some)) > 1:
-            break
-        common.append(some[0])
-    # What is left must still say what it is: ``self_attn.q_proj``.
-    return "".join(f"{part}." for part in common[: max(0, min(map(len, parts)) - 1)])
 
 
 def _findings(targets: Sequence[Mapping[str, Any]], r: int, *, compared: bool) -> Findings:
@@ -408,7 +429,7 @@ def _findings(targets: Sequence[Mapping[str, Any]], r: int, *, compared: bool) -
     }
     if compared:
         found |= _changes(targets, r)
-    return Findings(**_rounded(found), most_amplified=_most_amplified(targets, r) if compared else None)
+    return Findings(**rounded(found), most_amplified=_most_amplified(targets, r) if compared else None)
 
 
 def _parts(target: Mapping[str, Any]) -> list[Mapping[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -85,7 +85,7 @@ def note_what_is_unlikely(name: str, found: Sequence[Norms]) -> None:
 
 
 class TunedModel:
-    """A model with the tensors of another one, such as a fine-tuned one. A context manager, for one thread.
+    """A model with the tensors of another one, such as a fine-tuned one. A context manager, for any number of threads.
 
     A note says so if it has layers that the other model has not.
 
@@ -167,6 +167,10 @@ class TunedModel:
                 expected="one, as in the model that was factorized",
                 hint="fine-tune with tied weights, or factorize with --exclude of both",
             )
+
+    def shards_of(self, names: Iterable[str]) -> list[str]:
+        """The weight files that hold these tensors."""
+        return sorted({self._places[self._stored[name][0]][0] for name in names})
 
     def dtype(self, name: str) -> str:
         """What a tensor is stored in, as safetensors names it."""

@@ -14,16 +14,16 @@ from surgery.device import choose_devices, on_its_own_terms
 from surgery.engine.lane import Lane
 from surgery.errors import OptionError, SurgeryError
 from surgery.format.files import Watch
-from surgery.format.manifest import Manifest, TargetRecord, fingerprint_of
+from surgery.format.manifest import Manifest, fingerprint_of
 from surgery.format.scales import read_scales
 from surgery.linalg.svd import check_accuracy
 from surgery.names import MANIFEST_FILE, SCALES_FILE
 from surgery.operations.base import BaseWeights, OwnWeights, open_base
 from surgery.operations.engines import LocalEngine
-from surgery.operations.output import check_room
+from surgery.operations.output import check_room, download_needs
 from surgery.operations.repair import Repaired, repair_files, source_to_repair_from
 from surgery.operations.verify_shard import Failure, Failures, ShardCheck, check_output_file
-from surgery.planning.memory import need_to_verify, share_out
+from surgery.planning.memory import known_bytes, need_to_verify, share_out
 from surgery.planning.quantization import FP8, Scaled
 from surgery.planning.targets import DEFAULT_MAX_RANK, matches
 from surgery.progress import Progress, listening, phase
@@ -108,7 +108,8 @@ def verify(
         quantized = weights.quantized(folder, manifest)
     watch = Watch()
     checks = LocalEngine(exact_on, max_memory, max_device_memory, None)
-    memory = share_out([need_to_verify(target) for target in manifest.targets], checks.resources)
+    kept = known_bytes(manifest.targets, len(manifest.targets) + len(manifest.skipped))
+    memory = share_out([need_to_verify(target) for target in manifest.targets], checks.resources, kept=kept)
     work = _Verifying(folder, manifest, weights, quantized, watch, memory.window_bytes, progress, fast=fast)
     with phase(progress, "verifying", work.bytes_read):
         for record in manifest.files:
@@ -156,13 +157,10 @@ class _Verifying:
         self._window_bytes = window_bytes
         self._progress = progress
         self._fast = fast
-        self._targets: dict[str, list[TargetRecord]] = {shard.source.file: [] for shard in manifest.shards}
-        self._edited: dict[str, dict[str, TargetRecord]] = {shard.source.file: {} for shard in manifest.shards}
-        for target in manifest.targets:
-            self._targets[target.shard].append(target)
-            self._edited[target.shard][target.tensor] = target
-            for alias in target.aliases:
-                self._edited[alias.shard][alias.tensor] = target
+        self._shards = {shard.source.file: shard for shard in manifest.shards}
+        self._passed: dict[str, set[str]] = {}
+        for skipped in manifest.skipped:
+            self._passed.setdefault(skipped.shard, set()).add(skipped.tensor)
 
     @property
     def bytes_read(self) -> int:
@@ -186,8 +184,8 @@ class _Verifying:
             folder=self._folder,
             manifest=self._manifest,
             shard=shard,
-            targets=self._targets[shard.source.file],
-            edited=self._edited[shard.source.file],
+            passed=self._passed.get(shard.source.file, set()),
+            shards=self._shards,
             weights=self._weights,
             quantized=self._quantized,
             watch=self._watch,
@@ -262,8 +260,7 @@ def _weights(
         return OwnWeights(folder)
     if base is not None:
         weights = BaseWeights(open_base(base, manifest))
-        if (download := weights.room_to_fetch()) is not None:
-            check_room(*download)
+        check_room(*download_needs(weights))
         return weights
     kind = "an overlay" if manifest.layout == "overlay" else "a residual without a correction"
     unchecked.append(f"weights and certificates: {kind} does not hold its weights (--base MODEL)")

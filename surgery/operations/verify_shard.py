@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,8 +132,8 @@ class ShardCheck:
     Attributes:
         folder, manifest: the checkpoint.
         shard: which.
-        targets: those in it.
-        edited: the tensors in it that a fold changes, with the target whose parameter each is: aliases too.
+        passed: the tensors in it that are passed over.
+        shards: all, by their names in the source.
         weights: where its weights are; None where they are not to be had.
         quantized: the FP8 weights of the base.
         watch: of the checkpoint's files.
@@ -144,14 +145,19 @@ class ShardCheck:
     folder: Path
     manifest: Manifest
     shard: ShardRecord
-    targets: Sequence[TargetRecord]
-    edited: Mapping[str, TargetRecord]
+    passed: AbstractSet[str]
+    shards: Mapping[str, ShardRecord]
     weights: OwnWeights | BaseWeights | None
     quantized: Mapping[str, Scaled]
     watch: Watch
     headers_only: bool
     window_bytes: int
     progress: Progress
+
+    @property
+    def targets(self) -> list[TargetRecord]:
+        """Those in it."""
+        return self.manifest.targets_of(self.shard.source.file)
 
     def run(self, lane: Lane, read: Callable[[], object]) -> list[Failure]:
         """What does not hold; whatever cannot be read is among it.
@@ -200,10 +206,14 @@ class ShardCheck:
     def _check_headers(self, failures: Failures) -> None:
         """Each target is there with its dtype and shape, and so are its factors; all others are on record as passed over."""
         shard, manifest = self.shard, self.manifest
+        edited = manifest.edited_in(shard.source.file)
+        tensors: dict[str, tuple[str, list[int] | None]] = {
+            tensor: (target.dtype, target.shape) for tensor, target in edited.items()
+        }
         if shard.residual is not None:
-            passed = {skipped.tensor for skipped in manifest.skipped if skipped.shard == shard.source.file}
-            tensors = {tensor: (target.dtype, target.shape) for tensor, target in self.edited.items()}
-            self._check_header(self.folder / shard.residual.file, self.watch, tensors, passed, failures)
+            self._check_header(self.folder / shard.residual.file, self.watch, tensors, self.passed, failures)
+        if isinstance(self.weights, BaseWeights):
+            self._check_header(self.weights.file(shard)[0], self.weights.watch, tensors, self.passed, failures)
         if shard.factors is not None:
             parts: dict[str, tuple[str, list[int] | None]] = {}
             for target in self.targets:
@@ -215,17 +225,13 @@ class ShardCheck:
                     places = range(count) if stack else [None]
                     parts.update((correction_key(target.key, place), ("U8", None)) for place in places)
             self._check_header(self.folder / shard.factors.file, self.watch, parts, set(), failures)
-        if isinstance(self.weights, BaseWeights):
-            passed = {skipped.tensor for skipped in manifest.skipped if skipped.shard == shard.source.file}
-            tensors = {tensor: (target.dtype, target.shape) for tensor, target in self.edited.items()}
-            self._check_header(self.weights.file(shard)[0], self.weights.watch, tensors, passed, failures)
 
     def _check_header(
         self,
         path: Path,
         watch: Watch,
         tensors: Mapping[str, tuple[str, list[int] | None]],
-        passed: set[str],
+        passed: AbstractSet[str],
         failures: Failures,
     ) -> None:
         name = path.relative_to(self.folder).as_posix() if self.folder in path.parents else path.name
@@ -256,9 +262,8 @@ class ShardCheck:
         path, expected = self.weights.file(self.shard)
         watch = self.watch if own else self.weights.watch
         source = stack.enter_context(ShardReader(path, name=path.name, watch=watch))
-        shards = {shard.source.file: shard for shard in self.manifest.shards}
         weights = self.weights
-        dequantizer = stack.enter_context(Dequantizer(lambda file: shard_path(weights, shards, file), watch))
+        dequantizer = stack.enter_context(Dequantizer(lambda file: shard_path(weights, self.shards, file), watch))
         residuals = None
         if not own and self.shard.residual is not None:
             file = self.shard.residual.file
@@ -456,10 +461,9 @@ class ShardCheck:
     def _check_aliases(self, target: TargetRecord, digest: str, failures: Failures) -> None:
         """The tensors that are one parameter with a target hold its bytes."""
         assert self.weights is not None
-        shards = {shard.source.file: shard for shard in self.manifest.shards}
         for alias in target.aliases:
             try:
-                path = shard_path(self.weights, shards, alias.shard)
+                path = shard_path(self.weights, self.shards, alias.shard)
                 with ShardReader(path, name=alias.shard, watch=self.weights.watch) as reader:
                     if (entry := reader.entries.get(alias.tensor)) is None:
                         continue  # its header has been found fault with

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,9 +34,16 @@ _BLOCK_MEMORY = 32 << 20
 _OPEN_FILES = 4
 #: Upper estimate of the correction, bytes per weight (measured: 0.06-0.15).
 CORRECTION_BYTES = 0.25
-#: What the manifest says of a matrix and of each of its directions, as objects, and as text in the making.
-_MATRIX_MEMORY = 4096
+#: What a run knows of each tensor of a model, of each target, of each matrix of it and of each of its directions: headers and
+#: records, as objects, as what JSON makes of them, and as text in the making. docs/performance.md has what was measured.
+_TENSOR_MEMORY = 1024
+_TARGET_MEMORY = 4096
+_MATRIX_MEMORY = 2048
 _DIRECTION_MEMORY = 256
+#: Of each target of a shard until that is finished: its hashes, and its record on the way to the journal.
+_UNFINISHED_MEMORY = 8192
+#: Of each matrix of a window in work, besides the numbers: its factors, correction and certificate are tensors of their own.
+_RESULT_MEMORY = 12288
 #: On a GPU: the context with its libraries, and the temporaries of the certificate and of the lossless arithmetic.
 _GPU_BASE_MEMORY = 3 << 30
 
@@ -88,40 +95,61 @@ class Need:
 
     Attributes:
         key, shape: of it, for messages.
+        file: the weight file that it is in.
         held: bytes that are read of it at a time.
         working: host memory of a worker besides what is held, or on a GPU that of the GPU.
         matrix: bytes of one matrix.
+        count, stored: how many matrices it has, and the bytes that one of them takes in its file.
         together: how many matrices a CPU works on at once.
     """
 
     key: str
     shape: Sequence[int]
+    file: str
     held: int
     working: int
     matrix: int
+    count: int
+    stored: int
     together: int = 1
 
 
 def need_to_factorize(target: Target) -> Need:
     """What the SVD and the split of a target take."""
-    _, m, n = target.matrices
+    count, m, n = target.matrices
     # In which the weight reaches the SVD: its own dtype, or float32 where it is quantized.
     dtype = torch.float32 if target.scaled is not None else TORCH_DTYPES[target.dtype]
     held = _held(target.shape, target.dtype, target.at_a_time)
     copies = _copies(held, target.dtype, target.scaled is not None, target.view.slice is not None)
     working = copies + workspace_bytes(m, n, target.rank, dtype)
     together = min(solved_together(min(m, n), target.rank), CPU_WINDOW_BYTES // (m * n * dtype.itemsize) + 1)
-    return Need(target.key, target.shape, held, working, m * n * dtype.itemsize, together)
+    stored = m * n * DTYPE_BITS[target.dtype] // 8
+    return Need(target.key, target.shape, target.shard, held, working, m * n * dtype.itemsize, count, stored, together)
 
 
 def need_to_fold(target: TargetRecord) -> Need:
     """What the recovery and the update of a target take."""
-    _, m, n = target.matrices
+    count, m, n = target.matrices
     fp8 = target.dtype == FP8
     held = _held(target.shape, target.dtype, target.at_a_time)
     # The factors as they are, as integers in float64, and as what is added; the correction.
     working = _copies(held, target.dtype, fp8, target.slice is not None) + 32 * target.rank * (m + n) + held // 8
-    return Need(target.key, target.shape, held, working, m * n * (4 if fp8 else TORCH_DTYPES[target.dtype].itemsize))
+    matrix = m * n * (4 if fp8 else TORCH_DTYPES[target.dtype].itemsize)
+    stored = m * n * DTYPE_BITS[target.dtype] // 8
+    return Need(target.key, target.shape, target.shard, held, working, matrix, count, stored)
+
+
+def need_to_measure(target: Target, triplets: int, *, compared: bool) -> Need:
+    """What the spectra of a target take; with ``compared`` also those of what it became, and of the difference."""
+    need = need_to_factorize(replace(target, rank=min(triplets, *target.matrices[1:])))
+    _, m, n = target.matrices
+    # All singular values of a small matrix, or the products with probes for a large one.
+    working = need.working + 24 * m * n
+    if compared:
+        # What it became, at most in float32, with slices of that; the difference; the directions of either, and their images.
+        tuned = 4 * need.held * 8 // DTYPE_BITS[target.dtype]
+        working += 3 * tuned + 4 * m * n + 32 * min(triplets, m, n) * (m + n)
+    return replace(need, working=working, together=1)
 
 
 def need_to_verify(target: TargetRecord) -> Need:
@@ -195,11 +223,17 @@ def _memory(needs: Sequence[Need], resources: Resources, workers: int, window: i
     # One for each worker, one being written, and the piece being read.
     buffers = (workers + 1) * unit + held
     work = max([0, *(need.working * (1 if resources.device == "cuda" else need.together) for need in needs)])
-    # What a window leaves to be written besides itself: corrections, at two bytes or more for each weight.
+    # What a window leaves to be written besides itself: corrections, at two bytes or more for each weight, and of small
+    # matrices what each takes whatever its size.
     left = int(unit * CORRECTION_BYTES / 2) + _BLOCK_MEMORY
+    files: dict[str, list[Need]] = {}
+    for need in needs:
+        files.setdefault(need.file, []).append(need)
+    results = (workers + 1) * max((_most_in(unit, some) for some in files.values()), default=0) * _RESULT_MEMORY
+    results += max(map(len, files.values()), default=0) * _UNFINISHED_MEMORY
     # On a GPU the workspace is there; what does not fit there comes here.
     host = workers * left + (work if resources.device == "cuda" else workers * work)
-    peak = _BASE_MEMORY + resources.lanes * (buffers + host + _OPEN_FILES * STREAM_MEMORY) + kept
+    peak = _BASE_MEMORY + resources.lanes * (buffers + host + results + _OPEN_FILES * STREAM_MEMORY) + kept
     return Memory(workers, window, buffers, peak, _device_bytes(needs, workers, window) if resources.device == "cuda" else 0)
 
 
@@ -209,13 +243,31 @@ def _device_bytes(needs: Sequence[Need], workers: int, window: int) -> int:
     return _GPU_BASE_MEMORY + workers * one
 
 
-def collected_bytes(targets: Sequence[Target]) -> int:
-    """What factorizing keeps besides the weights: the factors of a stack until the last of its matrices is done, and of all
-    matrices what the manifest will say of them, as objects and as text."""
+def _most_in(window: int, needs: Sequence[Need]) -> int:
+    """How many matrices a window of so many bytes can have of those in one file: the smallest ones."""
+    most = 0
+    for need in sorted(needs, key=lambda need: need.stored):
+        taken = min(need.count, window // need.stored)
+        if taken == 0:
+            break
+        most += taken
+        window -= taken * need.stored
+    return most
+
+
+def collected_bytes(targets: Sequence[Target], tensors: int) -> int:
+    """What factorizing keeps besides the weights: the factors of a stack until the last of its matrices is done, and what is
+    known of all targets, in a model of so many tensors."""
     factors: dict[str, int] = {}
     for target in targets:
         if target.matrices[0] > 1:
             # Those of each slice, and those of one of them once more, put together.
             factors[target.tensor] = factors.get(target.tensor, target.factor_bytes) + target.factor_bytes
-    described = sum(target.matrices[0] * (_MATRIX_MEMORY + _DIRECTION_MEMORY * target.rank) for target in targets)
-    return max(factors.values(), default=0) + described
+    return max(factors.values(), default=0) + known_bytes(targets, tensors)
+
+
+def known_bytes(targets: Iterable[Target | TargetRecord], tensors: int) -> int:
+    """What is known of so many tensors, and of the targets among them, besides weights and factors."""
+    return tensors * _TENSOR_MEMORY + sum(
+        _TARGET_MEMORY + target.matrices[0] * (_MATRIX_MEMORY + _DIRECTION_MEMORY * target.rank) for target in targets
+    )

@@ -294,7 +294,9 @@ def make_plan(
         download_bytes=source.bytes_to_fetch(),
         temporary_bytes=room[1] if room else 0,
         memory=share_out(
-            [need_to_factorize(target) for target in every], resources or Resources(), kept=collected_bytes(every)
+            [need_to_factorize(target) for target in every],
+            resources or Resources(),
+            kept=collected_bytes(every, len(entries)),
         ),
     )
 

@@ -34,7 +34,7 @@ _INSTEAD = {
 _TRACES = (
     (re.compile(r".*\.(qweight|qzeros|g_idx)"), "gptq or awq"),
     (re.compile(r".*\.(weight_packed|weight_global_scale|weight_shape)"), "compressed-tensors"),
-    (re.compile(r".*\.weight\.(absmax|quant_map|quant_state\..*|nested_absmax)|.*\.SCB"), "bitsandbytes"),
+    (re.compile(r".*\.weight\.(absmax|quant_map|quant_state\..*|nested_absmax)|.*\.SCB", re.DOTALL), "bitsandbytes"),
     (re.compile(r".*\.(W_q|codebooks|qbiases)"), "hqq, aqlm or mlx"),
 )
 _SCALE_LIKE = re.compile(r"(\.|_)(weight_scale(_2|_inv)?|scale_weight|qscale_weight|scale_inv|scale)$")

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from surgery.errors import OptionError, ReadError
+from surgery.expressions import MOST_CHARACTERS, Expression, ExpressionError
 from surgery.linalg.energy import check_energy
 from surgery.linalg.views import KINDS, Kind
 from surgery.reports import NOT_IN_JSON, Report, in_json
@@ -57,7 +58,7 @@ class Rule:
     """
 
     text: str = field(metadata=in_json("match"))
-    patterns: tuple[re.Pattern[str], ...] = field(repr=False, metadata=NOT_IN_JSON)
+    patterns: tuple[re.Pattern[str] | Expression, ...] = field(repr=False, metadata=NOT_IN_JSON)
     view: Kind | None = None
     slices: tuple[str, ...] = ()
     every: Every | None = None
@@ -69,7 +70,19 @@ class Rule:
     skip: str | None = None
 
     def matches(self, name: str) -> bool:
-        return any(pattern.fullmatch(name) for pattern in self.patterns)
+        """Whether one of the patterns fits a tensor's whole name.
+
+        Raises:
+            OptionError: a regular expression that takes too long on this name.
+        """
+        try:
+            return any(pattern.fullmatch(name) for pattern in self.patterns)
+        except ExpressionError as error:
+            raise OptionError(
+                f"a regular expression of the recipe cannot be matched against {name[:80]!r}",
+                got=f"{self.text[:80]!r}: {error}",
+                hint="use globs (match), or split it in several",
+            ) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,12 +209,7 @@ def _rule(table: dict[str, Any], where: str) -> Rule:
     written = _strings([table[key]] if isinstance(table[key], str) else table[key], f"{where}: {key}")
     if not written:
         raise OptionError(f"{where}: {key} is empty")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of what a later Python may read otherwise
-            patterns = tuple(re.compile(fnmatch.translate(text) if key == "match" else text) for text in written)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise OptionError(f"{where}: no regular expression", got=str(error)[:200]) from None
+    patterns = tuple((_glob if key == "match" else _expression)(text, where) for text in written)
     if table.get("skip") == "":
         raise OptionError(f"{where}: skip must tell the reason", got="an empty string")
     if "skip" in table and len(table) > 2:
@@ -237,6 +245,27 @@ def _rule(table: dict[str, Any], where: str) -> Rule:
         max_rank=max_rank,
         skip=None if "skip" not in table else _of_type(table["skip"], str, f"{where}: skip"),
     )
+
+
+def _glob(text: str, where: str) -> re.Pattern[str]:
+    if len(text) > MOST_CHARACTERS:
+        raise OptionError(f"{where}: a glob of {len(text)} characters", expected=f"at most {MOST_CHARACTERS}")
+    # An open bracket that is closed nowhere stands for itself; fnmatch would look for the end of each, to the last character.
+    head, closed, rest = text.rpartition("]")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of what a later Python may read otherwise
+        return re.compile(fnmatch.translate(head + closed + rest.replace("[", "[[]")))
+
+
+def _expression(text: str, where: str) -> Expression:
+    try:
+        return Expression(text)
+    except ExpressionError as error:
+        raise OptionError(
+            f"{where}: no regular expression that can be matched in bounded time",
+            got=f"{text[:80]!r}: {error}",
+            hint="instead of looking ahead or back, say in a rule before this one what is not meant; else use globs (match)",
+        ) from None
 
 
 def _check_keys(table: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:

@@ -158,7 +158,7 @@ def _inline(svg: str) -> str:
     body = body.replace(INK, "currentColor").replace(FAINT, "var(--faint)")
     for shade in range(SHADES):
         body = body.replace(_SHADE.format(_FIRST_SHADE + shade), f"var(--layer-{shade})")
-    return re.sub(r"\s*\n\s*", "\n", body).strip()
+    return "\n".join(filter(None, map(str.strip, body.split("\n"))))
 
 
 def _rounded(path: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.format.files import write_file
+from surgery.format.spectra import check_spectra
 from surgery.report.summary import Target, change, half_energy_rank, median, relative_update, worst_residual
 from surgery.report.words import cosine, number, percent, shown
 
@@ -54,8 +55,10 @@ def write_csv(spectra: dict[str, Any], path: Path) -> None:
         path: the file to write; its folder is made if need be.
 
     Raises:
+        FormatError: numbers of another schema version, or that are none of a matrix.
         OutputError: the file cannot be written.
     """
+    check_spectra(spectra)
     tuned = spectra["tuned"] is not None
     heading = [*_NAMES, "rows", "columns", *_SCALARS]
     if tuned:

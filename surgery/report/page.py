@@ -9,8 +9,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import FormatError, MissingExtra
+from surgery.errors import MissingExtra
 from surgery.format.files import write_file
+from surgery.format.spectra import check_spectra
 from surgery.report import findings, listing
 from surgery.report.listing import write_csv
 from surgery.report.reading import terms
@@ -18,8 +19,6 @@ from surgery.report.summary import Group, change, groups_of, half_energy_rank, m
 from surgery.report.words import cosine, count, escaped, matrices, number, percent, rank_text
 
 __all__ = ["write_csv", "write_page"]
-
-SCHEMA_VERSION = 2
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
@@ -35,7 +34,7 @@ def write_page(spectra: dict[str, Any], path: Path) -> None:
 
     Raises:
         MissingExtra: matplotlib is not installed.
-        FormatError: numbers of another schema version.
+        FormatError: numbers of another schema version, or that are none of a matrix.
         OutputError: the file cannot be written.
     """
     try:
@@ -45,12 +44,7 @@ def write_page(spectra: dict[str, Any], path: Path) -> None:
             "the pictures of a report are drawn with matplotlib, which is not installed",
             hint="pip install 'matplotlib>=3.10.8'",
         ) from error
-    if spectra.get("schema_version") != SCHEMA_VERSION:
-        raise FormatError(
-            "these spectra are of another version",
-            got=spectra.get("schema_version"),
-            expected=f"schema_version {SCHEMA_VERSION}",
-        )
+    check_spectra(spectra)
     write_file(path, _page(spectra).encode())
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import html
 import math
 
+from surgery import escapes
+
 MINUS = "\u2212"
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def shown(name: object) -> str:
     """A text from a stranger's file; what is not printable (control characters, changes of direction) is spelled out."""
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode() for character in str(name)
-    )
+    return escapes.escaped(str(name))
 
 
 def escaped(name: object) -> str:

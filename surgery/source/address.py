@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 from urllib.parse import unquote, urlsplit
 
-from surgery.errors import SourceError
+from surgery.errors import SourceError, advice
+from surgery.escapes import quoted
 from surgery.format.files import reading
 from surgery.format.kinds import HEAD_BYTES, other_kind
 from surgery.source.shards import SUFFIX
@@ -122,7 +122,7 @@ def _hint_of_path(parts: list[str]) -> str | None:
     if len(parts) < 2 or not _REPO_ID.fullmatch(repo) or ".." in parts:
         return None
     subfolder = inside.parent if inside.suffix == SUFFIX else inside
-    return f"for a hub model: {repo}" + (f" --subfolder {shlex.quote(str(subfolder))}" if subfolder.parts else "")
+    return f"for a hub model: {repo}" + (f" --subfolder {quoted(subfolder)}" if subfolder.parts else "")
 
 
 def _local(text: str) -> Address | None:
@@ -130,8 +130,9 @@ def _local(text: str) -> Address | None:
         path = Path(text).expanduser()
         is_folder, is_file = bool(text) and path.is_dir(), path.is_file()
         leads_to = path.readlink() if not is_folder and not is_file and path.is_symlink() else None
-    except (OSError, RuntimeError, ValueError) as error:  # a name too long, no such user, a null byte
-        raise SourceError(f"there is no folder {text[:100]!r}", got=str(error)[:200]) from None
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, no such user, a null byte, a disk that fails
+        hint = advice(error) if isinstance(error, OSError) else None
+        raise SourceError(f"there is no folder {text[:100]!r}", got=str(error)[:200], hint=hint) from None
     if leads_to is not None:
         raise SourceError(
             f"{text} is a link that leads nowhere", got=leads_to, hint="make what it leads to, or give the folder of a model"
@@ -177,7 +178,7 @@ def _by_scheme(text: str, scheme: str, rest: str) -> Address:
     if scheme in ("http", "https", "ftp", "git+https", "ssh", "git+ssh"):
         hint = "fetch the model into a folder first; models of the Hugging Face hub have addresses of huggingface.co"
     else:
-        hint = f"fetch it into a folder first: {_STORES.get(scheme, 'copy')} {shlex.quote(text)} FOLDER"
+        hint = f"fetch it into a folder first: {_STORES.get(scheme, 'copy')} {quoted(text)} FOLDER"
     raise SourceError(
         f"{text} is neither here nor on the Hugging Face hub",
         expected="a local folder or a Hugging Face repo id such as owner/name",
@@ -199,7 +200,7 @@ def _by_url(text: str, path: str) -> Address:
     if page[0] not in (*_PAGES, "revision") or page[0] == "discussions" or not rest:
         raise SourceError(
             f"{text} is a page of {repo} that is no model",
-            hint=f"give {repo}" + (f" --revision refs/pr/{rest[0]}" if page[0] == "discussions" and rest else ""),
+            hint=f"give {repo}" + (f" --revision {quoted(f'refs/pr/{rest[0]}')}" if page[0] == "discussions" and rest else ""),
         )
     if rest[0] == "refs" and len(rest) > 2:
         rest = ["/".join(rest[:3]), *rest[3:]]
@@ -251,5 +252,5 @@ def _windows_path(text: str, drive: str | None) -> SourceError:
         f"there is no folder {text!r}",
         got="a path as Windows writes it" if os.name != "nt" else None,
         expected="a local folder or a Hugging Face repo id such as owner/name",
-        hint=None if os.name == "nt" else f"in WSL: {shlex.quote(here)}" if drive else f"with slashes: {shlex.quote(here)}",
+        hint=None if os.name == "nt" else f"in WSL: {quoted(here)}" if drive else f"with slashes: {quoted(here)}",
     )

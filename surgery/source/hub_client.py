@@ -1,9 +1,13 @@
 """The official client of the Hugging Face hub: the one place that knows what it is called and how its versions differ.
 
 Tried with huggingface_hub 1.5.0, 1.17.0, 1.31.0, 2.0.0 and 2.4.0. Older ones are refused. Newer ones are taken as long as they
-have all names that are imported here. Of what has come or changed within that range nothing is used: revisions are resolved,
-headers read and snapshots in the cache found by the calls and the layout that all of them share. One thing is told apart at
-run time: whether the client speaks through httpx or httpx2, from which its errors come.
+have all names that are imported here. Of what has come or changed within that range nothing is used: revisions are resolved and
+snapshots in the cache found and filled by the calls and the layout that all of them share. One thing is told apart at run time:
+whether the client speaks through httpx or httpx2, from which its errors come.
+
+Files and listings are asked for in single requests, through the client's session. ``hf_hub_download`` goes on with a file that
+broke off until 1.17, and begins it anew from 1.31 on; listings are asked for once until 2.0, and six times in 2.4; a status of
+500 and above ends a download in all of them. It is called for what the hub has in its store of chunks, and for nothing else.
 
 Slow to import. Nothing but ``source/hub.py``, ``source/upload.py`` and ``operations/card.py`` needs it, and they are imported
 where a model is on the hub.
@@ -11,18 +15,24 @@ where a model is on the hub.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import importlib.util
+import os
 import re
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import quote, urlsplit
 
 from tqdm import tqdm
 
-from surgery.errors import MissingExtra
-from surgery.format.files import write_file
+from surgery.errors import MissingExtra, SourceError
+from surgery.format.files import MAX_JSON_BYTES, decode_json, is_plain_path, write_file
 from surgery.progress import Progress, listening
 
 _OLDEST = (1, 5)
@@ -54,7 +64,6 @@ try:
         HfApi,
         ModelCardData,
         constants,
-        get_hf_file_metadata,
         get_token,
         hf_hub_download,
         hf_hub_url,
@@ -96,6 +105,12 @@ try:
     RequestError: type[Exception] = http.RequestError
     TransportError: type[Exception] = http.TransportError
     InvalidURL: type[Exception] = http.InvalidURL
+except ValueError as error:
+    raise SourceError(
+        "the hub's client takes a setting of this environment for none",
+        got=error,
+        hint="set HF_ENDPOINT to the address of a hub",
+    ) from error
 except (AttributeError, ImportError, StopIteration) as error:
     raise _unusable(
         f"huggingface_hub {huggingface_hub.__version__} lacks a name that surgery uses", str(error) or type(error).__name__
@@ -110,6 +125,7 @@ __all__ = [
     "HfApi",
     "HfHubHTTPError",
     "HubFile",
+    "Incomplete",
     "InvalidURL",
     "LocalEntryNotFoundError",
     "LocalTokenNotFoundError",
@@ -125,29 +141,48 @@ __all__ = [
     "RevisionNotFoundError",
     "TransportError",
     "XetDownloadError",
+    "blob_path",
     "cache_folder",
     "cached_commit",
     "cached_file",
+    "cached_hash",
     "cached_snapshot",
-    "download",
-    "first_bytes",
+    "content_hash",
+    "download_by_xet",
     "get_token",
+    "has_xet",
     "http",
     "is_away",
     "is_offline",
+    "link_into_cache",
     "list_files",
+    "lock_path",
+    "parts",
     "resolve",
-    "sha256_of",
     "validate_repo_id",
     "without_bars",
 ]
 
 _COMMIT = re.compile("[0-9a-f]{40}")
+_SHA1 = re.compile("[0-9a-f]{40}")
 _SHA256 = re.compile("[0-9a-f]{64}")
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
+
+
+#: Files of a page, and the address of the next one.
+_Page = tuple[list[RepoFile], str | None]
+
+#: Of a listing, whose pages have a thousand files each; and of a file in it.
+_MOST_PAGES = 1000
+_MOST_BYTES = 1 << 63
 
 
 class NoHub(Exception):
     """Something answers, but not as the hub does."""
+
+
+class Incomplete(Exception):
+    """An answer has come to its end before all that was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,12 +192,21 @@ class HubFile:
     Attributes:
         size: in bytes.
         sha256: that the hub has given for a large file; None for a small one.
+        git_sha1: what git calls a small file by its contents; of a large one, its pointer's.
         is_cached: whether the hub's cache had it when the files were listed.
+        by_xet: whether the hub has it in its store of chunks, from which the client fetches in its own way.
     """
 
     size: int
     sha256: str | None
+    git_sha1: str
     is_cached: bool
+    by_xet: bool
+
+    @property
+    def hash(self) -> str:
+        """Of its contents: sha256 (64 digits), or as git hashes files (40 digits). The cache calls its blobs so."""
+        return self.sha256 or self.git_sha1
 
 
 def is_offline() -> bool:
@@ -186,7 +230,7 @@ def resolve(repo_id: str, revision: str | None) -> str:
     if revision is not None and _COMMIT.fullmatch(revision):
         return revision
     with _answering():
-        commit = HfApi().model_info(repo_id, revision=revision).sha
+        commit = HfApi().model_info(repo_id, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT).sha
     if commit is None or not _COMMIT.fullmatch(commit):
         raise NoHub(f"the commit is {commit!r}")
     if (kept := _ref(repo_id, revision)) is not None and cached_commit(repo_id, revision) != commit:
@@ -196,19 +240,74 @@ def resolve(repo_id: str, revision: str | None) -> str:
     return commit
 
 
-def list_files(repo_id: str, commit: str) -> dict[str, HubFile]:
-    """The files of a repository by name, from its listing alone. Raises the client's errors, and ``NoHub``."""
-    with _answering():
-        tree = HfApi().list_repo_tree(repo_id, recursive=True, revision=commit)
-        files = [entry for entry in tree if isinstance(entry, RepoFile)]
-        return {
-            file.path: HubFile(
-                size=int(file.size),
-                sha256=None if file.lfs is None else _sha256(file.lfs.sha256),
-                is_cached=cached_file(repo_id, commit, file.path) is not None,
-            )
-            for file in files
-        }
+def list_files(
+    repo_id: str, commit: str, further: Callable[[Callable[[], _Page]], _Page] = lambda ask: ask()
+) -> dict[str, HubFile]:
+    """The files of a repository by name, from its listing alone. Raises the client's errors, and ``NoHub``.
+
+    Their names are as the listing has them, and may be no names of files: the client is asked for none of these. Nor is it
+    asked to page: it would follow links anywhere, and for ever; and some versions ask for the first page six times, others
+    without a time limit.
+
+    Args:
+        repo_id, commit: of the repository.
+        further: asks for each page but the first, which is asked for once.
+    """
+    files: dict[str, HubFile] = {}
+    address = f"{HfApi().endpoint}/api/models/{repo_id}/tree/{quote(commit, safe='')}"
+    query = "recursive=true&expand=false"
+    for number in range(_MOST_PAGES):
+        page = partial(_page, f"{address}?{query}")
+        entries, following = further(page) if number else page()
+        for file in entries:
+            found = _described(repo_id, commit, file)
+            if files.setdefault(file.path, found) != found:
+                raise NoHub(f"it lists {file.path!r} twice"[:300])
+        if following is None:
+            return files
+        with _answering():
+            query = urlsplit(following).query  # the token is for the hub alone, whatever host a link names
+    raise NoHub(f"its listing has more than {_MOST_PAGES} pages")
+
+
+def _page(url: str) -> _Page:
+    """One page of a listing: its files, and the link to the next page."""
+    data = bytearray()
+    with get_session().stream("GET", url, headers=build_hf_headers(), timeout=constants.HF_HUB_ETAG_TIMEOUT) as response:
+        if response.is_error:
+            response.read()
+        hf_raise_for_status(response)
+        for part in response.iter_bytes():
+            data += part
+            if len(data) > MAX_JSON_BYTES:
+                raise NoHub(f"a page of its listing has more than {MAX_JSON_BYTES} bytes")
+        with _answering():
+            if data.startswith(b"[") and not data.rstrip().endswith(b"]"):
+                raise Incomplete("a page of the listing breaks off")
+            entries = [RepoFile(**entry) for entry in decode_json(bytes(data).decode()) if entry["type"] == "file"]  # type: ignore[no-untyped-call]
+            return entries, response.links.get("next", {}).get("url")
+
+
+def _described(repo_id: str, commit: str, file: RepoFile) -> HubFile:
+    """What a listing says of a file, if it makes sense."""
+    name, size = file.path, file.size
+    if not isinstance(name, str) or type(size) is not int or not 0 <= size < _MOST_BYTES:
+        raise NoHub(f"it lists a file {name!r} of {size!r} bytes"[:300])
+    if file.lfs is not None and file.lfs.size != size:
+        raise NoHub(f"its entry of {name!r} contradicts itself"[:300])
+    return HubFile(
+        size=size,
+        sha256=None if file.lfs is None else _matching(_SHA256, file.lfs.sha256),
+        git_sha1=_matching(_SHA1, file.blob_id),
+        is_cached=is_plain_path(name) and cached_file(repo_id, commit, name) is not None,
+        by_xet=file.xet_hash is not None,
+    )
+
+
+def _matching(pattern: re.Pattern[str], text: object) -> str:
+    if not isinstance(text, str) or not pattern.fullmatch(text):
+        raise NoHub(f"a file has the hash {text!r}"[:300])
+    return text
 
 
 @contextmanager
@@ -218,11 +317,54 @@ def _answering() -> Iterator[None]:
         yield
     except HFValidationError:
         raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise NoHub(f"{constants.ENDPOINT} answers something else ({type(error).__name__}: {error})"[:300]) from error
 
 
-def download(repo_id: str, commit: str, file: str, folder: Path | None = None) -> Path:
+def parts(repo_id: str, commit: str, file: str, start: int, end: int, size: int) -> Iterator[bytes]:
+    """The bytes ``start`` to ``end`` (without it) of a file of ``size`` bytes, as they come, in one request.
+
+    No more of the file is read, also from a server that sends all of it. Raises the client's errors; ``Incomplete`` where
+    the answer is shorter, ``NoHub`` where it is of a file of another size.
+    """
+    headers = {**build_hf_headers(), "accept-encoding": "identity"}  # or ranges would be those of a compressed file
+    if (start, end) != (0, size):
+        headers["range"] = f"bytes={start}-{end - 1}"
+    url = hf_hub_url(repo_id, file, revision=commit)
+    with get_session().stream("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
+        if response.is_error:
+            response.read()
+        hf_raise_for_status(response)
+        position = _begins_at(response, start, size)
+        for part in response.iter_bytes():
+            wanted = part[max(0, start - position) : max(0, end - position)]
+            position += len(part)
+            if wanted:
+                yield wanted
+            if position >= end:
+                return
+    raise Incomplete(f"the answer ends after {position} of {end} bytes")
+
+
+def _begins_at(response: Any, start: int, size: int) -> int:
+    """Which byte of the file an answer begins with."""
+    if response.status_code != 206:
+        told = response.headers.get("Content-Length")
+        if told is not None and "Content-Encoding" not in response.headers and told != str(size):
+            raise NoHub(f"{told} bytes come for a file of {size}")
+        return 0
+    told = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+    if told is None or int(told[1]) > start or told[2] not in ("*", str(size)):
+        raise NoHub(f"the answer to a range is {response.headers.get('Content-Range')!r}"[:300])
+    return int(told[1])
+
+
+def has_xet() -> bool:
+    """Whether the client fetches what the hub has in its store of chunks from there."""
+    return not constants.HF_HUB_DISABLE_XET and importlib.util.find_spec("hf_xet") is not None
+
+
+def download_by_xet(repo_id: str, commit: str, file: str, folder: Path | None = None) -> Path:
     """A file, in the cache or in a folder of one's own. Raises the client's errors; OSError, RuntimeError or
     ``XetDownloadError`` for what fails on the way or on the disk. Whoever listens is told how much of it is here."""
     bar = type("Download", (_Download,), {"progress": listening(), "file": file})
@@ -246,34 +388,11 @@ class _Download(tqdm):  # type: ignore[type-arg]
         self.progress.item(f"fetching {share}{self.file}")
 
 
-def sha256_of(repo_id: str, commit: str, file: str) -> str | None:
-    """The hash that the hub has given for a large file; None for a small one. Raises the client's errors."""
-    if (cached := cached_file(repo_id, commit, file)) is not None:
-        return _sha256(cached.resolve().name)  # the cache names what it holds by that
-    return _sha256(get_hf_file_metadata(hf_hub_url(repo_id, file, revision=commit)).etag)
-
-
-def _sha256(text: str | None) -> str | None:
-    return text if text is not None and _SHA256.fullmatch(text) else None
-
-
-def first_bytes(repo_id: str, commit: str, file: str, count: int) -> bytes:
-    """At most ``count`` bytes from the start of a file; no more of it is read, also from a server that sends all.
-
-    Raises the client's errors.
-    """
-    url = hf_hub_url(repo_id, file, revision=commit)
-    headers = {**build_hf_headers(), "range": f"bytes=0-{count - 1}", "accept-encoding": "identity"}
-    data = bytearray()
-    with get_session().stream("GET", url, headers=headers) as response:
-        if response.is_error:
-            response.read()
-        hf_raise_for_status(response)
-        for part in response.iter_bytes():
-            data += part
-            if len(data) >= count:
-                break
-    return bytes(data[:count])
+def content_hash(of: HubFile) -> hashlib._Hash:
+    """To be given the contents of a file, for what ``HubFile.hash`` must be."""
+    if of.sha256 is not None:
+        return hashlib.sha256()
+    return hashlib.sha1(b"blob %d\0" % of.size, usedforsecurity=False)
 
 
 def cache_folder() -> Path:
@@ -285,6 +404,43 @@ def cached_file(repo_id: str, commit: str, file: str) -> Path | None:
     """Where the cache has a file of a commit, as a link or as it is; None if it does not, or only a link to nothing."""
     found = try_to_load_from_cache(repo_id, file, revision=commit)
     return Path(found) if isinstance(found, str) else None
+
+
+def cached_hash(pointer: Path) -> str | None:
+    """What the cache says that the hash of a file in a snapshot is, see ``HubFile.hash``; None where it does not say."""
+    try:
+        blob = pointer.readlink()  # of this link alone: blobs may be links into a store with names of another kind
+    except OSError:
+        return None
+    is_hash = _SHA1.fullmatch(blob.name) or _SHA256.fullmatch(blob.name)
+    return blob.name if is_hash and blob.parent.name == "blobs" else None
+
+
+def blob_path(repo_id: str, of: HubFile) -> Path:
+    """Where the cache keeps the contents of a file, whatever commits it is in."""
+    return _repository(repo_id) / "blobs" / of.hash
+
+
+def lock_path(repo_id: str, of: HubFile) -> Path:
+    """A file by which processes keep each other from fetching the same."""
+    return cache_folder() / ".locks" / _repository(repo_id).name / f"{of.hash}.surgery.lock"
+
+
+def link_into_cache(repo_id: str, commit: str, file: str, blob: Path) -> Path:
+    """Put a file that the cache has the contents of into the snapshot of a commit, as the client does."""
+    pointer = _repository(repo_id) / "snapshots" / commit / file
+    pointer.parent.mkdir(parents=True, exist_ok=True)
+    if getattr(constants, "HF_HUB_DISABLE_SYMLINKS", False):
+        blob.replace(pointer)
+        return pointer
+    fresh = pointer.with_name(f".{pointer.name}.{uuid.uuid4().hex[:8]}.surgery")
+    try:
+        fresh.symlink_to(os.path.relpath(blob, pointer.parent))
+    except (NotImplementedError, OSError):  # a system or a disk without links
+        blob.replace(pointer)
+    else:
+        fresh.replace(pointer)
+    return pointer
 
 
 def cached_commit(repo_id: str, revision: str | None) -> str | None:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from surgery.errors import FormatError, OptionError, SourceError, few
+from surgery.escapes import quoted
 from surgery.format.files import Watch, check_regular, check_relative_path, check_size, read_json_object, reading
+from surgery.format.hub_cache import cached_repo, hub_cache
 from surgery.format.manifest import SourceRecord
 from surgery.format.safetensors import Header, ShardReader
 from surgery.names import CONFIG_FILE
 from surgery.source.address import address_of
 from surgery.source.origin import FolderOrigin, Origin
-from surgery.source.select import Selection, is_read_by_loaders, select_files
+from surgery.source.select import Selection, select_plain_files
 from surgery.source.shards import index_entries
 
 
@@ -45,10 +46,13 @@ class Source(Protocol):
         """The header of a weight file, without its weights where that can be had."""
 
     def fetch(self, file: str) -> Path:
-        """A local path of one of its files, downloaded if need be."""
+        """A local path of one of its files, downloaded if need be; of one from the hub with the contents that the hub says."""
+
+    def unchecked(self, file: str) -> Path:
+        """``fetch`` for a weight file whose contents whoever reads all of it compares: with ``sha256``, or what is recorded."""
 
     def acquire(self, file: str) -> Path:
-        """``fetch`` for a weight file that is needed until as many calls of ``release`` say that it is not."""
+        """``unchecked`` for one that is needed until as many calls of ``release`` say that it is not, or until ``close``."""
 
     def release(self, file: str) -> bool:
         """See ``acquire``. Whether it is gone now."""
@@ -61,6 +65,9 @@ class Source(Protocol):
 
     def sha256(self, file: str) -> str | None:
         """Of a weight file that has been fetched, if somebody else than the file itself says so."""
+
+    def again(self, file: str) -> str | None:
+        """The command that fetches a file once more, if it comes from the hub."""
 
     def origin(self, files: Iterable[str]) -> Origin:
         """Where some of its weight files are, for others to take them from."""
@@ -84,8 +91,11 @@ class Stays:
     def fetch(self, file: str) -> Path:
         raise NotImplementedError
 
-    def acquire(self, file: str) -> Path:
+    def unchecked(self, file: str) -> Path:
         return self.fetch(file)
+
+    def acquire(self, file: str) -> Path:
+        return self.unchecked(file)
 
     def release(self, file: str) -> bool:
         return False
@@ -95,6 +105,9 @@ class Stays:
     def close(self) -> None: ...
 
     def sha256(self, file: str) -> str | None:
+        return None
+
+    def again(self, file: str) -> str | None:
         return None
 
 
@@ -109,10 +122,8 @@ class FolderSource(Stays):
         self._root = root
         self._within = within or root  # a pipeline's other models are not to be written to either
         self.watch = Watch()
-        self._unnamable: dict[str, str] = {}
-        found = select_files(self._names, self._text, where=self.name)
-        left_out = dict(sorted({**found.left_out, **self._unnamable}.items()))
-        self.selection = replace(found, left_out=left_out, notes=(*found.notes, *self._notes_of_newer(found)))
+        found = select_plain_files(self._names, self._text, where=self.name)
+        self.selection = replace(found, notes=(*found.notes, *self._notes_of_newer(found)))
         for file in self.selection.others:
             check_regular(self._copied(file), f"{self.name}/{file}")
         for file in self.selection.shards:
@@ -145,20 +156,7 @@ class FolderSource(Stays):
             if real in {parent.resolve() for parent in path.parents}:
                 raise SourceError(f"{self.name}/{folder} is a link to a folder that it lies in", got=str(real))
         with reading(path, f"{self.name}/{folder}"):
-            found = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in path.iterdir())
-        return [name for name in found if self._has_plain_name(folder, name)]
-
-    def _has_plain_name(self, folder: str, name: str) -> bool:
-        """False, and left out with its reason, for what has a name that other systems cannot have, and that no loader reads."""
-        try:
-            check_relative_path(name.removesuffix("/"), self.name)
-        except FormatError:
-            is_text = not any(0xD800 <= ord(character) < 0xE000 for character in name)
-            if is_read_by_loaders(name) or not is_text:  # which no manifest could list
-                raise
-            self._unnamable[f"{folder}/{name}" if folder else name] = "a name that not every system allows"
-            return False
-        return True
+            return sorted(entry.name + ("/" if entry.is_dir() else "") for entry in path.iterdir())
 
     def _text(self, file: str) -> str:
         self._copied(file)
@@ -182,13 +180,14 @@ class FolderSource(Stays):
         links = sorted(path for path in folder.iterdir() if path.is_symlink() and not path.exists())
         names = [path.name for path in links]
         target = Path(os.path.normpath(folder / (self._root / file).readlink()))
-        cache = _hub_cache(target)
+        cache = hub_cache(target)
         hint = "put the file in its place; from the hub: fetch the model again"
-        if cache is not None and (repo_id := _cached_repo(cache)) is not None:
+        if cache is not None and (repo_id := cached_repo(cache)) is not None:
             commit = next(
-                (f" --revision {path.name}" for path in (folder, *folder.parents) if path.parent.name == "snapshots"), ""
+                (f" --revision {quoted(path.name)}" for path in (folder, *folder.parents) if path.parent.name == "snapshots"),
+                "",
             )
-            hint = f"the hub's cache has lost what they lead to; fetch it again: hf download {repo_id}{commit}"
+            hint = f"the hub's cache has lost what they lead to; fetch it again: hf download {quoted(repo_id)}{commit}"
         return SourceError(
             f"{self.name}/{file} is a link that leads nowhere" + (f", one of {len(names)} here" if names[1:] else ""),
             got=str(target) if len(names) == 1 else few(names),
@@ -204,7 +203,7 @@ class FolderSource(Stays):
         """
         real = self._real(file)
         within = self._within.resolve()
-        if self.record.kind == "folder" and within not in (real, *real.parents) and _hub_cache(real) is None:
+        if self.record.kind == "folder" and within not in (real, *real.parents) and hub_cache(real) is None:
             raise SourceError(
                 f"{self.name}/{file} is a link that leaves the model's folder",
                 got=str(real),
@@ -233,7 +232,7 @@ class FolderSource(Stays):
         if self.record.kind != "folder":  # of a snapshot in the hub's cache the whole repository
             return [self._within.parent.parent]
         files = [self._real(file) for file in (*self.selection.shards, *self.selection.others)]
-        return [self._within, *sorted({_hub_cache(file) or file.parent for file in files} - {self._root.resolve()})]
+        return [self._within, *sorted({hub_cache(file) or file.parent for file in files} - {self._root.resolve()})]
 
     def stamps(self) -> dict[str, list[int]]:
         if self.record.kind != "folder":
@@ -313,12 +312,12 @@ def _check_is_all(source: Source, file: str) -> None:
 
 
 def _open_folder(path: Path, name: str, subfolder: str | None) -> FolderSource:
-    if (repo_id := _cached_repo(path.resolve())) is not None and (path / "snapshots").is_dir():
+    if (repo_id := cached_repo(path.resolve())) is not None and (path / "snapshots").is_dir():
         commits = sorted(one.name for one in (path / "snapshots").iterdir())
         raise SourceError(
             f"{name} is where the hub's client keeps {repo_id}",
             got=f"snapshots of {', '.join(commits)}",
-            hint=f"give {repo_id}" + (f" --revision {commits[0]}" if commits else ""),
+            hint=f"give {quoted(repo_id)}" + (f" --revision {quoted(commits[0])}" if commits else ""),
         )
     if subfolder is None:
         return FolderSource(path, name=name)
@@ -331,25 +330,6 @@ def _open_folder(path: Path, name: str, subfolder: str | None) -> FolderSource:
             hint="--subfolder",
         )
     return FolderSource(inside, name=f"{name}/{subfolder}", record=SourceRecord("folder", None, None, subfolder), within=path)
-
-
-def _cached_repo(folder: Path) -> str | None:
-    """The model that the hub's client keeps in a folder, by the folder's name; None for other folders."""
-    match = re.fullmatch("models--(.+)", folder.name)
-    return None if match is None else match[1].replace("--", "/")
-
-
-def _hub_cache(path: Path) -> Path | None:
-    """The folder in which the hub's client keeps a file for a model, or shares it between several; None for other files."""
-    return next(
-        (
-            folder.parent
-            for folder in path.parents
-            if folder.name in ("blobs", "snapshots")
-            and (_cached_repo(folder.parent) is not None or (folder / ".huggingface-shared-blobs").exists())
-        ),
-        None,
-    )
 
 
 def check_subfolder(subfolder: str) -> str:

@@ -6,22 +6,49 @@ import socket
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from surgery.errors import SourceError
 from surgery.format.files import reading
 
+if TYPE_CHECKING:  # the hub client is slow to import and not needed for folders
+    from surgery.source.hub_client import HubFile
+
 
 class Origin(Protocol):
-    """Can be sent to wherever the work is done."""
+    """Can be sent to wherever the work is done.
+
+    Attributes:
+        pinned: see ``Watch``.
+    """
+
+    @property
+    def pinned(self) -> bool: ...
 
     def file(self, name: str) -> AbstractContextManager[Path]:
         """A weight file, there for as long as the context lasts."""
 
     def sha256(self, name: str) -> str | None:
         """What somebody else than the file itself says that its hash is."""
+
+    def again(self, name: str) -> str | None:
+        """The command that fetches it once more, if it comes from the hub."""
+
+
+class Damaged(SourceError):
+    """A copy of a file of the hub that has other contents than the hub says."""
+
+
+def damaged(name: str, again: str | None, got: object = "other contents", expected: object = None) -> Damaged:
+    """The error for it; ``again`` is the command that fetches it once more."""
+    return Damaged(
+        f"{name} is not the file that the hub has",
+        got=got,
+        expected=expected,
+        hint=f"its copy here is damaged: {again}; then run the same command again",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +59,18 @@ class FolderOrigin:
         root: the folder.
         stamps: of its files those that must be what they were: size and time of change in nanoseconds, which are the same
             on every machine.
+        hashes: the sha256 of those that are from the hub's cache.
+        commands: that fetch these once more.
     """
 
     root: Path
     stamps: Mapping[str, Sequence[int]]
+    hashes: Mapping[str, str] = field(default_factory=dict)
+    commands: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def pinned(self) -> bool:
+        return False
 
     @contextmanager
     def file(self, name: str) -> Iterator[Path]:
@@ -59,7 +94,10 @@ class FolderOrigin:
             )
 
     def sha256(self, name: str) -> str | None:
-        return None
+        return self.hashes.get(name)
+
+    def again(self, name: str) -> str | None:
+        return self.commands.get(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,24 +105,40 @@ class HubOrigin:
     """A repository on the hub at one commit, or the subfolder of it that ``prefix`` (ending in a slash) names.
 
     Files go through the hub's cache of the machine; with ``passing`` those that it does not have are dropped after use.
+
+    Attributes:
+        files: what the hub says of those that are wanted.
     """
 
     repo_id: str
     commit: str
     prefix: str
+    files: Mapping[str, HubFile]
     passing: bool
+
+    @property
+    def pinned(self) -> bool:
+        return True
 
     @contextmanager
     def file(self, name: str) -> Iterator[Path]:
-        from surgery.source.hub import fetch, is_cached
+        from surgery.source.hub import check_contents, fetch, is_cached
 
-        if not self.passing or is_cached(self.repo_id, self.commit, self.prefix + name):
-            yield fetch(self.repo_id, self.commit, self.prefix + name)
-            return
-        with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
-            yield fetch(self.repo_id, self.commit, self.prefix + name, Path(folder))
+        of, whole = self.files[name], self.prefix + name
+        if is_cached(self.repo_id, self.commit, whole):
+            path = fetch(self.repo_id, self.commit, whole, of)
+            check_contents(path, of, f"{self.repo_id}/{whole}", self.again(name))
+            yield path
+        elif not self.passing:
+            yield fetch(self.repo_id, self.commit, whole, of)
+        else:
+            with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
+                yield fetch(self.repo_id, self.commit, whole, of, Path(folder))
 
     def sha256(self, name: str) -> str | None:
-        from surgery.source.hub import sha256_of
+        return self.files[name].sha256
 
-        return sha256_of(self.repo_id, self.commit, self.prefix + name)
+    def again(self, name: str) -> str:
+        from surgery.source.hub import fetch_again
+
+        return fetch_again(self.repo_id, self.commit, self.prefix + name)

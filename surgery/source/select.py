@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import translate
 from pathlib import PurePosixPath
 
 from surgery.errors import FormatError, ReadError, SourceError, SurgeryError, few
-from surgery.format.files import check_relative_path
+from surgery.escapes import quoted
+from surgery.format.files import check_relative_path, decode_json, file_key
 from surgery.names import (
     CONFIG_FILE,
     JOURNAL_DIR,
@@ -87,7 +87,8 @@ _OTHER_FORMAT = "weights in another format"
 _CONVERT = "AutoModel.from_pretrained(MODEL).save_pretrained(FOLDER) writes safetensors"
 _UNREAD = "no loader looks for it"
 _QUOTED = re.compile(r"""\"([^"\n\\]*)\"|'([^'\n\\]*)'""")
-_IMPORT = re.compile(r"^\s*(?:from\s+\.+([\w.]*)\s+import\s+(\([^)]*\)|[^\n]*)|import\s+\.([\w.]+))", re.MULTILINE)
+#: Possessive, and a bracket need not be closed: each character of whatever code is looked at a few times.
+_IMPORT = re.compile(r"^[^\S\n]*+(?:from\s++\.++([\w.]*+)\s++import\s++(\([^)]*+|[^\n]*+)|import\s++\.([\w.]++))", re.MULTILINE)
 
 #: Gives the names in a folder of the model, ``""`` for the model's own; those of folders end in a slash.
 Listing = Callable[[str], list[str]]
@@ -116,13 +117,13 @@ class Selection:
 
 def listing_of(names: Iterable[str]) -> Listing:
     """The listing of a model whose files are all known by name."""
-    folders: dict[str, set[str]] = {"": set()}
+    folders: dict[tuple[str, ...], set[str]] = {}
     for name in names:
-        parts = name.split("/")
+        parts = name.split("/")  # "/a" is in a folder without a name, and not at the top
         for depth in range(len(parts)):
             slash = "/" if depth + 1 < len(parts) else ""
-            folders.setdefault("/".join(parts[:depth]), set()).add(parts[depth] + slash)
-    return lambda folder: sorted(folders.get(folder, ()))
+            folders.setdefault(tuple(parts[:depth]), set()).add(parts[depth] + slash)
+    return lambda folder: sorted(folders.get(tuple(folder.split("/")) if folder else (), ()))
 
 
 def is_read_by_loaders(name: str) -> bool:
@@ -146,10 +147,41 @@ def select_files(listing: Listing, read_text: Callable[[str], str], *, where: st
 
     Raises:
         SourceError: no safetensors weights, or those of several models.
-        FormatError: a name that leaves the folder; an index that is no index, or names a file that is missing or elsewhere; a
-            numbered weight file that is missing.
+        FormatError: a name that ``check_relative_path`` refuses; an index that is no index, or names a file that is missing or
+            elsewhere; a numbered weight file that is missing.
     """
     return _Selector(listing, read_text, where).selection()
+
+
+def select_plain_files(listing: Listing, read_text: Callable[[str], str], *, where: str) -> Selection:
+    """``select_files`` of a listing with any names, a hub's or a disk's.
+
+    A file or folder whose name ``check_relative_path`` refuses is left out with its reason, if no loader looks for it.
+
+    Raises:
+        SourceError, FormatError: see ``select_files``; such a name of what loaders look for, or one that is no text.
+    """
+    left_out: dict[str, str] = {}
+
+    def is_taken(folder: str, name: str) -> bool:
+        try:
+            check_relative_path(_path(folder, name), where)
+        except FormatError as error:
+            is_text = not any(0xD800 <= ord(character) < 0xE000 for character in name)
+            if is_read_by_loaders(name) or not is_text:  # which no manifest could list
+                hint = "give a copy of the model in which it has another name"
+                raise FormatError(error.what, got=error.got, expected=error.expected, hint=hint) from None
+            left_out[f"{folder}/{name}" if folder else name] = "a name that not every system allows"
+            return False
+        return True
+
+    found = select_files(lambda folder: [name for name in listing(folder) if is_taken(folder, name)], read_text, where=where)
+    return replace(found, left_out=dict(sorted({**found.left_out, **left_out}.items())))
+
+
+def _path(folder: str, name: str) -> str:
+    """Of what a listing of a folder names."""
+    return f"{folder}/{name.removesuffix('/')}" if folder else name.removesuffix("/")
 
 
 class _Selector:
@@ -211,6 +243,7 @@ class _Selector:
             notes.append(f"weight files that lie there and are not read: {few(unread)}")
         if adapter:
             notes.append(f"left out, since loaders would take the result for an adapter: {few(adapter)}")
+        self._tell_apart([*chosen.shards, *self._others])
         others, left_out = tuple(sorted(self._others)), dict(sorted(self._left_out.items()))
         return Selection(chosen.shards, chosen.index, others, left_out, (*chosen.rivals, *copies), tuple(notes))
 
@@ -222,8 +255,30 @@ class _Selector:
     def _names(self, folder: str) -> list[str]:
         names = self._listing(folder)
         for name in names:
-            check_relative_path(name.removesuffix("/"), self._where)
+            check_relative_path(_path(folder, name), self._where)
         return names
+
+    def _tell_apart(self, chosen: list[str]) -> None:
+        """Of cards and licences that are one where a disk does not tell case or normal forms apart, only the first goes along.
+
+        Raises:
+            SourceError: others; or a file and a folder of one name.
+        """
+        seen: dict[str, str] = {}
+        for file in sorted(chosen):
+            for path in (*(f"{parent}/" for parent in reversed(PurePosixPath(file).parents[:-1])), file):
+                before = seen.setdefault(file_key(path.removesuffix("/")), path)
+                if before == path:
+                    continue
+                if path == file and _CARD.fullmatch(file) and _CARD.fullmatch(before):
+                    self._others.remove(file)
+                    self._left_out[file] = f"the same name as {before}, where case is not told apart"
+                    break
+                raise SourceError(
+                    f"{self._where} has two files whose names are one on disks that do not tell case apart",
+                    got=f"{before!r} and {path!r}",
+                    hint="remove the one that is not meant, in a copy of the model",
+                )
 
     def _text(self, file: str) -> str:
         """Of a config or of code; none if it is not sound, which is said by who reads it as what it is."""
@@ -254,8 +309,8 @@ class _Selector:
         if CONFIG_FILE not in self._others:
             return None
         try:
-            config = json.loads(self._text(CONFIG_FILE))
-        except (ValueError, RecursionError):
+            config = decode_json(self._text(CONFIG_FILE))
+        except ValueError:
             return None
         named = config.get("transformers_weights") if isinstance(config, dict) else None
         return named if isinstance(named, str) else None
@@ -411,7 +466,7 @@ class _Selector:
             return SourceError(
                 f"{self._where} is the folder of a training run, which has its weights in checkpoints",
                 got=few(reversed(checkpoints)),
-                hint=f"take one of them: --subfolder {shlex.quote(checkpoints[-1])}",
+                hint=f"take one of them: --subfolder {quoted(checkpoints[-1])}",
             )
         if inside := [folder for folder in self._folders if _ADAPTER_FILE in self._peek(folder)]:
             return SourceError(
@@ -445,17 +500,17 @@ class _Selector:
 
     def _only_adapter(self, adapter: list[str]) -> SourceError:
         try:
-            config = json.loads(self._text(_ADAPTER_FILE)) if _ADAPTER_FILE in adapter else None
-        except (ValueError, RecursionError):
+            config = decode_json(self._text(_ADAPTER_FILE)) if _ADAPTER_FILE in adapter else None
+        except ValueError:
             config = None
         base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
         is_named = isinstance(base, str) and base != "" and base.isprintable()
-        model = shlex.quote(str(base)) if is_named else "MODEL, the one that it was trained on"
+        model = quoted(base) if is_named else "MODEL, the one that it was trained on"
         return SourceError(
             f"{self._where} holds an adapter and no safetensors weights of a model",
             got=few(adapter) + (f"; base_model_name_or_path: {base!r}" if is_named else ""),
             hint=f"surgery factorize {model}; with the trained scales: surgery fold FACTORIZED SCALES --lora "
-            f"{shlex.quote(self._where)}. Or merge it first, with merge_and_unload() of PEFT, and factorize what that gives",
+            f"{quoted(self._where)}. Or merge it first, with merge_and_unload() of PEFT, and factorize what that gives",
         )
 
 
@@ -495,4 +550,4 @@ def _strings(text: str) -> set[str]:
 
 def _likely(folders: list[str]) -> str:
     """Of a diffusion pipeline the part that people fine-tune, for a shell."""
-    return shlex.quote(next((name for name in ("transformer", "unet") if name in folders), folders[0]))
+    return quoted(next((name for name in ("transformer", "unet") if name in folders), folders[0]))

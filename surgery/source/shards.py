@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from surgery.errors import FormatError, SourceError
-from surgery.format.files import check_relative_path
+from surgery.format.files import check_relative_path, decode_json
 
 #: What transformers and diffusers look for, in this order.
 STANDARD_STEMS = ("model", "diffusion_pytorch_model")
@@ -244,12 +243,13 @@ def index_entries(text: str, where: str) -> dict[str, str]:
         FormatError: no index, or one with paths outside the folder.
     """
     try:
-        parsed = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        parsed = decode_json(text)
+    except ValueError as error:
         raise FormatError(f"{where}: not valid JSON ({error})") from None
     entries = parsed.get("weight_map") if isinstance(parsed, dict) else None
     if not isinstance(entries, dict) or not entries or not all(isinstance(shard, str) for shard in entries.values()):
         raise FormatError(f"{where}: no weight_map of tensor names to shards")
-    for shard in set(entries.values()):
+    named = {shard: PurePosixPath(shard).as_posix() for shard in set(entries.values())}
+    for shard in named.values():
         check_relative_path(shard, where)
-    return {tensor: PurePosixPath(shard).as_posix() for tensor, shard in entries.items()}
+    return {tensor: named[shard] for tensor, shard in entries.items()}

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from surgery.errors import SourceError
-from surgery.source.hub import HubSource, fetch
+from surgery.source.hub import HubSource, is_cached
 from surgery.source.model import Source
 from surgery.source.origin import HubOrigin
 
@@ -27,28 +27,32 @@ class StreamedSource(HubSource):
         self.name, self.record, self.selection = source.name, source.record, source.selection
         self.repo_id, self.commit = source.repo_id, source.commit
         self._prefix, self._files, self.watch = source._prefix, source._files, source.watch
+        self._sound, self._dropped = source._sound, source._dropped
         self._folder = folder
         self._at_a_time = at_a_time
         self._users: dict[str, int] = {}
-        self._here: dict[str, Path] = {}
+        self._passing_by: dict[str, Path] = {}
         self._changed = threading.Condition()
         self._closed = False
 
-    def _passing(self, file: str) -> bool:
-        return file in self.selection.shards and not self._files[file].is_cached
+    def _passes(self, file: str) -> bool:
+        """Whether a weight file is here for a while only: it is not in the cache, or not any more."""
+        return file in self.selection.shards and not is_cached(self.repo_id, self.commit, self._prefix + file)
 
-    def fetch(self, file: str) -> Path:
-        if not self._passing(file):
-            return super().fetch(file)
-        if file not in self._here:
-            self._here[file] = fetch(self.repo_id, self.commit, self._prefix + file, self._folder)
-        return self._here[file]
+    def _here(self, file: str, dropped: threading.Event | None, folder: Path | None = None) -> Path:
+        with self._changed:
+            passes = file in self._users or self._passes(file)
+        if not passes:
+            return super()._here(file, dropped)
+        if file not in self._passing_by:
+            self._passing_by[file] = super()._here(file, dropped, self._folder)
+        return self._passing_by[file]
 
     def acquire(self, file: str) -> Path:
-        if self._passing(file):
-            with self._changed:
+        with self._changed:
+            if file in self._users or self._passes(file):
                 self._users[file] = self._users.get(file, 0) + 1
-        return self.fetch(file)
+        return super().acquire(file)
 
     def release(self, file: str) -> bool:
         with self._changed:
@@ -58,7 +62,7 @@ class StreamedSource(HubSource):
             if self._users[file]:
                 return False
             del self._users[file]
-            if (path := self._here.pop(file, None)) is not None:  # else it has not come
+            if (path := self._passing_by.pop(file, None)) is not None:  # else it has not come
                 path.unlink(missing_ok=True)
                 self.watch.forget(path)  # it may come once more
             self._changed.notify_all()
@@ -73,12 +77,13 @@ class StreamedSource(HubSource):
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        super().close()
 
     def origin(self, files: Iterable[str]) -> HubOrigin:
-        return HubOrigin(self.repo_id, self.commit, self._prefix, passing=True)
+        return HubOrigin(self.repo_id, self.commit, self._prefix, {file: self._files[file] for file in files}, passing=True)
 
     def room_to_fetch(self) -> tuple[Path, int] | None:
-        shards = sorted((self.size(file) for file in self.selection.shards if self._passing(file)), reverse=True)
+        shards = sorted((self.size(file) for file in self.selection.shards if self._passes(file)), reverse=True)
         others = sum(self.size(file) for file in self.selection.others if not self._files[file].is_cached)
         return self._folder, sum(shards[: self._at_a_time]) + others
 

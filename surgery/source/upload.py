@@ -8,9 +8,7 @@ result. Until then the card of the repository says that it is unfinished.
 from __future__ import annotations
 
 import hashlib
-import json
 import queue
-import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,6 +25,7 @@ from surgery.progress import listening, phase
 from surgery.source import hub_client as client
 from surgery.source.hub import Messages, explained
 from surgery.source.hub_client import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, RepoFile, RepoUrl
+from surgery.source.patience import Dropped, Patience, is_transient
 from surgery.source.select import OTHER_WEIGHTS
 from surgery.source.shards import is_index
 
@@ -56,11 +55,8 @@ _NOTHING_IGNORED = "# nothing"
 #: The hub takes 128 commits an hour for a repository. What comes in between goes into one.
 _SECONDS_BETWEEN_COMMITS = 30.0
 
-#: Seconds before each new attempt, in addition to the client's own attempts.
-_PAUSES = (1.0, 4.0, 16.0, 60.0)
-_LONGEST_PAUSE = 3700.0
-_RETRY_AFTER = re.compile(r"([0-9]{1,9})")
-_LIMIT_REACHED = re.compile(r"r=0;t=([0-9]{1,9})")
+#: Seconds for which a repository that does not hold what has been committed to it may still come to it.
+_SECONDS_TO_SETTLE = 80.0
 
 _TOKEN_HINT = "hf auth login, or set HF_TOKEN, with a token that may write to it"
 _AGAIN = "run the same command again: what has been uploaded is not uploaded twice"
@@ -78,10 +74,6 @@ _STATUSES = {
     404: ("is not on the hub, or your token may not see it", f"check the name; {_TOKEN_HINT}"),
     429: ("has been written to too often", f"wait for an hour, then {_AGAIN}"),
 }
-
-
-class _Dropped(Exception):
-    """The run has failed: nobody wants what is still to be uploaded."""
 
 
 class _Changed(OutputError):
@@ -107,8 +99,10 @@ class Upload:
         self._queue: queue.SimpleQueue[list[CommitOperationAdd] | None] = queue.SimpleQueue()
         self._uploaded: dict[str, CommitOperationAdd] = {}
         self._bytes_submitted = self._bytes_done = 0
-        self._name = ""  # of what is being uploaded
+        self._name = self._waiting = ""  # what is being uploaded, and what for it has to be waited
         self._error: BaseException | None = None
+        #: Whether something is on its way, and the repository not whole yet.
+        self.unfinished = False
         self._dropped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="surgery-upload", daemon=True)
         self._bars = ExitStack()
@@ -136,8 +130,8 @@ class Upload:
         return cls(api, url, private=bool(info.private))
 
     def __enter__(self) -> Self:
-        self._bars.enter_context(client.without_bars())  # those of several threads would write over each other
         self._thread.start()
+        self._bars.enter_context(client.without_bars())  # those of several threads would write over each other
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -167,6 +161,7 @@ class Upload:
         if self._error is not None:
             raise self._error
         group = [_addition(name, path, sha256) for path, name, sha256 in files]
+        self.unfinished = True
         self._bytes_submitted += sum(addition.upload_info.size for addition in group)
         self._queue.put(group)
 
@@ -187,13 +182,16 @@ class Upload:
             ReadError: a file cannot be read.
             OutputError: something could not be uploaded, or somebody else has changed what was.
         """
+        self.unfinished = True
         self._wait()
         if self._error is not None:
             raise self._error
         last = [_addition(name, content) for name, content in files.items() if name != CARD_FILE]
         last.append(_addition(CARD_FILE, card.encode()))
+        settling = Patience(self._tell, None, lambda error: isinstance(error, _Changed), _SECONDS_TO_SETTLE)
         with _explained(self.repo_id):
-            self._patiently(lambda: self._complete(last))
+            settling.run(lambda: self._patiently(lambda: self._complete(last)))
+        self.unfinished = False
         return self.url
 
     def _wait(self) -> None:
@@ -203,7 +201,7 @@ class Upload:
         with phase(progress, "uploading", self._bytes_submitted - done):
             while self._thread.is_alive():
                 self._thread.join(timeout=0.2)
-                progress.item(self._name)
+                progress.item(self._name + self._waiting)
                 progress.advance(self._bytes_done - done)
                 done = self._bytes_done
 
@@ -211,7 +209,7 @@ class Upload:
         try:
             with _explained(self.repo_id):
                 self._work()
-        except _Dropped:
+        except Dropped:
             pass
         except BaseException as error:  # raised in the thread that submits
             self._error = error
@@ -234,7 +232,7 @@ class Upload:
 
     def _transferred(self, addition: CommitOperationAdd) -> list[CommitOperationAdd]:
         """Bring a file's contents to the hub, to be committed; nothing to commit if the repository has it."""
-        self._name = name = addition.path_in_repo
+        self._name, self._waiting = (name := addition.path_in_repo), ""
         there = self._patiently(lambda: self._described([name]))
         missing = not _is_there(there, addition)
         if missing:
@@ -289,17 +287,12 @@ class Upload:
         self._api.preupload_lfs_files(self.repo_id, additions, free_memory=False, gitignore_content=_NOTHING_IGNORED)
 
     def _patiently(self, call: Callable[[], _T]) -> _T:
-        """The result of a call, tried again with growing pauses where that may help."""
-        for pause in (*_PAUSES, None):
-            if self._dropped.is_set():
-                raise _Dropped
-            try:
-                return call()
-            except Exception as error:
-                if pause is None or not _is_transient(error):
-                    raise
-                self._dropped.wait(_asked_for(error, pause))
-        raise AssertionError("the last attempt returns or raises")
+        """The result of a call, tried again where that may help."""
+        return Patience(self._tell, self._dropped, _may_pass).run(call)
+
+    def _tell(self, text: str, is_long: bool) -> None:
+        self._waiting = f": {text}"
+        listening().item(self._name + self._waiting)  # nobody listens in the thread that uploads: ``_wait`` tells it
 
 
 def _addition(name: str, content: Path | bytes, sha256: str | None = None) -> CommitOperationAdd:
@@ -311,7 +304,8 @@ def _addition(name: str, content: Path | bytes, sha256: str | None = None) -> Co
     except ValueError as error:
         if isinstance(error, SurgeryError):
             raise
-        raise OutputError(f"{name}: the hub takes no such file", got=error) from error
+        hint = "see that it is an ordinary file that may be read (ls -l), then run the same command again"
+        raise OutputError(f"{name}: the hub takes no such file", got=error, hint=hint) from error
     if sha256 is not None:
         addition.upload_info.sha256 = bytes.fromhex(sha256)  # the client need not read the file once more
     return addition
@@ -351,28 +345,12 @@ def _check_ours(info: ModelInfo) -> None:
         )
 
 
-def _is_transient(error: Exception) -> bool:
+def _may_pass(error: Exception) -> bool:
     """Whether another attempt may succeed."""
-    if isinstance(error, client.HfHubHTTPError):
-        # 409 and 412: somebody else's commit came first.
-        return error.response.status_code in (408, 409, 412, 429) or error.response.status_code >= 500
-    if isinstance(error, client.OfflineModeIsEnabled):
-        return False
-    # The client wraps what fails in an upload into a RuntimeError, and takes an error's page for JSON.
-    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
-        return _is_transient(error.__cause__)
-    return isinstance(
-        error, (client.TransportError, ConnectionError, TimeoutError, RuntimeError, json.JSONDecodeError, _Changed)
-    )
-
-
-def _asked_for(error: Exception, pause: float) -> float:
-    """The pause, or the longer one that the hub asks for."""
-    if not isinstance(error, client.HfHubHTTPError):
-        return pause
-    headers = error.response.headers
-    asked = _RETRY_AFTER.fullmatch(headers.get("Retry-After", "")) or _LIMIT_REACHED.search(headers.get("RateLimit", ""))
-    return min(max(pause, float(asked[1])), _LONGEST_PAUSE) if asked else pause
+    cause = error.__cause__ if isinstance(error, RuntimeError) else error
+    if isinstance(cause, client.HfHubHTTPError) and cause.response.status_code in (409, 412):
+        return True  # somebody else's commit came first
+    return is_transient(error)
 
 
 @contextmanager
@@ -389,5 +367,5 @@ def _explained(repo_id: str) -> Iterator[None]:
             if isinstance(cause, client.HfHubHTTPError):
                 what, hint = _STATUSES.get(cause.response.status_code, (what, hint))
                 got = f"{cause.response.status_code} {cause.server_message or cause}"
-            got = " ".join(got.split()) or type(cause).__name__
-            raise OutputError(f"{repo_id} {what}", got=got[:300], hint=hint) from error
+            got = "; ".join([" ".join(got.split())[:300] or type(cause).__name__, *getattr(error, "__notes__", ())])
+            raise OutputError(f"{repo_id} {what}", got=got, hint=hint) from error

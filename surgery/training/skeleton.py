@@ -53,6 +53,7 @@ def skeleton(folder: Path, *, exact: bool = False) -> nn.Module | None:
         raise
     except Exception as error:  # whatever a strange config, or a class that needs what is not installed, leads to
         raise SourceError(
-            f"{folder}: transformers cannot make a {name or 'model'} from its config", got=f"{type(error).__name__}: {error}"
+            f"{folder}: transformers cannot make a {name or 'model'} from its config",
+            got=f"{type(error).__name__}: {' '.join(str(error).split())}",
         ) from error
     return model.eval()

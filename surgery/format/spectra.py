@@ -1,0 +1,270 @@
+"""What ``spectra.json`` holds (docs/study.md), looked at before anything is made of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from surgery.errors import FormatError
+
+SCHEMA_VERSION = 2
+
+#: Beyond what a ratio of squared norms of float32 weights can be.
+_LARGEST = 1e100
+_MOST = 2**53
+#: Rounding to six digits may take a cosine or a share a little beyond 1.
+_ONE = 1 + 1e-5
+
+#: Raises a FormatError unless a value is of the kind; the text says where it is.
+_Kind = Callable[[Any, str], None]
+
+
+def _wrong(where: str, value: object, expected: str) -> FormatError:
+    return FormatError(f"spectra: {where} is not what it must be", got=ascii(value)[:80], expected=expected)
+
+
+def _number(least: float, most: float, expected: str) -> _Kind:
+    def check(value: Any, where: str) -> None:
+        known = isinstance(value, int | float) and not isinstance(value, bool)
+        if not known or not math.isfinite(value) or not least <= value <= most:
+            raise _wrong(where, value, expected)
+
+    return check
+
+
+def _whole(least: int) -> _Kind:
+    def check(value: Any, where: str) -> None:
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _MOST:
+            raise _wrong(where, value, f"an integer, at least {least}")
+
+    return check
+
+
+def _of_type(kind: type, expected: str) -> _Kind:
+    def check(value: Any, where: str) -> None:
+        if not isinstance(value, kind):
+            raise _wrong(where, value, expected)
+
+    return check
+
+
+def _maybe(kind: _Kind) -> _Kind:
+    def check(value: Any, where: str) -> None:
+        if value is not None:
+            kind(value, where)
+
+    return check
+
+
+def _list(kind: _Kind, *, least: int = 0) -> _Kind:
+    def check(value: Any, where: str) -> None:
+        if not isinstance(value, list | tuple) or len(value) < least:
+            raise _wrong(where, value, f"a list of at least {least}")
+        for i, item in enumerate(value):
+            kind(item, f"{where}[{i}]")
+
+    return check
+
+
+def _object(fields: Mapping[str, _Kind], *, may_lack: tuple[str, ...] = ()) -> _Kind:
+    """An object with these entries, and perhaps others."""
+
+    def check(value: Any, where: str) -> None:
+        if not isinstance(value, Mapping):
+            raise _wrong(where, value, "an object")
+        for name, kind in fields.items():
+            if name in value:
+                kind(value[name], f"{where}.{name}".lstrip("."))
+            elif name not in may_lack:
+                raise FormatError(f"spectra: {where or 'they'} {'has' if where else 'have'} no {name!r}")
+
+    return check
+
+
+_real = _number(-_LARGEST, _LARGEST, "a number")
+_size = _number(0, _LARGEST, "a number that is not negative")
+_share = _number(0, _ONE, "a number from 0 to 1")
+_text, _flag = _of_type(str, "a text"), _of_type(bool, "true or false")
+_count = _whole(0)
+
+_OPTIONS = {
+    "top": _whole(1),
+    "subspace": _whole(1),
+    "seed": _of_type(int, "an integer"),
+    "tolerance": _size,
+    "recipe": _maybe(_text),
+    "include": _list(_text),
+    "exclude": _list(_text),
+}
+_MODEL = _object({"name": _text, "repo_id": _maybe(_text), "commit": _maybe(_text)})
+_SPECTRUM: dict[str, _Kind] = {
+    "norm": _size,
+    "singular_values": _list(_size, least=1),
+    "residual": _list(_size, least=1),
+    "gap": _list(_size, least=1),
+    "identified": _list(_flag, least=1),
+    "converged": _flag,
+    "method": _text,
+    "stable_rank": _size,
+    "effective_rank": _size,
+    "effective_rank_error": _size,
+    "energy": lambda value, where: _shares(value, where),
+    "condition": _maybe(_size),
+    "tail_exponent": _maybe(_real),
+}
+_NAMES: dict[str, _Kind] = {
+    "tensor": _text,
+    "slice": _maybe(_text),
+    "matrix": _maybe(_count),
+    "key": _text,
+    "group": _text,
+    "layer": _maybe(_count),
+    "view": _text,
+    "dtype": _text,
+    "shape": lambda value, where: _shape(value, where),
+}
+_UPDATE: dict[str, _Kind] = {
+    "norm": _size,
+    "relative": _maybe(_size),
+    "in_left": _share,
+    "in_right": _share,
+    "in_both": _share,
+    "rescaling": _share,
+    "stable_rank": _size,
+    "effective_rank": _size,
+    "effective_rank_error": _size,
+    "singular_values": _list(_size, least=1),
+    "converged": _flag,
+}
+_COMPARISON: dict[str, _Kind] = {
+    "tuned": _object(_SPECTRUM),
+    "amplification": _list(_maybe(_size)),
+    "rest_amplification": _maybe(_size),
+    "place": _list(_maybe(_whole(1))),
+    "left_cosine": _list(_maybe(_share)),
+    "right_cosine": _list(_maybe(_share)),
+    "in_place": _list(_maybe(_real)),
+    "order_changes": _count,
+    "gone": _list(_whole(1)),
+    "new": _list(_whole(1)),
+    "left_top": _list(_share),
+    "right_top": _list(_share),
+    "left_next": _list(_share),
+    "right_next": _list(_share),
+    "explained": _list(_size),
+}
+#: One for each of the leading singular values, and at most one.
+_BY_DIRECTION = ("residual", "gap", "identified")
+_BY_PAIR = ("amplification", "place", "left_cosine", "right_cosine", "in_place")
+_SHARES, _CHANCES = ("median_update_in_both", "median_rescaling"), ("chance_in_both", "chance_rescaling")
+#: What tells of all matrices together is there or None; a model alone may lack it.
+_FINDINGS: dict[str, _Kind] = {
+    "targets": _count,
+    "median_stable_rank": _maybe(_size),
+    "median_effective_rank_share": _maybe(_size),
+    "unconverged": _count,
+    "unidentified_share": _share,
+}
+_CHANGES: dict[str, _Kind] = {
+    **dict.fromkeys(("top_change", "rest_change"), _maybe(_size)),
+    "top_amplified_share": _maybe(_share),
+    "median_left_cosine": _maybe(_share),
+    "median_right_cosine": _maybe(_share),
+    "median_in_place": _maybe(_real),
+    "in_place_grew_share": _maybe(_share),
+    "order_changes": _count,
+    "moved_share": _maybe(_share),
+    "gone": _count,
+    "new": _count,
+    **dict.fromkeys(_SHARES, _maybe(_share)),
+    **dict.fromkeys(_CHANCES, _maybe(_size)),
+    "most_amplified": _maybe(_list(_object({"key": _text, "index": _whole(1), "amplification": _size}))),
+}
+
+
+def _shares(value: Any, where: str) -> None:
+    _of_type(Mapping, "an object")(value, where)
+    for rank, share in value.items():
+        if not isinstance(rank, str) or not rank.isascii() or not rank.isdecimal() or len(rank) > 9:
+            raise _wrong(where, rank, "ranks")
+        _share(share, f"{where}.{rank}")
+
+
+def _shape(value: Any, where: str) -> None:
+    _list(_whole(1))(value, where)
+    if len(value) != 2:
+        raise _wrong(where, value, "rows and columns")
+
+
+def _check_lengths(target: Mapping[str, Any], where: str, *, compared: bool) -> None:
+    k = len(target["singular_values"])
+    if k > min(target["shape"]):
+        raise _wrong(f"{where}.singular_values".lstrip("."), f"{k} values", f"at most {min(target['shape'])}, by its shape")
+    lists = {name: target[name] for name in _BY_DIRECTION}
+    if compared:
+        lists |= {f"tuned.{name}": target["tuned"][name] for name in ("singular_values", *_BY_DIRECTION)}
+    for name, values in lists.items():
+        if len(values) != k:
+            raise _wrong(f"{where}.{name}".lstrip("."), f"{len(values)} values", f"{k}, as many as singular values")
+    for name in _BY_PAIR if compared else ():
+        if len(target[name]) > k:
+            raise _wrong(f"{where}.{name}".lstrip("."), f"{len(target[name])} values", f"at most {k}")
+
+
+def check_target(target: Any, where: str = "", *, compared: bool, whole: bool = True) -> None:
+    """Refuse what is not the figures of one matrix.
+
+    Args:
+        target: one of ``targets``, as it comes from JSON.
+        where: it is, for messages.
+        compared: whether it tells of two models.
+        whole: whether also what no page and no table shows must be there.
+
+    Raises:
+        FormatError: names the entry.
+    """
+    _object(_NAMES | _SPECTRUM, may_lack=() if whole else ("view",))(target, where)
+    if compared:
+        update = _maybe(_object(_UPDATE, may_lack=() if whole else ("converged",)))
+        _object({**_COMPARISON, "update": update}, may_lack=() if whole else ("explained",))(target, where)
+    _check_lengths(target, where, compared=compared)
+
+
+def check_spectra(spectra: Any) -> None:
+    """Refuse what is not the contents of a ``spectra.json``, as far as a page or a table shows it.
+
+    Raises:
+        FormatError: of another schema version; or names the entry that is missing or of another kind.
+    """
+    if not isinstance(spectra, Mapping) or spectra.get("schema_version") != SCHEMA_VERSION:
+        raise FormatError(
+            "these spectra are of another version",
+            got=ascii(spectra.get("schema_version") if isinstance(spectra, Mapping) else spectra)[:80],
+            expected=f"schema_version {SCHEMA_VERSION}",
+        )
+    texts = dict.fromkeys(("tool", "torch", "device"), _text)
+    _object({**texts, "base": _MODEL, "tuned": _maybe(_MODEL), "options": _object(_OPTIONS)})(spectra, "")
+    compared = spectra["tuned"] is not None
+    _object({"targets": _list(_of_type(Mapping, "an object"), least=1)})(spectra, "")
+    _object({"findings": _object(_FINDINGS | (_CHANGES if compared else {}))})(spectra, "")
+    keys = set()
+    for i, target in enumerate(spectra["targets"]):
+        check_target(target, f"targets[{i}]", compared=compared, whole=False)
+        if target["key"] in keys:
+            raise _wrong(f"targets[{i}].key", target["key"], "a matrix that is told of once")
+        keys.add(target["key"])
+    if compared:
+        _check_findings(spectra)
+
+
+def _check_findings(spectra: Mapping[str, Any]) -> None:
+    """What must be known where something is."""
+    found = spectra["findings"]
+    if found["in_place_grew_share"] is not None:
+        _real(found["median_in_place"], "findings.median_in_place")
+    if any(target["update"] is not None for target in spectra["targets"]):
+        for name in (*_SHARES, *_CHANCES):
+            _size(found[name], f"findings.{name}")
+            if name in _CHANCES and not found[name]:
+                raise _wrong(f"findings.{name}", 0, "more than 0")
