@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import click
 
 from surgery.cli.bar import Bar
-from surgery.cli.options import MODEL, PATH, device_option, json_option, notes_and_quiet, quiet_option
+from surgery.cli.options import MODEL, PATH, devices_option, json_option, memory_options, notes_and_quiet, quiet_option
 from surgery.cli.printing import print_json
 from surgery.cli.tables import table
 from surgery.cli.text import fitted, say, whole
@@ -84,31 +85,44 @@ def _doubt(share: float) -> str:
 @click.command(short_help="Check that a factorized folder is what its manifest says.")
 @click.argument("factorized", type=PATH)
 @click.option(
-    "--base", type=MODEL, metavar="MODEL", help="The model it was made from: an overlay is checked in part without it."
+    "--base",
+    type=MODEL,
+    metavar="MODEL",
+    help="The model it was made from: for an overlay, which is checked in part without it, and for --repair.",
 )
 @click.option("--fast", is_flag=True, help="Hashes and headers only, no arithmetic.")
-@device_option
+@click.option(
+    "--repair", is_flag=True, help="First make missing and damaged files anew from MODEL, to the bytes that are on record."
+)
+@devices_option
+@memory_options
 @json_option
 @quiet_option
 @notes_and_quiet
-def verify(factorized: Path, base: str | None, fast: bool, device: str, as_json: bool, quiet: bool) -> None:
+def verify(factorized: Path, base: str | None, fast: bool, repair: bool, as_json: bool, quiet: bool, **chosen: Any) -> None:
     """Check the folder FACTORIZED against its manifest. Exit code 3 if anything does not hold.
 
     Every file has its sha256; headers and shapes fit; factors are orthonormal and singular values descend; residual,
-    factors and correction give back each original weight (by the hash in the manifest); the certificates hold, measured
-    anew; scales belong to the factors.
+    factors and correction give back each original weight (by the hash in the manifest); certificates, energies and
+    shares of inexact entries hold, measured anew; scales belong to the factors.
+
+    With --repair files that are missing or damaged are made anew first. A residual follows from MODEL and the factors;
+    factors need the SVD again, with the same torch on the same kind of device. Nothing is replaced unless its sha256 is
+    the recorded one, and scales that are there never are.
     """
     bar = Bar(quiet=quiet)
     with phase(bar, "starting"):
         from surgery.operations import verify as operation
 
     start = time.perf_counter()
-    report = operation.verify(factorized, base=base, fast=fast, device=device, progress=bar)
+    report = operation.verify(factorized, base=base, fast=fast, repair=repair, **chosen, progress=bar)
     if as_json:
         print_json(report, seconds=time.perf_counter() - start)
     elif report.failures:
         rows = [[failure.where, failure.check, failure.got, failure.expected] for failure in report.failures]
         click.echo(table(["where", "check", "got", "expected"], rows, names=(0,), prose=(1, 2, 3)))
+    for file in report.repaired:
+        say(f"made anew: {whole(file)}", quiet=quiet)
     for note in report.unchecked:
         say(f"not checked: {note}", quiet=quiet)
     outcome = "all is as the manifest says" if report.ok else f"{len(report.failures)} checks failed"

@@ -141,8 +141,13 @@ class ShardWalk:
 
     def _read(self, start: int, count: int) -> torch.Tensor:
         buffer = self._reader.empty(count) if self._buffers is None else self._buffers.take(count)
-        with timed("read"):
-            self._reader.read_into(bytes_of(buffer), start)
+        try:
+            with timed("read"):
+                self._reader.read_into(bytes_of(buffer), start)
+        except BaseException:  # nobody else knows of it, and others may go on with the lane
+            if self._buffers is not None:
+                self._buffers.give(buffer)
+            raise
         with timed("hash"):
             self._sha256.update(bytes_of(buffer))
         return buffer

@@ -199,6 +199,30 @@ def join(
     Raises:
         CorruptCorrection: the correction is damaged in a way that shows.
     """
+    return _joined(residual, factors, correction, scales, addition, out)[0]
+
+
+@exact_arithmetic()
+def recover(
+    residual: torch.Tensor, factors: Factors, correction: torch.Tensor, out: torch.Tensor | None = None
+) -> tuple[torch.Tensor, float]:
+    """The weight that ``split`` took apart, and the share of its entries that residual and factors alone do not give back.
+
+    Args and errors as for ``join``.
+    """
+    weight, moved = _joined(residual, factors, correction, None, None, out)
+    return weight, moved / weight.numel()
+
+
+def _joined(
+    residual: torch.Tensor,
+    factors: Factors,
+    correction: torch.Tensor,
+    scales: torch.Tensor | None,
+    addition: Addition | None,
+    out: torch.Tensor | None,
+) -> tuple[torch.Tensor, int]:
+    """See ``join``; and how many entries the correction moves."""
     m, n = residual.shape
     reader = CorrectionReader(bytes_of(correction), m, n, residual.element_size())
     step = reader.rows_per_block
@@ -207,24 +231,26 @@ def join(
         update = _update(factors, scales, addition, residual.dtype)
     weight = torch.empty_like(residual) if out is None else out
 
-    def worker(most: int) -> Callable[[slice], None]:
+    def worker(most: int) -> Callable[[slice], int]:
         predict = prediction.worker(most)
         wide = scratch("join sums", (most, n), working_dtype(residual.dtype), residual.device)
         apply = None if update is None else update.worker(most)
 
-        def work(rows: slice) -> None:
+        def work(rows: slice) -> int:
             sums = wide[: rows.stop - rows.start].copy_(residual[rows]).add_(predict(rows))
-            block = weight[rows].copy_(sums)
+            block, moved = weight[rows].copy_(sums), 0
             for first in range(rows.start, rows.stop, step):
-                _correct(bits_of(weight[first : first + step]).view(-1), *reader.block(first))
+                positions, units = reader.block(first)
+                _correct(bits_of(weight[first : first + step]).view(-1), positions, units)
+                moved += int(np.count_nonzero(units))
             if apply is not None:
                 apply(block, rows)
+            return moved
 
         return work
 
     with full_precision(residual.device):
-        _for_each(worker, m, step, residual.device)
-    return weight
+        return weight, sum(_for_each(worker, m, step, residual.device))
 
 
 def _correct(bits: torch.Tensor, positions: npt.NDArray[np.int64], units: npt.NDArray[Any]) -> None:

@@ -47,9 +47,7 @@ class Triplets:
 
     def converged(self, tolerance: float) -> bool:
         """Every residual is below ``tolerance * s_1`` and ``100 * tolerance * s_i``, as far as rounding allows."""
-        floor = ROUNDING * torch.finfo(self.long.dtype).eps
-        relative = 100 * tolerance * self.s / self.s[0].clamp(min=1e-300)
-        return bool((self.residual <= relative.clamp(max=tolerance).clamp(min=floor)).all())
+        return bool((self.residual <= allowed_residuals(self.s, tolerance, self.long.dtype)).all())
 
     def known(self) -> bool:
         """Whether the residuals leave no value in doubt by more than 1 %, or the rounding of the working precision."""
@@ -63,6 +61,13 @@ class Triplets:
         """
         rounding = torch.finfo(self.long.dtype).eps * self.s[0].item()
         return self.next_bound <= max((1 + _KNOWN) * self.s[-1].item(), rounding)
+
+
+def allowed_residuals(s: torch.Tensor, tolerance: float, dtype: torch.dtype) -> torch.Tensor:
+    """How large, over s_1, the residuals of converged triplets may be, for values (k,) and vectors in ``dtype``."""
+    floor = ROUNDING * torch.finfo(dtype).eps
+    relative = 100 * tolerance * s / s[0].clamp(min=1e-300)
+    return relative.clamp(max=tolerance).clamp(min=floor)
 
 
 def engine(short: int, k: int) -> str:

@@ -66,6 +66,7 @@ class LocalEngine:
     """This process, with one lane for each device."""
 
     def __init__(self, device: str, max_memory: int | None, max_device_memory: int | None, timing: Timing | None) -> None:
+        _check_limits(max_memory, max_device_memory)
         self._devices = choose_devices(device)
         self._max_device_memory = max_device_memory
         self._timing = timing
@@ -125,9 +126,7 @@ def engine_of(
         OptionError: it has no such device, or a limit of memory is none.
         MissingExtra: Ray is not installed.
     """
-    for limit, value in (("max_memory", max_memory), ("max_device_memory", max_device_memory)):
-        if value is not None and value < 1:
-            raise OptionError(f"{limit} makes no sense", got=value, expected="a number of bytes, at least 1")
+    _check_limits(max_memory, max_device_memory)
     if name == "local":
         yield LocalEngine(device, max_memory, max_device_memory, timing)
         return
@@ -135,6 +134,12 @@ def engine_of(
 
     with connected(device) as cluster:
         yield RayEngine(cluster, max_memory, max_device_memory, timing)
+
+
+def _check_limits(max_memory: int | None, max_device_memory: int | None) -> None:
+    for limit, value in (("max_memory", max_memory), ("max_device_memory", max_device_memory)):
+        if value is not None and value < 1:
+            raise OptionError(f"{limit} makes no sense", got=value, expected="a number of bytes, at least 1")
 
 
 def _resources(devices: Sequence[torch.device], max_memory: int | None, max_device_memory: int | None) -> Resources:

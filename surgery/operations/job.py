@@ -241,8 +241,8 @@ class _Collected:
                 method=str(certificate.method),
                 passes=int(certificate.passes),
                 converged=bool(certificate.converged),
-                residual=[_digits(value, 3) for value in certificate.residual.tolist()],
-                gap=[_digits(value, 3) for value in certificate.gap.tolist()],
+                residual=[rounded_to(value, 3) for value in certificate.residual.tolist()],
+                gap=[rounded_to(value, 3) for value in certificate.gap.tolist()],
             )
         )
         self.kept += factors.s.double().square().sum().item()
@@ -267,12 +267,12 @@ class _Collected:
             view=target.view.kind,
             slice=target.view.slice,
             rank=len(self.certificates[0].residual),
-            energy=_digits(min(self.kept / self.total, 1.0) if self.total else 1.0, 6),
+            energy=rounded_to(min(self.kept / self.total, 1.0) if self.total else 1.0, 6),
             s_first=self.s_first,
             s_last=self.s_last,
             sample_sha256=self.sample.hexdigest(),
             residual_sample_sha256=self.residual_sample.hexdigest() if residual else None,
-            inexact=_digits(self.inexact / self.done, 3) if residual else None,
+            inexact=rounded_to(self.inexact / self.done, 3) if residual else None,
             factors_sha256=self.factors_sha256.hexdigest(),
             certificates=self.certificates,
             aliases=list(target.aliases),
@@ -350,5 +350,6 @@ def _add(part: _Collected, result: Result, factors: TensorFileWriter | None) -> 
             factors.add(factor_key(target.key, name), tensor)
 
 
-def _digits(value: float, digits: int) -> float:
+def rounded_to(value: float, digits: int) -> float:
+    """As the manifest has it: with so many significant digits."""
     return float(f"{value:.{digits}g}")

@@ -13,6 +13,7 @@ from surgery.format.disk import STREAM_MEMORY
 from surgery.format.files import CHUNK_BYTES
 from surgery.format.manifest import TargetRecord
 from surgery.format.safetensors import TORCH_DTYPES
+from surgery.linalg.measured import measuring_bytes
 from surgery.linalg.svd import solved_together
 from surgery.linalg.triplets import workspace_bytes
 from surgery.names import DTYPE_BITS
@@ -149,6 +150,13 @@ def need_to_measure(target: Target, triplets: int, *, compared: bool) -> Need:
         tuned = 4 * need.held * 8 // DTYPE_BITS[target.dtype]
         working += 3 * tuned + 4 * m * n + 32 * min(triplets, m, n) * (m + n)
     return replace(need, working=working, together=1)
+
+
+def need_to_verify(target: TargetRecord) -> Need:
+    """What the recovery of a target and its measures take."""
+    _, m, n = target.matrices
+    need = need_to_fold(target)
+    return replace(need, working=need.working + measuring_bytes(m, n, target.rank))
 
 
 def _held(shape: Sequence[int], dtype: str, at_a_time: int | None) -> int:

@@ -191,7 +191,7 @@ def choose(entry: TensorEntry, shard: str, choice: Choice, model: Model) -> list
     views = [View(kind)]
     if rule is not None and rule.slices and _wants_split(choice, model, rule):
         views = [View(kind, part) for part in slices_of(rule, (m, n), model.config, entry.name)]
-    rank, energy = _extent(choice, rule)
+    rank, energy = extent(choice, rule)
     fates: list[Target | Skipped] = []
     for view in views:
         smaller = min(view.shape(entry.shape)[1:])
@@ -206,7 +206,7 @@ def _wants_split(choice: Choice, model: Model, rule: Rule) -> bool:
     return rule.split if rule.split is not None else model.recipe is not None and model.recipe.split
 
 
-def _extent(choice: Choice, rule: Rule | None) -> tuple[int, float | None]:
+def extent(choice: Choice, rule: Rule | None) -> tuple[int, float | None]:
     """Rank and energy: the command line's, else the rule's, else the defaults. With an energy the rank is the most."""
     if choice.rank is not None:
         return choice.rank, None
