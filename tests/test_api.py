@@ -144,7 +144,7 @@ def test_home_folders_in_every_path(home: Path, llama: Path) -> None:
     quiet = Silent()  # of the two models being one
     call("project", factorized="~/overlay", tuned="~/m", out="~/projected.safetensors", base="~/m", progress=quiet)
     call("blend", files=[ones, Path(ones)], out="~/blended.safetensors")
-    call("spectra", model="~/m", tuned="~/m", top=2, recipe="~/recipe.toml", progress=quiet)
+    call("spectra", model="~/m", tuned="~/m", top=2, recipe="~/recipe.toml", out="~/report", progress=quiet)
     call("recommend", model="~/m", budget=20, out="~/ranks.toml", max_rank=2, recipe="~/recipe.toml")
     with pytest.raises(OptionError, match="the same weights"):
         call("recommend", model="~/m", tuned="~/m", budget=20, out="~/r.toml", recipe="~/recipe.toml", progress=quiet)
@@ -163,7 +163,17 @@ def test_home_folders_in_every_path(home: Path, llama: Path) -> None:
     (home / "copy").mkdir()
     call("Manifest.write", manifest, folder="~/copy")
     assert done == set(_parameters("Path"))
-    made = {"made", "adapter", "folded", "folded2", "copy", "projected.safetensors", "blended.safetensors", "ranks.toml"}
+    made = {
+        "made",
+        "adapter",
+        "folded",
+        "folded2",
+        "copy",
+        "projected.safetensors",
+        "blended.safetensors",
+        "ranks.toml",
+        "report",
+    }
     assert made | {"saved.safetensors"} <= {path.name for path in home.iterdir()}
     assert not list(Path().iterdir())  # no folder that is called ~
     assert files_of(home / "folded2")["config.json"] == (llama / "config.json").read_bytes()

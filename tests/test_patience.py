@@ -143,10 +143,10 @@ def test_what_an_earlier_start_has_fetched_is_not_fetched_again(
 
 def test_attempts_do_not_multiply(hub: LoopbackHub, llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client's own attempts would come on top of ours."""
-    hub.publish("acme/counted", llama)
+    hub.publish("acme/asked-once", llama)
     waits: list[float] = []
     monkeypatch.setattr(patience, "_wait", lambda seconds, dropped: waits.append(seconds))
-    source = open_source("acme/counted")
+    source = open_source("acme/asked-once")
     hub.disturb("tokenizer.json", [Fault(503)] * 4)
     before = len(hub.requests)
     source.fetch("tokenizer.json")
