@@ -21,6 +21,11 @@ def escaped(text: str) -> str:
     return text if text.isprintable() else "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 
+def has_surrogates(text: str) -> bool:
+    """Whether a text has halves of characters, as of a file name that is no text; UTF-8 has none."""
+    return any(0xD800 <= ord(one) < 0xE000 for one in text)
+
+
 def quoted(text: object) -> str:
     """One word of a POSIX shell; of bash, zsh and ksh (``$'...'``) where it holds what ``escaped`` would escape.
 

@@ -25,6 +25,7 @@ from surgery.escapes import escaped, quoted, quoted_glob
 from surgery.progress import note
 from tests.loopback_hub import LoopbackHub
 from tests.models import save_llama
+from tests.sealing import seal
 from tests.test_terminal import in_a_terminal
 
 #: Of each kind that a terminal obeys or does not show, and lines that look like ours. A file may be called so.
@@ -84,11 +85,13 @@ class _Place:
         return Path(shutil.copytree(of, self.path(name)))
 
     def edited(self, of: Path, file: str, edit: Callable[[Any], Any]) -> str:
-        """A copy with another JSON file."""
+        """A copy with another JSON file; a manifest is sealed anew."""
         folder = self.copy(of)
         value = json.loads((folder / file).read_text()) if (folder / file).is_file() else {}
+        is_sealed = value.pop("sha256", None) is not None
         changed = edit(value)
-        (folder / file).write_text(json.dumps(value if changed is None else changed))
+        text = json.dumps(value if changed is None else changed)
+        (folder / file).write_bytes(seal(text) if is_sealed else text.encode())
         return str(folder)
 
     def tensors(self, edit: Callable[[dict[str, torch.Tensor]], None], metadata: dict[str, str] | None = None) -> str:

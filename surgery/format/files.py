@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import IO, Any, Self
 
 from surgery.errors import FormatError, OutputError, ReadError, SurgeryError, advice
+from surgery.escapes import has_surrogates
 from surgery.format.disk import DiskStream
 from surgery.format.hub_cache import hub_cache
 from surgery.names import RESERVED_SUFFIX
@@ -557,7 +558,7 @@ def check_relative_path(name: str, where: str) -> str:
         FormatError: says which part of the rule it breaks.
     """
     path = PurePosixPath(name)
-    if any(0xD800 <= ord(character) < 0xE000 for character in name):
+    if has_surrogates(name):
         raise FormatError(f"{where}: a file name that is no Unicode text", got=ascii(name)[:200])
     if not path.parts or path.is_absolute() or ".." in path.parts or any(sign in name for sign in "\\\0:"):
         raise FormatError(f"{where}: a path that leaves its folder", got=repr(name)[:200], expected="a plain relative path")

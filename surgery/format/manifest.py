@@ -252,6 +252,7 @@ class Manifest:
     skipped: list[SkippedRecord]
 
     def as_bytes(self) -> bytes:
+        """As it is in its file, with its hash."""
         return sealed(self)
 
     def write(self, folder: str | Path) -> None:

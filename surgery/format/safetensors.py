@@ -22,6 +22,7 @@ from typing import IO, Any, Self, TypeGuard
 import torch
 
 from surgery.errors import MEMORY_HINT, FormatError
+from surgery.escapes import has_surrogates
 from surgery.format.disk import write_all
 from surgery.format.files import (
     FileRecord,
@@ -187,7 +188,7 @@ def _described(name: str, dtype: str, shape: Iterable[int], start: int, end: int
 
 def _entry(name: str, value: Any, file: str) -> TensorEntry:
     where = f"{file}: tensor {name!r}"
-    if any(0xD800 <= ord(character) < 0xE000 for character in name):
+    if has_surrogates(name):
         raise FormatError(f"{where}: the name is no Unicode text")
     if not isinstance(value, dict):
         raise FormatError(f"{where} has no description")

@@ -17,7 +17,7 @@ from surgery.escapes import quoted
 from surgery.format.files import FileWriter, decode_json
 from surgery.format.lora import CONFIG as ADAPTER_CONFIG
 from surgery.format.lora import is_of_lora
-from surgery.format.manifest import Manifest
+from surgery.format.manifest import Manifest, TargetRecord
 from surgery.format.name_map import NameMap, match_names
 from surgery.format.safetensors import Header, ShardReader, TensorEntry, make_header
 from surgery.linalg.rounding import check_dense
@@ -68,6 +68,12 @@ def write_scales(path: Path, scales: Mapping[str, torch.Tensor], fingerprint: st
         for _, value in named:
             writer.write(bytes_of(value.detach().to("cpu", torch.float32).contiguous()))
         writer.commit(path.name)
+
+
+def write_untouched(path: Path, targets: Collection[TargetRecord], fingerprint: str) -> None:
+    """Write the scales of all targets, each 1, as ``write_scales`` does. Those of one shape share memory: there may be many."""
+    ones = {shape: torch.ones(shape) for shape in {tuple(target.scales_shape) for target in targets}}
+    write_scales(path, {target.key: ones[tuple(target.scales_shape)] for target in targets}, fingerprint)
 
 
 def scales_file(path: Path) -> Path:

@@ -126,10 +126,10 @@ def engine_of(
         OptionError: it has no such device, or a limit of memory is none.
         MissingExtra: Ray is not installed.
     """
-    _check_limits(max_memory, max_device_memory)
     if name == "local":
         yield LocalEngine(device, max_memory, max_device_memory, timing)
         return
+    _check_limits(max_memory, max_device_memory)
     from surgery.engine.ray import connected
 
     with connected(device) as cluster:

@@ -27,7 +27,7 @@ from surgery.format.manifest import (
     fingerprint_of,
     source_stamp,
 )
-from surgery.format.scales import write_scales
+from surgery.format.scales import write_untouched
 from surgery.linalg.svd import DEFAULT_TOLERANCE, check_accuracy
 from surgery.linalg.views import View
 from surgery.names import FORMAT_VERSION, MANIFEST_FILE, SCALES_FILE, STREAM_DIR, factors_file
@@ -538,8 +538,7 @@ def _finish(
             progress.item(name)
             others.append(copy_file(source.fetch(name), out / name, name, watch=source.watch))
     fingerprint = fingerprint_of(targets)
-    ones = {shape: torch.ones(shape) for shape in {tuple(target.scales_shape) for target in targets}}
-    write_scales(out / SCALES_FILE, {target.key: ones[tuple(target.scales_shape)] for target in targets}, fingerprint)
+    write_untouched(out / SCALES_FILE, targets, fingerprint)
     shards, stamps = [result.shard for result in results], source.stamps()
     manifest = Manifest(
         format_version=FORMAT_VERSION,

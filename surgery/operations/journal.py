@@ -21,7 +21,7 @@ from surgery.names import FILES_FILE, JOURNAL_DIR, REPLACED_FILE, RUN_FILE
 
 
 class Journal:
-    """The diary of the run that writes to ``out``.
+    """The journal of the run that writes to ``out``.
 
     Args:
         out: the output folder.

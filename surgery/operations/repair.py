@@ -18,7 +18,7 @@ from surgery.format.factors import FactorsReader
 from surgery.format.files import FileRecord, FileWriter, copy_file, not_as_described, reporting, sync_directory
 from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
 from surgery.format.safetensors import ShardReader
-from surgery.format.scales import write_scales
+from surgery.format.scales import write_untouched
 from surgery.linalg.lossless import split
 from surgery.memory import bytes_of
 from surgery.names import JOURNAL_DIR, SCALES_FILE
@@ -111,8 +111,7 @@ def repair_files(folder: Path, manifest: Manifest, source: Source, by: LocalEngi
             source.close()
             shutil.rmtree(folder / _PLACE, ignore_errors=True)
         if not (folder / SCALES_FILE).exists() and not (folder / SCALES_FILE).is_symlink():
-            ones = {target.key: torch.ones(target.scales_shape, dtype=torch.float32) for target in manifest.targets}
-            write_scales(folder / SCALES_FILE, ones, manifest.fingerprint)
+            write_untouched(folder / SCALES_FILE, manifest.targets, manifest.fingerprint)
             files.append(SCALES_FILE)
             note(f"{SCALES_FILE} was missing: it is as factorize writes it, all 1; trained scales are to be put in its place")
     return Repaired(tuple(files), failed)

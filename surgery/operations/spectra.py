@@ -199,7 +199,7 @@ def spectra(
 ) -> SpectraReport:
     """Describe the spectrum of every matrix that ``factorize`` would take, alone or against a fine-tuned model.
 
-    Both models are streamed and read once; the memory needed is set by the largest target in both and by how many are worked
+    Both models are streamed; the memory needed is set by the largest target in both and by how many are worked
     on at a time. What the numbers mean is said in ``surgery.linalg.spectrum`` and docs/study.md.
 
     Args:

@@ -22,6 +22,7 @@ from surgery.planning.plan import Plan
 from surgery.planning.targets import Target
 from surgery.progress import Progress
 from surgery.source.model import Source
+from surgery.source.origin import damaged
 
 #: Matrices are measured one by one, and none waits for another: a window is one piece of a shard.
 _WINDOW_BYTES = 1
@@ -140,7 +141,7 @@ class Measuring:
 
     def acquired(self, which: Iterable[int]) -> Iterator[int]:
         for index in which:
-            self._source.fetch(self.shards[index].file)
+            self._source.acquire(self.shards[index].file)
             yield index
 
     def work(self, index: int, lane: Lane, read: Callable[[], object]) -> ShardSpectra:
@@ -163,10 +164,14 @@ class Measuring:
 
         portions = {name: parts[0].at_a_time for name, parts in inside.items()}
         with (
-            ShardReader(self._source.fetch(shard.file), name=shard.file, watch=self._source.watch) as reader,
+            ShardReader(self._source.unchecked(shard.file), name=shard.file, watch=self._source.watch) as reader,
             ShardWalk(reader, portions, lane.buffers, lane.timing) as walk,
         ):
             lane.flow(walk, _WINDOW_BYTES, measure, finish, read)
+        expected = self._source.sha256(shard.file)
+        if expected not in (None, walk.sha256):
+            name, again = f"{self._source.name}/{shard.file}", self._source.again(shard.file)
+            raise damaged(name, again, f"sha256 {walk.sha256}", f"sha256 {expected}")
         return ShardSpectra(walk.sha256, described)
 
     def close(self) -> None:

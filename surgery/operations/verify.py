@@ -170,12 +170,14 @@ class _Verifying:
         return written + (sum(shard.source.size for shard in self._manifest.shards) if is_base else 0)
 
     def acquired(self, which: Iterable[int]) -> Iterator[int]:
+        base = self._weights if isinstance(self._weights, BaseWeights) else None
+        is_fetched = base is not None and bool(download_needs(base))
         for index in which:
-            shard = self._manifest.shards[index]
-            if isinstance(self._weights, BaseWeights) and self._weights.room_to_fetch() is not None:
+            if base is not None and is_fetched:
+                shard = self._manifest.shards[index]
                 self._progress.item(f"fetching {shard.source.file}")
                 with suppress(SurgeryError):  # the check of the shard meets it again, and tells
-                    self._weights.file(shard)
+                    base.file(shard)
             yield index
 
     def work(self, index: int, lane: Lane, read: Callable[[], object]) -> list[Failure]:

@@ -8,7 +8,6 @@ from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -534,7 +533,7 @@ def _sampled(pieces: Iterable[Piece], work: Mapping[str, Sequence[_Checked]]) ->
         yield piece
 
 
-def _until_error(pieces: Iterable[Any], errors: list[SurgeryError]) -> Iterator[Any]:
+def _until_error(pieces: Iterable[Piece], errors: list[SurgeryError]) -> Iterator[Piece]:
     """Pieces up to the first that cannot be read: the lane goes on with other shards."""
     try:
         yield from pieces

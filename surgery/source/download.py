@@ -87,11 +87,12 @@ def is_sound(path: Path, of: HubFile) -> bool:
 
 def _by_xet(repo_id: str, commit: str, file: str, of: HubFile, folder: Path | None, patience: Patience) -> Path:
     """From the store of chunks, whose own client tries each of them again and does not go on where a file broke off."""
-    path = patience.run(lambda: client.download_by_xet(repo_id, commit, file, folder))
-    if not is_sound(path, of):
+    for _ in range(_WHOLE_ATTEMPTS):
+        path = patience.run(lambda: client.download_by_xet(repo_id, commit, file, folder))
+        if is_sound(path, of):
+            return path
         path.resolve().unlink(missing_ok=True)
-        raise _others_come(repo_id, file, of)
-    return path
+    raise _others_come(repo_id, file, of)
 
 
 def _fetch(repo_id: str, commit: str, file: str, of: HubFile, partial: Path, target: Path, patience: Patience) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -146,7 +145,8 @@ def patience_for(
     def tell(text: str, is_long: bool) -> None:
         progress.item(f"{what}: {text}")
         if is_long:
-            progress.note(f"the hub keeps us waiting for {what}: it is asked again until it has failed for 15 minutes")
+            minutes = (patience.GIVE_UP_AFTER if give_up_after is None else give_up_after) / 60
+            progress.note(f"the hub keeps us waiting for {what}: it is asked again until it has failed for {minutes:.0f} min")
 
     return Patience(tell, dropped, may_pass, give_up_after)
 
@@ -199,7 +199,7 @@ def check_contents(path: Path, of: HubFile, name: str, again: str) -> None:
 
 def fetch_again(repo_id: str, commit: str, file: str) -> str:
     """The command that fetches a file once more, whatever the cache has of it."""
-    return f"hf download {repo_id} {shlex.quote(file)} --revision {commit} --force-download"
+    return f"hf download {quoted(repo_id)} {quoted(file)} --revision {quoted(commit)} --force-download"
 
 
 def open_hub(repo_id: str, revision: str | None, subfolder: str | None = None) -> Source:

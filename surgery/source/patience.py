@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
+from surgery.errors import SurgeryError
 from surgery.source import hub_client as client
 
 _T = TypeVar("_T")
@@ -184,6 +185,8 @@ def _said(error: Exception) -> str:
         return f"the hub answers {error.response.status_code}"
     if isinstance(error, (client.http.TimeoutException, TimeoutError)):
         return "the hub does not answer"
+    if isinstance(error, SurgeryError):
+        return error.what
     return f"the hub cannot be reached ({type(error).__name__})"
 
 

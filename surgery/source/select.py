@@ -10,7 +10,7 @@ from fnmatch import translate
 from pathlib import PurePosixPath
 
 from surgery.errors import FormatError, ReadError, SourceError, SurgeryError, few
-from surgery.escapes import quoted
+from surgery.escapes import has_surrogates, quoted
 from surgery.format.files import check_relative_path, decode_json, file_key
 from surgery.names import (
     CONFIG_FILE,
@@ -167,8 +167,7 @@ def select_plain_files(listing: Listing, read_text: Callable[[str], str], *, whe
         try:
             check_relative_path(_path(folder, name), where)
         except FormatError as error:
-            is_text = not any(0xD800 <= ord(character) < 0xE000 for character in name)
-            if is_read_by_loaders(name) or not is_text:  # which no manifest could list
+            if is_read_by_loaders(name) or has_surrogates(name):  # which no manifest could list
                 hint = "give a copy of the model in which it has another name"
                 raise FormatError(error.what, got=error.got, expected=error.expected, hint=hint) from None
             left_out[f"{folder}/{name}" if folder else name] = "a name that not every system allows"
