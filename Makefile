@@ -37,11 +37,11 @@ bench: $(VENV)/test.done
 # not reached are in htmlcov/index.html.
 coverage: $(VENV)/test.done
 	$(PIP) 'coverage>=7.17'
-	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest -n 2 --dist worksteal
-	$(BIN)/coverage combine --quiet
-	$(BIN)/coverage html --quiet
-	$(BIN)/coverage report
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage html --quiet
+	$(BIN)/python -m coverage json --quiet -o - | $(BIN)/python tools/write_branch_table.py
 
 # The pages that show every command's --help and JSON, and every docstring; tests fail when one is out of date.
 docs: $(VENV)/demo.done
