@@ -1,4 +1,4 @@
-"""The table of docs/reliability.md: branches that the tests take, by module, of a report of ``coverage json`` on standard input.
+"""The table of docs/reliability.md: branches that the tests take, by module, of a `coverage json` report on standard input.
 
 Beside the whole of each folder only modules are named of which some branch is not taken.
 """
