@@ -33,13 +33,15 @@ bench: $(VENV)/test.done
 	$(PIP) scipy
 	$(BIN)/python benchmarks/svd.py
 
-# Branches that the tests take, also in the processes that they start.
+# The branches that the suite takes, also in the threads and processes that it starts (docs/reliability.md). All lines that are
+# not reached are in htmlcov/index.html.
 coverage: $(VENV)/test.done
-	$(PIP) 'coverage>=7.10'
-	$(BIN)/coverage erase
-	$(BIN)/coverage run -m pytest
-	$(BIN)/coverage combine --quiet
-	$(BIN)/coverage report --include='surgery/format/*,surgery/source/*,surgery/operations/*'
+	$(PIP) 'coverage>=7.17'
+	$(BIN)/python -m coverage erase
+	$(BIN)/python -m coverage run -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m coverage combine --quiet
+	$(BIN)/python -m coverage html --quiet
+	$(BIN)/python -m coverage json --quiet -o - | $(BIN)/python tools/write_branch_table.py
 
 # The pages that show every command's --help and JSON, and every docstring; tests fail when one is out of date.
 docs: $(VENV)/demo.done
@@ -48,7 +50,7 @@ docs: $(VENV)/demo.done
 	$(BIN)/python tools/write_api_docs.py > docs/api.md
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-axolotl dist build *.egg-info
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-axolotl dist build htmlcov .coverage* *.egg-info
 
 $(BIN)/python $(VENV)-oldest/bin/python $(VENV)-axolotl/bin/python: %/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; try: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 import surgery
-from surgery.errors import OutputError, SourceError, SurgeryError
+from surgery.errors import OptionError, OutputError, SourceError, SurgeryError
 from surgery.source.address import Address, address_of
 from surgery.source.model import open_source
 from tests.loopback_hub import LoopbackHub
@@ -164,6 +164,20 @@ def test_revision_and_subfolder_beside_an_address() -> None:
         with pytest.raises(SourceError, match=f"another one than {said}") as caught:
             address.with_options(revision, subfolder)
         assert f"{revision or subfolder!r}" in str(caught.value)
+
+
+def test_revisions_and_subfolders_that_a_folder_does_not_have(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"is a local folder: it has no revisions\n.*leave --revision out"):
+        open_source(llama, revision="main")
+    shutil.copytree(llama, tmp_path / "pipeline/transformer")
+    with pytest.raises(SourceError, match=r"has no subfolder 'vae'\n  expected: transformer\n"):
+        open_source(tmp_path / "pipeline", subfolder="vae")
+    with pytest.raises(SourceError, match=r"has no subfolder 'vae'\n  expected: a model without subfolders\n"):
+        open_source(llama, subfolder="vae")
+    with pytest.raises(OptionError, match="a path that leaves its folder"):
+        open_source(tmp_path / "pipeline/transformer", subfolder="..")
+    with pytest.raises(SourceError, match="there is no folder '~nobody-of-this-name/model'"):
+        open_source("~nobody-of-this-name/model")
 
 
 def test_addresses_wherever_a_model_is_given(hub: LoopbackHub, llama: Path, tmp_path: Path) -> None:

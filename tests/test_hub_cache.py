@@ -242,6 +242,34 @@ def test_a_cache_that_cannot_be_written_to(
         surgery.plan("acme/no-room")
 
 
+@pytest.mark.parametrize("why", ["the client is told to make none", "the disk has none"])
+def test_a_cache_without_links(
+    hub: LoopbackHub, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, offline: Callable[[], None], why: str
+) -> None:
+    """What has been fetched lies in the snapshot itself, where the client finds it, and is found again without the hub."""
+    name = f"acme/no-links-{len(why)}"
+    repo = hub.publish(name, llama)
+    if why == "the disk has none":
+
+        def refused(*_: object, **__: object) -> None:
+            raise PermissionError(1, "Operation not permitted")
+
+        monkeypatch.setattr(os, "symlink", refused)
+    else:
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_SYMLINKS", True)
+    surgery.factorize(name, tmp_path / "f", rank=2)
+    surgery.fold(tmp_path / "f", tmp_path / "f/surgery/scales.safetensors", tmp_path / "back")
+    assert files_of(tmp_path / "back") == files_of(llama)
+    snapshot = _snapshot(name, repo)
+    for file in _shards(llama):
+        assert (snapshot / file).read_bytes() == (llama / file).read_bytes()
+    assert not any(path.is_symlink() for path in snapshot.rglob("*"))
+    assert huggingface_hub.try_to_load_from_cache(name, _shards(llama)[0]) == str(snapshot / _shards(llama)[0])
+    offline()
+    surgery.factorize(name, tmp_path / "g", rank=2, progress=Silent())
+    assert (tmp_path / "g" / _shards(llama)[-1]).read_bytes() == (tmp_path / "f" / _shards(llama)[-1]).read_bytes()
+
+
 @pytest.mark.parametrize("endpoint", ["127.0.0.1:9", "http://[bad", "ftp://127.0.0.1"])
 def test_an_endpoint_that_is_no_address(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)

@@ -12,11 +12,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
+from filelock import FileLock
 
 import surgery
 from surgery.errors import FormatError, OutputError, ReadError, SourceError, SurgeryError
@@ -304,6 +306,23 @@ def test_waiting_ends_when_nobody_wants_it() -> None:
     with pytest.raises(Dropped):
         patient.failed(_failing(429, **{"Retry-After": "600"}))
     assert time.monotonic() - start < 10
+
+
+def test_files_that_another_process_is_fetching(hub: LoopbackHub, llama: Path, tmp_path: Path) -> None:
+    """Neither waits for the other, nor writes to what the other is putting together."""
+    repo = hub.publish("acme/at-once", llama)
+    with ExitStack() as others:
+        for of in client.list_files("acme/at-once", repo.commit).values():
+            client.lock_path("acme/at-once", of).parent.mkdir(parents=True, exist_ok=True)
+            others.enter_context(FileLock(client.lock_path("acme/at-once", of), timeout=0))
+            client.blob_path("acme/at-once", of).parent.mkdir(parents=True, exist_ok=True)
+            client.blob_path("acme/at-once", of).with_name(f"{of.hash}.surgery.incomplete").write_bytes(b"the other's")
+        surgery.factorize("acme/at-once", tmp_path / "f", rank=2)
+    left = list((CACHE / "models--acme--at-once/blobs").glob("*.incomplete"))
+    assert len(left) == len(files_of(llama))
+    assert {path.read_bytes() for path in left} == {b"the other's"}
+    surgery.fold(tmp_path / "f", tmp_path / "f/surgery/scales.safetensors", tmp_path / "back")
+    assert files_of(tmp_path / "back") == files_of(llama)
 
 
 def test_ctrl_c_while_waiting_ends_at_once(hub: LoopbackHub, llama: Path, tmp_path: Path) -> None:

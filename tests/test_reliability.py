@@ -317,6 +317,22 @@ def test_records_of_another_run(halves: dict[str, Path], llama: Path, tmp_path: 
     assert files_of(out) == files_of(tmp_path / "truth")
 
 
+@pytest.mark.parametrize("damage", [b"", b'{"command": ', b"[]", b'{"command": "factorize", "command": "fold"}', b"\xff"])
+def test_a_journal_that_cannot_be_read(
+    damage: bytes, halves: dict[str, Path], llama: Path, truth: Path, tmp_path: Path
+) -> None:
+    """What the run was is not guessed: it is begun anew when that is asked for, whatever it would have written."""
+    out = Path(shutil.copytree(halves["factorize"], tmp_path / "f"))
+    (out / ".surgery/run.json").write_bytes(damage)
+    before = files_of(out)
+    with pytest.raises(OutputError, match=r"an unfinished run whose journal is damaged[\s\S]*--overwrite starts anew"):
+        surgery.factorize(llama, out, rank=4)
+    assert files_of(out) == before
+    (out / ".surgery/files.json").write_bytes(damage)
+    surgery.factorize(llama, out, rank=4, overwrite=True)
+    assert files_of(out) == files_of(truth)
+
+
 def test_a_damaged_shard_is_made_again(llama: Path, truth: Path, tmp_path: Path) -> None:
     out = tmp_path / "f"
     _interrupted(llama, out)

@@ -450,6 +450,17 @@ def test_manifest_that_is_no_json_object(text: bytes, factorized: Path) -> None:
         Manifest.read(factorized)
 
 
+def test_a_fold_that_does_not_give_the_source_back(factorized: Path, tmp_path: Path) -> None:
+    """With untouched scales it is known what must come, and nothing else is taken for it."""
+    with edited_manifest(factorized) as manifest:
+        last = next(shard for shard in reversed(manifest["shards"]) if shard["factors"])
+        last["source"]["sha256"] = "0" * 64
+    with pytest.raises(FormatError, match=rf"{last['source']['file']}: untouched scales do not give the source back"):
+        surgery.fold(factorized, factorized / "surgery/scales.safetensors", tmp_path / "back")
+    assert not (tmp_path / "back/config.json").exists()
+    assert not (tmp_path / "back" / last["source"]["file"]).exists()
+
+
 def test_overlay_needs_its_base(llama: Path, tmp_path: Path) -> None:
     surgery.factorize(llama, tmp_path / "o", rank=4, layout="overlay")
     scales = tmp_path / "o/surgery/scales.safetensors"

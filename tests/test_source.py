@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +21,10 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.cli.main import main
 from surgery.errors import FormatError, OutputError, SourceError, SurgeryError, SurgeryWarning
+from surgery.operations.job import check_shared
 from surgery.planning.numbering import numbering_notes
 from surgery.progress import Silent
+from surgery.source.model import open_source
 from tests.loopback_hub import WRITING_TOKEN, LoopbackHub
 from tests.models import files_of, planned, save_llama, tensors_of
 
@@ -601,6 +604,25 @@ def test_weights_may_lie_anywhere(model: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="the model that the checkpoint was made from"):
         surgery.fold(tmp_path / "o", tmp_path / "o/surgery/scales.safetensors", elsewhere, base=model, overwrite=True)
     assert files_of(model) == truth
+
+
+def test_another_machine_that_sees_another_folder(model: Path, tmp_path: Path) -> None:
+    """What is sent to it says what the weight files must be, before and after they are read."""
+    source = open_source(model)
+    file = source.selection.shards[0]
+    origin = pickle.loads(pickle.dumps(source.origin([file])))
+    with origin.file(file) as path:
+        assert path.read_bytes() == (model / file).read_bytes()
+    changed = pytest.raises(SourceError, match=rf"{file} on .* is not what it was when the run was planned")
+    with changed, origin.file(file) as path:
+        os.utime(path, (1e9, 1e9))
+    with changed, origin.file(file):
+        raise AssertionError("it is read")
+    (model / file).unlink()
+    with pytest.raises(SourceError, match=rf"{file} is not there on .*\n.*every machine sees"), origin.file(file):
+        raise AssertionError("it is read")
+    with pytest.raises(OutputError, match=r"not the output folder of this run\n.*every machine sees"):
+        check_shared(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["README.md", "tokenizer.json", "config.json", "additional_chat_templates/x.jinja"])

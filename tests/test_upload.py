@@ -151,6 +151,22 @@ def test_commits_are_not_made_too_often(hub: LoopbackHub, tmp_path: Path, monkey
     assert messages == [f"Add {next(iter(files))}", f"Add {first}, {second} and 2 more", "Complete the upload"]
 
 
+def test_what_waits_is_committed_when_its_time_has_come(
+    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though nothing follows it: the next shard of a large model may take longer than a commit may wait."""
+    monkeypatch.setattr(upload, "_SECONDS_BETWEEN_COMMITS", 0.5)
+    files = weights(tmp_path / "w", "a", 2)
+    with Upload.open("acme/due") as target:
+        for name, path in files.items():
+            target.submit(path, name)
+        repo, until = hub.repos["acme/due"], time.monotonic() + 60
+        while len(repo.history) < 2 and time.monotonic() < until:
+            time.sleep(0.05)
+        assert [commit.message for commit in repo.history] == [f"Add {name}" for name in files]
+        assert hashes(files).items() <= head(repo).items()
+
+
 @pytest.mark.parametrize(
     ("part", "status"), [("/paths-info/", 500), ("/preupload/", 503), ("/lfs/", 503), ("/commit/", 503), ("/commit/", 429)]
 )

@@ -218,10 +218,9 @@ def _check_numbers(shards: Sequence[str], weights: Sequence[str], index: str | N
 
 
 def _with_number(name: str, number: int) -> str:
-    """The name of another file of the same set."""
+    """The name of another file of the same set, one with numbers."""
     match = _NUMBERED.fullmatch(name)
-    if match is None:
-        return name
+    assert match is not None
     start, end = match.span("part" if match["number"] is None else "number")
     return f"{name[:start]}{number:0{end - start}d}{name[end:]}"
 

@@ -302,8 +302,6 @@ def _addition(name: str, content: Path | bytes, sha256: str | None = None) -> Co
                 content.stat()
             addition = CommitOperationAdd(name, content)
     except ValueError as error:
-        if isinstance(error, SurgeryError):
-            raise
         hint = "see that it is an ordinary file that may be read (ls -l), then run the same command again"
         raise OutputError(f"{name}: the hub takes no such file", got=error, hint=hint) from error
     if sha256 is not None:
