@@ -322,6 +322,8 @@ class Bench:
             error = said[said.find("Error: ") :]
             if not error.startswith("Error: ") or "\n  try:" not in error:
                 raise Finding(f"no error that says what to do\n{said}")
+        if outcome.code == FOUND and re.search(r"\); [a-z]", said) is None:
+            raise Finding(f"nothing of what the system has said, or not what to do\n{said}")
         truth, uploaded = self._truths[command.name]
         before = None if command.earlier is None else files_of(command.earlier)
         left, result = (files_of(out), _result_in(out)) if out.exists() else ({}, {})
