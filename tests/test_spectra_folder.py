@@ -193,3 +193,15 @@ def test_stopped_at_any_change(trials: int, names: list[str], models: tuple[Path
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("stops") == 2 * (len(names) or 5)
+
+
+def test_without_matplotlib_a_note_says_how_to_have_a_page(
+    models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    quiet = Silent()
+    surgery.spectra(models[0], out=tmp_path / "o", progress=quiet, **STUDY)
+    (said,) = quiet.notes
+    assert said.startswith("no page: the pictures of a report")
+    assert said.endswith("; try pip install 'matplotlib>=3.10.8'")
+    assert {path.name for path in (tmp_path / "o").iterdir()} == FILES - {"index.html"}

@@ -185,6 +185,14 @@ def test_a_residual_of_another_shape(folder: Path) -> None:
     assert any(failure.check == "dtype and shape" for failure in verify(folder, device="cpu").failures)
 
 
+def test_what_cannot_be_read_says_what_to_do(folder: Path) -> None:
+    gone = sorted(folder.glob("surgery/factors-*"))[0]
+    gone.unlink()
+    told = [failure.check for failure in verify(folder, device="cpu").failures if "cannot be read" in failure.check]
+    assert told
+    assert all(f"{gone.name}: cannot be read" in check and "then run the same command again" in check for check in told), told
+
+
 @pytest.mark.parametrize("change", ["no residual", "no factors", "a shard less"])
 def test_a_manifest_that_contradicts_itself(change: str, folder: Path) -> None:
     with edited_manifest(folder) as manifest:

@@ -395,7 +395,7 @@ def _write(report: SpectraReport, place: Path, progress: Progress) -> None:
         try:
             write_page(content, place / SPECTRA_PAGE)
         except MissingExtra as missing:
-            progress.note(f"no page: {missing}")
+            progress.note(f"no page: {missing.what}; try {missing.hint}")
 
 
 def _norms(target: Mapping[str, Any]) -> Norms:

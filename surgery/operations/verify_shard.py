@@ -14,9 +14,9 @@ import torch
 from surgery.device import as_memory_allows
 from surgery.engine.lane import Lane
 from surgery.engine.walk import Piece, ShardWalk, TargetPiece
-from surgery.errors import FormatError, SurgeryError
+from surgery.errors import FormatError, ReadError, SurgeryError
 from surgery.format.factors import FactorsHash, FactorsReader
-from surgery.format.files import FileRecord, Watch, file_sha256
+from surgery.format.files import FileRecord, Watch, file_sha256, reading
 from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
 from surgery.format.safetensors import TORCH_DTYPES, ShardReader
 from surgery.format.sample import SampleHash
@@ -63,8 +63,10 @@ class Failures:
     found: list[Failure] = field(default_factory=list)
 
     def fail(self, where: str, error: SurgeryError) -> None:
+        """An error in the place of a figure; of what the system refuses, with what to do."""
         got, expected = ("" if part is None else str(part) for part in (error.got, error.expected))
-        self.found.append(Failure(where, error.what, got, expected))
+        check = f"{error.what}; {error.hint}" if isinstance(error, ReadError) and error.hint else error.what
+        self.found.append(Failure(where, check, got, expected))
 
     def expect(self, holds: bool, where: str, check: str, got: object = "", expected: object = "") -> bool:
         if not holds:
@@ -82,13 +84,12 @@ def check_output_file(folder: Path, record: FileRecord, watch: Watch, failures: 
         if not failures.expect(size == record.size, record.file, "size", size, record.size):
             return False
         if hashed:
-            found = file_sha256(path)
+            with reading(path, record.file):
+                found = file_sha256(path)
             return failures.expect(found == record.sha256, record.file, "sha256", found, record.sha256)
     except SurgeryError as error:
         failures.fail(record.file, error)
         return False
-    except OSError as error:
-        return failures.expect(False, record.file, "the file can be read", error)
     return True
 
 

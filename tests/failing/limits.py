@@ -152,8 +152,10 @@ def _sweep(chosen: argparse.Namespace, hub: LoopbackHub) -> int:
             continue
         pages = sum(-(-size // 4096) for size in sizes) + 24
         for what, option, most, unit in (("bytes of a disk", "size", pages, 4096), ("files of a disk", "nr_inodes", 80, 1)):
-            least = 4 + (len(before) + sum(-(-size // 4096) for size in before.values()) if unit > 1 else len(before))
-            for value in _spread(most, chosen.steps, least=least):
+            there = 0 if command.earlier is None else 1 + len(before)
+            if unit > 1:
+                there += sum(-(-size // 4096) for size in before.values())
+            for value in _spread(most, chosen.steps, least=1 + there):  # with none there is no limit
                 _mount(bench.place, f"{option}={round(value) * unit}")
                 attempt(what, command, after=enlarge)
     for what, cell in table.items():

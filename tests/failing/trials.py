@@ -27,6 +27,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from surgery.cli.main import main as surgery_command
+from surgery.format.manifest import Manifest
+from surgery.names import SCALES_FILE
 from surgery.source import upload
 from tests.failing.system import System
 from tests.loopback_hub import WRITING_TOKEN, LoopbackHub
@@ -36,6 +38,8 @@ from tests.models import files_of, save_llama
 LIMIT = 60
 #: What a child exits with where an exception leaves the command, which for a user is a traceback.
 _ESCAPED = 70
+#: What ``verify`` exits with where something does not hold.
+FOUND = 3
 _REPO = "acme/trial"
 
 
@@ -67,6 +71,7 @@ class Command:
         markers: files that make what is there look finished.
         earlier: a folder with what ``out`` holds before.
         pushes: whether it uploads to the repository ``acme/trial``.
+        in_parts: whether each file takes the place of the earlier one by itself, and it may end with what it has found.
     """
 
     name: str
@@ -74,6 +79,7 @@ class Command:
     markers: tuple[str, ...]
     earlier: Path | None = None
     pushes: bool = False
+    in_parts: bool = False
 
 
 @dataclass(slots=True)
@@ -145,7 +151,7 @@ class Bench:
             Command(
                 "spectra",
                 ("spectra", str(model), str(tuned), "-o", "OUT", "--top", "8", "--device", "cpu"),
-                ("spectra.json", "spectra.csv"),
+                ("spectra.json",),
             ),
             Command(
                 "recommend",
@@ -158,6 +164,13 @@ class Bench:
             ),
             Command("blend", ("blend", *scales, "-o", "OUT/b.safetensors"), ("b.safetensors",)),
             Command("scales", ("scales", "show", scales[0]), ()),
+            Command(
+                "verify --repair",
+                ("verify", "OUT", "--repair", "--base", str(model), "--device", "cpu"),
+                (),
+                _damaged(f, inputs / "damaged"),
+                in_parts=True,
+            ),
             Command("push factorize", (*factorize, "--push-to-hub", _REPO), manifest, pushes=True),
             Command("push fold", (*fold, "--push-to-hub", _REPO), config, pushes=True),
             Command("push export", ("export", str(f), scales[0], "-o", "OUT", "--push-to-hub", _REPO), (), pushes=True),
@@ -292,17 +305,16 @@ class Bench:
                 self.run(arguments)
             self._is_whole(command, out)
             return "did not come" if fault is not None and not outcome.fallen else "right"
-        if outcome.code < 0 and not command.pushes and out.exists() and files_of(out) == self._truths[command.name][0]:
-            return "killed"  # as the last thing it did: all is there, and some commands say so
+        is_there = outcome.code < 0 and not command.pushes and out.exists() and _result_in(out) == self._truths[command.name][0]
         again = self.run(arguments)
-        if again.code:
+        if again.code and not (is_there and "is there already" in again.said):  # killed as the last thing it did
             raise Finding(f"the same command fails as well: {again.code}\n{again.said}\nbefore:\n{outcome.said}")
         self._is_whole(command, out)
         return "refused" if outcome.code > 0 else "killed"
 
     def _look(self, command: Command, out: Path, outcome: Outcome, *, may_leave: bool) -> None:
         said = outcome.said
-        if outcome.code not in (0, 1, -signal.SIGKILL):
+        if outcome.code not in (0, 1, -signal.SIGKILL) and not (command.in_parts and outcome.code == FOUND):
             raise Finding(f"exit code {outcome.code}\n{said}")
         if any(word in said for word in ("Traceback", "THREAD EXCEPTION", "UNRAISABLE")):
             raise Finding(f"a traceback\n{said}")
@@ -310,14 +322,19 @@ class Bench:
             error = said[said.find("Error: ") :]
             if not error.startswith("Error: ") or "\n  try:" not in error:
                 raise Finding(f"no error that says what to do\n{said}")
+        if outcome.code == FOUND and re.search(r"\); [a-z]", said) is None:
+            raise Finding(f"nothing of what the system has said, or not what to do\n{said}")
         truth, uploaded = self._truths[command.name]
         before = None if command.earlier is None else files_of(command.earlier)
-        left = files_of(out) if out.exists() else {}
-        result = {name: data for name, data in left.items() if not name.startswith(".surgery/")}
+        left, result = (files_of(out), _result_in(out)) if out.exists() else ({}, {})
         if any(name in left for name in command.markers) and result not in (truth, before):
             raise Finding(f"looks whole and is not\n{said}")
-        goes_on = (out / ".surgery").is_dir()
-        if before is not None and result not in (before, truth) and not goes_on:
+        if command.in_parts and before is not None:
+            whole = {name: data for name, data in result.items() if not name.endswith(".partial")}
+            parts = [name for name, data in whole.items() if data not in (before.get(name), truth.get(name))]
+            if parts or before.keys() - result.keys():
+                raise Finding(f"neither as they were nor as they are to be: {parts}, {before.keys() - result.keys()}\n{said}")
+        elif before is not None and result not in (before, truth) and not (out / ".surgery").is_dir():
             raise Finding(f"the earlier result is gone, and nothing to go on with\n{said}")
         if not may_leave and any(name.endswith(".partial") for name in left):
             raise Finding(f"partial files are left: {[name for name in left if name.endswith('.partial')]}\n{said}")
@@ -349,11 +366,28 @@ class Bench:
             raise Finding(f"the repository is not what an undisturbed run gives: {sorted(differing)}")
 
 
+def _result_in(out: Path) -> dict[str, bytes]:
+    return {name: data for name, data in files_of(out).items() if not name.startswith(".surgery/")}
+
+
 def _pipe() -> tuple[int, int]:
     """One that holds all that a child says: no limit holds for it, as one would for a file."""
     ends = os.pipe()
     fcntl.fcntl(ends[1], fcntl.F_SETPIPE_SZ, 1 << 20)
     return ends
+
+
+def _damaged(factorized: Path, folder: Path) -> Path:
+    """A copy with a residual in which a bit is flipped, and without the factors of another shard, a config and the scales."""
+    shutil.copytree(factorized, folder)
+    first, second = [shard for shard in Manifest.read(factorized).shards if shard.residual and shard.factors][:2]
+    residual = folder / first.residual.file
+    data = bytearray(residual.read_bytes())
+    data[-7] ^= 4
+    residual.write_bytes(data)
+    for file in (second.factors.file, "config.json", SCALES_FILE):
+        (folder / file).unlink()
+    return folder
 
 
 def _stamps(folder: Path) -> list[tuple[str, int, int, int]]:
