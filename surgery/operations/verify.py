@@ -172,7 +172,7 @@ class _Verifying:
     def acquired(self, which: Iterable[int]) -> Iterator[int]:
         for index in which:
             shard = self._manifest.shards[index]
-            if isinstance(self._weights, BaseWeights) and self._weights.room_to_fetch() is not None:
+            if isinstance(self._weights, BaseWeights) and self._weights.room_to_fetch():
                 self._progress.item(f"fetching {shard.source.file}")
                 with suppress(SurgeryError):  # the check of the shard meets it again, and tells
                     self._weights.file(shard)
