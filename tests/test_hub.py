@@ -14,7 +14,7 @@ import pytest
 import surgery
 from surgery.errors import FormatError, OutputError, SourceError
 from surgery.source.model import FolderSource, open_source
-from tests.loopback_hub import LoopbackHub
+from tests.loopback_hub import Fault, LoopbackHub
 from tests.models import files_of
 
 
@@ -118,6 +118,27 @@ def test_refusals_are_explained(hub: LoopbackHub, status: int, code: str, messag
         surgery.plan(name)
     assert name in str(caught.value)
     assert "try:" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "what", "hint"),
+    [
+        (401, {"X-Error-Message": "Invalid credentials in Authorization header"}, "expired or been revoked", "unset HF_TOKEN"),
+        (401, {"X-Error-Message": "Invalid username or password."}, "expired or been revoked", "hf auth login"),
+        (403, {"X-Error-Message": "Please enable access in your fine-grained token settings"}, "fine-grained", "hf auth login"),
+        (400, {}, "cannot be fetched from the hub", "try again later"),
+    ],
+)
+def test_refusals_of_the_first_question(
+    hub: LoopbackHub, llama: Path, status: int, headers: dict[str, str], what: str, hint: str
+) -> None:
+    """Also of a public model, where a token that is no good is sent along."""
+    hub.publish("acme/first-refused", llama)
+    hub.disturb("api/models/acme/first-refused", [Fault(status, headers)])
+    with pytest.raises(SourceError, match=what) as caught:
+        surgery.plan("acme/first-refused", rank=2)
+    assert hint in str(caught.value)
+    assert surgery.plan("acme/first-refused", rank=2).targets
 
 
 def test_missing_repository(hub: LoopbackHub) -> None:

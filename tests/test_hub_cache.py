@@ -21,7 +21,7 @@ Away = Callable[[Repo], None]
 CACHE = Path(os.environ["HF_HOME"]) / "hub"
 
 
-@pytest.fixture(params=["offline", "dead", "failing", "portal"])
+@pytest.fixture(params=["offline", "dead", "failing", "limited", "portal"])
 def away(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Away:
     """Makes the hub one that cannot be asked: by the client's own choice, without an answer, or with a useless one."""
 
@@ -31,7 +31,7 @@ def away(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Awa
         elif request.param == "dead":
             monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
         else:
-            repo.refusal = (503, "") if request.param == "failing" else (200, "")
+            repo.refusal = ({"failing": 503, "limited": 429, "portal": 200}[request.param], "")
 
     return leave
 

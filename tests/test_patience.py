@@ -29,6 +29,7 @@ from surgery.source import hub_client as client
 from surgery.source import patience
 from surgery.source.model import open_source
 from surgery.source.patience import Dropped, Patience
+from surgery.source.stream import streamed
 from tests.loopback_hub import Fault, LoopbackHub
 from tests.models import files_of, save_llama
 
@@ -185,6 +186,24 @@ def test_refusals_in_the_midst_are_told_at_once(
     assert len([path for _, path, _ in hub.requests[before:] if part in path]) == 1
     hub._faults.clear()
     surgery.factorize(name, tmp_path / "f", rank=2, stream=True, progress=Silent())
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 410, 503])
+def test_refusals_of_a_place_that_the_hub_sends_us_to(hub: LoopbackHub, llama: Path, tmp_path: Path, status: int) -> None:
+    """Its addresses are good for a while, and know no token: a new one is asked for."""
+    name, place = f"acme/elsewhere-{status}", LoopbackHub()
+    repo = hub.publish(name, llama)
+    place.publish(name, llama)
+    file = sorted(llama.glob("*.safetensors"))[1].name
+    moved = Fault(302, {"Location": f"{place.url}/{name}/resolve/{repo.commit}/{file}"})
+    hub.disturb(file, [moved] * 1000)
+    place.disturb(file, [Fault(status), None, *[Fault(status)] * 1000])
+    with pytest.raises(SourceError) as caught:
+        surgery.factorize(name, tmp_path / "f", rank=2, progress=Silent())
+    assert "token" not in str(caught.value)
+    assert "tried" in str(caught.value)
+    place.disturb(file, [Fault(status)] * 2)
+    surgery.factorize(name, tmp_path / "f", rank=2, progress=Silent())
 
 
 def _failing(status: int, **headers: str) -> Exception:
@@ -555,6 +574,48 @@ def test_a_file_that_is_removed_while_it_is_open(llama: Path, tmp_path: Path) ->
 
 
 # -- room for all of it ---------------------------------------------------------------------------------------------------
+
+
+def test_what_is_here_needs_no_room(hub: LoopbackHub, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From another commit, or from a start that broke off."""
+    name = "acme/here"
+    repo = hub.publish(name, shards)
+    first = sorted(shards.glob("*.safetensors"))[0]
+    hub.disturb(first.name, [None, Fault(after=first.stat().st_size // 2), *[Fault(503)] * 1000])
+    with pytest.raises(SourceError):
+        surgery.factorize(name, tmp_path / "f", rank=2, progress=Silent())
+    hub._faults.clear()
+    blobs = CACHE / "models--acme--here" / "blobs"
+    assert list(blobs.glob("*.incomplete"))
+    here = sum(path.stat().st_size for path in blobs.iterdir())
+    model = sum(path.stat().st_size for path in shards.rglob("*") if path.is_file())
+    assert surgery.plan(name, rank=2, progress=Silent()).download_bytes == model - here
+    huggingface_hub.snapshot_download(name)
+    repo.commit = repo.branches["main"] = "c" * 40
+    steps = surgery.plan(name, rank=2, progress=Silent())
+    assert (steps.download_bytes, steps.temporary_bytes) == (0, 0)
+    real, before = shutil.disk_usage(tmp_path), len(hub.requests)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type(real)(real.total, real.used, steps.bytes_written + 1))
+    surgery.factorize(name, tmp_path / "g", rank=2, progress=Silent())
+    assert not [path for method, path, _ in hub.requests[before:] if path.endswith("tokenizer.json")]
+
+
+def test_room_for_what_passes_is_not_room_for_what_stays(hub: LoopbackHub, shards: Path, tmp_path: Path) -> None:
+    """Small files of a streamed model go into the hub's cache, which may be on another disk."""
+    hub.publish("acme/passes", shards)
+    source = streamed(open_source("acme/passes"), tmp_path / "here", 2)
+    sizes = {path.name: path.stat().st_size for path in shards.glob("*.safetensors")}
+    along = sum(source.size(file) for file in source.selection.others)
+    read = sum(
+        source.size(file) for file in source.selection.others if client.blob_path("acme/passes", source._files[file]).exists()
+    )
+    assert along > read > 0
+    most = sum(sorted(sizes.values())[-2:])
+    assert source.room_to_fetch() == {tmp_path / "here": most, CACHE: along - read}
+    (tmp_path / "here").mkdir()
+    name, half = max(sizes, key=lambda name: sizes[name]), max(sizes.values()) // 2
+    (tmp_path / "here" / f"{name}.incomplete").write_bytes(bytes(half))
+    assert source.room_to_fetch() == {tmp_path / "here": most - half, CACHE: along - read}
 
 
 @pytest.mark.parametrize("command", ["factorize", "stream", "fold", "fold stream"])

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.cli.main import main
+from surgery.errors import OutputError
 from surgery.format.manifest import Manifest
 from surgery.progress import Silent
 from tests.families import FAMILIES
@@ -153,6 +154,44 @@ def test_the_source_that_the_manifest_names(hub: LoopbackHub, llama: Path, tmp_p
         (folder / file).unlink()
     assert surgery.verify(folder, repair=True, device="cpu").ok
     assert files_of(folder) == whole
+
+
+@pytest.mark.parametrize("layout", ["residual", "overlay"])
+def test_the_source_by_any_name_is_that_of_the_manifest(hub: LoopbackHub, llama: Path, tmp_path: Path, layout: str) -> None:
+    """Its branch may have moved since."""
+    repo = f"acme/moved-{layout}"
+    published = hub.publish(repo, llama)
+    folder = tmp_path / "f"
+    surgery.factorize(repo, folder, rank=4, device="cpu", layout=layout)
+    whole = files_of(folder)
+    published.branches["old"], published.branches["main"] = published.commit, "c" * 40
+    published.branches[published.commit] = published.commit
+    published.commit = "c" * 40
+    for base in (repo, f"{hub.url}/{repo}", f"https://huggingface.co/{repo}"):
+        before = len(hub.requests)
+        (folder / "config.json").unlink()
+        assert surgery.verify(folder, repair=True, base=base, device="cpu").ok
+        assert files_of(folder) == whole
+        assert not [path for _, path, _ in hub.requests[before:] if "c" * 40 in path or "revision" in path]
+
+
+def test_a_checkpoint_that_becomes_another_meanwhile(
+    made: Path, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the source is opened, by a run that replaces it."""
+    folder = Path(shutil.copytree(made / "residual", tmp_path / "f"))
+    _flip(0.5)(folder / _files(folder)["residual"])
+    real = surgery.operations.verify.source_to_repair_from
+
+    def replaced(*given: Any) -> Any:
+        surgery.factorize(llama, folder, rank=3, device="cpu", overwrite=True)
+        return real(*given)
+
+    monkeypatch.setattr("surgery.operations.verify.source_to_repair_from", replaced)
+    with pytest.raises(OutputError, match="has become another checkpoint meanwhile"):
+        surgery.verify(folder, repair=True, base=llama, device="cpu")
+    monkeypatch.undo()
+    assert surgery.verify(folder, device="cpu").ok
 
 
 def test_trained_scales_stay_as_they_are(made: Path, llama: Path, tmp_path: Path) -> None:

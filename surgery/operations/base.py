@@ -16,6 +16,7 @@ from surgery.format.safetensors import Header, ShardReader, TensorEntry
 from surgery.names import CONFIG_FILE
 from surgery.planning.quantization import FP8, Scaled, quantization_of, read_quantization
 from surgery.progress import listening, phase
+from surgery.source.address import address_of
 from surgery.source.model import Source, open_part, open_source
 from surgery.source.origin import FolderOrigin, Origin
 
@@ -49,8 +50,8 @@ class OwnWeights:
     def stamps(self) -> dict[str, list[int]]:
         return {}  # the manifest has the hashes of its files
 
-    def room_to_fetch(self) -> None:
-        return None
+    def room_to_fetch(self) -> dict[Path, int]:
+        return {}
 
     def acquire(self, shard: str) -> None: ...
 
@@ -97,7 +98,7 @@ class BaseWeights:
         """See ``Source.stamps``."""
         return self._source.stamps()
 
-    def room_to_fetch(self) -> tuple[Path, int] | None:
+    def room_to_fetch(self) -> dict[Path, int]:
         """See ``Source.room_to_fetch``."""
         return self._source.room_to_fetch()
 
@@ -228,8 +229,15 @@ def shard_path(weights: Weights, shards: Mapping[str, ShardRecord], name: str) -
 
 
 def open_base(base: str | Path, manifest: Manifest) -> Source:
-    """The model that a user says a checkpoint was made from, or one like it; maybe by the pipeline that it is a part of."""
-    return open_part(base, manifest.source.subfolder)
+    """The model that a user says a checkpoint was made from, maybe by the pipeline that it is a part of.
+
+    The repository that the manifest names is opened at the commit that it names, unless the user gives a revision.
+    """
+    record, address = manifest.source, address_of(base)
+    is_named = address.folder is None and address.repo_id == record.repo_id and address.subfolder in (None, record.subfolder)
+    if is_named and address.revision is None and record.repo_id is not None:
+        return open_source(record.repo_id, revision=record.commit, subfolder=record.subfolder)
+    return open_part(base, record.subfolder)
 
 
 def weight_source(

@@ -341,7 +341,7 @@ class _Factorizing:
         self._jobs: dict[int, Job] = {}
 
     def acquired(self, which: Iterable[int]) -> Iterator[int]:
-        if self._timing is not None and self._source.room_to_fetch() is not None:
+        if self._timing is not None and self._source.room_to_fetch():
             self._timing.watch("download")
         is_fetched = self._source.bytes_to_fetch() > 0
         for index in which:

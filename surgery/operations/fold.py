@@ -379,7 +379,7 @@ class _Folding:
         self._timing = timing
 
     def acquired(self, which: Iterable[int]) -> Iterator[int]:
-        if self._timing is not None and self._weights.room_to_fetch() is not None:
+        if self._timing is not None and self._weights.room_to_fetch():
             self._timing.watch("download")
         for index in which:
             self._weights.wait_for_room()

@@ -582,7 +582,7 @@ class Need:
 
 def download_needs(*sources: _Fetching) -> list[Need]:
     """The room that models from the hub need for what is still to be fetched of them."""
-    rooms = [room for source in sources if (room := source.room_to_fetch()) is not None and room[1]]
+    rooms = [room for source in sources for room in source.room_to_fetch().items() if room[1]]
     return [
         Need(folder, size, "weight files that pass through")
         if folder.match(STREAM_DIR)
@@ -592,7 +592,7 @@ def download_needs(*sources: _Fetching) -> list[Need]:
 
 
 class _Fetching(Protocol):
-    def room_to_fetch(self) -> tuple[Path, int] | None: ...
+    def room_to_fetch(self) -> dict[Path, int]: ...
 
 
 def check_room(*needs: Need) -> None:

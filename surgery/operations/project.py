@@ -23,13 +23,14 @@ from surgery.format.scales import write_scales
 from surgery.linalg.correction import CorruptCorrection
 from surgery.linalg.lossless import BLOCK_ENTRIES, DEVICE_BLOCKS, Factors, approximate, join
 from surgery.names import SCALES_FILE
-from surgery.operations.base import BASE_HINT, BaseWeights, OwnWeights, check_entry, open_base, shard_path, weight_source
+from surgery.operations.base import BASE_HINT, BaseWeights, OwnWeights, check_entry, shard_path, weight_source
 from surgery.operations.output import check_not_the_source, check_output_file, check_room, download_needs
 from surgery.operations.quantized import Dequantizer
 from surgery.operations.tuned import Norms, TunedModel, note_what_is_unlikely
 from surgery.planning.quantization import FP8, Scaled
 from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
+from surgery.source.model import open_part
 
 #: What is stored of an original matrix, and the fine-tuned one.
 _Pair = tuple[torch.Tensor, torch.Tensor]
@@ -120,7 +121,7 @@ def project(
     factorized, out = Path(factorized), Path(out)
     manifest = Manifest.read(factorized)
     weights = weight_source(factorized, manifest, base)
-    source = open_base(tuned, manifest)
+    source = open_part(tuned, manifest.source.subfolder)
     inputs = [factorized, *weights.folders(), *source.folders()]
     check_output_file(out, inputs, overwrite=overwrite, but=factorized / SCALES_FILE)
     check_room(*download_needs(source, weights))

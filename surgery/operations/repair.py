@@ -13,7 +13,7 @@ import torch
 from surgery.device import as_memory_allows
 from surgery.engine.lane import Lane
 from surgery.engine.walk import Piece, ShardWalk, TargetPiece
-from surgery.errors import FormatError, OptionError, SourceError, SurgeryError
+from surgery.errors import FormatError, OptionError, OutputError, SourceError, SurgeryError
 from surgery.format.factors import FactorsReader
 from surgery.format.files import FileRecord, FileWriter, copy_file, not_as_described, reporting, sync_directory
 from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
@@ -60,7 +60,7 @@ def source_to_repair_from(manifest: Manifest, base: str | Path | None) -> Source
         SourceError, FormatError: see ``open_source``.
     """
     record = manifest.source
-    if record.repo_id is not None and (base is None or str(base) == record.repo_id):
+    if base is None and record.repo_id is not None:
         return open_source(record.repo_id, revision=record.commit, subfolder=record.subfolder)
     if base is None:
         raise OptionError(
@@ -85,11 +85,15 @@ def repair_files(folder: Path, manifest: Manifest, source: Source, by: LocalEngi
         progress: told how far it is.
 
     Raises:
-        OutputError: another run holds the folder, it is one with the source's, or the disk is too small or fails.
+        OutputError: another run holds the folder, or has put another result there, it is one with the source's, or the disk
+            is too small or fails.
     """
     files: list[str] = []
     failed: dict[str, SurgeryError] = {}
     with locked(folder, source.folders()):
+        # Until the source is open, which may take long, another run may have put another result in this one's place.
+        if Manifest.read(folder) != manifest:
+            raise OutputError(f"{folder} has become another checkpoint meanwhile", hint="run the same command again")
         lost = set(not_as_recorded(folder, manifest.output_files()))
         try:
             for record in manifest.files:

@@ -268,7 +268,6 @@ def make_plan(
     written = along + factors
     if layout == "residual":
         written += weights + (int(CORRECTION_BYTES * sum(target.entries for target in every)) if correction else 0)
-    room = source.room_to_fetch()
     return Plan(
         layout=layout,
         recipe=recipe.name if recipe else None,
@@ -292,7 +291,7 @@ def make_plan(
         bytes_read=weights + sum(twice.values()),
         bytes_written=written,
         download_bytes=source.bytes_to_fetch(),
-        temporary_bytes=room[1] if room else 0,
+        temporary_bytes=sum(source.room_to_fetch().values()),
         memory=share_out(
             [need_to_factorize(target) for target in every],
             resources or Resources(),

@@ -68,8 +68,27 @@ def into_folder(repo_id: str, commit: str, file: str, of: HubFile, folder: Path,
     if client.has_xet() and of.by_xet:
         return _by_xet(repo_id, commit, file, of, folder, patience)
     target.parent.mkdir(parents=True, exist_ok=True)
-    _fetch(repo_id, commit, file, of, target.with_name(f"{target.name}.incomplete"), target, patience)
+    _fetch(repo_id, commit, file, of, _partial_in_folder(target), target, patience)
     return target
+
+
+def bytes_in_cache(repo_id: str, of: HubFile) -> int:
+    """How much of the contents of a file the hub's cache has: from another commit, or an earlier start of the download."""
+    blob = client.blob_path(repo_id, of)
+    return max(_held(blob, of), _held(_partial(blob), of))
+
+
+def bytes_in_folder(folder: Path, file: str, of: HubFile) -> int:
+    """The same of a folder of one's own."""
+    return max(_held(folder / file, of), _held(_partial_in_folder(folder / file), of))
+
+
+def _held(path: Path, of: HubFile) -> int:
+    try:
+        size = path.stat().st_size
+    except OSError:
+        return 0
+    return size if size <= of.size else 0
 
 
 def is_sound(path: Path, of: HubFile) -> bool:
@@ -139,6 +158,14 @@ def _others_come(repo_id: str, file: str, of: HubFile) -> SourceError:
     )
 
 
+def _partial(blob: Path) -> Path:
+    return blob.with_name(f"{blob.name}.surgery.incomplete")
+
+
+def _partial_in_folder(target: Path) -> Path:
+    return target.with_name(f"{target.name}.incomplete")
+
+
 @contextmanager
 def _own_partial(blob: Path, lock_path: Path) -> Iterator[Path]:
     """Where a blob may be put together: the same file at each start, unless another process is at it, or locks do not work."""
@@ -154,6 +181,6 @@ def _own_partial(blob: Path, lock_path: Path) -> Iterator[Path]:
             own.unlink(missing_ok=True)
         return
     try:
-        yield blob.with_name(f"{blob.name}.surgery.incomplete")
+        yield _partial(blob)
     finally:
         lock.release()

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any
 
 from surgery.errors import FormatError, ReadError, SourceError, SurgeryError, few
@@ -17,7 +18,7 @@ from surgery.names import CONFIG_FILE
 from surgery.progress import listening
 from surgery.source import hub_client as client
 from surgery.source import patience
-from surgery.source.download import first_bytes, into_cache, into_folder, is_sound
+from surgery.source.download import bytes_in_cache, first_bytes, into_cache, into_folder, is_sound
 from surgery.source.hub_client import HubFile
 from surgery.source.model import FolderSource, Source, Stays, check_subfolder, read_config, read_text
 from surgery.source.origin import Damaged, FolderOrigin, HubOrigin, damaged
@@ -58,6 +59,12 @@ _MESSAGES: Messages = (
 )
 
 
+#: For the status of an answer to the first question, which an old token may also get of a public model.
+_FIRST_STATUSES = {
+    401: ("may not be read with your token, which has expired or been revoked", f"{_TOKEN}; of a public model: unset HF_TOKEN"),
+    403: ("may not be read with your token", _TOKEN),
+}
+
 #: The same in the midst of a run, when the hub has answered before: for the status of an answer, else for an exception.
 _MIDWAY_STATUSES = {
     401: ("may not be read with your token any more: it has expired or been revoked, or the repository is private now", _TOKEN),
@@ -87,12 +94,15 @@ def explained(
     raised: type[SurgeryError] = SourceError,
     *,
     revision: str | None = None,
+    statuses: Mapping[int, tuple[str, str]] = MappingProxyType({}),
 ) -> Iterator[None]:
-    """Turns the client's exceptions into ones that say what to do."""
+    """Turns the client's exceptions into ones that say what to do; ``statuses`` are answers that mean more than a class."""
     try:
         yield
     except tuple(kind for kind, _, _ in messages) as error:
         what, hint = next((what, hint) for kind, what, hint in messages if isinstance(error, kind))
+        if type(error) is client.HfHubHTTPError:  # those derived from it are told apart
+            what, hint = statuses.get(error.response.status_code, (what, hint))
         if hint is _ONLINE:
             hint = _online(repo_id, revision)
         raise raised(f"{repo_id} {what}", got=_first_line(error), hint=hint) from error
@@ -107,7 +117,9 @@ def explained_midway(repo_id: str, file: str) -> Iterator[None]:
         status = error.response.status_code if isinstance(error, client.HfHubHTTPError) else None
         what, hint = next((what, hint) for kind, what, hint in _MIDWAY if isinstance(error, kind))
         is_told_apart = isinstance(error, (client.GatedRepoError, client.DisabledRepoError, client.RemoteEntryNotFoundError))
-        if status in _MIDWAY_STATUSES and not is_told_apart:
+        if patience.is_refused_elsewhere(error):
+            what, hint = "is refused where the hub sends us for its files", "try another network"
+        elif status in _MIDWAY_STATUSES and not is_told_apart:
             what, hint = _MIDWAY_STATUSES[status]
         if hint is _ONLINE:
             hint = _online(repo_id)
@@ -211,7 +223,7 @@ def open_hub(repo_id: str, revision: str | None, subfolder: str | None = None) -
     inside = None if subfolder is None else check_subfolder(subfolder)
     # Whether there is a hub at all is asked once where nothing answers, or the cache can do without: laptops are offline.
     first = patience_for(repo_id, may_pass=is_busy, give_up_after=patience.GIVE_UP_FIRST_AFTER)
-    with explained(repo_id, revision=revision):
+    with explained(repo_id, revision=revision, statuses=_FIRST_STATUSES):
         while True:
             try:
                 commit = client.resolve(repo_id, revision)
@@ -436,7 +448,12 @@ class HubSource(Stays):
 
     def bytes_to_fetch(self) -> int:
         wanted = (*self.selection.shards, *self.selection.others)
-        return sum(self.size(file) for file in wanted if not self._files[file].is_cached)
+        return sum(self._to_fetch(file) for file in wanted)
 
-    def room_to_fetch(self) -> tuple[Path, int] | None:
-        return client.cache_folder(), self.bytes_to_fetch()
+    def _to_fetch(self, file: str) -> int:
+        """Bytes of a file that are still to come into the cache."""
+        of = self._files[file]
+        return 0 if of.is_cached else of.size - bytes_in_cache(self.repo_id, of)
+
+    def room_to_fetch(self) -> dict[Path, int]:
+        return {client.cache_folder(): self.bytes_to_fetch()}

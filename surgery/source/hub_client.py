@@ -153,6 +153,7 @@ __all__ = [
     "has_xet",
     "http",
     "is_away",
+    "is_elsewhere",
     "is_offline",
     "link_into_cache",
     "list_files",
@@ -217,8 +218,18 @@ def is_offline() -> bool:
 def is_away(error: Exception) -> bool:
     """Whether an error says that the hub cannot be asked now, so that what is in the cache has to do."""
     if isinstance(error, HfHubHTTPError):
-        return error.response.status_code >= 500
+        return error.response.status_code >= 500 or error.response.status_code in (408, 425, 429)
     return isinstance(error, (RequestError, InvalidURL, OfflineModeIsEnabled, NoHub))
+
+
+def is_elsewhere(error: Exception) -> bool:
+    """Whether an answer is that of another host, to which the hub has sent us for the contents of a file: its addresses are
+    good for a while, and know no token. A hub that stands behind another one says more of an error than its status."""
+    if not isinstance(error, HfHubHTTPError) or not error.response.history:
+        return False
+    here = error.response.history[0].request.url.netloc
+    named = any(error.response.headers.get(name) for name in ("X-Error-Code", "X-Error-Message"))
+    return error.response.request.url.netloc != here and not named
 
 
 def resolve(repo_id: str, revision: str | None) -> str:
@@ -315,7 +326,7 @@ def _answering() -> Iterator[None]:
     """The client takes what it is sent for the hub's; a portal's page is not."""
     try:
         yield
-    except HFValidationError:
+    except (HFValidationError, HfHubHTTPError):
         raise
     except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise NoHub(f"{constants.ENDPOINT} answers something else ({type(error).__name__}: {error})"[:300]) from error

@@ -81,8 +81,8 @@ class Source(Protocol):
     def bytes_to_fetch(self) -> int:
         """How much is still to be downloaded."""
 
-    def room_to_fetch(self) -> tuple[Path, int] | None:
-        """Where a download will go and how much of it is there at a time; None for a local model."""
+    def room_to_fetch(self) -> dict[Path, int]:
+        """Where a download will go, and how much more of it will be there at a time; nowhere for a local model."""
 
 
 class Stays:
@@ -247,8 +247,8 @@ class FolderSource(Stays):
     def bytes_to_fetch(self) -> int:
         return 0
 
-    def room_to_fetch(self) -> tuple[Path, int] | None:
-        return None
+    def room_to_fetch(self) -> dict[Path, int]:
+        return {}
 
     def origin(self, files: Iterable[str]) -> FolderOrigin:
         # Of a model from the hub's cache each machine may have a copy of its own.

@@ -22,7 +22,8 @@ _T = TypeVar("_T")
 
 #: Seconds without any success after which a request is given up.
 GIVE_UP_AFTER = 900.0
-#: The same of the first question to the hub, which answers and cannot say: nothing is lost by then.
+#: The same of the first question to the hub, which answers and cannot say: nothing is lost by then. And of a place that the
+#: hub sends us to, which refuses: its addresses are good for a while, and each attempt gets a new one.
 GIVE_UP_FIRST_AFTER = 60.0
 #: Seconds before the second attempt, twice as many before each further one, and the most.
 FIRST_PAUSE = 1.0
@@ -94,7 +95,9 @@ class Patience:
         asked = asked_for(error)
         if asked is not None:
             pause = max(pause, asked)
-        if now + pause > self._since + self._give_up_after:
+        # Of a place that the hub sends us to a new address may help, and hardly a long wait.
+        give_up_after = min(self._give_up_after, GIVE_UP_FIRST_AFTER) if is_refused_elsewhere(error) else self._give_up_after
+        if now + pause > self._since + give_up_after:
             # One long pause is waited out if the hub itself says that it is enough.
             if asked is None or self._is_extended or asked > LONGEST_ASKED:
                 raise self._given_up(error, now - self._since, asked)
@@ -132,7 +135,7 @@ def is_transient(error: Exception) -> bool:
     if isinstance(error, (RuntimeError, client.LocalEntryNotFoundError)) and isinstance(error.__cause__, Exception):
         return is_transient(error.__cause__)
     if isinstance(error, client.HfHubHTTPError):
-        return error.response.status_code in _PASSING
+        return error.response.status_code in _PASSING or is_refused_elsewhere(error)
     if isinstance(error, (client.http.UnsupportedProtocol, client.http.LocalProtocolError)):
         return False
     return isinstance(
@@ -149,6 +152,13 @@ def is_transient(error: Exception) -> bool:
             json.JSONDecodeError,
         ),
     )
+
+
+def is_refused_elsewhere(error: Exception) -> bool:
+    """Whether a place that the hub has sent us to refuses what the hub itself grants: its address may have been too old."""
+    if not isinstance(error, client.HfHubHTTPError) or error.response.status_code in _PASSING:
+        return False
+    return client.is_elsewhere(error)
 
 
 def is_busy(error: Exception) -> bool:

@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from surgery.errors import SourceError
+from surgery.source.download import bytes_in_folder
 from surgery.source.hub import HubSource, is_cached
+from surgery.source.hub_client import cache_folder
 from surgery.source.model import Source
 from surgery.source.origin import HubOrigin
 
@@ -82,10 +84,12 @@ class StreamedSource(HubSource):
     def origin(self, files: Iterable[str]) -> HubOrigin:
         return HubOrigin(self.repo_id, self.commit, self._prefix, {file: self._files[file] for file in files}, passing=True)
 
-    def room_to_fetch(self) -> tuple[Path, int] | None:
-        shards = sorted((self.size(file) for file in self.selection.shards if self._passes(file)), reverse=True)
-        others = sum(self.size(file) for file in self.selection.others if not self._files[file].is_cached)
-        return self._folder, sum(shards[: self._at_a_time]) + others
+    def room_to_fetch(self) -> dict[Path, int]:
+        passing = [file for file in self.selection.shards if self._passes(file)]
+        largest = sorted((self.size(file) for file in passing), reverse=True)[: self._at_a_time]
+        here = sum(bytes_in_folder(self._folder, self._prefix + file, self._files[file]) for file in passing)
+        others = sum(self._to_fetch(file) for file in self.selection.others)
+        return {self._folder: max(0, sum(largest) - here), cache_folder(): others}
 
 
 def streamed(source: Source, folder: Path, at_a_time: int) -> StreamedSource:
