@@ -57,6 +57,7 @@ class Repo:
     page_size: int = 1000  # of its listing
     by_xet: bool = False  # whether the listing says so of large files
     history: list[Commit] = field(default_factory=list)
+    hashes: dict[Path, tuple[tuple[int, ...], str]] = field(default_factory=dict)  # with what the file was known by
     pages: list[object] | None = None  # of the listing, in the place of the true one; endless if the last is ...
 
     def knows(self, revision: str) -> bool:
@@ -69,6 +70,14 @@ class Repo:
         card = self.folder / "README.md"
         return _front_matter(card.read_text()) if card.is_file() else {}
 
+    def _hash(self, path: Path) -> str:
+        """The sha256, taken anew where the file has changed: commits of thousands of files are many."""
+        found = path.stat()
+        state = (found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        if path not in self.hashes or self.hashes[path][0] != state:
+            self.hashes[path] = state, _sha256(path.read_bytes())
+        return self.hashes[path][1]
+
     def apply(self, message: str, changes: dict[str, bytes | None]) -> None:
         """Make a commit."""
         for name, data in changes.items():
@@ -78,7 +87,8 @@ class Repo:
             else:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(data)
-        files = {path.relative_to(self.folder).as_posix(): _sha256(path.read_bytes()) for path in self.files()}
+            self.hashes.pop(path, None)
+        files = {path.relative_to(self.folder).as_posix(): self._hash(path) for path in self.files()}
         self.history.append(Commit(message, files))
         self.commit = hashlib.sha1(f"{self.commit} {message} {files}".encode()).hexdigest()
         self.branches["main"] = self.commit
@@ -233,11 +243,13 @@ class _Handler(BaseHTTPRequestHandler):
         """A page of the listing, with a link to the next one."""
         asked = urlsplit(self.path)
         number = int(parse_qs(asked.query).get("cursor", ["0"])[0])
-        true = self.owner.described(repo)
-        pages = repo.pages or [true[at : at + repo.page_size] for at in range(0, len(true), repo.page_size)] or [[]]
+        files = repo.files()
+        pages = repo.pages or [files[at : at + repo.page_size] for at in range(0, len(files), repo.page_size)] or [[]]
         endless = pages[-1] is ...
         pages = pages[:-1] if endless else pages
         page = pages[min(number, len(pages) - 1)]
+        if repo.pages is None and isinstance(page, list):
+            page = [_described(repo, path) for path in page]
         data = page if isinstance(page, bytes) else json.dumps(page).encode()
         headers = {"Content-Type": "application/json"}
         if endless or number + 1 < len(pages):

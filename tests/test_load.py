@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import surgery
+from surgery.engine.lane import Lane
 from surgery.format.files import FileRecord
 from surgery.format.manifest import Alias, CertificateRecord, Manifest, OptionsRecord, ShardRecord, SourceRecord, TargetRecord
-from surgery.planning.memory import known_bytes
+from surgery.operations.engines import LocalEngine, ShardWork, engine_of
+from surgery.planning.memory import Memory, known_bytes
+from surgery.progress import Silent
+from tests.families import FAMILIES
+from tests.models import files_of, save_llama
+from tests.test_fp8 import quantize_model
 
 
 class _Counted(list[Any]):
@@ -127,7 +135,7 @@ def _manifest(count: int, rank: int, *, files: int = 4) -> Manifest:
     options = OptionsRecord(rank, None, None, None, None, True, [], [], 0, 1e-5)
     source = SourceRecord("folder", None, None)
     targets = [target(i) for i in range(count)]
-    return Manifest(1, "surgery", "2", "cpu", "residual", source, options, digest(0), shards, [], [], targets, [])
+    return Manifest(1, "surgery", "2", "cpu", "residual", source, options, digest(0), [], shards, [], [], targets, [])
 
 
 def _peak(call: Callable[[], object]) -> int:
@@ -158,6 +166,80 @@ def test_what_a_manifest_takes_for_each_target_is_counted(rank: int, tmp_path: P
     assert written[1] - written[0] < 3.5 * text
     # Beside the records, which are there when it is written, and the interpreter's own waste: half of what is counted.
     assert read[1] - read[0] < counted / 2
+
+
+class _Sent(LocalEngine):
+    """Does each job as another process would: from what is sent to it, which is kept."""
+
+    def run(self, work: ShardWork[Any], which: Sequence[int], memory: Memory) -> Generator[tuple[int, Any], None, None]:
+        self.sent = {index: pickle.dumps(work.remote(index)) for index in which}
+        with Lane(torch.device("cpu"), memory.workers, memory.buffer_bytes, None) as lane:
+            for index, job in self.sent.items():
+                yield index, pickle.loads(job)(lane, f"{index}")
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> _Sent:
+    engine = _Sent("cpu", None, None, None)
+    monkeypatch.setattr("surgery.operations.fold.engine_of", lambda *_: nullcontext(engine))
+    return engine
+
+
+@pytest.mark.filterwarnings("ignore::surgery.SurgeryWarning")
+def test_a_job_elsewhere_gets_what_its_weight_file_takes_and_no_more(
+    factorized: dict[int, Path], tmp_path: Path, sent: _Sent
+) -> None:
+    largest = {}
+    for files, home in factorized.items():
+        surgery.fold(home / "factorized", home / "trained.safetensors", tmp_path / f"{files}")
+        largest[files] = max(map(len, sent.sent.values()))
+        with pytest.MonkeyPatch.context() as here:
+            here.setattr("surgery.operations.fold.engine_of", engine_of)
+            surgery.fold(home / "factorized", home / "trained.safetensors", tmp_path / f"{files} here", device="cpu")
+        assert files_of(tmp_path / f"{files}") == files_of(tmp_path / f"{files} here")
+    assert largest[6] < 1.05 * largest[2]
+
+
+@pytest.mark.parametrize("dequantize", [False, True])
+def test_a_job_elsewhere_gets_the_scales_of_weights_in_other_files(dequantize: bool, tmp_path: Path, sent: _Sent) -> None:
+    base = quantize_model(FAMILIES["llama"].save(tmp_path / "m"), tmp_path / "base", apart=True)
+    manifest = surgery.factorize(base, tmp_path / "f", rank=4, exclude=["*down_proj*"]).manifest
+    scales = {target.key: torch.full(target.scales_shape, 1.25) for target in manifest.targets}
+    options: dict[str, Any] = {"base": base, "dequantize": dequantize}
+    surgery.fold(tmp_path / "f", scales, tmp_path / "sent", **options)
+    with pytest.MonkeyPatch.context() as here:
+        here.setattr("surgery.operations.fold.engine_of", engine_of)
+        surgery.fold(tmp_path / "f", scales, tmp_path / "here", device="cpu", **options)
+    assert files_of(tmp_path / "sent") == files_of(tmp_path / "here")
+
+
+@pytest.mark.filterwarnings("ignore::surgery.SurgeryWarning")
+def test_a_job_elsewhere_gets_the_targets_whose_aliases_are_in_its_file(tmp_path: Path, sent: _Sent) -> None:
+    model = tmp_path / "m"
+    save_llama(model, torch.bfloat16, shard_size="20KB", tie_word_embeddings=True)
+    entries = json.loads((model / "model.safetensors.index.json").read_text())
+    last = f"model-{len(set(entries['weight_map'].values())) + 1:05d}-of-x.safetensors"
+    embedding = load_file(model / entries["weight_map"]["model.embed_tokens.weight"])["model.embed_tokens.weight"]
+    save_file({"lm_head.weight": embedding}, model / last)
+    entries["weight_map"]["lm_head.weight"] = last
+    (model / "model.safetensors.index.json").write_text(json.dumps(entries))
+    manifest = surgery.factorize(model, tmp_path / "f", rank=2, include=["*embed_tokens*", "*q_proj*"]).manifest
+    assert [alias.shard for target in manifest.targets for alias in target.aliases] == [last]
+    scales = {target.key: torch.full(target.scales_shape, 1.25) for target in manifest.targets}
+    surgery.fold(tmp_path / "f", scales, tmp_path / "sent")
+    with pytest.MonkeyPatch.context() as here:
+        here.setattr("surgery.operations.fold.engine_of", engine_of)
+        surgery.fold(tmp_path / "f", scales, tmp_path / "here", device="cpu")
+    assert files_of(tmp_path / "sent") == files_of(tmp_path / "here")
+
+
+def test_copies_in_a_model_of_an_unknown_class_are_told_once_each(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    weight = torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+    save_file({f"layers.{i}.up.weight": weight.clone() for i in range(24)}, tmp_path / "m/model.safetensors")
+    told = Silent()
+    surgery.plan(tmp_path / "m", rank=2, progress=told)
+    assert [note for note in told.notes if "(23 such pairs)" in note]
 
 
 def test_targets_of_a_weight_file_and_their_aliases() -> None:

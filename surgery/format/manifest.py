@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -364,7 +365,31 @@ class Manifest:
         """
         return self._edited.get(shard, {})
 
+    def part(self, files: Iterable[str]) -> Manifest:
+        """What it says of the targets, and of aliases, in some weight files of the source, and nothing else.
+
+        Args:
+            files: their paths in the source; those that it does not list have no part.
+        """
+        edited = {target.key: target for file in files for target in (*self.targets_of(file), *self.edited_in(file).values())}
+        wanted = {*files, *(target.shard for target in edited.values())}
+        shards = [self._shards[file] for file in sorted(wanted) if file in self._shards]
+        none: list[Any] = []
+        return dataclasses.replace(
+            self,
+            source_stamps=none,
+            shards=shards,
+            files=none,
+            left_out=none,
+            targets=list(edited.values()),
+            skipped=none,
+        )
+
     # Looked up for each of thousands of shards: a pass over all targets each time would be quadratic.
+    @cached_property
+    def _shards(self) -> dict[str, ShardRecord]:
+        return {shard.source.file: shard for shard in self.shards}
+
     @cached_property
     def _by_shard(self) -> dict[str, list[TargetRecord]]:
         found: dict[str, list[TargetRecord]] = {}

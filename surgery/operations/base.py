@@ -85,6 +85,7 @@ class BaseWeights:
 
     def __init__(self, source: Source) -> None:
         self._source = source
+        self._there = frozenset(source.selection.shards)
 
     @property
     def watch(self) -> Watch:
@@ -136,7 +137,7 @@ class BaseWeights:
                 raise not_as_described(path, f"of {size} bytes", shard.source, BASE_HINT)
 
     def _check_there(self, shard: ShardRecord) -> None:
-        if shard.source.file not in self._source.selection.shards:
+        if shard.source.file not in self._there:
             raise SourceError(f"{self._source.name} is not the base of this overlay: it has no {shard.source.file}")
 
     def header(self, shard: ShardRecord) -> Header:

@@ -412,10 +412,27 @@ class _Folding:
             release()
 
     def remote(self, index: int) -> RemoteFold:
-        settings = self.settings
-        settings = dataclasses.replace(settings, out=settings.out.resolve(), place=settings.place.resolve())
-        shard = self.manifest.shards[index]
-        return RemoteFold(shard, self._weights.origin(self._dense.files(shard)), settings, self.to_compare)
+        settings, shard = self.settings, self.manifest.shards[index]
+        files = self._dense.files(shard)
+        manifest = self.manifest.part(files)
+        # Of all others a task need not hear: with thousands of weight files that would be most of what is sent.
+        names = {entry.name for one in manifest.shards for entry in self._weights.header(one).tensors}
+        weights = {self._quantized_with[name] for name in names if name in self._quantized_with}
+        settings = dataclasses.replace(
+            settings,
+            out=settings.out.resolve(),
+            place=settings.place.resolve(),
+            scales={target.key: settings.scales[target.key] for target in manifest.targets},
+            additions={name: settings.additions[name] for name in names if name in settings.additions},
+            quantized={name: settings.quantized[name] for name in weights},
+        )
+        return RemoteFold(shard, manifest, self._weights.origin(files), settings, self.to_compare)
+
+    @functools.cached_property
+    def _quantized_with(self) -> dict[str, str]:
+        """The tensors of each FP8 weight, itself, its scales and those of its activations -> its name."""
+        quantized = self.settings.quantized.items()
+        return {part: name for name, scaled in quantized for part in (name, scaled.scale, *scaled.activations)}
 
     def size(self, index: int) -> int | None:
         """Of the weight file that is written for a shard; None if there is none."""

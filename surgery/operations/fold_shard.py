@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,14 +12,14 @@ import torch
 
 from surgery.engine.lane import Lane
 from surgery.engine.walk import Piece, ShardWalk, TargetPiece
-from surgery.errors import FormatError
+from surgery.errors import FormatError, SourceError
 from surgery.format.factors import DAMAGED_HINT
 from surgery.format.files import FileRecord, FileWriter, HashSink, not_as_described
 from surgery.format.manifest import Manifest, ShardRecord
 from surgery.format.safetensors import ShardReader
 from surgery.linalg.lossless import Addition
 from surgery.memory import bytes_of
-from surgery.names import PARTIALS_DIR
+from surgery.names import MANIFEST_FILE, PARTIALS_DIR
 from surgery.operations.base import BASE_HINT, SentWeights, Weights
 from surgery.operations.dense import DenseWeights
 from surgery.operations.job import check_shared
@@ -58,22 +59,28 @@ class RemoteFold:
 
     Attributes:
         shard: which.
-        origin: where the weight files come from.
-        settings: of the fold.
+        manifest: what it says of the weight files that this one takes.
+        origin: where they come from.
+        settings: of the fold, with the scales, additions and FP8 weights in them.
         to_compare: whether nothing is written, and only told what it would be.
     """
 
     shard: ShardRecord
+    manifest: Manifest
     origin: Origin
     settings: FoldSettings
     to_compare: bool
 
     def __call__(self, lane: Lane, attempt: str) -> FileRecord | None:
         """What it has become; unfinished files of several attempts do not meet."""
-        settings = self.settings
+        settings, manifest = self.settings, self.manifest
         if not self.to_compare:
             check_shared(settings.out)
-        manifest = Manifest.read(settings.factorized)
+        if not (settings.factorized / MANIFEST_FILE).is_file():
+            raise SourceError(
+                f"{settings.factorized} is not there on {socket.gethostname()}",
+                hint="the factorized checkpoint must be in a folder that every machine sees under the same path",
+            )
         partial = settings.out / PARTIALS_DIR / attempt / self.shard.source.file.replace("/", "--")
         with ExitStack() as stack:
             weights = stack.enter_context(SentWeights(self.origin, manifest.layout))

@@ -142,6 +142,7 @@ class _Repairing:
         self._folder = folder
         self._manifest = manifest
         self._source = source
+        self._there = frozenset(source.selection.shards)
         self._lost = lost
         self._progress = progress
         self._window = 0
@@ -170,7 +171,7 @@ class _Repairing:
         for index in which:
             shard = self._manifest.shards[index]
             try:
-                if shard.source.file not in self._source.selection.shards:
+                if shard.source.file not in self._there:
                     raise SourceError(f"{self._source.name} has no {shard.source.file}", hint=BASE_HINT)
                 self._source.fetch(shard.source.file)
             except SurgeryError as error:  # others may be there

@@ -39,7 +39,7 @@ CORRECTION_BYTES = 0.25
 _TENSOR_MEMORY = 1024
 _TARGET_MEMORY = 4096
 _MATRIX_MEMORY = 2048
-_DIRECTION_MEMORY = 256
+_DIRECTION_MEMORY = 288
 #: Of each target of a shard until that is finished: its hashes, and its record on the way to the journal.
 _UNFINISHED_MEMORY = 8192
 #: Of each matrix of a window in work, besides the numbers: its factors, correction and certificate are tensors of their own.

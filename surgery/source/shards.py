@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
@@ -104,9 +104,11 @@ def choose_shards(
     shards, index = _choose(weights, indexes, named, read_text, where)
     if shards:
         _check_numbers(shards, weights, index, where)
-    left_out = {name: _reason(name, shards, index) for name in (*weights, *indexes) if name not in shards and name != index}
-    unread = tuple(name for name in weights if name in left_out and not name.startswith(CONSOLIDATED))
     stems = {one.stem for one in _sets(shards)}
+    taken = {*shards, index}
+    chosen = (index or shards[0]) if shards else None
+    left_out = {name: _reason(name, stems, chosen) for name in (*weights, *indexes) if name not in taken}
+    unread = tuple(name for name in weights if name in left_out and not name.startswith(CONSOLIDATED))
     rivals = tuple(name for name in unread if _sets([name])[0].stem in stems)
     return Chosen(tuple(shards), index, left_out, unread, rivals)
 
@@ -135,8 +137,9 @@ def _choose(
     if len(indexes) == 1 and len(standard) < 2:
         shards, index = from_index(indexes[0])
         base = _stem_of_index(index).split(".")[0]
+        taken = {*shards}
         rivals = [
-            one for one in sets if one.stem.split(".")[0] == base and not standard and not {*one.files.values()} & {*shards}
+            one for one in sets if one.stem.split(".")[0] == base and not standard and taken.isdisjoint(one.files.values())
         ]
         if not rivals:
             return shards, index
@@ -177,10 +180,11 @@ def _stem_of_index(name: str) -> str:
 
 def _named_by(index: str, text: str, weights: Sequence[str], where: str) -> list[str]:
     named = sorted(set(index_entries(text, f"{where}/{index}").values()))
+    there = {*weights}
     for name in named:
-        if name not in weights:
+        if name not in there:
             is_elsewhere = "/" in name
-            others = [one for one in _sets(weights) if one.is_whole] if not {*named} & {*weights} else []
+            others = [one for one in _sets(weights) if one.is_whole] if there.isdisjoint(named) else []
             if others and not is_elsewhere:
                 raise FormatError(
                     f"{where}/{index} names a shard that is not there",
@@ -205,8 +209,9 @@ def _check_numbers(shards: Sequence[str], weights: Sequence[str], index: str | N
 
     Without an index also one between others that do not say how many they are.
     """
+    taken = {*shards}
     for one in _sets(weights):
-        if one.count is None or (one.count == 0 and index is not None) or not {*one.files.values()} & {*shards}:
+        if one.count is None or (one.count == 0 and index is not None) or taken.isdisjoint(one.files.values()):
             continue
         if (missing := one.missing) is not None:
             raise FormatError(
@@ -225,14 +230,14 @@ def _with_number(name: str, number: int) -> str:
     return f"{name[:start]}{number:0{end - start}d}{name[end:]}"
 
 
-def _reason(name: str, shards: Sequence[str], index: str | None) -> str:
+def _reason(name: str, taken: Collection[str], chosen: str | None) -> str:
+    """Why a weight file or index is not read, where files of these stems are, which ``chosen`` stands for."""
     if name.startswith(CONSOLIDATED):
         return "the publisher's own copy of the weights"
-    taken = {one.stem for one in _sets(shards)}
     stem = _stem_of_index(name) if is_index(name) else _sets([name])[0].stem
     if any(stem.startswith(f"{other}.") for other in taken):
         return "a variant of the weights"
-    return f"not among the weights that {index or shards[0]} stands for" if shards else "not read"
+    return "not read" if chosen is None else f"not among the weights that {chosen} stands for"
 
 
 def index_entries(text: str, where: str) -> dict[str, str]:

@@ -30,6 +30,7 @@ class StreamedSource(HubSource):
         self.repo_id, self.commit = source.repo_id, source.commit
         self._prefix, self._files, self.watch = source._prefix, source._files, source.watch
         self._sound, self._dropped = source._sound, source._dropped
+        self._weights = frozenset(source.selection.shards)
         self._folder = folder
         self._at_a_time = at_a_time
         self._users: dict[str, int] = {}
@@ -39,7 +40,7 @@ class StreamedSource(HubSource):
 
     def _passes(self, file: str) -> bool:
         """Whether a weight file is here for a while only: it is not in the cache, or not any more."""
-        return file in self.selection.shards and not is_cached(self.repo_id, self.commit, self._prefix + file)
+        return file in self._weights and not is_cached(self.repo_id, self.commit, self._prefix + file)
 
     def _here(self, file: str, dropped: threading.Event | None, folder: Path | None = None) -> Path:
         with self._changed:
