@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -159,15 +159,16 @@ def fold(
     """
     progress = listening()
     factorized, out = Path(factorized), Path(out)
-    with Interruptible(out):
+    with ExitStack() as stack:
+        run = stack.enter_context(Interruptible(out))
         manifest = Manifest.read(factorized)
         others = _as_they_are(factorized, manifest, progress)
         if not isinstance(scales, Mapping):
             scales = scales_file(Path(scales))
         values = check_scales(scales, manifest) if isinstance(scales, Mapping) else read_scales(scales, manifest)
-    # Folding is float64 arithmetic, which an Apple GPU does not have.
-    exact_on = "cpu" if choose_devices(str(device))[0].type == "mps" else str(device)
-    with Interruptible(out) as run, engine_of(engine, exact_on, max_memory, max_device_memory, timing) as by:
+        # Folding is float64 arithmetic, which an Apple GPU does not have.
+        exact_on = "cpu" if choose_devices(str(device))[0].type == "mps" else str(device)
+        by = stack.enter_context(engine_of(engine, exact_on, max_memory, max_device_memory, timing))
         streaming = (out / STREAM_DIR, by.files_at_a_time) if stream else None
         weights = weight_source(factorized, manifest, base, streaming)
         weights.check(manifest.shards)
