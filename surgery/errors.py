@@ -36,6 +36,8 @@ _ADVICE = {
     errno.EMFILE: "raise the limit of open files, ulimit -n, then run the same command again",
     errno.ENFILE: "end other programs, which have too many files open, then run the same command again",
     errno.ENOMEM: MEMORY_HINT,
+    errno.ENOSPC: "free some space, then run the same command again",
+    errno.EDQUOT: "free some of your quota, then run the same command again",
     errno.EIO: "see what the system says of this disk (dmesg), then run the same command again",
     errno.ESTALE: "see whether the network folder is there, mount it anew, then run the same command again",
 }

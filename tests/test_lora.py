@@ -186,6 +186,16 @@ def test_adapters_that_cannot_be_folded(llama: Path, tmp_path: Path) -> None:
     fresh = transformers.AutoModelForCausalLM.from_pretrained(llama)
     with pytest.raises(SourceError, match=r"there is no adapter_config\.json"):
         surgery.fold(tmp_path / "f", scales, tmp_path / "o", lora=llama)
+    for given, hint in ((llama / "config.json", str(llama)), ("owner/adapter", "hf download ID --local-dir")):
+        with pytest.raises(SourceError, match=r"there is no adapter_config\.json") as caught:
+            surgery.fold(tmp_path / "f", scales, tmp_path / "o", lora=given)
+        assert hint in str(caught.value.hint)
+    _with_lora(fresh, ["o_proj"]).save_pretrained(tmp_path / "old")
+    (tmp_path / "old/adapter_model.safetensors").rename(tmp_path / "old/adapter_model.bin")  # as PEFT did until 2023
+    with pytest.raises(SourceError, match=r"there is no adapter_model\.safetensors") as caught:
+        surgery.fold(tmp_path / "f", scales, tmp_path / "o", lora=tmp_path / "old")
+    assert "save it again" in str(caught.value.hint)
+    fresh = transformers.AutoModelForCausalLM.from_pretrained(llama)
     _with_lora(fresh, ["o_proj"], use_dora=True).save_pretrained(tmp_path / "dora")
     with pytest.raises(OptionError, match="a LoRA adapter with use_dora cannot be folded"):
         surgery.fold(tmp_path / "f", scales, tmp_path / "o", lora=tmp_path / "dora")

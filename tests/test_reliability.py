@@ -23,7 +23,7 @@ from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 import surgery
-from surgery.errors import OutputError, SurgeryError
+from surgery.errors import OutputError, SourceError, SurgeryError
 from surgery.format import files
 from surgery.operations.output import locked
 from surgery.progress import Silent
@@ -658,6 +658,9 @@ def test_overwrite_goes_on_as_well(llama: Path, truth: Path, tmp_path: Path) -> 
     surgery.factorize(other, tmp_path / "expected", rank=4)
     (out / "surgery/manifest.json").unlink()
     _interrupted(llama, out, overwrite=True)
+    with pytest.raises(SourceError, match="is an unfinished factorized checkpoint") as caught:
+        surgery.fold(out, {}, tmp_path / "o")
+    assert caught.value.hint == "repeat the command that writes it: it goes on where it stopped"
     surgery.factorize(other, out, rank=4, overwrite=True)
     assert files_of(out) == files_of(tmp_path / "expected")
 

@@ -714,6 +714,15 @@ def test_hostile_names_in_the_csv(tmp_path: Path) -> None:
     assert first["key"] != second["key"]
 
 
+@pytest.mark.parametrize("sign", list("=+-@\uff1d\uff0b\uff0d\uff20"))
+def test_no_name_is_a_formula_in_the_csv(sign: str, tmp_path: Path) -> None:
+    spectra = _spectra([_target(f"{sign}1+1.weight", _matrix(0), 1.1 * _matrix(0))])
+    write_csv(spectra, tmp_path / "spectra.csv")
+    with open(tmp_path / "spectra.csv", newline="", encoding="utf-8") as file:
+        (row,) = csv.DictReader(file)
+    assert row["tensor"] == f"'{sign}1+1.weight"
+
+
 # ---- the CSV
 
 

@@ -379,6 +379,17 @@ def test_work_is_done_where_nobody_can_hear_of_it(stderr: str, factorized: Path,
         assert (tmp_path / "o" / file.name).read_bytes() == file.read_bytes()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_output_that_a_full_disk_does_not_take_is_told_with_what_to_do() -> None:
+    command = f"exec {shlex.quote(sys.executable)} -m surgery recipes >/dev/full"
+    done = subprocess.run(
+        ["bash", "-c", command], env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=60, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr
+    assert "free some space" in done.stderr
+
+
 def test_no_file_takes_the_place_of_a_closed_stream(tmp_path: Path) -> None:
     program = f"""
 from surgery.cli.main import main

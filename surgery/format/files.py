@@ -52,6 +52,7 @@ _DEVICES = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"} | {
     f"{port}{number}" for port in ("COM", "LPT") for number in "0123456789\u00b9\u00b2\u00b3"
 }
 _JOINER = "\u200d"
+_PLAIN = "a relative path without .. and without : and \\, which have a meaning on Windows"
 
 
 @dataclass(frozen=True, slots=True)
@@ -561,7 +562,7 @@ def check_relative_path(name: str, where: str) -> str:
     if has_surrogates(name):
         raise FormatError(f"{where}: a file name that is no Unicode text", got=ascii(name)[:200])
     if not path.parts or path.is_absolute() or ".." in path.parts or any(sign in name for sign in "\\\0:"):
-        raise FormatError(f"{where}: a path that leaves its folder", got=repr(name)[:200], expected="a plain relative path")
+        raise FormatError(f"{where}: a path that leaves its folder", got=repr(name)[:200], expected=_PLAIN)
     if path.as_posix() != name:
         raise FormatError(f"{where}: a path with parts that say nothing", got=repr(name)[:200], expected=repr(path.as_posix()))
     for part in path.parts:

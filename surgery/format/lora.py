@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from surgery.errors import FormatError, OptionError, SourceError
+from surgery.escapes import quoted
 from surgery.expressions import Expression, ExpressionError, Work
 from surgery.format.files import read_json_object
 from surgery.format.safetensors import ShardReader
@@ -24,6 +25,7 @@ from surgery.names import ATTACHED_NAME
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+_PICKLED = "adapter_model.bin"
 
 #: Entries of the config that do not change what the adapter adds to a weight, or are read here.
 _HARMLESS = frozenset(
@@ -89,7 +91,9 @@ def read_lora(folder: Path) -> dict[str, LoraUpdate]:
     """
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise SourceError(f"there is no {name} in {folder}", expected="a LoRA adapter as PEFT saves it")
+            raise SourceError(
+                f"there is no {name} in {folder}", expected="a LoRA adapter as PEFT saves it", hint=_how_to_have_it(folder)
+            )
     config = read_json_object(folder / CONFIG, str(folder / CONFIG))
     _check(config, folder)
     pairs: dict[str, dict[str, torch.Tensor]] = {}
@@ -117,6 +121,17 @@ def read_lora(folder: Path) -> dict[str, LoraUpdate]:
         module: _update(module, parts, ranks.of(module), alphas.of(module), config, folder, bases.get(module))
         for module, parts in pairs.items()
     }
+
+
+def _how_to_have_it(folder: Path) -> str | None:
+    """What to do where a LoRA adapter is no folder with the files that PEFT writes today."""
+    if folder.is_file():
+        return f"give its folder, {quoted(folder.parent)}"
+    if not folder.is_dir():
+        return "give a folder of this machine; hf download ID --local-dir FOLDER fetches an adapter of the hub into one"
+    if (folder / _PICKLED).is_file():
+        return f"load it with PEFT, which reads {_PICKLED}, and save it again: save_pretrained writes {WEIGHTS}"
+    return None
 
 
 def _check(config: Mapping[str, Any], folder: Path) -> None:

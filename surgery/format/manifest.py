@@ -25,7 +25,16 @@ from surgery.format.files import (
 )
 from surgery.format.sealed import read_sealed, sealed
 from surgery.linalg.views import KINDS, Slice, View
-from surgery.names import DTYPE_BITS, FACTORIZABLE_DTYPES, FORMAT_VERSION, MANIFEST_FILE, SURGERY_DIR, is_reserved, target_key
+from surgery.names import (
+    DTYPE_BITS,
+    FACTORIZABLE_DTYPES,
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    RUN_FILE,
+    SURGERY_DIR,
+    is_reserved,
+    target_key,
+)
 
 _T = TypeVar("_T")
 
@@ -291,18 +300,22 @@ class Manifest:
         path = folder / MANIFEST_FILE
         with reading(folder):
             is_folder, is_file = folder.is_dir(), folder.is_file()
-            there, unfinished = path.is_file(), (folder / SURGERY_DIR).is_dir()
+            there, begun = path.is_file(), (folder / RUN_FILE).is_file()
+            unfinished = begun or (folder / SURGERY_DIR).is_dir()
         if not is_folder:
             raise SourceError(
                 f"{folder} is a file" if is_file else f"there is no folder {folder}",
                 expected="a folder written by surgery factorize",
             )
         if not there:
+            hint = "give the folder that surgery factorize wrote"
+            if begun:
+                hint = "repeat the command that writes it: it goes on where it stopped"
+            elif unfinished:
+                hint = "run surgery factorize again with --overwrite"
             raise SourceError(
                 f"{folder} is {'an unfinished' if unfinished else 'no'} factorized checkpoint: it has no {MANIFEST_FILE}",
-                hint="run surgery factorize again with --overwrite"
-                if unfinished
-                else "give the folder that surgery factorize wrote",
+                hint=hint,
             )
         return cls._from_json(read_sealed(path, _DAMAGED_HINT), str(path))
 

@@ -44,6 +44,10 @@ _UPDATE = (
 )
 
 
+#: In some languages a spreadsheet takes the wide forms for the signs themselves.
+_BEGINS_A_FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+
+
 def write_csv(spectra: dict[str, Any], path: Path) -> None:
     """Write what is known of each matrix as one line of a CSV file (UTF-8, with a heading).
 
@@ -87,7 +91,7 @@ def _cell(value: object) -> object:
         return str(value).lower()
     if isinstance(value, str):
         text = shown(value)
-        return f"'{text}" if text.startswith(("=", "+", "-", "@")) else text
+        return f"'{text}" if text.startswith(_BEGINS_A_FORMULA) else text
     return value
 
 

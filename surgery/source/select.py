@@ -295,7 +295,8 @@ class _Selector:
         ]
         if RUN_FILE in inside:
             raise SourceError(
-                f"{self._where} is an unfinished result", hint="repeat the command that writes it, or give another model"
+                f"{self._where} is an unfinished result",
+                hint="repeat the command that writes it, which goes on where it stopped, or give another model",
             )
         if any(map(OUR_FILES.fullmatch, inside)):
             raise SourceError(
