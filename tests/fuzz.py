@@ -25,6 +25,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+from tests.conftest import HUB  # the hub's client, which others import, reads what this sets
+
+# isort: split
+
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -33,7 +37,6 @@ from surgery.errors import FormatError, SurgeryError
 from surgery.progress import Silent
 from surgery.report.page import write_csv, write_page
 from tests.adapters import is_tame, merged_by_peft, mutate_patterns, save_adapter
-from tests.conftest import HUB
 from tests.models import files_of, save_llama, tensors_of
 from tests.sealing import MANIFEST, seal
 
