@@ -347,11 +347,11 @@ def test_files_that_another_process_is_fetching(hub: LoopbackHub, llama: Path, t
 
 def test_ctrl_c_while_waiting_ends_at_once(hub: LoopbackHub, llama: Path, tmp_path: Path) -> None:
     """Of a child, in which nothing makes the waiting shorter, while a shard is fetched in a thread."""
-    hub.publish("acme/stopped", llama)
+    hub.publish("acme/gone-on-with", llama)
     asked = threading.Event()
     hub.disturb("00002-of", _asking(asked, 2))
     child = subprocess.Popen(
-        [sys.executable, "-m", "surgery", "factorize", "acme/stopped", "--rank", "2", "--stream", "-o", str(tmp_path / "f")],
+        [sys.executable, "-m", "surgery", "factorize", "acme/gone-on-with", "--rank", "2", "--stream", "-o", str(tmp_path / "f")],
         stderr=subprocess.PIPE,
         text=True,
     )
