@@ -351,7 +351,18 @@ def test_ctrl_c_while_waiting_ends_at_once(hub: LoopbackHub, llama: Path, tmp_pa
     asked = threading.Event()
     hub.disturb("00002-of", _asking(asked, 2))
     child = subprocess.Popen(
-        [sys.executable, "-m", "surgery", "factorize", "acme/gone-on-with", "--rank", "2", "--stream", "-o", str(tmp_path / "f")],
+        [
+            sys.executable,
+            "-m",
+            "surgery",
+            "factorize",
+            "acme/gone-on-with",
+            "--rank",
+            "2",
+            "--stream",
+            "-o",
+            str(tmp_path / "f"),
+        ],
         stderr=subprocess.PIPE,
         text=True,
     )

@@ -192,18 +192,18 @@ def test_lasting_failures_are_raised_where_the_next_file_is_submitted(hub: Loopb
     (name, path), (other, second), _ = weights(tmp_path / "w", "a").items()
     hub.fail_next(1000, 503, "/acme/down/commit/")
     with pytest.raises(OutputError, match="acme/down cannot be uploaded to") as caught:
-        with Upload.open("acme/answers-nothing") as target:
+        with Upload.open("acme/down") as target:
             target.submit(path, name)
             target._thread.join()
             target.submit(second, other)
     assert "503" in str(caught.value)
     assert "not uploaded twice" in str(caught.value)
-    with pytest.raises(OutputError, match="acme/down cannot be uploaded to"), Upload.open("acme/answers-nothing") as target:
+    with pytest.raises(OutputError, match="acme/down cannot be uploaded to"), Upload.open("acme/down") as target:
         target.submit(path, name)  # raised on leaving
-    with pytest.raises(OutputError, match="acme/down cannot be uploaded to"), Upload.open("acme/answers-nothing") as target:
+    with pytest.raises(OutputError, match="acme/down cannot be uploaded to"), Upload.open("acme/down") as target:
         target.submit(path, name)
         target.finish(SMALL, CARD)
-    assert hub.repos["acme/answers-nothing"].history == []
+    assert hub.repos["acme/down"].history == []
 
 
 def test_token_that_may_not_write(hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -489,7 +489,7 @@ def test_factorized_card_of_other_kinds(source: Path, tmp_path: Path) -> None:
 
 def test_folded_and_adapter_card(source: Path, factorized: Path) -> None:
     manifest, original = Manifest.read(factorized), (source / "README.md").read_text()
-    card = folded_card(manifest, "acme/tuned-and-pushed", changed=5, adapted=3, architecture="LlamaForCausalLM", original=original)
+    card = folded_card(manifest, "acme/tuned", changed=5, adapted=3, architecture="LlamaForCausalLM", original=original)
     metadata, text = parts(card)
     assert metadata["base_model_relation"] == "finetune"
     assert (metadata["library_name"], metadata["license"]) == ("transformers", "apache-2.0")
@@ -497,12 +497,12 @@ def test_folded_and_adapter_card(source: Path, factorized: Path) -> None:
     assert "added to 3 tensors" in text
     assert "from transformers import LlamaForCausalLM\n" in text
     assert "LlamaForCausalLM.from_pretrained('acme/tuned')" in text
-    untouched, text = parts(folded_card(manifest, "acme/tuned-and-pushed", changed=0, architecture="os; print('no name')"))
+    untouched, text = parts(folded_card(manifest, "acme/tuned", changed=0, architecture="os; print('no name')"))
     assert "base_model_relation" not in untouched
     assert "bit for bit" in text
     assert "from transformers import AutoModel\n" in text
 
-    metadata, text = parts(adapter_card(manifest, "acme/lora-pushed", modules=14, rank=4, original=original))
+    metadata, text = parts(adapter_card(manifest, "acme/lora", modules=14, rank=4, original=original))
     assert (metadata["library_name"], metadata["base_model_relation"]) == ("peft", "adapter")
     assert (metadata["base_model"], metadata["language"]) == ("acme/tiny", ["en", "de"])
     assert "rank 4 for 14 modules" in text
