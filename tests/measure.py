@@ -1,4 +1,4 @@
-"""The peak memory of a call in a process of its own."""
+"""What is run in a process of its own, and the peak memory of a call there."""
 
 from __future__ import annotations
 
@@ -31,3 +31,16 @@ def measured_peak(call: str, *, threads: int) -> int:
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads), "MALLOC_MMAP_THRESHOLD_": "1000000"},
     )
     return int(done.stdout)
+
+
+def run_module(module: str, *arguments: object) -> str:
+    """What a module of the tests prints, in a process in which torch has not computed anything."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout

@@ -27,6 +27,7 @@ from surgery.errors import OutputError, SourceError, SurgeryError
 from surgery.format import files
 from surgery.operations.output import locked
 from surgery.progress import Silent
+from tests.measure import run_module
 from tests.models import files_of, realistic, save_llama
 from tests.sealing import seal
 
@@ -69,16 +70,8 @@ def _interrupted(llama: Path, out: Path, **options: Any) -> _Stop:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @pytest.mark.parametrize("trials", [pytest.param(5), pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_killed_at_any_moment(trials: int, llama: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.faults", str(llama), str(tmp_path), str(trials), "0"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=3600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("random moments tried") == 3
+    said = run_module("tests.faults", llama, tmp_path, trials, 0)
+    assert said.count("random moments tried") == 3
 
 
 def test_goes_on_after_the_last_finished_shard(llama: Path, truth: Path, tmp_path: Path) -> None:
@@ -120,16 +113,8 @@ def test_interrupted_while_the_last_files_are_copied(
 @pytest.mark.parametrize("stride", [pytest.param(7), pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_interrupted_at_any_moment(stride: int, tmp_path: Path) -> None:
     """The hint to go on comes exactly when there is something to go on with."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.interrupts", str(tmp_path), str(stride)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=3600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("moments") == 4
+    said = run_module("tests.interrupts", tmp_path, stride)
+    assert said.count("moments") == 4
 
 
 def test_a_run_of_other_options_that_is_interrupted_while_it_is_planned(llama: Path, tmp_path: Path) -> None:
@@ -151,16 +136,8 @@ def test_a_run_of_other_options_that_is_interrupted_while_it_is_planned(llama: P
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_races_for_the_lock(tmp_path: Path) -> None:
     """Nobody has it together with another, and who does not get it is told of the other run, of nothing else."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.races", str(tmp_path), "3"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.startswith("had ")
+    said = run_module("tests.races", tmp_path, 3)
+    assert said.startswith("had ")
 
 
 def _copied(records: Path) -> None:

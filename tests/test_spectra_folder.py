@@ -19,6 +19,7 @@ from surgery.cli.main import main
 from surgery.errors import OutputError, WeightError
 from surgery.operations.spectra_shard import Measure
 from surgery.progress import Silent
+from tests.measure import run_module
 from tests.models import files_of, save_llama
 
 ROOT = Path(__file__).parent.parent
@@ -184,15 +185,8 @@ def test_a_number_of_thousands_of_digits_is_no_layer(tmp_path: Path) -> None:
 )
 def test_stopped_at_any_change(trials: int, names: list[str], models: tuple[Path, Path], tmp_path: Path) -> None:
     (tmp_path / "work").mkdir()
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.faults_of_files", *map(str, models), str(tmp_path / "work"), str(trials), *names],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("stops") == 2 * (len(names) or 5)
+    said = run_module("tests.faults_of_files", *models, tmp_path / "work", trials, *names)
+    assert said.count("stops") == 2 * (len(names) or 5)
 
 
 def test_without_matplotlib_a_note_says_how_to_have_a_page(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -151,6 +151,14 @@ class ShardWalk:
         with timed("hash"):
             self._sha256.update(bytes_of(buffer))
         return buffer
+
+
+def looked_at(pieces: Iterable[Piece], look: Callable[[TargetPiece], object]) -> Iterator[Piece]:
+    """Pieces, those of targets shown as they pass: later they may hold something else than what was read."""
+    for piece in pieces:
+        if isinstance(piece, TargetPiece):
+            look(piece)
+        yield piece
 
 
 def reported(walk: ShardWalk, progress: Progress) -> Iterator[Piece]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from surgery.engine.lane import Lane
-from surgery.engine.walk import Piece, ShardWalk, TargetPiece
+from surgery.engine.walk import Piece, ShardWalk, TargetPiece, looked_at
 from surgery.errors import OutputError, SourceError
 from surgery.format.factors import FactorsHash
 from surgery.format.files import FileRecord, FileWriter, Watch
@@ -166,7 +166,11 @@ def run_job(job: Job, lane: Lane, progress: Progress, read: Callable[[], object]
         def finish(window: Sequence[Piece], results: list[Result]) -> None:
             _write(window, results, work, residuals, factors, progress)
 
-        lane.flow(_sampled(walk, work), job.window_bytes, factorize, finish, read)
+        def sample(piece: TargetPiece) -> None:
+            for part in work[piece.entry.name]:
+                part.sample.update(part.target.view.matrices(piece.tensor))
+
+        lane.flow(looked_at(walk, sample), job.window_bytes, factorize, finish, read)
         if job.sha256 not in (None, walk.sha256):
             raise damaged(job.shard.file, job.again, f"sha256 {walk.sha256}", f"sha256 {job.sha256}")
         source = FileRecord(job.shard.file, reader.header.file_bytes, walk.sha256)
@@ -279,15 +283,6 @@ class _Collected:
         )
 
 
-def _sampled(walk: Iterable[Piece], work: Mapping[str, list[_Collected]]) -> Iterator[Piece]:
-    """The pieces of a shard, of which the samples are taken as they pass: later they may hold residuals."""
-    for piece in walk:
-        if isinstance(piece, TargetPiece):
-            for part in work[piece.entry.name]:
-                part.sample.update(part.target.view.matrices(piece.tensor))
-        yield piece
-
-
 def _factorize(
     window: Sequence[Piece],
     work: Mapping[str, list[_Collected]],
@@ -351,5 +346,5 @@ def _add(part: _Collected, result: Result, factors: TensorFileWriter | None) -> 
 
 
 def rounded_to(value: float, digits: int) -> float:
-    """As the manifest has it: with so many significant digits."""
+    """With so many significant digits, as the manifest and reports have numbers."""
     return float(f"{value:.{digits}g}")

@@ -16,6 +16,7 @@ from surgery.engine.walk import Piece, ShardWalk, TargetPiece
 from surgery.errors import WeightError
 from surgery.format.safetensors import TORCH_DTYPES, ShardReader
 from surgery.linalg.spectrum import compare, spectrum
+from surgery.operations.job import rounded_to
 from surgery.operations.quantized import Dequantizer
 from surgery.operations.tuned import TunedModel
 from surgery.planning.plan import Plan
@@ -83,7 +84,7 @@ class Measure:
 def rounded(value: Any) -> Any:
     """Six significant digits: what float32 weights can say."""
     if isinstance(value, float):
-        return float(f"{value:.{_DIGITS}g}")
+        return rounded_to(value, _DIGITS)
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
     return [rounded(item) for item in value] if isinstance(value, list) else value

@@ -13,7 +13,7 @@ import torch
 
 from surgery.device import as_memory_allows
 from surgery.engine.lane import Lane
-from surgery.engine.walk import Piece, ShardWalk, TargetPiece
+from surgery.engine.walk import Piece, ShardWalk, TargetPiece, looked_at
 from surgery.errors import FormatError, ReadError, SurgeryError
 from surgery.format.factors import FactorsHash, FactorsReader
 from surgery.format.files import FileRecord, Watch, file_sha256, reading
@@ -313,7 +313,12 @@ class ShardCheck:
 
         walk = stack.enter_context(ShardWalk(source, portions, lane.buffers, lane.timing))
         errors: list[SurgeryError] = []
-        lane.flow(_sampled(_until_error(walk, errors), sound), self.window_bytes, compute, finish, read)
+
+        def sample(piece: TargetPiece) -> None:
+            for checked in sound[piece.entry.name]:
+                checked.stored.update(checked.target.seen_as.matrices(piece.tensor))
+
+        lane.flow(looked_at(_until_error(walk, errors), sample), self.window_bytes, compute, finish, read)
         if errors:
             failures.fail(path.name, errors[0])
             return
@@ -523,15 +528,6 @@ def _factors_found(target: TargetRecord, reader: FactorsReader) -> list[Failure]
     ends = (first, last)
     failures.expect(ends == (target.s_first, target.s_last), name, "s_1, s_k", ends, (target.s_first, target.s_last))
     return failures.found
-
-
-def _sampled(pieces: Iterable[Piece], work: Mapping[str, Sequence[_Checked]]) -> Iterator[Piece]:
-    """The pieces of a shard, of which the samples are taken as they pass: later they may hold what is recovered."""
-    for piece in pieces:
-        if isinstance(piece, TargetPiece):
-            for checked in work[piece.entry.name]:
-                checked.stored.update(checked.target.seen_as.matrices(piece.tensor))
-        yield piece
 
 
 def _until_error(pieces: Iterable[Piece], errors: list[SurgeryError]) -> Iterator[Piece]:

@@ -15,15 +15,13 @@ import argparse
 import errno
 import gc
 import json
-import os
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.failing.system import CHANGES, System
+from tests.failing.system import CHANGES, System, hub_alone
 from tests.loopback_hub import LoopbackHub
 
 E = errno
@@ -76,12 +74,7 @@ def main() -> int:
     parser.add_argument("--but", default="", help="commands to leave out, with commas between")
     parser.add_argument("commands", nargs="*")
     chosen = parser.parse_intermixed_args()
-    # The hub's client reads these when it is imported.
-    hub = LoopbackHub()
-    os.environ["HF_ENDPOINT"], os.environ["HF_HUB_DISABLE_TELEMETRY"] = hub.url, "1"
-    os.environ["HF_HUB_DISABLE_XET"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    with tempfile.TemporaryDirectory(prefix="surgery-test-hf-") as cache:
-        os.environ["HF_HOME"] = cache
+    with hub_alone() as hub:
         return _sweep(chosen, hub)
 
 

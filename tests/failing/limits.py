@@ -18,12 +18,11 @@ import resource
 import signal
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.failing.system import System
+from tests.failing.system import System, hub_alone
 from tests.loopback_hub import LoopbackHub
 
 _NOBODY = 54321
@@ -103,11 +102,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="one limit")
     parser.add_argument("commands", nargs="*")
     chosen = parser.parse_intermixed_args()
-    hub = LoopbackHub()
-    os.environ["HF_ENDPOINT"], os.environ["HF_HUB_DISABLE_TELEMETRY"] = hub.url, "1"
-    os.environ["HF_HUB_DISABLE_XET"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    with tempfile.TemporaryDirectory(prefix="surgery-test-hf-") as cache:
-        os.environ["HF_HOME"] = cache
+    with hub_alone() as hub:
         return _sweep(chosen, hub)
 
 

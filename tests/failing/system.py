@@ -8,7 +8,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from tests.loopback_hub import LoopbackHub
 
 #: As in system.c.
 OPERATIONS = (
@@ -25,6 +29,17 @@ _SOURCE = Path(__file__).with_name("system.c")
 def compiler() -> str | None:
     """A C compiler, where there is one for what the library needs."""
     return (shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")) if sys.platform == "linux" else None
+
+
+@contextmanager
+def hub_alone() -> Iterator[LoopbackHub]:
+    """A hub, and a cache of it, for this process. The hub's client, which must not be imported before, knows no other."""
+    hub = LoopbackHub()
+    os.environ["HF_ENDPOINT"], os.environ["HF_HUB_DISABLE_TELEMETRY"] = hub.url, "1"
+    os.environ["HF_HUB_DISABLE_XET"] = os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    with tempfile.TemporaryDirectory(prefix="surgery-test-hf-") as cache:
+        os.environ["HF_HOME"] = cache
+        yield hub
 
 
 def preloaded(arguments: list[str], under: tuple[str, ...] = (), **options: object) -> subprocess.CompletedProcess[str]:
