@@ -17,6 +17,14 @@ from surgery.version import __version__
 __distribution__ = "model-surgery"
 
 if TYPE_CHECKING:
+    from surgery.commands.blend import BlendReport, blend
+    from surgery.commands.export import ExportReport, export
+    from surgery.commands.factorize import FactorizeReport, factorize, plan
+    from surgery.commands.fold import FoldReport, fold
+    from surgery.commands.inspect import InspectReport, inspect
+    from surgery.commands.project import ProjectReport, project
+    from surgery.commands.scales import ScalesSummary, read_scales, show_scales, write_scales
+    from surgery.commands.verify import VerifyReport, verify
     from surgery.demo.run import DemoReport, run_demo
     from surgery.errors import (
         ClusterError,
@@ -37,34 +45,26 @@ if TYPE_CHECKING:
     from surgery.format.scales import ScalesFile
     from surgery.linalg.energy import energy_svd
     from surgery.linalg.svd import Certificate, TruncatedSVD, truncated_svd
-    from surgery.operations.blend import BlendReport, blend
-    from surgery.operations.export import ExportReport, export
-    from surgery.operations.factorize import FactorizeReport, factorize, plan
-    from surgery.operations.fold import FoldReport, fold
-    from surgery.operations.inspect import InspectReport, inspect
-    from surgery.operations.project import ProjectReport, project
-    from surgery.operations.recommend import Recommendation, recommend
-    from surgery.operations.scales import ScalesSummary, read_scales, show_scales, write_scales
-    from surgery.operations.spectra import Findings, SpectraReport, spectra
-    from surgery.operations.verify import VerifyReport, verify
     from surgery.planning.plan import Plan
     from surgery.planning.recipes import RecipesReport, recipes
     from surgery.progress import Progress, Silent
     from surgery.reports import Report
+    from surgery.study.recommend import Recommendation, recommend
+    from surgery.study.spectra import Findings, SpectraReport, spectra
     from surgery.training.attach import Scales, attach
     from surgery.training.trainer import SaveScales
 
 _HOMES = {
-    "BlendReport": "surgery.operations.blend",
+    "BlendReport": "surgery.commands.blend",
     "Certificate": "surgery.linalg.svd",
     "ClusterError": "surgery.errors",
     "DemoReport": "surgery.demo.run",
-    "ExportReport": "surgery.operations.export",
-    "FactorizeReport": "surgery.operations.factorize",
-    "Findings": "surgery.operations.spectra",
-    "FoldReport": "surgery.operations.fold",
+    "ExportReport": "surgery.commands.export",
+    "FactorizeReport": "surgery.commands.factorize",
+    "Findings": "surgery.study.spectra",
+    "FoldReport": "surgery.commands.fold",
     "FormatError": "surgery.errors",
-    "InspectReport": "surgery.operations.inspect",
+    "InspectReport": "surgery.commands.inspect",
     "InstallationError": "surgery.errors",
     "Manifest": "surgery.format.manifest",
     "MissingExtra": "surgery.errors",
@@ -72,43 +72,43 @@ _HOMES = {
     "OutputError": "surgery.errors",
     "Plan": "surgery.planning.plan",
     "Progress": "surgery.progress",
-    "ProjectReport": "surgery.operations.project",
+    "ProjectReport": "surgery.commands.project",
     "ReadError": "surgery.errors",
     "ResourceError": "surgery.errors",
     "RecipesReport": "surgery.planning.recipes",
-    "Recommendation": "surgery.operations.recommend",
+    "Recommendation": "surgery.study.recommend",
     "Report": "surgery.reports",
     "SaveScales": "surgery.training.trainer",
     "Scales": "surgery.training.attach",
     "ScalesError": "surgery.errors",
     "ScalesFile": "surgery.format.scales",
-    "ScalesSummary": "surgery.operations.scales",
+    "ScalesSummary": "surgery.commands.scales",
     "Silent": "surgery.progress",
     "SourceError": "surgery.errors",
-    "SpectraReport": "surgery.operations.spectra",
+    "SpectraReport": "surgery.study.spectra",
     "SurgeryError": "surgery.errors",
     "SurgeryWarning": "surgery.errors",
     "TruncatedSVD": "surgery.linalg.svd",
-    "VerifyReport": "surgery.operations.verify",
+    "VerifyReport": "surgery.commands.verify",
     "WeightError": "surgery.errors",
     "attach": "surgery.training.attach",
-    "blend": "surgery.operations.blend",
+    "blend": "surgery.commands.blend",
     "energy_svd": "surgery.linalg.energy",
-    "export": "surgery.operations.export",
-    "factorize": "surgery.operations.factorize",
-    "fold": "surgery.operations.fold",
-    "inspect": "surgery.operations.inspect",
-    "plan": "surgery.operations.factorize",
-    "project": "surgery.operations.project",
-    "read_scales": "surgery.operations.scales",
+    "export": "surgery.commands.export",
+    "factorize": "surgery.commands.factorize",
+    "fold": "surgery.commands.fold",
+    "inspect": "surgery.commands.inspect",
+    "plan": "surgery.commands.factorize",
+    "project": "surgery.commands.project",
+    "read_scales": "surgery.commands.scales",
     "recipes": "surgery.planning.recipes",
-    "recommend": "surgery.operations.recommend",
+    "recommend": "surgery.study.recommend",
     "run_demo": "surgery.demo.run",
-    "show_scales": "surgery.operations.scales",
-    "spectra": "surgery.operations.spectra",
+    "show_scales": "surgery.commands.scales",
+    "spectra": "surgery.study.spectra",
     "truncated_svd": "surgery.linalg.svd",
-    "verify": "surgery.operations.verify",
-    "write_scales": "surgery.operations.scales",
+    "verify": "surgery.commands.verify",
+    "write_scales": "surgery.commands.scales",
 }
 
 __all__ = [

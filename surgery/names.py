@@ -35,6 +35,10 @@ SCALES_METADATA_KEY = "surgery"
 #: What a module that has scales keeps them in while a model is trained, or what the name of that begins with.
 ATTACHED_NAME = "surgery_scale"
 
+#: What a folder with an adapter is known by, and what adapters call their matrices: PEFT, diffusers, kohya.
+ADAPTER_CONFIG = "adapter_config.json"
+_OF_LORA = re.compile(r"(^|[._])lora[._](embedding_)?(a|b|up|down)([._]|$)", re.IGNORECASE)
+
 #: Bits per element by safetensors dtype name.
 DTYPE_BITS = {
     "F64": 64, "I64": 64, "U64": 64, "C64": 64,
@@ -73,6 +77,11 @@ def is_reserved(name: str) -> bool:
 def factors_file(index: int, count: int) -> str:
     """Path of the factors of shard ``index`` (from 0) of ``count``, relative to the checkpoint."""
     return f"{SURGERY_DIR}/factors-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def is_of_lora(name: str) -> bool:
+    """Whether a tensor is part of a LoRA adapter, by its name."""
+    return _OF_LORA.search(name) is not None
 
 
 def target_key(tensor: str, part: str | None) -> str:

@@ -30,7 +30,7 @@ import torch  # noqa: E402
 from click.testing import CliRunner  # noqa: E402
 
 import surgery  # noqa: E402
-from surgery.source import patience  # noqa: E402
+from surgery.hub import patience  # noqa: E402
 from tests.models import save_llama, save_mixed  # noqa: E402
 from tests.releases import OLDER  # noqa: E402
 

@@ -26,8 +26,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import surgery
-import surgery.operations.factorize
-import surgery.operations.fold
+import surgery.commands.factorize
+import surgery.commands.fold
 from tests.models import files_of  # and with it transformers: here, and not in each child
 
 Call = Callable[[Path], object]

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from surgery.errors import OutputError
-from surgery.operations.output import locked
+from surgery.run.output import locked
 
 _PROCESSES = 4
 

@@ -25,8 +25,9 @@ from ray.cluster_utils import Cluster
 import surgery
 from surgery.engine.lane import Lane
 from surgery.engine.ray import connected, run_remotely
+from surgery.engine.resources import Resources
 from surgery.names import JOURNAL_DIR, PARTIALS_DIR
-from surgery.planning.memory import Resources, need_to_factorize, share_out
+from surgery.planning.memory import need_to_factorize, share_out
 from surgery.progress import Silent, heard, note
 
 

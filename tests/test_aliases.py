@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.errors import FormatError, OptionError, SourceError
 from surgery.format.manifest import Manifest
+from surgery.models import skeleton
 from surgery.progress import Silent
-from surgery.training import skeleton
 from tests.families import FAMILIES
 from tests.loopback_hub import LoopbackHub
 from tests.models import planned, realistic, save_llama, tensors_of
@@ -456,7 +456,7 @@ def test_the_skeleton_is_not_needed_where_nothing_is_equal(tmp_path: Path, monke
     )
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "m")
     monkeypatch.setattr(skeleton, "skeleton", None)
-    monkeypatch.setattr("surgery.operations.aliases.skeleton", None)
+    monkeypatch.setattr("surgery.planning.aliases.skeleton", None)
     assert len(planned(tmp_path / "m", rank=2).targets) == 14
 
 

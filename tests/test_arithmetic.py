@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 import surgery
 from surgery.errors import OptionError
 from surgery.format.scales import write_scales
-from surgery.linalg.fp8 import block_scales, dequantize, quantize
 from surgery.linalg.lossless import Factors, approximate, join, rescale, split
+from surgery.weights.fp8 import block_scales, dequantize, quantize
 from tests.models import files_of, realistic
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

@@ -16,11 +16,11 @@ from transformers import AutoModelForCausalLM
 
 import surgery
 from surgery.cli.main import main
+from surgery.commands.blend import blend
+from surgery.commands.scales import show_scales
 from surgery.errors import FormatError, OptionError, OutputError, ScalesError, SurgeryWarning
 from surgery.format.manifest import Manifest
 from surgery.format.scales import read_scales, write_scales
-from surgery.operations.blend import blend
-from surgery.operations.scales import show_scales
 from tests.models import files_of, tensors_of
 
 FINGERPRINT = "0123456789abcdef" * 4

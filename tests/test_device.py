@@ -13,14 +13,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import surgery
+from surgery.commands import factorize as operation
 from surgery.device import as_memory_allows
+from surgery.engine.resources import Resources
 from surgery.errors import SurgeryWarning
 from surgery.format.scales import write_scales
 from surgery.linalg import svd
-from surgery.operations import batch, engines
-from surgery.operations import factorize as operation
 from surgery.planning import plan as planning
-from surgery.planning.memory import Resources
+from surgery.run import engines
+from surgery.shards import matrices as batch
 from tests.models import files_of, realistic
 
 GPU = torch.device("cuda")

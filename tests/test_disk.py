@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import load_file
 
 from surgery.errors import OutputError
-from surgery.format import files
-from surgery.format.files import FileWriter, write_file
+from surgery.files import files
+from surgery.files.files import FileWriter, write_file
 from surgery.format.safetensors import TensorFileWriter
 
 fcntl = pytest.importorskip("fcntl")

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import surgery
+from surgery.commands.factorize import plan
 from surgery.errors import OptionError, WeightError
-from surgery.operations.factorize import plan
 from tests.models import files_of, realistic
 
 

@@ -15,7 +15,7 @@ import torch
 
 from surgery.cli.bar import Bar
 from surgery.errors import OutputError, ReadError, ResourceError, naming_system_errors
-from surgery.format.files import reading, reporting
+from surgery.files.files import reading, reporting
 from tests.failing.system import compiler, preloaded
 
 ROOT = Path(__file__).parent.parent

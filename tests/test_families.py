@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import surgery
+from surgery.commands.verify import verify
 from surgery.format.manifest import TargetRecord
-from surgery.operations.verify import verify
 from tests.families import FAMILIES
 from tests.models import files_of, tensors_of
 

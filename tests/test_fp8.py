@@ -13,9 +13,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import surgery
+from surgery.commands.verify import verify
 from surgery.errors import FormatError, OptionError, SourceError, WeightError
-from surgery.linalg.fp8 import block_scales, dequantize, quantize
-from surgery.operations.verify import verify
+from surgery.weights.fp8 import block_scales, dequantize, quantize
 from tests.families import FAMILIES
 from tests.models import files_of, planned, tensors_of
 from tests.releases import needs

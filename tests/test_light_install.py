@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 import surgery
 from surgery.errors import MissingExtra
-from surgery.source import hub_client as client
+from surgery.hub import hub_client as client
 
 #: Makes packages ones that are not installed.
 _BLOCK = """
@@ -118,7 +118,7 @@ def test_one_module_knows_the_client() -> None:
     package = Path(surgery.__file__).parent
     imports = re.compile(r"^\s*(?:from|import) (?:huggingface_hub|httpx2?)\b", re.MULTILINE)
     found = [path.relative_to(package).as_posix() for path in package.rglob("*.py") if imports.search(path.read_text())]
-    assert found == ["source/hub_client.py"]
+    assert found == ["hub/hub_client.py"]
 
 
 def _import_client() -> ModuleType:

@@ -17,11 +17,12 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.engine.lane import Lane
-from surgery.format.files import FileRecord
+from surgery.engine.resources import Memory
+from surgery.files.files import FileRecord
 from surgery.format.manifest import Alias, CertificateRecord, Manifest, OptionsRecord, ShardRecord, SourceRecord, TargetRecord
-from surgery.operations.engines import LocalEngine, ShardWork, engine_of
-from surgery.planning.memory import Memory, known_bytes
+from surgery.planning.memory import known_bytes
 from surgery.progress import Silent
+from surgery.run.engines import LocalEngine, ShardWork, engine_of
 from tests.families import FAMILIES
 from tests.models import files_of, save_llama
 from tests.test_fp8 import quantize_model
@@ -181,7 +182,7 @@ class _Sent(LocalEngine):
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> _Sent:
     engine = _Sent("cpu", None, None, None)
-    monkeypatch.setattr("surgery.operations.fold.engine_of", lambda *_: nullcontext(engine))
+    monkeypatch.setattr("surgery.commands.fold.engine_of", lambda *_: nullcontext(engine))
     return engine
 
 
@@ -194,7 +195,7 @@ def test_a_job_elsewhere_gets_what_its_weight_file_takes_and_no_more(
         surgery.fold(home / "factorized", home / "trained.safetensors", tmp_path / f"{files}")
         largest[files] = max(map(len, sent.sent.values()))
         with pytest.MonkeyPatch.context() as here:
-            here.setattr("surgery.operations.fold.engine_of", engine_of)
+            here.setattr("surgery.commands.fold.engine_of", engine_of)
             surgery.fold(home / "factorized", home / "trained.safetensors", tmp_path / f"{files} here", device="cpu")
         assert files_of(tmp_path / f"{files}") == files_of(tmp_path / f"{files} here")
     assert largest[6] < 1.05 * largest[2]
@@ -208,7 +209,7 @@ def test_a_job_elsewhere_gets_the_scales_of_weights_in_other_files(dequantize: b
     options: dict[str, Any] = {"base": base, "dequantize": dequantize}
     surgery.fold(tmp_path / "f", scales, tmp_path / "sent", **options)
     with pytest.MonkeyPatch.context() as here:
-        here.setattr("surgery.operations.fold.engine_of", engine_of)
+        here.setattr("surgery.commands.fold.engine_of", engine_of)
         surgery.fold(tmp_path / "f", scales, tmp_path / "here", device="cpu", **options)
     assert files_of(tmp_path / "sent") == files_of(tmp_path / "here")
 
@@ -228,7 +229,7 @@ def test_a_job_elsewhere_gets_the_targets_whose_aliases_are_in_its_file(tmp_path
     scales = {target.key: torch.full(target.scales_shape, 1.25) for target in manifest.targets}
     surgery.fold(tmp_path / "f", scales, tmp_path / "sent")
     with pytest.MonkeyPatch.context() as here:
-        here.setattr("surgery.operations.fold.engine_of", engine_of)
+        here.setattr("surgery.commands.fold.engine_of", engine_of)
         surgery.fold(tmp_path / "f", scales, tmp_path / "here", device="cpu")
     assert files_of(tmp_path / "sent") == files_of(tmp_path / "here")
 
@@ -260,7 +261,7 @@ def test_copies_of_a_block_are_not_held_against_each_other_pair_by_pair(
     """As in a mixture that was made of a dense model: every expert begins as the same weights."""
     import transformers
 
-    from surgery.operations import aliases
+    from surgery.planning import aliases
 
     between = aliases._Ties.between
     asked: dict[int, int] = {}

@@ -19,8 +19,8 @@ from click.testing import CliRunner
 import surgery
 from surgery.cli.main import main
 from surgery.errors import FormatError
-from surgery.operations.card import published
 from surgery.progress import Silent
+from surgery.publish.card import published
 from tests.models import files_of, save_llama
 from tests.sealing import MANIFEST, edited_manifest
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from surgery.format.pool import _KEPT_OPEN, Pool
+from surgery.files.pool import _KEPT_OPEN, Pool
 from tests.models import realistic
 
 ROOT = Path(__file__).parent.parent

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.errors import FormatError, OutputError, ReadError, ScalesError, SurgeryError, SurgeryWarning, WeightError
-from surgery.format import files
+from surgery.files import files
 from surgery.progress import Silent
 from tests.models import files_of, realistic, save_llama, tensors_of
 from tests.test_fp8 import quantize_model

@@ -22,13 +22,13 @@ from filelock import FileLock
 
 import surgery
 from surgery.errors import FormatError, OutputError, ReadError, SourceError, SurgeryError
-from surgery.format.files import Watch
+from surgery.files.files import Watch
 from surgery.format.safetensors import ShardReader
+from surgery.hub import hub_client as client
+from surgery.hub import patience
+from surgery.hub.patience import Dropped, Patience
 from surgery.progress import Silent
-from surgery.source import hub_client as client
-from surgery.source import patience
 from surgery.source.model import open_source
-from surgery.source.patience import Dropped, Patience
 from surgery.source.stream import streamed
 from tests.loopback_hub import Fault, LoopbackHub
 from tests.models import files_of, save_llama

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.cli.main import main
 from surgery.errors import FormatError, OptionError, OutputError, SourceError, SurgeryWarning, WeightError
+from surgery.format import views
 from surgery.format.manifest import Manifest
 from surgery.format.scales import read_scales
-from surgery.linalg import views
 from surgery.progress import Silent
 from tests.loopback_hub import LoopbackHub
 from tests.models import files_of, realistic, tensors_of

@@ -22,7 +22,7 @@ import surgery
 from surgery.cli.main import main
 from surgery.errors import OutputError, SurgeryError
 from surgery.progress import Silent
-from surgery.source import upload
+from surgery.publish import upload
 from tests.loopback_hub import WRITING_TOKEN, LoopbackHub, Repo
 from tests.models import files_of, save_llama, tensors_of
 

@@ -24,9 +24,9 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.errors import OutputError, SourceError, SurgeryError
-from surgery.format import files
-from surgery.operations.output import locked
+from surgery.files import files
 from surgery.progress import Silent
+from surgery.run.output import locked
 from tests.measure import run_module
 from tests.models import files_of, realistic, save_llama
 from tests.sealing import seal
@@ -102,7 +102,7 @@ def test_interrupted_while_the_last_files_are_copied(
     ):
         said = Silent()
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(f"surgery.operations.{module}.copy_file", stopped)
+            patched.setattr(f"surgery.commands.{module}.copy_file", stopped)
             run(said)
         assert said.notes == ["stopped after 3 shards; the same command goes on from there"]
         run(Silent())

@@ -111,7 +111,7 @@ def test_a_residual_needs_no_svd(made: Path, llama: Path, tmp_path: Path, monkey
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("an SVD")
 
-    monkeypatch.setattr("surgery.operations.repair.run_job", never)
+    monkeypatch.setattr("surgery.commands.repair.run_job", never)
     torch.set_num_threads(1)
     try:
         assert surgery.verify(folder, repair=True, base=llama, device="cpu").repaired == (file,)
@@ -181,13 +181,13 @@ def test_a_checkpoint_that_becomes_another_meanwhile(
     """While the source is opened, by a run that replaces it."""
     folder = Path(shutil.copytree(made / "residual", tmp_path / "f"))
     _flip(0.5)(folder / _files(folder)["residual"])
-    real = surgery.operations.verify.source_to_repair_from
+    real = surgery.commands.verify.source_to_repair_from
 
     def replaced(*given: Any) -> Any:
         surgery.factorize(llama, folder, rank=3, device="cpu", overwrite=True)
         return real(*given)
 
-    monkeypatch.setattr("surgery.operations.verify.source_to_repair_from", replaced)
+    monkeypatch.setattr("surgery.commands.verify.source_to_repair_from", replaced)
     with pytest.raises(OutputError, match="has become another checkpoint meanwhile"):
         surgery.verify(folder, repair=True, base=llama, device="cpu")
     monkeypatch.undo()

@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.cli.main import main
+from surgery.commands.scales import show_scales
 from surgery.errors import FormatError, ScalesError, SurgeryWarning
 from surgery.format.manifest import Manifest
 from surgery.format.name_map import match_names
 from surgery.format.scales import read_scales, write_scales
-from surgery.operations.scales import show_scales
 from tests.models import files_of, tensors_of
 
 Tensors = dict[str, torch.Tensor]

@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.cli.main import main
 from surgery.errors import FormatError, OutputError, SourceError, SurgeryError, SurgeryWarning
-from surgery.operations.job import check_shared
 from surgery.planning.numbering import numbering_notes
 from surgery.progress import Silent
+from surgery.shards.factorize_shard import check_shared
 from surgery.source.model import open_source
 from tests.loopback_hub import WRITING_TOKEN, LoopbackHub
 from tests.models import files_of, planned, save_llama, tensors_of

@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.cli.main import main
 from surgery.errors import OptionError, OutputError, SourceError, SurgeryWarning, WeightError
-from surgery.linalg.matching import assignment, in_common
-from surgery.linalg.spectrum import spectrum
-from surgery.operations.recommend import _Candidate, _kept, _spend, _uniform
 from surgery.progress import Silent
 from surgery.report.findings import statements
 from surgery.report.summary import groups_of
+from surgery.study.matching import assignment, in_common
+from surgery.study.recommend import _Candidate, _kept, _spend, _uniform
+from surgery.study.spectrum import spectrum
 from tests.families import FAMILIES
 from tests.models import save_llama, tensors_of
 
@@ -358,7 +358,7 @@ def test_spending_against_every_way_to_spend(seed: int, monkeypatch: pytest.Monk
     assert tuple(chosen.values()) in ways
     assert _kept(candidates, chosen) == pytest.approx(max(kept))
     # What is too large for that is done greedily, and no worse than one rank for all.
-    monkeypatch.setattr("surgery.operations.recommend._EXACT_WORK", 0)
+    monkeypatch.setattr("surgery.study.recommend._EXACT_WORK", 0)
     greedy = _spend(candidates, budget, 0.0)
     assert tuple(greedy.values()) in ways
     assert _kept(candidates, greedy) >= _uniform(candidates, budget, 1.0)[0]

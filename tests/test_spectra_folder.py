@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.cli.main import main
 from surgery.errors import OutputError, WeightError
-from surgery.operations.spectra_shard import Measure
 from surgery.progress import Silent
+from surgery.study.spectra_shard import Measure
 from tests.measure import run_module
 from tests.models import files_of, save_llama
 

@@ -17,10 +17,10 @@ import yaml
 import surgery
 from surgery.errors import OutputError, ReadError
 from surgery.format.manifest import Manifest, SourceRecord
-from surgery.operations.card import adapter_card, factorized_card, folded_card, published
 from surgery.progress import Progress, heard
-from surgery.source import upload
-from surgery.source.upload import Upload
+from surgery.publish import upload
+from surgery.publish.card import adapter_card, factorized_card, folded_card, published
+from surgery.publish.upload import Upload
 from tests.loopback_hub import READING_TOKEN, WRITING_TOKEN, LoopbackHub, Repo
 from tests.models import files_of
 

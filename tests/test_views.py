@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import surgery
+from surgery.commands.verify import verify
 from surgery.errors import FormatError, WeightError
+from surgery.format import views
 from surgery.format.manifest import Manifest
-from surgery.linalg import views
-from surgery.linalg.views import Slice, View
-from surgery.operations.verify import verify
+from surgery.format.views import Slice, View
 from tests.models import files_of, realistic
 from tests.sealing import edited_manifest
 

@@ -12,20 +12,20 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from surgery.cli.printing import ADDED
+from surgery.commands.blend import BlendReport
+from surgery.commands.export import ExportReport
+from surgery.commands.factorize import FactorizeReport
+from surgery.commands.fold import FoldReport
+from surgery.commands.inspect import InspectReport
+from surgery.commands.project import ProjectReport
+from surgery.commands.scales import ScalesSummary
+from surgery.commands.verify import VerifyReport
 from surgery.demo.run import DemoReport
-from surgery.operations.blend import BlendReport
-from surgery.operations.export import ExportReport
-from surgery.operations.factorize import FactorizeReport
-from surgery.operations.fold import FoldReport
-from surgery.operations.inspect import InspectReport
-from surgery.operations.project import ProjectReport
-from surgery.operations.recommend import Recommendation
-from surgery.operations.scales import ScalesSummary
-from surgery.operations.spectra import Findings
-from surgery.operations.verify import VerifyReport
 from surgery.planning.plan import PlanSummary
 from surgery.planning.recipes import RecipesReport
 from surgery.reports import Report, json_fields
+from surgery.study.recommend import Recommendation
+from surgery.study.spectra import Findings
 
 HEAD = """# JSON
 

@@ -32,7 +32,7 @@ def inspect(factorized: Path, as_json: bool) -> None:
     residual      largest residual of a kept triplet over s_1, measured
     undetermined  kept directions that are not determined: no gap to the next value, or none that is known
     """
-    from surgery.operations import inspect as operation
+    from surgery.commands import inspect as operation
 
     report = operation.inspect(factorized)
     if as_json:
@@ -112,7 +112,7 @@ def verify(factorized: Path, base: str | None, fast: bool, repair: bool, as_json
     """
     bar = Bar(quiet=quiet)
     with phase(bar, "starting"):
-        from surgery.operations import verify as operation
+        from surgery.commands import verify as operation
 
     start = time.perf_counter()
     report = operation.verify(factorized, base=base, fast=fast, repair=repair, **chosen, progress=bar)

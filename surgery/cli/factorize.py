@@ -34,7 +34,7 @@ from surgery.progress import phase
 
 if TYPE_CHECKING:
     from surgery.format.manifest import Manifest
-    from surgery.operations.engines import EngineName
+    from surgery.run.engines import EngineName
 
 # Modules that import torch are imported inside the commands: --help must not wait for them.
 
@@ -123,7 +123,7 @@ def factorize(
         _show_plan(model, chosen, as_json, quiet)
         return
     with phase(bar, "starting"):
-        from surgery.operations import factorize as operation
+        from surgery.commands import factorize as operation
         from surgery.timing import Timing
 
     timing = Timing() if profile else None
@@ -175,8 +175,8 @@ def plan(model: str, every: bool, as_json: bool, quiet: bool, **chosen: Any) -> 
 def _show_plan(model: str, chosen: dict[str, Any], as_json: bool, quiet: bool, *, every: bool = False) -> None:
     bar = Bar(quiet=quiet, notes=False)  # they are among what is shown
     with phase(bar, "starting"):
+        from surgery.commands import factorize as operation
         from surgery.device import choose_devices
-        from surgery.operations import factorize as operation
         from surgery.planning.estimate import estimate_seconds
 
     steps = operation.plan(model, **chosen, progress=bar)

@@ -72,7 +72,7 @@ def fold(
     """
     bar = Bar(quiet=quiet)
     with phase(bar, "starting"):
-        from surgery.operations import fold as operation
+        from surgery.commands import fold as operation
         from surgery.timing import Timing
 
     timing = Timing() if profile else None
@@ -133,7 +133,7 @@ def export(factorized: Path, scales: Path, kind: str, out: Path, as_json: bool, 
     """
     bar = Bar(quiet=quiet)
     with phase(bar, "starting"):
-        from surgery.operations.export import export as operation
+        from surgery.commands.export import export as operation
 
     start = time.perf_counter()
     report = operation(factorized, scales, out, **chosen, progress=bar)

@@ -26,7 +26,7 @@ from surgery.cli.text import fitted, say, whole
 from surgery.progress import phase
 
 if TYPE_CHECKING:
-    from surgery.operations.project import Projection
+    from surgery.commands.project import Projection
 
 # Modules that import torch are imported inside the commands: --help must not wait for them.
 
@@ -72,7 +72,7 @@ def project(
     """
     bar = Bar(quiet=quiet)
     with phase(bar, "starting"):
-        from surgery.operations import project as operation
+        from surgery.commands import project as operation
 
     start = time.perf_counter()
     report = operation.project(factorized, tuned, out, base=base, device=device, overwrite=overwrite, progress=bar)
@@ -131,7 +131,7 @@ def blend(
 
     A negative weight takes a training away from the others: --weights 1.5,-0.5. The factorized folder is not needed.
     """
-    from surgery.operations import blend as operation
+    from surgery.commands import blend as operation
 
     report = operation.blend(files, out, weights=weights, space=space, overwrite=overwrite, progress=Bar(quiet=quiet))
     if as_json:
@@ -165,7 +165,7 @@ def show(file: Path, top: int, as_json: bool, quiet: bool) -> None:
 
     Matrices of a stack are counted from 0, directions from 1: direction 1 has the largest singular value.
     """
-    from surgery.operations.scales import show_scales
+    from surgery.commands.scales import show_scales
 
     found = show_scales(file, top=top, progress=Bar(quiet=quiet))
     if as_json:

@@ -59,7 +59,7 @@ def spectra(model: str, tuned: str | None, out: Path, overwrite: bool, as_json: 
     """
     bar = Bar(quiet=quiet)
     with phase(bar, "starting"):
-        from surgery.operations import spectra as operation
+        from surgery.study import spectra as operation
 
     start = time.perf_counter()
     report = operation.spectra(model, tuned, out=out, **chosen, overwrite=overwrite, progress=bar)
@@ -108,7 +108,7 @@ def recommend(
     """
     bar = Bar(quiet=quiet)
     with phase(bar, "starting"):
-        from surgery.operations import recommend as operation
+        from surgery.study import recommend as operation
 
     start = time.perf_counter()
     report = operation.recommend(

@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
+from surgery.commands.factorize import factorize
+from surgery.commands.fold import fold
 from surgery.device import on_its_own_terms
 from surgery.errors import OutputError
+from surgery.models.transformers_api import imported
 from surgery.names import CONFIG_FILE
-from surgery.operations.factorize import factorize
-from surgery.operations.fold import fold
 from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
 from surgery.training.attach import attach
-from surgery.training.transformers_api import imported
 
 MODEL = Path(__file__).with_name("model")
 CONTEXT = 256

@@ -17,8 +17,8 @@ import torch
 from surgery.arithmetic import exact_arithmetic
 from surgery.device import choose_device, device_name
 from surgery.engine.lane import Lane
+from surgery.engine.resources import Memory
 from surgery.errors import ClusterError, MissingExtra, OptionError, SurgeryError
-from surgery.planning.memory import Memory
 from surgery.progress import Progress, Silent, heard, note
 from surgery.timing import Seconds, Timing
 

@@ -11,9 +11,9 @@ from typing import Self
 import torch
 
 from surgery.errors import FormatError
-from surgery.format.files import Watch, check_file
+from surgery.files.files import Watch, check_file
+from surgery.files.pool import Pool
 from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
-from surgery.format.pool import Pool
 from surgery.format.safetensors import ShardReader, TensorEntry
 from surgery.linalg.lossless import Factors
 from surgery.memory import bytes_of

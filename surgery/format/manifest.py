@@ -16,15 +16,15 @@ from typing import Any, TypeVar
 
 from surgery.arguments import as_path
 from surgery.errors import FormatError, SourceError, few
-from surgery.format.files import (
+from surgery.files.files import (
     MAX_OWN_JSON_BYTES,
     FileRecord,
     check_relative_path,
     reading,
     write_file,
 )
-from surgery.format.sealed import read_sealed, sealed
-from surgery.linalg.views import KINDS, Slice, View
+from surgery.files.sealed import read_sealed, sealed
+from surgery.format.views import KINDS, Slice, View
 from surgery.names import (
     DTYPE_BITS,
     FACTORIZABLE_DTYPES,
@@ -85,7 +85,7 @@ class TargetRecord:
         tensor: its name in the checkpoint.
         shard: the file it is in.
         dtype, shape: of the tensor, as in the source.
-        view: how it is seen: ``matrix``, ``stack`` or ``convolution`` (``surgery.linalg.views``).
+        view: how it is seen: ``matrix``, ``stack`` or ``convolution`` (``surgery.format.views``).
         slice: the part of each matrix that is meant, None for all of it.
         rank: directions kept of each matrix.
         energy: share of the squared Frobenius norm in the kept part.

@@ -23,8 +23,8 @@ import torch
 
 from surgery.errors import MEMORY_HINT, FormatError
 from surgery.escapes import has_surrogates
-from surgery.format.disk import write_all
-from surgery.format.files import (
+from surgery.files.disk import write_all
+from surgery.files.files import (
     FileRecord,
     FileWriter,
     Stamp,
@@ -35,7 +35,7 @@ from surgery.format.files import (
     reading,
     reporting,
 )
-from surgery.format.kinds import HEAD_BYTES, other_kind
+from surgery.files.kinds import HEAD_BYTES, other_kind
 from surgery.memory import bytes_of
 from surgery.names import DTYPE_BITS
 from surgery.timing import timed

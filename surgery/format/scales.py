@@ -14,15 +14,21 @@ import torch
 
 from surgery.errors import FormatError, ReadError, ScalesError, few
 from surgery.escapes import quoted
-from surgery.format.files import FileWriter, decode_json
-from surgery.format.lora import CONFIG as ADAPTER_CONFIG
-from surgery.format.lora import is_of_lora
+from surgery.files.files import FileWriter, decode_json
 from surgery.format.manifest import Manifest, TargetRecord
 from surgery.format.name_map import NameMap, match_names
 from surgery.format.safetensors import Header, ShardReader, TensorEntry, make_header
 from surgery.linalg.rounding import check_dense
 from surgery.memory import bytes_of
-from surgery.names import ATTACHED_NAME, CONFIG_FILE, FORMAT_VERSION, SCALES_FILE, SCALES_METADATA_KEY
+from surgery.names import (
+    ADAPTER_CONFIG,
+    ATTACHED_NAME,
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    SCALES_FILE,
+    SCALES_METADATA_KEY,
+    is_of_lora,
+)
 from surgery.progress import note
 
 #: Multipliers are 1 before a training, and stay nearer to it than to 0 but for a few. Of fewer than four nothing is said.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from surgery.errors import OptionError
-from surgery.linalg.views import Slice
+from surgery.format.views import Slice
 from surgery.planning.recipes import Rule, family_of
 
 _ATTENTION = ("q", "k", "v")

@@ -8,17 +8,18 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from surgery.engine.resources import Memory, Resources
 from surgery.errors import OptionError
-from surgery.format.disk import STREAM_MEMORY
-from surgery.format.files import CHUNK_BYTES
+from surgery.files.disk import STREAM_MEMORY
+from surgery.files.files import CHUNK_BYTES
 from surgery.format.manifest import TargetRecord
 from surgery.format.safetensors import TORCH_DTYPES
 from surgery.linalg.measured import measuring_bytes
 from surgery.linalg.svd import solved_together
 from surgery.linalg.triplets import workspace_bytes
 from surgery.names import DTYPE_BITS
-from surgery.planning.quantization import FP8
 from surgery.planning.targets import Target
+from surgery.weights.quantization import FP8
 
 #: Bytes of a shard that are taken at a time, so that small matrices of one shape are solved together. Constants, not what
 #: happens to be free: which matrices share a batch is part of what makes a run repeatable to the bit.
@@ -46,47 +47,6 @@ _UNFINISHED_MEMORY = 8192
 _RESULT_MEMORY = 12288
 #: On a GPU: the context with its libraries, and the temporaries of the certificate and of the lossless arithmetic.
 _GPU_BASE_MEMORY = 3 << 30
-
-
-@dataclass(frozen=True, slots=True)
-class Resources:
-    """What a run may use.
-
-    Attributes:
-        device: ``cpu``, ``cuda`` or ``mps``.
-        lanes: how many devices.
-        cores: threads that may compute, over all devices.
-        memory: bytes of host memory; None: no matter.
-        strict: whether a run that cannot keep to that is refused; otherwise it takes what one matrix at a time needs.
-        device_memory: bytes of each GPU.
-    """
-
-    device: str = "cpu"
-    lanes: int = 1
-    cores: int = 1
-    memory: int | None = None
-    strict: bool = False
-    device_memory: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """How a run uses its memory.
-
-    Attributes:
-        workers: windows in work at a time on each device.
-        window_bytes: how long a window is at least, but at the end of a shard; one target if that is more.
-        buffer_bytes: host memory of each device for what is between the reader and the writer.
-        peak_bytes: upper estimate of the host memory needed.
-        device_bytes: the same of each GPU's, 0 without one. With less, batches become smaller, and what does not fit at
-            all is done on the CPU.
-    """
-
-    workers: int
-    window_bytes: int
-    buffer_bytes: int
-    peak_bytes: int
-    device_bytes: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,18 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from surgery.engine.resources import Memory, Resources
 from surgery.errors import FormatError, OptionError, SourceError, few
-from surgery.format.lora import is_of_lora
 from surgery.format.manifest import Alias, LeftOutRecord, SkippedRecord
 from surgery.format.safetensors import Header, ShardReader, TensorEntry, same_bytes
-from surgery.names import SCALES_METADATA_KEY
-from surgery.planning.memory import CORRECTION_BYTES, Memory, Resources, collected_bytes, need_to_factorize, share_out
+from surgery.names import SCALES_METADATA_KEY, is_of_lora
+from surgery.planning.memory import CORRECTION_BYTES, collected_bytes, need_to_factorize, share_out
 from surgery.planning.numbering import numbering_notes
-from surgery.planning.quantization import read_quantization
 from surgery.planning.recipes import Recipe, builtin_recipes, find_recipe, recipe_for_family
 from surgery.planning.targets import Choice, Model, Skipped, Target, check_choice, choose, matches
 from surgery.reports import Report
 from surgery.source.model import Source, check_index
+from surgery.weights.quantization import read_quantization
 
 Layout = Literal["residual", "overlay"]
 
@@ -183,7 +183,7 @@ class PlanSummary(Report):
         )
 
 
-#: From the headers of a model and its targets to the aliases of these, by tensor, and notes: ``surgery.operations.aliases``.
+#: From the headers of a model and its targets to the aliases of these, by tensor, and notes: ``surgery.planning.aliases``.
 FindAliases = Callable[[Mapping[str, Header], Sequence[Target]], tuple[dict[str, tuple[Alias, ...]], list[str]]]
 
 

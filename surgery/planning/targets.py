@@ -14,13 +14,13 @@ from typing import Any
 from surgery.errors import FormatError, OptionError
 from surgery.format.manifest import Alias
 from surgery.format.safetensors import TensorEntry
+from surgery.format.views import Kind, View
 from surgery.linalg.energy import check_energy
-from surgery.linalg.views import Kind, View
 from surgery.names import DTYPE_BITS, FACTORIZABLE_DTYPES, target_key
 from surgery.planning.fused import slices_of
-from surgery.planning.quantization import Scaled
 from surgery.planning.recipes import Recipe, Rule
 from surgery.planning.unloaded import why_unloaded
+from surgery.weights.quantization import Scaled
 
 DEFAULT_RANK = 16
 DEFAULT_MAX_RANK = 256

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery.format.files import write_file
-from surgery.format.spectra import check_spectra
+from surgery.files.files import write_file
+from surgery.report.schema import check_spectra
 from surgery.report.summary import Target, change, half_energy_rank, median, relative_update, worst_residual
 from surgery.report.words import cosine, number, percent, shown
 

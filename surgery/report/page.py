@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import MissingExtra
-from surgery.format.files import write_file
-from surgery.format.spectra import check_spectra
+from surgery.files.files import write_file
 from surgery.report import findings, listing
 from surgery.report.listing import write_csv
 from surgery.report.reading import terms
+from surgery.report.schema import check_spectra
 from surgery.report.summary import Group, change, groups_of, half_energy_rank, median, median_rank, relative_update
 from surgery.report.words import cosine, count, escaped, matrices, number, percent, rank_text
 

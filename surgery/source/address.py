@@ -11,8 +11,8 @@ from urllib.parse import unquote, urlsplit
 
 from surgery.errors import SourceError, advice
 from surgery.escapes import quoted
-from surgery.format.files import reading
-from surgery.format.kinds import HEAD_BYTES, other_kind
+from surgery.files.files import reading
+from surgery.files.kinds import HEAD_BYTES, other_kind
 from surgery.source.shards import SUFFIX
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

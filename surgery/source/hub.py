@@ -11,18 +11,18 @@ from typing import Any
 
 from surgery.errors import FormatError, ReadError, SourceError, SurgeryError, few
 from surgery.escapes import quoted
-from surgery.format.files import Stamp, Watch, reading
+from surgery.files.files import Stamp, Watch, reading
 from surgery.format.manifest import SourceRecord
 from surgery.format.safetensors import Header, ShardReader, header_length, parse_header
+from surgery.hub import hub_client as client
+from surgery.hub import patience
+from surgery.hub.download import bytes_in_cache, first_bytes, into_cache, into_folder, is_sound
+from surgery.hub.hub_client import HubFile
+from surgery.hub.patience import Patience, is_busy, is_transient
 from surgery.names import CONFIG_FILE
 from surgery.progress import listening
-from surgery.source import hub_client as client
-from surgery.source import patience
-from surgery.source.download import bytes_in_cache, first_bytes, into_cache, into_folder, is_sound
-from surgery.source.hub_client import HubFile
 from surgery.source.model import FolderSource, Source, Stays, check_subfolder, read_config, read_text
 from surgery.source.origin import Damaged, FolderOrigin, HubOrigin, damaged
-from surgery.source.patience import Patience, is_busy, is_transient
 from surgery.source.select import listing_of, select_plain_files
 from surgery.source.shards import index_entries, is_index
 
@@ -173,7 +173,7 @@ def fetch(
 ) -> Path:
     """A file of a repository, in the hub's cache or in a folder of one's own; the progress is told how much of it is here.
 
-    Tried again where that may help, see ``surgery.source.patience``, until ``dropped`` is set.
+    Tried again where that may help, see ``surgery.hub.patience``, until ``dropped`` is set.
 
     Raises:
         SourceError: it cannot be had, or what comes is not what the hub says.

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 from surgery.errors import FormatError, OptionError, SourceError, few
 from surgery.escapes import quoted
-from surgery.format.files import Watch, check_regular, check_relative_path, check_size, read_json_object, reading
-from surgery.format.hub_cache import cached_repo, hub_cache
+from surgery.files.files import Watch, check_regular, check_relative_path, check_size, read_json_object, reading
+from surgery.files.hub_cache import cached_repo, hub_cache
 from surgery.format.manifest import SourceRecord
 from surgery.format.safetensors import Header, ShardReader
 from surgery.names import CONFIG_FILE

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from surgery.errors import SourceError
-from surgery.format.files import reading
+from surgery.files.files import reading
 
 if TYPE_CHECKING:  # the hub client is slow to import and not needed for folders
-    from surgery.source.hub_client import HubFile
+    from surgery.hub.hub_client import HubFile
 
 
 class Origin(Protocol):

@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 
 from surgery.errors import FormatError, ReadError, SourceError, SurgeryError, few
 from surgery.escapes import has_surrogates, quoted
-from surgery.format.files import check_relative_path, decode_json, file_key
+from surgery.files.files import check_relative_path, decode_json, file_key
 from surgery.names import (
     CONFIG_FILE,
     JOURNAL_DIR,

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from surgery.errors import SourceError
-from surgery.source.download import bytes_in_folder
+from surgery.hub.download import bytes_in_folder
+from surgery.hub.hub_client import cache_folder
 from surgery.source.hub import HubSource, is_cached
-from surgery.source.hub_client import cache_folder
 from surgery.source.model import Source
 from surgery.source.origin import HubOrigin
 

@@ -20,13 +20,14 @@ from surgery.format.factors import FactorsReader
 from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
 from surgery.format.safetensors import ShardReader
 from surgery.format.scales import read_scales, write_scales
+from surgery.models.carriers import Carrier, Layer, carriers_of, is_sharded, places_of, terms_of, unwrapped
+from surgery.models.peft_api import has_adapters, unfitting_adapter
+from surgery.models.placement import Place
+from surgery.models.recognize import held_elsewhere, is_residual
+from surgery.models.terms import Term
 from surgery.names import ATTACHED_NAME
 from surgery.progress import note
-from surgery.training.carriers import Carrier, Layer, carriers_of, is_sharded, places_of, terms_of, unwrapped
-from surgery.training.lowrank import Adding, LowRankPath, Shadow, Term
-from surgery.training.peft_api import has_adapters, unfitting_adapter
-from surgery.training.placement import Place
-from surgery.training.recognize import held_elsewhere, is_residual
+from surgery.training.lowrank import Adding, LowRankPath, Shadow
 
 
 class _Attached:

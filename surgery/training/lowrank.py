@@ -8,32 +8,16 @@ as stacked experts, is replaced during the module's forward by an object that do
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import nn
 from torch.nn import functional
 
+from surgery.models.terms import Term
+
 #: Columns of the factors of a stack come in multiples of this: grouped products want rows of 16 bytes.
 _ALIGNMENT = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Term:
-    """Directions of one matrix of a target, as they lie in a parameter.
-
-    Attributes:
-        first: where the scales of the matrix begin among those of the target.
-        matrix: which matrix of the parameter, 0 unless it is a stack.
-        left: (rows, k), zero where the matrix is not.
-        right: (columns, k).
-    """
-
-    first: int
-    matrix: int
-    left: torch.Tensor
-    right: torch.Tensor
 
 
 class LowRankPath(nn.Module):

@@ -16,10 +16,10 @@ from torch import nn
 
 from surgery.errors import OptionError
 from surgery.format.manifest import Manifest
+from surgery.models.accelerate_api import is_peft_model
+from surgery.models.carriers import unwrapped
 from surgery.names import MANIFEST_FILE
-from surgery.training.accelerate_api import is_peft_model
 from surgery.training.attach import Scales
-from surgery.training.carriers import unwrapped
 from surgery.training.lowrank import LowRankPath
 from surgery.training.trl_api import LOADER, harm_of_callback, has_reference, loaders, reads_past_the_head
 

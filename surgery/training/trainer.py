@@ -11,10 +11,10 @@ import torch
 from surgery.arguments import as_path
 from surgery.errors import OptionError
 from surgery.format.scales import CHECKPOINT_FILE
-from surgery.training.accelerate_api import is_peft_model, save_sharded_optimizer
+from surgery.models.accelerate_api import is_peft_model, save_sharded_optimizer
+from surgery.models.transformers_api import check_trainer_class, counted_as_adapted, trainer_file
 from surgery.training.attach import Scales
 from surgery.training.reference import check_arguments, check_callback, check_trainer, no_second_load, own_forward
-from surgery.training.transformers_api import check_trainer_class, counted_as_adapted, trainer_file
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Trainer

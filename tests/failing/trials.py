@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from surgery.cli.main import main as surgery_command
 from surgery.format.manifest import Manifest
 from surgery.names import SCALES_FILE
-from surgery.source import upload
+from surgery.publish import upload
 from tests.failing.system import System
 from tests.loopback_hub import WRITING_TOKEN, LoopbackHub
 from tests.models import files_of, save_llama

@@ -1,0 +1,188 @@
+"""Blend scale files: a weighted mean of the scales of several trainings of the same factors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from surgery.device import on_its_own_terms
+from surgery.errors import OptionError, ScalesError
+from surgery.format.name_map import match_names
+from surgery.format.scales import (
+    ScalesFile,
+    note_renamed,
+    note_reshaped,
+    note_without_owner,
+    read_scales_alone,
+    same_but_for_ones,
+    scales_file,
+    write_scales,
+)
+from surgery.progress import Progress
+from surgery.reports import Report
+from surgery.run.output import check_output_file
+
+Space = Literal["linear", "log"]
+
+
+@dataclass(frozen=True, slots=True)
+class BlendReport(Report):
+    """What a blend wrote.
+
+    Attributes:
+        out: the file.
+        weights: of the files, as used: their sum is 1.
+        space: in which the mean was taken.
+        targets: how many there are.
+        trainable: how many numbers.
+        changed: how many of them are not 1.
+        fingerprint: of the factors that they belong to; None where no file says.
+    """
+
+    out: Path
+    weights: tuple[float, ...]
+    space: Space
+    targets: int
+    trainable: int
+    changed: int
+    fingerprint: str | None
+
+
+@on_its_own_terms
+def blend(
+    files: Sequence[str | Path],
+    out: str | Path,
+    *,
+    weights: Sequence[float] | None = None,
+    space: Space = "linear",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> BlendReport:
+    """Write the weighted mean of scale files that belong to the same factors.
+
+    With weights w of sum 1 a scale becomes ``sum_j w_j g_j``, in log space ``exp(sum_j w_j log g_j)``, computed in
+    float64 and rounded once. As a folded weight is linear in its scales, the linear mean is that of the folded models.
+    A weight may be negative in either space: it takes a training away from the others. The factorized checkpoint is
+    not needed.
+
+    Args:
+        files: one scales file or more.
+        out: the file to write.
+        weights: one for each file, finite, scaled so that they sum to 1; all the same by default.
+        space: ``linear`` or ``log``.
+        overwrite: replace ``out`` if it is there.
+        progress: told what the user should know; without it that is a ``SurgeryWarning``.
+
+    Returns:
+        What was written, with the weights as they were used.
+
+    Raises:
+        OptionError: no files, another number of weights than files, or weights whose sum is not positive.
+        ScalesError: the files are not of the same factors, names or shapes; a scale that is not positive in log space;
+            a mean beyond the range of float32.
+        FormatError: a file is damaged.
+        OutputError: ``out`` is there already, is one of the files, or cannot be written.
+
+    Warns:
+        SurgeryWarning: a file does not say which factors it belongs to, or holds half-precision values, or numbers that do not
+            look like multipliers.
+    """
+    shares = _normalised(weights, len(files))
+    paths, out = [scales_file(Path(file)) for file in files], Path(out)
+    check_output_file(out, paths, overwrite=overwrite)
+    read = [read_scales_alone(path) for path in paths]
+    fingerprint = _fingerprint_of(paths, read)
+    alike = [read[0].values, *(_as_the_first(paths, read, index) for index in range(1, len(paths)))]
+    means = {}
+    for key in alike[0]:
+        mean = _mean(key, paths, [values[key].double() for values in alike], shares, space)
+        if not bool(torch.isfinite(mean).all()):
+            raise ScalesError(
+                f"the blend of {key!r} is beyond the range of float32", hint="take weights that are closer to one another"
+            )
+        means[key] = mean
+    write_scales(out, means, fingerprint)
+    changed = sum(int((mean != 1).sum()) for mean in means.values())
+    return BlendReport(out, shares, space, len(means), sum(mean.numel() for mean in means.values()), changed, fingerprint)
+
+
+def _normalised(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
+    """Weights that sum to 1."""
+    if not count:
+        raise OptionError("no scales files to blend", expected="one or more")
+    given = [1.0] * count if weights is None else list(weights)
+    if len(given) != count:
+        raise OptionError("there must be one weight for each file", got=f"{len(given)} weights", expected=f"{count} weights")
+    if not all(math.isfinite(weight) for weight in given):
+        raise OptionError("a weight is no finite number", got=", ".join(map(str, given)))
+    largest = max(map(abs, given))
+    # Over the largest first: a sum of huge or tiny ones is as good as any. What is left of weights that cancel is noise.
+    scaled = [weight / largest for weight in given] if largest else given
+    total = math.fsum(scaled)
+    if total < 1e-9:
+        raise OptionError(
+            "the sum of the weights is not positive, or no more than rounding",
+            got=f"{', '.join(f'{weight:g}' for weight in given)}, in all {sum(given):g}",
+        )
+    return tuple(weight / total for weight in scaled)
+
+
+def _fingerprint_of(paths: Sequence[Path], read: Sequence[ScalesFile]) -> str | None:
+    """The fingerprint of files that may be blended."""
+    owned: dict[str, Path] = {}
+    for path, file in zip(paths, read, strict=True):
+        if file.fingerprint is None:
+            note_without_owner(path)
+        else:
+            owned.setdefault(file.fingerprint, path)
+    if len(owned) > 1:
+        (one, first), (other, second) = list(owned.items())[:2]
+        raise ScalesError(
+            f"{first} and {second} belong to different factors",
+            got=f"fingerprint {other}",
+            expected=f"fingerprint {one}",
+            hint="blend scales that were trained with the same factorized folder",
+        )
+    return next(iter(owned), None)
+
+
+def _as_the_first(paths: Sequence[Path], read: Sequence[ScalesFile], index: int) -> dict[str, torch.Tensor]:
+    """The scales of a file under the names and in the shapes of the first one."""
+    first, path, values = paths[0], paths[index], read[index].values
+    names = match_names(values, read[0].values)
+    if not names.fits:
+        odd, has, lacks = (names.missing[0], first, path) if names.missing else (names.unknown[0], path, first)
+        raise ScalesError(f"{odd!r} is in {has} and not in {lacks}", expected="the same targets in all files")
+    note_renamed(names, str(path), f"those in {first}")
+    shapes = {}
+    for key, one in read[0].values.items():
+        shapes[names.given[key]] = (there, meant) = list(values[names.given[key]].shape), list(one.shape)
+        if not same_but_for_ones(there, meant):
+            raise ScalesError(f"{key!r} has another shape in {path} than in {first}", got=there, expected=meant)
+    note_reshaped(shapes, str(path))
+    return {key: values[names.given[key]].reshape(one.shape) for key, one in read[0].values.items()}
+
+
+def _mean(
+    key: str, paths: Sequence[Path], values: Sequence[torch.Tensor], weights: Sequence[float], space: Space
+) -> torch.Tensor:
+    """The mean of float64 tensors of one shape, as float32."""
+    shares, stacked = torch.tensor(weights, dtype=torch.float64), torch.stack(list(values))
+    if space == "linear":
+        # Of the distances from 1: what is 1 in every file stays 1, whatever the weights round to.
+        mean: torch.Tensor = 1 + torch.tensordot(shares, stacked - 1, dims=1)
+        return mean.float()
+    for path, value in zip(paths, values, strict=True):
+        if not bool((value > 0).all()):
+            raise ScalesError(
+                f"{path}: {key!r} has a scale that is not positive, and so has no logarithm",
+                got=f"{value.min().item():g}",
+                hint="blend in linear space",
+            )
+    mean = torch.tensordot(shares, stacked.log(), dims=1).exp()
+    return mean.float()

@@ -1,0 +1,357 @@
+"""Write trained scales as a LoRA adapter for the original model: ``U diag(s (g - 1)) V^T`` is an update of rank k."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from surgery.device import on_its_own_terms
+from surgery.errors import OptionError, OutputError
+from surgery.files.files import FileWriter, reporting, sync_directory, write_file
+from surgery.format.factors import FactorsReaders
+from surgery.format.manifest import Manifest, TargetRecord
+from surgery.format.safetensors import TensorEntry, make_header
+from surgery.format.scales import check_scales, read_scales
+from surgery.memory import bytes_of
+from surgery.models.carriers import Carrier, Layer, carriers_of, places_of, terms_of
+from surgery.models.peft_api import too_old_for_experts
+from surgery.models.placement import Piece, Place
+from surgery.models.skeleton import skeleton
+from surgery.names import ADAPTER_CONFIG, CONFIG_FILE
+from surgery.progress import Progress, listening, phase
+from surgery.publish.results import publish_adapter, uploading
+from surgery.reports import Report
+from surgery.run.output import Interruptible, check_output_file
+from surgery.updates.lora import PREFIX, WEIGHTS
+
+#: Families whose experts PEFT takes one by one and puts together as transformers does; measured (docs/training.md).
+_EXPERTS_ONE_BY_ONE = ("mixtral", "olmoe", "qwen3_moe")
+_FOLD_HINT = "fold instead: surgery fold gives standard weights for any model. Or factorize without it: --exclude"
+
+
+@dataclass(frozen=True, slots=True)
+class ExportReport(Report):
+    """What an export wrote.
+
+    Attributes:
+        out: the folder.
+        format: of the adapter: ``peft``.
+        modules: how many modules have an update.
+        rank: of all of them.
+        bytes_written: of the adapter's weights.
+    """
+
+    out: Path
+    format: str
+    modules: int
+    rank: int
+    bytes_written: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Update:
+    """A module of the adapter.
+
+    Attributes:
+        name: of the module.
+        carrier: its weight; None for one of the experts that the model stacks.
+        targets: what is in it, with the places of each.
+        rank: of all of that.
+        A, B: shapes, with this rank.
+    """
+
+    name: str
+    carrier: Carrier | None
+    targets: list[tuple[TargetRecord, list[Place]]]
+    rank: int
+    A: tuple[int, ...]
+    B: tuple[int, ...]
+
+
+@on_its_own_terms
+def export(
+    factorized: str | Path,
+    scales: str | Path | Mapping[str, torch.Tensor],
+    out: str | Path,
+    *,
+    push_to_hub: str | None = None,
+    private: bool = True,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Write scales as a LoRA adapter against the original model, in the format of PEFT.
+
+    ``A = V^T`` and ``B = U diag(s (g - 1))``, padded with zeros to one rank for all modules, with alpha equal to it:
+    loaders that ignore patterns of ranks take it as well. Only one module is held in memory.
+
+    Args:
+        factorized: a folder written by ``factorize``.
+        scales: a scales file or a folder that holds one, or for the key of each target ``g``.
+        out: folder to write; ``adapter_config.json`` comes last. The same adapter that is there already is left as it is.
+        push_to_hub: repo id that the adapter is uploaded to as well. An earlier result of surgery there is replaced.
+        private: whether a repository that is created for it is private.
+        overwrite: write in any case, in place of whatever adapter is in ``out``.
+        progress: told how far it is, and what the user should know; without it that is a ``SurgeryWarning``.
+
+    Returns:
+        What was written, or is there already.
+
+    Raises:
+        OptionError: a target that an adapter cannot change, or that PEFT is known to load wrongly.
+        OutputError: another adapter is there.
+        MissingExtra: a transformers model, and transformers is not installed.
+        SurgeryError: the factorized folder or the scales are damaged, or do not belong together.
+
+    Warns:
+        SurgeryWarning: see ``surgery.format.scales.read_scales``.
+    """
+    progress = listening()
+    factorized, out = Path(factorized), Path(out)
+    manifest = Manifest.read(factorized)
+    values = check_scales(scales, manifest) if isinstance(scales, Mapping) else read_scales(Path(scales), manifest)
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is no folder", hint="-o chooses another one")
+    if (out / CONFIG_FILE).exists():
+        # transformers would load what is there with the adapter, without a word.
+        raise OutputError(f"there is a model in {out}, which an adapter must not come into", hint="-o chooses another folder")
+    there = not overwrite and any((out / name).exists() for name in (ADAPTER_CONFIG, WEIGHTS))
+    for name in (ADAPTER_CONFIG, WEIGHTS):
+        check_output_file(out / name, [factorized], overwrite=overwrite or there)
+    adapter = _Adapter.of(factorized, manifest, values, progress) if there else None
+    if adapter is not None and not adapter.is_in(out, factorized, values, progress):
+        for name in (ADAPTER_CONFIG, WEIGHTS):
+            check_output_file(out / name, [factorized], overwrite=False)
+    with Interruptible(out) as run, uploading(push_to_hub, private=private) as upload:
+        run.upload = upload
+        if adapter is not None:
+            if not (out / ADAPTER_CONFIG).exists():  # stopped just before the end
+                write_file(out / ADAPTER_CONFIG, adapter.config)
+            progress.note(f"{out} is already complete" + (": nothing to do" if upload is None else ""))
+        else:
+            adapter = _Adapter.of(factorized, manifest, values, progress)
+            adapter.write(out, factorized, values, progress)
+        if any(update.carrier is None for update in adapter.updates) and (older := too_old_for_experts()) is not None:
+            progress.note(f"the adapter changes experts: PEFT loads it from 0.20 on, and here is {older}")
+        names, modules = (ADAPTER_CONFIG, WEIGHTS), len(adapter.updates)
+        publish_adapter(upload, out, names, manifest, factorized, modules=modules, rank=adapter.rank)
+    return ExportReport(out, "peft", modules, adapter.rank, (out / WEIGHTS).stat().st_size)
+
+
+@dataclass(frozen=True, slots=True)
+class _Adapter:
+    """What an export consists of.
+
+    Attributes:
+        updates: the modules, in the order of the file.
+        carriers: the parameters of the model.
+        rank: of all modules.
+        config: the text of ``adapter_config.json``.
+    """
+
+    manifest: Manifest
+    updates: list[_Update]
+    carriers: dict[str, Carrier]
+    rank: int
+    config: bytes
+
+    @classmethod
+    def of(cls, factorized: Path, manifest: Manifest, values: Mapping[str, torch.Tensor], progress: Progress) -> Self:
+        with phase(progress, "loading transformers"):  # most of the time that a small export takes
+            updates, carriers = _updates(skeleton(factorized, exact=True), manifest)
+        held = {target.key for update in updates for target, _ in update.targets}
+        for target in manifest.targets:
+            if target.key not in held and not (values[target.key] == 1).all():
+                raise _not_exportable(target, "scales other than 1, and the model that the config names does not have it")
+        rank = max(update.rank for update in updates)
+        config = json.dumps(_config(updates, manifest, rank), indent=1).encode() + b"\n"
+        return cls(manifest, updates, carriers, rank, config)
+
+    def is_in(self, out: Path, factorized: Path, values: Mapping[str, torch.Tensor], progress: Progress) -> bool:
+        """Whether a folder holds this adapter, byte for byte, perhaps but for the config, which comes last."""
+        try:
+            if (out / ADAPTER_CONFIG).exists() and (out / ADAPTER_CONFIG).read_bytes() != self.config:
+                return False
+            with (
+                open(out / WEIGHTS, "rb") as weights,
+                closing(self._contents("comparing", factorized, values, progress)) as contents,
+            ):
+                return all(weights.read(len(data)) == data for data in contents) and not weights.read(1)
+        except OSError:
+            return False
+
+    def write(self, out: Path, factorized: Path, values: Mapping[str, torch.Tensor], progress: Progress) -> None:
+        """The weights, then the config, without which there is no adapter. An earlier one is there until the weights are."""
+        with FileWriter(out / WEIGHTS) as writer:
+            for data in self._contents("exporting", factorized, values, progress):
+                writer.write(data)
+            with reporting(out):
+                (out / ADAPTER_CONFIG).unlink(missing_ok=True)
+                sync_directory(out)
+            writer.commit(WEIGHTS)
+        write_file(out / ADAPTER_CONFIG, self.config)
+
+    def _contents(
+        self, what: str, factorized: Path, values: Mapping[str, torch.Tensor], progress: Progress
+    ) -> Generator[bytes | memoryview]:
+        """The file of weights, one half of a module at a time."""
+        entries = [entry for update in self.updates for entry in _entries(update, self.rank)]
+        size = sum(entry.nbytes for entry in entries)
+        with phase(progress, what, size), FactorsReaders(factorized, self.manifest) as factors:
+            yield make_header(entries, {"format": "pt"})
+            for update in self.updates:
+                progress.item(update.name)
+                for half in _halves(update, self.carriers, factors, values, self.rank):
+                    yield bytes_of(half)
+                    progress.advance(half.nbytes)
+
+
+def _updates(model: nn.Module | None, manifest: Manifest) -> tuple[list[_Update], dict[str, Carrier]]:
+    """The modules of the adapter, sorted by name, and the parameters of the model."""
+    if model is None:
+        places, carriers = _as_named(manifest)
+    else:
+        places = places_of(model, manifest)
+        carriers = carriers_of(model, {place.parameter for found in places.values() for place in found})
+    found: dict[str, tuple[Carrier | None, list[tuple[TargetRecord, list[Place]]]]] = {}
+    experts: dict[str, list[TargetRecord]] = {}
+    for target in manifest.targets:
+        by_parameter: dict[str, list[Place]] = {}
+        for place in places.get(target.tensor, ()):
+            by_parameter.setdefault(place.parameter, []).append(place)
+        for parameter, inside in by_parameter.items():
+            if len(inside[0].shape) == 3 and target.view == "matrix":
+                experts.setdefault(parameter, []).append(target)
+                found[_module_of(target.tensor, target)] = (None, [(target, inside)])
+                continue
+            carrier = carriers[parameter]
+            _check_carrier(target, carrier)
+            found.setdefault(_module_of(parameter, target), (carrier, []))[1].append((target, inside))
+    if experts and model is not None:
+        _check_experts(model, manifest, experts, found)
+    updates = []
+    for name, (owner, targets) in sorted(found.items()):
+        rank = sum(target.rank * len(inside) for target, inside in targets)
+        shape = tuple(targets[0][0].shape) if owner is None else owner.shape
+        if owner is not None and owner.layers[0].kind == "transposed":
+            shape = shape[::-1]
+        points = (1,) * (len(shape) - 2)
+        updates.append(_Update(name, owner, targets, rank, (rank, *shape[1:]), (shape[0], rank, *points)))
+    return updates, carriers
+
+
+def _as_named(manifest: Manifest) -> tuple[dict[str, list[Place]], dict[str, Carrier]]:
+    """For a model that is not transformers': modules are named as in the checkpoint."""
+    places, carriers = {}, {}
+    for target in manifest.targets:
+        places[target.tensor] = [Place(target.tensor, tuple(target.shape), Piece.whole(target.tensor, target.shape))]
+        kind = {"matrix": "linear", "convolution": "convolution", "stack": "unknown"}[target.view]
+        carriers[target.tensor] = Carrier([Layer(nn.Module(), "weight", kind)], tuple(target.shape), False)
+    return places, carriers
+
+
+def _module_of(tensor: str, target: TargetRecord) -> str:
+    module, _, last = tensor.rpartition(".")
+    if last != "weight":
+        raise _not_exportable(target, "no weight of a module")
+    return module
+
+
+def _check_carrier(target: TargetRecord, carrier: Carrier) -> None:
+    """Refuse what an adapter changes in another way than fold, or not at all."""
+    layer = carrier.layers[0]
+    if layer.kind not in ("linear", "transposed", "convolution"):
+        raise _not_exportable(target, layer.described)
+    if len(carrier.layers) > 1:
+        raise _not_exportable(target, "a weight that several modules share")
+    if layer.kind == "convolution" and getattr(layer.module, "groups", 1) != 1:
+        raise _not_exportable(target, "a convolution in groups")
+
+
+def _check_experts(
+    model: nn.Module, manifest: Manifest, experts: Mapping[str, Sequence[TargetRecord]], found: Mapping[str, Any]
+) -> None:
+    """PEFT puts the updates of experts together by the last part of their names, for some families.
+
+    A dense or shared MLP beside them has the same names and is lost without a word (deepseek_v3, qwen2_moe).
+    """
+    first = next(iter(experts.values()))[0]
+    family = str(getattr(model.config, "model_type", None))
+    if family not in _EXPERTS_ONE_BY_ONE:
+        raise _not_exportable(first, f"experts of {family}, which PEFT does not load as they are")
+    projections = {target.tensor.rsplit(".", 2)[-2] for targets in experts.values() for target in targets}
+    beside = [name for name, (owner, _) in found.items() if owner is not None and name.rsplit(".", 1)[-1] in projections]
+    if beside:
+        raise _not_exportable(first, f"experts beside {beside[0]!r}, which PEFT would take for one of them")
+    for parameter, targets in experts.items():
+        size = model.get_parameter(parameter).shape[0]
+        parts = 2 if "gate_up" in parameter else 1
+        if len(targets) != parts * size:
+            raise _not_exportable(first, f"{len(targets)} of the {parts * size} matrices in {parameter!r}")
+
+
+def _not_exportable(target: TargetRecord, got: str) -> OptionError:
+    return OptionError(f"{target.key!r} cannot be exported as LoRA", got=got, hint=_FOLD_HINT)
+
+
+def _entries(update: _Update, rank: int) -> list[TensorEntry]:
+    shapes = {"lora_A": (rank, *update.A[1:]), "lora_B": (update.B[0], rank, *update.B[2:])}
+    return [
+        TensorEntry(f"{PREFIX}{update.name}.{half}.weight", "F32", shape, 0, 4 * math.prod(shape))
+        for half, shape in shapes.items()
+    ]
+
+
+def _halves(
+    update: _Update, carriers: dict[str, Carrier], factors: FactorsReaders, values: Mapping[str, torch.Tensor], rank: int
+) -> Iterator[torch.Tensor]:
+    """A and B, float32, on the CPU."""
+    lefts, rights = [], []
+    for target, places in update.targets:
+        with factors.of(target) as reader:
+            kept = reader.factors(target)
+        change = (kept.s.double() * (values[target.key].double() - 1)).float()
+        if update.carrier is None:
+            pairs = [(kept.U, kept.V)]
+        else:
+            pairs = [(term.left, term.right) for _, term in terms_of(target, places, carriers, [kept])]
+        for left, right in pairs:
+            if update.carrier is not None and update.carrier.layers[0].kind == "transposed":
+                left, right = right, left
+            lefts.append(left * change)
+            rights.append(right)
+    missing = rank - update.rank
+    A = nn.functional.pad(torch.cat(rights, dim=1).T, (0, 0, 0, missing))
+    B = nn.functional.pad(torch.cat(lefts, dim=1), (0, missing))
+    yield A.contiguous()
+    yield B.contiguous()
+
+
+def _config(updates: Sequence[_Update], manifest: Manifest, rank: int) -> dict[str, Any]:
+    # Experts by the last part of their names, which is what PEFT looks at; there may be tens of thousands.
+    names = {update.name if update.carrier is not None else update.name.rsplit(".", 1)[-1] for update in updates}
+    transposed = any(update.carrier is not None and update.carrier.layers[0].kind == "transposed" for update in updates)
+    return {
+        "peft_type": "LORA",
+        "base_model_name_or_path": manifest.source.repo_id,
+        "revision": manifest.source.commit,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "target_modules": sorted(names),
+        "fan_in_fan_out": transposed,
+        "bias": "none",
+        "modules_to_save": None,
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "task_type": None,
+    }

@@ -1,0 +1,508 @@
+"""Fold trained scales back into dense weights: the walk of factorize in the other direction."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from surgery.device import choose_devices, on_its_own_terms
+from surgery.engine.lane import Lane
+from surgery.engine.resources import Memory
+from surgery.errors import FormatError, OptionError, OutputError, SurgeryError
+from surgery.files.files import (
+    RESTORE_HINT,
+    FileRecord,
+    all_below,
+    check_file,
+    check_size_of,
+    copy_file,
+    file_sha256,
+    not_as_described,
+    read_json_object,
+    reading,
+    write_file,
+)
+from surgery.format.factors import DAMAGED_HINT
+from surgery.format.manifest import Manifest, decode_file
+from surgery.format.scales import check_scales, read_scales, scales_file
+from surgery.linalg.lossless import Addition, both
+from surgery.memory import bytes_of
+from surgery.names import CONFIG_FILE, MANIFEST_FILE, STREAM_DIR
+from surgery.planning.memory import known_bytes, need_to_fold, share_out
+from surgery.progress import Progress, listening, phase
+from surgery.publish.results import publish_folded, submit_files, uploading
+from surgery.reports import Report
+from surgery.run.engines import Engine, EngineName, engine_of
+from surgery.run.journal import Journal
+from surgery.run.output import (
+    Interruptible,
+    check_not_the_source,
+    download_needs,
+    files_in,
+    is_as_recorded,
+    loading_order,
+    locked,
+    not_as_recorded,
+    result_folder,
+)
+from surgery.shards.dense import DenseWeights
+from surgery.shards.fold_shard import FoldSettings, RemoteFold, ShardFold
+from surgery.source.model import FolderSource
+from surgery.source.shards import is_index
+from surgery.timing import Timing, timed
+from surgery.updates.adapter import additions_of
+from surgery.updates.lora import read_lora
+from surgery.version import __version__
+from surgery.weights.base import BaseWeights, OwnWeights, quantized_weights, weight_source
+from surgery.weights.quantized import index_of, without_quantization
+
+if TYPE_CHECKING:
+    from surgery.publish.upload import Upload
+
+
+@dataclass(frozen=True, slots=True)
+class FoldReport(Report):
+    """What a fold wrote.
+
+    Attributes:
+        out: the folder.
+        files: its weight files.
+        targets: how many tensors had scales.
+        changed: how many of them had scales other than 1.
+        shards: how many weight files there are.
+        restored: how many of them are the source's own, bit for bit.
+        lossless: whether untouched weights are the source's: not after ``--no-correction``.
+        dequantized: whether FP8 weights have become bfloat16.
+        adapted: how many tensors a LoRA adapter changed.
+        bytes_written: of its weight files.
+    """
+
+    out: Path
+    files: tuple[FileRecord, ...]
+    targets: int
+    changed: int
+    shards: int
+    restored: int
+    lossless: bool
+    dequantized: bool
+    adapted: int
+    bytes_written: int
+
+
+@on_its_own_terms
+def fold(
+    factorized: str | Path,
+    scales: str | Path | Mapping[str, torch.Tensor],
+    out: str | Path = "folded",
+    *,
+    base: str | Path | None = None,
+    lora: str | Path | None = None,
+    device: str | torch.device = "auto",
+    max_memory: int | None = None,
+    max_device_memory: int | None = None,
+    engine: EngineName = "local",
+    dequantize: bool = False,
+    stream: bool = False,
+    push_to_hub: str | None = None,
+    private: bool = True,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    timing: Timing | None = None,
+) -> FoldReport:
+    """Write dense weights ``round(W + U diag(s (g - 1)) V^T + B A)`` under the source's names, dtypes and shards.
+
+    W is recovered bit for bit and the update added with one rounding at the end, so a target whose scales are all 1
+    keeps its bytes. A residual without a correction gives ``round(R + U diag(s g) V^T)`` instead. ``B A`` is the update
+    of a LoRA adapter, if one is given, scaled by its alpha.
+
+    Args:
+        factorized: a folder written by ``factorize``.
+        scales: a scales file or a folder that holds one, or for the key of each target ``g``, (k,), or (B, k) for a stack.
+        out: folder to write, empty or new.
+        base: for an overlay, the model it was made from (folder or hub id), if the one that the manifest names is
+            not to be used.
+        lora: folder of a LoRA adapter that was trained together with the scales, as PEFT saves it.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, several as ``cuda:0,cuda:1``, or ``all`` CUDA devices.
+        max_memory, max_device_memory, engine: as for ``factorize``; with Ray all machines must see ``factorized`` as well.
+        dequantize: write every FP8 weight as bfloat16, without its scales, and drop the quantization from the config;
+            otherwise a changed FP8 weight is quantized again, with fresh scales for its blocks.
+        stream: for an overlay, fetch each weight file of the base from the hub when its turn comes, and drop it when it has
+            been read.
+        push_to_hub, private: as for ``factorize``.
+        overwrite: replace an earlier result in ``out``, which stays as it is until the new one is whole.
+        progress: told how far it is, and what the user should know; without it that is a ``SurgeryWarning``.
+        timing: told where the time goes.
+
+    Returns:
+        What was written, or is there already if ``out`` holds this very fold.
+
+    Raises:
+        SourceError: the folder is no factorized checkpoint, or the base is not there or another model.
+        ScalesError: the scales are not those of this checkpoint, or not finite.
+        OptionError: an option makes no sense for this checkpoint, or the adapter is of a kind that cannot be folded.
+        ReadError, FormatError: a file cannot be read, or is damaged.
+        OutputError: ``out`` holds something else, is in use, or the disk is full or fails.
+        ClusterError: with Ray, the cluster cannot be reached or is lost.
+        MissingExtra: Ray is not installed, or transformers, which an adapter needs.
+        SurgeryError: any of these. ``config.json`` comes last, so no loader takes what is there by then
+            for a model; the same call goes on after the last finished shard.
+
+    Warns:
+        SurgeryWarning: see ``surgery.format.scales.read_scales``.
+    """
+    progress = listening()
+    factorized, out = Path(factorized), Path(out)
+    with ExitStack() as stack:
+        run = stack.enter_context(Interruptible(out))
+        manifest = Manifest.read(factorized)
+        others = _as_they_are(factorized, manifest, progress)
+        if not isinstance(scales, Mapping):
+            scales = scales_file(Path(scales))
+        values = check_scales(scales, manifest) if isinstance(scales, Mapping) else read_scales(scales, manifest)
+        # Folding is float64 arithmetic, which an Apple GPU does not have.
+        exact_on = "cpu" if choose_devices(str(device))[0].type == "mps" else str(device)
+        by = stack.enter_context(engine_of(engine, exact_on, max_memory, max_device_memory, timing))
+        streaming = (out / STREAM_DIR, by.files_at_a_time) if stream else None
+        weights = weight_source(factorized, manifest, base, streaming)
+        weights.check(manifest.shards)
+        inputs = [factorized, *weights.folders()]
+        if not isinstance(scales, Mapping):
+            inputs.append(scales)
+        additions: dict[str, Addition] = {}
+        if lora is not None:
+            inputs.append(Path(lora))
+            with phase(progress, "loading transformers"):
+                additions = _additions(factorized, manifest, weights, Path(lora))
+        quantized = quantized_weights(manifest, factorized, weights, all_of_them=dequantize)
+        if dequantize and not quantized:
+            raise OptionError("there is nothing to dequantize: this is no overlay of an FP8 model", hint="drop --dequantize")
+        kept = known_bytes(manifest.targets, len(manifest.targets) + len(manifest.skipped))
+        memory = share_out([need_to_fold(target) for target in manifest.targets], by.resources, kept=kept)
+        if overwrite:
+            check_not_the_source(out, manifest)
+        with (
+            uploading(push_to_hub, private=private) as upload,
+            locked(out, inputs),
+            DenseWeights(manifest, factorized, weights, quantized, values, to_dense=dequantize, additions=additions) as dense,
+        ):
+            run.upload = upload
+            if additions:
+                dense.check(weights.header(shard) for shard in manifest.shards)
+            settings = FoldSettings(
+                factorized.resolve(), out, out, memory.window_bytes, dequantize, values, additions, quantized
+            )
+            work = _Folding(manifest, weights, dense, settings, progress, timing)
+            if not overwrite and _looks_finished(out, manifest, dequantize):
+                report = _compared(by, work, others, memory, progress)
+                Journal.forget(out)
+                _publish(upload, out, report, manifest, submitted=False)
+                return report
+            run.journal = journal = Journal(out, _identity(manifest, others, weights, settings, by.device_name))
+            # What is FP8 takes twice as much in bfloat16.
+            needed = sum(shard.source.size for shard in manifest.shards) * (2 if dequantize else 1)
+            needed += sum(record.size for record in others)
+            writes = [shard.source.file for shard in manifest.shards] + [record.file for record in others]
+            # The journal is there until the upload is over: a fold keeps no other record to go on with.
+            beside = download_needs(weights)
+            with result_folder(
+                out, journal, writes, needed, overwrite=overwrite, earlier=_model_in(out), beside=beside
+            ) as place:
+                work.settings = dataclasses.replace(settings, place=place)
+                files = _fold_shards(by, work, memory, journal, upload, progress)
+                _copy_others(factorized, place, others, progress, to_dense=dequantize)
+                report = _report(files, manifest, settings)
+                _publish(upload, place, report, manifest, submitted=True)
+    return report
+
+
+def _publish(upload: Upload | None, place: Path, report: FoldReport, manifest: Manifest, *, submitted: bool) -> None:
+    if not submitted:
+        for record in report.files:
+            submit_files(upload, place, [record])
+    publish_folded(upload, place, manifest, changed=report.changed, adapted=report.adapted, dequantized=report.dequantized)
+
+
+def _additions(factorized: Path, manifest: Manifest, weights: OwnWeights | BaseWeights, lora: Path) -> dict[str, Addition]:
+    """What a LoRA adapter adds to which tensors."""
+    entries = [entry for shard in manifest.shards for entry in weights.header(shard).tensors]
+    additions = additions_of(factorized, {entry.name: entry.shape for entry in entries}, read_lora(lora))
+    for target in manifest.targets:
+        # Tensors of one parameter stay the same; where a model is at hand, an adapter of such a parameter is refused above.
+        if target.aliases and (several := [additions[tensor] for tensor in target.tensors if tensor in additions]):
+            additions |= dict.fromkeys(target.tensors, functools.reduce(both, several))
+    return additions
+
+
+def _report(files: list[FileRecord], manifest: Manifest, settings: FoldSettings) -> FoldReport:
+    changed = sum(bool((value != 1).any()) for value in settings.scales.values())
+    originals = {shard.source.file: shard.source.sha256 for shard in manifest.shards}
+    restored = sum(file.sha256 == originals[file.file] for file in files)
+    return FoldReport(
+        out=settings.out,
+        files=tuple(files),
+        targets=len(settings.scales),
+        changed=changed,
+        shards=len(files),
+        restored=restored,
+        lossless=manifest.lossless,
+        dequantized=settings.dequantize,
+        adapted=len(settings.additions),
+        bytes_written=sum(file.size for file in files),
+    )
+
+
+def _looks_finished(out: Path, manifest: Manifest, dequantize: bool) -> bool:
+    """Whether ``out`` may hold a complete fold of this checkpoint: its files, no others, and weights of the right sizes."""
+    if Journal.is_there(out) or dequantize or any(path.is_symlink() for path in all_below(out)):
+        return False
+    expected = {record.file for record in manifest.files} | {shard.source.file for shard in manifest.shards}
+    return files_in(out) == expected and all(
+        (out / shard.source.file).stat().st_size == shard.source.size for shard in manifest.shards
+    )
+
+
+def _compared(engine: Engine, work: _Folding, others: Iterable[FileRecord], memory: Memory, progress: Progress) -> FoldReport:
+    """The report of a fold that is complete already. It keeps no record of itself, so it is done again and compared.
+
+    Raises:
+        OutputError: what is there is another fold, or something else.
+    """
+    manifest, out = work.manifest, work.settings.out
+    work.to_compare = True
+    found: dict[int, FileRecord | None] = {}
+    with phase(progress, "comparing", sum(shard.source.size for shard in manifest.shards)):
+        with closing(engine.run(work, range(len(manifest.shards)), memory)) as finished:
+            found.update(finished)
+    files = [record for index in range(len(manifest.shards)) if (record := found[index]) is not None]
+    if not_as_recorded(out, (*files, *others)):
+        raise OutputError(
+            f"{out} holds files already, and they are not those of this fold",
+            hint="--overwrite replaces an earlier result; -o chooses another folder",
+        )
+    progress.note(f"{out} is already complete: nothing to do")
+    return _report(files, manifest, work.settings)
+
+
+def _identity(
+    manifest: Manifest,
+    others: Iterable[FileRecord],
+    weights: OwnWeights | BaseWeights,
+    settings: FoldSettings,
+    device: str,
+) -> dict[str, Any]:
+    """All that the bytes of the result depend on."""
+    digest, added = hashlib.sha256(), hashlib.sha256()
+    for key, value in sorted(settings.scales.items()):
+        digest.update(f"{key}\0".encode() + bytes_of(value.contiguous()))
+    for tensor, addition in sorted(settings.additions.items()):
+        added.update(f"{tensor}\0".encode() + bytes_of(addition.left.contiguous()) + bytes_of(addition.right.contiguous()))
+    return {
+        "command": "fold",
+        "tool": f"surgery {__version__}",
+        "torch": torch.__version__,
+        "device": device,
+        "manifest": file_sha256(settings.factorized / MANIFEST_FILE),
+        "edited": {record.file: record.sha256 for record in others if record not in manifest.files},
+        "scales": digest.hexdigest(),
+        "lora": added.hexdigest(),
+        "dequantize": settings.dequantize,
+        "base": weights.stamps(),
+    }
+
+
+def _fold_shards(
+    engine: Engine, work: _Folding, memory: Memory, journal: Journal, upload: Upload | None, progress: Progress
+) -> list[FileRecord]:
+    """Write all weight files but those that an earlier start of this run has written."""
+    shards, place = work.manifest.shards, work.settings.place
+    files: dict[int, FileRecord | None] = {}
+    with phase(progress, "folding", sum(shard.source.size for shard in shards)):
+        for index in range(len(shards)):
+            is_there, record = _recorded(journal, index, work)
+            if is_there:
+                files[index] = record
+                submit_files(upload, place, [record] if record else [])
+                work.tell(index)
+        missing = [index for index in range(len(shards)) if index not in files]
+        with closing(engine.run(work, missing, memory)) as finished:
+            for index, record in finished:
+                files[index] = record
+                journal.record(index, shards[index].source.file, {"file": None if record is None else asdict(record)})
+                submit_files(upload, place, [record] if record else [])
+    return [record for index in range(len(shards)) if (record := files[index]) is not None]
+
+
+def _recorded(journal: Journal, index: int, work: _Folding) -> tuple[bool, FileRecord | None]:
+    """Whether the journal has a shard whose file, if it has one, is what it was, and that file."""
+    file, place = work.manifest.shards[index].source.file, work.settings.place
+    value = journal.recorded(index, file)
+    if value is None:
+        return False, None
+    try:
+        record = decode_file(value, f"{place}: the journal of shard {index + 1}")
+    except FormatError:  # made again like any other that is damaged: the same command would meet it for ever
+        return False, None
+    size = work.size(index)
+    if record is None or size is None:
+        return record is None and size is None, None
+    return (record.file, record.size) == (file, size) and is_as_recorded(place, record), record
+
+
+class _Folding:
+    """What is done with the shards of a fold, see ``ShardWork``.
+
+    Attributes:
+        to_compare: whether the files are not written, and only told what they would be.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        weights: OwnWeights | BaseWeights,
+        dense: DenseWeights,
+        settings: FoldSettings,
+        progress: Progress,
+        timing: Timing | None,
+    ) -> None:
+        self.manifest = manifest
+        self.settings = settings
+        self.to_compare = False
+        self._weights = weights
+        self._dense = dense
+        self._progress = progress
+        self._timing = timing
+
+    def acquired(self, which: Iterable[int]) -> Iterator[int]:
+        if self._timing is not None and self._weights.room_to_fetch():
+            self._timing.watch("download")
+        for index in which:
+            self._weights.wait_for_room()
+            with timed("download"):
+                for file in self._dense.files(self.manifest.shards[index]):
+                    self._weights.acquire(file)
+            yield index
+
+    def work(self, index: int, lane: Lane, read: Callable[[], object]) -> FileRecord | None:
+        shard = self.manifest.shards[index]
+        files = self._dense.files(shard)
+
+        def release() -> None:
+            while files:
+                file = files.pop()
+                try:
+                    self._dense.forget(file)
+                finally:
+                    self._weights.release(file)
+
+        def has_been_read() -> None:
+            if not self._dense.quantized:  # else scales are looked up until the end
+                release()
+            read()
+
+        try:
+            fold = ShardFold(shard, self.manifest, self._weights, self._dense, self.settings, self._progress)
+            return fold.run(lane, has_been_read, partial=None, to_compare=self.to_compare)
+        finally:
+            release()
+
+    def remote(self, index: int) -> RemoteFold:
+        settings, shard = self.settings, self.manifest.shards[index]
+        files = self._dense.files(shard)
+        manifest = self.manifest.part(files)
+        # Of all others a task need not hear: with thousands of weight files that would be most of what is sent.
+        names = {entry.name for one in manifest.shards for entry in self._weights.header(one).tensors}
+        weights = {self._quantized_with[name] for name in names if name in self._quantized_with}
+        settings = dataclasses.replace(
+            settings,
+            out=settings.out.resolve(),
+            place=settings.place.resolve(),
+            scales={target.key: settings.scales[target.key] for target in manifest.targets},
+            additions={name: settings.additions[name] for name in names if name in settings.additions},
+            quantized={name: settings.quantized[name] for name in weights},
+        )
+        return RemoteFold(shard, manifest, self._weights.origin(files), settings, self.to_compare)
+
+    @functools.cached_property
+    def _quantized_with(self) -> dict[str, str]:
+        """The tensors of each FP8 weight, itself, its scales and those of its activations -> its name."""
+        quantized = self.settings.quantized.items()
+        return {part: name for name, scaled in quantized for part in (name, scaled.scale, *scaled.activations)}
+
+    def size(self, index: int) -> int | None:
+        """Of the weight file that is written for a shard; None if there is none."""
+        shard = self.manifest.shards[index]
+        return self._dense.size(self._weights.header(shard)) if self.settings.dequantize else shard.source.size
+
+    def tell(self, index: int) -> None:
+        record = self.manifest.shards[index].source
+        self._progress.item(record.file)
+        self._progress.advance(record.size)
+
+    def close(self) -> None:
+        self._weights.close()
+
+
+def _as_they_are(factorized: Path, manifest: Manifest, progress: Progress) -> list[FileRecord]:
+    """The files that go along with the weights, as they are now: those that are not about weights may have been edited.
+
+    Raises:
+        FormatError: a file of the checkpoint is missing or has another size; one that must not be edited was.
+    """
+    for shard in manifest.shards:
+        for record in (shard.residual, shard.factors):
+            if record is not None:
+                check_size_of(factorized, record, DAMAGED_HINT)
+    found = []
+    for record in manifest.files:
+        path = factorized / record.file
+        if not path.is_file():
+            raise FormatError(f"{path} is not there", expected="what goes along with the weights", hint=RESTORE_HINT)
+        with reading(path):
+            found.append(FileRecord(record.file, path.stat().st_size, file_sha256(path)))
+        is_inside = factorized.resolve() in path.resolve().parents
+        if found[-1] != record and (is_index(record.file) or not is_inside):
+            raise not_as_described(path, found[-1].sha256, record, RESTORE_HINT)
+    if edited := [now.file for now, before in zip(found, manifest.files, strict=True) if now != before]:
+        if CONFIG_FILE in edited:
+            read_json_object(factorized / CONFIG_FILE, str(factorized / CONFIG_FILE))
+        progress.note(f"changed since {factorized} was made, and taken along as they are: {', '.join(edited)}")
+    return found
+
+
+def _model_in(out: Path) -> set[str]:
+    """What a model in the output folder consists of: it may be an earlier fold, which keeps no record of itself."""
+    try:
+        selection = FolderSource(out).selection
+    except SurgeryError as error:
+        if isinstance(error.__cause__, OSError):  # which says nothing of what is in there
+            raise
+        return set()
+    if CONFIG_FILE not in selection.others:
+        return set()
+    return {*selection.shards, *selection.others}
+
+
+def _copy_others(factorized: Path, out: Path, others: Iterable[FileRecord], progress: Progress, *, to_dense: bool) -> None:
+    """What goes along with the weights: as it is, but for what speaks of a quantization that is no more.
+
+    What an earlier start has put in place stays: once ``config.json`` is there, nothing is in the making any more.
+    """
+    by_name = {record.file: record for record in others}
+    with phase(progress, "copying"):
+        for name in loading_order(by_name):
+            progress.item(name)
+            if to_dense and (name == CONFIG_FILE or is_index(name)):
+                check_file(factorized, by_name[name], RESTORE_HINT)
+                data = index_of(out, factorized / name) if is_index(name) else without_quantization(factorized / name)
+                if not (out / name).is_file() or (out / name).read_bytes() != data:
+                    write_file(out / name, data)
+            elif not is_as_recorded(out, by_name[name]):
+                copy_file(factorized / name, out / name, name, by_name[name])

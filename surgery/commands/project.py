@@ -1,0 +1,323 @@
+"""Project a fine-tuned model onto the scales: the ones that bring a factorized checkpoint closest to it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from surgery.device import as_memory_allows, choose_device, on_its_own_terms
+from surgery.engine.walk import ShardWalk, TargetPiece, reported
+from surgery.errors import FormatError, SourceError
+from surgery.files.files import not_as_described
+from surgery.format.factors import DAMAGED_HINT, FactorsReader
+from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
+from surgery.format.safetensors import ShardReader
+from surgery.format.scales import write_scales
+from surgery.linalg.correction import CorruptCorrection
+from surgery.linalg.lossless import BLOCK_ENTRIES, DEVICE_BLOCKS, Factors, approximate, join
+from surgery.names import SCALES_FILE
+from surgery.progress import Progress, listening, phase
+from surgery.reports import Report
+from surgery.run.output import check_not_the_source, check_output_file, check_room, download_needs
+from surgery.source.model import open_part
+from surgery.weights.base import BASE_HINT, BaseWeights, OwnWeights, check_entry, shard_path, weight_source
+from surgery.weights.quantization import FP8, Scaled
+from surgery.weights.quantized import Dequantizer
+from surgery.weights.tuned import Norms, TunedModel, note_what_is_unlikely
+
+#: What is stored of an original matrix, and the fine-tuned one.
+_Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """How far a fine-tuned weight W_t is from the original W, and how much of that scales can express.
+
+    Attributes:
+        key: of the target, or of all.
+        change: ``||W_t - W|| / ||W||``, Frobenius norms; None where W is zero and W_t is not.
+        explained: the share of ``||W_t - W||^2`` that the scales take away; None where nothing has changed.
+        largest: the largest ``|g - 1|``.
+    """
+
+    key: str
+    change: float | None
+    explained: float | None
+    largest: float
+
+
+@dataclass(frozen=True, slots=True)
+class ProjectReport(Report):
+    """What a projection found.
+
+    Attributes:
+        out: the scales file.
+        fingerprint: of the factors that they belong to.
+        trainable: how many scales.
+        targets: each of them, in the order of the manifest.
+        total: all of them together, as if they were one long vector.
+    """
+
+    out: Path
+    fingerprint: str
+    trainable: int
+    targets: tuple[Projection, ...]
+    total: Projection
+
+
+@on_its_own_terms
+def project(
+    factorized: str | Path,
+    tuned: str | Path,
+    out: str | Path,
+    *,
+    base: str | Path | None = None,
+    device: str | torch.device = "auto",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> ProjectReport:
+    """Write the scales that bring a factorized checkpoint closest to a fully fine-tuned model.
+
+    ``g_i = 1 + u_i^T (W_t - W) v_i / s_i``. As ``u_i v_i^T`` are orthonormal matrices, this is the one minimiser of
+    ``||W + U diag(s (g - 1)) V^T - W_t||``, the Frobenius norm; where s_i is 0, or so small that g_i is beyond float32,
+    g_i has no use and stays 1. W is the original weight, for FP8 in float32; for a residual without a correction it is
+    what a fold with untouched scales gives. Computed in float64 from the difference of the weights.
+
+    Streams both models: the memory needed is that of the largest target, for a stack of some of its matrices, in both.
+
+    Args:
+        factorized: a folder written by ``factorize``.
+        tuned: the fine-tuned model, folder or hub id. Its tensors have the names and shapes of the original ones;
+            bfloat16, float16, float32, or FP8 with scales; in shards of any kind.
+        out: the scales file to write.
+        base: for an overlay, the model it was made from (folder or hub id), if the one that the manifest names is
+            not to be used.
+        device: where the arithmetic runs: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        overwrite: replace ``out`` if it is there.
+        progress: told how far it is, and what the user should know, such as where ``tuned`` does
+            not look like a fine-tuned model (``surgery.weights.tuned``); without it that is a ``SurgeryWarning``.
+
+    Returns:
+        How much each target has changed, and how much of that its scales explain.
+
+    Raises:
+        SourceError: a model is not there, or lacks a target; a target has another shape there.
+        WeightError: a fine-tuned weight holds NaN or infinity.
+        ReadError: a file cannot be read.
+        FormatError: a file is damaged, or is not the one that the manifest describes.
+        OutputError: ``out`` is there already, is an input, or cannot be written.
+        OptionError: a base that is not needed; no such device.
+    """
+    progress = listening()
+    where = choose_device(str(device))
+    where = torch.device("cpu") if where.type == "mps" else where  # which has no float64
+    factorized, out = Path(factorized), Path(out)
+    manifest = Manifest.read(factorized)
+    weights = weight_source(factorized, manifest, base)
+    source = open_part(tuned, manifest.source.subfolder)
+    inputs = [factorized, *weights.folders(), *source.folders()]
+    check_output_file(out, inputs, overwrite=overwrite, but=factorized / SCALES_FILE)
+    check_room(*download_needs(source, weights))
+    check_not_the_source(out, manifest)
+    aliases = {target.tensor: target.tensors[1:] for target in manifest.targets}
+    shapes = {target.tensor: target.shape for target in manifest.targets}
+    with ExitStack() as stack:
+        with phase(progress, "reading headers"):
+            names = {entry.name for shard in manifest.shards for entry in weights.header(shard).tensors}
+            model = stack.enter_context(TunedModel(source, shapes, names, aliases))
+        projector = stack.enter_context(_Projector(factorized, manifest, weights, model, where))
+        projector.run(progress)
+        found = projector.found
+    for read in (source, weights):
+        read.watch.check()
+    write_scales(out, {key: one.scales for key, one in found.items()}, manifest.fingerprint)
+    note_what_is_unlikely(source.name, [one.sums.norms(key) for key, one in found.items()])
+    total = _Sums()
+    for one in found.values():
+        total.add(one.sums)
+    return ProjectReport(
+        out,
+        manifest.fingerprint,
+        sum(target.trainable for target in manifest.targets),
+        tuple(found[target.key].sums.projection(target.key) for target in manifest.targets),
+        total.projection("all"),
+    )
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Squared Frobenius norms, of any number of matrices: of W, W_t, W_t - W, and of what scales explain of that."""
+
+    weight: float = 0.0
+    tuned: float = 0.0
+    change: float = 0.0
+    explained: float = 0.0
+    largest: float = 0.0
+
+    def add(self, other: _Sums) -> None:
+        self.weight += other.weight
+        self.tuned += other.tuned
+        self.change += other.change
+        self.explained += other.explained
+        self.largest = max(self.largest, other.largest)
+
+    def norms(self, key: str) -> Norms:
+        return Norms(key, math.sqrt(self.weight), math.sqrt(self.tuned), math.sqrt(self.change))
+
+    def projection(self, key: str) -> Projection:
+        change = math.sqrt(self.change / self.weight) if self.weight else None if self.change else 0.0
+        # Rounding may take what is explained in full beyond the whole.
+        return Projection(key, change, min(1.0, self.explained / self.change) if self.change else None, self.largest)
+
+
+@dataclass(slots=True)
+class _Found:
+    """What has been found of a target: scales float32 (k,), or (B, k) for a stack."""
+
+    scales: torch.Tensor
+    sums: _Sums = field(default_factory=_Sums)
+
+
+class _Projector:
+    """Compares the two models, shard by shard. A context manager, for one thread.
+
+    Args:
+        factorized, manifest: of the checkpoint.
+        weights: where its weight files are.
+        tuned: the fine-tuned model.
+        device: where the arithmetic runs; it must have float64.
+    """
+
+    def __init__(
+        self,
+        factorized: Path,
+        manifest: Manifest,
+        weights: OwnWeights | BaseWeights,
+        tuned: TunedModel,
+        device: torch.device,
+    ) -> None:
+        self._factorized = factorized
+        self._manifest = manifest
+        self._weights = weights
+        self._tuned = tuned
+        self._device = device
+        self._quantized: Mapping[str, Scaled] = {}
+        fp8 = [target.tensor for target in manifest.targets if target.dtype == FP8]
+        if fp8 and isinstance(weights, BaseWeights):
+            self._quantized = weights.quantized(factorized, manifest)
+        if lost := [tensor for tensor in fp8 if tensor not in self._quantized]:
+            raise SourceError(f"the base is not that of this overlay: {lost[0]!r} is not FP8 there")
+        shards = {shard.source.file: shard for shard in manifest.shards}
+        self._dequantizer = Dequantizer(lambda file: shard_path(weights, shards, file), weights.watch)
+        self.found = {target.key: _Found(torch.ones(target.scales_shape, dtype=torch.float32)) for target in manifest.targets}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._dequantizer.__exit__(kind, error, trace)
+
+    def run(self, progress: Progress) -> None:
+        """Fill ``found``. Shards without targets are not read."""
+        owners = {target.shard for target in self._manifest.targets}
+        shards = [shard for shard in self._manifest.shards if shard.source.file in owners]
+        with phase(progress, "projecting", sum(shard.source.size for shard in shards)):
+            for shard in shards:
+                self._shard(shard, progress)
+
+    def _shard(self, shard: ShardRecord, progress: Progress) -> None:
+        path, expected = self._weights.file(shard)
+        targets: dict[str, list[TargetRecord]] = {}
+        for target in self._manifest.targets_of(shard.source.file):
+            targets.setdefault(target.tensor, []).append(target)
+        with (
+            FactorsReader(self._factorized, shard) as reader,
+            ShardReader(path, name=path.name, watch=self._weights.watch) as stored,
+            ShardWalk(stored, {name: some[0].at_a_time for name, some in targets.items()}) as walk,
+        ):
+            if lost := sorted(targets.keys() - {entry.name for entry in stored.header.tensors}):
+                raise FormatError(f"{path}: a target of the manifest is not there", got="nothing", expected=lost[0])
+            for piece in reported(walk, progress):
+                if isinstance(piece, TargetPiece):
+                    self._piece(piece, targets[piece.entry.name], reader)
+        if walk.sha256 != expected.sha256:
+            overlay = isinstance(self._weights, BaseWeights)
+            raise not_as_described(path, walk.sha256, expected, BASE_HINT if overlay else DAMAGED_HINT)
+
+    def _piece(self, piece: TargetPiece, targets: Sequence[TargetRecord], reader: FactorsReader) -> None:
+        for target in targets:
+            check_entry(piece.entry, target)
+        tuned = self._tuned.weight(piece)
+        weight = self._dequantizer.weight(piece.tensor, piece.first, self._quantized.get(piece.entry.name))
+        for target in targets:
+            view, found = target.seen_as, self.found[target.key]
+            rows = found.scales.view(-1, target.rank)
+            for i, matrices in enumerate(zip(view.matrices(weight), view.matrices(tuned), strict=True), piece.first):
+                rows[i] = self._matrix(matrices, target, i, reader, found.sums)
+
+    def _matrix(
+        self,
+        matrices: _Pair,
+        target: TargetRecord,
+        index: int,
+        reader: FactorsReader,
+        sums: _Sums,
+    ) -> torch.Tensor:
+        """The scales of one matrix, float32 (k,)."""
+        factors = reader.factors(target, index)
+        own = isinstance(self._weights, OwnWeights)
+        correction = reader.correction(target, index) if own and self._manifest.lossless else None
+
+        def compute(pairs: Sequence[_Pair], where: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+            (weight, tuned), kept = (part.to(where) for part in pairs[0]), factors.to(where)
+            if own:
+                weight = approximate(weight, kept) if correction is None else join(weight, kept, correction)
+            components, norms = _components(weight, tuned, kept)
+            return [(components.cpu(), norms.cpu())]
+
+        try:
+            components, norms = as_memory_allows(compute, [matrices], self._device)[0]
+        except CorruptCorrection as error:
+            what = f"{target.shard}: the correction of {target.key!r} is damaged ({error})"
+            raise FormatError(what, hint=DAMAGED_HINT) from error
+        scales = (1 + components / factors.s.double()).float()
+        scales = torch.where((factors.s > 0) & torch.isfinite(scales), scales, 1)
+        explained = components[scales != 1].square().sum().item()
+        largest = (scales.double() - 1).abs().max().item()
+        before, after, change = norms.tolist()
+        sums.add(_Sums(before, after, change, explained, largest))
+        return scales
+
+
+def _components(weight: torch.Tensor, tuned: torch.Tensor, factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a change D = tuned - weight has in the direction of each ``u_i v_i^T``, and how large weight and change are.
+
+    Args:
+        weight, tuned: (m, n), any float dtypes.
+        factors: of the weight, on the same device, one with float64.
+
+    Returns:
+        ``u_i^T D v_i``, float64 (k,), and ``||weight||^2``, ``||tuned||^2`` and ``||D||^2``, float64 (3,).
+    """
+    (m, n), left, right = weight.shape, factors.U.double(), factors.V.double()
+    step = min(m, max(1, BLOCK_ENTRIES // n) * (1 if weight.device.type == "cpu" else DEVICE_BLOCKS))
+    components, norms = right.new_zeros(right.shape[1]), right.new_zeros(3)
+    # Fresh memory for every block would cost many times the arithmetic.
+    wide, difference, product = (right.new_empty(step, columns) for columns in (n, n, right.shape[1]))
+    for first in range(0, m, step):
+        rows = slice(first, min(first + step, m))
+        count = rows.stop - first
+        before = wide[:count].copy_(weight[rows])
+        after = difference[:count].copy_(tuned[rows])
+        size = torch.linalg.vector_norm(after)
+        change = after.sub_(before)
+        components += torch.mm(change, right, out=product[:count]).mul_(left[rows]).sum(dim=0)
+        norms += torch.stack([torch.linalg.vector_norm(before), size, torch.linalg.vector_norm(change)]).square()
+    return components, norms

@@ -1,0 +1,323 @@
+"""Files of a factorized checkpoint made anew from the model it was made from, to the bytes that the manifest records."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from surgery.device import as_memory_allows
+from surgery.engine.lane import Lane
+from surgery.engine.resources import Memory
+from surgery.engine.walk import Piece, ShardWalk, TargetPiece
+from surgery.errors import FormatError, OptionError, OutputError, SourceError, SurgeryError
+from surgery.files.files import FileRecord, FileWriter, copy_file, not_as_described, reporting, sync_directory
+from surgery.format.factors import FactorsReader
+from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
+from surgery.format.safetensors import ShardReader
+from surgery.format.scales import write_untouched
+from surgery.linalg.lossless import split
+from surgery.memory import bytes_of
+from surgery.names import JOURNAL_DIR, SCALES_FILE
+from surgery.planning.memory import collected_bytes, need_to_factorize, share_out
+from surgery.planning.plan import Layout, ShardPlan
+from surgery.planning.recipes import Recipe, find_recipe
+from surgery.planning.targets import Choice, Target, extent
+from surgery.progress import Progress, note, phase
+from surgery.run.engines import LocalEngine
+from surgery.run.output import Need, check_room, download_needs, locked, not_as_recorded
+from surgery.shards.factorize_shard import Job, run_job
+from surgery.shards.matrices import Settings
+from surgery.source.model import Source, open_source
+from surgery.weights.base import BASE_HINT, check_entry, open_base
+from surgery.weights.quantization import FP8, Scaled, read_quantization
+
+#: Where files are made before they take their places.
+_PLACE = f"{JOURNAL_DIR}/repaired"
+
+
+@dataclass(frozen=True, slots=True)
+class Repaired:
+    """What has been made anew.
+
+    Attributes:
+        files: which files, as they are recorded now.
+        failed: of those that could not be, why.
+    """
+
+    files: tuple[str, ...]
+    failed: Mapping[str, SurgeryError]
+
+
+def source_to_repair_from(manifest: Manifest, base: str | Path | None) -> Source:
+    """The model that a checkpoint was made from: what the user says it is, or the one on the hub that the manifest names.
+
+    Raises:
+        OptionError: neither.
+        SourceError, FormatError: see ``open_source``.
+    """
+    record = manifest.source
+    if base is None and record.repo_id is not None:
+        return open_source(record.repo_id, revision=record.commit, subfolder=record.subfolder)
+    if base is None:
+        raise OptionError(
+            "--repair needs the model that was factorized, and the manifest does not say where that is",
+            expected="--base MODEL: what is missing in residuals and factors is in no other file of the checkpoint",
+        )
+    return open_base(base, manifest)
+
+
+def repair_files(folder: Path, manifest: Manifest, source: Source, by: LocalEngine, progress: Progress) -> Repaired:
+    """Make anew what is missing or not as recorded, each file whole or not at all.
+
+    Residuals whose factors are whole follow from these and the weights on any machine. Factors need the SVD again, in the way
+    they were made first: only the same versions on the same kind of device give the same bits. Nothing takes the place of a
+    file unless its hash is that of the manifest. Scales that are missing become what factorize writes, all 1; scales that are
+    there stay as they are, whatever they are.
+
+    Args:
+        folder, manifest: the checkpoint.
+        source: the model it was made from; only read.
+        by: who does the work.
+        progress: told how far it is.
+
+    Raises:
+        OutputError: another run holds the folder, or has put another result there, it is one with the source's, or the disk
+            is too small or fails.
+    """
+    files: list[str] = []
+    failed: dict[str, SurgeryError] = {}
+    with locked(folder, source.folders()):
+        # Until the source is open, which may take long, another run may have put another result in this one's place.
+        if Manifest.read(folder) != manifest:
+            raise OutputError(f"{folder} has become another checkpoint meanwhile", hint="run the same command again")
+        lost = set(not_as_recorded(folder, manifest.output_files()))
+        try:
+            for record in manifest.files:
+                if record.file in lost:
+                    _copy(folder, source, record, files, failed)
+            which = [i for i, shard in enumerate(manifest.shards) if any(record.file in lost for record in _made(shard))]
+            if which:
+                needed = sum(record.size for i in which for record in _made(manifest.shards[i]))
+                check_room(Need(folder, needed, "what is repaired"), *download_needs(source))
+                work = _Repairing(folder, manifest, source, lost, progress)
+                memory = work.memory(by, which)
+                with phase(progress, "repairing", sum(manifest.shards[i].source.size for i in which)):
+                    with closing(by.run(work, which, memory)) as finished:
+                        for _, (done, error, wanted) in finished:
+                            files += done
+                            if error is not None:
+                                failed.update(dict.fromkeys(wanted, error))
+        finally:
+            source.close()
+            shutil.rmtree(folder / _PLACE, ignore_errors=True)
+        if not (folder / SCALES_FILE).exists() and not (folder / SCALES_FILE).is_symlink():
+            write_untouched(folder / SCALES_FILE, manifest.targets, manifest.fingerprint)
+            files.append(SCALES_FILE)
+            note(f"{SCALES_FILE} was missing: it is as factorize writes it, all 1; trained scales are to be put in its place")
+    return Repaired(tuple(files), failed)
+
+
+def _made(shard: ShardRecord) -> list[FileRecord]:
+    return [record for record in (shard.residual, shard.factors) if record is not None]
+
+
+def _copy(folder: Path, source: Source, record: FileRecord, files: list[str], failed: dict[str, SurgeryError]) -> None:
+    try:
+        if record.file not in source.selection.others:
+            raise SourceError(f"{source.name} has no {record.file}", hint=BASE_HINT)
+        copy_file(source.fetch(record.file), folder / record.file, record.file, record)
+        files.append(record.file)
+    except SurgeryError as error:
+        failed[record.file] = error
+
+
+class _Repairing:
+    """What is done with damaged shards, see ``LocalWork``: the files made, what went wrong, and for which files."""
+
+    def __init__(self, folder: Path, manifest: Manifest, source: Source, lost: set[str], progress: Progress) -> None:
+        self._folder = folder
+        self._manifest = manifest
+        self._source = source
+        self._there = frozenset(source.selection.shards)
+        self._lost = lost
+        self._progress = progress
+        self._window = 0
+        self._not_there: dict[int, SurgeryError] = {}
+        self._recipe = _recipe_of(manifest)
+        options = manifest.options
+        layout: Layout = "overlay" if manifest.layout == "overlay" else "residual"
+        self._settings = Settings(layout, options.correction, options.seed, options.tolerance)
+        self._quantized: dict[str, Scaled] = {}
+        if any(target.dtype == FP8 for target in manifest.targets):
+            headers = {shard: source.header(shard) for shard in source.selection.shards}
+            self._quantized = read_quantization(source.config(), headers, source.name)
+
+    def memory(self, by: LocalEngine, which: Iterable[int]) -> Memory:
+        """What the work takes; like that of the run that made them, so that the same matrices share a batch."""
+        targets = [self._target(one) for i in which for one in self._manifest.targets_of(self._manifest.shards[i].source.file)]
+        memory = share_out(
+            [need_to_factorize(target) for target in targets],
+            by.resources,
+            kept=collected_bytes(targets, len(self._manifest.targets) + len(self._manifest.skipped)),
+        )
+        self._window = memory.window_bytes
+        return memory
+
+    def acquired(self, which: Iterable[int]) -> Iterator[int]:
+        for index in which:
+            shard = self._manifest.shards[index]
+            try:
+                if shard.source.file not in self._there:
+                    raise SourceError(f"{self._source.name} has no {shard.source.file}", hint=BASE_HINT)
+                self._source.fetch(shard.source.file)
+            except SurgeryError as error:  # others may be there
+                self._not_there[index] = error
+            yield index
+
+    def work(self, index: int, lane: Lane, read: Callable[[], object]) -> tuple[list[str], SurgeryError | None, list[str]]:
+        shard = self._manifest.shards[index]
+        wanted = [record.file for record in _made(shard) if record.file in self._lost]
+        place = self._folder / _PLACE / str(index)
+        try:
+            if index in self._not_there:
+                raise self._not_there[index]
+            path = self._source.fetch(shard.source.file)
+            if (size := path.stat().st_size) != shard.source.size:
+                raise not_as_described(path, f"of {size} bytes", shard.source, BASE_HINT)
+            if shard.factors is None or shard.factors.file not in self._lost:
+                made = [self._residual(shard, path, place, lane, read)]
+            else:
+                made = self._all(index, path, place, lane, read)
+            return self._put(shard, made, place), None, []
+        except SurgeryError as error:
+            return [], error, wanted
+
+    def close(self) -> None:
+        self._source.close()
+
+    def _put(self, shard: ShardRecord, made: Sequence[FileRecord], place: Path) -> list[str]:
+        """What is as recorded takes its place, all of it or nothing."""
+        expected = {record.file: record for record in _made(shard)}
+        for record in made:
+            if record.file in self._lost and record != expected[record.file]:
+                raise FormatError(
+                    f"{record.file} cannot be made again to the same bytes: it stays as it is",
+                    got=f"sha256 {record.sha256}",
+                    expected=f"sha256 {expected[record.file].sha256}",
+                    hint=f"the SVD has other bits with another version of torch (here {torch.__version__}, then "
+                    f"{self._manifest.torch}), surgery, or kind of device (then {self._manifest.device}): use those, or "
+                    "factorize again",
+                )
+        done = []
+        for record in made:
+            if record.file in self._lost:
+                target = self._folder / record.file
+                with reporting(target):
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    (place / record.file).replace(target)
+                    sync_directory(target.parent)
+                done.append(record.file)
+        return done
+
+    def _all(self, index: int, path: Path, place: Path, lane: Lane, read: Callable[[], object]) -> list[FileRecord]:
+        """Residual and factors, as they were made first."""
+        shards, shard = self._manifest.shards, self._manifest.shards[index]
+        targets = tuple(self._target(record) for record in self._manifest.targets_of(shard.source.file))
+        with ShardReader(path, name=shard.source.file, watch=self._source.watch) as reader:
+            planned = ShardPlan(shard.source.file, shard.source.size, reader.header, targets)
+            for record in self._manifest.targets_of(shard.source.file):
+                if (entry := reader.entries.get(record.tensor)) is None:
+                    raise SourceError(f"{path} has no {record.tensor}", hint=BASE_HINT)
+                check_entry(entry, record)
+        scales = {target.scaled.shard: self._source.fetch(target.scaled.shard) for target in targets if target.scaled}
+        job = Job(
+            planned, index, len(shards), path, None, None, place, None, scales, self._window, self._settings, self._source.watch
+        )
+        result = run_job(job, lane, self._progress, read)
+        if result.shard.source != shard.source:
+            raise not_as_described(path, result.shard.source.sha256, shard.source, BASE_HINT)
+        return _made(result.shard)
+
+    def _residual(self, shard: ShardRecord, path: Path, place: Path, lane: Lane, read: Callable[[], object]) -> FileRecord:
+        """The residual, from the weights and the factors that are there: the same bits on any machine."""
+        assert shard.residual is not None
+        by_name: dict[str, list[TargetRecord]] = {}
+        for target in self._manifest.targets_of(shard.source.file):
+            by_name.setdefault(target.tensor, []).append(target)
+        with ExitStack() as stack:
+            source = stack.enter_context(ShardReader(path, name=shard.source.file, watch=self._source.watch))
+            factors = stack.enter_context(FactorsReader(self._folder, shard)) if by_name else None
+            writer = stack.enter_context(FileWriter(place / shard.residual.file))
+            for name, targets in by_name.items():
+                if (entry := source.entries.get(name)) is None:
+                    raise SourceError(f"{path} has no {name}", hint=BASE_HINT)
+                check_entry(entry, targets[0])
+            portions = {name: targets[0].at_a_time for name, targets in by_name.items()}
+            writer.write(source.header.raw)
+
+            def split_window(window: Sequence[Piece]) -> None:
+                for piece in window:
+                    if isinstance(piece, TargetPiece) and factors is not None:
+                        for target in by_name[piece.entry.name]:
+                            _split(piece, target, factors, lane.device)
+
+            def finish(window: Sequence[Piece], _: None) -> None:
+                for piece in window:
+                    if isinstance(piece, TargetPiece):
+                        self._progress.item(piece.entry.name)
+                    writer.write(bytes_of(piece.buffer))
+                    self._progress.advance(len(piece))
+
+            walk = stack.enter_context(ShardWalk(source, portions, lane.buffers, lane.timing))
+            lane.flow(walk, self._window, split_window, finish, read)
+            if walk.sha256 != shard.source.sha256:
+                raise not_as_described(path, walk.sha256, shard.source, BASE_HINT)
+            return writer.commit(shard.residual.file)
+
+    def _target(self, record: TargetRecord) -> Target:
+        """A target as it was planned."""
+        options = self._manifest.options
+        choice = Choice(options.rank, options.energy, options.max_rank)
+        most, energy = extent(choice, self._recipe.rule_for(record.tensor) if self._recipe is not None else None)
+        short = min(record.matrices[1:])
+        return Target(
+            tensor=record.tensor,
+            shard=record.shard,
+            dtype=record.dtype,
+            shape=tuple(record.shape),
+            view=record.seen_as,
+            rank=record.rank if energy is None else min(most, short),
+            energy=energy,
+            asked=record.rank,
+            scaled=self._quantized.get(record.tensor),
+            aliases=tuple(record.aliases),
+        )
+
+
+def _recipe_of(manifest: Manifest) -> Recipe | None:
+    """The recipe that a run went by; None where there is none of that name here: with fixed ranks it makes no difference."""
+    if manifest.options.recipe is None:
+        return None
+    try:
+        return find_recipe(manifest.options.recipe)
+    except SurgeryError:
+        return None
+
+
+def _split(piece: TargetPiece, target: TargetRecord, factors: FactorsReader, device: torch.device) -> None:
+    """The residuals of a piece take the place of its weights."""
+    matrices = target.seen_as.matrices(piece.tensor)
+    for i, matrix in enumerate(matrices):
+        kept = factors.factors(target, piece.first + i)
+
+        def residual(weight: Sequence[torch.Tensor], where: torch.device) -> list[torch.Tensor]:
+            return [split(weight[0].to(where), kept.to(where), correct=False).residual.cpu()]  # noqa: B023  # used at once
+
+        matrix.copy_(as_memory_allows(residual, [matrix], device)[0])
+    if target.slice is not None:
+        target.seen_as.store(matrices, piece.tensor)

@@ -1,0 +1,269 @@
+"""Check a factorized checkpoint against its manifest, everything measured anew."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from surgery.commands.repair import Repaired, repair_files, source_to_repair_from
+from surgery.device import choose_devices, on_its_own_terms
+from surgery.engine.lane import Lane
+from surgery.errors import OptionError, SurgeryError
+from surgery.files.files import Watch
+from surgery.format.manifest import Manifest, fingerprint_of
+from surgery.format.scales import read_scales
+from surgery.linalg.svd import check_accuracy
+from surgery.names import MANIFEST_FILE, SCALES_FILE
+from surgery.planning.memory import known_bytes, need_to_verify, share_out
+from surgery.planning.targets import DEFAULT_MAX_RANK, matches
+from surgery.progress import Progress, listening, phase
+from surgery.reports import Report
+from surgery.run.engines import LocalEngine
+from surgery.run.output import check_room, download_needs
+from surgery.shards.verify_shard import Failure, Failures, ShardCheck, check_output_file
+from surgery.weights.base import BaseWeights, OwnWeights, open_base
+from surgery.weights.quantization import FP8, Scaled
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport(Report):
+    """What ``verify`` found.
+
+    Attributes:
+        ok: whether all that was looked at holds.
+        files, targets: how many were looked at.
+        failures: what does not hold.
+        unchecked: what could not be looked at, and why.
+        repaired: the files that were made anew.
+    """
+
+    ok: bool
+    files: int
+    targets: int
+    failures: tuple[Failure, ...]
+    unchecked: tuple[str, ...]
+    repaired: tuple[str, ...]
+
+
+@on_its_own_terms
+def verify(
+    factorized: str | Path,
+    *,
+    base: str | Path | None = None,
+    fast: bool = False,
+    repair: bool = False,
+    device: str | torch.device = "auto",
+    max_memory: int | None = None,
+    max_device_memory: int | None = None,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Check files, factors, recovery, certificates and scales of a factorized checkpoint, and repair its files if asked to.
+
+    Streams: the memory needed is set by the largest target and by how many are worked on at a time.
+
+    Args:
+        factorized: a folder written by ``factorize``.
+        base: the model it was made from, folder or hub id: for an overlay, or residuals without a correction, whose weights
+            cannot be looked at otherwise; ``unchecked`` says so. And for ``repair``, if the manifest does not name it.
+        fast: hashes and headers only.
+        repair: first make files anew that are missing or damaged, from the base, to the bytes that the manifest records; what
+            would come out otherwise is left as it is, and so are scales that are there.
+        device: where the arithmetic runs: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, several as ``cuda:0,cuda:1``, or ``all``
+            CUDA devices, a shard at a time on each.
+        max_memory, max_device_memory: as for ``factorize``.
+        progress: told how far it is, and what the user should know; without it that is a ``SurgeryWarning``.
+
+    Returns:
+        What does not hold, and what could not be looked at; ``ok`` where all holds that was looked at.
+
+    Raises:
+        OptionError: a base that is not needed, or with ``repair`` none.
+        OutputError: with ``repair``, another run holds the folder, it is the base, or the disk is too small or fails.
+        SurgeryError: there is no manifest to check against, or no such base.
+    """
+    progress = listening()
+    folder = Path(factorized)
+    manifest = Manifest.read(folder)
+    # Recovery is float64 arithmetic, which an Apple GPU does not have.
+    exact_on = "cpu" if choose_devices(str(device))[0].type == "mps" else str(device)
+    done = Repaired((), {})
+    if repair:
+        makes = LocalEngine(str(device), max_memory, max_device_memory, None)
+        done = repair_files(folder, manifest, source_to_repair_from(manifest, base), makes, progress)
+    failures, unchecked = Failures(), list[str]()
+    for file, error in done.failed.items():
+        reason = "; ".join(str(part) for part in (error.what, error.hint) if part)
+        failures.expect(False, file, "repair", reason, error.expected or "")
+    _check_manifest(manifest, failures)
+    _check_scales(folder, manifest, failures)
+    is_own = manifest.layout == "residual" and manifest.lossless
+    weights = None if fast else _weights(folder, manifest, None if repair and is_own else base, unchecked)
+    quantized: dict[str, Scaled] = {}
+    if isinstance(weights, BaseWeights) and any(target.dtype == FP8 for target in manifest.targets):
+        quantized = weights.quantized(folder, manifest)
+    watch = Watch()
+    checks = LocalEngine(exact_on, max_memory, max_device_memory, None)
+    kept = known_bytes(manifest.targets, len(manifest.targets) + len(manifest.skipped))
+    memory = share_out([need_to_verify(target) for target in manifest.targets], checks.resources, kept=kept)
+    work = _Verifying(folder, manifest, weights, quantized, watch, memory.window_bytes, progress, fast=fast)
+    with phase(progress, "verifying", work.bytes_read):
+        for record in manifest.files:
+            progress.item(record.file)
+            check_output_file(folder, record, watch, failures)
+            progress.advance(record.size)
+        found: dict[int, list[Failure]] = {}
+        with closing(checks.run(work, range(len(manifest.shards)), memory)) as finished:
+            found.update(finished)
+        for index in range(len(manifest.shards)):
+            failures.found += found[index]
+        _check_unchanged([watch] if weights is None else [watch, weights.watch], failures)
+    if fast:
+        unchecked.append("factors, recovery and certificates (--fast)")
+    return VerifyReport(
+        ok=not failures.found,
+        files=len(manifest.output_files()),
+        targets=len(manifest.targets),
+        failures=tuple(failures.found),
+        unchecked=tuple(unchecked),
+        repaired=done.files,
+    )
+
+
+class _Verifying:
+    """What is done with the shards, see ``LocalWork``: what does not hold of each."""
+
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        weights: OwnWeights | BaseWeights | None,
+        quantized: dict[str, Scaled],
+        watch: Watch,
+        window_bytes: int,
+        progress: Progress,
+        *,
+        fast: bool,
+    ) -> None:
+        self._folder = folder
+        self._manifest = manifest
+        self._weights = weights
+        self._quantized = quantized
+        self._watch = watch
+        self._window_bytes = window_bytes
+        self._progress = progress
+        self._fast = fast
+        self._shards = {shard.source.file: shard for shard in manifest.shards}
+        self._passed: dict[str, set[str]] = {}
+        for skipped in manifest.skipped:
+            self._passed.setdefault(skipped.shard, set()).add(skipped.tensor)
+
+    @property
+    def bytes_read(self) -> int:
+        """Those of residuals that give their weights back once: they are hashed on the way."""
+        written = sum(record.size for record in self._manifest.output_files())
+        is_base = isinstance(self._weights, BaseWeights)
+        return written + (sum(shard.source.size for shard in self._manifest.shards) if is_base else 0)
+
+    def acquired(self, which: Iterable[int]) -> Iterator[int]:
+        base = self._weights if isinstance(self._weights, BaseWeights) else None
+        is_fetched = base is not None and bool(download_needs(base))
+        for index in which:
+            if base is not None and is_fetched:
+                shard = self._manifest.shards[index]
+                self._progress.item(f"fetching {shard.source.file}")
+                with suppress(SurgeryError):  # the check of the shard meets it again, and tells
+                    base.file(shard)
+            yield index
+
+    def work(self, index: int, lane: Lane, read: Callable[[], object]) -> list[Failure]:
+        shard = self._manifest.shards[index]
+        check = ShardCheck(
+            folder=self._folder,
+            manifest=self._manifest,
+            shard=shard,
+            passed=self._passed.get(shard.source.file, set()),
+            shards=self._shards,
+            weights=self._weights,
+            quantized=self._quantized,
+            watch=self._watch,
+            headers_only=self._fast,
+            window_bytes=self._window_bytes,
+            progress=self._progress,
+        )
+        return check.run(lane, read)
+
+    def close(self) -> None:
+        """All is there already, or is told of."""
+
+
+def _check_manifest(manifest: Manifest, failures: Failures) -> None:
+    """What the entries of a manifest say of each other."""
+    options = manifest.options
+
+    def expect(holds: bool, check: str, got: object = "", expected: object = "") -> None:
+        failures.expect(holds, MANIFEST_FILE, check, got, expected)
+
+    fingerprint = fingerprint_of(manifest.targets)
+    expect(fingerprint == manifest.fingerprint, "fingerprint", manifest.fingerprint, fingerprint)
+    try:
+        check_accuracy(options.tolerance, options.seed)
+    except SurgeryError as error:
+        failures.fail(MANIFEST_FILE, error)
+    shards = {shard.source.file for shard in manifest.shards}
+    there = shards | {record.file for record in manifest.files}
+    for left in manifest.left_out:
+        expect(left.file not in there and bool(left.reason), "what is left out is not there", left.file)
+    for file, count in Counter(left.file for left in manifest.left_out).items():
+        expect(count == 1, "what is left out is named once", file)
+    for (tensor, shard), count in Counter((skipped.tensor, skipped.shard) for skipped in manifest.skipped).items():
+        expect(count == 1 and shard in shards, "what is passed over is in one of the weight files", f"{tensor} in {shard}")
+    for skipped in manifest.skipped:
+        expect(bool(skipped.reason), "what is passed over has a reason", skipped.tensor)
+    for target in manifest.targets:
+        chosen = not options.include or any(matches(tensor, options.include) for tensor in target.tensors)
+        expect(chosen and not matches(target.tensor, options.exclude), "include and exclude choose the target", target.tensor)
+        short = min(target.matrices[1:])
+        if options.rank is not None:
+            expect(target.rank == min(options.rank, short), f"rank of {target.key}", target.rank, min(options.rank, short))
+        elif options.energy is not None and (options.max_rank is not None or options.recipe is None):
+            most = min(options.max_rank or DEFAULT_MAX_RANK, short)
+            expect(target.rank <= most, f"rank of {target.key}", target.rank, f"at most {most}")
+
+
+def _check_scales(folder: Path, manifest: Manifest, failures: Failures) -> None:
+    try:
+        read_scales(folder / SCALES_FILE, manifest)
+    except SurgeryError as error:
+        failures.fail(SCALES_FILE, error)
+
+
+def _check_unchanged(watches: list[Watch], failures: Failures) -> None:
+    """What was found must hold of all files at the same time."""
+    for watch in watches:
+        try:
+            watch.check()
+        except SurgeryError as error:
+            failures.fail("at the end", error)
+
+
+def _weights(
+    folder: Path, manifest: Manifest, base: str | Path | None, unchecked: list[str]
+) -> OwnWeights | BaseWeights | None:
+    if manifest.layout == "residual" and manifest.lossless:
+        if base is not None:
+            raise OptionError(
+                "--base is not needed here: this checkpoint holds its own weights", hint="leave --base out, or add --repair"
+            )
+        return OwnWeights(folder)
+    if base is not None:
+        weights = BaseWeights(open_base(base, manifest))
+        check_room(*download_needs(weights))
+        return weights
+    kind = "an overlay" if manifest.layout == "overlay" else "a residual without a correction"
+    unchecked.append(f"weights and certificates: {kind} does not hold its weights (--base MODEL)")
+    return None

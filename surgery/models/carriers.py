@@ -1,0 +1,386 @@
+"""Which parameters of a model the targets of a checkpoint are in, how their modules use them, and the factors to match."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Container, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery.errors import OptionError
+from surgery.format.manifest import Manifest, TargetRecord
+from surgery.linalg.lossless import Factors
+from surgery.models.accelerate_api import at_hand, is_kept_elsewhere
+from surgery.models.peft_api import is_wrapper
+from surgery.models.placement import Place, Positions, homes, locate, parameter_names
+from surgery.models.terms import Term
+from surgery.models.transformers_api import is_conv1d, is_from_transformers
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's and PEFT's wrappers.
+
+    Raises:
+        OptionError: it is in a wrapper for several processes or devices, which has taken its parameters already.
+    """
+    inner: Any = model
+    while True:
+        if hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        elif type(inner).__name__ in ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel"):
+            raise OptionError(f"the model is in {type(inner).__name__} already", hint="attach first, then wrap")
+        elif is_wrapper(inner):
+            inner = inner.get_base_model()
+        else:
+            unwrapped: nn.Module = inner
+            return unwrapped
+
+
+def places_of(model: nn.Module, manifest: Manifest) -> dict[str, list[Place]]:
+    """Tensor of a target, or an alias of one -> where it is, for the targets that the model has.
+
+    A loader may drop tensors of a checkpoint: layers for multi-token prediction, the vision tower of a model that is
+    loaded for its text.
+
+    Raises:
+        OptionError: the model has none of the targets, or lacks most of them, by number and by size; or, where names are
+            taken as they are, it has a target under another name; or the checkpoint holds a parameter under a name that the
+            manifest does not know as that of the target.
+    """
+    shapes: dict[str, Sequence[int] | None] = {skipped.tensor: None for skipped in manifest.skipped}
+    shapes |= {tensor: target.shape for target in manifest.targets for tensor in target.tensors}
+    places = locate(model, shapes)
+    if absent := [target for target in manifest.targets if places.keys().isdisjoint(target.tensors)]:
+        _check_lacking(model, manifest, absent, shapes, lacks_all=not places)
+    _check_alone(model, manifest, shapes)
+    return places
+
+
+def _check_lacking(
+    model: nn.Module, manifest: Manifest, absent: Sequence[TargetRecord], known: Container[str], *, lacks_all: bool
+) -> None:
+    renamed = None if is_from_transformers(model) else _renamed(model, absent, known)
+    by_number = 2 * len(absent) > len(manifest.targets)
+    by_size = 2 * sum(target.entries for target in absent) > sum(target.entries for target in manifest.targets)
+    if renamed is not None or lacks_all or (by_number and by_size):
+        raise OptionError(
+            f"{absent[0].tensor!r} is not in this model, nor are {len(absent) - 1} others of {len(manifest.targets)} targets",
+            got=type(model).__name__ + (f", with {renamed!r} of the same shape" if renamed is not None else ""),
+            expected="the model that the checkpoint loads as",
+            hint="attach to the transformers model inside a wrapper; or leave out what the model does not have: --exclude",
+        )
+
+
+def _renamed(model: nn.Module, absent: Sequence[TargetRecord], known: Container[str]) -> str | None:
+    """A parameter of the shape of an absent target that is in the checkpoint under no name.
+
+    It could hold the residual of that target, and would compute without its leading directions.
+    """
+    parameters = {name: model.get_parameter(full) for name, full in parameter_names(model).items()}
+    loaded = {id(parameter) for name, parameter in parameters.items() if name in known}
+    shapes = {tuple(target.shape) for target in absent}
+    found = (name for name, own in parameters.items() if id(own) not in loaded and tuple(own.shape) in shapes)
+    return next(found, None)
+
+
+def _check_alone(model: nn.Module, manifest: Manifest, tensors: Iterable[str]) -> None:
+    """Refuse a parameter that the checkpoint holds more than once, if the manifest does not know it: a fold would edit one.
+
+    Raises:
+        OptionError: naming both tensors.
+    """
+    together: dict[int, dict[str, str]] = {}  # parameter -> its names that anything is loaded into, and a tensor that is
+    for tensor, name in homes(model, tensors).items():
+        together.setdefault(id(model.get_parameter(name)), {}).setdefault(name, tensor)
+    twice = {tensor: set(found.values()) for found in together.values() if len(found) > 1 for tensor in found.values()}
+    for target in manifest.targets:
+        for tensor in target.tensors:
+            if others := sorted(twice.get(tensor, set()).difference(target.tensors)):
+                raise OptionError(
+                    f"{target.key!r} is one parameter of the model with {others[0]!r}, which a fold would leave as it is",
+                    got=f"a model that ties them; {others[0]!r} had other bytes, or it was not known that it is tied",
+                    hint="factorize a local copy of the model, of which all weights are compared; or load it without tying: "
+                    "tie_word_embeddings=False",
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A module that holds a parameter.
+
+    Attributes:
+        module, name: where it is.
+        kind: how it is used: ``linear``, ``transposed``, ``embedding``, ``convolution``, or in an ``unknown`` way.
+        readers: other modules that read it by themselves, past the forward of this one.
+    """
+
+    module: nn.Module
+    name: str
+    kind: str
+    readers: tuple[nn.Module, ...] = ()
+
+    @property
+    def described(self) -> str:
+        text = f"a weight of {type(self.module).__name__}"
+        return text + (f", which {type(self.readers[0]).__name__} reads past its forward" if self.readers else "")
+
+
+@dataclass(slots=True)
+class Carrier:
+    """A parameter, all modules that hold it, and what it gets.
+
+    Attributes:
+        layers: one, or several for tied weights.
+        shape: of the weight, also where that is stored in another way.
+        quantized: whether it is.
+        stack: whether it is seen as a batch of matrices.
+    """
+
+    layers: list[Layer]
+    shape: tuple[int, ...]
+    quantized: bool
+    stack: bool = False
+
+    @property
+    def rows_and_columns(self) -> tuple[int, int]:
+        shape = self.shape[1:] if self.stack else self.shape
+        return shape[0], math.prod(shape[1:])
+
+    def present(self) -> AbstractContextManager[Any]:
+        """The weight is where it is computed with, even if accelerate keeps it elsewhere."""
+        module = self.layers[0].module
+        return at_hand(module) if is_kept_elsewhere(module) and self.weight().is_meta else nullcontext()
+
+    def weight(self) -> torch.Tensor:
+        layer = self.layers[0]
+        return layer.module.get_parameter(layer.name).detach()
+
+
+def carriers_of(model: nn.Module, names: Iterable[str]) -> dict[str, Carrier]:
+    """Full name of a parameter -> its carrier, the same for all names of one parameter."""
+    readers = _readers(model)
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append((module, name))
+    made: dict[int, Carrier] = {}
+    carriers = {}
+    for name in names:
+        parameter = model.get_parameter(name)
+        if id(parameter) not in made:
+            made[id(parameter)] = _carrier(name, parameter, holders[id(parameter)], readers)
+        carriers[name] = made[id(parameter)]
+    return carriers
+
+
+def _carrier(
+    name: str,
+    parameter: nn.Parameter,
+    holders: Sequence[tuple[nn.Module, str]],
+    readers: dict[tuple[int, str], list[nn.Module]],
+) -> Carrier:
+    first: Any = holders[0][0]
+    quantized = _is_quantized(first, parameter, name)
+    layers = []
+    for module, attribute in holders:
+        reading = tuple(readers.get((id(module), attribute), ()))
+        layers.append(Layer(module, attribute, _kind(module, attribute, quantized, bool(reading)), reading))
+        if quantized and reading:
+            raise OptionError(
+                f"{name!r} is quantized, and {layers[-1].described}",
+                hint="leave it out with --exclude, or load the model without quantization",
+            )
+    shape = (first.out_features, first.in_features) if quantized else tuple(parameter.shape)
+    return Carrier(layers, shape, quantized)
+
+
+def _readers(model: nn.Module) -> dict[tuple[int, str], list[nn.Module]]:
+    """Module, by its id, and the name of a parameter -> modules that use it by themselves, past the forward of its own.
+
+    Such as the mixer of Mamba with its dt_proj, attention with its out_proj, DBRX with the weights of its experts. Told by
+    their source, in want of anything better; ``Scales.save`` warns of a layer that was never used.
+    """
+    found: dict[tuple[int, str], list[nn.Module]] = {}
+    for reader in model.modules():
+        for chain in _chains(type(reader)):  # type: ignore[arg-type]  # types have a hash
+            module = reader
+            for part, after in zip(chain, (*chain[1:], ""), strict=True):
+                if part in module._modules and module._modules[part] is not None:
+                    module = module._modules[part]  # type: ignore[assignment]
+                    continue
+                # Its own parameters are used in its own forward; of others, their dtype alone is no use.
+                if part in module._parameters and module is not reader and not _METADATA.fullmatch(after):
+                    known = found.setdefault((id(module), part), [])
+                    if reader not in known:
+                        known.append(reader)
+                break
+    return found
+
+
+_METADATA = re.compile("dtype|device|shape|size|ndim|dim|numel|requires_grad|is_[a-z]+")
+
+
+@cache
+def _chains(kind: Any) -> frozenset[tuple[str, ...]]:
+    """What the source of a class says as ``self.a.b.c``, but for what is only asked for its type."""
+    chains: set[tuple[str, ...]] = set()
+    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        with suppress(OSError, TypeError, AttributeError):  # made at run time, or without source
+            found = re.findall(r"(?<!isinstance\()\bself((?:\.\w+){2,})", inspect.getsource(base))
+            chains.update(tuple(chain[1:].split(".")) for chain in found)
+    return frozenset(chains)
+
+
+def _is_quantized(module: nn.Module, weight: nn.Parameter, name: str) -> bool:
+    if is_sharded(weight):
+        raise OptionError(f"{name!r} is sharded over processes", hint="attach first, then shard the model")
+    plain = is_plain(weight)
+    if not plain and not isinstance(module, nn.Linear):
+        raise OptionError(
+            f"{name!r} is quantized, and not the weight of a linear layer",
+            got=f"{type(weight).__name__} of {weight.dtype} in {type(module).__name__}",
+            hint="load the model without quantization",
+        )
+    return not plain
+
+
+def _kind(module: Any, name: str, quantized: bool, used_by_parent: bool) -> str:
+    """How a module uses a parameter. A subclass with a forward of its own may do anything with it."""
+    if isinstance(module, nn.RNNBase):
+        raise OptionError("scales cannot be attached to recurrent layers", hint="leave them out with --exclude")
+    kind: Any = type(module)
+    forward = kind.forward
+    if name != "weight" or used_by_parent:
+        return "unknown"
+    if quantized or forward is nn.Linear.forward:
+        return "linear"
+    if is_conv1d(module):
+        return "transposed"
+    if forward is nn.Embedding.forward and module.max_norm is None:
+        return "embedding"
+    return "convolution" if forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward) else "unknown"
+
+
+def terms_of(
+    target: TargetRecord, places: Sequence[Place], carriers: dict[str, Carrier], factors: Sequence[Factors]
+) -> Iterator[tuple[Carrier, Term]]:
+    """The directions of a target, matrix by matrix, as they lie in the parameters that it is in.
+
+    Args:
+        target: with its ``places`` and the ``carriers`` of these.
+        factors: of its matrices.
+
+    Raises:
+        OptionError: a parameter has not the shape that the checkpoint's tensor gives it.
+    """
+    for place in places:
+        carrier = carriers[place.parameter]
+        if place.shape != carrier.shape:
+            raise OptionError(
+                f"{target.tensor!r} does not fit the parameter {place.parameter!r} of the model",
+                got=list(carrier.shape),
+                expected=list(place.shape),
+                hint="give the model that was factorized; bitsandbytes transposes the weights of GPT-2's Conv1D"
+                if carrier.quantized
+                else "give the model that was factorized, with the vocabulary that it had",
+            )
+        carrier.stack, region = _region(target, place)
+        rows, columns = carrier.rows_and_columns
+        for matrix, index in zip(region.matrices, region.of_target, strict=True):
+            left, right = factors[index].U, factors[index].V
+            if region.transposed:
+                left, right = right, left
+            left, right = _placed(left, region.rows, rows), _placed(right, region.columns, columns)
+            yield carrier, Term(index * target.rank, matrix, left, right)
+
+
+@dataclass(frozen=True, slots=True)
+class _Region:
+    """Where matrices of a target are in a parameter.
+
+    Attributes:
+        matrices: which of the parameter's, ``[0]`` unless it is a stack.
+        of_target: which of the target's are there.
+        rows, columns: positions in the matrix of the parameter, and those in the target's that are there.
+        transposed: whether rows of the parameter are columns of the target.
+    """
+
+    matrices: Sequence[int]
+    of_target: Sequence[int]
+    rows: tuple[Positions, Positions]
+    columns: tuple[Positions, Positions]
+    transposed: bool
+
+
+def _region(target: TargetRecord, place: Place) -> tuple[bool, _Region]:
+    """And whether the parameter is a stack."""
+    piece = place.piece
+    if target.view == "convolution":
+        whole = tuple(range(len(target.shape)))
+        if piece.axes != whole or any(
+            len(piece.of[i]) != target.shape[i] or place.shape[i] != target.shape[i] for i in whole[1:]
+        ):
+            raise _unknown_place(target, place)
+        every = range(math.prod(target.shape[1:]))
+        rows = _in_slice(target, 0, piece.at[0], piece.of[0])
+        return False, _Region([0], [0], rows, _in_slice(target, 1, every, every), transposed=False)
+    row, column = (1, 2) if target.view == "stack" else (0, 1)
+    stack = len(piece.axes) == 3
+    if piece.axes[-2:] not in ((row, column), (column, row)) or len(piece.axes) - stack != 2:
+        raise _unknown_place(target, place)
+    transposed = piece.axes[-2] == column
+    cut = [_in_slice(target, 0 if piece.axes[axis] == row else 1, piece.at[axis], piece.of[axis]) for axis in (-2, -1)]
+    if not stack:
+        return False, _Region([0], [0], cut[0], cut[1], transposed)
+    matrices, of_target = ([int(i) for i in positions[0]] for positions in (piece.at, piece.of))
+    return True, _Region(
+        matrices, of_target if piece.axes[0] == 0 and target.view == "stack" else [0], cut[0], cut[1], transposed
+    )
+
+
+def _unknown_place(target: TargetRecord, place: Place) -> OptionError:
+    return OptionError(
+        f"{target.tensor!r} lies in the parameter {place.parameter!r} of the model in a way that scales cannot follow",
+        got=f"axes {place.piece.axes} of a {target.view}",
+        hint="fold the scales instead, or leave it out with --exclude",
+    )
+
+
+def _in_slice(target: TargetRecord, axis: int, at: Positions, of: Positions) -> tuple[Positions, Positions]:
+    """Positions in a parameter, and in the target's matrix instead of the whole tensor's."""
+    part = target.slice
+    if part is None or part.axis != axis:
+        return at, of
+    index = torch.as_tensor(of)
+    phase = index % part.period
+    inside = (phase >= part.start) & (phase < part.stop)
+    local = index // part.period * (part.stop - part.start) + phase - part.start
+    return torch.as_tensor(at)[inside], local[inside]
+
+
+def _placed(factor: torch.Tensor, positions: tuple[Positions, Positions], length: int) -> torch.Tensor:
+    """Rows of a factor (any, k) where they belong among ``length``, zero elsewhere."""
+    at, of = positions
+    # Of a tensor that is cut the first part has the positions of the whole parameter, and not of the whole factor.
+    if len(factor) == length and isinstance(at, range) and isinstance(of, range) and at == of == range(length):
+        return factor
+    placed = factor.new_zeros(length, factor.shape[1])
+    placed[torch.as_tensor(at)] = factor[torch.as_tensor(of)]
+    return placed
+
+
+def is_plain(parameter: nn.Parameter) -> bool:
+    """Whether it is not quantized: libraries store integers, 8-bit floats, or a kind of tensor of their own."""
+    return type(parameter) is nn.Parameter and parameter.is_floating_point() and parameter.element_size() > 1
+
+
+def is_sharded(parameter: torch.Tensor) -> bool:
+    """Whether it is a DTensor, asked without importing what these are."""
+    return hasattr(parameter, "device_mesh")

@@ -1,0 +1,324 @@
+"""Where the tensors of a checkpoint lie in a loaded model.
+
+Names and shapes in a file are not always those in memory: transformers renames, stacks the experts of a layer, joins
+what is separate on disk and takes apart what is fused. Its own conversion runs here on stand-ins for the tensors that
+keep account of positions, so that a model family needs no entry of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery.errors import OptionError
+from surgery.models.peft_api import own_name
+from surgery.models.transformers_api import converted, is_from_transformers, loaded_by, reordered_axis
+
+#: Indices along an axis; a range where they are consecutive, which is nearly always.
+Positions = range | torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of a checkpoint's tensor and where it is in a parameter.
+
+    Attributes:
+        tensor: its name in the checkpoint.
+        axes: for each axis of the parameter the axis of the tensor, None where the parameter stacks several tensors.
+        at: for each axis of the parameter, positions in it.
+        of: for each axis of the parameter, the positions in the tensor that are there; those of a stack are ``range(1)``.
+    """
+
+    tensor: str
+    axes: tuple[int | None, ...]
+    at: tuple[Positions, ...]
+    of: tuple[Positions, ...]
+
+    @classmethod
+    def whole(cls, tensor: str, shape: Sequence[int]) -> Piece:
+        """All of a tensor, in a parameter of the same shape."""
+        every = tuple(range(size) for size in shape)
+        return cls(tensor, tuple(range(len(shape))), every, every)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A piece, the full name of the parameter that it is in, and the shape that this must have."""
+
+    parameter: str
+    shape: tuple[int, ...]
+    piece: Piece
+
+
+def locate(model: nn.Module, tensors: Mapping[str, Sequence[int] | None]) -> dict[str, list[Place]]:
+    """Find the tensors of a checkpoint among the parameters of a model.
+
+    Args:
+        model: any module; names of a transformers model are mapped as ``from_pretrained`` does it, those of another are
+            taken as they are.
+        tensors: name in the checkpoint -> shape, for all of its tensors; None where the shape is not known.
+
+    Returns:
+        Name in the checkpoint -> places, for the tensors whose shapes are known and that are in the model.
+
+    Raises:
+        OptionError: transformers converts a tensor in a way that cannot be followed.
+        MissingExtra: its release does not tell how it does.
+    """
+    names = parameter_names(model)
+    found: dict[str, list[Place]] = {}
+    for parameter, symbol in _loaded(model, names, tensors):
+        if parameter not in names:  # a part of a fused tensor that this model has no use for
+            continue
+        for piece in symbol.pieces:
+            found.setdefault(piece.tensor, []).append(Place(names[parameter], tuple(symbol.shape), piece))
+    return found
+
+
+def homes(model: nn.Module, tensors: Iterable[str]) -> dict[str, str]:
+    """Tensors of a checkpoint -> full names of the parameters that a loader puts them into, alone or with others; without
+    those that are not in the model. What the shapes are does not matter."""
+    names = parameter_names(model)
+    if not is_from_transformers(model):
+        return {name: names[name] for name in tensors if name in names}
+    groups = _groups(model, names, tensors)
+    return {
+        name: names[renamed] for renamed, (_, sources) in groups.items() for members in sources.values() for name in members
+    }
+
+
+def parameter_names(model: nn.Module) -> dict[str, str]:
+    """Names of parameters without what PEFT has put around the layers -> names as they are."""
+    return {own_name(name): name for name, _ in model.named_parameters(remove_duplicate=False)}
+
+
+def _loaded(
+    model: nn.Module, names: dict[str, str], tensors: Mapping[str, Sequence[int] | None]
+) -> Iterator[tuple[str, _Symbol]]:
+    """Parameters and what is in them, for those that anything of a known shape goes to."""
+    if not is_from_transformers(model):
+        for name, shape in tensors.items():
+            if name in names and shape is not None:
+                yield name, _Symbol.of_tensor(name, shape)
+        return
+    for renamed, (converter, sources) in _groups(model, names, tensors).items():
+        known = [shape for members in sources.values() for name in members if (shape := tensors[name]) is not None]
+        if not known:
+            continue
+        # A tensor that is passed over is there for the positions of others, and shaped like its neighbours: if it is not,
+        # the result has not the shape of the parameter, or not the bytes.
+        symbols = {
+            pattern: [
+                _Symbol.of_tensor(name, shape) if (shape := tensors[name]) is not None else _Symbol(tuple(known[0]), ())
+                for name in members
+            ]
+            for pattern, members in sources.items()
+        }
+        if converter is None:
+            several = [name for members in sources.values() for name in members]
+            if len(several) > 1:
+                raise OptionError(f"two tensors of the checkpoint are loaded as {renamed!r}", got=several)
+            ((_, (symbol,)),) = symbols.items()
+            yield renamed, symbol
+        else:
+            yield from _converted(model, converter, renamed, symbols).items()
+
+
+def _groups(model: nn.Module, names: dict[str, str], tensors: Iterable[str]) -> dict[str, tuple[Any, dict[str, list[str]]]]:
+    """Parameters of a transformers model -> how it converts what is loaded into them, if so, and the tensors, by pattern."""
+    groups: dict[str, tuple[Any, dict[str, list[str]]]] = {}
+    for loaded in loaded_by(model, names, tensors):
+        _, sources = groups.setdefault(loaded.parameter, (loaded.converter, {}))
+        sources.setdefault(loaded.pattern or loaded.tensor, []).append(loaded.tensor)
+    return groups
+
+
+def _converted(model: nn.Module, converter: Any, name: str, symbols: dict[str, list[_Symbol]]) -> dict[str, _Symbol]:
+    """What a converter of transformers makes of the tensors that it collects for a parameter."""
+    names = [symbol.pieces[0].tensor for members in symbols.values() for symbol in members if symbol.pieces]
+    try:
+        made: dict[str, _Symbol] = converted(converter, [_followed(op) for op in converter.operations], model, name, symbols)
+        return made
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        operations = ", ".join(type(op).__name__ for op in converter.operations)
+        raise OptionError(
+            f"{names[0]!r} cannot be followed into the model: transformers loads it by {operations}",
+            got=error,
+            hint="leave it out with --exclude, or fold the scales instead",
+        ) from error
+
+
+class _Symbol:
+    """Stands for a tensor and knows which entries of which checkpoint tensors are where in it.
+
+    It has what the operations of a conversion ask of a tensor, and no data.
+    """
+
+    def __init__(self, shape: tuple[int, ...], pieces: tuple[Piece, ...]) -> None:
+        self.shape = torch.Size(shape)
+        self.pieces = pieces
+
+    @classmethod
+    def of_tensor(cls, name: str, shape: Sequence[int]) -> _Symbol:
+        return cls(tuple(shape), (Piece.whole(name, shape),))
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def contiguous(self) -> _Symbol:
+        return self
+
+    def data_ptr(self) -> int:
+        return 0  # asked for its alignment
+
+    def squeeze(self, dim: int) -> _Symbol:
+        dim %= self.ndim
+        if self.shape[dim] != 1:
+            return self
+        if any(piece.axes[dim] is not None for piece in self.pieces):
+            raise NotImplementedError("an axis of one matrix is dropped")
+        return _Symbol(
+            _without(self.shape, dim), tuple(_every(piece, lambda axis: _without(axis, dim)) for piece in self.pieces)
+        )
+
+    def transpose(self, dim0: int, dim1: int) -> _Symbol:
+        order = list(range(self.ndim))
+        order[dim0], order[dim1] = order[dim1], order[dim0]
+
+        def moved(axis: tuple[Any, ...]) -> tuple[Any, ...]:
+            return tuple(axis[i] for i in order)
+
+        return _Symbol(moved(self.shape), tuple(_every(piece, moved) for piece in self.pieces))
+
+    def narrow(self, dim: int, start: int, length: int) -> _Symbol:
+        dim %= self.ndim
+        pieces = []
+        for piece in self.pieces:
+            at, of = piece.at[dim], piece.of[dim]
+            if isinstance(at, range):
+                first, last = max(at.start, start), min(at.stop, start + length)
+                kept: Any = slice(first - at.start, last - at.start)
+                moved: Positions = range(first - start, last - start)
+                some = last > first
+            else:
+                kept = (at >= start) & (at < start + length)
+                moved = at[kept] - start
+                some = bool(kept.any())
+                of = torch.as_tensor(of)
+            if some:
+                pieces.append(replace(piece, at=_with(piece.at, dim, moved), of=_with(piece.of, dim, of[kept])))
+        return _Symbol(_with(tuple(self.shape), dim, length), tuple(pieces))
+
+    def permuted(self, dim: int, order: torch.Tensor) -> _Symbol:
+        """Position j along an axis now has what was at ``order[j]``."""
+        places = torch.empty_like(order)
+        places[order] = torch.arange(len(order))
+        return _Symbol(
+            tuple(self.shape),
+            tuple(replace(piece, at=_with(piece.at, dim, places[torch.as_tensor(piece.at[dim])])) for piece in self.pieces),
+        )
+
+    def _moved(self, dim: int, offset: int) -> tuple[Piece, ...]:
+        def shifted(at: Positions) -> Positions:
+            return range(at.start + offset, at.stop + offset) if isinstance(at, range) else at + offset
+
+        return tuple(replace(piece, at=_with(piece.at, dim, shifted(piece.at[dim]))) for piece in self.pieces)
+
+    @staticmethod
+    def _cat(symbols: Sequence[_Symbol], dim: int = 0) -> _Symbol:
+        dim %= symbols[0].ndim
+        if len({_without(symbol.shape, dim) for symbol in symbols}) > 1:
+            raise ValueError(f"shapes {[list(symbol.shape) for symbol in symbols]} are joined along axis {dim}")
+        pieces: list[Piece] = []
+        length = 0
+        for symbol in symbols:
+            pieces += symbol._moved(dim, length)
+            length += symbol.shape[dim]
+        return _Symbol(_with(tuple(symbols[0].shape), dim, length), tuple(pieces))
+
+    @staticmethod
+    def _stack(symbols: Sequence[_Symbol], dim: int = 0) -> _Symbol:
+        def grown(piece: Piece) -> Piece:
+            return Piece(
+                piece.tensor,
+                (*piece.axes[:dim], None, *piece.axes[dim:]),
+                (*piece.at[:dim], range(1), *piece.at[dim:]),
+                (*piece.of[:dim], range(1), *piece.of[dim:]),
+            )
+
+        return _Symbol._cat(
+            [_Symbol((*symbol.shape[:dim], 1, *symbol.shape[dim:]), tuple(map(grown, symbol.pieces))) for symbol in symbols],
+            dim,
+        )
+
+    @staticmethod
+    def _chunk(symbol: _Symbol, chunks: int, dim: int = 0) -> tuple[_Symbol, ...]:
+        return _Symbol._split(symbol, -(-symbol.shape[dim] // chunks), dim)
+
+    @staticmethod
+    def _split(symbol: _Symbol, sizes: int | Sequence[int], dim: int = 0) -> tuple[_Symbol, ...]:
+        if isinstance(sizes, int):
+            sizes = [min(sizes, symbol.shape[dim] - start) for start in range(0, symbol.shape[dim], sizes)]
+        return tuple(symbol.narrow(dim, sum(sizes[:i]), size) for i, size in enumerate(sizes))
+
+    @staticmethod
+    def _transpose(symbol: _Symbol, dim0: int, dim1: int) -> _Symbol:
+        return symbol.transpose(dim0, dim1)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known: dict[Any, Callable[..., Any]] = {
+            torch.cat: cls._cat,
+            torch.stack: cls._stack,
+            torch.chunk: cls._chunk,
+            torch.split: cls._split,
+            torch.transpose: cls._transpose,
+        }
+        if function not in known:
+            return NotImplemented
+        return known[function](*args, **(kwargs or {}))
+
+
+def _followed(op: Any) -> Any:
+    """An operation that works on symbols: itself, but for those that put the rows of a matrix into another order."""
+    axis = reordered_axis(op)
+    return op if axis is None else _Reordering(op, axis)
+
+
+class _Reordering:
+    """An operation that permutes one axis, found out by giving it the numbers 0, 1, 2 ..."""
+
+    def __init__(self, op: Any, axis: int) -> None:
+        self._op = op
+        self._axis = axis
+
+    def convert(self, input_dict: Mapping[str, Any], **known: Any) -> dict[str, _Symbol]:
+        done = {}
+        for pattern, symbols in input_dict.items():
+            symbol: _Symbol = symbols[0] if isinstance(symbols, list) else symbols
+            shape = _with((1,) * symbol.ndim, self._axis, symbol.shape[self._axis])
+            numbers = {pattern: torch.arange(symbol.shape[self._axis]).view(shape)}
+            ((name, order),) = self._op.convert(numbers, **known).items()
+            done[name] = symbol.permuted(self._axis, order.flatten())
+        return done
+
+
+def _every(piece: Piece, change: Any) -> Piece:
+    """A piece with the same change of its axes everywhere."""
+    return Piece(piece.tensor, change(piece.axes), change(piece.at), change(piece.of))
+
+
+def _with(values: tuple[Any, ...], dim: int, value: Any) -> tuple[Any, ...]:
+    return (*values[:dim], value, *values[dim + 1 :])
+
+
+def _without(values: tuple[Any, ...], dim: int) -> tuple[Any, ...]:
+    return (*values[:dim], *values[dim + 1 :])

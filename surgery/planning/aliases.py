@@ -1,0 +1,293 @@
+"""Tensors that hold one parameter more than once: a tied embedding with its head written out, blocks that a model shares.
+
+A loader makes one parameter of them, so that what is trained is one thing, and a fold has to edit them together. It does so
+only if their bytes are the same; if they are not, each is a parameter of its own, whatever the config says (transformers 5.23).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery.errors import MissingExtra, OptionError, SourceError
+from surgery.escapes import quoted_glob
+from surgery.files.pool import Pool
+from surgery.format.manifest import Alias, Manifest
+from surgery.format.safetensors import Header, ShardReader, TensorEntry, same_bytes
+from surgery.models.placement import Place, Positions, locate
+from surgery.models.skeleton import skeleton
+from surgery.names import CONFIG_FILE
+from surgery.planning.plan import Plan
+from surgery.planning.targets import Target, in_block, is_embedding
+from surgery.planning.unloaded import why_unloaded
+from surgery.source.model import Source
+
+#: What is looked at first of each tensor: so many stretches of so many bytes.
+_STRETCHES = 3
+_STRETCH_BYTES = 64
+
+#: Parts of a config, by how their keys end, that may say of a language model whether it ties its head.
+_LANGUAGE_PARTS = ("text_config", "language_config", "llm_config", "thinker_config", "decoder")
+
+#: A tensor and the weight file that it is in.
+_Stored = tuple[TensorEntry, str]
+
+
+def find_aliases(
+    source: Source, headers: Mapping[str, Header], targets: Sequence[Target], *, fetch: bool
+) -> tuple[dict[str, tuple[Alias, ...]], list[str]]:
+    """The tensors that are the same parameter as that of a target.
+
+    Embeddings are compared with all that is shaped like them. In a local model, so is every other target, by a few of its
+    bytes first.
+
+    Args:
+        source, headers: the model.
+        targets: chosen of it.
+        fetch: whether weight files may be fetched to compare embeddings.
+
+    Returns:
+        Tensor of a target -> its aliases, which are no targets themselves; and what could not be known, in words.
+
+    Raises:
+        OptionError: an embedding and another tensor are the same, and it cannot be known whether the model ties them; or tied
+            tensors are FP8.
+    """
+    chosen = {target.tensor: target for target in targets}
+    config = source.config()
+    alike: dict[tuple[str, tuple[int, ...]], list[_Stored]] = {}
+    for shard, header in headers.items():
+        for entry in header.tensors:
+            # What the model does not have is no parameter of it, such as the embedding that comes with a layer for prediction.
+            if why_unloaded(entry.name, config) is None:
+                alike.setdefault((entry.dtype, entry.shape), []).append((entry, shard))
+    groups = [places for places in alike.values() if len(places) > 1 and any(entry.name in chosen for entry, _ in places)]
+    # Not whether a hub model is in the cache: a run that is gone on with must find what it found when it began.
+    local = source.record.kind == "folder"
+    found: dict[str, tuple[Alias, ...]] = {}
+    notes: list[str] = []
+    unknown: list[tuple[str, str, str]] = []
+    ties = _Ties(source, headers)
+    with Pool(lambda shard: _Acquired(source, shard)) as readers:
+        for candidates in _candidates(groups, readers, chosen, local=local):
+            if not local and not fetch and source.bytes_to_fetch():
+                first, second = (entry.name for entry, _ in candidates[:2])
+                notes.append(
+                    f"{first} and {second} may be one parameter, stored twice: factorize compares them when it has them"
+                )
+                continue
+            for together in _equal(readers, candidates, ties, unknown):
+                kept, *others = sorted(together, key=lambda place: place[0].name not in chosen)  # stable: else as in the files
+                if kept[0].name not in chosen:
+                    continue
+                if chosen[kept[0].name].scaled is not None:
+                    names = [entry.name for entry, _ in together]
+                    raise _refused(source, names, "an FP8 weight that is stored twice cannot be edited", None)
+                found[kept[0].name] = tuple(Alias(entry.name, shard) for entry, shard in others)
+            if not local:  # what was fetched for this may have to make room
+                for _, shard in candidates:
+                    readers.forget(shard)
+    pairs = [(first, second, why) for first, second, why in unknown if first in chosen or second in chosen]
+    for *pair, why in pairs:
+        if any(map(is_embedding, pair)):
+            raise _refused(source, pair, "they hold the same weights, and it cannot be known whether the model ties them", why)
+    if pairs:
+        notes.append(_note_of_equal(len(pairs), *pairs[0][:2]))
+    return found, notes
+
+
+def notes_of_equal(source: Source, steps: Plan, manifest: Manifest) -> list[str]:
+    """What a run has found of targets of a hub model, which its plan could not compare."""
+    if manifest.source.kind == "folder":
+        return []
+    first_with: dict[tuple[str, str], str] = {}
+    pairs = [
+        (first, target.tensor)
+        for target in manifest.targets
+        if target.s_first
+        and (first := first_with.setdefault((target.dtype, target.sample_sha256), target.tensor)) != target.tensor
+    ]
+    ties = _Ties(source, {shard.file: shard.header for shard in steps.shards})
+    pairs = [pair for pair in pairs if ties.between(*pair)[0] is not False]
+    return [_note_of_equal(len(pairs), *pairs[0])] if pairs else []
+
+
+def _note_of_equal(count: int, first: str, second: str) -> str:
+    """That targets have the same weights, as those of copied blocks do, and may be one parameter all the same."""
+    return (
+        f"{second} holds the same weights as {first}"
+        + (f" ({count} such pairs)" if count > 1 else "")
+        + ", and the model may make one parameter of them: attach refuses them if it does, and --exclude leaves them out"
+    )
+
+
+def _candidates(
+    groups: Sequence[Sequence[_Stored]], readers: Pool[_Acquired], chosen: Mapping[str, Target], *, local: bool
+) -> Iterator[list[_Stored]]:
+    """Tensors that may be the same as that of a target."""
+    if not local:
+        for places in groups:
+            # Heads are in no block.
+            outside = [place for place in places if is_embedding(place[0].name) or not in_block(place[0].name)]
+            names = [entry.name for entry, _ in outside]
+            if len(names) > 1 and any(map(is_embedding, names)) and not chosen.keys().isdisjoint(names):
+                yield outside
+        return
+    by_shard: dict[str, list[tuple[TensorEntry, bool]]] = {}
+    for places in groups:
+        embeddings = any(is_embedding(entry.name) for entry, _ in places)
+        for entry, shard in places:
+            by_shard.setdefault(shard, []).append((entry, embeddings))
+    alike: dict[tuple[str, tuple[int, ...], bytes], list[_Stored]] = {}
+    for shard, members in by_shard.items():
+        with readers.of(shard) as reader:
+            for entry, embeddings in members:
+                some = _some_bytes(reader, entry)
+                # A weight of zeros has no directions to change; of an embedding that may be the rows for padding.
+                if embeddings or any(some):
+                    alike.setdefault((entry.dtype, entry.shape, some), []).append((entry, shard))
+    for places in alike.values():
+        if len(places) > 1 and any(entry.name in chosen for entry, _ in places):
+            yield places
+
+
+def _some_bytes(reader: ShardReader, entry: TensorEntry) -> bytes:
+    length = min(_STRETCH_BYTES, entry.nbytes)
+    starts = {entry.start + (entry.nbytes - length) * i // (_STRETCHES - 1) for i in range(_STRETCHES)}
+    found = bytearray(length * len(starts))
+    for i, start in enumerate(sorted(starts)):
+        reader.read_into(memoryview(found)[i * length : (i + 1) * length], start)
+    return bytes(found)
+
+
+class _Acquired(ShardReader):
+    """Of a weight file, which is fetched if need be, and may go when the reader is closed."""
+
+    def __init__(self, source: Source, shard: str) -> None:
+        self._source, self._shard = source, shard
+        super().__init__(source.acquire(shard), name=f"{source.name}/{shard}", watch=source.watch)
+
+    def close(self) -> None:
+        super().close()
+        self._source.release(self._shard)
+
+
+def _equal(
+    readers: Pool[_Acquired], candidates: Sequence[_Stored], ties: _Ties, unknown: list[tuple[str, str, str]]
+) -> Iterator[list[_Stored]]:
+    """Those that are one parameter, two or more at a time; pairs of which that is not known go to ``unknown``, with why."""
+    for left in ties.parted(candidates):
+        while len(left) > 1:
+            first, *rest = left
+            same, left = [first], []
+            for place in rest:
+                # Reading comes last: of a model whose blocks were copied that would be half of it.
+                tied, why = ties.between(first[0].name, place[0].name)
+                if tied is False or not _same_bytes(readers, first, place):
+                    left.append(place)
+                elif tied is None:
+                    unknown.append((first[0].name, place[0].name, why))
+                    # Of hundreds of copies each is told with the first; between an embedding and a head more may be known.
+                    if is_embedding(first[0].name) or is_embedding(place[0].name):
+                        left.append(place)
+                else:
+                    same.append(place)
+            if len(same) > 1:
+                yield same
+
+
+def _refused(source: Source, names: Sequence[str], what: str, why: str | None) -> OptionError:
+    return OptionError(
+        f"{source.name}: {names[0]} and {names[1]}: {what}",
+        got=why,
+        expected="one parameter, edited together, or two" if why else None,
+        hint=f"--exclude {quoted_glob(names[0])} --exclude {quoted_glob(names[1])}"
+        + ("; or say it in config.json: tie_word_embeddings" if why else ""),
+    )
+
+
+def _same_bytes(readers: Pool[_Acquired], first: _Stored, second: _Stored) -> bool:
+    (one, shard), (other, other_shard) = first, second
+    with readers.of(shard) as here, readers.of(other_shard) as there:
+        return same_bytes(here, one, there, other)
+
+
+class _Ties:
+    """Which tensors a model takes for one parameter, if their bytes are the same; by its class, else by its config."""
+
+    def __init__(self, source: Source, headers: Mapping[str, Header]) -> None:
+        self._source = source
+        self._shapes = {entry.name: entry.shape for header in headers.values() for entry in header.tensors}
+        self._model: nn.Module | None = None
+        self._places: dict[str, list[Place]] | None = None
+        self._why = ""
+
+    @property
+    def _known(self) -> dict[str, list[Place]]:
+        if self._places is None:
+            self._places = self._located()
+        return self._places
+
+    def parted(self, candidates: Sequence[_Stored]) -> list[list[_Stored]]:
+        """Those that may be one parameter by the model's class, together; all where it does not have all of them.
+
+        Each by itself, so that what is copied into hundreds of experts need not be held against each other pair by pair.
+        """
+        if any(entry.name not in self._known for entry, _ in candidates):
+            return [list(candidates)]
+        parts: dict[frozenset[tuple[Any, ...]], list[_Stored]] = {}
+        for entry, shard in candidates:
+            parts.setdefault(frozenset(self._spots(entry.name)), []).append((entry, shard))
+        return list(parts.values())
+
+    def between(self, first: str, second: str) -> tuple[bool | None, str]:
+        """Whether two are; None where that is not known, and why."""
+        # The class comes first: of a config with several parts it may follow any one, or none.
+        if first in self._known and second in self._known:
+            return self._spots(first) == self._spots(second), "the model's class says it"
+        if is_embedding(first) != is_embedding(second):  # an embedding and a head
+            config = self._source.config()
+            parts = [config, *(value for key, value in config.items() if key.endswith(_LANGUAGE_PARTS))]
+            said = [part["tie_word_embeddings"] for part in parts if isinstance(part, dict) and "tie_word_embeddings" in part]
+            if said and all(isinstance(one, bool) for one in said) and len(set(said)) == 1:
+                return said[0], "config.json says it"
+        return None, self._why or "the model's class does not have both"
+
+    def _located(self) -> dict[str, list[Place]]:
+        """Tensor -> where it is in the model, for those that are in it; nothing where its class is not known."""
+        if CONFIG_FILE not in self._source.selection.others:
+            self._why = f"there is no {CONFIG_FILE}"
+            return {}
+        folder: Path = self._source.fetch(CONFIG_FILE).parent
+        try:
+            self._model = skeleton(folder)
+        except (MissingExtra, SourceError) as error:
+            self._why = error.what
+            return {}
+        if self._model is None:
+            self._why = f"{CONFIG_FILE} does not say what class the model is"
+            return {}
+        try:
+            return locate(self._model, self._shapes)
+        except (MissingExtra, OptionError) as error:  # a conversion that cannot be followed
+            self._why = error.what
+            return {}
+
+    def _spots(self, tensor: str) -> set[tuple[Any, ...]]:
+        """The parameters that a tensor is in, and where in them: experts that are stacked share one."""
+        assert self._model is not None
+        return {
+            (
+                id(self._model.get_parameter(place.parameter)),
+                *(_hashable(one) for one in (place.piece.axes, *place.piece.at, *place.piece.of)),
+            )
+            for place in self._known[tensor]
+        }
+
+
+def _hashable(positions: Positions | tuple[int | None, ...]) -> Any:
+    return tuple(positions.tolist()) if isinstance(positions, torch.Tensor) else positions

@@ -1,0 +1,171 @@
+"""Who does the work of the shards: this process, or Ray."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
+
+import torch
+
+from surgery.device import choose_devices, device_name
+from surgery.engine.lane import Lane
+from surgery.engine.local import IN_HAND, run_jobs
+from surgery.engine.resources import Memory, Resources
+from surgery.errors import OptionError
+from surgery.memory import available_memory
+from surgery.timing import Timing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from surgery.engine.ray import Cluster, RemoteJob
+
+EngineName = Literal["local", "ray"]
+
+_Result = TypeVar("_Result")
+_Result_co = TypeVar("_Result_co", covariant=True)
+
+
+class LocalWork(Protocol[_Result_co]):
+    """What is to be done in this process with the shards of a run, which are known by their index."""
+
+    def acquired(self, which: Iterable[int]) -> Iterator[int]:
+        """Some shards, each when its files are on this machine."""
+
+    def work(self, index: int, lane: Lane, read: Callable[[], object], /) -> _Result_co:
+        """One of those; ``read`` is to be called when its files have been read."""
+
+    def close(self) -> None:
+        """No more files are wanted."""
+
+
+class ShardWork(LocalWork[_Result_co], Protocol[_Result_co]):
+    """The same, here or elsewhere."""
+
+    def remote(self, index: int) -> RemoteJob[_Result_co]:
+        """The same for another process, which gets the files by itself."""
+
+    def tell(self, index: int) -> None:
+        """It has been done elsewhere: the progress is to know."""
+
+
+class Engine(Protocol):
+    """Attributes: what a run may use, the device for its manifest, and how many weight files are used at a time."""
+
+    resources: Resources
+    device_name: str
+    files_at_a_time: int
+
+    def run(self, work: ShardWork[_Result], which: Sequence[int], memory: Memory) -> Generator[tuple[int, _Result], None, None]:
+        """Shards with their results, in the order in which they are finished. To be closed when left early."""
+
+
+class LocalEngine:
+    """This process, with one lane for each device."""
+
+    def __init__(self, device: str, max_memory: int | None, max_device_memory: int | None, timing: Timing | None) -> None:
+        _check_limits(max_memory, max_device_memory)
+        self._devices = choose_devices(device)
+        self._max_device_memory = max_device_memory
+        self._timing = timing
+        self.resources = _resources(self._devices, max_memory, max_device_memory)
+        self.device_name = device_name(self._devices[0])
+        self.files_at_a_time = len(self._devices) + 1
+
+    def run(self, work: LocalWork[_Result], which: Sequence[int], memory: Memory) -> Generator[tuple[int, _Result], None, None]:
+        """See ``Engine``."""
+        with _limited(self._devices, self._max_device_memory):
+            if (timing := self._timing) is not None:
+                count = len(self._devices)
+                writers = IN_HAND * count
+                timing.threads = {"download": 1, "reader": count, "worker": count * memory.workers, "writer": writers}
+                if self._devices[0].type == "cuda":
+                    timing.wait_for_device = lambda: torch.cuda.current_stream().synchronize()
+            lanes = [Lane(device, memory.workers, memory.buffer_bytes, timing) for device in self._devices]
+            try:
+                with closing(run_jobs(work.work, work.acquired(which), lanes)) as finished:
+                    yield from finished
+            finally:
+                work.close()
+
+
+class RayEngine:
+    """A cluster, with one task for each shard."""
+
+    def __init__(self, cluster: Cluster, max_memory: int | None, max_device_memory: int | None, timing: Timing | None) -> None:
+        self._cluster = cluster
+        self._timing = timing
+        device_memory = max_device_memory
+        if device_memory is None and cluster.device_memory is not None:
+            device_memory = cluster.device_memory * 4 // 5
+        memory = cluster.memory if max_memory is None else max_memory
+        self.resources = Resources(cluster.device, 1, cluster.cores, memory, max_memory is not None, device_memory)
+        self.device_name = cluster.device_name
+        self.files_at_a_time = 1
+
+    def run(self, work: ShardWork[_Result], which: Sequence[int], memory: Memory) -> Generator[tuple[int, _Result], None, None]:
+        """See ``Engine``."""
+        from surgery.engine.ray import run_remotely
+
+        jobs = {index: work.remote(index) for index in which}
+        with closing(run_remotely(jobs, self._cluster, memory, self._timing)) as finished:
+            for index, result in finished:
+                work.tell(index)
+                yield index, result
+
+
+@contextmanager
+def engine_of(
+    name: str, device: str, max_memory: int | None, max_device_memory: int | None, timing: Timing | None
+) -> Iterator[Engine]:
+    """The engine that a user means.
+
+    Raises:
+        OptionError: it has no such device, or a limit of memory is none.
+        MissingExtra: Ray is not installed.
+    """
+    if name == "local":
+        yield LocalEngine(device, max_memory, max_device_memory, timing)
+        return
+    _check_limits(max_memory, max_device_memory)
+    from surgery.engine.ray import connected
+
+    with connected(device) as cluster:
+        yield RayEngine(cluster, max_memory, max_device_memory, timing)
+
+
+def _check_limits(max_memory: int | None, max_device_memory: int | None) -> None:
+    for limit, value in (("max_memory", max_memory), ("max_device_memory", max_device_memory)):
+        if value is not None and value < 1:
+            raise OptionError(f"{limit} makes no sense", got=value, expected="a number of bytes, at least 1")
+
+
+def _resources(devices: Sequence[torch.device], max_memory: int | None, max_device_memory: int | None) -> Resources:
+    """What a run on these devices may use: by default half of the memory there is, and most of a GPU's."""
+    kind = devices[0].type
+    memory, available = max_memory, available_memory()
+    if memory is None and available is not None:
+        memory = available // 2
+    device_memory = max_device_memory
+    if kind == "cuda" and device_memory is None:
+        device_memory = min(torch.cuda.get_device_properties(device).total_memory for device in devices) * 4 // 5
+    cores = torch.get_num_threads() if kind == "cpu" else os.cpu_count() or 1
+    return Resources(kind, len(devices), cores, memory, max_memory is not None, device_memory)
+
+
+@contextmanager
+def _limited(devices: Sequence[torch.device], max_device_memory: int | None) -> Iterator[None]:
+    """A limit on the memory of GPUs is torch's own meanwhile."""
+    limited = []
+    if max_device_memory is not None and devices[0].type == "cuda":
+        limited = [torch.cuda.current_device() if device.index is None else device.index for device in devices]
+    for device in limited:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (max_device_memory or 0) / total), device)
+    try:
+        yield
+    finally:
+        for device in limited:
+            torch.cuda.set_per_process_memory_fraction(1.0, device)

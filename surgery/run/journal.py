@@ -1,0 +1,189 @@
+"""What an unfinished run has done so far, so that the same command goes on where it stopped.
+
+In a hidden folder of the output, which no loader looks into and which is gone when the run is finished: ``run.json`` says
+what the run is, and one file for each finished shard what became of it, written when all of the shard's files are in place.
+Such a record says which shard it is of, and of which run, and has its own hash: in another's place it is taken for damaged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from surgery.errors import FormatError, OutputError, ReadError, few
+from surgery.files.files import MAX_OWN_JSON_BYTES, read_json_object, reporting, write_file
+from surgery.files.sealed import read_sealed, sealed
+from surgery.names import FILES_FILE, JOURNAL_DIR, REPLACED_FILE, RUN_FILE
+
+
+class Journal:
+    """The journal of the run that writes to ``out``.
+
+    Args:
+        out: the output folder.
+        identity: all that the result depends on, as JSON: runs with the same give the same bytes.
+    """
+
+    def __init__(self, out: Path, identity: Mapping[str, Any]) -> None:
+        self._out = out
+        self._folder = out / JOURNAL_DIR
+        self._identity = json.loads(json.dumps(identity))
+        self._run = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+    @staticmethod
+    def is_there(out: Path) -> bool:
+        """Whether ``out`` holds a run that was begun and not finished."""
+        return (out / RUN_FILE).is_file()
+
+    @staticmethod
+    def forget(out: Path) -> None:
+        """The result in ``out`` is complete: the run is over. The first thing to go is what says that it has begun."""
+        with reporting(out):
+            (out / RUN_FILE).unlink(missing_ok=True)
+            (out / FILES_FILE).unlink(missing_ok=True)
+
+    @staticmethod
+    def is_replacing(out: Path) -> bool:
+        """Whether the result of the run that was begun is whole, and was about to take the place of the earlier one."""
+        return (out / REPLACED_FILE).is_file()
+
+    def matches(self) -> bool:
+        """Whether the run that was begun is this one."""
+        try:
+            return not self._differences()
+        except (FormatError, ReadError):
+            return False
+
+    def _differences(self) -> list[str]:
+        return differing(read_json_object(self._out / RUN_FILE, str(self._out / RUN_FILE)), self._identity)
+
+    @staticmethod
+    def files(out: Path) -> set[str]:
+        """What the run that was begun would write, and what it found of an earlier result: all that may be removed."""
+        return _listed(out / FILES_FILE)
+
+    def claim(self, files: set[str]) -> None:
+        """Say which files may be removed, before the first of them is."""
+        _list(self._out / FILES_FILE, files)
+
+    @staticmethod
+    def replaced(out: Path) -> set[str]:
+        """What is to go before the result takes its place."""
+        return _listed(out / REPLACED_FILE)
+
+    @staticmethod
+    def replace(out: Path, files: set[str]) -> None:
+        """Say that the result is whole, and which files are to go before it takes their place."""
+        _list(out / REPLACED_FILE, files)
+
+    def check(self) -> None:
+        """Refuse to go on with a run that is not this one.
+
+        Raises:
+            OutputError: says what differs.
+        """
+        try:
+            differences = self._differences()
+        except (FormatError, ReadError) as error:
+            raise OutputError(
+                f"{self._out} holds an unfinished run whose journal is damaged", got=error.what, hint="--overwrite starts anew"
+            ) from error
+        if differences:
+            raise OutputError(
+                f"{self._out} holds an unfinished run of another kind",
+                got=few(differences, between="; "),
+                expected="the same command on the same model, to go on with it",
+                hint="repeat the earlier command, start anew with --overwrite, or choose another folder with -o",
+            )
+
+    def drop(self) -> None:
+        """Any other run that was begun is not gone on with."""
+        with reporting(self._folder):
+            for path in (self._out / RUN_FILE, self._out / REPLACED_FILE, *self._folder.glob("[0-9]*.json*")):
+                clear_away(path)
+
+    def begin(self) -> None:
+        """Say that the run has begun."""
+        _write(self._out / RUN_FILE, json.dumps(self._identity, indent=1).encode())
+
+    @staticmethod
+    def count(out: Path) -> int:
+        """How many shards are finished."""
+        return len(list((out / JOURNAL_DIR).glob("[0-9]*.json")))
+
+    def record(self, index: int, file: str, value: Any) -> None:
+        """Say that a shard is finished.
+
+        Args:
+            index: of the shard, from 0.
+            file: its name in the source.
+            value: what became of it, as JSON.
+        """
+        _write(self._record(index), sealed({**self._whose(index, file), "value": value}))
+
+    def recorded(self, index: int, file: str) -> Any:
+        """What ``record`` was given for a shard; None if it is not finished, or what is there is not this run's word on it."""
+        path = self._record(index)
+        if not path.is_file() or path.is_symlink():
+            return None
+        try:
+            found = read_sealed(path, "")
+        except (FormatError, ReadError):
+            return None
+        value = found.pop("value", None)
+        return value if found == self._whose(index, file) else None
+
+    def _record(self, index: int) -> Path:
+        return self._folder / f"{index + 1:05d}.json"
+
+    def _whose(self, index: int, file: str) -> dict[str, Any]:
+        """What a record says of itself: the shard that it is of, and the run."""
+        return {"run": self._run, "shard": index, "file": file}
+
+
+def clear_away(path: Path) -> None:
+    """Nothing stays in the place of a file of ours, whatever somebody has put there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with reporting(path):
+        if not path.is_file():
+            clear_away(path)
+    write_file(path, data)
+
+
+def _list(path: Path, files: set[str]) -> None:
+    _write(path, json.dumps({"files": sorted(files)}).encode())
+
+
+def _listed(path: Path) -> set[str]:
+    """
+    Raises:
+        ReadError: the system does not let it be read.
+    """
+    try:
+        listed = read_json_object(path, str(path), most=MAX_OWN_JSON_BYTES).get("files") if path.is_file() else []
+    except FormatError:
+        return set()
+    return {name for name in listed if isinstance(name, str)} if isinstance(listed, list) else set()
+
+
+def differing(before: Any, now: Any, where: str = "") -> list[str]:
+    """Where two JSON values differ, each as ``path: before, now``."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return [
+            line
+            for key in sorted(before.keys() | now.keys())
+            for line in differing(before.get(key), now.get(key), f"{where}.{key}".lstrip("."))
+        ]
+    if before == now:
+        return []
+    return [f"{where}: {json.dumps(before)[:80]} then, {json.dumps(now)[:80]} now"]

@@ -1,0 +1,350 @@
+"""The work of one shard: its targets factorized, its residual and its factors written."""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from surgery.engine.lane import Lane
+from surgery.engine.walk import Piece, ShardWalk, TargetPiece, looked_at
+from surgery.errors import OutputError, SourceError
+from surgery.files.files import FileRecord, FileWriter, Watch
+from surgery.format.factors import FactorsHash
+from surgery.format.manifest import CertificateRecord, ShardRecord, ShardResult, TargetRecord
+from surgery.format.safetensors import TORCH_DTYPES, ShardReader, TensorFileWriter
+from surgery.format.sample import SampleHash
+from surgery.memory import bytes_of
+from surgery.names import PARTIALS_DIR, RUN_FILE, correction_key, factor_key, factors_file
+from surgery.planning.plan import ShardPlan
+from surgery.planning.targets import Target
+from surgery.progress import Progress, Silent
+from surgery.shards.matrices import Matrix, Result, Settings, factorize_matrices, truncate
+from surgery.source.origin import Origin, damaged
+from surgery.weights.quantized import Dequantizer
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """All that one shard's work depends on; run twice, it writes the same bytes.
+
+    Attributes:
+        shard: the source's weight file and its targets.
+        index, count: which of how many shards.
+        path: the weight file on this machine.
+        sha256: what the hub says that its hash is; None where nobody does.
+        again: the command that fetches it once more, if it comes from the hub.
+        out: the folder that is written to.
+        partials: where unfinished files are, if not beside the finished ones.
+        scales: the weight files that hold scales of FP8 targets, by name, and where they are on this machine.
+        window_bytes: how much of the shard is held at a time, so that matrices of one shape are solved together.
+        settings: as asked for.
+        watch: of the source.
+    """
+
+    shard: ShardPlan
+    index: int
+    count: int
+    path: Path
+    sha256: str | None
+    again: str | None
+    out: Path
+    partials: Path | None
+    scales: Mapping[str, Path]
+    window_bytes: int
+    settings: Settings
+    watch: Watch
+
+    def partial(self, file: str) -> Path | None:
+        """Where a file is until it is finished, if not beside it."""
+        return None if self.partials is None else self.partials / file.replace("/", "--")
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteShard:
+    """A job for another process, perhaps on another machine.
+
+    Attributes:
+        shard, index, count, window_bytes, settings: as for ``Job``.
+        origin: where its weight files come from.
+        out: the output folder of the run.
+        place: the folder that is written to, that one or one inside of it.
+    """
+
+    shard: ShardPlan
+    index: int
+    count: int
+    origin: Origin
+    out: Path
+    place: Path
+    window_bytes: int
+    settings: Settings
+
+    def __call__(self, lane: Lane, attempt: str) -> ShardResult:
+        """The result; unfinished files of several attempts do not meet."""
+        check_shared(self.out)
+        with ExitStack() as stack:
+            path = stack.enter_context(self.origin.file(self.shard.file))
+            scales = {other: stack.enter_context(self.origin.file(other)) for other in scale_files(self.shard)}
+            sha256 = self.origin.sha256(self.shard.file)
+            partials = self.out / PARTIALS_DIR / attempt
+            job = Job(
+                self.shard,
+                self.index,
+                self.count,
+                path,
+                sha256,
+                self.origin.again(self.shard.file),
+                self.place,
+                partials,
+                scales,
+                self.window_bytes,
+                self.settings,
+                Watch(pinned=self.origin.pinned),
+            )
+            return run_job(job, lane, Silent(), lambda: None)
+
+
+def scale_files(shard: ShardPlan) -> list[str]:
+    """The weight files that hold scales of its FP8 targets."""
+    return sorted({target.scaled.shard for target in shard.targets if target.scaled})
+
+
+def check_shared(out: Path) -> None:
+    """Refuse to work where the output folder of the run is not the one that it was begun with.
+
+    Raises:
+        OutputError: naming the machine.
+    """
+    if not (out / RUN_FILE).is_file():
+        raise OutputError(
+            f"{out} on {socket.gethostname()} is not the output folder of this run",
+            hint="-o must be a folder that every machine sees under the same path",
+        )
+
+
+def run_job(job: Job, lane: Lane, progress: Progress, read: Callable[[], object]) -> ShardResult:
+    """Factorize the targets of one shard and write its files.
+
+    Args:
+        job: what to do.
+        lane: where.
+        progress: told of each tensor that is done; called from threads.
+        read: called when the shard has been read.
+    """
+    factors_name = factors_file(job.index, job.count)
+    with ExitStack() as stack:
+        reader = stack.enter_context(ShardReader(job.path, name=job.shard.file, watch=job.watch))
+        _check_unchanged(reader, job.shard)
+        dequantizer = stack.enter_context(Dequantizer(job.scales.__getitem__, job.watch))
+        work: dict[str, list[_Collected]] = {}
+        for target in job.shard.targets:
+            ranked = _with_rank(target, reader, dequantizer, job, lane)
+            work.setdefault(target.tensor, []).append(_Collected(ranked))
+        residuals = (
+            stack.enter_context(FileWriter(job.out / job.shard.file, job.partial(job.shard.file)))
+            if job.settings.layout == "residual"
+            else None
+        )
+        keys = [key for parts in work.values() for part in parts for key in _keys(part.target, job)]
+        factors = (
+            stack.enter_context(TensorFileWriter(job.out / factors_name, keys, job.partial(factors_name))) if keys else None
+        )
+        portions = {name: parts[0].target.at_a_time for name, parts in work.items()}
+        walk = stack.enter_context(ShardWalk(reader, portions, lane.buffers, lane.timing))
+        if residuals:
+            residuals.write(reader.header.raw)
+
+        def factorize(window: Sequence[Piece]) -> list[Result]:
+            return _factorize(window, work, dequantizer, job.settings, lane.device)
+
+        def finish(window: Sequence[Piece], results: list[Result]) -> None:
+            _write(window, results, work, residuals, factors, progress)
+
+        def sample(piece: TargetPiece) -> None:
+            for part in work[piece.entry.name]:
+                part.sample.update(part.target.view.matrices(piece.tensor))
+
+        lane.flow(looked_at(walk, sample), job.window_bytes, factorize, finish, read)
+        if job.sha256 not in (None, walk.sha256):
+            raise damaged(job.shard.file, job.again, f"sha256 {walk.sha256}", f"sha256 {job.sha256}")
+        source = FileRecord(job.shard.file, reader.header.file_bytes, walk.sha256)
+        residual_record = residuals.commit(job.shard.file) if residuals else None
+        factors_record = factors.commit(factors_name) if factors else None
+    records = [part.record(job) for parts in work.values() for part in parts]
+    return ShardResult(ShardRecord(source, residual_record, factors_record), records)
+
+
+def _check_unchanged(reader: ShardReader, shard: ShardPlan) -> None:
+    if reader.header.tensors != shard.header.tensors:
+        raise SourceError(
+            f"{shard.file} has changed since the run was planned", hint="start again when nothing writes to the model"
+        )
+
+
+def _with_rank(target: Target, reader: ShardReader, dequantizer: Dequantizer, job: Job, lane: Lane) -> Target:
+    """The target itself, or for a stack that is to keep an energy with the rank that all of its matrices need for it.
+
+    They share one rank, so that their scales are one tensor, and it must be known before the first of them is done. So
+    such a stack is gone through twice.
+    """
+    if target.energy is None or target.view.kind != "stack":
+        return target
+    entry = reader.entries[target.tensor]
+
+    def rank_of(index: int) -> int:
+        weight = dequantizer.weight(reader.read(entry, index, 1), index, target.scaled)
+        matrix = target.view.matrices(weight)[0].to(lane.device)
+        return len(truncate(target, matrix, job.settings).s)
+
+    ranks = [lane.submit(rank_of, index) for index in range(target.matrices[0])]
+    return dataclasses.replace(target, rank=max(rank.result() for rank in ranks), energy=None)
+
+
+def _keys(target: Target, job: Job) -> list[str]:
+    """What the factors file will hold of a target."""
+    parts = [factor_key(target.key, part) for part in ("U", "s", "V")]
+    if job.settings.layout == "residual" and job.settings.correction:
+        parts += [correction_key(target.key, target.place(i)) for i in range(target.matrices[0])]
+    return parts
+
+
+@dataclass(slots=True)
+class _Collected:
+    """The results of a target so far, matrix by matrix."""
+
+    target: Target
+    done: int = 0
+    factors: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
+    certificates: list[CertificateRecord] = field(default_factory=list)
+    kept: float = 0.0
+    total: float = 0.0
+    s_first: float = 0.0
+    s_last: float = float("inf")
+    inexact: float = 0.0
+    factors_sha256: FactorsHash = field(default_factory=FactorsHash)
+    sample: SampleHash = field(init=False)
+    residual_sample: SampleHash = field(init=False)
+
+    def __post_init__(self) -> None:
+        dtype = TORCH_DTYPES[self.target.dtype]
+        self.sample, self.residual_sample = SampleHash(dtype), SampleHash(dtype)
+
+    def add(self, result: Result) -> None:
+        factors, certificate = result.factors, result.certificate
+        self.done += 1
+        self.factors.append((factors.U, factors.s, factors.V))
+        self.factors_sha256.update(factors)
+        self.certificates.append(
+            CertificateRecord(
+                method=str(certificate.method),
+                passes=int(certificate.passes),
+                converged=bool(certificate.converged),
+                residual=[rounded_to(value, 3) for value in certificate.residual.tolist()],
+                gap=[rounded_to(value, 3) for value in certificate.gap.tolist()],
+            )
+        )
+        self.kept += factors.s.double().square().sum().item()
+        self.total += result.norm**2
+        self.s_first, self.s_last = max(self.s_first, factors.s[0].item()), min(self.s_last, factors.s[-1].item())
+        self.inexact += result.inexact
+
+    def finished_factors(self) -> dict[str, torch.Tensor]:
+        """U (m, k), s (k,), V (n, k), for a stack one after the other in a dimension more."""
+        stack = self.target.view.kind == "stack"
+        U, s, V = (torch.stack(part) if stack else part[0] for part in zip(*self.factors, strict=True))
+        self.factors.clear()
+        return {"U": U, "s": s, "V": V}
+
+    def record(self, job: Job) -> TargetRecord:
+        target, residual = self.target, job.settings.layout == "residual"
+        return TargetRecord(
+            tensor=target.tensor,
+            shard=target.shard,
+            dtype=target.dtype,
+            shape=list(target.shape),
+            view=target.view.kind,
+            slice=target.view.slice,
+            rank=len(self.certificates[0].residual),
+            energy=rounded_to(min(self.kept / self.total, 1.0) if self.total else 1.0, 6),
+            s_first=self.s_first,
+            s_last=self.s_last,
+            sample_sha256=self.sample.hexdigest(),
+            residual_sample_sha256=self.residual_sample.hexdigest() if residual else None,
+            inexact=rounded_to(self.inexact / self.done, 3) if residual else None,
+            factors_sha256=self.factors_sha256.hexdigest(),
+            certificates=self.certificates,
+            aliases=list(target.aliases),
+        )
+
+
+def _factorize(
+    window: Sequence[Piece],
+    work: Mapping[str, list[_Collected]],
+    dequantizer: Dequantizer,
+    settings: Settings,
+    device: torch.device,
+) -> list[Result]:
+    """The results of all targets in a window. In the residual layout its tensors are replaced by their residuals."""
+    matrices: list[Matrix] = []
+    sliced = []
+    for piece in window:
+        if not isinstance(piece, TargetPiece):
+            continue
+        parts = work[piece.entry.name]
+        weight = dequantizer.weight(piece.tensor, piece.first, parts[0].target.scaled)
+        for part in parts:
+            seen = part.target.view.matrices(weight)
+            matrices += [Matrix(part.target, piece.first + i, matrix) for i, matrix in enumerate(seen)]
+            if part.target.view.slice is not None:
+                sliced.append((part.target.view, seen, piece.tensor))
+    results = factorize_matrices(matrices, settings, device)
+    if settings.layout == "residual":
+        for view, seen, tensor in sliced:
+            view.store(seen, tensor)
+    return results
+
+
+def _write(
+    window: Sequence[Piece],
+    results: Iterable[Result],
+    work: Mapping[str, list[_Collected]],
+    residuals: FileWriter | None,
+    factors: TensorFileWriter | None,
+    progress: Progress,
+) -> None:
+    """What has become of a window, in the order of the shard."""
+    done = {(result.matrix.target.key, result.matrix.index): result for result in results}
+    for piece in window:
+        if isinstance(piece, TargetPiece):
+            progress.item(piece.entry.name)
+            for part in work[piece.entry.name]:
+                for i in range(part.target.view.shape(piece.tensor.shape)[0]):
+                    _add(part, done.pop((part.target.key, piece.first + i)), factors)
+                if residuals:
+                    part.residual_sample.update(part.target.view.matrices(piece.tensor))
+        if residuals:
+            residuals.write(bytes_of(piece.buffer))
+        progress.advance(len(piece))
+
+
+def _add(part: _Collected, result: Result, factors: TensorFileWriter | None) -> None:
+    part.add(result)
+    target = part.target
+    if factors is None:
+        return
+    if result.correction is not None:
+        factors.add(correction_key(target.key, target.place(result.matrix.index)), result.correction)
+    if part.done == target.matrices[0]:
+        for name, tensor in part.finished_factors().items():
+            factors.add(factor_key(target.key, name), tensor)
+
+
+def rounded_to(value: float, digits: int) -> float:
+    """With so many significant digits, as the manifest and reports have numbers."""
+    return float(f"{value:.{digits}g}")

@@ -1,0 +1,208 @@
+"""How far a matrix determines its singular directions, and what became of them in another matrix.
+
+A scale that changes the order of singular values turns no direction, so directions are not compared by their place in the
+order: each is compared with the one that it is assigned to (``surgery.study.matching``). Directions that a matrix
+determines only together, as values are equal or nearly so, may be turned among themselves; they are taken such that they
+match best.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from surgery.linalg.precision import full_precision
+from surgery.linalg.svd import TruncatedSVD
+from surgery.study.matching import Floats, Indices, assignment, in_common, turned_onto
+
+Flags = NDArray[np.bool_]
+
+#: A direction is taken as determined by the matrix where the sine of its angle to the true one is bounded by this.
+IDENTIFIED_ANGLE = 0.1
+#: Values below this share of the largest are the rounding of float32.
+NOISE = 1e-6
+#: With more than this in common a direction is mostly another one, and no other is.
+_MOSTLY = 1 / 2
+#: With less than this in common with any one of the base (cosines of 1/2) a direction is new.
+_NEW = 1 / 4
+#: A direction that is mapped to itself but for this share of its value has not turned, whatever its value is now.
+_LEAK = 0.1
+#: Of the distance at which noise may mix two directions, that at which it may change their order: three times the noise.
+_ORDER = 0.3
+#: Root mean square of the rounding of a number over its size, in spacings next to 1, if numbers are spread evenly on a log
+#: scale: ``sqrt(3 / (8 log 2) / 12)``.
+_ROUNDING = 0.2123
+
+
+@dataclass(frozen=True, slots=True)
+class Became:
+    """What became of the k leading directions (u_i, v_i) of a matrix. Entries without a meaning are None.
+
+    Attributes:
+        place: place, from 1, of the direction of the other matrix that is mostly this one; None where none is.
+        left_cosine, right_cosine: of the vectors of the direction that it is assigned to; None where one of the two is not
+            determined, or the direction is gone.
+        in_place: ``u_i^T W' v_i / s_i`` of the other matrix W'; None where s_i is no more than rounding, or u_i not
+            determined.
+        order_changes: pairs, with one of the first r at least, whose order in the other matrix is the other way round.
+        gone: those of the first r, from 1, that W' still maps to themselves, with a value below all that was computed.
+        new: places of those of the first r of W' that are no direction of the first matrix among those computed.
+    """
+
+    place: list[int | None]
+    left_cosine: list[float | None]
+    right_cosine: list[float | None]
+    in_place: list[float | None]
+    order_changes: int
+    gone: list[int]
+    new: list[int]
+
+
+def known_values(svd: TruncatedSVD) -> torch.Tensor:
+    """bool (k,), on the CPU: values that are more than the rounding of the matrix."""
+    s = svd.s.double().cpu()
+    return s > svd.certificate.residual.clamp(min=NOISE) * s[0]
+
+
+def identified(svd: TruncatedSVD) -> torch.Tensor:
+    """bool (k,), on the CPU: see ``IDENTIFIED_ANGLE``. A residual of 0 has still the rounding of its vectors."""
+    certificate = svd.certificate
+    rounding = torch.finfo(torch.float32).eps
+    angles = certificate.residual.clamp(min=rounding) / certificate.gap.clamp(min=1e-300)
+    return (angles < IDENTIFIED_ANGLE) & known_values(svd)
+
+
+def storage_noise(before: TruncatedSVD, after: TruncatedSVD, spacings: tuple[float, float]) -> float:
+    """Root mean square of what rounding to the stored dtypes takes from an entry of the difference of two matrices.
+
+    Args:
+        spacings: of the numbers next to 1 in the two dtypes.
+
+    What is noise of this size in each entry turns two directions by about its ratio to the distance of their values.
+    """
+    entries = before.U.shape[0] * before.V.shape[0]
+    sizes = [spacing * svd.norm.item() for spacing, svd in zip(spacings, (before, after), strict=True)]
+    return _ROUNDING * math.hypot(*sizes) / math.sqrt(entries)
+
+
+def became(
+    before: TruncatedSVD, after: TruncatedSVD, to_left: torch.Tensor, to_right: torch.Tensor, k: int, r: int, noise: float
+) -> Became:
+    """What became of the k leading directions.
+
+    Args:
+        before, after: SVDs of two matrices (m, n), both with the same number K >= k of triplets.
+        to_left: (m, K), ``D V`` of the difference D and the first one's vectors.
+        to_right: (n, K), ``D^T U``.
+        r: as many count as the top.
+        noise: of the entries of D, see ``storage_noise``.
+    """
+    with full_precision(before.U.device):
+        left, right = ((a.T @ b).double().cpu().numpy() for a, b in ((before.U, after.U), (before.V, after.V)))
+    match = _in_order(assignment(in_common(left, right)), before, after, noise)
+    exact = _groups(before)
+    U, V = before.U, before.V
+    for group in _several(exact):
+        turn = _turn_rows(left, right, group, match[group])
+        U, V, to_left, to_right = (_turned(vectors, group, turn) for vectors in (U, V, to_left, to_right))
+    in_place, leaks = _in_place(before, U, V, to_left, to_right)
+
+    # From here on directions count as one group where the rounding of the stored numbers may have mixed them.
+    old, new = _groups(before, noise), _groups(after, noise)
+    for group in _several(old):
+        _turn_rows(left, right, group, match[group])
+    owner = np.argsort(match)
+    for group in _several(new):
+        _turn_rows(left.T, right.T, group, owner[group])
+
+    rows = np.arange(len(match))
+    shares = in_common(left, right)[rows, match]
+    sure = np.array([old[i] is not None and new[j] is not None for i, j in enumerate(match)])
+    mostly = sure & (shares > _MOSTLY)
+    s, values = (svd.s.double().cpu().numpy() for svd in (before, after))
+    complete = len(values) == min(before.U.shape[0], before.V.shape[0])
+    least = NOISE * values[0] if complete else max(values[-1], NOISE * values[0])
+    real = known_values(before).numpy() & np.array([group is not None for group in exact])
+    gone = real & ~mostly & (leaks <= _LEAK * s) & (np.abs(in_place) - leaks <= least)
+    told = sure & ~gone
+    return Became(
+        place=[int(j) + 1 if yes else None for j, yes in zip(match[:k], mostly[:k], strict=True)],
+        left_cosine=_listed(np.minimum(np.abs(left[rows, match]), 1.0), told, k),
+        right_cosine=_listed(np.minimum(np.abs(right[rows, match]), 1.0), told, k),
+        in_place=_listed(in_place / np.where(real, s, 1.0), real, k),
+        order_changes=_order_changes(np.where(mostly, match, -1), r),
+        gone=[int(i) + 1 for i in np.flatnonzero(gone[:r])],
+        new=[j + 1 for j in range(r) if new[j] is not None and shares[owner[j]] < _NEW],
+    )
+
+
+def _in_order(match: Indices, before: TruncatedSVD, after: TruncatedSVD, noise: float) -> Indices:
+    """The same with directions in their order wherever the values of either matrix are too close to have one."""
+    match = match.copy()
+    for group in _several(_groups(before, _ORDER * noise)):
+        match[group] = np.sort(match[group])
+    owner = np.argsort(match)
+    for group in _several(_groups(after, _ORDER * noise)):
+        owner[group] = np.sort(owner[group])
+    return np.argsort(owner)
+
+
+def _turn_rows(left: Floats, right: Floats, group: Indices, others: Indices) -> Floats:
+    """Turn a group of rows of both matrices of cosines onto other directions, and return by what."""
+    turn = turned_onto(*(cosines[np.ix_(group, others)] for cosines in (left, right)))
+    for cosines in (left, right):
+        cosines[group] = turn.T @ cosines[group]
+    return turn
+
+
+def _groups(svd: TruncatedSVD, noise: float = 0.0) -> list[Indices | None]:
+    """For each direction those that the matrix determines only together, itself among them; None where these may go on
+    beyond what was computed, or where values are no more than rounding."""
+    s, certificate = svd.s.double().cpu().numpy(), svd.certificate
+    floor = np.maximum(certificate.residual.numpy(), torch.finfo(torch.float32).eps) * s[0]
+    width = np.maximum(floor, noise) / IDENTIFIED_ANGLE
+    ended = len(s) == min(svd.U.shape[0], svd.V.shape[0]) or certificate.gap[-1].item() * s[0] > width[-1]
+    bounds = np.flatnonzero(s[:-1] - s[1:] > np.maximum(width[:-1], width[1:])) + 1
+    known = known_values(svd).numpy()
+    found: list[Indices | None] = []
+    for group in np.split(np.arange(len(s)), bounds):
+        members = group if known[group].all() and (ended or group[-1] < len(s) - 1) else None
+        found += [members] * len(group)
+    return found
+
+
+def _several(groups: list[Indices | None]) -> list[Indices]:
+    """The groups of more than one, each once."""
+    return [group for i, group in enumerate(groups) if group is not None and len(group) > 1 and group[0] == i]
+
+
+def _turned(vectors: torch.Tensor, group: Indices, turn: Floats) -> torch.Tensor:
+    """Columns of a group turned among themselves."""
+    turned, columns = vectors.clone(), torch.from_numpy(group).to(vectors.device)
+    turned[:, columns] = vectors[:, columns] @ torch.from_numpy(turn).to(vectors)
+    return turned
+
+
+def _in_place(
+    before: TruncatedSVD, U: torch.Tensor, V: torch.Tensor, to_left: torch.Tensor, to_right: torch.Tensor
+) -> tuple[Floats, Floats]:
+    """``u_i^T W' v_i``, and the norm of what W' makes of u_i or v_i besides that, the larger of the two sides."""
+    components = (U * to_left).sum(dim=0, dtype=torch.float64).cpu().numpy()
+    sizes = [torch.linalg.vector_norm(part, dim=0, dtype=torch.float64).cpu().numpy() for part in (to_left, to_right)]
+    aside = [np.sqrt(np.maximum(size**2 - components**2, 0.0)) for size in sizes]
+    return before.s.double().cpu().numpy() + components, np.maximum(*aside)
+
+
+def _listed(values: Floats, known: Flags, k: int) -> list[float | None]:
+    return [float(value) if sure else None for value, sure in zip(values[:k], known[:k], strict=True)]
+
+
+def _order_changes(match: Indices, r: int) -> int:
+    """Pairs of directions, one of the first r among them, with another order after than before; -1 is followed nowhere."""
+    followed = np.flatnonzero(match >= 0)
+    earlier = np.less.outer(followed, followed) & (followed < r)[:, None]
+    return int((earlier & np.greater.outer(match[followed], match[followed])).sum())

@@ -1,0 +1,285 @@
+"""Ranks that spend a budget best, as a recipe."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from surgery.device import on_its_own_terms
+from surgery.errors import OptionError
+from surgery.files.files import write_file
+from surgery.progress import Progress, listening, phase
+from surgery.reports import Report
+from surgery.run.output import check_output_file
+from surgery.study.spectra import folders_of, spectra
+
+Unit = Literal["numbers", "bytes"]
+#: Gains below this share of all there is are rounding.
+_NOISE = 1e-9
+#: So many additions, and entries kept, for the exact solution.
+_EXACT_WORK = 4 * 10**9
+_EXACT_CELLS = 5 * 10**7
+
+
+@dataclass(frozen=True, slots=True)
+class Recommendation(Report):
+    """Ranks within a budget.
+
+    Attributes:
+        out: the recipe file.
+        unit: of the budget: ``numbers`` to train, or ``bytes`` of U, s and V.
+        budget: how much might be spent.
+        ranks: of each tensor, 0 where it is better left alone.
+        spent: how much is.
+        trainable: how many scales that makes.
+        kept: the share of what counts that is kept: of the squared norm of all weights, or of their change.
+        uniform_rank: the largest rank for all that fits the budget.
+        uniform_kept: the share that it would keep.
+    """
+
+    out: Path
+    unit: Unit
+    budget: int
+    ranks: Mapping[str, int]
+    spent: int
+    trainable: int
+    kept: float
+    uniform_rank: int
+    uniform_kept: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """A tensor: what each further direction of its matrices adds, and costs."""
+
+    tensor: str
+    gains: list[float]
+    matrices: int
+    cost: int
+
+
+@on_its_own_terms
+def recommend(
+    model: str | Path,
+    tuned: str | Path | None = None,
+    *,
+    budget: int,
+    out: str | Path,
+    unit: Unit = "numbers",
+    max_rank: int = 256,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    recipe: str | Path | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    seed: int = 0,
+    device: str | torch.device = "auto",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Recommendation:
+    """Write a recipe with a rank for each target, such that a budget keeps as much as it can.
+
+    What counts is the squared norm of the leading singular values, ``sum s_i^2`` over all weights; with a fine-tuned model
+    what scales of these directions explain of its change, ``sum (u_i^T D v_i)^2``. Solved exactly while that is a matter of
+    seconds (4e9 additions), else greedily by gain over cost, and never for less than one rank for all would keep.
+
+    Args:
+        model: local folder or Hugging Face repo id.
+        tuned: the same of a fine-tuned model.
+        budget: how much may be spent, at least 1.
+        out: the recipe file.
+        unit: of the budget: ``numbers`` to train, or ``bytes`` of U, s and V in float32.
+        max_rank: the most directions of a matrix.
+        include, exclude, recipe, revision, subfolder: as for ``factorize``.
+        seed, device, progress: as for ``surgery.study.spectra.spectra``.
+        overwrite: replace ``out``.
+
+    Returns:
+        The ranks, what they cost, and what they keep beside one rank for all.
+
+    Raises:
+        OptionError: the budget buys nothing, or an option makes no sense.
+        OutputError: ``out`` is there already, or in one of the models.
+        SurgeryError: as for ``spectra``.
+    """
+    out = Path(out)
+    for what, value in (("budget", budget), ("max_rank", max_rank)):
+        if value < 1:
+            raise OptionError(f"{what} must be at least 1", got=value)
+    check_output_file(out, folders_of(model, tuned), overwrite=overwrite)
+    report = spectra(
+        model,
+        tuned,
+        top=max_rank,
+        subspace=max_rank if tuned is not None else 1,
+        include=include,
+        exclude=exclude,
+        recipe=recipe,
+        split=False,
+        revision=revision,
+        subfolder=subfolder,
+        seed=seed,
+        device=device,
+    )
+    candidates = _candidates(report.targets, unit, changed=tuned is not None)
+    total = _total(report.targets, changed=tuned is not None)
+    if total == 0:
+        what = "all weights are 0" if tuned is None else "the two models have the same weights"
+        raise OptionError(f"there is nothing to keep: {what}")
+    with phase(listening(), "choosing ranks"):
+        ranks = _spend(candidates, budget, _NOISE * total)
+    if not any(ranks.values()):
+        cheapest = min(candidate.cost for candidate in candidates)
+        raise OptionError("the budget buys no direction", got=f"{budget} {unit}", expected=f"at least {cheapest} {unit}")
+    text = _as_recipe(report.targets, ranks, budget, unit)
+    write_file(out, text.encode())
+    uniform_kept, uniform_rank = _uniform(candidates, budget, total)
+    return Recommendation(
+        out=out,
+        unit=unit,
+        budget=budget,
+        ranks=ranks,
+        spent=sum(ranks[c.tensor] * c.cost for c in candidates),
+        trainable=sum(ranks[c.tensor] * c.matrices for c in candidates),
+        kept=_kept(candidates, ranks) / total,
+        uniform_rank=uniform_rank,
+        uniform_kept=uniform_kept,
+    )
+
+
+def _candidates(targets: Sequence[Mapping[str, Any]], unit: Unit, *, changed: bool) -> list[_Candidate]:
+    by_tensor: dict[str, list[Mapping[str, Any]]] = {}
+    for target in targets:
+        by_tensor.setdefault(target["tensor"], []).append(target)
+    candidates = []
+    for tensor, matrices in by_tensor.items():
+        m, n = matrices[0]["shape"]
+        each = [target["explained"] if changed else [s * s for s in target["singular_values"]] for target in matrices]
+        gains = [sum(values) for values in zip(*each, strict=True)]  # the matrices of a stack share one rank
+        cost = len(matrices) * (1 if unit == "numbers" else 4 * (m + n + 1))
+        candidates.append(_Candidate(tensor, gains, len(matrices), cost))
+    return candidates
+
+
+def _total(targets: Sequence[Mapping[str, Any]], *, changed: bool) -> float:
+    """Never less than its parts, which are rounded: to six digits, and to a few bits below the normal numbers of float32."""
+    if changed:
+        updates = [(target["update"]["norm"], target["explained"]) for target in targets if target["update"] is not None]
+        return float(sum(max(norm**2, sum(explained)) for norm, explained in updates))
+    return float(sum(max(target["norm"] ** 2, sum(s * s for s in target["singular_values"])) for target in targets))
+
+
+def _spend(candidates: Sequence[_Candidate], budget: int, least: float) -> dict[str, int]:
+    """The ranks that keep the most: exactly where that is a matter of seconds, else greedily, and no less than one for all.
+
+    Gains below ``least`` are worth nothing.
+    """
+    cleaned = [replace(c, gains=[gain if gain > least else 0.0 for gain in c.gains]) for c in candidates]
+    unit = math.gcd(*(candidate.cost for candidate in cleaned))
+    columns = budget // unit + 1
+    if columns * sum(len(candidate.gains) for candidate in cleaned) <= _EXACT_WORK and columns * len(cleaned) <= _EXACT_CELLS:
+        return _exactly(cleaned, unit, columns)
+    greedy = _greedily(cleaned, budget)
+    rank = _uniform_rank(cleaned, budget)
+    uniform = {candidate.tensor: min(rank, len(candidate.gains)) for candidate in cleaned}
+    return max(greedy, uniform, key=lambda ranks: _kept(cleaned, ranks))
+
+
+def _exactly(candidates: Sequence[_Candidate], unit: int, columns: int) -> dict[str, int]:
+    """By dynamic programming over what is spent, in units: the multiple-choice knapsack problem."""
+    best = np.zeros(columns)
+    choices = []
+    for candidate in candidates:
+        cost, taken, gain = candidate.cost // unit, np.zeros(columns, dtype=np.int32), 0.0
+        grown = best.copy()
+        for rank, more in enumerate(candidate.gains, 1):
+            gain += more
+            if cost * rank >= columns:
+                break
+            if not more:
+                continue  # a rank that ends in nothing is never better
+            offered = best[: columns - cost * rank] + gain
+            better = offered > grown[cost * rank :]
+            grown[cost * rank :][better] = offered[better]
+            taken[cost * rank :][better] = rank
+        best = grown
+        choices.append(taken)
+    ranks, left = {}, columns - 1
+    for candidate, taken in zip(reversed(candidates), reversed(choices), strict=True):
+        ranks[candidate.tensor] = int(taken[left])
+        left -= int(taken[left]) * (candidate.cost // unit)
+    return {candidate.tensor: ranks[candidate.tensor] for candidate in candidates}
+
+
+def _greedily(candidates: Sequence[_Candidate], budget: int) -> dict[str, int]:
+    """Runs along the upper concave hull of each candidate's gains, steepest first, those that fit."""
+    runs = sorted(
+        (-gain / (length * candidate.cost), index, first, length)
+        for index, candidate in enumerate(candidates)
+        for first, length, gain in _hull(candidate.gains)
+        if gain > 0
+    )
+    ranks = {candidate.tensor: 0 for candidate in candidates}
+    left = budget
+    for _, index, first, length in runs:
+        candidate = candidates[index]
+        # What comes before may not have fitted.
+        if ranks[candidate.tensor] == first and length * candidate.cost <= left:
+            ranks[candidate.tensor] += length
+            left -= length * candidate.cost
+    return ranks
+
+
+def _hull(gains: Sequence[float]) -> list[tuple[int, int, float]]:
+    """First direction, how many and their gain, of runs with falling mean gains."""
+    runs: list[tuple[int, int, float]] = []
+    for i, gain in enumerate(gains):
+        runs.append((i, 1, gain))
+        while len(runs) > 1 and runs[-1][2] * runs[-2][1] > runs[-2][2] * runs[-1][1]:
+            (first, length, value), (_, more, added) = runs[-2], runs[-1]
+            runs[-2:] = [(first, length + more, value + added)]
+    return runs
+
+
+def _kept(candidates: Sequence[_Candidate], ranks: Mapping[str, int]) -> float:
+    return sum(sum(candidate.gains[: ranks[candidate.tensor]]) for candidate in candidates)
+
+
+def _uniform(candidates: Sequence[_Candidate], budget: int, total: float) -> tuple[float, int]:
+    """What the largest rank for all that fits the budget keeps, and that rank."""
+    rank = _uniform_rank(candidates, budget)
+    return _kept(candidates, {candidate.tensor: rank for candidate in candidates}) / total, rank
+
+
+def _uniform_rank(candidates: Sequence[_Candidate], budget: int) -> int:
+    fits = 0
+    for rank in range(1, max(len(candidate.gains) for candidate in candidates) + 1):
+        if sum(min(rank, len(candidate.gains)) * candidate.cost for candidate in candidates) > budget:
+            break
+        fits = rank
+    return fits
+
+
+def _as_recipe(targets: Sequence[Mapping[str, Any]], ranks: Mapping[str, int], budget: int, unit: Unit) -> str:
+    """One rule for each tensor; its name is matched as it is."""
+    views = {target["tensor"]: target["view"] for target in targets}
+    lines = [f"description = {json.dumps(f'ranks recommended for a budget of {budget} {unit}')}"]
+    for tensor, rank in ranks.items():
+        lines += ["", "[[rules]]", f"match = {json.dumps(_literal(tensor))}"]
+        if rank:
+            lines += [f"view = {json.dumps(views[tensor])}", f"rank = {rank}"]
+        else:
+            lines.append('skip = "not worth its part of the budget"')
+    return "\n".join(lines) + "\n"
+
+
+def _literal(name: str) -> str:
+    """A glob that matches this name alone."""
+    return "".join(f"[{character}]" if character in "*?[" else character for character in name)

@@ -1,0 +1,252 @@
+"""The work of one shard of a study: each of its matrices measured, alone or with what it became."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from surgery.device import as_memory_allows
+from surgery.engine.lane import Lane
+from surgery.engine.walk import Piece, ShardWalk, TargetPiece
+from surgery.errors import WeightError
+from surgery.format.safetensors import TORCH_DTYPES, ShardReader
+from surgery.planning.plan import Plan
+from surgery.planning.targets import Target
+from surgery.progress import Progress
+from surgery.shards.factorize_shard import rounded_to
+from surgery.source.model import Source
+from surgery.source.origin import damaged
+from surgery.study.spectrum import compare, spectrum
+from surgery.weights.quantized import Dequantizer
+from surgery.weights.tuned import TunedModel
+
+#: Matrices are measured one by one, and none waits for another: a window is one piece of a shard.
+_WINDOW_BYTES = 1
+#: More triplets than are told, for directions that change places: a quarter of them, or so many.
+_BEYOND = 16
+_DIGITS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """How the figures of one matrix are taken, or of one and what it became.
+
+    Attributes:
+        top: singular values that are told.
+        subspace: dimension of the leading subspaces that are compared.
+        tolerance, seed: of the truncated SVD.
+        compared: whether there is a tuned model.
+    """
+
+    top: int
+    subspace: int
+    tolerance: float
+    seed: int
+    compared: bool
+
+    @property
+    def triplets(self) -> int:
+        """How many are computed of each matrix, if it has as many."""
+        return self.top + self._beyond
+
+    @property
+    def _beyond(self) -> int:
+        return max(_BEYOND, self.top // 4) if self.compared else 0
+
+    def __call__(
+        self, old: torch.Tensor, new: torch.Tensor | None, spacings: tuple[float, float], device: torch.device
+    ) -> dict[str, Any]:
+        """The figures of a matrix (m, n), and of what it became, stored with so much between the numbers next to 1."""
+
+        def on(pairs: Sequence[tuple[torch.Tensor, torch.Tensor | None]], where: torch.device) -> list[dict[str, Any]]:
+            before, after = pairs[0]
+            return [self._figures(before.to(where), None if after is None else after.to(where), spacings)]
+
+        return as_memory_allows(on, [(old, new)], device)[0]
+
+    def _figures(self, old: torch.Tensor, new: torch.Tensor | None, spacings: tuple[float, float]) -> dict[str, Any]:
+        top, seed, beyond = self.top, self.seed, self._beyond
+        described, before = spectrum(old, top, beyond=beyond, tolerance=self.tolerance, seed=seed)
+        figures = asdict(described)
+        if new is not None:
+            changed, after = spectrum(new, top, beyond=beyond, tolerance=self.tolerance, seed=seed)
+            figures["tuned"] = asdict(changed)
+            figures |= asdict(compare(old, new, before, after, top, self.subspace, spacings=spacings, seed=seed))
+        short: dict[str, Any] = rounded(figures)
+        return short
+
+
+def rounded(value: Any) -> Any:
+    """Six significant digits: what float32 weights can say."""
+    if isinstance(value, float):
+        return rounded_to(value, _DIGITS)
+    if isinstance(value, dict):
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list) else value
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSpectra:
+    """What has been measured of a shard.
+
+    Attributes:
+        sha256: of the weight file.
+        targets: of each matrix, in the order of the file; see docs/study.md.
+    """
+
+    sha256: str
+    targets: list[dict[str, Any]]
+
+
+class Measuring:
+    """What is done with the shards of a study, see ``LocalWork``: those with targets. A context manager.
+
+    Args:
+        source, steps: the model and its plan.
+        other: the fine-tuned model.
+        measure: how.
+        progress: told of each tensor that is done; called from threads.
+
+    Raises:
+        SourceError: the fine-tuned model lacks a tensor, or has it in another shape.
+    """
+
+    def __init__(self, source: Source, steps: Plan, other: Source | None, measure: Measure, progress: Progress) -> None:
+        self.shards = [shard for shard in steps.shards if shard.targets]
+        self._source = source
+        self._measure = measure
+        self._progress = progress
+        self._prefix = _common_prefix([_generic(target.tensor) for target in steps.targets])
+        self._dequantizer = Dequantizer(source.fetch, source.watch)
+        self.tuned: TunedModel | None = None
+        if other is not None:
+            names = {entry.name for shard in source.selection.shards for entry in source.header(shard).tensors}
+            self.tuned = TunedModel(other, {target.tensor: target.shape for target in steps.targets}, names)
+
+    def __enter__(self) -> Self:
+        if self.tuned is not None:
+            self.tuned.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            self._dequantizer.__exit__(kind, error, trace)
+        finally:
+            if self.tuned is not None:
+                self.tuned.__exit__(kind, error, trace)
+
+    def acquired(self, which: Iterable[int]) -> Iterator[int]:
+        for index in which:
+            self._source.acquire(self.shards[index].file)
+            yield index
+
+    def work(self, index: int, lane: Lane, read: Callable[[], object]) -> ShardSpectra:
+        shard = self.shards[index]
+        inside: dict[str, list[Target]] = {}
+        for target in shard.targets:
+            inside.setdefault(target.tensor, []).append(target)
+        described: list[dict[str, Any]] = []
+
+        def measure(window: Sequence[Piece]) -> list[dict[str, Any]]:
+            pieces = (piece for piece in window if isinstance(piece, TargetPiece))
+            return [found for piece in pieces for found in self._piece(piece, inside[piece.entry.name], lane.device)]
+
+        def finish(window: Sequence[Piece], found: list[dict[str, Any]]) -> None:
+            described.extend(found)
+            for piece in window:
+                if isinstance(piece, TargetPiece):
+                    self._progress.item(piece.entry.name)
+                self._progress.advance(len(piece))
+
+        portions = {name: parts[0].at_a_time for name, parts in inside.items()}
+        with (
+            ShardReader(self._source.unchecked(shard.file), name=shard.file, watch=self._source.watch) as reader,
+            ShardWalk(reader, portions, lane.buffers, lane.timing) as walk,
+        ):
+            lane.flow(walk, _WINDOW_BYTES, measure, finish, read)
+        expected = self._source.sha256(shard.file)
+        if expected not in (None, walk.sha256):
+            name, again = f"{self._source.name}/{shard.file}", self._source.again(shard.file)
+            raise damaged(name, again, f"sha256 {walk.sha256}", f"sha256 {expected}")
+        return ShardSpectra(walk.sha256, described)
+
+    def close(self) -> None:
+        self._source.close()
+
+    def tell(self, index: int) -> None:
+        """A shard was measured by an earlier start of the run: the progress is to know."""
+        shard = self.shards[index]
+        self._progress.item(shard.file)
+        self._progress.advance(shard.header.data_bytes)
+
+    def identities(self, index: int) -> list[dict[str, Any]]:
+        """Which matrices those of a shard are, as what is measured of them begins."""
+        header, found = self.shards[index].header, []
+        portions = {target.tensor: target.at_a_time for target in self.shards[index].targets}
+        for entry in header.tensors:
+            if entry.name in portions:
+                parts = [target for target in self.shards[index].targets if target.tensor == entry.name]
+                count = entry.shape[0] if parts[0].view.kind == "stack" else 1
+                step = portions[entry.name] or count
+                for first in range(0, count, step):
+                    for target in parts:
+                        some = range(first, min(first + step, count))
+                        found += [self._identity(target, i if target.view.kind == "stack" else None) for i in some]
+        return found
+
+    def _piece(self, piece: TargetPiece, targets: Sequence[Target], device: torch.device) -> list[dict[str, Any]]:
+        weight = self._dequantizer.weight(piece.tensor, piece.first, targets[0].scaled)
+        changed = None if self.tuned is None else self.tuned.weight(piece)
+        stored = [targets[0].dtype] if self.tuned is None else [targets[0].dtype, self.tuned.dtype(piece.entry.name)]
+        spacings = tuple(torch.finfo(TORCH_DTYPES[dtype]).eps for dtype in stored)
+        described = []
+        for target in targets:
+            old = target.view.matrices(weight)
+            new = None if changed is None else target.view.matrices(changed)
+            for i, matrix in enumerate(old):
+                index = piece.first + i if target.view.kind == "stack" else None
+                try:
+                    figures = self._measure(matrix, None if new is None else new[i], (spacings[0], spacings[-1]), device)
+                except WeightError as error:
+                    raise WeightError(f"{target.shard}: {target.key!r}: {error.what}", hint="repair the model") from error
+                described.append({**self._identity(target, index), **figures})
+        return described
+
+    def _identity(self, target: Target, index: int | None) -> dict[str, Any]:
+        # A longer number is none of a layer.
+        number = re.search(r"(?:^|\.)([0-9]{1,9})\.", target.tensor)
+        part = target.view.slice.name if target.view.slice else None
+        group = _generic(target.tensor).removeprefix(self._prefix).removesuffix(".weight").removesuffix("_weight")
+        return {
+            "tensor": target.tensor,
+            "slice": part,
+            "matrix": index,
+            "key": target.key if index is None else f"{target.key}#{index}",
+            "group": group if part is None else f"{group}[{part}]",
+            "layer": int(number[1]) if number else None,
+            "view": target.view.kind,
+            "dtype": target.dtype,
+            "shape": list(target.matrices[1:]),
+        }
+
+
+def _generic(name: str) -> str:
+    """A name without the numbers of layers and experts."""
+    return re.sub(r"(?:(?<=\.)|^)\d+\.", "", name)
+
+
+def _common_prefix(names: Sequence[str]) -> str:
+    """Of whole parts of names, such as ``model.layers.``."""
+    parts = [name.split(".")[:-1] for name in names]
+    common = []
+    for some in zip(*parts, strict=False):
+        if len(set(some)) > 1:
+            break
+        common.append(some[0])
+    # What is left must still say what it is: ``self_attn.q_proj``.
+    return "".join(f"{part}." for part in common[: max(0, min(map(len, parts)) - 1)])

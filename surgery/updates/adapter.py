@@ -1,0 +1,126 @@
+"""A LoRA adapter's updates in terms of the tensors of a checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from surgery.errors import OptionError
+from surgery.linalg.lossless import Addition
+from surgery.models.carriers import Carrier, carriers_of
+from surgery.models.placement import Piece, locate, parameter_names
+from surgery.models.skeleton import skeleton
+from surgery.updates.lora import LoraUpdate
+
+
+def additions_of(folder: Path, shapes: Mapping[str, Sequence[int]], updates: Mapping[str, LoraUpdate]) -> dict[str, Addition]:
+    """What an adapter adds to each tensor.
+
+    Args:
+        folder: of the checkpoint, with its ``config.json``.
+        shapes: of all its tensors.
+        updates: by the name of a module, see ``surgery.updates.lora.read_lora``.
+
+    Raises:
+        OptionError: a module is not in the checkpoint, or not in a way that can be followed.
+        MissingExtra, SourceError: see ``surgery.models.skeleton``.
+    """
+    model = skeleton(folder)
+    pieces: dict[str, list[Piece]] = {}
+    if model is None:
+        pieces = {name: [Piece.whole(name, shape)] for name, shape in shapes.items()}
+    else:
+        for places in locate(model, shapes).values():
+            for place in places:
+                pieces.setdefault(place.parameter, []).append(place.piece)
+    parameters = {module: _parameter(model, module, pieces) for module in updates}
+    if len(set(parameters.values())) < len(parameters):
+        raise OptionError("the adapter changes a weight twice, under two names", got=sorted(parameters))
+    carriers = None if model is None else carriers_of(model, parameters.values())
+    added: dict[str, list[Addition]] = {}
+    for module, update in updates.items():
+        parameter = parameters[module]
+        if carriers is None:
+            shape, transposed = tuple(shapes[parameter]), update.embedding or update.transposed
+        else:
+            shape, transposed = _of_layer(carriers[parameter], module, update)
+        left, right = update.B, update.A.flatten(1).T
+        if transposed:
+            left, right = right, left
+        sizes = (shape[0], math.prod(shape[1:]))
+        if (len(left), len(right)) != sizes or (update.A.ndim > 2 and update.A.shape[1:] != shape[1:]):
+            raise _misfit(module, [len(left), len(right)], list(shape))
+        if update.base is not None and update.base != shape:
+            raise _misfit(module, list(update.base), list(shape))
+        for piece in pieces[parameter]:
+            added.setdefault(piece.tensor, []).append(
+                _in_tensor(piece, shapes[piece.tensor], left, right, update.scaling, module)
+            )
+    return {
+        tensor: Addition(torch.cat([one.left for one in several], dim=1), torch.cat([one.right for one in several], dim=1))
+        for tensor, several in added.items()
+    }
+
+
+def _of_layer(carrier: Carrier, module: str, update: LoraUpdate) -> tuple[tuple[int, ...], bool]:
+    """Shape of the weight that a module of a known model has, and whether it is (in, out)."""
+    layer = carrier.layers[0]
+    if len(carrier.layers) > 1:
+        raise OptionError(
+            f"the adapter changes {module!r}, whose weight several modules share",
+            got=[type(other.module).__name__ for other in carrier.layers],
+            expected="a weight of its own: elsewhere the model was not adapted",
+            hint="fold without the adapter, and load it beside the folded model",
+        )
+    if update.embedding != isinstance(layer.module, nn.Embedding):
+        raise OptionError(
+            f"the adapter's update of {module!r} is of another kind than the module", got=type(layer.module).__name__
+        )
+    return carrier.shape, update.embedding or layer.kind == "transposed"
+
+
+def _misfit(module: str, got: list[int], expected: list[int]) -> OptionError:
+    return OptionError(
+        f"the adapter's update of {module!r} does not fit its weight",
+        got=got,
+        expected=expected,
+        hint="fold onto the model that the adapter was trained on, with the vocabulary that it had",
+    )
+
+
+def _parameter(model: nn.Module | None, module: str, pieces: Mapping[str, Any]) -> str:
+    """Name of the weight of a module, also if the adapter was made with or without a head around the model."""
+    prefix = "" if model is None else str(getattr(model, "base_model_prefix", ""))
+    names = [f"{module}.weight", f"{prefix}.{module}.weight", f"{module.removeprefix(prefix + '.')}.weight"]
+    found = next((name for name in names if name in pieces), None)
+    if found is None:
+        there = model is not None and f"{module}.weight" in parameter_names(model)
+        raise OptionError(
+            f"the adapter changes {module!r}, which is no module with a weight in this checkpoint",
+            got="a weight that is not in the checkpoint's files" if there else "no such module",
+            hint="merge the adapter with PEFT into the folded model",
+        )
+    return found
+
+
+def _in_tensor(
+    piece: Piece, shape: Sequence[int], left: torch.Tensor, right: torch.Tensor, scaling: float, module: str
+) -> Addition:
+    """``scaling left right^T`` of a parameter as it is in a tensor; zero where the tensor is not in that parameter."""
+    if len(shape) > 2 and piece.axes == tuple(range(len(shape))):
+        return Addition(left.double() * scaling, right)  # a convolution
+    if piece.axes not in ((0, 1), (1, 0)):
+        raise _misfit(module, [len(left), len(right)], list(shape))
+    parts = []
+    for axis, factor in enumerate((left, right)):
+        part = factor.new_zeros(shape[piece.axes[axis] or 0], factor.shape[1])
+        part[torch.as_tensor(piece.of[axis])] = factor[torch.as_tensor(piece.at[axis])]
+        parts.append(part)
+    if piece.axes == (1, 0):
+        parts.reverse()
+    return Addition(parts[0].double() * scaling, parts[1])
