@@ -59,7 +59,7 @@ from surgery.updates.dense import DenseTensors
 from surgery.updates.lora import read_lora
 from surgery.updates.protocol import LowRankUpdate, ScalesUpdate, Update, UpdateSum
 from surgery.version import __version__
-from surgery.weights.factorized import Factorized, weights_of
+from surgery.weights.checkpoint import FactorizedWeights, weights_of
 from surgery.weights.protocol import Weights
 from surgery.weights.quantized import index_of, without_quantization
 
@@ -191,7 +191,7 @@ def fold(
         with (
             uploading(push_to_hub, private=private) as upload,
             locked(out, inputs),
-            Factorized(factorized, manifest, weights) as checkpoint,
+            FactorizedWeights(factorized, manifest, weights) as checkpoint,
         ):
             run.upload = upload
             dense = DenseTensors(checkpoint, update, to_dense=dequantize)
@@ -352,7 +352,7 @@ class _Folding:
 
     def __init__(
         self,
-        checkpoint: Factorized,
+        checkpoint: FactorizedWeights,
         update: Update,
         dense: DenseTensors,
         places: FoldPlaces,

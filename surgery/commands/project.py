@@ -22,7 +22,7 @@ from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
 from surgery.run.output import check_not_the_source, check_output_file, check_room, download_needs
 from surgery.source.model import open_part
-from surgery.weights.factorized import Factorized, weights_of
+from surgery.weights.checkpoint import FactorizedWeights, weights_of
 from surgery.weights.matrix import StoredMatrix
 from surgery.weights.protocol import check_entry
 from surgery.weights.tuned import Norms, TunedModel, note_what_is_unlikely
@@ -124,7 +124,7 @@ def project(
         with phase(progress, "reading headers"):
             names = {entry.name for shard in manifest.shards for entry in weights.header(shard.source.file).tensors}
             model = stack.enter_context(TunedModel(source, shapes, names, aliases))
-        projector = _Projector(stack.enter_context(Factorized(factorized, manifest, weights)), model, where)
+        projector = _Projector(stack.enter_context(FactorizedWeights(factorized, manifest, weights)), model, where)
         projector.run(progress)
         found = projector.found
     for read in (source, weights):
@@ -186,7 +186,7 @@ class _Projector:
         device: where the arithmetic runs; it must have float64.
     """
 
-    def __init__(self, checkpoint: Factorized, tuned: TunedModel, device: torch.device) -> None:
+    def __init__(self, checkpoint: FactorizedWeights, tuned: TunedModel, device: torch.device) -> None:
         self._checkpoint = checkpoint
         self._tuned = tuned
         self._device = device

@@ -27,7 +27,7 @@ from surgery.run.engines import LocalEngine
 from surgery.run.output import check_room, download_needs
 from surgery.shards.failures import Checkpoint, Failure, Failures, check_output_file
 from surgery.shards.verify_shard import ShardCheck
-from surgery.weights.factorized import weights_of, weights_of_base
+from surgery.weights.checkpoint import weights_of, weights_of_base
 from surgery.weights.overlay import open_base
 from surgery.weights.protocol import Weights
 

@@ -140,10 +140,10 @@ def run_job(job: Job, lane: Lane, progress: Progress, read: Callable[[], object]
         if residuals:
             residuals.write(reader.header.raw)
 
-        def factorize(window: Sequence[Piece]) -> _Factorized:
+        def factorize(window: Sequence[Piece]) -> _WindowResults:
             return _factorize(window, work, weights, job.settings, lane.device)
 
-        def finish(window: Sequence[Piece], done: _Factorized) -> None:
+        def finish(window: Sequence[Piece], done: _WindowResults) -> None:
             _write(window, done, work, residuals, factors)
             for piece in window:
                 if isinstance(piece, TargetPiece):
@@ -269,7 +269,7 @@ class _Collected:
 
 
 @dataclass(frozen=True, slots=True)
-class _Factorized:
+class _WindowResults:
     """What became of a window.
 
     Attributes:
@@ -287,7 +287,7 @@ def _factorize(
     weights: ModelWeights,
     settings: Settings,
     device: torch.device,
-) -> _Factorized:
+) -> _WindowResults:
     """The results of all targets in a window."""
     matrices: list[Matrix] = []
     slices: list[tuple[TargetPiece, View, torch.Tensor]] = []
@@ -304,12 +304,12 @@ def _factorize(
     if settings.layout == "residual":
         for piece, view, residuals in slices:  # copies of parts of their tensors
             view.store(residuals, piece.tensor)
-    return _Factorized({(result.target.key, result.index): result for result in results}, [piece.buffer for piece in window])
+    return _WindowResults({(result.target.key, result.index): result for result in results}, [piece.buffer for piece in window])
 
 
 def _write(
     window: Sequence[Piece],
-    done: _Factorized,
+    done: _WindowResults,
     work: Mapping[str, list[_Collected]],
     residuals: FileWriter | None,
     factors: TensorFileWriter | None,

@@ -24,7 +24,7 @@ from surgery.shards.factorize_shard import check_shared
 from surgery.source.origin import Origin
 from surgery.updates.dense import DenseTensors
 from surgery.updates.protocol import Update
-from surgery.weights.factorized import Factorized, sent_weights
+from surgery.weights.checkpoint import FactorizedWeights, sent_weights
 from surgery.weights.quantization import Scaled
 from surgery.weights.sent import SentFiles
 
@@ -83,7 +83,7 @@ class RemoteFold:
         with ExitStack() as stack:
             files = stack.enter_context(SentFiles(self.origin))
             weights = sent_weights(files, self.folder, self.manifest, self.quantized)
-            checkpoint = stack.enter_context(Factorized(self.folder, self.manifest, weights))
+            checkpoint = stack.enter_context(FactorizedWeights(self.folder, self.manifest, weights))
             dense = DenseTensors(checkpoint, self.update, to_dense=self.to_dense)
             return ShardFold(self.shard, checkpoint, dense, self.places, Silent()).run(lane, lambda: None, partial)
 
@@ -101,7 +101,7 @@ class ShardFold:
     """
 
     shard: ShardRecord
-    checkpoint: Factorized
+    checkpoint: FactorizedWeights
     dense: DenseTensors
     places: FoldPlaces
     progress: Progress

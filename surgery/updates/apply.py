@@ -10,7 +10,7 @@ from surgery.format.safetensors import TensorEntry
 from surgery.linalg.lossless import Addition, rescale
 from surgery.linalg.rounding import all_finite
 from surgery.updates.protocol import Update
-from surgery.weights.factorized import Factorized
+from surgery.weights.checkpoint import FactorizedWeights
 from surgery.weights.matrix import StoredMatrix, computed_on
 from surgery.weights.protocol import check_entry
 
@@ -23,7 +23,7 @@ class UpdatedWeights:
         update: what is added.
     """
 
-    def __init__(self, checkpoint: Factorized, update: Update) -> None:
+    def __init__(self, checkpoint: FactorizedWeights, update: Update) -> None:
         self._checkpoint = checkpoint
         self._update = update
 

@@ -16,7 +16,7 @@ from surgery.linalg.rounding import all_finite
 from surgery.names import FACTORIZABLE_DTYPES
 from surgery.updates.apply import UpdatedWeights
 from surgery.updates.protocol import Update
-from surgery.weights.factorized import Factorized
+from surgery.weights.checkpoint import FactorizedWeights
 from surgery.weights.fp8 import block_scales, quantize
 from surgery.weights.quantization import Scaled
 
@@ -39,7 +39,7 @@ class DenseTensors:
         to_dense: as given.
     """
 
-    def __init__(self, checkpoint: Factorized, update: Update, *, to_dense: bool) -> None:
+    def __init__(self, checkpoint: FactorizedWeights, update: Update, *, to_dense: bool) -> None:
         self._manifest = checkpoint.manifest
         self._weights = checkpoint.weights
         self._updated = UpdatedWeights(checkpoint, update)

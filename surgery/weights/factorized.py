@@ -1,11 +1,11 @@
-"""A factorized checkpoint, opened: its manifest, its targets, their factors, and the weights that it was made from."""
+"""A factorized checkpoint, opened to be read tensor by tensor: the public way to its factors and its original weights."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -14,46 +14,31 @@ import torch
 
 from surgery.device import on_its_own_terms
 from surgery.errors import FormatError, OptionError
-from surgery.format.factors import DAMAGED_HINT, FactorsReaders
+from surgery.format.factors import DAMAGED_HINT
 from surgery.format.manifest import Manifest, TargetRecord
 from surgery.format.safetensors import TORCH_DTYPES
 from surgery.format.sample import SampleHash
 from surgery.linalg.lossless import Factors
 from surgery.names import STREAM_DIR
-from surgery.source.model import Source
-from surgery.weights.matrix import StoredMatrix, stored_residual
-from surgery.weights.overlay import BASE_HINT, OverlayWeights, base_of, no_base_needed, quantized_of
-from surgery.weights.protocol import WeightFiles, Weights, check_entry
-from surgery.weights.quantization import Scaled
-from surgery.weights.residual import FolderFiles, ResidualWeights
+from surgery.weights.checkpoint import FactorizedWeights, weights_of
+from surgery.weights.overlay import BASE_HINT
+from surgery.weights.protocol import check_entry
 
 #: Of a checkpoint whose tensors are asked for one by one, the weight files that may be here at a time when they pass through.
 _FILES_AT_A_TIME = 2
 
 
 class Factorized:
-    """A factorized checkpoint, opened. A context manager, for any number of threads.
-
-    Made by ``open``; the other way to make one is for commands that have its weights already.
-
-    Args:
-        folder, manifest: of the checkpoint.
-        weights: those that it has the factors of, see ``weights_of``.
+    """A factorized checkpoint, opened by ``Factorized.open`` to read from it. A context manager, for any number of threads.
 
     Attributes:
-        folder: written by ``factorize``.
-        manifest: what it is.
-        weights: what is stored of the weights, in the folder or in the model under an overlay.
+        manifest: what it is: its targets, what was passed over, where it came from.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, weights: Weights) -> None:
-        self.folder = folder
-        self.manifest = manifest
-        self.weights = weights
-        self._open = ExitStack()
-        self._factors = FactorsReaders(folder, manifest)
-        self._open.push(weights)
-        self._open.push(self._factors)
+    def __init__(self, checkpoint: FactorizedWeights, open_files: ExitStack) -> None:
+        self.manifest = checkpoint.manifest
+        self._checkpoint = checkpoint
+        self._open = open_files
 
     @classmethod
     @on_its_own_terms
@@ -84,10 +69,9 @@ class Factorized:
             weights = weights_of(folder, manifest, base, passing)
             weights.check_files()
             weights.check_quantized()
-            opened = cls(folder, manifest, weights)
-            opened._open.callback(opened.weights.files.close)
-            opened._open.push(stack.pop_all())
-        return opened
+            stack.callback(weights.files.close)
+            checkpoint = stack.enter_context(FactorizedWeights(folder, manifest, weights))
+            return cls(checkpoint, stack.pop_all())
 
     def __enter__(self) -> Self:
         return self
@@ -103,18 +87,10 @@ class Factorized:
         """
         self.__exit__(None, None, None)
 
-    @cached_property
+    @property
     def targets(self) -> Mapping[str, tuple[TargetRecord, ...]]:
         """The targets by tensor: one, or those of its slices. A tensor that is one parameter with another has that one's."""
-        found: dict[str, tuple[TargetRecord, ...]] = {}
-        for target in self.manifest.targets:
-            for tensor in target.tensors:
-                found[tensor] = (*found.get(tensor, ()), target)
-        return found
-
-    def is_residual(self, tensor: str) -> bool:
-        """Whether what is stored of a tensor with targets is its residual; of an alias it is the original."""
-        return self.weights.holds_residuals and self.targets[tensor][0].tensor == tensor
+        return self._checkpoint.targets
 
     @on_its_own_terms
     def factors(self, key: str, index: int | None = None) -> Factors:
@@ -124,30 +100,31 @@ class Factorized:
             key: of the target, as ``manifest.targets`` and scales have it.
             index: which matrix of a stack; None for all of them, (B, m, k), (B, k) and (B, n, k), and for what is no stack.
 
+        Returns:
+            U, s and V.
+
         Raises:
             OptionError: no such target, or no such matrix.
             FormatError: the factors are damaged.
         """
         target = self._by_key.get(key)
         if target is None:
-            raise OptionError(f"{self.folder} has no target {key!r}", hint="its targets: surgery inspect")
+            raise OptionError(f"{self._checkpoint.folder} has no target {key!r}", hint="surgery inspect lists its targets")
         self._check_index(target, index)
-        return self.factors_of(target, index)
-
-    def factors_of(self, target: TargetRecord, index: int | None = None) -> Factors:
-        """``factors`` of a target at hand."""
-        with self._factors.of(target) as reader:
-            return reader.factors(target, index)
+        if index is not None or target.view != "stack":
+            return self._checkpoint.factors(target, index)
+        each = [self._checkpoint.factors(target, i) for i in range(target.matrices[0])]
+        return Factors(*(torch.stack([getattr(one, part) for one in each]) for part in ("U", "s", "V")))
 
     @on_its_own_terms
     def original(self, tensor: str, index: int | None = None) -> torch.Tensor:
         """A tensor of the model that was factorized, bit for bit; without a correction, what its residual has kept of it.
 
-        Targets are compared with the sample of the original that the manifest has.
+        A target is compared with the sample of it that the manifest has.
 
         Args:
             tensor: its name: a target's, or any other in bfloat16, float16 or float32.
-            index: which matrix of a stack, for it alone.
+            index: which matrix of a stack, for it alone, (1, m, n); such a part is not compared.
 
         Returns:
             In its own shape and dtype, float32 where it is FP8; on the CPU.
@@ -156,50 +133,35 @@ class Factorized:
             OptionError: no such tensor, or no such matrix.
             FormatError: it is damaged, or the base is another model.
         """
-        shard = self._shards.get(tensor)
+        checkpoint, shard = self._checkpoint, self._shards.get(tensor)
         if shard is None:
-            raise OptionError(f"the model of {self.folder} has no tensor {tensor!r}", hint="its tensors: surgery inspect --all")
-        targets = self.targets.get(tensor, ())
+            raise OptionError(f"the model of {checkpoint.folder} has no tensor {tensor!r}", hint="surgery inspect lists them")
+        targets, first = self.targets.get(tensor, ()), index or 0
         self._check_index(targets[0] if targets else None, index)
-        first, count = (0, None) if index is None else (index, 1)
-        with self.weights.reader(shard) as reader:
+        with checkpoint.weights.reader(shard) as reader:
             entry = reader.entries.get(tensor)
             if entry is None:
                 raise FormatError(f"{shard}: {tensor!r} is not there", hint=self._hint)
             for target in targets:
                 check_entry(entry, target)
-            stored = reader.read(entry, first, count) if count else reader.read(entry)
-        if not targets or not self.is_residual(tensor):
-            self._check_sample(targets, tensor, stored, index)
-            return self.weights.exact(tensor, stored, first)
+            stored = reader.read(entry) if index is None else reader.read(entry, first, 1)
+        if not targets or not checkpoint.is_residual(tensor):
+            if index is None:
+                self._check_sample(targets, tensor, stored)
+            return checkpoint.weights.exact(tensor, stored, first)
         for target in targets:
             view = target.seen_as
             matrices = view.matrices(stored)
             for i, matrix in enumerate(matrices):
-                matrix.copy_(self.residual(target, first + i, matrix).original(torch.device("cpu")))
+                matrix.copy_(checkpoint.residual(target, first + i, matrix).original(torch.device("cpu")))
             if view.slice is not None:
                 view.store(matrices, stored)
-        self._check_sample(targets if self.manifest.lossless else (), tensor, stored, index)
+        if index is None and self.manifest.lossless:
+            self._check_sample(targets, tensor, stored)
         return stored
 
-    def matrix(self, target: TargetRecord, index: int, stored: torch.Tensor) -> StoredMatrix:
-        """One matrix of a target, of which ``stored`` is stored (m, n), with its factors."""
-        if self.weights.holds_residuals:
-            return self.residual(target, index, stored)
-        return self.weight(target, index, stored, scaled=True)
-
-    def residual(self, target: TargetRecord, index: int, stored: torch.Tensor) -> StoredMatrix:
-        """One matrix of which the residual is stored, with what makes the original of it."""
-        with self._factors.of(target) as reader:
-            return stored_residual(reader, target, index, stored, lossless=self.manifest.lossless)
-
-    def weight(self, target: TargetRecord, index: int, stored: torch.Tensor, *, scaled: bool) -> StoredMatrix:
-        """One matrix of which the weight itself is stored; with its factors if it is to be ``scaled``."""
-        return StoredMatrix(target, stored, False, self.factors_of(target, index) if scaled else None, None)
-
-    def _check_sample(self, targets: tuple[TargetRecord, ...], tensor: str, weight: torch.Tensor, index: int | None) -> None:
-        """The tensors of one parameter have one sample; that of a stack is of all its matrices."""
-        for target in targets if index is None else ():
+    def _check_sample(self, targets: Sequence[TargetRecord], tensor: str, weight: torch.Tensor) -> None:
+        for target in targets:
             sample = SampleHash(TORCH_DTYPES[target.dtype])
             sample.update(target.seen_as.matrices(weight))
             if (found := sample.hexdigest()) != target.sample_sha256:
@@ -218,7 +180,7 @@ class Factorized:
 
     @property
     def _hint(self) -> str:
-        return DAMAGED_HINT if self.weights.holds_residuals else BASE_HINT
+        return DAMAGED_HINT if self._checkpoint.weights.holds_residuals else BASE_HINT
 
     @cached_property
     def _by_key(self) -> dict[str, TargetRecord]:
@@ -231,48 +193,3 @@ class Factorized:
         for target in self.manifest.targets:
             found |= {target.tensor: target.shard, **{alias.tensor: alias.shard for alias in target.aliases}}
         return found
-
-
-def weights_of(
-    folder: Path,
-    manifest: Manifest,
-    base: str | Path | None = None,
-    passing: tuple[Path, int] | None = None,
-    *,
-    all_quantized: bool = False,
-) -> Weights:
-    """The weights of a factorized checkpoint: with itself, or in the model that it was made from.
-
-    Args:
-        folder, manifest: of the checkpoint.
-        base: the model, if not the one that the manifest names.
-        passing: where its weight files pass through, and how many at a time; None: they stay in the hub's cache.
-        all_quantized: whether all FP8 weights of a base are wanted, and not only those that are targets.
-
-    Raises:
-        OptionError: a base, or a stream, for a checkpoint that holds its own weights.
-        SourceError: an overlay on a local model, and no base; or one to be streamed.
-    """
-    if manifest.layout == "residual":
-        no_base_needed(base, passing)
-        return ResidualWeights(FolderFiles(folder), folder, manifest)
-    source = base_of(folder, manifest, base)
-    if passing is not None:
-        from surgery.source.stream import streamed  # the hub client is slow to import
-
-        source = streamed(source, *passing)
-    return weights_of_base(source, folder, manifest, all_quantized=all_quantized)
-
-
-def weights_of_base(source: Source, folder: Path, manifest: Manifest, *, all_quantized: bool = False) -> OverlayWeights:
-    """The weights of the model that a checkpoint was made from, also where it holds residuals of them; see ``weights_of``."""
-    find = partial(quantized_of, source, folder, manifest, all_of_them=all_quantized)
-    return OverlayWeights(source, source.name, manifest, frozenset(source.selection.shards), find)
-
-
-def sent_weights(files: WeightFiles, folder: Path, manifest: Manifest, quantized: Mapping[str, Scaled]) -> Weights:
-    """The same in a process that was sent to its weight files, and told which of them are quantized."""
-    if manifest.layout == "residual":
-        return ResidualWeights(files, folder, manifest)
-    there = frozenset(shard.source.file for shard in manifest.shards)
-    return OverlayWeights(files, "the base", manifest, there, lambda: quantized)
