@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from surgery.format.manifest import Manifest
     from surgery.format.scales import ScalesFile
     from surgery.linalg.energy import energy_svd
+    from surgery.linalg.lossless import Factors
     from surgery.linalg.svd import Certificate, TruncatedSVD, truncated_svd
     from surgery.planning.plan import Plan
     from surgery.planning.recipes import RecipesReport, recipes
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from surgery.study.spectra import Findings, SpectraReport, spectra
     from surgery.training.attach import Scales, attach
     from surgery.training.trainer import SaveScales
+    from surgery.weights.factorized import Factorized
 
 _HOMES = {
     "BlendReport": "surgery.commands.blend",
@@ -61,6 +63,8 @@ _HOMES = {
     "DemoReport": "surgery.demo.run",
     "ExportReport": "surgery.commands.export",
     "FactorizeReport": "surgery.commands.factorize",
+    "Factorized": "surgery.weights.factorized",
+    "Factors": "surgery.linalg.lossless",
     "Findings": "surgery.study.spectra",
     "FoldReport": "surgery.commands.fold",
     "FormatError": "surgery.errors",
@@ -118,6 +122,8 @@ __all__ = [
     "DemoReport",
     "ExportReport",
     "FactorizeReport",
+    "Factorized",
+    "Factors",
     "Findings",
     "FoldReport",
     "FormatError",

@@ -154,6 +154,8 @@ def test_home_folders_in_every_path(home: Path, llama: Path) -> None:
     call("Scales.load", scales, path=Path("~/saved.safetensors"))
     manifest = call("Manifest.read", surgery.Manifest, folder="~/made")
     assert call("inspect", factorized="~/made").manifest == manifest
+    call("Factorized.open", surgery.Factorized, folder="~/made").close()
+    call("Factorized.open", surgery.Factorized, folder="~/overlay", base=Path("~/m")).close()
     call("write_scales", path="~/again.safetensors", scales=scales.values(), fingerprint=None)
     assert call("read_scales", path="~/again.safetensors", progress=quiet).values.keys() == scales.values().keys()
     call("show_scales", path="~/again.safetensors", progress=quiet)

@@ -27,6 +27,12 @@ assert_type(surgery.inspect("factorized").as_json(), dict[str, Any])
 assert_type(surgery.verify("factorized"), surgery.VerifyReport)
 assert_type(surgery.verify("factorized", fast=True).ok, bool)
 
+with surgery.Factorized.open("factorized", base="model", stream=False) as checkpoint:
+    assert_type(checkpoint, surgery.Factorized)
+    assert_type(checkpoint.manifest, surgery.Manifest)
+    assert_type(checkpoint.original("model.layers.0.mlp.up_proj.weight"), torch.Tensor)
+    assert_type(checkpoint.factors("model.layers.0.mlp.up_proj.weight"), surgery.Factors)
+
 # Train.
 scales = surgery.attach(torch.nn.Linear(4, 4), "factorized")
 assert_type(scales, surgery.Scales)

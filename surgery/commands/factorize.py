@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -338,7 +338,6 @@ class _Factorizing:
         self._settings = settings
         self._progress = progress
         self._timing = timing
-        self._jobs: dict[int, Job] = {}
 
     def acquired(self, which: Iterable[int]) -> Iterator[int]:
         if self._timing is not None and self._source.room_to_fetch():
@@ -350,32 +349,24 @@ class _Factorizing:
             if is_fetched:
                 self._progress.item(f"fetching {shard.file}")
             with timed("download"):
-                path = self._source.acquire(shard.file)
-                scales = {other: self._source.acquire(other) for other in scale_files(shard)}
-                sha256 = self._source.sha256(shard.file)
-            self._jobs[index] = self._job(index, path, sha256, scales)
+                for file in (shard.file, *scale_files(shard)):
+                    self._source.acquire(file)
             yield index
 
-    def _job(self, index: int, path: Path, sha256: str | None, scales: Mapping[str, Path]) -> Job:
-        shards, window, watch = self.steps.shards, self.steps.memory.window_bytes, self._source.watch
-        again = self._source.again(shards[index].file)
-        return Job(
-            shards[index], index, len(shards), path, sha256, again, self.place, None, scales, window, self._settings, watch
-        )
-
     def work(self, index: int, lane: Lane, read: Callable[[], object]) -> ShardResult:
-        job = self._jobs.pop(index)
-        held = [job.shard.file, *job.scales]
+        shard, window = self.steps.shards[index], self.steps.memory.window_bytes
+        held = [shard.file, *scale_files(shard)]
 
         def release() -> None:
             while held:
                 self._source.release(held.pop())
 
         def has_been_read() -> None:
-            if not job.scales:  # of FP8 weights, which are looked up until the end
+            if not scale_files(shard):  # of FP8 weights, which are looked up until the end
                 release()
             read()
 
+        job = Job(shard, index, len(self.steps.shards), self._source, self.place, None, window, self._settings)
         try:
             return run_job(job, lane, self._progress, has_been_read)
         finally:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
@@ -31,10 +30,8 @@ from surgery.files.files import (
     write_file,
 )
 from surgery.format.factors import DAMAGED_HINT
-from surgery.format.manifest import Manifest, decode_file
+from surgery.format.manifest import Manifest, ShardRecord, decode_file
 from surgery.format.scales import check_scales, read_scales, scales_file
-from surgery.linalg.lossless import Addition, both
-from surgery.memory import bytes_of
 from surgery.names import CONFIG_FILE, MANIFEST_FILE, STREAM_DIR
 from surgery.planning.memory import known_bytes, need_to_fold, share_out
 from surgery.progress import Progress, listening, phase
@@ -53,15 +50,17 @@ from surgery.run.output import (
     not_as_recorded,
     result_folder,
 )
-from surgery.shards.dense import DenseWeights
-from surgery.shards.fold_shard import FoldSettings, RemoteFold, ShardFold
+from surgery.shards.fold_shard import FoldPlaces, RemoteFold, ShardFold
 from surgery.source.model import FolderSource
 from surgery.source.shards import is_index
 from surgery.timing import Timing, timed
 from surgery.updates.adapter import additions_of
+from surgery.updates.dense import DenseTensors
 from surgery.updates.lora import read_lora
+from surgery.updates.protocol import LowRankUpdate, ScalesUpdate, Update, UpdateSum
 from surgery.version import __version__
-from surgery.weights.base import BaseWeights, OwnWeights, quantized_weights, weight_source
+from surgery.weights.checkpoint import FactorizedWeights, weights_of
+from surgery.weights.protocol import Weights
 from surgery.weights.quantized import index_of, without_quantization
 
 if TYPE_CHECKING:
@@ -171,18 +170,19 @@ def fold(
         exact_on = "cpu" if choose_devices(str(device))[0].type == "mps" else str(device)
         by = stack.enter_context(engine_of(engine, exact_on, max_memory, max_device_memory, timing))
         streaming = (out / STREAM_DIR, by.files_at_a_time) if stream else None
-        weights = weight_source(factorized, manifest, base, streaming)
-        weights.check(manifest.shards)
-        inputs = [factorized, *weights.folders()]
+        weights = weights_of(factorized, manifest, base, streaming, all_quantized=dequantize)
+        weights.check_files()
+        inputs = [factorized, *weights.files.folders()]
         if not isinstance(scales, Mapping):
             inputs.append(scales)
-        additions: dict[str, Addition] = {}
+        adapter = LowRankUpdate({})
         if lora is not None:
             inputs.append(Path(lora))
             with phase(progress, "loading transformers"):
-                additions = _additions(factorized, manifest, weights, Path(lora))
-        quantized = quantized_weights(manifest, factorized, weights, all_of_them=dequantize)
-        if dequantize and not quantized:
+                adapter = _adapter(factorized, manifest, weights, Path(lora))
+        update = UpdateSum([ScalesUpdate(values), adapter])
+        weights.check_quantized()
+        if dequantize and not weights.quantized:
             raise OptionError("there is nothing to dequantize: this is no overlay of an FP8 model", hint="drop --dequantize")
         kept = known_bytes(manifest.targets, len(manifest.targets) + len(manifest.skipped))
         memory = share_out([need_to_fold(target) for target in manifest.targets], by.resources, kept=kept)
@@ -191,34 +191,33 @@ def fold(
         with (
             uploading(push_to_hub, private=private) as upload,
             locked(out, inputs),
-            DenseWeights(manifest, factorized, weights, quantized, values, to_dense=dequantize, additions=additions) as dense,
+            FactorizedWeights(factorized, manifest, weights) as checkpoint,
         ):
             run.upload = upload
-            if additions:
-                dense.check(weights.header(shard) for shard in manifest.shards)
-            settings = FoldSettings(
-                factorized.resolve(), out, out, memory.window_bytes, dequantize, values, additions, quantized
-            )
-            work = _Folding(manifest, weights, dense, settings, progress, timing)
+            dense = DenseTensors(checkpoint, update, to_dense=dequantize)
+            if adapter.additions:
+                dense.check(weights.header(shard.source.file) for shard in manifest.shards)
+            places = FoldPlaces(out, out, False, memory.window_bytes)
+            work = _Folding(checkpoint, update, dense, places, progress, timing)
             if not overwrite and _looks_finished(out, manifest, dequantize):
                 report = _compared(by, work, others, memory, progress)
                 Journal.forget(out)
                 _publish(upload, out, report, manifest, submitted=False)
                 return report
-            run.journal = journal = Journal(out, _identity(manifest, others, weights, settings, by.device_name))
+            run.journal = journal = Journal(out, _identity(work, others, by.device_name))
             # What is FP8 takes twice as much in bfloat16.
             needed = sum(shard.source.size for shard in manifest.shards) * (2 if dequantize else 1)
             needed += sum(record.size for record in others)
             writes = [shard.source.file for shard in manifest.shards] + [record.file for record in others]
             # The journal is there until the upload is over: a fold keeps no other record to go on with.
-            beside = download_needs(weights)
+            beside = download_needs(weights.files)
             with result_folder(
                 out, journal, writes, needed, overwrite=overwrite, earlier=_model_in(out), beside=beside
             ) as place:
-                work.settings = dataclasses.replace(settings, place=place)
+                work.places = dataclasses.replace(places, place=place)
                 files = _fold_shards(by, work, memory, journal, upload, progress)
                 _copy_others(factorized, place, others, progress, to_dense=dequantize)
-                report = _report(files, manifest, settings)
+                report = _report(files, work)
                 _publish(upload, place, report, manifest, submitted=True)
     return report
 
@@ -230,31 +229,27 @@ def _publish(upload: Upload | None, place: Path, report: FoldReport, manifest: M
     publish_folded(upload, place, manifest, changed=report.changed, adapted=report.adapted, dequantized=report.dequantized)
 
 
-def _additions(factorized: Path, manifest: Manifest, weights: OwnWeights | BaseWeights, lora: Path) -> dict[str, Addition]:
+def _adapter(factorized: Path, manifest: Manifest, weights: Weights, lora: Path) -> LowRankUpdate:
     """What a LoRA adapter adds to which tensors."""
-    entries = [entry for shard in manifest.shards for entry in weights.header(shard).tensors]
+    entries = [entry for shard in manifest.shards for entry in weights.header(shard.source.file).tensors]
     additions = additions_of(factorized, {entry.name: entry.shape for entry in entries}, read_lora(lora))
-    for target in manifest.targets:
-        # Tensors of one parameter stay the same; where a model is at hand, an adapter of such a parameter is refused above.
-        if target.aliases and (several := [additions[tensor] for tensor in target.tensors if tensor in additions]):
-            additions |= dict.fromkeys(target.tensors, functools.reduce(both, several))
-    return additions
+    # Where a model is at hand, an adapter of a parameter that several tensors hold has been refused.
+    return LowRankUpdate.tied(additions, manifest.targets)
 
 
-def _report(files: list[FileRecord], manifest: Manifest, settings: FoldSettings) -> FoldReport:
-    changed = sum(bool((value != 1).any()) for value in settings.scales.values())
+def _report(files: list[FileRecord], work: _Folding) -> FoldReport:
+    manifest = work.checkpoint.manifest
     originals = {shard.source.file: shard.source.sha256 for shard in manifest.shards}
-    restored = sum(file.sha256 == originals[file.file] for file in files)
     return FoldReport(
-        out=settings.out,
+        out=work.places.out,
         files=tuple(files),
-        targets=len(settings.scales),
-        changed=changed,
+        targets=len(manifest.targets),
+        changed=sum(map(work.update.changes, manifest.targets)),
         shards=len(files),
-        restored=restored,
+        restored=sum(file.sha256 == originals[file.file] for file in files),
         lossless=manifest.lossless,
-        dequantized=settings.dequantize,
-        adapted=len(settings.additions),
+        dequantized=work.dense.to_dense,
+        adapted=len(work.update.tensors()),
         bytes_written=sum(file.size for file in files),
     )
 
@@ -275,8 +270,8 @@ def _compared(engine: Engine, work: _Folding, others: Iterable[FileRecord], memo
     Raises:
         OutputError: what is there is another fold, or something else.
     """
-    manifest, out = work.manifest, work.settings.out
-    work.to_compare = True
+    manifest, out = work.checkpoint.manifest, work.places.out
+    work.places = dataclasses.replace(work.places, to_compare=True)
     found: dict[int, FileRecord | None] = {}
     with phase(progress, "comparing", sum(shard.source.size for shard in manifest.shards)):
         with closing(engine.run(work, range(len(manifest.shards)), memory)) as finished:
@@ -288,33 +283,22 @@ def _compared(engine: Engine, work: _Folding, others: Iterable[FileRecord], memo
             hint="--overwrite replaces an earlier result; -o chooses another folder",
         )
     progress.note(f"{out} is already complete: nothing to do")
-    return _report(files, manifest, work.settings)
+    return _report(files, work)
 
 
-def _identity(
-    manifest: Manifest,
-    others: Iterable[FileRecord],
-    weights: OwnWeights | BaseWeights,
-    settings: FoldSettings,
-    device: str,
-) -> dict[str, Any]:
+def _identity(work: _Folding, others: Iterable[FileRecord], device: str) -> dict[str, Any]:
     """All that the bytes of the result depend on."""
-    digest, added = hashlib.sha256(), hashlib.sha256()
-    for key, value in sorted(settings.scales.items()):
-        digest.update(f"{key}\0".encode() + bytes_of(value.contiguous()))
-    for tensor, addition in sorted(settings.additions.items()):
-        added.update(f"{tensor}\0".encode() + bytes_of(addition.left.contiguous()) + bytes_of(addition.right.contiguous()))
+    checkpoint = work.checkpoint
     return {
         "command": "fold",
         "tool": f"surgery {__version__}",
         "torch": torch.__version__,
         "device": device,
-        "manifest": file_sha256(settings.factorized / MANIFEST_FILE),
-        "edited": {record.file: record.sha256 for record in others if record not in manifest.files},
-        "scales": digest.hexdigest(),
-        "lora": added.hexdigest(),
-        "dequantize": settings.dequantize,
-        "base": weights.stamps(),
+        "manifest": file_sha256(checkpoint.folder / MANIFEST_FILE),
+        "edited": {record.file: record.sha256 for record in others if record not in checkpoint.manifest.files},
+        **work.update.digests(),
+        "dequantize": work.dense.to_dense,
+        "base": checkpoint.weights.files.stamps(),
     }
 
 
@@ -322,7 +306,7 @@ def _fold_shards(
     engine: Engine, work: _Folding, memory: Memory, journal: Journal, upload: Upload | None, progress: Progress
 ) -> list[FileRecord]:
     """Write all weight files but those that an earlier start of this run has written."""
-    shards, place = work.manifest.shards, work.settings.place
+    shards, place = work.checkpoint.manifest.shards, work.places.place
     files: dict[int, FileRecord | None] = {}
     with phase(progress, "folding", sum(shard.source.size for shard in shards)):
         for index in range(len(shards)):
@@ -342,7 +326,7 @@ def _fold_shards(
 
 def _recorded(journal: Journal, index: int, work: _Folding) -> tuple[bool, FileRecord | None]:
     """Whether the journal has a shard whose file, if it has one, is what it was, and that file."""
-    file, place = work.manifest.shards[index].source.file, work.settings.place
+    file, place = work.checkpoint.manifest.shards[index].source.file, work.places.place
     value = journal.recorded(index, file)
     if value is None:
         return False, None
@@ -360,94 +344,101 @@ class _Folding:
     """What is done with the shards of a fold, see ``ShardWork``.
 
     Attributes:
-        to_compare: whether the files are not written, and only told what they would be.
+        checkpoint: the factorized checkpoint.
+        update: what is added to its weights.
+        dense: what its tensors become.
+        places: where they are written, or only compared.
     """
 
     def __init__(
         self,
-        manifest: Manifest,
-        weights: OwnWeights | BaseWeights,
-        dense: DenseWeights,
-        settings: FoldSettings,
+        checkpoint: FactorizedWeights,
+        update: Update,
+        dense: DenseTensors,
+        places: FoldPlaces,
         progress: Progress,
         timing: Timing | None,
     ) -> None:
-        self.manifest = manifest
-        self.settings = settings
-        self.to_compare = False
-        self._weights = weights
-        self._dense = dense
+        self.checkpoint = checkpoint
+        self.update = update
+        self.dense = dense
+        self.places = places
+        self._weights = checkpoint.weights
         self._progress = progress
         self._timing = timing
 
+    def _shard(self, index: int) -> ShardRecord:
+        return self.checkpoint.manifest.shards[index]
+
     def acquired(self, which: Iterable[int]) -> Iterator[int]:
-        if self._timing is not None and self._weights.room_to_fetch():
+        files = self._weights.files
+        if self._timing is not None and files.room_to_fetch():
             self._timing.watch("download")
         for index in which:
-            self._weights.wait_for_room()
+            files.wait_for_room()
             with timed("download"):
-                for file in self._dense.files(self.manifest.shards[index]):
-                    self._weights.acquire(file)
+                for file in self.dense.files(self._shard(index)):
+                    files.acquire(file)
             yield index
 
     def work(self, index: int, lane: Lane, read: Callable[[], object]) -> FileRecord | None:
-        shard = self.manifest.shards[index]
-        files = self._dense.files(shard)
+        shard = self._shard(index)
+        held = self.dense.files(shard)
 
         def release() -> None:
-            while files:
-                file = files.pop()
+            while held:
+                file = held.pop()
                 try:
-                    self._dense.forget(file)
+                    self._weights.forget(file)
                 finally:
-                    self._weights.release(file)
+                    self._weights.files.release(file)
 
         def has_been_read() -> None:
-            if not self._dense.quantized:  # else scales are looked up until the end
+            if not self._weights.quantized:  # else scales are looked up until the end
                 release()
             read()
 
         try:
-            fold = ShardFold(shard, self.manifest, self._weights, self._dense, self.settings, self._progress)
-            return fold.run(lane, has_been_read, partial=None, to_compare=self.to_compare)
+            return ShardFold(shard, self.checkpoint, self.dense, self.places, self._progress).run(lane, has_been_read, None)
         finally:
             release()
 
     def remote(self, index: int) -> RemoteFold:
-        settings, shard = self.settings, self.manifest.shards[index]
-        files = self._dense.files(shard)
-        manifest = self.manifest.part(files)
+        shard, places, quantized = self._shard(index), self.places, self._weights.quantized
+        files = self.dense.files(shard)
+        manifest = self.checkpoint.manifest.part(files)
         # Of all others a task need not hear: with thousands of weight files that would be most of what is sent.
-        names = {entry.name for one in manifest.shards for entry in self._weights.header(one).tensors}
+        names = {entry.name for one in manifest.shards for entry in self._weights.header(one.source.file).tensors}
         weights = {self._quantized_with[name] for name in names if name in self._quantized_with}
-        settings = dataclasses.replace(
-            settings,
-            out=settings.out.resolve(),
-            place=settings.place.resolve(),
-            scales={target.key: settings.scales[target.key] for target in manifest.targets},
-            additions={name: settings.additions[name] for name in names if name in settings.additions},
-            quantized={name: settings.quantized[name] for name in weights},
+        return RemoteFold(
+            shard,
+            self.checkpoint.folder.resolve(),
+            manifest,
+            self._weights.files.origin(files),
+            {name: quantized[name] for name in weights},
+            self.update.part([target.key for target in manifest.targets], names),
+            self.dense.to_dense,
+            dataclasses.replace(places, out=places.out.resolve(), place=places.place.resolve()),
         )
-        return RemoteFold(shard, manifest, self._weights.origin(files), settings, self.to_compare)
 
     @functools.cached_property
     def _quantized_with(self) -> dict[str, str]:
         """The tensors of each FP8 weight, itself, its scales and those of its activations -> its name."""
-        quantized = self.settings.quantized.items()
+        quantized = self._weights.quantized.items()
         return {part: name for name, scaled in quantized for part in (name, scaled.scale, *scaled.activations)}
 
     def size(self, index: int) -> int | None:
         """Of the weight file that is written for a shard; None if there is none."""
-        shard = self.manifest.shards[index]
-        return self._dense.size(self._weights.header(shard)) if self.settings.dequantize else shard.source.size
+        shard = self._shard(index)
+        return self.dense.size(self._weights.header(shard.source.file)) if self.dense.to_dense else shard.source.size
 
     def tell(self, index: int) -> None:
-        record = self.manifest.shards[index].source
+        record = self._shard(index).source
         self._progress.item(record.file)
         self._progress.advance(record.size)
 
     def close(self) -> None:
-        self._weights.close()
+        self._weights.files.close()
 
 
 def _as_they_are(factorized: Path, manifest: Manifest, progress: Progress) -> list[FileRecord]:

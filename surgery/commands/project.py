@@ -3,37 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import torch
 
 from surgery.device import as_memory_allows, choose_device, on_its_own_terms
 from surgery.engine.walk import ShardWalk, TargetPiece, reported
-from surgery.errors import FormatError, SourceError
-from surgery.files.files import not_as_described
-from surgery.format.factors import DAMAGED_HINT, FactorsReader
-from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
+from surgery.errors import FormatError
+from surgery.format.manifest import Manifest, TargetRecord
 from surgery.format.safetensors import ShardReader
 from surgery.format.scales import write_scales
-from surgery.linalg.correction import CorruptCorrection
-from surgery.linalg.lossless import BLOCK_ENTRIES, DEVICE_BLOCKS, Factors, approximate, join
+from surgery.linalg.lossless import BLOCK_ENTRIES, DEVICE_BLOCKS, Factors
 from surgery.names import SCALES_FILE
 from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
 from surgery.run.output import check_not_the_source, check_output_file, check_room, download_needs
 from surgery.source.model import open_part
-from surgery.weights.base import BASE_HINT, BaseWeights, OwnWeights, check_entry, shard_path, weight_source
-from surgery.weights.quantization import FP8, Scaled
-from surgery.weights.quantized import Dequantizer
+from surgery.weights.checkpoint import FactorizedWeights, weights_of
+from surgery.weights.matrix import StoredMatrix
+from surgery.weights.protocol import check_entry
 from surgery.weights.tuned import Norms, TunedModel, note_what_is_unlikely
-
-#: What is stored of an original matrix, and the fine-tuned one.
-_Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,19 +112,19 @@ def project(
     where = torch.device("cpu") if where.type == "mps" else where  # which has no float64
     factorized, out = Path(factorized), Path(out)
     manifest = Manifest.read(factorized)
-    weights = weight_source(factorized, manifest, base)
+    weights = weights_of(factorized, manifest, base)
     source = open_part(tuned, manifest.source.subfolder)
-    inputs = [factorized, *weights.folders(), *source.folders()]
+    inputs = [factorized, *weights.files.folders(), *source.folders()]
     check_output_file(out, inputs, overwrite=overwrite, but=factorized / SCALES_FILE)
-    check_room(*download_needs(source, weights))
+    check_room(*download_needs(source, weights.files))
     check_not_the_source(out, manifest)
     aliases = {target.tensor: target.tensors[1:] for target in manifest.targets}
     shapes = {target.tensor: target.shape for target in manifest.targets}
     with ExitStack() as stack:
         with phase(progress, "reading headers"):
-            names = {entry.name for shard in manifest.shards for entry in weights.header(shard).tensors}
+            names = {entry.name for shard in manifest.shards for entry in weights.header(shard.source.file).tensors}
             model = stack.enter_context(TunedModel(source, shapes, names, aliases))
-        projector = stack.enter_context(_Projector(factorized, manifest, weights, model, where))
+        projector = _Projector(stack.enter_context(FactorizedWeights(factorized, manifest, weights)), model, where)
         projector.run(progress)
         found = projector.found
     for read in (source, weights):
@@ -186,107 +178,68 @@ class _Found:
 
 
 class _Projector:
-    """Compares the two models, shard by shard. A context manager, for one thread.
+    """Compares the two models, shard by shard. For one thread.
 
     Args:
-        factorized, manifest: of the checkpoint.
-        weights: where its weight files are.
+        checkpoint: the factorized checkpoint.
         tuned: the fine-tuned model.
         device: where the arithmetic runs; it must have float64.
     """
 
-    def __init__(
-        self,
-        factorized: Path,
-        manifest: Manifest,
-        weights: OwnWeights | BaseWeights,
-        tuned: TunedModel,
-        device: torch.device,
-    ) -> None:
-        self._factorized = factorized
-        self._manifest = manifest
-        self._weights = weights
+    def __init__(self, checkpoint: FactorizedWeights, tuned: TunedModel, device: torch.device) -> None:
+        self._checkpoint = checkpoint
         self._tuned = tuned
         self._device = device
-        self._quantized: Mapping[str, Scaled] = {}
-        fp8 = [target.tensor for target in manifest.targets if target.dtype == FP8]
-        if fp8 and isinstance(weights, BaseWeights):
-            self._quantized = weights.quantized(factorized, manifest)
-        if lost := [tensor for tensor in fp8 if tensor not in self._quantized]:
-            raise SourceError(f"the base is not that of this overlay: {lost[0]!r} is not FP8 there")
-        shards = {shard.source.file: shard for shard in manifest.shards}
-        self._dequantizer = Dequantizer(lambda file: shard_path(weights, shards, file), weights.watch)
-        self.found = {target.key: _Found(torch.ones(target.scales_shape, dtype=torch.float32)) for target in manifest.targets}
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._dequantizer.__exit__(kind, error, trace)
+        checkpoint.weights.check_quantized()
+        targets = checkpoint.manifest.targets
+        self.found = {target.key: _Found(torch.ones(target.scales_shape, dtype=torch.float32)) for target in targets}
 
     def run(self, progress: Progress) -> None:
         """Fill ``found``. Shards without targets are not read."""
-        owners = {target.shard for target in self._manifest.targets}
-        shards = [shard for shard in self._manifest.shards if shard.source.file in owners]
+        manifest = self._checkpoint.manifest
+        owners = {target.shard for target in manifest.targets}
+        shards = [shard for shard in manifest.shards if shard.source.file in owners]
         with phase(progress, "projecting", sum(shard.source.size for shard in shards)):
             for shard in shards:
-                self._shard(shard, progress)
+                self._shard(shard.source.file, progress)
 
-    def _shard(self, shard: ShardRecord, progress: Progress) -> None:
-        path, expected = self._weights.file(shard)
+    def _shard(self, shard: str, progress: Progress) -> None:
+        weights, path = self._checkpoint.weights, self._checkpoint.weights.path(shard)
         targets: dict[str, list[TargetRecord]] = {}
-        for target in self._manifest.targets_of(shard.source.file):
+        for target in self._checkpoint.manifest.targets_of(shard):
             targets.setdefault(target.tensor, []).append(target)
         with (
-            FactorsReader(self._factorized, shard) as reader,
-            ShardReader(path, name=path.name, watch=self._weights.watch) as stored,
+            ShardReader(path, name=path.name, watch=weights.watch) as stored,
             ShardWalk(stored, {name: some[0].at_a_time for name, some in targets.items()}) as walk,
         ):
             if lost := sorted(targets.keys() - {entry.name for entry in stored.header.tensors}):
                 raise FormatError(f"{path}: a target of the manifest is not there", got="nothing", expected=lost[0])
             for piece in reported(walk, progress):
                 if isinstance(piece, TargetPiece):
-                    self._piece(piece, targets[piece.entry.name], reader)
-        if walk.sha256 != expected.sha256:
-            overlay = isinstance(self._weights, BaseWeights)
-            raise not_as_described(path, walk.sha256, expected, BASE_HINT if overlay else DAMAGED_HINT)
+                    self._piece(piece, targets[piece.entry.name])
+        weights.check(shard, walk.sha256)
 
-    def _piece(self, piece: TargetPiece, targets: Sequence[TargetRecord], reader: FactorsReader) -> None:
+    def _piece(self, piece: TargetPiece, targets: Sequence[TargetRecord]) -> None:
         for target in targets:
             check_entry(piece.entry, target)
         tuned = self._tuned.weight(piece)
-        weight = self._dequantizer.weight(piece.tensor, piece.first, self._quantized.get(piece.entry.name))
+        weight = self._checkpoint.weights.exact_piece(piece)
         for target in targets:
             view, found = target.seen_as, self.found[target.key]
             rows = found.scales.view(-1, target.rank)
-            for i, matrices in enumerate(zip(view.matrices(weight), view.matrices(tuned), strict=True), piece.first):
-                rows[i] = self._matrix(matrices, target, i, reader, found.sums)
+            for i, (stored, new) in enumerate(zip(view.matrices(weight), view.matrices(tuned), strict=True), piece.first):
+                rows[i] = self._matrix(self._checkpoint.matrix(target, i, stored), new, found.sums)
 
-    def _matrix(
-        self,
-        matrices: _Pair,
-        target: TargetRecord,
-        index: int,
-        reader: FactorsReader,
-        sums: _Sums,
-    ) -> torch.Tensor:
-        """The scales of one matrix, float32 (k,)."""
-        factors = reader.factors(target, index)
-        own = isinstance(self._weights, OwnWeights)
-        correction = reader.correction(target, index) if own and self._manifest.lossless else None
+    def _matrix(self, matrix: StoredMatrix, tuned: torch.Tensor, sums: _Sums) -> torch.Tensor:
+        """The scales of one matrix, float32 (k,), and what is found of it into ``sums``."""
+        factors = matrix.factors
+        assert factors is not None
 
-        def compute(pairs: Sequence[_Pair], where: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
-            (weight, tuned), kept = (part.to(where) for part in pairs[0]), factors.to(where)
-            if own:
-                weight = approximate(weight, kept) if correction is None else join(weight, kept, correction)
-            components, norms = _components(weight, tuned, kept)
+        def compute(some: Sequence[torch.Tensor], where: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+            components, norms = _components(matrix.original(where), some[0].to(where), factors.to(where))
             return [(components.cpu(), norms.cpu())]
 
-        try:
-            components, norms = as_memory_allows(compute, [matrices], self._device)[0]
-        except CorruptCorrection as error:
-            what = f"{target.shard}: the correction of {target.key!r} is damaged ({error})"
-            raise FormatError(what, hint=DAMAGED_HINT) from error
+        components, norms = as_memory_allows(compute, [tuned], self._device)[0]
         scales = (1 + components / factors.s.double()).float()
         scales = torch.where((factors.s > 0) & torch.isfinite(scales), scales, 1)
         explained = components[scales != 1].square().sum().item()

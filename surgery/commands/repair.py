@@ -33,7 +33,8 @@ from surgery.run.output import Need, check_room, download_needs, locked, not_as_
 from surgery.shards.factorize_shard import Job, run_job
 from surgery.shards.matrices import Settings
 from surgery.source.model import Source, open_source
-from surgery.weights.base import BASE_HINT, check_entry, open_base
+from surgery.weights.overlay import BASE_HINT, open_base
+from surgery.weights.protocol import check_entry
 from surgery.weights.quantization import FP8, Scaled, read_quantization
 
 #: Where files are made before they take their places.
@@ -234,10 +235,7 @@ class _Repairing:
                 if (entry := reader.entries.get(record.tensor)) is None:
                     raise SourceError(f"{path} has no {record.tensor}", hint=BASE_HINT)
                 check_entry(entry, record)
-        scales = {target.scaled.shard: self._source.fetch(target.scaled.shard) for target in targets if target.scaled}
-        job = Job(
-            planned, index, len(shards), path, None, None, place, None, scales, self._window, self._settings, self._source.watch
-        )
+        job = Job(planned, index, len(shards), self._source, place, None, self._window, self._settings)
         result = run_job(job, lane, self._progress, read)
         if result.shard.source != shard.source:
             raise not_as_described(path, result.shard.source.sha256, shard.source, BASE_HINT)

@@ -25,9 +25,11 @@ from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
 from surgery.run.engines import LocalEngine
 from surgery.run.output import check_room, download_needs
-from surgery.shards.verify_shard import Failure, Failures, ShardCheck, check_output_file
-from surgery.weights.base import BaseWeights, OwnWeights, open_base
-from surgery.weights.quantization import FP8, Scaled
+from surgery.shards.failures import Checkpoint, Failure, Failures, check_output_file
+from surgery.shards.verify_shard import ShardCheck
+from surgery.weights.checkpoint import weights_of, weights_of_base
+from surgery.weights.overlay import open_base
+from surgery.weights.protocol import Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,14 +105,14 @@ def verify(
     _check_scales(folder, manifest, failures)
     is_own = manifest.layout == "residual" and manifest.lossless
     weights = None if fast else _weights(folder, manifest, None if repair and is_own else base, unchecked)
-    quantized: dict[str, Scaled] = {}
-    if isinstance(weights, BaseWeights) and any(target.dtype == FP8 for target in manifest.targets):
-        quantized = weights.quantized(folder, manifest)
-    watch = Watch()
+    watch = weights.watch if weights is not None and weights.holds_residuals else Watch()
     checks = LocalEngine(exact_on, max_memory, max_device_memory, None)
     kept = known_bytes(manifest.targets, len(manifest.targets) + len(manifest.skipped))
     memory = share_out([need_to_verify(target) for target in manifest.targets], checks.resources, kept=kept)
-    work = _Verifying(folder, manifest, weights, quantized, watch, memory.window_bytes, progress, fast=fast)
+    checkpoint = Checkpoint(folder, manifest, weights)
+    if weights is not None:
+        _ = weights.quantized  # a base whose headers cannot be had is told of before any work
+    work = _Verifying(checkpoint, watch, 0 if fast else memory.window_bytes, progress)
     with phase(progress, "verifying", work.bytes_read):
         for record in manifest.files:
             progress.item(record.file)
@@ -121,7 +123,7 @@ def verify(
             found.update(finished)
         for index in range(len(manifest.shards)):
             failures.found += found[index]
-        _check_unchanged([watch] if weights is None else [watch, weights.watch], failures)
+        _check_unchanged(checkpoint, watch, failures)
     if fast:
         unchecked.append("factors, recovery and certificates (--fast)")
     return VerifyReport(
@@ -137,65 +139,43 @@ def verify(
 class _Verifying:
     """What is done with the shards, see ``LocalWork``: what does not hold of each."""
 
-    def __init__(
-        self,
-        folder: Path,
-        manifest: Manifest,
-        weights: OwnWeights | BaseWeights | None,
-        quantized: dict[str, Scaled],
-        watch: Watch,
-        window_bytes: int,
-        progress: Progress,
-        *,
-        fast: bool,
-    ) -> None:
-        self._folder = folder
-        self._manifest = manifest
-        self._weights = weights
-        self._quantized = quantized
+    def __init__(self, checkpoint: Checkpoint, watch: Watch, window_bytes: int, progress: Progress) -> None:
+        self._checkpoint = checkpoint
         self._watch = watch
         self._window_bytes = window_bytes
         self._progress = progress
-        self._fast = fast
-        self._shards = {shard.source.file: shard for shard in manifest.shards}
         self._passed: dict[str, set[str]] = {}
-        for skipped in manifest.skipped:
+        for skipped in checkpoint.manifest.skipped:
             self._passed.setdefault(skipped.shard, set()).add(skipped.tensor)
+
+    @property
+    def _base(self) -> Weights | None:
+        """The weights, where they are those of another model than the checkpoint."""
+        weights = self._checkpoint.weights
+        return None if weights is None or weights.holds_residuals else weights
 
     @property
     def bytes_read(self) -> int:
         """Those of residuals that give their weights back once: they are hashed on the way."""
-        written = sum(record.size for record in self._manifest.output_files())
-        is_base = isinstance(self._weights, BaseWeights)
-        return written + (sum(shard.source.size for shard in self._manifest.shards) if is_base else 0)
+        manifest = self._checkpoint.manifest
+        written = sum(record.size for record in manifest.output_files())
+        return written + (0 if self._base is None else sum(shard.source.size for shard in manifest.shards))
 
     def acquired(self, which: Iterable[int]) -> Iterator[int]:
-        base = self._weights if isinstance(self._weights, BaseWeights) else None
-        is_fetched = base is not None and bool(download_needs(base))
+        base = self._base
+        is_fetched = base is not None and bool(download_needs(base.files))
         for index in which:
             if base is not None and is_fetched:
-                shard = self._manifest.shards[index]
+                shard = self._checkpoint.manifest.shards[index]
                 self._progress.item(f"fetching {shard.source.file}")
                 with suppress(SurgeryError):  # the check of the shard meets it again, and tells
-                    base.file(shard)
+                    base.path(shard.source.file)
             yield index
 
     def work(self, index: int, lane: Lane, read: Callable[[], object]) -> list[Failure]:
-        shard = self._manifest.shards[index]
-        check = ShardCheck(
-            folder=self._folder,
-            manifest=self._manifest,
-            shard=shard,
-            passed=self._passed.get(shard.source.file, set()),
-            shards=self._shards,
-            weights=self._weights,
-            quantized=self._quantized,
-            watch=self._watch,
-            headers_only=self._fast,
-            window_bytes=self._window_bytes,
-            progress=self._progress,
-        )
-        return check.run(lane, read)
+        shard = self._checkpoint.manifest.shards[index]
+        passed = self._passed.get(shard.source.file, set())
+        return ShardCheck(self._checkpoint, shard, passed, self._watch, self._window_bytes, self._progress).run(lane, read)
 
     def close(self) -> None:
         """All is there already, or is told of."""
@@ -242,28 +222,33 @@ def _check_scales(folder: Path, manifest: Manifest, failures: Failures) -> None:
         failures.fail(SCALES_FILE, error)
 
 
-def _check_unchanged(watches: list[Watch], failures: Failures) -> None:
+def _check_unchanged(checkpoint: Checkpoint, watch: Watch, failures: Failures) -> None:
     """What was found must hold of all files at the same time."""
-    for watch in watches:
+    weights = checkpoint.weights
+    watches = [watch] if weights is None or weights.watch is watch else [watch, weights.watch]
+    for one in watches:
         try:
-            watch.check()
+            one.check()
+        except SurgeryError as error:
+            failures.fail("at the end", error)
+    if weights is not None:
+        try:
+            weights.close()
         except SurgeryError as error:
             failures.fail("at the end", error)
 
 
-def _weights(
-    folder: Path, manifest: Manifest, base: str | Path | None, unchecked: list[str]
-) -> OwnWeights | BaseWeights | None:
+def _weights(folder: Path, manifest: Manifest, base: str | Path | None, unchecked: list[str]) -> Weights | None:
     if manifest.layout == "residual" and manifest.lossless:
         if base is not None:
             raise OptionError(
                 "--base is not needed here: this checkpoint holds its own weights", hint="leave --base out, or add --repair"
             )
-        return OwnWeights(folder)
+        return weights_of(folder, manifest)
     if base is not None:
-        weights = BaseWeights(open_base(base, manifest))
-        check_room(*download_needs(weights))
-        return weights
+        source = open_base(base, manifest)
+        check_room(*download_needs(source))
+        return weights_of_base(source, folder, manifest)
     kind = "an overlay" if manifest.layout == "overlay" else "a residual without a correction"
     unchecked.append(f"weights and certificates: {kind} does not hold its weights (--base MODEL)")
     return None

@@ -48,7 +48,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """The kept part of one matrix: ``U diag(s) V^T``.
+    """The kept part of one matrix, ``U diag(s) V^T``; of a stack of B matrices with a dimension more in front.
 
     Attributes:
         U: float32 (m, k), orthonormal columns.
@@ -61,6 +61,11 @@ class Factors:
     V: torch.Tensor
 
     def to(self, device: torch.device | str) -> Factors:
+        """The same on another device.
+
+        Args:
+            device: such as ``cpu`` or ``cuda``.
+        """
         return Factors(self.U.to(device), self.s.to(device), self.V.to(device))
 
 

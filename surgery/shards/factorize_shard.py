@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import socket
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,19 +14,22 @@ import torch
 from surgery.engine.lane import Lane
 from surgery.engine.walk import Piece, ShardWalk, TargetPiece, looked_at
 from surgery.errors import OutputError, SourceError
-from surgery.files.files import FileRecord, FileWriter, Watch
+from surgery.files.files import FileRecord, FileWriter
 from surgery.format.factors import FactorsHash
 from surgery.format.manifest import CertificateRecord, ShardRecord, ShardResult, TargetRecord
 from surgery.format.safetensors import TORCH_DTYPES, ShardReader, TensorFileWriter
 from surgery.format.sample import SampleHash
+from surgery.format.views import View
 from surgery.memory import bytes_of
 from surgery.names import PARTIALS_DIR, RUN_FILE, correction_key, factor_key, factors_file
 from surgery.planning.plan import ShardPlan
 from surgery.planning.targets import Target
 from surgery.progress import Progress, Silent
 from surgery.shards.matrices import Matrix, Result, Settings, factorize_matrices, truncate
-from surgery.source.origin import Origin, damaged
-from surgery.weights.quantized import Dequantizer
+from surgery.source.origin import Origin
+from surgery.weights.model import ModelWeights
+from surgery.weights.protocol import WeightFiles
+from surgery.weights.sent import SentFiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,29 +39,21 @@ class Job:
     Attributes:
         shard: the source's weight file and its targets.
         index, count: which of how many shards.
-        path: the weight file on this machine.
-        sha256: what the hub says that its hash is; None where nobody does.
-        again: the command that fetches it once more, if it comes from the hub.
+        files: where the weight file is, and those that hold scales of its FP8 targets.
         out: the folder that is written to.
         partials: where unfinished files are, if not beside the finished ones.
-        scales: the weight files that hold scales of FP8 targets, by name, and where they are on this machine.
         window_bytes: how much of the shard is held at a time, so that matrices of one shape are solved together.
         settings: as asked for.
-        watch: of the source.
     """
 
     shard: ShardPlan
     index: int
     count: int
-    path: Path
-    sha256: str | None
-    again: str | None
+    files: WeightFiles
     out: Path
     partials: Path | None
-    scales: Mapping[str, Path]
     window_bytes: int
     settings: Settings
-    watch: Watch
 
     def partial(self, file: str) -> Path | None:
         """Where a file is until it is finished, if not beside it."""
@@ -88,25 +83,9 @@ class RemoteShard:
     def __call__(self, lane: Lane, attempt: str) -> ShardResult:
         """The result; unfinished files of several attempts do not meet."""
         check_shared(self.out)
-        with ExitStack() as stack:
-            path = stack.enter_context(self.origin.file(self.shard.file))
-            scales = {other: stack.enter_context(self.origin.file(other)) for other in scale_files(self.shard)}
-            sha256 = self.origin.sha256(self.shard.file)
-            partials = self.out / PARTIALS_DIR / attempt
-            job = Job(
-                self.shard,
-                self.index,
-                self.count,
-                path,
-                sha256,
-                self.origin.again(self.shard.file),
-                self.place,
-                partials,
-                scales,
-                self.window_bytes,
-                self.settings,
-                Watch(pinned=self.origin.pinned),
-            )
+        partials = self.out / PARTIALS_DIR / attempt
+        with SentFiles(self.origin) as files:
+            job = Job(self.shard, self.index, self.count, files, self.place, partials, self.window_bytes, self.settings)
             return run_job(job, lane, Silent(), lambda: None)
 
 
@@ -138,13 +117,14 @@ def run_job(job: Job, lane: Lane, progress: Progress, read: Callable[[], object]
         read: called when the shard has been read.
     """
     factors_name = factors_file(job.index, job.count)
+    quantized = {target.tensor: target.scaled for target in job.shard.targets if target.scaled is not None}
     with ExitStack() as stack:
-        reader = stack.enter_context(ShardReader(job.path, name=job.shard.file, watch=job.watch))
+        weights = stack.enter_context(ModelWeights(job.files, lambda: quantized))
+        reader = stack.enter_context(ShardReader(weights.path(job.shard.file), name=job.shard.file, watch=weights.watch))
         _check_unchanged(reader, job.shard)
-        dequantizer = stack.enter_context(Dequantizer(job.scales.__getitem__, job.watch))
         work: dict[str, list[_Collected]] = {}
         for target in job.shard.targets:
-            ranked = _with_rank(target, reader, dequantizer, job, lane)
+            ranked = _with_rank(target, reader, weights, job.settings, lane)
             work.setdefault(target.tensor, []).append(_Collected(ranked))
         residuals = (
             stack.enter_context(FileWriter(job.out / job.shard.file, job.partial(job.shard.file)))
@@ -160,19 +140,22 @@ def run_job(job: Job, lane: Lane, progress: Progress, read: Callable[[], object]
         if residuals:
             residuals.write(reader.header.raw)
 
-        def factorize(window: Sequence[Piece]) -> list[Result]:
-            return _factorize(window, work, dequantizer, job.settings, lane.device)
+        def factorize(window: Sequence[Piece]) -> _WindowResults:
+            return _factorize(window, work, weights, job.settings, lane.device)
 
-        def finish(window: Sequence[Piece], results: list[Result]) -> None:
-            _write(window, results, work, residuals, factors, progress)
+        def finish(window: Sequence[Piece], done: _WindowResults) -> None:
+            _write(window, done, work, residuals, factors)
+            for piece in window:
+                if isinstance(piece, TargetPiece):
+                    progress.item(piece.entry.name)
+                progress.advance(len(piece))
 
         def sample(piece: TargetPiece) -> None:
             for part in work[piece.entry.name]:
                 part.sample.update(part.target.view.matrices(piece.tensor))
 
         lane.flow(looked_at(walk, sample), job.window_bytes, factorize, finish, read)
-        if job.sha256 not in (None, walk.sha256):
-            raise damaged(job.shard.file, job.again, f"sha256 {walk.sha256}", f"sha256 {job.sha256}")
+        weights.check(job.shard.file, walk.sha256)
         source = FileRecord(job.shard.file, reader.header.file_bytes, walk.sha256)
         residual_record = residuals.commit(job.shard.file) if residuals else None
         factors_record = factors.commit(factors_name) if factors else None
@@ -187,7 +170,7 @@ def _check_unchanged(reader: ShardReader, shard: ShardPlan) -> None:
         )
 
 
-def _with_rank(target: Target, reader: ShardReader, dequantizer: Dequantizer, job: Job, lane: Lane) -> Target:
+def _with_rank(target: Target, reader: ShardReader, weights: ModelWeights, settings: Settings, lane: Lane) -> Target:
     """The target itself, or for a stack that is to keep an energy with the rank that all of its matrices need for it.
 
     They share one rank, so that their scales are one tensor, and it must be known before the first of them is done. So
@@ -198,9 +181,9 @@ def _with_rank(target: Target, reader: ShardReader, dequantizer: Dequantizer, jo
     entry = reader.entries[target.tensor]
 
     def rank_of(index: int) -> int:
-        weight = dequantizer.weight(reader.read(entry, index, 1), index, target.scaled)
+        weight = weights.exact(target.tensor, reader.read(entry, index, 1), index)
         matrix = target.view.matrices(weight)[0].to(lane.device)
-        return len(truncate(target, matrix, job.settings).s)
+        return len(truncate(target, matrix, settings).s)
 
     ranks = [lane.submit(rank_of, index) for index in range(target.matrices[0])]
     return dataclasses.replace(target, rank=max(rank.result() for rank in ranks), energy=None)
@@ -253,6 +236,8 @@ class _Collected:
         self.total += result.norm**2
         self.s_first, self.s_last = max(self.s_first, factors.s[0].item()), min(self.s_last, factors.s[-1].item())
         self.inexact += result.inexact
+        if result.residual is not None:
+            self.residual_sample.update(result.residual[None])
 
     def finished_factors(self) -> dict[str, torch.Tensor]:
         """U (m, k), s (k,), V (n, k), for a stack one after the other in a dimension more."""
@@ -283,54 +268,60 @@ class _Collected:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _WindowResults:
+    """What became of a window.
+
+    Attributes:
+        results: of all matrices in it.
+        written: for each piece what takes its place in the residual layout, in the memory of the piece.
+    """
+
+    results: dict[tuple[str, int], Result]
+    written: Sequence[torch.Tensor]
+
+
 def _factorize(
     window: Sequence[Piece],
     work: Mapping[str, list[_Collected]],
-    dequantizer: Dequantizer,
+    weights: ModelWeights,
     settings: Settings,
     device: torch.device,
-) -> list[Result]:
-    """The results of all targets in a window. In the residual layout its tensors are replaced by their residuals."""
+) -> _WindowResults:
+    """The results of all targets in a window."""
     matrices: list[Matrix] = []
-    sliced = []
+    slices: list[tuple[TargetPiece, View, torch.Tensor]] = []
     for piece in window:
         if not isinstance(piece, TargetPiece):
             continue
-        parts = work[piece.entry.name]
-        weight = dequantizer.weight(piece.tensor, piece.first, parts[0].target.scaled)
-        for part in parts:
+        weight = weights.exact_piece(piece)
+        for part in work[piece.entry.name]:
             seen = part.target.view.matrices(weight)
             matrices += [Matrix(part.target, piece.first + i, matrix) for i, matrix in enumerate(seen)]
             if part.target.view.slice is not None:
-                sliced.append((part.target.view, seen, piece.tensor))
+                slices.append((piece, part.target.view, seen))
     results = factorize_matrices(matrices, settings, device)
     if settings.layout == "residual":
-        for view, seen, tensor in sliced:
-            view.store(seen, tensor)
-    return results
+        for piece, view, residuals in slices:  # copies of parts of their tensors
+            view.store(residuals, piece.tensor)
+    return _WindowResults({(result.target.key, result.index): result for result in results}, [piece.buffer for piece in window])
 
 
 def _write(
     window: Sequence[Piece],
-    results: Iterable[Result],
+    done: _WindowResults,
     work: Mapping[str, list[_Collected]],
     residuals: FileWriter | None,
     factors: TensorFileWriter | None,
-    progress: Progress,
 ) -> None:
     """What has become of a window, in the order of the shard."""
-    done = {(result.matrix.target.key, result.matrix.index): result for result in results}
-    for piece in window:
+    for piece, written in zip(window, done.written, strict=True):
         if isinstance(piece, TargetPiece):
-            progress.item(piece.entry.name)
             for part in work[piece.entry.name]:
                 for i in range(part.target.view.shape(piece.tensor.shape)[0]):
-                    _add(part, done.pop((part.target.key, piece.first + i)), factors)
-                if residuals:
-                    part.residual_sample.update(part.target.view.matrices(piece.tensor))
+                    _add(part, done.results.pop((part.target.key, piece.first + i)), factors)
         if residuals:
-            residuals.write(bytes_of(piece.buffer))
-        progress.advance(len(piece))
+            residuals.write(bytes_of(written))
 
 
 def _add(part: _Collected, result: Result, factors: TensorFileWriter | None) -> None:
@@ -339,7 +330,7 @@ def _add(part: _Collected, result: Result, factors: TensorFileWriter | None) -> 
     if factors is None:
         return
     if result.correction is not None:
-        factors.add(correction_key(target.key, target.place(result.matrix.index)), result.correction)
+        factors.add(correction_key(target.key, target.place(result.index)), result.correction)
     if part.done == target.matrices[0]:
         for name, tensor in part.finished_factors().items():
             factors.add(factor_key(target.key, name), tensor)

@@ -13,44 +13,37 @@ import torch
 from surgery.engine.lane import Lane
 from surgery.engine.walk import Piece, ShardWalk, TargetPiece
 from surgery.errors import FormatError, SourceError
-from surgery.files.files import FileRecord, FileWriter, HashSink, not_as_described
+from surgery.files.files import FileRecord, FileWriter, HashSink
 from surgery.format.factors import DAMAGED_HINT
 from surgery.format.manifest import Manifest, ShardRecord
 from surgery.format.safetensors import ShardReader
-from surgery.linalg.lossless import Addition
 from surgery.memory import bytes_of
 from surgery.names import MANIFEST_FILE, PARTIALS_DIR
 from surgery.progress import Progress, Silent
-from surgery.shards.dense import DenseWeights
 from surgery.shards.factorize_shard import check_shared
 from surgery.source.origin import Origin
-from surgery.weights.base import BASE_HINT, SentWeights, Weights
+from surgery.updates.dense import DenseTensors
+from surgery.updates.protocol import Update
+from surgery.weights.checkpoint import FactorizedWeights, sent_weights
 from surgery.weights.quantization import Scaled
+from surgery.weights.sent import SentFiles
 
 
 @dataclass(frozen=True, slots=True)
-class FoldSettings:
-    """What a fold depends on besides the checkpoint; see ``fold``.
+class FoldPlaces:
+    """Where a fold writes.
 
     Attributes:
-        factorized: the folder that is read.
         out: the output folder.
         place: the folder that is written to, that one or one inside of it.
+        to_compare: whether nothing is written, and only told what it would be.
         window_bytes: how much of a shard is worked on at a time.
-        dequantize: whether FP8 weights become bfloat16.
-        scales: by the key of a target.
-        additions: by the name of a tensor, what an adapter adds to it.
-        quantized: its FP8 weights and where their scales are.
     """
 
-    factorized: Path
     out: Path
     place: Path
+    to_compare: bool
     window_bytes: int
-    dequantize: bool
-    scales: Mapping[str, torch.Tensor]
-    additions: Mapping[str, Addition]
-    quantized: Mapping[str, Scaled]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,44 +52,40 @@ class RemoteFold:
 
     Attributes:
         shard: which.
+        folder: the factorized checkpoint.
         manifest: what it says of the weight files that this one takes.
         origin: where they come from.
-        settings: of the fold, with the scales, additions and FP8 weights in them.
-        to_compare: whether nothing is written, and only told what it would be.
+        quantized: the FP8 weights in them.
+        update: what is added to them.
+        to_dense: whether FP8 weights become bfloat16.
+        places: where it is written.
     """
 
     shard: ShardRecord
+    folder: Path
     manifest: Manifest
     origin: Origin
-    settings: FoldSettings
-    to_compare: bool
+    quantized: Mapping[str, Scaled]
+    update: Update
+    to_dense: bool
+    places: FoldPlaces
 
     def __call__(self, lane: Lane, attempt: str) -> FileRecord | None:
         """What it has become; unfinished files of several attempts do not meet."""
-        settings, manifest = self.settings, self.manifest
-        if not self.to_compare:
-            check_shared(settings.out)
-        if not (settings.factorized / MANIFEST_FILE).is_file():
+        if not self.places.to_compare:
+            check_shared(self.places.out)
+        if not (self.folder / MANIFEST_FILE).is_file():
             raise SourceError(
-                f"{settings.factorized} is not there on {socket.gethostname()}",
+                f"{self.folder} is not there on {socket.gethostname()}",
                 hint="the factorized checkpoint must be in a folder that every machine sees under the same path",
             )
-        partial = settings.out / PARTIALS_DIR / attempt / self.shard.source.file.replace("/", "--")
+        partial = self.places.out / PARTIALS_DIR / attempt / self.shard.source.file.replace("/", "--")
         with ExitStack() as stack:
-            weights = stack.enter_context(SentWeights(self.origin, manifest.layout))
-            dense = stack.enter_context(
-                DenseWeights(
-                    manifest,
-                    settings.factorized,
-                    weights,
-                    settings.quantized,
-                    settings.scales,
-                    to_dense=settings.dequantize,
-                    additions=settings.additions,
-                )
-            )
-            fold = ShardFold(self.shard, manifest, weights, dense, settings, Silent())
-            return fold.run(lane, lambda: None, partial=partial, to_compare=self.to_compare)
+            files = stack.enter_context(SentFiles(self.origin))
+            weights = sent_weights(files, self.folder, self.manifest, self.quantized)
+            checkpoint = stack.enter_context(FactorizedWeights(self.folder, self.manifest, weights))
+            dense = DenseTensors(checkpoint, self.update, to_dense=self.to_dense)
+            return ShardFold(self.shard, checkpoint, dense, self.places, Silent()).run(lane, lambda: None, partial)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,50 +93,50 @@ class ShardFold:
     """The fold of one shard.
 
     Attributes:
-        shard, manifest, weights, dense, settings: what is folded.
+        shard: which.
+        checkpoint: the factorized checkpoint.
+        dense: what its tensors become.
+        places: where it is written.
         progress: told of each tensor that is done; called from threads.
     """
 
     shard: ShardRecord
-    manifest: Manifest
-    weights: Weights
-    dense: DenseWeights
-    settings: FoldSettings
+    checkpoint: FactorizedWeights
+    dense: DenseTensors
+    places: FoldPlaces
     progress: Progress
 
-    def run(self, lane: Lane, read: Callable[[], object], *, partial: Path | None, to_compare: bool) -> FileRecord | None:
+    def run(self, lane: Lane, read: Callable[[], object], partial: Path | None) -> FileRecord | None:
         """Write the weight file, or only tell what it would be; None if nothing of it is left.
 
         Args:
             lane: where.
             read: called when the shard has been read.
             partial: where the file is until it is finished, if not beside it.
-            to_compare: nothing is written.
         """
-        file = self.shard.source.file
-        with ShardReader(self.weights.file(self.shard)[0], watch=self.weights.watch) as reader:
+        file, weights = self.shard.source.file, self.checkpoint.weights
+        with ShardReader(weights.path(file), watch=weights.watch) as reader:
             if self.dense.size(reader.header) is None:
                 self.progress.advance(reader.header.data_bytes)
                 return None
-            if to_compare:
+            if self.places.to_compare:
                 sink = HashSink()
                 self._write(reader, sink, lane, read)
                 return FileRecord(file, self.shard.source.size, sink.sha256)
-            with FileWriter(self.settings.place / file, partial) as writer:
+            with FileWriter(self.places.place / file, partial) as writer:
                 self._write(reader, writer, lane, read)
                 return writer.commit(file)
 
     def _write(self, reader: ShardReader, writer: FileWriter | HashSink, lane: Lane, read: Callable[[], object]) -> None:
         """The bytes of the weight file, in order."""
-        shard, dense, progress = self.shard, self.dense, self.progress
-        path, expected = self.weights.file(shard)
-        header = dense.header(reader.header)
+        shard, dense, progress, weights = self.shard, self.dense, self.progress, self.checkpoint.weights
+        path, header = weights.path(shard.source.file), dense.header(reader.header)
         if lost := dense.missing(shard, reader.header):
             raise FormatError(f"{path}: a target of the manifest is not there", got="nothing", expected=lost[0])
         writer.write(header)
 
         def fold(window: Sequence[Piece]) -> list[torch.Tensor | None]:
-            return [dense.folded(piece, lane.device) if isinstance(piece, TargetPiece) else piece.buffer for piece in window]
+            return [dense.of(piece, lane.device) if isinstance(piece, TargetPiece) else piece.buffer for piece in window]
 
         def finish(window: Sequence[Piece], folded: Sequence[torch.Tensor | None]) -> None:
             for piece, weight in zip(window, folded, strict=True):
@@ -158,9 +147,7 @@ class ShardFold:
                 progress.advance(len(piece))
 
         with ShardWalk(reader, dense.touched(reader.header), lane.buffers, lane.timing) as walk:
-            lane.flow(walk, self.settings.window_bytes, fold, finish, read)
-        if walk.sha256 != expected.sha256:
-            overlay = self.manifest.layout == "overlay"
-            raise not_as_described(path, walk.sha256, expected, BASE_HINT if overlay else DAMAGED_HINT)
-        if header == reader.header.raw and dense.keeps(shard, reader.header) and writer.sha256 != shard.source.sha256:
+            lane.flow(walk, self.places.window_bytes, fold, finish, read)
+        weights.check(shard.source.file, walk.sha256)
+        if header == reader.header.raw and dense.keeps(reader.header) and writer.sha256 != shard.source.sha256:
             raise FormatError(f"{path}: untouched scales do not give the source back", hint=DAMAGED_HINT)

@@ -48,7 +48,8 @@ class Result:
     """What became of one matrix; all on the CPU.
 
     Attributes:
-        matrix: in the residual layout its weight holds the residual now.
+        target, index: which matrix of which target.
+        residual: in the memory of the weight, which is gone; None in the overlay layout, where that is as it was.
         factors: float32.
         norm: the Frobenius norm of the matrix.
         certificate: of the SVD.
@@ -56,7 +57,9 @@ class Result:
         inexact: share of the entries that residual and factors alone do not give back.
     """
 
-    matrix: Matrix
+    target: Target
+    index: int
+    residual: torch.Tensor | None
     factors: Factors
     norm: float
     certificate: Certificate
@@ -65,7 +68,7 @@ class Result:
 
 
 def factorize_matrices(matrices: Sequence[Matrix], settings: Settings, device: torch.device) -> list[Result]:
-    """The results of matrices, in no order. In the residual layout their weights are replaced by the residuals.
+    """The results of matrices, in no order. In the residual layout the memory of their weights is that of the residuals then.
 
     Raises:
         WeightError: a matrix holds NaN or infinity, or has a residual beyond the range of its dtype; names the tensor.
@@ -107,7 +110,9 @@ def _factorize_group(group: Sequence[Matrix], device: torch.device, settings: Se
                 torch.cuda.current_stream(device).synchronize()
     return [
         Result(
-            matrix,
+            matrix.target,
+            matrix.index,
+            None if part is None else matrix.weight,
             kept,
             svd.norm.item(),
             svd.certificate,

@@ -6,123 +6,30 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 
 from surgery.device import as_memory_allows
 from surgery.engine.lane import Lane
 from surgery.engine.walk import Piece, ShardWalk, TargetPiece, looked_at
-from surgery.errors import FormatError, ReadError, SurgeryError
-from surgery.files.files import FileRecord, Watch, file_sha256, reading
-from surgery.format.factors import FactorsHash, FactorsReader
-from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
-from surgery.format.safetensors import TORCH_DTYPES, ShardReader
-from surgery.format.sample import SampleHash
+from surgery.errors import FormatError, SurgeryError
+from surgery.files.files import Watch
+from surgery.format.factors import FactorsReader
+from surgery.format.manifest import ShardRecord, TargetRecord
+from surgery.format.safetensors import ShardReader
 from surgery.linalg.correction import CorruptCorrection
-from surgery.linalg.lossless import Factors, recover, split
-from surgery.linalg.measured import Measured, could_come_from, gap_limits, measure, overstated, says_converged
+from surgery.linalg.lossless import split
+from surgery.linalg.measured import measure
 from surgery.memory import bytes_of
-from surgery.names import correction_key, factor_key
 from surgery.progress import Progress
-from surgery.shards.factorize_shard import rounded_to
-from surgery.weights.base import BaseWeights, OwnWeights, check_entry, shard_path
-from surgery.weights.quantization import Scaled
-from surgery.weights.quantized import Dequantizer
+from surgery.shards.failures import Checkpoint, Failure, Failures, check_output_file
+from surgery.shards.verify_headers import check_headers
+from surgery.shards.verify_target import CheckedTarget, MeasuredMatrix, factors_found
+from surgery.weights.matrix import stored_residual
+from surgery.weights.protocol import Weights, check_entry
 
-#: Largest entry of ``U^T U - I`` that passes: vectors are rounded to float32.
-_ORTHONORMAL = 1e-5
-#: By how much float64 products may differ: what rounding to float32 takes is in the residuals that are recorded.
-_ROUNDED = 1e-9
-#: How far the energy may be off, relatively: half a unit in its sixth digit, and what float32 sums of squares are off by.
-_ENERGY = 8e-6
 _HASHED_BYTES = 8 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """Something that does not hold.
-
-    Attributes:
-        where: the file, or the target.
-        check: what was checked.
-        got, expected: what was found, and what belongs there; empty where there is nothing to tell.
-    """
-
-    where: str
-    check: str
-    got: str
-    expected: str
-
-
-@dataclass(slots=True)
-class Failures:
-    """What has been found not to hold, in order."""
-
-    found: list[Failure] = field(default_factory=list)
-
-    def fail(self, where: str, error: SurgeryError) -> None:
-        """An error in the place of a figure; of what the system refuses, with what to do."""
-        got, expected = ("" if part is None else str(part) for part in (error.got, error.expected))
-        check = f"{error.what}; {error.hint}" if isinstance(error, ReadError) and error.hint else error.what
-        self.found.append(Failure(where, check, got, expected))
-
-    def expect(self, holds: bool, where: str, check: str, got: object = "", expected: object = "") -> bool:
-        if not holds:
-            self.found.append(Failure(where, check, str(got), str(expected)))
-        return holds
-
-
-def check_output_file(folder: Path, record: FileRecord, watch: Watch, failures: Failures, *, hashed: bool = True) -> bool:
-    """A file of the checkpoint: that it is there, its size, and its hash unless others take that while they read it."""
-    path = folder / record.file
-    if not failures.expect(path.is_file(), record.file, "the file is there", "nothing"):
-        return False
-    try:
-        size = watch.see(path, record.file).size
-        if not failures.expect(size == record.size, record.file, "size", size, record.size):
-            return False
-        if hashed:
-            with reading(path, record.file):
-                found = file_sha256(path)
-            return failures.expect(found == record.sha256, record.file, "sha256", found, record.sha256)
-    except SurgeryError as error:
-        failures.fail(record.file, error)
-        return False
-    return True
-
-
-@dataclass(slots=True)
-class _Checked:
-    """What has been seen of a target so far: of its matrices as they are stored, and as they are recovered."""
-
-    target: TargetRecord
-    matrices: int = 0
-    spoiled: bool = False
-    kept: float = 0.0
-    total: float = 0.0
-    inexact: float = 0.0
-    residuals_agree: bool = True
-    misses: list[tuple[str, str, str]] = field(default_factory=list)
-    stored: SampleHash = field(init=False)
-    recovered: SampleHash = field(init=False)
-
-    def __post_init__(self) -> None:
-        dtype = TORCH_DTYPES[self.target.dtype]
-        self.stored, self.recovered = SampleHash(dtype), SampleHash(dtype)
-
-
-@dataclass(frozen=True, slots=True)
-class _Seen:
-    """Of one matrix. ``inexact`` is None in the overlay layout; ``agrees``: the residual in its file is that of the weight."""
-
-    index: int
-    factors: Factors
-    measured: Measured | None
-    inexact: float | None
-    agrees: bool
-    damage: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,34 +37,25 @@ class ShardCheck:
     """The check of one shard.
 
     Attributes:
-        folder, manifest: the checkpoint.
-        shard: which.
-        passed: the tensors in it that are passed over.
-        shards: all, by their names in the source.
-        weights: where its weights are; None where they are not to be had.
-        quantized: the FP8 weights of the base.
-        watch: of the checkpoint's files.
-        headers_only: whether hashes and headers are all that is looked at.
-        window_bytes: how much of a shard is worked on at a time.
+        checkpoint: what is checked.
+        shard: which of its weight files.
+        passed: the tensors in it that were passed over.
+        watch: of the checkpoint's own files.
+        window_bytes: how much of a shard is worked on at a time; 0: hashes and headers are all that is looked at.
         progress: told of each tensor that is done; called from threads.
     """
 
-    folder: Path
-    manifest: Manifest
+    checkpoint: Checkpoint
     shard: ShardRecord
     passed: AbstractSet[str]
-    shards: Mapping[str, ShardRecord]
-    weights: OwnWeights | BaseWeights | None
-    quantized: Mapping[str, Scaled]
     watch: Watch
-    headers_only: bool
     window_bytes: int
     progress: Progress
 
     @property
     def targets(self) -> list[TargetRecord]:
         """Those in it."""
-        return self.manifest.targets_of(self.shard.source.file)
+        return self.checkpoint.manifest.targets_of(self.shard.source.file)
 
     def run(self, lane: Lane, read: Callable[[], object]) -> list[Failure]:
         """What does not hold; whatever cannot be read is among it.
@@ -174,101 +72,107 @@ class ShardCheck:
         return failures.found
 
     def _run(self, lane: Lane, read: Callable[[], object], failures: Failures) -> None:
-        shard, own = self.shard, isinstance(self.weights, OwnWeights)
-        files = [record for record in (shard.residual, shard.factors) if record is not None]
-        for record in files:
+        shard, weights = self.shard, self.checkpoint.weights
+        headers_only = not self.window_bytes
+        for record in (shard.residual, shard.factors):
+            if record is None:
+                continue
             self.progress.item(record.file)
             # What is walked is hashed on the way.
-            walked = record is shard.residual and own and not self.headers_only
-            there = check_output_file(self.folder, record, self.watch, failures, hashed=not walked)
+            walked = record is shard.residual and weights is not None and weights.holds_residuals and not headers_only
+            there = check_output_file(self.checkpoint.folder, record, self.watch, failures, hashed=not walked)
             if not walked or not there:
                 self.progress.advance(record.size)
         if shard.residual is not None and not self.targets:
             alike = shard.residual == shard.source
             failures.expect(alike, shard.source.file, "without targets it is the source's", shard.residual, shard.source)
-        self._check_headers(failures)
-        if self.headers_only:
+        check_headers(self.checkpoint, shard, self.passed, self.watch, failures)
+        if headers_only:
             return
         with ExitStack() as stack:
-            checked: dict[str, list[_Checked]] = {}
-            for target in self.targets:
-                checked.setdefault(target.tensor, []).append(_Checked(target))
+            factors, done = None, []
             if self.targets:
-                factors = stack.enter_context(FactorsReader(self.folder, shard, check=False, watch=self.watch))
+                opened = FactorsReader(self.checkpoint.folder, shard, check=False, watch=self.watch)
+                factors = stack.enter_context(opened)
                 # In a lane's own threads: nothing that is computed there depends on how many there are.
-                done = [lane.submit(lambda target: _factors_found(target, factors), target) for target in self.targets]
-                self._walk(lane, read, stack, checked, factors, failures)
-                for found in done:
-                    failures.found += found.result()
-            else:
-                self._walk(lane, read, stack, checked, None, failures)
+                done = [lane.submit(lambda target: factors_found(target, opened), target) for target in self.targets]
+            if weights is not None:
+                _WeightsCheck(self, weights, factors, failures).run(lane, read, stack)
+            for found in done:
+                failures.found += found.result()
 
-    def _check_headers(self, failures: Failures) -> None:
-        """Each target is there with its dtype and shape, and so are its factors; all others are on record as passed over."""
-        shard, manifest = self.shard, self.manifest
-        edited = manifest.edited_in(shard.source.file)
-        tensors: dict[str, tuple[str, list[int] | None]] = {
-            tensor: (target.dtype, target.shape) for tensor, target in edited.items()
-        }
-        if shard.residual is not None:
-            self._check_header(self.folder / shard.residual.file, self.watch, tensors, self.passed, failures)
-        if isinstance(self.weights, BaseWeights):
-            self._check_header(self.weights.file(shard)[0], self.weights.watch, tensors, self.passed, failures)
-        if shard.factors is not None:
-            parts: dict[str, tuple[str, list[int] | None]] = {}
-            for target in self.targets:
-                (count, m, n), k = target.matrices, target.rank
-                stack = [count] if target.view == "stack" else []
-                shapes: list[tuple[str, list[int]]] = [("U", [m, k]), ("s", [k]), ("V", [n, k])]
-                parts.update((factor_key(target.key, part), ("F32", stack + shape)) for part, shape in shapes)
-                if manifest.layout == "residual" and manifest.options.correction:
-                    places = range(count) if stack else [None]
-                    parts.update((correction_key(target.key, place), ("U8", None)) for place in places)
-            self._check_header(self.folder / shard.factors.file, self.watch, parts, set(), failures)
 
-    def _check_header(
-        self,
-        path: Path,
-        watch: Watch,
-        tensors: Mapping[str, tuple[str, list[int] | None]],
-        passed: AbstractSet[str],
-        failures: Failures,
-    ) -> None:
-        name = path.relative_to(self.folder).as_posix() if self.folder in path.parents else path.name
-        with ShardReader(path, name=name, watch=watch) as reader:
-            found = {entry.name: (entry.dtype, list(entry.shape)) for entry in reader.header.tensors}
-        for tensor, (dtype, shape) in tensors.items():
-            got = found.get(tensor)
-            good = got is not None and got[0] == dtype and (shape is None or got[1] == shape)
-            failures.expect(good, f"{name}: {tensor}", "dtype and shape", got or "nothing", f"{dtype} {shape or ''}")
-        for tensor in sorted(passed - found.keys()):
-            failures.expect(False, f"{name}: {tensor}", "what was passed over is there", "nothing")
-        for tensor in sorted(found.keys() - tensors.keys() - passed):
-            failures.expect(False, f"{name}: {tensor}", "the manifest knows the tensor", "it does not")
+class _WeightsCheck:
+    """The check of the weights of one shard, read once.
 
-    def _walk(
-        self,
-        lane: Lane,
-        read: Callable[[], object],
-        stack: ExitStack,
-        by_name: dict[str, list[_Checked]],
-        factors: FactorsReader | None,
-        failures: Failures,
-    ) -> None:
-        """Through the weights of the shard, once."""
-        if self.weights is None:
+    Args:
+        check: of the shard.
+        weights: the residuals in the checkpoint, or the model that it was made from.
+        factors: of the targets in it; None where there are none.
+        failures: what does not hold goes there.
+    """
+
+    def __init__(self, check: ShardCheck, weights: Weights, factors: FactorsReader | None, failures: Failures) -> None:
+        self._check = check
+        self._weights = weights
+        self._factors = factors
+        self._failures = failures
+        self._residuals: ShardReader | None = None
+        options = check.checkpoint.manifest.options
+        self._by_name: dict[str, list[CheckedTarget]] = {}
+        for target in check.targets:
+            self._by_name.setdefault(target.tensor, []).append(CheckedTarget(target, options))
+
+    def run(self, lane: Lane, read: Callable[[], object], stack: ExitStack) -> None:
+        """Read the shard, and compare all of it with what is recorded."""
+        shard, weights, failures = self._check.shard, self._weights, self._failures
+        file, own = shard.source.file, weights.holds_residuals
+        path, expected = weights.path(file), weights.expected(file)
+        assert expected is not None  # there is a manifest
+        source = stack.enter_context(ShardReader(path, name=path.name, watch=weights.watch))
+        if not own and shard.residual is not None:
+            residuals = self._check.checkpoint.folder / shard.residual.file
+            self._residuals = stack.enter_context(ShardReader(residuals, name=shard.residual.file, watch=self._check.watch))
+        sound = self._sound(source, path.name)
+        portions = {name: parts[0].target.at_a_time for name, parts in sound.items() if parts}
+        recovered, tied = hashlib.sha256(source.header.raw), _TiedTensors(self._by_name)
+
+        def compute(window: Sequence[Piece]) -> list[list[list[MeasuredMatrix]] | SurgeryError]:
+            return [self._measured(piece, sound, lane.device) for piece in window]
+
+        def finish(window: Sequence[Piece], found: list[list[list[MeasuredMatrix]] | SurgeryError]) -> None:
+            for piece, parts in zip(window, found, strict=True):
+                if isinstance(piece, TargetPiece):
+                    self._check.progress.item(piece.entry.name)
+                    self._take(piece, sound[piece.entry.name], parts)
+                    tied.update(piece)
+                recovered.update(bytes_of(piece.buffer))
+                self._check.progress.advance(len(piece))
+
+        def sample(piece: TargetPiece) -> None:
+            for checked in sound[piece.entry.name]:
+                checked.stored.update(checked.target.seen_as.matrices(piece.tensor))
+
+        walk = stack.enter_context(ShardWalk(source, portions, lane.buffers, lane.timing))
+        errors: list[SurgeryError] = []
+        lane.flow(looked_at(_until_error(walk, errors), sample), self._check.window_bytes, compute, finish, read)
+        if errors:
+            failures.fail(path.name, errors[0])
             return
-        own = isinstance(self.weights, OwnWeights)
-        path, expected = self.weights.file(self.shard)
-        watch = self.watch if own else self.weights.watch
-        source = stack.enter_context(ShardReader(path, name=path.name, watch=watch))
-        weights = self.weights
-        dequantizer = stack.enter_context(Dequantizer(lambda file: shard_path(weights, self.shards, file), watch))
-        residuals = None
-        if not own and self.shard.residual is not None:
-            file = self.shard.residual.file
-            residuals = stack.enter_context(ShardReader(self.folder / file, name=file, watch=self.watch))
-        for name, parts in list(by_name.items()):
+        for parts in self._by_name.values():
+            for checked in parts:
+                checked.conclude(path.name, failures, is_recovered=own)
+        where = "sha256" if own else "sha256 of the base"
+        failures.expect(walk.sha256 == expected.sha256, path.name, where, walk.sha256, expected.sha256)
+        if own:
+            found, original = recovered.hexdigest(), shard.source.sha256
+            failures.expect(found == original, path.name, "sha256 of the original file", found, original)
+        for target, digest in tied.digests():
+            self._check_aliases(target, digest)
+
+    def _sound(self, source: ShardReader, file: str) -> dict[str, list[CheckedTarget]]:
+        """The targets by tensor, those alone that are there as the manifest describes them."""
+        for name, parts in self._by_name.items():
             entry = source.entries.get(name)
             for checked in parts:
                 if entry is None:
@@ -277,77 +181,28 @@ class ShardCheck:
                 try:
                     check_entry(entry, checked.target)
                 except FormatError as error:
-                    failures.fail(f"{path.name}: {checked.target.key}", error)
+                    self._failures.fail(f"{file}: {checked.target.key}", error)
                     checked.spoiled = True
-        sound = {name: [checked for checked in parts if not checked.spoiled] for name, parts in by_name.items()}
-        portions = {name: parts[0].target.at_a_time for name, parts in sound.items() if parts}
-        recovered, tied = hashlib.sha256(source.header.raw), _Tied(by_name)
+        return {name: [checked for checked in parts if not checked.spoiled] for name, parts in self._by_name.items()}
 
-        def seen(piece: Piece) -> list[list[_Seen]] | SurgeryError:
-            if not isinstance(piece, TargetPiece) or factors is None:
-                return []
-            try:
-                return self._seen(piece, sound[piece.entry.name], factors, dequantizer, residuals, lane.device)
-            except SurgeryError as error:  # the lane goes on
-                return error
+    def _measured(
+        self, piece: Piece, sound: Mapping[str, Sequence[CheckedTarget]], device: torch.device
+    ) -> list[list[MeasuredMatrix]] | SurgeryError:
+        """Of each matrix of each target in a piece. Where it holds residuals, its weights take their place."""
+        if not isinstance(piece, TargetPiece) or self._factors is None:
+            return []
+        try:
+            return self._measured_target(piece, sound[piece.entry.name], self._factors, device)
+        except SurgeryError as error:  # the lane goes on
+            return error
 
-        def compute(window: Sequence[Piece]) -> list[list[list[_Seen]] | SurgeryError]:
-            return [seen(piece) for piece in window]
-
-        def finish(window: Sequence[Piece], found: list[list[list[_Seen]] | SurgeryError]) -> None:
-            for piece, parts in zip(window, found, strict=True):
-                if isinstance(piece, TargetPiece):
-                    self.progress.item(piece.entry.name)
-                    for i, checked in enumerate(sound[piece.entry.name]):
-                        if isinstance(parts, SurgeryError):
-                            failures.fail(checked.target.key, parts)
-                            checked.spoiled = True
-                            continue
-                        for one in parts[i]:
-                            self._take(checked, one)
-                        if own:  # from here on the piece holds what it was in the source
-                            checked.recovered.update(checked.target.seen_as.matrices(piece.tensor))
-                    tied.update(piece)
-                recovered.update(bytes_of(piece.buffer))
-                self.progress.advance(len(piece))
-
-        walk = stack.enter_context(ShardWalk(source, portions, lane.buffers, lane.timing))
-        errors: list[SurgeryError] = []
-
-        def sample(piece: TargetPiece) -> None:
-            for checked in sound[piece.entry.name]:
-                checked.stored.update(checked.target.seen_as.matrices(piece.tensor))
-
-        lane.flow(looked_at(_until_error(walk, errors), sample), self.window_bytes, compute, finish, read)
-        if errors:
-            failures.fail(path.name, errors[0])
-            return
-        for parts in by_name.values():
-            for checked in parts:
-                self._conclude(checked, path.name, failures)
-        where = "sha256" if own else "sha256 of the base"
-        failures.expect(walk.sha256 == expected.sha256, path.name, where, walk.sha256, expected.sha256)
-        if own:
-            found, original = recovered.hexdigest(), self.shard.source.sha256
-            failures.expect(found == original, path.name, "sha256 of the original file", found, original)
-        for target, digest in tied.digests():
-            self._check_aliases(target, digest, failures)
-
-    def _seen(
-        self,
-        piece: TargetPiece,
-        parts: Sequence[_Checked],
-        factors: FactorsReader,
-        dequantizer: Dequantizer,
-        residuals: ShardReader | None,
-        device: torch.device,
-    ) -> list[list[_Seen]]:
-        """Of each matrix of a piece. Where it holds residuals, its weights take their place."""
-        weight = dequantizer.weight(piece.tensor, piece.first, self.quantized.get(piece.entry.name))
-        beside = None
-        if residuals is not None:
+    def _measured_target(
+        self, piece: TargetPiece, parts: Sequence[CheckedTarget], factors: FactorsReader, device: torch.device
+    ) -> list[list[MeasuredMatrix]]:
+        weight, beside = self._weights.exact_piece(piece), None
+        if self._residuals is not None:
             count = None if parts[0].target.at_a_time is None else len(piece.tensor)
-            beside = residuals.read(residuals.entries[piece.entry.name], piece.first, count)
+            beside = self._residuals.read(self._residuals.entries[piece.entry.name], piece.first, count)
         result = []
         for checked in parts:
             view, target = checked.target.seen_as, checked.target
@@ -355,121 +210,36 @@ class ShardCheck:
             others = None if beside is None else view.matrices(beside)
             seen = []
             for i, matrix in enumerate(matrices):
-                index, other = piece.first + i, None if others is None else others[i]
-
-                def compute(
-                    stored: Sequence[torch.Tensor],
-                    where: torch.device,
-                    target: TargetRecord = target,
-                    index: int = index,
-                    other: torch.Tensor | None = other,
-                ) -> list[_Seen]:
-                    return [self._matrix(target, index, stored[0], other, factors, where)]
-
-                seen += as_memory_allows(compute, [matrix], device)
-            if isinstance(self.weights, OwnWeights) and view.slice is not None:
+                if self._weights.holds_residuals:
+                    seen.append(_recovered(target, piece.first + i, matrix, factors, device))
+                else:
+                    other = None if others is None else others[i]
+                    seen.append(_compared(target, piece.first + i, (matrix, other), factors, device))
+            if self._weights.holds_residuals and view.slice is not None:
                 view.store(matrices, piece.tensor)
             result.append(seen)
         return result
 
-    def _matrix(
-        self,
-        target: TargetRecord,
-        index: int,
-        stored: torch.Tensor,
-        residual: torch.Tensor | None,
-        factors: FactorsReader,
-        device: torch.device,
-    ) -> _Seen:
-        """``stored``: the residual, whose place the weight takes; with a base the weight, and ``residual`` what is beside."""
-        kept = factors.factors(target, index)
-        here, there = kept.to(device), stored.to(device)
-        inexact, agrees = None, True
-        if isinstance(self.weights, OwnWeights):
-            try:
-                there, inexact = recover(there, here, factors.correction(target, index))
-            except CorruptCorrection as error:
-                return _Seen(index, kept, None, None, True, str(error))
-            stored.copy_(there)
-        elif residual is not None:
-            parts = split(there, here, correct=False)
-            inexact, agrees = parts.inexact, torch.equal(parts.residual.cpu().view(torch.uint8), residual.view(torch.uint8))
-        return _Seen(index, kept, measure(there, here), inexact, agrees)
+    def _take(
+        self, piece: TargetPiece, parts: Sequence[CheckedTarget], found: list[list[MeasuredMatrix]] | SurgeryError
+    ) -> None:
+        """What was measured of a piece into what is known of its targets."""
+        for i, checked in enumerate(parts):
+            if isinstance(found, SurgeryError):
+                self._failures.fail(checked.target.key, found)
+                checked.spoiled = True
+                continue
+            for one in found[i]:
+                checked.take(one)
+            if self._weights.holds_residuals:  # from here on the piece holds what it was in the source
+                checked.recovered.update(checked.target.seen_as.matrices(piece.tensor))
 
-    def _take(self, checked: _Checked, seen: _Seen) -> None:
-        """A matrix into what is known of its target."""
-        target, measured, certificate = checked.target, seen.measured, checked.target.certificates[seen.index]
-        checked.matrices += 1
-        if measured is None:
-            checked.misses.append(("the correction decodes", seen.damage or "", ""))
-            checked.spoiled = True
-            return
-        s = seen.factors.s.double()
-        checked.kept += s.square().sum().item()
-        checked.total += measured.energy
-        checked.inexact += seen.inexact or 0.0
-        checked.residuals_agree &= seen.agrees
-        which = f", matrix {seen.index}" if target.view == "stack" else ""
-
-        def miss(check: str, got: str, expected: str = "") -> None:
-            checked.misses.append((check, got + which, expected))
-
-        residual, gap = (torch.tensor(part, dtype=torch.float64) for part in (certificate.residual, certificate.gap))
-        worst = int((measured.residual - residual).argmax())
-        if not bool((measured.residual <= 1.01 * residual + _ROUNDED).all()):
-            got = f"residual {measured.residual[worst].item():.2e} of direction {worst + 1}"
-            miss("certificate", f"{got}, recorded {residual[worst].item():.2e}")
-            return  # of other factors than these, as is all else
-        if bool((over := overstated(residual, measured)).any()):
-            i = int(over.nonzero()[0])
-            miss("residual", f"{residual[i].item():.3g} of direction {i + 1}", f"{measured.residual[i].item():.3g}")
-        (_, m, n), short = target.matrices, min(target.matrices[1:])
-        least, most = gap_limits(s, measured, gap, short, max(m, n))
-        if bool((wrong := ~((least <= gap) & (gap <= most))).any()):
-            i = int(wrong.nonzero()[0])
-            limits = f"from {max(0.0, least[i].item()):.3g} to {max(0.0, most[i].item()):.3g}"
-            miss("gap", f"{gap[i].item():.3g} of direction {i + 1}", limits)
-        converged = says_converged(s, residual, self.manifest.options.tolerance)
-        if converged is not None and converged != certificate.converged:
-            miss("converged", str(certificate.converged), f"{converged}, by its residuals")
-        asked = self.manifest.options.rank
-        ranks = range(target.rank, (target.rank if asked is not None else short) + 1)
-        if not could_come_from(certificate.method, certificate.passes, short, ranks, zeros=measured.energy == 0):
-            miss("method and passes", f"{certificate.method}, {certificate.passes}", "those of a solve of this shape")
-
-    def _conclude(self, checked: _Checked, file: str, failures: Failures) -> None:
-        """What can be told of a target once all of its matrices have been seen."""
-        target, own = checked.target, isinstance(self.weights, OwnWeights)
-        if checked.spoiled:
-            for miss in checked.misses:
-                failures.expect(False, target.key, *miss)
-            return
-        if not failures.expect(checked.matrices > 0, f"{file}: {target.tensor}", "the tensor is there", "nothing"):
-            return
-        if own:
-            found, sample = checked.stored.hexdigest(), target.residual_sample_sha256
-            failures.expect(found == sample, target.key, "sample of the residual", found, sample)
-        found, sample = (checked.recovered if own else checked.stored).hexdigest(), target.sample_sha256
-        if not failures.expect(found == sample, target.key, "sample of the original weight", found, sample):
-            return  # its certificates are those of another matrix
-        for miss in checked.misses:
-            failures.expect(False, target.key, *miss)
-        failures.expect(target.converged, target.key, "the SVD has converged", "no")
-        energy = min(checked.kept / checked.total, 1.0) if checked.total else 1.0
-        near = abs(target.energy - energy) <= _ENERGY * energy
-        failures.expect(near, target.key, "energy", target.energy, f"{energy:.6g}")
-        if target.inexact is not None:
-            inexact = rounded_to(checked.inexact / checked.matrices, 3)
-            failures.expect(target.inexact == inexact, target.key, "inexact", target.inexact, inexact)
-        failures.expect(checked.residuals_agree, target.key, "residual of the base's weight", "another")
-
-    def _check_aliases(self, target: TargetRecord, digest: str, failures: Failures) -> None:
+    def _check_aliases(self, target: TargetRecord, digest: str) -> None:
         """The tensors that are one parameter with a target hold its bytes."""
-        assert self.weights is not None
         for alias in target.aliases:
             try:
-                path = shard_path(self.weights, self.shards, alias.shard)
-                with ShardReader(path, name=alias.shard, watch=self.weights.watch) as reader:
+                path = self._weights.path(alias.shard)
+                with ShardReader(path, name=alias.shard, watch=self._weights.watch) as reader:
                     if (entry := reader.entries.get(alias.tensor)) is None:
                         continue  # its header has been found fault with
                     found = hashlib.sha256()
@@ -478,16 +248,57 @@ class ShardCheck:
                         reader.read_into(part, start)
                         found.update(part)
             except SurgeryError as error:
-                failures.fail(alias.shard, error)
+                self._failures.fail(alias.shard, error)
                 continue
             same = found.hexdigest() == digest
-            failures.expect(same, f"{alias.shard}: {alias.tensor}", f"the same as {target.tensor}", "other bytes")
+            where = f"{alias.shard}: {alias.tensor}"
+            self._failures.expect(same, where, f"the same as {target.tensor}", "other bytes")
 
 
-class _Tied:
+def _recovered(
+    target: TargetRecord, index: int, stored: torch.Tensor, factors: FactorsReader, device: torch.device
+) -> MeasuredMatrix:
+    """Of the weight that is recovered from a residual (m, n), whose place it takes."""
+    matrix = stored_residual(factors, target, index, stored, lossless=True)
+    kept = matrix.factors
+    assert kept is not None
+
+    def compute(_: Sequence[torch.Tensor], where: torch.device) -> list[MeasuredMatrix]:
+        try:
+            weight, inexact = matrix.recovered(where)
+        except CorruptCorrection as error:
+            return [MeasuredMatrix(index, kept, None, None, True, str(error))]
+        stored.copy_(weight)
+        return [MeasuredMatrix(index, kept, measure(weight, kept.to(where)), inexact, True)]
+
+    return as_memory_allows(compute, [stored], device)[0]
+
+
+def _compared(
+    target: TargetRecord,
+    index: int,
+    stored: tuple[torch.Tensor, torch.Tensor | None],
+    factors: FactorsReader,
+    device: torch.device,
+) -> MeasuredMatrix:
+    """Of a weight (m, n) of the base, and whether the residual that the checkpoint has of it, if any, is that of it."""
+    kept = factors.factors(target, index)
+
+    def compute(some: Sequence[tuple[torch.Tensor, torch.Tensor | None]], where: torch.device) -> list[MeasuredMatrix]:
+        (weight, residual), there, inexact, agrees = some[0], kept.to(where), None, True
+        weight = weight.to(where)
+        if residual is not None:
+            parts = split(weight, there, correct=False)
+            inexact, agrees = parts.inexact, torch.equal(parts.residual.cpu().view(torch.uint8), residual.view(torch.uint8))
+        return [MeasuredMatrix(index, kept, measure(weight, there), inexact, agrees)]
+
+    return as_memory_allows(compute, [stored], device)[0]
+
+
+class _TiedTensors:
     """Hashes of the recovered bytes of the tensors that have aliases."""
 
-    def __init__(self, by_name: Mapping[str, Sequence[_Checked]]) -> None:
+    def __init__(self, by_name: Mapping[str, Sequence[CheckedTarget]]) -> None:
         targets = (parts[0].target for parts in by_name.values())
         self._tied = {target.tensor: (target, hashlib.sha256()) for target in targets if target.aliases}
 
@@ -497,37 +308,6 @@ class _Tied:
 
     def digests(self) -> list[tuple[TargetRecord, str]]:
         return [(target, digest.hexdigest()) for target, digest in self._tied.values()]
-
-
-def _factors_found(target: TargetRecord, reader: FactorsReader) -> list[Failure]:
-    """What does not hold of U, s and V of a target by themselves."""
-    failures, name, count = Failures(), target.key, target.matrices[0]
-    eye = torch.eye(target.rank, dtype=torch.float64)
-    first, last, descends, off = 0.0, float("inf"), True, {"U": 0.0, "V": 0.0}
-    hashes = FactorsHash()
-    try:
-        for i in range(count):
-            factors = reader.factors(target, i)
-            hashes.update(factors)
-            for part, vectors in (("U", factors.U), ("V", factors.V)):
-                wide = vectors.double()
-                off[part] = max(off[part], (wide.T @ wide - eye).abs().max().item())
-            s = factors.s
-            descends &= bool((s >= 0).all() and (s[:-1] >= s[1:]).all())
-            first, last = max(first, s[0].item()), min(last, s[-1].item())
-    except SurgeryError as error:
-        failures.fail(name, error)
-        return failures.found
-    digest, recorded = hashes.hexdigest(), target.factors_sha256
-    failures.expect(digest == recorded, name, "sha256 of U, s, V", digest, recorded)
-    for part, most in off.items():
-        failures.expect(
-            most <= _ORTHONORMAL, name, f"{part} is orthonormal", f"off by {most:.1e}", f"at most {_ORTHONORMAL:.0e}"
-        )
-    failures.expect(descends, name, "s descends")
-    ends = (first, last)
-    failures.expect(ends == (target.s_first, target.s_last), name, "s_1, s_k", ends, (target.s_first, target.s_last))
-    return failures.found
 
 
 def _until_error(pieces: Iterable[Piece], errors: list[SurgeryError]) -> Iterator[Piece]:

@@ -20,9 +20,8 @@ from surgery.planning.targets import Target
 from surgery.progress import Progress
 from surgery.shards.factorize_shard import rounded_to
 from surgery.source.model import Source
-from surgery.source.origin import damaged
 from surgery.study.spectrum import compare, spectrum
-from surgery.weights.quantized import Dequantizer
+from surgery.weights.model import StudiedWeights
 from surgery.weights.tuned import TunedModel
 
 #: Matrices are measured one by one, and none waits for another: a window is one piece of a shard.
@@ -122,7 +121,8 @@ class Measuring:
         self._measure = measure
         self._progress = progress
         self._prefix = _common_prefix([_generic(target.tensor) for target in steps.targets])
-        self._dequantizer = Dequantizer(source.fetch, source.watch)
+        quantized = {target.tensor: target.scaled for target in steps.targets if target.scaled is not None}
+        self._weights = StudiedWeights(source, lambda: quantized)
         self.tuned: TunedModel | None = None
         if other is not None:
             names = {entry.name for shard in source.selection.shards for entry in source.header(shard).tensors}
@@ -135,7 +135,7 @@ class Measuring:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
-            self._dequantizer.__exit__(kind, error, trace)
+            self._weights.__exit__(kind, error, trace)
         finally:
             if self.tuned is not None:
                 self.tuned.__exit__(kind, error, trace)
@@ -165,14 +165,11 @@ class Measuring:
 
         portions = {name: parts[0].at_a_time for name, parts in inside.items()}
         with (
-            ShardReader(self._source.unchecked(shard.file), name=shard.file, watch=self._source.watch) as reader,
+            ShardReader(self._weights.path(shard.file), name=shard.file, watch=self._source.watch) as reader,
             ShardWalk(reader, portions, lane.buffers, lane.timing) as walk,
         ):
             lane.flow(walk, _WINDOW_BYTES, measure, finish, read)
-        expected = self._source.sha256(shard.file)
-        if expected not in (None, walk.sha256):
-            name, again = f"{self._source.name}/{shard.file}", self._source.again(shard.file)
-            raise damaged(name, again, f"sha256 {walk.sha256}", f"sha256 {expected}")
+        self._weights.check(shard.file, walk.sha256)
         return ShardSpectra(walk.sha256, described)
 
     def close(self) -> None:
@@ -200,7 +197,7 @@ class Measuring:
         return found
 
     def _piece(self, piece: TargetPiece, targets: Sequence[Target], device: torch.device) -> list[dict[str, Any]]:
-        weight = self._dequantizer.weight(piece.tensor, piece.first, targets[0].scaled)
+        weight = self._weights.exact_piece(piece)
         changed = None if self.tuned is None else self.tuned.weight(piece)
         stored = [targets[0].dtype] if self.tuned is None else [targets[0].dtype, self.tuned.dtype(piece.entry.name)]
         spacings = tuple(torch.finfo(TORCH_DTYPES[dtype]).eps for dtype in stored)

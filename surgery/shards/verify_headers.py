@@ -1,0 +1,68 @@
+"""What the headers of a shard's files must say, by the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+
+from surgery.files.files import Watch
+from surgery.format.manifest import Manifest, ShardRecord
+from surgery.format.safetensors import ShardReader
+from surgery.names import correction_key, factor_key
+from surgery.shards.failures import Checkpoint, Failures
+
+#: Dtype and shape that a tensor must have; None for any shape.
+_Wanted = Mapping[str, tuple[str, list[int] | None]]
+
+
+def check_headers(
+    checkpoint: Checkpoint, shard: ShardRecord, passed: AbstractSet[str], watch: Watch, failures: Failures
+) -> None:
+    """Each target is there with its dtype and shape, and so are its factors; all others are on record as passed over.
+
+    Args:
+        checkpoint: what is checked.
+        shard: which weight file.
+        passed: the tensors in it that were passed over.
+        watch: of the checkpoint's own files.
+        failures: what does not hold goes there.
+    """
+    manifest, folder, weights = checkpoint.manifest, checkpoint.folder, checkpoint.weights
+    edited = manifest.edited_in(shard.source.file)
+    tensors: _Wanted = {tensor: (target.dtype, list(target.shape)) for tensor, target in edited.items()}
+    if shard.residual is not None:
+        with ShardReader(folder / shard.residual.file, name=shard.residual.file, watch=watch) as reader:
+            _check_header(reader, shard.residual.file, tensors, passed, failures)
+    if weights is not None and not weights.holds_residuals:
+        path = weights.path(shard.source.file)
+        with ShardReader(path, name=path.name, watch=weights.watch) as reader:
+            _check_header(reader, path.name, tensors, passed, failures)
+    if shard.factors is not None:
+        with ShardReader(folder / shard.factors.file, name=shard.factors.file, watch=watch) as reader:
+            _check_header(reader, shard.factors.file, _factors_of(shard, manifest), set(), failures)
+
+
+def _factors_of(shard: ShardRecord, manifest: Manifest) -> _Wanted:
+    """The tensors of a file of factors."""
+    parts: dict[str, tuple[str, list[int] | None]] = {}
+    for target in manifest.targets_of(shard.source.file):
+        (count, m, n), k = target.matrices, target.rank
+        stack = [count] if target.view == "stack" else []
+        shapes: list[tuple[str, list[int]]] = [("U", [m, k]), ("s", [k]), ("V", [n, k])]
+        parts.update((factor_key(target.key, part), ("F32", stack + shape)) for part, shape in shapes)
+        if manifest.layout == "residual" and manifest.options.correction:
+            places = range(count) if stack else [None]
+            parts.update((correction_key(target.key, place), ("U8", None)) for place in places)
+    return parts
+
+
+def _check_header(reader: ShardReader, name: str, wanted: _Wanted, passed: AbstractSet[str], failures: Failures) -> None:
+    found = {entry.name: (entry.dtype, list(entry.shape)) for entry in reader.header.tensors}
+    for tensor, (dtype, shape) in wanted.items():
+        got = found.get(tensor)
+        good = got is not None and got[0] == dtype and (shape is None or got[1] == shape)
+        failures.expect(good, f"{name}: {tensor}", "dtype and shape", got or "nothing", f"{dtype} {shape or ''}")
+    for tensor in sorted(passed - found.keys()):
+        failures.expect(False, f"{name}: {tensor}", "what was passed over is there", "nothing")
+    for tensor in sorted(found.keys() - wanted.keys() - passed):
+        failures.expect(False, f"{name}: {tensor}", "the manifest knows the tensor", "it does not")

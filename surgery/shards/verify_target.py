@@ -1,0 +1,177 @@
+"""What is seen of one target of a checkpoint, matrix by matrix, and what does not hold of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from surgery.errors import SurgeryError
+from surgery.format.factors import FactorsHash, FactorsReader
+from surgery.format.manifest import OptionsRecord, TargetRecord
+from surgery.format.safetensors import TORCH_DTYPES
+from surgery.format.sample import SampleHash
+from surgery.linalg.lossless import Factors
+from surgery.linalg.measured import Measured, could_come_from, gap_limits, overstated, says_converged
+from surgery.shards.factorize_shard import rounded_to
+from surgery.shards.failures import Failure, Failures
+
+#: Largest entry of ``U^T U - I`` that passes: vectors are rounded to float32.
+_ORTHONORMAL = 1e-5
+#: By how much float64 products may differ: what rounding to float32 takes is in the residuals that are recorded.
+_ROUNDED = 1e-9
+#: How far the energy may be off, relatively: half a unit in its sixth digit, and what float32 sums of squares are off by.
+_ENERGY = 8e-6
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredMatrix:
+    """What was measured of one matrix.
+
+    Attributes:
+        index: which of its target.
+        factors: as recorded.
+        measured: of the original against these; None where it could not be recovered.
+        inexact: share of the entries that residual and factors alone do not give back; None in the overlay layout.
+        agrees: whether the residual in its file is that of the weight.
+        damage: why it could not be recovered.
+    """
+
+    index: int
+    factors: Factors
+    measured: Measured | None
+    inexact: float | None
+    agrees: bool
+    damage: str = ""
+
+
+@dataclass(slots=True)
+class CheckedTarget:
+    """What has been seen of a target so far: of its matrices as they are stored, and as they are recovered.
+
+    Attributes:
+        target: which.
+        options: that its checkpoint was made with.
+        spoiled: whether something was found that makes all else meaningless.
+        stored: hash of the sample of what is stored.
+        recovered: the same of the weights that are recovered from it.
+    """
+
+    target: TargetRecord
+    options: OptionsRecord
+    spoiled: bool = False
+    stored: SampleHash = field(init=False)
+    recovered: SampleHash = field(init=False)
+    _matrices: int = 0
+    _kept: float = 0.0
+    _total: float = 0.0
+    _inexact: float = 0.0
+    _residuals_agree: bool = True
+    _misses: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        dtype = TORCH_DTYPES[self.target.dtype]
+        self.stored, self.recovered = SampleHash(dtype), SampleHash(dtype)
+
+    def take(self, seen: MeasuredMatrix) -> None:
+        """Compare what was measured of a matrix with what is recorded."""
+        target, measured, certificate = self.target, seen.measured, self.target.certificates[seen.index]
+        self._matrices += 1
+        if measured is None:
+            self._misses.append(("the correction decodes", seen.damage, ""))
+            self.spoiled = True
+            return
+        s = seen.factors.s.double()
+        self._kept += s.square().sum().item()
+        self._total += measured.energy
+        self._inexact += seen.inexact or 0.0
+        self._residuals_agree &= seen.agrees
+        which = f", matrix {seen.index}" if target.view == "stack" else ""
+
+        def miss(check: str, got: str, expected: str = "") -> None:
+            self._misses.append((check, got + which, expected))
+
+        residual, gap = (torch.tensor(part, dtype=torch.float64) for part in (certificate.residual, certificate.gap))
+        worst = int((measured.residual - residual).argmax())
+        if not bool((measured.residual <= 1.01 * residual + _ROUNDED).all()):
+            got = f"residual {measured.residual[worst].item():.2e} of direction {worst + 1}"
+            miss("certificate", f"{got}, recorded {residual[worst].item():.2e}")
+            return  # of other factors than these, as is all else
+        if bool((over := overstated(residual, measured)).any()):
+            i = int(over.nonzero()[0])
+            miss("residual", f"{residual[i].item():.3g} of direction {i + 1}", f"{measured.residual[i].item():.3g}")
+        (_, m, n), short = target.matrices, min(target.matrices[1:])
+        least, most = gap_limits(s, measured, gap, short, max(m, n))
+        if bool((wrong := ~((least <= gap) & (gap <= most))).any()):
+            i = int(wrong.nonzero()[0])
+            limits = f"from {max(0.0, least[i].item()):.3g} to {max(0.0, most[i].item()):.3g}"
+            miss("gap", f"{gap[i].item():.3g} of direction {i + 1}", limits)
+        converged = says_converged(s, residual, self.options.tolerance)
+        if converged is not None and converged != certificate.converged:
+            miss("converged", str(certificate.converged), f"{converged}, by its residuals")
+        ranks = range(target.rank, (target.rank if self.options.rank is not None else short) + 1)
+        if not could_come_from(certificate.method, certificate.passes, short, ranks, zeros=measured.energy == 0):
+            miss("method and passes", f"{certificate.method}, {certificate.passes}", "those of a solve of this shape")
+
+    def conclude(self, file: str, failures: Failures, *, is_recovered: bool) -> None:
+        """What can be told of a target once all of its matrices have been seen.
+
+        Args:
+            file: the name of the weight file that was read.
+            failures: what does not hold goes there.
+            is_recovered: whether that holds residuals, from which the weights were recovered.
+        """
+        target = self.target
+        if self.spoiled:
+            for miss in self._misses:
+                failures.expect(False, target.key, *miss)
+            return
+        if not failures.expect(self._matrices > 0, f"{file}: {target.tensor}", "the tensor is there", "nothing"):
+            return
+        if is_recovered:
+            found, sample = self.stored.hexdigest(), target.residual_sample_sha256
+            failures.expect(found == sample, target.key, "sample of the residual", found, sample)
+        found, sample = (self.recovered if is_recovered else self.stored).hexdigest(), target.sample_sha256
+        if not failures.expect(found == sample, target.key, "sample of the original weight", found, sample):
+            return  # its certificates are those of another matrix
+        for miss in self._misses:
+            failures.expect(False, target.key, *miss)
+        failures.expect(target.converged, target.key, "the SVD has converged", "no")
+        energy = min(self._kept / self._total, 1.0) if self._total else 1.0
+        near = abs(target.energy - energy) <= _ENERGY * energy
+        failures.expect(near, target.key, "energy", target.energy, f"{energy:.6g}")
+        if target.inexact is not None:
+            inexact = rounded_to(self._inexact / self._matrices, 3)
+            failures.expect(target.inexact == inexact, target.key, "inexact", target.inexact, inexact)
+        failures.expect(self._residuals_agree, target.key, "residual of the base's weight", "another")
+
+
+def factors_found(target: TargetRecord, reader: FactorsReader) -> list[Failure]:
+    """What does not hold of U, s and V of a target by themselves."""
+    failures, name, count = Failures(), target.key, target.matrices[0]
+    eye = torch.eye(target.rank, dtype=torch.float64)
+    first, last, descends, off = 0.0, float("inf"), True, {"U": 0.0, "V": 0.0}
+    hashes = FactorsHash()
+    try:
+        for i in range(count):
+            factors = reader.factors(target, i)
+            hashes.update(factors)
+            for part, vectors in (("U", factors.U), ("V", factors.V)):
+                wide = vectors.double()
+                off[part] = max(off[part], (wide.T @ wide - eye).abs().max().item())
+            s = factors.s
+            descends &= bool((s >= 0).all() and (s[:-1] >= s[1:]).all())
+            first, last = max(first, s[0].item()), min(last, s[-1].item())
+    except SurgeryError as error:
+        failures.fail(name, error)
+        return failures.found
+    digest, recorded = hashes.hexdigest(), target.factors_sha256
+    failures.expect(digest == recorded, name, "sha256 of U, s, V", digest, recorded)
+    for part, most in off.items():
+        failures.expect(
+            most <= _ORTHONORMAL, name, f"{part} is orthonormal", f"off by {most:.1e}", f"at most {_ORTHONORMAL:.0e}"
+        )
+    failures.expect(descends, name, "s descends")
+    ends = (first, last)
+    failures.expect(ends == (target.s_first, target.s_last), name, "s_1, s_k", ends, (target.s_first, target.s_last))
+    return failures.found

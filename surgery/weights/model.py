@@ -1,0 +1,45 @@
+"""The weights of a model as they lie in a folder or on the hub, plain or quantized."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from surgery.source.model import Source
+from surgery.source.origin import damaged
+from surgery.weights.protocol import FindQuantized, WeightFiles, Weights
+
+
+class ModelWeights(Weights):
+    """The weights of a model, dequantized where they are FP8.
+
+    Args:
+        files: where they are.
+        find_quantized: see ``Weights``.
+        name: of the model, which comes before the names of its files in messages; none where it is known anyway.
+    """
+
+    def __init__(self, files: WeightFiles, find_quantized: FindQuantized = dict, name: str = "") -> None:
+        super().__init__(files, find_quantized)
+        self._name = name
+
+    def check(self, shard: str, sha256: str) -> None:
+        """Refuse a weight file whose contents are not those that the hub says.
+
+        Raises:
+            SourceError: names the command that fetches it again.
+        """
+        expected = self.files.sha256(shard)
+        if expected not in (None, sha256):
+            name = f"{self._name}/{shard}" if self._name else shard
+            raise damaged(name, self.files.again(shard), f"sha256 {sha256}", f"sha256 {expected}")
+
+
+class StudiedWeights(ModelWeights):
+    """Those of a model of which only the weight files with targets are read as a whole: others are checked when they come."""
+
+    def __init__(self, source: Source, find_quantized: FindQuantized) -> None:
+        super().__init__(source, find_quantized, source.name)
+        self._source = source
+
+    def _path_of_scales(self, shard: str) -> Path:
+        return self._source.fetch(shard)
