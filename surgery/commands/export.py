@@ -15,7 +15,7 @@ from torch import nn
 
 from surgery.device import on_its_own_terms
 from surgery.errors import OptionError, OutputError
-from surgery.files.files import FileWriter, reporting, sync_directory, write_file
+from surgery.files.files import FileWriter, sync_directory, write_errors, write_file
 from surgery.format.factors import FactorsReaders
 from surgery.format.manifest import Manifest, TargetRecord
 from surgery.format.safetensors import TensorEntry, make_header
@@ -192,7 +192,7 @@ class _Adapter:
         with FileWriter(out / WEIGHTS) as writer:
             for data in self._contents("exporting", factorized, values, progress):
                 writer.write(data)
-            with reporting(out):
+            with write_errors(out):
                 (out / ADAPTER_CONFIG).unlink(missing_ok=True)
                 sync_directory(out)
             writer.commit(WEIGHTS)

@@ -18,7 +18,7 @@ from surgery.device import on_its_own_terms
 from surgery.engine.lane import Lane
 from surgery.engine.resources import Resources
 from surgery.errors import FormatError, OutputError, few
-from surgery.files.files import copy_file, file_sha256, reading
+from surgery.files.files import copy_file, file_sha256, read_errors
 from surgery.format.manifest import (
     LeftOutRecord,
     Manifest,
@@ -393,7 +393,7 @@ class _Factorizing:
             return True
         record = result.shard.source
         path = self._source.fetch(record.file)
-        with reading(path):
+        with read_errors(path):
             return file_sha256(path) == record.sha256
 
     def tell(self, index: int) -> None:
@@ -485,7 +485,7 @@ def _finished(out: Path, source: Source, steps: Plan, options: OptionsRecord, pr
             for file in files:
                 progress.item(file)
                 path = source.fetch(file)
-                with reading(path):
+                with read_errors(path):
                     same = file in recorded and recorded[file].sha256 == file_sha256(path)
                 if not same:
                     differences.append(f"{file} of the model has changed")

@@ -26,8 +26,8 @@ from surgery.files.files import (
     copy_file,
     file_sha256,
     not_as_described,
+    read_errors,
     read_json_object,
-    reading,
     write_file,
 )
 from surgery.format.factors import DAMAGED_HINT
@@ -465,7 +465,7 @@ def _as_they_are(factorized: Path, manifest: Manifest, progress: Progress) -> li
         path = factorized / record.file
         if not path.is_file():
             raise FormatError(f"{path} is not there", expected="what goes along with the weights", hint=RESTORE_HINT)
-        with reading(path):
+        with read_errors(path):
             found.append(FileRecord(record.file, path.stat().st_size, file_sha256(path)))
         is_inside = factorized.resolve() in path.resolve().parents
         if found[-1] != record and (is_index(record.file) or not is_inside):

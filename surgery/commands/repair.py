@@ -15,7 +15,7 @@ from surgery.engine.lane import Lane
 from surgery.engine.resources import Memory
 from surgery.engine.walk import Piece, ShardWalk, TargetPiece
 from surgery.errors import FormatError, OptionError, OutputError, SourceError, SurgeryError
-from surgery.files.files import FileRecord, FileWriter, copy_file, not_as_described, reporting, sync_directory
+from surgery.files.files import FileRecord, FileWriter, copy_file, not_as_described, sync_directory, write_errors
 from surgery.format.factors import FactorsReader
 from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
 from surgery.format.safetensors import ShardReader
@@ -217,7 +217,7 @@ class _Repairing:
         for record in made:
             if record.file in self._lost:
                 target = self._folder / record.file
-                with reporting(target):
+                with write_errors(target):
                     target.parent.mkdir(parents=True, exist_ok=True)
                     (place / record.file).replace(target)
                     sync_directory(target.parent)

@@ -99,7 +99,7 @@ class Stamp:
         Raises:
             ReadError: it is gone, is no ordinary file or cannot be opened.
         """
-        with reading(path, name):
+        with read_errors(path, name):
             check_regular(path, name)
             with open(path, "rb", buffering=0) as file:
                 return cls.of(file)
@@ -207,7 +207,7 @@ class FileWriter:
 
     def __enter__(self) -> Self:
         try:
-            with reporting(self.path):
+            with write_errors(self.path):
                 self._open()
             return self
         except BaseException:  # Ctrl-C too: what is made here is nobody else's to remove yet
@@ -249,7 +249,7 @@ class FileWriter:
 
     def append(self, view: memoryview) -> None:
         """``write``, for those who compute the hash by themselves."""
-        with timed("write"), reporting(self.path):
+        with timed("write"), write_errors(self.path):
             self.stream.write(view)
         self.size += len(view)
 
@@ -260,7 +260,7 @@ class FileWriter:
 
     def commit(self, name: str) -> FileRecord:
         """Put the file in place, synced; the record carries ``name``."""
-        with timed("write"), reporting(self.path):
+        with timed("write"), write_errors(self.path):
             self.stream.finish()
             os.fsync(self.file.fileno())
             self.file.close()
@@ -326,14 +326,14 @@ def copy_file(
         ReadError: the source cannot be read.
         FormatError: it is not the ``expected`` file, or not the one that ``watch`` has seen. Nothing is put in place then.
     """
-    with reading(source):
+    with read_errors(source):
         check_regular(source, str(source))
         file = open(source, "rb")
     with file, FileWriter(target) as writer:
         if expected is not None and os.fstat(file.fileno()).st_size != expected.size:
             raise not_as_described(source, "another size", expected, RESTORE_HINT)
         while True:
-            with reading(source):
+            with read_errors(source):
                 data = file.read(CHUNK_BYTES)
             if not data:
                 break
@@ -353,7 +353,7 @@ def check_file(folder: Path, record: FileRecord, hint: str) -> None:
         FormatError: it is missing, or with both hashes.
     """
     path = check_size_of(folder, record, hint)
-    with reading(path):
+    with read_errors(path):
         found = file_sha256(path)
     if found != record.sha256:
         raise not_as_described(path, found, record, hint)
@@ -367,7 +367,7 @@ def check_size_of(folder: Path, record: FileRecord, hint: str) -> Path:
         FormatError: it is missing, or with its size.
     """
     path = folder / check_relative_path(record.file, str(folder))
-    with reading(path):
+    with read_errors(path):
         if not path.exists():
             raise FormatError(f"{path} is not there", expected="a file that the manifest describes", hint=hint)
         size = path.stat().st_size
@@ -398,7 +398,7 @@ def sync_directory(path: Path) -> None:
 
 
 @contextmanager
-def reporting(path: Path) -> Iterator[None]:
+def write_errors(path: Path) -> Iterator[None]:
     """Turns an OSError into an OutputError that names the file."""
     try:
         yield
@@ -428,7 +428,7 @@ def read_bytes(path: Path, name: str, *, most: int) -> bytes:
         ReadError: the system does not let it be read, or it is no ordinary file.
         FormatError: it is larger than ``most`` bytes.
     """
-    with reading(path, name):
+    with read_errors(path, name):
         check_size(path, name, most)
         return path.read_bytes()
 
@@ -482,7 +482,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 @contextmanager
-def reading(path: Path, name: str | None = None) -> Iterator[None]:
+def read_errors(path: Path, name: str | None = None) -> Iterator[None]:
     """Turns an OSError of reading into a ReadError that names the file."""
     try:
         yield
@@ -528,7 +528,7 @@ def all_below(folder: Path) -> Iterator[Path]:
         return
 
     def refused(error: OSError) -> None:
-        with reading(Path(error.filename)):
+        with read_errors(Path(error.filename)):
             raise error
 
     for top, folders, files in os.walk(folder, onerror=refused):

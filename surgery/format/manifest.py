@@ -20,7 +20,7 @@ from surgery.files.files import (
     MAX_OWN_JSON_BYTES,
     FileRecord,
     check_relative_path,
-    reading,
+    read_errors,
     write_file,
 )
 from surgery.files.sealed import read_sealed, sealed
@@ -298,7 +298,7 @@ class Manifest:
         """
         folder = as_path(folder, "folder")
         path = folder / MANIFEST_FILE
-        with reading(folder):
+        with read_errors(folder):
             is_folder, is_file = folder.is_dir(), folder.is_file()
             there, begun = path.is_file(), (folder / RUN_FILE).is_file()
             unfinished = begun or (folder / SURGERY_DIR).is_dir()

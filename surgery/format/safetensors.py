@@ -32,8 +32,8 @@ from surgery.files.files import (
     check_regular,
     decode_json,
     file_sha256,
-    reading,
-    reporting,
+    read_errors,
+    write_errors,
 )
 from surgery.files.kinds import HEAD_BYTES, other_kind
 from surgery.memory import bytes_of
@@ -246,7 +246,7 @@ class ShardReader:
         self.name = name or path.name
         self._path = path
         self._is_pinned = watch is not None and watch.pinned
-        with reading(path, self.name):
+        with read_errors(path, self.name):
             check_regular(path, self.name)
             self._file: IO[bytes] = open(path, "rb", buffering=0)
         self._position = threading.Lock()
@@ -261,11 +261,11 @@ class ShardReader:
 
     def _read_header(self) -> Header:
         size = self._stamp.size
-        with reading(self._path, self.name):
+        with read_errors(self._path, self.name):
             head = self._file.read(HEAD_BYTES)
         try:
             length = header_length(head[:8], file=self.name, file_bytes=size)
-            with reading(self._path, self.name):
+            with read_errors(self._path, self.name):
                 self._file.seek(8)
                 rest = self._file.read(length)
             return parse_header(head[:8] + rest, file=self.name, file_bytes=size)
@@ -312,7 +312,7 @@ class ShardReader:
             ReadError: it cannot be read.
         """
         position, done = len(self.header.raw) + offset, 0
-        with reading(self._path, self.name), self._position:
+        with read_errors(self._path, self.name), self._position:
             self._file.seek(position)
             while done < len(buffer):
                 count = self._file.readinto(buffer[done:])  # type: ignore[attr-defined]  # raw files have it
@@ -416,7 +416,7 @@ class TensorFileWriter(FileWriter):
         text = f"{{{','.join(self._entries)}}}".encode()
         if len(text) > self._header_bytes:
             raise ValueError(f"{name}: the header outgrew the room set aside for it")
-        with reporting(self.path):
+        with write_errors(self.path):
             self.stream.finish()
             self.file.seek(0)
             write_all(self.file, memoryview(self._header_bytes.to_bytes(8, "little") + text.ljust(self._header_bytes)))

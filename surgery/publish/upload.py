@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from surgery.errors import OutputError, SurgeryError, few
-from surgery.files.files import reading
+from surgery.files.files import read_errors
 from surgery.hub import hub_client as client
 from surgery.hub.hub_client import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, RepoFile, RepoUrl
 from surgery.hub.patience import Dropped, Patience, is_transient
@@ -296,7 +296,7 @@ class Upload:
 
 def _addition(name: str, content: Path | bytes, sha256: str | None = None) -> CommitOperationAdd:
     try:
-        with reading(content if isinstance(content, Path) else Path(name)):
+        with read_errors(content if isinstance(content, Path) else Path(name)):
             if isinstance(content, Path):
                 content.stat()
             addition = CommitOperationAdd(name, content)

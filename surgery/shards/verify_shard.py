@@ -15,7 +15,7 @@ from surgery.device import as_memory_allows
 from surgery.engine.lane import Lane
 from surgery.engine.walk import Piece, ShardWalk, TargetPiece, looked_at
 from surgery.errors import FormatError, ReadError, SurgeryError
-from surgery.files.files import FileRecord, Watch, file_sha256, reading
+from surgery.files.files import FileRecord, Watch, file_sha256, read_errors
 from surgery.format.factors import FactorsHash, FactorsReader
 from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
 from surgery.format.safetensors import TORCH_DTYPES, ShardReader
@@ -84,7 +84,7 @@ def check_output_file(folder: Path, record: FileRecord, watch: Watch, failures: 
         if not failures.expect(size == record.size, record.file, "size", size, record.size):
             return False
         if hashed:
-            with reading(path, record.file):
+            with read_errors(path, record.file):
                 found = file_sha256(path)
             return failures.expect(found == record.sha256, record.file, "sha256", found, record.sha256)
     except SurgeryError as error:

@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 from surgery.errors import SourceError, advice
 from surgery.escapes import quoted
-from surgery.files.files import reading
+from surgery.files.files import read_errors
 from surgery.files.kinds import HEAD_BYTES, other_kind
 from surgery.source.shards import SUFFIX
 
@@ -143,7 +143,7 @@ def _local(text: str) -> Address | None:
         return None
     if path.suffix == SUFFIX:
         return Address(folder=path.parent, file=path.name)
-    with reading(path), open(path, "rb") as file:
+    with read_errors(path), open(path, "rb") as file:
         kind = None if path.suffix == ".json" else other_kind(file.read(HEAD_BYTES), path.stat().st_size, path)
     raise SourceError(
         f"{text} is {kind.what if kind else 'a file'}",

@@ -11,7 +11,7 @@ from typing import Any
 
 from surgery.errors import FormatError, ReadError, SourceError, SurgeryError, few
 from surgery.escapes import quoted
-from surgery.files.files import Stamp, Watch, reading
+from surgery.files.files import Stamp, Watch, read_errors
 from surgery.format.manifest import SourceRecord
 from surgery.format.safetensors import Header, ShardReader, header_length, parse_header
 from surgery.hub import hub_client as client
@@ -203,7 +203,7 @@ def check_contents(path: Path, of: HubFile, name: str, again: str) -> None:
         ReadError: it cannot be read.
         SourceError: it has other contents.
     """
-    with reading(path, name):
+    with read_errors(path, name):
         sound = path.stat().st_size == of.size and is_sound(path, of)
     if not sound:
         raise damaged(name, again)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from surgery.errors import FormatError, OptionError, SourceError, few
 from surgery.escapes import quoted
-from surgery.files.files import Watch, check_regular, check_relative_path, check_size, read_json_object, reading
+from surgery.files.files import Watch, check_regular, check_relative_path, check_size, read_errors, read_json_object
 from surgery.files.hub_cache import cached_repo, hub_cache
 from surgery.format.manifest import SourceRecord
 from surgery.format.safetensors import Header, ShardReader
@@ -155,7 +155,7 @@ class FolderSource(Stays):
             real = self._copied(folder)
             if real in {parent.resolve() for parent in path.parents}:
                 raise SourceError(f"{self.name}/{folder} is a link to a folder that it lies in", got=str(real))
-        with reading(path, f"{self.name}/{folder}"):
+        with read_errors(path, f"{self.name}/{folder}"):
             return sorted(entry.name + ("/" if entry.is_dir() else "") for entry in path.iterdir())
 
     def _text(self, file: str) -> str:
@@ -213,7 +213,7 @@ class FolderSource(Stays):
 
     def size(self, file: str) -> int:
         path = self._root / file
-        with reading(path, f"{self.name}/{file}"):
+        with read_errors(path, f"{self.name}/{file}"):
             return path.stat().st_size
 
     def config(self) -> dict[str, Any]:
@@ -383,7 +383,7 @@ def check_index(source: Source, headers: dict[str, Header]) -> list[str]:
 
 
 def read_text(path: Path, where: str) -> str:
-    with reading(path, where):
+    with read_errors(path, where):
         check_size(path, where)
         data = path.read_bytes()
     try:

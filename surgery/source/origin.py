@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from surgery.errors import SourceError
-from surgery.files.files import reading
+from surgery.files.files import read_errors
 
 if TYPE_CHECKING:  # the hub client is slow to import and not needed for folders
     from surgery.hub.hub_client import HubFile
@@ -84,7 +84,7 @@ class FolderOrigin:
                 f"{self.root / name} is not there on {socket.gethostname()}",
                 hint="a local model must be in a folder that every machine sees under the same path; one on the hub need not",
             )
-        with reading(self.root / name):
+        with read_errors(self.root / name):
             found = (self.root / name).stat()
         if name in self.stamps and [found.st_size, found.st_mtime_ns] != list(self.stamps[name]):
             raise SourceError(

@@ -15,7 +15,7 @@ import torch
 
 from surgery.device import choose_devices, on_its_own_terms
 from surgery.errors import FormatError, MissingExtra, OptionError, OutputError
-from surgery.files.files import file_sha256, reading, write_file
+from surgery.files.files import file_sha256, read_errors, write_file
 from surgery.linalg.svd import DEFAULT_TOLERANCE, check_accuracy
 from surgery.names import JOURNAL_DIR, SPECTRA_FILE, SPECTRA_PAGE, SPECTRA_TABLE
 from surgery.planning.memory import need_to_measure, share_out
@@ -381,7 +381,7 @@ class _Done:
 
     def _sha256(self, path: Path) -> str:
         if path not in self._hashes:
-            with reading(path):
+            with read_errors(path):
                 self._hashes[path] = file_sha256(path)
         return self._hashes[path]
 

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from surgery.errors import FormatError, OptionError, SourceError
-from surgery.files.files import FileRecord, Watch, file_sha256, not_as_described, read_json_object, reading
+from surgery.files.files import FileRecord, Watch, file_sha256, not_as_described, read_errors, read_json_object
 from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
 from surgery.format.safetensors import Header, ShardReader, TensorEntry
 from surgery.names import CONFIG_FILE
@@ -284,7 +284,7 @@ def _own_config(factorized: Path, manifest: Manifest) -> tuple[dict[str, Any], b
     if record is None:
         return {}, False
     path = factorized / CONFIG_FILE
-    with reading(path):
+    with read_errors(path):
         is_edited = file_sha256(path) != record.sha256
     return read_json_object(path, str(path)), is_edited
 
