@@ -15,7 +15,7 @@ import torch
 
 from surgery.cli.bar import Bar
 from surgery.errors import OutputError, ReadError, ResourceError, naming_system_errors
-from surgery.files.files import read_errors, write_errors
+from surgery.files.access import read_errors, write_errors
 from tests.failing.system import compiler, preloaded
 
 ROOT = Path(__file__).parent.parent

@@ -22,7 +22,7 @@ from filelock import FileLock
 
 import surgery
 from surgery.errors import FormatError, OutputError, ReadError, SourceError, SurgeryError
-from surgery.files.files import Watch
+from surgery.files.watch import Watch
 from surgery.format.safetensors import ShardReader
 from surgery.hub import hub_client as client
 from surgery.hub import patience

@@ -15,7 +15,8 @@ from torch import nn
 
 from surgery.device import on_its_own_terms
 from surgery.errors import OptionError, OutputError
-from surgery.files.files import FileWriter, sync_directory, write_errors, write_file
+from surgery.files.access import write_errors
+from surgery.files.file_writer import FileWriter, sync_directory, write_file
 from surgery.format.factors import FactorsReaders
 from surgery.format.manifest import Manifest, TargetRecord
 from surgery.format.safetensors import TensorEntry, make_header

@@ -18,7 +18,9 @@ from surgery.device import on_its_own_terms
 from surgery.engine.lane import Lane
 from surgery.engine.resources import Resources
 from surgery.errors import FormatError, OutputError, few
-from surgery.files.files import copy_file, file_sha256, read_errors
+from surgery.files.access import read_errors
+from surgery.files.file_writer import copy_file
+from surgery.files.records import file_sha256
 from surgery.format.manifest import (
     LeftOutRecord,
     Manifest,

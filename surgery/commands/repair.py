@@ -15,7 +15,9 @@ from surgery.engine.lane import Lane
 from surgery.engine.resources import Memory
 from surgery.engine.walk import Piece, ShardWalk, TargetPiece
 from surgery.errors import FormatError, OptionError, OutputError, SourceError, SurgeryError
-from surgery.files.files import FileRecord, FileWriter, copy_file, not_as_described, sync_directory, write_errors
+from surgery.files.access import write_errors
+from surgery.files.file_writer import FileWriter, copy_file, sync_directory
+from surgery.files.records import FileRecord, not_as_described
 from surgery.format.factors import FactorsReader
 from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
 from surgery.format.safetensors import ShardReader

@@ -14,7 +14,7 @@ from surgery.commands.repair import Repaired, repair_files, source_to_repair_fro
 from surgery.device import choose_devices, on_its_own_terms
 from surgery.engine.lane import Lane
 from surgery.errors import OptionError, SurgeryError
-from surgery.files.files import Watch
+from surgery.files.watch import Watch
 from surgery.format.manifest import Manifest, fingerprint_of
 from surgery.format.scales import read_scales
 from surgery.linalg.svd import check_accuracy

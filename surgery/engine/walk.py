@@ -12,7 +12,7 @@ import torch
 
 from surgery.engine.buffers import Buffers
 from surgery.engine.threads import ReadAhead
-from surgery.files.files import CHUNK_BYTES
+from surgery.files.file_writer import CHUNK_BYTES
 from surgery.format.safetensors import ShardReader, TensorEntry
 from surgery.memory import bytes_of, return_free_memory
 from surgery.progress import Progress

@@ -11,8 +11,9 @@ from typing import Self
 import torch
 
 from surgery.errors import FormatError
-from surgery.files.files import Watch, check_file
 from surgery.files.pool import Pool
+from surgery.files.records import check_file
+from surgery.files.watch import Watch
 from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
 from surgery.format.safetensors import ShardReader, TensorEntry
 from surgery.linalg.lossless import Factors

@@ -16,13 +16,11 @@ from typing import Any, TypeVar
 
 from surgery.arguments import as_path
 from surgery.errors import FormatError, SourceError, few
-from surgery.files.files import (
-    MAX_OWN_JSON_BYTES,
-    FileRecord,
-    check_relative_path,
-    read_errors,
-    write_file,
-)
+from surgery.files.access import read_errors
+from surgery.files.file_writer import write_file
+from surgery.files.json_files import MAX_OWN_JSON_BYTES
+from surgery.files.paths import check_relative_path
+from surgery.files.records import FileRecord
 from surgery.files.sealed import read_sealed, sealed
 from surgery.format.views import KINDS, Slice, View
 from surgery.names import (

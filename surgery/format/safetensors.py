@@ -23,19 +23,13 @@ import torch
 
 from surgery.errors import MEMORY_HINT, FormatError
 from surgery.escapes import has_surrogates
+from surgery.files.access import check_regular, read_errors, write_errors
 from surgery.files.disk import write_all
-from surgery.files.files import (
-    FileRecord,
-    FileWriter,
-    Stamp,
-    Watch,
-    check_regular,
-    decode_json,
-    file_sha256,
-    read_errors,
-    write_errors,
-)
+from surgery.files.file_writer import FileWriter
+from surgery.files.json_files import decode_json
 from surgery.files.kinds import HEAD_BYTES, other_kind
+from surgery.files.records import FileRecord, file_sha256
+from surgery.files.watch import Stamp, Watch
 from surgery.memory import bytes_of
 from surgery.names import DTYPE_BITS
 from surgery.timing import timed

@@ -14,7 +14,8 @@ import torch
 
 from surgery.errors import FormatError, ReadError, ScalesError, few
 from surgery.escapes import quoted
-from surgery.files.files import FileWriter, decode_json
+from surgery.files.file_writer import FileWriter
+from surgery.files.json_files import decode_json
 from surgery.format.manifest import Manifest, TargetRecord
 from surgery.format.name_map import NameMap, match_names
 from surgery.format.safetensors import Header, ShardReader, TensorEntry, make_header

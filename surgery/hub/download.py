@@ -10,7 +10,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from surgery.errors import SourceError
-from surgery.files.files import CHUNK_BYTES
+from surgery.files.file_writer import CHUNK_BYTES
 from surgery.hub import hub_client as client
 from surgery.hub.hub_client import HubFile
 from surgery.hub.patience import Patience

@@ -32,7 +32,9 @@ from urllib.parse import quote, urlsplit
 from tqdm import tqdm
 
 from surgery.errors import MissingExtra, SourceError
-from surgery.files.files import MAX_JSON_BYTES, decode_json, is_plain_path, write_file
+from surgery.files.file_writer import write_file
+from surgery.files.json_files import MAX_JSON_BYTES, decode_json
+from surgery.files.paths import is_plain_path
 from surgery.progress import Progress, listening
 
 _OLDEST = (1, 5)

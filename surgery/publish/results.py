@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from surgery.files.files import FileRecord, read_json_object
+from surgery.files.json_files import read_json_object
+from surgery.files.records import FileRecord
 from surgery.format.manifest import Manifest, ShardRecord
 from surgery.names import CONFIG_FILE, MANIFEST_FILE, SCALES_FILE
 from surgery.progress import note

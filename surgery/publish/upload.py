@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from surgery.errors import OutputError, SurgeryError, few
-from surgery.files.files import read_errors
+from surgery.files.access import read_errors
 from surgery.hub import hub_client as client
 from surgery.hub.hub_client import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, RepoFile, RepoUrl
 from surgery.hub.patience import Dropped, Patience, is_transient

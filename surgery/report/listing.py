@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery.files.files import write_file
+from surgery.files.file_writer import write_file
 from surgery.report.schema import check_spectra
 from surgery.report.summary import Target, change, half_energy_rank, median, relative_update, worst_residual
 from surgery.report.words import cosine, number, percent, shown

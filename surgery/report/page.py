@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import MissingExtra
-from surgery.files.files import write_file
+from surgery.files.file_writer import write_file
 from surgery.report import findings, listing
 from surgery.report.listing import write_csv
 from surgery.report.reading import terms

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import FormatError, OutputError, ReadError, few
-from surgery.files.files import MAX_OWN_JSON_BYTES, read_json_object, write_errors, write_file
+from surgery.files.access import write_errors
+from surgery.files.file_writer import write_file
+from surgery.files.json_files import MAX_OWN_JSON_BYTES, read_json_object
 from surgery.files.sealed import read_sealed, sealed
 from surgery.names import FILES_FILE, JOURNAL_DIR, REPLACED_FILE, RUN_FILE
 

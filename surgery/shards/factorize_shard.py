@@ -14,7 +14,9 @@ import torch
 from surgery.engine.lane import Lane
 from surgery.engine.walk import Piece, ShardWalk, TargetPiece, looked_at
 from surgery.errors import OutputError, SourceError
-from surgery.files.files import FileRecord, FileWriter, Watch
+from surgery.files.file_writer import FileWriter
+from surgery.files.records import FileRecord
+from surgery.files.watch import Watch
 from surgery.format.factors import FactorsHash
 from surgery.format.manifest import CertificateRecord, ShardRecord, ShardResult, TargetRecord
 from surgery.format.safetensors import TORCH_DTYPES, ShardReader, TensorFileWriter

@@ -15,7 +15,9 @@ from surgery.device import as_memory_allows
 from surgery.engine.lane import Lane
 from surgery.engine.walk import Piece, ShardWalk, TargetPiece, looked_at
 from surgery.errors import FormatError, ReadError, SurgeryError
-from surgery.files.files import FileRecord, Watch, file_sha256, read_errors
+from surgery.files.access import read_errors
+from surgery.files.records import FileRecord, file_sha256
+from surgery.files.watch import Watch
 from surgery.format.factors import FactorsHash, FactorsReader
 from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
 from surgery.format.safetensors import TORCH_DTYPES, ShardReader

@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 from surgery.errors import SourceError, advice
 from surgery.escapes import quoted
-from surgery.files.files import read_errors
+from surgery.files.access import read_errors
 from surgery.files.kinds import HEAD_BYTES, other_kind
 from surgery.source.shards import SUFFIX
 

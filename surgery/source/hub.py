@@ -11,7 +11,8 @@ from typing import Any
 
 from surgery.errors import FormatError, ReadError, SourceError, SurgeryError, few
 from surgery.escapes import quoted
-from surgery.files.files import Stamp, Watch, read_errors
+from surgery.files.access import read_errors
+from surgery.files.watch import Stamp, Watch
 from surgery.format.manifest import SourceRecord
 from surgery.format.safetensors import Header, ShardReader, header_length, parse_header
 from surgery.hub import hub_client as client

@@ -10,8 +10,11 @@ from typing import Any, Protocol
 
 from surgery.errors import FormatError, OptionError, SourceError, few
 from surgery.escapes import quoted
-from surgery.files.files import Watch, check_regular, check_relative_path, check_size, read_errors, read_json_object
+from surgery.files.access import check_regular, read_errors
 from surgery.files.hub_cache import cached_repo, hub_cache
+from surgery.files.json_files import check_size, read_json_object
+from surgery.files.paths import check_relative_path
+from surgery.files.watch import Watch
 from surgery.format.manifest import SourceRecord
 from surgery.format.safetensors import Header, ShardReader
 from surgery.names import CONFIG_FILE

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from surgery.errors import SourceError
-from surgery.files.files import read_errors
+from surgery.files.access import read_errors
 
 if TYPE_CHECKING:  # the hub client is slow to import and not needed for folders
     from surgery.hub.hub_client import HubFile

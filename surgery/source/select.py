@@ -11,7 +11,8 @@ from pathlib import PurePosixPath
 
 from surgery.errors import FormatError, ReadError, SourceError, SurgeryError, few
 from surgery.escapes import has_surrogates, quoted
-from surgery.files.files import check_relative_path, decode_json, file_key
+from surgery.files.json_files import decode_json
+from surgery.files.paths import check_relative_path, file_key
 from surgery.names import (
     CONFIG_FILE,
     JOURNAL_DIR,

@@ -10,7 +10,10 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from surgery.errors import FormatError, OptionError, SourceError
-from surgery.files.files import FileRecord, Watch, file_sha256, not_as_described, read_errors, read_json_object
+from surgery.files.access import read_errors
+from surgery.files.json_files import read_json_object
+from surgery.files.records import FileRecord, file_sha256, not_as_described
+from surgery.files.watch import Watch
 from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
 from surgery.format.safetensors import Header, ShardReader, TensorEntry
 from surgery.names import CONFIG_FILE
