@@ -16,7 +16,8 @@ import yaml
 
 import surgery
 from surgery.errors import OutputError, ReadError
-from surgery.format.manifest import Manifest, SourceRecord
+from surgery.format.manifest import Manifest
+from surgery.format.manifest_records import SourceRecord
 from surgery.progress import Progress, heard
 from surgery.publish import upload
 from surgery.publish.card import adapter_card, factorized_card, folded_card, published

@@ -18,8 +18,9 @@ from surgery.errors import OptionError, OutputError
 from surgery.files.access import write_errors
 from surgery.files.file_writer import FileWriter, sync_directory, write_file
 from surgery.format.factors import FactorsReaders
-from surgery.format.manifest import Manifest, TargetRecord
-from surgery.format.safetensors import TensorEntry, make_header
+from surgery.format.header import TensorEntry, make_header
+from surgery.format.manifest import Manifest
+from surgery.format.manifest_records import TargetRecord
 from surgery.format.scales import check_scales, read_scales
 from surgery.memory import bytes_of
 from surgery.models.carriers import Carrier, Layer, carriers_of, places_of, terms_of

@@ -19,18 +19,10 @@ from surgery.engine.lane import Lane
 from surgery.engine.resources import Resources
 from surgery.errors import FormatError, OutputError, few
 from surgery.files.access import read_errors
+from surgery.files.file_records import file_sha256
 from surgery.files.file_writer import copy_file
-from surgery.files.records import file_sha256
-from surgery.format.manifest import (
-    LeftOutRecord,
-    Manifest,
-    OptionsRecord,
-    ShardResult,
-    SkippedRecord,
-    TargetRecord,
-    fingerprint_of,
-    source_stamp,
-)
+from surgery.format.manifest import Manifest, ShardResult, fingerprint_of, source_stamp
+from surgery.format.manifest_records import LeftOutRecord, OptionsRecord, SkippedRecord, TargetRecord
 from surgery.format.scales import write_untouched
 from surgery.format.views import View
 from surgery.linalg.svd import DEFAULT_TOLERANCE, check_accuracy

@@ -18,9 +18,9 @@ from surgery.engine.lane import Lane
 from surgery.engine.resources import Memory
 from surgery.errors import FormatError, OptionError, OutputError, SurgeryError
 from surgery.files.access import all_below, read_errors
+from surgery.files.file_records import RESTORE_HINT, FileRecord, check_file, check_size_of, file_sha256, not_as_described
 from surgery.files.file_writer import copy_file, write_file
 from surgery.files.json_files import read_json_object
-from surgery.files.records import RESTORE_HINT, FileRecord, check_file, check_size_of, file_sha256, not_as_described
 from surgery.format.factors import DAMAGED_HINT
 from surgery.format.manifest import Manifest, decode_file
 from surgery.format.scales import check_scales, read_scales, scales_file

@@ -15,9 +15,10 @@ import torch
 from surgery.device import as_memory_allows, choose_device, on_its_own_terms
 from surgery.engine.walk import ShardWalk, TargetPiece, reported
 from surgery.errors import FormatError, SourceError
-from surgery.files.records import not_as_described
+from surgery.files.file_records import not_as_described
 from surgery.format.factors import DAMAGED_HINT, FactorsReader
-from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
+from surgery.format.manifest import Manifest
+from surgery.format.manifest_records import ShardRecord, TargetRecord
 from surgery.format.safetensors import ShardReader
 from surgery.format.scales import write_scales
 from surgery.linalg.correction import CorruptCorrection

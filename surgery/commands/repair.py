@@ -16,10 +16,11 @@ from surgery.engine.resources import Memory
 from surgery.engine.walk import Piece, ShardWalk, TargetPiece
 from surgery.errors import FormatError, OptionError, OutputError, SourceError, SurgeryError
 from surgery.files.access import write_errors
+from surgery.files.file_records import FileRecord, not_as_described
 from surgery.files.file_writer import FileWriter, copy_file, sync_directory
-from surgery.files.records import FileRecord, not_as_described
 from surgery.format.factors import FactorsReader
-from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
+from surgery.format.manifest import Manifest
+from surgery.format.manifest_records import ShardRecord, TargetRecord
 from surgery.format.safetensors import ShardReader
 from surgery.format.scales import write_untouched
 from surgery.linalg.lossless import split

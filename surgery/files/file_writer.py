@@ -11,7 +11,7 @@ from typing import IO, Self
 
 from surgery.files.access import check_regular, check_replaceable, read_errors, write_errors
 from surgery.files.disk import DiskStream
-from surgery.files.records import RESTORE_HINT, FileRecord, not_as_described
+from surgery.files.file_records import RESTORE_HINT, FileRecord, not_as_described
 from surgery.files.watch import Watch
 from surgery.timing import timed
 

@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from surgery.engine.resources import Memory, Resources
 from surgery.errors import FormatError, OptionError, SourceError, few
-from surgery.format.manifest import Alias, LeftOutRecord, SkippedRecord
-from surgery.format.safetensors import Header, ShardReader, TensorEntry, same_bytes
+from surgery.format.header import Header, TensorEntry
+from surgery.format.manifest_records import Alias, LeftOutRecord, SkippedRecord
+from surgery.format.safetensors import ShardReader, same_bytes
 from surgery.names import SCALES_METADATA_KEY, is_of_lora
 from surgery.planning.memory import CORRECTION_BYTES, collected_bytes, need_to_factorize, share_out
 from surgery.planning.numbering import numbering_notes

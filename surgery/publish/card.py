@@ -13,7 +13,8 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]  # the hub client's own
 
 from surgery.escapes import escaped
-from surgery.format.manifest import LeftOutRecord, Manifest
+from surgery.format.manifest import Manifest
+from surgery.format.manifest_records import LeftOutRecord
 from surgery.hub import hub_client as client
 from surgery.names import CONFIG_FILE
 from surgery.publish.upload import CARD_FILE, TAG

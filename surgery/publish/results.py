@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from surgery.files.file_records import FileRecord
 from surgery.files.json_files import read_json_object
-from surgery.files.records import FileRecord
-from surgery.format.manifest import Manifest, ShardRecord
+from surgery.format.manifest import Manifest
+from surgery.format.manifest_records import ShardRecord
 from surgery.names import CONFIG_FILE, MANIFEST_FILE, SCALES_FILE
 from surgery.progress import note
 

@@ -17,8 +17,8 @@ from filelock import BaseFileLock, FileLock, Timeout
 from surgery.errors import FormatError, OptionError, OutputError, ReadError, ScalesError, SurgeryError, WeightError, few
 from surgery.escapes import quoted
 from surgery.files.access import all_below, check_replaceable, read_errors, write_errors
+from surgery.files.file_records import FileRecord, check_file, file_sha256
 from surgery.files.file_writer import sync_directory
-from surgery.files.records import FileRecord, check_file, file_sha256
 from surgery.format.manifest import Manifest, source_stamp
 from surgery.names import (
     CONFIG_FILE,

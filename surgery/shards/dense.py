@@ -15,8 +15,9 @@ from surgery.device import as_memory_allows
 from surgery.engine.walk import TargetPiece
 from surgery.errors import FormatError, OptionError, ScalesError, WeightError
 from surgery.format.factors import DAMAGED_HINT, FactorsReaders
-from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
-from surgery.format.safetensors import Header, TensorEntry, make_header, resized
+from surgery.format.header import Header, TensorEntry, make_header, resized
+from surgery.format.manifest import Manifest
+from surgery.format.manifest_records import ShardRecord, TargetRecord
 from surgery.format.views import View
 from surgery.linalg.correction import CorruptCorrection
 from surgery.linalg.lossless import Addition, approximate, join, rescale

@@ -14,11 +14,12 @@ import torch
 from surgery.engine.lane import Lane
 from surgery.engine.walk import Piece, ShardWalk, TargetPiece, looked_at
 from surgery.errors import OutputError, SourceError
+from surgery.files.file_records import FileRecord
 from surgery.files.file_writer import FileWriter
-from surgery.files.records import FileRecord
 from surgery.files.watch import Watch
 from surgery.format.factors import FactorsHash
-from surgery.format.manifest import CertificateRecord, ShardRecord, ShardResult, TargetRecord
+from surgery.format.manifest import ShardResult
+from surgery.format.manifest_records import CertificateRecord, ShardRecord, TargetRecord
 from surgery.format.safetensors import TORCH_DTYPES, ShardReader, TensorFileWriter
 from surgery.format.sample import SampleHash
 from surgery.memory import bytes_of

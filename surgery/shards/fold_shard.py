@@ -13,10 +13,11 @@ import torch
 from surgery.engine.lane import Lane
 from surgery.engine.walk import Piece, ShardWalk, TargetPiece
 from surgery.errors import FormatError, SourceError
+from surgery.files.file_records import FileRecord, not_as_described
 from surgery.files.file_writer import FileWriter, HashSink
-from surgery.files.records import FileRecord, not_as_described
 from surgery.format.factors import DAMAGED_HINT
-from surgery.format.manifest import Manifest, ShardRecord
+from surgery.format.manifest import Manifest
+from surgery.format.manifest_records import ShardRecord
 from surgery.format.safetensors import ShardReader
 from surgery.linalg.lossless import Addition
 from surgery.memory import bytes_of

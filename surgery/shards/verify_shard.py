@@ -16,10 +16,11 @@ from surgery.engine.lane import Lane
 from surgery.engine.walk import Piece, ShardWalk, TargetPiece, looked_at
 from surgery.errors import FormatError, ReadError, SurgeryError
 from surgery.files.access import read_errors
-from surgery.files.records import FileRecord, file_sha256
+from surgery.files.file_records import FileRecord, file_sha256
 from surgery.files.watch import Watch
 from surgery.format.factors import FactorsHash, FactorsReader
-from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
+from surgery.format.manifest import Manifest
+from surgery.format.manifest_records import ShardRecord, TargetRecord
 from surgery.format.safetensors import TORCH_DTYPES, ShardReader
 from surgery.format.sample import SampleHash
 from surgery.linalg.correction import CorruptCorrection

@@ -13,8 +13,9 @@ from surgery.errors import FormatError, ReadError, SourceError, SurgeryError, fe
 from surgery.escapes import quoted
 from surgery.files.access import read_errors
 from surgery.files.watch import Stamp, Watch
-from surgery.format.manifest import SourceRecord
-from surgery.format.safetensors import Header, ShardReader, header_length, parse_header
+from surgery.format.header import Header, header_length, parse_header
+from surgery.format.manifest_records import SourceRecord
+from surgery.format.safetensors import ShardReader
 from surgery.hub import hub_client as client
 from surgery.hub import patience
 from surgery.hub.download import bytes_in_cache, first_bytes, into_cache, into_folder, is_sound

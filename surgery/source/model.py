@@ -15,8 +15,9 @@ from surgery.files.hub_cache import cached_repo, hub_cache
 from surgery.files.json_files import check_size, read_json_object
 from surgery.files.paths import check_relative_path
 from surgery.files.watch import Watch
-from surgery.format.manifest import SourceRecord
-from surgery.format.safetensors import Header, ShardReader
+from surgery.format.header import Header
+from surgery.format.manifest_records import SourceRecord
+from surgery.format.safetensors import ShardReader
 from surgery.names import CONFIG_FILE
 from surgery.source.address import address_of
 from surgery.source.origin import FolderOrigin, Origin

@@ -16,8 +16,8 @@ import torch
 from surgery.device import choose_devices, on_its_own_terms
 from surgery.errors import FormatError, MissingExtra, OptionError, OutputError
 from surgery.files.access import read_errors
+from surgery.files.file_records import file_sha256
 from surgery.files.file_writer import write_file
-from surgery.files.records import file_sha256
 from surgery.linalg.svd import DEFAULT_TOLERANCE, check_accuracy
 from surgery.names import JOURNAL_DIR, SPECTRA_FILE, SPECTRA_PAGE, SPECTRA_TABLE
 from surgery.planning.memory import need_to_measure, share_out

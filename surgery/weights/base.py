@@ -11,11 +11,13 @@ from typing import Any, Protocol, Self
 
 from surgery.errors import FormatError, OptionError, SourceError
 from surgery.files.access import read_errors
+from surgery.files.file_records import FileRecord, file_sha256, not_as_described
 from surgery.files.json_files import read_json_object
-from surgery.files.records import FileRecord, file_sha256, not_as_described
 from surgery.files.watch import Watch
-from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
-from surgery.format.safetensors import Header, ShardReader, TensorEntry
+from surgery.format.header import Header, TensorEntry
+from surgery.format.manifest import Manifest
+from surgery.format.manifest_records import ShardRecord, TargetRecord
+from surgery.format.safetensors import ShardReader
 from surgery.names import CONFIG_FILE
 from surgery.progress import listening, phase
 from surgery.source.address import address_of
