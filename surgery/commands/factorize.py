@@ -47,7 +47,8 @@ from surgery.run.output import (
 from surgery.shards.accuracy import unconverged_note
 from surgery.shards.factorize_shard import Job, RemoteShard, run_job, scale_files
 from surgery.shards.matrices import Settings
-from surgery.source.model import Source, open_source
+from surgery.source.open import open_source
+from surgery.source.protocol import Source
 from surgery.timing import Timing, timed
 from surgery.version import __version__
 

@@ -27,7 +27,7 @@ from surgery.names import SCALES_FILE
 from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
 from surgery.run.output import check_not_the_source, check_output_file, check_room, download_needs
-from surgery.source.model import open_part
+from surgery.source.open import open_part
 from surgery.weights.base import BASE_HINT, BaseWeights, OwnWeights, check_entry, shard_path, weight_source
 from surgery.weights.quantization import FP8, Scaled
 from surgery.weights.quantized import Dequantizer

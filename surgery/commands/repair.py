@@ -35,7 +35,8 @@ from surgery.run.engines import LocalEngine
 from surgery.run.output import Need, check_room, download_needs, locked, not_as_recorded
 from surgery.shards.factorize_shard import Job, run_job
 from surgery.shards.matrices import Settings
-from surgery.source.model import Source, open_source
+from surgery.source.open import open_source
+from surgery.source.protocol import Source
 from surgery.weights.base import BASE_HINT, check_entry, open_base
 from surgery.weights.quantization import FP8, Scaled, read_quantization
 

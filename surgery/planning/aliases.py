@@ -26,7 +26,7 @@ from surgery.names import CONFIG_FILE
 from surgery.planning.plan import Plan
 from surgery.planning.targets import Target, in_block, is_embedding
 from surgery.planning.unloaded import why_unloaded
-from surgery.source.model import Source
+from surgery.source.protocol import Source
 
 #: What is looked at first of each tensor: so many stretches of so many bytes.
 _STRETCHES = 3

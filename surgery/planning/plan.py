@@ -17,7 +17,7 @@ from surgery.planning.numbering import numbering_notes
 from surgery.planning.recipes import Recipe, builtin_recipes, find_recipe, recipe_for_family
 from surgery.planning.targets import Choice, Model, Skipped, Target, check_choice, choose, matches
 from surgery.reports import Report
-from surgery.source.model import Source, check_index
+from surgery.source.protocol import Source, check_index
 from surgery.weights.quantization import read_quantization
 
 Layout = Literal["residual", "overlay"]

@@ -24,7 +24,7 @@ from surgery.hub.hub_client import CommitOperationAdd, CommitOperationDelete, Hf
 from surgery.hub.patience import Dropped, Patience, is_transient
 from surgery.names import ADAPTER_CONFIG, CONFIG_FILE, MANIFEST_FILE, SURGERY_DIR
 from surgery.progress import listening, phase
-from surgery.source.hub import Messages, explained
+from surgery.source.hub_errors import Messages, explained
 from surgery.source.select import OTHER_WEIGHTS
 from surgery.source.shards import is_index
 

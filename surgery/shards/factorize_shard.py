@@ -28,7 +28,7 @@ from surgery.planning.plan import ShardPlan
 from surgery.planning.targets import Target
 from surgery.progress import Progress, Silent
 from surgery.shards.matrices import Matrix, Result, Settings, factorize_matrices, truncate
-from surgery.source.origin import Origin, damaged
+from surgery.source.origin import Origin, damaged_copy
 from surgery.weights.quantized import Dequantizer
 
 
@@ -175,7 +175,7 @@ def run_job(job: Job, lane: Lane, progress: Progress, read: Callable[[], object]
 
         lane.flow(looked_at(walk, sample), job.window_bytes, factorize, finish, read)
         if job.sha256 not in (None, walk.sha256):
-            raise damaged(job.shard.file, job.again, f"sha256 {walk.sha256}", f"sha256 {job.sha256}")
+            raise damaged_copy(job.shard.file, job.again, f"sha256 {walk.sha256}", f"sha256 {job.sha256}")
         source = FileRecord(job.shard.file, reader.header.file_bytes, walk.sha256)
         residual_record = residuals.commit(job.shard.file) if residuals else None
         factors_record = factors.commit(factors_name) if factors else None

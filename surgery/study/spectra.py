@@ -32,7 +32,8 @@ from surgery.run.journal import Journal
 from surgery.run.output import Interruptible, check_output_file, check_room, download_needs, files_together, locked
 from surgery.shards.accuracy import unconverged_note
 from surgery.source.address import address_of
-from surgery.source.model import Source, open_source
+from surgery.source.open import open_source
+from surgery.source.protocol import Source
 from surgery.study.spectra_shard import Measure, Measuring, ShardSpectra, rounded
 from surgery.version import __version__
 from surgery.weights.tuned import Norms, note_what_is_unlikely

@@ -19,8 +19,8 @@ from surgery.planning.plan import Plan
 from surgery.planning.targets import Target
 from surgery.progress import Progress
 from surgery.shards.factorize_shard import rounded_to
-from surgery.source.model import Source
-from surgery.source.origin import damaged
+from surgery.source.origin import damaged_copy
+from surgery.source.protocol import Source
 from surgery.study.spectrum import compare, spectrum
 from surgery.weights.quantized import Dequantizer
 from surgery.weights.tuned import TunedModel
@@ -172,7 +172,7 @@ class Measuring:
         expected = self._source.sha256(shard.file)
         if expected not in (None, walk.sha256):
             name, again = f"{self._source.name}/{shard.file}", self._source.again(shard.file)
-            raise damaged(name, again, f"sha256 {walk.sha256}", f"sha256 {expected}")
+            raise damaged_copy(name, again, f"sha256 {walk.sha256}", f"sha256 {expected}")
         return ShardSpectra(walk.sha256, described)
 
     def close(self) -> None:

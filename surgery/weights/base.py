@@ -21,8 +21,9 @@ from surgery.format.safetensors import ShardReader
 from surgery.names import CONFIG_FILE
 from surgery.progress import listening, phase
 from surgery.source.address import address_of
-from surgery.source.model import Source, open_part, open_source
+from surgery.source.open import open_part, open_source
 from surgery.source.origin import FolderOrigin, Origin
+from surgery.source.protocol import Source
 from surgery.weights.quantization import FP8, Scaled, quantization_of, read_quantization
 
 BASE_HINT = "give the model that was factorized with --base"
