@@ -47,7 +47,7 @@ from surgery.run.output import (
 from surgery.shards.dense import DenseWeights
 from surgery.shards.fold_shard import FoldSettings, RemoteFold, ShardFold
 from surgery.source.folder import FolderSource
-from surgery.source.shards import is_index
+from surgery.source.weight_files import is_index
 from surgery.timing import Timing, timed
 from surgery.updates.adapter import additions_of
 from surgery.updates.lora import read_lora

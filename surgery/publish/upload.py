@@ -24,9 +24,9 @@ from surgery.hub.hub_client import CommitOperationAdd, CommitOperationDelete, Hf
 from surgery.hub.patience import Dropped, Patience, is_transient
 from surgery.names import ADAPTER_CONFIG, CONFIG_FILE, MANIFEST_FILE, SURGERY_DIR
 from surgery.progress import listening, phase
+from surgery.source.file_names import OTHER_WEIGHTS
 from surgery.source.hub_errors import Messages, explained
-from surgery.source.select import OTHER_WEIGHTS
-from surgery.source.shards import is_index
+from surgery.source.weight_files import is_index
 
 _T = TypeVar("_T")
 

@@ -38,8 +38,8 @@ from surgery.names import (
 )
 from surgery.progress import listening, note, phase
 from surgery.run.journal import Journal, clear_away
-from surgery.source.select import is_read_by_loaders
-from surgery.source.shards import is_index
+from surgery.source.file_names import is_read_by_loaders
+from surgery.source.weight_files import is_index
 
 if TYPE_CHECKING:
     from surgery.publish.upload import Upload

@@ -14,7 +14,7 @@ from surgery.escapes import quoted
 from surgery.files.access import read_errors
 from surgery.files.kinds import HEAD_BYTES, other_kind
 from surgery.files.paths import check_relative_path
-from surgery.source.shards import SUFFIX
+from surgery.source.weight_files import SUFFIX
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _WITH_REVISION = re.compile(r"(?P<repo>[^@]+)@(?P<rest>.+)")

@@ -24,10 +24,11 @@ from surgery.source.address import check_subfolder
 from surgery.source.fetch import HubOrigin, check_contents, fetch, fetch_again, is_cached, patience_for
 from surgery.source.folder import FolderSource
 from surgery.source.hub_errors import FIRST_STATUSES, explained, explained_midway, first_line, how_to_fetch_it
+from surgery.source.model_folder import listing_of
 from surgery.source.origin import DamagedCopy, FolderOrigin
 from surgery.source.protocol import Source, Stays, read_config, read_text
-from surgery.source.select import listing_of, select_plain_files
-from surgery.source.shards import index_entries, is_index
+from surgery.source.select import select_plain_files
+from surgery.source.weight_files import index_entries, is_index
 
 #: What most headers are shorter than; the rest of a longer one is asked for.
 _HEADER_BYTES = 100_000

@@ -15,7 +15,7 @@ from surgery.format.manifest_records import SourceRecord
 from surgery.names import CONFIG_FILE
 from surgery.source.origin import Origin
 from surgery.source.select import Selection
-from surgery.source.shards import index_entries
+from surgery.source.weight_files import index_entries
 
 
 class Source(Protocol):
