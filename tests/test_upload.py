@@ -20,7 +20,7 @@ from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import SourceRecord
 from surgery.progress import Progress, heard
 from surgery.publish import upload
-from surgery.publish.card import adapter_card, factorized_card, folded_card, published
+from surgery.publish.card import adapter_card, factorized_card, folded_card, published, without_license
 from surgery.publish.upload import Upload
 from tests.loopback_hub import READING_TOKEN, WRITING_TOKEN, LoopbackHub, Repo
 from tests.models import files_of
@@ -522,6 +522,16 @@ NASTY = [
 ]
 
 
+def test_cards_without_a_license_are_the_same_but_for_it(factorized: Path) -> None:
+    manifest = Manifest.read(factorized)
+    front = "language: [en, 'no']\n"
+    plain = factorized_card(manifest, "acme/x", original=f"---\n{front}---\nTöxt --- \n---\n")
+    for license_ in ("license: mit\n", "license: other\nlicense_name: home-made\nlicense_link: LICENSE\n"):
+        licensed = factorized_card(manifest, "acme/x", original=f"---\n{license_}{front}---\nTöxt --- \n---\n")
+        assert licensed != plain
+        assert without_license(licensed) == without_license(plain) == plain
+
+
 @pytest.mark.parametrize("name", NASTY)
 def test_nasty_names_break_no_card(factorized: Path, name: str) -> None:
     manifest = Manifest.read(factorized)
@@ -538,6 +548,7 @@ def test_nasty_names_break_no_card(factorized: Path, name: str) -> None:
             "tags",
             "language",
             "library_name",
+            *(["license"] if valid else []),  # the hub is asked whether it takes it
             *(["base_model", "base_model_relation"] if valid else []),
         }
         assert metadata["language"] == (["no", "en"] if valid else ["en"])

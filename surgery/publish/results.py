@@ -102,7 +102,10 @@ def publish_adapter(
 
 
 def _complete(upload: Upload, files: dict[str, Path | bytes], card: str) -> None:
-    url = upload.finish(files, card)
+    from surgery.publish.card import without_license
+
+    cards = dict.fromkeys((card, without_license(card)))  # one, where there is no license
+    url = upload.finish(files, *cards)
     note(f"uploaded to {url}" + (" (private)" if upload.private else ""))
 
 

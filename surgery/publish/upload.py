@@ -164,7 +164,7 @@ class Upload:
         self._bytes_submitted += sum(addition.upload_info.size for addition in group)
         self._queue.put(group)
 
-    def finish(self, files: Mapping[str, Path | bytes], card: str) -> str:
+    def finish(self, files: Mapping[str, Path | bytes], *cards: str) -> str:
         """Wait for all that was submitted, then make the repository whole in one commit. Nothing can be submitted after it.
 
         That commit brings the files that are left and the card, and deletes what an earlier result has left: weights and
@@ -172,7 +172,7 @@ class Upload:
 
         Args:
             files: by their paths in the repository: config, manifest, tokenizer ...
-            card: the text of its ``README.md``, with the tag ``surgery``.
+            cards: texts for its ``README.md``, with the tag ``surgery``; the first that the hub takes, or the last.
 
         Returns:
             The address of the repository.
@@ -186,12 +186,21 @@ class Upload:
         if self._error is not None:
             raise self._error
         last = [_addition(name, content) for name, content in files.items() if name != CARD_FILE]
-        last.append(_addition(CARD_FILE, card.encode()))
         settling = Patience(self._tell, None, lambda error: isinstance(error, _Changed), _SECONDS_TO_SETTLE)
         with _explained(self.repo_id):
+            card = next(filter(self._is_taken, cards[:-1]), cards[-1])
+            last.append(_addition(CARD_FILE, card.encode()))
             settling.run(lambda: self._patiently(lambda: self._complete(last)))
         self.unfinished = False
         return self.url
+
+    def _is_taken(self, card: str) -> bool:
+        """Whether the hub takes a card, which it refuses for a license that it does not know. Nothing is written."""
+        try:
+            self._patiently(lambda: client.RepoCard(card).validate("model"))
+        except ValueError:
+            return False
+        return True
 
     def _wait(self) -> None:
         """Until the thread has done all there is."""
