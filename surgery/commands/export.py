@@ -143,7 +143,7 @@ def export(
         if any(update.carrier is None for update in adapter.updates) and (older := too_old_for_experts()) is not None:
             progress.note(f"the adapter changes experts: PEFT loads it from 0.20 on, and here is {older}")
         names, modules = (ADAPTER_CONFIG, WEIGHTS), len(adapter.updates)
-        publish_adapter(upload, out, names, manifest, factorized, modules=modules, rank=adapter.rank)
+        publish_adapter(upload, {name: out / name for name in names}, manifest, factorized, modules=modules, rank=adapter.rank)
     return ExportReport(out, "peft", modules, adapter.rank, (out / WEIGHTS).stat().st_size)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]  # the hub client's own
@@ -88,13 +89,26 @@ def factorized_card(manifest: Manifest, repo_id: str | None, *, original: str | 
     return _card(manifest, lines, original, relation="adapter" if overlay else None)
 
 
+@dataclass(frozen=True, slots=True)
+class FoldedChanges:
+    """How the weights of a folded model differ from those of the source.
+
+    Attributes:
+        changed: how many targets had scales other than 1.
+        adapted: how many tensors a LoRA adapter changed.
+        dequantized: whether FP8 weights have become bfloat16.
+    """
+
+    changed: int
+    adapted: int = 0
+    dequantized: bool = False
+
+
 def folded_card(
     manifest: Manifest,
     repo_id: str | None,
+    changes: FoldedChanges,
     *,
-    changed: int,
-    adapted: int = 0,
-    dequantized: bool = False,
     architecture: str | None = None,
     original: str | None = None,
 ) -> str:
@@ -103,13 +117,12 @@ def folded_card(
     Args:
         manifest: of the factorized checkpoint.
         repo_id: where the model is on the hub; None if nowhere yet.
-        changed: how many targets had scales other than 1.
-        adapted: how many tensors a LoRA adapter changed.
-        dequantized: whether FP8 weights have become bfloat16.
+        changes: what the fold has changed.
         architecture: the class that ``config.json`` names.
         original: the text of the source's own card, which is quoted, and from which license and language are kept.
     """
     library = _library(manifest)
+    changed, adapted = changes.changed, changes.adapted
     lines = [f"# {_title(manifest, repo_id)}, folded", ""]
     if changed:
         lines += [
@@ -121,7 +134,7 @@ def folded_card(
         lines.append(f"{_name(manifest)}, taken apart and put together again by surgery, with scales that are all 1.")
     if adapted:
         lines.append(f"A LoRA adapter was added to {adapted:,} tensors.")
-    if dequantized:
+    if changes.dequantized:
         lines.append("FP8 weights have become bfloat16.")
     elif manifest.lossless:
         lines.append("All other weights are those of the original model." if changed or adapted else _losslessness(manifest))
