@@ -26,7 +26,7 @@ def first_bytes(remote: RemoteFile, count: int, patience: Patience) -> bytes:
     data = bytearray()
     while len(data) < end:
         try:
-            for part in repository.parts(remote, len(data), end):
+            for part in repository.byte_range(remote, len(data), end):
                 data += part
                 patience.succeeded()
         except Exception as error:
@@ -138,7 +138,7 @@ def _filled(remote: RemoteFile, partial: Path, patience: Patience) -> str:
             here += len(data)
         while here < of.size:
             try:
-                for part in repository.parts(remote, here, of.size):
+                for part in repository.byte_range(remote, here, of.size):
                     out.write(part)
                     digest.update(part)
                     here += len(part)

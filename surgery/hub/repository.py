@@ -44,7 +44,7 @@ _MOST_PAGES = 1000
 _MOST_BYTES = 1 << 63
 
 
-def resolve(repo_id: str, revision: str | None) -> str:
+def resolve_commit(repo_id: str, revision: str | None) -> str:
     """The commit that a branch, a tag or None (the default branch) stands for, kept in the cache for when the hub is away.
 
     A commit is taken as it is, without a request. Raises the client's errors, and ``NoHub``.
@@ -144,7 +144,7 @@ def _answering() -> Iterator[None]:
         raise NoHub(f"{constants.ENDPOINT} answers something else ({type(error).__name__}: {error})"[:300]) from error
 
 
-def parts(remote: RemoteFile, start: int, end: int) -> Iterator[bytes]:
+def byte_range(remote: RemoteFile, start: int, end: int) -> Iterator[bytes]:
     """The bytes ``start`` to ``end`` (without it) of a file, as they come, in one request.
 
     No more of the file is read, also from a server that sends all of it. Raises the client's errors; ``Incomplete`` where

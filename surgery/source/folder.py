@@ -17,11 +17,11 @@ from surgery.format.header import Header
 from surgery.format.manifest_records import SourceRecord
 from surgery.format.safetensors import ShardReader
 from surgery.source.origin import FolderOrigin
-from surgery.source.protocol import Stays, read_config, read_text
+from surgery.source.protocol import SourceInPlace, read_config, read_text
 from surgery.source.select import Selection, select_plain_files
 
 
-class FolderSource(Stays):
+class FolderSource(SourceInPlace):
     """A model in a local folder, or a snapshot of one from the hub's cache."""
 
     def __init__(

@@ -26,7 +26,7 @@ from surgery.source.folder import FolderSource
 from surgery.source.hub_errors import FIRST_STATUSES, explained, explained_midway, first_line, how_to_fetch_it
 from surgery.source.model_folder import listing_of
 from surgery.source.origin import DamagedCopy, FolderOrigin
-from surgery.source.protocol import Source, Stays, read_config, read_text
+from surgery.source.protocol import Source, SourceInPlace, read_config, read_text
 from surgery.source.select import select_plain_files
 from surgery.source.weight_files import index_entries, is_index
 
@@ -46,7 +46,7 @@ def open_hub(repo_id: str, revision: str | None, subfolder: str | None = None) -
     with explained(repo_id, revision=revision, statuses=FIRST_STATUSES):
         while True:
             try:
-                commit = repository.resolve(repo_id, revision)
+                commit = repository.resolve_commit(repo_id, revision)
                 files = repository.list_files(repo_id, commit, patience_for(repo_id).run)
                 return HubSource(repo_id, commit, SourceRecord("hub", repo_id, commit, inside), files)
             except SurgeryError:
@@ -166,7 +166,7 @@ class CachedSource(FolderSource):
         return FolderOrigin(self._root.resolve(), {}, hashes, {file: self.again(file) for file in hashes})
 
 
-class HubSource(Stays):
+class HubSource(SourceInPlace):
     """A model on the hub at one commit. Files come through the hub's own cache; their names are relative to the model,
     which may lie in a subfolder of the repository."""
 

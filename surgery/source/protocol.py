@@ -82,7 +82,7 @@ class Source(Protocol):
         """Where a download will go, and how much more of it will be there at a time; nowhere for a local model."""
 
 
-class Stays:
+class SourceInPlace:
     """A source whose weight files stay where they are."""
 
     def fetch(self, file: str) -> Path:
