@@ -166,3 +166,18 @@ def test_internal_functions_take_few_parameters() -> None:
         if _parameters(function) > 6 and not _is_called_from_outside(function)
     }
     assert wide == WIDE_FUNCTIONS
+
+
+#: Names that two modules define, commands aside, whose functions are called as what they run.
+HOMONYMS = {"_Done", "_Update", "Need", "check_output_file", "read_scales", "write_scales"}
+
+
+def test_no_two_modules_give_one_name_to_two_things() -> None:
+    """Classes, and functions that other modules may use."""
+    homes: dict[str, list[Path]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            is_command = isinstance(node, ast.FunctionDef) and _is_called_from_outside(node) and _layer(path) == "cli"
+            if isinstance(node, ast.ClassDef) or (isinstance(node, ast.FunctionDef) and node.name[0] != "_" and not is_command):
+                homes.setdefault(node.name, []).append(path)
+    assert {name for name, paths in homes.items() if len(paths) > 1} == HOMONYMS
