@@ -25,7 +25,7 @@ from surgery.hub.patience import Dropped, Patience, is_transient
 from surgery.names import ADAPTER_CONFIG, CONFIG_FILE, MANIFEST_FILE, SURGERY_DIR
 from surgery.progress import listening, phase
 from surgery.source.file_names import OTHER_WEIGHTS
-from surgery.source.hub_errors import Messages, explained
+from surgery.source.hub_errors import Messages, hub_errors
 from surgery.source.weight_files import is_index
 
 _T = TypeVar("_T")
@@ -118,7 +118,7 @@ class Upload:
             OutputError: no token, or none that may write to it; the hub cannot be reached; the repository holds a model
                 that surgery has not put there.
         """
-        with _explained(repo_id):
+        with _upload_errors(repo_id):
             if client.get_token() is None:
                 raise client.LocalTokenNotFoundError("no HF_TOKEN, and nobody is logged in")
             api = HfApi()
@@ -187,7 +187,7 @@ class Upload:
             raise self._error
         last = [_addition(name, content) for name, content in files.items() if name != CARD_FILE]
         settling = Patience(self._tell, None, lambda error: isinstance(error, _Changed), _SECONDS_TO_SETTLE)
-        with _explained(self.repo_id):
+        with _upload_errors(self.repo_id):
             card = next(filter(self._is_taken, cards[:-1]), cards[-1])
             last.append(_addition(CARD_FILE, card.encode()))
             settling.run(lambda: self._patiently(lambda: self._complete(last)))
@@ -215,7 +215,7 @@ class Upload:
 
     def _run(self) -> None:
         try:
-            with _explained(self.repo_id):
+            with _upload_errors(self.repo_id):
                 self._work()
         except Dropped:
             pass
@@ -360,9 +360,9 @@ def _may_pass(error: Exception) -> bool:
 
 
 @contextmanager
-def _explained(repo_id: str) -> Iterator[None]:
+def _upload_errors(repo_id: str) -> Iterator[None]:
     """Turns the client's exceptions into OutputErrors that say what to do."""
-    with explained(repo_id, _MESSAGES, OutputError):
+    with hub_errors(repo_id, _MESSAGES, OutputError):
         try:
             yield
         except (OSError, RuntimeError, ValueError) as error:

@@ -16,7 +16,7 @@ from surgery.hub.download import into_cache, into_folder, is_sound
 from surgery.hub.hub_file import HubFile, RemoteFile
 from surgery.hub.patience import Patience, is_transient
 from surgery.progress import listening
-from surgery.source.hub_errors import explained_midway
+from surgery.source.hub_errors import hub_errors_midway
 from surgery.source.origin import damaged_copy
 
 
@@ -47,7 +47,7 @@ def fetch(remote: RemoteFile, folder: Path | None = None, dropped: threading.Eve
         SourceError: it cannot be had, or what comes is not what the hub says.
         Dropped: nobody wants it any more.
     """
-    with explained_midway(remote.repo_id, remote.path):
+    with hub_errors_midway(remote.repo_id, remote.path):
         patient = patience_for(remote.path, dropped)
         if folder is not None:
             return into_folder(remote, folder, patient)

@@ -23,7 +23,7 @@ from surgery.progress import listening
 from surgery.source.address import check_subfolder
 from surgery.source.fetch import HubOrigin, check_contents, fetch, fetch_again, is_cached, patience_for
 from surgery.source.folder import FolderSource
-from surgery.source.hub_errors import FIRST_STATUSES, explained, explained_midway, first_line, how_to_fetch_it
+from surgery.source.hub_errors import FIRST_STATUSES, first_line, how_to_fetch_it, hub_errors, hub_errors_midway
 from surgery.source.model_folder import listing_of
 from surgery.source.origin import DamagedCopy, FolderOrigin
 from surgery.source.protocol import Source, SourceInPlace, read_config, read_text
@@ -43,7 +43,7 @@ def open_hub(repo_id: str, revision: str | None, subfolder: str | None = None) -
     inside = None if subfolder is None else check_subfolder(subfolder)
     # Whether there is a hub at all is asked once where nothing answers, or the cache can do without: laptops are offline.
     first = patience_for(repo_id, may_pass=is_busy, give_up_after=patience.GIVE_UP_FIRST_AFTER)
-    with explained(repo_id, revision=revision, statuses=FIRST_STATUSES):
+    with hub_errors(repo_id, revision=revision, statuses=FIRST_STATUSES):
         while True:
             try:
                 commit = repository.resolve_commit(repo_id, revision)
@@ -205,7 +205,7 @@ class HubSource(SourceInPlace):
             with ShardReader(self.unchecked(shard), name=name, watch=self.watch) as reader:
                 return reader.header
         listening().item(f"header of {shard}")
-        with explained_midway(self.repo_id, remote.path):
+        with hub_errors_midway(self.repo_id, remote.path):
             patient = patience_for(remote.path)
             raw = first_bytes(remote, _HEADER_BYTES, patient)
             end = 8 + header_length(raw, file=name, file_bytes=remote.of.size)

@@ -64,7 +64,7 @@ _MIDWAY: Messages = (
 
 
 @contextmanager
-def explained(
+def hub_errors(
     repo_id: str,
     messages: Messages = _MESSAGES,
     raised: type[SurgeryError] = SourceError,
@@ -85,7 +85,7 @@ def explained(
 
 
 @contextmanager
-def explained_midway(repo_id: str, file: str) -> Iterator[None]:
+def hub_errors_midway(repo_id: str, file: str) -> Iterator[None]:
     """The same in the midst of a run, of a file of a repository that the hub has listed before."""
     try:
         yield
