@@ -117,5 +117,6 @@ def how_to_fetch_it(repo_id: str, revision: str | None = None) -> str:
 
 
 def first_line(error: Exception) -> str:
+    """What an error says, and what has been noted of it, in one line."""
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     return "; ".join([first, *getattr(error, "__notes__", ())])
