@@ -1,4 +1,4 @@
-"""What is asked of the hub: which commit a revision is, which files it has, and their contents."""
+"""What is asked of the hub: the commit of a revision, its files, their contents, and whether a card is taken."""
 
 from __future__ import annotations
 
@@ -181,6 +181,19 @@ def _begins_at(response: Any, start: int, size: int) -> int:
     if told is None or int(told[1]) > start or told[2] not in ("*", str(size)):
         raise NoHub(f"the answer to a range is {response.headers.get('Content-Range')!r}"[:300])
     return int(told[1])
+
+
+def takes_card(card: str) -> bool:
+    """Whether the hub would take the card of a model: the question that the client asks as well before it commits one.
+
+    The client's own call for it knows one hub alone in its oldest versions. Raises the client's errors.
+    """
+    url, asked = f"{HfApi().endpoint}/api/validate-yaml", {"content": card, "repoType": "model"}
+    response = get_session().post(url, json=asked, headers=build_hf_headers(), timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    if response.status_code == 400:
+        return False
+    hf_raise_for_status(response)
+    return True
 
 
 def has_xet() -> bool:

@@ -22,6 +22,7 @@ from surgery.files.access import read_errors
 from surgery.hub import hub_client as client
 from surgery.hub.hub_client import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, RepoFile, RepoUrl
 from surgery.hub.patience import Dropped, Patience, is_transient
+from surgery.hub.repository import takes_card
 from surgery.names import ADAPTER_CONFIG, CONFIG_FILE, MANIFEST_FILE, SURGERY_DIR
 from surgery.progress import listening, phase
 from surgery.source.file_names import OTHER_WEIGHTS
@@ -196,11 +197,7 @@ class Upload:
 
     def _is_taken(self, card: str) -> bool:
         """Whether the hub takes a card, which it refuses for a license that it does not know. Nothing is written."""
-        try:
-            self._patiently(lambda: client.RepoCard(card).validate("model"))
-        except ValueError:
-            return False
-        return True
+        return self._patiently(lambda: takes_card(card))
 
     def _wait(self) -> None:
         """Until the thread has done all there is."""
