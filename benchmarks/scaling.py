@@ -32,7 +32,7 @@ from checkpoints import layer_shapes, llm_like, write_checkpoint
 from pipeline import CHILD, measure
 
 import surgery
-from surgery.files.files import FileWriter
+from surgery.files.file_writer import FileWriter
 from surgery.linalg.lossless import Factors, split
 from surgery.memory import bytes_of, keep_scratch
 from surgery.planning.plan import Plan

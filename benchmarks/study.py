@@ -55,7 +55,10 @@ def draw(report: Path, folder: Path, names: Sequence[str]) -> None:
     groups = [group for group in groups_of(found["targets"]) if group.name in names]
     r = found["options"]["subspace"]
     folder.mkdir(parents=True, exist_ok=True)
-    for kind, picture in (("amplification", plots.amplification(groups, r)), ("rotation", plots.rotation(groups, r))):
+    for kind, picture in (
+        ("amplification", plots.amplification_picture(groups, r)),
+        ("rotation", plots.rotation_picture(groups, r)),
+    ):
         for panel in picture.panels:
             width, height = panel.size
             style = "color:#333;background:#fff"

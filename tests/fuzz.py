@@ -35,7 +35,8 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.errors import FormatError, SurgeryError
 from surgery.progress import Silent
-from surgery.report.page import write_csv, write_page
+from surgery.report.listing import write_csv
+from surgery.report.page import write_page
 from tests.adapters import is_tame, merged_by_peft, mutate_patterns, save_adapter
 from tests.models import files_of, save_llama, tensors_of
 from tests.sealing import MANIFEST, seal

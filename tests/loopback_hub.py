@@ -34,7 +34,7 @@ _BATCH = re.compile(r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/(?P<what>batc
 #: Two of the same user: what may be done with the first, and with any other.
 WRITING_TOKEN = "hf_may_write"
 READING_TOKEN = "hf_may_read"
-_LICENSES = ("apache-2.0", "mit", "llama3", "other")
+_LICENSES = ("apache-2.0", "mit", "llama3", "other", "brand-new-1.0")
 
 
 @dataclass

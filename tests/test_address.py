@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import surgery
 from surgery.errors import OptionError, OutputError, SourceError, SurgeryError
 from surgery.source.address import Address, address_of
-from surgery.source.model import open_source
+from surgery.source.open import open_source
 from tests.loopback_hub import LoopbackHub
 from tests.models import save_llama, tensors_of
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.errors import SurgeryError
 from surgery.progress import Silent
-from surgery.source.model import open_source
+from surgery.source.open import open_source
 from tests.models import files_of, save_llama
 from tests.test_fp8 import quantize_model
 

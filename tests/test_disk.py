@@ -22,8 +22,8 @@ import torch
 from safetensors.torch import load_file
 
 from surgery.errors import OutputError
-from surgery.files import files
-from surgery.files.files import FileWriter, write_file
+from surgery.files import file_writer
+from surgery.files.file_writer import FileWriter, write_file
 from surgery.format.safetensors import TensorFileWriter
 
 fcntl = pytest.importorskip("fcntl")
@@ -61,7 +61,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> type[Watched]:
     def opened(path: Path, mode: str, buffering: int = -1) -> Any:
         return kind(path, mode.replace("b", "")) if "x" in mode else builtins.open(path, mode, buffering)
 
-    monkeypatch.setattr(files, "open", opened, raising=False)
+    monkeypatch.setattr(file_writer, "open", opened, raising=False)
     return kind
 
 
@@ -142,7 +142,7 @@ def test_a_write_that_fails_behind(good: int, tmp_path: Path, watched: type[Watc
 def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
-    monkeypatch.setattr(files, "open", lambda path, mode, buffering: builtins.open("/dev/full", "wb", 0), raising=False)
+    monkeypatch.setattr(file_writer, "open", lambda path, mode, buffering: builtins.open("/dev/full", "wb", 0), raising=False)
     for size in (1, 5 * CHUNK):
         with pytest.raises(OutputError, match="No space left"), FileWriter(tmp_path / "full") as writer:
             writer.write(bytes(size))

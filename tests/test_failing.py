@@ -15,7 +15,7 @@ import torch
 
 from surgery.cli.bar import Bar
 from surgery.errors import OutputError, ReadError, ResourceError, naming_system_errors
-from surgery.files.files import reading, reporting
+from surgery.files.access import read_errors, write_errors
 from tests.failing.system import compiler, preloaded
 
 ROOT = Path(__file__).parent.parent
@@ -87,8 +87,8 @@ def test_a_disk_that_is_full(options: list[str], tmp_path: Path) -> None:
 )
 def test_what_to_do_is_told(number: int, what_to_do: str) -> None:
     for kind, told_by in (
-        (ReadError, reading(Path("a"))),
-        (OutputError, reporting(Path("a"))),
+        (ReadError, read_errors(Path("a"))),
+        (OutputError, write_errors(Path("a"))),
         (ReadError, naming_system_errors()),
     ):
         with pytest.raises(kind) as caught, told_by:
@@ -99,7 +99,7 @@ def test_what_to_do_is_told(number: int, what_to_do: str) -> None:
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_what_can_be_written_soon(number: int) -> None:
-    with pytest.raises(OutputError, match="then run the same command again"), reporting(Path("a")):
+    with pytest.raises(OutputError, match="then run the same command again"), write_errors(Path("a")):
         raise OSError(number, os.strerror(number), "a")
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.commands.verify import verify
-from surgery.format.manifest import TargetRecord
+from surgery.format.manifest_records import TargetRecord
 from tests.families import FAMILIES
 from tests.models import files_of, tensors_of
 

@@ -13,7 +13,8 @@ import pytest
 
 import surgery
 from surgery.errors import FormatError, OutputError, SourceError
-from surgery.source.model import FolderSource, open_source
+from surgery.source.folder import FolderSource
+from surgery.source.open import open_source
 from tests.loopback_hub import Fault, LoopbackHub
 from tests.models import files_of
 

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.engine.lane import Lane
 from surgery.engine.resources import Memory
-from surgery.files.files import FileRecord
-from surgery.format.manifest import Alias, CertificateRecord, Manifest, OptionsRecord, ShardRecord, SourceRecord, TargetRecord
+from surgery.files.file_records import FileRecord
+from surgery.format.manifest import Manifest
+from surgery.format.manifest_records import Alias, CertificateRecord, OptionsRecord, ShardRecord, SourceRecord, TargetRecord
 from surgery.planning.memory import known_bytes
 from surgery.progress import Silent
 from surgery.run.engines import LocalEngine, ShardWork, engine_of

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.errors import FormatError, OutputError, ReadError, ScalesError, SurgeryError, SurgeryWarning, WeightError
-from surgery.files import files
+from surgery.files import file_writer
 from surgery.progress import Silent
 from tests.models import files_of, realistic, save_llama, tensors_of
 from tests.test_fp8 import quantize_model
@@ -207,7 +207,7 @@ def test_a_disk_that_is_full_leaves_it_as_well(tmp_path: Path, monkeypatch: pyte
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         sync(descriptor)
 
-    monkeypatch.setattr(files.os, "fsync", failing)
+    monkeypatch.setattr(file_writer.os, "fsync", failing)
     for _ in range(100):
         try:
             surgery.fold(made, _ones(made), out, device="cpu", overwrite=True)

@@ -22,13 +22,13 @@ from filelock import FileLock
 
 import surgery
 from surgery.errors import FormatError, OutputError, ReadError, SourceError, SurgeryError
-from surgery.files.files import Watch
+from surgery.files.watch import Watch
 from surgery.format.safetensors import ShardReader
+from surgery.hub import client_cache, patience, repository
 from surgery.hub import hub_client as client
-from surgery.hub import patience
 from surgery.hub.patience import Dropped, Patience
 from surgery.progress import Silent
-from surgery.source.model import open_source
+from surgery.source.open import open_source
 from surgery.source.stream import streamed
 from tests.loopback_hub import Fault, LoopbackHub
 from tests.models import files_of, save_llama
@@ -332,11 +332,11 @@ def test_files_that_another_process_is_fetching(hub: LoopbackHub, llama: Path, t
     """Neither waits for the other, nor writes to what the other is putting together."""
     repo = hub.publish("acme/at-once", llama)
     with ExitStack() as others:
-        for of in client.list_files("acme/at-once", repo.commit).values():
-            client.lock_path("acme/at-once", of).parent.mkdir(parents=True, exist_ok=True)
-            others.enter_context(FileLock(client.lock_path("acme/at-once", of), timeout=0))
-            client.blob_path("acme/at-once", of).parent.mkdir(parents=True, exist_ok=True)
-            client.blob_path("acme/at-once", of).with_name(f"{of.hash}.surgery.incomplete").write_bytes(b"the other's")
+        for of in repository.list_files("acme/at-once", repo.commit).values():
+            client_cache.lock_path("acme/at-once", of).parent.mkdir(parents=True, exist_ok=True)
+            others.enter_context(FileLock(client_cache.lock_path("acme/at-once", of), timeout=0))
+            client_cache.blob_path("acme/at-once", of).parent.mkdir(parents=True, exist_ok=True)
+            client_cache.blob_path("acme/at-once", of).with_name(f"{of.hash}.surgery.incomplete").write_bytes(b"the other's")
         surgery.factorize("acme/at-once", tmp_path / "f", rank=2)
     left = list((CACHE / "models--acme--at-once/blobs").glob("*.incomplete"))
     assert len(left) == len(files_of(llama))
@@ -444,7 +444,7 @@ def test_what_the_client_fetches_in_its_own_way_is_held_to_its_hash_too(
     hub: LoopbackHub, shards: Path, tmp_path: Path, stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Files in the hub's store of chunks; here the client falls back to plain requests."""
-    monkeypatch.setattr(client, "has_xet", lambda: True)
+    monkeypatch.setattr(repository, "has_xet", lambda: True)
     name = f"acme/chunks-{stream}"
     repo = hub.publish(name, shards)
     repo.by_xet = True
@@ -452,14 +452,14 @@ def test_what_the_client_fetches_in_its_own_way_is_held_to_its_hash_too(
     repo.corrupted.add(victim)
     with pytest.raises(SourceError, match=f"{victim}: what comes is not the file that the hub has"):
         surgery.factorize(name, tmp_path / "f", rank=2, stream=stream, progress=Silent())
-    fetched = client.download_by_xet
+    fetched = repository.download_by_xet
 
     def right_from_the_second_on(*args: object) -> Path:
         path = fetched(*args)
         repo.corrupted.clear()
         return path
 
-    monkeypatch.setattr(client, "download_by_xet", right_from_the_second_on)
+    monkeypatch.setattr(repository, "download_by_xet", right_from_the_second_on)
     surgery.factorize(name, tmp_path / "f", rank=2, stream=stream, progress=Silent())
     surgery.fold(tmp_path / "f", tmp_path / "f/surgery/scales.safetensors", tmp_path / "back", progress=Silent())
     assert files_of(tmp_path / "back") == files_of(shards)
@@ -619,7 +619,9 @@ def test_room_for_what_passes_is_not_room_for_what_stays(hub: LoopbackHub, shard
     sizes = {path.name: path.stat().st_size for path in shards.glob("*.safetensors")}
     along = sum(source.size(file) for file in source.selection.others)
     read = sum(
-        source.size(file) for file in source.selection.others if client.blob_path("acme/passes", source._files[file]).exists()
+        source.size(file)
+        for file in source.selection.others
+        if client_cache.blob_path("acme/passes", source._files[file]).exists()
     )
     assert along > read > 0
     most = sum(sorted(sizes.values())[-2:])

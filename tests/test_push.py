@@ -346,6 +346,24 @@ def test_folded_model_with_a_card_of_its_own(hub: LoopbackHub, shards: Path, tmp
     assert front_matter(hub.repos["acme/folded-carded"])["license"] == "apache-2.0"
 
 
+@pytest.mark.parametrize("license_", ["MIT", "brand-new-1.0", "home-made", "bad[license]"])
+def test_the_hub_says_which_licenses_it_takes(hub: LoopbackHub, llama: Path, tmp_path: Path, license_: str) -> None:
+    """One that it refuses, and nothing else, is left out; also where it has to be asked twice."""
+    model = Path(shutil.copytree(llama, tmp_path / "m"))
+    (model / "README.md").write_text(f"---\nlicense: '{license_}'\nlanguage: [en, de]\n---\nIts text.\n")
+    name = f"acme/licensed-{len(license_)}"
+    hub.fail_next(1, 503, "/api/validate-yaml")
+    surgery.factorize(model, tmp_path / "f", rank=2, push_to_hub=name)
+    metadata = front_matter(hub.repos[name])
+    kept = {} if license_ in ("home-made", "bad[license]") else {"license": license_.lower()}
+    assert metadata == {**kept, "language": ["en", "de"], "tags": ["surgery"]}
+    card = (hub.repos[name].folder / "README.md").read_text()
+    assert card.endswith("\n\n## Card of the original model\n\nIts text.\n")
+    again = Silent()
+    surgery.factorize(model, tmp_path / "f", rank=2, push_to_hub=name, progress=again)
+    assert (hub.repos[name].folder / "README.md").read_text() == card
+
+
 def test_an_adapter_whose_upload_failed_is_uploaded_by_the_same_command(
     hub: LoopbackHub, factorized: Path, trained: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:

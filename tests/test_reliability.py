@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.errors import OutputError, SourceError, SurgeryError
-from surgery.files import files
+from surgery.files import file_writer
 from surgery.progress import Silent
 from surgery.run.output import locked
 from tests.measure import run_module
@@ -475,7 +475,7 @@ def test_a_disk_that_fails(error: int, llama: Path, truth: Path, tmp_path: Path,
     def opened(path: Path, mode: str, buffering: int = -1) -> Any:
         return _FailingFile(path, mode.replace("b", "")) if "x" in mode else open(path, mode, buffering)
 
-    monkeypatch.setattr(files, "open", opened, raising=False)
+    monkeypatch.setattr(file_writer, "open", opened, raising=False)
     _FailingFile.error = error
     out = tmp_path / "f"
     chance = random.Random(error)

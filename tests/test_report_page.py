@@ -26,8 +26,8 @@ import pytest
 
 from surgery.errors import FormatError, OutputError
 from surgery.report import gallery
-from surgery.report.listing import MAX_ROWS
-from surgery.report.page import write_csv, write_page
+from surgery.report.listing import MAX_ROWS, write_csv
+from surgery.report.page import write_page
 from surgery.report.summary import steps, verdict
 
 TOP, R = 24, 8
@@ -775,7 +775,8 @@ import json, sys
 from pathlib import Path
 sys.modules["matplotlib"] = None
 from surgery.errors import MissingExtra
-from surgery.report.page import write_csv, write_page
+from surgery.report.listing import write_csv
+from surgery.report.page import write_page
 spectra = json.loads(Path("spectra.json").read_text())
 write_csv(spectra, Path("spectra.csv"))
 try:

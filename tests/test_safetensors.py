@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from surgery.errors import FormatError
-from surgery.files.files import FileWriter, file_sha256, write_file
+from surgery.files.file_records import file_sha256
+from surgery.files.file_writer import FileWriter, write_file
 from surgery.format.safetensors import ShardReader, TensorFileWriter
 from surgery.memory import bytes_of
 from surgery.names import DTYPE_BITS

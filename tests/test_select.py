@@ -11,8 +11,10 @@ import pytest
 import transformers
 
 from surgery.errors import FormatError, SourceError
-from surgery.source.select import Selection, is_read_by_loaders, listing_of, select_files
-from surgery.source.shards import is_index
+from surgery.source.file_names import is_read_by_loaders
+from surgery.source.model_folder import listing_of
+from surgery.source.select import Selection, select_files
+from surgery.source.weight_files import is_index
 
 
 def _select(*names: str, index: object = None, **texts: object) -> Selection:

@@ -24,7 +24,7 @@ from surgery.errors import FormatError, OutputError, SourceError, SurgeryError, 
 from surgery.planning.numbering import numbering_notes
 from surgery.progress import Silent
 from surgery.shards.factorize_shard import check_shared
-from surgery.source.model import open_source
+from surgery.source.open import open_source
 from tests.loopback_hub import WRITING_TOKEN, LoopbackHub
 from tests.models import files_of, planned, save_llama, tensors_of
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.errors import FormatError, SourceError, SurgeryError
 from surgery.escapes import escaped
-from surgery.files.files import check_relative_path
+from surgery.files.paths import check_relative_path
 from surgery.format.safetensors import ShardReader
 from tests.fuzz import Fuzz
 from tests.loopback_hub import LoopbackHub

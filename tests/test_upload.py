@@ -16,10 +16,11 @@ import yaml
 
 import surgery
 from surgery.errors import OutputError, ReadError
-from surgery.format.manifest import Manifest, SourceRecord
+from surgery.format.manifest import Manifest
+from surgery.format.manifest_records import SourceRecord
 from surgery.progress import Progress, heard
 from surgery.publish import upload
-from surgery.publish.card import adapter_card, factorized_card, folded_card, published
+from surgery.publish.card import FoldedChanges, adapter_card, factorized_card, folded_card, published, without_license
 from surgery.publish.upload import Upload
 from tests.loopback_hub import READING_TOKEN, WRITING_TOKEN, LoopbackHub, Repo
 from tests.models import files_of
@@ -489,7 +490,7 @@ def test_factorized_card_of_other_kinds(source: Path, tmp_path: Path) -> None:
 
 def test_folded_and_adapter_card(source: Path, factorized: Path) -> None:
     manifest, original = Manifest.read(factorized), (source / "README.md").read_text()
-    card = folded_card(manifest, "acme/tuned", changed=5, adapted=3, architecture="LlamaForCausalLM", original=original)
+    card = folded_card(manifest, "acme/tuned", FoldedChanges(5, adapted=3), architecture="LlamaForCausalLM", original=original)
     metadata, text = parts(card)
     assert metadata["base_model_relation"] == "finetune"
     assert (metadata["library_name"], metadata["license"]) == ("transformers", "apache-2.0")
@@ -497,7 +498,7 @@ def test_folded_and_adapter_card(source: Path, factorized: Path) -> None:
     assert "added to 3 tensors" in text
     assert "from transformers import LlamaForCausalLM\n" in text
     assert "LlamaForCausalLM.from_pretrained('acme/tuned')" in text
-    untouched, text = parts(folded_card(manifest, "acme/tuned", changed=0, architecture="os; print('no name')"))
+    untouched, text = parts(folded_card(manifest, "acme/tuned", FoldedChanges(0), architecture="os; print('no name')"))
     assert "base_model_relation" not in untouched
     assert "bit for bit" in text
     assert "from transformers import AutoModel\n" in text
@@ -521,6 +522,16 @@ NASTY = [
 ]
 
 
+def test_cards_without_a_license_are_the_same_but_for_it(factorized: Path) -> None:
+    manifest = Manifest.read(factorized)
+    front = "language: [en, 'no']\n"
+    plain = factorized_card(manifest, "acme/x", original=f"---\n{front}---\nTöxt --- \n---\n")
+    for license_ in ("license: mit\n", "license: other\nlicense_name: home-made\nlicense_link: LICENSE\n"):
+        licensed = factorized_card(manifest, "acme/x", original=f"---\n{license_}{front}---\nTöxt --- \n---\n")
+        assert licensed != plain
+        assert without_license(licensed) == without_license(plain) == plain
+
+
 @pytest.mark.parametrize("name", NASTY)
 def test_nasty_names_break_no_card(factorized: Path, name: str) -> None:
     manifest = Manifest.read(factorized)
@@ -529,7 +540,7 @@ def test_nasty_names_break_no_card(factorized: Path, name: str) -> None:
     original = f"---\nlicense: {name!r}\nlanguage: [{name!r}, en, 3, [x]]\nlicense_name: {name!r}\n---\n{name}"
     for card in (
         factorized_card(manifest, name, original=original),
-        folded_card(manifest, name, changed=1, architecture=name, original=original),
+        folded_card(manifest, name, FoldedChanges(1), architecture=name, original=original),
         adapter_card(manifest, name, modules=1, rank=1, original=original),
     ):
         metadata, text = parts(card.encode().decode())
@@ -537,6 +548,7 @@ def test_nasty_names_break_no_card(factorized: Path, name: str) -> None:
             "tags",
             "language",
             "library_name",
+            *(["license"] if valid else []),  # the hub is asked whether it takes it
             *(["base_model", "base_model_relation"] if valid else []),
         }
         assert metadata["language"] == (["no", "en"] if valid else ["en"])

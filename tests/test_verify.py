@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.cli.main import main
 from surgery.commands.verify import verify
-from surgery.files.files import file_sha256
+from surgery.files.file_records import file_sha256
 from tests.models import files_of, save_llama
 from tests.sealing import edited_manifest
 

@@ -15,10 +15,12 @@ from torch import nn
 
 from surgery.device import on_its_own_terms
 from surgery.errors import OptionError, OutputError
-from surgery.files.files import FileWriter, reporting, sync_directory, write_file
+from surgery.files.access import write_errors
+from surgery.files.file_writer import FileWriter, sync_directory, write_file
 from surgery.format.factors import FactorsReaders
-from surgery.format.manifest import Manifest, TargetRecord
-from surgery.format.safetensors import TensorEntry, make_header
+from surgery.format.header import TensorEntry, make_header
+from surgery.format.manifest import Manifest
+from surgery.format.manifest_records import TargetRecord
 from surgery.format.scales import check_scales, read_scales
 from surgery.memory import bytes_of
 from surgery.models.carriers import Carrier, Layer, carriers_of, places_of, terms_of
@@ -141,7 +143,7 @@ def export(
         if any(update.carrier is None for update in adapter.updates) and (older := too_old_for_experts()) is not None:
             progress.note(f"the adapter changes experts: PEFT loads it from 0.20 on, and here is {older}")
         names, modules = (ADAPTER_CONFIG, WEIGHTS), len(adapter.updates)
-        publish_adapter(upload, out, names, manifest, factorized, modules=modules, rank=adapter.rank)
+        publish_adapter(upload, {name: out / name for name in names}, manifest, factorized, modules=modules, rank=adapter.rank)
     return ExportReport(out, "peft", modules, adapter.rank, (out / WEIGHTS).stat().st_size)
 
 
@@ -192,7 +194,7 @@ class _Adapter:
         with FileWriter(out / WEIGHTS) as writer:
             for data in self._contents("exporting", factorized, values, progress):
                 writer.write(data)
-            with reporting(out):
+            with write_errors(out):
                 (out / ADAPTER_CONFIG).unlink(missing_ok=True)
                 sync_directory(out)
             writer.commit(WEIGHTS)

@@ -18,17 +18,11 @@ from surgery.device import on_its_own_terms
 from surgery.engine.lane import Lane
 from surgery.engine.resources import Resources
 from surgery.errors import FormatError, OutputError, few
-from surgery.files.files import copy_file, file_sha256, reading
-from surgery.format.manifest import (
-    LeftOutRecord,
-    Manifest,
-    OptionsRecord,
-    ShardResult,
-    SkippedRecord,
-    TargetRecord,
-    fingerprint_of,
-    source_stamp,
-)
+from surgery.files.access import read_errors
+from surgery.files.file_records import file_sha256
+from surgery.files.file_writer import copy_file
+from surgery.format.manifest import Manifest, ShardResult, fingerprint_of, source_stamp
+from surgery.format.manifest_records import LeftOutRecord, OptionsRecord, SkippedRecord, TargetRecord
 from surgery.format.scales import write_untouched
 from surgery.format.views import View
 from surgery.linalg.svd import DEFAULT_TOLERANCE, check_accuracy
@@ -53,7 +47,8 @@ from surgery.run.output import (
 from surgery.shards.accuracy import unconverged_note
 from surgery.shards.factorize_shard import Job, RemoteShard, run_job, scale_files
 from surgery.shards.matrices import Settings
-from surgery.source.model import Source, open_source
+from surgery.source.open import open_source
+from surgery.source.protocol import Source
 from surgery.timing import Timing, timed
 from surgery.version import __version__
 
@@ -384,7 +379,7 @@ class _Factorizing:
             return True
         record = result.shard.source
         path = self._source.fetch(record.file)
-        with reading(path):
+        with read_errors(path):
             return file_sha256(path) == record.sha256
 
     def tell(self, index: int) -> None:
@@ -476,7 +471,7 @@ def _finished(out: Path, source: Source, steps: Plan, options: OptionsRecord, pr
             for file in files:
                 progress.item(file)
                 path = source.fetch(file)
-                with reading(path):
+                with read_errors(path):
                     same = file in recorded and recorded[file].sha256 == file_sha256(path)
                 if not same:
                     differences.append(f"{file} of the model has changed")

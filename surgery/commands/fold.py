@@ -16,21 +16,13 @@ from surgery.device import choose_devices, on_its_own_terms
 from surgery.engine.lane import Lane
 from surgery.engine.resources import Memory
 from surgery.errors import FormatError, OptionError, OutputError, SurgeryError
-from surgery.files.files import (
-    RESTORE_HINT,
-    FileRecord,
-    all_below,
-    check_file,
-    check_size_of,
-    copy_file,
-    file_sha256,
-    not_as_described,
-    read_json_object,
-    reading,
-    write_file,
-)
+from surgery.files.access import all_below, read_errors
+from surgery.files.file_records import RESTORE_HINT, FileRecord, check_file, check_size_of, file_sha256, not_as_described
+from surgery.files.file_writer import copy_file, write_file
+from surgery.files.json_files import read_json_object
 from surgery.format.factors import DAMAGED_HINT
-from surgery.format.manifest import Manifest, ShardRecord, decode_file
+from surgery.format.manifest import Manifest, decode_file
+from surgery.format.manifest_records import ShardRecord
 from surgery.format.scales import check_scales, read_scales, scales_file
 from surgery.names import CONFIG_FILE, MANIFEST_FILE, STREAM_DIR
 from surgery.planning.memory import known_bytes, need_to_fold, share_out
@@ -51,8 +43,8 @@ from surgery.run.output import (
     result_folder,
 )
 from surgery.shards.fold_shard import FoldPlaces, RemoteFold, ShardFold
-from surgery.source.model import FolderSource
-from surgery.source.shards import is_index
+from surgery.source.folder import FolderSource
+from surgery.source.weight_files import is_index
 from surgery.timing import Timing, timed
 from surgery.updates.adapter import additions_of
 from surgery.updates.dense import DenseTensors
@@ -456,7 +448,7 @@ def _as_they_are(factorized: Path, manifest: Manifest, progress: Progress) -> li
         path = factorized / record.file
         if not path.is_file():
             raise FormatError(f"{path} is not there", expected="what goes along with the weights", hint=RESTORE_HINT)
-        with reading(path):
+        with read_errors(path):
             found.append(FileRecord(record.file, path.stat().st_size, file_sha256(path)))
         is_inside = factorized.resolve() in path.resolve().parents
         if found[-1] != record and (is_index(record.file) or not is_inside):

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from surgery.device import on_its_own_terms
-from surgery.format.manifest import Manifest, SkippedRecord, SourceRecord, TargetRecord
+from surgery.format.manifest import Manifest
+from surgery.format.manifest_records import SkippedRecord, SourceRecord, TargetRecord
 from surgery.reports import NOT_IN_JSON, Report
 
 

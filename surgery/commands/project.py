@@ -13,7 +13,8 @@ import torch
 from surgery.device import as_memory_allows, choose_device, on_its_own_terms
 from surgery.engine.walk import ShardWalk, TargetPiece, reported
 from surgery.errors import FormatError
-from surgery.format.manifest import Manifest, TargetRecord
+from surgery.format.manifest import Manifest
+from surgery.format.manifest_records import TargetRecord
 from surgery.format.safetensors import ShardReader
 from surgery.format.scales import write_scales
 from surgery.linalg.lossless import BLOCK_ENTRIES, DEVICE_BLOCKS, Factors
@@ -21,7 +22,7 @@ from surgery.names import SCALES_FILE
 from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
 from surgery.run.output import check_not_the_source, check_output_file, check_room, download_needs
-from surgery.source.model import open_part
+from surgery.source.open import open_part
 from surgery.weights.checkpoint import FactorizedWeights, weights_of
 from surgery.weights.matrix import StoredMatrix
 from surgery.weights.protocol import check_entry

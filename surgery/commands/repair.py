@@ -15,9 +15,12 @@ from surgery.engine.lane import Lane
 from surgery.engine.resources import Memory
 from surgery.engine.walk import Piece, ShardWalk, TargetPiece
 from surgery.errors import FormatError, OptionError, OutputError, SourceError, SurgeryError
-from surgery.files.files import FileRecord, FileWriter, copy_file, not_as_described, reporting, sync_directory
+from surgery.files.access import write_errors
+from surgery.files.file_records import FileRecord, not_as_described
+from surgery.files.file_writer import FileWriter, copy_file, sync_directory
 from surgery.format.factors import FactorsReader
-from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
+from surgery.format.manifest import Manifest
+from surgery.format.manifest_records import ShardRecord, TargetRecord
 from surgery.format.safetensors import ShardReader
 from surgery.format.scales import write_untouched
 from surgery.linalg.lossless import split
@@ -32,7 +35,8 @@ from surgery.run.engines import LocalEngine
 from surgery.run.output import Need, check_room, download_needs, locked, not_as_recorded
 from surgery.shards.factorize_shard import Job, run_job
 from surgery.shards.matrices import Settings
-from surgery.source.model import Source, open_source
+from surgery.source.open import open_source
+from surgery.source.protocol import Source
 from surgery.weights.overlay import BASE_HINT, open_base
 from surgery.weights.protocol import check_entry
 from surgery.weights.quantization import FP8, Scaled, read_quantization
@@ -218,7 +222,7 @@ class _Repairing:
         for record in made:
             if record.file in self._lost:
                 target = self._folder / record.file
-                with reporting(target):
+                with write_errors(target):
                     target.parent.mkdir(parents=True, exist_ok=True)
                     (place / record.file).replace(target)
                     sync_directory(target.parent)

@@ -14,7 +14,7 @@ from surgery.commands.repair import Repaired, repair_files, source_to_repair_fro
 from surgery.device import choose_devices, on_its_own_terms
 from surgery.engine.lane import Lane
 from surgery.errors import OptionError, SurgeryError
-from surgery.files.files import Watch
+from surgery.files.watch import Watch
 from surgery.format.manifest import Manifest, fingerprint_of
 from surgery.format.scales import read_scales
 from surgery.linalg.svd import check_accuracy
@@ -25,7 +25,7 @@ from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
 from surgery.run.engines import LocalEngine
 from surgery.run.output import check_room, download_needs
-from surgery.shards.failures import Checkpoint, Failure, Failures, check_output_file
+from surgery.shards.failures import Checkpoint, Failure, Failures, check_recorded_file
 from surgery.shards.verify_shard import ShardCheck
 from surgery.weights.checkpoint import weights_of, weights_of_base
 from surgery.weights.overlay import open_base
@@ -116,7 +116,7 @@ def verify(
     with phase(progress, "verifying", work.bytes_read):
         for record in manifest.files:
             progress.item(record.file)
-            check_output_file(folder, record, watch, failures)
+            check_recorded_file(folder, record, watch, failures)
             progress.advance(record.size)
         found: dict[int, list[Failure]] = {}
         with closing(checks.run(work, range(len(manifest.shards)), memory)) as finished:

@@ -12,8 +12,9 @@ import torch
 
 from surgery.engine.buffers import Buffers
 from surgery.engine.threads import ReadAhead
-from surgery.files.files import CHUNK_BYTES
-from surgery.format.safetensors import ShardReader, TensorEntry
+from surgery.files.file_writer import CHUNK_BYTES
+from surgery.format.header import TensorEntry
+from surgery.format.safetensors import ShardReader
 from surgery.memory import bytes_of, return_free_memory
 from surgery.progress import Progress
 from surgery.timing import Timing, timed

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import FormatError
-from surgery.files.files import MAX_OWN_JSON_BYTES, json_bytes, json_object, read_bytes
+from surgery.files.json_files import MAX_OWN_JSON_BYTES, json_bytes, json_object, read_bytes
 
 _KEY = "sha256"
 _HEAD, _TAIL = f',\n "{_KEY}": "'.encode(), b'"\n}\n'

@@ -11,10 +11,13 @@ from typing import Self
 import torch
 
 from surgery.errors import FormatError
-from surgery.files.files import Watch, check_file
+from surgery.files.file_records import check_file
 from surgery.files.pool import Pool
-from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
-from surgery.format.safetensors import ShardReader, TensorEntry
+from surgery.files.watch import Watch
+from surgery.format.header import TensorEntry
+from surgery.format.manifest import Manifest
+from surgery.format.manifest_records import ShardRecord, TargetRecord
+from surgery.format.safetensors import ShardReader
 from surgery.linalg.lossless import Factors
 from surgery.memory import bytes_of
 from surgery.names import correction_key, factor_key

@@ -5,205 +5,35 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
 from surgery.arguments import as_path
-from surgery.errors import FormatError, SourceError, few
-from surgery.files.files import (
-    MAX_OWN_JSON_BYTES,
-    FileRecord,
-    check_relative_path,
-    reading,
-    write_file,
-)
+from surgery.errors import FormatError, SourceError
+from surgery.files.access import read_errors
+from surgery.files.file_records import FileRecord
+from surgery.files.file_writer import write_file
+from surgery.files.json_files import MAX_OWN_JSON_BYTES
+from surgery.files.paths import check_relative_path
 from surgery.files.sealed import read_sealed, sealed
-from surgery.format.views import KINDS, Slice, View
+from surgery.format.decoding import decode
+from surgery.format.manifest_records import LeftOutRecord, OptionsRecord, ShardRecord, SkippedRecord, SourceRecord, TargetRecord
+from surgery.format.views import KINDS
 from surgery.names import (
-    DTYPE_BITS,
     FACTORIZABLE_DTYPES,
     FORMAT_VERSION,
     MANIFEST_FILE,
     RUN_FILE,
     SURGERY_DIR,
     is_reserved,
-    target_key,
 )
 
-_T = TypeVar("_T")
-
 _DAMAGED_HINT = "restore it, from a copy or by downloading it again, or factorize again with --overwrite"
-#: What JSON has for the annotations of a record.
-_SCALARS: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "bool": bool, "float": (int, float)}
-
-
-@dataclass(frozen=True, slots=True)
-class ShardRecord:
-    """One weight file of the source and what became of it.
-
-    Attributes:
-        source: the file of the source.
-        residual: the file of this checkpoint in its place; None in the overlay layout.
-        factors: the factors of its targets; None where it has none.
-    """
-
-    source: FileRecord
-    residual: FileRecord | None
-    factors: FileRecord | None
-
-
-@dataclass(frozen=True, slots=True)
-class CertificateRecord:
-    """See ``surgery.linalg.svd.Certificate``. Lists have one entry per direction, three significant digits."""
-
-    method: str
-    passes: int
-    converged: bool
-    residual: list[float]
-    gap: list[float]
-
-
-@dataclass(frozen=True, slots=True)
-class Alias:
-    """Another tensor that holds a target's parameter once more: the same bytes, and the model ties the two."""
-
-    tensor: str
-    shard: str
-
-
-@dataclass(frozen=True, slots=True)
-class TargetRecord:
-    """A factorized tensor, or a slice of one, seen as a batch of matrices.
-
-    Attributes:
-        tensor: its name in the checkpoint.
-        shard: the file it is in.
-        dtype, shape: of the tensor, as in the source.
-        view: how it is seen: ``matrix``, ``stack`` or ``convolution`` (``surgery.format.views``).
-        slice: the part of each matrix that is meant, None for all of it.
-        rank: directions kept of each matrix.
-        energy: share of the squared Frobenius norm in the kept part.
-        s_first, s_last: largest and smallest kept singular value.
-        sample_sha256: of a sample of the original entries, see ``surgery.format.sample``.
-        residual_sample_sha256: of that of the residuals; None in the overlay layout.
-        inexact: share of the entries that residual and factors alone do not give back; None in the overlay layout.
-        factors_sha256: of the bytes of U, s and V, in this order, of the matrices one after the other.
-        certificates: of the SVD of each matrix.
-        aliases: the tensors that are edited together with it.
-    """
-
-    tensor: str
-    shard: str
-    dtype: str
-    shape: list[int]
-    view: str
-    slice: Slice | None
-    rank: int
-    energy: float
-    s_first: float
-    s_last: float
-    sample_sha256: str
-    residual_sample_sha256: str | None
-    inexact: float | None
-    factors_sha256: str
-    certificates: list[CertificateRecord]
-    aliases: list[Alias] = field(default_factory=list)
-
-    @property
-    def tensors(self) -> list[str]:
-        """Its tensor and the aliases of it."""
-        return [self.tensor, *(alias.tensor for alias in self.aliases)]
-
-    @property
-    def key(self) -> str:
-        """Its name among factors and scales."""
-        return target_key(self.tensor, self.slice.name if self.slice else None)
-
-    @property
-    def seen_as(self) -> View:
-        return View(self.view, self.slice)  # type: ignore[arg-type]  # checked when the manifest is read
-
-    @property
-    def matrices(self) -> tuple[int, int, int]:
-        """(B, m, n)."""
-        return self.seen_as.shape(self.shape)
-
-    @property
-    def entries(self) -> int:
-        return math.prod(self.matrices)
-
-    @property
-    def at_a_time(self) -> int | None:
-        """How many matrices of a stack are held at a time; None for one matrix."""
-        # What is FP8 is worked on in float32.
-        return self.seen_as.at_a_time(self.shape, 4 if self.dtype == "F8_E4M3" else DTYPE_BITS[self.dtype] // 8)
-
-    @property
-    def scales_shape(self) -> list[int]:
-        """(k,), or (B, k) for a stack."""
-        return [self.matrices[0], self.rank] if self.view == "stack" else [self.rank]
-
-    @property
-    def trainable(self) -> int:
-        return math.prod(self.scales_shape)
-
-    @property
-    def converged(self) -> bool:
-        return all(certificate.converged for certificate in self.certificates)
-
-
-@dataclass(frozen=True, slots=True)
-class SkippedRecord:
-    """A tensor that was passed over.
-
-    Attributes:
-        tensor: its name.
-        shard: the weight file that it is in.
-        reason: why.
-    """
-
-    tensor: str
-    shard: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class SourceRecord:
-    """Where the weights came from.
-
-    Attributes:
-        kind: ``hub`` or ``folder``.
-        repo_id, commit: on the hub; None for a local folder, whose path is private.
-        subfolder: where the model is in there; None at the top.
-    """
-
-    kind: str
-    repo_id: str | None
-    commit: str | None
-    subfolder: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class OptionsRecord:
-    """The options that shape the result. ``rank``, ``energy`` and ``max_rank`` are None where the recipe or the defaults
-    decide; ``recipe`` is None where none applies; without the correction, residuals are not lossless."""
-
-    rank: int | None
-    energy: float | None
-    max_rank: int | None
-    recipe: str | None
-    split: bool | None
-    correction: bool
-    include: list[str]
-    exclude: list[str]
-    seed: int
-    tolerance: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,23 +49,10 @@ class ShardResult:
     @classmethod
     def from_json(cls, value: Any, where: str) -> ShardResult:
         """Raises: FormatError."""
-        result = _decode(cls, value, where)
+        result = decode(cls, value, where)
         for target in result.targets:
             _check_target(target, where, overlay=result.shard.residual is None)
         return result
-
-
-@dataclass(frozen=True, slots=True)
-class LeftOutRecord:
-    """A file of the source that is not taken over.
-
-    Attributes:
-        file: its path.
-        reason: why.
-    """
-
-    file: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -298,7 +115,7 @@ class Manifest:
         """
         folder = as_path(folder, "folder")
         path = folder / MANIFEST_FILE
-        with reading(folder):
+        with read_errors(folder):
             is_folder, is_file = folder.is_dir(), folder.is_file()
             there, begun = path.is_file(), (folder / RUN_FILE).is_file()
             unfinished = begun or (folder / SURGERY_DIR).is_dir()
@@ -328,7 +145,7 @@ class Manifest:
                 expected=FORMAT_VERSION,
                 hint="use the version of surgery that wrote it, or factorize again",
             )
-        manifest = _decode(cls, parsed, where)
+        manifest = decode(cls, parsed, where)
         manifest._check(where)
         return manifest
 
@@ -512,48 +329,10 @@ def decode_file(value: Any, where: str) -> FileRecord | None:
     """
     if not isinstance(value, dict) or value.keys() != {"file"}:
         raise FormatError(f"{where} is damaged", got=repr(value)[:80])
-    return None if value["file"] is None else _decode(FileRecord, value["file"], where)
+    return None if value["file"] is None else decode(FileRecord, value["file"], where)
 
 
 def fingerprint_of(targets: list[TargetRecord]) -> str:
     """sha256 over the keys and the factor hashes of all targets."""
     pairs = sorted((target.key, target.factors_sha256) for target in targets)
     return hashlib.sha256(json.dumps(pairs, ensure_ascii=False).encode()).hexdigest()
-
-
-def _decode(kind: type[_T], value: Any, where: str) -> _T:
-    """A dataclass from JSON, every field of its type, and present unless it has a default."""
-    if not isinstance(value, dict):
-        raise FormatError(f"{where}: expected an object", got=type(value).__name__)
-    fields = {part.name: part for part in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    needed = {name for name, part in fields.items() if part.default_factory is dataclasses.MISSING}
-    if odd := sorted(value.keys() - fields.keys() | needed - value.keys()):
-        raise FormatError(f"{where}: missing or unknown entries", got=few(map(repr, odd)))
-    return kind(**{name: _decode_field(str(fields[name].type), value[name], f"{where}: {name}") for name in value})
-
-
-def _decode_field(annotation: str, value: Any, where: str) -> Any:
-    optional = annotation.removesuffix(" | None")
-    if optional != annotation:
-        return None if value is None else _decode_field(optional, value, where)
-    if annotation.startswith("list["):
-        if not isinstance(value, list):
-            raise FormatError(f"{where}: expected a list", got=type(value).__name__)
-        if annotation[5:-1] in _SCALARS:
-            return [_decode_field(annotation[5:-1], item, f"{where}[{i}]") for i, item in enumerate(value)]
-        records = []
-        for i, item in enumerate(value):
-            records.append(_decode_field(annotation[5:-1], item, f"{where}[{i}]"))
-            value[i] = None  # of a long list what is parsed goes as the records come
-        return records
-    scalar = _SCALARS.get(annotation)
-    if scalar is None:
-        return _decode(globals()[annotation], value, where)
-    if not isinstance(value, scalar) or (isinstance(value, bool) and annotation != "bool"):
-        raise FormatError(f"{where}: expected {annotation}", got=repr(value)[:80])
-    if annotation == "float" and isinstance(value, int):
-        try:
-            return float(value)
-        except OverflowError:
-            raise FormatError(f"{where}: a number out of all range") from None
-    return value

@@ -14,10 +14,13 @@ import torch
 
 from surgery.errors import FormatError, ReadError, ScalesError, few
 from surgery.escapes import quoted
-from surgery.files.files import FileWriter, decode_json
-from surgery.format.manifest import Manifest, TargetRecord
+from surgery.files.file_writer import FileWriter
+from surgery.files.json_files import decode_json
+from surgery.format.header import Header, TensorEntry, make_header
+from surgery.format.manifest import Manifest
+from surgery.format.manifest_records import TargetRecord
 from surgery.format.name_map import NameMap, match_names
-from surgery.format.safetensors import Header, ShardReader, TensorEntry, make_header
+from surgery.format.safetensors import ShardReader
 from surgery.linalg.rounding import check_dense
 from surgery.memory import bytes_of
 from surgery.names import (

@@ -10,9 +10,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from surgery.errors import SourceError
-from surgery.files.files import CHUNK_BYTES
-from surgery.hub import hub_client as client
-from surgery.hub.hub_client import HubFile
+from surgery.files.file_writer import CHUNK_BYTES
+from surgery.hub import client_cache, repository
+from surgery.hub.hub_file import HubFile, RemoteFile, content_hash
 from surgery.hub.patience import Patience
 from surgery.progress import listening
 
@@ -20,13 +20,13 @@ from surgery.progress import listening
 _WHOLE_ATTEMPTS = 3
 
 
-def first_bytes(repo_id: str, commit: str, file: str, of: HubFile, count: int, patience: Patience) -> bytes:
+def first_bytes(remote: RemoteFile, count: int, patience: Patience) -> bytes:
     """At most ``count`` bytes from the start of a file. Raises what ``Patience.failed`` does."""
-    end = min(count, of.size)
+    end = min(count, remote.of.size)
     data = bytearray()
     while len(data) < end:
         try:
-            for part in client.parts(repo_id, commit, file, len(data), end, of.size):
+            for part in repository.byte_range(remote, len(data), end):
                 data += part
                 patience.succeeded()
         except Exception as error:
@@ -34,47 +34,48 @@ def first_bytes(repo_id: str, commit: str, file: str, of: HubFile, count: int, p
     return bytes(data)
 
 
-def into_cache(repo_id: str, commit: str, file: str, of: HubFile, patience: Patience) -> Path:
+def into_cache(remote: RemoteFile, patience: Patience) -> Path:
     """A file of a repository, fetched into the hub's cache, where it has the contents that the hub says.
 
     Raises:
         SourceError: other contents come.
         OSError, and what ``Patience.failed`` raises.
     """
-    if client.has_xet() and of.by_xet:
-        return _by_xet(repo_id, commit, file, of, None, patience)
+    of = remote.of
+    if repository.has_xet() and of.by_xet:
+        return _by_xet(remote, None, patience)
     for attempt in range(_WHOLE_ATTEMPTS):
-        blob = client.blob_path(repo_id, of)
+        blob = client_cache.blob_path(remote.repo_id, of)
         try:
             # Of another commit the same file may be here: whatever is there by that name is looked at before it is used.
             if not blob.exists() or not is_sound(blob, of):
-                with _own_partial(blob, client.lock_path(repo_id, of)) as partial:
-                    _fetch(repo_id, commit, file, of, partial, blob, patience)
-            return client.link_into_cache(repo_id, commit, file, blob)
+                with _own_partial(blob, client_cache.lock_path(remote.repo_id, of)) as partial:
+                    _fetch(remote, partial, blob, patience)
+            return client_cache.link_into_cache(remote.repo_id, remote.commit, remote.path, blob)
         except FileNotFoundError:  # somebody removes the cache
             if attempt + 1 == _WHOLE_ATTEMPTS:
                 raise
     raise AssertionError("the last attempt returns or raises")
 
 
-def into_folder(repo_id: str, commit: str, file: str, of: HubFile, folder: Path, patience: Patience) -> Path:
+def into_folder(remote: RemoteFile, folder: Path, patience: Patience) -> Path:
     """The same in a folder of one's own, which nobody else writes to.
 
     A file that is there already is taken for what it is called.
     """
-    target = folder / file
+    target, of = folder / remote.path, remote.of
     if target.is_file() and target.stat().st_size == of.size:
         return target
-    if client.has_xet() and of.by_xet:
-        return _by_xet(repo_id, commit, file, of, folder, patience)
+    if repository.has_xet() and of.by_xet:
+        return _by_xet(remote, folder, patience)
     target.parent.mkdir(parents=True, exist_ok=True)
-    _fetch(repo_id, commit, file, of, _partial_in_folder(target), target, patience)
+    _fetch(remote, _partial_in_folder(target), target, patience)
     return target
 
 
 def bytes_in_cache(repo_id: str, of: HubFile) -> int:
     """How much of the contents of a file the hub's cache has: from another commit, or an earlier start of the download."""
-    blob = client.blob_path(repo_id, of)
+    blob = client_cache.blob_path(repo_id, of)
     return max(_held(blob, of), _held(_partial(blob), of))
 
 
@@ -97,37 +98,38 @@ def is_sound(path: Path, of: HubFile) -> bool:
     Raises:
         OSError: it cannot be read.
     """
-    digest = client.content_hash(of)
+    digest = content_hash(of)
     with open(path, "rb") as file:
         while data := file.read(CHUNK_BYTES):
             digest.update(data)
     return digest.hexdigest() == of.hash
 
 
-def _by_xet(repo_id: str, commit: str, file: str, of: HubFile, folder: Path | None, patience: Patience) -> Path:
+def _by_xet(remote: RemoteFile, folder: Path | None, patience: Patience) -> Path:
     """From the store of chunks, whose own client tries each of them again and does not go on where a file broke off."""
     for _ in range(_WHOLE_ATTEMPTS):
-        path = patience.run(lambda: client.download_by_xet(repo_id, commit, file, folder))
-        if is_sound(path, of):
+        path = patience.run(lambda: repository.download_by_xet(remote, folder))
+        if is_sound(path, remote.of):
             return path
         path.resolve().unlink(missing_ok=True)
-    raise _others_come(repo_id, file, of)
+    raise _others_come(remote)
 
 
-def _fetch(repo_id: str, commit: str, file: str, of: HubFile, partial: Path, target: Path, patience: Patience) -> None:
+def _fetch(remote: RemoteFile, partial: Path, target: Path, patience: Patience) -> None:
     """Fetch what is not yet in ``partial``; it becomes ``target`` once its contents are right."""
     for _ in range(_WHOLE_ATTEMPTS):
         partial.parent.mkdir(parents=True, exist_ok=True)
-        if _filled(repo_id, commit, file, of, partial, patience) == of.hash:
+        if _filled(remote, partial, patience) == remote.of.hash:
             partial.replace(target)
             return
         partial.unlink()  # what broke off may have been of something else, or the way here damages what it carries
-    raise _others_come(repo_id, file, of)
+    raise _others_come(remote)
 
 
-def _filled(repo_id: str, commit: str, file: str, of: HubFile, partial: Path, patience: Patience) -> str:
+def _filled(remote: RemoteFile, partial: Path, patience: Patience) -> str:
     """The hash of ``partial`` once all of a file is in it."""
-    digest, here = client.content_hash(of), 0
+    of = remote.of
+    digest, here = content_hash(of), 0
     progress, told = listening(), -1
     with open(partial, "a+b") as out:
         out.seek(0)
@@ -136,22 +138,23 @@ def _filled(repo_id: str, commit: str, file: str, of: HubFile, partial: Path, pa
             here += len(data)
         while here < of.size:
             try:
-                for part in client.parts(repo_id, commit, file, here, of.size, of.size):
+                for part in repository.byte_range(remote, here, of.size):
                     out.write(part)
                     digest.update(part)
                     here += len(part)
                     patience.go_on()
                     patience.succeeded()
                     if told != (told := 100 * here // of.size):
-                        progress.item(f"fetching {told}% of {file}")
+                        progress.item(f"fetching {told}% of {remote.path}")
             except Exception as error:
                 patience.failed(error)
     return digest.hexdigest()
 
 
-def _others_come(repo_id: str, file: str, of: HubFile) -> SourceError:
+def _others_come(remote: RemoteFile) -> SourceError:
+    of = remote.of
     return SourceError(
-        f"{repo_id}/{file}: what comes is not the file that the hub has",
+        f"{remote.repo_id}/{remote.path}: what comes is not the file that the hub has",
         got="other contents, each time",
         expected=f"{'sha256' if of.sha256 else 'git hash'} {of.hash}, {of.size} bytes",
         hint="something on the way here changes files: try another network, or HF_ENDPOINT; then run the same command again",

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from surgery.errors import OptionError
-from surgery.format.manifest import Manifest, TargetRecord
+from surgery.format.manifest import Manifest
+from surgery.format.manifest_records import TargetRecord
 from surgery.linalg.lossless import Factors
 from surgery.models.accelerate_api import at_hand, is_kept_elsewhere
 from surgery.models.peft_api import is_wrapper

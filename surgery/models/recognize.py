@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from surgery.errors import OptionError, SourceError
-from surgery.format.manifest import Manifest, TargetRecord
+from surgery.format.manifest import Manifest
+from surgery.format.manifest_records import TargetRecord
 from surgery.format.safetensors import TORCH_DTYPES
 from surgery.format.sample import SampleHash
 from surgery.linalg.lossless import Factors

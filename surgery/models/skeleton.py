@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from surgery.errors import SourceError
-from surgery.files.files import read_json_object
+from surgery.files.json_files import read_json_object
 from surgery.models.transformers_api import imported, tie
 from surgery.names import CONFIG_FILE
 

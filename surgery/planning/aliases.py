@@ -16,15 +16,17 @@ from torch import nn
 from surgery.errors import MissingExtra, OptionError, SourceError
 from surgery.escapes import quoted_glob
 from surgery.files.pool import Pool
-from surgery.format.manifest import Alias, Manifest
-from surgery.format.safetensors import Header, ShardReader, TensorEntry, same_bytes
+from surgery.format.header import Header, TensorEntry
+from surgery.format.manifest import Manifest
+from surgery.format.manifest_records import Alias
+from surgery.format.safetensors import ShardReader, same_bytes
 from surgery.models.placement import Place, Positions, locate
 from surgery.models.skeleton import skeleton
 from surgery.names import CONFIG_FILE
 from surgery.planning.plan import Plan
 from surgery.planning.targets import Target, in_block, is_embedding
 from surgery.planning.unloaded import why_unloaded
-from surgery.source.model import Source
+from surgery.source.protocol import Source
 
 #: What is looked at first of each tensor: so many stretches of so many bytes.
 _STRETCHES = 3

@@ -11,8 +11,8 @@ import torch
 from surgery.engine.resources import Memory, Resources
 from surgery.errors import OptionError
 from surgery.files.disk import STREAM_MEMORY
-from surgery.files.files import CHUNK_BYTES
-from surgery.format.manifest import TargetRecord
+from surgery.files.file_writer import CHUNK_BYTES
+from surgery.format.manifest_records import TargetRecord
 from surgery.format.safetensors import TORCH_DTYPES
 from surgery.linalg.measured import measuring_bytes
 from surgery.linalg.svd import solved_together

@@ -8,15 +8,16 @@ from typing import Any, Literal
 
 from surgery.engine.resources import Memory, Resources
 from surgery.errors import FormatError, OptionError, SourceError, few
-from surgery.format.manifest import Alias, LeftOutRecord, SkippedRecord
-from surgery.format.safetensors import Header, ShardReader, TensorEntry, same_bytes
+from surgery.format.header import Header, TensorEntry
+from surgery.format.manifest_records import Alias, LeftOutRecord, SkippedRecord
+from surgery.format.safetensors import ShardReader, same_bytes
 from surgery.names import SCALES_METADATA_KEY, is_of_lora
 from surgery.planning.memory import CORRECTION_BYTES, collected_bytes, need_to_factorize, share_out
 from surgery.planning.numbering import numbering_notes
 from surgery.planning.recipes import Recipe, builtin_recipes, find_recipe, recipe_for_family
 from surgery.planning.targets import Choice, Model, Skipped, Target, check_choice, choose, matches
 from surgery.reports import Report
-from surgery.source.model import Source, check_index
+from surgery.source.protocol import Source, check_index
 from surgery.weights.quantization import read_quantization
 
 Layout = Literal["residual", "overlay"]

@@ -12,8 +12,8 @@ from functools import cached_property
 from typing import Any
 
 from surgery.errors import FormatError, OptionError
-from surgery.format.manifest import Alias
-from surgery.format.safetensors import TensorEntry
+from surgery.format.header import TensorEntry
+from surgery.format.manifest_records import Alias
 from surgery.format.views import Kind, View
 from surgery.linalg.energy import check_energy
 from surgery.names import DTYPE_BITS, FACTORIZABLE_DTYPES, target_key

@@ -1,6 +1,6 @@
 """The cards (``README.md``) of what is uploaded to the hub: what it is, how it was made, how to use it.
 
-What stands in them comes from files that anybody may have written: metadata is taken over only where the hub knows it, names
+What stands in them comes from files that anybody may have written: metadata is taken over only where the hub may know it, names
 are shown as code, whatever is in them, and stand in commands only if they are nothing but names.
 """
 
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]  # the hub client's own
 
 from surgery.escapes import escaped
-from surgery.format.manifest import LeftOutRecord, Manifest
+from surgery.format.manifest import Manifest
+from surgery.format.manifest_records import LeftOutRecord
 from surgery.hub import hub_client as client
 from surgery.names import CONFIG_FILE
 from surgery.publish.upload import CARD_FILE, TAG
@@ -21,22 +23,9 @@ from surgery.publish.upload import CARD_FILE, TAG
 _FRONT_MATTER = re.compile(r"\s*---(?:\r\n|\r|\n)([\S\s]*?)(?:\r\n|\r|\n)---[ \t]*(?:\r\n|\r|\n|$)")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,95}")
 _SLUG = re.compile(r"[a-z0-9][a-z0-9.-]{0,95}")
 _LINK = re.compile(r"[!-~]{1,500}")
-
-#: The hub refuses a card with any other. Source: huggingface.co/docs/hub/repositories-licenses
-_LICENSES = (
-    "apache-2.0", "mit", "openrail", "bigscience-openrail-m", "creativeml-openrail-m", "bigscience-bloom-rail-1.0",
-    "bigcode-openrail-m", "afl-3.0", "artistic-2.0", "bsl-1.0", "bsd", "bsd-2-clause", "bsd-3-clause",
-    "bsd-3-clause-clear", "c-uda", "cc", "cc0-1.0", "cc-by-2.0", "cc-by-2.5", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0",
-    "cc-by-sa-4.0", "cc-by-nc-2.0", "cc-by-nc-3.0", "cc-by-nc-4.0", "cc-by-nd-4.0", "cc-by-nc-nd-3.0",
-    "cc-by-nc-nd-4.0", "cc-by-nc-sa-2.0", "cc-by-nc-sa-3.0", "cc-by-nc-sa-4.0", "cdla-sharing-1.0",
-    "cdla-permissive-1.0", "cdla-permissive-2.0", "wtfpl", "ecl-2.0", "epl-1.0", "epl-2.0", "etalab-2.0", "eupl-1.1",
-    "agpl-3.0", "gfdl", "gpl", "gpl-2.0", "gpl-3.0", "lgpl", "lgpl-2.1", "lgpl-3.0", "isc", "intel-research",
-    "lppl-1.3c", "ms-pl", "apple-ascl", "mpl-2.0", "odc-by", "odbl", "openrail++", "osl-3.0", "postgresql", "ofl-1.1",
-    "ncsa", "unlicense", "zlib", "pddl", "lgpl-lr", "deepfloyd-if-license", "llama2", "llama3", "llama3.1", "llama3.2",
-    "llama3.3", "llama4", "gemma", "unknown", "other",
-)  # fmt: skip
 
 
 def published(manifest: Manifest) -> Manifest:
@@ -100,13 +89,26 @@ def factorized_card(manifest: Manifest, repo_id: str | None, *, original: str | 
     return _card(manifest, lines, original, relation="adapter" if overlay else None)
 
 
+@dataclass(frozen=True, slots=True)
+class FoldedChanges:
+    """How the weights of a folded model differ from those of the source.
+
+    Attributes:
+        changed: how many targets had scales other than 1.
+        adapted: how many tensors a LoRA adapter changed.
+        dequantized: whether FP8 weights have become bfloat16.
+    """
+
+    changed: int
+    adapted: int = 0
+    dequantized: bool = False
+
+
 def folded_card(
     manifest: Manifest,
     repo_id: str | None,
+    changes: FoldedChanges,
     *,
-    changed: int,
-    adapted: int = 0,
-    dequantized: bool = False,
     architecture: str | None = None,
     original: str | None = None,
 ) -> str:
@@ -115,13 +117,12 @@ def folded_card(
     Args:
         manifest: of the factorized checkpoint.
         repo_id: where the model is on the hub; None if nowhere yet.
-        changed: how many targets had scales other than 1.
-        adapted: how many tensors a LoRA adapter changed.
-        dequantized: whether FP8 weights have become bfloat16.
+        changes: what the fold has changed.
         architecture: the class that ``config.json`` names.
         original: the text of the source's own card, which is quoted, and from which license and language are kept.
     """
     library = _library(manifest)
+    changed, adapted = changes.changed, changes.adapted
     lines = [f"# {_title(manifest, repo_id)}, folded", ""]
     if changed:
         lines += [
@@ -133,7 +134,7 @@ def folded_card(
         lines.append(f"{_name(manifest)}, taken apart and put together again by surgery, with scales that are all 1.")
     if adapted:
         lines.append(f"A LoRA adapter was added to {adapted:,} tensors.")
-    if dequantized:
+    if changes.dequantized:
         lines.append("FP8 weights have become bfloat16.")
     elif manifest.lossless:
         lines.append("All other weights are those of the original model." if changed or adapted else _losslessness(manifest))
@@ -225,8 +226,19 @@ def _card(
     )
     if quoted and text.strip():
         lines = [*lines, "", "## Card of the original model", "", text.strip()]
-    card = "\n".join(["---", data.to_yaml(), "---", "", *lines]) + "\n"
+    card = _with_metadata(data, "\n".join(["", *lines]) + "\n")
     return card.encode(errors="replace").decode()
+
+
+def without_license(card: str) -> str:
+    """A card of ours without the license of the source: the hub refuses a card with a license that it does not know."""
+    metadata, text = _parts_of(card)
+    kept = {key: value for key, value in metadata.items() if not key.startswith("license")}
+    return _with_metadata(client.ModelCardData(**kept), text)
+
+
+def _with_metadata(data: client.ModelCardData, text: str) -> str:
+    return f"---\n{data.to_yaml()}\n---\n{text}"
 
 
 def _parts_of(card: str) -> tuple[dict[str, Any], str]:
@@ -242,10 +254,10 @@ def _parts_of(card: str) -> tuple[dict[str, Any], str]:
 
 
 def _kept(metadata: dict[str, Any]) -> dict[str, Any]:
-    """License and language, where the hub takes them."""
+    """License and language, where the hub may take them."""
     kept: dict[str, Any] = {}
     license_, language = metadata.get("license"), metadata.get("language")
-    if isinstance(license_, str) and license_.lower() in _LICENSES:
+    if isinstance(license_, str) and _LICENSE.fullmatch(license_.lower()):
         kept["license"] = license_.lower()
         for key, pattern in (("license_name", _SLUG), ("license_link", _LINK)):
             value = metadata.get(key)

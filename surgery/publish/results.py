@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from surgery.files.files import FileRecord, read_json_object
-from surgery.format.manifest import Manifest, ShardRecord
+from surgery.files.file_records import FileRecord
+from surgery.files.json_files import read_json_object
+from surgery.format.manifest import Manifest
+from surgery.format.manifest_records import ShardRecord
 from surgery.names import CONFIG_FILE, MANIFEST_FILE, SCALES_FILE
 from surgery.progress import note
 
@@ -65,15 +67,13 @@ def publish_folded(
     """All that goes along with the weights of a folded model, when those have been submitted."""
     if upload is None:
         return
-    from surgery.publish.card import folded_card
+    from surgery.publish.card import FoldedChanges, folded_card
 
     files: dict[str, Path | bytes] = {record.file: out / record.file for record in manifest.files}
     card = folded_card(
         manifest,
         upload.repo_id,
-        changed=changed,
-        adapted=adapted,
-        dequantized=dequantized,
+        FoldedChanges(changed, adapted, dequantized),
         architecture=_architecture(out),
         original=_original_card(out, manifest),
     )
@@ -82,25 +82,35 @@ def publish_folded(
 
 def publish_adapter(
     upload: Upload | None,
-    out: Path,
-    names: Iterable[str],
+    files: Mapping[str, Path | bytes],
     manifest: Manifest,
     factorized: Path,
     *,
     modules: int,
     rank: int,
 ) -> None:
-    """An exported adapter."""
+    """An exported adapter.
+
+    Args:
+        upload: where it goes; None for nowhere.
+        files: where its files are, by their names in the repository.
+        manifest, factorized: of the checkpoint whose scales it has, and that folder.
+        modules: how many it changes.
+        rank: of all of them.
+    """
     if upload is None:
         return
     from surgery.publish.card import adapter_card
 
     card = adapter_card(manifest, upload.repo_id, modules=modules, rank=rank, architecture=_architecture(factorized))
-    _complete(upload, {name: out / name for name in names}, card)
+    _complete(upload, files, card)
 
 
-def _complete(upload: Upload, files: dict[str, Path | bytes], card: str) -> None:
-    url = upload.finish(files, card)
+def _complete(upload: Upload, files: Mapping[str, Path | bytes], card: str) -> None:
+    from surgery.publish.card import without_license
+
+    cards = dict.fromkeys((card, without_license(card)))  # one, where there is no license
+    url = upload.finish(files, *cards)
     note(f"uploaded to {url}" + (" (private)" if upload.private else ""))
 
 

@@ -18,15 +18,16 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from surgery.errors import OutputError, SurgeryError, few
-from surgery.files.files import reading
+from surgery.files.access import read_errors
 from surgery.hub import hub_client as client
 from surgery.hub.hub_client import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, RepoFile, RepoUrl
 from surgery.hub.patience import Dropped, Patience, is_transient
+from surgery.hub.repository import takes_card
 from surgery.names import ADAPTER_CONFIG, CONFIG_FILE, MANIFEST_FILE, SURGERY_DIR
 from surgery.progress import listening, phase
-from surgery.source.hub import Messages, explained
-from surgery.source.select import OTHER_WEIGHTS
-from surgery.source.shards import is_index
+from surgery.source.file_names import OTHER_WEIGHTS
+from surgery.source.hub_errors import Messages, hub_errors
+from surgery.source.weight_files import is_index
 
 _T = TypeVar("_T")
 
@@ -118,7 +119,7 @@ class Upload:
             OutputError: no token, or none that may write to it; the hub cannot be reached; the repository holds a model
                 that surgery has not put there.
         """
-        with _explained(repo_id):
+        with _upload_errors(repo_id):
             if client.get_token() is None:
                 raise client.LocalTokenNotFoundError("no HF_TOKEN, and nobody is logged in")
             api = HfApi()
@@ -164,7 +165,7 @@ class Upload:
         self._bytes_submitted += sum(addition.upload_info.size for addition in group)
         self._queue.put(group)
 
-    def finish(self, files: Mapping[str, Path | bytes], card: str) -> str:
+    def finish(self, files: Mapping[str, Path | bytes], *cards: str) -> str:
         """Wait for all that was submitted, then make the repository whole in one commit. Nothing can be submitted after it.
 
         That commit brings the files that are left and the card, and deletes what an earlier result has left: weights and
@@ -172,7 +173,7 @@ class Upload:
 
         Args:
             files: by their paths in the repository: config, manifest, tokenizer ...
-            card: the text of its ``README.md``, with the tag ``surgery``.
+            cards: texts for its ``README.md``, with the tag ``surgery``; the first that the hub takes, or the last.
 
         Returns:
             The address of the repository.
@@ -186,12 +187,17 @@ class Upload:
         if self._error is not None:
             raise self._error
         last = [_addition(name, content) for name, content in files.items() if name != CARD_FILE]
-        last.append(_addition(CARD_FILE, card.encode()))
         settling = Patience(self._tell, None, lambda error: isinstance(error, _Changed), _SECONDS_TO_SETTLE)
-        with _explained(self.repo_id):
+        with _upload_errors(self.repo_id):
+            card = next(filter(self._is_taken, cards[:-1]), cards[-1])
+            last.append(_addition(CARD_FILE, card.encode()))
             settling.run(lambda: self._patiently(lambda: self._complete(last)))
         self.unfinished = False
         return self.url
+
+    def _is_taken(self, card: str) -> bool:
+        """Whether the hub takes a card, which it refuses for a license that it does not know. Nothing is written."""
+        return self._patiently(lambda: takes_card(card))
 
     def _wait(self) -> None:
         """Until the thread has done all there is."""
@@ -206,7 +212,7 @@ class Upload:
 
     def _run(self) -> None:
         try:
-            with _explained(self.repo_id):
+            with _upload_errors(self.repo_id):
                 self._work()
         except Dropped:
             pass
@@ -296,7 +302,7 @@ class Upload:
 
 def _addition(name: str, content: Path | bytes, sha256: str | None = None) -> CommitOperationAdd:
     try:
-        with reading(content if isinstance(content, Path) else Path(name)):
+        with read_errors(content if isinstance(content, Path) else Path(name)):
             if isinstance(content, Path):
                 content.stat()
             addition = CommitOperationAdd(name, content)
@@ -351,9 +357,9 @@ def _may_pass(error: Exception) -> bool:
 
 
 @contextmanager
-def _explained(repo_id: str) -> Iterator[None]:
+def _upload_errors(repo_id: str) -> Iterator[None]:
     """Turns the client's exceptions into OutputErrors that say what to do."""
-    with explained(repo_id, _MESSAGES, OutputError):
+    with hub_errors(repo_id, _MESSAGES, OutputError):
         try:
             yield
         except (OSError, RuntimeError, ValueError) as error:

@@ -145,11 +145,14 @@ def finished(figure: Figure, group: Group, description: str) -> Panel:
 
 
 def _inline(svg: str) -> str:
-    """What an SVG file draws, for a page: no prologue, no fonts, no names that another picture could have as well."""
+    """What an SVG file draws, for a page: no prologue, no fonts, no names that another picture could have as well.
+
+    What matplotlib can be told it has been told: no metadata, text as text (which also leaves out its comments), ids that are
+    hashes with a salt of ours. For the rest it has no settings, up to 3.11: it names every group, writes its own style sheet,
+    six decimals in every path and old names of attributes, and takes no colour that is left to the page.
+    """
     body = svg[svg.index(">", svg.index("<svg")) + 1 : svg.rindex("</svg>")]
-    body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
     body = re.sub(r"<style type=\"text/css\">.*?</style>", "", body, flags=re.DOTALL)
-    body = re.sub(r"<!--.*?-->", "", body, flags=re.DOTALL)
     body = body.replace("xlink:href=", "href=")
     used = set(re.findall(r"url\(#([^)]+)\)", body)) | set(re.findall(r'href="#([^"]+)"', body))
     body = re.sub(r' id="([^"]*)"', lambda found: found[0] if found[1] in used else "", body)

@@ -9,7 +9,7 @@ from typing import Any
 from surgery.report import plots
 from surgery.report.drawing import SHADES, Panel, Picture, diverging_colors, turning_colors
 from surgery.report.summary import Group, median, relative_update
-from surgery.report.words import escaped, number, percent
+from surgery.report.words import html_text, number, percent
 
 #: Groups that get pictures: more would make a page that nobody scrolls through.
 MAX_PANELS = 24
@@ -51,7 +51,7 @@ def pictures(spectra: dict[str, Any], groups: Sequence[Group]) -> str:
             "Singular values before and after" if tuned else "Singular values",
             "Both axes are logarithmic: a straight line is a power law.",
             [*layer_key, *two],
-            plots.spectra(drawn, layers),
+            plots.spectra_picture(drawn, layers),
         )
     )
     if tuned:
@@ -63,7 +63,7 @@ def pictures(spectra: dict[str, Any], groups: Sequence[Group]) -> str:
             "The share of the squared norm that the leading directions hold together. "
             "The less a curve needs to reach half, the better a low rank stands for the matrix.",
             [*layer_key, *two, '<span class="swatch half"></span>half'],
-            plots.energy(drawn, layers),
+            plots.energy_picture(drawn, layers),
         )
     )
     return "".join(parts)
@@ -73,9 +73,9 @@ def _pictures_of_change(drawn: Sequence[Group], layers: tuple[int, int], layer_k
     steps = (
         "The first 16 directions have a column each, later ones share columns that get wider, with the median of their values."
     )
-    amplification = plots.amplification(drawn, r)
-    rotation = plots.rotation(drawn, r)
-    update = plots.update(drawn, layers, r)
+    amplification = plots.amplification_picture(drawn, r)
+    rotation = plots.rotation_picture(drawn, r)
+    update = plots.update_picture(drawn, layers, r)
     hatched = '<span class="swatch hatched"></span>'
     return [
         _figure(
@@ -139,7 +139,7 @@ def _figure(name: str, heading: str, caption: str, key: Sequence[str], picture: 
 
 def _panel(name: str, heading: str, panel: Panel) -> str:
     width, height = (number(length) for length in panel.size)
-    group = escaped(panel.group)
+    group = html_text(panel.group)
     # Names inside a drawing are its own; on a page they must differ from those of the other drawings.
     svg = panel.svg.replace(' id="', f' id="{name}-').replace("url(#", f"url(#{name}-").replace('href="#', f'href="#{name}-')
     return (

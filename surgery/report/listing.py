@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from surgery.files.files import write_file
+from surgery.escapes import escaped
+from surgery.files.file_writer import write_file
 from surgery.report.schema import check_spectra
 from surgery.report.summary import Target, change, half_energy_rank, median, relative_update, worst_residual
-from surgery.report.words import cosine, number, percent, shown
+from surgery.report.words import cosine, number, percent
 
 #: Directions of which the CSV tells one by one, and what.
 AMPLIFICATIONS = 8
@@ -90,7 +91,7 @@ def _cell(value: object) -> object:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        text = shown(value)
+        text = escaped(value)
         return f"'{text}" if text.startswith(_BEGINS_A_FORMULA) else text
     return value
 
@@ -122,7 +123,9 @@ def columns(spectra: dict[str, Any]) -> list[Column]:
         return half_energy_rank(target["singular_values"], target["norm"])
 
     found = [
-        Column("group", "matrices of one name but for the numbers in it", lambda target: target["group"], shown, numeric=False),
+        Column(
+            "group", "matrices of one name but for the numbers in it", lambda target: target["group"], escaped, numeric=False
+        ),
         Column("layer", "number of the layer", lambda target: target["layer"], _whole),
         Column("shape", "rows × columns", lambda target: target["shape"], lambda shape: "×".join(map(str, shape))),
         Column("norm", "Frobenius norm of the base", lambda target: target["norm"], number),

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import MissingExtra
-from surgery.files.files import write_file
+from surgery.files.file_writer import write_file
 from surgery.report import findings, listing
 from surgery.report.listing import write_csv
 from surgery.report.reading import terms
 from surgery.report.schema import check_spectra
 from surgery.report.summary import Group, change, groups_of, half_energy_rank, median, median_rank, relative_update
-from surgery.report.words import cosine, count, escaped, matrices, number, percent, rank_text
+from surgery.report.words import cosine, count, html_text, matrices, number, percent, rank_text
 
 __all__ = ["write_csv", "write_page"]
 
@@ -54,7 +54,7 @@ def _page(spectra: dict[str, Any]) -> str:
     from surgery.report.gallery import pictures
 
     groups = groups_of(spectra["targets"])
-    names = [escaped(spectra[which]["name"]) for which in ("tuned", "base") if spectra[which] is not None]
+    names = [html_text(spectra[which]["name"]) for which in ("tuned", "base") if spectra[which] is not None]
     title = f"Singular spectra of {' against '.join(names)}"
     heading = f"Singular spectra of {' against '.join(f'<bdi>{name}</bdi>' for name in names)}"
     sections = [
@@ -96,7 +96,7 @@ def _page(spectra: dict[str, Any]) -> str:
 <main id="main">
 {body}</main>
 <footer>
-<p>Made by {escaped(spectra["tool"])} with torch {escaped(spectra["torch"])} on {escaped(spectra["device"])}. \
+<p>Made by {html_text(spectra["tool"])} with torch {html_text(spectra["torch"])} on {html_text(spectra["device"])}. \
 The numbers behind this page are in spectra.json and, by matrix, in spectra.csv, which the same command writes.</p>
 </footer>
 <script>
@@ -119,7 +119,7 @@ def _compared(spectra: dict[str, Any], groups: Sequence[Group]) -> str:
         facts.append(("Tuned", _model(spectra["tuned"])))
     facts.append(("Looked at", f"{of}, the first {kept} directions of each; the first {options['subspace']} count as the top"))
     chosen = [
-        f"{name} {', '.join(map(escaped, value)) if isinstance(value, list) else escaped(value)}"
+        f"{name} {', '.join(map(html_text, value)) if isinstance(value, list) else html_text(value)}"
         for name, value in options.items()
         if name in ("recipe", "include", "exclude") and value
     ]
@@ -129,11 +129,11 @@ def _compared(spectra: dict[str, Any], groups: Sequence[Group]) -> str:
 
 
 def _model(model: dict[str, Any]) -> str:
-    words = f"<bdi>{escaped(model['name'])}</bdi>"
+    words = f"<bdi>{html_text(model['name'])}</bdi>"
     if model["repo_id"] is not None and model["repo_id"] != model["name"]:
-        words += f", <bdi>{escaped(model['repo_id'])}</bdi>"
+        words += f", <bdi>{html_text(model['repo_id'])}</bdi>"
     if model["commit"] is not None:
-        words += f", commit {escaped(model['commit'])}"
+        words += f", commit {html_text(model['commit'])}"
     return words
 
 
@@ -203,7 +203,7 @@ def _table(heading: str, name: str, caption: str, headings: Sequence[str], lines
     first, *others = headings
     head = f'<th scope="col">{first}</th>' + "".join(f'<th scope="col" class="number">{other}</th>' for other in others)
     rows = "".join(
-        f'<tr><th scope="row"><bdi>{escaped(key)}</bdi></th>'
+        f'<tr><th scope="row"><bdi>{html_text(key)}</bdi></th>'
         + "".join(f'<td class="number">{cell}</td>' for cell in cells)
         + "</tr>\n"
         for key, cells in lines
@@ -230,7 +230,7 @@ def _listing(spectra: dict[str, Any]) -> str:
         for column in columns
     )
     rows = "".join(
-        f'<tr><th scope="row"><bdi>{escaped(target["key"])}</bdi></th>'
+        f'<tr><th scope="row"><bdi>{html_text(target["key"])}</bdi></th>'
         + "".join(_cell(column, target) for column in columns)
         + "</tr>\n"
         for target in targets

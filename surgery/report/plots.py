@@ -34,7 +34,7 @@ from surgery.report.summary import Floats, Group, Target, in_steps, median, step
 from surgery.report.words import cosine, number, percent
 
 
-def spectra(groups: Sequence[Group], layers: tuple[int, int]) -> Picture:
+def spectra_picture(groups: Sequence[Group], layers: tuple[int, int]) -> Picture:
     """Singular values over the index on two log scales, one line a layer; those of the tuned model on top."""
     tuned = "amplification" in groups[0].targets[0]
 
@@ -58,7 +58,7 @@ def spectra(groups: Sequence[Group], layers: tuple[int, int]) -> Picture:
     return Picture([panel(group) for group in groups])
 
 
-def energy(groups: Sequence[Group], layers: tuple[int, int]) -> Picture:
+def energy_picture(groups: Sequence[Group], layers: tuple[int, int]) -> Picture:
     """The share of the squared norm in the leading directions, over the rank, one line a layer."""
     tuned = "amplification" in groups[0].targets[0]
 
@@ -90,7 +90,7 @@ def energy(groups: Sequence[Group], layers: tuple[int, int]) -> Picture:
 _AMPLIFICATIONS = (("amplification", "by order"), ("in_place", "in place"))
 
 
-def amplification(groups: Sequence[Group], r: int) -> Picture:
+def amplification_picture(groups: Sequence[Group], r: int) -> Picture:
     """Amplification by index and layer, as colours around 1: of values in their order above, of directions in place below."""
     tables = [[group.table(itemgetter(key)) - 1 for key, _ in _AMPLIFICATIONS] for group in groups]
     drawn = [[in_steps(table, steps(group.k)) for table in pair] for group, pair in zip(groups, tables, strict=True)]
@@ -124,7 +124,7 @@ def _of_amplification(group: Group, table: Floats, name: str, r: int) -> str:
     return words + f". It is farthest from 1 {where} at direction {index + 1}: {_factor(1 + table[row, index])}."
 
 
-def rotation(groups: Sequence[Group], r: int) -> Picture:
+def rotation_picture(groups: Sequence[Group], r: int) -> Picture:
     """Cosines between directions and what they became by index and layer: left ones above, right ones below."""
     tables = [[group.table(itemgetter(side)) for side in ("left_cosine", "right_cosine")] for group in groups]
     drawn = [[in_steps(table, steps(group.k)) for table in pair] for group, pair in zip(groups, tables, strict=True)]
@@ -162,7 +162,7 @@ _SHARES: tuple[tuple[str, str, Callable[[int, int, int], float]], ...] = (
 )
 
 
-def update(groups: Sequence[Group], layers: tuple[int, int], r: int) -> Picture:
+def update_picture(groups: Sequence[Group], layers: tuple[int, int], r: int) -> Picture:
     """Shares of the update's energy in the base's top subspaces, one dot a layer, with what chance would have."""
 
     def shares(group: Group, key: str) -> list[tuple[int | None, float]]:

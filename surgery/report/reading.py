@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from surgery.report.findings import LITTLE, MANY, MORE_THAN_CHANCE, MOST, STAYED, TURNED
+from surgery.report.findings_of_change import LITTLE, MANY, MORE_THAN_CHANCE, MOST, STAYED, TURNED
 from surgery.report.summary import CLEARLY_MORE, GREW_HALF, GREW_MOST, worst_residual
 from surgery.report.words import count, number, percent
 

@@ -5,20 +5,15 @@ from __future__ import annotations
 import html
 import math
 
-from surgery import escapes
+from surgery.escapes import escaped
 
 MINUS = "\u2212"
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def shown(name: object) -> str:
-    """A text from a stranger's file; what is not printable (control characters, changes of direction) is spelled out."""
-    return escapes.escaped(str(name))
-
-
-def escaped(name: object) -> str:
-    """``shown``, for the text of an element or a quoted attribute."""
-    return html.escape(shown(name))
+def html_text(name: object) -> str:
+    """A text from a stranger's file, for the text of an element or a quoted attribute; what cannot be seen is spelled out."""
+    return html.escape(escaped(str(name)))
 
 
 def number(value: float | None, *, signed: bool = False) -> str:
@@ -72,3 +67,8 @@ def matrices(n: int) -> str:
 def rank_text(rank: float, kept: int) -> str:
     """A rank that may lie beyond those that were computed."""
     return number(rank) if math.isfinite(rank) else f"more than {kept}"
+
+
+def directions_text(rank: float, kept: int) -> str:
+    """A number of directions, such as a rank."""
+    return f"{rank_text(rank, kept)} direction{'s' if rank != 1 else ''}"

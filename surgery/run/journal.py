@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import FormatError, OutputError, ReadError, few
-from surgery.files.files import MAX_OWN_JSON_BYTES, read_json_object, reporting, write_file
+from surgery.files.access import write_errors
+from surgery.files.file_writer import write_file
+from surgery.files.json_files import MAX_OWN_JSON_BYTES, read_json_object
 from surgery.files.sealed import read_sealed, sealed
 from surgery.names import FILES_FILE, JOURNAL_DIR, REPLACED_FILE, RUN_FILE
 
@@ -42,7 +44,7 @@ class Journal:
     @staticmethod
     def forget(out: Path) -> None:
         """The result in ``out`` is complete: the run is over. The first thing to go is what says that it has begun."""
-        with reporting(out):
+        with write_errors(out):
             (out / RUN_FILE).unlink(missing_ok=True)
             (out / FILES_FILE).unlink(missing_ok=True)
 
@@ -102,7 +104,7 @@ class Journal:
 
     def drop(self) -> None:
         """Any other run that was begun is not gone on with."""
-        with reporting(self._folder):
+        with write_errors(self._folder):
             for path in (self._out / RUN_FILE, self._out / REPLACED_FILE, *self._folder.glob("[0-9]*.json*")):
                 clear_away(path)
 
@@ -154,7 +156,7 @@ def clear_away(path: Path) -> None:
 
 
 def _write(path: Path, data: bytes) -> None:
-    with reporting(path):
+    with write_errors(path):
         if not path.is_file():
             clear_away(path)
     write_file(path, data)

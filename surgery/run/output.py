@@ -16,16 +16,9 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from surgery.errors import FormatError, OptionError, OutputError, ReadError, ScalesError, SurgeryError, WeightError, few
 from surgery.escapes import quoted
-from surgery.files.files import (
-    FileRecord,
-    all_below,
-    check_file,
-    check_replaceable,
-    file_sha256,
-    reading,
-    reporting,
-    sync_directory,
-)
+from surgery.files.access import all_below, check_replaceable, read_errors, write_errors
+from surgery.files.file_records import FileRecord, check_file, file_sha256
+from surgery.files.file_writer import sync_directory
 from surgery.format.manifest import Manifest, source_stamp
 from surgery.names import (
     CONFIG_FILE,
@@ -45,8 +38,8 @@ from surgery.names import (
 )
 from surgery.progress import listening, note, phase
 from surgery.run.journal import Journal, clear_away
-from surgery.source.select import is_read_by_loaders
-from surgery.source.shards import is_index
+from surgery.source.file_names import is_read_by_loaders
+from surgery.source.weight_files import is_index
 
 if TYPE_CHECKING:
     from surgery.publish.upload import Upload
@@ -108,7 +101,7 @@ def locked(out: Path, inputs: Iterable[Path]) -> Iterator[None]:
     Raises:
         OutputError: another run holds it, it is one of the inputs or no folder, or it cannot be written to.
     """
-    with reporting(out):
+    with write_errors(out):
         _check_apart(out, inputs)
         _check_leads_somewhere(out)
         lock, made = _taken(out)
@@ -184,7 +177,7 @@ def _lock_in_place(path: Path) -> BaseFileLock | None:
 
 def _clear(out: Path) -> None:
     """Nothing stays of a run that is over or has done nothing: its lock's file goes last, while it is held."""
-    with reporting(out):
+    with write_errors(out):
         for path in set((out / JOURNAL_DIR).iterdir()) - {out / LOCK_FILE}:
             with suppress(OSError):
                 clear_away(path)
@@ -217,7 +210,7 @@ def check_not_the_source(out: Path, manifest: Manifest) -> None:
             continue
         if (found.st_size, source_stamp(record, found.st_mtime_ns)) != (record.size, stamp):
             continue
-        with reading(path):
+        with read_errors(path):
             is_the_same = file_sha256(path) == record.sha256
         if is_the_same:
             raise OutputError(
@@ -343,7 +336,7 @@ def files_together(out: Path, journal: Journal, writes: Iterable[str], *, overwr
         _take_place(out)
     if not Journal.is_there(out):
         Journal.forget(out)  # what is left of a run that has come to its end
-    with reporting(out):
+    with write_errors(out):
         present = {name for name in names if os.path.lexists(out / name)}
     for name in sorted(present - Journal.files(out)):
         check_replaceable(out / name)
@@ -353,7 +346,7 @@ def files_together(out: Path, journal: Journal, writes: Iterable[str], *, overwr
         journal.claim(present)
         journal.drop()
         journal.begin()
-    with reporting(out):
+    with write_errors(out):
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
     try:
@@ -379,7 +372,7 @@ def _prepared(
     overwrite: bool,
 ) -> Path:
     """See ``result_folder``. The run has begun, or is gone on with, when this returns."""
-    with reporting(out):
+    with write_errors(out):
         top = sorted(path.name for path in out.iterdir() if path.name != JOURNAL_DIR and not is_litter(path.name))
     _check_links(out)
     if Journal.is_there(out) and (not overwrite or journal.matches()):
@@ -389,7 +382,7 @@ def _prepared(
         place = out / RESULT_DIR if (out / RESULT_DIR).is_dir() else out
         present = files_in(place)
         check_room(Need(out, needed, "the result", _size(place, present & writes)), *beside)
-        with reporting(place):
+        with write_errors(place):
             for name in {name + _PARTIAL for name in writes} & present:
                 (place / name).unlink()
         return place
@@ -418,7 +411,7 @@ def _prepared(
     check_room(Need(out, needed, "the result", freed, hint), *beside)
     journal.claim(ours)
     journal.drop()
-    with reporting(out):
+    with write_errors(out):
         shutil.rmtree(out / RESULT_DIR, ignore_errors=True)
         if is_whole:
             (out / RESULT_DIR).mkdir()
@@ -444,7 +437,7 @@ def _take_place(out: Path) -> None:
     """The result, which is whole, to the place of the earlier one; gone on with where a run was killed meanwhile."""
     result = out / RESULT_DIR
     new, gone = files_in(result), Journal.replaced(out) & files_in(out)
-    with reporting(out):
+    with write_errors(out):
         # Those by which a loader would take the folder for the earlier result, which is not whole from then on.
         _remove(out, gone | (set(_DECIDING) & new & files_in(out)))
         for name in sorted(new, key=_how_late):

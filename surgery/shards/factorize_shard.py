@@ -14,9 +14,11 @@ import torch
 from surgery.engine.lane import Lane
 from surgery.engine.walk import Piece, ShardWalk, TargetPiece, looked_at
 from surgery.errors import OutputError, SourceError
-from surgery.files.files import FileRecord, FileWriter
+from surgery.files.file_records import FileRecord
+from surgery.files.file_writer import FileWriter
 from surgery.format.factors import FactorsHash
-from surgery.format.manifest import CertificateRecord, ShardRecord, ShardResult, TargetRecord
+from surgery.format.manifest import ShardResult
+from surgery.format.manifest_records import CertificateRecord, ShardRecord, TargetRecord
 from surgery.format.safetensors import TORCH_DTYPES, ShardReader, TensorFileWriter
 from surgery.format.sample import SampleHash
 from surgery.format.views import View
@@ -27,8 +29,8 @@ from surgery.planning.targets import Target
 from surgery.progress import Progress, Silent
 from surgery.shards.matrices import Matrix, Result, Settings, factorize_matrices, truncate
 from surgery.source.origin import Origin
+from surgery.source.protocol import WeightFiles
 from surgery.weights.model import ModelWeights
-from surgery.weights.protocol import WeightFiles
 from surgery.weights.sent import SentFiles
 
 

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from surgery.errors import ReadError, SurgeryError
-from surgery.files.files import FileRecord, Watch, file_sha256, reading
+from surgery.files.access import read_errors
+from surgery.files.file_records import FileRecord, file_sha256
+from surgery.files.watch import Watch
 from surgery.format.manifest import Manifest
 from surgery.weights.protocol import Weights
 
@@ -45,7 +47,7 @@ class Failures:
         return holds
 
 
-def check_output_file(folder: Path, record: FileRecord, watch: Watch, failures: Failures, *, hashed: bool = True) -> bool:
+def check_recorded_file(folder: Path, record: FileRecord, watch: Watch, failures: Failures, *, hashed: bool = True) -> bool:
     """A file of the checkpoint: that it is there, its size, and its hash unless others take that while they read it."""
     path = folder / record.file
     if not failures.expect(path.is_file(), record.file, "the file is there", "nothing"):
@@ -55,7 +57,7 @@ def check_output_file(folder: Path, record: FileRecord, watch: Watch, failures: 
         if not failures.expect(size == record.size, record.file, "size", size, record.size):
             return False
         if hashed:
-            with reading(path, record.file):
+            with read_errors(path, record.file):
                 found = file_sha256(path)
             return failures.expect(found == record.sha256, record.file, "sha256", found, record.sha256)
     except SurgeryError as error:

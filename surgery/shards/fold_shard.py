@@ -13,9 +13,11 @@ import torch
 from surgery.engine.lane import Lane
 from surgery.engine.walk import Piece, ShardWalk, TargetPiece
 from surgery.errors import FormatError, SourceError
-from surgery.files.files import FileRecord, FileWriter, HashSink
+from surgery.files.file_records import FileRecord
+from surgery.files.file_writer import FileWriter, HashSink
 from surgery.format.factors import DAMAGED_HINT
-from surgery.format.manifest import Manifest, ShardRecord
+from surgery.format.manifest import Manifest
+from surgery.format.manifest_records import ShardRecord
 from surgery.format.safetensors import ShardReader
 from surgery.memory import bytes_of
 from surgery.names import MANIFEST_FILE, PARTIALS_DIR

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 
-from surgery.files.files import Watch
-from surgery.format.manifest import Manifest, ShardRecord
+from surgery.files.watch import Watch
+from surgery.format.manifest import Manifest
+from surgery.format.manifest_records import ShardRecord
 from surgery.format.safetensors import ShardReader
 from surgery.names import correction_key, factor_key
 from surgery.shards.failures import Checkpoint, Failures

@@ -14,16 +14,16 @@ from surgery.device import as_memory_allows
 from surgery.engine.lane import Lane
 from surgery.engine.walk import Piece, ShardWalk, TargetPiece, looked_at
 from surgery.errors import FormatError, SurgeryError
-from surgery.files.files import Watch
+from surgery.files.watch import Watch
 from surgery.format.factors import FactorsReader
-from surgery.format.manifest import ShardRecord, TargetRecord
+from surgery.format.manifest_records import ShardRecord, TargetRecord
 from surgery.format.safetensors import ShardReader
 from surgery.linalg.correction import CorruptCorrection
 from surgery.linalg.lossless import split
 from surgery.linalg.measured import measure
 from surgery.memory import bytes_of
 from surgery.progress import Progress
-from surgery.shards.failures import Checkpoint, Failure, Failures, check_output_file
+from surgery.shards.failures import Checkpoint, Failure, Failures, check_recorded_file
 from surgery.shards.verify_headers import check_headers
 from surgery.shards.verify_target import CheckedTarget, MeasuredMatrix, factors_found
 from surgery.weights.matrix import stored_residual
@@ -80,7 +80,7 @@ class ShardCheck:
             self.progress.item(record.file)
             # What is walked is hashed on the way.
             walked = record is shard.residual and weights is not None and weights.holds_residuals and not headers_only
-            there = check_output_file(self.checkpoint.folder, record, self.watch, failures, hashed=not walked)
+            there = check_recorded_file(self.checkpoint.folder, record, self.watch, failures, hashed=not walked)
             if not walked or not there:
                 self.progress.advance(record.size)
         if shard.residual is not None and not self.targets:

@@ -8,7 +8,7 @@ import torch
 
 from surgery.errors import SurgeryError
 from surgery.format.factors import FactorsHash, FactorsReader
-from surgery.format.manifest import OptionsRecord, TargetRecord
+from surgery.format.manifest_records import OptionsRecord, TargetRecord
 from surgery.format.safetensors import TORCH_DTYPES
 from surgery.format.sample import SampleHash
 from surgery.linalg.lossless import Factors

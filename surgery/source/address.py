@@ -9,11 +9,12 @@ from pathlib import Path, PurePosixPath
 from typing import NoReturn
 from urllib.parse import unquote, urlsplit
 
-from surgery.errors import SourceError, advice
+from surgery.errors import FormatError, OptionError, SourceError, advice
 from surgery.escapes import quoted
-from surgery.files.files import reading
+from surgery.files.access import read_errors
 from surgery.files.kinds import HEAD_BYTES, other_kind
-from surgery.source.shards import SUFFIX
+from surgery.files.paths import check_relative_path
+from surgery.source.weight_files import SUFFIX
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _WITH_REVISION = re.compile(r"(?P<repo>[^@]+)@(?P<rest>.+)")
@@ -75,6 +76,18 @@ class Address:
                     f"the address of {where} names another one than {option}", got=f"{named!r} and {asked!r}", hint="give one"
                 )
         return replace(self, revision=self.revision or revision, subfolder=self.subfolder or subfolder)
+
+
+def check_subfolder(subfolder: str) -> str:
+    """``subfolder`` without slashes around it, if it stays inside.
+
+    Raises:
+        OptionError: it does not.
+    """
+    try:
+        return check_relative_path(subfolder.strip("/"), "the subfolder")
+    except FormatError as error:
+        raise OptionError(error.what, got=error.got, expected="a path inside of the model, such as transformer") from None
 
 
 def address_of(model: str | Path) -> Address:
@@ -143,7 +156,7 @@ def _local(text: str) -> Address | None:
         return None
     if path.suffix == SUFFIX:
         return Address(folder=path.parent, file=path.name)
-    with reading(path), open(path, "rb") as file:
+    with read_errors(path), open(path, "rb") as file:
         kind = None if path.suffix == ".json" else other_kind(file.read(HEAD_BYTES), path.stat().st_size, path)
     raise SourceError(
         f"{text} is {kind.what if kind else 'a file'}",

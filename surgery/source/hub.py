@@ -3,215 +3,35 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from types import MappingProxyType
 from typing import Any
 
 from surgery.errors import FormatError, ReadError, SourceError, SurgeryError, few
-from surgery.escapes import quoted
-from surgery.files.files import Stamp, Watch, reading
-from surgery.format.manifest import SourceRecord
-from surgery.format.safetensors import Header, ShardReader, header_length, parse_header
+from surgery.files.watch import Stamp, Watch
+from surgery.format.header import Header, header_length, parse_header
+from surgery.format.manifest_records import SourceRecord
+from surgery.format.safetensors import ShardReader
+from surgery.hub import client_cache, patience, repository
 from surgery.hub import hub_client as client
-from surgery.hub import patience
-from surgery.hub.download import bytes_in_cache, first_bytes, into_cache, into_folder, is_sound
-from surgery.hub.hub_client import HubFile
-from surgery.hub.patience import Patience, is_busy, is_transient
+from surgery.hub.download import bytes_in_cache, first_bytes
+from surgery.hub.hub_file import HubFile, RemoteFile
+from surgery.hub.patience import is_busy
 from surgery.names import CONFIG_FILE
 from surgery.progress import listening
-from surgery.source.model import FolderSource, Source, Stays, check_subfolder, read_config, read_text
-from surgery.source.origin import Damaged, FolderOrigin, HubOrigin, damaged
-from surgery.source.select import listing_of, select_plain_files
-from surgery.source.shards import index_entries, is_index
-
-#: Stands for what ``_online`` says.
-_ONLINE = "fetch the model while online"
-
-_GO_ON = "run the same command again: it goes on where it stopped, and what has been fetched is not fetched twice"
-_TOKEN = "hf auth login, or set HF_TOKEN, with a token that may read it"
+from surgery.source.address import check_subfolder
+from surgery.source.fetch import HubOrigin, check_contents, fetch, fetch_again, is_cached, patience_for
+from surgery.source.folder import FolderSource
+from surgery.source.hub_errors import FIRST_STATUSES, first_line, how_to_fetch_it, hub_errors, hub_errors_midway
+from surgery.source.model_folder import listing_of
+from surgery.source.origin import DamagedCopy, FolderOrigin
+from surgery.source.protocol import FilesInPlace, Source, read_config, read_text
+from surgery.source.select import select_plain_files
+from surgery.source.weight_files import index_entries, is_index
 
 #: What most headers are shorter than; the rest of a longer one is asked for.
 _HEADER_BYTES = 100_000
-
-#: From the client's exceptions to what happened and what a user can do; the first that fits counts, so subclasses come first.
-Messages = tuple[tuple[type[Exception], str, str], ...]
-
-_MESSAGES: Messages = (
-    (client.GatedRepoError, "is gated and your token has no access to it", "accept its terms on its page, then: hf auth login"),
-    (client.DisabledRepoError, "has been disabled on the hub", "choose another model"),
-    (
-        client.RepositoryNotFoundError,
-        "does not exist on the hub or is private, nor is there such a folder here",
-        "check the name; for a private one: hf auth login",
-    ),
-    (client.RevisionNotFoundError, "has no such revision", "leave --revision out, or give a branch, tag or commit of it"),
-    (client.RemoteEntryNotFoundError, "lacks a file that its listing names", "try again; the repository may be changing"),
-    (client.LocalEntryNotFoundError, "cannot be reached, and is not (all) in the local cache", _ONLINE),
-    (client.OfflineModeIsEnabled, "is not in the local cache, and the client is offline", _ONLINE),
-    (client.HFValidationError, "is neither a local folder nor a valid repo id", "give owner/name or a path"),
-    (client.HfHubHTTPError, "cannot be fetched from the hub", "try again later"),
-    (client.Incomplete, "cannot be fetched from the hub: its answers break off", "try again later"),
-    (client.RequestError, "cannot be reached, and is not (all) in the local cache", _ONLINE),
-    (client.InvalidURL, "cannot be reached", "set HF_ENDPOINT to the address of a hub, or unset it"),
-    (client.NoHub, "cannot be asked for", "unset HF_ENDPOINT, or log in to the network whose page comes instead"),
-)
-
-
-#: For the status of an answer to the first question, which an old token may also get of a public model.
-_FIRST_STATUSES = {
-    401: ("may not be read with your token, which has expired or been revoked", f"{_TOKEN}; of a public model: unset HF_TOKEN"),
-    403: ("may not be read with your token", _TOKEN),
-}
-
-#: The same in the midst of a run, when the hub has answered before: for the status of an answer, else for an exception.
-_MIDWAY_STATUSES = {
-    401: ("may not be read with your token any more: it has expired or been revoked, or the repository is private now", _TOKEN),
-    403: ("may not be read with your token any more", _TOKEN),
-    404: ("is not there any more, or your token may not see it any more", _TOKEN),
-}
-_MIDWAY: Messages = (
-    (
-        client.GatedRepoError,
-        "has become gated, and your token has no access to it",
-        "accept its terms on its page, hf auth login",
-    ),
-    (client.DisabledRepoError, "has been disabled on the hub meanwhile", "choose another model"),
-    (client.RemoteEntryNotFoundError, "lacks a file that its listing named", "see its page on the hub for what has changed"),
-    (client.OfflineModeIsEnabled, "has files that are not in the local cache any more, and the client is offline", _ONLINE),
-    (client.HfHubHTTPError, "cannot be fetched from the hub", "wait until the hub is well again"),
-    (client.Incomplete, "cannot be fetched from the hub: its answers break off", "try another network"),
-    (client.RequestError, "cannot be reached any more", "connect to the network"),
-    (client.NoHub, "cannot be asked for any more", "log in to the network whose page comes instead"),
-)
-
-
-@contextmanager
-def explained(
-    repo_id: str,
-    messages: Messages = _MESSAGES,
-    raised: type[SurgeryError] = SourceError,
-    *,
-    revision: str | None = None,
-    statuses: Mapping[int, tuple[str, str]] = MappingProxyType({}),
-) -> Iterator[None]:
-    """Turns the client's exceptions into ones that say what to do; ``statuses`` are answers that mean more than a class."""
-    try:
-        yield
-    except tuple(kind for kind, _, _ in messages) as error:
-        what, hint = next((what, hint) for kind, what, hint in messages if isinstance(error, kind))
-        if type(error) is client.HfHubHTTPError:  # those derived from it are told apart
-            what, hint = statuses.get(error.response.status_code, (what, hint))
-        if hint is _ONLINE:
-            hint = _online(repo_id, revision)
-        raise raised(f"{repo_id} {what}", got=_first_line(error), hint=hint) from error
-
-
-@contextmanager
-def explained_midway(repo_id: str, file: str) -> Iterator[None]:
-    """The same in the midst of a run, of a file of a repository that the hub has listed before."""
-    try:
-        yield
-    except tuple(kind for kind, _, _ in _MIDWAY) as error:
-        status = error.response.status_code if isinstance(error, client.HfHubHTTPError) else None
-        what, hint = next((what, hint) for kind, what, hint in _MIDWAY if isinstance(error, kind))
-        is_told_apart = isinstance(error, (client.GatedRepoError, client.DisabledRepoError, client.RemoteEntryNotFoundError))
-        if patience.is_refused_elsewhere(error):
-            what, hint = "is refused where the hub sends us for its files", "try another network"
-        elif status in _MIDWAY_STATUSES and not is_told_apart:
-            what, hint = _MIDWAY_STATUSES[status]
-        if hint is _ONLINE:
-            hint = _online(repo_id)
-        raise SourceError(f"{repo_id} {what}: {file}", got=_first_line(error), hint=f"{hint}; then {_GO_ON}") from error
-    except (client.XetDownloadError, OSError, RuntimeError) as error:
-        if isinstance(error, SurgeryError):
-            raise
-        raise SourceError(
-            f"{repo_id}/{file} cannot be fetched", got=_first_line(error), hint=f"when that is mended, {_GO_ON}"
-        ) from error
-
-
-def _online(repo_id: str, revision: str | None = None) -> str:
-    """How a model gets into the cache."""
-    once = f"hf download {quoted(repo_id)}" + ("" if revision is None else f" --revision {quoted(revision)}")
-    if client.is_offline():
-        return f"unset HF_HUB_OFFLINE, or fetch the model once without it: {once}"
-    return f"connect to the network, or fetch the model once while online: {once}"
-
-
-def _first_line(error: Exception) -> str:
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return "; ".join([first, *getattr(error, "__notes__", ())])
-
-
-def patience_for(
-    what: str,
-    dropped: threading.Event | None = None,
-    may_pass: Callable[[Exception], bool] = is_transient,
-    give_up_after: float | None = None,
-) -> Patience:
-    """With requests about ``what``, a repository or a file of one; whoever listens is told of it. See ``Patience``."""
-    progress = listening()
-
-    def tell(text: str, is_long: bool) -> None:
-        progress.item(f"{what}: {text}")
-        if is_long:
-            minutes = (patience.GIVE_UP_AFTER if give_up_after is None else give_up_after) / 60
-            progress.note(f"the hub keeps us waiting for {what}: it is asked again until it has failed for {minutes:.0f} min")
-
-    return Patience(tell, dropped, may_pass, give_up_after)
-
-
-def fetch(
-    repo_id: str,
-    commit: str,
-    file: str,
-    of: HubFile,
-    folder: Path | None = None,
-    dropped: threading.Event | None = None,
-) -> Path:
-    """A file of a repository, in the hub's cache or in a folder of one's own; the progress is told how much of it is here.
-
-    Tried again where that may help, see ``surgery.hub.patience``, until ``dropped`` is set.
-
-    Raises:
-        SourceError: it cannot be had, or what comes is not what the hub says.
-        Dropped: nobody wants it any more.
-    """
-    with explained_midway(repo_id, file):
-        patient = patience_for(file, dropped)
-        if folder is not None:
-            return into_folder(repo_id, commit, file, of, folder, patient)
-        return client.cached_file(repo_id, commit, file) or into_cache(repo_id, commit, file, of, patient)
-
-
-def is_cached(repo_id: str, commit: str, file: str) -> bool:
-    """Whether the hub's cache has it."""
-    return client.cached_file(repo_id, commit, file) is not None
-
-
-def check_contents(path: Path, of: HubFile, name: str, again: str) -> None:
-    """Refuse a file that has other contents than the hub says.
-
-    Args:
-        path, of: where it is, and what the hub says of it.
-        name: for messages.
-        again: the command that fetches it once more.
-
-    Raises:
-        ReadError: it cannot be read.
-        SourceError: it has other contents.
-    """
-    with reading(path, name):
-        sound = path.stat().st_size == of.size and is_sound(path, of)
-    if not sound:
-        raise damaged(name, again)
-
-
-def fetch_again(repo_id: str, commit: str, file: str) -> str:
-    """The command that fetches a file once more, whatever the cache has of it."""
-    return f"hf download {quoted(repo_id)} {quoted(file)} --revision {quoted(commit)} --force-download"
 
 
 def open_hub(repo_id: str, revision: str | None, subfolder: str | None = None) -> Source:
@@ -223,11 +43,11 @@ def open_hub(repo_id: str, revision: str | None, subfolder: str | None = None) -
     inside = None if subfolder is None else check_subfolder(subfolder)
     # Whether there is a hub at all is asked once where nothing answers, or the cache can do without: laptops are offline.
     first = patience_for(repo_id, may_pass=is_busy, give_up_after=patience.GIVE_UP_FIRST_AFTER)
-    with explained(repo_id, revision=revision, statuses=_FIRST_STATUSES):
+    with hub_errors(repo_id, revision=revision, statuses=FIRST_STATUSES):
         while True:
             try:
-                commit = client.resolve(repo_id, revision)
-                files = client.list_files(repo_id, commit, patience_for(repo_id).run)
+                commit = repository.resolve_commit(repo_id, revision)
+                files = repository.list_files(repo_id, commit, patience_for(repo_id).run)
                 return HubSource(repo_id, commit, SourceRecord("hub", repo_id, commit, inside), files)
             except SurgeryError:
                 raise
@@ -257,8 +77,8 @@ def _cached(repo_id: str, revision: str | None, subfolder: str | None) -> Cached
     Raises:
         SourceError: what there is of it is no whole model.
     """
-    commit = client.cached_commit(repo_id, revision)
-    snapshot = None if commit is None else client.cached_snapshot(repo_id, commit)
+    commit = client_cache.cached_commit(repo_id, revision)
+    snapshot = None if commit is None else client_cache.cached_snapshot(repo_id, commit)
     if commit is None or snapshot is None:
         return None
     record = SourceRecord("hub", repo_id, commit, subfolder)
@@ -267,15 +87,15 @@ def _cached(repo_id: str, revision: str | None, subfolder: str | None) -> Cached
         if not root.is_dir():
             raise SourceError(f"{name} is not there")
         source = CachedSource(root, name, record)
-    except Damaged:
+    except DamagedCopy:
         raise
     except (FormatError, SourceError) as error:
         absent = _absent(root)
         raise SourceError(
             f"{repo_id} cannot be reached, and what the local cache has of it is no whole model",
-            got=_first_line(error),
+            got=first_line(error),
             expected=f"also {few(absent)}" if absent else None,
-            hint=_online(repo_id, revision),
+            hint=how_to_fetch_it(repo_id, revision),
         ) from error
     lacking = "" if CONFIG_FILE in source.selection.others else f"; {CONFIG_FILE} is not in it"
     source.note(f"taken from the local cache, as the hub cannot be reached: what was never fetched stays out{lacking}")
@@ -317,7 +137,7 @@ class CachedSource(FolderSource):
 
     def _hub_file(self, file: str) -> HubFile | None:
         path = self._root / file
-        known = client.cached_hash(path)
+        known = client_cache.cached_hash(path)
         if known is None or not path.exists():
             return None
         return HubFile(path.stat().st_size, known if len(known) == 64 else None, known, is_cached=True, by_xet=False)
@@ -346,11 +166,11 @@ class CachedSource(FolderSource):
         return FolderOrigin(self._root.resolve(), {}, hashes, {file: self.again(file) for file in hashes})
 
 
-class HubSource(Stays):
+class HubSource(FilesInPlace):
     """A model on the hub at one commit. Files come through the hub's own cache; their names are relative to the model,
     which may lie in a subfolder of the repository."""
 
-    def __init__(self, repo_id: str, commit: str, record: SourceRecord, files: Mapping[str, client.HubFile]) -> None:
+    def __init__(self, repo_id: str, commit: str, record: SourceRecord, files: Mapping[str, HubFile]) -> None:
         self.name = _named(repo_id, record)
         self.record = record
         self.watch = Watch(pinned=True)
@@ -370,6 +190,9 @@ class HubSource(Stays):
     def _read_text(self, file: str) -> str:
         return read_text(self.fetch(file), f"{self.name}/{file}")
 
+    def _remote(self, file: str) -> RemoteFile:
+        return RemoteFile(self.repo_id, self.commit, self._prefix + file, self._files[file])
+
     def size(self, file: str) -> int:
         return self._files[file].size
 
@@ -377,18 +200,18 @@ class HubSource(Stays):
         return read_config(self)
 
     def header(self, shard: str) -> Header:
-        name, file, of = f"{self.name}/{shard}", self._prefix + shard, self._files[shard]
-        if client.cached_file(self.repo_id, self.commit, file) is not None:
+        name, remote = f"{self.name}/{shard}", self._remote(shard)
+        if is_cached(self.repo_id, self.commit, remote.path):
             with ShardReader(self.unchecked(shard), name=name, watch=self.watch) as reader:
                 return reader.header
         listening().item(f"header of {shard}")
-        with explained_midway(self.repo_id, file):
-            patient = patience_for(file)
-            raw = first_bytes(self.repo_id, self.commit, file, of, _HEADER_BYTES, patient)
-            end = 8 + header_length(raw, file=name, file_bytes=of.size)
+        with hub_errors_midway(self.repo_id, remote.path):
+            patient = patience_for(remote.path)
+            raw = first_bytes(remote, _HEADER_BYTES, patient)
+            end = 8 + header_length(raw, file=name, file_bytes=remote.of.size)
             if end > len(raw):
-                raw = first_bytes(self.repo_id, self.commit, file, of, end, patient)
-        return parse_header(raw[:end], file=name, file_bytes=of.size)
+                raw = first_bytes(remote, end, patient)
+        return parse_header(raw[:end], file=name, file_bytes=remote.of.size)
 
     def fetch(self, file: str) -> Path:
         while True:
@@ -413,11 +236,11 @@ class HubSource(Stays):
 
     def _here(self, file: str, dropped: threading.Event | None, folder: Path | None = None) -> Path:
         """Where a file is, in the cache or in a folder; fetched if need be, also for another time, and then sound."""
-        path = client.cached_file(self.repo_id, self.commit, self._prefix + file) if folder is None else None
+        path = client_cache.cached_file(self.repo_id, self.commit, self._prefix + file) if folder is None else None
         if path is not None:
             with _perhaps_removed():
                 return self._still(path, file)
-        path = fetch(self.repo_id, self.commit, self._prefix + file, self._files[file], folder, dropped)
+        path = fetch(self._remote(file), folder, dropped)
         self.watch.forget(path)
         self._sound[path] = Stamp.at(path, f"{self.name}/{file}")
         return path
@@ -441,7 +264,7 @@ class HubSource(Stays):
         return HubOrigin(self.repo_id, self.commit, self._prefix, {file: self._files[file] for file in files}, passing=False)
 
     def folders(self) -> list[Path]:
-        return [client.cache_folder()]
+        return [client_cache.cache_folder()]
 
     def stamps(self) -> dict[str, list[int]]:
         return {}
@@ -456,4 +279,4 @@ class HubSource(Stays):
         return 0 if of.is_cached else of.size - bytes_in_cache(self.repo_id, of)
 
     def room_to_fetch(self) -> dict[Path, int]:
-        return {client.cache_folder(): self.bytes_to_fetch()}
+        return {client_cache.cache_folder(): self.bytes_to_fetch()}

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import socket
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from surgery.errors import SourceError
-from surgery.files.files import reading
-
-if TYPE_CHECKING:  # the hub client is slow to import and not needed for folders
-    from surgery.hub.hub_client import HubFile
+from surgery.files.access import read_errors
 
 
 class Origin(Protocol):
@@ -37,13 +33,13 @@ class Origin(Protocol):
         """The command that fetches it once more, if it comes from the hub."""
 
 
-class Damaged(SourceError):
+class DamagedCopy(SourceError):
     """A copy of a file of the hub that has other contents than the hub says."""
 
 
-def damaged(name: str, again: str | None, got: object = "other contents", expected: object = None) -> Damaged:
+def damaged_copy(name: str, again: str | None, got: object = "other contents", expected: object = None) -> DamagedCopy:
     """The error for it; ``again`` is the command that fetches it once more."""
-    return Damaged(
+    return DamagedCopy(
         f"{name} is not the file that the hub has",
         got=got,
         expected=expected,
@@ -84,7 +80,7 @@ class FolderOrigin:
                 f"{self.root / name} is not there on {socket.gethostname()}",
                 hint="a local model must be in a folder that every machine sees under the same path; one on the hub need not",
             )
-        with reading(self.root / name):
+        with read_errors(self.root / name):
             found = (self.root / name).stat()
         if name in self.stamps and [found.st_size, found.st_mtime_ns] != list(self.stamps[name]):
             raise SourceError(
@@ -98,47 +94,3 @@ class FolderOrigin:
 
     def again(self, name: str) -> str | None:
         return self.commands.get(name)
-
-
-@dataclass(frozen=True, slots=True)
-class HubOrigin:
-    """A repository on the hub at one commit, or the subfolder of it that ``prefix`` (ending in a slash) names.
-
-    Files go through the hub's cache of the machine; with ``passing`` those that it does not have are dropped after use.
-
-    Attributes:
-        files: what the hub says of those that are wanted.
-    """
-
-    repo_id: str
-    commit: str
-    prefix: str
-    files: Mapping[str, HubFile]
-    passing: bool
-
-    @property
-    def pinned(self) -> bool:
-        return True
-
-    @contextmanager
-    def file(self, name: str) -> Iterator[Path]:
-        from surgery.source.hub import check_contents, fetch, is_cached
-
-        of, whole = self.files[name], self.prefix + name
-        if is_cached(self.repo_id, self.commit, whole):
-            path = fetch(self.repo_id, self.commit, whole, of)
-            check_contents(path, of, f"{self.repo_id}/{whole}", self.again(name))
-            yield path
-        elif not self.passing:
-            yield fetch(self.repo_id, self.commit, whole, of)
-        else:
-            with tempfile.TemporaryDirectory(prefix="surgery-") as folder:
-                yield fetch(self.repo_id, self.commit, whole, of, Path(folder))
-
-    def sha256(self, name: str) -> str | None:
-        return self.files[name].sha256
-
-    def again(self, name: str) -> str:
-        from surgery.source.hub import fetch_again
-
-        return fetch_again(self.repo_id, self.commit, self.prefix + name)

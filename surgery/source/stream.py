@@ -7,11 +7,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from surgery.errors import SourceError
+from surgery.hub.client_cache import cache_folder
 from surgery.hub.download import bytes_in_folder
-from surgery.hub.hub_client import cache_folder
-from surgery.source.hub import HubSource, is_cached
-from surgery.source.model import Source
-from surgery.source.origin import HubOrigin
+from surgery.source.fetch import HubOrigin, is_cached
+from surgery.source.hub import HubSource
+from surgery.source.protocol import Source
 
 
 class StreamedSource(HubSource):

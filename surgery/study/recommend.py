@@ -14,7 +14,7 @@ import torch
 
 from surgery.device import on_its_own_terms
 from surgery.errors import OptionError
-from surgery.files.files import write_file
+from surgery.files.file_writer import write_file
 from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
 from surgery.run.output import check_output_file

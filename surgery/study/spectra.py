@@ -15,14 +15,17 @@ import torch
 
 from surgery.device import choose_devices, on_its_own_terms
 from surgery.errors import FormatError, MissingExtra, OptionError, OutputError
-from surgery.files.files import file_sha256, reading, write_file
+from surgery.files.access import read_errors
+from surgery.files.file_records import file_sha256
+from surgery.files.file_writer import write_file
 from surgery.linalg.svd import DEFAULT_TOLERANCE, check_accuracy
 from surgery.names import JOURNAL_DIR, SPECTRA_FILE, SPECTRA_PAGE, SPECTRA_TABLE
 from surgery.planning.memory import need_to_measure, share_out
 from surgery.planning.plan import Plan, make_plan
 from surgery.planning.targets import Choice
 from surgery.progress import Progress, listening, phase
-from surgery.report.page import write_csv, write_page
+from surgery.report.listing import write_csv
+from surgery.report.page import write_page
 from surgery.report.schema import SCHEMA_VERSION, check_target
 from surgery.reports import Report
 from surgery.run.engines import LocalEngine
@@ -30,7 +33,8 @@ from surgery.run.journal import Journal
 from surgery.run.output import Interruptible, check_output_file, check_room, download_needs, files_together, locked
 from surgery.shards.accuracy import unconverged_note
 from surgery.source.address import address_of
-from surgery.source.model import Source, open_source
+from surgery.source.open import open_source
+from surgery.source.protocol import Source
 from surgery.study.spectra_shard import Measure, Measuring, ShardSpectra, rounded
 from surgery.version import __version__
 from surgery.weights.tuned import Norms, note_what_is_unlikely
@@ -381,7 +385,7 @@ class _Done:
 
     def _sha256(self, path: Path) -> str:
         if path not in self._hashes:
-            with reading(path):
+            with read_errors(path):
                 self._hashes[path] = file_sha256(path)
         return self._hashes[path]
 

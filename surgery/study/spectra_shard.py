@@ -19,7 +19,7 @@ from surgery.planning.plan import Plan
 from surgery.planning.targets import Target
 from surgery.progress import Progress
 from surgery.shards.factorize_shard import rounded_to
-from surgery.source.model import Source
+from surgery.source.protocol import Source
 from surgery.study.spectrum import compare, spectrum
 from surgery.weights.model import StudiedWeights
 from surgery.weights.tuned import TunedModel

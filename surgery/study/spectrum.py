@@ -66,7 +66,7 @@ class Spectrum:
 
 
 @dataclass(frozen=True, slots=True)
-class Update:
+class UpdateFigures:
     """Of the difference D of two matrices, against the first one's top subspaces of dimension r.
 
     Attributes:
@@ -119,7 +119,7 @@ class Comparison:
     left_next: list[float]
     right_next: list[float]
     explained: list[float]
-    update: Update | None
+    update: UpdateFigures | None
 
 
 def spectrum(A: torch.Tensor, top: int, *, beyond: int = 0, tolerance: float, seed: int) -> tuple[Spectrum, TruncatedSVD]:
@@ -212,7 +212,7 @@ def compare(
 
 def _update(
     difference: torch.Tensor, before: TruncatedSVD, inside: tuple[torch.Tensor, torch.Tensor, torch.Tensor], seed: int
-) -> Update | None:
+) -> UpdateFigures | None:
     svd = truncated_svd(difference, min(_UPDATE_VALUES, *difference.shape), seed=seed)
     energy = svd.norm.item() ** 2
     if energy == 0:
@@ -220,7 +220,7 @@ def _update(
     to_left, to_right, both = inside
     rank, error = _effective_rank(difference, svd, seed)
     norm = before.norm.item()
-    return Update(
+    return UpdateFigures(
         norm=svd.norm.item(),
         relative=svd.norm.item() / norm if norm else None,
         in_left=_share(to_right.double().square().sum().item() / energy),

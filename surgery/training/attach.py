@@ -17,7 +17,8 @@ from surgery.arguments import as_path
 from surgery.device import on_its_own_terms
 from surgery.errors import OptionError
 from surgery.format.factors import FactorsReader
-from surgery.format.manifest import Manifest, ShardRecord, TargetRecord
+from surgery.format.manifest import Manifest
+from surgery.format.manifest_records import ShardRecord, TargetRecord
 from surgery.format.safetensors import ShardReader
 from surgery.format.scales import read_scales, write_scales
 from surgery.models.carriers import Carrier, Layer, carriers_of, is_sharded, places_of, terms_of, unwrapped

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from surgery.errors import ScalesError, WeightError
-from surgery.format.manifest import TargetRecord
-from surgery.format.safetensors import TensorEntry
+from surgery.format.header import TensorEntry
+from surgery.format.manifest_records import TargetRecord
 from surgery.linalg.lossless import Addition, rescale
 from surgery.linalg.rounding import all_finite
 from surgery.updates.protocol import Update

@@ -9,8 +9,9 @@ import torch
 
 from surgery.engine.walk import TargetPiece
 from surgery.errors import OptionError, WeightError
-from surgery.format.manifest import Manifest, ShardRecord
-from surgery.format.safetensors import Header, TensorEntry, make_header, resized
+from surgery.format.header import Header, TensorEntry, make_header, resized
+from surgery.format.manifest import Manifest
+from surgery.format.manifest_records import ShardRecord
 from surgery.format.views import View
 from surgery.linalg.rounding import all_finite
 from surgery.names import FACTORIZABLE_DTYPES

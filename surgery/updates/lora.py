@@ -18,7 +18,7 @@ import torch
 from surgery.errors import FormatError, OptionError, SourceError
 from surgery.escapes import quoted
 from surgery.expressions import Expression, ExpressionError, Work
-from surgery.files.files import read_json_object
+from surgery.files.json_files import read_json_object
 from surgery.format.safetensors import ShardReader
 from surgery.names import ADAPTER_CONFIG, ATTACHED_NAME
 

@@ -12,12 +12,13 @@ from typing import Self
 import torch
 
 from surgery.format.factors import FactorsReaders
-from surgery.format.manifest import Manifest, TargetRecord
+from surgery.format.manifest import Manifest
+from surgery.format.manifest_records import TargetRecord
 from surgery.linalg.lossless import Factors
-from surgery.source.model import Source
+from surgery.source.protocol import Source, WeightFiles
 from surgery.weights.matrix import StoredMatrix, stored_residual
 from surgery.weights.overlay import OverlayWeights, base_of, no_base_needed, quantized_of
-from surgery.weights.protocol import WeightFiles, Weights
+from surgery.weights.protocol import Weights
 from surgery.weights.quantization import Scaled
 from surgery.weights.residual import FolderFiles, ResidualWeights
 

@@ -15,7 +15,8 @@ import torch
 from surgery.device import on_its_own_terms
 from surgery.errors import FormatError, OptionError
 from surgery.format.factors import DAMAGED_HINT
-from surgery.format.manifest import Manifest, TargetRecord
+from surgery.format.manifest import Manifest
+from surgery.format.manifest_records import TargetRecord
 from surgery.format.safetensors import TORCH_DTYPES
 from surgery.format.sample import SampleHash
 from surgery.linalg.lossless import Factors

@@ -11,7 +11,7 @@ import torch
 from surgery.device import as_memory_allows
 from surgery.errors import FormatError
 from surgery.format.factors import DAMAGED_HINT, FactorsReader
-from surgery.format.manifest import TargetRecord
+from surgery.format.manifest_records import TargetRecord
 from surgery.linalg.correction import CorruptCorrection
 from surgery.linalg.lossless import Addition, Factors, approximate, join, recover, rescale
 from surgery.timing import timed

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from surgery.source.model import Source
-from surgery.source.origin import damaged
-from surgery.weights.protocol import FindQuantized, WeightFiles, Weights
+from surgery.source.origin import damaged_copy
+from surgery.source.protocol import Source, WeightFiles
+from surgery.weights.protocol import FindQuantized, Weights
 
 
 class ModelWeights(Weights):
@@ -31,7 +31,7 @@ class ModelWeights(Weights):
         expected = self.files.sha256(shard)
         if expected not in (None, sha256):
             name = f"{self._name}/{shard}" if self._name else shard
-            raise damaged(name, self.files.again(shard), f"sha256 {sha256}", f"sha256 {expected}")
+            raise damaged_copy(name, self.files.again(shard), f"sha256 {sha256}", f"sha256 {expected}")
 
 
 class StudiedWeights(ModelWeights):

@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import FormatError, OptionError, SourceError
-from surgery.files.files import FileRecord, file_sha256, not_as_described, read_json_object, reading
+from surgery.files.access import read_errors
+from surgery.files.file_records import FileRecord, file_sha256, not_as_described
+from surgery.files.json_files import read_json_object
 from surgery.format.manifest import Manifest
 from surgery.names import CONFIG_FILE
 from surgery.progress import listening, phase
 from surgery.source.address import address_of
-from surgery.source.model import Source, open_part, open_source
-from surgery.weights.protocol import FindQuantized, WeightFiles, Weights
+from surgery.source.open import open_part, open_source
+from surgery.source.protocol import Source, WeightFiles
+from surgery.weights.protocol import FindQuantized, Weights
 from surgery.weights.quantization import FP8, Scaled, quantization_of, read_quantization
 
 BASE_HINT = "give the model that was factorized with --base"
@@ -148,7 +151,7 @@ def _own_config(factorized: Path, manifest: Manifest) -> tuple[dict[str, Any], b
     if record is None:
         return {}, False
     path = factorized / CONFIG_FILE
-    with reading(path):
+    with read_errors(path):
         is_edited = file_sha256(path) != record.sha256
     return read_json_object(path, str(path)), is_edited
 

@@ -6,75 +6,27 @@ overlay (``weights.overlay``), or the residuals of a factorized folder (``weight
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Self
 
 import torch
 
 from surgery.engine.walk import TargetPiece
 from surgery.errors import FormatError
-from surgery.files.files import FileRecord, Watch
-from surgery.format.manifest import TargetRecord
-from surgery.format.safetensors import Header, ShardReader, TensorEntry
-from surgery.source.origin import Origin
+from surgery.files.file_records import FileRecord
+from surgery.files.watch import Watch
+from surgery.format.header import Header, TensorEntry
+from surgery.format.manifest_records import TargetRecord
+from surgery.format.safetensors import ShardReader
+from surgery.source.protocol import WeightFiles
 from surgery.weights.quantization import Scaled
 from surgery.weights.quantized import Dequantizer
 
 FindQuantized = Callable[[], Mapping[str, Scaled]]
-
-
-class WeightFiles(Protocol):
-    """Where weight files are: a model (``Source``), a folder (``FolderFiles``), or sent to another process (``SentFiles``).
-
-    Attributes:
-        watch: sees to it that they do not change while they are in use.
-    """
-
-    @property
-    def watch(self) -> Watch: ...
-
-    def size(self, file: str) -> int:
-        """Bytes of a weight file."""
-
-    def unchecked(self, file: str) -> Path:
-        """A weight file on this machine, whose contents whoever reads all of it compares with what is recorded."""
-
-    def acquire(self, file: str) -> Path:
-        """``unchecked`` for one that is needed until as many calls of ``release`` say that it is not, or until ``close``."""
-
-    def release(self, file: str) -> bool:
-        """See ``acquire``. Whether it is gone now."""
-
-    def wait_for_room(self) -> None:
-        """Returns when the next weight file may be acquired, or after ``close``."""
-
-    def close(self) -> None:
-        """Nothing more is wanted."""
-
-    def sha256(self, file: str) -> str | None:
-        """Of a weight file that has been fetched, if somebody else than the file itself says so."""
-
-    def again(self, file: str) -> str | None:
-        """The command that fetches a file once more, if it comes from the hub."""
-
-    def header(self, shard: str) -> Header:
-        """The header of a weight file, without its weights where that can be had."""
-
-    def origin(self, files: Iterable[str]) -> Origin:
-        """Where some of them are, for others to take them from."""
-
-    def folders(self) -> list[Path]:
-        """What must not be written to."""
-
-    def stamps(self) -> dict[str, list[int]]:
-        """Size and time of change of each that nothing else pins."""
-
-    def room_to_fetch(self) -> dict[Path, int]:
-        """Where a download will go, and how much more of it will be there at a time."""
 
 
 class Weights:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from surgery.errors import FormatError, SourceError
-from surgery.format.safetensors import Header, TensorEntry
+from surgery.format.header import Header, TensorEntry
 
 FP8 = "F8_E4M3"
 #: Under which ``config.json`` describes a quantization.

@@ -11,10 +11,11 @@ from typing import Self
 
 import torch
 
-from surgery.files.files import Watch, read_json_object
+from surgery.files.json_files import read_json_object
 from surgery.files.pool import Pool
+from surgery.files.watch import Watch
 from surgery.format.safetensors import ShardReader
-from surgery.source.shards import index_entries
+from surgery.source.weight_files import index_entries
 from surgery.weights.fp8 import dequantize
 from surgery.weights.quantization import QUANTIZATION_KEYS, Scaled
 

@@ -6,16 +6,18 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from surgery.errors import FormatError
-from surgery.files.files import FileRecord, Watch, not_as_described
+from surgery.files.file_records import FileRecord, not_as_described
+from surgery.files.watch import Watch
 from surgery.format.factors import DAMAGED_HINT
+from surgery.format.header import Header
 from surgery.format.manifest import Manifest
-from surgery.format.safetensors import Header, ShardReader
-from surgery.source.model import Stays
+from surgery.format.safetensors import ShardReader
 from surgery.source.origin import FolderOrigin, Origin
-from surgery.weights.protocol import WeightFiles, Weights
+from surgery.source.protocol import FilesInPlace, WeightFiles
+from surgery.weights.protocol import Weights
 
 
-class FolderFiles(Stays):
+class FolderFiles(FilesInPlace):
     """The weight files of a factorized folder, whose hashes are in its manifest."""
 
     def __init__(self, folder: Path) -> None:
@@ -34,15 +36,6 @@ class FolderFiles(Stays):
 
     def origin(self, files: Iterable[str]) -> Origin:
         return FolderOrigin(self._folder.resolve(), {})
-
-    def folders(self) -> list[Path]:
-        return []  # the factorized folder is an input anyway
-
-    def stamps(self) -> dict[str, list[int]]:
-        return {}
-
-    def room_to_fetch(self) -> dict[Path, int]:
-        return {}
 
 
 class ResidualWeights(Weights):

@@ -9,13 +9,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from surgery.files.files import Watch
-from surgery.format.safetensors import Header, ShardReader
-from surgery.source.model import Stays
+from surgery.files.watch import Watch
+from surgery.format.header import Header
+from surgery.format.safetensors import ShardReader
 from surgery.source.origin import Origin
+from surgery.source.protocol import FilesInPlace
 
 
-class SentFiles(Stays):
+class SentFiles(FilesInPlace):
     """The weight files of an ``Origin``, each taken from there when it is first asked for. A context manager."""
 
     def __init__(self, origin: Origin) -> None:
@@ -52,12 +53,3 @@ class SentFiles(Stays):
 
     def origin(self, files: Iterable[str]) -> Origin:
         return self._origin
-
-    def folders(self) -> list[Path]:
-        return []
-
-    def stamps(self) -> dict[str, list[int]]:
-        return {}
-
-    def room_to_fetch(self) -> dict[Path, int]:
-        return {}

@@ -18,7 +18,7 @@ from surgery.format.safetensors import same_bytes
 from surgery.linalg.rounding import all_finite
 from surgery.names import FACTORIZABLE_DTYPES
 from surgery.progress import note
-from surgery.source.model import Source
+from surgery.source.protocol import Source
 from surgery.weights.quantization import read_quantization
 from surgery.weights.quantized import Dequantizer
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 
 from surgery.errors import FormatError, SourceError
-from surgery.files.files import check_relative_path, decode_json
+from surgery.files.json_files import decode_json
+from surgery.files.paths import check_relative_path
 
 #: What transformers and diffusers look for, in this order.
 STANDARD_STEMS = ("model", "diffusion_pytorch_model")

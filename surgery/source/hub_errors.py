@@ -1,0 +1,122 @@
+"""What the hub's client raises, as errors that say what happened and what a user can do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
+
+from surgery.errors import SourceError, SurgeryError
+from surgery.escapes import quoted
+from surgery.hub import hub_client as client
+from surgery.hub import patience
+
+#: Stands for what ``how_to_fetch_it`` says.
+_ONLINE = "fetch the model while online"
+_GO_ON = "run the same command again: it goes on where it stopped, and what has been fetched is not fetched twice"
+_TOKEN = "hf auth login, or set HF_TOKEN, with a token that may read it"
+#: From the client's exceptions to what happened and what a user can do; the first that fits counts, so subclasses come first.
+Messages = tuple[tuple[type[Exception], str, str], ...]
+_MESSAGES: Messages = (
+    (client.GatedRepoError, "is gated and your token has no access to it", "accept its terms on its page, then: hf auth login"),
+    (client.DisabledRepoError, "has been disabled on the hub", "choose another model"),
+    (
+        client.RepositoryNotFoundError,
+        "does not exist on the hub or is private, nor is there such a folder here",
+        "check the name; for a private one: hf auth login",
+    ),
+    (client.RevisionNotFoundError, "has no such revision", "leave --revision out, or give a branch, tag or commit of it"),
+    (client.RemoteEntryNotFoundError, "lacks a file that its listing names", "try again; the repository may be changing"),
+    (client.LocalEntryNotFoundError, "cannot be reached, and is not (all) in the local cache", _ONLINE),
+    (client.OfflineModeIsEnabled, "is not in the local cache, and the client is offline", _ONLINE),
+    (client.HFValidationError, "is neither a local folder nor a valid repo id", "give owner/name or a path"),
+    (client.HfHubHTTPError, "cannot be fetched from the hub", "try again later"),
+    (client.Incomplete, "cannot be fetched from the hub: its answers break off", "try again later"),
+    (client.RequestError, "cannot be reached, and is not (all) in the local cache", _ONLINE),
+    (client.InvalidURL, "cannot be reached", "set HF_ENDPOINT to the address of a hub, or unset it"),
+    (client.NoHub, "cannot be asked for", "unset HF_ENDPOINT, or log in to the network whose page comes instead"),
+)
+#: For the status of an answer to the first question, which an old token may also get of a public model.
+FIRST_STATUSES = {
+    401: ("may not be read with your token, which has expired or been revoked", f"{_TOKEN}; of a public model: unset HF_TOKEN"),
+    403: ("may not be read with your token", _TOKEN),
+}
+#: The same in the midst of a run, when the hub has answered before: for the status of an answer, else for an exception.
+_MIDWAY_STATUSES = {
+    401: ("may not be read with your token any more: it has expired or been revoked, or the repository is private now", _TOKEN),
+    403: ("may not be read with your token any more", _TOKEN),
+    404: ("is not there any more, or your token may not see it any more", _TOKEN),
+}
+_MIDWAY: Messages = (
+    (
+        client.GatedRepoError,
+        "has become gated, and your token has no access to it",
+        "accept its terms on its page, hf auth login",
+    ),
+    (client.DisabledRepoError, "has been disabled on the hub meanwhile", "choose another model"),
+    (client.RemoteEntryNotFoundError, "lacks a file that its listing named", "see its page on the hub for what has changed"),
+    (client.OfflineModeIsEnabled, "has files that are not in the local cache any more, and the client is offline", _ONLINE),
+    (client.HfHubHTTPError, "cannot be fetched from the hub", "wait until the hub is well again"),
+    (client.Incomplete, "cannot be fetched from the hub: its answers break off", "try another network"),
+    (client.RequestError, "cannot be reached any more", "connect to the network"),
+    (client.NoHub, "cannot be asked for any more", "log in to the network whose page comes instead"),
+)
+
+
+@contextmanager
+def hub_errors(
+    repo_id: str,
+    messages: Messages = _MESSAGES,
+    raised: type[SurgeryError] = SourceError,
+    *,
+    revision: str | None = None,
+    statuses: Mapping[int, tuple[str, str]] = MappingProxyType({}),
+) -> Iterator[None]:
+    """Turns the client's exceptions into ones that say what to do; ``statuses`` are answers that mean more than a class."""
+    try:
+        yield
+    except tuple(kind for kind, _, _ in messages) as error:
+        what, hint = next((what, hint) for kind, what, hint in messages if isinstance(error, kind))
+        if type(error) is client.HfHubHTTPError:  # those derived from it are told apart
+            what, hint = statuses.get(error.response.status_code, (what, hint))
+        if hint is _ONLINE:
+            hint = how_to_fetch_it(repo_id, revision)
+        raise raised(f"{repo_id} {what}", got=first_line(error), hint=hint) from error
+
+
+@contextmanager
+def hub_errors_midway(repo_id: str, file: str) -> Iterator[None]:
+    """The same in the midst of a run, of a file of a repository that the hub has listed before."""
+    try:
+        yield
+    except tuple(kind for kind, _, _ in _MIDWAY) as error:
+        status = error.response.status_code if isinstance(error, client.HfHubHTTPError) else None
+        what, hint = next((what, hint) for kind, what, hint in _MIDWAY if isinstance(error, kind))
+        is_told_apart = isinstance(error, (client.GatedRepoError, client.DisabledRepoError, client.RemoteEntryNotFoundError))
+        if patience.is_refused_elsewhere(error):
+            what, hint = "is refused where the hub sends us for its files", "try another network"
+        elif status in _MIDWAY_STATUSES and not is_told_apart:
+            what, hint = _MIDWAY_STATUSES[status]
+        if hint is _ONLINE:
+            hint = how_to_fetch_it(repo_id)
+        raise SourceError(f"{repo_id} {what}: {file}", got=first_line(error), hint=f"{hint}; then {_GO_ON}") from error
+    except (client.XetDownloadError, OSError, RuntimeError) as error:
+        if isinstance(error, SurgeryError):
+            raise
+        raise SourceError(
+            f"{repo_id}/{file} cannot be fetched", got=first_line(error), hint=f"when that is mended, {_GO_ON}"
+        ) from error
+
+
+def how_to_fetch_it(repo_id: str, revision: str | None = None) -> str:
+    """How a model gets into the cache."""
+    once = f"hf download {quoted(repo_id)}" + ("" if revision is None else f" --revision {quoted(revision)}")
+    if client.is_offline():
+        return f"unset HF_HUB_OFFLINE, or fetch the model once without it: {once}"
+    return f"connect to the network, or fetch the model once while online: {once}"
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, and what has been noted of it, in one line."""
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return "; ".join([first, *getattr(error, "__notes__", ())])
