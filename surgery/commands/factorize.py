@@ -363,7 +363,7 @@ class _Factorizing:
             shards[index], index, len(shards), path, sha256, again, self.place, None, scales, window, self._settings, watch
         )
 
-    def work(self, index: int, lane: Lane, read: Callable[[], object]) -> ShardResult:
+    def work(self, index: int, lane: Lane, on_read: Callable[[], object]) -> ShardResult:
         job = self._jobs.pop(index)
         held = [job.shard.file, *job.scales]
 
@@ -374,7 +374,7 @@ class _Factorizing:
         def has_been_read() -> None:
             if not job.scales:  # of FP8 weights, which are looked up until the end
                 release()
-            read()
+            on_read()
 
         try:
             return run_job(job, lane, self._progress, has_been_read)

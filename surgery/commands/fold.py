@@ -390,7 +390,7 @@ class _Folding:
                     self._weights.acquire(file)
             yield index
 
-    def work(self, index: int, lane: Lane, read: Callable[[], object]) -> FileRecord | None:
+    def work(self, index: int, lane: Lane, on_read: Callable[[], object]) -> FileRecord | None:
         shard = self.manifest.shards[index]
         files = self._dense.files(shard)
 
@@ -405,7 +405,7 @@ class _Folding:
         def has_been_read() -> None:
             if not self._dense.quantized:  # else scales are looked up until the end
                 release()
-            read()
+            on_read()
 
         try:
             fold = ShardFold(shard, self.manifest, self._weights, self._dense, self.settings, self._progress)

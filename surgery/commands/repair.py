@@ -179,7 +179,7 @@ class _Repairing:
                 self._not_there[index] = error
             yield index
 
-    def work(self, index: int, lane: Lane, read: Callable[[], object]) -> tuple[list[str], SurgeryError | None, list[str]]:
+    def work(self, index: int, lane: Lane, on_read: Callable[[], object]) -> tuple[list[str], SurgeryError | None, list[str]]:
         shard = self._manifest.shards[index]
         wanted = [record.file for record in _made(shard) if record.file in self._lost]
         place = self._folder / _PLACE / str(index)
@@ -190,9 +190,9 @@ class _Repairing:
             if (size := path.stat().st_size) != shard.source.size:
                 raise not_as_described(path, f"of {size} bytes", shard.source, BASE_HINT)
             if shard.factors is None or shard.factors.file not in self._lost:
-                made = [self._residual(shard, path, place, lane, read)]
+                made = [self._residual(shard, path, place, lane, on_read)]
             else:
-                made = self._all(index, path, place, lane, read)
+                made = self._all(index, path, place, lane, on_read)
             return self._put(shard, made, place), None, []
         except SurgeryError as error:
             return [], error, wanted
@@ -224,7 +224,7 @@ class _Repairing:
                 done.append(record.file)
         return done
 
-    def _all(self, index: int, path: Path, place: Path, lane: Lane, read: Callable[[], object]) -> list[FileRecord]:
+    def _all(self, index: int, path: Path, place: Path, lane: Lane, on_read: Callable[[], object]) -> list[FileRecord]:
         """Residual and factors, as they were made first."""
         shards, shard = self._manifest.shards, self._manifest.shards[index]
         targets = tuple(self._target(record) for record in self._manifest.targets_of(shard.source.file))
@@ -238,12 +238,12 @@ class _Repairing:
         job = Job(
             planned, index, len(shards), path, None, None, place, None, scales, self._window, self._settings, self._source.watch
         )
-        result = run_job(job, lane, self._progress, read)
+        result = run_job(job, lane, self._progress, on_read)
         if result.shard.source != shard.source:
             raise not_as_described(path, result.shard.source.sha256, shard.source, BASE_HINT)
         return _made(result.shard)
 
-    def _residual(self, shard: ShardRecord, path: Path, place: Path, lane: Lane, read: Callable[[], object]) -> FileRecord:
+    def _residual(self, shard: ShardRecord, path: Path, place: Path, lane: Lane, on_read: Callable[[], object]) -> FileRecord:
         """The residual, from the weights and the factors that are there: the same bits on any machine."""
         assert shard.residual is not None
         by_name: dict[str, list[TargetRecord]] = {}
@@ -274,7 +274,7 @@ class _Repairing:
                     self._progress.advance(len(piece))
 
             walk = stack.enter_context(ShardWalk(source, portions, lane.buffers, lane.timing))
-            lane.flow(walk, self._window, split_window, finish, read)
+            lane.flow(walk, self._window, split_window, finish, on_read)
             if walk.sha256 != shard.source.sha256:
                 raise not_as_described(path, walk.sha256, shard.source, BASE_HINT)
             return writer.commit(shard.residual.file)

@@ -180,7 +180,7 @@ class _Verifying:
                     base.file(shard)
             yield index
 
-    def work(self, index: int, lane: Lane, read: Callable[[], object]) -> list[Failure]:
+    def work(self, index: int, lane: Lane, on_read: Callable[[], object]) -> list[Failure]:
         shard = self._manifest.shards[index]
         check = ShardCheck(
             folder=self._folder,
@@ -195,7 +195,7 @@ class _Verifying:
             window_bytes=self._window_bytes,
             progress=self._progress,
         )
-        return check.run(lane, read)
+        return check.run(lane, on_read)
 
     def close(self) -> None:
         """All is there already, or is told of."""

@@ -96,7 +96,7 @@ class Lane:
         window_bytes: int,
         work: Callable[[Sequence[Piece]], _Out],
         finish: Callable[[Sequence[Piece], _Out], object],
-        read: Callable[[], object],
+        on_read: Callable[[], object],
     ) -> None:
         """``finish(window, work(window))`` for each window of a shard.
 
@@ -105,12 +105,12 @@ class Lane:
             window_bytes: how long a window is at least, but for the last one.
             work: done by the workers, several at a time.
             finish: called in one thread, in the order of the shard. Then the memory of the window is lent to others.
-            read: called when all of the shard has been read.
+            on_read: called when all of the shard has been read.
         """
         with WriteBehind(_WAITING, failed=self.buffers.stop) as behind:
             for window in windows(pieces, window_bytes):
                 behind.submit(self._finish, window, self.submit(work, window), finish)
-            read()
+            on_read()
 
     def _finish(self, window: list[Piece], result: Future[_Out], finish: Callable[[Sequence[Piece], _Out], object]) -> None:
         if self.timing is not None:

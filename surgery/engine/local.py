@@ -28,7 +28,7 @@ def run_jobs(
     The next job is made, which may be a download, while others are worked on.
 
     Args:
-        work: ``work(job, lane, read)``, which calls ``read`` once its shard has been read: then the lane turns to the next.
+        work: ``work(job, lane, on_read)``, which calls ``on_read`` once its shard has been read: then the lane turns to the next.
         jobs: in order.
         lanes: one for each device; entered and left here.
 

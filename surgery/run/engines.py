@@ -34,8 +34,8 @@ class LocalWork(Protocol[_Result_co]):
     def acquired(self, which: Iterable[int]) -> Iterator[int]:
         """Some shards, each when its files are on this machine."""
 
-    def work(self, index: int, lane: Lane, read: Callable[[], object], /) -> _Result_co:
-        """One of those; ``read`` is to be called when its files have been read."""
+    def work(self, index: int, lane: Lane, on_read: Callable[[], object], /) -> _Result_co:
+        """One of those; ``on_read`` is to be called when its files have been read."""
 
     def close(self) -> None:
         """No more files are wanted."""

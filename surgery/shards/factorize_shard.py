@@ -128,14 +128,14 @@ def check_shared(out: Path) -> None:
         )
 
 
-def run_job(job: Job, lane: Lane, progress: Progress, read: Callable[[], object]) -> ShardResult:
+def run_job(job: Job, lane: Lane, progress: Progress, on_read: Callable[[], object]) -> ShardResult:
     """Factorize the targets of one shard and write its files.
 
     Args:
         job: what to do.
         lane: where.
         progress: told of each tensor that is done; called from threads.
-        read: called when the shard has been read.
+        on_read: called when the shard has been read.
     """
     factors_name = factors_file(job.index, job.count)
     with ExitStack() as stack:
@@ -170,7 +170,7 @@ def run_job(job: Job, lane: Lane, progress: Progress, read: Callable[[], object]
             for part in work[piece.entry.name]:
                 part.sample.update(part.target.view.matrices(piece.tensor))
 
-        lane.flow(looked_at(walk, sample), job.window_bytes, factorize, finish, read)
+        lane.flow(looked_at(walk, sample), job.window_bytes, factorize, finish, on_read)
         if job.sha256 not in (None, walk.sha256):
             raise damaged(job.shard.file, job.again, f"sha256 {walk.sha256}", f"sha256 {job.sha256}")
         source = FileRecord(job.shard.file, reader.header.file_bytes, walk.sha256)

@@ -115,12 +115,12 @@ class ShardFold:
     settings: FoldSettings
     progress: Progress
 
-    def run(self, lane: Lane, read: Callable[[], object], *, partial: Path | None, to_compare: bool) -> FileRecord | None:
+    def run(self, lane: Lane, on_read: Callable[[], object], *, partial: Path | None, to_compare: bool) -> FileRecord | None:
         """Write the weight file, or only tell what it would be; None if nothing of it is left.
 
         Args:
             lane: where.
-            read: called when the shard has been read.
+            on_read: called when the shard has been read.
             partial: where the file is until it is finished, if not beside it.
             to_compare: nothing is written.
         """
@@ -131,13 +131,13 @@ class ShardFold:
                 return None
             if to_compare:
                 sink = HashSink()
-                self._write(reader, sink, lane, read)
+                self._write(reader, sink, lane, on_read)
                 return FileRecord(file, self.shard.source.size, sink.sha256)
             with FileWriter(self.settings.place / file, partial) as writer:
-                self._write(reader, writer, lane, read)
+                self._write(reader, writer, lane, on_read)
                 return writer.commit(file)
 
-    def _write(self, reader: ShardReader, writer: FileWriter | HashSink, lane: Lane, read: Callable[[], object]) -> None:
+    def _write(self, reader: ShardReader, writer: FileWriter | HashSink, lane: Lane, on_read: Callable[[], object]) -> None:
         """The bytes of the weight file, in order."""
         shard, dense, progress = self.shard, self.dense, self.progress
         path, expected = self.weights.file(shard)
@@ -158,7 +158,7 @@ class ShardFold:
                 progress.advance(len(piece))
 
         with ShardWalk(reader, dense.touched(reader.header), lane.buffers, lane.timing) as walk:
-            lane.flow(walk, self.settings.window_bytes, fold, finish, read)
+            lane.flow(walk, self.settings.window_bytes, fold, finish, on_read)
         if walk.sha256 != expected.sha256:
             overlay = self.manifest.layout == "overlay"
             raise not_as_described(path, walk.sha256, expected, BASE_HINT if overlay else DAMAGED_HINT)

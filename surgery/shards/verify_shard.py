@@ -159,21 +159,21 @@ class ShardCheck:
         """Those in it."""
         return self.manifest.targets_of(self.shard.source.file)
 
-    def run(self, lane: Lane, read: Callable[[], object]) -> list[Failure]:
+    def run(self, lane: Lane, on_read: Callable[[], object]) -> list[Failure]:
         """What does not hold; whatever cannot be read is among it.
 
         Args:
             lane: where the arithmetic is done.
-            read: called when the shard has been read.
+            on_read: called when the shard has been read.
         """
         failures = Failures()
         try:
-            self._run(lane, read, failures)
+            self._run(lane, on_read, failures)
         except SurgeryError as error:  # a file that cannot even be read; the others may be well
             failures.fail(self.shard.source.file, error)
         return failures.found
 
-    def _run(self, lane: Lane, read: Callable[[], object], failures: Failures) -> None:
+    def _run(self, lane: Lane, on_read: Callable[[], object], failures: Failures) -> None:
         shard, own = self.shard, isinstance(self.weights, OwnWeights)
         files = [record for record in (shard.residual, shard.factors) if record is not None]
         for record in files:
@@ -197,11 +197,11 @@ class ShardCheck:
                 factors = stack.enter_context(FactorsReader(self.folder, shard, check=False, watch=self.watch))
                 # In a lane's own threads: nothing that is computed there depends on how many there are.
                 done = [lane.submit(lambda target: _factors_found(target, factors), target) for target in self.targets]
-                self._walk(lane, read, stack, checked, factors, failures)
+                self._walk(lane, on_read, stack, checked, factors, failures)
                 for found in done:
                     failures.found += found.result()
             else:
-                self._walk(lane, read, stack, checked, None, failures)
+                self._walk(lane, on_read, stack, checked, None, failures)
 
     def _check_headers(self, failures: Failures) -> None:
         """Each target is there with its dtype and shape, and so are its factors; all others are on record as passed over."""
@@ -249,7 +249,7 @@ class ShardCheck:
     def _walk(
         self,
         lane: Lane,
-        read: Callable[[], object],
+        on_read: Callable[[], object],
         stack: ExitStack,
         by_name: dict[str, list[_Checked]],
         factors: FactorsReader | None,
@@ -318,7 +318,7 @@ class ShardCheck:
             for checked in sound[piece.entry.name]:
                 checked.stored.update(checked.target.seen_as.matrices(piece.tensor))
 
-        lane.flow(looked_at(_until_error(walk, errors), sample), self.window_bytes, compute, finish, read)
+        lane.flow(looked_at(_until_error(walk, errors), sample), self.window_bytes, compute, finish, on_read)
         if errors:
             failures.fail(path.name, errors[0])
             return

@@ -145,7 +145,7 @@ class Measuring:
             self._source.acquire(self.shards[index].file)
             yield index
 
-    def work(self, index: int, lane: Lane, read: Callable[[], object]) -> ShardSpectra:
+    def work(self, index: int, lane: Lane, on_read: Callable[[], object]) -> ShardSpectra:
         shard = self.shards[index]
         inside: dict[str, list[Target]] = {}
         for target in shard.targets:
@@ -168,7 +168,7 @@ class Measuring:
             ShardReader(self._source.unchecked(shard.file), name=shard.file, watch=self._source.watch) as reader,
             ShardWalk(reader, portions, lane.buffers, lane.timing) as walk,
         ):
-            lane.flow(walk, _WINDOW_BYTES, measure, finish, read)
+            lane.flow(walk, _WINDOW_BYTES, measure, finish, on_read)
         expected = self._source.sha256(shard.file)
         if expected not in (None, walk.sha256):
             name, again = f"{self._source.name}/{shard.file}", self._source.again(shard.file)
