@@ -49,8 +49,9 @@ if TYPE_CHECKING:
     from surgery.planning.recipes import RecipesReport, recipes
     from surgery.progress import Progress, Silent
     from surgery.reports import Report
+    from surgery.study.overview import Findings
     from surgery.study.recommend import Recommendation, recommend
-    from surgery.study.spectra import Findings, SpectraReport, spectra
+    from surgery.study.spectra import SpectraReport, spectra
     from surgery.training.attach import Scales, attach
     from surgery.training.trainer import SaveScales
 
@@ -61,7 +62,7 @@ _HOMES = {
     "DemoReport": "surgery.demo.run",
     "ExportReport": "surgery.commands.export",
     "FactorizeReport": "surgery.commands.factorize",
-    "Findings": "surgery.study.spectra",
+    "Findings": "surgery.study.overview",
     "FoldReport": "surgery.commands.fold",
     "FormatError": "surgery.errors",
     "InspectReport": "surgery.commands.inspect",

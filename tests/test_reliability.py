@@ -26,7 +26,7 @@ import surgery
 from surgery.errors import OutputError, SourceError, SurgeryError
 from surgery.files import files
 from surgery.progress import Silent
-from surgery.run.output import locked
+from surgery.run.lock import locked
 from tests.measure import run_module
 from tests.models import files_of, realistic, save_llama
 from tests.sealing import seal

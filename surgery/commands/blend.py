@@ -25,7 +25,7 @@ from surgery.format.scales import (
 )
 from surgery.progress import Progress
 from surgery.reports import Report
-from surgery.run.output import check_output_file
+from surgery.run.output_paths import check_output_file
 
 Space = Literal["linear", "log"]
 

@@ -27,9 +27,10 @@ from surgery.models.placement import Piece, Place
 from surgery.models.skeleton import skeleton
 from surgery.names import ADAPTER_CONFIG, CONFIG_FILE
 from surgery.progress import Progress, listening, phase
-from surgery.publish.results import publish_adapter, uploading
+from surgery.publish.results import publish_adapter
 from surgery.reports import Report
-from surgery.run.output import Interruptible, check_output_file
+from surgery.run.output_paths import check_output_file
+from surgery.run.run import Run
 from surgery.updates.lora import PREFIX, WEIGHTS
 
 #: Families whose experts PEFT takes one by one and puts together as transformers does; measured (docs/training.md).
@@ -129,19 +130,18 @@ def export(
     if adapter is not None and not adapter.is_in(out, factorized, values, progress):
         for name in (ADAPTER_CONFIG, WEIGHTS):
             check_output_file(out / name, [factorized], overwrite=False)
-    with Interruptible(out) as run, uploading(push_to_hub, private=private) as upload:
-        run.upload = upload
+    with Run(out) as run, run.uploading(push_to_hub, private=private):
         if adapter is not None:
             if not (out / ADAPTER_CONFIG).exists():  # stopped just before the end
                 write_file(out / ADAPTER_CONFIG, adapter.config)
-            progress.note(f"{out} is already complete" + (": nothing to do" if upload is None else ""))
+            progress.note(f"{out} is already complete" + (": nothing to do" if run.upload is None else ""))
         else:
             adapter = _Adapter.of(factorized, manifest, values, progress)
             adapter.write(out, factorized, values, progress)
         if any(update.carrier is None for update in adapter.updates) and (older := too_old_for_experts()) is not None:
             progress.note(f"the adapter changes experts: PEFT loads it from 0.20 on, and here is {older}")
         names, modules = (ADAPTER_CONFIG, WEIGHTS), len(adapter.updates)
-        publish_adapter(upload, out, names, manifest, factorized, modules=modules, rank=adapter.rank)
+        publish_adapter(run.upload, out, names, manifest, factorized, modules=modules, rank=adapter.rank)
     return ExportReport(out, "peft", modules, adapter.rank, (out / WEIGHTS).stat().st_size)
 
 

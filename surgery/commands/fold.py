@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from surgery.device import choose_devices, on_its_own_terms
-from surgery.engine.lane import Lane
+from surgery.device import on_its_own_terms
 from surgery.engine.resources import Memory
 from surgery.errors import FormatError, OptionError, OutputError, SurgeryError
 from surgery.files.files import (
@@ -31,33 +30,27 @@ from surgery.files.files import (
     write_file,
 )
 from surgery.format.factors import DAMAGED_HINT
-from surgery.format.manifest import Manifest, decode_file
+from surgery.format.manifest import Manifest
 from surgery.format.scales import check_scales, read_scales, scales_file
 from surgery.linalg.lossless import Addition, both
 from surgery.memory import bytes_of
 from surgery.names import CONFIG_FILE, MANIFEST_FILE, STREAM_DIR
 from surgery.planning.memory import known_bytes, need_to_fold, share_out
 from surgery.progress import Progress, listening, phase
-from surgery.publish.results import publish_folded, submit_files, uploading
+from surgery.publish.results import publish_folded, submit_files
 from surgery.reports import Report
-from surgery.run.engines import Engine, EngineName, engine_of
+from surgery.run.contents import files_in, is_as_recorded, loading_order, not_as_recorded
+from surgery.run.engines import EngineName, EngineOptions, float64_device
 from surgery.run.journal import Journal
-from surgery.run.output import (
-    Interruptible,
-    check_not_the_source,
-    download_needs,
-    files_in,
-    is_as_recorded,
-    loading_order,
-    locked,
-    not_as_recorded,
-    result_folder,
-)
+from surgery.run.output_paths import check_not_the_source
+from surgery.run.result_folder import ResultFiles
+from surgery.run.run import Run
 from surgery.shards.dense import DenseWeights
-from surgery.shards.fold_shard import FoldSettings, RemoteFold, ShardFold
+from surgery.shards.fold_jobs import FoldJobs
+from surgery.shards.fold_shard import FoldSettings
 from surgery.source.model import FolderSource
 from surgery.source.shards import is_index
-from surgery.timing import Timing, timed
+from surgery.timing import Timing
 from surgery.updates.adapter import additions_of
 from surgery.updates.lora import read_lora
 from surgery.version import __version__
@@ -160,16 +153,14 @@ def fold(
     """
     progress = listening()
     factorized, out = Path(factorized), Path(out)
-    with ExitStack() as stack:
-        run = stack.enter_context(Interruptible(out))
+    with Run(out) as run:
         manifest = Manifest.read(factorized)
         others = _as_they_are(factorized, manifest, progress)
         if not isinstance(scales, Mapping):
             scales = scales_file(Path(scales))
         values = check_scales(scales, manifest) if isinstance(scales, Mapping) else read_scales(scales, manifest)
-        # Folding is float64 arithmetic, which an Apple GPU does not have.
-        exact_on = "cpu" if choose_devices(str(device))[0].type == "mps" else str(device)
-        by = stack.enter_context(engine_of(engine, exact_on, max_memory, max_device_memory, timing))
+        # Folding is float64 arithmetic.
+        by = run.start_engine(EngineOptions(engine, float64_device(str(device)), max_memory, max_device_memory, timing))
         streaming = (out / STREAM_DIR, by.files_at_a_time) if stream else None
         weights = weight_source(factorized, manifest, base, streaming)
         weights.check(manifest.shards)
@@ -189,45 +180,47 @@ def fold(
         if overwrite:
             check_not_the_source(out, manifest)
         with (
-            uploading(push_to_hub, private=private) as upload,
-            locked(out, inputs),
+            run.uploading(push_to_hub, private=private),
+            run.locked(inputs),
             DenseWeights(manifest, factorized, weights, quantized, values, to_dense=dequantize, additions=additions) as dense,
         ):
-            run.upload = upload
             if additions:
                 dense.check(weights.header(shard) for shard in manifest.shards)
             settings = FoldSettings(
                 factorized.resolve(), out, out, memory.window_bytes, dequantize, values, additions, quantized
             )
-            work = _Folding(manifest, weights, dense, settings, progress, timing)
             if not overwrite and _looks_finished(out, manifest, dequantize):
-                report = _compared(by, work, others, memory, progress)
-                Journal.forget(out)
-                _publish(upload, out, report, manifest, submitted=False)
+                jobs = FoldJobs(manifest, weights, dense, settings, timing, to_compare=True)
+                report = _report(_compared(run, jobs, manifest, others, memory), manifest, settings)
+                run.forget()
+                for record in report.files:
+                    submit_files(run.upload, out, [record])
+                _publish(run.upload, out, report, manifest)
                 return report
-            run.journal = journal = Journal(out, _identity(manifest, others, weights, settings, by.device_name))
-            # What is FP8 takes twice as much in bfloat16.
-            needed = sum(shard.source.size for shard in manifest.shards) * (2 if dequantize else 1)
-            needed += sum(record.size for record in others)
-            writes = [shard.source.file for shard in manifest.shards] + [record.file for record in others]
+            run.identify(_identity(manifest, others, weights, settings, by.device_name))
             # The journal is there until the upload is over: a fold keeps no other record to go on with.
-            beside = download_needs(weights)
-            with result_folder(
-                out, journal, writes, needed, overwrite=overwrite, earlier=_model_in(out), beside=beside
-            ) as place:
-                work.settings = dataclasses.replace(settings, place=place)
-                files = _fold_shards(by, work, memory, journal, upload, progress)
+            with run.result(_result_files(out, manifest, others, dequantize), [weights], overwrite=overwrite) as place:
+                settings = dataclasses.replace(settings, place=place)
+                jobs = FoldJobs(manifest, weights, dense, settings, timing)
+                with phase(progress, "folding", sum(shard.source.size for shard in manifest.shards)):
+                    files = run.shards(jobs, memory, note_resumed=False)
                 _copy_others(factorized, place, others, progress, to_dense=dequantize)
                 report = _report(files, manifest, settings)
-                _publish(upload, place, report, manifest, submitted=True)
+                _publish(run.upload, place, report, manifest)
     return report
 
 
-def _publish(upload: Upload | None, place: Path, report: FoldReport, manifest: Manifest, *, submitted: bool) -> None:
-    if not submitted:
-        for record in report.files:
-            submit_files(upload, place, [record])
+def _publish(upload: Upload | None, place: Path, report: FoldReport, manifest: Manifest) -> None:
+    """Upload what goes along with the weights, if it is to be uploaded; they have been submitted."""
     publish_folded(upload, place, manifest, changed=report.changed, adapted=report.adapted, dequantized=report.dequantized)
+
+
+def _result_files(out: Path, manifest: Manifest, others: Iterable[FileRecord], dequantize: bool) -> ResultFiles:
+    """Everything that will be written, and what a model that is there already consists of."""
+    weights, others = [shard.source for shard in manifest.shards], list(others)
+    # What is FP8 takes twice as much in bfloat16.
+    size = sum(record.size for record in weights) * (2 if dequantize else 1) + sum(record.size for record in others)
+    return ResultFiles(frozenset(record.file for record in (*weights, *others)), size, _model_in(out))
 
 
 def _additions(factorized: Path, manifest: Manifest, weights: OwnWeights | BaseWeights, lora: Path) -> dict[str, Addition]:
@@ -241,7 +234,9 @@ def _additions(factorized: Path, manifest: Manifest, weights: OwnWeights | BaseW
     return additions
 
 
-def _report(files: list[FileRecord], manifest: Manifest, settings: FoldSettings) -> FoldReport:
+def _report(written: Iterable[FileRecord | None], manifest: Manifest, settings: FoldSettings) -> FoldReport:
+    """Of the weight files of all shards; None where nothing is left of one."""
+    files = [record for record in written if record is not None]
     changed = sum(bool((value != 1).any()) for value in settings.scales.values())
     originals = {shard.source.file: shard.source.sha256 for shard in manifest.shards}
     restored = sum(file.sha256 == originals[file.file] for file in files)
@@ -269,26 +264,26 @@ def _looks_finished(out: Path, manifest: Manifest, dequantize: bool) -> bool:
     )
 
 
-def _compared(engine: Engine, work: _Folding, others: Iterable[FileRecord], memory: Memory, progress: Progress) -> FoldReport:
-    """The report of a fold that is complete already. It keeps no record of itself, so it is done again and compared.
+def _compared(
+    run: Run, jobs: FoldJobs, manifest: Manifest, others: Iterable[FileRecord], memory: Memory
+) -> list[FileRecord | None]:
+    """The weight files of a fold that is complete already. It keeps no record of itself, so it is done again and compared.
 
     Raises:
         OutputError: what is there is another fold, or something else.
     """
-    manifest, out = work.manifest, work.settings.out
-    work.to_compare = True
-    found: dict[int, FileRecord | None] = {}
+    progress = listening()
     with phase(progress, "comparing", sum(shard.source.size for shard in manifest.shards)):
-        with closing(engine.run(work, range(len(manifest.shards)), memory)) as finished:
-            found.update(finished)
-    files = [record for index in range(len(manifest.shards)) if (record := found[index]) is not None]
-    if not_as_recorded(out, (*files, *others)):
+        with closing(run.engine.run(jobs, range(len(manifest.shards)), memory)) as finished:
+            found = dict(finished)
+    files = [found[index] for index in range(len(manifest.shards))]
+    if not_as_recorded(run.out, (*(record for record in files if record is not None), *others)):
         raise OutputError(
-            f"{out} holds files already, and they are not those of this fold",
+            f"{run.out} holds files already, and they are not those of this fold",
             hint="--overwrite replaces an earlier result; -o chooses another folder",
         )
-    progress.note(f"{out} is already complete: nothing to do")
-    return _report(files, manifest, work.settings)
+    progress.note(f"{run.out} is already complete: nothing to do")
+    return files
 
 
 def _identity(
@@ -318,138 +313,6 @@ def _identity(
     }
 
 
-def _fold_shards(
-    engine: Engine, work: _Folding, memory: Memory, journal: Journal, upload: Upload | None, progress: Progress
-) -> list[FileRecord]:
-    """Write all weight files but those that an earlier start of this run has written."""
-    shards, place = work.manifest.shards, work.settings.place
-    files: dict[int, FileRecord | None] = {}
-    with phase(progress, "folding", sum(shard.source.size for shard in shards)):
-        for index in range(len(shards)):
-            is_there, record = _recorded(journal, index, work)
-            if is_there:
-                files[index] = record
-                submit_files(upload, place, [record] if record else [])
-                work.tell(index)
-        missing = [index for index in range(len(shards)) if index not in files]
-        with closing(engine.run(work, missing, memory)) as finished:
-            for index, record in finished:
-                files[index] = record
-                journal.record(index, shards[index].source.file, {"file": None if record is None else asdict(record)})
-                submit_files(upload, place, [record] if record else [])
-    return [record for index in range(len(shards)) if (record := files[index]) is not None]
-
-
-def _recorded(journal: Journal, index: int, work: _Folding) -> tuple[bool, FileRecord | None]:
-    """Whether the journal has a shard whose file, if it has one, is what it was, and that file."""
-    file, place = work.manifest.shards[index].source.file, work.settings.place
-    value = journal.recorded(index, file)
-    if value is None:
-        return False, None
-    try:
-        record = decode_file(value, f"{place}: the journal of shard {index + 1}")
-    except FormatError:  # made again like any other that is damaged: the same command would meet it for ever
-        return False, None
-    size = work.size(index)
-    if record is None or size is None:
-        return record is None and size is None, None
-    return (record.file, record.size) == (file, size) and is_as_recorded(place, record), record
-
-
-class _Folding:
-    """What is done with the shards of a fold, see ``ShardWork``.
-
-    Attributes:
-        to_compare: whether the files are not written, and only told what they would be.
-    """
-
-    def __init__(
-        self,
-        manifest: Manifest,
-        weights: OwnWeights | BaseWeights,
-        dense: DenseWeights,
-        settings: FoldSettings,
-        progress: Progress,
-        timing: Timing | None,
-    ) -> None:
-        self.manifest = manifest
-        self.settings = settings
-        self.to_compare = False
-        self._weights = weights
-        self._dense = dense
-        self._progress = progress
-        self._timing = timing
-
-    def acquired(self, which: Iterable[int]) -> Iterator[int]:
-        if self._timing is not None and self._weights.room_to_fetch():
-            self._timing.watch("download")
-        for index in which:
-            self._weights.wait_for_room()
-            with timed("download"):
-                for file in self._dense.files(self.manifest.shards[index]):
-                    self._weights.acquire(file)
-            yield index
-
-    def work(self, index: int, lane: Lane, on_read: Callable[[], object]) -> FileRecord | None:
-        shard = self.manifest.shards[index]
-        files = self._dense.files(shard)
-
-        def release() -> None:
-            while files:
-                file = files.pop()
-                try:
-                    self._dense.forget(file)
-                finally:
-                    self._weights.release(file)
-
-        def has_been_read() -> None:
-            if not self._dense.quantized:  # else scales are looked up until the end
-                release()
-            on_read()
-
-        try:
-            fold = ShardFold(shard, self.manifest, self._weights, self._dense, self.settings, self._progress)
-            return fold.run(lane, has_been_read, partial=None, to_compare=self.to_compare)
-        finally:
-            release()
-
-    def remote(self, index: int) -> RemoteFold:
-        settings, shard = self.settings, self.manifest.shards[index]
-        files = self._dense.files(shard)
-        manifest = self.manifest.part(files)
-        # Of all others a task need not hear: with thousands of weight files that would be most of what is sent.
-        names = {entry.name for one in manifest.shards for entry in self._weights.header(one).tensors}
-        weights = {self._quantized_with[name] for name in names if name in self._quantized_with}
-        settings = dataclasses.replace(
-            settings,
-            out=settings.out.resolve(),
-            place=settings.place.resolve(),
-            scales={target.key: settings.scales[target.key] for target in manifest.targets},
-            additions={name: settings.additions[name] for name in names if name in settings.additions},
-            quantized={name: settings.quantized[name] for name in weights},
-        )
-        return RemoteFold(shard, manifest, self._weights.origin(files), settings, self.to_compare)
-
-    @functools.cached_property
-    def _quantized_with(self) -> dict[str, str]:
-        """The tensors of each FP8 weight, itself, its scales and those of its activations -> its name."""
-        quantized = self.settings.quantized.items()
-        return {part: name for name, scaled in quantized for part in (name, scaled.scale, *scaled.activations)}
-
-    def size(self, index: int) -> int | None:
-        """Of the weight file that is written for a shard; None if there is none."""
-        shard = self.manifest.shards[index]
-        return self._dense.size(self._weights.header(shard)) if self.settings.dequantize else shard.source.size
-
-    def tell(self, index: int) -> None:
-        record = self.manifest.shards[index].source
-        self._progress.item(record.file)
-        self._progress.advance(record.size)
-
-    def close(self) -> None:
-        self._weights.close()
-
-
 def _as_they_are(factorized: Path, manifest: Manifest, progress: Progress) -> list[FileRecord]:
     """The files that go along with the weights, as they are now: those that are not about weights may have been edited.
 
@@ -477,17 +340,17 @@ def _as_they_are(factorized: Path, manifest: Manifest, progress: Progress) -> li
     return found
 
 
-def _model_in(out: Path) -> set[str]:
+def _model_in(out: Path) -> frozenset[str]:
     """What a model in the output folder consists of: it may be an earlier fold, which keeps no record of itself."""
     try:
         selection = FolderSource(out).selection
     except SurgeryError as error:
         if isinstance(error.__cause__, OSError):  # which says nothing of what is in there
             raise
-        return set()
+        return frozenset()
     if CONFIG_FILE not in selection.others:
-        return set()
-    return {*selection.shards, *selection.others}
+        return frozenset()
+    return frozenset((*selection.shards, *selection.others))
 
 
 def _copy_others(factorized: Path, out: Path, others: Iterable[FileRecord], progress: Progress, *, to_dense: bool) -> None:

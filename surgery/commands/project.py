@@ -25,7 +25,8 @@ from surgery.linalg.lossless import BLOCK_ENTRIES, DEVICE_BLOCKS, Factors, appro
 from surgery.names import SCALES_FILE
 from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
-from surgery.run.output import check_not_the_source, check_output_file, check_room, download_needs
+from surgery.run.disk_room import check_room, download_needs
+from surgery.run.output_paths import check_not_the_source, check_output_file
 from surgery.source.model import open_part
 from surgery.weights.base import BASE_HINT, BaseWeights, OwnWeights, check_entry, shard_path, weight_source
 from surgery.weights.quantization import FP8, Scaled

@@ -28,8 +28,10 @@ from surgery.planning.plan import Layout, ShardPlan
 from surgery.planning.recipes import Recipe, find_recipe
 from surgery.planning.targets import Choice, Target, extent
 from surgery.progress import Progress, note, phase
+from surgery.run.contents import not_as_recorded
+from surgery.run.disk_room import DiskNeed, check_room, download_needs
 from surgery.run.engines import LocalEngine
-from surgery.run.output import Need, check_room, download_needs, locked, not_as_recorded
+from surgery.run.lock import locked
 from surgery.shards.factorize_shard import Job, run_job
 from surgery.shards.matrices import Settings
 from surgery.source.model import Source, open_source
@@ -103,11 +105,11 @@ def repair_files(folder: Path, manifest: Manifest, source: Source, by: LocalEngi
             which = [i for i, shard in enumerate(manifest.shards) if any(record.file in lost for record in _made(shard))]
             if which:
                 needed = sum(record.size for i in which for record in _made(manifest.shards[i]))
-                check_room(Need(folder, needed, "what is repaired"), *download_needs(source))
-                work = _Repairing(folder, manifest, source, lost, progress)
-                memory = work.memory(by, which)
+                check_room(DiskNeed(folder, needed, "what is repaired"), *download_needs(source))
+                jobs = _RepairJobs(folder, manifest, source, lost, progress)
+                memory = jobs.memory(by, which)
                 with phase(progress, "repairing", sum(manifest.shards[i].source.size for i in which)):
-                    with closing(by.run(work, which, memory)) as finished:
+                    with closing(by.run(jobs, which, memory)) as finished:
                         for _, (done, error, wanted) in finished:
                             files += done
                             if error is not None:
@@ -136,8 +138,8 @@ def _copy(folder: Path, source: Source, record: FileRecord, files: list[str], fa
         failed[record.file] = error
 
 
-class _Repairing:
-    """What is done with damaged shards, see ``LocalWork``: the files made, what went wrong, and for which files."""
+class _RepairJobs:
+    """The jobs of a repair, see ``LocalJobs``: of each damaged shard the files made, what went wrong, and for which files."""
 
     def __init__(self, folder: Path, manifest: Manifest, source: Source, lost: set[str], progress: Progress) -> None:
         self._folder = folder
@@ -179,7 +181,9 @@ class _Repairing:
                 self._not_there[index] = error
             yield index
 
-    def work(self, index: int, lane: Lane, on_read: Callable[[], object]) -> tuple[list[str], SurgeryError | None, list[str]]:
+    def do_shard(
+        self, index: int, lane: Lane, on_read: Callable[[], object]
+    ) -> tuple[list[str], SurgeryError | None, list[str]]:
         shard = self._manifest.shards[index]
         wanted = [record.file for record in _made(shard) if record.file in self._lost]
         place = self._folder / _PLACE / str(index)

@@ -23,8 +23,8 @@ from surgery.planning.memory import known_bytes, need_to_verify, share_out
 from surgery.planning.targets import DEFAULT_MAX_RANK, matches
 from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
+from surgery.run.disk_room import check_room, download_needs
 from surgery.run.engines import LocalEngine
-from surgery.run.output import check_room, download_needs
 from surgery.shards.verify_shard import Failure, Failures, ShardCheck, check_output_file
 from surgery.weights.base import BaseWeights, OwnWeights, open_base
 from surgery.weights.quantization import FP8, Scaled
@@ -135,7 +135,7 @@ def verify(
 
 
 class _Verifying:
-    """What is done with the shards, see ``LocalWork``: what does not hold of each."""
+    """What is done with the shards, see ``LocalJobs``: what does not hold of each."""
 
     def __init__(
         self,
@@ -180,7 +180,7 @@ class _Verifying:
                     base.file(shard)
             yield index
 
-    def work(self, index: int, lane: Lane, on_read: Callable[[], object]) -> list[Failure]:
+    def do_shard(self, index: int, lane: Lane, on_read: Callable[[], object]) -> list[Failure]:
         shard = self._manifest.shards[index]
         check = ShardCheck(
             folder=self._folder,

@@ -17,7 +17,7 @@ from surgery.errors import OptionError
 from surgery.files.files import write_file
 from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
-from surgery.run.output import check_output_file
+from surgery.run.output_paths import check_output_file
 from surgery.study.spectra import folders_of, spectra
 
 Unit = Literal["numbers", "bytes"]
