@@ -21,8 +21,8 @@ from surgery.linalg import svd
 from surgery.planning import plan as planning
 from surgery.run import engines
 from surgery.shards import factorize_jobs
-from surgery.source.model import open_source
 from surgery.shards import matrices as batch
+from surgery.source.model import open_source
 from tests.models import files_of, realistic
 
 GPU = torch.device("cuda")

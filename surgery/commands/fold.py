@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterable, Mapping
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +43,7 @@ from surgery.run.engines import EngineName, EngineOptions, float64_device
 from surgery.run.journal import Journal
 from surgery.run.output_paths import check_not_the_source
 from surgery.run.result_folder import ResultFiles
+from surgery.run.resume import shard_results
 from surgery.run.run import Run
 from surgery.shards.dense import DenseWeights
 from surgery.shards.fold_jobs import FoldJobs
@@ -274,9 +274,7 @@ def _compared(
     """
     progress = listening()
     with phase(progress, "comparing", sum(shard.source.size for shard in manifest.shards)):
-        with closing(run.engine.run(jobs, range(len(manifest.shards)), memory)) as finished:
-            found = dict(finished)
-    files = [found[index] for index in range(len(manifest.shards))]
+        files = shard_results(jobs, lambda which: run.engine.run(jobs, which, memory), None)
     if not_as_recorded(run.out, (*(record for record in files if record is not None), *others)):
         raise OutputError(
             f"{run.out} holds files already, and they are not those of this fold",

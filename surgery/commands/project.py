@@ -26,7 +26,7 @@ from surgery.names import SCALES_FILE
 from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
 from surgery.run.disk_room import check_room, download_needs
-from surgery.run.output_paths import check_not_the_source, check_output_file
+from surgery.run.output_paths import check_not_the_source, check_output_path
 from surgery.source.model import open_part
 from surgery.weights.base import BASE_HINT, BaseWeights, OwnWeights, check_entry, shard_path, weight_source
 from surgery.weights.quantization import FP8, Scaled
@@ -124,7 +124,7 @@ def project(
     weights = weight_source(factorized, manifest, base)
     source = open_part(tuned, manifest.source.subfolder)
     inputs = [factorized, *weights.folders(), *source.folders()]
-    check_output_file(out, inputs, overwrite=overwrite, but=factorized / SCALES_FILE)
+    check_output_path(out, inputs, overwrite=overwrite, but=factorized / SCALES_FILE)
     check_room(*download_needs(source, weights))
     check_not_the_source(out, manifest)
     aliases = {target.tensor: target.tensors[1:] for target in manifest.targets}

@@ -46,7 +46,7 @@ def check_not_the_source(out: Path, manifest: Manifest) -> None:
             )
 
 
-def check_output_file(out: Path, inputs: Iterable[Path], *, overwrite: bool, but: Path | None = None) -> None:
+def check_output_path(out: Path, inputs: Iterable[Path], *, overwrite: bool, but: Path | None = None) -> None:
     """Refuse to write a file where it would replace something that it must not.
 
     Args:

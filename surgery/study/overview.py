@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from surgery.report.schema import SCHEMA_VERSION
+from surgery.report.summary import median
 from surgery.reports import Report
 from surgery.study.spectra_shard import rounded
 
@@ -103,10 +104,10 @@ def findings_of(targets: Sequence[Mapping[str, Any]], r: int, *, compared: bool)
     known = [flag for target in targets for flag in target["identified"]]
     found: dict[str, Any] = {
         "targets": len(targets),
-        "median_stable_rank": _median(target["stable_rank"] for target in targets),
-        "median_effective_rank_share": _median(target["effective_rank"] / min(target["shape"]) for target in targets),
+        "median_stable_rank": median(target["stable_rank"] for target in targets),
+        "median_effective_rank_share": median(target["effective_rank"] / min(target["shape"]) for target in targets),
         "median_energy": {
-            str(rank): _median(target["energy"][str(rank)] for target in targets if str(rank) in target["energy"])
+            str(rank): median(target["energy"][str(rank)] for target in targets if str(rank) in target["energy"])
             for rank in ranks
         },
         "unconverged": sum(not has_converged(target) for target in targets),
@@ -125,11 +126,6 @@ def _parts(target: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def has_converged(target: Mapping[str, Any]) -> bool:
     """Whether every SVD that was taken of a matrix reached the tolerance."""
     return all(part["converged"] for part in _parts(target))
-
-
-def worst_residual(target: Mapping[str, Any]) -> float:
-    """The largest residual of the directions of a matrix and of what it became; of an update they are not told."""
-    return max(max(part.get("residual", ()), default=0.0) for part in _parts(target))
 
 
 def _most_amplified(targets: Sequence[Mapping[str, Any]], r: int) -> tuple[Amplified, ...]:
@@ -152,29 +148,24 @@ def _changes(targets: Sequence[Mapping[str, Any]], r: int) -> dict[str, Any]:
     in_place = [value for target in targets for value in target["in_place"][:r] if value is not None]
     places = [(i, place) for target in targets for i, place in enumerate(target["place"][:r], 1) if place is not None]
     return {
-        "top_change": _median(statistics.fmean(abs(value - 1) for value in values) for values in tops if values),
-        "next_change": _median(statistics.fmean(abs(value - 1) for value in values) for values in nexts if values),
-        "rest_change": _median(abs(rest - 1) for rest in rests if rest is not None),
-        "median_top_amplification": _median(ratios),
-        "median_next_amplification": _median(value for values in nexts for value in values),
-        "median_rest_amplification": _median(rest for rest in rests if rest is not None),
+        "top_change": median(statistics.fmean(abs(value - 1) for value in values) for values in tops if values),
+        "next_change": median(statistics.fmean(abs(value - 1) for value in values) for values in nexts if values),
+        "rest_change": median(abs(rest - 1) for rest in rests if rest is not None),
+        "median_top_amplification": median(ratios),
+        "median_next_amplification": median(value for values in nexts for value in values),
+        "median_rest_amplification": median(rest for rest in rests if rest is not None),
         "top_amplified_share": sum(value > 1 for value in ratios) / len(ratios) if ratios else None,
-        "median_left_cosine": _median(value for t in targets for value in t["left_cosine"][:r] if value is not None),
-        "median_right_cosine": _median(value for t in targets for value in t["right_cosine"][:r] if value is not None),
-        "median_in_place": _median(in_place),
+        "median_left_cosine": median(value for t in targets for value in t["left_cosine"][:r] if value is not None),
+        "median_right_cosine": median(value for t in targets for value in t["right_cosine"][:r] if value is not None),
+        "median_in_place": median(in_place),
         "in_place_grew_share": sum(value > 1 for value in in_place) / len(in_place) if in_place else None,
         "order_changes": sum(target["order_changes"] for target in targets),
         "moved_share": sum(place != i for i, place in places) / len(places) if places else None,
         "gone": sum(len(target["gone"]) for target in targets),
         "new": sum(len(target["new"]) for target in targets),
-        "median_relative_update": _median(u["relative"] for u in updates if u["relative"] is not None),
-        "median_update_in_both": _median(update["in_both"] for update in updates),
-        "chance_in_both": _median(k * k / (m * n) for k, m, n in sizes),
-        "median_rescaling": _median(update["rescaling"] for update in updates),
-        "chance_rescaling": _median(k / (m * n) for k, m, n in sizes),
+        "median_relative_update": median(u["relative"] for u in updates if u["relative"] is not None),
+        "median_update_in_both": median(update["in_both"] for update in updates),
+        "chance_in_both": median(k * k / (m * n) for k, m, n in sizes),
+        "median_rescaling": median(update["rescaling"] for update in updates),
+        "chance_rescaling": median(k / (m * n) for k, m, n in sizes),
     }
-
-
-def _median(values: Iterable[float]) -> float | None:
-    known = list(values)
-    return statistics.median(known) if known else None

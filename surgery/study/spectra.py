@@ -23,16 +23,17 @@ from surgery.planning.targets import Choice
 from surgery.progress import Progress, listening, phase
 from surgery.report.page import write_csv, write_page
 from surgery.report.schema import SCHEMA_VERSION
+from surgery.report.summary import worst_residual
 from surgery.reports import Report
 from surgery.run.disk_room import check_room, download_needs
 from surgery.run.engines import LocalEngine, float64_device
-from surgery.run.output_paths import check_output_file
+from surgery.run.output_paths import check_output_path
 from surgery.run.resume import shard_results
 from surgery.run.run import Run
 from surgery.shards.accuracy import unconverged_note
 from surgery.source.address import address_of
 from surgery.source.model import Source, open_source
-from surgery.study.overview import Findings, findings_of, has_converged, worst_residual
+from surgery.study.overview import Findings, findings_of, has_converged
 from surgery.study.spectra_shard import Measure, SpectraJobs
 from surgery.version import __version__
 from surgery.weights.tuned import Norms, note_what_is_unlikely
@@ -213,7 +214,7 @@ def _check_out(out: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is no folder", hint="-o chooses another one")
     for name in _FILES:
-        check_output_file(out / name, inputs, overwrite=overwrite or (out / JOURNAL_DIR).is_dir())
+        check_output_path(out / name, inputs, overwrite=overwrite or (out / JOURNAL_DIR).is_dir())
 
 
 def _identity(source: Source, other: Source | None, plan: Plan, options: SpectraOptions, device: str) -> dict[str, Any]:
