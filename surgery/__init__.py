@@ -50,8 +50,9 @@ if TYPE_CHECKING:
     from surgery.planning.recipes import RecipesReport, recipes
     from surgery.progress import Progress, Silent
     from surgery.reports import Report
+    from surgery.study.overview import Findings
     from surgery.study.recommend import Recommendation, recommend
-    from surgery.study.spectra import Findings, SpectraReport, spectra
+    from surgery.study.spectra import SpectraReport, spectra
     from surgery.training.attach import Scales, attach
     from surgery.training.trainer import SaveScales
     from surgery.weights.factorized import Factorized
@@ -65,7 +66,7 @@ _HOMES = {
     "FactorizeReport": "surgery.commands.factorize",
     "Factorized": "surgery.weights.factorized",
     "Factors": "surgery.linalg.lossless",
-    "Findings": "surgery.study.spectra",
+    "Findings": "surgery.study.overview",
     "FoldReport": "surgery.commands.fold",
     "FormatError": "surgery.errors",
     "InspectReport": "surgery.commands.inspect",

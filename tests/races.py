@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from surgery.errors import OutputError
-from surgery.run.output import locked
+from surgery.run.lock import locked
 
 _PROCESSES = 4
 

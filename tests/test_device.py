@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import surgery
-from surgery.commands import factorize as operation
 from surgery.device import as_memory_allows
 from surgery.engine.resources import Resources
 from surgery.errors import SurgeryWarning
@@ -21,7 +20,9 @@ from surgery.format.scales import write_scales
 from surgery.linalg import svd
 from surgery.planning import plan as planning
 from surgery.run import engines
+from surgery.shards import factorize_jobs
 from surgery.shards import matrices as batch
+from surgery.source.open import open_source
 from tests.models import files_of, realistic
 
 GPU = torch.device("cuda")
@@ -86,7 +87,7 @@ def test_a_window_of_several_targets_gives_the_same_model(llama: Path, tmp_path:
 
 
 def test_the_plan_of_a_gpu_knows_its_memory(llama: Path) -> None:
-    source = operation.open_source(llama)
+    source = open_source(llama)
     choice = planning.Choice(8)
     on_cpu, on_gpu = (planning.make_plan(source, choice, resources=Resources(kind)).memory for kind in ("cpu", "cuda"))
     assert on_cpu.device_bytes == 0 < on_gpu.device_bytes
@@ -158,14 +159,14 @@ def test_several_devices_take_a_shard_each(llama: Path, tmp_path: Path, monkeypa
     surgery.factorize(llama, tmp_path / "one", rank=4, device="cpu")
     monkeypatch.setattr(engines, "choose_devices", lambda _: [torch.device("cpu")] * 3)
     lanes, all_three = set(), threading.Barrier(3)
-    run = operation.run_job
+    run = factorize_jobs.run_job
 
     def noting(job: object, lane: object, *rest: object) -> object:
         lanes.add(lane)
         all_three.wait(60)  # a quick lane does not take the shard of a slow one
         return run(job, lane, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(operation, "run_job", noting)
+    monkeypatch.setattr(factorize_jobs, "run_job", noting)
     surgery.factorize(llama, tmp_path / "three", rank=4)
     assert len(lanes) == 3
     assert files_of(tmp_path / "three") == files_of(tmp_path / "one")

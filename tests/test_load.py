@@ -23,7 +23,7 @@ from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import Alias, CertificateRecord, OptionsRecord, ShardRecord, SourceRecord, TargetRecord
 from surgery.planning.memory import known_bytes
 from surgery.progress import Silent
-from surgery.run.engines import LocalEngine, ShardWork, engine_of
+from surgery.run.engines import LocalEngine, ShardJobs, engine_of
 from tests.families import FAMILIES
 from tests.models import files_of, save_llama
 from tests.test_fp8 import quantize_model
@@ -173,8 +173,8 @@ def test_what_a_manifest_takes_for_each_target_is_counted(rank: int, tmp_path: P
 class _Sent(LocalEngine):
     """Does each job as another process would: from what is sent to it, which is kept."""
 
-    def run(self, work: ShardWork[Any], which: Sequence[int], memory: Memory) -> Generator[tuple[int, Any], None, None]:
-        self.sent = {index: pickle.dumps(work.remote(index)) for index in which}
+    def run(self, jobs: ShardJobs[Any], which: Sequence[int], memory: Memory) -> Generator[tuple[int, Any], None, None]:
+        self.sent = {index: pickle.dumps(jobs.remote(index)) for index in which}
         with Lane(torch.device("cpu"), memory.workers, memory.buffer_bytes, None) as lane:
             for index, job in self.sent.items():
                 yield index, pickle.loads(job)(lane, f"{index}")
@@ -183,7 +183,7 @@ class _Sent(LocalEngine):
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> _Sent:
     engine = _Sent("cpu", None, None, None)
-    monkeypatch.setattr("surgery.commands.fold.engine_of", lambda *_: nullcontext(engine))
+    monkeypatch.setattr("surgery.run.run.engine_of", lambda *_: nullcontext(engine))
     return engine
 
 
@@ -196,7 +196,7 @@ def test_a_job_elsewhere_gets_what_its_weight_file_takes_and_no_more(
         surgery.fold(home / "factorized", home / "trained.safetensors", tmp_path / f"{files}")
         largest[files] = max(map(len, sent.sent.values()))
         with pytest.MonkeyPatch.context() as here:
-            here.setattr("surgery.commands.fold.engine_of", engine_of)
+            here.setattr("surgery.run.run.engine_of", engine_of)
             surgery.fold(home / "factorized", home / "trained.safetensors", tmp_path / f"{files} here", device="cpu")
         assert files_of(tmp_path / f"{files}") == files_of(tmp_path / f"{files} here")
     assert largest[6] < 1.05 * largest[2]
@@ -210,7 +210,7 @@ def test_a_job_elsewhere_gets_the_scales_of_weights_in_other_files(dequantize: b
     options: dict[str, Any] = {"base": base, "dequantize": dequantize}
     surgery.fold(tmp_path / "f", scales, tmp_path / "sent", **options)
     with pytest.MonkeyPatch.context() as here:
-        here.setattr("surgery.commands.fold.engine_of", engine_of)
+        here.setattr("surgery.run.run.engine_of", engine_of)
         surgery.fold(tmp_path / "f", scales, tmp_path / "here", device="cpu", **options)
     assert files_of(tmp_path / "sent") == files_of(tmp_path / "here")
 
@@ -230,7 +230,7 @@ def test_a_job_elsewhere_gets_the_targets_whose_aliases_are_in_its_file(tmp_path
     scales = {target.key: torch.full(target.scales_shape, 1.25) for target in manifest.targets}
     surgery.fold(tmp_path / "f", scales, tmp_path / "sent")
     with pytest.MonkeyPatch.context() as here:
-        here.setattr("surgery.commands.fold.engine_of", engine_of)
+        here.setattr("surgery.run.run.engine_of", engine_of)
         surgery.fold(tmp_path / "f", scales, tmp_path / "here", device="cpu")
     assert files_of(tmp_path / "sent") == files_of(tmp_path / "here")
 

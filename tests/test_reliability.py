@@ -26,7 +26,7 @@ import surgery
 from surgery.errors import OutputError, SourceError, SurgeryError
 from surgery.files import file_writer
 from surgery.progress import Silent
-from surgery.run.output import locked
+from surgery.run.lock import locked
 from tests.measure import run_module
 from tests.models import files_of, realistic, save_llama
 from tests.sealing import seal
@@ -97,12 +97,12 @@ def test_interrupted_while_the_last_files_are_copied(
 
     scales = truth / "surgery/scales.safetensors"
     for module, run in (
-        ("factorize", lambda progress: surgery.factorize(llama, tmp_path / "f", rank=4, progress=progress)),
-        ("fold", lambda progress: surgery.fold(truth, scales, tmp_path / "o", progress=progress)),
+        ("run.factorization", lambda progress: surgery.factorize(llama, tmp_path / "f", rank=4, progress=progress)),
+        ("commands.fold", lambda progress: surgery.fold(truth, scales, tmp_path / "o", progress=progress)),
     ):
         said = Silent()
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(f"surgery.commands.{module}.copy_file", stopped)
+            patched.setattr(f"surgery.{module}.copy_file", stopped)
             run(said)
         assert said.notes == ["stopped after 3 shards; the same command goes on from there"]
         run(Silent())

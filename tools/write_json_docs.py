@@ -24,8 +24,8 @@ from surgery.demo.run import DemoReport
 from surgery.planning.plan import PlanSummary
 from surgery.planning.recipes import RecipesReport
 from surgery.reports import Report, json_fields
+from surgery.study.overview import Findings
 from surgery.study.recommend import Recommendation
-from surgery.study.spectra import Findings
 
 HEAD = """# JSON
 

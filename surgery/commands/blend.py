@@ -25,7 +25,7 @@ from surgery.format.scales import (
 )
 from surgery.progress import Progress
 from surgery.reports import Report
-from surgery.run.output import check_output_file
+from surgery.run.output_paths import check_output_path
 
 Space = Literal["linear", "log"]
 
@@ -94,7 +94,7 @@ def blend(
     """
     shares = _normalised(weights, len(files))
     paths, out = [scales_file(Path(file)) for file in files], Path(out)
-    check_output_file(out, paths, overwrite=overwrite)
+    check_output_path(out, paths, overwrite=overwrite)
     read = [read_scales_alone(path) for path in paths]
     fingerprint = _fingerprint_of(paths, read)
     alike = [read[0].values, *(_as_the_first(paths, read, index) for index in range(1, len(paths)))]

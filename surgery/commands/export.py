@@ -29,9 +29,10 @@ from surgery.models.placement import Piece, Place
 from surgery.models.skeleton import skeleton
 from surgery.names import ADAPTER_CONFIG, CONFIG_FILE
 from surgery.progress import Progress, listening, phase
-from surgery.publish.results import publish_adapter, uploading
+from surgery.publish.results import publish_adapter
 from surgery.reports import Report
-from surgery.run.output import Interruptible, check_output_file
+from surgery.run.output_paths import check_output_path
+from surgery.run.run import Run
 from surgery.updates.lora import PREFIX, WEIGHTS
 
 #: Families whose experts PEFT takes one by one and puts together as transformers does; measured (docs/training.md).
@@ -59,7 +60,7 @@ class ExportReport(Report):
 
 
 @dataclass(frozen=True, slots=True)
-class _Update:
+class _AdaptedModule:
     """A module of the adapter.
 
     Attributes:
@@ -126,24 +127,23 @@ def export(
         raise OutputError(f"there is a model in {out}, which an adapter must not come into", hint="-o chooses another folder")
     there = not overwrite and any((out / name).exists() for name in (ADAPTER_CONFIG, WEIGHTS))
     for name in (ADAPTER_CONFIG, WEIGHTS):
-        check_output_file(out / name, [factorized], overwrite=overwrite or there)
+        check_output_path(out / name, [factorized], overwrite=overwrite or there)
     adapter = _Adapter.of(factorized, manifest, values, progress) if there else None
     if adapter is not None and not adapter.is_in(out, factorized, values, progress):
         for name in (ADAPTER_CONFIG, WEIGHTS):
-            check_output_file(out / name, [factorized], overwrite=False)
-    with Interruptible(out) as run, uploading(push_to_hub, private=private) as upload:
-        run.upload = upload
+            check_output_path(out / name, [factorized], overwrite=False)
+    with Run(out) as run, run.uploading(push_to_hub, private=private):
         if adapter is not None:
             if not (out / ADAPTER_CONFIG).exists():  # stopped just before the end
                 write_file(out / ADAPTER_CONFIG, adapter.config)
-            progress.note(f"{out} is already complete" + (": nothing to do" if upload is None else ""))
+            progress.note(f"{out} is already complete" + (": nothing to do" if run.upload is None else ""))
         else:
             adapter = _Adapter.of(factorized, manifest, values, progress)
             adapter.write(out, factorized, values, progress)
-        if any(update.carrier is None for update in adapter.updates) and (older := too_old_for_experts()) is not None:
+        if any(module.carrier is None for module in adapter.modules) and (older := too_old_for_experts()) is not None:
             progress.note(f"the adapter changes experts: PEFT loads it from 0.20 on, and here is {older}")
-        names, modules = (ADAPTER_CONFIG, WEIGHTS), len(adapter.updates)
-        publish_adapter(upload, {name: out / name for name in names}, manifest, factorized, modules=modules, rank=adapter.rank)
+        files, modules = {name: out / name for name in (ADAPTER_CONFIG, WEIGHTS)}, len(adapter.modules)
+        publish_adapter(run.upload, files, manifest, factorized, modules=modules, rank=adapter.rank)
     return ExportReport(out, "peft", modules, adapter.rank, (out / WEIGHTS).stat().st_size)
 
 
@@ -152,14 +152,14 @@ class _Adapter:
     """What an export consists of.
 
     Attributes:
-        updates: the modules, in the order of the file.
+        modules: the modules, in the order of the file.
         carriers: the parameters of the model.
         rank: of all modules.
         config: the text of ``adapter_config.json``.
     """
 
     manifest: Manifest
-    updates: list[_Update]
+    modules: list[_AdaptedModule]
     carriers: dict[str, Carrier]
     rank: int
     config: bytes
@@ -167,14 +167,14 @@ class _Adapter:
     @classmethod
     def of(cls, factorized: Path, manifest: Manifest, values: Mapping[str, torch.Tensor], progress: Progress) -> Self:
         with phase(progress, "loading transformers"):  # most of the time that a small export takes
-            updates, carriers = _updates(skeleton(factorized, exact=True), manifest)
-        held = {target.key for update in updates for target, _ in update.targets}
+            modules, carriers = _adapted_modules(skeleton(factorized, exact=True), manifest)
+        held = {target.key for module in modules for target, _ in module.targets}
         for target in manifest.targets:
             if target.key not in held and not (values[target.key] == 1).all():
                 raise _not_exportable(target, "scales other than 1, and the model that the config names does not have it")
-        rank = max(update.rank for update in updates)
-        config = json.dumps(_config(updates, manifest, rank), indent=1).encode() + b"\n"
-        return cls(manifest, updates, carriers, rank, config)
+        rank = max(module.rank for module in modules)
+        config = json.dumps(_config(modules, manifest, rank), indent=1).encode() + b"\n"
+        return cls(manifest, modules, carriers, rank, config)
 
     def is_in(self, out: Path, factorized: Path, values: Mapping[str, torch.Tensor], progress: Progress) -> bool:
         """Whether a folder holds this adapter, byte for byte, perhaps but for the config, which comes last."""
@@ -204,18 +204,18 @@ class _Adapter:
         self, what: str, factorized: Path, values: Mapping[str, torch.Tensor], progress: Progress
     ) -> Generator[bytes | memoryview]:
         """The file of weights, one half of a module at a time."""
-        entries = [entry for update in self.updates for entry in _entries(update, self.rank)]
+        entries = [entry for module in self.modules for entry in _entries(module, self.rank)]
         size = sum(entry.nbytes for entry in entries)
         with phase(progress, what, size), FactorsReaders(factorized, self.manifest) as factors:
             yield make_header(entries, {"format": "pt"})
-            for update in self.updates:
-                progress.item(update.name)
-                for half in _halves(update, self.carriers, factors, values, self.rank):
+            for module in self.modules:
+                progress.item(module.name)
+                for half in _halves(module, self.carriers, factors, values, self.rank):
                     yield bytes_of(half)
                     progress.advance(half.nbytes)
 
 
-def _updates(model: nn.Module | None, manifest: Manifest) -> tuple[list[_Update], dict[str, Carrier]]:
+def _adapted_modules(model: nn.Module | None, manifest: Manifest) -> tuple[list[_AdaptedModule], dict[str, Carrier]]:
     """The modules of the adapter, sorted by name, and the parameters of the model."""
     if model is None:
         places, carriers = _as_named(manifest)
@@ -238,15 +238,15 @@ def _updates(model: nn.Module | None, manifest: Manifest) -> tuple[list[_Update]
             found.setdefault(_module_of(parameter, target), (carrier, []))[1].append((target, inside))
     if experts and model is not None:
         _check_experts(model, manifest, experts, found)
-    updates = []
+    modules = []
     for name, (owner, targets) in sorted(found.items()):
         rank = sum(target.rank * len(inside) for target, inside in targets)
         shape = tuple(targets[0][0].shape) if owner is None else owner.shape
         if owner is not None and owner.layers[0].kind == "transposed":
             shape = shape[::-1]
         points = (1,) * (len(shape) - 2)
-        updates.append(_Update(name, owner, targets, rank, (rank, *shape[1:]), (shape[0], rank, *points)))
-    return updates, carriers
+        modules.append(_AdaptedModule(name, owner, targets, rank, (rank, *shape[1:]), (shape[0], rank, *points)))
+    return modules, carriers
 
 
 def _as_named(manifest: Manifest) -> tuple[dict[str, list[Place]], dict[str, Carrier]]:
@@ -303,43 +303,43 @@ def _not_exportable(target: TargetRecord, got: str) -> OptionError:
     return OptionError(f"{target.key!r} cannot be exported as LoRA", got=got, hint=_FOLD_HINT)
 
 
-def _entries(update: _Update, rank: int) -> list[TensorEntry]:
-    shapes = {"lora_A": (rank, *update.A[1:]), "lora_B": (update.B[0], rank, *update.B[2:])}
+def _entries(module: _AdaptedModule, rank: int) -> list[TensorEntry]:
+    shapes = {"lora_A": (rank, *module.A[1:]), "lora_B": (module.B[0], rank, *module.B[2:])}
     return [
-        TensorEntry(f"{PREFIX}{update.name}.{half}.weight", "F32", shape, 0, 4 * math.prod(shape))
+        TensorEntry(f"{PREFIX}{module.name}.{half}.weight", "F32", shape, 0, 4 * math.prod(shape))
         for half, shape in shapes.items()
     ]
 
 
 def _halves(
-    update: _Update, carriers: dict[str, Carrier], factors: FactorsReaders, values: Mapping[str, torch.Tensor], rank: int
+    module: _AdaptedModule, carriers: dict[str, Carrier], factors: FactorsReaders, values: Mapping[str, torch.Tensor], rank: int
 ) -> Iterator[torch.Tensor]:
     """A and B, float32, on the CPU."""
     lefts, rights = [], []
-    for target, places in update.targets:
+    for target, places in module.targets:
         with factors.of(target) as reader:
             kept = reader.factors(target)
         change = (kept.s.double() * (values[target.key].double() - 1)).float()
-        if update.carrier is None:
+        if module.carrier is None:
             pairs = [(kept.U, kept.V)]
         else:
             pairs = [(term.left, term.right) for _, term in terms_of(target, places, carriers, [kept])]
         for left, right in pairs:
-            if update.carrier is not None and update.carrier.layers[0].kind == "transposed":
+            if module.carrier is not None and module.carrier.layers[0].kind == "transposed":
                 left, right = right, left
             lefts.append(left * change)
             rights.append(right)
-    missing = rank - update.rank
+    missing = rank - module.rank
     A = nn.functional.pad(torch.cat(rights, dim=1).T, (0, 0, 0, missing))
     B = nn.functional.pad(torch.cat(lefts, dim=1), (0, missing))
     yield A.contiguous()
     yield B.contiguous()
 
 
-def _config(updates: Sequence[_Update], manifest: Manifest, rank: int) -> dict[str, Any]:
+def _config(modules: Sequence[_AdaptedModule], manifest: Manifest, rank: int) -> dict[str, Any]:
     # Experts by the last part of their names, which is what PEFT looks at; there may be tens of thousands.
-    names = {update.name if update.carrier is not None else update.name.rsplit(".", 1)[-1] for update in updates}
-    transposed = any(update.carrier is not None and update.carrier.layers[0].kind == "transposed" for update in updates)
+    names = {module.name if module.carrier is not None else module.name.rsplit(".", 1)[-1] for module in modules}
+    transposed = any(module.carrier is not None and module.carrier.layers[0].kind == "transposed" for module in modules)
     return {
         "peft_type": "LORA",
         "base_model_name_or_path": manifest.source.repo_id,

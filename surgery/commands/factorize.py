@@ -2,58 +2,34 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 
 from surgery.commands.inspect import largest_residual
 from surgery.device import on_its_own_terms
-from surgery.engine.lane import Lane
 from surgery.engine.resources import Resources
-from surgery.errors import FormatError, OutputError, few
-from surgery.files.access import read_errors
-from surgery.files.file_records import file_sha256
-from surgery.files.file_writer import copy_file
-from surgery.format.manifest import Manifest, ShardResult, fingerprint_of, source_stamp
-from surgery.format.manifest_records import LeftOutRecord, OptionsRecord, SkippedRecord, TargetRecord
-from surgery.format.scales import write_untouched
-from surgery.format.views import View
+from surgery.format.manifest import Manifest
+from surgery.format.manifest_records import OptionsRecord
 from surgery.linalg.svd import DEFAULT_TOLERANCE, check_accuracy
-from surgery.names import FORMAT_VERSION, MANIFEST_FILE, SCALES_FILE, STREAM_DIR, factors_file
+from surgery.names import MANIFEST_FILE, STREAM_DIR
 from surgery.planning.aliases import find_aliases, notes_of_equal
 from surgery.planning.plan import Layout, Plan, make_plan
-from surgery.planning.targets import Choice, Target
+from surgery.planning.targets import Choice
 from surgery.progress import Progress, listening, phase
-from surgery.publish.results import publish_factorized, submit_shard, uploading
+from surgery.publish.results import publish_factorized, submit_shard
 from surgery.reports import NOT_IN_JSON, Report
-from surgery.run.engines import Engine, EngineName, engine_of
-from surgery.run.journal import Journal, differing
-from surgery.run.output import (
-    Interruptible,
-    download_needs,
-    is_as_recorded,
-    loading_order,
-    locked,
-    not_as_recorded,
-    result_folder,
-)
+from surgery.run.engines import EngineName, EngineOptions, LocalEngine
+from surgery.run.factorization import Factorization
+from surgery.run.run import Run
 from surgery.shards.accuracy import unconverged_note
-from surgery.shards.factorize_shard import Job, RemoteShard, run_job, scale_files
+from surgery.shards.factorize_jobs import FactorizeJobs
 from surgery.shards.matrices import Settings
 from surgery.source.open import open_source
 from surgery.source.protocol import Source
-from surgery.timing import Timing, timed
-from surgery.version import __version__
-
-if TYPE_CHECKING:
-    from surgery.publish.upload import Upload
+from surgery.timing import Timing
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,12 +106,13 @@ def plan(
     """
     progress = listening()
     choice = _choice(rank, energy, max_rank, include, exclude, recipe, split)
-    with engine_of("local", str(device), max_memory, max_device_memory, None) as by, phase(progress, "planning"):
+    by = LocalEngine(str(device), max_memory, max_device_memory)
+    with phase(progress, "planning"):
         source = _open(model, revision, subfolder, (Path(STREAM_DIR), by.files_at_a_time) if stream else None)
-        steps = _plan(source, choice, layout, correction, by.resources, fetch=False)
-    for note in steps.notes:
+        planned = _plan(source, choice, layout, correction, by.resources, fetch=False)
+    for note in planned.notes:
         progress.note(note)
-    return steps
+    return planned
 
 
 def _open(model: str | Path, revision: str | None, subfolder: str | None, stream: tuple[Path, int] | None) -> Source:
@@ -251,303 +228,48 @@ def factorize(
     progress = listening()
     check_accuracy(tolerance, seed)
     out = Path(out)
-    with Interruptible(out) as run, engine_of(engine, str(device), max_memory, max_device_memory, timing) as by:
+    with Run(out) as run:
+        by = run.start_engine(EngineOptions(engine, str(device), max_memory, max_device_memory, timing))
         with phase(progress, "planning"):
             source = _open(model, revision, subfolder, (out / STREAM_DIR, by.files_at_a_time) if stream else None)
             choice = _choice(rank, energy, max_rank, include, exclude, recipe, split)
-            steps = _plan(source, choice, layout, correction, by.resources, fetch=True)
-        for note in steps.notes:
+            planned = _plan(source, choice, layout, correction, by.resources, fetch=True)
+        for note in planned.notes:
             progress.note(note)
         options = OptionsRecord(
-            rank, energy, max_rank, steps.recipe, split, correction, list(include), list(exclude), seed, tolerance
+            rank, energy, max_rank, planned.recipe, split, correction, list(include), list(exclude), seed, tolerance
         )
-        with (
-            uploading(push_to_hub, private=private) as upload,
-            locked(out, source.folders()),
-        ):
-            run.upload = upload
+        factorization = Factorization(source, planned, options, by.device_name)
+        with run.uploading(push_to_hub, private=private), run.locked(source.folders()):
             if (out / MANIFEST_FILE).is_file() and not overwrite:
-                manifest = _finished(out, source, steps, options, progress)
-                Journal.forget(out)
-                progress.note(f"{out} is already complete" + (": nothing to do" if upload is None else ""))
-                for shard in manifest.shards:
-                    submit_shard(upload, out, shard)
-                publish_factorized(upload, out, manifest)
-                for note in _accuracy_notes(manifest, steps):
+                manifest = factorization.complete_in(out)
+                run.forget()
+                _publish_complete(run, manifest)
+                for note in _accuracy_notes(manifest, planned):
                     progress.note(note)
                 return _report(out, manifest)
-            run.journal = journal = Journal(out, _identity(source, steps, options, by.device_name))
-            settings = Settings(steps.layout, correction, seed, tolerance)
-            writes, beside = _output_files(source, steps), download_needs(source)
-            with result_folder(out, journal, writes, steps.bytes_written, overwrite=overwrite, beside=beside) as place:
-                work = _Factorizing(source, steps, out, place, settings, progress, timing)
-                results = _run_jobs(by, work, journal, upload, progress)
-                manifest = _finish(source, steps, place, results, options, by.device_name, progress)
-                publish_factorized(upload, place, manifest)
-    for note in (*_accuracy_notes(manifest, steps), *notes_of_equal(source, steps, manifest)):
+            run.identify(factorization.identity())
+            settings = Settings(planned.layout, correction, seed, tolerance)
+            with run.result(factorization.files(), [source], overwrite=overwrite) as place:
+                jobs = FactorizeJobs(source, planned, out, place, settings, timing)
+                with phase(progress, "factorizing", planned.bytes_read):
+                    results = run.shards(jobs, planned.memory)
+                manifest = factorization.finish(place, results)
+                publish_factorized(run.upload, place, manifest)
+    for note in (*_accuracy_notes(manifest, planned), *notes_of_equal(source, planned, manifest)):
         progress.note(note)
     return _report(out, manifest)
 
 
-def _run_jobs(
-    engine: Engine, work: _Factorizing, journal: Journal, upload: Upload | None, progress: Progress
-) -> list[ShardResult]:
-    """The results of all shards: of those that an earlier start of this run has finished from its journal."""
-    shards, place = work.steps.shards, work.place
-    results: dict[int, ShardResult] = {}
-    with phase(progress, "factorizing", work.steps.bytes_read):
-        for index in range(len(shards)):
-            done = _recorded(journal, index, work)
-            if done is not None:
-                results[index] = done
-                submit_shard(upload, place, done.shard)
-                work.tell(index)
-        if results:
-            progress.note(f"going on after {len(results)} of {len(shards)} shards")
-        missing = [index for index in range(len(shards)) if index not in results]
-        with closing(engine.run(work, missing, work.steps.memory)) as finished:
-            for index, result in finished:
-                results[index] = result
-                journal.record(index, shards[index].file, result.as_json())
-                submit_shard(upload, place, result.shard)
-    return [results[index] for index in range(len(shards))]
+def _publish_complete(run: Run, manifest: Manifest) -> None:
+    """Upload a result that was complete before the run, if it is to be uploaded."""
+    listening().note(f"{run.out} is already complete" + (": nothing to do" if run.upload is None else ""))
+    for shard in manifest.shards:
+        submit_shard(run.upload, run.out, shard)
+    publish_factorized(run.upload, run.out, manifest)
 
 
-class _Factorizing:
-    """What is done with the shards of a run, see ``ShardWork``: of one that writes to ``place``, in or at ``out``."""
-
-    def __init__(
-        self,
-        source: Source,
-        steps: Plan,
-        out: Path,
-        place: Path,
-        settings: Settings,
-        progress: Progress,
-        timing: Timing | None,
-    ) -> None:
-        self.steps = steps
-        self.place = place
-        self._out = out
-        self._source = source
-        self._settings = settings
-        self._progress = progress
-        self._timing = timing
-
-    def acquired(self, which: Iterable[int]) -> Iterator[int]:
-        if self._timing is not None and self._source.room_to_fetch():
-            self._timing.watch("download")
-        is_fetched = self._source.bytes_to_fetch() > 0
-        for index in which:
-            shard = self.steps.shards[index]
-            self._source.wait_for_room()
-            if is_fetched:
-                self._progress.item(f"fetching {shard.file}")
-            with timed("download"):
-                for file in (shard.file, *scale_files(shard)):
-                    self._source.acquire(file)
-            yield index
-
-    def work(self, index: int, lane: Lane, read: Callable[[], object]) -> ShardResult:
-        shard, window = self.steps.shards[index], self.steps.memory.window_bytes
-        held = [shard.file, *scale_files(shard)]
-
-        def release() -> None:
-            while held:
-                self._source.release(held.pop())
-
-        def has_been_read() -> None:
-            if not scale_files(shard):  # of FP8 weights, which are looked up until the end
-                release()
-            read()
-
-        job = Job(shard, index, len(self.steps.shards), self._source, self.place, None, window, self._settings)
-        try:
-            return run_job(job, lane, self._progress, has_been_read)
-        finally:
-            release()
-
-    def remote(self, index: int) -> RemoteShard:
-        shards, window = self.steps.shards, self.steps.memory.window_bytes
-        origin = self._source.origin([shards[index].file, *scale_files(shards[index])])
-        out, place = self._out.resolve(), self.place.resolve()
-        return RemoteShard(shards[index], index, len(shards), origin, out, place, window, self._settings)
-
-    def is_of_the_source(self, result: ShardResult) -> bool:
-        """Whether the shard of a local model still has the bytes that a result was made of. A commit pins those of others."""
-        if self._source.record.kind != "folder":
-            return True
-        record = result.shard.source
-        path = self._source.fetch(record.file)
-        with read_errors(path):
-            return file_sha256(path) == record.sha256
-
-    def tell(self, index: int) -> None:
-        shard = self.steps.shards[index]
-        self._progress.item(shard.file)
-        self._progress.advance(shard.header.data_bytes)
-
-    def close(self) -> None:
-        self._source.close()
-
-
-def _recorded(journal: Journal, index: int, work: _Factorizing) -> ShardResult | None:
-    """What the journal has of a shard, if its files are still what they were, and so is the one that they were made of."""
-    value = journal.recorded(index, work.steps.shards[index].file)
-    if value is None:
-        return None
-    try:
-        result = ShardResult.from_json(value, f"{work.place}: the journal of shard {index + 1}")
-    except FormatError:  # made again like any other that is damaged: the same command would meet it for ever
-        return None
-    if not _is_planned(result, index, work.steps) or not work.is_of_the_source(result):
-        return None
-    files = (record for record in (result.shard.residual, result.shard.factors) if record is not None)
-    return result if all(is_as_recorded(work.place, record) for record in files) else None
-
-
-def _is_planned(result: ShardResult, index: int, steps: Plan) -> bool:
-    """Whether a result has the files and the targets that the plan has for a shard."""
-    shard, residual = steps.shards[index], steps.layout == "residual"
-    source = [(shard.file, shard.size)]
-    weights = [(record.file, record.size) for record in (result.shard.source, result.shard.residual) if record is not None]
-    factors = None if result.shard.factors is None else result.shard.factors.file
-    if weights != (source * 2 if residual else source) or (result.shard.residual is not None) != residual:
-        return False
-    if factors != (factors_file(index, len(steps.shards)) if shard.targets else None):
-        return False
-    planned = [(*_seen(t.key, t.shape, t.view), t.shard, t.dtype, list(t.aliases)) for t in shard.targets]
-    found = [(*_seen(t.key, t.shape, t.seen_as), t.shard, t.dtype, t.aliases) for t in result.targets]
-    measured = {value is not None for t in result.targets for value in (t.residual_sample_sha256, t.inexact)}
-    return found == planned and measured <= {residual} and not any(map(_has_other_rank, result.targets, shard.targets))
-
-
-def _has_other_rank(target: TargetRecord, planned: Target) -> bool:
-    """Than is asked for, or may come of the energy that is."""
-    return target.rank > planned.rank or (planned.energy is None and target.rank != planned.rank)
-
-
-def _identity(source: Source, steps: Plan, options: OptionsRecord, device: str) -> dict[str, Any]:
-    """All that the bytes of the result depend on."""
-    chosen = [[*_seen(t.key, t.shape, t.view), t.rank, t.energy, [alias.tensor for alias in t.aliases]] for t in steps.targets]
-    return {
-        "command": "factorize",
-        "format_version": FORMAT_VERSION,
-        "tool": f"surgery {__version__}",
-        "torch": torch.__version__,
-        "device": device,
-        "window_bytes": steps.memory.window_bytes,
-        "layout": steps.layout,
-        "options": asdict(options),
-        "targets": hashlib.sha256(json.dumps(chosen).encode()).hexdigest(),
-        "source": {**asdict(source.record), "files": source.stamps()},
-    }
-
-
-def _seen(key: str, shape: Sequence[int], view: View) -> list[Any]:
-    return [key, list(shape), view.kind, asdict(view.slice) if view.slice else None]
-
-
-def _finished(out: Path, source: Source, steps: Plan, options: OptionsRecord, progress: Progress) -> Manifest:
-    """The manifest of a complete result, if it is that of this run.
-
-    Raises:
-        OutputError: it is of another one; says what differs.
-    """
-    manifest = Manifest.read(out)
-    then = {"layout": manifest.layout, "options": asdict(manifest.options), "source": asdict(manifest.source)}
-    now = {"layout": steps.layout, "options": asdict(options), "source": asdict(source.record)}
-    differences = differing(then, now)
-    found = {target.key: target for target in manifest.targets}
-    planned = sorted(_seen(t.key, t.shape, t.view) for t in steps.targets)
-    if sorted(_seen(t.key, t.shape, t.seen_as) for t in manifest.targets) != planned:
-        differences.append("the targets are others")
-    elif any(_has_other_rank(found[target.key], target) for target in steps.targets):
-        differences.append("the ranks are others")
-    if source.record.kind == "folder" and not differences:
-        recorded = {record.file: record for record in (*(shard.source for shard in manifest.shards), *manifest.files)}
-        files = (*(shard.file for shard in steps.shards), *source.selection.others)
-        with phase(progress, "comparing", sum(map(source.size, files))):
-            for file in files:
-                progress.item(file)
-                path = source.fetch(file)
-                with read_errors(path):
-                    same = file in recorded and recorded[file].sha256 == file_sha256(path)
-                if not same:
-                    differences.append(f"{file} of the model has changed")
-                progress.advance(source.size(file))
-        differences += [f"{file} of the model is gone" for file in sorted(recorded.keys() - set(files))]
-    if differences:
-        raise OutputError(
-            f"{out} holds the complete result of another run",
-            got=few(differences, between="; "),
-            hint="--overwrite replaces it; -o chooses another folder",
-        )
-    lost = not_as_recorded(out, manifest.output_files())
-    if lost or not (out / SCALES_FILE).is_file():
-        lost = lost or [SCALES_FILE]
-        raise OutputError(
-            f"{out} holds a complete result that has lost files since, or whose files have changed",
-            got=few(lost),
-            hint="--overwrite makes it anew",
-        )
-    return manifest
-
-
-def _output_files(source: Source, steps: Plan) -> set[str]:
-    """Everything that the run will write, relative to the output folder."""
-    files = {MANIFEST_FILE, SCALES_FILE, *source.selection.others}
-    for index, shard in enumerate(steps.shards):
-        if shard.targets:
-            files.add(factors_file(index, len(steps.shards)))
-        if steps.layout == "residual":
-            files.add(shard.file)
-    return files
-
-
-def _finish(
-    source: Source,
-    steps: Plan,
-    out: Path,
-    results: list[ShardResult],
-    options: OptionsRecord,
-    device: str,
-    progress: Progress,
-) -> Manifest:
-    """Copy what goes along, write the scales and, last, the manifest: of a source that is still what was planned for."""
-    selection = source.selection
-    targets = [target for result in results for target in result.targets]
-    source.watch.check()
-    others = []
-    with phase(progress, "copying"):
-        for name in loading_order(selection.others):
-            progress.item(name)
-            others.append(copy_file(source.fetch(name), out / name, name, watch=source.watch))
-    fingerprint = fingerprint_of(targets)
-    write_untouched(out / SCALES_FILE, targets, fingerprint)
-    shards, stamps = [result.shard for result in results], source.stamps()
-    manifest = Manifest(
-        format_version=FORMAT_VERSION,
-        tool=f"surgery {__version__}",
-        torch=torch.__version__,
-        device=device,
-        layout=steps.layout,
-        source=source.record,
-        options=options,
-        fingerprint=fingerprint,
-        source_stamps=[source_stamp(shard.source, stamps[shard.source.file][1]) for shard in shards] if stamps else [],
-        shards=shards,
-        files=others,
-        left_out=[LeftOutRecord(name, reason) for name, reason in sorted(selection.left_out.items())],
-        targets=targets,
-        skipped=[SkippedRecord(item.tensor, item.shard, item.reason) for item in steps.skipped],
-    )
-    source.watch.check()
-    manifest.write(out)
-    return manifest
-
-
-def _accuracy_notes(manifest: Manifest, steps: Plan) -> list[str]:
+def _accuracy_notes(manifest: Manifest, plan: Plan) -> list[str]:
     notes, targets = [], manifest.targets
     if failed := {target.key: largest_residual(target) for target in targets if not target.converged}:
         hint = (
@@ -555,7 +277,7 @@ def _accuracy_notes(manifest: Manifest, steps: Plan) -> list[str]:
             "--rank or --seed, or --exclude them; a larger --tolerance says that this is good enough"
         )
         notes.append(unconverged_note(failed, f"{len(targets)} targets", manifest.options.tolerance, hint))
-    asked = {target.key: target.energy for target in steps.targets if target.energy is not None}
+    asked = {target.key: target.energy for target in plan.targets if target.energy is not None}
     short = [t for t in targets if t.key in asked and t.energy < (asked[t.key] or 0) and t.rank < min(t.matrices[1:])]
     if short:
         least = min(short, key=lambda target: target.energy)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from surgery.device import choose_devices, on_its_own_terms
-from surgery.engine.lane import Lane
+from surgery.device import on_its_own_terms
 from surgery.engine.resources import Memory
 from surgery.errors import FormatError, OptionError, OutputError, SurgeryError
 from surgery.files.access import all_below, read_errors
@@ -21,31 +18,25 @@ from surgery.files.file_records import RESTORE_HINT, FileRecord, check_file, che
 from surgery.files.file_writer import copy_file, write_file
 from surgery.files.json_files import read_json_object
 from surgery.format.factors import DAMAGED_HINT
-from surgery.format.manifest import Manifest, decode_file
-from surgery.format.manifest_records import ShardRecord
+from surgery.format.manifest import Manifest
 from surgery.format.scales import check_scales, read_scales, scales_file
 from surgery.names import CONFIG_FILE, MANIFEST_FILE, STREAM_DIR
 from surgery.planning.memory import known_bytes, need_to_fold, share_out
 from surgery.progress import Progress, listening, phase
-from surgery.publish.results import publish_folded, submit_files, uploading
+from surgery.publish.results import publish_folded, submit_files
 from surgery.reports import Report
-from surgery.run.engines import Engine, EngineName, engine_of
+from surgery.run.contents import files_in, is_as_recorded, loading_order, not_as_recorded
+from surgery.run.engines import EngineName, EngineOptions, float64_device
 from surgery.run.journal import Journal
-from surgery.run.output import (
-    Interruptible,
-    check_not_the_source,
-    download_needs,
-    files_in,
-    is_as_recorded,
-    loading_order,
-    locked,
-    not_as_recorded,
-    result_folder,
-)
-from surgery.shards.fold_shard import FoldPlaces, RemoteFold, ShardFold
+from surgery.run.output_paths import check_not_the_source
+from surgery.run.result_folder import ResultFiles
+from surgery.run.resume import shard_results
+from surgery.run.run import Run
+from surgery.shards.fold_jobs import FoldJobs
+from surgery.shards.fold_shard import FoldPlaces
 from surgery.source.folder import FolderSource
 from surgery.source.weight_files import is_index
-from surgery.timing import Timing, timed
+from surgery.timing import Timing
 from surgery.updates.adapter import additions_of
 from surgery.updates.dense import DenseTensors
 from surgery.updates.lora import read_lora
@@ -151,16 +142,14 @@ def fold(
     """
     progress = listening()
     factorized, out = Path(factorized), Path(out)
-    with ExitStack() as stack:
-        run = stack.enter_context(Interruptible(out))
+    with Run(out) as run:
         manifest = Manifest.read(factorized)
         others = _as_they_are(factorized, manifest, progress)
         if not isinstance(scales, Mapping):
             scales = scales_file(Path(scales))
         values = check_scales(scales, manifest) if isinstance(scales, Mapping) else read_scales(scales, manifest)
-        # Folding is float64 arithmetic, which an Apple GPU does not have.
-        exact_on = "cpu" if choose_devices(str(device))[0].type == "mps" else str(device)
-        by = stack.enter_context(engine_of(engine, exact_on, max_memory, max_device_memory, timing))
+        # Folding is float64 arithmetic.
+        by = run.start_engine(EngineOptions(engine, float64_device(str(device)), max_memory, max_device_memory, timing))
         streaming = (out / STREAM_DIR, by.files_at_a_time) if stream else None
         weights = weights_of(factorized, manifest, base, streaming, all_quantized=dequantize)
         weights.check_files()
@@ -181,44 +170,46 @@ def fold(
         if overwrite:
             check_not_the_source(out, manifest)
         with (
-            uploading(push_to_hub, private=private) as upload,
-            locked(out, inputs),
+            run.uploading(push_to_hub, private=private),
+            run.locked(inputs),
             FactorizedWeights(factorized, manifest, weights) as checkpoint,
         ):
-            run.upload = upload
             dense = DenseTensors(checkpoint, update, to_dense=dequantize)
             if adapter.additions:
                 dense.check(weights.header(shard.source.file) for shard in manifest.shards)
-            places = FoldPlaces(out, out, False, memory.window_bytes)
-            work = _Folding(checkpoint, update, dense, places, progress, timing)
+            places = FoldPlaces(out, out, True, memory.window_bytes)
             if not overwrite and _looks_finished(out, manifest, dequantize):
-                report = _compared(by, work, others, memory, progress)
-                Journal.forget(out)
-                _publish(upload, out, report, manifest, submitted=False)
+                jobs = FoldJobs(checkpoint, update, dense, places, timing)
+                report = _report(_compared(run, jobs, others, memory), jobs)
+                run.forget()
+                for record in report.files:
+                    submit_files(run.upload, out, [record])
+                _publish(run.upload, out, report, manifest)
                 return report
-            run.journal = journal = Journal(out, _identity(work, others, by.device_name))
-            # What is FP8 takes twice as much in bfloat16.
-            needed = sum(shard.source.size for shard in manifest.shards) * (2 if dequantize else 1)
-            needed += sum(record.size for record in others)
-            writes = [shard.source.file for shard in manifest.shards] + [record.file for record in others]
+            run.identify(_identity(checkpoint, update, others, by.device_name, dequantize=dequantize))
             # The journal is there until the upload is over: a fold keeps no other record to go on with.
-            beside = download_needs(weights.files)
-            with result_folder(
-                out, journal, writes, needed, overwrite=overwrite, earlier=_model_in(out), beside=beside
-            ) as place:
-                work.places = dataclasses.replace(places, place=place)
-                files = _fold_shards(by, work, memory, journal, upload, progress)
+            with run.result(_result_files(out, manifest, others, dequantize), [weights.files], overwrite=overwrite) as place:
+                places = dataclasses.replace(places, place=place, to_compare=False)
+                jobs = FoldJobs(checkpoint, update, dense, places, timing)
+                with phase(progress, "folding", sum(shard.source.size for shard in manifest.shards)):
+                    files = run.shards(jobs, memory, note_resumed=False)
                 _copy_others(factorized, place, others, progress, to_dense=dequantize)
-                report = _report(files, work)
-                _publish(upload, place, report, manifest, submitted=True)
+                report = _report(files, jobs)
+                _publish(run.upload, place, report, manifest)
     return report
 
 
-def _publish(upload: Upload | None, place: Path, report: FoldReport, manifest: Manifest, *, submitted: bool) -> None:
-    if not submitted:
-        for record in report.files:
-            submit_files(upload, place, [record])
+def _publish(upload: Upload | None, place: Path, report: FoldReport, manifest: Manifest) -> None:
+    """Upload what goes along with the weights, if it is to be uploaded; they have been submitted."""
     publish_folded(upload, place, manifest, changed=report.changed, adapted=report.adapted, dequantized=report.dequantized)
+
+
+def _result_files(out: Path, manifest: Manifest, others: Iterable[FileRecord], dequantize: bool) -> ResultFiles:
+    """Everything that will be written, and what a model that is there already consists of."""
+    weights, others = [shard.source for shard in manifest.shards], list(others)
+    # What is FP8 takes twice as much in bfloat16.
+    size = sum(record.size for record in weights) * (2 if dequantize else 1) + sum(record.size for record in others)
+    return ResultFiles(frozenset(record.file for record in (*weights, *others)), size, _model_in(out))
 
 
 def _adapter(factorized: Path, manifest: Manifest, weights: Weights, lora: Path) -> LowRankUpdate:
@@ -229,19 +220,21 @@ def _adapter(factorized: Path, manifest: Manifest, weights: Weights, lora: Path)
     return LowRankUpdate.tied(additions, manifest.targets)
 
 
-def _report(files: list[FileRecord], work: _Folding) -> FoldReport:
-    manifest = work.checkpoint.manifest
+def _report(written: Iterable[FileRecord | None], jobs: FoldJobs) -> FoldReport:
+    """Of the weight files of all shards; None where nothing is left of one."""
+    files = [record for record in written if record is not None]
+    manifest = jobs.checkpoint.manifest
     originals = {shard.source.file: shard.source.sha256 for shard in manifest.shards}
     return FoldReport(
-        out=work.places.out,
+        out=jobs.places.out,
         files=tuple(files),
         targets=len(manifest.targets),
-        changed=sum(map(work.update.changes, manifest.targets)),
+        changed=sum(map(jobs.update.changes, manifest.targets)),
         shards=len(files),
         restored=sum(file.sha256 == originals[file.file] for file in files),
         lossless=manifest.lossless,
-        dequantized=work.dense.to_dense,
-        adapted=len(work.update.tensors()),
+        dequantized=jobs.dense.to_dense,
+        adapted=len(jobs.update.tensors()),
         bytes_written=sum(file.size for file in files),
     )
 
@@ -256,31 +249,28 @@ def _looks_finished(out: Path, manifest: Manifest, dequantize: bool) -> bool:
     )
 
 
-def _compared(engine: Engine, work: _Folding, others: Iterable[FileRecord], memory: Memory, progress: Progress) -> FoldReport:
-    """The report of a fold that is complete already. It keeps no record of itself, so it is done again and compared.
+def _compared(run: Run, jobs: FoldJobs, others: Iterable[FileRecord], memory: Memory) -> list[FileRecord | None]:
+    """The weight files of a fold that is complete already. It keeps no record of itself, so it is done again and compared.
 
     Raises:
         OutputError: what is there is another fold, or something else.
     """
-    manifest, out = work.checkpoint.manifest, work.places.out
-    work.places = dataclasses.replace(work.places, to_compare=True)
-    found: dict[int, FileRecord | None] = {}
-    with phase(progress, "comparing", sum(shard.source.size for shard in manifest.shards)):
-        with closing(engine.run(work, range(len(manifest.shards)), memory)) as finished:
-            found.update(finished)
-    files = [record for index in range(len(manifest.shards)) if (record := found[index]) is not None]
-    if not_as_recorded(out, (*files, *others)):
+    progress = listening()
+    with phase(progress, "comparing", sum(shard.source.size for shard in jobs.checkpoint.manifest.shards)):
+        files = shard_results(jobs, lambda which: run.engine.run(jobs, which, memory), None)
+    if not_as_recorded(run.out, (*(record for record in files if record is not None), *others)):
         raise OutputError(
-            f"{out} holds files already, and they are not those of this fold",
+            f"{run.out} holds files already, and they are not those of this fold",
             hint="--overwrite replaces an earlier result; -o chooses another folder",
         )
-    progress.note(f"{out} is already complete: nothing to do")
-    return _report(files, work)
+    progress.note(f"{run.out} is already complete: nothing to do")
+    return files
 
 
-def _identity(work: _Folding, others: Iterable[FileRecord], device: str) -> dict[str, Any]:
+def _identity(
+    checkpoint: FactorizedWeights, update: Update, others: Iterable[FileRecord], device: str, *, dequantize: bool
+) -> dict[str, Any]:
     """All that the bytes of the result depend on."""
-    checkpoint = work.checkpoint
     return {
         "command": "fold",
         "tool": f"surgery {__version__}",
@@ -288,149 +278,10 @@ def _identity(work: _Folding, others: Iterable[FileRecord], device: str) -> dict
         "device": device,
         "manifest": file_sha256(checkpoint.folder / MANIFEST_FILE),
         "edited": {record.file: record.sha256 for record in others if record not in checkpoint.manifest.files},
-        **work.update.digests(),
-        "dequantize": work.dense.to_dense,
+        **update.digests(),
+        "dequantize": dequantize,
         "base": checkpoint.weights.files.stamps(),
     }
-
-
-def _fold_shards(
-    engine: Engine, work: _Folding, memory: Memory, journal: Journal, upload: Upload | None, progress: Progress
-) -> list[FileRecord]:
-    """Write all weight files but those that an earlier start of this run has written."""
-    shards, place = work.checkpoint.manifest.shards, work.places.place
-    files: dict[int, FileRecord | None] = {}
-    with phase(progress, "folding", sum(shard.source.size for shard in shards)):
-        for index in range(len(shards)):
-            is_there, record = _recorded(journal, index, work)
-            if is_there:
-                files[index] = record
-                submit_files(upload, place, [record] if record else [])
-                work.tell(index)
-        missing = [index for index in range(len(shards)) if index not in files]
-        with closing(engine.run(work, missing, memory)) as finished:
-            for index, record in finished:
-                files[index] = record
-                journal.record(index, shards[index].source.file, {"file": None if record is None else asdict(record)})
-                submit_files(upload, place, [record] if record else [])
-    return [record for index in range(len(shards)) if (record := files[index]) is not None]
-
-
-def _recorded(journal: Journal, index: int, work: _Folding) -> tuple[bool, FileRecord | None]:
-    """Whether the journal has a shard whose file, if it has one, is what it was, and that file."""
-    file, place = work.checkpoint.manifest.shards[index].source.file, work.places.place
-    value = journal.recorded(index, file)
-    if value is None:
-        return False, None
-    try:
-        record = decode_file(value, f"{place}: the journal of shard {index + 1}")
-    except FormatError:  # made again like any other that is damaged: the same command would meet it for ever
-        return False, None
-    size = work.size(index)
-    if record is None or size is None:
-        return record is None and size is None, None
-    return (record.file, record.size) == (file, size) and is_as_recorded(place, record), record
-
-
-class _Folding:
-    """What is done with the shards of a fold, see ``ShardWork``.
-
-    Attributes:
-        checkpoint: the factorized checkpoint.
-        update: what is added to its weights.
-        dense: what its tensors become.
-        places: where they are written, or only compared.
-    """
-
-    def __init__(
-        self,
-        checkpoint: FactorizedWeights,
-        update: Update,
-        dense: DenseTensors,
-        places: FoldPlaces,
-        progress: Progress,
-        timing: Timing | None,
-    ) -> None:
-        self.checkpoint = checkpoint
-        self.update = update
-        self.dense = dense
-        self.places = places
-        self._weights = checkpoint.weights
-        self._progress = progress
-        self._timing = timing
-
-    def _shard(self, index: int) -> ShardRecord:
-        return self.checkpoint.manifest.shards[index]
-
-    def acquired(self, which: Iterable[int]) -> Iterator[int]:
-        files = self._weights.files
-        if self._timing is not None and files.room_to_fetch():
-            self._timing.watch("download")
-        for index in which:
-            files.wait_for_room()
-            with timed("download"):
-                for file in self.dense.files(self._shard(index)):
-                    files.acquire(file)
-            yield index
-
-    def work(self, index: int, lane: Lane, read: Callable[[], object]) -> FileRecord | None:
-        shard = self._shard(index)
-        held = self.dense.files(shard)
-
-        def release() -> None:
-            while held:
-                file = held.pop()
-                try:
-                    self._weights.forget(file)
-                finally:
-                    self._weights.files.release(file)
-
-        def has_been_read() -> None:
-            if not self._weights.quantized:  # else scales are looked up until the end
-                release()
-            read()
-
-        try:
-            return ShardFold(shard, self.checkpoint, self.dense, self.places, self._progress).run(lane, has_been_read, None)
-        finally:
-            release()
-
-    def remote(self, index: int) -> RemoteFold:
-        shard, places, quantized = self._shard(index), self.places, self._weights.quantized
-        files = self.dense.files(shard)
-        manifest = self.checkpoint.manifest.part(files)
-        # Of all others a task need not hear: with thousands of weight files that would be most of what is sent.
-        names = {entry.name for one in manifest.shards for entry in self._weights.header(one.source.file).tensors}
-        weights = {self._quantized_with[name] for name in names if name in self._quantized_with}
-        return RemoteFold(
-            shard,
-            self.checkpoint.folder.resolve(),
-            manifest,
-            self._weights.files.origin(files),
-            {name: quantized[name] for name in weights},
-            self.update.part([target.key for target in manifest.targets], names),
-            self.dense.to_dense,
-            dataclasses.replace(places, out=places.out.resolve(), place=places.place.resolve()),
-        )
-
-    @functools.cached_property
-    def _quantized_with(self) -> dict[str, str]:
-        """The tensors of each FP8 weight, itself, its scales and those of its activations -> its name."""
-        quantized = self._weights.quantized.items()
-        return {part: name for name, scaled in quantized for part in (name, scaled.scale, *scaled.activations)}
-
-    def size(self, index: int) -> int | None:
-        """Of the weight file that is written for a shard; None if there is none."""
-        shard = self._shard(index)
-        return self.dense.size(self._weights.header(shard.source.file)) if self.dense.to_dense else shard.source.size
-
-    def tell(self, index: int) -> None:
-        record = self._shard(index).source
-        self._progress.item(record.file)
-        self._progress.advance(record.size)
-
-    def close(self) -> None:
-        self._weights.files.close()
 
 
 def _as_they_are(factorized: Path, manifest: Manifest, progress: Progress) -> list[FileRecord]:
@@ -460,17 +311,17 @@ def _as_they_are(factorized: Path, manifest: Manifest, progress: Progress) -> li
     return found
 
 
-def _model_in(out: Path) -> set[str]:
+def _model_in(out: Path) -> frozenset[str]:
     """What a model in the output folder consists of: it may be an earlier fold, which keeps no record of itself."""
     try:
         selection = FolderSource(out).selection
     except SurgeryError as error:
         if isinstance(error.__cause__, OSError):  # which says nothing of what is in there
             raise
-        return set()
+        return frozenset()
     if CONFIG_FILE not in selection.others:
-        return set()
-    return {*selection.shards, *selection.others}
+        return frozenset()
+    return frozenset((*selection.shards, *selection.others))
 
 
 def _copy_others(factorized: Path, out: Path, others: Iterable[FileRecord], progress: Progress, *, to_dense: bool) -> None:

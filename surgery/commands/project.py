@@ -21,7 +21,8 @@ from surgery.linalg.lossless import BLOCK_ENTRIES, DEVICE_BLOCKS, Factors
 from surgery.names import SCALES_FILE
 from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
-from surgery.run.output import check_not_the_source, check_output_file, check_room, download_needs
+from surgery.run.disk_room import check_room, download_needs
+from surgery.run.output_paths import check_not_the_source, check_output_path
 from surgery.source.open import open_part
 from surgery.weights.checkpoint import FactorizedWeights, weights_of
 from surgery.weights.matrix import StoredMatrix
@@ -116,7 +117,7 @@ def project(
     weights = weights_of(factorized, manifest, base)
     source = open_part(tuned, manifest.source.subfolder)
     inputs = [factorized, *weights.files.folders(), *source.folders()]
-    check_output_file(out, inputs, overwrite=overwrite, but=factorized / SCALES_FILE)
+    check_output_path(out, inputs, overwrite=overwrite, but=factorized / SCALES_FILE)
     check_room(*download_needs(source, weights.files))
     check_not_the_source(out, manifest)
     aliases = {target.tensor: target.tensors[1:] for target in manifest.targets}

@@ -31,8 +31,10 @@ from surgery.planning.plan import Layout, ShardPlan
 from surgery.planning.recipes import Recipe, find_recipe
 from surgery.planning.targets import Choice, Target, extent
 from surgery.progress import Progress, note, phase
+from surgery.run.contents import not_as_recorded
+from surgery.run.disk_room import DiskNeed, check_room, download_needs
 from surgery.run.engines import LocalEngine
-from surgery.run.output import Need, check_room, download_needs, locked, not_as_recorded
+from surgery.run.lock import locked
 from surgery.shards.factorize_shard import Job, run_job
 from surgery.shards.matrices import Settings
 from surgery.source.open import open_source
@@ -108,11 +110,11 @@ def repair_files(folder: Path, manifest: Manifest, source: Source, by: LocalEngi
             which = [i for i, shard in enumerate(manifest.shards) if any(record.file in lost for record in _made(shard))]
             if which:
                 needed = sum(record.size for i in which for record in _made(manifest.shards[i]))
-                check_room(Need(folder, needed, "what is repaired"), *download_needs(source))
-                work = _Repairing(folder, manifest, source, lost, progress)
-                memory = work.memory(by, which)
+                check_room(DiskNeed(folder, needed, "what is repaired"), *download_needs(source))
+                jobs = _RepairJobs(folder, manifest, source, lost, progress)
+                memory = jobs.memory(by, which)
                 with phase(progress, "repairing", sum(manifest.shards[i].source.size for i in which)):
-                    with closing(by.run(work, which, memory)) as finished:
+                    with closing(by.run(jobs, which, memory)) as finished:
                         for _, (done, error, wanted) in finished:
                             files += done
                             if error is not None:
@@ -141,8 +143,8 @@ def _copy(folder: Path, source: Source, record: FileRecord, files: list[str], fa
         failed[record.file] = error
 
 
-class _Repairing:
-    """What is done with damaged shards, see ``LocalWork``: the files made, what went wrong, and for which files."""
+class _RepairJobs:
+    """The jobs of a repair, see ``LocalJobs``: of each damaged shard the files made, what went wrong, and for which files."""
 
     def __init__(self, folder: Path, manifest: Manifest, source: Source, lost: set[str], progress: Progress) -> None:
         self._folder = folder
@@ -184,7 +186,9 @@ class _Repairing:
                 self._not_there[index] = error
             yield index
 
-    def work(self, index: int, lane: Lane, read: Callable[[], object]) -> tuple[list[str], SurgeryError | None, list[str]]:
+    def do_shard(
+        self, index: int, lane: Lane, on_read: Callable[[], object]
+    ) -> tuple[list[str], SurgeryError | None, list[str]]:
         shard = self._manifest.shards[index]
         wanted = [record.file for record in _made(shard) if record.file in self._lost]
         place = self._folder / _PLACE / str(index)
@@ -195,9 +199,9 @@ class _Repairing:
             if (size := path.stat().st_size) != shard.source.size:
                 raise not_as_described(path, f"of {size} bytes", shard.source, BASE_HINT)
             if shard.factors is None or shard.factors.file not in self._lost:
-                made = [self._residual(shard, path, place, lane, read)]
+                made = [self._residual(shard, path, place, lane, on_read)]
             else:
-                made = self._all(index, path, place, lane, read)
+                made = self._all(index, path, place, lane, on_read)
             return self._put(shard, made, place), None, []
         except SurgeryError as error:
             return [], error, wanted
@@ -229,7 +233,7 @@ class _Repairing:
                 done.append(record.file)
         return done
 
-    def _all(self, index: int, path: Path, place: Path, lane: Lane, read: Callable[[], object]) -> list[FileRecord]:
+    def _all(self, index: int, path: Path, place: Path, lane: Lane, on_read: Callable[[], object]) -> list[FileRecord]:
         """Residual and factors, as they were made first."""
         shards, shard = self._manifest.shards, self._manifest.shards[index]
         targets = tuple(self._target(record) for record in self._manifest.targets_of(shard.source.file))
@@ -240,12 +244,12 @@ class _Repairing:
                     raise SourceError(f"{path} has no {record.tensor}", hint=BASE_HINT)
                 check_entry(entry, record)
         job = Job(planned, index, len(shards), self._source, place, None, self._window, self._settings)
-        result = run_job(job, lane, self._progress, read)
+        result = run_job(job, lane, self._progress, on_read)
         if result.shard.source != shard.source:
             raise not_as_described(path, result.shard.source.sha256, shard.source, BASE_HINT)
         return _made(result.shard)
 
-    def _residual(self, shard: ShardRecord, path: Path, place: Path, lane: Lane, read: Callable[[], object]) -> FileRecord:
+    def _residual(self, shard: ShardRecord, path: Path, place: Path, lane: Lane, on_read: Callable[[], object]) -> FileRecord:
         """The residual, from the weights and the factors that are there: the same bits on any machine."""
         assert shard.residual is not None
         by_name: dict[str, list[TargetRecord]] = {}
@@ -276,7 +280,7 @@ class _Repairing:
                     self._progress.advance(len(piece))
 
             walk = stack.enter_context(ShardWalk(source, portions, lane.buffers, lane.timing))
-            lane.flow(walk, self._window, split_window, finish, read)
+            lane.flow(walk, self._window, split_window, finish, on_read)
             if walk.sha256 != shard.source.sha256:
                 raise not_as_described(path, walk.sha256, shard.source, BASE_HINT)
             return writer.commit(shard.residual.file)

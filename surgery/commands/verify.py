@@ -23,8 +23,8 @@ from surgery.planning.memory import known_bytes, need_to_verify, share_out
 from surgery.planning.targets import DEFAULT_MAX_RANK, matches
 from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
+from surgery.run.disk_room import check_room, download_needs
 from surgery.run.engines import LocalEngine
-from surgery.run.output import check_room, download_needs
 from surgery.shards.failures import Checkpoint, Failure, Failures, check_recorded_file
 from surgery.shards.verify_shard import ShardCheck
 from surgery.weights.checkpoint import weights_of, weights_of_base
@@ -137,7 +137,7 @@ def verify(
 
 
 class _Verifying:
-    """What is done with the shards, see ``LocalWork``: what does not hold of each."""
+    """What is done with the shards, see ``LocalJobs``: what does not hold of each."""
 
     def __init__(self, checkpoint: Checkpoint, watch: Watch, window_bytes: int, progress: Progress) -> None:
         self._checkpoint = checkpoint
@@ -172,10 +172,10 @@ class _Verifying:
                     base.path(shard.source.file)
             yield index
 
-    def work(self, index: int, lane: Lane, read: Callable[[], object]) -> list[Failure]:
+    def do_shard(self, index: int, lane: Lane, on_read: Callable[[], object]) -> list[Failure]:
         shard = self._checkpoint.manifest.shards[index]
         passed = self._passed.get(shard.source.file, set())
-        return ShardCheck(self._checkpoint, shard, passed, self._watch, self._window_bytes, self._progress).run(lane, read)
+        return ShardCheck(self._checkpoint, shard, passed, self._watch, self._window_bytes, self._progress).run(lane, on_read)
 
     def close(self) -> None:
         """All is there already, or is told of."""

@@ -81,12 +81,12 @@ class Lane:
             yield
             self._streams.own.synchronize()  # the results go to other threads
 
-    def submit(self, work: Callable[[_In], _Out], item: _In) -> Future[_Out]:
-        """``work(item)`` by the next worker that is free."""
+    def submit(self, compute: Callable[[_In], _Out], item: _In) -> Future[_Out]:
+        """``compute(item)`` by the next worker that is free."""
 
         def run() -> _Out:
             with exact_arithmetic(), self._on_device():
-                return work(item)
+                return compute(item)
 
         return self._pool.submit(copy_context().run, run)
 
@@ -94,23 +94,23 @@ class Lane:
         self,
         pieces: Iterable[Piece],
         window_bytes: int,
-        work: Callable[[Sequence[Piece]], _Out],
+        compute: Callable[[Sequence[Piece]], _Out],
         finish: Callable[[Sequence[Piece], _Out], object],
-        read: Callable[[], object],
+        on_read: Callable[[], object],
     ) -> None:
-        """``finish(window, work(window))`` for each window of a shard.
+        """``finish(window, compute(window))`` for each window of a shard.
 
         Args:
             pieces: of the shard, in this lane's buffers.
             window_bytes: how long a window is at least, but for the last one.
-            work: done by the workers, several at a time.
+            compute: done by the workers, several at a time.
             finish: called in one thread, in the order of the shard. Then the memory of the window is lent to others.
-            read: called when all of the shard has been read.
+            on_read: called when all of the shard has been read.
         """
         with WriteBehind(_WAITING, failed=self.buffers.stop) as behind:
             for window in windows(pieces, window_bytes):
-                behind.submit(self._finish, window, self.submit(work, window), finish)
-            read()
+                behind.submit(self._finish, window, self.submit(compute, window), finish)
+            on_read()
 
     def _finish(self, window: list[Piece], result: Future[_Out], finish: Callable[[Sequence[Piece], _Out], object]) -> None:
         if self.timing is not None:

@@ -21,14 +21,15 @@ IN_HAND = 2
 
 
 def run_jobs(
-    work: Callable[[_Job, Lane, Callable[[], object]], _Result], jobs: Iterator[_Job], lanes: Sequence[Lane]
+    do_job: Callable[[_Job, Lane, Callable[[], object]], _Result], jobs: Iterator[_Job], lanes: Sequence[Lane]
 ) -> Generator[tuple[_Job, _Result], None, None]:
     """Jobs with their results, in the order in which they are finished. To be closed when left early.
 
-    The next job is made, which may be a download, while others are worked on.
+    The next job is made, which may be a download, while others are done.
 
     Args:
-        work: ``work(job, lane, read)``, which calls ``read`` once its shard has been read: then the lane turns to the next.
+        do_job: ``do_job(job, lane, on_read)``, which calls ``on_read`` once the shard of the job has been read: then the lane
+            turns to the next.
         jobs: in order.
         lanes: one for each device; entered and left here.
 
@@ -40,12 +41,12 @@ def run_jobs(
         for lane in lanes:
             stack.enter_context(lane)
         ahead = stack.enter_context(ReadAhead(jobs))
-        source = _Shared(ahead)
+        jobs_left = _JobsLeft(ahead)
         runners = []
         for lane in lanes:
             turn = threading.Semaphore(1)
             for _ in range(IN_HAND):
-                arguments = (_run, work, source, lane, turn, finished)
+                arguments = (_do_jobs, do_job, jobs_left, lane, turn, finished)
                 runners.append(threading.Thread(target=copy_context().run, args=arguments, name="surgery-job"))
         going, first, begun = 0, None, time.perf_counter()
         try:
@@ -58,7 +59,7 @@ def run_jobs(
                     if first is None or isinstance(first, Stopped):  # which only says that there is another error
                         first = error
                     # What has been read already is brought to its end: nothing that is nearly done is lost.
-                    source.close()
+                    jobs_left.close()
                     for lane in lanes:
                         lane.buffers.stop()
                 elif job is None:
@@ -68,7 +69,7 @@ def run_jobs(
             if first is not None:
                 raise first
         finally:
-            source.close()
+            jobs_left.close()
             if going:
                 for lane in lanes:
                     lane.stop()
@@ -79,18 +80,18 @@ def run_jobs(
                 timing.wall += time.perf_counter() - begun
 
 
-class _Shared(Generic[_Job]):
-    """An iterator for several threads."""
+class _JobsLeft(Generic[_Job]):
+    """The jobs that nobody has taken yet; several threads may take one at a time."""
 
     def __init__(self, ahead: ReadAhead[_Job]) -> None:
         self._ahead = ahead
         self._items = iter(ahead)
-        self._one = threading.Lock()
+        self._lock = threading.Lock()
         self._closed = False
 
-    def next(self) -> _Job | None:
-        """None when there are no more, or none are wanted."""
-        with self._one:
+    def take(self) -> _Job | None:
+        """The next job; None when there are no more, or none are wanted."""
+        with self._lock:
             if self._closed:
                 return None
             try:
@@ -100,31 +101,40 @@ class _Shared(Generic[_Job]):
                 return None
 
     def close(self) -> None:
-        """Wakes who waits."""
+        """No more jobs are wanted. Wakes whoever waits for one."""
         self._closed = True
         self._ahead.stop()
 
 
-def _run(
-    work: Callable[[Any, Lane, Callable[[], object]], Any],
-    source: _Shared[Any],
+def _do_jobs(
+    do_job: Callable[[Any, Lane, Callable[[], object]], Any],
+    jobs_left: _JobsLeft[Any],
     lane: Lane,
     turn: threading.Semaphore,
     finished: queue.SimpleQueue[tuple[Any, Any, BaseException | None]],
 ) -> None:
+    """One thread of a lane: jobs as long as there are some, each begun when it is the thread's turn to read.
+
+    Args:
+        do_job: see ``run_jobs``.
+        jobs_left: where the jobs come from.
+        lane: theirs.
+        turn: held while a shard of this lane is read.
+        finished: told each job with its result, an error, and at the end three times None.
+    """
     if lane.timing is not None:
         lane.timing.watch("writer")  # it puts finished files in their places
     try:
         while True:
             turn.acquire()
-            over = _Once(turn.release)
+            has_been_read = _Once(turn.release)
             try:
-                job = source.next()
+                job = jobs_left.take()
                 if job is None:
                     break
-                result = work(job, lane, over)
+                result = do_job(job, lane, has_been_read)
             finally:
-                over()
+                has_been_read()
             finished.put((job, result, None))
     except BaseException as error:  # raised in the thread that waits for results
         finished.put((None, None, error))

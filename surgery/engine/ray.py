@@ -30,7 +30,7 @@ _Result_co = TypeVar("_Result_co", covariant=True)
 
 
 class RemoteJob(Protocol[_Result_co]):
-    """What can be sent to another process and done there."""
+    """The job of one shard, which can be sent to another process and done there."""
 
     def __call__(self, lane: Lane, attempt: str, /) -> _Result_co:
         """The result, which can be sent back. Attempts at one job may be under way at the same time."""
@@ -139,7 +139,7 @@ def run_remotely(
         num_gpus=1 if cluster.device == "cuda" else 0,
         max_retries=_RETRIES,
         retry_exceptions=[ConnectionError, TimeoutError],
-    )(_run)
+    )(_do_job)
     waiting = {task.remote(job, cluster.device, memory, timing is not None): key for key, job in jobs.items()}
     try:
         while waiting:
@@ -184,8 +184,8 @@ def _result(ray: Any, reference: Any) -> _Done[Any]:
     return result
 
 
-def _run(job: RemoteJob[_Result], kind: str, memory: Memory, timed: bool) -> _Done[_Result]:
-    """One job, in a process of Ray's."""
+def _do_job(job: RemoteJob[_Result], kind: str, memory: Memory, timed: bool) -> _Done[_Result]:
+    """One job, in a process of Ray: its result, and what else is to be known of it."""
     import ray
 
     context = ray.get_runtime_context()
@@ -195,9 +195,9 @@ def _run(job: RemoteJob[_Result], kind: str, memory: Memory, timed: bool) -> _Do
     begun = time.perf_counter()
 
     @heard
-    def work(*, progress: Progress) -> _Result:
+    def do_job(*, progress: Progress) -> _Result:
         with exact_arithmetic(), Lane(choose_device(kind), memory.workers, memory.buffer_bytes, timing) as lane:
             return job(lane, attempt)
 
-    result = work(progress=said)
+    result = do_job(progress=said)
     return _Done(result, timing.seconds if timing is not None else {}, time.perf_counter() - begun, said.notes)

@@ -1,10 +1,11 @@
-"""Who does the work of the shards: this process, or Ray."""
+"""Who does the jobs of a run: this process, or Ray."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 
 import torch
@@ -28,44 +29,63 @@ _Result = TypeVar("_Result")
 _Result_co = TypeVar("_Result_co", covariant=True)
 
 
-class LocalWork(Protocol[_Result_co]):
-    """What is to be done in this process with the shards of a run, which are known by their index."""
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Who does the jobs of a run, where, and with how much memory; see ``surgery.factorize``."""
+
+    engine: EngineName = "local"
+    device: str = "auto"
+    max_memory: int | None = None
+    max_device_memory: int | None = None
+    timing: Timing | None = None
+
+
+class LocalJobs(Protocol[_Result_co]):
+    """The jobs of a run in this process: one for each shard, known by its index."""
 
     def acquired(self, which: Iterable[int]) -> Iterator[int]:
         """Some shards, each when its files are on this machine."""
 
-    def work(self, index: int, lane: Lane, read: Callable[[], object], /) -> _Result_co:
-        """One of those; ``read`` is to be called when its files have been read."""
+    def do_shard(self, index: int, lane: Lane, on_read: Callable[[], object], /) -> _Result_co:
+        """The job of one of those; ``on_read`` is to be called when its files have been read."""
 
     def close(self) -> None:
         """No more files are wanted."""
 
 
-class ShardWork(LocalWork[_Result_co], Protocol[_Result_co]):
-    """The same, here or elsewhere."""
+class ShardJobs(LocalJobs[_Result_co], Protocol[_Result_co]):
+    """The jobs of a run, here or elsewhere."""
 
     def remote(self, index: int) -> RemoteJob[_Result_co]:
-        """The same for another process, which gets the files by itself."""
+        """The job of a shard for another process, which gets the files by itself."""
 
     def tell(self, index: int) -> None:
         """It has been done elsewhere: the progress is to know."""
 
 
 class Engine(Protocol):
-    """Attributes: what a run may use, the device for its manifest, and how many weight files are used at a time."""
+    """Who does the jobs of a run.
+
+    Attributes:
+        resources: what a run may use.
+        device_name: the device for its manifest.
+        files_at_a_time: how many weight files are used at a time.
+    """
 
     resources: Resources
     device_name: str
     files_at_a_time: int
 
-    def run(self, work: ShardWork[_Result], which: Sequence[int], memory: Memory) -> Generator[tuple[int, _Result], None, None]:
+    def run(self, jobs: ShardJobs[_Result], which: Sequence[int], memory: Memory) -> Generator[tuple[int, _Result], None, None]:
         """Shards with their results, in the order in which they are finished. To be closed when left early."""
 
 
 class LocalEngine:
     """This process, with one lane for each device."""
 
-    def __init__(self, device: str, max_memory: int | None, max_device_memory: int | None, timing: Timing | None) -> None:
+    def __init__(
+        self, device: str, max_memory: int | None = None, max_device_memory: int | None = None, timing: Timing | None = None
+    ) -> None:
         _check_limits(max_memory, max_device_memory)
         self._devices = choose_devices(device)
         self._max_device_memory = max_device_memory
@@ -74,7 +94,7 @@ class LocalEngine:
         self.device_name = device_name(self._devices[0])
         self.files_at_a_time = len(self._devices) + 1
 
-    def run(self, work: LocalWork[_Result], which: Sequence[int], memory: Memory) -> Generator[tuple[int, _Result], None, None]:
+    def run(self, jobs: LocalJobs[_Result], which: Sequence[int], memory: Memory) -> Generator[tuple[int, _Result], None, None]:
         """See ``Engine``."""
         with _limited(self._devices, self._max_device_memory):
             if (timing := self._timing) is not None:
@@ -85,10 +105,10 @@ class LocalEngine:
                     timing.wait_for_device = lambda: torch.cuda.current_stream().synchronize()
             lanes = [Lane(device, memory.workers, memory.buffer_bytes, timing) for device in self._devices]
             try:
-                with closing(run_jobs(work.work, work.acquired(which), lanes)) as finished:
+                with closing(run_jobs(jobs.do_shard, jobs.acquired(which), lanes)) as finished:
                     yield from finished
             finally:
-                work.close()
+                jobs.close()
 
 
 class RayEngine:
@@ -105,35 +125,43 @@ class RayEngine:
         self.device_name = cluster.device_name
         self.files_at_a_time = 1
 
-    def run(self, work: ShardWork[_Result], which: Sequence[int], memory: Memory) -> Generator[tuple[int, _Result], None, None]:
+    def run(self, jobs: ShardJobs[_Result], which: Sequence[int], memory: Memory) -> Generator[tuple[int, _Result], None, None]:
         """See ``Engine``."""
         from surgery.engine.ray import run_remotely
 
-        jobs = {index: work.remote(index) for index in which}
-        with closing(run_remotely(jobs, self._cluster, memory, self._timing)) as finished:
+        remote = {index: jobs.remote(index) for index in which}
+        with closing(run_remotely(remote, self._cluster, memory, self._timing)) as finished:
             for index, result in finished:
-                work.tell(index)
+                jobs.tell(index)
                 yield index, result
 
 
 @contextmanager
-def engine_of(
-    name: str, device: str, max_memory: int | None, max_device_memory: int | None, timing: Timing | None
-) -> Iterator[Engine]:
+def engine_of(options: EngineOptions) -> Iterator[Engine]:
     """The engine that a user means.
 
     Raises:
         OptionError: it has no such device, or a limit of memory is none.
         MissingExtra: Ray is not installed.
+        ClusterError: the cluster cannot be reached, or has no such device.
     """
-    if name == "local":
-        yield LocalEngine(device, max_memory, max_device_memory, timing)
+    if options.engine == "local":
+        yield LocalEngine(options.device, options.max_memory, options.max_device_memory, options.timing)
         return
-    _check_limits(max_memory, max_device_memory)
+    _check_limits(options.max_memory, options.max_device_memory)
     from surgery.engine.ray import connected
 
-    with connected(device) as cluster:
-        yield RayEngine(cluster, max_memory, max_device_memory, timing)
+    with connected(options.device) as cluster:
+        yield RayEngine(cluster, options.max_memory, options.max_device_memory, options.timing)
+
+
+def float64_device(device: str) -> str:
+    """The device that a user means, where float64 arithmetic is wanted: an Apple GPU has none, and the CPU takes its place.
+
+    Raises:
+        OptionError: there is no such device.
+    """
+    return "cpu" if choose_devices(device)[0].type == "mps" else device
 
 
 def _check_limits(max_memory: int | None, max_device_memory: int | None) -> None:

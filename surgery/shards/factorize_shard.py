@@ -109,14 +109,14 @@ def check_shared(out: Path) -> None:
         )
 
 
-def run_job(job: Job, lane: Lane, progress: Progress, read: Callable[[], object]) -> ShardResult:
+def run_job(job: Job, lane: Lane, progress: Progress, on_read: Callable[[], object]) -> ShardResult:
     """Factorize the targets of one shard and write its files.
 
     Args:
         job: what to do.
         lane: where.
         progress: told of each tensor that is done; called from threads.
-        read: called when the shard has been read.
+        on_read: called when the shard has been read.
     """
     factors_name = factors_file(job.index, job.count)
     quantized = {target.tensor: target.scaled for target in job.shard.targets if target.scaled is not None}
@@ -156,7 +156,7 @@ def run_job(job: Job, lane: Lane, progress: Progress, read: Callable[[], object]
             for part in work[piece.entry.name]:
                 part.sample.update(part.target.view.matrices(piece.tensor))
 
-        lane.flow(looked_at(walk, sample), job.window_bytes, factorize, finish, read)
+        lane.flow(looked_at(walk, sample), job.window_bytes, factorize, finish, on_read)
         weights.check(job.shard.file, walk.sha256)
         source = FileRecord(job.shard.file, reader.header.file_bytes, walk.sha256)
         residual_record = residuals.commit(job.shard.file) if residuals else None

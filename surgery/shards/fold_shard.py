@@ -108,12 +108,12 @@ class ShardFold:
     places: FoldPlaces
     progress: Progress
 
-    def run(self, lane: Lane, read: Callable[[], object], partial: Path | None) -> FileRecord | None:
+    def run(self, lane: Lane, on_read: Callable[[], object], partial: Path | None) -> FileRecord | None:
         """Write the weight file, or only tell what it would be; None if nothing of it is left.
 
         Args:
             lane: where.
-            read: called when the shard has been read.
+            on_read: called when the shard has been read.
             partial: where the file is until it is finished, if not beside it.
         """
         file, weights = self.shard.source.file, self.checkpoint.weights
@@ -123,13 +123,13 @@ class ShardFold:
                 return None
             if self.places.to_compare:
                 sink = HashSink()
-                self._write(reader, sink, lane, read)
+                self._write(reader, sink, lane, on_read)
                 return FileRecord(file, self.shard.source.size, sink.sha256)
             with FileWriter(self.places.place / file, partial) as writer:
-                self._write(reader, writer, lane, read)
+                self._write(reader, writer, lane, on_read)
                 return writer.commit(file)
 
-    def _write(self, reader: ShardReader, writer: FileWriter | HashSink, lane: Lane, read: Callable[[], object]) -> None:
+    def _write(self, reader: ShardReader, writer: FileWriter | HashSink, lane: Lane, on_read: Callable[[], object]) -> None:
         """The bytes of the weight file, in order."""
         shard, dense, progress, weights = self.shard, self.dense, self.progress, self.checkpoint.weights
         path, header = weights.path(shard.source.file), dense.header(reader.header)
@@ -149,7 +149,7 @@ class ShardFold:
                 progress.advance(len(piece))
 
         with ShardWalk(reader, dense.touched(reader.header), lane.buffers, lane.timing) as walk:
-            lane.flow(walk, self.places.window_bytes, fold, finish, read)
+            lane.flow(walk, self.places.window_bytes, fold, finish, on_read)
         weights.check(shard.source.file, walk.sha256)
         if header == reader.header.raw and dense.keeps(reader.header) and writer.sha256 != shard.source.sha256:
             raise FormatError(f"{path}: untouched scales do not give the source back", hint=DAMAGED_HINT)

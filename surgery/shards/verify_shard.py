@@ -57,21 +57,21 @@ class ShardCheck:
         """Those in it."""
         return self.checkpoint.manifest.targets_of(self.shard.source.file)
 
-    def run(self, lane: Lane, read: Callable[[], object]) -> list[Failure]:
+    def run(self, lane: Lane, on_read: Callable[[], object]) -> list[Failure]:
         """What does not hold; whatever cannot be read is among it.
 
         Args:
             lane: where the arithmetic is done.
-            read: called when the shard has been read.
+            on_read: called when the shard has been read.
         """
         failures = Failures()
         try:
-            self._run(lane, read, failures)
+            self._run(lane, on_read, failures)
         except SurgeryError as error:  # a file that cannot even be read; the others may be well
             failures.fail(self.shard.source.file, error)
         return failures.found
 
-    def _run(self, lane: Lane, read: Callable[[], object], failures: Failures) -> None:
+    def _run(self, lane: Lane, on_read: Callable[[], object], failures: Failures) -> None:
         shard, weights = self.shard, self.checkpoint.weights
         headers_only = not self.window_bytes
         for record in (shard.residual, shard.factors):
@@ -97,7 +97,7 @@ class ShardCheck:
                 # In a lane's own threads: nothing that is computed there depends on how many there are.
                 done = [lane.submit(lambda target: factors_found(target, opened), target) for target in self.targets]
             if weights is not None:
-                _WeightsCheck(self, weights, factors, failures).run(lane, read, stack)
+                _WeightsCheck(self, weights, factors, failures).run(lane, on_read, stack)
             for found in done:
                 failures.found += found.result()
 
@@ -123,7 +123,7 @@ class _WeightsCheck:
         for target in check.targets:
             self._by_name.setdefault(target.tensor, []).append(CheckedTarget(target, options))
 
-    def run(self, lane: Lane, read: Callable[[], object], stack: ExitStack) -> None:
+    def run(self, lane: Lane, on_read: Callable[[], object], stack: ExitStack) -> None:
         """Read the shard, and compare all of it with what is recorded."""
         shard, weights, failures = self._check.shard, self._weights, self._failures
         file, own = shard.source.file, weights.holds_residuals
@@ -155,7 +155,7 @@ class _WeightsCheck:
 
         walk = stack.enter_context(ShardWalk(source, portions, lane.buffers, lane.timing))
         errors: list[SurgeryError] = []
-        lane.flow(looked_at(_until_error(walk, errors), sample), self._check.window_bytes, compute, finish, read)
+        lane.flow(looked_at(_until_error(walk, errors), sample), self._check.window_bytes, compute, finish, on_read)
         if errors:
             failures.fail(path.name, errors[0])
             return

@@ -17,7 +17,7 @@ from surgery.errors import OptionError
 from surgery.files.file_writer import write_file
 from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
-from surgery.run.output import check_output_file
+from surgery.run.output_paths import check_output_path
 from surgery.study.spectra import folders_of, spectra
 
 Unit = Literal["numbers", "bytes"]
@@ -113,7 +113,7 @@ def recommend(
     for what, value in (("budget", budget), ("max_rank", max_rank)):
         if value < 1:
             raise OptionError(f"{what} must be at least 1", got=value)
-    check_output_file(out, folders_of(model, tuned), overwrite=overwrite)
+    check_output_path(out, folders_of(model, tuned), overwrite=overwrite)
     report = spectra(
         model,
         tuned,

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
-from surgery.device import choose_devices, on_its_own_terms
-from surgery.errors import FormatError, MissingExtra, OptionError, OutputError
-from surgery.files.access import read_errors
-from surgery.files.file_records import file_sha256
+from surgery.device import on_its_own_terms
+from surgery.errors import MissingExtra, OptionError, OutputError
 from surgery.files.file_writer import write_file
 from surgery.linalg.svd import DEFAULT_TOLERANCE, check_accuracy
 from surgery.names import JOURNAL_DIR, SPECTRA_FILE, SPECTRA_PAGE, SPECTRA_TABLE
@@ -26,98 +23,24 @@ from surgery.planning.targets import Choice
 from surgery.progress import Progress, listening, phase
 from surgery.report.listing import write_csv
 from surgery.report.page import write_page
-from surgery.report.schema import SCHEMA_VERSION, check_target
+from surgery.report.schema import SCHEMA_VERSION
+from surgery.report.summary import worst_residual
 from surgery.reports import Report
-from surgery.run.engines import LocalEngine
-from surgery.run.journal import Journal
-from surgery.run.output import Interruptible, check_output_file, check_room, download_needs, files_together, locked
+from surgery.run.disk_room import check_room, download_needs
+from surgery.run.engines import LocalEngine, float64_device
+from surgery.run.output_paths import check_output_path
+from surgery.run.resume import shard_results
+from surgery.run.run import Run
 from surgery.shards.accuracy import unconverged_note
 from surgery.source.address import address_of
 from surgery.source.open import open_source
 from surgery.source.protocol import Source
-from surgery.study.spectra_shard import Measure, Measuring, ShardSpectra, rounded
+from surgery.study.overview import Findings, findings_of, has_converged
+from surgery.study.spectra_shard import Measure, SpectraJobs
 from surgery.version import __version__
 from surgery.weights.tuned import Norms, note_what_is_unlikely
 
 _FILES = (SPECTRA_FILE, SPECTRA_TABLE, SPECTRA_PAGE)
-_MOST_AMPLIFIED = 10
-
-
-@dataclass(frozen=True, slots=True)
-class Amplified:
-    """A singular value that fine-tuning has changed.
-
-    Attributes:
-        key: of the matrix.
-        index: of the value, from 1.
-        amplification: the new one over the old one.
-    """
-
-    key: str
-    index: int
-    amplification: float
-
-
-@dataclass(frozen=True, slots=True)
-class Findings(Report):
-    """What can be said of all matrices together. From ``top_change`` on None where there is no tuned model.
-
-    The first r directions of a matrix are its top, the next are those after it that are told, and the rest comes after these.
-
-    Attributes:
-        targets: how many matrices there are.
-        median_stable_rank: of all matrices.
-        median_effective_rank_share: of the effective rank over the shorter side.
-        median_energy: by rank, of the share of the squared norm in as many directions.
-        unconverged: how many matrices have an SVD that did not reach the tolerance: their own, that of what they became, or
-            that of the update.
-        unidentified_share: of the directions, those that their matrix does not determine.
-        top_change, next_change, rest_change: medians of the mean size of the relative change of singular values, of the top,
-            the next and the rest.
-        median_top_amplification, median_next_amplification, median_rest_amplification: of new over old singular values.
-        top_amplified_share: of the top's values, those that grew.
-        median_left_cosine, median_right_cosine: of the top's directions and what they became.
-        median_in_place: of how strong the top's directions are in the tuned model, over what they were.
-        in_place_grew_share: of these, those that are stronger.
-        order_changes: how many pairs of directions have changed their order.
-        moved_share: of the top's directions, those that are at another place.
-        gone: how many of the top's directions are beyond all that was computed.
-        new: how many of the tuned model's top are no direction of the original.
-        median_relative_update: of the norm of the change over that of the matrix.
-        median_update_in_both, chance_in_both: of the share of the change inside the top's subspaces, and that by chance.
-        median_rescaling, chance_rescaling: of the share of it that scales of the top explain, and that by chance.
-        most_amplified: the values that have changed most, first the furthest.
-    """
-
-    schema_version: ClassVar[int] = SCHEMA_VERSION
-
-    targets: int
-    median_stable_rank: float | None
-    median_effective_rank_share: float | None
-    median_energy: Mapping[str, float | None]
-    unconverged: int
-    unidentified_share: float
-    top_change: float | None = None
-    next_change: float | None = None
-    rest_change: float | None = None
-    median_top_amplification: float | None = None
-    median_next_amplification: float | None = None
-    median_rest_amplification: float | None = None
-    top_amplified_share: float | None = None
-    median_left_cosine: float | None = None
-    median_right_cosine: float | None = None
-    median_in_place: float | None = None
-    in_place_grew_share: float | None = None
-    order_changes: int | None = None
-    moved_share: float | None = None
-    gone: int | None = None
-    new: int | None = None
-    median_relative_update: float | None = None
-    median_update_in_both: float | None = None
-    chance_in_both: float | None = None
-    median_rescaling: float | None = None
-    chance_rescaling: float | None = None
-    most_amplified: tuple[Amplified, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,26 +162,32 @@ def spectra(
     out = None if out is None else Path(out)
     if out is not None:
         _check_out(out, folders_of(model, tuned), overwrite=overwrite)
-    # Differences and entropies are taken in float64, which an Apple GPU does not have.
-    exact_on = "cpu" if choose_devices(str(device))[0].type == "mps" else str(device)
+    # Differences and entropies are taken in float64.
+    engine = LocalEngine(float64_device(str(device)))
     # The rank is of no account: what is told depends on top.
     choice = Choice(1, None, None, tuple(include), tuple(exclude), None if recipe is None else str(recipe), split)
-    engine = LocalEngine(exact_on, None, None, None)
     with phase(progress, "planning"):
         source = open_source(model, revision=revision, subfolder=subfolder)
-        steps = make_plan(source, choice, "overlay")
+        plan = make_plan(source, choice, "overlay")
         other = None if tuned is None else open_source(tuned, subfolder=subfolder)
     check_room(*download_needs(*([source] if other is None else [source, other])))
     measure = Measure(top, subspace, tolerance, seed, compared=other is not None)
-    options = SpectraOptions(top, subspace, seed, tolerance, steps.recipe, tuple(include), tuple(exclude))
+    options = SpectraOptions(top, subspace, seed, tolerance, plan.recipe, tuple(include), tuple(exclude))
     with ExitStack() as stack:
         journal = place = None
         if out is not None:
-            run = stack.enter_context(Interruptible(out))
-            run.journal = journal = Journal(out, _identity(source, other, steps, options, engine.device_name))
-            stack.enter_context(locked(out, ()))
-            place = stack.enter_context(files_together(out, journal, _FILES, overwrite=overwrite))
-        targets = _measured(engine, source, steps, other, measure, journal, progress)
+            run = stack.enter_context(Run(out))
+            run.identify(_identity(source, other, plan, options, engine.device_name))
+            stack.enter_context(run.locked(()))
+            place = stack.enter_context(run.files_together(_FILES, overwrite=overwrite))
+            journal = run.journal
+        memory = share_out(
+            [need_to_measure(t, measure.triplets, compared=measure.compared) for t in plan.targets], engine.resources
+        )
+        total = sum(shard.size for shard in plan.shards if shard.targets)
+        with phase(progress, "measuring", total), SpectraJobs(source, plan, other, measure) as jobs:
+            measured = shard_results(jobs, lambda missing: engine.run(jobs, missing, memory), journal)
+        targets = [target for shard in measured for target in shard.targets]
         for read in (source, other):
             if read is not None:
                 read.watch.check()
@@ -270,13 +199,13 @@ def spectra(
             tuned=None if other is None else _named(other),
             options=options,
             targets=tuple(targets),
-            findings=_findings(targets, subspace, compared=other is not None),
+            findings=findings_of(targets, subspace, compared=other is not None),
         )
         if place is not None:
             _write(report, place, progress)
     if other is not None:
         note_what_is_unlikely(other.name, [_norms(target) for target in targets])
-    if failed := {target["key"]: _worst_residual(target) for target in targets if not _has_converged(target)}:
+    if failed := {target["key"]: worst_residual(target) for target in targets if not has_converged(target)}:
         hint = "The figures of these are less certain: among targets they are those with converged false"
         progress.note(unconverged_note(failed, f"{len(targets)} matrices", tolerance, hint))
     return report
@@ -287,12 +216,12 @@ def _check_out(out: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is no folder", hint="-o chooses another one")
     for name in _FILES:
-        check_output_file(out / name, inputs, overwrite=overwrite or (out / JOURNAL_DIR).is_dir())
+        check_output_path(out / name, inputs, overwrite=overwrite or (out / JOURNAL_DIR).is_dir())
 
 
-def _identity(source: Source, other: Source | None, steps: Plan, options: SpectraOptions, device: str) -> dict[str, Any]:
+def _identity(source: Source, other: Source | None, plan: Plan, options: SpectraOptions, device: str) -> dict[str, Any]:
     """All that the figures depend on."""
-    targets = [[t.key, list(t.shape), t.view.kind, asdict(t.view.slice) if t.view.slice else None] for t in steps.targets]
+    targets = [[t.key, list(t.shape), t.view.kind, asdict(t.view.slice) if t.view.slice else None] for t in plan.targets]
     models = {
         which: None if read is None else {**asdict(read.record), "files": read.stamps()}
         for which, read in (("base", source), ("tuned", other))
@@ -307,87 +236,6 @@ def _identity(source: Source, other: Source | None, steps: Plan, options: Spectr
         "targets": hashlib.sha256(json.dumps(targets).encode()).hexdigest(),
         **models,
     }
-
-
-def _measured(
-    engine: LocalEngine,
-    source: Source,
-    steps: Plan,
-    other: Source | None,
-    measure: Measure,
-    journal: Journal | None,
-    progress: Progress,
-) -> list[dict[str, Any]]:
-    """The figures of all targets, in the order of the checkpoint; of what an earlier start has measured from the journal."""
-    needs = [need_to_measure(target, measure.triplets, compared=measure.compared) for target in steps.targets]
-    memory = share_out(needs, engine.resources)
-    results: dict[int, list[dict[str, Any]]] = {}
-    total = sum(shard.size for shard in steps.shards if shard.targets)
-    with phase(progress, "measuring", total), Measuring(source, steps, other, measure, progress) as work:
-        count = len(work.shards)
-        done = None if journal is None else _Done(journal, source, other, work)
-        for index in range(count):
-            if done is not None and (known := done.of(index)) is not None:
-                results[index] = known
-                work.tell(index)
-        if results:
-            progress.note(f"going on after {len(results)} of {count} shards")
-        missing = [index for index in range(count) if index not in results]
-        with closing(engine.run(work, missing, memory)) as finished:
-            for index, result in finished:
-                results[index] = result.targets
-                if done is not None:
-                    done.record(index, result)
-    return [target for index in range(count) for target in results[index]]
-
-
-class _Done:
-    """The shards that are measured, in a journal: each with the hashes of the local files that its figures were taken of."""
-
-    def __init__(self, journal: Journal, source: Source, other: Source | None, work: Measuring) -> None:
-        self._journal = journal
-        self._source = source
-        self._other = other
-        self._work = work
-        self._hashes: dict[Path, str] = {}
-
-    def record(self, index: int, result: ShardSpectra) -> None:
-        shard = self._work.shards[index]
-        if self._source.record.kind == "folder":
-            self._hashes[self._source.fetch(shard.file)] = result.sha256
-        self._journal.record(index, shard.file, {"files": self._files(index), "targets": result.targets})
-
-    def of(self, index: int) -> list[dict[str, Any]] | None:
-        """The figures of a shard, if it is still what they were taken of."""
-        value = self._journal.recorded(index, self._work.shards[index].file)
-        targets = value.get("targets") if isinstance(value, dict) else None
-        identities = self._work.identities(index)
-        if not isinstance(targets, list) or len(targets) != len(identities):
-            return None
-        for target, identity in zip(targets, identities, strict=True):
-            try:
-                check_target(target, compared=self._other is not None)
-            except FormatError:
-                return None
-            if any(target.get(name, ...) != value for name, value in identity.items()):
-                return None
-        return targets if value.get("files") == self._files(index) else None
-
-    def _files(self, index: int) -> list[list[str]]:
-        """Names and hashes of what a shard's figures are taken of. A commit pins the files of a hub model."""
-        shard = self._work.shards[index]
-        read = [(self._source, [shard.file])]
-        if self._other is not None and self._work.tuned is not None:
-            read.append((self._other, self._work.tuned.shards_of(target.tensor for target in shard.targets)))
-        return [
-            [file, self._sha256(model.fetch(file))] for model, files in read if model.record.kind == "folder" for file in files
-        ]
-
-    def _sha256(self, path: Path) -> str:
-        if path not in self._hashes:
-            with read_errors(path):
-                self._hashes[path] = file_sha256(path)
-        return self._hashes[path]
 
 
 def _write(report: SpectraReport, place: Path, progress: Progress) -> None:
@@ -415,84 +263,3 @@ def folders_of(*models: str | Path | None) -> list[Path]:
 
 def _named(source: Source) -> StudiedModel:
     return StudiedModel(source.name, source.record.repo_id, source.record.commit)
-
-
-def _findings(targets: Sequence[Mapping[str, Any]], r: int, *, compared: bool) -> Findings:
-    ranks = sorted({int(rank) for target in targets for rank in target["energy"]})
-    known = [flag for target in targets for flag in target["identified"]]
-    found: dict[str, Any] = {
-        "targets": len(targets),
-        "median_stable_rank": _median(target["stable_rank"] for target in targets),
-        "median_effective_rank_share": _median(target["effective_rank"] / min(target["shape"]) for target in targets),
-        "median_energy": {
-            str(rank): _median(target["energy"][str(rank)] for target in targets if str(rank) in target["energy"])
-            for rank in ranks
-        },
-        "unconverged": sum(not _has_converged(target) for target in targets),
-        "unidentified_share": 1 - sum(known) / len(known),
-    }
-    if compared:
-        found |= _changes(targets, r)
-    return Findings(**rounded(found), most_amplified=_most_amplified(targets, r) if compared else None)
-
-
-def _parts(target: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """All that has an SVD of its own: a matrix, what it became, and the update."""
-    return [target, *(part for name in ("tuned", "update") if (part := target.get(name)) is not None)]
-
-
-def _has_converged(target: Mapping[str, Any]) -> bool:
-    return all(part["converged"] for part in _parts(target))
-
-
-def _worst_residual(target: Mapping[str, Any]) -> float:
-    """Of a matrix and of what it became; of an update they are not told."""
-    return max(max(part.get("residual", ()), default=0.0) for part in _parts(target))
-
-
-def _most_amplified(targets: Sequence[Mapping[str, Any]], r: int) -> tuple[Amplified, ...]:
-    every = (
-        Amplified(target["key"], index, value)
-        for target in targets
-        for index, value in enumerate(target["amplification"][:r], 1)
-        if value is not None
-    )
-    return tuple(sorted(every, key=lambda one: -abs(one.amplification - 1))[:_MOST_AMPLIFIED])
-
-
-def _changes(targets: Sequence[Mapping[str, Any]], r: int) -> dict[str, Any]:
-    tops = [[value for value in target["amplification"][:r] if value is not None] for target in targets]
-    ratios = [value for values in tops for value in values]
-    updates = [target["update"] for target in targets if target["update"] is not None]
-    sizes = [(min(r, len(target["amplification"])), *target["shape"]) for target in targets if target["update"] is not None]
-    nexts = [[value for value in target["amplification"][r:] if value is not None] for target in targets]
-    rests = [target["rest_amplification"] for target in targets]
-    in_place = [value for target in targets for value in target["in_place"][:r] if value is not None]
-    places = [(i, place) for target in targets for i, place in enumerate(target["place"][:r], 1) if place is not None]
-    return {
-        "top_change": _median(statistics.fmean(abs(value - 1) for value in values) for values in tops if values),
-        "next_change": _median(statistics.fmean(abs(value - 1) for value in values) for values in nexts if values),
-        "rest_change": _median(abs(rest - 1) for rest in rests if rest is not None),
-        "median_top_amplification": _median(ratios),
-        "median_next_amplification": _median(value for values in nexts for value in values),
-        "median_rest_amplification": _median(rest for rest in rests if rest is not None),
-        "top_amplified_share": sum(value > 1 for value in ratios) / len(ratios) if ratios else None,
-        "median_left_cosine": _median(value for t in targets for value in t["left_cosine"][:r] if value is not None),
-        "median_right_cosine": _median(value for t in targets for value in t["right_cosine"][:r] if value is not None),
-        "median_in_place": _median(in_place),
-        "in_place_grew_share": sum(value > 1 for value in in_place) / len(in_place) if in_place else None,
-        "order_changes": sum(target["order_changes"] for target in targets),
-        "moved_share": sum(place != i for i, place in places) / len(places) if places else None,
-        "gone": sum(len(target["gone"]) for target in targets),
-        "new": sum(len(target["new"]) for target in targets),
-        "median_relative_update": _median(u["relative"] for u in updates if u["relative"] is not None),
-        "median_update_in_both": _median(update["in_both"] for update in updates),
-        "chance_in_both": _median(k * k / (m * n) for k, m, n in sizes),
-        "median_rescaling": _median(update["rescaling"] for update in updates),
-        "chance_rescaling": _median(k / (m * n) for k, m, n in sizes),
-    }
-
-
-def _median(values: Iterable[float]) -> float | None:
-    known = list(values)
-    return statistics.median(known) if known else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -13,11 +14,15 @@ import torch
 from surgery.device import as_memory_allows
 from surgery.engine.lane import Lane
 from surgery.engine.walk import Piece, ShardWalk, TargetPiece
-from surgery.errors import WeightError
+from surgery.errors import FormatError, WeightError
+from surgery.files.access import read_errors
+from surgery.files.file_records import file_sha256
 from surgery.format.safetensors import TORCH_DTYPES, ShardReader
 from surgery.planning.plan import Plan
 from surgery.planning.targets import Target
-from surgery.progress import Progress
+from surgery.progress import listening
+from surgery.report.schema import check_target
+from surgery.run.resume import Recorded
 from surgery.shards.factorize_shard import rounded_to
 from surgery.source.protocol import Source
 from surgery.study.spectrum import compare, spectrum
@@ -94,59 +99,66 @@ class ShardSpectra:
     """What has been measured of a shard.
 
     Attributes:
-        sha256: of the weight file.
+        sha256: of the weight file, as it was read; None where an earlier start of the run has measured it.
         targets: of each matrix, in the order of the file; see docs/study.md.
     """
 
-    sha256: str
+    sha256: str | None
     targets: list[dict[str, Any]]
 
 
-class Measuring:
-    """What is done with the shards of a study, see ``LocalWork``: those with targets. A context manager.
+class SpectraJobs:
+    """The jobs of a study, see ``LocalJobs`` and ``RecordedJobs``: one for each shard with targets. A context manager.
 
     Args:
-        source, steps: the model and its plan.
+        source, plan: the model and its plan.
         other: the fine-tuned model.
         measure: how.
-        progress: told of each tensor that is done; called from threads.
+
+    Attributes:
+        shard_files: the weight file of each job.
 
     Raises:
         SourceError: the fine-tuned model lacks a tensor, or has it in another shape.
     """
 
-    def __init__(self, source: Source, steps: Plan, other: Source | None, measure: Measure, progress: Progress) -> None:
-        self.shards = [shard for shard in steps.shards if shard.targets]
+    def __init__(self, source: Source, plan: Plan, other: Source | None, measure: Measure) -> None:
+        self._shards = [shard for shard in plan.shards if shard.targets]
+        self.shard_files = [shard.file for shard in self._shards]
         self._source = source
+        self._other = other
         self._measure = measure
-        self._progress = progress
-        self._prefix = _common_prefix([_generic(target.tensor) for target in steps.targets])
-        quantized = {target.tensor: target.scaled for target in steps.targets if target.scaled is not None}
+        self._progress = listening()
+        self._hashes: dict[Path, str] = {}
+        self._prefix = _common_prefix([_generic(target.tensor) for target in plan.targets])
+        quantized = {target.tensor: target.scaled for target in plan.targets if target.scaled is not None}
         self._weights = StudiedWeights(source, lambda: quantized)
-        self.tuned: TunedModel | None = None
+        self._tuned: TunedModel | None = None
         if other is not None:
             names = {entry.name for shard in source.selection.shards for entry in source.header(shard).tensors}
-            self.tuned = TunedModel(other, {target.tensor: target.shape for target in steps.targets}, names)
+            self._tuned = TunedModel(other, {target.tensor: target.shape for target in plan.targets}, names)
 
     def __enter__(self) -> Self:
-        if self.tuned is not None:
-            self.tuned.__enter__()
+        if self._tuned is not None:
+            self._tuned.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
             self._weights.__exit__(kind, error, trace)
         finally:
-            if self.tuned is not None:
-                self.tuned.__exit__(kind, error, trace)
+            if self._tuned is not None:
+                self._tuned.__exit__(kind, error, trace)
 
     def acquired(self, which: Iterable[int]) -> Iterator[int]:
+        """See ``LocalJobs``."""
         for index in which:
-            self._source.acquire(self.shards[index].file)
+            self._source.acquire(self._shards[index].file)
             yield index
 
-    def work(self, index: int, lane: Lane, read: Callable[[], object]) -> ShardSpectra:
-        shard = self.shards[index]
+    def do_shard(self, index: int, lane: Lane, on_read: Callable[[], object]) -> ShardSpectra:
+        """See ``LocalJobs``."""
+        shard = self._shards[index]
         inside: dict[str, list[Target]] = {}
         for target in shard.targets:
             inside.setdefault(target.tensor, []).append(target)
@@ -168,26 +180,27 @@ class Measuring:
             ShardReader(self._weights.path(shard.file), name=shard.file, watch=self._source.watch) as reader,
             ShardWalk(reader, portions, lane.buffers, lane.timing) as walk,
         ):
-            lane.flow(walk, _WINDOW_BYTES, measure, finish, read)
+            lane.flow(walk, _WINDOW_BYTES, measure, finish, on_read)
         self._weights.check(shard.file, walk.sha256)
         return ShardSpectra(walk.sha256, described)
 
     def close(self) -> None:
+        """See ``LocalJobs``."""
         self._source.close()
 
     def tell(self, index: int) -> None:
-        """A shard was measured by an earlier start of the run: the progress is to know."""
-        shard = self.shards[index]
+        """See ``RecordedJobs``."""
+        shard = self._shards[index]
         self._progress.item(shard.file)
         self._progress.advance(shard.header.data_bytes)
 
-    def identities(self, index: int) -> list[dict[str, Any]]:
+    def _identities(self, index: int) -> list[dict[str, Any]]:
         """Which matrices those of a shard are, as what is measured of them begins."""
-        header, found = self.shards[index].header, []
-        portions = {target.tensor: target.at_a_time for target in self.shards[index].targets}
+        header, found = self._shards[index].header, []
+        portions = {target.tensor: target.at_a_time for target in self._shards[index].targets}
         for entry in header.tensors:
             if entry.name in portions:
-                parts = [target for target in self.shards[index].targets if target.tensor == entry.name]
+                parts = [target for target in self._shards[index].targets if target.tensor == entry.name]
                 count = entry.shape[0] if parts[0].view.kind == "stack" else 1
                 step = portions[entry.name] or count
                 for first in range(0, count, step):
@@ -196,10 +209,50 @@ class Measuring:
                         found += [self._identity(target, i if target.view.kind == "stack" else None) for i in some]
         return found
 
+    def as_json(self, index: int, result: ShardSpectra) -> Any:
+        """See ``RecordedJobs``: the figures, and the hashes of the local files that they were taken of."""
+        if self._source.record.kind == "folder" and result.sha256 is not None:
+            self._hashes[self._source.fetch(self._shards[index].file)] = result.sha256
+        return {"files": self._files(index), "targets": result.targets}
+
+    def recorded(self, index: int, value: Any) -> Recorded[ShardSpectra] | None:
+        """See ``RecordedJobs``."""
+        targets = value.get("targets") if isinstance(value, dict) else None
+        identities = self._identities(index)
+        if not isinstance(targets, list) or len(targets) != len(identities):
+            return None
+        for target, identity in zip(targets, identities, strict=True):
+            try:
+                check_target(target, compared=self._other is not None)
+            except FormatError:
+                return None
+            if any(target.get(name, ...) != expected for name, expected in identity.items()):
+                return None
+        return Recorded(ShardSpectra(None, targets)) if value.get("files") == self._files(index) else None
+
+    def _files(self, index: int) -> list[list[str]]:
+        """Names and hashes of what a shard's figures are taken of. A commit pins the files of a hub model."""
+        shard = self._shards[index]
+        models = [(self._source, [shard.file])]
+        if self._other is not None and self._tuned is not None:
+            models.append((self._other, self._tuned.shards_of(target.tensor for target in shard.targets)))
+        return [
+            [file, self._sha256(model.fetch(file))]
+            for model, files in models
+            if model.record.kind == "folder"
+            for file in files
+        ]
+
+    def _sha256(self, path: Path) -> str:
+        if path not in self._hashes:
+            with read_errors(path):
+                self._hashes[path] = file_sha256(path)
+        return self._hashes[path]
+
     def _piece(self, piece: TargetPiece, targets: Sequence[Target], device: torch.device) -> list[dict[str, Any]]:
         weight = self._weights.exact_piece(piece)
-        changed = None if self.tuned is None else self.tuned.weight(piece)
-        stored = [targets[0].dtype] if self.tuned is None else [targets[0].dtype, self.tuned.dtype(piece.entry.name)]
+        changed = None if self._tuned is None else self._tuned.weight(piece)
+        stored = [targets[0].dtype] if self._tuned is None else [targets[0].dtype, self._tuned.dtype(piece.entry.name)]
         spacings = tuple(torch.finfo(TORCH_DTYPES[dtype]).eps for dtype in stored)
         described = []
         for target in targets:

@@ -1,0 +1,55 @@
+"""What lies in an output folder: its files, held against what is recorded of them, and the order in which they come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from surgery.errors import FormatError, ReadError
+from surgery.files.access import all_below
+from surgery.files.file_records import FileRecord, check_file
+from surgery.names import CONFIG_FILE, JOURNAL_DIR, MANIFEST_FILE, is_litter
+from surgery.progress import listening, phase
+
+
+def files_in(out: Path) -> set[str]:
+    """All that is no folder, relative, but for the journal and what file managers leave. Links are not followed."""
+    paths = (path for path in all_below(out) if path.is_symlink() or not path.is_dir())
+    names = {path.relative_to(out).as_posix() for path in paths}
+    return {name for name in names if not name.startswith(f"{JOURNAL_DIR}/") and not is_litter(name)}
+
+
+def is_as_recorded(out: Path, record: FileRecord) -> bool:
+    """Whether a file is there with the size and the sha256 that were recorded."""
+    try:
+        check_file(out, record, "")
+    except (FormatError, ReadError):
+        return False
+    return True
+
+
+def not_as_recorded(out: Path, records: Iterable[FileRecord]) -> list[str]:
+    """The files that are not there with the size and the sha256 that were recorded."""
+    known, lost, progress = list(records), [], listening()
+    with phase(progress, "hashing", sum(record.size for record in known)):
+        for record in known:
+            progress.item(record.file)
+            if not is_as_recorded(out, record):
+                lost.append(record.file)
+            progress.advance(record.size)
+    return lost
+
+
+def loading_order(files: Iterable[str]) -> list[str]:
+    """Files in the order they are put in place: ``config.json`` last, as no loader takes a folder without it."""
+    return sorted(files, key=loading_key)
+
+
+def loading_key(name: str) -> tuple[bool, bool, str]:
+    """By which files are sorted in ``loading_order``."""
+    return name == MANIFEST_FILE, name == CONFIG_FILE, name
+
+
+def total_size(folder: Path, names: set[str]) -> int:
+    """Bytes of some files of a folder; of a link, its own."""
+    return sum((folder / name).lstat().st_size for name in names)

@@ -1,0 +1,179 @@
+"""A factorization as a whole: which run it is, whether a folder holds its complete result, and what comes last of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surgery.errors import OutputError, few
+from surgery.files.access import read_errors
+from surgery.files.file_records import file_sha256
+from surgery.files.file_writer import copy_file
+from surgery.format.manifest import Manifest, ShardResult, fingerprint_of, source_stamp
+from surgery.format.manifest_records import LeftOutRecord, OptionsRecord, SkippedRecord, TargetRecord
+from surgery.format.scales import write_untouched
+from surgery.format.views import View
+from surgery.names import FORMAT_VERSION, MANIFEST_FILE, SCALES_FILE, factors_file
+from surgery.planning.plan import Plan
+from surgery.planning.targets import Target
+from surgery.progress import listening, phase
+from surgery.run.contents import loading_order, not_as_recorded
+from surgery.run.journal import differing
+from surgery.run.result_folder import ResultFiles
+from surgery.source.protocol import Source
+from surgery.version import __version__
+
+
+@dataclass(frozen=True, slots=True)
+class Factorization:
+    """What is factorized, and how.
+
+    Attributes:
+        source: the model.
+        plan: what is done with each of its weight files.
+        options: as the manifest has them.
+        device: what the linear algebra runs on, as the manifest has it.
+    """
+
+    source: Source
+    plan: Plan
+    options: OptionsRecord
+    device: str
+
+    def identity(self) -> dict[str, Any]:
+        """All that the bytes of the result depend on, as JSON."""
+        chosen = [
+            [*seen(t.key, t.shape, t.view), t.rank, t.energy, [alias.tensor for alias in t.aliases]] for t in self.plan.targets
+        ]
+        return {
+            "command": "factorize",
+            "format_version": FORMAT_VERSION,
+            "tool": f"surgery {__version__}",
+            "torch": torch.__version__,
+            "device": self.device,
+            "window_bytes": self.plan.memory.window_bytes,
+            "layout": self.plan.layout,
+            "options": asdict(self.options),
+            "targets": hashlib.sha256(json.dumps(chosen).encode()).hexdigest(),
+            "source": {**asdict(self.source.record), "files": self.source.stamps()},
+        }
+
+    def files(self) -> ResultFiles:
+        """Everything that will be written."""
+        plan = self.plan
+        names = {MANIFEST_FILE, SCALES_FILE, *self.source.selection.others}
+        for index, shard in enumerate(plan.shards):
+            if shard.targets:
+                names.add(factors_file(index, len(plan.shards)))
+            if plan.layout == "residual":
+                names.add(shard.file)
+        return ResultFiles(frozenset(names), plan.bytes_written)
+
+    def complete_in(self, out: Path) -> Manifest:
+        """The manifest of a complete result, if it is that of this factorization.
+
+        Args:
+            out: a folder with a manifest.
+
+        Raises:
+            OutputError: it is the result of another one, and says what differs; or it has lost files since.
+            FormatError, ReadError: the manifest is damaged, or a file of the model cannot be read.
+        """
+        manifest = Manifest.read(out)
+        if differences := self._differences(manifest):
+            raise OutputError(
+                f"{out} holds the complete result of another run",
+                got=few(differences, between="; "),
+                hint="--overwrite replaces it; -o chooses another folder",
+            )
+        lost = not_as_recorded(out, manifest.output_files())
+        if lost or not (out / SCALES_FILE).is_file():
+            lost = lost or [SCALES_FILE]
+            raise OutputError(
+                f"{out} holds a complete result that has lost files since, or whose files have changed",
+                got=few(lost),
+                hint="--overwrite makes it anew",
+            )
+        return manifest
+
+    def _differences(self, manifest: Manifest) -> list[str]:
+        """Where a complete result is another one, in words. A local model is read for it if nothing else differs."""
+        source, plan = self.source, self.plan
+        then = {"layout": manifest.layout, "options": asdict(manifest.options), "source": asdict(manifest.source)}
+        now = {"layout": plan.layout, "options": asdict(self.options), "source": asdict(source.record)}
+        differences = differing(then, now)
+        found = {target.key: target for target in manifest.targets}
+        planned = sorted(seen(t.key, t.shape, t.view) for t in plan.targets)
+        if sorted(seen(t.key, t.shape, t.seen_as) for t in manifest.targets) != planned:
+            differences.append("the targets are others")
+        elif any(has_other_rank(found[target.key], target) for target in plan.targets):
+            differences.append("the ranks are others")
+        if source.record.kind == "folder" and not differences:
+            recorded = {record.file: record for record in (*(shard.source for shard in manifest.shards), *manifest.files)}
+            files = (*(shard.file for shard in plan.shards), *source.selection.others)
+            progress = listening()
+            with phase(progress, "comparing", sum(map(source.size, files))):
+                for file in files:
+                    progress.item(file)
+                    path = source.fetch(file)
+                    with read_errors(path):
+                        same = file in recorded and recorded[file].sha256 == file_sha256(path)
+                    if not same:
+                        differences.append(f"{file} of the model has changed")
+                    progress.advance(source.size(file))
+            differences += [f"{file} of the model is gone" for file in sorted(recorded.keys() - set(files))]
+        return differences
+
+    def finish(self, place: Path, results: Sequence[ShardResult]) -> Manifest:
+        """Copy what goes along, write the scales and, last, the manifest: of a source that is still what was planned for.
+
+        Args:
+            place: the folder that is written to.
+            results: of all shards, whose files are there.
+        """
+        source, progress = self.source, listening()
+        targets = [target for result in results for target in result.targets]
+        source.watch.check()
+        others = []
+        with phase(progress, "copying"):
+            for name in loading_order(source.selection.others):
+                progress.item(name)
+                others.append(copy_file(source.fetch(name), place / name, name, watch=source.watch))
+        fingerprint = fingerprint_of(targets)
+        write_untouched(place / SCALES_FILE, targets, fingerprint)
+        shards, stamps = [result.shard for result in results], source.stamps()
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            tool=f"surgery {__version__}",
+            torch=torch.__version__,
+            device=self.device,
+            layout=self.plan.layout,
+            source=source.record,
+            options=self.options,
+            fingerprint=fingerprint,
+            source_stamps=[source_stamp(shard.source, stamps[shard.source.file][1]) for shard in shards] if stamps else [],
+            shards=shards,
+            files=others,
+            left_out=[LeftOutRecord(name, reason) for name, reason in sorted(source.selection.left_out.items())],
+            targets=targets,
+            skipped=[SkippedRecord(item.tensor, item.shard, item.reason) for item in self.plan.skipped],
+        )
+        source.watch.check()
+        manifest.write(place)
+        return manifest
+
+
+def seen(key: str, shape: Sequence[int], view: View) -> list[Any]:
+    """Which matrices of a tensor a target is, as JSON: its key, the shape of the tensor, and how it is seen as matrices."""
+    return [key, list(shape), view.kind, asdict(view.slice) if view.slice else None]
+
+
+def has_other_rank(target: TargetRecord, planned: Target) -> bool:
+    """Whether a result has another rank than is asked for, or than may come of the energy that is."""
+    return target.rank > planned.rank or (planned.energy is None and target.rank != planned.rank)

@@ -1,0 +1,126 @@
+"""The lock of an output folder, and that nothing stays of it, or of a run that has done nothing."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import BaseFileLock, FileLock, Timeout
+
+from surgery.errors import OutputError
+from surgery.files.access import write_errors
+from surgery.names import FILES_FILE, JOURNAL_DIR, LOCK_FILE, RESULT_DIR, RUN_FILE, SURGERY_DIR
+from surgery.run.contents import files_in
+from surgery.run.journal import Journal, clear_away
+from surgery.run.output_paths import check_apart, check_leads_somewhere
+
+#: How often a lock is tried for that others take away meanwhile.
+_ATTEMPTS = 1000
+
+
+@contextmanager
+def locked(out: Path, inputs: Iterable[Path]) -> Iterator[None]:
+    """Hold the output folder, created if missing, against other runs. The system lets go of a dead one's lock.
+
+    Args:
+        out: the folder.
+        inputs: folders and files that are read; ``out`` may neither be one, nor lie in one, nor hold one.
+
+    Raises:
+        OutputError: another run holds it, it is one of the inputs or no folder, or it cannot be written to.
+    """
+    with write_errors(out):
+        check_apart(out, inputs)
+        check_leads_somewhere(out)
+        lock, made = _taken(out)
+    try:
+        yield
+    finally:
+        try:
+            unfinished = Journal.is_there(out) or (out / FILES_FILE).is_file()
+            over = not unfinished or _nothing_done(out)
+            if over:
+                _clear(out)
+        finally:
+            with suppress(OSError):  # of a system that cannot unlock: it does when the process ends
+                lock.release()
+        # A folder goes only if it is empty: another run may have come into it already.
+        for path in (out / JOURNAL_DIR, *([out] if made else [])) if over else ():
+            with suppress(OSError):
+                path.rmdir()
+
+
+def _taken(out: Path) -> tuple[BaseFileLock, bool]:
+    """The lock of an output folder, held, and whether the folder was made for it.
+
+    Another run that lets go takes its lock's file away, and then the folders around it, at any moment. What is gone is made
+    again, and a lock whose file is not in its place any more is none.
+    """
+    made, path = False, out / LOCK_FILE
+    for left in reversed(range(_ATTEMPTS)):
+        try:
+            if not stat.S_ISDIR(out.stat().st_mode):
+                raise OutputError(f"{out} is no folder", hint="choose another folder with -o")
+        except FileNotFoundError:
+            made = True
+        try:
+            (out / JOURNAL_DIR).mkdir(parents=True, exist_ok=True)
+            for ours in (out / JOURNAL_DIR, path):
+                if ours.is_symlink():
+                    raise OutputError(f"{ours} is a link", hint="remove it, or choose another folder with -o")
+            if (lock := _lock_in_place(path)) is not None:
+                return lock, made
+        except Timeout:
+            raise OutputError(
+                f"another run is writing to {out}", hint="wait until it is finished, or choose another folder with -o"
+            ) from None
+        except (FileNotFoundError, FileExistsError):
+            if not left:
+                raise
+    raise OutputError(f"{out} cannot be locked: its lock is taken away again and again", hint="choose another folder with -o")
+
+
+def _lock_in_place(path: Path) -> BaseFileLock | None:
+    """The lock, held; None if its file has been taken away, or another put in its place, while it was acquired.
+
+    Raises:
+        Timeout: somebody else holds it.
+        FileNotFoundError: the file or its folder has been taken away.
+    """
+    lock = FileLock(path, timeout=0)
+    # Open until the end: while it is, no other file has its number.
+    before = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+    try:
+        lock.acquire()
+        try:
+            if os.path.samestat(os.fstat(before), path.lstat()):
+                return lock
+        except FileNotFoundError:
+            pass
+        lock.release()
+        return None
+    finally:
+        os.close(before)
+
+
+def _clear(out: Path) -> None:
+    """Nothing stays of a run that is over or has done nothing: its lock's file goes last, while it is held."""
+    with write_errors(out):
+        for path in set((out / JOURNAL_DIR).iterdir()) - {out / LOCK_FILE}:
+            with suppress(OSError):
+                clear_away(path)
+        if (out / SURGERY_DIR).is_dir() and not files_in(out):
+            with suppress(OSError):  # there are folders in it, or it is a link
+                (out / SURGERY_DIR).rmdir()
+        with suppress(OSError):  # Windows keeps what is open
+            (out / LOCK_FILE).unlink()
+
+
+def _nothing_done(out: Path) -> bool:
+    """Whether a run has been begun, and has neither finished a shard nor left anything else."""
+    journal = {f"{JOURNAL_DIR}/{path.name}" for path in (out / JOURNAL_DIR).iterdir()}
+    place = out / RESULT_DIR if RESULT_DIR in journal else out
+    return not files_in(place) and journal <= {LOCK_FILE, RUN_FILE, FILES_FILE, RESULT_DIR}

@@ -1,0 +1,144 @@
+"""The jobs of a factorization, one for each weight file, and what a journal knows of those that are done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from surgery.engine.lane import Lane
+from surgery.errors import FormatError
+from surgery.files.access import read_errors
+from surgery.files.file_records import FileRecord, file_sha256
+from surgery.format.manifest import ShardResult
+from surgery.names import factors_file
+from surgery.planning.plan import Plan
+from surgery.progress import listening
+from surgery.run.contents import is_as_recorded
+from surgery.run.factorization import has_other_rank, seen
+from surgery.run.resume import Recorded
+from surgery.shards.factorize_shard import Job, RemoteShard, run_job, scale_files
+from surgery.shards.matrices import Settings
+from surgery.source.protocol import Source
+from surgery.timing import Timing, timed
+
+
+class FactorizeJobs:
+    """The jobs of a run that factorizes, see ``WritingJobs``.
+
+    Args:
+        source: the model.
+        plan: of all its shards.
+        out: the output folder of the run.
+        place: the folder that is written to, that one or one inside of it.
+        settings: as asked for.
+        timing: told how long downloads take.
+
+    Attributes:
+        shard_files: the weight file of each job.
+    """
+
+    def __init__(self, source: Source, plan: Plan, out: Path, place: Path, settings: Settings, timing: Timing | None) -> None:
+        self.shard_files = [shard.file for shard in plan.shards]
+        self._source = source
+        self._plan = plan
+        self._out = out
+        self._place = place
+        self._settings = settings
+        self._timing = timing
+        self._progress = listening()
+
+    def acquired(self, which: Iterable[int]) -> Iterator[int]:
+        """See ``LocalJobs``."""
+        if self._timing is not None and self._source.room_to_fetch():
+            self._timing.watch("download")
+        is_fetched = self._source.bytes_to_fetch() > 0
+        for index in which:
+            shard = self._plan.shards[index]
+            self._source.wait_for_room()
+            if is_fetched:
+                self._progress.item(f"fetching {shard.file}")
+            with timed("download"):
+                for file in (shard.file, *scale_files(shard)):
+                    self._source.acquire(file)
+            yield index
+
+    def do_shard(self, index: int, lane: Lane, on_read: Callable[[], object]) -> ShardResult:
+        """See ``LocalJobs``."""
+        shards, window = self._plan.shards, self._plan.memory.window_bytes
+        scales = scale_files(shards[index])
+        held = [shards[index].file, *scales]
+
+        def release() -> None:
+            while held:
+                self._source.release(held.pop())
+
+        def has_been_read() -> None:
+            if not scales:  # of FP8 weights, which are looked up until the end
+                release()
+            on_read()
+
+        job = Job(shards[index], index, len(shards), self._source, self._place, None, window, self._settings)
+        try:
+            return run_job(job, lane, self._progress, has_been_read)
+        finally:
+            release()
+
+    def remote(self, index: int) -> RemoteShard:
+        """See ``ShardJobs``."""
+        shards, window = self._plan.shards, self._plan.memory.window_bytes
+        origin = self._source.origin([shards[index].file, *scale_files(shards[index])])
+        out, place = self._out.resolve(), self._place.resolve()
+        return RemoteShard(shards[index], index, len(shards), origin, out, place, window, self._settings)
+
+    def tell(self, index: int) -> None:
+        """See ``ShardJobs``."""
+        shard = self._plan.shards[index]
+        self._progress.item(shard.file)
+        self._progress.advance(shard.header.data_bytes)
+
+    def close(self) -> None:
+        """See ``LocalJobs``."""
+        self._source.close()
+
+    def files_of(self, result: ShardResult) -> list[FileRecord]:
+        """See ``WritingJobs``: residual and factors, as far as there are any."""
+        return [record for record in (result.shard.residual, result.shard.factors) if record is not None]
+
+    def as_json(self, index: int, result: ShardResult) -> Any:
+        """See ``RecordedJobs``."""
+        return result.as_json()
+
+    def recorded(self, index: int, value: Any) -> Recorded[ShardResult] | None:
+        """See ``RecordedJobs``."""
+        try:
+            result = ShardResult.from_json(value, f"{self._place}: the journal of shard {index + 1}")
+        except FormatError:  # made again like any other that is damaged: the same command would meet it for ever
+            return None
+        if not self._is_planned(result, index) or not self._is_of_the_source(result):
+            return None
+        return Recorded(result) if all(is_as_recorded(self._place, record) for record in self.files_of(result)) else None
+
+    def _is_planned(self, result: ShardResult, index: int) -> bool:
+        """Whether a result has the files and the targets that the plan has for a shard."""
+        shard, residual = self._plan.shards[index], self._plan.layout == "residual"
+        source = [(shard.file, shard.size)]
+        weights = [(record.file, record.size) for record in (result.shard.source, result.shard.residual) if record is not None]
+        factors = None if result.shard.factors is None else result.shard.factors.file
+        if weights != (source * 2 if residual else source) or (result.shard.residual is not None) != residual:
+            return False
+        if factors != (factors_file(index, len(self._plan.shards)) if shard.targets else None):
+            return False
+        planned = [(*seen(t.key, t.shape, t.view), t.shard, t.dtype, list(t.aliases)) for t in shard.targets]
+        found = [(*seen(t.key, t.shape, t.seen_as), t.shard, t.dtype, t.aliases) for t in result.targets]
+        measured = {value is not None for t in result.targets for value in (t.residual_sample_sha256, t.inexact)}
+        return found == planned and measured <= {residual} and not any(map(has_other_rank, result.targets, shard.targets))
+
+    def _is_of_the_source(self, result: ShardResult) -> bool:
+        """Whether the shard of a local model still has the bytes that a result was made of. A commit pins those of others."""
+        if self._source.record.kind != "folder":
+            return True
+        record = result.shard.source
+        path = self._source.fetch(record.file)
+        with read_errors(path):
+            return file_sha256(path) == record.sha256

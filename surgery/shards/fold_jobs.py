@@ -1,0 +1,156 @@
+"""The jobs of a fold, one for each weight file, and what a journal knows of those that are done."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+from surgery.engine.lane import Lane
+from surgery.errors import FormatError
+from surgery.files.file_records import FileRecord
+from surgery.format.manifest import decode_file
+from surgery.format.manifest_records import ShardRecord
+from surgery.progress import listening
+from surgery.run.contents import is_as_recorded
+from surgery.run.resume import Recorded
+from surgery.shards.fold_shard import FoldPlaces, RemoteFold, ShardFold
+from surgery.timing import Timing, timed
+from surgery.updates.dense import DenseTensors
+from surgery.updates.protocol import Update
+from surgery.weights.checkpoint import FactorizedWeights
+
+
+class FoldJobs:
+    """The jobs of a fold, see ``WritingJobs``: each gives the weight file that it writes, or None if nothing is left of it.
+
+    Args:
+        checkpoint: the factorized checkpoint.
+        update: what is added to its weights.
+        dense: what its tensors become.
+        places: where they are written, or only compared.
+        timing: told how long downloads take.
+
+    Attributes:
+        shard_files: the weight file of each job.
+        checkpoint, update, dense, places: as given.
+    """
+
+    def __init__(
+        self,
+        checkpoint: FactorizedWeights,
+        update: Update,
+        dense: DenseTensors,
+        places: FoldPlaces,
+        timing: Timing | None,
+    ) -> None:
+        self.shard_files = [shard.source.file for shard in checkpoint.manifest.shards]
+        self.checkpoint = checkpoint
+        self.update = update
+        self.dense = dense
+        self.places = places
+        self._weights = checkpoint.weights
+        self._timing = timing
+        self._progress = listening()
+
+    def _shard(self, index: int) -> ShardRecord:
+        return self.checkpoint.manifest.shards[index]
+
+    def acquired(self, which: Iterable[int]) -> Iterator[int]:
+        """See ``LocalJobs``."""
+        files = self._weights.files
+        if self._timing is not None and files.room_to_fetch():
+            self._timing.watch("download")
+        for index in which:
+            files.wait_for_room()
+            with timed("download"):
+                for file in self.dense.files(self._shard(index)):
+                    files.acquire(file)
+            yield index
+
+    def do_shard(self, index: int, lane: Lane, on_read: Callable[[], object]) -> FileRecord | None:
+        """See ``LocalJobs``."""
+        shard = self._shard(index)
+        held = self.dense.files(shard)
+
+        def release() -> None:
+            while held:
+                file = held.pop()
+                try:
+                    self._weights.forget(file)
+                finally:
+                    self._weights.files.release(file)
+
+        def has_been_read() -> None:
+            if not self._weights.quantized:  # else scales are looked up until the end
+                release()
+            on_read()
+
+        try:
+            return ShardFold(shard, self.checkpoint, self.dense, self.places, self._progress).run(lane, has_been_read, None)
+        finally:
+            release()
+
+    def remote(self, index: int) -> RemoteFold:
+        """See ``ShardJobs``."""
+        shard, places, quantized = self._shard(index), self.places, self._weights.quantized
+        files = self.dense.files(shard)
+        manifest = self.checkpoint.manifest.part(files)
+        # Of all others a task need not hear: with thousands of weight files that would be most of what is sent.
+        names = {entry.name for one in manifest.shards for entry in self._weights.header(one.source.file).tensors}
+        weights = {self._quantized_with[name] for name in names if name in self._quantized_with}
+        return RemoteFold(
+            shard,
+            self.checkpoint.folder.resolve(),
+            manifest,
+            self._weights.files.origin(files),
+            {name: quantized[name] for name in weights},
+            self.update.part([target.key for target in manifest.targets], names),
+            self.dense.to_dense,
+            dataclasses.replace(places, out=places.out.resolve(), place=places.place.resolve()),
+        )
+
+    @functools.cached_property
+    def _quantized_with(self) -> dict[str, str]:
+        """The tensors of each FP8 weight, itself, its scales and those of its activations -> its name."""
+        quantized = self._weights.quantized.items()
+        return {part: name for name, scaled in quantized for part in (name, scaled.scale, *scaled.activations)}
+
+    def tell(self, index: int) -> None:
+        """See ``ShardJobs``."""
+        record = self._shard(index).source
+        self._progress.item(record.file)
+        self._progress.advance(record.size)
+
+    def close(self) -> None:
+        """See ``LocalJobs``."""
+        self._weights.files.close()
+
+    def files_of(self, result: FileRecord | None) -> list[FileRecord]:
+        """See ``WritingJobs``."""
+        return [] if result is None else [result]
+
+    def as_json(self, index: int, result: FileRecord | None) -> Any:
+        """See ``RecordedJobs``."""
+        return {"file": None if result is None else asdict(result)}
+
+    def recorded(self, index: int, value: Any) -> Recorded[FileRecord | None] | None:
+        """See ``RecordedJobs``."""
+        file, place = self.shard_files[index], self.places.place
+        try:
+            record = decode_file(value, f"{place}: the journal of shard {index + 1}")
+        except FormatError:  # made again like any other that is damaged: the same command would meet it for ever
+            return None
+        size = self._size(index)
+        if record is None or size is None:
+            holds = record is None and size is None
+        else:
+            holds = (record.file, record.size) == (file, size) and is_as_recorded(place, record)
+        return Recorded(record) if holds else None
+
+    def _size(self, index: int) -> int | None:
+        """Of the weight file that is written for a shard; None if there is none."""
+        shard = self._shard(index)
+        return self.dense.size(self._weights.header(shard.source.file)) if self.dense.to_dense else shard.source.size

@@ -1,0 +1,171 @@
+"""What can be said of the spectra of all matrices of a model together."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from surgery.report.schema import SCHEMA_VERSION
+from surgery.report.summary import median
+from surgery.reports import Report
+from surgery.study.spectra_shard import rounded
+
+_MOST_AMPLIFIED = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Amplified:
+    """A singular value that fine-tuning has changed.
+
+    Attributes:
+        key: of the matrix.
+        index: of the value, from 1.
+        amplification: the new one over the old one.
+    """
+
+    key: str
+    index: int
+    amplification: float
+
+
+@dataclass(frozen=True, slots=True)
+class Findings(Report):
+    """What can be said of all matrices together. From ``top_change`` on None where there is no tuned model.
+
+    The first r directions of a matrix are its top, the next are those after it that are told, and the rest comes after these.
+
+    Attributes:
+        targets: how many matrices there are.
+        median_stable_rank: of all matrices.
+        median_effective_rank_share: of the effective rank over the shorter side.
+        median_energy: by rank, of the share of the squared norm in as many directions.
+        unconverged: how many matrices have an SVD that did not reach the tolerance: their own, that of what they became, or
+            that of the update.
+        unidentified_share: of the directions, those that their matrix does not determine.
+        top_change, next_change, rest_change: medians of the mean size of the relative change of singular values, of the top,
+            the next and the rest.
+        median_top_amplification, median_next_amplification, median_rest_amplification: of new over old singular values.
+        top_amplified_share: of the top's values, those that grew.
+        median_left_cosine, median_right_cosine: of the top's directions and what they became.
+        median_in_place: of how strong the top's directions are in the tuned model, over what they were.
+        in_place_grew_share: of these, those that are stronger.
+        order_changes: how many pairs of directions have changed their order.
+        moved_share: of the top's directions, those that are at another place.
+        gone: how many of the top's directions are beyond all that was computed.
+        new: how many of the tuned model's top are no direction of the original.
+        median_relative_update: of the norm of the change over that of the matrix.
+        median_update_in_both, chance_in_both: of the share of the change inside the top's subspaces, and that by chance.
+        median_rescaling, chance_rescaling: of the share of it that scales of the top explain, and that by chance.
+        most_amplified: the values that have changed most, first the furthest.
+    """
+
+    schema_version: ClassVar[int] = SCHEMA_VERSION
+
+    targets: int
+    median_stable_rank: float | None
+    median_effective_rank_share: float | None
+    median_energy: Mapping[str, float | None]
+    unconverged: int
+    unidentified_share: float
+    top_change: float | None = None
+    next_change: float | None = None
+    rest_change: float | None = None
+    median_top_amplification: float | None = None
+    median_next_amplification: float | None = None
+    median_rest_amplification: float | None = None
+    top_amplified_share: float | None = None
+    median_left_cosine: float | None = None
+    median_right_cosine: float | None = None
+    median_in_place: float | None = None
+    in_place_grew_share: float | None = None
+    order_changes: int | None = None
+    moved_share: float | None = None
+    gone: int | None = None
+    new: int | None = None
+    median_relative_update: float | None = None
+    median_update_in_both: float | None = None
+    chance_in_both: float | None = None
+    median_rescaling: float | None = None
+    chance_rescaling: float | None = None
+    most_amplified: tuple[Amplified, ...] | None = None
+
+
+def findings_of(targets: Sequence[Mapping[str, Any]], r: int, *, compared: bool) -> Findings:
+    """What can be said of some matrices.
+
+    Args:
+        targets: what was measured of each, see docs/study.md.
+        r: dimension of the leading subspaces that are compared.
+        compared: whether there is a tuned model.
+    """
+    ranks = sorted({int(rank) for target in targets for rank in target["energy"]})
+    known = [flag for target in targets for flag in target["identified"]]
+    found: dict[str, Any] = {
+        "targets": len(targets),
+        "median_stable_rank": median(target["stable_rank"] for target in targets),
+        "median_effective_rank_share": median(target["effective_rank"] / min(target["shape"]) for target in targets),
+        "median_energy": {
+            str(rank): median(target["energy"][str(rank)] for target in targets if str(rank) in target["energy"])
+            for rank in ranks
+        },
+        "unconverged": sum(not has_converged(target) for target in targets),
+        "unidentified_share": 1 - sum(known) / len(known),
+    }
+    if compared:
+        found |= _changes(targets, r)
+    return Findings(**rounded(found), most_amplified=_most_amplified(targets, r) if compared else None)
+
+
+def _parts(target: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """All that has an SVD of its own: a matrix, what it became, and the update."""
+    return [target, *(part for name in ("tuned", "update") if (part := target.get(name)) is not None)]
+
+
+def has_converged(target: Mapping[str, Any]) -> bool:
+    """Whether every SVD that was taken of a matrix reached the tolerance."""
+    return all(part["converged"] for part in _parts(target))
+
+
+def _most_amplified(targets: Sequence[Mapping[str, Any]], r: int) -> tuple[Amplified, ...]:
+    every = (
+        Amplified(target["key"], index, value)
+        for target in targets
+        for index, value in enumerate(target["amplification"][:r], 1)
+        if value is not None
+    )
+    return tuple(sorted(every, key=lambda one: -abs(one.amplification - 1))[:_MOST_AMPLIFIED])
+
+
+def _changes(targets: Sequence[Mapping[str, Any]], r: int) -> dict[str, Any]:
+    tops = [[value for value in target["amplification"][:r] if value is not None] for target in targets]
+    ratios = [value for values in tops for value in values]
+    updates = [target["update"] for target in targets if target["update"] is not None]
+    sizes = [(min(r, len(target["amplification"])), *target["shape"]) for target in targets if target["update"] is not None]
+    nexts = [[value for value in target["amplification"][r:] if value is not None] for target in targets]
+    rests = [target["rest_amplification"] for target in targets]
+    in_place = [value for target in targets for value in target["in_place"][:r] if value is not None]
+    places = [(i, place) for target in targets for i, place in enumerate(target["place"][:r], 1) if place is not None]
+    return {
+        "top_change": median(statistics.fmean(abs(value - 1) for value in values) for values in tops if values),
+        "next_change": median(statistics.fmean(abs(value - 1) for value in values) for values in nexts if values),
+        "rest_change": median(abs(rest - 1) for rest in rests if rest is not None),
+        "median_top_amplification": median(ratios),
+        "median_next_amplification": median(value for values in nexts for value in values),
+        "median_rest_amplification": median(rest for rest in rests if rest is not None),
+        "top_amplified_share": sum(value > 1 for value in ratios) / len(ratios) if ratios else None,
+        "median_left_cosine": median(value for t in targets for value in t["left_cosine"][:r] if value is not None),
+        "median_right_cosine": median(value for t in targets for value in t["right_cosine"][:r] if value is not None),
+        "median_in_place": median(in_place),
+        "in_place_grew_share": sum(value > 1 for value in in_place) / len(in_place) if in_place else None,
+        "order_changes": sum(target["order_changes"] for target in targets),
+        "moved_share": sum(place != i for i, place in places) / len(places) if places else None,
+        "gone": sum(len(target["gone"]) for target in targets),
+        "new": sum(len(target["new"]) for target in targets),
+        "median_relative_update": median(u["relative"] for u in updates if u["relative"] is not None),
+        "median_update_in_both": median(update["in_both"] for update in updates),
+        "chance_in_both": median(k * k / (m * n) for k, m, n in sizes),
+        "median_rescaling": median(update["rescaling"] for update in updates),
+        "chance_rescaling": median(k / (m * n) for k, m, n in sizes),
+    }
