@@ -139,7 +139,7 @@ def run_remotely(
         num_gpus=1 if cluster.device == "cuda" else 0,
         max_retries=_RETRIES,
         retry_exceptions=[ConnectionError, TimeoutError],
-    )(_do_job)
+    )(_run)
     waiting = {task.remote(job, cluster.device, memory, timing is not None): key for key, job in jobs.items()}
     try:
         while waiting:
@@ -184,7 +184,7 @@ def _result(ray: Any, reference: Any) -> _Done[Any]:
     return result
 
 
-def _do_job(job: RemoteJob[_Result], kind: str, memory: Memory, timed: bool) -> _Done[_Result]:
+def _run(job: RemoteJob[_Result], kind: str, memory: Memory, timed: bool) -> _Done[_Result]:
     """One job, in a process of Ray: its result, and what else is to be known of it."""
     import ray
 
