@@ -6,36 +6,33 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
 from surgery.commands.inspect import largest_residual
 from surgery.device import on_its_own_terms
 from surgery.engine.lane import Lane
-from surgery.engine.resources import Resources
 from surgery.errors import FormatError, OutputError, few
 from surgery.files.files import copy_file, file_sha256, reading
 from surgery.format.manifest import (
     LeftOutRecord,
     Manifest,
-    OptionsRecord,
     ShardResult,
     SkippedRecord,
     TargetRecord,
     fingerprint_of,
     source_stamp,
 )
+from surgery.format.options import OptionKeywords, Options, chosen_options
 from surgery.format.scales import write_untouched
 from surgery.format.views import View
-from surgery.linalg.svd import DEFAULT_TOLERANCE, check_accuracy
 from surgery.names import FORMAT_VERSION, MANIFEST_FILE, SCALES_FILE, STREAM_DIR, factors_file
-from surgery.planning.aliases import find_aliases, notes_of_equal
+from surgery.planning.aliases import notes_of_equal
 from surgery.planning.plan import Layout, Plan, make_plan
-from surgery.planning.targets import Choice, Target
+from surgery.planning.targets import Target
 from surgery.progress import Progress, listening, phase
 from surgery.publish.results import publish_factorized, submit_shard, uploading
 from surgery.reports import NOT_IN_JSON, Report
@@ -52,7 +49,6 @@ from surgery.run.output import (
 )
 from surgery.shards.accuracy import unconverged_note
 from surgery.shards.factorize_shard import Job, RemoteShard, run_job, scale_files
-from surgery.shards.matrices import Settings
 from surgery.source.model import Source, open_source
 from surgery.timing import Timing, timed
 from surgery.version import __version__
@@ -98,15 +94,8 @@ class FactorizeReport(Report):
 def plan(
     model: str | Path,
     *,
-    rank: int | None = None,
-    energy: float | None = None,
-    max_rank: int | None = None,
-    include: tuple[str, ...] | list[str] = (),
-    exclude: tuple[str, ...] | list[str] = (),
-    recipe: str | Path | None = None,
-    split: bool | None = None,
+    options: Options | None = None,
     layout: Layout | None = None,
-    correction: bool = True,
     revision: str | None = None,
     subfolder: str | None = None,
     device: str | torch.device = "auto",
@@ -114,14 +103,15 @@ def plan(
     max_device_memory: int | None = None,
     stream: bool = False,
     progress: Progress | None = None,
+    **keywords: Unpack[OptionKeywords],
 ) -> Plan:
     """What ``factorize`` would do with the same arguments, from headers.
 
     Of a model that is here, weights that may be one parameter, stored twice, are compared. Nothing is written.
 
     Args:
-        model, rank, energy, max_rank, include, exclude, recipe, split, layout, correction, revision, subfolder: see
-            ``factorize``.
+        model, layout, revision, subfolder: see ``factorize``.
+        options, rank, energy, max_rank, recipe, split, correction, include, exclude, seed, tolerance: see ``factorize``.
         device, max_memory, max_device_memory, stream: see ``factorize``; on them depend memory and room on the disk alone.
         progress: told the notes that the plan holds; without it each is a ``SurgeryWarning``.
 
@@ -134,10 +124,10 @@ def plan(
         ReadError, FormatError: a file cannot be read, or is damaged.
     """
     progress = listening()
-    choice = _choice(rank, energy, max_rank, include, exclude, recipe, split)
+    chosen = chosen_options("plan", OptionKeywords, options, keywords)
     with engine_of("local", str(device), max_memory, max_device_memory, None) as by, phase(progress, "planning"):
         source = _open(model, revision, subfolder, (Path(STREAM_DIR), by.files_at_a_time) if stream else None)
-        steps = _plan(source, choice, layout, correction, by.resources, fetch=False)
+        steps = make_plan(source, chosen, layout, by.resources, aliases="local")
     for note in steps.notes:
         progress.note(note)
     return steps
@@ -152,43 +142,15 @@ def _open(model: str | Path, revision: str | None, subfolder: str | None, stream
     return streamed(source, *stream)
 
 
-def _choice(
-    rank: int | None,
-    energy: float | None,
-    max_rank: int | None,
-    include: tuple[str, ...] | list[str],
-    exclude: tuple[str, ...] | list[str],
-    recipe: str | Path | None,
-    split: bool | None,
-) -> Choice:
-    return Choice(rank, energy, max_rank, tuple(include), tuple(exclude), None if recipe is None else str(recipe), split)
-
-
-def _plan(
-    source: Source, choice: Choice, layout: Layout | None, correction: bool, resources: Resources, *, fetch: bool
-) -> Plan:
-    find = partial(find_aliases, source, fetch=fetch)
-    return make_plan(source, choice, layout, resources, correction=correction, find_aliases=find)
-
-
 @on_its_own_terms
 def factorize(
     model: str | Path,
     out: str | Path = "factorized",
     *,
-    rank: int | None = None,
-    energy: float | None = None,
-    max_rank: int | None = None,
-    include: tuple[str, ...] | list[str] = (),
-    exclude: tuple[str, ...] | list[str] = (),
-    recipe: str | Path | None = None,
-    split: bool | None = None,
+    options: Options | None = None,
     layout: Layout | None = None,
-    correction: bool = True,
     revision: str | None = None,
     subfolder: str | None = None,
-    seed: int = 0,
-    tolerance: float = DEFAULT_TOLERANCE,
     device: str | torch.device = "auto",
     max_memory: int | None = None,
     max_device_memory: int | None = None,
@@ -199,6 +161,7 @@ def factorize(
     overwrite: bool = False,
     progress: Progress | None = None,
     timing: Timing | None = None,
+    **keywords: Unpack[OptionKeywords],
 ) -> FactorizeReport:
     """Write the factorized form of a checkpoint (docs/format.md) and a file of scales, all ones.
 
@@ -209,20 +172,22 @@ def factorize(
     Args:
         model: local folder or Hugging Face repo id.
         out: folder to write, empty or new.
+        options: what chooses the weights, and how accurately they are factorized. Each field may be given as a keyword as
+            well, alone or where ``options`` does not set it.
         rank: k, directions to keep of each matrix, at most the smaller side; 16 if neither it, nor an energy, nor the
             recipe says anything.
         energy: keep as few directions of each target as hold this share of its squared Frobenius norm instead.
         max_rank: the most directions then; 256 if not given. Targets that would need more are named in a note.
-        include, exclude: globs over tensor names, see ``surgery.planning.targets.Choice``.
         recipe: name or file of a recipe (``surgery.planning.recipes``); the one of the model's family by default.
         split: split fused weights into their projections, where the recipe knows them; as the recipe says by default.
-        layout: ``residual``, self-contained, or ``overlay``, factors only, the weights staying where they are; the
-            residual one by default, the overlay where targets are FP8.
         correction: with the residual layout, keep what makes it lossless: 0.06 to 0.15 bytes per weight. Without it a
             fold gives ``round(R + U diag(s g) V^T)``, in which some 8 to 18 % of the weights differ in their last bits.
+        include, exclude: globs over tensor names, see ``Options``.
+        seed, tolerance: of the truncated SVD, see ``surgery.truncated_svd``.
+        layout: ``residual``, self-contained, or ``overlay``, factors only, the weights staying where they are; the
+            residual one by default, the overlay where targets are FP8.
         revision: of a hub model.
         subfolder: of a folder or repository with several models, such as a diffusion pipeline.
-        seed, tolerance: of the truncated SVD, see ``surgery.truncated_svd``.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``mps``, several as ``cuda:0,cuda:1``, or ``all`` CUDA devices;
             where the linear algebra runs, a shard at a time on each. On a CPU each matrix is the work of one core: the
             result does not depend on how many there are.
@@ -254,25 +219,22 @@ def factorize(
             and so is taken for a checkpoint by nobody; the same call goes on after the last finished shard.
     """
     progress = listening()
-    check_accuracy(tolerance, seed)
+    chosen = chosen_options("factorize", OptionKeywords, options, keywords)
     out = Path(out)
     with Interruptible(out) as run, engine_of(engine, str(device), max_memory, max_device_memory, timing) as by:
         with phase(progress, "planning"):
             source = _open(model, revision, subfolder, (out / STREAM_DIR, by.files_at_a_time) if stream else None)
-            choice = _choice(rank, energy, max_rank, include, exclude, recipe, split)
-            steps = _plan(source, choice, layout, correction, by.resources, fetch=True)
+            steps = make_plan(source, chosen, layout, by.resources, aliases="fetch")
         for note in steps.notes:
             progress.note(note)
-        options = OptionsRecord(
-            rank, energy, max_rank, steps.recipe, split, correction, list(include), list(exclude), seed, tolerance
-        )
+        recorded = replace(chosen, recipe=steps.recipe)
         with (
             uploading(push_to_hub, private=private) as upload,
             locked(out, source.folders()),
         ):
             run.upload = upload
             if (out / MANIFEST_FILE).is_file() and not overwrite:
-                manifest = _finished(out, source, steps, options, progress)
+                manifest = _finished(out, source, steps, recorded, progress)
                 Journal.forget(out)
                 progress.note(f"{out} is already complete" + (": nothing to do" if upload is None else ""))
                 for shard in manifest.shards:
@@ -281,15 +243,15 @@ def factorize(
                 for note in _accuracy_notes(manifest, steps):
                     progress.note(note)
                 return _report(out, manifest)
-            run.journal = journal = Journal(out, _identity(source, steps, options, by.device_name))
-            settings = Settings(steps.layout, correction, seed, tolerance)
+            run.journal = journal = Journal(out, _identity(source, steps, recorded, by.device_name))
             writes, beside = _output_files(source, steps), download_needs(source)
             with result_folder(out, journal, writes, steps.bytes_written, overwrite=overwrite, beside=beside) as place:
-                work = _Factorizing(source, steps, out, place, settings, progress, timing)
+                work = _Factorizing(source, steps, out, place, progress, timing)
                 results = _run_jobs(by, work, journal, upload, progress)
-                manifest = _finish(source, steps, place, results, options, by.device_name, progress)
+                manifest = _finish(source, steps, place, results, recorded, by.device_name, progress)
                 publish_factorized(upload, place, manifest)
-    for note in (*_accuracy_notes(manifest, steps), *notes_of_equal(source, steps, manifest)):
+    headers = {shard.file: shard.header for shard in steps.shards}
+    for note in (*_accuracy_notes(manifest, steps), *notes_of_equal(source, headers, manifest)):
         progress.note(note)
     return _report(out, manifest)
 
@@ -327,7 +289,6 @@ class _Factorizing:
         steps: Plan,
         out: Path,
         place: Path,
-        settings: Settings,
         progress: Progress,
         timing: Timing | None,
     ) -> None:
@@ -335,7 +296,6 @@ class _Factorizing:
         self.place = place
         self._out = out
         self._source = source
-        self._settings = settings
         self._progress = progress
         self._timing = timing
         self._jobs: dict[int, Job] = {}
@@ -360,7 +320,19 @@ class _Factorizing:
         shards, window, watch = self.steps.shards, self.steps.memory.window_bytes, self._source.watch
         again = self._source.again(shards[index].file)
         return Job(
-            shards[index], index, len(shards), path, sha256, again, self.place, None, scales, window, self._settings, watch
+            shards[index],
+            index,
+            len(shards),
+            path,
+            sha256,
+            again,
+            self.place,
+            None,
+            scales,
+            window,
+            self.steps.layout,
+            self.steps.options,
+            watch,
         )
 
     def work(self, index: int, lane: Lane, read: Callable[[], object]) -> ShardResult:
@@ -385,7 +357,8 @@ class _Factorizing:
         shards, window = self.steps.shards, self.steps.memory.window_bytes
         origin = self._source.origin([shards[index].file, *scale_files(shards[index])])
         out, place = self._out.resolve(), self.place.resolve()
-        return RemoteShard(shards[index], index, len(shards), origin, out, place, window, self._settings)
+        steps = self.steps
+        return RemoteShard(shards[index], index, len(shards), origin, out, place, window, steps.layout, steps.options)
 
     def is_of_the_source(self, result: ShardResult) -> bool:
         """Whether the shard of a local model still has the bytes that a result was made of. A commit pins those of others."""
@@ -441,7 +414,7 @@ def _has_other_rank(target: TargetRecord, planned: Target) -> bool:
     return target.rank > planned.rank or (planned.energy is None and target.rank != planned.rank)
 
 
-def _identity(source: Source, steps: Plan, options: OptionsRecord, device: str) -> dict[str, Any]:
+def _identity(source: Source, steps: Plan, options: Options, device: str) -> dict[str, Any]:
     """All that the bytes of the result depend on."""
     chosen = [[*_seen(t.key, t.shape, t.view), t.rank, t.energy, [alias.tensor for alias in t.aliases]] for t in steps.targets]
     return {
@@ -462,7 +435,7 @@ def _seen(key: str, shape: Sequence[int], view: View) -> list[Any]:
     return [key, list(shape), view.kind, asdict(view.slice) if view.slice else None]
 
 
-def _finished(out: Path, source: Source, steps: Plan, options: OptionsRecord, progress: Progress) -> Manifest:
+def _finished(out: Path, source: Source, steps: Plan, options: Options, progress: Progress) -> Manifest:
     """The manifest of a complete result, if it is that of this run.
 
     Raises:
@@ -524,7 +497,7 @@ def _finish(
     steps: Plan,
     out: Path,
     results: list[ShardResult],
-    options: OptionsRecord,
+    options: Options,
     device: str,
     progress: Progress,
 ) -> Manifest:

@@ -26,12 +26,11 @@ from surgery.names import JOURNAL_DIR, SCALES_FILE
 from surgery.planning.memory import collected_bytes, need_to_factorize, share_out
 from surgery.planning.plan import Layout, ShardPlan
 from surgery.planning.recipes import Recipe, find_recipe
-from surgery.planning.targets import Choice, Target, extent
+from surgery.planning.targets import Target, extent
 from surgery.progress import Progress, note, phase
 from surgery.run.engines import LocalEngine
 from surgery.run.output import Need, check_room, download_needs, locked, not_as_recorded
 from surgery.shards.factorize_shard import Job, run_job
-from surgery.shards.matrices import Settings
 from surgery.source.model import Source, open_source
 from surgery.weights.base import BASE_HINT, check_entry, open_base
 from surgery.weights.quantization import FP8, Scaled, read_quantization
@@ -149,9 +148,7 @@ class _Repairing:
         self._window = 0
         self._not_there: dict[int, SurgeryError] = {}
         self._recipe = _recipe_of(manifest)
-        options = manifest.options
-        layout: Layout = "overlay" if manifest.layout == "overlay" else "residual"
-        self._settings = Settings(layout, options.correction, options.seed, options.tolerance)
+        self._layout: Layout = "overlay" if manifest.layout == "overlay" else "residual"
         self._quantized: dict[str, Scaled] = {}
         if any(target.dtype == FP8 for target in manifest.targets):
             headers = {shard: source.header(shard) for shard in source.selection.shards}
@@ -236,7 +233,19 @@ class _Repairing:
                 check_entry(entry, record)
         scales = {target.scaled.shard: self._source.fetch(target.scaled.shard) for target in targets if target.scaled}
         job = Job(
-            planned, index, len(shards), path, None, None, place, None, scales, self._window, self._settings, self._source.watch
+            planned,
+            index,
+            len(shards),
+            path,
+            None,
+            None,
+            place,
+            None,
+            scales,
+            self._window,
+            self._layout,
+            self._manifest.options,
+            self._source.watch,
         )
         result = run_job(job, lane, self._progress, read)
         if result.shard.source != shard.source:
@@ -281,9 +290,9 @@ class _Repairing:
 
     def _target(self, record: TargetRecord) -> Target:
         """A target as it was planned."""
-        options = self._manifest.options
-        choice = Choice(options.rank, options.energy, options.max_rank)
-        most, energy = extent(choice, self._recipe.rule_for(record.tensor) if self._recipe is not None else None)
+        most, energy = extent(
+            self._manifest.options, self._recipe.rule_for(record.tensor) if self._recipe is not None else None
+        )
         short = min(record.matrices[1:])
         return Target(
             tensor=record.tensor,

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -24,16 +23,16 @@ from surgery.files.files import (
     write_file,
 )
 from surgery.files.sealed import read_sealed, sealed
+from surgery.format.options import Options
+from surgery.format.tensor_view import TensorView
 from surgery.format.views import KINDS, Slice, View
 from surgery.names import (
-    DTYPE_BITS,
     FACTORIZABLE_DTYPES,
     FORMAT_VERSION,
     MANIFEST_FILE,
     RUN_FILE,
     SURGERY_DIR,
     is_reserved,
-    target_key,
 )
 
 _T = TypeVar("_T")
@@ -78,7 +77,7 @@ class Alias:
 
 
 @dataclass(frozen=True, slots=True)
-class TargetRecord:
+class TargetRecord(TensorView):
     """A factorized tensor, or a slice of one, seen as a batch of matrices.
 
     Attributes:
@@ -121,41 +120,19 @@ class TargetRecord:
         return [self.tensor, *(alias.tensor for alias in self.aliases)]
 
     @property
-    def key(self) -> str:
-        """Its name among factors and scales."""
-        return target_key(self.tensor, self.slice.name if self.slice else None)
-
-    @property
     def seen_as(self) -> View:
-        return View(self.view, self.slice)  # type: ignore[arg-type]  # checked when the manifest is read
-
-    @property
-    def matrices(self) -> tuple[int, int, int]:
-        """(B, m, n)."""
-        return self.seen_as.shape(self.shape)
-
-    @property
-    def entries(self) -> int:
-        return math.prod(self.matrices)
-
-    @property
-    def at_a_time(self) -> int | None:
-        """How many matrices of a stack are held at a time; None for one matrix."""
-        # What is FP8 is worked on in float32.
-        return self.seen_as.at_a_time(self.shape, 4 if self.dtype == "F8_E4M3" else DTYPE_BITS[self.dtype] // 8)
-
-    @property
-    def scales_shape(self) -> list[int]:
-        """(k,), or (B, k) for a stack."""
-        return [self.matrices[0], self.rank] if self.view == "stack" else [self.rank]
-
-    @property
-    def trainable(self) -> int:
-        return math.prod(self.scales_shape)
+        """How it is seen as matrices."""
+        return _view(self.view, self.slice)
 
     @property
     def converged(self) -> bool:
         return all(certificate.converged for certificate in self.certificates)
+
+
+# Asked for several times of each of thousands of targets, nearly all of which are seen alike.
+@lru_cache(maxsize=256)
+def _view(kind: str, part: Slice | None) -> View:
+    return View(kind, part)  # type: ignore[arg-type]  # checked when the manifest is read
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,23 +164,6 @@ class SourceRecord:
     repo_id: str | None
     commit: str | None
     subfolder: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class OptionsRecord:
-    """The options that shape the result. ``rank``, ``energy`` and ``max_rank`` are None where the recipe or the defaults
-    decide; ``recipe`` is None where none applies; without the correction, residuals are not lossless."""
-
-    rank: int | None
-    energy: float | None
-    max_rank: int | None
-    recipe: str | None
-    split: bool | None
-    correction: bool
-    include: list[str]
-    exclude: list[str]
-    seed: int
-    tolerance: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +203,8 @@ class Manifest:
     """The whole manifest.
 
     ``fingerprint`` identifies the factors; scales carry it. ``source_stamps`` are what a local source's weight files are known
-    by (``source_stamp``), in the order of ``shards``; there are none of a model from the hub.
+    by (``source_stamp``), in the order of ``shards``; there are none of a model from the hub. ``options`` are those that were
+    asked for, with the name of the recipe that applied.
     """
 
     format_version: int
@@ -252,7 +213,7 @@ class Manifest:
     device: str
     layout: str
     source: SourceRecord
-    options: OptionsRecord
+    options: Options
     fingerprint: str
     source_stamps: list[str]
     shards: list[ShardRecord]
@@ -536,6 +497,8 @@ def _decode_field(annotation: str, value: Any, where: str) -> Any:
     optional = annotation.removesuffix(" | None")
     if optional != annotation:
         return None if value is None else _decode_field(optional, value, where)
+    if annotation.startswith("tuple["):
+        return tuple(_decode_field(f"list[{annotation[6:].removesuffix(', ...]')}]", value, where))
     if annotation.startswith("list["):
         if not isinstance(value, list):
             raise FormatError(f"{where}: expected a list", got=type(value).__name__)

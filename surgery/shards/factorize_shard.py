@@ -17,14 +17,15 @@ from surgery.errors import OutputError, SourceError
 from surgery.files.files import FileRecord, FileWriter, Watch
 from surgery.format.factors import FactorsHash
 from surgery.format.manifest import CertificateRecord, ShardRecord, ShardResult, TargetRecord
+from surgery.format.options import Options
 from surgery.format.safetensors import TORCH_DTYPES, ShardReader, TensorFileWriter
 from surgery.format.sample import SampleHash
 from surgery.memory import bytes_of
 from surgery.names import PARTIALS_DIR, RUN_FILE, correction_key, factor_key, factors_file
-from surgery.planning.plan import ShardPlan
+from surgery.planning.plan import Layout, ShardPlan
 from surgery.planning.targets import Target
 from surgery.progress import Progress, Silent
-from surgery.shards.matrices import Matrix, Result, Settings, factorize_matrices, truncate
+from surgery.shards.matrices import Matrix, Result, factorize_matrices, truncate
 from surgery.source.origin import Origin, damaged
 from surgery.weights.quantized import Dequantizer
 
@@ -43,7 +44,8 @@ class Job:
         partials: where unfinished files are, if not beside the finished ones.
         scales: the weight files that hold scales of FP8 targets, by name, and where they are on this machine.
         window_bytes: how much of the shard is held at a time, so that matrices of one shape are solved together.
-        settings: as asked for.
+        layout: of the result.
+        options: as asked for.
         watch: of the source.
     """
 
@@ -57,7 +59,8 @@ class Job:
     partials: Path | None
     scales: Mapping[str, Path]
     window_bytes: int
-    settings: Settings
+    layout: Layout
+    options: Options
     watch: Watch
 
     def partial(self, file: str) -> Path | None:
@@ -70,7 +73,7 @@ class RemoteShard:
     """A job for another process, perhaps on another machine.
 
     Attributes:
-        shard, index, count, window_bytes, settings: as for ``Job``.
+        shard, index, count, window_bytes, layout, options: as for ``Job``.
         origin: where its weight files come from.
         out: the output folder of the run.
         place: the folder that is written to, that one or one inside of it.
@@ -83,7 +86,8 @@ class RemoteShard:
     out: Path
     place: Path
     window_bytes: int
-    settings: Settings
+    layout: Layout
+    options: Options
 
     def __call__(self, lane: Lane, attempt: str) -> ShardResult:
         """The result; unfinished files of several attempts do not meet."""
@@ -104,7 +108,8 @@ class RemoteShard:
                 partials,
                 scales,
                 self.window_bytes,
-                self.settings,
+                self.layout,
+                self.options,
                 Watch(pinned=self.origin.pinned),
             )
             return run_job(job, lane, Silent(), lambda: None)
@@ -148,7 +153,7 @@ def run_job(job: Job, lane: Lane, progress: Progress, read: Callable[[], object]
             work.setdefault(target.tensor, []).append(_Collected(ranked))
         residuals = (
             stack.enter_context(FileWriter(job.out / job.shard.file, job.partial(job.shard.file)))
-            if job.settings.layout == "residual"
+            if job.layout == "residual"
             else None
         )
         keys = [key for parts in work.values() for part in parts for key in _keys(part.target, job)]
@@ -161,7 +166,7 @@ def run_job(job: Job, lane: Lane, progress: Progress, read: Callable[[], object]
             residuals.write(reader.header.raw)
 
         def factorize(window: Sequence[Piece]) -> list[Result]:
-            return _factorize(window, work, dequantizer, job.settings, lane.device)
+            return _factorize(window, work, dequantizer, job, lane.device)
 
         def finish(window: Sequence[Piece], results: list[Result]) -> None:
             _write(window, results, work, residuals, factors, progress)
@@ -200,7 +205,7 @@ def _with_rank(target: Target, reader: ShardReader, dequantizer: Dequantizer, jo
     def rank_of(index: int) -> int:
         weight = dequantizer.weight(reader.read(entry, index, 1), index, target.scaled)
         matrix = target.view.matrices(weight)[0].to(lane.device)
-        return len(truncate(target, matrix, job.settings).s)
+        return len(truncate(target, matrix, job.options).s)
 
     ranks = [lane.submit(rank_of, index) for index in range(target.matrices[0])]
     return dataclasses.replace(target, rank=max(rank.result() for rank in ranks), energy=None)
@@ -209,7 +214,7 @@ def _with_rank(target: Target, reader: ShardReader, dequantizer: Dequantizer, jo
 def _keys(target: Target, job: Job) -> list[str]:
     """What the factors file will hold of a target."""
     parts = [factor_key(target.key, part) for part in ("U", "s", "V")]
-    if job.settings.layout == "residual" and job.settings.correction:
+    if job.layout == "residual" and job.options.correction:
         parts += [correction_key(target.key, target.place(i)) for i in range(target.matrices[0])]
     return parts
 
@@ -262,7 +267,7 @@ class _Collected:
         return {"U": U, "s": s, "V": V}
 
     def record(self, job: Job) -> TargetRecord:
-        target, residual = self.target, job.settings.layout == "residual"
+        target, residual = self.target, job.layout == "residual"
         return TargetRecord(
             tensor=target.tensor,
             shard=target.shard,
@@ -287,7 +292,7 @@ def _factorize(
     window: Sequence[Piece],
     work: Mapping[str, list[_Collected]],
     dequantizer: Dequantizer,
-    settings: Settings,
+    job: Job,
     device: torch.device,
 ) -> list[Result]:
     """The results of all targets in a window. In the residual layout its tensors are replaced by their residuals."""
@@ -303,8 +308,8 @@ def _factorize(
             matrices += [Matrix(part.target, piece.first + i, matrix) for i, matrix in enumerate(seen)]
             if part.target.view.slice is not None:
                 sliced.append((part.target.view, seen, piece.tensor))
-    results = factorize_matrices(matrices, settings, device)
-    if settings.layout == "residual":
+    results = factorize_matrices(matrices, job.layout, job.options, device)
+    if job.layout == "residual":
         for view, seen, tensor in sliced:
             view.store(seen, tensor)
     return results

@@ -7,20 +7,19 @@ import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 
 from surgery.device import choose_devices, on_its_own_terms
 from surgery.errors import FormatError, MissingExtra, OptionError, OutputError
 from surgery.files.files import file_sha256, reading, write_file
-from surgery.linalg.svd import DEFAULT_TOLERANCE, check_accuracy
+from surgery.format.options import Options, SpectraKeywords, chosen_options
 from surgery.names import JOURNAL_DIR, SPECTRA_FILE, SPECTRA_PAGE, SPECTRA_TABLE
 from surgery.planning.memory import need_to_measure, share_out
 from surgery.planning.plan import Plan, make_plan
-from surgery.planning.targets import Choice
 from surgery.progress import Progress, listening, phase
 from surgery.report.page import write_csv, write_page
 from surgery.report.schema import SCHEMA_VERSION, check_target
@@ -185,17 +184,13 @@ def spectra(
     out: str | Path | None = None,
     top: int = 256,
     subspace: int | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    recipe: str | Path | None = None,
-    split: bool | None = None,
+    options: Options | None = None,
     revision: str | None = None,
     subfolder: str | None = None,
-    seed: int = 0,
-    tolerance: float = DEFAULT_TOLERANCE,
     device: str | torch.device = "auto",
     overwrite: bool = False,
     progress: Progress | None = None,
+    **keywords: Unpack[SpectraKeywords],
 ) -> SpectraReport:
     """Describe the spectrum of every matrix that ``factorize`` would take, alone or against a fine-tuned model.
 
@@ -209,7 +204,8 @@ def spectra(
             together, when all is measured; the same call goes on after the last finished weight file. None writes nothing.
         top: singular values to tell of each matrix.
         subspace: dimension of the leading subspaces that are compared; 16, or ``top`` if that is less.
-        include, exclude, recipe, split, revision, subfolder: as for ``factorize``; the revision is the first model's.
+        options: what chooses the weights, and how accurately they are measured; it may set what there is a keyword for here.
+        recipe, split, include, exclude, revision, subfolder: as for ``factorize``; the revision is the first model's.
         seed, tolerance: of the truncated SVD.
         device: where the linear algebra runs. On a CPU each matrix is the work of one core: the numbers do not depend on how
             many there are.
@@ -225,7 +221,7 @@ def spectra(
         SurgeryError: a model cannot be had or read, holds NaN, or lacks a tensor; an option makes no sense.
     """
     progress = listening()
-    check_accuracy(tolerance, seed)
+    chosen = chosen_options("spectra", SpectraKeywords, options, keywords)
     subspace = min(16, top) if subspace is None else subspace
     for what, value in (("top", top), ("subspace", subspace)):
         if value < 1:
@@ -238,20 +234,19 @@ def spectra(
     # Differences and entropies are taken in float64, which an Apple GPU does not have.
     exact_on = "cpu" if choose_devices(str(device))[0].type == "mps" else str(device)
     # The rank is of no account: what is told depends on top.
-    choice = Choice(1, None, None, tuple(include), tuple(exclude), None if recipe is None else str(recipe), split)
     engine = LocalEngine(exact_on, None, None, None)
     with phase(progress, "planning"):
         source = open_source(model, revision=revision, subfolder=subfolder)
-        steps = make_plan(source, choice, "overlay")
+        steps = make_plan(source, replace(chosen, rank=1), "overlay")
         other = None if tuned is None else open_source(tuned, subfolder=subfolder)
     check_room(*download_needs(*([source] if other is None else [source, other])))
-    measure = Measure(top, subspace, tolerance, seed, compared=other is not None)
-    options = SpectraOptions(top, subspace, seed, tolerance, steps.recipe, tuple(include), tuple(exclude))
+    measure = Measure(top, subspace, chosen.tolerance, chosen.seed, compared=other is not None)
+    recorded = SpectraOptions(top, subspace, chosen.seed, chosen.tolerance, steps.recipe, chosen.include, chosen.exclude)
     with ExitStack() as stack:
         journal = place = None
         if out is not None:
             run = stack.enter_context(Interruptible(out))
-            run.journal = journal = Journal(out, _identity(source, other, steps, options, engine.device_name))
+            run.journal = journal = Journal(out, _identity(source, other, steps, recorded, engine.device_name))
             stack.enter_context(locked(out, ()))
             place = stack.enter_context(files_together(out, journal, _FILES, overwrite=overwrite))
         targets = _measured(engine, source, steps, other, measure, journal, progress)
@@ -264,7 +259,7 @@ def spectra(
             device=engine.device_name,
             base=_named(source),
             tuned=None if other is None else _named(other),
-            options=options,
+            options=recorded,
             targets=tuple(targets),
             findings=_findings(targets, subspace, compared=other is not None),
         )
@@ -274,7 +269,7 @@ def spectra(
         note_what_is_unlikely(other.name, [_norms(target) for target in targets])
     if failed := {target["key"]: _worst_residual(target) for target in targets if not _has_converged(target)}:
         hint = "The figures of these are less certain: among targets they are those with converged false"
-        progress.note(unconverged_note(failed, f"{len(targets)} matrices", tolerance, hint))
+        progress.note(unconverged_note(failed, f"{len(targets)} matrices", chosen.tolerance, hint))
     return report
 
 
