@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         WeightError,
     )
     from surgery.format.manifest import Manifest
+    from surgery.format.options import Options
     from surgery.format.scales import ScalesFile
     from surgery.linalg.energy import energy_svd
     from surgery.linalg.lossless import Factors
@@ -74,6 +75,7 @@ _HOMES = {
     "Manifest": "surgery.format.manifest",
     "MissingExtra": "surgery.errors",
     "OptionError": "surgery.errors",
+    "Options": "surgery.format.options",
     "OutputError": "surgery.errors",
     "Plan": "surgery.planning.plan",
     "Progress": "surgery.progress",
@@ -133,6 +135,7 @@ __all__ = [
     "Manifest",
     "MissingExtra",
     "OptionError",
+    "Options",
     "OutputError",
     "Plan",
     "Progress",

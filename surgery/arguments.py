@@ -8,9 +8,10 @@ import os
 import reprlib
 import types
 from collections.abc import Callable, Iterator, KeysView, Mapping, Sequence, Set, ValuesView
+from dataclasses import fields, is_dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, Unpack, get_args, get_origin, get_type_hints
 
 from surgery.errors import OptionError
 
@@ -57,11 +58,14 @@ def checked(
 
     Raises:
         OptionError: one is not.
+        TypeError: there is no parameter of such a name.
     """
     signature, kinds = _kinds(function)
     try:
         bound = signature.bind(*arguments, **options)
     except TypeError:
+        if unknown := sorted(options.keys() - signature.parameters.keys()):  # unpacked keywords would swallow it
+            raise TypeError(f"{function.__name__}() got an unexpected keyword argument {unknown[0]!r}") from None
         return arguments, options  # the call itself is wrong: Python says how
     for name, kind in kinds.items():
         if name in bound.arguments:
@@ -69,11 +73,54 @@ def checked(
     return bound.args, bound.kwargs
 
 
+def check_fields(record: object) -> None:
+    """Hold each field of a frozen dataclass that is being made against its annotation, as ``checked`` does for arguments.
+
+    Raises:
+        OptionError: one is of another kind.
+    """
+    made: Callable[..., Any] = type(record)
+    for name, kind in _field_kinds(made).items():
+        object.__setattr__(record, name, _fitting(getattr(record, name), kind, name, made.__name__))
+
+
+@functools.cache
+def _field_kinds(record: Callable[..., Any]) -> dict[str, Any]:
+    return get_type_hints(record)
+
+
+def spelled_out(function: Callable[..., Any]) -> inspect.Signature | None:
+    """The signature of a function whose keywords are unpacked, with each of them as a parameter; None for any other.
+
+    Such a function has ``options: Record | None = None`` and ``**keywords: Unpack[Keywords]``: the fields of a dataclass, or
+    some of them, spelled in a TypedDict, which has their types. Their defaults and their order are those of the dataclass,
+    and they come after ``options``.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    is_unpacked = any(one.kind is one.VAR_KEYWORD and str(one.annotation).startswith("Unpack[") for one in parameters)
+    return _kinds(function)[0] if is_unpacked else None
+
+
 @functools.cache
 def _kinds(function: Callable[..., Any]) -> tuple[inspect.Signature, dict[str, Any]]:
+    """The signature of a function, and the kind that each of its parameters is of."""
     hints = get_type_hints(function)
     hints.pop("return", None)
-    return inspect.signature(function), hints
+    signature = inspect.signature(function)
+    *parameters, last = signature.parameters.values() or (None,)
+    if last is None or last.kind is not last.VAR_KEYWORD or get_origin(hints.get(last.name)) is not Unpack:
+        return signature, hints
+    (keywords,) = get_args(hints.pop(last.name))
+    (record,) = [kind for kind in _alternatives(hints["options"]) if is_dataclass(kind)]
+    annotations = {name: kind.__forward_arg__ for name, kind in keywords.__annotations__.items()}
+    unpacked = [
+        last.replace(name=one.name, kind=last.KEYWORD_ONLY, default=one.default, annotation=annotations[one.name])
+        for one in fields(record)
+        if one.name in annotations
+    ]
+    after = 1 + next(i for i, one in enumerate(parameters) if one.name == "options")
+    every = [*parameters[:after], *unpacked, *parameters[after:]]
+    return signature.replace(parameters=every), hints | get_type_hints(keywords)
 
 
 def _fitting(value: Any, kind: Any, name: str, function: str) -> Any:

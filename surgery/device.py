@@ -8,7 +8,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-from surgery.arguments import checked
+from surgery.arguments import checked, spelled_out
 from surgery.arithmetic import exact_arithmetic
 from surgery.errors import OptionError, naming_system_errors
 from surgery.installation import check_installation
@@ -97,7 +97,8 @@ def on_its_own_terms(function: Callable[_Arguments, _Out]) -> Callable[_Argument
 
     Its arguments are of the kinds that its signature says (``surgery.arguments``). Tensors made without a device are on the
     CPU, whatever the caller's default device is. Arithmetic is exact, see ``exact_arithmetic``. And what the system says of a
-    file is one of our errors. Its progress and notes reach whoever listens, see ``heard``.
+    file is one of our errors. Its progress and notes reach whoever listens, see ``heard``. Where its keywords are unpacked,
+    ``help`` shows each of them, see ``spelled_out``.
     """
     call: Callable[..., _Out] = function
 
@@ -111,6 +112,8 @@ def on_its_own_terms(function: Callable[_Arguments, _Out]) -> Callable[_Argument
             with torch.device("cpu"):
                 return call(*fitting, **named)
 
+    if (signature := spelled_out(function)) is not None:
+        wrapped.__signature__ = signature  # type: ignore[attr-defined]
     return heard(wrapped)
 
 

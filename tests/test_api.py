@@ -267,7 +267,7 @@ WRONG: dict[str, list[Any]] = {
     "float": ["0.5", True, [0.5], torch.tensor(0.5), 1j, 10**400, object()],
     "bool": ["yes", 1, 0.0, [], np.bool_(True), object()],
     "tuple[str, ...] | list[str]": LISTS,
-    "Sequence[str]": LISTS,
+    "Options": [3, "x", {"rank": 2}, surgery.Options, object()],
     "Sequence[str | Path]": ["x", 3, [1], [None], [""], {"a": 1}, object()],
     "Sequence[float]": ["0.5", 3.0, ["x"], [None], [True], {1.0: 2}, {1.0}, torch.ones(2, 2), np.float64(1), object()],
     "torch.Tensor": TENSORS,
@@ -404,7 +404,7 @@ def test_words_and_paths_of_other_kinds(llama: Path, tmp_path: Path) -> None:
         made = surgery.factorize(name, _Place(out), rank=2, layout=layout, device=device, include=[_Name.QUERIES])  # type: ignore[arg-type]
         assert json.loads(json.dumps(made.as_json())) == made.as_json()
         manifest = surgery.Manifest.read(_Place(out))  # type: ignore[arg-type]
-        assert (manifest.layout, manifest.device, manifest.options.include) == ("residual", "cpu", ["*.q_proj.weight"])
+        assert (manifest.layout, manifest.device, manifest.options.include) == ("residual", "cpu", ("*.q_proj.weight",))
     with pytest.raises(OptionError, match="cannot take this as layout"):
         surgery.plan(llama, layout=_Shown.RESIDUAL)  # type: ignore[arg-type]
 

@@ -16,6 +16,7 @@ import surgery
 from surgery.device import as_memory_allows
 from surgery.engine.resources import Resources
 from surgery.errors import SurgeryWarning
+from surgery.format.options import Options
 from surgery.format.scales import write_scales
 from surgery.linalg import svd
 from surgery.planning import plan as planning
@@ -88,8 +89,8 @@ def test_a_window_of_several_targets_gives_the_same_model(llama: Path, tmp_path:
 
 def test_the_plan_of_a_gpu_knows_its_memory(llama: Path) -> None:
     source = open_source(llama)
-    choice = planning.Choice(8)
-    on_cpu, on_gpu = (planning.make_plan(source, choice, resources=Resources(kind)).memory for kind in ("cpu", "cuda"))
+    options = Options(8)
+    on_cpu, on_gpu = (planning.make_plan(source, options, resources=Resources(kind)).memory for kind in ("cpu", "cuda"))
     assert on_cpu.device_bytes == 0 < on_gpu.device_bytes
     assert on_gpu.peak_bytes >= on_cpu.peak_bytes + on_gpu.window_bytes
 

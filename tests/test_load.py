@@ -20,7 +20,8 @@ from surgery.engine.lane import Lane
 from surgery.engine.resources import Memory
 from surgery.files.file_records import FileRecord
 from surgery.format.manifest import Manifest
-from surgery.format.manifest_records import Alias, CertificateRecord, OptionsRecord, ShardRecord, SourceRecord, TargetRecord
+from surgery.format.manifest_records import Alias, CertificateRecord, ShardRecord, SourceRecord, TargetRecord
+from surgery.format.options import Options
 from surgery.planning.memory import known_bytes
 from surgery.progress import Silent
 from surgery.run.engines import LocalEngine, ShardJobs, engine_of
@@ -134,7 +135,7 @@ def _manifest(count: int, rank: int, *, files: int = 4) -> Manifest:
     for i in range(files):
         weights = FileRecord(f"model-{i}.safetensors", 1, digest(i))
         shards.append(ShardRecord(weights, weights, FileRecord(f"surgery/factors-{i}.safetensors", 1, digest(i))))
-    options = OptionsRecord(rank, None, None, None, None, True, [], [], 0, 1e-5)
+    options = Options(rank)
     source = SourceRecord("folder", None, None)
     targets = [target(i) for i in range(count)]
     return Manifest(1, "surgery", "2", "cpu", "residual", source, options, digest(0), [], shards, [], [], targets, [])

@@ -246,7 +246,10 @@ def test_all_that_users_meet_is_exported() -> None:
         "attach", "blend", "energy_svd", "export", "factorize", "fold", "inspect", "plan", "project", "read_scales", "recipes",
         "recommend", "run_demo", "show_scales", "spectra", "truncated_svd", "verify", "write_scales",
     }  # fmt: skip
-    others = {"Certificate", "Manifest", "Plan", "Progress", "SaveScales", "Scales", "ScalesFile", "Silent", "TruncatedSVD"}
+    others = {
+        "Certificate", "Manifest", "Options", "Plan", "Progress", "SaveScales", "Scales", "ScalesFile", "Silent",
+        "TruncatedSVD",
+    }  # fmt: skip
     expected = operations | others | {kind.__name__ for kind in reports | kinds} - {"PlanSummary"} | {"__version__"}
     assert set(surgery.__all__) == expected
     for name in operations:

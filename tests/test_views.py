@@ -114,7 +114,7 @@ def test_a_stack_against_one_matrix_after_another(tmp_path: Path) -> None:
     model = _experts(tmp_path / "m")
     manifest = surgery.factorize(model, tmp_path / "f", rank=4).manifest
     (target,) = [target for target in manifest.targets if target.view == "stack"]
-    assert (target.matrices, target.scales_shape, len(target.certificates)) == ((5, 40, 72), [5, 4], 5)
+    assert (target.matrices, target.scales_shape, len(target.certificates)) == ((5, 40, 72), (5, 4), 5)
     assert [certificate.method for certificate in target.certificates][4] == "zero"
     weights = load_file(model / "model.safetensors")[target.tensor]
     factors = load_file(tmp_path / "f/surgery/factors-00001-of-00001.safetensors")

@@ -18,7 +18,10 @@ assert_type(
     surgery.factorize(Path("model"), Path("factorized"), energy=0.5, max_rank=64, layout="overlay"), surgery.FactorizeReport
 )
 assert_type(surgery.Manifest.read("factorized"), surgery.Manifest)
+options = surgery.Options(rank=16, include=("*.q_proj.weight",))
+assert_type(surgery.factorize("model", "factorized", options=options, seed=1), surgery.FactorizeReport)
 assert_type(surgery.plan("model", rank=16).trainable, int)
+assert_type(surgery.plan("model", options=options).options, surgery.Options)
 assert_type(surgery.fold("factorized", "scales.safetensors", "folded"), surgery.FoldReport)
 assert_type(surgery.fold("factorized", {"w": torch.ones(16)}).changed, int)
 assert_type(surgery.export("factorized", Path("scales.safetensors"), "adapter"), surgery.ExportReport)
@@ -53,7 +56,7 @@ surgery.write_scales("b.safetensors", {"w": torch.ones(16)}, surgery.inspect("fa
 assert_type(surgery.show_scales("a.safetensors").changed, int)
 
 # Studies.
-assert_type(surgery.spectra("model").findings, surgery.Findings)
+assert_type(surgery.spectra("model", include=["*.q_proj.weight"], split=True).findings, surgery.Findings)
 assert_type(surgery.recipes(), surgery.RecipesReport)
 
 # Linear algebra.
@@ -74,6 +77,9 @@ assert_type(surgery.__version__, str)
 surgery.factorize("model", "factorized", rank="16")  # type: ignore[arg-type]
 surgery.factorize("model", "factorized", layout="both")  # type: ignore[arg-type]
 surgery.factorize("model", "factorized", ranks=16)  # type: ignore[call-arg]
+surgery.Options(rank="16")  # type: ignore[arg-type]
+surgery.spectra("model", rank=16)  # type: ignore[call-arg]
+surgery.plan("model", include="*.q_proj.weight")  # type: ignore[arg-type]
 surgery.fold("factorized")  # type: ignore[call-arg]
 surgery.fold("factorized", {"w": 1.0}, "folded")  # type: ignore[dict-item]
 surgery.truncated_svd([[1.0]], 1)  # type: ignore[arg-type]

@@ -21,8 +21,8 @@ from surgery.commands.project import ProjectReport
 from surgery.commands.scales import ScalesSummary
 from surgery.commands.verify import VerifyReport
 from surgery.demo.run import DemoReport
-from surgery.planning.plan import PlanSummary
 from surgery.planning.recipes import RecipesReport
+from surgery.planning.summary import PlanSummary
 from surgery.reports import Report, json_fields
 from surgery.study.overview import Findings
 from surgery.study.recommend import Recommendation

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +13,10 @@ from surgery.cli.bar import Bar
 from surgery.cli.options import (
     MODEL,
     PATH,
+    Decorator,
     devices_option,
     engine_option,
+    fills_options,
     json_option,
     memory_options,
     notes_and_quiet,
@@ -23,6 +24,7 @@ from surgery.cli.options import (
     profile_option,
     push_options,
     quiet_option,
+    revision_option,
     stream_option,
 )
 from surgery.cli.printing import print_json
@@ -30,6 +32,7 @@ from surgery.cli.profile import profile_text
 from surgery.cli.report import plan_text
 from surgery.cli.text import fitted, say, size, whole
 from surgery.escapes import quoted
+from surgery.format.options import Options
 from surgery.progress import phase
 
 if TYPE_CHECKING:
@@ -39,56 +42,34 @@ if TYPE_CHECKING:
 # Modules that import torch are imported inside the commands: --help must not wait for them.
 
 
-def _planning(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that a plan depends on, for ``plan`` and ``factorize``."""
-    options: list[Callable[[Callable[..., None]], Callable[..., None]]] = [
-        click.option("--rank", type=int, metavar="K", help="Singular directions to keep of each matrix.  [default: 16]"),
-        click.option("--energy", type=float, metavar="X", help="Keep this share of each one's squared norm (0 to 1) instead."),
-        click.option("--max-rank", type=int, metavar="K", help="With --energy: the most directions.  [default: 256]"),
-        click.option(
-            "--recipe",
-            type=MODEL,
-            metavar="NAME|FILE",
-            help="Which tensors, how seen: see surgery recipes.  [default: the family's]",
-        ),
-        click.option(
-            "--include", multiple=True, metavar="GLOB", help="Take exactly the weights whose names match (repeatable)."
-        ),
-        click.option("--exclude", multiple=True, metavar="GLOB", help="Never take tensors that match (repeatable)."),
-        click.option(
-            "--split/--no-split", default=None, help="Split fused weights (qkv, gate_up) into their projections.  [default: no]"
-        ),
-        click.option(
-            "--layout",
-            type=click.Choice(["residual", "overlay"]),
-            help="residual: self-contained; overlay: factors only, the weights stay where they are.  "
-            "[default: residual, for FP8 overlay]",
-        ),
-        click.option(
-            "--correction/--no-correction",
-            default=True,
-            help="Keep what makes residuals lossless (0.06 to 0.15 bytes per weight).  [default: correction]",
-        ),
-        click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model."),
-        click.option("--subfolder", metavar="PATH", help="The model in this subfolder, as in a diffusion pipeline."),
-        devices_option,
-        memory_options,
-        stream_option,
-    ]
-
-    for option in reversed(options):
-        command = option(command)
-    return command
+#: What a plan depends on, for ``plan`` and ``factorize``.
+_PLANNING: tuple[str | Decorator, ...] = (
+    "rank",
+    "energy",
+    "max_rank",
+    "recipe",
+    "include",
+    "exclude",
+    "split",
+    click.option(
+        "--layout",
+        type=click.Choice(["residual", "overlay"]),
+        help="residual: self-contained; overlay: factors only, the weights stay where they are.  "
+        "[default: residual, for FP8 overlay]",
+    ),
+    "correction",
+    revision_option,
+    click.option("--subfolder", metavar="PATH", help="The model in this subfolder, as in a diffusion pipeline."),
+    devices_option,
+    memory_options,
+    stream_option,
+)
 
 
 @click.command(short_help="Write a model's factorized form and a tiny file of scales.")
 @click.argument("model", type=MODEL)
 @click.option("-o", "--out", default="factorized", show_default=True, type=PATH, help="Folder to write.")
-@_planning
-@click.option("--seed", default=0, show_default=True, help="Seed of the SVD's random start.")
-@click.option(
-    "--tolerance", default=1e-5, show_default=True, help="Residual over the largest singular value at which the SVD stops."
-)
+@fills_options(*_PLANNING, "seed", "tolerance")
 @engine_option
 @push_options
 @overwrite_option
@@ -100,8 +81,7 @@ def _planning(command: Callable[..., None]) -> Callable[..., None]:
 def factorize(
     model: str,
     out: Path,
-    seed: int,
-    tolerance: float,
+    options: Options,
     engine: EngineName,
     push_to_hub: str | None,
     private: bool,
@@ -110,7 +90,7 @@ def factorize(
     profile: bool,
     as_json: bool,
     quiet: bool,
-    **chosen: Any,
+    **where: Any,
 ) -> None:
     """Write the factorized form of MODEL, a Hugging Face repo id or a local folder.
 
@@ -120,7 +100,7 @@ def factorize(
     """
     bar = Bar(quiet=quiet)
     if dry_run:
-        _show_plan(model, chosen, as_json, quiet)
+        _show_plan(model, options, where, as_json, quiet)
         return
     with phase(bar, "starting"):
         from surgery.commands import factorize as operation
@@ -131,9 +111,8 @@ def factorize(
     report = operation.factorize(
         model,
         out,
-        **chosen,
-        seed=seed,
-        tolerance=tolerance,
+        options=options,
+        **where,
         engine=engine,
         push_to_hub=push_to_hub,
         private=private,
@@ -157,34 +136,35 @@ def factorize(
 
 @click.command(short_help="Show what factorize would do, from headers.")
 @click.argument("model", type=MODEL)
-@_planning
+@fills_options(*_PLANNING)
 @click.option("--all", "every", is_flag=True, help="Every tensor on a line of its own, not by group.")
 @json_option
 @quiet_option
 @notes_and_quiet
-def plan(model: str, every: bool, as_json: bool, quiet: bool, **chosen: Any) -> None:
+def plan(model: str, options: Options, every: bool, as_json: bool, quiet: bool, **where: Any) -> None:
     """Show what surgery factorize would do with MODEL and the same options, from headers.
 
     For a model on the hub only headers are fetched. Of a local one, weights that may be stored twice are compared. Tensors
     are shown by group: those whose names differ in numbers alone. Memory and disk are upper estimates; the time is a
     rough one, without downloads.
     """
-    _show_plan(model, chosen, as_json, quiet, every=every)
+    _show_plan(model, options, where, as_json, quiet, every=every)
 
 
-def _show_plan(model: str, chosen: dict[str, Any], as_json: bool, quiet: bool, *, every: bool = False) -> None:
+def _show_plan(model: str, options: Options, where: dict[str, Any], as_json: bool, quiet: bool, *, every: bool = False) -> None:
+    """Print a plan; ``where`` is the rest of what it depends on: the layout, where the model is and what the run may take."""
     bar = Bar(quiet=quiet, notes=False)  # they are among what is shown
     with phase(bar, "starting"):
         from surgery.commands import factorize as operation
         from surgery.device import choose_devices
         from surgery.planning.estimate import estimate_seconds
 
-    steps = operation.plan(model, **chosen, progress=bar)
-    seconds = float(f"{estimate_seconds(steps, choose_devices(chosen['device'])[0]):.2g}")
+    planned = operation.plan(model, options=options, **where, progress=bar)
+    seconds = float(f"{estimate_seconds(planned, choose_devices(where['device'])[0]):.2g}")
     if as_json:
-        print_json(steps, seconds=seconds)
+        print_json(planned, seconds=seconds)
     else:
-        click.echo(plan_text(steps, seconds, every=every))
+        click.echo(plan_text(planned, seconds, every=every))
 
 
 @click.command(short_help="List the recipes and what they match.")

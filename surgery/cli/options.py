@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Callable
-from functools import wraps
+from collections.abc import Callable, Mapping
+from functools import partial, wraps
 from typing import Any
 
 import click
 
 from surgery.arguments import as_path
 from surgery.cli.text import tell
+from surgery.format.options import Options
 
 
 class _PathType(click.Path):
@@ -52,6 +53,7 @@ devices_option = click.option(
     metavar="DEVICE",
     help="auto, cpu, cuda, cuda:N, mps; cuda:0,cuda:1: several; all: every CUDA device.",
 )
+revision_option = click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model.")
 stream_option = click.option(
     "--stream", is_flag=True, help="Of a hub model keep no more than two weight files on the disk at a time."
 )
@@ -82,6 +84,87 @@ def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int
     if match is None:
         raise click.BadParameter(f"{value!r} is no size such as 8GB, 500MB or 7.5GiB")
     return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
+
+
+#: What adds an option, or several, to a command.
+Decorator = Callable[[Callable[..., None]], Callable[..., None]]
+
+_DEFAULTS = Options()
+#: For each field of ``Options`` what makes the option of the command line that fills it.
+_FIELD_OPTIONS: Mapping[str, Callable[..., Decorator]] = {
+    "rank": partial(
+        click.option, "--rank", type=int, metavar="K", help="Singular directions to keep of each matrix.  [default: 16]"
+    ),
+    "energy": partial(
+        click.option, "--energy", type=float, metavar="X", help="Keep this share of each one's squared norm (0 to 1) instead."
+    ),
+    "max_rank": partial(
+        click.option, "--max-rank", type=int, metavar="K", help="With --energy: the most directions.  [default: 256]"
+    ),
+    "recipe": partial(
+        click.option,
+        "--recipe",
+        type=MODEL,
+        metavar="NAME|FILE",
+        help="Which tensors, how seen: see surgery recipes.  [default: the family's]",
+    ),
+    "split": partial(
+        click.option,
+        "--split/--no-split",
+        default=None,
+        help="Split fused weights (qkv, gate_up) into their projections.  [default: no]",
+    ),
+    "correction": partial(
+        click.option,
+        "--correction/--no-correction",
+        default=_DEFAULTS.correction,
+        help="Keep what makes residuals lossless (0.06 to 0.15 bytes per weight).  [default: correction]",
+    ),
+    "include": partial(
+        click.option,
+        "--include",
+        multiple=True,
+        metavar="GLOB",
+        help="Take exactly the weights whose names match (repeatable).",
+    ),
+    "exclude": partial(
+        click.option, "--exclude", multiple=True, metavar="GLOB", help="Never take tensors that match (repeatable)."
+    ),
+    "seed": partial(click.option, "--seed", default=_DEFAULTS.seed, show_default=True, help="Seed of the SVD's random start."),
+    "tolerance": partial(
+        click.option,
+        "--tolerance",
+        default=_DEFAULTS.tolerance,
+        show_default=True,
+        help="Residual over the largest singular value at which the SVD stops.",
+    ),
+}
+
+
+def fills_options(*parts: str | Decorator, words: Mapping[str, str] | None = None) -> Decorator:
+    """Add options to a command, in this order, and hand it one ``Options`` as ``options``.
+
+    Args:
+        parts: fields of ``Options``, by name, whose values reach the command in that object; and further options between
+            them, whose values reach it one by one.
+        words: what the help of this command says of a field, where that is not what the others say.
+    """
+    names = [part for part in parts if isinstance(part, str)]
+    words = words or {}
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def filled(*args: Any, **given: Any) -> None:
+            command(*args, options=Options(**{name: given.pop(name) for name in names}), **given)
+
+        adorned: Callable[..., None] = filled
+        for part in reversed(parts):
+            if isinstance(part, str):
+                part = _FIELD_OPTIONS[part](**({"help": words[part]} if part in words else {}))
+            adorned = part(adorned)
+        return adorned
+
+    return decorate
 
 
 def memory_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from surgery.planning.plan import Plan
 
 
-def plan_text(steps: Plan, seconds: float, *, every: bool) -> str:
+def plan_text(plan: Plan, seconds: float, *, every: bool) -> str:
     """A plan as tables of targets and of what is passed over, and its totals.
 
     Tensors whose names differ in numbers alone are one line, unless ``every`` one is wanted.
@@ -30,26 +30,26 @@ def plan_text(steps: Plan, seconds: float, *, every: bool) -> str:
             target.dtype,
             f"{'' if target.energy is None else '<= '}{target.rank}",
         )
-        for target in steps.targets
+        for target in plan.targets
     )
-    skipped = Counter((group(skip.tensor), skip.reason) for skip in steps.skipped)
+    skipped = Counter((group(skip.tensor), skip.reason) for skip in plan.skipped)
     totals = [
-        f"{len(steps.targets)} targets, {'at most ' if any(t.energy is not None for t in steps.targets) else ''}"
-        f"{steps.trainable} trainable scales; {len(steps.skipped)} tensors passed over",
-        f"{steps.layout} layout, " + (f"recipe {steps.recipe}" if steps.recipe else "no recipe: the defaults for any model"),
-        f"{steps.files_along} other files go along, {size(steps.bytes_along)}"
-        + (f"; {len(steps.left_out)} files and folders stay behind" if steps.left_out else ""),
-        f"reads {size(steps.bytes_read)}, writes at most about {size(steps.bytes_written)}, "
-        + _download(steps)
-        + f"needs at most about {size(steps.memory.peak_bytes)} of memory"
-        + (f", {size(steps.memory.device_bytes)} of each GPU's" if steps.memory.device_bytes else ""),
-        f"takes about {duration(seconds)} on this machine" + (", without the download" if steps.download_bytes else ""),
+        f"{len(plan.targets)} targets, {'at most ' if any(t.energy is not None for t in plan.targets) else ''}"
+        f"{plan.trainable} trainable scales; {len(plan.skipped)} tensors passed over",
+        f"{plan.layout} layout, " + (f"recipe {plan.recipe}" if plan.recipe else "no recipe: the defaults for any model"),
+        f"{plan.files_along} other files go along, {size(plan.bytes_along)}"
+        + (f"; {len(plan.left_out)} files and folders stay behind" if plan.left_out else ""),
+        f"reads {size(plan.bytes_read)}, writes at most about {size(plan.bytes_written)}, "
+        + _download(plan)
+        + f"needs at most about {size(plan.memory.peak_bytes)} of memory"
+        + (f", {size(plan.memory.device_bytes)} of each GPU's" if plan.memory.device_bytes else ""),
+        f"takes about {duration(seconds)} on this machine" + (", without the download" if plan.download_bytes else ""),
     ]
     rows = [[f"{count}", *line] for line, count in targets.items()]
     stays: dict[str, list[str]] = {}
-    for file, reason in steps.left_out.items():
+    for file, reason in plan.left_out.items():
         stays.setdefault(f"{file}: {reason}" if every else reason, []).append(file)
-    left = [[f"{len(files)}", _few(files), steps.left_out[files[0]]] for files in stays.values()]
+    left = [[f"{len(files)}", _few(files), plan.left_out[files[0]]] for files in stays.values()]
     passed = [[f"{count}", *line] for line, count in skipped.items()]
     return "\n".join(
         [
@@ -58,7 +58,7 @@ def plan_text(steps: Plan, seconds: float, *, every: bool) -> str:
             *([table(["", "passed over", "reason"], passed, flush_right=(0,), names=(1,), prose=(2,)), ""] if passed else []),
             *([table(["", "left out", "reason"], left, flush_right=(0,), prose=(1, 2)), ""] if left else []),
             *map(fitted, totals),
-            *(shown(f"note: {note}") for note in steps.notes),
+            *(shown(f"note: {note}") for note in plan.notes),
         ]
     )
 
@@ -69,9 +69,9 @@ def _few(files: list[str]) -> str:
     return ", ".join(files[:count]) + (" ..." if count < len(files) else "")
 
 
-def _download(steps: Plan) -> str:
-    if not steps.download_bytes:
+def _download(plan: Plan) -> str:
+    if not plan.download_bytes:
         return ""
-    if steps.temporary_bytes < steps.download_bytes:
-        return f"downloads {size(steps.download_bytes)}, of which at most {size(steps.temporary_bytes)} are here at a time, "
-    return f"downloads {size(steps.download_bytes)} into the hub's cache, "
+    if plan.temporary_bytes < plan.download_bytes:
+        return f"downloads {size(plan.download_bytes)}, of which at most {size(plan.temporary_bytes)} are here at a time, "
+    return f"downloads {size(plan.download_bytes)} into the hub's cache, "

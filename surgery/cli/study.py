@@ -3,37 +3,47 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import click
 
 from surgery.cli.bar import Bar
-from surgery.cli.options import MODEL, PATH, device_option, json_option, notes_and_quiet, overwrite_file_option, quiet_option
+from surgery.cli.options import (
+    MODEL,
+    PATH,
+    Decorator,
+    device_option,
+    fills_options,
+    json_option,
+    notes_and_quiet,
+    overwrite_file_option,
+    quiet_option,
+    revision_option,
+)
 from surgery.cli.printing import print_json
 from surgery.cli.text import say, whole
+from surgery.format.options import Options
 from surgery.names import SPECTRA_FILE, SPECTRA_PAGE
 from surgery.progress import phase
 
 # Modules that import torch are imported inside the commands: --help must not wait for them.
 
 
-def _which_weights(command: Callable[..., None]) -> Callable[..., None]:
-    options = [
-        click.option("--include", multiple=True, metavar="GLOB", help="Take exactly the weights that match (repeatable)."),
-        click.option("--exclude", multiple=True, metavar="GLOB", help="Never take tensors that match (repeatable)."),
-        click.option(
-            "--recipe", type=MODEL, metavar="NAME|FILE", help="Which weights, and how they are seen; see surgery recipes."
-        ),
-        click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model."),
-        click.option("--subfolder", metavar="PATH", help="The models in this subfolder, as in a diffusion pipeline."),
-        click.option("--seed", default=0, show_default=True, help="Seed of the SVD's random start."),
-        device_option,
-    ]
-    for option in reversed(options):
-        command = option(command)
-    return command
+#: Which weights are studied, and where, for ``spectra`` and ``recommend``.
+_WHICH_WEIGHTS: tuple[str | Decorator, ...] = (
+    "include",
+    "exclude",
+    "recipe",
+    revision_option,
+    click.option("--subfolder", metavar="PATH", help="The models in this subfolder, as in a diffusion pipeline."),
+    "seed",
+    device_option,
+)
+_WORDS = {
+    "include": "Take exactly the weights that match (repeatable).",
+    "recipe": "Which weights, and how they are seen; see surgery recipes.",
+}
 
 
 @click.command(short_help="Study the spectra of a model, or what fine-tuning made of them.")
@@ -42,15 +52,21 @@ def _which_weights(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("-o", "--out", default="report", show_default=True, type=PATH, help="Folder to write.")
 @click.option("--top", default=256, show_default=True, help="Singular values to tell of each matrix.")
 @click.option("--subspace", type=int, help="Dimension of the leading subspaces that are compared.  [default: 16]")
-@click.option(
-    "--split/--no-split", default=None, help="Split fused weights (qkv, gate_up) into their projections.  [default: no]"
-)
-@_which_weights
+@fills_options("split", *_WHICH_WEIGHTS, words=_WORDS)
 @click.option("--overwrite", is_flag=True, help="Replace an earlier report.")
 @json_option
 @quiet_option
 @notes_and_quiet
-def spectra(model: str, tuned: str | None, out: Path, overwrite: bool, as_json: bool, quiet: bool, **chosen: Any) -> None:
+def spectra(
+    model: str,
+    tuned: str | None,
+    out: Path,
+    options: Options,
+    overwrite: bool,
+    as_json: bool,
+    quiet: bool,
+    **where: Any,
+) -> None:
     """Describe the singular values of MODEL's weights, or how those of TUNED, a fine-tuned MODEL, differ from them.
 
     Writes spectra.json and spectra.csv, and with the extra plot index.html: the findings in words and pictures, a page that
@@ -62,7 +78,7 @@ def spectra(model: str, tuned: str | None, out: Path, overwrite: bool, as_json: 
         from surgery.study import spectra as operation
 
     start = time.perf_counter()
-    report = operation.spectra(model, tuned, out=out, **chosen, overwrite=overwrite, progress=bar)
+    report = operation.spectra(model, tuned, out=out, options=options, **where, overwrite=overwrite, progress=bar)
     seconds = time.perf_counter() - start
     if as_json:
         print_json(report.findings, out=out, seconds=seconds)
@@ -84,7 +100,7 @@ def spectra(model: str, tuned: str | None, out: Path, overwrite: bool, as_json: 
 )
 @click.option("--max-rank", default=256, show_default=True, type=click.IntRange(min=1), help="The most directions of a matrix.")
 @click.option("-o", "--out", default="recipe.toml", show_default=True, type=PATH, help="Recipe file to write.")
-@_which_weights
+@fills_options(*_WHICH_WEIGHTS, words=_WORDS)
 @overwrite_file_option
 @json_option
 @quiet_option
@@ -96,10 +112,11 @@ def recommend(
     unit: Literal["numbers", "bytes"],
     max_rank: int,
     out: Path,
+    options: Options,
     overwrite: bool,
     as_json: bool,
     quiet: bool,
-    **chosen: Any,
+    **where: Any,
 ) -> None:
     """Write a recipe with a rank for each weight of MODEL, such that a budget keeps as much as it can.
 
@@ -118,7 +135,8 @@ def recommend(
         unit=unit,
         max_rank=max_rank,
         out=out,
-        **chosen,
+        options=options,
+        **where,
         overwrite=overwrite,
         progress=bar,
     )

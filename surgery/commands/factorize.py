@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Unpack
 
 import torch
 
 from surgery.commands.inspect import largest_residual
 from surgery.device import on_its_own_terms
-from surgery.engine.resources import Resources
 from surgery.format.manifest import Manifest
-from surgery.format.manifest_records import OptionsRecord
-from surgery.linalg.svd import DEFAULT_TOLERANCE, check_accuracy
+from surgery.format.options import OptionKeywords, Options, chosen_options
 from surgery.names import MANIFEST_FILE, STREAM_DIR
-from surgery.planning.aliases import find_aliases, notes_of_equal
+from surgery.planning.aliases import notes_of_equal
 from surgery.planning.plan import Layout, Plan, make_plan
-from surgery.planning.targets import Choice
 from surgery.progress import Progress, listening, phase
 from surgery.publish.results import publish_factorized, submit_shard
 from surgery.reports import NOT_IN_JSON, Report
@@ -26,7 +23,6 @@ from surgery.run.factorization import Factorization
 from surgery.run.run import Run
 from surgery.shards.accuracy import unconverged_note
 from surgery.shards.factorize_jobs import FactorizeJobs
-from surgery.shards.matrices import Settings
 from surgery.source.open import open_source
 from surgery.source.protocol import Source
 from surgery.timing import Timing
@@ -69,15 +65,8 @@ class FactorizeReport(Report):
 def plan(
     model: str | Path,
     *,
-    rank: int | None = None,
-    energy: float | None = None,
-    max_rank: int | None = None,
-    include: tuple[str, ...] | list[str] = (),
-    exclude: tuple[str, ...] | list[str] = (),
-    recipe: str | Path | None = None,
-    split: bool | None = None,
+    options: Options | None = None,
     layout: Layout | None = None,
-    correction: bool = True,
     revision: str | None = None,
     subfolder: str | None = None,
     device: str | torch.device = "auto",
@@ -85,14 +74,15 @@ def plan(
     max_device_memory: int | None = None,
     stream: bool = False,
     progress: Progress | None = None,
+    **keywords: Unpack[OptionKeywords],
 ) -> Plan:
     """What ``factorize`` would do with the same arguments, from headers.
 
     Of a model that is here, weights that may be one parameter, stored twice, are compared. Nothing is written.
 
     Args:
-        model, rank, energy, max_rank, include, exclude, recipe, split, layout, correction, revision, subfolder: see
-            ``factorize``.
+        model, layout, revision, subfolder: see ``factorize``.
+        options, rank, energy, max_rank, recipe, split, correction, include, exclude, seed, tolerance: see ``factorize``.
         device, max_memory, max_device_memory, stream: see ``factorize``; on them depend memory and room on the disk alone.
         progress: told the notes that the plan holds; without it each is a ``SurgeryWarning``.
 
@@ -105,11 +95,11 @@ def plan(
         ReadError, FormatError: a file cannot be read, or is damaged.
     """
     progress = listening()
-    choice = _choice(rank, energy, max_rank, include, exclude, recipe, split)
+    chosen = chosen_options("plan", OptionKeywords, options, keywords)
     by = LocalEngine(str(device), max_memory, max_device_memory)
     with phase(progress, "planning"):
         source = _open(model, revision, subfolder, (Path(STREAM_DIR), by.files_at_a_time) if stream else None)
-        planned = _plan(source, choice, layout, correction, by.resources, fetch=False)
+        planned = make_plan(source, chosen, layout, by.resources, aliases="local")
     for note in planned.notes:
         progress.note(note)
     return planned
@@ -124,43 +114,15 @@ def _open(model: str | Path, revision: str | None, subfolder: str | None, stream
     return streamed(source, *stream)
 
 
-def _choice(
-    rank: int | None,
-    energy: float | None,
-    max_rank: int | None,
-    include: tuple[str, ...] | list[str],
-    exclude: tuple[str, ...] | list[str],
-    recipe: str | Path | None,
-    split: bool | None,
-) -> Choice:
-    return Choice(rank, energy, max_rank, tuple(include), tuple(exclude), None if recipe is None else str(recipe), split)
-
-
-def _plan(
-    source: Source, choice: Choice, layout: Layout | None, correction: bool, resources: Resources, *, fetch: bool
-) -> Plan:
-    find = partial(find_aliases, source, fetch=fetch)
-    return make_plan(source, choice, layout, resources, correction=correction, find_aliases=find)
-
-
 @on_its_own_terms
 def factorize(
     model: str | Path,
     out: str | Path = "factorized",
     *,
-    rank: int | None = None,
-    energy: float | None = None,
-    max_rank: int | None = None,
-    include: tuple[str, ...] | list[str] = (),
-    exclude: tuple[str, ...] | list[str] = (),
-    recipe: str | Path | None = None,
-    split: bool | None = None,
+    options: Options | None = None,
     layout: Layout | None = None,
-    correction: bool = True,
     revision: str | None = None,
     subfolder: str | None = None,
-    seed: int = 0,
-    tolerance: float = DEFAULT_TOLERANCE,
     device: str | torch.device = "auto",
     max_memory: int | None = None,
     max_device_memory: int | None = None,
@@ -171,6 +133,7 @@ def factorize(
     overwrite: bool = False,
     progress: Progress | None = None,
     timing: Timing | None = None,
+    **keywords: Unpack[OptionKeywords],
 ) -> FactorizeReport:
     """Write the factorized form of a checkpoint (docs/format.md) and a file of scales, all ones.
 
@@ -181,20 +144,22 @@ def factorize(
     Args:
         model: local folder or Hugging Face repo id.
         out: folder to write, empty or new.
+        options: what chooses the weights, and how accurately they are factorized. Each field may be given as a keyword as
+            well, alone or where ``options`` does not set it.
         rank: k, directions to keep of each matrix, at most the smaller side; 16 if neither it, nor an energy, nor the
             recipe says anything.
         energy: keep as few directions of each target as hold this share of its squared Frobenius norm instead.
         max_rank: the most directions then; 256 if not given. Targets that would need more are named in a note.
-        include, exclude: globs over tensor names, see ``surgery.planning.targets.Choice``.
         recipe: name or file of a recipe (``surgery.planning.recipes``); the one of the model's family by default.
         split: split fused weights into their projections, where the recipe knows them; as the recipe says by default.
-        layout: ``residual``, self-contained, or ``overlay``, factors only, the weights staying where they are; the
-            residual one by default, the overlay where targets are FP8.
         correction: with the residual layout, keep what makes it lossless: 0.06 to 0.15 bytes per weight. Without it a
             fold gives ``round(R + U diag(s g) V^T)``, in which some 8 to 18 % of the weights differ in their last bits.
+        include, exclude: globs over tensor names, see ``Options``.
+        seed, tolerance: of the truncated SVD, see ``surgery.truncated_svd``.
+        layout: ``residual``, self-contained, or ``overlay``, factors only, the weights staying where they are; the
+            residual one by default, the overlay where targets are FP8.
         revision: of a hub model.
         subfolder: of a folder or repository with several models, such as a diffusion pipeline.
-        seed, tolerance: of the truncated SVD, see ``surgery.truncated_svd``.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``mps``, several as ``cuda:0,cuda:1``, or ``all`` CUDA devices;
             where the linear algebra runs, a shard at a time on each. On a CPU each matrix is the work of one core: the
             result does not depend on how many there are.
@@ -226,20 +191,16 @@ def factorize(
             and so is taken for a checkpoint by nobody; the same call goes on after the last finished shard.
     """
     progress = listening()
-    check_accuracy(tolerance, seed)
+    chosen = chosen_options("factorize", OptionKeywords, options, keywords)
     out = Path(out)
     with Run(out) as run:
         by = run.start_engine(EngineOptions(engine, str(device), max_memory, max_device_memory, timing))
         with phase(progress, "planning"):
             source = _open(model, revision, subfolder, (out / STREAM_DIR, by.files_at_a_time) if stream else None)
-            choice = _choice(rank, energy, max_rank, include, exclude, recipe, split)
-            planned = _plan(source, choice, layout, correction, by.resources, fetch=True)
+            planned = make_plan(source, chosen, layout, by.resources, aliases="fetch")
         for note in planned.notes:
             progress.note(note)
-        options = OptionsRecord(
-            rank, energy, max_rank, planned.recipe, split, correction, list(include), list(exclude), seed, tolerance
-        )
-        factorization = Factorization(source, planned, options, by.device_name)
+        factorization = Factorization(source, planned, replace(chosen, recipe=planned.recipe), by.device_name)
         with run.uploading(push_to_hub, private=private), run.locked(source.folders()):
             if (out / MANIFEST_FILE).is_file() and not overwrite:
                 manifest = factorization.complete_in(out)
@@ -249,14 +210,14 @@ def factorize(
                     progress.note(note)
                 return _report(out, manifest)
             run.identify(factorization.identity())
-            settings = Settings(planned.layout, correction, seed, tolerance)
             with run.result(factorization.files(), [source], overwrite=overwrite) as place:
-                jobs = FactorizeJobs(source, planned, out, place, settings, timing)
+                jobs = FactorizeJobs(source, planned, out, place, timing)
                 with phase(progress, "factorizing", planned.bytes_read):
                     results = run.shards(jobs, planned.memory)
                 manifest = factorization.finish(place, results)
                 publish_factorized(run.upload, place, manifest)
-    for note in (*_accuracy_notes(manifest, planned), *notes_of_equal(source, planned, manifest)):
+    headers = {shard.file: shard.header for shard in planned.shards}
+    for note in (*_accuracy_notes(manifest, planned), *notes_of_equal(source, headers, manifest)):
         progress.note(note)
     return _report(out, manifest)
 

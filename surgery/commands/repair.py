@@ -29,14 +29,13 @@ from surgery.names import JOURNAL_DIR, SCALES_FILE
 from surgery.planning.memory import collected_bytes, need_to_factorize, share_out
 from surgery.planning.plan import Layout, ShardPlan
 from surgery.planning.recipes import Recipe, find_recipe
-from surgery.planning.targets import Choice, Target, extent
+from surgery.planning.targets import Target, extent
 from surgery.progress import Progress, note, phase
 from surgery.run.contents import not_as_recorded
 from surgery.run.disk_room import DiskNeed, check_room, download_needs
 from surgery.run.engines import LocalEngine
 from surgery.run.lock import locked
 from surgery.shards.factorize_shard import Job, run_job
-from surgery.shards.matrices import Settings
 from surgery.source.open import open_source
 from surgery.source.protocol import Source
 from surgery.weights.overlay import BASE_HINT, open_base
@@ -156,9 +155,7 @@ class _RepairJobs:
         self._window = 0
         self._not_there: dict[int, SurgeryError] = {}
         self._recipe = _recipe_of(manifest)
-        options = manifest.options
-        layout: Layout = "overlay" if manifest.layout == "overlay" else "residual"
-        self._settings = Settings(layout, options.correction, options.seed, options.tolerance)
+        self._layout: Layout = "overlay" if manifest.layout == "overlay" else "residual"
         self._quantized: dict[str, Scaled] = {}
         if any(target.dtype == FP8 for target in manifest.targets):
             headers = {shard: source.header(shard) for shard in source.selection.shards}
@@ -243,7 +240,7 @@ class _RepairJobs:
                 if (entry := reader.entries.get(record.tensor)) is None:
                     raise SourceError(f"{path} has no {record.tensor}", hint=BASE_HINT)
                 check_entry(entry, record)
-        job = Job(planned, index, len(shards), self._source, place, None, self._window, self._settings)
+        job = Job(planned, index, len(shards), self._source, place, None, self._window, self._layout, self._manifest.options)
         result = run_job(job, lane, self._progress, on_read)
         if result.shard.source != shard.source:
             raise not_as_described(path, result.shard.source.sha256, shard.source, BASE_HINT)
@@ -287,9 +284,9 @@ class _RepairJobs:
 
     def _target(self, record: TargetRecord) -> Target:
         """A target as it was planned."""
-        options = self._manifest.options
-        choice = Choice(options.rank, options.energy, options.max_rank)
-        most, energy = extent(choice, self._recipe.rule_for(record.tensor) if self._recipe is not None else None)
+        most, energy = extent(
+            self._manifest.options, self._recipe.rule_for(record.tensor) if self._recipe is not None else None
+        )
         short = min(record.matrices[1:])
         return Target(
             tensor=record.tensor,

@@ -17,7 +17,7 @@ from surgery.errors import OptionError, SurgeryError
 from surgery.files.watch import Watch
 from surgery.format.manifest import Manifest, fingerprint_of
 from surgery.format.scales import read_scales
-from surgery.linalg.svd import check_accuracy
+from surgery.linalg.limits import check_accuracy
 from surgery.names import MANIFEST_FILE, SCALES_FILE
 from surgery.planning.memory import known_bytes, need_to_verify, share_out
 from surgery.planning.targets import DEFAULT_MAX_RANK, matches

@@ -22,7 +22,8 @@ from surgery.files.json_files import MAX_OWN_JSON_BYTES
 from surgery.files.paths import check_relative_path
 from surgery.files.sealed import read_sealed, sealed
 from surgery.format.decoding import decode
-from surgery.format.manifest_records import LeftOutRecord, OptionsRecord, ShardRecord, SkippedRecord, SourceRecord, TargetRecord
+from surgery.format.manifest_records import LeftOutRecord, ShardRecord, SkippedRecord, SourceRecord, TargetRecord
+from surgery.format.options import Options
 from surgery.format.views import KINDS
 from surgery.names import (
     FACTORIZABLE_DTYPES,
@@ -60,7 +61,8 @@ class Manifest:
     """The whole manifest.
 
     ``fingerprint`` identifies the factors; scales carry it. ``source_stamps`` are what a local source's weight files are known
-    by (``source_stamp``), in the order of ``shards``; there are none of a model from the hub.
+    by (``source_stamp``), in the order of ``shards``; there are none of a model from the hub. ``options`` are those that were
+    asked for, with the name of the recipe that applied.
     """
 
     format_version: int
@@ -69,7 +71,7 @@ class Manifest:
     device: str
     layout: str
     source: SourceRecord
-    options: OptionsRecord
+    options: Options
     fingerprint: str
     source_stamps: list[str]
     shards: list[ShardRecord]

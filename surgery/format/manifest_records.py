@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from surgery.files.file_records import FileRecord
+from surgery.format.tensor_view import TensorView
 from surgery.format.views import Slice, View
-from surgery.names import (
-    DTYPE_BITS,
-    target_key,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +45,7 @@ class Alias:
 
 
 @dataclass(frozen=True, slots=True)
-class TargetRecord:
+class TargetRecord(TensorView):
     """A factorized tensor, or a slice of one, seen as a batch of matrices.
 
     Attributes:
@@ -91,41 +88,19 @@ class TargetRecord:
         return [self.tensor, *(alias.tensor for alias in self.aliases)]
 
     @property
-    def key(self) -> str:
-        """Its name among factors and scales."""
-        return target_key(self.tensor, self.slice.name if self.slice else None)
-
-    @property
     def seen_as(self) -> View:
-        return View(self.view, self.slice)  # type: ignore[arg-type]  # checked when the manifest is read
-
-    @property
-    def matrices(self) -> tuple[int, int, int]:
-        """(B, m, n)."""
-        return self.seen_as.shape(self.shape)
-
-    @property
-    def entries(self) -> int:
-        return math.prod(self.matrices)
-
-    @property
-    def at_a_time(self) -> int | None:
-        """How many matrices of a stack are held at a time; None for one matrix."""
-        # What is FP8 is worked on in float32.
-        return self.seen_as.at_a_time(self.shape, 4 if self.dtype == "F8_E4M3" else DTYPE_BITS[self.dtype] // 8)
-
-    @property
-    def scales_shape(self) -> list[int]:
-        """(k,), or (B, k) for a stack."""
-        return [self.matrices[0], self.rank] if self.view == "stack" else [self.rank]
-
-    @property
-    def trainable(self) -> int:
-        return math.prod(self.scales_shape)
+        """How it is seen as matrices."""
+        return _view(self.view, self.slice)
 
     @property
     def converged(self) -> bool:
         return all(certificate.converged for certificate in self.certificates)
+
+
+# Asked for several times of each of thousands of targets, nearly all of which are seen alike.
+@lru_cache(maxsize=256)
+def _view(kind: str, part: Slice | None) -> View:
+    return View(kind, part)  # type: ignore[arg-type]  # checked when the manifest is read
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,23 +132,6 @@ class SourceRecord:
     repo_id: str | None
     commit: str | None
     subfolder: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class OptionsRecord:
-    """The options that shape the result. ``rank``, ``energy`` and ``max_rank`` are None where the recipe or the defaults
-    decide; ``recipe`` is None where none applies; without the correction, residuals are not lossless."""
-
-    rank: int | None
-    energy: float | None
-    max_rank: int | None
-    recipe: str | None
-    split: bool | None
-    correction: bool
-    include: list[str]
-    exclude: list[str]
-    seed: int
-    tolerance: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,8 +81,8 @@ def write_scales(path: Path, scales: Mapping[str, torch.Tensor], fingerprint: st
 
 def write_untouched(path: Path, targets: Collection[TargetRecord], fingerprint: str) -> None:
     """Write the scales of all targets, each 1, as ``write_scales`` does. Those of one shape share memory: there may be many."""
-    ones = {shape: torch.ones(shape) for shape in {tuple(target.scales_shape) for target in targets}}
-    write_scales(path, {target.key: ones[tuple(target.scales_shape)] for target in targets}, fingerprint)
+    ones = {shape: torch.ones(shape) for shape in {target.scales_shape for target in targets}}
+    write_scales(path, {target.key: ones[target.scales_shape] for target in targets}, fingerprint)
 
 
 def scales_file(path: Path) -> Path:
@@ -390,7 +390,7 @@ def _check_shapes(values: Mapping[str, list[int]], manifest: Manifest, where: st
     note_renamed(names, where)
     for key, name in names.given.items():
         if not same_but_for_ones(values[name], shapes[key]):
-            raise ScalesError(f"{where}: {name!r} has the wrong shape", got=values[name], expected=shapes[key])
+            raise ScalesError(f"{where}: {name!r} has the wrong shape", got=values[name], expected=list(shapes[key]))
     note_reshaped({name: (values[name], shapes[key]) for key, name in names.given.items()}, where)
     return names.given
 

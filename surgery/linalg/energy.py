@@ -9,8 +9,9 @@ import torch
 
 from surgery.device import on_its_own_terms
 from surgery.errors import OptionError
+from surgery.linalg.limits import DEFAULT_TOLERANCE, check_energy
 from surgery.linalg.rounding import check_dense
-from surgery.linalg.svd import DEFAULT_TOLERANCE, TruncatedSVD, truncated_svd
+from surgery.linalg.svd import TruncatedSVD, truncated_svd
 
 _FIRST_RANK = 16
 #: Units of the working precision by which rounding may keep a sum of squares below its share.
@@ -57,18 +58,6 @@ def energy_svd(
         # No further value is larger than the last: so many more are needed at least.
         missing = (wanted - shares.sum().item()) / shares[-1].item()
         k = min(limit, max(2 * k, k + math.ceil(1.2 * missing)))
-
-
-def check_energy(energy: float, max_rank: int) -> None:
-    """Refuse a share or a limit that makes no sense.
-
-    Raises:
-        OptionError: naming the range.
-    """
-    if not 0 < energy <= 1:
-        raise OptionError("the energy makes no sense", got=energy, expected="a share above 0 and at most 1")
-    if max_rank < 1:
-        raise OptionError("the largest rank must be at least 1", got=max_rank)
 
 
 def _cut(svd: TruncatedSVD, k: int) -> TruncatedSVD:

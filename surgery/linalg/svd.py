@@ -11,15 +11,14 @@ import torch
 
 from surgery.device import as_memory_allows, on_its_own_terms
 from surgery.errors import OptionError, WeightError
+from surgery.linalg.limits import DEFAULT_TOLERANCE, check_accuracy
 from surgery.linalg.operator import Operator, widened
 from surgery.linalg.precision import full_precision
 from surgery.linalg.product import leading_dimension
 from surgery.linalg.rounding import check_dense, times_power_of_two
 from surgery.linalg.threads import one_thread
-from surgery.linalg.triplets import ROUNDING, Triplets, engine, solve
+from surgery.linalg.triplets import Triplets, engine, solve
 from surgery.memory import scratch
-
-DEFAULT_TOLERANCE = 1e-5
 
 #: Columns over which a float32 sum of squares stays accurate.
 _NORM_COLUMNS = 1024
@@ -122,7 +121,7 @@ def truncated_svds(A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERA
         raise OptionError("the batch is empty", got=f"shape {tuple(A.shape)}")
     if not 1 <= k <= min(A.shape[1:]):
         raise OptionError("the rank does not fit the matrix", got=f"k = {k}", expected=f"1 <= k <= {min(A.shape[1:])}")
-    check_accuracy(tolerance, seed, torch.float64 if A.dtype == torch.float64 else torch.float32)
+    check_accuracy(tolerance, seed, "float64" if A.dtype == torch.float64 else "float32")
 
     def solve_some(part: Sequence[int], device: torch.device) -> list[TruncatedSVD]:
         found = _solve(A[part[0] : part[-1] + 1].to(device), k, tolerance, seed)
@@ -132,23 +131,6 @@ def truncated_svds(A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERA
     with torch.no_grad(), full_precision(A.device):
         parts = [as_memory_allows(solve_some, range(len(A))[i : i + step], A.device) for i in range(0, len(A), step)]
     return [result for part in parts for result in part]
-
-
-def check_accuracy(tolerance: float, seed: int, dtype: torch.dtype = torch.float32) -> None:
-    """Refuse a tolerance or seed that no run in ``dtype`` can honour.
-
-    Raises:
-        OptionError: naming the limits.
-    """
-    floor = ROUNDING * torch.finfo(dtype).eps
-    if not floor <= tolerance < 1:
-        raise OptionError(
-            "the tolerance makes no sense",
-            got=tolerance,
-            expected=f"at least {floor:.1e}, the rounding of {dtype}, and below 1",
-        )
-    if not 0 <= seed < 1 << 63:
-        raise OptionError("the seed makes no sense", got=seed, expected="a whole number from 0 to 2^63 - 1")
 
 
 def _stack(parts: list[TruncatedSVD]) -> TruncatedSVD:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from surgery.linalg.lanczos import RitzVectors, basis_rows, block_lanczos, block_size
+from surgery.linalg.limits import ROUNDING
 from surgery.linalg.operator import Operator, widened, widened_bytes
 from surgery.linalg.orthonormal import orthonormal_rows
 from surgery.linalg.product import leading_dimension
@@ -17,8 +18,6 @@ from surgery.linalg.threads import one_thread_each
 #: A block of b vectors sees at most b copies of a repeated value; values this close, relatively, count as copies.
 _CLUSTER = 1e-3
 _MAX_ROUNDS = 4
-#: Units of the working precision that rounding may leave in a residual.
-ROUNDING = 16
 #: Beyond this the Gram matrix is no fallback any more: its eigenproblem takes longer than anybody waits.
 _MAX_GRAM = 2048
 #: Entries up to which a float64 matrix is decomposed as a whole where its Gram matrix has lost the small values: a second.

@@ -23,7 +23,6 @@ from surgery.format.safetensors import ShardReader, same_bytes
 from surgery.models.placement import Place, Positions, locate
 from surgery.models.skeleton import skeleton
 from surgery.names import CONFIG_FILE
-from surgery.planning.plan import Plan
 from surgery.planning.targets import Target, in_block, is_embedding
 from surgery.planning.unloaded import why_unloaded
 from surgery.source.protocol import Source
@@ -102,7 +101,7 @@ def find_aliases(
     return found, notes
 
 
-def notes_of_equal(source: Source, steps: Plan, manifest: Manifest) -> list[str]:
+def notes_of_equal(source: Source, headers: Mapping[str, Header], manifest: Manifest) -> list[str]:
     """What a run has found of targets of a hub model, which its plan could not compare."""
     if manifest.source.kind == "folder":
         return []
@@ -113,7 +112,7 @@ def notes_of_equal(source: Source, steps: Plan, manifest: Manifest) -> list[str]
         if target.s_first
         and (first := first_with.setdefault((target.dtype, target.sample_sha256), target.tensor)) != target.tensor
     ]
-    ties = _Ties(source, {shard.file: shard.header for shard in steps.shards})
+    ties = _Ties(source, headers)
     pairs = [pair for pair in pairs if ties.between(*pair)[0] is not False]
     return [_note_of_equal(len(pairs), *pairs[0])] if pairs else []
 

@@ -22,20 +22,20 @@ _DISK = 1e9
 _PROBE = 2048
 
 
-def estimate_seconds(steps: Plan, device: torch.device) -> float:
+def estimate_seconds(plan: Plan, device: torch.device) -> float:
     """Seconds that a planned run will take on this machine, without downloads: a rough figure.
 
     Multiplies a few rows by a small matrix on the device to see how fast it is. The cores share the work; the disk writes
     meanwhile.
     """
-    products = sum(2.0 * t.entries * min(_ROWS * (t.rank + _EXTRA_RANK), 2 * min(t.matrices[1:])) for t in steps.targets)
+    products = sum(2.0 * t.entries * min(_ROWS * (t.rank + _EXTRA_RANK), 2 * min(t.matrices[1:])) for t in plan.targets)
     on_device = products / _product_rate(device)
-    on_host = (steps.bytes_read + steps.bytes_written) * _BYTE
-    if steps.layout == "residual":
-        on_host += sum(target.entries for target in steps.targets) * _SPLIT
-    workers = steps.memory.workers
+    on_host = (plan.bytes_read + plan.bytes_written) * _BYTE
+    if plan.layout == "residual":
+        on_host += sum(target.entries for target in plan.targets) * _SPLIT
+    workers = plan.memory.workers
     busy = (on_device + on_host) / workers if device.type == "cpu" else max(on_device, on_host / workers)
-    return max(busy, (steps.bytes_read + steps.bytes_written) / _DISK)
+    return max(busy, (plan.bytes_read + plan.bytes_written) / _DISK)
 
 
 def _product_rate(device: torch.device) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -10,17 +10,24 @@ from surgery.engine.resources import Memory, Resources
 from surgery.errors import FormatError, OptionError, SourceError, few
 from surgery.format.header import Header, TensorEntry
 from surgery.format.manifest_records import Alias, LeftOutRecord, SkippedRecord
+from surgery.format.options import Options
 from surgery.format.safetensors import ShardReader, same_bytes
 from surgery.names import SCALES_METADATA_KEY, is_of_lora
+from surgery.planning.aliases import find_aliases
 from surgery.planning.memory import CORRECTION_BYTES, collected_bytes, need_to_factorize, share_out
+from surgery.planning.notes import notes_of_plan
 from surgery.planning.numbering import numbering_notes
-from surgery.planning.recipes import Recipe, builtin_recipes, find_recipe, recipe_for_family
-from surgery.planning.targets import Choice, Model, Skipped, Target, check_choice, choose, matches
+from surgery.planning.recipes import Recipe, find_recipe, recipe_for_family
+from surgery.planning.summary import PlannedTarget, PlanSummary
+from surgery.planning.targets import Model, Skipped, Target, check_globs, choose, matches
 from surgery.reports import Report
 from surgery.source.protocol import Source, check_index
 from surgery.weights.quantization import read_quantization
 
 Layout = Literal["residual", "overlay"]
+#: How far tensors that are one parameter are looked for: not at all, each being a target by itself; with the weights that are
+#: on this machine; or with weight files that are fetched for it.
+AliasSearch = Literal["none", "local", "fetch"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +47,7 @@ class Plan(Report):
     Attributes:
         layout: ``residual`` or ``overlay``.
         recipe: the name of the recipe that applies, asked for or by the model's family; None: the defaults for any model.
-        choice: what was asked for.
+        options: what was asked for.
         shards: in the order they are worked on.
         skipped: every tensor without a target, with the reason.
         notes: what the user should know before the run.
@@ -54,7 +61,7 @@ class Plan(Report):
 
     layout: Layout
     recipe: str | None
-    choice: Choice
+    options: Options
     shards: tuple[ShardPlan, ...]
     skipped: tuple[Skipped, ...]
     notes: tuple[str, ...]
@@ -78,132 +85,50 @@ class Plan(Report):
 
     def as_json(self) -> dict[str, Any]:
         """See ``Report``."""
-        return PlanSummary.of(self).as_json()
+        return self._summary().as_json()
 
-
-@dataclass(frozen=True, slots=True)
-class PlannedTarget:
-    """A weight that would be factorized, or a slice of one.
-
-    Attributes:
-        tensor: its name.
-        slice: the part of it that is meant, such as ``q`` of a fused projection; None for all of it.
-        shard: the weight file that it is in.
-        dtype, shape: of the tensor, as stored.
-        view: how it is seen: ``matrix``, ``stack`` or ``convolution``.
-        matrices: B, m, n: how many matrices, and their shape.
-        rank: directions to keep of each; the most, where an energy decides.
-        energy: share of the squared Frobenius norm to keep; None: exactly ``rank`` directions.
-        aliases: the tensors that hold the same parameter once more.
-    """
-
-    tensor: str
-    slice: str | None
-    shard: str
-    dtype: str
-    shape: tuple[int, ...]
-    view: str
-    matrices: tuple[int, int, int]
-    rank: int
-    energy: float | None
-    aliases: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class PlanSummary(Report):
-    """A plan without the headers that it was made from.
-
-    Attributes:
-        layout: ``residual`` or ``overlay``.
-        recipe: the name of the recipe that applies; None: the defaults for any model.
-        targets: what would be factorized.
-        skipped: every other tensor.
-        notes: what the user should know before the run.
-        files_along, bytes_along: what goes along as it is: config, tokenizer, code; how many files, and bytes.
-        left_out: files and folders of the source that stay behind.
-        trainable: how many scales there would be to train; the most, where an energy decides.
-        bytes_read: over the whole run.
-        bytes_written: the same; an upper estimate.
-        download_bytes: what a model from the hub still has to be fetched of.
-        temporary_bytes: how much of that is on the disk at a time.
-        workers: how many matrices are worked on at a time.
-        peak_memory_bytes: of this machine's memory; an upper estimate.
-        device_memory_bytes: of each GPU's memory; 0 without one.
-    """
-
-    layout: str
-    recipe: str | None
-    targets: tuple[PlannedTarget, ...]
-    skipped: tuple[SkippedRecord, ...]
-    notes: tuple[str, ...]
-    files_along: int
-    bytes_along: int
-    left_out: tuple[LeftOutRecord, ...]
-    trainable: int
-    bytes_read: int
-    bytes_written: int
-    download_bytes: int
-    temporary_bytes: int
-    workers: int
-    peak_memory_bytes: int
-    device_memory_bytes: int
-
-    @classmethod
-    def of(cls, steps: Plan) -> PlanSummary:
-        return cls(
-            layout=steps.layout,
-            recipe=steps.recipe,
-            targets=tuple(
-                PlannedTarget(
-                    tensor=target.tensor,
-                    slice=target.view.slice.name if target.view.slice else None,
-                    shard=target.shard,
-                    dtype=target.dtype,
-                    shape=target.shape,
-                    view=target.view.kind,
-                    matrices=target.matrices,
-                    rank=target.rank,
-                    energy=target.energy,
-                    aliases=tuple(alias.tensor for alias in target.aliases),
-                )
-                for target in steps.targets
-            ),
-            skipped=tuple(SkippedRecord(item.tensor, item.shard, item.reason) for item in steps.skipped),
-            notes=steps.notes,
-            files_along=steps.files_along,
-            bytes_along=steps.bytes_along,
-            left_out=tuple(LeftOutRecord(file, reason) for file, reason in steps.left_out.items()),
-            trainable=steps.trainable,
-            bytes_read=steps.bytes_read,
-            bytes_written=steps.bytes_written,
-            download_bytes=steps.download_bytes,
-            temporary_bytes=steps.temporary_bytes,
-            workers=steps.memory.workers,
-            peak_memory_bytes=steps.memory.peak_bytes,
-            device_memory_bytes=steps.memory.device_bytes,
+    def _summary(self) -> PlanSummary:
+        return PlanSummary(
+            layout=self.layout,
+            recipe=self.recipe,
+            targets=tuple(map(PlannedTarget.of, self.targets)),
+            skipped=tuple(SkippedRecord(item.tensor, item.shard, item.reason) for item in self.skipped),
+            notes=self.notes,
+            files_along=self.files_along,
+            bytes_along=self.bytes_along,
+            left_out=tuple(LeftOutRecord(file, reason) for file, reason in self.left_out.items()),
+            trainable=self.trainable,
+            bytes_read=self.bytes_read,
+            bytes_written=self.bytes_written,
+            download_bytes=self.download_bytes,
+            temporary_bytes=self.temporary_bytes,
+            workers=self.memory.workers,
+            peak_memory_bytes=self.memory.peak_bytes,
+            device_memory_bytes=self.memory.device_bytes,
         )
-
-
-#: From the headers of a model and its targets to the aliases of these, by tensor, and notes: ``surgery.planning.aliases``.
-FindAliases = Callable[[Mapping[str, Header], Sequence[Target]], tuple[dict[str, tuple[Alias, ...]], list[str]]]
 
 
 def make_plan(
     source: Source,
-    choice: Choice,
+    options: Options,
     layout: Layout | None = None,
     resources: Resources | None = None,
     *,
-    correction: bool = True,
-    find_aliases: FindAliases | None = None,
+    aliases: AliasSearch = "none",
 ) -> Plan:
     """Plan a factorization from headers, and from the weights that are in several files; without ``resources`` for one core.
 
-    Without a layout it is the residual one, or the overlay where a target is quantized. ``find_aliases`` may read weights;
-    without it each tensor is a target by itself.
+    Without a layout it is the residual one, or the overlay where a target is quantized.
+
+    Args:
+        source: the model.
+        options: what is asked for, after its own ``check``.
+        layout: of the result.
+        resources: what it may take.
+        aliases: how far tensors that are one parameter are looked for.
 
     Raises:
-        OptionError: the choice makes no sense for this model, or selects nothing.
+        OptionError: the options make no sense for this model, or select nothing.
         SourceError: the model is quantized in a way that is not supported.
         FormatError: the headers contradict each other, the index or the config.
     """
@@ -211,9 +136,9 @@ def make_plan(
     _check_is_a_model(source.name, headers)
     index_notes = check_index(source, headers)
     names, copies = _all_names(headers, source)
-    check_choice(choice, names)
+    check_globs(options, names)
     config = source.config()
-    recipe = find_recipe(choice.recipe) if choice.recipe is not None else recipe_for_family(config)
+    recipe = find_recipe(options.recipe) if options.recipe is not None else recipe_for_family(config)
     model = Model(config, recipe, read_quantization(config, headers, source.name))
     entries = [(entry, file) for file, header in headers.items() for entry in header.tensors]
     fates = [
@@ -222,13 +147,13 @@ def make_plan(
         for fate in (
             [Skipped(entry.name, file, f"in several weight files: {', '.join(copies[entry.name])}")]
             if entry.name in copies
-            else choose(entry, file, choice, model)
+            else choose(entry, file, options, model)
         )
     ]
     every = [fate for fate in fates if not isinstance(fate, Skipped)]
-    aliases, alias_notes = find_aliases(headers, every) if find_aliases is not None else ({}, [])
-    if untouched := _tied_to(copies, aliases):
-        aliases = {tensor: several for tensor, several in aliases.items() if tensor not in untouched}
+    same, alias_notes = ({}, []) if aliases == "none" else find_aliases(source, headers, every, fetch=aliases == "fetch")
+    if untouched := _tied_to(copies, same):
+        same = {tensor: several for tensor, several in same.items() if tensor not in untouched}
         fates = [
             Skipped(fate.tensor, fate.shard, "one parameter with a tensor in several weight files")
             if fate.tensor in untouched and isinstance(fate, Target)
@@ -236,28 +161,28 @@ def make_plan(
             for fate in fates
         ]
         every = [fate for fate in fates if not isinstance(fate, Skipped)]
-    merged = {alias.tensor for several in aliases.values() for alias in several}
-    every = [replace(one, aliases=aliases.get(one.tensor, ())) for one in every if one.tensor not in merged]
+    merged = {alias.tensor for several in same.values() for alias in several}
+    every = [replace(one, aliases=same.get(one.tensor, ())) for one in every if one.tensor not in merged]
     skipped = [fate for fate in fates if isinstance(fate, Skipped) and fate.tensor not in merged]
     by_shard: dict[str, list[Target]] = {file: [] for file in headers}
     for target in every:
         by_shard[target.shard].append(target)
     shards = [ShardPlan(file, source.size(file), header, tuple(by_shard[file])) for file, header in headers.items()]
     if not every:
-        raise _nothing_selected(source.name, choice, recipe, skipped)
-    if choice.max_rank is not None and not any(target.energy is not None for target in every):
+        raise _nothing_selected(source.name, options, recipe, skipped)
+    if options.max_rank is not None and not any(target.energy is not None for target in every):
         raise OptionError(
-            "a largest rank goes with an energy", got=f"max-rank {choice.max_rank} without one", hint="--energy 0.5"
+            "a largest rank goes with an energy", got=f"max-rank {options.max_rank} without one", hint="--energy 0.5"
         )
     layout = _layout(layout, every)
-    if layout == "overlay" and not correction:
+    if layout == "overlay" and not options.correction:
         raise OptionError(
             "an overlay has no correction to leave out", hint="drop --no-correction: its weights stay as they are"
         )
-    if aliases and not correction:
+    if same and not options.correction:
         raise OptionError(
             "a weight that is stored twice needs its correction: else its two copies would not be equal after a fold",
-            got=f"{next(iter(aliases))} and {next(iter(aliases.values()))[0].tensor}",
+            got=f"{next(iter(same))} and {next(iter(same.values()))[0].tensor}",
             hint="drop --no-correction",
         )
     weights = sum(shard.size for shard in shards)
@@ -268,22 +193,18 @@ def make_plan(
     factors = sum(target.factor_bytes + _described_bytes(target) for target in every)
     written = along + factors
     if layout == "residual":
-        written += weights + (int(CORRECTION_BYTES * sum(target.entries for target in every)) if correction else 0)
+        written += weights + (int(CORRECTION_BYTES * sum(target.entries for target in every)) if options.correction else 0)
     return Plan(
         layout=layout,
         recipe=recipe.name if recipe else None,
-        choice=choice,
+        options=options,
         shards=tuple(shards),
         skipped=tuple(skipped),
         notes=(
             *source.selection.notes,
             *index_notes,
             *numbering_notes(names, config),
-            *_rank_notes(every),
-            *_wanted_notes(skipped, len(every)),
-            *_recipe_notes(choice, recipe, names),
-            *_split_notes(choice, every),
-            *_alias_notes(every),
+            *notes_of_plan(options, recipe, every, skipped, names),
             *alias_notes,
         ),
         files_along=len(source.selection.others),
@@ -371,9 +292,9 @@ def _tied_to(copies: Mapping[str, list[str]], aliases: Mapping[str, tuple[Alias,
     return set[str]().union(*(names for names in several if not names.isdisjoint(copies)))
 
 
-def _nothing_selected(model: str, choice: Choice, recipe: Recipe | None, skipped: list[Skipped]) -> OptionError:
-    if choice.include:
-        asked = [f"{s.tensor} ({s.reason})" for s in skipped if matches(s.tensor, choice.include)]
+def _nothing_selected(model: str, options: Options, recipe: Recipe | None, skipped: list[Skipped]) -> OptionError:
+    if options.include:
+        asked = [f"{s.tensor} ({s.reason})" for s in skipped if matches(s.tensor, options.include)]
         return OptionError(f"nothing that --include matches in {model} can be factorized", got=few(asked, between="; "))
     matrices = [s for s in skipped if not s.reason.startswith(("a vector", "no floating"))]
     near = [f"{s.tensor} ({s.reason})" for s in matrices]
@@ -389,65 +310,6 @@ def _nothing_selected(model: str, choice: Choice, recipe: Recipe | None, skipped
         expected="weights of linear layers inside transformer blocks",
         hint="--include GLOB takes any weight by name" if matrices else None,
     )
-
-
-def _rank_notes(targets: list[Target]) -> list[str]:
-    exact = [target for target in targets if target.energy is None]
-    clamped = [target for target in exact if target.rank < target.asked]
-    if not clamped:
-        return []
-    first = clamped[0]
-    if len(clamped) == len(targets):
-        largest = max(min(target.matrices[1:]) for target in targets)
-        raise OptionError(
-            f"rank {first.asked} is larger than every target",
-            expected=f"at most {largest}, the largest smaller side of a target",
-        )
-    return [
-        f"rank {first.asked} is larger than {len(clamped)} of {len(targets)} targets and is cut to their smaller side there "
-        f"(first: {first.key} {list(first.matrices[1:])}, rank {first.rank})"
-    ]
-
-
-def _wanted_notes(skipped: list[Skipped], targets: int) -> list[str]:
-    """What would be a target but for its dtype or its number of dimensions."""
-    wanted = [item for item in skipped if item.wanted]
-    by_reason: dict[str, list[str]] = {}
-    for item in wanted:
-        by_reason.setdefault(item.reason, []).append(item.tensor)
-    return [
-        f"{reason}: {len(tensors)} of {targets + len(wanted)} that would be targets are passed over (first: {tensors[0]})"
-        for reason, tensors in by_reason.items()
-    ]
-
-
-def _recipe_notes(choice: Choice, recipe: Recipe | None, names: list[str]) -> list[str]:
-    """Rules that match nothing, in a recipe of the user's own: probably a slip."""
-    if recipe is None or choice.recipe is None or choice.recipe in builtin_recipes():
-        return []
-    used = {id(rule) for name in names if (rule := recipe.rule_for(name))}
-    return [
-        f"recipe {recipe.name}: rule {i + 1} ({rule.text}) decides on no tensor of this model"
-        for i, rule in enumerate(recipe.rules)
-        if id(rule) not in used
-    ]
-
-
-def _split_notes(choice: Choice, targets: list[Target]) -> list[str]:
-    if not choice.split or any(target.view.slice for target in targets):
-        return []
-    return ["--split changes nothing here: no target is known to fuse several projections"]
-
-
-def _alias_notes(targets: list[Target]) -> list[str]:
-    aliases = {target.tensor: target.aliases for target in targets if target.aliases}
-    if not aliases:
-        return []
-    tensor, others = next(iter(aliases.items()))
-    return [
-        f"{tensor} is stored again as {', '.join(alias.tensor for alias in others)}: one parameter, edited together"
-        + (f" (and {len(aliases) - 1} more)" if len(aliases) > 1 else "")
-    ]
 
 
 def _described_bytes(target: Target) -> int:

@@ -30,7 +30,7 @@ from typing import Any, Literal
 from surgery.errors import OptionError, ReadError
 from surgery.expressions import MOST_CHARACTERS, Expression, ExpressionError
 from surgery.format.views import KINDS, Kind
-from surgery.linalg.energy import check_energy
+from surgery.linalg.limits import check_energy
 from surgery.reports import NOT_IN_JSON, Report, in_json
 
 Every = Literal["group", "column"]

@@ -14,9 +14,10 @@ from typing import Any
 from surgery.errors import FormatError, OptionError
 from surgery.format.header import TensorEntry
 from surgery.format.manifest_records import Alias
+from surgery.format.options import Options
+from surgery.format.tensor_view import TensorView
 from surgery.format.views import Kind, View
-from surgery.linalg.energy import check_energy
-from surgery.names import DTYPE_BITS, FACTORIZABLE_DTYPES, target_key
+from surgery.names import DTYPE_BITS, FACTORIZABLE_DTYPES
 from surgery.planning.fused import slices_of
 from surgery.planning.recipes import Recipe, Rule
 from surgery.planning.unloaded import why_unloaded
@@ -37,7 +38,7 @@ _EXPERTS = re.compile(r"(^|[._])(experts?|moe)([._]|$)")
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class Target(TensorView):
     """A weight that will be factorized, or a slice of one.
 
     Attributes:
@@ -63,18 +64,9 @@ class Target:
     aliases: tuple[Alias, ...] = ()
 
     @property
-    def key(self) -> str:
-        """Its name among factors and scales."""
-        return target_key(self.tensor, self.view.slice.name if self.view.slice else None)
-
-    @property
-    def matrices(self) -> tuple[int, int, int]:
-        """(B, m, n)."""
-        return self.view.shape(self.shape)
-
-    @property
-    def entries(self) -> int:
-        return math.prod(self.matrices)
+    def seen_as(self) -> View:
+        """How it is seen as matrices: ``view``."""
+        return self.view
 
     @property
     def stored_bytes(self) -> int:
@@ -82,28 +74,9 @@ class Target:
         return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
     @property
-    def scales_shape(self) -> tuple[int, ...]:
-        """(k,), or (B, k) for a stack."""
-        return (self.matrices[0], self.rank) if self.view.kind == "stack" else (self.rank,)
-
-    @property
-    def trainable(self) -> int:
-        return math.prod(self.scales_shape)
-
-    @property
     def factor_bytes(self) -> int:
         count, m, n = self.matrices
         return 4 * self.rank * count * (m + n + 1)
-
-    @property
-    def at_a_time(self) -> int | None:
-        """How many matrices of a stack are held at a time; None for one matrix."""
-        # What is quantized is worked on in float32.
-        return self.view.at_a_time(self.shape, 4 if self.scaled else DTYPE_BITS[self.dtype] // 8)
-
-    def place(self, index: int) -> int | None:
-        """Which of a stack a matrix is; None for one matrix."""
-        return index if self.view.kind == "stack" else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,30 +91,6 @@ class Skipped:
     shard: str
     reason: str
     wanted: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """What the user asks for; what is None is left to the recipe, and then to the defaults.
-
-    Attributes:
-        rank: directions to keep of each matrix.
-        energy: keep this share of each matrix instead, with at most ``max_rank`` directions.
-        max_rank: see ``energy``.
-        include: globs over tensor names. If any are given, exactly the weights they match are taken, embeddings, heads
-            and convolutions too.
-        exclude: globs over tensor names that are never taken.
-        recipe: name or file of a recipe; None: the one of the model's family, if there is one.
-        split: whether fused weights are split into their projections.
-    """
-
-    rank: int | None = None
-    energy: float | None = None
-    max_rank: int | None = None
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    recipe: str | None = None
-    split: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -164,19 +113,19 @@ class Model:
         return frozenset(scaled.scale for scaled in self.quantized.values())
 
 
-def choose(entry: TensorEntry, shard: str, choice: Choice, model: Model) -> list[Target | Skipped]:
+def choose(entry: TensorEntry, shard: str, options: Options, model: Model) -> list[Target | Skipped]:
     """The fate of one tensor: a target, or none, and why; of a fused weight that is split, that of each slice.
 
     Raises:
         FormatError: it is a weight without any numbers.
     """
     rule = model.recipe.rule_for(entry.name) if model.recipe else None
-    by_name = _no_weight(entry, model) or _unwanted(entry, choice, model, rule)
+    by_name = _no_weight(entry, model) or _unwanted(entry, options, model, rule)
     if by_name is None or entry.name.split(".")[-1] == "weight":
-        _check_not_empty(entry, choice, model, wanted=by_name is None)
+        _check_not_empty(entry, options, model, wanted=by_name is None)
     if (reason := _impossible(entry, model) or by_name or _unsupported(entry, model)) is not None:
         # That a vector should have been a matrix only a rule can know: a glob or a name may well mean a norm.
-        matrix = len(entry.shape) > 1 or (rule is not None and not choice.include)
+        matrix = len(entry.shape) > 1 or (rule is not None and not options.include)
         return [Skipped(entry.name, shard, reason, wanted=by_name is None and matrix)]
     kind = (rule.view if rule else None) or _kind(entry)
     try:
@@ -189,9 +138,9 @@ def choose(entry: TensorEntry, shard: str, choice: Choice, model: Model) -> list
     if kind == "convolution" and (entry.shape[1] == 1 or scaled):
         return [Skipped(entry.name, shard, "an FP8 convolution" if scaled else "a depthwise convolution")]
     views = [View(kind)]
-    if rule is not None and rule.slices and _wants_split(choice, model, rule):
+    if rule is not None and rule.slices and _wants_split(options, model, rule):
         views = [View(kind, part) for part in slices_of(rule, (m, n), model.config, entry.name)]
-    rank, energy = extent(choice, rule)
+    rank, energy = extent(options, rule)
     fates: list[Target | Skipped] = []
     for view in views:
         smaller = min(view.shape(entry.shape)[1:])
@@ -200,21 +149,21 @@ def choose(entry: TensorEntry, shard: str, choice: Choice, model: Model) -> list
     return fates
 
 
-def _wants_split(choice: Choice, model: Model, rule: Rule) -> bool:
-    if choice.split is not None:
-        return choice.split
+def _wants_split(options: Options, model: Model, rule: Rule) -> bool:
+    if options.split is not None:
+        return options.split
     return rule.split if rule.split is not None else model.recipe is not None and model.recipe.split
 
 
-def extent(choice: Choice, rule: Rule | None) -> tuple[int, float | None]:
+def extent(options: Options, rule: Rule | None) -> tuple[int, float | None]:
     """Rank and energy: the command line's, else the rule's, else the defaults. With an energy the rank is the most."""
-    if choice.rank is not None:
-        return choice.rank, None
+    if options.rank is not None:
+        return options.rank, None
     own = rule or Rule("", ())
-    energy = own.energy if choice.energy is None and own.rank is None else choice.energy
+    energy = own.energy if options.energy is None and own.rank is None else options.energy
     if energy is None:
         return own.rank or DEFAULT_RANK, None
-    return choice.max_rank or own.max_rank or DEFAULT_MAX_RANK, energy
+    return options.max_rank or own.max_rank or DEFAULT_MAX_RANK, energy
 
 
 def _impossible(entry: TensorEntry, model: Model) -> str | None:
@@ -251,14 +200,14 @@ def _unsupported(entry: TensorEntry, model: Model) -> str | None:
     return f"dtype {entry.dtype} is not supported"
 
 
-def _check_not_empty(entry: TensorEntry, choice: Choice, model: Model, *, wanted: bool) -> None:
+def _check_not_empty(entry: TensorEntry, options: Options, model: Model, *, wanted: bool) -> None:
     """Refuse a weight without numbers, which a sharded trainer leaves where it has not gathered them before it saved.
 
     An embedding of no rows or a head for no classes, (0, n), is as it should be, unless it is wanted.
     """
     if 0 not in entry.shape or not (wanted or entry.shape == (0,)):
         return
-    if not wanted and (matches(entry.name, choice.exclude) or why_unloaded(entry.name, model.config)):
+    if not wanted and (matches(entry.name, options.exclude) or why_unloaded(entry.name, model.config)):
         return
     raise FormatError(
         f"the checkpoint is broken: {entry.name!r} is empty",
@@ -269,11 +218,11 @@ def _check_not_empty(entry: TensorEntry, choice: Choice, model: Model, *, wanted
     )
 
 
-def _unwanted(entry: TensorEntry, choice: Choice, model: Model, rule: Rule | None) -> str | None:
-    if matches(entry.name, choice.exclude):
+def _unwanted(entry: TensorEntry, options: Options, model: Model, rule: Rule | None) -> str | None:
+    if matches(entry.name, options.exclude):
         return "matched by --exclude"
-    if choice.include:
-        return None if matches(entry.name, choice.include) else "not matched by --include"
+    if options.include:
+        return None if matches(entry.name, options.include) else "not matched by --include"
     if (unloaded := why_unloaded(entry.name, model.config)) is not None:
         return unloaded
     if rule is not None:
@@ -318,20 +267,13 @@ def matches(name: str, globs: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
 
 
-def check_choice(choice: Choice, names: list[str]) -> None:
-    """Refuse options that contradict each other, a rank below 1 and globs that match no tensor.
+def check_globs(options: Options, names: list[str]) -> None:
+    """Refuse globs that match no tensor of a model.
 
     Raises:
-        OptionError: for a glob with the nearest names.
+        OptionError: with the nearest names.
     """
-    if choice.rank is not None and choice.energy is not None:
-        raise OptionError("a rank and an energy contradict each other", got=f"rank {choice.rank}, energy {choice.energy}")
-    if choice.energy is not None:
-        check_energy(choice.energy, 1)
-    for option, number in (("rank", choice.rank), ("max-rank", choice.max_rank)):
-        if number is not None and number < 1:
-            raise OptionError(f"the {option} must be at least 1", got=number, hint=f"--{option} 16")
-    for option, globs in (("--include", choice.include), ("--exclude", choice.exclude)):
+    for option, globs in (("--include", options.include), ("--exclude", options.exclude)):
         for glob in globs:
             if not fnmatch.filter(names, glob):
                 raise OptionError(f"{option} {glob!r} matches no tensor", expected=near_misses(glob, names))

@@ -16,7 +16,8 @@ from surgery.files.access import read_errors
 from surgery.files.file_records import file_sha256
 from surgery.files.file_writer import copy_file
 from surgery.format.manifest import Manifest, ShardResult, fingerprint_of, source_stamp
-from surgery.format.manifest_records import LeftOutRecord, OptionsRecord, SkippedRecord, TargetRecord
+from surgery.format.manifest_records import LeftOutRecord, SkippedRecord, TargetRecord
+from surgery.format.options import Options
 from surgery.format.scales import write_untouched
 from surgery.format.views import View
 from surgery.names import FORMAT_VERSION, MANIFEST_FILE, SCALES_FILE, factors_file
@@ -43,7 +44,7 @@ class Factorization:
 
     source: Source
     plan: Plan
-    options: OptionsRecord
+    options: Options
     device: str
 
     def identity(self) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from surgery.run.contents import is_as_recorded
 from surgery.run.factorization import has_other_rank, seen
 from surgery.run.resume import Recorded
 from surgery.shards.factorize_shard import Job, RemoteShard, run_job, scale_files
-from surgery.shards.matrices import Settings
 from surgery.source.protocol import Source
 from surgery.timing import Timing, timed
 
@@ -31,20 +30,18 @@ class FactorizeJobs:
         plan: of all its shards.
         out: the output folder of the run.
         place: the folder that is written to, that one or one inside of it.
-        settings: as asked for.
         timing: told how long downloads take.
 
     Attributes:
         shard_files: the weight file of each job.
     """
 
-    def __init__(self, source: Source, plan: Plan, out: Path, place: Path, settings: Settings, timing: Timing | None) -> None:
+    def __init__(self, source: Source, plan: Plan, out: Path, place: Path, timing: Timing | None) -> None:
         self.shard_files = [shard.file for shard in plan.shards]
         self._source = source
         self._plan = plan
         self._out = out
         self._place = place
-        self._settings = settings
         self._timing = timing
         self._progress = listening()
 
@@ -65,7 +62,8 @@ class FactorizeJobs:
 
     def do_shard(self, index: int, lane: Lane, on_read: Callable[[], object]) -> ShardResult:
         """See ``LocalJobs``."""
-        shards, window = self._plan.shards, self._plan.memory.window_bytes
+        plan = self._plan
+        shards, window = plan.shards, plan.memory.window_bytes
         scales = scale_files(shards[index])
         held = [shards[index].file, *scales]
 
@@ -78,7 +76,7 @@ class FactorizeJobs:
                 release()
             on_read()
 
-        job = Job(shards[index], index, len(shards), self._source, self._place, None, window, self._settings)
+        job = Job(shards[index], index, len(shards), self._source, self._place, None, window, plan.layout, plan.options)
         try:
             return run_job(job, lane, self._progress, has_been_read)
         finally:
@@ -86,10 +84,11 @@ class FactorizeJobs:
 
     def remote(self, index: int) -> RemoteShard:
         """See ``ShardJobs``."""
-        shards, window = self._plan.shards, self._plan.memory.window_bytes
+        plan = self._plan
+        shards, window = plan.shards, plan.memory.window_bytes
         origin = self._source.origin([shards[index].file, *scale_files(shards[index])])
         out, place = self._out.resolve(), self._place.resolve()
-        return RemoteShard(shards[index], index, len(shards), origin, out, place, window, self._settings)
+        return RemoteShard(shards[index], index, len(shards), origin, out, place, window, plan.layout, plan.options)
 
     def tell(self, index: int) -> None:
         """See ``ShardJobs``."""

@@ -19,15 +19,16 @@ from surgery.files.file_writer import FileWriter
 from surgery.format.factors import FactorsHash
 from surgery.format.manifest import ShardResult
 from surgery.format.manifest_records import CertificateRecord, ShardRecord, TargetRecord
+from surgery.format.options import Options
 from surgery.format.safetensors import TORCH_DTYPES, ShardReader, TensorFileWriter
 from surgery.format.sample import SampleHash
 from surgery.format.views import View
 from surgery.memory import bytes_of
 from surgery.names import PARTIALS_DIR, RUN_FILE, correction_key, factor_key, factors_file
-from surgery.planning.plan import ShardPlan
+from surgery.planning.plan import Layout, ShardPlan
 from surgery.planning.targets import Target
 from surgery.progress import Progress, Silent
-from surgery.shards.matrices import Matrix, Result, Settings, factorize_matrices, truncate
+from surgery.shards.matrices import Matrix, Result, factorize_matrices, truncate
 from surgery.source.origin import Origin
 from surgery.source.protocol import WeightFiles
 from surgery.weights.model import ModelWeights
@@ -45,7 +46,8 @@ class Job:
         out: the folder that is written to.
         partials: where unfinished files are, if not beside the finished ones.
         window_bytes: how much of the shard is held at a time, so that matrices of one shape are solved together.
-        settings: as asked for.
+        layout: of the result.
+        options: as asked for.
     """
 
     shard: ShardPlan
@@ -55,7 +57,8 @@ class Job:
     out: Path
     partials: Path | None
     window_bytes: int
-    settings: Settings
+    layout: Layout
+    options: Options
 
     def partial(self, file: str) -> Path | None:
         """Where a file is until it is finished, if not beside it."""
@@ -67,7 +70,7 @@ class RemoteShard:
     """A job for another process, perhaps on another machine.
 
     Attributes:
-        shard, index, count, window_bytes, settings: as for ``Job``.
+        shard, index, count, window_bytes, layout, options: as for ``Job``.
         origin: where its weight files come from.
         out: the output folder of the run.
         place: the folder that is written to, that one or one inside of it.
@@ -80,14 +83,17 @@ class RemoteShard:
     out: Path
     place: Path
     window_bytes: int
-    settings: Settings
+    layout: Layout
+    options: Options
 
     def __call__(self, lane: Lane, attempt: str) -> ShardResult:
         """The result; unfinished files of several attempts do not meet."""
         check_shared(self.out)
         partials = self.out / PARTIALS_DIR / attempt
         with SentFiles(self.origin) as files:
-            job = Job(self.shard, self.index, self.count, files, self.place, partials, self.window_bytes, self.settings)
+            job = Job(
+                self.shard, self.index, self.count, files, self.place, partials, self.window_bytes, self.layout, self.options
+            )
             return run_job(job, lane, Silent(), lambda: None)
 
 
@@ -126,11 +132,11 @@ def run_job(job: Job, lane: Lane, progress: Progress, on_read: Callable[[], obje
         _check_unchanged(reader, job.shard)
         work: dict[str, list[_Collected]] = {}
         for target in job.shard.targets:
-            ranked = _with_rank(target, reader, weights, job.settings, lane)
+            ranked = _with_rank(target, reader, weights, job.options, lane)
             work.setdefault(target.tensor, []).append(_Collected(ranked))
         residuals = (
             stack.enter_context(FileWriter(job.out / job.shard.file, job.partial(job.shard.file)))
-            if job.settings.layout == "residual"
+            if job.layout == "residual"
             else None
         )
         keys = [key for parts in work.values() for part in parts for key in _keys(part.target, job)]
@@ -143,7 +149,7 @@ def run_job(job: Job, lane: Lane, progress: Progress, on_read: Callable[[], obje
             residuals.write(reader.header.raw)
 
         def factorize(window: Sequence[Piece]) -> _WindowResults:
-            return _factorize(window, work, weights, job.settings, lane.device)
+            return _factorize(window, work, weights, job, lane.device)
 
         def finish(window: Sequence[Piece], done: _WindowResults) -> None:
             _write(window, done, work, residuals, factors)
@@ -172,7 +178,7 @@ def _check_unchanged(reader: ShardReader, shard: ShardPlan) -> None:
         )
 
 
-def _with_rank(target: Target, reader: ShardReader, weights: ModelWeights, settings: Settings, lane: Lane) -> Target:
+def _with_rank(target: Target, reader: ShardReader, weights: ModelWeights, options: Options, lane: Lane) -> Target:
     """The target itself, or for a stack that is to keep an energy with the rank that all of its matrices need for it.
 
     They share one rank, so that their scales are one tensor, and it must be known before the first of them is done. So
@@ -185,7 +191,7 @@ def _with_rank(target: Target, reader: ShardReader, weights: ModelWeights, setti
     def rank_of(index: int) -> int:
         weight = weights.exact(target.tensor, reader.read(entry, index, 1), index)
         matrix = target.view.matrices(weight)[0].to(lane.device)
-        return len(truncate(target, matrix, settings).s)
+        return len(truncate(target, matrix, options).s)
 
     ranks = [lane.submit(rank_of, index) for index in range(target.matrices[0])]
     return dataclasses.replace(target, rank=max(rank.result() for rank in ranks), energy=None)
@@ -194,7 +200,7 @@ def _with_rank(target: Target, reader: ShardReader, weights: ModelWeights, setti
 def _keys(target: Target, job: Job) -> list[str]:
     """What the factors file will hold of a target."""
     parts = [factor_key(target.key, part) for part in ("U", "s", "V")]
-    if job.settings.layout == "residual" and job.settings.correction:
+    if job.layout == "residual" and job.options.correction:
         parts += [correction_key(target.key, target.place(i)) for i in range(target.matrices[0])]
     return parts
 
@@ -249,7 +255,7 @@ class _Collected:
         return {"U": U, "s": s, "V": V}
 
     def record(self, job: Job) -> TargetRecord:
-        target, residual = self.target, job.settings.layout == "residual"
+        target, residual = self.target, job.layout == "residual"
         return TargetRecord(
             tensor=target.tensor,
             shard=target.shard,
@@ -287,7 +293,7 @@ def _factorize(
     window: Sequence[Piece],
     work: Mapping[str, list[_Collected]],
     weights: ModelWeights,
-    settings: Settings,
+    job: Job,
     device: torch.device,
 ) -> _WindowResults:
     """The results of all targets in a window."""
@@ -302,8 +308,8 @@ def _factorize(
             matrices += [Matrix(part.target, piece.first + i, matrix) for i, matrix in enumerate(seen)]
             if part.target.view.slice is not None:
                 slices.append((piece, part.target.view, seen))
-    results = factorize_matrices(matrices, settings, device)
-    if settings.layout == "residual":
+    results = factorize_matrices(matrices, job.layout, job.options, device)
+    if job.layout == "residual":
         for piece, view, residuals in slices:  # copies of parts of their tensors
             view.store(residuals, piece.tensor)
     return _WindowResults({(result.target.key, result.index): result for result in results}, [piece.buffer for piece in window])

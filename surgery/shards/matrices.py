@@ -10,22 +10,13 @@ import torch
 from surgery.device import as_memory_allows
 from surgery.errors import WeightError
 from surgery.escapes import quoted_glob
+from surgery.format.options import Options
 from surgery.linalg.energy import energy_svd
 from surgery.linalg.lossless import Factors, Parts, split
 from surgery.linalg.svd import Certificate, TruncatedSVD, truncated_svd, truncated_svds
 from surgery.planning.plan import Layout
 from surgery.planning.targets import Target
 from surgery.timing import timed
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How matrices are factorized, see ``surgery.factorize``."""
-
-    layout: Layout
-    correction: bool
-    seed: int
-    tolerance: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +58,14 @@ class Result:
     inexact: float
 
 
-def factorize_matrices(matrices: Sequence[Matrix], settings: Settings, device: torch.device) -> list[Result]:
+def factorize_matrices(matrices: Sequence[Matrix], layout: Layout, options: Options, device: torch.device) -> list[Result]:
     """The results of matrices, in no order. In the residual layout the memory of their weights is that of the residuals then.
+
+    Args:
+        matrices: of any targets.
+        layout: of the result.
+        options: of them the correction, the seed and the tolerance count; ranks and energies are those of the targets.
+        device: where they are worked on.
 
     Raises:
         WeightError: a matrix holds NaN or infinity, or has a residual beyond the range of its dtype; names the tensor.
@@ -81,18 +78,18 @@ def factorize_matrices(matrices: Sequence[Matrix], settings: Settings, device: t
     return [
         result
         for group in groups.values()
-        for result in as_memory_allows(lambda part, where: _factorize_group(part, where, settings), group, device)
+        for result in as_memory_allows(lambda part, where: _factorize_group(part, layout, options, where), group, device)
     ]
 
 
-def _factorize_group(group: Sequence[Matrix], device: torch.device, settings: Settings) -> list[Result]:
+def _factorize_group(group: Sequence[Matrix], layout: Layout, options: Options, device: torch.device) -> list[Result]:
     with timed("copy"):
         weights = [matrix.weight.to(device, non_blocking=True) for matrix in group]
     with timed("svd"):
-        found = _svds(group, weights, settings)
+        found = _svds(group, weights, options)
     with timed("copy"):
         factors = [Factors(svd.U.cpu().contiguous(), svd.s.cpu(), svd.V.cpu().contiguous()) for svd in found]
-    if settings.layout == "overlay":
+    if layout == "overlay":
         parts: list[Parts | None] = [None] * len(group)
     else:
         with timed("residual"):
@@ -100,7 +97,7 @@ def _factorize_group(group: Sequence[Matrix], device: torch.device, settings: Se
             for matrix, weight, kept in zip(group, weights, factors, strict=True):
                 # The lossless arithmetic is float64, which an Apple GPU does not have.
                 exact = matrix.weight if device.type == "mps" else weight
-                parts.append(_split(matrix.target, exact, kept.to(exact.device), settings))
+                parts.append(_split(matrix.target, exact, kept.to(exact.device), options))
         # Only now: a group for which the memory does not suffice is begun again with the weights as they were.
         with timed("copy"):
             for matrix, part in zip(group, parts, strict=True):
@@ -123,10 +120,10 @@ def _factorize_group(group: Sequence[Matrix], device: torch.device, settings: Se
     ]
 
 
-def _split(target: Target, weight: torch.Tensor, factors: Factors, settings: Settings) -> Parts:
+def _split(target: Target, weight: torch.Tensor, factors: Factors, options: Options) -> Parts:
     """The parts of one matrix (m, n) of a target, whose residual takes its place; errors name the tensor."""
     try:
-        return split(weight, factors, correct=settings.correction, out=weight)
+        return split(weight, factors, correct=options.correction, out=weight)
     except WeightError as error:
         raise WeightError(
             f"{target.shard}: {target.key!r} cannot be factorized: {error.what}",
@@ -136,22 +133,22 @@ def _split(target: Target, weight: torch.Tensor, factors: Factors, settings: Set
         ) from error
 
 
-def _svds(group: Sequence[Matrix], weights: Sequence[torch.Tensor], settings: Settings) -> list[TruncatedSVD]:
+def _svds(group: Sequence[Matrix], weights: Sequence[torch.Tensor], options: Options) -> list[TruncatedSVD]:
     if len(group) > 1:
         try:
             batch = torch.stack(list(weights))
-            return truncated_svds(batch, group[0].target.rank, tolerance=settings.tolerance, seed=settings.seed)
+            return truncated_svds(batch, group[0].target.rank, tolerance=options.tolerance, seed=options.seed)
         except WeightError:  # of some matrix of it; one by one the message can name it
             pass
-    return [truncate(matrix.target, weight, settings) for matrix, weight in zip(group, weights, strict=True)]
+    return [truncate(matrix.target, weight, options) for matrix, weight in zip(group, weights, strict=True)]
 
 
-def truncate(target: Target, weight: torch.Tensor, settings: Settings) -> TruncatedSVD:
+def truncate(target: Target, weight: torch.Tensor, options: Options) -> TruncatedSVD:
     """The SVD of one matrix (m, n) of a target, by rank or by energy; errors name the tensor."""
     try:
         if target.energy is not None:
-            return energy_svd(weight, target.energy, max_rank=target.rank, tolerance=settings.tolerance, seed=settings.seed)
-        return truncated_svd(weight, target.rank, tolerance=settings.tolerance, seed=settings.seed)
+            return energy_svd(weight, target.energy, max_rank=target.rank, tolerance=options.tolerance, seed=options.seed)
+        return truncated_svd(weight, target.rank, tolerance=options.tolerance, seed=options.seed)
     except WeightError as error:
         raise WeightError(
             f"{target.shard}: {target.key!r} cannot be factorized: {error.what}",

@@ -8,7 +8,8 @@ import torch
 
 from surgery.errors import SurgeryError
 from surgery.format.factors import FactorsHash, FactorsReader
-from surgery.format.manifest_records import OptionsRecord, TargetRecord
+from surgery.format.manifest_records import TargetRecord
+from surgery.format.options import Options
 from surgery.format.safetensors import TORCH_DTYPES
 from surgery.format.sample import SampleHash
 from surgery.linalg.lossless import Factors
@@ -58,7 +59,7 @@ class CheckedTarget:
     """
 
     target: TargetRecord
-    options: OptionsRecord
+    options: Options
     spoiled: bool = False
     stored: SampleHash = field(init=False)
     recovered: SampleHash = field(init=False)

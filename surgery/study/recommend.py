@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ import torch
 from surgery.device import on_its_own_terms
 from surgery.errors import OptionError
 from surgery.files.file_writer import write_file
+from surgery.format.options import Options, RecommendKeywords, chosen_options
 from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
 from surgery.run.output_paths import check_output_path
@@ -74,15 +75,13 @@ def recommend(
     out: str | Path,
     unit: Unit = "numbers",
     max_rank: int = 256,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    recipe: str | Path | None = None,
+    options: Options | None = None,
     revision: str | None = None,
     subfolder: str | None = None,
-    seed: int = 0,
     device: str | torch.device = "auto",
     overwrite: bool = False,
     progress: Progress | None = None,
+    **keywords: Unpack[RecommendKeywords],
 ) -> Recommendation:
     """Write a recipe with a rank for each target, such that a budget keeps as much as it can.
 
@@ -97,8 +96,10 @@ def recommend(
         out: the recipe file.
         unit: of the budget: ``numbers`` to train, or ``bytes`` of U, s and V in float32.
         max_rank: the most directions of a matrix.
-        include, exclude, recipe, revision, subfolder: as for ``factorize``.
-        seed, device, progress: as for ``surgery.study.spectra.spectra``.
+        options: what chooses the weights, and how accurately they are measured; it may set what there is a keyword for here,
+            but for the largest rank, which is ``max_rank``.
+        recipe, include, exclude, revision, subfolder: as for ``factorize``.
+        seed, tolerance, device, progress: as for ``surgery.study.spectra.spectra``.
         overwrite: replace ``out``.
 
     Returns:
@@ -109,6 +110,7 @@ def recommend(
         OutputError: ``out`` is there already, or in one of the models.
         SurgeryError: as for ``spectra``.
     """
+    chosen = chosen_options("recommend", RecommendKeywords, options, keywords)
     out = Path(out)
     for what, value in (("budget", budget), ("max_rank", max_rank)):
         if value < 1:
@@ -119,13 +121,9 @@ def recommend(
         tuned,
         top=max_rank,
         subspace=max_rank if tuned is not None else 1,
-        include=include,
-        exclude=exclude,
-        recipe=recipe,
-        split=False,
+        options=replace(chosen, split=False),
         revision=revision,
         subfolder=subfolder,
-        seed=seed,
         device=device,
     )
     candidates = _candidates(report.targets, unit, changed=tuned is not None)

@@ -6,20 +6,19 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 
 from surgery.device import on_its_own_terms
 from surgery.errors import MissingExtra, OptionError, OutputError
 from surgery.files.file_writer import write_file
-from surgery.linalg.svd import DEFAULT_TOLERANCE, check_accuracy
+from surgery.format.options import Options, SpectraKeywords, chosen_options
 from surgery.names import JOURNAL_DIR, SPECTRA_FILE, SPECTRA_PAGE, SPECTRA_TABLE
 from surgery.planning.memory import need_to_measure, share_out
 from surgery.planning.plan import Plan, make_plan
-from surgery.planning.targets import Choice
 from surgery.progress import Progress, listening, phase
 from surgery.report.listing import write_csv
 from surgery.report.page import write_page
@@ -112,17 +111,13 @@ def spectra(
     out: str | Path | None = None,
     top: int = 256,
     subspace: int | None = None,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    recipe: str | Path | None = None,
-    split: bool | None = None,
+    options: Options | None = None,
     revision: str | None = None,
     subfolder: str | None = None,
-    seed: int = 0,
-    tolerance: float = DEFAULT_TOLERANCE,
     device: str | torch.device = "auto",
     overwrite: bool = False,
     progress: Progress | None = None,
+    **keywords: Unpack[SpectraKeywords],
 ) -> SpectraReport:
     """Describe the spectrum of every matrix that ``factorize`` would take, alone or against a fine-tuned model.
 
@@ -136,7 +131,8 @@ def spectra(
             together, when all is measured; the same call goes on after the last finished weight file. None writes nothing.
         top: singular values to tell of each matrix.
         subspace: dimension of the leading subspaces that are compared; 16, or ``top`` if that is less.
-        include, exclude, recipe, split, revision, subfolder: as for ``factorize``; the revision is the first model's.
+        options: what chooses the weights, and how accurately they are measured; it may set what there is a keyword for here.
+        recipe, split, include, exclude, revision, subfolder: as for ``factorize``; the revision is the first model's.
         seed, tolerance: of the truncated SVD.
         device: where the linear algebra runs. On a CPU each matrix is the work of one core: the numbers do not depend on how
             many there are.
@@ -152,7 +148,7 @@ def spectra(
         SurgeryError: a model cannot be had or read, holds NaN, or lacks a tensor; an option makes no sense.
     """
     progress = listening()
-    check_accuracy(tolerance, seed)
+    chosen = chosen_options("spectra", SpectraKeywords, options, keywords)
     subspace = min(16, top) if subspace is None else subspace
     for what, value in (("top", top), ("subspace", subspace)):
         if value < 1:
@@ -165,19 +161,18 @@ def spectra(
     # Differences and entropies are taken in float64.
     engine = LocalEngine(float64_device(str(device)))
     # The rank is of no account: what is told depends on top.
-    choice = Choice(1, None, None, tuple(include), tuple(exclude), None if recipe is None else str(recipe), split)
     with phase(progress, "planning"):
         source = open_source(model, revision=revision, subfolder=subfolder)
-        plan = make_plan(source, choice, "overlay")
+        plan = make_plan(source, replace(chosen, rank=1), "overlay")
         other = None if tuned is None else open_source(tuned, subfolder=subfolder)
     check_room(*download_needs(*([source] if other is None else [source, other])))
-    measure = Measure(top, subspace, tolerance, seed, compared=other is not None)
-    options = SpectraOptions(top, subspace, seed, tolerance, plan.recipe, tuple(include), tuple(exclude))
+    measure = Measure(top, subspace, chosen.tolerance, chosen.seed, compared=other is not None)
+    recorded = SpectraOptions(top, subspace, chosen.seed, chosen.tolerance, plan.recipe, chosen.include, chosen.exclude)
     with ExitStack() as stack:
         journal = place = None
         if out is not None:
             run = stack.enter_context(Run(out))
-            run.identify(_identity(source, other, plan, options, engine.device_name))
+            run.identify(_identity(source, other, plan, recorded, engine.device_name))
             stack.enter_context(run.locked(()))
             place = stack.enter_context(run.files_together(_FILES, overwrite=overwrite))
             journal = run.journal
@@ -197,7 +192,7 @@ def spectra(
             device=engine.device_name,
             base=_named(source),
             tuned=None if other is None else _named(other),
-            options=options,
+            options=recorded,
             targets=tuple(targets),
             findings=findings_of(targets, subspace, compared=other is not None),
         )
@@ -207,7 +202,7 @@ def spectra(
         note_what_is_unlikely(other.name, [_norms(target) for target in targets])
     if failed := {target["key"]: worst_residual(target) for target in targets if not has_converged(target)}:
         hint = "The figures of these are less certain: among targets they are those with converged false"
-        progress.note(unconverged_note(failed, f"{len(targets)} matrices", tolerance, hint))
+        progress.note(unconverged_note(failed, f"{len(targets)} matrices", chosen.tolerance, hint))
     return report
 
 

@@ -261,7 +261,7 @@ def _trainable(delta: nn.Parameter) -> nn.Parameter:
     return delta
 
 
-def _whole(delta: nn.Parameter, shape: list[int]) -> torch.Tensor:
+def _whole(delta: nn.Parameter, shape: tuple[int, ...]) -> torch.Tensor:
     """A parameter's values on the CPU, gathered if it is sharded over processes."""
     value: Any = _trainable(delta).detach()
     gathered: torch.Tensor = value.full_tensor() if is_sharded(value) else value
@@ -269,7 +269,7 @@ def _whole(delta: nn.Parameter, shape: list[int]) -> torch.Tensor:
         raise OptionError(
             "the scales have been taken over by a trainer in a way that is not known here",
             got=list(gathered.shape),
-            expected=shape,
+            expected=list(shape),
             hint="shard with DistributedDataParallel or FSDP2 (fully_shard)",
         )
     return gathered.float().cpu().reshape(shape)

@@ -1,0 +1,43 @@
+"""Which tolerances, seeds, energies and ranks make sense for an SVD. No torch here: options are checked before it is loaded."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from surgery.errors import OptionError
+
+#: Of ``surgery.truncated_svd``: residual over the largest singular value at which it stops.
+DEFAULT_TOLERANCE = 1e-5
+#: Units of the working precision that rounding may leave in a residual.
+ROUNDING = 16
+#: The distance from 1 to the next larger number.
+_EPSILON = {"float32": 2.0**-23, "float64": 2.0**-52}
+
+
+def check_accuracy(tolerance: float, seed: int, dtype: Literal["float32", "float64"] = "float32") -> None:
+    """Refuse a tolerance or seed that no run in ``dtype`` can honour.
+
+    Raises:
+        OptionError: naming the limits.
+    """
+    floor = ROUNDING * _EPSILON[dtype]
+    if not floor <= tolerance < 1:
+        raise OptionError(
+            "the tolerance makes no sense",
+            got=tolerance,
+            expected=f"at least {floor:.1e}, the rounding of torch.{dtype}, and below 1",
+        )
+    if not 0 <= seed < 1 << 63:
+        raise OptionError("the seed makes no sense", got=seed, expected="a whole number from 0 to 2^63 - 1")
+
+
+def check_energy(energy: float, max_rank: int) -> None:
+    """Refuse a share or a limit that makes no sense.
+
+    Raises:
+        OptionError: naming the range.
+    """
+    if not 0 < energy <= 1:
+        raise OptionError("the energy makes no sense", got=energy, expected="a share above 0 and at most 1")
+    if max_rank < 1:
+        raise OptionError("the largest rank must be at least 1", got=max_rank)

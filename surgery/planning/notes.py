@@ -1,0 +1,92 @@
+"""What users should know of a plan before it is carried out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from surgery.errors import OptionError
+from surgery.format.options import Options
+from surgery.planning.recipes import Recipe, builtin_recipes
+from surgery.planning.targets import Skipped, Target
+
+
+def notes_of_plan(
+    options: Options, recipe: Recipe | None, targets: Sequence[Target], skipped: Sequence[Skipped], names: Sequence[str]
+) -> list[str]:
+    """What is otherwise than the options may lead to expect.
+
+    Args:
+        options: what was asked for.
+        recipe: the one that applies, if any.
+        targets, skipped: what came of it.
+        names: of all tensors of the model.
+
+    Raises:
+        OptionError: the rank is larger than every target.
+    """
+    return [
+        *_rank_notes(targets),
+        *_wanted_notes(skipped, len(targets)),
+        *_recipe_notes(options, recipe, names),
+        *_split_notes(options, targets),
+        *_alias_notes(targets),
+    ]
+
+
+def _rank_notes(targets: Sequence[Target]) -> list[str]:
+    exact = [target for target in targets if target.energy is None]
+    clamped = [target for target in exact if target.rank < target.asked]
+    if not clamped:
+        return []
+    first = clamped[0]
+    if len(clamped) == len(targets):
+        largest = max(min(target.matrices[1:]) for target in targets)
+        raise OptionError(
+            f"rank {first.asked} is larger than every target",
+            expected=f"at most {largest}, the largest smaller side of a target",
+        )
+    return [
+        f"rank {first.asked} is larger than {len(clamped)} of {len(targets)} targets and is cut to their smaller side there "
+        f"(first: {first.key} {list(first.matrices[1:])}, rank {first.rank})"
+    ]
+
+
+def _wanted_notes(skipped: Sequence[Skipped], targets: int) -> list[str]:
+    """What would be a target but for its dtype or its number of dimensions."""
+    wanted = [item for item in skipped if item.wanted]
+    by_reason: dict[str, list[str]] = {}
+    for item in wanted:
+        by_reason.setdefault(item.reason, []).append(item.tensor)
+    return [
+        f"{reason}: {len(tensors)} of {targets + len(wanted)} that would be targets are passed over (first: {tensors[0]})"
+        for reason, tensors in by_reason.items()
+    ]
+
+
+def _recipe_notes(options: Options, recipe: Recipe | None, names: Sequence[str]) -> list[str]:
+    """Rules that match nothing, in a recipe of the user's own: probably a slip."""
+    if recipe is None or options.recipe is None or options.recipe in builtin_recipes():
+        return []
+    used = {id(rule) for name in names if (rule := recipe.rule_for(name))}
+    return [
+        f"recipe {recipe.name}: rule {i + 1} ({rule.text}) decides on no tensor of this model"
+        for i, rule in enumerate(recipe.rules)
+        if id(rule) not in used
+    ]
+
+
+def _split_notes(options: Options, targets: Sequence[Target]) -> list[str]:
+    if not options.split or any(target.view.slice for target in targets):
+        return []
+    return ["--split changes nothing here: no target is known to fuse several projections"]
+
+
+def _alias_notes(targets: Sequence[Target]) -> list[str]:
+    aliases = {target.tensor: target.aliases for target in targets if target.aliases}
+    if not aliases:
+        return []
+    tensor, others = next(iter(aliases.items()))
+    return [
+        f"{tensor} is stored again as {', '.join(alias.tensor for alias in others)}: one parameter, edited together"
+        + (f" (and {len(aliases) - 1} more)" if len(aliases) > 1 else "")
+    ]
