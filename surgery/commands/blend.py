@@ -12,10 +12,9 @@ import torch
 
 from surgery.device import on_its_own_terms
 from surgery.errors import OptionError, ScalesError
-from surgery.format.name_map import match_names
+from surgery.format.name_map import match_names, note_renamed
 from surgery.format.scales import (
     ScalesFile,
-    note_renamed,
     note_reshaped,
     note_without_owner,
     read_scales_alone,

@@ -30,7 +30,7 @@ from surgery.source.model import open_part
 from surgery.weights.base import BASE_HINT, BaseWeights, OwnWeights, check_entry, shard_path, weight_source
 from surgery.weights.quantization import FP8, Scaled
 from surgery.weights.quantized import Dequantizer
-from surgery.weights.tuned import Norms, TunedModel, note_what_is_unlikely
+from surgery.weights.tuned import Norms, Original, TunedModel, note_what_is_unlikely
 
 #: What is stored of an original matrix, and the fine-tuned one.
 _Pair = tuple[torch.Tensor, torch.Tensor]
@@ -94,8 +94,10 @@ def project(
 
     Args:
         factorized: a folder written by ``factorize``.
-        tuned: the fine-tuned model, folder or hub id. Its tensors have the names and shapes of the original ones;
-            bfloat16, float16, float32, or FP8 with scales; in shards of any kind.
+        tuned: the fine-tuned model, folder or hub id. Its tensors have the names and shapes of the original ones, or others
+            that are known for them: with the names of wrapping modules, or one prefix or suffix, or stored in another way
+            that transformers loads as the same, such as stacked experts; in bfloat16, float16, float32, or FP8 with scales;
+            in shards of any kind.
         out: the scales file to write.
         base: for an overlay, the model it was made from (folder or hub id), if the one that the manifest names is
             not to be used.
@@ -126,12 +128,12 @@ def project(
     check_output_file(out, inputs, overwrite=overwrite, but=factorized / SCALES_FILE)
     check_room(*download_needs(source, weights))
     check_not_the_source(out, manifest)
-    aliases = {target.tensor: target.tensors[1:] for target in manifest.targets}
-    shapes = {target.tensor: target.shape for target in manifest.targets}
+    wanted = {target.tensor: target.tensors[1:] for target in manifest.targets}
     with ExitStack() as stack:
         with phase(progress, "reading headers"):
-            names = {entry.name for shard in manifest.shards for entry in weights.header(shard).tensors}
-            model = stack.enter_context(TunedModel(source, shapes, names, aliases))
+            shapes = {entry.name: entry.shape for shard in manifest.shards for entry in weights.header(shard).tensors}
+            shapes |= {tensor: tuple(target.shape) for target in manifest.targets for tensor in target.tensors}
+            model = stack.enter_context(TunedModel(source, Original(wanted, shapes, lambda: factorized)))
         projector = stack.enter_context(_Projector(factorized, manifest, weights, model, where))
         projector.run(progress)
         found = projector.found

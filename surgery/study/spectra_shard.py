@@ -23,7 +23,7 @@ from surgery.source.model import Source
 from surgery.source.origin import damaged
 from surgery.study.spectrum import compare, spectrum
 from surgery.weights.quantized import Dequantizer
-from surgery.weights.tuned import TunedModel
+from surgery.weights.tuned import Original, TunedModel, config_folder
 
 #: Matrices are measured one by one, and none waits for another: a window is one piece of a shard.
 _WINDOW_BYTES = 1
@@ -125,8 +125,9 @@ class Measuring:
         self._dequantizer = Dequantizer(source.fetch, source.watch)
         self.tuned: TunedModel | None = None
         if other is not None:
-            names = {entry.name for shard in source.selection.shards for entry in source.header(shard).tensors}
-            self.tuned = TunedModel(other, {target.tensor: target.shape for target in steps.targets}, names)
+            shapes = {entry.name: entry.shape for shard in steps.shards for entry in shard.header.tensors}
+            wanted: dict[str, tuple[str, ...]] = {target.tensor: () for target in steps.targets}
+            self.tuned = TunedModel(other, Original(wanted, shapes, lambda: config_folder(source)))
 
     def __enter__(self) -> Self:
         if self.tuned is not None:
