@@ -49,7 +49,7 @@ class NameMap:
     """How two sets of names fit each other.
 
     Attributes:
-        given: name that is wanted -> the one that is there instead.
+        given: name that is wanted, or will do instead of one -> the one that is there for it.
         missing: names that are wanted and not there, sorted.
         unknown: names that are there and stand for none that is wanted, sorted.
         doubtful: a name that is wanted and two that are there, each of which it could be; None if there is no such name.
@@ -175,7 +175,7 @@ class _Search:
         also: Collection[str],
         alike: Callable[[str, str], bool] | None,
     ) -> None:
-        self._there = set(there)
+        self._there = dict.fromkeys(there)  # in order: what is tried first does not depend on chance
         self._wanted = wanted
         self._needed = [*wanted, *(name for others in wanted.values() for name in others if name not in wanted)]
         known = set(self._needed)
@@ -208,7 +208,7 @@ class _Search:
         if accepted(exact):
             return exact
         # Of those with as many names the first: the exact ones, then those without a prefix.
-        return max([exact, *found], key=lambda one: sum(name in one.given for name in self._needed))
+        return max([exact, *found], key=lambda one: (len(one.given), one.doubtful is not None))
 
     def _map(self, sources: Mapping[str, Collection[str]]) -> NameMap:
         """The map where each name may be those that are there which ``sources`` says."""
@@ -225,12 +225,9 @@ class _Search:
             elif several:
                 # What is there once cannot be two.
                 given.pop(taken[several[0]], None)
-        for name in self._further:
-            several = list(sources.get(name, ()))
-            if len(several) == 1 and several[0] not in taken:
-                given[name] = several[0]
         missing = [name for name, others in self._wanted.items() if not any(one in given for one in (name, *others))]
-        unknown = self._there.difference(given.values())
+        known = {one for name in (*given, *self._further) for one in sources.get(name, ())}
+        unknown = self._there.keys() - known
         return NameMap(given, tuple(sorted(missing)), tuple(sorted(unknown)), doubtful)
 
     def _is_alike(self, found: NameMap) -> bool:

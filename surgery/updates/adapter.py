@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from surgery.errors import OptionError
-from surgery.format.name_map import find_names, note_renamed
+from surgery.format.name_map import find_names
 from surgery.linalg.lossless import Addition
 from surgery.models.carriers import Carrier, carriers_of
 from surgery.models.placement import Piece, locate, parameter_names
 from surgery.models.skeleton import skeleton
+from surgery.progress import note
 from surgery.updates.lora import LoraUpdate
 
 
@@ -126,8 +127,11 @@ def _parameters(
 
     names = find_names(shapes, dict.fromkeys(modules, ()), alike=alike)
     if names.is_complete and all(alike(name, parameter) for name, parameter in names.given.items()):
-        note_renamed(names, "the adapter", "the checkpoint's")
-        return {module: names.given[name] for name, module in modules.items()}
+        parameters = {module: names.given[name] for name, module in modules.items()}
+        renamed = ((module, parameters[module].removesuffix(".weight")) for module in sorted(parameters))
+        module, own = next((module, own) for module, own in renamed if module != own)
+        note(f"the adapter's names differ from the checkpoint's, and all are found: {module!r} is taken for {own!r}")
+        return parameters
     module = next(module for module in updates if module not in found)
     there = model is not None and f"{module}.weight" in parameter_names(model)
     raise names.misfit(

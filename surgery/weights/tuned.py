@@ -189,10 +189,11 @@ class TunedModel:
                 shapes = {name: entry.shape for name, (_, entry) in self._places.items()}
                 found = convert(StoredModel(folder, self._original.shapes), StoredModel(own, shapes), self._original.wanted)
                 if found is not None and found.parts.keys() == self._original.wanted.keys():
-                    name = next(name for name in sorted(found.parts) if found.parts[name][0].stored != name)
+                    renamed = ((name, found.parts[name][0].stored) for name in sorted(found.parts))
+                    examples = (f": {stored!r} is taken for {name!r}" for name, stored in renamed if name != stored)
                     note(
-                        f"{self._name} is stored in another way than the original, and is read as transformers loads it: "
-                        f"{found.parts[name][0].stored!r} is taken for {name!r}"
+                        f"{self._name} is stored in another way than the original, and is read as transformers loads it"
+                        + next(examples, "")
                     )
                     return found
         except (MissingExtra, OptionError, SourceError) as error:
