@@ -23,10 +23,12 @@ from surgery.format import views
 from surgery.format.name_map import find_names, match_names, nearest
 from surgery.format.safetensors import ShardReader
 from surgery.progress import Silent
-from tests.families import FAMILIES
+from tests.families import DECODER, FAMILIES
 from tests.models import save_llama, tensors_of
-from tests.releases import known_classes, needs
+from tests.releases import has, known_classes, needs
 from tests.test_attach_families import CUT, Interleaved, _ernie, _interleaved, _kimi, _qwen3_vl
+
+stacks_experts = needs("transformers", ">=5.10", "all of these families, with experts that are stacked")
 
 Tensors = dict[str, torch.Tensor]
 Rename = Callable[[str], str]
@@ -304,6 +306,7 @@ def _both_ways(make: Callable[[], Any], tmp_path: Path) -> dict[str, Path]:
     return found
 
 
+INTERLEAVES = has("transformers.core_model_loading", "Interleave")
 STORED: dict[str, Any] = {
     **{name: (FAMILIES[name].make, ["*proj*", "*experts*", "*linear*"]) for name in ("mixtral", "qwen3_moe", "deepseek_v3")},
     **{name: (FAMILIES[name].make, ["*proj*", "*experts*", "*linear*"]) for name in ("olmoe", "granitemoe", "jamba")},
@@ -315,9 +318,12 @@ STORED: dict[str, Any] = {
 }
 
 
-@needs("transformers", ">=5.10", "all of these families")
+@stacks_experts
 @pytest.mark.parametrize("direction", ["modules in files", "files in modules"])
-@pytest.mark.parametrize("name", STORED)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=INTERLEAVES) if name == "interleaved" else name for name in STORED],
+)
 def test_stored_in_another_way(name: str, direction: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(transformers, "Interleaved", Interleaved, raising=False)
     monkeypatch.setattr(views, "STACK_BYTES", 3 * 4 * 24 * 32)  # three of four experts at a time
@@ -343,6 +349,7 @@ def test_stored_in_another_way(name: str, direction: str, monkeypatch: pytest.Mo
     assert _studied(before, other, include=include)[0] == _studied(before, same, include=include)[0]
 
 
+@stacks_experts
 def test_stored_in_another_way_under_other_names(tmp_path: Path) -> None:
     """The bare model of a class, saved from its modules."""
     models = _both_ways(FAMILIES["qwen3_moe"].make, tmp_path)
@@ -357,6 +364,7 @@ def test_stored_in_another_way_under_other_names(tmp_path: Path) -> None:
     assert notes[0].endswith("'layers.0.mlp.experts.down_proj' is taken for 'model.layers.0.mlp.experts.0.down_proj.weight'")
 
 
+@stacks_experts
 def test_of_a_stack_only_what_is_needed_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models = _both_ways(FAMILIES["mixtral"].make, tmp_path)
     surgery.factorize(models["original, files"], tmp_path / "f", rank=2, device="cpu", include=["*experts.2.*"])
@@ -375,6 +383,82 @@ def test_of_a_stack_only_what_is_needed_is_read(tmp_path: Path, monkeypatch: pyt
     assert max(sizes) == gate_up[0].nbytes
 
 
+def _fp8(folder: Path, tensors: Tensors, like: Path) -> Path:
+    """A model whose matrices are in FP8, with a scale for each block of 16 x 16, which is the largest in it."""
+    stored: Tensors = {}
+    for name, tensor in tensors.items():
+        if tensor.ndim < 2:
+            stored[name] = tensor
+            continue
+        *stack, m, n = tensor.shape
+        blocks = tensor.view(*stack, m // 16, 16, n // 16, 16)
+        largest = blocks.abs().amax((-3, -1), keepdim=True)
+        stored[name] = (blocks / largest).to(torch.float8_e4m3fn).view(tensor.shape)
+        stored[f"{name}_scale_inv"] = largest.view(*stack, m // 16, n // 16)
+    _saved(folder, stored, like)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [16, 16]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+_MIXTURE = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
+
+
+def _mixture(**config: Any) -> Any:
+    return transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**{**DECODER, "vocab_size": 64, **_MIXTURE, **config}))
+
+
+@stacks_experts
+@pytest.mark.parametrize("direction", ["modules in files", "files in modules"])
+def test_fp8_stored_in_another_way(direction: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One expert at a time, each with the scales that are its own."""
+    monkeypatch.setattr(views, "STACK_BYTES", 1)
+    models = _both_ways(_mixture, tmp_path)
+    tuned, original = direction.split(" in ")
+    before = models[f"original, {original}"]
+    found = []
+    for kind in (original, tuned):
+        dense = models[f"tuned, {kind}"]
+        keep = {name: tensor for name, tensor in tensors_of(dense).items() if "gate.weight" not in name}
+        found.append(_fp8(tmp_path / f"fp8, {kind}", keep, dense))
+    surgery.factorize(before, tmp_path / "f", rank=3, device="cpu", include=["*proj*"])
+    (expected, _), (scales, notes) = (_projected(tmp_path / "f", one, tmp_path / f"g {one.name}") for one in found)
+    assert scales == expected
+    assert "is stored in another way" in notes[0]
+    assert any(bool((value != 1).any()) for value in load_file(tmp_path / f"g {found[0].name}").values())
+
+
+@stacks_experts
+def test_a_tied_weight_under_its_other_name(tmp_path: Path) -> None:
+    models = _both_ways(lambda: _mixture(tie_word_embeddings=True), tmp_path)
+    options: dict[str, Any] = {"device": "cpu", "include": ["*embed*", "*lm_head*"], "progress": Silent()}
+    manifest = surgery.factorize(models["original, modules"], tmp_path / "f", rank=3, **options).manifest
+    assert [len(target.tensors) for target in manifest.targets] == [2]
+    found = []
+    for i, kept in enumerate(["embed_tokens", "lm_head"]):
+        tensors = tensors_of(models["tuned, modules"])
+        experts = {name: tensor for name, tensor in tensors_of(models["tuned, files"]).items() if ".experts." in name}
+        head = next(tensor for name, tensor in tensors.items() if "embed_tokens" in name)
+        names = {"embed_tokens": "model.embed_tokens.weight", "lm_head": "lm_head.weight"}
+        rest = {n: t for n, t in tensors.items() if ".experts." not in n and n not in names.values()}
+        tuned = _saved(tmp_path / f"t{i}", experts | rest | {names[kept]: head}, models["tuned, files"])
+        found.append(_projected(tmp_path / "f", tuned, tmp_path / f"g{i}"))
+    assert found[0][0] == found[1][0]
+
+
+@stacks_experts
+def test_an_adapter_beside_weights_that_are_stored_in_another_way(tmp_path: Path) -> None:
+    """It would be left out."""
+    models = _both_ways(_mixture, tmp_path)
+    surgery.factorize(models["original, files"], tmp_path / "f", rank=3, device="cpu")
+    halves = {f"model.layers.0.self_attn.q_proj.lora_{part}.weight": torch.ones(4, 4) for part in "AB"}
+    tuned = _saved(tmp_path / "t", tensors_of(models["tuned, modules"]) | halves, models["tuned, files"])
+    with pytest.raises(SourceError, match=r"has no tensor(.|\n)*merge adapters first"):
+        surgery.project(tmp_path / "f", tuned, tmp_path / "g", device="cpu")
+
+
+@stacks_experts
 @pytest.mark.parametrize("change", ["an expert less", "fewer experts", "no config", "NaN", "no class"])
 def test_what_is_stored_in_another_way_and_does_not_fit(change: str, tmp_path: Path) -> None:
     models = _both_ways(FAMILIES["mixtral"].make, tmp_path)

@@ -181,19 +181,19 @@ class _Search:
         known = set(self._needed)
         self._further = [name for name in also if name not in known]
         self._alike = alike
-        self._cores = {name: _core(name) for name in (*self._needed, *self._further)}
 
     def best(self, accepted: Callable[[NameMap], bool]) -> NameMap:
         """The one map that is accepted, exact names first; else one of which less fits."""
-        exact = self._map({name: (name,) for name in self._there if name in self._cores})
+        exact = self._map({name: (name,) for name in (*self._needed, *self._further) if name in self._there})
         if accepted(exact) and self._is_alike(exact):
             return exact
+        cores = {name: _core(name) for name in (*self._needed, *self._further)}
         by_core: dict[str, list[str]] = {}
         for name in self._there:
             by_core.setdefault(_core(name), []).append(name)
         found = []
         for affix in self._affixes(by_core):
-            meant = {name: affix.renamed(core) for name, core in self._cores.items()}
+            meant = {name: affix.renamed(core) for name, core in cores.items()}
             found.append(self._map({name: by_core[core] for name, core in meant.items() if core in by_core}))
         whole: dict[tuple[Any, ...], NameMap] = {}
         for one in found:

@@ -170,11 +170,8 @@ class TunedModel:
 
     def _fits(self, names: NameMap) -> bool:
         """Whether all that is wanted is there, under names that can be trusted, in its shape."""
-        needed = {one for name, others in self._original.wanted.items() for one in (name, *others)}
-        given = {name: there for name, there in names.given.items() if name in needed}
-        is_renamed = any(name != there for name, there in given.items())
-        alike = all(self._is_alike(name, there) for name, there in given.items())
-        return names.is_complete and alike and not (is_renamed and self._is_adapted())
+        alike = all(self._is_alike(name, there) for name, there in names.given.items())
+        return names.is_complete and alike and (names.renamed is None or not self._is_adapted())
 
     def _is_adapted(self) -> bool:
         """Whether it has an adapter beside its weights, which these alone would leave out."""
@@ -185,7 +182,7 @@ class TunedModel:
         why = ""
         try:
             folder, own = self._original.folder(), config_folder(source)
-            if folder is not None and own is not None:
+            if folder is not None and own is not None and not self._is_adapted():
                 shapes = {name: entry.shape for name, (_, entry) in self._places.items()}
                 found = convert(StoredModel(folder, self._original.shapes), StoredModel(own, shapes), self._original.wanted)
                 if found is not None and found.parts.keys() == self._original.wanted.keys():
