@@ -62,8 +62,9 @@ def project(
 ) -> None:
     """Write the scales that bring the folder FACTORIZED closest to TUNED, a repo id or a local folder.
 
-    TUNED is the same model, fully fine-tuned: the same tensors, in any dtype and any shards. The scales are the least-squares
-    ones, g_i = 1 + u_i^T (W_tuned - W) v_i / s_i. The table shows, for each target:
+    TUNED is the same model, fully fine-tuned: the same tensors, in any dtype and any shards, also under names that a wrapper
+    has given them, or stored in another way that transformers loads as the same. The scales are the least-squares ones,
+    g_i = 1 + u_i^T (W_tuned - W) v_i / s_i. The table shows, for each target:
 
     \b
     change      size of the change, |W_tuned - W| / |W| (Frobenius norms)

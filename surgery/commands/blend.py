@@ -12,10 +12,9 @@ import torch
 
 from surgery.device import on_its_own_terms
 from surgery.errors import OptionError, ScalesError
-from surgery.format.name_map import match_names
+from surgery.format.name_map import match_names, note_renamed
 from surgery.format.scales import (
     ScalesFile,
-    note_renamed,
     note_reshaped,
     note_without_owner,
     read_scales_alone,
@@ -157,7 +156,8 @@ def _as_the_first(paths: Sequence[Path], read: Sequence[ScalesFile], index: int)
     names = match_names(values, read[0].values)
     if not names.fits:
         odd, has, lacks = (names.missing[0], first, path) if names.missing else (names.unknown[0], path, first)
-        raise ScalesError(f"{odd!r} is in {has} and not in {lacks}", expected="the same targets in all files")
+        what, hint = f"{odd!r} is in {has} and not in {lacks}", "blend scales that were trained with the same factorized folder"
+        raise names.misfit(ScalesError, what, read[0].values, expected="the same targets in all files", hint=hint)
     note_renamed(names, str(path), f"those in {first}")
     shapes = {}
     for key, one in read[0].values.items():

@@ -27,7 +27,7 @@ from surgery.source.open import open_part
 from surgery.weights.checkpoint import FactorizedWeights, weights_of
 from surgery.weights.matrix import StoredMatrix
 from surgery.weights.protocol import check_entry
-from surgery.weights.tuned import Norms, TunedModel, note_what_is_unlikely
+from surgery.weights.tuned import Norms, Original, TunedModel, note_what_is_unlikely
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +88,10 @@ def project(
 
     Args:
         factorized: a folder written by ``factorize``.
-        tuned: the fine-tuned model, folder or hub id. Its tensors have the names and shapes of the original ones;
-            bfloat16, float16, float32, or FP8 with scales; in shards of any kind.
+        tuned: the fine-tuned model, folder or hub id. Its tensors have the names and shapes of the original ones, or others
+            that are known for them: with the names of wrapping modules, or one prefix or suffix, or stored in another way
+            that transformers loads as the same, such as stacked experts; in bfloat16, float16, float32, or FP8 with scales;
+            in shards of any kind.
         out: the scales file to write.
         base: for an overlay, the model it was made from (folder or hub id), if the one that the manifest names is
             not to be used.
@@ -120,12 +122,14 @@ def project(
     check_output_path(out, inputs, overwrite=overwrite, but=factorized / SCALES_FILE)
     check_room(*download_needs(source, weights.files))
     check_not_the_source(out, manifest)
-    aliases = {target.tensor: target.tensors[1:] for target in manifest.targets}
-    shapes = {target.tensor: target.shape for target in manifest.targets}
+    wanted = {target.tensor: target.tensors[1:] for target in manifest.targets}
     with ExitStack() as stack:
         with phase(progress, "reading headers"):
-            names = {entry.name for shard in manifest.shards for entry in weights.header(shard.source.file).tensors}
-            model = stack.enter_context(TunedModel(source, shapes, names, aliases))
+            shapes = {
+                entry.name: entry.shape for shard in manifest.shards for entry in weights.header(shard.source.file).tensors
+            }
+            shapes |= {tensor: tuple(target.shape) for target in manifest.targets for tensor in target.tensors}
+            model = stack.enter_context(TunedModel(source, Original(wanted, shapes, lambda: factorized)))
         projector = _Projector(stack.enter_context(FactorizedWeights(factorized, manifest, weights)), model, where)
         projector.run(progress)
         found = projector.found

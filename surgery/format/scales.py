@@ -19,7 +19,7 @@ from surgery.files.json_files import decode_json
 from surgery.format.header import Header, TensorEntry, make_header
 from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import TargetRecord
-from surgery.format.name_map import NameMap, match_names
+from surgery.format.name_map import NameMap, match_names, note_renamed
 from surgery.format.safetensors import ShardReader
 from surgery.linalg.rounding import check_dense
 from surgery.memory import bytes_of
@@ -386,7 +386,7 @@ def _check_shapes(values: Mapping[str, list[int]], manifest: Manifest, where: st
     shapes = {target.key: target.scales_shape for target in manifest.targets}
     names = match_names(values, shapes)
     if not names.fits:
-        raise _other_names(names, where, len(values), list(shapes))
+        raise _other_names(names, where, list(shapes))
     note_renamed(names, where)
     for key, name in names.given.items():
         if not same_but_for_ones(values[name], shapes[key]):
@@ -395,7 +395,7 @@ def _check_shapes(values: Mapping[str, list[int]], manifest: Manifest, where: st
     return names.given
 
 
-def _other_names(names: NameMap, where: str, count: int, targets: list[str]) -> ScalesError:
+def _other_names(names: NameMap, where: str, targets: list[str]) -> ScalesError:
     hint = "use the factorized folder these scales were trained with"
     if names.unknown:
         what = f"{where}: {names.unknown[0]!r} is no target of this checkpoint" + _and_more(names.unknown)
@@ -403,19 +403,8 @@ def _other_names(names: NameMap, where: str, count: int, targets: list[str]) -> 
             hint += "; what is no scales belongs into another file"
     else:
         what = f"{where}: the scales of {names.missing[0]!r} are missing" + _and_more(names.missing)
-    stands = f"; {names.renamed[0]!r} would be {names.renamed[1]!r}" if names.renamed else ""
-    return ScalesError(
-        what,
-        got=f"{count} entries, {len(names.given)} of them for targets" + stands,
-        expected=f"{len(targets)}, one for each target, such as {(names.missing or targets)[0]!r}",
-        hint=hint,
-    )
-
-
-def note_renamed(names: NameMap, where: str, wanted: str = "the checkpoint's") -> None:
-    """Warn where names are taken for others, ``wanted``."""
-    if (renamed := names.renamed) is not None:
-        note(f"{where}: names that differ from {wanted}, and fit them one to one: {renamed[0]!r} is taken for {renamed[1]!r}")
+    expected = f"{len(targets)}, one for each target, such as {(names.missing or targets)[0]!r}"
+    return names.misfit(ScalesError, what, targets, expected=expected, hint=hint)
 
 
 def same_but_for_ones(shape: Sequence[int], other: Sequence[int]) -> bool:

@@ -126,7 +126,7 @@ def spectra(
 
     Args:
         model: local folder or Hugging Face repo id.
-        tuned: the same of a model with the same tensors, in any dtype and shards.
+        tuned: the same of a model with the same tensors, in any dtype and shards; for their names see ``project``.
         out: folder to write the report to: ``spectra.json``, ``spectra.csv`` and, with matplotlib, ``index.html``. They come
             together, when all is measured; the same call goes on after the last finished weight file. None writes nothing.
         top: singular values to tell of each matrix.

@@ -27,7 +27,7 @@ from surgery.shards.factorize_shard import rounded_to
 from surgery.source.protocol import Source
 from surgery.study.spectrum import compare, spectrum
 from surgery.weights.model import StudiedWeights
-from surgery.weights.tuned import TunedModel
+from surgery.weights.tuned import Original, TunedModel, config_folder
 
 #: Matrices are measured one by one, and none waits for another: a window is one piece of a shard.
 _WINDOW_BYTES = 1
@@ -135,8 +135,9 @@ class SpectraJobs:
         self._weights = StudiedWeights(source, lambda: quantized)
         self._tuned: TunedModel | None = None
         if other is not None:
-            names = {entry.name for shard in source.selection.shards for entry in source.header(shard).tensors}
-            self._tuned = TunedModel(other, {target.tensor: target.shape for target in plan.targets}, names)
+            shapes = {entry.name: entry.shape for shard in plan.shards for entry in shard.header.tensors}
+            wanted: dict[str, tuple[str, ...]] = {target.tensor: () for target in plan.targets}
+            self._tuned = TunedModel(other, Original(wanted, shapes, lambda: config_folder(source)))
 
     def __enter__(self) -> Self:
         if self._tuned is not None:

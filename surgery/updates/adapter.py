@@ -5,16 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from surgery.errors import OptionError
+from surgery.format.name_map import find_names
 from surgery.linalg.lossless import Addition
 from surgery.models.carriers import Carrier, carriers_of
 from surgery.models.placement import Piece, locate, parameter_names
 from surgery.models.skeleton import skeleton
+from surgery.progress import note
 from surgery.updates.lora import LoraUpdate
 
 
@@ -34,11 +35,14 @@ def additions_of(folder: Path, shapes: Mapping[str, Sequence[int]], updates: Map
     pieces: dict[str, list[Piece]] = {}
     if model is None:
         pieces = {name: [Piece.whole(name, shape)] for name, shape in shapes.items()}
+        stored = {name: tuple(shape) for name, shape in shapes.items()}
     else:
+        stored = {}
         for places in locate(model, shapes).values():
             for place in places:
                 pieces.setdefault(place.parameter, []).append(place.piece)
-    parameters = {module: _parameter(model, module, pieces) for module in updates}
+                stored[place.parameter] = place.shape
+    parameters = _parameters(model, updates, stored)
     if len(set(parameters.values())) < len(parameters):
         raise OptionError("the adapter changes a weight twice, under two names", got=sorted(parameters))
     carriers = None if model is None else carriers_of(model, parameters.values())
@@ -93,19 +97,51 @@ def _misfit(module: str, got: list[int], expected: list[int]) -> OptionError:
     )
 
 
-def _parameter(model: nn.Module | None, module: str, pieces: Mapping[str, Any]) -> str:
-    """Name of the weight of a module, also if the adapter was made with or without a head around the model."""
+def _parameters(
+    model: nn.Module | None, updates: Mapping[str, LoraUpdate], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, str]:
+    """Module -> the name of its weight, also if the adapter was made with or without a head or a wrapper around the model.
+
+    Args:
+        model: without weights; None where transformers does not know it.
+        updates: by the name of a module.
+        shapes: of the parameters that the checkpoint holds.
+
+    Raises:
+        OptionError: a module has no weight in the checkpoint, or could have any of two.
+    """
     prefix = "" if model is None else str(getattr(model, "base_model_prefix", ""))
-    names = [f"{module}.weight", f"{prefix}.{module}.weight", f"{module.removeprefix(prefix + '.')}.weight"]
-    found = next((name for name in names if name in pieces), None)
-    if found is None:
-        there = model is not None and f"{module}.weight" in parameter_names(model)
-        raise OptionError(
-            f"the adapter changes {module!r}, which is no module with a weight in this checkpoint",
-            got="a weight that is not in the checkpoint's files" if there else "no such module",
-            hint="merge the adapter with PEFT into the folded model",
-        )
-    return found
+    found = {}
+    for module in updates:
+        with_head = (f"{module}.weight", f"{prefix}.{module}.weight", f"{module.removeprefix(prefix + '.')}.weight")
+        if (parameter := next((name for name in with_head if name in shapes), None)) is not None:
+            found[module] = parameter
+    if len(found) == len(updates):
+        return found
+    modules = {f"{module}.weight": module for module in updates}
+
+    def alike(name: str, parameter: str) -> bool:
+        update, shape = updates[modules[name]], shapes[parameter]
+        # Whether the weight is (out, in) or (in, out) is not known yet.
+        return sorted([len(update.B), math.prod(update.A.shape[1:])]) == sorted([shape[0], math.prod(shape[1:])])
+
+    names = find_names(shapes, dict.fromkeys(modules, ()), alike=alike)
+    if names.is_complete and all(alike(name, parameter) for name, parameter in names.given.items()):
+        parameters = {module: names.given[name] for name, module in modules.items()}
+        renamed = ((module, parameters[module].removesuffix(".weight")) for module in sorted(parameters))
+        module, own = next((module, own) for module, own in renamed if module != own)
+        note(f"the adapter's names differ from the checkpoint's, and all are found: {module!r} is taken for {own!r}")
+        return parameters
+    module = next(module for module in updates if module not in found)
+    there = model is not None and f"{module}.weight" in parameter_names(model)
+    raise names.misfit(
+        OptionError,
+        f"the adapter changes {module!r}, which is no module with a weight in this checkpoint",
+        modules,
+        expected="modules of the checkpoint, all of them under its names, or with one prefix or suffix"
+        + (": this one's weight is not in its files" if there else ""),
+        hint="merge the adapter with PEFT into the folded model",
+    )
 
 
 def _in_tensor(

@@ -1,0 +1,269 @@
+"""Tensors of one model in terms of another's, where the two are stored in different ways.
+
+A model as transformers saves it and the same as its modules hold it differ in more than names: experts one by one or stacked,
+projections apart or joined, transposed, interleaved. Both are located in the model that they load as
+(``surgery.models.placement``); what lies at the same place of the same parameter is the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from surgery.format.name_map import find_names
+from surgery.models.placement import Piece, Place, Positions, locate, parameter_names
+from surgery.models.skeleton import skeleton
+
+#: Tensor -> shape.
+Shapes = Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a tensor that is stored has of one that is wanted: they meet in a parameter of the model.
+
+    Attributes:
+        stored: the name of the one that is stored.
+        to: for each axis of the wanted tensor, positions in it.
+        of: for each axis of the stored tensor, the positions of these entries there, in the same order.
+        order: the axis of the stored tensor that becomes each axis of the wanted one; None where that axis is of one entry, one
+            of a stack that is stored apart.
+    """
+
+    stored: str
+    to: tuple[Positions, ...]
+    of: tuple[Positions, ...]
+    order: tuple[int | None, ...]
+
+    @property
+    def entries(self) -> int:
+        """How many entries it has of the wanted tensor."""
+        return math.prod(map(len, self.to))
+
+    def within(self, first: int, count: int) -> Part | None:
+        """The same for some rows of the wanted tensor along its first axis, as positions among them; None if it has none."""
+        rows = self.to[0]
+        if isinstance(rows, range):
+            low, high = max(rows.start, first), min(rows.stop, first + count)
+            kept: slice | torch.Tensor = slice(low - rows.start, max(low, high) - rows.start)
+            moved: Positions = range(low - first, max(low, high) - first)
+        else:
+            kept = (rows >= first) & (rows < first + count)
+            moved = rows[kept] - first
+        if not len(moved):
+            return None
+        axis, of = self.order[0], self.of
+        if axis is not None:
+            along = of[axis][kept] if isinstance(kept, slice) else torch.as_tensor(of[axis])[kept]
+            of = (*of[:axis], along, *of[axis + 1 :])
+        return Part(self.stored, (moved, *self.to[1:]), of, self.order)
+
+    def rows(self) -> range:
+        """The rows of the stored tensor along its first axis that have to be read."""
+        of = self.of[0]
+        return of if isinstance(of, range) else range(int(of.min()), int(of.max()) + 1)
+
+    def copy(self, stored: torch.Tensor, first: int, wanted: torch.Tensor) -> None:
+        """Fill in the part.
+
+        Args:
+            stored: the tensor that is stored, from its row ``first`` on.
+            wanted: written to.
+        """
+        block = stored
+        for axis, positions in enumerate(self.of):
+            shift = first if axis == 0 else 0
+            if isinstance(positions, range):
+                block = block.narrow(axis, positions.start - shift, len(positions))
+            else:
+                block = block.index_select(axis, positions - shift)
+        # An axis of the stored tensor that is none of the wanted one has a single entry: one of a stack.
+        kept = [axis for axis in self.order if axis is not None]
+        block = block.permute(*kept, *(axis for axis in range(block.ndim) if axis not in kept))
+        block = block.reshape([len(positions) for positions in self.to])
+        wanted[_mesh(self.to)] = block
+
+
+def _mesh(positions: Sequence[Positions]) -> tuple[slice | torch.Tensor, ...]:
+    """An index of the entries that are at one of the positions along each axis."""
+    if all(isinstance(one, range) for one in positions):
+        return tuple(slice(one.start, one.stop) for one in positions if isinstance(one, range))
+    count = len(positions)
+    return tuple(
+        torch.as_tensor(one).view([-1 if axis == other else 1 for other in range(count)]) for axis, one in enumerate(positions)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """How the tensors of one model are found in those of another.
+
+    Attributes:
+        parts: wanted tensor -> what it consists of, without those of which not every entry is there.
+        further: stored tensors in parameters that the model of the wanted ones has not.
+    """
+
+    parts: dict[str, tuple[Part, ...]]
+    further: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredModel:
+    """A model as its files have it.
+
+    Attributes:
+        folder: with its ``config.json``.
+        shapes: of all its tensors.
+    """
+
+    folder: Path
+    shapes: Shapes
+
+    def located(self) -> tuple[Shapes, dict[str, list[Place]]] | None:
+        """Shapes of the parameters of the model that it loads as, and where in them its tensors are; None if that is no model
+        of transformers.
+
+        Raises:
+            MissingExtra, SourceError: see ``surgery.models.skeleton``.
+            OptionError: see ``surgery.models.placement``.
+        """
+        model = skeleton(self.folder)
+        if model is None:
+            return None
+        names = parameter_names(model)
+        shapes = {full: tuple(model.get_parameter(full).shape) for full in names.values()}
+        found: dict[str, list[Place]] = {}
+        for tensor, places in locate(model, self.shapes).items():
+            if all(place.shape == shapes[place.parameter] for place in places):
+                found[tensor] = places
+            elif (as_it_is := _as_it_is(model, names, tensor, self.shapes[tensor])) is not None:
+                found[tensor] = [as_it_is]
+        return shapes, found
+
+
+def _as_it_is(model: nn.Module, names: Mapping[str, str], tensor: str, shape: Sequence[int]) -> Place | None:
+    """Where a tensor is that was saved from the modules of a model under the name of one that is converted."""
+    if tensor not in names or model.get_parameter(names[tensor]).shape != torch.Size(shape):
+        return None
+    return Place(names[tensor], tuple(shape), Piece.whole(tensor, shape))
+
+
+def convert(original: StoredModel, tuned: StoredModel, wanted: Mapping[str, Collection[str]]) -> Converted | None:
+    """Find tensors of a model in another one that loads as the same.
+
+    Args:
+        original: the one that has the tensors that are wanted.
+        tuned: the one that is looked into.
+        wanted: name of a tensor of the original -> others that will do instead, as they hold the same parameter.
+
+    Returns:
+        None where transformers does not know one of the models.
+
+    Raises:
+        MissingExtra, SourceError, OptionError: one cannot be located, see ``StoredModel.located``.
+    """
+    one, other = original.located(), tuned.located()
+    if one is None or other is None:
+        return None
+    (shapes, places), (other_shapes, other_places) = one, other
+    stored: dict[str, list[Piece]] = {}
+    for found in other_places.values():
+        for place in found:
+            stored.setdefault(place.parameter, []).append(place.piece)
+
+    def alike(name: str, there: str) -> bool:
+        return shapes[name] == other_shapes[there]
+
+    needed = {
+        place.parameter: {other.parameter for name in others for other in places.get(name, ())}
+        for tensor, others in wanted.items()
+        for place in places.get(tensor, ())
+    }
+    names = find_names(stored, needed, {place.parameter for found in places.values() for place in found}, alike)
+    pairs = names.given.items() if names.doubtful is None else ()
+    by_slot = {parameter: _by_slot(stored[there]) for parameter, there in pairs if alike(parameter, there)}
+    parts = {}
+    for tensor, others in wanted.items():
+        for name in (tensor, *others):
+            met = tuple(part for place in places.get(name, ()) for part in _met(place, by_slot.get(place.parameter, {})))
+            if met and sum(part.entries for part in met) == math.prod(original.shapes[tensor]):
+                parts[tensor] = met
+                break
+        outside = tensor not in places and tensor not in other_places  # such as layers that loaders pass over
+        if outside and tuple(tuned.shapes.get(tensor, ())) == tuple(original.shapes[tensor]):
+            every = tuple(range(size) for size in original.shapes[tensor])
+            parts[tensor] = (Part(tensor, every, every, tuple(range(len(every)))),)
+    further = {piece.tensor for name in names.unknown for piece in stored[name]}
+    return Converted(parts, tuple(sorted(further)))
+
+
+def _by_slot(pieces: Sequence[Piece]) -> dict[int | None, list[Piece]]:
+    """Pieces of a parameter by the one position that they have along its first axis, which is that of an expert; None: several.
+
+    Else each of hundreds of experts would be held against each other.
+    """
+    found: dict[int | None, list[Piece]] = {}
+    for piece in pieces:
+        found.setdefault(_slot(piece), []).append(piece)
+    return found
+
+
+def _slot(piece: Piece) -> int | None:
+    at = piece.at[0]
+    return at.start if isinstance(at, range) and len(at) == 1 else None
+
+
+def _met(place: Place, stored: Mapping[int | None, Sequence[Piece]]) -> Iterator[Part]:
+    """What pieces of a parameter have of another one."""
+    slot = _slot(place.piece)
+    slots: Collection[int | None] = stored if slot is None else {slot, None}
+    for one in slots:
+        for piece in stored.get(one, ()):
+            if (part := _meeting(place.piece, piece)) is not None:
+                yield part
+
+
+def _meeting(wanted: Piece, stored: Piece) -> Part | None:
+    """What two pieces of one parameter have in common; None if nothing."""
+    common = [_common(*axes) for axes in zip(wanted.at, wanted.of, stored.at, stored.of, strict=True)]
+    if not all(len(to) for to, _ in common):
+        return None
+    to: dict[int, tuple[Positions, int | None]] = {}
+    of: dict[int, Positions] = {}
+    for (target, source), axis, stored_axis in zip(common, wanted.axes, stored.axes, strict=True):
+        if stored_axis is not None:
+            of[stored_axis] = source
+        if axis is not None:
+            to[axis] = (target, stored_axis)
+    return Part(
+        stored.tensor,
+        tuple(to[axis][0] for axis in range(len(to))),
+        tuple(of[axis] for axis in range(len(of))),
+        tuple(to[axis][1] for axis in range(len(to))),
+    )
+
+
+def _common(at: Positions, of: Positions, other_at: Positions, other_of: Positions) -> tuple[Positions, Positions]:
+    """Of two pieces along an axis of the parameter: positions in the tensor of each, for those in the parameter of both."""
+    if isinstance(at, range) and isinstance(other_at, range):
+        low = max(at.start, other_at.start)
+        high = max(low, min(at.stop, other_at.stop))
+        return of[low - at.start : high - at.start], other_of[low - other_at.start : high - other_at.start]
+    mine, theirs = torch.as_tensor(at), torch.as_tensor(other_at)
+    where = torch.full((1 + int(max(mine.max(), theirs.max())),), -1)
+    where[theirs] = torch.arange(len(theirs))
+    index = where[mine]
+    kept = index >= 0
+    return _positions(torch.as_tensor(of)[kept]), _positions(torch.as_tensor(other_of)[index[kept]])
+
+
+def _positions(found: torch.Tensor) -> Positions:
+    """The same as a range, where they are consecutive."""
+    if len(found) and bool((found.diff() == 1).all()):
+        return range(int(found[0]), int(found[-1]) + 1)
+    return found if len(found) else range(0)
