@@ -631,3 +631,15 @@ def test_the_nearest_name() -> None:
     assert nearest("x", []) is None
     assert nearest("completely-different", ["ZZZ"]) is None
     assert nearest("q" * 10**6, ["q" * 10**6 + "x"] * 50) is not None
+
+
+def test_what_a_suffix_may_be() -> None:
+    """One word more, but none that says that it is something else; of scales none at all."""
+    wanted = {f"layers.{i}.q.weight": () for i in range(3)}
+    for end, found in ((".default", True), (".linear", True), (".exp_avg", False), (".mask", False), (".a.b", False)):
+        for there in ([f"{name}{end}" for name in wanted], [name.replace(".weight", f"{end}.weight") for name in wanted]):
+            assert find_names(there, wanted).is_complete == found
+            assert find_names(wanted, dict.fromkeys(there, ())).is_complete == found
+            assert not match_names(there, wanted).fits
+    there = ["layers.0.q.a.weight", "layers.1.q.b.weight", "layers.2.q.a.weight"]
+    assert not find_names(there, wanted).is_complete

@@ -33,7 +33,6 @@ _WRAPPERS = frozenset(
 #: The module that holds the text model within a model for images and texts: now around that model, now inside it
 #: (``language_model.model.layers``, ``model.language_model.layers``, and ``model.layers`` of the text model alone).
 _LANGUAGE_MODEL = "language_model"
-_LEFT_OUT = _WRAPPERS | {_LANGUAGE_MODEL}
 _WEIGHT = ".weight"
 #: One word more at the end of a name, but none that says it is something else. Several words would be modules inside the one
 #: that is meant, which may change the weight.
@@ -118,11 +117,11 @@ def nearest(name: str, others: Iterable[str]) -> str | None:
 def match_names(there: Collection[str], wanted: Collection[str]) -> NameMap:
     """Hold names that are there against those that are wanted, one to one.
 
-    They are the same, or else the same but for the names of modules that wrap others (``module``, ``_orig_mod`` ...) or hold
-    the text model of a larger one anywhere in them, for ``.weight`` at their end, and for one prefix or suffix that all of them
-    have or lack. Where that can be understood in two ways, only those that are the same are taken for each other.
+    They are the same, or else the same but for the names of modules that wrap others (``module``, ``_orig_mod`` ...) anywhere
+    in them, for ``.weight`` at their end, and for one prefix that all of them have or lack. Where that can be understood in
+    two ways, only those that are the same are taken for each other. So docs/format.md has it for scales.
     """
-    return _Search(there, dict.fromkeys(wanted, ()), (), None).best(lambda found: found.fits)
+    return _Search(there, dict.fromkeys(wanted, ()), one_to_one=True).best()
 
 
 def find_names(
@@ -131,7 +130,9 @@ def find_names(
     also: Collection[str] = (),
     alike: Callable[[str, str], bool] | None = None,
 ) -> NameMap:
-    """The same where more may be there than is wanted: each name that is wanted must be found, all of them in the same way.
+    """Find names where more may be there than is wanted: each that is wanted, all of them in the same way.
+
+    They differ as for ``match_names``, or by the module that holds the text model of a larger one, or by one suffix.
 
     Args:
         there: names.
@@ -144,7 +145,7 @@ def find_names(
         The names that are the same, if these are all that are wanted, and alike; else the one other way to find all. Where
         there is none, a map that is not complete, or has names that are the same and not alike.
     """
-    return _Search(there, wanted, also, alike).best(lambda found: found.is_complete)
+    return _Search(there, wanted, also, alike).best()
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,15 +167,24 @@ _NO_AFFIX = _Affix(True, "", "")
 
 
 class _Search:
-    """Tries the ways in which names may differ. Arguments as for ``find_names``."""
+    """Tries the ways in which names may differ.
+
+    Args:
+        there, wanted, also, alike: as for ``find_names``.
+        one_to_one: whether all that is there must be wanted, as for ``match_names``.
+    """
 
     def __init__(
         self,
         there: Collection[str],
         wanted: Mapping[str, Collection[str]],
-        also: Collection[str],
-        alike: Callable[[str, str], bool] | None,
+        also: Collection[str] = (),
+        alike: Callable[[str, str], bool] | None = None,
+        *,
+        one_to_one: bool = False,
     ) -> None:
+        self._one_to_one = one_to_one
+        self._left_out = _WRAPPERS if one_to_one else _WRAPPERS | {_LANGUAGE_MODEL}
         self._there = dict.fromkeys(there)  # in order: what is tried first does not depend on chance
         self._wanted = wanted
         self._needed = [*wanted, *(name for others in wanted.values() for name in others if name not in wanted)]
@@ -182,22 +192,22 @@ class _Search:
         self._further = [name for name in also if name not in known]
         self._alike = alike
 
-    def best(self, accepted: Callable[[NameMap], bool]) -> NameMap:
-        """The one map that is accepted, exact names first; else one of which less fits."""
+    def best(self) -> NameMap:
+        """The one map in which all is found, exact names first; else one of which less fits."""
         exact = self._map({name: (name,) for name in (*self._needed, *self._further) if name in self._there})
-        if accepted(exact) and self._is_alike(exact):
+        if self._is_whole(exact) and self._is_alike(exact):
             return exact
-        cores = {name: _core(name) for name in (*self._needed, *self._further)}
+        cores = {name: self._core(name) for name in (*self._needed, *self._further)}
         by_core: dict[str, list[str]] = {}
         for name in self._there:
-            by_core.setdefault(_core(name), []).append(name)
+            by_core.setdefault(self._core(name), []).append(name)
         found = []
         for affix in self._affixes(by_core):
             meant = {name: affix.renamed(core) for name, core in cores.items()}
             found.append(self._map({name: by_core[core] for name, core in meant.items() if core in by_core}))
         whole: dict[tuple[Any, ...], NameMap] = {}
         for one in found:
-            if accepted(one) and self._is_alike(one):
+            if self._is_whole(one) and self._is_alike(one):
                 whole.setdefault(tuple(sorted((name, one.given.get(name)) for name in self._needed)), one)
         ways = list(whole.values())
         if len(ways) > 1:
@@ -205,7 +215,7 @@ class _Search:
             return replace(exact, doubtful=(name, ways[0].given.get(name, "nothing"), ways[1].given.get(name, "nothing")))
         if ways:
             return ways[0]
-        if accepted(exact):
+        if self._is_whole(exact):
             return exact
         # Of those with as many names the first: the exact ones, then those without a prefix.
         return max([exact, *found], key=lambda one: (len(one.given), one.doubtful is not None))
@@ -230,26 +240,31 @@ class _Search:
         unknown = self._there.keys() - known
         return NameMap(given, tuple(sorted(missing)), tuple(sorted(unknown)), doubtful)
 
+    def _is_whole(self, found: NameMap) -> bool:
+        return found.fits if self._one_to_one else found.is_complete
+
     def _is_alike(self, found: NameMap) -> bool:
         return self._alike is None or all(self._alike(name, found.given[name]) for name in self._needed if name in found.given)
 
     def _affixes(self, by_core: Iterable[str]) -> list[_Affix]:
         """Those that the longest names may have, which are like few others, and the likeliest only: each is tried on all."""
         found = Counter([_NO_AFFIX])
-        for core in sorted(map(_core, self._needed), key=len)[-_PROBES:]:
+        for core in sorted(map(self._core, self._needed), key=len)[-_PROBES:]:
             for other in by_core:
                 if other.endswith(f".{core}"):
                     found[_Affix(True, other.removesuffix(core), "")] += 1
                 elif core.endswith(f".{other}"):
                     found[_Affix(True, "", core.removesuffix(other))] += 1
+                elif self._one_to_one:
+                    continue
                 elif other.startswith(f"{core}.") and _SUFFIX.fullmatch(end := other.removeprefix(core)):
                     found[_Affix(False, end, "")] += 1
                 elif core.startswith(f"{other}.") and _SUFFIX.fullmatch(end := core.removeprefix(other)):
                     found[_Affix(False, "", end)] += 1
         return [affix for affix, _ in found.most_common(_TRIED)]
 
-
-def _core(name: str) -> str:
-    """What is left of a name without wrappers and ``.weight``."""
-    tensor, bracket, part = name.partition("[")
-    return ".".join(word for word in tensor.split(".") if word not in _LEFT_OUT).removesuffix(_WEIGHT) + bracket + part
+    def _core(self, name: str) -> str:
+        """What is left of a name without wrappers and ``.weight``."""
+        tensor, bracket, part = name.partition("[")
+        words = [word for word in tensor.split(".") if word not in self._left_out]
+        return ".".join(words).removesuffix(_WEIGHT) + bracket + part
