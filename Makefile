@@ -14,7 +14,7 @@ test: $(VENV)/test.done
 
 # The tests that touch other packages, in two environments with older ones. What a release lacks is skipped, with a reason.
 OLDER_TESTS := $(wildcard $(patsubst %,tests/test_%.py,absent address aliases attach* cli demo device examples families fp8 hub* \
-	installation light_install lora notes patience push reference releases select source stream trainers upload))
+	installation light_install lora names_of_models notes patience push reference releases select source stream trainers upload))
 
 test-oldest: $(VENV)-oldest/test.done $(VENV)-axolotl/test.done
 	$(VENV)-oldest/bin/python -m pytest -n 2 --dist worksteal $(OLDER_TESTS)
