@@ -557,7 +557,7 @@ def test_an_adapter_that_was_saved_by_peft_around_a_compiled_model(
     """Whose names PEFT makes, not this test."""
     model = transformers.AutoModelForCausalLM.from_pretrained(base[0], dtype=torch.float32)
     wrapped: Any = torch.nn.Module()
-    wrapped.config, wrapped._orig_mod = model.config, model
+    wrapped.config, wrapped._orig_mod, wrapped.base_model_prefix = model.config, model, model.base_model_prefix
     adapted = peft.get_peft_model(wrapped, peft.LoraConfig(r=3, lora_alpha=5, target_modules=["q_proj", "down_proj"]))
     own = load_file(adapter / "adapter_model.safetensors")
     halves = {name: parameter for name, parameter in adapted.named_parameters() if "lora_" in name}
