@@ -103,14 +103,7 @@ def test_no_room_is_too_large() -> None:
 
 
 #: Functions of more than six parameters that are neither called by users nor commands.
-WIDE_FUNCTIONS = {
-    "demo/run.py:_run",
-    "linalg/svd.py:_finished",
-    "linalg/triplets.py:_measured",
-    "study/directions.py:became",
-    "study/spectrum.py:compare",
-    "updates/lora.py:_update",
-}
+WIDE_FUNCTIONS: set[str] = set()
 
 
 def _functions(path: Path) -> Iterator[tuple[str, ast.FunctionDef]]:

@@ -26,7 +26,7 @@ from surgery.report.schema import check_target
 from surgery.reports import rounded_to
 from surgery.run.resume import Recorded
 from surgery.source.protocol import Source
-from surgery.study.spectrum import compare, spectrum
+from surgery.study.spectrum import DecomposedMatrix, compare, spectrum
 from surgery.weights.model import StudiedWeights
 from surgery.weights.tuned import Original, TunedModel, config_folder
 
@@ -81,7 +81,8 @@ class Measure:
         if new is not None:
             changed, after = spectrum(new, top, beyond=beyond, tolerance=self.tolerance, seed=seed)
             figures["tuned"] = asdict(changed)
-            figures |= asdict(compare(old, new, before, after, top, self.subspace, spacings=spacings, seed=seed))
+            pair = DecomposedMatrix(old, before, spacings[0]), DecomposedMatrix(new, after, spacings[1])
+            figures |= asdict(compare(*pair, top, self.subspace, seed=seed))
         short: dict[str, Any] = rounded(figures)
         return short
 
