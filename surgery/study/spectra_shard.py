@@ -82,7 +82,7 @@ class Measure:
             changed, after = spectrum(new, top, beyond=beyond, tolerance=self.tolerance, seed=seed)
             figures["tuned"] = asdict(changed)
             pair = DecomposedMatrix(old, before, spacings[0]), DecomposedMatrix(new, after, spacings[1])
-            figures |= asdict(compare(*pair, top, self.subspace, seed=seed))
+            figures |= compare(*pair, top, self.subspace, seed=seed).figures()
         short: dict[str, Any] = rounded(figures)
         return short
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from surgery.linalg.precision import full_precision
 from surgery.linalg.random import generator_of
 from surgery.linalg.rounding import times_power_of_two
 from surgery.linalg.svd import TruncatedSVD, truncated_svd
-from surgery.study.directions import DifferenceImages, became, identified, known_values, storage_noise
+from surgery.study.directions import Became, DifferenceImages, became, identified, known_values, storage_noise
 
 #: Ranks for which the share of the energy is told.
 ENERGY_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -97,8 +98,7 @@ class Comparison:
     Attributes:
         amplification: the i-th new over the i-th old singular value; None where the old one is no more than rounding.
         rest_amplification: of the Frobenius norms of what comes after them.
-        place, left_cosine, right_cosine, in_place, order_changes, gone, new: what became of each direction, see
-            ``surgery.study.directions.Became``.
+        directions: what became of each.
         left_top, right_top: cosines of the principal angles of the top-r subspaces, descending.
         left_next, right_next: of those of directions r + 1 to 2 r.
         explained: ``(u_i^T D v_i)^2`` of the difference D, for the first r directions: what a scale takes of it.
@@ -107,19 +107,20 @@ class Comparison:
 
     amplification: list[float | None]
     rest_amplification: float | None
-    place: list[int | None]
-    left_cosine: list[float | None]
-    right_cosine: list[float | None]
-    in_place: list[float | None]
-    order_changes: int
-    gone: list[int]
-    new: list[int]
+    directions: Became
     left_top: list[float]
     right_top: list[float]
     left_next: list[float]
     right_next: list[float]
     explained: list[float]
     update: UpdateFigures | None
+
+    def figures(self) -> dict[str, Any]:
+        """All of it by name, as ``spectra.json`` has it: what became of the directions stands among the rest."""
+        flat: dict[str, Any] = {}
+        for name, value in asdict(self).items():
+            flat |= value if name == "directions" else {name: value}
+        return flat
 
 
 def spectrum(A: torch.Tensor, top: int, *, beyond: int = 0, tolerance: float, seed: int) -> tuple[Spectrum, TruncatedSVD]:
@@ -204,13 +205,13 @@ def compare(old: DecomposedMatrix, new: DecomposedMatrix, k: int, r: int, *, see
     return Comparison(
         amplification=[ratio if some else None for ratio, some in zip(ratios, known_values(before)[:k].tolist(), strict=True)],
         rest_amplification=math.sqrt(max(rests[1], 0.0) / rests[0]) if some_rest and k < min(old.matrix.shape) else None,
+        directions=became(before, after, images, k, r, noise),
         left_top=tops[0],
         right_top=tops[1],
         left_next=nexts[0],
         right_next=nexts[1],
         explained=both.diagonal().square().tolist(),
         update=_update(difference, before, inside, seed),
-        **asdict(became(before, after, images, k, r, noise)),
     )
 
 
