@@ -54,7 +54,8 @@ if TYPE_CHECKING:
     from surgery.study.overview import Findings
     from surgery.study.recommend import Recommendation, recommend
     from surgery.study.spectra import SpectraReport, spectra
-    from surgery.training.attach import Scales, attach
+    from surgery.training.attach import attach
+    from surgery.training.attached_scales import Scales
     from surgery.training.trainer import SaveScales
     from surgery.weights.factorized import Factorized
 
@@ -86,7 +87,7 @@ _HOMES = {
     "Recommendation": "surgery.study.recommend",
     "Report": "surgery.reports",
     "SaveScales": "surgery.training.trainer",
-    "Scales": "surgery.training.attach",
+    "Scales": "surgery.training.attached_scales",
     "ScalesError": "surgery.errors",
     "ScalesFile": "surgery.format.scales",
     "ScalesSummary": "surgery.commands.scales",

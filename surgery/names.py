@@ -10,6 +10,8 @@ FORMAT_VERSION = 1
 SURGERY_DIR = "surgery"
 MANIFEST_FILE = f"{SURGERY_DIR}/manifest.json"
 SCALES_FILE = f"{SURGERY_DIR}/scales.safetensors"
+#: The scales in each checkpoint folder of a Trainer, and beside the factors in a factorized one.
+CHECKPOINT_FILE = "scales.safetensors"
 
 CONFIG_FILE = "config.json"
 

@@ -45,6 +45,11 @@ def json_fields(kind: Any) -> dict[str, Field[Any]]:
     return {name: field for name, field in named if name is not None}
 
 
+def rounded_to(value: float, digits: int) -> float:
+    """With so many significant digits, as the manifest and reports have numbers."""
+    return float(f"{value:.{digits}g}")
+
+
 def _entries(record: Any) -> dict[str, Any]:
     return {name: _plain(getattr(record, field.name)) for name, field in json_fields(record).items()}
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.errors import FormatError, OptionError
+from surgery.format.tensor_view import by_tensor
 from surgery.planning.plan import Plan
 from surgery.progress import Silent
 from tests.families import FAMILIES
@@ -222,3 +223,13 @@ def test_rank_is_cut_to_small_matrices_and_says_so(llama: Path) -> None:
     with pytest.raises(OptionError, match="larger than every target") as caught:
         planned(llama, rank=1000)
     assert "at most 48" in str(caught.value)
+
+
+def test_targets_of_one_tensor_are_found_together_in_their_order(tmp_path: Path) -> None:
+    targets = planned(FAMILIES["phi3"].save(tmp_path / "m"), rank=2, split=True).targets
+    mixed = [*targets[1::2], *targets[::2]]
+    found = by_tensor(mixed)
+    tensors = [target.key.partition("[")[0] for target in mixed]
+    assert list(found) == list(dict.fromkeys(tensors))
+    assert found == {name: [mixed[i] for i, own in enumerate(tensors) if own == name] for name in tensors}
+    assert any(len(parts) > 1 for parts in found.values())

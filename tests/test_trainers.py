@@ -16,7 +16,7 @@ from torch import nn
 
 import surgery
 from surgery.errors import MissingExtra, OptionError, ScalesError
-from surgery.format.scales import CHECKPOINT_FILE
+from surgery.names import CHECKPOINT_FILE
 from surgery.training.trainer import SaveScales
 from tests.models import save_llama, tensors_of
 from tests.releases import checkpoint_activations, needs

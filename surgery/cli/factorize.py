@@ -34,6 +34,7 @@ from surgery.cli.text import fitted, say, size, whole
 from surgery.escapes import quoted
 from surgery.format.options import Options
 from surgery.progress import phase
+from surgery.reports import rounded_to
 
 if TYPE_CHECKING:
     from surgery.format.manifest import Manifest
@@ -160,7 +161,7 @@ def _show_plan(model: str, options: Options, where: dict[str, Any], as_json: boo
         from surgery.planning.estimate import estimate_seconds
 
     planned = operation.plan(model, options=options, **where, progress=bar)
-    seconds = float(f"{estimate_seconds(planned, choose_devices(where['device'])[0]):.2g}")
+    seconds = rounded_to(estimate_seconds(planned, choose_devices(where["device"])[0]), 2)
     if as_json:
         print_json(planned, seconds=seconds)
     else:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import click
 
 from surgery.cli.profile import profile_figures
+from surgery.reports import Report, rounded_to
 
 if TYPE_CHECKING:
-    from surgery.reports import Report
     from surgery.timing import Timing
 
 #: What may be added to a report, and what it is.
@@ -39,5 +39,5 @@ def print_json(report: Report, *, out: Path | None = None, seconds: float | None
     if out is not None:
         entries["out"] = str(out)
     if seconds is not None:
-        entries["seconds"] = float(f"{seconds:.4g}")
+        entries["seconds"] = rounded_to(seconds, 4)
     click.echo(json.dumps(entries | profile_figures(timing), indent=1, allow_nan=False))

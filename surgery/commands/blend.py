@@ -19,9 +19,9 @@ from surgery.format.scales import (
     note_without_owner,
     read_scales_alone,
     same_but_for_ones,
-    scales_file,
     write_scales,
 )
+from surgery.format.scales_path import scales_file
 from surgery.progress import Progress
 from surgery.reports import Report
 from surgery.run.output_paths import check_output_path

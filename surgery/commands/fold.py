@@ -19,7 +19,8 @@ from surgery.files.file_writer import copy_file, write_file
 from surgery.files.json_files import read_json_object
 from surgery.format.factors import DAMAGED_HINT
 from surgery.format.manifest import Manifest
-from surgery.format.scales import check_scales, read_scales, scales_file
+from surgery.format.scales import check_scales, read_scales
+from surgery.format.scales_path import scales_file
 from surgery.names import CONFIG_FILE, MANIFEST_FILE, STREAM_DIR
 from surgery.planning.memory import known_bytes, need_to_fold, share_out
 from surgery.progress import Progress, listening, phase

@@ -17,6 +17,7 @@ from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import TargetRecord
 from surgery.format.safetensors import ShardReader
 from surgery.format.scales import write_scales
+from surgery.format.tensor_view import by_tensor
 from surgery.linalg.lossless import BLOCK_ENTRIES, DEVICE_BLOCKS, Factors
 from surgery.names import SCALES_FILE
 from surgery.progress import Progress, listening, phase
@@ -211,9 +212,7 @@ class _Projector:
 
     def _shard(self, shard: str, progress: Progress) -> None:
         weights, path = self._checkpoint.weights, self._checkpoint.weights.path(shard)
-        targets: dict[str, list[TargetRecord]] = {}
-        for target in self._checkpoint.manifest.targets_of(shard):
-            targets.setdefault(target.tensor, []).append(target)
+        targets = by_tensor(self._checkpoint.manifest.targets_of(shard))
         with (
             ShardReader(path, name=path.name, watch=weights.watch) as stored,
             ShardWalk(stored, {name: some[0].at_a_time for name, some in targets.items()}) as walk,

@@ -23,6 +23,7 @@ from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import ShardRecord, TargetRecord
 from surgery.format.safetensors import ShardReader
 from surgery.format.scales import write_untouched
+from surgery.format.tensor_view import by_tensor
 from surgery.linalg.lossless import split
 from surgery.memory import bytes_of
 from surgery.names import JOURNAL_DIR, SCALES_FILE
@@ -249,9 +250,7 @@ class _RepairJobs:
     def _residual(self, shard: ShardRecord, path: Path, place: Path, lane: Lane, on_read: Callable[[], object]) -> FileRecord:
         """The residual, from the weights and the factors that are there: the same bits on any machine."""
         assert shard.residual is not None
-        by_name: dict[str, list[TargetRecord]] = {}
-        for target in self._manifest.targets_of(shard.source.file):
-            by_name.setdefault(target.tensor, []).append(target)
+        by_name = by_tensor(self._manifest.targets_of(shard.source.file))
         with ExitStack() as stack:
             source = stack.enter_context(ShardReader(path, name=shard.source.file, watch=self._source.watch))
             factors = stack.enter_context(FactorsReader(self._folder, shard)) if by_name else None

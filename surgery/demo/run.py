@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,22 +94,24 @@ def run_demo(
     """
     if out is None:
         with tempfile.TemporaryDirectory(prefix="surgery-demo-") as folder:
-            return _run(None, Path(folder), rank, steps, str(device), overwrite, listening())
+            report = _run(Path(folder), rank, steps, str(device), overwrite, listening())
+        return replace(report, out=None)
     there = [path for name in ("factorized", "scales.safetensors", "folded") if (path := Path(out) / name).exists()]
     # The folded model comes last, and its config last of all: without it an earlier start was stopped, and this one goes on.
     is_begun = (Path(out) / "factorized").is_dir() and not (Path(out) / "folded" / CONFIG_FILE).exists()
     if there and not is_begun and not overwrite:
         raise OutputError(f"{there[0]} is there already", hint="--overwrite replaces an earlier demo")
-    return _run(Path(out), Path(out), rank, steps, str(device), overwrite, listening())
+    return _run(Path(out), rank, steps, str(device), overwrite, listening())
 
 
-def _run(out: Path | None, folder: Path, rank: int, steps: int, device: str, overwrite: bool, progress: Progress) -> DemoReport:
+def _run(out: Path, rank: int, steps: int, device: str, overwrite: bool, progress: Progress) -> DemoReport:
+    """The demo in a folder, whoever keeps it."""
     train, held_out = prose()
     with phase(progress, "loading transformers"):
         model = load(MODEL)
     with phase(progress, "measuring"):
         loss_before = mean_loss(model, held_out)
-    factorized, scales_file = folder / "factorized", folder / "scales.safetensors"
+    factorized, scales_file = out / "factorized", out / "scales.safetensors"
 
     clock = time.perf_counter()
     factorized_report = factorize(MODEL, factorized, rank=rank, device=device, overwrite=overwrite)
@@ -129,7 +131,7 @@ def _run(out: Path | None, folder: Path, rank: int, steps: int, device: str, ove
     loss_attached = mean_loss(model, held_out)
 
     clock = time.perf_counter()
-    fold(factorized, scales_file, folder / "folded", device=device, overwrite=overwrite)
+    fold(factorized, scales_file, out / "folded", device=device, overwrite=overwrite)
     seconds_fold = time.perf_counter() - clock
 
     return DemoReport(
@@ -144,7 +146,7 @@ def _run(out: Path | None, folder: Path, rank: int, steps: int, device: str, ove
         steps=steps,
         loss_before=loss_before,
         loss_attached=loss_attached,
-        loss_folded=mean_loss(load(folder / "folded"), held_out),
+        loss_folded=mean_loss(load(out / "folded"), held_out),
         seconds_factorize=seconds_factorize,
         seconds_train=seconds_train,
         seconds_fold=seconds_fold,

@@ -24,6 +24,7 @@ from surgery.files.sealed import read_sealed, sealed
 from surgery.format.decoding import decode
 from surgery.format.manifest_records import LeftOutRecord, ShardRecord, SkippedRecord, SourceRecord, TargetRecord
 from surgery.format.options import Options
+from surgery.format.tensor_view import by_tensor
 from surgery.format.views import KINDS
 from surgery.names import (
     FACTORIZABLE_DTYPES,
@@ -282,10 +283,7 @@ def _check_names(manifest: Manifest, where: str) -> None:
 
 def _check_slices(targets: list[TargetRecord], where: str) -> None:
     """Targets of one tensor are slices that have nothing in common."""
-    together: dict[str, list[TargetRecord]] = {}
-    for target in targets:
-        together.setdefault(target.tensor, []).append(target)
-    for tensor, parts in together.items():
+    for tensor, parts in by_tensor(targets).items():
         slices = [part.slice for part in parts if part.slice is not None]
         alike = {(part.shard, part.dtype, tuple(part.shape), part.view) for part in parts}
         alike_cut = {(part.axis, part.period) for part in slices}

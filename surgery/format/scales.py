@@ -12,40 +12,26 @@ from typing import Any
 
 import torch
 
-from surgery.errors import FormatError, ReadError, ScalesError, few
-from surgery.escapes import quoted
+from surgery.errors import ScalesError, few
 from surgery.files.file_writer import FileWriter
 from surgery.files.json_files import decode_json
 from surgery.format.header import Header, TensorEntry, make_header
 from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import TargetRecord
 from surgery.format.name_map import NameMap, match_names, note_renamed
+from surgery.format.no_scales import refuse_other_tensors
 from surgery.format.safetensors import ShardReader
+from surgery.format.scales_path import scales_file
 from surgery.linalg.rounding import check_dense
 from surgery.memory import bytes_of
-from surgery.names import (
-    ADAPTER_CONFIG,
-    ATTACHED_NAME,
-    CONFIG_FILE,
-    FORMAT_VERSION,
-    SCALES_FILE,
-    SCALES_METADATA_KEY,
-    is_of_lora,
-)
+from surgery.names import FORMAT_VERSION, SCALES_METADATA_KEY
 from surgery.progress import note
 
 #: Multipliers are 1 before a training, and stay nearer to it than to 0 but for a few. Of fewer than four nothing is said.
 _NEAR_ZERO, _NEARLY_ALL, _FEW = 0.5, 0.9, 4
-#: The file in each checkpoint folder of a Trainer, and of the factors in a factorized one.
-CHECKPOINT_FILE = "scales.safetensors"
-_PROJECT = "surgery project FACTORIZED MODEL -o scales.safetensors finds the scales that come closest to a fine-tuned model"
-#: Files in which trainings keep tensors.
-_OF_TENSORS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".npz", ".npy")
 _DTYPES = ("F32", "F64", "F16", "BF16")
 #: What trainings keep beside what they train.
 _COUNTERS = re.compile(r"(.*[._])?(steps?|epochs?|iter(ation)?s?|lr|learning_rate|loss|seed|count|num_batches_tracked)")
-_FACTORS = re.compile(r".+\.(U|s|V|correction(\.\d+)?)")
-_OF_A_MODEL = re.compile(r"(.*[._])?(norm\d*|layernorm|ln_(\d|f))\.weight|.+\.bias")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,66 +71,6 @@ def write_untouched(path: Path, targets: Collection[TargetRecord], fingerprint: 
     write_scales(path, {target.key: ones[target.scales_shape] for target in targets}, fingerprint)
 
 
-def scales_file(path: Path) -> Path:
-    """The file that is meant by a path: itself, or the one scales file that is in a folder.
-
-    Raises:
-        ScalesError: there is none in the folder, or there are several.
-
-    Warns:
-        SurgeryWarning: it is a folder; which file of it is taken.
-    """
-    if not path.is_dir():
-        return path
-    found = [file for file in (path / CHECKPOINT_FILE, path / SCALES_FILE) if file.is_file() or file.is_symlink()]
-    found = found or [file for file in sorted(path.glob("*.safetensors")) if _says_what_it_is(file)]
-    found = found or sorted(filter(_is_shown, path.glob(f"*/{CHECKPOINT_FILE}")), key=_numbers_in)
-    if len(found) == 1:
-        note(f"{path} is a folder: its {found[0].relative_to(path)} is taken")
-        return found[0]
-    if found:
-        raise ScalesError(
-            f"{path} is a folder with several scales files",
-            got=few(file.relative_to(path) for file in reversed(found)),
-            expected="a scales file",
-            hint=f"give the one that is meant, such as {found[-1]}",
-        )
-    if (path / ADAPTER_CONFIG).is_file():
-        hint = "surgery fold FACTORIZED SCALES --lora takes an adapter, beside scales"
-        raise ScalesError(f"{path} is the folder of an adapter, and holds no scales", expected="a scales file", hint=hint)
-    if (path / CONFIG_FILE).is_file():
-        raise ScalesError(f"{path} is the folder of a model, and holds no scales", expected="a scales file", hint=_PROJECT)
-    names = sorted(file.name for file in path.iterdir() if not file.name.startswith("."))
-    files = [path / name for name in names if name.endswith(_OF_TENSORS) and (path / name).is_file()]
-    raise ScalesError(
-        f"{path} is a folder that holds no scales",
-        got=few(names) or "an empty folder",
-        expected=f"a scales file, or a folder with a {CHECKPOINT_FILE}",
-        hint=f"if it is what is meant, give the file: {files[0]}" if files else None,
-    )
-
-
-def _is_shown(file: Path) -> bool:
-    """Whether a file is in no hidden folder, as editors keep copies in."""
-    return not file.parent.name.startswith(".")
-
-
-def _says_what_it_is(file: Path) -> bool:
-    """Whether a file is one of scales by its metadata."""
-    if file.name.startswith(".") or not file.is_file():
-        return False
-    try:
-        with ShardReader(file) as reader:
-            return SCALES_METADATA_KEY in reader.header.metadata
-    except (FormatError, ReadError):
-        return False
-
-
-def _numbers_in(file: Path) -> list[int]:
-    """Checkpoints in the order of their steps."""
-    return [int(number) for number in re.findall(r"\d+", file.parent.name)]
-
-
 def read_scales_alone(path: Path) -> ScalesFile:
     """Read a scales file without the checkpoint that it belongs to. Names are taken as they are.
 
@@ -159,7 +85,7 @@ def read_scales_alone(path: Path) -> ScalesFile:
     """
     path = scales_file(path)
     with _open(path) as reader:
-        _check_kind(reader.header, path)
+        refuse_other_tensors(reader.header, path)
         fingerprint = _fingerprint(reader.header.metadata, path)
         entries = _entries(reader.header, (), path)
         shapes = {entry.name: _plain_shape(entry, path) for entry in entries}
@@ -193,7 +119,7 @@ def read_scales(path: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
     """
     path = scales_file(path)
     with _open(path) as reader:
-        _check_kind(reader.header, path, manifest)
+        refuse_other_tensors(reader.header, path, manifest)
         _check_owner(reader.header.metadata, manifest, path)
         entries = {entry.name: entry for entry in _entries(reader.header, {target.key for target in manifest.targets}, path)}
         shapes = {name: list(entry.shape) for name, entry in entries.items()}
@@ -214,30 +140,6 @@ def _open(path: Path) -> ShardReader:
             else "a fresh one is surgery/scales.safetensors in the factorized folder",
         )
     return ShardReader(path, name=str(path))
-
-
-def _check_kind(header: Header, path: Path, manifest: Manifest | None = None) -> None:
-    """Refuse files of tensors that are known to be something else."""
-    names = [entry.name for entry in header.tensors]
-    owned = SCALES_METADATA_KEY in header.metadata
-    whole = {target.tensor: target.shape for target in manifest.targets} if manifest is not None else {}
-    if not owned and any(map(is_of_lora, names)):
-        what, hint = (
-            "the weights of a LoRA adapter",
-            f"surgery fold FACTORIZED SCALES --lora {quoted(path.parent)}, beside scales",
-        )
-    elif any(ATTACHED_NAME in name for name in names):
-        what = "parameters of a model with scales, which hold g - 1"
-        hint = 'the scales that surgery.attach gave write the file: scales.save("scales.safetensors")'
-    elif not owned and names and all(map(_FACTORS.fullmatch, names)):
-        what, hint = "factors", f"the scales beside them are {path.parent / CHECKPOINT_FILE}"
-    elif any(list(entry.shape) == whole.get(entry.name) for entry in header.tensors) or (
-        manifest is None and not owned and any(map(_OF_A_MODEL.fullmatch, names))
-    ):
-        what, hint = "the weights of a model", _PROJECT
-    else:
-        return
-    raise ScalesError(f"{path} holds {what}, and no scales", got=f"such as {names[0]!r}", expected="a scales file", hint=hint)
 
 
 def _entries(header: Header, wanted: Collection[str], path: Path) -> list[TensorEntry]:

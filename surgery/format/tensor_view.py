@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 from surgery.format.views import View
 from surgery.names import DTYPE_BITS, FACTORIZABLE_DTYPES, target_key
+
+_Target = TypeVar("_Target", bound="TensorView")
 
 
 class TensorView:
@@ -68,3 +71,11 @@ class TensorView:
     def trainable(self) -> int:
         """How many scales it has."""
         return math.prod(self.scales_shape)
+
+
+def by_tensor(targets: Iterable[_Target]) -> dict[str, list[_Target]]:
+    """Tensor -> its targets: one, or one for each slice of it. Tensors and targets are in the order in which they come."""
+    found: dict[str, list[_Target]] = {}
+    for target in targets:
+        found.setdefault(target.tensor, []).append(target)
+    return found

@@ -28,9 +28,9 @@ from surgery.errors import WeightError
 from surgery.linalg.correction import CorrectionReader, assemble, differences, encode_block
 from surgery.linalg.precision import full_precision
 from surgery.linalg.rounding import all_finite, bits_of, flipped, round_once, times_power_of_two
-from surgery.linalg.threads import one_thread, one_thread_each
 from surgery.memory import bytes_of, scratch
 from surgery.timing import timed
+from surgery.torch_threads import one_thread, one_thread_each
 
 #: Entries that are worked on at a time: few enough for their temporaries to stay in cache, enough for the threads not to
 #: wait for the interpreter (2^15 to 2^22 measured: below 2^18 and above 2^20 it takes up to twice as long).

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from surgery.errors import OptionError
-from surgery.linalg.threads import one_thread
+from surgery.torch_threads import one_thread
 
 _Bits = TypeVar("_Bits", torch.Tensor, npt.NDArray[Any])
 

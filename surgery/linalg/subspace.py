@@ -15,7 +15,7 @@ from surgery.linalg.lanczos import BEYOND_RESIDUAL
 from surgery.linalg.operator import widened
 from surgery.linalg.orthonormal import orthonormal_rows
 from surgery.linalg.random import generator_of
-from surgery.linalg.threads import one_thread_each
+from surgery.torch_threads import one_thread_each
 
 _MAX_ROUNDS = 20
 _MAX_DEGREE = 16

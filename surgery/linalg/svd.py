@@ -16,9 +16,9 @@ from surgery.linalg.operator import Operator, widened
 from surgery.linalg.precision import full_precision
 from surgery.linalg.product import leading_dimension
 from surgery.linalg.rounding import check_dense, times_power_of_two
-from surgery.linalg.threads import one_thread
-from surgery.linalg.triplets import Triplets, engine, solve
+from surgery.linalg.triplets import Solution, engine, solve
 from surgery.memory import scratch
+from surgery.torch_threads import one_thread
 
 #: Columns over which a float32 sum of squares stays accurate.
 _NORM_COLUMNS = 1024
@@ -178,9 +178,8 @@ def _solve(A: torch.Tensor, k: int, tolerance: float, seed: int) -> list[Truncat
     results: list[TruncatedSVD | None] = [None] * len(A)
     if nonzero:
         operator = Operator(work, A.shape[2])
-        for j, (method, triplets, passes) in enumerate(solve(operator, k, tolerance, seed)):
-            i = nonzero[j]
-            results[i] = _finished(operator, triplets, norms[j], method, passes, tolerance, exponents[j])
+        for j, solution in enumerate(solve(operator, k, tolerance, seed)):
+            results[nonzero[j]] = _finished(operator, solution, norms[j], exponents[j], tolerance)
     return [_zero(A[i], work.dtype, k) if result is None else result for i, result in enumerate(results)]
 
 
@@ -220,8 +219,10 @@ def _zero(matrix: torch.Tensor, dtype: torch.dtype, k: int) -> TruncatedSVD:
 
 
 def _finished(
-    operator: Operator, triplets: Triplets, norm: torch.Tensor, method: str, passes: int, tolerance: float, shift: torch.Tensor
+    operator: Operator, solution: Solution, norm: torch.Tensor, shift: torch.Tensor, tolerance: float
 ) -> TruncatedSVD:
+    """The SVD of one matrix that has been divided by ``2^shift``; its ``norm`` is that of what was divided."""
+    triplets = solution.triplets
     U, V = (triplets.short, triplets.long) if operator.wide else (triplets.long, triplets.short)
     sign = _signs(U, V)
     s = triplets.s
@@ -245,8 +246,8 @@ def _finished(
             gap=gap,
             angle_bound=(residual / gap.clamp(min=1e-300)).clamp(max=1.0),
             converged=torch.tensor(triplets.converged(tolerance)),
-            passes=torch.tensor(passes),
-            method=method,
+            passes=torch.tensor(solution.passes),
+            method=solution.method,
         ),
     )
 

@@ -13,7 +13,7 @@ from surgery.linalg.operator import Operator, widened, widened_bytes
 from surgery.linalg.orthonormal import orthonormal_rows
 from surgery.linalg.product import leading_dimension
 from surgery.linalg.subspace import leading_eigenvectors
-from surgery.linalg.threads import one_thread_each
+from surgery.torch_threads import one_thread_each
 
 #: A block of b vectors sees at most b copies of a repeated value; values this close, relatively, count as copies.
 _CLUSTER = 1e-3
@@ -62,6 +62,21 @@ class Triplets:
         return self.next_bound <= max((1 + _KNOWN) * self.s[-1].item(), rounding)
 
 
+@dataclass(frozen=True, slots=True)
+class Solution:
+    """What an engine has found of one matrix.
+
+    Attributes:
+        method: the engine.
+        triplets: the leading ones.
+        passes: over the matrix.
+    """
+
+    method: str
+    triplets: Triplets
+    passes: int
+
+
 def allowed_residuals(s: torch.Tensor, tolerance: float, dtype: torch.dtype) -> torch.Tensor:
     """How large, over s_1, the residuals of converged triplets may be, for values (k,) and vectors in ``dtype``."""
     floor = ROUNDING * torch.finfo(dtype).eps
@@ -98,22 +113,22 @@ def workspace_bytes(m: int, n: int, k: int, dtype: torch.dtype) -> int:
     return copy + vectors + dense
 
 
-def solve(operator: Operator, k: int, tolerance: float, seed: int) -> list[tuple[str, Triplets, int]]:
-    """The k leading triplets of each matrix of a batch, the engine that they come from and the passes it took.
+def solve(operator: Operator, k: int, tolerance: float, seed: int) -> list[Solution]:
+    """The k leading triplets of each matrix of a batch.
 
     Matrices on which the iteration does not converge, or leaves a value in doubt, go through the Gram matrix, if they are
     not too large for it; those that are float64 and small through a full SVD after that.
     """
     match engine(operator.short, k):
         case "svd":
-            return _each(operator, lambda single: ("svd", _full_svd(single, k), single.passes))
+            return _each(operator, lambda single: Solution("svd", _full_svd(single, k), single.passes))
         case "gram":
             return _gram(operator, k, tolerance, seed)
         case _:
             return _lanczos(operator, k, tolerance, seed)
 
 
-def _each(operator: Operator, one: Callable[[Operator], tuple[str, Triplets, int]]) -> list[tuple[str, Triplets, int]]:
+def _each(operator: Operator, one: Callable[[Operator], Solution]) -> list[Solution]:
     """Matrix by matrix, on a CPU several at once."""
     singles = [operator.one(i) for i in range(len(operator))]
     workers = min(len(singles), torch.get_num_threads())
@@ -123,7 +138,7 @@ def _each(operator: Operator, one: Callable[[Operator], tuple[str, Triplets, int
         return list(pool.map(one, singles))
 
 
-def _lanczos(operator: Operator, k: int, tolerance: float, seed: int) -> list[tuple[str, Triplets, int]]:
+def _lanczos(operator: Operator, k: int, tolerance: float, seed: int) -> list[Solution]:
     block = min(block_size(k, operator), operator.short - 1)
     first_round = _from_pairs(operator, block_lanczos(operator, k, tolerance=tolerance, block=block, seed=seed))
     found = []
@@ -131,7 +146,7 @@ def _lanczos(operator: Operator, k: int, tolerance: float, seed: int) -> list[tu
         single = operator.one(i)
         triplets = _settled(single, candidate, block, tolerance, seed)
         if (triplets.converged(tolerance) and triplets.known()) or single.short > _MAX_GRAM:
-            found.append(("block-lanczos", triplets, single.passes))
+            found.append(Solution("block-lanczos", triplets, single.passes))
         else:
             found += _gram(single, k, tolerance, seed)
     return found
@@ -162,7 +177,7 @@ def _clustered(s: torch.Tensor, block: int) -> bool:
     return bool((first - last <= _CLUSTER * first).any())
 
 
-def _gram(operator: Operator, k: int, tolerance: float, seed: int) -> list[tuple[str, Triplets, int]]:
+def _gram(operator: Operator, k: int, tolerance: float, seed: int) -> list[Solution]:
     """From the leading eigenvectors of the Gram matrices of the short side: of float32 ones where they are good enough."""
     if operator.matrices.dtype == torch.float64:
         return [_gram_wide(operator.one(i), k, tolerance, seed) for i in range(len(operator))]
@@ -170,13 +185,13 @@ def _gram(operator: Operator, k: int, tolerance: float, seed: int) -> list[tuple
     for i, triplets in enumerate(_from_gram(operator, operator.gram(), k, tolerance, seed)):
         single = operator.one(i)
         if triplets.converged(tolerance) and triplets.known() and triplets.last():
-            found.append(("gram", triplets, single.passes))
+            found.append(Solution("gram", triplets, single.passes))
         else:
             found.append(_gram_wide(single, k, tolerance, seed))
     return found
 
 
-def _gram_wide(operator: Operator, k: int, tolerance: float, seed: int) -> tuple[str, Triplets, int]:
+def _gram_wide(operator: Operator, k: int, tolerance: float, seed: int) -> Solution:
     """Of one matrix, from a float64 Gram matrix.
 
     That tells values down to 1e-8 s_1: enough for vectors that are rounded to float32, not for float64 ones.
@@ -185,8 +200,8 @@ def _gram_wide(operator: Operator, k: int, tolerance: float, seed: int) -> tuple
     matrices = operator.matrices
     small = matrices.dtype == torch.float64 and matrices.numel() <= _MAX_FULL
     if small and not (triplets.converged(tolerance) and triplets.known() and triplets.last()):
-        return "svd", _full_svd(operator, k), operator.passes
-    return "gram", triplets, operator.passes
+        return Solution("svd", _full_svd(operator, k), operator.passes)
+    return Solution("gram", triplets, operator.passes)
 
 
 def _from_gram(operator: Operator, gram: torch.Tensor, k: int, tolerance: float, seed: int) -> list[Triplets]:
@@ -208,7 +223,7 @@ def _full_svd(operator: Operator, k: int) -> Triplets:
     short = right[None, :k].contiguous()
     long = left[None, :, :k].mT.contiguous()
     to_long, to_short = operator.to_long_wide(short), operator.to_short_wide(long)
-    return _measured(operator, long, s[None, :k], short, to_long, to_short, [next_bound])[0]
+    return _measured(operator, _WideTriplets(long, s[None, :k], short, to_long, to_short), [next_bound])[0]
 
 
 def _from_pairs(operator: Operator, ritz: RitzVectors) -> list[Triplets]:
@@ -216,7 +231,8 @@ def _from_pairs(operator: Operator, ritz: RitzVectors) -> list[Triplets]:
     short, long = orthonormal_rows(widened(ritz.rows)), orthonormal_rows(widened(ritz.images))
     to_long, to_short = operator.both_wide(short, long)
     left, s, right = (part.to(long.device) for part in torch.linalg.svd(torch.bmm(long, to_long.mT).cpu()))
-    return _measured(operator, left.mT @ long, s, right @ short, right @ to_long, left.mT @ to_short, ritz.next_bound.tolist())
+    wide = _WideTriplets(left.mT @ long, s, right @ short, right @ to_long, left.mT @ to_short)
+    return _measured(operator, wide, ritz.next_bound.tolist())
 
 
 def _from_rows(operator: Operator, rows: torch.Tensor, next_bound: float) -> Triplets:
@@ -226,32 +242,41 @@ def _from_rows(operator: Operator, rows: torch.Tensor, next_bound: float) -> Tri
     q, r = torch.linalg.qr(images[0].T)
     left, s, right = (part.to(q.device) for part in torch.linalg.svd(r.cpu()))
     long, short, to_long = (q @ left).T.contiguous()[None], right @ basis, right @ images
-    return _measured(operator, long, s[None], short, to_long, operator.to_short_wide(long), [next_bound])[0]
+    wide = _WideTriplets(long, s[None], short, to_long, operator.to_short_wide(long))
+    return _measured(operator, wide, [next_bound])[0]
 
 
-def _measured(
-    operator: Operator,
-    long: torch.Tensor,
-    s: torch.Tensor,
-    short: torch.Tensor,
-    to_long: torch.Tensor,
-    to_short: torch.Tensor,
-    next_bounds: Sequence[float],
-) -> list[Triplets]:
+@dataclass(frozen=True, slots=True)
+class _WideTriplets:
+    """Triplets of the matrices of a batch in float64, with the vectors as rows.
+
+    Attributes:
+        long, short: (B, k, long), (B, k, short).
+        s: (B, k).
+        to_long, to_short: the products of the matrices with ``short`` and ``long``.
+    """
+
+    long: torch.Tensor
+    s: torch.Tensor
+    short: torch.Tensor
+    to_long: torch.Tensor
+    to_short: torch.Tensor
+
+
+def _measured(operator: Operator, wide: _WideTriplets, next_bounds: Sequence[float]) -> list[Triplets]:
     """Round float64 vectors to the working precision, and say how far those are from being singular vectors.
 
-    Args:
-        long, short: (B, k, long), (B, k, short), the vectors as rows; s: (B, k).
-        to_long, to_short: the products of the matrices with ``short`` and ``long``. The rounding of the vectors, times
-            the norm of the matrix, is added to what they give, so that no product of the rounded ones is needed.
+    The rounding of the vectors, times the norm of the matrix, is added to what their products give, so that no product of
+    the rounded ones is needed.
     """
+    long, s, short = wide.long, wide.s, wide.short
     matrices = operator.matrices
     # The dtype first: not every device knows float64.
     rounded_long, rounded_short = (vectors.to(matrices.dtype).to(matrices.device) for vectors in (long, short))
     wide_long, wide_short = widened(rounded_long), widened(rounded_short)
     top = s[:, :1].clamp(min=1e-300)
-    on_long = (to_long - wide_long * s[:, :, None]).norm(dim=2) / top + (wide_short - short).norm(dim=2)
-    on_short = (to_short - wide_short * s[:, :, None]).norm(dim=2) / top + (wide_long - long).norm(dim=2)
+    on_long = (wide.to_long - wide_long * s[:, :, None]).norm(dim=2) / top + (wide_short - short).norm(dim=2)
+    on_short = (wide.to_short - wide_short * s[:, :, None]).norm(dim=2) / top + (wide_long - long).norm(dim=2)
     residual = torch.maximum(on_long, on_short).cpu()
     return [
         Triplets(rounded_long[i].T.contiguous(), s[i].cpu(), rounded_short[i].T.contiguous(), residual[i], value)

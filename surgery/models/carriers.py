@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -270,7 +270,7 @@ def _kind(module: Any, name: str, quantized: bool, used_by_parent: bool) -> str:
 
 
 def terms_of(
-    target: TargetRecord, places: Sequence[Place], carriers: dict[str, Carrier], factors: Sequence[Factors]
+    target: TargetRecord, places: Sequence[Place], carriers: Mapping[str, Carrier], factors: Sequence[Factors]
 ) -> Iterator[tuple[Carrier, Term]]:
     """The directions of a target, matrix by matrix, as they lie in the parameters that it is in.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -25,21 +26,32 @@ _QUANTIZATION_ERROR = 0.4
 _PROBES = 8
 
 
-def is_residual(
-    target: TargetRecord,
-    places: Sequence[Place],
-    carriers: dict[str, Carrier],
-    terms: Sequence[Term],
-    factors: Sequence[Factors],
-    dtype: torch.dtype,
-    stored: Callable[[], torch.Tensor],
-) -> bool:
+@dataclass(frozen=True, slots=True)
+class HeldTarget:
+    """A target as a model holds it.
+
+    Attributes:
+        target: of the checkpoint.
+        places: where its tensor is in the model.
+        carriers: the parameters there, by their names.
+        factors: of each of its matrices.
+        terms: made of these, as they lie in the parameters.
+    """
+
+    target: TargetRecord
+    places: Sequence[Place]
+    carriers: Mapping[str, Carrier]
+    factors: Sequence[Factors]
+    terms: Sequence[Term]
+
+
+def is_residual(held: HeldTarget, dtype: torch.dtype, stored: Callable[[], torch.Tensor]) -> bool:
     """Whether the residual of a target is in a model, and not the original weight.
 
     Told by a sample of the entries; where these have been quantized, by what the layer makes of singular and of random vectors.
 
     Args:
-        target: with its ``places``, the ``carriers`` of these, its ``factors`` and the ``terms`` made of them.
+        held: the target.
         dtype: that a quantized layer gets its input in.
         stored: gives the tensor in the residual checkpoint.
 
@@ -47,12 +59,13 @@ def is_residual(
         SourceError: it is neither.
         OptionError: only a part of it is in the model, or it is quantized and joined with other weights.
     """
+    target, places, carriers = held.target, held.places, held.carriers
     if any(carriers[place.parameter].quantized for place in places):
-        if len(terms) > 1 or places[0].piece.axes != (0, 1) or list(places[0].shape) != target.shape:
+        if len(held.terms) > 1 or places[0].piece.axes != (0, 1) or list(places[0].shape) != target.shape:
             raise OptionError(f"{target.tensor!r} is not one weight in this model, and quantized", hint="load it unquantized")
         layer = carriers[places[0].parameter].layers[0].module
-        leading = [terms[0].left.T @ _images(layer, terms[0].right.T, dtype).T]
-        if _is_original(leading, factors):
+        leading = [held.terms[0].left.T @ _images(layer, held.terms[0].right.T, dtype).T]
+        if _is_original(leading, held.factors):
             return False
         if target.residual_sample_sha256 is not None:
             # Next to nothing is left of the leading directions, as in any other model: it must be this one all over.
@@ -72,8 +85,8 @@ def is_residual(
             raise _neither(target, f"{dtype_of_model} {target.shape}", "bytes", hint)
         return digest != target.sample_sha256
     # FP8, dequantized when it was loaded: an overlay, of which nothing but the factors is at hand.
-    leading = [f.U.T.to(w.device) @ w.float() @ f.V.to(w.device) for f, w in zip(factors, matrices, strict=True)]
-    if not _is_original(leading, factors):
+    leading = [f.U.T.to(w.device) @ w.float() @ f.V.to(w.device) for f, w in zip(held.factors, matrices, strict=True)]
+    if not _is_original(leading, held.factors):
         raise _neither(target, "another weight", "leading singular values")
     return False
 
@@ -123,7 +136,7 @@ def _images(layer: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> torch.Tens
     return images[:-1] - images[-1:]
 
 
-def _gathered(target: TargetRecord, places: Sequence[Place], carriers: dict[str, Carrier]) -> torch.Tensor:
+def _gathered(target: TargetRecord, places: Sequence[Place], carriers: Mapping[str, Carrier]) -> torch.Tensor:
     """A target's tensor, put together from where it is in the model; in the dtype of that, on its device.
 
     Raises:

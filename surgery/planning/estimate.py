@@ -7,8 +7,8 @@ import time
 import torch
 
 from surgery.linalg.product import rows_times, rows_times_transposed
-from surgery.linalg.threads import one_thread
 from surgery.planning.plan import Plan
+from surgery.torch_threads import one_thread
 
 #: Rows multiplied by a matrix until its triplets are certified, per wanted one; measured at 2048 to 4096 wide, k = 16 to 128.
 _ROWS = 18

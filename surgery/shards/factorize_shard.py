@@ -22,12 +22,14 @@ from surgery.format.manifest_records import CertificateRecord, ShardRecord, Targ
 from surgery.format.options import Options
 from surgery.format.safetensors import TORCH_DTYPES, ShardReader, TensorFileWriter
 from surgery.format.sample import SampleHash
+from surgery.format.tensor_view import by_tensor
 from surgery.format.views import View
 from surgery.memory import bytes_of
 from surgery.names import PARTIALS_DIR, RUN_FILE, correction_key, factor_key, factors_file
 from surgery.planning.plan import Layout, ShardPlan
 from surgery.planning.targets import Target
 from surgery.progress import Progress, Silent
+from surgery.reports import rounded_to
 from surgery.shards.matrices import Matrix, Result, factorize_matrices, truncate
 from surgery.source.origin import Origin
 from surgery.source.protocol import WeightFiles
@@ -130,10 +132,8 @@ def run_job(job: Job, lane: Lane, progress: Progress, on_read: Callable[[], obje
         weights = stack.enter_context(ModelWeights(job.files, lambda: quantized))
         reader = stack.enter_context(ShardReader(weights.path(job.shard.file), name=job.shard.file, watch=weights.watch))
         _check_unchanged(reader, job.shard)
-        work: dict[str, list[_Collected]] = {}
-        for target in job.shard.targets:
-            ranked = _with_rank(target, reader, weights, job.options, lane)
-            work.setdefault(target.tensor, []).append(_Collected(ranked))
+        ranked = (_with_rank(target, reader, weights, job.options, lane) for target in job.shard.targets)
+        work = {name: [_Collected(target) for target in targets] for name, targets in by_tensor(ranked).items()}
         residuals = (
             stack.enter_context(FileWriter(job.out / job.shard.file, job.partial(job.shard.file)))
             if job.layout == "residual"
@@ -342,8 +342,3 @@ def _add(part: _Collected, result: Result, factors: TensorFileWriter | None) -> 
     if part.done == target.matrices[0]:
         for name, tensor in part.finished_factors().items():
             factors.add(factor_key(target.key, name), tensor)
-
-
-def rounded_to(value: float, digits: int) -> float:
-    """With so many significant digits, as the manifest and reports have numbers."""
-    return float(f"{value:.{digits}g}")

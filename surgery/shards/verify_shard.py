@@ -18,6 +18,7 @@ from surgery.files.watch import Watch
 from surgery.format.factors import FactorsReader
 from surgery.format.manifest_records import ShardRecord, TargetRecord
 from surgery.format.safetensors import ShardReader
+from surgery.format.tensor_view import by_tensor
 from surgery.linalg.correction import CorruptCorrection
 from surgery.linalg.lossless import split
 from surgery.linalg.measured import measure
@@ -119,9 +120,9 @@ class _WeightsCheck:
         self._failures = failures
         self._residuals: ShardReader | None = None
         options = check.checkpoint.manifest.options
-        self._by_name: dict[str, list[CheckedTarget]] = {}
-        for target in check.targets:
-            self._by_name.setdefault(target.tensor, []).append(CheckedTarget(target, options))
+        self._by_name = {
+            name: [CheckedTarget(target, options) for target in targets] for name, targets in by_tensor(check.targets).items()
+        }
 
     def run(self, lane: Lane, on_read: Callable[[], object], stack: ExitStack) -> None:
         """Read the shard, and compare all of it with what is recorded."""

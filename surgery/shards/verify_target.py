@@ -14,7 +14,7 @@ from surgery.format.safetensors import TORCH_DTYPES
 from surgery.format.sample import SampleHash
 from surgery.linalg.lossless import Factors
 from surgery.linalg.measured import Measured, could_come_from, gap_limits, overstated, says_converged
-from surgery.shards.factorize_shard import rounded_to
+from surgery.reports import rounded_to
 from surgery.shards.failures import Failure, Failures
 
 #: Largest entry of ``U^T U - I`` that passes: vectors are rounded to float32.

@@ -89,15 +89,26 @@ def storage_noise(before: TruncatedSVD, after: TruncatedSVD, spacings: tuple[flo
     return _ROUNDING * math.hypot(*sizes) / math.sqrt(entries)
 
 
-def became(
-    before: TruncatedSVD, after: TruncatedSVD, to_left: torch.Tensor, to_right: torch.Tensor, k: int, r: int, noise: float
-) -> Became:
+@dataclass(frozen=True, slots=True)
+class DifferenceImages:
+    """What the difference D (m, n) of two matrices makes of the K leading vectors of the first one.
+
+    Attributes:
+        left: (m, K), ``D V``.
+        right: (n, K), ``D^T U``.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+
+
+def became(before: TruncatedSVD, after: TruncatedSVD, images: DifferenceImages, k: int, r: int, noise: float) -> Became:
     """What became of the k leading directions.
 
     Args:
         before, after: SVDs of two matrices (m, n), both with the same number K >= k of triplets.
-        to_left: (m, K), ``D V`` of the difference D and the first one's vectors.
-        to_right: (n, K), ``D^T U``.
+        images: of all K vectors of the first one under the difference D.
+        k: as many are told.
         r: as many count as the top.
         noise: of the entries of D, see ``storage_noise``.
     """
@@ -105,7 +116,7 @@ def became(
         left, right = ((a.T @ b).double().cpu().numpy() for a, b in ((before.U, after.U), (before.V, after.V)))
     match = _in_order(assignment(in_common(left, right)), before, after, noise)
     exact = _groups(before)
-    U, V = before.U, before.V
+    U, V, to_left, to_right = before.U, before.V, images.left, images.right
     for group in _several(exact):
         turn = _turn_rows(left, right, group, match[group])
         U, V, to_left, to_right = (_turned(vectors, group, turn) for vectors in (U, V, to_left, to_right))

@@ -18,14 +18,15 @@ from surgery.errors import FormatError, WeightError
 from surgery.files.access import read_errors
 from surgery.files.file_records import file_sha256
 from surgery.format.safetensors import TORCH_DTYPES, ShardReader
+from surgery.format.tensor_view import by_tensor
 from surgery.planning.plan import Plan
 from surgery.planning.targets import Target
 from surgery.progress import listening
 from surgery.report.schema import check_target
+from surgery.reports import rounded_to
 from surgery.run.resume import Recorded
-from surgery.shards.factorize_shard import rounded_to
 from surgery.source.protocol import Source
-from surgery.study.spectrum import compare, spectrum
+from surgery.study.spectrum import DecomposedMatrix, compare, spectrum
 from surgery.weights.model import StudiedWeights
 from surgery.weights.tuned import Original, TunedModel, config_folder
 
@@ -80,7 +81,8 @@ class Measure:
         if new is not None:
             changed, after = spectrum(new, top, beyond=beyond, tolerance=self.tolerance, seed=seed)
             figures["tuned"] = asdict(changed)
-            figures |= asdict(compare(old, new, before, after, top, self.subspace, spacings=spacings, seed=seed))
+            pair = DecomposedMatrix(old, before, spacings[0]), DecomposedMatrix(new, after, spacings[1])
+            figures |= compare(*pair, top, self.subspace, seed=seed).figures()
         short: dict[str, Any] = rounded(figures)
         return short
 
@@ -160,9 +162,7 @@ class SpectraJobs:
     def do_shard(self, index: int, lane: Lane, on_read: Callable[[], object]) -> ShardSpectra:
         """See ``LocalJobs``."""
         shard = self._shards[index]
-        inside: dict[str, list[Target]] = {}
-        for target in shard.targets:
-            inside.setdefault(target.tensor, []).append(target)
+        inside = by_tensor(shard.targets)
         described: list[dict[str, Any]] = []
 
         def measure(window: Sequence[Piece]) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from surgery.linalg.precision import full_precision
 from surgery.linalg.random import generator_of
 from surgery.linalg.rounding import times_power_of_two
 from surgery.linalg.svd import TruncatedSVD, truncated_svd
-from surgery.study.directions import became, identified, known_values, storage_noise
+from surgery.study.directions import Became, DifferenceImages, became, identified, known_values, storage_noise
 
 #: Ranks for which the share of the energy is told.
 ENERGY_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -97,8 +98,7 @@ class Comparison:
     Attributes:
         amplification: the i-th new over the i-th old singular value; None where the old one is no more than rounding.
         rest_amplification: of the Frobenius norms of what comes after them.
-        place, left_cosine, right_cosine, in_place, order_changes, gone, new: what became of each direction, see
-            ``surgery.study.directions.Became``.
+        directions: what became of each.
         left_top, right_top: cosines of the principal angles of the top-r subspaces, descending.
         left_next, right_next: of those of directions r + 1 to 2 r.
         explained: ``(u_i^T D v_i)^2`` of the difference D, for the first r directions: what a scale takes of it.
@@ -107,19 +107,20 @@ class Comparison:
 
     amplification: list[float | None]
     rest_amplification: float | None
-    place: list[int | None]
-    left_cosine: list[float | None]
-    right_cosine: list[float | None]
-    in_place: list[float | None]
-    order_changes: int
-    gone: list[int]
-    new: list[int]
+    directions: Became
     left_top: list[float]
     right_top: list[float]
     left_next: list[float]
     right_next: list[float]
     explained: list[float]
     update: UpdateFigures | None
+
+    def figures(self) -> dict[str, Any]:
+        """All of it by name, as ``spectra.json`` has it: what became of the directions stands among the rest."""
+        flat: dict[str, Any] = {}
+        for name, value in asdict(self).items():
+            flat |= value if name == "directions" else {name: value}
+        return flat
 
 
 def spectrum(A: torch.Tensor, top: int, *, beyond: int = 0, tolerance: float, seed: int) -> tuple[Spectrum, TruncatedSVD]:
@@ -160,27 +161,31 @@ def spectrum(A: torch.Tensor, top: int, *, beyond: int = 0, tolerance: float, se
     )
 
 
-def compare(
-    old: torch.Tensor,
-    new: torch.Tensor,
-    before: TruncatedSVD,
-    after: TruncatedSVD,
-    k: int,
-    r: int,
-    *,
-    spacings: tuple[float, float],
-    seed: int,
-) -> Comparison:
+@dataclass(frozen=True, slots=True)
+class DecomposedMatrix:
+    """A matrix with what is known of it.
+
+    Attributes:
+        matrix: (m, n).
+        svd: of it.
+        spacing: of the numbers next to 1 in the dtype that it is stored in.
+    """
+
+    matrix: torch.Tensor
+    svd: TruncatedSVD
+    spacing: float
+
+
+def compare(old: DecomposedMatrix, new: DecomposedMatrix, k: int, r: int, *, seed: int) -> Comparison:
     """What became of a matrix.
 
     Args:
-        old, new: (m, n), on one device.
-        before, after: their SVDs, of as many triplets.
+        old, new: of one shape, on one device, with SVDs of as many triplets.
         k: how many directions are told; more are looked at for those that change places.
         r: dimension of the subspaces that are compared.
-        spacings: of the numbers next to 1 in the dtypes that the two are stored in.
         seed: of the SVD of the difference.
     """
+    before, after = old.svd, new.svd
     k = min(k, before.s.numel())
     r = min(r, k)
     ratios = (after.s.double() / before.s.double()).cpu().tolist()[:k]
@@ -188,26 +193,31 @@ def compare(
     tops = [_principal_cosines(a[:, :r], b[:, :r]) for a, b in pairs]
     nexts = [_principal_cosines(a[:, r : 2 * r], b[:, r : 2 * r]) for a, b in pairs]
     # In float32 at least: the difference of numbers that are close is exact there, or nearly so.
-    difference = new.to(torch.promote_types(new.dtype, torch.float32)) - old.to(torch.promote_types(old.dtype, torch.float32))
+    difference = _wide(new.matrix) - _wide(old.matrix)
     with full_precision(difference.device):
-        to_left, to_right = difference @ before.V.to(difference), difference.T @ before.U.to(difference)
-    both = before.U[:, :r].double().T @ to_left[:, :r].double()
-    inside = to_left[:, :r], to_right[:, :r], both
+        images = DifferenceImages(difference @ before.V.to(difference), difference.T @ before.U.to(difference))
+    both = before.U[:, :r].double().T @ images.left[:, :r].double()
+    inside = images.left[:, :r], images.right[:, :r], both
     rests = [svd.norm.item() ** 2 - svd.s[:k].double().square().sum().item() for svd in (before, after)]
     # Below the rounding of the norm nothing comes after.
     some_rest = rests[0] > 1e-6 * before.norm.item() ** 2
-    noise = storage_noise(before, after, spacings)
+    noise = storage_noise(before, after, (old.spacing, new.spacing))
     return Comparison(
         amplification=[ratio if some else None for ratio, some in zip(ratios, known_values(before)[:k].tolist(), strict=True)],
-        rest_amplification=math.sqrt(max(rests[1], 0.0) / rests[0]) if some_rest and k < min(old.shape) else None,
+        rest_amplification=math.sqrt(max(rests[1], 0.0) / rests[0]) if some_rest and k < min(old.matrix.shape) else None,
+        directions=became(before, after, images, k, r, noise),
         left_top=tops[0],
         right_top=tops[1],
         left_next=nexts[0],
         right_next=nexts[1],
         explained=both.diagonal().square().tolist(),
         update=_update(difference, before, inside, seed),
-        **asdict(became(before, after, to_left, to_right, k, r, noise)),
     )
+
+
+def _wide(matrix: torch.Tensor) -> torch.Tensor:
+    """In float32 at least."""
+    return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
 
 
 def _update(

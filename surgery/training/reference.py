@@ -19,7 +19,7 @@ from surgery.format.manifest import Manifest
 from surgery.models.accelerate_api import is_peft_model
 from surgery.models.carriers import unwrapped
 from surgery.names import MANIFEST_FILE
-from surgery.training.attach import Scales
+from surgery.training.attached_scales import Scales
 from surgery.training.lowrank import LowRankPath
 from surgery.training.trl_api import LOADER, harm_of_callback, has_reference, loaders, reads_past_the_head
 

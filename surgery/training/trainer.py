@@ -10,10 +10,10 @@ import torch
 
 from surgery.arguments import as_path
 from surgery.errors import OptionError
-from surgery.format.scales import CHECKPOINT_FILE
 from surgery.models.accelerate_api import is_peft_model, save_sharded_optimizer
 from surgery.models.transformers_api import check_trainer_class, counted_as_adapted, trainer_file
-from surgery.training.attach import Scales
+from surgery.names import CHECKPOINT_FILE
+from surgery.training.attached_scales import Scales
 from surgery.training.reference import check_arguments, check_callback, check_trainer, no_second_load, own_forward
 
 if TYPE_CHECKING:

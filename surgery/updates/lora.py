@@ -109,10 +109,10 @@ def read_lora(folder: Path) -> dict[str, LoraUpdate]:
         raise OptionError(f"{folder} is an adapter that changes nothing", got="no LoRA matrices")
     ranks = _ByModule(config, "rank_pattern", "r", pairs, folder)
     alphas = _ByModule(config, "alpha_pattern", "lora_alpha", pairs, folder)
-    return {
-        module: _update(module, parts, ranks.of(module), alphas.of(module), config, folder, bases.get(module))
-        for module, parts in pairs.items()
-    }
+    stored = [
+        _StoredUpdate(module, parts, ranks.of(module), alphas.of(module), bases.get(module)) for module, parts in pairs.items()
+    ]
+    return {one.module: _update(one, config, folder) for one in stored}
 
 
 def _how_to_have_it(folder: Path) -> str | None:
@@ -149,15 +149,26 @@ def _check(config: Mapping[str, Any], folder: Path) -> None:
         )
 
 
-def _update(
-    module: str,
-    parts: Mapping[str, torch.Tensor],
-    r: Any,
-    alpha: Any,
-    config: Mapping[str, Any],
-    folder: Path,
-    base: tuple[int, ...] | None,
-) -> LoraUpdate:
+@dataclass(frozen=True, slots=True)
+class _StoredUpdate:
+    """What an adapter's files have of the update of a module, not yet checked.
+
+    Attributes:
+        module: its name.
+        parts: the halves of the update by their names.
+        r, alpha: what the config has of it, whatever that is.
+        base: shape of the module's own weight, where PEFT has kept a copy of it.
+    """
+
+    module: str
+    parts: Mapping[str, torch.Tensor]
+    r: Any
+    alpha: Any
+    base: tuple[int, ...] | None
+
+
+def _update(stored: _StoredUpdate, config: Mapping[str, Any], folder: Path) -> LoraUpdate:
+    module, parts, r, alpha = stored.module, stored.parts, stored.r, stored.alpha
     embedding = "lora_embedding_A" in parts
     names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
     if set(parts) != set(names):
@@ -174,7 +185,7 @@ def _update(
     if not (torch.isfinite(A).all() and torch.isfinite(B).all()):
         raise FormatError(f"{folder}: the update of {module!r} holds NaN or infinity", hint="take an earlier checkpoint")
     scaling = alpha / (math.sqrt(r) if config.get("use_rslora") else r)
-    return LoraUpdate(A, B.reshape(B.shape[:2]), scaling, embedding, config.get("fan_in_fan_out") is True, base)
+    return LoraUpdate(A, B.reshape(B.shape[:2]), scaling, embedding, config.get("fan_in_fan_out") is True, stored.base)
 
 
 def _is_number(value: Any) -> bool:

@@ -58,6 +58,10 @@ class ScalesUpdate:
         """``changes`` by the key of a target."""
         return bool((self.values[key] != 1).any())
 
+    def change_of_values(self, target: TargetRecord, s: torch.Tensor) -> torch.Tensor:
+        """``s (g - 1)``, float32 (k,): what is added to the kept singular values (k,) of a target that is no stack."""
+        return (s.double() * (self.values[target.key].double() - 1)).float()
+
     def addition(self, tensor: str) -> Addition | None:
         return None
 

@@ -82,12 +82,7 @@ def read_quantization(config: Mapping[str, Any], headers: Mapping[str, Header], 
         return {}
     method = _method(described)
     if method != "fp8":
-        raise SourceError(
-            f"{model} is quantized with {method}, which is not supported",
-            got=f"quant_method {method!r} in config.json",
-            expected="bfloat16, float16, float32, or FP8 with scales (quant_method 'fp8')",
-            hint=_INSTEAD.get(method, _DENSE),
-        )
+        raise _unsupported(f"{model} is", method, f"quant_method {method!r} in config.json")
     block = _block(described, model)
     return {
         name: _scaled(entry, where, block, model)
@@ -148,9 +143,15 @@ def _scaled(
 
 
 def _seems(model: str, method: str, entry: TensorEntry) -> SourceError:
+    """The error for a tensor as a method stores it, in a model that tells of none."""
+    got = f"{entry.name!r}, {entry.dtype}, and no quantization_config in config.json"
+    return _unsupported(f"{model} seems to be", method, got)
+
+
+def _unsupported(model_is: str, method: str, got: str) -> SourceError:
     return SourceError(
-        f"{model} seems to be quantized with {method}, which is not supported",
-        got=f"{entry.name!r}, {entry.dtype}, and no quantization_config in config.json",
+        f"{model_is} quantized with {method}, which is not supported",
+        got=got,
         expected="bfloat16, float16, float32, or FP8 with scales (quant_method 'fp8')",
         hint=_INSTEAD.get(method, _DENSE),
     )
