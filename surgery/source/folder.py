@@ -22,7 +22,20 @@ from surgery.source.select import Selection, select_plain_files
 
 
 class FolderSource(FilesInPlace):
-    """A model in a local folder, or a snapshot of one from the hub's cache."""
+    """A model in a local folder, or in a snapshot of the hub's cache.
+
+    Args:
+        root: the folder of the model.
+        name: what the user called it, for messages; ``root`` if None.
+        record: its identity; that of a local folder if None.
+        within: the folder of the pipeline that the model is a part of; links that lead inside it are followed, and it must
+            not be written to. ``root`` if None.
+
+    Raises:
+        SourceError: it is no model that can be read, or a file to copy leads out of it by a link.
+        FormatError: its index or a file's name is damaged.
+        ReadError: the system does not let the folder be read.
+    """
 
     def __init__(
         self, root: Path, *, name: str | None = None, record: SourceRecord | None = None, within: Path | None = None
@@ -40,7 +53,7 @@ class FolderSource(FilesInPlace):
             self._real(file)  # weights are only read: they may lie anywhere
 
     def _notes_of_newer(self, found: Selection) -> list[str]:
-        """Weight files of another save of the model, which are not read, and are newer than those that are."""
+        """A note, if weight files of another save of the model are left out and are newer than those that are read."""
         if self.record.kind != "folder" or not found.rivals:
             return []
         last = max(self._changed(file) for file in found.shards)
@@ -55,11 +68,11 @@ class FolderSource(FilesInPlace):
         return path.stat().st_mtime if path.exists() else 0.0
 
     def note(self, text: str) -> None:
-        """Something that the user should know of where the model comes from."""
+        """Add a note for the user about where the model comes from."""
         self.selection = replace(self.selection, notes=(*self.selection.notes, text))
 
     def _names(self, folder: str) -> list[str]:
-        """See ``Listing``. Links to folders count as folders; a folder that leads out of the model is not looked into."""
+        """The ``Listing`` of the model. Links to folders count as folders, unless they lead out of the model."""
         path = self._root / folder
         if folder:
             real = self._copied(folder)
@@ -85,7 +98,7 @@ class FolderSource(FilesInPlace):
             ) from None
 
     def _leads_nowhere(self, file: str) -> SourceError:
-        """What to say of a link to nothing, and of others beside it: the hub's cache may have lost all its blobs."""
+        """The error for a link to nothing. It names others in the same folder: the hub's cache may have lost all blobs."""
         folder = (self._root / file).parent.resolve()
         links = sorted(path for path in folder.iterdir() if path.is_symlink() and not path.exists())
         names = [path.name for path in links]
@@ -106,10 +119,10 @@ class FolderSource(FilesInPlace):
         )
 
     def _copied(self, file: str) -> Path:
-        """The same of what is copied into the result, and may be published with it.
+        """Where a file that is copied into the result is. It may be published, so it must not come from elsewhere by a link.
 
         Raises:
-            SourceError: it leads out of the model's folder, and not into the hub's cache.
+            SourceError: a link leads out of the model's folder, and not into the hub's cache.
         """
         real = self._real(file)
         within = self._within.resolve()
@@ -139,7 +152,7 @@ class FolderSource(FilesInPlace):
         return path
 
     def folders(self) -> list[Path]:
-        if self.record.kind != "folder":  # of a snapshot in the hub's cache the whole repository
+        if self.record.kind != "folder":  # a snapshot: the whole repository in the hub's cache
             return [self._within.parent.parent]
         files = [self._real(file) for file in (*self.selection.shards, *self.selection.others)]
         return [self._within, *sorted({hub_cache(file) or file.parent for file in files} - {self._root.resolve()})]
@@ -151,7 +164,7 @@ class FolderSource(FilesInPlace):
 
     def _stamps(self, files: Iterable[str]) -> dict[str, list[int]]:
         stamps = {file: self.watch.see(self._root / file, f"{self.name}/{file}") for file in files}
-        # What a restart of the machine, or another place to mount a disk, leaves as it is.
+        # Unlike device and inode, these survive a restart of the machine and mounting the disk elsewhere.
         return {file: [stamp.size, stamp.mtime_ns] for file, stamp in stamps.items()}
 
     def bytes_to_fetch(self) -> int:
@@ -161,5 +174,5 @@ class FolderSource(FilesInPlace):
         return {}
 
     def origin(self, files: Iterable[str]) -> FolderOrigin:
-        # Of a model from the hub's cache each machine may have a copy of its own.
+        # Each machine may have its own copy of a model in its hub's cache, with other times.
         return FolderOrigin(self._root.resolve(), self._stamps(files) if self.record.kind == "folder" else {})

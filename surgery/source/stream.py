@@ -1,4 +1,4 @@
-"""A model on the hub whose weight files are never all here: each is fetched, used and dropped."""
+"""Streaming a model from the hub: each weight file is fetched, used and deleted, so the whole model is never on the disk."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from surgery.source.protocol import Source
 
 
 class StreamedSource(HubSource):
-    """The model of a ``HubSource``, with its weight files in a folder of their own for as long as they are needed.
+    """The model of a ``HubSource``, whose weight files are in a private folder only for as long as they are needed.
 
-    What the hub's cache has already is taken from there, and stays there. A download that is interrupted is gone on with.
+    A weight file that is in the hub's cache is taken from there and stays there. An interrupted download is resumed.
 
     Args:
         source: the model.
-        folder: where weight files come; may hold some from an earlier start.
-        at_a_time: how many may be here before ``wait_for_room`` waits.
+        folder: where weight files are fetched to; it may hold some from an earlier start.
+        at_a_time: how many weight files may be acquired before ``wait_for_room`` waits.
     """
 
     def __init__(self, source: HubSource, folder: Path, at_a_time: int) -> None:
@@ -39,7 +39,7 @@ class StreamedSource(HubSource):
         self._closed = False
 
     def _passes(self, file: str) -> bool:
-        """Whether a weight file is here for a while only: it is not in the cache, or not any more."""
+        """Whether a file is streamed: a weight file that is not in the hub's cache."""
         return file in self._weights and not is_cached(self.repo_id, self.commit, self._prefix + file)
 
     def _here(self, file: str, dropped: threading.Event | None, folder: Path | None = None) -> Path:
@@ -65,9 +65,9 @@ class StreamedSource(HubSource):
             if self._users[file]:
                 return False
             del self._users[file]
-            if (path := self._passing_by.pop(file, None)) is not None:  # else it has not come
+            if (path := self._passing_by.pop(file, None)) is not None:  # None if it was never fetched
                 path.unlink(missing_ok=True)
-                self.watch.forget(path)  # it may come once more
+                self.watch.forget(path)  # it may be fetched again
             self._changed.notify_all()
             return True
 
@@ -94,10 +94,10 @@ class StreamedSource(HubSource):
 
 
 def streamed(source: Source, folder: Path, at_a_time: int) -> StreamedSource:
-    """The same model, streamed; see ``StreamedSource``.
+    """The model of ``source`` as a ``StreamedSource``; arguments are the same.
 
     Raises:
-        SourceError: it is not on the hub, or the hub cannot be reached.
+        SourceError: it is a local folder, or comes from the cache since the hub cannot be reached.
     """
     if not isinstance(source, HubSource):
         where = "is a local folder" if source.record.kind == "folder" else "comes from the local cache: the hub is not reached"
