@@ -48,22 +48,22 @@ class FolderSource(FilesInPlace):
         found = select_plain_files(self._names, self._text, where=self.name)
         self.selection = replace(found, notes=(*found.notes, *self._notes_of_newer(found)))
         for file in self.selection.others:
-            check_regular(self._copied(file), f"{self.name}/{file}")
+            check_regular(self._resolved_inside(file), f"{self.name}/{file}")
         for file in self.selection.shards:
-            self._real(file)  # weights are only read: they may lie anywhere
+            self._resolved(file)  # weights are only read: they may lie anywhere
 
     def _notes_of_newer(self, found: Selection) -> list[str]:
         """A note, if weight files of another save of the model are left out and are newer than those that are read."""
         if self.record.kind != "folder" or not found.rivals:
             return []
-        last = max(self._changed(file) for file in found.shards)
-        newer = [file for file in found.rivals if self._changed(file) > last]
+        last = max(self._mtime(file) for file in found.shards)
+        newer = [file for file in found.rivals if self._mtime(file) > last]
         if not newer:
             return []
         read = found.index or found.shards[0]
         return [f"{newer[0]} is newer than {read}, which is read, as loaders read it; if the newer is meant, move {read} away"]
 
-    def _changed(self, file: str) -> float:
+    def _mtime(self, file: str) -> float:
         path = self._root / file
         return path.stat().st_mtime if path.exists() else 0.0
 
@@ -75,17 +75,17 @@ class FolderSource(FilesInPlace):
         """The ``Listing`` of the model. Links to folders count as folders, unless they lead out of the model."""
         path = self._root / folder
         if folder:
-            real = self._copied(folder)
+            real = self._resolved_inside(folder)
             if real in {parent.resolve() for parent in path.parents}:
                 raise SourceError(f"{self.name}/{folder} is a link to a folder that it lies in", got=str(real))
         with read_errors(path, f"{self.name}/{folder}"):
             return sorted(entry.name + ("/" if entry.is_dir() else "") for entry in path.iterdir())
 
     def _text(self, file: str) -> str:
-        self._copied(file)
+        self._resolved_inside(file)
         return read_text(self.fetch(file), f"{self.name}/{file}")
 
-    def _real(self, file: str) -> Path:
+    def _resolved(self, file: str) -> Path:
         """Where a file is, whatever links lead to it."""
         try:
             return (self._root / file).resolve(strict=True)
@@ -118,13 +118,13 @@ class FolderSource(FilesInPlace):
             hint=hint,
         )
 
-    def _copied(self, file: str) -> Path:
+    def _resolved_inside(self, file: str) -> Path:
         """Where a file that is copied into the result is. It may be published, so it must not come from elsewhere by a link.
 
         Raises:
             SourceError: a link leads out of the model's folder, and not into the hub's cache.
         """
-        real = self._real(file)
+        real = self._resolved(file)
         within = self._within.resolve()
         if self.record.kind == "folder" and within not in (real, *real.parents) and hub_cache(real) is None:
             raise SourceError(
@@ -154,7 +154,7 @@ class FolderSource(FilesInPlace):
     def folders(self) -> list[Path]:
         if self.record.kind != "folder":  # a snapshot: the whole repository in the hub's cache
             return [self._within.parent.parent]
-        files = [self._real(file) for file in (*self.selection.shards, *self.selection.others)]
+        files = [self._resolved(file) for file in (*self.selection.shards, *self.selection.others)]
         return [self._within, *sorted({hub_cache(file) or file.parent for file in files} - {self._root.resolve()})]
 
     def stamps(self) -> dict[str, list[int]]:

@@ -135,7 +135,7 @@ class CachedSource(FolderSource):
     """A model in a snapshot of the hub's cache, whose files are checked against the hashes in the names of their blobs."""
 
     def __init__(self, root: Path, name: str, record: SourceRecord) -> None:
-        self._sound: dict[Path, Stamp] = {}
+        self._checked: dict[Path, Stamp] = {}
         super().__init__(root, name=name, record=record)
 
     def _hub_file(self, file: str) -> HubFile | None:
@@ -148,9 +148,9 @@ class CachedSource(FolderSource):
     def fetch(self, file: str) -> Path:
         path = super().fetch(file)
         stamp = Stamp.at(path, f"{self.name}/{file}")
-        if self._sound.get(path) != stamp and (hub_file := self._hub_file(file)) is not None:
+        if self._checked.get(path) != stamp and (hub_file := self._hub_file(file)) is not None:
             check_contents(path, hub_file, f"{self.name}/{file}", self.again(file))
-            self._sound[path] = stamp
+            self._checked[path] = stamp
         return path
 
     def unchecked(self, file: str) -> Path:
@@ -190,7 +190,7 @@ class HubSource(FilesInPlace):
         self.watch = Watch(pinned=True)
         self.repo_id = repo_id
         self.commit = commit
-        self._sound: dict[Path, Stamp] = {}
+        self._checked: dict[Path, Stamp] = {}
         self._dropped = threading.Event()
         self._prefix = "" if record.subfolder is None else f"{record.subfolder}/"
         self._files = {name.removeprefix(self._prefix): file for name, file in files.items() if name.startswith(self._prefix)}
@@ -232,23 +232,23 @@ class HubSource(FilesInPlace):
             path = self.unchecked(file)
             with _perhaps_removed():
                 stamp = Stamp.at(path, f"{self.name}/{file}")
-                if self._sound.get(path) != stamp:
+                if self._checked.get(path) != stamp:
                     check_contents(path, self._files[file], f"{self.name}/{file}", self.again(file))
-                    self._sound[path] = stamp
+                    self._checked[path] = stamp
                 return path
 
     def unchecked(self, file: str) -> Path:
-        return self._here(file, None)
+        return self._local_path(file, None)
 
     def acquire(self, file: str) -> Path:
-        return self._here(file, self._dropped)
+        return self._local_path(file, self._dropped)
 
     def close(self) -> None:
         # A new event: downloads under way are dropped, but files that are copied may still be fetched later.
         self._dropped.set()
         self._dropped = threading.Event()
 
-    def _here(self, file: str, dropped: threading.Event | None, folder: Path | None = None) -> Path:
+    def _local_path(self, file: str, dropped: threading.Event | None, folder: Path | None = None) -> Path:
         """The path of a file in the cache or in ``folder``, fetched if it is not there; a fetched one has been checked.
 
         ``dropped`` and ``folder`` are as for ``fetch``.
@@ -256,19 +256,19 @@ class HubSource(FilesInPlace):
         path = client_cache.cached_file(self.repo_id, self.commit, self._prefix + file) if folder is None else None
         if path is not None:
             with _perhaps_removed():
-                return self._still(path, file)
+                return self._cached_path(path, file)
         path = fetch(self._remote(file), folder, dropped)
         self.watch.forget(path)
-        self._sound[path] = Stamp.at(path, f"{self.name}/{file}")
+        self._checked[path] = Stamp.at(path, f"{self.name}/{file}")
         return path
 
-    def _still(self, path: Path, file: str) -> Path:
+    def _cached_path(self, path: Path, file: str) -> Path:
         """The path of a file in the cache. If it has been replaced since it was last seen, its contents are checked again."""
         stamp = Stamp.at(path, f"{self.name}/{file}")
         if self.watch.seen(path) not in (None, stamp):
             check_contents(path, self._files[file], f"{self.name}/{file}", self.again(file))
             self.watch.forget(path)
-            self._sound[path] = stamp
+            self._checked[path] = stamp
         return path
 
     def sha256(self, file: str) -> str | None:

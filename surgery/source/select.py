@@ -209,7 +209,7 @@ class _Selector:
     def _take_what_is_named(self, unknown: list[str]) -> None:
         """Sort files and folders that no loader looks for: those that a config or the model's code names are copied."""
         modules = self._modules()
-        packages, quoted = self._called() if unknown or set(self._model.folders) - modules else (set(), set())
+        packages, quoted = self._named_by_code() if unknown or set(self._model.folders) - modules else (set(), set())
         for name in unknown:
             if name in quoted:
                 self._others.append(name)
@@ -222,10 +222,10 @@ class _Selector:
                 if folder in modules:
                     self._take_module(folder)
                 elif folder in packages:
-                    self._take_some(folder, name_patterns("*.py"))
+                    self._take_matching(folder, name_patterns("*.py"))
                 elif folder in KNOWN_FOLDERS:
-                    self._take_some(folder, KNOWN_FOLDERS[folder])
-                self._take_called(folder, quoted)
+                    self._take_matching(folder, KNOWN_FOLDERS[folder])
+                self._take_named_paths(folder, quoted)
             if len(self._others) == before:
                 self._left_out[f"{folder}/"] = reason or _UNREAD
 
@@ -245,7 +245,7 @@ class _Selector:
         found |= {"language_model"} if ALPHABET_FILE in self._others else set()
         return found & set(self._model.folders)
 
-    def _called(self) -> tuple[set[str], set[str]]:
+    def _named_by_code(self) -> tuple[set[str], set[str]]:
         """Follow the code that the configs name.
 
         Returns:
@@ -280,16 +280,16 @@ class _Selector:
             else:
                 self._left_out[file] = reason
 
-    def _take_some(self, folder: str, names: re.Pattern[str]) -> None:
+    def _take_matching(self, folder: str, names: re.Pattern[str]) -> None:
         for file in self._walk(folder):
             name = PurePosixPath(file).name
             if names.fullmatch(name) and not is_litter(name):
                 self._others.append(file)
 
-    def _take_called(self, folder: str, quoted: set[str]) -> None:
+    def _take_named_paths(self, folder: str, quoted: set[str]) -> None:
         """Take the files in a folder that something names by their path, and the adapter in a folder that is named."""
         if folder in quoted and ADAPTER_FILE in self._model.peek(folder):
-            self._take_some(folder, ADAPTERS)
+            self._take_matching(folder, ADAPTERS)
         wanted = {string for string in quoted if string.startswith(f"{folder}/")} - set(self._others)
         parents = {string.rpartition("/")[0] for string in wanted}
         there = {

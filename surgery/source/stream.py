@@ -29,31 +29,31 @@ class StreamedSource(HubSource):
         self.name, self.record, self.selection = source.name, source.record, source.selection
         self.repo_id, self.commit = source.repo_id, source.commit
         self._prefix, self._files, self.watch = source._prefix, source._files, source.watch
-        self._sound, self._dropped = source._sound, source._dropped
+        self._checked, self._dropped = source._checked, source._dropped
         self._weights = frozenset(source.selection.shards)
         self._folder = folder
         self._at_a_time = at_a_time
         self._users: dict[str, int] = {}
-        self._passing_by: dict[str, Path] = {}
+        self._streamed_paths: dict[str, Path] = {}
         self._changed = threading.Condition()
         self._closed = False
 
-    def _passes(self, file: str) -> bool:
+    def _is_streamed(self, file: str) -> bool:
         """Whether a file is streamed: a weight file that is not in the hub's cache."""
         return file in self._weights and not is_cached(self.repo_id, self.commit, self._prefix + file)
 
-    def _here(self, file: str, dropped: threading.Event | None, folder: Path | None = None) -> Path:
+    def _local_path(self, file: str, dropped: threading.Event | None, folder: Path | None = None) -> Path:
         with self._changed:
-            passes = file in self._users or self._passes(file)
-        if not passes:
-            return super()._here(file, dropped)
-        if file not in self._passing_by:
-            self._passing_by[file] = super()._here(file, dropped, self._folder)
-        return self._passing_by[file]
+            is_streamed = file in self._users or self._is_streamed(file)
+        if not is_streamed:
+            return super()._local_path(file, dropped)
+        if file not in self._streamed_paths:
+            self._streamed_paths[file] = super()._local_path(file, dropped, self._folder)
+        return self._streamed_paths[file]
 
     def acquire(self, file: str) -> Path:
         with self._changed:
-            if file in self._users or self._passes(file):
+            if file in self._users or self._is_streamed(file):
                 self._users[file] = self._users.get(file, 0) + 1
         return super().acquire(file)
 
@@ -65,7 +65,7 @@ class StreamedSource(HubSource):
             if self._users[file]:
                 return False
             del self._users[file]
-            if (path := self._passing_by.pop(file, None)) is not None:  # None if it was never fetched
+            if (path := self._streamed_paths.pop(file, None)) is not None:  # None if it was never fetched
                 path.unlink(missing_ok=True)
                 self.watch.forget(path)  # it may be fetched again
             self._changed.notify_all()
@@ -86,7 +86,7 @@ class StreamedSource(HubSource):
         return HubOrigin(self.repo_id, self.commit, self._prefix, {file: self._files[file] for file in files}, passing=True)
 
     def room_to_fetch(self) -> dict[Path, int]:
-        passing = [file for file in self.selection.shards if self._passes(file)]
+        passing = [file for file in self.selection.shards if self._is_streamed(file)]
         largest = sorted((self.size(file) for file in passing), reverse=True)[: self._at_a_time]
         here = sum(bytes_in_folder(self._folder, self._prefix + file, self._files[file]) for file in passing)
         others = sum(self._to_fetch(file) for file in self.selection.others)
