@@ -131,6 +131,7 @@ def _kinds(function: Callable[..., Any]) -> tuple[inspect.Signature, dict[str, A
 
 
 def _fitting(value: Any, kind: Any, name: str, function: str) -> Any:
+    """The value of a parameter, converted to its type. Raises OptionError if it does not fit."""
     if isinstance(value, str) and (known := _names(kind)) and value not in known:
         raise OptionError(f"unknown {name}", got=_shown(value), expected=" or ".join(known))
     has_items = any(_items(one) is not None for one in _alternatives(kind))
@@ -192,6 +193,7 @@ def _taken(value: Any, kind: Any, name: str) -> Any:
 
 
 def _as_one(value: Any, kind: Any, name: str) -> Any:
+    """The value converted to a type that is no union. Raises ``_Unfit`` if it does not fit."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Literal:
         named = [one for one in inner if value is one or (isinstance(value, type(one)) and value == one)]

@@ -50,6 +50,7 @@ def _entries(record: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    """A value of a field as JSON has it. Raises TypeError if JSON has nothing for it."""
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if value is None or isinstance(value, (bool, int, str)):

@@ -113,6 +113,7 @@ class Lane:
             on_read()
 
     def _finish(self, window: list[Piece], result: Future[_Out], finish: Callable[[Sequence[Piece], _Out], object]) -> None:
+        """Finish a window in the writer's thread, then give its buffers back."""
         if self.timing is not None:
             self.timing.watch("writer")
         finish(window, result.result())

@@ -102,6 +102,7 @@ def _ray() -> Any:
 
 
 def _cluster(ray: Any, device: str) -> Cluster:
+    """What the machines of a connected cluster offer. Raises ClusterError if that is too little."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
     with_gpu = [node for node in nodes if node.get("GPU", 0) >= 1]
     if device == "cuda" and not with_gpu:
@@ -183,6 +184,7 @@ class _Done(Generic[_Result]):
 
 
 def _result(ray: Any, reference: Any) -> _Done[Any]:
+    """What a finished task has returned. Raises the error of its job, or ClusterError if the task is lost."""
     try:
         result: _Done[Any] = ray.get(reference)
     except ray.exceptions.RayTaskError as error:

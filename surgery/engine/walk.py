@@ -121,6 +121,7 @@ class ShardWalk:
         return iter(self._ahead)
 
     def _pieces(self) -> Iterator[Piece]:
+        """All pieces of the shard, made in the reading thread."""
         if self._timing is not None:
             self._timing.watch("reader")
         position = 0
@@ -144,6 +145,7 @@ class ShardWalk:
             yield Bytes(self._read(position, min(CHUNK_BYTES, end - position)))
 
     def _read(self, start: int, count: int) -> torch.Tensor:
+        """Read and hash bytes of the data, into a buffer uint8 (count,)."""
         buffer = self._reader.empty(count) if self._buffers is None else self._buffers.take(count)
         try:
             with timed("read"):

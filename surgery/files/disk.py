@@ -97,6 +97,7 @@ class DiskStream:
             raise self._error
 
     def _empty_chunk(self) -> mmap.mmap:
+        """A chunk to fill; waits for one that is being written if all are in use. Raises OSError."""
         self._check()
         if self._made < _CHUNKS:
             chunk = mmap.mmap(-1, _CHUNK_BYTES)  # whose memory begins at a page
@@ -125,6 +126,7 @@ class DiskStream:
             self._free.put(chunk)
 
     def _write_chunk(self, view: memoryview) -> None:
+        """Write a full chunk, past the cache if that is possible, and sync the file from time to time."""
         if self._past_cache is None:
             self._past_cache = self._file.tell() % _PAGE == 0 and _pass_cache(self._file, True)
         done = 0

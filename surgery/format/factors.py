@@ -98,6 +98,7 @@ class FactorsReader:
         return self._reader.read_bytes(self._entry(target, key, "U8", None))
 
     def _entry(self, target: TargetRecord, key: str, dtype: str, shape: list[int] | None) -> TensorEntry:
+        """The entry of a tensor in the file of factors. Raises FormatError if it is missing or misshapen."""
         entry = self._reader.entries.get(key)
         if entry is None or entry.dtype != dtype or (shape is not None and list(entry.shape) != shape):
             raise FormatError(

@@ -167,6 +167,7 @@ def described_entry(name: str, dtype: str, shape: Iterable[int], start: int, end
 
 
 def _entry(name: str, value: Any, file: str) -> TensorEntry:
+    """Check what a header says of one tensor. Raises FormatError."""
     where = f"{file}: tensor {name!r}"
     if has_surrogates(name):
         raise FormatError(f"{where}: the name is no Unicode text")

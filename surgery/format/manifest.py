@@ -242,6 +242,7 @@ class Manifest:
 
 
 def _check_target(target: TargetRecord, where: str, *, overlay: bool) -> None:
+    """Check that the entries of a target fit its view, dtype and rank."""
     dtypes = (*FACTORIZABLE_DTYPES, "F8_E4M3") if overlay else FACTORIZABLE_DTYPES
     try:
         if target.view not in KINDS or target.dtype not in dtypes:

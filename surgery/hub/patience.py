@@ -194,6 +194,7 @@ def _date(text: str) -> float | None:
 
 
 def _reason(error: Exception) -> str:
+    """Why an attempt failed, in a few words."""
     if isinstance(error, client.HfHubHTTPError):
         return f"the hub answers {error.response.status_code}"
     if isinstance(error, (client.http.TimeoutException, TimeoutError)):

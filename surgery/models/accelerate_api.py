@@ -35,6 +35,7 @@ def save_sharded_optimizer(accelerator: Any, optimizer: Any, model: Any, folder:
 
 
 def _utility(name: str) -> Any:
+    """A function of ``accelerate.utils``. Raises MissingExtra if the installed release has none of that name."""
     import accelerate  # type: ignore[import-untyped]
 
     found = getattr(accelerate.utils, name, None)

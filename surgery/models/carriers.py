@@ -67,6 +67,7 @@ def places_of(model: nn.Module, manifest: Manifest) -> dict[str, list[Place]]:
 def _check_lacking(
     model: nn.Module, manifest: Manifest, absent: Sequence[TargetRecord], known: Container[str], *, lacks_all: bool
 ) -> None:
+    """Refuse a model that lacks too many targets, or has one under another name. Raises OptionError."""
     renamed = None if is_from_transformers(model) else _renamed(model, absent, known)
     by_number = 2 * len(absent) > len(manifest.targets)
     by_size = 2 * sum(target.entries for target in absent) > sum(target.entries for target in manifest.targets)
@@ -243,6 +244,7 @@ def _chains(kind: Any) -> frozenset[tuple[str, ...]]:
 
 
 def _is_quantized(module: nn.Module, weight: nn.Parameter, name: str) -> bool:
+    """Whether a parameter is quantized. Raises OptionError if it is sharded, or quantized and no linear weight."""
     if is_sharded(weight):
         raise OptionError(f"{name!r} is sharded over processes", hint="attach first, then shard the model")
     plain = is_plain(weight)

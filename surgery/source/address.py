@@ -139,6 +139,7 @@ def _hint_of_path(parts: list[str]) -> str | None:
 
 
 def _local(text: str) -> Address | None:
+    """The address of a file or folder on this machine; None if there is none. Raises SourceError."""
     try:
         path = Path(text).expanduser()
         is_folder, is_file = bool(text) and path.is_dir(), path.is_file()
@@ -166,6 +167,7 @@ def _local(text: str) -> Address | None:
 
 
 def _by_scheme(text: str, scheme: str, rest: str) -> Address:
+    """The address for a URL, by its scheme and what comes after ``://``. Raises SourceError."""
     if scheme == "file":
         return address_of("/" + unquote(rest.lstrip("/").removeprefix("localhost/")))
     if scheme == "hf":
@@ -259,6 +261,7 @@ def _no_model(text: str, kind: str) -> SourceError:
 
 
 def _windows_path(text: str, drive: str | None) -> SourceError:
+    """The error for a path in the form of Windows that does not exist."""
     plain = text.replace("\\", "/")
     here = f"/mnt/{drive.lower()}{plain[2:]}" if drive else plain
     return SourceError(

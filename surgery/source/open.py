@@ -74,6 +74,7 @@ def _check_is_all(source: Source, file: str) -> None:
 
 
 def _open_folder(path: Path, name: str, subfolder: str | None) -> FolderSource:
+    """Open a model in a local folder, or in a subfolder of it. Raises SourceError, FormatError."""
     if (repo_id := cached_repo(path.resolve())) is not None and (path / "snapshots").is_dir():
         commits = sorted(one.name for one in (path / "snapshots").iterdir())
         raise SourceError(

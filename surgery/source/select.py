@@ -113,6 +113,7 @@ class _Selector:
         self._left_out: dict[str, str] = {}
 
     def selection(self) -> Selection:
+        """Sort all files. Raises as ``select_files``."""
         refuse_our_own(self._model)
         weights: list[str] = []
         indexes: list[str] = []
@@ -268,6 +269,7 @@ class _Selector:
         return imported & set(self._model.folders), quoted
 
     def _take_module(self, folder: str) -> None:
+        """Take all files in a folder, except those that are always left out."""
         files = list(self._walk(folder))
         with_weights = {PurePosixPath(file).parent for file in files if file.endswith(SUFFIX)}
         for file in files:

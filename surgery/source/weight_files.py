@@ -118,6 +118,8 @@ def choose_shards(
 def _choose(
     weights: Sequence[str], indexes: Sequence[str], named: str | None, read_text: Callable[[str], str], where: str
 ) -> tuple[list[str], str | None]:
+    """The shards of a model and the index that names them, if any; arguments and errors as for ``choose_shards``."""
+
     def from_index(name: str) -> tuple[list[str], str]:
         return _named_by(name, read_text(name), weights, where), name
 
@@ -158,6 +160,7 @@ def _choose(
 
 
 def _sets(weights: Iterable[str]) -> list[_Set]:
+    """Group weight files into sets by their names."""
     sets: dict[tuple[str, int | None], _Set] = {}
     for name in weights:
         match = _NUMBERED.fullmatch(name)
@@ -181,6 +184,7 @@ def _stem_of_index(name: str) -> str:
 
 
 def _named_by(index: str, text: str, weights: Sequence[str], where: str) -> list[str]:
+    """The shards that an index names. Raises FormatError if one is not beside the index."""
     named = sorted(set(index_entries(text, f"{where}/{index}").values()))
     there = {*weights}
     for name in named:
