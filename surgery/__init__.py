@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.version import __version__
 
-#: By this the package is told from another project's of the same name, see ``surgery.installation``.
+#: Tells this package from another project's of the same name, see ``surgery.installation``.
 __distribution__ = "model-surgery"
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ __all__ = [
 ]
 
 
-if not TYPE_CHECKING:  # a type checker would take any name for one of these
+if not TYPE_CHECKING:  # with a __getattr__, type checkers would accept any name
 
     def __getattr__(name: str) -> Any:
         if name not in _HOMES:

@@ -1,4 +1,4 @@
-"""What callers hand over: each argument of a public function is held against its annotation, and ``~`` in paths is expanded."""
+"""Checking the arguments of public functions: each is held against its annotation, and ``~`` in paths is expanded."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ _SIMPLE = {
 
 
 class _Unfit(Exception):
-    """A value is not of the kind that is wanted."""
+    """A value is not of the type that its annotation names."""
 
 
 def as_path(path: str | os.PathLike[str], what: str = "the path") -> Path:
-    """A path as users write it: ``~`` and ``~name`` at its beginning are home folders. Variables are not expanded.
+    """A Path, with ``~`` or ``~name`` at its beginning expanded to the home folder. Variables are not expanded.
 
     Args:
         path: any str or Path.
-        what: it is, for messages.
+        what: what messages call it.
 
     Raises:
         OptionError: it is neither, is empty, cannot be a path on this system, or names a user that does not exist.
@@ -49,16 +49,23 @@ def as_path(path: str | os.PathLike[str], what: str = "the path") -> Path:
 def checked(
     function: Callable[..., Any], arguments: Sequence[Any], options: Mapping[str, Any]
 ) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    """The arguments of a call, if each is of a kind that its annotation names.
+    """Check the arguments of a call against the annotations of the function, and convert them to plain types.
 
-    Numbers of other libraries and subclasses of str become Python's own, and so do paths of other kinds. What has an order
-    becomes a tuple: lists, iterators, which are used up, views of dicts, arrays of one dimension. What may be a str or a Path
-    has its ``~`` expanded, and is a str otherwise where it was one: it may be a repo id. A ``torch.device`` stands for its
-    name. Whether numbers and names make sense, the function itself knows.
+    Numbers of other libraries, subclasses of str and other kinds of paths become Python's own. Ordered collections become
+    tuples: lists, iterators (which are used up), views of dicts, arrays of one dimension. An argument that may be a str or a
+    Path has its ``~`` expanded, and otherwise stays a str if it was one, since it may be a repo id. A ``torch.device``
+    becomes its name. The function itself checks whether numbers and names make sense.
+
+    Args:
+        function: that is called.
+        arguments, options: its positional and keyword arguments.
+
+    Returns:
+        The converted positional and keyword arguments.
 
     Raises:
-        OptionError: one is not.
-        TypeError: there is no parameter of such a name.
+        OptionError: an argument is of a type that its annotation does not name.
+        TypeError: there is no parameter of that name.
     """
     signature, kinds = _kinds(function)
     try:
@@ -66,7 +73,7 @@ def checked(
     except TypeError:
         if unknown := sorted(options.keys() - signature.parameters.keys()):  # unpacked keywords would swallow it
             raise TypeError(f"{function.__name__}() got an unexpected keyword argument {unknown[0]!r}") from None
-        return arguments, options  # the call itself is wrong: Python says how
+        return arguments, options  # the call is wrong in another way: making it raises Python's own error
     for name, kind in kinds.items():
         if name in bound.arguments:
             bound.arguments[name] = _fitting(bound.arguments[name], kind, name, function.__name__)
@@ -74,10 +81,10 @@ def checked(
 
 
 def check_fields(record: object) -> None:
-    """Hold each field of a frozen dataclass that is being made against its annotation, as ``checked`` does for arguments.
+    """Check and convert each field of a frozen dataclass, from its ``__post_init__``, as ``checked`` does for arguments.
 
     Raises:
-        OptionError: one is of another kind.
+        OptionError: a field is of a type that its annotation does not name.
     """
     made: Callable[..., Any] = type(record)
     for name, kind in _field_kinds(made).items():
@@ -90,11 +97,11 @@ def _field_kinds(record: Callable[..., Any]) -> dict[str, Any]:
 
 
 def spelled_out(function: Callable[..., Any]) -> inspect.Signature | None:
-    """The signature of a function whose keywords are unpacked, with each of them as a parameter; None for any other.
+    """The signature of a function with ``Unpack`` keywords, with each of these as a parameter; None for other functions.
 
-    Such a function has ``options: Record | None = None`` and ``**keywords: Unpack[Keywords]``: the fields of a dataclass, or
-    some of them, spelled in a TypedDict, which has their types. Their defaults and their order are those of the dataclass,
-    and they come after ``options``.
+    Such a function has the parameters ``options: Record | None = None`` and ``**keywords: Unpack[Keywords]``. ``Record`` is a
+    dataclass, and ``Keywords`` a TypedDict of some of its fields, which has the types of the keywords. Their defaults and
+    their order are those of the dataclass. In the signature they come after ``options``.
     """
     parameters = inspect.signature(function).parameters.values()
     is_unpacked = any(one.kind is one.VAR_KEYWORD and str(one.annotation).startswith("Unpack[") for one in parameters)
@@ -103,7 +110,7 @@ def spelled_out(function: Callable[..., Any]) -> inspect.Signature | None:
 
 @functools.cache
 def _kinds(function: Callable[..., Any]) -> tuple[inspect.Signature, dict[str, Any]]:
-    """The signature of a function, and the kind that each of its parameters is of."""
+    """The signature of a function with its ``Unpack`` keywords spelled out, and the type of each of its parameters."""
     hints = get_type_hints(function)
     hints.pop("return", None)
     signature = inspect.signature(function)
@@ -124,6 +131,7 @@ def _kinds(function: Callable[..., Any]) -> tuple[inspect.Signature, dict[str, A
 
 
 def _fitting(value: Any, kind: Any, name: str, function: str) -> Any:
+    """The value of a parameter, converted to its type. Raises OptionError if it does not fit."""
     if isinstance(value, str) and (known := _names(kind)) and value not in known:
         raise OptionError(f"unknown {name}", got=_shown(value), expected=" or ".join(known))
     has_items = any(_items(one) is not None for one in _alternatives(kind))
@@ -139,7 +147,7 @@ def _fitting(value: Any, kind: Any, name: str, function: str) -> Any:
 
 
 def _hint(value: Any, kind: Any, name: str) -> str | None:
-    """How the value becomes one of this kind: a list around one path, a tensor made of an array."""
+    """A hint on how to convert a value to this type, such as a list around a single path; None if there is none."""
     for one in _alternatives(kind):
         if isinstance(value, str) and (items := _items(one)) is not None and not {str, Path}.isdisjoint(_alternatives(items)):
             return f"{name}=[{value[:80]!r}]"
@@ -164,7 +172,7 @@ def _hint(value: Any, kind: Any, name: str) -> str | None:
 
 
 def _in_order(value: Any) -> Any:
-    """What has an order as a tuple; anything else as it is."""
+    """An ordered collection as a tuple; any other value unchanged."""
     if isinstance(value, str | bytes | bytearray | memoryview):
         return value
     if isinstance(value, Sequence | Iterator | KeysView | ValuesView):
@@ -175,7 +183,7 @@ def _in_order(value: Any) -> Any:
 
 
 def _taken(value: Any, kind: Any, name: str) -> Any:
-    """The value as one of this kind."""
+    """The value converted to the first alternative of this type that it fits. Raises ``_Unfit`` if it fits none."""
     for one in _alternatives(kind):
         try:
             return _as_one(value, one, name)
@@ -185,6 +193,7 @@ def _taken(value: Any, kind: Any, name: str) -> Any:
 
 
 def _as_one(value: Any, kind: Any, name: str) -> Any:
+    """The value converted to a type that is no union. Raises ``_Unfit`` if it does not fit."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Literal:
         named = [one for one in inner if value is one or (isinstance(value, type(one)) and value == one)]
@@ -211,7 +220,7 @@ def _as_one(value: Any, kind: Any, name: str) -> Any:
 
 
 def _only_if(fits: bool, value: Any = None) -> Any:
-    """The value, if it fits; else ``_Unfit``."""
+    """Return the value if it fits, else raise ``_Unfit``."""
     if not fits:
         raise _Unfit
     return value
@@ -223,12 +232,12 @@ def _is_mapping(kind: Any) -> bool:
 
 
 def _plain(text: str) -> str:
-    """A str itself, where a subclass may show itself as something else: of an enumeration, its value."""
+    """A plain str from one of a subclass, such as a member of an enumeration, of which it is the value."""
     return str.__str__(text)
 
 
 def _expanded(given: Any, what: str) -> str | Path:
-    """A path with its ``~`` expanded: as a Path then, and else as a str if it was given as one."""
+    """A path with its ``~`` expanded. The result is a str only if a str was given and there was no ``~``."""
     _only_if(isinstance(given, str | os.PathLike))
     text = os.fspath(given)
     text = _plain(_only_if(isinstance(text, str), text))
@@ -255,24 +264,25 @@ def _expanded(given: Any, what: str) -> str | Path:
 
 
 def _items(kind: Any) -> Any:
-    """What a list of this kind holds; None for what is no list."""
+    """The type of the items of a sequence type; None for other types."""
     origin = get_origin(kind)
     return get_args(kind)[0] if isinstance(origin, type) and issubclass(origin, Sequence) else None
 
 
 def _alternatives(kind: Any) -> tuple[Any, ...]:
-    """What a kind may be: what may be a Path may be a str."""
+    """The members of a union, or the type alone. Where Path is one, str is left out, since Path accepts it too."""
     several = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     return tuple(one for one in several if one is not str or Path not in several)
 
 
 def _names(kind: Any) -> list[str]:
-    """The names that a parameter of this kind may have; none where it takes no names."""
+    """The names that a ``Literal`` type allows; empty for other types."""
     literals = [one for one in _alternatives(kind) if get_origin(one) is Literal]
     return [str(name) for one in literals for name in get_args(one)]
 
 
 def _described(kind: Any) -> str:
+    """A type in words, for a message."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Literal:
         return " or ".join(map(str, inner))
@@ -284,13 +294,13 @@ def _described(kind: Any) -> str:
 
 
 def _many(kind: Any) -> str:
-    """What a list of this kind holds, in words."""
+    """Several values of a type in words, for a message."""
     words = {str: "str", float: "numbers", int: "whole numbers"}
     return "paths" if Path in _alternatives(kind) else words.get(kind) or _described(kind).removeprefix("a ") + "s"
 
 
 def _shown(value: Any) -> str:
-    """A value for a message: what it is, in one short line."""
+    """A value and its type in one short line, for a message."""
     if value is None or isinstance(value, bool | str):
         return repr(value)[:100]
     return f"{type(value).__name__} {' '.join(reprlib.repr(value).split())[:100]}"

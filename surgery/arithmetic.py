@@ -1,4 +1,4 @@
-"""Floating-point arithmetic as IEEE 754 has it, whatever the host program has set in the processor."""
+"""Making sure that floating-point arithmetic follows IEEE 754, whatever the host program has set in the processor."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _HALF, _ONE, _BELOW_ROUNDING = 0.5, 1.0, 2.0**-60
 
 @contextmanager
 def exact_arithmetic() -> Iterator[None]:
-    """Subnormal numbers are kept, not flushed to zero, by this thread and by those that it begins; put back afterwards.
+    """Keeps subnormal numbers, instead of flushing them to zero, for as long as the context lasts.
 
-    The setting is each thread's own. Threads that torch has begun already for its operations keep theirs: what rests on
-    subnormal numbers is to be computed in one thread.
+    The setting holds for this thread and for those that it starts. Threads that torch has already started for its operations
+    keep theirs, so what depends on subnormal numbers has to be computed in one thread.
 
     Raises:
-        OptionError: this processor flushes them, and torch cannot switch that off; or it does not round to nearest.
+        OptionError: the processor flushes them and torch cannot switch that off, or it does not round to nearest.
     """
     if not (_ONE + _BELOW_ROUNDING == _ONE == _ONE - _BELOW_ROUNDING):
         raise OptionError(

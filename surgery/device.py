@@ -1,4 +1,4 @@
-"""Choosing the device that linear algebra runs on, what to do when its memory is full, and what a caller cannot change."""
+"""Choosing the devices for the linear algebra, working within a GPU's memory, and the decorator of all public functions."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _Arguments = ParamSpec("_Arguments")
 
 
 def choose_device(name: str) -> torch.device:
-    """The device a user means: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+    """The device with a name: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``. ``auto`` takes a GPU if there is one.
 
     Raises:
-        OptionError: no such device, here or at all.
+        OptionError: there is no such device on this machine, or at all.
     """
     if name == "auto":
         if torch.cuda.is_available():
@@ -47,7 +47,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_devices(name: str) -> list[torch.device]:
-    """The devices a user means: as for ``choose_device``, several with commas between, or ``all`` CUDA devices.
+    """The devices with these names: as for ``choose_device``, several with commas between, or ``all`` CUDA devices.
 
     Raises:
         OptionError: one is not there, is named twice, or is of another kind than the others.
@@ -64,41 +64,51 @@ def choose_devices(name: str) -> list[torch.device]:
 
 
 def device_name(device: torch.device) -> str:
-    """For the manifest: the kind of device, with what its results depend on, the model of a GPU."""
+    """The name of a device for the manifest: its kind, and the model of a GPU, on which results depend."""
     return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
 
 
 def as_memory_allows(
-    work: Callable[[Sequence[_In], torch.device], list[_Out]], items: Sequence[_In], device: torch.device
+    compute: Callable[[Sequence[_In], torch.device], list[_Out]], items: Sequence[_In], device: torch.device
 ) -> list[_Out]:
-    """``work(items, device)``, in halves where a GPU has not the memory for all at once.
+    """``compute(items, device)``, split into halves for as long as a GPU has too little memory.
 
-    What does not fit alone is done on the CPU, with a note: a full GPU costs time, never the run.
+    A single item that does not fit is computed on the CPU, with a note: a full GPU costs time, but never ends the run.
+
+    Args:
+        compute: gives a result for each item.
+        items: in order.
+        device: to compute on.
+
+    Returns:
+        The results, in the order of the items.
     """
     if device.type == "cpu":
-        return work(items, device)
+        return compute(items, device)
     try:
-        return work(items, device)
+        return compute(items, device)
     except RuntimeError as error:
         if not _is_full(error):
             raise
-        # First leave the frames behind that hold on to the memory.
+        # The exception's frames hold tensors on the device, so it has to be left before trying again.
     if device.type == "cuda" and torch.cuda.is_available():
         torch.cuda.empty_cache()
     if len(items) > 1:
         half = len(items) // 2
-        return as_memory_allows(work, items[:half], device) + as_memory_allows(work, items[half:], device)
+        return as_memory_allows(compute, items[:half], device) + as_memory_allows(compute, items[half:], device)
     note(f"{device} has not enough free memory for every matrix: the largest are done on the CPU")
-    return work(items, torch.device("cpu"))
+    return compute(items, torch.device("cpu"))
 
 
 def on_its_own_terms(function: Callable[_Arguments, _Out]) -> Callable[_Arguments, _Out]:
-    """For what users call.
+    """Decorator for public functions, which makes them independent of the caller's settings.
 
-    Its arguments are of the kinds that its signature says (``surgery.arguments``). Tensors made without a device are on the
-    CPU, whatever the caller's default device is. Arithmetic is exact, see ``exact_arithmetic``. And what the system says of a
-    file is one of our errors. Its progress and notes reach whoever listens, see ``heard``. Where its keywords are unpacked,
-    ``help`` shows each of them, see ``spelled_out``.
+    - Arguments are checked and converted by the signature (``surgery.arguments.checked``).
+    - Tensors made without a device are on the CPU, whatever the caller's default device is.
+    - Arithmetic is exact (``exact_arithmetic``).
+    - Errors of the system become ours (``naming_system_errors``).
+    - Progress and notes reach whoever listens (``heard``).
+    - ``help`` shows each of the keywords that are unpacked (``spelled_out``).
     """
     call: Callable[..., _Out] = function
 
@@ -107,7 +117,7 @@ def on_its_own_terms(function: Callable[_Arguments, _Out]) -> Callable[_Argument
         check_installation()
         fitting, named = checked(function, arguments, options)
         with naming_system_errors(), exact_arithmetic():
-            if torch.get_default_device().type == "cpu":  # the context costs each operation a call
+            if torch.get_default_device().type == "cpu":  # the context below slows each operation down
                 return call(*fitting, **named)
             with torch.device("cpu"):
                 return call(*fitting, **named)
@@ -118,6 +128,6 @@ def on_its_own_terms(function: Callable[_Arguments, _Out]) -> Callable[_Argument
 
 
 def _is_full(error: RuntimeError) -> bool:
-    """Whether an error is that of a full GPU: torch's own, or that of a library without room for its workspace."""
+    """Whether an error means that a GPU's memory is full: torch's own, or that of a library that allocates a workspace."""
     signs = ("out of memory", "ALLOC_FAILED", "CUSOLVER_STATUS_INTERNAL_ERROR")
     return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)

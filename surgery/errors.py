@@ -15,8 +15,8 @@ SurgeryError
 
 SurgeryWarning          (UserWarning)   something that works but is probably not meant
 
-Where the system has said what is wrong, its error is the ``__cause__``. What is no error of ours is Python's about the call
-itself: a TypeError for an unknown keyword.
+Where an error of the system is the reason, it is the ``__cause__``. Only mistakes in the call itself, such as an unknown
+keyword, are Python's own TypeError.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from contextlib import contextmanager
 
 from surgery.escapes import escaped
 
-#: What to do where memory is short.
+#: What to do if there is too little memory.
 MEMORY_HINT = "end other programs, allow less with --max-memory, or raise the limit (ulimit -v)"
-#: What to do about what the system says of a file or a folder; of anything else, look and try again.
+#: errno of an error with a file or folder -> what to do.
 _ADVICE = {
     errno.EACCES: "see who may use it, and the folders above it: ls -l",
     errno.EPERM: "see who may use it, and the folders above it: ls -l",
@@ -41,7 +41,7 @@ _ADVICE = {
     errno.EIO: "see what the system says of this disk (dmesg), then run the same command again",
     errno.ESTALE: "see whether the network folder is there, mount it anew, then run the same command again",
 }
-#: Signs, in their texts, of errors that come of too little memory: of torch, of C++, of libraries that cannot be loaded.
+#: Texts by which errors for too little memory are recognized: of torch, of C++, of libraries that cannot be loaded.
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "std::bad_alloc", "Cannot allocate memory", "failed to map segment")
 _NO_THREADS = ("can't start new thread", "Resource temporarily unavailable")
 
@@ -55,9 +55,9 @@ class SurgeryError(Exception):
         expected: what would have been right.
         hint: what to do next.
 
-    Each is an attribute as it was given, None where there is nothing to tell. As text each is one line, with what it holds of
-    strangers' names ``escaped``: it may be printed anywhere, and no name can look like another line of it. An error goes from
-    one process to another and stays what it is: another error that was found is kept as its text, without its line ends.
+    Each of these is also an attribute, None if it was not given. In the text of the error each is one line, and untrusted
+    names in it are escaped, so that the text can be printed anywhere and no name can look like another line of it. Errors can
+    be pickled and sent to other processes: if ``got`` is an exception, its text is kept, in one line.
     """
 
     def __init__(
@@ -123,21 +123,21 @@ class InstallationError(SurgeryError, ImportError):
 
 
 class SurgeryWarning(UserWarning):
-    """A note that nobody else hears: what works but is probably not meant, or what an operation has done by itself."""
+    """A note of an operation that has no ``progress``: something works but is probably not meant, or was done by itself."""
 
 
 def few(names: Iterable[object], *, most: int = 4, between: str = ", ") -> str:
-    """The first of some names, for a message, and how many there are where these are not all."""
+    """A list of names for a message: the first ``most``, and if there are more, how many in all."""
     texts = [str(name) for name in names]
     return between.join(texts[:most]) + (f" ... ({len(texts)} in all)" if len(texts) > most else "")
 
 
 @contextmanager
 def naming_system_errors() -> Iterator[None]:
-    """At the edge to callers: what the system says, and nothing nearer to it has explained, becomes an error of ours.
+    """Translates errors around a public function: errors of the system that no inner function has translated become ours.
 
-    Of a file it is a ``ReadError``, of memory or threads a ``ResourceError``. A connection or a pipe that is closed is not
-    of ours.
+    An error with a file becomes a ``ReadError``, one about memory or threads a ``ResourceError``. Errors of connections and
+    pipes pass unchanged.
     """
     try:
         yield
@@ -154,12 +154,12 @@ def naming_system_errors() -> Iterator[None]:
 
 
 def advice(error: OSError) -> str:
-    """What to do about what the system says of a file or a folder that is there."""
+    """What to do about an error of the system with a file or folder, as a hint."""
     return _ADVICE.get(error.errno or 0, "see what is there (ls -l), then run the same command again")
 
 
 def _lacking(error: BaseException) -> ResourceError | None:
-    """What an error is that comes of too little memory or too few threads; None of any other."""
+    """The ``ResourceError`` for an error that means too little memory or too few threads; None for other errors."""
     texts = [str(cause) for cause in (error, error.__cause__) if cause is not None]
     if isinstance(error, MemoryError) or any(sign in text for sign in _NO_MEMORY for text in texts):
         got = next((text for text in texts if text), type(error).__name__).partition("\n")[0]

@@ -1,9 +1,9 @@
-"""Regular expressions of strangers: matched in time that grows with the text alone, or refused.
+"""Untrusted regular expressions: matched in time linear in the text, or refused.
 
-``re`` tries one way after another, and an expression can have more ways than can ever be tried. Here all are followed at once:
-the expression becomes an automaton (Thompson, 1968), whose states are made when a text first leads there. Taken is what
-such an automaton can do: characters, ``.``, classes in brackets, ``\\d \\w \\s``, groups, ``|``, ``* + ? {m,n}``,
-``^ $ \\b``, each with the meaning that ``re`` gives it.
+``re`` backtracks: it tries one way to match after another, and an expression can have more ways than can ever be tried. Here
+all are followed at once: the expression becomes an automaton (Thompson, 1968), whose states are made when a text first
+reaches them. Supported is what such an automaton can do: characters, ``.``, classes in brackets, ``\\d \\w \\s``, groups,
+``|``, ``* + ? {m,n}``, ``^ $ \\b``, each with the meaning that ``re`` gives it.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import re
 from dataclasses import InitVar, dataclass, field
 from typing import NamedTuple
 
-#: Of an expression, and of the automaton that it becomes: ``a{1000}`` has a thousand times ``a``.
+#: The longest expression, and the longest program of an automaton: ``a{1000}`` becomes a thousand instructions.
 MOST_CHARACTERS = 10_000
 MOST_INSTRUCTIONS = 10_000
-#: Instructions made, and looked at to make states: about a second.
+#: How many instructions may be made, or looked at while matching: about a second's work.
 MOST_WORK = 200_000
 _MOST_GROUPS = 40
 
@@ -31,16 +31,16 @@ _TOKEN = re.compile(
     r"|(?P<literal>[^\\\[({])",
     re.DOTALL,
 )
-#: In brackets: what ``re`` reads as something else than the character, and what it may read otherwise in time to come.
+#: In brackets: escapes that ``re`` reads as something else than the character, and syntax that it reserves for the future.
 _ODD_IN_SET = re.compile(r"\\(?![dDwWsS])[a-zA-Z0-9]|--|&&|~~|\|\|")
 
 
 class ExpressionError(ValueError):
-    """An expression that is none, that only backtracking could match, or that takes too much work."""
+    """An expression that is invalid, needs backtracking, or takes too much work."""
 
 
 class _Character(NamedTuple):
-    """One character: this one, one of a set, or any but a newline (``.``)."""
+    """An instruction: take one character. It is ``literal``, one of ``members``, or with neither any but a newline."""
 
     literal: str | None
     members: re.Pattern[str] | None
@@ -52,13 +52,13 @@ class _Character(NamedTuple):
 
 
 class _At(NamedTuple):
-    """A place in the text: ``^``, ``$`` or ``\\b``."""
+    """An instruction: go on only at a place in the text, ``^``, ``$`` or ``\\b``."""
 
     what: str
 
 
 class _Goto(NamedTuple):
-    """Go on at each of these instructions, counted from this one."""
+    """An instruction: go on at each of these instructions, as offsets from this one."""
 
     steps: tuple[int, ...]
 
@@ -68,13 +68,13 @@ _Program = list[_Character | _At | _Goto]
 
 @dataclass(eq=False, slots=True)
 class _State:
-    """Where the automaton may be after some text.
+    """A state of the automaton: all places in the program where it may be after some text.
 
     Attributes:
-        places: instructions that come next.
+        places: indices of the instructions that come next.
         after_word: whether the last character was one of a word; None at the beginning of the text.
-        following: by the next character.
-        accepts: whether a text may end here; None if nobody has asked.
+        following: next character -> next state, as far as it has been made.
+        accepts: whether the text may end here; None if that is not known yet.
     """
 
     places: frozenset[int]
@@ -85,15 +85,19 @@ class _State:
 
 @dataclass(slots=True)
 class Work:
-    """What an expression, a match, or all of many, may still cost: instructions that are made or looked at."""
+    """A budget for compiling and matching, which several expressions may share.
+
+    Attributes:
+        left: instructions that may still be made or looked at.
+    """
 
     left: int = MOST_WORK
 
     def spend(self, instructions: int) -> None:
-        """Note some.
+        """Take so many instructions from the budget.
 
         Raises:
-            ExpressionError: there are no more left.
+            ExpressionError: it is used up.
         """
         self.left -= instructions
         if self.left < 0:
@@ -102,11 +106,11 @@ class Work:
 
 @dataclass(slots=True)
 class Expression:
-    """A regular expression, for any number of threads.
+    """A compiled regular expression. Safe for any number of threads.
 
     Attributes:
-        text: as it is written.
-        work: what making it may cost; None: ``MOST_WORK``.
+        text: the expression.
+        work: the budget for compiling it; None: ``MOST_WORK``.
 
     Raises:
         ExpressionError: says what is wrong with it.
@@ -126,19 +130,19 @@ class Expression:
         self._states = {}
 
     def fullmatch(self, text: str, work: Work | None = None) -> bool:
-        """Whether the whole text is one that the expression describes, as ``re.fullmatch`` tells it.
+        """Whether the expression matches the whole text, as ``re.fullmatch``.
 
         Args:
             text: any.
-            work: what it may cost; None: ``MOST_WORK``.
+            work: the budget for it; None: ``MOST_WORK``.
 
         Raises:
-            ExpressionError: it takes more work.
+            ExpressionError: the budget is used up.
         """
         work = work or Work()
-        if self._kept > MOST_WORK:  # memory is bounded
+        if self._kept > MOST_WORK:  # bounds the memory of states
             self._states, self._kept = {}, 0
-        body = text[:-1] if text.endswith("\n") else text  # before a newline that ends the text $ is the end as well
+        body = text[:-1] if text.endswith("\n") else text  # $ also matches before a newline at the end of the text
         state = self._state(frozenset([0]), None)
         for character in body:
             state = state.following.get(character) or self._follow(state, character, work)
@@ -166,7 +170,7 @@ class Expression:
         return self._state(frozenset(places), _is_of_word(character))
 
     def _reached(self, state: _State, character: str | None, work: Work, *, at_end: bool) -> set[int]:
-        """Where the automaton may be without taking the next character, None after the last."""
+        """The instructions that are reached from a state before ``character`` is taken (None: after the last one)."""
         is_there = {
             "^": state.after_word is None,
             "$": at_end,
@@ -194,7 +198,7 @@ def _is_of_word(character: str) -> bool:
 
 
 class _Parser:
-    """From the text of an expression to instructions."""
+    """Compiles the text of an expression into a program, by recursive descent."""
 
     def __init__(self, text: str) -> None:
         self._text, self._at, self._depth = text, 0, 0
@@ -227,7 +231,7 @@ class _Parser:
         self._at = found.end()
         match found.lastgroup:
             case "at":
-                return [_At(found[0])]  # what follows is no repetition: re knows none of a place
+                return [_At(found[0])]  # a place cannot be repeated, as in re
             case "repeat":
                 raise ExpressionError(f"nothing that {found[0]} could repeat")
             case "open":
@@ -248,7 +252,7 @@ class _Parser:
         return _repeated(item, repeat) if repeat else item
 
     def _take(self, kind: str) -> str | None:
-        """The next token, if it is of this kind."""
+        """Consume the next token if it is of this kind; returns its text, else None."""
         if self._at == len(self._text):
             return None
         found = self._next_token()

@@ -1,6 +1,6 @@
-"""Whether the package ``surgery`` is this project's alone: one on the index installs a package of the same name.
+"""Checking that no other project has installed files into the package ``surgery``: one on PyPI has a package of that name.
 
-No installer knows of it. Whichever of the two comes last overwrites ``surgery/__init__.py`` of the other.
+Installers do not notice this. Whichever of the two is installed last overwrites ``surgery/__init__.py`` of the other.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _BOTH = (
 
 @cache
 def check_installation() -> None:
-    """Refuse to work beside another project that has installed files into the same package. Looks once in a process.
+    """Refuse to work if another project has installed files into this package. Checked once in a process.
 
     Raises:
-        InstallationError: it has overwritten files of this one, or this one has overwritten files of it.
+        InstallationError: one of the two projects has overwritten files of the other.
     """
     package = sys.modules["surgery"]
     here = Path(__file__).parent
@@ -47,7 +47,7 @@ def check_installation() -> None:
 
 
 def other_projects(folder: Path) -> list[str]:
-    """The installed projects called ``surgery`` that have put a package of that name into a folder, by their records."""
+    """Names of the records (such as ``surgery-1.0.dist-info``) of other projects with a package ``surgery`` in a folder."""
     try:
         found = sorted(path for path in folder.iterdir() if _OTHER.fullmatch(path.name))
         return [path.name for path in found if _has_package(path)]
@@ -58,5 +58,5 @@ def other_projects(folder: Path) -> list[str]:
 def _has_package(record: Path) -> bool:
     files = record / "RECORD"
     if not files.is_file():
-        return True  # an older kind of installation, which keeps no such list
+        return True  # an old kind of installation without a list of its files
     return any(line.startswith("surgery/__init__.py,") for line in files.read_text("utf-8", "replace").splitlines())

@@ -1,4 +1,4 @@
-"""The memory of tensors and of the process."""
+"""Memory: the bytes of a tensor, temporaries that a thread keeps, what is available, and returning what is free."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ import torch
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor, without a copy. Writable; keeps the tensor alive."""
+    """The memory of a contiguous CPU tensor as bytes, without a copy. It is writable, and keeps the tensor alive.
+
+    Raises:
+        ValueError: the tensor is not contiguous, or not on the CPU.
+    """
     if not tensor.is_contiguous() or tensor.device.type != "cpu":
         raise ValueError("bytes_of needs a contiguous tensor on the CPU")
     array = tensor.detach().view(-1).view(torch.uint8).numpy()
@@ -26,28 +30,28 @@ _kept = threading.local()
 
 
 def keep_scratch() -> None:
-    """From now on this thread's temporaries live on from one matrix to the next, until the thread ends.
+    """From now on, keep the buffers of ``scratch`` in this thread from one matrix to the next, until the thread ends.
 
-    The system clears every page of fresh memory: turning 15 million bfloat16 weights into float32 takes ten times as long
-    where the memory for it is new.
+    The system clears every page of fresh memory: converting 15 million bfloat16 weights to float32 takes ten times as long
+    into new memory.
     """
     _kept.buffers = {}
 
 
 def scratch(purpose: str, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Uninitialised memory, valid until this thread asks for the same purpose again."""
+    """An uninitialised temporary tensor, which may be used until this thread calls ``scratch`` with the same purpose again."""
     buffers: dict[str, torch.Tensor] | None = getattr(_kept, "buffers", None)
     if buffers is None or device.type != "cpu":
         return torch.empty(tuple(shape), dtype=dtype, device=device)
     size = math.prod(shape) * dtype.itemsize
     if purpose not in buffers or buffers[purpose].numel() < size:
-        buffers.pop(purpose, None)  # before the larger one is there
+        buffers.pop(purpose, None)  # freed before the larger one is made
         buffers[purpose] = torch.empty(size, dtype=torch.uint8)
     return buffers[purpose][:size].view(dtype).view(tuple(shape))
 
 
 def available_memory() -> int | None:
-    """Bytes that the system can give to a process, as far as it says so: of a container those of the container."""
+    """Bytes that this process can still allocate, also by the limit of its container; None if the system does not tell."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
@@ -67,10 +71,10 @@ def available_memory() -> int | None:
 
 
 def return_free_memory() -> None:
-    """Give freed memory back to the system, where the C library has to be told to.
+    """Return freed memory to the system (glibc's ``malloc_trim``); does nothing with other C libraries.
 
-    glibc keeps blocks below 32 MB in its heaps, one per thread that allocates. With matrices that come and go in three
-    threads the heaps grow with the length of the run: by a third over 1 GB of weights, measured.
+    glibc keeps freed blocks below 32 MB in its heaps, one per thread that allocates. With matrices that come and go in three
+    threads, the heaps grow during the run: by a third over 1 GB of weights, measured.
     """
     trim = _malloc_trim()
     if trim is not None:

@@ -6,7 +6,7 @@ import re
 
 FORMAT_VERSION = 1
 
-#: Everything of ours lives in this subfolder: loaders glob ``*.safetensors`` in the top one.
+#: All our own files are in this subfolder, since loaders take any ``*.safetensors`` at the top.
 SURGERY_DIR = "surgery"
 MANIFEST_FILE = f"{SURGERY_DIR}/manifest.json"
 SCALES_FILE = f"{SURGERY_DIR}/scales.safetensors"
@@ -15,29 +15,29 @@ CHECKPOINT_FILE = "scales.safetensors"
 
 CONFIG_FILE = "config.json"
 
-#: Hidden, so that no loader looks into it; only there while a result is unfinished.
+#: Hidden, so that no loader looks into it; it exists only while a result is unfinished.
 JOURNAL_DIR = ".surgery"
 LOCK_FILE = f"{JOURNAL_DIR}/lock"
 RUN_FILE = f"{JOURNAL_DIR}/run.json"
 FILES_FILE = f"{JOURNAL_DIR}/files.json"
 STREAM_DIR = f"{JOURNAL_DIR}/shards"
 PARTIALS_DIR = f"{JOURNAL_DIR}/partials"
-#: Where a result is made that is to replace another one, and what of that is to go once it is whole.
+#: Where a result is made that will replace an earlier one, and the list of the earlier one's files to be deleted then.
 RESULT_DIR = f"{JOURNAL_DIR}/result"
 REPLACED_FILE = f"{JOURNAL_DIR}/replaced.json"
 
-#: What ``surgery spectra`` writes: the numbers, which are there last; the same as a table; and a page.
+#: What ``surgery spectra`` writes: the numbers, which are written last; the same as a table; and a page.
 SPECTRA_FILE, SPECTRA_TABLE, SPECTRA_PAGE = "spectra.json", "spectra.csv", "index.html"
 
 RESERVED_SUFFIX = ".partial"
 
-#: The one metadata entry of a scales file, a JSON object. One, since writers do not keep the order of several.
+#: The only metadata entry of a scales file, a JSON object. There is only one, since writers do not keep the order of several.
 SCALES_METADATA_KEY = "surgery"
 
-#: What a module that has scales keeps them in while a model is trained, or what the name of that begins with.
+#: The attribute in which a module keeps its scales while a model is trained, or the beginning of the attribute's name.
 ATTACHED_NAME = "surgery_scale"
 
-#: What a folder with an adapter is known by, and what adapters call their matrices: PEFT, diffusers, kohya.
+#: The file by which a folder with an adapter is recognized, and the names of the matrices of PEFT, diffusers and kohya.
 ADAPTER_CONFIG = "adapter_config.json"
 _OF_LORA = re.compile(r"(^|[._])lora[._](embedding_)?(a|b|up|down)([._]|$)", re.IGNORECASE)
 
@@ -55,24 +55,24 @@ DTYPE_BITS = {
 FACTORIZABLE_DTYPES = ("BF16", "F16", "F32")
 
 
-#: What a run of ours writes into the subfolder, finished or not.
+#: Files that a run writes into the subfolder, finished or not.
 OUR_FILES = re.compile(
     rf"{SURGERY_DIR}/(factors-\d{{5,}}-of-\d{{5,}}\.safetensors|scales\.safetensors|manifest\.json)(\.partial)?"
 )
 
 
-#: What systems and file managers leave in any folder, such as ``._model.safetensors`` beside a file.
+#: Files that systems and file managers leave in any folder, such as ``._model.safetensors`` beside a file.
 _LITTER = re.compile(r"\._.*|\.DS_Store|(eh)?thumbs\.db|desktop\.ini|__MACOSX|\.ipynb_checkpoints", re.IGNORECASE)
 
 
 def is_litter(name: str) -> bool:
-    """Whether a file is none of anybody's, or lies in a folder that is not, by its path."""
+    """Whether a file was, by its path, left by a system or a file manager, or is in a folder that was."""
     return any(map(_LITTER.fullmatch, name.split("/")))
 
 
 def is_reserved(name: str) -> bool:
-    """Whether a file of a model cannot have this path in a result, where files of ours have it while they are made or after."""
-    name = name.casefold()  # not every disk tells case apart
+    """Whether a path is reserved for our own files in a result, finished or not, so that no file of a model may have it."""
+    name = name.casefold()  # some disks ignore case
     return name.split("/")[0] in (JOURNAL_DIR, SURGERY_DIR) or name.endswith(RESERVED_SUFFIX)
 
 
@@ -87,7 +87,7 @@ def is_of_lora(name: str) -> bool:
 
 
 def target_key(tensor: str, part: str | None) -> str:
-    """The name of a target: its tensor's, with the slice of it that is meant, if not all."""
+    """The name of a target: that of its tensor, followed by the slice in brackets if it is one."""
     return tensor if part is None else f"{tensor}[{part}]"
 
 
@@ -97,5 +97,5 @@ def factor_key(key: str, part: str) -> str:
 
 
 def correction_key(key: str, index: int | None) -> str:
-    """Key of a target's correction; of that of one of its matrices for a stack."""
+    """Key of a target's correction; for a stack (``index`` is not None) of the correction of one of its matrices."""
     return factor_key(key, "correction") if index is None else factor_key(key, f"correction.{index}")

@@ -1,7 +1,8 @@
-"""How long-running operations say where they are, and what the user should know, without knowing who listens.
+"""Progress and notes of long-running operations, which they tell without knowing who listens.
 
-What users call is ``heard``: its notes go to its ``progress``; without one each is a ``SurgeryWarning`` at the line that called
-it. What it consists of asks for ``listening``, or tells a ``note``, and need not be handed anything.
+Public functions are decorated with ``heard``: their notes go to the argument ``progress``; without one, each note is a
+``SurgeryWarning`` at the caller's line. Inner functions call ``listening()`` for the progress, or ``note(...)``, and need no
+argument for it.
 """
 
 from __future__ import annotations
@@ -55,19 +56,19 @@ class Progress(Protocol):
         """
 
     def note(self, message: str) -> None:
-        """Something the user should know that is no error.
+        """Something the user should know that is no error. The same message comes once only.
 
         Args:
-            message: one sentence in one line, with what it holds of strangers' names ``escaped``. Said once.
+            message: one sentence in one line, in which untrusted names are escaped.
         """
 
     def finish(self) -> None:
-        """The phase is over, well or not."""
+        """The phase is over, whether it succeeded or failed."""
 
 
 @contextmanager
 def phase(progress: Progress, label: str, total_bytes: int = 0) -> Iterator[None]:
-    """A phase for as long as the block takes; see ``Progress.start``."""
+    """Marks the block as a phase of the operation; arguments as for ``Progress.start``."""
     progress.start(label, total_bytes)
     try:
         yield
@@ -76,10 +77,10 @@ def phase(progress: Progress, label: str, total_bytes: int = 0) -> Iterator[None
 
 
 class Silent:
-    """Reports nothing, but keeps the notes for whoever asks.
+    """A ``Progress`` that shows nothing and keeps the notes.
 
     Attributes:
-        notes: what has been said, in order.
+        notes: the messages so far, in order.
     """
 
     def __init__(self) -> None:
@@ -98,10 +99,10 @@ class Silent:
 
 
 class _Warner(Silent):
-    """The listener of a call that was given none: a note becomes a ``SurgeryWarning`` at the line of that call.
+    """The listener of a call without ``progress``: makes each note a ``SurgeryWarning`` at the line of that call.
 
-    A note from another thread waits for the end of the operation. So does one that the caller's filters make an error: a note
-    never stops the work.
+    A note from another thread is kept until the end of the operation. So is one that the caller's warning filters turn into
+    an error, since a note must never stop the operation.
     """
 
     def __init__(self, caller: FrameType) -> None:
@@ -119,6 +120,7 @@ class _Warner(Silent):
             self.notes.append(message)
 
     def tell_the_rest(self) -> None:
+        """Warn of the notes that were kept."""
         while self.notes:
             self._warn(self.notes.pop(0))
 
@@ -129,25 +131,25 @@ class _Warner(Silent):
             SurgeryWarning,
             where.f_code.co_filename,
             where.f_lineno,
-            module=known.get("__name__") or "<string>",  # of exec and eval; without one nothing would be said
+            module=known.get("__name__") or "<string>",  # code of exec and eval has no name, and needs one to be warned
             registry=known.setdefault("__warningregistry__", {}),
         )
 
 
 class Shared:
-    """A listener that several threads may tell at a time: it hears one call after the other, and no note twice.
+    """Lets several threads tell one ``Progress``: its methods are called one at a time, and no note comes twice.
 
-    What it does when it hears something is its own: an operation that it calls is no part of the one that it hears.
+    A public function that the listener calls in one of its methods is not part of the operation that it listens to.
     """
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._told: set[str] = set()
-        self._one = threading.Lock()
+        self._lock = threading.Lock()
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        with self._one:
+        with self._lock:
             before = _listener.set(None)
             try:
                 yield
@@ -178,17 +180,17 @@ class Shared:
             self._progress.finish()
 
 
-#: Who hears the operation that goes on. Threads that work for it are begun with a copy of its context.
+#: The listener of the current operation. Threads that work for it are started with a copy of its context.
 _listener: ContextVar[Shared | None] = ContextVar("surgery_listener", default=None)
 
 
 def listening() -> Progress:
-    """Who hears the operation that goes on; safe to call from several threads."""
+    """The ``Progress`` of the current operation, which several threads may call; a silent one outside of any operation."""
     return _listener.get() or Silent()
 
 
 def note(message: str) -> None:
-    """A note of the operation that goes on; where none does, a ``SurgeryWarning`` at the line that called our caller."""
+    """Tell a note of the current operation; outside of any, it is a ``SurgeryWarning`` at the line that called our caller."""
     listener = _listener.get()
     if listener is not None:
         listener.note(message)
@@ -197,10 +199,10 @@ def note(message: str) -> None:
 
 
 def heard(function: Callable[_Arguments, _Out]) -> Callable[_Arguments, _Out]:
-    """For what users call: who hears its progress and its notes, and those of all that it calls.
+    """Decorator for public functions: sets who hears their progress and notes, and those of all functions that they call.
 
-    That is the keyword argument ``progress``, if there is one and it is given, alone. Without it, who hears the operation that
-    this one is a part of; and if it is a part of none, nobody: then each note is a ``SurgeryWarning`` at the caller's line.
+    That is the keyword argument ``progress`` if it is given. Otherwise it is the listener of the operation that this call is
+    a part of; and if it is part of none, each note is a ``SurgeryWarning`` at the caller's line.
     """
 
     @functools.wraps(function)
@@ -214,7 +216,7 @@ def heard(function: Callable[_Arguments, _Out]) -> Callable[_Arguments, _Out]:
             result = function(*arguments, **options)
         except BaseException:
             while warner.notes:
-                with suppress(SurgeryWarning):  # where that is an error: the one on its way is what counts
+                with suppress(SurgeryWarning):  # filters may make it an error, which must not hide the one being raised
                     warner.tell_the_rest()
             raise
         finally:

@@ -1,6 +1,6 @@
-"""What an operation tells when it is done: a Python object, and the JSON that its command prints with ``--json``.
+"""Reports: what an operation returns, and its command prints as JSON with ``--json``.
 
-The fields of a report are the entries of its JSON, and its docstring says what they are: docs/json.md is written from both.
+The fields of a report are the entries of its JSON, and its docstring explains them: docs/json.md is generated from both.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 _NAME = "name in JSON"
-#: Metadata of a field that is for Python alone.
+#: Metadata of a dataclass field that is not in the JSON.
 NOT_IN_JSON: Mapping[str, str | None] = {_NAME: None}
 
 
@@ -35,12 +35,12 @@ class Report:
 
 
 def in_json(name: str) -> Mapping[str, str | None]:
-    """Metadata of a field that has another name in JSON."""
+    """Metadata of a dataclass field that has another name in the JSON."""
     return {_NAME: name}
 
 
 def json_fields(kind: Any) -> dict[str, Field[Any]]:
-    """The fields of a dataclass by their names in JSON, those that are there."""
+    """Name in JSON -> field, for the fields of a dataclass that are in the JSON."""
     named = ((field.metadata.get(_NAME, field.name), field) for field in fields(kind))
     return {name: field for name, field in named if name is not None}
 
@@ -55,6 +55,7 @@ def _entries(record: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
+    """A value of a field as JSON has it. Raises TypeError if JSON has nothing for it."""
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if value is None or isinstance(value, (bool, int, str)):

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-#: The kinds of threads and what they do, in the order of the data's way through a run.
+#: Kind of thread -> the stages it does, in the order in which data passes through a run.
 STAGES = {
     "download": ("download",),
     "reader": ("read", "hash"),
@@ -15,21 +15,23 @@ STAGES = {
     "writer": ("hash", "write"),
 }
 
+#: Of each thread: the Timing that counts it, its kind, and the stack of (stage, start) that it is in.
 _here = threading.local()
 
+#: (kind of thread, stage) -> seconds.
 Seconds = dict[tuple[str, str], float]
 
 
 class Timing:
-    """Seconds of each stage by kind of thread. A stage within another counts for itself alone.
+    """Adds up the seconds of each stage by kind of thread. The time of a nested stage does not count for the outer one.
 
     Args:
-        wait_for_device: called at both ends of a stage, so that work which a GPU does by itself is counted where it belongs.
-            It takes away from the overlap: for profiles only.
+        wait_for_device: called at both ends of a stage, to wait for work that a GPU does asynchronously, so that it counts
+            for the right stage. That prevents overlap, so it is for profiles only.
 
     Attributes:
-        wall: seconds that the shards took, from beginning to end.
-        threads: how many there were of each kind.
+        wall: seconds that the shards took, from beginning to end; with Ray the sum over all tasks.
+        threads: kind of thread -> how many there were.
     """
 
     def __init__(self, wait_for_device: Callable[[], object] | None = None) -> None:
@@ -40,24 +42,25 @@ class Timing:
         self._lock = threading.Lock()
 
     def add(self, seconds: Seconds) -> None:
+        """Add the seconds of another process or stage."""
         with self._lock:
             for key, value in seconds.items():
                 self._seconds[key] = self._seconds.get(key, 0.0) + value
 
     @property
     def seconds(self) -> Seconds:
-        """By kind of thread and stage."""
+        """The seconds so far, by kind of thread and stage."""
         with self._lock:
             return dict(self._seconds)
 
     def watch(self, kind: str) -> None:
-        """Stages of the calling thread are counted here from now on."""
+        """From now on, count the stages of the calling thread here, as those of a thread of this kind."""
         _here.timing, _here.kind, _here.stages = self, kind, []
 
 
 @contextmanager
 def timed(stage: str) -> Iterator[None]:
-    """Count the time of the block, if anybody counts in this thread."""
+    """Counts the time of the block for a stage, if ``Timing.watch`` was called in this thread."""
     timing: Timing | None = getattr(_here, "timing", None)
     if timing is None:
         yield
@@ -75,7 +78,7 @@ def timed(stage: str) -> Iterator[None]:
 
 
 def _count(timing: Timing, stages: list[tuple[str, float]]) -> None:
-    """Count what the stage that goes on at this moment has taken."""
+    """Count the time of the current stage up to now."""
     if timing.wait_for_device is not None:
         timing.wait_for_device()
     if stages:

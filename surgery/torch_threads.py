@@ -1,4 +1,4 @@
-"""Several small problems at once, instead of several threads on each."""
+"""Keeping torch to one thread, so that several small problems can run at once with one thread each."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Torch starts no threads of its own, for operations too short to be worth their waiting for each other."""
+    """Keeps torch to one thread, for operations that are too short for several threads to pay off."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -22,6 +22,6 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def one_thread_each(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool of threads in which torch does not start threads of its own."""
+    """A pool of threads, in each of which torch uses one thread only."""
     with one_thread(), ThreadPoolExecutor(workers, initializer=lambda: torch.set_num_threads(1)) as pool:
         yield pool

@@ -1,4 +1,4 @@
-"""Check that a wheel holds the package, all of it, and nothing else, runs, and has types for those who use it.
+"""Check that a wheel holds exactly the files of the package, that its command runs, and that its types are seen by mypy.
 
 python tools/check_wheel.py dist/model_surgery-*.whl
 """
@@ -26,7 +26,7 @@ def main(wheel: Path) -> None:
 
 
 def check_contents(wheel: Path) -> int:
-    """How many files it has, if they are those of the checkout."""
+    """Check that the wheel has the files that git tracks in the checkout; returns how many."""
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     inside = {name for name in names if not name.split("/")[0].endswith(".dist-info")}
@@ -41,14 +41,14 @@ def check_contents(wheel: Path) -> int:
 
 
 def check_types(wheel: Path) -> None:
-    """Run mypy on the program in an environment with the wheel, beside the packages of this one and away from the checkout."""
+    """Run mypy on ``PROGRAM`` in a fresh environment with the wheel and this environment's packages, without the checkout."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         venv.create(place / "env", with_pip=False)
         (packages,) = (place / "env").glob("lib/*/site-packages")
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(packages)
-        (packages / "others.pth").write_text("\n".join(site.getsitepackages()))  # after the wheel, which so comes first
+        (packages / "others.pth").write_text("\n".join(site.getsitepackages()))  # paths in it come after the wheel's
         shutil.copy(PROGRAM, place)
         python = str(place / "env/bin/python")
         where = subprocess.run(

@@ -1,7 +1,7 @@
-"""A program as users of the wheel write them, for ``mypy --strict``: ``tools/check_wheel.py`` holds it against a built one.
+"""A program that uses every public name, for ``mypy --strict``: ``tools/check_wheel.py`` checks it against a built wheel.
 
-Nothing of it is run. ``assert_type`` fails where a result is Any or something else, an unused ``type: ignore`` where a
-wrong call is not reported. A new name of the package goes into the section it belongs to.
+It is never run. mypy reports an ``assert_type`` whose result is Any or of another type, and a ``type: ignore`` on a call that
+it does not find wrong. Add a new public name to the section that it belongs to.
 """
 
 from collections.abc import Iterator

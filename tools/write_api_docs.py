@@ -52,7 +52,7 @@ def page() -> str:
 
 
 def errors() -> Iterator[str]:
-    """The tree of errors, as it is drawn in their module."""
+    """The section of errors: the base class, and the tree of classes from the docstring of their module."""
     about, _, tree = (inspect.getdoc(surgery.errors) or "").partition("\n\n")
     yield f"{about}\n"
     yield markdown(surgery.SurgeryError)
@@ -62,7 +62,7 @@ def errors() -> Iterator[str]:
 
 
 def members(kind: type) -> list[tuple[str, Any]]:
-    """The methods and properties of a class that are for its users."""
+    """The public methods and properties of a class that have docstrings, by name."""
     found = []
     for name, member in vars(kind).items():
         plain = member.__func__ if isinstance(member, classmethod | staticmethod) else member
@@ -72,7 +72,7 @@ def members(kind: type) -> list[tuple[str, Any]]:
 
 
 def signature(name: str, function: Callable[..., Any]) -> str:
-    """How a function is called, on a line or with a line for each parameter."""
+    """The signature of a function as code, on one line or with a line for each parameter."""
     found = inspect.signature(function)
     parts: list[str] = []
     starred = False
@@ -112,7 +112,7 @@ def markdown(value: Any) -> str:
 
 
 def sections(text: str) -> list[tuple[str | None, str]]:
-    """The paragraphs of a docstring, and its sections with their headings."""
+    """(heading, text) of each section of a docstring; the heading of a plain paragraph is None."""
     found: list[tuple[str | None, str]] = []
     heading: str | None = None
     for paragraph in text.split("\n\n"):
@@ -130,7 +130,7 @@ def sections(text: str) -> list[tuple[str | None, str]]:
 
 
 def items(text: str) -> list[tuple[str, str]]:
-    """``name, name: about`` of each entry in a section; none if it is plain text."""
+    """(names, text) of each entry ``name, name: text`` in a section; empty if the section is plain text."""
     found = []
     for entry in re.split(r"\n(?! )", text):
         match = _ITEM.fullmatch(entry)

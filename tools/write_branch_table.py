@@ -1,6 +1,6 @@
-"""The table of docs/reliability.md: branches that the tests take, by module, of a `coverage json` report on standard input.
+"""Print the table of docs/reliability.md, of branches that the tests take, from a `coverage json` report on standard input.
 
-Beside the whole of each folder only modules are named of which some branch is not taken.
+It has a line for each folder, and one for each module of which some branch is not taken.
 """
 
 from __future__ import annotations

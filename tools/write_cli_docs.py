@@ -49,7 +49,7 @@ _SURGERY_COMPLETE=fish_source surgery > ~/.config/fish/completions/surgery.fish
 
 
 def names() -> list[str]:
-    """Of all commands, those of a group after it."""
+    """The names of all commands, such as ``scales`` and ``scales show``; those in a group come after the group."""
     found = []
     for name, command in sorted(main.commands.items()):
         found.append(name)

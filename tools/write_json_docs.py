@@ -63,7 +63,7 @@ _OTHER_WORDS = {
 
 
 def entries(kind: type[Any], path: str = "") -> Iterator[tuple[str, str, str]]:
-    """Path, type and meaning of each entry of a dataclass as JSON, those of what is in it after it."""
+    """(path, type, meaning) of each entry in the JSON of a dataclass; nested entries come after the one that holds them."""
     meanings, hints = _meanings(kind), get_type_hints(kind)
     for name, field in json_fields(kind).items():
         text, inner = _type(hints[field.name])
@@ -73,7 +73,7 @@ def entries(kind: type[Any], path: str = "") -> Iterator[tuple[str, str, str]]:
 
 
 def _type(hint: Any) -> tuple[str, type[Any] | None]:
-    """The words for a type, and the dataclass that it is made of, if any."""
+    """A type in words, and the dataclass that its values or items are, if they are one."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         (one,) = (argument for argument in arguments if argument is not types.NoneType)
@@ -92,7 +92,7 @@ def _type(hint: Any) -> tuple[str, type[Any] | None]:
 
 
 def _meanings(kind: type[Any]) -> dict[str, str]:
-    """What the section ``Attributes`` of a docstring says, by name."""
+    """Attribute -> its meaning, from the section ``Attributes`` of a docstring."""
     section = re.search(r"^Attributes:\n((?:    .*\n?|\n)+)", inspect.getdoc(kind) or "", re.MULTILINE)
     if section is None:
         raise ValueError(f"the docstring of {kind.__name__} has no attributes")
@@ -109,7 +109,7 @@ def _for_json(text: str) -> str:
 
 
 def _table(rows: Iterable[tuple[str, str, str]]) -> str:
-    """Of entries that one text is about, one line."""
+    """A Markdown table with one line for successive entries of the same type and meaning."""
     lines = ["| entry | type | meaning |", "| --- | --- | --- |"]
     for (text, meaning), group in itertools.groupby(rows, key=lambda row: row[1:]):
         names = ", ".join(f"`{path}`" for path, _, _ in group)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from surgery.device import as_memory_allows, choose_device, on_its_own_terms
-from surgery.engine.walk import ShardWalk, TargetPiece, reported
+from surgery.engine.walk import ShardWalk, TargetPiece, with_progress
 from surgery.errors import FormatError
 from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import TargetRecord
@@ -219,7 +219,7 @@ class _Projector:
         ):
             if lost := sorted(targets.keys() - {entry.name for entry in stored.header.tensors}):
                 raise FormatError(f"{path}: a target of the manifest is not there", got="nothing", expected=lost[0])
-            for piece in reported(walk, progress):
+            for piece in with_progress(walk, progress):
                 if isinstance(piece, TargetPiece):
                     self._piece(piece, targets[piece.entry.name])
         weights.check(shard, walk.sha256)

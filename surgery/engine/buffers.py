@@ -1,4 +1,4 @@
-"""Host memory for what is between the reader and the writer: bounded, and used again."""
+"""A bounded pool of host memory for the bytes between the reader and the writer of a shard."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import torch
 
 from surgery.engine.threads import Stopped
 
-#: Below this it is not worth keeping.
+#: Buffers of fewer bytes are neither counted nor kept.
 _SMALL = 1 << 16
 
 
 class Buffers:
-    """Lends memory, and makes who asks wait while too much of it is out. For any number of threads.
+    """Lends buffers, and blocks in ``take`` while too many bytes are lent. Safe for any number of threads.
 
-    Memory that comes back is lent again: fresh pages are cleared by the system first, which takes longer than reading a
-    file from its cache; and pinned memory, from which a GPU copies by itself, is dear to make.
+    Buffers that come back are lent again: the system clears fresh pages first, which takes longer than reading a file from
+    its cache, and pinned memory, from which a GPU copies by itself, is expensive to allocate.
 
     Args:
-        limit: bytes that may exist at a time, lent or waiting; one buffer alone may be larger.
-        pinned: whether it is page-locked.
+        limit: bytes that may exist at a time, lent or kept; a single buffer may be larger.
+        pinned: whether the memory is page-locked.
     """
 
     def __init__(self, limit: int, *, pinned: bool = False) -> None:
@@ -33,7 +33,7 @@ class Buffers:
         self._stopped = False
 
     def take(self, n_bytes: int) -> torch.Tensor:
-        """Uninitialised uint8 (n_bytes,), to be given back.
+        """Uninitialised memory, uint8 (n_bytes,), to be returned with ``give``.
 
         Raises:
             Stopped: ``stop`` was called.
@@ -52,11 +52,11 @@ class Buffers:
                 self._kept -= n_bytes
                 return found
             while self._free and self._lent + self._kept > self._limit:
-                self._kept -= len(self._free.pop(0))  # the one that has not been asked for the longest
+                self._kept -= len(self._free.pop(0))  # the one that has been free for longest
         return torch.empty(n_bytes, dtype=torch.uint8, pin_memory=self._pinned)
 
     def give(self, buffer: torch.Tensor) -> None:
-        """Back, when nobody looks at it any more."""
+        """Return a buffer of ``take``, once nothing uses it any more."""
         if len(buffer) < _SMALL:
             return
         with self._changed:
@@ -67,7 +67,7 @@ class Buffers:
             self._changed.notify_all()
 
     def stop(self) -> None:
-        """Whoever waits, or asks from now on, is told that nothing comes any more."""
+        """End the pool: ``take`` raises ``Stopped`` from now on, also where it is waiting."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()

@@ -1,4 +1,4 @@
-"""One device with the threads and the memory that serve it."""
+"""A lane: one device with its worker threads and its host memory."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from surgery.timing import Timing
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 
-#: Windows that may wait for the writer; their memory is bounded by the buffers.
+#: Windows that may be queued for the writer. Their memory is bounded by the buffers, not by this.
 _WAITING = 64
-#: Bytes of shards after which freed memory is given back to the system.
+#: Bytes of shards that pass before freed memory is returned to the system.
 _TRIM_BYTES = 64 << 20
 
 
 class Lane:
-    """Workers, each taking one window of a shard from its bytes to what is written of it. A context manager.
+    """One device with worker threads, each of which computes one window of a shard at a time. A context manager.
 
-    A worker is one thread, on a CPU with one core: nothing that it computes depends on how many there are. On a GPU each
-    has a stream of its own, so that copies of one go on beside the arithmetic of another.
+    A worker is one thread, and on a CPU it uses one core: its results do not depend on how many workers there are. On a GPU
+    each has its own stream, so that copies for one window overlap with the arithmetic of another.
 
     Args:
         device: where the arithmetic runs.
-        workers: how many.
-        buffer_bytes: host memory for what is between the reader and the writer.
-        timing: told where the time goes.
+        workers: how many threads.
+        buffer_bytes: host memory for the pieces between the reader and the writer.
+        timing: records where the time goes.
     """
 
     def __init__(self, device: torch.device, workers: int, buffer_bytes: int, timing: Timing | None = None) -> None:
@@ -55,14 +55,14 @@ class Lane:
         return self
 
     def stop(self) -> None:
-        """Give up what has not been begun, and wake who waits for it."""
+        """Cancel windows that no worker has begun, and end waits for buffers."""
         self.buffers.stop()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
         self._pool.shutdown()
-        torch.set_num_threads(self._threads)  # the libraries below have one setting for all threads
+        torch.set_num_threads(self._threads)  # the workers' setting holds for the whole process
 
     def _start_worker(self) -> None:
         torch.set_num_threads(1)
@@ -79,10 +79,10 @@ class Lane:
             return
         with torch.cuda.device(self.device), torch.cuda.stream(self._streams.own):
             yield
-            self._streams.own.synchronize()  # the results go to other threads
+            self._streams.own.synchronize()  # other threads use the results
 
     def submit(self, compute: Callable[[_In], _Out], item: _In) -> Future[_Out]:
-        """``compute(item)`` by the next worker that is free."""
+        """Run ``compute(item)`` in the next free worker, with the arithmetic settings and on the device of the lane."""
 
         def run() -> _Out:
             with exact_arithmetic(), self._on_device():
@@ -98,21 +98,22 @@ class Lane:
         finish: Callable[[Sequence[Piece], _Out], object],
         on_read: Callable[[], object],
     ) -> None:
-        """``finish(window, compute(window))`` for each window of a shard.
+        """Take a shard through the lane: ``finish(window, compute(window))`` for each window of it.
 
         Args:
-            pieces: of the shard, in this lane's buffers.
-            window_bytes: how long a window is at least, but for the last one.
-            compute: done by the workers, several at a time.
-            finish: called in one thread, in the order of the shard. Then the memory of the window is lent to others.
-            on_read: called when all of the shard has been read.
+            pieces: of the shard, whose memory is lent by this lane's ``buffers``.
+            window_bytes: the least length of a window; the last one may be shorter.
+            compute: called by the workers, for several windows at a time.
+            finish: called in one other thread, in the order of the shard. Then the memory of the window goes back.
+            on_read: called when the last piece has been read.
         """
-        with WriteBehind(_WAITING, failed=self.buffers.stop) as behind:
+        with WriteBehind(_WAITING, on_failure=self.buffers.stop) as behind:
             for window in windows(pieces, window_bytes):
                 behind.submit(self._finish, window, self.submit(compute, window), finish)
             on_read()
 
     def _finish(self, window: list[Piece], result: Future[_Out], finish: Callable[[Sequence[Piece], _Out], object]) -> None:
+        """Finish a window in the writer's thread, then give its buffers back."""
         if self.timing is not None:
             self.timing.watch("writer")
         finish(window, result.result())

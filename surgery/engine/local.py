@@ -1,4 +1,4 @@
-"""The jobs of a run in this process: a shard at a time on each device, the end of one beside the beginning of the next."""
+"""The local engine: does the jobs of a run in this process, the end of one shard beside the beginning of the next."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from surgery.engine.threads import ReadAhead, Stopped
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
 
-#: Shards in hand on a lane: one being read, one whose last matrices are computed and written.
-IN_HAND = 2
+#: Jobs that a lane works on at a time: one whose shard is being read, one whose last windows are computed and written.
+JOBS_PER_LANE = 2
 
 
 def run_jobs(
     do_job: Callable[[_Job, Lane, Callable[[], object]], _Result], jobs: Iterator[_Job], lanes: Sequence[Lane]
 ) -> Generator[tuple[_Job, _Result], None, None]:
-    """Jobs with their results, in the order in which they are finished. To be closed when left early.
+    """Do jobs; yields each with its result, in the order in which they are finished. Close the generator to stop early.
 
-    The next job is made, which may be a download, while others are done.
+    The next job is taken from ``jobs``, which may download a shard, while others are being done.
 
     Args:
-        do_job: ``do_job(job, lane, on_read)``, which calls ``on_read`` once the shard of the job has been read: then the lane
-            turns to the next.
+        do_job: called as ``do_job(job, lane, on_read)``. It calls ``on_read`` once the shard of the job has been read; then
+            the lane begins its next job.
         jobs: in order.
         lanes: one for each device; entered and left here.
 
     Raises:
-        The first error of a job, or of making one, when those that need not be read any more have been handed out.
+        The first error of a job or of ``jobs``. Jobs whose shards had been read by then are finished and yielded first.
     """
     finished: queue.SimpleQueue[tuple[Any, Any, BaseException | None]] = queue.SimpleQueue()
     with ExitStack() as stack:
@@ -45,7 +45,7 @@ def run_jobs(
         runners = []
         for lane in lanes:
             turn = threading.Semaphore(1)
-            for _ in range(IN_HAND):
+            for _ in range(JOBS_PER_LANE):
                 arguments = (_do_jobs, do_job, jobs_left, lane, turn, finished)
                 runners.append(threading.Thread(target=copy_context().run, args=arguments, name="surgery-job"))
         going, first, begun = 0, None, time.perf_counter()
@@ -56,9 +56,9 @@ def run_jobs(
             while going:
                 job, result, error = finished.get()
                 if error is not None:
-                    if first is None or isinstance(first, Stopped):  # which only says that there is another error
+                    if first is None or isinstance(first, Stopped):  # Stopped only follows from another error
                         first = error
-                    # What has been read already is brought to its end: nothing that is nearly done is lost.
+                    # Jobs whose shards have been read are finished, so that work that is nearly done is not lost.
                     jobs_left.close()
                     for lane in lanes:
                         lane.buffers.stop()
@@ -81,7 +81,7 @@ def run_jobs(
 
 
 class _JobsLeft(Generic[_Job]):
-    """The jobs that nobody has taken yet; several threads may take one at a time."""
+    """The jobs that have not been begun, for several threads to take from."""
 
     def __init__(self, ahead: ReadAhead[_Job]) -> None:
         self._ahead = ahead
@@ -90,7 +90,7 @@ class _JobsLeft(Generic[_Job]):
         self._closed = False
 
     def take(self) -> _Job | None:
-        """The next job; None when there are no more, or none are wanted."""
+        """The next job; None when there are no more, or after ``close``."""
         with self._lock:
             if self._closed:
                 return None
@@ -101,7 +101,7 @@ class _JobsLeft(Generic[_Job]):
                 return None
 
     def close(self) -> None:
-        """No more jobs are wanted. Wakes whoever waits for one."""
+        """Hand out no more jobs, and end waits for one."""
         self._closed = True
         self._ahead.stop()
 
@@ -113,17 +113,18 @@ def _do_jobs(
     turn: threading.Semaphore,
     finished: queue.SimpleQueue[tuple[Any, Any, BaseException | None]],
 ) -> None:
-    """One thread of a lane: jobs as long as there are some, each begun when it is the thread's turn to read.
+    """One thread of a lane: does jobs until there are no more. One shard of a lane is read at a time.
 
     Args:
-        do_job: see ``run_jobs``.
-        jobs_left: where the jobs come from.
-        lane: theirs.
-        turn: held while a shard of this lane is read.
-        finished: told each job with its result, an error, and at the end three times None.
+        do_job: as for ``run_jobs``.
+        jobs_left: where the jobs are taken from.
+        lane: that they are done on.
+        turn: a semaphore that is held while a shard is read on this lane.
+        finished: receives (job, result, None) for each job, (None, None, error) for an error, and (None, None, None) when the
+            thread ends.
     """
     if lane.timing is not None:
-        lane.timing.watch("writer")  # it puts finished files in their places
+        lane.timing.watch("writer")  # this thread syncs and renames finished files
     try:
         while True:
             turn.acquire()
@@ -136,13 +137,13 @@ def _do_jobs(
             finally:
                 has_been_read()
             finished.put((job, result, None))
-    except BaseException as error:  # raised in the thread that waits for results
+    except BaseException as error:  # raised by run_jobs, in its own thread
         finished.put((None, None, error))
     finished.put((None, None, None))
 
 
 class _Once:
-    """A call that is made the first time only."""
+    """A callable that makes its call the first time only."""
 
     def __init__(self, call: Callable[[], object]) -> None:
         self._call: Callable[[], object] | None = call

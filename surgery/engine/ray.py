@@ -1,6 +1,6 @@
-"""The jobs of a run as tasks of Ray, on this machine or on a cluster.
+"""The Ray engine: does the jobs of a run as tasks of Ray, on this machine or on a cluster.
 
-A task is run again when its process or its machine is lost, which is all that is lost with it: jobs are idempotent.
+A task is run again when its process or its machine is lost. Nothing else is lost with it, since jobs are idempotent.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from surgery.errors import ClusterError, MissingExtra, OptionError, SurgeryError
 from surgery.progress import Progress, Silent, heard, note
 from surgery.timing import Seconds, Timing
 
-#: How often a task is begun anew after its process or its machine is lost, and after an error of a disk or a network.
+#: How often Ray repeats a task after its process or its machine is lost, or after a network error or a timeout.
 _RETRIES = 5
 
 _Result = TypeVar("_Result")
@@ -33,19 +33,24 @@ class RemoteJob(Protocol[_Result_co]):
     """The job of one shard, which can be sent to another process and done there."""
 
     def __call__(self, lane: Lane, attempt: str, /) -> _Result_co:
-        """The result, which can be sent back. Attempts at one job may be under way at the same time."""
+        """Do the job; returns its result, which can be pickled.
+
+        Args:
+            lane: of the process that does it.
+            attempt: a name for this attempt, unique among all: several attempts at one job may run at the same time.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """What the machines of a cluster have.
+    """What the machines of a cluster offer to each task.
 
     Attributes:
         device: the kind of device that the tasks use: ``cuda`` or ``cpu``.
         device_name: for the manifest, see ``surgery.device.device_name``.
-        cores: of the smallest machine that can do tasks; for each of its GPUs, if those are used.
-        memory: bytes of host memory that is left to each task; None if Ray does not say.
-        device_memory: bytes of a GPU.
+        cores: of the smallest machine that can do tasks, divided by its GPUs if these are used.
+        memory: bytes of host memory for each task; None if Ray does not say.
+        device_memory: bytes of a GPU's memory; None without GPUs.
     """
 
     device: str
@@ -57,7 +62,7 @@ class Cluster:
 
 @contextmanager
 def connected(device: str) -> Iterator[Cluster]:
-    """The cluster that ``RAY_ADDRESS`` names or that runs on this machine; with neither, one of this machine alone.
+    """Connects to a cluster: the one that ``RAY_ADDRESS`` names or that runs here, else a new one of this machine alone.
 
     Args:
         device: ``auto``, ``cpu`` or ``cuda``.
@@ -97,6 +102,7 @@ def _ray() -> Any:
 
 
 def _cluster(ray: Any, device: str) -> Cluster:
+    """What the machines of a connected cluster offer. Raises ClusterError if that is too little."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
     with_gpu = [node for node in nodes if node.get("GPU", 0) >= 1]
     if device == "cuda" and not with_gpu:
@@ -122,13 +128,15 @@ def _describe() -> tuple[str, int]:
 def run_remotely(
     jobs: Mapping[int, RemoteJob[_Result]], cluster: Cluster, memory: Memory, timing: Timing | None
 ) -> Generator[tuple[int, _Result], None, None]:
-    """The keys of jobs with their results, in the order in which they are finished. To be closed when left early.
+    """Do jobs on a cluster; yields their keys and results, in the order in which they are finished.
+
+    Close the generator to stop early: then tasks that are left are cancelled.
 
     Args:
-        jobs: each takes all of the smallest machine, or as much of a larger one; with GPUs, a GPU and its share.
-        cluster: which is connected.
-        memory: of each task.
-        timing: told where the time of the tasks went.
+        jobs: by key. Each takes as many cores as the smallest machine has; with GPUs, a GPU and its share of them.
+        cluster: that ``connected`` gave.
+        memory: how each task uses its memory.
+        timing: receives where the time of the tasks went.
 
     Raises:
         The first error of a job; the others are cancelled.
@@ -160,7 +168,14 @@ def run_remotely(
 
 @dataclass(frozen=True, slots=True)
 class _Done(Generic[_Result]):
-    """What comes back of a job: its result, where its time went, how long it took, and what it had to say."""
+    """What a task of Ray returns.
+
+    Attributes:
+        result: of the job.
+        seconds: where its time went.
+        wall: seconds from its beginning to its end.
+        notes: that it made, for the user.
+    """
 
     result: _Result
     seconds: Seconds
@@ -169,6 +184,7 @@ class _Done(Generic[_Result]):
 
 
 def _result(ray: Any, reference: Any) -> _Done[Any]:
+    """What a finished task has returned. Raises the error of its job, or ClusterError if the task is lost."""
     try:
         result: _Done[Any] = ray.get(reference)
     except ray.exceptions.RayTaskError as error:
@@ -185,7 +201,14 @@ def _result(ray: Any, reference: Any) -> _Done[Any]:
 
 
 def _run(job: RemoteJob[_Result], kind: str, memory: Memory, timed: bool) -> _Done[_Result]:
-    """One job, in a process of Ray: its result, and what else is to be known of it."""
+    """The body of a task: does one job in a process of Ray.
+
+    Args:
+        job: to do.
+        kind: of device, ``cpu`` or ``cuda``.
+        memory: how it is used.
+        timed: whether to measure where the time goes.
+    """
     import ray
 
     context = ray.get_runtime_context()

@@ -1,4 +1,4 @@
-"""What a run may use, and how it uses it."""
+"""The devices, cores and memory that a run may use, and how it divides the memory."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class Resources:
         device: ``cpu``, ``cuda`` or ``mps``.
         lanes: how many devices.
         cores: threads that may compute, over all devices.
-        memory: bytes of host memory; None: no matter.
-        strict: whether a run that cannot keep to that is refused; otherwise it takes what one matrix at a time needs.
-        device_memory: bytes of each GPU.
+        memory: bytes of host memory; None: no limit.
+        strict: whether a run that needs more than ``memory`` is refused; otherwise it takes what one matrix at a time needs.
+        device_memory: bytes of memory of each GPU; None without one.
     """
 
     device: str = "cpu"
@@ -31,12 +31,12 @@ class Memory:
     """How a run uses its memory.
 
     Attributes:
-        workers: windows in work at a time on each device.
-        window_bytes: how long a window is at least, but at the end of a shard; one target if that is more.
-        buffer_bytes: host memory of each device for what is between the reader and the writer.
+        workers: windows that are worked on at a time on each device.
+        window_bytes: the least length of a window, except at the end of a shard; a larger target is a window of its own.
+        buffer_bytes: host memory of each device for the pieces between the reader and the writer.
         peak_bytes: upper estimate of the host memory needed.
-        device_bytes: the same of each GPU's, 0 without one. With less, batches become smaller, and what does not fit at
-            all is done on the CPU.
+        device_bytes: upper estimate of each GPU's memory, 0 without one. With less, batches become smaller, and what does
+            not fit at all is done on the CPU.
     """
 
     workers: int

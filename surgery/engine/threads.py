@@ -1,4 +1,4 @@
-"""Threads that read ahead and write behind."""
+"""Background threads: one that makes the next item ahead of its use, one that runs calls behind the caller."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _T = TypeVar("_T")
 
 
 class Stopped(Exception):
-    """Work is given up because something else has failed, which is what the user is told."""
+    """Raised in waits that end because something else has failed; the user is told that other error."""
 
 
 class ReadAhead(Generic[_T]):
-    """Iterate over ``items`` with the next one being made in a thread while this one is used.
+    """Iterates over ``items``, and makes the next one in a thread while the current one is used.
 
-    Exactly one item is ready or in the making besides the one handed out. A context manager: leaving it stops the
-    thread after the item in the making. Errors of the iterator are raised where its item would have come.
+    Besides the item handed out, exactly one is ready or being made. A context manager: leaving it stops the thread after
+    the item that is being made. Errors of the iterator are raised in the place of its item.
     """
 
     def __init__(self, items: Iterator[_T]) -> None:
@@ -36,11 +36,11 @@ class ReadAhead(Generic[_T]):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.stop()
-        # On an error nobody wants what is still being read, which may be a whole download: the thread is left behind.
+        # After an error the item that is being made, perhaps a long download, is not needed: the thread is left behind.
         self._thread.join(timeout=None if error is None else 1.0)
 
     def stop(self) -> None:
-        """No more items: the thread ends after the one in the making, and whoever waits for it gets ``Stopped``."""
+        """Make no more items. The thread ends after the one that is being made; waits for it get ``Stopped``."""
         self._stopping = True
         self._room.release()
         self._ready.put((None, Stopped(), True))
@@ -72,21 +72,21 @@ class ReadAhead(Generic[_T]):
 
 
 class WriteBehind:
-    """Runs calls in order in one thread, with a bounded number waiting behind the one that runs.
+    """Runs calls one after the other in one thread; a bounded number of them may be queued.
 
     A context manager. Leaving it normally waits for all calls; the first error is raised at the next call of
     ``submit`` or when leaving.
 
     Args:
-        depth: how many calls may wait.
-        failed: called when one has failed, in the thread: for those who wait for something that will not come now.
+        depth: how many calls may be queued.
+        on_failure: called in the thread when a call has failed, to end waits for what that call would have done.
     """
 
-    def __init__(self, depth: int = 1, failed: Callable[[], object] | None = None) -> None:
+    def __init__(self, depth: int = 1, on_failure: Callable[[], object] | None = None) -> None:
         self._calls: queue.Queue[tuple[Callable[..., object], tuple[Any, ...]] | None] = queue.Queue(maxsize=depth)
         self._error: BaseException | None = None
         self._dropping = False
-        self._failed = failed
+        self._on_failure = on_failure
         self._thread = threading.Thread(target=copy_context().run, args=(self._run,), name="surgery-write", daemon=True)
 
     def __enter__(self) -> Self:
@@ -94,14 +94,14 @@ class WriteBehind:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._dropping = self._dropping or error is not None  # the calls still waiting
+        self._dropping = self._dropping or error is not None  # calls that are still queued are not made
         self._calls.put(None)
         self._thread.join()
         if self._error is not None and (error is None or isinstance(error, Stopped)):
             raise self._error
 
     def submit(self, call: Callable[..., object], *args: Any) -> None:
-        """Run ``call(*args)`` after all calls before it."""
+        """Queue ``call(*args)``; waits while the queue is full. Raises the error of an earlier call."""
         if self._error is not None:
             raise self._error
         self._calls.put((call, args))
@@ -114,5 +114,5 @@ class WriteBehind:
                     call(*args)
                 except BaseException as error:  # raised in the thread that submits
                     self._error, self._dropping = error, True
-                    if self._failed is not None:
-                        self._failed()
+                    if self._on_failure is not None:
+                        self._on_failure()

@@ -1,4 +1,4 @@
-"""A pass over a weight file, piece by piece in the order of the file."""
+"""The walk over a weight file: its pieces in the order of the file, read ahead and hashed, and the windows of pieces."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from surgery.memory import bytes_of, return_free_memory
 from surgery.progress import Progress
 from surgery.timing import Timing, timed
 
-#: Bytes of a shard after which freed memory is given back.
+#: Bytes of a shard that pass before freed memory is returned to the system.
 _TRIM_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Bytes:
-    """Some of what lies between targets, never looked into: uint8 (bytes,)."""
+    """A piece of what lies between targets, kept as bytes: ``buffer`` is uint8 (bytes,), on the CPU."""
 
     buffer: torch.Tensor
 
@@ -39,12 +39,12 @@ class Bytes:
 
 @dataclass(frozen=True, slots=True)
 class TargetPiece:
-    """A tensor with targets in it, whole, or some of the matrices of a stack; in its own dtype, on the CPU.
+    """A piece that is a tensor with targets in it, or some of the matrices of a stack; in its own dtype, on the CPU.
 
     Attributes:
         entry: what the header says of the tensor.
-        first: the first of the matrices, 0 for a whole tensor.
-        tensor: in the shape of the tensor, for a stack with fewer matrices.
+        first: index of the first matrix in the stack; 0 for a whole tensor.
+        tensor: of the shape in ``entry``; a part of a stack has fewer matrices.
         buffer: the memory of ``tensor``, uint8 (bytes,).
     """
 
@@ -61,7 +61,7 @@ Piece = Bytes | TargetPiece
 
 
 def windows(pieces: Iterable[Piece], limit: int) -> Iterator[list[Piece]]:
-    """Runs of pieces, each as long as it takes to come to ``limit`` bytes."""
+    """Groups successive pieces into windows of at least ``limit`` bytes; the last window may be shorter."""
     window: list[Piece] = []
     held = 0
     for piece in pieces:
@@ -75,16 +75,18 @@ def windows(pieces: Iterable[Piece], limit: int) -> Iterator[list[Piece]]:
 
 
 class ShardWalk:
-    """One pass over a shard in file order, reading ahead and hashing what is read.
+    """One pass over a shard in file order, which reads ahead and hashes what is read.
 
-    A context manager over an iterable of ``Bytes`` and ``TargetPiece``. After the last piece ``sha256`` is that of the
-    whole file, which has not changed since the reader was made: else a ``FormatError`` comes in the place of the end.
+    A context manager, to be iterated once: gives ``Bytes`` and ``TargetPiece``, which together are all data of the file.
+    After the last piece ``sha256`` is that of the whole file. If the file has changed since the reader was opened, the
+    iteration ends in a ``FormatError``.
 
     Args:
         reader: of the shard.
-        targets: the tensors to hand out as ``TargetPiece``; each with None, or how many matrices of a stack at a time.
-        buffers: where the memory comes from; whoever uses a piece gives it back. None: fresh memory for each.
-        timing: told how long the reading takes.
+        targets: names of the tensors to give as ``TargetPiece``, each with how many matrices of a stack to give at a time,
+            or None for the whole tensor.
+        buffers: where the memory of the pieces comes from; whoever uses a piece gives its buffer back. None: fresh memory.
+        timing: records how long the reading takes.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class ShardWalk:
 
     @property
     def sha256(self) -> str:
+        """Of the header and all data read so far, in hex."""
         return self._sha256.hexdigest()
 
     def __enter__(self) -> Self:
@@ -111,13 +114,14 @@ class ShardWalk:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None and self._buffers is not None:
-            self._buffers.stop()  # the reader may be waiting for what nobody gives back any more
+            self._buffers.stop()  # the reader may be waiting for a buffer that is never given back
         self._ahead.__exit__(kind, error, trace)
 
     def __iter__(self) -> Iterator[Piece]:
         return iter(self._ahead)
 
     def _pieces(self) -> Iterator[Piece]:
+        """All pieces of the shard, made in the reading thread."""
         if self._timing is not None:
             self._timing.watch("reader")
         position = 0
@@ -141,11 +145,12 @@ class ShardWalk:
             yield Bytes(self._read(position, min(CHUNK_BYTES, end - position)))
 
     def _read(self, start: int, count: int) -> torch.Tensor:
+        """Read and hash bytes of the data, into a buffer uint8 (count,)."""
         buffer = self._reader.empty(count) if self._buffers is None else self._buffers.take(count)
         try:
             with timed("read"):
                 self._reader.read_into(bytes_of(buffer), start)
-        except BaseException:  # nobody else knows of it, and others may go on with the lane
+        except BaseException:  # only this method knows the buffer, and the lane may go on with other shards
             if self._buffers is not None:
                 self._buffers.give(buffer)
             raise
@@ -154,16 +159,16 @@ class ShardWalk:
         return buffer
 
 
-def looked_at(pieces: Iterable[Piece], look: Callable[[TargetPiece], object]) -> Iterator[Piece]:
-    """Pieces, those of targets shown as they pass: later they may hold something else than what was read."""
+def looked_at(pieces: Iterable[Piece], on_target: Callable[[TargetPiece], object]) -> Iterator[Piece]:
+    """Passes pieces on, and calls ``on_target`` with those of targets as they were read: later steps may overwrite them."""
     for piece in pieces:
         if isinstance(piece, TargetPiece):
-            look(piece)
+            on_target(piece)
         yield piece
 
 
-def reported(walk: ShardWalk, progress: Progress) -> Iterator[Piece]:
-    """The pieces of a walk without buffers, telling the progress of whoever uses them one by one."""
+def with_progress(walk: ShardWalk, progress: Progress) -> Iterator[Piece]:
+    """Passes the pieces of a walk without ``buffers`` on one by one, and tells the progress of their use."""
     passed = 0
     for piece in walk:
         if isinstance(piece, TargetPiece):
@@ -177,6 +182,7 @@ def reported(walk: ShardWalk, progress: Progress) -> Iterator[Piece]:
 
 
 def _portions(entry: TensorEntry, at_a_time: int | None) -> Iterator[tuple[int, int | None]]:
+    """(first matrix, number of matrices) of each piece of a tensor; (0, None) for a whole one."""
     if at_a_time is None:
         yield 0, None
         return

@@ -1,4 +1,4 @@
-"""Files that the system does not let be read or written, or that are none: errors that name them and say what to do."""
+"""File access: the system's errors as ours, which name the file and say what to do, and checks for ordinary files."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 from surgery.errors import OutputError, ReadError, SurgeryError, advice
 from surgery.files.hub_cache import hub_cache
 
-#: What to do where something cannot be written, and can be soon.
-_TO_GO_ON = {
+#: errno of a failed write -> what to do, where the same command can succeed afterwards.
+_RETRY_HINTS = {
     errno.ENOSPC: "free some space, then run the same command again: it goes on where it stopped",
     errno.EDQUOT: "free some of your quota, then run the same command again: it goes on where it stopped",
     errno.EFBIG: "raise the limit of a file's size (ulimit -f), or see what this disk allows, then run the same command again",
@@ -22,7 +22,7 @@ _TO_GO_ON = {
 
 @contextmanager
 def write_errors(path: Path) -> Iterator[None]:
-    """Turns an OSError into an OutputError that names the file."""
+    """Translates errors: an OSError raised inside becomes an OutputError that names ``path``."""
     try:
         yield
     except SurgeryError:
@@ -30,13 +30,18 @@ def write_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         raise OutputError(
             f"{path}: cannot be written ({error.strerror or error})",
-            hint=_TO_GO_ON.get(error.errno or 0) or f"{advice(error)}; or choose another folder with -o",
+            hint=_RETRY_HINTS.get(error.errno or 0) or f"{advice(error)}; or choose another folder with -o",
         ) from error
 
 
 @contextmanager
 def read_errors(path: Path, name: str | None = None) -> Iterator[None]:
-    """Turns an OSError of reading into a ReadError that names the file."""
+    """Translates errors: an OSError raised inside becomes a ReadError that names the file.
+
+    Args:
+        path: of the file.
+        name: what messages call it; its path if None.
+    """
     try:
         yield
     except SurgeryError:
@@ -49,20 +54,25 @@ def read_errors(path: Path, name: str | None = None) -> Iterator[None]:
 
 
 def check_regular(path: Path, name: str) -> None:
-    """Refuse what is no ordinary file: a pipe or a device may have no end.
+    """Refuse to read anything but an ordinary file: a pipe or a device may have no end.
+
+    Args:
+        path: of the file; links are followed.
+        name: for messages.
 
     Raises:
-        ReadError: it is something else.
+        ReadError: it is a folder, a pipe or a device.
+        OSError: it is not there, or may not be looked at.
     """
     if not stat.S_ISREG(mode := path.stat().st_mode):
         raise ReadError(f"{name}: is no ordinary file", got="a folder" if stat.S_ISDIR(mode) else "a pipe or a device")
 
 
 def check_replaceable(path: Path) -> None:
-    """Refuse to put a file in the place of what is none: renamed over ``/dev/null``, it would take it away.
+    """Refuse to replace anything but an ordinary file: a file renamed over ``/dev/null`` would remove the device.
 
     Raises:
-        OutputError: something else is there.
+        OutputError: ``path`` is a folder, a pipe or a device.
     """
     if path.exists() and not path.is_file():
         what = "a folder" if path.is_dir() else "a pipe or a device"
@@ -70,12 +80,12 @@ def check_replaceable(path: Path) -> None:
 
 
 def all_below(folder: Path) -> Iterator[Path]:
-    """Everything in a folder and in the folders in it; links are not followed.
+    """All files and folders below a folder, at any depth; links are not followed. Nothing if there is no such folder.
 
-    ``Path.rglob`` passes over folders that may not be looked into, as if nothing were there.
+    ``Path.rglob`` silently skips folders that may not be listed; this raises instead.
 
     Raises:
-        ReadError: one of the folders cannot be looked into.
+        ReadError: one of the folders cannot be listed.
     """
     if not folder.is_dir():
         return

@@ -1,4 +1,4 @@
-"""Bytes that reach the disk while more of them are being made."""
+"""Writing to disk in the background: a thread writes what has been handed over while the caller makes more."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from typing import IO
 
 import numpy as np
 
-#: Bytes handed to the disk at a time, and how many times that there is memory for: one is filled, the other written.
+#: Bytes written to the disk at a time, and how many such chunks there are: one is filled while the other is written.
 _CHUNK_BYTES = 2 << 20
 _CHUNKS = 2
 STREAM_MEMORY = _CHUNKS * _CHUNK_BYTES
-#: What the place and length of a write must be a multiple of to go past the cache, on any disk.
+#: With ``O_DIRECT`` the position and length of a write must be multiples of this, in bytes, on any disk.
 _PAGE = 4096
 #: Bytes after which a file is synced.
 _SYNC_BYTES = 32 << 20
 
 
 class DiskStream:
-    """Writes to an unbuffered file from where it stands, in a thread of its own, while more is being made.
+    """Appends to an unbuffered file in a background thread, from the file's current position.
 
-    Past the system's cache where the file system allows that (``O_DIRECT``). Through it, gigabytes would wait in memory
-    until the file is synced, everything else that was in there would go, and a core would be busy with moving pages: up to
-    two seconds for a gigabyte, measured, where these writes take a tenth of one.
+    Writes bypass the system's page cache where the file system allows it (``O_DIRECT``). Through the cache, gigabytes would
+    wait in memory until the file is synced, they would evict everything else from it, and a core would be busy moving
+    pages: measured, up to two seconds for a gigabyte, where these writes take a tenth of a second.
 
     Args:
-        file: unbuffered, for writing.
-        read_soon: that the file will be read at once, so that it had better be in the cache.
+        file: unbuffered, open for writing.
+        read_soon: whether the file will be read right after it is written; then it goes through the cache.
     """
 
     def __init__(self, file: IO[bytes], *, read_soon: bool) -> None:
         self._file = file
-        self._past_cache: bool | None = False if read_soon else None  # None: if possible
+        self._past_cache: bool | None = False if read_soon else None  # None: not known yet whether it is possible
         self._chunk: mmap.mmap | None = None  # the one being filled
         self._filled = 0
         self._made = 0
@@ -48,10 +48,10 @@ class DiskStream:
         self._ended = False
 
     def write(self, view: memoryview) -> None:
-        """Take bytes.
+        """Copy the bytes of ``view``, to be written in the background.
 
         Raises:
-            OSError: of this write or an earlier one.
+            OSError: this write or an earlier one failed.
             ValueError: after ``finish`` or ``stop``.
         """
         if self._ended:
@@ -61,7 +61,7 @@ class DiskStream:
             if self._chunk is None:
                 self._chunk = self._empty_chunk()
             taken = min(len(view) - done, _CHUNK_BYTES - self._filled)
-            # NumPy lets other threads run meanwhile.
+            # NumPy releases the GIL while it copies.
             room = np.frombuffer(self._chunk, np.uint8, taken, self._filled)
             np.copyto(room, np.frombuffer(view, np.uint8, taken, done))
             self._filled += taken
@@ -70,10 +70,10 @@ class DiskStream:
                 self._hand_over(self._chunk)
 
     def finish(self) -> None:
-        """Write the rest. What is in the system's cache then is for the caller to sync.
+        """Write the rest. The caller has to sync the file: some of it may still be in the system's cache.
 
         Raises:
-            OSError: of this write or an earlier one.
+            OSError: this write or an earlier one failed.
         """
         self.stop()
         self._check()
@@ -84,7 +84,7 @@ class DiskStream:
             self._chunk = None
 
     def stop(self) -> None:
-        """Take no more, and wait for what is under way."""
+        """Accept no more bytes, and wait until full chunks that were handed over have been written."""
         self._ended = True
         if self._thread is not None:
             self._full.put(None)
@@ -97,6 +97,7 @@ class DiskStream:
             raise self._error
 
     def _empty_chunk(self) -> mmap.mmap:
+        """A chunk to fill; waits for one that is being written if all are in use. Raises OSError."""
         self._check()
         if self._made < _CHUNKS:
             chunk = mmap.mmap(-1, _CHUNK_BYTES)  # whose memory begins at a page
@@ -119,12 +120,13 @@ class DiskStream:
         while (chunk := self._full.get()) is not None:
             try:
                 if self._error is None:
-                    self._bring(memoryview(chunk))
-            except BaseException as error:  # raised where the next bytes come from; the system tells it once only
+                    self._write_chunk(memoryview(chunk))
+            except BaseException as error:  # raised at the caller's next write; the system reports it only once
                 self._error = error
             self._free.put(chunk)
 
-    def _bring(self, view: memoryview) -> None:
+    def _write_chunk(self, view: memoryview) -> None:
+        """Write a full chunk, past the cache if that is possible, and sync the file from time to time."""
         if self._past_cache is None:
             self._past_cache = self._file.tell() % _PAGE == 0 and _pass_cache(self._file, True)
         done = 0
@@ -134,12 +136,12 @@ class DiskStream:
             except OSError as error:
                 if error.errno != errno.EINVAL:
                     raise
-                # This file system takes the flag, but not these writes.
+                # This file system accepts the flag, but refuses these writes.
                 self._past_cache = _pass_cache(self._file, False)
             if done % _PAGE:
                 self._past_cache = _pass_cache(self._file, False)
         write_all(self._file, view[done:])
-        # Also past the cache: some file systems take the flag and go through it all the same.
+        # Synced even with O_DIRECT: some file systems accept the flag and use the cache all the same.
         self._unsynced += len(view)
         if self._unsynced >= _SYNC_BYTES:
             os.fsync(self._file.fileno())
@@ -147,14 +149,14 @@ class DiskStream:
 
 
 def write_all(file: IO[bytes], view: memoryview) -> None:
-    """Write to an unbuffered file, which may take less than it is given."""
+    """Write all of ``view`` to an unbuffered file, whose ``write`` may take only a part of it."""
     done = 0
     while done < len(view):
         done += file.write(view[done:])
 
 
 def _pass_cache(file: IO[bytes], wanted: bool) -> bool:
-    """Have writes go past the system's cache or through it; whether they do go past it now."""
+    """Switch ``O_DIRECT`` on or off for a file. Returns whether its writes bypass the system's cache now."""
     if sys.platform != "linux":
         return False
     import fcntl

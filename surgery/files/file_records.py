@@ -1,4 +1,4 @@
-"""Files by their size and sha256: what was recorded of them, held against what is there."""
+"""Records of files by size and sha256, and checks that a file still is the one that was recorded."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def check_file(folder: Path, record: FileRecord, hint: str) -> None:
 
     Raises:
         ReadError: it cannot be read.
-        FormatError: it is missing, or with both hashes.
+        FormatError: it is missing, or has another size or hash.
     """
     path = check_size_of(folder, record, hint)
     with read_errors(path):
@@ -53,7 +53,7 @@ def check_size_of(folder: Path, record: FileRecord, hint: str) -> Path:
 
     Raises:
         ReadError: the system does not let it be looked at.
-        FormatError: it is missing, or with its size.
+        FormatError: it is missing, or has another size.
     """
     path = folder / check_relative_path(record.file, str(folder))
     with read_errors(path):
@@ -66,7 +66,7 @@ def check_size_of(folder: Path, record: FileRecord, hint: str) -> Path:
 
 
 def not_as_described(path: Path, found: str, expected: FileRecord, hint: str) -> FormatError:
-    """The error for a file that has another sha256 than its manifest says."""
+    """The error for a file that differs from its record; ``found`` is its hash or size in words."""
     return FormatError(
         f"{path} is not the file that the manifest describes",
         got=f"sha256 {found}",

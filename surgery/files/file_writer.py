@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic writing: files that appear under their name whole and synced, or not at all."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from surgery.files.file_records import RESTORE_HINT, FileRecord, not_as_describe
 from surgery.files.watch import Watch
 from surgery.timing import timed
 
-#: Bytes moved at a time where no tensor has to be whole.
+#: Bytes read or copied at a time where a tensor need not be in one piece.
 CHUNK_BYTES = 8 << 20
 
 
 class FileWriter:
-    """A file that appears under its name only when ``commit`` is called, and then whole and on the disk.
+    """A file that appears under its name only when ``commit`` is called, and then whole and synced to disk.
 
-    Writes go to ``<name>.partial`` beside it, or to ``partial``, on the same disk, if others may be writing the same file
-    at the same time. Entering the context makes that file, leaving it without ``commit`` removes it, so a failure cannot be
-    mistaken for a result.
+    Until then its bytes are in a partial file. Entering the context creates that, leaving it without ``commit`` removes it,
+    so a failure cannot be mistaken for a result.
 
     Args:
         path: of the file.
-        partial: see above.
-        read_soon: see ``DiskStream``.
+        partial: the partial file, on the same disk; ``<name>.partial`` beside ``path`` if None. Give another one where
+            several processes may write the same file at the same time.
+        read_soon: whether the file is read right after it is written, see ``DiskStream``.
     """
 
     def __init__(self, path: Path, partial: Path | None = None, *, read_soon: bool = False) -> None:
@@ -45,7 +45,7 @@ class FileWriter:
             with write_errors(self.path):
                 self._open()
             return self
-        except BaseException:  # Ctrl-C too: what is made here is nobody else's to remove yet
+        except BaseException:  # Ctrl-C too: __exit__ is not called when __enter__ fails
             with suppress(OSError):
                 self.partial.unlink()
             raise
@@ -56,7 +56,7 @@ class FileWriter:
             if not folder.is_dir():
                 folder.mkdir(parents=True, exist_ok=True)
                 sync_directory(folder.parent)
-        # What a killed run has left, or a link that somebody put there: never written through.
+        # A killed run may have left one, or somebody may have put a link there, which must not be written through.
         self.partial.unlink(missing_ok=True)
         self.file: IO[bytes] = open(self.partial, "xb", buffering=0)
         self.stream = DiskStream(self.file, read_soon=self._read_soon)
@@ -65,7 +65,7 @@ class FileWriter:
         try:
             self.stream.stop()
         finally:
-            with suppress(OSError):  # the disk has said before what is wrong with it, or it is of no account any more
+            with suppress(OSError):  # a failing disk has been reported by a write already; else the file is discarded
                 self.file.close()
             if not self._in_place:
                 with suppress(OSError):
@@ -83,18 +83,22 @@ class FileWriter:
         self.append(view)
 
     def append(self, view: memoryview) -> None:
-        """``write``, for those who compute the hash by themselves."""
+        """``write`` without hashing: for subclasses that compute the sha256 themselves."""
         with timed("write"), write_errors(self.path):
             self.stream.write(view)
         self.size += len(view)
 
     @property
     def sha256(self) -> str:
-        """Of what has been written so far, in order."""
+        """Of all bytes given to ``write`` so far, in hex."""
         return self._sha256.hexdigest()
 
     def commit(self, name: str) -> FileRecord:
-        """Put the file in place, synced; the record carries ``name``."""
+        """Sync the file and rename it to its final path. Returns its record, under ``name``.
+
+        Raises:
+            OutputError: the disk is full or fails; then no file is left under that path.
+        """
         with timed("write"), write_errors(self.path):
             self.stream.finish()
             os.fsync(self.file.fileno())
@@ -103,7 +107,7 @@ class FileWriter:
             self._in_place = True
             try:
                 sync_directory(self.path.parent)
-            except OSError:  # what is not known to stay is not left to be taken for a result
+            except OSError:  # the rename may not survive a power loss, so the file must not be taken for a result
                 with suppress(OSError):
                     self.path.unlink()
                 raise
@@ -111,7 +115,7 @@ class FileWriter:
 
 
 class HashSink:
-    """Takes what a ``FileWriter`` would write, and only tells what it was."""
+    """Stands in for a ``FileWriter`` where only the sha256 of what would be written is wanted."""
 
     def __init__(self) -> None:
         self._sha256 = hashlib.sha256()
@@ -121,12 +125,12 @@ class HashSink:
 
     @property
     def sha256(self) -> str:
-        """Of what has been written so far, in order."""
+        """Of all bytes given to ``write`` so far, in hex."""
         return self._sha256.hexdigest()
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write a small file whole and synced, or not at all."""
+    """Write a small file atomically: whole and synced, or not at all. Raises OutputError."""
     with FileWriter(path) as writer:
         writer.write(data)
         writer.commit(path.name)
@@ -135,12 +139,18 @@ def write_file(path: Path, data: bytes) -> None:
 def copy_file(
     source: Path, target: Path, name: str, expected: FileRecord | None = None, watch: Watch | None = None
 ) -> FileRecord:
-    """Copy a file as bytes; the record carries ``name``.
+    """Copy a file byte by byte, atomically.
+
+    Args:
+        source, target: paths.
+        name: for the record that is returned.
+        expected: what the copy must be, by size and sha256.
+        watch: told of ``source``, which must not have changed since it was first seen.
 
     Raises:
         OutputError: the target cannot be written.
         ReadError: the source cannot be read.
-        FormatError: it is not the ``expected`` file, or not the one that ``watch`` has seen. Nothing is put in place then.
+        FormatError: the source is not the ``expected`` file, or has changed. There is no copy then.
     """
     with read_errors(source):
         check_regular(source, str(source))

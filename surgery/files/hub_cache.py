@@ -1,4 +1,4 @@
-"""Where the hub's client keeps files, by the names of folders alone."""
+"""Recognizing the hub's cache by the names of its folders, without the hub's client."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 
 
 def cached_repo(folder: Path) -> str | None:
-    """The model that the hub's client keeps in a folder, by the folder's name; None for other folders."""
+    """The repo id of the model that the hub's cache keeps in a folder (``models--owner--name``); None for other folders."""
     match = re.fullmatch("models--(.+)", folder.name)
     return None if match is None else match[1].replace("--", "/")
 
 
 def hub_cache(path: Path) -> Path | None:
-    """The folder in which the hub's client keeps a file for a model, or shares it between several; None for other files."""
+    """The folder of the hub's cache that a file lies in: a model's, or one shared by several; None if it is not cached."""
     return next(
         (
             folder.parent

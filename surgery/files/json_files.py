@@ -1,4 +1,4 @@
-"""JSON in files: read within bounds and without a doubt of what it says, and written without a second copy of it."""
+"""JSON files: read with limits on size and depth and without ambiguity, and written without a second copy in memory."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from typing import Any
 from surgery.errors import FormatError
 from surgery.files.access import check_regular, read_errors
 
-#: Of a config or an index, and of what surgery writes: the manifest of a model of 45,000 matrices takes some 80 MB.
+#: The largest config or index that is read, and the largest JSON of our own: a manifest of 45,000 matrices takes some 80 MB.
 MAX_JSON_BYTES = 1 << 26
 MAX_OWN_JSON_BYTES = 1 << 29
-#: Of JSON: far more than any config has, and far less than what Python's recursion bears, to compare and print it too.
+#: Levels of nesting: far more than any config has, and few enough that Python can also compare and print what is read.
 _MOST_LEVELS = 100
 _TOO_DEEP = f"nested deeper than {_MOST_LEVELS} levels"
-#: Of JSON in the making, as the encoder gives them: a number, a bracket ...
-_PIECES = 1 << 14
+#: How many tokens of the encoder (a number, a bracket ...) are joined at a time.
+_TOKENS = 1 << 14
 
 
 def json_bytes(value: Any) -> bytes:
-    """Indented JSON of dataclasses and what JSON has, UTF-8. Of a large value no second copy is made but this one."""
+    """A value as indented JSON in UTF-8; dataclasses become objects. Only one copy of the text is in memory at any time."""
     encoder = json.JSONEncoder(indent=1, ensure_ascii=False, default=_fields)
-    text, pieces = bytearray(), encoder.iterencode(value)
-    while some := "".join(islice(pieces, _PIECES)):
-        text += some.encode()
-    return bytes(text)
+    encoded, tokens = bytearray(), encoder.iterencode(value)
+    while joined := "".join(islice(tokens, _TOKENS)):
+        encoded += joined.encode()
+    return bytes(encoded)
 
 
 def _fields(record: Any) -> dict[str, Any]:
@@ -36,20 +36,25 @@ def _fields(record: Any) -> dict[str, Any]:
 
 
 def read_json_object(path: Path, name: str, *, most: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """A JSON object from a file that may be anything.
+    """Read a JSON object from a file that may hold anything.
+
+    Args:
+        path: of the file.
+        name: for messages.
+        most: bytes that the file may have.
 
     Raises:
-        ReadError: the system does not let it be read.
-        FormatError: too large, not JSON, or no object.
+        ReadError: it cannot be read, or is no ordinary file.
+        FormatError: it is too large, not JSON, or no object.
     """
     return json_object(read_bytes(path, name, most=most), name)
 
 
 def read_bytes(path: Path, name: str, *, most: int) -> bytes:
-    """A small file that may be anything, whole.
+    """Read all bytes of a file that may be of any kind and size.
 
     Raises:
-        ReadError: the system does not let it be read, or it is no ordinary file.
+        ReadError: it cannot be read, or is no ordinary file.
         FormatError: it is larger than ``most`` bytes.
     """
     with read_errors(path, name):
@@ -58,7 +63,7 @@ def read_bytes(path: Path, name: str, *, most: int) -> bytes:
 
 
 def check_size(path: Path, name: str, most: int = MAX_JSON_BYTES) -> None:
-    """Refuse a file that would take unbounded memory or time.
+    """Refuse a file that is too large to be read as a whole.
 
     Raises:
         ReadError: it is no ordinary file.
@@ -86,12 +91,12 @@ def json_object(data: bytes, name: str) -> dict[str, Any]:
 
 
 def decode_json(text: str) -> Any:
-    """What JSON says, where it says it once: of a name that is there twice every reader takes another value.
+    """Decode JSON text, refusing what is ambiguous: of a repeated name in an object, readers take different values.
 
-    ``NaN`` and ``Infinity`` are numbers, as transformers writes them into configs.
+    ``NaN`` and ``Infinity`` are numbers, since transformers writes them into configs.
 
     Raises:
-        ValueError: it is no JSON, is nested deeply, or has an object with a name twice.
+        ValueError: it is not JSON, is nested too deeply, or an object has the same name twice.
     """
     try:
         parsed = json.loads(text, object_pairs_hook=_each_once)

@@ -1,4 +1,4 @@
-"""What a file is that is no safetensors file, told by its first bytes. Nothing in it is run, unpickled or unpacked."""
+"""Recognizing files that are not safetensors by their first bytes. Nothing in them is run, unpickled or unpacked."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 
 from surgery.escapes import quoted
 
-#: How much of a file is looked at.
+#: Bytes from the start of a file that are looked at.
 HEAD_BYTES = 512
 
 _AGAIN = "fetch or save it again"
+#: First bytes -> what the file is, and what to do.
 _KINDS = (
     (b"version https://git-lfs", "a git-lfs pointer and not the file it stands for", "git lfs pull in its repository"),
     (b"GGUF", "a GGUF file", "give the safetensors that it was made from; the card of its model names them"),
@@ -24,14 +25,19 @@ _KINDS = (
 
 @dataclass(frozen=True, slots=True)
 class OtherKind:
-    """What a file is, as in "it is a GGUF file", and what to do."""
+    """A kind of file that is not safetensors.
+
+    Attributes:
+        what: its name with an article, such as "a GGUF file".
+        hint: what to do with such a file.
+    """
 
     what: str
     hint: str
 
 
 def other_kind(head: bytes, size: int, path: Path) -> OtherKind | None:
-    """What a file is that turned out not to be safetensors; None if its first bytes do not tell.
+    """The kind of a file that is not safetensors; None if its first bytes do not tell, or look like safetensors.
 
     Args:
         head: its first ``HEAD_BYTES`` bytes, or all there are.
@@ -64,10 +70,10 @@ def other_kind(head: bytes, size: int, path: Path) -> OtherKind | None:
 
 
 def _conversion(path: Path) -> str:
-    """The command that makes safetensors of tensors by name, running nothing that is in the file."""
+    """The command that converts a pickle of tensors by name to safetensors, without running any code in it."""
     name = path.with_suffix(".safetensors").name
     new = path.with_name(name if name != path.name else f"{path.stem}-converted.safetensors")
-    # Opened before it is given to torch.load, which would take a name that ends in .safetensors at its word.
+    # torch.load is given an open file: of a path that ends in .safetensors it would expect that format.
     code = (
         "import safetensors.torch, torch; "
         f'safetensors.torch.save_file(torch.load(open({_literal(path)}, "rb"), weights_only=True), {_literal(new)})'
@@ -76,5 +82,5 @@ def _conversion(path: Path) -> str:
 
 
 def _literal(path: Path) -> str:
-    """A path as Python and a shell's single quotes take it."""
+    """A path as a Python string literal in double quotes, which can stand inside single quotes of a shell."""
     return json.dumps(str(path), ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""Which relative paths a checkpoint may have: those that mean the same file on every system."""
+"""Which relative paths are allowed in a checkpoint: those that mean the same file on every system."""
 
 from __future__ import annotations
 
@@ -11,22 +11,30 @@ from surgery.errors import FormatError
 from surgery.escapes import has_surrogates
 from surgery.names import RESERVED_SUFFIX
 
-#: Bytes of a name that leave room for what is added to it while its file is written, and of a path below a folder.
+#: Bytes of a file name, with room for the suffix that it has while the file is written, and of a whole relative path.
 _LONGEST_NAME = 255 - len(RESERVED_SUFFIX)
 _LONGEST_PATH = 1000
-#: What Windows takes for devices, in any folder and with any suffix.
+#: Names that Windows takes for devices, in any folder and with any suffix.
 _DEVICES = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"} | {
     f"{port}{number}" for port in ("COM", "LPT") for number in "0123456789\u00b9\u00b2\u00b3"
 }
+#: The zero-width joiner: invisible, but also a part of emoji.
 _JOINER = "\u200d"
 _PLAIN = "a relative path without .. and without : and \\, which have a meaning on Windows"
 
 
 def check_relative_path(name: str, where: str) -> str:
-    """``name`` if it is a path that means the same file on every system, and that stays inside the folder it is relative to.
+    """Refuse a relative path that is not portable or leaves its folder.
 
-    Letters of all scripts, symbols and emoji are fine. The same rule holds for what a hub or a folder lists, what an index
-    names, and what a manifest records.
+    Letters of all scripts, symbols and emoji are allowed. The same rule holds for what a hub or a folder lists, what an
+    index names, and what a manifest records.
+
+    Args:
+        name: the path, with forward slashes.
+        where: what lists or names it, for messages.
+
+    Returns:
+        ``name``.
 
     Raises:
         FormatError: says which part of the rule it breaks.
@@ -51,7 +59,7 @@ def check_relative_path(name: str, where: str) -> str:
 
 
 def is_plain_path(name: str) -> bool:
-    """Whether ``check_relative_path`` takes it."""
+    """Whether ``check_relative_path`` accepts the path."""
     try:
         check_relative_path(name, "")
     except FormatError:
@@ -60,21 +68,21 @@ def is_plain_path(name: str) -> bool:
 
 
 def _hidden(part: str) -> bool:
-    """Whether a name has control characters, line ends, changes of direction, or characters without a width in it.
+    """Whether a name has invisible characters: controls, line ends, changes of writing direction, or zero-width ones.
 
-    One of these is part of emoji: what joins two.
+    A zero-width joiner between two emoji does not count.
     """
     if all(_is_emoji_joined(before, after) for before, after in pairwise(part.split(_JOINER))):
         part = part.replace(_JOINER, "")
-    return any(unicodedata.category(one) in ("Cc", "Cf", "Zl", "Zp") for one in part)
+    return any(unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp") for character in part)
 
 
 def _is_emoji_joined(before: str, after: str) -> bool:
-    """Whether a symbol, maybe with its skin or its variant, stands before a joiner, and a symbol after it."""
-    last, first = (unicodedata.category(one) if one else "" for one in (before[-1:], after[:1]))
+    """Whether a joiner stands between emoji: ``before`` ends in a symbol or its modifier, ``after`` begins with a symbol."""
+    last, first = (unicodedata.category(character) if character else "" for character in (before[-1:], after[:1]))
     return last in ("So", "Sk", "Mn") and first == "So"
 
 
 def file_key(path: str) -> str:
-    """What two paths have in common that are one on a disk that does not tell case or normal forms apart."""
+    """A key that is equal for paths which are the same file on a disk that ignores case and Unicode normal forms."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", path).casefold())

@@ -1,4 +1,4 @@
-"""Files that are open while they are read, and a few longer: a model may have thousands, a process a few dozen."""
+"""A pool of open files: a model may have thousands of files, and a process may only have a few hundred open at a time."""
 
 from __future__ import annotations
 
@@ -9,37 +9,38 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Generic, Protocol, Self, TypeVar
 
-#: Of those that nobody uses.
+#: How many files that nobody uses stay open, for whoever needs them next.
 _KEPT_OPEN = 6
 
 
 class Reader(Protocol):
-    """A file that is open."""
+    """An open file, such as a ``ShardReader``."""
 
     def check_unchanged(self) -> None:
-        """Raises where the file is not what it was when it was opened."""
+        """Refuse a file that has changed since it was opened. Raises FormatError."""
 
     def close(self) -> None:
-        """No more reading."""
+        """Close the file; nothing is read from it any more."""
 
 
 _Reader = TypeVar("_Reader", bound=Reader)
 
 
 class Pool(Generic[_Reader]):
-    """Readers of files, by name: opened when they are wanted, and closed when nobody uses them and others were used since.
+    """Readers by file name, opened when they are first needed. The ones unused for longest are closed.
 
-    A file that is closed must be what it was when it was opened. A context manager, for any number of threads.
+    When a file is closed, it is checked that it has not changed since it was opened. A context manager; safe for any number
+    of threads.
 
     Args:
-        make: opens the file of a name; called by one thread at a time.
+        make: opens the file of that name; called by one thread at a time.
     """
 
     def __init__(self, make: Callable[[str], _Reader]) -> None:
         self._make = make
-        self._open: dict[str, _Reader] = {}  # the last that was used comes last
+        self._open: dict[str, _Reader] = {}  # in the order of their last use
         self._users: Counter[str] = Counter()
-        self._one = threading.Lock()
+        self._lock = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -56,32 +57,32 @@ class Pool(Generic[_Reader]):
 
     @contextmanager
     def of(self, name: str) -> Iterator[_Reader]:
-        """The reader of a name, open for as long as the context lasts.
+        """The reader of a file, which stays open for as long as the context lasts.
 
         Raises:
-            What opening it does; FormatError: another one is closed, and its file has changed.
+            What ``make`` raises; FormatError: an unused file is closed here, and has changed.
         """
-        with self._one:
+        with self._lock:
             reader = self._open.pop(name, None) or self._make(name)
             self._open[name] = reader
             self._users[name] += 1
         try:
             yield reader
         finally:
-            with self._one:
+            with self._lock:
                 self._users[name] -= 1
-        with self._one:
+        with self._lock:
             idle = [name for name in self._open if not self._users[name]]
             for name in idle[:-_KEPT_OPEN]:
                 self._close(name)
 
     def forget(self, name: str) -> None:
-        """Close a file that nobody uses, if it is open: it may be dropped.
+        """Close a file that is open and not in use, so that it may be deleted.
 
         Raises:
-            FormatError: it has changed.
+            FormatError: it has changed since it was opened.
         """
-        with self._one:
+        with self._lock:
             if name in self._open and not self._users[name]:
                 self._close(name)
 

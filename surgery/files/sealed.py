@@ -1,4 +1,4 @@
-"""JSON of ours that carries its own hash, so that whatever has changed in its file since is noticed."""
+"""Sealed JSON: our own files that end in the sha256 of everything before it, so that any change to them is noticed."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ _SEAL_BYTES = len(_HEAD) + 64 + len(_TAIL)
 
 
 def sealed(value: Any) -> bytes:
-    """A JSON object, or a dataclass as one, with an entry at least, as it is in its file: the last entry is the sha256 of all
-    bytes before that.
+    """The bytes of a sealed file: a JSON object whose last entry, ``sha256``, is the hash of all bytes before that entry.
 
     Args:
-        value: without an entry ``sha256``.
+        value: a dict or a dataclass with at least one entry and none called ``sha256``.
     """
     text = json_bytes(value)
     before = memoryview(text)[: -len("\n}")]
@@ -29,26 +28,26 @@ def sealed(value: Any) -> bytes:
 
 
 def read_sealed(path: Path, hint: str) -> dict[str, Any]:
-    """What was ``sealed``, from a file that may be anything.
+    """Read a sealed file; returns the object without its hash.
 
     Args:
-        path: of the file.
-        hint: what to do where it is not as it was written.
+        path: of the file, which may hold anything.
+        hint: what to do if it has changed since it was written.
 
     Raises:
-        ReadError: the system does not let it be read.
-        FormatError: it is too large, or as of ``unsealed``.
+        ReadError: it cannot be read, or is no ordinary file.
+        FormatError: it is too large, has changed since it was written, or has no hash of its own.
     """
     return unsealed(read_bytes(path, str(path), most=MAX_OWN_JSON_BYTES), str(path), hint)
 
 
 def unsealed(data: bytes, name: str, hint: str) -> dict[str, Any]:
-    """What was ``sealed``, without its hash.
+    """The object in the bytes of a sealed file, without its hash.
 
     Args:
-        data: the bytes of its file.
-        name: of that, for messages.
-        hint: see ``read_sealed``.
+        data: the bytes of the file.
+        name: of the file, for messages.
+        hint: what to do if it has changed since it was written.
 
     Raises:
         FormatError: it has changed since, or has no hash of its own.

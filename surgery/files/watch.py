@@ -1,4 +1,4 @@
-"""Whether a file that is read more than once is still the same: stamps, and who keeps them."""
+"""Noticing that a file has changed between two reads: stamps of files, and a watch that remembers them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from surgery.files.access import check_regular, read_errors
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
-    """What changes when a file is written to or another one takes its place, whatever becomes of its other times.
+    """Identity, size and times of a file: at least one of them changes when it is written to or replaced.
 
     Attributes:
         device, inode: which file it is.
@@ -30,13 +30,13 @@ class Stamp:
 
     @classmethod
     def of(cls, file: IO[bytes]) -> Self:
-        """Of an open file."""
+        """The stamp of an open file."""
         found = os.fstat(file.fileno())
         return cls(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
     @classmethod
     def at(cls, path: Path, name: str) -> Self:
-        """Of the file that is to be found there now.
+        """The stamp of the file that is at ``path`` now.
 
         Raises:
             ReadError: it is gone, is no ordinary file or cannot be opened.
@@ -47,10 +47,10 @@ class Stamp:
                 return cls.of(file)
 
     def check(self, now: Stamp, name: str) -> None:
-        """Refuse what has changed since.
+        """Refuse a file that has changed: this stamp is the earlier one, ``now`` the later.
 
         Raises:
-            FormatError: says what is different.
+            FormatError: they differ; says in what.
         """
         if now == self:
             return
@@ -71,56 +71,57 @@ class Stamp:
 
 
 class Watch:
-    """Files that are read more than once, or together with others, and must be the same all the time.
-
-    For any number of threads.
+    """Remembers the stamps of files that must not change while they are in use. Safe for any number of threads.
 
     Attributes:
-        pinned: whether hashes pin what the files hold, and each use holds them to it. Then one may be removed when it has been
-            opened, as from the hub's cache, and come again.
+        pinned: whether the contents of the files are pinned by hashes, which each use checks. Then a file may be removed and
+            fetched again, as happens in the hub's cache, and ``check`` does not look at them.
     """
 
     def __init__(self, *, pinned: bool = False) -> None:
         self.pinned = pinned
         self._seen: dict[Path, tuple[str, Stamp]] = {}
-        self._one = threading.Lock()
+        self._lock = threading.Lock()
 
     def see(self, path: Path, name: str, stamp: Stamp | None = None) -> Stamp:
-        """Remember what a file is, or make sure that it still is what it was when it was seen first.
+        """Remember the stamp of a file that is seen for the first time; else refuse the file if it has changed since.
 
         Args:
-            path: where it is.
+            path: of the file.
             name: for messages.
-            stamp: of the file as it has been opened; else of what is found there.
+            stamp: of the file, if it is open already; None: that of the file at ``path``.
+
+        Returns:
+            The stamp of the file now.
 
         Raises:
             FormatError: it has changed.
             ReadError: it is gone or cannot be opened.
         """
         stamp = stamp or Stamp.at(path, name)
-        with self._one:
+        with self._lock:
             _, before = self._seen.setdefault(path, (name, stamp))
         before.check(stamp, name)
         return stamp
 
     def seen(self, path: Path) -> Stamp | None:
-        """What a file was when it was seen, if it was."""
-        with self._one:
+        """The stamp of a file when it was first seen; None if it has not been."""
+        with self._lock:
             return self._seen[path][1] if path in self._seen else None
 
     def forget(self, path: Path) -> None:
-        """A file is dropped by whoever put it there."""
-        with self._one:
+        """Forget a file that is about to be deleted or replaced on purpose."""
+        with self._lock:
             self._seen.pop(path, None)
 
     def check(self) -> None:
-        """All once more, unless they are pinned.
+        """Look at all files once more, unless they are pinned.
 
         Raises:
             FormatError: one has changed.
             ReadError: one is gone.
         """
-        with self._one:
+        with self._lock:
             seen = [] if self.pinned else list(self._seen.items())
         for path, (name, before) in seen:
             before.check(Stamp.at(path, name), name)

@@ -1,4 +1,4 @@
-"""Records from JSON that anybody may have written: every field of the type that its dataclass annotates it with."""
+"""Decoding JSON from untrusted files into dataclasses, with each field checked against its annotation."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from surgery.errors import FormatError, few
 
 _T = TypeVar("_T")
-#: Makes of what JSON has what an annotation says; raises FormatError, with the place in the file.
+#: Called with a JSON value and its place in the file, gives the value of the annotated type; raises FormatError.
 _Decoder = Callable[[Any, str], Any]
 
-#: What JSON has for the annotations of a field that is no record.
+#: Annotation of a scalar field -> the types that JSON may have for it.
 _SCALARS: dict[type, type | tuple[type, ...]] = {str: str, int: int, bool: bool, float: (int, float)}
 
 
 def decode(kind: type[_T], value: Any, where: str) -> _T:
-    """A record from JSON.
+    """Decode a JSON object into a dataclass.
 
     Args:
         kind: a dataclass. Its annotations are scalars, other dataclasses, ``list[X]`` and ``tuple[X, ...]`` of one of these
             (both are lists in JSON), and ``X | None``.
-        value: what JSON has; of long lists of records in it what has been decoded is dropped as the records come.
+        value: from JSON. Its lists of records are emptied as they are decoded, so that memory is not needed twice.
         where: the place in the file, for messages.
 
     Raises:
-        FormatError: a field is missing that has no ``default_factory``, is unknown, or is of another type.
+        FormatError: a field is unknown or of another type, or is missing and has no ``default_factory``.
     """
     if not isinstance(value, dict):
         raise FormatError(f"{where}: expected an object", got=type(value).__name__)
@@ -40,7 +40,7 @@ def decode(kind: type[_T], value: Any, where: str) -> _T:
 
 @cache
 def _fields_of(kind: type) -> tuple[dict[str, _Decoder], frozenset[str]]:
-    """A decoder for each field of a dataclass, and the fields that must be there."""
+    """A decoder for each field of a dataclass, and the names of the fields that must be given."""
     hints = get_type_hints(kind)
     fields = dataclasses.fields(kind)
     needed = frozenset(part.name for part in fields if part.default_factory is dataclasses.MISSING)
@@ -48,7 +48,7 @@ def _fields_of(kind: type) -> tuple[dict[str, _Decoder], frozenset[str]]:
 
 
 def _decoder_of(annotation: Any) -> _Decoder:
-    """Raises: TypeError: nothing in JSON is known to stand for it."""
+    """The decoder for an annotation. Raises TypeError if it is none of those that ``decode`` knows."""
     if annotation in _SCALARS:
         return partial(_decode_scalar, annotation)
     if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
@@ -72,7 +72,7 @@ def _decode_list(decode_item: _Decoder, of_records: bool, value: Any, where: str
     for i, item in enumerate(value):
         items.append(decode_item(item, f"{where}[{i}]"))
         if of_records:
-            value[i] = None  # of a long list what is parsed goes as the records come
+            value[i] = None  # frees the parsed JSON of a long list as its records are made
     return items
 
 

@@ -1,4 +1,4 @@
-"""The factors of one shard, checked against the manifest."""
+"""Reading the factors and corrections of a factorized checkpoint, checked against its manifest."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DAMAGED_HINT = "factorize again: the file is damaged"
 
 
 class FactorsHash:
-    """sha256 over the bytes of U, s and V of the matrices of a target, one matrix after the other."""
+    """sha256 over the factors of a target: the bytes of U, s and V of each of its matrices in turn."""
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
@@ -40,17 +40,17 @@ class FactorsHash:
 
 
 class FactorsReader:
-    """Reads the factors of a shard's targets. A context manager, for any number of threads.
+    """Reads the factors of the targets in one shard. A context manager; safe for any number of threads.
 
     Args:
         folder: the factorized checkpoint.
-        shard: whose factors.
-        check: compare the whole file's sha256 with the manifest first.
-        watch: see ``ShardReader``.
+        shard: the record of the shard.
+        check: whether to compare the sha256 of the whole file with the manifest first.
+        watch: as for ``ShardReader``.
 
     Raises:
-        FormatError: there is no such file, or it is not the one that the manifest describes; when the context is left
-            without another error, that it has changed since.
+        FormatError: the file is missing or is not the one that the manifest describes. Also when the context is left without
+            another error, if the file has changed since it was opened.
     """
 
     def __init__(self, folder: Path, shard: ShardRecord, *, check: bool = True, watch: Watch | None = None) -> None:
@@ -59,7 +59,7 @@ class FactorsReader:
         self._name = shard.factors.file
         watch = watch or Watch()
         if check:
-            watch.see(folder / self._name, self._name)  # what is hashed must be what is read
+            watch.see(folder / self._name, self._name)  # the file must not change between hashing and reading it
             check_file(folder, shard.factors, DAMAGED_HINT)
         self._reader = ShardReader(folder / self._name, name=self._name, watch=watch)
 
@@ -74,15 +74,15 @@ class FactorsReader:
             self.close()
 
     def check_unchanged(self) -> None:
-        """See ``ShardReader``."""
+        """Refuse the file if it has changed since it was opened. Raises FormatError, or ReadError if it is gone."""
         self._reader.check_unchanged()
 
     def close(self) -> None:
-        """See ``ShardReader``."""
+        """Close the file; may be called more than once."""
         self._reader.close()
 
     def factors(self, target: TargetRecord, index: int | None = None) -> Factors:
-        """U (m, k), s (k,), V (n, k), float32 on the CPU; for a stack those of the matrix ``index``."""
+        """The factors of a target: U (m, k), s (k,), V (n, k), float32 on the CPU; of a stack those of matrix ``index``."""
         (_, m, n), k = target.matrices, target.rank
         return Factors(*(self._factor(target, part, size, index) for part, size in (("U", [m, k]), ("s", [k]), ("V", [n, k]))))
 
@@ -93,11 +93,12 @@ class FactorsReader:
         return self._reader.read(entry, index, 1)[0]
 
     def correction(self, target: TargetRecord, index: int | None = None) -> torch.Tensor:
-        """The encoded correction, uint8 (bytes,), on the CPU; for a stack that of the matrix ``index``."""
+        """The encoded correction of a target, uint8 (bytes,), on the CPU; of a stack that of matrix ``index``."""
         key = correction_key(target.key, index if target.view == "stack" else None)
         return self._reader.read_bytes(self._entry(target, key, "U8", None))
 
     def _entry(self, target: TargetRecord, key: str, dtype: str, shape: list[int] | None) -> TensorEntry:
+        """The entry of a tensor in the file of factors. Raises FormatError if it is missing or misshapen."""
         entry = self._reader.entries.get(key)
         if entry is None or entry.dtype != dtype or (shape is not None and list(entry.shape) != shape):
             raise FormatError(
@@ -125,11 +126,11 @@ class FactorsReaders:
         self._pool.__exit__(kind, error, trace)
 
     def of(self, target: TargetRecord) -> AbstractContextManager[FactorsReader]:
-        """The one that has a target's factors, to be used inside of the context; errors as for ``FactorsReader``."""
+        """The reader that has a target's factors, open for as long as the context lasts. Raises what ``FactorsReader`` does."""
         return self._pool.of(target.shard)
 
     def _reader(self, shard: str) -> FactorsReader:
-        # The hash is taken once: what is opened again has been watched since.
+        # The file is hashed only when it is first opened; after that the watch notices changes.
         reader = FactorsReader(self._folder, self._shards[shard], check=shard not in self._checked, watch=self._watch)
         self._checked.add(shard)
         return reader

@@ -1,4 +1,4 @@
-"""The header of a safetensors file: parsed with every byte accounted for, and made.
+"""The header of a safetensors file: parsing, where every byte of the file has to be accounted for, and writing.
 
 Format: https://huggingface.co/docs/safetensors (u64 little-endian header length, JSON, data).
 """
@@ -21,7 +21,14 @@ MAX_HEADER_BYTES = 100_000_000
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a safetensors file, as its header has it. Offsets count from the start of the data."""
+    """What the header of a safetensors file says of one tensor.
+
+    Attributes:
+        name: of the tensor.
+        dtype: as the format names it, such as ``BF16``.
+        shape: its sizes; empty for a scalar.
+        start, end: where its bytes are, counted from the start of the data; ``end`` is behind the last one.
+    """
 
     name: str
     dtype: str
@@ -58,7 +65,7 @@ class Header:
 
 
 def header_length(prefix: bytes, *, file: str, file_bytes: int) -> int:
-    """How many bytes of JSON follow the length prefix of 8 bytes.
+    """The length of the header's JSON in bytes, which follows the length prefix of 8 bytes.
 
     Args:
         prefix: the first bytes of the file.
@@ -66,7 +73,7 @@ def header_length(prefix: bytes, *, file: str, file_bytes: int) -> int:
         file_bytes: size of the whole file.
 
     Raises:
-        FormatError: more than the file has, or than the format allows.
+        FormatError: it is longer than the file, or than the format allows.
     """
     length = int.from_bytes(prefix[:8], "little")
     if len(prefix) < 8 or length > min(file_bytes - 8, MAX_HEADER_BYTES):
@@ -87,7 +94,7 @@ def parse_header(raw: bytes, *, file: str, file_bytes: int | None = None) -> Hea
         file_bytes: size of the whole file, when known; the data must fill it exactly.
 
     Raises:
-        FormatError: anything that a reader relying on the header could be led astray by.
+        FormatError: the header is not valid JSON, or contradicts itself, the format or the size of the file.
     """
     if len(raw) < 8 or len(raw) != 8 + int.from_bytes(raw[:8], "little"):
         raise FormatError(f"{file}: the header is cut off")
@@ -104,9 +111,9 @@ def parse_header(raw: bytes, *, file: str, file_bytes: int | None = None) -> Hea
 
 
 def header_from_json(parsed: dict[str, Any], *, raw: bytes, file: str, file_bytes: int | None = None) -> Header:
-    """Check a decoded header object and turn it into a ``Header``; arguments as for ``parse_header``."""
+    """Check a header that has been decoded from JSON, and make a ``Header`` of it; arguments as for ``parse_header``."""
     metadata = parsed.get("__metadata__")
-    metadata = {} if metadata is None else metadata  # null is none, as the safetensors library reads it
+    metadata = {} if metadata is None else metadata  # the safetensors library reads null as no metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError(f"{file}: __metadata__ is no map of strings to strings")
     entries = [_entry(name, value, file) for name, value in parsed.items() if name != "__metadata__"]
@@ -131,13 +138,18 @@ def header_from_json(parsed: dict[str, Any], *, raw: bytes, file: str, file_byte
 
 
 def resized(entry: TensorEntry, dtype: str) -> TensorEntry:
-    """The same tensor in another dtype, starting at 0; with its own one as many bytes as it has."""
+    """The entry of the same tensor in another dtype (or its own), with offsets that start at 0."""
     size = entry.nbytes if dtype == entry.dtype else math.prod(entry.shape) * DTYPE_BITS[dtype] // 8
     return TensorEntry(entry.name, dtype, entry.shape, 0, size)
 
 
 def make_header(tensors: Iterable[TensorEntry], metadata: Mapping[str, str]) -> bytes:
-    """The bytes before the data for tensors that follow one another, wherever they lay before."""
+    """The header of a file with these tensors one after the other: length prefix and JSON, padded to 8 bytes.
+
+    Args:
+        tensors: in the order of their data; of their offsets only the sizes count.
+        metadata: for ``__metadata__``.
+    """
     lines = [f'"__metadata__":{json.dumps(dict(metadata), separators=(",", ":"))}'] if metadata else []
     position = 0
     for entry in tensors:
@@ -149,12 +161,13 @@ def make_header(tensors: Iterable[TensorEntry], metadata: Mapping[str, str]) -> 
 
 
 def described_entry(name: str, dtype: str, shape: Iterable[int], start: int, end: int) -> str:
-    """What a header says of a tensor, as text: of a hundred thousand, dicts would take ten times as much memory."""
+    """The entry of a tensor in a header, as JSON text: dicts for a hundred thousand tensors take ten times the memory."""
     described = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     return f"{json.dumps(name)}:{json.dumps(described, separators=(',', ':'))}"
 
 
 def _entry(name: str, value: Any, file: str) -> TensorEntry:
+    """Check what a header says of one tensor. Raises FormatError."""
     where = f"{file}: tensor {name!r}"
     if has_surrogates(name):
         raise FormatError(f"{where}: the name is no Unicode text")

@@ -1,4 +1,4 @@
-"""``surgery/manifest.json``: what a factorized checkpoint is. Written last; its presence means complete."""
+"""``surgery/manifest.json``, which describes a factorized checkpoint. It is written last: a checkpoint with it is complete."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _DAMAGED_HINT = "restore it, from a copy or by downloading it again, or factoriz
 
 @dataclass(frozen=True, slots=True)
 class ShardResult:
-    """All that came of one shard: what the journal of an unfinished run keeps."""
+    """The result of factorizing one shard, as the journal of an unfinished run keeps it."""
 
     shard: ShardRecord
     targets: list[TargetRecord]
@@ -50,7 +50,7 @@ class ShardResult:
 
     @classmethod
     def from_json(cls, value: Any, where: str) -> ShardResult:
-        """Raises: FormatError."""
+        """Decode and check what ``as_json`` gave. Raises FormatError if it makes no sense."""
         result = decode(cls, value, where)
         for target in result.targets:
             _check_target(target, where, overlay=result.shard.residual is None)
@@ -61,9 +61,9 @@ class ShardResult:
 class Manifest:
     """The whole manifest.
 
-    ``fingerprint`` identifies the factors; scales carry it. ``source_stamps`` are what a local source's weight files are known
-    by (``source_stamp``), in the order of ``shards``; there are none of a model from the hub. ``options`` are those that were
-    asked for, with the name of the recipe that applied.
+    ``fingerprint`` identifies the factors, and is also recorded in the files of scales. ``source_stamps`` identify the weight
+    files of a local source (``source_stamp``), in the order of ``shards``; the list is empty for a model from the hub.
+    ``options`` are those that were asked for, with the name of the recipe that applied.
     """
 
     format_version: int
@@ -82,17 +82,17 @@ class Manifest:
     skipped: list[SkippedRecord]
 
     def as_bytes(self) -> bytes:
-        """As it is in its file, with its hash."""
+        """The bytes of its file, with its own hash as the last entry."""
         return sealed(self)
 
     def write(self, folder: str | Path) -> None:
-        """Put the manifest in its place, if it can be read again.
+        """Write the manifest to its file, atomically.
 
         Args:
             folder: the factorized checkpoint.
 
         Raises:
-            FormatError: it could not be; nothing is written.
+            FormatError: its entries contradict each other, or it is too large to be read again; nothing is written.
             OutputError: the disk is full or fails.
         """
         folder = as_path(folder, "folder")
@@ -111,10 +111,10 @@ class Manifest:
             folder: written by ``factorize``.
 
         Raises:
-            OptionError: no path.
+            OptionError: ``folder`` is no path.
             SourceError: the folder is no factorized checkpoint, or an unfinished one.
-            ReadError: the system does not let it be read.
-            FormatError: the manifest has been changed since it was written, makes no sense, or is of another version.
+            ReadError: the manifest cannot be read.
+            FormatError: the manifest has been changed since it was written, contradicts itself, or is of another version.
         """
         folder = as_path(folder, "folder")
         path = folder / MANIFEST_FILE
@@ -174,11 +174,11 @@ class Manifest:
 
     @property
     def lossless(self) -> bool:
-        """Whether a fold with untouched scales gives the source back."""
+        """Whether a fold with untouched scales gives the source back bit for bit."""
         return self.layout == "overlay" or self.options.correction
 
     def output_files(self) -> list[FileRecord]:
-        """Every file of the checkpoint but the manifest and the scales (which a trainer may replace)."""
+        """All files of the checkpoint except the manifest and the scales, which a trainer may replace."""
         written = [record for shard in self.shards for record in (shard.residual, shard.factors) if record is not None]
         return written + self.files
 
@@ -191,18 +191,20 @@ class Manifest:
         return self._by_shard.get(shard, [])
 
     def edited_in(self, shard: str) -> dict[str, TargetRecord]:
-        """The tensors of targets in one weight file of the source, and their aliases there; of slices of one tensor any.
+        """Tensor -> target, for the tensors in one weight file of the source that a fold edits: targets and aliases of them.
+
+        If several slices of a tensor are targets, it is any one of these.
 
         Args:
-            shard: its path in the source.
+            shard: path of the weight file in the source.
         """
         return self._edited.get(shard, {})
 
     def part(self, files: Iterable[str]) -> Manifest:
-        """What it says of the targets, and of aliases, in some weight files of the source, and nothing else.
+        """A smaller manifest, with only the targets that concern some weight files of the source, and the shards of these.
 
         Args:
-            files: their paths in the source; those that it does not list have no part.
+            files: paths of the weight files in the source; unknown ones are ignored.
         """
         edited = {target.key: target for file in files for target in (*self.targets_of(file), *self.edited_in(file).values())}
         wanted = {*files, *(target.shard for target in edited.values())}
@@ -218,7 +220,7 @@ class Manifest:
             skipped=none,
         )
 
-    # Looked up for each of thousands of shards: a pass over all targets each time would be quadratic.
+    # Indexes: they are looked up for each of thousands of shards, and scanning all targets each time would be quadratic.
     @cached_property
     def _shards(self) -> dict[str, ShardRecord]:
         return {shard.source.file: shard for shard in self.shards}
@@ -241,6 +243,7 @@ class Manifest:
 
 
 def _check_target(target: TargetRecord, where: str, *, overlay: bool) -> None:
+    """Check that the entries of a target fit its view, dtype and rank."""
     dtypes = (*FACTORIZABLE_DTYPES, "F8_E4M3") if overlay else FACTORIZABLE_DTYPES
     try:
         if target.view not in KINDS or target.dtype not in dtypes:
@@ -254,7 +257,7 @@ def _check_target(target: TargetRecord, where: str, *, overlay: bool) -> None:
 
 
 def _check_shards(manifest: Manifest, where: str) -> None:
-    """Every target is in a shard, every shard with targets has factors, and residuals are there if the layout has them."""
+    """Check that every target is in a listed shard, that shards with targets have factors, and residuals fit the layout."""
     owners = {target.shard for target in manifest.targets}
     for shard in manifest.shards:
         name = shard.source.file
@@ -267,7 +270,7 @@ def _check_shards(manifest: Manifest, where: str) -> None:
 
 
 def _check_names(manifest: Manifest, where: str) -> None:
-    """No two files have one name, and none is where a run keeps its own."""
+    """Check that no two files have the same name, and that none has a name reserved for our own files."""
     names = [shard.source.file for shard in manifest.shards] + [record.file for record in manifest.files]
     name, count = next(iter(Counter(names).most_common(1)), ("", 0))
     if count > 1:
@@ -282,7 +285,7 @@ def _check_names(manifest: Manifest, where: str) -> None:
 
 
 def _check_slices(targets: list[TargetRecord], where: str) -> None:
-    """Targets of one tensor are slices that have nothing in common."""
+    """Check that targets of the same tensor are slices that do not overlap."""
     for tensor, parts in by_tensor(targets).items():
         slices = [part.slice for part in parts if part.slice is not None]
         alike = {(part.shard, part.dtype, tuple(part.shape), part.view) for part in parts}
@@ -294,7 +297,7 @@ def _check_slices(targets: list[TargetRecord], where: str) -> None:
 
 
 def _check_aliases(manifest: Manifest, where: str) -> None:
-    """No tensor is edited for two targets, and all slices of a tensor have the same aliases."""
+    """Check that no tensor is edited for two targets, and that all slices of a tensor have the same aliases."""
     shards = {shard.source.file for shard in manifest.shards}
     owners: dict[str, TargetRecord] = {}
     for target in manifest.targets:
@@ -309,20 +312,20 @@ def _check_aliases(manifest: Manifest, where: str) -> None:
 
 
 def source_stamp(record: FileRecord, mtime_ns: int) -> str:
-    """What tells a weight file of the source from others with the same bytes: when they were written, which is its own.
+    """A hash that tells a weight file of the source from another file with the same bytes, by the time of its last change.
 
-    A hash, so that no time of the machine is in the manifest.
+    It is a hash, so that no time of the user's machine is in the manifest.
 
     Args:
         record: of the file.
-        mtime_ns: when its contents changed, in nanoseconds. The same after a restart, where its disk is mounted elsewhere,
-            and wherever the file is moved or faithfully copied to.
+        mtime_ns: when its contents last changed, in nanoseconds. This stays the same after a restart, where the disk is
+            mounted elsewhere, and when the file is moved, or copied with its times.
     """
     return hashlib.sha256(f"{record.sha256} {mtime_ns}".encode()).hexdigest()
 
 
 def decode_file(value: Any, where: str) -> FileRecord | None:
-    """A file's record, or its absence, as the journal of a fold keeps it: ``{"file": ...}``.
+    """Decode an entry in the journal of a fold: ``{"file": ...}``, with the record of a file or null.
 
     Raises:
         FormatError: it is neither.
@@ -333,6 +336,6 @@ def decode_file(value: Any, where: str) -> FileRecord | None:
 
 
 def fingerprint_of(targets: list[TargetRecord]) -> str:
-    """sha256 over the keys and the factor hashes of all targets."""
+    """The fingerprint of the factors: sha256 over the keys and the factors' hashes of all targets, sorted by key."""
     pairs = sorted((target.key, target.factors_sha256) for target in targets)
     return hashlib.sha256(json.dumps(pairs, ensure_ascii=False).encode()).hexdigest()

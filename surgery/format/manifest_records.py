@@ -1,4 +1,4 @@
-"""What a manifest records of weight files, targets and the rest of a checkpoint."""
+"""The records in a manifest: of shards, targets, skipped tensors, the source, and files that were left out."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ class ShardRecord:
 
 @dataclass(frozen=True, slots=True)
 class CertificateRecord:
-    """See ``surgery.linalg.svd.Certificate``. Lists have one entry per direction, three significant digits."""
+    """The certificate of a truncated SVD (``surgery.linalg.svd.Certificate``).
+
+    The lists have one entry for each direction, with three significant digits.
+    """
 
     method: str
     passes: int
@@ -38,7 +41,12 @@ class CertificateRecord:
 
 @dataclass(frozen=True, slots=True)
 class Alias:
-    """Another tensor that holds a target's parameter once more: the same bytes, and the model ties the two."""
+    """A second tensor of the same parameter as a target's: it has the same bytes, and the model ties the two.
+
+    Attributes:
+        tensor: its name.
+        shard: the weight file that it is in.
+    """
 
     tensor: str
     shard: str
@@ -53,14 +61,14 @@ class TargetRecord(TensorView):
         shard: the file it is in.
         dtype, shape: of the tensor, as in the source.
         view: how it is seen: ``matrix``, ``stack`` or ``convolution`` (``surgery.format.views``).
-        slice: the part of each matrix that is meant, None for all of it.
+        slice: the rows or columns of each matrix that are factorized; None for the whole matrix.
         rank: directions kept of each matrix.
         energy: share of the squared Frobenius norm in the kept part.
         s_first, s_last: largest and smallest kept singular value.
-        sample_sha256: of a sample of the original entries, see ``surgery.format.sample``.
-        residual_sample_sha256: of that of the residuals; None in the overlay layout.
+        sample_sha256: of a sample of the original's entries, see ``surgery.format.sample``.
+        residual_sample_sha256: of the same sample of the residual; None in the overlay layout.
         inexact: share of the entries that residual and factors alone do not give back; None in the overlay layout.
-        factors_sha256: of the bytes of U, s and V, in this order, of the matrices one after the other.
+        factors_sha256: of the bytes of U, s and V, in this order, of each matrix in turn.
         certificates: of the SVD of each matrix.
         aliases: the tensors that are edited together with it.
     """
@@ -84,12 +92,12 @@ class TargetRecord(TensorView):
 
     @property
     def tensors(self) -> list[str]:
-        """Its tensor and the aliases of it."""
+        """The names of its tensor and of the aliases of that."""
         return [self.tensor, *(alias.tensor for alias in self.aliases)]
 
     @property
     def seen_as(self) -> View:
-        """How it is seen as matrices."""
+        """The view: how it is seen as matrices."""
         return _view(self.view, self.slice)
 
     @property
@@ -97,7 +105,7 @@ class TargetRecord(TensorView):
         return all(certificate.converged for certificate in self.certificates)
 
 
-# Asked for several times of each of thousands of targets, nearly all of which are seen alike.
+# Called several times for each of thousands of targets, nearly all of which have the same view.
 @lru_cache(maxsize=256)
 def _view(kind: str, part: Slice | None) -> View:
     return View(kind, part)  # type: ignore[arg-type]  # checked when the manifest is read
@@ -105,7 +113,7 @@ def _view(kind: str, part: Slice | None) -> View:
 
 @dataclass(frozen=True, slots=True)
 class SkippedRecord:
-    """A tensor that was passed over.
+    """A tensor that is not a target.
 
     Attributes:
         tensor: its name.
@@ -120,12 +128,12 @@ class SkippedRecord:
 
 @dataclass(frozen=True, slots=True)
 class SourceRecord:
-    """Where the weights came from.
+    """The model that was factorized.
 
     Attributes:
         kind: ``hub`` or ``folder``.
         repo_id, commit: on the hub; None for a local folder, whose path is private.
-        subfolder: where the model is in there; None at the top.
+        subfolder: the folder of the repository, or of the local folder, that the model is in; None at the top.
     """
 
     kind: str
@@ -136,7 +144,7 @@ class SourceRecord:
 
 @dataclass(frozen=True, slots=True)
 class LeftOutRecord:
-    """A file of the source that is not taken over.
+    """A file of the source that is not copied into the checkpoint.
 
     Attributes:
         file: its path.

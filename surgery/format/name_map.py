@@ -1,8 +1,8 @@
-"""Two sets of names held against each other: what a file calls its tensors, and what somebody looks for.
+"""Matching two sets of names: those that a file has for its tensors, and those that are wanted.
 
 The names of a fine-tuned model, of scales and of an adapter's modules differ from those of the checkpoint where the model was
-saved inside a wrapper, or as a part of a larger model. Here they are compared as texts only. What transformers converts when it
-loads a model is beyond that: see ``surgery.weights.conversion``.
+saved inside a wrapper, or as a part of a larger model. Here names are compared as texts only. Conversions that transformers
+does when it loads a model are in ``surgery.weights.conversion``.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 from surgery.errors import SurgeryError
 from surgery.progress import note
 
-#: Modules around others, whose own name gets into those of all that is in them: DDP and DataParallel, torch.compile, FSDP,
-#: checkpointing of activations, PEFT.
+#: Attributes by which wrappers hold a module, and which become a part of all names inside: DDP and DataParallel,
+#: torch.compile, FSDP, activation checkpointing, PEFT.
 _WRAPPERS = frozenset(
     [
         "module",
@@ -30,14 +30,16 @@ _WRAPPERS = frozenset(
         "base_layer",
     ]
 )
-#: The module that holds the text model within a model for images and texts: now around that model, now inside it
-#: (``language_model.model.layers``, ``model.language_model.layers``, and ``model.layers`` of the text model alone).
+#: The text model within a model for images and texts. Its place in a name varies: ``language_model.model.layers``,
+#: ``model.language_model.layers``, and just ``model.layers`` where the text model was saved alone.
 _LANGUAGE_MODEL = "language_model"
 _WEIGHT = ".weight"
-#: One word more at the end of a name, but none that says it is something else. Several words would be modules inside the one
-#: that is meant, which may change the weight.
+#: A suffix that names may have: a single word, but none of a tensor that is not the weight. Several words would be a module
+#: inside the one that is meant, which may change the weight.
 _SUFFIX = re.compile(r"(\.weight)?\.(?!(bias|grad|mask|momentum_buffer|original\d*|(max_)?exp_avg(_sq)?)$)\w+")
+#: The names by which prefixes and suffixes are found, and how many of these are tried.
 _PROBES, _TRIED = 3, 16
+#: Names that ``nearest`` compares by their characters.
 _COMPARED = 32
 
 _Error = TypeVar("_Error", bound=SurgeryError)
@@ -45,13 +47,13 @@ _Error = TypeVar("_Error", bound=SurgeryError)
 
 @dataclass(frozen=True, slots=True)
 class NameMap:
-    """How two sets of names fit each other.
+    """How the names that are wanted fit the names that are there.
 
     Attributes:
-        given: name that is wanted, or will do instead of one -> the one that is there for it.
-        missing: names that are wanted and not there, sorted.
-        unknown: names that are there and stand for none that is wanted, sorted.
-        doubtful: a name that is wanted and two that are there, each of which it could be; None if there is no such name.
+        given: wanted name, or one that will do instead of it -> the name that is there for it.
+        missing: wanted names that are not there, sorted.
+        unknown: names that are there and stand for no wanted one, sorted.
+        doubtful: a wanted name and two names that are there, either of which it could be; None if there is no such case.
     """
 
     given: dict[str, str]
@@ -61,26 +63,26 @@ class NameMap:
 
     @property
     def fits(self) -> bool:
-        """Whether each name of one set stands for one of the other."""
+        """Whether the names fit one to one: all wanted names are there, and no others."""
         return self.is_complete and not self.unknown
 
     @property
     def is_complete(self) -> bool:
-        """Whether each name that is wanted is there, in one way only."""
+        """Whether all wanted names are there, without doubt about any; there may be others."""
         return not self.missing and self.doubtful is None
 
     @property
     def renamed(self) -> tuple[str, str] | None:
-        """The first name that is wanted and there under another one: that one, and itself. None if there is none."""
+        """(name that is there, wanted name) for the first wanted name that is there under another; None if none is."""
         return next(((there, name) for name, there in sorted(self.given.items()) if there != name), None)
 
     def misfit(self, kind: type[_Error], what: str, wanted: Collection[str], *, expected: str, hint: str) -> _Error:
-        """The error where names do not fit, with the names of both sides.
+        """The error for names that do not fit, with the nearest names of both sides.
 
         Args:
-            kind: of the error.
-            what: cannot be had for it.
-            wanted: the names that were.
+            kind: the class of the error.
+            what: is wrong, the first line of the error.
+            wanted: all names that were wanted.
             expected: what would have been right.
             hint: what to do.
         """
@@ -97,14 +99,14 @@ class NameMap:
 
 
 def note_renamed(names: NameMap, where: str, wanted: str = "the checkpoint's") -> None:
-    """Say so where names are taken for others, ``wanted``."""
+    """Note for the user that names in ``where`` differ from the wanted ones; ``wanted`` says whose names these are."""
     if (renamed := names.renamed) is not None:
         fit = "fit them one to one" if names.fits else "are found for all that are needed"
         note(f"{where}: names that differ from {wanted}, and {fit}: {renamed[0]!r} is taken for {renamed[1]!r}")
 
 
 def nearest(name: str, others: Iterable[str]) -> str | None:
-    """The name that is most like another, by the words between its dots, then by its characters; None if none is like it."""
+    """The name in ``others`` most similar to ``name``, by the words between dots, then by characters; None if none is."""
     words = Counter(name.split("."))
     shared = {other: (words & Counter(other.split("."))).total() for other in others}
     # Comparing characters is slow, and there may be hundreds of thousands of names.
@@ -115,11 +117,12 @@ def nearest(name: str, others: Iterable[str]) -> str | None:
 
 
 def match_names(there: Collection[str], wanted: Collection[str]) -> NameMap:
-    """Hold names that are there against those that are wanted, one to one.
+    """Match the names that are there with the wanted ones, one to one.
 
-    They are the same, or else the same but for the names of modules that wrap others (``module``, ``_orig_mod`` ...) anywhere
-    in them, for ``.weight`` at their end, and for one prefix that all of them have or lack. Where that can be understood in
-    two ways, only those that are the same are taken for each other. So docs/format.md has it for scales.
+    Names match if they are equal. Otherwise these differences are ignored: the names of modules that wrap others
+    (``module``, ``_orig_mod`` ...), anywhere in a name; ``.weight`` at its end; and one prefix that all names of one set have
+    and those of the other lack. If there are two such ways to match them, only equal names are matched, and the map is
+    ``doubtful``. So docs/format.md has it for scales.
     """
     return _Search(there, dict.fromkeys(wanted, ()), one_to_one=True).best()
 
@@ -130,34 +133,40 @@ def find_names(
     also: Collection[str] = (),
     alike: Callable[[str, str], bool] | None = None,
 ) -> NameMap:
-    """Find names where more may be there than is wanted: each that is wanted, all of them in the same way.
+    """Find all wanted names among those that are there, of which there may be more.
 
-    They differ as for ``match_names``, or by the module that holds the text model of a larger one, or by one suffix.
+    Names match as for ``match_names``; the module that holds the text model of a larger one, and one suffix, are ignored too.
 
     Args:
         there: names.
-        wanted: name -> others that will do instead.
-        also: names of the same set as those wanted, which need not be there. Those that are, are no ``unknown`` ones.
-        alike: whether a name that is wanted and one that is there may be the same, such as by their shapes; asked of what is
-            not wanted under the very name that is there, and to decide between several ways.
+        wanted: name -> other names that will do instead.
+        also: names of the same set as ``wanted`` that need not be there. If they are, they do not count as ``unknown``.
+        alike: called with a wanted name and the name that is there for it; whether they can be the same tensor, such as by
+            their shapes. A way to match in which any pair is not alike is only taken if all names are equal.
 
     Returns:
-        The names that are the same, if these are all that are wanted, and alike; else the one other way to find all. Where
-        there is none, a map that is not complete, or has names that are the same and not alike.
+        The equal names, if all wanted ones are there and alike; else the only other way to find all. If there is none, a map
+        that is not complete, or that has equal names which are not alike.
     """
     return _Search(there, wanted, also, alike).best()
 
 
 @dataclass(frozen=True, slots=True)
 class _Affix:
-    """What all names that are wanted have more, or less, than those that are there, at their start or end."""
+    """The prefix or suffix by which all wanted names differ from those that are there.
+
+    Attributes:
+        at_start: whether it is a prefix.
+        there: what the names that are there have; empty if nothing.
+        wanted: what the wanted names have in its place; empty if nothing.
+    """
 
     at_start: bool
     there: str
     wanted: str
 
     def renamed(self, core: str) -> str | None:
-        """A name that is wanted as it would be there; None if it cannot be."""
+        """The core of a wanted name, changed into that of the name that is there; None if it lacks the prefix or suffix."""
         if self.at_start:
             return self.there + core[len(self.wanted) :] if core.startswith(self.wanted) else None
         return core[: len(core) - len(self.wanted)] + self.there if core.endswith(self.wanted) else None
@@ -167,7 +176,7 @@ _NO_AFFIX = _Affix(True, "", "")
 
 
 class _Search:
-    """Tries the ways in which names may differ.
+    """Tries the ways in which the names may differ.
 
     Args:
         there, wanted, also, alike: as for ``find_names``.
@@ -185,7 +194,7 @@ class _Search:
     ) -> None:
         self._one_to_one = one_to_one
         self._left_out = _WRAPPERS if one_to_one else _WRAPPERS | {_LANGUAGE_MODEL}
-        self._there = dict.fromkeys(there)  # in order: what is tried first does not depend on chance
+        self._there = dict.fromkeys(there)  # in a fixed order, so that results do not depend on hashes
         self._wanted = wanted
         self._needed = [*wanted, *(name for others in wanted.values() for name in others if name not in wanted)]
         known = set(self._needed)
@@ -193,7 +202,7 @@ class _Search:
         self._alike = alike
 
     def best(self) -> NameMap:
-        """The one map in which all is found, exact names first; else one of which less fits."""
+        """The map of equal names if it will do, else the only other one that does; else the map in which most names fit."""
         exact = self._map({name: (name,) for name in (*self._needed, *self._further) if name in self._there})
         if self._is_whole(exact) and self._is_alike(exact):
             return exact
@@ -217,11 +226,11 @@ class _Search:
             return ways[0]
         if self._is_whole(exact):
             return exact
-        # Of those with as many names the first: the exact ones, then those without a prefix.
+        # max takes the first of several with as many names: equal names, then those without a prefix or suffix.
         return max([exact, *found], key=lambda one: (len(one.given), one.doubtful is not None))
 
     def _map(self, sources: Mapping[str, Collection[str]]) -> NameMap:
-        """The map where each name may be those that are there which ``sources`` says."""
+        """The map that follows from ``sources``: wanted name -> the names that are there which it could be."""
         given: dict[str, str] = {}
         taken: dict[str, str] = {}
         doubtful: tuple[str, str, str] | None = None
@@ -233,7 +242,7 @@ class _Search:
                 given[name] = several[0]
                 taken[several[0]] = name
             elif several:
-                # What is there once cannot be two.
+                # Two wanted names would share the one that is there, so neither has it.
                 given.pop(taken[several[0]], None)
         missing = [name for name, others in self._wanted.items() if not any(one in given for one in (name, *others))]
         known = {one for name in (*given, *self._further) for one in sources.get(name, ())}
@@ -247,7 +256,7 @@ class _Search:
         return self._alike is None or all(self._alike(name, found.given[name]) for name in self._needed if name in found.given)
 
     def _affixes(self, by_core: Iterable[str]) -> list[_Affix]:
-        """Those that the longest names may have, which are like few others, and the likeliest only: each is tried on all."""
+        """The most frequent prefixes and suffixes of the longest wanted names, which resemble few others by chance."""
         found = Counter([_NO_AFFIX])
         for core in sorted(map(self._core, self._needed), key=len)[-_PROBES:]:
             for other in by_core:
@@ -264,7 +273,7 @@ class _Search:
         return [affix for affix, _ in found.most_common(_TRIED)]
 
     def _core(self, name: str) -> str:
-        """What is left of a name without wrappers and ``.weight``."""
+        """A name without the names of wrappers and without ``.weight``; the part in brackets, of a slice, is kept."""
         tensor, bracket, part = name.partition("[")
         words = [word for word in tensor.split(".") if word not in self._left_out]
         return ".".join(words).removesuffix(_WEIGHT) + bracket + part

@@ -1,4 +1,4 @@
-"""What is asked of a factorization: one object from the command line to the manifest. No torch here: --help must not wait."""
+"""``Options`` of a factorization, one object from the command line to the manifest. Without torch, so that --help is fast."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from surgery.linalg.limits import DEFAULT_TOLERANCE, check_accuracy, check_energ
 class Options:
     """Which weights are factorized, and how accurately; the manifest records them under these names, in this order.
 
-    A field is set if it is not at its default. What is None is left to the recipe, and then to the defaults.
+    A field counts as set if it is not at its default. For None the recipe decides, and then a default of the program.
 
     Attributes:
-        rank: k, directions to keep of each matrix, at most the smaller side; 16 if neither it, nor an energy, nor the
-            recipe says anything.
-        energy: keep as few directions of each target as hold this share of its squared Frobenius norm instead.
-        max_rank: the most directions then; 256 if not given.
+        rank: k, the directions to keep of each matrix, at most its smaller side; 16 if there is no rank, no energy, and none
+            in the recipe.
+        energy: instead of a rank, keep as few directions of each target as hold this share of its squared Frobenius norm.
+        max_rank: with an energy, the most directions to keep; 256 if None.
         recipe: name or file of a recipe (``surgery.planning.recipes``); None: the one of the model's family, if there is
             one. In a manifest it is the name of the one that applied.
         split: whether fused weights are split into their projections, where the recipe knows them; None: as the recipe says.
-        correction: with the residual layout, keep what makes it lossless.
+        correction: whether the residual layout keeps the corrections that make it lossless.
         include: globs over tensor names. If any are given, exactly the weights they match are taken, embeddings, heads
             and convolutions too.
         exclude: globs over tensor names that are never taken.
@@ -52,7 +52,7 @@ class Options:
         check_fields(self)
 
     def check(self) -> None:
-        """Refuse what makes no sense for any model.
+        """Refuse options that make no sense for any model.
 
         Raises:
             OptionError: a rank and an energy together, or a number out of its range.
@@ -68,7 +68,7 @@ class Options:
 
 
 class RecommendKeywords(TypedDict, total=False):
-    """The options that ``recommend`` takes as keywords. Each is of the type of its field, or may be given more loosely."""
+    """The options that ``recommend`` takes as keywords. Types are those of the fields, or looser ones that are converted."""
 
     recipe: str | Path | None
     include: tuple[str, ...] | list[str]
@@ -95,17 +95,17 @@ class OptionKeywords(SpectraKeywords, total=False):
 def chosen_options(
     function: str, kind: type[RecommendKeywords], options: Options | None, keywords: Mapping[str, object]
 ) -> Options:
-    """The options of a call, given as an object, as keywords or as both, after their own ``check``.
+    """The options of a call, which may be given as an object, as keywords or as both; checked.
 
     Args:
-        function: that is called, for messages.
-        kind: the keywords that it knows; it has no use for other fields.
-        options: what it was given as ``options``.
-        keywords: fields that it was given one by one.
+        function: the name of the function that is called, for messages.
+        kind: the keywords that this function knows; it ignores other fields.
+        options: its argument ``options``.
+        keywords: the fields that were given as keywords.
 
     Raises:
-        OptionError: a keyword contradicts what ``options`` sets, ``options`` sets what the function has no use for, or
-            one makes no sense.
+        OptionError: a keyword contradicts a field that ``options`` sets, ``options`` sets a field that the function does not
+            know, or an option makes no sense.
     """
     given: dict[str, Any] = dict(keywords)
     if given.get("recipe") is not None:

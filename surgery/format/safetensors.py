@@ -1,8 +1,8 @@
 """Reading safetensors files by header and byte range, and writing them as a stream.
 
-The library's own ``save_file`` needs every tensor in memory and ``safe_open`` maps the file (a file truncated
-underneath is then a bus error), so the two things this project lives on are done here: a header parsed with
-every byte accounted for, and a writer that never holds more than what it is handed.
+The safetensors library is not used: its ``save_file`` needs all tensors in memory at once, and ``safe_open`` maps the file into
+memory, so that a file which is truncated meanwhile is a bus error. Here the reader accounts for every byte of the file, and the
+writer holds only the tensor that it is given.
 
 Format: https://huggingface.co/docs/safetensors (u64 little-endian header length, JSON, data).
 """
@@ -31,7 +31,9 @@ from surgery.format.header import Header, TensorEntry, described_entry, header_l
 from surgery.memory import bytes_of
 from surgery.timing import timed
 
+#: Bytes of each tensor that ``same_bytes`` holds at a time.
 _COMPARED_BYTES = 4 << 20
+#: The dtypes that are read as tensors, by the format's names.
 TORCH_DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
@@ -42,15 +44,15 @@ TORCH_DTYPES = {
 
 
 class ShardReader:
-    """Reads from one safetensors file by position. A context manager; for any number of threads.
+    """Reads from one safetensors file by position. A context manager; safe for any number of threads.
 
-    Plain reads rather than a memory map: a file that shrinks while it is read gives a ``FormatError`` and not a
-    bus error. Whoever has read the last byte that is wanted calls ``check_unchanged``.
+    It uses plain reads and no memory map: a file that shrinks while it is read gives a ``FormatError`` and not a bus error.
+    After the last read, call ``check_unchanged``.
 
     Args:
         path: of the file.
-        name: for messages.
-        watch: makes sure that it is what it was when it was opened before, or when the run was planned.
+        name: for messages; the file's own name if None.
+        watch: has seen the file before, such as when the run was planned; refuses it if it has changed since.
 
     Raises:
         ReadError: it cannot be read.
@@ -97,18 +99,18 @@ class ShardReader:
         self.close()
 
     def close(self) -> None:
-        """No more reading; as often as one likes."""
+        """Close the file; may be called more than once."""
         self._file.close()
 
     def check_unchanged(self) -> None:
-        """Make sure that all that was read is of one file, which is still there.
+        """Make sure that all reads were from the same, unchanged file, and that it is still there.
 
         Raises:
-            FormatError: it has been written to since it was opened, or replaced.
+            FormatError: it has been written to or replaced since it was opened.
             ReadError: it is gone.
         """
         now = Stamp.of(self._file)
-        if self._is_pinned:  # removing it changes its ctime, and nothing that is read
+        if self._is_pinned:  # it may be removed meanwhile, which changes its ctime but not its contents
             self._stamp.check(replace(now, ctime_ns=self._stamp.ctime_ns), self.name)
             return
         self._stamp.check(now, self.name)
@@ -120,7 +122,7 @@ class ShardReader:
         return {entry.name: entry for entry in self.header.tensors}
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill ``buffer`` from ``offset`` bytes after the start of the data.
+        """Fill ``buffer`` with the bytes from ``offset`` on, counted from the start of the data.
 
         Raises:
             FormatError: the file ends early.
@@ -141,17 +143,17 @@ class ShardReader:
                 done += count
 
     def read_bytes(self, entry: TensorEntry) -> torch.Tensor:
-        """The payload of one tensor, as uint8 of shape (nbytes,) on the CPU."""
+        """The bytes of one tensor, uint8 (nbytes,), on the CPU."""
         return self._read(entry.start, entry.nbytes)
 
     def read(self, entry: TensorEntry, first: int = 0, count: int | None = None) -> torch.Tensor:
-        """A float tensor in its own dtype, on the CPU: whole, or ``count`` of its rows along the first dimension."""
+        """A float tensor in its own dtype, on the CPU: whole, or ``count`` rows of its first dimension from ``first`` on."""
         start, stop = self.span(entry, first, count)
         return self.shaped(self._read(start, stop - start), entry, count)
 
     @staticmethod
     def span(entry: TensorEntry, first: int, count: int | None) -> tuple[int, int]:
-        """Where in the data a tensor is, or ``count`` of its rows along the first dimension: from, to."""
+        """(start, end) in the data of a tensor, or of ``count`` rows of its first dimension from ``first`` on."""
         if count is None:
             return entry.start, entry.end
         row = entry.nbytes // entry.shape[0]
@@ -159,7 +161,11 @@ class ShardReader:
 
     @staticmethod
     def shaped(data: torch.Tensor, entry: TensorEntry, count: int | None) -> torch.Tensor:
-        """The bytes of a tensor, or of ``count`` of its rows, as what they are."""
+        """View bytes, uint8 (bytes,), as the tensor that they are, or as ``count`` rows of it.
+
+        Raises:
+            FormatError: its dtype is none of ``TORCH_DTYPES``.
+        """
         if entry.dtype not in TORCH_DTYPES:
             raise FormatError(
                 f"{entry.name!r} has another dtype than it should", got=entry.dtype, expected=" or ".join(TORCH_DTYPES)
@@ -173,10 +179,10 @@ class ShardReader:
         return data
 
     def empty(self, count: int) -> torch.Tensor:
-        """Memory for so many bytes of the file, uint8.
+        """Uninitialised memory for ``count`` bytes of the file, uint8 (count,), on the CPU.
 
         Raises:
-            FormatError: there is not so much.
+            FormatError: there is not enough memory.
         """
         try:
             return torch.empty(count, dtype=torch.uint8)
@@ -185,7 +191,7 @@ class ShardReader:
 
 
 def same_bytes(one: ShardReader, entry: TensorEntry, other: ShardReader, other_entry: TensorEntry) -> bool:
-    """Whether two tensors hold the same bytes; a few megabytes of each are held at a time."""
+    """Whether two tensors have the same bytes. Only a few megabytes of each are in memory at a time."""
     if entry.nbytes != other_entry.nbytes:
         return False
     for done in range(0, entry.nbytes, _COMPARED_BYTES):
@@ -201,10 +207,15 @@ def same_bytes(one: ShardReader, entry: TensorEntry, other: ShardReader, other_e
 
 
 class TensorFileWriter(FileWriter):
-    """A safetensors file written tensor by tensor, some of whose sizes are known only when they come.
+    """Writes a safetensors file tensor by tensor, without knowing their sizes beforehand.
 
-    The header stands before the data, so its room is set aside from the names that are announced and is
-    padded with spaces, as the format allows. Tensors must be a multiple of 4 bytes, which keeps all aligned.
+    The header stands before the data, so room for it is reserved by the names, and is padded with spaces, as the format
+    allows. The size of each tensor must be a multiple of 4 bytes, so that all of them are aligned.
+
+    Args:
+        path: of the file.
+        names: of all tensors that will be added.
+        partial: as for ``FileWriter``.
     """
 
     def __init__(self, path: Path, names: Iterable[str], partial: Path | None = None) -> None:
@@ -219,7 +230,12 @@ class TensorFileWriter(FileWriter):
         self.file.seek(8 + self._header_bytes)
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Append one float32 or uint8 tensor (CPU, contiguous)."""
+        """Append one tensor: float32 or uint8, on the CPU, contiguous.
+
+        Raises:
+            OutputError: the disk is full or fails.
+            ValueError: its size is no multiple of 4 bytes.
+        """
         data = bytes_of(tensor)
         if len(data) % 4:
             raise ValueError(f"{name}: {len(data)} bytes are no multiple of 4")
@@ -235,7 +251,7 @@ class TensorFileWriter(FileWriter):
             self.stream.finish()
             self.file.seek(0)
             write_all(self.file, memoryview(self._header_bytes.to_bytes(8, "little") + text.ljust(self._header_bytes)))
-        # The header came last but stands first: the hash has to go over the file again.
+        # The header is written last but stands first, so the file has to be read again to hash it.
         with timed("hash"):
             digest = file_sha256(self.partial)
         super().commit(name)

@@ -1,7 +1,6 @@
-"""What a weight is recognized by: the sha256 of a sample of its entries.
+"""The sample of a weight's entries whose sha256 tells, in a model that is loaded, the original from its residual.
 
-All of it is in its file's sha256. This one is for telling, in a model that is loaded, whether a weight is the original or its
-residual, for which a sample does as well, and takes next to no time.
+Hashing a sample takes next to no time. The integrity of whole files is checked by other hashes, in their ``FileRecord``.
 """
 
 from __future__ import annotations
@@ -12,12 +11,13 @@ import torch
 
 from surgery.memory import bytes_of
 
+#: Stretches in a sample, and entries in each.
 _STRETCHES = 16
 _ENTRIES = 8192
 
 
 def stretches(entries: int) -> list[slice]:
-    """What is taken of a matrix with so many entries, row by row: 16 times 8192, evenly spread, or all there are."""
+    """The sample of a flattened matrix with so many entries: 16 stretches of 8192, evenly spread; all if it has no more."""
     if entries <= _STRETCHES * _ENTRIES:
         return [slice(0, entries)]
     starts = (i * (entries - _ENTRIES) // (_STRETCHES - 1) for i in range(_STRETCHES))
@@ -25,7 +25,14 @@ def stretches(entries: int) -> list[slice]:
 
 
 class SampleHash:
-    """sha256 over the samples of matrices, one after the other, in the dtype of the checkpoint."""
+    """sha256 over the samples of matrices, one after the other.
+
+    Args:
+        dtype: of the tensor in the checkpoint, to which entries are converted first.
+
+    Attributes:
+        exact: whether that conversion has changed no entry so far.
+    """
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
@@ -33,7 +40,7 @@ class SampleHash:
         self.exact = True
 
     def update(self, matrices: torch.Tensor) -> None:
-        """Add matrices (B, m, n), contiguous, any float dtype, any device; ``exact`` tells whether the dtype holds them."""
+        """Add the samples of matrices (B, m, n): contiguous, of any float dtype, on any device."""
         for matrix in matrices:
             flat = matrix.view(-1)
             for part in stretches(len(flat)):

@@ -1,4 +1,4 @@
-"""A tensor of a checkpoint that is seen as matrices of which some directions are kept: what is planned and recorded alike."""
+"""``TensorView``: what a planned target and a recorded target have in common."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ _Target = TypeVar("_Target", bound="TensorView")
 
 
 class TensorView:
-    """Base of a planned target and of a recorded one, which are frozen dataclasses with these fields.
+    """A target: a tensor, or a slice of one, seen as matrices of which k directions are kept.
+
+    The base of planned and of recorded targets, which are frozen dataclasses with these fields.
 
     Attributes:
         tensor: its name in the checkpoint.
         shard: the weight file that it is in.
-        dtype, shape: of the tensor, as stored.
+        dtype, shape: of the whole tensor, as stored.
         rank: directions kept of each matrix.
     """
 
@@ -32,44 +34,44 @@ class TensorView:
 
     @property
     def seen_as(self) -> View:
-        """How it is seen as matrices."""
+        """The view: how it is seen as matrices."""
         raise NotImplementedError
 
     @property
     def key(self) -> str:
-        """Its name among factors and scales."""
+        """Its name among factors and scales: that of the tensor, with that of the slice."""
         part = self.seen_as.slice
         return target_key(self.tensor, part.name if part else None)
 
     @property
     def matrices(self) -> tuple[int, int, int]:
-        """(B, m, n)."""
+        """The shape of its matrices: (B, m, n)."""
         return self.seen_as.shape(self.shape)
 
     @property
     def entries(self) -> int:
-        """How many numbers its matrices have."""
+        """The number of entries of all its matrices."""
         return math.prod(self.matrices)
 
     @property
     def at_a_time(self) -> int | None:
-        """How many matrices of a stack are held at a time; None for one matrix."""
-        # What is quantized is worked on in float32.
+        """How many matrices of a stack are in memory at a time; None if it is not a stack."""
+        # Quantized tensors are computed with in float32.
         itemsize = DTYPE_BITS[self.dtype] // 8 if self.dtype in FACTORIZABLE_DTYPES else 4
         return self.seen_as.at_a_time(self.shape, itemsize)
 
     def place(self, index: int) -> int | None:
-        """Which of a stack a matrix is; None for one matrix."""
+        """``index`` if it is a stack, else None: for functions that take the index of a matrix in a stack only."""
         return index if self.seen_as.kind == "stack" else None
 
     @property
     def scales_shape(self) -> tuple[int, ...]:
-        """(k,), or (B, k) for a stack."""
+        """The shape of its scales: (k,), or (B, k) for a stack."""
         return (self.matrices[0], self.rank) if self.seen_as.kind == "stack" else (self.rank,)
 
     @property
     def trainable(self) -> int:
-        """How many scales it has."""
+        """The number of its scales."""
         return math.prod(self.scales_shape)
 
 

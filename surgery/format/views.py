@@ -6,7 +6,7 @@
 | ``stack`` | (B, m, n), such as the experts of a layer | (B, m, n) |
 | ``convolution`` | (out, in, kernel...) | (1, out, in * kernel) |
 
-Whether a matrix is stored [out, in] or [in, out] makes no difference to its singular values, so nothing is transposed.
+Nothing is transposed: the singular values are the same whether a matrix is stored as [out, in] or as [in, out].
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 Kind = Literal["matrix", "stack", "convolution"]
 KINDS: tuple[Kind, ...] = ("matrix", "stack", "convolution")
 
-#: Bytes of a stack that are held at a time, if one matrix is not more: a layer's experts may be larger than memory.
+#: Bytes of a stack that are in memory at a time (or one matrix, if larger): the experts of a layer may not fit as a whole.
 STACK_BYTES = 16 << 20
 
 
@@ -29,8 +29,8 @@ STACK_BYTES = 16 << 20
 class Slice:
     """Some of the rows (axis 0) or columns (axis 1) of a matrix: those with ``start <= index % period < stop``.
 
-    With ``period`` the whole length it is one stretch, as in q, k and v one after the other; a smaller one is for
-    projections that alternate head by head or column by column.
+    If ``period`` is the length of the axis, the slice is one stretch, as for q, k and v one after the other. A smaller period
+    is for projections that alternate head by head or column by column.
     """
 
     name: str
@@ -42,13 +42,21 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """How a tensor is seen: its kind, and which part of each matrix, if not all."""
+    """How a tensor is seen as matrices.
+
+    Attributes:
+        kind: see the table above.
+        slice: the part of each matrix that is meant; None for the whole matrix.
+    """
 
     kind: Kind
     slice: Slice | None = None
 
     def shape(self, tensor: Sequence[int]) -> tuple[int, int, int]:
-        """(B, m, n) for a tensor of this shape.
+        """The shape (B, m, n) of the matrices of a tensor.
+
+        Args:
+            tensor: its shape.
 
         Raises:
             ValueError: the view does not fit the shape.
@@ -73,17 +81,17 @@ class View:
         return 1, tensor[0], math.prod(tensor[1:])
 
     def matrices(self, tensor: torch.Tensor) -> torch.Tensor:
-        """(B, m, n), contiguous, of a contiguous tensor of the kind; the tensor's own memory, but for most slices."""
+        """The matrices (B, m, n) of a contiguous tensor, contiguous; they share its memory, except for most slices."""
         return self._select(tensor).reshape(self.shape(tensor.shape)).contiguous()
 
     def store(self, matrices: torch.Tensor, tensor: torch.Tensor) -> None:
-        """Write matrices (B, m, n) to where ``matrices(tensor)`` takes them from."""
+        """Write matrices (B, m, n) into ``tensor``, to where ``matrices(tensor)`` takes them from."""
         part = self._select(tensor)
-        if matrices.data_ptr() != part.data_ptr():  # some slices are stretches of the tensor's own memory
+        if matrices.data_ptr() != part.data_ptr():  # else they share the tensor's memory, and nothing is to do
             part.copy_(matrices.reshape(part.shape))
 
     def _select(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The part of a tensor that is meant, in the tensor's own memory."""
+        """The part of a tensor that is meant, as a view of its memory; a slice has its axis split into (periods, length)."""
         whole = tensor.view(self._whole(tensor.shape))
         if self.slice is None:
             return whole
@@ -92,5 +100,10 @@ class View:
         return periods.narrow(axis + 1, self.slice.start, self.slice.stop - self.slice.start)
 
     def at_a_time(self, tensor: Sequence[int], itemsize: int) -> int | None:
-        """How many matrices of a stack of this shape are held at a time; None where the tensor is one matrix."""
+        """How many matrices of a stack are in memory at a time; None if it is not a stack.
+
+        Args:
+            tensor: its shape.
+            itemsize: bytes of an entry.
+        """
         return max(1, STACK_BYTES // max(1, tensor[1] * tensor[2] * itemsize)) if self.kind == "stack" else None

@@ -1,4 +1,4 @@
-"""The hub's cache of files: where the client keeps what, and what it is called there."""
+"""The hub's cache on this machine: where the client keeps files, and under which names."""
 
 from __future__ import annotations
 
@@ -11,38 +11,45 @@ from surgery.hub.hub_file import COMMIT, SHA1, SHA256, HubFile
 
 
 def cache_folder() -> Path:
-    """The hub's cache."""
+    """The folder of the hub's cache (``HF_HUB_CACHE``)."""
     return Path(constants.HF_HUB_CACHE)
 
 
 def cached_file(repo_id: str, commit: str, file: str) -> Path | None:
-    """Where the cache has a file of a commit, as a link or as it is; None if it does not, or only a link to nothing."""
+    """The path of a file of a commit in the cache; None if it is not there, or is a link to nothing."""
     found = try_to_load_from_cache(repo_id, file, revision=commit)
     return Path(found) if isinstance(found, str) else None
 
 
 def cached_hash(pointer: Path) -> str | None:
-    """What the cache says that the hash of a file in a snapshot is, see ``HubFile.hash``; None where it does not say."""
+    """The hash (``HubFile.hash``) of a file in a snapshot, by the name of the blob it links to; None if it is no such link."""
     try:
-        blob = pointer.readlink()  # of this link alone: blobs may be links into a store with names of another kind
+        blob = pointer.readlink()  # one link only: a blob may itself link into a shared store, under another kind of name
     except OSError:
         return None
     is_hash = SHA1.fullmatch(blob.name) or SHA256.fullmatch(blob.name)
     return blob.name if is_hash and blob.parent.name == "blobs" else None
 
 
-def blob_path(repo_id: str, of: HubFile) -> Path:
-    """Where the cache keeps the contents of a file, whatever commits it is in."""
-    return _repository(repo_id) / "blobs" / of.hash
+def blob_path(repo_id: str, hub_file: HubFile) -> Path:
+    """Where the cache keeps the contents of a file, which all commits that have them share."""
+    return _repository(repo_id) / "blobs" / hub_file.hash
 
 
-def lock_path(repo_id: str, of: HubFile) -> Path:
-    """A file by which processes keep each other from fetching the same."""
-    return cache_folder() / ".locks" / _repository(repo_id).name / f"{of.hash}.surgery.lock"
+def lock_path(repo_id: str, hub_file: HubFile) -> Path:
+    """The lock file that keeps two processes from fetching the same contents at the same time."""
+    return cache_folder() / ".locks" / _repository(repo_id).name / f"{hub_file.hash}.surgery.lock"
 
 
 def link_into_cache(repo_id: str, commit: str, file: str, blob: Path) -> Path:
-    """Put a file that the cache has the contents of into the snapshot of a commit, as the client does."""
+    """Put a file into the snapshot of a commit, as the client does: as a link to its blob, or the blob itself without links.
+
+    Returns:
+        The path of the file in the snapshot.
+
+    Raises:
+        OSError: the cache cannot be written.
+    """
     pointer = _repository(repo_id) / "snapshots" / commit / file
     pointer.parent.mkdir(parents=True, exist_ok=True)
     if getattr(constants, "HF_HUB_DISABLE_SYMLINKS", False):
@@ -59,7 +66,7 @@ def link_into_cache(repo_id: str, commit: str, file: str, blob: Path) -> Path:
 
 
 def cached_commit(repo_id: str, revision: str | None) -> str | None:
-    """The commit that the cache knows a revision by; None if it knows none."""
+    """The commit that a revision stood for when the hub was last asked, from the cache; None if it is not recorded."""
     if revision is not None and COMMIT.fullmatch(revision):
         return revision
     kept = ref_path(repo_id, revision)
@@ -71,7 +78,7 @@ def cached_commit(repo_id: str, revision: str | None) -> str | None:
 
 
 def cached_snapshot(repo_id: str, commit: str) -> Path | None:
-    """The folder with the files of a commit that the cache has, all or some; None if it has none."""
+    """The folder with those files of a commit that are in the cache, all or some; None if there is no such folder."""
     folder = _repository(repo_id) / "snapshots" / commit
     return folder if folder.is_dir() else None
 
@@ -81,7 +88,7 @@ def _repository(repo_id: str) -> Path:
 
 
 def ref_path(repo_id: str, revision: str | None) -> Path | None:
-    """The file of the cache that says what commit a revision is; None for what is no name of one."""
+    """The file in the cache that records the commit of a revision; None for what cannot be the name of a revision."""
     name = PurePosixPath(revision or constants.DEFAULT_REVISION)
     if name.is_absolute() or ".." in name.parts or "\0" in str(name):
         return None

@@ -9,7 +9,7 @@ Files and listings are asked for in single requests, through the client's sessio
 broke off until 1.17, and begins it anew from 1.31 on; listings are asked for once until 2.0, and six times in 2.4; a status of
 500 and above ends a download in all of them. It is called for what the hub has in its store of chunks, and for nothing else.
 
-Slow to import. The modules that need it are imported where a model is on the hub, or goes there, and nowhere else.
+Slow to import, so the modules that need it are imported only when a model is on the hub or is uploaded.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ try:
     http = importlib.import_module(
         next(kind.__module__ for kind in HfHubHTTPError.__mro__ if kind.__name__ == "HTTPError").partition(".")[0]
     )
-    #: What goes wrong on the way to the hub and back; ``TransportError`` is the part of it that another attempt may mend.
+    #: Errors of requests. ``TransportError`` are those of the connection, after which another attempt may succeed.
     RequestError: type[Exception] = http.RequestError
     TransportError: type[Exception] = http.TransportError
     InvalidURL: type[Exception] = http.InvalidURL
@@ -142,28 +142,31 @@ __all__ = [
 
 
 class NoHub(Exception):
-    """Something answers, but not as the hub does."""
+    """Something answers, but not as a hub does: a captive portal, a proxy, or a listing that makes no sense."""
 
 
 class Incomplete(Exception):
-    """An answer has come to its end before all that was asked for."""
+    """An answer ends before everything that was asked for has come."""
 
 
 def is_offline() -> bool:
-    """Whether the client has been told to ask for nothing (``HF_HUB_OFFLINE``)."""
+    """Whether the client has been told to make no requests (``HF_HUB_OFFLINE``)."""
     return bool(constants.HF_HUB_OFFLINE)
 
 
 def is_away(error: Exception) -> bool:
-    """Whether an error says that the hub cannot be asked now, so that what is in the cache has to do."""
+    """Whether an error means that the hub cannot be reached now, so that only the cache is left."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code >= 500 or error.response.status_code in (408, 425, 429)
     return isinstance(error, (RequestError, InvalidURL, OfflineModeIsEnabled, NoHub))
 
 
 def is_elsewhere(error: Exception) -> bool:
-    """Whether an answer is that of another host, to which the hub has sent us for the contents of a file: its addresses are
-    good for a while, and know no token. A hub that stands behind another one says more of an error than its status."""
+    """Whether an error comes from another host, to which the hub has redirected us for the contents of a file.
+
+    Such addresses expire and take no token, so a refusal there says nothing about the user's rights. A redirect to another
+    hub is told apart by the error headers that hubs send.
+    """
     if not isinstance(error, HfHubHTTPError) or not error.response.history:
         return False
     here = error.response.history[0].request.url.netloc
@@ -173,7 +176,7 @@ def is_elsewhere(error: Exception) -> bool:
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """The client's own progress bars are off meanwhile."""
+    """Switches the client's own progress bars off for as long as the context lasts."""
     shown = constants.HF_HUB_DISABLE_PROGRESS_BARS is None and not are_progress_bars_disabled()
     if shown:
         disable_progress_bars()

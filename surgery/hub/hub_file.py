@@ -1,4 +1,4 @@
-"""What the hub says of a file, whoever asks for it."""
+"""Files on the hub: size, hashes and place, from the hub's listing or its cache."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import re
 from dataclasses import dataclass
 
-#: What the hub calls a commit, and the hashes of files.
+#: The form of a commit's id and of the hashes of files, in hex.
 COMMIT = re.compile("[0-9a-f]{40}")
 SHA1 = re.compile("[0-9a-f]{40}")
 SHA256 = re.compile("[0-9a-f]{64}")
@@ -14,14 +14,14 @@ SHA256 = re.compile("[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True)
 class HubFile:
-    """A file of a repository at one commit.
+    """What the hub says of a file of a repository at one commit.
 
     Attributes:
         size: in bytes.
-        sha256: that the hub has given for a large file; None for a small one.
-        git_sha1: what git calls a small file by its contents; of a large one, its pointer's.
+        sha256: of its contents, for a large file; None for a small one, of which the hub does not tell it.
+        git_sha1: git's hash of its contents; for a large file that of its git-lfs pointer.
         is_cached: whether the hub's cache had it when the files were listed.
-        by_xet: whether the hub has it in its store of chunks, from which the client fetches in its own way.
+        by_xet: whether the hub keeps it in its store of chunks (Xet), from which the client fetches in its own way.
     """
 
     size: int
@@ -32,28 +32,28 @@ class HubFile:
 
     @property
     def hash(self) -> str:
-        """Of its contents: sha256 (64 digits), or as git hashes files (40 digits). The cache calls its blobs so."""
+        """The hash of its contents: sha256 (64 digits), or git's (40 digits). The cache names its blobs by it."""
         return self.sha256 or self.git_sha1
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """Where a file is on the hub, and what the hub says of it.
+    """A file on the hub: its place, and what the hub says of it.
 
     Attributes:
         repo_id, commit: of the repository.
-        path: its path in there.
-        of: what the hub says of it.
+        path: of the file in the repository.
+        hub_file: its size and hashes.
     """
 
     repo_id: str
     commit: str
     path: str
-    of: HubFile
+    hub_file: HubFile
 
 
-def content_hash(of: HubFile) -> hashlib._Hash:
-    """To be given the contents of a file, for what ``HubFile.hash`` must be."""
-    if of.sha256 is not None:
+def content_hash(hub_file: HubFile) -> hashlib._Hash:
+    """A fresh digest that gives ``HubFile.hash`` once it has been updated with the contents of the file."""
+    if hub_file.sha256 is not None:
         return hashlib.sha256()
-    return hashlib.sha1(b"blob %d\0" % of.size, usedforsecurity=False)
+    return hashlib.sha1(b"blob %d\0" % hub_file.size, usedforsecurity=False)

@@ -1,7 +1,7 @@
-"""Whether another attempt at something asked of the hub may succeed, how long to wait before it, and when to give up.
+"""Retries of requests to the hub: which errors are worth another attempt, how long to wait, and when to give up.
 
-Of all requests of a run, downloads and uploads alike. The hub's client tries some requests several times by itself; those
-that are made here are made in ways in which it does not, so that attempts do not multiply.
+Used for all requests of a run, downloads and uploads alike. The hub's client retries some requests by itself; the requests
+of this project are made in ways in which it does not, so that attempts do not multiply.
 """
 
 from __future__ import annotations
@@ -20,97 +20,100 @@ from surgery.hub import hub_client as client
 
 _T = TypeVar("_T")
 
-#: Seconds without any success after which a request is given up.
+#: Seconds without any success after which we give up.
 GIVE_UP_AFTER = 900.0
-#: The same of the first question to the hub, which answers and cannot say: nothing is lost by then. And of a place that the
-#: hub sends us to, which refuses: its addresses are good for a while, and each attempt gets a new one.
+#: The same for the very first request to a busy hub, when no work can be lost yet; and where a host that the hub redirects
+#: us to refuses: its addresses expire, and each attempt gets a new one.
 GIVE_UP_FIRST_AFTER = 60.0
-#: Seconds before the second attempt, twice as many before each further one, and the most.
+#: Seconds before the second attempt, doubled before each further one, and the longest such pause.
 FIRST_PAUSE = 1.0
 LONGEST_PAUSE = 60.0
-#: Seconds that the hub may ask to be left alone for: its limits are those of an hour at most.
+#: The longest time for which the hub may ask us to wait, in seconds: its rate limits are per hour at most.
 LONGEST_ASKED = 3700.0
-#: Seconds of waiting after which it is worth a note.
+#: Seconds of waiting after which the user is told by a note.
 _WORTH_A_NOTE = 60.0
 
-#: What a server answers that has too much to do, or is being restarted; with those that stand between it and us (52x).
-_PASSING = frozenset({408, 425, 429, 500, 502, 503, 504, 507, 509, *range(520, 531)})
+#: Statuses of a server that is overloaded or being restarted, and of proxies before one (52x).
+_TRANSIENT_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504, 507, 509, *range(520, 531)})
 _SECONDS = re.compile(r"\s*([0-9]{1,9})(\.[0-9]*)?\s*")
 _LIMIT_REACHED = re.compile(r"r=0;t=([0-9]{1,9})")
 
 
 class Dropped(Exception):
-    """Nobody wants any more what is waited for."""
+    """What is waited for is no longer wanted: the ``dropped`` event of a ``Patience`` has been set."""
 
 
 class Patience:
-    """What is known of the attempts at one thing, which may be several requests one after the other.
+    """Counts and spaces the attempts at one thing, which may take several requests one after the other.
 
     Args:
-        tell: told why and how long it waits, in a few words, and whether that is worth a note.
-        dropped: ends a wait when it is set.
-        may_pass: of which errors another attempt may be without; see ``is_transient``.
-        give_up_after: seconds without any success.
+        on_wait: called before each wait, with the reason and length of it in a few words, and whether that is worth a note.
+        dropped: set by another thread when the thing is no longer wanted; ends a wait.
+        may_pass: whether another attempt after an error may succeed; ``is_transient`` if None.
+        give_up_after: seconds without any success after which ``failed`` raises; ``GIVE_UP_AFTER`` if None.
     """
 
     def __init__(
         self,
-        tell: Callable[[str, bool], object],
+        on_wait: Callable[[str, bool], object],
         dropped: threading.Event | None = None,
         may_pass: Callable[[Exception], bool] | None = None,
         give_up_after: float | None = None,
     ) -> None:
-        self._tell = tell
+        self._on_wait = on_wait
         self._dropped = dropped
         self._may_pass = may_pass or is_transient
         self._give_up_after = GIVE_UP_AFTER if give_up_after is None else give_up_after
         self.succeeded()
 
     def succeeded(self) -> None:
-        """Something has come: of what fails from now on no attempt has failed yet."""
+        """Some data has come: count the attempts from the beginning again."""
         self._attempts = 0
         self._since = 0.0
         self._is_extended = False
 
-    def go_on(self) -> None:
-        """Raises ``Dropped`` if nobody wants it any more."""
+    def check_wanted(self) -> None:
+        """Raise ``Dropped`` if the ``dropped`` event has been set."""
         if self._dropped is not None and self._dropped.is_set():
             raise Dropped
 
     def failed(self, error: Exception) -> None:
-        """Wait until the next attempt is due.
+        """Wait until the next attempt is due, or give up.
+
+        Args:
+            error: why the last attempt failed.
 
         Raises:
-            Exception: the error itself, if no further attempt is worth it, with a note of how long it has been tried.
-            Dropped: meanwhile, or before, nobody wants it any more.
+            Exception: ``error`` itself, if no further attempt is worth it, with a note of how long it has been tried.
+            Dropped: it is no longer wanted, or not any more after the wait.
         """
-        self.go_on()
+        self.check_wanted()
         if not self._may_pass(error) or getattr(error, "__notes__", None):  # given up already
             raise error
         now = _now()
         self._since = now if self._attempts == 0 else self._since
         self._attempts += 1
-        # Not all of those that a failing server has sent away come back at once.
+        # Jitter, so that not all clients of a server that failed come back at the same moment.
         pause = min(FIRST_PAUSE * 2 ** min(self._attempts - 1, 30), LONGEST_PAUSE) * random.uniform(0.75, 1.25)
         asked = asked_for(error)
         if asked is not None:
             pause = max(pause, asked)
-        # Of a place that the hub sends us to a new address may help, and hardly a long wait.
+        # Where a redirect is refused, a new address may help, but hardly a long wait.
         give_up_after = min(self._give_up_after, GIVE_UP_FIRST_AFTER) if is_refused_elsewhere(error) else self._give_up_after
         if now + pause > self._since + give_up_after:
-            # One long pause is waited out if the hub itself says that it is enough.
+            # One pause beyond the limit is allowed if the hub itself asks for it.
             if asked is None or self._is_extended or asked > LONGEST_ASKED:
                 raise self._given_up(error, now - self._since, asked)
             self._is_extended = True
         until = now + pause - self._since
-        self._tell(f"{_said(error)}; attempt {self._attempts + 1} in {_duration(pause)}", until >= _WORTH_A_NOTE)
+        self._on_wait(f"{_reason(error)}; attempt {self._attempts + 1} in {_duration(pause)}", until >= _WORTH_A_NOTE)
         if _wait(pause, self._dropped):
             raise Dropped from error
 
     def run(self, call: Callable[[], _T]) -> _T:
-        """What a call returns, at whatever attempt. Raises what ``failed`` does."""
+        """Call until it succeeds; returns its result. Raises what ``failed`` raises."""
         while True:
-            self.go_on()
+            self.check_wanted()
             try:
                 result = call()
             except Exception as error:
@@ -128,14 +131,14 @@ class Patience:
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether another attempt may succeed: the hub is busy or gone for a while, or the way to it is."""
+    """Whether another attempt may succeed, since the hub is busy or gone for a while, or the connection to it broke."""
     if isinstance(error, client.OfflineModeIsEnabled):
         return False
-    # The client wraps what fails in an upload or a download, and takes an error's page for JSON.
+    # The client wraps errors of uploads and downloads, and tries to parse an error page as JSON.
     if isinstance(error, (RuntimeError, client.LocalEntryNotFoundError)) and isinstance(error.__cause__, Exception):
         return is_transient(error.__cause__)
     if isinstance(error, client.HfHubHTTPError):
-        return error.response.status_code in _PASSING or is_refused_elsewhere(error)
+        return error.response.status_code in _TRANSIENT_STATUSES or is_refused_elsewhere(error)
     if isinstance(error, (client.http.UnsupportedProtocol, client.http.LocalProtocolError)):
         return False
     return isinstance(
@@ -155,20 +158,20 @@ def is_transient(error: Exception) -> bool:
 
 
 def is_refused_elsewhere(error: Exception) -> bool:
-    """Whether a place that the hub has sent us to refuses what the hub itself grants: its address may have been too old."""
-    if not isinstance(error, client.HfHubHTTPError) or error.response.status_code in _PASSING:
+    """Whether a host that the hub has redirected us to refuses what the hub grants: its address may have expired."""
+    if not isinstance(error, client.HfHubHTTPError) or error.response.status_code in _TRANSIENT_STATUSES:
         return False
     return client.is_elsewhere(error)
 
 
 def is_busy(error: Exception) -> bool:
-    """Whether something has answered that may have something better to say in a while: no dead network, no portal's page."""
+    """Whether a server has answered and may do better in a while; not so for a dead network or a captive portal's page."""
     answers = (client.HfHubHTTPError, client.http.ReadError, client.http.RemoteProtocolError, client.Incomplete)
     return is_transient(error) and isinstance(error, answers)
 
 
 def asked_for(error: Exception) -> float | None:
-    """The seconds for which the hub asks to be left alone; None if it does not, or in words that nobody knows."""
+    """The seconds that the hub asks us to wait, by ``Retry-After`` or ``RateLimit``; None if it does not, or unreadably."""
     if not isinstance(error, client.HfHubHTTPError):
         return None
     headers: Mapping[str, str] = error.response.headers
@@ -176,7 +179,7 @@ def asked_for(error: Exception) -> float | None:
     if match := _SECONDS.fullmatch(wanted):
         return float(match[1])
     if (until := _date(wanted)) is not None:
-        # By the clock of whoever says it, if it tells the time.
+        # Measured by the server's clock, if it tells the time.
         told = _date(headers.get("Date", ""))
         return max(0.0, until - (time.time() if told is None else told))
     reached = _LIMIT_REACHED.search(headers.get("RateLimit", ""))
@@ -190,7 +193,8 @@ def _date(text: str) -> float | None:
         return None
 
 
-def _said(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    """Why an attempt failed, in a few words."""
     if isinstance(error, client.HfHubHTTPError):
         return f"the hub answers {error.response.status_code}"
     if isinstance(error, (client.http.TimeoutException, TimeoutError)):
@@ -211,7 +215,7 @@ def _now() -> float:
 
 
 def _wait(seconds: float, dropped: threading.Event | None) -> bool:
-    """Whether nobody wants it any more. Ctrl-C ends it at once."""
+    """Wait so many seconds, or until ``dropped`` is set; returns whether it is. Ctrl-C ends the wait at once."""
     if dropped is not None:
         return dropped.wait(seconds)
     time.sleep(seconds)

@@ -1,4 +1,4 @@
-"""What is asked of the hub: the commit of a revision, its files, their contents, and whether a card is taken."""
+"""Requests to the hub: the commit of a revision, its files, their contents, and whether a model card is valid."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ from surgery.hub.hub_file import COMMIT, SHA1, SHA256, HubFile, RemoteFile
 from surgery.progress import Progress, listening
 
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
-#: Files of a page, and the address of the next one.
+#: A page of a listing: its files, and the address of the next page.
 _Page = tuple[list[RepoFile], str | None]
-#: Of a listing, whose pages have a thousand files each; and of a file in it.
+#: The most pages of a listing, of a thousand files each, and the most bytes of a file in it.
 _MOST_PAGES = 1000
 _MOST_BYTES = 1 << 63
 
 
 def resolve_commit(repo_id: str, revision: str | None) -> str:
-    """The commit that a branch, a tag or None (the default branch) stands for, kept in the cache for when the hub is away.
+    """The commit of a branch, a tag or None (the default branch). It is recorded in the cache for when the hub is away.
 
-    A commit is taken as it is, without a request. Raises the client's errors, and ``NoHub``.
+    The id of a commit is returned without a request. Raises the client's errors, and ``NoHub``.
     """
     validate_repo_id(repo_id)
     if revision is not None and COMMIT.fullmatch(revision):
@@ -66,15 +66,15 @@ def resolve_commit(repo_id: str, revision: str | None) -> str:
 def list_files(
     repo_id: str, commit: str, further: Callable[[Callable[[], _Page]], _Page] = lambda ask: ask()
 ) -> dict[str, HubFile]:
-    """The files of a repository by name, from its listing alone. Raises the client's errors, and ``NoHub``.
+    """The files of a repository by name, from its listing. Raises the client's errors, and ``NoHub``.
 
-    Their names are as the listing has them, and may be no names of files: the client is asked for none of these. Nor is it
-    asked to page: it would follow links anywhere, and for ever; and some versions ask for the first page six times, others
+    The names are not checked: a listing may hold names that no file can have. The client's own listing is not used: it
+    follows links to the next page to any host and without end, and some versions ask for the first page six times, others
     without a time limit.
 
     Args:
         repo_id, commit: of the repository.
-        further: asks for each page but the first, which is asked for once.
+        further: called with a request for a page, for each page but the first; returns its result, perhaps after retries.
     """
     files: dict[str, HubFile] = {}
     address = f"{HfApi().endpoint}/api/models/{repo_id}/tree/{quote(commit, safe='')}"
@@ -100,8 +100,8 @@ def _page(url: str) -> _Page:
         if response.is_error:
             response.read()
         hf_raise_for_status(response)
-        for part in response.iter_bytes():
-            data += part
+        for chunk in response.iter_bytes():
+            data += chunk
             if len(data) > MAX_JSON_BYTES:
                 raise NoHub(f"a page of its listing has more than {MAX_JSON_BYTES} bytes")
         with _answering():
@@ -112,7 +112,7 @@ def _page(url: str) -> _Page:
 
 
 def _described(repo_id: str, commit: str, file: RepoFile) -> HubFile:
-    """What a listing says of a file, if it makes sense."""
+    """What a listing says of a file. Raises ``NoHub`` if that makes no sense."""
     name, size = file.path, file.size
     if not isinstance(name, str) or type(size) is not int or not 0 <= size < _MOST_BYTES:
         raise NoHub(f"it lists a file {name!r} of {size!r} bytes"[:300])
@@ -135,7 +135,7 @@ def _matching(pattern: re.Pattern[str], text: object) -> str:
 
 @contextmanager
 def _answering() -> Iterator[None]:
-    """The client takes what it is sent for the hub's; a portal's page is not."""
+    """Translates errors: what the client raises on an answer that is no hub's, such as a portal's page, becomes ``NoHub``."""
     try:
         yield
     except (HFValidationError, HfHubHTTPError):
@@ -145,13 +145,17 @@ def _answering() -> Iterator[None]:
 
 
 def byte_range(remote: RemoteFile, start: int, end: int) -> Iterator[bytes]:
-    """The bytes ``start`` to ``end`` (without it) of a file, as they come, in one request.
+    """The bytes from ``start`` up to but without ``end`` of a file, in chunks as they come, by one request.
 
-    No more of the file is read, also from a server that sends all of it. Raises the client's errors; ``Incomplete`` where
-    the answer is shorter, ``NoHub`` where it is of a file of another size.
+    No more than these are read, even from a server that sends the whole file.
+
+    Raises:
+        Incomplete: the answer ends early.
+        NoHub: the answer is of a file of another size.
+        Exception: the client's errors.
     """
     headers = {**build_hf_headers(), "accept-encoding": "identity"}  # or ranges would be those of a compressed file
-    size = remote.of.size
+    size = remote.hub_file.size
     if (start, end) != (0, size):
         headers["range"] = f"bytes={start}-{end - 1}"
     url = hf_hub_url(remote.repo_id, remote.path, revision=remote.commit)
@@ -159,10 +163,10 @@ def byte_range(remote: RemoteFile, start: int, end: int) -> Iterator[bytes]:
         if response.is_error:
             response.read()
         hf_raise_for_status(response)
-        position = _begins_at(response, start, size)
-        for part in response.iter_bytes():
-            wanted = part[max(0, start - position) : max(0, end - position)]
-            position += len(part)
+        position = _first_position(response, start, size)
+        for chunk in response.iter_bytes():
+            wanted = chunk[max(0, start - position) : max(0, end - position)]
+            position += len(chunk)
             if wanted:
                 yield wanted
             if position >= end:
@@ -170,8 +174,8 @@ def byte_range(remote: RemoteFile, start: int, end: int) -> Iterator[bytes]:
     raise Incomplete(f"the answer ends after {position} of {end} bytes")
 
 
-def _begins_at(response: Any, start: int, size: int) -> int:
-    """Which byte of the file an answer begins with."""
+def _first_position(response: Any, start: int, size: int) -> int:
+    """The position in the file of the first byte of an answer. Raises ``NoHub`` if it is none that was asked for."""
     if response.status_code != 206:
         told = response.headers.get("Content-Length")
         if told is not None and "Content-Encoding" not in response.headers and told != str(size):
@@ -184,9 +188,9 @@ def _begins_at(response: Any, start: int, size: int) -> int:
 
 
 def takes_card(card: str) -> bool:
-    """Whether the hub would take the card of a model: the question that the client asks as well before it commits one.
+    """Whether the hub finds the YAML of a model card valid, which the client asks too before it uploads one.
 
-    The client's own call for it knows one hub alone in its oldest versions. Raises the client's errors.
+    The client's own function is not used: its oldest versions always ask huggingface.co. Raises the client's errors.
     """
     url, asked = f"{HfApi().endpoint}/api/validate-yaml", {"content": card, "repoType": "model"}
     response = get_session().post(url, json=asked, headers=build_hf_headers(), timeout=constants.HF_HUB_ETAG_TIMEOUT)
@@ -197,19 +201,21 @@ def takes_card(card: str) -> bool:
 
 
 def has_xet() -> bool:
-    """Whether the client fetches what the hub has in its store of chunks from there."""
+    """Whether the client can and may fetch from the hub's store of chunks (Xet)."""
     return not constants.HF_HUB_DISABLE_XET and importlib.util.find_spec("hf_xet") is not None
 
 
 def download_by_xet(remote: RemoteFile, folder: Path | None = None) -> Path:
-    """A file, in the cache or in a folder of one's own. Raises the client's errors; OSError, RuntimeError or
-    ``XetDownloadError`` for what fails on the way or on the disk. Whoever listens is told how much of it is here."""
+    """Fetch a file by the client's own download, into the cache or into a folder; returns its path. Tells the progress.
+
+    Raises the client's errors; OSError, RuntimeError or ``XetDownloadError`` where the connection or the disk fails.
+    """
     bar = type("Download", (_Download,), {"progress": listening(), "file": remote.path})
     return Path(hf_hub_download(remote.repo_id, remote.path, revision=remote.commit, local_dir=folder, tqdm_class=bar))
 
 
 class _Download(tqdm):  # type: ignore[type-arg]
-    """What the client takes for its bar. It shows nothing, and says how far the download of a file is."""
+    """Given to the client as its progress bar. Shows nothing, and tells our progress how far the download is."""
 
     progress: Progress
     file: str

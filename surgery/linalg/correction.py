@@ -1,4 +1,4 @@
-"""The encoding of corrections (docs/format.md): mostly zeros, the rest mostly -1 and 1. Plain NumPy, on the host."""
+"""Encoding and decoding corrections (docs/format.md): mostly zeros, the rest mostly -1 and 1. In NumPy, on the CPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from surgery.linalg.rounding import flipped
 
 _ESCAPE = -128
-#: How zlib tells that it was given no memory (Z_MEM_ERROR), which says nothing of what it reads.
+#: zlib's message when it cannot allocate memory (Z_MEM_ERROR), which does not mean that the data is damaged.
 _NO_MEMORY = "Error -4 "
 _BLOCK_HEADER = struct.Struct("<III")  # bytes of the mask, bytes of the values, number of escapes
 
@@ -21,11 +21,11 @@ Integers = npt.NDArray[Any]
 
 
 class CorruptCorrection(ValueError):
-    """A correction that does not decode. The caller knows the file and the tensor."""
+    """A correction that cannot be decoded. Callers add the names of the file and the tensor."""
 
 
 def differences(exact: Integers, guess: Integers) -> tuple[npt.NDArray[np.bool_], Integers]:
-    """Where two blocks of floats differ, (entries,), and by how many units in the last place there, (d,).
+    """Where two blocks of floats differ, bool (entries,), and by how many units in the last place there, (d,).
 
     Args:
         exact, guess: the bits of the floats, int16 or int32 (entries,).
@@ -36,7 +36,7 @@ def differences(exact: Integers, guess: Integers) -> tuple[npt.NDArray[np.bool_]
 
 
 def encode_block(differs: npt.NDArray[np.bool_], values: Integers) -> bytes:
-    """What ``differences`` found of one block, as it is stored."""
+    """Encode the result of ``differences`` for one block."""
     escaped = (values > 127) | (values < -127)
     short = np.where(escaped, _ESCAPE, values).astype(np.int8)
     mask = _deflate(np.packbits(differs, bitorder="little").tobytes())
@@ -47,7 +47,7 @@ def encode_block(differs: npt.NDArray[np.bool_], values: Integers) -> bytes:
 
 
 def assemble(blocks: list[bytes], rows_per_block: int) -> bytearray:
-    """Encoded blocks with the directory in front, padded to a multiple of 8 bytes."""
+    """The whole encoded correction: the directory, then the blocks, padded to a multiple of 8 bytes."""
     ends = np.cumsum([len(block) for block in blocks], dtype=np.uint64)
     result = bytearray(struct.pack("<2Q", rows_per_block, len(blocks)) + ends.tobytes())
     for block in blocks:
@@ -60,7 +60,7 @@ class CorrectionReader:
     """Random access to the blocks of an encoded correction; thread-safe.
 
     Args:
-        data: as ``assemble`` made it; may be anything.
+        data: the bytes of ``assemble``, from a file that may be damaged.
         m, n: shape of the weight.
         width: bytes per entry of the weight, 2 or 4.
 
@@ -107,13 +107,13 @@ class CorrectionReader:
 
 
 def _deflate(data: bytes) -> bytes:
-    # Entropy coding alone: there are no repeated strings in here, and looking for them costs four times the time.
+    # Entropy coding only: there are no repeated strings to find, and searching for them takes four times as long.
     coder = zlib.compressobj(1, zlib.DEFLATED, -zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_HUFFMAN_ONLY)
     return coder.compress(data) + coder.flush()
 
 
 def _inflate(data: memoryview, size: int) -> bytes:
-    """Exactly ``size`` bytes, whatever the stream claims."""
+    """Decompress a stream that must give exactly ``size`` bytes. Raises CorruptCorrection, MemoryError."""
     decoder = zlib.decompressobj(-zlib.MAX_WBITS)
     try:
         result = decoder.decompress(data, size + 1)

@@ -1,4 +1,4 @@
-"""As many singular triplets as hold a given share of a matrix."""
+"""Truncated SVD by energy: as few singular triplets as hold a given share of a matrix's squared Frobenius norm."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def energy_svd(
 ) -> TruncatedSVD:
     """The fewest leading singular triplets whose squared values make up ``energy`` of the squared Frobenius norm.
 
-    Truncated SVDs of growing rank, each at least double the last and no less than the values seen so far ask for; never
-    a full one.
+    Computes truncated SVDs of growing rank, each at least twice the last and at least what the values so far show to be
+    needed; never a full SVD.
 
     Args:
         A: (m, n), any real floating dtype, any device.
         energy: share, above 0 and at most 1.
-        max_rank: where to stop if that share takes more; at least 1, larger than min(m, n) is taken for it.
+        max_rank: the most triplets, even if they do not reach the share; at least 1. Above min(m, n) it counts as that.
         tolerance, seed: see ``truncated_svd``.
 
     Returns:
@@ -55,13 +55,13 @@ def energy_svd(
         enough = (shares.cumsum(0) >= wanted).nonzero().flatten()
         if len(enough) or k == limit or shares[-1] == 0:  # after a zero only zeros come
             return _cut(svd, int(enough[0]) + 1 if len(enough) else k)
-        # No further value is larger than the last: so many more are needed at least.
+        # Further values are no larger than the last, which gives a lower bound on how many are missing.
         missing = (wanted - shares.sum().item()) / shares[-1].item()
         k = min(limit, max(2 * k, k + math.ceil(1.2 * missing)))
 
 
 def _cut(svd: TruncatedSVD, k: int) -> TruncatedSVD:
-    """The first k triplets. The gap of the last one is now that to the value after it, which is known."""
+    """The first k triplets. The gap of the last one is that to the next value, which has been computed too."""
     certificate = svd.certificate
     return dataclasses.replace(
         svd,

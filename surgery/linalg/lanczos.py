@@ -22,17 +22,17 @@ from surgery.memory import scratch
 
 MAX_PASSES = 400
 
-#: By how much residuals fall in a step at the most, for deciding when to look at them.
+#: The most by which a step is assumed to reduce residuals, to decide when to look at them again.
 _STEEPEST = 8.0
 
-#: Rows that a restart keeps at the least besides those that are wanted.
+#: The fewest rows that a restart keeps besides those that are wanted.
 _SPARE_ROWS = 64
 
 #: A value after the wanted ones may lie above its estimate by this many of its residuals, and by so many units of rounding.
 BEYOND_RESIDUAL = 2.0
 _ROUNDING = 4
 
-#: A direction whose part outside the basis is below this multiple of what rounding leaves there is noise.
+#: A direction is noise if its part outside the basis is below this multiple of the norm of B times its image's length.
 _NOISE = 3e-7
 
 
@@ -52,10 +52,10 @@ class RitzVectors:
 
 
 def block_size(k: int, operator: Operator) -> int:
-    """Rows per step.
+    """How many rows a block has, which are multiplied in a step.
 
-    On a GPU a step costs its launches, so that few wide ones are best. On a CPU the total of rows counts, so narrow blocks
-    are best, which need fewer of them; but fewer than sixteen rows take a large matrix as long as sixteen.
+    On a GPU kernel launches dominate, so few steps with wide blocks are best. On a CPU the total number of rows counts, and
+    narrow blocks need fewer; but with a large matrix, fewer than sixteen rows take as long as sixteen.
     """
     if operator.matrices.device.type != "cpu":
         return 8 * math.ceil((k + 8) / 8)
@@ -70,7 +70,7 @@ def basis_limit(k: int, block: int) -> int:
 
 
 def kept_rows(k: int, block: int) -> int:
-    """Rows that a restart keeps: more than are wanted speed up what comes after (docs/numerics.md)."""
+    """Rows that a restart keeps: more than are wanted, which speeds up the steps after it (docs/numerics.md)."""
     return k + max(block, _SPARE_ROWS, k // 2)
 
 
@@ -130,7 +130,7 @@ def _worst(values: torch.Tensor, residuals: torch.Tensor, k: int, tolerance: flo
     """The largest residual over what is allowed."""
     sigma = values[:, :k].clamp(min=0).sqrt()
     top = sigma[:, :1]
-    # Below the noise of the working precision nothing can be asked for.
+    # Residuals cannot fall below the rounding of the working precision.
     floor = (8 * eps * top).clamp(min=1e-300)
     allowed = torch.minimum(sigma * (100 * tolerance), tolerance * top)
     estimate = residuals[:, :k] / torch.maximum(sigma, floor)
@@ -138,7 +138,7 @@ def _worst(values: torch.Tensor, residuals: torch.Tensor, k: int, tolerance: flo
 
 
 class _CheckSchedule:
-    """Looks at the residuals only when they may have become small enough: a look costs an eigenproblem."""
+    """Decides after which steps to compute the residuals, since that takes an eigenproblem."""
 
     def __init__(self) -> None:
         self._steps = 0
@@ -150,7 +150,7 @@ class _CheckSchedule:
         return self._steps >= self._next
 
     def saw(self, worst: float) -> None:
-        """``worst``: the largest residual over what is allowed."""
+        """Plan the next check, after one in which the largest residual was ``worst`` times what is allowed."""
         wait = math.log(worst) / math.log(_STEEPEST)
         if self._seen is not None and worst < self._seen[1]:
             decay = math.log(self._seen[1] / worst) / (self._steps - self._seen[0])
@@ -175,7 +175,7 @@ class _Basis:
         self._projected = torch.zeros(count, rows, rows, dtype=torch.float64, device=self._wide)
         self._coupling = torch.zeros(count, 0, 0, dtype=torch.float64, device=self._wide)
         self._top = torch.zeros(count, 1, dtype=torch.float64, device=self._wide)  # longest image so far
-        # One generator for each matrix: which rows it is given must not depend on its company.
+        # One generator for each matrix: its random rows must not depend on the other matrices of the batch.
         self._generators = [generator_of(seed) for _ in range(count)]
         self.size = 0  # rows already multiplied by C
         self._pending = 0  # orthonormal rows behind them, yet to be multiplied
@@ -183,11 +183,11 @@ class _Basis:
 
     @property
     def exhausted(self) -> bool:
-        """The basis spans the whole space: there is nothing left to find."""
+        """Whether the basis spans the whole space, so that nothing is left to find."""
         return self._pending == 0
 
     def begin(self, start: torch.Tensor | None) -> None:
-        """Random rows, after those of ``start``: which keep their order, since small values drown where rows are mixed."""
+        """Begin with ``start`` and random rows after it. The order is kept: mixing rows would lose small values in rounding."""
         width = min(self._block, self.limit) - (0 if start is None else start.shape[1])
         more = torch.stack([self._random(i, width) for i in range(len(self._operator))])
         start = more if start is None else torch.cat([start, more], dim=1)
@@ -204,12 +204,12 @@ class _Basis:
         coefficients = torch.bmm(products, known.mT)
         products = torch.baddbmm(products, coefficients, known, alpha=-1)
         projected = widened(coefficients)
-        # The diagonal holds the squared lengths of the images. What rounding leaves in a product is in proportion to
-        # the length of its own image and to the norm of B.
+        # The diagonal holds the squared lengths of the images. The rounding error of a product is proportional to the
+        # length of its own image and to the norm of B.
         lengths = projected.diagonal(first, 1, 2).clamp(min=0).sqrt()
         self._top = torch.maximum(self._top, lengths.amax(dim=1, keepdim=True))
         noise = _NOISE * self._top * lengths
-        # The lower triangle, which is all that is ever read.
+        # Only the lower triangle is set, since eigh reads nothing else.
         self._projected[:, first:stop, :stop] = projected + self._append(products, noise)
 
     def ritz(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -236,12 +236,12 @@ class _Basis:
     def _append(self, rows: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Orthonormalise ``rows`` (B, b, short), nearly free of the basis, and store them as the next block.
 
-        Of each row only what is longer than its ``noise`` (B, b) is information. Directions without any are replaced
-        by random ones, so that the block keeps its width and finds copies of a repeated value; their coupling to the
-        block before is zero.
+        A direction no longer than the ``noise`` (B, b) of its row is rounding error. Such directions are replaced by
+        random ones, so that the block keeps its width and finds copies of a repeated value; their coupling to the
+        previous block is zero.
 
         Returns:
-            float64 (B, b, size), what of ``rows`` was still in the basis.
+            float64 (B, b, size), the coefficients of that part of ``rows`` that was still in the basis.
         """
         room = min(self._block, self._operator.short - self.size)
         known = self._rows[:, : self.size]
@@ -262,14 +262,14 @@ class _Basis:
         return still
 
     def _repaired(self, i: int, rows: torch.Tensor, noise: torch.Tensor, room: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of matrix i: the ``room`` longest directions of ``rows`` (b, short), random ones in place of noise.
+        """The ``room`` longest directions of ``rows`` (b, short) for matrix i, with random ones in place of noise.
 
         Returns:
             (room, short) orthonormal rows and the float64 (b, room) coupling.
         """
         known = self._rows[i, : self.size]
         wide = widened(rows - (rows @ known.T) @ known)
-        # In units of the noise, so that a row with much of it does not hide the others.
+        # In units of each row's noise, so that a row with much noise does not hide the others.
         unit = torch.where(noise > 0, noise, 1.0)
         wide = wide / unit[:, None]
         values, vectors = torch.linalg.eigh(wide @ wide.T)
@@ -282,7 +282,7 @@ class _Basis:
             coupling = torch.nn.functional.pad(coupling, (0, room - len(kept)))
             block = torch.cat([block, self._random(i, room - len(kept))])
         for _ in range(2):
-            # The first rows hardly move, so the coupling need not be corrected: Cholesky keeps their order.
+            # Cholesky keeps the order of the rows and hardly changes the first ones, so the coupling stays valid.
             block = block - (block @ known.T) @ known
             block = (_inverse_root(_gram(block)) @ widened(block)).to(rows.dtype).to(rows.device)
         return block, coupling
@@ -296,7 +296,7 @@ class _Basis:
 def _orthonormalised(
     rows: torch.Tensor, known: torch.Tensor, noise: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[bool]]:
-    """Cholesky QR twice with a projection between, for rows (B, b, short) that are well enough conditioned.
+    """Orthonormalise rows (B, b, short) by Cholesky QR, twice with a projection between; they must be well conditioned.
 
     Returns:
         orthonormal rows (B, b, short); float64 coupling (B, b, b) and ``still`` (B, b, size) with

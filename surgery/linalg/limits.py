@@ -1,4 +1,4 @@
-"""Which tolerances, seeds, energies and ranks make sense for an SVD. No torch here: options are checked before it is loaded."""
+"""The valid ranges of tolerance, seed, energy and rank of an SVD. Without torch: options are checked before it is loaded."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from typing import Literal
 
 from surgery.errors import OptionError
 
-#: Of ``surgery.truncated_svd``: residual over the largest singular value at which it stops.
+#: Default of ``surgery.truncated_svd``: the residual over the largest singular value at which it stops.
 DEFAULT_TOLERANCE = 1e-5
 #: Units of the working precision that rounding may leave in a residual.
 ROUNDING = 16
-#: The distance from 1 to the next larger number.
+#: dtype -> the distance from 1 to the next larger number.
 _EPSILON = {"float32": 2.0**-23, "float64": 2.0**-52}
 
 
 def check_accuracy(tolerance: float, seed: int, dtype: Literal["float32", "float64"] = "float32") -> None:
-    """Refuse a tolerance or seed that no run in ``dtype`` can honour.
+    """Refuse a tolerance that cannot be reached in ``dtype``, or a seed that is out of range.
 
     Raises:
-        OptionError: naming the limits.
+        OptionError: tells the limits.
     """
     floor = ROUNDING * _EPSILON[dtype]
     if not floor <= tolerance < 1:
@@ -32,10 +32,10 @@ def check_accuracy(tolerance: float, seed: int, dtype: Literal["float32", "float
 
 
 def check_energy(energy: float, max_rank: int) -> None:
-    """Refuse a share or a limit that makes no sense.
+    """Refuse an energy or a largest rank that is out of range.
 
     Raises:
-        OptionError: naming the range.
+        OptionError: tells the range.
     """
     if not 0 < energy <= 1:
         raise OptionError("the energy makes no sense", got=energy, expected="a share above 0 and at most 1")

@@ -40,7 +40,7 @@ DEVICE_BLOCKS = 64
 
 #: Beyond this rank the bound on float32 sums leaves too many entries in doubt (3 % here).
 _MOST_IN_FLOAT32 = {torch.bfloat16: 64, torch.float16: 16, torch.float32: 0}
-#: So many of those are done at a time.
+#: How many entries in doubt are computed in float64 at a time.
 _DOUBTFUL_AT_ONCE = 1 << 15
 
 _T = TypeVar("_T")
@@ -48,7 +48,7 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """The kept part of one matrix, ``U diag(s) V^T``; of a stack of B matrices with a dimension more in front.
+    """The kept part of one matrix, ``U diag(s) V^T``; for a stack of B matrices each tensor has a leading dimension B.
 
     Attributes:
         U: float32 (m, k), orthonormal columns.
@@ -61,7 +61,7 @@ class Factors:
     V: torch.Tensor
 
     def to(self, device: torch.device | str) -> Factors:
-        """The same on another device.
+        """The factors on another device.
 
         Args:
             device: such as ``cpu`` or ``cuda``.
@@ -71,7 +71,7 @@ class Factors:
 
 @dataclass(frozen=True, slots=True)
 class Addition:
-    """``left right^T``, added to a weight together with its scaled directions, such as a LoRA update.
+    """A low-rank matrix ``left right^T`` to add to a weight along with its scaled directions, such as a LoRA update.
 
     Attributes:
         left: float32 or float64 (m, r).
@@ -87,12 +87,12 @@ class Addition:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """A weight without its factors.
+    """What ``split`` makes of a weight besides its factors.
 
     Attributes:
         residual: ``round(W - U diag(s) V^T)``, shape, dtype and device of the weight.
-        correction: encoded, uint8 (bytes,) on the CPU, a multiple of 8 bytes; None where none was asked for.
-        inexact: share of the entries that residual and factors alone do not give back.
+        correction: encoded, uint8 (bytes,) on the CPU, a multiple of 8 bytes; None if ``split`` was told to make none.
+        inexact: share of the entries that residual and factors alone do not give back exactly.
     """
 
     residual: torch.Tensor
@@ -111,7 +111,7 @@ def split(weight: torch.Tensor, factors: Factors, *, correct: bool = True, out: 
         out: where the residual goes, like the weight; may be the weight itself.
 
     Raises:
-        WeightError: the residual is beyond the range of the dtype. What is in ``out`` then is worth nothing.
+        WeightError: the residual is beyond the range of the dtype. The contents of ``out`` are invalid then.
     """
     m, n = weight.shape
     residual = torch.empty_like(weight) if out is None else out
@@ -153,7 +153,7 @@ def split(weight: torch.Tensor, factors: Factors, *, correct: bool = True, out: 
 
 
 def _encoded(exact: torch.Tensor, guess: torch.Tensor, step: int) -> list[tuple[bytes, int]]:
-    """For ``step`` rows (r, n) at a time: what takes the guess to the exact bits, and how many of them differ."""
+    """For each ``step`` rows of (r, n): the encoded differences of ``guess`` from ``exact``, and how many there are."""
     if exact.device.type == "cpu":
         found = [differences(exact[rows].numpy().ravel(), guess[rows].numpy().ravel()) for rows in _slices(len(exact), step)]
     else:
@@ -164,7 +164,7 @@ def _encoded(exact: torch.Tensor, guess: torch.Tensor, step: int) -> list[tuple[
 def _differences_by_device(
     exact: torch.Tensor, guess: torch.Tensor, step: int
 ) -> list[tuple[npt.NDArray[np.bool_], npt.NDArray[Any]]]:
-    """``differences`` of each block, found where the tensors are: only where and how much comes to the host."""
+    """``differences`` of each block, computed on the device of the tensors; only the results are copied to the host."""
     differ = exact != guess
     units = (flipped(exact[differ]) - flipped(guess[differ])).cpu().numpy()
     mask = differ.cpu().numpy()
@@ -202,7 +202,7 @@ def join(
         (m, n), dtype and device of ``residual``.
 
     Raises:
-        CorruptCorrection: the correction is damaged in a way that shows.
+        CorruptCorrection: the correction cannot be decoded. Not every damage is noticed: check the hash of its file.
     """
     return _joined(residual, factors, correction, scales, addition, out)[0]
 
@@ -211,9 +211,9 @@ def join(
 def recover(
     residual: torch.Tensor, factors: Factors, correction: torch.Tensor, out: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, float]:
-    """The weight that ``split`` took apart, and the share of its entries that residual and factors alone do not give back.
+    """The weight that ``split`` took apart, and the share of entries that residual and factors alone do not give exactly.
 
-    Args and errors as for ``join``.
+    Arguments and errors are those of ``join``.
     """
     weight, moved = _joined(residual, factors, correction, None, None, out)
     return weight, moved / weight.numel()
@@ -227,7 +227,7 @@ def _joined(
     addition: Addition | None,
     out: torch.Tensor | None,
 ) -> tuple[torch.Tensor, int]:
-    """See ``join``; and how many entries the correction moves."""
+    """The result of ``join``, and how many entries the correction has changed."""
     m, n = residual.shape
     reader = CorrectionReader(bytes_of(correction), m, n, residual.element_size())
     step = reader.rows_per_block
@@ -259,7 +259,7 @@ def _joined(
 
 
 def _correct(bits: torch.Tensor, positions: npt.NDArray[np.int64], units: npt.NDArray[Any]) -> None:
-    """Move the floats with these bits (entries,), at some positions, by units in the last place."""
+    """Change the floats with these bits, (entries,), in place: those at ``positions`` by ``units`` in the last place."""
     if bits.device.type == "cpu":
         array = bits.numpy()  # more than twice as fast as torch here
         array[positions] = flipped(flipped(array[positions]) + units)
@@ -278,7 +278,7 @@ def rescale(
 ) -> torch.Tensor:
     """``round(W + U diag(s (g - 1)) V^T)`` from the weight itself: the fold of an overlay.
 
-    Args and result as for ``join``; ``factors`` may be None with an addition.
+    Arguments and result are those of ``join``; ``factors`` may be None if there is an addition.
     """
     with one_thread():
         update = _update(factors, scales, addition, weight.dtype)
@@ -295,7 +295,7 @@ def approximate(
 ) -> torch.Tensor:
     """``round(R + U diag(s g) V^T)``: the fold of a residual without a correction.
 
-    Args and result as for ``join``. With scales of 1 it gives what the residual has kept of the weight.
+    Arguments and result are those of ``join``. With scales of 1 it gives the weight up to the rounding of the residual.
     """
     with one_thread():
         s = factors.s.double()
@@ -307,7 +307,7 @@ def approximate(
 def _update(
     factors: Factors | None, scales: torch.Tensor | None, addition: Addition | None, dtype: torch.dtype
 ) -> _Update | None:
-    """What changes a weight; None if nothing does."""
+    """The update of a weight by scales and an addition; None if there is neither."""
     if factors is None or scales is None:
         return None if addition is None else _Update(addition, dtype)
     change = _scaled(factors, _change(factors, scales))
@@ -315,12 +315,12 @@ def _update(
 
 
 def _scaled(factors: Factors, values: torch.Tensor) -> Addition:
-    """``U diag(values) V^T``; float64 (k,)."""
+    """``U diag(values) V^T`` for values float64 (k,)."""
     return Addition(factors.U.double() * values, factors.V)
 
 
 def both(first: Addition, second: Addition) -> Addition:
-    """The sum of two."""
+    """The sum of two additions, as one."""
     return Addition(
         torch.cat([first.left.double(), second.left.double()], dim=1), torch.cat([first.right, second.right], dim=1)
     )
@@ -342,7 +342,7 @@ def _updated(weight: torch.Tensor, update: _Update | None, out: torch.Tensor | N
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The precision of all that follows the exact product."""
+    """The dtype of all arithmetic after the exact product, for a weight of ``dtype``."""
     return torch.float64 if dtype == torch.float32 else torch.float32
 
 
@@ -363,7 +363,7 @@ class _Prediction:
         self._dtype = working_dtype(dtype)
 
     def worker(self, most: int) -> Callable[[slice], torch.Tensor]:
-        """A function from rows to (r, n) in the working precision, r <= ``most``, valid until it is called again."""
+        """A function that predicts rows: (r, n), r <= ``most``, in the working dtype, valid until it is called again."""
         shape, device = (most, self._right.shape[1]), self._left.device
         product = scratch("exact product", shape, torch.float64, device)
         rounded = scratch("rounded product", shape, self._dtype, device)
@@ -391,8 +391,8 @@ def _change(factors: Factors, scales: torch.Tensor) -> torch.Tensor:
 class _Update:
     """``W + left right^T``, rounded once.
 
-    Two-byte weights are computed in float32 first, with a bound on the error. Where both ends of the interval round
-    to the same number, so does what lies between; the few entries where they do not are computed in float64.
+    Two-byte weights are computed in float32 first, with a bound on the error. If both ends of that interval round to
+    the same number, so does the exact value; the few entries where they do not are computed in float64.
     """
 
     def __init__(self, change: Addition, dtype: torch.dtype) -> None:
@@ -410,7 +410,7 @@ class _Update:
         self._error = bound.float()[:, None].clamp_(min=1e-40)
 
     def _exactly(self, block: torch.Tensor, rows: slice, entries: torch.Tensor) -> torch.Tensor:
-        """Some entries of the rows (r, n), by their place in the flattened ones, updated in float64."""
+        """Updated entries of rows (r, n), computed in float64; ``entries`` are indices into the flattened rows."""
         n = block.shape[1]
         i, j = entries.div(n, rounding_mode="floor"), entries % n
         sums = block.view(-1)[entries].double() + (self._left[rows][i] * self._right[j]).sum(dim=1)
@@ -464,10 +464,10 @@ def _slices(m: int, step: int) -> list[slice]:
 
 
 def _for_each(worker: Callable[[int], Callable[[slice], _T]], m: int, step: int, device: torch.device) -> list[_T]:
-    """Do m rows, ``step`` at a time on a CPU and a multiple of it elsewhere; results in their order.
+    """Process m rows, ``step`` at a time on a CPU and a multiple of it elsewhere; returns the results in order.
 
-    On a CPU with one single-threaded worker per core, each with buffers of its own for up to as many rows as
-    ``worker`` is given: fresh memory for every block would cost as much as the arithmetic.
+    On a CPU there is one single-threaded worker per core. ``worker(most)`` makes its function, with its own buffers for
+    up to ``most`` rows: fresh memory for every block would cost as much as the arithmetic.
     """
     if device.type != "cpu":
         work = worker(min(m, step * DEVICE_BLOCKS))

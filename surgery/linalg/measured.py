@@ -1,4 +1,4 @@
-"""What is measured anew of a truncated SVD that has been recorded, and what its certificate may say then."""
+"""Measuring a recorded truncated SVD again, and checking what its certificate says against that."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from surgery.linalg.rounding import times_power_of_two
 from surgery.linalg.triplets import allowed_residuals, engine, residuals_of
 from surgery.memory import scratch
 
-#: Rows that are worked on at a time for the norm.
+#: Rows whose norm is computed at a time.
 _NORM_ROWS = 64
-#: Up to this shorter side the values of a matrix are computed as a whole.
+#: Up to this shorter side, the singular values of a matrix are computed by a full SVD.
 _DENSE = 64
 #: Of the iteration for the value after the kept ones: rows of a block, and the residual, of which its error is of second order.
 _BLOCK = 16
 _TOLERANCE = 3e-2
-#: Of another start block than factorize's own default: what that has missed by chance, this one must not.
+#: Another seed than factorize's default: a direction that its start block has missed by chance must not be missed again.
 _SEED = 1
 #: What float32 products may add to that value, relatively.
 _ROUNDING = 2e-6
@@ -39,12 +39,12 @@ _MOST_PASSES = 5 * (MAX_PASSES + 8) + 16
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Of a matrix A (m, n) and k triplets.
+    """What ``measure`` finds for a matrix A (m, n) and k triplets.
 
     Attributes:
         residual: float64 (k,) on the CPU, ``max(|A v - s u|, |A^T u - s v|) / s_1``, see ``residuals_of``.
         energy: squared Frobenius norm, in float64.
-        beyond: how large, over s_1, the largest singular value of A outside of the triplets is at the least; 0 for none.
+        beyond: a lower bound, over s_1, on the largest singular value of A without the triplets; 0 if none is known.
     """
 
     residual: torch.Tensor
@@ -63,7 +63,7 @@ def measure(A: torch.Tensor, factors: Factors) -> Measured:
         residual = residuals_of(A, factors.U, factors.s, factors.V)
         energy = _squares(A)
         top = factors.s[0].item()
-        # Of triplets that are far from being singular ones nothing more is to be known, and numbers may overflow.
+        # If the triplets are far from singular ones, there is nothing to learn from the rest, and numbers may overflow.
         sound = top > 0 and math.isfinite(energy) and bool((residual <= _FAR).all())
         return Measured(residual, energy, _beyond(A, factors, math.sqrt(energy)) / top if sound else 0.0)
 
@@ -78,11 +78,11 @@ def measuring_bytes(m: int, n: int, k: int) -> int:
 def gap_limits(
     s: torch.Tensor, measured: Measured, gap: torch.Tensor, short: int, long: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """How small and how large the gaps of a certificate may be, see ``surgery.linalg.svd.Certificate``: float64 (k,).
+    """The least and the largest gaps that a correct certificate may record (``surgery.linalg.svd.Certificate``): float64 (k,).
 
-    A gap that is too large is one that does not hold: the next value kept is nearer, or what is left when the triplets are
-    taken from the matrix has a larger one. For that as much is granted as the residuals can move values (Weyl). One that is too
-    small is not what follows from the values and their residuals: only where the value after the last is known to lie lower.
+    A gap is too large if another kept value is nearer, or if the matrix without the triplets has a larger value than the gap
+    allows; for that, the residuals may have moved values (Weyl). A gap is too small if the values and their residuals give a
+    larger one; this can be said only where the value after the last triplet is known to be lower.
 
     Args:
         s: float64 (k,), as recorded.
@@ -109,12 +109,12 @@ def gap_limits(
 
 
 def overstated(recorded: torch.Tensor, measured: Measured) -> torch.Tensor:
-    """bool (k,), where a residual is recorded larger than it is: by more than rounding may have been thought to hide."""
+    """Where a residual is recorded as larger than it is, by more than the allowance for rounding in it: bool (k,)."""
     return recorded > (1 + _THIRD_DIGIT) * measured.residual + 2 * _ROUNDED
 
 
 def says_converged(s: torch.Tensor, residual: torch.Tensor, tolerance: float) -> bool | None:
-    """Whether recorded residuals are those of a converged SVD in float32; None where their rounding leaves it open."""
+    """Whether recorded residuals are those of a converged SVD in float32; None if their three digits do not tell."""
     allowed = allowed_residuals(s, tolerance, torch.float32)
     if bool((residual <= (1 - 2 * _THIRD_DIGIT) * allowed).all()):
         return True
@@ -122,7 +122,7 @@ def says_converged(s: torch.Tensor, residual: torch.Tensor, tolerance: float) ->
 
 
 def could_come_from(method: str, passes: int, short: int, ranks: range, *, zeros: bool) -> bool:
-    """Whether a method and its number of passes over the matrix are what a solve gives.
+    """Whether a solve can have recorded this method and this number of passes over the matrix.
 
     Args:
         short: the shorter side of the matrix.
@@ -144,7 +144,7 @@ def _squares(A: torch.Tensor) -> float:
 
 
 class _Apart(Operator):
-    """Products with a matrix without its parts along orthonormal rows of its short (1, k, short) and long (1, k, long) side."""
+    """Products with ``(I - U U^T) A (I - V V^T)``, for U^T (1, k, m) and V^T (1, k, n) with orthonormal rows."""
 
     def __init__(self, padded: torch.Tensor, columns: int, left: torch.Tensor, right: torch.Tensor) -> None:
         super().__init__(padded, columns)
@@ -162,7 +162,7 @@ def _without(x: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
 
 
 def _beyond(A: torch.Tensor, factors: Factors, norm: float) -> float:
-    """The norm of ``(I - U U^T) A (I - V V^T)``, at the least."""
+    """A lower bound on the spectral norm of ``(I - U U^T) A (I - V V^T)``; ``norm`` is the Frobenius norm of A."""
     (m, n), k = A.shape, len(factors.s)
     if k >= min(m, n):
         return 0.0

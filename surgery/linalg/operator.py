@@ -1,4 +1,4 @@
-"""Products with a batch of matrices, seen from their shorter side, in the working precision and in float64."""
+"""``Operator``: products with a batch of matrices and their transposes, in the working precision and in float64."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from surgery.memory import scratch
 _WIDE_ENTRIES = 1 << 19
 #: The same on a GPU, of all matrices of a batch.
 _WIDE_ENTRIES_GPU = 1 << 25
-#: Columns of a block on a CPU at the most: of wider ones few rows would fit the cache, and products with few rows are slow
+#: The most columns of a block on a CPU: of wider blocks only few rows fit the cache, and products with few rows are slow
 #: (4096x11008 on two cores, with and without: 64 and 91 ms for 16 vectors, 226 and 339 ms for 64).
 _WIDE_COLUMNS = 1 << 11
 
@@ -25,13 +25,13 @@ class Operator:
 
     Args:
         padded: (B, m, n or more), float32 or float64, contiguous for products in the working precision.
-        columns: n, if that is less: what lies behind it is zeros.
+        columns: n, if the rows are padded; the entries behind it are zeros.
 
     Attributes:
         matrices: (B, m, n).
         short, long: the smaller and the larger of m and n.
         wide: whether m is the smaller.
-        passes: how many times the matrices were gone through.
+        passes: how many products with the matrices or their transposes have been made.
     """
 
     def __init__(self, padded: torch.Tensor, columns: int | None = None) -> None:
@@ -46,7 +46,7 @@ class Operator:
         return len(self.matrices)
 
     def one(self, i: int) -> Operator:
-        """The same of one matrix, as a batch of one, with a count of its own that goes on from here."""
+        """The operator of matrix i alone, as a batch of one; it counts its passes separately, on top of those so far."""
         single = Operator(self._padded[i : i + 1], self.matrices.shape[2])
         single.passes = self.passes
         return single
@@ -64,7 +64,7 @@ class Operator:
     def gram(self) -> torch.Tensor:
         """(B, short, short), A^T A or A A^T in the working precision."""
         self.passes += 1
-        return gram(self._padded if self.wide else self.matrices.mT)  # zeros behind a row do not count
+        return gram(self._padded if self.wide else self.matrices.mT)  # the zeros of the padding add nothing
 
     def _by_columns(self, rows: torch.Tensor) -> torch.Tensor:
         return rows_times(rows, self._padded)[:, :, : self.matrices.shape[2]]
@@ -74,11 +74,11 @@ class Operator:
             rows = torch.nn.functional.pad(rows, (0, zeros))
         return rows_times_transposed(rows, self._padded)
 
-    # The same in float64, for the last step and the certificate: float32 products of vectors without changes of
-    # sign are off by more than 1e-6. The matrices are widened a block at a time.
+    # Products in float64, for the last step and the certificate: float32 products of vectors without changes of
+    # sign are off by more than 1e-6. The matrices are converted a block at a time.
 
     def both_wide(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """float64 (B, b, short), (B, b, long) -> (B, b, long), (B, b, short): both products, the matrices read once."""
+        """Both products in one pass: float64 (B, b, short), (B, b, long) -> (B, b, long), (B, b, short)."""
         self.passes += 2
         if self.wide:
             return self._sweep(x, y)
@@ -96,7 +96,7 @@ class Operator:
         return self._sweep(None, y)[1] if self.wide else self._sweep(y, None)[0]
 
     def gram_wide(self) -> torch.Tensor:
-        """float64 (B, short, short), A^T A or A A^T, without widening all of A at once."""
+        """float64 (B, short, short), A^T A or A A^T, without converting all of A at once."""
         self.passes += 1
         total = torch.zeros(len(self), self.short, self.short, dtype=torch.float64, device=wide_device(self.matrices))
         if self.wide:  # by columns, so that what is added up is (short, short)
@@ -123,9 +123,9 @@ class Operator:
         return columns, rows
 
     def _blocks(self, width: int) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-        """Blocks of the matrices in float64, up to ``width`` columns wide, in one buffer that is used again and again.
+        """(rows, columns, block) for all blocks of the matrices, in float64 and up to ``width`` columns wide.
 
-        Fresh memory costs more than the conversion: every page of it is cleared by the system first.
+        All blocks share one buffer: fresh memory costs more than the conversion, since the system clears its pages first.
         """
         m, n = self.matrices.shape[1:]
         if self.matrices.dtype == torch.float64:
@@ -153,7 +153,7 @@ def _rows_at_a_time(width: int) -> int:
 
 
 def widened_bytes(m: int, n: int) -> int:
-    """What float64 products with a matrix (m, n) take on a CPU besides their results."""
+    """Bytes that float64 products with a matrix (m, n) take on a CPU, besides their results."""
     width = min(n, _WIDE_COLUMNS)
     return 8 * min(m, _rows_at_a_time(width)) * (width + GAP)
 
@@ -164,5 +164,5 @@ def wide_device(x: torch.Tensor) -> torch.device:
 
 
 def widened(x: torch.Tensor) -> torch.Tensor:
-    """float64, on the CPU where the device has none."""
+    """A tensor in float64; on the CPU if its device has no float64."""
     return x.to(wide_device(x)).double()

@@ -1,4 +1,4 @@
-"""Orthonormal float64 rows for the space of given ones."""
+"""Orthonormal bases of the spaces that given rows span, in float64."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def orthonormal_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Cholesky QR, twice where the rows are far from orthogonal, Householder QR where some nearly depend on others.
+    """Orthonormalise rows: by Cholesky QR, twice if they are far from orthogonal; by Householder QR if nearly dependent.
 
     Args:
         rows: float64 (..., k, n), k <= n, of any lengths.
@@ -16,7 +16,7 @@ def orthonormal_rows(rows: torch.Tensor) -> torch.Tensor:
         algorithm" (ETNA 44, 2015).
     """
     for _ in range(2):
-        # The factor does not care about lengths, but the test of its diagonal does.
+        # Rows of unit length, so that the diagonal of the factor tells how independent they are.
         rows = rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-300)
         factor, info = torch.linalg.cholesky_ex(rows @ rows.mT)
         least = factor.diagonal(0, -2, -1).min().item()

@@ -1,4 +1,4 @@
-"""Float32 arithmetic that is float32, whatever the caller has allowed torch to do."""
+"""Making sure that float32 products are computed in float32, whatever precision the caller has set in torch."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _before: tuple[str | None, list[str]] = (None, [])
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """No TF32, bfloat16 or autocast inside float32 products, whatever the caller has chosen; put back afterwards.
+    """Keeps TF32, bfloat16 and autocast out of float32 products for as long as the context lasts.
 
-    The settings are the process's: where several threads are inside, the first one sets them, the last one puts them back.
+    The settings are global in the process: of several threads inside, the first changes them, the last restores them.
     """
     global _inside, _before
     with _lock:
@@ -41,9 +41,9 @@ def _backends() -> tuple[Any, ...]:
 
 
 def _set() -> tuple[str | None, list[str]]:
-    """Allow full precision only; what was set before."""
+    """Allow full precision only; returns the previous settings of the older and the newer interface, for ``_put_back``."""
     try:
-        # Torch has two interfaces for this, and fails where one has been used and the other says something else.
+        # Torch has two interfaces for this, and raises if both have been used and contradict each other.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # torch 2.9 recommends the newer one, once
             older = torch.get_float32_matmul_precision()

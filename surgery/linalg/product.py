@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-#: From so many entries on, and with rows that fill whole vector registers or nearly so, oneDNN is quickest when the large
-#: matrix is its first operand: the second one is what it packs, and packing takes longer than multiplying by a few rows.
+#: With at least so many entries, and rows that nearly fill whole vector registers, oneDNN is fastest with the large matrix as
+#: its first operand: it packs the second one, and packing a large one takes longer than multiplying by a few rows.
 LARGE = 1 << 21
 _LANES = 16
-#: Rows a multiple of this many entries apart fall on the same few lines of the cache, and packing takes longer; so many zeros
-#: behind each row cure that (docs/numerics.md).
+#: Rows a multiple of ``_CROWDED`` entries apart share few cache lines, which makes packing slow; ``GAP`` zeros behind each row
+#: prevent that (docs/numerics.md).
 _CROWDED, GAP = 1024, 16
 #: Rows of a symmetric product that are computed at a time, up to the diagonal: few enough to leave out most of what lies
 #: beyond it, enough for a product.
@@ -37,12 +37,12 @@ def rows_times_transposed(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tens
 
 
 def leading_dimension(m: int, n: int, device: torch.device) -> int:
-    """Entries from one row to the next, at least n, at which products with a matrix (m, n) are quickest."""
+    """Entries from one row to the next, at least n, with which products with a matrix (m, n) are fastest."""
     return n + GAP if device.type == "cpu" and m * n >= LARGE and n % _CROWDED == 0 else n
 
 
 def gram(rows: torch.Tensor) -> torch.Tensor:
-    """``X X^T``, of which on a CPU only little more than half is computed: (B, r, l) -> (B, r, r).
+    """``X X^T``: (B, r, l) -> (B, r, r). On a CPU only little more than half of it is computed, and mirrored.
 
     X may be a transposed view of matrices, whose rows may lie further apart than they are long.
     """
@@ -79,7 +79,7 @@ _Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def _each(product: _Product, x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
-    """One by one: on a CPU a batched product is slower."""
+    """A product for each matrix in turn, since a batched product is slower on a CPU."""
     if len(x) == 1:
         return product(x[0], matrices[0])[None]
     return torch.stack([product(rows, matrix) for rows, matrix in zip(x, matrices, strict=True)])
@@ -91,7 +91,7 @@ def _onednn(x: torch.Tensor, matrices: torch.Tensor) -> bool:
 
 @cache
 def _onednn_linear() -> Any:
-    """The operator, if this build of torch has one that works; else None."""
+    """The operator ``x weight^T`` of oneDNN, if this build of torch has one that works; else None."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return None
     try:

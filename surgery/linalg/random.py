@@ -1,4 +1,4 @@
-"""Random start vectors that are nobody else's."""
+"""Random start vectors that are independent of the caller's random numbers."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ _OURS = int.from_bytes(b"surgery", "big")
 
 
 def generator_of(seed: int) -> torch.Generator:
-    """On the CPU, for a seed of 63 bits, with numbers that a caller who has used the same seed has not drawn.
+    """A generator on the CPU for a seed of 63 bits, whose numbers differ from those of a caller with the same seed.
 
-    A matrix may have been made from those: ``torch.manual_seed(0)``, and orthogonal vectors from ``torch.randn``. A start
-    block of the same numbers would span singular vectors of it, and all others would be missed without a trace.
+    The caller may have made the matrix from these: ``torch.manual_seed(0)``, and orthogonal vectors from ``torch.randn``. A
+    start block of the same numbers would span some of its singular vectors, and miss all others without notice.
     """
     return torch.Generator().manual_seed(seed ^ _OURS)

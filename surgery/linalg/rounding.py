@@ -45,9 +45,9 @@ def round_once(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def times_power_of_two(x: torch.Tensor, exponent: int) -> torch.Tensor:
-    """``x 2^exponent``: exact, but where that is subnormal or overflows, and there rounded once.
+    """``x 2^exponent``, exact unless the result is subnormal or overflows; then it is rounded once.
 
-    ``torch.ldexp`` is not: before torch 2.11 it multiplies by a float32 power, which may be off or out of range.
+    ``torch.ldexp`` is not exact: before torch 2.11 it multiplies by a float32 power, which may be wrong or out of range.
 
     Args:
         x: float32 or float64, any shape and device.
@@ -57,14 +57,14 @@ def times_power_of_two(x: torch.Tensor, exponent: int) -> torch.Tensor:
     with one_thread():  # as exact_arithmetic asks for
         while exponent > most:
             x, exponent = x * 2.0**most, exponent - most
-        # A step that has to round is followed by one that takes away all digits: what is left is zero either way.
+        # If one of these steps rounds, the next one leaves no digits at all: the result is zero in any case.
         while exponent < 1 - most:
             x, exponent = x * 2.0 ** (1 - most + digits), exponent - (1 - most + digits)
         return x * 2.0**exponent
 
 
 def check_dense(tensor: torch.Tensor, name: str) -> None:
-    """Refuse a tensor that does not hold real floating-point numbers, one beside the other, in memory.
+    """Refuse a tensor that is not a dense tensor of real floating-point numbers in memory.
 
     Raises:
         OptionError: it is complex, of whole numbers or truth values, packed, sparse, nested, or on the meta device.
@@ -82,17 +82,17 @@ def check_dense(tensor: torch.Tensor, name: str) -> None:
 
 def all_finite(x: torch.Tensor) -> bool:
     """Whether a float tensor with at least one entry holds neither NaN nor infinity."""
-    # A minimum or maximum of NaN is NaN: one pass, many times faster than asking each number.
+    # The minimum or maximum of numbers with a NaN is NaN. This takes one pass, and is many times faster than isfinite.
     return all(bool(torch.isfinite(end)) for end in torch.aminmax(x))
 
 
 def bits_of(x: torch.Tensor) -> torch.Tensor:
-    """The bits of floats as signed integers of their width, a view of the same memory."""
+    """The bits of floats as int16 or int32, by their width; a view of the same memory."""
     return x.view(_SIGNED[x.element_size()])
 
 
 def flipped(bits: _Bits) -> _Bits:
-    """Bits of floats to integers such that neighbours differ by one: the order of the reals, -0 just below +0.
+    """Map the bits of floats to integers in the order of the reals, so that neighbours differ by one; -0 is just below +0.
 
     Args:
         bits: int16 or int32, a tensor or an array, see ``bits_of``.

@@ -1,7 +1,7 @@
 """The leading eigenvectors of dense symmetric positive semidefinite matrices by Chebyshev-filtered subspace iteration.
 
-For Gram matrices of small matrices: a full eigendecomposition finds all of them, at many times the cost. The matrices of
-a batch advance together, each with a filter of its own. Source: Zhou, Saad, Tiago, Chelikowsky, "Self-consistent-field
+For Gram matrices of small matrices, where a full eigendecomposition would cost many times as much. The matrices of a
+batch advance together, each with its own filter. Source: Zhou, Saad, Tiago, Chelikowsky, "Self-consistent-field
 calculations using Chebyshev-filtered subspace iteration" (J. Comput. Phys. 219, 2006).
 """
 
@@ -19,16 +19,16 @@ from surgery.torch_threads import one_thread_each
 
 _MAX_ROUNDS = 20
 _MAX_DEGREE = 16
-#: A filter may magnify the first direction over the last one by this much, or the last ones drown in rounding.
+#: The most by which a filter may magnify the first direction over the last: else the last ones are lost in rounding.
 _MAX_CONTRAST = {torch.float32: 1e9, torch.float64: 1e10}
-#: Residuals and eigenvalues over the largest eigenvalue that are rounding.
+#: Residuals and eigenvalues below this share of the largest eigenvalue are rounding errors.
 _FLOOR = {torch.float32: 5e-7, torch.float64: 1e-14}
 #: Units of the precision of a Gram matrix, over the largest eigenvalue, by which its small eigenvalues may be wrong.
 _ROUNDING = 2
-#: Eigenvalues below this share of the largest are lost in the rounding of the two products that make the start block: which of
-#: their directions it still holds is chance, and where it holds some of them exactly no residual tells that others are missing.
+#: Directions of eigenvalues below this share of the largest are lost in the rounding of the two products that make the start
+#: block. It may by chance keep some of them exactly; then no residual shows that others are missing.
 _VISIBLE = {dtype: math.sqrt(torch.finfo(dtype).eps) for dtype in (torch.float32, torch.float64)}
-#: A round that leaves more than this share of the residuals has come to the end of the precision.
+#: If a round leaves more than this share of the residuals, the limit of the precision is reached.
 _STALLED = 0.7
 
 
@@ -39,13 +39,13 @@ def leading_eigenvectors(G: torch.Tensor, k: int, *, tolerance: float, seed: int
         G: (B, n, n), symmetric, positive semidefinite; float32, or float64.
         k: ``1 <= k <= n``.
         tolerance: with sigma the square root of an eigenvalue, ``|G v - sigma^2 v|`` is brought below ``tolerance
-            sigma_1 sigma`` and below ``100 tolerance sigma^2``, as far as the precision of G allows: that is for the
-            caller to see.
+            sigma_1 sigma`` and below ``100 tolerance sigma^2``, as far as the precision of G allows. The caller has to
+            check that.
         seed: of the random start block, drawn on the CPU.
 
     Returns:
-        (B, k, n) orthonormal rows in the dtype of G, and float64 (B, k + 1) values, descending but for the last one:
-        that is how large the next may be, or zero for k = n.
+        (B, k, n) orthonormal rows in the dtype of G, and float64 (B, k + 1): the k values, descending, and an upper
+        estimate of the next one, or zero for k = n.
     """
     count, n = G.shape[:2]
     width = k + max(8, k // 2)
@@ -61,7 +61,7 @@ def leading_eigenvectors(G: torch.Tensor, k: int, *, tolerance: float, seed: int
 
 
 def _decompose(G: torch.Tensor, which: range | list[int], k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """All eigenvectors of some of the matrices in float64, of which the first are kept."""
+    """``leading_eigenvectors`` of the matrices ``which`` by full eigendecompositions in float64."""
 
     def one(i: int) -> tuple[torch.Tensor, torch.Tensor]:
         wide = widened(G[i])
@@ -69,7 +69,7 @@ def _decompose(G: torch.Tensor, which: range | list[int], k: int) -> tuple[torch
         try:
             values, vectors = torch.linalg.eigh(symmetric)
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # not in its list of names
-            # LAPACK gives up on some graded matrices; its SVD finds the same vectors.
+            # LAPACK's eigh fails on some graded matrices; its SVD finds the same vectors.
             vectors, values, _ = (part.flip(-1) for part in torch.linalg.svd(symmetric))
         return vectors.T[-k:].flip(0), torch.cat([values.flip(0), values.new_zeros(1)])[: k + 1]
 
@@ -83,7 +83,7 @@ def _decompose(G: torch.Tensor, which: range | list[int], k: int) -> tuple[torch
 
 
 def _iterate(G: torch.Tensor, k: int, width: int, tolerance: float, seed: int) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
-    """Rows and values as above but for the rounding of G, and of which matrices they are within the tolerance."""
+    """``leading_eigenvectors`` by iteration, without an allowance for the rounding of G; and which matrices converged."""
     count, n = G.shape[:2]
     floor, visible = _FLOOR[G.dtype], _VISIBLE[G.dtype]
     rows = G.new_empty(count, k, n)
@@ -126,12 +126,12 @@ def _iterate(G: torch.Tensor, k: int, width: int, tolerance: float, seed: int) -
 def _degrees(
     values: torch.Tensor, worst: torch.Tensor, k: int, edge: torch.Tensor, floor: float, contrast: float
 ) -> torch.Tensor:
-    """(B,) degrees of the filters: enough for the k-th direction, if not too many for the first; 0: none will help."""
+    """Degrees of the filters, int (B,): enough for the k-th direction, but not too many for the first; 0 if none helps."""
     top = values[:, :1]
     usable = edge > floor * top
 
     def growth(value: torch.Tensor) -> torch.Tensor:
-        """By how much one more degree magnifies a direction, as a logarithm."""
+        """The logarithm of the factor by which one more degree magnifies a direction."""
         return torch.acosh((2 * value / torch.where(usable, edge, 1.0) - 1).clamp(min=1.0))[:, 0]
 
     needed = (3 * worst).log() / growth(values[:, k - 1 : k]).clamp(min=1e-2)
@@ -150,6 +150,6 @@ def _filtered(
     least, most = int(degrees.min()), int(degrees.max())
     for degree in range(2, most + 1):
         before, now = now, (torch.bmm(now, G) / half - now).mul_(2).sub_(before)
-        # A filter of too high a degree would overflow: what is done stays as it is.
+        # Filters whose degree is reached are not changed any more: too high a degree would overflow.
         final = now if degree <= least else torch.where((degrees >= degree).to(G.device)[:, None, None], now, final)
     return final

@@ -23,10 +23,10 @@ from surgery.torch_threads import one_thread
 #: Columns over which a float32 sum of squares stays accurate.
 _NORM_COLUMNS = 1024
 
-#: What rounding takes from float64 products with the matrix, in units of its Frobenius norm, and from their small problems.
+#: Rounding error of float64 products with the matrix and of the small problems made of them, over its Frobenius norm.
 _MEASURED = 2.0**-50
 
-#: Entries of Gram matrices that are worked on together on a CPU: few enough for its cache.
+#: Entries of the Gram matrices that are solved together on a CPU: few enough for its cache.
 GRAM_ENTRIES = 1 << 21
 
 
@@ -35,12 +35,12 @@ class Certificate:
     """What is known about the accuracy of a truncated SVD. Tensors are float64 on the CPU.
 
     Attributes:
-        residual: (..., k), ``max(|A v - s u|, |A^T u - s v|) / s_1`` of the vectors returned, measured in float64, and what
-            rounding may hide of it there. By Weyl's inequality some singular value lies within ``residual * s_1`` of each s.
-        gap: (..., k), distance to the nearest other singular value over s_1, at the least: less what the other may be off by.
+        residual: (..., k), ``max(|A v - s u|, |A^T u - s v|) / s_1`` of the vectors returned, measured in float64, plus an
+            allowance for rounding. By Weyl's inequality some singular value lies within ``residual * s_1`` of each s.
+        gap: (..., k), lower bound on the distance to the nearest other singular value, over s_1, less that value's own error.
             For the last triplet the next value is taken as large as its residual and rounding allow. 0 where no gap is known.
         angle_bound: (..., k), ``residual / gap``, at most 1: bounds the sine of the angle between the vectors and
-            the true ones (Wedin 1972). At 1 the direction is not determined by what is known: that is no failure.
+            the true ones (Wedin 1972). At 1 the bound says nothing about the direction, which is no failure.
         converged: bool (...,), every residual is within the tolerance.
         passes: int64 (...,), products with A or its transpose.
         method: ``block-lanczos``, ``gram``, ``svd`` or ``zero``; a tuple of these for a batch.
@@ -98,8 +98,8 @@ def truncated_svd(A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERAN
         ``TruncatedSVD``. Look at ``certificate.converged``: a matrix on which the iteration fails is reported there,
         never hidden.
 
-    A GPU without the memory for a whole batch solves it in parts, and what does not fit alone goes to the CPU, with a
-    ``SurgeryWarning``.
+    If a GPU has too little memory for a whole batch, it is solved in parts; a matrix that does not fit alone is solved on the
+    CPU, with a ``SurgeryWarning``.
 
     Raises:
         OptionError: k, tolerance, seed or the shape or dtype of A make no sense.
@@ -116,7 +116,7 @@ def truncated_svd(A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERAN
 
 
 def truncated_svds(A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERANCE, seed: int = 0) -> list[TruncatedSVD]:
-    """One result for each matrix of a batch (B, m, n) of floating-point numbers; all else as for ``truncated_svd``."""
+    """``truncated_svd`` of a batch (B, m, n), with one result for each matrix; arguments and errors are the same."""
     if len(A) == 0:
         raise OptionError("the batch is empty", got=f"shape {tuple(A.shape)}")
     if not 1 <= k <= min(A.shape[1:]):
@@ -152,18 +152,18 @@ def _stack(parts: list[TruncatedSVD]) -> TruncatedSVD:
 
 
 def _in_step(A: torch.Tensor, k: int) -> int:
-    """How many matrices of a batch are given to the engine together."""
+    """How many matrices of a batch are given to the solver together."""
     short = min(A.shape[1:])
     return len(A) if A.device.type == "cuda" or engine(short, k) == "svd" else solved_together(short, k)
 
 
 def solved_together(short: int, k: int) -> int:
-    """How many matrices with this shorter side advance in step on a CPU: where one after the other is faster, one."""
+    """How many matrices with this shorter side are solved together on a CPU; 1 where one after the other is faster."""
     return max(1, GRAM_ENTRIES // short**2) if engine(short, k) == "gram" else 1
 
 
 def _solve(A: torch.Tensor, k: int, tolerance: float, seed: int) -> list[TruncatedSVD]:
-    """Of each matrix of a batch (B, m, n)."""
+    """The truncated SVD of each matrix of a batch (B, m, n)."""
     work = _in_working_precision(A)
     norms = _norms(work)
     shifts = [_shift(matrix, norm) for matrix, norm in zip(work, norms.tolist(), strict=True)]
@@ -184,7 +184,7 @@ def _solve(A: torch.Tensor, k: int, tolerance: float, seed: int) -> list[Truncat
 
 
 def _in_working_precision(A: torch.Tensor) -> torch.Tensor:
-    """Contiguous, float64 if it is that already, else float32, and then with zeros behind each row where that is quicker."""
+    """A contiguous copy in float64 if A is float64, else in float32, with zeros behind each row where that is faster."""
     if A.dtype in (torch.float32, torch.float64):
         return A.contiguous()
     count, m, n = A.shape
@@ -195,7 +195,7 @@ def _in_working_precision(A: torch.Tensor) -> torch.Tensor:
 
 
 def _shift(matrix: torch.Tensor, norm: float) -> int | None:
-    """The power of two to divide by, or None for a matrix of zeros."""
+    """The exponent of the power of two to divide a matrix by; None for a matrix of zeros. Raises WeightError."""
     if 2.0**-12 <= norm <= 2.0**24:
         return 0
     with one_thread():  # see exact_arithmetic
@@ -231,7 +231,7 @@ def _finished(
         largest = times_power_of_two(s[0], int(shift)).item()
         raise WeightError(f"the matrix has singular values beyond the range of {U.dtype}", got=largest)
     top = s[0].clamp(min=1e-300)
-    # What rounding takes from values below the normal range, where few bits are left.
+    # Values below the normal range have few bits left, so their rounding is added to the residual.
     rounded = times_power_of_two(values.double(), -int(shift))
     triplets = dataclasses.replace(triplets, residual=triplets.residual + (rounded - s).abs() / top)
     residual = triplets.residual + _MEASURED * max(1.0, norm.item() / top.item())
@@ -253,13 +253,13 @@ def _finished(
 
 
 def _gaps(s: torch.Tensor, residual: torch.Tensor, next_bound: float, operator: Operator) -> torch.Tensor:
-    """How far each value is from all others of the matrix at the least, in units of s_1: 0 where that is not known.
+    """Lower bounds on the distance of each value from all others of the matrix, over s_1, float64 (k,); 0 if none is known.
 
     Args:
         s, residual: float64 (k,), over s_1; next_bound: over s_1.
 
-    The others are not known exactly either: to their residual, and to second order in all residuals where a margin lies
-    between them and what comes after (Kahan 1967; Parlett, "The Symmetric Eigenvalue Problem", section 11.7).
+    The other values have errors too: at most their residual, or of second order in all residuals if there is a margin
+    between them and the next value (Kahan 1967; Parlett, "The Symmetric Eigenvalue Problem", section 11.7).
     """
     margin = (s - next_bound).clamp(min=1e-300)
     error = torch.minimum(residual, residual.square().sum() / margin) + _MEASURED
@@ -274,14 +274,14 @@ def _gaps(s: torch.Tensor, residual: torch.Tensor, next_bound: float, operator: 
 
 
 def _norms(matrices: torch.Tensor) -> torch.Tensor:
-    """Frobenius norms, float64 (B,) on the CPU: of pieces of rows in their own dtype, of all those in float64."""
+    """Frobenius norms, float64 (B,) on the CPU: parts of rows are summed in their own dtype, these sums in float64."""
     starts = range(0, matrices.shape[2], _NORM_COLUMNS)
     pieces = [torch.linalg.vector_norm(matrices[:, :, i : i + _NORM_COLUMNS], dim=2) for i in starts]
     return widened(torch.stack(pieces)).square().sum(dim=(0, 2)).sqrt().cpu()
 
 
 def _signs(U: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
-    """(k,) of +-1 that make the entry of largest magnitude in each pair of columns positive.
+    """Signs +-1, (k,), that make the entry of largest magnitude in each pair of columns positive.
 
     Looking at both vectors gives a matrix and its transpose the same signs.
     """

@@ -1,4 +1,4 @@
-"""Candidates for the leading singular triplets of a matrix, each with its true residuals, and the engines that find them."""
+"""Solvers for the leading singular triplets of a matrix, and their candidates with measured residuals."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from surgery.torch_threads import one_thread_each
 #: A block of b vectors sees at most b copies of a repeated value; values this close, relatively, count as copies.
 _CLUSTER = 1e-3
 _MAX_ROUNDS = 4
-#: Beyond this the Gram matrix is no fallback any more: its eigenproblem takes longer than anybody waits.
+#: The largest shorter side with which the Gram matrix is a fallback: the eigenproblem of a larger one takes too long.
 _MAX_GRAM = 2048
-#: Entries up to which a float64 matrix is decomposed as a whole where its Gram matrix has lost the small values: a second.
+#: Entries up to which a float64 matrix gets a full SVD if its Gram matrix has lost the small values: about a second.
 _MAX_FULL = 1 << 20
-#: A value is known where no more than this share of it is in doubt.
+#: A value counts as known if its residual is at most this share of it.
 _KNOWN = 1e-2
 
 
@@ -34,8 +34,8 @@ class Triplets:
         long: (long, k) in the working precision.
         s: float64 (k,) on the CPU.
         short: (short, k) in the working precision.
-        residual: float64 (k,) on the CPU, both sides, over s_1, measured in float64.
-        next_bound: how large the singular value after them may be, as far as what was iterated on can tell; 0 if none comes.
+        residual: float64 (k,) on the CPU, the larger of both sides, over s_1, measured in float64.
+        next_bound: how large the next singular value may be, as far as the iteration can tell; 0 if there is none.
     """
 
     long: torch.Tensor
@@ -45,18 +45,18 @@ class Triplets:
     next_bound: float
 
     def converged(self, tolerance: float) -> bool:
-        """Every residual is below ``tolerance * s_1`` and ``100 * tolerance * s_i``, as far as rounding allows."""
+        """Whether each residual is below ``tolerance * s_1`` and ``100 * tolerance * s_i``, as far as rounding allows."""
         return bool((self.residual <= allowed_residuals(self.s, tolerance, self.long.dtype)).all())
 
     def known(self) -> bool:
-        """Whether the residuals leave no value in doubt by more than 1 %, or the rounding of the working precision."""
+        """Whether each residual is at most 1 % of its value, or the rounding of the working precision."""
         share = self.s / self.s[0].clamp(min=1e-300)
         return bool((self.residual <= (_KNOWN * share).clamp(min=torch.finfo(self.long.dtype).eps)).all())
 
     def last(self) -> bool:
-        """Whether what comes after them is known to be no larger, to 1 %, or no more than rounding.
+        """Whether the next singular value is known to be no larger than the last one, up to 1 % or to rounding.
 
-        A last value of next to nothing proves nothing by itself: the iteration may have missed one that it cannot tell.
+        A tiny last value alone does not prove that: the iteration may have missed a larger one.
         """
         rounding = torch.finfo(self.long.dtype).eps * self.s[0].item()
         return self.next_bound <= max((1 + _KNOWN) * self.s[-1].item(), rounding)
@@ -78,14 +78,14 @@ class Solution:
 
 
 def allowed_residuals(s: torch.Tensor, tolerance: float, dtype: torch.dtype) -> torch.Tensor:
-    """How large, over s_1, the residuals of converged triplets may be, for values (k,) and vectors in ``dtype``."""
+    """The largest residuals (k,), over s_1, that converged triplets may have, for values s (k,) and vectors in ``dtype``."""
     floor = ROUNDING * torch.finfo(dtype).eps
     relative = 100 * tolerance * s / s[0].clamp(min=1e-300)
     return relative.clamp(max=tolerance).clamp(min=floor)
 
 
 def engine(short: int, k: int) -> str:
-    """Which engine finds k triplets of matrices with this shorter side."""
+    """The solver for k triplets of matrices with this shorter side: ``svd``, ``gram`` or ``block-lanczos``."""
     if k > short // 2 or short <= 64:
         return "svd"
     if short <= 512 or k > short // 6:
@@ -114,10 +114,10 @@ def workspace_bytes(m: int, n: int, k: int, dtype: torch.dtype) -> int:
 
 
 def solve(operator: Operator, k: int, tolerance: float, seed: int) -> list[Solution]:
-    """The k leading triplets of each matrix of a batch.
+    """For each matrix of a batch: the k leading triplets, by which solver, and in how many passes.
 
-    Matrices on which the iteration does not converge, or leaves a value in doubt, go through the Gram matrix, if they are
-    not too large for it; those that are float64 and small through a full SVD after that.
+    If the iteration does not converge or leaves a value in doubt, the Gram matrix is tried, unless the matrix is too large;
+    and after that a full SVD, if the matrix is float64 and small.
     """
     match engine(operator.short, k):
         case "svd":
@@ -129,7 +129,7 @@ def solve(operator: Operator, k: int, tolerance: float, seed: int) -> list[Solut
 
 
 def _each(operator: Operator, one: Callable[[Operator], Solution]) -> list[Solution]:
-    """Matrix by matrix, on a CPU several at once."""
+    """Solve each matrix by itself; on a CPU several at once, with one thread each."""
     singles = [operator.one(i) for i in range(len(operator))]
     workers = min(len(singles), torch.get_num_threads())
     if operator.matrices.device.type != "cpu" or workers == 1:
@@ -153,10 +153,10 @@ def _lanczos(operator: Operator, k: int, tolerance: float, seed: int) -> list[So
 
 
 def _settled(operator: Operator, best: Triplets, block: int, tolerance: float, seed: int) -> Triplets:
-    """Further rounds for one matrix, where the first has not converged or may have missed copies of a value."""
+    """Further rounds for one matrix, if the first has not converged or may have missed copies of a repeated value."""
     k, widest = len(best.s), operator.short - 1
     if block < min(k, widest) and _clustered(best.s, block):
-        # Residuals cannot show that a copy of a repeated value is missing: look again with a block wider than k.
+        # Residuals cannot show that a copy of a repeated value is missing, so try again with a block wider than k.
         block = min(k + 8, widest)
         best = _from_pairs(operator, block_lanczos(operator, k, tolerance=tolerance, block=block, seed=seed))[0]
     for _ in range(_MAX_ROUNDS - 1):
@@ -178,7 +178,7 @@ def _clustered(s: torch.Tensor, block: int) -> bool:
 
 
 def _gram(operator: Operator, k: int, tolerance: float, seed: int) -> list[Solution]:
-    """From the leading eigenvectors of the Gram matrices of the short side: of float32 ones where they are good enough."""
+    """Solve by the Gram matrices of the short side: in the working precision, and in float64 where that is not enough."""
     if operator.matrices.dtype == torch.float64:
         return [_gram_wide(operator.one(i), k, tolerance, seed) for i in range(len(operator))]
     found = []
@@ -192,9 +192,9 @@ def _gram(operator: Operator, k: int, tolerance: float, seed: int) -> list[Solut
 
 
 def _gram_wide(operator: Operator, k: int, tolerance: float, seed: int) -> Solution:
-    """Of one matrix, from a float64 Gram matrix.
+    """Solve one matrix by its Gram matrix in float64.
 
-    That tells values down to 1e-8 s_1: enough for vectors that are rounded to float32, not for float64 ones.
+    This resolves values down to 1e-8 s_1: enough for vectors that are rounded to float32, but not for float64 ones.
     """
     triplets = _from_gram(operator, operator.gram_wide(), k, tolerance, seed)[0]
     matrices = operator.matrices
@@ -227,7 +227,7 @@ def _full_svd(operator: Operator, k: int) -> Triplets:
 
 
 def _from_pairs(operator: Operator, ritz: RitzVectors) -> list[Triplets]:
-    """Rayleigh and Ritz once more, in float64 and with the spaces of both sides. The matrices are read once."""
+    """Triplets by a Rayleigh-Ritz step in float64 with the spaces of both sides, in one pass over the matrices."""
     short, long = orthonormal_rows(widened(ritz.rows)), orthonormal_rows(widened(ritz.images))
     to_long, to_short = operator.both_wide(short, long)
     left, s, right = (part.to(long.device) for part in torch.linalg.svd(torch.bmm(long, to_long.mT).cpu()))
@@ -264,7 +264,7 @@ class _WideTriplets:
 
 
 def _measured(operator: Operator, wide: _WideTriplets, next_bounds: Sequence[float]) -> list[Triplets]:
-    """Round float64 vectors to the working precision, and say how far those are from being singular vectors.
+    """Round float64 vectors to the working precision, and measure how far the rounded ones are from singular vectors.
 
     The rounding of the vectors, times the norm of the matrix, is added to what their products give, so that no product of
     the rounded ones is needed.

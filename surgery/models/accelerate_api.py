@@ -1,4 +1,4 @@
-"""What is used of accelerate, which comes with transformers' Trainer, and of its marks on a model.
+"""The parts of accelerate that are used here (it comes with transformers' Trainer), and its marks on a model.
 
 Tried with accelerate 1.11.0 to 1.15.0 (docs/compatibility.md has which).
 """
@@ -14,27 +14,28 @@ from surgery.errors import MissingExtra
 
 
 def is_kept_elsewhere(module: nn.Module) -> bool:
-    """Whether a hook of accelerate brings the module's weights when it is run."""
+    """Whether accelerate keeps a module's weights elsewhere, and a hook fetches them for its forward."""
     return hasattr(module, "_hf_hook")
 
 
 def at_hand(module: nn.Module) -> AbstractContextManager[Any]:
-    """Within it the weights of a module are where they are computed with. Raises MissingExtra: accelerate is too old."""
+    """A context in which the weights of a module are on its execution device. Raises MissingExtra: accelerate is too old."""
     aligned: AbstractContextManager[Any] = _utility("align_module_device")(module)
     return aligned
 
 
 def is_peft_model(model: Any) -> bool:
-    """Whether a model is PEFT's, also inside what shards or compiles it. Raises MissingExtra: accelerate is too old."""
+    """Whether a model is PEFT's, also inside wrappers that shard or compile it. Raises MissingExtra: accelerate is too old."""
     return bool(_utility("is_peft_model")(model))
 
 
 def save_sharded_optimizer(accelerator: Any, optimizer: Any, model: Any, folder: str) -> None:
-    """Write the state of an optimizer under FSDP, shard by shard. Raises MissingExtra: accelerate is too old."""
+    """Write the state of an optimizer under FSDP into a folder. Raises MissingExtra: accelerate is too old."""
     _utility("save_fsdp_optimizer")(accelerator.state.fsdp_plugin, accelerator, optimizer, model, folder)
 
 
 def _utility(name: str) -> Any:
+    """A function of ``accelerate.utils``. Raises MissingExtra if the installed release has none of that name."""
     import accelerate  # type: ignore[import-untyped]
 
     found = getattr(accelerate.utils, name, None)

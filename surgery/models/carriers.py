@@ -1,4 +1,4 @@
-"""Which parameters of a model the targets of a checkpoint are in, how their modules use them, and the factors to match."""
+"""Carriers: the parameters of a model that the targets of a checkpoint are in, how modules use them, and their factors."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from surgery.models.transformers_api import is_conv1d, is_from_transformers
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside torch.compile's and PEFT's wrappers.
+    """The model inside the wrappers of torch.compile and PEFT.
 
     Raises:
-        OptionError: it is in a wrapper for several processes or devices, which has taken its parameters already.
+        OptionError: it is in a wrapper for several processes or devices, which knows no parameters that are added later.
     """
     inner: Any = model
     while True:
@@ -45,15 +45,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def places_of(model: nn.Module, manifest: Manifest) -> dict[str, list[Place]]:
-    """Tensor of a target, or an alias of one -> where it is, for the targets that the model has.
+    """Tensor of a target, or alias of one -> its places in the model, for those targets that the model has.
 
-    A loader may drop tensors of a checkpoint: layers for multi-token prediction, the vision tower of a model that is
-    loaded for its text.
+    Some may be absent, since loaders drop tensors of a checkpoint: layers for multi-token prediction, or the vision tower of
+    a model that is loaded for its text.
 
     Raises:
-        OptionError: the model has none of the targets, or lacks most of them, by number and by size; or, where names are
-            taken as they are, it has a target under another name; or the checkpoint holds a parameter under a name that the
-            manifest does not know as that of the target.
+        OptionError: the model has none of the targets, or lacks most of them, by number and by size; or it is not one of
+            transformers and seems to have a target under another name; or a parameter of a target is also another tensor of
+            the checkpoint, which the manifest does not know as an alias.
     """
     shapes: dict[str, Sequence[int] | None] = {skipped.tensor: None for skipped in manifest.skipped}
     shapes |= {tensor: target.shape for target in manifest.targets for tensor in target.tensors}
@@ -67,6 +67,7 @@ def places_of(model: nn.Module, manifest: Manifest) -> dict[str, list[Place]]:
 def _check_lacking(
     model: nn.Module, manifest: Manifest, absent: Sequence[TargetRecord], known: Container[str], *, lacks_all: bool
 ) -> None:
+    """Refuse a model that lacks too many targets, or has one under another name. Raises OptionError."""
     renamed = None if is_from_transformers(model) else _renamed(model, absent, known)
     by_number = 2 * len(absent) > len(manifest.targets)
     by_size = 2 * sum(target.entries for target in absent) > sum(target.entries for target in manifest.targets)
@@ -80,9 +81,9 @@ def _check_lacking(
 
 
 def _renamed(model: nn.Module, absent: Sequence[TargetRecord], known: Container[str]) -> str | None:
-    """A parameter of the shape of an absent target that is in the checkpoint under no name.
+    """The name of a parameter that is not in the checkpoint and has the shape of an absent target; None if there is none.
 
-    It could hold the residual of that target, and would compute without its leading directions.
+    It could hold the residual of that target, and the model would compute without the target's leading directions.
     """
     parameters = {name: model.get_parameter(full) for name, full in parameter_names(model).items()}
     loaded = {id(parameter) for name, parameter in parameters.items() if name in known}
@@ -92,12 +93,12 @@ def _renamed(model: nn.Module, absent: Sequence[TargetRecord], known: Container[
 
 
 def _check_alone(model: nn.Module, manifest: Manifest, tensors: Iterable[str]) -> None:
-    """Refuse a parameter that the checkpoint holds more than once, if the manifest does not know it: a fold would edit one.
+    """Refuse a parameter of a target that has a second tensor in the checkpoint which is no known alias: a fold would miss it.
 
     Raises:
         OptionError: naming both tensors.
     """
-    together: dict[int, dict[str, str]] = {}  # parameter -> its names that anything is loaded into, and a tensor that is
+    together: dict[int, dict[str, str]] = {}  # id of a parameter -> each name that tensors are loaded into, and one of these
     for tensor, name in homes(model, tensors).items():
         together.setdefault(id(model.get_parameter(name)), {}).setdefault(name, tensor)
     twice = {tensor: set(found.values()) for found in together.values() if len(found) > 1 for tensor in found.values()}
@@ -117,9 +118,10 @@ class Layer:
     """A module that holds a parameter.
 
     Attributes:
-        module, name: where it is.
-        kind: how it is used: ``linear``, ``transposed``, ``embedding``, ``convolution``, or in an ``unknown`` way.
-        readers: other modules that read it by themselves, past the forward of this one.
+        module: the module.
+        name: of the parameter in the module.
+        kind: how the module uses it: ``linear``, ``transposed``, ``embedding``, ``convolution``, or in an ``unknown`` way.
+        readers: other modules that use the parameter themselves, without calling this module.
     """
 
     module: nn.Module
@@ -129,18 +131,19 @@ class Layer:
 
     @property
     def described(self) -> str:
+        """The parameter in words, for a message."""
         text = f"a weight of {type(self.module).__name__}"
         return text + (f", which {type(self.readers[0]).__name__} reads past its forward" if self.readers else "")
 
 
 @dataclass(slots=True)
 class Carrier:
-    """A parameter, all modules that hold it, and what it gets.
+    """A parameter that targets are in, and the modules that hold it.
 
     Attributes:
-        layers: one, or several for tied weights.
-        shape: of the weight, also where that is stored in another way.
-        quantized: whether it is.
+        layers: the modules: one, or several for tied weights.
+        shape: of the weight, even if a quantized one is stored in another shape.
+        quantized: whether the parameter is quantized.
         stack: whether it is seen as a batch of matrices.
     """
 
@@ -151,11 +154,12 @@ class Carrier:
 
     @property
     def rows_and_columns(self) -> tuple[int, int]:
+        """The shape of its matrix, or of each matrix of a stack."""
         shape = self.shape[1:] if self.stack else self.shape
         return shape[0], math.prod(shape[1:])
 
     def present(self) -> AbstractContextManager[Any]:
-        """The weight is where it is computed with, even if accelerate keeps it elsewhere."""
+        """A context in which the weight is in memory, even if accelerate keeps it elsewhere."""
         module = self.layers[0].module
         return at_hand(module) if is_kept_elsewhere(module) and self.weight().is_meta else nullcontext()
 
@@ -165,7 +169,7 @@ class Carrier:
 
 
 def carriers_of(model: nn.Module, names: Iterable[str]) -> dict[str, Carrier]:
-    """Full name of a parameter -> its carrier, the same for all names of one parameter."""
+    """Full name of a parameter -> its carrier; all names of the same parameter have the same carrier."""
     readers = _readers(model)
     holders: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
@@ -203,10 +207,10 @@ def _carrier(
 
 
 def _readers(model: nn.Module) -> dict[tuple[int, str], list[nn.Module]]:
-    """Module, by its id, and the name of a parameter -> modules that use it by themselves, past the forward of its own.
+    """(id of a module, name of its parameter) -> other modules that use the parameter without calling its module.
 
-    Such as the mixer of Mamba with its dt_proj, attention with its out_proj, DBRX with the weights of its experts. Told by
-    their source, in want of anything better; ``Scales.save`` warns of a layer that was never used.
+    Examples are Mamba's mixer with its dt_proj, attention with its out_proj, and DBRX with the weights of its experts. They
+    are found in the source of the classes, which is a guess; ``Scales.save`` warns of layers that were never used.
     """
     found: dict[tuple[int, str], list[nn.Module]] = {}
     for reader in model.modules():
@@ -216,7 +220,7 @@ def _readers(model: nn.Module) -> dict[tuple[int, str], list[nn.Module]]:
                 if part in module._modules and module._modules[part] is not None:
                     module = module._modules[part]  # type: ignore[assignment]
                     continue
-                # Its own parameters are used in its own forward; of others, their dtype alone is no use.
+                # A module may use its own parameters; and reading only the dtype of another's is not a use.
                 if part in module._parameters and module is not reader and not _METADATA.fullmatch(after):
                     known = found.setdefault((id(module), part), [])
                     if reader not in known:
@@ -230,7 +234,7 @@ _METADATA = re.compile("dtype|device|shape|size|ndim|dim|numel|requires_grad|is_
 
 @cache
 def _chains(kind: Any) -> frozenset[tuple[str, ...]]:
-    """What the source of a class says as ``self.a.b.c``, but for what is only asked for its type."""
+    """All ``self.a.b.c`` in the source of a class, as (a, b, c), except in ``isinstance(self.a...)``."""
     chains: set[tuple[str, ...]] = set()
     for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
         with suppress(OSError, TypeError, AttributeError):  # made at run time, or without source
@@ -240,6 +244,7 @@ def _chains(kind: Any) -> frozenset[tuple[str, ...]]:
 
 
 def _is_quantized(module: nn.Module, weight: nn.Parameter, name: str) -> bool:
+    """Whether a parameter is quantized. Raises OptionError if it is sharded, or quantized and no linear weight."""
     if is_sharded(weight):
         raise OptionError(f"{name!r} is sharded over processes", hint="attach first, then shard the model")
     plain = is_plain(weight)
@@ -253,7 +258,7 @@ def _is_quantized(module: nn.Module, weight: nn.Parameter, name: str) -> bool:
 
 
 def _kind(module: Any, name: str, quantized: bool, used_by_parent: bool) -> str:
-    """How a module uses a parameter. A subclass with a forward of its own may do anything with it."""
+    """How a module uses a parameter, see ``Layer.kind``: ``unknown`` for a class with its own forward."""
     if isinstance(module, nn.RNNBase):
         raise OptionError("scales cannot be attached to recurrent layers", hint="leave them out with --exclude")
     kind: Any = type(module)
@@ -272,14 +277,16 @@ def _kind(module: Any, name: str, quantized: bool, used_by_parent: bool) -> str:
 def terms_of(
     target: TargetRecord, places: Sequence[Place], carriers: Mapping[str, Carrier], factors: Sequence[Factors]
 ) -> Iterator[tuple[Carrier, Term]]:
-    """The directions of a target, matrix by matrix, as they lie in the parameters that it is in.
+    """The directions of a target in the coordinates of the parameters that it is in, matrix by matrix.
 
     Args:
-        target: with its ``places`` and the ``carriers`` of these.
-        factors: of its matrices.
+        target: the target.
+        places: of its tensor in the model.
+        carriers: by full name of the parameter.
+        factors: of each matrix of the target.
 
     Raises:
-        OptionError: a parameter has not the shape that the checkpoint's tensor gives it.
+        OptionError: a parameter has another shape than the checkpoint's tensors give it.
     """
     for place in places:
         carrier = carriers[place.parameter]
@@ -307,9 +314,9 @@ class _Region:
     """Where matrices of a target are in a parameter.
 
     Attributes:
-        matrices: which of the parameter's, ``[0]`` unless it is a stack.
-        of_target: which of the target's are there.
-        rows, columns: positions in the matrix of the parameter, and those in the target's that are there.
+        matrices: indices of matrices of the parameter; ``[0]`` unless it is a stack.
+        of_target: for each of these the index of the target's matrix that is there.
+        rows, columns: pairs of positions in the parameter's matrix, and the positions in the target's that are there.
         transposed: whether rows of the parameter are columns of the target.
     """
 
@@ -321,7 +328,7 @@ class _Region:
 
 
 def _region(target: TargetRecord, place: Place) -> tuple[bool, _Region]:
-    """And whether the parameter is a stack."""
+    """Whether the parameter is a stack, and where the target's matrices are in it. Raises OptionError if that is unknown."""
     piece = place.piece
     if target.view == "convolution":
         whole = tuple(range(len(target.shape)))
@@ -355,7 +362,7 @@ def _unknown_place(target: TargetRecord, place: Place) -> OptionError:
 
 
 def _in_slice(target: TargetRecord, axis: int, at: Positions, of: Positions) -> tuple[Positions, Positions]:
-    """Positions in a parameter, and in the target's matrix instead of the whole tensor's."""
+    """Pairs of positions in a parameter and a tensor along an axis -> those inside the target's slice, relative to it."""
     part = target.slice
     if part is None or part.axis != axis:
         return at, of
@@ -367,9 +374,9 @@ def _in_slice(target: TargetRecord, axis: int, at: Positions, of: Positions) -> 
 
 
 def _placed(factor: torch.Tensor, positions: tuple[Positions, Positions], length: int) -> torch.Tensor:
-    """Rows of a factor (any, k) where they belong among ``length``, zero elsewhere."""
+    """The rows of a factor (any, k), moved to their positions in (length, k); the other rows are zero."""
     at, of = positions
-    # Of a tensor that is cut the first part has the positions of the whole parameter, and not of the whole factor.
+    # The positions alone do not tell: the first part of a tensor that is cut fills a whole parameter, but not from all rows.
     if len(factor) == length and isinstance(at, range) and isinstance(of, range) and at == of == range(length):
         return factor
     placed = factor.new_zeros(length, factor.shape[1])
@@ -378,10 +385,10 @@ def _placed(factor: torch.Tensor, positions: tuple[Positions, Positions], length
 
 
 def is_plain(parameter: nn.Parameter) -> bool:
-    """Whether it is not quantized: libraries store integers, 8-bit floats, or a kind of tensor of their own."""
+    """Whether a parameter is not quantized: quantized ones are integers, 8-bit floats, or a library's own tensor class."""
     return type(parameter) is nn.Parameter and parameter.is_floating_point() and parameter.element_size() > 1
 
 
 def is_sharded(parameter: torch.Tensor) -> bool:
-    """Whether it is a DTensor, asked without importing what these are."""
+    """Whether a parameter is a DTensor, without importing its module, which is slow."""
     return hasattr(parameter, "device_mesh")

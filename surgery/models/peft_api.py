@@ -1,4 +1,4 @@
-"""What is used of PEFT past its documented interface: how its adapters lie in a model.
+"""The parts of PEFT that are used beyond its documented interface: how its adapters are placed in a model.
 
 Tried with PEFT 0.18.0 to 0.21.2 (docs/compatibility.md has which). PEFT itself is not imported: it is optional.
 """
@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import nn
 
-#: The first release that puts adapters of single experts together as transformers stacks them.
+#: The first release that merges adapters of single experts, as transformers stacks these.
 LOADS_EXPERTS = (0, 20)
 
 
 def too_old_for_experts() -> str | None:
-    """The version that is installed, if it takes adapters of single experts for something else (0.18) or fails (0.19)."""
+    """The installed version, if it cannot load adapters of single experts: 0.18 loads them wrongly, 0.19 fails. Else None."""
     try:
         version = metadata.version("peft")
     except metadata.PackageNotFoundError:
@@ -26,7 +26,7 @@ def too_old_for_experts() -> str | None:
 
 
 def is_wrapper(model: nn.Module) -> bool:
-    """Whether a model is PEFT's wrapper, or of a class derived from it, whose ``get_base_model()`` gives the model inside."""
+    """Whether a model is PEFT's wrapper or of a subclass of it; then ``get_base_model()`` gives the model inside."""
     return any(kind.__module__ == "peft.peft_model" for kind in type(model).__mro__)
 
 
@@ -36,12 +36,12 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 def own_name(parameter: str) -> str:
-    """The name of a parameter as it was before PEFT has put adapters around its layer."""
+    """The name that a parameter had before PEFT wrapped its layer with adapters."""
     return parameter.replace(".base_layer.", ".")
 
 
 def unfitting_adapter(model: nn.Module) -> tuple[str, str] | None:
-    """Name and kind of an adapter that looks at the weight that it changes, as DoRA and HRA do; None if there is none."""
+    """(name, kind) of an adapter whose effect depends on the layer's weight, as for DoRA and HRA; None if there is none."""
     configs: Any = getattr(model, "peft_config", {})
     for name, config in configs.items():
         kind = str(getattr(config, "peft_type", "")).rpartition(".")[2]

@@ -1,8 +1,8 @@
-"""Where the tensors of a checkpoint lie in a loaded model.
+"""Placement: where the tensors of a checkpoint are in a loaded model.
 
-Names and shapes in a file are not always those in memory: transformers renames, stacks the experts of a layer, joins
-what is separate on disk and takes apart what is fused. Its own conversion runs here on stand-ins for the tensors that
-keep account of positions, so that a model family needs no entry of its own.
+Names and shapes in a file differ from those in memory: transformers renames tensors, stacks the experts of a layer, joins
+separate tensors and splits fused ones. Here its own conversion runs on symbols that stand for tensors and keep track of
+positions, so that no model family needs a table of its own.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ Positions = range | torch.Tensor
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of a checkpoint's tensor and where it is in a parameter.
+    """A part of a checkpoint's tensor, and where it is in a parameter.
 
     Attributes:
         tensor: its name in the checkpoint.
-        axes: for each axis of the parameter the axis of the tensor, None where the parameter stacks several tensors.
+        axes: for each axis of the parameter the axis of the tensor; None where the parameter stacks several tensors.
         at: for each axis of the parameter, positions in it.
-        of: for each axis of the parameter, the positions in the tensor that are there; those of a stack are ``range(1)``.
+        of: for each axis of the parameter, the positions in the tensor that are there; ``range(1)`` where ``axes`` is None.
     """
 
     tensor: str
@@ -47,7 +47,13 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A piece, the full name of the parameter that it is in, and the shape that this must have."""
+    """Where a piece of a tensor is.
+
+    Attributes:
+        parameter: the full name of the parameter.
+        shape: that the parameter must have.
+        piece: the part of the tensor, and its positions in the parameter.
+    """
 
     parameter: str
     shape: tuple[int, ...]
@@ -58,8 +64,8 @@ def locate(model: nn.Module, tensors: Mapping[str, Sequence[int] | None]) -> dic
     """Find the tensors of a checkpoint among the parameters of a model.
 
     Args:
-        model: any module; names of a transformers model are mapped as ``from_pretrained`` does it, those of another are
-            taken as they are.
+        model: any module. Names are converted as by ``from_pretrained`` for a model of transformers; in any other model they
+            have to be those of the checkpoint.
         tensors: name in the checkpoint -> shape, for all of its tensors; None where the shape is not known.
 
     Returns:
@@ -67,12 +73,12 @@ def locate(model: nn.Module, tensors: Mapping[str, Sequence[int] | None]) -> dic
 
     Raises:
         OptionError: transformers converts a tensor in a way that cannot be followed.
-        MissingExtra: its release does not tell how it does.
+        MissingExtra: the installed release of transformers has no known interface for its conversion.
     """
     names = parameter_names(model)
     found: dict[str, list[Place]] = {}
     for parameter, symbol in _loaded(model, names, tensors):
-        if parameter not in names:  # a part of a fused tensor that this model has no use for
+        if parameter not in names:  # a part of a fused tensor that this model does not use
             continue
         for piece in symbol.pieces:
             found.setdefault(piece.tensor, []).append(Place(names[parameter], tuple(symbol.shape), piece))
@@ -80,8 +86,10 @@ def locate(model: nn.Module, tensors: Mapping[str, Sequence[int] | None]) -> dic
 
 
 def homes(model: nn.Module, tensors: Iterable[str]) -> dict[str, str]:
-    """Tensors of a checkpoint -> full names of the parameters that a loader puts them into, alone or with others; without
-    those that are not in the model. What the shapes are does not matter."""
+    """Tensor of a checkpoint -> full name of the parameter that it is loaded into, alone or with others.
+
+    Tensors that are not in the model are left out. Unlike for ``locate``, no shapes are needed.
+    """
     names = parameter_names(model)
     if not is_from_transformers(model):
         return {name: names[name] for name in tensors if name in names}
@@ -92,14 +100,14 @@ def homes(model: nn.Module, tensors: Iterable[str]) -> dict[str, str]:
 
 
 def parameter_names(model: nn.Module) -> dict[str, str]:
-    """Names of parameters without what PEFT has put around the layers -> names as they are."""
+    """Name of each parameter as without PEFT's wrappers of layers -> its full name in the model."""
     return {own_name(name): name for name, _ in model.named_parameters(remove_duplicate=False)}
 
 
 def _loaded(
     model: nn.Module, names: dict[str, str], tensors: Mapping[str, Sequence[int] | None]
 ) -> Iterator[tuple[str, _Symbol]]:
-    """Parameters and what is in them, for those that anything of a known shape goes to."""
+    """Each parameter with the symbol that is loaded into it, for parameters that tensors of known shapes are loaded into."""
     if not is_from_transformers(model):
         for name, shape in tensors.items():
             if name in names and shape is not None:
@@ -109,8 +117,8 @@ def _loaded(
         known = [shape for members in sources.values() for name in members if (shape := tensors[name]) is not None]
         if not known:
             continue
-        # A tensor that is passed over is there for the positions of others, and shaped like its neighbours: if it is not,
-        # the result has not the shape of the parameter, or not the bytes.
+        # A tensor of unknown shape keeps the positions of others right. Its shape is taken from its neighbours; if that is
+        # wrong, the result has another shape than the parameter, or other bytes, which is noticed later.
         symbols = {
             pattern: [
                 _Symbol.of_tensor(name, shape) if (shape := tensors[name]) is not None else _Symbol(tuple(known[0]), ())
@@ -129,7 +137,7 @@ def _loaded(
 
 
 def _groups(model: nn.Module, names: dict[str, str], tensors: Iterable[str]) -> dict[str, tuple[Any, dict[str, list[str]]]]:
-    """Parameters of a transformers model -> how it converts what is loaded into them, if so, and the tensors, by pattern."""
+    """Parameter of a transformers model -> the converter for it, or None, and the tensors that it takes, by pattern."""
     groups: dict[str, tuple[Any, dict[str, list[str]]]] = {}
     for loaded in loaded_by(model, names, tensors):
         _, sources = groups.setdefault(loaded.parameter, (loaded.converter, {}))
@@ -138,7 +146,11 @@ def _groups(model: nn.Module, names: dict[str, str], tensors: Iterable[str]) -> 
 
 
 def _converted(model: nn.Module, converter: Any, name: str, symbols: dict[str, list[_Symbol]]) -> dict[str, _Symbol]:
-    """What a converter of transformers makes of the tensors that it collects for a parameter."""
+    """Run a converter of transformers on the symbols of the tensors that it collects for a parameter.
+
+    Returns:
+        Parameter -> the symbol that is loaded into it.
+    """
     names = [symbol.pieces[0].tensor for members in symbols.values() for symbol in members if symbol.pieces]
     try:
         made: dict[str, _Symbol] = converted(converter, [_followed(op) for op in converter.operations], model, name, symbols)
@@ -153,9 +165,9 @@ def _converted(model: nn.Module, converter: Any, name: str, symbols: dict[str, l
 
 
 class _Symbol:
-    """Stands for a tensor and knows which entries of which checkpoint tensors are where in it.
+    """Stands for a tensor without data, and knows which entries of which checkpoint tensors are where in it.
 
-    It has what the operations of a conversion ask of a tensor, and no data.
+    It has those methods of a tensor that transformers' conversions call.
     """
 
     def __init__(self, shape: tuple[int, ...], pieces: tuple[Piece, ...]) -> None:
@@ -177,7 +189,7 @@ class _Symbol:
         return self
 
     def data_ptr(self) -> int:
-        return 0  # asked for its alignment
+        return 0  # conversions look at the alignment only
 
     def squeeze(self, dim: int) -> _Symbol:
         dim %= self.ndim
@@ -218,7 +230,7 @@ class _Symbol:
         return _Symbol(_with(tuple(self.shape), dim, length), tuple(pieces))
 
     def permuted(self, dim: int, order: torch.Tensor) -> _Symbol:
-        """Position j along an axis now has what was at ``order[j]``."""
+        """Reorder an axis: position j then has what was at ``order[j]``."""
         places = torch.empty_like(order)
         places[order] = torch.arange(len(order))
         return _Symbol(
@@ -288,13 +300,13 @@ class _Symbol:
 
 
 def _followed(op: Any) -> Any:
-    """An operation that works on symbols: itself, but for those that put the rows of a matrix into another order."""
+    """An operation of a conversion that works on symbols: itself, or a ``_Reordering`` if it permutes the rows of a matrix."""
     axis = reordered_axis(op)
     return op if axis is None else _Reordering(op, axis)
 
 
 class _Reordering:
-    """An operation that permutes one axis, found out by giving it the numbers 0, 1, 2 ..."""
+    """Applies an operation that permutes one axis; the permutation is found by giving it the numbers 0, 1, 2 ..."""
 
     def __init__(self, op: Any, axis: int) -> None:
         self._op = op
@@ -312,7 +324,7 @@ class _Reordering:
 
 
 def _every(piece: Piece, change: Any) -> Piece:
-    """A piece with the same change of its axes everywhere."""
+    """A piece with the same change made to its ``axes``, ``at`` and ``of``."""
     return Piece(piece.tensor, change(piece.axes), change(piece.at), change(piece.of))
 
 

@@ -1,4 +1,4 @@
-"""A model without weights, for what has to be known of its modules when only its folder is at hand."""
+"""The skeleton of a model: its modules without weights, made from the config in its folder."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from surgery.names import CONFIG_FILE
 
 
 def skeleton(folder: Path, *, exact: bool = False) -> nn.Module | None:
-    """The model that a folder loads as, on the meta device; None if it is none of transformers' models.
+    """The model that a folder loads as, on the meta device; None if its config is not one of transformers.
 
     Args:
         folder: with a ``config.json``.
-        exact: whether it must be the very class, so that names of modules are right, and not the bare model of its family.
+        exact: whether the class has to be the model's own, so that names of modules are right. Otherwise the bare model of
+            its family will do.
 
     Raises:
         MissingExtra: transformers is not installed, or cannot be imported.
-        SourceError: transformers does not know the model, or only by code that comes with it.
+        SourceError: transformers does not have the model, or only with code that comes with it, which is not run.
     """
     path = folder / CONFIG_FILE
     config = read_json_object(path, str(path)) if path.is_file() else {}
@@ -40,7 +41,7 @@ def skeleton(folder: Path, *, exact: bool = False) -> nn.Module | None:
         kind: Any = transformers.AutoModel if name is None else getattr(transformers, name, None)
         if kind is None:
             raise SourceError(f"{folder}: transformers has no model {name!r}", hint="fold, and adapt the folded model")
-        # What the checkpoint is quantized with, and how attention is computed, are no part of the shapes.
+        # Shapes do not depend on the quantization or the attention, and either may need packages that are not installed.
         described = transformers.AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, attn_implementation="eager"
         )
@@ -51,7 +52,7 @@ def skeleton(folder: Path, *, exact: bool = False) -> nn.Module | None:
         tie(model)
     except SourceError:
         raise
-    except Exception as error:  # whatever a strange config, or a class that needs what is not installed, leads to
+    except Exception as error:  # a strange config, or a class that needs other packages, may raise anything
         raise SourceError(
             f"{folder}: transformers cannot make a {name or 'model'} from its config",
             got=f"{type(error).__name__}: {' '.join(str(error).split())}",

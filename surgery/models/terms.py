@@ -1,4 +1,4 @@
-"""Directions of a target as they lie in a parameter of a model."""
+"""``Term``: the directions of a target in the coordinates of a model's parameter."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Term:
-    """Directions of one matrix of a target, as they lie in a parameter.
+    """The k directions of one matrix of a target, in the rows and columns of the parameter that it is in.
 
     Attributes:
-        first: where the scales of the matrix begin among those of the target.
-        matrix: which matrix of the parameter, 0 unless it is a stack.
-        left: (rows, k), zero where the matrix is not.
-        right: (columns, k).
+        first: index of the matrix's first scale among those of the target.
+        matrix: index of the parameter's matrix; 0 unless it is a stack.
+        left: (rows, k), float32; zero in rows of the parameter that are not of this matrix.
+        right: (columns, k), float32; zero likewise.
     """
 
     first: int

@@ -1,8 +1,8 @@
-"""What is used of transformers past its documented interface: how it converts a checkpoint that it loads, and the methods of
-its Trainer that are overridden.
+"""The parts of transformers that are used beyond its documented interface.
 
-Tried with 5.0.0 to 5.23.0 (docs/compatibility.md has which). A release in which a name is missing gets a MissingExtra. To 4.57,
-whose loader converts in another way, models can be attached that have all tensors under the names of the checkpoint.
+These are the conversion of checkpoints that it loads, and the methods of its Trainer that are overridden. Tried with 5.0.0 to
+5.23.0 (docs/compatibility.md has which). A name that a release lacks is a MissingExtra. Up to 4.57, whose loader converts in
+another way, scales can be attached to models that have all tensors under the names of the checkpoint.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import nn
 
 from surgery.errors import MissingExtra
 
-#: Operations that put what is along an axis into another order -> the axis, None where the operation has it. The oldest
-#: releases have no Interleave.
+#: Operations that only permute an axis -> the axis; None where the operation itself knows it. The oldest releases have no
+#: Interleave.
 _REORDERING = {"Interleave": None, "PermuteForRope": 0}
 
-#: Methods of the Trainer by which it writes and reads a checkpoint. Under other names it would do so with the whole model.
+#: Methods by which the Trainer writes and reads checkpoints. If they had other names, it would save the whole model.
 _OVERRIDDEN = (
     "_load_best_model",
     "_load_from_checkpoint",
@@ -35,13 +35,13 @@ _FILES = ("SCHEDULER_NAME", "TRAINING_ARGS_NAME")
 
 
 def imported(what: str) -> Any:
-    """The package.
+    """The package transformers, imported.
 
     Args:
-        what: is done with it, for the error.
+        what: is done with it, the beginning of the error.
 
     Raises:
-        MissingExtra: it is not installed, or refuses what it is installed with, such as a hub client that is too new for it.
+        MissingExtra: it is not installed, or refuses another installed package, such as a hub client that is too new for it.
     """
     try:
         import transformers
@@ -56,30 +56,31 @@ def imported(what: str) -> Any:
 
 
 def is_from_transformers(model: nn.Module) -> bool:
-    """Asked without importing transformers, which is optional."""
+    """Whether a model is one of transformers; does not import it, since it is optional."""
     return any(kind.__module__ == "transformers.modeling_utils" for kind in type(model).__mro__)
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is the linear layer of GPT-2, whose weight is (in, out)."""
+    """Whether a module is transformers' Conv1D, the linear layer of GPT-2, whose weight is (in, out)."""
     kind: Any = type(module)
     return bool(kind.__qualname__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils")
 
 
 def tie(model: Any) -> None:
-    """Make one parameter of those that a model ties; transformers 5.0 does not by itself on the meta device."""
+    """Tie the weights of a model on the meta device, which transformers 5.0 does not do by itself."""
     if hasattr(model, "all_tied_weights_keys"):
         model.tie_weights(recompute_mapping=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """Where a loader puts a tensor of a checkpoint.
+    """Where ``from_pretrained`` puts a tensor of a checkpoint.
 
     Attributes:
         tensor: its name in the checkpoint.
-        parameter: the name of the first parameter that it goes into.
-        pattern, converter: what transformers' converter knows it by, and that converter; None where it is loaded as it is.
+        parameter: the name of the first parameter that it is loaded into.
+        pattern, converter: transformers' converter for it, and the converter's pattern that matches its name; None if the
+            tensor is loaded without conversion.
     """
 
     tensor: str
@@ -89,7 +90,7 @@ class Loaded:
 
 
 def loaded_by(model: nn.Module, names: Mapping[str, Any], tensors: Iterable[str]) -> list[Loaded]:
-    """Where ``from_pretrained`` puts the tensors of a checkpoint, for those that the model has a use for.
+    """Where ``from_pretrained`` puts the tensors of a checkpoint, for those that the model uses.
 
     Args:
         model: of transformers.
@@ -97,10 +98,10 @@ def loaded_by(model: nn.Module, names: Mapping[str, Any], tensors: Iterable[str]
         tensors: names in the checkpoint.
 
     Returns:
-        In the order in which they are collected, which is that of experts in a stack.
+        In the order in which transformers collects them, which is the order of experts in a stack.
 
     Raises:
-        MissingExtra: this release of transformers does not tell, and not all of them are names in the model.
+        MissingExtra: this release of transformers has no known interface for its conversion, and a tensor needs one.
     """
     prefix: Any = model.base_model_prefix
     try:
@@ -125,7 +126,7 @@ def loaded_by(model: nn.Module, names: Mapping[str, Any], tensors: Iterable[str]
 
 
 def _as_named(names: Mapping[str, Any], tensors: Iterable[str], prefix: str, why: Exception) -> list[Loaded]:
-    """For a model that needs no conversion, but for the prefix of what a head is put on."""
+    """``loaded_by`` without transformers' conversion: names have to match, except for the prefix of the base model."""
     found = []
     for tensor in tensors:
         candidates = (tensor, f"{prefix}.{tensor}", tensor.removeprefix(f"{prefix}."))
@@ -137,7 +138,7 @@ def _as_named(names: Mapping[str, Any], tensors: Iterable[str], prefix: str, why
 
 
 def reordered_axis(operation: Any) -> int | None:
-    """The axis of a matrix along which an operation of a converter changes nothing but the order; None if it does more."""
+    """The axis of a matrix that an operation of a converter permutes; None for other operations."""
     import transformers.core_model_loading
 
     for name, axis in _REORDERING.items():
@@ -148,16 +149,17 @@ def reordered_axis(operation: Any) -> int | None:
 
 
 def converted(converter: Any, operations: Sequence[Any], model: Any, name: str, tensors: Mapping[str, Sequence[Any]]) -> Any:
-    """What a converter makes of tensors, or of what stands for them.
+    """Run a converter on tensors, or on objects that stand for tensors.
 
     Args:
-        converter: transformers' own, which stays as it is.
-        operations: to do in the place of its own.
-        name: of the parameter that it collects them for.
+        converter: of transformers; a copy of it is used.
+        operations: to do instead of its own.
+        model: of transformers.
+        name: of the parameter that it collects the tensors for.
         tensors: by pattern, in order.
 
     Returns:
-        Parameters -> what is loaded into them.
+        Parameter -> the tensor that is loaded into it.
     """
     following = deepcopy(converter)
     following.operations = list(operations)
@@ -171,10 +173,10 @@ def converted(converter: Any, operations: Sequence[Any], model: Any, name: str, 
 
 
 def check_trainer_class(bases: Sequence[type]) -> None:
-    """Refuse a Trainer that would not call what SaveScales overrides, and would write and load whole models.
+    """Refuse a Trainer without the methods that SaveScales overrides, since it would save and load whole models.
 
     Args:
-        bases: its class and those that it derives from, without SaveScales.
+        bases: its class and that class's bases, without SaveScales.
 
     Raises:
         MissingExtra: this release of transformers has other methods.
@@ -188,7 +190,7 @@ def check_trainer_class(bases: Sequence[type]) -> None:
 
 
 def trainer_file(name: str) -> str:
-    """What the Trainer calls a file of a checkpoint: its ``TRAINING_ARGS_NAME`` or ``SCHEDULER_NAME``."""
+    """The Trainer's name of a file in a checkpoint, by its constant ``TRAINING_ARGS_NAME`` or ``SCHEDULER_NAME``."""
     import transformers.trainer
 
     return str(getattr(transformers.trainer, name))
@@ -196,7 +198,7 @@ def trainer_file(name: str) -> str:
 
 @contextmanager
 def counted_as_adapted(model: Any) -> Iterator[None]:
-    """Let the Trainer take a quantized model: it refuses one without adapters, and by itself knows none but PEFT's."""
+    """Makes the Trainer accept a quantized model, which it refuses without PEFT's adapters."""
     needed = getattr(model, "is_quantized", False) and not getattr(model, "_hf_peft_config_loaded", True)
     if needed:
         model._hf_peft_config_loaded = True

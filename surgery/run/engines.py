@@ -12,7 +12,7 @@ import torch
 
 from surgery.device import choose_devices, device_name
 from surgery.engine.lane import Lane
-from surgery.engine.local import IN_HAND, run_jobs
+from surgery.engine.local import JOBS_PER_LANE, run_jobs
 from surgery.engine.resources import Memory, Resources
 from surgery.errors import OptionError
 from surgery.memory import available_memory
@@ -99,7 +99,7 @@ class LocalEngine:
         with _limited(self._devices, self._max_device_memory):
             if (timing := self._timing) is not None:
                 count = len(self._devices)
-                writers = IN_HAND * count
+                writers = JOBS_PER_LANE * count
                 timing.threads = {"download": 1, "reader": count, "worker": count * memory.workers, "writer": writers}
                 if self._devices[0].type == "cuda":
                     timing.wait_for_device = lambda: torch.cuda.current_stream().synchronize()

@@ -18,14 +18,14 @@ from surgery.source.weight_files import SUFFIX
 
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _WITH_REVISION = re.compile(r"(?P<repo>[^@]+)@(?P<rest>.+)")
-#: As in the hub's own addresses (hf://): a revision ends at a slash, but for those that are called so.
+#: As in the hub's own addresses (hf://): a revision ends at a slash, except those that have slashes in their names.
 _REVISION = re.compile(r"(?P<revision>refs/(?:pr|convert)/[^/]+|[^/]+)(?:/(?P<path>.*))?")
-#: One slash is what a ``Path`` leaves of two.
+#: A single slash is allowed too: ``Path`` makes one of two.
 _SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+)://?(?P<rest>.*)", re.DOTALL)
 _HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co", "www.hf.co", "hf-mirror.com")
-#: As git writes the address of a repository that it reaches by ssh.
+#: The address of a repository that git reaches by ssh.
 _SSH = re.compile(r"git@(?P<host>[^/:@]+):(?P<path>.*)")
-#: What the hub has beside models, in its addresses before the owner.
+#: Kinds of repositories that are no models; they stand before the owner in an address.
 _OTHER_REPOSITORIES = ("datasets", "spaces", "buckets")
 _NO_MODELS = (
     *_OTHER_REPOSITORIES,
@@ -50,11 +50,11 @@ class Address:
     """Where a model is.
 
     Attributes:
-        folder: of a local one; None for one on the hub.
-        repo_id: of one on the hub; empty for a local one.
-        revision: that the address names, if any.
-        subfolder: the same.
-        file: the weight file in there that the address names, if any.
+        folder: of a local model; None for one on the hub.
+        repo_id: of a model on the hub; empty for a local one.
+        revision: that the address names; None if it names none.
+        subfolder: that the address names, in which the model lies; None if it names none.
+        file: the weight file of the model that the address names; None if it names none.
     """
 
     folder: Path | None = None
@@ -64,10 +64,10 @@ class Address:
     file: str | None = None
 
     def with_options(self, revision: str | None, subfolder: str | None) -> Address:
-        """The same with what is asked for beside the address.
+        """This address, completed by the options ``--revision`` and ``--subfolder``.
 
         Raises:
-            SourceError: it contradicts the address.
+            SourceError: an option contradicts the address.
         """
         where = str(self.folder or self.repo_id)
         for option, asked, named in (("--revision", revision, self.revision), ("--subfolder", subfolder, self.subfolder)):
@@ -79,10 +79,10 @@ class Address:
 
 
 def check_subfolder(subfolder: str) -> str:
-    """``subfolder`` without slashes around it, if it stays inside.
+    """``subfolder`` without slashes around it.
 
     Raises:
-        OptionError: it does not.
+        OptionError: it leaves the model's folder, or is no portable path (``check_relative_path``).
     """
     try:
         return check_relative_path(subfolder.strip("/"), "the subfolder")
@@ -91,12 +91,12 @@ def check_subfolder(subfolder: str) -> str:
 
 
 def address_of(model: str | Path) -> Address:
-    """What is meant by a folder, a weight file, a repo id, ``owner/name@revision``, or an address of the hub.
+    """The address of a model, from a folder, a weight file, a repo id, ``owner/name@revision``, or an address of the hub.
 
-    What is there on this machine under exactly that name comes first. Else quotes and spaces around it do not count.
+    A file or folder of exactly that name on this machine comes first. Otherwise quotes and spaces around it are ignored.
 
     Raises:
-        SourceError: none of these; says what it is, and what to do.
+        SourceError: it is none of these; says what it is, and what to do.
     """
     text = str(model)
     if (found := _local(text)) is not None:
@@ -114,7 +114,7 @@ def address_of(model: str | Path) -> Address:
     if (match := _WITH_REVISION.fullmatch(text)) is not None and _REPO_ID.fullmatch(match["repo"]):
         return _by_revision(text, match["repo"], match["rest"])
     repo_id = text.rstrip("/") if "/" in text.rstrip("/") else text
-    if Path(text).suffix == SUFFIX and Path(text).parent.is_dir():  # of the hub only in a folder of that owner's name
+    if Path(text).suffix == SUFFIX and Path(text).parent.is_dir():  # a mistyped local file rather than a repo id
         raise SourceError(f"there is no file {text!r}", expected="a weight file, the folder of a model, or owner/name")
     if _REPO_ID.fullmatch(repo_id):
         return Address(repo_id=repo_id)
@@ -126,7 +126,7 @@ def address_of(model: str | Path) -> Address:
 
 
 def _hint_of_path(parts: list[str]) -> str | None:
-    """What may be meant by a path that is not there, and too long for a repo id: something inside of one."""
+    """A hint for a path that does not exist and is too long for a repo id: it may be a repo id with a subfolder."""
     if parts[0] == "models":
         parts = parts[1:]
     elif parts[0] in _NO_MODELS:
@@ -139,11 +139,12 @@ def _hint_of_path(parts: list[str]) -> str | None:
 
 
 def _local(text: str) -> Address | None:
+    """The address of a file or folder on this machine; None if there is none. Raises SourceError."""
     try:
         path = Path(text).expanduser()
         is_folder, is_file = bool(text) and path.is_dir(), path.is_file()
         leads_to = path.readlink() if not is_folder and not is_file and path.is_symlink() else None
-    except (OSError, RuntimeError, ValueError) as error:  # a name too long, no such user, a null byte, a disk that fails
+    except (OSError, RuntimeError, ValueError) as error:  # too long, ~ of an unknown user, a null byte, or the disk fails
         hint = advice(error) if isinstance(error, OSError) else None
         raise SourceError(f"there is no folder {text[:100]!r}", got=str(error)[:200], hint=hint) from None
     if leads_to is not None:
@@ -166,6 +167,7 @@ def _local(text: str) -> Address | None:
 
 
 def _by_scheme(text: str, scheme: str, rest: str) -> Address:
+    """The address for a URL, by its scheme and what comes after ``://``. Raises SourceError."""
     if scheme == "file":
         return address_of("/" + unquote(rest.lstrip("/").removeprefix("localhost/")))
     if scheme == "hf":
@@ -200,7 +202,7 @@ def _by_scheme(text: str, scheme: str, rest: str) -> Address:
 
 
 def _by_url(text: str, path: str) -> Address:
-    """A page or file of the hub, by what comes after the host."""
+    """The address for a page or a file of the hub, by the path of its URL."""
     parts = [unquote(part) for part in re.split("[?#]", path)[0].split("/") if part]
     if parts[:2] == ["api", "models"] or (parts[:1] == ["models"] and len(parts) > 2):
         parts = parts[2:] if parts[0] == "api" else parts[1:]
@@ -229,7 +231,7 @@ def _by_revision(text: str, repo: str, rest: str) -> Address:
 
 
 def _inside(text: str, repo: str, revision: str | None, path: str) -> Address:
-    """The model of a repository, or the one in a folder of it; a file stands for the folder that it is in."""
+    """The address of the model at a path in a repository; the path of a file stands for the folder that it is in."""
     if not _REPO_ID.fullmatch(repo):
         _refuse(text)
     inside = PurePosixPath(path.strip("/"))
@@ -259,6 +261,7 @@ def _no_model(text: str, kind: str) -> SourceError:
 
 
 def _windows_path(text: str, drive: str | None) -> SourceError:
+    """The error for a path in the form of Windows that does not exist."""
     plain = text.replace("\\", "/")
     here = f"/mnt/{drive.lower()}{plain[2:]}" if drive else plain
     return SourceError(

@@ -1,4 +1,4 @@
-"""One file of a model on the hub: fetched, held to what the hub says of it, and where other machines take it from."""
+"""Fetching single files of a model on the hub and checking them, here and, through ``HubOrigin``, on other machines."""
 
 from __future__ import annotations
 
@@ -26,26 +26,29 @@ def patience_for(
     may_pass: Callable[[Exception], bool] = is_transient,
     give_up_after: float | None = None,
 ) -> Patience:
-    """With requests about ``what``, a repository or a file of one; whoever listens is told of it. See ``Patience``."""
+    """A ``Patience`` for requests about ``what``, a repository or a file of one, which tells the progress of its waits."""
     progress = listening()
 
-    def tell(text: str, is_long: bool) -> None:
+    def on_wait(text: str, is_long: bool) -> None:
         progress.item(f"{what}: {text}")
         if is_long:
             minutes = (patience.GIVE_UP_AFTER if give_up_after is None else give_up_after) / 60
             progress.note(f"the hub keeps us waiting for {what}: it is asked again until it has failed for {minutes:.0f} min")
 
-    return Patience(tell, dropped, may_pass, give_up_after)
+    return Patience(on_wait, dropped, may_pass, give_up_after)
 
 
 def fetch(remote: RemoteFile, folder: Path | None = None, dropped: threading.Event | None = None) -> Path:
-    """A file of a repository, in the hub's cache or in a folder of one's own; the progress is told how much of it is here.
+    """Fetch a file of a repository, unless it is there already; returns its path. Tells the progress how much has come.
 
-    Tried again where that may help, see ``surgery.hub.patience``, until ``dropped`` is set.
+    Args:
+        remote: the file.
+        folder: a private folder to fetch it into; None: the hub's cache, from which it is taken without checking it.
+        dropped: set by another thread when the file is no longer wanted.
 
     Raises:
-        SourceError: it cannot be had, or what comes is not what the hub says.
-        Dropped: nobody wants it any more.
+        SourceError: it cannot be fetched, also by further attempts, or has other contents than the hub says.
+        Dropped: ``dropped`` was set.
     """
     with hub_errors_midway(remote.repo_id, remote.path):
         patient = patience_for(remote.path, dropped)
@@ -55,15 +58,16 @@ def fetch(remote: RemoteFile, folder: Path | None = None, dropped: threading.Eve
 
 
 def is_cached(repo_id: str, commit: str, file: str) -> bool:
-    """Whether the hub's cache has it."""
+    """Whether a file of a commit is in the hub's cache."""
     return client_cache.cached_file(repo_id, commit, file) is not None
 
 
-def check_contents(path: Path, of: HubFile, name: str, again: str) -> None:
-    """Refuse a file that has other contents than the hub says.
+def check_contents(path: Path, hub_file: HubFile, name: str, again: str) -> None:
+    """Refuse a file that has another size or hash than the hub says.
 
     Args:
-        path, of: where it is, and what the hub says of it.
+        path: of the file.
+        hub_file: what the hub says of it.
         name: for messages.
         again: the command that fetches it once more.
 
@@ -72,24 +76,25 @@ def check_contents(path: Path, of: HubFile, name: str, again: str) -> None:
         SourceError: it has other contents.
     """
     with read_errors(path, name):
-        sound = path.stat().st_size == of.size and is_sound(path, of)
+        sound = path.stat().st_size == hub_file.size and is_sound(path, hub_file)
     if not sound:
         raise damaged_copy(name, again)
 
 
 def fetch_again(repo_id: str, commit: str, file: str) -> str:
-    """The command that fetches a file once more, whatever the cache has of it."""
+    """The shell command that fetches a file again, even if it is in the cache."""
     return f"hf download {quoted(repo_id)} {quoted(file)} --revision {quoted(commit)} --force-download"
 
 
 @dataclass(frozen=True, slots=True)
 class HubOrigin:
-    """A repository on the hub at one commit, or the subfolder of it that ``prefix`` (ending in a slash) names.
-
-    Files go through the hub's cache of the machine; with ``passing`` those that it does not have are dropped after use.
+    """An ``Origin`` on the hub: a model at one commit, whose files each machine fetches for itself.
 
     Attributes:
-        files: what the hub says of those that are wanted.
+        repo_id, commit: of the repository.
+        prefix: the subfolder of the model with a slash at its end; empty if it is at the top.
+        files: the weight files that are wanted, by name, with what the hub says of them.
+        passing: whether files that are not in the machine's cache are fetched into a temporary folder, and removed after use.
     """
 
     repo_id: str
@@ -107,7 +112,7 @@ class HubOrigin:
         remote = RemoteFile(self.repo_id, self.commit, self.prefix + name, self.files[name])
         if is_cached(self.repo_id, self.commit, remote.path):
             path = fetch(remote)
-            check_contents(path, remote.of, f"{self.repo_id}/{remote.path}", self.again(name))
+            check_contents(path, remote.hub_file, f"{self.repo_id}/{remote.path}", self.again(name))
             yield path
         elif not self.passing:
             yield fetch(remote)

@@ -1,4 +1,4 @@
-"""What a file of a model is, told from its name alone: weights, configs, what loaders look for, and what never goes along."""
+"""Kinds of files in a model's folder, by their names alone: weights, configs, other files of loaders, and what is left out."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from fnmatch import translate
 from surgery.names import CONFIG_FILE, RESERVED_SUFFIX, is_litter
 from surgery.source.weight_files import SUFFIX, is_index
 
-#: Weights in other formats. None of them is ever opened.
+#: Suffixes of weights in other formats. Such files are never opened.
 OTHER_WEIGHTS = (
     ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ggml",
     ".ot", ".npz", ".npy", ".tflite", ".mlmodel", ".pb", ".tar", ".zip", ".gz",
 )  # fmt: skip
 
-#: Those of PyTorch, which are pickles.
+#: Suffixes of PyTorch's weights that are pickles.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-#: Small arrays that code of a model may read beside its weights.
+#: Suffixes of arrays, which a model's code may read beside its weights.
 ARRAYS = (".npz", ".npy")
 MODULES_FILE = "modules.json"
 PIPELINE_FILE = "model_index.json"
@@ -25,11 +25,11 @@ ADAPTER_FILE = "adapter_config.json"
 
 
 def name_patterns(*globs: str) -> re.Pattern[str]:
-    """Matches what one of the globs does, whatever the case."""
+    """An expression that matches, ignoring case, what any of the globs matches."""
     return re.compile("|".join(map(translate, globs)), re.IGNORECASE)
 
 
-#: Files at the top of a model that loaders look for by name, and may find the names of others in.
+#: Configs at the top of a model: loaders look for them by name, and they may name further files.
 CONFIGS = name_patterns(
     CONFIG_FILE, "configuration.json", "generation_config*.json", "*processor_config.json", "*tokenizer_config.json",
     MODULES_FILE, "router_config.json", "config_sentence_transformers.json", "sentence_*_config.json", "open_clip_config.json",
@@ -49,35 +49,35 @@ CARDS = re.compile(
     r"([^/]*\.(md|txt|rst|html?|pdf|cff)|[^/.]*(\d[\d.]*)?)",
     re.IGNORECASE,
 )
-#: Files of adapters, as several libraries call them.
+#: Files of adapters, under the names that several libraries give them.
 ADAPTERS = name_patterns(
     ADAPTER_FILE, "adapter_*.safetensors", "adapter_*.bin", "adapter_*.index.json", "*adapters.safetensors",
     "*adapters.npz", "pytorch_lora_weights.*",
 )  # fmt: skip
-#: Folders that loaders look into, and for what.
+#: Folders that loaders look into -> the files that they look for there.
 KNOWN_FOLDERS = {
     "additional_chat_templates": name_patterns("*.jinja"),
     "custom_generate": name_patterns("*.py", "requirements.txt"),
 }
-#: What training runs leave beside a model: files and folders.
+#: Files and folders that training runs leave beside a model.
 OF_A_RUN = name_patterns(
     "training_args.*", "trainer_state.json", "optimizer*.bin", "optimizer*.pt", "optimizer*.pth", "optimizer*.safetensors",
     "scheduler.pt", "scheduler.bin", "scaler.pt", "rng_state*", "random_states_*", "events.out.tfevents.*", "*_results.json",
     "*.distcp", "zero_to_fp32.py", "*.log", "checkpoint-*[0-9]", "global_step*[0-9]", "wandb", "runs", "logs", "mlruns",
     "lightning_logs",
 )  # fmt: skip
-#: What programs call a file while they fetch it, or keep beside it.
+#: Suffixes of files that are being downloaded, or that a download program keeps beside them.
 DOWNLOADS = (".incomplete", ".tmp", ".part", ".crdownload", ".download", ".aria2")
 _LEFTOVERS = (RESERVED_SUFFIX, *DOWNLOADS, ".bak", ".orig", ".old", ".swp", ".lock", "~")
-#: Why a file stays behind.
+#: Reasons why a file is left out.
 SPARE = "an unfinished file or a spare copy"
 OTHER_FORMAT = "weights in another format"
 
 
 def is_read_by_loaders(name: str) -> bool:
-    """Whether loaders look for a file of this name in any model: weights, index, config, tokenizer, code, card and the like.
+    """Whether loaders look for a file of this name: weights, index, config, tokenizer, code, card and the like.
 
-    By the name alone: files that only the config of one model names are not among them.
+    Files that only the config of a particular model names are not among them.
     """
     folder, _, file = name.rpartition("/")
     if folder:
@@ -86,7 +86,7 @@ def is_read_by_loaders(name: str) -> bool:
 
 
 def why_left_out(name: str) -> str | None:
-    """Why a file or folder of this name never goes along; None if it may."""
+    """Why a file or folder of this name is never copied into a result; None if it may be."""
     if name.startswith("."):
         return "hidden"
     if is_litter(name):
@@ -101,5 +101,5 @@ def why_left_out(name: str) -> str | None:
 
 
 def is_known_name(name: str) -> bool:
-    """Whether a file at the top of a model goes along by its name, weights and indexes aside."""
+    """Whether a file at the top of a model is copied into a result for its name alone; weights and indexes are not asked."""
     return any(names.fullmatch(name) for names in (CONFIGS, _KNOWN, CARDS))

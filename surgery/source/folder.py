@@ -22,7 +22,20 @@ from surgery.source.select import Selection, select_plain_files
 
 
 class FolderSource(FilesInPlace):
-    """A model in a local folder, or a snapshot of one from the hub's cache."""
+    """A model in a local folder, or in a snapshot of the hub's cache.
+
+    Args:
+        root: the folder of the model.
+        name: what the user called it, for messages; ``root`` if None.
+        record: its identity; that of a local folder if None.
+        within: the folder of the pipeline that the model is a part of; links that lead inside it are followed, and it must
+            not be written to. ``root`` if None.
+
+    Raises:
+        SourceError: it is no model that can be read, or a file to copy leads out of it by a link.
+        FormatError: its index or a file's name is damaged.
+        ReadError: the system does not let the folder be read.
+    """
 
     def __init__(
         self, root: Path, *, name: str | None = None, record: SourceRecord | None = None, within: Path | None = None
@@ -35,44 +48,44 @@ class FolderSource(FilesInPlace):
         found = select_plain_files(self._names, self._text, where=self.name)
         self.selection = replace(found, notes=(*found.notes, *self._notes_of_newer(found)))
         for file in self.selection.others:
-            check_regular(self._copied(file), f"{self.name}/{file}")
+            check_regular(self._resolved_inside(file), f"{self.name}/{file}")
         for file in self.selection.shards:
-            self._real(file)  # weights are only read: they may lie anywhere
+            self._resolved(file)  # weights are only read: they may lie anywhere
 
     def _notes_of_newer(self, found: Selection) -> list[str]:
-        """Weight files of another save of the model, which are not read, and are newer than those that are."""
+        """A note, if weight files of another save of the model are left out and are newer than those that are read."""
         if self.record.kind != "folder" or not found.rivals:
             return []
-        last = max(self._changed(file) for file in found.shards)
-        newer = [file for file in found.rivals if self._changed(file) > last]
+        last = max(self._mtime(file) for file in found.shards)
+        newer = [file for file in found.rivals if self._mtime(file) > last]
         if not newer:
             return []
         read = found.index or found.shards[0]
         return [f"{newer[0]} is newer than {read}, which is read, as loaders read it; if the newer is meant, move {read} away"]
 
-    def _changed(self, file: str) -> float:
+    def _mtime(self, file: str) -> float:
         path = self._root / file
         return path.stat().st_mtime if path.exists() else 0.0
 
     def note(self, text: str) -> None:
-        """Something that the user should know of where the model comes from."""
+        """Add a note for the user about where the model comes from."""
         self.selection = replace(self.selection, notes=(*self.selection.notes, text))
 
     def _names(self, folder: str) -> list[str]:
-        """See ``Listing``. Links to folders count as folders; a folder that leads out of the model is not looked into."""
+        """The ``Listing`` of the model. Links to folders count as folders, unless they lead out of the model."""
         path = self._root / folder
         if folder:
-            real = self._copied(folder)
+            real = self._resolved_inside(folder)
             if real in {parent.resolve() for parent in path.parents}:
                 raise SourceError(f"{self.name}/{folder} is a link to a folder that it lies in", got=str(real))
         with read_errors(path, f"{self.name}/{folder}"):
             return sorted(entry.name + ("/" if entry.is_dir() else "") for entry in path.iterdir())
 
     def _text(self, file: str) -> str:
-        self._copied(file)
+        self._resolved_inside(file)
         return read_text(self.fetch(file), f"{self.name}/{file}")
 
-    def _real(self, file: str) -> Path:
+    def _resolved(self, file: str) -> Path:
         """Where a file is, whatever links lead to it."""
         try:
             return (self._root / file).resolve(strict=True)
@@ -85,7 +98,7 @@ class FolderSource(FilesInPlace):
             ) from None
 
     def _leads_nowhere(self, file: str) -> SourceError:
-        """What to say of a link to nothing, and of others beside it: the hub's cache may have lost all its blobs."""
+        """The error for a link to nothing. It names others in the same folder: the hub's cache may have lost all blobs."""
         folder = (self._root / file).parent.resolve()
         links = sorted(path for path in folder.iterdir() if path.is_symlink() and not path.exists())
         names = [path.name for path in links]
@@ -105,13 +118,13 @@ class FolderSource(FilesInPlace):
             hint=hint,
         )
 
-    def _copied(self, file: str) -> Path:
-        """The same of what is copied into the result, and may be published with it.
+    def _resolved_inside(self, file: str) -> Path:
+        """Where a file that is copied into the result is. It may be published, so it must not come from elsewhere by a link.
 
         Raises:
-            SourceError: it leads out of the model's folder, and not into the hub's cache.
+            SourceError: a link leads out of the model's folder, and not into the hub's cache.
         """
-        real = self._real(file)
+        real = self._resolved(file)
         within = self._within.resolve()
         if self.record.kind == "folder" and within not in (real, *real.parents) and hub_cache(real) is None:
             raise SourceError(
@@ -139,9 +152,9 @@ class FolderSource(FilesInPlace):
         return path
 
     def folders(self) -> list[Path]:
-        if self.record.kind != "folder":  # of a snapshot in the hub's cache the whole repository
+        if self.record.kind != "folder":  # a snapshot: the whole repository in the hub's cache
             return [self._within.parent.parent]
-        files = [self._real(file) for file in (*self.selection.shards, *self.selection.others)]
+        files = [self._resolved(file) for file in (*self.selection.shards, *self.selection.others)]
         return [self._within, *sorted({hub_cache(file) or file.parent for file in files} - {self._root.resolve()})]
 
     def stamps(self) -> dict[str, list[int]]:
@@ -151,7 +164,7 @@ class FolderSource(FilesInPlace):
 
     def _stamps(self, files: Iterable[str]) -> dict[str, list[int]]:
         stamps = {file: self.watch.see(self._root / file, f"{self.name}/{file}") for file in files}
-        # What a restart of the machine, or another place to mount a disk, leaves as it is.
+        # Unlike device and inode, these survive a restart of the machine and mounting the disk elsewhere.
         return {file: [stamp.size, stamp.mtime_ns] for file, stamp in stamps.items()}
 
     def bytes_to_fetch(self) -> int:
@@ -161,5 +174,5 @@ class FolderSource(FilesInPlace):
         return {}
 
     def origin(self, files: Iterable[str]) -> FolderOrigin:
-        # Of a model from the hub's cache each machine may have a copy of its own.
+        # Each machine may have its own copy of a model in its hub's cache, with other times.
         return FolderOrigin(self._root.resolve(), self._stamps(files) if self.record.kind == "folder" else {})

@@ -30,18 +30,18 @@ from surgery.source.protocol import FilesInPlace, Source, read_config, read_text
 from surgery.source.select import select_plain_files
 from surgery.source.weight_files import index_entries, is_index
 
-#: What most headers are shorter than; the rest of a longer one is asked for.
+#: Bytes that are fetched for a header at first, which most are shorter than; the rest of a longer one is fetched then.
 _HEADER_BYTES = 100_000
 
 
 def open_hub(repo_id: str, revision: str | None, subfolder: str | None = None) -> Source:
-    """Pin a hub model to a commit and list its files; from the local cache where the hub cannot be reached.
+    """Pin a model on the hub to a commit and list its files; or take it from the local cache if the hub cannot be reached.
 
     Raises:
-        SourceError: see the table above.
+        SourceError: it is not there, may not be read or cannot be reached (``surgery.source.hub_errors``), or is no model.
     """
     inside = None if subfolder is None else check_subfolder(subfolder)
-    # Whether there is a hub at all is asked once where nothing answers, or the cache can do without: laptops are offline.
+    # If nothing answers, or the cache has the model, there is only one attempt: laptops are often offline.
     first = patience_for(repo_id, may_pass=is_busy, give_up_after=patience.GIVE_UP_FIRST_AFTER)
     with hub_errors(repo_id, revision=revision, statuses=FIRST_STATUSES):
         while True:
@@ -68,14 +68,15 @@ def open_hub(repo_id: str, revision: str | None, subfolder: str | None = None) -
 
 
 def _named(repo_id: str, record: SourceRecord) -> str:
+    """What messages call a model: its repo id, with the subfolder."""
     return repo_id if record.subfolder is None else f"{repo_id}/{record.subfolder}"
 
 
 def _cached(repo_id: str, revision: str | None, subfolder: str | None) -> CachedSource | None:
-    """The snapshot in the cache, which may hold only the files that a loader once asked for; None if there is none.
+    """The model in the cache, which may have only those files that a loader has asked for; None without such a snapshot.
 
     Raises:
-        SourceError: what there is of it is no whole model.
+        SourceError: the files in the cache are no whole model, or one of them is damaged.
     """
     commit = client_cache.cached_commit(repo_id, revision)
     snapshot = None if commit is None else client_cache.cached_snapshot(repo_id, commit)
@@ -103,8 +104,10 @@ def _cached(repo_id: str, revision: str | None, subfolder: str | None) -> Cached
 
 
 def _absent(folder: Path) -> list[str]:
-    """What a model that is not all in the cache lacks, as far as it can be told from the rest: files that are links to
-    nothing, the config, weight files that an index names, or weights altogether."""
+    """Names of the files that a model in the cache lacks, as far as the others tell.
+
+    These are links to nothing, the config, weight files that an index names, and ``*.safetensors`` if there are no weights.
+    """
     there = {path.relative_to(folder).as_posix(): path.exists() for path in folder.rglob("*")}
     needed = {CONFIG_FILE, *there}
     for index in filter(is_index, [name for name, exists in there.items() if exists]):
@@ -120,7 +123,7 @@ def _absent(folder: Path) -> list[str]:
 
 @contextmanager
 def _perhaps_removed() -> Iterator[None]:
-    """Of a file in the cache, which anybody may empty at any time: that it is gone is no error yet."""
+    """Ignores a ReadError of a file that is gone: anybody may empty the hub's cache at any time, and it is fetched again."""
     try:
         yield
     except ReadError as error:
@@ -129,10 +132,10 @@ def _perhaps_removed() -> Iterator[None]:
 
 
 class CachedSource(FolderSource):
-    """The snapshot of a commit in the hub's cache, of whose files the cache tells the hashes by the names of its blobs."""
+    """A model in a snapshot of the hub's cache, whose files are checked against the hashes in the names of their blobs."""
 
     def __init__(self, root: Path, name: str, record: SourceRecord) -> None:
-        self._sound: dict[Path, Stamp] = {}
+        self._checked: dict[Path, Stamp] = {}
         super().__init__(root, name=name, record=record)
 
     def _hub_file(self, file: str) -> HubFile | None:
@@ -145,17 +148,17 @@ class CachedSource(FolderSource):
     def fetch(self, file: str) -> Path:
         path = super().fetch(file)
         stamp = Stamp.at(path, f"{self.name}/{file}")
-        if self._sound.get(path) != stamp and (of := self._hub_file(file)) is not None:
-            check_contents(path, of, f"{self.name}/{file}", self.again(file))
-            self._sound[path] = stamp
+        if self._checked.get(path) != stamp and (hub_file := self._hub_file(file)) is not None:
+            check_contents(path, hub_file, f"{self.name}/{file}", self.again(file))
+            self._checked[path] = stamp
         return path
 
     def unchecked(self, file: str) -> Path:
         return super().fetch(file)
 
     def sha256(self, file: str) -> str | None:
-        of = self._hub_file(file)
-        return None if of is None else of.sha256
+        hub_file = self._hub_file(file)
+        return None if hub_file is None else hub_file.sha256
 
     def again(self, file: str) -> str:
         subfolder = "" if self.record.subfolder is None else f"{self.record.subfolder}/"
@@ -167,8 +170,19 @@ class CachedSource(FolderSource):
 
 
 class HubSource(FilesInPlace):
-    """A model on the hub at one commit. Files come through the hub's own cache; their names are relative to the model,
-    which may lie in a subfolder of the repository."""
+    """A model on the hub at one commit, whose files are fetched into the hub's cache.
+
+    File names are relative to the model, which may lie in a subfolder of the repository.
+
+    Args:
+        repo_id, commit: of the repository.
+        record: the identity of the model.
+        files: of the whole repository, by name.
+
+    Raises:
+        SourceError: there is no such subfolder, or no model in it.
+        FormatError: its index or a file's name is damaged.
+    """
 
     def __init__(self, repo_id: str, commit: str, record: SourceRecord, files: Mapping[str, HubFile]) -> None:
         self.name = _named(repo_id, record)
@@ -176,7 +190,7 @@ class HubSource(FilesInPlace):
         self.watch = Watch(pinned=True)
         self.repo_id = repo_id
         self.commit = commit
-        self._sound: dict[Path, Stamp] = {}
+        self._checked: dict[Path, Stamp] = {}
         self._dropped = threading.Event()
         self._prefix = "" if record.subfolder is None else f"{record.subfolder}/"
         self._files = {name.removeprefix(self._prefix): file for name, file in files.items() if name.startswith(self._prefix)}
@@ -208,50 +222,53 @@ class HubSource(FilesInPlace):
         with hub_errors_midway(self.repo_id, remote.path):
             patient = patience_for(remote.path)
             raw = first_bytes(remote, _HEADER_BYTES, patient)
-            end = 8 + header_length(raw, file=name, file_bytes=remote.of.size)
+            end = 8 + header_length(raw, file=name, file_bytes=remote.hub_file.size)
             if end > len(raw):
                 raw = first_bytes(remote, end, patient)
-        return parse_header(raw[:end], file=name, file_bytes=remote.of.size)
+        return parse_header(raw[:end], file=name, file_bytes=remote.hub_file.size)
 
     def fetch(self, file: str) -> Path:
         while True:
             path = self.unchecked(file)
             with _perhaps_removed():
                 stamp = Stamp.at(path, f"{self.name}/{file}")
-                if self._sound.get(path) != stamp:
+                if self._checked.get(path) != stamp:
                     check_contents(path, self._files[file], f"{self.name}/{file}", self.again(file))
-                    self._sound[path] = stamp
+                    self._checked[path] = stamp
                 return path
 
     def unchecked(self, file: str) -> Path:
-        return self._here(file, None)
+        return self._local_path(file, None)
 
     def acquire(self, file: str) -> Path:
-        return self._here(file, self._dropped)
+        return self._local_path(file, self._dropped)
 
     def close(self) -> None:
-        # Only what is waited for now: what goes along with the weights is fetched later.
+        # A new event: downloads under way are dropped, but files that are copied may still be fetched later.
         self._dropped.set()
         self._dropped = threading.Event()
 
-    def _here(self, file: str, dropped: threading.Event | None, folder: Path | None = None) -> Path:
-        """Where a file is, in the cache or in a folder; fetched if need be, also for another time, and then sound."""
+    def _local_path(self, file: str, dropped: threading.Event | None, folder: Path | None = None) -> Path:
+        """The path of a file in the cache or in ``folder``, fetched if it is not there; a fetched one has been checked.
+
+        ``dropped`` and ``folder`` are as for ``fetch``.
+        """
         path = client_cache.cached_file(self.repo_id, self.commit, self._prefix + file) if folder is None else None
         if path is not None:
             with _perhaps_removed():
-                return self._still(path, file)
+                return self._cached_path(path, file)
         path = fetch(self._remote(file), folder, dropped)
         self.watch.forget(path)
-        self._sound[path] = Stamp.at(path, f"{self.name}/{file}")
+        self._checked[path] = Stamp.at(path, f"{self.name}/{file}")
         return path
 
-    def _still(self, path: Path, file: str) -> Path:
-        """A file of the cache that is here; if it is another than the last time, it has been removed and fetched again."""
+    def _cached_path(self, path: Path, file: str) -> Path:
+        """The path of a file in the cache. If it has been replaced since it was last seen, its contents are checked again."""
         stamp = Stamp.at(path, f"{self.name}/{file}")
         if self.watch.seen(path) not in (None, stamp):
             check_contents(path, self._files[file], f"{self.name}/{file}", self.again(file))
             self.watch.forget(path)
-            self._sound[path] = stamp
+            self._checked[path] = stamp
         return path
 
     def sha256(self, file: str) -> str | None:
@@ -274,9 +291,9 @@ class HubSource(FilesInPlace):
         return sum(self._to_fetch(file) for file in wanted)
 
     def _to_fetch(self, file: str) -> int:
-        """Bytes of a file that are still to come into the cache."""
-        of = self._files[file]
-        return 0 if of.is_cached else of.size - bytes_in_cache(self.repo_id, of)
+        """Bytes of a file that are still to be fetched into the cache."""
+        hub_file = self._files[file]
+        return 0 if hub_file.is_cached else hub_file.size - bytes_in_cache(self.repo_id, hub_file)
 
     def room_to_fetch(self) -> dict[Path, int]:
         return {client_cache.cache_folder(): self.bytes_to_fetch()}

@@ -1,4 +1,4 @@
-"""What the hub's client raises, as errors that say what happened and what a user can do."""
+"""Translating the exceptions of the hub's client into errors that say what happened and what to do."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from surgery.escapes import quoted
 from surgery.hub import hub_client as client
 from surgery.hub import patience
 
-#: Stands for what ``how_to_fetch_it`` says.
+#: A placeholder in the tables below: the hint is what ``how_to_fetch_it`` gives.
 _ONLINE = "fetch the model while online"
 _GO_ON = "run the same command again: it goes on where it stopped, and what has been fetched is not fetched twice"
 _TOKEN = "hf auth login, or set HF_TOKEN, with a token that may read it"
-#: From the client's exceptions to what happened and what a user can do; the first that fits counts, so subclasses come first.
+#: Rows of (exception of the client, what happened, what to do). The first row that fits counts, so subclasses come first.
 Messages = tuple[tuple[type[Exception], str, str], ...]
 _MESSAGES: Messages = (
     (client.GatedRepoError, "is gated and your token has no access to it", "accept its terms on its page, then: hf auth login"),
@@ -36,12 +36,12 @@ _MESSAGES: Messages = (
     (client.InvalidURL, "cannot be reached", "set HF_ENDPOINT to the address of a hub, or unset it"),
     (client.NoHub, "cannot be asked for", "unset HF_ENDPOINT, or log in to the network whose page comes instead"),
 )
-#: For the status of an answer to the first question, which an old token may also get of a public model.
+#: Status of the answer to the first request -> what happened, what to do. An expired token gets these for public models too.
 FIRST_STATUSES = {
     401: ("may not be read with your token, which has expired or been revoked", f"{_TOKEN}; of a public model: unset HF_TOKEN"),
     403: ("may not be read with your token", _TOKEN),
 }
-#: The same in the midst of a run, when the hub has answered before: for the status of an answer, else for an exception.
+#: The same for later requests of a run, after the hub has answered before: by status, and else (_MIDWAY) by exception.
 _MIDWAY_STATUSES = {
     401: ("may not be read with your token any more: it has expired or been revoked, or the repository is private now", _TOKEN),
     403: ("may not be read with your token any more", _TOKEN),
@@ -72,7 +72,15 @@ def hub_errors(
     revision: str | None = None,
     statuses: Mapping[int, tuple[str, str]] = MappingProxyType({}),
 ) -> Iterator[None]:
-    """Turns the client's exceptions into ones that say what to do; ``statuses`` are answers that mean more than a class."""
+    """Translates errors: the client's exceptions become errors that say what happened and what to do.
+
+    Args:
+        repo_id: of the repository that the requests are about.
+        messages: what to say, by exception.
+        raised: the kind of error to raise.
+        revision: that was asked for, for the hint.
+        statuses: status of an answer -> what happened and what to do, where an exception has only its status.
+    """
     try:
         yield
     except tuple(kind for kind, _, _ in messages) as error:
@@ -86,7 +94,7 @@ def hub_errors(
 
 @contextmanager
 def hub_errors_midway(repo_id: str, file: str) -> Iterator[None]:
-    """The same in the midst of a run, of a file of a repository that the hub has listed before."""
+    """Translates errors, like ``hub_errors``, while a file is fetched that the hub has listed before."""
     try:
         yield
     except tuple(kind for kind, _, _ in _MIDWAY) as error:
@@ -109,7 +117,7 @@ def hub_errors_midway(repo_id: str, file: str) -> Iterator[None]:
 
 
 def how_to_fetch_it(repo_id: str, revision: str | None = None) -> str:
-    """How a model gets into the cache."""
+    """A hint on how to get a model into the cache."""
     once = f"hf download {quoted(repo_id)}" + ("" if revision is None else f" --revision {quoted(revision)}")
     if client.is_offline():
         return f"unset HF_HUB_OFFLINE, or fetch the model once without it: {once}"
@@ -117,6 +125,6 @@ def how_to_fetch_it(repo_id: str, revision: str | None = None) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, and what has been noted of it, in one line."""
+    """The first line of an error's text, with the notes that have been added to the error."""
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     return "; ".join([first, *getattr(error, "__notes__", ())])

@@ -1,4 +1,4 @@
-"""The folder of a model by its listing, on a disk or on the hub, before it is known which of its files are taken."""
+"""The folder of a model, on a disk or on the hub, seen through its listing, before it is decided which files to take."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from surgery.names import MANIFEST_FILE, SURGERY_DIR
 from surgery.source.file_names import ADAPTERS, why_left_out
 from surgery.source.weight_files import SUFFIX
 
-#: Gives the names in a folder of the model, ``""`` for the model's own; those of folders end in a slash.
+#: Called with a folder of the model (``""``: its top), gives the names in it; names of folders end in a slash.
 Listing = Callable[[str], list[str]]
 
 
 def listing_of(names: Iterable[str]) -> Listing:
-    """The listing of a model whose files are all known by name."""
+    """The listing of a model, from the paths of all its files."""
     folders: dict[tuple[str, ...], set[str]] = {}
     for name in names:
         parts = name.split("/")  # "/a" is in a folder without a name, and not at the top
@@ -26,7 +26,7 @@ def listing_of(names: Iterable[str]) -> Listing:
 
 
 def path_in(folder: str, name: str) -> str:
-    """The path of what a listing of a folder names."""
+    """The path of an entry in the listing of a folder, without a slash at its end."""
     return f"{folder}/{name.removesuffix('/')}" if folder else name.removesuffix("/")
 
 
@@ -55,7 +55,7 @@ class ModelFolder:
         self.folders = [name[:-1] for name in top if name.endswith("/")]
 
     def names(self, folder: str) -> list[str]:
-        """What is in one of its folders, ``""`` for its top; those of folders end in a slash.
+        """The names in one of its folders (``""``: its top); those of folders end in a slash.
 
         Raises:
             FormatError: a name that ``check_relative_path`` refuses.
@@ -66,14 +66,14 @@ class ModelFolder:
         return names
 
     def peek(self, folder: str) -> list[str]:
-        """The same, and nothing of a folder that may not be looked into."""
+        """``names``, but an empty list for a folder that cannot be listed or has a name that is refused."""
         try:
             return self.names(folder)
         except SurgeryError:
             return []
 
     def text(self, file: str) -> str:
-        """Of a config or of code; none if it is not sound, which is said by who reads it as what it is."""
+        """The text of a config or of code; empty if it cannot be read. Whoever needs the file reports what is wrong with it."""
         try:
             return self.read_text(file)
         except (FormatError, ReadError):
@@ -85,7 +85,7 @@ class ModelFolder:
         return (not parent or self.is_folder(parent)) and f"{name}/" in self.names(parent)
 
     def model_folders(self) -> list[str]:
-        """Folders with safetensors weights, at most two deep."""
+        """The folders with safetensors weights of a model, at most two levels deep."""
         folders = [
             folder for folder in self.folders if why_left_out(folder) is None and folder not in ("original", SURGERY_DIR)
         ]
@@ -94,7 +94,7 @@ class ModelFolder:
         return sorted(folder for folder in folders if self.is_model(folder))
 
     def is_model(self, folder: str) -> bool:
-        """Whether a folder holds weights of a model, and is no result of ours."""
+        """Whether a folder holds safetensors weights, not only of an adapter, and is not a factorized checkpoint."""
         names = self.peek(folder)
         is_ours = f"{SURGERY_DIR}/" in names and MANIFEST_FILE.rpartition("/")[2] in self.peek(f"{folder}/{SURGERY_DIR}")
         return not is_ours and any(

@@ -1,4 +1,4 @@
-"""What to say of a folder that is no model to work on: a result of ours, a pipeline, or weights that cannot be read."""
+"""Errors for a folder that is no model: a factorized checkpoint, a pipeline, an adapter, or weights in another format."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from surgery.source.file_names import (
 )
 from surgery.source.model_folder import ModelFolder
 
-#: Where the hub's client keeps what it fetches into a folder of one's own.
+#: Where the hub's client keeps partial downloads into a local folder.
 _FETCHED = ".cache/huggingface/download"
 _CONVERT = "AutoModel.from_pretrained(MODEL).save_pretrained(FOLDER) writes safetensors"
 
 
 def refuse_our_own(model: ModelFolder) -> None:
-    """Refuse a folder that this program has written, or was writing when it was interrupted.
+    """Refuse a factorized checkpoint, or one that was being written when the command was interrupted.
 
     Raises:
-        SourceError: it is one.
+        SourceError: the folder is one of these.
     """
     inside = [
         f"{folder}/{name}" for folder in (SURGERY_DIR, JOURNAL_DIR) if folder in model.folders for name in model.peek(folder)
@@ -49,7 +49,7 @@ def refuse_our_own(model: ModelFolder) -> None:
 
 
 def refuse_pipeline(model: ModelFolder, weights: list[str], others: list[str]) -> None:
-    """Refuse the top of a pipeline that is no model itself, whether or not a file of the whole pipeline lies there.
+    """Refuse the top folder of a pipeline, which is no model itself, whether or not there are weights at its top.
 
     Args:
         model: the folder.
@@ -57,7 +57,7 @@ def refuse_pipeline(model: ModelFolder, weights: list[str], others: list[str]) -
         others: files there that loaders know by name.
 
     Raises:
-        SourceError: it is one; names the models in it.
+        SourceError: it is a pipeline; names the models in it.
     """
     if PIPELINE_FILE not in others or CONFIG_FILE in others:
         return
@@ -74,7 +74,7 @@ def refuse_pipeline(model: ModelFolder, weights: list[str], others: list[str]) -
 
 
 def no_weights(model: ModelFolder, adapter: list[str]) -> SourceError:
-    """The error for a folder without safetensors weights at its top: what it has instead, and what to do with that.
+    """The error for a folder without safetensors weights at its top: says what is there instead, and what to do.
 
     Args:
         model: the folder.
@@ -127,7 +127,7 @@ def no_weights(model: ModelFolder, adapter: list[str]) -> SourceError:
 
 
 def _only_adapter(model: ModelFolder, adapter: list[str]) -> SourceError:
-    """The same of one that has an adapter, which may name the model that it was trained on."""
+    """The error for a folder that has only an adapter; names the model that it was trained on, if its config does."""
     try:
         config = decode_json(model.text(ADAPTER_FILE)) if ADAPTER_FILE in adapter else None
     except ValueError:
@@ -144,5 +144,5 @@ def _only_adapter(model: ModelFolder, adapter: list[str]) -> SourceError:
 
 
 def _likely(folders: list[str]) -> str:
-    """Of a diffusion pipeline the part that people fine-tune, for a shell."""
+    """The folder that is most likely meant, quoted for a shell: the model of a diffusion pipeline that people fine-tune."""
     return quoted(next((name for name in ("transformer", "unet") if name in folders), folders[0]))

@@ -1,4 +1,4 @@
-"""The model that a user means, opened: in a local folder or on the hub."""
+"""Opening the model that a user names: a local folder or a repository of the hub."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from surgery.source.protocol import Source
 
 
 def open_source(model: str | Path, *, revision: str | None = None, subfolder: str | None = None) -> Source:
-    """The model that a user means: a local folder if there is one of that name, else one on the hub.
+    """Open a model: the local folder of that name if there is one, else the model on the hub.
 
     Args:
-        model: path, ``owner/name``, or what stands for one of these, see ``surgery.source.address``.
-        revision: branch, tag or commit of a hub model; pinned to a commit at once.
-        subfolder: of a folder or repository that holds several models, such as a diffusion pipeline.
+        model: path, ``owner/name``, or another form of address that ``address_of`` understands.
+        revision: branch, tag or commit of a hub model; resolved to a commit at once.
+        subfolder: the folder of the model, in a folder or repository of several models such as a diffusion pipeline.
 
     Raises:
-        SourceError: not there, not reachable, or no model.
+        SourceError: it is not there, cannot be reached, or is no model.
         FormatError: its index is damaged.
     """
     address = address_of(model).with_options(revision, subfolder)
@@ -42,10 +42,14 @@ def open_source(model: str | Path, *, revision: str | None = None, subfolder: st
 
 
 def open_part(model: str | Path, subfolder: str | None) -> Source:
-    """A model that is like one in this subfolder: the model itself, or the pipeline that it is a part of.
+    """Open a second model that matches one from a subfolder, such as its original: given as the model or as the pipeline.
+
+    Args:
+        model: the model itself, or the pipeline that has it in ``subfolder``.
+        subfolder: that the first model came from; None if it was at the top.
 
     Raises:
-        SourceError, FormatError: see ``open_source``.
+        SourceError, FormatError: as for ``open_source``.
     """
     address = address_of(model)
     is_itself = address.folder is not None and subfolder is not None and not (address.folder / subfolder).is_dir()
@@ -53,7 +57,7 @@ def open_part(model: str | Path, subfolder: str | None) -> Source:
 
 
 def _check_is_all(source: Source, file: str) -> None:
-    """Refuse a weight file as a model where it is not all of its weights."""
+    """Refuse a weight file that was given as the model, but is not all of the model's weights."""
     shards = source.selection.shards
     if file in shards and len(shards) > 1:
         raise SourceError(
@@ -70,6 +74,7 @@ def _check_is_all(source: Source, file: str) -> None:
 
 
 def _open_folder(path: Path, name: str, subfolder: str | None) -> FolderSource:
+    """Open a model in a local folder, or in a subfolder of it. Raises SourceError, FormatError."""
     if (repo_id := cached_repo(path.resolve())) is not None and (path / "snapshots").is_dir():
         commits = sorted(one.name for one in (path / "snapshots").iterdir())
         raise SourceError(

@@ -1,4 +1,4 @@
-"""Where the weight files of a source are, for another process or machine to take them from."""
+"""Origins: where other processes and machines take the weight files of a model from."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from surgery.files.access import read_errors
 
 
 class Origin(Protocol):
-    """Can be sent to wherever the work is done.
+    """Where weight files are; it can be pickled and sent to the process that does a job.
 
     Attributes:
-        pinned: see ``Watch``.
+        pinned: whether hashes pin the contents of the files, as for ``Watch``.
     """
 
     @property
     def pinned(self) -> bool: ...
 
     def file(self, name: str) -> AbstractContextManager[Path]:
-        """A weight file, there for as long as the context lasts."""
+        """The local path of a weight file, which exists for as long as the context lasts."""
 
     def sha256(self, name: str) -> str | None:
-        """What somebody else than the file itself says that its hash is."""
+        """The sha256 of a weight file by the hub; None for a file that is not from the hub."""
 
     def again(self, name: str) -> str | None:
-        """The command that fetches it once more, if it comes from the hub."""
+        """The shell command that fetches a weight file again, if it comes from the hub."""
 
 
 class DamagedCopy(SourceError):
-    """A copy of a file of the hub that has other contents than the hub says."""
+    """The local copy of a file of the hub has other contents than the hub says."""
 
 
 def damaged_copy(name: str, again: str | None, got: object = "other contents", expected: object = None) -> DamagedCopy:
-    """The error for it; ``again`` is the command that fetches it once more."""
+    """A ``DamagedCopy`` error for the file ``name``; ``again`` is the command that fetches it once more."""
     return DamagedCopy(
         f"{name} is not the file that the hub has",
         got=got,
@@ -53,10 +53,10 @@ class FolderOrigin:
 
     Attributes:
         root: the folder.
-        stamps: of its files those that must be what they were: size and time of change in nanoseconds, which are the same
-            on every machine.
-        hashes: the sha256 of those that are from the hub's cache.
-        commands: that fetch these once more.
+        stamps: file -> [size in bytes, time of change in nanoseconds], for files that must not have changed since the run was
+            planned; these are the same on every machine.
+        hashes: file -> sha256, for files of the hub's cache.
+        commands: file -> shell command that fetches it again, for the same files.
     """
 
     root: Path

@@ -1,4 +1,4 @@
-"""A model as the rest of the program sees it: weight files with headers, and files that go along."""
+"""``Source`` and ``WeightFiles``: a model as the rest of the program sees it, wherever its files are."""
 
 from __future__ import annotations
 
@@ -19,64 +19,64 @@ from surgery.source.weight_files import index_entries
 
 
 class WeightFiles(Protocol):
-    """Where weight files are: those of a model, of a factorized folder, or what another process was sent to.
+    """Access to weight files: those of a model, of a factorized checkpoint, or of an origin in another process.
 
     Attributes:
-        watch: sees to it that those which are here stay as they are while they are in use.
+        watch: notices if local files change while they are in use.
     """
 
     watch: Watch
 
     def size(self, file: str) -> int:
-        """Bytes of a file."""
+        """The size of a file in bytes."""
 
     def header(self, shard: str) -> Header:
-        """The header of a weight file, without its weights where that can be had."""
+        """The header of a weight file; on the hub only the header is fetched."""
 
     def fetch(self, file: str) -> Path:
-        """A local path of a file, downloaded if need be; of one from the hub with the contents that the hub says."""
+        """The local path of a file, which is downloaded if it is not there. A file of the hub is checked by its hash."""
 
     def unchecked(self, file: str) -> Path:
-        """``fetch`` for a weight file whose contents whoever reads all of it compares: with ``sha256``, or what is recorded."""
+        """``fetch`` without checking the hash: for callers that read the whole weight file, and compare its hash then."""
 
     def acquire(self, file: str) -> Path:
-        """``unchecked`` for one that is needed until as many calls of ``release`` say that it is not, or until ``close``."""
+        """``unchecked`` for a weight file that is needed for a while. Each call has to be matched by one of ``release``."""
 
     def release(self, file: str) -> bool:
-        """See ``acquire``. Whether it is gone now."""
+        """Give up a weight file of ``acquire``. A streamed file is deleted by the last release; returns whether it is."""
 
     def wait_for_room(self) -> None:
-        """Returns when the next weight file may be acquired, or after ``close``."""
+        """Wait until the next weight file may be acquired, or until ``close``."""
 
     def close(self) -> None:
-        """Nothing more is wanted."""
+        """End downloads and waits that are under way."""
 
     def sha256(self, file: str) -> str | None:
-        """Of a weight file that has been fetched, if somebody else than the file itself says so."""
+        """The sha256 of a weight file by the hub or a manifest; None where only the file itself tells it."""
 
     def again(self, file: str) -> str | None:
-        """The command that fetches a file once more, if it comes from the hub."""
+        """The shell command that fetches a file again, if it comes from the hub."""
 
     def origin(self, files: Iterable[str]) -> Origin:
-        """Where some of the weight files are, for others to take them from."""
+        """Where other processes take these weight files from."""
 
     def folders(self) -> list[Path]:
-        """What must not be written to: the folders that the files are in, also by links, or the hub's cache."""
+        """Folders that must not be written to: those that the files are in, also by links, or the hub's cache."""
 
     def stamps(self) -> dict[str, list[int]]:
-        """Size and time of change of each file of a local model; empty where a commit or a manifest pins them."""
+        """File -> [size in bytes, time of change in ns] for a local model; empty where a commit or a manifest pins them."""
 
     def room_to_fetch(self) -> dict[Path, int]:
-        """Where a download will go, and how much more of it will be there at a time; nowhere for what is local."""
+        """Folder -> bytes that downloads will still add to it at most at a time; empty for a local model."""
 
 
 class Source(WeightFiles, Protocol):
-    """A model in a folder or on the hub.
+    """A model in a folder or on the hub: its weight files, and the files that are copied into a result.
 
     Attributes:
         name: what the user called it, for messages.
         record: its identity, for the manifest.
-        selection: its files.
+        selection: which files are its weights, which are copied, and which are left out.
     """
 
     name: str
@@ -87,11 +87,11 @@ class Source(WeightFiles, Protocol):
         """Its ``config.json``; empty if it has none."""
 
     def bytes_to_fetch(self) -> int:
-        """How much is still to be downloaded."""
+        """Bytes of all its files that are still to be downloaded."""
 
 
 class FilesInPlace:
-    """What ``WeightFiles`` that stay where they are have to say of coming and going."""
+    """Default methods of ``WeightFiles`` for files that stay where they are; subclasses have to define ``fetch``."""
 
     def fetch(self, file: str) -> Path:
         raise NotImplementedError
@@ -133,10 +133,14 @@ def read_config(source: Source) -> dict[str, Any]:
 
 
 def check_index(source: Source, headers: dict[str, Header]) -> list[str]:
-    """What a user should know of an index that says something else than the shards; loaders believe the shards.
+    """Compare a model's index with the headers of its shards. Returns notes on differences: loaders follow the shards.
+
+    Args:
+        source: the model.
+        headers: of its shards, by name.
 
     Raises:
-        FormatError: it is the index of another model.
+        FormatError: the index has no tensor of the shards, so it belongs to another model.
     """
     index = source.selection.index
     if index is None:
@@ -164,6 +168,12 @@ def check_index(source: Source, headers: dict[str, Header]) -> list[str]:
 
 
 def read_text(path: Path, where: str) -> str:
+    """The text of a small UTF-8 file; ``where`` is its name in messages.
+
+    Raises:
+        ReadError: it cannot be read.
+        FormatError: it is too large, or not UTF-8.
+    """
     with read_errors(path, where):
         check_size(path, where)
         data = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Which files of a model are its weights, which go along, and which stay behind: by their names, and by what configs name."""
+"""Sorting the files of a model into weights, files to copy and files to leave out, by their names and what configs name."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ from surgery.source.model_folder import Listing, ModelFolder, path_in
 from surgery.source.no_model import no_weights, refuse_our_own, refuse_pipeline
 from surgery.source.weight_files import SUFFIX, choose_shards, is_index
 
-#: A file that was fetched or copied again, as browsers and file managers call it: model (1).safetensors.
+#: The name that browsers and file managers give to a second copy of a file: model (1).safetensors.
 _COPY = re.compile(r"(?P<name>.+?)(?: ?\(\d+\)| - Copy(?: \(\d+\))?| copy(?: \d+)?)(?P<suffix>\.[^. ]+)")
 _UNREAD = "no loader looks for it"
 _QUOTED = re.compile(r"""\"([^"\n\\]*)\"|'([^'\n\\]*)'""")
-#: Possessive, and a bracket need not be closed: each character of whatever code is looked at a few times.
+#: Relative imports in Python. Possessive, and without a closing bracket: any text is searched in linear time.
 _IMPORT = re.compile(r"^[^\S\n]*+(?:from\s++\.++([\w.]*+)\s++import\s++(\([^)]*+|[^\n]*+)|import\s++\.([\w.]++))", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Paths relative to the model, in name order.
+    """The files of a model, sorted by their use. Paths are relative to the model and in the order of their names.
 
     Attributes:
-        shards: safetensors files with the weights.
-        index: the index that names them, if there is one.
-        others: files that go along as they are (config, tokenizer, code ...).
-        left_out: file -> why it stays behind; a folder of which nothing goes along is one entry, with a slash at its end.
-        rivals: weight files that are left out, and may be those of another save of this model, by their names.
-        notes: what the user should know about what is left out.
+        shards: the weight files.
+        index: the index that names them; None if there is none.
+        others: files that are copied unchanged (config, tokenizer, code ...).
+        left_out: file -> why it is left out; a folder that is left out as a whole is one entry, with a slash at its end.
+        rivals: weight files that are left out and may, by their names, be from another save of this model.
+        notes: for the user, about files that are left out.
     """
 
     shards: tuple[str, ...]
@@ -63,28 +63,29 @@ class Selection:
 
 
 def select_files(listing: Listing, read_text: Callable[[str], str], *, where: str) -> Selection:
-    """Sort the files of a model. Folders of which nothing goes along are not looked into.
+    """Sort the files of a model. Folders that are left out as a whole are not listed.
 
     Args:
-        listing: names the files.
-        read_text: gives the text of one of them; asked for the index, configs and code only.
+        listing: gives the names in each folder of the model.
+        read_text: gives the text of a file; called for the index, configs and code only.
         where: the model, for messages.
 
     Raises:
-        SourceError: no safetensors weights, or those of several models.
-        FormatError: a name that ``check_relative_path`` refuses; an index that is no index, or names a file that is missing or
-            elsewhere; a numbered weight file that is missing.
+        SourceError: there are no safetensors weights, or those of several models.
+        FormatError: a name is refused by ``check_relative_path``; an index is damaged, or names a file that is missing or
+            elsewhere; a numbered weight file is missing.
     """
     return _Selector(ModelFolder(listing, read_text, where)).selection()
 
 
 def select_plain_files(listing: Listing, read_text: Callable[[str], str], *, where: str) -> Selection:
-    """``select_files`` of a listing with any names, a hub's or a disk's.
+    """``select_files`` for a listing that may hold names of any kind.
 
-    A file or folder whose name ``check_relative_path`` refuses is left out with its reason, if no loader looks for it.
+    A file or folder whose name ``check_relative_path`` refuses is left out, unless loaders look for it.
 
     Raises:
-        SourceError, FormatError: see ``select_files``; such a name of what loaders look for, or one that is no text.
+        SourceError, FormatError: as for ``select_files``. A name is only refused if loaders look for that file, or if it is
+            no Unicode text.
     """
     left_out: dict[str, str] = {}
 
@@ -112,6 +113,7 @@ class _Selector:
         self._left_out: dict[str, str] = {}
 
     def selection(self) -> Selection:
+        """Sort all files. Raises as ``select_files``."""
         refuse_our_own(self._model)
         weights: list[str] = []
         indexes: list[str] = []
@@ -164,15 +166,17 @@ class _Selector:
         return Selection(chosen.shards, chosen.index, others, left_out, (*chosen.rivals, *copies), tuple(notes))
 
     def _is_copy(self, name: str) -> bool:
-        """Whether a file is another copy of one that is there, by its name."""
+        """Whether a file is, by its name, a second copy of another file in the folder."""
         match = _COPY.fullmatch(name)
         return match is not None and match["name"] + match["suffix"] in self._model.files
 
     def _tell_apart(self, chosen: list[str]) -> None:
-        """Of cards and licences that are one where a disk does not tell case or normal forms apart, only the first goes along.
+        """Make sure that no two files to copy are the same file on a disk that ignores case or Unicode normal forms.
+
+        Of such cards and licences only the first is copied.
 
         Raises:
-            SourceError: others; or a file and a folder of one name.
+            SourceError: two other files are, or a file and a folder.
         """
         seen: dict[str, str] = {}
         for file in sorted(chosen):
@@ -191,7 +195,7 @@ class _Selector:
                 )
 
     def _named_weights(self) -> str | None:
-        """The weights that the config names, which transformers looks at before any other."""
+        """The weight file or index that the config names as ``transformers_weights``, which transformers prefers to others."""
         if CONFIG_FILE not in self._others:
             return None
         try:
@@ -201,12 +205,12 @@ class _Selector:
         named = config.get("transformers_weights") if isinstance(config, dict) else None
         return named if isinstance(named, str) else None
 
-    # -- what goes along -------------------------------------------------------------------------------------------------
+    # -- files and folders that are copied because something names them ---------------------------------------------------
 
     def _take_what_is_named(self, unknown: list[str]) -> None:
-        """Files and folders that no loader knows by name: those that a config or the model's code names go along."""
+        """Sort files and folders that no loader looks for: those that a config or the model's code names are copied."""
         modules = self._modules()
-        packages, quoted = self._called() if unknown or set(self._model.folders) - modules else (set(), set())
+        packages, quoted = self._named_by_code() if unknown or set(self._model.folders) - modules else (set(), set())
         for name in unknown:
             if name in quoted:
                 self._others.append(name)
@@ -219,16 +223,19 @@ class _Selector:
                 if folder in modules:
                     self._take_module(folder)
                 elif folder in packages:
-                    self._take_some(folder, name_patterns("*.py"))
+                    self._take_matching(folder, name_patterns("*.py"))
                 elif folder in KNOWN_FOLDERS:
-                    self._take_some(folder, KNOWN_FOLDERS[folder])
-                self._take_called(folder, quoted)
+                    self._take_matching(folder, KNOWN_FOLDERS[folder])
+                self._take_named_paths(folder, quoted)
             if len(self._others) == before:
                 self._left_out[f"{folder}/"] = reason or _UNREAD
 
     def _modules(self) -> set[str]:
-        """The folders that loaders look into whatever is in them: sentence-transformers' modules, each with a config and maybe
-        weights; further tokenizers of transformers' processors; the n-grams that a decoder of speech has an alphabet for."""
+        """The folders that are copied as a whole, since loaders may read any file in them.
+
+        These are modules of sentence-transformers, each with a config and perhaps weights; further tokenizers of
+        transformers' processors; and the n-grams of a speech decoder, which has its alphabet at the top.
+        """
         found = {
             string.split("/")[0]
             for file in (MODULES_FILE, "router_config.json")
@@ -239,8 +246,12 @@ class _Selector:
         found |= {"language_model"} if ALPHABET_FILE in self._others else set()
         return found & set(self._model.folders)
 
-    def _called(self) -> tuple[set[str], set[str]]:
-        """Of the code that the configs name: the packages that it imports; and all strings in that code and in the configs."""
+    def _named_by_code(self) -> tuple[set[str], set[str]]:
+        """Follow the code that the configs name.
+
+        Returns:
+            The folders that the code imports as packages, and all strings in the code and in the configs.
+        """
         quoted: set[str] = set()
         for file in self._others:
             if CONFIGS.fullmatch(file):
@@ -258,11 +269,12 @@ class _Selector:
         return imported & set(self._model.folders), quoted
 
     def _take_module(self, folder: str) -> None:
+        """Take all files in a folder, except those that are always left out."""
         files = list(self._walk(folder))
         with_weights = {PurePosixPath(file).parent for file in files if file.endswith(SUFFIX)}
         for file in files:
             path = PurePosixPath(file)
-            # A module whose only weights are a pickle is nothing without it; it is copied, not opened.
+            # A module whose only weights are a pickle cannot be loaded without it. It is copied, never opened.
             needed = path.suffix in PICKLES and path.parent not in with_weights and not OF_A_RUN.fullmatch(path.name)
             reason = None if needed else why_left_out(path.name)
             if reason is None:
@@ -270,16 +282,16 @@ class _Selector:
             else:
                 self._left_out[file] = reason
 
-    def _take_some(self, folder: str, names: re.Pattern[str]) -> None:
+    def _take_matching(self, folder: str, names: re.Pattern[str]) -> None:
         for file in self._walk(folder):
             name = PurePosixPath(file).name
             if names.fullmatch(name) and not is_litter(name):
                 self._others.append(file)
 
-    def _take_called(self, folder: str, quoted: set[str]) -> None:
-        """Files in a folder that are named by their path; an adapter in a folder that is named."""
+    def _take_named_paths(self, folder: str, quoted: set[str]) -> None:
+        """Take the files in a folder that something names by their path, and the adapter in a folder that is named."""
         if folder in quoted and ADAPTER_FILE in self._model.peek(folder):
-            self._take_some(folder, ADAPTERS)
+            self._take_matching(folder, ADAPTERS)
         wanted = {string for string in quoted if string.startswith(f"{folder}/")} - set(self._others)
         parents = {string.rpartition("/")[0] for string in wanted}
         there = {
@@ -291,7 +303,7 @@ class _Selector:
         self._others += [file for file in sorted(wanted & there) if why_left_out(PurePosixPath(file).name) is None]
 
     def _walk(self, folder: str) -> Iterator[str]:
-        """The files in a folder and in the folders in it, but for those that never go along."""
+        """The files in a folder, at any depth, without those in folders that are always left out."""
         for name in self._model.names(folder):
             if not name.endswith("/"):
                 yield f"{folder}/{name}"
@@ -302,7 +314,7 @@ class _Selector:
 
 
 def _strings(text: str) -> set[str]:
-    """All strings in JSON or Python, without a ``./`` before them."""
+    """All strings in a text of JSON or Python; a ``./`` at the start of one is dropped."""
     try:
         found, todo = [], [json.loads(text)]
         while todo:

@@ -1,4 +1,4 @@
-"""A model on the hub whose weight files are never all here: each is fetched, used and dropped."""
+"""Streaming a model from the hub: each weight file is fetched, used and deleted, so the whole model is never on the disk."""
 
 from __future__ import annotations
 
@@ -15,45 +15,45 @@ from surgery.source.protocol import Source
 
 
 class StreamedSource(HubSource):
-    """The model of a ``HubSource``, with its weight files in a folder of their own for as long as they are needed.
+    """The model of a ``HubSource``, whose weight files are in a private folder only for as long as they are needed.
 
-    What the hub's cache has already is taken from there, and stays there. A download that is interrupted is gone on with.
+    A weight file that is in the hub's cache is taken from there and stays there. An interrupted download is resumed.
 
     Args:
         source: the model.
-        folder: where weight files come; may hold some from an earlier start.
-        at_a_time: how many may be here before ``wait_for_room`` waits.
+        folder: where weight files are fetched to; it may hold some from an earlier start.
+        at_a_time: how many weight files may be acquired before ``wait_for_room`` waits.
     """
 
     def __init__(self, source: HubSource, folder: Path, at_a_time: int) -> None:
         self.name, self.record, self.selection = source.name, source.record, source.selection
         self.repo_id, self.commit = source.repo_id, source.commit
         self._prefix, self._files, self.watch = source._prefix, source._files, source.watch
-        self._sound, self._dropped = source._sound, source._dropped
+        self._checked, self._dropped = source._checked, source._dropped
         self._weights = frozenset(source.selection.shards)
         self._folder = folder
         self._at_a_time = at_a_time
         self._users: dict[str, int] = {}
-        self._passing_by: dict[str, Path] = {}
+        self._streamed_paths: dict[str, Path] = {}
         self._changed = threading.Condition()
         self._closed = False
 
-    def _passes(self, file: str) -> bool:
-        """Whether a weight file is here for a while only: it is not in the cache, or not any more."""
+    def _is_streamed(self, file: str) -> bool:
+        """Whether a file is streamed: a weight file that is not in the hub's cache."""
         return file in self._weights and not is_cached(self.repo_id, self.commit, self._prefix + file)
 
-    def _here(self, file: str, dropped: threading.Event | None, folder: Path | None = None) -> Path:
+    def _local_path(self, file: str, dropped: threading.Event | None, folder: Path | None = None) -> Path:
         with self._changed:
-            passes = file in self._users or self._passes(file)
-        if not passes:
-            return super()._here(file, dropped)
-        if file not in self._passing_by:
-            self._passing_by[file] = super()._here(file, dropped, self._folder)
-        return self._passing_by[file]
+            is_streamed = file in self._users or self._is_streamed(file)
+        if not is_streamed:
+            return super()._local_path(file, dropped)
+        if file not in self._streamed_paths:
+            self._streamed_paths[file] = super()._local_path(file, dropped, self._folder)
+        return self._streamed_paths[file]
 
     def acquire(self, file: str) -> Path:
         with self._changed:
-            if file in self._users or self._passes(file):
+            if file in self._users or self._is_streamed(file):
                 self._users[file] = self._users.get(file, 0) + 1
         return super().acquire(file)
 
@@ -65,9 +65,9 @@ class StreamedSource(HubSource):
             if self._users[file]:
                 return False
             del self._users[file]
-            if (path := self._passing_by.pop(file, None)) is not None:  # else it has not come
+            if (path := self._streamed_paths.pop(file, None)) is not None:  # None if it was never fetched
                 path.unlink(missing_ok=True)
-                self.watch.forget(path)  # it may come once more
+                self.watch.forget(path)  # it may be fetched again
             self._changed.notify_all()
             return True
 
@@ -86,7 +86,7 @@ class StreamedSource(HubSource):
         return HubOrigin(self.repo_id, self.commit, self._prefix, {file: self._files[file] for file in files}, passing=True)
 
     def room_to_fetch(self) -> dict[Path, int]:
-        passing = [file for file in self.selection.shards if self._passes(file)]
+        passing = [file for file in self.selection.shards if self._is_streamed(file)]
         largest = sorted((self.size(file) for file in passing), reverse=True)[: self._at_a_time]
         here = sum(bytes_in_folder(self._folder, self._prefix + file, self._files[file]) for file in passing)
         others = sum(self._to_fetch(file) for file in self.selection.others)
@@ -94,10 +94,10 @@ class StreamedSource(HubSource):
 
 
 def streamed(source: Source, folder: Path, at_a_time: int) -> StreamedSource:
-    """The same model, streamed; see ``StreamedSource``.
+    """The model of ``source`` as a ``StreamedSource``; arguments are the same.
 
     Raises:
-        SourceError: it is not on the hub, or the hub cannot be reached.
+        SourceError: it is a local folder, or comes from the cache since the hub cannot be reached.
     """
     if not isinstance(source, HubSource):
         where = "is a local folder" if source.record.kind == "folder" else "comes from the local cache: the hub is not reached"

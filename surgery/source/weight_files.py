@@ -1,4 +1,4 @@
-"""Which of the weight files in a folder are the model: as transformers and diffusers choose them, and whole."""
+"""Choosing the weight files of a model among those in its folder, as transformers and diffusers do, and none missing."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from surgery.errors import FormatError, SourceError
 from surgery.files.json_files import decode_json
 from surgery.files.paths import check_relative_path
 
-#: What transformers and diffusers look for, in this order.
+#: Stems of the names that transformers and diffusers look for, in this order.
 STANDARD_STEMS = ("model", "diffusion_pytorch_model")
-#: Mistral's own format of the weights that lie beside it.
+#: Stem of the same weights in Mistral's own format, which may lie beside transformers' files.
 CONSOLIDATED = "consolidated"
 SUFFIX = ".safetensors"
 
@@ -29,11 +29,11 @@ class Chosen:
     """The weight files of a model.
 
     Attributes:
-        shards: in name order; none if there are no weights.
-        index: the index that names them, if there is one.
-        left_out: the other weight files and indexes -> why they are not read.
-        unread: those of them that may be weights of the model, or of another one.
-        rivals: those of them that have the names under which the model is saved: of another save of it.
+        shards: in name order; empty if there are no weights.
+        index: the index that names them; None if there is none.
+        left_out: each other weight file and index -> why it is not read.
+        unread: the weight files among these, except the publisher's own copy (``CONSOLIDATED``).
+        rivals: those of ``unread`` that have the same stem as the shards, so they may be another save of the model.
     """
 
     shards: tuple[str, ...]
@@ -50,8 +50,8 @@ class _Set:
 
     Attributes:
         stem: as above.
-        count: how many there are to be, by their names; 0 if they have numbers and do not say, None without numbers.
-        files: by number.
+        count: the number N in their names; 0 if they are numbered without it, None if they have no numbers.
+        files: number -> file name.
     """
 
     stem: str
@@ -60,12 +60,12 @@ class _Set:
 
     @property
     def is_whole(self) -> bool:
-        """Whether none is missing, by their numbers."""
+        """Whether no number is missing."""
         return self.missing is None
 
     @property
     def missing(self) -> int | None:
-        """The first number that is not there, if one is not."""
+        """The first number that is missing; None if none is."""
         if self.count is None:
             return None
         first = min(self.files) if self.count == 0 else 0 if 0 in self.files else 1
@@ -74,6 +74,7 @@ class _Set:
 
     @property
     def label(self) -> str:
+        """What messages call the set: its only file, or a glob."""
         return (
             next(iter(self.files.values()))
             if len(self.files) == 1
@@ -82,7 +83,7 @@ class _Set:
 
 
 def is_index(name: str) -> bool:
-    """Whether a file is an index of weight files, by its name; those of variants (``.index.fp16.json``) are too."""
+    """Whether a file is, by its name, an index of weight files, or of a variant of them (``.index.fp16.json``)."""
     return _INDEX.fullmatch(name) is not None
 
 
@@ -99,8 +100,8 @@ def choose_shards(
         where: the model, for messages.
 
     Raises:
-        SourceError: they are those of several models or variants, and nothing says which is meant.
-        FormatError: an index that is no index, or names a file that is missing or elsewhere; a numbered file is missing.
+        SourceError: they belong to several models or variants, and nothing says which is meant.
+        FormatError: an index is damaged, or names a file that is missing or elsewhere; a numbered file is missing.
     """
     shards, index = _choose(weights, indexes, named, read_text, where)
     if shards:
@@ -117,6 +118,8 @@ def choose_shards(
 def _choose(
     weights: Sequence[str], indexes: Sequence[str], named: str | None, read_text: Callable[[str], str], where: str
 ) -> tuple[list[str], str | None]:
+    """The shards of a model and the index that names them, if any; arguments and errors as for ``choose_shards``."""
+
     def from_index(name: str) -> tuple[list[str], str]:
         return _named_by(name, read_text(name), weights, where), name
 
@@ -157,6 +160,7 @@ def _choose(
 
 
 def _sets(weights: Iterable[str]) -> list[_Set]:
+    """Group weight files into sets by their names."""
     sets: dict[tuple[str, int | None], _Set] = {}
     for name in weights:
         match = _NUMBERED.fullmatch(name)
@@ -168,7 +172,7 @@ def _sets(weights: Iterable[str]) -> list[_Set]:
             stem = (match["stem"] or "") + (match["variant"] or "")
             count, number = int(match["count"]), int(match["number"])
         one = sets.setdefault((stem, count), _Set(stem, count))
-        if number in one.files:  # a_1 beside a-1: no two of one model
+        if number in one.files:  # a_1 beside a-1: these are not two shards of one model
             one = sets[name, None] = _Set(name.removesuffix(SUFFIX), None)
         one.files[number] = name
     return list(sets.values())
@@ -180,6 +184,7 @@ def _stem_of_index(name: str) -> str:
 
 
 def _named_by(index: str, text: str, weights: Sequence[str], where: str) -> list[str]:
+    """The shards that an index names. Raises FormatError if one is not beside the index."""
     named = sorted(set(index_entries(text, f"{where}/{index}").values()))
     there = {*weights}
     for name in named:
@@ -208,7 +213,7 @@ def _named_by(index: str, text: str, weights: Sequence[str], where: str) -> list
 def _check_numbers(shards: Sequence[str], weights: Sequence[str], index: str | None, where: str) -> None:
     """Refuse a model that lacks one of its numbered files, whether or not an index names it.
 
-    Without an index also one between others that do not say how many they are.
+    Files whose names do not tell how many there are must have no gap in their numbers, unless there is an index.
     """
     taken = {*shards}
     for one in _sets(weights):
@@ -224,7 +229,7 @@ def _check_numbers(shards: Sequence[str], weights: Sequence[str], index: str | N
 
 
 def _with_number(name: str, number: int) -> str:
-    """The name of another file of the same set, one with numbers."""
+    """The name of another file of a numbered set: ``name`` with another number."""
     match = _NUMBERED.fullmatch(name)
     assert match is not None
     start, end = match.span("part" if match["number"] is None else "number")
@@ -232,7 +237,13 @@ def _with_number(name: str, number: int) -> str:
 
 
 def _reason(name: str, taken: Collection[str], chosen: str | None) -> str:
-    """Why a weight file or index is not read, where files of these stems are, which ``chosen`` stands for."""
+    """Why a weight file or index is not read.
+
+    Args:
+        name: of the file.
+        taken: the stems of the shards that are read.
+        chosen: the index or first file of these, for messages; None if there are none.
+    """
     if name.startswith(CONSOLIDATED):
         return "the publisher's own copy of the weights"
     stem = _stem_of_index(name) if is_index(name) else _sets([name])[0].stem
@@ -242,10 +253,10 @@ def _reason(name: str, taken: Collection[str], chosen: str | None) -> str:
 
 
 def index_entries(text: str, where: str) -> dict[str, str]:
-    """Tensor name -> shard, without a ``./`` before it, from the text of an index.
+    """Tensor name -> shard, from the text of an index; a ``./`` before the name of a shard is dropped.
 
     Raises:
-        FormatError: no index, or one with paths outside the folder.
+        FormatError: it is no index, or a path leads out of the folder.
     """
     try:
         parsed = decode_json(text)

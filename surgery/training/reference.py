@@ -1,7 +1,7 @@
-"""Trainers that make a second model of the one they are given, or read its weights past its layers.
+"""The reference model of a trainer, and refusing trainers that would make a second model or use weights without scales.
 
-What they load from the model's path, or send to another program, has no scales, and is a residual where the model was
-loaded from one. A reference is the model itself with its scales untouched; the rest is refused by name.
+A model that a trainer loads from the model's path, or sends to another program, has no scales; if the path is a residual
+checkpoint, it is a bare residual. As the reference we give the trainer the model itself with its scales untouched.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from surgery.training.trl_api import LOADER, harm_of_callback, has_reference, lo
 
 
 class Reference(nn.Module):
-    """A trainer's model as it was before training: its scales untouched, in eval mode, without gradients.
+    """A trainer's model as it was before training: with its scales untouched, in eval mode, and without gradients.
 
-    PEFT's adapters are off in it; or the copy that TRL makes of trained ones under the name ``ref`` is on. It has no weights
-    and no attributes of its own: a trainer that wants more than to call it fails, and does not get the trained model.
+    PEFT's adapters are off in it, or the copy of them that TRL keeps under the name ``ref`` is on. It has no weights and no
+    attributes of the model: a trainer that does more than call it fails, rather than use the trained model.
 
     Args:
-        model: gives the model that the trainer trains, which may wrap or replace it.
-        scales: attached to it.
+        model: called for the model that is trained, since the trainer may wrap or replace it.
+        scales: attached to the model.
     """
 
     def __init__(self, model: Callable[[], nn.Module], scales: Scales) -> None:
@@ -48,8 +48,8 @@ class Reference(nn.Module):
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    # Linear layers compute the same in either mode; those of bitsandbytes in 4 bits are repacked by the first forward in eval
-    # mode on a CPU, and no gradient passes through them from then on.
+    """Puts a model into eval mode, except for its linear layers, which compute the same in either mode."""
+    # On a CPU, 4-bit layers of bitsandbytes are repacked by the first forward in eval mode, and have no gradients after that.
     modules = [module for module in model.modules() if module.training and not isinstance(module, nn.Linear)]
     for module in modules:
         module.training = False
@@ -62,6 +62,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _initial_adapters(model: Any) -> Iterator[None]:
+    """Puts PEFT's adapters into their state before training: off, or TRL's copy of them."""
     if not is_peft_model(model):
         yield
     elif "ref" in model.peft_config:
@@ -77,20 +78,23 @@ def _initial_adapters(model: Any) -> Iterator[None]:
 
 
 def check_arguments(bases: Sequence[type], scales: Scales, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Refuse arguments of a Trainer with which it would leave scales out.
+    """Refuse arguments of a Trainer with which it would use a model without the scales.
 
     Args:
-        bases: the Trainer's class and those it derives from, in the order in which methods are looked up.
+        bases: the Trainer's class and its bases, in method resolution order.
         scales: attached to its model.
-        args, kwargs: its own.
+        args, kwargs: the arguments of the Trainer.
 
     Returns:
-        its arguments by name, without those that are None.
+        The arguments by name, without those that are None.
+
+    Raises:
+        OptionError: an argument makes it do so.
     """
     names = [
         list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:] for base in bases if "__init__" in vars(base)
     ]
-    # Those that hand on whatever they get do not name it.
+    # A class that passes *args on does not name them; the first one that has no *args does.
     naming = next(group for group in names if all(parameter.kind is not parameter.VAR_POSITIONAL for parameter in group))
     given = {**dict(zip((parameter.name for parameter in naming), args, strict=False)), **kwargs}
     given = {name: value for name, value in given.items() if value is not None}
@@ -133,7 +137,7 @@ def check_arguments(bases: Sequence[type], scales: Scales, args: Sequence[Any], 
 
 
 def _bare_residual(model: Any) -> Path | None:
-    """The folder, if a model or a path is that of a residual checkpoint, and no scales are attached."""
+    """The folder of a residual checkpoint that a model without scales was loaded from, or that a path names; else None."""
     if isinstance(model, nn.Module):
         if any(isinstance(module, LowRankPath) for module in model.modules()):
             return None
@@ -149,12 +153,16 @@ def _bare_residual(model: Any) -> Path | None:
 
 @contextmanager
 def no_second_load(kind: type, given: dict[str, Any]) -> Iterator[None]:
-    """While a Trainer of TRL is made, do not let it load its model once more, from the path in the model's config.
+    """Prevents a Trainer of TRL that is being made from loading its model again, from the path in the model's config.
 
-    Where a reference was to be loaded it gets None, and makes nothing ready for a reference, as for a model with adapters.
+    Instead of a reference model it gets None, and prepares none, as for a model with adapters.
+
+    Args:
+        kind: the Trainer's class.
+        given: its arguments by name.
 
     Raises:
-        OptionError: on a load by a Trainer of which it is not known what for.
+        OptionError: it loads the model, and is not known to do so for a reference.
     """
     path = getattr(getattr(given.get("model"), "config", None), "_name_or_path", "")
     patched = loaders(kind)
@@ -179,13 +187,16 @@ def no_second_load(kind: type, given: dict[str, Any]) -> Iterator[None]:
 
 
 def check_trainer(trainer: Any, scales: Scales, given: dict[str, Any], forward: Any) -> None:
-    """Give a Trainer that has been made its reference, and refuse it if it has made a second model by itself.
+    """Refuse a Trainer that uses weights without scales or has made a second model; else set its reference if it needs one.
 
     Args:
-        trainer: as it is after its construction within ``scales.untouched()`` and ``no_second_load``.
+        trainer: made within ``scales.untouched()`` and ``no_second_load``.
         scales: attached to its model.
         given: its arguments by name.
-        forward: what ``own_forward`` gave before.
+        forward: what ``own_forward`` gave before the Trainer was made.
+
+    Raises:
+        OptionError: it is such a Trainer.
     """
     kind = type(trainer)
     model: Any = unwrapped(trainer.model)
@@ -214,7 +225,7 @@ def check_trainer(trainer: Any, scales: Scales, given: dict[str, Any], forward: 
         ):
             continue
         if name == "ref_model":
-            # One that was copied while the scales were untouched has them so for good.
+            # A copy that was made while the scales were untouched keeps them untouched.
             paths = [module for module in value.modules() if isinstance(module, LowRankPath)]
             right = bool(paths) and all(path.untouched for path in paths)
         else:
@@ -226,19 +237,19 @@ def check_trainer(trainer: Any, scales: Scales, given: dict[str, Any], forward: 
 
 
 def check_callback(callback: Any) -> None:
-    """Refuse a callback, an object or a class, that does with whole models what is not right with scales."""
+    """Refuse a callback (an object or a class) of TRL that copies or merges whole models, which is wrong with scales."""
     kind = callback if isinstance(callback, type) else type(callback)
     if (harm := harm_of_callback(kind)) is not None:
         raise OptionError(f"{kind.__name__} {harm}", hint="train without it")
 
 
 def own_forward(model: nn.Module) -> Any:
-    """The forward that somebody has put into a model in the place of its class's; None if nobody has."""
+    """The ``forward`` that has been set on a model itself, in place of its class's; None if none has."""
     return vars(unwrapped(model)).get("forward")
 
 
 def _strings(given: dict[str, Any]) -> list[str]:
-    """Arguments that may be the path of a model which the user wants."""
+    """The arguments that are strings: one may be the path of a model that the user asks for."""
     return [value for value in given.values() if isinstance(value, str)]
 
 

@@ -1,5 +1,8 @@
-"""transformers' Trainer, and its subclasses such as TRL's, with scales: what it saves are the scales and not the model, and
-the reference model of a preference or reinforcement loss is the same model with its scales untouched."""
+"""``SaveScales``: transformers' Trainer and its subclasses, such as TRL's, with scales.
+
+It saves the scales instead of the model, and the reference model of a preference or reinforcement loss is the same model with
+its scales untouched.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +33,12 @@ class SaveScales(_Trainer):
         scales = surgery.attach(model, "factorized")
         trainer = ScalesTrainer(model, args, train_dataset=data, scales=scales)
 
-    A checkpoint has ``scales.safetensors``, a file that ``surgery fold`` takes, instead of the model, and otherwise
-    what a Trainer's checkpoint has: tokenizer, arguments, optimizer, scheduler, random states, Trainer state.
-    ``save_model`` writes the same but for the last four. Resuming and ``load_best_model_at_end`` read the scales back.
-    A resumed run takes the steps of the uninterrupted one from scales that were rounded once, by at most 2^-24 of g.
+    Instead of the model a checkpoint has ``scales.safetensors``, which ``surgery fold`` takes. Otherwise it has what a
+    Trainer's checkpoint has: tokenizer, arguments, optimizer, scheduler, random states, Trainer state. ``save_model`` writes
+    the same except the last four. Resuming and ``load_best_model_at_end`` read the scales back. A resumed run takes the same
+    steps as an uninterrupted one, from scales g that were rounded once, by at most 2^-24 of g.
 
-    Under FSDP2 the scales are gathered when they are saved. PEFT's adapters beside the scales are saved as PEFT does.
+    Under FSDP2 the scales are gathered when they are saved. PEFT's adapters beside the scales are saved as by PEFT.
 
     The reference model of TRL's trainers (DPO, KTO, GRPO, RLOO, online DPO), unless one is passed to them, is the same model
     with its scales untouched, whatever they are when training begins; it takes no memory of its own.
@@ -46,7 +49,7 @@ class SaveScales(_Trainer):
     Raises:
         OptionError: the Trainer's model does not train these scales, or trains more than its checkpoints would hold. Or the
             Trainer makes a second model by itself, mixes or merges whole models, sends weights to vLLM, or reads the weight
-            of an output head that has scales: in these the scales would have no part.
+            of an output head that has scales: all of these would leave the scales out.
     """
 
     def __init__(self, *args: Any, scales: Scales, **kwargs: Any) -> None:
@@ -88,19 +91,19 @@ class SaveScales(_Trainer):
         check_trainer(self, scales, given, forward)
 
     def add_callback(self, callback: Any) -> None:
-        """As the Trainer's own, but for callbacks that make or change whole models.
+        """The Trainer's method, except that it refuses callbacks that make or change whole models.
 
         Args:
-            callback: see transformers.
+            callback: an object or a class, as transformers takes it.
 
         Raises:
-            OptionError: it is one of these.
+            OptionError: it is such a callback.
         """
         check_callback(callback)
         super().add_callback(callback)
 
     def train(self, *args: Any, **options: Any) -> Any:
-        """As the Trainer's own, but that ``~`` in the path of a checkpoint to resume from is expanded."""
+        """The Trainer's method; ``~`` in the path of a checkpoint to resume from is expanded."""
         name = "resume_from_checkpoint"
         if args and isinstance(args[0], str | Path):
             args = (str(as_path(args[0], name)), *args[1:])
