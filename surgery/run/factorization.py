@@ -50,7 +50,8 @@ class Factorization:
     def identity(self) -> dict[str, Any]:
         """All that the bytes of the result depend on, as JSON."""
         chosen = [
-            [*seen(t.key, t.shape, t.view), t.rank, t.energy, [alias.tensor for alias in t.aliases]] for t in self.plan.targets
+            [*target_identity(t.key, t.shape, t.view), t.rank, t.energy, [alias.tensor for alias in t.aliases]]
+            for t in self.plan.targets
         ]
         return {
             "command": "factorize",
@@ -114,8 +115,8 @@ class Factorization:
         now = {"layout": plan.layout, "options": asdict(self.options), "source": asdict(source.record)}
         differences = differing(then, now)
         found = {target.key: target for target in manifest.targets}
-        planned = sorted(seen(t.key, t.shape, t.view) for t in plan.targets)
-        if sorted(seen(t.key, t.shape, t.seen_as) for t in manifest.targets) != planned:
+        planned = sorted(target_identity(t.key, t.shape, t.view) for t in plan.targets)
+        if sorted(target_identity(t.key, t.shape, t.seen_as) for t in manifest.targets) != planned:
             differences.append("the targets are others")
         elif any(has_other_rank(found[target.key], target) for target in plan.targets):
             differences.append("the ranks are others")
@@ -177,7 +178,7 @@ class Factorization:
         return manifest
 
 
-def seen(key: str, shape: Sequence[int], view: View) -> list[Any]:
+def target_identity(key: str, shape: Sequence[int], view: View) -> list[Any]:
     """What identifies a target, as JSON: its key, the shape of its tensor, and how that is seen as matrices."""
     return [key, list(shape), view.kind, asdict(view.slice) if view.slice else None]
 

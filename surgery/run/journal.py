@@ -65,7 +65,7 @@ class Journal:
 
     @staticmethod
     def files(out: Path) -> set[str]:
-        """The files that the unfinished run in ``out`` has claimed: those of an earlier result and its own. They may be removed."""
+        """The files that the unfinished run in ``out`` may remove: its own, and those of an earlier result."""
         return _listed(out / FILES_FILE)
 
     def claim(self, files: set[str]) -> None:
@@ -128,7 +128,7 @@ class Journal:
         _write(self._record(index), sealed({**self._whose(index, file), "value": value}))
 
     def recorded(self, index: int, file: str) -> Any:
-        """The value that was given to ``record`` for a shard; None if there is no record, or a damaged one, or another run's."""
+        """The value that ``record`` was given for a shard; None if there is no record, or it is damaged or another run's."""
         path = self._record(index)
         if not path.is_file() or path.is_symlink():
             return None

@@ -252,7 +252,7 @@ def _check_links(out: Path) -> None:
 
 
 def _earlier_result(out: Path, present: set[str]) -> set[str]:
-    """The files of an earlier result in ``out``: by its manifest; without one, as after a fold, those beside a model's weights."""
+    """The files of an earlier result, by its manifest; without one, as after a fold, the files beside a model's weights."""
     is_model = CONFIG_FILE in present and any(map(_would_mix, present))
     beside = {name for name in present if is_model and is_read_by_loaders(name) and not _would_mix(name)}
     if not (out / MANIFEST_FILE).is_file():

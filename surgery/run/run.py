@@ -116,7 +116,7 @@ class Run:
 
     @contextmanager
     def result(self, files: ResultFiles, sources: Iterable[Fetching], *, overwrite: bool) -> Iterator[Path]:
-        """The folder to write the result to. When the context is left without an error, the result is in place and the run over.
+        """The folder to write the result to. When the context is left without an error, the result takes its place.
 
         Args:
             files: what will be written.

@@ -55,7 +55,7 @@ class DenseTensors:
         self._one = threading.Lock()
 
     def files(self, shard: ShardRecord) -> list[str]:
-        """The weight files needed to fold a shard: itself, and those with scales of its FP8 weights or weights of its scales."""
+        """The weight files that the fold of a shard reads: itself, and those that share FP8 weights with it."""
         name = shard.source.file
         return [name, *sorted(self._together.get(name, set()) - {name})]
 

@@ -80,7 +80,7 @@ class StoredMatrix:
         """
 
         def compute(there: torch.Tensor, where: torch.device) -> torch.Tensor:
-            # On a GPU this changes a copy: if its memory does not suffice, the weight on the CPU is still there for another try.
+            # On a GPU this changes a copy: if its memory does not suffice, the weight is still there for another try.
             return self._with(there, where, scales, addition, in_place=True)
 
         return computed_on(device, self.stored, compute)

@@ -35,7 +35,7 @@ class ModelWeights(Weights):
 
 
 class StudiedWeights(ModelWeights):
-    """The weights of a model of which only the weight files with targets are read as a whole, as ``spectra`` and ``project`` do.
+    """The weights of a model that ``spectra`` or ``project`` reads: only weight files with targets are read as a whole.
 
     Those are hashed while they are read. Other files, read for the scales in them alone, are checked when they are fetched.
     """

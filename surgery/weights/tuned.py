@@ -117,8 +117,8 @@ def config_folder(source: Source) -> Path | None:
 class TunedModel:
     """A tuned model whose tensors are asked for by the names of the original. A context manager that threads may share.
 
-    Its tensors may have other names (``surgery.format.name_map``), or be stored in another way (``surgery.weights.conversion``);
-    a note says so. Another note says if it has layers that the original does not have.
+    Its tensors may have other names (``surgery.format.name_map``), or be stored in another way
+    (``surgery.weights.conversion``); a note says so. Another note says if it has layers that the original does not have.
 
     Args:
         source: the tuned model.
@@ -136,7 +136,7 @@ class TunedModel:
         quantized = read_quantization(source.config(), headers, source.name)
         self._weights = StudiedWeights(source, lambda: quantized)
         self._places = {entry.name: (shard, entry) for shard, header in headers.items() for entry in header.tensors}
-        #: Tensor of the original -> stored tensors that are it, itself and aliases. Empty where names do not fit: see ``_parts``.
+        #: Tensor of the original -> the stored tensors that hold it, it and its aliases; empty where ``_parts`` is used.
         self._stored: dict[str, list[str]] = {}
         self._parts: dict[str, tuple[Part, ...]] = {}
         names = find_names(self._places, original.wanted, original.shapes, self._is_alike)
