@@ -11,22 +11,22 @@ from contextlib import suppress
 
 from surgery.cli.text import can_show, cells, clock, duration, redraw, shorten, shown, size, tell, terminal_width
 
-#: Seconds between two looks at a phase, and between two drawings of its bar.
+#: Seconds between two checks whether a phase has something to show, and between two drawings of its bar.
 _LOOK, _DRAW = 0.5, 0.1
-#: Off a terminal: seconds before the first line of a phase, at least between two lines, and at most.
+#: Off a terminal: seconds before the first line of a phase, and the least and the most between two lines.
 _FIRST_LINE, _LEAST_GAP, _MOST_GAP = 5.0, 2.0, 60.0
-#: Seconds before the first line of a phase that has no tenths.
+#: Off a terminal: seconds before the first line of a phase whose length is not known.
 _FIRST_WITHOUT_TENTHS = 20.0
-#: Seconds that a rate is a mean of.
+#: Seconds over which the rate is averaged.
 _RATE_SECONDS = 30.0
 _EIGHTHS = "▏▎▍▌▋▊▉█"
 
 
 class Bar:
-    """What an operation reports, on stderr: see ``surgery.progress.Progress``. May be told from several threads.
+    """Shows the progress of an operation on stderr; a ``surgery.progress.Progress`` that several threads may call.
 
-    On a terminal it is a bar that is drawn over and over. Elsewhere, as in the log of a job, it is a line at each tenth, or
-    each minute if that is sooner, and none for what is over within seconds.
+    On a terminal it draws a bar. Elsewhere, as in the log of a job, it writes a line for each tenth, or each minute if that is
+    sooner, and none for a phase that is over within seconds.
     """
 
     def __init__(self, *, quiet: bool, notes: bool = True) -> None:
@@ -45,9 +45,9 @@ class Bar:
         with self._lock:
             self._phase = _Phase(label, total_bytes)
             self._over.clear()
-            # What takes long between two reports, such as a large matrix, must be seen to be alive.
+            # Drawn by a thread, so that the bar moves also while nothing is reported, as during a large matrix.
             thread = threading.Thread(target=self._look, name="surgery-progress", daemon=True)
-            with suppress(RuntimeError):  # the system starts no more threads: nothing that the work depends on
+            with suppress(RuntimeError):  # the system starts no more threads, and the work can do without this one
                 thread.start()
                 self._thread = thread
             self._show()
@@ -109,11 +109,11 @@ class Bar:
 
 
 class _Phase:
-    """How far something is.
+    """How far a phase of an operation is.
 
     Attributes:
-        name: what is worked on.
-        last: when it was shown.
+        name: the file or tensor that is worked on.
+        last: the time of ``time.monotonic`` when it was last shown.
     """
 
     def __init__(self, label: str, total: int) -> None:
@@ -134,7 +134,7 @@ class _Phase:
             self._points.popleft()
 
     def is_due(self, now: float) -> bool:
-        """Whether a log wants a line, which is then the last one."""
+        """Whether a log should get a line now; if so, it counts as written."""
         tenths = 10 * self._done // self._total if self._total else 0
         gap = _LEAST_GAP if tenths > self._tenths else _MOST_GAP
         if self._last_line == self._since:
@@ -145,7 +145,7 @@ class _Phase:
         return due
 
     def line(self, now: float) -> str:
-        """For a log."""
+        """The line for a log."""
         if not self._total:
             parts = [f"{duration(now - self._since)} so far"]
         else:
@@ -155,7 +155,7 @@ class _Phase:
         return f"{self._label}: {', '.join(parts)}" + (f", {self.name}" if self.name else "")
 
     def bar(self, now: float, width: int) -> str:
-        """For a terminal: the most of it that fits, and numbers before the rest."""
+        """The bar for a terminal of so many cells: as much as fits, the numbers first."""
         name = shown(self.name, err=True)
         if not self._total:
             text = f"{self._label} {clock(now - self._since)}"
@@ -188,13 +188,13 @@ class _Phase:
         return max(0, self._total - self._done) / rate
 
     def _rate(self, now: float) -> float:
-        """Bytes a second, of late."""
+        """Bytes per second, averaged over the last ``_RATE_SECONDS``."""
         since, before = self._points[0]
         return (self._done - before) / (now - since) if now > since else 0.0
 
 
 def _room() -> int:
-    """Cells for a bar. The last column stays free: a terminal may go on to the next line after it."""
+    """How many cells a bar may take: all but the last column, after which a terminal may begin a new line."""
     return (terminal_width(err=True) or 80) - 1
 
 
@@ -206,6 +206,6 @@ def _bar(share: float, width: int) -> str:
 
 
 def _amount(done: int, total: int) -> str:
-    """Both in the unit of the larger one, and always as wide: ``4.9/12.3 GB``."""
+    """Two sizes in the unit of the larger one, such as ``4.9/12.3 GB``, with a width that does not change with ``done``."""
     number, unit = size(total).split(" ")
     return f"{done / total * float(number):{len(number)}.{1 if '.' in number else 0}f}/{number} {unit}"

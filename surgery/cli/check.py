@@ -76,7 +76,7 @@ def inspect(factorized: Path, as_json: bool) -> None:
 
 
 def _doubt(share: float) -> str:
-    """What is said beside a value of which this share is in doubt: nothing up to 1 %."""
+    """The text after a value with this relative error at most: none up to 1 %."""
     if share <= 0.01:
         return ""
     return f" +-{math.ceil(100 * share)}%" if share < 1 else " unknown"

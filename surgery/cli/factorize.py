@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 # Modules that import torch are imported inside the commands: --help must not wait for them.
 
 
-#: What a plan depends on, for ``plan`` and ``factorize``.
+#: The options that a plan depends on, for ``plan`` and ``factorize``.
 _PLANNING: tuple[str | Decorator, ...] = (
     "rank",
     "energy",
@@ -153,8 +153,8 @@ def plan(model: str, options: Options, every: bool, as_json: bool, quiet: bool, 
 
 
 def _show_plan(model: str, options: Options, where: dict[str, Any], as_json: bool, quiet: bool, *, every: bool = False) -> None:
-    """Print a plan; ``where`` is the rest of what it depends on: the layout, where the model is and what the run may take."""
-    bar = Bar(quiet=quiet, notes=False)  # they are among what is shown
+    """Print a plan. ``where`` has the options of ``_PLANNING`` that are no fields of ``Options``."""
+    bar = Bar(quiet=quiet, notes=False)  # the plan that is printed has them
     with phase(bar, "starting"):
         from surgery.commands import factorize as operation
         from surgery.device import choose_devices
@@ -193,7 +193,7 @@ def recipes(as_json: bool) -> None:
 
 
 def _next_steps(model: str, out: Path, manifest: Manifest) -> str:
-    """How the scales are trained and folded, to be copied."""
+    """The commands by which the scales are trained and folded, to be copied by the user."""
     attach = f"surgery.attach(model, {json.dumps(str(out), ensure_ascii=False)})"
     fold = f"surgery fold {quoted(out)} scales.safetensors"
     if manifest.layout == "overlay" and manifest.source.repo_id is None:

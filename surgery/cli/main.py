@@ -26,7 +26,7 @@ from surgery.escapes import escaped
 from surgery.installation import check_installation
 from surgery.version import __version__
 
-#: What asks a command to stop. Windows has no SIGHUP.
+#: The signals that ask a command to stop. Windows has no SIGHUP.
 _STOPPING = [number for name in ("SIGINT", "SIGTERM", "SIGHUP") if (number := getattr(signal, name, None)) is not None]
 
 
@@ -39,11 +39,11 @@ class _Stopped(KeyboardInterrupt):
 
 
 class _Signals:
-    """Makes a ``_Stopped`` of the first signal that asks for it, and lets nothing disturb the clean-up from then on.
+    """Raises ``_Stopped`` at the first signal that asks to stop, and ignores further ones: nothing disturbs the clean-up.
 
-    A dropped connection sends two: the system, and the shell that passes it on. Ctrl-C while a stop is under way is told how
-    to stop at once, and the next one does so. A signal that was ignored at the beginning, as under nohup, stays so. A context
-    manager; does nothing outside of the main thread.
+    When a connection is dropped, there are two signals: that of the system, and the one that the shell passes on. Ctrl-C during
+    the clean-up prints how to stop at once, and the next Ctrl-C does so. A signal that was ignored at the beginning, as under
+    nohup, stays ignored. A context manager, without an effect outside of the main thread.
     """
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ class _Signals:
     def _arrived(self, number: int, frame: FrameType | None) -> None:
         if self._under_way() is None:
             stop = _Stopped(number)
-            # Alive as long as it is under way. Where it came into a finalizer, which drops it, the next signal counts.
+            # The reference lives as long as the exception is under way. If a finalizer swallows it, the next signal counts.
             self._under_way = weakref.ref(stop)
             try:
                 raise stop
@@ -77,12 +77,12 @@ class _Signals:
             if self._insisted:
                 os._exit(128 + number)
             self._insisted = True
-            with suppress(OSError):  # not through a stream, which may be in the midst of a write
+            with suppress(OSError):  # not through sys.stderr, which the signal may have interrupted in a write
                 os.write(2, b"\nStopping, which may take a moment; Ctrl-C once more stops at once.\n")
 
 
 def _drop_unwritten(stream: TextIO | None) -> None:
-    """What nobody takes any more, as a terminal that is gone: else Python tries again at its end, and exits with 120."""
+    """Drop output that cannot be written, as to a closed terminal: else Python tries again at its end, and exits with 120."""
     if stream is None:
         return
     try:
@@ -95,7 +95,10 @@ def _drop_unwritten(stream: TextIO | None) -> None:
 
 
 def _hold_standard_streams() -> None:
-    """Where one is closed, the next file that is opened would take its place, and get what libraries print."""
+    """Open the null device for each standard stream that is closed.
+
+    Else the next file that is opened would get its number, and so what libraries print.
+    """
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(number)
@@ -103,7 +106,7 @@ def _hold_standard_streams() -> None:
 
 @contextmanager
 def _usage_in_one_line() -> Iterator[None]:
-    """What click says of an argument that it does not take names it as it is."""
+    """Turns a click error that quotes unprintable characters of an argument into one in which they are escaped."""
     try:
         yield
     except click.UsageError as error:
@@ -139,7 +142,7 @@ class _Group(click.Group):
             except KeyboardInterrupt as stop:
                 tell("Interrupted.")
                 self._end(ctx, 128 + (stop.number if isinstance(stop, _Stopped) else signal.SIGINT))
-            except (SurgeryError, OSError) as error:  # an OSError is of a path that the system will not even look at
+            except (SurgeryError, OSError) as error:  # OSError: a path that the system refuses before any file is opened
                 tell_error(error)
                 self._end(ctx, 1)
             finally:

@@ -86,11 +86,11 @@ def _bytes(ctx: click.Context, param: click.Parameter, value: str | None) -> int
     return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
 
 
-#: What adds an option, or several, to a command.
+#: Adds an option, or several, to a command.
 Decorator = Callable[[Callable[..., None]], Callable[..., None]]
 
 _DEFAULTS = Options()
-#: For each field of ``Options`` what makes the option of the command line that fills it.
+#: Field of ``Options`` -> makes the option of the command line that fills it.
 _FIELD_OPTIONS: Mapping[str, Callable[..., Decorator]] = {
     "rank": partial(
         click.option, "--rank", type=int, metavar="K", help="Singular directions to keep of each matrix.  [default: 16]"
@@ -145,9 +145,9 @@ def fills_options(*parts: str | Decorator, words: Mapping[str, str] | None = Non
     """Add options to a command, in this order, and hand it one ``Options`` as ``options``.
 
     Args:
-        parts: fields of ``Options``, by name, whose values reach the command in that object; and further options between
-            them, whose values reach it one by one.
-        words: what the help of this command says of a field, where that is not what the others say.
+        parts: names of fields of ``Options``, whose values are passed to the command in that object; and, between them, further
+            options, whose values are passed one by one.
+        words: field -> its help text in this command, where it differs from that in others.
     """
     names = [part for part in parts if isinstance(part, str)]
     words = words or {}
@@ -168,7 +168,7 @@ def fills_options(*parts: str | Decorator, words: Mapping[str, str] | None = Non
 
 
 def memory_options(command: Callable[..., None]) -> Callable[..., None]:
-    """How much memory a run may take."""
+    """Add the options for the memory that a run may use."""
     host = "Host memory to keep to, such as 8GB.  [default: half of what is free]"
     limit = click.option("--max-memory", callback=_bytes, metavar="SIZE", help=host)
     device = "Memory of each GPU to keep to.  [default: four fifths of it]"
@@ -177,7 +177,7 @@ def memory_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def push_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Where a result goes besides the disk."""
+    """Add the options for uploading a result to the hub."""
     repo = click.option(
         "--push-to-hub", metavar="REPO", help="Upload the result to this hub repository as well, while it is made."
     )
@@ -188,11 +188,11 @@ def push_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def notes_and_quiet(command: Callable[..., None]) -> Callable[..., None]:
-    """Show warnings of the libraries below as notes, in one line each, unless with --quiet; and no bars but ours."""
+    """Show warnings of libraries as notes of one line, or not at all with --quiet, and turn off the hub client's bars."""
 
     @wraps(command)
     def wrapper(*args: Any, quiet: bool, **kwargs: Any) -> None:
-        # Read by the hub client when it is imported: its bars and ours would write over each other.
+        # The hub client reads this when it is imported. Its bars and ours would write over each other.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         with warnings.catch_warnings(record=True) as caught:
             try:

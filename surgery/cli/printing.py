@@ -14,7 +14,7 @@ from surgery.reports import Report, rounded_to
 if TYPE_CHECKING:
     from surgery.timing import Timing
 
-#: What may be added to a report, and what it is.
+#: Entries that may be added to a report's JSON, and their meanings.
 ADDED = {
     "out": ("string", "the folder that was written"),
     "seconds": ("number", "how long the command took"),
@@ -27,13 +27,13 @@ ADDED = {
 
 
 def print_json(report: Report, *, out: Path | None = None, seconds: float | None = None, timing: Timing | None = None) -> None:
-    """A report as JSON: its entries, and what it does not know itself.
+    """Print a report as one JSON object, with what the command adds to it.
 
     Args:
-        report: what the operation told.
+        report: what the operation returned.
         out: where its result was written, if the report does not say.
-        seconds: how long it took; told to four digits.
-        timing: where the time went.
+        seconds: how long the operation took; printed to four digits.
+        timing: where the time went; None if nobody asked.
     """
     entries = report.as_json()
     if out is not None:

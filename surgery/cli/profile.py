@@ -1,4 +1,4 @@
-"""Where the time of a run went, for people."""
+"""The output of ``--profile``: where the time of a run went, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,12 @@ _VERDICTS = {
 
 
 def profile_text(timing: Timing, seconds: float) -> str:
-    """A table of the stages of each kind of thread, how long it waited, and what took most of a run of so many seconds."""
+    """A table of the time in each stage of each kind of thread and of its waiting, and which kind was busiest.
+
+    Args:
+        timing: what was measured.
+        seconds: how long the run took.
+    """
     rows = []
     for kind, stages in _by_kind(timing).items():
         count = timing.threads[kind]
@@ -35,7 +40,7 @@ def profile_text(timing: Timing, seconds: float) -> str:
 
 
 def profile_figures(timing: Timing | None) -> dict[str, Any]:
-    """The same for ``--json``: seconds, summed over the threads of a kind."""
+    """The figures for ``--json``: seconds in each stage, summed over the threads of a kind."""
     if timing is None:
         return {}
     stages = {

@@ -1,4 +1,4 @@
-"""What a plan and a factorized folder come to, in words for people."""
+"""A plan as text for people."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ if TYPE_CHECKING:
 
 
 def plan_text(plan: Plan, seconds: float, *, every: bool) -> str:
-    """A plan as tables of targets and of what is passed over, and its totals.
+    """A plan as text: tables of targets and of what is passed over, notes and totals.
 
-    Tensors whose names differ in numbers alone are one line, unless ``every`` one is wanted.
+    Args:
+        plan: the plan.
+        seconds: how long the run would take.
+        every: whether each tensor gets a line; else one line stands for those whose names differ in numbers alone.
     """
 
     def group(name: str) -> str:
@@ -64,7 +67,7 @@ def plan_text(plan: Plan, seconds: float, *, every: bool) -> str:
 
 
 def _few(files: list[str]) -> str:
-    """As many names as a line of a table has room for."""
+    """The first few names, and how many more there are, for a cell of a table."""
     count = next((count for count in range(min(len(files), 8), 1, -1) if len(", ".join(files[:count])) <= 32), 1)
     return ", ".join(files[:count]) + (" ..." if count < len(files) else "")
 

@@ -30,7 +30,7 @@ from surgery.progress import phase
 # Modules that import torch are imported inside the commands: --help must not wait for them.
 
 
-#: Which weights are studied, and where, for ``spectra`` and ``recommend``.
+#: The options that say which weights are studied and on which device, for ``spectra`` and ``recommend``.
 _WHICH_WEIGHTS: tuple[str | Decorator, ...] = (
     "include",
     "exclude",

@@ -8,9 +8,9 @@ from itertools import zip_longest
 from surgery.cli.text import cells, shorten, shown, terminal_width, wrapped
 
 _BETWEEN = "  "
-#: What comes in further lines of a row stands under its beginning.
+#: The indent of all lines of a row but the first.
 _INDENT = "  "
-#: The least that names and prose are given, before a row becomes several lines.
+#: The least width of a column of names, and of one of prose, before a row is broken into several lines.
 _LEAST_NAME, _LEAST_PROSE = 16, 20
 
 
@@ -22,11 +22,10 @@ def table(
     names: Collection[int] = (),
     prose: Collection[int] = (),
 ) -> str:
-    """Columns padded with spaces, in the width of the terminal that stdout is; as wide as they are where it is none.
+    """A table with columns padded with spaces, within the width of the terminal; as wide as needed if stdout is no terminal.
 
-    Where they do not fit, names are shortened in the middle and prose is wrapped. Where that would take too much of them, or
-    make two names alike, a row takes several lines: those after the first are indented, and hold the columns that found no
-    room before.
+    If it does not fit, names are shortened in the middle and prose is wrapped. If that would leave too little of them, or make
+    two names alike, a row takes several lines, of which all but the first are indented.
 
     Args:
         flush_right: the columns of numbers.
@@ -74,7 +73,7 @@ def _total(widths: Sequence[int]) -> int:
 
 
 def _shrunk(natural: Sequence[int], least: Sequence[int], room: int | None) -> list[int]:
-    """Widths that fit, if they can: the widest of those that can be smaller gives first."""
+    """Widths of columns that fit the room if that is possible: the widest of those that can shrink is made smaller first."""
     widths = list(natural)
     while room is not None and _total(widths) > room:
         giving = [i for i, width in enumerate(widths) if width > least[i]]
@@ -85,7 +84,7 @@ def _shrunk(natural: Sequence[int], least: Sequence[int], room: int | None) -> l
 
 
 def _told_apart(rows: Sequence[Sequence[str]], names: Collection[int], widths: Sequence[int]) -> bool:
-    """Whether names that differ still do when they are shortened."""
+    """Whether names that differ still differ when they are shortened to these widths."""
     for i in names:
         full = {row[i] for row in rows}
         if len({shorten(name, widths[i]) for name in full}) < len(full):
@@ -94,14 +93,14 @@ def _told_apart(rows: Sequence[Sequence[str]], names: Collection[int], widths: S
 
 
 def _packed(natural: Sequence[int], least: Sequence[int], room: int) -> list[list[int]]:
-    """The columns of each line of a row: the last line is the fullest, and the others are left to names."""
+    """Which columns are in each line of a row: the last takes as many as it can, so that the others have room for names."""
     wanted = [width if width == natural[i] else min(natural[i], max(width, 2 * room // 3)) for i, width in enumerate(least)]
     groups: list[list[int]] = [[]]
     for i in reversed(range(len(natural))):
         if groups[0] and _total([wanted[j] for j in (i, *groups[0])]) > room - len(_INDENT):
             groups.insert(0, [])
         groups[0].insert(0, i)
-    if len(groups) > 1 and _total([wanted[i] for i in (*groups[0], *groups[1])]) <= room:  # without the indent
+    if len(groups) > 1 and _total([wanted[i] for i in (*groups[0], *groups[1])]) <= room:  # the first line has no indent
         groups[:2] = [groups[0] + groups[1]]
     return groups
 

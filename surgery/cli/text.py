@@ -1,7 +1,7 @@
-"""Text on its way out: what a terminal can show of it, how wide it is there, and how it is made to fit.
+"""Text for the terminal: what it can show, how wide that is, how it is made to fit, and the guard that all output passes.
 
-All that is written while a command runs goes through ``guarded``: of what others put into it nothing but characters and line
-ends comes through. Where a line ends is known to who writes it: what is to be one line is escaped as one before, by ``shown``.
+All that is written while a command runs goes through ``guarded``, which lets only characters and line ends through, so that no
+text of others moves the cursor. It cannot know where a line should end: a text that must be one line is escaped by ``shown``.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ import click
 from surgery.errors import SurgeryError
 from surgery.escapes import escaped
 
-#: Stands for a space at which no line is broken. Neither paths nor what somebody types can hold it.
+#: Stands for a space at which a line must not be broken. Neither paths nor arguments of a command can hold it.
 _GLUE = "\0"
 
 
 def shown(text: str, *, err: bool = False) -> str:
-    """The text as one line: ``escaped``, and so is what the encoding of the stream does not have.
+    """The text as one line, with all characters escaped that cannot be seen or that the encoding of the stream lacks.
 
     Args:
+        text: any text.
         err: whether it goes to stderr.
     """
     return _encodable(escaped(text), _stream(err))
@@ -53,14 +54,14 @@ def cells(text: str) -> int:
 
 
 def _cells(one: str) -> int:
-    # Vowels and finals of Hangul stand in the cells of the consonant before them, as in file names of macOS.
+    # Vowels and final consonants of Hangul share the cells of the consonant before them. File names of macOS have them.
     if unicodedata.category(one) in ("Mn", "Me", "Cf") or "\u1160" <= one <= "\u11ff" or "\ud7b0" <= one <= "\ud7ff":
         return 0
     return 2 if unicodedata.east_asian_width(one) in "WF" else 1
 
 
 def terminal_width(*, err: bool = False) -> int | None:
-    """Columns of the terminal that stdout, or stderr, is; ``COLUMNS`` has the last word. None where there is no limit."""
+    """Columns of the terminal that stdout or stderr is connected to, unless ``COLUMNS`` says another number. None: no limit."""
     said = os.environ.get("COLUMNS", "")
     if said.isdecimal() and int(said) > 0:
         return int(said)
@@ -72,21 +73,21 @@ def terminal_width(*, err: bool = False) -> int | None:
 
 
 def shorten(name: str, width: int, *, err: bool = False) -> str:
-    """A name in so many cells. Of a tensor's what tells it from others stays the longest.
+    """A name shortened to so many cells, so that it can still be told from others.
 
-    That is its last part, the numbers of its layer and expert, then its beginning: ``model.layers.31…gate_proj``. A text with
-    spaces is cut in the middle.
+    Of the name of a tensor the last part and the numbers of layer and expert are kept longest, then its beginning:
+    ``model.layers.31…gate_proj``. A text with spaces is cut in the middle.
     """
     if cells(name) <= width:
         return name
     gap = "…" if can_show("…", err=err) else "..."
-    # Nearly all names end so; a bias does not.
+    # Nearly all names end with ".weight", so that it says little.
     stem = re.sub(r"\.weight(?=\[|$)", "", name)
     if stem != name and cells(stem + gap) <= width:
         return stem + gap
     parts = [stem] if " " in stem else re.findall(r"[^./]*[./]|[^./]+$", stem)
     if len(parts) > 1 and re.match("weight|bias", parts[-1]):
-        parts[-2:] = [parts[-2] + parts[-1]]  # which says little by itself
+        parts[-2:] = [parts[-2] + parts[-1]]  # the last part says little by itself
     last = len(parts) - 1
     numbers = [i for i, part in enumerate(parts[:-1]) if re.fullmatch(r"(\d+|\*)[./]", part)]
     first = numbers[0] if numbers else 0
@@ -100,7 +101,7 @@ def shorten(name: str, width: int, *, err: bool = False) -> str:
 
 
 def _joined(parts: list[str], kept: set[int], gap: str) -> str:
-    """Some parts of a name, each with the separator after it, and a gap for every run of others."""
+    """The kept parts of a name, each with the separator after it, and a gap for every run of other parts."""
     text = ""
     for i, part in enumerate(parts):
         if i in kept:
@@ -111,7 +112,7 @@ def _joined(parts: list[str], kept: set[int], gap: str) -> str:
 
 
 def _cut(text: str, width: int, gap: str) -> str:
-    """The beginning and the end of a text."""
+    """A text cut in the middle to so many cells."""
     room = width - cells(gap)
     if room < 2:
         return _beginning(text, max(width, 0))
@@ -129,14 +130,14 @@ def _beginning(text: str, width: int) -> str:
 
 
 def whole(text: object) -> str:
-    """A path or a command in a text: somebody copies it, so that no line is broken in it."""
+    """A path or a command for a text, marked so that no line is broken in it, as users copy it."""
     return str(text).replace(" ", _GLUE)
 
 
 def wrapped(text: str, width: int | None, *, indent: str = "  ") -> list[str]:
-    """A line as lines of at most so many cells, broken at spaces only; those after the first are indented.
+    """Break a line at spaces into lines of at most so many cells; those after the first are indented.
 
-    A word that is longer has a line for itself and is left to the terminal, which joins it again when it is copied.
+    A longer word gets a line of its own, which the terminal breaks. So it is whole again when it is copied.
     """
     first, *rest = text.lstrip(" ").split(" ")
     lines = [" " * (len(text) - len(text.lstrip(" "))) + first]
@@ -172,42 +173,43 @@ def clock(seconds: float) -> str:
 
 
 def fitted(*lines: str, indent: str = "  ", err: bool = False) -> str:
-    """Lines in the width of the terminal that stdout, or stderr, is, each broken at words."""
+    """Break each of the lines at words to the width of the terminal that stdout or stderr is connected to."""
     width = terminal_width(err=err)
     safe = (_GLUE.join(shown(part, err=err) for part in line.split(_GLUE)) for line in lines)
     return "\n".join(part for line in safe for part in wrapped(line, width, indent=indent))
 
 
 def _to_stderr(text: str) -> None:
-    """Whether anybody hears it never decides over the work: stderr may be closed, its reader gone."""
+    """Write to stderr, and ignore errors: a command goes on also if stderr is closed or nobody reads it."""
     with suppress(OSError, ValueError):
         click.echo(text, err=True, nl=False)
 
 
 def redraw(line: str, *, over: int = 0) -> None:
-    """A line of stderr anew, from its beginning: the one thing that moves a terminal's cursor.
+    """Write the current line of stderr again from its beginning. Nothing else moves the terminal's cursor.
 
     Args:
-        over: how many cells of what is there now are to be wiped out after it.
+        line: the new text.
+        over: how many cells of the old text have to be erased after it.
     """
     with suppress(OSError, ValueError):
         click.echo("\r" + shown(line, err=True) + " " * over, file=_bare(sys.stderr), nl=False)
 
 
 def say(message: str, *, quiet: bool = False) -> None:
-    """A line for the user that is no data, on stderr; broken at words where the terminal is narrow."""
+    """Print a line for the user on stderr, broken at words to the width of the terminal."""
     if not quiet:
         _to_stderr(fitted(message, err=True) + "\n")
 
 
 def tell(message: str, *, quiet: bool = False) -> None:
-    """A note, in one line on stderr. What paths and commands it has is not known here: the terminal breaks it."""
+    """Print a note as one line on stderr. It may hold paths and commands to be copied, so only the terminal breaks it."""
     if not quiet:
         _to_stderr(shown(message, err=True) + "\n")
 
 
 def tell_error(error: Exception) -> None:
-    """Why a command ends, on stderr. One of ours has several lines, and what it names is escaped in each."""
+    """Print the error that ends a command on stderr. A SurgeryError has several lines, in which all names are escaped."""
     lines = str(error).split("\n") if isinstance(error, SurgeryError) else [str(error)]
     _to_stderr("".join(shown(line, err=True) + "\n" for line in ["Error: " + lines[0], *lines[1:]]))
 
@@ -232,7 +234,7 @@ class _Guarded:
 
 
 class _OneLine(logging.LogRecord):
-    """What libraries log of configs and answers."""
+    """A log record of a library whose message is escaped to one line: it may quote configs and answers of servers."""
 
     def getMessage(self) -> str:  # noqa: N802  # as logging calls it
         return escaped(super().getMessage())
@@ -244,9 +246,10 @@ def _bare(stream: TextIO | None) -> TextIO | None:
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """What is written meanwhile moves no cursor, whoever writes it: we, click, Python's warnings, libraries and their logs.
+    """Let only characters, tabs and line ends reach the terminal while a command runs, whoever writes them.
 
-    From then on a traceback of what nobody has foreseen is safe as well.
+    That holds for click, Python's warnings, libraries and their logs too; and for the traceback of an unforeseen error, also
+    after the context is left.
     """
     before = out, err = sys.stdout, sys.stderr
     factory = logging.getLogRecordFactory()
@@ -259,12 +262,12 @@ def guarded() -> Iterator[None]:
         yield
     finally:
         logging.setLogRecordFactory(factory)
-        if (sys.stdout, sys.stderr) == ours:  # click puts others there when the reader of its output has gone
+        if (sys.stdout, sys.stderr) == ours:  # click replaces them if the reader of its output is gone
             sys.stdout, sys.stderr = out, err
 
 
 def _show_unforeseen(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Python's own traceback; of each exception the message in one line."""
+    """Print Python's own traceback, with the message of each exception escaped to one line."""
     parts = [part.strip("\n") for part in traceback.format_exception(kind, error, trace)]
     with guarded():
         _to_stderr("".join((part if part.startswith("  File ") else escaped(part)) + "\n" for part in parts))

@@ -1,4 +1,4 @@
-"""Blend scale files: a weighted mean of the scales of several trainings of the same factors."""
+"""The verb ``blend``: a weighted mean of the scales of several trainings of the same factors."""
 
 from __future__ import annotations
 
@@ -94,9 +94,9 @@ def blend(
     shares = _normalised(weights, len(files))
     paths, out = [scales_file(Path(file)) for file in files], Path(out)
     check_output_path(out, paths, overwrite=overwrite)
-    read = [read_scales_alone(path) for path in paths]
-    fingerprint = _fingerprint_of(paths, read)
-    alike = [read[0].values, *(_as_the_first(paths, read, index) for index in range(1, len(paths)))]
+    contents = [read_scales_alone(path) for path in paths]
+    fingerprint = _fingerprint_of(paths, contents)
+    alike = [contents[0].values, *(_as_the_first(paths, contents, index) for index in range(1, len(paths)))]
     means = {}
     for key in alike[0]:
         mean = _mean(key, paths, [values[key].double() for values in alike], shares, space)
@@ -111,7 +111,7 @@ def blend(
 
 
 def _normalised(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
-    """Weights that sum to 1."""
+    """One weight for each of ``count`` files, scaled so that they sum to 1; all the same for None."""
     if not count:
         raise OptionError("no scales files to blend", expected="one or more")
     given = [1.0] * count if weights is None else list(weights)
@@ -120,7 +120,7 @@ def _normalised(weights: Sequence[float] | None, count: int) -> tuple[float, ...
     if not all(math.isfinite(weight) for weight in given):
         raise OptionError("a weight is no finite number", got=", ".join(map(str, given)))
     largest = max(map(abs, given))
-    # Over the largest first: a sum of huge or tiny ones is as good as any. What is left of weights that cancel is noise.
+    # Divided by the largest first, so that huge or tiny weights have a sum as well. A sum of 1e-9 after that is rounding.
     scaled = [weight / largest for weight in given] if largest else given
     total = math.fsum(scaled)
     if total < 1e-9:
@@ -131,10 +131,10 @@ def _normalised(weights: Sequence[float] | None, count: int) -> tuple[float, ...
     return tuple(weight / total for weight in scaled)
 
 
-def _fingerprint_of(paths: Sequence[Path], read: Sequence[ScalesFile]) -> str | None:
-    """The fingerprint of files that may be blended."""
+def _fingerprint_of(paths: Sequence[Path], contents: Sequence[ScalesFile]) -> str | None:
+    """The fingerprint that all files have which name one; None if none does."""
     owned: dict[str, Path] = {}
-    for path, file in zip(paths, read, strict=True):
+    for path, file in zip(paths, contents, strict=True):
         if file.fingerprint is None:
             note_without_owner(path)
         else:
@@ -150,31 +150,31 @@ def _fingerprint_of(paths: Sequence[Path], read: Sequence[ScalesFile]) -> str | 
     return next(iter(owned), None)
 
 
-def _as_the_first(paths: Sequence[Path], read: Sequence[ScalesFile], index: int) -> dict[str, torch.Tensor]:
+def _as_the_first(paths: Sequence[Path], contents: Sequence[ScalesFile], index: int) -> dict[str, torch.Tensor]:
     """The scales of a file under the names and in the shapes of the first one."""
-    first, path, values = paths[0], paths[index], read[index].values
-    names = match_names(values, read[0].values)
+    first, path, values = paths[0], paths[index], contents[index].values
+    names = match_names(values, contents[0].values)
     if not names.fits:
         odd, has, lacks = (names.missing[0], first, path) if names.missing else (names.unknown[0], path, first)
         what, hint = f"{odd!r} is in {has} and not in {lacks}", "blend scales that were trained with the same factorized folder"
-        raise names.misfit(ScalesError, what, read[0].values, expected="the same targets in all files", hint=hint)
+        raise names.misfit(ScalesError, what, contents[0].values, expected="the same targets in all files", hint=hint)
     note_renamed(names, str(path), f"those in {first}")
     shapes = {}
-    for key, one in read[0].values.items():
+    for key, one in contents[0].values.items():
         shapes[names.given[key]] = (there, meant) = list(values[names.given[key]].shape), list(one.shape)
         if not same_but_for_ones(there, meant):
             raise ScalesError(f"{key!r} has another shape in {path} than in {first}", got=there, expected=meant)
     note_reshaped(shapes, str(path))
-    return {key: values[names.given[key]].reshape(one.shape) for key, one in read[0].values.items()}
+    return {key: values[names.given[key]].reshape(one.shape) for key, one in contents[0].values.items()}
 
 
 def _mean(
     key: str, paths: Sequence[Path], values: Sequence[torch.Tensor], weights: Sequence[float], space: Space
 ) -> torch.Tensor:
-    """The mean of float64 tensors of one shape, as float32."""
+    """The weighted mean of float64 tensors of one shape, as float32."""
     shares, stacked = torch.tensor(weights, dtype=torch.float64), torch.stack(list(values))
     if space == "linear":
-        # Of the distances from 1: what is 1 in every file stays 1, whatever the weights round to.
+        # The mean of the distances from 1: so what is 1 in every file stays exactly 1, also if the weights do not sum to 1.
         mean: torch.Tensor = 1 + torch.tensordot(shares, stacked - 1, dims=1)
         return mean.float()
     for path, value in zip(paths, values, strict=True):

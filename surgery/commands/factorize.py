@@ -1,4 +1,4 @@
-"""Factorize a checkpoint: plan -> one job per shard -> manifest."""
+"""The verbs ``factorize`` and ``plan``: plan -> one job per shard -> manifest."""
 
 from __future__ import annotations
 
@@ -231,6 +231,7 @@ def _publish_complete(run: Run, manifest: Manifest) -> None:
 
 
 def _accuracy_notes(manifest: Manifest, plan: Plan) -> list[str]:
+    """Notes about targets whose SVD did not converge, and about those that hold less energy than was asked for."""
     notes, targets = [], manifest.targets
     if failed := {target.key: largest_residual(target) for target in targets if not target.converged}:
         hint = (
@@ -250,7 +251,7 @@ def _accuracy_notes(manifest: Manifest, plan: Plan) -> list[str]:
 
 
 def _report(out: Path, manifest: Manifest) -> FactorizeReport:
-    """Of a complete result."""
+    """The report of a complete result, from its manifest."""
     unconverged = tuple(target.key for target in manifest.targets if not target.converged)
     return FactorizeReport(
         out=out,

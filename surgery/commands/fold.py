@@ -1,4 +1,4 @@
-"""Fold trained scales back into dense weights: the walk of factorize in the other direction."""
+"""The verb ``fold``: trained scales go back into dense weights, one job per shard, as factorize does it the other way round."""
 
 from __future__ import annotations
 
@@ -145,11 +145,11 @@ def fold(
     factorized, out = Path(factorized), Path(out)
     with Run(out) as run:
         manifest = Manifest.read(factorized)
-        others = _as_they_are(factorized, manifest, progress)
+        others = _files_along(factorized, manifest, progress)
         if not isinstance(scales, Mapping):
             scales = scales_file(Path(scales))
         values = check_scales(scales, manifest) if isinstance(scales, Mapping) else read_scales(scales, manifest)
-        # Folding is float64 arithmetic.
+        # A fold computes in float64.
         by = run.start_engine(EngineOptions(engine, float64_device(str(device)), max_memory, max_device_memory, timing))
         streaming = (out / STREAM_DIR, by.files_at_a_time) if stream else None
         weights = weights_of(factorized, manifest, base, streaming, all_quantized=dequantize)
@@ -201,28 +201,28 @@ def fold(
 
 
 def _publish(upload: Upload | None, place: Path, report: FoldReport, manifest: Manifest) -> None:
-    """Upload what goes along with the weights, if it is to be uploaded; they have been submitted."""
+    """Upload the files that go along with the weights, which have been submitted already; nothing without an upload."""
     publish_folded(upload, place, manifest, changed=report.changed, adapted=report.adapted, dequantized=report.dequantized)
 
 
 def _result_files(out: Path, manifest: Manifest, others: Iterable[FileRecord], dequantize: bool) -> ResultFiles:
-    """Everything that will be written, and what a model that is there already consists of."""
+    """All files that will be written, their size, and the files of a model that is in ``out`` already."""
     weights, others = [shard.source for shard in manifest.shards], list(others)
-    # What is FP8 takes twice as much in bfloat16.
+    # FP8 weights take twice as much in bfloat16.
     size = sum(record.size for record in weights) * (2 if dequantize else 1) + sum(record.size for record in others)
     return ResultFiles(frozenset(record.file for record in (*weights, *others)), size, _model_in(out))
 
 
 def _adapter(factorized: Path, manifest: Manifest, weights: Weights, lora: Path) -> LowRankUpdate:
-    """What a LoRA adapter adds to which tensors."""
+    """The update of the LoRA adapter in the folder ``lora``."""
     entries = [entry for shard in manifest.shards for entry in weights.header(shard.source.file).tensors]
     additions = additions_of(factorized, {entry.name: entry.shape for entry in entries}, read_lora(lora))
-    # Where a model is at hand, an adapter of a parameter that several tensors hold has been refused.
+    # For a model that transformers knows, additions_of has refused an adapter of a parameter that several tensors hold.
     return LowRankUpdate.tied(additions, manifest.targets)
 
 
 def _report(written: Iterable[FileRecord | None], jobs: FoldJobs) -> FoldReport:
-    """Of the weight files of all shards; None where nothing is left of one."""
+    """The report of a fold, from the weight files of all shards; None for a shard of which nothing is left."""
     files = [record for record in written if record is not None]
     manifest = jobs.checkpoint.manifest
     originals = {shard.source.file: shard.source.sha256 for shard in manifest.shards}
@@ -251,7 +251,10 @@ def _looks_finished(out: Path, manifest: Manifest, dequantize: bool) -> bool:
 
 
 def _compared(run: Run, jobs: FoldJobs, others: Iterable[FileRecord], memory: Memory) -> list[FileRecord | None]:
-    """The weight files of a fold that is complete already. It keeps no record of itself, so it is done again and compared.
+    """Check that ``run.out`` holds this very fold, by doing it again without writing: a fold keeps no record of itself.
+
+    Returns:
+        The weight files of all shards.
 
     Raises:
         OutputError: what is there is another fold, or something else.
@@ -271,7 +274,7 @@ def _compared(run: Run, jobs: FoldJobs, others: Iterable[FileRecord], memory: Me
 def _identity(
     checkpoint: FactorizedWeights, update: Update, others: Iterable[FileRecord], device: str, *, dequantize: bool
 ) -> dict[str, Any]:
-    """All that the bytes of the result depend on."""
+    """All that the bytes of the result depend on, as JSON."""
     return {
         "command": "fold",
         "tool": f"surgery {__version__}",
@@ -285,8 +288,10 @@ def _identity(
     }
 
 
-def _as_they_are(factorized: Path, manifest: Manifest, progress: Progress) -> list[FileRecord]:
-    """The files that go along with the weights, as they are now: those that are not about weights may have been edited.
+def _files_along(factorized: Path, manifest: Manifest, progress: Progress) -> list[FileRecord]:
+    """Hash the files that go along with the weights. Config, tokenizer and the like may have been edited since factorizing.
+
+    Also the sizes of residual and factors files are checked here.
 
     Raises:
         FormatError: a file of the checkpoint is missing or has another size; one that must not be edited was.
@@ -313,11 +318,11 @@ def _as_they_are(factorized: Path, manifest: Manifest, progress: Progress) -> li
 
 
 def _model_in(out: Path) -> frozenset[str]:
-    """What a model in the output folder consists of: it may be an earlier fold, which keeps no record of itself."""
+    """The files of a model in the output folder; empty if there is none. It may be an earlier fold, which has no manifest."""
     try:
         selection = FolderSource(out).selection
     except SurgeryError as error:
-        if isinstance(error.__cause__, OSError):  # which says nothing of what is in there
+        if isinstance(error.__cause__, OSError):  # it cannot be read, so nothing is known of its contents
             raise
         return frozenset()
     if CONFIG_FILE not in selection.others:
@@ -326,9 +331,9 @@ def _model_in(out: Path) -> frozenset[str]:
 
 
 def _copy_others(factorized: Path, out: Path, others: Iterable[FileRecord], progress: Progress, *, to_dense: bool) -> None:
-    """What goes along with the weights: as it is, but for what speaks of a quantization that is no more.
+    """Copy the files that go along with the weights; with ``to_dense`` config and index are adapted to dequantized weights.
 
-    What an earlier start has put in place stays: once ``config.json`` is there, nothing is in the making any more.
+    Files that an earlier start has put in place are not written again, as ``config.json`` says that the result is whole.
     """
     by_name = {record.file: record for record in others}
     with phase(progress, "copying"):

@@ -1,4 +1,4 @@
-"""What a factorized checkpoint holds, from its manifest alone."""
+"""The verb ``inspect``: what a factorized checkpoint holds, from its manifest alone."""
 
 from __future__ import annotations
 
@@ -110,13 +110,13 @@ class InspectReport(Report):
 
 @on_its_own_terms
 def inspect(factorized: str | Path) -> InspectReport:
-    """What a factorized checkpoint is, by its manifest, which is checked. Nothing else of it is read.
+    """What a factorized checkpoint holds, from its manifest. No other file of it is read.
 
     Args:
         factorized: a folder written by ``factorize``.
 
     Returns:
-        What it says, which holds together; of files nothing is looked at.
+        What the manifest says. Its entries have been checked against one another, but not against the files.
 
     Raises:
         SurgeryError: see ``Manifest.read``.
@@ -144,15 +144,15 @@ def undetermined(target: TargetRecord) -> int:
 
 
 def largest_residual(target: TargetRecord) -> float:
-    """Of all kept directions, over the s_1 of each matrix."""
+    """The largest residual of any kept direction of a target, over the s_1 of its matrix."""
     return max(max(certificate.residual) for certificate in target.certificates)
 
 
 def last_value_error(target: TargetRecord) -> float:
-    """Share of s_k that is in doubt, at the most: 1 where it may be anything. Of the matrix that it is largest for.
+    """An upper bound of the relative error of s_k, the last kept value; 1 where it may be anything. The worst of all matrices.
 
-    A residual says how far a value may be off, over the s_1 of its matrix. Of a stack the manifest has only the largest and the
-    smallest value of all; that of each is no smaller than its gap.
+    A residual bounds the error of a value, over the s_1 of its matrix. Of a stack the manifest has only the largest and the
+    smallest value of all matrices; the s_k of one of them is at least as large as its gap.
     """
     share = target.s_last / target.s_first if target.s_first else 0.0
 
@@ -163,5 +163,5 @@ def last_value_error(target: TargetRecord) -> float:
 
 
 def methods(target: TargetRecord) -> str:
-    """The methods that its matrices were solved by."""
+    """The methods that the matrices of a target were solved by, in words."""
     return ", ".join(sorted({certificate.method for certificate in target.certificates}))

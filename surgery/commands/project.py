@@ -1,4 +1,4 @@
-"""Project a fine-tuned model onto the scales: the ones that bring a factorized checkpoint closest to it."""
+"""The verb ``project``: the scales that bring a factorized checkpoint closest to a fine-tuned model."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def project(
 
 @dataclass(slots=True)
 class _Sums:
-    """Squared Frobenius norms, of any number of matrices: of W, W_t, W_t - W, and of what scales explain of that."""
+    """Sums over matrices of squared Frobenius norms: of W, of W_t, of W_t - W, and of the part of it that scales explain."""
 
     weight: float = 0.0
     tuned: float = 0.0
@@ -172,20 +172,20 @@ class _Sums:
 
     def projection(self, key: str) -> Projection:
         change = math.sqrt(self.change / self.weight) if self.weight else None if self.change else 0.0
-        # Rounding may take what is explained in full beyond the whole.
+        # Rounding may take a change that is explained in full beyond 1.
         return Projection(key, change, min(1.0, self.explained / self.change) if self.change else None, self.largest)
 
 
 @dataclass(slots=True)
 class _Found:
-    """What has been found of a target: scales float32 (k,), or (B, k) for a stack."""
+    """The result of a target: its scales, float32 (k,), or (B, k) for a stack, and its norms."""
 
     scales: torch.Tensor
     sums: _Sums = field(default_factory=_Sums)
 
 
 class _Projector:
-    """Compares the two models, shard by shard. For one thread.
+    """Compares the two models shard by shard, in one thread.
 
     Args:
         checkpoint: the factorized checkpoint.
@@ -202,7 +202,7 @@ class _Projector:
         self.found = {target.key: _Found(torch.ones(target.scales_shape, dtype=torch.float32)) for target in targets}
 
     def run(self, progress: Progress) -> None:
-        """Fill ``found``. Shards without targets are not read."""
+        """Compare all targets, and put their results into ``found``. Shards without targets are not read."""
         manifest = self._checkpoint.manifest
         owners = {target.shard for target in manifest.targets}
         shards = [shard for shard in manifest.shards if shard.source.file in owners]
@@ -236,7 +236,7 @@ class _Projector:
                 rows[i] = self._matrix(self._checkpoint.matrix(target, i, stored), new, found.sums)
 
     def _matrix(self, matrix: StoredMatrix, tuned: torch.Tensor, sums: _Sums) -> torch.Tensor:
-        """The scales of one matrix, float32 (k,), and what is found of it into ``sums``."""
+        """The scales of one matrix, float32 (k,); its norms are added to ``sums``."""
         factors = matrix.factors
         assert factors is not None
 
@@ -255,7 +255,7 @@ class _Projector:
 
 
 def _components(weight: torch.Tensor, tuned: torch.Tensor, factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a change D = tuned - weight has in the direction of each ``u_i v_i^T``, and how large weight and change are.
+    """The components of a change D = tuned - weight along each ``u_i v_i^T``, and the sizes of weights and change.
 
     Args:
         weight, tuned: (m, n), any float dtypes.
@@ -267,7 +267,7 @@ def _components(weight: torch.Tensor, tuned: torch.Tensor, factors: Factors) -> 
     (m, n), left, right = weight.shape, factors.U.double(), factors.V.double()
     step = min(m, max(1, BLOCK_ENTRIES // n) * (1 if weight.device.type == "cpu" else DEVICE_BLOCKS))
     components, norms = right.new_zeros(right.shape[1]), right.new_zeros(3)
-    # Fresh memory for every block would cost many times the arithmetic.
+    # The memory is used for every block: allocating it anew would take many times as long as the arithmetic.
     wide, difference, product = (right.new_empty(step, columns) for columns in (n, n, right.shape[1]))
     for first in range(0, m, step):
         rows = slice(first, min(first + step, m))

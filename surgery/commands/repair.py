@@ -1,4 +1,4 @@
-"""Files of a factorized checkpoint made anew from the model it was made from, to the bytes that the manifest records."""
+"""``verify --repair``: damaged files of a factorized checkpoint are made again from its base, to the recorded bytes."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ from surgery.weights.overlay import BASE_HINT, open_base
 from surgery.weights.protocol import check_entry
 from surgery.weights.quantization import FP8, Scaled, read_quantization
 
-#: Where files are made before they take their places.
+#: The folder that files are made in before they take their places.
 _PLACE = f"{JOURNAL_DIR}/repaired"
 
 
 @dataclass(frozen=True, slots=True)
 class Repaired:
-    """What has been made anew.
+    """The outcome of a repair.
 
     Attributes:
-        files: which files, as they are recorded now.
-        failed: of those that could not be, why.
+        files: names of the files that were made again.
+        failed: name of a file that could not be -> why.
     """
 
     files: tuple[str, ...]
@@ -61,10 +61,10 @@ class Repaired:
 
 
 def source_to_repair_from(manifest: Manifest, base: str | Path | None) -> Source:
-    """The model that a checkpoint was made from: what the user says it is, or the one on the hub that the manifest names.
+    """Open the base of a checkpoint: the model that the user gives, else the one on the hub that the manifest names.
 
     Raises:
-        OptionError: neither.
+        OptionError: there is neither.
         SourceError, FormatError: see ``open_source``.
     """
     record = manifest.source
@@ -79,27 +79,26 @@ def source_to_repair_from(manifest: Manifest, base: str | Path | None) -> Source
 
 
 def repair_files(folder: Path, manifest: Manifest, source: Source, by: LocalEngine, progress: Progress) -> Repaired:
-    """Make anew what is missing or not as recorded, each file whole or not at all.
+    """Make again the files that are missing or not as recorded, each whole or not at all.
 
-    Residuals whose factors are whole follow from these and the weights on any machine. Factors need the SVD again, in the way
-    they were made first: only the same versions on the same kind of device give the same bits. Nothing takes the place of a
-    file unless its hash is that of the manifest. Scales that are missing become what factorize writes, all 1; scales that are
-    there stay as they are, whatever they are.
+    A residual is computed from the weights and whole factors, with the same bits on any machine. Factors need the SVD again,
+    and the same bits come only from the same versions on the same kind of device. A file is replaced only by one with the
+    recorded hash. Missing scales are written as factorize writes them, all 1. Scales that are there are never touched.
 
     Args:
-        folder, manifest: the checkpoint.
+        folder, manifest: of the checkpoint.
         source: the model it was made from; only read.
-        by: who does the work.
+        by: the engine.
         progress: told how far it is.
 
     Raises:
-        OutputError: another run holds the folder, or has put another result there, it is one with the source's, or the disk
-            is too small or fails.
+        OutputError: another run holds the folder, or has put another result there; the folder is the source's own; or the
+            disk has too little room or fails.
     """
     files: list[str] = []
     failed: dict[str, SurgeryError] = {}
     with locked(folder, source.folders()):
-        # Until the source is open, which may take long, another run may have put another result in this one's place.
+        # Opening the source may take long, and meanwhile another run may have put another result in the place of this one.
         if Manifest.read(folder) != manifest:
             raise OutputError(f"{folder} has become another checkpoint meanwhile", hint="run the same command again")
         lost = set(not_as_recorded(folder, manifest.output_files()))
@@ -144,7 +143,10 @@ def _copy(folder: Path, source: Source, record: FileRecord, files: list[str], fa
 
 
 class _RepairJobs:
-    """The jobs of a repair, see ``LocalJobs``: of each damaged shard the files made, what went wrong, and for which files."""
+    """The ``LocalJobs`` of a repair, for damaged shards.
+
+    The result of a job: the files that were made; an error, or None; and the files that could not be made because of it.
+    """
 
     def __init__(self, folder: Path, manifest: Manifest, source: Source, lost: set[str], progress: Progress) -> None:
         self._folder = folder
@@ -163,7 +165,7 @@ class _RepairJobs:
             self._quantized = read_quantization(source.config(), headers, source.name)
 
     def memory(self, by: LocalEngine, which: Iterable[int]) -> Memory:
-        """What the work takes; like that of the run that made them, so that the same matrices share a batch."""
+        """Memory for the jobs of these shards, with windows as in the run that made them: the same matrices share a batch."""
         targets = [self._target(one) for i in which for one in self._manifest.targets_of(self._manifest.shards[i].source.file)]
         memory = share_out(
             [need_to_factorize(target) for target in targets],
@@ -180,7 +182,7 @@ class _RepairJobs:
                 if shard.source.file not in self._there:
                     raise SourceError(f"{self._source.name} has no {shard.source.file}", hint=BASE_HINT)
                 self._source.fetch(shard.source.file)
-            except SurgeryError as error:  # others may be there
+            except SurgeryError as error:  # told by the job; other shards can be repaired all the same
                 self._not_there[index] = error
             yield index
 
@@ -208,7 +210,11 @@ class _RepairJobs:
         self._source.close()
 
     def _put(self, shard: ShardRecord, made: Sequence[FileRecord], place: Path) -> list[str]:
-        """What is as recorded takes its place, all of it or nothing."""
+        """Move the files of a shard from ``place`` to the checkpoint, if all that are needed have the recorded hashes.
+
+        Raises:
+            FormatError: one has another hash; then none is moved.
+        """
         expected = {record.file: record for record in _made(shard)}
         for record in made:
             if record.file in self._lost and record != expected[record.file]:
@@ -232,7 +238,7 @@ class _RepairJobs:
         return done
 
     def _all(self, index: int, path: Path, place: Path, lane: Lane, on_read: Callable[[], object]) -> list[FileRecord]:
-        """Residual and factors, as they were made first."""
+        """Make residual and factors of a shard in ``place``, by factorizing it again."""
         shards, shard = self._manifest.shards, self._manifest.shards[index]
         targets = tuple(self._target(record) for record in self._manifest.targets_of(shard.source.file))
         with ShardReader(path, name=shard.source.file, watch=self._source.watch) as reader:
@@ -248,7 +254,7 @@ class _RepairJobs:
         return _made(result.shard)
 
     def _residual(self, shard: ShardRecord, path: Path, place: Path, lane: Lane, on_read: Callable[[], object]) -> FileRecord:
-        """The residual, from the weights and the factors that are there: the same bits on any machine."""
+        """Make the residual of a shard in ``place``, from the weights and the factors that are there."""
         assert shard.residual is not None
         by_name = by_tensor(self._manifest.targets_of(shard.source.file))
         with ExitStack() as stack:
@@ -282,7 +288,7 @@ class _RepairJobs:
             return writer.commit(shard.residual.file)
 
     def _target(self, record: TargetRecord) -> Target:
-        """A target as it was planned."""
+        """The planned target that a recorded one was made from."""
         most, energy = extent(
             self._manifest.options, self._recipe.rule_for(record.tensor) if self._recipe is not None else None
         )
@@ -302,7 +308,7 @@ class _RepairJobs:
 
 
 def _recipe_of(manifest: Manifest) -> Recipe | None:
-    """The recipe that a run went by; None where there is none of that name here: with fixed ranks it makes no difference."""
+    """The recipe that the checkpoint was made with; None if there is none of its name here, which matters for energies only."""
     if manifest.options.recipe is None:
         return None
     try:
@@ -312,7 +318,7 @@ def _recipe_of(manifest: Manifest) -> Recipe | None:
 
 
 def _split(piece: TargetPiece, target: TargetRecord, factors: FactorsReader, device: torch.device) -> None:
-    """The residuals of a piece take the place of its weights."""
+    """Overwrite the weights of a target in a piece with their residuals."""
     matrices = target.seen_as.matrices(piece.tensor)
     for i, matrix in enumerate(matrices):
         kept = factors.factors(target, piece.first + i)

@@ -1,4 +1,4 @@
-"""Scales files by themselves: read, written, summed up."""
+"""Scales files without their checkpoint: ``read_scales``, ``write_scales`` and the verb ``scales show``."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def show_scales(path: str | Path, *, top: int = 20, progress: Progress | None = 
     flat = torch.cat([value.flatten() for value in file.values.values()]).double().numpy()
     distance = np.abs(flat - 1)
     changed = int(np.count_nonzero(distance))
-    # A stable sort: of equal ones the first in the file comes first.
+    # A stable sort: of equal distances the first in the file comes first.
     furthest = np.argsort(-distance, kind="stable")[: min(top, changed)]
     keys = list(file.values)
     starts = np.cumsum([0, *(value.numel() for value in file.values.values())])

@@ -1,4 +1,4 @@
-"""Check a factorized checkpoint against its manifest, everything measured anew."""
+"""The verb ``verify``: a factorized checkpoint is checked against its manifest, with everything measured anew."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def verify(
     progress = listening()
     folder = Path(factorized)
     manifest = Manifest.read(folder)
-    # Recovery is float64 arithmetic, which an Apple GPU does not have.
+    # Weights are recovered in float64, which an Apple GPU does not have.
     exact_on = "cpu" if choose_devices(str(device))[0].type == "mps" else str(device)
     done = Repaired((), {})
     if repair:
@@ -111,15 +111,15 @@ def verify(
     memory = share_out([need_to_verify(target) for target in manifest.targets], checks.resources, kept=kept)
     checkpoint = Checkpoint(folder, manifest, weights)
     if weights is not None:
-        _ = weights.quantized  # a base whose headers cannot be had is told of before any work
-    work = _Verifying(checkpoint, watch, 0 if fast else memory.window_bytes, progress)
-    with phase(progress, "verifying", work.bytes_read):
+        _ = weights.quantized  # fails before any work if the headers of a base cannot be had
+    jobs = _VerifyJobs(checkpoint, watch, 0 if fast else memory.window_bytes, progress)
+    with phase(progress, "verifying", jobs.bytes_read):
         for record in manifest.files:
             progress.item(record.file)
             check_recorded_file(folder, record, watch, failures)
             progress.advance(record.size)
         found: dict[int, list[Failure]] = {}
-        with closing(checks.run(work, range(len(manifest.shards)), memory)) as finished:
+        with closing(checks.run(jobs, range(len(manifest.shards)), memory)) as finished:
             found.update(finished)
         for index in range(len(manifest.shards)):
             failures.found += found[index]
@@ -136,8 +136,15 @@ def verify(
     )
 
 
-class _Verifying:
-    """What is done with the shards, see ``LocalJobs``: what does not hold of each."""
+class _VerifyJobs:
+    """The ``LocalJobs`` of ``verify``. The result of a job is the list of failed checks of a shard.
+
+    Args:
+        checkpoint: what is checked.
+        watch: of the checkpoint's own files.
+        window_bytes: how much of a shard is worked on together; 0: only hashes and headers are checked.
+        progress: told how far it is.
+    """
 
     def __init__(self, checkpoint: Checkpoint, watch: Watch, window_bytes: int, progress: Progress) -> None:
         self._checkpoint = checkpoint
@@ -150,13 +157,16 @@ class _Verifying:
 
     @property
     def _base(self) -> Weights | None:
-        """The weights, where they are those of another model than the checkpoint."""
+        """The weights, if they are those of a base; None if the checkpoint holds its own, or there are none."""
         weights = self._checkpoint.weights
         return None if weights is None or weights.holds_residuals else weights
 
     @property
     def bytes_read(self) -> int:
-        """Those of residuals that give their weights back once: they are hashed on the way."""
+        """Bytes that will be read, for the progress: all recorded files, and the weight files of a base.
+
+        Residuals whose weights are recovered count once, as they are hashed while they are read for that.
+        """
         manifest = self._checkpoint.manifest
         written = sum(record.size for record in manifest.output_files())
         return written + (0 if self._base is None else sum(shard.source.size for shard in manifest.shards))
@@ -168,7 +178,7 @@ class _Verifying:
             if base is not None and is_fetched:
                 shard = self._checkpoint.manifest.shards[index]
                 self._progress.item(f"fetching {shard.source.file}")
-                with suppress(SurgeryError):  # the check of the shard meets it again, and tells
+                with suppress(SurgeryError):  # the check of the shard fails with it again, and tells it
                     base.path(shard.source.file)
             yield index
 
@@ -178,11 +188,11 @@ class _Verifying:
         return ShardCheck(self._checkpoint, shard, passed, self._watch, self._window_bytes, self._progress).run(lane, on_read)
 
     def close(self) -> None:
-        """All is there already, or is told of."""
+        """Nothing to stop: files are fetched one by one, in ``acquired``."""
 
 
 def _check_manifest(manifest: Manifest, failures: Failures) -> None:
-    """What the entries of a manifest say of each other."""
+    """Check that the entries of a manifest agree with each other."""
     options = manifest.options
 
     def expect(holds: bool, check: str, got: object = "", expected: object = "") -> None:
@@ -223,7 +233,7 @@ def _check_scales(folder: Path, manifest: Manifest, failures: Failures) -> None:
 
 
 def _check_unchanged(checkpoint: Checkpoint, watch: Watch, failures: Failures) -> None:
-    """What was found must hold of all files at the same time."""
+    """Check that no file has changed since it was read, so that the checks hold of all files at one time."""
     weights = checkpoint.weights
     watches = [watch] if weights is None or weights.watch is watch else [watch, weights.watch]
     for one in watches:
@@ -239,6 +249,7 @@ def _check_unchanged(checkpoint: Checkpoint, watch: Watch, failures: Failures) -
 
 
 def _weights(folder: Path, manifest: Manifest, base: str | Path | None, unchecked: list[str]) -> Weights | None:
+    """Open the weights to check: the checkpoint's own or those of a base. None, told in ``unchecked``, if neither is there."""
     if manifest.layout == "residual" and manifest.lossless:
         if base is not None:
             raise OptionError(

@@ -1,7 +1,7 @@
-"""Tensors that hold one parameter more than once: a tied embedding with its head written out, blocks that a model shares.
+"""Aliases: tensors that hold one parameter more than once, as a tied embedding and its head, or blocks that a model shares.
 
-A loader makes one parameter of them, so that what is trained is one thing, and a fold has to edit them together. It does so
-only if their bytes are the same; if they are not, each is a parameter of its own, whatever the config says (transformers 5.23).
+A loader makes one parameter of them. So they are one target, and a fold has to edit them together. A loader does so only if
+their bytes are the same; else each is a parameter of its own, whatever the config says (transformers 5.23).
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from surgery.planning.targets import Target, in_block, is_embedding
 from surgery.planning.unloaded import why_unloaded
 from surgery.source.protocol import Source
 
-#: What is looked at first of each tensor: so many stretches of so many bytes.
+#: Tensors are first compared by a few stretches of their bytes: how many, and how long each is.
 _STRETCHES = 3
 _STRETCH_BYTES = 64
 
-#: Parts of a config, by how their keys end, that may say of a language model whether it ties its head.
+#: Ends of the keys of those parts of a config that describe a language model, and may say whether it ties its head.
 _LANGUAGE_PARTS = ("text_config", "language_config", "llm_config", "thinker_config", "decoder")
 
 #: A tensor and the weight file that it is in.
@@ -41,21 +41,21 @@ _Stored = tuple[TensorEntry, str]
 def find_aliases(
     source: Source, headers: Mapping[str, Header], targets: Sequence[Target], *, fetch: bool
 ) -> tuple[dict[str, tuple[Alias, ...]], list[str]]:
-    """The tensors that are the same parameter as that of a target.
+    """Find the tensors that hold the same parameter as the tensor of a target.
 
-    Embeddings are compared with all that is shaped like them. In a local model, so is every other target, by a few of its
-    bytes first.
+    Embeddings are compared with all tensors of their shape and dtype. In a local model every other target is as well, first by
+    a few of its bytes.
 
     Args:
-        source, headers: the model.
-        targets: chosen of it.
+        source, headers: the model, and the headers of its weight files.
+        targets: those chosen in it.
         fetch: whether weight files may be fetched to compare embeddings.
 
     Returns:
-        Tensor of a target -> its aliases, which are no targets themselves; and what could not be known, in words.
+        Tensor of a target -> its aliases, which must not be targets themselves; and notes of what could not be known.
 
     Raises:
-        OptionError: an embedding and another tensor are the same, and it cannot be known whether the model ties them; or tied
+        OptionError: an embedding and another tensor are equal, and it cannot be known whether the model ties them; or tied
             tensors are FP8.
     """
     chosen = {target.tensor: target for target in targets}
@@ -63,11 +63,11 @@ def find_aliases(
     alike: dict[tuple[str, tuple[int, ...]], list[_Stored]] = {}
     for shard, header in headers.items():
         for entry in header.tensors:
-            # What the model does not have is no parameter of it, such as the embedding that comes with a layer for prediction.
+            # Tensors that loaders leave out are no parameters, such as the embedding that comes with multi-token prediction.
             if why_unloaded(entry.name, config) is None:
                 alike.setdefault((entry.dtype, entry.shape), []).append((entry, shard))
     groups = [places for places in alike.values() if len(places) > 1 and any(entry.name in chosen for entry, _ in places)]
-    # Not whether a hub model is in the cache: a run that is gone on with must find what it found when it began.
+    # A hub model in the cache does not count as local: a run that is gone on with must find the same as when it began.
     local = source.record.kind == "folder"
     found: dict[str, tuple[Alias, ...]] = {}
     notes: list[str] = []
@@ -82,14 +82,15 @@ def find_aliases(
                 )
                 continue
             for together in _equal(readers, candidates, ties, unknown):
-                kept, *others = sorted(together, key=lambda place: place[0].name not in chosen)  # stable: else as in the files
+                # A target first, the others in the order of the files, as the sort is stable.
+                kept, *others = sorted(together, key=lambda place: place[0].name not in chosen)
                 if kept[0].name not in chosen:
                     continue
                 if chosen[kept[0].name].scaled is not None:
                     names = [entry.name for entry, _ in together]
                     raise _refused(source, names, "an FP8 weight that is stored twice cannot be edited", None)
                 found[kept[0].name] = tuple(Alias(entry.name, shard) for entry, shard in others)
-            if not local:  # what was fetched for this may have to make room
+            if not local:  # a streamed file that was fetched for this may have to make room for others
                 for _, shard in candidates:
                     readers.forget(shard)
     pairs = [(first, second, why) for first, second, why in unknown if first in chosen or second in chosen]
@@ -102,7 +103,7 @@ def find_aliases(
 
 
 def notes_of_equal(source: Source, headers: Mapping[str, Header], manifest: Manifest) -> list[str]:
-    """What a run has found of targets of a hub model, which its plan could not compare."""
+    """Notes on targets of a hub model with equal weights, which the plan could not compare before the run read them."""
     if manifest.source.kind == "folder":
         return []
     first_with: dict[tuple[str, str], str] = {}
@@ -118,7 +119,7 @@ def notes_of_equal(source: Source, headers: Mapping[str, Header], manifest: Mani
 
 
 def _note_of_equal(count: int, first: str, second: str) -> str:
-    """That targets have the same weights, as those of copied blocks do, and may be one parameter all the same."""
+    """The note that targets have equal weights, and that it is not known whether they are copies or one parameter."""
     return (
         f"{second} holds the same weights as {first}"
         + (f" ({count} such pairs)" if count > 1 else "")
@@ -129,10 +130,10 @@ def _note_of_equal(count: int, first: str, second: str) -> str:
 def _candidates(
     groups: Sequence[Sequence[_Stored]], readers: Pool[_Acquired], chosen: Mapping[str, Target], *, local: bool
 ) -> Iterator[list[_Stored]]:
-    """Tensors that may be the same as that of a target."""
+    """Groups of tensors that may hold one parameter, with a target among them."""
     if not local:
         for places in groups:
-            # Heads are in no block.
+            # Of a hub model only embeddings are compared, with what may be a head: a tensor in no block.
             outside = [place for place in places if is_embedding(place[0].name) or not in_block(place[0].name)]
             names = [entry.name for entry, _ in outside]
             if len(names) > 1 and any(map(is_embedding, names)) and not chosen.keys().isdisjoint(names):
@@ -148,7 +149,7 @@ def _candidates(
         with readers.of(shard) as reader:
             for entry, embeddings in members:
                 some = _some_bytes(reader, entry)
-                # A weight of zeros has no directions to change; of an embedding that may be the rows for padding.
+                # A weight of zeros has no directions to train. In an embedding, zeros may be the rows for padding.
                 if embeddings or any(some):
                     alike.setdefault((entry.dtype, entry.shape, some), []).append((entry, shard))
     for places in alike.values():
@@ -166,7 +167,7 @@ def _some_bytes(reader: ShardReader, entry: TensorEntry) -> bytes:
 
 
 class _Acquired(ShardReader):
-    """Of a weight file, which is fetched if need be, and may go when the reader is closed."""
+    """The reader of a weight file that is acquired from the source until the reader is closed."""
 
     def __init__(self, source: Source, shard: str) -> None:
         self._source, self._shard = source, shard
@@ -180,19 +181,26 @@ class _Acquired(ShardReader):
 def _equal(
     readers: Pool[_Acquired], candidates: Sequence[_Stored], ties: _Ties, unknown: list[tuple[str, str, str]]
 ) -> Iterator[list[_Stored]]:
-    """Those that are one parameter, two or more at a time; pairs of which that is not known go to ``unknown``, with why."""
+    """Groups of two or more candidates that are one parameter.
+
+    Args:
+        readers: of the weight files.
+        candidates: tensors of one dtype and shape.
+        ties: tells which tensors the model takes for one parameter.
+        unknown: receives pairs with equal bytes of which that is not known, and why it is not.
+    """
     for left in ties.parted(candidates):
         while len(left) > 1:
             first, *rest = left
             same, left = [first], []
             for place in rest:
-                # Reading comes last: of a model whose blocks were copied that would be half of it.
+                # Reading comes last: of a model with copied blocks it would be half of all weights.
                 tied, why = ties.between(first[0].name, place[0].name)
                 if tied is False or not _same_bytes(readers, first, place):
                     left.append(place)
                 elif tied is None:
                     unknown.append((first[0].name, place[0].name, why))
-                    # Of hundreds of copies each is told with the first; between an embedding and a head more may be known.
+                    # A copy is told as a pair with the first one only. An embedding or head is also compared with the others.
                     if is_embedding(first[0].name) or is_embedding(place[0].name):
                         left.append(place)
                 else:
@@ -218,7 +226,7 @@ def _same_bytes(readers: Pool[_Acquired], first: _Stored, second: _Stored) -> bo
 
 
 class _Ties:
-    """Which tensors a model takes for one parameter, if their bytes are the same; by its class, else by its config."""
+    """Tells which tensors a model takes for one parameter if their bytes are equal: by its class, else by its config."""
 
     def __init__(self, source: Source, headers: Mapping[str, Header]) -> None:
         self._source = source
@@ -234,9 +242,9 @@ class _Ties:
         return self._places
 
     def parted(self, candidates: Sequence[_Stored]) -> list[list[_Stored]]:
-        """Those that may be one parameter by the model's class, together; all where it does not have all of them.
+        """Group candidates by the parameter that the model's class puts them in; one group where that is not known of all.
 
-        Each by itself, so that what is copied into hundreds of experts need not be held against each other pair by pair.
+        So hundreds of experts with equal weights, each a parameter of its own, are not compared pair by pair.
         """
         if any(entry.name not in self._known for entry, _ in candidates):
             return [list(candidates)]
@@ -246,8 +254,8 @@ class _Ties:
         return list(parts.values())
 
     def between(self, first: str, second: str) -> tuple[bool | None, str]:
-        """Whether two are; None where that is not known, and why."""
-        # The class comes first: of a config with several parts it may follow any one, or none.
+        """Whether the model takes two tensors for one parameter, or None where that is not known; and why."""
+        # The class comes first: where a config has several parts, the class may go by any of them, or by none.
         if first in self._known and second in self._known:
             return self._spots(first) == self._spots(second), "the model's class says it"
         if is_embedding(first) != is_embedding(second):  # an embedding and a head
@@ -259,7 +267,7 @@ class _Ties:
         return None, self._why or "the model's class does not have both"
 
     def _located(self) -> dict[str, list[Place]]:
-        """Tensor -> where it is in the model, for those that are in it; nothing where its class is not known."""
+        """Tensor -> its places in the model's parameters. Empty, with the reason in ``_why``, if its class is not known."""
         if CONFIG_FILE not in self._source.selection.others:
             self._why = f"there is no {CONFIG_FILE}"
             return {}
@@ -279,7 +287,7 @@ class _Ties:
             return {}
 
     def _spots(self, tensor: str) -> set[tuple[Any, ...]]:
-        """The parameters that a tensor is in, and where in them: experts that are stacked share one."""
+        """The parameters that a tensor is in, and its positions in them, as several experts may be stacked in one parameter."""
         assert self._model is not None
         return {
             (

@@ -1,4 +1,4 @@
-"""About how long a run takes, from a short measurement of the machine."""
+"""A rough estimate of how long a run takes, from a short measurement of the machine."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from surgery.linalg.product import rows_times, rows_times_transposed
 from surgery.planning.plan import Plan
 from surgery.torch_threads import one_thread
 
-#: Rows multiplied by a matrix until its triplets are certified, per wanted one; measured at 2048 to 4096 wide, k = 16 to 128.
+#: Vectors that a matrix is multiplied by until its triplets are certified, for each of its k wanted ones and of the extra ones.
+#: Measured at 2048 to 4096 wide, k = 16 to 128.
 _ROWS = 18
 _EXTRA_RANK = 16
-#: Seconds of a core per weight for the lossless split. On a GPU it has not been measured; its encoding is the host's.
+#: Seconds of a core per weight for the lossless split. Not measured on a GPU, where the encoding is done by the host as well.
 _SPLIT = 6e-9
 #: Seconds of a core per byte that is read or written and hashed.
 _BYTE = 1e-9
@@ -25,8 +26,8 @@ _PROBE = 2048
 def estimate_seconds(plan: Plan, device: torch.device) -> float:
     """Seconds that a planned run will take on this machine, without downloads: a rough figure.
 
-    Multiplies a few rows by a small matrix on the device to see how fast it is. The cores share the work; the disk writes
-    meanwhile.
+    It multiplies a few rows by a small matrix on the device to measure its speed. It takes it that all cores are busy, and that
+    the disk writes meanwhile.
     """
     products = sum(2.0 * t.entries * min(_ROWS * (t.rank + _EXTRA_RANK), 2 * min(t.matrices[1:])) for t in plan.targets)
     on_device = products / _product_rate(device)
@@ -39,7 +40,7 @@ def estimate_seconds(plan: Plan, device: torch.device) -> float:
 
 
 def _product_rate(device: torch.device) -> float:
-    """Float32 operations per second of the products that an SVD consists of, on a CPU those of one core."""
+    """Float32 operations per second in products as an SVD computes them; on a CPU, of one core."""
     x = torch.ones(1, 16, _PROBE, dtype=torch.float32, device=device)
     A = torch.ones(1, _PROBE, _PROBE, dtype=torch.float32, device=device)
     fastest = float("inf")

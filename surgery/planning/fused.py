@@ -1,4 +1,4 @@
-"""Where the projections lie in a weight that fuses several of them, with sizes from ``config.json``."""
+"""The slices of a fused weight, such as q, k and v of one attention projection, with sizes from ``config.json``."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _WIDTH = ("hidden_size", "n_embd", "d_model")
 
 
 def slices_of(rule: Rule, shape: tuple[int, int], config: Mapping[str, Any], tensor: str) -> tuple[Slice, ...]:
-    """The slices that a rule names, of a matrix (m, n).
+    """The slices of a fused matrix (m, n) that a rule names.
 
-    Slices q, k and v have the sizes of the attention heads, any others share the length equally. They follow one
-    another, or alternate: ``group``, by key-value head, the query heads that share it first; ``column``, one by one.
+    Slices q, k and v have the sizes of the attention heads; any others share the length equally. They follow one another, or
+    alternate: with ``group`` by key-value head, each after the query heads that share it; with ``column`` one by one.
 
     Raises:
         OptionError: ``config.json`` lacks a size, or the sizes do not add up to the length.
@@ -48,7 +48,7 @@ def slices_of(rule: Rule, shape: tuple[int, int], config: Mapping[str, Any], ten
 
 
 def _attention(config: Mapping[str, Any], tensor: str) -> tuple[int, int, int]:
-    """Query heads, key-value heads and the width of a head."""
+    """The number of query heads, that of key-value heads, and the width of a head."""
     sizes = dict(config)
     for part in ("text_config", "attn_config"):
         if isinstance(config.get(part), dict):

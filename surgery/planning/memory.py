@@ -1,4 +1,4 @@
-"""How many matrices are worked on at a time, and the memory that takes, from what may be used."""
+"""How many workers a run has, the size of its windows, and how much memory that takes; upper estimates for each verb."""
 
 from __future__ import annotations
 
@@ -21,46 +21,46 @@ from surgery.names import DTYPE_BITS
 from surgery.planning.targets import Target
 from surgery.weights.quantization import FP8
 
-#: Bytes of a shard that are taken at a time, so that small matrices of one shape are solved together. Constants, not what
-#: happens to be free: which matrices share a batch is part of what makes a run repeatable to the bit.
+#: Bytes of a window, so that small matrices of one shape are solved together. Constants, and not what happens to be free: the
+#: bits of a result may depend on which matrices share a batch.
 CPU_WINDOW_BYTES = 8 << 20
 GPU_WINDOW_BYTES = 512 << 20
-#: Windows in work on a GPU at a time: enough to copy, compute and encode at once.
+#: Windows that are worked on at a time on a GPU: enough to copy, compute and encode at once.
 _GPU_WORKERS = 4
 #: The interpreter with torch loaded (220 MB), the libraries' own buffers, and what the allocator keeps of freed blocks.
 _BASE_MEMORY = 400 << 20
-#: Temporaries of the block-wise arithmetic, per worker.
+#: Temporary tensors of the block-wise arithmetic, per worker.
 _BLOCK_MEMORY = 32 << 20
-#: Files being written at a time on each device: those of one shard that is begun while the one before is finished.
+#: Files that are written at a time for each device: two of the shard that is begun, and two of the one being finished.
 _OPEN_FILES = 4
 #: Upper estimate of the correction, bytes per weight (measured: 0.06-0.15).
 CORRECTION_BYTES = 0.25
-#: What a run knows of each tensor of a model, of each target, of each matrix of it and of each of its directions: headers and
-#: records, as objects, as what JSON makes of them, and as text in the making. docs/performance.md has what was measured.
+#: Bytes of headers and records for each tensor of a model, each target, each matrix of a target and each kept direction of it:
+#: as objects, as parsed JSON, and as the text that is written. docs/performance.md has the measurements.
 _TENSOR_MEMORY = 1024
 _TARGET_MEMORY = 4096
 _MATRIX_MEMORY = 2048
 _DIRECTION_MEMORY = 288
-#: Of each target of a shard until that is finished: its hashes, and its record on the way to the journal.
+#: Bytes for each target of a shard until the shard is finished: its hashes, and its record on the way to the journal.
 _UNFINISHED_MEMORY = 8192
-#: Of each matrix of a window in work, besides the numbers: its factors, correction and certificate are tensors of their own.
+#: Bytes for each matrix of a window, besides its numbers: factors, correction and certificate are tensors of their own.
 _RESULT_MEMORY = 12288
-#: On a GPU: the context with its libraries, and the temporaries of the certificate and of the lossless arithmetic.
+#: GPU memory of the context with its libraries, and of temporary tensors of the certificate and of the lossless arithmetic.
 _GPU_BASE_MEMORY = 3 << 30
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What one tensor takes.
+    """The memory that one target needs while it is worked on, in bytes.
 
     Attributes:
-        key, shape: of it, for messages.
+        key, shape: of the target and of its tensor, for messages.
         file: the weight file that it is in.
-        held: bytes that are read of it at a time.
-        working: host memory of a worker besides what is held, or on a GPU that of the GPU.
+        held: bytes of it that are read at a time.
+        working: further memory of a worker: of the host or, on a GPU, of the GPU.
         matrix: bytes of one matrix.
-        count, stored: how many matrices it has, and the bytes that one of them takes in its file.
-        together: how many matrices a CPU works on at once.
+        count, stored: how many matrices it has, and the bytes of one of them in the file.
+        together: how many matrices the workers of a CPU solve in one batch.
     """
 
     key: str
@@ -75,9 +75,9 @@ class Need:
 
 
 def need_to_factorize(target: Target) -> Need:
-    """What the SVD and the split of a target take."""
+    """What SVD and split of a target need."""
     count, m, n = target.matrices
-    # In which the weight reaches the SVD: its own dtype, or float32 where it is quantized.
+    # The dtype in which the weight reaches the SVD: its own, or float32 where it is quantized.
     dtype = torch.float32 if target.scaled is not None else TORCH_DTYPES[target.dtype]
     held = _held(target.shape, target.dtype, target.at_a_time)
     copies = _copies(held, target.dtype, target.scaled is not None, target.view.slice is not None)
@@ -88,11 +88,11 @@ def need_to_factorize(target: Target) -> Need:
 
 
 def need_to_fold(target: TargetRecord) -> Need:
-    """What the recovery and the update of a target take."""
+    """What recovery and update of a target need."""
     count, m, n = target.matrices
     fp8 = target.dtype == FP8
     held = _held(target.shape, target.dtype, target.at_a_time)
-    # The factors as they are, as integers in float64, and as what is added; the correction.
+    # The factors as stored, as integers in float64, and as the update; then the correction.
     working = _copies(held, target.dtype, fp8, target.slice is not None) + 32 * target.rank * (m + n) + held // 8
     matrix = m * n * (4 if fp8 else TORCH_DTYPES[target.dtype].itemsize)
     stored = m * n * DTYPE_BITS[target.dtype] // 8
@@ -100,43 +100,44 @@ def need_to_fold(target: TargetRecord) -> Need:
 
 
 def need_to_measure(target: Target, triplets: int, *, compared: bool) -> Need:
-    """What the spectra of a target take; with ``compared`` also those of what it became, and of the difference."""
+    """What the spectra of a target need; with ``compared`` also those of the tuned weight and of the difference."""
     need = need_to_factorize(replace(target, rank=min(triplets, *target.matrices[1:])))
     _, m, n = target.matrices
     # All singular values of a small matrix, or the products with probes for a large one.
     working = need.working + 24 * m * n
     if compared:
-        # What it became, at most in float32, with slices of that; the difference; the directions of either, and their images.
+        # The tuned weight, in float32 at most, with its slices; the difference; the directions of both, and their products.
         tuned = 4 * need.held * 8 // DTYPE_BITS[target.dtype]
         working += 3 * tuned + 4 * m * n + 32 * min(triplets, m, n) * (m + n)
     return replace(need, working=working, together=1)
 
 
 def need_to_verify(target: TargetRecord) -> Need:
-    """What the recovery of a target and its measures take."""
+    """What recovery and measurement of a target need."""
     _, m, n = target.matrices
     need = need_to_fold(target)
     return replace(need, working=need.working + measuring_bytes(m, n, target.rank))
 
 
 def _held(shape: Sequence[int], dtype: str, at_a_time: int | None) -> int:
-    """Bytes that are read of a tensor at a time: all of it also where only a slice is meant, of a stack some matrices."""
+    """Bytes of a tensor that are read at a time: some matrices of a stack, else all of it, also for a slice."""
     held = math.prod(shape) * DTYPE_BITS[dtype] // 8
     return held if at_a_time is None else held // shape[0] * min(shape[0], at_a_time)
 
 
 def _copies(held: int, dtype: str, quantized: bool, sliced: bool) -> int:
-    """What is made of it before the arithmetic: float32 of FP8 weights; slices, cut out and turned to be contiguous."""
+    """Bytes of copies that are made before the arithmetic: of FP8 weights in float32, and of slices, twice, as they are cut out
+    and made contiguous."""
     return (4 * held * 8 // DTYPE_BITS[dtype] if quantized else 0) + (2 * held if sliced else 0)
 
 
 def share_out(needs: Sequence[Need], resources: Resources, *, kept: int = 0) -> Memory:
-    """As many workers as there are cores and memory for.
+    """As many workers as there are cores and memory for, with the size of windows and buffers.
 
     Args:
-        needs: of all tensors of the run.
-        resources: what it may use.
-        kept: host memory that it takes besides.
+        needs: of all targets of the run.
+        resources: what the run may use.
+        kept: host memory that it needs besides, in bytes.
 
     Raises:
         OptionError: a strict limit is too small for one matrix at a time.
@@ -147,9 +148,9 @@ def share_out(needs: Sequence[Need], resources: Resources, *, kept: int = 0) -> 
         most = min(most, _GPU_WORKERS)
     elif resources.device == "mps":
         most = 1
-    options = [_memory(needs, resources, workers, window, kept) for workers in range(most, 0, -1)]
-    fits = [memory for memory in options if _keeps_to(memory, resources)]
-    least = options[-1].peak_bytes
+    choices = [_memory(needs, resources, workers, window, kept) for workers in range(most, 0, -1)]
+    fits = [memory for memory in choices if _keeps_to(memory, resources)]
+    least = choices[-1].peak_bytes
     if resources.strict and resources.memory is not None and least > resources.memory:
         largest = max(needs, key=lambda need: need.held + need.working)
         raise OptionError(
@@ -158,7 +159,7 @@ def share_out(needs: Sequence[Need], resources: Resources, *, kept: int = 0) -> 
             expected=f"at least {math.ceil(least / 1e7) / 100:.2f} GB, for {largest.key} {list(largest.shape)}",
             hint="allow more with --max-memory",
         )
-    return fits[0] if fits else options[-1]
+    return fits[0] if fits else choices[-1]
 
 
 def _keeps_to(memory: Memory, resources: Resources) -> bool:
@@ -179,32 +180,32 @@ def _window(needs: Sequence[Need], resources: Resources) -> int:
 
 def _memory(needs: Sequence[Need], resources: Resources, workers: int, window: int, kept: int) -> Memory:
     held = max([CHUNK_BYTES, *(need.held for need in needs)])
-    unit = window + held  # a window is closed by the piece that fills it
+    unit = window + held  # a window ends with the piece that makes it reach its size
     # One for each worker, one being written, and the piece being read.
     buffers = (workers + 1) * unit + held
     work = max([0, *(need.working * (1 if resources.device == "cuda" else need.together) for need in needs)])
-    # What a window leaves to be written besides itself: corrections, at two bytes or more for each weight, and of small
-    # matrices what each takes whatever its size.
+    # Results that wait to be written besides the window itself: corrections, where a weight has two bytes or more. What small
+    # matrices take whatever their size is counted below.
     left = int(unit * CORRECTION_BYTES / 2) + _BLOCK_MEMORY
     files: dict[str, list[Need]] = {}
     for need in needs:
         files.setdefault(need.file, []).append(need)
     results = (workers + 1) * max((_most_in(unit, some) for some in files.values()), default=0) * _RESULT_MEMORY
     results += max(map(len, files.values()), default=0) * _UNFINISHED_MEMORY
-    # On a GPU the workspace is there; what does not fit there comes here.
+    # With a GPU one working set on the host as well, for a matrix that does not fit into the memory of the GPU.
     host = workers * left + (work if resources.device == "cuda" else workers * work)
     peak = _BASE_MEMORY + resources.lanes * (buffers + host + results + _OPEN_FILES * STREAM_MEMORY) + kept
     return Memory(workers, window, buffers, peak, _device_bytes(needs, workers, window) if resources.device == "cuda" else 0)
 
 
 def _device_bytes(needs: Sequence[Need], workers: int, window: int) -> int:
-    # The matrices, those of a batch once more, and what the arithmetic takes.
+    # The matrices, once more as a batch, and what the arithmetic needs.
     one = max(max(1, window // need.matrix) * (2 * need.matrix + need.working) for need in needs)
     return _GPU_BASE_MEMORY + workers * one
 
 
 def _most_in(window: int, needs: Sequence[Need]) -> int:
-    """How many matrices a window of so many bytes can have of those in one file: the smallest ones."""
+    """The most matrices of one file that a window of so many bytes can hold: its smallest ones."""
     most = 0
     for need in sorted(needs, key=lambda need: need.stored):
         taken = min(need.count, window // need.stored)
@@ -216,18 +217,22 @@ def _most_in(window: int, needs: Sequence[Need]) -> int:
 
 
 def collected_bytes(targets: Sequence[Target], tensors: int) -> int:
-    """What factorizing keeps besides the weights: the factors of a stack until the last of its matrices is done, and what is
-    known of all targets, in a model of so many tensors."""
+    """Bytes that factorizing keeps besides weights: factors of stacks that are not finished, and the records of all targets.
+
+    Args:
+        targets: all of the run.
+        tensors: how many tensors the model has.
+    """
     factors: dict[str, int] = {}
     for target in targets:
         if target.matrices[0] > 1:
-            # Those of each slice, and those of one of them once more, put together.
+            # The factors of all slices, and those of one slice once more while they are put together.
             factors[target.tensor] = factors.get(target.tensor, target.factor_bytes) + target.factor_bytes
     return max(factors.values(), default=0) + known_bytes(targets, tensors)
 
 
 def known_bytes(targets: Iterable[Target | TargetRecord], tensors: int) -> int:
-    """What is known of so many tensors, and of the targets among them, besides weights and factors."""
+    """Bytes of headers and records of so many tensors, and of the targets among them, besides weights and factors."""
     return tensors * _TENSOR_MEMORY + sum(
         _TARGET_MEMORY + target.matrices[0] * (_MATRIX_MEMORY + _DIRECTION_MEMORY * target.rank) for target in targets
     )

@@ -1,4 +1,4 @@
-"""What users should know of a plan before it is carried out."""
+"""Notes of a plan: what a user should know before the run."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from surgery.planning.targets import Skipped, Target
 def notes_of_plan(
     options: Options, recipe: Recipe | None, targets: Sequence[Target], skipped: Sequence[Skipped], names: Sequence[str]
 ) -> list[str]:
-    """What is otherwise than the options may lead to expect.
+    """Notes on what is not as the options may lead a user to expect.
 
     Args:
         options: what was asked for.
-        recipe: the one that applies, if any.
-        targets, skipped: what came of it.
+        recipe: the one that applies; None without one.
+        targets, skipped: what was chosen, and what was passed over.
         names: of all tensors of the model.
 
     Raises:
@@ -52,7 +52,7 @@ def _rank_notes(targets: Sequence[Target]) -> list[str]:
 
 
 def _wanted_notes(skipped: Sequence[Skipped], targets: int) -> list[str]:
-    """What would be a target but for its dtype or its number of dimensions."""
+    """Notes on tensors that are no targets only because of their dtype or their number of dimensions."""
     wanted = [item for item in skipped if item.wanted]
     by_reason: dict[str, list[str]] = {}
     for item in wanted:
@@ -64,7 +64,7 @@ def _wanted_notes(skipped: Sequence[Skipped], targets: int) -> list[str]:
 
 
 def _recipe_notes(options: Options, recipe: Recipe | None, names: Sequence[str]) -> list[str]:
-    """Rules that match nothing, in a recipe of the user's own: probably a slip."""
+    """Notes on rules of a user's own recipe that match no tensor, which is probably a mistake."""
     if recipe is None or options.recipe is None or options.recipe in builtin_recipes():
         return []
     used = {id(rule) for name in names if (rule := recipe.rule_for(name))}

@@ -1,4 +1,4 @@
-"""Whether the numbered layers of a model are all there, by the names of its tensors."""
+"""Missing layers: whether the numbered layers, blocks and experts of a model are all there, by the names of its tensors."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from typing import Any
 
-#: Where configs say how many layers a model has, and under which key the part of a larger model does. Where layers are run more
-#: than once (ALBERT, HRM), the number of those that are stored comes first.
+#: Keys under which configs say how many layers a model has. Where layers are run more than once (ALBERT, HRM), the number of
+#: those that are stored comes first.
 _COUNTS = ("num_hidden_groups", "num_layers_per_stack", "num_hidden_layers", "n_layer")
 _TEXT_PARTS = ("text_config", "language_config", "llm_config")
 _LISTS_OF_LAYERS = ("layers", "layer", "h", "blocks")
 
 
 def numbering_notes(names: Iterable[str], config: Mapping[str, Any]) -> list[str]:
-    """What a user should know of layers, blocks or experts that are missing among numbered ones that are alike.
+    """Notes on layers, blocks or experts that seem to be missing: numbers left out, or fewer layers than the config says.
 
     Args:
         names: of all tensors.
-        config: of the model.
+        config: ``config.json`` of the model.
     """
     lists = _numbered(names)
     holes = [(prefix, *hole) for prefix, items in lists.items() if (hole := _hole(prefix, items)) is not None]
@@ -40,7 +40,7 @@ def numbering_notes(names: Iterable[str], config: Mapping[str, Any]) -> list[str
 
 
 def _numbered(names: Iterable[str]) -> dict[str, dict[int, set[str]]]:
-    """What stands before a number in names -> the number -> the modules after it."""
+    """Prefix of names before a number -> the number -> the modules after it."""
     lists: dict[str, dict[int, set[str]]] = {}
     for name in names:
         parts = name.split(".")
@@ -52,9 +52,9 @@ def _numbered(names: Iterable[str]) -> dict[str, dict[int, set[str]]]:
 
 
 def _hole(prefix: str, items: Mapping[int, set[str]]) -> tuple[int, int, int] | None:
-    """The first number that is missing, how many are, and the last one that is there.
+    """The first number that is missing, how many are missing, and the last number that is there; None if none is missing.
 
-    Only between things that are alike: a sequence of convolutions and activations has numbers without weights.
+    Only among modules that are alike: in a sequence of convolutions and activations, numbers without weights are normal.
     """
     numbers = sorted(items)
     least = _alike(prefix, all(modules == items[numbers[0]] for modules in items.values()))
@@ -67,16 +67,16 @@ def _hole(prefix: str, items: Mapping[int, set[str]]) -> tuple[int, int, int] | 
 
 
 def _alike(prefix: str, of_one_kind: bool) -> float:
-    """How many modules two members of a list must have in common to be taken for layers or experts, by the list's name."""
+    """How many modules two neighbours in a list must have in common to be taken for layers or experts, by the list's name."""
     *above, name = prefix.split(".")
-    if any(map(str.isdecimal, above)) and "expert" not in name:  # within a layer, where short sequences are
+    if any(map(str.isdecimal, above)) and "expert" not in name:  # inside a layer there are short sequences of other kinds
         return 3 if name in _LISTS_OF_LAYERS else math.inf
     return 1 if name in _LISTS_OF_LAYERS and of_one_kind else 2
 
 
 def _layers_of(config: Mapping[str, Any]) -> int:
-    """How many layers a config speaks of; 0 if it does not."""
-    for part in (*(config.get(key) for key in _TEXT_PARTS), config):  # a whole may count the layers of all its parts
+    """How many layers a config says that the language model has; 0 if it does not say."""
+    for part in (*(config.get(key) for key in _TEXT_PARTS), config):  # a config may count the layers of all its parts together
         for key in _COUNTS:
             if isinstance(part, Mapping) and isinstance(count := part.get(key), int):
                 return count

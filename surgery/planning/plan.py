@@ -1,4 +1,4 @@
-"""What a run will do, from headers: the one object behind --dry-run, progress, disk check and engines."""
+"""The plan of a factorization, made from headers: one object for --dry-run, progress, the disk check and the jobs."""
 
 from __future__ import annotations
 
@@ -25,14 +25,21 @@ from surgery.source.protocol import Source, check_index
 from surgery.weights.quantization import read_quantization
 
 Layout = Literal["residual", "overlay"]
-#: How far tensors that are one parameter are looked for: not at all, each being a target by itself; with the weights that are
-#: on this machine; or with weight files that are fetched for it.
+#: How aliases are looked for: not at all, so that each tensor is a target by itself; in a local model only; or also in weight
+#: files of a hub model, which are fetched for it.
 AliasSearch = Literal["none", "local", "fetch"]
 
 
 @dataclass(frozen=True, slots=True)
 class ShardPlan:
-    """One weight file of the source and its targets."""
+    """One weight file of the source and its targets.
+
+    Attributes:
+        file: its name in the source.
+        size: its bytes.
+        header: of the file.
+        targets: those in it; none if nothing of it is factorized.
+    """
 
     file: str
     size: int
@@ -51,12 +58,12 @@ class Plan(Report):
         shards: in the order they are worked on.
         skipped: every tensor without a target, with the reason.
         notes: what the user should know before the run.
-        files_along, bytes_along: what goes along as it is: config, tokenizer, code ...
+        files_along, bytes_along: files that are copied along, such as config, tokenizer and code: how many, and their bytes.
         left_out: files and folders of the source that stay behind, with the reason; see ``surgery.source.select.Selection``.
         bytes_read, bytes_written: over the whole run; written is an upper estimate.
         download_bytes: what a model from the hub still has to be fetched of.
         temporary_bytes: how much of that is on the disk at a time: all of it, in the hub's cache, unless it is streamed.
-        memory: how many matrices are worked on at a time, and what that takes.
+        memory: how many matrices are worked on at a time, and how much memory that takes.
     """
 
     layout: Layout
@@ -116,16 +123,14 @@ def make_plan(
     *,
     aliases: AliasSearch = "none",
 ) -> Plan:
-    """Plan a factorization from headers, and from the weights that are in several files; without ``resources`` for one core.
-
-    Without a layout it is the residual one, or the overlay where a target is quantized.
+    """Plan a factorization from headers. Weights are read only to compare copies in several files, and to find aliases.
 
     Args:
         source: the model.
-        options: what is asked for, after its own ``check``.
-        layout: of the result.
-        resources: what it may take.
-        aliases: how far tensors that are one parameter are looked for.
+        options: what is asked for, after ``Options.check``.
+        layout: of the result; None: the residual layout, or the overlay if a target is quantized.
+        resources: what the run may use; None: one core.
+        aliases: how aliases are looked for.
 
     Raises:
         OptionError: the options make no sense for this model, or select nothing.
@@ -223,10 +228,10 @@ def make_plan(
 
 
 def _check_is_a_model(name: str, headers: Mapping[str, Header]) -> None:
-    """Refuse weight files that are none by what is in them.
+    """Refuse files that hold no model, by the names of their tensors.
 
     Raises:
-        SourceError: scales, or an adapter under another name than PEFT's.
+        SourceError: they hold scales, or an adapter under another file name than PEFT's.
     """
     for shard, header in headers.items():
         if SCALES_METADATA_KEY in header.metadata:
@@ -258,10 +263,13 @@ def _layout(asked: Layout | None, targets: list[Target]) -> Layout:
 
 
 def _all_names(headers: Mapping[str, Header], source: Source) -> tuple[list[str], dict[str, list[str]]]:
-    """The names of all tensors, and the shards of each that is in more than one.
+    """The names of all tensors; and, for each tensor that is in several shards, these shards.
 
-    Loaders take the copy that they read last. So the copies must be equal, and are no target: they stay as they are, and any
-    that a loader takes is right. Of a model that is here their bytes are compared, of one on the hub what the headers say.
+    Loaders take the copy that they read last. So the copies must be equal, and are no target: they stay unchanged, and the one
+    that a loader takes is right. Their bytes are compared if all files are on this machine, else what the headers say of them.
+
+    Raises:
+        FormatError: copies differ.
     """
     places: dict[str, dict[str, TensorEntry]] = {}
     for shard, header in headers.items():
@@ -287,7 +295,7 @@ def _equal(source: Source, first: str, one: TensorEntry, second: str, other: Ten
 
 
 def _tied_to(copies: Mapping[str, list[str]], aliases: Mapping[str, tuple[Alias, ...]]) -> set[str]:
-    """What is one parameter with a tensor that is in several files, and so must stay as it is too."""
+    """The tensors that are one parameter with a tensor in several files, and so must stay unchanged as well."""
     several = [{tensor, *(alias.tensor for alias in others)} for tensor, others in aliases.items()]
     return set[str]().union(*(names for names in several if not names.isdisjoint(copies)))
 
@@ -313,5 +321,5 @@ def _nothing_selected(model: str, options: Options, recipe: Recipe | None, skipp
 
 
 def _described_bytes(target: Target) -> int:
-    """Upper estimate of what a target takes in headers, manifest and scales besides its numbers."""
+    """An upper estimate of the bytes that a target takes in headers, manifest and scales, besides its factors."""
     return 8 * len(target.key) + 4096 + target.matrices[0] * (64 * target.rank + 2048)

@@ -50,8 +50,8 @@ class Rule:
         patterns: what a whole name must match one of.
         view: how the tensor is seen; None: told from its dimensions.
         slices: the projections that a fused tensor is made of, in this order; none where it is not fused.
-        every: how they alternate: ``group`` (by key-value head), ``column`` (one by one), or None: one after the other.
-        axis: what they are parts of: 0: the rows of the matrix, 1: its columns.
+        every: how they alternate: ``group`` (by key-value head) or ``column`` (one by one); None: one after the other.
+        axis: 0 if they are rows of the matrix, 1 if they are columns.
         split: whether to split it; None: as the recipe says.
         rank, energy, max_rank: as on the command line.
         skip: why such a tensor is no target; None if it is one.
@@ -132,7 +132,7 @@ def recipes() -> RecipesReport:
 def builtin_recipes() -> Mapping[str, Recipe]:
     """The recipes that ship with the package, by name."""
     here = Path(__file__).resolve().parents[1]
-    # In the wheel they lie in the package, in a checkout beside it.
+    # In a wheel they are inside of the package, in a checkout beside it.
     folder = next(path for path in (here / "recipes", here.parent / "recipes") if path.is_dir())
     return {path.stem: read_recipe(path) for path in sorted(folder.glob("*.toml"))}
 
@@ -250,10 +250,10 @@ def _rule(table: dict[str, Any], where: str) -> Rule:
 def _glob(text: str, where: str) -> re.Pattern[str]:
     if len(text) > MOST_CHARACTERS:
         raise OptionError(f"{where}: a glob of {len(text)} characters", expected=f"at most {MOST_CHARACTERS}")
-    # An open bracket that is closed nowhere stands for itself; fnmatch would look for the end of each, to the last character.
+    # A bracket that is never closed stands for itself. fnmatch would search to the end of the glob for each of them.
     head, closed, rest = text.rpartition("]")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of what a later Python may read otherwise
+        warnings.simplefilter("ignore", FutureWarning)  # about patterns that a later Python may read in another way
         return re.compile(fnmatch.translate(head + closed + rest.replace("[", "[[]")))
 
 

@@ -1,4 +1,4 @@
-"""What a plan tells as JSON, without the headers that it was made from."""
+"""The summary of a plan, which is its JSON: without the headers that it was made from."""
 
 from __future__ import annotations
 

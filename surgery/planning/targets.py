@@ -70,21 +70,24 @@ class Target(TensorView):
 
     @property
     def stored_bytes(self) -> int:
-        """Of the whole tensor, as it is in the checkpoint."""
+        """Bytes of the whole tensor in the checkpoint."""
         return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
     @property
     def factor_bytes(self) -> int:
+        """Bytes of U, s and V, in float32."""
         count, m, n = self.matrices
         return 4 * self.rank * count * (m + n + 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Skipped:
-    """A tensor that is passed over.
+    """A tensor, or a slice of one, that is passed over.
 
     Attributes:
-        wanted: whether it would be a target if it were of another dtype or had two dimensions.
+        tensor, shard: its name, and the weight file that it is in.
+        reason: why, in words.
+        wanted: whether it would be a target if it had another dtype, or two dimensions.
     """
 
     tensor: str
@@ -95,7 +98,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Model:
-    """What choosing targets needs to know of a model besides a tensor's entry.
+    """What has to be known of a model to choose targets in it, besides the entries of its tensors.
 
     Attributes:
         config: its ``config.json``, empty if there is none.
@@ -114,17 +117,26 @@ class Model:
 
 
 def choose(entry: TensorEntry, shard: str, options: Options, model: Model) -> list[Target | Skipped]:
-    """The fate of one tensor: a target, or none, and why; of a fused weight that is split, that of each slice.
+    """Decide whether a tensor is a target; for a fused weight that is split, whether each slice is one.
+
+    Args:
+        entry: of the tensor in the header.
+        shard: the weight file that it is in.
+        options: what was asked for.
+        model: what is known of the model.
+
+    Returns:
+        A target, or why there is none; one for each slice.
 
     Raises:
-        FormatError: it is a weight without any numbers.
+        FormatError: it is an empty weight.
     """
     rule = model.recipe.rule_for(entry.name) if model.recipe else None
     by_name = _no_weight(entry, model) or _unwanted(entry, options, model, rule)
     if by_name is None or entry.name.split(".")[-1] == "weight":
         _check_not_empty(entry, options, model, wanted=by_name is None)
     if (reason := _impossible(entry, model) or by_name or _unsupported(entry, model)) is not None:
-        # That a vector should have been a matrix only a rule can know: a glob or a name may well mean a norm.
+        # A vector counts as wanted only by a rule of a recipe: a name, or a glob of a user, may well match norms too.
         matrix = len(entry.shape) > 1 or (rule is not None and not options.include)
         return [Skipped(entry.name, shard, reason, wanted=by_name is None and matrix)]
     kind = (rule.view if rule else None) or _kind(entry)
@@ -156,7 +168,10 @@ def _wants_split(options: Options, model: Model, rule: Rule) -> bool:
 
 
 def extent(options: Options, rule: Rule | None) -> tuple[int, float | None]:
-    """Rank and energy: the command line's, else the rule's, else the defaults. With an energy the rank is the most."""
+    """The rank and the energy of a target: those of the options, else the rule's, else the defaults.
+
+    With an energy the rank is the largest allowed; without one the energy is None.
+    """
     if options.rank is not None:
         return options.rank, None
     own = rule or Rule("", ())
@@ -167,7 +182,7 @@ def extent(options: Options, rule: Rule | None) -> tuple[int, float | None]:
 
 
 def _impossible(entry: TensorEntry, model: Model) -> str | None:
-    """Why a tensor can be no matrix of numbers, whatever its name."""
+    """Why a tensor can be no target by its dtype and shape, whatever its name; None if it can."""
     if entry.name in model.scales:
         return "the scales of an FP8 weight"
     if not entry.dtype.startswith(("F", "BF", "C")):
@@ -178,7 +193,7 @@ def _impossible(entry: TensorEntry, model: Model) -> str | None:
 
 
 def _no_weight(entry: TensorEntry, model: Model) -> str | None:
-    """Why a tensor can never be a target by its name, whatever is asked for."""
+    """Why a tensor can be no target by its name, whatever is asked for; None if it can."""
     if _NO_WEIGHT.search(entry.name.split(".")[-1]):
         return "no weight (bias, state or table)"
     return None
@@ -201,9 +216,9 @@ def _unsupported(entry: TensorEntry, model: Model) -> str | None:
 
 
 def _check_not_empty(entry: TensorEntry, options: Options, model: Model, *, wanted: bool) -> None:
-    """Refuse a weight without numbers, which a sharded trainer leaves where it has not gathered them before it saved.
+    """Refuse an empty weight, which a sharded trainer writes if it does not gather the weights before it saves.
 
-    An embedding of no rows or a head for no classes, (0, n), is as it should be, unless it is wanted.
+    An embedding without rows or a head without classes, (0, n), is fine unless it would be a target.
     """
     if 0 not in entry.shape or not (wanted or entry.shape == (0,)):
         return
@@ -234,7 +249,7 @@ def _unwanted(entry: TensorEntry, options: Options, model: Model, rule: Rule | N
 
 
 def _role(entry: TensorEntry) -> str | None:
-    """Why a tensor is no target unless it is asked for: it is not a linear layer of a transformer block."""
+    """Why a tensor is no target by default: its name is not that of a linear layer in a transformer block. None if it is."""
     *modules, last = entry.name.split(".")
     owner = modules[-1] if modules else ""
     experts = bool(_EXPERTS.search(entry.name))
@@ -256,7 +271,7 @@ def _role(entry: TensorEntry) -> str | None:
 
 
 def _kind(entry: TensorEntry) -> Kind:
-    """How a tensor is seen if no rule says it."""
+    """The view of a tensor for which no rule names one."""
     if len(entry.shape) == 2:
         return "matrix"
     return "stack" if len(entry.shape) == 3 and _EXPERTS.search(entry.name) else "convolution"
@@ -282,7 +297,7 @@ def check_globs(options: Options, names: list[str]) -> None:
 def near_misses(glob: str, names: list[str]) -> str:
     """A few tensor names that the user may have meant."""
     literal = re.sub(r"[*?\[\]]", "", glob)
-    # Names differ in their block index only too often: compare one of each kind.
+    # Most names differ from others in the block index alone: one of each kind is compared.
     kinds = {re.sub(r"\.\d+\.", ".*.", name): name for name in reversed(names)}
     parts = {part for name in names for part in name.split(".") if not part.isdigit()}
     near = difflib.get_close_matches(literal.strip("."), parts, n=2, cutoff=0.5)

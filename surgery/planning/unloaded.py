@@ -1,7 +1,6 @@
-"""Tensors that a checkpoint holds and its model does not, as far as names and ``config.json`` tell.
+"""Tensors of a checkpoint that loaders leave out, as far as names and ``config.json`` tell.
 
-What a loader drops besides, such as the vision tower of a model that is loaded for its text, shows when the scales are
-attached.
+A loader may leave out more, such as the vision tower of a model that is loaded for text. ``attach`` finds that.
 """
 
 from __future__ import annotations
@@ -10,19 +9,19 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-#: A block of the language model; a tower of another kind has another word on the way to its layers, or counts them elsewhere.
+#: A tensor in a block of the language model. Towers of other kinds have other modules in the names of their layers.
 _BLOCK = re.compile(
     r"(?:(?:model|language_model|text_model|llm|transformer|backbone|thinker|gpt_neox)\.)*(?:layers|h)\.(\d+)\.(.+)"
 )
 _TEXT = ("thinker_config", "text_config", "language_config", "llm_config")
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-#: mtp, mtp_layers, mtp_block ...: a part of the name, whatever the family.
+#: Modules for multi-token prediction, in any family: mtp, mtp_layers, mtp_block ...
 _PREDICTION = re.compile(r"(?:^|\.)mtp(?:_\w+|\d+)?\.")
 _KEYS_AND_VALUES = re.compile(r"self_attn\.[kv]_proj\.")
 
 
 def why_unloaded(name: str, config: Mapping[str, Any]) -> str | None:
-    """Why the model that ``config`` describes is loaded without a tensor; None if it is not known to be."""
+    """Why a loader leaves out a tensor of the model that ``config`` describes; None if that is not known."""
     if _PREDICTION.search(name):
         return "multi-token prediction, which loaders leave out"
     block = _BLOCK.fullmatch(name)
@@ -42,6 +41,6 @@ def why_unloaded(name: str, config: Mapping[str, Any]) -> str | None:
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part that describes the language model."""
+    """The part of a config that describes the language model; the whole config where there is no such part."""
     inner = next((config[key] for key in _TEXT if isinstance(config.get(key), dict)), None)
     return config if inner is None else _text_config(inner)

@@ -1,7 +1,7 @@
-"""The cards (``README.md``) of what is uploaded to the hub: what it is, how it was made, how to use it.
+"""The cards (``README.md``) of results on the hub: what a result is, how it was made, how to use it.
 
-What stands in them comes from files that anybody may have written: metadata is taken over only where the hub may know it, names
-are shown as code, whatever is in them, and stand in commands only if they are nothing but names.
+Their contents come from files that anybody may have written. So metadata is taken over only if the hub can know it, names are
+shown as code whatever they hold, and a name stands in a command only if it is nothing but a name.
 """
 
 from __future__ import annotations
@@ -29,10 +29,9 @@ _LINK = re.compile(r"[!-~]{1,500}")
 
 
 def published(manifest: Manifest) -> Manifest:
-    """The manifest that goes to the hub, where the card stands in the place of the source's own ``README.md``.
+    """The manifest that goes to the hub, in which the source's ``README.md`` is left out.
 
-    The others of a manifest's files are there as they are; with this one among them, what is downloaded would be taken
-    for damaged.
+    On the hub the card has its place. With the source's file recorded, a downloaded checkpoint would be taken for damaged.
     """
     kept = [record for record in manifest.files if record.file != CARD_FILE]
     if len(kept) == len(manifest.files):
@@ -231,7 +230,7 @@ def _card(
 
 
 def without_license(card: str) -> str:
-    """A card of ours without the license of the source: the hub refuses a card with a license that it does not know."""
+    """A card without the license that was kept from the source: the hub refuses a card with a license it does not know."""
     metadata, text = _parts_of(card)
     kept = {key: value for key, value in metadata.items() if not key.startswith("license")}
     return _with_metadata(client.ModelCardData(**kept), text)
@@ -242,7 +241,7 @@ def _with_metadata(data: client.ModelCardData, text: str) -> str:
 
 
 def _parts_of(card: str) -> tuple[dict[str, Any], str]:
-    """Front matter and text; what is no front matter belongs to neither."""
+    """The metadata (YAML front matter) and the text of a card; what is between the marks but no YAML object is dropped."""
     found = _FRONT_MATTER.match(card)
     if found is None:
         return {}, card
@@ -254,7 +253,7 @@ def _parts_of(card: str) -> tuple[dict[str, Any], str]:
 
 
 def _kept(metadata: dict[str, Any]) -> dict[str, Any]:
-    """License and language, where the hub may take them."""
+    """License and language of the source's metadata, if they look like ones that the hub takes."""
     kept: dict[str, Any] = {}
     license_, language = metadata.get("license"), metadata.get("language")
     if isinstance(license_, str) and _LICENSE.fullmatch(license_.lower()):
@@ -316,14 +315,14 @@ def _title(manifest: Manifest, repo_id: str | None) -> str:
 
 
 def _library(manifest: Manifest) -> str | None:
-    """What loads the model, told from the names of its files."""
+    """The library that loads the model, by the names of its files; None if they do not tell."""
     if any(shard.source.file.startswith("diffusion_pytorch_model") for shard in manifest.shards):
         return "diffusers"
     return "transformers" if any(record.file == CONFIG_FILE for record in manifest.files) else None
 
 
 def _loader(library: str, architecture: str | None) -> str:
-    """The class to load the model with; nothing but a name, whatever a config says."""
+    """The class to load the model with: for transformers the config's architecture if that is a plain name, else AutoModel."""
     named = library == "transformers" and architecture is not None and architecture.isascii() and architecture.isidentifier()
     return architecture if named and architecture else "AutoModel"
 
@@ -337,7 +336,7 @@ def _is_name(repo_id: str | None) -> bool:
 
 
 def _code(text: str) -> str:
-    """Any text as one line of code in Markdown."""
+    """Any text as inline code in Markdown, on one line."""
     text = escaped(text)[:200]
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence} {text} {fence}" if "`" in text or not text.strip() else f"{fence}{text}{fence}"

@@ -1,4 +1,4 @@
-"""Results on the hub: which files go there when, and with which card."""
+"""Uploading results to the hub: which files are uploaded when, and with which card."""
 
 from __future__ import annotations
 
@@ -17,14 +17,18 @@ from surgery.progress import note
 if TYPE_CHECKING:
     from surgery.publish.upload import Upload
 
-# The hub client, which is slow to import, is imported inside the functions: most results stay here.
+# The hub client is slow to import, so it is imported inside the functions: most results are not uploaded.
 
 _CARD_FILE = "README.md"
 
 
 @contextmanager
 def uploading(repo_id: str | None, *, private: bool) -> Iterator[Upload | None]:
-    """The repository that a result goes to, made sure of before any work is done; None for none."""
+    """Open the repository that a result is uploaded to, before any work is done; None without one.
+
+    Raises:
+        OutputError: see ``Upload.open``, and if the upload fails.
+    """
     if repo_id is None:
         yield None
         return
@@ -38,18 +42,18 @@ def uploading(repo_id: str | None, *, private: bool) -> Iterator[Upload | None]:
 
 
 def submit_shard(upload: Upload | None, out: Path, shard: ShardRecord) -> None:
-    """What a shard has become, residual and factors."""
+    """Upload the residual file and the factors file of a shard; nothing without an upload."""
     submit_files(upload, out, [record for record in (shard.residual, shard.factors) if record is not None])
 
 
 def submit_files(upload: Upload | None, out: Path, records: Iterable[FileRecord]) -> None:
-    """Files of one shard."""
+    """Upload the files of one shard, in one commit; nothing without an upload."""
     if upload is not None:
         upload.submit_all([(out / record.file, record.file, record.sha256) for record in records])
 
 
 def publish_factorized(upload: Upload | None, out: Path, manifest: Manifest) -> None:
-    """All that is left of a factorized checkpoint, when its shards have been submitted."""
+    """Complete the upload of a factorized checkpoint, whose shards have been submitted: all other files and the card."""
     if upload is None:
         return
     from surgery.publish.card import factorized_card, published
@@ -64,7 +68,7 @@ def publish_factorized(upload: Upload | None, out: Path, manifest: Manifest) -> 
 def publish_folded(
     upload: Upload | None, out: Path, manifest: Manifest, *, changed: int, adapted: int, dequantized: bool
 ) -> None:
-    """All that goes along with the weights of a folded model, when those have been submitted."""
+    """Complete the upload of a folded model, whose weights have been submitted: all other files and the card."""
     if upload is None:
         return
     from surgery.publish.card import FoldedChanges, folded_card
@@ -89,12 +93,12 @@ def publish_adapter(
     modules: int,
     rank: int,
 ) -> None:
-    """An exported adapter.
+    """Upload an exported adapter: all of its files and the card.
 
     Args:
-        upload: where it goes; None for nowhere.
-        files: where its files are, by their names in the repository.
-        manifest, factorized: of the checkpoint whose scales it has, and that folder.
+        upload: the upload; None for none.
+        files: name in the repository -> the file, or its contents.
+        manifest, factorized: manifest and folder of the checkpoint whose scales the adapter has.
         modules: how many it changes.
         rank: of all of them.
     """
@@ -115,7 +119,10 @@ def _complete(upload: Upload, files: Mapping[str, Path | bytes], card: str) -> N
 
 
 def _original_card(out: Path, manifest: Manifest) -> str | None:
-    """The card that the source came with. Of what was downloaded again, the file of that name is one of ours."""
+    """The text of the source's own card; None without one.
+
+    A checkpoint that was downloaded from the hub has a card that surgery wrote; its manifest does not record that one.
+    """
     if not any(record.file == _CARD_FILE for record in manifest.files):
         return None
     return (out / _CARD_FILE).read_text(errors="replace")

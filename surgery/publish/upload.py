@@ -1,8 +1,8 @@
-"""Results on their way to the Hugging Face hub, file by file, while the run that makes them goes on.
+"""Upload of a result to the Hugging Face hub, file by file, while the run that makes it goes on.
 
-A repository never looks whole before it is: what loaders and ``surgery fold`` look for first (``_MARKERS``) is deleted in the
-commit that brings the first new weights, and comes back in the very last one, which also deletes what is left of an earlier
-result. Until then the card of the repository says that it is unfinished.
+A repository never looks whole before it is. The files that loaders and ``surgery fold`` look for first (``_MARKERS``) are
+deleted in the commit that brings the first new weights, and come back in the last one, which also deletes what is left of an
+earlier result. Until then the card of the repository says that it is unfinished.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _T = TypeVar("_T")
 
 CARD_FILE = "README.md"
 
-#: In the card of every repository that surgery writes to: what has it may be replaced.
+#: The tag in the card of every repository that surgery writes to. What is in a repository with it may be replaced.
 TAG = "surgery"
 
-#: What makes a folder a model, a factorized checkpoint or an adapter.
+#: Files by which a folder is recognized as a model, a factorized checkpoint or an adapter.
 _MARKERS = (CONFIG_FILE, MANIFEST_FILE, ADAPTER_CONFIG)
 
 _UNFINISHED = f"""---
@@ -49,13 +49,13 @@ tags:
 surgery is uploading to this repository, or has been interrupted while it did. The files are complete once this note is gone.
 """.encode()
 
-#: Sent along as the rules of what git ignores: a .gitignore in the repository would drop files without a word.
+#: Sent in the place of the repository's .gitignore, with which the client would leave out files without a word.
 _NOTHING_IGNORED = "# nothing"
 
-#: The hub takes 128 commits an hour for a repository. What comes in between goes into one.
+#: The hub takes 128 commits an hour for a repository. Files that are submitted in between go into one commit.
 _SECONDS_BETWEEN_COMMITS = 30.0
 
-#: Seconds for which a repository that does not hold what has been committed to it may still come to it.
+#: Seconds to wait for a repository to show what has been committed to it.
 _SECONDS_TO_SETTLE = 80.0
 
 _TOKEN_HINT = "hf auth login, or set HF_TOKEN, with a token that may write to it"
@@ -77,7 +77,7 @@ _STATUSES = {
 
 
 class _Changed(OutputError):
-    """The repository does not hold what has been uploaded to it (yet)."""
+    """The repository does not hold what has been uploaded to it: not yet, or because somebody has changed it."""
 
 
 class Upload:
@@ -99,9 +99,9 @@ class Upload:
         self._queue: queue.SimpleQueue[list[CommitOperationAdd] | None] = queue.SimpleQueue()
         self._uploaded: dict[str, CommitOperationAdd] = {}
         self._bytes_submitted = self._bytes_done = 0
-        self._name = self._waiting = ""  # what is being uploaded, and what for it has to be waited
+        self._name = self._waiting = ""  # the file that is being uploaded, and what the upload waits for
         self._error: BaseException | None = None
-        #: Whether something is on its way, and the repository not whole yet.
+        #: Whether files have been submitted, and the repository is not whole yet.
         self.unfinished = False
         self._dropped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="surgery-upload", daemon=True)
@@ -131,14 +131,14 @@ class Upload:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        self._bars.enter_context(client.without_bars())  # those of several threads would write over each other
+        self._bars.enter_context(client.without_bars())  # bars of several threads would write over each other
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None:
             self._dropped.set()
         self._queue.put(None)
-        # On an error the thread is left behind with what it is uploading, of which it commits nothing.
+        # On an error the thread may go on with the file that it is uploading, but commits nothing.
         self._thread.join(timeout=None if error is None else 1.0)
         self._bars.close()
         if error is None and self._error is not None:
@@ -200,7 +200,7 @@ class Upload:
         return self._patiently(lambda: takes_card(card))
 
     def _wait(self) -> None:
-        """Until the thread has done all there is."""
+        """Wait until the thread has uploaded all that was submitted, and tell the progress meanwhile."""
         self._queue.put(None)
         progress, done = listening(), self._bytes_done
         with phase(progress, "uploading", self._bytes_submitted - done):
@@ -236,25 +236,25 @@ class Upload:
                 due = time.monotonic() + _SECONDS_BETWEEN_COMMITS
 
     def _transferred(self, addition: CommitOperationAdd) -> list[CommitOperationAdd]:
-        """Bring a file's contents to the hub, to be committed; nothing to commit if the repository has it."""
+        """Upload the contents of a file. Returns what has to be committed: nothing if the repository has the file already."""
         self._name, self._waiting = (name := addition.path_in_repo), ""
         there = self._patiently(lambda: self._described([name]))
         missing = not _is_there(there, addition)
         if missing:
-            # One at a time: for several the client starts threads that the interpreter waits for at its end.
+            # One at a time: for several, the client starts threads, and the interpreter waits for these when it exits.
             self._patiently(lambda: self._preupload([addition]))
         self._uploaded[name] = addition
         self._bytes_done += addition.upload_info.size
         return [addition] if missing else []
 
     def _commit(self, additions: list[CommitOperationAdd]) -> None:
-        """Add files to a repository that is not whole from then on."""
+        """Commit files to the repository; from the first such commit on it does not look whole."""
         names = [addition.path_in_repo for addition in additions]
         message = f"Add {', '.join(names[:2])}" + (f" and {len(names) - 2} more" if len(names) > 2 else "")
         note = _addition(CARD_FILE, _UNFINISHED)
 
         def attempt() -> None:
-            # Looked at anew each time: of an attempt that seems to have failed the commit may have been made.
+            # Looked up for each attempt: the commit of an earlier one may have been made although it seemed to fail.
             there = self._described([*names, CARD_FILE, *_MARKERS])
             missing = [addition for addition in additions if not _is_there(there, addition)]
             if not missing:
@@ -268,7 +268,11 @@ class Upload:
         self._patiently(attempt)
 
     def _complete(self, last: list[CommitOperationAdd]) -> None:
-        """The last commit, if there is anything to it."""
+        """Make the last commit, unless the repository is already as it should be.
+
+        Raises:
+            _Changed: the repository does not hold what has been uploaded before.
+        """
         head = self._api.model_info(self.repo_id).sha
         tree = self._api.list_repo_tree(self.repo_id, recursive=True, revision=head)
         there = {file.path: file for file in tree if isinstance(file, RepoFile)}
@@ -283,21 +287,21 @@ class Upload:
             self._api.create_commit(self.repo_id, [*missing, *stale], commit_message="Complete the upload", parent_commit=head)
 
     def _described(self, names: list[str]) -> dict[str, RepoFile]:
-        """Those of the files that the repository has."""
+        """Name -> what the hub says of the file, for those of the names that the repository has."""
         found = self._api.get_paths_info(self.repo_id, names)
         return {file.path: file for file in found if isinstance(file, RepoFile)}
 
     def _preupload(self, additions: list[CommitOperationAdd]) -> None:
-        """Bring contents to the hub, unless they are small and go along with the commit."""
+        """Upload contents before the commit; small ones are left to the commit itself."""
         self._api.preupload_lfs_files(self.repo_id, additions, free_memory=False, gitignore_content=_NOTHING_IGNORED)
 
     def _patiently(self, call: Callable[[], _T]) -> _T:
-        """The result of a call, tried again where that may help."""
+        """The result of a call, which is tried again after errors that may pass."""
         return Patience(self._tell, self._dropped, _may_pass).run(call)
 
     def _tell(self, text: str, is_long: bool) -> None:
         self._waiting = f": {text}"
-        listening().item(self._name + self._waiting)  # nobody listens in the thread that uploads: ``_wait`` tells it
+        listening().item(self._name + self._waiting)  # in the thread that uploads nobody listens: there ``_wait`` tells it
 
 
 def _addition(name: str, content: Path | bytes, sha256: str | None = None) -> CommitOperationAdd:
@@ -310,7 +314,7 @@ def _addition(name: str, content: Path | bytes, sha256: str | None = None) -> Co
         hint = "see that it is an ordinary file that may be read (ls -l), then run the same command again"
         raise OutputError(f"{name}: the hub takes no such file", got=error, hint=hint) from error
     if sha256 is not None:
-        addition.upload_info.sha256 = bytes.fromhex(sha256)  # the client need not read the file once more
+        addition.upload_info.sha256 = bytes.fromhex(sha256)  # saves the client from reading the file once more
     return addition
 
 
@@ -321,23 +325,23 @@ def _is_there(there: Mapping[str, RepoFile], addition: CommitOperationAdd) -> bo
         return False
     if file.lfs is not None:
         return file.lfs.sha256 == addition.upload_info.sha256.hex()
-    with addition.as_file() as content:  # small, or the hub would have it as LFS
+    with addition.as_file() as content:  # a small file: the hub keeps others as LFS
         return file.blob_id == _blob_id(content.read())
 
 
 def _blob_id(content: bytes) -> str:
-    """What git calls a file with these contents."""
+    """The id of a git blob with these contents."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
 def _would_mix(name: str) -> bool:
-    """Whether a file would be taken for part of a result that it does not belong to."""
+    """Whether a file of an earlier result, if it stayed, would be taken for part of the new one."""
     is_weights = name.endswith(".safetensors") or is_index(name.rpartition("/")[2])
     return name in _MARKERS or name.startswith(f"{SURGERY_DIR}/") or is_weights
 
 
 def _check_ours(info: ModelInfo) -> None:
-    """Refuse a repository with a model of another origin: a mistyped name must not cost it its weights."""
+    """Refuse a repository with a model that surgery has not put there: a mistyped name must not overwrite its weights."""
     names = [file.rfilename for file in info.siblings or []]
     model = [name for name in names if name in _MARKERS or name.endswith((".safetensors", *OTHER_WEIGHTS))]
     if model and MANIFEST_FILE not in names and TAG not in (info.tags or []):
@@ -352,7 +356,7 @@ def _may_pass(error: Exception) -> bool:
     """Whether another attempt may succeed."""
     cause = error.__cause__ if isinstance(error, RuntimeError) else error
     if isinstance(cause, client.HfHubHTTPError) and cause.response.status_code in (409, 412):
-        return True  # somebody else's commit came first
+        return True  # another commit came first
     return is_transient(error)
 
 

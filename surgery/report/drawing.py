@@ -1,4 +1,4 @@
-"""How a picture is drawn: one small SVG, to stand in a page that it takes its colours and fonts from.
+"""What all pictures are made of. A picture is a small SVG inside of a page, with the page's colours and fonts.
 
 Text and axes are drawn in ``currentColor`` and lines in custom properties of the page (``--layer-0`` and so on), so
 that one picture serves light and dark. The same numbers give the same bytes.
@@ -31,17 +31,17 @@ if TYPE_CHECKING:
 
 #: Shades between the first and the last layer.
 SHADES = 16
-#: Stand for what the page decides; the SVG writer only takes real colours.
+#: Placeholders for colours that the page decides: matplotlib's SVG writer takes only real colours.
 INK, FAINT = "#010203", "#010204"
 _SHADE = "#0102{:02x}"
 _FIRST_SHADE = 0x10
 
-#: Inches of 72 units, of which a phone shows about 270. Fixed margins keep the axes of panels in line.
+#: In inches of 72 units; a phone is about 270 units wide. Fixed margins keep the axes of panels in line.
 _WIDTH, _LEFT, _RIGHT, _BOTTOM = 3.6, 0.68, 0.24, 0.45
 LINES_HEIGHT = 1.95
 _LAYERS = "viridis"
-#: What shrank, grew and turned, of a lightness that stands out from a light and from a dark page, and told apart by
-#: colour-blind eyes. What did not change has the page's own colour.
+#: Colours of values that shrank, grew and turned. They stand out from a light and from a dark page, and colour-blind eyes tell
+#: them apart. What did not change has the page's own colour.
 SHRANK, GREW, TURNED = "#2f7fc1", "#c9432b", "#9a5cc6"
 
 _STYLE: Any = {
@@ -91,7 +91,12 @@ class Panel:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """Panels that share their scales, and the ends of the colour scale."""
+    """Panels that share their scales.
+
+    Attributes:
+        panels: one for each group.
+        low, high: the values at the ends of the colour scale.
+    """
 
     panels: list[Panel]
     low: float = 0.0
@@ -105,12 +110,12 @@ def layer_colors(*, dark: bool) -> list[str]:
 
 
 def diverging_colors() -> list[str]:
-    """From what shrank to what grew, with the unchanged in the middle."""
+    """The colour scale from shrunk to grown, with the unchanged in the middle."""
     return [SHRANK, "transparent", GREW]
 
 
 def turning_colors() -> list[str]:
-    """From what turned to what did not."""
+    """The colour scale from turned to unturned."""
     return [TURNED, "transparent"]
 
 
@@ -145,11 +150,11 @@ def finished(figure: Figure, group: Group, description: str) -> Panel:
 
 
 def _inline(svg: str) -> str:
-    """What an SVG file draws, for a page: no prologue, no fonts, no names that another picture could have as well.
+    """The drawing in an SVG file, made fit for a page: without prologue, fonts, and ids that other pictures may have too.
 
-    What matplotlib can be told it has been told: no metadata, text as text (which also leaves out its comments), ids that are
-    hashes with a salt of ours. For the rest it has no settings, up to 3.11: it names every group, writes its own style sheet,
-    six decimals in every path and old names of attributes, and takes no colour that is left to the page.
+    Settings of matplotlib do what they can: no metadata, text as text, which also leaves out comments, and ids that are salted
+    hashes. For the rest there are none up to version 3.11: it names every group, writes its own style sheet, six decimals in
+    every path and old names of attributes, and takes no colour that is left to the page.
     """
     body = svg[svg.index(">", svg.index("<svg")) + 1 : svg.rindex("</svg>")]
     body = re.sub(r"<style type=\"text/css\">.*?</style>", "", body, flags=re.DOTALL)
@@ -165,7 +170,7 @@ def _inline(svg: str) -> str:
 
 
 def _rounded(path: str) -> str:
-    """A path with coordinates to a tenth of a unit, less than a pixel."""
+    """The data of an SVG path with coordinates rounded to a tenth of a unit, which is less than a pixel."""
     tokens = (token if token.isalpha() else f"{float(token):.1f}".removesuffix(".0") for token in path.split())
     return " ".join(tokens)
 
@@ -216,12 +221,12 @@ def heat_map(axes: Axes, group: Group, cells: Floats, colors: Floats) -> None:
 
 
 def map_height(group: Group) -> float:
-    """Of a heat map's axes, in inches."""
+    """The height of a heat map's axes, in inches."""
     return min(2.2, max(0.35, 0.14 * len(group.rows)))
 
 
 def step_axis(axes: Axes, k: int, *, label: bool = True) -> None:
-    """Labels for an axis in ``steps``."""
+    """Label the horizontal axis of a picture whose columns are ``steps`` of ``k`` directions."""
     columns = steps(k)
     wanted = [index for index in (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096) if index <= k]
     places = [next(i for i, column in enumerate(columns) if index <= column.stop) + 0.5 for index in wanted]
@@ -231,7 +236,7 @@ def step_axis(axes: Axes, k: int, *, label: bool = True) -> None:
 
 
 def index_axis(axes: Axes, k: int, label: str = "direction") -> None:
-    """Labels for an axis on a log scale."""
+    """Label a horizontal log axis over ``k`` directions."""
     axes.set_xlim(0.9, max(k, 2) * 1.1)
     powers = [2**power for power in range(k.bit_length())]
     axes.xaxis.set_major_locator(FixedLocator(powers[:: 2 if len(powers) > 6 else 1]))
@@ -241,7 +246,7 @@ def index_axis(axes: Axes, k: int, label: str = "direction") -> None:
 
 
 def plain_log(axes: Axes) -> None:
-    """Labels of a vertical log scale as plain numbers, enough of them where it spans less than a power of ten."""
+    """Label a vertical log axis with plain numbers, and with enough of them if it spans less than a power of ten."""
     low, high = axes.get_ylim()
     marks = [factor * 10.0**power for power in range(-12, 12) for factor in (1, 2, 5)]
     inside = [mark for mark in marks if low <= mark <= high]
@@ -256,5 +261,5 @@ def plain_log(axes: Axes) -> None:
 
 
 def line_indices(k: int) -> NDArray[np.int64]:
-    """The indices from 1 to ``k`` that a line goes through."""
+    """The indices from 1 to ``k`` that a line is drawn through."""
     return np.array(sorted({column.start + 1 for column in steps(k)} | {k}))

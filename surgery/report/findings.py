@@ -1,4 +1,4 @@
-"""What the numbers say, in sentences that follow from them: also where a finding does not hold."""
+"""The findings of a report in sentences, which follow from the numbers, also where a finding does not hold."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from surgery.report.words import count, directions_text, matrices, number, perce
 
 
 def statements(spectra: dict[str, Any], groups: Sequence[Group]) -> list[Statement]:
-    """The findings on a model, or on what turned one model into another."""
+    """The findings on a model alone, or on the change from one model into another."""
     targets: list[Target] = spectra["targets"]
     if spectra["tuned"] is None:
         return [_spectrum_statement(spectra), _energy_statement(targets, groups), _certificates_statement(spectra)]
@@ -79,7 +79,7 @@ def _energy_statement(targets: Sequence[Target], groups: Sequence[Group]) -> Sta
 
 
 def _extremes(groups: Sequence[Group], get: Callable[[Target], float], word: Callable[[float], str], what: str) -> str:
-    """The groups with the least and the greatest median, as a sentence."""
+    """A sentence that names the groups with the least and the greatest median."""
     values = {group.name: median_rank(map(get, group.targets)) for group in groups}
     low, high = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
     if values[low] == values[high]:

@@ -1,4 +1,4 @@
-"""What the numbers say of the change from one model into another, in sentences: also where a finding does not hold."""
+"""The findings on the change from one model into another, in sentences, also where a finding does not hold."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from surgery.report.summary import (
 )
 from surgery.report.words import cosine, count, directions_text, matrices, number, percent, times
 
-#: Cosines of directions and of what they became.
+#: A direction has stayed, or has turned, if its cosine with the one that it became is above, or below, this.
 STAYED, TURNED = 0.99, 0.9
-#: Of directions that turned: from this share on, what most of them did is not the whole answer.
+#: If at least this share of directions turned, the answer tells of them, also where most have stayed.
 MANY = 0.05
-#: Shares against those of an update without any direction.
+#: How many times the share that chance gives counts as more than chance.
 MORE_THAN_CHANCE = 2.0
 MOST, LITTLE = 0.5, 0.1
-#: Changes of singular values below this many times the tolerance of the solver say nothing.
+#: Changes of singular values count only above this many times the tolerance of the solver.
 ABOVE_TOLERANCE = 10
 
 
 def changes(spectra: dict[str, Any], targets: Sequence[Target]) -> list[Change]:
-    """How the singular values of each changed, with the top that the run was asked for."""
+    """How the singular values of each matrix changed, with the size of the top that the run was asked for."""
     return [change(target, spectra["options"]["subspace"]) for target in targets]
 
 
@@ -122,7 +122,7 @@ def _where(spectra: dict[str, Any], groups: Sequence[Group]) -> list[str]:
 
 
 def _extreme_changes(values: dict[str, float]) -> str:
-    """Where changes are highest and lowest, as a part of a sentence; nothing where all would read the same."""
+    """The part of a sentence that says where changes are highest and lowest; empty if the two would read the same."""
     words = {name: percent(value, signed=True) for name, value in values.items()}
     if len(set(words.values())) < 2:
         return ""

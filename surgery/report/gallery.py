@@ -11,12 +11,12 @@ from surgery.report.drawing import SHADES, Panel, Picture, diverging_colors, tur
 from surgery.report.summary import Group, median, relative_update
 from surgery.report.words import html_text, number, percent
 
-#: Groups that get pictures: more would make a page that nobody scrolls through.
+#: The most groups that get pictures: with more the page would be too long to scroll through.
 MAX_PANELS = 24
 
 
 def pictures(spectra: dict[str, Any], groups: Sequence[Group]) -> str:
-    """All figures, with a note on what they leave out or put together."""
+    """All pictures as HTML, with a note on groups that they leave out and on matrices that they put together."""
     r, tuned = spectra["options"]["subspace"], spectra["tuned"] is not None
     drawn = _drawn(groups, tuned=tuned)
     numbers = [row.layer for group in groups for row in group.rows if row.layer is not None]
@@ -140,7 +140,7 @@ def _figure(name: str, heading: str, caption: str, key: Sequence[str], picture: 
 def _panel(name: str, heading: str, panel: Panel) -> str:
     width, height = (number(length) for length in panel.size)
     group = html_text(panel.group)
-    # Names inside a drawing are its own; on a page they must differ from those of the other drawings.
+    # Ids are unique inside a drawing only; on a page they must differ from those of the other drawings.
     svg = panel.svg.replace(' id="', f' id="{name}-').replace("url(#", f"url(#{name}-").replace('href="#', f'href="#{name}-')
     return (
         f'<div class="panel">\n<p class="name"><bdi>{group}</bdi></p>\n<p class="about">{panel.about}</p>\n'

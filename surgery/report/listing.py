@@ -1,4 +1,4 @@
-"""What is known of each matrix, one line each: the table of the page, and a CSV for calculating."""
+"""One line for each matrix: the table of the page, and a CSV file to calculate with."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from surgery.report.schema import check_spectra
 from surgery.report.summary import Target, change, half_energy_rank, median, relative_update, worst_residual
 from surgery.report.words import cosine, number, percent
 
-#: Directions of which the CSV tells one by one, and what.
+#: How many directions have columns of their own in the CSV file.
 AMPLIFICATIONS = 8
 _DIRECTIONS = ("amplification", "in_place", "place")
-#: Matrices that the page has room for.
+#: The most matrices that the page lists.
 MAX_ROWS = 300
 
 _NAMES = ("tensor", "slice", "matrix", "key", "group", "layer", "dtype")
@@ -45,15 +45,15 @@ _UPDATE = (
 )
 
 
-#: In some languages a spreadsheet takes the wide forms for the signs themselves.
+#: Signs that begin a formula in a spreadsheet; in some languages their wide forms do so as well.
 _BEGINS_A_FORMULA = ("=", "+", "-", "@", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 
 def write_csv(spectra: dict[str, Any], path: Path) -> None:
     """Write what is known of each matrix as one line of a CSV file (UTF-8, with a heading).
 
-    A value that there is not, of a model alone or of a matrix that did not change, is an empty cell. A text that a
-    spreadsheet would take for a formula has an apostrophe put before it.
+    A cell is empty where there is no value, as in a model alone or for a matrix that did not change. A text that a spreadsheet
+    would take for a formula gets an apostrophe before it.
 
     Args:
         spectra: what ``surgery spectra`` has found (docs/study.md).
@@ -116,7 +116,7 @@ class Column:
 
 
 def columns(spectra: dict[str, Any]) -> list[Column]:
-    """What the page's table tells of each matrix."""
+    """The columns of the page's table."""
     r = spectra["options"]["subspace"]
 
     def half(target: Target) -> float:

@@ -1,4 +1,4 @@
-"""One page without any network that tells what ``surgery spectra`` has found."""
+"""The page of a report: one HTML file, which needs no network, with all that ``surgery spectra`` has found."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ The numbers behind this page are in spectra.json and, by matrix, in spectra.csv,
 
 
 def _compared(spectra: dict[str, Any], groups: Sequence[Group]) -> str:
-    """What was looked at, and with which options."""
+    """Which models were compared, and with which options."""
     options, targets = spectra["options"], spectra["targets"]
     layers = {row.layer for group in groups for row in group.rows if row.layer is not None}
     kept = max(group.k for group in groups)
@@ -150,7 +150,7 @@ def _findings(spectra: dict[str, Any], groups: Sequence[Group]) -> str:
 
 
 def _by_group(spectra: dict[str, Any], groups: Sequence[Group]) -> str:
-    """A line for each group: where the findings hold."""
+    """The table with one line for each group, which shows where the findings hold."""
     r = spectra["options"]["subspace"]
     headings = ["matrices", "stable rank", "half energy"]
     if spectra["tuned"] is not None:
@@ -255,7 +255,7 @@ def _cell(column: listing.Column, target: dict[str, Any]) -> str:
     text = html.escape(column.show(value))
     if not column.numeric:
         return f'<td class="name"><bdi>{text}</bdi></td>'
-    # What a shape is sorted by is its number of elements.
+    # A shape is sorted by its number of entries.
     sort = math.prod(value) if isinstance(value, list | tuple) else value
     sort = "" if sort is None else "Infinity" if sort == math.inf else sort
     return f'<td class="number" data-value="{sort}">{text}</td>'

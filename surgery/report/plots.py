@@ -1,4 +1,4 @@
-"""The pictures of a report: what each shows of a group, and the same in words."""
+"""The pictures of a report: what each shows of a group, drawn and described in words."""
 
 from __future__ import annotations
 
@@ -86,12 +86,12 @@ def energy_picture(groups: Sequence[Group], layers: tuple[int, int]) -> Picture:
     return Picture([panel(group) for group in groups])
 
 
-#: Rows of the picture of amplification: its key, and what it is called.
+#: Rows of the picture of amplification: the key in ``spectra.json``, and what the row is called.
 _AMPLIFICATIONS = (("amplification", "by order"), ("in_place", "in place"))
 
 
 def amplification_picture(groups: Sequence[Group], r: int) -> Picture:
-    """Amplification by index and layer, as colours around 1: of values in their order above, of directions in place below."""
+    """Amplification by index and layer, as colours around 1: above of values by their order, below of directions in place."""
     tables = [[group.table(itemgetter(key)) - 1 for key, _ in _AMPLIFICATIONS] for group in groups]
     drawn = [[in_steps(table, steps(group.k)) for table in pair] for group, pair in zip(groups, tables, strict=True)]
     sizes = np.concatenate([np.abs(table[np.isfinite(table)]) for pair in drawn for table in pair])
@@ -153,7 +153,8 @@ def rotation_picture(groups: Sequence[Group], r: int) -> Picture:
     return Picture([panel(*item) for item in zip(groups, tables, drawn, strict=True)], low, 1.0)
 
 
-#: Rows of the picture of the update: its key there, what it is called, and what chance would have of an m x n matrix.
+#: Rows of the picture of the update: the key in ``spectra.json``, what the row is called, and the share that chance gives in an
+#: m x n matrix.
 _SHARES: tuple[tuple[str, str, Callable[[int, int, int], float]], ...] = (
     ("in_left", "in left", lambda m, n, r: r / m),
     ("in_right", "in right", lambda m, n, r: r / n),
@@ -226,7 +227,7 @@ def _signed_median(values: Floats, where: str) -> str:
 
 
 def _round_up(value: float) -> float:
-    """To 1, 2 or 5 times a power of ten, 1e-6 at least."""
+    """A value rounded up to 1, 2 or 5 times a power of ten, and to 1e-6 at least."""
     value = max(value, 1e-6)
     power = 10.0 ** math.floor(math.log10(value))
     return next(factor * power for factor in (1, 2, 5, 10) if value <= factor * power * (1 + 1e-9))

@@ -1,4 +1,4 @@
-"""What the words and numbers of a report mean, and where its answers draw the line."""
+"""The glossary of a report: what its words and numbers mean, and the thresholds of its answers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from surgery.report.words import count, number, percent
 
 
 def terms(spectra: dict[str, Any]) -> list[tuple[str, str]]:
-    """Terms and their meaning, as HTML; what is put in is numbers only."""
+    """Terms and their meanings, as HTML. Only numbers of the run are put into it, no names."""
     options, found, targets = spectra["options"], spectra["findings"], spectra["targets"]
     r, tolerance = options["subspace"], options["tolerance"]
     entries = [

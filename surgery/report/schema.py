@@ -1,4 +1,4 @@
-"""What ``spectra.json`` holds (docs/study.md), looked at before anything is made of it."""
+"""The schema of ``spectra.json`` (docs/study.md), and the check of its contents before they are used."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from surgery.errors import FormatError
 
 SCHEMA_VERSION = 2
 
-#: Beyond what a ratio of squared norms of float32 weights can be.
+#: Larger than any ratio of squared norms of float32 weights.
 _LARGEST = 1e100
 _MOST = 2**53
 #: Rounding to six digits may take a cosine or a share a little beyond 1.
 _ONE = 1 + 1e-5
 
-#: Raises a FormatError unless a value is of the kind; the text says where it is.
+#: A check ``(value, where)`` that raises a FormatError, with ``where`` in its message, unless the value is of some kind.
 _Kind = Callable[[Any, str], None]
 
 
@@ -68,7 +68,7 @@ def _list(kind: _Kind, *, least: int = 0) -> _Kind:
 
 
 def _object(fields: Mapping[str, _Kind], *, may_lack: tuple[str, ...] = ()) -> _Kind:
-    """An object with these entries, and perhaps others."""
+    """A check for an object with these entries, and perhaps others."""
 
     def check(value: Any, where: str) -> None:
         if not isinstance(value, Mapping):
@@ -154,11 +154,11 @@ _COMPARISON: dict[str, _Kind] = {
     "right_next": _list(_share),
     "explained": _list(_size),
 }
-#: One for each of the leading singular values, and at most one.
+#: Lists with one entry for each singular value that is told, and lists with at most as many.
 _BY_DIRECTION = ("residual", "gap", "identified")
 _BY_PAIR = ("amplification", "place", "left_cosine", "right_cosine", "in_place")
 _SHARES, _CHANCES = ("median_update_in_both", "median_rescaling"), ("chance_in_both", "chance_rescaling")
-#: What tells of all matrices together is there or None; a model alone may lack it.
+#: The findings about all matrices together. Each is a value or None; those about a change may be missing for a model alone.
 _FINDINGS: dict[str, _Kind] = {
     "targets": _count,
     "median_stable_rank": _maybe(_size),
@@ -213,13 +213,13 @@ def _check_lengths(target: Mapping[str, Any], where: str, *, compared: bool) -> 
 
 
 def check_target(target: Any, where: str = "", *, compared: bool, whole: bool = True) -> None:
-    """Refuse what is not the figures of one matrix.
+    """Refuse a value that is not the figures of one matrix.
 
     Args:
         target: one of ``targets``, as it comes from JSON.
-        where: it is, for messages.
-        compared: whether it tells of two models.
-        whole: whether also what no page and no table shows must be there.
+        where: its place, for messages.
+        compared: whether two models were compared.
+        whole: whether entries must be there that neither page nor table shows.
 
     Raises:
         FormatError: names the entry.
@@ -232,10 +232,10 @@ def check_target(target: Any, where: str = "", *, compared: bool, whole: bool = 
 
 
 def check_spectra(spectra: Any) -> None:
-    """Refuse what is not the contents of a ``spectra.json``, as far as a page or a table shows it.
+    """Refuse a value that is not the contents of a ``spectra.json``, as far as a page or a table shows it.
 
     Raises:
-        FormatError: of another schema version; or names the entry that is missing or of another kind.
+        FormatError: it is of another schema version, or an entry is missing or of another kind, which the message names.
     """
     if not isinstance(spectra, Mapping) or spectra.get("schema_version") != SCHEMA_VERSION:
         raise FormatError(
@@ -259,7 +259,7 @@ def check_spectra(spectra: Any) -> None:
 
 
 def _check_findings(spectra: Mapping[str, Any]) -> None:
-    """What must be known where something is."""
+    """Refuse findings in which a value is missing that others, or an update, say must be there."""
     found = spectra["findings"]
     if found["in_place_grew_share"] is not None:
         _real(found["median_in_place"], "findings.median_in_place")

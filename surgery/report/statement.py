@@ -1,4 +1,4 @@
-"""A finding in words."""
+"""``Statement``: a finding in words."""
 
 from __future__ import annotations
 

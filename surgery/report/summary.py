@@ -1,4 +1,4 @@
-"""Medians over layers, groups and experts, of what ``surgery spectra`` has measured. Shapes and units as in docs/study.md."""
+"""Medians of what ``surgery spectra`` has measured, over layers, groups and experts. Shapes and units as in docs/study.md."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 Target = dict[str, Any]
 Floats = NDArray[np.float64]
 
-#: The first directions are shown one by one, later ones in half as many steps for every doubling of the index.
+#: So many directions are shown one by one; after that each doubling of the index takes half as many columns.
 _SINGLE = 16
 
 #: The finding "the top is amplified": most of the top grew, and it changed clearly more than what comes after it.
@@ -26,11 +26,11 @@ CLEARLY_MORE = 1.5
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """How the singular values of one matrix changed; None where it has no such values.
+    """How the singular values of one matrix changed. A figure is None if the matrix has no such values.
 
     Attributes:
         mean: mean of amplification - 1 over the top r.
-        top: the same of its absolute value.
+        top: mean of |amplification - 1| over the top r.
         grew: share of the top r that grew.
         middle: mean |amplification - 1| of directions r + 1 to k.
         rest: |amplification - 1| of all that comes after the k.
@@ -44,12 +44,12 @@ class Change:
 
     @property
     def other(self) -> float | None:
-        """The larger change among what is not the top."""
+        """The larger of ``middle`` and ``rest``, the changes below the top; None if there is neither."""
         return max((value for value in (self.middle, self.rest) if value is not None), default=None)
 
     @property
     def holds(self) -> bool:
-        """The top is amplified, and in particular the top."""
+        """Whether the top is amplified, and more than what comes after it."""
         return verdict(self.grew, self.mean, self.other) == "yes"
 
 
@@ -71,7 +71,7 @@ def verdict(grew: float | None, top: float | None, other: float | None) -> str:
 
 
 def change(target: Target, r: int) -> Change:
-    """How the singular values of a matrix of two models changed, with the top being the first ``r``."""
+    """How the singular values of a matrix changed from one model to the other; its top are the first ``r``."""
     values = target["amplification"]
     known = [value - 1 for value in values[:r] if value is not None]
     middle = [abs(value - 1) for value in values[r:] if value is not None]
@@ -92,7 +92,7 @@ def half_energy_rank(singular_values: Sequence[float], norm: float) -> float:
 
 
 def median(values: Iterable[float | None]) -> float | None:
-    """Of those that are known; None where none is."""
+    """The median of the values that are not None; None if there are none."""
     known = [value for value in values if value is not None]
     return statistics.median(known) if known else None
 
@@ -110,7 +110,7 @@ def middle_of(values: Floats, axis: int) -> Floats:
 
 
 def steps(k: int) -> list[slice]:
-    """Indices 0 to k - 1 in columns of a picture: the first ones singly, then ever wider ones, as on a log scale."""
+    """The indices from 0 to k - 1 that each column of a picture stands for: one each at first, then more, as on a log scale."""
     columns, start, width = [], 0, 1
     while start < k:
         columns.append(slice(start, min(start + width, k)))
@@ -127,9 +127,11 @@ def in_steps(values: Floats, columns: Sequence[slice]) -> Floats:
 
 @dataclass(frozen=True)
 class Row:
-    """The matrices of one layer and one group: one, or the experts of a stack.
+    """The matrices of one group in one layer: one matrix, or those of its experts.
 
-    ``layer`` is None for those outside of all layers.
+    Attributes:
+        layer: its number; None outside of all layers.
+        targets: the matrices.
     """
 
     layer: int | None
@@ -149,7 +151,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Group:
-    """The matrices of one name but for the numbers in it, by layer."""
+    """The matrices whose names differ in numbers alone, by layer.
+
+    Attributes:
+        name: the common name.
+        rows: one for each layer.
+    """
 
     name: str
     rows: tuple[Row, ...]
@@ -160,16 +167,16 @@ class Group:
 
     @cached_property
     def k(self) -> int:
-        """The most singular values that a matrix of it has."""
+        """The largest number of singular values that are told of any of its matrices."""
         return max(len(target["singular_values"]) for target in self.targets)
 
     @property
     def stacked(self) -> bool:
-        """Whether a layer has several matrices of it."""
+        """Whether any layer has several of its matrices, as those of experts."""
         return any(len(row.targets) > 1 for row in self.rows)
 
     def table(self, get: Callable[[Target], Sequence[float | None] | None], length: int | None = None) -> Floats:
-        """One line a layer, (rows, k): the values at each index, medians over a layer's matrices."""
+        """The values at each index, (layers, k): for each layer the median over its matrices; NaN where there is none."""
         return np.stack([row.index_median(get, length or self.k) for row in self.rows])
 
     @property
@@ -183,7 +190,7 @@ class Group:
 
 
 def groups_of(targets: Iterable[Target]) -> list[Group]:
-    """The groups in the order of the checkpoint, their rows by layer, those without a layer last."""
+    """The groups in the order of the checkpoint. Their rows are ordered by layer, with those outside of all layers last."""
     found: dict[str, dict[int | None, list[Target]]] = {}
     for target in targets:
         found.setdefault(target["group"], {}).setdefault(target["layer"], []).append(target)

@@ -1,4 +1,4 @@
-"""Numbers and names as a reader gets them."""
+"""Numbers and names as texts for the readers of a report."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def html_text(name: object) -> str:
-    """A text from a stranger's file, for the text of an element or a quoted attribute; what cannot be seen is spelled out."""
+    """A text escaped for an HTML element or a quoted attribute, with characters that cannot be seen spelled out."""
     return html.escape(escaped(str(name)))
 
 
 def number(value: float | None, *, signed: bool = False) -> str:
-    """To three digits, fewer below one, with a power of ten only below 1e-4 and from 1e9 on."""
+    """A number to three digits, fewer below one; with a power of ten only below 1e-4 and from 1e9 on."""
     if value is None or not math.isfinite(value):
         return "–"
     size = abs(value)
@@ -39,14 +39,14 @@ def percent(share: float | None, *, signed: bool = False) -> str:
     """A share as a percentage: 0.0123 is "1.23 %"."""
     if share is None or not math.isfinite(share):
         return "–"
-    # What is nearly all must not be rounded to all of it.
+    # A share that is nearly 1 must not be shown as 100 %.
     if 0.9995 <= share < 1 and not signed:
         return "over 99.9\u00a0%"
     return number(100 * share, signed=signed) + "\u00a0%"
 
 
 def cosine(value: float | None) -> str:
-    """To four places, cut off: what is nearly one must not become it."""
+    """A cosine to four decimals, cut off and not rounded: one of nearly 1 must not be shown as 1."""
     return "–" if value is None else f"{math.floor(1e4 * value) / 1e4:.4f}"
 
 
@@ -65,7 +65,7 @@ def matrices(n: int) -> str:
 
 
 def rank_text(rank: float, kept: int) -> str:
-    """A rank that may lie beyond those that were computed."""
+    """A rank; where it is infinite, that it is more than the ``kept`` ones that were computed."""
     return number(rank) if math.isfinite(rank) else f"more than {kept}"
 
 

@@ -1,4 +1,4 @@
-"""What lies in an output folder: its files, held against what is recorded of them, and the order in which they come."""
+"""The files in an output folder: which there are, whether they are as recorded, and the order they are put in place."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from surgery.progress import listening, phase
 
 
 def files_in(out: Path) -> set[str]:
-    """All that is no folder, relative, but for the journal and what file managers leave. Links are not followed."""
+    """Paths, relative to ``out``, of all files and links in it; not the journal's, nor those that file managers leave."""
     paths = (path for path in all_below(out) if path.is_symlink() or not path.is_dir())
     names = {path.relative_to(out).as_posix() for path in paths}
     return {name for name in names if not name.startswith(f"{JOURNAL_DIR}/") and not is_litter(name)}
@@ -46,10 +46,10 @@ def loading_order(files: Iterable[str]) -> list[str]:
 
 
 def loading_key(name: str) -> tuple[bool, bool, str]:
-    """By which files are sorted in ``loading_order``."""
+    """The sort key of ``loading_order``."""
     return name == MANIFEST_FILE, name == CONFIG_FILE, name
 
 
 def total_size(folder: Path, names: set[str]) -> int:
-    """Bytes of some files of a folder; of a link, its own."""
+    """Bytes of some files in a folder, in sum. A link counts with its own size, not with that of its target."""
     return sum((folder / name).lstat().st_size for name in names)

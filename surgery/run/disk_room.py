@@ -1,4 +1,4 @@
-"""Room on the disks: a run that will not fit is refused before it begins."""
+"""Disk room: a run whose files will not fit is refused before it begins."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _DOWNLOAD_HINT = "--stream, where the command has it, to hold a few of its files
 
 @dataclass(frozen=True, slots=True)
 class DiskNeed:
-    """Room that a run needs.
+    """Disk room that a run needs in a folder.
 
     Attributes:
-        folder: where.
-        size: bytes.
-        what: for messages: ``the result``.
-        freed: bytes there that will be gone by then.
-        hint: what to do without it.
+        folder: where the files will be.
+        size: their bytes.
+        what: what they are, for messages, such as ``the result``.
+        freed: bytes of files that are there now and will be gone by then.
+        hint: what to do if there is not enough.
     """
 
     folder: Path
@@ -34,7 +34,7 @@ class DiskNeed:
 
 
 def download_needs(*sources: Fetching) -> list[DiskNeed]:
-    """The room that models from the hub need for what is still to be fetched of them."""
+    """The disk room for the files that are still to be fetched of models from the hub."""
     rooms = [room for source in sources for room in source.room_to_fetch().items() if room[1]]
     return [
         DiskNeed(folder, size, "weight files that pass through")
@@ -51,10 +51,10 @@ class Fetching(Protocol):
 
 
 def check_room(*needs: DiskNeed) -> None:
-    """Refuse to start on disks that cannot hold what is needed on each, in sum.
+    """Refuse a run if a disk has less room than all needs on it take together.
 
     Raises:
-        OutputError: with the figures.
+        OutputError: tells how much there is, and how much is needed.
     """
     disks: dict[int, list[DiskNeed]] = {}
     for need in needs:

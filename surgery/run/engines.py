@@ -1,4 +1,4 @@
-"""Who does the jobs of a run: this process, or Ray."""
+"""Engines, which do the jobs of a run: in this process or on a Ray cluster; and what jobs must offer to them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _Result_co = TypeVar("_Result_co", covariant=True)
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """Who does the jobs of a run, where, and with how much memory; see ``surgery.factorize``."""
+    """Which engine a user asks for, on which devices, and with how much memory; the fields are options of ``factorize``."""
 
     engine: EngineName = "local"
     device: str = "auto"
@@ -41,35 +41,41 @@ class EngineOptions:
 
 
 class LocalJobs(Protocol[_Result_co]):
-    """The jobs of a run in this process: one for each shard, known by its index."""
+    """Jobs that are done in this process: one for each shard, known by the shard's index."""
 
     def acquired(self, which: Iterable[int]) -> Iterator[int]:
-        """Some shards, each when its files are on this machine."""
+        """Yield these indices in order, each when the files of its shard are on this machine."""
 
     def do_shard(self, index: int, lane: Lane, on_read: Callable[[], object], /) -> _Result_co:
-        """The job of one of those; ``on_read`` is to be called when its files have been read."""
+        """Do the job of a shard that was yielded by ``acquired``.
+
+        Args:
+            index: of the shard.
+            lane: the device, threads and memory to do it with.
+            on_read: to be called when the shard has been read; the lane then begins with the next one.
+        """
 
     def close(self) -> None:
-        """No more files are wanted."""
+        """Called when no more jobs will be done: downloads may stop."""
 
 
 class ShardJobs(LocalJobs[_Result_co], Protocol[_Result_co]):
-    """The jobs of a run, here or elsewhere."""
+    """Jobs that can be done in this process or in others."""
 
     def remote(self, index: int) -> RemoteJob[_Result_co]:
-        """The job of a shard for another process, which gets the files by itself."""
+        """The job of a shard as an object that can be sent to another process, where it gets its files by itself."""
 
     def tell(self, index: int) -> None:
-        """It has been done elsewhere: the progress is to know."""
+        """Tell the progress that the job of a shard has been done in another process."""
 
 
 class Engine(Protocol):
-    """Who does the jobs of a run.
+    """Does the jobs of a run.
 
     Attributes:
-        resources: what a run may use.
-        device_name: the device for its manifest.
-        files_at_a_time: how many weight files are used at a time.
+        resources: devices, cores and memory that a run may use.
+        device_name: the kind of device, as the manifest records it.
+        files_at_a_time: how many weight files are in use at a time.
     """
 
     resources: Resources
@@ -77,7 +83,16 @@ class Engine(Protocol):
     files_at_a_time: int
 
     def run(self, jobs: ShardJobs[_Result], which: Sequence[int], memory: Memory) -> Generator[tuple[int, _Result], None, None]:
-        """Shards with their results, in the order in which they are finished. To be closed when left early."""
+        """Do the jobs of some shards.
+
+        Args:
+            jobs: of the run.
+            which: indices of the shards.
+            memory: how many matrices may be worked on at a time, and in how much memory.
+
+        Returns:
+            Yields index and result of each shard, in the order they are finished. To be closed when left early.
+        """
 
 
 class LocalEngine:
@@ -112,7 +127,7 @@ class LocalEngine:
 
 
 class RayEngine:
-    """A cluster, with one task for each shard."""
+    """A Ray cluster, with one task for each shard."""
 
     def __init__(self, cluster: Cluster, max_memory: int | None, max_device_memory: int | None, timing: Timing | None) -> None:
         self._cluster = cluster
@@ -138,10 +153,10 @@ class RayEngine:
 
 @contextmanager
 def engine_of(options: EngineOptions) -> Iterator[Engine]:
-    """The engine that a user means.
+    """Start the engine that a user asks for; a cluster is disconnected when the context is left.
 
     Raises:
-        OptionError: it has no such device, or a limit of memory is none.
+        OptionError: there is no such device, or a limit of memory is no positive number.
         MissingExtra: Ray is not installed.
         ClusterError: the cluster cannot be reached, or has no such device.
     """
@@ -156,7 +171,7 @@ def engine_of(options: EngineOptions) -> Iterator[Engine]:
 
 
 def float64_device(device: str) -> str:
-    """The device that a user means, where float64 arithmetic is wanted: an Apple GPU has none, and the CPU takes its place.
+    """The device for float64 arithmetic: the one that a user asks for, but the CPU in place of an Apple GPU, which has none.
 
     Raises:
         OptionError: there is no such device.
@@ -171,7 +186,7 @@ def _check_limits(max_memory: int | None, max_device_memory: int | None) -> None
 
 
 def _resources(devices: Sequence[torch.device], max_memory: int | None, max_device_memory: int | None) -> Resources:
-    """What a run on these devices may use: by default half of the memory there is, and most of a GPU's."""
+    """What a run on these devices may use: by default half of the free host memory, and four fifths of each GPU's."""
     kind = devices[0].type
     memory, available = max_memory, available_memory()
     if memory is None and available is not None:
@@ -185,7 +200,7 @@ def _resources(devices: Sequence[torch.device], max_memory: int | None, max_devi
 
 @contextmanager
 def _limited(devices: Sequence[torch.device], max_device_memory: int | None) -> Iterator[None]:
-    """A limit on the memory of GPUs is torch's own meanwhile."""
+    """Make torch itself keep to a limit on the memory of GPUs until the context is left; no effect without a limit."""
     limited = []
     if max_device_memory is not None and devices[0].type == "cuda":
         limited = [torch.cuda.current_device() if device.index is None else device.index for device in devices]

@@ -1,4 +1,4 @@
-"""A factorization as a whole: which run it is, whether a folder holds its complete result, and what comes last of it."""
+"""A factorization as a whole: its identity, whether a folder holds its complete result already, and its last files."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Factorization:
     Attributes:
         source: the model.
         plan: what is done with each of its weight files.
-        options: as the manifest has them.
-        device: what the linear algebra runs on, as the manifest has it.
+        options: as the manifest records them, with the name of the recipe that applies.
+        device: what the linear algebra runs on, as the manifest records it.
     """
 
     source: Source
@@ -50,7 +50,8 @@ class Factorization:
     def identity(self) -> dict[str, Any]:
         """All that the bytes of the result depend on, as JSON."""
         chosen = [
-            [*seen(t.key, t.shape, t.view), t.rank, t.energy, [alias.tensor for alias in t.aliases]] for t in self.plan.targets
+            [*target_identity(t.key, t.shape, t.view), t.rank, t.energy, [alias.tensor for alias in t.aliases]]
+            for t in self.plan.targets
         ]
         return {
             "command": "factorize",
@@ -66,7 +67,7 @@ class Factorization:
         }
 
     def files(self) -> ResultFiles:
-        """Everything that will be written."""
+        """All files that will be written, and their size."""
         plan = self.plan
         names = {MANIFEST_FILE, SCALES_FILE, *self.source.selection.others}
         for index, shard in enumerate(plan.shards):
@@ -77,13 +78,14 @@ class Factorization:
         return ResultFiles(frozenset(names), plan.bytes_written)
 
     def complete_in(self, out: Path) -> Manifest:
-        """The manifest of a complete result, if it is that of this factorization.
+        """Check that a folder holds the complete result of this very factorization, and return its manifest.
 
         Args:
             out: a folder with a manifest.
 
         Raises:
-            OutputError: it is the result of another one, and says what differs; or it has lost files since.
+            OutputError: it holds the result of another factorization, and the message says what differs; or files of it are
+                missing or have changed.
             FormatError, ReadError: the manifest is damaged, or a file of the model cannot be read.
         """
         manifest = Manifest.read(out)
@@ -104,14 +106,17 @@ class Factorization:
         return manifest
 
     def _differences(self, manifest: Manifest) -> list[str]:
-        """Where a complete result is another one, in words. A local model is read for it if nothing else differs."""
+        """What differs between this factorization and a complete result, in words; empty if nothing does.
+
+        If nothing else differs, all files of a local model are hashed and compared.
+        """
         source, plan = self.source, self.plan
         then = {"layout": manifest.layout, "options": asdict(manifest.options), "source": asdict(manifest.source)}
         now = {"layout": plan.layout, "options": asdict(self.options), "source": asdict(source.record)}
         differences = differing(then, now)
         found = {target.key: target for target in manifest.targets}
-        planned = sorted(seen(t.key, t.shape, t.view) for t in plan.targets)
-        if sorted(seen(t.key, t.shape, t.seen_as) for t in manifest.targets) != planned:
+        planned = sorted(target_identity(t.key, t.shape, t.view) for t in plan.targets)
+        if sorted(target_identity(t.key, t.shape, t.seen_as) for t in manifest.targets) != planned:
             differences.append("the targets are others")
         elif any(has_other_rank(found[target.key], target) for target in plan.targets):
             differences.append("the ranks are others")
@@ -132,11 +137,14 @@ class Factorization:
         return differences
 
     def finish(self, place: Path, results: Sequence[ShardResult]) -> Manifest:
-        """Copy what goes along, write the scales and, last, the manifest: of a source that is still what was planned for.
+        """Copy the files that go along, write the scales and, as the last file, the manifest.
 
         Args:
             place: the folder that is written to.
-            results: of all shards, whose files are there.
+            results: of all shards, in order; their files are in place already.
+
+        Raises:
+            FormatError: a file of the source has changed during the run.
         """
         source, progress = self.source, listening()
         targets = [target for result in results for target in result.targets]
@@ -170,11 +178,11 @@ class Factorization:
         return manifest
 
 
-def seen(key: str, shape: Sequence[int], view: View) -> list[Any]:
-    """Which matrices of a tensor a target is, as JSON: its key, the shape of the tensor, and how it is seen as matrices."""
+def target_identity(key: str, shape: Sequence[int], view: View) -> list[Any]:
+    """What identifies a target, as JSON: its key, the shape of its tensor, and how that is seen as matrices."""
     return [key, list(shape), view.kind, asdict(view.slice) if view.slice else None]
 
 
 def has_other_rank(target: TargetRecord, planned: Target) -> bool:
-    """Whether a result has another rank than is asked for, or than may come of the energy that is."""
+    """Whether a result's rank is not the planned one or, with an energy, is above the planned maximum."""
     return target.rank > planned.rank or (planned.energy is None and target.rank != planned.rank)

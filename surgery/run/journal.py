@@ -1,8 +1,8 @@
-"""What an unfinished run has done so far, so that the same command goes on where it stopped.
+"""The journal of a run: what it has done so far, so that the same command goes on where an earlier one stopped.
 
-In a hidden folder of the output, which no loader looks into and which is gone when the run is finished: ``run.json`` says
-what the run is, and one file for each finished shard what became of it, written when all of the shard's files are in place.
-Such a record says which shard it is of, and of which run, and has its own hash: in another's place it is taken for damaged.
+It is a hidden folder in the output folder, which no loader looks into and which is removed when the run is finished.
+``run.json`` holds the identity of the run. One file for each finished shard holds the shard's result, and is written when all
+of the shard's files are in place. It names its run and shard and has its own hash: a record of another one is not used.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from surgery.names import FILES_FILE, JOURNAL_DIR, REPLACED_FILE, RUN_FILE
 
 
 class Journal:
-    """The journal of the run that writes to ``out``.
+    """The journal of a run. The static methods ask about whatever run the folder holds, the others are about this run.
 
     Args:
         out: the output folder.
-        identity: all that the result depends on, as JSON: runs with the same give the same bytes.
+        identity: all that the result depends on, as JSON. Runs of the same identity give the same bytes.
     """
 
     def __init__(self, out: Path, identity: Mapping[str, Any]) -> None:
@@ -43,18 +43,18 @@ class Journal:
 
     @staticmethod
     def forget(out: Path) -> None:
-        """The result in ``out`` is complete: the run is over. The first thing to go is what says that it has begun."""
+        """Remove the marks of an unfinished run, as its result is complete or of no use: first the one that it has begun."""
         with write_errors(out):
             (out / RUN_FILE).unlink(missing_ok=True)
             (out / FILES_FILE).unlink(missing_ok=True)
 
     @staticmethod
     def is_replacing(out: Path) -> bool:
-        """Whether the result of the run that was begun is whole, and was about to take the place of the earlier one."""
+        """Whether the run in ``out`` was stopped while its whole result took the place of an earlier one."""
         return (out / REPLACED_FILE).is_file()
 
     def matches(self) -> bool:
-        """Whether the run that was begun is this one."""
+        """Whether the unfinished run in ``out`` has the identity of this one."""
         try:
             return not self._differences()
         except (FormatError, ReadError):
@@ -65,25 +65,25 @@ class Journal:
 
     @staticmethod
     def files(out: Path) -> set[str]:
-        """What the run that was begun would write, and what it found of an earlier result: all that may be removed."""
+        """The files that the unfinished run in ``out`` may remove: its own, and those of an earlier result."""
         return _listed(out / FILES_FILE)
 
     def claim(self, files: set[str]) -> None:
-        """Say which files may be removed, before the first of them is."""
+        """Record which files may be removed, before the first of them is."""
         _list(self._out / FILES_FILE, files)
 
     @staticmethod
     def replaced(out: Path) -> set[str]:
-        """What is to go before the result takes its place."""
+        """The files of an earlier result that are to be removed before the new one takes its place; see ``replace``."""
         return _listed(out / REPLACED_FILE)
 
     @staticmethod
     def replace(out: Path, files: set[str]) -> None:
-        """Say that the result is whole, and which files are to go before it takes their place."""
+        """Record that the new result is whole, and which files are to be removed before it takes their place."""
         _list(out / REPLACED_FILE, files)
 
     def check(self) -> None:
-        """Refuse to go on with a run that is not this one.
+        """Refuse to go on with an unfinished run of another identity.
 
         Raises:
             OutputError: says what differs.
@@ -103,32 +103,32 @@ class Journal:
             )
 
     def drop(self) -> None:
-        """Any other run that was begun is not gone on with."""
+        """Remove the records of an unfinished run, with which this one does not go on."""
         with write_errors(self._folder):
             for path in (self._out / RUN_FILE, self._out / REPLACED_FILE, *self._folder.glob("[0-9]*.json*")):
                 clear_away(path)
 
     def begin(self) -> None:
-        """Say that the run has begun."""
+        """Record that the run has begun, and its identity."""
         _write(self._out / RUN_FILE, json.dumps(self._identity, indent=1).encode())
 
     @staticmethod
     def count(out: Path) -> int:
-        """How many shards are finished."""
+        """How many shards the run in ``out`` has finished."""
         return len(list((out / JOURNAL_DIR).glob("[0-9]*.json")))
 
     def record(self, index: int, file: str, value: Any) -> None:
-        """Say that a shard is finished.
+        """Record that a shard is finished.
 
         Args:
             index: of the shard, from 0.
             file: its name in the source.
-            value: what became of it, as JSON.
+            value: its result, as JSON.
         """
         _write(self._record(index), sealed({**self._whose(index, file), "value": value}))
 
     def recorded(self, index: int, file: str) -> Any:
-        """What ``record`` was given for a shard; None if it is not finished, or what is there is not this run's word on it."""
+        """The value that ``record`` was given for a shard; None if there is no record, or it is damaged or another run's."""
         path = self._record(index)
         if not path.is_file() or path.is_symlink():
             return None
@@ -143,12 +143,12 @@ class Journal:
         return self._folder / f"{index + 1:05d}.json"
 
     def _whose(self, index: int, file: str) -> dict[str, Any]:
-        """What a record says of itself: the shard that it is of, and the run."""
+        """The part of a record that says which run and which shard it belongs to."""
         return {"run": self._run, "shard": index, "file": file}
 
 
 def clear_away(path: Path) -> None:
-    """Nothing stays in the place of a file of ours, whatever somebody has put there."""
+    """Remove whatever is at a path that a file of the journal needs: a file, a link, or a folder with all in it."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -167,7 +167,8 @@ def _list(path: Path, files: set[str]) -> None:
 
 
 def _listed(path: Path) -> set[str]:
-    """
+    """The files that ``_list`` has written; empty if there is no such list, or a damaged one.
+
     Raises:
         ReadError: the system does not let it be read.
     """
@@ -179,7 +180,7 @@ def _listed(path: Path) -> set[str]:
 
 
 def differing(before: Any, now: Any, where: str = "") -> list[str]:
-    """Where two JSON values differ, each as ``path: before, now``."""
+    """Where two JSON values differ: a text for each place, with its path, the value before, and the one now."""
     if isinstance(before, dict) and isinstance(now, dict):
         return [
             line

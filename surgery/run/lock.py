@@ -1,4 +1,4 @@
-"""The lock of an output folder, and that nothing stays of it, or of a run that has done nothing."""
+"""The lock of an output folder, and the removal of its traces: of the lock, and of a run that has done nothing."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from surgery.run.contents import files_in
 from surgery.run.journal import Journal, clear_away
 from surgery.run.output_paths import check_apart, check_leads_somewhere
 
-#: How often a lock is tried for that others take away meanwhile.
+#: How often to try for a lock whose file other runs remove meanwhile.
 _ATTEMPTS = 1000
 
 
 @contextmanager
 def locked(out: Path, inputs: Iterable[Path]) -> Iterator[None]:
-    """Hold the output folder, created if missing, against other runs. The system lets go of a dead one's lock.
+    """Lock an output folder, created if missing, against other runs. When a process dies, the system releases its lock.
 
     Args:
         out: the folder.
@@ -54,10 +54,10 @@ def locked(out: Path, inputs: Iterable[Path]) -> Iterator[None]:
 
 
 def _taken(out: Path) -> tuple[BaseFileLock, bool]:
-    """The lock of an output folder, held, and whether the folder was made for it.
+    """Acquire the lock of an output folder. Returns it, and whether the folder was created for it.
 
-    Another run that lets go takes its lock's file away, and then the folders around it, at any moment. What is gone is made
-    again, and a lock whose file is not in its place any more is none.
+    Another run that ends may remove the file of its lock, and the folders around it, at any moment. Then they are created
+    again: a lock counts only while its file is in its place.
     """
     made, path = False, out / LOCK_FILE
     for left in reversed(range(_ATTEMPTS)):
@@ -84,14 +84,14 @@ def _taken(out: Path) -> tuple[BaseFileLock, bool]:
 
 
 def _lock_in_place(path: Path) -> BaseFileLock | None:
-    """The lock, held; None if its file has been taken away, or another put in its place, while it was acquired.
+    """Acquire the lock in a file. None if another run has removed or replaced the file meanwhile.
 
     Raises:
-        Timeout: somebody else holds it.
-        FileNotFoundError: the file or its folder has been taken away.
+        Timeout: another run holds it.
+        FileNotFoundError: the file or its folder has been removed.
     """
     lock = FileLock(path, timeout=0)
-    # Open until the end: while it is, no other file has its number.
+    # Kept open until the end, as the system may give the inode number of a closed and removed file to a new one.
     before = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
     try:
         lock.acquire()
@@ -107,7 +107,7 @@ def _lock_in_place(path: Path) -> BaseFileLock | None:
 
 
 def _clear(out: Path) -> None:
-    """Nothing stays of a run that is over or has done nothing: its lock's file goes last, while it is held."""
+    """Remove the traces of a run that is over or has done nothing. The file of its lock comes last, and is held until then."""
     with write_errors(out):
         for path in set((out / JOURNAL_DIR).iterdir()) - {out / LOCK_FILE}:
             with suppress(OSError):
@@ -115,12 +115,12 @@ def _clear(out: Path) -> None:
         if (out / SURGERY_DIR).is_dir() and not files_in(out):
             with suppress(OSError):  # there are folders in it, or it is a link
                 (out / SURGERY_DIR).rmdir()
-        with suppress(OSError):  # Windows keeps what is open
+        with suppress(OSError):  # Windows does not remove open files
             (out / LOCK_FILE).unlink()
 
 
 def _nothing_done(out: Path) -> bool:
-    """Whether a run has been begun, and has neither finished a shard nor left anything else."""
+    """Whether a run that was begun has finished no shard and left no file."""
     journal = {f"{JOURNAL_DIR}/{path.name}" for path in (out / JOURNAL_DIR).iterdir()}
     place = out / RESULT_DIR if RESULT_DIR in journal else out
     return not files_in(place) and journal <= {LOCK_FILE, RUN_FILE, FILES_FILE, RESULT_DIR}

@@ -1,4 +1,4 @@
-"""Refusals of an output that lies where it would replace, or mix with, what must not be lost."""
+"""Checks of output paths: an output is refused where it would replace, or mix with, files that must not be lost."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from surgery.format.manifest import Manifest, source_stamp
 
 
 def check_not_the_source(out: Path, manifest: Manifest) -> None:
-    """Refuse to replace a model that a checkpoint was made from, wherever it lies by now.
+    """Refuse to replace the model that a checkpoint was made from, also if it has been moved.
 
-    A weight file is the source's own if it has the size, the time of change and the bytes of it. What a fold has written has
-    another time.
+    A weight file is taken for the source's own if size, time of change and sha256 are the recorded ones. One that a fold has
+    written may have the same bytes, but has another time.
 
     Args:
         out: the folder, or the file, that is to be replaced.
@@ -54,7 +54,7 @@ def check_output_path(out: Path, inputs: Iterable[Path], *, overwrite: bool, but
         out: the file.
         inputs: files and folders that are read; ``out`` may neither be one nor lie in one.
         overwrite: whether a file may be replaced.
-        but: a file in one of the folders that may be replaced all the same.
+        but: a file in one of these folders that may be replaced all the same.
 
     Raises:
         OutputError: it is one of the inputs or in one, is no file, or is there already.
@@ -96,7 +96,7 @@ def check_apart(out: Path, inputs: Iterable[Path]) -> None:
 
 
 def check_leads_somewhere(out: Path) -> None:
-    """Refuse an output at or below a link to what is not there: nothing is made where a link leads."""
+    """Refuse an output at or below a dangling link: nothing is created at the place that a link names."""
     for path in (out, *out.absolute().parents):
         if path.is_symlink() and not path.exists():
             raise OutputError(
@@ -107,17 +107,17 @@ def check_leads_somewhere(out: Path) -> None:
 
 
 def _beside(out: Path, read: Path) -> str:
-    """How to say that an output is to lie beside the folder that it was to lie in."""
+    """A hint for an output that would lie in a folder that is read: where to put it instead."""
     if not read.is_dir() or read == read.parent:
         return "choose another folder with -o"
     return f"-o {quoted(os.path.relpath(read.parent / f'{read.name}-{out.name}'))}"
 
 
 def _is_in(path: Path, folder: Path) -> bool:
-    """Whether a path is a folder or lies in it, also by another name of that, such as a second mount of it.
+    """Whether a path is a folder or lies in it, also if the folder is reached by another name, such as a second mount.
 
     Args:
-        path, folder: without links.
+        path, folder: resolved, without links in them.
     """
     if path == folder or folder in path.parents:
         return True

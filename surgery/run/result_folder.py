@@ -33,7 +33,7 @@ from surgery.source.file_names import is_read_by_loaders
 from surgery.source.weight_files import is_index
 
 _PARTIAL = ".partial"
-#: Those by which a loader or a reader takes a folder for a result: the first to go, and the last to come.
+#: Files by which loaders and readers recognize a result: they are removed first, and put in place last.
 _DECIDING = (MANIFEST_FILE, CONFIG_FILE, SPECTRA_FILE)
 
 
@@ -44,7 +44,7 @@ class ResultFiles:
     Attributes:
         names: its files, relative to its folder.
         size: bytes that they take, about.
-        earlier: files in the output folder that belong to an earlier result, beside those that can be told from others by name.
+        earlier: files in the output folder that are known to belong to an earlier result, beyond what manifest and names tell.
     """
 
     names: frozenset[str]
@@ -56,29 +56,30 @@ class ResultFiles:
 def result_folder(
     out: Path, journal: Journal, result: ResultFiles, beside: Sequence[DiskNeed], *, overwrite: bool
 ) -> Iterator[Path]:
-    """The folder to write a result to: ``out``, empty, or with what an earlier start of the run has done.
+    """The folder to write a result to: ``out``, empty, or with what an earlier start of the same run has written.
 
     With ``overwrite``, where there is an earlier result, it is a folder inside of ``out``. When the context is left without an
-    error the new result is whole, and takes the place of the earlier one: of what that consists of nothing stays. That
-    is what its manifest names, what the new result has under the same names, what loaders look for beside a model's weights,
-    and what an unfinished run leaves. Other weights and files in ``surgery/`` are a reason to refuse, as they would mix with
-    the result or are not ours; any other file is left alone, with a note.
+    error, the new result is whole and takes the place of the earlier one, of which nothing stays: the files that its manifest
+    names, those with names of the new result, those that loaders look for beside a model's weights, and those of an unfinished
+    run. Other weights, and other files in ``surgery/``, are refused at the beginning, as they would mix with the result. Any
+    other file stays, and a note says so.
 
     Args:
         out: the folder, locked.
         journal: of the run, which is over when the context is left without an error.
         result: what will be written.
-        beside: room that the run needs besides, maybe on the same disk.
+        beside: disk room that the run needs besides, perhaps on the same disk.
         overwrite: whether an earlier result may be replaced.
 
     Raises:
-        OutputError: ``out`` is not empty, not ours, holds another unfinished run, is too small, or not to be written.
+        OutputError: ``out`` is not empty, holds files of another origin or another unfinished run, has too little room, or
+            cannot be written to.
     """
     place = _prepared(out, journal, result, beside, overwrite=overwrite)
     try:
         yield place
     except (OptionError, ScalesError, WeightError):
-        if place != out:  # the same command would meet it again: nothing is left of it beside what it would have replaced
+        if place != out:  # the same command would fail again: the earlier result stays, without an unfinished run beside it
             Journal.forget(out)
         raise
     new = files_in(place) if place != out else set(result.names)
@@ -97,8 +98,8 @@ def result_folder(
 def files_together(out: Path, journal: Journal, writes: Iterable[str], *, overwrite: bool) -> Iterator[Path]:
     """A hidden folder in ``out`` to write a few files to, which take their places together when the context is left.
 
-    Other than with ``result_folder`` whatever else is in ``out`` is nobody's business. Of earlier files of these names
-    nothing stays then, also where there is no new one.
+    Unlike with ``result_folder``, other files in ``out`` do not matter. Earlier files of these names are removed, also where
+    there is no new one.
 
     Args:
         out: the folder, locked.
@@ -113,10 +114,10 @@ def files_together(out: Path, journal: Journal, writes: Iterable[str], *, overwr
     goes_on = Journal.is_there(out) and (not overwrite or journal.matches())
     if goes_on:
         journal.check()
-    elif Journal.is_replacing(out):  # of another run, whose result is whole
+    elif Journal.is_replacing(out):  # another run has been stopped there, and its result is whole
         _take_place(out)
     if not Journal.is_there(out):
-        Journal.forget(out)  # what is left of a run that has come to its end
+        Journal.forget(out)  # a finished run may have been stopped before it removed all of its journal
     with write_errors(out):
         present = {name for name in names if os.path.lexists(out / name)}
     for name in sorted(present - Journal.files(out)):
@@ -132,7 +133,7 @@ def files_together(out: Path, journal: Journal, writes: Iterable[str], *, overwr
         place.mkdir()
     try:
         yield place
-    except (OptionError, WeightError):  # the same command would meet it again
+    except (OptionError, WeightError):  # the same command would fail again
         Journal.forget(out)
         raise
     new = files_in(place)
@@ -143,7 +144,7 @@ def files_together(out: Path, journal: Journal, writes: Iterable[str], *, overwr
 
 
 def _prepared(out: Path, journal: Journal, result: ResultFiles, beside: Sequence[DiskNeed], *, overwrite: bool) -> Path:
-    """See ``result_folder``. The run has begun, or is gone on with, when this returns."""
+    """Prepare the folder that ``result_folder`` yields; when this returns the journal says that the run has begun."""
     with write_errors(out):
         top = sorted(path.name for path in out.iterdir() if path.name != JOURNAL_DIR and not is_litter(path.name))
     _check_links(out)
@@ -194,23 +195,26 @@ def _prepared(out: Path, journal: Journal, result: ResultFiles, beside: Sequence
 
 
 def _may_be_whole(out: Path, present: set[str]) -> bool:
-    """Whether what is there of earlier runs may be a finished result, which must not be lost before there is another."""
+    """Whether ``out`` may hold a finished result, which must stay until the new one is whole."""
     if not Journal.is_there(out) or not {MANIFEST_FILE, CONFIG_FILE}.isdisjoint(present):
         return True
     return (out / RESULT_DIR).is_dir() and not Journal.is_replacing(out)
 
 
 def _stale(out: Path, ours: set[str]) -> set[str]:
-    """What has to go from the output folder, given what is ours by name."""
+    """The files that have to be removed from the output folder: those in ``ours``, and those whose names only surgery gives."""
     return {name for name in files_in(out) if name in ours or OUR_FILES.fullmatch(name)}
 
 
 def _take_place(out: Path) -> None:
-    """The result, which is whole, to the place of the earlier one; gone on with where a run was killed meanwhile."""
+    """Move a whole result from its folder inside of ``out`` to the place of the earlier one.
+
+    Called again after a run was killed in it, it goes on where that stopped.
+    """
     result = out / RESULT_DIR
     new, gone = files_in(result), Journal.replaced(out) & files_in(out)
     with write_errors(out):
-        # Those by which a loader would take the folder for the earlier result, which is not whole from then on.
+        # Also the old files by which a loader recognizes a result, as the earlier one is not whole from here on.
         _remove(out, gone | (set(_DECIDING) & new & files_in(out)))
         for name in sorted(new, key=loading_key):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -221,19 +225,19 @@ def _take_place(out: Path) -> None:
 
 
 def _remove(out: Path, files: set[str]) -> None:
-    """Files of an earlier result, and the folders that are empty then."""
-    # From the first of them on no loader takes the folder.
+    """Remove files of an earlier result, and folders that are empty then."""
+    # The first to go are those without which no loader takes the folder for a model.
     for name in sorted(files, key=loading_key, reverse=True):
         (out / name).unlink()
         if name in _DECIDING:
             sync_directory((out / name).parent)
     for folder in sorted({parent for name in files for parent in PurePosixPath(name).parents[:-1]}, reverse=True):
-        with suppress(OSError):  # something else is in it
+        with suppress(OSError):  # other files are in it
             (out / folder).rmdir()
 
 
 def _check_way(out: Path, writes: Iterable[str], kept: set[str]) -> None:
-    """Refuse where something that stays would be in the way of the result when it takes its place."""
+    """Refuse if a folder or file that stays has the name of one that the result will need."""
     for name in sorted(writes):
         above = {str(parent) for parent in PurePosixPath(name).parents}
         if (out / name).is_dir() or not kept.isdisjoint(above):
@@ -241,14 +245,14 @@ def _check_way(out: Path, writes: Iterable[str], kept: set[str]) -> None:
 
 
 def _check_links(out: Path) -> None:
-    """A folder in the output that is a link would lead what is written elsewhere."""
+    """Refuse links to folders in the output: files would be written to the place that they lead to."""
     for path in all_below(out):
         if path.is_symlink() and path.is_dir():
             raise OutputError(f"{path} is a link to a folder", hint="remove it, or choose another folder with -o")
 
 
 def _earlier_result(out: Path, present: set[str]) -> set[str]:
-    """What a finished run has put into ``out``: by its manifest; as a fold keeps none, what a model has beside its weights."""
+    """The files of an earlier result, by its manifest; without one, as after a fold, the files beside a model's weights."""
     is_model = CONFIG_FILE in present and any(map(_would_mix, present))
     beside = {name for name in present if is_model and is_read_by_loaders(name) and not _would_mix(name)}
     if not (out / MANIFEST_FILE).is_file():
@@ -256,12 +260,12 @@ def _earlier_result(out: Path, present: set[str]) -> set[str]:
     try:
         manifest = Manifest.read(out)
     except SurgeryError as error:
-        if isinstance(error.__cause__, OSError):  # which says nothing of what is in there
+        if isinstance(error.__cause__, OSError):  # it cannot be read, so nothing is known of its contents
             raise
         return beside
     return beside | {record.file for record in manifest.output_files()} | {MANIFEST_FILE, SCALES_FILE}
 
 
 def _would_mix(name: str) -> bool:
-    """Whether a file that stays in the output folder would be taken for part of the result."""
+    """Whether a file, if it stayed in the output folder, would be taken for part of the result."""
     return name.startswith(f"{SURGERY_DIR}/") or ("/" not in name and (name.endswith(".safetensors") or is_index(name)))

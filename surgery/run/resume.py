@@ -1,4 +1,4 @@
-"""The results of all shards: those that an earlier start of the run has finished from its journal, the rest by its jobs."""
+"""The results of all shards of a run: from the journal where an earlier start has finished them, else by doing their jobs."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True, slots=True)
 class Recorded(Generic[_Result]):
-    """The result of a shard, from the journal. What a shard has become may also be None."""
+    """The result of a shard, taken from the journal; a wrapper, since the result itself may be None."""
 
     result: _Result
 
 
 class RecordedJobs(Protocol[_Result]):
-    """The jobs of a run, one for each shard, known by its index, whose results a journal keeps."""
+    """The jobs of a run whose results a journal keeps: one for each shard, known by the shard's index."""
 
     @property
     def shard_files(self) -> Sequence[str]:
         """The weight file of each shard, by its name in the source."""
 
     def as_json(self, index: int, result: _Result) -> Any:
-        """A result as the journal keeps it."""
+        """A result as JSON, for the journal."""
 
     def recorded(self, index: int, value: Any) -> Recorded[_Result] | None:
-        """The result that a journal keeps as ``value``, if it is what the job would give: else None, and the job is done again.
+        """The result that the journal keeps as ``value``, if it still holds; None if the job has to be done again.
 
-        That is: the value is whole and as planned, the files that were written are what they were, and so are those that they
-        were made of.
+        It holds if the value is whole and as planned, and if neither the files that were written nor those that they were
+        made from have changed.
         """
 
     def tell(self, index: int) -> None:
-        """A shard was done elsewhere, or by an earlier start: the progress is to know."""
+        """Tell the progress that a shard was done in another process, or by an earlier start."""
 
 
 def shard_results(
@@ -54,9 +54,9 @@ def shard_results(
     Args:
         jobs: of the run.
         begin: starts the jobs of some shards, see ``Engine.run``.
-        journal: of the run; None if nothing of it is kept.
-        on_finished: called with each result, when the journal has it.
-        note_resumed: whether a note says how many shards an earlier start has finished.
+        journal: of the run; None to keep and look up nothing.
+        on_finished: called with each result, after it is in the journal.
+        note_resumed: whether to tell a note of how many shards an earlier start has finished.
     """
     progress, count = listening(), len(jobs.shard_files)
     results: dict[int, _Result] = {}

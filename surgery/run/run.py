@@ -1,4 +1,4 @@
-"""A run: one start of a command that writes a folder, and all that it holds meanwhile."""
+"""``Run``: one start of a command that writes a folder, with its engine, lock, journal, upload and result folder."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class WritingJobs(ShardJobs[_Result], RecordedJobs[_Result], Protocol[_Result]):
     """The jobs of a run that write its result, shard by shard."""
 
     def files_of(self, result: _Result) -> Sequence[FileRecord]:
-        """The files that a shard has become, in the folder that is written to."""
+        """The files that were written for a shard, relative to the folder that is written to."""
 
 
 class Run:
-    """One start of a command that writes a folder. A context manager, around its planning too.
+    """One start of a command that writes a folder. A context manager, to be entered before planning.
 
     A command opens what it reads, plans, and then takes what it needs in this order::
 
@@ -46,16 +46,16 @@ class Run:
                     results = run.shards(jobs, memory)      # what an earlier start has finished is not done again
                     ...                                     # the files that come last, and publishing
 
-    If it is interrupted, a note says how to go on: where there is something to go on with, and nowhere else.
+    If it is interrupted (KeyboardInterrupt) and can be gone on with, a note says how.
 
     Args:
         out: the output folder.
 
     Attributes:
-        engine: who does the jobs, once it is started.
-        upload: of the result; None if it is not uploaded, or not yet.
-        journal: of the run, once it is known which one it is.
-        place: the folder that is written to, at or inside of ``out``, once there is one.
+        engine: what does the jobs; set by ``start_engine``.
+        upload: of the result; None outside of ``uploading``, and if the result is not uploaded.
+        journal: of the run; None before ``identify``.
+        place: the folder that is written to, ``out`` or one inside of it; set by ``result`` and ``files_together``.
     """
 
     engine: Engine
@@ -75,7 +75,7 @@ class Run:
         self._stack.__exit__(kind, error, trace)
 
     def start_engine(self, options: EngineOptions) -> Engine:
-        """Start who does the jobs: until the end of the run.
+        """Start the engine that does the jobs, until the end of the run.
 
         Raises:
             OptionError, MissingExtra, ClusterError: see ``engine_of``.
@@ -85,32 +85,46 @@ class Run:
 
     @contextmanager
     def uploading(self, repo_id: str | None, *, private: bool) -> Iterator[None]:
-        """Upload the result as well, if there is a repository for it; see ``surgery.publish.results.uploading``."""
+        """Open the repository that the result is uploaded to; None for no upload.
+
+        Raises:
+            OutputError: see ``surgery.publish.upload.Upload.open``, and if the upload fails.
+        """
         with uploading(repo_id, private=private) as self.upload:
             yield
 
     @contextmanager
     def locked(self, inputs: Iterable[Path]) -> Iterator[None]:
-        """Hold the output folder against other runs; see ``surgery.run.lock.locked``."""
+        """Lock the output folder against other runs.
+
+        Args:
+            inputs: folders and files that are read, which the output must be apart from.
+
+        Raises:
+            OutputError: see ``surgery.run.lock.locked``.
+        """
         with locked(self.out, inputs):
             yield
 
     def identify(self, identity: Mapping[str, Any]) -> None:
-        """Say which run it is.
+        """Say which run it is, so that it goes on with an unfinished one of the same identity.
 
         Args:
-            identity: all that the bytes of the result depend on, as JSON. A run goes on with an earlier one of the same.
+            identity: all that the bytes of the result depend on, as JSON.
         """
         self.journal = Journal(self.out, identity)
 
     @contextmanager
     def result(self, files: ResultFiles, sources: Iterable[Fetching], *, overwrite: bool) -> Iterator[Path]:
-        """The folder to write the result to; when it is left without an error the run is over. See ``result_folder``.
+        """The folder to write the result to. When the context is left without an error, the result takes its place.
 
         Args:
             files: what will be written.
-            sources: models that are fetched meanwhile, to the same disk maybe.
+            sources: models that are fetched meanwhile, perhaps to the same disk.
             overwrite: whether an earlier result may be replaced.
+
+        Raises:
+            OutputError: see ``surgery.run.result_folder.result_folder``.
         """
         assert self.journal is not None
         with result_folder(self.out, self.journal, files, download_needs(*sources), overwrite=overwrite) as self.place:
@@ -118,13 +132,23 @@ class Run:
 
     @contextmanager
     def files_together(self, names: Iterable[str], *, overwrite: bool) -> Iterator[Path]:
-        """The folder to write a few files to, which take their places in the output folder together; see ``files_together``."""
+        """The folder to write a few files to, which take their places in ``out`` together when the context is left.
+
+        Raises:
+            OutputError: see ``surgery.run.result_folder.files_together``.
+        """
         assert self.journal is not None
         with files_together(self.out, self.journal, names, overwrite=overwrite) as self.place:
             yield self.place
 
     def shards(self, jobs: WritingJobs[_Result], memory: Memory, *, note_resumed: bool = True) -> list[_Result]:
-        """The results of all shards, each submitted to the upload when it is finished; see ``shard_results``."""
+        """The results of all shards, by index, from the journal or from the engine. Finished files are uploaded meanwhile.
+
+        Args:
+            jobs: of the run.
+            memory: how many matrices may be worked on at a time, and in how much memory.
+            note_resumed: whether to tell a note of how many shards an earlier start has finished.
+        """
         return shard_results(
             jobs,
             lambda missing: self.engine.run(jobs, missing, memory),
@@ -134,7 +158,7 @@ class Run:
         )
 
     def forget(self) -> None:
-        """The result is complete already: whatever the journal says, there is nothing to go on with."""
+        """Remove an unfinished run from the journal, as the result is complete already."""
         Journal.forget(self.out)
 
     def _note_if_interrupted(
@@ -142,7 +166,7 @@ class Run:
     ) -> None:
         if not isinstance(error, KeyboardInterrupt):
             return
-        # With its manifest in place a result is whole, and all that is left is to forget the run.
+        # With its manifest in place the result is whole, and the same command would only remove the journal.
         is_whole = (self.out / MANIFEST_FILE).is_file() and not (self.out / RESULT_DIR).is_dir()
         if Journal.is_there(self.out) and not is_whole:
             done = Journal.count(self.out)

@@ -1,4 +1,4 @@
-"""What is said of matrices whose SVD did not reach its tolerance."""
+"""The note about matrices whose SVD did not reach its tolerance."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Mapping
 
 from surgery.errors import few
 
-#: As many are named.
+#: How many of them the note names.
 _NAMED = 3
 
 
 def unconverged_note(found: Mapping[str, float], of: str, tolerance: float, hint: str) -> str:
-    """How many they are, the worst of them by name, and what to do.
+    """The text of the note: how many there are, the worst of them by name, and what to do.
 
     Args:
-        found: their largest residuals over s_1, by their names; at least one.
-        of: what they are some of: ``14 targets``.
-        tolerance: that was to be reached.
+        found: name -> largest residual over s_1; at least one.
+        of: how many of what were solved, such as ``14 targets``.
+        tolerance: the one that was asked for.
         hint: what it means and what to do.
     """
     worst = sorted(found, key=lambda key: -found[key])

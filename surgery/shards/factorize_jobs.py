@@ -1,4 +1,4 @@
-"""The jobs of a factorization, one for each weight file, and what a journal knows of those that are done."""
+"""The jobs of a factorization, one for each weight file, and how their results are kept in a journal and checked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from surgery.names import factors_file
 from surgery.planning.plan import Plan
 from surgery.progress import listening
 from surgery.run.contents import is_as_recorded
-from surgery.run.factorization import has_other_rank, seen
+from surgery.run.factorization import has_other_rank, target_identity
 from surgery.run.resume import Recorded
 from surgery.shards.factorize_shard import Job, RemoteShard, run_job, scale_files
 from surgery.source.protocol import Source
@@ -23,14 +23,14 @@ from surgery.timing import Timing, timed
 
 
 class FactorizeJobs:
-    """The jobs of a run that factorizes, see ``WritingJobs``.
+    """The ``WritingJobs`` of a factorization, in this process or in others.
 
     Args:
         source: the model.
-        plan: of all its shards.
+        plan: what is done with each of its weight files.
         out: the output folder of the run.
-        place: the folder that is written to, that one or one inside of it.
-        timing: told how long downloads take.
+        place: the folder that is written to: ``out``, or one inside of it.
+        timing: told how long downloads take; None if nobody asks.
 
     Attributes:
         shard_files: the weight file of each job.
@@ -71,14 +71,14 @@ class FactorizeJobs:
             while held:
                 self._source.release(held.pop())
 
-        def has_been_read() -> None:
-            if not scales:  # of FP8 weights, which are looked up until the end
+        def on_shard_read() -> None:
+            if not scales:  # the scales of FP8 weights are read until the job is done
                 release()
             on_read()
 
         job = Job(shards[index], index, len(shards), self._source, self._place, None, window, plan.layout, plan.options)
         try:
-            return run_job(job, lane, self._progress, has_been_read)
+            return run_job(job, lane, self._progress, on_shard_read)
         finally:
             release()
 
@@ -101,7 +101,7 @@ class FactorizeJobs:
         self._source.close()
 
     def files_of(self, result: ShardResult) -> list[FileRecord]:
-        """See ``WritingJobs``: residual and factors, as far as there are any."""
+        """See ``WritingJobs``: the residual file and the factors file, as far as there are any."""
         return [record for record in (result.shard.residual, result.shard.factors) if record is not None]
 
     def as_json(self, index: int, result: ShardResult) -> Any:
@@ -112,14 +112,14 @@ class FactorizeJobs:
         """See ``RecordedJobs``."""
         try:
             result = ShardResult.from_json(value, f"{self._place}: the journal of shard {index + 1}")
-        except FormatError:  # made again like any other that is damaged: the same command would meet it for ever
+        except FormatError:  # a damaged record: the job is done again, else the same command would fail for ever
             return None
         if not self._is_planned(result, index) or not self._is_of_the_source(result):
             return None
         return Recorded(result) if all(is_as_recorded(self._place, record) for record in self.files_of(result)) else None
 
     def _is_planned(self, result: ShardResult, index: int) -> bool:
-        """Whether a result has the files and the targets that the plan has for a shard."""
+        """Whether a result has the files, targets and ranks that the plan has for a shard."""
         shard, residual = self._plan.shards[index], self._plan.layout == "residual"
         source = [(shard.file, shard.size)]
         weights = [(record.file, record.size) for record in (result.shard.source, result.shard.residual) if record is not None]
@@ -128,13 +128,13 @@ class FactorizeJobs:
             return False
         if factors != (factors_file(index, len(self._plan.shards)) if shard.targets else None):
             return False
-        planned = [(*seen(t.key, t.shape, t.view), t.shard, t.dtype, list(t.aliases)) for t in shard.targets]
-        found = [(*seen(t.key, t.shape, t.seen_as), t.shard, t.dtype, t.aliases) for t in result.targets]
+        planned = [(*target_identity(t.key, t.shape, t.view), t.shard, t.dtype, list(t.aliases)) for t in shard.targets]
+        found = [(*target_identity(t.key, t.shape, t.seen_as), t.shard, t.dtype, t.aliases) for t in result.targets]
         measured = {value is not None for t in result.targets for value in (t.residual_sample_sha256, t.inexact)}
         return found == planned and measured <= {residual} and not any(map(has_other_rank, result.targets, shard.targets))
 
     def _is_of_the_source(self, result: ShardResult) -> bool:
-        """Whether the shard of a local model still has the bytes that a result was made of. A commit pins those of others."""
+        """Whether the source shard still has the bytes that a result was made from; for a hub model its commit says so."""
         if self._source.record.kind != "folder":
             return True
         record = result.shard.source

@@ -1,4 +1,4 @@
-"""The work of one shard: its targets factorized, its residual and its factors written."""
+"""The job of one shard of a factorization: factorize its targets, and write its residual file and its factors file."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ from surgery.weights.sent import SentFiles
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """All that one shard's work depends on; run twice, it writes the same bytes.
+    """All that the factorization of one shard depends on. Done twice, a job writes the same bytes.
 
     Attributes:
         shard: the source's weight file and its targets.
-        index, count: which of how many shards.
-        files: where the weight file is, and those that hold scales of its FP8 targets.
+        index, count: the index of the shard, from 0, and how many there are.
+        files: gives this weight file, and those that hold scales of its FP8 targets.
         out: the folder that is written to.
-        partials: where unfinished files are, if not beside the finished ones.
-        window_bytes: how much of the shard is held at a time, so that matrices of one shape are solved together.
+        partials: folder for unfinished files; None: they are beside the finished ones.
+        window_bytes: how much of the shard is worked on together, so that small matrices of one shape are solved in a batch.
         layout: of the result.
-        options: as asked for.
+        options: what was asked for.
     """
 
     shard: ShardPlan
@@ -63,19 +63,19 @@ class Job:
     options: Options
 
     def partial(self, file: str) -> Path | None:
-        """Where a file is until it is finished, if not beside it."""
+        """The path of a file until it is finished; None: beside its place."""
         return None if self.partials is None else self.partials / file.replace("/", "--")
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteShard:
-    """A job for another process, perhaps on another machine.
+    """The factorization of one shard as an object that is sent to another process, perhaps on another machine.
 
     Attributes:
         shard, index, count, window_bytes, layout, options: as for ``Job``.
-        origin: where its weight files come from.
+        origin: where the process takes the weight files from.
         out: the output folder of the run.
-        place: the folder that is written to, that one or one inside of it.
+        place: the folder that is written to: ``out``, or one inside of it.
     """
 
     shard: ShardPlan
@@ -89,7 +89,7 @@ class RemoteShard:
     options: Options
 
     def __call__(self, lane: Lane, attempt: str) -> ShardResult:
-        """The result; unfinished files of several attempts do not meet."""
+        """Do the job. ``attempt`` names the folder for unfinished files, so that two attempts at one time do not clash."""
         check_shared(self.out)
         partials = self.out / PARTIALS_DIR / attempt
         with SentFiles(self.origin) as files:
@@ -105,10 +105,10 @@ def scale_files(shard: ShardPlan) -> list[str]:
 
 
 def check_shared(out: Path) -> None:
-    """Refuse to work where the output folder of the run is not the one that it was begun with.
+    """Refuse to work on a machine where the output folder is not the one that the run was begun in.
 
     Raises:
-        OutputError: naming the machine.
+        OutputError: names the machine.
     """
     if not (out / RUN_FILE).is_file():
         raise OutputError(
@@ -122,9 +122,17 @@ def run_job(job: Job, lane: Lane, progress: Progress, on_read: Callable[[], obje
 
     Args:
         job: what to do.
-        lane: where.
+        lane: the device, threads and memory to do it with.
         progress: told of each tensor that is done; called from threads.
         on_read: called when the shard has been read.
+
+    Returns:
+        Records of the files and of the targets, for the manifest.
+
+    Raises:
+        SourceError: the weight file has changed since the plan, or is not the one that the hub has.
+        WeightError: a matrix holds NaN or infinity, or has a residual beyond the range of its dtype.
+        ReadError, FormatError, OutputError: a file cannot be read, changes meanwhile, or cannot be written.
     """
     factors_name = factors_file(job.index, job.count)
     quantized = {target.tensor: target.scaled for target in job.shard.targets if target.scaled is not None}
@@ -133,33 +141,34 @@ def run_job(job: Job, lane: Lane, progress: Progress, on_read: Callable[[], obje
         reader = stack.enter_context(ShardReader(weights.path(job.shard.file), name=job.shard.file, watch=weights.watch))
         _check_unchanged(reader, job.shard)
         ranked = (_with_rank(target, reader, weights, job.options, lane) for target in job.shard.targets)
-        work = {name: [_Collected(target) for target in targets] for name, targets in by_tensor(ranked).items()}
+        # By tensor; several where its slices are targets.
+        collected = {name: [_Collected(target) for target in targets] for name, targets in by_tensor(ranked).items()}
         residuals = (
             stack.enter_context(FileWriter(job.out / job.shard.file, job.partial(job.shard.file)))
             if job.layout == "residual"
             else None
         )
-        keys = [key for parts in work.values() for part in parts for key in _keys(part.target, job)]
+        keys = [key for parts in collected.values() for part in parts for key in _keys(part.target, job)]
         factors = (
             stack.enter_context(TensorFileWriter(job.out / factors_name, keys, job.partial(factors_name))) if keys else None
         )
-        portions = {name: parts[0].target.at_a_time for name, parts in work.items()}
+        portions = {name: parts[0].target.at_a_time for name, parts in collected.items()}
         walk = stack.enter_context(ShardWalk(reader, portions, lane.buffers, lane.timing))
         if residuals:
             residuals.write(reader.header.raw)
 
         def factorize(window: Sequence[Piece]) -> _WindowResults:
-            return _factorize(window, work, weights, job, lane.device)
+            return _factorize(window, collected, weights, job, lane.device)
 
         def finish(window: Sequence[Piece], done: _WindowResults) -> None:
-            _write(window, done, work, residuals, factors)
+            _write(window, done, collected, residuals, factors)
             for piece in window:
                 if isinstance(piece, TargetPiece):
                     progress.item(piece.entry.name)
                 progress.advance(len(piece))
 
         def sample(piece: TargetPiece) -> None:
-            for part in work[piece.entry.name]:
+            for part in collected[piece.entry.name]:
                 part.sample.update(part.target.view.matrices(piece.tensor))
 
         lane.flow(looked_at(walk, sample), job.window_bytes, factorize, finish, on_read)
@@ -167,7 +176,7 @@ def run_job(job: Job, lane: Lane, progress: Progress, on_read: Callable[[], obje
         source = FileRecord(job.shard.file, reader.header.file_bytes, walk.sha256)
         residual_record = residuals.commit(job.shard.file) if residuals else None
         factors_record = factors.commit(factors_name) if factors else None
-    records = [part.record(job) for parts in work.values() for part in parts]
+    records = [part.record(job) for parts in collected.values() for part in parts]
     return ShardResult(ShardRecord(source, residual_record, factors_record), records)
 
 
@@ -179,10 +188,10 @@ def _check_unchanged(reader: ShardReader, shard: ShardPlan) -> None:
 
 
 def _with_rank(target: Target, reader: ShardReader, weights: ModelWeights, options: Options, lane: Lane) -> Target:
-    """The target itself, or for a stack that is to keep an energy with the rank that all of its matrices need for it.
+    """A target with the rank it will have: for a stack with an energy, the largest that any of its matrices needs.
 
-    They share one rank, so that their scales are one tensor, and it must be known before the first of them is done. So
-    such a stack is gone through twice.
+    The matrices of a stack share one rank, so that their scales are one tensor, and it must be known before the first of them
+    is written. So such a stack is read and solved twice. Any other target is returned unchanged.
     """
     if target.energy is None or target.view.kind != "stack":
         return target
@@ -198,7 +207,7 @@ def _with_rank(target: Target, reader: ShardReader, weights: ModelWeights, optio
 
 
 def _keys(target: Target, job: Job) -> list[str]:
-    """What the factors file will hold of a target."""
+    """The names of the tensors that the factors file will hold of a target, in no order."""
     parts = [factor_key(target.key, part) for part in ("U", "s", "V")]
     if job.layout == "residual" and job.options.correction:
         parts += [correction_key(target.key, target.place(i)) for i in range(target.matrices[0])]
@@ -207,7 +216,18 @@ def _keys(target: Target, job: Job) -> list[str]:
 
 @dataclass(slots=True)
 class _Collected:
-    """The results of a target so far, matrix by matrix."""
+    """The results of a target, collected matrix by matrix until its factors can be written and its record made.
+
+    Attributes:
+        target: which.
+        done: how many of its matrices are done.
+        factors: U, s and V of each.
+        certificates: of each.
+        kept, total: squared Frobenius norms of what the kept directions hold, and of the matrices.
+        s_first, s_last: the largest and the smallest kept singular value.
+        inexact: the sum of the matrices' shares of entries that residual and factors alone do not give back.
+        factors_sha256, sample, residual_sample: hashes of U, s and V, and of samples of weight and residual.
+    """
 
     target: Target
     done: int = 0
@@ -248,7 +268,7 @@ class _Collected:
             self.residual_sample.update(result.residual[None])
 
     def finished_factors(self) -> dict[str, torch.Tensor]:
-        """U (m, k), s (k,), V (n, k), for a stack one after the other in a dimension more."""
+        """U (m, k), s (k,) and V (n, k), stacked along a first dimension for a stack; they are dropped here."""
         stack = self.target.view.kind == "stack"
         U, s, V = (torch.stack(part) if stack else part[0] for part in zip(*self.factors, strict=True))
         self.factors.clear()
@@ -278,11 +298,11 @@ class _Collected:
 
 @dataclass(frozen=True, slots=True)
 class _WindowResults:
-    """What became of a window.
+    """The results of a window.
 
     Attributes:
-        results: of all matrices in it.
-        written: for each piece what takes its place in the residual layout, in the memory of the piece.
+        results: key of a target and index of a matrix -> result.
+        written: for each piece the bytes that the residual file gets, uint8. They share the memory of the piece.
     """
 
     results: dict[tuple[str, int], Result]
@@ -291,26 +311,26 @@ class _WindowResults:
 
 def _factorize(
     window: Sequence[Piece],
-    work: Mapping[str, list[_Collected]],
+    collected: Mapping[str, list[_Collected]],
     weights: ModelWeights,
     job: Job,
     device: torch.device,
 ) -> _WindowResults:
-    """The results of all targets in a window."""
+    """Factorize all matrices in a window. In the residual layout the residuals take the place of the weights in its pieces."""
     matrices: list[Matrix] = []
     slices: list[tuple[TargetPiece, View, torch.Tensor]] = []
     for piece in window:
         if not isinstance(piece, TargetPiece):
             continue
         weight = weights.exact_piece(piece)
-        for part in work[piece.entry.name]:
+        for part in collected[piece.entry.name]:
             seen = part.target.view.matrices(weight)
             matrices += [Matrix(part.target, piece.first + i, matrix) for i, matrix in enumerate(seen)]
             if part.target.view.slice is not None:
                 slices.append((piece, part.target.view, seen))
     results = factorize_matrices(matrices, job.layout, job.options, device)
     if job.layout == "residual":
-        for piece, view, residuals in slices:  # copies of parts of their tensors
+        for piece, view, residuals in slices:  # the matrices of slices are copies, and have to be put back
             view.store(residuals, piece.tensor)
     return _WindowResults({(result.target.key, result.index): result for result in results}, [piece.buffer for piece in window])
 
@@ -318,14 +338,14 @@ def _factorize(
 def _write(
     window: Sequence[Piece],
     done: _WindowResults,
-    work: Mapping[str, list[_Collected]],
+    collected: Mapping[str, list[_Collected]],
     residuals: FileWriter | None,
     factors: TensorFileWriter | None,
 ) -> None:
-    """What has become of a window, in the order of the shard."""
+    """Write the results of a window: bytes to the residual file, and to the factors file what is complete."""
     for piece, written in zip(window, done.written, strict=True):
         if isinstance(piece, TargetPiece):
-            for part in work[piece.entry.name]:
+            for part in collected[piece.entry.name]:
                 for i in range(part.target.view.shape(piece.tensor.shape)[0]):
                     _add(part, done.results.pop((part.target.key, piece.first + i)), factors)
         if residuals:

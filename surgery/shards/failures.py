@@ -1,4 +1,4 @@
-"""What does not hold of a checkpoint, in the place of figures or of files that cannot be read."""
+"""Failed checks of a checkpoint, collected by ``verify`` instead of raised, and the checkpoint that is checked."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from surgery.weights.protocol import Weights
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Something that does not hold.
+    """A check that failed.
 
     Attributes:
         where: the file, or the target.
         check: what was checked.
-        got, expected: what was found, and what belongs there; empty where there is nothing to tell.
+        got, expected: what was found, and what should have been; empty where there is nothing to tell.
     """
 
     where: str
@@ -31,12 +31,16 @@ class Failure:
 
 @dataclass(slots=True)
 class Failures:
-    """What has been found not to hold, in order."""
+    """The checks that have failed so far.
+
+    Attributes:
+        found: in the order they were made.
+    """
 
     found: list[Failure] = field(default_factory=list)
 
     def fail(self, where: str, error: SurgeryError) -> None:
-        """An error in the place of a figure; of what the system refuses, with what to do."""
+        """Add an error that was raised by a check; an error of the system with its hint."""
         got, expected = ("" if part is None else str(part) for part in (error.got, error.expected))
         check = f"{error.what}; {error.hint}" if isinstance(error, ReadError) and error.hint else error.what
         self.found.append(Failure(where, check, got, expected))
@@ -48,7 +52,18 @@ class Failures:
 
 
 def check_recorded_file(folder: Path, record: FileRecord, watch: Watch, failures: Failures, *, hashed: bool = True) -> bool:
-    """A file of the checkpoint: that it is there, its size, and its hash unless others take that while they read it."""
+    """Check a file of the checkpoint: that it is there, its size and, if ``hashed``, its sha256.
+
+    Args:
+        folder: of the checkpoint.
+        record: of the file.
+        watch: told of the file, so that a later change is noticed.
+        failures: failed checks are added to it.
+        hashed: False for a file that is hashed elsewhere, while it is read for other checks.
+
+    Returns:
+        Whether the file can be read and has its size.
+    """
     path = folder / record.file
     if not failures.expect(path.is_file(), record.file, "the file is there", "nothing"):
         return False
@@ -68,11 +83,12 @@ def check_recorded_file(folder: Path, record: FileRecord, watch: Watch, failures
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What is checked: as a ``Factorized`` has it, but that its weights may be out of reach, and that any file may be damaged.
+    """A factorized checkpoint that is checked: any of its files may be damaged, and its weights may be missing.
 
     Attributes:
         folder, manifest: of the checkpoint.
-        weights: those that it has the factors of; None where they are not to be had.
+        weights: the weight files that its factors belong to; None if they are not to be checked, or are those of a base that
+            was not given.
     """
 
     folder: Path

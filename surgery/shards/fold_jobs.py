@@ -1,4 +1,4 @@
-"""The jobs of a fold, one for each weight file, and what a journal knows of those that are done."""
+"""The jobs of a fold, one for each weight file, and how their results are kept in a journal and checked."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from surgery.weights.checkpoint import FactorizedWeights
 
 
 class FoldJobs:
-    """The jobs of a fold, see ``WritingJobs``: each gives the weight file that it writes, or None if nothing is left of it.
+    """The ``WritingJobs`` of a fold. The result of a job is the weight file that it wrote; None if no tensor of it is left.
 
     Args:
         checkpoint: the factorized checkpoint.
         update: what is added to its weights.
         dense: what its tensors become.
-        places: where they are written, or only compared.
-        timing: told how long downloads take.
+        places: where they are written to, or that they are only compared.
+        timing: told how long downloads take; None if nobody asks.
 
     Attributes:
         shard_files: the weight file of each job.
@@ -83,13 +83,13 @@ class FoldJobs:
                 finally:
                     self._weights.files.release(file)
 
-        def has_been_read() -> None:
-            if not self._weights.quantized:  # else scales are looked up until the end
+        def on_shard_read() -> None:
+            if not self._weights.quantized:  # else scales are read until the job is done
                 release()
             on_read()
 
         try:
-            return ShardFold(shard, self.checkpoint, self.dense, self.places, self._progress).run(lane, has_been_read, None)
+            return ShardFold(shard, self.checkpoint, self.dense, self.places, self._progress).run(lane, on_shard_read, None)
         finally:
             release()
 
@@ -98,7 +98,7 @@ class FoldJobs:
         shard, places, quantized = self._shard(index), self.places, self._weights.quantized
         files = self.dense.files(shard)
         manifest = self.checkpoint.manifest.part(files)
-        # Of all others a task need not hear: with thousands of weight files that would be most of what is sent.
+        # Only these are sent to the task: with thousands of weight files, all the others would be most of what is sent.
         names = {entry.name for one in manifest.shards for entry in self._weights.header(one.source.file).tensors}
         weights = {self._quantized_with[name] for name in names if name in self._quantized_with}
         return RemoteFold(
@@ -114,7 +114,7 @@ class FoldJobs:
 
     @functools.cached_property
     def _quantized_with(self) -> dict[str, str]:
-        """The tensors of each FP8 weight, itself, its scales and those of its activations -> its name."""
+        """Each FP8 weight, its scales, and the scales of its layer's inputs and outputs -> the name of the weight."""
         quantized = self._weights.quantized.items()
         return {part: name for name, scaled in quantized for part in (name, scaled.scale, *scaled.activations)}
 
@@ -141,7 +141,7 @@ class FoldJobs:
         file, place = self.shard_files[index], self.places.place
         try:
             record = decode_file(value, f"{place}: the journal of shard {index + 1}")
-        except FormatError:  # made again like any other that is damaged: the same command would meet it for ever
+        except FormatError:  # a damaged record: the job is done again, else the same command would fail for ever
             return None
         size = self._size(index)
         if record is None or size is None:
@@ -151,6 +151,6 @@ class FoldJobs:
         return Recorded(record) if holds else None
 
     def _size(self, index: int) -> int | None:
-        """Of the weight file that is written for a shard; None if there is none."""
+        """Bytes of the weight file that is written for a shard; None if no tensor of it is left."""
         shard = self._shard(index)
         return self.dense.size(self._weights.header(shard.source.file)) if self.dense.to_dense else shard.source.size

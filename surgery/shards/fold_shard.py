@@ -1,4 +1,4 @@
-"""The work of one shard of a fold: its dense weights written, or only compared."""
+"""The job of one shard of a fold: write its dense weights, or only hash them to compare."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ from surgery.weights.sent import SentFiles
 
 @dataclass(frozen=True, slots=True)
 class FoldPlaces:
-    """Where a fold writes.
+    """Where a fold writes to.
 
     Attributes:
         out: the output folder.
-        place: the folder that is written to, that one or one inside of it.
-        to_compare: whether nothing is written, and only told what it would be.
-        window_bytes: how much of a shard is worked on at a time.
+        place: the folder that is written to: ``out``, or one inside of it.
+        to_compare: whether to write nothing, and only hash what would be written.
+        window_bytes: how much of a shard is worked on together.
     """
 
     out: Path
@@ -50,17 +50,17 @@ class FoldPlaces:
 
 @dataclass(frozen=True, slots=True)
 class RemoteFold:
-    """The fold of one shard for another process, perhaps on another machine.
+    """The fold of one shard as an object that is sent to another process, perhaps on another machine.
 
     Attributes:
         shard: which.
         folder: the factorized checkpoint.
-        manifest: what it says of the weight files that this one takes.
-        origin: where they come from.
-        quantized: the FP8 weights in them.
-        update: what is added to them.
+        manifest: the part of its manifest about the weight files that this job needs.
+        origin: where the process takes these files from.
+        quantized: FP8 weight in them -> where its scales are.
+        update: what is added to the weights in them.
         to_dense: whether FP8 weights become bfloat16.
-        places: where it is written.
+        places: where the result is written to.
     """
 
     shard: ShardRecord
@@ -73,7 +73,7 @@ class RemoteFold:
     places: FoldPlaces
 
     def __call__(self, lane: Lane, attempt: str) -> FileRecord | None:
-        """What it has become; unfinished files of several attempts do not meet."""
+        """Do the job. ``attempt`` names the folder for unfinished files, so that two attempts at one time do not clash."""
         if not self.places.to_compare:
             check_shared(self.places.out)
         if not (self.folder / MANIFEST_FILE).is_file():
@@ -98,7 +98,7 @@ class ShardFold:
         shard: which.
         checkpoint: the factorized checkpoint.
         dense: what its tensors become.
-        places: where it is written.
+        places: where the result is written to.
         progress: told of each tensor that is done; called from threads.
     """
 
@@ -109,12 +109,15 @@ class ShardFold:
     progress: Progress
 
     def run(self, lane: Lane, on_read: Callable[[], object], partial: Path | None) -> FileRecord | None:
-        """Write the weight file, or only tell what it would be; None if nothing of it is left.
+        """Write the weight file, or only hash what would be written.
 
         Args:
-            lane: where.
+            lane: the device, threads and memory to do it with.
             on_read: called when the shard has been read.
-            partial: where the file is until it is finished, if not beside it.
+            partial: the path of the file until it is finished; None: beside its place.
+
+        Returns:
+            The file; None if no tensor of it is left.
         """
         file, weights = self.shard.source.file, self.checkpoint.weights
         with ShardReader(weights.path(file), watch=weights.watch) as reader:
@@ -130,7 +133,7 @@ class ShardFold:
                 return writer.commit(file)
 
     def _write(self, reader: ShardReader, writer: FileWriter | HashSink, lane: Lane, on_read: Callable[[], object]) -> None:
-        """The bytes of the weight file, in order."""
+        """Write the header and, in the order of the shard, the bytes of each window."""
         shard, dense, progress, weights = self.shard, self.dense, self.progress, self.checkpoint.weights
         path, header = weights.path(shard.source.file), dense.header(reader.header)
         if lost := dense.missing(shard, reader.header):

@@ -1,4 +1,4 @@
-"""Matrices in, results out: those of one shape, dtype and rank are worked on together."""
+"""Factorize the matrices of a window: those of one shape, dtype and rank together, in a batch."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Matrix:
     """One matrix of a target, (m, n), on the CPU.
 
     Attributes:
-        target: whose.
+        target: the target that it is a matrix of.
         index: which of its matrices.
-        weight: in the dtype of the checkpoint; float32 where that is quantized.
+        weight: (m, n), in the dtype of the checkpoint; float32 where that is quantized.
     """
 
     target: Target
@@ -36,15 +36,16 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What became of one matrix; all on the CPU.
+    """The factorization of one matrix (m, n); all on the CPU.
 
     Attributes:
         target, index: which matrix of which target.
-        residual: in the memory of the weight, which is gone; None in the overlay layout, where that is as it was.
+        residual: (m, n), in the memory of the weight, which it has overwritten; None in the overlay layout, where the weight
+            is unchanged.
         factors: float32.
         norm: the Frobenius norm of the matrix.
         certificate: of the SVD.
-        correction: encoded; None in the overlay layout, or if it is not wanted.
+        correction: encoded; None in the overlay layout, or if none was asked for.
         inexact: share of the entries that residual and factors alone do not give back.
     """
 
@@ -59,13 +60,16 @@ class Result:
 
 
 def factorize_matrices(matrices: Sequence[Matrix], layout: Layout, options: Options, device: torch.device) -> list[Result]:
-    """The results of matrices, in no order. In the residual layout the memory of their weights is that of the residuals then.
+    """Factorize matrices. In the residual layout each residual overwrites its weight.
 
     Args:
         matrices: of any targets.
         layout: of the result.
-        options: of them the correction, the seed and the tolerance count; ranks and energies are those of the targets.
-        device: where they are worked on.
+        options: only correction, seed and tolerance matter here; ranks and energies are those of the targets.
+        device: where the SVD and the split run; the CPU where its memory does not suffice.
+
+    Returns:
+        A result for each matrix, in no particular order.
 
     Raises:
         WeightError: a matrix holds NaN or infinity, or has a residual beyond the range of its dtype; names the tensor.
@@ -73,7 +77,8 @@ def factorize_matrices(matrices: Sequence[Matrix], layout: Layout, options: Opti
     groups: dict[object, list[Matrix]] = {}
     for matrix in matrices:
         target = matrix.target
-        alone = (target.key, matrix.index) if target.energy is not None else None  # its rank is not known yet
+        # With an energy the rank is not known before the SVD, so that such a matrix is solved alone.
+        alone = (target.key, matrix.index) if target.energy is not None else None
         groups.setdefault((matrix.weight.shape, matrix.weight.dtype, target.rank, alone), []).append(matrix)
     return [
         result
@@ -98,7 +103,7 @@ def _factorize_group(group: Sequence[Matrix], layout: Layout, options: Options, 
                 # The lossless arithmetic is float64, which an Apple GPU does not have.
                 exact = matrix.weight if device.type == "mps" else weight
                 parts.append(_split(matrix.target, exact, kept.to(exact.device), options))
-        # Only now: a group for which the memory does not suffice is begun again with the weights as they were.
+        # Weights on the CPU are overwritten last: if the memory of a GPU does not suffice, the group is done again from them.
         with timed("copy"):
             for matrix, part in zip(group, parts, strict=True):
                 if part is not None and part.residual.device.type == "cuda":
@@ -121,7 +126,7 @@ def _factorize_group(group: Sequence[Matrix], layout: Layout, options: Options, 
 
 
 def _split(target: Target, weight: torch.Tensor, factors: Factors, options: Options) -> Parts:
-    """The parts of one matrix (m, n) of a target, whose residual takes its place; errors name the tensor."""
+    """Split one matrix (m, n) of a target; the residual overwrites ``weight``. Errors name the tensor."""
     try:
         return split(weight, factors, correct=options.correction, out=weight)
     except WeightError as error:
@@ -138,13 +143,13 @@ def _svds(group: Sequence[Matrix], weights: Sequence[torch.Tensor], options: Opt
         try:
             batch = torch.stack(list(weights))
             return truncated_svds(batch, group[0].target.rank, tolerance=options.tolerance, seed=options.seed)
-        except WeightError:  # of some matrix of it; one by one the message can name it
+        except WeightError:  # some matrix of the batch; solved one by one, the error can name it
             pass
     return [truncate(matrix.target, weight, options) for matrix, weight in zip(group, weights, strict=True)]
 
 
 def truncate(target: Target, weight: torch.Tensor, options: Options) -> TruncatedSVD:
-    """The SVD of one matrix (m, n) of a target, by rank or by energy; errors name the tensor."""
+    """The truncated SVD of one matrix (m, n) of a target, by its rank or its energy. Errors name the tensor."""
     try:
         if target.energy is not None:
             return energy_svd(weight, target.energy, max_rank=target.rank, tolerance=options.tolerance, seed=options.seed)

@@ -1,4 +1,4 @@
-"""What the headers of a shard's files must say, by the manifest."""
+"""The headers of a shard's files, checked against the manifest."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from surgery.format.safetensors import ShardReader
 from surgery.names import correction_key, factor_key
 from surgery.shards.failures import Checkpoint, Failures
 
-#: Dtype and shape that a tensor must have; None for any shape.
+#: Tensor -> the dtype and shape that it must have; None for any shape.
 _Wanted = Mapping[str, tuple[str, list[int] | None]]
 
 
 def check_headers(
     checkpoint: Checkpoint, shard: ShardRecord, passed: AbstractSet[str], watch: Watch, failures: Failures
 ) -> None:
-    """Each target is there with its dtype and shape, and so are its factors; all others are on record as passed over.
+    """Check that each target and its factors are there with their dtypes and shapes, and that nothing unknown is.
 
     Args:
         checkpoint: what is checked.
         shard: which weight file.
-        passed: the tensors in it that were passed over.
+        passed: the tensors in it that the manifest records as passed over.
         watch: of the checkpoint's own files.
-        failures: what does not hold goes there.
+        failures: failed checks are added to it.
     """
     manifest, folder, weights = checkpoint.manifest, checkpoint.folder, checkpoint.weights
     edited = manifest.edited_in(shard.source.file)
@@ -44,7 +44,7 @@ def check_headers(
 
 
 def _factors_of(shard: ShardRecord, manifest: Manifest) -> _Wanted:
-    """The tensors of a file of factors."""
+    """The tensors that the factors file of a shard must hold."""
     parts: dict[str, tuple[str, list[int] | None]] = {}
     for target in manifest.targets_of(shard.source.file):
         (count, m, n), k = target.matrices, target.rank

@@ -1,4 +1,4 @@
-"""What is checked of one shard of a factorized checkpoint: its files, factors, weights and certificates, measured anew."""
+"""The job of one shard of ``verify``: check its files, factors, weights and certificates, all measured anew."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class ShardCheck:
     Attributes:
         checkpoint: what is checked.
         shard: which of its weight files.
-        passed: the tensors in it that were passed over.
+        passed: the tensors in it that the manifest records as passed over.
         watch: of the checkpoint's own files.
-        window_bytes: how much of a shard is worked on at a time; 0: hashes and headers are all that is looked at.
+        window_bytes: how much of a shard is worked on together; 0: only hashes and headers are checked.
         progress: told of each tensor that is done; called from threads.
     """
 
@@ -55,20 +55,23 @@ class ShardCheck:
 
     @property
     def targets(self) -> list[TargetRecord]:
-        """Those in it."""
+        """The targets in the shard."""
         return self.checkpoint.manifest.targets_of(self.shard.source.file)
 
     def run(self, lane: Lane, on_read: Callable[[], object]) -> list[Failure]:
-        """What does not hold; whatever cannot be read is among it.
+        """Check the shard.
 
         Args:
-            lane: where the arithmetic is done.
+            lane: the device, threads and memory to do it with.
             on_read: called when the shard has been read.
+
+        Returns:
+            The checks that failed. A file that cannot be read is one, and no error.
         """
         failures = Failures()
         try:
             self._run(lane, on_read, failures)
-        except SurgeryError as error:  # a file that cannot even be read; the others may be well
+        except SurgeryError as error:  # a file that cannot be read; other shards are checked all the same
             failures.fail(self.shard.source.file, error)
         return failures.found
 
@@ -79,7 +82,7 @@ class ShardCheck:
             if record is None:
                 continue
             self.progress.item(record.file)
-            # What is walked is hashed on the way.
+            # The file whose weights are checked is hashed while they are read.
             walked = record is shard.residual and weights is not None and weights.holds_residuals and not headers_only
             there = check_recorded_file(self.checkpoint.folder, record, self.watch, failures, hashed=not walked)
             if not walked or not there:
@@ -95,7 +98,7 @@ class ShardCheck:
             if self.targets:
                 opened = FactorsReader(self.checkpoint.folder, shard, check=False, watch=self.watch)
                 factors = stack.enter_context(opened)
-                # In a lane's own threads: nothing that is computed there depends on how many there are.
+                # By the lane's workers, where no result depends on the number of threads.
                 done = [lane.submit(lambda target: factors_found(target, opened), target) for target in self.targets]
             if weights is not None:
                 _WeightsCheck(self, weights, factors, failures).run(lane, on_read, stack)
@@ -104,13 +107,13 @@ class ShardCheck:
 
 
 class _WeightsCheck:
-    """The check of the weights of one shard, read once.
+    """The check of the weights of one shard, in one pass over its weight file.
 
     Args:
         check: of the shard.
-        weights: the residuals in the checkpoint, or the model that it was made from.
-        factors: of the targets in it; None where there are none.
-        failures: what does not hold goes there.
+        weights: the residuals in the checkpoint, or the base.
+        factors: of the targets in the shard; None if it has no targets.
+        failures: failed checks are added to it.
     """
 
     def __init__(self, check: ShardCheck, weights: Weights, factors: FactorsReader | None, failures: Failures) -> None:
@@ -125,7 +128,13 @@ class _WeightsCheck:
         }
 
     def run(self, lane: Lane, on_read: Callable[[], object], stack: ExitStack) -> None:
-        """Read the shard, and compare all of it with what is recorded."""
+        """Read the weight file, and check targets, aliases and the whole file against the manifest.
+
+        Args:
+            lane: the device, threads and memory to do it with.
+            on_read: called when the file has been read.
+            stack: closes the files that are opened here.
+        """
         shard, weights, failures = self._check.shard, self._weights, self._failures
         file, own = shard.source.file, weights.holds_residuals
         path, expected = weights.path(file), weights.expected(file)
@@ -172,12 +181,12 @@ class _WeightsCheck:
             self._check_aliases(target, digest)
 
     def _sound(self, source: ShardReader, file: str) -> dict[str, list[CheckedTarget]]:
-        """The targets by tensor, those alone that are there as the manifest describes them."""
+        """Tensor -> those of its targets whose dtype and shape in the file are the recorded ones. The others are failures."""
         for name, parts in self._by_name.items():
             entry = source.entries.get(name)
             for checked in parts:
                 if entry is None:
-                    checked.spoiled = True  # its header has been found fault with
+                    checked.spoiled = True  # check_headers has told it
                     continue
                 try:
                     check_entry(entry, checked.target)
@@ -189,7 +198,10 @@ class _WeightsCheck:
     def _measured(
         self, piece: Piece, sound: Mapping[str, Sequence[CheckedTarget]], device: torch.device
     ) -> list[list[MeasuredMatrix]] | SurgeryError:
-        """Of each matrix of each target in a piece. Where it holds residuals, its weights take their place."""
+        """Measure each matrix of each target in a piece, or return the error that prevents it.
+
+        Where the piece holds residuals, the recovered weights overwrite them.
+        """
         if not isinstance(piece, TargetPiece) or self._factors is None:
             return []
         try:
@@ -224,7 +236,7 @@ class _WeightsCheck:
     def _take(
         self, piece: TargetPiece, parts: Sequence[CheckedTarget], found: list[list[MeasuredMatrix]] | SurgeryError
     ) -> None:
-        """What was measured of a piece into what is known of its targets."""
+        """Add what was measured of a piece to its targets."""
         for i, checked in enumerate(parts):
             if isinstance(found, SurgeryError):
                 self._failures.fail(checked.target.key, found)
@@ -232,17 +244,17 @@ class _WeightsCheck:
                 continue
             for one in found[i]:
                 checked.take(one)
-            if self._weights.holds_residuals:  # from here on the piece holds what it was in the source
+            if self._weights.holds_residuals:  # the piece now holds the recovered weights
                 checked.recovered.update(checked.target.seen_as.matrices(piece.tensor))
 
     def _check_aliases(self, target: TargetRecord, digest: str) -> None:
-        """The tensors that are one parameter with a target hold its bytes."""
+        """Check that the aliases of a target hold the bytes with this sha256, those of its own tensor."""
         for alias in target.aliases:
             try:
                 path = self._weights.path(alias.shard)
                 with ShardReader(path, name=alias.shard, watch=self._weights.watch) as reader:
                     if (entry := reader.entries.get(alias.tensor)) is None:
-                        continue  # its header has been found fault with
+                        continue  # check_headers has told it
                     found = hashlib.sha256()
                     for start in range(entry.start, entry.end, _HASHED_BYTES):
                         part = bytes_of(reader.empty(min(_HASHED_BYTES, entry.end - start)))
@@ -259,7 +271,7 @@ class _WeightsCheck:
 def _recovered(
     target: TargetRecord, index: int, stored: torch.Tensor, factors: FactorsReader, device: torch.device
 ) -> MeasuredMatrix:
-    """Of the weight that is recovered from a residual (m, n), whose place it takes."""
+    """Recover the weight of a residual ``stored`` (m, n), which it overwrites, and measure it against its factors."""
     matrix = stored_residual(factors, target, index, stored, lossless=True)
     kept = matrix.factors
     assert kept is not None
@@ -282,7 +294,14 @@ def _compared(
     factors: FactorsReader,
     device: torch.device,
 ) -> MeasuredMatrix:
-    """Of a weight (m, n) of the base, and whether the residual that the checkpoint has of it, if any, is that of it."""
+    """Measure a weight (m, n) of the base against its factors, and compare the checkpoint's residual of it, if there is one.
+
+    Args:
+        target, index: which matrix of which target.
+        stored: the weight, and its residual in the checkpoint; None in the overlay layout.
+        factors: of the shard.
+        device: where the arithmetic runs.
+    """
     kept = factors.factors(target, index)
 
     def compute(some: Sequence[tuple[torch.Tensor, torch.Tensor | None]], where: torch.device) -> list[MeasuredMatrix]:
@@ -297,7 +316,7 @@ def _compared(
 
 
 class _TiedTensors:
-    """Hashes of the recovered bytes of the tensors that have aliases."""
+    """The sha256 of each tensor that has aliases, of its bytes after recovery."""
 
     def __init__(self, by_name: Mapping[str, Sequence[CheckedTarget]]) -> None:
         targets = (parts[0].target for parts in by_name.values())
@@ -312,7 +331,7 @@ class _TiedTensors:
 
 
 def _until_error(pieces: Iterable[Piece], errors: list[SurgeryError]) -> Iterator[Piece]:
-    """Pieces up to the first that cannot be read: the lane goes on with other shards."""
+    """Pieces until one cannot be read. That error goes to ``errors``, so that the lane goes on with other shards."""
     try:
         yield from pieces
     except SurgeryError as error:

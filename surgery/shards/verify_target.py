@@ -1,4 +1,4 @@
-"""What is seen of one target of a checkpoint, matrix by matrix, and what does not hold of it."""
+"""The checks of one target: of its factors, and of its weights matrix by matrix as they are read."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from surgery.shards.failures import Failure, Failures
 
 #: Largest entry of ``U^T U - I`` that passes: vectors are rounded to float32.
 _ORTHONORMAL = 1e-5
-#: By how much float64 products may differ: what rounding to float32 takes is in the residuals that are recorded.
+#: By how much a residual may exceed the recorded one, over s_1, beyond 1 %: float64 products differ from machine to machine.
 _ROUNDED = 1e-9
-#: How far the energy may be off, relatively: half a unit in its sixth digit, and what float32 sums of squares are off by.
+#: Relative error that a recorded energy may have: half a unit in its sixth digit, and that of float32 sums of squares.
 _ENERGY = 8e-6
 
 
@@ -30,12 +30,12 @@ class MeasuredMatrix:
     """What was measured of one matrix.
 
     Attributes:
-        index: which of its target.
-        factors: as recorded.
-        measured: of the original against these; None where it could not be recovered.
+        index: which matrix of its target.
+        factors: those in the checkpoint.
+        measured: residuals and energy of the original weight against these; None where it could not be recovered.
         inexact: share of the entries that residual and factors alone do not give back; None in the overlay layout.
-        agrees: whether the residual in its file is that of the weight.
-        damage: why it could not be recovered.
+        agrees: whether the residual in the checkpoint is that of the base's weight; True where they are not compared.
+        damage: why the weight could not be recovered; empty if it was.
     """
 
     index: int
@@ -48,14 +48,14 @@ class MeasuredMatrix:
 
 @dataclass(slots=True)
 class CheckedTarget:
-    """What has been seen of a target so far: of its matrices as they are stored, and as they are recovered.
+    """A target that is being checked: what has been measured of its matrices so far, and which checks of them have failed.
 
     Attributes:
         target: which.
-        options: that its checkpoint was made with.
-        spoiled: whether something was found that makes all else meaningless.
-        stored: hash of the sample of what is stored.
-        recovered: the same of the weights that are recovered from it.
+        options: those that the checkpoint was made with.
+        spoiled: whether something was found that makes further checks meaningless.
+        stored: hash of the sample of what is stored, residual or weight.
+        recovered: hash of the sample of the weights that are recovered from residuals.
     """
 
     target: TargetRecord
@@ -75,7 +75,7 @@ class CheckedTarget:
         self.stored, self.recovered = SampleHash(dtype), SampleHash(dtype)
 
     def take(self, seen: MeasuredMatrix) -> None:
-        """Compare what was measured of a matrix with what is recorded."""
+        """Check what was measured of a matrix against its certificate. Failures are told by ``conclude``."""
         target, measured, certificate = self.target, seen.measured, self.target.certificates[seen.index]
         self._matrices += 1
         if measured is None:
@@ -97,7 +97,7 @@ class CheckedTarget:
         if not bool((measured.residual <= 1.01 * residual + _ROUNDED).all()):
             got = f"residual {measured.residual[worst].item():.2e} of direction {worst + 1}"
             miss("certificate", f"{got}, recorded {residual[worst].item():.2e}")
-            return  # of other factors than these, as is all else
+            return  # the certificate belongs to other factors, so that its other figures say nothing
         if bool((over := overstated(residual, measured)).any()):
             i = int(over.nonzero()[0])
             miss("residual", f"{residual[i].item():.3g} of direction {i + 1}", f"{measured.residual[i].item():.3g}")
@@ -115,12 +115,12 @@ class CheckedTarget:
             miss("method and passes", f"{certificate.method}, {certificate.passes}", "those of a solve of this shape")
 
     def conclude(self, file: str, failures: Failures, *, is_recovered: bool) -> None:
-        """What can be told of a target once all of its matrices have been seen.
+        """Check the target as a whole, after all of its matrices have been measured.
 
         Args:
             file: the name of the weight file that was read.
-            failures: what does not hold goes there.
-            is_recovered: whether that holds residuals, from which the weights were recovered.
+            failures: failed checks are added to it, also those of single matrices.
+            is_recovered: whether the file holds residuals, from which the weights were recovered.
         """
         target = self.target
         if self.spoiled:
@@ -134,7 +134,7 @@ class CheckedTarget:
             failures.expect(found == sample, target.key, "sample of the residual", found, sample)
         found, sample = (self.recovered if is_recovered else self.stored).hexdigest(), target.sample_sha256
         if not failures.expect(found == sample, target.key, "sample of the original weight", found, sample):
-            return  # its certificates are those of another matrix
+            return  # certificates and energy belong to another matrix
         for miss in self._misses:
             failures.expect(False, target.key, *miss)
         failures.expect(target.converged, target.key, "the SVD has converged", "no")
@@ -148,7 +148,11 @@ class CheckedTarget:
 
 
 def factors_found(target: TargetRecord, reader: FactorsReader) -> list[Failure]:
-    """What does not hold of U, s and V of a target by themselves."""
+    """Check U, s and V of a target by themselves: their hash, orthonormality, and the order of s.
+
+    Returns:
+        The checks that failed.
+    """
     failures, name, count = Failures(), target.key, target.matrices[0]
     eye = torch.eye(target.rank, dtype=torch.float64)
     first, last, descends, off = 0.0, float("inf"), True, {"U": 0.0, "V": 0.0}

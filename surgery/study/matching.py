@@ -1,7 +1,7 @@
-"""Which singular direction of one matrix is which of another, whatever its place in the order.
+"""Matching: which singular direction of one matrix corresponds to which of another, whatever its place in the order.
 
-Two directions (u, v) and (u', v') have ``((u . u')^2 + (v . v')^2) / 2`` in common. Over all directions of either matrix
-that sums to at most 1: one that has more than half in common with another is nobody else's.
+Two directions (u, v) and (u', v') have ``((u . u')^2 + (v . v')^2) / 2`` in common. Summed over all directions of either matrix
+that is at most 1. So a direction that has more than half in common with another one has less with every other.
 
 Assignment: Kuhn, "The Hungarian method for the assignment problem" (Naval Research Logistics 2, 1955), with shortest
 augmenting paths as in Jonker, Volgenant, "A shortest augmenting path algorithm for dense and sparse linear assignment
@@ -16,22 +16,25 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Indices = NDArray[np.int64]
 
-#: With more than this in common two directions are a pair in every best assignment: both of the pairs that would take
-#: their place together have less.
+#: Two directions with more than this in common are a pair in every best assignment: the two pairs that would have them apart
+#: have less in common, together.
 _CERTAIN = 2 / 3
 
 
 def in_common(left: Floats, right: Floats) -> Floats:
-    """What directions have in common, from the cosines of their left and of their right vectors."""
+    """What directions have in common, as defined above, from the cosines of their left and of their right vectors."""
     shares: Floats = (np.square(left) + np.square(right)) / 2
     return shares
 
 
 def assignment(shares: Floats) -> Indices:
-    """For each row the column that it is assigned to, such that the sum of what pairs have in common is greatest.
+    """Assign rows to columns such that the sum of what pairs have in common is greatest.
 
     Args:
-        shares: (k, k), no row and no column with a sum beyond 1.
+        shares: (k, k), what row and column have in common; no row or column has a sum above 1.
+
+    Returns:
+        (k,): the column of each row.
     """
     assigned = np.full(len(shares), -1, dtype=np.int64)
     rows, columns = np.nonzero(shares > _CERTAIN)
@@ -43,7 +46,7 @@ def assignment(shares: Floats) -> Indices:
 
 
 def _least(costs: Floats) -> Indices:
-    """The assignment of all rows to columns with the least sum, (k, k); column 0 inside stands for no row."""
+    """The assignment of all rows to columns with the least sum of costs (k, k). Inside, rows and columns count from 1."""
     size = len(costs)
     of_row, of_column = np.zeros(size + 1), np.zeros(size + 1)
     owner = np.zeros(size + 1, dtype=np.int64)  # of a column: its row, counted from 1
@@ -71,7 +74,7 @@ def _least(costs: Floats) -> Indices:
 
 
 def turned_onto(left: Floats, right: Floats) -> Floats:
-    """The orthogonal (j, j) by which j directions are turned among themselves to come closest to j others.
+    """The orthogonal matrix (j, j) that turns j directions among themselves so that they come closest to j others.
 
     Left and right vectors turn together, as those of equal singular values may.
 

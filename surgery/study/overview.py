@@ -1,4 +1,4 @@
-"""What can be said of the spectra of all matrices of a model together."""
+"""Findings about the spectra of all matrices of a model together: medians, shares and counts."""
 
 from __future__ import annotations
 
@@ -93,10 +93,10 @@ class Findings(Report):
 
 
 def findings_of(targets: Sequence[Mapping[str, Any]], r: int, *, compared: bool) -> Findings:
-    """What can be said of some matrices.
+    """The findings about these matrices.
 
     Args:
-        targets: what was measured of each, see docs/study.md.
+        targets: what was measured of each, as docs/study.md describes it.
         r: dimension of the leading subspaces that are compared.
         compared: whether there is a tuned model.
     """
@@ -119,12 +119,12 @@ def findings_of(targets: Sequence[Mapping[str, Any]], r: int, *, compared: bool)
 
 
 def _parts(target: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """All that has an SVD of its own: a matrix, what it became, and the update."""
+    """The measurements of a target that come from an SVD of their own: of the matrix, of the tuned one, and of the update."""
     return [target, *(part for name in ("tuned", "update") if (part := target.get(name)) is not None)]
 
 
 def has_converged(target: Mapping[str, Any]) -> bool:
-    """Whether every SVD that was taken of a matrix reached the tolerance."""
+    """Whether every SVD for a matrix reached the tolerance: its own, that of the tuned one, and that of the update."""
     return all(part["converged"] for part in _parts(target))
 
 

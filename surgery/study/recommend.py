@@ -1,4 +1,4 @@
-"""Ranks that spend a budget best, as a recipe."""
+"""The verb ``recommend``: the ranks that keep the most within a budget, written as a recipe."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from surgery.run.output_paths import check_output_path
 from surgery.study.spectra import folders_of, spectra
 
 Unit = Literal["numbers", "bytes"]
-#: Gains below this share of all there is are rounding.
+#: Gains below this share of the total are taken for rounding.
 _NOISE = 1e-9
-#: So many additions, and entries kept, for the exact solution.
+#: The most additions, and entries of tables, for the exact solution: seconds.
 _EXACT_WORK = 4 * 10**9
 _EXACT_CELLS = 5 * 10**7
 
@@ -58,7 +58,13 @@ class Recommendation(Report):
 
 @dataclass(frozen=True, slots=True)
 class _Candidate:
-    """A tensor: what each further direction of its matrices adds, and costs."""
+    """A tensor that may be given a rank.
+
+    Attributes:
+        tensor: its name.
+        gains: what each further direction of its matrices adds to what counts, from the first on.
+        cost: of one direction, in units of the budget.
+    """
 
     tensor: str
     gains: list[float]
@@ -167,7 +173,7 @@ def _candidates(targets: Sequence[Mapping[str, Any]], unit: Unit, *, changed: bo
 
 
 def _total(targets: Sequence[Mapping[str, Any]], *, changed: bool) -> float:
-    """Never less than its parts, which are rounded: to six digits, and to a few bits below the normal numbers of float32."""
+    """All of what counts. Never less than the sum of the gains, each of which is rounded."""
     if changed:
         updates = [(target["update"]["norm"], target["explained"]) for target in targets if target["update"] is not None]
         return float(sum(max(norm**2, sum(explained)) for norm, explained in updates))
@@ -175,9 +181,9 @@ def _total(targets: Sequence[Mapping[str, Any]], *, changed: bool) -> float:
 
 
 def _spend(candidates: Sequence[_Candidate], budget: int, least: float) -> dict[str, int]:
-    """The ranks that keep the most: exactly where that is a matter of seconds, else greedily, and no less than one for all.
+    """The ranks that keep the most within a budget: solved exactly if that takes seconds, else greedily.
 
-    Gains below ``least`` are worth nothing.
+    They never keep less than one rank for all tensors would. Gains below ``least`` count as none.
     """
     cleaned = [replace(c, gains=[gain if gain > least else 0.0 for gain in c.gains]) for c in candidates]
     unit = math.gcd(*(candidate.cost for candidate in cleaned))
@@ -191,7 +197,13 @@ def _spend(candidates: Sequence[_Candidate], budget: int, least: float) -> dict[
 
 
 def _exactly(candidates: Sequence[_Candidate], unit: int, columns: int) -> dict[str, int]:
-    """By dynamic programming over what is spent, in units: the multiple-choice knapsack problem."""
+    """Solve the multiple-choice knapsack problem exactly, by dynamic programming over the amount that is spent.
+
+    Args:
+        candidates: the tensors.
+        unit: the common divisor of their costs, in which amounts are counted.
+        columns: how many of these amounts there are.
+    """
     best = np.zeros(columns)
     choices = []
     for candidate in candidates:
@@ -217,7 +229,10 @@ def _exactly(candidates: Sequence[_Candidate], unit: int, columns: int) -> dict[
 
 
 def _greedily(candidates: Sequence[_Candidate], budget: int) -> dict[str, int]:
-    """Runs along the upper concave hull of each candidate's gains, steepest first, those that fit."""
+    """Take runs of directions by their mean gain over cost, the best first, as long as they fit into the budget.
+
+    The runs are those of the upper concave hull of each candidate's gains.
+    """
     runs = sorted(
         (-gain / (length * candidate.cost), index, first, length)
         for index, candidate in enumerate(candidates)
@@ -228,7 +243,7 @@ def _greedily(candidates: Sequence[_Candidate], budget: int) -> dict[str, int]:
     left = budget
     for _, index, first, length in runs:
         candidate = candidates[index]
-        # What comes before may not have fitted.
+        # A run is taken only if those before it of the same tensor have been.
         if ranks[candidate.tensor] == first and length * candidate.cost <= left:
             ranks[candidate.tensor] += length
             left -= length * candidate.cost
@@ -236,7 +251,7 @@ def _greedily(candidates: Sequence[_Candidate], budget: int) -> dict[str, int]:
 
 
 def _hull(gains: Sequence[float]) -> list[tuple[int, int, float]]:
-    """First direction, how many and their gain, of runs with falling mean gains."""
+    """Split gains into runs with falling mean gains: the first direction of each run, how many it has, and their sum."""
     runs: list[tuple[int, int, float]] = []
     for i, gain in enumerate(gains):
         runs.append((i, 1, gain))
@@ -251,7 +266,7 @@ def _kept(candidates: Sequence[_Candidate], ranks: Mapping[str, int]) -> float:
 
 
 def _uniform(candidates: Sequence[_Candidate], budget: int, total: float) -> tuple[float, int]:
-    """What the largest rank for all that fits the budget keeps, and that rank."""
+    """The share that the largest common rank within the budget keeps, and that rank."""
     rank = _uniform_rank(candidates, budget)
     return _kept(candidates, {candidate.tensor: rank for candidate in candidates}) / total, rank
 
@@ -266,7 +281,7 @@ def _uniform_rank(candidates: Sequence[_Candidate], budget: int) -> int:
 
 
 def _as_recipe(targets: Sequence[Mapping[str, Any]], ranks: Mapping[str, int], budget: int, unit: Unit) -> str:
-    """One rule for each tensor; its name is matched as it is."""
+    """The text of a recipe with one rule for each tensor, which matches its name alone."""
     views = {target["tensor"]: target["view"] for target in targets}
     lines = [f"description = {json.dumps(f'ranks recommended for a budget of {budget} {unit}')}"]
     for tensor, rank in ranks.items():

@@ -1,4 +1,4 @@
-"""The spectra of a model's weights, and what fine-tuning has made of them."""
+"""The verb ``spectra``: the spectra of a model's weights, alone or compared with those of a fine-tuned model."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from surgery.report.summary import worst_residual
 from surgery.reports import Report
 from surgery.run.disk_room import check_room, download_needs
 from surgery.run.engines import LocalEngine, float64_device
+from surgery.run.factorization import target_identity
 from surgery.run.output_paths import check_output_path
 from surgery.run.resume import shard_results
 from surgery.run.run import Run
@@ -44,7 +45,7 @@ _FILES = (SPECTRA_FILE, SPECTRA_TABLE, SPECTRA_PAGE)
 
 @dataclass(frozen=True, slots=True)
 class StudiedModel:
-    """A model.
+    """A model that was studied.
 
     Attributes:
         name: as it was given.
@@ -158,9 +159,9 @@ def spectra(
     out = None if out is None else Path(out)
     if out is not None:
         _check_out(out, folders_of(model, tuned), overwrite=overwrite)
-    # Differences and entropies are taken in float64.
+    # Differences and entropies are computed in float64.
     engine = LocalEngine(float64_device(str(device)))
-    # The rank is of no account: what is told depends on top.
+    # The plan chooses the targets. Its rank does not matter, as ``top`` says how many singular values are told.
     with phase(progress, "planning"):
         source = open_source(model, revision=revision, subfolder=subfolder)
         plan = make_plan(source, replace(chosen, rank=1), "overlay")
@@ -183,9 +184,9 @@ def spectra(
         with phase(progress, "measuring", total), SpectraJobs(source, plan, other, measure) as jobs:
             measured = shard_results(jobs, lambda missing: engine.run(jobs, missing, memory), journal)
         targets = [target for shard in measured for target in shard.targets]
-        for read in (source, other):
-            if read is not None:
-                read.watch.check()
+        for studied in (source, other):
+            if studied is not None:
+                studied.watch.check()
         report = SpectraReport(
             tool=f"surgery {__version__}",
             torch=torch.__version__,
@@ -207,7 +208,7 @@ def spectra(
 
 
 def _check_out(out: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
-    """Refuse an output before any work. What an unfinished run has left there is looked at when the folder is locked."""
+    """Refuse an output folder before any work. Files of an unfinished run in it are checked later, when it is locked."""
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is no folder", hint="-o chooses another one")
     for name in _FILES:
@@ -215,11 +216,11 @@ def _check_out(out: Path, inputs: Sequence[Path], *, overwrite: bool) -> None:
 
 
 def _identity(source: Source, other: Source | None, plan: Plan, options: SpectraOptions, device: str) -> dict[str, Any]:
-    """All that the figures depend on."""
-    targets = [[t.key, list(t.shape), t.view.kind, asdict(t.view.slice) if t.view.slice else None] for t in plan.targets]
+    """All that the figures depend on, as JSON."""
+    targets = [target_identity(t.key, t.shape, t.view) for t in plan.targets]
     models = {
-        which: None if read is None else {**asdict(read.record), "files": read.stamps()}
-        for which, read in (("base", source), ("tuned", other))
+        which: None if studied is None else {**asdict(studied.record), "files": studied.stamps()}
+        for which, studied in (("base", source), ("tuned", other))
     }
     return {
         "command": "spectra",
@@ -234,7 +235,7 @@ def _identity(source: Source, other: Source | None, plan: Plan, options: Spectra
 
 
 def _write(report: SpectraReport, place: Path, progress: Progress) -> None:
-    """The files of a report."""
+    """Write the files of a report; the page only if matplotlib is installed."""
     content = report.as_json()
     write_file(place / SPECTRA_FILE, json.dumps(content, allow_nan=False).encode() + b"\n")
     write_csv(content, place / SPECTRA_TABLE)
@@ -251,7 +252,7 @@ def _norms(target: Mapping[str, Any]) -> Norms:
 
 
 def folders_of(*models: str | Path | None) -> list[Path]:
-    """Those of models that are local."""
+    """The folders of those models that are local."""
     addresses = [address_of(model) for model in models if model is not None]
     return [address.folder for address in addresses if address.folder is not None]
 

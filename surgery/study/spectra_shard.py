@@ -1,4 +1,4 @@
-"""The work of one shard of a study: each of its matrices measured, alone or with what it became."""
+"""The job of one shard of ``spectra``: measure each of its matrices, alone or compared with that of a fine-tuned model."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from surgery.study.spectrum import DecomposedMatrix, compare, spectrum
 from surgery.weights.model import StudiedWeights
 from surgery.weights.tuned import Original, TunedModel, config_folder
 
-#: Matrices are measured one by one, and none waits for another: a window is one piece of a shard.
+#: So that a window is one piece of a shard: matrices are measured one by one, and need not wait for others.
 _WINDOW_BYTES = 1
-#: More triplets than are told, for directions that change places: a quarter of them, or so many.
+#: Triplets computed beyond those that are told, for directions that have changed places: a quarter of these, or so many.
 _BEYOND = 16
 _DIGITS = 6
 
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """How the figures of one matrix are taken, or of one and what it became.
+    """Measures one matrix, alone or with the tuned one.
 
     Attributes:
         top: singular values that are told.
@@ -56,7 +56,7 @@ class Measure:
 
     @property
     def triplets(self) -> int:
-        """How many are computed of each matrix, if it has as many."""
+        """How many singular triplets are computed of each matrix, if it has as many."""
         return self.top + self._beyond
 
     @property
@@ -66,7 +66,14 @@ class Measure:
     def __call__(
         self, old: torch.Tensor, new: torch.Tensor | None, spacings: tuple[float, float], device: torch.device
     ) -> dict[str, Any]:
-        """The figures of a matrix (m, n), and of what it became, stored with so much between the numbers next to 1."""
+        """The figures of a matrix, as docs/study.md describes them.
+
+        Args:
+            old: the matrix (m, n), on the CPU.
+            new: the tuned one (m, n); None without one.
+            spacings: the machine epsilon of the dtype that each is stored in.
+            device: where the arithmetic runs.
+        """
 
         def on(pairs: Sequence[tuple[torch.Tensor, torch.Tensor | None]], where: torch.device) -> list[dict[str, Any]]:
             before, after = pairs[0]
@@ -88,7 +95,7 @@ class Measure:
 
 
 def rounded(value: Any) -> Any:
-    """Six significant digits: what float32 weights can say."""
+    """A value of JSON with all floats rounded to six significant digits, which is as much as float32 weights can tell."""
     if isinstance(value, float):
         return rounded_to(value, _DIGITS)
     if isinstance(value, dict):
@@ -98,11 +105,11 @@ def rounded(value: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class ShardSpectra:
-    """What has been measured of a shard.
+    """The result of a job.
 
     Attributes:
-        sha256: of the weight file, as it was read; None where an earlier start of the run has measured it.
-        targets: of each matrix, in the order of the file; see docs/study.md.
+        sha256: of the weight file, as it was read; None if the result is from the journal.
+        targets: the figures of each matrix, in the order of the file, as docs/study.md describes them.
     """
 
     sha256: str | None
@@ -110,12 +117,12 @@ class ShardSpectra:
 
 
 class SpectraJobs:
-    """The jobs of a study, see ``LocalJobs`` and ``RecordedJobs``: one for each shard with targets. A context manager.
+    """The jobs of a study, which are ``LocalJobs`` and ``RecordedJobs``: one for each shard with targets. A context manager.
 
     Args:
         source, plan: the model and its plan.
-        other: the fine-tuned model.
-        measure: how.
+        other: the fine-tuned model; None without one.
+        measure: measures one matrix.
 
     Attributes:
         shard_files: the weight file of each job.
@@ -196,7 +203,7 @@ class SpectraJobs:
         self._progress.advance(shard.header.data_bytes)
 
     def _identities(self, index: int) -> list[dict[str, Any]]:
-        """Which matrices those of a shard are, as what is measured of them begins."""
+        """For each matrix of a shard, in the order of the file, the entries of its figures that say which one it is."""
         header, found = self._shards[index].header, []
         portions = {target.tensor: target.at_a_time for target in self._shards[index].targets}
         for entry in header.tensors:
@@ -211,7 +218,7 @@ class SpectraJobs:
         return found
 
     def as_json(self, index: int, result: ShardSpectra) -> Any:
-        """See ``RecordedJobs``: the figures, and the hashes of the local files that they were taken of."""
+        """See ``RecordedJobs``: the figures, and the hashes of the local files that they were measured from."""
         if self._source.record.kind == "folder" and result.sha256 is not None:
             self._hashes[self._source.fetch(self._shards[index].file)] = result.sha256
         return {"files": self._files(index), "targets": result.targets}
@@ -232,7 +239,7 @@ class SpectraJobs:
         return Recorded(ShardSpectra(None, targets)) if value.get("files") == self._files(index) else None
 
     def _files(self, index: int) -> list[list[str]]:
-        """Names and hashes of what a shard's figures are taken of. A commit pins the files of a hub model."""
+        """Name and sha256 of each local file that a shard's figures are measured from. For a hub model its commit is enough."""
         shard = self._shards[index]
         models = [(self._source, [shard.file])]
         if self._other is not None and self._tuned is not None:
@@ -269,7 +276,7 @@ class SpectraJobs:
         return described
 
     def _identity(self, target: Target, index: int | None) -> dict[str, Any]:
-        # A longer number is none of a layer.
+        # The first number in the name; one of more digits is no layer's.
         number = re.search(r"(?:^|\.)([0-9]{1,9})\.", target.tensor)
         part = target.view.slice.name if target.view.slice else None
         group = _generic(target.tensor).removeprefix(self._prefix).removesuffix(".weight").removesuffix("_weight")
@@ -292,12 +299,12 @@ def _generic(name: str) -> str:
 
 
 def _common_prefix(names: Sequence[str]) -> str:
-    """Of whole parts of names, such as ``model.layers.``."""
+    """The longest common prefix of names in whole parts, such as ``model.layers.``."""
     parts = [name.split(".")[:-1] for name in names]
     common = []
     for some in zip(*parts, strict=False):
         if len(set(some)) > 1:
             break
         common.append(some[0])
-    # What is left must still say what it is: ``self_attn.q_proj``.
+    # Two parts of each name must be left, such as ``self_attn.q_proj``.
     return "".join(f"{part}." for part in common[: max(0, min(map(len, parts)) - 1)])

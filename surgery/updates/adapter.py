@@ -1,4 +1,4 @@
-"""A LoRA adapter's updates in terms of the tensors of a checkpoint."""
+"""From the modules of a LoRA adapter to the tensors of a checkpoint: which low-rank matrix is added to which tensor."""
 
 from __future__ import annotations
 
@@ -20,15 +20,19 @@ from surgery.updates.lora import LoraUpdate
 
 
 def additions_of(folder: Path, shapes: Mapping[str, Sequence[int]], updates: Mapping[str, LoraUpdate]) -> dict[str, Addition]:
-    """What an adapter adds to each tensor.
+    """What an adapter adds to each tensor of a checkpoint.
 
     Args:
         folder: of the checkpoint, with its ``config.json``.
-        shapes: of all its tensors.
-        updates: by the name of a module, see ``surgery.updates.lora.read_lora``.
+        shapes: name of each of its tensors -> shape.
+        updates: name of a module -> its update, as ``surgery.updates.lora.read_lora`` returns them.
+
+    Returns:
+        Tensor -> the sum of all that is added to it, with the adapter's scaling in it.
 
     Raises:
-        OptionError: a module is not in the checkpoint, or not in a way that can be followed.
+        OptionError: a module is not in the checkpoint, its shape does not fit, or transformers stores it in a way that
+            cannot be followed.
         MissingExtra, SourceError: see ``surgery.models.skeleton``.
     """
     model = skeleton(folder)
@@ -72,7 +76,7 @@ def additions_of(folder: Path, shapes: Mapping[str, Sequence[int]], updates: Map
 
 
 def _of_layer(carrier: Carrier, module: str, update: LoraUpdate) -> tuple[tuple[int, ...], bool]:
-    """Shape of the weight that a module of a known model has, and whether it is (in, out)."""
+    """The shape of the weight of an adapted module, and whether it is stored as (in, out)."""
     layer = carrier.layers[0]
     if len(carrier.layers) > 1:
         raise OptionError(
@@ -100,12 +104,12 @@ def _misfit(module: str, got: list[int], expected: list[int]) -> OptionError:
 def _parameters(
     model: nn.Module | None, updates: Mapping[str, LoraUpdate], shapes: Mapping[str, tuple[int, ...]]
 ) -> dict[str, str]:
-    """Module -> the name of its weight, also if the adapter was made with or without a head or a wrapper around the model.
+    """Module of the adapter -> the name of its weight, also where adapter and checkpoint have a head or a wrapper in one alone.
 
     Args:
         model: without weights; None where transformers does not know it.
-        updates: by the name of a module.
-        shapes: of the parameters that the checkpoint holds.
+        updates: name of a module -> its update.
+        shapes: of the parameters that the checkpoint holds, by name.
 
     Raises:
         OptionError: a module has no weight in the checkpoint, or could have any of two.
@@ -147,7 +151,10 @@ def _parameters(
 def _in_tensor(
     piece: Piece, shape: Sequence[int], left: torch.Tensor, right: torch.Tensor, scaling: float, module: str
 ) -> Addition:
-    """``scaling left right^T`` of a parameter as it is in a tensor; zero where the tensor is not in that parameter."""
+    """What is added to a tensor if ``scaling left right^T`` (m, n) is added to the parameter that holds it as ``piece``.
+
+    Rows and columns of the tensor that the parameter does not hold are zero.
+    """
     if len(shape) > 2 and piece.axes == tuple(range(len(shape))):
         return Addition(left.double() * scaling, right)  # a convolution
     if piece.axes not in ((0, 1), (1, 0)):

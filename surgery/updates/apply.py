@@ -1,4 +1,4 @@
-"""Weights with an update, matrix by matrix, rounded once to the dtype that they are worked on in."""
+"""Tensors with an update: computed matrix by matrix, and rounded once to their dtype (float32 for what is quantized)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from surgery.weights.protocol import check_entry
 
 
 class UpdatedWeights:
-    """The tensors of a factorized checkpoint with an update. For any number of threads.
+    """The tensors of a factorized checkpoint with an update. Any number of threads may use it.
 
     Args:
         checkpoint: the weights, and the factors that scales belong to.
-        update: what is added.
+        update: what is added to them.
     """
 
     def __init__(self, checkpoint: FactorizedWeights, update: Update) -> None:
@@ -28,7 +28,7 @@ class UpdatedWeights:
         self._update = update
 
     def targets(self, tensor: str) -> tuple[TargetRecord, ...]:
-        """The targets in a tensor; none if it has none."""
+        """The targets in a tensor; empty if it has none."""
         return self._checkpoint.targets.get(tensor, ())
 
     def is_residual(self, tensor: str) -> bool:
@@ -36,24 +36,24 @@ class UpdatedWeights:
         return bool(self.targets(tensor)) and self._checkpoint.is_residual(tensor)
 
     def is_scaled(self, tensor: str) -> bool:
-        """Whether any scale of a tensor is another than 1."""
+        """Whether any scale of any target in a tensor differs from 1."""
         return any(map(self._update.changes, self.targets(tensor)))
 
     def is_added_to(self, tensor: str) -> bool:
-        """Whether something else is added to a tensor."""
+        """Whether the update adds a low-rank matrix to a tensor, besides scales."""
         return self._update.addition(tensor) is not None
 
     def is_matrix_scaled(self, tensor: str, index: int) -> bool:
-        """``is_scaled`` of one matrix."""
+        """Whether any scale of one matrix of a tensor differs from 1."""
         return any(self._update.scales(target, index) is not None for target in self.targets(tensor))
 
     def tensor(self, weight: torch.Tensor, entry: TensorEntry, first: int, device: torch.device) -> torch.Tensor:
-        """A tensor, or some matrices of a stack, with its update.
+        """A tensor, or some consecutive matrices of a stack, with the update.
 
         Args:
-            weight: what is stored, dequantized; its memory may be used for the result.
-            entry: of the tensor.
-            first: the first of the matrices.
+            weight: what is stored of it, residual or weight, dequantized. Its memory may be used for the result.
+            entry: of the tensor in the header.
+            first: the index of the first of these matrices; 0 for a whole tensor.
             device: where the arithmetic runs; it must have float64.
 
         Returns:
@@ -67,7 +67,7 @@ class UpdatedWeights:
         result = weight
         targets = self.targets(entry.name)
         if addition is not None and not (len(targets) == 1 and targets[0].slice is None):
-            # What is in no slice; the slices are computed from the weight below.
+            # This is for the entries that are in no slice. The slices are computed below, from the weight without an update.
             result = _added(weight.view(len(weight), -1), addition, device).view(weight.shape)
             _check_finite(result, f"the adapter pushes {entry.name!r}", None)
         for target in targets:
@@ -91,14 +91,14 @@ class UpdatedWeights:
         return result
 
     def _stored(self, tensor: str, stored: torch.Tensor, target: TargetRecord, index: int) -> StoredMatrix:
-        """One matrix of a tensor, of a target or an alias of one, with what its update needs."""
+        """One matrix of a tensor, which belongs to a target or is an alias of one, with the factors that its update needs."""
         if self.is_residual(tensor):
             return self._checkpoint.residual(target, index, stored)
         scaled = self._update.scales(target, index) is not None
         return self._checkpoint.weight(target, index, stored, scaled=scaled)
 
     def _matrix(self, matrix: StoredMatrix, index: int, device: torch.device, addition: Addition | None) -> torch.Tensor:
-        """One matrix (m, n) with its update, on the CPU, perhaps in the memory of what was stored."""
+        """One matrix (m, n) with the update, on the CPU, perhaps in the memory of ``matrix.stored``."""
         target, scales = matrix.target, self._update.scales(matrix.target, index)
         if not matrix.is_residual and scales is None and addition is None:
             return matrix.stored
@@ -115,7 +115,7 @@ class UpdatedWeights:
 
 
 def _added(weight: torch.Tensor, addition: Addition, device: torch.device) -> torch.Tensor:
-    """A weight (m, n) and what is added to it, rounded once, in memory of its own."""
+    """A weight (m, n) plus a low-rank matrix, rounded once, on the CPU, in new memory."""
     return computed_on(device, weight, lambda there, where: rescale(there, None, None, addition.to(where)))
 
 
@@ -129,7 +129,7 @@ def _check_finite(weight: torch.Tensor, what: str, scales: torch.Tensor | None) 
 
 
 def _of_slice(addition: Addition, target: TargetRecord) -> Addition:
-    """The part of what is added to a tensor that concerns a target."""
+    """The rows or columns of what is added to a tensor that belong to a target, which may be a slice of it."""
     part = target.slice
     if part is None:
         return addition

@@ -1,4 +1,4 @@
-"""Weights + update -> what is written: the dense tensors of a fold, with their dtypes, their FP8 scales and their headers."""
+"""What a fold writes for each tensor and weight file: values with the update, dtypes, fresh FP8 scales, and headers."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ DENSE_DTYPE = "BF16"
 
 
 class DenseTensors:
-    """What each tensor of a factorized checkpoint becomes under an update. For any number of threads.
+    """What each tensor of a factorized checkpoint becomes with an update. Any number of threads may use it.
 
-    A changed FP8 weight is quantized again with fresh scales. Those may stand before it, or in another shard, so they
-    are computed when they are first asked for, from the whole weight, and kept.
+    A changed FP8 weight is quantized again with fresh scales. These may be stored before the weight, or in another shard, so
+    they are computed from the whole weight when they are first needed, and kept.
 
     Args:
         checkpoint: the weights and their factors.
         update: what is added to them.
-        to_dense: turn every FP8 weight into bfloat16.
+        to_dense: whether to write every FP8 weight as bfloat16, without its scales.
 
     Attributes:
         to_dense: as given.
@@ -55,29 +55,36 @@ class DenseTensors:
         self._one = threading.Lock()
 
     def files(self, shard: ShardRecord) -> list[str]:
-        """The weight files of the source that one of them takes: itself, and those that FP8 weights share with it."""
+        """The weight files that the fold of a shard reads: itself, and those that share FP8 weights with it."""
         name = shard.source.file
         return [name, *sorted(self._together.get(name, set()) - {name})]
 
     def check(self, headers: Iterable[Header]) -> None:
-        """Find out before any work what ``touched`` would find out of the shards with these headers."""
+        """Refuse, before any work, what ``touched`` would refuse in the shards with these headers.
+
+        Raises:
+            OptionError: see ``touched``.
+        """
         for header in headers:
             self.touched(header)
 
     def keeps(self, header: Header) -> bool:
-        """Whether the weight file with this header comes out as it was in the source."""
+        """Whether the weight file with this header keeps the bytes that it has in the source."""
         names = [entry.name for entry in header.tensors]
         if any(map(self._updated.is_added_to, names)):
             return False
-        # Scales of FP8 weights in another file change with these.
+        # Scales of an FP8 weight change with the weight, which may be in another file.
         weights = {*names, *(self._weight_of[name] for name in names if name in self._weight_of)}
         return self._manifest.lossless and not self.to_dense and not any(map(self._updated.is_scaled, weights))
 
     def touched(self, header: Header) -> dict[str, int | None]:
-        """The tensors of a shard that do not keep their bytes, and how many matrices of each to hold at a time.
+        """The tensors of a shard whose stored bytes are not copied unchanged.
+
+        Returns:
+            Tensor -> how many matrices of a stack to hold at a time; None for the whole tensor.
 
         Raises:
-            OptionError: the adapter changes one whose dtype it cannot change.
+            OptionError: the adapter changes a tensor of a dtype that cannot be changed.
         """
         touched: dict[str, int | None] = {}
         updated, quantized = self._updated, self._weights.quantized
@@ -103,35 +110,40 @@ class DenseTensors:
         return touched
 
     def missing(self, shard: ShardRecord, header: Header) -> list[str]:
-        """The targets of a shard, and their aliases there, that it does not have."""
+        """The tensors that the manifest has targets or aliases of in a shard, and that the shard does not have."""
         there = {entry.name for entry in header.tensors}
         return sorted(self._manifest.edited_in(shard.source.file).keys() - there)
 
     def header(self, header: Header) -> bytes:
-        """The header of what is written for a shard with this one."""
+        """The bytes of the header that is written for a shard with this header."""
         if not self.to_dense:
             return header.raw
         return make_header(self._written(header), header.metadata)
 
     def size(self, header: Header) -> int | None:
-        """How long the weight file is that is written for a shard with this header; None if nothing is left of it."""
+        """Bytes of the weight file that is written for a shard with this header; None if no tensor of it is left."""
         written = self._written(header)
         if header.tensors and not written:
             return None
         return len(self.header(header)) + sum(entry.nbytes for entry in written)
 
     def _written(self, header: Header) -> list[TensorEntry]:
-        """The tensors of a shard that are written, not the scales of what is dequantized and of its activations."""
+        """The entries of the header that is written: dequantized weights in bfloat16, and without the scales of these."""
         kept = [entry for entry in header.tensors if entry.name not in self._dropped]
         to_dense = self._weights.quantized if self.to_dense else {}
         return [resized(entry, DENSE_DTYPE if entry.name in to_dense else entry.dtype) for entry in kept]
 
     def of(self, piece: TargetPiece, device: torch.device) -> torch.Tensor | None:
-        """What is written for a tensor, or for some matrices of a stack, on the CPU; None for nothing.
+        """What is written for a piece of a weight file, on the CPU; None if it is left out.
 
         Args:
-            piece: its memory may be used for the result, and is not to be read any more.
+            piece: a tensor that is ``touched``, or some matrices of it. The result may take its memory, so that ``piece`` must
+                not be read after.
             device: where the arithmetic runs; it must have float64.
+
+        Raises:
+            WeightError, ScalesError: the result is beyond the range of its dtype.
+            FormatError: the tensor is not as the manifest describes it, or its correction is damaged.
         """
         name, quantized = piece.entry.name, self._weights.quantized
         if name in self._dropped:
@@ -149,23 +161,23 @@ class DenseTensors:
         return self._requantized(piece, weight, device)
 
     def _requantized(self, piece: TargetPiece, weight: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """An FP8 weight after its change, float32, as FP8 with its fresh scales."""
+        """Quantize an updated weight, float32, to FP8 with its fresh scales; ``piece`` is what it was made from."""
         name = piece.entry.name
         scales, block = self._fresh_scales(name, device), self._weights.quantized[name].block
         result = quantize(weight, scales[piece.first : piece.first + len(weight)] if weight.ndim == 3 else scales, block)
-        if weight.ndim == 3:  # a stack: matrices whose scales are all 1 keep their bytes
+        if weight.ndim == 3:  # matrices of a stack that no scale changes keep their bytes
             for i in range(len(weight)):
                 if not self._updated.is_matrix_scaled(name, piece.first + i):
                     result[i] = piece.tensor[i]
         return result
 
     def _fresh_scales(self, tensor: str, device: torch.device) -> torch.Tensor:
-        """The scales of an FP8 weight after its change, as a whole, in the dtype and shape of those before."""
+        """All scales of an FP8 weight with the update, in the dtype and shape of the stored ones."""
         with self._one:
             known = self._fresh.get(tensor)
         if known is not None:
             return known
-        # Two threads that find them missing at once both compute them: the same.
+        # Two threads that need them at the same time both compute them, with the same result.
         block, old = self._weights.quantized[tensor].block, self._weights.scales(tensor)
         fresh = old.clone()
         with self._weights.reader(self._updated.targets(tensor)[0].shard) as reader:
@@ -184,7 +196,7 @@ class DenseTensors:
 
 
 def _together(manifest: Manifest, quantized: Mapping[str, Scaled]) -> dict[str, set[str]]:
-    """Weight file -> those that hold scales of its FP8 weights, or the weights of its scales."""
+    """Weight file -> the weight files that hold scales of its FP8 weights, or weights of its scales."""
     homes = {target.tensor: target.shard for target in manifest.targets}
     homes |= {skipped.tensor: skipped.shard for skipped in manifest.skipped}
     found: dict[str, set[str]] = {}

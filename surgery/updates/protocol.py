@@ -1,4 +1,4 @@
-"""What is added to weights, by tensor. An update knows no files, no dtypes and no rounding."""
+"""``Update``: what is added to the weights of a checkpoint, by tensor. An update knows no files, dtypes or rounding."""
 
 from __future__ import annotations
 
@@ -16,25 +16,28 @@ from surgery.memory import bytes_of
 
 
 class Update(Protocol):
-    """One kind of update: scales of kept directions, or low-rank pairs that are added to tensors."""
+    """What is added to weights: trained scales of the kept directions, low-rank matrices, or a sum of such updates."""
 
     def scales(self, target: TargetRecord, index: int) -> torch.Tensor | None:
         """Multipliers ``g`` of the kept directions of one matrix, float32 (k,), on the CPU; None where all are 1."""
 
     def changes(self, target: TargetRecord) -> bool:
-        """Whether any kept direction of a target has another scale than 1."""
+        """Whether any scale of a target differs from 1."""
 
     def addition(self, tensor: str) -> Addition | None:
-        """What is added to a tensor besides, seen as a matrix (m, n); None for nothing."""
+        """The low-rank matrix (m, n) that is added to a tensor besides; None for nothing.
+
+        m is the length of the tensor's first axis, n the product of all others.
+        """
 
     def tensors(self) -> Collection[str]:
-        """The tensors that something is added to."""
+        """The tensors that ``addition`` adds something to."""
 
     def digests(self) -> dict[str, str]:
-        """sha256 of all that it is, by the name of what it came from."""
+        """Kind of update, such as ``scales`` or ``lora`` -> the sha256 of all its numbers and names."""
 
     def part(self, keys: Collection[str], tensors: Collection[str]) -> Self:
-        """What it does to some targets, by their keys, and to some tensors: for another process."""
+        """The update restricted to the targets with these keys and to these tensors, to be sent to another process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,7 @@ class ScalesUpdate:
         return self.is_changed(target.key)
 
     def is_changed(self, key: str) -> bool:
-        """``changes`` by the key of a target."""
+        """Whether any scale differs from 1 of the target with this key."""
         return bool((self.values[key] != 1).any())
 
     def change_of_values(self, target: TargetRecord, s: torch.Tensor) -> torch.Tensor:
@@ -80,17 +83,17 @@ class ScalesUpdate:
 
 @dataclass(frozen=True, slots=True)
 class LowRankUpdate:
-    """Low-rank pairs, such as those of a LoRA adapter, with their scaling in them.
+    """Low-rank matrices that are added to tensors, such as those of a LoRA adapter.
 
     Attributes:
-        additions: tensor -> what is added to it.
+        additions: tensor -> what is added to it, with the adapter's scaling in it.
     """
 
     additions: Mapping[str, Addition]
 
     @classmethod
     def tied(cls, additions: Mapping[str, Addition], targets: Iterable[TargetRecord]) -> Self:
-        """An update that leaves the tensors of one parameter the same: each gets the sum of what is added to all of them."""
+        """An update for tied tensors: all tensors of one parameter get the sum of what is added to any of them."""
         found = dict(additions)
         for target in targets:
             if target.aliases and (several := [found[tensor] for tensor in target.tensors if tensor in found]):
@@ -121,10 +124,10 @@ class LowRankUpdate:
 
 @dataclass(frozen=True, slots=True)
 class UpdateSum:
-    """Several updates at once, added before the one rounding.
+    """The sum of several updates, taken before the one rounding.
 
     Attributes:
-        parts: at most one of them scales kept directions.
+        parts: the updates; at most one of them may have scales.
     """
 
     parts: Sequence[Update]

@@ -1,4 +1,4 @@
-"""The weights of a factorized checkpoint together with their factors, for whoever goes through all of them."""
+"""The weights of a factorized checkpoint together with its factors, for code that goes through all of its tensors."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from surgery.weights.residual import FolderFiles, ResidualWeights
 
 
 class FactorizedWeights:
-    """The weights of a factorized checkpoint with their factors. A context manager, for any number of threads.
+    """The weights of a factorized checkpoint with its factors. A context manager that any number of threads may use.
 
     Args:
         folder, manifest: of the checkpoint.
-        weights: those that it has the factors of, see ``weights_of``.
+        weights: the weight files that the factors belong to: residuals, or those of the base; see ``weights_of``.
 
     Attributes:
         folder, manifest, weights: as given.
@@ -51,7 +51,10 @@ class FactorizedWeights:
 
     @cached_property
     def targets(self) -> Mapping[str, tuple[TargetRecord, ...]]:
-        """The targets by tensor: one, or those of its slices. A tensor that is one parameter with another has that one's."""
+        """Tensor -> its targets: one for the whole tensor, or one for each slice.
+
+        An alias, which holds the same parameter as a target's tensor, has the targets of that tensor.
+        """
         found: dict[str, tuple[TargetRecord, ...]] = {}
         for target in self.manifest.targets:
             for tensor in target.tensors:
@@ -59,27 +62,32 @@ class FactorizedWeights:
         return found
 
     def is_residual(self, tensor: str) -> bool:
-        """Whether what is stored of a tensor with targets is its residual; of an alias it is the original."""
+        """Whether a tensor with targets is stored as its residual. An alias never is: its original weight is stored."""
         return self.weights.holds_residuals and self.targets[tensor][0].tensor == tensor
 
     def factors(self, target: TargetRecord, index: int | None = None) -> Factors:
-        """The kept directions of a target, of a stack those of the matrix ``index``; float32, on the CPU."""
+        """Read U, s and V of a target, float32, on the CPU.
+
+        Args:
+            target: whose.
+            index: which matrix of a stack; None for all of them, with a dimension more.
+        """
         with self._factors.of(target) as reader:
             return reader.factors(target, index)
 
     def matrix(self, target: TargetRecord, index: int, stored: torch.Tensor) -> StoredMatrix:
-        """One matrix of a target, of which ``stored`` is stored (m, n), with its factors."""
+        """One matrix of a target with its factors; ``stored`` (m, n) is what the weight file has of it."""
         if self.weights.holds_residuals:
             return self.residual(target, index, stored)
         return self.weight(target, index, stored, scaled=True)
 
     def residual(self, target: TargetRecord, index: int, stored: torch.Tensor) -> StoredMatrix:
-        """One matrix of which the residual is stored, with what makes the original of it."""
+        """One matrix that is stored as its residual (m, n), with the factors and the correction that give the original back."""
         with self._factors.of(target) as reader:
             return stored_residual(reader, target, index, stored, lossless=self.manifest.lossless)
 
     def weight(self, target: TargetRecord, index: int, stored: torch.Tensor, *, scaled: bool) -> StoredMatrix:
-        """One matrix of which the weight itself is stored; with its factors if it is to be ``scaled``."""
+        """One matrix that is stored as the original weight (m, n), with its factors only if scales change it (``scaled``)."""
         return StoredMatrix(target, stored, False, self.factors(target, index) if scaled else None, None)
 
 
@@ -87,41 +95,53 @@ def weights_of(
     folder: Path,
     manifest: Manifest,
     base: str | Path | None = None,
-    passing: tuple[Path, int] | None = None,
+    streaming: tuple[Path, int] | None = None,
     *,
     all_quantized: bool = False,
 ) -> Weights:
-    """The weights of a factorized checkpoint: with itself, or in the model that it was made from.
+    """Open the weights of a factorized checkpoint: its own residuals or, for an overlay, those of its base.
 
     Args:
         folder, manifest: of the checkpoint.
-        base: the model, if not the one that the manifest names.
-        passing: where its weight files pass through, and how many at a time; None: they stay in the hub's cache.
-        all_quantized: whether all FP8 weights of a base are wanted, and not only those that are targets.
+        base: the model under an overlay, if not the one that the manifest names.
+        streaming: to fetch each weight file of the base when its turn comes: the folder it is in meanwhile, and how many may be
+            there at a time. None: they stay in the hub's cache.
+        all_quantized: whether to find all FP8 weights of a base, also where no target is FP8.
 
     Raises:
         OptionError: a base, or a stream, for a checkpoint that holds its own weights.
         SourceError: an overlay on a local model, and no base; or one to be streamed.
     """
     if manifest.layout == "residual":
-        no_base_needed(base, passing)
+        no_base_needed(base, streaming)
         return ResidualWeights(FolderFiles(folder), folder, manifest)
     source = base_of(folder, manifest, base)
-    if passing is not None:
+    if streaming is not None:
         from surgery.source.stream import streamed  # the hub client is slow to import
 
-        source = streamed(source, *passing)
+        source = streamed(source, *streaming)
     return weights_of_base(source, folder, manifest, all_quantized=all_quantized)
 
 
 def weights_of_base(source: Source, folder: Path, manifest: Manifest, *, all_quantized: bool = False) -> OverlayWeights:
-    """The weights of the model that a checkpoint was made from, also where it holds residuals of them; see ``weights_of``."""
+    """Open the weights of the model that a checkpoint was made from, also where the checkpoint holds residuals of its own.
+
+    Args:
+        source: that model.
+        folder, manifest, all_quantized: as for ``weights_of``.
+    """
     find = partial(quantized_of, source, folder, manifest, all_of_them=all_quantized)
     return OverlayWeights(source, source.name, manifest, frozenset(source.selection.shards), find)
 
 
 def sent_weights(files: WeightFiles, folder: Path, manifest: Manifest, quantized: Mapping[str, Scaled]) -> Weights:
-    """The same in a process that was sent to its weight files, and told which of them are quantized."""
+    """The weights of a factorized checkpoint in the process of a remote task, which does not open the base itself.
+
+    Args:
+        files: the weight files that the task needs.
+        folder, manifest: of the checkpoint; the manifest may tell of these weight files alone.
+        quantized: FP8 weight of the base -> where its scales are.
+    """
     if manifest.layout == "residual":
         return ResidualWeights(files, folder, manifest)
     there = frozenset(shard.source.file for shard in manifest.shards)

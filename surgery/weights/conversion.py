@@ -25,14 +25,14 @@ Shapes = Mapping[str, Sequence[int]]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What a tensor that is stored has of one that is wanted: they meet in a parameter of the model.
+    """The entries of a wanted tensor that one stored tensor holds, and where in both they are.
 
     Attributes:
-        stored: the name of the one that is stored.
-        to: for each axis of the wanted tensor, positions in it.
-        of: for each axis of the stored tensor, the positions of these entries there, in the same order.
-        order: the axis of the stored tensor that becomes each axis of the wanted one; None where that axis is of one entry, one
-            of a stack that is stored apart.
+        stored: the name of the stored tensor.
+        to: for each axis of the wanted tensor, positions along it.
+        of: for each axis of the stored tensor, the positions of the same entries there, in the same order.
+        order: for each axis of the wanted tensor, the axis of the stored one that it is; None for the axis of a stack whose
+            matrices are stored as tensors of their own.
     """
 
     stored: str
@@ -42,11 +42,14 @@ class Part:
 
     @property
     def entries(self) -> int:
-        """How many entries it has of the wanted tensor."""
+        """How many entries of the wanted tensor it covers."""
         return math.prod(map(len, self.to))
 
     def within(self, first: int, count: int) -> Part | None:
-        """The same for some rows of the wanted tensor along its first axis, as positions among them; None if it has none."""
+        """The part restricted to ``count`` rows of the wanted tensor from ``first`` on; None if it has nothing in them.
+
+        Rows are positions along the first axis. In the result ``to`` counts them from ``first``.
+        """
         rows = self.to[0]
         if isinstance(rows, range):
             low, high = max(rows.start, first), min(rows.stop, first + count)
@@ -64,16 +67,17 @@ class Part:
         return Part(self.stored, (moved, *self.to[1:]), of, self.order)
 
     def rows(self) -> range:
-        """The rows of the stored tensor along its first axis that have to be read."""
+        """The rows of the stored tensor that have to be read: a range along its first axis that holds all of them."""
         of = self.of[0]
         return of if isinstance(of, range) else range(int(of.min()), int(of.max()) + 1)
 
     def copy(self, stored: torch.Tensor, first: int, wanted: torch.Tensor) -> None:
-        """Fill in the part.
+        """Copy these entries from the stored tensor into the wanted one.
 
         Args:
-            stored: the tensor that is stored, from its row ``first`` on.
-            wanted: written to.
+            stored: the stored tensor, from its row ``first`` on.
+            first: that row.
+            wanted: written to; its dtype may be another.
         """
         block = stored
         for axis, positions in enumerate(self.of):
@@ -82,7 +86,7 @@ class Part:
                 block = block.narrow(axis, positions.start - shift, len(positions))
             else:
                 block = block.index_select(axis, positions - shift)
-        # An axis of the stored tensor that is none of the wanted one has a single entry: one of a stack.
+        # An axis that only the stored tensor has is that of a stack, with a single matrix in it.
         kept = [axis for axis in self.order if axis is not None]
         block = block.permute(*kept, *(axis for axis in range(block.ndim) if axis not in kept))
         block = block.reshape([len(positions) for positions in self.to])
@@ -90,7 +94,7 @@ class Part:
 
 
 def _mesh(positions: Sequence[Positions]) -> tuple[slice | torch.Tensor, ...]:
-    """An index of the entries that are at one of the positions along each axis."""
+    """The index of a tensor that selects these positions along each axis, as ``numpy.ix_`` does; slices where they suffice."""
     if all(isinstance(one, range) for one in positions):
         return tuple(slice(one.start, one.stop) for one in positions if isinstance(one, range))
     count = len(positions)
@@ -101,11 +105,11 @@ def _mesh(positions: Sequence[Positions]) -> tuple[slice | torch.Tensor, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """How the tensors of one model are found in those of another.
+    """How the wanted tensors of one model are put together from the stored ones of another.
 
     Attributes:
-        parts: wanted tensor -> what it consists of, without those of which not every entry is there.
-        further: stored tensors in parameters that the model of the wanted ones has not.
+        parts: wanted tensor -> the parts it consists of; without tensors of which an entry is missing.
+        further: stored tensors that belong to parameters which the model of the wanted tensors does not have.
     """
 
     parts: dict[str, tuple[Part, ...]]
@@ -114,19 +118,21 @@ class Converted:
 
 @dataclass(frozen=True, slots=True)
 class StoredModel:
-    """A model as its files have it.
+    """A model by what its files say of it.
 
     Attributes:
-        folder: with its ``config.json``.
-        shapes: of all its tensors.
+        folder: the one with its ``config.json``.
+        shapes: of all tensors in its files.
     """
 
     folder: Path
     shapes: Shapes
 
     def located(self) -> tuple[Shapes, dict[str, list[Place]]] | None:
-        """Shapes of the parameters of the model that it loads as, and where in them its tensors are; None if that is no model
-        of transformers.
+        """Find the tensors of the files in the parameters of the model that transformers loads from them.
+
+        Returns:
+            Parameter -> shape, and tensor -> its places in parameters; None if transformers does not know the model.
 
         Raises:
             MissingExtra, SourceError: see ``surgery.models.skeleton``.
@@ -141,31 +147,34 @@ class StoredModel:
         for tensor, places in locate(model, self.shapes).items():
             if all(place.shape == shapes[place.parameter] for place in places):
                 found[tensor] = places
-            elif (as_it_is := _as_it_is(model, names, tensor, self.shapes[tensor])) is not None:
-                found[tensor] = [as_it_is]
+            elif (place := _unconverted(model, names, tensor, self.shapes[tensor])) is not None:
+                found[tensor] = [place]
         return shapes, found
 
 
-def _as_it_is(model: nn.Module, names: Mapping[str, str], tensor: str, shape: Sequence[int]) -> Place | None:
-    """Where a tensor is that was saved from the modules of a model under the name of one that is converted."""
+def _unconverted(model: nn.Module, names: Mapping[str, str], tensor: str, shape: Sequence[int]) -> Place | None:
+    """The place of a tensor that is a whole parameter, although transformers would convert one of its name; None if it is not.
+
+    So it is in a file that was saved with torch from the modules of a model, and not with ``save_pretrained``.
+    """
     if tensor not in names or model.get_parameter(names[tensor]).shape != torch.Size(shape):
         return None
     return Place(names[tensor], tuple(shape), Piece.whole(tensor, shape))
 
 
 def convert(original: StoredModel, tuned: StoredModel, wanted: Mapping[str, Collection[str]]) -> Converted | None:
-    """Find tensors of a model in another one that loads as the same.
+    """Find tensors of a model in the files of another one that transformers loads as the same architecture.
 
     Args:
-        original: the one that has the tensors that are wanted.
-        tuned: the one that is looked into.
-        wanted: name of a tensor of the original -> others that will do instead, as they hold the same parameter.
+        original: the model whose tensors are wanted.
+        tuned: the model in whose files they are looked for.
+        wanted: tensor of the original -> its aliases, which hold the same parameter: each of them will do as well.
 
     Returns:
-        None where transformers does not know one of the models.
+        Which stored tensors they consist of; None where transformers does not know one of the models.
 
     Raises:
-        MissingExtra, SourceError, OptionError: one cannot be located, see ``StoredModel.located``.
+        MissingExtra, SourceError, OptionError: the tensors of one model cannot be located, see ``StoredModel.located``.
     """
     one, other = original.located(), tuned.located()
     if one is None or other is None:
@@ -203,9 +212,10 @@ def convert(original: StoredModel, tuned: StoredModel, wanted: Mapping[str, Coll
 
 
 def _by_slot(pieces: Sequence[Piece]) -> dict[int | None, list[Piece]]:
-    """Pieces of a parameter by the one position that they have along its first axis, which is that of an expert; None: several.
+    """Group the pieces of a parameter by the expert that they belong to; None for pieces with several.
 
-    Else each of hundreds of experts would be held against each other.
+    The expert is the position along the parameter's first axis. Without this each of hundreds of experts would be compared
+    with each other one.
     """
     found: dict[int | None, list[Piece]] = {}
     for piece in pieces:
@@ -219,7 +229,7 @@ def _slot(piece: Piece) -> int | None:
 
 
 def _met(place: Place, stored: Mapping[int | None, Sequence[Piece]]) -> Iterator[Part]:
-    """What pieces of a parameter have of another one."""
+    """The parts of the piece at ``place`` that stored pieces of the same parameter cover."""
     slot = _slot(place.piece)
     slots: Collection[int | None] = stored if slot is None else {slot, None}
     for one in slots:
@@ -229,7 +239,7 @@ def _met(place: Place, stored: Mapping[int | None, Sequence[Piece]]) -> Iterator
 
 
 def _meeting(wanted: Piece, stored: Piece) -> Part | None:
-    """What two pieces of one parameter have in common; None if nothing."""
+    """The entries that two pieces of one parameter have in common; None if there are none."""
     common = [_common(*axes) for axes in zip(wanted.at, wanted.of, stored.at, stored.of, strict=True)]
     if not all(len(to) for to, _ in common):
         return None
@@ -249,7 +259,12 @@ def _meeting(wanted: Piece, stored: Piece) -> Part | None:
 
 
 def _common(at: Positions, of: Positions, other_at: Positions, other_of: Positions) -> tuple[Positions, Positions]:
-    """Of two pieces along an axis of the parameter: positions in the tensor of each, for those in the parameter of both."""
+    """Where two pieces overlap along one axis of their parameter: the positions in the tensor of each, in the same order.
+
+    Args:
+        at, other_at: positions of each piece in the parameter.
+        of, other_of: the positions in its own tensor, in the same order.
+    """
     if isinstance(at, range) and isinstance(other_at, range):
         low = max(at.start, other_at.start)
         high = max(low, min(at.stop, other_at.stop))
@@ -263,7 +278,7 @@ def _common(at: Positions, of: Positions, other_at: Positions, other_of: Positio
 
 
 def _positions(found: torch.Tensor) -> Positions:
-    """The same as a range, where they are consecutive."""
+    """Positions as a range where they are consecutive, else unchanged."""
     if len(found) and bool((found.diff() == 1).all()):
         return range(int(found[0]), int(found[-1]) + 1)
     return found if len(found) else range(0)

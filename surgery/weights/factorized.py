@@ -25,15 +25,15 @@ from surgery.weights.checkpoint import FactorizedWeights, weights_of
 from surgery.weights.overlay import BASE_HINT
 from surgery.weights.protocol import check_entry
 
-#: Of a checkpoint whose tensors are asked for one by one, the weight files that may be here at a time when they pass through.
+#: How many weight files of a streamed base are kept at a time: tensors are asked for one by one, in any order.
 _FILES_AT_A_TIME = 2
 
 
 class Factorized:
-    """A factorized checkpoint, opened by ``Factorized.open`` to read from it. A context manager, for any number of threads.
+    """A factorized checkpoint, opened by ``Factorized.open`` to read from it. A context manager that threads may share.
 
     Attributes:
-        manifest: what it is: its targets, what was passed over, where it came from.
+        manifest: its targets, what was passed over, and where it came from.
     """
 
     def __init__(self, checkpoint: FactorizedWeights, open_files: ExitStack) -> None:
@@ -63,11 +63,11 @@ class Factorized:
         folder = Path(folder)
         manifest = Manifest.read(folder)
         with ExitStack() as stack:
-            passing = None
+            streaming = None
             if stream:
                 place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="surgery-")))
-                passing = (place / STREAM_DIR, _FILES_AT_A_TIME)
-            weights = weights_of(folder, manifest, base, passing)
+                streaming = (place / STREAM_DIR, _FILES_AT_A_TIME)
+            weights = weights_of(folder, manifest, base, streaming)
             weights.check_files()
             weights.check_quantized()
             stack.callback(weights.files.close)
@@ -81,7 +81,7 @@ class Factorized:
         self._open.__exit__(kind, error, trace)
 
     def close(self) -> None:
-        """Nothing more is wanted of it.
+        """Close all files of the checkpoint and of its base.
 
         Raises:
             FormatError: a file has changed since it was read.
@@ -90,7 +90,10 @@ class Factorized:
 
     @property
     def targets(self) -> Mapping[str, tuple[TargetRecord, ...]]:
-        """The targets by tensor: one, or those of its slices. A tensor that is one parameter with another has that one's."""
+        """Tensor -> its targets: one for the whole tensor, or one for each slice.
+
+        An alias, which holds the same parameter as a target's tensor, has the targets of that tensor.
+        """
         return self._checkpoint.targets
 
     @on_its_own_terms
@@ -119,13 +122,14 @@ class Factorized:
 
     @on_its_own_terms
     def original(self, tensor: str, index: int | None = None) -> torch.Tensor:
-        """A tensor of the model that was factorized, bit for bit; without a correction, what its residual has kept of it.
+        """A tensor of the model that was factorized, bit for bit.
 
-        A target is compared with the sample of it that the manifest has.
+        Without a correction it is ``round(R + U diag(s) V^T)``, which differs in the last bits of some weights. A tensor with
+        targets that comes back bit for bit is checked against the samples that the manifest has of it.
 
         Args:
             tensor: its name: a target's, or any other in bfloat16, float16 or float32.
-            index: which matrix of a stack, for it alone, (1, m, n); such a part is not compared.
+            index: which matrix of a stack, to read that one alone, (1, m, n); it is not checked. None for the whole tensor.
 
         Returns:
             In its own shape and dtype, float32 where it is FP8; on the CPU.

@@ -35,12 +35,12 @@ def dequantize(q: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> 
 
 
 def block_scales(weight: torch.Tensor, block: tuple[int, int], like: torch.Tensor) -> torch.Tensor:
-    """Scales with which the largest entry of each block becomes the largest FP8 number.
+    """The scales with which the largest entry of each block becomes the largest FP8 number, 448.
 
     Args:
         weight: float32 (..., m, n), finite.
         block: (rows, columns).
-        like: the scales they replace, whose shape and dtype they take. Powers of two are rounded up (float8_e8m0fnu).
+        like: the scales they replace, whose shape and dtype they take; in float8_e8m0fnu they are rounded up to powers of two.
     """
     m, n = weight.shape[-2:]
     padding = -n % block[1]
@@ -59,7 +59,15 @@ def block_scales(weight: torch.Tensor, block: tuple[int, int], like: torch.Tenso
 
 
 def quantize(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """float8_e4m3fn (..., m, n), the nearest to ``weight / scale``; arguments as for ``dequantize``."""
+    """Round ``weight / scale`` to the nearest FP8 numbers.
+
+    Args:
+        weight: float32 (..., m, n).
+        scale, block: as for ``dequantize``.
+
+    Returns:
+        float8_e4m3fn (..., m, n).
+    """
     q = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
     for rows, factors in _rows_of_blocks(scale, weight.shape, block):
         q[..., rows, :] = (weight[..., rows, :] / factors).clamp_(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
@@ -67,7 +75,10 @@ def quantize(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) 
 
 
 def _rows_of_blocks(scale: torch.Tensor, shape: torch.Size, block: tuple[int, int]) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Rows that share their scales, and those, float32 (..., 1, n): a few at a time, as all would be as large as the weight."""
+    """For each row of blocks: the rows of the weight in it, and the scale of each column there, float32 (..., 1, n).
+
+    One row of blocks at a time, as the scales of all of them, expanded to entries, would be as large as the weight.
+    """
     *stack, m, n = shape
     grid = scale.reshape(*stack, -(-m // block[0]), -(-n // block[1]))
     for i, first in enumerate(range(0, m, block[0])):

@@ -1,4 +1,4 @@
-"""How an original matrix comes back from what is stored of it. The one place that knows."""
+"""How an original matrix is recovered from what a factorized checkpoint stores of it: the one module that knows."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from surgery.timing import timed
 
 @dataclass(frozen=True, slots=True)
 class StoredMatrix:
-    """One matrix (m, n) of a target as a factorized checkpoint has it, on the CPU.
+    """One matrix (m, n) of a target as a factorized checkpoint stores it, on the CPU.
 
     Attributes:
-        target: whose.
-        stored: the original weight, or the residual; float32 where the weight is FP8, else in its dtype.
-        is_residual: whether it is the residual.
-        factors: of the original; None where nothing depends on them.
-        correction: what makes the original of residual and factors bit for bit, encoded; None where nothing does.
+        target: the target that it is a matrix of.
+        stored: the original weight or its residual, in the dtype of the weight; float32 where that is FP8.
+        is_residual: whether ``stored`` is the residual.
+        factors: of the original; None where they are not needed.
+        correction: encoded, what makes residual and factors give the original back bit for bit; None for a weight, and in a
+            checkpoint that is not lossless.
     """
 
     target: TargetRecord
@@ -36,7 +37,12 @@ class StoredMatrix:
     correction: torch.Tensor | None
 
     def original(self, where: torch.device) -> torch.Tensor:
-        """The original weight, on a device with float64; of a residual without a correction what it has kept of that.
+        """The original weight (m, n).
+
+        Without a correction it is ``round(R + U diag(s) V^T)``, which differs in the last bits of some weights.
+
+        Args:
+            where: the device of the arithmetic and of the result; it must have float64.
 
         Raises:
             FormatError: the correction is damaged in a way that shows.
@@ -46,7 +52,10 @@ class StoredMatrix:
         return self._with(self.stored.to(where), where, None, None, in_place=False)
 
     def recovered(self, where: torch.device) -> tuple[torch.Tensor, float]:
-        """The original weight of a residual, and the share of its entries that residual and factors alone do not give back.
+        """The original weight (m, n) of a residual with a correction, and the share of its entries that needed the correction.
+
+        Args:
+            where: the device of the arithmetic and of the result; it must have float64.
 
         Raises:
             CorruptCorrection: the correction is damaged in a way that shows.
@@ -61,17 +70,17 @@ class StoredMatrix:
         Args:
             device: where the arithmetic runs, if it has the memory; it must have float64.
             scales: multipliers ``g`` of the kept directions, float32 (k,); None for all ones.
-            addition: what else is added.
+            addition: a low-rank matrix (m, n) that is added besides; None for nothing.
 
         Returns:
-            (m, n), on the CPU, in the dtype of what is stored and perhaps in its memory: that is not to be used any more.
+            (m, n), on the CPU, in the dtype of ``stored``. It may take the memory of ``stored``, which must not be used after.
 
         Raises:
             FormatError: the correction is damaged in a way that shows.
         """
 
         def compute(there: torch.Tensor, where: torch.device) -> torch.Tensor:
-            # On a GPU the weight here stays as it was until the result comes over, should the memory not suffice.
+            # On a GPU this changes a copy: if its memory does not suffice, the weight is still there for another try.
             return self._with(there, where, scales, addition, in_place=True)
 
         return computed_on(device, self.stored, compute)
@@ -85,7 +94,7 @@ class StoredMatrix:
         *,
         in_place: bool,
     ) -> torch.Tensor:
-        """The weight, of which ``there`` is what is stored, with an update."""
+        """The original weight with an update, computed from ``there``, a copy of ``stored`` on the device ``where``."""
         factors, out = None if self.factors is None else self.factors.to(where), there if in_place else None
         added = None if addition is None else addition.to(where)
         if not self.is_residual:
@@ -93,20 +102,20 @@ class StoredMatrix:
         assert factors is not None
         if self.correction is None:
             return approximate(there, factors, scales, added, out=out)
-        with _naming_the_target(self.target):
+        with _correction_errors(self.target):
             return join(there, factors, self.correction, scales, added, out=out)
 
 
 def stored_residual(
     reader: FactorsReader, target: TargetRecord, index: int, stored: torch.Tensor, *, lossless: bool
 ) -> StoredMatrix:
-    """A residual with its factors and, if the checkpoint is lossless, its correction.
+    """Read what belongs to a residual: its factors and, if the checkpoint is lossless, its correction.
 
     Args:
-        reader: of the factors of its weight file.
+        reader: of the factors file that belongs to the weight file of the residual.
         target, index: which target, and which of its matrices.
         stored: the residual (m, n).
-        lossless: whether there are corrections.
+        lossless: whether the checkpoint has corrections.
     """
     correction = reader.correction(target, index) if lossless else None
     return StoredMatrix(target, stored, True, reader.factors(target, index), correction)
@@ -115,7 +124,10 @@ def stored_residual(
 def computed_on(
     device: torch.device, weight: torch.Tensor, compute: Callable[[torch.Tensor, torch.device], torch.Tensor]
 ) -> torch.Tensor:
-    """``compute(weight, where)`` for a weight on the CPU, on a device if that has the memory; the result is on the CPU."""
+    """Copy a weight (m, n) from the CPU to a device, call ``compute(weight, where)``, and bring the result back to the CPU.
+
+    Where the memory of the device does not suffice, ``where`` is the CPU.
+    """
 
     def on(some: Sequence[torch.Tensor], where: torch.device) -> list[torch.Tensor]:
         with timed("copy"):
@@ -129,7 +141,8 @@ def computed_on(
 
 
 @contextmanager
-def _naming_the_target(target: TargetRecord) -> Iterator[None]:
+def _correction_errors(target: TargetRecord) -> Iterator[None]:
+    """Turns a ``CorruptCorrection`` into a FormatError that names the target."""
     try:
         yield
     except CorruptCorrection as error:

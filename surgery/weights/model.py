@@ -1,4 +1,4 @@
-"""The weights of a model as they lie in a folder or on the hub, plain or quantized."""
+"""The weights of a model in a folder or on the hub, plain or quantized."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class ModelWeights(Weights):
     """The weights of a model, dequantized where they are FP8.
 
     Args:
-        files: where they are.
+        files: its weight files.
         find_quantized: see ``Weights``.
-        name: of the model, which comes before the names of its files in messages; none where it is known anyway.
+        name: of the model, put before the names of its files in messages; empty where a message names the model anyway.
     """
 
     def __init__(self, files: WeightFiles, find_quantized: FindQuantized = dict, name: str = "") -> None:
@@ -23,7 +23,7 @@ class ModelWeights(Weights):
         self._name = name
 
     def check(self, shard: str, sha256: str) -> None:
-        """Refuse a weight file whose contents are not those that the hub says.
+        """Refuse a weight file whose sha256 is not the one that the hub tells.
 
         Raises:
             SourceError: names the command that fetches it again.
@@ -35,7 +35,10 @@ class ModelWeights(Weights):
 
 
 class StudiedWeights(ModelWeights):
-    """Those of a model of which only the weight files with targets are read as a whole: others are checked when they come."""
+    """The weights of a model that ``spectra`` or ``project`` reads: only weight files with targets are read as a whole.
+
+    Those are hashed while they are read. Other files, read for the scales in them alone, are checked when they are fetched.
+    """
 
     def __init__(self, source: Source, find_quantized: FindQuantized) -> None:
         super().__init__(source, find_quantized, source.name)

@@ -1,4 +1,4 @@
-"""The model under an overlay: the weights that a factorized folder has the factors of, and does not hold itself."""
+"""The base of a factorized checkpoint: the model that it was made from, whose weights an overlay does not hold itself."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ BASE_HINT = "give the model that was factorized with --base"
 
 
 class OverlayWeights(Weights):
-    """The weights of the model that a checkpoint was made from, which must be what its manifest says.
+    """The weights of the model that a checkpoint was made from, checked against the checkpoint's manifest.
 
     Args:
-        files: where they are: in that model.
-        name: of it, for messages.
+        files: the weight files of that model.
+        name: of that model, for messages.
         manifest: of the checkpoint.
-        there: the names of its weight files.
+        there: the names of the weight files that the model has.
         find_quantized: see ``Weights``.
     """
 
@@ -58,26 +58,26 @@ class OverlayWeights(Weights):
         return self._records[shard]
 
     def check(self, shard: str, sha256: str) -> None:
-        """Refuse a weight file that is not that of the model that was factorized.
+        """Refuse a weight file whose sha256 is not the one that the manifest records.
 
         Raises:
             FormatError: names both hashes.
         """
         if sha256 != self._records[shard].sha256:
-            # One that passes through may be gone by now.
+            # Not ``path()``: a streamed file may be gone by now, and would be fetched again.
             raise not_as_described(self._seen_at[shard], sha256, self._records[shard], BASE_HINT)
 
     def check_quantized(self) -> None:
-        """Refuse a base in which a target is not FP8 that was when it was factorized.
+        """Refuse a base in which a target is not FP8 that was FP8 when it was factorized.
 
         Raises:
-            SourceError: names it.
+            SourceError: names the target.
         """
         if lost := [tensor for tensor in self._fp8 if tensor not in self.quantized]:
             raise SourceError(f"the base is not that of this overlay: {lost[0]!r} is not FP8 there")
 
     def check_files(self) -> None:
-        """Refuse what is seen not to be the base before a weight of it is read.
+        """Refuse a base whose weight files differ from the manifest's in name or size, before any weight is read.
 
         Raises:
             SourceError: it lacks a weight file.
@@ -94,9 +94,10 @@ class OverlayWeights(Weights):
 
 
 def open_base(base: str | Path, manifest: Manifest) -> Source:
-    """The model that a user says a checkpoint was made from, maybe by the pipeline that it is a part of.
+    """Open the base that a user gives for a checkpoint: the model, or the pipeline that the model is a part of.
 
-    The repository that the manifest names is opened at the commit that it names, unless the user gives a revision.
+    If it is the repository that the manifest names, it is opened at the commit that was factorized, unless the user gives a
+    revision.
     """
     record, address = manifest.source, address_of(base)
     is_named = address.folder is None and address.repo_id == record.repo_id and address.subfolder in (None, record.subfolder)
@@ -106,7 +107,7 @@ def open_base(base: str | Path, manifest: Manifest) -> Source:
 
 
 def base_of(factorized: Path, manifest: Manifest, base: str | Path | None) -> Source:
-    """The model under an overlay: what the user says it is, or the one on the hub that the manifest names.
+    """Open the base of an overlay: the model that the user gives, else the one on the hub that the manifest names.
 
     Raises:
         SourceError: an overlay on a local model, and no base.
@@ -123,12 +124,12 @@ def base_of(factorized: Path, manifest: Manifest, base: str | Path | None) -> So
 
 
 def quantized_of(source: Source, factorized: Path, manifest: Manifest, *, all_of_them: bool) -> dict[str, Scaled]:
-    """The FP8 weights of a base and where their scales are, by the config of the checkpoint that was factorized.
+    """Find the FP8 weights of a base and their scales, as the factorized folder's ``config.json`` describes the quantization.
 
-    Of a checkpoint without FP8 targets only if ``all_of_them`` are wanted: each header of the base is read for it.
+    It reads all headers of the base. So without FP8 targets the result is empty, unless ``all_of_them`` are asked for.
 
     Raises:
-        FormatError: that config has been edited since, and speaks of another quantization than the base.
+        FormatError: that config has been edited since, and describes another quantization than the base's own.
     """
     if not (all_of_them or any(target.dtype == FP8 for target in manifest.targets)):
         return {}
@@ -146,7 +147,7 @@ def quantized_of(source: Source, factorized: Path, manifest: Manifest, *, all_of
 
 
 def _own_config(factorized: Path, manifest: Manifest) -> tuple[dict[str, Any], bool]:
-    """The ``config.json`` of a factorized checkpoint, empty if there was none, and whether it is another than in the source."""
+    """The ``config.json`` of a factorized checkpoint, empty if it has none, and whether it was edited after factorizing."""
     record = next((record for record in manifest.files if record.file == CONFIG_FILE), None)
     if record is None:
         return {}, False
@@ -157,7 +158,7 @@ def _own_config(factorized: Path, manifest: Manifest) -> tuple[dict[str, Any], b
 
 
 def no_base_needed(base: object, stream: object) -> None:
-    """Refuse what is for overlays where a checkpoint holds its own weights.
+    """Refuse options that are for overlays alone, given for a checkpoint that holds its own weights.
 
     Raises:
         OptionError: a base, or a stream.

@@ -1,7 +1,7 @@
-"""A checkpoint, opened: its weight files with their headers, what is stored in them, and what they must be.
+"""``Weights``: an opened checkpoint, through which all weights are read, whatever kind of checkpoint it is.
 
-Whoever reads weights does it through ``Weights``, whatever the checkpoint is: a model (``weights.model``), the model under an
-overlay (``weights.overlay``), or the residuals of a factorized folder (``weights.residual``).
+The kinds: a model (``weights.model``), the base under an overlay (``weights.overlay``), and the residuals of a factorized
+folder (``weights.residual``).
 """
 
 from __future__ import annotations
@@ -30,12 +30,15 @@ FindQuantized = Callable[[], Mapping[str, Scaled]]
 
 
 class Weights:
-    """The weights of a checkpoint. A context manager, for any number of threads.
+    """The weight files of a checkpoint, opened for reading. A context manager that any number of threads may use.
+
+    It gives headers, paths and readers of the weight files, the exact numbers of what is stored in them, and checks that the
+    files are the expected ones. Weight files are known by their names in the source model.
 
     Args:
-        files: where its weight files are.
-        find_quantized: gives its FP8 weights and where their scales are; called when that is first asked for, since all
-            headers may have to be fetched for it.
+        files: the weight files.
+        find_quantized: returns FP8 weight -> where its scales are. Called when that is first needed, as it may have to fetch
+            the headers of all weight files.
 
     Attributes:
         files: as given.
@@ -56,7 +59,7 @@ class Weights:
         self._dequantizer.__exit__(kind, error, trace)
 
     def close(self) -> None:
-        """Its files are not read any more.
+        """Close the files that are open.
 
         Raises:
             FormatError: one that is open has changed since it was opened.
@@ -70,48 +73,48 @@ class Weights:
 
     @property
     def watch(self) -> Watch:
-        """See ``WeightFiles``."""
+        """What notices that a file changes while it is in use."""
         return self.files.watch
 
     def path(self, shard: str) -> Path:
-        """Where a weight file, by its name in the source, is on this machine: fetched if need be, its contents unchecked."""
+        """The local path of a weight file, fetched if it is not here. Its contents are not checked: ``check`` does that."""
         return self.files.unchecked(shard)
 
     def _path_of_scales(self, shard: str) -> Path:
-        """The same of one that is read for the scales in it alone."""
+        """The local path of a weight file that is read for the scales in it alone."""
         return self.path(shard)
 
     def header(self, shard: str) -> Header:
-        """See ``WeightFiles``."""
+        """The header of a weight file."""
         return self.files.header(shard)
 
     def expected(self, shard: str) -> FileRecord | None:
-        """What a manifest says that the weight file is; None where there is no manifest."""
+        """Name, size and sha256 of a weight file by the manifest; None where there is no manifest."""
         return None
 
     def check(self, shard: str, sha256: str) -> None:
-        """Refuse a weight file that has been read and is not what it must be.
+        """Refuse a weight file that has been read as a whole, if its contents are not the expected ones.
 
         Args:
             shard: its name in the source.
-            sha256: of all that was read.
+            sha256: of the whole file, as it was read.
 
         Raises:
             FormatError, SourceError: says what it should be, and what to do.
         """
 
     def check_files(self) -> None:
-        """Refuse weight files that are seen not to be those of a manifest, before any is read; see ``OverlayWeights``."""
+        """Refuse weight files whose names or sizes differ from the manifest's, before any is read. For a base alone."""
 
     def check_quantized(self) -> None:
-        """Refuse weights that are not quantized where the manifest says that they are; see ``OverlayWeights``."""
+        """Refuse weights that are not quantized although the manifest says that they are. For a base alone."""
 
     def reader(self, shard: str) -> AbstractContextManager[ShardReader]:
-        """A weight file, open for as long as the context lasts, and kept open for the next one who asks."""
+        """A reader of a weight file, to be used as a context manager. It stays open after that, for the next caller."""
         return self._dequantizer.reader(shard)
 
     def forget(self, shard: str) -> None:
-        """A weight file may be dropped, unless somebody reads it just now."""
+        """Close the reader of a weight file that is not needed any more, unless a thread is using it."""
         self._dequantizer.forget(shard)
 
     def scales(self, tensor: str) -> torch.Tensor:
@@ -119,12 +122,12 @@ class Weights:
         return self._dequantizer.scales(self.quantized[tensor])
 
     def exact(self, tensor: str, stored: torch.Tensor, first: int = 0) -> torch.Tensor:
-        """The numbers that bytes stand for: float32 where they are FP8, else as stored.
+        """The numbers of a stored tensor: an FP8 weight dequantized to float32, any other unchanged.
 
         Args:
             tensor: its name.
-            stored: what is stored of it: all, or of a stack some matrices.
-            first: the first of these.
+            stored: the whole tensor, or some consecutive matrices of a stack.
+            first: the index of the first of these matrices.
         """
         return self._dequantizer.weight(stored, first, self.quantized.get(tensor))
 

@@ -1,4 +1,4 @@
-"""What a model's quantization means for it: FP8 with scales by block or by matrix is read, all else is refused by name."""
+"""How a model is quantized, from its config and headers: FP8 with scales by block or by matrix is read, all else is refused."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from surgery.errors import FormatError, SourceError
 from surgery.format.header import Header, TensorEntry
 
 FP8 = "F8_E4M3"
-#: Under which ``config.json`` describes a quantization.
+#: Keys under which ``config.json`` describes a quantization.
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
 SCALE_SUFFIX = "_scale_inv"
 _SCALE_DTYPES = ("F32", "BF16", "F8_E8M0")
-#: What may lie beside an FP8 weight for its inputs and outputs, which are quantized in inference only.
+#: Ends of names of the scales that quantize a layer's inputs and outputs at inference. They mean nothing for its weight.
 _ACTIVATION_SCALES = tuple(f"{of}_scale{end}" for of in ("activation", "act", "input", "output") for end in ("", "_inv"))
 
 _DENSE = "factorize the publisher's unquantized model, and fold into that"
 
-#: What to do instead, by ``quant_method``. What transformers can turn back is named; for the rest there is no way back.
+#: Hints for formats that are not read, by ``quant_method``: how transformers dequantizes such a model, where it can.
 _INSTEAD = {
     "mxfp4": "load it with Mxfp4Config(dequantize=True), save_pretrained(FOLDER, save_original_format=False), factorize that",
     "bitsandbytes": "load it with transformers, call model.dequantize(), save_pretrained(FOLDER), factorize that",
@@ -30,7 +30,7 @@ _INSTEAD = {
     "metal": "load it with MetalConfig(dequantize=True), save_pretrained(FOLDER), factorize that",
 }
 
-#: Names that only quantized checkpoints have, where ``config.json`` says nothing.
+#: Names of tensors that only quantized checkpoints have, and the method they tell of where ``config.json`` says nothing.
 _TRACES = (
     (re.compile(r".*\.(qweight|qzeros|g_idx)"), "gptq or awq"),
     (re.compile(r".*\.(weight_packed|weight_global_scale|weight_shape)"), "compressed-tensors"),
@@ -46,9 +46,9 @@ class Scaled:
 
     Attributes:
         scale: the name of the tensor that holds them.
-        shard: the file it is in, which may be another than the weight's.
-        block: rows and columns that share a scale: all of a matrix where it has one.
-        activations: the names of further tensors of its quantization, which mean nothing for the weight.
+        shard: the weight file they are in, which may be another than the weight's.
+        block: how many rows and columns share a scale: all of the matrix where it has a single one.
+        activations: the names of the scales of the layer's inputs and outputs, which mean nothing for the weight.
     """
 
     scale: str
@@ -58,7 +58,7 @@ class Scaled:
 
 
 def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The quantization that ``config.json`` names, wherever it stands."""
+    """What ``config.json`` says of a quantization, for the whole model or its language model; None if it says nothing."""
     parts = [config, *(config[part] for part in ("text_config", "language_config") if isinstance(config.get(part), dict))]
     for part in parts:
         for key in QUANTIZATION_KEYS:
@@ -69,7 +69,12 @@ def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def read_quantization(config: Mapping[str, Any], headers: Mapping[str, Header], model: str) -> dict[str, Scaled]:
-    """The FP8 weights of a model and where their scales are; nothing for a model that is not quantized.
+    """The FP8 weights of a model and where their scales are; empty for a model that is not quantized.
+
+    Args:
+        config: its ``config.json``.
+        headers: of all its weight files, by name.
+        model: its name, for messages.
 
     Raises:
         SourceError: it is quantized in a way that is not supported; says what to do instead.
@@ -125,7 +130,7 @@ def _scaled(
         )
     scale, shard = where[name]
     *stack, m, n = entry.shape
-    # Whatever the config says of blocks, one number for a matrix is its scale: so transformers reads it.
+    # A single number is the scale of the whole matrix, whatever the config says of blocks: transformers reads it so.
     whole = max(m, 1), max(n, 1)
     fitting = {tuple(shape): whole for shape in ([*stack], [*stack, 1, 1], *([] if stack else [[1]]))}
     if block is not None:

@@ -1,4 +1,4 @@
-"""FP8 weights as the rest of the operations need them: in float32, with scales from whichever shard has them."""
+"""FP8 weights dequantized to float32, and the config and index of a model whose weights have been dequantized."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ from surgery.weights.quantization import QUANTIZATION_KEYS, Scaled
 
 
 class Dequantizer:
-    """Reads scales and applies them. A context manager, for any number of threads.
+    """Reads the scales of FP8 weights, from whichever weight file has them, and applies them.
+
+    A context manager that any number of threads may use. It keeps the files open that it has read from.
 
     Args:
-        path: from the name of a weight file of the source to where it is on this machine.
+        path: gives the local path of a weight file, by its name in the source.
         watch: of the source.
     """
 
@@ -38,20 +40,20 @@ class Dequantizer:
         self._files.__exit__(kind, error, trace)
 
     def reader(self, shard: str) -> AbstractContextManager[ShardReader]:
-        """A weight file, open for as long as the context lasts."""
+        """A reader of a weight file, to be used as a context manager."""
         return self._files.of(shard)
 
     def forget(self, shard: str) -> None:
-        """A weight file may be dropped, unless somebody reads it just now."""
+        """Close the reader of a weight file that is not needed any more, unless a thread is using it."""
         self._files.forget(shard)
 
     def scales(self, scaled: Scaled, first: int = 0, count: int | None = None) -> torch.Tensor:
-        """The scales of a weight, or of ``count`` matrices of a stack."""
+        """The scales of a weight, as stored; of a stack those of ``count`` matrices from ``first`` on, or of all."""
         with self.reader(scaled.shard) as reader:
             return reader.read(reader.entries[scaled.scale], first, count)
 
     def weight(self, tensor: torch.Tensor, first: int, scaled: Scaled | None) -> torch.Tensor:
-        """A weight, or some matrices of a stack from ``first`` on, float32 if it is FP8, else as it is."""
+        """A stored weight, or some matrices of a stack from ``first`` on, in float32 if it has scales, else unchanged."""
         if scaled is None:
             return tensor
         count = len(tensor) if tensor.ndim > 2 else None
@@ -59,7 +61,7 @@ class Dequantizer:
 
 
 def without_quantization(config: Path) -> bytes:
-    """A ``config.json`` that says nothing of a quantization."""
+    """The text of a ``config.json`` without its description of a quantization."""
     parsed = read_json_object(config, config.name)
     for part in (parsed, *(value for value in parsed.values() if isinstance(value, dict))):
         for key in QUANTIZATION_KEYS:
@@ -68,7 +70,12 @@ def without_quantization(config: Path) -> bytes:
 
 
 def index_of(folder: Path, before: Path) -> bytes:
-    """The index of the weight files in a folder that were written in the place of those that ``before`` names."""
+    """The index of the weight files in a folder, as text.
+
+    Args:
+        folder: where they are.
+        before: the index of the model that they were made from: its metadata is kept, and its weight files are looked for.
+    """
     parsed = read_json_object(before, before.name)
     weight_map, total = {}, 0
     for shard in sorted(set(index_entries(json.dumps(parsed), before.name).values())):

@@ -1,4 +1,4 @@
-"""The residuals of a factorized folder, from which the original weights are recovered."""
+"""The weight files of a factorized folder in the residual layout, from which the original weights are recovered."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from surgery.weights.protocol import Weights
 
 
 class FolderFiles(FilesInPlace):
-    """The weight files of a factorized folder, whose hashes are in its manifest."""
+    """``WeightFiles`` of a factorized folder: all there already, with hashes in its manifest."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -39,10 +39,10 @@ class FolderFiles(FilesInPlace):
 
 
 class ResidualWeights(Weights):
-    """The weight files of the residual layout: of a target they hold the residual, of everything else the bytes of the source.
+    """The weight files of the residual layout: they hold residuals of targets, and all other tensors as in the source.
 
     Args:
-        files: where they are: in the factorized folder.
+        files: the weight files of the factorized folder.
         folder, manifest: of the checkpoint.
     """
 
@@ -64,7 +64,7 @@ class ResidualWeights(Weights):
         return record
 
     def check(self, shard: str, sha256: str) -> None:
-        """Refuse a residual file that is not the one of the manifest.
+        """Refuse a weight file whose sha256 is not the one that the manifest records.
 
         Raises:
             FormatError: names both hashes.

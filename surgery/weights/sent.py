@@ -1,4 +1,4 @@
-"""Weight files in a process that was sent to where they are needed."""
+"""Weight files in the process of a remote task, which is told where to take them from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from surgery.source.protocol import FilesInPlace
 
 
 class SentFiles(FilesInPlace):
-    """The weight files of an ``Origin``, each taken from there when it is first asked for. A context manager."""
+    """``WeightFiles`` for a remote task: each is taken from an ``Origin`` when it is first asked for. A context manager."""
 
     def __init__(self, origin: Origin) -> None:
         self.watch = Watch(pinned=origin.pinned)

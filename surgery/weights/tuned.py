@@ -1,4 +1,4 @@
-"""A second model, tensor by tensor beside the first."""
+"""A fine-tuned model, read tensor by tensor as the original one has them, whatever it calls and however it stores them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,12 @@ _RELATED, _SIZES = 0.5, (0.5, 2.0)
 
 @dataclass(frozen=True, slots=True)
 class Norms:
-    """Frobenius norms of a matrix, of what it became, and of the difference."""
+    """Frobenius norms of an original matrix, of the tuned one, and of their difference.
+
+    Attributes:
+        key: of the target that the matrix belongs to.
+        before, after, change: the three norms.
+    """
 
     key: str
     before: float
@@ -42,7 +47,7 @@ class Norms:
 
     @property
     def cosine(self) -> float | None:
-        """Of the angle between the two, as vectors; None where one is 0."""
+        """The cosine of the angle between the two matrices, as vectors of their entries; None where one is 0."""
         if not self.before or not self.after:
             return None
         ratio = self.after / self.before
@@ -50,13 +55,14 @@ class Norms:
 
 
 def note_what_is_unlikely(name: str, found: Sequence[Norms]) -> None:
-    """Say so where a model does not look like a fine-tuned one.
+    """Tell a note where a model does not look like a fine-tuned version of the original.
 
-    That is where no matrix has changed, and where most, or some, are hardly related to the original ones.
+    That is so if no matrix has changed, if matrices are hardly related to the original ones, or if they are much larger or
+    smaller.
 
     Args:
         name: of the model.
-        found: for each matrix that was compared.
+        found: the norms of each matrix that was compared.
     """
     if all(norms.change == 0 for norms in found):
         note(
@@ -90,12 +96,12 @@ def note_what_is_unlikely(name: str, found: Sequence[Norms]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Original:
-    """The model that a tuned one is held against.
+    """What has to be known of the original model to find its tensors in a tuned one.
 
     Attributes:
-        wanted: name of a tensor that is compared -> those under which the tuned model may have it as well, or instead.
-        shapes: of all its tensors, by their names.
-        folder: gives the folder of its ``config.json``; None if there is none. Called where names do not fit.
+        wanted: name of a tensor that is compared -> its aliases, which the tuned model may have as well, or instead.
+        shapes: name of each tensor of the model -> shape.
+        folder: returns the folder of its ``config.json``, or None if it has none. Called only where names do not fit.
     """
 
     wanted: Mapping[str, Sequence[str]]
@@ -109,18 +115,18 @@ def config_folder(source: Source) -> Path | None:
 
 
 class TunedModel:
-    """A model with the tensors of another one, such as a fine-tuned one. A context manager, for any number of threads.
+    """A tuned model whose tensors are asked for by the names of the original. A context manager that threads may share.
 
-    Its tensors may have other names, see ``surgery.format.name_map``, or be stored in another way, see
-    ``surgery.weights.conversion``: a note says so. Another says if it has layers that the other model has not.
+    Its tensors may have other names (``surgery.format.name_map``), or be stored in another way
+    (``surgery.weights.conversion``); a note says so. Another note says if it has layers that the original does not have.
 
     Args:
-        source: the model.
-        original: the other one.
+        source: the tuned model.
+        original: the model that it is compared with.
 
     Raises:
-        SourceError: a tensor is not there, or with another shape, or in a dtype that weights cannot have; it may be any of two
-            that are there; or it is there twice, with other bytes.
+        SourceError: a tensor is missing, has another shape or a dtype that weights cannot have, could be either of two in the
+            file, or is stored under two names with different bytes.
     """
 
     def __init__(self, source: Source, original: Original) -> None:
@@ -130,7 +136,7 @@ class TunedModel:
         quantized = read_quantization(source.config(), headers, source.name)
         self._weights = StudiedWeights(source, lambda: quantized)
         self._places = {entry.name: (shard, entry) for shard, header in headers.items() for entry in header.tensors}
-        #: Where names fit: tensor -> those that are stored of it, its own and aliases. Else what each consists of.
+        #: Tensor of the original -> the stored tensors that hold it, it and its aliases; empty where ``_parts`` is used.
         self._stored: dict[str, list[str]] = {}
         self._parts: dict[str, tuple[Part, ...]] = {}
         names = find_names(self._places, original.wanted, original.shapes, self._is_alike)
@@ -169,16 +175,20 @@ class TunedModel:
         return list(self._places[stored][1].shape) == list(self._original.shapes[name])
 
     def _fits(self, names: NameMap) -> bool:
-        """Whether all that is wanted is there, under names that can be trusted, in its shape."""
+        """Whether every wanted tensor is there with its shape, and no name had to be changed that might mean something else."""
         alike = all(self._is_alike(name, there) for name, there in names.given.items())
         return names.is_complete and alike and (names.renamed is None or not self._is_adapted())
 
     def _is_adapted(self) -> bool:
-        """Whether it has an adapter beside its weights, which these alone would leave out."""
+        """Whether the files hold a LoRA adapter beside the weights, so that the weights alone are not the tuned ones."""
         return any(map(is_of_lora, self._places))
 
     def _converted(self, source: Source, names: NameMap) -> Converted:
-        """What the tensors that are wanted consist of, where names do not fit."""
+        """Find the wanted tensors through transformers' conversion, where names do not fit.
+
+        Raises:
+            SourceError: they are not found that way either; tells the names of both sides.
+        """
         why = ""
         try:
             folder, own = self._original.folder(), config_folder(source)
@@ -238,23 +248,26 @@ class TunedModel:
             )
 
     def _stored_of(self, name: str) -> list[str]:
-        """The tensors of the model that are read for one of the original."""
+        """The stored tensors of the tuned model that are read for one of the original."""
         return [part.stored for part in self._parts[name]] if name in self._parts else self._stored[name][:1]
 
     def shards_of(self, names: Iterable[str]) -> list[str]:
-        """The weight files that hold these tensors."""
+        """The weight files of the tuned model that hold these tensors of the original."""
         return sorted({self._places[stored][0] for name in names for stored in self._stored_of(name)})
 
     def dtype(self, name: str) -> str:
-        """What a tensor is stored in, as safetensors names it; the coarsest where it consists of several."""
+        """The dtype that a tensor is stored in, as safetensors names it; the least precise one if it consists of several."""
         dtypes = {self._places[stored][1].dtype for stored in self._stored_of(name)}
         return max(sorted(dtypes), key=lambda dtype: torch.finfo(TORCH_DTYPES[dtype]).eps)
 
     def weight(self, piece: TargetPiece) -> torch.Tensor:
-        """What the tensor of a piece has become, with as many matrices; float32 if it is FP8, else as it is; on the CPU.
+        """The tuned weights for a piece of the original.
+
+        Returns:
+            In the shape of the piece, on the CPU, in the dtype that is stored; float32 where that is FP8.
 
         Raises:
-            WeightError: NaN or infinity in it.
+            WeightError: they hold NaN or infinity.
         """
         name, rows = piece.entry.name, range(piece.first, piece.first + len(piece.tensor))
         if name not in self._parts:
@@ -270,10 +283,7 @@ class TunedModel:
         return torch.float32 if part.stored in self._weights.quantized else TORCH_DTYPES[self._places[part.stored][1].dtype]
 
     def _read(self, stored: str, rows: range) -> tuple[torch.Tensor, int]:
-        """A tensor of the model with these of its rows along the first axis, and which is the first of them.
-
-        Those that are read are all of a matrix, and of a stack the matrices that are needed.
-        """
+        """Read a stored tensor, of a stack only the matrices ``rows``; and the index of the first row that was read."""
         shard = self._places[stored][0]
         with self._weights.reader(shard) as reader:
             entry = reader.entries.get(stored)
@@ -292,5 +302,5 @@ class TunedModel:
 
 
 def _kind(name: str) -> str:
-    """A name without the numbers of layers and experts."""
+    """A tensor's name with ``#`` in the place of the numbers of layers and experts."""
     return re.sub(r"(?:(?<=\.)|^)\d+\.", "#.", name)
