@@ -329,7 +329,7 @@ class _Region:
 
 def _region(target: TargetRecord, place: Place) -> tuple[bool, _Region]:
     """Whether the parameter is a stack, and where the target's matrices are in it. Raises OptionError if that is unknown."""
-    piece = place.piece
+    piece = place.part
     if target.view == "convolution":
         whole = tuple(range(len(target.shape)))
         if piece.axes != whole or any(
@@ -356,7 +356,7 @@ def _region(target: TargetRecord, place: Place) -> tuple[bool, _Region]:
 def _unknown_place(target: TargetRecord, place: Place) -> OptionError:
     return OptionError(
         f"{target.tensor!r} lies in the parameter {place.parameter!r} of the model in a way that scales cannot follow",
-        got=f"axes {place.piece.axes} of a {target.view}",
+        got=f"axes {place.part.axes} of a {target.view}",
         hint="fold the scales instead, or leave it out with --exclude",
     )
 

@@ -23,7 +23,7 @@ Positions = range | torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TensorPart:
     """A part of a checkpoint's tensor, and where it is in a parameter.
 
     Attributes:
@@ -39,7 +39,7 @@ class Piece:
     of: tuple[Positions, ...]
 
     @classmethod
-    def whole(cls, tensor: str, shape: Sequence[int]) -> Piece:
+    def whole(cls, tensor: str, shape: Sequence[int]) -> TensorPart:
         """All of a tensor, in a parameter of the same shape."""
         every = tuple(range(size) for size in shape)
         return cls(tensor, tuple(range(len(shape))), every, every)
@@ -52,12 +52,12 @@ class Place:
     Attributes:
         parameter: the full name of the parameter.
         shape: that the parameter must have.
-        piece: the part of the tensor, and its positions in the parameter.
+        part: of the tensor, and its positions in the parameter.
     """
 
     parameter: str
     shape: tuple[int, ...]
-    piece: Piece
+    part: TensorPart
 
 
 def locate(model: nn.Module, tensors: Mapping[str, Sequence[int] | None]) -> dict[str, list[Place]]:
@@ -170,13 +170,13 @@ class _Symbol:
     It has those methods of a tensor that transformers' conversions call.
     """
 
-    def __init__(self, shape: tuple[int, ...], pieces: tuple[Piece, ...]) -> None:
+    def __init__(self, shape: tuple[int, ...], pieces: tuple[TensorPart, ...]) -> None:
         self.shape = torch.Size(shape)
         self.pieces = pieces
 
     @classmethod
     def of_tensor(cls, name: str, shape: Sequence[int]) -> _Symbol:
-        return cls(tuple(shape), (Piece.whole(name, shape),))
+        return cls(tuple(shape), (TensorPart.whole(name, shape),))
 
     @property
     def ndim(self) -> int:
@@ -238,7 +238,7 @@ class _Symbol:
             tuple(replace(piece, at=_with(piece.at, dim, places[torch.as_tensor(piece.at[dim])])) for piece in self.pieces),
         )
 
-    def _moved(self, dim: int, offset: int) -> tuple[Piece, ...]:
+    def _moved(self, dim: int, offset: int) -> tuple[TensorPart, ...]:
         def shifted(at: Positions) -> Positions:
             return range(at.start + offset, at.stop + offset) if isinstance(at, range) else at + offset
 
@@ -249,7 +249,7 @@ class _Symbol:
         dim %= symbols[0].ndim
         if len({_without(symbol.shape, dim) for symbol in symbols}) > 1:
             raise ValueError(f"shapes {[list(symbol.shape) for symbol in symbols]} are joined along axis {dim}")
-        pieces: list[Piece] = []
+        pieces: list[TensorPart] = []
         length = 0
         for symbol in symbols:
             pieces += symbol._moved(dim, length)
@@ -258,8 +258,8 @@ class _Symbol:
 
     @staticmethod
     def _stack(symbols: Sequence[_Symbol], dim: int = 0) -> _Symbol:
-        def grown(piece: Piece) -> Piece:
-            return Piece(
+        def grown(piece: TensorPart) -> TensorPart:
+            return TensorPart(
                 piece.tensor,
                 (*piece.axes[:dim], None, *piece.axes[dim:]),
                 (*piece.at[:dim], range(1), *piece.at[dim:]),
@@ -323,9 +323,9 @@ class _Reordering:
         return done
 
 
-def _every(piece: Piece, change: Any) -> Piece:
+def _every(piece: TensorPart, change: Any) -> TensorPart:
     """A piece with the same change made to its ``axes``, ``at`` and ``of``."""
-    return Piece(piece.tensor, change(piece.axes), change(piece.at), change(piece.of))
+    return TensorPart(piece.tensor, change(piece.axes), change(piece.at), change(piece.of))
 
 
 def _with(values: tuple[Any, ...], dim: int, value: Any) -> tuple[Any, ...]:

@@ -61,7 +61,7 @@ def is_residual(held: HeldTarget, dtype: torch.dtype, stored: Callable[[], torch
     """
     target, places, carriers = held.target, held.places, held.carriers
     if any(carriers[place.parameter].quantized for place in places):
-        if len(held.terms) > 1 or places[0].piece.axes != (0, 1) or list(places[0].shape) != target.shape:
+        if len(held.terms) > 1 or places[0].part.axes != (0, 1) or list(places[0].shape) != target.shape:
             raise OptionError(f"{target.tensor!r} is not one weight in this model, and quantized", hint="load it unquantized")
         layer = carriers[places[0].parameter].layers[0].module
         leading = [held.terms[0].left.T @ _images(layer, held.terms[0].right.T, dtype).T]
@@ -145,7 +145,7 @@ def _gathered(target: TargetRecord, places: Sequence[Place], carriers: Mapping[s
     whole: torch.Tensor | None = None
     count = 0
     for place in places:
-        carrier, piece = carriers[place.parameter], place.piece
+        carrier, piece = carriers[place.parameter], place.part
         with carrier.present():
             weight = carrier.weight()
             if weight.is_meta:

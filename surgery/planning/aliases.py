@@ -292,7 +292,7 @@ class _Ties:
         return {
             (
                 id(self._model.get_parameter(place.parameter)),
-                *(_hashable(one) for one in (place.piece.axes, *place.piece.at, *place.piece.of)),
+                *(_hashable(one) for one in (place.part.axes, *place.part.at, *place.part.of)),
             )
             for place in self._known[tensor]
         }

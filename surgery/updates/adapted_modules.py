@@ -13,7 +13,7 @@ from surgery.format.factors import FactorsReaders
 from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import TargetRecord
 from surgery.models.carriers import Carrier, Layer, carriers_of, places_of, terms_of
-from surgery.models.placement import Piece, Place
+from surgery.models.placement import Place, TensorPart
 from surgery.updates.protocol import ScalesUpdate
 
 _FOLD_HINT = "fold instead: surgery fold gives standard weights for any model. Or factorize without it: --exclude"
@@ -145,7 +145,7 @@ def _as_named(manifest: Manifest) -> tuple[dict[str, list[Place]], dict[str, Car
     """Places and carriers in a model that is not transformers': modules are named as in the checkpoint."""
     places, carriers = {}, {}
     for target in manifest.targets:
-        places[target.tensor] = [Place(target.tensor, tuple(target.shape), Piece.whole(target.tensor, target.shape))]
+        places[target.tensor] = [Place(target.tensor, tuple(target.shape), TensorPart.whole(target.tensor, target.shape))]
         kind = {"matrix": "linear", "convolution": "convolution", "stack": "unknown"}[target.view]
         carriers[target.tensor] = Carrier([Layer(nn.Module(), "weight", kind)], tuple(target.shape), False)
     return places, carriers

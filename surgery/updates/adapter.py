@@ -13,7 +13,7 @@ from surgery.errors import OptionError
 from surgery.format.name_map import find_names
 from surgery.linalg.lossless import Addition
 from surgery.models.carriers import Carrier, carriers_of
-from surgery.models.placement import Piece, locate, parameter_names
+from surgery.models.placement import TensorPart, locate, parameter_names
 from surgery.models.skeleton import skeleton
 from surgery.progress import note
 from surgery.updates.lora import LoraUpdate
@@ -36,15 +36,15 @@ def additions_of(folder: Path, shapes: Mapping[str, Sequence[int]], updates: Map
         MissingExtra, SourceError: see ``surgery.models.skeleton``.
     """
     model = skeleton(folder)
-    pieces: dict[str, list[Piece]] = {}
+    pieces: dict[str, list[TensorPart]] = {}
     if model is None:
-        pieces = {name: [Piece.whole(name, shape)] for name, shape in shapes.items()}
+        pieces = {name: [TensorPart.whole(name, shape)] for name, shape in shapes.items()}
         stored = {name: tuple(shape) for name, shape in shapes.items()}
     else:
         stored = {}
         for places in locate(model, shapes).values():
             for place in places:
-                pieces.setdefault(place.parameter, []).append(place.piece)
+                pieces.setdefault(place.parameter, []).append(place.part)
                 stored[place.parameter] = place.shape
     parameters = _parameters(model, updates, stored)
     if len(set(parameters.values())) < len(parameters):
@@ -149,7 +149,7 @@ def _parameters(
 
 
 def _in_tensor(
-    piece: Piece, shape: Sequence[int], left: torch.Tensor, right: torch.Tensor, scaling: float, module: str
+    piece: TensorPart, shape: Sequence[int], left: torch.Tensor, right: torch.Tensor, scaling: float, module: str
 ) -> Addition:
     """What is added to a tensor if ``scaling left right^T`` (m, n) is added to the parameter that holds it as ``piece``.
 

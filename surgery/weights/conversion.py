@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from surgery.format.name_map import find_names
-from surgery.models.placement import Piece, Place, Positions, locate, parameter_names
+from surgery.models.placement import Place, Positions, TensorPart, locate, parameter_names
 from surgery.models.skeleton import skeleton
 
 #: Tensor -> shape.
@@ -159,7 +159,7 @@ def _unconverted(model: nn.Module, names: Mapping[str, str], tensor: str, shape:
     """
     if tensor not in names or model.get_parameter(names[tensor]).shape != torch.Size(shape):
         return None
-    return Place(names[tensor], tuple(shape), Piece.whole(tensor, shape))
+    return Place(names[tensor], tuple(shape), TensorPart.whole(tensor, shape))
 
 
 def convert(original: StoredModel, tuned: StoredModel, wanted: Mapping[str, Collection[str]]) -> Converted | None:
@@ -180,10 +180,10 @@ def convert(original: StoredModel, tuned: StoredModel, wanted: Mapping[str, Coll
     if one is None or other is None:
         return None
     (shapes, places), (other_shapes, other_places) = one, other
-    stored: dict[str, list[Piece]] = {}
+    stored: dict[str, list[TensorPart]] = {}
     for found in other_places.values():
         for place in found:
-            stored.setdefault(place.parameter, []).append(place.piece)
+            stored.setdefault(place.parameter, []).append(place.part)
 
     def alike(name: str, there: str) -> bool:
         return shapes[name] == other_shapes[there]
@@ -211,34 +211,34 @@ def convert(original: StoredModel, tuned: StoredModel, wanted: Mapping[str, Coll
     return Converted(parts, tuple(sorted(further)))
 
 
-def _by_slot(pieces: Sequence[Piece]) -> dict[int | None, list[Piece]]:
+def _by_slot(pieces: Sequence[TensorPart]) -> dict[int | None, list[TensorPart]]:
     """Group the pieces of a parameter by the expert that they belong to; None for pieces with several.
 
     The expert is the position along the parameter's first axis. Without this each of hundreds of experts would be compared
     with each other one.
     """
-    found: dict[int | None, list[Piece]] = {}
+    found: dict[int | None, list[TensorPart]] = {}
     for piece in pieces:
         found.setdefault(_slot(piece), []).append(piece)
     return found
 
 
-def _slot(piece: Piece) -> int | None:
+def _slot(piece: TensorPart) -> int | None:
     at = piece.at[0]
     return at.start if isinstance(at, range) and len(at) == 1 else None
 
 
-def _met(place: Place, stored: Mapping[int | None, Sequence[Piece]]) -> Iterator[Part]:
+def _met(place: Place, stored: Mapping[int | None, Sequence[TensorPart]]) -> Iterator[Part]:
     """The parts of the piece at ``place`` that stored pieces of the same parameter cover."""
-    slot = _slot(place.piece)
+    slot = _slot(place.part)
     slots: Collection[int | None] = stored if slot is None else {slot, None}
     for one in slots:
         for piece in stored.get(one, ()):
-            if (part := _meeting(place.piece, piece)) is not None:
+            if (part := _meeting(place.part, piece)) is not None:
                 yield part
 
 
-def _meeting(wanted: Piece, stored: Piece) -> Part | None:
+def _meeting(wanted: TensorPart, stored: TensorPart) -> Part | None:
     """The entries that two pieces of one parameter have in common; None if there are none."""
     common = [_common(*axes) for axes in zip(wanted.at, wanted.of, stored.at, stored.of, strict=True)]
     if not all(len(to) for to, _ in common):
