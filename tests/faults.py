@@ -144,7 +144,7 @@ def main(model: Path, folder: Path, trials: int, seed: int) -> None:
         _, changes = run(call, truth_folder)
         seconds = time.perf_counter() - start
         truth, out = files_of(truth_folder), folder / name
-        some = trials if before is None else max(2, trials // 2)  # tests/test_overwrite.py stops at each step of replacing
+        some = trials if before is None else max(2, trials // 2)  # tests/run/test_overwrite.py stops at each step of replacing
         count = min(some, changes)
         steps = [1 + i * changes // count for i in range(count)]
         kills = 0

@@ -23,10 +23,10 @@ import surgery
 from surgery.errors import SourceError, SurgeryError, SurgeryWarning
 from surgery.escapes import escaped, quoted, quoted_glob
 from surgery.progress import note
+from tests.cli.test_terminal import in_a_terminal
 from tests.loopback_hub import LoopbackHub
 from tests.models import save_llama
 from tests.sealing import seal
-from tests.test_terminal import in_a_terminal
 
 #: Of each kind that a terminal obeys or does not show, and lines that look like ours. A file may be called so.
 EVIL = (

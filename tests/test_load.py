@@ -27,7 +27,7 @@ from surgery.progress import Silent
 from surgery.run.engines import LocalEngine, ShardJobs, engine_of
 from tests.families import FAMILIES
 from tests.models import files_of, save_llama
-from tests.test_fp8 import quantize_model
+from tests.weights.test_fp8 import quantize_model
 
 
 class _Counted(list[Any]):

@@ -19,7 +19,7 @@ from surgery.errors import FormatError, OutputError, ReadError, ScalesError, Sur
 from surgery.files import file_writer
 from surgery.progress import Silent
 from tests.models import files_of, realistic, save_llama, tensors_of
-from tests.test_fp8 import quantize_model
+from tests.weights.test_fp8 import quantize_model
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 BESIDE = {

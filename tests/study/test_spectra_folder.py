@@ -22,7 +22,7 @@ from surgery.study.spectra_shard import Measure
 from tests.measure import run_module
 from tests.models import files_of, save_llama
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 STUDY: dict[str, Any] = {"top": 4, "include": ["*q_proj*", "*down_proj*"], "device": "cpu"}
 LAST = "model.layers.1.mlp.down_proj.weight"
 FILES = {"spectra.json", "spectra.csv", "index.html"}

@@ -88,7 +88,7 @@ def test_a_fold_does_not_replace_it(where: Callable[[Path], Path], value: float,
 
 def test_the_command(model: Path, made: Path) -> None:
     before = files_of(model)
-    cli = Path(__file__).parent.parent / "cli.py"
+    cli = Path(__file__).parents[2] / "cli.py"
     scales = made / "surgery/scales.safetensors"
     command = [sys.executable, str(cli), "fold", str(made), str(scales), "-o", "m", "--overwrite"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=model.parent)
@@ -170,7 +170,7 @@ def test_a_second_mount_of_it(layout: str, model: Path, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         timeout=100,
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
     )
     if done.returncode == 77 or "unshare" in done.stderr:
         pytest.skip("no mounts here")

@@ -23,7 +23,7 @@ from surgery.progress import Silent
 from tests.families import FAMILIES
 from tests.loopback_hub import LoopbackHub
 from tests.models import files_of
-from tests.test_fp8 import quantize_model
+from tests.weights.test_fp8 import quantize_model
 
 WAYS: dict[str, dict[str, Any]] = {
     "residual": {"rank": 6},

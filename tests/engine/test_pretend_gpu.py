@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 import surgery
 from surgery.errors import SurgeryWarning
+from tests.linalg.test_svd import MATRICES, check
 from tests.models import files_of, realistic, save_llama, tensors_of
 from tests.pretend_gpu import GPU, OnGpu, pretend_gpu
-from tests.test_fp8 import quantize_model
-from tests.test_svd import MATRICES, check
+from tests.weights.test_fp8 import quantize_model
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real one")
 

@@ -19,7 +19,7 @@ import surgery
 from surgery.cli.main import main
 from tests.models import files_of
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def _run(*arguments: object) -> Result:

@@ -268,7 +268,7 @@ def test_numbers_that_are_none(options: dict[str, object], llama: Path) -> None:
 
 def test_the_documentation_describes_the_format(tmp_path: Path) -> None:
     """Its example is a recipe, and every key is in its tables."""
-    page = (Path(__file__).parent.parent / "docs/recipes.md").read_text()
+    page = (Path(__file__).parents[2] / "docs/recipes.md").read_text()
     (example,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
     (tmp_path / "example.toml").write_text(example)
     recipe = read_recipe(tmp_path / "example.toml")

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from surgery.files.pool import _KEPT_OPEN, Pool
 from tests.models import realistic
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SHARDS = 70
 LIMIT = 64
 

@@ -18,7 +18,7 @@ from surgery.errors import OutputError, ReadError, ResourceError, naming_system_
 from surgery.files.access import read_errors, write_errors
 from tests.failing.system import compiler, preloaded
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SLOW = [pytest.mark.slow, pytest.mark.timeout(4 * 3600)]
 needs_compiler = pytest.mark.skipif(compiler() is None, reason="no C compiler for the library that makes a system fail")
 

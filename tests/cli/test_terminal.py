@@ -30,7 +30,7 @@ from surgery.progress import Silent, phase
 from tests.loopback_hub import LoopbackHub
 from tests.models import save_llama
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 WIDTHS = (46, 60, 80, 100, 120)
 EXPERT = "model.layers.31.mlp.experts.127.gate_proj.weight"
 

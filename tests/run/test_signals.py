@@ -22,7 +22,7 @@ if not hasattr(signal, "SIGHUP"):
 
 pty = pytest.importorskip("pty")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ from tests.sealing import seal
 # What is said of a run that was begun before, where a test does not listen.
 pytestmark = pytest.mark.filterwarnings("ignore:going on after|.* is already complete:surgery.errors.SurgeryWarning")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 class _Stop(Silent):

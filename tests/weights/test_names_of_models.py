@@ -26,7 +26,7 @@ from surgery.progress import Silent
 from tests.families import DECODER, FAMILIES
 from tests.models import save_llama, tensors_of
 from tests.releases import has, known_classes, needs
-from tests.test_attach_families import CUT, Interleaved, _ernie, _interleaved, _kimi, _qwen3_vl
+from tests.training.test_attach_families import CUT, Interleaved, _ernie, _interleaved, _kimi, _qwen3_vl
 
 stacks_experts = needs("transformers", ">=5.10", "all of these families, with experts that are stacked")
 

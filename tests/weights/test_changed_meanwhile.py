@@ -16,7 +16,7 @@ from surgery.errors import SurgeryError
 from surgery.progress import Silent
 from surgery.source.open import open_source
 from tests.models import files_of, save_llama
-from tests.test_fp8 import quantize_model
+from tests.weights.test_fp8 import quantize_model
 
 #: Changes a weight file, and gives it other numbers.
 Change = Callable[[Path], None]

@@ -14,7 +14,7 @@ from surgery.errors import FormatError, OptionError, SourceError
 from tests.kept_layouts import CASES, KEPT
 from tests.loopback_hub import LoopbackHub
 from tests.models import tensors_of
-from tests.test_fp8 import quantize_model
+from tests.weights.test_fp8 import quantize_model
 
 _LOSSLESS = [name for name in CASES if name not in ("uncorrected", "dequantized", "fp8")]
 
