@@ -31,11 +31,14 @@ def most_at_a_time(folder: Path) -> Iterator[list[int]]:
     """The largest number of weight files that were seen in a folder meanwhile, whole or in part."""
     most, over = [0], threading.Event()
 
+    def listed() -> set[Path]:
+        return {*folder.glob("*.safetensors"), *folder.rglob("*.incomplete")}
+
     def look() -> None:
         while not over.is_set():
             with suppress(OSError):  # what is listed may be gone by then
-                here = [*folder.glob("*.safetensors"), *folder.rglob("*.incomplete")]
-                most[0] = max(most[0], len(here))
+                # A listing takes a while: of what is in two, all was there at the moment between them.
+                most[0] = max(most[0], len(listed() & listed()))
             time.sleep(0.0005)
 
     watcher = threading.Thread(target=look)
