@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import reduce
@@ -29,6 +29,8 @@ from surgery.weights.quantization import read_quantization
 #: A fine-tuned matrix is at less than 60 degrees to the original, and has half to twice its norm: changes of up to half of
 #: the norm, which are large ones, leave it within 30 degrees. Two models of other seeds are at 90.
 _RELATED, _SIZES = 0.5, (0.5, 2.0)
+#: By this PEFT calls the module that an adapter wraps, inside the module that takes its place.
+_BASE_LAYER = ".base_layer."
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,25 @@ def config_folder(source: Source) -> Path | None:
     return source.fetch(CONFIG_FILE).parent if CONFIG_FILE in source.selection.others else None
 
 
+def has_adapter_beside(names: Iterable[str]) -> bool:
+    """Whether any module that is wrapped as ``X.base_layer`` has other tensors in ``X``: those of a PEFT adapter of any kind."""
+    inside, others = set[str](), list[str]()
+    for name in names:
+        module, is_wrapped, _ = name.partition(_BASE_LAYER)
+        if is_wrapped:
+            inside.add(module)
+        else:
+            others.append(name)
+    return bool(inside) and any(module in inside for name in others for module in _modules_around(name))
+
+
+def _modules_around(name: str) -> Iterator[str]:
+    """The modules that a tensor is in, from the innermost one on."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
 class TunedModel:
     """A tuned model whose tensors are asked for by the names of the original. A context manager that threads may share.
 
@@ -180,8 +201,8 @@ class TunedModel:
         return names.is_complete and alike and (names.renamed is None or not self._is_adapted())
 
     def _is_adapted(self) -> bool:
-        """Whether the files hold a LoRA adapter beside the weights, so that the weights alone are not the tuned ones."""
-        return any(map(is_of_lora, self._places))
+        """Whether the files hold an adapter beside the weights, so that the weights alone are not the tuned ones."""
+        return any(map(is_of_lora, self._places)) or has_adapter_beside(self._places)
 
     def _converted(self, source: Source, names: NameMap) -> Converted:
         """Find the wanted tensors through transformers' conversion, where names do not fit.
