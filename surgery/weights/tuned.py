@@ -117,7 +117,7 @@ def config_folder(source: Source) -> Path | None:
 
 
 def has_adapter_beside(names: Iterable[str]) -> bool:
-    """Whether any module that is wrapped as ``X.base_layer`` has other tensors in ``X``: those of a PEFT adapter of any kind."""
+    """Whether any module that is wrapped as ``X.base_layer`` has other tensors in ``X``: those of some PEFT adapter."""
     inside, others = set[str](), list[str]()
     for name in names:
         module, is_wrapped, _ = name.partition(_BASE_LAYER)
