@@ -119,6 +119,11 @@ def nearest(name: str, others: Iterable[str]) -> str | None:
     return found if count or ratio > 0.5 else None
 
 
+def without_wrappers(name: str) -> str:
+    """A name without those of modules that wrap others, such as ``module`` and ``_orig_mod``."""
+    return ".".join(word for word in name.split(".") if word not in _WRAPPERS)
+
+
 def match_names(there: Collection[str], wanted: Collection[str]) -> NameMap:
     """Match the names that are there with the wanted ones, one to one.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 
 from surgery.engine.walk import TargetPiece
 from surgery.errors import FormatError, MissingExtra, OptionError, SourceError, WeightError
-from surgery.format.name_map import NameMap, find_names, note_renamed
+from surgery.format.name_map import NameMap, find_names, note_renamed, without_wrappers
 from surgery.format.safetensors import TORCH_DTYPES, same_bytes
 from surgery.linalg.rounding import all_finite
 from surgery.names import CONFIG_FILE, FACTORIZABLE_DTYPES, is_of_lora
@@ -214,9 +215,13 @@ class TunedModel:
         try:
             folder, own = self._original.folder(), config_folder(source)
             if folder is not None and own is not None and not self._is_adapted():
-                shapes = {name: entry.shape for name, (_, entry) in self._places.items()}
+                # Of wrapped modules transformers knows nothing. Names that would be the same without them stay as they are.
+                shorter = Counter(map(without_wrappers, self._places))
+                full = {one if shorter[one := without_wrappers(name)] == 1 else name: name for name in self._places}
+                shapes = {name: self._places[stored][1].shape for name, stored in full.items()}
                 found = convert(StoredModel(folder, self._original.shapes), StoredModel(own, shapes), self._original.wanted)
                 if found is not None and found.parts.keys() == self._original.wanted.keys():
+                    found = found.renamed(full)
                     renamed = ((name, found.parts[name][0].stored) for name in sorted(found.parts))
                     examples = (f": {stored!r} is taken for {name!r}" for name, stored in renamed if name != stored)
                     note(

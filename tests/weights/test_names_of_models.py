@@ -396,6 +396,21 @@ def test_stored_in_another_way_under_other_names(tmp_path: Path) -> None:
 
 
 @stacks_experts
+@pytest.mark.parametrize("rename", ["module", "fsdp", "compiled layers"])
+def test_stored_in_another_way_by_wrapped_modules(rename: str, tmp_path: Path) -> None:
+    """The state of a model in DDP, FSDP or torch.compile, whose experts are stacked."""
+    models = _both_ways(FAMILIES["qwen3_moe"].make, tmp_path)
+    before, same = models["original, files"], models["tuned, files"]
+    tensors = {RENAMED[rename](name): tensor for name, tensor in tensors_of(models["tuned, modules"]).items()}
+    other = _saved(tmp_path / "wrapped", tensors, same)
+    include = ["*experts*", "*q_proj*"]
+    (found, notes), (expected, _) = (_studied(before, tuned, include=include) for tuned in (other, same))
+    assert found == expected
+    renamed = RENAMED[rename]("model.layers.0.mlp.experts.down_proj")
+    assert notes[0].endswith(f"{renamed!r} is taken for 'model.layers.0.mlp.experts.0.down_proj.weight'")
+
+
+@stacks_experts
 def test_of_a_stack_only_what_is_needed_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models = _both_ways(FAMILIES["mixtral"].make, tmp_path)
     surgery.factorize(models["original, files"], tmp_path / "f", rank=2, device="cpu", include=["*experts.2.*"])
