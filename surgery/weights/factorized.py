@@ -193,7 +193,7 @@ class Factorized:
             In its own shape and dtype, float32 where it is FP8; on the CPU.
 
         Raises:
-            OptionError: no such tensor, or no such matrix; or the checkpoint is closed.
+            OptionError: no such tensor, one of another dtype, or no such matrix; or the checkpoint is closed.
             SourceError: a weight file of the base cannot be fetched, or is damaged.
             ReadError, FormatError: a file cannot be read or is damaged, or the base is another model.
         """
@@ -216,6 +216,9 @@ class Factorized:
                 raise FormatError(f"{shard}: {tensor!r} is not there", hint=self._hint)
             for target in targets:
                 check_entry(entry, target)
+            if entry.dtype not in TORCH_DTYPES:
+                what, hint = f"{tensor!r} holds no weights", f"it is stored unchanged in {shard}"
+                raise OptionError(what, got=entry.dtype, expected=", ".join(TORCH_DTYPES), hint=hint)
             stored = reader.read(entry) if index is None else reader.read(entry, first, 1)
         if not targets or not checkpoint.is_residual(tensor):
             if index is None:

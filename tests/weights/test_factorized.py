@@ -166,6 +166,17 @@ def test_a_damaged_file_in_the_cache(llama: Path, hub: LoopbackHub, tmp_path: Pa
             checkpoint.original("model.norm.weight")
 
 
+def test_what_is_no_weight(tmp_path: Path) -> None:
+    tensors = {"a.weight": torch.ones(4, 3), "ids": torch.arange(4), "empty": torch.zeros(0, 2), "one": torch.tensor(3.5)}
+    (tmp_path / "model").mkdir()
+    save_file(tensors, tmp_path / "model/model.safetensors")
+    surgery.factorize(tmp_path / "model", tmp_path / "f", rank=2, include=["a.weight"])
+    with surgery.Factorized.open(tmp_path / "f") as checkpoint:
+        assert all(_same(checkpoint.original(name), tensors[name]) for name in ("a.weight", "empty", "one"))
+        with pytest.raises(OptionError, match=r"'ids' holds no weights\n  got: +I64\n.*BF16(.|\n)*unchanged in model"):
+            checkpoint.original("ids")
+
+
 def test_nothing_is_read_after_closing(llama: Path, factorized: Path) -> None:
     checkpoint = surgery.Factorized.open(factorized)
     target = checkpoint.manifest.targets[0]
