@@ -13,6 +13,8 @@ import torch
 from surgery.device import as_memory_allows, choose_device, on_its_own_terms
 from surgery.engine.walk import ShardWalk, TargetPiece, with_progress
 from surgery.errors import FormatError
+from surgery.files.access import read_errors
+from surgery.files.file_records import file_sha256
 from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import TargetRecord
 from surgery.format.safetensors import ShardReader
@@ -202,13 +204,18 @@ class _Projector:
         self.found = {target.key: _Found(torch.ones(target.scales_shape, dtype=torch.float32)) for target in targets}
 
     def run(self, progress: Progress) -> None:
-        """Compare all targets, and put their results into ``found``. Shards without targets are not read."""
-        manifest = self._checkpoint.manifest
+        """Compare all targets, and put their results into ``found``. Shards with neither targets nor scales are not read."""
+        manifest, weights = self._checkpoint.manifest, self._checkpoint.weights
         owners = {target.shard for target in manifest.targets}
+        scales = {weights.quantized[target.tensor].shard for target in manifest.targets if target.tensor in weights.quantized}
+        for shard in sorted(scales - owners):  # the others are hashed while they are read
+            path = weights.path(shard)
+            with read_errors(path):
+                weights.check(shard, file_sha256(path))
         shards = [shard for shard in manifest.shards if shard.source.file in owners]
         with phase(progress, "projecting", sum(shard.source.size for shard in shards)):
-            for shard in shards:
-                self._shard(shard.source.file, progress)
+            for record in shards:
+                self._shard(record.source.file, progress)
 
     def _shard(self, shard: str, progress: Progress) -> None:
         weights, path = self._checkpoint.weights, self._checkpoint.weights.path(shard)

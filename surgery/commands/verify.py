@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from surgery.commands.repair import Repaired, repair_files, source_to_repair_from
-from surgery.device import choose_devices, on_its_own_terms
+from surgery.device import on_its_own_terms
 from surgery.engine.lane import Lane
 from surgery.errors import OptionError, SurgeryError
 from surgery.files.watch import Watch
@@ -24,7 +24,7 @@ from surgery.planning.targets import DEFAULT_MAX_RANK, matches
 from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
 from surgery.run.disk_room import check_room, download_needs
-from surgery.run.engines import LocalEngine
+from surgery.run.engines import LocalEngine, float64_device
 from surgery.shards.failures import Checkpoint, Failure, Failures, check_recorded_file
 from surgery.shards.verify_shard import ShardCheck
 from surgery.weights.checkpoint import weights_of, weights_of_base
@@ -91,8 +91,7 @@ def verify(
     progress = listening()
     folder = Path(factorized)
     manifest = Manifest.read(folder)
-    # Weights are recovered in float64, which an Apple GPU does not have.
-    exact_on = "cpu" if choose_devices(str(device))[0].type == "mps" else str(device)
+    exact_on = float64_device(str(device))  # weights are recovered in float64
     done = Repaired((), {})
     if repair:
         makes = LocalEngine(str(device), max_memory, max_device_memory, None)

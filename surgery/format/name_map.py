@@ -34,9 +34,12 @@ _WRAPPERS = frozenset(
 #: ``model.language_model.layers``, and just ``model.layers`` where the text model was saved alone.
 _LANGUAGE_MODEL = "language_model"
 _WEIGHT = ".weight"
-#: A suffix that names may have: a single word, but none of a tensor that is not the weight. Several words would be a module
-#: inside the one that is meant, which may change the weight.
-_SUFFIX = re.compile(r"(\.weight)?\.(?!(bias|grad|mask|momentum_buffer|original\d*|(max_)?exp_avg(_sq)?)$)\w+")
+#: A suffix that names may have: a single word, but none of a tensor that is not the weight, such as the part of it that weight
+#: normalization or pruning stores (``weight_v``, ``weight_orig``), or the module that PEFT has replaced (``original_module``).
+#: Several words would be a module inside the one that is meant, which may change the weight.
+_SUFFIX = re.compile(
+    r"(\.weight)?\.(?!(bias|delta|grad|mask|momentum_buffer|original(\d*|_module)|weight_\w+|(max_)?exp_avg(_sq)?)$)\w+"
+)
 #: The names by which prefixes and suffixes are found, and how many of these are tried.
 _PROBES, _TRIED = 3, 16
 #: Names that ``nearest`` compares by their characters.
@@ -114,6 +117,11 @@ def nearest(name: str, others: Iterable[str]) -> str | None:
     scored = [(shared[other], difflib.SequenceMatcher(None, name[:200], other[:200]).ratio(), other) for other in likely]
     count, ratio, found = max(scored, default=(0, 0.0, ""))
     return found if count or ratio > 0.5 else None
+
+
+def without_wrappers(name: str) -> str:
+    """A name without those of modules that wrap others, such as ``module`` and ``_orig_mod``."""
+    return ".".join(word for word in name.split(".") if word not in _WRAPPERS)
 
 
 def match_names(there: Collection[str], wanted: Collection[str]) -> NameMap:

@@ -53,7 +53,7 @@ class Run:
 
     Attributes:
         engine: what does the jobs; set by ``start_engine``.
-        upload: of the result; None outside of ``uploading``, and if the result is not uploaded.
+        upload: of the result; None before ``uploading``, and if the result is not uploaded.
         journal: of the run; None before ``identify``.
         place: the folder that is written to, ``out`` or one inside of it; set by ``result`` and ``files_together``.
     """

@@ -70,7 +70,7 @@ class FactorizedWeights:
 
         Args:
             target: whose.
-            index: which matrix of a stack; None for all of them, with a dimension more.
+            index: which matrix of a stack; None for a target that is no stack.
         """
         with self._factors.of(target) as reader:
             return reader.factors(target, index)

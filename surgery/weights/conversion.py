@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -114,6 +114,13 @@ class Converted:
 
     parts: dict[str, tuple[Part, ...]]
     further: tuple[str, ...]
+
+    def renamed(self, names: Mapping[str, str]) -> Converted:
+        """The same with other names of the stored tensors: ``names`` has the new one for each."""
+        return Converted(
+            {name: tuple(replace(part, stored=names[part.stored]) for part in parts) for name, parts in self.parts.items()},
+            tuple(sorted(names[stored] for stored in self.further)),
+        )
 
 
 @dataclass(frozen=True, slots=True)

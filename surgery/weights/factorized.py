@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -23,10 +24,61 @@ from surgery.linalg.lossless import Factors
 from surgery.names import STREAM_DIR
 from surgery.weights.checkpoint import FactorizedWeights, weights_of
 from surgery.weights.overlay import BASE_HINT
-from surgery.weights.protocol import check_entry
+from surgery.weights.protocol import Weights, check_entry
+from surgery.weights.quantization import FP8
 
-#: How many weight files of a streamed base are kept at a time: tensors are asked for one by one, in any order.
+#: How many weight files of a streamed base are kept at a time: that of a tensor, and that of its scales.
 _FILES_AT_A_TIME = 2
+
+
+class _FilesInUse:
+    """Fetches the weight files of a checkpoint as they are needed, and drops those unused for longest. Threads may share it.
+
+    Args:
+        weights: of the checkpoint.
+        at_a_time: how many are kept, unless threads use more of them at one time; None for all.
+    """
+
+    def __init__(self, weights: Weights, at_a_time: int | None) -> None:
+        self._weights = weights
+        self._at_a_time = at_a_time
+        self._users: dict[str, int] = {}  # in the order of their last use
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def holding(self, shard: str) -> Iterator[None]:
+        """Keep a weight file for as long as the context lasts. One of the hub is compared with its hash before its first use.
+
+        Raises:
+            SourceError: it cannot be fetched, or is damaged.
+        """
+        files = self._weights.files
+        with self._lock:
+            if shard not in self._users:
+                self._make_room()
+                try:
+                    files.acquire(shard)
+                except BaseException:
+                    files.release(shard)
+                    raise
+            self._users[shard] = self._users.pop(shard, 0) + 1
+        try:
+            files.fetch(shard)
+            yield
+        finally:
+            with self._lock:
+                self._users[shard] -= 1
+
+    def _make_room(self) -> None:
+        """Drop files that nobody uses until one more may be fetched."""
+        for shard in [shard for shard, users in self._users.items() if not users]:
+            if self._at_a_time is None or len(self._users) < self._at_a_time:
+                break
+            del self._users[shard]
+            try:
+                self._weights.forget(shard)
+            finally:
+                self._weights.files.release(shard)
 
 
 class Factorized:
@@ -36,10 +88,12 @@ class Factorized:
         manifest: its targets, what was passed over, and where it came from.
     """
 
-    def __init__(self, checkpoint: FactorizedWeights, open_files: ExitStack) -> None:
+    def __init__(self, checkpoint: FactorizedWeights, open_files: ExitStack, files_at_a_time: int | None) -> None:
         self.manifest = checkpoint.manifest
         self._checkpoint = checkpoint
+        self._files = _FilesInUse(checkpoint.weights, files_at_a_time)
         self._open = open_files
+        self._is_closed = False
 
     @classmethod
     @on_its_own_terms
@@ -50,7 +104,8 @@ class Factorized:
             folder: written by ``factorize``.
             base: for an overlay, the model it was made from (folder or hub id), if the one that the manifest names is not to be
                 used.
-            stream: for an overlay on a model of the hub, drop each weight file again instead of keeping it in the hub's cache.
+            stream: for an overlay on a model of the hub, keep no more than two weight files at a time, in a temporary folder,
+                instead of all of them in the hub's cache. Whoever reads one file after the other has each fetched once.
 
         Returns:
             The checkpoint; to be used in a ``with`` statement, or closed by ``close``.
@@ -67,21 +122,22 @@ class Factorized:
             if stream:
                 place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="surgery-")))
                 streaming = (place / STREAM_DIR, _FILES_AT_A_TIME)
-            weights = weights_of(folder, manifest, base, streaming)
+            weights = weights_of(folder, manifest, base, streaming, all_quantized=True)
             weights.check_files()
             weights.check_quantized()
             stack.callback(weights.files.close)
             checkpoint = stack.enter_context(FactorizedWeights(folder, manifest, weights))
-            return cls(checkpoint, stack.pop_all())
+            return cls(checkpoint, stack.pop_all(), _FILES_AT_A_TIME if stream else None)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._is_closed = True
         self._open.__exit__(kind, error, trace)
 
     def close(self) -> None:
-        """Close all files of the checkpoint and of its base.
+        """Close all files of the checkpoint and of its base, from which nothing can be read any more. May be called again.
 
         Raises:
             FormatError: a file has changed since it was read.
@@ -108,9 +164,10 @@ class Factorized:
             U, s and V.
 
         Raises:
-            OptionError: no such target, or no such matrix.
-            FormatError: the factors are damaged.
+            OptionError: no such target, or no such matrix; or the checkpoint is closed.
+            ReadError, FormatError: the factors cannot be read, or are damaged.
         """
+        self._check_open()
         target = self._by_key.get(key)
         if target is None:
             raise OptionError(f"{self._checkpoint.folder} has no target {key!r}", hint="surgery inspect lists its targets")
@@ -125,35 +182,48 @@ class Factorized:
         """A tensor of the model that was factorized, bit for bit.
 
         Without a correction it is ``round(R + U diag(s) V^T)``, which differs in the last bits of some weights. A tensor with
-        targets that comes back bit for bit is checked against the samples that the manifest has of it.
+        targets that comes back bit for bit is checked against the samples that the manifest has of it. Weight files in a folder
+        are not hashed for it: damage to other entries and tensors is found by ``verify``.
 
         Args:
-            tensor: its name: a target's, or any other in bfloat16, float16 or float32.
+            tensor: its name: a target's, or any other in bfloat16, float16 or float32, or, in a base, FP8.
             index: which matrix of a stack, to read that one alone, (1, m, n); it is not checked. None for the whole tensor.
 
         Returns:
             In its own shape and dtype, float32 where it is FP8; on the CPU.
 
         Raises:
-            OptionError: no such tensor, or no such matrix.
-            FormatError: it is damaged, or the base is another model.
+            OptionError: no such tensor, one of another dtype, or no such matrix; or the checkpoint is closed.
+            SourceError: a weight file of the base cannot be fetched, or is damaged.
+            ReadError, FormatError: a file cannot be read or is damaged, or the base is another model.
         """
-        checkpoint, shard = self._checkpoint, self._shards.get(tensor)
+        self._check_open()
+        shard = self._shards.get(tensor)
         if shard is None:
-            raise OptionError(f"the model of {checkpoint.folder} has no tensor {tensor!r}", hint="surgery inspect lists them")
+            what = f"the model of {self._checkpoint.folder} has no tensor {tensor!r}"
+            raise OptionError(what, hint="surgery inspect lists them")
+        self._check_index(self.targets[tensor][0] if tensor in self.targets else None, index)
+        with self._files.holding(shard):
+            return self._original(tensor, shard, index)
+
+    def _original(self, tensor: str, shard: str, index: int | None) -> torch.Tensor:
+        """``original`` of a tensor in a weight file that is held."""
+        checkpoint = self._checkpoint
         targets, first = self.targets.get(tensor, ()), index or 0
-        self._check_index(targets[0] if targets else None, index)
         with checkpoint.weights.reader(shard) as reader:
             entry = reader.entries.get(tensor)
             if entry is None:
                 raise FormatError(f"{shard}: {tensor!r} is not there", hint=self._hint)
             for target in targets:
                 check_entry(entry, target)
+            if entry.dtype not in TORCH_DTYPES:
+                what, hint = f"{tensor!r} holds no weights", f"it is stored unchanged in {shard}"
+                raise OptionError(what, got=entry.dtype, expected=", ".join(TORCH_DTYPES), hint=hint)
             stored = reader.read(entry) if index is None else reader.read(entry, first, 1)
         if not targets or not checkpoint.is_residual(tensor):
             if index is None:
                 self._check_sample(targets, tensor, stored)
-            return checkpoint.weights.exact(tensor, stored, first)
+            return self._dequantized(tensor, stored, first) if entry.dtype == FP8 else stored
         for target in targets:
             view = target.seen_as
             matrices = view.matrices(stored)
@@ -164,6 +234,21 @@ class Factorized:
         if index is None and self.manifest.lossless:
             self._check_sample(targets, tensor, stored)
         return stored
+
+    def _dequantized(self, tensor: str, stored: torch.Tensor, first: int) -> torch.Tensor:
+        """The numbers of an FP8 tensor, or of its matrices from ``first`` on, float32."""
+        scaled = self._checkpoint.weights.quantized.get(tensor)
+        if scaled is None:
+            raise OptionError(
+                f"{tensor!r} is FP8, which is only read from the base of an overlay, and with scales",
+                hint="factorize with --layout overlay",
+            )
+        with self._files.holding(scaled.shard):
+            return self._checkpoint.weights.exact(tensor, stored, first)
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise OptionError(f"{self._checkpoint.folder} is closed", hint="open it again: surgery.Factorized.open")
 
     def _check_sample(self, targets: Sequence[TargetRecord], tensor: str, weight: torch.Tensor) -> None:
         for target in targets:

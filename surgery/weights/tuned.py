@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import reduce
@@ -16,7 +17,7 @@ import torch
 
 from surgery.engine.walk import TargetPiece
 from surgery.errors import FormatError, MissingExtra, OptionError, SourceError, WeightError
-from surgery.format.name_map import NameMap, find_names, note_renamed
+from surgery.format.name_map import NameMap, find_names, note_renamed, without_wrappers
 from surgery.format.safetensors import TORCH_DTYPES, same_bytes
 from surgery.linalg.rounding import all_finite
 from surgery.names import CONFIG_FILE, FACTORIZABLE_DTYPES, is_of_lora
@@ -29,6 +30,8 @@ from surgery.weights.quantization import read_quantization
 #: A fine-tuned matrix is at less than 60 degrees to the original, and has half to twice its norm: changes of up to half of
 #: the norm, which are large ones, leave it within 30 degrees. Two models of other seeds are at 90.
 _RELATED, _SIZES = 0.5, (0.5, 2.0)
+#: By this PEFT calls the module that an adapter wraps, inside the module that takes its place.
+_BASE_LAYER = ".base_layer."
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +117,25 @@ def config_folder(source: Source) -> Path | None:
     return source.fetch(CONFIG_FILE).parent if CONFIG_FILE in source.selection.others else None
 
 
+def has_adapter_beside(names: Iterable[str]) -> bool:
+    """Whether any module that is wrapped as ``X.base_layer`` has other tensors in ``X``: those of some PEFT adapter."""
+    inside, others = set[str](), list[str]()
+    for name in names:
+        module, is_wrapped, _ = name.partition(_BASE_LAYER)
+        if is_wrapped:
+            inside.add(module)
+        else:
+            others.append(name)
+    return bool(inside) and any(module in inside for name in others for module in _modules_around(name))
+
+
+def _modules_around(name: str) -> Iterator[str]:
+    """The modules that a tensor is in, from the innermost one on."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
 class TunedModel:
     """A tuned model whose tensors are asked for by the names of the original. A context manager that threads may share.
 
@@ -180,8 +202,8 @@ class TunedModel:
         return names.is_complete and alike and (names.renamed is None or not self._is_adapted())
 
     def _is_adapted(self) -> bool:
-        """Whether the files hold a LoRA adapter beside the weights, so that the weights alone are not the tuned ones."""
-        return any(map(is_of_lora, self._places))
+        """Whether the files hold an adapter beside the weights, so that the weights alone are not the tuned ones."""
+        return any(map(is_of_lora, self._places)) or has_adapter_beside(self._places)
 
     def _converted(self, source: Source, names: NameMap) -> Converted:
         """Find the wanted tensors through transformers' conversion, where names do not fit.
@@ -193,9 +215,13 @@ class TunedModel:
         try:
             folder, own = self._original.folder(), config_folder(source)
             if folder is not None and own is not None and not self._is_adapted():
-                shapes = {name: entry.shape for name, (_, entry) in self._places.items()}
+                # Of wrapped modules transformers knows nothing. Names that would be the same without them stay as they are.
+                shorter = Counter(map(without_wrappers, self._places))
+                full = {one if shorter[one := without_wrappers(name)] == 1 else name: name for name in self._places}
+                shapes = {name: self._places[stored][1].shape for name, stored in full.items()}
                 found = convert(StoredModel(folder, self._original.shapes), StoredModel(own, shapes), self._original.wanted)
                 if found is not None and found.parts.keys() == self._original.wanted.keys():
+                    found = found.renamed(full)
                     renamed = ((name, found.parts[name][0].stored) for name in sorted(found.parts))
                     examples = (f": {stored!r} is taken for {name!r}" for name, stored in renamed if name != stored)
                     note(

@@ -23,6 +23,7 @@ from surgery.format.scales import read_scales
 from surgery.progress import Silent
 from tests.loopback_hub import LoopbackHub
 from tests.models import files_of, realistic, tensors_of
+from tests.weights.test_fp8 import quantize_model
 
 RECIPE = """
 [[rules]]
@@ -323,6 +324,20 @@ def test_fp8_on_either_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         for key, g in _scales(tmp_path / "g", tmp_path / "f").items():
             some = (tensor[key] if tensor[key].ndim == 3 else tensor[key][None] for tensor in (before, after))
             assert torch.allclose(g, _formula(*some, factors[key]), rtol=1e-5, atol=1e-5), (key, tuned)
+
+
+def test_scales_of_the_base_that_have_changed(llama: Path, tmp_path: Path) -> None:
+    """In a weight file that has no target, and that nothing else reads."""
+    base = quantize_model(llama, tmp_path / "base", apart=True)
+    surgery.factorize(base, tmp_path / "f", rank=2, device="cpu")
+    manifest = Manifest.read(tmp_path / "f")
+    (file,) = {shard.source.file for shard in manifest.shards} - {target.shard for target in manifest.targets}
+    surgery.project(tmp_path / "f", llama, tmp_path / "g", base=base, device="cpu", progress=Silent())
+    data = bytearray((base / file).read_bytes())
+    data[-2] ^= 0x10
+    (base / file).write_bytes(data)
+    with pytest.raises(FormatError, match=f"{file} is not the file that the manifest describes"):
+        surgery.project(tmp_path / "f", llama, tmp_path / "again", base=base, device="cpu", progress=Silent())
 
 
 def test_models_from_the_hub(hub: LoopbackHub, source: Path, tmp_path: Path) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.errors import FormatError, OptionError, SourceError
+from surgery.hub.client_cache import cache_folder
+from surgery.weights.fp8 import dequantize
 from tests.kept_layouts import CASES, KEPT
 from tests.loopback_hub import LoopbackHub
 from tests.models import tensors_of
@@ -58,6 +64,23 @@ def test_fp8_is_dequantized(llama: Path, tmp_path: Path) -> None:
             assert _same(checkpoint.original(target.tensor), q.float() * spread)
 
 
+@pytest.mark.parametrize("layout", ["overlay", "residual"])
+def test_fp8_that_is_no_target(layout: str, llama: Path, tmp_path: Path) -> None:
+    """It is dequantized as well, whatever the targets are, and never given as numbers without their scales."""
+    base = quantize_model(llama, tmp_path / "fp8", apart=True)
+    options: dict[str, Any] = {"rank": 2, "include": ["*embed_tokens*"], "layout": layout}
+    surgery.factorize(base, tmp_path / "f", **options)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    q, scales = (tensors_of(base)[f"{name}{end}"] for end in ("", "_scale_inv"))
+    with surgery.Factorized.open(tmp_path / "f", base if layout == "overlay" else None) as checkpoint:
+        if layout == "residual":
+            with pytest.raises(OptionError, match="is FP8, which is only read from the base of an overlay"):
+                checkpoint.original(name)
+        else:
+            assert _same(checkpoint.original(name), dequantize(q, scales, (16, 16)))
+        assert _same(checkpoint.original("model.norm.weight"), tensors_of(base)["model.norm.weight"])
+
+
 def test_without_a_correction_it_is_what_a_fold_gives(tmp_path: Path) -> None:
     manifest = surgery.Manifest.read(KEPT / "uncorrected")
     ones = {target.key: torch.ones(tuple(target.scales_shape)) for target in manifest.targets}
@@ -80,11 +103,89 @@ def test_factors_are_those_in_the_files(name: str, tmp_path: Path) -> None:
                 assert _same(checkpoint.factors(target.key, 1).U, factors.U[1])
 
 
-def test_streamed_from_the_hub(llama: Path, hub: LoopbackHub, tmp_path: Path) -> None:
-    hub.publish("opened/llama", llama)
-    surgery.factorize("opened/llama", tmp_path / "f", rank=2, layout="overlay")
+def _spread(model: Path, count: int) -> Path:
+    """Weights and their scales go to different ones of so many files."""
+    tensors = tensors_of(model)
+    for path in model.glob("model*.safetensors*"):
+        path.unlink()
+    files = {name: f"model-{1 + i % count:05d}-of-{count:05d}.safetensors" for i, name in enumerate(sorted(tensors))}
+    for file in set(files.values()):
+        save_file({name: tensors[name] for name in tensors if files[name] == file}, model / file)
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    return model
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_streamed_from_the_hub(
+    fp8: bool, llama: Path, hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more than two files are on the disk at a time, also where the scales of FP8 weights are in other files."""
+    model = _spread(quantize_model(llama, tmp_path / "fp8"), 3) if fp8 else llama
+    hub.publish(f"opened/streamed-{fp8}", model)
+    surgery.factorize(f"opened/streamed-{fp8}", tmp_path / "f", rank=2, layout="overlay", stream=True)
+    place = tmp_path / "temporary"
+    place.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(place))
+    most = 0
+    tensors = tensors_of(model)
     with surgery.Factorized.open(tmp_path / "f", stream=True) as checkpoint:
-        assert all(_same(checkpoint.original(tensor), original) for tensor, original in tensors_of(llama).items())
+        for tensor, original in tensors.items():
+            if tensor.endswith("_scale_inv"):
+                continue
+            if original.dtype == torch.float8_e4m3fn:
+                original = dequantize(original, tensors[f"{tensor}_scale_inv"], (16, 16))
+            assert _same(checkpoint.original(tensor), original)
+            most = max(most, len(list(place.rglob("*.safetensors"))))
+    assert len(list(model.glob("*.safetensors"))) > 2
+    assert most == 2
+    assert list(place.iterdir()) == []
+
+
+def test_streamed_by_threads(llama: Path, hub: LoopbackHub, tmp_path: Path) -> None:
+    """A file that one of them is reading is not dropped by another one."""
+    hub.publish("opened/threads", llama)
+    surgery.factorize("opened/threads", tmp_path / "f", rank=2, layout="overlay", stream=True)
+    originals = tensors_of(llama)
+    with surgery.Factorized.open(tmp_path / "f", stream=True) as checkpoint, ThreadPoolExecutor(6) as pool:
+        names = [name for i in range(3) for name in sorted(originals, key=lambda name: hash((i, name)))]
+        assert all(
+            _same(tensor, originals[name]) for name, tensor in zip(names, pool.map(checkpoint.original, names), strict=True)
+        )
+
+
+def test_a_damaged_file_in_the_cache(llama: Path, hub: LoopbackHub, tmp_path: Path) -> None:
+    """Noticed by its hash, also where a tensor is asked for of which the manifest has no sample."""
+    hub.publish("opened/damaged", llama)
+    surgery.factorize("opened/damaged", tmp_path / "f", rank=2, layout="overlay")
+    (shard,) = {item.shard for item in surgery.Manifest.read(tmp_path / "f").skipped if item.tensor == "model.norm.weight"}
+    (path,) = [path for path in cache_folder().rglob(shard) if "opened--damaged" in str(path)]
+    data = path.read_bytes()
+    path.resolve().write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    with surgery.Factorized.open(tmp_path / "f") as checkpoint:
+        with pytest.raises(SourceError, match="force-download"):
+            checkpoint.original("model.norm.weight")
+
+
+def test_what_is_no_weight(tmp_path: Path) -> None:
+    tensors = {"a.weight": torch.ones(4, 3), "ids": torch.arange(4), "empty": torch.zeros(0, 2), "one": torch.tensor(3.5)}
+    (tmp_path / "model").mkdir()
+    save_file(tensors, tmp_path / "model/model.safetensors")
+    surgery.factorize(tmp_path / "model", tmp_path / "f", rank=2, include=["a.weight"])
+    with surgery.Factorized.open(tmp_path / "f") as checkpoint:
+        assert all(_same(checkpoint.original(name), tensors[name]) for name in ("a.weight", "empty", "one"))
+        with pytest.raises(OptionError, match=r"'ids' holds no weights\n  got: +I64\n.*BF16(.|\n)*unchanged in model"):
+            checkpoint.original("ids")
+
+
+def test_nothing_is_read_after_closing(llama: Path, factorized: Path) -> None:
+    checkpoint = surgery.Factorized.open(factorized)
+    target = checkpoint.manifest.targets[0]
+    checkpoint.original(target.tensor)
+    checkpoint.close()
+    checkpoint.close()
+    for read in (checkpoint.original, checkpoint.factors):
+        with pytest.raises(OptionError, match="is closed"):
+            read(target.key)
 
 
 @pytest.fixture

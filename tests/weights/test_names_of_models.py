@@ -234,6 +234,33 @@ def _reparametrized(tensors: Tensors) -> Tensors:
     return {name.replace(".weight", ".parametrizations.weight.original"): tensor for name, tensor in tensors.items()}
 
 
+def _adapted_otherwise(tensors: Tensors) -> Tensors:
+    """By an adapter that is no LoRA."""
+    inside = {name.replace("_proj.weight", "_proj.base_layer.weight"): tensor for name, tensor in tensors.items()}
+    return inside | {_QUERY.replace("weight", "ia3_l.default"): torch.ones(1, 48)}
+
+
+def _replaced(tensors: Tensors) -> Tensors:
+    """As PEFT keeps modules that were trained whole: both the old weight and the new one."""
+    return {
+        name.replace(".weight", f".{part}.weight"): tensor
+        for name, tensor in tensors.items()
+        for part in ("original_module", "modules_to_save.default")
+    }
+
+
+def _normalized(tensors: Tensors) -> Tensors:
+    return {
+        f"{name}_{part}": tensor if part == "v" else tensor.norm(dim=0, keepdim=True)
+        for name, tensor in tensors.items()
+        for part in "gv"
+    }
+
+
+def _pruned(tensors: Tensors) -> Tensors:
+    return {f"{name}_orig": tensor for name, tensor in tensors.items()}
+
+
 REFUSED: list[tuple[Callable[[Tensors], Tensors], str]] = [
     (
         _half_prefixed,
@@ -258,6 +285,10 @@ REFUSED: list[tuple[Callable[[Tensors], Tensors], str]] = [
     ),
     (_wider, r"(has no tensor 'model\.layers\.0|'module\.model\.layers\.0\..*' has another shape)"),
     (_adapted, r"has no tensor 'model\.layers\.0.*, but weights with an adapter beside them\n(.|\n)*merge adapters first"),
+    (_adapted_otherwise, r"has no tensor 'model\.layers\.0.*, but weights with an adapter beside them\n(.|\n)*merge adapters"),
+    (_replaced, r"has no tensor 'model\.layers\.0.*\n  got: +0 of 14 names fit"),
+    (_normalized, r"has no tensor 'model\.layers\.0.*\n  got: +0 of 14 names fit; the nearest .*weight_[gv]'"),
+    (_pruned, r"has no tensor 'model\.layers\.0.*\n  got: +0 of 14 names fit; the nearest .*weight_orig'"),
     (_reparametrized, r"has no tensor 'model\.layers\.0.*\n  got: +0 of 14 names fit; the nearest .*original'"),
 ]
 
@@ -362,6 +393,21 @@ def test_stored_in_another_way_under_other_names(tmp_path: Path) -> None:
     found, notes = _studied(before, other)
     assert found == _studied(before, same)[0]
     assert notes[0].endswith("'layers.0.mlp.experts.down_proj' is taken for 'model.layers.0.mlp.experts.0.down_proj.weight'")
+
+
+@stacks_experts
+@pytest.mark.parametrize("rename", ["module", "fsdp", "compiled layers"])
+def test_stored_in_another_way_by_wrapped_modules(rename: str, tmp_path: Path) -> None:
+    """The state of a model in DDP, FSDP or torch.compile, whose experts are stacked."""
+    models = _both_ways(FAMILIES["qwen3_moe"].make, tmp_path)
+    before, same = models["original, files"], models["tuned, files"]
+    tensors = {RENAMED[rename](name): tensor for name, tensor in tensors_of(models["tuned, modules"]).items()}
+    other = _saved(tmp_path / "wrapped", tensors, same)
+    include = ["*experts*", "*q_proj*"]
+    (found, notes), (expected, _) = (_studied(before, tuned, include=include) for tuned in (other, same))
+    assert found == expected
+    renamed = RENAMED[rename]("model.layers.0.mlp.experts.down_proj")
+    assert notes[0].endswith(f"{renamed!r} is taken for 'model.layers.0.mlp.experts.0.down_proj.weight'")
 
 
 @stacks_experts
@@ -636,7 +682,14 @@ def test_the_nearest_name() -> None:
 def test_what_a_suffix_may_be() -> None:
     """One word more, but none that says that it is something else; of scales none at all."""
     wanted = {f"layers.{i}.q.weight": () for i in range(3)}
-    for end, found in ((".default", True), (".linear", True), (".exp_avg", False), (".mask", False), (".a.b", False)):
+    for end, found in (
+        (".default", True),
+        (".linear", True),
+        (".exp_avg", False),
+        (".mask", False),
+        (".weight_v", False),
+        (".a.b", False),
+    ):
         for there in ([f"{name}{end}" for name in wanted], [name.replace(".weight", f"{end}.weight") for name in wanted]):
             assert find_names(there, wanted).is_complete == found
             assert find_names(wanted, dict.fromkeys(there, ())).is_complete == found
