@@ -40,6 +40,8 @@ _WEIGHT = ".weight"
 _SUFFIX = re.compile(
     r"(\.weight)?\.(?!(bias|delta|grad|mask|momentum_buffer|original(\d*|_module)|weight_\w+|(max_)?exp_avg(_sq)?)$)\w+"
 )
+#: Words of a prefix that say that the tensors after it are no weights: those of optimizers.
+_NO_WEIGHTS = frozenset(["exp_avg", "exp_avg_sq", "grad", "max_exp_avg_sq", "momentum_buffer"])
 #: The names by which prefixes and suffixes are found, and how many of these are tried.
 _PROBES, _TRIED = 3, 16
 #: Names that ``nearest`` compares by their characters.
@@ -269,7 +271,8 @@ class _Search:
         for core in sorted(map(self._core, self._needed), key=len)[-_PROBES:]:
             for other in by_core:
                 if other.endswith(f".{core}"):
-                    found[_Affix(True, other.removesuffix(core), "")] += 1
+                    if _NO_WEIGHTS.isdisjoint((start := other.removesuffix(core)).split(".")):
+                        found[_Affix(True, start, "")] += 1
                 elif core.endswith(f".{other}"):
                     found[_Affix(True, "", core.removesuffix(other))] += 1
                 elif self._one_to_one:

@@ -40,10 +40,12 @@ class Failures:
     found: list[Failure] = field(default_factory=list)
 
     def fail(self, where: str, error: SurgeryError) -> None:
-        """Add an error that was raised by a check; an error of the system with its hint."""
+        """Add an error that was raised by a check, once; an error of the system with its hint."""
         got, expected = ("" if part is None else str(part) for part in (error.got, error.expected))
         check = f"{error.what}; {error.hint}" if isinstance(error, ReadError) and error.hint else error.what
-        self.found.append(Failure(where, check, got, expected))
+        failure = Failure(where, check, got, expected)
+        if failure not in self.found:  # a file that one check cannot read is often met by the next
+            self.found.append(failure)
 
     def expect(self, holds: bool, where: str, check: str, got: object = "", expected: object = "") -> bool:
         if not holds:

@@ -90,7 +90,11 @@ class ShardCheck:
         if shard.residual is not None and not self.targets:
             alike = shard.residual == shard.source
             failures.expect(alike, shard.source.file, "without targets it is the source's", shard.residual, shard.source)
-        check_headers(self.checkpoint, shard, self.passed, self.watch, failures)
+        try:
+            check_headers(self.checkpoint, shard, self.passed, self.watch, failures)
+        except SurgeryError as error:  # nothing can be said of the weights; the factors may be well
+            failures.fail(shard.source.file, error)
+            weights = None
         if headers_only:
             return
         with ExitStack() as stack:
@@ -100,8 +104,11 @@ class ShardCheck:
                 factors = stack.enter_context(opened)
                 # By the lane's workers, where no result depends on the number of threads.
                 done = [lane.submit(lambda target: factors_found(target, opened), target) for target in self.targets]
-            if weights is not None:
-                _WeightsCheck(self, weights, factors, failures).run(lane, on_read, stack)
+            try:
+                if weights is not None:
+                    _WeightsCheck(self, weights, factors, failures).run(lane, on_read, stack)
+            except SurgeryError as error:  # what is found of the factors is told all the same
+                failures.fail(shard.source.file, error)
             for found in done:
                 failures.found += found.result()
 

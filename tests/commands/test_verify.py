@@ -250,3 +250,19 @@ def test_without_a_correction(llama: Path, tmp_path: Path) -> None:
     assert "not lossless" not in CliRunner().invoke(main, ["inspect", str(tmp_path / "e")]).stdout
     with pytest.raises(surgery.SurgeryError, match="overlay"):
         surgery.factorize(llama, tmp_path / "o", layout="overlay", correction=False)
+
+
+def test_findings_on_factors_are_told_where_the_weights_cannot_be_read(llama: Path, tmp_path: Path) -> None:
+    surgery.factorize(llama, tmp_path / "f", rank=3)
+    manifest = surgery.Manifest.read(tmp_path / "f")
+    shard = next(shard for shard in manifest.shards if shard.factors is not None)
+    assert shard.residual is not None
+    assert shard.factors is not None
+    residual, factors = tmp_path / "f" / shard.residual.file, tmp_path / "f" / shard.factors.file
+    data = bytearray(factors.read_bytes())
+    data[-4:] = b"\0\0\x80\x7f"  # infinity in the last of them
+    factors.write_bytes(data)
+    residual.unlink()
+    found = surgery.verify(tmp_path / "f").failures
+    assert any(failure.where == shard.residual.file and failure.check == "the file is there" for failure in found)
+    assert any(failure.check == "sha256 of U, s, V" for failure in found)

@@ -696,3 +696,14 @@ def test_what_a_suffix_may_be() -> None:
             assert not match_names(there, wanted).fits
     there = ["layers.0.q.a.weight", "layers.1.q.b.weight", "layers.2.q.a.weight"]
     assert not find_names(there, wanted).is_complete
+
+
+@pytest.mark.parametrize(
+    ("start", "found"), [("ema.", True), ("encoder.text.", True), ("exp_avg.", False), ("state.grad.", False)]
+)
+def test_what_a_prefix_may_be(start: str, found: bool) -> None:
+    """Of any length, but none that says that the tensors are an optimizer's."""
+    wanted = {f"layers.{i}.q.weight": () for i in range(3)}
+    there = [f"{start}{name}" for name in wanted]
+    assert find_names(there, wanted).is_complete == found
+    assert match_names(there, wanted).fits == found
