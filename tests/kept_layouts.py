@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -203,8 +204,14 @@ def measured(name: str, place: Path) -> dict[str, Any]:
 
 
 def kernel() -> dict[str, str]:
-    """What the last bits of an SVD depend on."""
-    return {"torch": torch.__version__.partition("+")[0], "cpu": torch.backends.cpu.get_cpu_capability()}
+    """What the last bits of an SVD depend on, and with threads those of other sums: the libraries below look at all of it."""
+    described = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    parts = re.findall(r"^(?:vendor_id|cpu family|model)\s*:\s*(.*)$", described, re.MULTILINE)[:3]
+    return {
+        "torch": torch.__version__.partition("+")[0],
+        "cpu": " ".join([torch.backends.cpu.get_cpu_capability(), *parts]),
+        "threads": str(torch.get_num_threads()),
+    }
 
 
 def manifest_without_versions(folder: Path) -> dict[str, Any]:
