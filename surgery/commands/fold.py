@@ -297,9 +297,8 @@ def _files_along(factorized: Path, manifest: Manifest, progress: Progress) -> li
         FormatError: a file of the checkpoint is missing or has another size; one that must not be edited was.
     """
     for shard in manifest.shards:
-        for record in (shard.residual, shard.factors):
-            if record is not None:
-                check_size_of(factorized, record, DAMAGED_HINT)
+        for record in shard.written:
+            check_size_of(factorized, record, DAMAGED_HINT)
     found = []
     for record in manifest.files:
         path = factorized / record.file

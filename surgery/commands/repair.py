@@ -106,9 +106,9 @@ def repair_files(folder: Path, manifest: Manifest, source: Source, by: LocalEngi
             for record in manifest.files:
                 if record.file in lost:
                     _copy(folder, source, record, files, failed)
-            which = [i for i, shard in enumerate(manifest.shards) if any(record.file in lost for record in _made(shard))]
+            which = [i for i, shard in enumerate(manifest.shards) if any(record.file in lost for record in shard.written)]
             if which:
-                needed = sum(record.size for i in which for record in _made(manifest.shards[i]))
+                needed = sum(record.size for i in which for record in manifest.shards[i].written)
                 check_room(DiskNeed(folder, needed, "what is repaired"), *download_needs(source))
                 jobs = _RepairJobs(folder, manifest, source, lost, progress)
                 memory = jobs.memory(by, which)
@@ -126,10 +126,6 @@ def repair_files(folder: Path, manifest: Manifest, source: Source, by: LocalEngi
             files.append(SCALES_FILE)
             note(f"{SCALES_FILE} was missing: it is as factorize writes it, all 1; trained scales are to be put in its place")
     return Repaired(tuple(files), failed)
-
-
-def _made(shard: ShardRecord) -> list[FileRecord]:
-    return [record for record in (shard.residual, shard.factors) if record is not None]
 
 
 def _copy(folder: Path, source: Source, record: FileRecord, files: list[str], failed: dict[str, SurgeryError]) -> None:
@@ -190,7 +186,7 @@ class _RepairJobs:
         self, index: int, lane: Lane, on_read: Callable[[], object]
     ) -> tuple[list[str], SurgeryError | None, list[str]]:
         shard = self._manifest.shards[index]
-        wanted = [record.file for record in _made(shard) if record.file in self._lost]
+        wanted = [record.file for record in shard.written if record.file in self._lost]
         place = self._folder / _PLACE / str(index)
         try:
             if index in self._not_there:
@@ -215,7 +211,7 @@ class _RepairJobs:
         Raises:
             FormatError: one has another hash; then none is moved.
         """
-        expected = {record.file: record for record in _made(shard)}
+        expected = {record.file: record for record in shard.written}
         for record in made:
             if record.file in self._lost and record != expected[record.file]:
                 raise FormatError(
@@ -251,7 +247,7 @@ class _RepairJobs:
         result = run_job(job, lane, self._progress, on_read)
         if result.shard.source != shard.source:
             raise not_as_described(path, result.shard.source.sha256, shard.source, BASE_HINT)
-        return _made(result.shard)
+        return result.shard.written
 
     def _residual(self, shard: ShardRecord, path: Path, place: Path, lane: Lane, on_read: Callable[[], object]) -> FileRecord:
         """Make the residual of a shard in ``place``, from the weights and the factors that are there."""

@@ -179,7 +179,7 @@ class Manifest:
 
     def output_files(self) -> list[FileRecord]:
         """All files of the checkpoint except the manifest and the scales, which a trainer may replace."""
-        written = [record for shard in self.shards for record in (shard.residual, shard.factors) if record is not None]
+        written = [record for shard in self.shards for record in shard.written]
         return written + self.files
 
     def targets_of(self, shard: str) -> list[TargetRecord]:

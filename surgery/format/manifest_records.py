@@ -24,6 +24,11 @@ class ShardRecord:
     residual: FileRecord | None
     factors: FileRecord | None
 
+    @property
+    def written(self) -> list[FileRecord]:
+        """The files of this checkpoint: residual and factors, as far as there are any."""
+        return [record for record in (self.residual, self.factors) if record is not None]
+
 
 @dataclass(frozen=True, slots=True)
 class CertificateRecord:

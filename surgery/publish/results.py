@@ -43,7 +43,7 @@ def uploading(repo_id: str | None, *, private: bool) -> Iterator[Upload | None]:
 
 def submit_shard(upload: Upload | None, out: Path, shard: ShardRecord) -> None:
     """Upload the residual file and the factors file of a shard; nothing without an upload."""
-    submit_files(upload, out, [record for record in (shard.residual, shard.factors) if record is not None])
+    submit_files(upload, out, shard.written)
 
 
 def submit_files(upload: Upload | None, out: Path, records: Iterable[FileRecord]) -> None:

@@ -18,6 +18,7 @@ from surgery.run.contents import is_as_recorded
 from surgery.run.factorization import has_other_rank, target_identity
 from surgery.run.resume import Recorded
 from surgery.shards.factorize_shard import Job, RemoteShard, run_job, scale_files
+from surgery.shards.held_files import HeldFiles
 from surgery.source.protocol import Source
 from surgery.timing import Timing, timed
 
@@ -65,22 +66,15 @@ class FactorizeJobs:
         plan = self._plan
         shards, window = plan.shards, plan.memory.window_bytes
         scales = scale_files(shards[index])
-        held = [shards[index].file, *scales]
-
-        def release() -> None:
-            while held:
-                self._source.release(held.pop())
-
-        def on_shard_read() -> None:
-            if not scales:  # the scales of FP8 weights are read until the job is done
-                release()
-            on_read()
-
         job = Job(shards[index], index, len(shards), self._source, self._place, None, window, plan.layout, plan.options)
-        try:
+        with HeldFiles([shards[index].file, *scales], self._source.release) as held:
+
+            def on_shard_read() -> None:
+                if not scales:  # the scales of FP8 weights are read until the job is done
+                    held.release()
+                on_read()
+
             return run_job(job, lane, self._progress, on_shard_read)
-        finally:
-            release()
 
     def remote(self, index: int) -> RemoteShard:
         """See ``ShardJobs``."""
@@ -102,7 +96,7 @@ class FactorizeJobs:
 
     def files_of(self, result: ShardResult) -> list[FileRecord]:
         """See ``WritingJobs``: the residual file and the factors file, as far as there are any."""
-        return [record for record in (result.shard.residual, result.shard.factors) if record is not None]
+        return result.shard.written
 
     def as_json(self, index: int, result: ShardResult) -> Any:
         """See ``RecordedJobs``."""

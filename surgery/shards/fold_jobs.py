@@ -17,6 +17,7 @@ from surgery.progress import listening
 from surgery.run.contents import is_as_recorded
 from surgery.run.resume import Recorded
 from surgery.shards.fold_shard import FoldPlaces, RemoteFold, ShardFold
+from surgery.shards.held_files import HeldFiles
 from surgery.timing import Timing, timed
 from surgery.updates.dense import DenseTensors
 from surgery.updates.protocol import Update
@@ -73,25 +74,14 @@ class FoldJobs:
     def do_shard(self, index: int, lane: Lane, on_read: Callable[[], object]) -> FileRecord | None:
         """See ``LocalJobs``."""
         shard = self._shard(index)
-        held = self.dense.files(shard)
+        with HeldFiles(self.dense.files(shard), self._weights.release) as held:
 
-        def release() -> None:
-            while held:
-                file = held.pop()
-                try:
-                    self._weights.forget(file)
-                finally:
-                    self._weights.files.release(file)
+            def on_shard_read() -> None:
+                if not self._weights.quantized:  # else scales are read until the job is done
+                    held.release()
+                on_read()
 
-        def on_shard_read() -> None:
-            if not self._weights.quantized:  # else scales are read until the job is done
-                release()
-            on_read()
-
-        try:
             return ShardFold(shard, self.checkpoint, self.dense, self.places, self._progress).run(lane, on_shard_read, None)
-        finally:
-            release()
 
     def remote(self, index: int) -> RemoteFold:
         """See ``ShardJobs``."""

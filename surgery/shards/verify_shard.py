@@ -78,9 +78,7 @@ class ShardCheck:
     def _run(self, lane: Lane, on_read: Callable[[], object], failures: Failures) -> None:
         shard, weights = self.shard, self.checkpoint.weights
         headers_only = not self.window_bytes
-        for record in (shard.residual, shard.factors):
-            if record is None:
-                continue
+        for record in shard.written:
             self.progress.item(record.file)
             # The file whose weights are checked is hashed while they are read.
             walked = record is shard.residual and weights is not None and weights.holds_residuals and not headers_only

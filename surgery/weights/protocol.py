@@ -117,6 +117,13 @@ class Weights:
         """Close the reader of a weight file that is not needed any more, unless a thread is using it."""
         self._dequantizer.forget(shard)
 
+    def release(self, shard: str) -> None:
+        """``forget`` a weight file that has been acquired, and let it go: a streamed one is removed with its last user."""
+        try:
+            self.forget(shard)
+        finally:
+            self.files.release(shard)
+
     def scales(self, tensor: str) -> torch.Tensor:
         """The scales of an FP8 weight, in their own dtype and shape."""
         return self._dequantizer.scales(self.quantized[tensor])
