@@ -32,7 +32,7 @@ _LEARNING_RATE = 2e-2
 
 @dataclass(frozen=True, slots=True)
 class DemoReport(Report):
-    """What the demo saw.
+    """What the demo measured.
 
     Attributes:
         out: the folder that keeps its results; None where nothing is kept.
@@ -105,7 +105,7 @@ def run_demo(
 
 
 def _run(out: Path, rank: int, steps: int, device: str, overwrite: bool, progress: Progress) -> DemoReport:
-    """The demo in a folder, whoever keeps it."""
+    """Run the demo in a folder that exists already."""
     train, held_out = prose()
     with phase(progress, "loading transformers"):
         model = load(MODEL)

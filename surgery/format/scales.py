@@ -48,7 +48,7 @@ class ScalesFile:
 
 
 def write_scales(path: Path, scales: Mapping[str, torch.Tensor], fingerprint: str | None) -> None:
-    """Write scales with what ties them to their factors.
+    """Write scales, with the fingerprint of the factors that they belong to.
 
     Args:
         path: the file, replaced as a whole.
@@ -143,7 +143,7 @@ def _open(path: Path) -> ShardReader:
 
 
 def _entries(header: Header, wanted: Collection[str], path: Path) -> list[TensorEntry]:
-    """What scales may be in. What else a training keeps in single numbers is left out, with a warning."""
+    """The entries that may be scales. Single numbers that a training keeps beside them are left out, with a note."""
     entries, others = [], []
     for entry in header.tensors:
         is_counter = entry.dtype not in _DTYPES or _COUNTERS.fullmatch(entry.name)
@@ -166,7 +166,7 @@ def _entries(header: Header, wanted: Collection[str], path: Path) -> list[Tensor
 
 
 def _plain_shape(entry: TensorEntry, path: Path) -> list[int]:
-    """The shape of scales of which no checkpoint says what it should be."""
+    """The shape (k,) or (B, k) of scales where no checkpoint says it: other dimensions must be of size 1."""
     shape = list(entry.shape)
     if len(shape) > 2:
         shape = [size for size in shape if size != 1]
@@ -182,7 +182,7 @@ def _plain_shape(entry: TensorEntry, path: Path) -> list[int]:
 def _read(
     reader: ShardReader, named: Mapping[str, TensorEntry], shapes: Mapping[str, Sequence[int]], path: Path
 ) -> dict[str, torch.Tensor]:
-    """The numbers of these entries in float32, and in these shapes."""
+    """Read the numbers of entries, in float32 and in the given shapes."""
     values, rounded = {}, 0
     for key, entry in named.items():
         value = reader.read(entry) if entry.dtype != "F64" else reader.read_bytes(entry).view(torch.float64)
@@ -226,7 +226,7 @@ def _fingerprint(metadata: Mapping[str, str], path: Path) -> str | None:
 
 
 def note_without_owner(path: Path) -> None:
-    """Say that a scales file could not be told to belong to the factors."""
+    """Tell a note: a scales file does not say which factors it belongs to."""
     note(f"{path} does not say which factors it belongs to (its metadata is missing); checked by names and shapes only")
 
 
@@ -257,7 +257,7 @@ def check_scales(values: Mapping[str, torch.Tensor], manifest: Manifest) -> dict
 
 
 def _checked(values: Mapping[str, torch.Tensor], names: Iterable[str], file: Path | None) -> dict[str, torch.Tensor]:
-    """Those of these names, float32 on the CPU; a note where they cannot be meant."""
+    """The scales of these names, float32, on the CPU; with a note if they do not look like multipliers."""
     where = str(file or "scales")
     checked = {name: _finite(name, values[name], where) for name in names}
     # Somebody's own tensors that are all 0 are meant: they take the kept directions out.
@@ -276,7 +276,7 @@ def _look_like_changes(scales: Iterable[torch.Tensor]) -> bool:
 
 
 def _finite(name: str, value: torch.Tensor, where: str) -> torch.Tensor:
-    """float32 on the CPU, if all of it is finite."""
+    """A tensor in float32, on the CPU; NaN and infinity are refused."""
     value = value.detach().to("cpu", torch.float32)
     if not bool(torch.isfinite(value).all()):
         raise ScalesError(f"{where}: {name!r} holds NaN or infinity", hint="the training diverged: take an earlier checkpoint")
@@ -284,7 +284,7 @@ def _finite(name: str, value: torch.Tensor, where: str) -> torch.Tensor:
 
 
 def _check_shapes(values: Mapping[str, list[int]], manifest: Manifest, where: str) -> dict[str, str]:
-    """Key of each target -> the name that its scales have, if these names and shapes are those of scales."""
+    """Match names and shapes with the targets: key of each target -> the name that its scales have."""
     shapes = {target.key: target.scales_shape for target in manifest.targets}
     names = match_names(values, shapes)
     if not names.fits:

@@ -92,7 +92,7 @@ def is_residual(held: HeldTarget, dtype: torch.dtype, stored: Callable[[], torch
 
 
 def held_elsewhere(model: nn.Module, manifest: Manifest, absent: Sequence[TargetRecord]) -> tuple[TargetRecord, str] | None:
-    """A target that no tensor's name leads to, and the parameter that has its weight or its residual all the same.
+    """Find a target that is not under its name in a model, and the parameter that holds its weight or residual.
 
     So it is where a loader was told other names than it knows by itself. Told by a sample of the entries, as ``is_residual``
     does it; what is quantized or offloaded cannot be told.
@@ -127,7 +127,7 @@ def _neither(target: TargetRecord, got: str, what: str, hint: str | None = None)
 
 
 def _images(layer: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``x W^T``, float32 on the CPU, of a linear layer whose weight only it can read; x: (any, in)."""
+    """``x W^T``, float32, on the CPU, by running a linear layer whose weight is quantized; x: (any, in)."""
     device = layer.get_parameter("weight").device
     inputs = torch.cat([x, x.new_zeros(1, x.shape[1])]).to(device, dtype)
     # As in training: without a gradient to compute, bitsandbytes packs the weight for inference, for good.
@@ -137,7 +137,7 @@ def _images(layer: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> torch.Tens
 
 
 def _gathered(target: TargetRecord, places: Sequence[Place], carriers: Mapping[str, Carrier]) -> torch.Tensor:
-    """A target's tensor, put together from where it is in the model; in the dtype of that, on its device.
+    """A target's tensor, put together from its places in the model, in their dtype and on their device.
 
     Raises:
         OptionError: some of it is not in the model.

@@ -152,7 +152,7 @@ def became(before: TruncatedSVD, after: TruncatedSVD, images: DifferenceImages, 
 
 
 def _in_order(match: Indices, before: TruncatedSVD, after: TruncatedSVD, noise: float) -> Indices:
-    """The same with directions in their order wherever the values of either matrix are too close to have one."""
+    """The matching with directions kept in order wherever values of either matrix are too close to be ordered."""
     match = match.copy()
     for group in _several(_groups(before, _ORDER * noise)):
         match[group] = np.sort(match[group])
@@ -163,7 +163,7 @@ def _in_order(match: Indices, before: TruncatedSVD, after: TruncatedSVD, noise: 
 
 
 def _turn_rows(left: Floats, right: Floats, group: Indices, others: Indices) -> Floats:
-    """Turn a group of rows of both matrices of cosines onto other directions, and return by what."""
+    """Rotate a group of rows of both matrices of cosines, and return the rotation."""
     turn = turned_onto(*(cosines[np.ix_(group, others)] for cosines in (left, right)))
     for cosines in (left, right):
         cosines[group] = turn.T @ cosines[group]
@@ -187,12 +187,12 @@ def _groups(svd: TruncatedSVD, noise: float = 0.0) -> list[Indices | None]:
 
 
 def _several(groups: list[Indices | None]) -> list[Indices]:
-    """The groups of more than one, each once."""
+    """The groups with more than one direction, each once."""
     return [group for i, group in enumerate(groups) if group is not None and len(group) > 1 and group[0] == i]
 
 
 def _turned(vectors: torch.Tensor, group: Indices, turn: Floats) -> torch.Tensor:
-    """Columns of a group turned among themselves."""
+    """The columns with those of a group rotated among themselves."""
     turned, columns = vectors.clone(), torch.from_numpy(group).to(vectors.device)
     turned[:, columns] = vectors[:, columns] @ torch.from_numpy(turn).to(vectors)
     return turned

@@ -34,7 +34,7 @@ _UPDATE_VALUES = 64
 
 @dataclass(frozen=True, slots=True)
 class Spectrum:
-    """Of one matrix A (m, n). Lists have k entries, the leading ones.
+    """The spectrum of one matrix A (m, n). Lists have k entries, those of the leading values.
 
     Attributes:
         norm: Frobenius.
@@ -68,7 +68,7 @@ class Spectrum:
 
 @dataclass(frozen=True, slots=True)
 class UpdateFigures:
-    """Of the difference D of two matrices, against the first one's top subspaces of dimension r.
+    """Figures of the difference D of two matrices, against the top subspaces of dimension r of the first.
 
     Attributes:
         norm, relative: Frobenius, and over that of the first matrix; None where that is 0.
@@ -93,7 +93,7 @@ class UpdateFigures:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Of a matrix and the one that it became. Entries without a meaning are None.
+    """Figures of a matrix and the one that it became. Entries without a meaning are None.
 
     Attributes:
         amplification: the i-th new over the i-th old singular value; None where the old one is no more than rounding.
@@ -124,7 +124,7 @@ class Comparison:
 
 
 def spectrum(A: torch.Tensor, top: int, *, beyond: int = 0, tolerance: float, seed: int) -> tuple[Spectrum, TruncatedSVD]:
-    """The spectrum of a matrix, and the SVD of its ``top + beyond`` leading triplets (fewer if it has not as many).
+    """Compute the spectrum of a matrix, and its ``top + beyond`` leading triplets, or all if there are fewer.
 
     Args:
         A: (m, n), any real floating dtype, any device.
@@ -163,7 +163,7 @@ def spectrum(A: torch.Tensor, top: int, *, beyond: int = 0, tolerance: float, se
 
 @dataclass(frozen=True, slots=True)
 class DecomposedMatrix:
-    """A matrix with what is known of it.
+    """A matrix with its leading triplets and the precision that it was stored in.
 
     Attributes:
         matrix: (m, n).
@@ -177,7 +177,7 @@ class DecomposedMatrix:
 
 
 def compare(old: DecomposedMatrix, new: DecomposedMatrix, k: int, r: int, *, seed: int) -> Comparison:
-    """What became of a matrix.
+    """Compare a matrix with the one that it became.
 
     Args:
         old, new: of one shape, on one device, with SVDs of as many triplets.
@@ -216,7 +216,7 @@ def compare(old: DecomposedMatrix, new: DecomposedMatrix, k: int, r: int, *, see
 
 
 def _wide(matrix: torch.Tensor) -> torch.Tensor:
-    """In float32 at least."""
+    """The tensor in float32, or in float64 if it is."""
     return matrix.to(torch.promote_types(matrix.dtype, torch.float32))
 
 
@@ -246,12 +246,12 @@ def _update(
 
 
 def _share(value: float) -> float:
-    """Rounding may take what is 1 beyond it."""
+    """A share, at most 1: rounding may take it beyond."""
     return min(value, 1.0)
 
 
 def _principal_cosines(a: torch.Tensor, b: torch.Tensor) -> list[float]:
-    """Of the spans of orthonormal columns, descending."""
+    """The cosines of the principal angles between two spans of orthonormal columns, descending."""
     if a.shape[1] == 0:
         return []
     values: list[float] = torch.linalg.svdvals((a.double().T @ b.double()).cpu()).clamp(max=1.0).tolist()
@@ -269,7 +269,7 @@ def _tail_exponent(values: torch.Tensor) -> float | None:
 
 
 def _effective_rank(A: torch.Tensor, svd: TruncatedSVD, seed: int) -> tuple[float, float]:
-    """And its standard error."""
+    """The effective rank, and its standard error."""
     energy = svd.norm.item() ** 2
     if energy == 0:
         return 0.0, 0.0

@@ -99,7 +99,7 @@ def attach(model: nn.Module, factorized: str | Path) -> Scales:
 
 
 def _check_suitable(model: Any, bare: Any) -> None:
-    """Refuse what is known to use weights in ways that scales cannot follow."""
+    """Refuse models and layers that are known to use weights in ways that scales cannot follow."""
     if getattr(getattr(bare, "config", None), "model_type", None) == "rwkv":
         raise OptionError("RWKV divides its weights when it is put into eval mode, and scales cannot follow that")
     # Scales are not included in the weight that such an adapter sees; the folded model would not be what was trained.

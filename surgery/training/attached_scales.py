@@ -149,7 +149,7 @@ class Scales:
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
-        """Within it the model computes as with scales that are all 1; their values stay, and hold again after it.
+        """A context in which the model computes as with scales of 1. Their values stay, and hold again after it.
 
             with scales.untouched():
                 reference = model(ids).logits
@@ -184,7 +184,7 @@ class Scales:
 
 
 def _state(deltas: Sequence[nn.Parameter]) -> str:
-    """What can be said of ``g - 1`` of all targets without asking other processes."""
+    """Describe ``g - 1`` of all targets, as far as this process holds it."""
     if any(delta.is_meta for delta in deltas):
         return "offloaded"
     frozen = "" if all(delta.requires_grad for delta in deltas) else ", frozen"

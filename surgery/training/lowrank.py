@@ -67,11 +67,11 @@ class LowRankPath(nn.Module):
         self.register_buffer(name, value, persistent=False)
 
     def delta(self, i: int) -> nn.Parameter:
-        """That of target i, as it is now: a trainer may have put another object in its place."""
+        """The parameter ``g - 1`` of target i. Looked up each time: a trainer may have replaced the object."""
         return self.get_parameter(f"delta_{i}")
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """As for any module, but that a cast of the model leaves the coefficients in float32: less has no room for them."""
+        """Move or cast as ``nn.Module`` does, but keep the coefficients in float32: half precision is too coarse for g - 1."""
         kept = [*(f"delta_{i}" for i in range(self._count)), "singular_values", "offsets"]
         before = {name: getattr(self, name).data for name in kept}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -162,12 +162,12 @@ def _narrow(x: torch.Tensor, factor: torch.Tensor, coefficients: torch.Tensor) -
 
 
 def _linear(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, coefficients: torch.Tensor, _: Any) -> torch.Tensor:
-    """For a layer that computes ``x W^T``."""
+    """Apply the path of a layer that computes ``x W^T``."""
     return _narrow(x, right, coefficients) @ left.T
 
 
 def _transposed(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, coefficients: torch.Tensor, _: Any) -> torch.Tensor:
-    """For a layer that computes ``x W``, such as the Conv1D of GPT-2."""
+    """Apply the path of a layer that computes ``x W``, such as GPT-2's Conv1D."""
     return _narrow(x, left, coefficients) @ right.T
 
 
@@ -178,7 +178,7 @@ def _embedding(ids: torch.Tensor, left: torch.Tensor, right: torch.Tensor, coeff
 def _convolution(
     x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, coefficients: torch.Tensor, layer: Any
 ) -> torch.Tensor:
-    """A convolution with k channels and the layer's kernel, and one of single points after it."""
+    """Apply the path of a convolution: one to k channels with the layer's kernel, then one with kernel 1."""
     groups, k = layer.groups, left.shape[1]
     points = (1,) * (layer.weight.ndim - 2)
     kernel = right.T.reshape(k, *layer.weight.shape[1:])
@@ -232,7 +232,7 @@ class Shadow:
         return LowRankWeight(self._weight, left, right, coefficients)
 
     def _weight(self) -> Any:
-        """Looked up when it is used: it may be brought from elsewhere in between."""
+        """The weight, looked up when it is used: with offloading it may have been moved in between."""
         self.used = True
         return self._holder._parameters[self._name]
 
@@ -363,7 +363,7 @@ _GROUPED = {product for product in (getattr(functional, "grouped_mm", None), get
 
 
 def _formed(value: Any) -> Any:
-    """Arguments with sums in place of what stands for them."""
+    """Replace each ``LowRankWeight`` among arguments by its sum, formed."""
     if isinstance(value, LowRankWeight):
         return value.dense()
     if isinstance(value, dict):

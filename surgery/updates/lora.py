@@ -74,7 +74,7 @@ class LoraUpdate:
 
 
 def read_lora(folder: Path) -> dict[str, LoraUpdate]:
-    """Name of a module -> what a LoRA adapter adds to its weight.
+    """Read a LoRA adapter: name of a module -> what is added to its weight.
 
     Raises:
         SourceError: there is no adapter in the folder.
@@ -116,7 +116,7 @@ def read_lora(folder: Path) -> dict[str, LoraUpdate]:
 
 
 def _how_to_have_it(folder: Path) -> str | None:
-    """What to do where a LoRA adapter is no folder with the files that PEFT writes today."""
+    """The hint for a path that is no folder with the files that PEFT writes today."""
     if folder.is_file():
         return f"give its folder, {quoted(folder.parent)}"
     if not folder.is_dir():
@@ -189,7 +189,7 @@ def _update(stored: _StoredUpdate, config: Mapping[str, Any], folder: Path) -> L
 
 
 def _is_number(value: Any) -> bool:
-    """One that float32 has, and so many tensors could be multiplied by."""
+    """Whether a value is a finite number, well within the range of float32."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
 
 
@@ -229,7 +229,7 @@ class _ByModule:
         self._expressions = {number: self._expression(pattern) for number, pattern in others.items()}
 
     def of(self, module: str) -> Any:
-        """The entry of a module, whatever it is."""
+        """The entry for a module; its value is not checked."""
         number = min(self._plain_ones(module), default=len(self._values))
         for other, expression in self._expressions.items():
             if other > number:
