@@ -33,7 +33,8 @@ from pipeline import CHILD, measure
 
 import surgery
 from surgery.files.file_writer import FileWriter
-from surgery.linalg.lossless import Factors, split
+from surgery.lossless.factors import Factors
+from surgery.lossless.split import split
 from surgery.memory import bytes_of, keep_scratch
 from surgery.planning.plan import Plan
 

@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from surgery.format.options import Options
     from surgery.format.scales import ScalesFile
     from surgery.linalg.energy import energy_svd
-    from surgery.linalg.lossless import Factors
     from surgery.linalg.svd import Certificate, TruncatedSVD, truncated_svd
+    from surgery.lossless.factors import Factors
     from surgery.planning.plan import Plan
     from surgery.planning.recipes import RecipesReport, recipes
     from surgery.progress import Progress, Silent
@@ -67,7 +67,7 @@ _HOMES = {
     "ExportReport": "surgery.commands.export",
     "FactorizeReport": "surgery.commands.factorize",
     "Factorized": "surgery.weights.factorized",
-    "Factors": "surgery.linalg.lossless",
+    "Factors": "surgery.lossless.factors",
     "Findings": "surgery.study.overview",
     "FoldReport": "surgery.commands.fold",
     "FormatError": "surgery.errors",

@@ -19,7 +19,10 @@ from transformers import AutoModelForCausalLM
 import surgery
 from surgery.errors import OptionError
 from surgery.format.scales import write_scales
-from surgery.linalg.lossless import Factors, approximate, join, rescale, split
+from surgery.lossless.factors import Factors
+from surgery.lossless.join import join
+from surgery.lossless.split import split
+from surgery.lossless.update import approximate, rescale
 from surgery.weights.fp8 import block_scales, dequantize, quantize
 from tests.models import files_of, realistic
 

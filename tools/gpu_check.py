@@ -385,7 +385,9 @@ def stages():
 def kernels():
     """Where a solver call, a split and a join spend their time: operators and kernels, launches, syncs."""
     import surgery
-    from surgery.linalg.lossless import Factors, join, split
+    from surgery.lossless.factors import Factors
+    from surgery.lossless.join import join
+    from surgery.lossless.split import split
 
     shape = (300, 256) if TINY else (4096, 4096)
     A = llm_like(*shape, torch.Generator().manual_seed(0)).bfloat16().to(DEVICE)

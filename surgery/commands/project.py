@@ -20,7 +20,8 @@ from surgery.format.manifest_records import TargetRecord
 from surgery.format.safetensors import ShardReader
 from surgery.format.scales import write_scales
 from surgery.format.tensor_view import by_tensor
-from surgery.linalg.lossless import BLOCK_ENTRIES, DEVICE_BLOCKS, Factors
+from surgery.lossless.blocks import BLOCK_ENTRIES, DEVICE_BLOCKS
+from surgery.lossless.factors import Factors
 from surgery.names import SCALES_FILE
 from surgery.progress import Progress, listening, phase
 from surgery.reports import Report

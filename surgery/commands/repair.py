@@ -24,7 +24,7 @@ from surgery.format.manifest_records import ShardRecord, TargetRecord
 from surgery.format.safetensors import ShardReader
 from surgery.format.scales import write_untouched
 from surgery.format.tensor_view import by_tensor
-from surgery.linalg.lossless import split
+from surgery.lossless.split import split
 from surgery.memory import bytes_of
 from surgery.names import JOURNAL_DIR, SCALES_FILE
 from surgery.planning.memory import collected_bytes, need_to_factorize, share_out

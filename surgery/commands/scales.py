@@ -14,7 +14,7 @@ from surgery.device import on_its_own_terms
 from surgery.errors import OptionError, ScalesError
 from surgery.format import scales as files
 from surgery.format.scales import ScalesFile
-from surgery.linalg.rounding import check_dense
+from surgery.lossless.rounding import check_dense
 from surgery.progress import Progress
 from surgery.reports import Report
 

@@ -18,7 +18,7 @@ from surgery.format.header import TensorEntry
 from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import ShardRecord, TargetRecord
 from surgery.format.safetensors import ShardReader
-from surgery.linalg.lossless import Factors
+from surgery.lossless.factors import Factors
 from surgery.memory import bytes_of
 from surgery.names import correction_key, factor_key
 

@@ -22,7 +22,7 @@ from surgery.format.name_map import NameMap, match_names, note_renamed
 from surgery.format.no_scales import refuse_other_tensors
 from surgery.format.safetensors import ShardReader
 from surgery.format.scales_path import scales_file
-from surgery.linalg.rounding import check_dense
+from surgery.lossless.rounding import check_dense
 from surgery.memory import bytes_of
 from surgery.names import FORMAT_VERSION, SCALES_METADATA_KEY
 from surgery.progress import note

@@ -10,8 +10,8 @@ import torch
 from surgery.device import on_its_own_terms
 from surgery.errors import OptionError
 from surgery.linalg.limits import DEFAULT_TOLERANCE, check_energy
-from surgery.linalg.rounding import check_dense
 from surgery.linalg.svd import TruncatedSVD, truncated_svd
+from surgery.lossless.rounding import check_dense
 
 _FIRST_RANK = 16
 #: Units of the working precision by which rounding may keep a sum of squares below its share.

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from surgery.linalg.lanczos import MAX_PASSES, basis_limit, block_lanczos
-from surgery.linalg.lossless import Factors
 from surgery.linalg.operator import Operator, wide_device, widened, widened_bytes
-from surgery.linalg.precision import full_precision
 from surgery.linalg.product import leading_dimension
-from surgery.linalg.rounding import times_power_of_two
 from surgery.linalg.triplets import allowed_residuals, engine, residuals_of
+from surgery.lossless.factors import Factors
+from surgery.lossless.rounding import times_power_of_two
 from surgery.memory import scratch
+from surgery.precision import full_precision
 
 #: Rows whose norm is computed at a time.
 _NORM_ROWS = 64

@@ -13,11 +13,11 @@ from surgery.device import as_memory_allows, on_its_own_terms
 from surgery.errors import OptionError, WeightError
 from surgery.linalg.limits import DEFAULT_TOLERANCE, check_accuracy
 from surgery.linalg.operator import Operator, widened
-from surgery.linalg.precision import full_precision
 from surgery.linalg.product import leading_dimension
-from surgery.linalg.rounding import check_dense, times_power_of_two
 from surgery.linalg.triplets import Solution, engine, solve
+from surgery.lossless.rounding import check_dense, times_power_of_two
 from surgery.memory import scratch
+from surgery.precision import full_precision
 from surgery.torch_threads import one_thread
 
 #: Columns over which a float32 sum of squares stays accurate.

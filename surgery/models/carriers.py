@@ -17,7 +17,7 @@ from torch import nn
 from surgery.errors import OptionError
 from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import TargetRecord
-from surgery.linalg.lossless import Factors
+from surgery.lossless.factors import Factors
 from surgery.models.accelerate_api import at_hand, is_kept_elsewhere
 from surgery.models.peft_api import is_wrapper
 from surgery.models.placement import Place, Positions, homes, locate, parameter_names

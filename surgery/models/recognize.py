@@ -14,7 +14,7 @@ from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import TargetRecord
 from surgery.format.safetensors import TORCH_DTYPES
 from surgery.format.sample import SampleHash
-from surgery.linalg.lossless import Factors
+from surgery.lossless.factors import Factors
 from surgery.models.carriers import Carrier, is_plain, is_sharded
 from surgery.models.placement import Place, Positions, homes
 from surgery.models.terms import Term

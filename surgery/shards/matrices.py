@@ -12,8 +12,9 @@ from surgery.errors import WeightError
 from surgery.escapes import quoted_glob
 from surgery.format.options import Options
 from surgery.linalg.energy import energy_svd
-from surgery.linalg.lossless import Factors, Parts, split
 from surgery.linalg.svd import Certificate, TruncatedSVD, truncated_svd, truncated_svds
+from surgery.lossless.factors import Factors
+from surgery.lossless.split import Parts, split
 from surgery.planning.plan import Layout
 from surgery.planning.targets import Target
 from surgery.timing import timed

@@ -19,9 +19,9 @@ from surgery.format.factors import FactorsReader
 from surgery.format.manifest_records import ShardRecord, TargetRecord
 from surgery.format.safetensors import ShardReader
 from surgery.format.tensor_view import by_tensor
-from surgery.linalg.correction import CorruptCorrection
-from surgery.linalg.lossless import split
 from surgery.linalg.measured import measure
+from surgery.lossless.correction import CorruptCorrection
+from surgery.lossless.split import split
 from surgery.memory import bytes_of
 from surgery.progress import Progress
 from surgery.shards.failures import Checkpoint, Failure, Failures, check_recorded_file

@@ -12,8 +12,8 @@ from surgery.format.manifest_records import TargetRecord
 from surgery.format.options import Options
 from surgery.format.safetensors import TORCH_DTYPES
 from surgery.format.sample import SampleHash
-from surgery.linalg.lossless import Factors
 from surgery.linalg.measured import Measured, could_come_from, gap_limits, overstated, says_converged
+from surgery.lossless.factors import Factors
 from surgery.reports import rounded_to
 from surgery.shards.failures import Failure, Failures
 

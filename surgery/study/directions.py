@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from surgery.linalg.precision import full_precision
 from surgery.linalg.svd import TruncatedSVD
+from surgery.precision import full_precision
 from surgery.study.matching import Floats, Indices, assignment, in_common, turned_onto
 
 Flags = NDArray[np.bool_]

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from surgery.linalg.precision import full_precision
 from surgery.linalg.random import generator_of
-from surgery.linalg.rounding import times_power_of_two
 from surgery.linalg.svd import TruncatedSVD, truncated_svd
+from surgery.lossless.rounding import times_power_of_two
+from surgery.precision import full_precision
 from surgery.study.directions import Became, DifferenceImages, became, identified, known_values, storage_noise
 
 #: Ranks for which the share of the energy is told.

@@ -10,7 +10,7 @@ from torch import nn
 
 from surgery.errors import OptionError
 from surgery.format.manifest_records import TargetRecord
-from surgery.linalg.lossless import Factors
+from surgery.lossless.factors import Factors
 from surgery.models.carriers import Carrier, Layer, terms_of
 from surgery.models.placement import Place
 from surgery.models.recognize import HeldTarget, is_residual

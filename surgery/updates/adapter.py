@@ -11,7 +11,7 @@ from torch import nn
 
 from surgery.errors import OptionError
 from surgery.format.name_map import find_names
-from surgery.linalg.lossless import Addition
+from surgery.lossless.factors import Addition
 from surgery.models.carriers import Carrier, carriers_of
 from surgery.models.placement import TensorPart, locate, parameter_names
 from surgery.models.skeleton import skeleton

@@ -7,8 +7,9 @@ import torch
 from surgery.errors import ScalesError, WeightError
 from surgery.format.header import TensorEntry
 from surgery.format.manifest_records import TargetRecord
-from surgery.linalg.lossless import Addition, rescale
-from surgery.linalg.rounding import all_finite
+from surgery.lossless.factors import Addition
+from surgery.lossless.rounding import all_finite
+from surgery.lossless.update import rescale
 from surgery.updates.protocol import Update
 from surgery.weights.checkpoint import FactorizedWeights
 from surgery.weights.matrix import StoredMatrix, computed_on

@@ -13,7 +13,7 @@ from surgery.format.header import Header, TensorEntry, make_header, resized
 from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import ShardRecord
 from surgery.format.views import View
-from surgery.linalg.rounding import all_finite
+from surgery.lossless.rounding import all_finite
 from surgery.names import FACTORIZABLE_DTYPES
 from surgery.updates.apply import UpdatedWeights
 from surgery.updates.protocol import Update

@@ -11,7 +11,7 @@ from typing import Protocol, Self
 import torch
 
 from surgery.format.manifest_records import TargetRecord
-from surgery.linalg.lossless import Addition, both
+from surgery.lossless.factors import Addition, both
 from surgery.memory import bytes_of
 
 

@@ -14,7 +14,7 @@ import torch
 from surgery.format.factors import FactorsReaders
 from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import TargetRecord
-from surgery.linalg.lossless import Factors
+from surgery.lossless.factors import Factors
 from surgery.source.protocol import Source, WeightFiles
 from surgery.weights.matrix import StoredMatrix, stored_residual
 from surgery.weights.overlay import OverlayWeights, base_of, no_base_needed, quantized_of

@@ -20,7 +20,7 @@ from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import TargetRecord
 from surgery.format.safetensors import TORCH_DTYPES
 from surgery.format.sample import SampleHash
-from surgery.linalg.lossless import Factors
+from surgery.lossless.factors import Factors
 from surgery.names import STREAM_DIR
 from surgery.weights.checkpoint import FactorizedWeights, weights_of
 from surgery.weights.overlay import BASE_HINT

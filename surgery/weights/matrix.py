@@ -12,8 +12,10 @@ from surgery.device import as_memory_allows
 from surgery.errors import FormatError
 from surgery.format.factors import DAMAGED_HINT, FactorsReader
 from surgery.format.manifest_records import TargetRecord
-from surgery.linalg.correction import CorruptCorrection
-from surgery.linalg.lossless import Addition, Factors, approximate, join, recover, rescale
+from surgery.lossless.correction import CorruptCorrection
+from surgery.lossless.factors import Addition, Factors
+from surgery.lossless.join import join, recover
+from surgery.lossless.update import approximate, rescale
 from surgery.timing import timed
 
 

@@ -19,7 +19,7 @@ from surgery.engine.walk import TargetPiece
 from surgery.errors import FormatError, MissingExtra, OptionError, SourceError, WeightError
 from surgery.format.name_map import NameMap, find_names, note_renamed, without_wrappers
 from surgery.format.safetensors import TORCH_DTYPES, same_bytes
-from surgery.linalg.rounding import all_finite
+from surgery.lossless.rounding import all_finite
 from surgery.names import CONFIG_FILE, FACTORIZABLE_DTYPES, is_of_lora
 from surgery.progress import note
 from surgery.source.protocol import Source

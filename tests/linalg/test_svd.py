@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 import surgery
 from surgery.errors import OptionError, WeightError
 from surgery.linalg import lanczos, svd, triplets
-from surgery.linalg.precision import full_precision
 from surgery.linalg.product import leading_dimension
+from surgery.precision import full_precision
 from tests.models import realistic
 
 N = 640  # above the sizes that go to the Gram matrix

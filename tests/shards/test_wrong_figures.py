@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import SkippedRecord, TargetRecord
-from surgery.linalg.lossless import Factors
 from surgery.linalg.measured import gap_limits, measure
+from surgery.lossless.factors import Factors
 from tests.models import realistic, save_llama
 
 Change = Callable[[TargetRecord], TargetRecord]

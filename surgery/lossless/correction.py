@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from surgery.linalg.rounding import flipped
+from surgery.lossless.rounding import flipped
 
 _ESCAPE = -128
 #: zlib's message when it cannot allocate memory (Z_MEM_ERROR), which does not mean that the data is damaged.

@@ -13,11 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from surgery.errors import WeightError
-from surgery.linalg import lossless
-from surgery.linalg.correction import CorruptCorrection, _inflate, differences
-from surgery.linalg.lossless import Factors, join, rescale, split
-from surgery.linalg.rounding import bits_of, flipped, round_once, times_power_of_two
 from surgery.linalg.svd import truncated_svd
+from surgery.lossless import blocks
+from surgery.lossless import join as joining
+from surgery.lossless import split as splitting
+from surgery.lossless import update as updating
+from surgery.lossless.correction import CorruptCorrection, _inflate, differences
+from surgery.lossless.factors import Factors
+from surgery.lossless.join import join
+from surgery.lossless.rounding import bits_of, flipped, round_once, times_power_of_two
+from surgery.lossless.split import split
+from surgery.lossless.update import rescale
 from tests.models import realistic
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -281,9 +287,10 @@ def test_a_device_that_takes_many_blocks_at_a_time_writes_the_same_bytes(
     weight = realistic(900, 700).to(dtype)
     factors = _factors(weight, 16)
     expected = _split(weight, factors)
-    monkeypatch.setattr(lossless, "DEVICE_BLOCKS", 3)
-    for_each = lossless._for_each
-    monkeypatch.setattr(lossless, "_for_each", lambda work, m, step, _: for_each(work, m, step, torch.device("cuda")))
+    monkeypatch.setattr(blocks, "DEVICE_BLOCKS", 3)
+    for_each = blocks.for_each
+    for module in (joining, splitting, updating):
+        monkeypatch.setattr(module, "for_each", lambda work, m, step, _: for_each(work, m, step, torch.device("cuda")))
     residual, correction = _split(weight, factors)
     assert torch.equal(_bits(residual), _bits(expected[0]))
     assert torch.equal(correction, expected[1])
@@ -298,7 +305,7 @@ def test_a_device_finds_the_same_differences(dtype: torch.dtype) -> None:
     guess = exact + torch.randint(-300, 300, exact.shape, generator=generator).to(exact) * (
         torch.rand(exact.shape, generator=generator) < 0.1
     )
-    found = lossless._differences_by_device(exact, guess, 7)
+    found = splitting._differences_by_device(exact, guess, 7)
     expected = [differences(exact[i : i + 7].numpy().ravel(), guess[i : i + 7].numpy().ravel()) for i in range(0, 50, 7)]
     assert len(found) == len(expected) == 8
     assert sum(len(values) for _, values in found) > 50

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, TypeVar
 
+import numpy as np
 import numpy.typing as npt
 import torch
 
@@ -104,3 +105,10 @@ def flipped(bits: _Bits) -> _Bits:
     # Negative floats grow downwards in their bits: flip all but the sign.
     result: _Bits = bits ^ ((bits >> (width - 1)) & ((1 << (width - 1)) - 1))
     return result
+
+
+def indices_of_others(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Where two integer tensors differ, as indices into the flattened ones."""
+    if a.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(a.numpy() != b.numpy()))  # many times faster than torch on a CPU
+    return (a != b).view(-1).nonzero().flatten()
