@@ -181,7 +181,7 @@ def fold(
             places = FoldPlaces(out, out, True, memory.window_bytes)
             if not overwrite and _looks_finished(out, manifest, dequantize):
                 jobs = FoldJobs(checkpoint, update, dense, places, timing)
-                report = _report(_compared(run, jobs, others, memory), jobs)
+                report = _report(_compared(run, jobs, others, memory), jobs, manifest)
                 run.forget()
                 for record in report.files:
                     submit_files(run.upload, out, [record])
@@ -195,7 +195,7 @@ def fold(
                 with phase(progress, "folding", sum(shard.source.size for shard in manifest.shards)):
                     files = run.shards(jobs, memory, note_resumed=False)
                 _copy_others(factorized, place, others, progress, to_dense=dequantize)
-                report = _report(files, jobs)
+                report = _report(files, jobs, manifest)
                 _publish(run.upload, place, report, manifest)
     return report
 
@@ -221,11 +221,10 @@ def _adapter(factorized: Path, manifest: Manifest, weights: Weights, lora: Path)
     return LowRankUpdate.tied(additions, manifest.targets)
 
 
-def _report(written: Iterable[FileRecord | None], jobs: FoldJobs) -> FoldReport:
+def _report(written: Iterable[FileRecord | None], jobs: FoldJobs, manifest: Manifest) -> FoldReport:
     """The report of a fold, from the weight files of all shards; None for a shard of which nothing is left."""
     files = [record for record in written if record is not None]
-    manifest = jobs.checkpoint.manifest
-    originals = {shard.source.file: shard.source.sha256 for shard in manifest.shards}
+    originals = {shard.file: shard.sha256 for shard in jobs.checkpoint.shards}
     return FoldReport(
         out=jobs.places.out,
         files=tuple(files),
@@ -260,7 +259,7 @@ def _compared(run: Run, jobs: FoldJobs, others: Iterable[FileRecord], memory: Me
         OutputError: what is there is another fold, or something else.
     """
     progress = listening()
-    with phase(progress, "comparing", sum(shard.source.size for shard in jobs.checkpoint.manifest.shards)):
+    with phase(progress, "comparing", sum(shard.size for shard in jobs.checkpoint.shards)):
         files = shard_results(jobs, lambda which: run.engine.run(jobs, which, memory), None)
     if not_as_recorded(run.out, (*(record for record in files if record is not None), *others)):
         raise OutputError(

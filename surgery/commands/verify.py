@@ -25,7 +25,7 @@ from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
 from surgery.run.disk_room import check_room, download_needs
 from surgery.run.engines import LocalEngine, float64_device
-from surgery.shards.failures import Checkpoint, Failure, Failures, check_recorded_file
+from surgery.shards.failures import CheckedCheckpoint, Failure, Failures, check_recorded_file
 from surgery.shards.verify_shard import ShardCheck
 from surgery.weights.checkpoint import weights_of, weights_of_base
 from surgery.weights.overlay import open_base
@@ -108,7 +108,7 @@ def verify(
     checks = LocalEngine(exact_on, max_memory, max_device_memory, None)
     kept = known_bytes(manifest.targets, len(manifest.targets) + len(manifest.skipped))
     memory = share_out([need_to_verify(target) for target in manifest.targets], checks.resources, kept=kept)
-    checkpoint = Checkpoint(folder, manifest, weights)
+    checkpoint = CheckedCheckpoint(folder, manifest, weights)
     if weights is not None:
         _ = weights.quantized  # fails before any work if the headers of a base cannot be had
     jobs = _VerifyJobs(checkpoint, watch, 0 if fast else memory.window_bytes, progress)
@@ -145,7 +145,7 @@ class _VerifyJobs:
         progress: told how far it is.
     """
 
-    def __init__(self, checkpoint: Checkpoint, watch: Watch, window_bytes: int, progress: Progress) -> None:
+    def __init__(self, checkpoint: CheckedCheckpoint, watch: Watch, window_bytes: int, progress: Progress) -> None:
         self._checkpoint = checkpoint
         self._watch = watch
         self._window_bytes = window_bytes
@@ -231,7 +231,7 @@ def _check_scales(folder: Path, manifest: Manifest, failures: Failures) -> None:
         failures.fail(SCALES_FILE, error)
 
 
-def _check_unchanged(checkpoint: Checkpoint, watch: Watch, failures: Failures) -> None:
+def _check_unchanged(checkpoint: CheckedCheckpoint, watch: Watch, failures: Failures) -> None:
     """Check that no file has changed since it was read, so that the checks hold of all files at one time."""
     weights = checkpoint.weights
     watches = [watch] if weights is None or weights.watch is watch else [watch, weights.watch]

@@ -84,7 +84,7 @@ def check_recorded_file(folder: Path, record: FileRecord, watch: Watch, failures
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
+class CheckedCheckpoint:
     """A factorized checkpoint that is checked: any of its files may be damaged, and its weights may be missing.
 
     Attributes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
@@ -12,7 +11,6 @@ from surgery.engine.lane import Lane
 from surgery.errors import FormatError
 from surgery.files.file_records import FileRecord
 from surgery.format.manifest import decode_file
-from surgery.format.manifest_records import ShardRecord
 from surgery.progress import listening
 from surgery.run.contents import is_as_recorded
 from surgery.run.resume import Recorded
@@ -21,14 +19,14 @@ from surgery.shards.held_files import HeldFiles
 from surgery.timing import Timing, timed
 from surgery.updates.dense import DenseTensors
 from surgery.updates.protocol import Update
-from surgery.weights.checkpoint import FactorizedWeights
+from surgery.weights.checkpoint import Checkpoint, SourceShard
 
 
 class FoldJobs:
     """The ``WritingJobs`` of a fold. The result of a job is the weight file that it wrote; None if no tensor of it is left.
 
     Args:
-        checkpoint: the factorized checkpoint.
+        checkpoint: what is folded into.
         update: what is added to its weights.
         dense: what its tensors become.
         places: where they are written to, or that they are only compared.
@@ -41,13 +39,13 @@ class FoldJobs:
 
     def __init__(
         self,
-        checkpoint: FactorizedWeights,
+        checkpoint: Checkpoint,
         update: Update,
         dense: DenseTensors,
         places: FoldPlaces,
         timing: Timing | None,
     ) -> None:
-        self.shard_files = [shard.source.file for shard in checkpoint.manifest.shards]
+        self.shard_files = [shard.file for shard in checkpoint.shards]
         self.checkpoint = checkpoint
         self.update = update
         self.dense = dense
@@ -56,8 +54,8 @@ class FoldJobs:
         self._timing = timing
         self._progress = listening()
 
-    def _shard(self, index: int) -> ShardRecord:
-        return self.checkpoint.manifest.shards[index]
+    def _shard(self, index: int) -> SourceShard:
+        return self.checkpoint.shards[index]
 
     def acquired(self, which: Iterable[int]) -> Iterator[int]:
         """See ``LocalJobs``."""
@@ -67,14 +65,14 @@ class FoldJobs:
         for index in which:
             files.wait_for_room()
             with timed("download"):
-                for file in self.dense.files(self._shard(index)):
+                for file in self.dense.files(self.shard_files[index]):
                     files.acquire(file)
             yield index
 
     def do_shard(self, index: int, lane: Lane, on_read: Callable[[], object]) -> FileRecord | None:
         """See ``LocalJobs``."""
         shard = self._shard(index)
-        with HeldFiles(self.dense.files(shard), self._weights.release) as held:
+        with HeldFiles(self.dense.files(shard.file), self._weights.release) as held:
 
             def on_shard_read() -> None:
                 if not self._weights.quantized:  # else scales are read until the job is done
@@ -85,34 +83,25 @@ class FoldJobs:
 
     def remote(self, index: int) -> RemoteFold:
         """See ``ShardJobs``."""
-        shard, places, quantized = self._shard(index), self.places, self._weights.quantized
-        files = self.dense.files(shard)
-        manifest = self.checkpoint.manifest.part(files)
+        shard, places = self._shard(index), self.places
+        files = self.dense.files(shard.file)
         # Only these are sent to the task: with thousands of weight files, all the others would be most of what is sent.
-        names = {entry.name for one in manifest.shards for entry in self._weights.header(one.source.file).tensors}
-        weights = {self._quantized_with[name] for name in names if name in self._quantized_with}
+        names = {entry.name for file in files for entry in self._weights.header(file).tensors}
+        checkpoint = self.checkpoint.sent(files, names)
         return RemoteFold(
             shard,
-            self.checkpoint.folder.resolve(),
-            manifest,
+            checkpoint,
             self._weights.files.origin(files),
-            {name: quantized[name] for name in weights},
-            self.update.part([target.key for target in manifest.targets], names),
+            self.update.part(checkpoint.keys, names),
             self.dense.to_dense,
             dataclasses.replace(places, out=places.out.resolve(), place=places.place.resolve()),
         )
 
-    @functools.cached_property
-    def _quantized_with(self) -> dict[str, str]:
-        """Each FP8 weight, its scales, and the scales of its layer's inputs and outputs -> the name of the weight."""
-        quantized = self._weights.quantized.items()
-        return {part: name for name, scaled in quantized for part in (name, scaled.scale, *scaled.activations)}
-
     def tell(self, index: int) -> None:
         """See ``ShardJobs``."""
-        record = self._shard(index).source
-        self._progress.item(record.file)
-        self._progress.advance(record.size)
+        shard = self._shard(index)
+        self._progress.item(shard.file)
+        self._progress.advance(shard.size)
 
     def close(self) -> None:
         """See ``LocalJobs``."""
@@ -143,4 +132,4 @@ class FoldJobs:
     def _size(self, index: int) -> int | None:
         """Bytes of the weight file that is written for a shard; None if no tensor of it is left."""
         shard = self._shard(index)
-        return self.dense.size(self._weights.header(shard.source.file)) if self.dense.to_dense else shard.source.size
+        return self.dense.size(self._weights.header(shard.file)) if self.dense.to_dense else shard.size

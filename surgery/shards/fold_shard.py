@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,22 +10,19 @@ import torch
 
 from surgery.engine.lane import Lane
 from surgery.engine.walk import Piece, ShardWalk, TargetPiece
-from surgery.errors import FormatError, SourceError
+from surgery.errors import FormatError
 from surgery.files.file_records import FileRecord
 from surgery.files.file_writer import FileWriter, HashSink
 from surgery.format.factors import DAMAGED_HINT
-from surgery.format.manifest import Manifest
-from surgery.format.manifest_records import ShardRecord
 from surgery.format.safetensors import ShardReader
 from surgery.memory import bytes_of
-from surgery.names import MANIFEST_FILE, PARTIALS_DIR
+from surgery.names import PARTIALS_DIR
 from surgery.progress import Progress, Silent
 from surgery.shards.factorize_shard import check_shared
 from surgery.source.origin import Origin
 from surgery.updates.dense import DenseTensors
 from surgery.updates.protocol import Update
-from surgery.weights.checkpoint import FactorizedWeights, sent_weights
-from surgery.weights.quantization import Scaled
+from surgery.weights.checkpoint import Checkpoint, SentCheckpoint, SourceShard
 from surgery.weights.sent import SentFiles
 
 
@@ -54,20 +49,16 @@ class RemoteFold:
 
     Attributes:
         shard: which.
-        folder: the factorized checkpoint.
-        manifest: the part of its manifest about the weight files that this job needs.
-        origin: where the process takes these files from.
-        quantized: FP8 weight in them -> where its scales are.
+        checkpoint: the part of the checkpoint that this job needs.
+        origin: where the process takes its weight files from.
         update: what is added to the weights in them.
         to_dense: whether FP8 weights become bfloat16.
         places: where the result is written to.
     """
 
-    shard: ShardRecord
-    folder: Path
-    manifest: Manifest
+    shard: SourceShard
+    checkpoint: SentCheckpoint
     origin: Origin
-    quantized: Mapping[str, Scaled]
     update: Update
     to_dense: bool
     places: FoldPlaces
@@ -76,16 +67,8 @@ class RemoteFold:
         """Do the job. ``attempt`` names the folder for unfinished files, so that two attempts at one time do not clash."""
         if not self.places.to_compare:
             check_shared(self.places.out)
-        if not (self.folder / MANIFEST_FILE).is_file():
-            raise SourceError(
-                f"{self.folder} is not there on {socket.gethostname()}",
-                hint="the factorized checkpoint must be in a folder that every machine sees under the same path",
-            )
-        partial = self.places.out / PARTIALS_DIR / attempt / self.shard.source.file.replace("/", "--")
-        with ExitStack() as stack:
-            files = stack.enter_context(SentFiles(self.origin))
-            weights = sent_weights(files, self.folder, self.manifest, self.quantized)
-            checkpoint = stack.enter_context(FactorizedWeights(self.folder, self.manifest, weights))
+        partial = self.places.out / PARTIALS_DIR / attempt / self.shard.file.replace("/", "--")
+        with SentFiles(self.origin) as files, self.checkpoint.open(files) as checkpoint:
             dense = DenseTensors(checkpoint, self.update, to_dense=self.to_dense)
             return ShardFold(self.shard, checkpoint, dense, self.places, Silent()).run(lane, lambda: None, partial)
 
@@ -96,14 +79,14 @@ class ShardFold:
 
     Attributes:
         shard: which.
-        checkpoint: the factorized checkpoint.
+        checkpoint: which it is part of.
         dense: what its tensors become.
         places: where the result is written to.
         progress: told of each tensor that is done; called from threads.
     """
 
-    shard: ShardRecord
-    checkpoint: FactorizedWeights
+    shard: SourceShard
+    checkpoint: Checkpoint
     dense: DenseTensors
     places: FoldPlaces
     progress: Progress
@@ -119,15 +102,15 @@ class ShardFold:
         Returns:
             The file; None if no tensor of it is left.
         """
-        file, weights = self.shard.source.file, self.checkpoint.weights
+        file, weights = self.shard.file, self.checkpoint.weights
         with ShardReader(weights.path(file), watch=weights.watch) as reader:
-            if self.dense.size(reader.header) is None:
+            if (size := self.dense.size(reader.header)) is None:
                 self.progress.advance(reader.header.data_bytes)
                 return None
             if self.places.to_compare:
                 sink = HashSink()
                 self._write(reader, sink, lane, on_read)
-                return FileRecord(file, self.shard.source.size, sink.sha256)
+                return FileRecord(file, size, sink.sha256)
             with FileWriter(self.places.place / file, partial) as writer:
                 self._write(reader, writer, lane, on_read)
                 return writer.commit(file)
@@ -135,8 +118,8 @@ class ShardFold:
     def _write(self, reader: ShardReader, writer: FileWriter | HashSink, lane: Lane, on_read: Callable[[], object]) -> None:
         """Write the header and, in the order of the shard, the bytes of each window."""
         shard, dense, progress, weights = self.shard, self.dense, self.progress, self.checkpoint.weights
-        path, header = weights.path(shard.source.file), dense.header(reader.header)
-        if lost := dense.missing(shard, reader.header):
+        path, header = weights.path(shard.file), dense.header(reader.header)
+        if lost := self.checkpoint.missing(shard.file, [entry.name for entry in reader.header.tensors]):
             raise FormatError(f"{path}: a target of the manifest is not there", got="nothing", expected=lost[0])
         writer.write(header)
 
@@ -153,6 +136,6 @@ class ShardFold:
 
         with ShardWalk(reader, dense.touched(reader.header), lane.buffers, lane.timing) as walk:
             lane.flow(walk, self.places.window_bytes, fold, finish, on_read)
-        weights.check(shard.source.file, walk.sha256)
-        if header == reader.header.raw and dense.keeps(reader.header) and writer.sha256 != shard.source.sha256:
+        weights.check(shard.file, walk.sha256)
+        if header == reader.header.raw and dense.keeps(reader.header) and writer.sha256 != (shard.sha256 or walk.sha256):
             raise FormatError(f"{path}: untouched scales do not give the source back", hint=DAMAGED_HINT)

@@ -10,14 +10,14 @@ from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import ShardRecord
 from surgery.format.safetensors import ShardReader
 from surgery.names import correction_key, factor_key
-from surgery.shards.failures import Checkpoint, Failures
+from surgery.shards.failures import CheckedCheckpoint, Failures
 
 #: Tensor -> the dtype and shape that it must have; None for any shape.
 _Wanted = Mapping[str, tuple[str, list[int] | None]]
 
 
 def check_headers(
-    checkpoint: Checkpoint, shard: ShardRecord, passed: AbstractSet[str], watch: Watch, failures: Failures
+    checkpoint: CheckedCheckpoint, shard: ShardRecord, passed: AbstractSet[str], watch: Watch, failures: Failures
 ) -> None:
     """Check that each target and its factors are there with their dtypes and shapes, and that nothing unknown is.
 

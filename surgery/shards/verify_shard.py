@@ -24,7 +24,7 @@ from surgery.lossless.correction import CorruptCorrection
 from surgery.lossless.split import split
 from surgery.memory import bytes_of
 from surgery.progress import Progress
-from surgery.shards.failures import Checkpoint, Failure, Failures, check_recorded_file
+from surgery.shards.failures import CheckedCheckpoint, Failure, Failures, check_recorded_file
 from surgery.shards.verify_headers import check_headers
 from surgery.shards.verify_target import CheckedTarget, MeasuredMatrix, factors_found
 from surgery.weights.matrix import stored_residual
@@ -46,7 +46,7 @@ class ShardCheck:
         progress: told of each tensor that is done; called from threads.
     """
 
-    checkpoint: Checkpoint
+    checkpoint: CheckedCheckpoint
     shard: ShardRecord
     passed: AbstractSet[str]
     watch: Watch

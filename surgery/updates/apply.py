@@ -11,20 +11,20 @@ from surgery.lossless.factors import Addition
 from surgery.lossless.rounding import all_finite
 from surgery.lossless.update import rescale
 from surgery.updates.protocol import Update
-from surgery.weights.checkpoint import FactorizedWeights
+from surgery.weights.checkpoint import Checkpoint
 from surgery.weights.matrix import StoredMatrix, computed_on
 from surgery.weights.protocol import check_entry
 
 
 class UpdatedWeights:
-    """The tensors of a factorized checkpoint with an update. Any number of threads may use it.
+    """The tensors of a checkpoint with an update. Any number of threads may use it.
 
     Args:
         checkpoint: the weights, and the factors that scales belong to.
         update: what is added to them.
     """
 
-    def __init__(self, checkpoint: FactorizedWeights, update: Update) -> None:
+    def __init__(self, checkpoint: Checkpoint, update: Update) -> None:
         self._checkpoint = checkpoint
         self._update = update
 

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 
 from surgery.engine.walk import TargetPiece
 from surgery.errors import OptionError, WeightError
 from surgery.format.header import Header, TensorEntry, make_header, resized
-from surgery.format.manifest import Manifest
-from surgery.format.manifest_records import ShardRecord
 from surgery.format.views import View
 from surgery.lossless.rounding import all_finite
 from surgery.names import FACTORIZABLE_DTYPES
 from surgery.updates.apply import UpdatedWeights
 from surgery.updates.protocol import Update
-from surgery.weights.checkpoint import FactorizedWeights
+from surgery.weights.checkpoint import Checkpoint
 from surgery.weights.fp8 import block_scales, quantize
-from surgery.weights.quantization import Scaled
 
 #: What FP8 weights become when they are dequantized.
 DENSE_DTYPE = "BF16"
 
 
 class DenseTensors:
-    """What each tensor of a factorized checkpoint becomes with an update. Any number of threads may use it.
+    """What each tensor of a checkpoint becomes with an update. Any number of threads may use it.
 
     A changed FP8 weight is quantized again with fresh scales. These may be stored before the weight, or in another shard, so
     they are computed from the whole weight when they are first needed, and kept.
@@ -40,24 +37,23 @@ class DenseTensors:
         to_dense: as given.
     """
 
-    def __init__(self, checkpoint: FactorizedWeights, update: Update, *, to_dense: bool) -> None:
-        self._manifest = checkpoint.manifest
+    def __init__(self, checkpoint: Checkpoint, update: Update, *, to_dense: bool) -> None:
+        self._lossless = checkpoint.lossless
         self._weights = checkpoint.weights
         self._updated = UpdatedWeights(checkpoint, update)
         self.to_dense = to_dense
         quantized = self._weights.quantized
         self._weight_of = {scaled.scale: name for name, scaled in quantized.items()}
-        self._together = _together(self._manifest, quantized)
+        self._together = _together(checkpoint)
         self._dropped: set[str] = set()
         if to_dense:
             self._dropped.update(self._weight_of, *(scaled.activations for scaled in quantized.values()))
         self._fresh: dict[str, torch.Tensor] = {}
         self._one = threading.Lock()
 
-    def files(self, shard: ShardRecord) -> list[str]:
+    def files(self, shard: str) -> list[str]:
         """The weight files that the fold of a shard reads: itself, and those that share FP8 weights with it."""
-        name = shard.source.file
-        return [name, *sorted(self._together.get(name, set()) - {name})]
+        return [shard, *sorted(self._together.get(shard, set()) - {shard})]
 
     def check(self, headers: Iterable[Header]) -> None:
         """Refuse, before any work, what ``touched`` would refuse in the shards with these headers.
@@ -75,7 +71,7 @@ class DenseTensors:
             return False
         # Scales of an FP8 weight change with the weight, which may be in another file.
         weights = {*names, *(self._weight_of[name] for name in names if name in self._weight_of)}
-        return self._manifest.lossless and not self.to_dense and not any(map(self._updated.is_scaled, weights))
+        return self._lossless and not self.to_dense and not any(map(self._updated.is_scaled, weights))
 
     def touched(self, header: Header) -> dict[str, int | None]:
         """The tensors of a shard whose stored bytes are not copied unchanged.
@@ -108,11 +104,6 @@ class DenseTensors:
             elif added:
                 touched[entry.name] = None
         return touched
-
-    def missing(self, shard: ShardRecord, header: Header) -> list[str]:
-        """The tensors that the manifest has targets or aliases of in a shard, and that the shard does not have."""
-        there = {entry.name for entry in header.tensors}
-        return sorted(self._manifest.edited_in(shard.source.file).keys() - there)
 
     def header(self, header: Header) -> bytes:
         """The bytes of the header that is written for a shard with this header."""
@@ -195,13 +186,11 @@ class DenseTensors:
         return fresh
 
 
-def _together(manifest: Manifest, quantized: Mapping[str, Scaled]) -> dict[str, set[str]]:
+def _together(checkpoint: Checkpoint) -> dict[str, set[str]]:
     """Weight file -> the weight files that hold scales of its FP8 weights, or weights of its scales."""
-    homes = {target.tensor: target.shard for target in manifest.targets}
-    homes |= {skipped.tensor: skipped.shard for skipped in manifest.skipped}
     found: dict[str, set[str]] = {}
-    for tensor, scaled in quantized.items():
-        if tensor in homes:
-            found.setdefault(homes[tensor], set()).add(scaled.shard)
-            found.setdefault(scaled.shard, set()).add(homes[tensor])
+    for tensor, scaled in checkpoint.weights.quantized.items():
+        if (home := checkpoint.shard_of(tensor)) is not None:
+            found.setdefault(home, set()).add(scaled.shard)
+            found.setdefault(scaled.shard, set()).add(home)
     return found

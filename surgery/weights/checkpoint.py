@@ -1,30 +1,118 @@
-"""The weights of a factorized checkpoint together with its factors, for code that goes through all of its tensors."""
+"""``Checkpoint``: weights that are gone through tensor by tensor, with the factors that belong to them if there are any.
+
+The kinds: a factorized checkpoint (``FactorizedWeights``), and a model as it is (``PlainWeights``).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import socket
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from types import TracebackType
-from typing import Self
+from types import MappingProxyType, TracebackType
+from typing import Protocol, Self
 
 import torch
 
+from surgery.errors import SourceError
 from surgery.format.factors import FactorsReaders
 from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import TargetRecord
 from surgery.lossless.factors import Factors
+from surgery.names import MANIFEST_FILE
 from surgery.source.protocol import Source, WeightFiles
 from surgery.weights.matrix import StoredMatrix, stored_residual
+from surgery.weights.model import ModelWeights
 from surgery.weights.overlay import OverlayWeights, base_of, no_base_needed, quantized_of
 from surgery.weights.protocol import Weights
 from surgery.weights.quantization import Scaled
 from surgery.weights.residual import FolderFiles, ResidualWeights
 
 
+@dataclass(frozen=True, slots=True)
+class SourceShard:
+    """A weight file of the model that a checkpoint is or was made from.
+
+    Attributes:
+        file: its name there.
+        size: in bytes.
+        sha256: of its bytes; None where that is not known before it is read.
+    """
+
+    file: str
+    size: int
+    sha256: str | None
+
+
+class Checkpoint(Protocol):
+    """Weights that an update is added to. A context manager that any number of threads may use.
+
+    Attributes:
+        weights: the weight files.
+        shards: what the source has of them, in the order in which they are gone through.
+        lossless: whether the source's weights are recovered bit for bit.
+        targets: tensor -> its targets: one for the whole tensor, or one for each slice. Only of a factorized checkpoint.
+    """
+
+    weights: Weights
+    shards: Sequence[SourceShard]
+
+    @property
+    def lossless(self) -> bool: ...
+
+    @property
+    def targets(self) -> Mapping[str, tuple[TargetRecord, ...]]: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
+
+    def shard_of(self, tensor: str) -> str | None:
+        """The weight file that a tensor is in; None if that is not known."""
+
+    def missing(self, shard: str, there: Collection[str]) -> list[str]:
+        """The tensors that must be in a weight file and are not ``there``."""
+
+    def is_residual(self, tensor: str) -> bool:
+        """Whether a tensor with targets is stored as its residual."""
+
+    def residual(self, target: TargetRecord, index: int, stored: torch.Tensor) -> StoredMatrix:
+        """One matrix that is stored as its residual (m, n)."""
+
+    def weight(self, target: TargetRecord, index: int, stored: torch.Tensor, *, scaled: bool) -> StoredMatrix:
+        """One matrix that is stored as the original weight (m, n), with its factors only if scales change it (``scaled``)."""
+
+    def sent(self, shards: Collection[str], tensors: Collection[str]) -> SentCheckpoint:
+        """What another process needs to open the part of it in these weight files.
+
+        Args:
+            shards: the weight files.
+            tensors: all tensors in them.
+        """
+
+
+class SentCheckpoint(Protocol):
+    """A part of a checkpoint on its way to another process, perhaps on another machine."""
+
+    @property
+    def keys(self) -> Collection[str]:
+        """The keys of its targets."""
+
+    def open(self, files: WeightFiles) -> Checkpoint:
+        """Open it there.
+
+        Args:
+            files: its weight files, in that process.
+
+        Raises:
+            SourceError: a folder that it needs is not on that machine.
+        """
+
+
 class FactorizedWeights:
-    """The weights of a factorized checkpoint with its factors. A context manager that any number of threads may use.
+    """The weights of a factorized checkpoint with its factors: a ``Checkpoint``.
 
     Args:
         folder, manifest: of the checkpoint.
@@ -32,12 +120,16 @@ class FactorizedWeights:
 
     Attributes:
         folder, manifest, weights: as given.
+        shards: see ``Checkpoint``.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, weights: Weights) -> None:
         self.folder = folder
         self.manifest = manifest
         self.weights = weights
+        self.shards: Sequence[SourceShard] = [
+            SourceShard(one.source.file, one.source.size, one.source.sha256) for one in manifest.shards
+        ]
         self._factors = FactorsReaders(folder, manifest)
         self._open = ExitStack()
         self._open.push(weights)
@@ -48,6 +140,22 @@ class FactorizedWeights:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._open.__exit__(kind, error, trace)
+
+    @property
+    def lossless(self) -> bool:
+        return self.manifest.lossless
+
+    @cached_property
+    def _homes(self) -> Mapping[str, str]:
+        homes = {target.tensor: target.shard for target in self.manifest.targets}
+        return homes | {skipped.tensor: skipped.shard for skipped in self.manifest.skipped}
+
+    def shard_of(self, tensor: str) -> str | None:
+        return self._homes.get(tensor)
+
+    def missing(self, shard: str, there: Collection[str]) -> list[str]:
+        """The tensors that the manifest has targets or aliases of in a weight file, and that are not ``there``."""
+        return sorted(self.manifest.edited_in(shard).keys() - set(there))
 
     @cached_property
     def targets(self) -> Mapping[str, tuple[TargetRecord, ...]]:
@@ -89,6 +197,112 @@ class FactorizedWeights:
     def weight(self, target: TargetRecord, index: int, stored: torch.Tensor, *, scaled: bool) -> StoredMatrix:
         """One matrix that is stored as the original weight (m, n), with its factors only if scales change it (``scaled``)."""
         return StoredMatrix(target, stored, False, self.factors(target, index) if scaled else None, None)
+
+    def sent(self, shards: Collection[str], tensors: Collection[str]) -> SentFactorized:
+        return SentFactorized(self.folder.resolve(), self.manifest.part(shards), self.weights.quantized_among(tensors))
+
+
+@dataclass(frozen=True, slots=True)
+class SentFactorized:
+    """A part of a factorized checkpoint on its way to another process.
+
+    Attributes:
+        folder: of the checkpoint, which every machine sees.
+        manifest: of the weight files alone that are needed.
+        quantized: FP8 weight of the base in them -> where its scales are.
+    """
+
+    folder: Path
+    manifest: Manifest
+    quantized: Mapping[str, Scaled]
+
+    @property
+    def keys(self) -> Collection[str]:
+        return [target.key for target in self.manifest.targets]
+
+    def open(self, files: WeightFiles) -> FactorizedWeights:
+        if not (self.folder / MANIFEST_FILE).is_file():
+            raise SourceError(
+                f"{self.folder} is not there on {socket.gethostname()}",
+                hint="the factorized checkpoint must be in a folder that every machine sees under the same path",
+            )
+        weights: Weights
+        if self.manifest.layout == "residual":
+            weights = ResidualWeights(files, self.folder, self.manifest)
+        else:
+            there = frozenset(shard.source.file for shard in self.manifest.shards)
+            weights = OverlayWeights(files, "the base", self.manifest, there, lambda: self.quantized)
+        return FactorizedWeights(self.folder, self.manifest, weights)
+
+
+class PlainWeights:
+    """The weights of a model, without any factors: a ``Checkpoint``.
+
+    Args:
+        weights: of the model.
+        homes: all its tensors -> the weight file that each is in.
+        shards: its weight files.
+
+    Attributes:
+        weights, shards: as given.
+        lossless, targets: see ``Checkpoint``.
+    """
+
+    lossless = True
+    targets: Mapping[str, tuple[TargetRecord, ...]] = MappingProxyType({})
+
+    def __init__(self, weights: ModelWeights, homes: Mapping[str, str], shards: Sequence[SourceShard]) -> None:
+        self.weights: Weights = weights
+        self.shards = shards
+        self._homes = homes
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.weights.__exit__(kind, error, trace)
+
+    def shard_of(self, tensor: str) -> str | None:
+        return self._homes.get(tensor)
+
+    def missing(self, shard: str, there: Collection[str]) -> list[str]:
+        return []
+
+    def is_residual(self, tensor: str) -> bool:
+        return False
+
+    def residual(self, target: TargetRecord, index: int, stored: torch.Tensor) -> StoredMatrix:
+        raise AssertionError("a model holds no residuals")
+
+    def weight(self, target: TargetRecord, index: int, stored: torch.Tensor, *, scaled: bool) -> StoredMatrix:
+        raise AssertionError("a model has no targets")
+
+    def sent(self, shards: Collection[str], tensors: Collection[str]) -> SentModel:
+        needed = [shard for shard in self.shards if shard.file in shards]
+        homes = {tensor: self._homes[tensor] for tensor in tensors}
+        return SentModel(homes, needed, self.weights.quantized_among(tensors))
+
+
+@dataclass(frozen=True, slots=True)
+class SentModel:
+    """A part of a model on its way to another process.
+
+    Attributes:
+        homes: the tensors that are needed -> the weight file that each is in.
+        shards: these weight files.
+        quantized: FP8 weight in them -> where its scales are.
+    """
+
+    homes: Mapping[str, str]
+    shards: Sequence[SourceShard]
+    quantized: Mapping[str, Scaled]
+
+    @property
+    def keys(self) -> Collection[str]:
+        return ()
+
+    def open(self, files: WeightFiles) -> PlainWeights:
+        return PlainWeights(ModelWeights(files, lambda: self.quantized), self.homes, self.shards)
 
 
 def weights_of(
@@ -132,17 +346,3 @@ def weights_of_base(source: Source, folder: Path, manifest: Manifest, *, all_qua
     """
     find = partial(quantized_of, source, folder, manifest, all_of_them=all_quantized)
     return OverlayWeights(source, source.name, manifest, frozenset(source.selection.shards), find)
-
-
-def sent_weights(files: WeightFiles, folder: Path, manifest: Manifest, quantized: Mapping[str, Scaled]) -> Weights:
-    """The weights of a factorized checkpoint in the process of a remote task, which does not open the base itself.
-
-    Args:
-        files: the weight files that the task needs.
-        folder, manifest: of the checkpoint; the manifest may tell of these weight files alone.
-        quantized: FP8 weight of the base -> where its scales are.
-    """
-    if manifest.layout == "residual":
-        return ResidualWeights(files, folder, manifest)
-    there = frozenset(shard.source.file for shard in manifest.shards)
-    return OverlayWeights(files, "the base", manifest, there, lambda: quantized)

@@ -6,7 +6,7 @@ folder (``weights.residual``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
@@ -70,6 +70,17 @@ class Weights:
     def quantized(self) -> Mapping[str, Scaled]:
         """FP8 weight -> where its scales are."""
         return self._find_quantized()
+
+    def quantized_among(self, tensors: Iterable[str]) -> dict[str, Scaled]:
+        """``quantized`` for those weights of which any part is among ``tensors``: they, or the scales of their layers."""
+        parts = self._weight_of_part
+        return {parts[one]: self.quantized[parts[one]] for one in tensors if one in parts}
+
+    @cached_property
+    def _weight_of_part(self) -> Mapping[str, str]:
+        """Each FP8 weight, its scales, and the scales of its layer's inputs and outputs -> the name of the weight."""
+        quantized = self.quantized.items()
+        return {part: name for name, scaled in quantized for part in (name, scaled.scale, *scaled.activations)}
 
     @property
     def watch(self) -> Watch:
