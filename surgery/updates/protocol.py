@@ -13,6 +13,7 @@ import torch
 from surgery.format.manifest_records import TargetRecord
 from surgery.lossless.factors import Addition, both
 from surgery.memory import bytes_of
+from surgery.updates.changes import LowRankPart, TensorChange, summed
 
 
 class Update(Protocol):
@@ -30,8 +31,11 @@ class Update(Protocol):
         m is the length of the tensor's first axis, n the product of all others.
         """
 
+    def change(self, tensor: str) -> TensorChange | None:
+        """All that is done to a tensor besides, of which ``addition`` is a part; None for nothing."""
+
     def tensors(self) -> Collection[str]:
-        """The tensors that ``addition`` adds something to."""
+        """The tensors that ``change`` changes."""
 
     def digests(self) -> dict[str, str]:
         """Kind of update, such as ``scales`` or ``lora`` -> the sha256 of all its numbers and names."""
@@ -66,6 +70,9 @@ class ScalesUpdate:
         return (s.double() * (self.values[target.key].double() - 1)).float()
 
     def addition(self, tensor: str) -> Addition | None:
+        return None
+
+    def change(self, tensor: str) -> TensorChange | None:
         return None
 
     def tensors(self) -> Collection[str]:
@@ -109,6 +116,10 @@ class LowRankUpdate:
     def addition(self, tensor: str) -> Addition | None:
         return self.additions.get(tensor)
 
+    def change(self, tensor: str) -> TensorChange | None:
+        added = self.additions.get(tensor)
+        return None if added is None else TensorChange({0: (LowRankPart(added.left.double(), added.right),)})
+
     def tensors(self) -> Collection[str]:
         return self.additions.keys()
 
@@ -141,6 +152,10 @@ class UpdateSum:
     def addition(self, tensor: str) -> Addition | None:
         additions = [added for part in self.parts if (added := part.addition(tensor)) is not None]
         return functools.reduce(both, additions) if additions else None
+
+    def change(self, tensor: str) -> TensorChange | None:
+        changes = [change for part in self.parts if (change := part.change(tensor)) is not None]
+        return functools.reduce(summed, changes) if changes else None
 
     def tensors(self) -> Collection[str]:
         return {tensor for part in self.parts for tensor in part.tensors()}

@@ -1,0 +1,70 @@
+"""``AdapterUpdate``: what one adapter, or a weighted sum of several, does to the tensors of a checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from surgery.errors import OptionError
+from surgery.format.manifest_records import TargetRecord
+from surgery.lossless.factors import Addition
+from surgery.updates.changes import TensorChange
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterUpdate:
+    """Implements ``Update``. It can be pickled: what is large is read from the adapters' files when it is needed.
+
+    Attributes:
+        changed: tensor of the checkpoint -> all that is done to it.
+        accounts: for each adapter: name of a tensor in its file -> the tensors of the checkpoint that it went to; none for a
+            tensor that was only compared, such as PEFT's copy of an adapted embedding. All tensors of the file are there, but
+            for those of another component of a diffusion model, of which a note has told.
+    """
+
+    changed: Mapping[str, TensorChange]
+    accounts: Sequence[Mapping[str, tuple[str, ...]]]
+
+    def scales(self, target: TargetRecord, index: int) -> torch.Tensor | None:
+        return None
+
+    def changes(self, target: TargetRecord) -> bool:
+        return False
+
+    def change(self, tensor: str) -> TensorChange | None:
+        return self.changed.get(tensor)
+
+    def addition(self, tensor: str) -> Addition | None:
+        """What is added to a tensor, as one low-rank matrix.
+
+        Raises:
+            OptionError: the tensor changes by more than that.
+        """
+        change = self.changed.get(tensor)
+        if change is None:
+            return None
+        parts = change.parts.get(0, ())
+        others = (change.offset, change.replacement, change.rows, *(part.magnitude for part in parts))
+        if change.is_stack or not parts or any(other is not None for other in others):
+            raise OptionError(
+                f"the adapter changes {tensor!r} by more than a low-rank matrix", hint="merge it into the folded model"
+            )
+        return Addition(
+            torch.cat([part.left * part.weight for part in parts], dim=1), torch.cat([part.right for part in parts], dim=1)
+        )
+
+    def tensors(self) -> Collection[str]:
+        return self.changed.keys()
+
+    def digests(self) -> dict[str, str]:
+        digest = hashlib.sha256()
+        for tensor, change in sorted(self.changed.items()):
+            digest.update(f"{tensor}\0".encode())
+            change.hash_into(digest)
+        return {"lora": digest.hexdigest()}
+
+    def part(self, keys: Collection[str], tensors: Collection[str]) -> AdapterUpdate:
+        return AdapterUpdate({tensor: self.changed[tensor] for tensor in tensors if tensor in self.changed}, ())
