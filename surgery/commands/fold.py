@@ -11,11 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from surgery.device import on_its_own_terms
-from surgery.engine.resources import Memory
-from surgery.errors import FormatError, OptionError, OutputError, SurgeryError
-from surgery.files.access import all_below, read_errors
-from surgery.files.file_records import RESTORE_HINT, FileRecord, check_file, check_size_of, file_sha256, not_as_described
-from surgery.files.file_writer import copy_file, write_file
+from surgery.errors import FormatError, OptionError
+from surgery.files.access import read_errors
+from surgery.files.file_records import RESTORE_HINT, FileRecord, check_size_of, file_sha256, not_as_described
 from surgery.files.json_files import read_json_object
 from surgery.format.factors import DAMAGED_HINT
 from surgery.format.manifest import Manifest
@@ -26,16 +24,12 @@ from surgery.planning.memory import known_bytes, need_to_fold, share_out
 from surgery.progress import Progress, listening, phase
 from surgery.publish.results import publish_folded, submit_files
 from surgery.reports import Report
-from surgery.run.contents import files_in, is_as_recorded, loading_order, not_as_recorded
 from surgery.run.engines import EngineName, EngineOptions, float64_device
-from surgery.run.journal import Journal
 from surgery.run.output_paths import check_not_the_source
-from surgery.run.result_folder import ResultFiles
-from surgery.run.resume import shard_results
 from surgery.run.run import Run
+from surgery.run.written_model import FileAlong, WrittenModel
 from surgery.shards.fold_jobs import FoldJobs
 from surgery.shards.fold_shard import FoldPlaces
-from surgery.source.folder import FolderSource
 from surgery.source.weight_files import is_index
 from surgery.timing import Timing
 from surgery.updates.adapter import additions_of
@@ -45,7 +39,7 @@ from surgery.updates.protocol import LowRankUpdate, ScalesUpdate, Update, Update
 from surgery.version import __version__
 from surgery.weights.checkpoint import FactorizedWeights, weights_of
 from surgery.weights.protocol import Weights
-from surgery.weights.quantized import index_of, without_quantization
+from surgery.weights.quantized import without_quantization
 
 if TYPE_CHECKING:
     from surgery.publish.upload import Upload
@@ -178,10 +172,12 @@ def fold(
             dense = DenseTensors(checkpoint, update, to_dense=dequantize)
             if adapter.additions:
                 dense.check(weights.header(shard.source.file) for shard in manifest.shards)
+            config = without_quantization if dequantize else None
+            written = WrittenModel(out, checkpoint.shards, [FileAlong(one, factorized / one.file) for one in others], config)
             places = FoldPlaces(out, out, True, memory.window_bytes)
-            if not overwrite and _looks_finished(out, manifest, dequantize):
+            if not overwrite and written.looks_finished():
                 jobs = FoldJobs(checkpoint, update, dense, places, timing)
-                report = _report(_compared(run, jobs, others, memory), jobs, manifest)
+                report = _report(written.compared(run, jobs, memory), jobs, manifest)
                 run.forget()
                 for record in report.files:
                     submit_files(run.upload, out, [record])
@@ -189,12 +185,12 @@ def fold(
                 return report
             run.identify(_identity(checkpoint, update, others, by.device_name, dequantize=dequantize))
             # The journal is there until the upload is over: a fold keeps no other record to go on with.
-            with run.result(_result_files(out, manifest, others, dequantize), [weights.files], overwrite=overwrite) as place:
+            with run.result(written.files(), [weights.files], overwrite=overwrite) as place:
                 places = dataclasses.replace(places, place=place, to_compare=False)
                 jobs = FoldJobs(checkpoint, update, dense, places, timing)
                 with phase(progress, "folding", sum(shard.source.size for shard in manifest.shards)):
                     files = run.shards(jobs, memory, note_resumed=False)
-                _copy_others(factorized, place, others, progress, to_dense=dequantize)
+                written.copy_others(place)
                 report = _report(files, jobs, manifest)
                 _publish(run.upload, place, report, manifest)
     return report
@@ -203,14 +199,6 @@ def fold(
 def _publish(upload: Upload | None, place: Path, report: FoldReport, manifest: Manifest) -> None:
     """Upload the files that go along with the weights, which have been submitted already; nothing without an upload."""
     publish_folded(upload, place, manifest, changed=report.changed, adapted=report.adapted, dequantized=report.dequantized)
-
-
-def _result_files(out: Path, manifest: Manifest, others: Iterable[FileRecord], dequantize: bool) -> ResultFiles:
-    """All files that will be written, their size, and the files of a model that is in ``out`` already."""
-    weights, others = [shard.source for shard in manifest.shards], list(others)
-    # FP8 weights take twice as much in bfloat16.
-    size = sum(record.size for record in weights) * (2 if dequantize else 1) + sum(record.size for record in others)
-    return ResultFiles(frozenset(record.file for record in (*weights, *others)), size, _model_in(out))
 
 
 def _adapter(factorized: Path, manifest: Manifest, weights: Weights, lora: Path) -> LowRankUpdate:
@@ -237,37 +225,6 @@ def _report(written: Iterable[FileRecord | None], jobs: FoldJobs, manifest: Mani
         adapted=len(jobs.update.tensors()),
         bytes_written=sum(file.size for file in files),
     )
-
-
-def _looks_finished(out: Path, manifest: Manifest, dequantize: bool) -> bool:
-    """Whether ``out`` may hold a complete fold of this checkpoint: its files, no others, and weights of the right sizes."""
-    if Journal.is_there(out) or dequantize or any(path.is_symlink() for path in all_below(out)):
-        return False
-    expected = {record.file for record in manifest.files} | {shard.source.file for shard in manifest.shards}
-    return files_in(out) == expected and all(
-        (out / shard.source.file).stat().st_size == shard.source.size for shard in manifest.shards
-    )
-
-
-def _compared(run: Run, jobs: FoldJobs, others: Iterable[FileRecord], memory: Memory) -> list[FileRecord | None]:
-    """Check that ``run.out`` holds this very fold, by doing it again without writing: a fold keeps no record of itself.
-
-    Returns:
-        The weight files of all shards.
-
-    Raises:
-        OutputError: what is there is another fold, or something else.
-    """
-    progress = listening()
-    with phase(progress, "comparing", sum(shard.size for shard in jobs.checkpoint.shards)):
-        files = shard_results(jobs, lambda which: run.engine.run(jobs, which, memory), None)
-    if not_as_recorded(run.out, (*(record for record in files if record is not None), *others)):
-        raise OutputError(
-            f"{run.out} holds files already, and they are not those of this fold",
-            hint="--overwrite replaces an earlier result; -o chooses another folder",
-        )
-    progress.note(f"{run.out} is already complete: nothing to do")
-    return files
 
 
 def _identity(
@@ -313,34 +270,3 @@ def _files_along(factorized: Path, manifest: Manifest, progress: Progress) -> li
             read_json_object(factorized / CONFIG_FILE, str(factorized / CONFIG_FILE))
         progress.note(f"changed since {factorized} was made, and taken along as they are: {', '.join(edited)}")
     return found
-
-
-def _model_in(out: Path) -> frozenset[str]:
-    """The files of a model in the output folder; empty if there is none. It may be an earlier fold, which has no manifest."""
-    try:
-        selection = FolderSource(out).selection
-    except SurgeryError as error:
-        if isinstance(error.__cause__, OSError):  # it cannot be read, so nothing is known of its contents
-            raise
-        return frozenset()
-    if CONFIG_FILE not in selection.others:
-        return frozenset()
-    return frozenset((*selection.shards, *selection.others))
-
-
-def _copy_others(factorized: Path, out: Path, others: Iterable[FileRecord], progress: Progress, *, to_dense: bool) -> None:
-    """Copy the files that go along with the weights; with ``to_dense`` config and index are adapted to dequantized weights.
-
-    Files that an earlier start has put in place are not written again, as ``config.json`` says that the result is whole.
-    """
-    by_name = {record.file: record for record in others}
-    with phase(progress, "copying"):
-        for name in loading_order(by_name):
-            progress.item(name)
-            if to_dense and (name == CONFIG_FILE or is_index(name)):
-                check_file(factorized, by_name[name], RESTORE_HINT)
-                data = index_of(out, factorized / name) if is_index(name) else without_quantization(factorized / name)
-                if not (out / name).is_file() or (out / name).read_bytes() != data:
-                    write_file(out / name, data)
-            elif not is_as_recorded(out, by_name[name]):
-                copy_file(factorized / name, out / name, name, by_name[name])

@@ -332,7 +332,7 @@ def test_edits_of_what_is_no_weight_are_taken_along(name: str, llama: Path, tmp_
     with pytest.raises(KeyboardInterrupt):
         surgery.fold(made, _ones(made), tmp_path / "p", device="cpu", progress=_Stop(after=12))
     edited.write_bytes(text + b" ")
-    with pytest.raises(OutputError, match="not those of this fold"):
+    with pytest.raises(OutputError, match="not those of this run"):
         surgery.fold(made, _ones(made, 1.0), tmp_path / "o", device="cpu")
     with pytest.raises(OutputError, match=f"edited.{name}"):
         surgery.fold(made, _ones(made), tmp_path / "p", device="cpu")

@@ -411,10 +411,10 @@ def test_a_complete_fold_is_left_alone(llama: Path, truth: Path, tmp_path: Path)
     assert again.notes == [f"{tmp_path / 'o'} is already complete: nothing to do"]
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "o").rglob("*")} == times
     # Of other scales, or changed since, or with something more in it, it is not.
-    with pytest.raises(OutputError, match="they are not those of this fold"):
+    with pytest.raises(OutputError, match="they are not those of this run"):
         surgery.fold(truth, {name: value * 2 for name, value in scales.items()}, tmp_path / "o")
     (tmp_path / "o/tokenizer.json").write_text('{"made": "UP"}')
-    with pytest.raises(OutputError, match="they are not those of this fold"):
+    with pytest.raises(OutputError, match="they are not those of this run"):
         surgery.fold(truth, scales, tmp_path / "o")
     (tmp_path / "o/thesis.txt").write_text("")
     with pytest.raises(OutputError, match="holds files already\n"):
