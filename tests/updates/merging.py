@@ -22,7 +22,7 @@ def adapt(model: Any, out: Path, **options: Any) -> Path:
     """Save an adapter of a model with random numbers in all that it trains."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        adapted = peft.get_peft_model(model, peft.LoraConfig(**{"r": 3, "lora_alpha": 5, **options}))
+        adapted: Any = peft.get_peft_model(model, peft.LoraConfig(**{"r": 3, "lora_alpha": 5, **options}))
         randomize(adapted)
         adapted.save_pretrained(out)
     return out
@@ -33,9 +33,9 @@ def randomize(adapted: Any, seed: int = 2) -> None:
     for name, parameter in adapted.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         if "magnitude" in name:
-            parameter.data *= 1 + 0.3 * noise
-        elif parameter.requires_grad:
-            parameter.data = parameter.data * ("lora_" not in name) + 0.1 * noise
+            parameter.data.mul_(1 + 0.3 * noise)
+        elif parameter.requires_grad:  # in place, for tied ones are views of each other
+            parameter.data.mul_("lora_" not in name).add_(noise, alpha=0.1)
 
 
 def merged_on_disk(model: Any, adapter: Path, out: Path) -> dict[str, torch.Tensor]:
@@ -97,7 +97,8 @@ def _of_part(weight: torch.Tensor, part: LowRankPart) -> torch.Tensor:
     whole = weight + low
     norms = torch.linalg.norm(whole, dim=1 - part.axis, keepdim=True)
     magnitude = part.magnitude.double().view((-1, 1) if part.axis == 0 else (1, -1))
-    return part.weight * (magnitude / norms * whole - weight)
+    change: torch.Tensor = part.weight * (magnitude / norms * whole - weight)
+    return change
 
 
 def assert_equal(

@@ -115,7 +115,8 @@ class _DiffusionFile:
             )
         mine, others = [], dict[str, int]()
         for entry, one, rest, is_kohya in named:
-            if one is None or self._component is None or self._component in _MEANT.get(one, (one,)):
+            meant = _MEANT.get(one or "", (one,)) if is_kohya or one == "diffusion_model" else (one,)
+            if one is None or self._component is None or self._component in meant:
                 mine.append((entry, rest, is_kohya))
             else:
                 others[one] = others.get(one, 0) + 1
@@ -131,7 +132,7 @@ class _DiffusionFile:
                 expected="LoRA matrices, alphas and DoRA's magnitudes",
                 hint=_HINT,
             )
-        module = self._kohya_module(found["module"], entry) if is_kohya else _own_module(found["module"], found["old"])
+        module = self._kohya_module(found["module"], entry) if is_kohya else self._own_module(found["module"], found["old"])
         kind = found["other"] or f"{_HALVES[found['half']]}.{found['leaf']}"
         kind = "magnitude" if kind in ("dora_scale", "lora_magnitude_vector") else kind
         known = self._sources.setdefault(module, {}).setdefault(kind, entry.name)
@@ -141,7 +142,8 @@ class _DiffusionFile:
 
     def _kohya_module(self, name: str, entry: TensorEntry) -> str:
         """The module of the checkpoint that kohya's name, without dots, stands for."""
-        for one in (name, _of_diffusers(name)):
+        bare = name.removeprefix("text_model_")  # which files have, or have not, by their age
+        for one in (name, _of_diffusers(name), bare, f"text_model_{name}"):
             modules = self._modules.get(one, [])
             if len(modules) == 1:
                 return modules[0]
@@ -153,6 +155,15 @@ class _DiffusionFile:
             expected=few(self._modules),
             hint="merge onto the model that the adapter was trained on, in diffusers' layout",
         )
+
+    def _own_module(self, name: str, old: str | None) -> str:
+        """The module of a name in diffusers' layout, also as it once was: beside the projections of the attention."""
+        name = name.replace(".processor.", ".")
+        module, _, projection = name.rpartition(".")
+        if old == "_lora" and module.endswith("self_attn"):  # of a text encoder
+            names = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+            return f"{module}.{names.get(projection, projection)}"
+        return f"{name}.0" if projection == "to_out" and f"{name}.0".replace(".", "_") in self._modules else name
 
     def _metadata_scaling(self) -> Scaling | None:
         """What diffusers has written of ranks and alphas; None if nothing."""
@@ -182,8 +193,11 @@ class _DiffusionFile:
         alpha, magnitude, bias = parts.get("alpha"), parts.get("magnitude"), parts.get("B.bias")
         if alpha is not None and alpha.numel() != 1:
             raise FormatError(f"{self._path}: the alpha of {module!r} is no number", got=list(alpha.shape))
+        by_input = (
+            "dora_scale" in self._sources[module].get("magnitude", "") and magnitude is not None and magnitude.shape[0] == 1
+        )
         for what, vector in (("magnitude", magnitude), ("bias", bias)):
-            if vector is not None and (vector.numel() != len(B) or (vector.ndim > 1 and len(B) not in vector.shape[:2])):
+            if vector is not None and (vector.numel() != len(B) or (what == "magnitude" and by_input and len(B) > 1)):
                 raise FormatError(
                     f"{self._path}: the {what} of {module!r} does not fit", got=list(vector.shape), expected=[len(B)]
                 )
@@ -197,18 +211,6 @@ class _DiffusionFile:
             None if magnitude is None else magnitude.flatten(),
             None if bias is None else bias.flatten(),
         )
-
-
-def _own_module(name: str, old: str | None) -> str:
-    """The module of a name in diffusers' layout, also as it was before 2023: beside the attention's projections."""
-    if old != "_lora":
-        return name
-    module, _, projection = name.replace(".processor.", ".").rpartition(".")
-    if module.endswith("self_attn"):  # of a text encoder
-        names = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
-    else:
-        names = {"to_out": "to_out.0"}
-    return f"{module}.{names.get(projection, projection)}"
 
 
 _RESNET = {

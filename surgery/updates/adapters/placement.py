@@ -173,7 +173,8 @@ class _Placing:
             return False
         if first.magnitude is not None or second.magnitude is not None:
             return False
-        return torch.equal(first.B.T, second.A) and torch.equal(first.A, second.B.T)
+        scalings = {one.scaling(self._scaled_as(one.module), len(one.A), 1) for one in (first, second)}
+        return len(scalings) == 1 and torch.equal(first.B.T, second.A) and torch.equal(first.A, second.B.T)
 
     # A module's weight and bias.
 
