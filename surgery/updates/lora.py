@@ -107,8 +107,8 @@ def read_lora(folder: Path) -> dict[str, LoraUpdate]:
             pairs.setdefault(found["module"], {})[found["layer"] or found["parameter"]] = reader.read(entry).float()
     if not pairs:
         raise OptionError(f"{folder} is an adapter that changes nothing", got="no LoRA matrices")
-    ranks = _ByModule(config, "rank_pattern", "r", pairs, folder)
-    alphas = _ByModule(config, "alpha_pattern", "lora_alpha", pairs, folder)
+    ranks = ByModule(config, "rank_pattern", "r", pairs, folder)
+    alphas = ByModule(config, "alpha_pattern", "lora_alpha", pairs, folder)
     stored = [
         _StoredUpdate(module, parts, ranks.of(module), alphas.of(module), bases.get(module)) for module, parts in pairs.items()
     ]
@@ -193,7 +193,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e30
 
 
-class _ByModule:
+class ByModule:
     """The ranks or alphas of an adapter, as PEFT looks them up: of the first pattern that fits, which is
     ``re.match(rf"(.*\\.)?({pattern})$", module)``.
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.errors import FormatError, MissingExtra, OptionError, OutputError, SourceError, SurgeryError, SurgeryWarning
 from surgery.progress import Silent
-from surgery.updates.lora import _ByModule, read_lora
+from surgery.updates.lora import ByModule, read_lora
 from tests.families import FAMILIES
 from tests.models import files_of, save_llama, tensors_of
 from tests.releases import needs
@@ -565,7 +565,7 @@ def test_patterns_are_looked_up_as_peft_does() -> None:
             pattern = chance.choice((chance.choice(modules)[chance.randrange(5) :], "".join(chance.choices(_PATTERNS, k=2))))
             patterns[chance.choice((pattern, chance.choice(_PATTERNS)))] = value
         try:
-            found = _ByModule({"rank_pattern": patterns, "r": 99}, "rank_pattern", "r", modules, Path("adapter"))
+            found = ByModule({"rank_pattern": patterns, "r": 99}, "rank_pattern", "r", modules, Path("adapter"))
         except FormatError:
             continue
         for module in modules:
@@ -600,7 +600,7 @@ def test_patterns_are_looked_up_in_bounded_time(patterns: dict[str, int], module
     started = time.perf_counter()
     refused = None
     try:
-        found = _ByModule({"rank_pattern": patterns, "r": 1}, "rank_pattern", "r", modules, Path("adapter"))
+        found = ByModule({"rank_pattern": patterns, "r": 1}, "rank_pattern", "r", modules, Path("adapter"))
         assert {found.of(module) for module in modules} in ({1}, {2})
     except FormatError as error:
         refused = str(error)

@@ -1,0 +1,100 @@
+"""Updates as matrices: whether they fit a weight, and what they are in the tensor that holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from surgery.errors import OptionError
+from surgery.models.placement import TensorPart
+from surgery.updates.adapters.content import ModuleUpdate
+from surgery.updates.adapters.homes import Home
+from surgery.updates.changes import LowRankPart, ReplacedRows, TensorChange
+
+
+@dataclass(frozen=True, slots=True)
+class Sides:
+    """``left right^T`` without its scaling, and the magnitude of DoRA along an axis."""
+
+    left: torch.Tensor
+    right: torch.Tensor
+    magnitude: torch.Tensor | None
+    axis: int
+
+    def scaled(self, scaling: float, weight: float) -> LowRankPart:
+        return LowRankPart(self.left.double() * scaling, self.right, weight, self.magnitude, self.axis)
+
+
+def in_tensor(piece: TensorPart, shape: Sequence[int], sides: Sides, name: str, home: Home) -> tuple[int | None, Sides]:
+    """What is added to a tensor if ``sides`` is added to the parameter that holds it as ``piece``.
+
+    Rows and columns of the tensor that the parameter does not hold are zero.
+
+    Returns:
+        The index in a stack, None for a tensor that is one matrix; and what is added to that.
+    """
+    if piece.axes not in ((0, 1), (1, 0)):
+        raise OptionError(f"{name!r} is stored in a way that is not followed", got=f"{piece.tensor!r}, {list(shape)}")
+    both: list[torch.Tensor] = []
+    for axis, factor in enumerate((sides.left, sides.right)):
+        part = factor.new_zeros(shape[piece.axes[axis] or 0], factor.shape[1])
+        part[torch.as_tensor(piece.of[axis])] = factor[torch.as_tensor(piece.at[axis])]
+        both.append(part)
+    magnitude, axis = sides.magnitude, sides.axis
+    if magnitude is not None:
+        along, across = shape[piece.axes[axis] or 0], shape[piece.axes[1 - axis] or 0]
+        if len(piece.of[axis]) != along or not len(piece.at[1 - axis]) == across == home.shape[1 - axis]:
+            raise OptionError(
+                f"{name!r} has a magnitude of DoRA, and the checkpoint stores its weight in parts or within another",
+                got=f"{piece.tensor!r}, {list(shape)}",
+                hint="merge_and_unload() of PEFT, on a model in memory",
+            )
+        placed = magnitude.new_zeros(along)
+        placed[torch.as_tensor(piece.of[axis])] = magnitude[torch.as_tensor(piece.at[axis])]
+        magnitude = placed
+    if piece.axes == (1, 0):
+        both.reverse()
+        axis = 1 - axis
+    return None, Sides(both[0], both[1], magnitude, axis)
+
+
+def is_targeted(name: str, targets: Sequence[str]) -> bool:
+    return any(f".{name}".endswith(f".{target}") for target in targets)
+
+
+def _core(shape: Sequence[int]) -> list[int]:
+    """A shape without the kernel of a convolution of one point."""
+    return [*shape[:2], *(shape[2:] if any(size != 1 for size in shape[2:]) else ())]
+
+
+def is_straight(one: ModuleUpdate, shape: Sequence[int]) -> bool:
+    """Whether the update fits a weight (out, in...)."""
+    return [len(one.B), *one.A.shape[1:]] == [*shape] or _core([len(one.B), *one.A.shape[1:]]) == _core(shape)
+
+
+def fits_update(one: ModuleUpdate, shape: Sequence[int]) -> bool:
+    """Whether the update fits a weight of this shape, in either orientation."""
+    if one.embedding:
+        return tuple(shape) == (one.A.shape[1], len(one.B))
+    return is_straight(one, shape) or (one.A.ndim == 2 and tuple(shape) == (one.A.shape[1], len(one.B)))
+
+
+def is_of(expected: Sequence[int], shape: Sequence[int]) -> bool:
+    return tuple(shape) == tuple(expected)
+
+
+def has_rows(rows: ReplacedRows, shape: Sequence[int]) -> bool:
+    is_inside = len(shape) == 2 and rows.values.shape[1] == shape[1]
+    return is_inside and (not len(rows.indices) or int(rows.indices[-1]) < shape[0])
+
+
+def is_nothing(change: TensorChange) -> bool:
+    """Whether a change leaves every tensor as it is."""
+    if change.replacement is not None or (change.rows is not None and len(change.rows.indices)):
+        return False
+    if change.offset is not None and bool(change.offset.any()):
+        return False
+    parts = [part for several in change.parts.values() for part in several]
+    return all(part.magnitude is None and not (bool(part.left.any()) and bool(part.right.any())) for part in parts)

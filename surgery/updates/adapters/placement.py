@@ -1,0 +1,367 @@
+"""From what an adapter holds to the tensors of a checkpoint: which change is made to which tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+
+from surgery.errors import OptionError, few
+from surgery.format.safetensors import ShardReader, same_bytes
+from surgery.models.placement import TensorPart
+from surgery.updates.adapters.content import AdapterContent, ModuleUpdate
+from surgery.updates.adapters.geometry import (
+    Sides,
+    fits_update,
+    has_rows,
+    in_tensor,
+    is_nothing,
+    is_of,
+    is_straight,
+    is_targeted,
+)
+from surgery.updates.adapters.homes import Fits, Home, Homes
+from surgery.updates.changes import LowRankPart, ReplacedRows, StoredTensor, TensorChange
+
+
+@dataclass(slots=True)
+class _Change:
+    """What has been found for one tensor so far; see ``TensorChange``."""
+
+    parts: dict[int, list[LowRankPart]] = field(default_factory=dict)
+    is_stack: bool = False
+    offset: torch.Tensor | None = None
+    replacement: StoredTensor | None = None
+    rows: ReplacedRows | None = None
+
+    def done(self) -> TensorChange:
+        parts = {index: tuple(parts) for index, parts in self.parts.items()}
+        return TensorChange(parts, self.is_stack, self.offset, self.replacement, self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedAdapter:
+    """What one adapter does to the tensors of a checkpoint.
+
+    Attributes:
+        changes: by tensor.
+        account: tensor of the adapter's file -> the tensors of the checkpoint that it went to.
+    """
+
+    changes: Mapping[str, TensorChange]
+    account: Mapping[str, tuple[str, ...]]
+
+
+def placed(content: AdapterContent, homes: Homes, shapes: Mapping[str, Sequence[int]], weight: float) -> PlacedAdapter:
+    """Find what an adapter changes.
+
+    Args:
+        content: of the adapter.
+        homes: of the checkpoint.
+        shapes: of all its tensors, by name.
+        weight: with which the adapter counts in a sum.
+
+    Raises:
+        OptionError: it does not fit the checkpoint, or changes nothing.
+        FormatError: it contradicts itself.
+        MissingExtra, SourceError: see ``surgery.models.skeleton``.
+    """
+    return _Placing(content, homes, shapes, weight).all()
+
+
+class _Placing:
+    """Places one adapter; arguments as for ``placed``."""
+
+    def __init__(self, content: AdapterContent, homes: Homes, shapes: Mapping[str, Sequence[int]], weight: float) -> None:
+        self._content, self._homes, self._shapes, self._weight = content, homes, shapes, weight
+        self._changes: dict[str, _Change] = {}
+        self._account: dict[str, list[str]] = {}
+        self._tied: set[str] = set()
+
+    def all(self) -> PlacedAdapter:
+        content = self._content
+        whole = content.copied or content.tokens
+        if whole and self._weight != 1:
+            raise OptionError(
+                f"{content.where}: an adapter with whole tensors or rows that replace others counts as it is, or not at all",
+                got=f"a weight of {self._weight:g} and {few([*content.copied, *content.tokens])}",
+                expected="a weight of 1",
+            )
+        stacks, updates = self._stacks()
+        wanted: dict[str, Fits] = {f"{one.module}.weight": partial(fits_update, one) for one in updates}
+        if len(wanted) < len(updates):
+            twice = next(one.module for one in updates if sum(other.module == one.module for other in updates) > 1)
+            raise OptionError(f"{content.where}: the adapter changes {twice!r} twice, under two names")
+        biases = {f"{one.module}.bias": one for one in updates if one.bias is not None}
+        wanted |= {name: partial(is_of, (len(one.B),)) for name, one in biases.items()}
+        wanted |= {name: partial(is_of, one.shape) for name, one in content.copied.items()}
+        for module, (_, rows) in content.tokens.items():
+            wanted.setdefault(f"{module}.weight", partial(has_rows, rows))
+        found = self._homes.find(wanted, content.where) if wanted else {}
+        self._check_once(found, updates)
+        flags = self._orientations(updates, found)
+        for one in updates:
+            self._add_update(one, found[f"{one.module}.weight"], flags[one.module])
+        for name, one in biases.items():
+            self._add_bias(one, found[name])
+        for name, stored in content.copied.items():
+            self._add_copy(name, stored, found[name])
+        for module, (source, rows) in content.tokens.items():
+            self._add_rows(source, rows, found[f"{module}.weight"])
+        for parameter, group in stacks:
+            self._add_stack(parameter, group)
+        self._compare(found)
+        return self._result()
+
+    def _result(self) -> PlacedAdapter:
+        where = self._content.where
+        changes = {tensor: change.done() for tensor, change in self._changes.items()}
+        for tensor, change in changes.items():
+            if (change.rows or change.replacement) and change.parts:
+                raise OptionError(f"{where}: the adapter both replaces and adds to {tensor!r}")
+        if all(is_nothing(change) for change in changes.values()):
+            raise OptionError(f"{where}: an adapter that changes nothing", got="only zeros in all of its matrices B")
+        return PlacedAdapter(changes, {source: tuple(dict.fromkeys(to)) for source, to in self._account.items()})
+
+    def _change(self, tensor: str, sources: Sequence[str]) -> _Change:
+        for source in sources:
+            self._account.setdefault(source, []).append(tensor)
+        return self._changes.setdefault(tensor, _Change())
+
+    def _check_once(self, found: Mapping[str, Home], updates: Sequence[ModuleUpdate]) -> None:
+        """Refuse two names for one parameter, and a parameter that other modules share, which were not adapted.
+
+        Where all that share it are adapted, and alike, as PEFT does with ``ensure_weight_tying``, it is changed once.
+        """
+        names: dict[str, list[str]] = {}
+        for name, home in found.items():
+            names.setdefault(home.tensor or home.parameter, []).append(name)
+        by_name = {f"{one.module}.weight": one for one in updates}
+        shared: dict[int, list[str]] = {}
+        for name, home in found.items():
+            if home.carrier is not None and len(home.carrier.layers) > 1:
+                shared.setdefault(id(home.carrier), []).append(name)
+            elif len(twice := names[home.tensor or home.parameter]) > 1:
+                raise OptionError(f"{self._content.where}: the adapter changes a weight twice, under two names", got=twice)
+        for several in shared.values():
+            home = found[several[0]]
+            layers = [] if home.carrier is None else home.carrier.layers
+            first, *others = several
+            if all(name.removesuffix(".weight") in self._content.tokens for name in several):
+                continue  # PEFT trains the rows of all that are tied
+            if len(several) < len(layers) or not all(self._alike(by_name, first, other) for other in others):
+                raise OptionError(
+                    f"{self._content.where}: the adapter changes {first.removesuffix('.weight')!r}, whose weight several "
+                    "modules share",
+                    got=[type(layer.module).__name__ for layer in layers],
+                    expected="a weight of its own, or the same change of all that share it, as with ensure_weight_tying",
+                    hint="untie the model before it is adapted, or load the adapter beside it with PEFT",
+                )
+            self._tied.update(others)
+
+    def _alike(self, updates: Mapping[str, ModuleUpdate], name: str, other: str) -> bool:
+        """Whether an adapter makes the same change under two names."""
+        one, two = self._content.copied.get(name), self._content.copied.get(other)
+        if one is not None and two is not None:
+            with ShardReader(one.path) as reader:
+                return same_bytes(reader, reader.entries[one.name], reader, reader.entries[two.name])
+        first, second = updates.get(name), updates.get(other)
+        if first is None or second is None or first.embedding == second.embedding:
+            return False
+        if first.magnitude is not None or second.magnitude is not None:
+            return False
+        scalings = {one.scaling(self._scaled_as(one.module), len(one.A), 1) for one in (first, second)}
+        return len(scalings) == 1 and torch.equal(first.B.T, second.A) and torch.equal(first.A, second.B.T)
+
+    # A module's weight and bias.
+
+    def _orientations(self, updates: Sequence[ModuleUpdate], found: Mapping[str, Home]) -> dict[str, bool]:
+        """Module -> whether its weight is stored as (in, out)."""
+        known: dict[str, bool] = {}
+        for one in updates:
+            home = found[f"{one.module}.weight"]
+            if home.carrier is not None:
+                kind = home.carrier.layers[0].kind
+                is_embedding = any(layer.kind == "embedding" for layer in home.carrier.layers)
+                if one.embedding != is_embedding and len(home.carrier.layers) == 1:
+                    raise OptionError(
+                        f"{self._content.where}: the adapter's update of {one.module!r} is of another kind than the module",
+                        got=type(home.carrier.layers[0].module).__name__,
+                    )
+                known[one.module] = one.embedding or kind == "transposed"
+            elif one.embedding:
+                known[one.module] = True
+            else:
+                known[one.module] = not is_straight(one, home.shape)
+        for one in updates:
+            home = found[f"{one.module}.weight"]
+            if home.carrier is None and not one.embedding and len(home.shape) == 2 and home.shape[0] == home.shape[1]:
+                known[one.module] = self._is_transposed(one, home)
+        return known
+
+    def _is_transposed(self, one: ModuleUpdate, home: Home) -> bool:
+        """Whether a square weight, found by its name, is stored as (in, out): the shape does not tell."""
+        if not one.transposed and not self._homes.has_transposed:
+            return False
+        if self._homes.model is not None and (known := self._homes.in_model(home.parameter)) is not None:
+            return known.carrier is not None and known.carrier.layers[0].kind == "transposed"
+        return one.transposed
+
+    def _add_update(self, one: ModuleUpdate, home: Home, transposed: bool) -> None:
+        name = f"{one.module}.weight"
+        sources = [source for source in one.sources if not source.endswith(".bias")]
+        if name in self._tied:
+            for piece in home.pieces:
+                for source in sources:
+                    self._account.setdefault(source, []).append(piece.tensor)
+            return
+        scaling = one.scaling(self._scaled_as(one.module), len(one.A), 1)
+        left, right, axis = one.B, one.A.flatten(1).T, 0
+        if transposed:
+            left, right, axis = right, left, 1
+        for piece in home.pieces:
+            shape = self._shapes[piece.tensor]
+            if piece.axes == tuple(range(len(shape))) and len(shape) != 2:
+                index, part = None, Sides(left, right, one.magnitude, axis)  # a convolution, or a stack of one matrix
+            else:
+                index, part = in_tensor(piece, shape, Sides(left, right, one.magnitude, axis), name, home)
+            self._put(piece.tensor, sources, index, part.scaled(scaling, self._weight))
+
+    def _scaled_as(self, module: str) -> str:
+        """The name by which PEFT looks up ranks and alphas: that of the parameter, where it is adapted without its module."""
+        name = f"{module}.weight"
+        return name if is_targeted(name, self._content.stacked) else module
+
+    def _put(self, tensor: str, sources: Sequence[str], index: int | None, part: LowRankPart) -> None:
+        change = self._change(tensor, sources)
+        if change.parts and change.is_stack != (index is not None):
+            raise OptionError(f"{self._content.where}: {tensor!r} is changed as one matrix and as a stack of several")
+        change.is_stack = index is not None
+        change.parts.setdefault(index or 0, []).append(part)
+
+    def _add_bias(self, one: ModuleUpdate, home: Home) -> None:
+        assert one.bias is not None
+        scaling = one.scaling(self._scaled_as(one.module), len(one.A), 1)
+        sources = [source for source in one.sources if source.endswith(".bias")]
+        for piece in home.pieces:
+            if piece.axes != (0,):
+                raise OptionError(f"{self._content.where}: the bias of {one.module!r} is stored in a way that is not followed")
+            change = self._change(piece.tensor, sources)
+            if change.offset is None:
+                change.offset = torch.zeros(tuple(self._shapes[piece.tensor]), dtype=torch.float64)
+            added = one.bias.double()[torch.as_tensor(piece.at[0])] * (scaling * self._weight)
+            change.offset[torch.as_tensor(piece.of[0])] += added
+
+    # What replaces.
+
+    def _add_copy(self, name: str, stored: StoredTensor, home: Home) -> None:
+        if home.tensor is None:
+            raise OptionError(
+                f"{self._content.where}: {name!r} replaces a parameter that the checkpoint stores otherwise",
+                got=few(piece.tensor for piece in home.pieces),
+                hint="merge_and_unload() of PEFT, on a model in memory",
+            )
+        change = self._change(home.tensor, [stored.name])
+        if name not in self._tied:
+            change.replacement = stored
+
+    def _add_rows(self, source: str, rows: ReplacedRows, home: Home) -> None:
+        if home.tensor is None:
+            raise OptionError(f"{self._content.where}: the rows of {source!r} are in a weight that is stored otherwise")
+        change = self._change(home.tensor, [source])
+        if change.rows is not None:
+            raise OptionError(f"{self._content.where}: the rows of trained tokens are there twice", got=source)
+        change.rows = rows
+
+    def _compare(self, found: Mapping[str, Home]) -> None:
+        """Hold the shapes of PEFT's copies of weights under an adapter against the checkpoint's."""
+        for source, copy in self._content.compared.items():
+            self._account.setdefault(source, [])
+            home = None if copy is None else found.get(copy[0]) or self._homes.named(copy[0])
+            if copy is not None and home is not None and home.shape != copy[1]:
+                raise OptionError(
+                    f"{self._content.where}: the adapter's update of {copy[0]!r} does not fit its weight",
+                    got=f"{list(home.shape)} in the checkpoint",
+                    expected=list(copy[1]),
+                    hint="merge onto the model that the adapter was trained on, with the vocabulary that it had",
+                )
+
+    # Stacks of experts, which PEFT adapts as parameters (``target_parameters``).
+
+    def _stacks(self) -> tuple[list[tuple[str, ModuleUpdate]], list[ModuleUpdate]]:
+        """(parameter, its update) for all stacks, and the other updates."""
+        if not self._content.stacked:
+            if deep := [one.module for one in self._content.updates if one.depth]:
+                raise OptionError(f"{self._content.where}: an adapter inside another", got=few(deep))
+            return [], list(self._content.updates)
+        groups: dict[str, list[ModuleUpdate]] = {}
+        for one in self._content.updates:
+            groups.setdefault(one.module, []).append(one)
+        stacks, others = [], []
+        for module, group in groups.items():
+            own = [name for name, _ in self._homes.own_parameters(module) if is_targeted(name, self._content.stacked)]
+            if len(group) == 1 and not group[0].depth and (not own or own[0] == f"{module}.weight"):
+                others += group
+                continue
+            group.sort(key=lambda one: -one.depth)  # the innermost is that of the first parameter
+            if len(own) != len(group) or (len(own) > 1 and self._homes.model is None):
+                raise OptionError(
+                    f"{self._content.where}: it cannot be told which parameters of {module!r} the adapter changes",
+                    got=f"{len(group)} updates for {few(own) or 'none'}",
+                    expected="one for each of target_parameters, in a model that transformers knows",
+                )
+            stacks += list(zip(own, group, strict=True))
+        return stacks, others
+
+    def _add_stack(self, parameter: str, one: ModuleUpdate) -> None:
+        home = self._homes.in_model(parameter) or self._homes.named(parameter)
+        if home is None or len(home.shape) != 3:
+            raise OptionError(
+                f"{self._content.where}: {parameter!r} is no stack of matrices in this checkpoint",
+                got=None if home is None else list(home.shape),
+            )
+        count, rows, columns = home.shape
+        swapped = not self._is_input_first(parameter)
+        r, rest = divmod(len(one.A), count)
+        expected = (columns, rows) if swapped else (rows, columns)
+        if rest or (math.prod(one.A.shape[1:]), len(one.B)) != expected or one.A.ndim != 2:
+            raise OptionError(
+                f"{self._content.where}: the adapter's update of {parameter!r} does not fit its weight",
+                got=[list(one.A.shape), list(one.B.shape)],
+                expected=f"for {list(home.shape)}",
+            )
+        scaling = one.scaling(parameter, len(one.A), count)
+        inputs, outputs = one.A.view(count, r, -1), one.B.view(len(one.B), r, count).permute(2, 0, 1)
+        for piece in home.pieces:
+            shape = self._shapes[piece.tensor]
+            for position, expert in zip(piece.of[0], piece.at[0], strict=True):
+                left, right = outputs[int(expert)], inputs[int(expert)].T
+                if not swapped:
+                    left, right = right, left
+                inner = TensorPart(piece.tensor, piece.axes[1:], piece.at[1:], piece.of[1:])
+                where = int(position) if piece.axes[0] is not None else None
+                if piece.axes[0] not in (None, 0):
+                    raise OptionError(f"{self._content.where}: {parameter!r} is stored in a way that is not followed")
+                sides = Sides(left, right, None, 0)
+                if where is not None:
+                    inner = TensorPart(piece.tensor, tuple(axis and axis - 1 for axis in inner.axes), inner.at, inner.of)
+                    shape = self._shapes[piece.tensor][1:]
+                _, part = in_tensor(inner, shape, sides, parameter, home)
+                self._put(piece.tensor, one.sources, where, part.scaled(scaling, self._weight))
+
+    def _is_input_first(self, parameter: str) -> bool:
+        """Whether a module holds its experts as (experts, in, out), as PEFT asks it."""
+        if self._homes.model is None:
+            raise OptionError(
+                f"{self._content.where}: {parameter!r} is a stack of experts of a model that transformers does not know",
+                expected="a config.json of one that it does",
+            )
+        home = self._homes.in_model(parameter)
+        return (
+            home is not None
+            and home.carrier is not None
+            and bool(getattr(home.carrier.layers[0].module, "is_transposed", False))
+        )

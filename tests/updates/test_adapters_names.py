@@ -1,0 +1,240 @@
+"""Adapters with the names that tensors have on the hub, and the names that checkpoints have."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+
+from surgery.errors import OptionError, SurgeryWarning
+from surgery.updates.adapters.reading import read_adapters
+from tests.families import DECODER, FAMILIES
+from tests.models import save_llama, tensors_of
+from tests.releases import needs
+from tests.updates.merging import adapt, assert_equal, entries_of, merged_by_us, merged_on_disk, update_of
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::RuntimeWarning", "ignore::UserWarning")
+
+_AutoModel: Any = hf.AutoModelForCausalLM
+_PREFIX = "base_model.model."
+_OPTIONS: dict[str, Any] = {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True, "modules_to_save": ["lm_head"]}
+
+
+def _renamed(adapter: Path, rename: Callable[[str], str]) -> None:
+    path = adapter / "adapter_model.safetensors"
+    save_file({rename(name): tensor for name, tensor in load_file(path).items()}, path)
+
+
+def _with_default(name: str) -> str:
+    """As the names are in the model, which some tools save as they are."""
+    if name.endswith("lm_head.weight"):
+        return name.replace("lm_head.weight", "lm_head.modules_to_save.default.weight")
+    for part in ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"):
+        if f".{part}.weight" in name or name.endswith(part):
+            return name.replace(f".{part}", f".{part}.default")
+    return name
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        _with_default,
+        lambda name: name.replace("lora_magnitude_vector", "lora_magnitude_vector.default.weight"),
+        lambda name: name.replace("lora_magnitude_vector", "lora_magnitude_vector.weight"),
+        lambda name: name.replace("layers.", "_orig_mod.layers."),
+        lambda name: name.replace(_PREFIX, f"{_PREFIX}_orig_mod."),
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: name.replace("self_attn", "_checkpoint_wrapped_module._fsdp_wrapped_module.self_attn"),
+        lambda name: name.removeprefix(_PREFIX),
+        lambda name: name.removeprefix(_PREFIX).removeprefix("model."),
+        lambda name: name.replace("lm_head.weight", "lm_head.modules_to_save.weight"),
+    ],
+    ids=range(12),
+)
+def test_names_of_wrappers(rename: Callable[[str], str], tmp_path: Path) -> None:
+    folder = FAMILIES["llama"].save(tmp_path / "m")
+    adapter = adapt(FAMILIES["llama"].load(folder), tmp_path / "lora", **_OPTIONS)
+    truth = merged_on_disk(FAMILIES["llama"].load(folder), adapter, tmp_path / "merged")
+    before = load_file(adapter / "adapter_model.safetensors")
+    _renamed(adapter, rename)
+    after = load_file(adapter / "adapter_model.safetensors")
+    assert len(after) == len(before)
+    assert after.keys() != before.keys()
+    update = update_of(folder, adapter)
+    assert_equal(merged_by_us(folder, update), truth, tensors_of(folder))
+    assert update.accounts[0].keys() == after.keys()
+
+
+def test_a_name_that_all_modules_lack(tmp_path: Path) -> None:
+    """The adapter was trained on a model that was a part of another one."""
+    folder = FAMILIES["llama"].save(tmp_path / "m")
+    adapter = adapt(FAMILIES["llama"].load(folder), tmp_path / "lora", target_modules=["q_proj", "o_proj"])
+    truth = merged_on_disk(FAMILIES["llama"].load(folder), adapter, tmp_path / "merged")
+    _renamed(adapter, lambda name: name.replace(_PREFIX, f"{_PREFIX}policy."))
+    with pytest.warns(SurgeryWarning, match="the adapter's names differ from the checkpoint's, and all are found"):
+        update = update_of(folder, adapter)
+    assert_equal(merged_by_us(folder, update), truth, tensors_of(folder))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "UNet"])
+def test_transformers_is_not_asked_where_names_tell(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    family = FAMILIES[name]
+    folder = family.save(tmp_path / "m")
+    targets = {"llama": ["q_proj", "up_proj"], "gpt2": ["c_attn"], "bert": ["intermediate.dense"], "UNet": ["to_q", "conv1"]}
+    adapter = adapt(family.load(folder), tmp_path / "lora", target_modules=targets[name], fan_in_fan_out=name == "gpt2")
+    truth = merged_on_disk(family.load(folder), adapter, tmp_path / "merged")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    update = update_of(folder, adapter)
+    assert_equal(merged_by_us(folder, update), truth, tensors_of(folder))
+    update = read_adapters([(adapter, 1.0)], None, entries_of(folder))
+    assert_equal(merged_by_us(folder, update), truth, tensors_of(folder))
+
+
+def _llava(folder: Path) -> Path:
+    vision = hf.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8
+    )
+    torch.manual_seed(0)
+    hf.LlavaForConditionalGeneration(
+        hf.LlavaConfig(vision_config=vision, text_config=hf.LlamaConfig(**DECODER))
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+@pytest.mark.parametrize("vision", [False, True])
+def test_a_model_for_images_and_texts(is_old: bool, vision: bool, tmp_path: Path) -> None:
+    """Its modules have other names since transformers 4.52, and its files those of before."""
+    folder = _llava(tmp_path / "m")
+    targets = r".*language_model.*\.q_proj" if not vision else ["q_proj", "fc1", "linear_1"]
+
+    def load() -> Any:
+        return hf.LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+
+    adapter = adapt(load(), tmp_path / "lora", target_modules=targets)
+    truth = merged_on_disk(load(), adapter, tmp_path / "merged")
+    if is_old:
+        _renamed(
+            adapter,
+            lambda name: (
+                name.replace("model.language_model.", "language_model.model.")
+                .replace("model.vision_tower.", "vision_tower.")
+                .replace("model.multi_modal", "multi_modal")
+            ),
+        )
+    update = update_of(folder, adapter)
+    assert_equal(merged_by_us(folder, update), truth, tensors_of(folder))
+
+
+@needs("peft", ">=0.20", "loading adapters of single experts")
+@pytest.mark.parametrize(
+    ("name", "experts", "projections"),
+    [
+        ("mixtral", "block_sparse_moe.experts", ("w1", "w3", "w2")),
+        ("qwen3_moe", "mlp.experts", ("gate_proj", "up_proj", "down_proj")),
+    ],
+)
+def test_adapters_of_single_experts(name: str, experts: str, projections: tuple[str, ...], tmp_path: Path) -> None:
+    """As all were before transformers 5, which stacks experts in memory; on the disk they are single."""
+    family = FAMILIES[name]
+    folder = family.save(tmp_path / "m")
+    adapter = adapt(family.load(folder), tmp_path / "lora", target_modules=["q_proj"])
+    halves = load_file(adapter / "adapter_model.safetensors")
+    generator = torch.Generator().manual_seed(5)
+    for tensor, entry in entries_of(folder).items():
+        module = tensor.removesuffix(".weight")
+        if f".{experts}." in tensor and module.rpartition(".")[2] in projections:
+            halves[f"{_PREFIX}{module}.lora_A.weight"] = 0.1 * torch.randn(3, entry.shape[1], generator=generator)
+            halves[f"{_PREFIX}{module}.lora_B.weight"] = 0.1 * torch.randn(entry.shape[0], 3, generator=generator)
+    save_file(halves, adapter / "adapter_model.safetensors")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["target_modules"] = ["q_proj", *projections]
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    truth = merged_on_disk(family.load(folder), adapter, tmp_path / "merged")
+    update = update_of(folder, adapter)
+    assert_equal(merged_by_us(folder, update), truth, tensors_of(folder))
+    assert len(update.tensors()) == len(halves) // 2
+
+
+@needs("peft", ">=0.19", "ensure_weight_tying")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["embed_tokens", "q_proj"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]},
+    ],
+    ids=range(3),
+)
+def test_tied_embeddings(options: dict[str, Any], tmp_path: Path) -> None:
+    """Against the outputs with the adapter beside the model: of a tied matrix PEFT 0.21 merges the update twice."""
+    folder = save_llama(tmp_path / "m", torch.float32, tie_word_embeddings=True)
+    base = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    adapter = adapt(base, tmp_path / "lora", **options)
+    beside = peft.PeftModel.from_pretrained(
+        hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), str(adapter)
+    ).eval()
+    update = update_of(folder, adapter)
+    assert update.accounts[0].keys() == load_file(adapter / "adapter_model.safetensors").keys()
+    merged = _AutoModel.from_pretrained(folder, dtype=torch.float64).eval()
+    before = {name: tensor.clone() for name, tensor in merged.state_dict().items()}
+    merged.load_state_dict(merged_by_us(folder, update), strict=False)
+    ids = torch.tensor([[3, 5, 7, 9]])
+    with torch.no_grad():
+        expected, got = beside(ids).logits.double(), merged(ids).logits
+        merged.load_state_dict(before)
+        assert (merged(ids).logits - expected).abs().max() > 0.01
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["embed_tokens"]},
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    ],
+    ids=range(4),
+)
+def test_a_tied_embedding_of_which_one_side_was_trained(options: dict[str, Any], tmp_path: Path) -> None:
+    folder = save_llama(tmp_path / "m", torch.float32, tie_word_embeddings=True)
+    adapter = adapt(hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tmp_path / "lora", **options)
+    with pytest.raises(OptionError, match="whose weight several modules share"):
+        update_of(folder, adapter)
+
+
+def test_a_sum_of_several_with_weights(tmp_path: Path) -> None:
+    """As PEFT adds their updates up: ``add_weighted_adapter`` by concatenation is exact."""
+    folder = FAMILIES["llama"].save(tmp_path / "m")
+    load = FAMILIES["llama"].load
+    one = adapt(load(folder), tmp_path / "one", target_modules=["q_proj", "o_proj"])
+    two = adapt(load(folder), tmp_path / "two", target_modules=["o_proj", "up_proj"], r=4, use_rslora=True)
+    first, second = (merged_by_us(folder, update_of(folder, path)) for path in (one, two))
+    before = tensors_of(folder)
+    update = update_of(folder, one, two, weights=[0.7, -0.3])
+    truth = {
+        name: tensor.double() + 0.7 * (first[name] - tensor.double()) - 0.3 * (second[name] - tensor.double())
+        for name, tensor in before.items()
+    }
+    model = peft.PeftModel.from_pretrained(load(folder), str(one), adapter_name="one")
+    model.load_adapter(str(one), adapter_name="again")
+    model.add_weighted_adapter(["one", "again"], [0.7, -0.3], "sum", combination_type="cat")
+    model.set_adapter("sum")
+    merged = model.merge_and_unload().state_dict()
+    assert_equal(merged_by_us(folder, update), truth, before)
+    twice = merged_by_us(folder, update_of(folder, one, one, weights=[0.7, -0.3]))
+    assert_equal(twice, {name: merged[name] for name in before}, before)
+    assert (
+        len({tuple(update_of(folder, *several).digests().values()) for several in ([one], [two], [one, two], [two, one])}) == 4
+    )

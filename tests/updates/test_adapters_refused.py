@@ -1,0 +1,247 @@
+"""Adapters that cannot be merged, do not fit, or are damaged: each refused by name, and no tensor left out in silence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from surgery.errors import FormatError, OptionError, SourceError, SurgeryError
+from tests.families import FAMILIES
+from tests.models import tensors_of
+from tests.updates.merging import adapt, assert_equal, merged_by_us, merged_on_disk, randomize, update_of
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::RuntimeWarning", "ignore::UserWarning")
+
+_O = "base_model.model.model.layers.0.self_attn.o_proj"
+_HEAD = "base_model.model.lm_head.weight"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return FAMILIES["llama"].save(tmp_path_factory.mktemp("model"))
+
+
+def _adapter(model: Path, out: Path, **options: Any) -> Path:
+    return adapt(FAMILIES["llama"].load(model), out, **{"target_modules": ["o_proj"], **options})
+
+
+def _configured(adapter: Path, **change: Any) -> Path:
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    return adapter
+
+
+def _changed(adapter: Path, **change: torch.Tensor | None) -> Path:
+    path = adapter / "adapter_model.safetensors"
+    tensors = {**load_file(path), **change}
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
+    return adapter
+
+
+@pytest.mark.parametrize(
+    "way", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga", "mica", "new", 2, ["gaussian"]]
+)
+def test_ways_to_begin_that_change_the_weights(way: Any, model: Path, tmp_path: Path) -> None:
+    adapter = _configured(_adapter(model, tmp_path / "lora"), init_lora_weights=way)
+    with pytest.raises(OptionError, match="init_lora_weights cannot be merged") as caught:
+        update_of(model, adapter)
+    assert "path_initial_model_for_weight_conversion" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("way", ["pissa", "olora"])
+def test_those_that_peft_has_converted(way: str, model: Path, tmp_path: Path) -> None:
+    """Onto the original model, as PEFT's own documentation has it."""
+    base = FAMILIES["llama"].load(model)
+    options: dict[str, Any] = {"target_modules": ["o_proj"], "init_lora_weights": way}
+    trained: Any = peft.get_peft_model(base, peft.LoraConfig(r=3, lora_alpha=5, **options))
+    trained.peft_config["default"].init_lora_weights = True
+    trained.save_pretrained(tmp_path / "initial")
+    trained.peft_config["default"].init_lora_weights = way
+    randomize(trained)
+    trained.save_pretrained(tmp_path / "lora", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    truth = merged_on_disk(FAMILIES["llama"].load(model), tmp_path / "lora", tmp_path / "merged")
+    assert_equal(merged_by_us(model, update_of(model, tmp_path / "lora")), truth, tensors_of(model))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"peft_type": "VERA"}, OptionError, "is no LoRA adapter\n  got: +'VERA'"),
+        ({"peft_type": "LOHA"}, OptionError, "is no LoRA adapter\n  got: +'LOHA'"),
+        ({"peft_type": "LOKR"}, OptionError, "is no LoRA adapter\n  got: +'LOKR'"),
+        ({"use_qalora": True}, OptionError, "a LoRA adapter with use_qalora cannot be merged"),
+        ({"use_mora": True}, OptionError, "a LoRA adapter with use_mora cannot be merged"),
+        ({"alora_invocation_tokens": [1]}, OptionError, "a LoRA adapter with alora_invocation_tokens"),
+        ({"layer_replication": [[0, 1]]}, OptionError, "a LoRA adapter with layer_replication"),
+        ({"megatron_config": {"a": 1}}, OptionError, "a LoRA adapter with megatron_config"),
+        ({"bias": "some"}, OptionError, "a LoRA adapter with bias cannot be merged"),
+        ({"use_dora": 1}, FormatError, "use_dora makes no sense"),
+        ({"use_dora": True}, FormatError, "lacks a half of its update, or has more"),
+        ({"lora_bias": True}, FormatError, "lacks a half of its update, or has more"),
+        ({"r": 4}, FormatError, "contradicts its config"),
+        ({"lora_alpha": float("nan")}, FormatError, "contradicts its config"),
+        ({"rank_pattern": {"(": 3}}, FormatError, "rank_pattern cannot be looked up"),
+        ({"modules_to_save": ["lm_head"]}, FormatError, "modules_to_save are not in its file(.|\n)*lm_head"),
+        ({"trainable_token_indices": [1, 2]}, FormatError, "has trained tokens, and its file has none"),
+        ({"target_parameters": ["experts.gate_up_proj"]}, None, ""),
+    ],
+    ids=lambda one: next(iter(one)) if isinstance(one, dict) else None,
+)
+def test_configs(change: dict[str, Any], error: type[SurgeryError] | None, message: str, model: Path, tmp_path: Path) -> None:
+    adapter = _configured(_adapter(model, tmp_path / "lora"), **change)
+    if error is None:
+        assert update_of(model, adapter).tensors()
+        return
+    with pytest.raises(error, match=message) as caught:
+        update_of(model, adapter)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({f"{_O}.lora_C.weight": torch.ones(3)}, "lora_C.weight' is no part of a LoRA update"),
+        ({f"{_O}.lora_A.weight": None}, "lacks a half of its update"),
+        ({f"{_O}.lora_A.default.weight": torch.ones(3, 32)}, "two tensors are the same without wrappers' names"),
+        ({f"{_O}.lora_A.second.weight": torch.ones(3, 32)}, "two tensors are the same"),
+        ({f"{_O}.lora_A.weight": torch.ones(3, 33)}, "does not fit its weight"),
+        ({f"{_O}.lora_A.weight": torch.ones(2, 32)}, "the halves of .* do not fit"),
+        ({f"{_O}.lora_A.weight": torch.ones(96)}, "the halves of .* do not fit"),
+        ({f"{_O}.lora_A.weight": torch.full((3, 32), torch.nan)}, "holds NaN or infinity"),
+        ({f"{_O}.lora_A.weight": torch.ones(3, 32, dtype=torch.int32)}, "a dtype that is not taken"),
+        ({f"{_O}.lora_B.bias": torch.ones(32)}, "lacks a half of its update, or has more"),
+        ({f"{_O}.lora_magnitude_vector": torch.ones(32)}, "lacks a half of its update, or has more"),
+        ({f"{_O}.lora_A.weight": torch.ones(2, 32), f"{_O}.lora_B.weight": torch.ones(32, 2)}, "contradicts its config"),
+        ({f"{_O}.lora_A.weight": torch.ones(0, 32), f"{_O}.lora_B.weight": torch.ones(32, 0)}, "do not fit"),
+        (
+            {"base_model.model.model.layers.9.x.lora_A.weight": torch.ones(3, 32)}
+            | {"base_model.model.model.layers.9.x.lora_B.weight": torch.ones(32, 3)},
+            r"the adapter changes 'model\.layers\.9\.x', which is no module(.|\n)*3 names fit; the nearest to",
+        ),
+        ({"base_model.model.score.weight": torch.ones(2, 32)}, "the adapter changes 'score', which is no module"),
+        ({_HEAD: torch.ones(51, 32)}, "'lm_head' does not fit its weight"),
+        ({_HEAD: torch.ones(50, 32, dtype=torch.int64)}, "'base_model.model.lm_head.weight' is of a dtype"),
+        ({f"{_O}.base_layer.lora_A.weight": torch.ones(3, 32)}, "lacks a half"),
+        (
+            {f"{_O}.base_layer.lora_A.weight": torch.ones(3, 32), f"{_O}.base_layer.lora_B.weight": torch.ones(32, 3)},
+            "an adapter inside another",
+        ),
+        ({f"{_O}.base_layer.weight": torch.ones(31, 32)}, "does not fit its weight"),
+    ],
+    ids=range(20),
+)
+def test_files(change: dict[str, torch.Tensor | None], message: str, model: Path, tmp_path: Path) -> None:
+    adapter = _changed(_adapter(model, tmp_path / "lora"), **change)
+    with pytest.raises(SurgeryError, match=message) as caught:
+        update_of(model, adapter)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_stored_tensor_that_is_no_number_or_has_changed(model: Path, tmp_path: Path) -> None:
+    adapter = _changed(_adapter(model, tmp_path / "lora"), **{_HEAD: torch.full((50, 32), torch.inf)})
+    update = update_of(model, adapter)
+    change = update.change("lm_head.weight")
+    assert change is not None
+    assert change.replacement is not None
+    with pytest.raises(FormatError, match="holds NaN or infinity"):
+        change.replacement.read()
+    _changed(adapter, **{_HEAD: torch.ones(50, 31)})
+    with pytest.raises(FormatError, match="has changed since the adapter was looked at"):
+        change.replacement.read()
+    with pytest.raises(FormatError, match="has changed since the adapter was looked at"):
+        update.digests()
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_bias": False, "target_modules": ["q_proj", "embed_tokens"]}], ids=range(2))
+def test_an_adapter_that_changes_nothing(options: dict[str, Any], model: Path, tmp_path: Path) -> None:
+    adapter = _adapter(model, tmp_path / "lora", **options)
+    zeros = {
+        name: torch.zeros_like(tensor)
+        for name, tensor in load_file(adapter / "adapter_model.safetensors").items()
+        if "_B" in name
+    }
+    with pytest.raises(OptionError, match=r"an adapter that changes nothing\n  got: +only zeros in all of its matrices B"):
+        update_of(model, _changed(adapter, **zeros))
+    save_file({}, adapter / "adapter_model.safetensors")
+    with pytest.raises(OptionError, match=r"an adapter that changes nothing\n  got: +no tensors"):
+        update_of(model, adapter)
+
+
+def test_files_that_are_not_there_or_no_files(model: Path, tmp_path: Path) -> None:
+    adapter = _adapter(model, tmp_path / "lora")
+    weights = adapter / "adapter_model.safetensors"
+    for given, hint in (
+        (weights, f"give its folder, {adapter}"),
+        (tmp_path / "owner/name", "hf download ID"),
+    ):
+        with pytest.raises(SourceError, match=r"there is no adapter_config\.json") as caught:
+            update_of(model, given)
+        assert hint in str(caught.value.hint)
+    whole = weights.read_bytes()
+    weights.write_bytes(b"")
+    with pytest.raises(FormatError, match="is an empty file"):
+        update_of(model, adapter)
+    weights.write_bytes(whole[:-1])
+    with pytest.raises(FormatError, match="size does not fit its header"):
+        update_of(model, adapter)
+    weights.rename(adapter / "adapter_model-00001-of-00002.safetensors")
+    with pytest.raises(SourceError, match=r"there is no adapter_model\.safetensors") as caught:
+        update_of(model, adapter)
+    assert "several files" in str(caught.value.hint)
+    (adapter / "adapter_model.bin").write_bytes(b"x")
+    with pytest.raises(SourceError, match=r"there is no adapter_model\.safetensors") as caught:
+        update_of(model, adapter)
+    assert "save it again" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("weight", [0.0, float("nan"), float("inf")])
+def test_weights_that_make_no_sense(weight: float, model: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="has a weight that makes no sense"):
+        update_of(model, _adapter(model, tmp_path / "lora"), weights=[weight])
+
+
+def test_what_cannot_be_summed(model: Path, tmp_path: Path) -> None:
+    head = _adapter(model, tmp_path / "head", modules_to_save=["lm_head"])
+    tokens = _adapter(model, tmp_path / "tokens", trainable_token_indices=[1])
+    plain = _adapter(model, tmp_path / "plain", target_modules=["lm_head", "embed_tokens"])
+    for one in (head, tokens):
+        with pytest.raises(OptionError, match=r"counts as it is, or not at all\n  got: +a weight of 0\.5"):
+            update_of(model, one, weights=[0.5])
+    for several in ((head, head), (head, plain), (plain, tokens)):
+        with pytest.raises(OptionError, match="or rows of it, which another adapter changes too"):
+            update_of(model, *several)
+    both = update_of(model, head, tokens)
+    assert {"lm_head.weight", "model.embed_tokens.weight"} < set(both.tensors())
+
+
+def test_rows_of_tokens(model: Path, tmp_path: Path) -> None:
+    tokens = _adapter(model, tmp_path / "tokens", trainable_token_indices=[1, 4])
+    for indices in ([1], [1, 1], [1, -4], [1, "4"], [1, True], {"wte": [1, 4]}):
+        with pytest.raises(FormatError, match="the rows of trained tokens contradict its config"):
+            update_of(model, _configured(tokens, trainable_token_indices=indices))
+    with pytest.raises(OptionError, match=r"'model\.embed_tokens' does not fit its weight"):
+        update_of(model, _configured(tokens, trainable_token_indices=[1, 50]))
+
+
+def test_a_bias_that_the_module_lacks(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"the adapter changes 'model\.layers\.0\.self_attn\.o_proj\.bias', which is no"):
+        update_of(model, _adapter(model, tmp_path / "lora", lora_bias=True))
+
+
+def test_a_convolution_in_groups(tmp_path: Path) -> None:
+    """PEFT does not merge those either."""
+    weights = {"conv.weight": torch.randn(6, 2, 3, 3), "proj.weight": torch.randn(6, 6)}
+    (tmp_path / "m").mkdir()
+    save_file(weights, tmp_path / "m/model.safetensors")
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 3, "lora_alpha": 3}))
+    halves = {"conv.lora_A.weight": torch.ones(3, 6, 3, 3), "conv.lora_B.weight": torch.ones(6, 3, 1, 1)}
+    save_file(halves, tmp_path / "lora/adapter_model.safetensors")
+    with pytest.raises(OptionError, match=r"'conv' does not fit its weight(.|\n)*a convolution in groups"):
+        update_of(tmp_path / "m", tmp_path / "lora")
