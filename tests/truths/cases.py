@@ -99,7 +99,8 @@ class Case:
 
     def build(self, root: Path) -> Built:
         """Everything of the case, below ``root``; built when it is first asked for. Read-only."""
-        return _built(self, root)
+        with quietly():
+            return _built(self, root)
 
 
 @functools.cache
@@ -313,6 +314,8 @@ _PARAMETERS: dict[str, Any] = {"target_parameters": ["mlp.experts.gate_up_proj",
 _UNET: dict[str, Any] = {"target_modules": ["to_q", "to_out.0", "conv1"]}
 _UNET_ALIKE: dict[str, Any] = {**_UNET, "lora_alpha": 3}
 _ATTENTION: dict[str, Any] = {"target_modules": ["to_q", "to_out.0"], "lora_alpha": 3}
+#: Updates of a fraction of a bfloat16's step.
+_SMALL = 0.004
 _TIED = r"(?i)tie|share"
 _NEW_VLM = r"model\.language_model\."
 
@@ -320,12 +323,12 @@ CASES: list[Case] = [
     # Kinds of adapters, on a Llama.
     Case("lora, all linear layers", options=_LINEAR),
     Case("lora, bfloat16 model", options=_LINEAR, dtype=_BF16),
-    Case("lora, small, bfloat16 model", options=_LINEAR, dtype=_BF16, size=0.006),
+    Case("lora, small", options=_LINEAR, dtype=_BF16, size=_SMALL),
     Case("lora, bfloat16 adapter", options=_SOME, special=_in_half),
     Case("rslora", options={**_SOME, "use_rslora": True}),
     Case("patterns of ranks and alphas", options={**_SOME, **_PATTERNS}),
     Case("patterns, rslora", options={**_SOME, **_PATTERNS, "use_rslora": True}),
-    Case("two layers of three", options={**_SOME, "layers_to_transform": [1]}),
+    Case("one layer of two", options={**_SOME, "layers_to_transform": [1]}),
     Case("embedding and head", options={"target_modules": ["embed_tokens", "lm_head"]}),
     Case("dora", options={**_LINEAR, "use_dora": True}),
     Case("dora, bfloat16 model", options={**_LINEAR, "use_dora": True}, dtype=_BF16, size=0.02),
@@ -341,6 +344,7 @@ CASES: list[Case] = [
     Case("two with weights", special=_several(_SOME, {**_Q, "r": 5, "use_rslora": True}), weights=[0.7, 0.3]),
     Case("two with weights, bfloat16 model", special=_several(_LINEAR, _SOME), weights=[0.7, 0.3], dtype=_BF16),
     Case("two without weights", special=_several(_SOME, _LINEAR)),
+    Case("a dora with weights", special=_several({**_LINEAR, "use_dora": True}, _SOME), weights=[0.5, 0.5]),
     Case("a negative weight", special=_several(_SOME), weights=[-0.5]),
     # A tied embedding.
     Case(
@@ -382,6 +386,7 @@ CASES: list[Case] = [
     Case("gpt2", "gpt2", _GPT2),
     Case("gpt2, bfloat16 model", "gpt2", _GPT2, dtype=_BF16),
     Case("gpt2, told nothing of transposed weights", "gpt2", _GPT2, rewrite=configured(fan_in_fan_out=False)),
+    Case("gpt2, small", "gpt2", _GPT2, dtype=_BF16, size=_SMALL),
     Case("gpt2, dora", "gpt2", {**_GPT2, "use_dora": True}),
     Case("gpt2, lora_bias", "gpt2", {**_GPT2, "lora_bias": True}),
     Case("gpt2, all biases", "gpt2", {**_GPT2, "bias": "all"}),
@@ -405,6 +410,7 @@ CASES: list[Case] = [
     Case("convnext", "convnext", {"target_modules": ["patch_embeddings", "pwconv1"], "use_dora": True}),
     Case("UNet", "UNet", _UNET),
     Case("UNet, bfloat16 model", "UNet", _UNET, dtype=_BF16),
+    Case("UNet, small", "UNet", _UNET, dtype=_BF16, size=2 * _SMALL),
     Case("UNet, dora", "UNet", {"target_modules": ["to_q", "conv1", "conv_shortcut"], "use_dora": True}),
     Case("mixtral, stacked", "mixtral", {**_Q, **_PARAMETERS}),
     Case("mixtral, experts by name", "mixtral", special=_experts(["w1", "w2", "w3"])),
@@ -413,6 +419,7 @@ CASES: list[Case] = [
     Case(
         "qwen3_moe, stacked, one of two", "qwen3_moe", {"target_parameters": ["mlp.experts.gate_up_proj"], "use_rslora": True}
     ),
+    Case("qwen3_moe, stacked, small", "qwen3_moe", {**_Q, **_PARAMETERS}, dtype=_BF16, size=_SMALL),
     Case("qwen3_moe, experts by name", "qwen3_moe", special=_experts(["gate_proj", "up_proj", "down_proj"])),
     Case("qwen3_moe, a part of the experts by name", "qwen3_moe", special=_experts(["gate_proj"])),
     Case("gpt_oss", "gpt_oss", {**_Q, **_PARAMETERS}),
