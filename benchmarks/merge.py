@@ -3,11 +3,11 @@
     python benchmarks/merge.py --gigabytes 2 --hidden 2048 --rank 16 --repeats 3
     pip install --no-deps --target AXOLOTL axolotl; python benchmarks/merge.py --axolotl AXOLOTL
 
-The model is LLM-shaped bfloat16 in shards of 500 MB; the adapter changes all linear layers of its blocks, the leading directions
-of each by 0.5 % (``--change``). Each measurement is a process of its own, and they take turns. ``seconds`` are those of the merge
-without what is imported before it, ``process`` those from start to end; memory is the most that the process and its children have
-resident together. What is read is in the system's cache. What surgery writes is on the disk before the time is taken, what the
-others write is not; that is synced between two measurements.
+The model is LLM-shaped bfloat16 in shards of 500 MB; the adapter changes all linear layers of its blocks, the leading
+directions of each by 0.5 % (``--change``). Each measurement is a process of its own, and they take turns. ``seconds`` are
+those of the merge without what is imported before it, ``process`` those from start to end; memory is the most that the process
+and its children have resident together. What is read is in the system's cache. What surgery writes is on the disk before the
+time is taken, what the others write is not; that is synced between two measurements.
 
 - surgery: ``merge`` by itself, and with ``rounding="nearest"``.
 - PEFT: load the model, load the adapter, ``merge_and_unload``, ``save_pretrained``.
