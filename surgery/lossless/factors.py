@@ -37,17 +37,35 @@ class Addition:
     Attributes:
         left: float32 or float64 (m, r).
         right: float32 (n, r).
+        factor: float64 (m, 1) or (1, n), by which the weight is multiplied: the result is ``factor * W + left right^T``, as
+            DoRA has it (arXiv 2402.09353, eq. 5); None for 1.
     """
 
     left: torch.Tensor
     right: torch.Tensor
+    factor: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> Addition:
-        return Addition(self.left.to(device), self.right.to(device))
+        factor = None if self.factor is None else self.factor.to(device)
+        return Addition(self.left.to(device), self.right.to(device), factor)
 
 
 def both(first: Addition, second: Addition) -> Addition:
-    """The sum of two additions, as one."""
+    """The sum of two changes of one weight, as one. Two factors must be of one shape."""
+    factors = [change.factor for change in (first, second) if change.factor is not None]
     return Addition(
-        torch.cat([first.left.double(), second.left.double()], dim=1), torch.cat([first.right, second.right], dim=1)
+        torch.cat([first.left.double(), second.left.double()], dim=1),
+        torch.cat([first.right, second.right], dim=1),
+        # W (f1 - 1) + W (f2 - 1) is added to W.
+        torch.stack(factors).sum(dim=0).sub_(len(factors) - 1) if factors else None,
     )
+
+
+def scaled(factors: Factors, values: torch.Tensor) -> Addition:
+    """``U diag(values) V^T`` for values float64 (k,)."""
+    return Addition(factors.U.double() * values, factors.V)
+
+
+def change_of_s(factors: Factors, scales: torch.Tensor) -> torch.Tensor:
+    """``s (g - 1)`` in float64, on the device of the factors, for scales ``g`` (k,)."""
+    return factors.s.double() * (scales.to(factors.s.device).double() - 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,10 @@ from surgery.arithmetic import exact_arithmetic
 from surgery.lossless.blocks import for_each
 from surgery.lossless.correction import CorrectionReader
 from surgery.lossless.factors import Addition, Factors
+from surgery.lossless.kept import NOTHING_ASKED, Kept
 from surgery.lossless.prediction import Prediction, working_dtype
 from surgery.lossless.rounding import bits_of, flipped
-from surgery.lossless.update import update_of
+from surgery.lossless.update import NEAREST, Written, rescale, update_of
 from surgery.memory import bytes_of, scratch
 from surgery.precision import full_precision
 from surgery.torch_threads import one_thread
@@ -28,11 +30,11 @@ def join(
     correction: torch.Tensor,
     scales: torch.Tensor | None = None,
     addition: Addition | None = None,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
+    written: Written = NEAREST,
+) -> tuple[torch.Tensor, Kept]:
     """The weight that ``split`` took apart, with its directions scaled.
 
-    ``round(W + U diag(s (g - 1)) V^T)`` with W recovered exactly, rounded once.
+    ``round(W + U diag(s (g - 1)) V^T)`` with W recovered exactly, rounded once; see ``rescale``.
 
     Args:
         residual: (m, n), the weight's dtype, on a device with float64.
@@ -40,15 +42,19 @@ def join(
         correction: as returned by ``split``, on the CPU.
         scales: ``g``, float32 (k,), on the CPU; None for all ones, which gives W itself.
         addition: added before the rounding, on the device of the residual.
-        out: where the result goes, like the residual; may be the residual itself.
+        written: how it is rounded and where it goes, like the residual; may be the residual itself.
 
     Returns:
-        (m, n), dtype and device of ``residual``.
+        (m, n), dtype and device of ``residual``, and what was kept of the update.
 
     Raises:
         CorruptCorrection: the correction cannot be decoded. Not every damage is noticed: check the hash of its file.
     """
-    return _joined(residual, factors, correction, scales, addition, out)[0]
+    if written.rounding == "nearest" or (scales is None and addition is None):
+        weight, _, kept = _joined(residual, factors, correction, scales, addition, written.out)
+        return weight, kept
+    recovered, *_ = _joined(residual, factors, correction, None, None, written.out)
+    return rescale(recovered, factors, scales, addition, replace(written, out=recovered))
 
 
 @exact_arithmetic()
@@ -59,7 +65,7 @@ def recover(
 
     Arguments and errors are those of ``join``.
     """
-    weight, moved = _joined(residual, factors, correction, None, None, out)
+    weight, moved, _ = _joined(residual, factors, correction, None, None, out)
     return weight, moved / weight.numel()
 
 
@@ -70,8 +76,8 @@ def _joined(
     scales: torch.Tensor | None,
     addition: Addition | None,
     out: torch.Tensor | None,
-) -> tuple[torch.Tensor, int]:
-    """The result of ``join``, and how many entries the correction has changed."""
+) -> tuple[torch.Tensor, int, Kept]:
+    """The result of ``join``, rounded to nearest, how many entries the correction has changed, and what was kept."""
     m, n = residual.shape
     reader = CorrectionReader(bytes_of(correction), m, n, residual.element_size())
     step = reader.rows_per_block
@@ -80,26 +86,25 @@ def _joined(
         update = update_of(factors, scales, addition, residual.dtype)
     weight = torch.empty_like(residual) if out is None else out
 
-    def worker(most: int) -> Callable[[slice], int]:
+    def worker(most: int) -> Callable[[slice], tuple[int, torch.Tensor | None]]:
         predict = prediction.worker(most)
         wide = scratch("join sums", (most, n), working_dtype(residual.dtype), residual.device)
         apply = None if update is None else update.worker(most)
 
-        def work(rows: slice) -> int:
+        def work(rows: slice) -> tuple[int, torch.Tensor | None]:
             sums = wide[: rows.stop - rows.start].copy_(residual[rows]).add_(predict(rows))
             block, moved = weight[rows].copy_(sums), 0
             for first in range(rows.start, rows.stop, step):
                 positions, units = reader.block(first)
                 _correct(bits_of(weight[first : first + step]).view(-1), positions, units)
                 moved += int(np.count_nonzero(units))
-            if apply is not None:
-                apply(block, rows)
-            return moved
+            return moved, None if apply is None else apply(block, rows)
 
         return work
 
     with full_precision(residual.device):
-        return weight, sum(for_each(worker, m, step, residual.device))
+        moved, parts = zip(*for_each(worker, m, step, residual.device), strict=True)
+    return weight, sum(moved), NOTHING_ASKED if update is None else update.kept(parts)
 
 
 def _correct(bits: torch.Tensor, positions: npt.NDArray[np.int64], units: npt.NDArray[Any]) -> None:

@@ -103,7 +103,7 @@ class UpdatedWeights:
         target, scales = matrix.target, self._update.scales(matrix.target, index)
         if not matrix.is_residual and scales is None and addition is None:
             return matrix.stored
-        result = matrix.updated(device, scales, addition)
+        result, _ = matrix.updated(device, scales, addition)
         if scales is not None or addition is not None:
             what = f"the scales of {target.key!r} push" if addition is None else f"scales and adapter push {target.key!r}"
             _check_finite(result, what, scales)
@@ -117,7 +117,7 @@ class UpdatedWeights:
 
 def _added(weight: torch.Tensor, addition: Addition, device: torch.device) -> torch.Tensor:
     """A weight (m, n) plus a low-rank matrix, rounded once, on the CPU, in new memory."""
-    return computed_on(device, weight, lambda there, where: rescale(there, None, None, addition.to(where)))
+    return computed_on(device, weight, lambda there, where: rescale(there, None, None, addition.to(where))[0])
 
 
 def _check_finite(weight: torch.Tensor, what: str, scales: torch.Tensor | None) -> None:

@@ -14,7 +14,9 @@ from collections.abc import Iterator
 
 import torch
 
-_LARGEST = 448.0  # of float8_e4m3fn
+from surgery.memory import scratch
+
+_LARGEST, _LARGEST_HELD = 448.0, 464.0  # of float8_e4m3fn, and what still rounds to it
 
 
 def dequantize(q: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
@@ -42,6 +44,16 @@ def block_scales(weight: torch.Tensor, block: tuple[int, int], like: torch.Tenso
         block: (rows, columns).
         like: the scales they replace, whose shape and dtype they take; in float8_e8m0fnu they are rounded up to powers of two.
     """
+    return _fresh(block_maxima(weight, block), like).reshape(like.shape)
+
+
+def block_maxima(weight: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
+    """The largest magnitude in each block of a weight (..., m, n), float32 (..., ceil(m / rows), ceil(n / columns)).
+
+    Args:
+        weight: float32.
+        block: (rows, columns).
+    """
     m, n = weight.shape[-2:]
     padding = -n % block[1]
     rows = [
@@ -49,13 +61,75 @@ def block_scales(weight: torch.Tensor, block: tuple[int, int], like: torch.Tenso
         for first in range(0, m, block[0])
     ]
     largest = torch.stack(rows, -2)
-    largest = largest.view(*largest.shape[:-1], -1, block[1]).amax(-1)
+    return largest.view(*largest.shape[:-1], -1, block[1]).amax(-1)
+
+
+def scales_that_hold(largest: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Scales of an updated weight: the stored one for each block whose entries it still holds, and otherwise a fresh one.
+
+    Another scale moves every entry of a block, most by more than the update does.
+
+    Args:
+        largest: of the updated weight, as ``block_maxima`` gives it.
+        scale: the stored scales, any float dtype, as many numbers as there are blocks.
+
+    Returns:
+        In shape and dtype of ``scale``.
+    """
+    stored = scale.float().reshape(largest.shape)
+    # Up to there, and there too, the nearest FP8 number is 448: the next one would be 480, whose last digit is odd.
+    held = largest <= _LARGEST_HELD * stored
+    fresh = _fresh(largest, scale)
+    return torch.where(held, stored, fresh.float()).to(scale.dtype).reshape(scale.shape)
+
+
+def _fresh(largest: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """For the largest magnitudes of blocks: the scales with which they become 448, in the dtype of ``like``."""
     scale = (largest / _LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
     if like.dtype == torch.float8_e8m0fnu:
         # Of a normal number the upper bits are its exponent; one more where any lower bit is set.
         bits = scale.view(torch.int32)
         scale = (((bits + 0x007F_FFFF) >> 23) << 23).view(torch.float32)
-    return torch.where(largest > 0, scale, 1.0).to(like.dtype).reshape(like.shape)
+    return torch.where(largest > 0, scale, 1.0).to(like.dtype)
+
+
+class Fp8Grid:
+    """The numbers that FP8 and the scales of one matrix (m, n) can stand for: ``quantize`` gives each of them back exactly.
+
+    Args:
+        scale: as for ``dequantize``, of one matrix, on the device of the weights.
+        block: (rows, columns).
+        shape: (m, n).
+    """
+
+    def __init__(self, scale: torch.Tensor, block: tuple[int, int], shape: tuple[int, int]) -> None:
+        m, n = shape
+        grid = scale.float().reshape(-(-m // block[0]), -(-n // block[1]))
+        self._rows, self._columns = block[0], grid.repeat_interleave(block[1], -1)[:, :n].contiguous()
+        self._of_row = torch.arange(m) // block[0]
+
+    def nearest(self, x: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
+        if not isinstance(rows, slice):
+            return _nearest(x, self._columns.to(x.device)[self._of_row[rows].to(x.device)])
+        first, last = rows.start, rows.stop
+        for i in range(first // self._rows, (last - 1) // self._rows + 1):
+            part = slice(max(i * self._rows - first, 0), min((i + 1) * self._rows, last) - first)
+            _nearest(x[part], self._columns[i].to(x.device))
+        return x
+
+
+def _nearest(x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The FP8 numbers nearest to ``x / scales``, times the scales, in place of ``x``, float32 (r, n).
+
+    Rounded by adding and taking away what leaves three bits behind the point: as the conversion does, which takes many times
+    as long on a CPU.
+    """
+    x.div_(scales).clamp_(-_LARGEST, _LARGEST)
+    unit = scratch("fp8 units", x.shape, torch.int32, x.device)
+    magic = torch.bitwise_and(x.view(torch.int32), 0x7F80_0000, out=unit).view(torch.float32)
+    magic.clamp_(min=2.0**-6).mul_(1.5 * 2.0**20)
+    sign = scratch("fp8 signs", x.shape, torch.float32, x.device).copy_(x)
+    return x.add_(magic).sub_(magic).copysign_(sign).mul_(scales)  # a negative number that rounds to zero gives -0
 
 
 def quantize(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:

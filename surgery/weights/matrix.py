@@ -14,8 +14,10 @@ from surgery.format.factors import DAMAGED_HINT, FactorsReader
 from surgery.format.manifest_records import TargetRecord
 from surgery.lossless.correction import CorruptCorrection
 from surgery.lossless.factors import Addition, Factors
+from surgery.lossless.grids import Grid
 from surgery.lossless.join import join, recover
-from surgery.lossless.update import approximate, rescale
+from surgery.lossless.kept import NOTHING_ASKED, Kept
+from surgery.lossless.update import NEAREST, Rounding, Written, approximate, rescale
 from surgery.timing import timed
 
 
@@ -51,7 +53,7 @@ class StoredMatrix:
         """
         if not self.is_residual:
             return self.stored.to(where)
-        return self._with(self.stored.to(where), where, None, None, in_place=False)
+        return self._with(self.stored.to(where), where, None, None, NEAREST)[0]
 
     def recovered(self, where: torch.device) -> tuple[torch.Tensor, float]:
         """The original weight (m, n) of a residual with a correction, and the share of its entries that needed the correction.
@@ -66,13 +68,21 @@ class StoredMatrix:
         assert self.correction is not None
         return recover(self.stored.to(where), self.factors.to(where), self.correction)
 
-    def updated(self, device: torch.device, scales: torch.Tensor | None, addition: Addition | None) -> torch.Tensor:
-        """The original weight with an update, rounded once.
+    def updated(
+        self,
+        device: torch.device,
+        scales: torch.Tensor | None,
+        addition: Addition | None,
+        rounding: Rounding | None = "nearest",
+        grid: Grid | None = None,
+    ) -> tuple[torch.Tensor, Kept]:
+        """The original weight with an update, rounded once, and what was kept of the update.
 
         Args:
             device: where the arithmetic runs, if it has the memory; it must have float64.
             scales: multipliers ``g`` of the kept directions, float32 (k,); None for all ones.
             addition: a low-rank matrix (m, n) that is added besides; None for nothing.
+            rounding, grid: see ``Written``.
 
         Returns:
             (m, n), on the CPU, in the dtype of ``stored``. It may take the memory of ``stored``, which must not be used after.
@@ -80,12 +90,15 @@ class StoredMatrix:
         Raises:
             FormatError: the correction is damaged in a way that shows.
         """
+        kept = NOTHING_ASKED
 
         def compute(there: torch.Tensor, where: torch.device) -> torch.Tensor:
             # On a GPU this changes a copy: if its memory does not suffice, the weight is still there for another try.
-            return self._with(there, where, scales, addition, in_place=True)
+            nonlocal kept
+            result, kept = self._with(there, where, scales, addition, Written(there, rounding, grid))
+            return result
 
-        return computed_on(device, self.stored, compute)
+        return computed_on(device, self.stored, compute), kept
 
     def _with(
         self,
@@ -93,19 +106,18 @@ class StoredMatrix:
         where: torch.device,
         scales: torch.Tensor | None,
         addition: Addition | None,
-        *,
-        in_place: bool,
-    ) -> torch.Tensor:
+        written: Written,
+    ) -> tuple[torch.Tensor, Kept]:
         """The original weight with an update, computed from ``there``, a copy of ``stored`` on the device ``where``."""
-        factors, out = None if self.factors is None else self.factors.to(where), there if in_place else None
+        factors = None if self.factors is None else self.factors.to(where)
         added = None if addition is None else addition.to(where)
         if not self.is_residual:
-            return rescale(there, factors, scales, added, out=out)
+            return rescale(there, factors, scales, added, written)
         assert factors is not None
         if self.correction is None:
-            return approximate(there, factors, scales, added, out=out)
+            return approximate(there, factors, scales, added, written)
         with _correction_errors(self.target):
-            return join(there, factors, self.correction, scales, added, out=out)
+            return join(there, factors, self.correction, scales, added, written)
 
 
 def stored_residual(
