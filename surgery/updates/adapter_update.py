@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from surgery.errors import OptionError
 from surgery.format.manifest_records import TargetRecord
 from surgery.lossless.factors import Addition
-from surgery.updates.changes import TensorChange
+from surgery.updates.changes import StoredTensor, TensorChange
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +21,15 @@ class AdapterUpdate:
     Attributes:
         changed: tensor of the checkpoint -> all that is done to it.
         accounts: for each adapter: name of a tensor in its file -> the tensors of the checkpoint that it went to; none for a
-            tensor that was only compared, such as PEFT's copy of an adapted embedding. All tensors of the file are there, but
-            for those of another component of a diffusion model, of which a note has told.
+            tensor that is only to be compared, such as PEFT's copy of an adapted embedding. All tensors of the file are there,
+            but for those of another component of a diffusion model, of which a note has told.
+        copies: tensor of the checkpoint -> PEFT's copy of it, which has the checkpoint's shape and should have its numbers:
+            PEFT itself takes the copy.
     """
 
     changed: Mapping[str, TensorChange]
-    accounts: Sequence[Mapping[str, tuple[str, ...]]]
+    accounts: Sequence[Mapping[str, tuple[str, ...]]] = ()
+    copies: Mapping[str, StoredTensor] = field(default_factory=dict)
 
     def scales(self, target: TargetRecord, index: int) -> torch.Tensor | None:
         return None
@@ -67,4 +70,4 @@ class AdapterUpdate:
         return {"lora": digest.hexdigest()}
 
     def part(self, keys: Collection[str], tensors: Collection[str]) -> AdapterUpdate:
-        return AdapterUpdate({tensor: self.changed[tensor] for tensor in tensors if tensor in self.changed}, ())
+        return AdapterUpdate({tensor: self.changed[tensor] for tensor in tensors if tensor in self.changed})

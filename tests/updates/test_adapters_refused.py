@@ -245,3 +245,44 @@ def test_a_convolution_in_groups(tmp_path: Path) -> None:
     save_file(halves, tmp_path / "lora/adapter_model.safetensors")
     with pytest.raises(OptionError, match=r"'conv' does not fit its weight(.|\n)*a convolution in groups"):
         update_of(tmp_path / "m", tmp_path / "lora")
+
+
+_ODD: tuple[Any, ...] = (
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1.5,
+    10**400,
+    float("nan"),
+    "",
+    "a",
+    "(",
+    [],
+    [1],
+    ["o_proj"],
+    [None],
+    {},
+    {"o_proj": 1},
+    {"a": {}},
+)
+
+
+def test_configs_of_strangers(model: Path, tmp_path: Path) -> None:
+    """Whatever is in them: an update, or an error that says what is wrong in a few lines."""
+    adapter = _adapter(model, tmp_path / "lora", modules_to_save=["lm_head"], target_modules=["o_proj", "embed_tokens"])
+    path = adapter / "adapter_config.json"
+    good = json.loads(path.read_text())
+    taken, refused = 0, list[str]()
+    for key in [*good, "token_indices"]:
+        for value in _ODD:
+            path.write_text(json.dumps({**good, key: value}))
+            try:
+                taken += bool(update_of(model, adapter).tensors())
+            except SurgeryError as error:
+                refused.append(str(error))
+    assert taken > 100
+    assert len(refused) > 200
+    assert max(map(len, refused)) < 1000
+    assert all(str(adapter) in error for error in refused)

@@ -54,7 +54,7 @@ class AdapterContent:
         updates: of modules.
         copied: name of a parameter -> the tensor that takes its place.
         tokens: name of a module -> the tensor of the file with the rows of trained tokens, and these.
-        compared: tensor of the file -> the parameter that it is a copy of, and its shape; None for what is no parameter.
+        compared: tensor of the file -> the name of the parameter that it is a copy of, and the copy; None for what is none.
         stacked: ends of the names of parameters that PEFT adapts without their modules, as stacks of experts.
     """
 
@@ -62,7 +62,7 @@ class AdapterContent:
     updates: Sequence[ModuleUpdate]
     copied: Mapping[str, StoredTensor] = field(default_factory=dict)
     tokens: Mapping[str, tuple[str, ReplacedRows]] = field(default_factory=dict)
-    compared: Mapping[str, tuple[str, tuple[int, ...]] | None] = field(default_factory=dict)
+    compared: Mapping[str, tuple[str, StoredTensor] | None] = field(default_factory=dict)
     stacked: tuple[str, ...] = ()
 
 

@@ -65,6 +65,10 @@ class Homes:
         return None if self._folder is None else skeleton(self._folder)
 
     @cached_property
+    def _modules(self) -> dict[str, nn.Module]:
+        return {} if self.model is None else dict(self.model.named_modules())
+
+    @cached_property
     def _config(self) -> dict[str, Any]:
         path = None if self._folder is None else self._folder / CONFIG_FILE
         return read_json_object(path, str(path)) if path is not None and path.is_file() else {}
@@ -131,10 +135,9 @@ class Homes:
             mine = ((name, entry.shape) for name, entry in self._entries.items() if name.rpartition(".")[0] == module)
             return sorted(mine)
         prefix = str(getattr(model, "base_model_prefix", ""))
-        modules = dict(model.named_modules())
         for name in (module, f"{prefix}.{module}", module.removeprefix(f"{prefix}.")):
-            if name in modules:
-                own = modules[name].named_parameters(recurse=False)
+            if name in self._modules:
+                own = self._modules[name].named_parameters(recurse=False)
                 return [(f"{name}.{parameter}", tuple(value.shape)) for parameter, value in own]
         return []
 

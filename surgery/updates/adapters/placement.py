@@ -49,10 +49,12 @@ class PlacedAdapter:
     Attributes:
         changes: by tensor.
         account: tensor of the adapter's file -> the tensors of the checkpoint that it went to.
+        copies: tensor of the checkpoint -> what the adapter's file has as its numbers before the change.
     """
 
     changes: Mapping[str, TensorChange]
     account: Mapping[str, tuple[str, ...]]
+    copies: Mapping[str, StoredTensor]
 
 
 def placed(content: AdapterContent, homes: Homes, shapes: Mapping[str, Sequence[int]], weight: float) -> PlacedAdapter:
@@ -79,6 +81,7 @@ class _Placing:
         self._content, self._homes, self._shapes, self._weight = content, homes, shapes, weight
         self._changes: dict[str, _Change] = {}
         self._account: dict[str, list[str]] = {}
+        self._copies: dict[str, StoredTensor] = {}
         self._tied: set[str] = set()
 
     def all(self) -> PlacedAdapter:
@@ -124,7 +127,8 @@ class _Placing:
                 raise OptionError(f"{where}: the adapter both replaces and adds to {tensor!r}")
         if all(is_nothing(change) for change in changes.values()):
             raise OptionError(f"{where}: an adapter that changes nothing", got="only zeros in all of its matrices B")
-        return PlacedAdapter(changes, {source: tuple(dict.fromkeys(to)) for source, to in self._account.items()})
+        account = {source: tuple(dict.fromkeys(to)) for source, to in self._account.items()}
+        return PlacedAdapter(changes, account, self._copies)
 
     def _change(self, tensor: str, sources: Sequence[str]) -> _Change:
         for source in sources:
@@ -277,17 +281,21 @@ class _Placing:
         change.rows = rows
 
     def _compare(self, found: Mapping[str, Home]) -> None:
-        """Hold the shapes of PEFT's copies of weights under an adapter against the checkpoint's."""
+        """Hold the shapes of PEFT's copies of weights under an adapter against the checkpoint's, and keep where they are."""
         for source, copy in self._content.compared.items():
             self._account.setdefault(source, [])
             home = None if copy is None else found.get(copy[0]) or self._homes.named(copy[0])
-            if copy is not None and home is not None and home.shape != copy[1]:
+            if copy is None or home is None:
+                continue
+            if home.shape != copy[1].shape:
                 raise OptionError(
                     f"{self._content.where}: the adapter's update of {copy[0]!r} does not fit its weight",
                     got=f"{list(home.shape)} in the checkpoint",
-                    expected=list(copy[1]),
+                    expected=list(copy[1].shape),
                     hint="merge onto the model that the adapter was trained on, with the vocabulary that it had",
                 )
+            if home.tensor is not None:
+                self._copies[home.tensor] = copy[1]
 
     # Stacks of experts, which PEFT adapts as parameters (``target_parameters``).
 
