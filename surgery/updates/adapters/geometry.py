@@ -27,13 +27,13 @@ class Sides:
         return LowRankPart(self.left.double() * scaling, self.right, weight, self.magnitude, self.axis)
 
 
-def in_tensor(piece: TensorPart, shape: Sequence[int], sides: Sides, name: str, home: Home) -> tuple[int | None, Sides]:
+def in_tensor(piece: TensorPart, shape: Sequence[int], sides: Sides, name: str, home: Home) -> Sides:
     """What is added to a tensor if ``sides`` is added to the parameter that holds it as ``piece``.
 
     Rows and columns of the tensor that the parameter does not hold are zero.
 
-    Returns:
-        The index in a stack, None for a tensor that is one matrix; and what is added to that.
+    Raises:
+        OptionError: the tensor is no matrix; or it has a part only of what a magnitude is for, or its norms are over.
     """
     if piece.axes not in ((0, 1), (1, 0)):
         raise OptionError(f"{name!r} is stored in a way that is not followed", got=f"{piece.tensor!r}, {list(shape)}")
@@ -57,7 +57,7 @@ def in_tensor(piece: TensorPart, shape: Sequence[int], sides: Sides, name: str, 
     if piece.axes == (1, 0):
         both.reverse()
         axis = 1 - axis
-    return None, Sides(both[0], both[1], magnitude, axis)
+    return Sides(both[0], both[1], magnitude, axis)
 
 
 def is_targeted(name: str, targets: Sequence[str]) -> bool:

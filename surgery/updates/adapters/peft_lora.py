@@ -254,8 +254,16 @@ class _PeftFile:
                 )
         inner = re.fullmatch(r"(?P<module>.*?)(?P<layers>(\.base_layer)*)", module)
         assert inner is not None  # any text fits
+        if ".base_layer." in inner["module"]:
+            raise OptionError(
+                f"{self._folder}: the adapter changes {module!r}, a layer inside of one that it changes, as in torch's "
+                "MultiheadAttention",
+                got="an update that PEFT 0.21 adds twice to that layer, when it is trained and when it is merged",
+                expected="layers of their own",
+                hint=_MERGE,
+            )
         return ModuleUpdate(
-            inner["module"].replace(".base_layer", ""),
+            inner["module"],
             A,
             B,
             scaling.of,

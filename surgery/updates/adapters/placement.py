@@ -228,11 +228,10 @@ class _Placing:
             left, right, axis = right, left, 1
         for piece in home.pieces:
             shape = self._shapes[piece.tensor]
-            if piece.axes == tuple(range(len(shape))) and len(shape) != 2:
-                index, part = None, Sides(left, right, one.magnitude, axis)  # a convolution, or a stack of one matrix
-            else:
-                index, part = in_tensor(piece, shape, Sides(left, right, one.magnitude, axis), name, home)
-            self._put(piece.tensor, sources, index, part.scaled(scaling, self._weight))
+            part = Sides(left, right, one.magnitude, axis)
+            if home.tensor is None:
+                part = in_tensor(piece, shape, part, name, home)
+            self._put(piece.tensor, sources, None, part.scaled(scaling, self._weight))
 
     def _scaled_as(self, module: str) -> str:
         """The name by which PEFT looks up ranks and alphas: that of the parameter, where it is adapted without its module."""
@@ -357,7 +356,7 @@ class _Placing:
                 if where is not None:
                     inner = TensorPart(piece.tensor, tuple(axis and axis - 1 for axis in inner.axes), inner.at, inner.of)
                     shape = self._shapes[piece.tensor][1:]
-                _, part = in_tensor(inner, shape, sides, parameter, home)
+                part = in_tensor(inner, shape, sides, parameter, home)
                 self._put(piece.tensor, one.sources, where, part.scaled(scaling, self._weight))
 
     def _is_input_first(self, parameter: str) -> bool:
