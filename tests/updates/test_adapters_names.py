@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -164,6 +165,17 @@ def test_adapters_of_single_experts(name: str, experts: str, projections: tuple[
     update = update_of(folder, adapter)
     assert_equal(merged_by_us(folder, update), truth, tensors_of(folder))
     assert len(update.tensors()) == len(halves) // 2
+
+    # The same onto a checkpoint that has the experts as they are in memory: stacked.
+    stacked = tmp_path / "stacked"
+    stacked.mkdir()
+    shutil.copy(folder / "config.json", stacked)
+    state = {key: value.contiguous() for key, value in family.load(folder).state_dict().items()}
+    save_file(state, stacked / "model.safetensors", {"format": "pt"})
+    merged = peft.PeftModel.from_pretrained(family.load(stacked), str(adapter)).merge_and_unload().state_dict()
+    update = update_of(stacked, adapter)
+    assert_equal(merged_by_us(stacked, update), merged, state)
+    assert update.accounts[0].keys() == halves.keys()
 
 
 @needs("peft", ">=0.19", "ensure_weight_tying")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -286,3 +288,35 @@ def test_configs_of_strangers(model: Path, tmp_path: Path) -> None:
     assert len(refused) > 200
     assert max(map(len, refused)) < 1000
     assert all(str(adapter) in error for error in refused)
+
+
+def test_names_of_strangers(model: Path, tmp_path: Path) -> None:
+    """Whatever names a file has, each of its tensors is accounted for, or an error says which one is not."""
+    adapter = _adapter(model, tmp_path / "lora", modules_to_save=["lm_head"], target_modules=["o_proj", "embed_tokens"])
+    path = adapter / "adapter_model.safetensors"
+    good, words = load_file(path), sorted({word for name in load_file(path) for word in name.split(".")})
+    chance, outcomes = random.Random(0), Counter[str]()
+    for _ in range(300):
+        changed = {}
+        for name, tensor in good.items():
+            parts = name.split(".")
+            if chance.random() < 0.1:
+                where = chance.randrange(len(parts))
+                change = chance.choice(("drop", "double", "swap", "default", "module"))
+                if change == "drop":
+                    del parts[where]
+                elif change == "swap":
+                    parts[where] = chance.choice(words)
+                else:
+                    parts.insert(where, parts[where] if change == "double" else change)
+            changed[".".join(parts)] = tensor.clone()
+        save_file(changed, path)
+        try:
+            update = update_of(model, adapter)
+        except SurgeryError as error:
+            outcomes[type(error).__name__] += 1
+            continue
+        outcomes["taken"] += 1
+        assert update.accounts[0].keys() == changed.keys()
+        assert all(to or source.endswith("base_layer.weight") for source, to in update.accounts[0].items())
+    assert min(outcomes[kind] for kind in ("taken", "OptionError", "FormatError")) > 10

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from surgery.errors import OptionError
+from surgery.errors import MissingExtra, OptionError, SourceError
 from surgery.files.json_files import read_json_object
 from surgery.format.header import TensorEntry
 from surgery.format.name_map import NameMap, find_names
@@ -158,11 +158,11 @@ class Homes:
             if home is not None and fits(home.shape):
                 found[name] = home
         if len(found) == len(wanted):
-            return {name: self._looked_at(name, home) for name, home in found.items()}
+            return {name: self._looked_at(home) for name, home in found.items()}
         names, all_of_it = self._renamed(wanted, {name: entry.shape for name, entry in self._entries.items()})
         if all_of_it:
             homes = {name: self.named(names.given[name]) for name in wanted}
-            return {name: self._looked_at(name, home) for name, home in homes.items() if home is not None}
+            return {name: self._looked_at(home) for name, home in homes.items() if home is not None}
         if self.model is not None:
             for name, fits in wanted.items():
                 if name not in found and (home := self.in_model(name)) is not None and fits(home.shape):
@@ -175,13 +175,29 @@ class Homes:
                 names = in_model
         if len(found) < len(wanted):
             raise self._misfit([name for name in wanted if name not in found], names, wanted, where)
-        return {name: self._looked_at(name, home) for name, home in found.items()}
+        return {name: self._looked_at(home) for name, home in found.items()}
 
-    def _looked_at(self, name: str, home: Home) -> Home:
+    def _looked_at(self, home: Home) -> Home:
         """The home of a parameter found by name; where it may be shared, as the model has it."""
-        if home.carrier is None and self.is_of_vocabulary(home.shape) and self.model is not None:
-            return self.in_model(home.parameter) or home
-        return home
+        if home.carrier is not None or not self.is_of_vocabulary(home.shape):
+            return home
+        try:
+            return self.of_tensor(home) or home
+        except (MissingExtra, SourceError):
+            if self._config.get("tie_word_embeddings") is False:
+                return home
+            raise
+
+    def of_tensor(self, home: Home) -> Home | None:
+        """The parameter of transformers' model that is the tensor of a home found by name."""
+        return next(
+            (
+                Home(name, shape, pieces, self._carriers[name])
+                for name, (shape, pieces) in self._loaded.items()
+                if any(piece.tensor == home.parameter for piece in pieces)
+            ),
+            None,
+        )
 
     def _renamed(self, wanted: Mapping[str, Fits], shapes: Mapping[str, Sequence[int]]) -> tuple[NameMap, bool]:
         """The map of all names to others with one prefix or suffix, and whether all are found and fit."""

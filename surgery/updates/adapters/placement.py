@@ -11,8 +11,9 @@ import torch
 
 from surgery.errors import OptionError, few
 from surgery.format.safetensors import ShardReader, same_bytes
-from surgery.models.placement import TensorPart
+from surgery.models.placement import Place, TensorPart
 from surgery.updates.adapters.content import AdapterContent, ModuleUpdate
+from surgery.updates.adapters.experts import places_in_stacks
 from surgery.updates.adapters.geometry import (
     Sides,
     fits_update,
@@ -94,6 +95,11 @@ class _Placing:
                 expected="a weight of 1",
             )
         stacks, updates = self._stacks()
+        singles = places_in_stacks(updates, self._homes)
+        for one in updates:
+            if one.module in singles:
+                self._add_single(one, singles[one.module])
+        updates = [one for one in updates if one.module not in singles]
         wanted: dict[str, Fits] = {f"{one.module}.weight": partial(fits_update, one) for one in updates}
         if len(wanted) < len(updates):
             twice = next(one.module for one in updates if sum(other.module == one.module for other in updates) > 1)
@@ -210,7 +216,7 @@ class _Placing:
         """Whether a square weight, found by its name, is stored as (in, out): the shape does not tell."""
         if not one.transposed and not self._homes.has_transposed:
             return False
-        if self._homes.model is not None and (known := self._homes.in_model(home.parameter)) is not None:
+        if self._homes.model is not None and (known := self._homes.of_tensor(home)) is not None:
             return known.carrier is not None and known.carrier.layers[0].kind == "transposed"
         return one.transposed
 
@@ -358,6 +364,23 @@ class _Placing:
                     shape = self._shapes[piece.tensor][1:]
                 part = in_tensor(inner, shape, sides, parameter, home)
                 self._put(piece.tensor, one.sources, where, part.scaled(scaling, self._weight))
+
+    def _add_single(self, one: ModuleUpdate, place: Place) -> None:
+        """An update of an expert's own module, in the stack that the checkpoint has."""
+        home, part = self._homes.in_model(place.parameter), place.part
+        if home is None or home.tensor is None or place.shape != home.shape or part.axes != (None, 0, 1):
+            raise OptionError(
+                f"{self._content.where}: {one.module!r} is an expert, of a stack that the checkpoint stores otherwise",
+                got=None if home is None else f"{place.parameter!r}, {list(home.shape)} for {list(place.shape)}",
+                hint="merge_and_unload() of PEFT, on a model in memory",
+            )
+        # The expert's weight, as the tensor here, is a part of the parameter; the update goes the other way.
+        inner = TensorPart(home.tensor, (0, 1), part.of[1:], part.at[1:])
+        sides = Sides(one.B, one.A.T, one.magnitude, 0)
+        own = Home(one.module, (len(one.B), one.A.shape[1]), [inner], None)
+        part_of_stack = in_tensor(inner, home.shape[1:], sides, one.module, own)
+        scaling = one.scaling(one.module, len(one.A), 1)
+        self._put(home.tensor, one.sources, int(part.at[0][0]), part_of_stack.scaled(scaling, self._weight))
 
     def _is_input_first(self, parameter: str) -> bool:
         """Whether a module holds its experts as (experts, in, out), as PEFT asks it."""
