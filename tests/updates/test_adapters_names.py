@@ -188,9 +188,16 @@ def test_adapters_of_single_experts(name: str, experts: str, projections: tuple[
     ],
     ids=range(3),
 )
-def test_tied_embeddings(options: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_stored_twice", [False, True])
+def test_tied_embeddings(options: dict[str, Any], is_stored_twice: bool, tmp_path: Path) -> None:
     """Against the outputs with the adapter beside the model: of a tied matrix PEFT 0.21 merges the update twice."""
     folder = save_llama(tmp_path / "m", torch.float32, tie_word_embeddings=True)
+    if is_stored_twice:
+        weight = tensors_of(folder)["model.embed_tokens.weight"]
+        save_file({"lm_head.weight": weight.clone()}, folder / "model-00009-of-00009.safetensors", {"format": "pt"})
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        index["weight_map"]["lm_head.weight"] = "model-00009-of-00009.safetensors"
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     base = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     adapter = adapt(base, tmp_path / "lora", **options)
     beside = peft.PeftModel.from_pretrained(
@@ -200,7 +207,10 @@ def test_tied_embeddings(options: dict[str, Any], tmp_path: Path) -> None:
     assert update.accounts[0].keys() == load_file(adapter / "adapter_model.safetensors").keys()
     merged = _AutoModel.from_pretrained(folder, dtype=torch.float64).eval()
     before = {name: tensor.clone() for name, tensor in merged.state_dict().items()}
-    merged.load_state_dict(merged_by_us(folder, update), strict=False)
+    ours = merged_by_us(folder, update)
+    if is_stored_twice:
+        assert torch.equal(ours["lm_head.weight"], ours["model.embed_tokens.weight"])
+    merged.load_state_dict(ours, strict=False)
     ids = torch.tensor([[3, 5, 7, 9]])
     with torch.no_grad():
         expected, got = beside(ids).logits.double(), merged(ids).logits

@@ -189,15 +189,21 @@ class Homes:
             raise
 
     def of_tensor(self, home: Home) -> Home | None:
-        """The parameter of transformers' model that is the tensor of a home found by name."""
-        return next(
-            (
-                Home(name, shape, pieces, self._carriers[name])
-                for name, (shape, pieces) in self._loaded.items()
-                if any(piece.tensor == home.parameter for piece in pieces)
-            ),
-            None,
-        )
+        """The parameter of transformers' model that the tensor of a home, found by name, is in; None if it is in none."""
+        name = self._by_tensor.get(home.parameter)
+        return None if name is None else Home(name, *self._loaded[name], self._carriers[name])
+
+    def tied(self, home: Home) -> list[str]:
+        """The other tensors of the checkpoint that are one parameter with a home, as the model ties them."""
+        if home.carrier is None or len(home.carrier.layers) == 1:
+            return []
+        same = [name for name, carrier in self._carriers.items() if carrier is home.carrier and name != home.parameter]
+        others = (Home(name, *self._loaded[name], home.carrier).tensor for name in same)
+        return [tensor for tensor in others if tensor is not None]
+
+    @cached_property
+    def _by_tensor(self) -> dict[str, str]:
+        return {piece.tensor: name for name, (_, pieces) in self._loaded.items() for piece in pieces}
 
     def _renamed(self, wanted: Mapping[str, Fits], shapes: Mapping[str, Sequence[int]]) -> tuple[NameMap, bool]:
         """The map of all names to others with one prefix or suffix, and whether all are found and fit."""

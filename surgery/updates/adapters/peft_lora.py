@@ -21,8 +21,9 @@ from surgery.format.header import TensorEntry
 from surgery.format.safetensors import ShardReader
 from surgery.names import ADAPTER_CONFIG, ATTACHED_NAME
 from surgery.updates.adapters.content import AdapterContent, ModuleUpdate, checked_halves, read_numbers
+from surgery.updates.adapters.patterns import ByModule
 from surgery.updates.changes import ReplacedRows, StoredTensor
-from surgery.updates.lora import PREFIX, WEIGHTS, ByModule
+from surgery.updates.lora import PREFIX, WEIGHTS
 
 _PICKLED = "adapter_model.bin"
 _MERGE = "merge the adapter with PEFT: merge_and_unload()"

@@ -170,7 +170,8 @@ class _Placing:
                     expected="a weight of its own, or the same change of all that share it, as with ensure_weight_tying",
                     hint="untie the model before it is adapted, or load the adapter beside it with PEFT",
                 )
-            self._tied.update(others)
+            # With a tensor of its own for another name, both are changed.
+            self._tied.update(other for other in others if found[other].parameter == home.parameter)
 
     def _alike(self, updates: Mapping[str, ModuleUpdate], name: str, other: str) -> bool:
         """Whether an adapter makes the same change under two names."""
@@ -280,10 +281,11 @@ class _Placing:
     def _add_rows(self, source: str, rows: ReplacedRows, home: Home) -> None:
         if home.tensor is None:
             raise OptionError(f"{self._content.where}: the rows of {source!r} are in a weight that is stored otherwise")
-        change = self._change(home.tensor, [source])
-        if change.rows is not None:
-            raise OptionError(f"{self._content.where}: the rows of trained tokens are there twice", got=source)
-        change.rows = rows
+        for tensor in (home.tensor, *self._homes.tied(home)):
+            change = self._change(tensor, [source])
+            if change.rows is not None:
+                raise OptionError(f"{self._content.where}: the rows of trained tokens are there twice", got=source)
+            change.rows = rows
 
     def _compare(self, found: Mapping[str, Home]) -> None:
         """Hold the shapes of PEFT's copies of weights under an adapter against the checkpoint's, and keep where they are."""
