@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from surgery.errors import OptionError
 from surgery.format.manifest_records import TargetRecord
 from surgery.lossless.factors import Addition
-from surgery.updates.changes import StoredTensor, TensorChange
+from surgery.updates.changes import StoredTensor, TensorChange, summed
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,25 @@ class AdapterUpdate:
     changed: Mapping[str, TensorChange]
     accounts: Sequence[Mapping[str, tuple[str, ...]]] = ()
     copies: Mapping[str, StoredTensor] = field(default_factory=dict)
+
+    def tied(self, targets: Iterable[TargetRecord]) -> AdapterUpdate:
+        """The update for tied tensors: all tensors of one parameter get the sum of what is done to any of them.
+
+        What is done alike under several names, as PEFT stores it with ``ensure_weight_tying``, counts once.
+
+        Args:
+            targets: with the tensors that are one parameter, by their aliases.
+
+        Raises:
+            OptionError: what is done to them cannot be summed.
+            ReadError, FormatError: see ``StoredTensor.read``.
+        """
+        changed = dict(self.changed)
+        for target in targets:
+            if target.aliases and any(tensor in changed for tensor in target.tensors):
+                different = {_digest(changed[tensor]): changed[tensor] for tensor in target.tensors if tensor in changed}
+                changed |= dict.fromkeys(target.tensors, functools.reduce(summed, different.values()))
+        return replace(self, changed=changed)
 
     def scales(self, target: TargetRecord, index: int) -> torch.Tensor | None:
         return None
@@ -71,3 +91,9 @@ class AdapterUpdate:
 
     def part(self, keys: Collection[str], tensors: Collection[str]) -> AdapterUpdate:
         return AdapterUpdate({tensor: self.changed[tensor] for tensor in tensors if tensor in self.changed})
+
+
+def _digest(change: TensorChange) -> str:
+    digest = hashlib.sha256()
+    change.hash_into(digest)
+    return digest.hexdigest()

@@ -24,7 +24,8 @@ class Sides:
     axis: int
 
     def scaled(self, scaling: float, weight: float) -> LowRankPart:
-        return LowRankPart(self.left.double() * scaling, self.right, weight, self.magnitude, self.axis)
+        axis = 0 if self.magnitude is None else self.axis
+        return LowRankPart(self.left.double() * scaling, self.right, weight, self.magnitude, axis)
 
 
 def in_tensor(piece: TensorPart, shape: Sequence[int], sides: Sides, name: str, home: Home) -> Sides:
