@@ -116,7 +116,7 @@ def test_configs(change: dict[str, Any], error: type[SurgeryError] | None, messa
         ({f"{_O}.lora_A.weight": torch.ones(2, 32)}, "the halves of .* do not fit"),
         ({f"{_O}.lora_A.weight": torch.ones(96)}, "the halves of .* do not fit"),
         ({f"{_O}.lora_A.weight": torch.full((3, 32), torch.nan)}, "holds NaN or infinity"),
-        ({f"{_O}.lora_A.weight": torch.ones(3, 32, dtype=torch.int32)}, "a dtype that is not taken"),
+        ({f"{_O}.lora_A.weight": torch.ones(3, 32, dtype=torch.int32)}, "is no part of a LoRA update by its dtype"),
         ({f"{_O}.lora_B.bias": torch.ones(32)}, "lacks a half of its update, or has more"),
         ({f"{_O}.lora_magnitude_vector": torch.ones(32)}, "lacks a half of its update, or has more"),
         ({f"{_O}.lora_A.weight": torch.ones(2, 32), f"{_O}.lora_B.weight": torch.ones(32, 2)}, "contradicts its config"),
@@ -128,7 +128,10 @@ def test_configs(change: dict[str, Any], error: type[SurgeryError] | None, messa
         ),
         ({"base_model.model.score.weight": torch.ones(2, 32)}, "the adapter changes 'score', which is no module"),
         ({_HEAD: torch.ones(51, 32)}, "'lm_head' does not fit its weight"),
-        ({_HEAD: torch.ones(50, 32, dtype=torch.int64)}, "'base_model.model.lm_head.weight' is of a dtype"),
+        (
+            {_HEAD: torch.ones(50, 32, dtype=torch.int64)},
+            "lm_head.weight' is to be copied",
+        ),
         ({f"{_O}.base_layer.lora_A.weight": torch.ones(3, 32)}, "lacks a half"),
         (
             {f"{_O}.base_layer.lora_A.weight": torch.ones(3, 32), f"{_O}.base_layer.lora_B.weight": torch.ones(32, 3)},
@@ -245,7 +248,7 @@ def test_a_convolution_in_groups(tmp_path: Path) -> None:
     (tmp_path / "lora/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 3, "lora_alpha": 3}))
     halves = {"conv.lora_A.weight": torch.ones(3, 6, 3, 3), "conv.lora_B.weight": torch.ones(6, 3, 1, 1)}
     save_file(halves, tmp_path / "lora/adapter_model.safetensors")
-    with pytest.raises(OptionError, match=r"'conv' does not fit its weight(.|\n)*a convolution in groups"):
+    with pytest.raises(OptionError, match=r"'conv' does not fit its weight(.|\n)*no convolution in groups"):
         update_of(tmp_path / "m", tmp_path / "lora")
 
 

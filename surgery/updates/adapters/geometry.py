@@ -10,7 +10,7 @@ import torch
 from surgery.errors import OptionError
 from surgery.models.placement import TensorPart
 from surgery.updates.adapters.content import ModuleUpdate
-from surgery.updates.adapters.homes import Home
+from surgery.updates.adapters.homes import Home, Wanted
 from surgery.updates.changes import LowRankPart, ReplacedRows, TensorChange
 
 
@@ -75,20 +75,24 @@ def is_straight(one: ModuleUpdate, shape: Sequence[int]) -> bool:
     return [len(one.B), *one.A.shape[1:]] == [*shape] or _core([len(one.B), *one.A.shape[1:]]) == _core(shape)
 
 
-def fits_update(one: ModuleUpdate, shape: Sequence[int]) -> bool:
-    """Whether the update fits a weight of this shape, in either orientation."""
+def wanted_weight(one: ModuleUpdate) -> Wanted:
+    """A weight that an update fits, in either orientation."""
+    turned = (one.A.shape[1], len(one.B))
     if one.embedding:
-        return tuple(shape) == (one.A.shape[1], len(one.B))
-    return is_straight(one, shape) or (one.A.ndim == 2 and tuple(shape) == (one.A.shape[1], len(one.B)))
+        return Wanted(turned, lambda shape: tuple(shape) == turned, True)
+    shape = (len(one.B), *one.A.shape[1:])
+    return Wanted(shape, lambda there: is_straight(one, there) or (one.A.ndim == 2 and tuple(there) == turned))
 
 
-def is_of(expected: Sequence[int], shape: Sequence[int]) -> bool:
-    return tuple(shape) == tuple(expected)
+def wanted_as(shape: Sequence[int]) -> Wanted:
+    """A parameter of this very shape."""
+    return Wanted(shape, lambda there: tuple(there) == tuple(shape))
 
 
-def has_rows(rows: ReplacedRows, shape: Sequence[int]) -> bool:
-    is_inside = len(shape) == 2 and rows.values.shape[1] == shape[1]
-    return is_inside and (not len(rows.indices) or int(rows.indices[-1]) < shape[0])
+def wanted_with(rows: ReplacedRows) -> Wanted:
+    """The weight of an embedding that has these rows."""
+    most, columns = int(rows.indices[-1]) + 1, rows.values.shape[1]
+    return Wanted((most, columns), lambda there: len(there) == 2 and there[1] == columns and there[0] >= most, True)
 
 
 def is_nothing(change: TensorChange) -> bool:

@@ -191,7 +191,9 @@ class _PeftFile:
 
     def _stored(self, entry: TensorEntry) -> StoredTensor:
         if entry.dtype not in ("F32", "F16", "BF16"):
-            raise OptionError(f"{self._folder}: {entry.name!r} is of a dtype that is not taken", got=entry.dtype, hint=_MERGE)
+            raise OptionError(
+                f"{self._folder}: {entry.name!r} is to be copied, and of no such dtype", got=entry.dtype, hint=_MERGE
+            )
         return StoredTensor(self._folder / WEIGHTS, entry.name, entry.dtype, entry.shape)
 
     def _one_adapter(self, name: str | None, entry: TensorEntry) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 
@@ -16,15 +15,15 @@ from surgery.updates.adapters.content import AdapterContent, ModuleUpdate
 from surgery.updates.adapters.experts import places_in_stacks
 from surgery.updates.adapters.geometry import (
     Sides,
-    fits_update,
-    has_rows,
     in_tensor,
     is_nothing,
-    is_of,
     is_straight,
     is_targeted,
+    wanted_as,
+    wanted_weight,
+    wanted_with,
 )
-from surgery.updates.adapters.homes import Fits, Home, Homes
+from surgery.updates.adapters.homes import Home, Homes
 from surgery.updates.changes import LowRankPart, ReplacedRows, StoredTensor, TensorChange
 
 
@@ -100,15 +99,15 @@ class _Placing:
             if one.module in singles:
                 self._add_single(one, singles[one.module])
         updates = [one for one in updates if one.module not in singles]
-        wanted: dict[str, Fits] = {f"{one.module}.weight": partial(fits_update, one) for one in updates}
+        wanted = {f"{one.module}.weight": wanted_weight(one) for one in updates}
         if len(wanted) < len(updates):
             twice = next(one.module for one in updates if sum(other.module == one.module for other in updates) > 1)
             raise OptionError(f"{content.where}: the adapter changes {twice!r} twice, under two names")
         biases = {f"{one.module}.bias": one for one in updates if one.bias is not None}
-        wanted |= {name: partial(is_of, (len(one.B),)) for name, one in biases.items()}
-        wanted |= {name: partial(is_of, one.shape) for name, one in content.copied.items()}
+        wanted |= {name: wanted_as((len(one.B),)) for name, one in biases.items()}
+        wanted |= {name: wanted_as(one.shape) for name, one in content.copied.items()}
         for module, (_, rows) in content.tokens.items():
-            wanted.setdefault(f"{module}.weight", partial(has_rows, rows))
+            wanted.setdefault(f"{module}.weight", wanted_with(rows))
         found = self._homes.find(wanted, content.where) if wanted else {}
         self._check_once(found, updates)
         flags = self._orientations(updates, found)
