@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from surgery.errors import OptionError
 from surgery.format.manifest_records import TargetRecord
 from surgery.lossless.factors import Addition
-from surgery.updates.changes import TensorChange
+from surgery.updates.changes import StoredTensor, TensorChange, summed
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +22,34 @@ class AdapterUpdate:
     Attributes:
         changed: tensor of the checkpoint -> all that is done to it.
         accounts: for each adapter: name of a tensor in its file -> the tensors of the checkpoint that it went to; none for a
-            tensor that was only compared, such as PEFT's copy of an adapted embedding. All tensors of the file are there, but
-            for those of another component of a diffusion model, of which a note has told.
+            tensor that is only to be compared, such as PEFT's copy of an adapted embedding. All tensors of the file are there,
+            but for those of another component of a diffusion model, of which a note has told.
+        copies: tensor of the checkpoint -> PEFT's copy of it, which has the checkpoint's shape and should have its numbers:
+            PEFT itself takes the copy.
     """
 
     changed: Mapping[str, TensorChange]
-    accounts: Sequence[Mapping[str, tuple[str, ...]]]
+    accounts: Sequence[Mapping[str, tuple[str, ...]]] = ()
+    copies: Mapping[str, StoredTensor] = field(default_factory=dict)
+
+    def tied(self, targets: Iterable[TargetRecord]) -> AdapterUpdate:
+        """The update for tied tensors: all tensors of one parameter get the sum of what is done to any of them.
+
+        What is done alike under several names, as PEFT stores it with ``ensure_weight_tying``, counts once.
+
+        Args:
+            targets: with the tensors that are one parameter, by their aliases.
+
+        Raises:
+            OptionError: what is done to them cannot be summed.
+            ReadError, FormatError: see ``StoredTensor.read``.
+        """
+        changed = dict(self.changed)
+        for target in targets:
+            if target.aliases and any(tensor in changed for tensor in target.tensors):
+                different = {_digest(changed[tensor]): changed[tensor] for tensor in target.tensors if tensor in changed}
+                changed |= dict.fromkeys(target.tensors, functools.reduce(summed, different.values()))
+        return replace(self, changed=changed)
 
     def scales(self, target: TargetRecord, index: int) -> torch.Tensor | None:
         return None
@@ -67,4 +90,10 @@ class AdapterUpdate:
         return {"lora": digest.hexdigest()}
 
     def part(self, keys: Collection[str], tensors: Collection[str]) -> AdapterUpdate:
-        return AdapterUpdate({tensor: self.changed[tensor] for tensor in tensors if tensor in self.changed}, ())
+        return AdapterUpdate({tensor: self.changed[tensor] for tensor in tensors if tensor in self.changed})
+
+
+def _digest(change: TensorChange) -> str:
+    digest = hashlib.sha256()
+    change.hash_into(digest)
+    return digest.hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,9 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 
+import surgery
 from surgery.errors import OptionError, SurgeryWarning
+from surgery.updates.adapter_update import AdapterUpdate
 from surgery.updates.adapters.reading import read_adapters
 from tests.families import DECODER, FAMILIES
 from tests.models import save_llama, tensors_of
@@ -165,6 +168,26 @@ def test_adapters_of_single_experts(name: str, experts: str, projections: tuple[
     assert_equal(merged_by_us(folder, update), truth, tensors_of(folder))
     assert len(update.tensors()) == len(halves) // 2
 
+    # The same onto a checkpoint that has the experts as they are in memory: stacked.
+    stacked = tmp_path / "stacked"
+    stacked.mkdir()
+    shutil.copy(folder / "config.json", stacked)
+    state = {key: value.contiguous() for key, value in family.load(folder).state_dict().items()}
+    save_file(state, stacked / "model.safetensors", {"format": "pt"})
+    merged = peft.PeftModel.from_pretrained(family.load(stacked), str(adapter)).merge_and_unload().state_dict()
+    update = update_of(stacked, adapter)
+    assert_equal(merged_by_us(stacked, update), merged, state)
+    assert update.accounts[0].keys() == halves.keys()
+
+
+def _stored_twice(folder: Path) -> None:
+    """Give the head of a tied model a tensor of its own, with the same numbers."""
+    weight = tensors_of(folder)["model.embed_tokens.weight"]
+    save_file({"lm_head.weight": weight.clone()}, folder / "head.safetensors", {"format": "pt"})
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"]["lm_head.weight"] = "head.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
 
 @needs("peft", ">=0.19", "ensure_weight_tying")
 @pytest.mark.parametrize(
@@ -176,9 +199,12 @@ def test_adapters_of_single_experts(name: str, experts: str, projections: tuple[
     ],
     ids=range(3),
 )
-def test_tied_embeddings(options: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_stored_twice", [False, True])
+def test_tied_embeddings(options: dict[str, Any], is_stored_twice: bool, tmp_path: Path) -> None:
     """Against the outputs with the adapter beside the model: of a tied matrix PEFT 0.21 merges the update twice."""
     folder = save_llama(tmp_path / "m", torch.float32, tie_word_embeddings=True)
+    if is_stored_twice:
+        _stored_twice(folder)
     base = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     adapter = adapt(base, tmp_path / "lora", **options)
     beside = peft.PeftModel.from_pretrained(
@@ -188,7 +214,10 @@ def test_tied_embeddings(options: dict[str, Any], tmp_path: Path) -> None:
     assert update.accounts[0].keys() == load_file(adapter / "adapter_model.safetensors").keys()
     merged = _AutoModel.from_pretrained(folder, dtype=torch.float64).eval()
     before = {name: tensor.clone() for name, tensor in merged.state_dict().items()}
-    merged.load_state_dict(merged_by_us(folder, update), strict=False)
+    ours = merged_by_us(folder, update)
+    if is_stored_twice:
+        assert torch.equal(ours["lm_head.weight"], ours["model.embed_tokens.weight"])
+    merged.load_state_dict(ours, strict=False)
     ids = torch.tensor([[3, 5, 7, 9]])
     with torch.no_grad():
         expected, got = beside(ids).logits.double(), merged(ids).logits
@@ -238,3 +267,19 @@ def test_a_sum_of_several_with_weights(tmp_path: Path) -> None:
     assert (
         len({tuple(update_of(folder, *several).digests().values()) for several in ([one], [two], [one, two], [two, one])}) == 4
     )
+
+
+@needs("peft", ">=0.19", "ensure_weight_tying")
+def test_tensors_that_a_manifest_knows_as_one_parameter(tmp_path: Path) -> None:
+    """What is done alike under both names counts once, and what is done under one name is done under both."""
+    folder = save_llama(tmp_path / "m", torch.float32, tie_word_embeddings=True)
+    _stored_twice(folder)
+    surgery.factorize(folder, tmp_path / "f", rank=2, include=["*embed_tokens*"])
+    targets = surgery.Factorized.open(tmp_path / "f").manifest.targets
+    assert [target.tensors for target in targets] == [["model.embed_tokens.weight", "lm_head.weight"]]
+    base = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    adapter = adapt(base, tmp_path / "lora", target_modules=["embed_tokens"], ensure_weight_tying=True)
+    update = update_of(folder, adapter)
+    assert update.tied(targets).digests() == update.digests()
+    half = AdapterUpdate({"lm_head.weight": update.changed["lm_head.weight"]})
+    assert half.tied(targets).digests() == update.digests()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +116,7 @@ def test_configs(change: dict[str, Any], error: type[SurgeryError] | None, messa
         ({f"{_O}.lora_A.weight": torch.ones(2, 32)}, "the halves of .* do not fit"),
         ({f"{_O}.lora_A.weight": torch.ones(96)}, "the halves of .* do not fit"),
         ({f"{_O}.lora_A.weight": torch.full((3, 32), torch.nan)}, "holds NaN or infinity"),
-        ({f"{_O}.lora_A.weight": torch.ones(3, 32, dtype=torch.int32)}, "a dtype that is not taken"),
+        ({f"{_O}.lora_A.weight": torch.ones(3, 32, dtype=torch.int32)}, "is no part of a LoRA update by its dtype"),
         ({f"{_O}.lora_B.bias": torch.ones(32)}, "lacks a half of its update, or has more"),
         ({f"{_O}.lora_magnitude_vector": torch.ones(32)}, "lacks a half of its update, or has more"),
         ({f"{_O}.lora_A.weight": torch.ones(2, 32), f"{_O}.lora_B.weight": torch.ones(32, 2)}, "contradicts its config"),
@@ -126,7 +128,10 @@ def test_configs(change: dict[str, Any], error: type[SurgeryError] | None, messa
         ),
         ({"base_model.model.score.weight": torch.ones(2, 32)}, "the adapter changes 'score', which is no module"),
         ({_HEAD: torch.ones(51, 32)}, "'lm_head' does not fit its weight"),
-        ({_HEAD: torch.ones(50, 32, dtype=torch.int64)}, "'base_model.model.lm_head.weight' is of a dtype"),
+        (
+            {_HEAD: torch.ones(50, 32, dtype=torch.int64)},
+            "lm_head.weight' is to be copied",
+        ),
         ({f"{_O}.base_layer.lora_A.weight": torch.ones(3, 32)}, "lacks a half"),
         (
             {f"{_O}.base_layer.lora_A.weight": torch.ones(3, 32), f"{_O}.base_layer.lora_B.weight": torch.ones(32, 3)},
@@ -243,5 +248,78 @@ def test_a_convolution_in_groups(tmp_path: Path) -> None:
     (tmp_path / "lora/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 3, "lora_alpha": 3}))
     halves = {"conv.lora_A.weight": torch.ones(3, 6, 3, 3), "conv.lora_B.weight": torch.ones(6, 3, 1, 1)}
     save_file(halves, tmp_path / "lora/adapter_model.safetensors")
-    with pytest.raises(OptionError, match=r"'conv' does not fit its weight(.|\n)*a convolution in groups"):
+    with pytest.raises(OptionError, match=r"'conv' does not fit its weight(.|\n)*no convolution in groups"):
         update_of(tmp_path / "m", tmp_path / "lora")
+
+
+_ODD: tuple[Any, ...] = (
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1.5,
+    10**400,
+    float("nan"),
+    "",
+    "a",
+    "(",
+    [],
+    [1],
+    ["o_proj"],
+    [None],
+    {},
+    {"o_proj": 1},
+    {"a": {}},
+)
+
+
+def test_configs_of_strangers(model: Path, tmp_path: Path) -> None:
+    """Whatever is in them: an update, or an error that says what is wrong in a few lines."""
+    adapter = _adapter(model, tmp_path / "lora", modules_to_save=["lm_head"], target_modules=["o_proj", "embed_tokens"])
+    path = adapter / "adapter_config.json"
+    good = json.loads(path.read_text())
+    taken, refused = 0, list[str]()
+    for key in [*good, "token_indices"]:
+        for value in _ODD:
+            path.write_text(json.dumps({**good, key: value}))
+            try:
+                taken += bool(update_of(model, adapter).tensors())
+            except SurgeryError as error:
+                refused.append(str(error))
+    assert taken > 100
+    assert len(refused) > 200
+    assert max(map(len, refused)) < 1000
+    assert all(str(adapter) in error for error in refused)
+
+
+def test_names_of_strangers(model: Path, tmp_path: Path) -> None:
+    """Whatever names a file has, each of its tensors is accounted for, or an error says which one is not."""
+    adapter = _adapter(model, tmp_path / "lora", modules_to_save=["lm_head"], target_modules=["o_proj", "embed_tokens"])
+    path = adapter / "adapter_model.safetensors"
+    good, words = load_file(path), sorted({word for name in load_file(path) for word in name.split(".")})
+    chance, outcomes = random.Random(0), Counter[str]()
+    for _ in range(300):
+        changed = {}
+        for name, tensor in good.items():
+            parts = name.split(".")
+            if chance.random() < 0.1:
+                where = chance.randrange(len(parts))
+                change = chance.choice(("drop", "double", "swap", "default", "module"))
+                if change == "drop":
+                    del parts[where]
+                elif change == "swap":
+                    parts[where] = chance.choice(words)
+                else:
+                    parts.insert(where, parts[where] if change == "double" else change)
+            changed[".".join(parts)] = tensor.clone()
+        save_file(changed, path)
+        try:
+            update = update_of(model, adapter)
+        except SurgeryError as error:
+            outcomes[type(error).__name__] += 1
+            continue
+        outcomes["taken"] += 1
+        assert update.accounts[0].keys() == changed.keys()
+        assert all(to or source.endswith("base_layer.weight") for source, to in update.accounts[0].items())
+    assert min(outcomes[kind] for kind in ("taken", "OptionError", "FormatError")) > 10

@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.errors import FormatError, MissingExtra, OptionError, OutputError, SourceError, SurgeryError, SurgeryWarning
 from surgery.progress import Silent
-from surgery.updates.lora import ByModule, read_lora
+from surgery.updates.adapters.patterns import ByModule
+from surgery.updates.lora import read_lora
 from tests.families import FAMILIES
 from tests.models import files_of, save_llama, tensors_of
 from tests.releases import needs

@@ -54,7 +54,7 @@ class AdapterContent:
         updates: of modules.
         copied: name of a parameter -> the tensor that takes its place.
         tokens: name of a module -> the tensor of the file with the rows of trained tokens, and these.
-        compared: tensor of the file -> the parameter that it is a copy of, and its shape; None for what is no parameter.
+        compared: tensor of the file -> the name of the parameter that it is a copy of, and the copy; None for what is none.
         stacked: ends of the names of parameters that PEFT adapts without their modules, as stacks of experts.
     """
 
@@ -62,7 +62,7 @@ class AdapterContent:
     updates: Sequence[ModuleUpdate]
     copied: Mapping[str, StoredTensor] = field(default_factory=dict)
     tokens: Mapping[str, tuple[str, ReplacedRows]] = field(default_factory=dict)
-    compared: Mapping[str, tuple[str, tuple[int, ...]] | None] = field(default_factory=dict)
+    compared: Mapping[str, tuple[str, StoredTensor] | None] = field(default_factory=dict)
     stacked: tuple[str, ...] = ()
 
 
@@ -74,7 +74,12 @@ def read_numbers(reader: ShardReader, entry: TensorEntry, hint: str) -> torch.Te
         FormatError: it holds NaN or infinity.
     """
     if entry.dtype not in ("F32", "F16", "BF16"):
-        raise OptionError(f"{reader.name}: {entry.name!r} is of a dtype that is not taken", got=entry.dtype, hint=hint)
+        raise OptionError(
+            f"{reader.name}: {entry.name!r} is no part of a LoRA update by its dtype",
+            got=entry.dtype,
+            expected="F32, F16 or BF16",
+            hint=hint,
+        )
     tensor = reader.read(entry).float()
     if not bool(torch.isfinite(tensor).all()):
         raise FormatError(f"{reader.name}: {entry.name!r} holds NaN or infinity", hint="take an earlier checkpoint")
@@ -87,6 +92,10 @@ def checked_halves(where: str, module: str, A: torch.Tensor, B: torch.Tensor) ->
     Raises:
         FormatError: their shapes do not fit each other.
     """
-    if A.ndim < 2 or B.ndim < 2 or A.shape[0] != B.shape[1] or B.shape[2:].numel() != 1 or not A.numel() or not B.numel():
-        raise FormatError(f"{where}: the halves of {module!r} do not fit", got=[list(A.shape), list(B.shape)])
+    if A.ndim < 2 or B.ndim < 2 or A.shape[0] != B.shape[1] or B.shape[2:].numel() != 1 or not len(A):
+        raise FormatError(
+            f"{where}: the halves of {module!r} do not fit",
+            got=[list(A.shape), list(B.shape)],
+            expected="(rank, in) and (out, rank), with a rank of 1 or more",
+        )
     return A, B.reshape(B.shape[:2])

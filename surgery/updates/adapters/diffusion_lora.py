@@ -90,7 +90,8 @@ class _DiffusionFile:
         mine, others = self._of_component()
         if not mine:
             raise OptionError(
-                f"{self._path}: nothing of it is for {self._component}", got=few(f"{n} for {one}" for one, n in others.items())
+                f"{self._path}: nothing of it is for {self._component}",
+                got=few(f"{n} for {one}" for one, n in sorted(others.items())),
             )
         for entry, name, is_kohya in mine:
             self._take(entry, name, is_kohya)

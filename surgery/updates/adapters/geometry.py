@@ -10,7 +10,7 @@ import torch
 from surgery.errors import OptionError
 from surgery.models.placement import TensorPart
 from surgery.updates.adapters.content import ModuleUpdate
-from surgery.updates.adapters.homes import Home
+from surgery.updates.adapters.homes import Home, Wanted
 from surgery.updates.changes import LowRankPart, ReplacedRows, TensorChange
 
 
@@ -24,16 +24,17 @@ class Sides:
     axis: int
 
     def scaled(self, scaling: float, weight: float) -> LowRankPart:
-        return LowRankPart(self.left.double() * scaling, self.right, weight, self.magnitude, self.axis)
+        axis = 0 if self.magnitude is None else self.axis
+        return LowRankPart(self.left.double() * scaling, self.right, weight, self.magnitude, axis)
 
 
-def in_tensor(piece: TensorPart, shape: Sequence[int], sides: Sides, name: str, home: Home) -> tuple[int | None, Sides]:
+def in_tensor(piece: TensorPart, shape: Sequence[int], sides: Sides, name: str, home: Home) -> Sides:
     """What is added to a tensor if ``sides`` is added to the parameter that holds it as ``piece``.
 
     Rows and columns of the tensor that the parameter does not hold are zero.
 
-    Returns:
-        The index in a stack, None for a tensor that is one matrix; and what is added to that.
+    Raises:
+        OptionError: the tensor is no matrix; or it has a part only of what a magnitude is for, or its norms are over.
     """
     if piece.axes not in ((0, 1), (1, 0)):
         raise OptionError(f"{name!r} is stored in a way that is not followed", got=f"{piece.tensor!r}, {list(shape)}")
@@ -57,7 +58,7 @@ def in_tensor(piece: TensorPart, shape: Sequence[int], sides: Sides, name: str, 
     if piece.axes == (1, 0):
         both.reverse()
         axis = 1 - axis
-    return None, Sides(both[0], both[1], magnitude, axis)
+    return Sides(both[0], both[1], magnitude, axis)
 
 
 def is_targeted(name: str, targets: Sequence[str]) -> bool:
@@ -74,20 +75,24 @@ def is_straight(one: ModuleUpdate, shape: Sequence[int]) -> bool:
     return [len(one.B), *one.A.shape[1:]] == [*shape] or _core([len(one.B), *one.A.shape[1:]]) == _core(shape)
 
 
-def fits_update(one: ModuleUpdate, shape: Sequence[int]) -> bool:
-    """Whether the update fits a weight of this shape, in either orientation."""
+def wanted_weight(one: ModuleUpdate) -> Wanted:
+    """A weight that an update fits, in either orientation."""
+    turned = (one.A.shape[1], len(one.B))
     if one.embedding:
-        return tuple(shape) == (one.A.shape[1], len(one.B))
-    return is_straight(one, shape) or (one.A.ndim == 2 and tuple(shape) == (one.A.shape[1], len(one.B)))
+        return Wanted(turned, lambda shape: tuple(shape) == turned, True)
+    shape = (len(one.B), *one.A.shape[1:])
+    return Wanted(shape, lambda there: is_straight(one, there) or (one.A.ndim == 2 and tuple(there) == turned))
 
 
-def is_of(expected: Sequence[int], shape: Sequence[int]) -> bool:
-    return tuple(shape) == tuple(expected)
+def wanted_as(shape: Sequence[int]) -> Wanted:
+    """A parameter of this very shape."""
+    return Wanted(shape, lambda there: tuple(there) == tuple(shape))
 
 
-def has_rows(rows: ReplacedRows, shape: Sequence[int]) -> bool:
-    is_inside = len(shape) == 2 and rows.values.shape[1] == shape[1]
-    return is_inside and (not len(rows.indices) or int(rows.indices[-1]) < shape[0])
+def wanted_with(rows: ReplacedRows) -> Wanted:
+    """The weight of an embedding that has these rows."""
+    most, columns = int(rows.indices[-1]) + 1, rows.values.shape[1]
+    return Wanted((most, columns), lambda there: len(there) == 2 and there[1] == columns and there[0] >= most, True)
 
 
 def is_nothing(change: TensorChange) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from surgery.errors import OptionError
+from surgery.errors import MissingExtra, OptionError, SourceError
 from surgery.files.json_files import read_json_object
 from surgery.format.header import TensorEntry
 from surgery.format.name_map import NameMap, find_names
@@ -20,8 +20,20 @@ from surgery.models.skeleton import skeleton
 from surgery.names import CONFIG_FILE
 from surgery.progress import note
 
-#: Whether a parameter of this shape can be what an adapter means.
-Fits = Callable[[Sequence[int]], bool]
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What an adapter says of a parameter that it changes.
+
+    Attributes:
+        shape: that the parameter should have, for messages: (out, in...).
+        fits: whether a parameter of this shape can be what is meant.
+        is_embedding: whether it is the weight of an embedding.
+    """
+
+    shape: Sequence[int]
+    fits: Callable[[Sequence[int]], bool]
+    is_embedding: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +75,10 @@ class Homes:
     def model(self) -> nn.Module | None:
         """Transformers' skeleton; None if it does not know the model."""
         return None if self._folder is None else skeleton(self._folder)
+
+    @cached_property
+    def _modules(self) -> dict[str, nn.Module]:
+        return {} if self.model is None else dict(self.model.named_modules())
 
     @cached_property
     def _config(self) -> dict[str, Any]:
@@ -131,18 +147,17 @@ class Homes:
             mine = ((name, entry.shape) for name, entry in self._entries.items() if name.rpartition(".")[0] == module)
             return sorted(mine)
         prefix = str(getattr(model, "base_model_prefix", ""))
-        modules = dict(model.named_modules())
         for name in (module, f"{prefix}.{module}", module.removeprefix(f"{prefix}.")):
-            if name in modules:
-                own = modules[name].named_parameters(recurse=False)
+            if name in self._modules:
+                own = self._modules[name].named_parameters(recurse=False)
                 return [(f"{name}.{parameter}", tuple(value.shape)) for parameter, value in own]
         return []
 
-    def find(self, wanted: Mapping[str, Fits], where: str) -> dict[str, Home]:
+    def find(self, wanted: Mapping[str, Wanted], where: str) -> dict[str, Home]:
         """The home of each parameter that an adapter names.
 
         Args:
-            wanted: name -> whether a shape can be its.
+            wanted: name -> what is known of it.
             where: the adapter, for messages.
 
         Raises:
@@ -150,19 +165,19 @@ class Homes:
             MissingExtra, SourceError: see ``surgery.models.skeleton``.
         """
         found: dict[str, Home] = {}
-        for name, fits in wanted.items():
+        for name, one in wanted.items():
             home = self.named(name)
-            if home is not None and fits(home.shape):
+            if home is not None and one.fits(home.shape):
                 found[name] = home
         if len(found) == len(wanted):
-            return {name: self._looked_at(name, home) for name, home in found.items()}
+            return {name: self._looked_at(home, wanted[name]) for name, home in found.items()}
         names, all_of_it = self._renamed(wanted, {name: entry.shape for name, entry in self._entries.items()})
         if all_of_it:
             homes = {name: self.named(names.given[name]) for name in wanted}
-            return {name: self._looked_at(name, home) for name, home in homes.items() if home is not None}
+            return {name: self._looked_at(home, wanted[name]) for name, home in homes.items() if home is not None}
         if self.model is not None:
-            for name, fits in wanted.items():
-                if name not in found and (home := self.in_model(name)) is not None and fits(home.shape):
+            for name, one in wanted.items():
+                if name not in found and (home := self.in_model(name)) is not None and one.fits(home.shape):
                     found[name] = home
             if len(found) < len(wanted):
                 in_model, all_of_it = self._renamed(wanted, {name: shape for name, (shape, _) in self._loaded.items()})
@@ -172,18 +187,40 @@ class Homes:
                 names = in_model
         if len(found) < len(wanted):
             raise self._misfit([name for name in wanted if name not in found], names, wanted, where)
-        return {name: self._looked_at(name, home) for name, home in found.items()}
+        return {name: self._looked_at(home, wanted[name]) for name, home in found.items()}
 
-    def _looked_at(self, name: str, home: Home) -> Home:
+    def _looked_at(self, home: Home, wanted: Wanted) -> Home:
         """The home of a parameter found by name; where it may be shared, as the model has it."""
-        if home.carrier is None and self.is_of_vocabulary(home.shape) and self.model is not None:
-            return self.in_model(home.parameter) or home
-        return home
+        if home.carrier is not None or not (wanted.is_embedding or self.is_of_vocabulary(home.shape)):
+            return home
+        try:
+            return self.of_tensor(home) or home
+        except (MissingExtra, SourceError):
+            if self._config.get("tie_word_embeddings") is False:
+                return home
+            raise
 
-    def _renamed(self, wanted: Mapping[str, Fits], shapes: Mapping[str, Sequence[int]]) -> tuple[NameMap, bool]:
+    def of_tensor(self, home: Home) -> Home | None:
+        """The parameter of transformers' model that the tensor of a home, found by name, is in; None if it is in none."""
+        name = self._by_tensor.get(home.parameter)
+        return None if name is None else Home(name, *self._loaded[name], self._carriers[name])
+
+    def tied(self, home: Home) -> list[str]:
+        """The other tensors of the checkpoint that are one parameter with a home, as the model ties them."""
+        if home.carrier is None or len(home.carrier.layers) == 1:
+            return []
+        same = [name for name, carrier in self._carriers.items() if carrier is home.carrier and name != home.parameter]
+        others = (Home(name, *self._loaded[name], home.carrier).tensor for name in same)
+        return [tensor for tensor in others if tensor is not None]
+
+    @cached_property
+    def _by_tensor(self) -> dict[str, str]:
+        return {piece.tensor: name for name, (_, pieces) in self._loaded.items() for piece in pieces}
+
+    def _renamed(self, wanted: Mapping[str, Wanted], shapes: Mapping[str, Sequence[int]]) -> tuple[NameMap, bool]:
         """The map of all names to others with one prefix or suffix, and whether all are found and fit."""
-        names = find_names(shapes, dict.fromkeys(wanted, ()), alike=lambda name, there: wanted[name](shapes[there]))
-        all_of_it = names.is_complete and all(wanted[name](shapes[there]) for name, there in names.given.items())
+        names = find_names(shapes, dict.fromkeys(wanted, ()), alike=lambda name, there: wanted[name].fits(shapes[there]))
+        all_of_it = names.is_complete and all(wanted[name].fits(shapes[there]) for name, there in names.given.items())
         if all_of_it:
             others = [(name, names.given[name]) for name in sorted(wanted) if name != names.given[name]]
             if others:
@@ -193,22 +230,22 @@ class Homes:
                 )
         return names, all_of_it
 
-    def _misfit(self, lacking: Sequence[str], names: NameMap, wanted: Iterable[str], where: str) -> OptionError:
+    def _misfit(self, lacking: Sequence[str], names: NameMap, wanted: Mapping[str, Wanted], where: str) -> OptionError:
         name = lacking[0]
         module = name.removesuffix(".weight")
         here = self.named(name) or (None if self.model is None else self.in_model(name))
         if here is not None:
             return OptionError(
                 f"{where}: the adapter's update of {module!r} does not fit its weight",
-                got=f"{name!r} is {list(here.shape)} in the checkpoint",
-                expected="the shape that the adapter is for; a convolution in groups cannot be merged by PEFT either",
+                got=list(wanted[name].shape),
+                expected=f"{list(here.shape)}, as the checkpoint has it, and no convolution in groups",
                 hint="merge onto the model that the adapter was trained on, with the vocabulary that it had",
             )
         there = self.model is not None and name in parameter_names(self.model)
         return names.misfit(
             OptionError,
             f"{where}: the adapter changes {module!r}, which is no module with a weight in this checkpoint",
-            dict.fromkeys(wanted, ""),
+            wanted,
             expected="modules of the checkpoint, all of them under its names, or with one prefix or suffix"
             + (": this one's weight is not in its files" if there else ""),
             hint="merge onto the model that the adapter was trained on; or merge_and_unload() of PEFT",

@@ -21,8 +21,9 @@ from surgery.format.header import TensorEntry
 from surgery.format.safetensors import ShardReader
 from surgery.names import ADAPTER_CONFIG, ATTACHED_NAME
 from surgery.updates.adapters.content import AdapterContent, ModuleUpdate, checked_halves, read_numbers
+from surgery.updates.adapters.patterns import ByModule
 from surgery.updates.changes import ReplacedRows, StoredTensor
-from surgery.updates.lora import PREFIX, WEIGHTS, ByModule
+from surgery.updates.lora import PREFIX, WEIGHTS
 
 _PICKLED = "adapter_model.bin"
 _MERGE = "merge the adapter with PEFT: merge_and_unload()"
@@ -136,7 +137,7 @@ class _PeftFile:
         self._halves: dict[str, dict[str, torch.Tensor]] = {}
         self._copied: dict[str, StoredTensor] = {}
         self._tokens: dict[str, tuple[str, ReplacedRows]] = {}
-        self._compared: dict[str, tuple[str, tuple[int, ...]] | None] = {}
+        self._compared: dict[str, tuple[str, StoredTensor] | None] = {}
 
     def content(self) -> AdapterContent:
         for entry in self._reader.header.tensors:
@@ -144,7 +145,7 @@ class _PeftFile:
         if not (self._halves or self._copied or self._tokens):
             raise OptionError(f"{self._folder} is an adapter that changes nothing", got="no tensors that change a weight")
         self._check_complete()
-        stacked = tuple(self._config.get("target_parameters") or ())
+        stacked = tuple(_names(self._config, "target_parameters", self._folder))
         modules = [module.replace(".base_layer", "") for module in self._halves]
         ends = {end.rpartition(".")[2] for end in stacked}
         scaling = PeftScaling(self._config, [*modules, *(f"{one}.{end}" for one in modules for end in ends)], self._folder)
@@ -176,7 +177,7 @@ class _PeftFile:
             if found["leaf"] == "bias" and self._config.get("bias") in ("all", "lora_only"):
                 self._copy(f"{found['module'].replace('.base_layer', '')}.bias", entry)
             else:
-                self._compared[entry.name] = (f"{found['module']}.{found['leaf']}", entry.shape)
+                self._compared[entry.name] = (f"{found['module']}.{found['leaf']}", self._stored(entry))
         elif "lora_" in name or ".base_layer" in name:
             raise OptionError(
                 f"{self._folder}: {entry.name!r} is no part of a LoRA update that is known here", got=entry.dtype, hint=_MERGE
@@ -186,9 +187,14 @@ class _PeftFile:
 
     def _copy(self, parameter: str, entry: TensorEntry) -> None:
         self._once(parameter, "copy", entry)
+        self._copied[parameter] = self._stored(entry)
+
+    def _stored(self, entry: TensorEntry) -> StoredTensor:
         if entry.dtype not in ("F32", "F16", "BF16"):
-            raise OptionError(f"{self._folder}: {entry.name!r} is of a dtype that is not taken", got=entry.dtype, hint=_MERGE)
-        self._copied[parameter] = StoredTensor(self._folder / WEIGHTS, entry.name, entry.dtype, entry.shape)
+            raise OptionError(
+                f"{self._folder}: {entry.name!r} is to be copied, and of no such dtype", got=entry.dtype, hint=_MERGE
+            )
+        return StoredTensor(self._folder / WEIGHTS, entry.name, entry.dtype, entry.shape)
 
     def _one_adapter(self, name: str | None, entry: TensorEntry) -> None:
         if name is not None:
@@ -205,10 +211,9 @@ class _PeftFile:
 
     def _check_complete(self) -> None:
         """Refuse a file that lacks what its config says it has. Raises FormatError."""
-        saved = self._config.get("modules_to_save") or []
+        saved = _names(self._config, "modules_to_save", self._folder)
         there = [f".{name}." for name in (*self._copied, *self._halves)]
-        lacking = [name for name in saved if not any(f".{name}." in one for one in there)] if isinstance(saved, list) else saved
-        if lacking:
+        if lacking := [name for name in saved if not any(f".{name}." in one for one in there)]:
             raise FormatError(f"{self._folder}: modules_to_save are not in its file", got=few(there), expected=few(lacking))
         if (self._config.get("trainable_token_indices") or self._config.get("token_indices")) and not self._tokens:
             raise FormatError(f"{self._folder}: its config has trained tokens, and its file has none")
@@ -252,8 +257,16 @@ class _PeftFile:
                 )
         inner = re.fullmatch(r"(?P<module>.*?)(?P<layers>(\.base_layer)*)", module)
         assert inner is not None  # any text fits
+        if ".base_layer." in inner["module"]:
+            raise OptionError(
+                f"{self._folder}: the adapter changes {module!r}, a layer inside of one that it changes, as in torch's "
+                "MultiheadAttention",
+                got="an update that PEFT 0.21 adds twice to that layer, when it is trained and when it is merged",
+                expected="layers of their own",
+                hint=_MERGE,
+            )
         return ModuleUpdate(
-            inner["module"].replace(".base_layer", ""),
+            inner["module"],
             A,
             B,
             scaling.of,
@@ -264,6 +277,14 @@ class _PeftFile:
             self._config.get("fan_in_fan_out") is True,
             inner["layers"].count(".base_layer"),
         )
+
+
+def _names(config: Mapping[str, Any], key: str, folder: Path) -> list[str]:
+    """An entry of the config that is a list of names, or nothing."""
+    names = config.get(key) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise FormatError(f"{folder}: {key} makes no sense", got=reprlib.repr(names), expected="a list of names")
+    return names
 
 
 def _own_name(name: str) -> str:

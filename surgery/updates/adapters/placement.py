@@ -5,25 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 
 from surgery.errors import OptionError, few
 from surgery.format.safetensors import ShardReader, same_bytes
-from surgery.models.placement import TensorPart
+from surgery.models.placement import Place, TensorPart
 from surgery.updates.adapters.content import AdapterContent, ModuleUpdate
+from surgery.updates.adapters.experts import places_in_stacks
 from surgery.updates.adapters.geometry import (
     Sides,
-    fits_update,
-    has_rows,
     in_tensor,
     is_nothing,
-    is_of,
     is_straight,
     is_targeted,
+    wanted_as,
+    wanted_weight,
+    wanted_with,
 )
-from surgery.updates.adapters.homes import Fits, Home, Homes
+from surgery.updates.adapters.homes import Home, Homes
 from surgery.updates.changes import LowRankPart, ReplacedRows, StoredTensor, TensorChange
 
 
@@ -49,10 +49,12 @@ class PlacedAdapter:
     Attributes:
         changes: by tensor.
         account: tensor of the adapter's file -> the tensors of the checkpoint that it went to.
+        copies: tensor of the checkpoint -> what the adapter's file has as its numbers before the change.
     """
 
     changes: Mapping[str, TensorChange]
     account: Mapping[str, tuple[str, ...]]
+    copies: Mapping[str, StoredTensor]
 
 
 def placed(content: AdapterContent, homes: Homes, shapes: Mapping[str, Sequence[int]], weight: float) -> PlacedAdapter:
@@ -79,6 +81,7 @@ class _Placing:
         self._content, self._homes, self._shapes, self._weight = content, homes, shapes, weight
         self._changes: dict[str, _Change] = {}
         self._account: dict[str, list[str]] = {}
+        self._copies: dict[str, StoredTensor] = {}
         self._tied: set[str] = set()
 
     def all(self) -> PlacedAdapter:
@@ -91,15 +94,20 @@ class _Placing:
                 expected="a weight of 1",
             )
         stacks, updates = self._stacks()
-        wanted: dict[str, Fits] = {f"{one.module}.weight": partial(fits_update, one) for one in updates}
+        singles = places_in_stacks(updates, self._homes)
+        for one in updates:
+            if one.module in singles:
+                self._add_single(one, singles[one.module])
+        updates = [one for one in updates if one.module not in singles]
+        wanted = {f"{one.module}.weight": wanted_weight(one) for one in updates}
         if len(wanted) < len(updates):
             twice = next(one.module for one in updates if sum(other.module == one.module for other in updates) > 1)
             raise OptionError(f"{content.where}: the adapter changes {twice!r} twice, under two names")
         biases = {f"{one.module}.bias": one for one in updates if one.bias is not None}
-        wanted |= {name: partial(is_of, (len(one.B),)) for name, one in biases.items()}
-        wanted |= {name: partial(is_of, one.shape) for name, one in content.copied.items()}
+        wanted |= {name: wanted_as((len(one.B),)) for name, one in biases.items()}
+        wanted |= {name: wanted_as(one.shape) for name, one in content.copied.items()}
         for module, (_, rows) in content.tokens.items():
-            wanted.setdefault(f"{module}.weight", partial(has_rows, rows))
+            wanted.setdefault(f"{module}.weight", wanted_with(rows))
         found = self._homes.find(wanted, content.where) if wanted else {}
         self._check_once(found, updates)
         flags = self._orientations(updates, found)
@@ -124,7 +132,8 @@ class _Placing:
                 raise OptionError(f"{where}: the adapter both replaces and adds to {tensor!r}")
         if all(is_nothing(change) for change in changes.values()):
             raise OptionError(f"{where}: an adapter that changes nothing", got="only zeros in all of its matrices B")
-        return PlacedAdapter(changes, {source: tuple(dict.fromkeys(to)) for source, to in self._account.items()})
+        account = {source: tuple(dict.fromkeys(to)) for source, to in self._account.items()}
+        return PlacedAdapter(changes, account, self._copies)
 
     def _change(self, tensor: str, sources: Sequence[str]) -> _Change:
         for source in sources:
@@ -160,7 +169,8 @@ class _Placing:
                     expected="a weight of its own, or the same change of all that share it, as with ensure_weight_tying",
                     hint="untie the model before it is adapted, or load the adapter beside it with PEFT",
                 )
-            self._tied.update(others)
+            # With a tensor of its own for another name, both are changed.
+            self._tied.update(other for other in others if found[other].parameter == home.parameter)
 
     def _alike(self, updates: Mapping[str, ModuleUpdate], name: str, other: str) -> bool:
         """Whether an adapter makes the same change under two names."""
@@ -206,7 +216,7 @@ class _Placing:
         """Whether a square weight, found by its name, is stored as (in, out): the shape does not tell."""
         if not one.transposed and not self._homes.has_transposed:
             return False
-        if self._homes.model is not None and (known := self._homes.in_model(home.parameter)) is not None:
+        if self._homes.model is not None and (known := self._homes.of_tensor(home)) is not None:
             return known.carrier is not None and known.carrier.layers[0].kind == "transposed"
         return one.transposed
 
@@ -224,11 +234,10 @@ class _Placing:
             left, right, axis = right, left, 1
         for piece in home.pieces:
             shape = self._shapes[piece.tensor]
-            if piece.axes == tuple(range(len(shape))) and len(shape) != 2:
-                index, part = None, Sides(left, right, one.magnitude, axis)  # a convolution, or a stack of one matrix
-            else:
-                index, part = in_tensor(piece, shape, Sides(left, right, one.magnitude, axis), name, home)
-            self._put(piece.tensor, sources, index, part.scaled(scaling, self._weight))
+            part = Sides(left, right, one.magnitude, axis)
+            if home.tensor is None:
+                part = in_tensor(piece, shape, part, name, home)
+            self._put(piece.tensor, sources, None, part.scaled(scaling, self._weight))
 
     def _scaled_as(self, module: str) -> str:
         """The name by which PEFT looks up ranks and alphas: that of the parameter, where it is adapted without its module."""
@@ -271,23 +280,28 @@ class _Placing:
     def _add_rows(self, source: str, rows: ReplacedRows, home: Home) -> None:
         if home.tensor is None:
             raise OptionError(f"{self._content.where}: the rows of {source!r} are in a weight that is stored otherwise")
-        change = self._change(home.tensor, [source])
-        if change.rows is not None:
-            raise OptionError(f"{self._content.where}: the rows of trained tokens are there twice", got=source)
-        change.rows = rows
+        for tensor in (home.tensor, *self._homes.tied(home)):
+            change = self._change(tensor, [source])
+            if change.rows is not None:
+                raise OptionError(f"{self._content.where}: the rows of trained tokens are there twice", got=source)
+            change.rows = rows
 
     def _compare(self, found: Mapping[str, Home]) -> None:
-        """Hold the shapes of PEFT's copies of weights under an adapter against the checkpoint's."""
+        """Hold the shapes of PEFT's copies of weights under an adapter against the checkpoint's, and keep where they are."""
         for source, copy in self._content.compared.items():
             self._account.setdefault(source, [])
             home = None if copy is None else found.get(copy[0]) or self._homes.named(copy[0])
-            if copy is not None and home is not None and home.shape != copy[1]:
+            if copy is None or home is None:
+                continue
+            if home.shape != copy[1].shape:
                 raise OptionError(
                     f"{self._content.where}: the adapter's update of {copy[0]!r} does not fit its weight",
                     got=f"{list(home.shape)} in the checkpoint",
-                    expected=list(copy[1]),
+                    expected=list(copy[1].shape),
                     hint="merge onto the model that the adapter was trained on, with the vocabulary that it had",
                 )
+            if home.tensor is not None:
+                self._copies[home.tensor] = copy[1]
 
     # Stacks of experts, which PEFT adapts as parameters (``target_parameters``).
 
@@ -349,8 +363,25 @@ class _Placing:
                 if where is not None:
                     inner = TensorPart(piece.tensor, tuple(axis and axis - 1 for axis in inner.axes), inner.at, inner.of)
                     shape = self._shapes[piece.tensor][1:]
-                _, part = in_tensor(inner, shape, sides, parameter, home)
+                part = in_tensor(inner, shape, sides, parameter, home)
                 self._put(piece.tensor, one.sources, where, part.scaled(scaling, self._weight))
+
+    def _add_single(self, one: ModuleUpdate, place: Place) -> None:
+        """An update of an expert's own module, in the stack that the checkpoint has."""
+        home, part = self._homes.in_model(place.parameter), place.part
+        if home is None or home.tensor is None or place.shape != home.shape or part.axes != (None, 0, 1):
+            raise OptionError(
+                f"{self._content.where}: {one.module!r} is an expert, of a stack that the checkpoint stores otherwise",
+                got=None if home is None else f"{place.parameter!r}, {list(home.shape)} for {list(place.shape)}",
+                hint="merge_and_unload() of PEFT, on a model in memory",
+            )
+        # The expert's weight, as the tensor here, is a part of the parameter; the update goes the other way.
+        inner = TensorPart(home.tensor, (0, 1), part.of[1:], part.at[1:])
+        sides = Sides(one.B, one.A.T, one.magnitude, 0)
+        own = Home(one.module, (len(one.B), one.A.shape[1]), [inner], None)
+        part_of_stack = in_tensor(inner, home.shape[1:], sides, one.module, own)
+        scaling = one.scaling(one.module, len(one.A), 1)
+        self._put(home.tensor, one.sources, int(part.at[0][0]), part_of_stack.scaled(scaling, self._weight))
 
     def _is_input_first(self, parameter: str) -> bool:
         """Whether a module holds its experts as (experts, in, out), as PEFT asks it."""
