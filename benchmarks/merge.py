@@ -109,7 +109,8 @@ def write_adapter(model: Path, folder: Path, rank: int, change: float) -> int:
     The directions are those of two steps of subspace iteration.
     """
     generator = torch.Generator().manual_seed(0)
-    weights, tensors = Tensors(model), {}
+    weights = Tensors(model)
+    tensors: dict[str, torch.Tensor] = {}
     for name in weights:
         if ".layers." not in name or weights[name].ndim != 2:
             continue

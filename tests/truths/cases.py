@@ -315,7 +315,7 @@ _UNET: dict[str, Any] = {"target_modules": ["to_q", "to_out.0", "conv1"]}
 _UNET_ALIKE: dict[str, Any] = {**_UNET, "lora_alpha": 3}
 _ATTENTION: dict[str, Any] = {"target_modules": ["to_q", "to_out.0"], "lora_alpha": 3}
 #: Updates of a fraction of a bfloat16's step.
-_SMALL = 0.004
+_SMALL = 0.003
 _TIED = r"(?i)tie|share"
 _NEW_VLM = r"model\.language_model\."
 
@@ -323,7 +323,7 @@ CASES: list[Case] = [
     # Kinds of adapters, on a Llama.
     Case("lora, all linear layers", options=_LINEAR),
     Case("lora, bfloat16 model", options=_LINEAR, dtype=_BF16),
-    Case("lora, small", options=_LINEAR, dtype=_BF16, size=_SMALL),
+    Case("lora, small", "llama, wide", options=_LINEAR, dtype=_BF16, size=_SMALL),
     Case("lora, bfloat16 adapter", options=_SOME, special=_in_half),
     Case("rslora", options={**_SOME, "use_rslora": True}),
     Case("patterns of ranks and alphas", options={**_SOME, **_PATTERNS}),
@@ -386,7 +386,7 @@ CASES: list[Case] = [
     Case("gpt2", "gpt2", _GPT2),
     Case("gpt2, bfloat16 model", "gpt2", _GPT2, dtype=_BF16),
     Case("gpt2, told nothing of transposed weights", "gpt2", _GPT2, rewrite=configured(fan_in_fan_out=False)),
-    Case("gpt2, small", "gpt2", _GPT2, dtype=_BF16, size=_SMALL),
+    Case("gpt2, small", "gpt2, wide", _GPT2, dtype=_BF16, size=_SMALL),
     Case("gpt2, dora", "gpt2", {**_GPT2, "use_dora": True}),
     Case("gpt2, lora_bias", "gpt2", {**_GPT2, "lora_bias": True}),
     Case("gpt2, all biases", "gpt2", {**_GPT2, "bias": "all"}),
@@ -410,7 +410,7 @@ CASES: list[Case] = [
     Case("convnext", "convnext", {"target_modules": ["patch_embeddings", "pwconv1"], "use_dora": True}),
     Case("UNet", "UNet", _UNET),
     Case("UNet, bfloat16 model", "UNet", _UNET, dtype=_BF16),
-    Case("UNet, small", "UNet", _UNET, dtype=_BF16, size=2 * _SMALL),
+    Case("UNet, small", "UNet, wide", _UNET, dtype=_BF16, size=2.6 * _SMALL),
     Case("UNet, dora", "UNet", {"target_modules": ["to_q", "conv1", "conv_shortcut"], "use_dora": True}),
     Case("mixtral, stacked", "mixtral", {**_Q, **_PARAMETERS}),
     Case("mixtral, experts by name", "mixtral", special=_experts(["w1", "w2", "w3"])),
@@ -419,7 +419,7 @@ CASES: list[Case] = [
     Case(
         "qwen3_moe, stacked, one of two", "qwen3_moe", {"target_parameters": ["mlp.experts.gate_up_proj"], "use_rslora": True}
     ),
-    Case("qwen3_moe, stacked, small", "qwen3_moe", {**_Q, **_PARAMETERS}, dtype=_BF16, size=_SMALL),
+    Case("qwen3_moe, stacked, small", "qwen3_moe, wide", {**_Q, **_PARAMETERS}, dtype=_BF16, size=_SMALL),
     Case("qwen3_moe, experts by name", "qwen3_moe", special=_experts(["gate_proj", "up_proj", "down_proj"])),
     Case("qwen3_moe, a part of the experts by name", "qwen3_moe", special=_experts(["gate_proj"])),
     Case("gpt_oss", "gpt_oss", {**_Q, **_PARAMETERS}),
