@@ -90,7 +90,7 @@ def test_what_rounding_keeps_of_small_updates(case: Case, tmp_path: Path) -> Non
     told = f"kept {share:.4f}, at least {least:.4f}; PEFT's bfloat16 merge {peft_share:.4f}, {peft_least:.4f}"
     assert peft_least < 0.97, told
     assert least >= 0.99, told
-    assert max(one.error for one in ours) <= 0.02, told
+    assert max(one.error for one in ours) <= 0.03, told
     _check_untouched(built, before, after, out)
 
 
