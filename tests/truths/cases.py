@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import diffusers
 import peft
 import torch
 from safetensors.torch import load_file
@@ -26,7 +27,7 @@ from safetensors.torch import load_file
 import surgery
 from tests.models import tensors_of
 from tests.truths.models import MODELS, saved_model
-from tests.truths.peft_side import adapted, merged_by_peft, output_of, quietly
+from tests.truths.peft_side import adapted, merged_by_peft, output_of, perturb, quietly
 from tests.truths.rewriting import (
     CONFIG,
     WEIGHTS,
@@ -254,6 +255,31 @@ def _in_half(case: Case, model: Path, folder: Path) -> _Made:
     return adapters, merged_by_peft(MODELS[case.model], model, adapters[0]), None
 
 
+def _by_diffusers(*, pipeline: bool) -> Special:
+    """Saved by diffusers itself: by the model, or by its pipeline beside the model's adapter config."""
+
+    def make(case: Case, model: Path, folder: Path) -> _Made:
+        family, adapter = MODELS[case.model], folder / "adapter"
+        trained: Any = family.load(model).to(torch.float32)
+        trained.add_adapter(peft.LoraConfig(**{"r": 3, "lora_alpha": 5, **case.options}))
+        perturb(trained, case.size, 2)
+        halves = peft.get_peft_model_state_dict(trained)
+        if pipeline:
+            about = trained.peft_config["default"].to_dict()
+            of_pipeline: Any = diffusers.StableDiffusionPipeline
+            of_pipeline.save_lora_weights(adapter, unet_lora_layers=halves, unet_lora_adapter_metadata=about)
+        else:
+            trained.save_lora_adapter(adapter)
+        truth = {name: tensor.double() for name, tensor in tensors_of(model).items()}
+        for name in [name for name in halves if name.endswith("lora_A.weight")]:
+            A, B = halves[name].double(), halves[name.replace("lora_A", "lora_B")].double()
+            weight = name.replace("lora_A.", "")
+            truth[weight] = truth[weight] + 5 / 3 * (B.flatten(1) @ A.flatten(1)).reshape(truth[weight].shape)
+        return [adapter], truth, output_of(family, trained)
+
+    return make
+
+
 def _of_another_model(case: Case, model: Path, folder: Path) -> tuple[list[Path], None, None]:
     other = saved_model(folder, "gpt2", torch.float32)
     with quietly():
@@ -443,6 +469,8 @@ CASES: list[Case] = [
         _UNET,
         rewrite=as_diffusers("", metadata=True),
     ),
+    Case("diffusers, saved by its model", "UNet", _UNET, special=_by_diffusers(pipeline=False)),
+    Case("diffusers, saved by its pipeline", "UNet", _UNET, special=_by_diffusers(pipeline=True)),
     Case(
         "diffusers, a pipeline's, with metadata",
         "UNet",
