@@ -20,7 +20,7 @@ import json
 import math
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from checkpoints import write_checkpoint
@@ -110,7 +110,8 @@ def load(folder: Path) -> Any:
 
     is_fp8 = "quantization_config" in json.loads((folder / "config.json").read_text())
     options = {"quantization_config": FineGrainedFP8Config(dequantize=True)} if is_fp8 else {}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).to(torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    return model.to(torch.float32).eval()
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -160,7 +161,7 @@ def run(folder: Path, changes: list[float], compared: set[float], args: argparse
     rows: list[dict[str, Any]] = []
     for kind, model in models.items():
         factorized, out = folder / f"{kind}-factorized", folder / "out"
-        layout = "overlay" if kind == "FP8" else "residual"
+        layout: Literal["overlay", "residual"] = "overlay" if kind == "FP8" else "residual"
         surgery.factorize(model, factorized, rank=args.rank, layout=layout, progress=Silent())
         for change in changes:
             scales = random_scales(factorized, change)

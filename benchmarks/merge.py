@@ -109,7 +109,8 @@ def write_adapter(model: Path, folder: Path, rank: int, change: float) -> int:
     The directions are those of two steps of subspace iteration.
     """
     generator = torch.Generator().manual_seed(0)
-    weights, tensors = Tensors(model), {}
+    weights = Tensors(model)
+    tensors: dict[str, torch.Tensor] = {}
     for name in weights:
         if ".layers." not in name or weights[name].ndim != 2:
             continue
@@ -130,7 +131,7 @@ def write_adapter(model: Path, folder: Path, rank: int, change: float) -> int:
 def kept(model: Path, adapter: Path, out: Path) -> dict[str, float]:
     """What is left of the update, by the bytes of ``out``; see above."""
     before, after, halves = Tensors(model), Tensors(out), Tensors(adapter)
-    asked = arrived = within = missed = 0.0
+    asked = arrived = missed = 0.0
     least = math.inf
     for name in halves:
         if not name.endswith("lora_A.weight"):
@@ -138,13 +139,12 @@ def kept(model: Path, adapter: Path, out: Path) -> dict[str, float]:
         A, B = halves[name].double(), halves[name.replace("lora_A", "lora_B")].double()
         weight = name.removeprefix("base_model.model.").replace("lora_A.", "")
         R = after[weight].double() - before[weight].double()
-        P, Q = torch.linalg.qr(B).Q, torch.linalg.qr(A.T).Q
-        D = B @ A
-        mine, here = D.square().sum().item(), (R * D).sum().item()
+        (P, left), (Q, right) = torch.linalg.qr(B), torch.linalg.qr(A.T)
+        core, there = left @ right.T, P.T @ (R @ Q)  # D = P core Q^T, so what is left of it is all between P and Q
+        mine, here = core.square().sum().item(), (there * core).sum().item()
         asked, arrived, least = asked + mine, arrived + here, min(least, here / mine)
-        within += (P.T @ D @ Q).square().sum().item()
-        missed += (P.T @ (R - D) @ Q).square().sum().item()
-    return {"kept": arrived / asked, "least": least, "error": math.sqrt(missed / within)}
+        missed += (there - core).square().sum().item()
+    return {"kept": arrived / asked, "least": least, "error": math.sqrt(missed / asked)}
 
 
 def resident(pid: int) -> int:
@@ -218,7 +218,8 @@ def run(folder: Path, rows: list[str], args: argparse.Namespace) -> None:
         for row in rows:
             shutil.rmtree(out, ignore_errors=True)
             program, last = ROWS[row]
-            results[row].append(measure(program, str(model), str(adapter), str(out), last or str(args.axolotl or "")))
+            last = str(args.axolotl) if row == "axolotl" else last
+            results[row].append(measure(program, str(model), str(adapter), str(out), last))
             if repeat == args.repeats - 1:
                 left[row] = kept(model, adapter, out)
     medians = {

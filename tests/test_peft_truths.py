@@ -222,8 +222,8 @@ def test_what_peft_loses_of_small_updates(root: Path) -> None:
         family = MODELS[_BY_NAME[name].model]
         by_peft = merged_by_peft(family, built.model, built.adapters[0], torch.bfloat16)
         changed = [tensor for tensor in truth if not torch.equal(truth[tensor], before[tensor])]
-        kept = Kept.of_all([one for t in changed for one in kept_of(before[t], truth[t], by_peft[t], rank=3)])
-        assert 0.05 < kept.share < 0.97, f"{name}: {kept.share}"
+        least = min(one.share for t in changed for one in kept_of(before[t], truth[t], by_peft[t], rank=3))
+        assert 0.05 < least < 0.97, f"{name}: {least}"
         exact = Kept.of_all([one for t in changed for one in kept_of(before[t], truth[t], truth[t], rank=3)])
         assert abs(exact.share - 1) < 1e-12
         assert exact.error < 1e-12

@@ -88,9 +88,9 @@ def test_what_rounding_keeps_of_small_updates(case: Case, tmp_path: Path) -> Non
     least, peft_least = min(one.share for one in ours), min(one.share for one in theirs)
     share, peft_share = Kept.of_all(ours).share, Kept.of_all(theirs).share
     told = f"kept {share:.4f}, at least {least:.4f}; PEFT's bfloat16 merge {peft_share:.4f}, {peft_least:.4f}"
-    assert peft_share < 0.97, told
+    assert peft_least < 0.97, told
     assert least >= 0.99, told
-    assert max(one.error for one in ours) <= 0.02, told
+    assert max(one.error for one in ours) <= 0.03, told
     _check_untouched(built, before, after, out)
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import diffusers
 import peft
 import torch
 from safetensors.torch import load_file
@@ -26,7 +27,7 @@ from safetensors.torch import load_file
 import surgery
 from tests.models import tensors_of
 from tests.truths.models import MODELS, saved_model
-from tests.truths.peft_side import adapted, merged_by_peft, output_of, quietly
+from tests.truths.peft_side import adapted, merged_by_peft, output_of, perturb, quietly
 from tests.truths.rewriting import (
     CONFIG,
     WEIGHTS,
@@ -254,6 +255,31 @@ def _in_half(case: Case, model: Path, folder: Path) -> _Made:
     return adapters, merged_by_peft(MODELS[case.model], model, adapters[0]), None
 
 
+def _by_diffusers(*, pipeline: bool) -> Special:
+    """Saved by diffusers itself: by the model, or by its pipeline beside the model's adapter config."""
+
+    def make(case: Case, model: Path, folder: Path) -> _Made:
+        family, adapter = MODELS[case.model], folder / "adapter"
+        trained: Any = family.load(model).to(torch.float32)
+        trained.add_adapter(peft.LoraConfig(**{"r": 3, "lora_alpha": 5, **case.options}))
+        perturb(trained, case.size, 2)
+        halves = peft.get_peft_model_state_dict(trained)
+        if pipeline:
+            about = trained.peft_config["default"].to_dict()
+            of_pipeline: Any = diffusers.StableDiffusionPipeline
+            of_pipeline.save_lora_weights(adapter, unet_lora_layers=halves, unet_lora_adapter_metadata=about)
+        else:
+            trained.save_lora_adapter(adapter)
+        truth = {name: tensor.double() for name, tensor in tensors_of(model).items()}
+        for name in [name for name in halves if name.endswith("lora_A.weight")]:
+            A, B = halves[name].double(), halves[name.replace("lora_A", "lora_B")].double()
+            weight = name.replace("lora_A.", "")
+            truth[weight] = truth[weight] + 5 / 3 * (B.flatten(1) @ A.flatten(1)).reshape(truth[weight].shape)
+        return [adapter], truth, output_of(family, trained)
+
+    return make
+
+
 def _of_another_model(case: Case, model: Path, folder: Path) -> tuple[list[Path], None, None]:
     other = saved_model(folder, "gpt2", torch.float32)
     with quietly():
@@ -315,7 +341,7 @@ _UNET: dict[str, Any] = {"target_modules": ["to_q", "to_out.0", "conv1"]}
 _UNET_ALIKE: dict[str, Any] = {**_UNET, "lora_alpha": 3}
 _ATTENTION: dict[str, Any] = {"target_modules": ["to_q", "to_out.0"], "lora_alpha": 3}
 #: Updates of a fraction of a bfloat16's step.
-_SMALL = 0.004
+_SMALL = 0.003
 _TIED = r"(?i)tie|share"
 _NEW_VLM = r"model\.language_model\."
 
@@ -323,7 +349,7 @@ CASES: list[Case] = [
     # Kinds of adapters, on a Llama.
     Case("lora, all linear layers", options=_LINEAR),
     Case("lora, bfloat16 model", options=_LINEAR, dtype=_BF16),
-    Case("lora, small", options=_LINEAR, dtype=_BF16, size=_SMALL),
+    Case("lora, small", "llama, wide", options=_LINEAR, dtype=_BF16, size=_SMALL),
     Case("lora, bfloat16 adapter", options=_SOME, special=_in_half),
     Case("rslora", options={**_SOME, "use_rslora": True}),
     Case("patterns of ranks and alphas", options={**_SOME, **_PATTERNS}),
@@ -386,7 +412,7 @@ CASES: list[Case] = [
     Case("gpt2", "gpt2", _GPT2),
     Case("gpt2, bfloat16 model", "gpt2", _GPT2, dtype=_BF16),
     Case("gpt2, told nothing of transposed weights", "gpt2", _GPT2, rewrite=configured(fan_in_fan_out=False)),
-    Case("gpt2, small", "gpt2", _GPT2, dtype=_BF16, size=_SMALL),
+    Case("gpt2, small", "gpt2, wide", _GPT2, dtype=_BF16, size=_SMALL),
     Case("gpt2, dora", "gpt2", {**_GPT2, "use_dora": True}),
     Case("gpt2, lora_bias", "gpt2", {**_GPT2, "lora_bias": True}),
     Case("gpt2, all biases", "gpt2", {**_GPT2, "bias": "all"}),
@@ -410,7 +436,7 @@ CASES: list[Case] = [
     Case("convnext", "convnext", {"target_modules": ["patch_embeddings", "pwconv1"], "use_dora": True}),
     Case("UNet", "UNet", _UNET),
     Case("UNet, bfloat16 model", "UNet", _UNET, dtype=_BF16),
-    Case("UNet, small", "UNet", _UNET, dtype=_BF16, size=2 * _SMALL),
+    Case("UNet, small", "UNet, wide", _UNET, dtype=_BF16, size=2.6 * _SMALL),
     Case("UNet, dora", "UNet", {"target_modules": ["to_q", "conv1", "conv_shortcut"], "use_dora": True}),
     Case("mixtral, stacked", "mixtral", {**_Q, **_PARAMETERS}),
     Case("mixtral, experts by name", "mixtral", special=_experts(["w1", "w2", "w3"])),
@@ -419,7 +445,7 @@ CASES: list[Case] = [
     Case(
         "qwen3_moe, stacked, one of two", "qwen3_moe", {"target_parameters": ["mlp.experts.gate_up_proj"], "use_rslora": True}
     ),
-    Case("qwen3_moe, stacked, small", "qwen3_moe", {**_Q, **_PARAMETERS}, dtype=_BF16, size=_SMALL),
+    Case("qwen3_moe, stacked, small", "qwen3_moe, wide", {**_Q, **_PARAMETERS}, dtype=_BF16, size=_SMALL),
     Case("qwen3_moe, experts by name", "qwen3_moe", special=_experts(["gate_proj", "up_proj", "down_proj"])),
     Case("qwen3_moe, a part of the experts by name", "qwen3_moe", special=_experts(["gate_proj"])),
     Case("gpt_oss", "gpt_oss", {**_Q, **_PARAMETERS}),
@@ -443,6 +469,8 @@ CASES: list[Case] = [
         _UNET,
         rewrite=as_diffusers("", metadata=True),
     ),
+    Case("diffusers, saved by its model", "UNet", _UNET, special=_by_diffusers(pipeline=False)),
+    Case("diffusers, saved by its pipeline", "UNet", _UNET, special=_by_diffusers(pipeline=True)),
     Case(
         "diffusers, a pipeline's, with metadata",
         "UNet",

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 import transformers as hf
 from safetensors import safe_open
@@ -64,9 +65,42 @@ def _convnext() -> Any:
     return hf.ConvNextForImageClassification(hf.ConvNextConfig(**sizes, layer_scale_init_value=1.0))
 
 
+_WIDE: dict[str, Any] = {**DECODER, "hidden_size": 128, "intermediate_size": 192}
+
+_WIDE_GPT2: dict[str, Any] = {"vocab_size": 50, "n_positions": 64, "n_embd": 128, "n_layer": 2, "n_head": 4}
+
+
+def _wide_unet() -> Any:
+    unet: Any = diffusers.UNet2DConditionModel
+    return unet(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(64, 96),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=24,
+        attention_head_dim=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+
+
+def _wide_experts() -> Any:
+    experts: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "head_dim": 32}
+    return hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**_WIDE, **experts))
+
+
 #: By name. ``tied`` is a Llama whose head is its embedding; ``llava, new names`` has the names of modules on disk.
+#: In the wide ones each matrix has entries enough for a rounding that keeps directions.
 MODELS: Mapping[str, Family] = {
     **FAMILIES,
+    "llama, wide": _of(lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**_WIDE))),
+    "gpt2, wide": _of(
+        lambda: hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=50, n_positions=64, n_embd=128, n_layer=2, n_head=4))
+    ),
+    "qwen3_moe, wide": _of(_wide_experts),
+    "UNet, wide": _of(_wide_unet, FAMILIES["UNet"].run),
     "tied": _of(lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**DECODER, tie_word_embeddings=True))),
     "llava": _of(_llava),
     "llava, new names": _of(_llava),
