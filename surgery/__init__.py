@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from surgery.commands.factorize import FactorizeReport, factorize, plan
     from surgery.commands.fold import FoldReport, fold
     from surgery.commands.inspect import InspectReport, inspect
+    from surgery.commands.merge import MergePlan, MergeReport, merge, plan_merge
     from surgery.commands.project import ProjectReport, project
     from surgery.commands.scales import ScalesSummary, read_scales, show_scales, write_scales
     from surgery.commands.verify import VerifyReport, verify
@@ -74,6 +75,8 @@ _HOMES = {
     "InspectReport": "surgery.commands.inspect",
     "InstallationError": "surgery.errors",
     "Manifest": "surgery.format.manifest",
+    "MergePlan": "surgery.commands.merge",
+    "MergeReport": "surgery.commands.merge",
     "MissingExtra": "surgery.errors",
     "OptionError": "surgery.errors",
     "Options": "surgery.format.options",
@@ -106,7 +109,9 @@ _HOMES = {
     "factorize": "surgery.commands.factorize",
     "fold": "surgery.commands.fold",
     "inspect": "surgery.commands.inspect",
+    "merge": "surgery.commands.merge",
     "plan": "surgery.commands.factorize",
+    "plan_merge": "surgery.commands.merge",
     "project": "surgery.commands.project",
     "read_scales": "surgery.commands.scales",
     "recipes": "surgery.planning.recipes",
@@ -134,6 +139,8 @@ __all__ = [
     "InspectReport",
     "InstallationError",
     "Manifest",
+    "MergePlan",
+    "MergeReport",
     "MissingExtra",
     "OptionError",
     "Options",
@@ -167,7 +174,9 @@ __all__ = [
     "factorize",
     "fold",
     "inspect",
+    "merge",
     "plan",
+    "plan_merge",
     "project",
     "read_scales",
     "recipes",

@@ -17,6 +17,7 @@ from surgery.commands.export import ExportReport
 from surgery.commands.factorize import FactorizeReport
 from surgery.commands.fold import FoldReport
 from surgery.commands.inspect import InspectReport
+from surgery.commands.merge import MergePlan, MergeReport
 from surgery.commands.project import ProjectReport
 from surgery.commands.scales import ScalesSummary
 from surgery.commands.verify import VerifyReport
@@ -46,6 +47,8 @@ COMMANDS: dict[str, tuple[type[Report], tuple[str, ...]]] = {
     "export": (ExportReport, ("seconds",)),
     "factorize": (FactorizeReport, ("seconds", "profile")),
     "fold": (FoldReport, ("seconds", "profile")),
+    "merge": (MergeReport, ("seconds", "profile")),
+    "merge --dry-run": (MergePlan, ()),
     "inspect": (InspectReport, ()),
     "plan": (PlanSummary, ("seconds",)),
     "project": (ProjectReport, ("seconds",)),

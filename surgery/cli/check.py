@@ -11,9 +11,11 @@ import click
 
 from surgery.cli.bar import Bar
 from surgery.cli.options import MODEL, PATH, devices_option, json_option, memory_options, notes_and_quiet, quiet_option
+from surgery.cli.outcomes import kept_of_update
 from surgery.cli.printing import print_json
 from surgery.cli.tables import table
 from surgery.cli.text import fitted, say, whole
+from surgery.errors import OptionError
 from surgery.progress import phase
 
 # Modules that import torch are imported inside the commands: --help must not wait for them.
@@ -94,12 +96,24 @@ def _doubt(share: float) -> str:
 @click.option(
     "--repair", is_flag=True, help="First make missing and damaged files anew from MODEL, to the bytes that are on record."
 )
+@click.option("--folded", type=MODEL, metavar="MODEL", help="Instead: what of the --scales has arrived in this folded model.")
+@click.option("--scales", type=PATH, metavar="FILE", help="The scales that were folded.")
 @devices_option
 @memory_options
 @json_option
 @quiet_option
 @notes_and_quiet
-def verify(factorized: Path, base: str | None, fast: bool, repair: bool, as_json: bool, quiet: bool, **chosen: Any) -> None:
+def verify(
+    factorized: Path,
+    base: str | None,
+    fast: bool,
+    repair: bool,
+    folded: str | None,
+    scales: Path | None,
+    as_json: bool,
+    quiet: bool,
+    **chosen: Any,
+) -> None:
     """Check the folder FACTORIZED against its manifest. Exit code 3 if anything does not hold.
 
     Every file has its sha256; headers and shapes fit; factors are orthonormal and singular values descend; residual,
@@ -111,6 +125,9 @@ def verify(factorized: Path, base: str | None, fast: bool, repair: bool, as_json
     the recorded one, and scales that are there never are.
     """
     bar = Bar(quiet=quiet)
+    if folded is not None or scales is not None:
+        _verify_folded(factorized, folded, scales, {"base": base, "device": chosen["device"], "progress": bar}, as_json=as_json)
+        return
     with phase(bar, "starting"):
         from surgery.commands import verify as operation
 
@@ -130,3 +147,24 @@ def verify(factorized: Path, base: str | None, fast: bool, repair: bool, as_json
     say(f"{whole(factorized)}: {outcome}; {report.files} files, {report.targets} targets in {seconds:.1f} s", quiet=quiet)
     if not report.ok:
         raise SystemExit(3)
+
+
+def _verify_folded(
+    factorized: Path, folded: str | None, scales: Path | None, options: dict[str, Any], *, as_json: bool
+) -> None:
+    with phase(options["progress"], "starting"):
+        from surgery.commands.verify_folded import verify_folded as operation
+
+    if folded is None or scales is None:
+        raise OptionError(
+            f"{'--folded' if folded is None else '--scales'} is missing",
+            expected="both: --folded with the model, and --scales with what was folded into it",
+        )
+    start = time.perf_counter()
+    report = operation(factorized, folded, scales, **options)
+    seconds = time.perf_counter() - start
+    if as_json:
+        print_json(report, seconds=seconds)
+        return
+    kept = kept_of_update(report.kept, report.kept_least) + (f", in {report.kept_least_in}" if report.kept_least_in else "")
+    click.echo(fitted(f"{whole(folded)}: {report.changed} of {report.targets} targets changed{kept}; in {seconds:.1f} s"))

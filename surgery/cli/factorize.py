@@ -26,6 +26,7 @@ from surgery.cli.options import (
     quiet_option,
     revision_option,
     stream_option,
+    subfolder_option,
 )
 from surgery.cli.printing import print_json
 from surgery.cli.profile import profile_text
@@ -60,7 +61,7 @@ _PLANNING: tuple[str | Decorator, ...] = (
     ),
     "correction",
     revision_option,
-    click.option("--subfolder", metavar="PATH", help="The model in this subfolder, as in a diffusion pipeline."),
+    subfolder_option,
     devices_option,
     memory_options,
     stream_option,

@@ -11,6 +11,7 @@ import click
 from surgery.cli.bar import Bar
 from surgery.cli.options import (
     PATH,
+    dequantize_option,
     devices_option,
     engine_option,
     json_option,
@@ -21,8 +22,10 @@ from surgery.cli.options import (
     profile_option,
     push_options,
     quiet_option,
+    rounding_option,
     stream_option,
 )
+from surgery.cli.outcomes import kept_of_update
 from surgery.cli.printing import print_json
 from surgery.cli.profile import profile_text
 from surgery.cli.text import say, size, whole
@@ -42,7 +45,8 @@ from surgery.progress import phase
     type=PATH,
     help="Folder of a LoRA adapter trained together with the scales, added before the one rounding.",
 )
-@click.option("--dequantize", is_flag=True, help="Write FP8 weights as bfloat16, and drop the quantization from config.json.")
+@dequantize_option
+@rounding_option
 @devices_option
 @memory_options
 @engine_option
@@ -59,7 +63,6 @@ def fold(
     out: Path,
     base: str | None,
     lora: Path | None,
-    dequantize: bool,
     profile: bool,
     as_json: bool,
     quiet: bool,
@@ -83,7 +86,6 @@ def fold(
         out,
         base=base,
         lora=lora,
-        dequantize=dequantize,
         **chosen,
         progress=bar,
         timing=timing,
@@ -99,6 +101,7 @@ def fold(
     )
     if lora is not None:
         outcome += f", {report.adapted} tensors by the adapter"
+    outcome += kept_of_update(report.kept, report.kept_least)
     if report.dequantized:
         outcome += ", FP8 weights now bfloat16"
     if not report.lossless:

@@ -18,6 +18,7 @@ from surgery.cli.check import inspect, verify
 from surgery.cli.demo import demo
 from surgery.cli.factorize import factorize, plan, recipes
 from surgery.cli.fold import export, fold
+from surgery.cli.merge import merge
 from surgery.cli.scaling import blend, project, scales
 from surgery.cli.study import recommend, spectra
 from surgery.cli.text import guarded, tell, tell_error
@@ -165,5 +166,20 @@ def main() -> None:
     """
 
 
-for _command in (blend, demo, export, factorize, fold, inspect, plan, project, recipes, recommend, scales, spectra, verify):
+for _command in (
+    blend,
+    demo,
+    export,
+    factorize,
+    fold,
+    inspect,
+    merge,
+    plan,
+    project,
+    recipes,
+    recommend,
+    scales,
+    spectra,
+    verify,
+):
     main.add_command(_command)

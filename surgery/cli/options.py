@@ -57,6 +57,16 @@ revision_option = click.option("--revision", metavar="REV", help="Branch, tag or
 stream_option = click.option(
     "--stream", is_flag=True, help="Of a hub model keep no more than two weight files on the disk at a time."
 )
+subfolder_option = click.option("--subfolder", metavar="PATH", help="The model in this subfolder, as in a diffusion pipeline.")
+rounding_option = click.option(
+    "--rounding",
+    type=click.Choice(["nearest", "directions"]),
+    help="directions: keep what the update does in its own directions; by default for FP8, and where nearest would lose more "
+    "than 1 % of a weight's update.",
+)
+dequantize_option = click.option(
+    "--dequantize", is_flag=True, help="Write FP8 weights as bfloat16, and drop the quantization from config.json."
+)
 engine_option = click.option(
     "--engine",
     type=click.Choice(["local", "ray"]),

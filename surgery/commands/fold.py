@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from surgery.format.factors import DAMAGED_HINT
 from surgery.format.manifest import Manifest
 from surgery.format.scales import check_scales, read_scales
 from surgery.format.scales_path import scales_file
+from surgery.lossless.update import Rounding
 from surgery.names import CONFIG_FILE, MANIFEST_FILE, STREAM_DIR
 from surgery.planning.memory import known_bytes, need_to_fold, share_out
 from surgery.progress import Progress, listening, phase
@@ -29,17 +31,18 @@ from surgery.run.output_paths import check_not_the_source
 from surgery.run.run import Run
 from surgery.run.written_model import FileAlong, WrittenModel
 from surgery.shards.fold_jobs import FoldJobs
-from surgery.shards.fold_shard import FoldPlaces
+from surgery.shards.fold_shard import FoldedShard, FoldPlaces
 from surgery.source.weight_files import is_index
 from surgery.timing import Timing
-from surgery.updates.adapter import additions_of
-from surgery.updates.dense import DenseTensors
-from surgery.updates.lora import read_lora
-from surgery.updates.protocol import LowRankUpdate, ScalesUpdate, Update, UpdateSum
+from surgery.updates.adapter_update import AdapterUpdate
+from surgery.updates.adapters.reading import read_adapters
+from surgery.updates.dense import DenseTensors, Writing
+from surgery.updates.kept_updates import KeptSummary
+from surgery.updates.protocol import ScalesUpdate, Update, UpdateSum
 from surgery.version import __version__
 from surgery.weights.checkpoint import FactorizedWeights, weights_of
 from surgery.weights.protocol import Weights
-from surgery.weights.quantized import without_quantization
+from surgery.weights.quantized import config_of_rewritten
 
 if TYPE_CHECKING:
     from surgery.publish.upload import Upload
@@ -59,6 +62,10 @@ class FoldReport(Report):
         lossless: whether untouched weights are the source's: not after ``--no-correction``.
         dequantized: whether FP8 weights have become bfloat16.
         adapted: how many tensors a LoRA adapter changed.
+        kept: share of the update that is in the weights after rounding, ``<W_out - W, D> / <D, D>`` over all targets where W
+            are the source's weights and D is the update; null if nothing was changed.
+        kept_least: the smallest share that is left of the update of any target.
+        kept_least_in: the key of that target.
         bytes_written: of its weight files.
     """
 
@@ -71,6 +78,9 @@ class FoldReport(Report):
     lossless: bool
     dequantized: bool
     adapted: int
+    kept: float | None
+    kept_least: float | None
+    kept_least_in: str | None
     bytes_written: int
 
 
@@ -87,6 +97,7 @@ def fold(
     max_device_memory: int | None = None,
     engine: EngineName = "local",
     dequantize: bool = False,
+    rounding: Rounding | None = None,
     stream: bool = False,
     push_to_hub: str | None = None,
     private: bool = True,
@@ -110,7 +121,10 @@ def fold(
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, several as ``cuda:0,cuda:1``, or ``all`` CUDA devices.
         max_memory, max_device_memory, engine: as for ``factorize``; with Ray all machines must see ``factorized`` as well.
         dequantize: write every FP8 weight as bfloat16, without its scales, and drop the quantization from the config;
-            otherwise a changed FP8 weight is quantized again, with fresh scales for its blocks.
+            otherwise a changed FP8 weight is quantized again.
+        rounding: of changed weights: ``nearest``, each number to the nearest one; or ``directions``, so that as much of the
+            update as can be arrives in the directions that it has (docs/numerics.md). By default ``directions`` for FP8, and
+            for weights of 16 bits where ``nearest`` would keep less than 99 % of the update of a matrix.
         stream: for an overlay, fetch each weight file of the base from the hub when its turn comes, and drop it when it has
             been read.
         push_to_hub, private: as for ``factorize``.
@@ -151,10 +165,10 @@ def fold(
         inputs = [factorized, *weights.files.folders()]
         if not isinstance(scales, Mapping):
             inputs.append(scales)
-        adapter = LowRankUpdate({})
+        adapter = AdapterUpdate({}, ())
         if lora is not None:
             inputs.append(Path(lora))
-            with phase(progress, "loading transformers"):
+            with phase(progress, "reading adapters"):
                 adapter = _adapter(factorized, manifest, weights, Path(lora))
         update = UpdateSum([ScalesUpdate(values), adapter])
         weights.check_quantized()
@@ -169,10 +183,10 @@ def fold(
             run.locked(inputs),
             FactorizedWeights(factorized, manifest, weights) as checkpoint,
         ):
-            dense = DenseTensors(checkpoint, update, to_dense=dequantize)
-            if adapter.additions:
+            dense = DenseTensors(checkpoint, update, Writing(rounding, to_dense=dequantize))
+            if adapter.changed:
                 dense.check(weights.header(shard.source.file) for shard in manifest.shards)
-            config = without_quantization if dequantize else None
+            config = partial(config_of_rewritten, dtype=None, dequantized=True) if dequantize else None
             written = WrittenModel(out, checkpoint.shards, [FileAlong(one, factorized / one.file) for one in others], config)
             places = FoldPlaces(out, out, True, memory.window_bytes)
             if not overwrite and written.looks_finished():
@@ -183,15 +197,15 @@ def fold(
                     submit_files(run.upload, out, [record])
                 _publish(run.upload, out, report, manifest)
                 return report
-            run.identify(_identity(checkpoint, update, others, by.device_name, dequantize=dequantize))
+            run.identify(_identity(checkpoint, update, others, by.device_name, dense.writing))
             # The journal is there until the upload is over: a fold keeps no other record to go on with.
             with run.result(written.files(), [weights.files], overwrite=overwrite) as place:
                 places = dataclasses.replace(places, place=place, to_compare=False)
                 jobs = FoldJobs(checkpoint, update, dense, places, timing)
                 with phase(progress, "folding", sum(shard.source.size for shard in manifest.shards)):
-                    files = run.shards(jobs, memory, note_resumed=False)
+                    results = run.shards(jobs, memory, note_resumed=False)
                 written.copy_others(place)
-                report = _report(files, jobs, manifest)
+                report = _report(results, jobs, manifest)
                 _publish(run.upload, place, report, manifest)
     return report
 
@@ -201,17 +215,20 @@ def _publish(upload: Upload | None, place: Path, report: FoldReport, manifest: M
     publish_folded(upload, place, manifest, changed=report.changed, adapted=report.adapted, dequantized=report.dequantized)
 
 
-def _adapter(factorized: Path, manifest: Manifest, weights: Weights, lora: Path) -> LowRankUpdate:
+def _adapter(factorized: Path, manifest: Manifest, weights: Weights, lora: Path) -> AdapterUpdate:
     """The update of the LoRA adapter in the folder ``lora``."""
-    entries = [entry for shard in manifest.shards for entry in weights.header(shard.source.file).tensors]
-    additions = additions_of(factorized, {entry.name: entry.shape for entry in entries}, read_lora(lora))
-    # For a model that transformers knows, additions_of has refused an adapter of a parameter that several tensors hold.
-    return LowRankUpdate.tied(additions, manifest.targets)
+    entries = {entry.name: entry for shard in manifest.shards for entry in weights.header(shard.source.file).tensors}
+    return read_adapters([(lora, 1.0)], factorized, entries).tied(manifest.targets)
 
 
-def _report(written: Iterable[FileRecord | None], jobs: FoldJobs, manifest: Manifest) -> FoldReport:
-    """The report of a fold, from the weight files of all shards; None for a shard of which nothing is left."""
-    files = [record for record in written if record is not None]
+def _report(results: Sequence[FoldedShard], jobs: FoldJobs, manifest: Manifest) -> FoldReport:
+    """The report of a fold, from the results of all shards; with a note if rounding has lost much of the update."""
+    files = [result.file for result in results if result.file is not None]
+    kept = KeptSummary.of(one for result in results for one in result.kept)
+    writing = jobs.dense.writing
+    note = kept.note(writing.rounding, is_fp8=bool(jobs.checkpoint.weights.quantized) and not writing.to_dense)
+    if note is not None:
+        listening().note(note)
     originals = {shard.file: shard.sha256 for shard in jobs.checkpoint.shards}
     return FoldReport(
         out=jobs.places.out,
@@ -221,14 +238,17 @@ def _report(written: Iterable[FileRecord | None], jobs: FoldJobs, manifest: Mani
         shards=len(files),
         restored=sum(file.sha256 == originals[file.file] for file in files),
         lossless=manifest.lossless,
-        dequantized=jobs.dense.to_dense,
+        dequantized=writing.to_dense,
         adapted=len(jobs.update.tensors()),
+        kept=kept.share,
+        kept_least=kept.least,
+        kept_least_in=kept.least_in,
         bytes_written=sum(file.size for file in files),
     )
 
 
 def _identity(
-    checkpoint: FactorizedWeights, update: Update, others: Iterable[FileRecord], device: str, *, dequantize: bool
+    checkpoint: FactorizedWeights, update: Update, others: Iterable[FileRecord], device: str, writing: Writing
 ) -> dict[str, Any]:
     """All that the bytes of the result depend on, as JSON."""
     return {
@@ -239,7 +259,7 @@ def _identity(
         "manifest": file_sha256(checkpoint.folder / MANIFEST_FILE),
         "edited": {record.file: record.sha256 for record in others if record not in checkpoint.manifest.files},
         **update.digests(),
-        "dequantize": dequantize,
+        **asdict(writing),
         "base": checkpoint.weights.files.stamps(),
     }
 

@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from surgery.device import as_memory_allows, choose_device, on_its_own_terms
-from surgery.engine.walk import ShardWalk, TargetPiece, with_progress
-from surgery.errors import FormatError
-from surgery.files.access import read_errors
-from surgery.files.file_records import file_sha256
+from surgery.device import choose_device, on_its_own_terms
 from surgery.format.manifest import Manifest
-from surgery.format.manifest_records import TargetRecord
-from surgery.format.safetensors import ShardReader
 from surgery.format.scales import write_scales
-from surgery.format.tensor_view import by_tensor
-from surgery.lossless.blocks import BLOCK_ENTRIES, DEVICE_BLOCKS
-from surgery.lossless.factors import Factors
 from surgery.names import SCALES_FILE
 from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
 from surgery.run.disk_room import check_room, download_needs
 from surgery.run.output_paths import check_not_the_source, check_output_path
+from surgery.shards.projector import Projector, Sums, tuned_model
 from surgery.source.open import open_part
 from surgery.weights.checkpoint import FactorizedWeights, weights_of
-from surgery.weights.matrix import StoredMatrix
-from surgery.weights.protocol import check_entry
-from surgery.weights.tuned import Norms, Original, TunedModel, note_what_is_unlikely
+from surgery.weights.tuned import note_what_is_unlikely
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,164 +115,29 @@ def project(
     check_output_path(out, inputs, overwrite=overwrite, but=factorized / SCALES_FILE)
     check_room(*download_needs(source, weights.files))
     check_not_the_source(out, manifest)
-    wanted = {target.tensor: target.tensors[1:] for target in manifest.targets}
     with ExitStack() as stack:
         with phase(progress, "reading headers"):
-            shapes = {
-                entry.name: entry.shape for shard in manifest.shards for entry in weights.header(shard.source.file).tensors
-            }
-            shapes |= {tensor: tuple(target.shape) for target in manifest.targets for tensor in target.tensors}
-            model = stack.enter_context(TunedModel(source, Original(wanted, shapes, lambda: factorized)))
-        projector = _Projector(stack.enter_context(FactorizedWeights(factorized, manifest, weights)), model, where)
+            model = stack.enter_context(tuned_model(source, factorized, manifest, weights))
+        projector = Projector(stack.enter_context(FactorizedWeights(factorized, manifest, weights)), model, where)
         projector.run(progress)
         found = projector.found
     for read in (source, weights):
         read.watch.check()
     write_scales(out, {key: one.scales for key, one in found.items()}, manifest.fingerprint)
     note_what_is_unlikely(source.name, [one.sums.norms(key) for key, one in found.items()])
-    total = _Sums()
+    total = Sums()
     for one in found.values():
         total.add(one.sums)
     return ProjectReport(
         out,
         manifest.fingerprint,
         sum(target.trainable for target in manifest.targets),
-        tuple(found[target.key].sums.projection(target.key) for target in manifest.targets),
-        total.projection("all"),
+        tuple(_projection(target.key, found[target.key].sums) for target in manifest.targets),
+        _projection("all", total),
     )
 
 
-@dataclass(slots=True)
-class _Sums:
-    """Sums over matrices of squared Frobenius norms: of W, of W_t, of W_t - W, and of the part of it that scales explain."""
-
-    weight: float = 0.0
-    tuned: float = 0.0
-    change: float = 0.0
-    explained: float = 0.0
-    largest: float = 0.0
-
-    def add(self, other: _Sums) -> None:
-        self.weight += other.weight
-        self.tuned += other.tuned
-        self.change += other.change
-        self.explained += other.explained
-        self.largest = max(self.largest, other.largest)
-
-    def norms(self, key: str) -> Norms:
-        return Norms(key, math.sqrt(self.weight), math.sqrt(self.tuned), math.sqrt(self.change))
-
-    def projection(self, key: str) -> Projection:
-        change = math.sqrt(self.change / self.weight) if self.weight else None if self.change else 0.0
-        # Rounding may take a change that is explained in full beyond 1.
-        return Projection(key, change, min(1.0, self.explained / self.change) if self.change else None, self.largest)
-
-
-@dataclass(slots=True)
-class _Found:
-    """The result of a target: its scales, float32 (k,), or (B, k) for a stack, and its norms."""
-
-    scales: torch.Tensor
-    sums: _Sums = field(default_factory=_Sums)
-
-
-class _Projector:
-    """Compares the two models shard by shard, in one thread.
-
-    Args:
-        checkpoint: the factorized checkpoint.
-        tuned: the fine-tuned model.
-        device: where the arithmetic runs; it must have float64.
-    """
-
-    def __init__(self, checkpoint: FactorizedWeights, tuned: TunedModel, device: torch.device) -> None:
-        self._checkpoint = checkpoint
-        self._tuned = tuned
-        self._device = device
-        checkpoint.weights.check_quantized()
-        targets = checkpoint.manifest.targets
-        self.found = {target.key: _Found(torch.ones(target.scales_shape, dtype=torch.float32)) for target in targets}
-
-    def run(self, progress: Progress) -> None:
-        """Compare all targets, and put their results into ``found``. Shards with neither targets nor scales are not read."""
-        manifest, weights = self._checkpoint.manifest, self._checkpoint.weights
-        owners = {target.shard for target in manifest.targets}
-        scales = {weights.quantized[target.tensor].shard for target in manifest.targets if target.tensor in weights.quantized}
-        for shard in sorted(scales - owners):  # the others are hashed while they are read
-            path = weights.path(shard)
-            with read_errors(path):
-                weights.check(shard, file_sha256(path))
-        shards = [shard for shard in manifest.shards if shard.source.file in owners]
-        with phase(progress, "projecting", sum(shard.source.size for shard in shards)):
-            for record in shards:
-                self._shard(record.source.file, progress)
-
-    def _shard(self, shard: str, progress: Progress) -> None:
-        weights, path = self._checkpoint.weights, self._checkpoint.weights.path(shard)
-        targets = by_tensor(self._checkpoint.manifest.targets_of(shard))
-        with (
-            ShardReader(path, name=path.name, watch=weights.watch) as stored,
-            ShardWalk(stored, {name: some[0].at_a_time for name, some in targets.items()}) as walk,
-        ):
-            if lost := sorted(targets.keys() - {entry.name for entry in stored.header.tensors}):
-                raise FormatError(f"{path}: a target of the manifest is not there", got="nothing", expected=lost[0])
-            for piece in with_progress(walk, progress):
-                if isinstance(piece, TargetPiece):
-                    self._piece(piece, targets[piece.entry.name])
-        weights.check(shard, walk.sha256)
-
-    def _piece(self, piece: TargetPiece, targets: Sequence[TargetRecord]) -> None:
-        for target in targets:
-            check_entry(piece.entry, target)
-        tuned = self._tuned.weight(piece)
-        weight = self._checkpoint.weights.exact_piece(piece)
-        for target in targets:
-            view, found = target.seen_as, self.found[target.key]
-            rows = found.scales.view(-1, target.rank)
-            for i, (stored, new) in enumerate(zip(view.matrices(weight), view.matrices(tuned), strict=True), piece.first):
-                rows[i] = self._matrix(self._checkpoint.matrix(target, i, stored), new, found.sums)
-
-    def _matrix(self, matrix: StoredMatrix, tuned: torch.Tensor, sums: _Sums) -> torch.Tensor:
-        """The scales of one matrix, float32 (k,); its norms are added to ``sums``."""
-        factors = matrix.factors
-        assert factors is not None
-
-        def compute(some: Sequence[torch.Tensor], where: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
-            components, norms = _components(matrix.original(where), some[0].to(where), factors.to(where))
-            return [(components.cpu(), norms.cpu())]
-
-        components, norms = as_memory_allows(compute, [tuned], self._device)[0]
-        scales = (1 + components / factors.s.double()).float()
-        scales = torch.where((factors.s > 0) & torch.isfinite(scales), scales, 1)
-        explained = components[scales != 1].square().sum().item()
-        largest = (scales.double() - 1).abs().max().item()
-        before, after, change = norms.tolist()
-        sums.add(_Sums(before, after, change, explained, largest))
-        return scales
-
-
-def _components(weight: torch.Tensor, tuned: torch.Tensor, factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
-    """The components of a change D = tuned - weight along each ``u_i v_i^T``, and the sizes of weights and change.
-
-    Args:
-        weight, tuned: (m, n), any float dtypes.
-        factors: of the weight, on the same device, one with float64.
-
-    Returns:
-        ``u_i^T D v_i``, float64 (k,), and ``||weight||^2``, ``||tuned||^2`` and ``||D||^2``, float64 (3,).
-    """
-    (m, n), left, right = weight.shape, factors.U.double(), factors.V.double()
-    step = min(m, max(1, BLOCK_ENTRIES // n) * (1 if weight.device.type == "cpu" else DEVICE_BLOCKS))
-    components, norms = right.new_zeros(right.shape[1]), right.new_zeros(3)
-    # The memory is used for every block: allocating it anew would take many times as long as the arithmetic.
-    wide, difference, product = (right.new_empty(step, columns) for columns in (n, n, right.shape[1]))
-    for first in range(0, m, step):
-        rows = slice(first, min(first + step, m))
-        count = rows.stop - first
-        before = wide[:count].copy_(weight[rows])
-        after = difference[:count].copy_(tuned[rows])
-        size = torch.linalg.vector_norm(after)
-        change = after.sub_(before)
-        components += torch.mm(change, right, out=product[:count]).mul_(left[rows]).sum(dim=0)
-        norms += torch.stack([torch.linalg.vector_norm(before), size, torch.linalg.vector_norm(change)]).square()
-    return components, norms
+def _projection(key: str, sums: Sums) -> Projection:
+    change = math.sqrt(sums.change / sums.weight) if sums.weight else None if sums.change else 0.0
+    # Rounding may take a change that is explained in full beyond 1.
+    return Projection(key, change, min(1.0, sums.explained / sums.change) if sums.change else None, sums.largest)

@@ -324,17 +324,6 @@ def source_stamp(record: FileRecord, mtime_ns: int) -> str:
     return hashlib.sha256(f"{record.sha256} {mtime_ns}".encode()).hexdigest()
 
 
-def decode_file(value: Any, where: str) -> FileRecord | None:
-    """Decode an entry in the journal of a fold: ``{"file": ...}``, with the record of a file or null.
-
-    Raises:
-        FormatError: it is neither.
-    """
-    if not isinstance(value, dict) or value.keys() != {"file"}:
-        raise FormatError(f"{where} is damaged", got=repr(value)[:80])
-    return None if value["file"] is None else decode(FileRecord, value["file"], where)
-
-
 def fingerprint_of(targets: list[TargetRecord]) -> str:
     """The fingerprint of the factors: sha256 over the keys and the factors' hashes of all targets, sorted by key."""
     pairs = sorted((target.key, target.factors_sha256) for target in targets)

@@ -33,7 +33,8 @@ class Written:
         out: where the result goes, like the weight; may be the weight itself. None for new memory.
         rounding: of the update; None for nearest where that keeps 99.5 % of it, by a sample, and otherwise in its directions.
             Float32 is rounded to nearest, unless there is a grid.
-        grid: what is rounded to in directions; None for the numbers of the dtype. Nearest is always of the dtype.
+        grid: what is rounded to; None for the numbers of the dtype. With a grid the weight is float32, and rounding to nearest
+            is first to float32, then to the grid.
     """
 
     out: torch.Tensor | None = None
@@ -67,28 +68,18 @@ def rescale(
     Arguments and result are those of ``join``; ``factors`` may be None if there is an addition.
     """
     out, grid = written.out, written.grid
-    if written.rounding == "nearest" or (grid is None and weight.dtype == torch.float32):
-        return _nearest(weight, factors, scales, addition, out)
-    with one_thread():
-        bases = bases_of(factors, scales, addition)
+    bases = None
+    if written.rounding != "nearest" and (grid is not None or weight.dtype != torch.float32):
+        with one_thread():
+            bases = bases_of(factors, scales, addition)
     if bases is not None:
         result = torch.empty_like(weight) if out is None else out
         to = DtypeGrid(weight.dtype) if grid is None else grid
         kept = round_in_directions(weight, bases, to, result, only_if_needed=written.rounding is None)
         if kept is not None:
             return result, kept
-    return _nearest(weight, factors, scales, addition, out)
-
-
-def _nearest(
-    weight: torch.Tensor,
-    factors: Factors | None,
-    scales: torch.Tensor | None,
-    addition: Addition | None,
-    out: torch.Tensor | None,
-) -> tuple[torch.Tensor, Kept]:
     with one_thread():
-        update = update_of(factors, scales, addition, weight.dtype)
+        update = update_of(factors, scales, addition, weight.dtype, grid)
     return (weight, NOTHING_ASKED) if update is None else _updated(weight, update, out)
 
 
@@ -128,11 +119,15 @@ def change_of(factors: Factors | None, scales: torch.Tensor | None, addition: Ad
 
 
 def update_of(
-    factors: Factors | None, scales: torch.Tensor | None, addition: Addition | None, dtype: torch.dtype
+    factors: Factors | None,
+    scales: torch.Tensor | None,
+    addition: Addition | None,
+    dtype: torch.dtype,
+    grid: Grid | None = None,
 ) -> OneRounding | None:
     """The update of a weight by scales and an addition; None if there is neither."""
     change = change_of(factors, scales, addition)
-    return None if change is None else OneRounding(change, dtype, change)
+    return None if change is None else OneRounding(change, dtype, change, grid)
 
 
 def _updated(weight: torch.Tensor, update: OneRounding, out: torch.Tensor | None) -> tuple[torch.Tensor, Kept]:
@@ -157,16 +152,18 @@ class OneRounding:
         change: what is added.
         dtype: of the weight.
         trained: the part of it of which it is measured what arrives: ``change`` itself for all of it, None for nothing.
+        grid: what float32 numbers are rounded to after; None for nothing.
     """
 
-    def __init__(self, change: Addition, dtype: torch.dtype, trained: Addition | None) -> None:
+    def __init__(self, change: Addition, dtype: torch.dtype, trained: Addition | None, grid: Grid | None = None) -> None:
+        self._grid = grid
         self._left = change.left.double()
         self._right = change.right.double()
         self._factor = change.factor
         self._dtype = dtype
         self._asked = 0.0 if trained is None or trained.factor is not None else _square(trained)
         # Float32 keeps of an update what is worth the name.
-        self._measured = trained is not None and (dtype != torch.float32 or trained.factor is not None)
+        self._measured = trained is not None and (dtype != torch.float32 or trained.factor is not None or grid is not None)
         k = change.left.shape[1]
         self._in_float64 = k > _MOST_IN_FLOAT32[dtype] or self._factor is not None
         single = torch.float64 if self._in_float64 else torch.float32
@@ -212,10 +209,10 @@ class OneRounding:
             if self._factor is not None:
                 factor = self._factor if len(self._factor) == 1 else self._factor[rows]
                 before, sums = sums, (sums * factor).addmm_(self._left[rows], self._right_rows)
-                block.copy_(round_once(sums, self._dtype))
+                self._round(sums, block, rows)
                 return torch.stack([((block - before) * sums.sub_(before)).sum(), sums.square().sum()])
             sums.addmm_(self._left[rows], self._right_rows)
-            block.copy_(round_once(sums, self._dtype))
+            self._round(sums, block, rows)
             if not self._measured:
                 return None
             left, right = self._trained or (self._left, self._right_rows)
@@ -223,6 +220,12 @@ class OneRounding:
             return _beyond(sums.sub_(block), change)
 
         return exactly
+
+    def _round(self, sums: torch.Tensor, block: torch.Tensor, rows: slice) -> None:
+        """Round float64 sums (r, n) into rows of the weight."""
+        block.copy_(round_once(sums, self._dtype))
+        if self._grid is not None:
+            block.copy_(self._grid.nearest(block, rows))
 
     def _worker(self, most: int) -> Callable[[torch.Tensor, slice], torch.Tensor | None]:
         n, device = len(self._right), self._left.device

@@ -12,6 +12,7 @@ from surgery.engine.resources import Memory, Resources
 from surgery.errors import OptionError
 from surgery.files.disk import STREAM_MEMORY
 from surgery.files.file_writer import CHUNK_BYTES
+from surgery.format.header import TensorEntry
 from surgery.format.manifest_records import TargetRecord
 from surgery.format.safetensors import TORCH_DTYPES
 from surgery.linalg.measured import measuring_bytes
@@ -97,6 +98,25 @@ def need_to_fold(target: TargetRecord) -> Need:
     matrix = m * n * (4 if fp8 else TORCH_DTYPES[target.dtype].itemsize)
     stored = m * n * DTYPE_BITS[target.dtype] // 8
     return Need(target.key, target.shape, target.shard, held, working, matrix, count, stored)
+
+
+def need_to_merge(entry: TensorEntry, file: str, at_a_time: int | None, rank: int) -> Need:
+    """What the update of a tensor needs.
+
+    Args:
+        entry: of the tensor in the header of its weight file.
+        file: that weight file.
+        at_a_time: how many matrices of a stack are worked on at a time; None for the whole tensor.
+        rank: of what is added to each matrix.
+    """
+    stack = at_a_time is not None
+    held = _held(entry.shape, entry.dtype, at_a_time)
+    rows = entry.shape[1 if stack else 0] if len(entry.shape) > 1 else 1
+    matrix = math.prod(entry.shape[1:] if stack else entry.shape)
+    # The numbers in float32 where they are stored in another dtype than they are written in; the update, in float64 as well.
+    working = 2 * _copies(held, entry.dtype, True, False) + 32 * rank * (rows + matrix // max(rows, 1))
+    stored = matrix * DTYPE_BITS[entry.dtype] // 8
+    return Need(entry.name, entry.shape, file, held, working, 4 * matrix, entry.shape[0] if stack else 1, stored)
 
 
 def need_to_measure(target: Target, triplets: int, *, compared: bool) -> Need:

@@ -15,7 +15,7 @@ import yaml  # type: ignore[import-untyped]  # the hub client's own
 
 from surgery.escapes import escaped
 from surgery.format.manifest import Manifest
-from surgery.format.manifest_records import LeftOutRecord
+from surgery.format.manifest_records import LeftOutRecord, SourceRecord
 from surgery.hub import hub_client as client
 from surgery.names import CONFIG_FILE
 from surgery.publish.upload import CARD_FILE, TAG
@@ -51,11 +51,11 @@ def factorized_card(manifest: Manifest, repo_id: str | None, *, original: str | 
     overlay = manifest.layout == "overlay"
     scales = sum(target.trainable for target in manifest.targets)
     lines = [
-        f"# {_title(manifest, repo_id)}, factorized",
+        f"# {_title(manifest.source, repo_id)}, factorized",
         "",
-        f"{_name(manifest)}, taken apart by surgery: of each target, a weight matrix or a stack of them, the top singular",
-        f"directions are kept (truncated SVD), and one scale for each of them, {scales:,} in all, is what can be trained.",
-        f"Folding puts trained scales back into dense weights. {_losslessness(manifest)}",
+        f"{_name(manifest.source)}, taken apart by surgery: of each target, a weight matrix or a stack of them, the top",
+        f"singular directions are kept (truncated SVD), and one scale for each of them, {scales:,} in all, is what can be",
+        f"trained. Folding puts trained scales back into dense weights. {_losslessness(manifest)}",
         "",
         *_facts(manifest),
         f"- Layout: {'overlay (factors only)' if overlay else 'residual (self-contained)'}",
@@ -85,7 +85,7 @@ def factorized_card(manifest: Manifest, repo_id: str | None, *, original: str | 
             "**By themselves the weights here are another model**: they are what is left without those directions. Any loader",
             "takes them and says nothing of it. `surgery.attach` and `surgery fold` put the directions back.",
         ]
-    return _card(manifest, lines, original, relation="adapter" if overlay else None)
+    return _card(manifest.source, lines, original, relation="adapter" if overlay else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,15 +122,15 @@ def folded_card(
     """
     library = _library(manifest)
     changed, adapted = changes.changed, changes.adapted
-    lines = [f"# {_title(manifest, repo_id)}, folded", ""]
+    lines = [f"# {_title(manifest.source, repo_id)}, folded", ""]
     if changed:
         lines += [
-            f"{_name(manifest)} with trained scales folded into its weights by surgery: {changed:,} of",
+            f"{_name(manifest.source)} with trained scales folded into its weights by surgery: {changed:,} of",
             f"{len(manifest.targets):,} targets have become `W + U diag(s (g - 1)) Vᵀ`, rounded once, where U, s and V are the",
             "top singular directions of W and g has one scale for each.",
         ]
     else:
-        lines.append(f"{_name(manifest)}, taken apart and put together again by surgery, with scales that are all 1.")
+        lines.append(f"{_name(manifest.source)}, taken apart and put together again by surgery, with scales that are all 1.")
     if adapted:
         lines.append(f"A LoRA adapter was added to {adapted:,} tensors.")
     if changes.dequantized:
@@ -150,7 +150,42 @@ def folded_card(
             *_python(f"from {library} import {loader}", "", f"model = {loader}.from_pretrained({where})"),
         ]
     relation = "finetune" if changed or adapted else None
-    return _card(manifest, lines, original, relation=relation, library=library)
+    return _card(manifest.source, lines, original, relation=relation, library=library)
+
+
+def merged_card(
+    source: SourceRecord,
+    repo_id: str | None,
+    *,
+    adapters: int,
+    changed: int,
+    architecture: str | None = None,
+    original: str | None = None,
+) -> str:
+    """The card of a model that adapters were merged into.
+
+    Args:
+        source: the model.
+        repo_id: where the result is on the hub; None if nowhere yet.
+        adapters: how many.
+        changed: how many tensors they changed.
+        architecture: the class that ``config.json`` names.
+        original: the text of the model's own card, which is quoted, and from which license and language are kept.
+    """
+    library = "transformers" if architecture is not None else None
+    lines = [
+        f"# {_title(source, repo_id)}, merged",
+        "",
+        f"{_name(source)} with {'an adapter' if adapters == 1 else f'{adapters} adapters'} merged by surgery into",
+        f"{changed:,} of its tensors. All others are those of the original model.",
+        "",
+        f"- Source: {_source(source)}",
+    ]
+    if library is not None:
+        loader, where = _loader(library, architecture), repr(repo_id) if _is_name(repo_id) else "'merged'"
+        use = _python(f"from {library} import {loader}", "", f"model = {loader}.from_pretrained({where})")
+        lines += ["", "## Use", "", *use]
+    return _card(source, lines, original, relation="finetune", library=library)
 
 
 def adapter_card(
@@ -184,9 +219,9 @@ def adapter_card(
     library = _library(manifest) or "transformers"
     loader = _loader(library, architecture)
     lines = [
-        f"# {_title(manifest, repo_id)}, a LoRA adapter",
+        f"# {_title(manifest.source, repo_id)}, a LoRA adapter",
         "",
-        f"Trained scales of the top singular directions of {_name(manifest)}, exported by surgery as a LoRA adapter",
+        f"Trained scales of the top singular directions of {_name(manifest.source)}, exported by surgery as a LoRA adapter",
         f"of rank {rank} for {modules:,} modules: `A = Vᵀ` and `B = U diag(s (g - 1))`, padded to one rank, with alpha",
         "equal to it.",
         "",
@@ -202,11 +237,11 @@ def adapter_card(
             f"model = PeftModel.from_pretrained(model, {adapter})",
         ),
     ]
-    return _card(manifest, lines, original, relation="adapter", library="peft", quoted=False)
+    return _card(manifest.source, lines, original, relation="adapter", library="peft", quoted=False)
 
 
 def _card(
-    manifest: Manifest,
+    source: SourceRecord,
     lines: list[str],
     original: str | None,
     *,
@@ -214,7 +249,7 @@ def _card(
     library: str | None = None,
     quoted: bool = True,
 ) -> str:
-    base = manifest.source.repo_id if _is_name(manifest.source.repo_id) else None
+    base = source.repo_id if _is_name(source.repo_id) else None
     metadata, text = _parts_of(original or "")
     data = client.ModelCardData(
         base_model=base,
@@ -281,7 +316,7 @@ def _facts(manifest: Manifest) -> list[str]:
     if missed:
         accuracy += f"; the SVD of {missed:,} matrices did not reach the tolerance"
     return [
-        f"- Source: {_source(manifest)}",
+        f"- Source: {_source(manifest.source)}",
         f"- Targets: {len(targets):,} ({matrices:,} matrices), rank {rank}",
         f"- Trainable scales: {sum(target.trainable for target in targets):,}",
         f"- Accuracy: {accuracy}",
@@ -295,8 +330,7 @@ def _losslessness(manifest: Manifest) -> str:
     return "It was made without a correction: weights that come back differ from the original ones in their last bits."
 
 
-def _source(manifest: Manifest) -> str:
-    source = manifest.source
+def _source(source: SourceRecord) -> str:
     if source.repo_id is None:
         return "a local folder"
     text = _code(source.repo_id)
@@ -305,12 +339,12 @@ def _source(manifest: Manifest) -> str:
     return text if source.commit is None else f"{text} at commit {_code(source.commit)}"
 
 
-def _name(manifest: Manifest) -> str:
-    return "A model" if manifest.source.repo_id is None else _code(manifest.source.repo_id)
+def _name(source: SourceRecord) -> str:
+    return "A model" if source.repo_id is None else _code(source.repo_id)
 
 
-def _title(manifest: Manifest, repo_id: str | None) -> str:
-    known = [name for name in (manifest.source.repo_id, repo_id) if name is not None and _is_name(name)]
+def _title(source: SourceRecord, repo_id: str | None) -> str:
+    known = [name for name in (source.repo_id, repo_id) if name is not None and _is_name(name)]
     return known[0].rpartition("/")[2] if known else "A model"
 
 

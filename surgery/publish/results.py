@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from surgery.files.file_records import FileRecord
 from surgery.files.json_files import read_json_object
 from surgery.format.manifest import Manifest
-from surgery.format.manifest_records import ShardRecord
+from surgery.format.manifest_records import ShardRecord, SourceRecord
 from surgery.names import CONFIG_FILE, MANIFEST_FILE, SCALES_FILE
 from surgery.progress import note
 
@@ -81,6 +81,30 @@ def publish_folded(
         architecture=_architecture(out),
         original=_original_card(out, manifest),
     )
+    _complete(upload, files, card)
+
+
+def publish_merged(
+    upload: Upload | None, out: Path, along: Iterable[str], source: SourceRecord, *, adapters: int, changed: int
+) -> None:
+    """Complete the upload of a merged model, whose weights have been submitted: all other files and the card.
+
+    Args:
+        upload: the upload; None for none.
+        out: the folder of the model.
+        along: the files that go along with its weights.
+        source: the model that adapters were merged into.
+        adapters: how many.
+        changed: how many tensors they changed.
+    """
+    if upload is None:
+        return
+    from surgery.publish.card import merged_card
+
+    files: dict[str, Path | bytes] = {name: out / name for name in along}
+    original = (out / _CARD_FILE).read_text(errors="replace") if _CARD_FILE in files else None
+    names = (source, upload.repo_id)
+    card = merged_card(*names, adapters=adapters, changed=changed, architecture=_architecture(out), original=original)
     _complete(upload, files, card)
 
 

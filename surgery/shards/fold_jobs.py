@@ -10,11 +10,11 @@ from typing import Any
 from surgery.engine.lane import Lane
 from surgery.errors import FormatError
 from surgery.files.file_records import FileRecord
-from surgery.format.manifest import decode_file
+from surgery.format.decoding import decode
 from surgery.progress import listening
 from surgery.run.contents import is_as_recorded
 from surgery.run.resume import Recorded
-from surgery.shards.fold_shard import FoldPlaces, RemoteFold, ShardFold
+from surgery.shards.fold_shard import FoldedShard, FoldPlaces, RemoteFold, ShardFold
 from surgery.shards.held_files import HeldFiles
 from surgery.timing import Timing, timed
 from surgery.updates.dense import DenseTensors
@@ -23,7 +23,7 @@ from surgery.weights.checkpoint import Checkpoint, SourceShard
 
 
 class FoldJobs:
-    """The ``WritingJobs`` of a fold. The result of a job is the weight file that it wrote; None if no tensor of it is left.
+    """The ``WritingJobs`` of a fold or a merge.
 
     Args:
         checkpoint: what is folded into.
@@ -69,7 +69,7 @@ class FoldJobs:
                     files.acquire(file)
             yield index
 
-    def do_shard(self, index: int, lane: Lane, on_read: Callable[[], object]) -> FileRecord | None:
+    def do_shard(self, index: int, lane: Lane, on_read: Callable[[], object]) -> FoldedShard:
         """See ``LocalJobs``."""
         shard = self._shard(index)
         with HeldFiles(self.dense.files(shard.file), self._weights.release) as held:
@@ -93,7 +93,7 @@ class FoldJobs:
             checkpoint,
             self._weights.files.origin(files),
             self.update.part(checkpoint.keys, names),
-            self.dense.to_dense,
+            self.dense.writing,
             dataclasses.replace(places, out=places.out.resolve(), place=places.place.resolve()),
         )
 
@@ -107,29 +107,30 @@ class FoldJobs:
         """See ``LocalJobs``."""
         self._weights.files.close()
 
-    def files_of(self, result: FileRecord | None) -> list[FileRecord]:
+    def files_of(self, result: FoldedShard) -> list[FileRecord]:
         """See ``WritingJobs``."""
-        return [] if result is None else [result]
+        return [] if result.file is None else [result.file]
 
-    def as_json(self, index: int, result: FileRecord | None) -> Any:
+    def as_json(self, index: int, result: FoldedShard) -> Any:
         """See ``RecordedJobs``."""
-        return {"file": None if result is None else asdict(result)}
+        return asdict(result)
 
-    def recorded(self, index: int, value: Any) -> Recorded[FileRecord | None] | None:
+    def recorded(self, index: int, value: Any) -> Recorded[FoldedShard] | None:
         """See ``RecordedJobs``."""
-        file, place = self.shard_files[index], self.places.place
+        shard, place = self._shard(index), self.places.place
         try:
-            record = decode_file(value, f"{place}: the journal of shard {index + 1}")
+            result = decode(FoldedShard, value, f"{place}: the journal of shard {index + 1}")
         except FormatError:  # a damaged record: the job is done again, else the same command would fail for ever
             return None
-        size = self._size(index)
+        record, size = result.file, self._size(shard)
         if record is None or size is None:
             holds = record is None and size is None
         else:
-            holds = (record.file, record.size) == (file, size) and is_as_recorded(place, record)
-        return Recorded(record) if holds else None
+            holds = (record.file, record.size) == (shard.file, size) and is_as_recorded(place, record)
+        return Recorded(result) if holds else None
 
-    def _size(self, index: int) -> int | None:
+    def _size(self, shard: SourceShard) -> int | None:
         """Bytes of the weight file that is written for a shard; None if no tensor of it is left."""
-        shard = self._shard(index)
-        return self.dense.size(self._weights.header(shard.file)) if self.dense.to_dense else shard.size
+        if not self.dense.writing.is_stored_otherwise:
+            return shard.size
+        return self.dense.size(self._weights.header(shard.file))

@@ -20,7 +20,9 @@ from surgery.names import PARTIALS_DIR
 from surgery.progress import Progress, Silent
 from surgery.shards.factorize_shard import check_shared
 from surgery.source.origin import Origin
-from surgery.updates.dense import DenseTensors
+from surgery.updates.apply import Updated
+from surgery.updates.dense import DenseTensors, Writing
+from surgery.updates.kept_updates import KeptUpdate
 from surgery.updates.protocol import Update
 from surgery.weights.checkpoint import Checkpoint, SentCheckpoint, SourceShard
 from surgery.weights.sent import SentFiles
@@ -44,6 +46,19 @@ class FoldPlaces:
 
 
 @dataclass(frozen=True, slots=True)
+class FoldedShard:
+    """What the fold of a shard gives.
+
+    Attributes:
+        file: the weight file that was written, or would be; None if no tensor of it is left.
+        kept: what the rounding kept of each update in it.
+    """
+
+    file: FileRecord | None
+    kept: list[KeptUpdate]
+
+
+@dataclass(frozen=True, slots=True)
 class RemoteFold:
     """The fold of one shard as an object that is sent to another process, perhaps on another machine.
 
@@ -52,7 +67,7 @@ class RemoteFold:
         checkpoint: the part of the checkpoint that this job needs.
         origin: where the process takes its weight files from.
         update: what is added to the weights in them.
-        to_dense: whether FP8 weights become bfloat16.
+        writing: how they are written.
         places: where the result is written to.
     """
 
@@ -60,16 +75,16 @@ class RemoteFold:
     checkpoint: SentCheckpoint
     origin: Origin
     update: Update
-    to_dense: bool
+    writing: Writing
     places: FoldPlaces
 
-    def __call__(self, lane: Lane, attempt: str) -> FileRecord | None:
+    def __call__(self, lane: Lane, attempt: str) -> FoldedShard:
         """Do the job. ``attempt`` names the folder for unfinished files, so that two attempts at one time do not clash."""
         if not self.places.to_compare:
             check_shared(self.places.out)
         partial = self.places.out / PARTIALS_DIR / attempt / self.shard.file.replace("/", "--")
         with SentFiles(self.origin) as files, self.checkpoint.open(files) as checkpoint:
-            dense = DenseTensors(checkpoint, self.update, to_dense=self.to_dense)
+            dense = DenseTensors(checkpoint, self.update, self.writing)
             return ShardFold(self.shard, checkpoint, dense, self.places, Silent()).run(lane, lambda: None, partial)
 
 
@@ -91,51 +106,56 @@ class ShardFold:
     places: FoldPlaces
     progress: Progress
 
-    def run(self, lane: Lane, on_read: Callable[[], object], partial: Path | None) -> FileRecord | None:
+    def run(self, lane: Lane, on_read: Callable[[], object], partial: Path | None) -> FoldedShard:
         """Write the weight file, or only hash what would be written.
 
         Args:
             lane: the device, threads and memory to do it with.
             on_read: called when the shard has been read.
             partial: the path of the file until it is finished; None: beside its place.
-
-        Returns:
-            The file; None if no tensor of it is left.
         """
         file, weights = self.shard.file, self.checkpoint.weights
         with ShardReader(weights.path(file), watch=weights.watch) as reader:
             if (size := self.dense.size(reader.header)) is None:
                 self.progress.advance(reader.header.data_bytes)
-                return None
+                return FoldedShard(None, [])
             if self.places.to_compare:
                 sink = HashSink()
-                self._write(reader, sink, lane, on_read)
-                return FileRecord(file, size, sink.sha256)
+                kept = self._write(reader, sink, lane, on_read)
+                return FoldedShard(FileRecord(file, size, sink.sha256), kept)
             with FileWriter(self.places.place / file, partial) as writer:
-                self._write(reader, writer, lane, on_read)
-                return writer.commit(file)
+                kept = self._write(reader, writer, lane, on_read)
+                return FoldedShard(writer.commit(file), kept)
 
-    def _write(self, reader: ShardReader, writer: FileWriter | HashSink, lane: Lane, on_read: Callable[[], object]) -> None:
-        """Write the header and, in the order of the shard, the bytes of each window."""
+    def _write(
+        self, reader: ShardReader, writer: FileWriter | HashSink, lane: Lane, on_read: Callable[[], object]
+    ) -> list[KeptUpdate]:
+        """Write the header and, in the order of the shard, the bytes of each window. Returns what rounding kept."""
         shard, dense, progress, weights = self.shard, self.dense, self.progress, self.checkpoint.weights
         path, header = weights.path(shard.file), dense.header(reader.header)
         if lost := self.checkpoint.missing(shard.file, [entry.name for entry in reader.header.tensors]):
             raise FormatError(f"{path}: a target of the manifest is not there", got="nothing", expected=lost[0])
         writer.write(header)
+        total = Updated(torch.empty(0))
 
-        def fold(window: Sequence[Piece]) -> list[torch.Tensor | None]:
-            return [dense.of(piece, lane.device) if isinstance(piece, TargetPiece) else piece.buffer for piece in window]
+        def fold(window: Sequence[Piece]) -> list[Updated | None]:
+            return [
+                dense.of(piece, lane.device) if isinstance(piece, TargetPiece) else Updated(piece.buffer) for piece in window
+            ]
 
-        def finish(window: Sequence[Piece], folded: Sequence[torch.Tensor | None]) -> None:
-            for piece, weight in zip(window, folded, strict=True):
+        def finish(window: Sequence[Piece], folded: Sequence[Updated | None]) -> None:
+            for piece, updated in zip(window, folded, strict=True):
                 if isinstance(piece, TargetPiece):
                     progress.item(piece.entry.name)
-                if weight is not None:
-                    writer.write(bytes_of(weight.contiguous()))
+                if updated is not None:
+                    writer.write(bytes_of(updated.tensor.contiguous()))
+                    for more in updated.kept.values():
+                        total.keep(more)
                 progress.advance(len(piece))
 
         with ShardWalk(reader, dense.touched(reader.header), lane.buffers, lane.timing) as walk:
             lane.flow(walk, self.places.window_bytes, fold, finish, on_read)
         weights.check(shard.file, walk.sha256)
         if header == reader.header.raw and dense.keeps(reader.header) and writer.sha256 != (shard.sha256 or walk.sha256):
-            raise FormatError(f"{path}: untouched scales do not give the source back", hint=DAMAGED_HINT)
+            raise FormatError(f"{path}: untouched weights do not give the source back", hint=DAMAGED_HINT)
+        return list(total.kept.values())

@@ -1,54 +1,79 @@
-"""What a fold writes for each tensor and weight file: values with the update, dtypes, fresh FP8 scales, and headers."""
+"""What is written for each tensor and weight file with an update: values, dtypes, FP8 scales, and headers."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 
 from surgery.engine.walk import TargetPiece
 from surgery.errors import OptionError, WeightError
 from surgery.format.header import Header, TensorEntry, make_header, resized
-from surgery.format.views import View
+from surgery.format.safetensors import TORCH_DTYPES
+from surgery.format.views import Slice, View
+from surgery.lossless.grids import DtypeGrid, Grid
 from surgery.lossless.rounding import all_finite
+from surgery.lossless.update import Rounding
 from surgery.names import FACTORIZABLE_DTYPES
-from surgery.updates.apply import UpdatedWeights
+from surgery.updates.apply import Updated, UpdatedWeights, WrittenAs
 from surgery.updates.protocol import Update
 from surgery.weights.checkpoint import Checkpoint
-from surgery.weights.fp8 import block_scales, quantize
+from surgery.weights.fp8 import Fp8Grid, block_maxima, block_scales, quantize, scales_that_hold
 
 #: What FP8 weights become when they are dequantized.
 DENSE_DTYPE = "BF16"
 
 
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """How weights are written.
+
+    Attributes:
+        rounding: of changed matrices: ``nearest``, ``directions`` (``surgery.lossless.directions``), or None for the one that
+            keeps their update: ``directions`` for FP8, and for 16-bit weights where ``nearest`` would keep less than 99 %.
+        to_dense: whether every FP8 weight becomes bfloat16, without its scales.
+        dtype: what all weights of 16 and 32 bits become, as safetensors names it; None for what they are.
+    """
+
+    rounding: Rounding | None = None
+    to_dense: bool = False
+    dtype: str | None = None
+
+    @property
+    def is_stored_otherwise(self) -> bool:
+        """Whether weights that do not change are written in another way than they are stored."""
+        return self.to_dense or self.dtype is not None
+
+
 class DenseTensors:
     """What each tensor of a checkpoint becomes with an update. Any number of threads may use it.
 
-    A changed FP8 weight is quantized again with fresh scales. These may be stored before the weight, or in another shard, so
-    they are computed from the whole weight when they are first needed, and kept.
+    A changed FP8 weight is quantized again, with new scales for the blocks that need them. These may be stored before the
+    weight, or in another shard, so they are computed from the whole weight when they are first needed, and kept.
 
     Args:
         checkpoint: the weights and their factors.
         update: what is added to them.
-        to_dense: whether to write every FP8 weight as bfloat16, without its scales.
+        writing: how they are written.
 
     Attributes:
-        to_dense: as given.
+        writing: as given.
     """
 
-    def __init__(self, checkpoint: Checkpoint, update: Update, *, to_dense: bool) -> None:
-        self._lossless = checkpoint.lossless
+    def __init__(self, checkpoint: Checkpoint, update: Update, writing: Writing) -> None:
+        self._checkpoint = checkpoint
         self._weights = checkpoint.weights
         self._updated = UpdatedWeights(checkpoint, update)
-        self.to_dense = to_dense
+        self.writing = writing
         quantized = self._weights.quantized
         self._weight_of = {scaled.scale: name for name, scaled in quantized.items()}
         self._together = _together(checkpoint)
         self._dropped: set[str] = set()
-        if to_dense:
+        if writing.to_dense:
             self._dropped.update(self._weight_of, *(scaled.activations for scaled in quantized.values()))
-        self._fresh: dict[str, torch.Tensor] = {}
+        self._new_scales: dict[str, torch.Tensor] = {}
         self._one = threading.Lock()
 
     def files(self, shard: str) -> list[str]:
@@ -66,12 +91,21 @@ class DenseTensors:
 
     def keeps(self, header: Header) -> bool:
         """Whether the weight file with this header keeps the bytes that it has in the source."""
-        names = [entry.name for entry in header.tensors]
-        if any(map(self._updated.is_added_to, names)):
-            return False
-        # Scales of an FP8 weight change with the weight, which may be in another file.
-        weights = {*names, *(self._weight_of[name] for name in names if name in self._weight_of)}
-        return self._lossless and not self.to_dense and not any(map(self._updated.is_scaled, weights))
+        return self._checkpoint.lossless and not any(
+            self._is_changed(entry.name) or self._dtype_of(entry) != entry.dtype or entry.name in self._dropped
+            for entry in header.tensors
+        )
+
+    def _is_changed(self, tensor: str) -> bool:
+        """Whether the numbers of a tensor change. Scales of an FP8 weight do with the weight, which may be in another file."""
+        return self._updated.is_changed(self._weight_of.get(tensor, tensor))
+
+    def _dtype_of(self, entry: TensorEntry) -> str:
+        """The dtype that a tensor is written in, as safetensors names it."""
+        if entry.name in self._weights.quantized:
+            return (self.writing.dtype or DENSE_DTYPE) if self.writing.to_dense else entry.dtype
+        is_scale = entry.name in self._weight_of
+        return (self.writing.dtype or entry.dtype) if entry.dtype in FACTORIZABLE_DTYPES and not is_scale else entry.dtype
 
     def touched(self, header: Header) -> dict[str, int | None]:
         """The tensors of a shard whose stored bytes are not copied unchanged.
@@ -80,36 +114,39 @@ class DenseTensors:
             Tensor -> how many matrices of a stack to hold at a time; None for the whole tensor.
 
         Raises:
-            OptionError: the adapter changes a tensor of a dtype that cannot be changed.
+            OptionError: the update changes a tensor of a dtype that cannot be changed.
         """
         touched: dict[str, int | None] = {}
-        updated, quantized = self._updated, self._weights.quantized
         for entry in header.tensors:
-            targets, added = updated.targets(entry.name), updated.is_added_to(entry.name)
-            changed = added or updated.is_scaled(entry.name)
-            if added and entry.dtype not in FACTORIZABLE_DTYPES and not (self.to_dense and entry.name in quantized):
+            name, is_fp8 = entry.name, entry.name in self._weights.quantized
+            targets, is_changed = self._updated.targets(name), self._is_changed(name)
+            if self._updated.change(name) is not None and entry.dtype not in FACTORIZABLE_DTYPES and not is_fp8:
                 raise OptionError(
-                    f"the adapter changes {entry.name!r}, which is {entry.dtype}", hint="--dequantize, if that is FP8"
+                    f"the adapter changes {name!r}, which is {entry.dtype}",
+                    expected=", ".join(FACTORIZABLE_DTYPES) + ", or FP8 with scales",
                 )
-            if entry.name in quantized:
-                if changed or self.to_dense:
-                    touched[entry.name] = View("stack").at_a_time(entry.shape, 4) if len(entry.shape) == 3 else None
-            elif entry.name in self._dropped:
-                touched[entry.name] = None
-            elif entry.name in self._weight_of:
-                if updated.is_scaled(self._weight_of[entry.name]):
-                    touched[entry.name] = None
-            elif targets and (changed or updated.is_residual(entry.name)):
-                touched[entry.name] = targets[0].at_a_time
-            elif added:
-                touched[entry.name] = None
+            if name in self._dropped or name in self._weight_of:
+                if name in self._dropped or is_changed:
+                    touched[name] = None
+            elif is_changed or self._dtype_of(entry) != entry.dtype or (targets and self._updated.is_residual(name)):
+                touched[name] = self._at_a_time(entry, is_fp8)
         return touched
+
+    def _at_a_time(self, entry: TensorEntry, is_fp8: bool) -> int | None:
+        """How many matrices of a stack to hold at a time; None for the whole tensor."""
+        targets, change = self._updated.targets(entry.name), self._updated.change(entry.name)
+        if change is not None and not change.is_stack:
+            return None
+        if targets and not is_fp8:
+            return targets[0].at_a_time
+        return View("stack").at_a_time(entry.shape, 4) if len(entry.shape) == 3 else None
 
     def header(self, header: Header) -> bytes:
         """The bytes of the header that is written for a shard with this header."""
-        if not self.to_dense:
+        written = self._written(header)
+        if written == list(header.tensors):
             return header.raw
-        return make_header(self._written(header), header.metadata)
+        return make_header(written, header.metadata)
 
     def size(self, header: Header) -> int | None:
         """Bytes of the weight file that is written for a shard with this header; None if no tensor of it is left."""
@@ -119,12 +156,12 @@ class DenseTensors:
         return len(self.header(header)) + sum(entry.nbytes for entry in written)
 
     def _written(self, header: Header) -> list[TensorEntry]:
-        """The entries of the header that is written: dequantized weights in bfloat16, and without the scales of these."""
-        kept = [entry for entry in header.tensors if entry.name not in self._dropped]
-        to_dense = self._weights.quantized if self.to_dense else {}
-        return [resized(entry, DENSE_DTYPE if entry.name in to_dense else entry.dtype) for entry in kept]
+        """The entries of the header that is written."""
+        if not self.writing.is_stored_otherwise:
+            return list(header.tensors)
+        return [resized(entry, self._dtype_of(entry)) for entry in header.tensors if entry.name not in self._dropped]
 
-    def of(self, piece: TargetPiece, device: torch.device) -> torch.Tensor | None:
+    def of(self, piece: TargetPiece, device: torch.device) -> Updated | None:
         """What is written for a piece of a weight file, on the CPU; None if it is left out.
 
         Args:
@@ -136,54 +173,76 @@ class DenseTensors:
             WeightError, ScalesError: the result is beyond the range of its dtype.
             FormatError: the tensor is not as the manifest describes it, or its correction is damaged.
         """
-        name, quantized = piece.entry.name, self._weights.quantized
-        if name in self._dropped:
+        entry = piece.entry
+        if entry.name in self._dropped:
             return None
-        if name in self._weight_of:
-            return self._fresh_scales(self._weight_of[name], device)
-        if name not in quantized:
-            return self._updated.tensor(piece.tensor, piece.entry, piece.first, device)
-        weight = self._updated.tensor(self._weights.exact_piece(piece), piece.entry, piece.first, device)
-        if self.to_dense:
-            dense = weight.to(torch.bfloat16)
-            if not all_finite(dense):
-                raise WeightError(f"{name!r} is beyond the range of bfloat16", hint="fold without --dequantize")
-            return dense
-        return self._requantized(piece, weight, device)
+        if entry.name in self._weight_of:
+            return Updated(self._scales_of(self._weight_of[entry.name], device))
+        weight = self._weights.exact_piece(piece)
+        if entry.name in self._weights.quantized and not self.writing.to_dense:
+            return self._requantized(piece, weight, device)
+        dtype = TORCH_DTYPES[self._dtype_of(entry)]
+        grid = None if weight.dtype == dtype else DtypeGrid(dtype)
+        written = WrittenAs(dtype, self.writing.rounding, lambda index, part: grid)
+        updated = self._updated.tensor(weight, entry, piece.first, device, written)
+        if dtype != weight.dtype and updated.tensor.numel() and not all_finite(updated.tensor):
+            what = "--dequantize" if entry.name in self._weights.quantized else "--dtype"
+            raise WeightError(
+                f"{entry.name!r} is beyond the range of {str(dtype).removeprefix('torch.')}", hint=f"run it without {what}"
+            )
+        return updated
 
-    def _requantized(self, piece: TargetPiece, weight: torch.Tensor, device: torch.device) -> torch.Tensor:
-        """Quantize an updated weight, float32, to FP8 with its fresh scales; ``piece`` is what it was made from."""
-        name = piece.entry.name
-        scales, block = self._fresh_scales(name, device), self._weights.quantized[name].block
-        result = quantize(weight, scales[piece.first : piece.first + len(weight)] if weight.ndim == 3 else scales, block)
-        if weight.ndim == 3:  # matrices of a stack that no scale changes keep their bytes
+    def _requantized(self, piece: TargetPiece, weight: torch.Tensor, device: torch.device) -> Updated:
+        """An FP8 weight with the update, quantized again.
+
+        Args:
+            piece: what is stored of it.
+            weight: the numbers that this stands for, float32.
+        """
+        name, first = piece.entry.name, piece.first
+        scales, block = self._scales_of(name, device), self._weights.quantized[name].block
+        is_stack, (m, n) = weight.ndim == 3, weight.shape[-2:]
+
+        def grid(index: int, part: Slice | None) -> Grid:
+            return Fp8Grid(scales[index] if is_stack else scales, block, (m, n), part)
+
+        written = WrittenAs(torch.float32, self.writing.rounding or "directions", grid)
+        updated = self._updated.tensor(weight, piece.entry, first, device, written)
+        result = quantize(updated.tensor, scales[first : first + len(weight)] if is_stack else scales, block)
+        if is_stack:  # matrices that do not change keep their bytes
             for i in range(len(weight)):
-                if not self._updated.is_matrix_scaled(name, piece.first + i):
+                if not self._updated.is_matrix_changed(name, first + i):
                     result[i] = piece.tensor[i]
-        return result
+        return Updated(result, updated.kept)
 
-    def _fresh_scales(self, tensor: str, device: torch.device) -> torch.Tensor:
+    def _scales_of(self, tensor: str, device: torch.device) -> torch.Tensor:
         """All scales of an FP8 weight with the update, in the dtype and shape of the stored ones."""
         with self._one:
-            known = self._fresh.get(tensor)
+            known = self._new_scales.get(tensor)
         if known is not None:
             return known
         # Two threads that need them at the same time both compute them, with the same result.
         block, old = self._weights.quantized[tensor].block, self._weights.scales(tensor)
-        fresh = old.clone()
-        with self._weights.reader(self._updated.targets(tensor)[0].shard) as reader:
+        new = old.clone()
+        shard = self._checkpoint.shard_of(tensor)
+        assert shard is not None  # the walk has met it
+        with self._weights.reader(shard) as reader:
             entry = reader.entries[tensor]
             stack = len(entry.shape) == 3
             for first in range(entry.shape[0]) if stack else [0]:
-                if stack and not self._updated.is_matrix_scaled(tensor, first):
+                if stack and not self._updated.is_matrix_changed(tensor, first):
                     continue
                 stored = reader.read(entry, first, 1) if stack else reader.read(entry)
-                weight = self._updated.tensor(self._weights.exact(tensor, stored, first), entry, first, device)
+                exact = self._weights.exact(tensor, stored, first)
+                weight = self._updated.tensor(exact, entry, first, device, WrittenAs(torch.float32, "nearest")).tensor
                 where = slice(first, first + 1) if stack else ...
-                fresh[where] = block_scales(weight, block, old[where])
+                if self.writing.rounding == "nearest":
+                    new[where] = block_scales(weight, block, old[where])
+                else:
+                    new[where] = scales_that_hold(block_maxima(weight, block), old[where])
         with self._one:
-            self._fresh[tensor] = fresh
-        return fresh
+            self._new_scales[tensor] = new
+        return new
 
 
 def _together(checkpoint: Checkpoint) -> dict[str, set[str]]:

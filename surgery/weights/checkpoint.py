@@ -148,6 +148,7 @@ class FactorizedWeights:
     @cached_property
     def _homes(self) -> Mapping[str, str]:
         homes = {target.tensor: target.shard for target in self.manifest.targets}
+        homes |= {alias.tensor: alias.shard for target in self.manifest.targets for alias in target.aliases}
         return homes | {skipped.tensor: skipped.shard for skipped in self.manifest.skipped}
 
     def shard_of(self, tensor: str) -> str | None:

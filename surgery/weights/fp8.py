@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import torch
 
+from surgery.format.views import Slice
 from surgery.memory import scratch
 
 _LARGEST, _LARGEST_HELD = 448.0, 464.0  # of float8_e4m3fn, and what still rounds to it
@@ -100,16 +101,24 @@ class Fp8Grid:
         scale: as for ``dequantize``, of one matrix, on the device of the weights.
         block: (rows, columns).
         shape: (m, n).
+        part: the rows or columns of the matrix that are meant; None for all of it.
     """
 
-    def __init__(self, scale: torch.Tensor, block: tuple[int, int], shape: tuple[int, int]) -> None:
+    def __init__(self, scale: torch.Tensor, block: tuple[int, int], shape: tuple[int, int], part: Slice | None = None) -> None:
         m, n = shape
         grid = scale.float().reshape(-(-m // block[0]), -(-n // block[1]))
-        self._rows, self._columns = block[0], grid.repeat_interleave(block[1], -1)[:, :n].contiguous()
+        columns = grid.repeat_interleave(block[1], -1)[:, :n]
+        self._rows, self._is_whole = block[0], part is None or part.axis == 1
         self._of_row = torch.arange(m) // block[0]
+        if part is not None:
+            phase = torch.arange(shape[part.axis]) % part.period
+            meant = (phase >= part.start) & (phase < part.stop)
+            columns = columns[:, meant] if part.axis == 1 else columns
+            self._of_row = self._of_row[meant] if part.axis == 0 else self._of_row
+        self._columns = columns.contiguous()
 
     def nearest(self, x: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
-        if not isinstance(rows, slice):
+        if not isinstance(rows, slice) or not self._is_whole:
             return _nearest(x, self._columns.to(x.device)[self._of_row[rows].to(x.device)])
         first, last = rows.start, rows.stop
         for i in range(first // self._rows, (last - 1) // self._rows + 1):

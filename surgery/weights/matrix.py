@@ -135,6 +135,20 @@ def stored_residual(
     return StoredMatrix(target, stored, True, reader.factors(target, index), correction)
 
 
+def added(
+    device: torch.device, weight: torch.Tensor, addition: Addition, rounding: Rounding | None, grid: Grid | None
+) -> tuple[torch.Tensor, Kept]:
+    """A weight (m, n) without factors, with a change, and what was kept of it; as ``StoredMatrix.updated``."""
+    kept = NOTHING_ASKED
+
+    def compute(there: torch.Tensor, where: torch.device) -> torch.Tensor:
+        nonlocal kept
+        result, kept = rescale(there, None, None, addition.to(where), Written(there, rounding, grid))
+        return result
+
+    return computed_on(device, weight, compute), kept
+
+
 def computed_on(
     device: torch.device, weight: torch.Tensor, compute: Callable[[torch.Tensor, torch.device], torch.Tensor]
 ) -> torch.Tensor:

@@ -19,6 +19,9 @@ from surgery.source.weight_files import index_entries
 from surgery.weights.fp8 import dequantize
 from surgery.weights.quantization import QUANTIZATION_KEYS, Scaled
 
+#: Entries of a config that tell the dtype of the weights: of transformers before 4.56, and after.
+_DTYPE_KEYS = ("torch_dtype", "dtype")
+
 
 class Dequantizer:
     """Reads the scales of FP8 weights, from whichever weight file has them, and applies them.
@@ -60,12 +63,24 @@ class Dequantizer:
         return dequantize(tensor, self.scales(scaled, first, count), scaled.block)
 
 
-def without_quantization(config: Path) -> bytes:
-    """The text of a ``config.json`` without its description of a quantization."""
+def config_of_rewritten(config: Path, dtype: str | None, *, dequantized: bool) -> bytes:
+    """The text of a ``config.json`` for weights that are stored in another way.
+
+    Args:
+        config: the file as it was.
+        dtype: of the weights now, as torch names it, such as ``bfloat16``; None where that is unchanged.
+        dequantized: whether the weights are not quantized any more.
+    """
     parsed = read_json_object(config, config.name)
-    for part in (parsed, *(value for value in parsed.values() if isinstance(value, dict))):
-        for key in QUANTIZATION_KEYS:
+    parts = [parsed, *(value for value in parsed.values() if isinstance(value, dict))]
+    for part in parts:
+        for key in QUANTIZATION_KEYS if dequantized else ():
             part.pop(key, None)
+        for key in _DTYPE_KEYS if dtype is not None else ():
+            if key in part:
+                part[key] = dtype
+    if dtype is not None and parsed.keys().isdisjoint(_DTYPE_KEYS):
+        parsed[_DTYPE_KEYS[0]] = dtype
     return json.dumps(parsed, indent=2, ensure_ascii=False).encode() + b"\n"
 
 

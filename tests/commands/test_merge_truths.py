@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from surgery.commands.merge import merge
 
 from surgery.cli.main import main
+from surgery.commands.merge import merge
 from surgery.errors import SurgeryError
 from surgery.progress import Silent
 from tests.models import files_of, tensors_of

@@ -455,7 +455,7 @@ def test_a_fold_that_does_not_give_the_source_back(factorized: Path, tmp_path: P
     with edited_manifest(factorized) as manifest:
         last = next(shard for shard in reversed(manifest["shards"]) if shard["factors"])
         last["source"]["sha256"] = "0" * 64
-    with pytest.raises(FormatError, match=rf"{last['source']['file']}: untouched scales do not give the source back"):
+    with pytest.raises(FormatError, match=rf"{last['source']['file']}: untouched weights do not give the source back"):
         surgery.fold(factorized, factorized / "surgery/scales.safetensors", tmp_path / "back")
     assert not (tmp_path / "back/config.json").exists()
     assert not (tmp_path / "back" / last["source"]["file"]).exists()

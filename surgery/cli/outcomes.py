@@ -1,0 +1,59 @@
+"""How commands tell what became of updates: in their last line, and in a table."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from surgery.cli.tables import table
+
+if TYPE_CHECKING:
+    from surgery.commands.merge import MergedTensor
+
+
+def kept_of_update(kept: float | None, least: float | None) -> str:
+    """What rounding kept of an update, as a part of a sentence that begins with a comma; empty if nothing was updated."""
+    if kept is None or least is None:
+        return ""
+    return f", {percent(kept)} of the update kept" + (f" (least {percent(least)})" if percent(least) != percent(kept) else "")
+
+
+def percent(share: float) -> str:
+    """A share as a percentage. 100 % is all but for 0.05 %."""
+    return f"{100 * share:.1f} %".replace("100.0", "100")
+
+
+def table_of_merged(tensors: Sequence[MergedTensor]) -> str:
+    """A table of the tensors that adapters change: those whose names differ in numbers alone have one row."""
+    groups: dict[tuple[str, str], list[MergedTensor]] = {}
+    for one in tensors:
+        groups.setdefault((re.sub(r"\d+", "*", one.tensor), one.change), []).append(one)
+    rows = [
+        [
+            name if len(some) > 1 else some[0].tensor,
+            str(len(some)),
+            change,
+            _span(str(rank) for rank in sorted({one.rank for one in some}) if rank),
+            _range([one.size for one in some]),
+            _least([one.kept for one in some]),
+        ]
+        for (name, change), some in groups.items()
+    ]
+    return table(("tensors", "number", "change", "rank", "size", "kept"), rows, flush_right=(1, 3, 4, 5), names=(0,))
+
+
+def _span(values: Iterable[str]) -> str:
+    found = list(values)
+    return "-" if not found else found[0] if len(found) == 1 else f"{found[0]}-{found[-1]}"
+
+
+def _range(sizes: Sequence[float | None]) -> str:
+    """Of updates relative to their weights: the median."""
+    known = sorted(size for size in sizes if size is not None)
+    return f"{100 * known[len(known) // 2]:.2g} %" if known else "-"
+
+
+def _least(shares: Sequence[float | None]) -> str:
+    known = [share for share in shares if share is not None]
+    return percent(min(known)) if known else "-"

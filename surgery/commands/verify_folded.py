@@ -1,0 +1,91 @@
+"""What of trained scales has arrived in a folded model: ``surgery verify --folded``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from surgery.device import choose_device, on_its_own_terms
+from surgery.format.manifest import Manifest
+from surgery.format.scales import read_scales
+from surgery.format.scales_path import scales_file
+from surgery.lossless.kept import Kept
+from surgery.progress import Progress, listening, phase
+from surgery.reports import Report
+from surgery.shards.projector import Projector, tuned_model
+from surgery.source.open import open_part
+from surgery.updates.kept_updates import KeptSummary, KeptUpdate
+from surgery.weights.checkpoint import FactorizedWeights, weights_of
+
+
+@dataclass(frozen=True, slots=True)
+class FoldCheck(Report):
+    """What is left in a folded model of the scales that were folded into it.
+
+    Attributes:
+        targets: how many tensors have scales.
+        changed: how many of them have scales other than 1.
+        kept: share of the update that is in the weights, as ``fold`` reports it; null if no scale differs from 1.
+        kept_least: the smallest share that is left of the update of any target.
+        kept_least_in: the key of that target.
+    """
+
+    targets: int
+    changed: int
+    kept: float | None
+    kept_least: float | None
+    kept_least_in: str | None
+
+
+@on_its_own_terms
+def verify_folded(
+    factorized: str | Path,
+    folded: str | Path,
+    scales: str | Path,
+    *,
+    base: str | Path | None = None,
+    device: str | torch.device = "auto",
+    progress: Progress | None = None,
+) -> FoldCheck:
+    """Measure what of trained scales is in a folded model, after whatever rounding.
+
+    With ``D = U diag(s (g - 1)) V^T`` it is ``<W_f - W, D> / <D, D>``, from ``u_i^T (W_f - W) v_i``, in float64.
+
+    Args:
+        factorized: the folder that was folded.
+        folded: the model that came of it, or any other with the same tensors, folder or hub id.
+        scales: the scales file, or a folder that holds one.
+        base: for an overlay, the model it was made from, if the one that the manifest names is not to be used.
+        device: where the arithmetic runs: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        progress: told how far it is, and what the user should know; without it that is a ``SurgeryWarning``.
+
+    Raises:
+        SourceError: a model is not there, or lacks a target.
+        ScalesError: the scales are not those of the checkpoint.
+        ReadError, FormatError: a file cannot be read, is damaged, or is not the one that the manifest describes.
+        OptionError: no such device.
+    """
+    progress = listening()
+    where = choose_device(str(device))
+    where = torch.device("cpu") if where.type == "mps" else where  # which has no float64
+    folder = Path(factorized)
+    manifest = Manifest.read(folder)
+    values = read_scales(scales_file(Path(scales)), manifest)
+    weights = weights_of(folder, manifest, base)
+    source = open_part(folded, manifest.source.subfolder)
+    with phase(progress, "reading headers"):
+        model = tuned_model(source, folder, manifest, weights)
+    with model, FactorizedWeights(folder, manifest, weights) as checkpoint:
+        projector = Projector(checkpoint, model, where)
+        projector.run(progress)
+    for read in (source, weights):
+        read.watch.check()
+    updates = []
+    for key, found in projector.found.items():
+        change = found.s.double() * (values[key].view_as(found.s).double() - 1)
+        asked = float(change.square().sum())
+        updates.append(KeptUpdate(key, Kept(asked, float((change * found.components).sum()), None, asked)))
+    kept = KeptSummary.of(updates)
+    return FoldCheck(len(manifest.targets), kept.updates, kept.share, kept.least, kept.least_in)
