@@ -171,10 +171,10 @@ class _DiffusionFile:
         text = self._reader.header.metadata.get(_METADATA)
         if text is None:
             return None
-        prefix = "" if self._component is None else f"{self._component}."
         everything = json_object(text.encode(), f"{self._path}: its {_METADATA}")
-        if self._component is None and everything:
-            prefix = f"{next(iter(everything)).partition('.')[0]}."
+        # A pipeline's file has the component before each key, that of a single model has none.
+        first = next(iter(everything), "")
+        prefix = "" if "r" in everything else f"{self._component or first.partition('.')[0]}."
         config: dict[str, Any] = {
             key.removeprefix(prefix): value for key, value in everything.items() if key.startswith(prefix)
         }
