@@ -43,6 +43,7 @@ _ORIGINAL = {
     "output_blocks_1_0_in_layers_2": "up_blocks.0.resnets.1.conv1",
     "output_blocks_3_1_transformer_blocks_0_ff_net_2": "up_blocks.1.attentions.0.transformer_blocks.0.ff.net.2",
     "output_blocks_5_0_skip_connection": "up_blocks.1.resnets.2.conv_shortcut",
+    "output_blocks_2_2_conv": "up_blocks.0.upsamplers.0.conv",
     "time_embed_0": "time_embedding.linear_1",
     "out_2": "conv_out",
 }
@@ -148,6 +149,9 @@ def test_ranks_and_alphas_in_the_metadata(unet: Path, tmp_path: Path) -> None:
     truth = _fused(unet, halves, tmp_path / "fused", metadata=metadata)
     for component in ("unet", None):
         assert_equal(merged_by_us(unet, _read(unet, path, component)), truth, tensors_of(unet))
+    other = {f"text_encoder.{key}": value for key, value in config.items()}
+    save_file(halves, path, {"format": "pt", "lora_adapter_metadata": json.dumps(other)})  # no alphas: a scaling of 1
+    assert_equal(merged_by_us(unet, _read(unet, path)), _fused(unet, halves, tmp_path / "plain"), tensors_of(unet))
     wrong = json.dumps(metadata | {"unet.r": 4})
     save_file(halves, path, {"format": "pt", "lora_adapter_metadata": wrong})
     with pytest.raises(SurgeryError, match="contradicts its config"):
@@ -188,6 +192,16 @@ def test_the_layout_of_kohya(original: bool, alpha: bool, unet: Path, tmp_path: 
     update = _read(unet, tmp_path / "style.safetensors")
     assert_equal(merged_by_us(unet, update), truth, tensors_of(unet))
     assert update.accounts[0].keys() == tensors.keys()
+    assert _read(unet, tmp_path).digests() == update.digests()  # a folder with this one file
+
+
+def test_names_without_dots_that_two_modules_have(tmp_path: Path) -> None:
+    save_file({"a.b_c.weight": torch.ones(4, 4), "a_b.c.weight": torch.ones(4, 4)}, tmp_path / "model.safetensors")
+    tensors = {"lora_unet_a_b_c.lora_down.weight": torch.ones(1, 4), "lora_unet_a_b_c.lora_up.weight": torch.ones(4, 1)}
+    entries = entries_of(tmp_path)
+    save_file(tensors, tmp_path / "style.safetensors")
+    with pytest.raises(SurgeryError, match=r"could be of any of several modules(.|\n)*a\.b_c, a_b\.c"):
+        read_adapters([(tmp_path / "style.safetensors", 1.0)], None, entries, "unet")
 
 
 def test_dora_of_kohya(unet: Path, tmp_path: Path) -> None:

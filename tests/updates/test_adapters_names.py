@@ -16,7 +16,7 @@ import transformers as hf
 from safetensors.torch import load_file, save_file
 
 import surgery
-from surgery.errors import OptionError, SurgeryWarning
+from surgery.errors import MissingExtra, OptionError, SurgeryWarning
 from surgery.updates.adapter_update import AdapterUpdate
 from surgery.updates.adapters.reading import read_adapters
 from tests.families import DECODER, FAMILIES
@@ -87,6 +87,35 @@ def test_a_name_that_all_modules_lack(tmp_path: Path) -> None:
     with pytest.warns(SurgeryWarning, match="the adapter's names differ from the checkpoint's, and all are found"):
         update = update_of(folder, adapter)
     assert_equal(merged_by_us(folder, update), truth, tensors_of(folder))
+
+
+@needs("transformers", ">=5.10", "ViT with these names")
+def test_a_name_that_all_modules_lack_of_a_converted_model(tmp_path: Path) -> None:
+    """The files have the names of before transformers 5, the adapter those of today, with something before them."""
+    folder = FAMILIES["vit"].save(tmp_path / "m")
+    adapter = adapt(FAMILIES["vit"].load(folder), tmp_path / "lora", target_modules=["q_proj", "fc1"])
+    truth = merged_on_disk(FAMILIES["vit"].load(folder), adapter, tmp_path / "merged")
+    _renamed(adapter, lambda name: name.replace(_PREFIX, f"{_PREFIX}policy."))
+    with pytest.warns(SurgeryWarning, match="the adapter's names differ from the checkpoint's, and all are found"):
+        update = update_of(folder, adapter)
+    assert_equal(merged_by_us(folder, update), truth, tensors_of(folder))
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_a_head_without_transformers(is_told: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whether another module shares it the config says, or else only the model."""
+    folder = FAMILIES["llama"].save(tmp_path / "m")
+    adapter = adapt(FAMILIES["llama"].load(folder), tmp_path / "lora", target_modules=["lm_head", "embed_tokens"])
+    truth = merged_on_disk(FAMILIES["llama"].load(folder), adapter, tmp_path / "merged")
+    config = json.loads((folder / "config.json").read_text())
+    assert config.pop("tie_word_embeddings") is False
+    (folder / "config.json").write_text(json.dumps(config | ({"tie_word_embeddings": False} if is_told else {})))
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    if not is_told:
+        with pytest.raises(MissingExtra, match="transformers"):
+            update_of(folder, adapter)
+        return
+    assert_equal(merged_by_us(folder, update_of(folder, adapter)), truth, tensors_of(folder))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "UNet"])
@@ -233,8 +262,10 @@ def test_tied_embeddings(options: dict[str, Any], is_stored_twice: bool, tmp_pat
         {"target_modules": ["lm_head"]},
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
         {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["embed_tokens", "lm_head"], "use_dora": True},
     ],
-    ids=range(4),
+    ids=range(6),
 )
 def test_a_tied_embedding_of_which_one_side_was_trained(options: dict[str, Any], tmp_path: Path) -> None:
     folder = save_llama(tmp_path / "m", torch.float32, tie_word_embeddings=True)

@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from surgery.errors import FormatError, OptionError, SourceError, SurgeryError
+from surgery.updates.adapters.reading import read_adapters
 from tests.families import FAMILIES
 from tests.models import tensors_of
-from tests.updates.merging import adapt, assert_equal, merged_by_us, merged_on_disk, randomize, update_of
+from tests.updates.merging import adapt, assert_equal, entries_of, merged_by_us, merged_on_disk, randomize, update_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::RuntimeWarning", "ignore::UserWarning")
 
@@ -138,8 +139,19 @@ def test_configs(change: dict[str, Any], error: type[SurgeryError] | None, messa
             "an adapter inside another",
         ),
         ({f"{_O}.base_layer.weight": torch.ones(31, 32)}, "does not fit its weight"),
+        ({f"{_O}.weight": torch.ones(32, 32)}, "both replaces and adds to"),
+        (
+            {f"{_O.replace('model.layers', 'layers')}.lora_A.weight": torch.ones(3, 32)}
+            | {f"{_O.replace('model.layers', 'layers')}.lora_B.weight": torch.ones(32, 3)},
+            "the adapter changes a weight twice, under two names",
+        ),
+        (
+            {f"{_O}.lora_A.weight": None, f"{_O}.lora_B.weight": None}
+            | {f"{_O}.lora_embedding_A": torch.ones(3, 32), f"{_O}.lora_embedding_B": torch.ones(32, 3)},
+            "is of another kind than the module",
+        ),
     ],
-    ids=range(20),
+    ids=range(23),
 )
 def test_files(change: dict[str, torch.Tensor | None], message: str, model: Path, tmp_path: Path) -> None:
     adapter = _changed(_adapter(model, tmp_path / "lora"), **change)
@@ -323,3 +335,38 @@ def test_names_of_strangers(model: Path, tmp_path: Path) -> None:
         assert update.accounts[0].keys() == changed.keys()
         assert all(to or source.endswith("base_layer.weight") for source, to in update.accounts[0].items())
     assert min(outcomes[kind] for kind in ("taken", "OptionError", "FormatError")) > 10
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "change", "message"),
+    [
+        ("mixtral", ["experts.gate_up_proj", "experts.down_proj"], ["experts.down_proj"], "it cannot be told which parameters"),
+        ("mixtral", ["experts.down_proj"], ["experts.up_proj"], "which is no module with a weight"),
+        ("gpt_oss", ["experts.gate_up_proj_bias"], None, "is no stack of matrices in this checkpoint"),
+    ],
+    ids=range(3),
+)
+def test_parameters_that_are_no_stacks(
+    name: str, parameters: list[str], change: list[str] | None, message: str, tmp_path: Path
+) -> None:
+    folder = FAMILIES[name].save(tmp_path / "m")
+    options: dict[str, Any] = {"target_modules": [], "target_parameters": parameters}
+    adapter = adapt(FAMILIES[name].load(folder), tmp_path / "lora", **options)
+    if change is not None:
+        _configured(adapter, target_parameters=change)
+    with pytest.raises(OptionError, match=message):
+        update_of(folder, adapter)
+
+
+def test_stacks_of_another_shape_or_of_no_known_model(tmp_path: Path) -> None:
+    folder = FAMILIES["gpt_oss"].save(tmp_path / "m")
+    options: dict[str, Any] = {"target_modules": [], "target_parameters": ["experts.down_proj"]}
+    adapter = adapt(FAMILIES["gpt_oss"].load(folder), tmp_path / "lora", **options)
+    with pytest.raises(OptionError, match="a stack of experts of a model that transformers does not know"):
+        read_adapters([(adapter, 1.0)], None, entries_of(folder))
+    name, half = next(
+        (name, half) for name, half in load_file(adapter / "adapter_model.safetensors").items() if "lora_A" in name
+    )
+    _changed(adapter, **{name: torch.ones(len(half), half.shape[1] + 1)})
+    with pytest.raises(OptionError, match="does not fit its weight"):
+        update_of(folder, adapter)

@@ -74,6 +74,20 @@ def test_square_weights(name: str, target: str, flag: bool, tmp_path: Path) -> N
     assert_equal(merged_by_us(folder, update_of(folder, adapter)), truth, tensors_of(folder))
 
 
+@pytest.mark.parametrize("flag", [True, False])
+def test_square_weights_without_a_model(flag: bool, tmp_path: Path) -> None:
+    """As the config of the adapter says, and no bias of another module contradicts."""
+    save_file({"a.weight": torch.ones(4, 4)}, tmp_path / "model.safetensors")
+    (tmp_path / "lora").mkdir()
+    A, B = torch.randn(2, 4), torch.randn(4, 2)
+    save_file({"a.lora_A.weight": A, "a.lora_B.weight": B}, tmp_path / "lora/adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "fan_in_fan_out": flag}
+    (tmp_path / "lora/adapter_config.json").write_text(json.dumps(config))
+    change: Any = update_of(tmp_path, tmp_path / "lora").change("a.weight")
+    expected = B.double() @ A.double()
+    torch.testing.assert_close(applied(torch.zeros(4, 4), change), expected.T if flag else expected)
+
+
 def test_peft_s_copy_of_an_adapted_embedding(tmp_path: Path) -> None:
     folder = FAMILIES["llama"].save(tmp_path / "m")
     adapter = adapt(FAMILIES["llama"].load(folder), tmp_path / "lora", target_modules=["embed_tokens"])

@@ -100,9 +100,6 @@ class _Placing:
                 self._add_single(one, singles[one.module])
         updates = [one for one in updates if one.module not in singles]
         wanted = {f"{one.module}.weight": wanted_weight(one) for one in updates}
-        if len(wanted) < len(updates):
-            twice = next(one.module for one in updates if sum(other.module == one.module for other in updates) > 1)
-            raise OptionError(f"{content.where}: the adapter changes {twice!r} twice, under two names")
         biases = {f"{one.module}.bias": one for one in updates if one.bias is not None}
         wanted |= {name: wanted_as((len(one.B),)) for name, one in biases.items()}
         wanted |= {name: wanted_as(one.shape) for name, one in content.copied.items()}
@@ -246,8 +243,6 @@ class _Placing:
 
     def _put(self, tensor: str, sources: Sequence[str], index: int | None, part: LowRankPart) -> None:
         change = self._change(tensor, sources)
-        if change.parts and change.is_stack != (index is not None):
-            raise OptionError(f"{self._content.where}: {tensor!r} is changed as one matrix and as a stack of several")
         change.is_stack = index is not None
         change.parts.setdefault(index or 0, []).append(part)
 
