@@ -39,6 +39,9 @@ ATTACHED_NAME = "surgery_scale"
 
 #: The file by which a folder with an adapter is recognized, and the names of the matrices of PEFT, diffusers and kohya.
 ADAPTER_CONFIG = "adapter_config.json"
+#: PEFT's weights beside it, and what stands before the name of each module in them.
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PEFT_PREFIX = "base_model.model."
 _OF_LORA = re.compile(r"(^|[._])lora[._](embedding_)?(a|b|up|down)([._]|$)", re.IGNORECASE)
 
 #: Bits per element by safetensors dtype name.

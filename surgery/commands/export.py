@@ -13,13 +13,12 @@ from surgery.errors import OutputError
 from surgery.format.manifest import Manifest
 from surgery.format.scales import check_scales, read_scales
 from surgery.models.peft_api import too_old_for_experts
-from surgery.names import ADAPTER_CONFIG, CONFIG_FILE
+from surgery.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG_FILE
 from surgery.progress import Progress, listening
 from surgery.publish.results import publish_adapter
 from surgery.reports import Report
 from surgery.run.output_paths import check_output_path
 from surgery.run.run import Run
-from surgery.updates.lora import WEIGHTS
 from surgery.updates.peft_adapter import ADAPTER_FILES, PeftAdapter
 from surgery.updates.protocol import ScalesUpdate
 
@@ -109,4 +108,4 @@ def export(
             progress.note(f"the adapter changes experts: PEFT loads it from 0.20 on, and here is {older}")
         files, modules, rank = {name: out / name for name in ADAPTER_FILES}, len(adapter.adapted.modules), adapter.adapted.rank
         publish_adapter(run.upload, files, manifest, factorized, modules=modules, rank=rank)
-    return ExportReport(out, "peft", modules, rank, (out / WEIGHTS).stat().st_size)
+    return ExportReport(out, "peft", modules, rank, (out / ADAPTER_WEIGHTS).stat().st_size)

@@ -9,9 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from surgery.errors import OptionError
 from surgery.format.manifest_records import TargetRecord
-from surgery.lossless.factors import Addition
 from surgery.updates.changes import StoredTensor, TensorChange, summed
 
 
@@ -59,25 +57,6 @@ class AdapterUpdate:
 
     def change(self, tensor: str) -> TensorChange | None:
         return self.changed.get(tensor)
-
-    def addition(self, tensor: str) -> Addition | None:
-        """What is added to a tensor, as one low-rank matrix.
-
-        Raises:
-            OptionError: the tensor changes by more than that.
-        """
-        change = self.changed.get(tensor)
-        if change is None:
-            return None
-        parts = change.parts.get(0, ())
-        others = (change.offset, change.replacement, change.rows, *(part.magnitude for part in parts))
-        if change.is_stack or not parts or any(other is not None for other in others):
-            raise OptionError(
-                f"the adapter changes {tensor!r} by more than a low-rank matrix", hint="merge it into the folded model"
-            )
-        return Addition(
-            torch.cat([part.left * part.weight for part in parts], dim=1), torch.cat([part.right for part in parts], dim=1)
-        )
 
     def tensors(self) -> Collection[str]:
         return self.changed.keys()

@@ -1,6 +1,6 @@
 """Scales as a LoRA adapter in the format of PEFT: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-Adapters that others have made are read by ``surgery.updates.lora``.
+Adapters that others have made are read by ``surgery.updates.adapters``.
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ from surgery.format.header import TensorEntry, make_header
 from surgery.format.manifest import Manifest
 from surgery.memory import bytes_of
 from surgery.models.skeleton import skeleton
-from surgery.names import ADAPTER_CONFIG
+from surgery.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PEFT_PREFIX
 from surgery.progress import Progress, phase
 from surgery.updates.adapted_modules import AdaptedModule, AdaptedModules, not_exportable
-from surgery.updates.lora import PREFIX, WEIGHTS
 from surgery.updates.protocol import ScalesUpdate
 
 #: What an adapter consists of.
-ADAPTER_FILES = (ADAPTER_CONFIG, WEIGHTS)
+ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 #: Families whose experts PEFT takes one by one and puts together as transformers does; measured (docs/training.md).
 _EXPERTS_ONE_BY_ONE = ("mixtral", "olmoe", "qwen3_moe")
 
@@ -81,20 +80,20 @@ class PeftAdapter:
         try:
             if (out / ADAPTER_CONFIG).exists() and (out / ADAPTER_CONFIG).read_bytes() != self.config:
                 return False
-            with open(out / WEIGHTS, "rb") as weights, closing(self._contents("comparing", progress)) as contents:
+            with open(out / ADAPTER_WEIGHTS, "rb") as weights, closing(self._contents("comparing", progress)) as contents:
                 return all(weights.read(len(data)) == data for data in contents) and not weights.read(1)
         except OSError:
             return False
 
     def write(self, out: Path, progress: Progress) -> None:
         """The weights, then the config, without which there is no adapter. An earlier one is there until the weights are."""
-        with FileWriter(out / WEIGHTS) as writer:
+        with FileWriter(out / ADAPTER_WEIGHTS) as writer:
             for data in self._contents("exporting", progress):
                 writer.write(data)
             with write_errors(out):
                 (out / ADAPTER_CONFIG).unlink(missing_ok=True)
                 sync_directory(out)
-            writer.commit(WEIGHTS)
+            writer.commit(ADAPTER_WEIGHTS)
         self.write_config(out)
 
     def write_config(self, out: Path) -> None:
@@ -117,7 +116,7 @@ class PeftAdapter:
     def _entries(self, module: AdaptedModule) -> list[TensorEntry]:
         """The two tensors of a module."""
         return [
-            TensorEntry(f"{PREFIX}{module.name}.{half}.weight", "F32", shape, 0, 4 * math.prod(shape))
+            TensorEntry(f"{PEFT_PREFIX}{module.name}.{half}.weight", "F32", shape, 0, 4 * math.prod(shape))
             for half, shape in zip(("lora_A", "lora_B"), self.adapted.shapes(module), strict=True)
         ]
 

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
 import torch
 
 from surgery.format.manifest_records import TargetRecord
-from surgery.lossless.factors import Addition, both
 from surgery.memory import bytes_of
-from surgery.updates.changes import LowRankPart, TensorChange, summed
+from surgery.updates.changes import TensorChange, summed
 
 
 class Update(Protocol):
@@ -25,14 +24,8 @@ class Update(Protocol):
     def changes(self, target: TargetRecord) -> bool:
         """Whether any scale of a target differs from 1."""
 
-    def addition(self, tensor: str) -> Addition | None:
-        """The low-rank matrix (m, n) that is added to a tensor besides; None for nothing.
-
-        m is the length of the tensor's first axis, n the product of all others.
-        """
-
     def change(self, tensor: str) -> TensorChange | None:
-        """All that is done to a tensor besides, of which ``addition`` is a part; None for nothing."""
+        """All that is done to a tensor besides; None for nothing."""
 
     def tensors(self) -> Collection[str]:
         """The tensors that ``change`` changes."""
@@ -69,9 +62,6 @@ class ScalesUpdate:
         """``s (g - 1)``, float32 (k,): what is added to the kept singular values (k,) of a target that is no stack."""
         return (s.double() * (self.values[target.key].double() - 1)).float()
 
-    def addition(self, tensor: str) -> Addition | None:
-        return None
-
     def change(self, tensor: str) -> TensorChange | None:
         return None
 
@@ -89,51 +79,6 @@ class ScalesUpdate:
 
 
 @dataclass(frozen=True, slots=True)
-class LowRankUpdate:
-    """Low-rank matrices that are added to tensors, such as those of a LoRA adapter.
-
-    Attributes:
-        additions: tensor -> what is added to it, with the adapter's scaling in it.
-    """
-
-    additions: Mapping[str, Addition]
-
-    @classmethod
-    def tied(cls, additions: Mapping[str, Addition], targets: Iterable[TargetRecord]) -> Self:
-        """An update for tied tensors: all tensors of one parameter get the sum of what is added to any of them."""
-        found = dict(additions)
-        for target in targets:
-            if target.aliases and (several := [found[tensor] for tensor in target.tensors if tensor in found]):
-                found |= dict.fromkeys(target.tensors, functools.reduce(both, several))
-        return cls(found)
-
-    def scales(self, target: TargetRecord, index: int) -> torch.Tensor | None:
-        return None
-
-    def changes(self, target: TargetRecord) -> bool:
-        return False
-
-    def addition(self, tensor: str) -> Addition | None:
-        return self.additions.get(tensor)
-
-    def change(self, tensor: str) -> TensorChange | None:
-        added = self.additions.get(tensor)
-        return None if added is None else TensorChange({0: (LowRankPart(added.left.double(), added.right),)})
-
-    def tensors(self) -> Collection[str]:
-        return self.additions.keys()
-
-    def digests(self) -> dict[str, str]:
-        digest = hashlib.sha256()
-        for tensor, added in sorted(self.additions.items()):
-            digest.update(f"{tensor}\0".encode() + bytes_of(added.left.contiguous()) + bytes_of(added.right.contiguous()))
-        return {"lora": digest.hexdigest()}
-
-    def part(self, keys: Collection[str], tensors: Collection[str]) -> LowRankUpdate:
-        return LowRankUpdate({tensor: self.additions[tensor] for tensor in tensors if tensor in self.additions})
-
-
-@dataclass(frozen=True, slots=True)
 class UpdateSum:
     """The sum of several updates, taken before the one rounding.
 
@@ -148,10 +93,6 @@ class UpdateSum:
 
     def changes(self, target: TargetRecord) -> bool:
         return any(part.changes(target) for part in self.parts)
-
-    def addition(self, tensor: str) -> Addition | None:
-        additions = [added for part in self.parts if (added := part.addition(tensor)) is not None]
-        return functools.reduce(both, additions) if additions else None
 
     def change(self, tensor: str) -> TensorChange | None:
         changes = [change for part in self.parts if (change := part.change(tensor)) is not None]

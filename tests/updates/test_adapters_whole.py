@@ -14,14 +14,13 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.errors import OptionError
 from surgery.format.header import TensorEntry
-from surgery.lossless.factors import Addition
 from surgery.models.placement import TensorPart
 from surgery.updates.adapter_update import AdapterUpdate
 from surgery.updates.adapters.geometry import Sides, in_tensor
 from surgery.updates.adapters.homes import Home
 from surgery.updates.adapters.reading import read_adapters
 from surgery.updates.changes import LowRankPart, ReplacedRows, TensorChange, summed
-from surgery.updates.protocol import LowRankUpdate, ScalesUpdate, UpdateSum
+from surgery.updates.protocol import ScalesUpdate, UpdateSum
 from tests.families import FAMILIES
 from tests.models import tensors_of
 from tests.releases import needs
@@ -136,18 +135,11 @@ def test_sums_of_changes() -> None:
     for pair in ((one, stack), (rows, rows)):
         with pytest.raises(OptionError, match="cannot be summed"):
             summed(*pair)
-    addition = Addition(torch.ones(3, 1), torch.ones(4, 1))
-    update = UpdateSum([ScalesUpdate({}), LowRankUpdate({"t": addition}), AdapterUpdate({"t": one, "u": rows})])
+    update = UpdateSum([ScalesUpdate({}), AdapterUpdate({"t": one}), AdapterUpdate({"t": one, "u": rows})])
     change = update.change("t")
     assert change is not None
     torch.testing.assert_close(applied(weight, change), weight.double() + 2)
     assert update.change("v") is None
-    added = update.addition("t")
-    assert added is not None
-    torch.testing.assert_close(added.left @ added.right.double().T, torch.full((3, 4), 2.0, dtype=torch.float64))
-    for tensor, other in (("u", rows), ("t", stack), ("t", offset)):
-        with pytest.raises(OptionError, match="by more than a low-rank matrix"):
-            AdapterUpdate({tensor: other}).addition(tensor)
     digests = {str(AdapterUpdate({"t": each}).digests()) for each in (one, stack, rows, offset, both, TensorChange())}
     assert len(digests) == 6
 

@@ -87,7 +87,8 @@ def quantize_model(
 
 
 def _folded(tmp_path: Path, base: Path, scales: Any, name: str, **options: Any) -> Path:
-    surgery.fold(tmp_path / "f", scales, tmp_path / name, base=base, **options)
+    """Rounded to nearest; what other roundings give is in tests/commands/test_rounding.py."""
+    surgery.fold(tmp_path / "f", scales, tmp_path / name, base=base, rounding="nearest", **options)
     return tmp_path / name
 
 

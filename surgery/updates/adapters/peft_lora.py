@@ -19,11 +19,10 @@ from surgery.escapes import quoted
 from surgery.files.json_files import read_json_object
 from surgery.format.header import TensorEntry
 from surgery.format.safetensors import ShardReader
-from surgery.names import ADAPTER_CONFIG, ATTACHED_NAME
+from surgery.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ATTACHED_NAME, PEFT_PREFIX
 from surgery.updates.adapters.content import AdapterContent, ModuleUpdate, checked_halves, read_numbers
 from surgery.updates.adapters.patterns import ByModule
 from surgery.updates.changes import ReplacedRows, StoredTensor
-from surgery.updates.lora import PREFIX, WEIGHTS
 
 _PICKLED = "adapter_model.bin"
 _MERGE = "merge the adapter with PEFT: merge_and_unload()"
@@ -65,14 +64,14 @@ def read_peft(folder: Path) -> AdapterContent:
         FormatError: a file is damaged or contradicts itself.
         ReadError: a file cannot be read.
     """
-    for name in (ADAPTER_CONFIG, WEIGHTS):
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / name).is_file():
             raise SourceError(
                 f"there is no {name} in {folder}", expected="a LoRA adapter as PEFT saves it", hint=_how_to_have_it(folder)
             )
     config = read_json_object(folder / ADAPTER_CONFIG, str(folder / ADAPTER_CONFIG))
     check_config(config, folder)
-    with ShardReader(folder / WEIGHTS, name=str(folder / WEIGHTS)) as reader:
+    with ShardReader(folder / ADAPTER_WEIGHTS, name=str(folder / ADAPTER_WEIGHTS)) as reader:
         content = _PeftFile(folder, config, reader).content()
         reader.check_unchanged()
     return content
@@ -85,9 +84,9 @@ def _how_to_have_it(folder: Path) -> str | None:
     if not folder.is_dir():
         return "give a folder of this machine; hf download ID --local-dir FOLDER fetches an adapter of the hub into one"
     if (folder / _PICKLED).is_file():
-        return f"load it with PEFT, which reads {_PICKLED}, and save it again: save_pretrained writes {WEIGHTS}"
+        return f"load it with PEFT, which reads {_PICKLED}, and save it again: save_pretrained writes {ADAPTER_WEIGHTS}"
     if list(folder.glob("adapter_model-*-of-*.safetensors")):
-        return f"it is in several files, which PEFT does not read either: put all their tensors into one {WEIGHTS}"
+        return f"it is in several files, which PEFT does not read either: put all their tensors into one {ADAPTER_WEIGHTS}"
     return None
 
 
@@ -194,7 +193,7 @@ class _PeftFile:
             raise OptionError(
                 f"{self._folder}: {entry.name!r} is to be copied, and of no such dtype", got=entry.dtype, hint=_MERGE
             )
-        return StoredTensor(self._folder / WEIGHTS, entry.name, entry.dtype, entry.shape)
+        return StoredTensor(self._folder / ADAPTER_WEIGHTS, entry.name, entry.dtype, entry.shape)
 
     def _one_adapter(self, name: str | None, entry: TensorEntry) -> None:
         if name is not None:
@@ -292,7 +291,7 @@ def _own_name(name: str) -> str:
     words = [word for word in name.split(".") if word not in _WRAPPERS]
     while words[0] == "module" and len(words) > 1:
         del words[0]
-    return ".".join(words).removeprefix(PREFIX)
+    return ".".join(words).removeprefix(PEFT_PREFIX)
 
 
 class PeftScaling:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from surgery.errors import OptionError
 from surgery.format.header import TensorEntry
-from surgery.names import ADAPTER_CONFIG
+from surgery.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from surgery.updates.adapter_update import AdapterUpdate
 from surgery.updates.adapters.content import AdapterContent
 from surgery.updates.adapters.diffusion_lora import read_diffusion
@@ -17,7 +17,6 @@ from surgery.updates.adapters.homes import Homes
 from surgery.updates.adapters.peft_lora import read_peft
 from surgery.updates.adapters.placement import PlacedAdapter, placed
 from surgery.updates.changes import TensorChange, summed
-from surgery.updates.lora import WEIGHTS
 
 _DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 
@@ -74,7 +73,7 @@ def read_adapters(
 
 def _content(path: Path, component: str | None, entries: Mapping[str, TensorEntry]) -> AdapterContent:
     """Read an adapter in the layout that its files have."""
-    if path.is_file() and path.suffix == ".safetensors" and path.name != WEIGHTS:
+    if path.is_file() and path.suffix == ".safetensors" and path.name != ADAPTER_WEIGHTS:
         return read_diffusion(path, component, entries)
     if path.is_dir() and not (path / ADAPTER_CONFIG).is_file():
         if (path / _DIFFUSERS_WEIGHTS).is_file():
