@@ -28,7 +28,8 @@ class Int4Grid:
 
     def nearest(self, x: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
         scales = self.scales[rows]
-        return x.copy_(torch.round(x / scales).clamp_(-8, 7) * scales)
+        numbers: torch.Tensor = torch.round(x / scales).clamp_(-8, 7).mul_(scales)
+        return numbers
 
 
 def _random(*shape: int, seed: int) -> torch.Tensor:
