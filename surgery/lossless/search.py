@@ -253,7 +253,7 @@ class _CoreSearch:
         self._norm = math.sqrt(_dot(self._asked, self._asked))
         r = len(strengths)
         most = int(max(min(m / _STAGE_ROWS, response.moved * m * n / (_STAGE_MOVES * r * r)), 1.0)).bit_length() - 1
-        self._after_first = min(0.7 + 50.0 * r / math.sqrt(m * n), 1.0)
+        self._after_first = min(0.55 + 50.0 * r / math.sqrt(m * n), 1.0)
         self._after_later = _AFTER_LATER * max(_MANY_MOVED / max(response.moved, 1e-6), 1.0)
         #: Whether the pass that writes may be the only one.
         self._at_once = (
