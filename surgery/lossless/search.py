@@ -266,7 +266,9 @@ class _CoreSearch:
             self._stages = directions.stages(most if in_stages else 0)
             self._grams = _sums_of_later([directions.gram(rows) for rows in self._stages])
         self._in_stages = in_stages
-        self.core = self._asked if response.scale == 1.0 else _tuned(directions, strengths, response)
+        self.core = self._asked * response.scale
+        if not self._at_once and response.scale != 1.0:
+            self.core = _tuned(directions, strengths, response)
         self._largest = response.largest
         #: What is expected to arrive with this C in each stage and all later ones.
         self._expected = [gram * strengths for gram in self._grams]
