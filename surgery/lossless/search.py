@@ -30,11 +30,15 @@ TOLERANCE = 0.01
 NEAREST_SUFFICES = 0.995
 #: Entries of the sample, and its fewest rows.
 _SAMPLE_ENTRIES, _SAMPLE_ROWS = 1 << 18, 64
+#: Entries of the sample for each direction's own lambda, and how often it is rounded.
+_TUNING_ENTRIES, _TUNING_PASSES = 1 << 20, 4
 #: Passes at most; how many may go by without the error falling by a tenth.
 _MOST_PASSES, _PATIENCE = 12, 3
 #: A later step from error e leads to about at most so many times e^1.5, as only the entries that it moves add noise (1.1 to 1.5
 #: measured, and up to 3.3 where e is at its least). The first step leads to 0.4 to 1 times e^1.5, less in large matrices.
 _AFTER_LATER = 2.0
+#: Where fewer entries than this share move, later steps leave more, as each counts for more.
+_MANY_MOVED = 0.15
 #: Stages of a pass that writes, at most: of the only one, and after others, where what these have told is lost with large
 #: corrections. The fewest rows of one, and how many entries have to change in it for each number that is corrected.
 _STAGES_OF_ONE, _STAGES_AFTER, _STAGE_ROWS, _STAGE_MOVES = 8, 5, 8, 3.0
@@ -70,8 +74,8 @@ class Response:
 
 def probe(directions: Directions, strengths: torch.Tensor) -> Response:
     """Find lambda on a sample of the rows in which the update changes anything."""
-    n = directions.weight.shape[1]
-    rows = directions.active_rows(max(_SAMPLE_ROWS, _SAMPLE_ENTRIES // n))
+    m, n = directions.weight.shape
+    rows = directions.active_rows(max(_SAMPLE_ROWS, min(_SAMPLE_ENTRIES // n, m // 8)))
     gram, core = directions.gram(rows), torch.diag(strengths)
     expected = gram * strengths
     asked, largest, noise, moved = math.fsum((gram.diagonal() * strengths.square()).tolist()), 0.0, 0.0, 0.0
@@ -211,6 +215,29 @@ class _Given:
         return x.copy_(self.after[rows])
 
 
+def _tuned(directions: Directions, strengths: torch.Tensor, response: Response) -> torch.Tensor:
+    """``diag(lambda strengths)`` with one lambda for each direction, from a larger sample.
+
+    Directions do not answer alike: in a strong one large entries of the weight, which have large steps, meet large changes.
+    """
+    m, n = directions.weight.shape
+    rows = directions.active_rows(max(_SAMPLE_ROWS, min(_TUNING_ENTRIES // n, m // 4)))
+    held = directions.gram(rows).diagonal().clamp(min=_LEAST_HELD)
+    steps, core = _Steps(strengths, response), torch.diag(strengths * response.scale)
+    norm = math.sqrt(_dot(strengths, strengths))
+    least, best = math.inf, core
+    for _ in range(_TUNING_PASSES):
+        found = directions.measured(core, response.largest, rows)
+        if not math.isfinite(found.largest):
+            break
+        missing = strengths - found.core.diagonal() / held
+        error = math.sqrt(_dot(missing, missing)) / norm
+        if error < least:
+            least, best = error, core
+        core = steps.next(core, torch.diag(missing), error)
+    return best
+
+
 class _CoreSearch:
     """The search for C.
 
@@ -226,7 +253,8 @@ class _CoreSearch:
         self._norm = math.sqrt(_dot(self._asked, self._asked))
         r = len(strengths)
         most = int(max(min(m / _STAGE_ROWS, response.moved * m * n / (_STAGE_MOVES * r * r)), 1.0)).bit_length() - 1
-        self._after_first = min(0.5 + 50.0 * r / math.sqrt(m * n), 1.0)
+        self._after_first = min(0.55 + 50.0 * r / math.sqrt(m * n), 1.0)
+        self._after_later = _AFTER_LATER * max(_MANY_MOVED / max(response.moved, 1e-6), 1.0)
         #: Whether the pass that writes may be the only one.
         self._at_once = (
             in_stages
@@ -239,6 +267,8 @@ class _CoreSearch:
             self._grams = _sums_of_later([directions.gram(rows) for rows in self._stages])
         self._in_stages = in_stages
         self.core = self._asked * response.scale
+        if not self._at_once and response.scale != 1.0:
+            self.core = _tuned(directions, strengths, response)
         self._largest = response.largest
         #: What is expected to arrive with this C in each stage and all later ones.
         self._expected = [gram * strengths for gram in self._grams]
@@ -261,7 +291,7 @@ class _CoreSearch:
                 break
             missing = self._asked - found.core
             self.core = self._steps.next(self.core, missing, error)
-            if since == 0 and self._suffices(min(error, (_AFTER_LATER if number else self._after_first) * error**1.5)):
+            if since == 0 and self._suffices(min(error, (self._after_later if number else self._after_first) * error**1.5)):
                 arrived = _sums_of_later([part.core for part in parts])
                 self._expected = [some + _product(gram, missing) for some, gram in zip(arrived, self._grams, strict=True)]
                 return None

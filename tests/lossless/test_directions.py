@@ -28,7 +28,7 @@ class Int4Grid:
 
     def nearest(self, x: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
         scales = self.scales[rows]
-        return x.copy_(torch.round(x / scales).clamp_(-8, 7) * scales)
+        return torch.round(x / scales).clamp_(-8, 7).mul_(scales)
 
 
 def _random(*shape: int, seed: int) -> torch.Tensor:
@@ -42,8 +42,8 @@ def _spectrum(m: int, n: int, seed: int) -> torch.Tensor:
         torch.linalg.qr(torch.randn(size, min(m, n), generator=generator, dtype=torch.float64))[0] for size in (m, n)
     )
     i = torch.arange(1, min(m, n) + 1).double()
-    weight = (left * (8 * i**-0.7 + 0.55 * (1 - i / (len(i) + 1)) ** 0.5)) @ right.T
-    return weight * (0.02 / weight.std())
+    weight: torch.Tensor = (left * (8 * i**-0.7 + 0.55 * (1 - i / (len(i) + 1)) ** 0.5)) @ right.T
+    return weight.mul_(0.02 / weight.std())
 
 
 def _stored(kind: str, weight: torch.Tensor) -> tuple[torch.Tensor, Grid]:
