@@ -122,7 +122,8 @@ def merge(
         return
     if timing is not None:
         click.echo(profile_text(timing, seconds))
-    say(table_of_merged(report.tensors) + "\n", quiet=quiet)
+    if not quiet:
+        click.echo(table_of_merged(report.tensors))
     say(f"{whole(out)}: {_outcome(report)}; {size(report.bytes_written)} in {seconds:.1f} s", quiet=quiet)
 
 

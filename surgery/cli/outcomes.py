@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING
 from surgery.cli.tables import table
 
 if TYPE_CHECKING:
-    from surgery.commands.merge import MergedTensor
+    from surgery.run.merging import MergedTensor
 
 
 def kept_of_update(kept: float | None, least: float | None) -> str:
     """What rounding kept of an update, as a part of a sentence that begins with a comma; empty if nothing was updated."""
     if kept is None or least is None:
         return ""
-    return f", {percent(kept)} of the update kept" + (f" (least {percent(least)})" if percent(least) != percent(kept) else "")
+    all_of_it, worst = share_text(kept), share_text(least)
+    return f", {all_of_it} of the update kept" + (f" (least {worst})" if worst != all_of_it else "")
 
 
-def percent(share: float) -> str:
+def share_text(share: float) -> str:
     """A share as a percentage. 100 % is all but for 0.05 %."""
     return f"{100 * share:.1f} %".replace("100.0", "100")
 
@@ -56,4 +57,4 @@ def _range(sizes: Sequence[float | None]) -> str:
 
 def _least(shares: Sequence[float | None]) -> str:
     known = [share for share in shares if share is not None]
-    return percent(min(known)) if known else "-"
+    return share_text(min(known)) if known else "-"

@@ -2,70 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 
 from surgery.device import on_its_own_terms
-from surgery.engine.resources import Memory, Resources
-from surgery.errors import OptionError
+from surgery.engine.resources import Memory
 from surgery.files.file_records import FileRecord, file_sha256
-from surgery.format.header import Header
 from surgery.lossless.update import Rounding
-from surgery.names import CONFIG_FILE, STREAM_DIR
-from surgery.planning.memory import need_to_merge, share_out
+from surgery.names import STREAM_DIR
 from surgery.progress import Progress, listening, phase
 from surgery.publish.results import publish_merged, submit_files
 from surgery.reports import Report
 from surgery.run.engines import EngineName, EngineOptions, LocalEngine, float64_device
+from surgery.run.merging import DTYPES, Dtype, MergedTensor, MergeOptions, Merging
 from surgery.run.run import Run
 from surgery.run.written_model import FileAlong, WrittenModel
 from surgery.shards.fold_jobs import FoldJobs
 from surgery.shards.fold_shard import FoldedShard, FoldPlaces
-from surgery.source.adapter import local_adapter
 from surgery.source.open import open_source
-from surgery.source.protocol import Source, check_index
+from surgery.source.protocol import Source
 from surgery.timing import Timing
-from surgery.updates.adapter_update import AdapterUpdate
-from surgery.updates.adapters.reading import read_adapters
-from surgery.updates.dense import DenseTensors, Writing
+from surgery.updates.dense import Writing
 from surgery.updates.kept_updates import KeptSummary
-from surgery.version import __version__
-from surgery.weights.checkpoint import PlainWeights, SourceShard
-from surgery.weights.model import ModelWeights
-from surgery.weights.quantization import read_quantization
 from surgery.weights.quantized import config_of_rewritten
-
-Dtype = Literal["bfloat16", "float16", "float32"]
-_DTYPES: Mapping[str, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-
-
-@dataclass(frozen=True, slots=True)
-class MergedTensor:
-    """A tensor that adapters change.
-
-    Attributes:
-        tensor: its name.
-        shard: the weight file that it is in.
-        dtype, shape: as stored.
-        change: ``added`` to, by low-rank matrices or a bias; ``replaced``; or ``rows`` of it replaced.
-        rank: of what is added; of a stack of matrices the largest; 0 for none.
-        size: of what is added, relative to the weight, in Frobenius norms; null where nothing is added, and before the merge.
-        kept: share of it that is in the weight after rounding; null likewise.
-    """
-
-    tensor: str
-    shard: str
-    dtype: str
-    shape: tuple[int, ...]
-    change: str
-    rank: int
-    size: float | None
-    kept: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,200 +90,6 @@ class MergeReport(Report):
     bytes_written: int
 
 
-@dataclass(frozen=True, slots=True)
-class MergeOptions:
-    """What is merged, and how: what the bytes of the result depend on besides the model and the adapters.
-
-    Attributes:
-        adapters: folders of adapters, with the weight that each counts with.
-        writing: how weights are written.
-    """
-
-    adapters: Sequence[tuple[Path, float]]
-    writing: Writing
-
-    @classmethod
-    def of(
-        cls,
-        adapters: str | Path | Sequence[str | Path],
-        weights: Sequence[float] | None,
-        rounding: Rounding | None,
-        dtype: Dtype | None,
-        dequantize: bool,
-    ) -> MergeOptions:
-        """The options as a caller gives them.
-
-        Raises:
-            OptionError: there is no adapter, or another number of weights.
-        """
-        given = [adapters] if isinstance(adapters, (str, Path)) else list(adapters)
-        paths = [local_adapter(one) for one in given]
-        factors = [1.0] * len(paths) if weights is None else [float(weight) for weight in weights]
-        if not paths:
-            raise OptionError("there is nothing to merge", got="no adapter")
-        if len(factors) != len(paths):
-            raise OptionError(
-                "the weights are not as many as the adapters",
-                got=f"{len(factors)} weights",
-                expected=f"{len(paths)}, one for each adapter",
-            )
-        return cls(
-            list(zip(paths, factors, strict=True)), Writing(rounding, dequantize, None if dtype is None else _DTYPES[dtype])
-        )
-
-
-class _Merge:
-    """A model and adapters, opened and held against each other.
-
-    Args:
-        source: the model.
-        options: what is merged into it, and how.
-
-    Attributes:
-        source, options: as given.
-        headers: of its weight files.
-        update: what the adapters do to it.
-        checkpoint: its weights.
-        dense: what its tensors become.
-
-    Raises:
-        OptionError, SourceError, FormatError, ReadError: see ``merge``.
-    """
-
-    def __init__(self, source: Source, options: MergeOptions) -> None:
-        self.source = source
-        self.options = options
-        progress = listening()
-        with phase(progress, "reading headers"):
-            self.headers: Mapping[str, Header] = {shard: source.header(shard) for shard in source.selection.shards}
-        for note in check_index(source, dict(self.headers)):
-            progress.note(note)
-        homes = {entry.name: shard for shard, header in self.headers.items() for entry in header.tensors}
-        weights = ModelWeights(source, partial(read_quantization, source.config(), self.headers, source.name), source.name)
-        if options.writing.to_dense and not weights.quantized:
-            raise OptionError("there is nothing to dequantize: this is no FP8 model", hint="drop --dequantize")
-        shards = [SourceShard(file, source.size(file), source.sha256(file)) for file in self.headers]
-        self.checkpoint = PlainWeights(weights, homes, shards)
-        self.update = self._read()
-        self.dense = DenseTensors(self.checkpoint, self.update, options.writing)
-        self.dense.check(self.headers.values())
-
-    def _read(self) -> AdapterUpdate:
-        entries = {entry.name: entry for header in self.headers.values() for entry in header.tensors}
-        with phase(listening(), "reading adapters"):
-            return read_adapters(self.options.adapters, _folder_of(self.source), entries, _component_of(self.source))
-
-    def memory(self, resources: Resources) -> Memory:
-        """What the run may use of the memory.
-
-        Raises:
-            OptionError: a strict limit is too small for one tensor at a time.
-        """
-        needs = []
-        for shard, header in self.headers.items():
-            entries = {entry.name: entry for entry in header.tensors}
-            for name, at_a_time in self.dense.touched(header).items():
-                change = self.update.change(name)
-                rank = 0 if change is None else max(map(_rank, change.parts.values()), default=0)
-                needs.append(need_to_merge(entries[name], shard, at_a_time, rank))
-        return share_out(needs, resources)
-
-    def tensors(self, results: Iterable[FoldedShard] = ()) -> tuple[MergedTensor, ...]:
-        """The tensors that change; with what is known of them after the merge from its results."""
-        kept = {one.name: one for result in results for one in result.kept}
-        found = []
-        for shard, header in self.headers.items():
-            for entry in header.tensors:
-                if (change := self.update.change(entry.name)) is None:
-                    continue
-                how = "replaced" if change.replacement is not None else "rows" if change.rows is not None else "added"
-                one = kept.get(entry.name)
-                found.append(
-                    MergedTensor(
-                        entry.name,
-                        shard,
-                        entry.dtype,
-                        entry.shape,
-                        how,
-                        max(map(_rank, change.parts.values()), default=0),
-                        None if one is None else one.size,
-                        None if one is None else one.kept.share,
-                    )
-                )
-        return tuple(found)
-
-    def plan(self, memory: Memory) -> MergePlan:
-        """What the merge would do."""
-        changed = [file for file, header in self.headers.items() if not self.dense.keeps(header)]
-        sizes = [self.dense.size(header) or 0 for header in self.headers.values()]
-        return MergePlan(
-            tensors=self.tensors(),
-            accounts=tuple(self.update.accounts),
-            shards=len(self.headers),
-            changed_shards=len(changed),
-            bytes_read=sum(shard.size for shard in self.checkpoint.shards),
-            bytes_written=sum(sizes),
-            download_bytes=self.source.bytes_to_fetch(),
-            workers=memory.workers,
-            peak_memory_bytes=memory.peak_bytes,
-            device_memory_bytes=memory.device_bytes,
-        )
-
-    def identity(self, device: str) -> dict[str, Any]:
-        """All that the bytes of the result depend on, as JSON."""
-        return {
-            "command": "merge",
-            "tool": f"surgery {__version__}",
-            "torch": torch.__version__,
-            "device": device,
-            "source": {**asdict(self.source.record), "files": self.source.stamps()},
-            **self.update.digests(),
-            **asdict(self.options.writing),
-        }
-
-    def report(self, out: Path, results: Sequence[FoldedShard]) -> MergeReport:
-        """The report from the results of all shards, with a note if rounding has lost much of the update."""
-        writing, files = self.options.writing, [result.file for result in results if result.file is not None]
-        kept = KeptSummary.of(one for result in results for one in result.kept)
-        is_fp8 = bool(self.checkpoint.weights.quantized) and not writing.to_dense
-        if (note := kept.note(writing.rounding, is_fp8=is_fp8)) is not None:
-            listening().note(note)
-        unchanged = {file for file, header in self.headers.items() if self.dense.keeps(header)}
-        return MergeReport(
-            out=out,
-            files=tuple(files),
-            tensors=self.tensors(results),
-            shards=len(files),
-            restored=sum(file.file in unchanged for file in files),
-            dequantized=writing.to_dense,
-            kept=kept.share,
-            kept_least=kept.least,
-            kept_least_in=kept.least_in,
-            bytes_written=sum(file.size for file in files),
-        )
-
-
-def _rank(parts: Sequence[Any]) -> int:
-    return sum(part.left.shape[1] for part in parts)
-
-
-def _folder_of(source: Source) -> Path | None:
-    """The folder with the model's config; None if it has none."""
-    return source.fetch(CONFIG_FILE).parent if CONFIG_FILE in source.selection.others else None
-
-
-def _component_of(source: Source) -> str | None:
-    """Which part of a diffusion pipeline the model is, such as ``unet``; None for any other model."""
-    config = source.config()
-    if source.record.subfolder is not None:
-        last = source.record.subfolder.rpartition("/")[2]
-        return last if "_diffusers_version" in config or last.startswith("text_encoder") else None
-    kind = config.get("_class_name")
-    if not isinstance(kind, str):
-        return None
-    return "unet" if "UNet" in kind else "transformer" if "Transformer" in kind else "vae" if "Autoencoder" in kind else kind
-
-
 @on_its_own_terms
 def plan_merge(
     model: str | Path,
@@ -349,9 +118,9 @@ def plan_merge(
     """
     options = MergeOptions.of(adapters, weights, rounding, dtype, dequantize)
     by = LocalEngine(float64_device(str(device)), max_memory, max_device_memory)
-    merge = _Merge(open_source(model, revision=revision, subfolder=subfolder), options)
-    with merge.checkpoint:
-        return merge.plan(merge.memory(by.resources))
+    merging = Merging(open_source(model, revision=revision, subfolder=subfolder), options)
+    with merging.checkpoint:
+        return _plan(merging, merging.memory(by.resources))
 
 
 @on_its_own_terms
@@ -426,7 +195,7 @@ def merge(
             from surgery.source.stream import streamed  # the hub client is slow to import
 
             source = streamed(source, out / STREAM_DIR, by.files_at_a_time)
-        merging = _Merge(source, options)
+        merging = Merging(source, options)
         memory = merging.memory(by.resources)
         inputs = [*source.folders(), *(path for path, _ in options.adapters)]
         with run.uploading(push_to_hub, private=private), run.locked(inputs), merging.checkpoint as checkpoint:
@@ -434,7 +203,7 @@ def merge(
             places = FoldPlaces(out, out, True, memory.window_bytes)
             if not overwrite and written.looks_finished():
                 jobs = FoldJobs(checkpoint, merging.update, merging.dense, places, timing)
-                report = merging.report(out, written.compared(run, jobs, memory))
+                report = _report(out, written.compared(run, jobs, memory), merging)
                 run.forget()
                 for record in report.files:
                     submit_files(run.upload, out, [record])
@@ -449,12 +218,12 @@ def merge(
                     results = run.shards(jobs, memory)
                 source.watch.check()
                 written.copy_others(place)
-                report = merging.report(out, results)
+                report = _report(out, results, merging)
                 _publish(run, place, report, written, merging)
     return report
 
 
-def _publish(run: Run, place: Path, report: MergeReport, written: WrittenModel, merging: _Merge) -> None:
+def _publish(run: Run, place: Path, report: MergeReport, written: WrittenModel, merging: Merging) -> None:
     """Upload what goes along with the weights, which have been submitted already; nothing without an upload."""
     along = [other.record.file for other in written.others]
     publish_merged(
@@ -477,5 +246,45 @@ def _new_config(writing: Writing) -> Callable[[Path], bytes] | None:
     """What makes the new ``config.json`` of the old one; None where weights are stored as before."""
     if not writing.is_stored_otherwise:
         return None
-    dtype = next((name for name, stored in _DTYPES.items() if stored == writing.dtype), None)
+    dtype = next((name for name, stored in DTYPES.items() if stored == writing.dtype), None)
     return partial(config_of_rewritten, dtype=dtype, dequantized=writing.to_dense)
+
+
+def _plan(merging: Merging, memory: Memory) -> MergePlan:
+    """What the merge would do."""
+    changed = [file for file, header in merging.headers.items() if not merging.dense.keeps(header)]
+    sizes = [merging.dense.size(header) or 0 for header in merging.headers.values()]
+    return MergePlan(
+        tensors=merging.tensors(),
+        accounts=tuple(merging.update.accounts),
+        shards=len(merging.headers),
+        changed_shards=len(changed),
+        bytes_read=sum(shard.size for shard in merging.checkpoint.shards),
+        bytes_written=sum(sizes),
+        download_bytes=merging.source.bytes_to_fetch(),
+        workers=memory.workers,
+        peak_memory_bytes=memory.peak_bytes,
+        device_memory_bytes=memory.device_bytes,
+    )
+
+
+def _report(out: Path, results: Sequence[FoldedShard], merging: Merging) -> MergeReport:
+    """The report from the results of all shards, with a note if rounding has lost much of the update."""
+    writing, files = merging.options.writing, [result.file for result in results if result.file is not None]
+    kept = KeptSummary.of(one for result in results for one in result.kept)
+    is_fp8 = bool(merging.checkpoint.weights.quantized) and not writing.to_dense
+    if (note := kept.note(writing.rounding, is_fp8=is_fp8)) is not None:
+        listening().note(note)
+    unchanged = {file for file, header in merging.headers.items() if merging.dense.keeps(header)}
+    return MergeReport(
+        out=out,
+        files=tuple(files),
+        tensors=merging.tensors(one for result in results for one in result.kept),
+        shards=len(files),
+        restored=sum(file.file in unchanged for file in files),
+        dequantized=writing.to_dense,
+        kept=kept.share,
+        kept_least=kept.least,
+        kept_least_in=kept.least_in,
+        bytes_written=sum(file.size for file in files),
+    )

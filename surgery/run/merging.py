@@ -1,0 +1,214 @@
+"""A merge as a whole: a model and adapters, held against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from surgery.engine.resources import Memory, Resources
+from surgery.errors import OptionError
+from surgery.format.header import Header
+from surgery.lossless.update import Rounding
+from surgery.names import CONFIG_FILE
+from surgery.planning.memory import need_to_merge, share_out
+from surgery.progress import listening, phase
+from surgery.source.adapter import local_adapter
+from surgery.source.protocol import Source, check_index
+from surgery.updates.adapter_update import AdapterUpdate
+from surgery.updates.adapters.reading import read_adapters
+from surgery.updates.changes import LowRankPart
+from surgery.updates.dense import DenseTensors, Writing
+from surgery.updates.kept_updates import KeptUpdate
+from surgery.version import __version__
+from surgery.weights.checkpoint import PlainWeights, SourceShard
+from surgery.weights.model import ModelWeights
+from surgery.weights.quantization import read_quantization
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+#: As torch and configs name them, and as safetensors does.
+DTYPES: Mapping[str, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+@dataclass(frozen=True, slots=True)
+class MergedTensor:
+    """A tensor that adapters change.
+
+    Attributes:
+        tensor: its name.
+        shard: the weight file that it is in.
+        dtype, shape: as stored.
+        change: ``added`` to, by low-rank matrices or a bias; ``replaced``; or ``rows`` of it replaced.
+        rank: of what is added; of a stack of matrices the largest; 0 for none.
+        size: of what is added, relative to the weight, in Frobenius norms; null where nothing is added, and before the merge.
+        kept: share of it that is in the weight after rounding; null likewise.
+    """
+
+    tensor: str
+    shard: str
+    dtype: str
+    shape: tuple[int, ...]
+    change: str
+    rank: int
+    size: float | None
+    kept: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class MergeOptions:
+    """What is merged, and how: what the bytes of the result depend on besides the model and the adapters.
+
+    Attributes:
+        adapters: folders of adapters, with the weight that each counts with.
+        writing: how weights are written.
+    """
+
+    adapters: Sequence[tuple[Path, float]]
+    writing: Writing
+
+    @classmethod
+    def of(
+        cls,
+        adapters: str | Path | Sequence[str | Path],
+        weights: Sequence[float] | None,
+        rounding: Rounding | None,
+        dtype: Dtype | None,
+        dequantize: bool,
+    ) -> MergeOptions:
+        """The options as a caller gives them.
+
+        Raises:
+            OptionError: there is no adapter, or another number of weights.
+        """
+        given = [adapters] if isinstance(adapters, (str, Path)) else list(adapters)
+        paths = [local_adapter(one) for one in given]
+        factors = [1.0] * len(paths) if weights is None else [float(weight) for weight in weights]
+        if not paths:
+            raise OptionError("there is nothing to merge", got="no adapter")
+        if len(factors) != len(paths):
+            raise OptionError(
+                "the weights are not as many as the adapters",
+                got=f"{len(factors)} weights",
+                expected=f"{len(paths)}, one for each adapter",
+            )
+        return cls(
+            list(zip(paths, factors, strict=True)), Writing(rounding, dequantize, None if dtype is None else DTYPES[dtype])
+        )
+
+
+class Merging:
+    """A model and adapters, opened and held against each other.
+
+    Args:
+        source: the model.
+        options: what is merged into it, and how.
+
+    Attributes:
+        source, options: as given.
+        headers: of its weight files.
+        update: what the adapters do to it.
+        checkpoint: its weights.
+        dense: what its tensors become.
+
+    Raises:
+        OptionError, SourceError, FormatError, ReadError: see ``merge``.
+    """
+
+    def __init__(self, source: Source, options: MergeOptions) -> None:
+        self.source = source
+        self.options = options
+        progress = listening()
+        with phase(progress, "reading headers"):
+            self.headers: Mapping[str, Header] = {shard: source.header(shard) for shard in source.selection.shards}
+        for note in check_index(source, dict(self.headers)):
+            progress.note(note)
+        homes = {entry.name: shard for shard, header in self.headers.items() for entry in header.tensors}
+        weights = ModelWeights(source, partial(read_quantization, source.config(), self.headers, source.name), source.name)
+        if options.writing.to_dense and not weights.quantized:
+            raise OptionError("there is nothing to dequantize: this is no FP8 model", hint="drop --dequantize")
+        shards = [SourceShard(file, source.size(file), source.sha256(file)) for file in self.headers]
+        self.checkpoint = PlainWeights(weights, homes, shards)
+        self.update = self._read()
+        self.dense = DenseTensors(self.checkpoint, self.update, options.writing)
+        self.dense.check(self.headers.values())
+
+    def _read(self) -> AdapterUpdate:
+        entries = {entry.name: entry for header in self.headers.values() for entry in header.tensors}
+        with phase(listening(), "reading adapters"):
+            return read_adapters(self.options.adapters, _folder_of(self.source), entries, _component_of(self.source))
+
+    def memory(self, resources: Resources) -> Memory:
+        """What the run may use of the memory.
+
+        Raises:
+            OptionError: a strict limit is too small for one tensor at a time.
+        """
+        needs = []
+        for shard, header in self.headers.items():
+            entries = {entry.name: entry for entry in header.tensors}
+            for name, at_a_time in self.dense.touched(header).items():
+                change = self.update.change(name)
+                rank = 0 if change is None else max(map(_rank, change.parts.values()), default=0)
+                needs.append(need_to_merge(entries[name], shard, at_a_time, rank))
+        return share_out(needs, resources)
+
+    def tensors(self, kept: Iterable[KeptUpdate] = ()) -> tuple[MergedTensor, ...]:
+        """The tensors that change; after the merge with what was ``kept`` of the update of each."""
+        known = {one.name: one for one in kept}
+        found = []
+        for shard, header in self.headers.items():
+            for entry in header.tensors:
+                if (change := self.update.change(entry.name)) is None:
+                    continue
+                how = "replaced" if change.replacement is not None else "rows" if change.rows is not None else "added"
+                one = known.get(entry.name)
+                found.append(
+                    MergedTensor(
+                        entry.name,
+                        shard,
+                        entry.dtype,
+                        entry.shape,
+                        how,
+                        max(map(_rank, change.parts.values()), default=0),
+                        None if one is None else one.size,
+                        None if one is None else one.kept.share,
+                    )
+                )
+        return tuple(found)
+
+    def identity(self, device: str) -> dict[str, Any]:
+        """All that the bytes of the result depend on, as JSON."""
+        return {
+            "command": "merge",
+            "tool": f"surgery {__version__}",
+            "torch": torch.__version__,
+            "device": device,
+            "source": {**asdict(self.source.record), "files": self.source.stamps()},
+            **self.update.digests(),
+            **asdict(self.options.writing),
+        }
+
+
+def _rank(parts: Sequence[LowRankPart]) -> int:
+    return sum(part.left.shape[1] for part in parts)
+
+
+def _folder_of(source: Source) -> Path | None:
+    """The folder with the model's config; None if it has none."""
+    return source.fetch(CONFIG_FILE).parent if CONFIG_FILE in source.selection.others else None
+
+
+def _component_of(source: Source) -> str | None:
+    """Which part of a diffusion pipeline the model is, such as ``unet``; None for any other model."""
+    config = source.config()
+    if source.record.subfolder is not None:
+        last = source.record.subfolder.rpartition("/")[2]
+        return last if "_diffusers_version" in config or last.startswith("text_encoder") else None
+    kind = config.get("_class_name")
+    if not isinstance(kind, str):
+        return None
+    return "unet" if "UNet" in kind else "transformer" if "Transformer" in kind else "vae" if "Autoencoder" in kind else kind
