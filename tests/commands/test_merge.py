@@ -1,0 +1,403 @@
+"""How ``surgery merge`` runs: what is on the disk at any moment, where models and adapters come from, what is refused."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from surgery.cli.main import main
+from surgery.commands.merge import MergeReport, merge, plan_merge
+from surgery.errors import OutputError, SourceError
+from surgery.files import file_writer
+from surgery.progress import Silent
+from surgery.publish import upload
+from tests.loopback_hub import WRITING_TOKEN, LoopbackHub
+from tests.models import files_of, tensors_of
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    # What is said of a run that was begun before or of an upload, where a test does not listen.
+    pytest.mark.filterwarnings("ignore:going on after|.* is already complete|uploaded to:surgery.errors.SurgeryWarning"),
+    # The client sends a file in a way that its HTTP library would have otherwise.
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
+]
+
+ROOT = Path(__file__).parents[2]
+Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
+SHAPES = {Q: (48, 48), DOWN: (48, 80)}
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def save_lora(
+    folder: Path,
+    modules: Mapping[str, tuple[int, int]],
+    *,
+    rank: int = 3,
+    seed: int = 5,
+    size: float = 0.03,
+    more: Mapping[str, torch.Tensor] | None = None,
+    **config: Any,
+) -> Path:
+    """An adapter as PEFT saves it, of modules with weights of these shapes, and ``more`` tensors in its file."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, torch.Tensor] = {}
+    for module, (out, inputs) in modules.items():
+        tensors[f"base_model.model.{module}.lora_A.weight"] = torch.randn(rank, inputs, generator=generator) * size
+        tensors[f"base_model.model.{module}.lora_B.weight"] = torch.randn(out, rank, generator=generator)
+    tensors |= {f"base_model.model.{name}": tensor for name, tensor in (more or {}).items()}
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    known = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": [*modules]}
+    (folder / "adapter_config.json").write_text(json.dumps({**known, **config}))
+    return folder
+
+
+def delta(adapter: Path, module: str) -> torch.Tensor:
+    """float64: what a plain adapter adds to a module's weight."""
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    A, B = (tensors[f"base_model.model.{module}.lora_{half}.weight"].double() for half in "AB")
+    change: torch.Tensor = config["lora_alpha"] / config["r"] * (B @ A)
+    return change
+
+
+def share(before: torch.Tensor, after: torch.Tensor, update: torch.Tensor) -> float:
+    """How much of an update arrived."""
+    return (((after.double() - before.double()) * update).sum() / update.square().sum()).item()
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter of modules in the first and the last weight file of ``llama``. Read-only."""
+    return save_lora(tmp_path_factory.mktemp("lora") / "a", SHAPES)
+
+
+@pytest.fixture(scope="module")
+def truth(llama: Path, lora: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, MergeReport]:
+    """An undisturbed result, and its report. Read-only."""
+    out = tmp_path_factory.mktemp("truth") / "o"
+    return out, merge(llama, lora, out, progress=Silent())
+
+
+class _Stop(Silent):
+    """Interrupts a run when it comes to a tensor of this name."""
+
+    def __init__(self, at: str) -> None:
+        super().__init__()
+        self.at = at
+
+    def item(self, name: str) -> None:
+        if name == self.at:
+            raise KeyboardInterrupt
+
+
+class _FullDisk(io.FileIO):
+    """Takes so many bytes in all."""
+
+    left = 0
+
+    def write(self, data: Any) -> int:
+        if _FullDisk.left <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        taken = min(len(data), _FullDisk.left, 10_000)
+        _FullDisk.left -= taken
+        return super().write(data[:taken]) or 0
+
+
+def _without_place(report: MergeReport) -> dict[str, Any]:
+    return {**json.loads(json.dumps(report.as_json())), "out": None}
+
+
+# -- what is written ------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_written(llama: Path, lora: Path, truth: tuple[Path, MergeReport]) -> None:
+    """The update arrives, and all else is the source's: tensors, whole files, config, index, tokenizer."""
+    out, report = truth
+    before, after = tensors_of(llama), tensors_of(out)
+    for name, tensor in after.items():
+        module = name.removesuffix(".weight")
+        if module in SHAPES:
+            assert share(before[name], tensor, delta(lora, module)) >= 0.99
+        else:
+            assert torch.equal(tensor, before[name]), name
+    place = json.loads((llama / "model.safetensors.index.json").read_text())["weight_map"]
+    changed = {place[f"{module}.weight"] for module in SHAPES}
+    assert len(changed) == 2
+    assert {path.name for path in llama.glob("*.safetensors")} - changed
+    for path in llama.rglob("*"):
+        if path.is_file() and path.name not in changed:
+            assert sha256(out / path.relative_to(llama)) == sha256(path), path
+    assert {one.tensor for one in report.tensors} == {f"{module}.weight" for module in SHAPES}
+    for one in report.tensors:
+        update = delta(lora, one.tensor.removesuffix(".weight"))
+        assert one.size == pytest.approx((update.norm() / before[one.tensor].double().norm()).item(), rel=1e-3)
+        assert one.kept == pytest.approx(share(before[one.tensor], after[one.tensor], update), abs=1e-4)
+        assert (one.shard, one.rank) == (place[one.tensor], 3)
+    for record in report.files:
+        assert (record.size, record.sha256) == ((out / record.file).stat().st_size, sha256(out / record.file))
+    assert (report.shards, report.restored) == (len({*place.values()}), len({*place.values()}) - 2)
+    assert not (out / ".surgery").exists()
+
+
+def test_a_dry_run(llama: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It writes nothing, and says of every tensor of the adapter where it would go."""
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(main, ["merge", str(llama), str(lora), "--dry-run", "--json"], catch_exceptions=False)
+    assert done.exit_code == 0
+    told = json.loads(done.stdout)
+    (account,) = told["accounts"]
+    stored = load_file(lora / "adapter_model.safetensors")
+    assert account == {name: [f"{name.split('.lora_')[0].removeprefix('base_model.model.')}.weight"] for name in stored}
+    assert [one["tensor"] for one in told["tensors"]] == sorted(f"{module}.weight" for module in SHAPES)
+    assert (told["changed_shards"], told["shards"]) == (2, len(list(llama.glob("*.safetensors"))))
+    assert told["bytes_written"] == sum(path.stat().st_size for path in llama.glob("*.safetensors"))
+    plain = CliRunner().invoke(main, ["merge", str(llama), str(lora), "--dry-run"], catch_exceptions=False)
+    assert "2 tensors would change, in 2 of" in plain.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_the_command_says(llama: Path, lora: Path, truth: tuple[Path, MergeReport], tmp_path: Path) -> None:
+    arguments = ["merge", str(llama), str(lora), "-o"]
+    done = CliRunner().invoke(main, [*arguments, str(tmp_path / "a"), "--json"], catch_exceptions=False)
+    told = json.loads(done.stdout)
+    assert {key: told[key] for key in ("kept", "kept_least", "kept_least_in", "restored", "bytes_written")} == {
+        key: getattr(truth[1], key) for key in ("kept", "kept_least", "kept_least_in", "restored", "bytes_written")
+    }
+    done = CliRunner().invoke(main, [*arguments, str(tmp_path / "b")], catch_exceptions=False)
+    assert "2 tensors changed" in done.stderr.splitlines()[-1]
+    assert "of the update kept" in done.stderr.splitlines()[-1]
+    quiet = CliRunner().invoke(main, [*arguments, str(tmp_path / "c"), "--quiet"], catch_exceptions=False)
+    assert quiet.output == ""
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b") == files_of(tmp_path / "c") == files_of(truth[0])
+
+
+# -- stopped, killed, again -----------------------------------------------------------------------------------------------
+
+
+def test_stopped_and_gone_on(llama: Path, lora: Path, truth: tuple[Path, MergeReport], tmp_path: Path) -> None:
+    """The same bytes, and the report of a run that was never stopped."""
+    out, stop = tmp_path / "o", _Stop(f"{DOWN}.weight")
+    with pytest.raises(KeyboardInterrupt):
+        merge(llama, lora, out, progress=stop)
+    assert stop.notes[-1].endswith("the same command goes on from there")
+    assert not (out / "config.json").exists()
+    again = Silent()
+    report = merge(llama, lora, out, progress=again)
+    assert again.notes[0].startswith("going on after")
+    assert files_of(out) == files_of(truth[0])
+    assert _without_place(report) == _without_place(truth[1])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_killed_at_any_moment(llama: Path, tmp_path: Path, lora: Path) -> None:
+    """A child that is killed at its n-th change of the disk leaves nothing that looks whole and is not."""
+    code = f"""
+import sys
+from pathlib import Path
+import torch
+from surgery.commands.merge import merge
+from surgery.progress import Silent
+from tests.faults import run, trial
+from tests.models import files_of
+torch.set_num_threads(1)
+folder = Path({str(tmp_path)!r})
+def call(out):
+    merge(Path({str(llama)!r}), Path({str(lora)!r}), out, overwrite=(out / "earlier").exists(), progress=Silent())
+ended, changes = run(call, folder / "truth")
+assert ended
+truth = files_of(folder / "truth")
+kills = 0
+for at in range(1, changes + 1, max(1, changes // 12)):
+    kills += trial(call, folder / "o", None, truth, "config.json", [{{"kill_at": at}}, {{"kill_at": max(1, at // 2)}}])
+print(kills)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout) >= 20
+
+
+def test_the_same_again_and_another(llama: Path, lora: Path, truth: tuple[Path, MergeReport], tmp_path: Path) -> None:
+    out = shutil.copytree(truth[0], tmp_path / "o")
+    said = Silent()
+    report = merge(llama, lora, out, progress=said)
+    assert said.notes == [f"{out} is already complete: nothing to do"]
+    assert _without_place(report) == _without_place(truth[1])
+    other = save_lora(tmp_path / "other", SHAPES, seed=6)
+    for adapters, options in (([other], {}), ([lora], {"weights": [0.5]}), ([lora, other], {}), ([lora], {"dtype": "float32"})):
+        with pytest.raises(OutputError, match="holds files already"):
+            merge(llama, adapters, out, progress=Silent(), **options)
+        assert files_of(out) == files_of(truth[0])
+    merge(llama, other, out, overwrite=True, progress=Silent())
+    merge(llama, other, tmp_path / "alone", progress=Silent())
+    assert files_of(out) == files_of(tmp_path / "alone") != files_of(truth[0])
+
+
+def test_another_adapter_after_one_that_was_stopped(llama: Path, lora: Path, tmp_path: Path) -> None:
+    out, other = tmp_path / "o", save_lora(tmp_path / "other", SHAPES, seed=6)
+    with pytest.raises(KeyboardInterrupt):
+        merge(llama, lora, out, progress=_Stop(f"{DOWN}.weight"))
+    for adapters, options in (([other], {}), ([lora], {"weights": [0.5]}), ([lora], {"rounding": "nearest"})):
+        with pytest.raises(OutputError, match="another"):
+            merge(llama, adapters, out, progress=Silent(), **options)
+    merge(llama, other, out, overwrite=True, progress=Silent())
+    merge(llama, other, tmp_path / "alone", progress=Silent())
+    assert files_of(out) == files_of(tmp_path / "alone")
+
+
+def test_a_full_disk(llama: Path, lora: Path, truth: tuple[Path, MergeReport], tmp_path: Path) -> None:
+    """Named; nothing looks whole then, and the same call goes on."""
+    out, total = tmp_path / "o", sum(len(data) for data in files_of(truth[0]).values())
+
+    def opened(path: Path, mode: str, buffering: int = -1) -> Any:
+        return _FullDisk(path, mode.replace("b", "")) if "x" in mode else open(path, mode, buffering)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(file_writer, "open", opened, raising=False)
+        for share_of_it in (0.1, 0.5):
+            _FullDisk.left = int(share_of_it * total)
+            with pytest.raises(OutputError, match="No space left"):
+                merge(llama, lora, out, progress=Silent())
+            assert not (out / "config.json").exists()
+            assert not list(out.rglob("*.partial"))
+    merge(llama, lora, out, progress=Silent())
+    assert files_of(tmp_path / "o") == files_of(truth[0])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Ray")
+def test_on_ray(llama: Path, lora: Path, truth: tuple[Path, MergeReport], tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "cli.py"), "merge", str(llama), str(lora), "-o", str(tmp_path / "o")]
+    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, "--engine", "ray", "--json"], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert files_of(tmp_path / "o") == files_of(truth[0])
+    assert json.loads(done.stdout)["kept"] == truth[1].kept
+
+
+# -- from and to the hub --------------------------------------------------------------------------------------------------
+
+
+def test_streamed_from_the_hub(
+    hub: LoopbackHub, llama: Path, lora: Path, truth: tuple[Path, MergeReport], tmp_path: Path
+) -> None:
+    hub.publish("acme/merge-model", llama)
+    hub.publish("acme/merge-lora", lora)
+    merge("acme/merge-model", "acme/merge-lora", tmp_path / "o", stream=True, progress=Silent())
+    assert files_of(tmp_path / "o") == files_of(truth[0])
+    cache = Path(os.environ["HF_HOME"]) / "hub" / "models--acme--merge-model"
+    assert not list(cache.rglob("*.safetensors"))
+    merge("acme/merge-model", "acme/merge-lora", tmp_path / "o2", progress=Silent())
+    assert files_of(tmp_path / "o2") == files_of(truth[0])
+
+
+def test_an_adapter_of_the_hub_and_its_cache(
+    hub: LoopbackHub, llama: Path, lora: Path, truth: tuple[Path, MergeReport], tmp_path: Path
+) -> None:
+    """Once fetched it is there without the hub, and that is told."""
+    hub.publish("acme/merge-offline", lora)
+    merge(llama, "acme/merge-offline", tmp_path / "o", progress=Silent())
+    assert files_of(tmp_path / "o") == files_of(truth[0])
+    hub.refuse("acme/merge-offline", 503, "")
+    said = Silent()
+    merge(llama, "acme/merge-offline", tmp_path / "away", progress=said)
+    assert any("from the local cache" in note for note in said.notes)
+    assert files_of(tmp_path / "away") == files_of(truth[0])
+    for away in ("acme/merge-never", "acme/merge-offline-never"):
+        command = [sys.executable, str(ROOT / "cli.py"), "merge", str(llama), away, "-o", str(tmp_path / "x")]
+        done = subprocess.run(
+            command, env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+        )
+        assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+        assert away in done.stderr
+    command = [sys.executable, str(ROOT / "cli.py"), "merge", str(llama), "acme/merge-offline", "-o", str(tmp_path / "offline")]
+    done = subprocess.run(
+        command, env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert files_of(tmp_path / "offline") == files_of(truth[0])
+
+
+def test_pushed_to_the_hub(
+    hub: LoopbackHub,
+    llama: Path,
+    lora: Path,
+    truth: tuple[Path, MergeReport],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", WRITING_TOKEN)
+    monkeypatch.setattr(upload, "_SECONDS_TO_SETTLE", 0.1)
+    monkeypatch.setattr(upload, "_SECONDS_BETWEEN_COMMITS", 0.0)
+    merge(llama, lora, tmp_path / "o", push_to_hub="acme/merged", progress=Silent())
+    repo = hub.repos["acme/merged"]
+    there = {name: data for name, data in files_of(repo.folder).items() if name not in ("README.md", ".gitattributes")}
+    assert there == files_of(truth[0])
+    assert "config.json" not in repo.history[0].files or len(repo.history) == 1
+    card = (repo.folder / "README.md").read_text()
+    assert "surgery" in card
+    shutil.rmtree(repo.folder / "x", ignore_errors=True)
+    # What is complete here is uploaded by the same command.
+    merge(llama, lora, tmp_path / "o", push_to_hub="acme/merged-again", progress=Silent())
+    assert files_of(truth[0]).items() <= files_of(hub.repos["acme/merged-again"].folder).items()
+
+
+def test_a_damaged_adapter_in_the_cache(
+    hub: LoopbackHub, llama: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused, with the hub and without it."""
+    commit = hub.publish("acme/merge-damaged", lora).commit
+    plan_merge(llama, "acme/merge-damaged")
+    cache = Path(os.environ["HF_HOME"]) / "hub/models--acme--merge-damaged/snapshots"
+    blob = (cache / commit / "adapter_model.safetensors").resolve()
+    blob.write_bytes(blob.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(SourceError, match="is not the file that the hub has"):
+        merge(llama, "acme/merge-damaged", tmp_path / "o", progress=Silent())
+    hub.refuse("acme/merge-damaged", 503, "")
+    with pytest.raises(SourceError, match="is not the file that the hub has"):
+        merge(llama, "acme/merge-damaged", tmp_path / "o", progress=Silent())
+    assert not (tmp_path / "o/config.json").exists()
+
+
+def test_what_is_fetched_of_a_repository(hub: LoopbackHub, llama: Path, lora: Path, tmp_path: Path) -> None:
+    """Of a model that was pushed together with its adapter, the adapter alone; of a model that is none, nothing."""
+    both = shutil.copytree(llama, tmp_path / "both")
+    for name in ADAPTER_FILES:
+        shutil.copy(lora / name, both / name)
+    hub.publish("acme/merge-both", both)
+    assert len(plan_merge(llama, "acme/merge-both").tensors) == 2
+    address = f"{hub.url}/acme/merge-both/blob/main/adapter_model.safetensors".replace(hub.url, "https://huggingface.co")
+    assert len(plan_merge(llama, address).tensors) == 2
+    fetched = {path.rpartition("/")[2] for _, path, _ in hub.requests if "/acme/merge-both/resolve/" in path}
+    assert fetched == {*ADAPTER_FILES}
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/adapter_config.json").write_text("{}")
+    (tmp_path / "old/adapter_model.bin").write_bytes(b"")
+    for name, folder, message in (
+        ("acme/merge-no-adapter", llama, "holds no adapter"),
+        ("acme/merge-old", tmp_path / "old", "PEFT reads adapter_model.bin: load it there"),
+    ):
+        hub.publish(name, folder)
+        before = len(hub.requests)
+        with pytest.raises(SourceError, match=message):
+            plan_merge(llama, name)
+        assert not [path for _, path, _ in hub.requests[before:] if "/resolve/" in path]
