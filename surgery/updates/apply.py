@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -54,7 +55,16 @@ class Updated:
     kept: dict[str, KeptUpdate] = field(default_factory=dict)
 
     def keep(self, more: KeptUpdate) -> None:
-        """Count what was kept of one more matrix."""
+        """Count what was kept of one more matrix.
+
+        Raises:
+            ScalesError: the update is so large that this cannot be told.
+        """
+        if not math.isfinite(more.kept.arrived):
+            raise ScalesError(
+                f"the update of {more.name!r} is so large that it cannot be told what its rounding keeps",
+                hint="the training diverged, or an alpha or weight is wrong",
+            )
         self.kept[more.name] = self.kept[more.name] + more if more.name in self.kept else more
 
 
@@ -142,7 +152,7 @@ class UpdatedWeights:
             new = []
             for i, matrix in enumerate(matrices, first):
                 parts = () if change is None else change.parts.get(i, ())
-                addition = addition_of(parts, matrix) if parts else None
+                addition = addition_of(parts, matrix, name) if parts else None
                 stored = self._stored(name, matrix, target, i)
                 new.append(self._matrix(stored, i, device, addition, written, result))
             if view.slice is not None:
@@ -210,7 +220,7 @@ class UpdatedWeights:
         result = Updated(weight)
         matrices = weight if change.is_stack else weight.view(1, len(weight), -1)
         for i, matrix in enumerate(matrices, first):
-            additions = [addition_of(parts, matrix)] if (parts := change.parts.get(i, ())) else []
+            additions = [addition_of(parts, matrix, name)] if (parts := change.parts.get(i, ())) else []
             for target in self.targets(name):
                 if (scales := self._update.scales(target, i)) is not None:
                     factors = self._checkpoint.weight(target, i, matrix, scaled=True).factors

@@ -6,11 +6,12 @@ import errno
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
+import surgery
 from surgery.cli.main import main
 from surgery.commands.merge import MergeReport, merge, plan_merge
-from surgery.errors import OutputError, SourceError
+from surgery.errors import OptionError, OutputError, SourceError, SurgeryError
 from surgery.files import file_writer
 from surgery.progress import Silent
 from surgery.publish import upload
@@ -401,3 +403,129 @@ def test_what_is_fetched_of_a_repository(hub: LoopbackHub, llama: Path, lora: Pa
         with pytest.raises(SourceError, match=message):
             plan_merge(llama, name)
         assert not [path for _, path, _ in hub.requests[before:] if "/resolve/" in path]
+
+
+# -- adapters as nobody would make them -----------------------------------------------------------------------------------
+
+
+def _edited(folder: Path, change: Callable[[dict[str, torch.Tensor]], object], **options: Any) -> Path:
+    """An adapter whose tensors have been changed."""
+    path = save_lora(folder, SHAPES, **options) / "adapter_model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["", ".", "_orig_mod", "_orig_mod._orig_mod", "module", "base_model.model.", "\x1b[31mred\nx"])
+def test_odd_names(name: str, llama: Path, tmp_path: Path) -> None:
+    adapter = _edited(tmp_path / "a", lambda tensors: tensors.update({name: torch.ones(2, 2)}))
+    with pytest.raises(OptionError, match="the adapter changes ") as caught:
+        merge(llama, adapter, tmp_path / "o", progress=Silent())
+    assert "\x1b" not in str(caught.value)
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "directions"])
+@pytest.mark.parametrize("rank", [60, 130])
+def test_a_rank_above_the_sides_of_a_matrix(rank: int, rounding: Any, llama: Path, tmp_path: Path) -> None:
+    """As that of a convolution with few channels, or of several adapters together."""
+    adapter = save_lora(tmp_path / "a", SHAPES, rank=rank, size=0.003)
+    merge(llama, adapter, tmp_path / "o", rounding=rounding, progress=Silent())
+    before, after = tensors_of(llama), tensors_of(tmp_path / "o")
+    for module in SHAPES:
+        update = delta(adapter, module)
+        assert share(before[f"{module}.weight"], after[f"{module}.weight"], update) == pytest.approx(1, abs=0.01)
+        error = (after[f"{module}.weight"].double() - before[f"{module}.weight"].double() - update).norm()
+        assert error <= 2**-7 * after[f"{module}.weight"].double().norm()
+
+
+def test_what_adds_zeros_changes_nothing(llama: Path, tmp_path: Path) -> None:
+    """A module that was never trained keeps its file, and is accounted for."""
+    adapter = _edited(tmp_path / "a", lambda tensors: tensors[f"base_model.model.{Q}.lora_B.weight"].zero_())
+    plan = plan_merge(llama, adapter)
+    assert plan.accounts[0][f"base_model.model.{Q}.lora_B.weight"] == (f"{Q}.weight",)
+    assert [one.tensor for one in plan.tensors] == [f"{DOWN}.weight"]
+    report = merge(llama, adapter, tmp_path / "o", progress=Silent())
+    assert (report.restored, [one.tensor for one in report.tensors]) == (report.shards - 1, [f"{DOWN}.weight"])
+    place = json.loads((llama / "model.safetensors.index.json").read_text())["weight_map"]
+    assert sha256(tmp_path / "o" / place[f"{Q}.weight"]) == sha256(llama / place[f"{Q}.weight"])
+
+
+@pytest.mark.parametrize(
+    ("weight", "alpha", "message"),
+    [
+        (1e308, 6, "beyond the range of all dtypes"),
+        (1e30, 6, "so large"),
+        (1.0, 1e29, "so large"),
+        (math.nan, 6, "makes no sense"),
+        (0.0, 6, "makes no sense"),
+        (1.0, math.inf, "contradicts"),
+        (1.0, 0, "changes nothing"),
+    ],
+)
+def test_numbers_beyond_all_sense(weight: float, alpha: float, message: str, llama: Path, tmp_path: Path) -> None:
+    adapter = save_lora(tmp_path / "a", SHAPES, lora_alpha=alpha)
+    with pytest.raises(SurgeryError, match=message):
+        merge(llama, adapter, tmp_path / "o", weights=[weight], progress=Silent())
+    assert not (tmp_path / "o/config.json").exists()
+
+
+def test_a_row_of_zeros_with_dora(llama: Path, tmp_path: Path) -> None:
+    """PEFT makes NaN of it; here it is named."""
+    model = shutil.copytree(llama, tmp_path / "m")
+    for path in model.glob("*.safetensors"):
+        tensors = load_file(path)
+        if f"{Q}.weight" in tensors:
+            tensors[f"{Q}.weight"][3] = 0
+            save_file(tensors, path, metadata={"format": "pt"})
+    more = {f"{Q}.lora_magnitude_vector": torch.ones(48)}
+    adapter = save_lora(tmp_path / "a", {Q: SHAPES[Q]}, use_dora=True, more=more)
+    merge(model, adapter, tmp_path / "o", progress=Silent())  # with what is added it is none
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors[f"base_model.model.{Q}.lora_B.weight"][3] = 0
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    with pytest.raises(SurgeryError, match=f"'{Q}.weight' has a row of zeros"):
+        merge(model, adapter, tmp_path / "x", progress=Silent())
+    assert not (tmp_path / "x/config.json").exists()
+
+
+def test_one_adapter_twice(llama: Path, lora: Path, tmp_path: Path) -> None:
+    """Summed, and told."""
+    said = Silent()
+    merge(llama, [lora, lora], tmp_path / "o", progress=said)
+    assert said.notes == [f"given more than once, and counted as often: {lora}"]
+    before, after = tensors_of(llama), tensors_of(tmp_path / "o")
+    for module in SHAPES:
+        assert share(before[f"{module}.weight"], after[f"{module}.weight"], 2 * delta(lora, module)) == pytest.approx(
+            1, abs=0.01
+        )
+
+
+def test_folders_that_are_something_else(llama: Path, lora: Path, factorized: Path, tmp_path: Path) -> None:
+    overlay = tmp_path / "overlay"
+    surgery.factorize(llama, overlay, rank=2, layout="overlay", progress=Silent())
+    for model, adapter, message in (
+        (lora, lora, "holds an adapter"),
+        (factorized, lora, "is itself a factorized checkpoint"),
+        (overlay, lora, "is itself a factorized checkpoint"),
+        (llama, llama, "there is no adapter_config.json"),
+        (llama, tmp_path / "nothing", "there is no folder"),
+        (llama, lora / "adapter_model.safetensors", "there is no adapter_config.json"),
+    ):
+        with pytest.raises(SourceError, match=message):
+            merge(model, adapter, tmp_path / "o", progress=Silent())
+        assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_output_is_no_input(overwrite: bool, llama: Path, lora: Path, tmp_path: Path) -> None:
+    model, adapter = shutil.copytree(llama, tmp_path / "m"), shutil.copytree(lora, tmp_path / "a")
+    inside = shutil.copytree(lora, tmp_path / "o/inside")
+    outs = [(adapter, out) for out in (model, model / "sub", adapter, adapter / "sub")]
+    for one, out in [*outs, (inside, tmp_path / "o")]:
+        with pytest.raises(OutputError, match="lie in one another"):
+            merge(model, one, out, overwrite=overwrite, progress=Silent())
+    assert files_of(model) == files_of(llama)
+    assert files_of(adapter) == files_of(inside) == files_of(lora)
+    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == ["inside"]

@@ -101,5 +101,9 @@ def is_nothing(change: TensorChange) -> bool:
         return False
     if change.offset is not None and bool(change.offset.any()):
         return False
-    parts = [part for several in change.parts.values() for part in several]
-    return all(part.magnitude is None and not (bool(part.left.any()) and bool(part.right.any())) for part in parts)
+    return all(map(adds_nothing, (part for parts in change.parts.values() for part in parts)))
+
+
+def adds_nothing(part: LowRankPart) -> bool:
+    """Whether a part leaves every matrix as it is."""
+    return part.magnitude is None and not (bool(part.left.any()) and bool(part.right.any()))

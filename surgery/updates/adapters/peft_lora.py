@@ -288,7 +288,7 @@ def _names(config: Mapping[str, Any], key: str, folder: Path) -> list[str]:
 def _own_name(name: str) -> str:
     """The name of a tensor without those of wrappers around the model, and around PEFT's own."""
     words = [word for word in name.split(".") if word not in _WRAPPERS]
-    while words[0] == "module" and len(words) > 1:
+    while words[:1] == ["module"] and len(words) > 1:
         del words[0]
     return ".".join(words).removeprefix(PEFT_PREFIX)
 
