@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 
 from surgery.errors import FormatError, OptionError
+from surgery.format.header import TensorEntry
 from surgery.format.safetensors import ShardReader
 from surgery.memory import bytes_of
 
@@ -53,12 +54,19 @@ class StoredTensor:
         name: of the tensor in it.
         dtype: as the format names it.
         shape: its sizes.
+        modified: when the file was changed last, in nanoseconds, as it was when the rest of the adapter was read.
     """
 
     path: Path
     name: str
     dtype: str
     shape: tuple[int, ...]
+    modified: int
+
+    @classmethod
+    def of(cls, reader: ShardReader, path: Path, entry: TensorEntry) -> Self:
+        """The tensor of an entry of an open file."""
+        return cls(path, entry.name, entry.dtype, entry.shape, reader.modified)
 
     def read(self) -> torch.Tensor:
         """Its numbers, in its own dtype and shape, on the CPU.
@@ -68,14 +76,21 @@ class StoredTensor:
             FormatError: it is not what it was, or the tensor holds NaN or infinity.
         """
         with ShardReader(self.path, name=str(self.path)) as reader:
-            entry = reader.entries.get(self.name)
-            if entry is None or (entry.dtype, entry.shape) != (self.dtype, self.shape):
-                raise FormatError(f"{self.path}: {self.name!r} has changed since the adapter was looked at")
-            tensor = reader.read(entry)
+            tensor = reader.read(self._entry(reader))
             reader.check_unchanged()
         if not bool(torch.isfinite(tensor).all()):
             raise FormatError(f"{self.path}: {self.name!r} holds NaN or infinity", hint="take an earlier checkpoint")
         return tensor
+
+    def _entry(self, reader: ShardReader) -> TensorEntry:
+        """Its entry in the file, which has to be the one that was looked at."""
+        entry = reader.entries.get(self.name)
+        if entry is None or (entry.dtype, entry.shape, reader.modified) != (self.dtype, self.shape, self.modified):
+            raise FormatError(
+                f"{self.path}: {self.name!r} has changed since the adapter was looked at",
+                hint="run the same command again when nothing writes to that folder any more",
+            )
+        return entry
 
     def hash_into(self, digest: _Hash) -> None:
         """Give its dtype, shape and bytes to a hash, a few megabytes at a time.
@@ -85,9 +100,7 @@ class StoredTensor:
         """
         digest.update(f"{self.dtype} {self.shape}\0".encode())
         with ShardReader(self.path, name=str(self.path)) as reader:
-            entry = reader.entries.get(self.name)
-            if entry is None or (entry.dtype, entry.shape) != (self.dtype, self.shape):
-                raise FormatError(f"{self.path}: {self.name!r} has changed since the adapter was looked at")
+            entry = self._entry(reader)
             for start in range(entry.start, entry.end, _AT_A_TIME):
                 data = bytes_of(reader.empty(min(_AT_A_TIME, entry.end - start)))
                 reader.read_into(data, start)

@@ -529,3 +529,57 @@ def test_the_output_is_no_input(overwrite: bool, llama: Path, lora: Path, tmp_pa
     assert files_of(model) == files_of(llama)
     assert files_of(adapter) == files_of(inside) == files_of(lora)
     assert sorted(path.name for path in (tmp_path / "o").iterdir()) == ["inside"]
+
+
+class _Do(Silent):
+    """Does something, once, when a run comes to a tensor of this name."""
+
+    def __init__(self, at: str, do: Callable[[], object]) -> None:
+        super().__init__()
+        self.at, self.do, self.done = at, do, False
+
+    def item(self, name: str) -> None:
+        if name == self.at and not self.done:
+            self.done = True
+            self.do()
+
+
+@pytest.mark.parametrize("way", ["written again", "put in its place", "removed"])
+def test_an_adapter_that_changes_meanwhile(way: str, llama: Path, tmp_path: Path) -> None:
+    """Nothing is made of one half of it and of the other's half: what is read late is of the file that was read first."""
+    saved = {"lm_head.modules_to_save.weight": torch.randn(97, 48, generator=torch.Generator().manual_seed(1))}
+    adapter = save_lora(tmp_path / "a", SHAPES, more=saved, modules_to_save=["lm_head"])
+    path = adapter / "adapter_model.safetensors"
+    doubled = {name: 2 * tensor for name, tensor in load_file(path).items()}
+
+    def change() -> None:
+        if way == "removed":
+            shutil.rmtree(adapter)
+        elif way == "written again":
+            save_file(doubled, path, metadata={"format": "pt"})
+        else:
+            save_file(doubled, tmp_path / "new", metadata={"format": "pt"})
+            (tmp_path / "new").replace(path)
+
+    # The first weight file is finished before the one with lm_head.
+    progress = _Do("model.safetensors.index.json", change)
+    with pytest.raises(SurgeryError, match=r"has changed since|cannot be read"):
+        merge(llama, adapter, tmp_path / "o", progress=progress)
+    assert progress.done
+    assert not (tmp_path / "o/config.json").exists()
+
+
+@pytest.mark.parametrize("victim", ["weights", "config.json", "tokenizer.json"])
+def test_a_model_that_changes_meanwhile(victim: str, llama: Path, lora: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(llama, tmp_path / "m")
+    files = sorted(model.glob("*.safetensors")) if victim == "weights" else [model / victim]
+
+    def change() -> None:
+        for path in files:
+            path.write_bytes(path.read_bytes()[:-1] + b" ")
+
+    progress = _Do(f"{Q}.weight", change)
+    with pytest.raises(SurgeryError, match="has changed while it was in use"):
+        merge(model, lora, tmp_path / "o", progress=progress)
+    assert progress.done
+    assert not (tmp_path / "o/config.json").exists()

@@ -192,7 +192,7 @@ class _PeftFile:
             raise OptionError(
                 f"{self._folder}: {entry.name!r} is to be copied, and of no such dtype", got=entry.dtype, hint=_MERGE
             )
-        return StoredTensor(self._folder / ADAPTER_WEIGHTS, entry.name, entry.dtype, entry.shape)
+        return StoredTensor.of(self._reader, self._folder / ADAPTER_WEIGHTS, entry)
 
     def _one_adapter(self, name: str | None, entry: TensorEntry) -> None:
         if name is not None:
