@@ -55,17 +55,17 @@ class Updated:
     kept: dict[str, KeptUpdate] = field(default_factory=dict)
 
     def keep(self, more: KeptUpdate) -> None:
-        """Count what was kept of one more matrix.
-
-        Raises:
-            ScalesError: the update is so large that this cannot be told.
-        """
-        if not math.isfinite(more.kept.arrived):
-            raise ScalesError(
-                f"the update of {more.name!r} is so large that it cannot be told what its rounding keeps",
-                hint="the training diverged, or an alpha or weight is wrong",
-            )
+        """Count what was kept of one more matrix."""
         self.kept[more.name] = self.kept[more.name] + more if more.name in self.kept else more
+
+    def check(self) -> None:
+        """Refuse an update that is so large that it cannot be told what was kept of it. Raises ScalesError."""
+        for name, one in self.kept.items():
+            if not math.isfinite(one.kept.arrived):
+                raise ScalesError(
+                    f"the update of {name!r} is so large that it cannot be told what its rounding keeps",
+                    hint="the training diverged, or an alpha or weight is wrong",
+                )
 
 
 class UpdatedWeights:
