@@ -15,7 +15,7 @@ from surgery.errors import OptionError, few
 from surgery.format.header import Header
 from surgery.lossless.update import Rounding
 from surgery.names import CONFIG_FILE
-from surgery.planning.memory import need_to_merge, share_out
+from surgery.planning.memory import known_bytes, need_to_merge, share_out
 from surgery.progress import listening, note, phase
 from surgery.source.adapter import local_adapter
 from surgery.source.protocol import Source, check_index
@@ -156,7 +156,10 @@ class Merging:
                 change = self.update.change(name)
                 rank = 0 if change is None else max(map(_rank, change.parts.values()), default=0)
                 needs.append(need_to_merge(entries[name], shard, at_a_time, rank))
-        return share_out(needs, resources)
+        numbers = sum(change.nbytes for change in self.update.changed.values())
+        return share_out(
+            needs, resources, kept=numbers + known_bytes([], sum(len(one.tensors) for one in self.headers.values()))
+        )
 
     def tensors(self, kept: Iterable[KeptUpdate] = ()) -> tuple[MergedTensor, ...]:
         """The tensors that change; after the merge with what was ``kept`` of the update of each."""

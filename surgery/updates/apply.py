@@ -123,7 +123,7 @@ class UpdatedWeights:
         if change is None:
             updated = self._by_targets(weight, entry.name, first, device, written)
         elif change.replacement is not None:
-            updated = Updated(change.replacement.read().view(weight.shape).double())
+            updated = Updated(change.replacement.read().view(weight.shape))
         elif not change.parts:
             updated = Updated(self._originals(weight, entry.name, first, device))
         elif _has_one_view(self.targets(entry.name)) and not _has_magnitudes(change):

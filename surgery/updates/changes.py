@@ -12,6 +12,7 @@ import torch
 from surgery.errors import FormatError, OptionError
 from surgery.format.header import TensorEntry
 from surgery.format.safetensors import ShardReader
+from surgery.lossless.rounding import all_finite
 from surgery.memory import bytes_of
 
 #: Bytes of a stored tensor that are hashed or looked at together.
@@ -24,15 +25,16 @@ class _Hash(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LowRankPart:
-    """One adapter's change of one matrix W (m, n): ``weight left right^T``, or that of DoRA.
+    """One adapter's change of one matrix W (m, n): ``weight scaling left right^T``, or that of DoRA.
 
-    With a magnitude the change is ``weight (magnitude / norm(W') W' - W)``, where ``W' = W + left right^T`` and the norms are
-    those of its rows (``axis`` 0) or columns (1), each of which the magnitude has a number for. Source: Liu et al., DoRA:
+    With a magnitude the change is ``weight (magnitude / norm(W') W' - W)``, where ``W' = W + scaling left right^T`` and the norms
+    are those of its rows (``axis`` 0) or columns (1), each of which the magnitude has a number for. Source: Liu et al., DoRA:
     Weight-Decomposed Low-Rank Adaptation (2024), equation 5; PEFT 0.21, ``tuners/lora/variants.py``.
 
     Attributes:
-        left: float64 (m, r), with the adapter's own scaling in it; r may be 0 with a magnitude.
+        left: float32 (m, r).
         right: float32 (n, r).
+        scaling: the adapter's own.
         weight: with which the adapter counts in a sum.
         magnitude: float32, (m,) for axis 0 or (n,) for axis 1; None for an adapter without DoRA.
         axis: the axis of the matrix that the magnitude belongs to.
@@ -40,6 +42,7 @@ class LowRankPart:
 
     left: torch.Tensor
     right: torch.Tensor
+    scaling: float = 1.0
     weight: float = 1.0
     magnitude: torch.Tensor | None = None
     axis: int = 0
@@ -78,7 +81,7 @@ class StoredTensor:
         with ShardReader(self.path, name=str(self.path)) as reader:
             tensor = reader.read(self._entry(reader))
             reader.check_unchanged()
-        if not bool(torch.isfinite(tensor).all()):
+        if tensor.numel() and not all_finite(tensor):
             raise FormatError(f"{self.path}: {self.name!r} holds NaN or infinity", hint="take an earlier checkpoint")
         return tensor
 
@@ -139,6 +142,13 @@ class TensorChange:
     replacement: StoredTensor | None = None
     rows: ReplacedRows | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the numbers that are in memory; stored ones are not."""
+        tensors = [one for parts in self.parts.values() for part in parts for one in (part.left, part.right, part.magnitude)]
+        tensors += [self.offset] + ([] if self.rows is None else [self.rows.indices, self.rows.values])
+        return sum(one.nbytes for one in tensors if one is not None)
+
     def hash_into(self, digest: _Hash) -> None:
         """Give all its numbers to a hash; stored ones are read.
 
@@ -147,7 +157,7 @@ class TensorChange:
         """
         for index, parts in sorted(self.parts.items()):
             for part in parts:
-                digest.update(f"{index} {part.weight!r} {part.axis}\0".encode())
+                digest.update(f"{index} {part.scaling!r} {part.weight!r} {part.axis}\0".encode())
                 for tensor in (part.left, part.right, part.magnitude):
                     _hash_tensor(tensor, digest)
         _hash_tensor(self.offset, digest)

@@ -34,7 +34,7 @@ def addition_of(parts: Sequence[LowRankPart], weight: torch.Tensor, name: str) -
     lefts, rights = [], []
     factor: torch.Tensor | None = None
     for part in parts:
-        left, right = part.left.double(), part.right
+        left, right = part.left.double() * part.scaling, part.right
         if part.magnitude is not None:
             norms = _norms(weight, left, right.double(), part.axis)
             if not bool((norms > 0).all()):

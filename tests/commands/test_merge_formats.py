@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from surgery.errors import OptionError, WeightError
 from surgery.progress import Silent
 from tests.commands.test_merge import DOWN, SHAPES, Q, delta, save_lora, sha256, share
 from tests.families import FAMILIES
+from tests.measure import measured_peak
 from tests.models import files_of, realistic, save_llama, tensors_of
 from tests.weights.test_fp8 import BLOCK, quantize_model
 
@@ -243,3 +245,34 @@ def test_a_part_of_a_pipeline(where: str, tmp_path: Path) -> None:
         assert any("there are others: 2 for" in note for note in said.notes)
         assert sha256(out / "config.json") == sha256(pipeline / part / "config.json")
         assert files_of(out).keys() == files_of(pipeline / part).keys()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("kind", ["saved", "rank 256", "dora"])
+def test_memory_is_that_of_the_largest_weight(kind: str, tmp_path: Path) -> None:
+    """An embedding of 67 MB: its copies are few, whatever is done to it, and fewer than the plan says."""
+    model, rows, columns = tmp_path / "m", 16384, 2048
+    model.mkdir()
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    small = realistic(64, 64).to(torch.bfloat16)
+    save_file({"lm_head.weight": weight, "model.x.weight": small}, model / "model.safetensors", metadata={"format": "pt"})
+    (model / "config.json").write_text(json.dumps({"tie_word_embeddings": False}))
+    if kind == "saved":
+        more = {"lm_head.modules_to_save.weight": weight.float() + 1}
+        adapter = save_lora(tmp_path / "a", {"model.x": (64, 64)}, more=more, modules_to_save=["lm_head"])
+        numbers = 4 * rows * columns  # of the adapter, as they are read
+    elif kind == "dora":
+        magnitude = {"lm_head.lora_magnitude_vector": weight.float().norm(dim=1) * 1.1}
+        adapter = save_lora(tmp_path / "a", {"lm_head": (rows, columns)}, rank=16, use_dora=True, more=magnitude)
+        numbers = 4 * 16 * (rows + columns)
+    else:
+        adapter = save_lora(tmp_path / "a", {"lm_head": (rows, columns)}, rank=256, size=1e-4)
+        numbers = 4 * 256 * (rows + columns)
+    plan = plan_merge(model, adapter, device="cpu")
+    imports = "from surgery.commands.merge import merge\nfrom surgery.progress import Silent\n"
+    call = f"merge({str(model)!r}, {str(adapter)!r}, {str(tmp_path / 'o')!r}, device='cpu', progress=Silent())"
+    base = measured_peak(imports, threads=2)
+    peak = measured_peak(imports + call, threads=2)
+    assert peak <= plan.peak_memory_bytes
+    # The weight, the new one, and one more; the sides of an update in float64 besides, and as orthonormal bases.
+    assert peak - base <= 3 * weight.nbytes + (1 if kind == "saved" else 7) * numbers + (100 << 20)

@@ -25,7 +25,7 @@ class Sides:
 
     def scaled(self, scaling: float, weight: float) -> LowRankPart:
         axis = 0 if self.magnitude is None else self.axis
-        return LowRankPart(self.left.double() * scaling, self.right, weight, self.magnitude, axis)
+        return LowRankPart(self.left, self.right, scaling, weight, self.magnitude, axis)
 
 
 def in_tensor(piece: TensorPart, shape: Sequence[int], sides: Sides, name: str, home: Home) -> Sides:
@@ -106,4 +106,4 @@ def is_nothing(change: TensorChange) -> bool:
 
 def adds_nothing(part: LowRankPart) -> bool:
     """Whether a part leaves every matrix as it is."""
-    return part.magnitude is None and not (bool(part.left.any()) and bool(part.right.any()))
+    return part.magnitude is None and not (part.scaling and bool(part.left.any()) and bool(part.right.any()))
