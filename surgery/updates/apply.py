@@ -220,16 +220,18 @@ class UpdatedWeights:
         result = Updated(weight)
         matrices = weight if change.is_stack else weight.view(1, len(weight), -1)
         for i, matrix in enumerate(matrices, first):
+            if not self.is_matrix_changed(name, i):
+                continue
+            norm = float(torch.linalg.vector_norm(matrix, dtype=torch.float32))
+            if not math.isfinite(norm) and not all_finite(matrix):
+                raise WeightError(f"{name!r} of the model holds NaN or infinity", hint="take a sound copy of the model")
             additions = [addition_of(parts, matrix, name)] if (parts := change.parts.get(i, ())) else []
             for target in self.targets(name):
                 if (scales := self._update.scales(target, i)) is not None:
                     factors = self._checkpoint.weight(target, i, matrix, scaled=True).factors
                     assert factors is not None
                     additions.append(_in_whole(scaled(factors, change_of_s(factors, scales)), target.slice, matrix.shape))
-            if not additions:
-                continue
             addition = functools.reduce(both, additions)
-            norm = float(torch.linalg.vector_norm(matrix, dtype=torch.float32))
             new, kept = added(device, matrix, addition, written.rounding, written.grid(i, None))
             result.keep(KeptUpdate(name, kept, norm * norm))
             if new is not matrix:

@@ -28,8 +28,8 @@ class LowRankPart:
     """One adapter's change of one matrix W (m, n): ``weight scaling left right^T``, or that of DoRA.
 
     With a magnitude the change is ``weight (magnitude / norm(W') W' - W)``, where ``W' = W + scaling left right^T`` and the
-    norms are those of its rows (``axis`` 0) or columns (1), each of which the magnitude has a number for. Source: Liu et al., DoRA:
-    Weight-Decomposed Low-Rank Adaptation (2024), equation 5; PEFT 0.21, ``tuners/lora/variants.py``.
+    norms are those of its rows (``axis`` 0) or columns (1), each of which the magnitude has a number for. Source: Liu et al.,
+    DoRA: Weight-Decomposed Low-Rank Adaptation (2024), equation 5; PEFT 0.21, ``tuners/lora/variants.py``.
 
     Attributes:
         left: float32 (m, r).

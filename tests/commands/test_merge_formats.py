@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -276,3 +278,40 @@ def test_memory_is_that_of_the_largest_weight(kind: str, tmp_path: Path) -> None
     assert peak <= plan.peak_memory_bytes
     # The weight, the new one, and one more; the sides of an update in float64 besides, and as orthonormal bases.
     assert peak - base <= 3 * weight.nbytes + (1 if kind == "saved" else 7) * numbers + (100 << 20)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_a_model_with_nan(dora: bool, tmp_path: Path) -> None:
+    """It is the model that is named, and no training that would have diverged; what does not change is copied as it is."""
+    model = tmp_path / "m"
+    model.mkdir()
+    weight, other = realistic(48, 48), realistic(20, 30)
+    weight[3, 5], other[0, 0] = math.nan, math.inf
+    save_file({f"{Q}.weight": weight, "other.weight": other, "whole.weight": realistic(8, 8)}, model / "model.safetensors")
+    (model / "config.json").write_text("{}")
+    more = {f"{Q}.lora_magnitude_vector": torch.ones(48)} if dora else {}
+    adapter = save_lora(tmp_path / "a", {Q: (48, 48)}, use_dora=dora, more=more)
+    with pytest.raises(WeightError, match=f"'{Q}.weight' of the model holds NaN or infinity"):
+        merge(model, adapter, tmp_path / "o", progress=Silent())
+    assert not (tmp_path / "o/config.json").exists()
+    merge(model, save_lora(tmp_path / "b", {"whole": (8, 8)}), tmp_path / "p", progress=Silent())
+    assert torch.equal(tensors_of(tmp_path / "p")["other.weight"], other)
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_tensors_of_odd_shapes(dtype: Any, tmp_path: Path) -> None:
+    """Empty ones, numbers, integers: beside what changes, and replaced."""
+    model = tmp_path / "m"
+    model.mkdir()
+    odd = {"empty": torch.empty(0, 8), "number": torch.tensor(3.1), "integers": torch.arange(4), "flags": torch.ones(3) > 0}
+    save_file({"a.weight": realistic(8, 8), **odd}, model / "model.safetensors")
+    (model / "config.json").write_text("{}")
+    replaced = {"empty": torch.empty(0, 8), "number": torch.tensor(2.7)}
+    adapter = save_lora(tmp_path / "a", {"a": (8, 8)}, more=replaced)
+    merge(model, adapter, tmp_path / "o", dtype=dtype, progress=Silent())
+    for name, tensor in tensors_of(tmp_path / "o").items():
+        if name in odd:
+            before = replaced.get(name, odd[name])
+            becomes = torch.bfloat16 if dtype is not None and before.is_floating_point() else before.dtype
+            assert torch.equal(tensor, before.to(becomes)), name
+            assert tensor.dtype == becomes
