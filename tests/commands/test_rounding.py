@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -203,3 +206,22 @@ def test_the_command_line_tells_it(small: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(main, ["verify", str(small / "BF16-residual"), "--folded", str(tmp_path / "n")])
     assert result.exit_code == 1
     assert "--scales is missing" in result.output
+
+
+_FOLD = """
+import sys, surgery
+surgery.fold(sys.argv[1], sys.argv[2], sys.argv[3], base=sys.argv[4], device="cpu", progress=surgery.Silent())
+"""
+
+
+@pytest.mark.parametrize("name", ["BF16", "F8"])
+def test_other_instructions_give_the_same_bytes(name: str, small: Path, tmp_path: Path) -> None:
+    """As on an older processor, where other libraries' products have other last bits."""
+    scales = _scales(small / f"{name}-f", 3e-3)
+    save_file(scales, tmp_path / "scales.safetensors")
+    surgery.fold(small / f"{name}-f", scales, tmp_path / "here", base=small / name, device="cpu", progress=Silent())
+    older = {"ATEN_CPU_CAPABILITY": "default", "DNNL_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "1"}
+    arguments = (small / f"{name}-f", tmp_path / "scales.safetensors", tmp_path / "there", small / name)
+    command = [sys.executable, "-c", _FOLD, *map(str, arguments)]
+    subprocess.run(command, env={**os.environ, **older}, check=True, timeout=120)
+    assert files_of(tmp_path / "here") == files_of(tmp_path / "there")
