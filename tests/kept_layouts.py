@@ -183,7 +183,7 @@ def made_from_kept(name: str, place: Path) -> dict[str, dict[str, str]]:
             place / what,
             base=base,
             device="cpu",
-            **({"rounding": "nearest"} | case.fold),
+            **{"rounding": "nearest", **case.fold},
             progress=surgery.Silent(),
         )
         found[what] = hashes(place / what)

@@ -116,6 +116,9 @@ def plan_merge(
         device, max_memory, max_device_memory: see ``merge``; on them depends memory alone.
         progress: told what the user should know; without it that is a ``SurgeryWarning``.
 
+    Returns:
+        The tensors that would change, where each tensor of the adapters goes, and upper estimates of bytes.
+
     Raises:
         OptionError, SourceError, FormatError, ReadError, MissingExtra: as ``merge``.
     """
