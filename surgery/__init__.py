@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from surgery.commands.project import ProjectReport, project
     from surgery.commands.scales import ScalesSummary, read_scales, show_scales, write_scales
     from surgery.commands.verify import VerifyReport, verify
+    from surgery.commands.verify_folded import FoldCheck, verify_folded
     from surgery.demo.run import DemoReport, run_demo
     from surgery.errors import (
         ClusterError,
@@ -70,6 +71,7 @@ _HOMES = {
     "Factorized": "surgery.weights.factorized",
     "Factors": "surgery.lossless.factors",
     "Findings": "surgery.study.overview",
+    "FoldCheck": "surgery.commands.verify_folded",
     "FoldReport": "surgery.commands.fold",
     "FormatError": "surgery.errors",
     "InspectReport": "surgery.commands.inspect",
@@ -121,6 +123,7 @@ _HOMES = {
     "spectra": "surgery.study.spectra",
     "truncated_svd": "surgery.linalg.svd",
     "verify": "surgery.commands.verify",
+    "verify_folded": "surgery.commands.verify_folded",
     "write_scales": "surgery.commands.scales",
 }
 
@@ -134,6 +137,7 @@ __all__ = [
     "Factorized",
     "Factors",
     "Findings",
+    "FoldCheck",
     "FoldReport",
     "FormatError",
     "InspectReport",
@@ -186,6 +190,7 @@ __all__ = [
     "spectra",
     "truncated_svd",
     "verify",
+    "verify_folded",
     "write_scales",
 ]
 

@@ -177,7 +177,15 @@ def made_from_kept(name: str, place: Path) -> dict[str, dict[str, str]]:
     untouched = {target.key: torch.ones(tuple(target.scales_shape)) for target in surgery.Manifest.read(factorized).targets}
     found = {}
     for what, scales in (("untouched", untouched), ("scaled", scales_for(factorized))):
-        surgery.fold(factorized, scales, place / what, base=base, device="cpu", **case.fold, progress=surgery.Silent())
+        surgery.fold(
+            factorized,
+            scales,
+            place / what,
+            base=base,
+            device="cpu",
+            **{"rounding": "nearest", **case.fold},
+            progress=surgery.Silent(),
+        )
         found[what] = hashes(place / what)
     if name in ("residual", "slices"):
         surgery.export(factorized, scales_for(factorized), place / "adapter", progress=surgery.Silent())
@@ -190,7 +198,9 @@ def measured(name: str, place: Path) -> dict[str, Any]:
     case, factorized, quiet = CASES[name], KEPT / name, surgery.Silent()
     model = case.save(place / "model")
     base = model if case.is_overlay else None
-    surgery.fold(factorized, scales_for(factorized), place / "tuned", base=base, device="cpu", progress=quiet)
+    surgery.fold(
+        factorized, scales_for(factorized), place / "tuned", base=base, device="cpu", rounding="nearest", progress=quiet
+    )
     surgery.project(factorized, place / "tuned", place / "scales.safetensors", base=base, device="cpu", progress=quiet)
     include = case.options.get("include", ())
     spectra = surgery.spectra(

@@ -137,10 +137,18 @@ def test_home_folders_in_every_path(home: Path, llama: Path) -> None:
 
     assert len(call("plan", model="~/m", recipe="~/recipe.toml").targets) == 2
     call("factorize", model=Path("~/m"), out="~/made", recipe="~/recipe.toml")
-    call("export", factorized="~/f", scales=ones, out="~/adapter")
+    halves = {key: value / 2 for key, value in surgery.read_scales(home / "f/surgery/scales.safetensors").values.items()}
+    surgery.write_scales(home / "halves.safetensors", halves, None)
+    call("export", factorized="~/f", scales="~/halves.safetensors", out="~/adapter", progress=Silent())
+    call("plan_merge", model="~/m", adapters=["~/adapter"])
+    call("merge", model="~/m", adapters=[Path("~/adapter")], out="~/merged")
     call("fold", factorized="~/f", scales=ones, out="~/folded", lora="~/adapter")
     call("fold", factorized="~/overlay", scales=Path("~/overlay/surgery/scales.safetensors"), out="~/folded2", base="~/m")
     assert call("verify", factorized="~/overlay", base="~/m").ok
+    assert (
+        call("verify_folded", factorized="~/overlay", folded="~/m", scales=ones.replace("/f/", "/overlay/"), base="~/m").kept
+        is None
+    )
     quiet = Silent()  # of the two models being one
     call("project", factorized="~/overlay", tuned="~/m", out="~/projected.safetensors", base="~/m", progress=quiet)
     call("blend", files=[ones, Path(ones)], out="~/blended.safetensors")
@@ -170,6 +178,7 @@ def test_home_folders_in_every_path(home: Path, llama: Path) -> None:
         "adapter",
         "folded",
         "folded2",
+        "merged",
         "copy",
         "projected.safetensors",
         "blended.safetensors",
@@ -285,6 +294,9 @@ WRONG: dict[str, list[Any]] = {
     "nn.Module": ["x", 3, torch.ones(3), nn.Linear, object()],
     "Layout": ["both", "", 3, True, ["residual"], b"residual", object()],
     "EngineName": ["slurm", "", 3, ["ray"], object()],
+    "Rounding": ["up", "", 3, ["nearest"], object()],
+    "Dtype": ["int8", "", 3, torch.bfloat16, object()],
+    "str | Path | Sequence[str | Path]": [3, [1], [None], [""], {"a": 1}, "", object()],
     "Space": ["cubic", 3, ["log"], object()],
     "Unit": ["euros", 3, ["bytes"], object()],
     "Progress": [3, "x", object(), Silent, print],
@@ -297,6 +309,7 @@ RIGHT: dict[str, Any] = {
     "int": 2,
     "float": 0.5,
     "Sequence[str | Path]": ["nothing-is-called-so.x"],
+    "str | Path | Sequence[str | Path]": "nothing-is-called-so.x",
     "torch.Tensor": torch.ones(6, 4),
     "str | Path | Mapping[str, torch.Tensor]": "nothing-is-called-so.x",
     "Mapping[str, torch.Tensor]": {"a": torch.ones(2)},

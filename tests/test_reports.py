@@ -79,6 +79,8 @@ def _runs(at: Path, to: Path) -> dict[str, list[Any]]:
         "factorize": [_json("factorize", at / "m", "--rank", 2, "-o", to / "f", "--profile")],
         "fold": [_json("fold", at / "f", at / "s", "-o", to / "d", "--profile")],
         "inspect": [_json("inspect", at / "f")],
+        "merge": [_json("merge", at / "m", _adapter(at / "f", to), "-o", to / "merged", "--profile")],
+        "merge --dry-run": [_json("merge", at / "m", _adapter(at / "f", to), "--dry-run")],
         "plan": [_json("plan", at / "m", "--rank", 4), _json("factorize", _with_leftovers(to), "--rank", 2, "--dry-run")],
         "project": [_json("project", at / "f", at / "t", "-o", to / "p")],
         "recipes": [_json("recipes")],
@@ -89,7 +91,16 @@ def _runs(at: Path, to: Path) -> dict[str, list[Any]]:
             _json("spectra", at / "m", at / "t", *only, "-o", to / "s2"),
         ],
         "verify": [_json("verify", at / "f", "--fast"), _json("verify", broken, "--fast")],
+        "verify --folded": [_json("verify", at / "f", "--folded", at / "m", "--scales", at / "s")],
     }
+
+
+def _adapter(factorized: Path, to: Path) -> Path:
+    """An adapter that changes the model."""
+    scales = {target.key: torch.full(target.scales_shape, 1.5) for target in surgery.Manifest.read(factorized).targets}
+    surgery.write_scales(to / "half more", scales, None)
+    surgery.export(factorized, to / "half more", to / "lora", progress=surgery.Silent())
+    return to / "lora"
 
 
 def _with_leftovers(to: Path) -> Path:
@@ -118,7 +129,7 @@ def _documented(command: str) -> set[str]:
 
 
 #: Objects whose keys are names of tensors, numbers and kinds of threads.
-_OPEN = ("ranks.", "median_energy.", "profile.")
+_OPEN = ("ranks.", "median_energy.", "profile.", "accounts[].")
 
 
 def test_every_command_prints_what_the_page_says_and_the_page_says_what_it_prints(at: Path, tmp_path: Path) -> None:
@@ -151,7 +162,7 @@ def _commands() -> Iterator[tuple[str, click.Command]]:
 
 def test_every_command_has_json() -> None:
     having = {name for name, command in _commands() if any("--json" in parameter.opts for parameter in command.params)}
-    assert having == {name for name, _ in _commands()} == write_json_docs.COMMANDS.keys()
+    assert having == {name for name, _ in _commands()} == {name.partition(" --")[0] for name in write_json_docs.COMMANDS}
 
 
 def test_the_page_is_up_to_date() -> None:
@@ -243,8 +254,9 @@ def test_all_that_users_meet_is_exported() -> None:
         if kind.__name__ != "PlanSummary":  # which is what a Plan's JSON is made of
             assert getattr(surgery, kind.__name__) is kind
     operations = {
-        "attach", "blend", "energy_svd", "export", "factorize", "fold", "inspect", "plan", "project", "read_scales", "recipes",
-        "recommend", "run_demo", "show_scales", "spectra", "truncated_svd", "verify", "write_scales",
+        "attach", "blend", "energy_svd", "export", "factorize", "fold", "inspect", "merge", "plan", "plan_merge", "project",
+        "read_scales", "recipes", "recommend", "run_demo", "show_scales", "spectra", "truncated_svd", "verify", "verify_folded",
+        "write_scales",
     }  # fmt: skip
     others = {
         "Certificate", "Factorized", "Factors", "Manifest", "Options", "Plan", "Progress", "SaveScales", "Scales", "ScalesFile",

@@ -37,7 +37,7 @@ all)
     TAIL=20 step "224 matrices in batches as factorize makes them" 60 "$PY" "$HERE/gpu_check.py" windows
     TAIL=20 step "pipeline beside a copy" 170 "$PY" benchmarks/pipeline.py --gigabytes $GB --hidden $HIDDEN --repeats 1 --device "$DEVICE" --folder "$WORK" --json "$OUT/pipeline.json" --rows copy,factorize-no-correction,factorize,factorize-overlay,fold-untouched,fold-all-changed
     TAIL=60 step "svd.py against its peers" 100 "$PY" benchmarks/svd.py "${SVD[@]}" --device "$DEVICE" --repeats $REPEATS
-    step "the rest of the suite with --device auto" 120 "${PYTEST[@]}" -n $N --dist worksteal tests/linalg/test_lossless.py tests/linalg/test_energy.py tests/commands/test_round_trip.py tests/commands/test_verify.py tests/commands/test_project.py -k "not from_the_hub"
+    step "the rest of the suite with --device auto" 120 "${PYTEST[@]}" -n $N --dist worksteal tests/lossless/test_lossless.py tests/lossless/test_directions.py tests/linalg/test_energy.py tests/commands/test_round_trip.py tests/commands/test_verify.py tests/commands/test_project.py -k "not from_the_hub"
     ;;
 profile)
     LIMIT=${LIMIT_PROFILE:-290}

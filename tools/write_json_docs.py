@@ -21,6 +21,7 @@ from surgery.commands.merge import MergePlan, MergeReport
 from surgery.commands.project import ProjectReport
 from surgery.commands.scales import ScalesSummary
 from surgery.commands.verify import VerifyReport
+from surgery.commands.verify_folded import FoldCheck
 from surgery.demo.run import DemoReport
 from surgery.planning.recipes import RecipesReport
 from surgery.planning.summary import PlanSummary
@@ -47,9 +48,9 @@ COMMANDS: dict[str, tuple[type[Report], tuple[str, ...]]] = {
     "export": (ExportReport, ("seconds",)),
     "factorize": (FactorizeReport, ("seconds", "profile")),
     "fold": (FoldReport, ("seconds", "profile")),
+    "inspect": (InspectReport, ()),
     "merge": (MergeReport, ("seconds", "profile")),
     "merge --dry-run": (MergePlan, ()),
-    "inspect": (InspectReport, ()),
     "plan": (PlanSummary, ("seconds",)),
     "project": (ProjectReport, ("seconds",)),
     "recipes": (RecipesReport, ()),
@@ -57,6 +58,7 @@ COMMANDS: dict[str, tuple[type[Report], tuple[str, ...]]] = {
     "scales show": (ScalesSummary, ()),
     "spectra": (Findings, ("out", "seconds")),
     "verify": (VerifyReport, ("seconds",)),
+    "verify --folded": (FoldCheck, ("seconds",)),
 }
 
 _OTHER_WORDS = {

@@ -30,7 +30,7 @@ from surgery.cli.options import (
 from surgery.cli.outcomes import kept_of_update, table_of_merged
 from surgery.cli.printing import print_json
 from surgery.cli.profile import profile_text
-from surgery.cli.text import say, size, whole
+from surgery.cli.text import fitted, say, size, whole
 from surgery.errors import OptionError
 from surgery.progress import phase
 
@@ -142,10 +142,10 @@ def _outcome(report: MergeReport) -> str:
 
 
 def _plan_text(plan: MergePlan) -> str:
-    return (
-        f"{table_of_merged(plan.tensors)}\n\n"
+    sizes = (
         f"{len(plan.tensors)} tensors would change, in {plan.changed_shards} of {plan.shards} weight files; "
         f"reads {size(plan.bytes_read)}, writes {size(plan.bytes_written)}"
         + (f", of which {size(plan.download_bytes)} have to be fetched" if plan.download_bytes else "")
         + f"; at most {size(plan.peak_memory_bytes)} of memory"
     )
+    return f"{table_of_merged(plan.tensors)}\n\n{fitted(sizes, indent='')}"

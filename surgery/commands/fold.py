@@ -66,6 +66,8 @@ class FoldReport(Report):
             are the source's weights and D is the update; null if nothing was changed.
         kept_least: the smallest share that is left of the update of any target.
         kept_least_in: the key of that target.
+        error: what is wrong within the directions of the update, of all that was rounded in them: ``||P^T (W_out - W - D) Q||``
+            relative to the update, in Frobenius norms; null if all was rounded to nearest.
         bytes_written: of its weight files.
     """
 
@@ -81,6 +83,7 @@ class FoldReport(Report):
     kept: float | None
     kept_least: float | None
     kept_least_in: str | None
+    error: float | None
     bytes_written: int
 
 
@@ -243,6 +246,7 @@ def _report(results: Sequence[FoldedShard], jobs: FoldJobs, manifest: Manifest) 
         kept=kept.share,
         kept_least=kept.least,
         kept_least_in=kept.least_in,
+        error=kept.error,
         bytes_written=sum(file.size for file in files),
     )
 

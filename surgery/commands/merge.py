@@ -75,6 +75,8 @@ class MergeReport(Report):
             are the source's weights and D is what is added to them; null if nothing is added.
         kept_least: the smallest share that is left of the update of any tensor.
         kept_least_in: the name of that tensor.
+        error: what is wrong within the directions of the update, of all that was rounded in them: ``||P^T (W_out - W - D) Q||``
+            relative to the update, in Frobenius norms; null if all was rounded to nearest.
         bytes_written: of its weight files.
     """
 
@@ -87,6 +89,7 @@ class MergeReport(Report):
     kept: float | None
     kept_least: float | None
     kept_least_in: str | None
+    error: float | None
     bytes_written: int
 
 
@@ -112,6 +115,9 @@ def plan_merge(
         model, adapters, weights, revision, subfolder, rounding, dtype, dequantize: see ``merge``.
         device, max_memory, max_device_memory: see ``merge``; on them depends memory alone.
         progress: told what the user should know; without it that is a ``SurgeryWarning``.
+
+    Returns:
+        The tensors that would change, where each tensor of the adapters goes, and upper estimates of bytes.
 
     Raises:
         OptionError, SourceError, FormatError, ReadError, MissingExtra: as ``merge``.
@@ -286,5 +292,6 @@ def _report(out: Path, results: Sequence[FoldedShard], merging: Merging) -> Merg
         kept=kept.share,
         kept_least=kept.least,
         kept_least_in=kept.least_in,
+        error=kept.error,
         bytes_written=sum(file.size for file in files),
     )

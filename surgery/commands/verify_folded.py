@@ -61,6 +61,9 @@ def verify_folded(
         device: where the arithmetic runs: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         progress: told how far it is, and what the user should know; without it that is a ``SurgeryWarning``.
 
+    Returns:
+        What was kept, as a whole and of the target that lost most.
+
     Raises:
         SourceError: a model is not there, or lacks a target.
         ScalesError: the scales are not those of the checkpoint.

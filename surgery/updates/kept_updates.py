@@ -48,6 +48,7 @@ class KeptSummary:
         share: of all, each by the size of its update, or None if nothing was updated.
         least: the smallest share of any.
         least_in: the name of that one.
+        error: of all that were rounded in their directions: what is wrong there, relative to the update; None if none was.
         lost: the names of those of which less than 90 % was kept.
         updates: how many there are.
     """
@@ -55,6 +56,7 @@ class KeptSummary:
     share: float | None
     least: float | None
     least_in: str | None
+    error: float | None
     lost: Sequence[str]
     updates: int
 
@@ -66,11 +68,13 @@ class KeptSummary:
             if one.kept.asked > 0:
                 kept[one.name] = kept[one.name] + one.kept if one.name in kept else one.kept
         if not kept:
-            return cls(None, None, None, (), 0)
+            return cls(None, None, None, None, (), 0)
         worst = min(kept, key=lambda name: (kept[name].share, name))
         total = functools.reduce(operator.add, kept.values())
+        measured = [one for one in kept.values() if one.missed is not None]
+        error = functools.reduce(operator.add, measured).error if measured else None
         lost = [name for name, one in kept.items() if one.share < _ENOUGH]
-        return cls(total.share, kept[worst].share, worst, lost, len(kept))
+        return cls(total.share, kept[worst].share, worst, error, lost, len(kept))
 
     def note(self, rounding: Rounding | None, *, is_fp8: bool) -> str | None:
         """What the user should know of it; None if enough was kept everywhere.

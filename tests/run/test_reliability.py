@@ -98,7 +98,7 @@ def test_interrupted_while_the_last_files_are_copied(
     scales = truth / "surgery/scales.safetensors"
     for module, run in (
         ("run.factorization", lambda progress: surgery.factorize(llama, tmp_path / "f", rank=4, progress=progress)),
-        ("commands.fold", lambda progress: surgery.fold(truth, scales, tmp_path / "o", progress=progress)),
+        ("run.written_model", lambda progress: surgery.fold(truth, scales, tmp_path / "o", progress=progress)),
     ):
         said = Silent()
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):

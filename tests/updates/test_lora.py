@@ -208,7 +208,7 @@ def test_adapters_that_cannot_be_folded(llama: Path, tmp_path: Path) -> None:
     _with_lora(fresh, ["o_proj"]).save_pretrained(adapter)
     config = json.loads((adapter / "adapter_config.json").read_text())
     for change, error, message in (
-        ({"modules_to_save": ["lm_head"]}, OptionError, "modules_to_save"),
+        ({"modules_to_save": ["lm_head"]}, FormatError, "modules_to_save"),
         ({"init_lora_weights": "pissa"}, OptionError, "init_lora_weights"),
         ({"peft_type": "IA3"}, OptionError, "is no LoRA adapter"),
         ({"r": 4}, FormatError, "contradicts its config"),
