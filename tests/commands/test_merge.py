@@ -287,13 +287,22 @@ def test_a_full_disk(llama: Path, lora: Path, truth: tuple[Path, MergeReport], t
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Ray")
-def test_on_ray(llama: Path, lora: Path, truth: tuple[Path, MergeReport], tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "cli.py"), "merge", str(llama), str(lora), "-o", str(tmp_path / "o")]
+def test_on_ray(llama: Path, tmp_path: Path) -> None:
+    """What is added goes to the tasks, what replaces is read there."""
+    saved = torch.randn(97, 48, generator=torch.Generator().manual_seed(1))
+    more = {"lm_head.modules_to_save.weight": saved, "model.embed_tokens.trainable_tokens_delta": saved[:2].clone()}
+    options: dict[str, Any] = {"modules_to_save": ["lm_head"], "trainable_token_indices": {"embed_tokens": [5, 96]}}
+    adapter = save_lora(tmp_path / "a", SHAPES, more=more, **options)
+    report = merge(llama, adapter, tmp_path / "truth", progress=Silent())
+    command = [sys.executable, str(ROOT / "cli.py"), "merge", str(llama), str(adapter), "-o", str(tmp_path / "o")]
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run([*command, "--engine", "ray", "--json"], env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert files_of(tmp_path / "o") == files_of(truth[0])
-    assert json.loads(done.stdout)["kept"] == truth[1].kept
+    assert files_of(tmp_path / "o") == files_of(tmp_path / "truth")
+    assert json.loads(done.stdout)["kept"] == report.kept
+    after = tensors_of(tmp_path / "o")
+    assert torch.equal(after["lm_head.weight"], saved.to(torch.bfloat16))
+    assert torch.equal(after["model.embed_tokens.weight"][[5, 96]], saved[:2].to(torch.bfloat16))
 
 
 # -- from and to the hub --------------------------------------------------------------------------------------------------

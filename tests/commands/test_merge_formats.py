@@ -315,3 +315,24 @@ def test_tensors_of_odd_shapes(dtype: Any, tmp_path: Path) -> None:
             becomes = torch.bfloat16 if dtype is not None and before.is_floating_point() else before.dtype
             assert torch.equal(tensor, before.to(becomes)), name
             assert tensor.dtype == becomes
+
+
+def test_tied_weights_that_are_stored_twice(tmp_path: Path) -> None:
+    """Both copies change, or the adapter is refused: they are never two."""
+    model = save_llama(tmp_path / "m", torch.bfloat16, tie_word_embeddings=True)
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    save_file({head: tensors_of(model)[embedding].clone()}, model / "head.safetensors", metadata={"format": "pt"})
+    index = json.loads((model / "model.safetensors.index.json").read_text())
+    index["weight_map"][head] = "head.safetensors"
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    rows = realistic(2, 48)
+    tokens = {"model.embed_tokens.trainable_tokens_delta": rows}
+    adapter = save_lora(tmp_path / "tokens", SHAPES, more=tokens, trainable_token_indices={"embed_tokens": [5, 96]})
+    merge(model, adapter, tmp_path / "o", progress=Silent())
+    after = tensors_of(tmp_path / "o")
+    assert torch.equal(after[head], after[embedding])
+    assert torch.equal(after[head][[5, 96]], rows.to(torch.bfloat16))
+    one_side = save_lora(tmp_path / "head", SHAPES, more={"lm_head.modules_to_save.weight": realistic(97, 48)})
+    with pytest.raises(OptionError, match="whose weight several modules share"):
+        merge(model, one_side, tmp_path / "x", progress=Silent())
+    assert not (tmp_path / "x").exists()
