@@ -41,6 +41,10 @@ ATTACHED_NAME = "surgery_scale"
 ADAPTER_CONFIG = "adapter_config.json"
 #: PEFT's weights beside it, and what stands before the name of each module in them.
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+#: What older versions of PEFT saved instead.
+PICKLED_ADAPTER = "adapter_model.bin"
+#: The weights of a LoRA adapter as diffusers saves them.
+DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 PEFT_PREFIX = "base_model.model."
 _OF_LORA = re.compile(r"(^|[._])lora[._](embedding_)?(a|b|up|down)([._]|$)", re.IGNORECASE)
 

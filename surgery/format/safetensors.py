@@ -76,6 +76,11 @@ class ShardReader:
             self._file.close()
             raise
 
+    @property
+    def modified(self) -> int:
+        """When the contents of the file were changed last, in nanoseconds."""
+        return self._stamp.mtime_ns
+
     def _read_header(self) -> Header:
         size = self._stamp.size
         with read_errors(self._path, self.name):

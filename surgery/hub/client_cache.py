@@ -83,6 +83,22 @@ def cached_snapshot(repo_id: str, commit: str) -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def cached_hub_file(pointer: Path) -> HubFile | None:
+    """What the cache itself says of a file in a snapshot, by the name of its blob; None if that says nothing."""
+    known = cached_hash(pointer)
+    if known is None or not pointer.exists():
+        return None
+    return HubFile(pointer.stat().st_size, known if len(known) == 64 else None, known, is_cached=True, by_xet=False)
+
+
+def cached_files(repo_id: str, commit: str) -> dict[str, HubFile]:
+    """The files of a commit that are in the cache, by name; without those that no hash is known of."""
+    folder = cached_snapshot(repo_id, commit) if commit else None
+    paths = [] if folder is None else [path for path in folder.rglob("*") if path.is_file()]
+    known = {path.relative_to(folder).as_posix(): cached_hub_file(path) for path in paths if folder is not None}
+    return {name: file for name, file in known.items() if file is not None}
+
+
 def _repository(repo_id: str) -> Path:
     return cache_folder() / "--".join(["models", *repo_id.split("/")])
 

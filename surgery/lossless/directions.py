@@ -77,8 +77,8 @@ def bases_of(factors: Factors | None, scales: torch.Tensor | None, addition: Add
     if factors is not None and moved is not None:
         addition = both(scaled(factors, moved), addition)
     (P, left), (Q, right) = (torch.linalg.qr(side.cpu().double()) for side in (addition.left, addition.right))
-    u, strengths, vt = torch.linalg.svd(left @ right.T)
-    some = strengths > strengths.max() * _WEAKEST
+    u, strengths, vt = torch.linalg.svd(left @ right.T, full_matrices=False)  # a rank may be above a side of the matrix
+    some = strengths > strengths[:1] * _WEAKEST
     factor = None if addition.factor is None else addition.factor.cpu()
     if not bool(some.any()) and factor is None:
         return None

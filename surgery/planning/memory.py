@@ -115,7 +115,7 @@ def need_to_merge(entry: TensorEntry, file: str, at_a_time: int | None, rank: in
     matrix = math.prod(entry.shape[1:] if stack else entry.shape)
     # The numbers in float32 where they are stored in another dtype than they are written in; the update, in float64 as well.
     working = 2 * _copies(held, entry.dtype, True, False) + 32 * rank * (rows + matrix // max(rows, 1))
-    stored = matrix * DTYPE_BITS[entry.dtype] // 8
+    stored = max(1, matrix * DTYPE_BITS[entry.dtype] // 8)  # a tensor may be empty
     return Need(entry.name, entry.shape, file, held, working, 4 * matrix, entry.shape[0] if stack else 1, stored)
 
 

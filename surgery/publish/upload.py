@@ -21,12 +21,12 @@ from surgery.errors import OutputError, SurgeryError, few
 from surgery.files.access import read_errors
 from surgery.hub import hub_client as client
 from surgery.hub.hub_client import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, RepoFile, RepoUrl
+from surgery.hub.hub_errors import Messages, hub_errors
 from surgery.hub.patience import Dropped, Patience, is_transient
 from surgery.hub.repository import takes_card
 from surgery.names import ADAPTER_CONFIG, CONFIG_FILE, MANIFEST_FILE, SURGERY_DIR
 from surgery.progress import listening, phase
 from surgery.source.file_names import OTHER_WEIGHTS
-from surgery.source.hub_errors import Messages, hub_errors
 from surgery.source.weight_files import is_index
 
 _T = TypeVar("_T")

@@ -11,12 +11,12 @@ from typing import Any, Literal
 import torch
 
 from surgery.engine.resources import Memory, Resources
-from surgery.errors import OptionError
+from surgery.errors import OptionError, few
 from surgery.format.header import Header
 from surgery.lossless.update import Rounding
 from surgery.names import CONFIG_FILE
-from surgery.planning.memory import need_to_merge, share_out
-from surgery.progress import listening, phase
+from surgery.planning.memory import known_bytes, need_to_merge, share_out
+from surgery.progress import listening, note, phase
 from surgery.source.adapter import local_adapter
 from surgery.source.protocol import Source, check_index
 from surgery.updates.adapter_update import AdapterUpdate
@@ -86,6 +86,8 @@ class MergeOptions:
         """
         given = [adapters] if isinstance(adapters, (str, Path)) else list(adapters)
         paths = [local_adapter(one) for one in given]
+        if twice := [path for number, path in enumerate(paths) if path.resolve() in {one.resolve() for one in paths[:number]}]:
+            note(f"given more than once, and counted as often: {few(twice)}")
         factors = [1.0] * len(paths) if weights is None else [float(weight) for weight in weights]
         if not paths:
             raise OptionError("there is nothing to merge", got="no adapter")
@@ -124,8 +126,8 @@ class Merging:
         progress = listening()
         with phase(progress, "reading headers"):
             self.headers: Mapping[str, Header] = {shard: source.header(shard) for shard in source.selection.shards}
-        for note in check_index(source, dict(self.headers)):
-            progress.note(note)
+        for one in check_index(source, dict(self.headers)):
+            progress.note(one)
         homes = {entry.name: shard for shard, header in self.headers.items() for entry in header.tensors}
         weights = ModelWeights(source, partial(read_quantization, source.config(), self.headers, source.name), source.name)
         if options.writing.to_dense and not weights.quantized:
@@ -154,7 +156,10 @@ class Merging:
                 change = self.update.change(name)
                 rank = 0 if change is None else max(map(_rank, change.parts.values()), default=0)
                 needs.append(need_to_merge(entries[name], shard, at_a_time, rank))
-        return share_out(needs, resources)
+        numbers = sum(change.nbytes for change in self.update.changed.values())
+        return share_out(
+            needs, resources, kept=numbers + known_bytes([], sum(len(one.tensors) for one in self.headers.values()))
+        )
 
     def tensors(self, kept: Iterable[KeptUpdate] = ()) -> tuple[MergedTensor, ...]:
         """The tensors that change; after the merge with what was ``kept`` of the update of each."""
@@ -175,7 +180,7 @@ class Merging:
                         how,
                         max(map(_rank, change.parts.values()), default=0),
                         None if one is None else one.size,
-                        None if one is None else one.kept.share,
+                        None if one is None or not one.kept.asked else one.kept.share,
                     )
                 )
         return tuple(found)

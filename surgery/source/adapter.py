@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 
 from surgery.errors import SourceError, few
-from surgery.names import ADAPTER_CONFIG
+from surgery.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED_ADAPTER
+from surgery.progress import note
 from surgery.source.address import Address, address_of
-
-_SUFFIX = ".safetensors"
-_INDEX = "adapter_model.safetensors.index.json"
 
 
 def local_adapter(adapter: str | Path, revision: str | None = None) -> Path:
@@ -32,25 +30,39 @@ def local_adapter(adapter: str | Path, revision: str | None = None) -> Path:
 
 
 def _fetched(address: Address) -> Path:
-    """Fetch an adapter of the hub; returns its folder in the cache, or the file that the address names."""
-    from surgery.hub import repository  # the hub client is slow to import and not needed for folders
-    from surgery.hub.hub_file import RemoteFile
-    from surgery.source.fetch import fetch, patience_for
-    from surgery.source.hub_errors import hub_errors
+    """Fetch an adapter of the hub; returns its folder in the cache, or the file that the address names.
 
-    repo_id, inside = address.repo_id, PurePosixPath(address.subfolder or "")
-    with hub_errors(repo_id, revision=address.revision):
-        commit = patience_for(repo_id).run(lambda: repository.resolve_commit(repo_id, address.revision))
-        files = repository.list_files(repo_id, commit, patience_for(repo_id).run)
-    here = {PurePosixPath(name).name: name for name in files if PurePosixPath(name).parent == inside}
-    weights = [name for name in here if name.endswith(_SUFFIX)]
-    named = PurePosixPath(address.file).name if address.file is not None else None
-    wanted = [named] if named is not None else [name for name in (ADAPTER_CONFIG, _INDEX, *weights) if name in here]
-    if not weights or any(name not in here for name in wanted):
+    If the hub cannot be reached it is taken from the cache, where what was fetched once still is.
+    """
+    from surgery.hub.adapter_files import adapter_files  # the hub client is slow to import and not needed for folders
+    from surgery.hub.client_cache import cached_commit, cached_files
+    from surgery.hub.hub_file import HubFile, RemoteFile
+    from surgery.source.fetch import check_contents, fetch, fetch_again
+    from surgery.source.hub import asked_first
+
+    repo_id, revision = address.repo_id, address.revision
+    file = None if address.file == ADAPTER_WEIGHTS else address.file  # PEFT's is nothing without its config
+
+    def cached() -> tuple[str, dict[str, HubFile]] | None:
+        commit = cached_commit(repo_id, revision)
+        files = {} if commit is None else cached_files(repo_id, commit)
+        if commit is None or not adapter_files(files, address.subfolder, file):
+            return None
+        note(f"{repo_id} is taken from the local cache, as the hub cannot be reached")
+        return commit, files
+
+    commit, files = asked_first(repo_id, revision, cached)
+    paths = []
+    for name in adapter_files(files, address.subfolder, file):
+        path = fetch(RemoteFile(repo_id, commit, name, files[name]))
+        check_contents(path, files[name], f"{repo_id}/{name}", fetch_again(repo_id, commit, name))
+        paths.append(path)
+    if not paths:
+        lies_pickled = any(PurePosixPath(name).name == PICKLED_ADAPTER for name in files)
         raise SourceError(
             f"{repo_id} holds no adapter" + (f" in {address.subfolder}" if address.subfolder else ""),
-            got=few(sorted(here)) or "no files",
-            expected=f"{ADAPTER_CONFIG} and adapter_model{_SUFFIX}, or LoRA weights of a diffusion model",
+            got=few(sorted(files)) or "no files",
+            expected=f"{ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}, or LoRA weights of a diffusion model; or the address of a file",
+            hint=f"PEFT reads {PICKLED_ADAPTER}: load it there and save it again" if lies_pickled else None,
         )
-    paths = [fetch(RemoteFile(repo_id, commit, here[name], files[here[name]])) for name in wanted]
-    return paths[0] if named is not None else paths[0].parent
+    return paths[0] if file is not None else paths[0].parent

@@ -13,10 +13,10 @@ from surgery.escapes import quoted
 from surgery.files.access import read_errors
 from surgery.hub import client_cache, patience
 from surgery.hub.download import into_cache, into_folder, is_sound
+from surgery.hub.hub_errors import hub_errors_midway
 from surgery.hub.hub_file import HubFile, RemoteFile
 from surgery.hub.patience import Patience, is_transient
 from surgery.progress import listening
-from surgery.source.hub_errors import hub_errors_midway
 from surgery.source.origin import damaged_copy
 
 

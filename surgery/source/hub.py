@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
-from surgery.errors import FormatError, ReadError, SourceError, SurgeryError, few
+from surgery.errors import FormatError, ReadError, SourceError, few
 from surgery.files.watch import Stamp, Watch
 from surgery.format.header import Header, header_length, parse_header
 from surgery.format.manifest_records import SourceRecord
@@ -16,6 +16,7 @@ from surgery.format.safetensors import ShardReader
 from surgery.hub import client_cache, patience, repository
 from surgery.hub import hub_client as client
 from surgery.hub.download import bytes_in_cache, first_bytes
+from surgery.hub.hub_errors import FIRST_STATUSES, first_line, how_to_fetch_it, hub_errors, hub_errors_midway
 from surgery.hub.hub_file import HubFile, RemoteFile
 from surgery.hub.patience import is_busy
 from surgery.names import CONFIG_FILE
@@ -23,7 +24,6 @@ from surgery.progress import listening
 from surgery.source.address import check_subfolder
 from surgery.source.fetch import HubOrigin, check_contents, fetch, fetch_again, is_cached, patience_for
 from surgery.source.folder import FolderSource
-from surgery.source.hub_errors import FIRST_STATUSES, first_line, how_to_fetch_it, hub_errors, hub_errors_midway
 from surgery.source.model_folder import listing_of
 from surgery.source.origin import DamagedCopy, FolderOrigin
 from surgery.source.protocol import FilesInPlace, Source, read_config, read_text
@@ -32,33 +32,47 @@ from surgery.source.weight_files import index_entries, is_index
 
 #: Bytes that are fetched for a header at first, which most are shorter than; the rest of a longer one is fetched then.
 _HEADER_BYTES = 100_000
+_T = TypeVar("_T")
 
 
 def open_hub(repo_id: str, revision: str | None, subfolder: str | None = None) -> Source:
     """Pin a model on the hub to a commit and list its files; or take it from the local cache if the hub cannot be reached.
 
     Raises:
-        SourceError: it is not there, may not be read or cannot be reached (``surgery.source.hub_errors``), or is no model.
+        SourceError: it is not there, may not be read or cannot be reached (``surgery.hub.hub_errors``), or is no model.
     """
     inside = None if subfolder is None else check_subfolder(subfolder)
-    # If nothing answers, or the cache has the model, there is only one attempt: laptops are often offline.
+    found = asked_first(repo_id, revision, lambda: _cached(repo_id, revision, inside))
+    if isinstance(found, CachedSource):
+        return found
+    commit, files = found
+    return HubSource(repo_id, commit, SourceRecord("hub", repo_id, commit, inside), files)
+
+
+def asked_first(repo_id: str, revision: str | None, cached: Callable[[], _T | None]) -> tuple[str, dict[str, HubFile]] | _T:
+    """The commit of a repository and its files; or what the local cache has of it if the hub cannot be reached.
+
+    Args:
+        cached: gives that; None if the cache has nothing of it. May raise SourceError, if it has a part.
+
+    Raises:
+        SourceError: see ``surgery.hub.hub_errors``; or that of ``cached``.
+    """
+    # If nothing answers, or the cache has it, there is only one attempt: laptops are often offline.
     first = patience_for(repo_id, may_pass=is_busy, give_up_after=patience.GIVE_UP_FIRST_AFTER)
     with hub_errors(repo_id, revision=revision, statuses=FIRST_STATUSES):
         while True:
             try:
                 commit = repository.resolve_commit(repo_id, revision)
-                files = repository.list_files(repo_id, commit, patience_for(repo_id).run)
-                return HubSource(repo_id, commit, SourceRecord("hub", repo_id, commit, inside), files)
-            except SurgeryError:
-                raise
+                return commit, repository.list_files(repo_id, commit, patience_for(repo_id).run)
             except Exception as error:
                 lacking = None
                 if client.is_away(error):
                     try:
-                        if (cached := _cached(repo_id, revision, inside)) is not None:
-                            return cached
-                    except SourceError as found:
-                        lacking = found
+                        if (found := cached()) is not None:
+                            return found
+                    except SourceError as of_cache:
+                        lacking = of_cache
                 try:
                     first.failed(error)
                 except Exception:
@@ -139,11 +153,7 @@ class CachedSource(FolderSource):
         super().__init__(root, name=name, record=record)
 
     def _hub_file(self, file: str) -> HubFile | None:
-        path = self._root / file
-        known = client_cache.cached_hash(path)
-        if known is None or not path.exists():
-            return None
-        return HubFile(path.stat().st_size, known if len(known) == 64 else None, known, is_cached=True, by_xet=False)
+        return client_cache.cached_hub_file(self._root / file)
 
     def fetch(self, file: str) -> Path:
         path = super().fetch(file)

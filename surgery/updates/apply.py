@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -56,6 +57,15 @@ class Updated:
     def keep(self, more: KeptUpdate) -> None:
         """Count what was kept of one more matrix."""
         self.kept[more.name] = self.kept[more.name] + more if more.name in self.kept else more
+
+    def check(self) -> None:
+        """Refuse an update that is so large that it cannot be told what was kept of it. Raises ScalesError."""
+        for name, one in self.kept.items():
+            if not math.isfinite(one.kept.arrived):
+                raise ScalesError(
+                    f"the update of {name!r} is so large that it cannot be told what its rounding keeps",
+                    hint="the training diverged, or an alpha or weight is wrong",
+                )
 
 
 class UpdatedWeights:
@@ -113,7 +123,7 @@ class UpdatedWeights:
         if change is None:
             updated = self._by_targets(weight, entry.name, first, device, written)
         elif change.replacement is not None:
-            updated = Updated(change.replacement.read().view(weight.shape).double())
+            updated = Updated(change.replacement.read().view(weight.shape))
         elif not change.parts:
             updated = Updated(self._originals(weight, entry.name, first, device))
         elif _has_one_view(self.targets(entry.name)) and not _has_magnitudes(change):
@@ -142,7 +152,7 @@ class UpdatedWeights:
             new = []
             for i, matrix in enumerate(matrices, first):
                 parts = () if change is None else change.parts.get(i, ())
-                addition = addition_of(parts, matrix) if parts else None
+                addition = addition_of(parts, matrix, name) if parts else None
                 stored = self._stored(name, matrix, target, i)
                 new.append(self._matrix(stored, i, device, addition, written, result))
             if view.slice is not None:
@@ -210,16 +220,18 @@ class UpdatedWeights:
         result = Updated(weight)
         matrices = weight if change.is_stack else weight.view(1, len(weight), -1)
         for i, matrix in enumerate(matrices, first):
-            additions = [addition_of(parts, matrix)] if (parts := change.parts.get(i, ())) else []
+            if not self.is_matrix_changed(name, i):
+                continue
+            norm = float(torch.linalg.vector_norm(matrix, dtype=torch.float32))
+            if not math.isfinite(norm) and not all_finite(matrix):
+                raise WeightError(f"{name!r} of the model holds NaN or infinity", hint="take a sound copy of the model")
+            additions = [addition_of(parts, matrix, name)] if (parts := change.parts.get(i, ())) else []
             for target in self.targets(name):
                 if (scales := self._update.scales(target, i)) is not None:
                     factors = self._checkpoint.weight(target, i, matrix, scaled=True).factors
                     assert factors is not None
                     additions.append(_in_whole(scaled(factors, change_of_s(factors, scales)), target.slice, matrix.shape))
-            if not additions:
-                continue
             addition = functools.reduce(both, additions)
-            norm = float(torch.linalg.vector_norm(matrix, dtype=torch.float32))
             new, kept = added(device, matrix, addition, written.rounding, written.grid(i, None))
             result.keep(KeptUpdate(name, kept, norm * norm))
             if new is not matrix:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 
 from surgery.errors import FormatError, OptionError
+from surgery.format.header import TensorEntry
 from surgery.format.safetensors import ShardReader
+from surgery.lossless.rounding import all_finite
 from surgery.memory import bytes_of
 
 #: Bytes of a stored tensor that are hashed or looked at together.
@@ -23,15 +25,16 @@ class _Hash(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LowRankPart:
-    """One adapter's change of one matrix W (m, n): ``weight left right^T``, or that of DoRA.
+    """One adapter's change of one matrix W (m, n): ``weight scaling left right^T``, or that of DoRA.
 
-    With a magnitude the change is ``weight (magnitude / norm(W') W' - W)``, where ``W' = W + left right^T`` and the norms are
-    those of its rows (``axis`` 0) or columns (1), each of which the magnitude has a number for. Source: Liu et al., DoRA:
-    Weight-Decomposed Low-Rank Adaptation (2024), equation 5; PEFT 0.21, ``tuners/lora/variants.py``.
+    With a magnitude the change is ``weight (magnitude / norm(W') W' - W)``, where ``W' = W + scaling left right^T`` and the
+    norms are those of its rows (``axis`` 0) or columns (1), each of which the magnitude has a number for. Source: Liu et al.,
+    DoRA: Weight-Decomposed Low-Rank Adaptation (2024), equation 5; PEFT 0.21, ``tuners/lora/variants.py``.
 
     Attributes:
-        left: float64 (m, r), with the adapter's own scaling in it; r may be 0 with a magnitude.
+        left: float32 (m, r).
         right: float32 (n, r).
+        scaling: the adapter's own.
         weight: with which the adapter counts in a sum.
         magnitude: float32, (m,) for axis 0 or (n,) for axis 1; None for an adapter without DoRA.
         axis: the axis of the matrix that the magnitude belongs to.
@@ -39,6 +42,7 @@ class LowRankPart:
 
     left: torch.Tensor
     right: torch.Tensor
+    scaling: float = 1.0
     weight: float = 1.0
     magnitude: torch.Tensor | None = None
     axis: int = 0
@@ -53,12 +57,19 @@ class StoredTensor:
         name: of the tensor in it.
         dtype: as the format names it.
         shape: its sizes.
+        modified: when the file was changed last, in nanoseconds, as it was when the rest of the adapter was read.
     """
 
     path: Path
     name: str
     dtype: str
     shape: tuple[int, ...]
+    modified: int
+
+    @classmethod
+    def of(cls, reader: ShardReader, path: Path, entry: TensorEntry) -> Self:
+        """The tensor of an entry of an open file."""
+        return cls(path, entry.name, entry.dtype, entry.shape, reader.modified)
 
     def read(self) -> torch.Tensor:
         """Its numbers, in its own dtype and shape, on the CPU.
@@ -68,14 +79,21 @@ class StoredTensor:
             FormatError: it is not what it was, or the tensor holds NaN or infinity.
         """
         with ShardReader(self.path, name=str(self.path)) as reader:
-            entry = reader.entries.get(self.name)
-            if entry is None or (entry.dtype, entry.shape) != (self.dtype, self.shape):
-                raise FormatError(f"{self.path}: {self.name!r} has changed since the adapter was looked at")
-            tensor = reader.read(entry)
+            tensor = reader.read(self._entry(reader))
             reader.check_unchanged()
-        if not bool(torch.isfinite(tensor).all()):
+        if tensor.numel() and not all_finite(tensor):
             raise FormatError(f"{self.path}: {self.name!r} holds NaN or infinity", hint="take an earlier checkpoint")
         return tensor
+
+    def _entry(self, reader: ShardReader) -> TensorEntry:
+        """Its entry in the file, which has to be the one that was looked at."""
+        entry = reader.entries.get(self.name)
+        if entry is None or (entry.dtype, entry.shape, reader.modified) != (self.dtype, self.shape, self.modified):
+            raise FormatError(
+                f"{self.path}: {self.name!r} has changed since the adapter was looked at",
+                hint="run the same command again when nothing writes to that folder any more",
+            )
+        return entry
 
     def hash_into(self, digest: _Hash) -> None:
         """Give its dtype, shape and bytes to a hash, a few megabytes at a time.
@@ -85,9 +103,7 @@ class StoredTensor:
         """
         digest.update(f"{self.dtype} {self.shape}\0".encode())
         with ShardReader(self.path, name=str(self.path)) as reader:
-            entry = reader.entries.get(self.name)
-            if entry is None or (entry.dtype, entry.shape) != (self.dtype, self.shape):
-                raise FormatError(f"{self.path}: {self.name!r} has changed since the adapter was looked at")
+            entry = self._entry(reader)
             for start in range(entry.start, entry.end, _AT_A_TIME):
                 data = bytes_of(reader.empty(min(_AT_A_TIME, entry.end - start)))
                 reader.read_into(data, start)
@@ -126,6 +142,13 @@ class TensorChange:
     replacement: StoredTensor | None = None
     rows: ReplacedRows | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the numbers that are in memory; stored ones are not."""
+        tensors = [one for parts in self.parts.values() for part in parts for one in (part.left, part.right, part.magnitude)]
+        tensors += [self.offset] + ([] if self.rows is None else [self.rows.indices, self.rows.values])
+        return sum(one.nbytes for one in tensors if one is not None)
+
     def hash_into(self, digest: _Hash) -> None:
         """Give all its numbers to a hash; stored ones are read.
 
@@ -134,7 +157,7 @@ class TensorChange:
         """
         for index, parts in sorted(self.parts.items()):
             for part in parts:
-                digest.update(f"{index} {part.weight!r} {part.axis}\0".encode())
+                digest.update(f"{index} {part.scaling!r} {part.weight!r} {part.axis}\0".encode())
                 for tensor in (part.left, part.right, part.magnitude):
                     _hash_tensor(tensor, digest)
         _hash_tensor(self.offset, digest)

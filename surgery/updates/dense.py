@@ -190,6 +190,7 @@ class DenseTensors:
             raise WeightError(
                 f"{entry.name!r} is beyond the range of {str(dtype).removeprefix('torch.')}", hint=f"run it without {what}"
             )
+        updated.check()
         return updated
 
     def _requantized(self, piece: TargetPiece, weight: torch.Tensor, device: torch.device) -> Updated:
@@ -208,6 +209,7 @@ class DenseTensors:
 
         written = WrittenAs(torch.float32, self.writing.rounding or "directions", grid)
         updated = self._updated.tensor(weight, piece.entry, first, device, written)
+        updated.check()
         result = quantize(updated.tensor, scales[first : first + len(weight)] if is_stack else scales, block)
         if is_stack:  # matrices that do not change keep their bytes
             for i in range(len(weight)):

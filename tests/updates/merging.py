@@ -91,7 +91,7 @@ def applied(tensor: torch.Tensor, change: TensorChange) -> torch.Tensor:
 
 
 def _of_part(weight: torch.Tensor, part: LowRankPart) -> torch.Tensor:
-    low = part.left @ part.right.double().T
+    low = part.scaling * (part.left.double() @ part.right.double().T)
     if part.magnitude is None:
         return part.weight * low
     whole = weight + low

@@ -25,7 +25,7 @@ class Sides:
 
     def scaled(self, scaling: float, weight: float) -> LowRankPart:
         axis = 0 if self.magnitude is None else self.axis
-        return LowRankPart(self.left.double() * scaling, self.right, weight, self.magnitude, axis)
+        return LowRankPart(self.left, self.right, scaling, weight, self.magnitude, axis)
 
 
 def in_tensor(piece: TensorPart, shape: Sequence[int], sides: Sides, name: str, home: Home) -> Sides:
@@ -101,5 +101,9 @@ def is_nothing(change: TensorChange) -> bool:
         return False
     if change.offset is not None and bool(change.offset.any()):
         return False
-    parts = [part for several in change.parts.values() for part in several]
-    return all(part.magnitude is None and not (bool(part.left.any()) and bool(part.right.any())) for part in parts)
+    return all(map(adds_nothing, (part for parts in change.parts.values() for part in parts)))
+
+
+def adds_nothing(part: LowRankPart) -> bool:
+    """Whether a part leaves every matrix as it is."""
+    return part.magnitude is None and not (part.scaling and bool(part.left.any()) and bool(part.right.any()))

@@ -19,12 +19,11 @@ from surgery.escapes import quoted
 from surgery.files.json_files import read_json_object
 from surgery.format.header import TensorEntry
 from surgery.format.safetensors import ShardReader
-from surgery.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ATTACHED_NAME, PEFT_PREFIX
+from surgery.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ATTACHED_NAME, PEFT_PREFIX, PICKLED_ADAPTER
 from surgery.updates.adapters.content import AdapterContent, ModuleUpdate, checked_halves, read_numbers
 from surgery.updates.adapters.patterns import ByModule
 from surgery.updates.changes import ReplacedRows, StoredTensor
 
-_PICKLED = "adapter_model.bin"
 _MERGE = "merge the adapter with PEFT: merge_and_unload()"
 #: Entries of the config that do not change what the adapter does to weights, or are read here.
 _KNOWN = frozenset(
@@ -83,8 +82,8 @@ def _how_to_have_it(folder: Path) -> str | None:
         return f"give its folder, {quoted(folder.parent)}"
     if not folder.is_dir():
         return "give a folder of this machine; hf download ID --local-dir FOLDER fetches an adapter of the hub into one"
-    if (folder / _PICKLED).is_file():
-        return f"load it with PEFT, which reads {_PICKLED}, and save it again: save_pretrained writes {ADAPTER_WEIGHTS}"
+    if (folder / PICKLED_ADAPTER).is_file():
+        return f"load it with PEFT, which reads {PICKLED_ADAPTER}, and save it again: save_pretrained writes {ADAPTER_WEIGHTS}"
     if list(folder.glob("adapter_model-*-of-*.safetensors")):
         return f"it is in several files, which PEFT does not read either: put all their tensors into one {ADAPTER_WEIGHTS}"
     return None
@@ -193,7 +192,7 @@ class _PeftFile:
             raise OptionError(
                 f"{self._folder}: {entry.name!r} is to be copied, and of no such dtype", got=entry.dtype, hint=_MERGE
             )
-        return StoredTensor(self._folder / ADAPTER_WEIGHTS, entry.name, entry.dtype, entry.shape)
+        return StoredTensor.of(self._reader, self._folder / ADAPTER_WEIGHTS, entry)
 
     def _one_adapter(self, name: str | None, entry: TensorEntry) -> None:
         if name is not None:
@@ -289,7 +288,7 @@ def _names(config: Mapping[str, Any], key: str, folder: Path) -> list[str]:
 def _own_name(name: str) -> str:
     """The name of a tensor without those of wrappers around the model, and around PEFT's own."""
     words = [word for word in name.split(".") if word not in _WRAPPERS]
-    while words[0] == "module" and len(words) > 1:
+    while words[:1] == ["module"] and len(words) > 1:
         del words[0]
     return ".".join(words).removeprefix(PEFT_PREFIX)
 

@@ -15,6 +15,7 @@ from surgery.updates.adapters.content import AdapterContent, ModuleUpdate
 from surgery.updates.adapters.experts import places_in_stacks
 from surgery.updates.adapters.geometry import (
     Sides,
+    adds_nothing,
     in_tensor,
     is_nothing,
     is_straight,
@@ -38,7 +39,9 @@ class _Change:
     rows: ReplacedRows | None = None
 
     def done(self) -> TensorChange:
-        parts = {index: tuple(parts) for index, parts in self.parts.items()}
+        """The change, without what adds zeros, as in experts that were never chosen: its weights keep their bytes."""
+        kept = ((index, tuple(part for part in parts if not adds_nothing(part))) for index, parts in self.parts.items())
+        parts = {index: parts for index, parts in kept if parts}
         return TensorChange(parts, self.is_stack, self.offset, self.replacement, self.rows)
 
 
@@ -127,7 +130,8 @@ class _Placing:
         for tensor, change in changes.items():
             if (change.rows or change.replacement) and change.parts:
                 raise OptionError(f"{where}: the adapter both replaces and adds to {tensor!r}")
-        if all(is_nothing(change) for change in changes.values()):
+        changes = {tensor: change for tensor, change in changes.items() if not is_nothing(change)}
+        if not changes:
             raise OptionError(f"{where}: an adapter that changes nothing", got="only zeros in all of its matrices B")
         account = {source: tuple(dict.fromkeys(to)) for source, to in self._account.items()}
         return PlacedAdapter(changes, account, self._copies)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from surgery.errors import OptionError
 from surgery.format.header import TensorEntry
-from surgery.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from surgery.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DIFFUSERS_WEIGHTS
 from surgery.updates.adapter_update import AdapterUpdate
 from surgery.updates.adapters.content import AdapterContent
 from surgery.updates.adapters.diffusion_lora import read_diffusion
@@ -17,8 +17,6 @@ from surgery.updates.adapters.homes import Homes
 from surgery.updates.adapters.peft_lora import read_peft
 from surgery.updates.adapters.placement import PlacedAdapter, placed
 from surgery.updates.changes import TensorChange, summed
-
-_DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 
 
 def read_adapters(
@@ -76,8 +74,8 @@ def _content(path: Path, component: str | None, entries: Mapping[str, TensorEntr
     if path.is_file() and path.suffix == ".safetensors" and path.name != ADAPTER_WEIGHTS:
         return read_diffusion(path, component, entries)
     if path.is_dir() and not (path / ADAPTER_CONFIG).is_file():
-        if (path / _DIFFUSERS_WEIGHTS).is_file():
-            return read_diffusion(path / _DIFFUSERS_WEIGHTS, component, entries)
+        if (path / DIFFUSERS_WEIGHTS).is_file():
+            return read_diffusion(path / DIFFUSERS_WEIGHTS, component, entries)
         files = [one for one in path.glob("*.safetensors") if one.is_file()]
         if len(files) == 1 and not files[0].name.startswith("adapter_model") and component is not None:
             return read_diffusion(files[0], component, entries)
