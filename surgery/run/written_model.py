@@ -66,13 +66,17 @@ class WrittenModel:
         return ResultFiles(frozenset(names), size, _model_in(self.out))
 
     def looks_finished(self) -> bool:
-        """Whether the output folder may hold the complete result: its files, no others, and weights of the right sizes."""
-        if Journal.is_there(self.out) or self.config is not None or any(path.is_symlink() for path in all_below(self.out)):
+        """Whether the output folder may hold the complete result: its files, no others, and weights of the right sizes.
+
+        Stored in another way, the weights have sizes that are not known here, and a weight file may be gone.
+        """
+        if Journal.is_there(self.out) or any(path.is_symlink() for path in all_below(self.out)):
             return False
-        expected = {other.record.file for other in self.others} | {shard.file for shard in self.shards}
-        return files_in(self.out) == expected and all(
-            (self.out / shard.file).stat().st_size == shard.size for shard in self.shards
-        )
+        others, there = {other.record.file for other in self.others}, files_in(self.out)
+        expected = others | {shard.file for shard in self.shards}
+        if self.config is not None:
+            return others < there <= expected
+        return there == expected and all((self.out / shard.file).stat().st_size == shard.size for shard in self.shards)
 
     def compared(self, run: Run, jobs: WritingJobs[_Result], memory: Memory) -> list[_Result]:
         """Check that the output folder holds this very result, by making it again without writing.
@@ -92,7 +96,11 @@ class WrittenModel:
         with phase(progress, "comparing", sum(shard.size for shard in self.shards)):
             results = shard_results(jobs, lambda which: run.engine.run(jobs, which, memory), None)
         written = [record for result in results for record in jobs.files_of(result)]
-        if not_as_recorded(self.out, (*written, *(other.record for other in self.others))):
+        rewritten = {other: data for other in self.others if (data := self._rewritten(other, self.out)) is not None}
+        as_they_are = [other.record for other in self.others if other not in rewritten]
+        if not_as_recorded(self.out, (*written, *as_they_are)) or any(
+            (self.out / other.record.file).read_bytes() != data for other, data in rewritten.items()
+        ):
             raise OutputError(
                 f"{self.out} holds files already, and they are not those of this run",
                 hint="--overwrite replaces an earlier result; -o chooses another folder",
@@ -117,13 +125,23 @@ class WrittenModel:
             for name in loading_order(by_name):
                 progress.item(name)
                 record, path = by_name[name].record, by_name[name].path
-                if self.config is not None and (name == CONFIG_FILE or is_index(name)):
-                    check_file(path.parent, FileRecord(path.name, record.size, record.sha256), RESTORE_HINT)
-                    data = index_of(place, path) if is_index(name) else self.config(path)
+                if (data := self._rewritten(by_name[name], place)) is not None:
                     if not (place / name).is_file() or (place / name).read_bytes() != data:
                         write_file(place / name, data)
                 elif not is_as_recorded(place, record):
                     copy_file(path, place / name, name, record)
+
+    def _rewritten(self, other: FileAlong, place: Path) -> bytes | None:
+        """The contents of config or index for weights that are stored in another way; None for a file that is copied.
+
+        Args:
+            place: the folder that has the weight files.
+        """
+        record, path = other.record, other.path
+        if self.config is None or not (record.file == CONFIG_FILE or is_index(record.file)):
+            return None
+        check_file(path.parent, FileRecord(path.name, record.size, record.sha256), RESTORE_HINT)
+        return index_of(place, path) if is_index(record.file) else self.config(path)
 
 
 def _model_in(out: Path) -> frozenset[str]:

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.commands.verify import verify
-from surgery.errors import FormatError, OptionError, SourceError, WeightError
+from surgery.errors import FormatError, OptionError, OutputError, SourceError, WeightError
+from surgery.progress import Silent
 from surgery.weights.fp8 import block_scales, dequantize, quantize
 from tests.families import FAMILIES
 from tests.models import files_of, planned, tensors_of
@@ -213,6 +214,18 @@ def test_dequantized(apart: bool, tmp_path: Path) -> None:
         assert sorted(path.name for path in out.glob("*.safetensors")) == sorted(set(index["weight_map"].values()))
     model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16)
     assert model.get_parameter("model.layers.0.self_attn.q_proj.weight").dtype == torch.bfloat16
+    complete = Silent()
+    _folded(tmp_path, base, scales, "dense", dequantize=True, progress=complete)
+    assert complete.notes[-1] == f"{out} is already complete: nothing to do"
+    before_it = files_of(out)
+    with pytest.raises(OutputError, match="not those of this run"):
+        _folded(tmp_path, base, {key: value + 1 for key, value in scales.items()}, "dense", dequantize=True, progress=Silent())
+    config = (out / "config.json").read_text()
+    (out / "config.json").write_text(config.replace("bfloat16", "float16"))
+    with pytest.raises(OutputError, match="not those of this run"):
+        _folded(tmp_path, base, scales, "dense", dequantize=True, progress=Silent())
+    (out / "config.json").write_text(config)
+    assert files_of(out) == before_it
 
 
 #: Before, triton is looked for; 5.16 fails by itself.
