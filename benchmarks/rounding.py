@@ -99,6 +99,7 @@ def cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for kind in args.kinds.split(","):
             weight, scale = stored(kind, exact)
             for k in map(int, args.ranks.split(",")):
+                torch.manual_seed(seed)
                 u, s, v = torch.svd_lowrank(weight.float(), k + 8, niter=4)
                 factors = Factors(u[:, :k].contiguous(), s[:k].clone(), v[:, :k].contiguous())
                 for change in args.changes.split(","):

@@ -35,8 +35,8 @@ _RANGE = 30
 _CORE_BITS, _BASIS_BITS, _UNIT_BITS = 20, 16, 24
 #: How far differences may be above what was foreseen, as a power of two, before the bits do not suffice.
 _SPARE_BITS = 2
-#: The share of P in the first run of rows; where a row has so many times as much as the mean, the order of rows is changed.
-_FIRST_RUN, _UNEVEN = 1 / 16, 64.0
+#: The share of P in the first run of rows; where only one of so many rows has much of P, the order of rows is changed.
+_FIRST_RUN, _UNEVEN = 1 / 16, 3.0
 #: Directions that are weaker than this share of the strongest are no directions of the update.
 _WEAKEST = 1e-6
 
@@ -130,9 +130,14 @@ class Directions:
         shortened = _shortened(times_power_of_two(bases.Q, -self._right_exponent), self._short)
         self._right_short = shortened.T.contiguous().to(self._device)
 
-    def active_rows(self, most: int) -> torch.Tensor:
-        """At most ``most`` rows, evenly spread over those in which the update changes anything, int64 on the CPU."""
-        rows = (self._left != 0).any(dim=1).nonzero()[:, 0]
+    def active_rows(self, most: int, some: torch.Tensor | None = None) -> torch.Tensor:
+        """At most ``most`` rows, evenly spread over those in which the update changes anything, int64 on the CPU.
+
+        Args:
+            some: the rows that are looked at, int64, sorted; None for all.
+        """
+        rows = torch.arange(len(self._left)) if some is None else some
+        rows = rows[(self._left[rows] != 0).any(dim=1)]
         return rows[:: -(-len(rows) // most)] if len(rows) else rows
 
     def stages(self, least: float) -> list[slice] | list[torch.Tensor]:
@@ -143,11 +148,13 @@ class Directions:
         """
         masses = self._left.square().sum(dim=1)  # exact: integers
         order = None
-        if masses.max() * len(masses) > _UNEVEN * masses.sum():
+        shares = (masses / masses.sum()).tolist()
+        if len(shares) * math.fsum(share * share for share in shares) > _UNEVEN:
             order = torch.sort(masses, descending=True, stable=True).indices
             masses = masses[order]
         held = masses.cumsum(dim=0)
-        shares, share = [], max(_FIRST_RUN, least)
+        shares = []
+        share = max(_FIRST_RUN, least)
         while sum(shares) + share <= 0.5:
             shares.append(share)
             share *= 2 if len(shares) > 1 else 1

@@ -40,7 +40,7 @@ _NARROW, _EDGE = 0.3, 0.15
 #: least share of P in a run.
 _RUN_MOVES, _RUN_ROWS, _LEAST_RUN = 2.0, 0.5, 2.0**-9
 #: Of a run's error this is taken for noise, before all rows tell; and what inverses of ``P^T P`` are kept from growing beyond.
-_DOUBT, _RIDGE = 0.05, 0.02
+_DOUBT, _RIDGE, _SHY = 0.05, 0.02, 0.3
 #: The first sweep writes if this times the foreseen error is small enough, and K does not answer so many times as much as it
 #: should to more of the update.
 _CAUTION, _STEEPEST, _HELD = 3.0, 2.5, 0.2
@@ -69,10 +69,10 @@ class Response:
     moved: float
 
 
-def probe(directions: Directions, strengths: torch.Tensor) -> Response:
-    """Find lambda on a sample of the rows in which the update changes anything."""
+def probe(directions: Directions, strengths: torch.Tensor, some: torch.Tensor | None = None) -> Response:
+    """Find lambda on a sample of some rows, or of all, in which the update changes anything."""
     m, n = directions.weight.shape
-    rows = directions.active_rows(max(_SAMPLE_ROWS, min(_SAMPLE_ENTRIES // n, m // 8)))
+    rows = directions.active_rows(max(_SAMPLE_ROWS, min(_SAMPLE_ENTRIES // n, m // 8)), some)
     gram, core = directions.gram(rows), torch.diag(strengths)
     expected = gram * strengths
     asked, largest, noise, moved = math.fsum((gram.diagonal() * strengths.square()).tolist()), 0.0, 0.0, 0.0
@@ -203,16 +203,20 @@ class _Search:
         m, n = directions.weight.shape
         r = len(strengths)
         self._directions, self._response = directions, response
-        self._asked, self._answer = torch.diag(strengths), _Answer(strengths, response)
+        self._asked = torch.diag(strengths)
         self._norm = math.sqrt(_dot(self._asked, self._asked))
         least = max(_RUN_MOVES * r * r / max(response.moved * m * n, 1.0), _RUN_ROWS * r / m, _LEAST_RUN)
         with one_thread():
             self._runs = directions.stages(least)
             self._grams = [directions.gram(rows) for rows in self._runs]
             self._left = list(accumulate(reversed(self._grams)))[::-1]
-            self._inverses = [_inverse(gram) for gram in self._left]
+            self._inverses = [_inverse(gram, 0.0) for gram in self._left] if isinstance(self._runs[0], slice) else []
         self._largest = response.largest
-        self._cores = [self._asked * response.scale for _ in self._runs]
+        #: Where runs are of different rows, each answers in its own way.
+        self._is_even = isinstance(self._runs[0], slice)
+        responses = [response if isinstance(rows, slice) else probe(directions, strengths, rows) for rows in self._runs]
+        self._answers = [_Answer(strengths, some) for some in responses]
+        self._cores = [self._asked * some.scale for some in responses]
         #: What has arrived in each run with these; None before any sweep.
         self._arrived: list[torch.Tensor] | None = None
         #: How much of a step is taken in each run.
@@ -223,7 +227,7 @@ class _Search:
             len(self._runs) > 1
             and _CAUTION * response.noise * last**0.25 < TOLERANCE
             and 1.0 / _STEEPEST < response.slope * response.scale < _STEEPEST
-            and isinstance(self._runs[0], slice)
+            and self._is_even
             and self._grams[-1].diagonal().min().item() > _HELD * self._grams[-1].diagonal().mean().item()
         )
 
@@ -261,12 +265,13 @@ class _Search:
         total, surplus, held = (torch.zeros_like(self._asked) for _ in range(3))
         cores, parts = [], []
         for i, rows in enumerate(self._runs):
-            gain = _product(self._inverses[i], self._asked - total - later[i])
-            if first:  # of what the runs before have had too much or too little, these will have as much
+            missing = self._asked - total - later[i]
+            gain = _product(self._inverse(i, missing), missing)
+            if first and self._is_even:  # of what the runs before have had too much or too little, these will have as much
                 gain = gain - surplus / (held.diagonal() + _DOUBT)[:, None]
             if first and i == 0:
                 gain = torch.zeros_like(gain)
-            step = self._answer.to(gain)
+            step = self._answers[i].to(gain)
             cores.append(self._cores[i] + step * self._trust[i])
             parts.append(self._measured(cores[i], rows, out))
             if not math.isfinite(self._largest):
@@ -299,23 +304,30 @@ class _Search:
         self._largest = max(self._largest, found.largest)
         return found
 
+    def _inverse(self, i: int, missing: torch.Tensor) -> torch.Tensor:
+        """Of ``P^T P`` in a run and all later ones; in directions that are hardly held there, no more is asked than they can hold."""
+        if self._is_even:
+            return self._inverses[i]
+        with one_thread():
+            return _inverse(self._left[i], _SHY * math.sqrt(_dot(missing, missing)) / self._norm)
+
     def _error(self, found: Arrived) -> float:
         return math.sqrt(_dot(self._asked - found.core, self._asked - found.core)) / self._norm
 
 
-def _inverse(gram: torch.Tensor) -> torch.Tensor:
+def _inverse(gram: torch.Tensor, least: float) -> torch.Tensor:
     """The inverse of ``P^T P`` of some rows (r, r), by elimination: of directions that are hardly held, less.
 
     In operations that IEEE 754 prescribes: the same bits everywhere.
     """
     r = len(gram)
-    ridge = _RIDGE * math.fsum(gram.diagonal().tolist()) / r
+    ridge = max(_RIDGE * math.fsum(gram.diagonal().tolist()) / r, least)
     a = torch.cat([gram + ridge * torch.eye(r, dtype=gram.dtype), torch.eye(r, dtype=gram.dtype)], dim=1)
     for i in range(r):
         row = a[i] / a[i, i]
         a = a - a[:, i : i + 1] * row
         a[i] = row
-    return a[:, r:] * (1.0 + _RIDGE)
+    return a[:, r:]
 
 
 def _total(parts: list[Arrived]) -> Arrived:
