@@ -46,6 +46,8 @@ _DOUBT, _RIDGE, _SHY = 0.05, 0.02, 0.3
 _CAUTION, _STEEPEST, _HELD = 3.0, 2.5, 0.2
 #: Sweeps at most; how many may go by without the error falling by a tenth.
 _MOST_SWEEPS, _PATIENCE = 9, 3
+#: The least part of a step with which the search begins, where K answers steeply.
+_LEAST_TRUST = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +222,7 @@ class _Search:
         #: What has arrived in each run with these; None before any sweep.
         self._arrived: list[torch.Tensor] | None = None
         #: How much of a step is taken in each run.
-        self._trust = [1.0] * len(self._runs)
+        self._trust = [min(1.0, max(2.0 / (some.slope * some.scale), _LEAST_TRUST)) for some in responses]
         last = _dot(self._grams[-1].diagonal(), self._grams[-1].diagonal()) / r
         #: Whether the first sweep is foreseen to leave little enough.
         self.is_safe = (
