@@ -3,8 +3,8 @@
     python benchmarks/rounding.py --shapes 256x256,1000x3000 --kinds bfloat16,fp8 --seeds 1,2 --worst 20
 
 For each case: the share of the update that arrives, the error within its directions (both in float64, from the numbers that
-are written), those of rounding to nearest, how often all rows were rounded, and the milliseconds of one thread. ``--model FILE``
-takes the matrices of a float32 safetensors file instead of random ones.
+are written), those of rounding to nearest, how often all rows were rounded, and the milliseconds of one thread. With ``--model
+FILE`` the weights are the matrices of a float32 safetensors file instead of random ones.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def count_passes() -> None:
         ROUNDED[0] += len(self.weight[rows]) if isinstance(rows, slice) else len(rows)
         return original(self, core, foreseen, rows, *others)
 
-    Directions._pass = counted  # type: ignore[method-assign]
+    Directions._pass = counted  # type: ignore[method-assign, assignment]
 
 
 def spectrum(kind: str, m: int, n: int, generator: torch.Generator) -> torch.Tensor:
@@ -109,11 +109,13 @@ def cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     grid: Grid = DtypeGrid(weight.dtype)
                     if scale is not None:
                         new = scales_that_hold(block_maxima(exactly.float(), (128, 128)), scale)
-                        grid = Fp8Grid(new, (128, 128), tuple(weight.shape))
+                        grid = Fp8Grid(new, (128, 128), (len(weight), weight.shape[1]))
                     nearest = grid.nearest(exactly.float(), slice(0, len(weight)))
                     ROUNDED[0], out = 0, weight.clone()
                     start = time.perf_counter()
-                    result, kept = rescale(out, factors, g, None, Written(out, args.rounding, grid if scale is not None else None))
+                    result, kept = rescale(
+                        out, factors, g, None, Written(out, args.rounding, grid if scale is not None else None)
+                    )
                     took = time.perf_counter() - start
                     share, error = measured(result, weight, factors, core)
                     of_nearest = measured(nearest, weight, factors, core)

@@ -140,7 +140,7 @@ class Directions:
         rows = rows[(self._left[rows] != 0).any(dim=1)]
         return rows[:: -(-len(rows) // most)] if len(rows) else rows
 
-    def stages(self, least: float) -> list[slice] | list[torch.Tensor]:
+    def stages(self, least: float) -> list[slice | torch.Tensor]:
         """All rows in runs, the shares of P in which first double, up to a half in all, and then are halved, down to ``least``.
 
         What a run has missed can be made up for in later ones. If few rows have most of P, they come first, so that there is
@@ -162,7 +162,7 @@ class Directions:
             shares.append(left / 2)
         ends = torch.searchsorted(held, torch.tensor(shares, dtype=torch.float64).cumsum(dim=0) * held[-1]).tolist()
         runs = [slice(*pair) for pair in pairwise([0, *(end + 1 for end in ends), len(held)]) if pair[0] < pair[1]]
-        return runs if order is None else [order[run].sort().values for run in runs]
+        return [*runs] if order is None else [order[run].sort().values for run in runs]
 
     def gram(self, rows: slice | torch.Tensor) -> torch.Tensor:
         """``P^T P`` of some rows, float64 (r, r), on the CPU: the identity for all of them."""

@@ -46,8 +46,9 @@ _DOUBT, _RIDGE, _SHY = 0.05, 0.02, 0.3
 _CAUTION, _STEEPEST, _HELD = 3.0, 2.5, 0.2
 #: Sweeps at most; how many may go by without the error falling by a tenth.
 _MOST_SWEEPS, _PATIENCE = 9, 3
-#: The least part of a step with which the search begins, where K answers steeply.
-_LEAST_TRUST = 0.25
+#: Where the share answers so many times as much as it should, it is measured how K answers to so much in other directions, of
+#: which at most so much is believed.
+_STEEP, _ASIDE, _MOST_ACROSS = 2.3, 0.1, 8.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,7 @@ class Response:
         largest: the largest difference of an entry.
         noise: about the error within the directions with all of the weight updated like that.
         moved: the share of the entries that change.
+        across: how many times as much as 1 / lambda K answers to what is added in other directions.
     """
 
     nearest: float
@@ -69,6 +71,7 @@ class Response:
     largest: float
     noise: float
     moved: float
+    across: float = 1.0
 
 
 def probe(directions: Directions, strengths: torch.Tensor, some: torch.Tensor | None = None) -> Response:
@@ -108,7 +111,13 @@ def probe(directions: Directions, strengths: torch.Tensor, some: torch.Tensor | 
             scale = low[0] + (high[0] - low[0]) * min(max(within, _EDGE), 1.0 - _EDGE)
         # The slope has to be that of there.
         if (abs(there - 1.0) < _NEAR and high[0] - low[0] < _NARROW * high[0]) or tried == _TRIALS:
-            return Response(nearest, scale, slope, largest, noise, moved)
+            across = 1.0
+            if (slope * scale > _STEEP or some is not None) and len(strengths) > 1:
+                gain = _ASIDE * core.roll(1, dims=1)
+                without, with_it = (directions.measured(core * scale + more, largest, rows) for more in (0.0, gain * scale))
+                foreseen = _product(gram, gain)
+                across = _dot(with_it.core - without.core, foreseen) / _dot(foreseen, foreseen)
+            return Response(nearest, scale, slope, largest, noise, moved, across)
         tried += 1
         if scale > _LARGEST_LAMBDA or not math.isfinite(there := share(scale)):
             start = max(low[0], 1.0)
@@ -121,7 +130,7 @@ class _Answer:
     def __init__(self, strengths: torch.Tensor, response: Response) -> None:
         self._asked = torch.diag(strengths)
         self._square = _dot(strengths, strengths)
-        self._scale = response.scale
+        self._scale = response.scale / min(max(response.across, 1.0), _MOST_ACROSS)
         # Along the update itself the share answers faster than to noise.
         self._along = 1.0 / max(response.slope, 1.0 / response.scale)
 
@@ -157,7 +166,7 @@ def round_in_directions(
         response = probe(directions, strengths)
         if not math.isfinite(response.nearest) or (only_if_needed and response.nearest >= NEAREST_SUFFICES):
             return None
-        search = _Search(directions, strengths, response)
+        search = _CoreSearch(directions, strengths, response)
         if bases.factor is None and _has_room(weight) and search.is_safe:
             return _kept(strengths, search.sweep(out))
         found = search.run()
@@ -198,7 +207,7 @@ class _Given:
         return x.copy_(self.after[rows])
 
 
-class _Search:
+class _CoreSearch:
     """The search for C, one for each run of rows."""
 
     def __init__(self, directions: Directions, strengths: torch.Tensor, response: Response) -> None:
@@ -222,7 +231,7 @@ class _Search:
         #: What has arrived in each run with these; None before any sweep.
         self._arrived: list[torch.Tensor] | None = None
         #: How much of a step is taken in each run.
-        self._trust = [min(1.0, max(2.0 / (some.slope * some.scale), _LEAST_TRUST)) for some in responses]
+        self._trust = [1.0] * len(self._runs)
         last = _dot(self._grams[-1].diagonal(), self._grams[-1].diagonal()) / r
         #: Whether the first sweep is foreseen to leave little enough.
         self.is_safe = (
@@ -307,7 +316,7 @@ class _Search:
         return found
 
     def _inverse(self, i: int, missing: torch.Tensor) -> torch.Tensor:
-        """Of ``P^T P`` in a run and all later ones; in directions that are hardly held there, no more is asked than they can hold."""
+        """Of ``P^T P`` in a run and all later ones; of directions that are hardly held there, as little is asked."""
         if self._is_even:
             return self._inverses[i]
         with one_thread():
