@@ -43,7 +43,7 @@ _RUN_MOVES, _RUN_ROWS, _LEAST_RUN = 2.0, 0.5, 2.0**-9
 _DOUBT, _RIDGE, _SHY = 0.05, 0.02, 0.3
 #: The first sweep writes if this times the foreseen error is small enough, and K does not answer so many times as much as it
 #: should to more of the update.
-_CAUTION, _STEEPEST, _HELD = 3.0, 2.5, 0.2
+_CAUTION, _STEEPEST, _HELD = 4.5, 2.5, 0.2
 #: Sweeps at most; how many may go by without the error falling by a tenth.
 _MOST_SWEEPS, _PATIENCE = 9, 3
 #: Where the share answers so many times as much as it should, it is measured how K answers to so much in other directions, of
