@@ -22,7 +22,6 @@ import torch
 from surgery.lossless.blocks import for_each, rows_at_a_time
 from surgery.lossless.factors import Addition, Factors, both, change_of_s, scaled
 from surgery.lossless.grids import Grid
-from surgery.lossless.kept import Kept
 from surgery.lossless.prediction import to_integers
 from surgery.lossless.rounding import times_power_of_two
 from surgery.memory import scratch
@@ -36,6 +35,8 @@ _RANGE = 30
 _CORE_BITS, _BASIS_BITS, _UNIT_BITS = 20, 16, 24
 #: How far differences may be above what was foreseen, as a power of two, before the bits do not suffice.
 _SPARE_BITS = 2
+#: The share of P in the first run of rows; where only one of so many rows has much of P, the order of rows is changed.
+_FIRST_RUN, _UNEVEN = 1 / 16, 3.0
 #: Directions that are weaker than this share of the strongest are no directions of the update.
 _WEAKEST = 1e-6
 
@@ -129,20 +130,39 @@ class Directions:
         shortened = _shortened(times_power_of_two(bases.Q, -self._right_exponent), self._short)
         self._right_short = shortened.T.contiguous().to(self._device)
 
-    def active_rows(self, most: int) -> torch.Tensor:
-        """At most ``most`` rows, evenly spread over those in which the update changes anything, int64 on the CPU."""
-        rows = (self._left != 0).any(dim=1).nonzero()[:, 0]
+    def active_rows(self, most: int, some: torch.Tensor | None = None) -> torch.Tensor:
+        """At most ``most`` rows, evenly spread over those in which the update changes anything, int64 on the CPU.
+
+        Args:
+            some: the rows that are looked at, int64, sorted; None for all.
+        """
+        rows = torch.arange(len(self._left)) if some is None else some
+        rows = rows[(self._left[rows] != 0).any(dim=1)]
         return rows[:: -(-len(rows) // most)] if len(rows) else rows
 
-    def stages(self, count: int) -> list[slice]:
-        """All rows as at most ``count + 1`` runs, each with half of what P has in it and all later ones, the last with as much.
+    def stages(self, least: float) -> list[slice | torch.Tensor]:
+        """All rows in runs, the shares of P in which first double, up to a half in all, and then are halved, down to ``least``.
 
-        With that, what a stage has missed can be made up for in later ones.
+        What a run has missed can be made up for in later ones. If few rows have most of P, they come first, so that there is
+        always a later one that can: then runs are indices of rows, int64 on the CPU, sorted.
         """
-        held = self._left.square().sum(dim=1).cumsum(dim=0)  # exact: integers
-        shares = 1.0 - 0.5 ** torch.arange(1, count + 1)
-        ends = [int(end) + 1 for end in torch.searchsorted(held, shares.double() * held[-1])]
-        return [slice(*ends) for ends in pairwise([0, *ends, len(held)]) if ends[0] < ends[1]]
+        masses = self._left.square().sum(dim=1)  # exact: integers
+        order = None
+        shares = (masses / masses.sum()).tolist()
+        if len(shares) * math.fsum(share * share for share in shares) > _UNEVEN:
+            order = torch.sort(masses, descending=True, stable=True).indices
+            masses = masses[order]
+        held = masses.cumsum(dim=0)
+        shares = []
+        share = max(_FIRST_RUN, least)
+        while sum(shares) + share <= 0.5:
+            shares.append(share)
+            share *= 2 if len(shares) > 1 else 1
+        while (left := 1.0 - sum(shares)) / 2 >= least:
+            shares.append(left / 2)
+        ends = torch.searchsorted(held, torch.tensor(shares, dtype=torch.float64).cumsum(dim=0) * held[-1]).tolist()
+        runs = [slice(*pair) for pair in pairwise([0, *(end + 1 for end in ends), len(held)]) if pair[0] < pair[1]]
+        return [*runs] if order is None else [order[run].sort().values for run in runs]
 
     def gram(self, rows: slice | torch.Tensor) -> torch.Tensor:
         """``P^T P`` of some rows, float64 (r, r), on the CPU: the identity for all of them."""
@@ -155,6 +175,8 @@ class Directions:
         foreseen: float,
         rows: slice | torch.Tensor = slice(None),
         out: torch.Tensor | None = None,
+        *,
+        counts: bool = False,
     ) -> Arrived:
         """Round rows of the weight with ``P core Q^T`` added, and measure what has arrived.
 
@@ -163,62 +185,67 @@ class Directions:
             foreseen: about the largest difference, 0 if nothing is known; with many times larger ones the pass is done again,
                 unless it writes.
             rows: consecutive ones, or int64, sorted, on the CPU.
-            out: where consecutive rows of the result go, like the weight; may be the weight itself. None for nowhere.
+            out: where these rows of the result go, like the weight; may be the weight itself. None for nowhere.
+            counts: whether the entries that differ are counted.
         """
         while True:
-            found = self._pass(core, foreseen, rows, out)
+            found = self._pass(core, foreseen, rows, out, counts)
             if not foreseen * 2.0**_SPARE_BITS < found.largest < math.inf or out is not None:
                 return found
             foreseen = found.largest
 
-    def write(self, core: torch.Tensor, out: torch.Tensor) -> None:
-        """Round the weight with ``P core Q^T`` added into ``out``, like the weight; may be the weight itself."""
-        with one_thread():
-            product = self._product(core)
-        n = self.weight.shape[1]
-
-        def worker(most: int) -> Callable[[slice], None]:
-            rounded = self._rounded(product, most, self.weight)
-
-            def work(rows: slice) -> None:
-                out[rows] = rounded(rows, rows)[0]
-
-            return work
-
-        for_each(worker, len(self.weight), rows_at_a_time(n), self._device)
-
-    def kept_with_factor(self, core: torch.Tensor, found: Arrived) -> Kept:
-        """What is kept of an update with a factor, entry by entry, when ``core`` is added, of which ``found`` was measured."""
-        n, asked = self.weight.shape[1], torch.diag(self._strengths)
-        with one_thread():
-            product, low_rank = self._product(core), self._product(asked)
-
-        def worker(most: int) -> Callable[[slice], tuple[list[float], torch.Tensor]]:
-            rounded = self._rounded(product, most, self.weight)
-            sums, more = (scratch(f"directions update {part}", (most, n), torch.float32, self._device) for part in "ab")
-
-            def work(rows: slice) -> tuple[list[float], torch.Tensor]:
-                result, base = rounded(rows, rows)
-                before = self.weight[rows].double()
-                change = low_rank.rows(rows, sums[: len(base)], more[: len(base)]).double().add_(base).sub_(before)
-                parts = change.square().sum(), ((result - before) * change).sum()
-                return [part.item() for part in parts], (self._left_there[rows].T @ change).cpu()
-
-            return work
-
-        blocks = for_each(worker, len(self.weight), rows_at_a_time(n), self._device)
-        with one_thread():
-            square, arrived = (math.fsum(column) for column in zip(*(parts for parts, _ in blocks), strict=True))
-            within = self._core_of(torch.stack([sums for _, sums in blocks]).sum(dim=0)).square().sum().item()
-        return Kept(square, arrived, (asked - found.core).square().sum().item(), within)
-
-    def _pass(self, core: torch.Tensor, foreseen: float, rows: slice | torch.Tensor, out: torch.Tensor | None) -> Arrived:
+    def write(self, core: torch.Tensor, out: torch.Tensor, rows: slice | torch.Tensor = slice(None)) -> None:
+        """Round rows of the weight with ``P core Q^T`` added into ``out``; arguments as for ``measured``."""
+        some = self._some(rows)
         with one_thread():
             product = self._product(core, rows)
-            there = rows if isinstance(rows, slice) else rows.to(self._device)
-            weight, left = self.weight[there], self._left_there[there]
-        first = rows.start or 0 if isinstance(rows, slice) else 0
-        n = weight.shape[1]
+
+        def worker(most: int) -> Callable[[slice], None]:
+            rounded = self._rounded(product, most, some)
+
+            def work(block: slice) -> None:
+                some.put(out, block, rounded(block)[0])
+
+            return work
+
+        for_each(worker, some.count, rows_at_a_time(self.weight.shape[1]), self._device)
+
+    def kept_with_factor(self, core: torch.Tensor, rows: slice | torch.Tensor) -> tuple[float, float, torch.Tensor]:
+        """What is kept in some rows of an update D with a factor, entry by entry, when ``core`` is added.
+
+        Returns:
+            ``<D, D>``, ``<W_out - W, D>``, and ``P^T D`` in units of P, float64 (r, n), of these rows.
+        """
+        n, some = self.weight.shape[1], self._some(rows)
+        with one_thread():
+            product, low_rank = self._product(core, rows), self._product(torch.diag(self._strengths), rows)
+
+        def worker(most: int) -> Callable[[slice], tuple[list[float], torch.Tensor]]:
+            rounded = self._rounded(product, most, some)
+            sums, more = (scratch(f"directions update {part}", (most, n), torch.float32, self._device) for part in "ab")
+
+            def work(block: slice) -> tuple[list[float], torch.Tensor]:
+                result, base = rounded(block)
+                before = self.weight[some.of(block)].double()
+                change = low_rank.rows(block, sums[: len(base)], more[: len(base)]).double().add_(base).sub_(before)
+                parts = change.square().sum(), ((result - before) * change).sum()
+                return [part.item() for part in parts], (self._left_there[some.of(block)].T @ change).cpu()
+
+            return work
+
+        blocks = for_each(worker, some.count, rows_at_a_time(n), self._device)
+        with one_thread():
+            square, arrived = (math.fsum(column) for column in zip(*(parts for parts, _ in blocks), strict=True))
+            return square, arrived, torch.stack([sums for _, sums in blocks]).sum(dim=0)
+
+    def _pass(
+        self, core: torch.Tensor, foreseen: float, rows: slice | torch.Tensor, out: torch.Tensor | None, counts: bool
+    ) -> Arrived:
+        some = self._some(rows)
+        with one_thread():
+            product = self._product(core, rows)
+            left = self._left_there[some.rows].T.contiguous()
+        n = self.weight.shape[1]
         unit = max(math.frexp(foreseen)[1] - _UNIT_BITS, -149) if foreseen else -149
         # Added and taken away, it leaves multiples of the unit.
         magic = 1.5 * 2.0 ** (unit + 23) if unit < 100 else 0.0
@@ -226,34 +253,44 @@ class Directions:
         moved: list[torch.Tensor] = []
 
         def worker(most: int) -> Callable[[slice], torch.Tensor]:
-            rounded = self._rounded(product, most, weight)
+            rounded = self._rounded(product, most, some)
             wide = scratch("directions differences", (most, n), torch.float64, self._device)
-            total = torch.zeros((left.shape[1], n), dtype=torch.float64, device=self._device)
+            total = torch.zeros((len(left), n), dtype=torch.float64, device=self._device)
             sums.append(total)
 
             def work(block: slice) -> torch.Tensor:
-                which = slice(first + block.start, first + block.stop)
-                result, before = rounded(block, which if isinstance(rows, slice) else rows[block])
+                result, before = rounded(block)
                 if out is not None:
-                    out[which] = result
+                    some.put(out, block, result)
                 differences = result.sub_(before)
                 ends = torch.stack(torch.aminmax(differences))
-                if not isinstance(rows, slice):
+                if counts:
                     moved.append(torch.count_nonzero(differences))
-                total.addmm_(left[block].T, wide[: len(result)].copy_(differences.add_(magic).sub_(magic)))
+                total.addmm_(left[:, block], wide[: len(result)].copy_(differences.add_(magic).sub_(magic)))
                 return ends
 
             return work
 
         # Sums are exact: blocks may be as the threads need them.
-        step = min(rows_at_a_time(n), -(-len(weight) // torch.get_num_threads()))
-        ends = for_each(worker, len(weight), step, self._device)
+        step = min(rows_at_a_time(n), -(-some.count // torch.get_num_threads()))
+        ends = for_each(worker, some.count, step, self._device)
         with one_thread():
             largest = torch.stack(ends).abs().max().item()
             if not math.isfinite(largest):
                 return Arrived(torch.full_like(core, math.nan), math.inf)
-            share = sum(count.item() for count in moved) / weight.numel()
-            return Arrived(self._core_of(torch.stack([some.cpu() for some in sums]).sum(dim=0)), largest, share)
+            share = sum(count.item() for count in moved) / (some.count * n)
+            total = sums[0] if len(sums) == 1 else torch.stack(sums).sum(dim=0)
+            return Arrived(self._core_of(total.cpu()), largest, share)
+
+    def _some(self, rows: slice | torch.Tensor) -> _Rows:
+        if isinstance(rows, slice):
+            first, last, _ = rows.indices(len(self.weight))
+            return _Rows(slice(first, last), None, last - first)
+        return _Rows(rows.to(self._device), rows, len(rows))
+
+    def within(self, sums: torch.Tensor) -> float:
+        """``|P^T D Q|^2``, of the sums that ``kept_with_factor`` gives."""
+        return self._core_of(sums).square().sum().item()
 
     def _core_of(self, sums: torch.Tensor) -> torch.Tensor:
         """``sums Q`` (r, r), for integers ``P^T (R - W)`` (r, n) with a unit; those of P have another."""
@@ -273,24 +310,51 @@ class Directions:
             short, exponent = short.mul_(2.0**exponent), 0
         return _Product(short.to(self._device), self._right_short, exponent)
 
-    def _rounded(
-        self, product: _Product, most: int, weight: torch.Tensor
-    ) -> Callable[[slice, slice | torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
-        """A function that gives a block of the result and the weight before, float32 (r, n), valid until the next call."""
-        n = weight.shape[1]
+    def _rounded(self, product: _Product, most: int, some: _Rows) -> Callable[[slice], tuple[torch.Tensor, torch.Tensor]]:
+        """A function that gives a block of some rows of the result, and what it is rounded from.
+
+        Both are float32 (r, n), valid until the next call.
+        """
+        n = self.weight.shape[1]
         sums, before, more = (
             scratch(f"directions {part}", (most, n), torch.float32, self._device) for part in ("sums", "before", "more")
         )
 
-        def rounded(block: slice, rows: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            count = block.stop - block.start
-            base = before[:count].copy_(weight[block])
+        def rounded(block: slice) -> tuple[torch.Tensor, torch.Tensor]:
+            count, which = block.stop - block.start, some.of(block)
+            base = before[:count].copy_(self.weight[which])
             if self._factor is not None:
-                base.mul_(self._factor if len(self._factor) == 1 else self._factor[rows])
+                base.mul_(self._factor if len(self._factor) == 1 else self._factor[which])
             added = product.rows(block, sums[:count], more[:count])
-            return self.grid.nearest(added.add_(base), rows), base
+            return self.grid.nearest(added.add_(base), some.on_cpu(block)), base
 
         return rounded
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Some rows of a matrix: consecutive ones, or their indices on its device and on the CPU."""
+
+    rows: slice | torch.Tensor
+    indices: torch.Tensor | None
+    count: int
+
+    def of(self, block: slice) -> slice | torch.Tensor:
+        """Those of a block of them."""
+        if isinstance(self.rows, slice):
+            return slice(self.rows.start + block.start, self.rows.start + block.stop)
+        return self.rows[block]
+
+    def put(self, out: torch.Tensor, block: slice, result: torch.Tensor) -> None:
+        """Write a block of them."""
+        which = self.of(block)
+        if isinstance(which, slice):
+            out[which].copy_(result)
+        else:
+            out[which] = result.to(out.dtype)
+
+    def on_cpu(self, block: slice) -> slice | torch.Tensor:
+        return self.of(block) if self.indices is None else self.indices[block]
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,9 +3,11 @@
 Weights lie on the grid of their format. An update moves few of them by half a step, and rounding to nearest puts all others
 back. Of ``W + lambda D`` with lambda > 1 more entries are moved, first those that D moves most, in steps; at the right lambda
 they have moved by D in sum. What is left is noise in the r^2 directions, a few percent of D. If the entries of D are normally
-distributed, K answers to a small change of C in any direction as to C itself, by 1 / lambda (Bussgang's theorem), so one step
-takes most of it away; further steps take the response from all earlier ones (Anderson, "Iterative Procedures for Nonlinear
-Integral Equations", J. ACM 12, 1965).
+distributed, K answers to a small change of C in any direction as to C itself, by 1 / lambda (Bussgang's theorem).
+
+A sweep goes over the weight by runs of rows. What one has missed, the next ones make up for, and what the first ones tell of
+how K answers, the next ones use; so the noise of the last, short run remains. Where a sample foresees that this is little,
+the first sweep writes. Otherwise sweeps only measure, each from the C of every run in the one before, and the best is written.
 """
 
 from __future__ import annotations
@@ -29,26 +31,24 @@ TOLERANCE = 0.01
 #: Where rounding to nearest keeps this share of an update, by a sample, it is good enough.
 NEAREST_SUFFICES = 0.995
 #: Entries of the sample, and its fewest rows.
-_SAMPLE_ENTRIES, _SAMPLE_ROWS = 1 << 18, 64
-#: Entries of the sample for each direction's own lambda, and how often it is rounded.
-_TUNING_ENTRIES, _TUNING_PASSES = 1 << 20, 4
-#: Passes at most; how many may go by without the error falling by a tenth.
-_MOST_PASSES, _PATIENCE = 12, 3
-#: A later step from error e leads to about at most so many times e^1.5, as only the entries that it moves add noise (1.1 to 1.5
-#: measured, and up to 3.3 where e is at its least). The first step leads to 0.4 to 1 times e^1.5, less in large matrices.
-_AFTER_LATER = 2.0
-#: Where fewer entries than this share move, later steps leave more, as each counts for more.
-_MANY_MOVED = 0.15
-#: Stages of a pass that writes, at most: of the only one, and after others, where what these have told is lost with large
-#: corrections. The fewest rows of one, and how many entries have to change in it for each number that is corrected.
-_STAGES_OF_ONE, _STAGES_AFTER, _STAGE_ROWS, _STAGE_MOVES = 8, 5, 8, 3.0
-#: What stages leave of an error at best; what they leave of the sample's noise; and of the noise of a grid whose steps are as
-#: large as the updates, r / sqrt(m n) (measured: 0.14 to 0.4, 0.14 to 0.31, 0.9 to 1.75).
-_STAGES_LEAVE, _LEFT_OF_SAMPLE, _LEFT_OF_ALL = 0.4, 0.45, 1.75
-#: Less than this of a direction in the rows that are left is no hold to correct it.
-_LEAST_HELD = 2.0**-12
-#: lambda at most, and how often its bracket is halved.
-_LARGEST_LAMBDA, _HALVINGS = 2.0**14, 3
+_SAMPLE_ENTRIES, _SAMPLE_ROWS = 1 << 17, 48
+#: lambda at most; how far from all the share may be with it, on the sample; how many others are tried.
+_LARGEST_LAMBDA, _NEAR, _TRIALS = 2.0**14, 0.04, 16
+#: How narrow its bracket has to be, and how close to the ends of one the next trial may be.
+_NARROW, _EDGE = 0.3, 0.15
+#: How many entries have to change in a run of rows for each number that is corrected; the fewest rows for each direction; the
+#: least share of P in a run.
+_RUN_MOVES, _RUN_ROWS, _LEAST_RUN = 2.0, 0.5, 2.0**-9
+#: Of a run's error this is taken for noise, before all rows tell; and what inverses of ``P^T P`` are kept from growing beyond.
+_DOUBT, _RIDGE, _SHY = 0.05, 0.02, 0.3
+#: The first sweep writes if this times the foreseen error is small enough, and K does not answer so many times as much as it
+#: should to more of the update.
+_CAUTION, _STEEPEST, _HELD = 4.5, 2.5, 0.2
+#: Sweeps at most; how many may go by without the error falling by a tenth.
+_MOST_SWEEPS, _PATIENCE = 9, 3
+#: Where the share answers so many times as much as it should, it is measured how K answers to so much in other directions, of
+#: which at most so much is believed.
+_STEEP, _ASIDE, _MOST_ACROSS = 2.3, 0.1, 8.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,7 @@ class Response:
         largest: the largest difference of an entry.
         noise: about the error within the directions with all of the weight updated like that.
         moved: the share of the entries that change.
+        across: how many times as much as 1 / lambda K answers to what is added in other directions.
     """
 
     nearest: float
@@ -70,19 +71,20 @@ class Response:
     largest: float
     noise: float
     moved: float
+    across: float = 1.0
 
 
-def probe(directions: Directions, strengths: torch.Tensor) -> Response:
-    """Find lambda on a sample of the rows in which the update changes anything."""
+def probe(directions: Directions, strengths: torch.Tensor, some: torch.Tensor | None = None) -> Response:
+    """Find lambda on a sample of some rows, or of all, in which the update changes anything."""
     m, n = directions.weight.shape
-    rows = directions.active_rows(max(_SAMPLE_ROWS, min(_SAMPLE_ENTRIES // n, m // 8)))
+    rows = directions.active_rows(max(_SAMPLE_ROWS, min(_SAMPLE_ENTRIES // n, m // 8)), some)
     gram, core = directions.gram(rows), torch.diag(strengths)
     expected = gram * strengths
     asked, largest, noise, moved = math.fsum((gram.diagonal() * strengths.square()).tolist()), 0.0, 0.0, 0.0
 
     def share(scale: float) -> float:
         nonlocal largest, noise, moved
-        found = directions.measured(core * scale, largest, rows)
+        found = directions.measured(core * scale, largest, rows, counts=True)
         if not math.isfinite(found.largest):
             return math.nan
         largest, moved = max(largest, found.largest), found.moved
@@ -93,60 +95,51 @@ def probe(directions: Directions, strengths: torch.Tensor) -> Response:
     nearest = share(1.0)
     if not math.isfinite(nearest) or abs(nearest - 1.0) < 1.0 - NEAREST_SUFFICES:
         return Response(nearest, 1.0, 1.0, largest, noise, moved)
-    low, high = (0.0, 0.0), (1.0, nearest)
-    while high[1] < 1.0:
-        low, scale = high, high[0] * 2
-        if scale > _LARGEST_LAMBDA or not math.isfinite(there := share(scale)):
-            return Response(nearest, low[0], max(low[1], 1e-3) / low[0], largest, noise, moved)
-        high = scale, there
-    for _ in range(_HALVINGS):
-        middle = (low[0] + high[0]) / 2
-        if (there := share(middle)) < 1.0:
-            low = middle, there
+    low, high = (0.0, 0.0), (math.inf, math.inf)
+    scale, there, tried = 1.0, nearest, 0
+    while True:
+        if there < 1.0:
+            low = scale, there
         else:
-            high = middle, there
-    slope = (high[1] - low[1]) / (high[0] - low[0])
-    return Response(nearest, low[0] + (1.0 - low[1]) / slope, slope, largest, noise, moved)
+            high = scale, there
+        if math.isinf(high[0]):
+            # The share grows about as the square of lambda where it is small.
+            scale, slope = scale * min(max(there, 0.01) ** -0.5 * 1.05, 8.0), 1.0 / scale
+        else:
+            slope = (high[1] - low[1]) / (high[0] - low[0])
+            within = (1.0 - low[1]) / (high[1] - low[1])
+            scale = low[0] + (high[0] - low[0]) * min(max(within, _EDGE), 1.0 - _EDGE)
+        # The slope has to be that of there.
+        if (abs(there - 1.0) < _NEAR and high[0] - low[0] < _NARROW * high[0]) or tried == _TRIALS:
+            across = 1.0
+            if (slope * scale > _STEEP or some is not None) and len(strengths) > 1:
+                gain = _ASIDE * core.roll(1, dims=1)
+                without, with_it = (directions.measured(core * scale + more, largest, rows) for more in (0.0, gain * scale))
+                foreseen = _product(gram, gain)
+                across = _dot(with_it.core - without.core, foreseen) / _dot(foreseen, foreseen)
+            return Response(nearest, scale, slope, largest, noise, moved, across)
+        tried += 1
+        if scale > _LARGEST_LAMBDA or not math.isfinite(there := share(scale)):
+            start = max(low[0], 1.0)
+            return Response(nearest, start, max(low[1], 1e-3) / start, largest, noise, moved)
 
 
-class _Steps:
-    """Steps towards the C with which K is what is asked, from what earlier steps have changed. Vectors are float64 (r^2,)."""
+class _Answer:
+    """What has to be added to C for K to change, as far as the sample tells."""
 
     def __init__(self, strengths: torch.Tensor, response: Response) -> None:
-        asked = torch.diag(strengths).flatten()
-        self._asked, self._asked_square = asked, _dot(asked, asked)
-        self._scale = response.scale
-        # Along the update itself the share answers faster than to noise, as the sample tells.
+        self._asked = torch.diag(strengths)
+        self._square = _dot(strengths, strengths)
+        self._scale = response.scale / min(max(response.across, 1.0), _MOST_ACROSS)
+        # Along the update itself the share answers faster than to noise.
         self._along = 1.0 / max(response.slope, 1.0 / response.scale)
-        self._changes: list[tuple[torch.Tensor, torch.Tensor, float]] = []
-        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def next(self, core: torch.Tensor, missing: torch.Tensor, error: float) -> torch.Tensor:
-        """The next C (r, r), after C ``core`` has left ``missing``, which is an ``error`` relative to what is asked.
-
-        A large step moves entries on all sides, and K answers by more than to a small one: it is made shorter.
-        """
-        point, left = core.flatten(), missing.flatten()
-        if self._last is not None:
-            self._remember(point - self._last[0], self._last[1] - left)
-        self._last = point, left
-        for step, change, square in self._changes:
-            share = _dot(change, left) / square
-            point, left = point + step * share, left - change * share
-        return (point + self.answer(left, self._scale / (1.0 + 4.0 * error**2))).view_as(core)
-
-    def answer(self, missing: torch.Tensor, scale: float | None = None) -> torch.Tensor:
-        """What has to be added to C for K to gain ``missing`` (r^2,), as far as the sample tells."""
-        along = self._asked * (_dot(self._asked, missing) / self._asked_square)
-        return (missing - along) * (self._scale if scale is None else scale) + along * self._along
-
-    def _remember(self, step: torch.Tensor, change: torch.Tensor) -> None:
-        """A step of C has changed K; of both, what earlier ones do not tell is kept: the changes are orthogonal."""
-        for earlier, its_change, square in self._changes:
-            share = _dot(its_change, change) / square
-            step, change = step - earlier * share, change - its_change * share
-        if (square := _dot(change, change)) > 0:
-            self._changes.append((step, change, square))
+    def to(self, gain: torch.Tensor) -> torch.Tensor:
+        """For K, of all rows, to gain so much (r, r). Never more than about what is asked is gained at once."""
+        size = math.sqrt(_dot(gain, gain) / self._square)
+        gain = gain / max(size, 1.0)
+        along = self._asked * (_dot(self._asked, gain) / self._square)
+        return (gain - along) * self._scale + along * self._along
 
 
 def round_in_directions(
@@ -173,15 +166,14 @@ def round_in_directions(
         response = probe(directions, strengths)
         if not math.isfinite(response.nearest) or (only_if_needed and response.nearest >= NEAREST_SUFFICES):
             return None
-        search = _CoreSearch(directions, strengths, response, in_stages=bases.factor is None and _has_room(weight))
+        search = _CoreSearch(directions, strengths, response)
+        if bases.factor is None and _has_room(weight) and search.is_safe:
+            return _kept(strengths, search.sweep(out))
         found = search.run()
-        if found is None:
-            kept = _kept(strengths, search.write(out))
-        elif not math.isfinite(found.largest):
+        if not math.isfinite(found.largest):
             return None
-        else:
-            kept = _kept(strengths, found) if bases.factor is None else directions.kept_with_factor(search.core, found)
-            directions.write(search.core, out)
+        kept = _kept(strengths, found) if bases.factor is None else search.kept_with_factor(found)
+        search.write(out)
         return kept
 
 
@@ -215,126 +207,138 @@ class _Given:
         return x.copy_(self.after[rows])
 
 
-def _tuned(directions: Directions, strengths: torch.Tensor, response: Response) -> torch.Tensor:
-    """``diag(lambda strengths)`` with one lambda for each direction, from a larger sample.
-
-    Directions do not answer alike: in a strong one large entries of the weight, which have large steps, meet large changes.
-    """
-    m, n = directions.weight.shape
-    rows = directions.active_rows(max(_SAMPLE_ROWS, min(_TUNING_ENTRIES // n, m // 4)))
-    held = directions.gram(rows).diagonal().clamp(min=_LEAST_HELD)
-    steps, core = _Steps(strengths, response), torch.diag(strengths * response.scale)
-    norm = math.sqrt(_dot(strengths, strengths))
-    least, best = math.inf, core
-    for _ in range(_TUNING_PASSES):
-        found = directions.measured(core, response.largest, rows)
-        if not math.isfinite(found.largest):
-            break
-        missing = strengths - found.core.diagonal() / held
-        error = math.sqrt(_dot(missing, missing)) / norm
-        if error < least:
-            least, best = error, core
-        core = steps.next(core, torch.diag(missing), error)
-    return best
-
-
 class _CoreSearch:
-    """The search for C.
+    """The search for C, one for each run of rows."""
 
-    The last pass writes, and goes by stages, each of half of what is left of the rows: what one has missed, the next ones make
-    up for. So the noise of the last one remains, a small part of all. The error that this leads to is foreseen; the passes
-    before, which only measure, are as many as it takes for that to be small enough.
-    """
-
-    def __init__(self, directions: Directions, strengths: torch.Tensor, response: Response, *, in_stages: bool) -> None:
+    def __init__(self, directions: Directions, strengths: torch.Tensor, response: Response) -> None:
         m, n = directions.weight.shape
-        self._directions, self._response = directions, response
-        self._asked, self._steps = torch.diag(strengths), _Steps(strengths, response)
-        self._norm = math.sqrt(_dot(self._asked, self._asked))
         r = len(strengths)
-        most = int(max(min(m / _STAGE_ROWS, response.moved * m * n / (_STAGE_MOVES * r * r)), 1.0)).bit_length() - 1
-        self._after_first = min(0.55 + 50.0 * r / math.sqrt(m * n), 1.0)
-        self._after_later = _AFTER_LATER * max(_MANY_MOVED / max(response.moved, 1e-6), 1.0)
-        #: Whether the pass that writes may be the only one.
-        self._at_once = (
-            in_stages
-            and most > _STAGES_AFTER
-            and max(_LEFT_OF_SAMPLE * response.noise, _LEFT_OF_ALL * r / math.sqrt(m * n)) < TOLERANCE
-        )
-        most = min(most, _STAGES_OF_ONE if self._at_once else _STAGES_AFTER)
+        self._directions, self._response = directions, response
+        self._asked = torch.diag(strengths)
+        self._norm = math.sqrt(_dot(self._asked, self._asked))
+        least = max(_RUN_MOVES * r * r / max(response.moved * m * n, 1.0), _RUN_ROWS * r / m, _LEAST_RUN)
         with one_thread():
-            self._stages = directions.stages(most if in_stages else 0)
-            self._grams = _sums_of_later([directions.gram(rows) for rows in self._stages])
-        self._in_stages = in_stages
-        self.core = self._asked * response.scale
-        if not self._at_once and response.scale != 1.0:
-            self.core = _tuned(directions, strengths, response)
+            self._runs = directions.stages(least)
+            self._grams = [directions.gram(rows) for rows in self._runs]
+            self._left = list(accumulate(reversed(self._grams)))[::-1]
+            self._inverses = [_inverse(gram, 0.0) for gram in self._left] if isinstance(self._runs[0], slice) else []
         self._largest = response.largest
-        #: What is expected to arrive with this C in each stage and all later ones.
-        self._expected = [gram * strengths for gram in self._grams]
+        #: Where runs are of different rows, each answers in its own way.
+        self._is_even = isinstance(self._runs[0], slice)
+        responses = [response if isinstance(rows, slice) else probe(directions, strengths, rows) for rows in self._runs]
+        self._answers = [_Answer(strengths, some) for some in responses]
+        self._cores = [self._asked * some.scale for some in responses]
+        #: What has arrived in each run with these; None before any sweep.
+        self._arrived: list[torch.Tensor] | None = None
+        #: How much of a step is taken in each run.
+        self._trust = [1.0] * len(self._runs)
+        last = _dot(self._grams[-1].diagonal(), self._grams[-1].diagonal()) / r
+        #: Whether the first sweep is foreseen to leave little enough.
+        self.is_safe = (
+            len(self._runs) > 1
+            and _CAUTION * response.noise * last**0.25 < TOLERANCE
+            and 1.0 / _STEEPEST < response.slope * response.scale < _STEEPEST
+            and self._is_even
+            and self._grams[-1].diagonal().min().item() > _HELD * self._grams[-1].diagonal().mean().item()
+        )
 
-    def run(self) -> Arrived | None:
-        """Find C; None if it is to be written in stages, and otherwise what arrives with it (not finite if no result is)."""
-        if self._at_once:
-            return None
-        least, best, since = math.inf, (self.core, Arrived(self._asked, math.inf)), 0
-        for number in range(_MOST_PASSES):
-            parts = self._measured(self.core)
-            found = _total(parts)
-            if not math.isfinite(found.largest):
+    def run(self) -> Arrived:
+        """Find the C of each run; what arrives with them, which is not finite if no result is."""
+        least, since = math.inf, 0
+        best, found = self._cores, Arrived(self._asked, math.inf)
+        arrived = self._arrived
+        for _ in range(_MOST_SWEEPS):
+            total = self.sweep()
+            if not math.isfinite(total.largest):
                 break
-            error = self._error(found)
+            error = self._error(total)
             since = 0 if error < 0.9 * least else since + 1
             if error < least:
-                least, best = error, (self.core, found)
+                least, best, found, arrived = error, self._cores, total, self._arrived
+            else:  # from the best one again, with shorter steps
+                self._cores, self._arrived = best, arrived
+                self._trust = [trust / 2 for trust in self._trust]
             if error < TOLERANCE or since == _PATIENCE:
                 break
-            missing = self._asked - found.core
-            self.core = self._steps.next(self.core, missing, error)
-            if since == 0 and self._suffices(min(error, (self._after_later if number else self._after_first) * error**1.5)):
-                arrived = _sums_of_later([part.core for part in parts])
-                self._expected = [some + _product(gram, missing) for some, gram in zip(arrived, self._grams, strict=True)]
-                return None
-        self.core, found = best
-        if least > 0.5 and self._response.scale != 1.0:  # so many directions, or so few entries, that nearest may be better
-            of_nearest = _total(self._measured(self._asked))
-            if math.isfinite(of_nearest.largest) and self._error(of_nearest) < least:
-                self.core, found = self._asked, of_nearest
+        self._cores = best
+        if least >= TOLERANCE:  # so many directions, or so few entries, that nearest may be better
+            cores = [self._asked] * len(self._runs)
+            nearest = _total([self._measured(core, rows) for core, rows in zip(cores, self._runs, strict=True)])
+            if math.isfinite(nearest.largest) and self._error(nearest) <= least:
+                self._cores, found = cores, nearest
         return found
 
-    def write(self, out: torch.Tensor) -> Arrived:
-        """Round with C, corrected from stage to stage, into ``out``; may be the weight itself."""
-        total = torch.zeros_like(self._asked)
-        for rows, gram, expected in zip(self._stages, self._grams, self._expected, strict=True):
-            missing = self._asked - total - expected
-            missing /= gram.diagonal().clamp(min=_LEAST_HELD)[:, None]  # by what P has in the rows that are left
-            size = math.sqrt(_dot(missing, missing)) / self._norm
-            answer = self._steps.answer(missing.flatten() / max(size, 1.0)).view_as(self.core)
-            found = self._directions.measured(self.core + answer, self._largest, rows, out)
-            self._largest = max(self._largest, found.largest)
-            total += found.core
-        return Arrived(total, self._largest)
-
-    def _suffices(self, error: float) -> bool:
-        """Whether writing in stages is foreseen to leave little enough of an error that it would have in one."""
-        return self._in_stages and max(_STAGES_LEAVE, 1.2 * 0.5 ** ((len(self._stages) - 1) / 2)) * error < TOLERANCE
-
-    def _measured(self, core: torch.Tensor) -> list[Arrived]:
-        parts = []
-        for rows in self._stages:
-            parts.append(self._directions.measured(core, self._largest, rows))
-            self._largest = max(self._largest, parts[-1].largest)
+    def sweep(self, out: torch.Tensor | None = None) -> Arrived:
+        """Measure all runs, each with what makes up for what those before have missed; into ``out``, if it is given."""
+        first = self._arrived is None
+        before = [gram * self._asked.diagonal() for gram in self._grams] if self._arrived is None else self._arrived
+        later = [*list(accumulate(reversed(before)))[::-1]]
+        total, surplus, held = (torch.zeros_like(self._asked) for _ in range(3))
+        cores, parts = [], []
+        for i, rows in enumerate(self._runs):
+            missing = self._asked - total - later[i]
+            gain = _product(self._inverse(i, missing), missing)
+            if first and self._is_even:  # of what the runs before have had too much or too little, these will have as much
+                gain = gain - surplus / (held.diagonal() + _DOUBT)[:, None]
+            if first and i == 0:
+                gain = torch.zeros_like(gain)
+            step = self._answers[i].to(gain)
+            cores.append(self._cores[i] + step * self._trust[i])
+            parts.append(self._measured(cores[i], rows, out))
             if not math.isfinite(self._largest):
                 break
-        return parts
+            total = total + parts[i].core
+            change, foreseen = parts[i].core - before[i], _product(self._grams[i], gain)
+            if first:
+                held = held + self._grams[i]
+                surplus = surplus + change - foreseen
+            elif (square := _dot(foreseen, foreseen)) > 0:
+                self._trust[i] /= min(max(_dot(change, foreseen) / square, 0.5), 2.0)
+        self._cores, self._arrived = cores, [part.core for part in parts]
+        return _total(parts)
+
+    def write(self, out: torch.Tensor) -> None:
+        """Round with the C of each run into ``out``; may be the weight itself."""
+        for core, rows in zip(self._cores, self._runs, strict=True):
+            self._directions.write(core, out, rows)
+
+    def kept_with_factor(self, found: Arrived) -> Kept:
+        """What is kept of an update with a factor, of which ``found`` has arrived beside the factor."""
+        parts = [self._directions.kept_with_factor(core, rows) for core, rows in zip(self._cores, self._runs, strict=True)]
+        squares, arrived, sums = zip(*parts, strict=True)
+        missing = self._asked - found.core
+        within = self._directions.within(torch.stack(sums).sum(dim=0))
+        return Kept(math.fsum(squares), math.fsum(arrived), _dot(missing, missing), within)
+
+    def _measured(self, core: torch.Tensor, rows: slice | torch.Tensor, out: torch.Tensor | None = None) -> Arrived:
+        found = self._directions.measured(core, self._largest, rows, out)
+        self._largest = max(self._largest, found.largest)
+        return found
+
+    def _inverse(self, i: int, missing: torch.Tensor) -> torch.Tensor:
+        """Of ``P^T P`` in a run and all later ones; of directions that are hardly held there, as little is asked."""
+        if self._is_even:
+            return self._inverses[i]
+        with one_thread():
+            return _inverse(self._left[i], _SHY * math.sqrt(_dot(missing, missing)) / self._norm)
 
     def _error(self, found: Arrived) -> float:
         return math.sqrt(_dot(self._asked - found.core, self._asked - found.core)) / self._norm
 
 
-def _sums_of_later(parts: list[torch.Tensor]) -> list[torch.Tensor]:
-    """For each part the sum of it and all later ones."""
-    return list(accumulate(reversed(parts)))[::-1]
+def _inverse(gram: torch.Tensor, least: float) -> torch.Tensor:
+    """The inverse of ``P^T P`` of some rows (r, r), by elimination: of directions that are hardly held, less.
+
+    In operations that IEEE 754 prescribes: the same bits everywhere.
+    """
+    r = len(gram)
+    ridge = max(_RIDGE * math.fsum(gram.diagonal().tolist()) / r, least)
+    a = torch.cat([gram + ridge * torch.eye(r, dtype=gram.dtype), torch.eye(r, dtype=gram.dtype)], dim=1)
+    for i in range(r):
+        row = a[i] / a[i, i]
+        a = a - a[:, i : i + 1] * row
+        a[i] = row
+    return a[:, r:]
 
 
 def _total(parts: list[Arrived]) -> Arrived:

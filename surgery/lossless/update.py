@@ -211,12 +211,15 @@ class OneRounding:
                 before, sums = sums, (sums * factor).addmm_(self._left[rows], self._right_rows)
                 self._round(sums, block, rows)
                 return torch.stack([((block - before) * sums.sub_(before)).sum(), sums.square().sum()])
-            sums.addmm_(self._left[rows], self._right_rows)
-            self._round(sums, block, rows)
             if not self._measured:
+                sums.addmm_(self._left[rows], self._right_rows)
+                self._round(sums, block, rows)
                 return None
-            left, right = self._trained or (self._left, self._right_rows)
-            change = torch.mm(left[rows], right, out=low_rank[:count])
+            change = torch.mm(self._left[rows], self._right_rows, out=low_rank[:count])
+            sums.add_(change)
+            self._round(sums, block, rows)
+            if self._trained is not None:
+                change = torch.mm(self._trained[0][rows], self._trained[1], out=change)
             return _beyond(sums.sub_(block), change)
 
         return exactly

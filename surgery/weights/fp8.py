@@ -137,8 +137,11 @@ def _nearest(x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     unit = scratch("fp8 units", x.shape, torch.int32, x.device)
     magic = torch.bitwise_and(x.view(torch.int32), 0x7F80_0000, out=unit).view(torch.float32)
     magic.clamp_(min=2.0**-6).mul_(1.5 * 2.0**20)
-    sign = scratch("fp8 signs", x.shape, torch.float32, x.device).copy_(x)
-    return x.add_(magic).sub_(magic).copysign_(sign).mul_(scales)  # a negative number that rounds to zero gives -0
+    bits, sign = x.view(torch.int32), scratch("fp8 signs", x.shape, torch.int32, x.device)
+    torch.bitwise_and(bits, -0x8000_0000, out=sign)
+    x.add_(magic).sub_(magic)
+    bits.bitwise_or_(sign)  # a negative number that rounds to zero gives -0; many times faster than copysign
+    return x.mul_(scales)
 
 
 def quantize(weight: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
