@@ -13,8 +13,9 @@ test: $(VENV)/test.done
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # The tests that touch other packages, in two environments with older ones. What a release lacks is skipped, with a reason.
-OLDER_TESTS := $(wildcard $(foreach name,absent address aliases attach* cli demo device examples families fp8 hub* \
-	installation light_install lora names_of_models notes patience push reference releases select source stream trainers upload, \
+OLDER_TESTS := $(wildcard $(foreach name,absent adapters* address aliases attach* cli demo device examples families fp8 hub* \
+	installation light_install lora merge* names_of_models notes patience peft_truths push reference releases rounding select \
+	source stream trainers upload, \
 	tests/test_$(name).py tests/*/test_$(name).py))
 
 test-oldest: $(VENV)-oldest/test.done $(VENV)-axolotl/test.done

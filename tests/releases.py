@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
+
+_T = TypeVar("_T")
+#: Names that older transformers give to what they save, whatever the file had, and those that are saved otherwise.
+_FORMER_NAMES = (
+    (r"LayerNorm\.gamma$", "LayerNorm.weight"),
+    (r"LayerNorm\.beta$", "LayerNorm.bias"),
+    (r"^language_model\.lm_head\.", "lm_head."),
+    (r"^language_model\.model\.", "model.language_model."),
+    (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),
+)
 
 
 def pins(file: str) -> dict[str, str]:
@@ -69,3 +80,18 @@ def checkpoint_activations(model: Any, *, use_reentrant: bool) -> None:
     name = "activation_checkpointing_enable"
     enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
     enable({"use_reentrant": use_reentrant})
+
+
+def under_names_of(before: Container[str], saved: Mapping[str, _T]) -> dict[str, _T]:
+    """What this release of transformers has saved of a checkpoint, under the checkpoint's own names.
+
+    The newest keeps the names of the file that it has loaded; 5.0 gives some tensors those of long ago.
+    """
+    named: dict[str, _T] = {}
+    for name, one in saved.items():
+        own = name
+        if OLDER and name not in before:
+            own = next((new for old, to in _FORMER_NAMES if (new := re.sub(old, to, name)) != name and new in before), name)
+        assert own not in named, f"{own} is saved twice"
+        named[own] = one
+    return named

@@ -16,7 +16,7 @@ from surgery.commands.merge import merge
 from surgery.errors import SurgeryError
 from surgery.progress import Silent
 from tests.models import files_of, tensors_of
-from tests.truths.cases import CASES, Built, Case, shared_root
+from tests.truths.cases import CASES, Built, Case, parameters, shared_root
 from tests.truths.measures import Kept, kept_of
 from tests.truths.models import MODELS
 from tests.truths.peft_side import merged_by_peft
@@ -31,7 +31,7 @@ _SMALL = [case for case in _IN_BFLOAT16 if "small" in case.name]
 _BY_NAME = {case.name: case for case in CASES}
 
 
-@pytest.mark.parametrize("case", _IN_FLOAT32, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", parameters(_IN_FLOAT32))
 def test_in_float32_it_is_the_truth_rounded(case: Case, tmp_path: Path) -> None:
     built, out = case.build(shared_root()), tmp_path / "o"
     assert built.truth is not None
@@ -53,7 +53,7 @@ def test_in_float32_it_is_the_truth_rounded(case: Case, tmp_path: Path) -> None:
     _check_untouched(built, before, after, out)
 
 
-@pytest.mark.parametrize("case", _IN_BFLOAT16, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", parameters(_IN_BFLOAT16))
 def test_to_nearest_it_is_the_truth_rounded(case: Case, tmp_path: Path) -> None:
     """In bfloat16, but for numbers half-way between two of it, where the last bit of a float64 decides."""
     built, out = case.build(shared_root()), tmp_path / "o"
@@ -70,7 +70,7 @@ def test_to_nearest_it_is_the_truth_rounded(case: Case, tmp_path: Path) -> None:
     _check_untouched(built, before, after, out)
 
 
-@pytest.mark.parametrize("case", _SMALL, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", parameters(_SMALL))
 def test_what_rounding_keeps_of_small_updates(case: Case, tmp_path: Path) -> None:
     """By itself it keeps nearly all of each matrix's update, where PEFT's merge in bfloat16 keeps less."""
     built, out = case.build(shared_root()), tmp_path / "o"
@@ -94,7 +94,7 @@ def test_what_rounding_keeps_of_small_updates(case: Case, tmp_path: Path) -> Non
     _check_untouched(built, before, after, out)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.match], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", parameters([case for case in CASES if case.match]))
 def test_what_must_be_refused(case: Case, tmp_path: Path) -> None:
     built, out = case.build(shared_root()), tmp_path / "o"
     with pytest.raises(SurgeryError, match=built.match):

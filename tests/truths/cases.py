@@ -21,11 +21,13 @@ from typing import Any, NamedTuple
 
 import diffusers
 import peft
+import pytest
 import torch
 from safetensors.torch import load_file
 
 import surgery
 from tests.models import tensors_of
+from tests.releases import needs
 from tests.truths.models import MODELS, saved_model
 from tests.truths.peft_side import adapted, merged_by_peft, output_of, perturb, quietly
 from tests.truths.rewriting import (
@@ -84,6 +86,7 @@ class Case:
         match: what the refusal says, for a case that must be refused.
         or_refused: what a refusal says where the truth is not a checkpoint of the same tensors: either is right.
         runs: whether a model runs with the adapter in it.
+        marks: what skips it where a release cannot make it.
     """
 
     name: str
@@ -97,6 +100,7 @@ class Case:
     match: str = ""
     or_refused: str = ""
     runs: bool = True
+    marks: Sequence[pytest.MarkDecorator] = ()
 
     def build(self, root: Path) -> Built:
         """Everything of the case, below ``root``; built when it is first asked for. Read-only."""
@@ -343,6 +347,8 @@ _ATTENTION: dict[str, Any] = {"target_modules": ["to_q", "to_out.0"], "lora_alph
 #: Updates of a fraction of a bfloat16's step.
 _SMALL = 0.003
 _TIED = r"(?i)tie|share"
+ties_adapters = needs("peft", ">=0.19", "ensure_weight_tying of an adapted embedding")
+_PIPELINES = needs("diffusers", ">=0.36", "pipelines beside transformers 5")
 _NEW_VLM = r"model\.language_model\."
 
 CASES: list[Case] = [
@@ -378,6 +384,7 @@ CASES: list[Case] = [
         "tied",
         {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
         special=_tied("both"),
+        marks=[ties_adapters],
     ),
     Case(
         "tied, embedding alone",
@@ -470,7 +477,7 @@ CASES: list[Case] = [
         rewrite=as_diffusers("", metadata=True),
     ),
     Case("diffusers, saved by its model", "UNet", _UNET, special=_by_diffusers(pipeline=False)),
-    Case("diffusers, saved by its pipeline", "UNet", _UNET, special=_by_diffusers(pipeline=True)),
+    Case("diffusers, saved by its pipeline", "UNet", _UNET, special=_by_diffusers(pipeline=True), marks=[_PIPELINES]),
     Case(
         "diffusers, a pipeline's, with metadata",
         "UNet",
@@ -507,7 +514,11 @@ CASES: list[Case] = [
     # What surgery export writes, for each family that it supports.
     *(
         Case(f"exported, {name}", name, special=_exported)
-        for name in ("llama", "gpt2", "phi3", "gpt_neox", "bert", "vit", "t5", "UNet", "mixtral", "qwen3_moe", "olmoe")
+        for name in ("llama", "gpt2", "phi3", "gpt_neox", "bert", "vit", "t5", "UNet")
+    ),
+    *(
+        Case(f"exported, {name}", name, special=_exported, marks=[needs("peft", ">=0.20", "adapters of experts")])
+        for name in ("mixtral", "qwen3_moe", "olmoe")
     ),
     # What must be refused.
     Case("refused, pickled", options=_Q, rewrite=pickled, match=r"adapter_model"),
@@ -534,3 +545,8 @@ CASES: list[Case] = [
     ),
     Case("refused, one weight for two", special=_one_of_two, weights=[0.7], match="weights"),
 ]
+
+
+def parameters(cases: Sequence[Case]) -> list[Any]:
+    """For a test that takes a case."""
+    return [pytest.param(case, id=case.name, marks=case.marks) for case in cases]

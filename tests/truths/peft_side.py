@@ -14,6 +14,7 @@ import torch
 
 from tests.families import Family
 from tests.models import tensors_of
+from tests.releases import under_names_of
 
 
 @contextlib.contextmanager
@@ -66,7 +67,7 @@ def merged_by_peft(family: Family, folder: Path, adapter: Path, dtype: torch.dty
         merged: Any = model.merge_and_unload()
         with tempfile.TemporaryDirectory() as out:
             merged.save_pretrained(out)
-            return tensors_of(Path(out))
+            return under_names_of(tensors_of(folder), tensors_of(Path(out)))
 
 
 def output_of(family: Family, model: Any) -> torch.Tensor:

@@ -16,6 +16,7 @@ from surgery.updates.adapter_update import AdapterUpdate
 from surgery.updates.adapters.reading import read_adapters
 from surgery.updates.changes import LowRankPart, TensorChange
 from tests.models import tensors_of
+from tests.releases import under_names_of
 
 
 def adapt(model: Any, out: Path, **options: Any) -> Path:
@@ -105,6 +106,7 @@ def assert_equal(
     ours: Mapping[str, torch.Tensor], truth: Mapping[str, torch.Tensor], before: Mapping[str, torch.Tensor]
 ) -> None:
     """All tensors within the rounding of float32, and at least one changed by far more."""
+    truth = under_names_of(before, truth)
     assert ours.keys() == truth.keys()
     changed = 0
     for name, expected in truth.items():

@@ -19,6 +19,7 @@ from surgery.errors import SurgeryError, SurgeryWarning
 from surgery.updates.adapter_update import AdapterUpdate
 from surgery.updates.adapters.reading import read_adapters
 from tests.models import tensors_of
+from tests.releases import needs
 from tests.updates.merging import adapt, assert_equal, entries_of, merged_by_us
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::RuntimeWarning", "ignore::UserWarning")
@@ -97,7 +98,17 @@ def _others() -> dict[str, torch.Tensor]:
     return {"text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(3, 8)}
 
 
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"r": 2, "rank_pattern": {"conv1": 4}}], ids=range(3))
+#: Older releases take one rank as the alpha of all modules where a file has no alphas, the newest each module's own.
+_scales_by_one = needs("diffusers", ">=0.40", "a scaling of 1 for all ranks")
+#: Older releases take no module outside of blocks, as conv_in, from kohya's names, nor the original names of such.
+_knows_outer = needs("diffusers", ">=0.39", "kohya's names of conv_in and its like")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"use_dora": True}, pytest.param({"r": 2, "rank_pattern": {"conv1": 4}}, marks=_scales_by_one)],
+    ids=range(3),
+)
 @pytest.mark.parametrize("in_folder", [False, True])
 def test_the_layout_of_diffusers(options: dict[str, Any], in_folder: bool, unet: Path, tmp_path: Path) -> None:
     halves = {f"unet.{name}": tensor for name, tensor in _halves(unet, tmp_path / "lora", **options).items()}
@@ -149,13 +160,21 @@ def test_ranks_and_alphas_in_the_metadata(unet: Path, tmp_path: Path) -> None:
     truth = _fused(unet, halves, tmp_path / "fused", metadata=metadata)
     for component in ("unet", None):
         assert_equal(merged_by_us(unet, _read(unet, path, component)), truth, tensors_of(unet))
-    other = {f"text_encoder.{key}": value for key, value in config.items()}
-    save_file(halves, path, {"format": "pt", "lora_adapter_metadata": json.dumps(other)})  # no alphas: a scaling of 1
-    assert_equal(merged_by_us(unet, _read(unet, path)), _fused(unet, halves, tmp_path / "plain"), tensors_of(unet))
     wrong = json.dumps(metadata | {"unet.r": 4})
     save_file(halves, path, {"format": "pt", "lora_adapter_metadata": wrong})
     with pytest.raises(SurgeryError, match="contradicts its config"):
         _read(unet, path)
+
+
+@_scales_by_one
+def test_metadata_of_another_component(unet: Path, tmp_path: Path) -> None:
+    """It has no alphas for this one: a scaling of 1."""
+    halves = {f"unet.{name}": one for name, one in _halves(unet, tmp_path / "lora", rank_pattern={"conv1": 5}).items()}
+    config = json.loads((tmp_path / "lora/adapter_config.json").read_text())
+    other = json.dumps({f"text_encoder.{key}": value for key, value in config.items()})
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file(halves, path, {"format": "pt", "lora_adapter_metadata": other})
+    assert_equal(merged_by_us(unet, _read(unet, path)), _fused(unet, halves, tmp_path / "plain"), tensors_of(unet))
 
 
 def _of_kohya(unet: Path, names: Mapping[str, str], *, dora: bool, alpha: bool = True) -> dict[str, torch.Tensor]:
@@ -175,6 +194,7 @@ def _of_kohya(unet: Path, names: Mapping[str, str], *, dora: bool, alpha: bool =
     return tensors
 
 
+@_knows_outer
 @pytest.mark.parametrize("alpha", [True, False])
 @pytest.mark.parametrize("original", [True, False])
 def test_the_layout_of_kohya(original: bool, alpha: bool, unet: Path, tmp_path: Path) -> None:

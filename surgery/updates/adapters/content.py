@@ -56,6 +56,7 @@ class AdapterContent:
         tokens: name of a module -> the tensor of the file with the rows of trained tokens, and these.
         compared: tensor of the file -> the name of the parameter that it is a copy of, and the copy; None for what is none.
         stacked: ends of the names of parameters that PEFT adapts without their modules, as stacks of experts.
+        version: of the PEFT that wrote it, as its config has it; None where nothing says.
     """
 
     where: str
@@ -64,6 +65,7 @@ class AdapterContent:
     tokens: Mapping[str, tuple[str, ReplacedRows]] = field(default_factory=dict)
     compared: Mapping[str, tuple[str, StoredTensor] | None] = field(default_factory=dict)
     stacked: tuple[str, ...] = ()
+    version: object = None
 
 
 def read_numbers(reader: ShardReader, entry: TensorEntry, hint: str) -> torch.Tensor:

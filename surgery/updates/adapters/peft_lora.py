@@ -154,6 +154,7 @@ class _PeftFile:
             self._tokens,
             self._compared,
             stacked,
+            self._config.get("peft_version"),
         )
 
     def _take(self, entry: TensorEntry, name: str) -> None:

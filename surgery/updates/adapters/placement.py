@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -25,6 +24,7 @@ from surgery.updates.adapters.geometry import (
     wanted_with,
 )
 from surgery.updates.adapters.homes import Home, Homes
+from surgery.updates.adapters.stacks import sides_of_stacks
 from surgery.updates.changes import LowRankPart, ReplacedRows, StoredTensor, TensorChange
 
 
@@ -119,8 +119,9 @@ class _Placing:
             self._add_copy(name, stored, found[name])
         for module, (source, rows) in content.tokens.items():
             self._add_rows(source, rows, found[f"{module}.weight"])
-        for parameter, group in stacks:
-            self._add_stack(parameter, group)
+        sided = sides_of_stacks(stacks, self._homes, content)
+        for parameter, one in stacks:
+            self._add_stack(parameter, one, *sided[parameter])
         self._compare(found)
         return self._result()
 
@@ -329,30 +330,15 @@ class _Placing:
             stacks += list(zip(own, group, strict=True))
         return stacks, others
 
-    def _add_stack(self, parameter: str, one: ModuleUpdate) -> None:
-        home = self._homes.in_model(parameter) or self._homes.named(parameter)
-        if home is None or len(home.shape) != 3:
-            raise OptionError(
-                f"{self._content.where}: {parameter!r} is no stack of matrices in this checkpoint",
-                got=None if home is None else list(home.shape),
-            )
-        count, rows, columns = home.shape
-        swapped = not self._is_input_first(parameter)
-        r, rest = divmod(len(one.A), count)
-        expected = (columns, rows) if swapped else (rows, columns)
-        if rest or (math.prod(one.A.shape[1:]), len(one.B)) != expected or one.A.ndim != 2:
-            raise OptionError(
-                f"{self._content.where}: the adapter's update of {parameter!r} does not fit its weight",
-                got=[list(one.A.shape), list(one.B.shape)],
-                expected=f"for {list(home.shape)}",
-            )
+    def _add_stack(self, parameter: str, one: ModuleUpdate, home: Home, reads_rows: bool) -> None:
+        count = home.shape[0]
         scaling = one.scaling(parameter, len(one.A), count)
-        inputs, outputs = one.A.view(count, r, -1), one.B.view(len(one.B), r, count).permute(2, 0, 1)
+        inputs, outputs = one.A.view(count, -1, one.A.shape[1]), one.B.view(len(one.B), -1, count).permute(2, 0, 1)
         for piece in home.pieces:
             shape = self._shapes[piece.tensor]
             for position, expert in zip(piece.of[0], piece.at[0], strict=True):
                 left, right = outputs[int(expert)], inputs[int(expert)].T
-                if not swapped:
+                if reads_rows:
                     left, right = right, left
                 inner = TensorPart(piece.tensor, piece.axes[1:], piece.at[1:], piece.of[1:])
                 where = int(position) if piece.axes[0] is not None else None
@@ -381,17 +367,3 @@ class _Placing:
         part_of_stack = in_tensor(inner, home.shape[1:], sides, one.module, own)
         scaling = one.scaling(one.module, len(one.A), 1)
         self._put(home.tensor, one.sources, int(part.at[0][0]), part_of_stack.scaled(scaling, self._weight))
-
-    def _is_input_first(self, parameter: str) -> bool:
-        """Whether a module holds its experts as (experts, in, out), as PEFT asks it."""
-        if self._homes.model is None:
-            raise OptionError(
-                f"{self._content.where}: {parameter!r} is a stack of experts of a model that transformers does not know",
-                expected="a config.json of one that it does",
-            )
-        home = self._homes.in_model(parameter)
-        return (
-            home is not None
-            and home.carrier is not None
-            and bool(getattr(home.carrier.layers[0].module, "is_transposed", False))
-        )
