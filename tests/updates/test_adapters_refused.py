@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from surgery.errors import FormatError, OptionError, SourceError, SurgeryError
+from surgery.errors import FormatError, OptionError, SourceError, SurgeryError, SurgeryWarning
 from surgery.updates.adapters.reading import read_adapters
 from tests.families import FAMILIES
 from tests.models import tensors_of
@@ -173,6 +173,13 @@ def test_a_stored_tensor_that_is_no_number_or_has_changed(model: Path, tmp_path:
         change.replacement.read()
     with pytest.raises(FormatError, match="has changed since the adapter was looked at"):
         update.digests()
+
+
+def test_trained_biases_that_were_not_saved_are_told(model: Path, tmp_path: Path) -> None:
+    """PEFT 0.18 to 0.20 trained them and saved none; the config alone says so."""
+    adapter = _configured(_adapter(model, tmp_path / "lora"), bias="lora_only")
+    with pytest.warns(SurgeryWarning, match="its config says bias = 'lora_only', and its file has no biases"):
+        assert update_of(model, adapter).changed
 
 
 @pytest.mark.parametrize("options", [{}, {"lora_bias": False, "target_modules": ["q_proj", "embed_tokens"]}], ids=range(2))

@@ -20,6 +20,7 @@ from surgery.files.json_files import read_json_object
 from surgery.format.header import TensorEntry
 from surgery.format.safetensors import ShardReader
 from surgery.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ATTACHED_NAME, PEFT_PREFIX, PICKLED_ADAPTER
+from surgery.progress import note
 from surgery.updates.adapters.content import AdapterContent, ModuleUpdate, checked_halves, read_numbers
 from surgery.updates.adapters.patterns import ByModule
 from surgery.updates.changes import ReplacedRows, StoredTensor
@@ -143,6 +144,11 @@ class _PeftFile:
         if not (self._halves or self._copied or self._tokens):
             raise OptionError(f"{self._folder} is an adapter that changes nothing", got="no tensors that change a weight")
         self._check_complete()
+        if self._config.get("bias") == "lora_only" and not any(name.endswith(".bias") for name in self._copied):
+            note(
+                f"{self._folder}: its config says bias = 'lora_only', and its file has no biases; PEFT before 0.21 trained "
+                "those that the model has, and did not save them"
+            )
         stacked = tuple(_names(self._config, "target_parameters", self._folder))
         modules = [module.replace(".base_layer", "") for module in self._halves]
         ends = {end.rpartition(".")[2] for end in stacked}
