@@ -44,8 +44,9 @@ _DOUBT, _RIDGE, _SHY = 0.05, 0.02, 0.3
 #: The first sweep writes if this times the foreseen error is small enough, and K does not answer so many times as much as it
 #: should to more of the update.
 _CAUTION, _STEEPEST, _HELD = 4.5, 2.5, 0.2
-#: Sweeps at most; how many may go by without the error falling by a tenth.
-_MOST_SWEEPS, _PATIENCE = 9, 3
+#: Sweeps at most; how many may go by without the error falling by a tenth; how often the share alone is put right
+#: after, unless it is as close as that, and what that may cost in error.
+_MOST_SWEEPS, _PATIENCE, _LEVELLINGS, _LEVEL, _LEVEL_COSTS = 9, 3, 6, 0.003, 1.25
 #: Where the share answers so many times as much as it should, it is measured how K answers to so much in other directions, of
 #: which at most so much is believed.
 _STEEP, _ASIDE, _MOST_ACROSS = 2.3, 0.1, 8.0
@@ -132,14 +133,14 @@ class _Answer:
         self._square = _dot(strengths, strengths)
         self._scale = response.scale / min(max(response.across, 1.0), _MOST_ACROSS)
         # Along the update itself the share answers faster than to noise.
-        self._along = 1.0 / max(response.slope, 1.0 / response.scale)
+        self.along = 1.0 / max(response.slope, 1.0 / response.scale)
 
     def to(self, gain: torch.Tensor) -> torch.Tensor:
         """For K, of all rows, to gain so much (r, r). Never more than about what is asked is gained at once."""
         size = math.sqrt(_dot(gain, gain) / self._square)
         gain = gain / max(size, 1.0)
         along = self._asked * (_dot(self._asked, gain) / self._square)
-        return (gain - along) * self._scale + along * self._along
+        return (gain - along) * self._scale + along * self.along
 
 
 def round_in_directions(
@@ -261,12 +262,35 @@ class _CoreSearch:
             if error < TOLERANCE or since == _PATIENCE:
                 break
         self._cores = best
+        if TOLERANCE <= least < math.inf:
+            found = self._levelled(found)
+            least = self._error(found)
         if least >= TOLERANCE:  # so many directions, or so few entries, that nearest may be better
             cores = [self._asked] * len(self._runs)
             nearest = _total([self._measured(core, rows) for core, rows in zip(cores, self._runs, strict=True)])
             if math.isfinite(nearest.largest) and self._error(nearest) <= least:
                 self._cores, found = cores, nearest
         return found
+
+    def _levelled(self, found: Arrived) -> Arrived:
+        """Where the noise does not fall: more or less of the update as a whole, so that at least the share is right."""
+        best, gain, most = found, self._answers[0].along, _LEVEL_COSTS * self._error(found)
+        for _ in range(_LEVELLINGS):
+            short = 1.0 - self._share(best)
+            if abs(short) < _LEVEL:
+                break
+            cores = [core + self._asked * (gain * short) for core in self._cores]
+            total = _total([self._measured(core, rows) for core, rows in zip(cores, self._runs, strict=True)])
+            if not math.isfinite(total.largest):
+                break
+            if abs(1.0 - self._share(total)) < abs(short) and self._error(total) < most:
+                best, self._cores = total, cores
+            else:  # it answers in jumps
+                gain /= 2
+        return best
+
+    def _share(self, found: Arrived) -> float:
+        return _dot(self._asked, found.core) / (self._norm * self._norm)
 
     def sweep(self, out: torch.Tensor | None = None) -> Arrived:
         """Measure all runs, each with what makes up for what those before have missed; into ``out``, if it is given."""

@@ -198,11 +198,11 @@ def test_beyond_the_range_of_float16(tmp_path: Path) -> None:
         with pytest.raises((WeightError, ValueError), match=rf"{name}.weight.* beyond the range of float16"):
             merge(model, adapter, tmp_path / "o", progress=Silent())
         assert not (tmp_path / "o/config.json").exists()
-        shutil.rmtree(tmp_path / "o")
+        shutil.rmtree(tmp_path / "o", ignore_errors=True)  # a run that failed early has not made it
         with pytest.raises((WeightError, ValueError), match=rf"{name}.weight.* beyond the range of float16"):
             merge(wide, adapter, tmp_path / "o", dtype="float16", progress=Silent())
         assert not (tmp_path / "o/config.json").exists()
-        shutil.rmtree(tmp_path / "o")
+        shutil.rmtree(tmp_path / "o", ignore_errors=True)  # a run that failed early has not made it
 
 
 def test_a_model_that_is_not_fp8(llama: Path, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def _check_report(report: surgery.FoldReport, kept: dict[str, tuple[float, float
     ],
 )
 def test_what_was_trained_arrives(name: str, size: float, by_nearest: float, small: Path, tmp_path: Path) -> None:
-    """Rounded to nearest much is lost, and the note names the ways out. By default 99 % of each target's update arrives."""
+    """Rounded to nearest much is lost, and the note names the ways out. By default nearly all of each target's update arrives."""
     scales = _scales(small / f"{name}-f", size)
     with pytest.warns(surgery.SurgeryWarning, match="rounding has kept less than 90%") if by_nearest < 0.9 else nullcontext():
         nearest = surgery.fold(small / f"{name}-f", scales, tmp_path / "n", base=small / name, rounding="nearest")
@@ -112,8 +112,9 @@ def test_what_was_trained_arrives(name: str, size: float, by_nearest: float, sma
         assert nearest.error is None
         assert report.error is not None
         assert report.error < 0.1
-    assert min(share for share, _ in kept.values()) >= 0.99
-    assert max(share for share, _ in kept.values()) <= 1.05
+    # Of so few entries a single one may be a fiftieth of what is asked.
+    assert min(share for share, _ in kept.values()) >= (0.99 if name == "BF16" else 0.97)
+    assert max(share for share, _ in kept.values()) <= 1.02
     save_file(scales, tmp_path / "scales.safetensors")
     for folder, found in (("n", nearest), ("d", report)):
         check = verify_folded(
