@@ -47,6 +47,8 @@ _CAUTION, _STEEPEST, _HELD = 4.5, 2.5, 0.2
 #: Sweeps at most; how many may go by without the error falling by a tenth; how often the share alone is put right
 #: after, unless it is as close as that, and what that may cost in error.
 _MOST_SWEEPS, _PATIENCE, _LEVELLINGS, _LEVEL, _LEVEL_COSTS = 9, 3, 6, 0.003, 1.25
+#: An error that is still so large stays, since single rows hold all of the update: then the share is all that is asked.
+_HOPELESS = 0.15
 #: Where the share answers so many times as much as it should, it is measured how K answers to so much in other directions, of
 #: which at most so much is believed.
 _STEEP, _ASIDE, _MOST_ACROSS = 2.3, 0.1, 8.0
@@ -264,12 +266,23 @@ class _CoreSearch:
         self._cores = best
         if TOLERANCE <= least < math.inf:
             found = self._levelled(found)
+            if least > _HOPELESS:  # what chases the noise only adds to it
+                found = self._without_chasing(found)
             least = self._error(found)
         if least >= TOLERANCE:  # so many directions, or so few entries, that nearest may be better
             cores = [self._asked] * len(self._runs)
             nearest = _total([self._measured(core, rows) for core, rows in zip(cores, self._runs, strict=True)])
             if math.isfinite(nearest.largest) and self._error(nearest) <= least:
                 self._cores, found = cores, nearest
+        return found
+
+    def _without_chasing(self, found: Arrived) -> Arrived:
+        """The same C for all runs, a multiple of what is asked, if the share is about right with it; else what was found."""
+        cores, self._cores = self._cores, [self._asked * self._response.scale] * len(self._runs)
+        even = self._levelled(_total([self._measured(core, rows) for core, rows in zip(self._cores, self._runs, strict=True)]))
+        if abs(1.0 - self._share(even)) <= max(abs(1.0 - self._share(found)), TOLERANCE):
+            return even
+        self._cores = cores
         return found
 
     def _levelled(self, found: Arrived) -> Arrived:
