@@ -44,8 +44,7 @@ _DOUBT, _RIDGE, _SHY = 0.05, 0.02, 0.3
 #: The first sweep writes if this times the foreseen error is small enough, and K does not answer so many times as much as it
 #: should to more of the update.
 _CAUTION, _STEEPEST, _HELD = 4.5, 2.5, 0.2
-#: Sweeps at most; how many may go by without the error falling by a tenth; how often the share alone is put right
-#: after, unless it is as close as that, and what that may cost in error.
+#: Sweeps at most, and without the error falling by a tenth; then for the share alone, unless so close, and its cost in error.
 _MOST_SWEEPS, _PATIENCE, _LEVELLINGS, _LEVEL, _LEVEL_COSTS = 9, 3, 6, 0.003, 1.25
 #: An error that is still so large stays, since single rows hold all of the update: then the share is all that is asked.
 _HOPELESS = 0.15
@@ -239,6 +238,7 @@ class _CoreSearch:
         #: Whether the first sweep is foreseen to leave little enough.
         self.is_safe = (
             len(self._runs) > 1
+            and m * n > 2 * _SAMPLE_ENTRIES  # of smaller ones the sample tells too little
             and _CAUTION * response.noise * last**0.25 < TOLERANCE
             and 1.0 / _STEEPEST < response.slope * response.scale < _STEEPEST
             and self._is_even

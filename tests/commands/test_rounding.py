@@ -97,7 +97,7 @@ def _check_report(report: surgery.FoldReport, kept: dict[str, tuple[float, float
     ],
 )
 def test_what_was_trained_arrives(name: str, size: float, by_nearest: float, small: Path, tmp_path: Path) -> None:
-    """Rounded to nearest much is lost, and the note names the ways out. By default nearly all of each target's update arrives."""
+    """Rounded to nearest much is lost, and the note names the ways out. By default nearly all of each update arrives."""
     scales = _scales(small / f"{name}-f", size)
     with pytest.warns(surgery.SurgeryWarning, match="rounding has kept less than 90%") if by_nearest < 0.9 else nullcontext():
         nearest = surgery.fold(small / f"{name}-f", scales, tmp_path / "n", base=small / name, rounding="nearest")
