@@ -39,6 +39,11 @@ class Slice:
     start: int
     stop: int
 
+    def holds(self, index: torch.Tensor) -> torch.Tensor:
+        """Which of these indices along its axis are in it: bool, of the shape of ``index``."""
+        phase = index % self.period
+        return (phase >= self.start) & (phase < self.stop)
+
 
 @dataclass(frozen=True, slots=True)
 class View:

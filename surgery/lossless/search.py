@@ -20,7 +20,7 @@ import torch
 
 from surgery.lossless.directions import Arrived, Bases, Directions
 from surgery.lossless.grids import Grid
-from surgery.lossless.kept import NOTHING_ASKED, Kept
+from surgery.lossless.kept import Kept
 from surgery.lossless.prediction import to_integers
 from surgery.lossless.rounding import times_power_of_two
 from surgery.precision import full_precision
@@ -182,31 +182,6 @@ def round_in_directions(
 def _has_room(weight: torch.Tensor) -> bool:
     """Whether numbers that are some times as large as the weight's are far from the end of its dtype."""
     return weight.dtype != torch.float16 or max(abs(end.item()) for end in torch.aminmax(weight)) < 2.0**12
-
-
-def kept_between(before: torch.Tensor, after: torch.Tensor, bases: Bases | None) -> Kept:
-    """What was kept of an update without a factor, from the weight before and after.
-
-    Args:
-        before, after: (m, n), floats of at most 32 bits, on one device with float64.
-        bases: of the update; None for none.
-    """
-    if bases is None:
-        return NOTHING_ASKED
-    with full_precision(before.device):
-        with one_thread():
-            directions = Directions(before, bases, _Given(after))
-        return _kept(bases.strengths, directions.measured(torch.zeros_like(bases.core), 0.0))
-
-
-@dataclass(frozen=True, slots=True)
-class _Given:
-    """A grid that has one number for each entry: what is there already."""
-
-    after: torch.Tensor
-
-    def nearest(self, x: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
-        return x.copy_(self.after[rows])
 
 
 class _CoreSearch:

@@ -367,9 +367,8 @@ def _in_slice(target: TargetRecord, axis: int, at: Positions, of: Positions) -> 
     if part is None or part.axis != axis:
         return at, of
     index = torch.as_tensor(of)
-    phase = index % part.period
-    inside = (phase >= part.start) & (phase < part.stop)
-    local = index // part.period * (part.stop - part.start) + phase - part.start
+    inside = part.holds(index)
+    local = index // part.period * (part.stop - part.start) + index % part.period - part.start
     return torch.as_tensor(at)[inside], local[inside]
 
 

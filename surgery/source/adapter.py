@@ -10,20 +10,19 @@ from surgery.progress import note
 from surgery.source.address import Address, address_of
 
 
-def local_adapter(adapter: str | Path, revision: str | None = None) -> Path:
+def local_adapter(adapter: str | Path) -> Path:
     """The path of an adapter on this machine: a folder, or the file that was given.
 
     Args:
         adapter: path, ``owner/name``, or another form of address that ``surgery.source.address`` understands. What is on the
             hub is fetched into its cache: the config and the weights.
-        revision: branch, tag or commit, if it is on the hub.
 
     Raises:
         SourceError: it is not there, cannot be reached, or holds no adapter.
     """
     if Path(adapter).expanduser().exists():  # also a folder that no model could be in
         return Path(adapter).expanduser()
-    address = address_of(adapter).with_options(revision, None)
+    address = address_of(adapter)
     if address.folder is not None:
         return address.folder if address.file is None else address.folder / address.file
     return _fetched(address)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from surgery.format.manifest_records import TargetRecord
-from surgery.updates.changes import StoredTensor, TensorChange, summed
+from surgery.updates.changes import TensorChange, summed
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,13 +22,10 @@ class AdapterUpdate:
         accounts: for each adapter: name of a tensor in its file -> the tensors of the checkpoint that it went to; none for a
             tensor that is only to be compared, such as PEFT's copy of an adapted embedding. All tensors of the file are there,
             but for those of another component of a diffusion model, of which a note has told.
-        copies: tensor of the checkpoint -> PEFT's copy of it, which has the checkpoint's shape and should have its numbers:
-            PEFT itself takes the copy.
     """
 
     changed: Mapping[str, TensorChange]
     accounts: Sequence[Mapping[str, tuple[str, ...]]] = ()
-    copies: Mapping[str, StoredTensor] = field(default_factory=dict)
 
     def tied(self, targets: Iterable[TargetRecord]) -> AdapterUpdate:
         """The update for tied tensors: all tensors of one parameter get the sum of what is done to any of them.

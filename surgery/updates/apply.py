@@ -188,7 +188,6 @@ class UpdatedWeights:
         result, kept = matrix.updated(device, scales, addition, written.rounding, written.grid(index, target.slice))
         if scales is not None or addition is not None:
             counted.keep(KeptUpdate(target.key, kept))
-        if scales is not None or addition is not None:
             what = f"the scales of {target.key!r} push" if addition is None else f"scales and adapter push {target.key!r}"
             _check_finite(result, what, scales)
         elif matrix.correction is None and not all_finite(result):
@@ -263,8 +262,7 @@ def _in_whole(addition: Addition, part: Slice | None, shape: Sequence[int]) -> A
     if part is None:
         return addition
     sides = [addition.left, addition.right]
-    phase = torch.arange(shape[part.axis]) % part.period
     whole = sides[part.axis].new_zeros(shape[part.axis], sides[part.axis].shape[1])
-    whole[(phase >= part.start) & (phase < part.stop)] = sides[part.axis]
+    whole[part.holds(torch.arange(shape[part.axis]))] = sides[part.axis]
     sides[part.axis] = whole
     return Addition(*sides)

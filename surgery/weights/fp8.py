@@ -111,8 +111,7 @@ class Fp8Grid:
         self._rows, self._is_whole = block[0], part is None or part.axis == 1
         self._of_row = torch.arange(m) // block[0]
         if part is not None:
-            phase = torch.arange(shape[part.axis]) % part.period
-            meant = (phase >= part.start) & (phase < part.stop)
+            meant = part.holds(torch.arange(shape[part.axis]))
             columns = columns[:, meant] if part.axis == 1 else columns
             self._of_row = self._of_row[meant] if part.axis == 0 else self._of_row
         self._columns = columns.contiguous()

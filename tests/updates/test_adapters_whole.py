@@ -91,8 +91,6 @@ def test_peft_s_copy_of_an_adapted_embedding(tmp_path: Path) -> None:
     folder = FAMILIES["llama"].save(tmp_path / "m")
     adapter = adapt(FAMILIES["llama"].load(folder), tmp_path / "lora", target_modules=["embed_tokens"])
     update = update_of(folder, adapter)
-    (tensor,) = update.copies
-    assert torch.equal(update.copies[tensor].read(), tensors_of(folder)[tensor])
     assert update.accounts[0]["base_model.model.model.embed_tokens.base_layer.weight"] == ()
 
 

@@ -52,12 +52,10 @@ class PlacedAdapter:
     Attributes:
         changes: by tensor.
         account: tensor of the adapter's file -> the tensors of the checkpoint that it went to.
-        copies: tensor of the checkpoint -> what the adapter's file has as its numbers before the change.
     """
 
     changes: Mapping[str, TensorChange]
     account: Mapping[str, tuple[str, ...]]
-    copies: Mapping[str, StoredTensor]
 
 
 def placed(content: AdapterContent, homes: Homes, shapes: Mapping[str, Sequence[int]], weight: float) -> PlacedAdapter:
@@ -84,7 +82,6 @@ class _Placing:
         self._content, self._homes, self._shapes, self._weight = content, homes, shapes, weight
         self._changes: dict[str, _Change] = {}
         self._account: dict[str, list[str]] = {}
-        self._copies: dict[str, StoredTensor] = {}
         self._tied: set[str] = set()
 
     def all(self) -> PlacedAdapter:
@@ -135,7 +132,7 @@ class _Placing:
         if not changes:
             raise OptionError(f"{where}: an adapter that changes nothing", got="only zeros in all of its matrices B")
         account = {source: tuple(dict.fromkeys(to)) for source, to in self._account.items()}
-        return PlacedAdapter(changes, account, self._copies)
+        return PlacedAdapter(changes, account)
 
     def _change(self, tensor: str, sources: Sequence[str]) -> _Change:
         for source in sources:
@@ -287,7 +284,7 @@ class _Placing:
             change.rows = rows
 
     def _compare(self, found: Mapping[str, Home]) -> None:
-        """Hold the shapes of PEFT's copies of weights under an adapter against the checkpoint's, and keep where they are."""
+        """Hold the shapes of PEFT's copies of weights under an adapter against the checkpoint's."""
         for source, copy in self._content.compared.items():
             self._account.setdefault(source, [])
             home = None if copy is None else found.get(copy[0]) or self._homes.named(copy[0])
@@ -300,8 +297,6 @@ class _Placing:
                     expected=list(copy[1].shape),
                     hint="merge onto the model that the adapter was trained on, with the vocabulary that it had",
                 )
-            if home.tensor is not None:
-                self._copies[home.tensor] = copy[1]
 
     # Stacks of experts, which PEFT adapts as parameters (``target_parameters``).
 

@@ -65,7 +65,6 @@ def read_adapters(
     return AdapterUpdate(
         {tensor: functools.reduce(summed, [change for _, change in several]) for tensor, several in changes.items()},
         [one.account for _, one in found],
-        {tensor: copy for _, one in found for tensor, copy in one.copies.items()},
     )
 
 
