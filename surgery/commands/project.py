@@ -19,8 +19,8 @@ from surgery.run.disk_room import check_room, download_needs
 from surgery.run.output_paths import check_not_the_source, check_output_path
 from surgery.shards.projector import Projector, Sums, tuned_model
 from surgery.source.open import open_part
+from surgery.tuned.likeness import note_what_is_unlikely
 from surgery.weights.checkpoint import FactorizedWeights, weights_of
-from surgery.weights.tuned import note_what_is_unlikely
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def project(
         device: where the arithmetic runs: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         overwrite: replace ``out`` if it is there.
         progress: told how far it is, and what the user should know, such as where ``tuned`` does
-            not look like a fine-tuned model (``surgery.weights.tuned``); without it that is a ``SurgeryWarning``.
+            not look like a fine-tuned model (``surgery.tuned.likeness``); without it that is a ``SurgeryWarning``.
 
     Returns:
         How much each target has changed, and how much of that its scales explain.

@@ -2,7 +2,7 @@
 
 The names of a fine-tuned model, of scales and of an adapter's modules differ from those of the checkpoint where the model was
 saved inside a wrapper, or as a part of a larger model. Here names are compared as texts only. Conversions that transformers
-does when it loads a model are in ``surgery.weights.conversion``.
+does when it loads a model are in ``surgery.tuned.conversion``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from surgery.errors import SurgeryError
@@ -59,12 +59,14 @@ class NameMap:
         missing: wanted names that are not there, sorted.
         unknown: names that are there and stand for no wanted one, sorted.
         doubtful: a wanted name and two names that are there, either of which it could be; None if there is no such case.
+        also: name that need not be there -> the name that is there for it.
     """
 
     given: dict[str, str]
     missing: tuple[str, ...]
     unknown: tuple[str, ...]
     doubtful: tuple[str, str, str] | None = None
+    also: dict[str, str] = field(default_factory=dict)
 
     @property
     def fits(self) -> bool:
@@ -257,7 +259,13 @@ class _Search:
         missing = [name for name, others in self._wanted.items() if not any(one in given for one in (name, *others))]
         known = {one for name in (*given, *self._further) for one in sources.get(name, ())}
         unknown = self._there.keys() - known
-        return NameMap(given, tuple(sorted(missing)), tuple(sorted(unknown)), doubtful)
+        also = {}
+        for name in self._further:
+            possible = sources.get(name, ())
+            if len(possible) == 1 and (there := next(iter(possible))) not in taken:
+                also[name] = there
+                taken[there] = name
+        return NameMap(given, tuple(sorted(missing)), tuple(sorted(unknown)), doubtful, also)
 
     def _is_whole(self, found: NameMap) -> bool:
         return found.fits if self._one_to_one else found.is_complete

@@ -22,10 +22,12 @@ from surgery.lossless.blocks import BLOCK_ENTRIES, DEVICE_BLOCKS
 from surgery.lossless.factors import Factors
 from surgery.progress import Progress, phase
 from surgery.source.protocol import Source
+from surgery.tuned.likeness import Norms
+from surgery.tuned.model import TunedModel
+from surgery.tuned.search import Original, find_tuned
 from surgery.weights.checkpoint import FactorizedWeights
 from surgery.weights.matrix import StoredMatrix
 from surgery.weights.protocol import Weights, check_entry
-from surgery.weights.tuned import Norms, Original, TunedModel
 
 
 @dataclass(slots=True)
@@ -191,4 +193,4 @@ def tuned_model(source: Source, folder: Path, manifest: Manifest, weights: Weigh
     wanted = {target.tensor: target.tensors[1:] for target in manifest.targets}
     shapes = {entry.name: entry.shape for shard in manifest.shards for entry in weights.header(shard.source.file).tensors}
     shapes |= {tensor: tuple(target.shape) for target in manifest.targets for tensor in target.tensors}
-    return TunedModel(source, Original(wanted, shapes, lambda: folder))
+    return find_tuned(source, Original(wanted, shapes, lambda: folder))

@@ -37,8 +37,8 @@ from surgery.source.open import open_source
 from surgery.source.protocol import Source
 from surgery.study.overview import Findings, findings_of, has_converged
 from surgery.study.spectra_shard import Measure, SpectraJobs
+from surgery.tuned.likeness import Norms, note_what_is_unlikely
 from surgery.version import __version__
-from surgery.weights.tuned import Norms, note_what_is_unlikely
 
 _FILES = (SPECTRA_FILE, SPECTRA_TABLE, SPECTRA_PAGE)
 
@@ -139,7 +139,7 @@ def spectra(
             many there are.
         overwrite: replace an earlier report in ``out``, which stays as it is until the new one is whole.
         progress: told how far it is, and what the user should know, such as where ``tuned`` does
-            not look like a fine-tuned model (``surgery.weights.tuned``); without it that is a ``SurgeryWarning``.
+            not look like a fine-tuned model (``surgery.tuned.likeness``); without it that is a ``SurgeryWarning``.
 
     Returns:
         The numbers of each matrix, and the findings about all of them. ``as_json()`` is the content of ``spectra.json``.

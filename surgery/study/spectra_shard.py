@@ -27,8 +27,9 @@ from surgery.reports import rounded_to
 from surgery.run.resume import Recorded
 from surgery.source.protocol import Source
 from surgery.study.spectrum import DecomposedMatrix, compare, spectrum
+from surgery.tuned.model import TunedModel
+from surgery.tuned.search import Original, config_folder, find_tuned
 from surgery.weights.model import StudiedWeights
-from surgery.weights.tuned import Original, TunedModel, config_folder
 
 #: So that a window is one piece of a shard: matrices are measured one by one, and need not wait for others.
 _WINDOW_BYTES = 1
@@ -146,7 +147,7 @@ class SpectraJobs:
         if other is not None:
             shapes = {entry.name: entry.shape for shard in plan.shards for entry in shard.header.tensors}
             wanted: dict[str, tuple[str, ...]] = {target.tensor: () for target in plan.targets}
-            self._tuned = TunedModel(other, Original(wanted, shapes, lambda: config_folder(source)))
+            self._tuned = find_tuned(other, Original(wanted, shapes, lambda: config_folder(source)))
 
     def __enter__(self) -> Self:
         if self._tuned is not None:
