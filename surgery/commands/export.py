@@ -99,13 +99,13 @@ def export(
     with Run(out) as run, run.uploading(push_to_hub, private=private):
         if adapter is not None:
             if not (out / ADAPTER_CONFIG).exists():  # stopped just before the end
-                adapter.write_config(out)
+                adapter.adapter.write_config(out)
             progress.note(f"{out} is already complete" + (": nothing to do" if run.upload is None else ""))
         else:
             adapter = PeftAdapter.of(factorized, manifest, update, progress)
             adapter.write(out, progress)
-        if adapter.has_experts and (older := too_old_for_experts()) is not None:
+        if adapter.adapter.has_single_experts and (older := too_old_for_experts()) is not None:
             progress.note(f"the adapter changes experts: PEFT loads it from 0.20 on, and here is {older}")
-        files, modules, rank = {name: out / name for name in ADAPTER_FILES}, len(adapter.adapted.modules), adapter.adapted.rank
+        files, modules, rank = {name: out / name for name in ADAPTER_FILES}, adapter.adapter.modules, adapter.adapter.rank
         publish_adapter(run.upload, files, manifest, factorized, modules=modules, rank=rank)
     return ExportReport(out, "peft", modules, rank, (out / ADAPTER_WEIGHTS).stat().st_size)

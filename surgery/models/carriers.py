@@ -20,7 +20,7 @@ from surgery.format.manifest_records import TargetRecord
 from surgery.lossless.factors import Factors
 from surgery.models.accelerate_api import at_hand, is_kept_elsewhere
 from surgery.models.peft_api import is_wrapper
-from surgery.models.placement import Place, Positions, homes, locate, parameter_names
+from surgery.models.placement import Place, Placed, Positions, homes, locate, parameter_names
 from surgery.models.terms import Term
 from surgery.models.transformers_api import is_conv1d, is_from_transformers
 
@@ -275,7 +275,7 @@ def _kind(module: Any, name: str, quantized: bool, used_by_parent: bool) -> str:
 
 
 def terms_of(
-    target: TargetRecord, places: Sequence[Place], carriers: Mapping[str, Carrier], factors: Sequence[Factors]
+    target: Placed, places: Sequence[Place], carriers: Mapping[str, Carrier], factors: Sequence[Factors]
 ) -> Iterator[tuple[Carrier, Term]]:
     """The directions of a target in the coordinates of the parameters that it is in, matrix by matrix.
 
@@ -327,7 +327,7 @@ class _Region:
     transposed: bool
 
 
-def _region(target: TargetRecord, place: Place) -> tuple[bool, _Region]:
+def _region(target: Placed, place: Place) -> tuple[bool, _Region]:
     """Whether the parameter is a stack, and where the target's matrices are in it. Raises OptionError if that is unknown."""
     piece = place.part
     if target.view == "convolution":
@@ -353,7 +353,7 @@ def _region(target: TargetRecord, place: Place) -> tuple[bool, _Region]:
     )
 
 
-def _unknown_place(target: TargetRecord, place: Place) -> OptionError:
+def _unknown_place(target: Placed, place: Place) -> OptionError:
     return OptionError(
         f"{target.tensor!r} lies in the parameter {place.parameter!r} of the model in a way that scales cannot follow",
         got=f"axes {place.part.axes} of a {target.view}",
@@ -361,7 +361,7 @@ def _unknown_place(target: TargetRecord, place: Place) -> OptionError:
     )
 
 
-def _in_slice(target: TargetRecord, axis: int, at: Positions, of: Positions) -> tuple[Positions, Positions]:
+def _in_slice(target: Placed, axis: int, at: Positions, of: Positions) -> tuple[Positions, Positions]:
     """Pairs of positions in a parameter and a tensor along an axis -> those inside the target's slice, relative to it."""
     part = target.slice
     if part is None or part.axis != axis:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from surgery.errors import OptionError
+from surgery.format.views import Slice
 from surgery.models.peft_api import own_name
 from surgery.models.transformers_api import converted, is_from_transformers, loaded_by, reordered_axis
 
@@ -58,6 +59,30 @@ class Place:
     parameter: str
     shape: tuple[int, ...]
     part: TensorPart
+
+
+class Placed(Protocol):
+    """What is needed of a tensor, or of a slice of one, to follow its matrices into a model."""
+
+    @property
+    def tensor(self) -> str:
+        """Its name in the checkpoint."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Of the whole tensor."""
+
+    @property
+    def view(self) -> str:
+        """How it is seen: ``matrix``, ``stack`` or ``convolution``."""
+
+    @property
+    def slice(self) -> Slice | None:
+        """The rows or columns that are meant; None for whole matrices."""
+
+    @property
+    def rank(self) -> int:
+        """How many directions each matrix has."""
 
 
 def locate(model: nn.Module, tensors: Mapping[str, Sequence[int] | None]) -> dict[str, list[Place]]:

@@ -1,0 +1,104 @@
+"""PEFT's layout: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+Source of the format: PEFT 0.21, ``LoraConfig``, ``get_peft_model_state_dict`` and ``set_peft_model_state_dict``; for stacks of
+experts, which PEFT adapts as parameters, ``ParamWrapper``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from surgery.names import ADAPTER_WEIGHTS, PEFT_PREFIX
+from surgery.updates.writing.adapter import AdapterToWrite, Pair, module_key
+from surgery.updates.writing.low_rank import AdapterForm
+from surgery.updates.writing.modules import AdaptedModule, AdaptedModules
+
+#: The release of PEFT whose layout of stacks this is; it tells readers which side of square matrices is the input.
+_LAYOUT_OF_STACKS = "0.21.0"
+
+
+def in_peft_layout(adapted: AdaptedModules, form: AdapterForm, model: nn.Module | None) -> AdapterToWrite:
+    """The adapter in PEFT's layout.
+
+    Args:
+        adapted: the modules that it changes.
+        form: what it is written as.
+        model: the skeleton; None where transformers does not know it.
+    """
+    ranks = [adapted.rank if form.uniform_rank else module.rank for module in adapted.modules]
+    depths = _depths(adapted.modules)
+    pairs = [
+        Pair(module, rank, _keys(module, depths.get(module_key(module), 0)))
+        for module, rank in zip(adapted.modules, ranks, strict=True)
+    ]
+    config = json.dumps(_config(pairs, form, model), indent=1).encode() + b"\n"
+    return AdapterToWrite(adapted, pairs, form.dtype, ADAPTER_WEIGHTS, config, {"format": "pt"}, {}, {})
+
+
+def _keys(module: AdaptedModule, depth: int) -> tuple[str, str]:
+    name = f"{PEFT_PREFIX}{module.name}{'.base_layer' * depth}"
+    if module.kind == "embedding":
+        return f"{name}.lora_embedding_A", f"{name}.lora_embedding_B"
+    return f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+
+
+def _depths(modules: Sequence[AdaptedModule]) -> dict[str, int]:
+    """Parameter -> how many of PEFT's layers are around its own: the first that a module defines is innermost."""
+    by_module: dict[str, list[AdaptedModule]] = {}
+    for module in modules:
+        if module.kind == "parameter":
+            by_module.setdefault(module.name, []).append(module)
+    depths: dict[str, int] = {}
+    for several in by_module.values():
+        carrier = several[0].carrier
+        order = [] if carrier is None else [name for name, _ in carrier.layers[0].module.named_parameters(recurse=False)]
+        several.sort(key=lambda module: order.index(module.parameter))
+        depths |= {module_key(module): len(several) - 1 - place for place, module in enumerate(several)}
+    return depths
+
+
+def _config(pairs: Sequence[Pair], form: AdapterForm, model: nn.Module | None) -> dict[str, Any]:
+    """What PEFT is told of the adapter. With alpha equal to the rank, ``B A`` is added as it is."""
+    layers = [pair.module for pair in pairs if pair.module.kind != "parameter"]
+    parameters = sorted(module_key(pair.module) for pair in pairs if pair.module.kind == "parameter")
+    # Experts by the last part of their names, which is what PEFT looks at; there may be tens of thousands.
+    names = {module.name.rsplit(".", 1)[-1] if module.kind == "expert" else module.name for module in layers}
+    rank = max(pair.rank for pair in pairs)
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": form.base,
+        "revision": form.revision,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "target_modules": sorted(names),
+        "fan_in_fan_out": any(module.kind == "transposed" for module in layers),
+        "bias": "none",
+        "modules_to_save": None,
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "task_type": None,
+    }
+    if parameters:
+        config |= {"target_parameters": parameters, "peft_version": _LAYOUT_OF_STACKS}
+    if len({pair.rank for pair in pairs}) > 1:
+        patterns = rank_patterns({module_key(pair.module): pair.rank for pair in pairs})
+        config |= {"rank_pattern": patterns, "alpha_pattern": patterns}
+    return config
+
+
+def rank_patterns(ranks: Mapping[str, int]) -> dict[str, int]:
+    """Patterns by which PEFT finds the rank of each module: it takes the first that fits the end of a name.
+
+    A dot in a pattern fits any character. Of two names of which one fits the other's pattern, that one is longer, or it is as
+    long and has fewer dots: it comes first.
+    """
+    order = sorted(ranks, key=lambda name: (-len(name), name.count("."), name))
+    return {name if re.fullmatch(r"[\w.-]+", name) else re.escape(name): ranks[name] for name in order}

@@ -1,0 +1,38 @@
+"""Experts that a checkpoint has one by one and the model stacks: whether PEFT puts adapters of them together rightly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from surgery.updates.writing.modules import AdaptedModules
+
+#: Families whose experts PEFT takes one by one and puts together as transformers does; measured (docs/training.md).
+_ONE_BY_ONE = ("mixtral", "olmoe", "qwen3_moe")
+
+
+def wrong_experts(model: nn.Module, adapted: AdaptedModules) -> tuple[str, str] | None:
+    """(key of a tensor, why) of an expert that PEFT would load wrongly from an adapter of single experts; None if of none.
+
+    PEFT puts the updates of experts together by the last part of their names, for some families. A dense or shared MLP beside
+    them has the same names and is lost without a word (deepseek_v3, qwen2_moe).
+    """
+    if not adapted.experts:
+        return None
+    first = next(iter(adapted.experts.values()))[0].key
+    config: Any = model.config
+    family = str(getattr(config, "model_type", None))
+    if family not in _ONE_BY_ONE:
+        return first, f"experts of {family}, which PEFT does not load as they are"
+    projections = {one.tensor.rsplit(".", 2)[-2] for tensors in adapted.experts.values() for one in tensors}
+    names = (module.name for module in adapted.modules if module.kind not in ("expert", "parameter"))
+    beside = next((name for name in names if name.rsplit(".", 1)[-1] in projections), None)
+    if beside is not None:
+        return first, f"experts beside {beside!r}, which PEFT would take for one of them"
+    for parameter, tensors in adapted.experts.items():
+        size = model.get_parameter(parameter).shape[0]
+        parts = 2 if "gate_up" in parameter else 1
+        if len(tensors) != parts * size:
+            return first, f"{len(tensors)} of the {parts * size} matrices in {parameter!r}"
+    return None
