@@ -21,6 +21,8 @@ LOCK_FILE = f"{JOURNAL_DIR}/lock"
 RUN_FILE = f"{JOURNAL_DIR}/run.json"
 FILES_FILE = f"{JOURNAL_DIR}/files.json"
 STREAM_DIR = f"{JOURNAL_DIR}/shards"
+#: Where weight files of a second model are while they are needed.
+TUNED_STREAM_DIR = f"{JOURNAL_DIR}/tuned-shards"
 PARTIALS_DIR = f"{JOURNAL_DIR}/partials"
 #: Where a result is made that will replace an earlier one, and the list of the earlier one's files to be deleted then.
 RESULT_DIR = f"{JOURNAL_DIR}/result"
@@ -28,6 +30,9 @@ REPLACED_FILE = f"{JOURNAL_DIR}/replaced.json"
 
 #: What ``surgery spectra`` writes: the numbers, which are written last; the same as a table; and a page.
 SPECTRA_FILE, SPECTRA_TABLE, SPECTRA_PAGE = "spectra.json", "spectra.csv", "index.html"
+
+#: What ``surgery extract`` writes last beside an adapter: what was found, and of which run.
+EXTRACTION_FILE = "extraction.json"
 
 RESERVED_SUFFIX = ".partial"
 

@@ -77,6 +77,10 @@ class RecommendKeywords(TypedDict, total=False):
     tolerance: float
 
 
+class ExtractKeywords(RecommendKeywords, total=False):
+    """The options that ``extract`` takes as keywords."""
+
+
 class SpectraKeywords(RecommendKeywords, total=False):
     """The options that ``spectra`` takes as keywords."""
 

@@ -15,6 +15,7 @@ from surgery.files.file_writer import CHUNK_BYTES
 from surgery.format.header import TensorEntry
 from surgery.format.manifest_records import TargetRecord
 from surgery.format.safetensors import TORCH_DTYPES
+from surgery.linalg.low_rank import low_rank_bytes
 from surgery.linalg.measured import measuring_bytes
 from surgery.linalg.svd import solved_together
 from surgery.linalg.triplets import workspace_bytes
@@ -117,6 +118,24 @@ def need_to_merge(entry: TensorEntry, file: str, at_a_time: int | None, rank: in
     working = 2 * _copies(held, entry.dtype, True, False) + 32 * rank * (rows + matrix // max(rows, 1))
     stored = max(1, matrix * DTYPE_BITS[entry.dtype] // 8)  # a tensor may be empty
     return Need(entry.name, entry.shape, file, held, working, 4 * matrix, entry.shape[0] if stack else 1, stored)
+
+
+def need_to_extract(target: Target) -> Need:
+    """What the change of a target needs: both weights, their difference, its approximation, and then the merged weight."""
+    _, m, n = target.matrices
+    need = need_to_factorize(target)
+    quantized = target.scaled is not None
+    copies = _copies(need.held, target.dtype, quantized, False)
+    tuned = 4 * need.held * 8 // DTYPE_BITS[target.dtype]  # float32 at most, put together from parts of its own size
+    solving = low_rank_bytes(m, n, target.rank)
+    merging = 16 * m * n + 32 * target.rank * (m + n)
+    return replace(need, working=copies + 2 * tuned + 4 * m * n + max(solving, merging))
+
+
+def need_to_compare(entry: TensorEntry, file: str) -> Need:
+    """What a tensor needs that is read whole to be compared with another, and kept."""
+    held = _held(entry.shape, entry.dtype, None)
+    return Need(entry.name, entry.shape, file, held, 4 * held * 8 // DTYPE_BITS[entry.dtype] * 3, max(held, 1), 1, max(held, 1))
 
 
 def need_to_measure(target: Target, triplets: int, *, compared: bool) -> Need:

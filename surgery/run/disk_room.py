@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from surgery.errors import OutputError
-from surgery.names import STREAM_DIR
+from surgery.names import STREAM_DIR, TUNED_STREAM_DIR
 
 ROOM_HINT = "free some space, or choose a folder on another disk"
 _DOWNLOAD_HINT = "--stream, where the command has it, to hold a few of its files at a time, or HF_HOME on another disk"
@@ -38,7 +38,7 @@ def download_needs(*sources: Fetching) -> list[DiskNeed]:
     rooms = [room for source in sources for room in source.room_to_fetch().items() if room[1]]
     return [
         DiskNeed(folder, size, "weight files that pass through")
-        if folder.match(STREAM_DIR)
+        if folder.match(STREAM_DIR) or folder.match(TUNED_STREAM_DIR)
         else DiskNeed(folder, size, "the download", hint=_DOWNLOAD_HINT)
         for folder, size in rooms
     ]

@@ -14,10 +14,10 @@ from surgery.engine.resources import Memory, Resources
 from surgery.errors import OptionError, few
 from surgery.format.header import Header
 from surgery.lossless.update import Rounding
-from surgery.names import CONFIG_FILE
 from surgery.planning.memory import known_bytes, need_to_merge, share_out
 from surgery.progress import listening, note, phase
 from surgery.source.adapter import local_adapter
+from surgery.source.component import component_of, config_folder
 from surgery.source.protocol import Source, check_index
 from surgery.updates.adapter_update import AdapterUpdate
 from surgery.updates.adapters.reading import read_adapters
@@ -141,7 +141,7 @@ class Merging:
     def _read(self) -> AdapterUpdate:
         entries = {entry.name: entry for header in self.headers.values() for entry in header.tensors}
         with phase(listening(), "reading adapters"):
-            return read_adapters(self.options.adapters, _folder_of(self.source), entries, _component_of(self.source))
+            return read_adapters(self.options.adapters, config_folder(self.source), entries, component_of(self.source))
 
     def memory(self, resources: Resources) -> Memory:
         """What the run may use of the memory.
@@ -200,20 +200,3 @@ class Merging:
 
 def _rank(parts: Sequence[LowRankPart]) -> int:
     return sum(part.left.shape[1] for part in parts)
-
-
-def _folder_of(source: Source) -> Path | None:
-    """The folder with the model's config; None if it has none."""
-    return source.fetch(CONFIG_FILE).parent if CONFIG_FILE in source.selection.others else None
-
-
-def _component_of(source: Source) -> str | None:
-    """Which part of a diffusion pipeline the model is, such as ``unet``; None for any other model."""
-    config = source.config()
-    if source.record.subfolder is not None:
-        last = source.record.subfolder.rpartition("/")[2]
-        return last if "_diffusers_version" in config or last.startswith("text_encoder") else None
-    kind = config.get("_class_name")
-    if not isinstance(kind, str):
-        return None
-    return "unet" if "UNet" in kind else "transformer" if "Transformer" in kind else "vae" if "Autoencoder" in kind else kind

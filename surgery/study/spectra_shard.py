@@ -25,10 +25,11 @@ from surgery.progress import listening
 from surgery.report.schema import check_target
 from surgery.reports import rounded_to
 from surgery.run.resume import Recorded
+from surgery.source.component import config_folder
 from surgery.source.protocol import Source
 from surgery.study.spectrum import DecomposedMatrix, compare, spectrum
 from surgery.tuned.model import TunedModel
-from surgery.tuned.search import Original, config_folder, find_tuned
+from surgery.tuned.search import Original, find_tuned
 from surgery.weights.model import StudiedWeights
 
 #: So that a window is one piece of a shard: matrices are measured one by one, and need not wait for others.

@@ -121,8 +121,17 @@ class TunedModel:
         dtypes = {self.found.places[stored][1].dtype for stored in self.found.stored_of(name)}
         return max(sorted(dtypes), key=lambda dtype: torch.finfo(TORCH_DTYPES[dtype]).eps)
 
-    def weight(self, piece: TargetPiece) -> torch.Tensor:
+    def dtype_of_numbers(self, name: str) -> torch.dtype:
+        """The dtype in which ``weight`` gives a tensor."""
+        stored = self.found.stored_of(name)
+        return reduce(torch.promote_types, map(self._dtype_read, stored))
+
+    def weight(self, piece: TargetPiece, *, check: bool = True) -> torch.Tensor:
         """The tuned weights for a piece of the original.
+
+        Args:
+            piece: a whole tensor, or some of its rows.
+            check: whether to refuse NaN and infinity.
 
         Returns:
             In the shape of the piece, on the CPU, in the dtype that is stored; float32 where that is FP8.
@@ -130,20 +139,22 @@ class TunedModel:
         Raises:
             WeightError: they hold NaN or infinity.
         """
-        name, rows = piece.entry.name, range(piece.first, piece.first + len(piece.tensor))
+        name, rows = piece.entry.name, range(piece.first, piece.first + (len(piece.tensor) if piece.tensor.ndim else 1))
         if name not in self.found.parts:
-            return self._read(self.found.stored[name][0], rows)[0]
+            return self._read(self.found.stored[name][0], rows, check)[0]
         parts = [part for whole in self.found.parts[name] if (part := whole.within(rows.start, len(rows))) is not None]
-        tensor = torch.empty(piece.tensor.shape, dtype=reduce(torch.promote_types, map(self._dtype_read, parts)))
+        tensor = torch.empty(
+            piece.tensor.shape, dtype=reduce(torch.promote_types, (self._dtype_read(part.stored) for part in parts))
+        )
         for part in parts:
-            stored, first = self._read(part.stored, part.rows())
+            stored, first = self._read(part.stored, part.rows(), check)
             part.copy(stored, first, tensor)
         return tensor
 
-    def _dtype_read(self, part: Part) -> torch.dtype:
-        return torch.float32 if part.stored in self.weights.quantized else TORCH_DTYPES[self.found.places[part.stored][1].dtype]
+    def _dtype_read(self, stored: str) -> torch.dtype:
+        return torch.float32 if stored in self.weights.quantized else TORCH_DTYPES[self.found.places[stored][1].dtype]
 
-    def _read(self, stored: str, rows: range) -> tuple[torch.Tensor, int]:
+    def _read(self, stored: str, rows: range, check: bool) -> tuple[torch.Tensor, int]:
         """Read a stored tensor, of a stack only the matrices ``rows``, and of another tensor that is not quantized only these
         rows; and the index of the first row that was read."""
         shard, known = self.found.places[stored]
@@ -152,12 +163,12 @@ class TunedModel:
             if entry != known:
                 raise FormatError(f"{self.name}/{shard} has changed since its header was read")
             assert entry is not None
-            in_rows = len(entry.shape) == 3 or (len(entry.shape) > 1 and stored not in self.weights.quantized)
+            in_rows = len(entry.shape) == 3 or (len(entry.shape) > 0 and stored not in self.weights.quantized)
             is_some = in_rows and len(rows) < entry.shape[0]
             first = rows.start if is_some else 0
             tensor = reader.read(entry, first, len(rows)) if is_some else reader.read(entry)
         tensor = self.weights.exact(stored, tensor, first)
-        if tensor.is_floating_point() and not all_finite(tensor):
+        if check and not all_finite(tensor):
             raise WeightError(
                 f"{self.name}: {stored!r} holds NaN or infinity", hint="the fine-tuning diverged: take an earlier checkpoint"
             )

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from surgery.errors import MissingExtra, OptionError, SourceError
 from surgery.format.name_map import NameMap, find_names, note_renamed, without_wrappers
-from surgery.names import CONFIG_FILE, FACTORIZABLE_DTYPES, is_of_lora
+from surgery.names import FACTORIZABLE_DTYPES, is_of_lora
 from surgery.progress import note
+from surgery.source.component import config_folder
 from surgery.source.protocol import Source
 from surgery.tuned.conversion import Converted, StoredModel, convert
 from surgery.tuned.model import FoundTensors, TunedModel
@@ -37,11 +38,6 @@ class Original:
     shapes: Mapping[str, Sequence[int]]
     folder: Callable[[], Path | None]
     optional: Sequence[str] = ()
-
-
-def config_folder(source: Source) -> Path | None:
-    """The folder on this machine with the ``config.json`` of a model; None if it has none."""
-    return source.fetch(CONFIG_FILE).parent if CONFIG_FILE in source.selection.others else None
 
 
 def has_adapter_beside(names: Iterable[str]) -> bool:

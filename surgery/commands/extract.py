@@ -1,0 +1,510 @@
+"""The verb ``extract``: the change from a model to its fine-tuned version, as a low-rank adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Unpack
+
+import torch
+
+from surgery.device import on_its_own_terms
+from surgery.errors import OptionError, OutputError, few
+from surgery.files.file_records import FileRecord
+from surgery.files.file_writer import write_file
+from surgery.files.sealed import read_sealed, sealed
+from surgery.format.decoding import decode
+from surgery.format.options import ExtractKeywords, Options, chosen_options
+from surgery.names import EXTRACTION_FILE, STREAM_DIR, TUNED_STREAM_DIR
+from surgery.planning.extents import Extent, Rank
+from surgery.planning.summary import PlannedTarget
+from surgery.progress import Progress, listening, phase
+from surgery.reports import Report
+from surgery.run.contents import not_as_recorded
+from surgery.run.engines import EngineName, EngineOptions, LocalEngine, float64_device
+from surgery.run.extraction import Extraction, ExtractOptions
+from surgery.run.extraction_report import ExtractedTarget, OtherTensor, Totals, told_of_other, told_of_target
+from surgery.run.journal import differing
+from surgery.run.run import Run
+from surgery.shards.extract_jobs import ExtractJobs
+from surgery.shards.extract_matrices import Extracting
+from surgery.shards.extract_shard import ExtractJob
+from surgery.source.component import component_of
+from surgery.source.open import open_part, open_source
+from surgery.source.protocol import Source
+from surgery.timing import Timing
+from surgery.tuned.likeness import Norms, note_what_is_unlikely
+from surgery.updates.extracted import ExtractedShard
+from surgery.updates.writing.adapter import AdapterToWrite
+from surgery.updates.writing.low_rank import AdapterForm, Layout
+
+AdapterDtype = Literal["float32", "bfloat16", "float16"]
+#: As torch and configs name them, and as safetensors does.
+_DTYPES: Mapping[str, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractPlan(Report):
+    """What an extraction would do, from headers.
+
+    Attributes:
+        targets: the weights whose changes would become low-rank pairs; with the most directions, where they are not given.
+        saved: tensors that the adapter would hold whole, if they have changed.
+        compared: how many others would only be compared.
+        gone: those of the base that the tuned model does not have.
+        further: those of the tuned model that the base does not have.
+        layout: of the adapter.
+        notes: what the user should know before the run.
+        bytes_read: of both models; written: upper estimate, with what is there in between.
+        bytes_written: upper estimate, with what is on the disk in between.
+        download_bytes: what models from the hub still have to be fetched of.
+        workers: how many matrices are worked on at a time.
+        peak_memory_bytes: of this machine's memory; an upper estimate.
+        device_memory_bytes: of each GPU's memory; 0 without one.
+    """
+
+    targets: tuple[PlannedTarget, ...]
+    saved: tuple[str, ...]
+    compared: int
+    gone: tuple[str, ...]
+    further: tuple[str, ...]
+    layout: str
+    notes: tuple[str, ...]
+    bytes_read: int
+    bytes_written: int
+    download_bytes: int
+    workers: int
+    peak_memory_bytes: int
+    device_memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractedTarget:
+    """A weight whose change has become a low-rank pair. Norms are Frobenius norms; of a stack, of all matrices together.
+
+    Attributes:
+        tensor, shard, dtype, shape: in the base.
+        view: how it is seen: ``matrix``, ``stack`` or ``convolution``.
+        rank: of the pair; 0 where there is none.
+        change: norm of the change, relative to the weight; null where that is zero.
+        kept: share of the change's squared norm that the pair holds; null where nothing has changed.
+        error: norm of what it leaves of the change, relative to the change; null likewise.
+        merged_error: the same of what ``merge`` writes, which rounds once to the weight's dtype; null where nothing has
+            changed, and with a budget.
+        above_floor: how many directions stand above the noise that the change ends in; of a stack the most of any matrix. If
+            it is the rank, there may be more.
+        rule: by which the approximation was ended: ``directions``: each has converged; ``error``: the error is within
+            ``excess`` of the least one of this rank; ``passes``: neither within the most passes; ``zero``: nothing has changed.
+        excess: by what share the error may be above the least one of this rank.
+    """
+
+    tensor: str
+    shard: str
+    dtype: str
+    shape: tuple[int, ...]
+    view: str
+    rank: int
+    change: float | None
+    kept: float | None
+    error: float | None
+    merged_error: float | None
+    above_floor: int
+    rule: str
+    excess: float
+
+
+@dataclass(frozen=True, slots=True)
+class OtherTensor:
+    """A tensor without a low-rank pair.
+
+    Attributes:
+        tensor, shard, dtype, shape: in the base.
+        fate: ``saved``: it has changed, and the adapter holds it whole; ``changed``: it has, and the adapter does not have
+            that; ``same``: it has not; ``resized``: it has another shape in the tuned model, and the adapter does not have
+            that; ``gone``: the tuned model does not have it.
+        change: norm of its change, relative to the tensor, in Frobenius norms; of a resized one, of the rows in common; null
+            where it cannot be told.
+        tuned_shape: in the tuned model; null if it is gone.
+        reason: why it is no target.
+    """
+
+    tensor: str
+    shard: str
+    dtype: str
+    shape: tuple[int, ...]
+    fate: str
+    change: float | None
+    tuned_shape: tuple[int, ...] | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractReport(Report):
+    """What an extraction wrote.
+
+    Attributes:
+        out: the folder.
+        layout, dtype: of the adapter.
+        files: its files.
+        modules: how many modules have a low-rank pair.
+        rank: the largest of them.
+        numbers: how many the pairs have.
+        targets: the weights whose changes were approximated.
+        others: every other tensor of the base.
+        further: tensors of the tuned model that the base does not have.
+        change: norm of the change of all targets, relative to them.
+        kept: share of its squared norm that the pairs hold; null if nothing has changed.
+        kept_of_all: the same of the change of all tensors, whose parts are pairs, saved whole, or left out.
+        error: norm of what the pairs leave of the targets' change, relative to it.
+        merged_error: the same of what ``merge`` writes; null with a budget.
+    """
+
+    out: Path
+    layout: str
+    dtype: str
+    files: tuple[FileRecord, ...]
+    modules: int
+    rank: int
+    numbers: int
+    targets: tuple[ExtractedTarget, ...]
+    others: tuple[OtherTensor, ...]
+    further: tuple[str, ...]
+    change: float | None
+    kept: float | None
+    kept_of_all: float | None
+    error: float | None
+    merged_error: float | None
+
+
+@on_its_own_terms
+def plan_extract(
+    base: str | Path,
+    tuned: str | Path,
+    *,
+    rank: Rank | None = None,
+    energy: float | None = None,
+    budget: int | None = None,
+    max_rank: int | None = None,
+    layout: Layout = "peft",
+    dtype: AdapterDtype = "float32",
+    uniform: bool = False,
+    full: Sequence[str] = (),
+    options: Options | None = None,
+    revision: str | None = None,
+    tuned_revision: str | None = None,
+    subfolder: str | None = None,
+    device: str | torch.device = "auto",
+    max_memory: int | None = None,
+    max_device_memory: int | None = None,
+    progress: Progress | None = None,
+    **keywords: Unpack[ExtractKeywords],
+) -> ExtractPlan:
+    """What ``extract`` would do with the same arguments, from the headers of both models. Nothing is written.
+
+    Args:
+        base, tuned, rank, energy, budget, max_rank, layout, dtype, uniform, full, options: see ``extract``.
+        recipe, include, exclude, seed, tolerance, revision, tuned_revision, subfolder: see ``extract``.
+        device, max_memory, max_device_memory: see ``extract``; on them depends memory alone.
+        progress: told what the user should know; without it that is a ``SurgeryWarning``.
+
+    Returns:
+        The targets, what else would be looked at, and upper estimates of bytes.
+
+    Raises:
+        OptionError, SourceError, FormatError, ReadError, MissingExtra: as ``extract``.
+    """
+    progress = listening()
+    chosen = chosen_options("extract", ExtractKeywords, options, keywords)
+    extent = Extent(rank, energy, budget, max_rank)
+    by = LocalEngine(float64_device(str(device)), max_memory, max_device_memory)
+    source, other = _opened(base, tuned, (revision, tuned_revision), subfolder)
+    asked = ExtractOptions(extent, _form(source, layout, dtype, uniform), tuple(full), chosen)
+    with phase(progress, "planning"):
+        extraction = Extraction(source, other, asked, by.resources, aliases="local")
+    plan = extraction.plan
+    for note in plan.notes:
+        progress.note(note)
+    every = [name for some in extraction.compared.values() for name in some]
+    gone = tuple(name for name in every if not extraction.tuned.has(name))
+    return ExtractPlan(
+        targets=tuple(map(PlannedTarget.of, plan.targets)),
+        saved=extraction.saved,
+        compared=len(every) - len(gone) - len(extraction.saved),
+        gone=gone,
+        further=extraction.further(),
+        layout=layout,
+        notes=plan.notes,
+        bytes_read=plan.bytes_read,
+        bytes_written=plan.bytes_written,
+        download_bytes=plan.download_bytes,
+        workers=plan.memory.workers,
+        peak_memory_bytes=plan.memory.peak_bytes,
+        device_memory_bytes=plan.memory.device_bytes,
+    )
+
+
+@on_its_own_terms
+def extract(
+    base: str | Path,
+    tuned: str | Path,
+    out: str | Path = "adapter",
+    *,
+    rank: Rank | None = None,
+    energy: float | None = None,
+    budget: int | None = None,
+    max_rank: int | None = None,
+    layout: Layout = "peft",
+    dtype: AdapterDtype = "float32",
+    uniform: bool = False,
+    full: Sequence[str] = (),
+    options: Options | None = None,
+    revision: str | None = None,
+    tuned_revision: str | None = None,
+    subfolder: str | None = None,
+    device: str | torch.device = "auto",
+    max_memory: int | None = None,
+    max_device_memory: int | None = None,
+    engine: EngineName = "local",
+    stream: bool = False,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    timing: Timing | None = None,
+    **keywords: Unpack[ExtractKeywords],
+) -> ExtractReport:
+    """Write the change from a model to its fine-tuned version as a LoRA adapter, and tell what the adapter lacks of it.
+
+    For each weight W of the linear layers, and what else the options choose, the difference ``W_t - W``, formed in float32,
+    is approximated by ``B A`` of rank k with nearly the least error (``surgery.linalg.low_rank``): ``B = U sqrt(s)``,
+    ``A = sqrt(s) V^T``. Both models are streamed: the memory needed is that of the largest target. Every other tensor of
+    the base is compared, and the report tells how much it has changed.
+
+    Args:
+        base: local folder or Hugging Face repo id.
+        tuned: the fine-tuned model, likewise; in any dtype and shards. For the names of its tensors see ``project``.
+        out: folder to write, empty or new: the adapter, and ``extraction.json`` with the report.
+        rank: k of each weight, at most its smaller side; ``auto``: as many as stand above the noise that the difference ends
+            in, which rounding leaves. 16 if there is none of these four, and the recipe says nothing.
+        energy: as few directions of each weight as hold this share of its change's squared Frobenius norm.
+        budget: numbers that all pairs may have together, shared out such that they hold the most of all changes.
+        max_rank: the most directions of a weight, where the number is not given; 256 if None.
+        layout: ``peft``; for a part of a diffusion pipeline also ``diffusers``, which ``load_lora_weights`` takes, or
+            ``kohya``, for ComfyUI and its kin.
+        dtype: of the pairs.
+        uniform: pad all pairs with zeros to one rank, for engines that ignore ranks by module.
+        full: globs over names of tensors that the adapter holds whole, where they have changed: norms, biases, a small head.
+        options: what chooses the weights; it may set what there is a keyword for here.
+        recipe, include, exclude: as for ``factorize``; fused weights stay whole.
+        seed, tolerance: of the approximation, see ``surgery.linalg.low_rank``.
+        revision, tuned_revision: of models from the hub.
+        subfolder: of both, such as ``unet`` of a diffusion pipeline.
+        device: where the linear algebra runs, as for ``factorize``.
+        max_memory, max_device_memory, engine, stream: as for ``factorize``.
+        overwrite: replace an earlier result in ``out``, which stays as it is until the new one is whole.
+        progress: told how far it is, and what the user should know, such as where ``tuned`` does not look like a fine-tuned
+            model (``surgery.tuned.likeness``); without it that is a ``SurgeryWarning``.
+        timing: told where the time goes.
+
+    Returns:
+        What was written, and what became of each tensor of the base; what is there already, if ``out`` holds the complete
+        result of the same run.
+
+    Raises:
+        OptionError: the options make no sense for these models, an adapter cannot hold a target, or nothing has changed.
+        SourceError: a model cannot be had, or the tuned one lacks a target or has it in another shape.
+        ReadError, FormatError: a file cannot be read, or is damaged.
+        WeightError: a weight of either model holds NaN or infinity.
+        OutputError: ``out`` holds something else, is in use, or the disk is full or fails.
+        ClusterError: with Ray, the cluster cannot be reached or is lost.
+        MissingExtra: Ray is not installed, or transformers, where modules are not named as tensors are.
+        SurgeryError: any of these. What has been written by then is no adapter; the same call goes on after the last
+            finished shard.
+
+    Source: Eckart, Young, "The approximation of one matrix by another of lower rank" (Psychometrika 1, 1936).
+    """
+    progress = listening()
+    out = Path(out)
+    chosen = chosen_options("extract", ExtractKeywords, options, keywords)
+    extent = Extent(rank, energy, budget, max_rank)
+    with Run(out) as run:
+        by = run.start_engine(EngineOptions(engine, float64_device(str(device)), max_memory, max_device_memory, timing))
+        streams = (out, by.files_at_a_time) if stream else None
+        source, other = _opened(base, tuned, (revision, tuned_revision), subfolder, streams)
+        asked = ExtractOptions(extent, _form(source, layout, dtype, uniform), tuple(full), chosen)
+        with phase(progress, "planning"):
+            extraction = Extraction(source, other, asked, by.resources, aliases="fetch")
+        for note in extraction.plan.notes:
+            progress.note(note)
+        identity = extraction.identity(by.device_name)
+        with run.locked([*source.folders(), *other.folders()]), extraction.weights, extraction.tuned:
+            earlier = _earlier(out)
+            if earlier is not None and not overwrite:
+                run.forget()
+                progress.note(f"{out} is already complete: nothing to do")
+                return _complete(out, earlier, identity)
+            run.identify(identity)
+            files = extraction.files([] if earlier is None else _files_in(earlier))
+            with run.result(files, [source, other], overwrite=overwrite) as place:
+                jobs = ExtractJobs(_jobs(extraction, out, place), extraction.weights, extraction.tuned, timing)
+                with phase(progress, "extracting", sum(shard.header.data_bytes for shard in extraction.plan.shards)):
+                    results = run.shards(jobs, extraction.plan.memory)
+                for model in (source, other):
+                    model.watch.check()
+                adapter, records = extraction.finish(place, results)
+                report = _report(out, extraction, results, adapter, records)
+                content = {name: value for name, value in report.as_json().items() if name != "out"}
+                extraction.remove_parts(place, results)
+                write_file(place / EXTRACTION_FILE, sealed({**content, "run": identity}))
+    _tell(report, other, results)
+    return report
+
+
+def _opened(
+    base: str | Path,
+    tuned: str | Path,
+    revisions: tuple[str | None, str | None],
+    subfolder: str | None,
+    streams: tuple[Path, int] | None = None,
+) -> tuple[Source, Source]:
+    """The two models; ``streams`` is the output folder and how many weight files of each may be on the disk at a time."""
+    source = open_source(base, revision=revisions[0], subfolder=subfolder)
+    if revisions[1] is None:
+        other = open_part(tuned, source.record.subfolder)
+    else:
+        other = open_source(tuned, revision=revisions[1], subfolder=subfolder)
+    if streams is None:
+        return source, other
+    from surgery.source.stream import streamed  # the hub client is slow to import
+
+    out, at_a_time = streams
+    return streamed(source, out / STREAM_DIR, at_a_time), streamed(other, out / TUNED_STREAM_DIR, at_a_time)
+
+
+def _form(source: Source, layout: Layout, dtype: AdapterDtype, uniform: bool) -> AdapterForm:
+    """What the adapter is written as. Raises OptionError for a layout or dtype that is not known."""
+    for what, value, known in (("layout", layout, ("peft", "diffusers", "kohya")), ("dtype", dtype, tuple(_DTYPES))):
+        if value not in known:
+            raise OptionError(f"the {what} of an adapter is not known", got=repr(value), expected=few(known))
+    record = source.record
+    return AdapterForm(layout, _DTYPES[dtype], component_of(source), uniform, record.repo_id, record.commit)
+
+
+def _jobs(extraction: Extraction, out: Path, place: Path) -> list[ExtractJob]:
+    plan, options = extraction.plan, extraction.options
+    extracting = Extracting(options.extent, options.form.dtype, options.chosen.tolerance, options.chosen.seed)
+    return [
+        ExtractJob(
+            shard,
+            extraction.compared[shard.file],
+            tuple(name for name in extraction.compared[shard.file] if name in extraction.saved),
+            index,
+            len(plan.shards),
+            extracting,
+            out,
+            place,
+            plan.memory.window_bytes,
+        )
+        for index, shard in enumerate(plan.shards)
+    ]
+
+
+def _earlier(out: Path) -> dict[str, Any] | None:
+    """What ``extraction.json`` in a folder says; None if there is none."""
+    path = out / EXTRACTION_FILE
+    return read_sealed(path, "--overwrite makes the adapter anew") if path.is_file() else None
+
+
+def _files_in(earlier: Mapping[str, Any]) -> list[str]:
+    return [*(record["file"] for record in earlier["files"]), EXTRACTION_FILE]
+
+
+def _complete(out: Path, earlier: dict[str, Any], identity: Mapping[str, Any]) -> ExtractReport:
+    """The report of the complete result in a folder.
+
+    Raises:
+        OutputError: it is that of another run, or has lost files since.
+    """
+    if differences := differing(earlier.pop("run"), dict(identity)):
+        raise OutputError(
+            f"{out} holds the complete result of another run",
+            got=few(differences, between="; "),
+            hint="--overwrite replaces it; -o chooses another folder",
+        )
+    del earlier["schema_version"]
+    kinds: Mapping[str, Any] = {"files": FileRecord, "targets": ExtractedTarget, "others": OtherTensor}
+    for name, kind in kinds.items():
+        earlier[name] = tuple(decode(kind, one, f"{out / EXTRACTION_FILE}: {name}") for one in earlier[name])
+    report = ExtractReport(out=out, **{**earlier, "further": tuple(earlier["further"])})
+    if lost := not_as_recorded(out, report.files):
+        raise OutputError(
+            f"{out} holds a complete result that has lost files since, or whose files have changed",
+            got=few(lost),
+            hint="--overwrite makes it anew",
+        )
+    return report
+
+
+def _report(
+    out: Path,
+    extraction: Extraction,
+    results: Sequence[ExtractedShard],
+    adapter: AdapterToWrite,
+    records: Sequence[FileRecord],
+) -> ExtractReport:
+    totals, ranks = Totals(), extraction.ranks(results)
+    found = {one.tensor: one for result in results for one in result.targets}
+    plan, reasons = extraction.plan, {skipped.tensor: skipped.reason for skipped in extraction.plan.skipped}
+    targets = tuple(told_of_target(target, found[target.tensor], ranks[target.tensor], totals) for target in plan.targets)
+    others = tuple(
+        told_of_other(
+            extraction.entry(one.tensor), shard.file, one, reasons[one.tensor], totals, saved=one.tensor in extraction.saved
+        )
+        for shard, result in zip(plan.shards, results, strict=True)
+        for one in result.others
+    )
+    return ExtractReport(
+        out=out,
+        layout=extraction.options.form.layout,
+        dtype=next(name for name, stored in _DTYPES.items() if stored == extraction.options.form.dtype),
+        files=tuple(records),
+        modules=adapter.modules,
+        rank=adapter.rank,
+        numbers=sum(ranks[t.tensor] * t.matrices[0] * sum(t.matrices[1:]) for t in plan.targets),
+        targets=targets,
+        others=others,
+        further=extraction.further(),
+        change=totals.relative_change(),
+        kept=totals.kept(),
+        kept_of_all=totals.kept_of_all(),
+        error=totals.error(),
+        merged_error=totals.merged_error(),
+    )
+
+
+def _tell(report: ExtractReport, other: Source, results: Sequence[ExtractedShard]) -> None:
+    """Notes on what the user should know of a result."""
+    norms = [
+        Norms(one.tensor, matrix.before, matrix.after, matrix.change)
+        for result in results
+        for one in result.targets
+        for matrix in one.matrices
+    ]
+    note_what_is_unlikely(other.name, norms)
+    note = listening().note
+    left = [one for one in report.others if one.fate in ("changed", "resized")]
+    if left:
+        most = max(left, key=lambda one: one.change or 0.0)
+        change = "" if most.change is None else f": by {most.change:.2g} of its norm"
+        note(
+            f"{len(left)} tensors have changed and are not in the adapter, most {most.tensor}{change}; "
+            "--full GLOB takes small ones whole, --include makes pairs of matrices"
+        )
+    for fate, what in (("gone", "of the base are not in the tuned model"),):
+        if names := [one.tensor for one in report.others if one.fate == fate]:
+            note(f"{len(names)} tensors {what}: {few(names)}")
+    if report.further:
+        note(f"{len(report.further)} tensors of the tuned model are not in the base: {few(report.further)}")
+    if stopped := [one.tensor for one in report.targets if one.rule == "passes"]:
+        note(
+            f"the approximation of {len(stopped)} of {len(report.targets)} targets ended before it was good enough: {few(stopped)}"
+        )

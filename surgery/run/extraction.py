@@ -1,0 +1,335 @@
+"""An extraction as a whole: two models held against each other, its identity, and the adapter that comes of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from surgery.engine.resources import Resources
+from surgery.errors import OptionError
+from surgery.files.access import write_errors
+from surgery.files.file_records import FileRecord
+from surgery.format.header import TensorEntry
+from surgery.format.options import Options
+from surgery.format.safetensors import ShardReader
+from surgery.lossless.factors import Factors
+from surgery.names import ADAPTER_CONFIG, EXTRACTION_FILE, FACTORIZABLE_DTYPES, SURGERY_DIR, factor_key, factors_file
+from surgery.planning.allocation import Candidate, ranks_within
+from surgery.planning.extents import Extent
+from surgery.planning.memory import known_bytes, need_to_compare, need_to_extract, share_out
+from surgery.planning.plan import AliasSearch, Plan, make_plan
+from surgery.planning.targets import Target, matches, near_misses
+from surgery.progress import listening, phase
+from surgery.run.factorization import target_identity
+from surgery.run.result_folder import ResultFiles
+from surgery.source.component import config_folder
+from surgery.source.protocol import Source
+from surgery.tuned.model import TunedModel
+from surgery.tuned.search import Original, find_tuned
+from surgery.updates.extracted import ExtractedShard, ExtractedTensor, balanced, saved_key
+from surgery.updates.writing.adapter import AdapterToWrite
+from surgery.updates.writing.low_rank import AdapterForm, LowRankTensor
+from surgery.updates.writing.making import adapter_of
+from surgery.version import __version__
+from surgery.weights.model import ModelWeights
+from surgery.weights.quantization import Scaled, read_quantization
+
+#: Gains below this share of all of them are taken for rounding.
+_NOISE = 1e-12
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractOptions:
+    """What is extracted, and as what.
+
+    Attributes:
+        extent: how many directions are kept.
+        form: what the adapter is written as.
+        full: globs over names of tensors that the adapter holds whole, where they have changed.
+        chosen: what chooses the targets, and the tolerance and seed of the approximations.
+    """
+
+    extent: Extent
+    form: AdapterForm
+    full: tuple[str, ...]
+    chosen: Options
+
+
+@dataclass(frozen=True, slots=True)
+class SavedTensor:
+    """The new numbers of a tensor, in the file of a job. Implements ``Copied``.
+
+    Attributes:
+        path: of the file.
+        tensor: the tensor's name.
+        dtype: of the numbers, as the format names it.
+        shape: its sizes.
+    """
+
+    path: Path
+    tensor: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    def read(self) -> torch.Tensor:
+        """Its numbers, on the CPU."""
+        stored = _TORCH[self.dtype]
+        with ShardReader(self.path) as reader:
+            data = reader.read_bytes(reader.entries[saved_key(self.tensor)])
+        return data[: math.prod(self.shape) * stored.itemsize].view(stored).reshape(self.shape)
+
+
+_TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_NAMES = {dtype: name for name, dtype in _TORCH.items()}
+
+
+class Extraction:
+    """Two models, held against each other.
+
+    Args:
+        source: the base.
+        other: the tuned model.
+        options: what is extracted.
+        resources: what the run may use.
+        aliases: how tensors that are one parameter are looked for.
+
+    Attributes:
+        source, other, options: as given.
+        plan: the targets, and what the run needs.
+        weights: of the base.
+        tuned: the tuned model.
+        compared: weight file of the base -> its tensors that are no targets, each in one file.
+        saved: those of them that the adapter may hold whole.
+
+    Raises:
+        OptionError: an option makes no sense for these models, or no adapter of this layout can hold a target.
+        SourceError, FormatError, ReadError, MissingExtra: see ``extract``.
+    """
+
+    def __init__(
+        self, source: Source, other: Source, options: ExtractOptions, resources: Resources, *, aliases: AliasSearch = "local"
+    ) -> None:
+        self.source = source
+        self.other = other
+        self.options = options
+        extent, chosen = options.extent, options.chosen
+        headers = {shard: source.header(shard) for shard in source.selection.shards}
+        names = [entry.name for header in headers.values() for entry in header.tensors]
+        for glob in options.full:
+            if not matches_any(names, glob):
+                raise OptionError(f"--full {glob!r} matches no tensor", expected=near_misses(glob, names))
+        # What is saved whole is no target.
+        apart = replace(extent.options(chosen), exclude=(*chosen.exclude, *options.full))
+        plan = make_plan(source, apart, "overlay", resources, aliases=aliases)
+        quantized = read_quantization(source.config(), headers, source.name)
+        self.weights = ModelWeights(source, lambda: quantized)
+        self._entries = {entry.name: entry for header in headers.values() for entry in header.tensors}
+        self.compared = _compared(plan, quantized)
+        wanted = {target.tensor: tuple(alias.tensor for alias in target.aliases) for target in plan.targets}
+        optional = [name for some in self.compared.values() for name in some]
+        shapes = {name: entry.shape for name, entry in self._entries.items()}
+        self.tuned: TunedModel = find_tuned(other, Original(wanted, shapes, lambda: config_folder(source), optional))
+        self.saved = self._saved()
+        self.plan = self._with_memory(plan, resources)
+        # Whatever cannot be written is refused before any work.
+        self._adapter({target.tensor: target.rank for target in plan.targets}, self.saved)
+
+    def _saved(self) -> tuple[str, ...]:
+        """The tensors that ``full`` asks for and that can be held whole. Raises OptionError for one that cannot."""
+        asked = [name for some in self.compared.values() for name in some if matches(name, self.options.full)]
+        saved = []
+        for name in asked:
+            if not self.tuned.has(name):
+                continue  # the report says that it is gone
+            entry, there = self._entries[name], self.tuned.entry(name)
+            if there is not None and there.shape != entry.shape:
+                raise OptionError(
+                    f"{name!r} has another shape in the tuned model, and cannot be saved whole",
+                    got=list(there.shape),
+                    expected=list(entry.shape),
+                    hint="leave it out of --full: the report tells how much of it has changed",
+                )
+            if entry.dtype not in FACTORIZABLE_DTYPES and name not in self.weights.quantized:
+                raise OptionError(f"{name!r} is no tensor of floating-point numbers", got=entry.dtype)
+            saved.append(name)
+        return tuple(saved)
+
+    def _with_memory(self, plan: Plan, resources: Resources) -> Plan:
+        """The plan with the memory and the bytes of an extraction."""
+        whole = [(name, file) for file, some in self.compared.items() for name in some if self._is_read_whole(name)]
+        needs = [need_to_extract(target) for target in plan.targets]
+        needs += [need_to_compare(self._entries[name], file) for name, file in whole]
+        stacks = max((target.factor_bytes for target in plan.targets if target.matrices[0] > 1), default=0)
+        memory = share_out(needs, resources, kept=stacks + known_bytes(plan.targets, len(self._entries)))
+        saved = sum(self._entries[name].nbytes for name in self.saved)
+        factors = sum(target.factor_bytes for target in plan.targets)
+        tuned = sum(self.other.size(shard) for shard in self.other.selection.shards)
+        return replace(
+            plan,
+            memory=memory,
+            bytes_read=plan.bytes_read + tuned,
+            # Once as the jobs leave them, and once as an adapter.
+            bytes_written=2 * (factors + saved),
+            download_bytes=plan.download_bytes + self.other.bytes_to_fetch(),
+        )
+
+    def _is_read_whole(self, name: str) -> bool:
+        if name in self.saved or name in self.weights.quantized:
+            return True
+        return self.tuned.has(name) and self.tuned.is_quantized(name)
+
+    def identity(self, device: str) -> dict[str, Any]:
+        """All that the bytes of the result depend on, as JSON."""
+        targets = [
+            [*target_identity(t.key, t.shape, t.view), t.rank, [alias.tensor for alias in t.aliases]] for t in self.plan.targets
+        ]
+        models = {
+            which: {**asdict(one.record), "files": one.stamps()}
+            for which, one in (("base", self.source), ("tuned", self.other))
+        }
+        return {
+            "command": "extract",
+            "tool": f"surgery {__version__}",
+            "torch": torch.__version__,
+            "device": device,
+            "window_bytes": self.plan.memory.window_bytes,
+            "options": asdict(self.options),
+            "targets": hashlib.sha256(json.dumps([targets, self.saved]).encode()).hexdigest(),
+            **models,
+        }
+
+    def files(self, earlier: Sequence[str]) -> ResultFiles:
+        """All files that will be written, also those that are gone in the end; ``earlier``: those of an earlier result."""
+        count = len(self.plan.shards)
+        parts = {factors_file(index, count) for index in range(count)}
+        names = {self._file(), ADAPTER_CONFIG, EXTRACTION_FILE, *parts}
+        return ResultFiles(frozenset(names), self.plan.bytes_written, frozenset(earlier))
+
+    def _file(self) -> str:
+        return self._adapter({target.tensor: target.rank for target in self.plan.targets}, self.saved).file
+
+    def ranks(self, results: Sequence[ExtractedShard]) -> dict[str, int]:
+        """Target -> how many directions of each of its matrices the adapter has; 0 for none."""
+        found = {one.tensor: one for result in results for one in result.targets}
+        budget = self.options.extent.budget
+        if budget is None:
+            return {tensor: one.rank for tensor, one in found.items()}
+        targets = {target.tensor: target for target in self.plan.targets}
+        candidates = [_candidate(targets[tensor], one) for tensor, one in found.items() if one.rank]
+        total = sum(sum(candidate.gains) for candidate in candidates)
+        ranks = dict.fromkeys(found, 0) | (ranks_within(candidates, budget, _NOISE * total) if candidates else {})
+        if candidates and not any(ranks.values()):
+            least = min(candidate.cost for candidate in candidates)
+            raise OptionError("the budget buys no direction", got=budget, expected=f"at least {least} numbers")
+        return ranks
+
+    def finish(self, place: Path, results: Sequence[ExtractedShard]) -> tuple[AdapterToWrite, list[FileRecord]]:
+        """Write the adapter from the files that the jobs have left.
+
+        Args:
+            place: the folder that is written to.
+            results: of all jobs, in order.
+
+        Returns:
+            What has been written, and its files.
+
+        Raises:
+            OptionError: nothing has changed, or no direction is above the noise.
+        """
+        ranks = self.ranks(results)
+        files = {one.tensor: result.file.file for result in results if result.file for one in (*result.targets, *result.others)}
+        changed = {one.tensor for result in results for one in result.others if one.fate == "changed"}
+        saved = [name for name in self.saved if name in changed]
+        if not any(ranks.values()) and not saved:
+            equal = all(not matrix.change for result in results for one in result.targets for matrix in one.matrices)
+            raise OptionError(
+                "there is nothing to extract: "
+                + ("the two models have the same weights" if equal else "no change stands above its noise"),
+                got=f"{len(ranks)} weights were compared",
+                hint="extract from the fine-tuned model, as it was saved with all its digits"
+                if equal
+                else "--rank 8 takes some",
+            )
+        copied = {
+            name: SavedTensor(
+                place / files[name], name, _NAMES[self.tuned.dtype_of_numbers(name)], tuple(self._entries[name].shape)
+            )
+            for name in saved
+        }
+        adapter = self._adapter(ranks, saved)
+
+        def halves(one: LowRankTensor) -> tuple[torch.Tensor, torch.Tensor]:
+            with ShardReader(place / files[one.tensor]) as reader:
+                U, s, V = (reader.read(reader.entries[factor_key(one.tensor, part)]) for part in ("U", "s", "V"))
+            return balanced(Factors(U[..., : one.rank], s[..., : one.rank], V[..., : one.rank]))
+
+        records = adapter.write(place, halves, copied, listening())
+        return adapter, records
+
+    def remove_parts(self, place: Path, results: Sequence[ExtractedShard]) -> None:
+        """Remove the files that the jobs have left, which the adapter is made of."""
+        with write_errors(place):
+            for result in results:
+                if result.file is not None:
+                    (place / result.file.file).unlink()
+            with suppress(OSError):  # an earlier result may have files there
+                (place / SURGERY_DIR).rmdir()
+
+    def _adapter(self, ranks: Mapping[str, int], saved: Sequence[str]) -> AdapterToWrite:
+        tensors = [
+            LowRankTensor(
+                target.tensor,
+                tuple(target.shape),
+                target.view.kind,
+                ranks[target.tensor],
+                tuple(alias.tensor for alias in target.aliases),
+            )
+            for target in self.plan.targets
+            if ranks[target.tensor]
+        ]
+        shapes = {name: tuple(entry.shape) for name, entry in self._entries.items()}
+        with phase(listening(), "finding modules"):
+            return adapter_of(config_folder(self.source), tensors, shapes, self.options.form, saved)
+
+    def entry(self, tensor: str) -> TensorEntry:
+        """What the base's headers say of a tensor."""
+        return self._entries[tensor]
+
+    def further(self) -> tuple[str, ...]:
+        """The tensors of the tuned model that are none of the base's, but for scales of FP8 weights."""
+        quantized = self.tuned.weights.quantized.values()
+        scales = {name for scaled in quantized for name in (scaled.scale, *scaled.activations)}
+        return tuple(name for name in self.tuned.found.further if name not in scales)
+
+
+def matches_any(names: Sequence[str], glob: str) -> bool:
+    """Whether any of the names fits a glob."""
+    return any(matches(name, [glob]) for name in names)
+
+
+def _candidate(target: Target, found: ExtractedTensor) -> Candidate:
+    """A target as a budget sees it: what each direction of its matrices holds, and how many numbers that takes."""
+    count, m, n = target.matrices
+    values = [[*one.values, *[0.0] * (found.rank - len(one.values))] for one in found.matrices]
+    gains = [math.fsum(value**2 for value in several) for several in zip(*values, strict=True)]
+    return Candidate(target.tensor, gains, count, count * (m + n))
+
+
+def _compared(plan: Plan, quantized: Mapping[str, Scaled]) -> dict[str, tuple[str, ...]]:
+    """Weight file -> its tensors that are no targets, nor parts of any, nor scales; each in the first file that has it."""
+    taken = {target.tensor for target in plan.targets} | {alias.tensor for t in plan.targets for alias in t.aliases}
+    taken |= {name for scaled in quantized.values() for name in (scaled.scale, *scaled.activations)}
+    compared: dict[str, tuple[str, ...]] = {}
+    for shard in plan.shards:
+        mine = tuple(entry.name for entry in shard.header.tensors if entry.name not in taken)
+        taken.update(mine)
+        compared[shard.file] = mine
+    return compared

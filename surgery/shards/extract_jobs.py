@@ -1,0 +1,120 @@
+"""The jobs of an extraction, one for each weight file of the base, and how their results are kept in a journal and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import Any
+
+from surgery.engine.lane import Lane
+from surgery.errors import FormatError
+from surgery.files.file_records import FileRecord
+from surgery.format.decoding import decode
+from surgery.progress import listening
+from surgery.run.contents import is_as_recorded
+from surgery.run.resume import Recorded
+from surgery.shards.extract_shard import ExtractJob, RemoteExtract, ShardExtraction
+from surgery.shards.factorize_shard import scale_files
+from surgery.shards.held_files import HeldFiles
+from surgery.timing import Timing, timed
+from surgery.tuned.model import TunedModel
+from surgery.updates.extracted import ExtractedShard
+from surgery.weights.model import ModelWeights
+
+
+class ExtractJobs:
+    """The ``WritingJobs`` of an extraction.
+
+    Args:
+        jobs: one for each weight file of the base.
+        weights: of the base.
+        tuned: the tuned model.
+        timing: told how long downloads take; None if nobody asks.
+
+    Attributes:
+        shard_files: the weight file of each job.
+    """
+
+    def __init__(self, jobs: Sequence[ExtractJob], weights: ModelWeights, tuned: TunedModel, timing: Timing | None) -> None:
+        self.shard_files = [job.shard.file for job in jobs]
+        self._jobs = jobs
+        self._weights = weights
+        self._tuned = tuned
+        self._timing = timing
+        self._progress = listening()
+
+    def _files(self, job: ExtractJob) -> tuple[list[str], list[str]]:
+        """The weight files that a job reads, of the base and of the tuned model."""
+        scales = {self._weights.quantized[tensor].shard for tensor in job.tensors if tensor in self._weights.quantized}
+        base = [job.shard.file, *sorted({*scale_files(job.shard), *scales} - {job.shard.file})]
+        return base, self._tuned.shards_of(tensor for tensor in job.tensors if self._tuned.has(tensor))
+
+    def acquired(self, which: Iterable[int]) -> Iterator[int]:
+        """See ``LocalJobs``."""
+        models = (self._weights.files, self._tuned.weights.files)
+        if self._timing is not None and any(model.room_to_fetch() for model in models):
+            self._timing.watch("download")
+        for index in which:
+            for model, files in zip(models, self._files(self._jobs[index]), strict=True):
+                model.wait_for_room()
+                with timed("download"):
+                    for file in files:
+                        model.acquire(file)
+            yield index
+
+    def do_shard(self, index: int, lane: Lane, on_read: Callable[[], object]) -> ExtractedShard:
+        """See ``LocalJobs``."""
+        job = self._jobs[index]
+        base, tuned = self._files(job)
+        with ExitStack() as stack:
+            stack.enter_context(HeldFiles(base, self._weights.release))
+            stack.enter_context(HeldFiles(tuned, self._tuned.weights.release))
+            return ShardExtraction(job, self._weights, self._tuned, self._progress).run(lane, on_read, None)
+
+    def remote(self, index: int) -> RemoteExtract:
+        """See ``ShardJobs``."""
+        job = self._jobs[index]
+        base, tuned = self._files(job)
+        return RemoteExtract(
+            job,
+            self._weights.quantized_among(job.tensors),
+            self._weights.files.origin(base),
+            self._tuned.weights.files.origin(tuned),
+            self._tuned.sent(job.tensors),
+        )
+
+    def tell(self, index: int) -> None:
+        """See ``ShardJobs``."""
+        shard = self._jobs[index].shard
+        self._progress.item(shard.file)
+        self._progress.advance(shard.header.data_bytes)
+
+    def close(self) -> None:
+        """See ``LocalJobs``."""
+        self._weights.files.close()
+        self._tuned.weights.files.close()
+
+    def files_of(self, result: ExtractedShard) -> list[FileRecord]:
+        """See ``WritingJobs``: none, as what the jobs write is not the result yet."""
+        return []
+
+    def as_json(self, index: int, result: ExtractedShard) -> Any:
+        """See ``RecordedJobs``."""
+        return asdict(result)
+
+    def recorded(self, index: int, value: Any) -> Recorded[ExtractedShard] | None:
+        """See ``RecordedJobs``."""
+        job = self._jobs[index]
+        try:
+            result = decode(ExtractedShard, value, f"{job.place}: the journal of shard {index + 1}")
+        except FormatError:  # a damaged record: the job is done again, else the same command would fail for ever
+            return None
+        planned = ([target.tensor for target in job.shard.targets], list(job.compared))
+        if ([one.tensor for one in result.targets], [one.tensor for one in result.others]) != planned:
+            return None
+        if result.file is None:
+            holds = not job.shard.targets and not job.saved
+        else:
+            holds = result.file.file == job.file and is_as_recorded(job.place, result.file)
+        return Recorded(result) if holds else None
