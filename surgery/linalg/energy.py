@@ -13,7 +13,8 @@ from surgery.linalg.limits import DEFAULT_TOLERANCE, check_energy
 from surgery.linalg.svd import TruncatedSVD, truncated_svd
 from surgery.lossless.rounding import check_dense
 
-_FIRST_RANK = 16
+#: How many values a search for a rank begins with.
+FIRST_RANK = 16
 #: Units of the working precision by which rounding may keep a sum of squares below its share.
 _ROUNDING = 8
 
@@ -45,19 +46,38 @@ def energy_svd(
     if A.ndim != 2:
         raise OptionError("A is not one matrix", got=f"shape {tuple(A.shape)}")
     limit = min(max_rank, *A.shape)
-    k = min(_FIRST_RANK, limit)
+    k = min(FIRST_RANK, limit)
     while True:
         svd = truncated_svd(A, k, tolerance=tolerance, seed=seed)
         if not (norm := svd.norm.item()):
             return _cut(svd, 1)
         shares = (svd.s.double().cpu() / norm).square()
-        wanted = energy * (1 - _ROUNDING * torch.finfo(svd.s.dtype).eps)
-        enough = (shares.cumsum(0) >= wanted).nonzero().flatten()
-        if len(enough) or k == limit or shares[-1] == 0:  # after a zero only zeros come
-            return _cut(svd, int(enough[0]) + 1 if len(enough) else k)
-        # Further values are no larger than the last, which gives a lower bound on how many are missing.
-        missing = (wanted - shares.sum().item()) / shares[-1].item()
-        k = min(limit, max(2 * k, k + math.ceil(1.2 * missing)))
+        rank, found = least_rank(shares, energy, limit, svd.s.dtype)
+        if found:
+            return _cut(svd, rank)
+        k = rank
+
+
+def least_rank(shares: torch.Tensor, energy: float, limit: int, dtype: torch.dtype) -> tuple[int, bool]:
+    """How many leading values make up a share of the squared norm.
+
+    Args:
+        shares: float64 (k,) on the CPU, descending, those of the values so far.
+        energy: the share.
+        limit: the most values that there may be.
+        dtype: of the values.
+
+    Returns:
+        The least number that is enough, or k if no more can be had, and True; else how many to compute next, and False.
+    """
+    k = len(shares)
+    wanted = energy * (1 - _ROUNDING * torch.finfo(dtype).eps)
+    enough = (shares.cumsum(0) >= wanted).nonzero().flatten()
+    if len(enough) or k == limit or shares[-1] == 0:  # after a zero only zeros come
+        return int(enough[0]) + 1 if len(enough) else k, True
+    # Further values are no larger than the last, which gives a lower bound on how many are missing.
+    missing = (wanted - shares.sum().item()) / shares[-1].item()
+    return min(limit, max(2 * k, k + math.ceil(1.2 * missing))), False
 
 
 def _cut(svd: TruncatedSVD, k: int) -> TruncatedSVD:

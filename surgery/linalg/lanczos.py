@@ -11,6 +11,7 @@ block Lanczos method for computing the singular values and corresponding singula
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -102,23 +103,35 @@ def block_lanczos(
         seed: of the random rows, drawn on the CPU; each matrix gets the same ones, whatever batch it is in.
         start: (B, b, short) orthonormal rows to begin from, b <= ``block``, by descending value.
     """
-    basis = _Basis(operator, limit=basis_limit(k, block), block=block, seed=seed)
+    basis = KrylovBasis(operator, limit=basis_limit(k, block), block=block, seed=seed)
     basis.begin(start)
-    keep = kept_rows(k, block)
-    last_pass = operator.passes + MAX_PASSES
-    checks = _CheckSchedule()
     eps = torch.finfo(operator.matrices.dtype).eps
+    return iterate(basis, k, lambda values, residuals: worst_residuals(values, residuals, k, tolerance, eps))
+
+
+def iterate(basis: KrylovBasis, k: int, far: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> RitzVectors:
+    """Step and restart until all matrices are near enough, or for ``MAX_PASSES``.
+
+    Args:
+        basis: begun.
+        k: how many Ritz vectors are wanted; ``k + 1 <= operator.short``.
+        far: of the Ritz values and residuals (``KrylovBasis.ritz``), how many times what is allowed the error of each matrix
+            is: float64 (B,). It has seen those of the result last.
+    """
+    keep = kept_rows(k, basis.block)
+    last_pass = basis.operator.passes + MAX_PASSES
+    checks = _CheckSchedule()
     while True:
         basis.step()
-        last = operator.passes + 2 > last_pass
-        full = basis.size + block > basis.limit
+        last = basis.operator.passes + 2 > last_pass
+        full = basis.size + basis.block > basis.limit
         if not (checks.due() or full or last) or (basis.size <= k and not basis.exhausted):
             continue
         values, vectors, residuals = basis.ritz()
-        worst = _worst(values, residuals, k, tolerance, eps)
+        worst = far(values, residuals).max().item()
         if worst <= 1 or last or basis.exhausted:
             rows, images = basis.combine(vectors[:, :, :k])
-            rounding = _ROUNDING * eps * values[:, 0].clamp(min=0).sqrt()
+            rounding = _ROUNDING * torch.finfo(rows.dtype).eps * values[:, 0].clamp(min=0).sqrt()
             beyond = (values[:, k].clamp(min=0) + BEYOND_RESIDUAL * residuals[:, k]).sqrt()
             return RitzVectors(rows, images, beyond + rounding)
         checks.saw(worst)
@@ -126,15 +139,20 @@ def block_lanczos(
             basis.restart(values, vectors, min(keep, values.shape[1] - 1))
 
 
-def _worst(values: torch.Tensor, residuals: torch.Tensor, k: int, tolerance: float, eps: float) -> float:
-    """The largest residual over what is allowed."""
+def worst_residuals(values: torch.Tensor, residuals: torch.Tensor, k: int, tolerance: float, eps: float) -> torch.Tensor:
+    """The largest residual of each matrix over what is allowed (``block_lanczos``): float64 (B,).
+
+    Args:
+        values, residuals: float64 (B, p), as ``KrylovBasis.ritz`` gives them.
+        eps: the rounding of the working precision.
+    """
     sigma = values[:, :k].clamp(min=0).sqrt()
     top = sigma[:, :1]
     # Residuals cannot fall below the rounding of the working precision.
     floor = (8 * eps * top).clamp(min=1e-300)
     allowed = torch.minimum(sigma * (100 * tolerance), tolerance * top)
     estimate = residuals[:, :k] / torch.maximum(sigma, floor)
-    return (estimate / torch.maximum(allowed, floor)).max().item()
+    return (estimate / torch.maximum(allowed, floor)).amax(dim=1)
 
 
 class _CheckSchedule:
@@ -159,12 +177,12 @@ class _CheckSchedule:
         self._next = self._steps + max(1, min(8, math.floor(wait)))
 
 
-class _Basis:
+class KrylovBasis:
     """Orthonormal bases of Krylov spaces, their images, and the projections of C on them."""
 
     def __init__(self, operator: Operator, *, limit: int, block: int, seed: int) -> None:
-        self._operator = operator
-        self._block = block
+        self.operator = operator
+        self.block = block
         matrices = operator.matrices
         count = len(operator)
         self.limit = min(limit, operator.short)
@@ -188,17 +206,17 @@ class _Basis:
 
     def begin(self, start: torch.Tensor | None) -> None:
         """Begin with ``start`` and random rows after it. The order is kept: mixing rows would lose small values in rounding."""
-        width = min(self._block, self.limit) - (0 if start is None else start.shape[1])
-        more = torch.stack([self._random(i, width) for i in range(len(self._operator))])
+        width = min(self.block, self.limit) - (0 if start is None else start.shape[1])
+        more = torch.stack([self._random(i, width) for i in range(len(self.operator))])
         start = more if start is None else torch.cat([start, more], dim=1)
         self._append(start, torch.zeros(start.shape[:2], dtype=torch.float64, device=self._wide))
 
     def step(self) -> None:
         """Multiply the pending rows by C and orthonormalise the result into the next ones."""
         first, stop = self.size, self.size + self._pending
-        images = self._operator.to_long(self._rows[:, first:stop])
+        images = self.operator.to_long(self._rows[:, first:stop])
         self._images[:, first:stop] = images
-        products = self._operator.to_short(images)
+        products = self.operator.to_short(images)
         self.size, self._last = stop, self._pending
         known = self._rows[:, :stop]
         coefficients = torch.bmm(products, known.mT)
@@ -243,7 +261,7 @@ class _Basis:
         Returns:
             float64 (B, b, size), the coefficients of that part of ``rows`` that was still in the basis.
         """
-        room = min(self._block, self._operator.short - self.size)
+        room = min(self.block, self.operator.short - self.size)
         known = self._rows[:, : self.size]
         self._pending = room
         if rows.shape[1] == room:
@@ -288,7 +306,7 @@ class _Basis:
         return block, coupling
 
     def _random(self, i: int, count: int) -> torch.Tensor:
-        rows = torch.randn(count, self._operator.short, generator=self._generators[i], dtype=torch.float32)
+        rows = torch.randn(count, self.operator.short, generator=self._generators[i], dtype=torch.float32)
         rows /= rows.norm(dim=1, keepdim=True)
         return rows.to(self._rows)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -19,6 +20,8 @@ from surgery.lossless.rounding import check_dense, times_power_of_two
 from surgery.memory import scratch
 from surgery.precision import full_precision
 from surgery.torch_threads import one_thread
+
+_Solved = TypeVar("_Solved")
 
 #: Columns over which a float32 sum of squares stays accurate.
 _NORM_COLUMNS = 1024
@@ -117,19 +120,36 @@ def truncated_svd(A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERAN
 
 def truncated_svds(A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERANCE, seed: int = 0) -> list[TruncatedSVD]:
     """``truncated_svd`` of a batch (B, m, n), with one result for each matrix; arguments and errors are the same."""
+    check_batch(A, k)
+    check_accuracy(tolerance, seed, "float64" if A.dtype == torch.float64 else "float32")
+
+    def solve_some(part: torch.Tensor) -> list[TruncatedSVD]:
+        found = _solve(part, k, tolerance, seed)
+        return [dataclasses.replace(x, U=x.U.to(A.device), s=x.s.to(A.device), V=x.V.to(A.device)) for x in found]
+
+    return solved_in_parts(A, k, solve_some)
+
+
+def check_batch(A: torch.Tensor, k: int) -> None:
+    """Refuse an empty batch (B, m, n), and a rank that does not fit its matrices, with an OptionError."""
     if len(A) == 0:
         raise OptionError("the batch is empty", got=f"shape {tuple(A.shape)}")
     if not 1 <= k <= min(A.shape[1:]):
         raise OptionError("the rank does not fit the matrix", got=f"k = {k}", expected=f"1 <= k <= {min(A.shape[1:])}")
-    check_accuracy(tolerance, seed, "float64" if A.dtype == torch.float64 else "float32")
 
-    def solve_some(part: Sequence[int], device: torch.device) -> list[TruncatedSVD]:
-        found = _solve(A[part[0] : part[-1] + 1].to(device), k, tolerance, seed)
-        return [dataclasses.replace(x, U=x.U.to(A.device), s=x.s.to(A.device), V=x.V.to(A.device)) for x in found]
+
+def solved_in_parts(A: torch.Tensor, k: int, solve_some: Callable[[torch.Tensor], list[_Solved]]) -> list[_Solved]:
+    """What ``solve_some`` gives for all matrices of a batch (B, m, n), called with as many as are solved together.
+
+    It is called in full precision, with matrices on their own device, or on the CPU where a GPU has too little memory.
+    """
+
+    def solve_on(part: Sequence[int], device: torch.device) -> list[_Solved]:
+        return solve_some(A[part[0] : part[-1] + 1].to(device))
 
     step = _in_step(A, k)
     with torch.no_grad(), full_precision(A.device):
-        parts = [as_memory_allows(solve_some, range(len(A))[i : i + step], A.device) for i in range(0, len(A), step)]
+        parts = [as_memory_allows(solve_on, range(len(A))[i : i + step], A.device) for i in range(0, len(A), step)]
     return [result for part in parts for result in part]
 
 
@@ -162,10 +182,27 @@ def solved_together(short: int, k: int) -> int:
     return max(1, GRAM_ENTRIES // short**2) if engine(short, k) == "gram" else 1
 
 
-def _solve(A: torch.Tensor, k: int, tolerance: float, seed: int) -> list[TruncatedSVD]:
-    """The truncated SVD of each matrix of a batch (B, m, n)."""
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Matrices as they are solved: in the working precision, divided by powers of two, and without those of zeros.
+
+    Attributes:
+        operator: of the Z matrices that are not zeros.
+        norms: float64 (Z,) on the CPU, their Frobenius norms after the division.
+        exponents: int32 (Z,), each has been divided by ``2^exponent``.
+        nonzero: (Z,), which of the batch they are.
+    """
+
+    operator: Operator
+    norms: torch.Tensor
+    exponents: torch.Tensor
+    nonzero: list[int]
+
+
+def prepared(A: torch.Tensor) -> Prepared:
+    """The matrices of a batch (B, m, n) as they are solved. Raises WeightError for NaN and infinity."""
     work = _in_working_precision(A)
-    norms = _norms(work)
+    norms = matrix_norms(work)
     shifts = [_shift(matrix, norm) for matrix, norm in zip(work, norms.tolist(), strict=True)]
     nonzero = [i for i, shift in enumerate(shifts) if shift is not None]
     if len(nonzero) < len(work):
@@ -174,13 +211,19 @@ def _solve(A: torch.Tensor, k: int, tolerance: float, seed: int) -> list[Truncat
     if exponents.any():
         # Squares of the entries must neither overflow nor vanish. A power of two changes no bit of the mantissa.
         work = torch.stack([times_power_of_two(*pair) for pair in zip(work, (-exponents).tolist(), strict=True)])
-        norms = _norms(work)
+        norms = matrix_norms(work)
+    return Prepared(Operator(work, A.shape[2]), norms, exponents, nonzero)
+
+
+def _solve(A: torch.Tensor, k: int, tolerance: float, seed: int) -> list[TruncatedSVD]:
+    """The truncated SVD of each matrix of a batch (B, m, n)."""
+    ready = prepared(A)
     results: list[TruncatedSVD | None] = [None] * len(A)
-    if nonzero:
-        operator = Operator(work, A.shape[2])
-        for j, solution in enumerate(solve(operator, k, tolerance, seed)):
-            results[nonzero[j]] = _finished(operator, solution, norms[j], exponents[j], tolerance)
-    return [_zero(A[i], work.dtype, k) if result is None else result for i, result in enumerate(results)]
+    if ready.nonzero:
+        for j, solution in enumerate(solve(ready.operator, k, tolerance, seed)):
+            results[ready.nonzero[j]] = _finished(ready.operator, solution, ready.norms[j], ready.exponents[j], tolerance)
+    dtype = ready.operator.matrices.dtype
+    return [_zero(A[i], dtype, k) if result is None else result for i, result in enumerate(results)]
 
 
 def _in_working_precision(A: torch.Tensor) -> torch.Tensor:
@@ -224,12 +267,9 @@ def _finished(
     """The SVD of one matrix that has been divided by ``2^shift``; its ``norm`` is that of what was divided."""
     triplets = solution.triplets
     U, V = (triplets.short, triplets.long) if operator.wide else (triplets.long, triplets.short)
-    sign = _signs(U, V)
+    sign = pair_signs(U, V)
     s = triplets.s
-    values = times_power_of_two(s, int(shift)).to(U.dtype)
-    if not math.isfinite(values[0].item()):
-        largest = times_power_of_two(s[0], int(shift)).item()
-        raise WeightError(f"the matrix has singular values beyond the range of {U.dtype}", got=largest)
+    values = in_range(s, int(shift), U.dtype)
     top = s[0].clamp(min=1e-300)
     # Values below the normal range have few bits left, so their rounding is added to the residual.
     rounded = times_power_of_two(values.double(), -int(shift))
@@ -250,6 +290,15 @@ def _finished(
             method=solution.method,
         ),
     )
+
+
+def in_range(s: torch.Tensor, shift: int, dtype: torch.dtype) -> torch.Tensor:
+    """Singular values ``2^shift s`` in ``dtype``, for float64 s (k,) on the CPU. Raises WeightError where they overflow."""
+    values = times_power_of_two(s, shift).to(dtype)
+    if not math.isfinite(values[0].item()):
+        largest = times_power_of_two(s[0], shift).item()
+        raise WeightError(f"the matrix has singular values beyond the range of {dtype}", got=largest)
+    return values
 
 
 def _gaps(s: torch.Tensor, residual: torch.Tensor, next_bound: float, operator: Operator) -> torch.Tensor:
@@ -273,14 +322,14 @@ def _gaps(s: torch.Tensor, residual: torch.Tensor, next_bound: float, operator: 
     return torch.minimum(below, above).clamp(min=0.0)
 
 
-def _norms(matrices: torch.Tensor) -> torch.Tensor:
+def matrix_norms(matrices: torch.Tensor) -> torch.Tensor:
     """Frobenius norms, float64 (B,) on the CPU: parts of rows are summed in their own dtype, these sums in float64."""
     starts = range(0, matrices.shape[2], _NORM_COLUMNS)
     pieces = [torch.linalg.vector_norm(matrices[:, :, i : i + _NORM_COLUMNS], dim=2) for i in starts]
     return widened(torch.stack(pieces)).square().sum(dim=(0, 2)).sqrt().cpu()
 
 
-def _signs(U: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
+def pair_signs(U: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
     """Signs +-1, (k,), that make the entry of largest magnitude in each pair of columns positive.
 
     Looking at both vectors gives a matrix and its transpose the same signs.

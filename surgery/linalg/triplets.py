@@ -140,7 +140,7 @@ def _each(operator: Operator, one: Callable[[Operator], Solution]) -> list[Solut
 
 def _lanczos(operator: Operator, k: int, tolerance: float, seed: int) -> list[Solution]:
     block = min(block_size(k, operator), operator.short - 1)
-    first_round = _from_pairs(operator, block_lanczos(operator, k, tolerance=tolerance, block=block, seed=seed))
+    first_round = from_pairs(operator, block_lanczos(operator, k, tolerance=tolerance, block=block, seed=seed))
     found = []
     for i, candidate in enumerate(first_round):
         single = operator.one(i)
@@ -155,10 +155,10 @@ def _lanczos(operator: Operator, k: int, tolerance: float, seed: int) -> list[So
 def _settled(operator: Operator, best: Triplets, block: int, tolerance: float, seed: int) -> Triplets:
     """Further rounds for one matrix, if the first has not converged or may have missed copies of a repeated value."""
     k, widest = len(best.s), operator.short - 1
-    if block < min(k, widest) and _clustered(best.s, block):
+    if block < min(k, widest) and clustered(best.s, block):
         # Residuals cannot show that a copy of a repeated value is missing, so try again with a block wider than k.
         block = min(k + 8, widest)
-        best = _from_pairs(operator, block_lanczos(operator, k, tolerance=tolerance, block=block, seed=seed))[0]
+        best = from_pairs(operator, block_lanczos(operator, k, tolerance=tolerance, block=block, seed=seed))[0]
     for _ in range(_MAX_ROUNDS - 1):
         if best.converged(tolerance):
             break
@@ -167,12 +167,12 @@ def _settled(operator: Operator, best: Triplets, block: int, tolerance: float, s
         if not candidates[0].converged(tolerance):
             block, start = min(max(block, k), widest), candidates[0].short.T[None]
             ritz = block_lanczos(operator, k, tolerance=tolerance, block=block, seed=seed + 1, start=start)
-            candidates += _from_pairs(operator, ritz)
+            candidates += from_pairs(operator, ritz)
         best = min([best, *candidates], key=lambda triplets: triplets.residual.max().item())
     return best
 
 
-def _clustered(s: torch.Tensor, block: int) -> bool:
+def clustered(s: torch.Tensor, block: int) -> bool:
     first, last = s[: len(s) - block + 1], s[block - 1 :]
     return bool((first - last <= _CLUSTER * first).any())
 
@@ -208,7 +208,7 @@ def _from_gram(operator: Operator, gram: torch.Tensor, k: int, tolerance: float,
     rows, values = leading_eigenvectors(gram, k, tolerance=tolerance / 2, seed=seed)
     short = rows.to(operator.matrices.dtype).to(operator.matrices.device).contiguous()
     ritz = RitzVectors(short, operator.to_long(short), values[:, -1].clamp(min=0).sqrt().cpu())
-    found = _from_pairs(operator, ritz)
+    found = from_pairs(operator, ritz)
     for i, triplets in enumerate(found):
         if not triplets.converged(tolerance):
             found[i] = _from_rows(operator.one(i), rows[i], triplets.next_bound)
@@ -226,7 +226,7 @@ def _full_svd(operator: Operator, k: int) -> Triplets:
     return _measured(operator, _WideTriplets(long, s[None, :k], short, to_long, to_short), [next_bound])[0]
 
 
-def _from_pairs(operator: Operator, ritz: RitzVectors) -> list[Triplets]:
+def from_pairs(operator: Operator, ritz: RitzVectors) -> list[Triplets]:
     """Triplets by a Rayleigh-Ritz step in float64 with the spaces of both sides, in one pass over the matrices."""
     short, long = orthonormal_rows(widened(ritz.rows)), orthonormal_rows(widened(ritz.images))
     to_long, to_short = operator.both_wide(short, long)
