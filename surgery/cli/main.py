@@ -16,6 +16,7 @@ import click
 
 from surgery.cli.check import inspect, verify
 from surgery.cli.demo import demo
+from surgery.cli.extract import extract
 from surgery.cli.factorize import factorize, plan, recipes
 from surgery.cli.fold import export, fold
 from surgery.cli.merge import merge
@@ -170,6 +171,7 @@ for _command in (
     blend,
     demo,
     export,
+    extract,
     factorize,
     fold,
     inspect,

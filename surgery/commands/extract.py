@@ -5,27 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Literal, Unpack
 
 import torch
 
 from surgery.device import on_its_own_terms
-from surgery.errors import OptionError, OutputError, few
+from surgery.errors import OptionError, few
 from surgery.files.file_records import FileRecord
-from surgery.files.file_writer import write_file
-from surgery.files.sealed import read_sealed, sealed
-from surgery.format.decoding import decode
 from surgery.format.options import ExtractKeywords, Options, chosen_options
-from surgery.names import EXTRACTION_FILE, STREAM_DIR, TUNED_STREAM_DIR
+from surgery.names import STREAM_DIR, TUNED_STREAM_DIR
 from surgery.planning.extents import Extent, Rank
 from surgery.planning.summary import PlannedTarget
 from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
-from surgery.run.contents import not_as_recorded
 from surgery.run.engines import EngineName, EngineOptions, LocalEngine, float64_device
 from surgery.run.extraction import Extraction, ExtractOptions
-from surgery.run.extraction_report import ExtractedTarget, OtherTensor, Totals, told_of_other, told_of_target
-from surgery.run.journal import differing
+from surgery.run.extraction_file import complete_result, earlier_result, files_of_result, write_result
+from surgery.run.extraction_report import ExtractReport, Totals, told_of_other, told_of_target
 from surgery.run.run import Run
 from surgery.shards.extract_jobs import ExtractJobs
 from surgery.shards.extract_matrices import Extracting
@@ -77,104 +73,6 @@ class ExtractPlan(Report):
     workers: int
     peak_memory_bytes: int
     device_memory_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class ExtractedTarget:
-    """A weight whose change has become a low-rank pair. Norms are Frobenius norms; of a stack, of all matrices together.
-
-    Attributes:
-        tensor, shard, dtype, shape: in the base.
-        view: how it is seen: ``matrix``, ``stack`` or ``convolution``.
-        rank: of the pair; 0 where there is none.
-        change: norm of the change, relative to the weight; null where that is zero.
-        kept: share of the change's squared norm that the pair holds; null where nothing has changed.
-        error: norm of what it leaves of the change, relative to the change; null likewise.
-        merged_error: the same of what ``merge`` writes, which rounds once to the weight's dtype; null where nothing has
-            changed, and with a budget.
-        above_floor: how many directions stand above the noise that the change ends in; of a stack the most of any matrix. If
-            it is the rank, there may be more.
-        rule: by which the approximation was ended: ``directions``: each has converged; ``error``: the error is within
-            ``excess`` of the least one of this rank; ``passes``: neither within the most passes; ``zero``: nothing has changed.
-        excess: by what share the error may be above the least one of this rank.
-    """
-
-    tensor: str
-    shard: str
-    dtype: str
-    shape: tuple[int, ...]
-    view: str
-    rank: int
-    change: float | None
-    kept: float | None
-    error: float | None
-    merged_error: float | None
-    above_floor: int
-    rule: str
-    excess: float
-
-
-@dataclass(frozen=True, slots=True)
-class OtherTensor:
-    """A tensor without a low-rank pair.
-
-    Attributes:
-        tensor, shard, dtype, shape: in the base.
-        fate: ``saved``: it has changed, and the adapter holds it whole; ``changed``: it has, and the adapter does not have
-            that; ``same``: it has not; ``resized``: it has another shape in the tuned model, and the adapter does not have
-            that; ``gone``: the tuned model does not have it.
-        change: norm of its change, relative to the tensor, in Frobenius norms; of a resized one, of the rows in common; null
-            where it cannot be told.
-        tuned_shape: in the tuned model; null if it is gone.
-        reason: why it is no target.
-    """
-
-    tensor: str
-    shard: str
-    dtype: str
-    shape: tuple[int, ...]
-    fate: str
-    change: float | None
-    tuned_shape: tuple[int, ...] | None
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class ExtractReport(Report):
-    """What an extraction wrote.
-
-    Attributes:
-        out: the folder.
-        layout, dtype: of the adapter.
-        files: its files.
-        modules: how many modules have a low-rank pair.
-        rank: the largest of them.
-        numbers: how many the pairs have.
-        targets: the weights whose changes were approximated.
-        others: every other tensor of the base.
-        further: tensors of the tuned model that the base does not have.
-        change: norm of the change of all targets, relative to them.
-        kept: share of its squared norm that the pairs hold; null if nothing has changed.
-        kept_of_all: the same of the change of all tensors, whose parts are pairs, saved whole, or left out.
-        error: norm of what the pairs leave of the targets' change, relative to it.
-        merged_error: the same of what ``merge`` writes; null with a budget.
-    """
-
-    out: Path
-    layout: str
-    dtype: str
-    files: tuple[FileRecord, ...]
-    modules: int
-    rank: int
-    numbers: int
-    targets: tuple[ExtractedTarget, ...]
-    others: tuple[OtherTensor, ...]
-    further: tuple[str, ...]
-    change: float | None
-    kept: float | None
-    kept_of_all: float | None
-    error: float | None
-    merged_error: float | None
 
 
 @on_its_own_terms
@@ -337,13 +235,13 @@ def extract(
             progress.note(note)
         identity = extraction.identity(by.device_name)
         with run.locked([*source.folders(), *other.folders()]), extraction.weights, extraction.tuned:
-            earlier = _earlier(out)
+            earlier = earlier_result(out)
             if earlier is not None and not overwrite:
                 run.forget()
                 progress.note(f"{out} is already complete: nothing to do")
-                return _complete(out, earlier, identity)
+                return complete_result(out, earlier, identity)
             run.identify(identity)
-            files = extraction.files([] if earlier is None else _files_in(earlier))
+            files = extraction.files([] if earlier is None else files_of_result(earlier))
             with run.result(files, [source, other], overwrite=overwrite) as place:
                 jobs = ExtractJobs(_jobs(extraction, out, place), extraction.weights, extraction.tuned, timing)
                 with phase(progress, "extracting", sum(shard.header.data_bytes for shard in extraction.plan.shards)):
@@ -352,9 +250,8 @@ def extract(
                     model.watch.check()
                 adapter, records = extraction.finish(place, results)
                 report = _report(out, extraction, results, adapter, records)
-                content = {name: value for name, value in report.as_json().items() if name != "out"}
                 extraction.remove_parts(place, results)
-                write_file(place / EXTRACTION_FILE, sealed({**content, "run": identity}))
+                write_result(place, report, identity)
     _tell(report, other, results)
     return report
 
@@ -406,42 +303,6 @@ def _jobs(extraction: Extraction, out: Path, place: Path) -> list[ExtractJob]:
         )
         for index, shard in enumerate(plan.shards)
     ]
-
-
-def _earlier(out: Path) -> dict[str, Any] | None:
-    """What ``extraction.json`` in a folder says; None if there is none."""
-    path = out / EXTRACTION_FILE
-    return read_sealed(path, "--overwrite makes the adapter anew") if path.is_file() else None
-
-
-def _files_in(earlier: Mapping[str, Any]) -> list[str]:
-    return [*(record["file"] for record in earlier["files"]), EXTRACTION_FILE]
-
-
-def _complete(out: Path, earlier: dict[str, Any], identity: Mapping[str, Any]) -> ExtractReport:
-    """The report of the complete result in a folder.
-
-    Raises:
-        OutputError: it is that of another run, or has lost files since.
-    """
-    if differences := differing(earlier.pop("run"), dict(identity)):
-        raise OutputError(
-            f"{out} holds the complete result of another run",
-            got=few(differences, between="; "),
-            hint="--overwrite replaces it; -o chooses another folder",
-        )
-    del earlier["schema_version"]
-    kinds: Mapping[str, Any] = {"files": FileRecord, "targets": ExtractedTarget, "others": OtherTensor}
-    for name, kind in kinds.items():
-        earlier[name] = tuple(decode(kind, one, f"{out / EXTRACTION_FILE}: {name}") for one in earlier[name])
-    report = ExtractReport(out=out, **{**earlier, "further": tuple(earlier["further"])})
-    if lost := not_as_recorded(out, report.files):
-        raise OutputError(
-            f"{out} holds a complete result that has lost files since, or whose files have changed",
-            got=few(lost),
-            hint="--overwrite makes it anew",
-        )
-    return report
 
 
 def _report(
@@ -499,12 +360,9 @@ def _tell(report: ExtractReport, other: Source, results: Sequence[ExtractedShard
             f"{len(left)} tensors have changed and are not in the adapter, most {most.tensor}{change}; "
             "--full GLOB takes small ones whole, --include makes pairs of matrices"
         )
-    for fate, what in (("gone", "of the base are not in the tuned model"),):
-        if names := [one.tensor for one in report.others if one.fate == fate]:
-            note(f"{len(names)} tensors {what}: {few(names)}")
+    if gone := [one.tensor for one in report.others if one.fate == "gone"]:
+        note(f"{len(gone)} tensors of the base are not in the tuned model: {few(gone)}")
     if report.further:
         note(f"{len(report.further)} tensors of the tuned model are not in the base: {few(report.further)}")
     if stopped := [one.tensor for one in report.targets if one.rule == "passes"]:
-        note(
-            f"the approximation of {len(stopped)} of {len(report.targets)} targets ended before it was good enough: {few(stopped)}"
-        )
+        note(f"{len(stopped)} of {len(report.targets)} approximations ended before they were good enough: {few(stopped)}")

@@ -8,7 +8,6 @@ from typing import Literal
 from surgery.errors import OptionError
 from surgery.format.options import Options
 from surgery.linalg.limits import check_energy
-from surgery.planning.targets import DEFAULT_MAX_RANK
 
 #: A number, or ``auto`` for the directions that stand above the noise.
 Rank = int | Literal["auto"]
@@ -64,7 +63,6 @@ class Extent:
 
     def options(self, chosen: Options) -> Options:
         """The options for a plan whose targets have the largest rank that may be kept. Fused weights stay whole."""
-        rank = self.rank if isinstance(self.rank, int) else None
-        if not self.is_fixed:
-            rank = self.max_rank or DEFAULT_MAX_RANK
-        return replace(chosen, rank=rank, split=False)
+        if self.is_fixed:
+            return replace(chosen, rank=self.rank if isinstance(self.rank, int) else None, split=False)
+        return replace(chosen, rank=None, energy=1.0, max_rank=self.max_rank, split=False)

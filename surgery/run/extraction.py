@@ -128,7 +128,7 @@ class Extraction:
                 raise OptionError(f"--full {glob!r} matches no tensor", expected=near_misses(glob, names))
         # What is saved whole is no target.
         apart = replace(extent.options(chosen), exclude=(*chosen.exclude, *options.full))
-        plan = make_plan(source, apart, "overlay", resources, aliases=aliases)
+        plan = _with_ranks_alone(make_plan(source, apart, "overlay", resources, aliases=aliases))
         quantized = read_quantization(source.config(), headers, source.name)
         self.weights = ModelWeights(source, lambda: quantized)
         self._entries = {entry.name: entry for header in headers.values() for entry in header.tensors}
@@ -175,7 +175,7 @@ class Extraction:
         return replace(
             plan,
             memory=memory,
-            bytes_read=plan.bytes_read + tuned,
+            bytes_read=sum(shard.size for shard in plan.shards) + tuned,
             # Once as the jobs leave them, and once as an adapter.
             bytes_written=2 * (factors + saved),
             download_bytes=plan.download_bytes + self.other.bytes_to_fetch(),
@@ -245,7 +245,11 @@ class Extraction:
             OptionError: nothing has changed, or no direction is above the noise.
         """
         ranks = self.ranks(results)
-        files = {one.tensor: result.file.file for result in results if result.file for one in (*result.targets, *result.others)}
+        files: dict[str, str] = {}
+        for result in results:
+            if result.file is not None:
+                tensors = [*(one.tensor for one in result.targets), *(one.tensor for one in result.others)]
+                files |= dict.fromkeys(tensors, result.file.file)
         changed = {one.tensor for result in results for one in result.others if one.fate == "changed"}
         saved = [name for name in self.saved if name in changed]
         if not any(ranks.values()) and not saved:
@@ -308,6 +312,12 @@ class Extraction:
         quantized = self.tuned.weights.quantized.values()
         scales = {name for scaled in quantized for name in (scaled.scale, *scaled.activations)}
         return tuple(name for name in self.tuned.found.further if name not in scales)
+
+
+def _with_ranks_alone(plan: Plan) -> Plan:
+    """The plan with targets of which only the largest rank is known: an energy would be that of the weights."""
+    shards = (replace(shard, targets=tuple(replace(one, energy=None) for one in shard.targets)) for shard in plan.shards)
+    return replace(plan, shards=tuple(shards))
 
 
 def matches_any(names: Sequence[str], glob: str) -> bool:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from surgery.files.file_records import FileRecord
 from surgery.format.header import TensorEntry
 from surgery.planning.targets import Target
-from surgery.reports import rounded_to
+from surgery.reports import Report, rounded_to
 from surgery.updates.extracted import ComparedTensor, ExtractedTensor
 
 #: Digits of the figures.
@@ -73,6 +75,44 @@ class OtherTensor:
     change: float | None
     tuned_shape: tuple[int, ...] | None
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractReport(Report):
+    """What an extraction wrote.
+
+    Attributes:
+        out: the folder.
+        layout, dtype: of the adapter.
+        files: its files.
+        modules: how many modules have a low-rank pair.
+        rank: the largest of them.
+        numbers: how many the pairs have.
+        targets: the weights whose changes were approximated.
+        others: every other tensor of the base.
+        further: tensors of the tuned model that the base does not have.
+        change: norm of the change of all targets, relative to them.
+        kept: share of its squared norm that the pairs hold; null if nothing has changed.
+        kept_of_all: the same of the change of all tensors, whose parts are pairs, saved whole, or left out.
+        error: norm of what the pairs leave of the targets' change, relative to it.
+        merged_error: the same of what ``merge`` writes; null with a budget.
+    """
+
+    out: Path
+    layout: str
+    dtype: str
+    files: tuple[FileRecord, ...]
+    modules: int
+    rank: int
+    numbers: int
+    targets: tuple[ExtractedTarget, ...]
+    others: tuple[OtherTensor, ...]
+    further: tuple[str, ...]
+    change: float | None
+    kept: float | None
+    kept_of_all: float | None
+    error: float | None
+    merged_error: float | None
 
 
 @dataclass(slots=True)

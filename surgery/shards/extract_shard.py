@@ -1,4 +1,4 @@
-"""The job of one weight file of an extraction: approximate the changes of its targets, and measure those of all other tensors."""
+"""The job of one weight file of an extraction: approximate the changes of its targets, measure those of other tensors."""
 
 from __future__ import annotations
 
@@ -255,8 +255,8 @@ class ShardExtraction:
                 rank = max(len(matrix.factors.s) for matrix in done)
                 self._extracted[target.tensor] = ExtractedTensor(target.tensor, rank, [matrix.found for matrix in done])
                 if writer is not None and rank:
-                    for part, tensor in _stacked(done, target, rank).items():
-                        writer.add(factor_key(target.tensor, part), tensor)
+                    for which, tensor in _stacked(done, target, rank).items():
+                        writer.add(factor_key(target.tensor, which), tensor)
                 done.clear()  # its numbers are on the disk
         for name, parts in compared.items():
             for part in parts:
