@@ -36,8 +36,8 @@ from surgery.progress import phase
 
 if TYPE_CHECKING:
     from surgery.commands.extract import ExtractPlan
+    from surgery.extraction.told import ExtractedTarget, ExtractReport
     from surgery.format.options import Options
-    from surgery.run.extraction_report import ExtractedTarget, ExtractReport
 
 # Modules that import torch are imported inside the commands: --help must not wait for them.
 

@@ -11,6 +11,13 @@ import torch
 
 from surgery.device import on_its_own_terms
 from surgery.errors import OptionError, few
+from surgery.extraction.extraction import Extraction, ExtractOptions
+from surgery.extraction.jobs import ExtractJobs
+from surgery.extraction.matrices import Extracting
+from surgery.extraction.records import ExtractedShard
+from surgery.extraction.result_file import complete_result, earlier_result, files_of_result, write_result
+from surgery.extraction.shard import ExtractJob
+from surgery.extraction.told import ExtractReport, Totals, told_of_other, told_of_target
 from surgery.files.file_records import FileRecord
 from surgery.format.options import ExtractKeywords, Options, chosen_options
 from surgery.names import STREAM_DIR, TUNED_STREAM_DIR
@@ -19,19 +26,12 @@ from surgery.planning.summary import PlannedTarget
 from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
 from surgery.run.engines import EngineName, EngineOptions, LocalEngine, float64_device
-from surgery.run.extraction import Extraction, ExtractOptions
-from surgery.run.extraction_file import complete_result, earlier_result, files_of_result, write_result
-from surgery.run.extraction_report import ExtractReport, Totals, told_of_other, told_of_target
 from surgery.run.run import Run
-from surgery.shards.extract_jobs import ExtractJobs
-from surgery.shards.extract_matrices import Extracting
-from surgery.shards.extract_shard import ExtractJob
 from surgery.source.component import component_of
 from surgery.source.open import open_part, open_source
 from surgery.source.protocol import Source
 from surgery.timing import Timing
 from surgery.tuned.likeness import Norms, note_what_is_unlikely
-from surgery.updates.extracted import ExtractedShard
 from surgery.updates.writing.adapter import AdapterToWrite
 from surgery.updates.writing.low_rank import AdapterForm, Layout
 

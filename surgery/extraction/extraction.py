@@ -15,6 +15,7 @@ import torch
 
 from surgery.engine.resources import Resources
 from surgery.errors import OptionError
+from surgery.extraction.records import ExtractedShard, ExtractedTensor, balanced, saved_key
 from surgery.files.access import write_errors
 from surgery.files.file_records import FileRecord
 from surgery.format.header import TensorEntry
@@ -34,7 +35,6 @@ from surgery.source.component import config_folder
 from surgery.source.protocol import Source
 from surgery.tuned.model import TunedModel
 from surgery.tuned.search import Original, find_tuned
-from surgery.updates.extracted import ExtractedShard, ExtractedTensor, balanced, saved_key
 from surgery.updates.writing.adapter import AdapterToWrite
 from surgery.updates.writing.low_rank import AdapterForm, LowRankTensor
 from surgery.updates.writing.making import adapter_of

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from surgery.extraction.records import ComparedTensor, ExtractedTensor
 from surgery.files.file_records import FileRecord
 from surgery.format.header import TensorEntry
 from surgery.planning.targets import Target
 from surgery.reports import Report, rounded_to
-from surgery.updates.extracted import ComparedTensor, ExtractedTensor
 
 #: Digits of the figures.
 _DIGITS = 6

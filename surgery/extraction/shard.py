@@ -13,6 +13,8 @@ import torch
 from surgery.engine.lane import Lane
 from surgery.engine.walk import Piece, ShardWalk, TargetPiece
 from surgery.errors import SourceError
+from surgery.extraction.matrices import ApproximatedMatrix, ChangedMatrix, Extracting, Fp8Scales, extract_matrices
+from surgery.extraction.records import ComparedTensor, ExtractedShard, ExtractedTensor, saved_key
 from surgery.format.header import TensorEntry
 from surgery.format.safetensors import TORCH_DTYPES, ShardReader, TensorFileWriter, same_bytes
 from surgery.lossless.rounding import all_finite
@@ -21,11 +23,9 @@ from surgery.names import PARTIALS_DIR, factor_key, factors_file
 from surgery.planning.plan import ShardPlan
 from surgery.planning.targets import Target
 from surgery.progress import Progress, Silent
-from surgery.shards.extract_matrices import ApproximatedMatrix, ChangedMatrix, Extracting, Fp8Scales, extract_matrices
 from surgery.shards.factorize_shard import check_shared
 from surgery.source.origin import Origin
 from surgery.tuned.model import SentTuned, TunedModel
-from surgery.updates.extracted import ComparedTensor, ExtractedShard, ExtractedTensor, saved_key
 from surgery.weights.model import ModelWeights
 from surgery.weights.protocol import Weights
 from surgery.weights.quantization import Scaled

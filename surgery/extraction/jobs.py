@@ -9,17 +9,17 @@ from typing import Any
 
 from surgery.engine.lane import Lane
 from surgery.errors import FormatError
+from surgery.extraction.records import ExtractedShard
+from surgery.extraction.shard import ExtractJob, RemoteExtract, ShardExtraction
 from surgery.files.file_records import FileRecord
 from surgery.format.decoding import decode
 from surgery.progress import listening
 from surgery.run.contents import is_as_recorded
 from surgery.run.resume import Recorded
-from surgery.shards.extract_shard import ExtractJob, RemoteExtract, ShardExtraction
 from surgery.shards.factorize_shard import scale_files
 from surgery.shards.held_files import HeldFiles
 from surgery.timing import Timing, timed
 from surgery.tuned.model import TunedModel
-from surgery.updates.extracted import ExtractedShard
 from surgery.weights.model import ModelWeights
 
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import OutputError, few
+from surgery.extraction.told import ExtractedTarget, ExtractReport, OtherTensor
 from surgery.files.file_records import FileRecord
 from surgery.files.file_writer import write_file
 from surgery.files.sealed import read_sealed, sealed
 from surgery.format.decoding import decode
 from surgery.names import EXTRACTION_FILE
 from surgery.run.contents import not_as_recorded
-from surgery.run.extraction_report import ExtractedTarget, ExtractReport, OtherTensor
 from surgery.run.journal import differing
 
 
