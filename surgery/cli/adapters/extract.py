@@ -35,7 +35,7 @@ from surgery.cli.text import fitted, say, size, whole
 from surgery.progress import phase
 
 if TYPE_CHECKING:
-    from surgery.commands.extract import ExtractPlan
+    from surgery.commands.adapters.extract import ExtractPlan
     from surgery.extraction.told import ExtractedTarget, ExtractReport
     from surgery.format.options import Options
 
@@ -127,7 +127,7 @@ def extract(
     """
     bar = Bar(quiet=quiet)
     with phase(bar, "starting"):
-        from surgery.commands import extract as operation
+        from surgery.commands.adapters import extract as operation
         from surgery.timing import Timing
 
     if dry_run:
