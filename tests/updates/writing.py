@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+import peft
 import torch
 
 from surgery.format.views import Kind
@@ -13,6 +15,7 @@ from surgery.progress import Silent
 from surgery.updates.writing.adapter import AdapterToWrite
 from surgery.updates.writing.low_rank import AdapterForm, LowRankTensor
 from surgery.updates.writing.making import adapter_of
+from tests.families import Family
 from tests.models import tensors_of
 
 
@@ -73,6 +76,18 @@ class LowRank:
             for name in (one.tensor, *one.aliases):
                 weights[name] = weights[name] + added
         return weights
+
+
+def merged_beside(family: Family, folder: Path, adapter: Path, out: Path) -> dict[str, torch.Tensor]:
+    """What PEFT merges in float32, by the names of the checkpoint, once the outputs are seen to be those of the adapter beside
+    the model."""
+    with torch.no_grad():
+        beside: Any = peft.PeftModel.from_pretrained(family.load(folder), str(adapter)).eval()
+        expected = family.run(beside)
+        merged: Any = beside.merge_and_unload()
+        torch.testing.assert_close(family.run(merged), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+        merged.save_pretrained(out)
+    return tensors_of(out)
 
 
 def _is_convolution(name: str, shape: tuple[int, ...]) -> bool:
