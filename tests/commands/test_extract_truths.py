@@ -285,3 +285,101 @@ def test_every_tensor_is_told_of_once(tmp_path: Path) -> None:
 
 
 _DTYPES = {BF16: "BF16", F32: "F32", torch.int64: "I64", torch.bool: "BOOL", torch.float64: "F64"}
+
+
+def _merged_by_peft(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
+    load: Any = transformers.AutoModelForCausalLM.from_pretrained
+    with quietly():
+        merged: Any = peft.PeftModel.from_pretrained(load(base, dtype=F32), str(adapter)).merge_and_unload()
+    return dict(merged.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("family", "full", "changes"),
+    [
+        ("llama", ["*norm*"], ["layers.1.input_layernorm", "model.norm"]),
+        ("llama", ["*norm*", "lm_head*"], ["layers.0.post_attention_layernorm", "lm_head"]),
+        ("gpt2", ["*.ln_*"], ["h.0.ln_1.weight", "h.1.ln_2.bias"]),
+        ("gpt2", ["*.c_attn.bias", "*.c_fc.bias"], ["h.0.attn.c_attn.bias", "h.1.mlp.c_fc.bias", "h.1.ln_1.weight"]),
+        ("gpt2", ["*bias", "*.ln_*"], ["h.0.attn.c_attn.bias", "h.0.ln_1.bias", "h.0.ln_1.weight", "ln_f.weight"]),
+    ],
+)
+def test_whole_are_those_that_have_changed(family: str, full: list[str], changes: list[str], tmp_path: Path) -> None:
+    """PEFT loads them, merges to the tuned weights, and leaves what is not chosen; what is kept of all counts them."""
+    base = FAMILIES[family].save(tmp_path / "b")
+    old = tensors_of(base)
+    after = trained(old)
+    targets = {name for name in old if name.endswith(("_proj.weight", "c_attn.weight", "c_proj.weight", "c_fc.weight"))}
+    changed = {name for name in old if any(part in name for part in changes) and name not in targets}
+    assert len(changed) >= len(changes)
+    new = {name: after[name] if name in targets | changed else tensor for name, tensor in old.items()}
+    one = extracted(base, saved(tmp_path / "t", new, base), tmp_path / "a", rank=4, full=full)
+    fates = one.fates()
+    chosen = {name for name in changed if any(Path(name).match(glob) for glob in full)}
+    assert {name for name, fate in fates.items() if fate == "saved"} == chosen
+    assert {name for name, fate in fates.items() if fate == "changed"} == changed - chosen
+    pairs = one.pairs()
+    truth = {name: tensor.double() for name, tensor in old.items()} | {name: new[name].double() for name in chosen}
+    for name in targets:
+        truth[name] = truth[name] + (pairs[name].T if family == "gpt2" else pairs[name])
+    merged, ours = _merged_by_peft(base, tmp_path / "a"), merged_by_us(base, tmp_path / "a", tmp_path / "m")
+    for name, expected in truth.items():
+        for found in (merged[name], ours[name]):
+            assert relative(found.double() - expected, expected + 1e-30) <= 1e-6, name
+    all_left = sum(_squares(truth[name] - new[name].double()) for name in old)
+    all_change = sum(_squares(new[name].double() - old[name].double()) for name in old)
+    assert one.report.kept_of_all == pytest.approx(1 - all_left / all_change, abs=_TOLD)
+    if changed == chosen:
+        assert not any("not in the adapter" in note for note in one.notes)
+    stored = {key for key in load_file(tmp_path / "a/adapter_model.safetensors") if "lora_" not in key}
+    if not any("bias" in glob for glob in full):
+        modules = {name.rpartition(".")[0] for name in chosen}
+        assert {key.removeprefix("base_model.model.").rpartition(".")[0] for key in stored} == modules
+    else:
+        assert len(stored) >= len(chosen)
+
+
+@pytest.mark.parametrize("changes", ["nothing", "norms"])
+def test_nothing_that_a_pair_holds(changes: str, bases: dict[torch.dtype, Path], tmp_path: Path) -> None:
+    new = tensors_of(bases[BF16])
+    if changes == "norms":
+        new |= {name: tensor + 1 for name, tensor in new.items() if "norm" in name}
+    tuned = saved(tmp_path / "t", new, bases[BF16])
+    expected = "the two models have the same weights" if changes == "nothing" else "an adapter without low-rank updates"
+    with pytest.raises(SurgeryError, match=expected):
+        extracted(bases[BF16], tuned, tmp_path / "a", full=["*norm*"])
+    assert not list((tmp_path / "a").glob("adapter*"))
+
+
+def test_two_tensors_of_one_parameter(tmp_path: Path) -> None:
+    """A tied head that is in the files of the base: with its embedding it is one target, or both are compared."""
+    torch.manual_seed(0)
+    model = save_llama(tmp_path / "m", F32, tie_word_embeddings=True)
+    old = tensors_of(model)
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    new = trained(old)
+    both = saved(tmp_path / "b", old | {head: old[embedding].clone()}, model)
+    tuned = {
+        "left out": saved(tmp_path / "t0", new, model),
+        "written": saved(tmp_path / "t1", new | {head: new[embedding].clone()}, model),
+        "renamed": saved(tmp_path / "t2", {head if n == embedding else n: t for n, t in new.items()}, model),
+    }
+    for base in (model, both):
+        for how, folder in tuned.items():
+            out = tmp_path / f"{base.name}, {how}"
+            one = extracted(base, folder, out, rank=5, include=["*embed*", "*q_proj*"])
+            assert one.report.further == ((head,) if (base, how) == (model, "written") else ())
+            (target,) = (told for told in one.report.targets if told.tensor in (embedding, head))
+            assert target.aliases == ((head,) if base == both else ())
+            assert head not in one.fates()
+            change = new[embedding].double() - old[embedding].double()
+            assert target.error == pytest.approx(least_error(change, 5), rel=1e-5)
+            merged = _merged_by_peft(base, out)
+            missed = merged[embedding].double() - new[embedding].double()
+            assert relative(missed, change) == pytest.approx(least_error(change, 5), rel=1e-5)
+            one = extracted(base, folder, tmp_path / f"{out.name} compared", rank=5, include=["*q_proj*"])
+            fates = dict.fromkeys([embedding, *([head] if base == both else [])], "changed")
+            assert {name: fate for name, fate in one.fates().items() if name in (embedding, head)} == fates
+    apart = saved(tmp_path / "t3", new | {head: new[embedding] + 1}, model)
+    with pytest.raises(SurgeryError, match="holds other weights in 'lm_head.weight' than in 'model.embed_tokens.weight'"):
+        extracted(both, apart, tmp_path / "o", include=["*embed*"])
