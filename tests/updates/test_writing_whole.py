@@ -21,7 +21,7 @@ from tests.families import FAMILIES
 from tests.models import save_llama
 from tests.releases import needs
 from tests.updates.merging import assert_equal, merged_by_us, update_of
-from tests.updates.writing import LowRank, merged_beside
+from tests.updates.writing import LowRank, check_files, merged_beside
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -36,11 +36,12 @@ def _written(low: LowRank, copied: Sequence[str], folder: Path) -> dict[str, tor
         name: low.before[name].float() + 0.1 * torch.randn(low.shapes[name], generator=generator) * (name in copied)
         for name in names
     }
+    tuned = {name: tensor.bfloat16() if "norm" in name else tensor for name, tensor in tuned.items()}
     save_file(tuned, folder / "tuned.safetensors")
     with ShardReader(folder / "tuned.safetensors") as reader:
         stored = {name: StoredTensor.of(reader, folder / "tuned.safetensors", reader.entries[name]) for name in names}
     (folder / "lora").mkdir()
-    adapter.write(folder / "lora", low.halves, stored, Silent())
+    check_files(folder / "lora", adapter.write(folder / "lora", low.halves, stored, Silent()))
     return low.after() | {name: tensor.double() for name, tensor in tuned.items()}
 
 

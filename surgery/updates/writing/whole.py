@@ -89,8 +89,9 @@ def _save(whole: Whole, model: nn.Module, homes: Mapping[str, str], module: str,
     if module in adapted:
         raise _REFUSAL.of(name, f"in {module!r}, which has a low-rank update")
     also = [one for one, _ in model.named_modules() if one != module and one.endswith(module)]
+    also += [one for one in adapted if f".{module}." in f".{one}."]
     if also:
-        raise _REFUSAL.of(name, f"in {module!r}, by whose name PEFT would save {also[0]!r} too")
+        raise _REFUSAL.of(name, f"in {module!r}, by whose name PEFT would take {also[0]!r} too")
     sharing = [module]
     for leaf, _ in held.named_parameters(recurse=False):
         full = f"{module}.{leaf}"
