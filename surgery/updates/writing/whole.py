@@ -68,6 +68,8 @@ def whole_tensors(
         module, _, leaf = by_tensor[name].rpartition(".")
         wanted.setdefault(module, {})[leaf] = name
     for module, leaves in wanted.items():
+        if module in whole.modules:  # with another that shares its weight
+            continue
         if [*leaves] == ["bias"] and (module in adapted or model.get_parameter(f"{module}.weight").ndim > 1):
             # By its bias alone, without the weight.
             whole.bias = "all" if module not in adapted or whole.bias == "all" else "lora_only"
