@@ -17,7 +17,7 @@ from surgery.format.safetensors import ShardReader
 from surgery.progress import Silent
 from surgery.updates.changes import StoredTensor
 from surgery.updates.writing.low_rank import AdapterForm
-from tests.families import FAMILIES
+from tests.families import DECODER, FAMILIES
 from tests.models import save_llama
 from tests.releases import needs
 from tests.updates.merging import assert_equal, merged_by_us, update_of
@@ -109,3 +109,22 @@ def test_what_peft_would_not_load_is_refused_by_name(
     low = LowRank(FAMILIES[name].save(tmp_path / "m"), lambda tensor, shape: updated in tensor)
     with pytest.raises(OptionError, match=rf"'{copied}' cannot be put into an adapter whole\n  got: .*{message}"):
         low.adapter(AdapterForm("peft"), [copied])
+
+
+def test_names_by_which_peft_would_save_more(tmp_path: Path) -> None:
+    """It compares the ends of names, in the middle of words too."""
+    torch.manual_seed(0)
+    hf.LlamaModel(hf.LlamaConfig(**DECODER)).save_pretrained(tmp_path / "m")
+    low = LowRank(tmp_path / "m", lambda tensor, shape: "q_proj" in tensor)
+    with pytest.raises(OptionError, match=r"in 'norm', by whose name PEFT would take 'layers\.0\.input_layernorm' too"):
+        low.adapter(AdapterForm("peft"), ["norm.weight"])
+
+
+def test_norms_with_statistics(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes: Any = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1], "layer_type": "basic"}
+    hf.ResNetForImageClassification(hf.ResNetConfig(**sizes)).save_pretrained(tmp_path / "m")
+    low = LowRank(tmp_path / "m", lambda tensor, shape: len(shape) == 4)
+    norm = next(name for name in low.shapes if name.endswith("normalization.weight"))
+    with pytest.raises(OptionError, match="which has more than parameters"):
+        low.adapter(AdapterForm("peft"), [norm])

@@ -16,7 +16,7 @@ from surgery.updates.writing.low_rank import AdapterForm, Refusal
 from surgery.updates.writing.modules import AdaptedModule, AdaptedModules
 from surgery.updates.writing.peft_layout import rank_patterns
 
-#: Component of a pipeline -> kohya's name for it.
+#: Component of a pipeline -> kohya's name for it; that of a transformer is OneTrainer's, which ComfyUI reads and diffusers not.
 _OF_KOHYA = {
     "unet": "unet",
     "transformer": "transformer",
