@@ -70,7 +70,8 @@ def whole_tensors(
     for module, leaves in wanted.items():
         if module in whole.modules:  # with another that shares its weight
             continue
-        if [*leaves] == ["bias"] and (module in adapted or model.get_parameter(f"{module}.weight").ndim > 1):
+        own = {leaf: parameter.ndim for leaf, parameter in model.get_submodule(module).named_parameters(recurse=False)}
+        if [*leaves] == ["bias"] and (module in adapted or own.get("weight", 0) > 1):
             # By its bias alone, without the weight.
             whole.bias = "all" if module not in adapted or whole.bias == "all" else "lora_only"
             whole.keys[f"{PEFT_PREFIX}{module}{'.base_layer' if module in adapted else ''}.bias"] = leaves["bias"]
