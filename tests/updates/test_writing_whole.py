@@ -17,13 +17,13 @@ from surgery.format.safetensors import ShardReader
 from surgery.progress import Silent
 from surgery.updates.changes import StoredTensor
 from surgery.updates.writing.low_rank import AdapterForm
-from tests.families import FAMILIES
-from tests.models import save_llama
+from tests.families import DECODER, FAMILIES
+from tests.models import save_llama, tensors_of
 from tests.releases import needs
 from tests.updates.merging import assert_equal, merged_by_us, update_of
-from tests.updates.writing import LowRank, merged_beside
+from tests.updates.writing import FALSE_WARNING, LowRank, check_files, merged_beside
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", FALSE_WARNING)
 
 
 def _written(low: LowRank, copied: Sequence[str], folder: Path) -> dict[str, torch.Tensor]:
@@ -36,11 +36,12 @@ def _written(low: LowRank, copied: Sequence[str], folder: Path) -> dict[str, tor
         name: low.before[name].float() + 0.1 * torch.randn(low.shapes[name], generator=generator) * (name in copied)
         for name in names
     }
+    tuned = {name: tensor.bfloat16() if "norm" in name else tensor for name, tensor in tuned.items()}
     save_file(tuned, folder / "tuned.safetensors")
     with ShardReader(folder / "tuned.safetensors") as reader:
         stored = {name: StoredTensor.of(reader, folder / "tuned.safetensors", reader.entries[name]) for name in names}
     (folder / "lora").mkdir()
-    adapter.write(folder / "lora", low.halves, stored, Silent())
+    check_files(folder / "lora", adapter.write(folder / "lora", low.halves, stored, Silent()))
     return low.after() | {name: tensor.double() for name, tensor in tuned.items()}
 
 
@@ -52,9 +53,10 @@ def _written(low: LowRank, copied: Sequence[str], folder: Path) -> dict[str, tor
         ("gpt2", ("attn.c_attn",), ("transformer.h.0.attn.c_attn.bias", "transformer.h.1.attn.c_attn.bias")),
         ("gpt2", ("attn.c_attn",), ("transformer.h.0.attn.c_attn.bias", "transformer.h.0.mlp.c_fc.bias")),
         ("gpt2", ("attn.c_attn",), ("transformer.h.0.ln_1.weight", "transformer.h.1.ln_1.bias")),
+        pytest.param("gpt_oss", ("mlp.router",), ("model.layers.0.mlp.router.bias",), marks=needs("peft", ">=0.20", "routers")),
         ("bert", ("query",), ("bert.embeddings.LayerNorm.weight", "bert.embeddings.position_embeddings.weight")),
     ],
-    ids=range(6),
+    ids=range(7),
 )
 def test_peft_puts_them_in_their_places(name: str, updated: tuple[str, ...], copied: Sequence[str], tmp_path: Path) -> None:
     family = FAMILIES[name]
@@ -90,6 +92,16 @@ def test_a_tied_embedding(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(beside.merge_and_unload()(ids).logits, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_tied_embedding_that_is_stored_twice(tmp_path: Path) -> None:
+    folder = save_llama(tmp_path / "m", torch.float32, tie_word_embeddings=True)
+    save_file({"lm_head.weight": tensors_of(folder)["model.embed_tokens.weight"]}, folder / "head.safetensors")
+    low = LowRank(folder, lambda tensor, shape: "q_proj" in tensor)
+    names = ["model.embed_tokens.weight", "lm_head.weight"]
+    both, one = (low.adapter(AdapterForm("peft"), copied) for copied in (names, names[:1]))
+    assert (both.config, both.copied) == (one.config, one.copied)
+    assert {key.removeprefix("base_model.model.") for key in both.copied} == {*names}
+
+
 @pytest.mark.parametrize(
     ("name", "updated", "copied", "message"),
     [
@@ -108,3 +120,22 @@ def test_what_peft_would_not_load_is_refused_by_name(
     low = LowRank(FAMILIES[name].save(tmp_path / "m"), lambda tensor, shape: updated in tensor)
     with pytest.raises(OptionError, match=rf"'{copied}' cannot be put into an adapter whole\n  got: .*{message}"):
         low.adapter(AdapterForm("peft"), [copied])
+
+
+def test_names_by_which_peft_would_save_more(tmp_path: Path) -> None:
+    """It compares the ends of names, in the middle of words too."""
+    torch.manual_seed(0)
+    hf.LlamaModel(hf.LlamaConfig(**DECODER)).save_pretrained(tmp_path / "m")
+    low = LowRank(tmp_path / "m", lambda tensor, shape: "q_proj" in tensor)
+    with pytest.raises(OptionError, match=r"in 'norm', by whose name PEFT would take 'layers\.0\.input_layernorm' too"):
+        low.adapter(AdapterForm("peft"), ["norm.weight"])
+
+
+def test_norms_with_statistics(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes: Any = {"embedding_size": 8, "hidden_sizes": [8, 8], "depths": [1, 1], "layer_type": "basic"}
+    hf.ResNetForImageClassification(hf.ResNetConfig(**sizes)).save_pretrained(tmp_path / "m")
+    low = LowRank(tmp_path / "m", lambda tensor, shape: len(shape) == 4)
+    norm = next(name for name in low.shapes if name.endswith("normalization.weight"))
+    with pytest.raises(OptionError, match="which has more than parameters"):
+        low.adapter(AdapterForm("peft"), [norm])

@@ -16,7 +16,7 @@ from surgery.updates.writing.low_rank import AdapterForm, Refusal
 from surgery.updates.writing.modules import AdaptedModule, AdaptedModules
 from surgery.updates.writing.peft_layout import rank_patterns
 
-#: Component of a pipeline -> kohya's name for it.
+#: Component of a pipeline -> kohya's name for it; that of a transformer is OneTrainer's, which ComfyUI reads and diffusers not.
 _OF_KOHYA = {
     "unet": "unet",
     "transformer": "transformer",
@@ -95,11 +95,8 @@ def _of_kohya(
 
 def _name(module: AdaptedModule, component: str, refusal: Refusal) -> str:
     """The name of a module by which loaders look for it."""
-    last = module.name.rpartition(".")[2]
-    if component.startswith("text_encoder"):
-        if last not in _OF_TEXT_ENCODER:
-            raise refusal.of(module.tensors[0][0].key, "a layer of a text encoder that diffusers does not adapt")
-        return re.sub(r"^encoder\.", "text_model.encoder.", module.name)  # as transformers 5 has it, and files of adapters
-    if last.endswith(("embedding", "embedding_table")):
-        raise refusal.of(module.tensors[0][0].key, "an embedding")
-    return module.name
+    if not component.startswith("text_encoder"):
+        return module.name
+    if module.name.rpartition(".")[2] not in _OF_TEXT_ENCODER:
+        raise refusal.of(module.tensors[0][0].key, "a layer of a text encoder that diffusers does not adapt")
+    return re.sub(r"^encoder\.", "text_model.encoder.", module.name)  # transformers 5 has the one, files of adapters the other

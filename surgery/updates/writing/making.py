@@ -52,9 +52,11 @@ def adapter_of(
         return in_diffusion_layout(Finding(_REFUSAL, single_experts=False).modules(None, tensors, {}), form, _REFUSAL)
     model = None if folder is None else skeleton(folder, exact=True)
     places = {} if model is None else locate(model, shapes)
-    for one in tensors:
-        if model is not None and one.tensor not in places:
+    for one in tensors if model is not None else ():
+        held = next((name for name in (one.tensor, *one.aliases) if name in places), None)
+        if held is None:
             raise _REFUSAL.of(one.key, "a tensor that the model does not have which the config names")
+        places[one.tensor] = places[held]
     adapted = _adapted(model, tensors, places, single_experts=form.uniform_rank)
     whole = whole_tensors(copied, model, places, {module.name for module in adapted.modules})
     if any(module.kind == "expert" for module in adapted.modules):
