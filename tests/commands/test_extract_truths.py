@@ -351,35 +351,52 @@ def test_nothing_that_a_pair_holds(changes: str, bases: dict[torch.dtype, Path],
     assert not list((tmp_path / "a").glob("adapter*"))
 
 
-def test_two_tensors_of_one_parameter(tmp_path: Path) -> None:
-    """A tied head that is in the files of the base: with its embedding it is one target, or both are compared."""
-    torch.manual_seed(0)
+@pytest.mark.parametrize("how", ["left out", "written", "under the other name"])
+@pytest.mark.parametrize("is_written", [False, True])
+def test_a_tied_head(how: str, is_written: bool, tmp_path: Path) -> None:
+    """In the files of both models or not: it is no other tensor than the embedding, is told of so, and is saved with it."""
     model = save_llama(tmp_path / "m", F32, tie_word_embeddings=True)
     old = tensors_of(model)
     embedding, head = "model.embed_tokens.weight", "lm_head.weight"
     new = trained(old)
-    both = saved(tmp_path / "b", old | {head: old[embedding].clone()}, model)
-    tuned = {
-        "left out": saved(tmp_path / "t0", new, model),
-        "written": saved(tmp_path / "t1", new | {head: new[embedding].clone()}, model),
-        "renamed": saved(tmp_path / "t2", {head if n == embedding else n: t for n, t in new.items()}, model),
+    base = saved(tmp_path / "b", old | ({head: old[embedding].clone()} if is_written else {}), model)
+    tensors = {
+        "left out": new,
+        "written": new | {head: new[embedding].clone()},
+        "under the other name": {head if name == embedding else name: tensor for name, tensor in new.items()},
     }
-    for base in (model, both):
-        for how, folder in tuned.items():
-            out = tmp_path / f"{base.name}, {how}"
-            one = extracted(base, folder, out, rank=5, include=["*embed*", "*q_proj*"])
-            assert one.report.further == ((head,) if (base, how) == (model, "written") else ())
-            (target,) = (told for told in one.report.targets if told.tensor in (embedding, head))
-            assert target.aliases == ((head,) if base == both else ())
-            assert head not in one.fates()
-            change = new[embedding].double() - old[embedding].double()
-            assert target.error == pytest.approx(least_error(change, 5), rel=1e-5)
-            merged = _merged_by_peft(base, out)
-            missed = merged[embedding].double() - new[embedding].double()
-            assert relative(missed, change) == pytest.approx(least_error(change, 5), rel=1e-5)
-            one = extracted(base, folder, tmp_path / f"{out.name} compared", rank=5, include=["*q_proj*"])
-            fates = dict.fromkeys([embedding, *([head] if base == both else [])], "changed")
-            assert {name: fate for name, fate in one.fates().items() if name in (embedding, head)} == fates
-    apart = saved(tmp_path / "t3", new | {head: new[embedding] + 1}, model)
-    with pytest.raises(SurgeryError, match="holds other weights in 'lm_head.weight' than in 'model.embed_tokens.weight'"):
-        extracted(both, apart, tmp_path / "o", include=["*embed*"])
+    tuned = saved(tmp_path / "t", tensors[how], model)
+    change = relative(new[embedding].double() - old[embedding].double(), old[embedding])
+    for full in ((), ("*embed_tokens*",)):
+        one = extracted(base, tuned, tmp_path / f"a{len(full)}", rank=5, full=full)
+        told = {each.tensor: each for each in one.report.others if each.tensor in (embedding, head)}
+        assert set(told) == {embedding, *([head] if is_written else [])}
+        for each in told.values():
+            assert each.fate == ("saved" if full else "changed"), each
+            assert each.change == pytest.approx(change, rel=_TOLD)
+        assert one.report.further == ((head,) if how == "written" and not is_written else ())
+    merged, ours = _merged_by_peft(base, tmp_path / "a1"), merged_by_us(base, tmp_path / "a1", tmp_path / "merged")
+    for found in (merged, ours):
+        assert torch.equal(found[embedding], new[embedding])
+        assert torch.equal(found.get(head, new[embedding]), new[embedding])
+    with pytest.raises(SurgeryError, match="'model.embed_tokens.weight' cannot be written as LoRA(.|\n)*several modules share"):
+        extracted(base, tuned, tmp_path / "o", include=["*embed*", "*q_proj*"])
+
+
+def test_a_head_that_is_tied_no_more(tmp_path: Path) -> None:
+    model = save_llama(tmp_path / "m", F32, tie_word_embeddings=True)
+    old = tensors_of(model)
+    new = trained(old)
+    apart = {"lm_head.weight": new["model.embed_tokens.weight"] + 0.01}
+    tuned = saved(tmp_path / "t", new | apart, model, tie_word_embeddings=False)
+    one = extracted(model, tuned, tmp_path / "a", rank=5)
+    assert one.report.further == ("lm_head.weight",)
+    both = saved(tmp_path / "b", old | {"lm_head.weight": old["model.embed_tokens.weight"].clone()}, model)
+    fates = extracted(both, tuned, tmp_path / "a2", rank=5).report.others
+    changes = {told.tensor: told.change for told in fates}
+    assert changes["lm_head.weight"] == pytest.approx(
+        relative(apart["lm_head.weight"].double() - old["model.embed_tokens.weight"].double(), old["model.embed_tokens.weight"]),
+        rel=_TOLD,
+    )
+    with pytest.raises(SurgeryError):
+        extracted(both, tuned, tmp_path / "a3", rank=5, full=["*embed*"])
