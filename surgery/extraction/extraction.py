@@ -20,7 +20,7 @@ from surgery.files.access import write_errors
 from surgery.files.file_records import FileRecord
 from surgery.format.header import TensorEntry
 from surgery.format.options import Options
-from surgery.format.safetensors import ShardReader
+from surgery.format.safetensors import ShardReader, same_bytes
 from surgery.lossless.factors import Factors
 from surgery.names import ADAPTER_CONFIG, EXTRACTION_FILE, FACTORIZABLE_DTYPES, SURGERY_DIR, factor_key, factors_file
 from surgery.planning.allocation import Candidate, ranks_within
@@ -275,6 +275,10 @@ class Extraction:
             for name in adapter.copied.values()
         }
 
+        for first, *others in adapter.tied:
+            for other in others:
+                _check_same(place, files, first, other)
+
         def halves(one: LowRankTensor) -> tuple[torch.Tensor, torch.Tensor]:
             with ShardReader(place / files[one.tensor]) as reader:
                 U, s, V = (reader.read(reader.entries[factor_key(one.tensor, part)]) for part in ("U", "s", "V"))
@@ -317,6 +321,18 @@ class Extraction:
         quantized = self.tuned.weights.quantized.values()
         scales = {name for scaled in quantized for name in (scaled.scale, *scaled.activations)}
         return tuple(name for name in self.tuned.found.further if name not in scales)
+
+
+def _check_same(place: Path, files: Mapping[str, str], first: str, other: str) -> None:
+    """Refuse two tensors that the base has for one parameter, and of which the tuned model has two."""
+    with ShardReader(place / files[first]) as here, ShardReader(place / files[other]) as there:
+        if not same_bytes(here, here.entries[saved_key(first)], there, there.entries[saved_key(other)]):
+            raise OptionError(
+                f"{first!r} and {other!r} cannot be saved whole",
+                got="two parameters in the tuned model",
+                expected="one, as in the base",
+                hint="leave both out of --full: the report tells how much of them has changed",
+            )
 
 
 def _with_ranks_alone(plan: Plan) -> Plan:

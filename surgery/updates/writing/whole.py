@@ -28,13 +28,13 @@ class Whole:
         keys: of its file -> the tensor of the checkpoint that is there.
         modules: names of modules that PEFT saves.
         bias: what the config says of biases.
-        is_tied: whether one of the modules shares the embedding's weight with another.
+        tied: names of tensors that are one parameter, which two of the modules share; a single one if it is stored once.
     """
 
     keys: dict[str, str] = field(default_factory=dict)
     modules: list[str] = field(default_factory=list)
     bias: str = "none"
-    is_tied: bool = False
+    tied: list[tuple[str, ...]] = field(default_factory=list)
 
 
 def whole_tensors(
@@ -104,9 +104,9 @@ def _save(whole: Whole, model: nn.Module, homes: Mapping[str, str], module: str,
         if len(layers) > 1:
             sharing = [one for one, other in model.named_modules() if any(layer.module is other for layer in layers)]
             _check_tied(sharing, name)
-            whole.is_tied = True
+            whole.tied.append(tuple(homes[other] for one in sharing if (other := f"{one}.{leaf}") in homes))
         for one in sharing:
-            whole.keys[f"{PEFT_PREFIX}{one}.{leaf}"] = homes[full]
+            whole.keys[f"{PEFT_PREFIX}{one}.{leaf}"] = homes.get(f"{one}.{leaf}", homes[full])
     if any(True for _ in held.buffers()):
         raise _REFUSAL.of(name, f"in {module!r}, which has more than parameters")
     whole.modules += sharing
