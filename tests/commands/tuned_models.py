@@ -134,3 +134,22 @@ def least_error(change: torch.Tensor, rank: int, *, stack: bool = False) -> floa
 def relative(difference: torch.Tensor, whole: torch.Tensor) -> float:
     """The norm of a difference, relative to something; in float64."""
     return (difference.double().norm() / whole.double().norm()).item()
+
+
+def assert_best(one: Extracted, old: Tensors, new: Tensors, merged: Mapping[str, torch.Tensor], rank: int) -> None:
+    """The weights that an adapter gives lack of the tuned ones what the best approximations of a rank lack, as is told.
+
+    Args:
+        one: the adapter.
+        old, new: both models, by the names of the base.
+        merged: what something has made of the base and the adapter, without rounding, by these names.
+        rank: of all.
+    """
+    assert one.report.targets
+    for told in one.report.targets:
+        change = new[told.tensor].double() - old[told.tensor].double()
+        least = least_error(change, rank, stack=told.view == "stack")
+        assert told.error is not None, told
+        assert abs(told.error - least) <= 1e-5 * least, told
+        missed = relative(merged[told.tensor].double() - new[told.tensor].double(), change)
+        assert abs(missed - least) <= 1e-5 * least, (told, missed, least)
