@@ -15,10 +15,10 @@ import transformers
 from safetensors.torch import load_file
 
 from surgery.errors import OptionError, SurgeryError
+from tests.commands.tuned_models import extracted, least_error, merged_by_us, relative, saved, trained
 from tests.families import FAMILIES
 from tests.models import save_llama, tensors_of
 from tests.truths.peft_side import quietly
-from tests.commands.tuned_models import extracted, least_error, merged_by_us, relative, saved, trained
 
 pytestmark = [pytest.mark.usefixtures("one_thread")]
 
@@ -161,7 +161,7 @@ def test_a_budget_is_kept_and_spent_best(bases: dict[torch.dtype, Path], tmp_pat
         assert one.report.kept == pytest.approx(1 - left / total, abs=_TOLD)
         assert one.report.kept == pytest.approx(best / total, abs=_TOLD)
         assert one.report.merged_error is None
-    with pytest.raises(OptionError, match="buys no direction\n  got: +70\n  expected: at least 72"):
+    with pytest.raises(OptionError, match=r"buys no direction\n  got: +70\n  expected: at least 72"):
         extracted(bases[F32], tuned, tmp_path / "none", include=chosen, budget=70)
 
 
@@ -267,7 +267,9 @@ def test_every_tensor_is_told_of_once(tmp_path: Path) -> None:
             assert told.change is None or (told.fate, told.change) == ("same", 0.0)
             continue
         rows = min(len(old[told.tensor]), len(new[told.tensor])) if old[told.tensor].ndim else None
-        difference = new[told.tensor][:rows].double() - old[told.tensor][:rows].double() if rows else new[told.tensor] - old[told.tensor]
+        difference = (
+            new[told.tensor][:rows].double() - old[told.tensor][:rows].double() if rows else new[told.tensor] - old[told.tensor]
+        )
         if old[told.tensor].numel() and old[told.tensor].dtype != torch.float64:
             assert told.change == pytest.approx(relative(difference, old[told.tensor]), rel=_TOLD), told.tensor
         all_change += _squares(difference)
@@ -379,7 +381,7 @@ def test_a_tied_head(how: str, is_written: bool, tmp_path: Path) -> None:
     for found in (merged, ours):
         assert torch.equal(found[embedding], new[embedding])
         assert torch.equal(found.get(head, new[embedding]), new[embedding])
-    with pytest.raises(SurgeryError, match="'model.embed_tokens.weight' cannot be written as LoRA(.|\n)*several modules share"):
+    with pytest.raises(SurgeryError, match=r"'model.embed_tokens.weight' cannot be written as LoRA(.|\n)*several modules share"):
         extracted(base, tuned, tmp_path / "o", include=["*embed*", "*q_proj*"])
 
 
@@ -395,7 +397,9 @@ def test_a_head_that_is_tied_no_more(tmp_path: Path) -> None:
     fates = extracted(both, tuned, tmp_path / "a2", rank=5).report.others
     changes = {told.tensor: told.change for told in fates}
     assert changes["lm_head.weight"] == pytest.approx(
-        relative(apart["lm_head.weight"].double() - old["model.embed_tokens.weight"].double(), old["model.embed_tokens.weight"]),
+        relative(
+            apart["lm_head.weight"].double() - old["model.embed_tokens.weight"].double(), old["model.embed_tokens.weight"]
+        ),
         rel=_TOLD,
     )
     with pytest.raises(SurgeryError):

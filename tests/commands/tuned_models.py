@@ -21,7 +21,9 @@ from tests.models import tensors_of
 Tensors = dict[str, torch.Tensor]
 
 
-def trained(tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None, size: float = 0.03, seed: int = 1) -> Tensors:
+def trained(
+    tensors: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None, size: float = 0.03, seed: int = 1
+) -> Tensors:
     """Weights after some training: each matrix with a change of falling singular values; vectors with noise.
 
     Args:
@@ -69,7 +71,9 @@ def saved(folder: Path, tensors: Mapping[str, torch.Tensor], like: Path | None, 
         given = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
         (folder / "config.json").write_text(json.dumps(given | config))
     if files == 1:
-        save_file({name: one.contiguous() for name, one in tensors.items()}, folder / f"{weights}.safetensors", {"format": "pt"})
+        save_file(
+            {name: one.contiguous() for name, one in tensors.items()}, folder / f"{weights}.safetensors", {"format": "pt"}
+        )
         return folder
     names = sorted(tensors)
     place = {name: f"{weights}-{1 + i % files:05d}-of-{files:05d}.safetensors" for i, name in enumerate(names)}
