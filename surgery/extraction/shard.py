@@ -233,8 +233,8 @@ class ShardExtraction:
             return _Compared(_square_norm(piece.tensor), 0.0, None)
         before = self._weights.exact_piece(piece)
         given = piece if common == rows else replace(piece, tensor=piece.tensor[:common])
-        # Buffers such as masks may hold infinity.
-        after = self._tuned.weight(given, check=all_finite(before))
+        # Buffers such as masks may hold infinity, or numbers that are beyond a smaller dtype.
+        after = self._tuned.weight(given, check=all_finite(before.to(self._tuned.dtype_of_numbers(name))))
         saved = after if name in self._job.saved else None
         wide = torch.promote_types(torch.promote_types(before.dtype, after.dtype), torch.float32)
         old, after = before[:common].to(wide) if before.ndim else before.to(wide), after.to(wide)
