@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file
 
 from surgery.errors import SurgeryError
 from tests.commands.tuned_models import (
@@ -340,6 +341,24 @@ def test_fp8_with_one_scale_for_each_matrix(scale: torch.Tensor, root: Path, tmp
 
 
 @pytest.mark.parametrize("which", ["base", "tuned"])
+def test_fp8_that_is_saved_whole(which: str, root: Path, tmp_path: Path) -> None:
+    """With the numbers that it has in the tuned model."""
+    model = _model(root, "llama")
+    exact = {name: tensor.to(BF16) for name, tensor in tensors_of(model).items()}
+    folders = {
+        "base": saved(tmp_path / "b", exact, model, dtype="bfloat16"),
+        "tuned": saved(tmp_path / "t", trained(exact), model, dtype="bfloat16"),
+    }
+    folders[which] = quantize_model(folders[which], tmp_path / "fp8", which=lambda name: "lm_head" in name)
+    one = extracted(folders["base"], folders["tuned"], tmp_path / "a", rank=3, full=["lm_head*"])
+    expected = _numbers(folders["tuned"])["lm_head.weight"]
+    stored = load_file(tmp_path / "a/adapter_model.safetensors")["base_model.model.lm_head.weight"]
+    assert one.fates()["lm_head.weight"] == "saved"
+    assert stored.dtype == expected.dtype == (F32 if which == "tuned" else BF16)
+    assert torch.equal(stored, expected)
+
+
+@pytest.mark.parametrize("which", ["base", "tuned"])
 def test_fp8_that_is_only_compared(which: str, root: Path, tmp_path: Path) -> None:
     """Its numbers are, and not its bytes."""
     model = _model(root, "llama")
@@ -382,6 +401,27 @@ def test_a_classifier_in_the_place_of_the_head(root: Path, tmp_path: Path) -> No
     assert_best(one, old, new, merged_by_us(base, tmp_path / "a", tmp_path / "m"), 3)
     assert one.fates()["lm_head.weight"] == "gone"
     assert one.report.further == ("score.weight",)
+
+
+def test_names_of_long_ago(tmp_path: Path) -> None:
+    """As in BERT's first files, which transformers renames when it loads them."""
+    model = FAMILIES["bert"].save(tmp_path / "m")
+    new = trained(tensors_of(model))
+
+    def former(name: str) -> str:
+        return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+
+    old = {former(name): tensor for name, tensor in tensors_of(model).items()}
+    base = saved(tmp_path / "b", old, model)
+    one = extracted(base, saved(tmp_path / "t", new, model), tmp_path / "a", rank=3, full=["*.LayerNorm.*"])
+    assert one.fates() == {name: "saved" if "LayerNorm" in name else "changed" for name in one.fates()}
+    assert one.report.further == ()
+    with quietly():
+        load: Any = hf.BertForMaskedLM.from_pretrained
+        merged: Any = peft.PeftModel.from_pretrained(load(base, dtype=F32), str(tmp_path / "a")).merge_and_unload()
+    found = merged.state_dict()
+    assert_best(one, old, {former(name): tensor for name, tensor in new.items()}, found, 3)
+    assert all(torch.equal(found[name], new[name]) for name in new if "LayerNorm" in name)
 
 
 @pytest.mark.parametrize("rows", [-4, 6])
