@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable
@@ -145,6 +146,36 @@ def test_experts_with_ranks_of_their_own(options: dict[str, Any], root: Path, tm
     assert one.report.numbers <= options.get("budget", 10**9)
 
 
+@_stacks
+@pytest.mark.parametrize(
+    ("name", "uniform"),
+    [("mixtral", False), ("mixtral", True), ("phi3", True), pytest.param("deepseek_v3", False, marks=_slow)],
+)
+def test_a_budget_counts_all_numbers_of_the_file(name: str, uniform: bool, root: Path, tmp_path: Path) -> None:
+    """Also the zeros that fill up experts that the model stacks, and pairs that must have one rank."""
+    base = _model(root, name)
+    old = tensors_of(base)
+    sizes = torch.linspace(0.2, 1.5, len(old))
+    new = {}
+    for size, (key, tensor) in zip(sizes, trained(old).items(), strict=True):
+        new[key] = old[key] + size * (tensor - old[key]) if tensor.ndim > 1 else old[key]
+    one = extracted(base, saved(tmp_path / "t", new, base), tmp_path / "a", budget=6000, uniform=uniform)
+    stored = load_file(tmp_path / "a/adapter_model.safetensors")
+    assert one.report.numbers == sum(tensor.numel() for tensor in stored.values())
+    assert 4000 < one.report.numbers <= 6000
+    merged = merged_by_peft(MODELS[name], base, tmp_path / "a", F32)
+    left = whole = 0.0
+    for told in one.report.targets:
+        change = new[told.tensor].double() - old[told.tensor].double()
+        assert told.error == pytest.approx(least_error(change, told.rank), rel=1e-5)
+        left += (merged[told.tensor].double() - new[told.tensor].double()).square().sum().item()
+        whole += change.square().sum().item()
+    assert one.report.kept == pytest.approx(1 - left / whole, abs=6e-6)
+    experts = [told for told in one.report.targets if "experts" in told.tensor]
+    for kind in {re.sub(r"experts\.\d+", "#", told.tensor) for told in experts}:
+        assert len({told.rank for told in experts if re.sub(r"experts\.\d+", "#", told.tensor) == kind}) == 1
+
+
 def test_a_model_that_transformers_does_not_know(tmp_path: Path) -> None:
     """Modules are named as tensors are, and PEFT adapts any module of torch."""
     torch.manual_seed(0)
@@ -267,16 +298,19 @@ def test_experts_stored_in_another_way(name: str, direction: str, root: Path, tm
     base, tuned = folders[f"original, {base_as}"], folders[f"tuned, {tuned_as}"]
     old, new = tensors_of(base), tensors_of(folders[f"tuned, {base_as}"])
     patterns = ["*_proj*", "*experts*"] if base_as == "modules" else []  # recipes have the names of files
-    one = extracted(base, tuned, tmp_path / "a", rank=3, include=patterns)
+    one = extracted(base, tuned, tmp_path / "a", rank=3, include=patterns, full=["*layernorm*"])
     assert any("expert" in told.tensor for told in one.report.targets)
-    assert_best(one, old, new, merged_by_us(base, tmp_path / "a", tmp_path / "m"), 3)
+    ours = merged_by_us(base, tmp_path / "a", tmp_path / "m")
+    assert_best(one, old, new, ours, 3)
     assert {told.tensor for told in one.report.targets} | set(one.fates()) == set(old)
     assert one.report.further == ()
     for told in one.report.others:
         change = new[told.tensor].double() - old[told.tensor].double()
         if old[told.tensor].any():
             assert told.change == pytest.approx(relative(change, old[told.tensor]), rel=6e-6)
-        assert told.fate == ("changed" if change.any() else "same")
+        changed = "saved" if "layernorm" in told.tensor else "changed"
+        assert told.fate == (changed if change.any() else "same")
+        assert torch.equal(ours[told.tensor], (new if changed == "saved" else old)[told.tensor])
 
 
 # ---- FP8

@@ -184,7 +184,8 @@ def extract(
         rank: k of each weight, at most its smaller side; ``auto``: as many as stand above the noise that the difference ends
             in, which rounding leaves. 16 if there is none of these four, and the recipe says nothing.
         energy: as few directions of each weight as hold this share of its change's squared Frobenius norm.
-        budget: numbers that all pairs may have together, shared out such that they hold the most of all changes.
+        budget: numbers that all pairs may have together, with the zeros that fill them up, shared out such that they hold the
+            most of all changes.
         max_rank: the most directions of a weight, where the number is not given; 256 if None.
         layout: ``peft``; for a part of a diffusion pipeline also ``diffusers``, which ``load_lora_weights`` takes, or
             ``kohya``, for ComfyUI and its kin.
@@ -248,8 +249,9 @@ def extract(
                     results = run.shards(jobs, extraction.plan.memory)
                 for model in (source, other):
                     model.watch.check()
-                adapter, records = extraction.finish(place, results)
-                report = _report(out, extraction, results, adapter, records)
+                ranks = extraction.ranks(results)
+                adapter, records = extraction.finish(place, results, ranks)
+                report = _report(out, extraction, results, ranks, adapter, records)
                 extraction.remove_parts(place, results)
                 write_result(place, report, identity)
     _tell(report, other, results)
@@ -309,10 +311,11 @@ def _report(
     out: Path,
     extraction: Extraction,
     results: Sequence[ExtractedShard],
+    ranks: Mapping[str, int],
     adapter: AdapterToWrite,
     records: Sequence[FileRecord],
 ) -> ExtractReport:
-    totals, ranks = Totals(), extraction.ranks(results)
+    totals = Totals()
     found = {one.tensor: one for result in results for one in result.targets}
     plan, reasons = extraction.plan, {skipped.tensor: skipped.reason for skipped in extraction.plan.skipped}
     targets = tuple(told_of_target(target, found[target.tensor], ranks[target.tensor], totals) for target in plan.targets)
@@ -330,7 +333,7 @@ def _report(
         files=tuple(records),
         modules=adapter.modules,
         rank=adapter.rank,
-        numbers=sum(ranks[t.tensor] * t.matrices[0] * sum(t.matrices[1:]) for t in plan.targets),
+        numbers=adapter.numbers,
         targets=targets,
         others=others,
         further=extraction.further(),
