@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from surgery.format.manifest import Manifest
+from surgery.format.manifest_records import SourceRecord
 from surgery.publish.card_parts import (
     card_of,
     facts_of,
@@ -13,6 +14,7 @@ from surgery.publish.card_parts import (
     loader_of,
     name_text,
     python_block,
+    source_text,
     title_of,
 )
 
@@ -61,7 +63,6 @@ def extracted_card(
     repo_id: str | None,
     *,
     size: str,
-    kept: float | None,
     component: str | None,
     architecture: str | None = None,
 ) -> str:
@@ -70,19 +71,15 @@ def extracted_card(
     Args:
         base, tuned: the model, and the fine-tuned one.
         repo_id: where the adapter is on the hub; None if nowhere yet.
-        size: its modules and their rank, in words.
-        kept: share of the squared norm of the weights' change that it holds; None if that is not known.
+        size: its modules, their rank and what they hold, in words.
         component: of a diffusion pipeline that it is for; None for any other model.
         architecture: the class that the model's ``config.json`` names.
     """
-    holds = (
-        "" if kept is None else f" It holds {kept:.1%} of the squared norm of the change of the weights that it has pairs for."
-    )
     lines = [
         f"# {title_of(base, repo_id)}, a LoRA adapter",
         "",
         f"The change from {name_text(base)} to {name_text(tuned)}, its fine-tuned version, extracted by surgery as a LoRA",
-        f"adapter: {size}.{holds} `extraction.json` tells it for each weight, and what else has changed.",
+        f"adapter: {size}. `extraction.json` tells it for each weight, and what else has changed.",
         "",
         f"- Base: {source_text(base)}",
         f"- Fine-tuned: {source_text(tuned)}",

@@ -28,7 +28,6 @@ class ExtractedCard:
     """What the card of an extracted adapter tells, see ``extracted_card``; and the files of the adapter."""
 
     size: str
-    kept: float | None
     component: str | None
     files: Sequence[str]
 
@@ -163,9 +162,8 @@ def publish_extracted(
     from surgery.publish.adapter_cards import extracted_card
 
     architecture = None if folder is None else _architecture(folder)
-    card = extracted_card(
-        base, tuned, upload.repo_id, size=told.size, kept=told.kept, component=told.component, architecture=architecture
-    )
+    names = (base, tuned, upload.repo_id)
+    card = extracted_card(*names, size=told.size, component=told.component, architecture=architecture)
     _complete(upload, {name: out / name for name in told.files}, card)
 
 

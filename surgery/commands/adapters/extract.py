@@ -20,7 +20,7 @@ from surgery.extraction.shard import ExtractJob
 from surgery.extraction.told import ExtractReport, Totals, told_of_other, told_of_target
 from surgery.files.file_records import FileRecord
 from surgery.format.options import ExtractKeywords, Options, chosen_options
-from surgery.names import STREAM_DIR, TUNED_STREAM_DIR
+from surgery.names import EXTRACTION_FILE, STREAM_DIR, TUNED_STREAM_DIR
 from surgery.planning.extents import Extent, Rank
 from surgery.planning.summary import PlannedTarget
 from surgery.progress import Progress, listening, phase
@@ -321,9 +321,10 @@ def _jobs(extraction: Extraction, out: Path, place: Path) -> list[ExtractJob]:
 def _publish(run: Run, place: Path, report: ExtractReport, extraction: Extraction) -> None:
     """Upload the adapter; nothing without an upload."""
     size = f"{report.modules:,} modules of rank {'up to ' if report.is_uneven else ''}{report.rank}"
-    told = ExtractedCard(
-        size, report.kept, extraction.options.form.component, [*(one.file for one in report.files), EXTRACTION_FILE]
-    )
+    if report.kept is not None:
+        size += f", which hold {report.kept:.1%} of the squared norm of their weights' change"
+    files = [*(one.file for one in report.files), EXTRACTION_FILE]
+    told = ExtractedCard(size, extraction.options.form.component, files)
     folder = config_folder(extraction.source)
     publish_extracted(run.upload, place, extraction.source.record, folder, extraction.other.record, told)
 
