@@ -89,8 +89,7 @@ def _surely_above(A: torch.Tensor, U: torch.Tensor, s: torch.Tensor, V: torch.Te
     Handel, "Sharp nonasymptotic bounds on the norm of random matrices with independent entries", Ann. Probab. 44, 2016). What
     is above that is taken away, which shortens rows and columns, and so on.
     """
-    rows = widened(torch.linalg.vector_norm(A, dim=1)).square().cpu()
-    columns = widened(torch.linalg.vector_norm(A, dim=0)).square().cpu()
+    rows, columns = (squares.cpu() for squares in _squared_lengths(A))
     of_rows, of_columns = ((widened(X).cpu() * s).square().cumsum(dim=1) for X in (U, V))
     above = 0
     while above < len(s):
@@ -166,10 +165,15 @@ def _deviation(E: torch.Tensor) -> float:
     Johnstone, "On the distribution of the largest eigenvalue in principal components analysis" (Ann. Statist. 29, 2001), with
     as many rows and columns as there were if all were as long as those that hold most of the energy.
     """
-    a, b = (_participation(torch.linalg.vector_norm(E, dim=dim)) ** 0.5 for dim in (1, 0))
+    a, b = ((x.sum().square() / x.square().sum().clamp(min=1e-300)).clamp(min=1.0).sqrt().item() for x in _squared_lengths(E))
     return float(math.cbrt(1 / a + 1 / b) / (a + b) / 2)
 
 
-def _participation(lengths: torch.Tensor) -> float:
-    squares = widened(lengths).square()
-    return (squares.sum().square() / squares.square().sum().clamp(min=1e-300)).clamp(min=1.0).item()
+def _squared_lengths(X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared lengths of the rows and the columns of a matrix (m, n), float64, on its device or the CPU."""
+    of_rows, of_columns = [], widened(X[0]).new_zeros(X.shape[1])
+    for first in range(0, len(X), _ROWS):
+        squares = X[first : first + _ROWS].square()
+        of_rows.append(widened(squares.sum(dim=1)))
+        of_columns += widened(squares.sum(dim=0))
+    return torch.cat(of_rows), of_columns
