@@ -40,11 +40,12 @@ _ROUNDING = 8
 
 @dataclass(frozen=True, slots=True)
 class Remainder:
-    """What is left of a matrix A (m, n) without k directions.
+    """What is left of a matrix A (m, n) without its k leading directions, and where its floor of noise is.
 
     Attributes:
-        error: its Frobenius norm.
-        floor: the largest singular value of noise with the variances that its entries have.
+        error: Frobenius norm of what is left.
+        floor: the largest singular value that noise has whose entries have the variances of A's without the directions above
+            it, and ``_MARGIN`` deviations more; at least the rounding of the working precision.
         above: how many of the k values are larger.
     """
 
@@ -55,6 +56,9 @@ class Remainder:
 
 def remainder(A: torch.Tensor, U: torch.Tensor, s: torch.Tensor, V: torch.Tensor, seed: int) -> Remainder:
     """Measure what is left, and find the floor.
+
+    The floor is sought from above, with more and more directions taken away: in noise whose rows or columns differ, the leading
+    directions *are* the longest rows and columns, and noise without them has a floor that they stand above.
 
     Args:
         A: (m, n), float32 or float64, not zero.
@@ -80,6 +84,13 @@ def remainder(A: torch.Tensor, U: torch.Tensor, s: torch.Tensor, V: torch.Tensor
     exact = error > _DIGITS * left**2 or taken == len(s)
     error = math.sqrt(error) if exact else _flipped(A, U, s, V, signs, work[0])
     return Remainder(error, floor, above)
+
+
+def remainder_bytes(m: int, n: int) -> int:
+    """Upper estimate of the memory that ``remainder`` takes on a CPU besides its arguments, and copies of U and V."""
+    signed = 4 * m * leading_dimension(m, n, torch.device("cpu")) + m * n // 8 + 4 * m
+    dense = 8 * 4 * m * n if min(m, n) <= _DENSE else 4 * 3 * _STEPS * _BLOCK * (m + n)
+    return signed + dense + 8 * 4 * _ROWS * n
 
 
 def _surely_above(A: torch.Tensor, U: torch.Tensor, s: torch.Tensor, V: torch.Tensor) -> int:

@@ -77,7 +77,8 @@ def nearly_best(operator: Operator, norms: torch.Tensor, k: int, goal: Goal, see
             # A block sees no more copies of a repeated value than it has rows.
             result = _iterated(single, norm, k, goal, wide, seed)[0]
         if result.rule == "passes":
-            result = _judged(solve(single, k, goal.tolerance, seed)[0], norm.item(), goal)
+            again = _judged(solve(single, k, goal.tolerance, seed)[0], norm.item(), goal)
+            result = min(again, result, key=lambda one: one.excess)
         results.append(result)
     return results
 
