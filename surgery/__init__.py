@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from surgery.commands.inspect import InspectReport, inspect
     from surgery.commands.merge import MergePlan, MergeReport, merge, plan_merge
     from surgery.commands.project import ProjectReport, project
+    from surgery.commands.resize import ResizeReport, resize
     from surgery.commands.scales import ScalesSummary, read_scales, show_scales, write_scales
     from surgery.commands.verify import VerifyReport, verify
     from surgery.commands.verify_folded import FoldCheck, verify_folded
@@ -91,6 +92,7 @@ _HOMES = {
     "RecipesReport": "surgery.planning.recipes",
     "Recommendation": "surgery.study.recommend",
     "Report": "surgery.reports",
+    "ResizeReport": "surgery.commands.resize",
     "SaveScales": "surgery.training.trainer",
     "Scales": "surgery.training.attached_scales",
     "ScalesError": "surgery.errors",
@@ -118,6 +120,7 @@ _HOMES = {
     "read_scales": "surgery.commands.scales",
     "recipes": "surgery.planning.recipes",
     "recommend": "surgery.study.recommend",
+    "resize": "surgery.commands.resize",
     "run_demo": "surgery.demo.run",
     "show_scales": "surgery.commands.scales",
     "spectra": "surgery.study.spectra",
@@ -156,6 +159,7 @@ __all__ = [
     "RecipesReport",
     "Recommendation",
     "Report",
+    "ResizeReport",
     "ResourceError",
     "SaveScales",
     "Scales",
@@ -185,6 +189,7 @@ __all__ = [
     "read_scales",
     "recipes",
     "recommend",
+    "resize",
     "run_demo",
     "show_scales",
     "spectra",

@@ -19,6 +19,7 @@ from surgery.commands.fold import FoldReport
 from surgery.commands.inspect import InspectReport
 from surgery.commands.merge import MergePlan, MergeReport
 from surgery.commands.project import ProjectReport
+from surgery.commands.resize import ResizeReport
 from surgery.commands.scales import ScalesSummary
 from surgery.commands.verify import VerifyReport
 from surgery.commands.verify_folded import FoldCheck
@@ -55,6 +56,7 @@ COMMANDS: dict[str, tuple[type[Report], tuple[str, ...]]] = {
     "project": (ProjectReport, ("seconds",)),
     "recipes": (RecipesReport, ()),
     "recommend": (Recommendation, ("seconds",)),
+    "resize": (ResizeReport, ("seconds",)),
     "scales show": (ScalesSummary, ()),
     "spectra": (Findings, ("out", "seconds")),
     "verify": (VerifyReport, ("seconds",)),

@@ -19,6 +19,7 @@ from surgery.cli.demo import demo
 from surgery.cli.factorize import factorize, plan, recipes
 from surgery.cli.fold import export, fold
 from surgery.cli.merge import merge
+from surgery.cli.resize import resize
 from surgery.cli.scaling import blend, project, scales
 from surgery.cli.study import recommend, spectra
 from surgery.cli.text import guarded, tell, tell_error
@@ -178,6 +179,7 @@ for _command in (
     project,
     recipes,
     recommend,
+    resize,
     scales,
     spectra,
     verify,
