@@ -25,8 +25,8 @@ class ModuleUpdate:
         A: float32 (r, in), or (r, in, kernel...) for a convolution; of a stack of E matrices (E r, in).
         B: float32 (out, r); of a stack (out, r E).
         scaling: what the adapter multiplies with; see ``Scaling``.
-        parts: the tensors of the file that it is made from: its ``A`` and ``B``, and ``magnitude``, ``bias`` and ``alpha`` if it
-            has them.
+        parts: the tensors of the file that it is made from: of ``A``, ``B``, and of ``magnitude``, ``bias`` and ``alpha`` where
+            it has them.
         magnitude: of DoRA, float32 (out,); None without.
         bias: of B, float32 (out,), which is scaled as the matrix is; None without.
         embedding: whether the module is an embedding, whose weight is (in, out).
