@@ -14,7 +14,7 @@ from surgery.cli.options import MODEL, PATH, json_option, notes_and_quiet, overw
 from surgery.cli.outcomes import kept_of_update, least_share, span
 from surgery.cli.printing import print_json
 from surgery.cli.tables import table
-from surgery.cli.text import say, size, whole
+from surgery.cli.text import fitted, say, size, whole
 from surgery.progress import phase
 
 if TYPE_CHECKING:
@@ -61,7 +61,10 @@ def resize(adapter: str, out: Path, dry_run: bool, as_json: bool, quiet: bool, *
     text = f"{len(report.modules)} modules, rank {report.rank_before} -> {report.rank}"
     text += kept_of_update(report.kept, report.kept_least)
     text += f"; {size(report.bytes_before)} -> {size(report.bytes_written)}"
-    say(f"would be: {text}" if dry_run else f"{whole(out)}: {text} in {seconds:.1f} s", quiet=quiet)
+    if dry_run:
+        click.echo("\n" + fitted(f"{text}; nothing is written", indent=""))
+    else:
+        say(f"{whole(out)}: {text} in {seconds:.1f} s", quiet=quiet)
 
 
 def _table(report: ResizeReport) -> str:

@@ -225,6 +225,7 @@ def test_experts_one_by_one(tmp_path: Path) -> None:
     assert {one.rank for one in report.modules if ".experts." in one.module} == {report.rank}
     before, after = _deltas(family, folder, tmp_path / "lora"), _deltas(family, folder, tmp_path / "out")
     assert before.keys() == after.keys()
+    assert sum("experts" in name for name in before) == 4
     for name, change in before.items():
         parts = change.chunk(2, dim=1) if "gate_up" in name else [change]
         news = after[name].chunk(2, dim=1) if "gate_up" in name else [after[name]]
