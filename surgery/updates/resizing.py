@@ -22,6 +22,7 @@ from surgery.lossless.rounding import all_finite, round_once
 from surgery.memory import bytes_of
 from surgery.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DTYPE_BITS
 from surgery.progress import listening, note, phase
+from surgery.torch_threads import one_thread
 from surgery.updates.adapters.content import AdapterContent, ModuleUpdate
 from surgery.updates.adapters.diffusion_lora import metadata_with_ranks, read_diffusion_alone
 from surgery.updates.adapters.geometry import is_targeted
@@ -241,7 +242,8 @@ class _Resizing:
         """Fill ``found``."""
         self._updates.reverse()
         progress = listening()
-        with phase(progress, "re-ranking", sum(one.A.nbytes + one.B.nbytes for one in self._updates)):
+        total = sum(one.A.nbytes + one.B.nbytes for one in self._updates)
+        with phase(progress, "re-ranking", total), one_thread():  # LAPACK's QR of tall matrices is slower with several
             while self._updates:
                 update = self._updates.pop()
                 progress.item(update.module)
