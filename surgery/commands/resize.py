@@ -9,7 +9,6 @@ from pathlib import Path
 from surgery.device import on_its_own_terms
 from surgery.errors import OptionError, OutputError
 from surgery.linalg.limits import check_energy
-from surgery.names import JOURNAL_DIR
 from surgery.progress import Progress
 from surgery.reports import Report
 from surgery.run.merging import DTYPES, Dtype
@@ -17,6 +16,7 @@ from surgery.run.output_paths import check_no_model, check_output_path
 from surgery.run.run import Run
 from surgery.source.adapter import local_adapter
 from surgery.updates.adapters.reading import diffusion_file
+from surgery.updates.peft_adapter import ADAPTER_FILES
 from surgery.updates.reranked import WantedRank
 from surgery.updates.resizing import ResizedAdapter, ResizedModule, ResizeOptions, resized_adapter
 from surgery.version import __version__
@@ -96,8 +96,9 @@ def resize(
     path, out = local_adapter(adapter), Path(out)
     if dry_run:
         return _report(out, resized_adapter(path, options))
+    file = diffusion_file(path, of_any_name=True)
     if out.suffix == ".safetensors":
-        if diffusion_file(path, of_any_name=True) is None:
+        if file is None:
             raise OutputError(f"{out} is to be a folder", got="the name of a file", hint="PEFT's adapters are folders: -o NAME")
         check_output_path(out, [path], overwrite=overwrite)
         resized = resized_adapter(path, options)
@@ -105,9 +106,9 @@ def resize(
         return _report(out, resized)
     check_no_model(out)
     with Run(out) as run, run.locked([path]):
+        for name in ADAPTER_FILES if file is None else [file.name]:
+            check_output_path(out / name, [path], overwrite=overwrite)
         resized = resized_adapter(path, options)
-        for name in resized.names:
-            check_output_path(out / name, [path], overwrite=overwrite or (out / JOURNAL_DIR).is_dir())
         run.identify({"command": "resize", "tool": f"surgery {__version__}"})
         with run.files_together(resized.names, overwrite=overwrite) as place:
             resized.write(place)

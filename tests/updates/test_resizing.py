@@ -288,23 +288,25 @@ def test_a_file_of_kohya(tmp_path: Path) -> None:
         assert file.metadata()["ss_network_dim"] == file.metadata()["ss_network_alpha"] == "Dynamic"
 
 
-@pytest.mark.parametrize("has_metadata", [True, False])
-def test_a_file_of_diffusers(has_metadata: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("metadata_of", ["a pipeline", "a model", None])
+def test_a_file_of_diffusers(metadata_of: str | None, tmp_path: Path) -> None:
     """As diffusers fuses it, with what its metadata says of ranks and alphas, or without."""
     family = FAMILIES["UNet"]
     folder = family.save(tmp_path / "m")
     options: dict[str, Any] = {"target_modules": ["to_q", "conv1", "time_emb_proj"], "r": 4, "lora_alpha": 4}
-    if has_metadata:
+    if metadata_of is not None:
         options |= {"rank_pattern": {"conv1": 5}, "alpha_pattern": {"to_q": 9}, "use_rslora": True}
     adapter = adapt(family.load(folder), tmp_path / "lora", **options)
-    halves = {name.replace("base_model.model.", "unet."): one for name, one in load_file(adapter / _WEIGHTS).items()}
-    halves |= {f"text_encoder.text_model.fc1.lora_{half}.weight": torch.randn(4, 4) for half in "AB"}
-    config = {f"unet.{key}": value for key, value in _config(adapter).items()}
-    metadata = {"format": "pt"} | ({"lora_adapter_metadata": json.dumps(config)} if has_metadata else {})
+    prefix = "" if metadata_of == "a model" else "unet."
+    halves = {name.replace("base_model.model.", prefix): one for name, one in load_file(adapter / _WEIGHTS).items()}
+    if prefix:
+        halves |= {f"text_encoder.text_model.fc1.lora_{half}.weight": torch.randn(4, 4) for half in "AB"}
+    config = {f"{prefix}{key}": value for key, value in _config(adapter).items()}
+    metadata = {"format": "pt"} | ({} if metadata_of is None else {"lora_adapter_metadata": json.dumps(config)})
     (tmp_path / "old").mkdir()
     save_file(halves, tmp_path / "old/pytorch_lora_weights.safetensors", metadata)
     surgery.resize(tmp_path / "old", tmp_path / "new", rank=2)
-    before, *fused = [_fused(family.load(folder), tmp_path / name) for name in ("", "old", "new")]
+    before, *fused = [_fused(family.load(folder), tmp_path / name, prefix) for name in ("", "old", "new")]
     changed = 0
     for name, weight in before.items():
         change, new = (one[name].double() - weight.double() for one in fused)
@@ -315,13 +317,13 @@ def test_a_file_of_diffusers(has_metadata: bool, tmp_path: Path) -> None:
     assert changed >= 3
 
 
-def _fused(model: Any, folder: Path) -> dict[str, torch.Tensor]:
+def _fused(model: Any, folder: Path, prefix: str) -> dict[str, torch.Tensor]:
     path = folder / "pytorch_lora_weights.safetensors"
     if path.is_file():
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get("lora_adapter_metadata")
         told = {} if text is None else {"metadata": json.loads(text)}
-        model.load_lora_adapter(load_file(path), prefix="unet", **told)
+        model.load_lora_adapter(load_file(path), prefix=prefix.removesuffix(".") or None, **told)
         model.fuse_lora()
         model.unload_lora()
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
