@@ -11,6 +11,7 @@ from surgery.errors import OptionError, OutputError
 from surgery.linalg.limits import check_energy
 from surgery.progress import Progress
 from surgery.reports import Report
+from surgery.run.journal import Journal
 from surgery.run.merging import DTYPES, Dtype
 from surgery.run.output_paths import check_no_model, check_output_path
 from surgery.run.run import Run
@@ -107,7 +108,7 @@ def resize(
     check_no_model(out)
     with Run(out) as run, run.locked([path]):
         for name in ADAPTER_FILES if file is None else [file.name]:
-            check_output_path(out / name, [path], overwrite=overwrite)
+            check_output_path(out / name, [path], overwrite=overwrite or Journal.is_there(out))
         resized = resized_adapter(path, options)
         run.identify({"command": "resize", "tool": f"surgery {__version__}"})
         with run.files_together(resized.names, overwrite=overwrite) as place:

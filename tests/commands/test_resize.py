@@ -18,6 +18,7 @@ from surgery.cli.main import main
 from surgery.errors import FormatError, OptionError, OutputError, SourceError, SurgeryError
 from surgery.files import file_writer
 from surgery.progress import Silent
+from surgery.run import result_folder
 from tests.commands.test_merge import ADAPTER_FILES, save_lora
 from tests.loopback_hub import LoopbackHub
 from tests.models import files_of
@@ -124,6 +125,30 @@ def test_a_full_disk(overwrite: bool, lora: Path, kohya: Path, tmp_path: Path, m
     surgery.resize(lora, tmp_path / "o", rank=4, overwrite=overwrite)
     surgery.resize(lora, tmp_path / "another", rank=4)
     assert files_of(tmp_path / "o") == files_of(tmp_path / "another")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_stopped_when_it_takes_its_place(overwrite: bool, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are weights then, and no config; the same call brings it to its end."""
+    out, stopped = tmp_path / "o", Silent()
+    if overwrite:
+        surgery.resize(lora, out, rank=2)
+    synced = result_folder.sync_directory
+
+    def stop(path: Path) -> None:
+        if (out / "adapter_model.safetensors").is_file() and not (out / "adapter_config.json").is_file():
+            raise KeyboardInterrupt
+        synced(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(result_folder, "sync_directory", stop)
+        with pytest.raises(KeyboardInterrupt):
+            surgery.resize(lora, out, rank=4, overwrite=overwrite, progress=stopped)
+    assert {path.name for path in out.iterdir()} == {"adapter_model.safetensors", ".surgery"}
+    assert any("the same command goes on" in note for note in stopped.notes)
+    surgery.resize(lora, out, rank=4, overwrite=overwrite, progress=Silent())
+    surgery.resize(lora, tmp_path / "another", rank=4)
+    assert files_of(out) == files_of(tmp_path / "another")
 
 
 def test_inputs_and_models_are_not_written_to(lora: Path, llama: Path, kohya: Path, tmp_path: Path) -> None:
