@@ -35,7 +35,8 @@ class LowRank:
             is within ``excess`` of the best one, and single directions may be any of those that are about as good; ``passes``:
             neither after the most passes; ``zero``: a matrix of zeros.
         excess: by what share the error may be above the best one of rank k: an estimate from above, which held in every trial
-            with the default, and is no proof (docs/numerics.md). 0 where the directions have converged, infinite where nothing is known.
+            with the default, and is no proof (docs/numerics.md). 0 where the directions have converged, infinite where nothing
+            is known.
         floor: the largest singular value that noise has whose entries have the variances of those of A without the directions
             above it, with a small margin.
         above_floor: how many of the k values are above the floor. If all are, there may be more.
