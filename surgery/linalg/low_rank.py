@@ -35,7 +35,8 @@ class LowRank:
             is within ``excess`` of the best one, and single directions may be any of those that are about as good; ``passes``:
             neither after the most passes; ``zero``: a matrix of zeros.
         excess: by what share the error may be above the best one of rank k: an estimate from above, which held in every trial
-            and is no proof (docs/numerics.md). 0 where the directions have converged, infinite where nothing is known.
+            with the default, and is no proof (docs/numerics.md). 0 where the directions have converged, infinite where nothing
+            is known.
         floor: the largest singular value that noise has whose entries have the variances of those of A without the directions
             above it, with a small margin.
         above_floor: how many of the k values are above the floor. If all are, there may be more.
@@ -70,7 +71,8 @@ def low_rank(
     Args:
         A: (m, n), any real floating dtype, any device.
         k: 1 <= k <= min(m, n).
-        excess: share of the best error, from 1e-6 to 1. Where it is what stops, one more step is made.
+        excess: share of the best error, from 1e-6 to 1e-3. Where it is what stops, one more step is made. Above 4e-4 the
+            estimate may be too low, by a factor of 3 at most in the trials.
         tolerance: of converged directions, see ``truncated_svd``.
         seed: of the random start block and of the random signs that find the floor.
 
