@@ -129,7 +129,8 @@ def need_to_extract(target: Target) -> Need:
     tuned = 4 * need.held * 8 // DTYPE_BITS[target.dtype]  # float32 at most, put together from parts of its own size
     solving = low_rank_bytes(m, n, target.rank, torch.float32)
     merging = 16 * m * n + 32 * target.rank * (m + n)
-    return replace(need, working=copies + 2 * tuned + 4 * m * n + max(solving, merging))
+    # Twice the difference: one that is very small is scaled.
+    return replace(need, working=copies + 2 * tuned + 8 * m * n + max(solving, merging))
 
 
 def need_to_compare(entry: TensorEntry, file: str) -> Need:
