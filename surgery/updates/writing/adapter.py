@@ -16,6 +16,7 @@ from surgery.files.file_records import FileRecord
 from surgery.files.file_writer import FileWriter, sync_directory
 from surgery.format.header import TensorEntry, make_header
 from surgery.format.safetensors import TORCH_DTYPES
+from surgery.lossless.rounding import all_finite
 from surgery.memory import bytes_of
 from surgery.names import ADAPTER_CONFIG, DTYPE_BITS
 from surgery.progress import Progress, phase
@@ -172,7 +173,7 @@ class AdapterToWrite:
         if pair.scaling != 1:
             half = half / math.sqrt(pair.scaling)
         rounded = half.to(TORCH_DTYPES[self.dtype])
-        if not bool(torch.isfinite(rounded).all()):
+        if not all_finite(rounded):
             raise OptionError(
                 f"the update of {module_key(pair.module)!r} has numbers that are too large for {self.dtype}",
                 got=f"{half.abs().max().item():g}",
