@@ -44,7 +44,7 @@ from safetensors.torch import save_file
 
 SURGERY = """
 import sys, time
-from surgery.commands.merge import merge
+from surgery.commands.adapters.merge import merge
 from surgery.progress import Silent
 model, adapter, out, rounding = sys.argv[1:5]
 start = time.perf_counter()

@@ -17,12 +17,13 @@ from surgery.version import __version__
 __distribution__ = "model-surgery"
 
 if TYPE_CHECKING:
+    from surgery.commands.adapters.export import ExportReport, export
+    from surgery.commands.adapters.extract import ExtractPlan, extract, plan_extract
+    from surgery.commands.adapters.merge import MergePlan, MergeReport, merge, plan_merge
     from surgery.commands.blend import BlendReport, blend
-    from surgery.commands.export import ExportReport, export
     from surgery.commands.factorize import FactorizeReport, factorize, plan
     from surgery.commands.fold import FoldReport, fold
     from surgery.commands.inspect import InspectReport, inspect
-    from surgery.commands.merge import MergePlan, MergeReport, merge, plan_merge
     from surgery.commands.project import ProjectReport, project
     from surgery.commands.scales import ScalesSummary, read_scales, show_scales, write_scales
     from surgery.commands.verify import VerifyReport, verify
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
         SurgeryWarning,
         WeightError,
     )
+    from surgery.extraction.told import ExtractReport
     from surgery.format.manifest import Manifest
     from surgery.format.options import Options
     from surgery.format.scales import ScalesFile
@@ -66,7 +68,9 @@ _HOMES = {
     "Certificate": "surgery.linalg.svd",
     "ClusterError": "surgery.errors",
     "DemoReport": "surgery.demo.run",
-    "ExportReport": "surgery.commands.export",
+    "ExportReport": "surgery.commands.adapters.export",
+    "ExtractPlan": "surgery.commands.adapters.extract",
+    "ExtractReport": "surgery.extraction.told",
     "FactorizeReport": "surgery.commands.factorize",
     "Factorized": "surgery.weights.factorized",
     "Factors": "surgery.lossless.factors",
@@ -77,8 +81,8 @@ _HOMES = {
     "InspectReport": "surgery.commands.inspect",
     "InstallationError": "surgery.errors",
     "Manifest": "surgery.format.manifest",
-    "MergePlan": "surgery.commands.merge",
-    "MergeReport": "surgery.commands.merge",
+    "MergePlan": "surgery.commands.adapters.merge",
+    "MergeReport": "surgery.commands.adapters.merge",
     "MissingExtra": "surgery.errors",
     "OptionError": "surgery.errors",
     "Options": "surgery.format.options",
@@ -107,13 +111,15 @@ _HOMES = {
     "attach": "surgery.training.attach",
     "blend": "surgery.commands.blend",
     "energy_svd": "surgery.linalg.energy",
-    "export": "surgery.commands.export",
+    "export": "surgery.commands.adapters.export",
+    "extract": "surgery.commands.adapters.extract",
     "factorize": "surgery.commands.factorize",
     "fold": "surgery.commands.fold",
     "inspect": "surgery.commands.inspect",
-    "merge": "surgery.commands.merge",
+    "merge": "surgery.commands.adapters.merge",
     "plan": "surgery.commands.factorize",
-    "plan_merge": "surgery.commands.merge",
+    "plan_extract": "surgery.commands.adapters.extract",
+    "plan_merge": "surgery.commands.adapters.merge",
     "project": "surgery.commands.project",
     "read_scales": "surgery.commands.scales",
     "recipes": "surgery.planning.recipes",
@@ -133,6 +139,8 @@ __all__ = [
     "ClusterError",
     "DemoReport",
     "ExportReport",
+    "ExtractPlan",
+    "ExtractReport",
     "FactorizeReport",
     "Factorized",
     "Factors",
@@ -175,11 +183,13 @@ __all__ = [
     "blend",
     "energy_svd",
     "export",
+    "extract",
     "factorize",
     "fold",
     "inspect",
     "merge",
     "plan",
+    "plan_extract",
     "plan_merge",
     "project",
     "read_scales",

@@ -151,6 +151,9 @@ def test_home_folders_in_every_path(home: Path, llama: Path) -> None:
     )
     quiet = Silent()  # of the two models being one
     call("project", factorized="~/overlay", tuned="~/m", out="~/projected.safetensors", base="~/m", progress=quiet)
+    call("plan_extract", base="~/m", tuned=Path("~/folded2"), recipe="~/recipe.toml", progress=quiet)
+    with pytest.raises(OptionError, match="the same weights"):
+        call("extract", base="~/m", tuned="~/m", out="~/extracted", recipe="~/recipe.toml", progress=quiet)
     call("blend", files=[ones, Path(ones)], out="~/blended.safetensors")
     call("spectra", model="~/m", tuned="~/m", top=2, recipe="~/recipe.toml", out="~/report", progress=quiet)
     call("recommend", model="~/m", budget=20, out="~/ranks.toml", max_rank=2, recipe="~/recipe.toml")
@@ -179,6 +182,7 @@ def test_home_folders_in_every_path(home: Path, llama: Path) -> None:
         "folded",
         "folded2",
         "merged",
+        "extracted",
         "copy",
         "projected.safetensors",
         "blended.safetensors",
@@ -295,6 +299,8 @@ WRONG: dict[str, list[Any]] = {
     "Layout": ["both", "", 3, True, ["residual"], b"residual", object()],
     "EngineName": ["slurm", "", 3, ["ray"], object()],
     "Rounding": ["up", "", 3, ["nearest"], object()],
+    "AdapterDtype": ["int8", "", 3, torch.bfloat16, object()],
+    "Rank": ["many", "", 4.5, True, [1], object()],
     "Dtype": ["int8", "", 3, torch.bfloat16, object()],
     "str | Path | Sequence[str | Path]": [3, [1], [None], [""], {"a": 1}, "", object()],
     "Space": ["cubic", 3, ["log"], object()],

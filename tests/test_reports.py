@@ -76,6 +76,8 @@ def _runs(at: Path, to: Path) -> dict[str, list[Any]]:
         "blend": [_json("blend", at / "s", "-o", to / "b")],
         "demo": [_json("demo", "--steps", 1, "--rank", 2)],
         "export": [_json("export", at / "f", at / "s", "-o", to / "a")],
+        "extract": [_json("extract", at / "m", at / "t", "--rank", 2, "-o", to / "extracted", "--profile")],
+        "extract --dry-run": [_json("extract", at / "m", at / "t", "--rank", "auto", "--dry-run")],
         "factorize": [_json("factorize", at / "m", "--rank", 2, "-o", to / "f", "--profile")],
         "fold": [_json("fold", at / "f", at / "s", "-o", to / "d", "--profile")],
         "inspect": [_json("inspect", at / "f")],
@@ -254,7 +256,8 @@ def test_all_that_users_meet_is_exported() -> None:
         if kind.__name__ != "PlanSummary":  # which is what a Plan's JSON is made of
             assert getattr(surgery, kind.__name__) is kind
     operations = {
-        "attach", "blend", "energy_svd", "export", "factorize", "fold", "inspect", "merge", "plan", "plan_merge", "project",
+        "attach", "blend", "energy_svd", "export", "extract", "factorize", "fold", "inspect", "merge", "plan",
+        "plan_extract", "plan_merge", "project",
         "read_scales", "recipes", "recommend", "run_demo", "show_scales", "spectra", "truncated_svd", "verify", "verify_folded",
         "write_scales",
     }  # fmt: skip

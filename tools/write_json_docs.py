@@ -12,17 +12,19 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from surgery.cli.printing import ADDED
+from surgery.commands.adapters.export import ExportReport
+from surgery.commands.adapters.extract import ExtractPlan
+from surgery.commands.adapters.merge import MergePlan, MergeReport
 from surgery.commands.blend import BlendReport
-from surgery.commands.export import ExportReport
 from surgery.commands.factorize import FactorizeReport
 from surgery.commands.fold import FoldReport
 from surgery.commands.inspect import InspectReport
-from surgery.commands.merge import MergePlan, MergeReport
 from surgery.commands.project import ProjectReport
 from surgery.commands.scales import ScalesSummary
 from surgery.commands.verify import VerifyReport
 from surgery.commands.verify_folded import FoldCheck
 from surgery.demo.run import DemoReport
+from surgery.extraction.told import ExtractReport
 from surgery.planning.recipes import RecipesReport
 from surgery.planning.summary import PlanSummary
 from surgery.reports import Report, json_fields
@@ -46,6 +48,8 @@ COMMANDS: dict[str, tuple[type[Report], tuple[str, ...]]] = {
     "blend": (BlendReport, ()),
     "demo": (DemoReport, ()),
     "export": (ExportReport, ("seconds",)),
+    "extract": (ExtractReport, ("seconds", "profile")),
+    "extract --dry-run": (ExtractPlan, ()),
     "factorize": (FactorizeReport, ("seconds", "profile")),
     "fold": (FoldReport, ("seconds", "profile")),
     "inspect": (InspectReport, ()),

@@ -14,12 +14,13 @@ from typing import Any, NoReturn, Self, TextIO
 
 import click
 
+from surgery.cli.adapters.export import export
+from surgery.cli.adapters.extract import extract
+from surgery.cli.adapters.merge import merge
 from surgery.cli.check import inspect, verify
 from surgery.cli.demo import demo
-from surgery.cli.extract import extract
 from surgery.cli.factorize import factorize, plan, recipes
-from surgery.cli.fold import export, fold
-from surgery.cli.merge import merge
+from surgery.cli.fold import fold
 from surgery.cli.scaling import blend, project, scales
 from surgery.cli.study import recommend, spectra
 from surgery.cli.text import guarded, tell, tell_error

@@ -130,7 +130,8 @@ def _extract_group(group: Sequence[ChangedMatrix], extracting: Extracting, devic
     del differences
     results = []
     for one, old, new, low in zip(group, before, after, found, strict=True):
-        factors = Factors(low.U.float(), low.s.float(), low.V.float())
+        some = low.s > 0
+        factors = Factors(low.U[:, some].float(), low.s[some].float(), low.V[:, some].float())
         merged = None
         if extracting.extent.budget is None:
             with timed("merge"):
@@ -144,7 +145,7 @@ def _extract_group(group: Sequence[ChangedMatrix], extracting: Extracting, devic
                     before=_norm(old),
                     after=_norm(new),
                     change=low.norm,
-                    values=low.s.tolist(),
+                    values=factors.s.tolist(),
                     error=low.error,
                     rule=low.rule,
                     excess=low.excess if math.isfinite(low.excess) else None,

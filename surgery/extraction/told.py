@@ -114,6 +114,11 @@ class ExtractReport(Report):
     error: float | None
     merged_error: float | None
 
+    @property
+    def is_uneven(self) -> bool:
+        """Whether pairs have different ranks."""
+        return len({one.rank for one in self.targets if one.rank}) > 1
+
 
 @dataclass(slots=True)
 class Totals:

@@ -11,21 +11,29 @@ from dataclasses import dataclass
 
 import torch
 
-from surgery.linalg.lanczos import block_lanczos
+from surgery.linalg.lanczos import KrylovBasis
 from surgery.linalg.operator import Operator, widened
 from surgery.linalg.product import leading_dimension
 from surgery.linalg.random import generator_of
 from surgery.memory import scratch
 
-#: Rows of the remainder that are made at a time.
+#: Rows of the remainder that are made at a time: few enough for a cache.
 _ROWS = 64
-#: Of the iteration for the largest value of the flipped remainder: the shorter side up to which it is a full SVD, the rows of
-#: a block, and the residual, of which its error is of second order.
+#: The shorter side up to which the largest value of the flipped remainder comes from a full SVD; beyond, from an iteration of
+#: so many rows and steps.
 _DENSE = 64
-_BLOCK = 8
-_TOLERANCE = 5e-2
-#: Standard deviations of the largest singular value of noise by which the floor is above what one draw of signs gives.
-_MARGIN = 3.0
+_BLOCK = 16
+_STEPS = 3
+#: By how many deviations of the largest singular value of noise the floor is above what one draw of signs gives.
+_MARGIN = 4.5
+#: Times the bound by the longest row and column, from which on a value needs no comparison with flipped signs.
+_BEYOND = 1.2
+#: The least share of a row or column of noise that directions leave of it, as far as that is made up for.
+_LEAST_LEFT = 0.25
+#: How often the floor is computed again, after more directions have been found to be above it.
+_MAX_ROUNDS = 4
+#: The least share of a squared norm that a difference may leave of it.
+_DIGITS = 0.1
 #: Units of the working precision, times s_1, below which a value is no more than rounding.
 _ROUNDING = 8
 
@@ -55,58 +63,113 @@ def remainder(A: torch.Tensor, U: torch.Tensor, s: torch.Tensor, V: torch.Tensor
         seed: of the random signs.
     """
     m, n = A.shape
-    short, k = min(m, n), len(s)
-    # Where most directions are given, those that are left are not typical of noise.
-    removed = min(k, max(1, short // 4))
     work = scratch("remainder", (1, m, leading_dimension(m, n, A.device)), torch.float32, A.device)
-    error = left = _subtract(A, U, s, V, work[0])
-    if removed < k:
-        left = _subtract(A, U[:, :removed], s[:removed], V[:, :removed], work[0])
-    _flip(work[0], n, seed)
-    top = _largest(Operator(work, n)) * (1 + _MARGIN * _deviation(m, n))
-    rounding = _ROUNDING * torch.finfo(A.dtype).eps * s[0].item()
+    signs = _Signs(m, n, seed, A.device)
     squares = s.square()
-    above, floor = k, 0.0
-    while True:  # fewer and fewer, as the noise keeps more and more of the energy
-        energy = left**2 + squares[above:removed].sum().item() - squares[removed:above].sum().item()
-        floor = max(rounding, top * math.sqrt(max(0.0, energy)) / left if left else 0.0)
-        if (fewer := int((s > floor).sum())) >= above:
-            return Remainder(error, floor, above)
-        above = fewer
+    rounding = _ROUNDING * torch.finfo(A.dtype).eps * s[0].item()
+    above = _surely_above(A, U, s, V)
+    for _ in range(_MAX_ROUNDS):
+        taken = above
+        left = _flipped(A, U[:, :taken], s[:taken], V[:, :taken], signs, work[0])
+        floor = max(rounding, _largest(Operator(work, n), seed) * (1 + _MARGIN * _deviation(work[0])))
+        above = max(taken, int((s > floor).sum()))
+        if above == taken:
+            break
+    error = left**2 - squares[taken:].sum().item()
+    # Where little is left of that, it has lost its digits.
+    exact = error > _DIGITS * left**2 or taken == len(s)
+    error = math.sqrt(error) if exact else _flipped(A, U, s, V, signs, work[0])
+    return Remainder(error, floor, above)
 
 
-def _subtract(A: torch.Tensor, U: torch.Tensor, s: torch.Tensor, V: torch.Tensor, out: torch.Tensor) -> float:
-    """``A - U diag(s) V^T`` into the first columns of ``out``, zeros into the others; returns its Frobenius norm."""
+def _surely_above(A: torch.Tensor, U: torch.Tensor, s: torch.Tensor, V: torch.Tensor) -> int:
+    """How many values are above what the longest row and column allow noise to have.
+
+    The largest singular value of a matrix of independent entries is hardly above the sum of both lengths (Bandeira, van
+    Handel, "Sharp nonasymptotic bounds on the norm of random matrices with independent entries", Ann. Probab. 44, 2016). What
+    is above that is taken away, which shortens rows and columns, and so on.
+    """
+    rows = widened(torch.linalg.vector_norm(A, dim=1)).square().cpu()
+    columns = widened(torch.linalg.vector_norm(A, dim=0)).square().cpu()
+    of_rows, of_columns = ((widened(X).cpu() * s).square().cumsum(dim=1) for X in (U, V))
+    above = 0
+    while above < len(s):
+        longest_row = (rows - of_rows[:, above - 1]).max() if above else rows.max()
+        longest_column = (columns - of_columns[:, above - 1]).max() if above else columns.max()
+        bound = longest_row.clamp(min=0).sqrt() + longest_column.clamp(min=0).sqrt()
+        more = int((s > _BEYOND * bound).sum())
+        if more <= above:
+            break
+        above = more
+    return above
+
+
+class _Signs:
+    """Random signs for the entries of an (m, n) matrix, the same each time. A word of random bits is for 32 of a row."""
+
+    def __init__(self, m: int, n: int, seed: int, device: torch.device) -> None:
+        words = torch.empty(m, -(-n // 32), dtype=torch.int32)
+        words.random_(-(1 << 31), (1 << 31) - 1, generator=generator_of(seed))
+        self._words = words.to(device)
+        self._places = torch.arange(32, dtype=torch.int32, device=device)[:, None]
+        self._columns = n
+
+    def of(self, rows: slice) -> torch.Tensor:
+        """int32 (r, n), all bits zero but the one that is the sign of a float32."""
+        bits = (self._words[rows, None, :] << self._places) & -(1 << 31)
+        return bits.flatten(1)[:, : self._columns]
+
+
+def _flipped(A: torch.Tensor, U: torch.Tensor, s: torch.Tensor, V: torch.Tensor, signs: _Signs, out: torch.Tensor) -> float:
+    """``A - U diag(s) V^T`` with random signs into the first columns of ``out``, zeros into the others.
+
+    The directions have taken noise along: of a row of noise the share that is its row of U squared, and so for columns. The
+    entries are made larger for that.
+
+    Returns:
+        The Frobenius norm of ``A - U diag(s) V^T``.
+    """
     n = A.shape[1]
     out[:, n:] = 0
     left = U * s.to(U)
-    squares = 0.0
+    of_rows, of_columns = (_lost(X)[:, None].to(A) for X in (U, V))
+    squares = []
     for first in range(0, len(A), _ROWS):
         rows = slice(first, first + _ROWS)
         part = torch.addmm(A[rows], left[rows], V.T, alpha=-1)
-        squares += widened(torch.linalg.vector_norm(part, dim=1)).square().sum().item()
-        out[rows, :n] = part
-    return math.sqrt(squares)
+        squares.append(torch.linalg.vector_norm(part, dim=1))
+        part.mul_(of_rows[rows]).mul_(of_columns.T)
+        torch.bitwise_xor(part.float().view(torch.int32), signs.of(rows), out=out[rows, :n].view(torch.int32))
+    return math.sqrt(widened(torch.cat(squares)).square().sum().item())
 
 
-def _flip(E: torch.Tensor, n: int, seed: int) -> None:
-    """Give the entries of the first n columns random signs."""
-    generator = generator_of(seed)
-    for first in range(0, len(E), _ROWS):
-        part = E[first : first + _ROWS, :n]
-        signs = torch.randint(0, 2, part.shape, generator=generator, dtype=torch.int8)
-        part.mul_((2 * signs - 1).to(E.device))
+def _lost(X: torch.Tensor) -> torch.Tensor:
+    """Factors (m,) by which noise is shorter without the columns of X (m, k): ``1 / sqrt(1 - |row of X|^2)``."""
+    return (1 - X.square().sum(dim=1)).clamp(min=_LEAST_LEFT).rsqrt()
 
 
-def _largest(operator: Operator) -> float:
-    """The largest singular value of a matrix, up to one or two per cent."""
+def _largest(operator: Operator, seed: int) -> float:
+    """The largest singular value of a matrix, or a few per cent more: the largest Ritz value and its residual."""
     if operator.short <= _DENSE:
         return float(torch.linalg.svdvals(widened(operator.matrices[0]))[0])
-    found = block_lanczos(operator, 1, tolerance=_TOLERANCE, block=_BLOCK, seed=0)
-    return float(widened(found.images).norm() / widened(found.rows).norm())
+    basis = KrylovBasis(operator, limit=_STEPS * _BLOCK, block=_BLOCK, seed=seed)
+    basis.begin(None)
+    for _ in range(_STEPS):
+        basis.step()
+    values, _, residuals = basis.ritz()
+    return math.sqrt(values[0, 0].item() + residuals[0, 0].item())
 
 
-def _deviation(m: int, n: int) -> float:
-    """The scale at which the largest singular value of (m, n) noise fluctuates, relatively (Johnstone 2001, Tracy-Widom)."""
-    a, b = math.sqrt(m), math.sqrt(n)
-    return math.cbrt(1 / a + 1 / b) / (a + b) / 2
+def _deviation(E: torch.Tensor) -> float:
+    """The scale at which the largest singular value of noise with the variances of E (m, n) fluctuates, relatively.
+
+    Johnstone, "On the distribution of the largest eigenvalue in principal components analysis" (Ann. Statist. 29, 2001), with
+    as many rows and columns as there were if all were as long as those that hold most of the energy.
+    """
+    a, b = (_participation(torch.linalg.vector_norm(E, dim=dim)) ** 0.5 for dim in (1, 0))
+    return float(math.cbrt(1 / a + 1 / b) / (a + b) / 2)
+
+
+def _participation(lengths: torch.Tensor) -> float:
+    squares = widened(lengths).square()
+    return (squares.sum().square() / squares.square().sum().clamp(min=1e-300)).clamp(min=1.0).item()

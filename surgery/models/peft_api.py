@@ -11,8 +11,24 @@ from typing import Any
 
 from torch import nn
 
+from surgery.models.transformers_api import family_of_conversion, is_from_transformers
+
 #: The first release that merges adapters of single experts, as transformers stacks these.
 LOADS_EXPERTS = (0, 20)
+
+#: Families of transformers' conversion -> last parts of names by which PEFT takes a layer for the router or one of the experts
+#: that the model stacks, wherever it is. Not for the family after which the rules for others are called, qwen2_moe itself.
+_TAKEN_FOR_EXPERTS = {"mixtral": ("gate", "w1", "w2", "w3"), "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj")}
+
+
+def taken_for_experts(model: nn.Module | None) -> tuple[str, ...]:
+    """Last parts of names of which PEFT makes other targets when it loads an adapter for a model, since 0.19."""
+    if model is None or not is_from_transformers(model):
+        return ()
+    config: Any = model.config
+    family = family_of_conversion(model)
+    is_itself = family == getattr(config, "model_type", None) == "qwen2_moe"
+    return () if is_itself else _TAKEN_FOR_EXPERTS.get(family, ())
 
 
 def too_old_for_experts() -> str | None:

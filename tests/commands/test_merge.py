@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.cli.main import main
-from surgery.commands.merge import MergeReport, merge, plan_merge
+from surgery.commands.adapters.merge import MergeReport, merge, plan_merge
 from surgery.errors import OptionError, OutputError, SourceError, SurgeryError
 from surgery.files import file_writer
 from surgery.progress import Silent
@@ -216,7 +216,7 @@ def test_killed_at_any_moment(llama: Path, tmp_path: Path, lora: Path) -> None:
 import sys
 from pathlib import Path
 import torch
-from surgery.commands.merge import merge
+from surgery.commands.adapters.merge import merge
 from surgery.progress import Silent
 from tests.faults import run, trial
 from tests.models import files_of

@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from surgery.commands.merge import merge, plan_merge
+from surgery.commands.adapters.merge import merge, plan_merge
 from surgery.errors import OptionError, WeightError
 from surgery.progress import Silent
 from tests.commands.test_merge import DOWN, SHAPES, Q, delta, save_lora, sha256, share
@@ -274,7 +274,7 @@ def test_memory_is_that_of_the_largest_weight(kind: str, tmp_path: Path) -> None
         adapter = save_lora(tmp_path / "a", {"lm_head": (rows, columns)}, rank=256, size=1e-4)
         numbers = 4 * 256 * (rows + columns)
     plan = plan_merge(model, adapter, device="cpu")
-    imports = "from surgery.commands.merge import merge\nfrom surgery.progress import Silent\n"
+    imports = "from surgery.commands.adapters.merge import merge\nfrom surgery.progress import Silent\n"
     call = f"merge({str(model)!r}, {str(adapter)!r}, {str(tmp_path / 'o')!r}, device='cpu', progress=Silent())"
     base = measured_peak(imports, threads=2)
     peak = measured_peak(imports + call, threads=2)

@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 
 from surgery.cli.main import main
-from surgery.commands.merge import merge
+from surgery.commands.adapters.merge import merge
 from surgery.errors import SurgeryError
 from surgery.progress import Silent
 from tests.models import files_of, tensors_of

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from surgery.models.placement import locate
+from torch import nn
+
+from surgery.errors import OptionError
+from surgery.models.peft_api import taken_for_experts
+from surgery.models.placement import Place, locate
 from surgery.models.skeleton import skeleton
 from surgery.updates.writing.adapter import AdapterToWrite
 from surgery.updates.writing.low_rank import AdapterForm, LowRankTensor, Refusal
-from surgery.updates.writing.modules import Finding
+from surgery.updates.writing.modules import AdaptedModules, Finding
 from surgery.updates.writing.peft_layout import in_peft_layout
+from surgery.updates.writing.single_experts import wrong_experts
+from surgery.updates.writing.whole import whole_tensors
 
 _REFUSAL = Refusal("written as LoRA", "leave it out: --exclude; or keep the tuned checkpoint itself")
 
@@ -35,10 +42,28 @@ def adapter_of(
         OptionError: a tensor that no adapter of this layout can change, or that its loaders are known to load wrongly.
         MissingExtra, SourceError: see ``surgery.models.skeleton``.
     """
+    if not tensors:
+        raise OptionError("an adapter without low-rank updates", expected="a tensor at least that has one")
     model = None if folder is None else skeleton(folder, exact=True)
     places = {} if model is None else locate(model, shapes)
     for one in tensors:
         if model is not None and one.tensor not in places:
             raise _REFUSAL.of(one.key, "a tensor that the model does not have which the config names")
-    adapted = Finding(_REFUSAL, single_experts=False).modules(model, tensors, places)
-    return in_peft_layout(adapted, form, model)
+    adapted = _adapted(model, tensors, places, single_experts=form.uniform_rank)
+    whole = whole_tensors(copied, model, places, {module.name for module in adapted.modules})
+    return in_peft_layout(adapted, form, model, whole)
+
+
+def _adapted(
+    model: nn.Module | None,
+    tensors: Sequence[LowRankTensor],
+    places: Mapping[str, Sequence[Place]],
+    *,
+    single_experts: bool,
+) -> AdaptedModules:
+    """The modules, with experts one by one where the checkpoint has them so and PEFT loads that rightly."""
+    finding = Finding(_REFUSAL, single_experts, by_weight=taken_for_experts(model))
+    adapted = finding.modules(model, tensors, places)
+    if model is not None and wrong_experts(model, adapted) is not None:
+        adapted = replace(finding, single_experts=False).modules(model, tensors, places)
+    return adapted

@@ -156,11 +156,13 @@ class Finding:
         refusal: how it is said that a tensor cannot be written.
         single_experts: whether experts that a checkpoint has one by one are adapted so, where the model stacks them.
         layers_only: whether only linear layers and convolutions are adapted, with weights of their own.
+        by_weight: last parts of names of linear layers that are adapted by their parameter.
     """
 
     refusal: Refusal
     single_experts: bool
     layers_only: bool = False
+    by_weight: tuple[str, ...] = ()
 
     def modules(
         self, model: nn.Module | None, tensors: Sequence[LowRankTensor], places: Mapping[str, Sequence[Place]]
@@ -194,6 +196,8 @@ class Finding:
                 carrier = carriers[parameter]
                 kind = self._kind(one, carrier)
                 name = parameter.rpartition(".")[0] if kind == "parameter" else self._module_of(parameter, one)
+                if kind == "linear" and name.rpartition(".")[2] in self.by_weight:
+                    kind = "parameter"
                 found.setdefault(parameter, (kind, name, carrier, []))[3].append((one, inside))
         modules = [_adapted(*of) for of in found.values()]
         return AdaptedModules(modules, carriers, experts)
@@ -210,15 +214,23 @@ class Finding:
         layer = carrier.layers[0]
         if layer.kind == "convolution" and getattr(layer.module, "groups", 1) != 1:
             raise self.refusal.of(one.key, "a convolution in groups")
-        if layer.kind in ("linear", "transposed", "convolution"):
-            if len(carrier.layers) > 1 and self.layers_only:
-                raise self.refusal.of(one.key, "a weight that several modules share")
-            return layer.kind  # type: ignore[return-value]
-        is_known = type(layer.module) is not nn.Module and not layer.readers
-        is_parameter = layer.kind == "unknown" and is_known and len(carrier.shape) in (2, 3)
-        if self.layers_only or not (layer.kind == "embedding" or is_parameter):
+        if layer.kind not in ("linear", "transposed", "convolution") and (
+            self.layers_only or not (layer.kind == "embedding" or _is_adapted_alone(layer, carrier.shape))
+        ):
             raise self.refusal.of(one.key, layer.described)
-        return "embedding" if layer.kind == "embedding" else "parameter"
+        if len(carrier.layers) > 1:
+            # PEFT 0.21 adds to such a weight for one of the modules only, or when it merges once for each.
+            raise self.refusal.of(one.key, "a weight that several modules share")
+        return "parameter" if layer.kind == "unknown" else layer.kind  # type: ignore[return-value]
+
+
+def _is_adapted_alone(layer: Layer, shape: Sequence[int]) -> bool:
+    """Whether a parameter that its module uses in a way of its own can be adapted without the module: a matrix that is its
+    weight, as of a router, or a stack of matrices. Modules with layers inside have vectors in such shapes."""
+    inside = any(True for child in layer.module.children() for _ in child.parameters())
+    if layer.readers or inside or type(layer.module) is nn.Module:
+        return False
+    return (len(shape) == 2 and layer.name == "weight") or (len(shape) == 3 and shape[0] > 1)
 
 
 def is_input_first(carrier: Carrier | None) -> bool:

@@ -17,27 +17,31 @@ from surgery.names import ADAPTER_WEIGHTS, PEFT_PREFIX
 from surgery.updates.writing.adapter import AdapterToWrite, Pair, module_key
 from surgery.updates.writing.low_rank import AdapterForm
 from surgery.updates.writing.modules import AdaptedModule, AdaptedModules
+from surgery.updates.writing.whole import Whole
 
 #: The release of PEFT whose layout of stacks this is; it tells readers which side of square matrices is the input.
 _LAYOUT_OF_STACKS = "0.21.0"
 
 
-def in_peft_layout(adapted: AdaptedModules, form: AdapterForm, model: nn.Module | None) -> AdapterToWrite:
+def in_peft_layout(
+    adapted: AdaptedModules, form: AdapterForm, model: nn.Module | None, whole: Whole | None = None
+) -> AdapterToWrite:
     """The adapter in PEFT's layout.
 
     Args:
         adapted: the modules that it changes.
         form: what it is written as.
         model: the skeleton; None where transformers does not know it.
+        whole: what it holds whole; None for nothing.
     """
-    ranks = [adapted.rank if form.uniform_rank else module.rank for module in adapted.modules]
     depths = _depths(adapted.modules)
     pairs = [
-        Pair(module, rank, _keys(module, depths.get(module_key(module), 0)))
-        for module, rank in zip(adapted.modules, ranks, strict=True)
+        Pair(module, adapted.rank if form.uniform_rank else module.rank, _keys(module, depths.get(module_key(module), 0)))
+        for module in adapted.modules
     ]
-    config = json.dumps(_config(pairs, form, model), indent=1).encode() + b"\n"
-    return AdapterToWrite(adapted, pairs, form.dtype, ADAPTER_WEIGHTS, config, {"format": "pt"}, {}, {})
+    whole = whole or Whole()
+    config = json.dumps(_config(pairs, form, model, whole), indent=1).encode() + b"\n"
+    return AdapterToWrite(adapted, pairs, form.dtype, ADAPTER_WEIGHTS, config, {"format": "pt"}, {}, whole.keys)
 
 
 def _keys(module: AdaptedModule, depth: int) -> tuple[str, str]:
@@ -62,7 +66,7 @@ def _depths(modules: Sequence[AdaptedModule]) -> dict[str, int]:
     return depths
 
 
-def _config(pairs: Sequence[Pair], form: AdapterForm, model: nn.Module | None) -> dict[str, Any]:
+def _config(pairs: Sequence[Pair], form: AdapterForm, model: nn.Module | None, whole: Whole) -> dict[str, Any]:
     """What PEFT is told of the adapter. With alpha equal to the rank, ``B A`` is added as it is."""
     layers = [pair.module for pair in pairs if pair.module.kind != "parameter"]
     parameters = sorted(module_key(pair.module) for pair in pairs if pair.module.kind == "parameter")
@@ -76,10 +80,10 @@ def _config(pairs: Sequence[Pair], form: AdapterForm, model: nn.Module | None) -
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
-        "target_modules": sorted(names),
+        "target_modules": sorted(names) if _is_exact(names, layers, model) else _expression(names),
         "fan_in_fan_out": any(module.kind == "transposed" for module in layers),
-        "bias": "none",
-        "modules_to_save": None,
+        "bias": whole.bias,
+        "modules_to_save": whole.modules or None,
         "use_rslora": False,
         "use_dora": False,
         "init_lora_weights": True,
@@ -88,10 +92,27 @@ def _config(pairs: Sequence[Pair], form: AdapterForm, model: nn.Module | None) -
     }
     if parameters:
         config |= {"target_parameters": parameters, "peft_version": _LAYOUT_OF_STACKS}
+    if whole.is_tied:
+        config["ensure_weight_tying"] = True
     if len({pair.rank for pair in pairs}) > 1:
         patterns = rank_patterns({module_key(pair.module): pair.rank for pair in pairs})
         config |= {"rank_pattern": patterns, "alpha_pattern": patterns}
     return config
+
+
+def _is_exact(names: set[str], layers: Sequence[AdaptedModule], model: nn.Module | None) -> bool:
+    """Whether PEFT, to which they may be the ends of names, finds by the names of modules no others."""
+    if model is None or any(module.kind == "expert" for module in layers):
+        return True
+    for name, _ in model.named_modules():
+        words = name.split(".")
+        if name not in names and any(".".join(words[first:]) in names for first in range(1, len(words))):
+            return False
+    return True
+
+
+def _expression(names: set[str]) -> str:
+    return "|".join(map(re.escape, sorted(names)))
 
 
 def rank_patterns(ranks: Mapping[str, int]) -> dict[str, int]:

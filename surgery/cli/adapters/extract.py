@@ -22,6 +22,7 @@ from surgery.cli.options import (
     notes_and_quiet,
     overwrite_option,
     profile_option,
+    push_options,
     quiet_option,
     revision_option,
     stream_option,
@@ -35,7 +36,7 @@ from surgery.cli.text import fitted, say, size, whole
 from surgery.progress import phase
 
 if TYPE_CHECKING:
-    from surgery.commands.extract import ExtractPlan
+    from surgery.commands.adapters.extract import ExtractPlan
     from surgery.extraction.told import ExtractedTarget, ExtractReport
     from surgery.format.options import Options
 
@@ -99,6 +100,7 @@ class _Rank(click.ParamType[Any]):
 @memory_options
 @engine_option
 @stream_option
+@push_options
 @overwrite_option
 @click.option("--dry-run", is_flag=True, help="Print what would be extracted, from headers, and stop.")
 @profile_option
@@ -112,6 +114,8 @@ def extract(
     options: Options,
     engine: Any,
     stream: bool,
+    push_to_hub: str | None,
+    private: bool,
     overwrite: bool,
     dry_run: bool,
     profile: bool,
@@ -127,7 +131,7 @@ def extract(
     """
     bar = Bar(quiet=quiet)
     with phase(bar, "starting"):
-        from surgery.commands import extract as operation
+        from surgery.commands.adapters import extract as operation
         from surgery.timing import Timing
 
     if dry_run:
@@ -147,6 +151,8 @@ def extract(
         options=options,
         engine=engine,
         stream=stream,
+        push_to_hub=push_to_hub,
+        private=private,
         overwrite=overwrite,
         progress=bar,
         timing=timing,
@@ -164,7 +170,7 @@ def extract(
 
 
 def _outcome(report: ExtractReport) -> str:
-    text = f"{report.modules} modules of rank {report.rank}"
+    text = f"{report.modules} modules of rank {'up to ' if report.is_uneven else ''}{report.rank}"
     if report.kept is not None:
         text += f", {share_text(report.kept)} of the targets' change"
     saved = sum(one.fate == "saved" for one in report.others)

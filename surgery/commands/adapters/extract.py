@@ -20,14 +20,15 @@ from surgery.extraction.shard import ExtractJob
 from surgery.extraction.told import ExtractReport, Totals, told_of_other, told_of_target
 from surgery.files.file_records import FileRecord
 from surgery.format.options import ExtractKeywords, Options, chosen_options
-from surgery.names import STREAM_DIR, TUNED_STREAM_DIR
+from surgery.names import EXTRACTION_FILE, STREAM_DIR, TUNED_STREAM_DIR
 from surgery.planning.extents import Extent, Rank
 from surgery.planning.summary import PlannedTarget
 from surgery.progress import Progress, listening, phase
+from surgery.publish.results import ExtractedCard, publish_extracted
 from surgery.reports import Report
 from surgery.run.engines import EngineName, EngineOptions, LocalEngine, float64_device
 from surgery.run.run import Run
-from surgery.source.component import component_of
+from surgery.source.component import component_of, config_folder
 from surgery.source.open import open_part, open_source
 from surgery.source.protocol import Source
 from surgery.timing import Timing
@@ -87,7 +88,7 @@ def plan_extract(
     layout: Layout = "peft",
     dtype: AdapterDtype = "float32",
     uniform: bool = False,
-    full: Sequence[str] = (),
+    full: tuple[str, ...] | list[str] = (),
     options: Options | None = None,
     revision: str | None = None,
     tuned_revision: str | None = None,
@@ -155,7 +156,7 @@ def extract(
     layout: Layout = "peft",
     dtype: AdapterDtype = "float32",
     uniform: bool = False,
-    full: Sequence[str] = (),
+    full: tuple[str, ...] | list[str] = (),
     options: Options | None = None,
     revision: str | None = None,
     tuned_revision: str | None = None,
@@ -165,6 +166,8 @@ def extract(
     max_device_memory: int | None = None,
     engine: EngineName = "local",
     stream: bool = False,
+    push_to_hub: str | None = None,
+    private: bool = True,
     overwrite: bool = False,
     progress: Progress | None = None,
     timing: Timing | None = None,
@@ -198,6 +201,8 @@ def extract(
         subfolder: of both, such as ``unet`` of a diffusion pipeline.
         device: where the linear algebra runs, as for ``factorize``.
         max_memory, max_device_memory, engine, stream: as for ``factorize``.
+        push_to_hub: repo id that the adapter is uploaded to as well. An earlier result of surgery there is replaced.
+        private: whether a repository that is created for it is private.
         overwrite: replace an earlier result in ``out``, which stays as it is until the new one is whole.
         progress: told how far it is, and what the user should know, such as where ``tuned`` does not look like a fine-tuned
             model (``surgery.tuned.likeness``); without it that is a ``SurgeryWarning``.
@@ -234,12 +239,19 @@ def extract(
         for note in extraction.plan.notes:
             progress.note(note)
         identity = extraction.identity(by.device_name)
-        with run.locked([*source.folders(), *other.folders()]), extraction.weights, extraction.tuned:
+        with (
+            run.uploading(push_to_hub, private=private),
+            run.locked([*source.folders(), *other.folders()]),
+            extraction.weights,
+            extraction.tuned,
+        ):
             earlier = earlier_result(out)
             if earlier is not None and not overwrite:
+                report = complete_result(out, earlier, identity)
                 run.forget()
-                progress.note(f"{out} is already complete: nothing to do")
-                return complete_result(out, earlier, identity)
+                progress.note(f"{out} is already complete" + (": nothing to do" if run.upload is None else ""))
+                _publish(run, out, report, extraction)
+                return report
             run.identify(identity)
             files = extraction.files([] if earlier is None else files_of_result(earlier))
             with run.result(files, [source, other], overwrite=overwrite) as place:
@@ -252,6 +264,7 @@ def extract(
                 report = _report(out, extraction, results, adapter, records)
                 extraction.remove_parts(place, results)
                 write_result(place, report, identity)
+                _publish(run, place, report, extraction)
     _tell(report, other, results)
     return report
 
@@ -303,6 +316,17 @@ def _jobs(extraction: Extraction, out: Path, place: Path) -> list[ExtractJob]:
         )
         for index, shard in enumerate(plan.shards)
     ]
+
+
+def _publish(run: Run, place: Path, report: ExtractReport, extraction: Extraction) -> None:
+    """Upload the adapter; nothing without an upload."""
+    size = f"{report.modules:,} modules of rank {'up to ' if report.is_uneven else ''}{report.rank}"
+    if report.kept is not None:
+        size += f", which hold {report.kept:.1%} of the squared norm of their weights' change"
+    files = [*(one.file for one in report.files), EXTRACTION_FILE]
+    told = ExtractedCard(size, extraction.options.form.component, files)
+    folder = config_folder(extraction.source)
+    publish_extracted(run.upload, place, extraction.source.record, folder, extraction.other.record, told)
 
 
 def _report(

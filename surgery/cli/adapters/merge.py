@@ -35,7 +35,7 @@ from surgery.errors import OptionError
 from surgery.progress import phase
 
 if TYPE_CHECKING:
-    from surgery.commands.merge import MergePlan, MergeReport
+    from surgery.commands.adapters.merge import MergePlan, MergeReport
 
 # Modules that import torch are imported inside the commands: --help must not wait for them.
 
@@ -89,7 +89,7 @@ def merge(
     """
     bar = Bar(quiet=quiet)
     with phase(bar, "starting"):
-        from surgery.commands import merge as operation
+        from surgery.commands.adapters import merge as operation
         from surgery.timing import Timing
 
     factors = None if weights is None else _numbers(weights)
