@@ -87,6 +87,7 @@ def _runs(at: Path, to: Path) -> dict[str, list[Any]]:
         "project": [_json("project", at / "f", at / "t", "-o", to / "p")],
         "recipes": [_json("recipes")],
         "recommend": [_json("recommend", at / "m", "--budget", 9, *only, "-o", to / "r.toml")],
+        "resize": [_json("resize", _adapter(at / "f", to), "--rank", 2, "-o", to / "resized")],
         "scales show": [_json("scales", "show", at / "s"), _json("scales", "show", stack)],
         "spectra": [
             _json("spectra", at / "m", *only, "-o", to / "s1"),
@@ -256,10 +257,9 @@ def test_all_that_users_meet_is_exported() -> None:
         if kind.__name__ != "PlanSummary":  # which is what a Plan's JSON is made of
             assert getattr(surgery, kind.__name__) is kind
     operations = {
-        "attach", "blend", "energy_svd", "export", "extract", "factorize", "fold", "inspect", "merge", "plan",
-        "plan_extract", "plan_merge", "project",
-        "read_scales", "recipes", "recommend", "run_demo", "show_scales", "spectra", "truncated_svd", "verify", "verify_folded",
-        "write_scales",
+        "attach", "blend", "energy_svd", "export", "extract", "factorize", "fold", "inspect", "merge", "plan", "plan_extract",
+        "plan_merge", "project", "read_scales", "recipes", "recommend", "resize", "run_demo", "show_scales", "spectra",
+        "truncated_svd", "verify", "verify_folded", "write_scales",
     }  # fmt: skip
     others = {
         "Certificate", "Factorized", "Factors", "Manifest", "Options", "Plan", "Progress", "SaveScales", "Scales", "ScalesFile",

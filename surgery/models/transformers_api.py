@@ -139,13 +139,13 @@ def _as_named(names: Mapping[str, Any], tensors: Iterable[str], prefix: str, why
 
 def family_of_conversion(model: nn.Module) -> str:
     """The family by whose rules transformers converts a model's experts on loading: its own, or one that it is like."""
-    try:
-        from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN as like
-    except ImportError:
-        like = {}
     config: Any = model.config
     family = str(getattr(config, "model_type", None))
-    return str(like.get(family, family))
+    try:
+        from transformers import conversion_mapping
+    except ImportError:
+        return family
+    return str(getattr(conversion_mapping, "_MODEL_TO_CONVERSION_PATTERN", {}).get(family, family))
 
 
 def reordered_axis(operation: Any) -> int | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from surgery.errors import FormatError, ReadError
 from surgery.files.access import all_below
 from surgery.files.file_records import FileRecord, check_file
-from surgery.names import CONFIG_FILE, JOURNAL_DIR, MANIFEST_FILE, is_litter
+from surgery.names import ADAPTER_CONFIG, CONFIG_FILE, JOURNAL_DIR, MANIFEST_FILE, is_litter
 from surgery.progress import listening, phase
 
 
@@ -41,13 +41,13 @@ def not_as_recorded(out: Path, records: Iterable[FileRecord]) -> list[str]:
 
 
 def loading_order(files: Iterable[str]) -> list[str]:
-    """Files in the order they are put in place: ``config.json`` last, as no loader takes a folder without it."""
+    """Files in the order they are put in place: the config last, as no loader takes a model or adapter without it."""
     return sorted(files, key=loading_key)
 
 
 def loading_key(name: str) -> tuple[bool, bool, str]:
     """The sort key of ``loading_order``."""
-    return name == MANIFEST_FILE, name == CONFIG_FILE, name
+    return name == MANIFEST_FILE, name in (CONFIG_FILE, ADAPTER_CONFIG), name
 
 
 def total_size(folder: Path, names: set[str]) -> int:

@@ -14,6 +14,7 @@ from surgery.files.access import all_below, check_replaceable, write_errors
 from surgery.files.file_writer import sync_directory
 from surgery.format.manifest import Manifest
 from surgery.names import (
+    ADAPTER_CONFIG,
     CONFIG_FILE,
     JOURNAL_DIR,
     MANIFEST_FILE,
@@ -34,7 +35,7 @@ from surgery.source.weight_files import is_index
 
 _PARTIAL = ".partial"
 #: Files by which loaders and readers recognize a result: they are removed first, and put in place last.
-_DECIDING = (MANIFEST_FILE, CONFIG_FILE, SPECTRA_FILE)
+_DECIDING = (MANIFEST_FILE, CONFIG_FILE, ADAPTER_CONFIG, SPECTRA_FILE)
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,7 @@ class PeftAdapter:
             if target.key not in held and update.changes(target):
                 raise _REFUSAL.of(target.key, "scales other than 1, and the model that the config names does not have it")
         form = AdapterForm("peft", uniform_rank=True, base=manifest.source.repo_id, revision=manifest.source.commit)
-        return cls(folder, manifest, update, in_peft_layout(adapted, form, model))
+        return cls(folder, manifest, update, in_peft_layout(adapted, form))
 
     def is_in(self, out: Path, progress: Progress) -> bool:
         """Whether a folder holds this adapter, byte for byte, perhaps but for the config, which comes last."""

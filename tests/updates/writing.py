@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import peft
 import torch
+from safetensors.torch import load_file, save_file
 
+from surgery.files.file_records import FileRecord, file_sha256
+from surgery.format.safetensors import ShardReader
 from surgery.format.views import Kind
 from surgery.progress import Silent
 from surgery.updates.writing.adapter import AdapterToWrite
 from surgery.updates.writing.low_rank import AdapterForm, LowRankTensor
 from surgery.updates.writing.making import adapter_of
+from tests.families import Family
 from tests.models import tensors_of
 
 
@@ -61,7 +67,7 @@ class LowRank:
         adapter = self.adapter(form)
         out.mkdir()
         records = adapter.write(out, self.halves, {}, Silent())
-        assert {record.file: record.size for record in records} == {path.name: path.stat().st_size for path in out.iterdir()}
+        check_files(out, records)
         return adapter
 
     def after(self, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -73,6 +79,36 @@ class LowRank:
             for name in (one.tensor, *one.aliases):
                 weights[name] = weights[name] + added
         return weights
+
+
+def check_files(folder: Path, records: Sequence[FileRecord]) -> None:
+    """The records are of all files, and the tensors are in the order that safetensors itself has them in."""
+    assert [(record.size, record.sha256) for record in records] == [
+        ((folder / record.file).stat().st_size, file_sha256(folder / record.file)) for record in records
+    ]
+    assert {record.file for record in records} == {path.name for path in folder.iterdir()}
+    weights = folder / records[0].file
+    save_file(load_file(weights), folder / "again.safetensors")
+    ours, theirs = (_header(path) for path in (weights, folder / "again.safetensors"))
+    assert ours == theirs
+    (folder / "again.safetensors").unlink()
+
+
+def _header(path: Path) -> list[tuple[str, int]]:
+    with ShardReader(path) as reader:
+        return [(entry.name, entry.start) for entry in reader.header.tensors]
+
+
+def merged_beside(family: Family, folder: Path, adapter: Path, out: Path) -> dict[str, torch.Tensor]:
+    """What PEFT merges in float32, by the names of the checkpoint, once the outputs are seen to be those of the adapter beside
+    the model."""
+    with torch.no_grad():
+        beside: Any = peft.PeftModel.from_pretrained(family.load(folder), str(adapter)).eval()
+        expected = family.run(beside)
+        merged: Any = beside.merge_and_unload()
+        torch.testing.assert_close(family.run(merged), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+        merged.save_pretrained(out)
+    return tensors_of(out)
 
 
 def _is_convolution(name: str, shape: tuple[int, ...]) -> bool:

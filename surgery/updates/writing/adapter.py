@@ -34,11 +34,13 @@ class Pair:
         module: the module.
         rank: that they have in the file.
         keys: of A and B.
+        scaling: what loaders multiply ``B A`` with; each of the halves is divided by the root of it.
     """
 
     module: AdaptedModule
     rank: int
     keys: tuple[str, str]
+    scaling: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +169,8 @@ class AdapterToWrite:
         return torch.tensor(self.alphas[key], dtype=torch.float32)
 
     def _rounded(self, half: torch.Tensor, pair: Pair) -> torch.Tensor:
+        if pair.scaling != 1:
+            half = half / math.sqrt(pair.scaling)
         rounded = half.to(TORCH_DTYPES[self.dtype])
         if not bool(torch.isfinite(rounded).all()):
             raise OptionError(

@@ -13,6 +13,7 @@ from surgery.models.peft_api import taken_for_experts
 from surgery.models.placement import Place, locate
 from surgery.models.skeleton import skeleton
 from surgery.updates.writing.adapter import AdapterToWrite
+from surgery.updates.writing.diffusion_layouts import check_component, in_diffusion_layout
 from surgery.updates.writing.low_rank import AdapterForm, LowRankTensor, Refusal
 from surgery.updates.writing.modules import AdaptedModules, Finding
 from surgery.updates.writing.peft_layout import in_peft_layout
@@ -44,14 +45,24 @@ def adapter_of(
     """
     if not tensors:
         raise OptionError("an adapter without low-rank updates", expected="a tensor at least that has one")
+    if form.layout != "peft":
+        check_component(form)
+        if copied:
+            raise _REFUSAL.of(copied[0], f"a tensor as a whole, for which the layout {form.layout} has no place")
+        return in_diffusion_layout(Finding(_REFUSAL, single_experts=False).modules(None, tensors, {}), form, _REFUSAL)
     model = None if folder is None else skeleton(folder, exact=True)
     places = {} if model is None else locate(model, shapes)
-    for one in tensors:
-        if model is not None and one.tensor not in places:
+    for one in tensors if model is not None else ():
+        held = next((name for name in (one.tensor, *one.aliases) if name in places), None)
+        if held is None:
             raise _REFUSAL.of(one.key, "a tensor that the model does not have which the config names")
+        places[one.tensor] = places[held]
     adapted = _adapted(model, tensors, places, single_experts=form.uniform_rank)
     whole = whole_tensors(copied, model, places, {module.name for module in adapted.modules})
-    return in_peft_layout(adapted, form, model, whole)
+    if any(module.kind == "expert" for module in adapted.modules):
+        return in_peft_layout(adapted, form, whole=whole)  # which PEFT finds by the last parts of their names
+    every = (name.rpartition(".")[0] for name in shapes) if model is None else (name for name, _ in model.named_modules())
+    return in_peft_layout(adapted, form, every, whole)
 
 
 def _adapted(

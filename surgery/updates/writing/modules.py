@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,6 +18,8 @@ from surgery.updates.writing.low_rank import LowRankTensor, Refusal
 #: How a module is adapted: as a linear layer whose weight is (out, in) or (in, out), as an embedding or a convolution, as one
 #: of the experts that the model stacks, or by one of its parameters, as the stack of experts is.
 ModuleKind = Literal["linear", "transposed", "embedding", "convolution", "expert", "parameter"]
+#: Names of embeddings, whose updates have names of their own.
+_EMBEDDING = re.compile(r"(embed|embeddings?|embed_tokens|embedding_table|wte|wpe)\.weight$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +197,8 @@ class Finding:
                     found[one.tensor] = ("expert", self._module_of(one.tensor, one), None, [(one, inside)])
                     continue
                 carrier = carriers[parameter]
+                if model is None and not self.layers_only and _EMBEDDING.search(parameter) and one.view == "matrix":
+                    raise self.refusal.of(one.key, "an embedding, by its name")
                 kind = self._kind(one, carrier)
                 name = parameter.rpartition(".")[0] if kind == "parameter" else self._module_of(parameter, one)
                 if kind == "linear" and name.rpartition(".")[2] in self.by_weight:

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
-
-from torch import nn
 
 from surgery.names import ADAPTER_WEIGHTS, PEFT_PREFIX
 from surgery.updates.writing.adapter import AdapterToWrite, Pair, module_key
@@ -24,14 +22,14 @@ _LAYOUT_OF_STACKS = "0.21.0"
 
 
 def in_peft_layout(
-    adapted: AdaptedModules, form: AdapterForm, model: nn.Module | None, whole: Whole | None = None
+    adapted: AdaptedModules, form: AdapterForm, names: Iterable[str] = (), whole: Whole | None = None
 ) -> AdapterToWrite:
     """The adapter in PEFT's layout.
 
     Args:
         adapted: the modules that it changes.
         form: what it is written as.
-        model: the skeleton; None where transformers does not know it.
+        names: of all modules of the model, among which PEFT is to find those that are adapted and no others.
         whole: what it holds whole; None for nothing.
     """
     depths = _depths(adapted.modules)
@@ -40,7 +38,7 @@ def in_peft_layout(
         for module in adapted.modules
     ]
     whole = whole or Whole()
-    config = json.dumps(_config(pairs, form, model, whole), indent=1).encode() + b"\n"
+    config = json.dumps(_config(pairs, form, names, whole), indent=1).encode() + b"\n"
     return AdapterToWrite(adapted, pairs, form.dtype, ADAPTER_WEIGHTS, config, {"format": "pt"}, {}, whole.keys)
 
 
@@ -66,7 +64,7 @@ def _depths(modules: Sequence[AdaptedModule]) -> dict[str, int]:
     return depths
 
 
-def _config(pairs: Sequence[Pair], form: AdapterForm, model: nn.Module | None, whole: Whole) -> dict[str, Any]:
+def _config(pairs: Sequence[Pair], form: AdapterForm, every: Iterable[str], whole: Whole) -> dict[str, Any]:
     """What PEFT is told of the adapter. With alpha equal to the rank, ``B A`` is added as it is."""
     layers = [pair.module for pair in pairs if pair.module.kind != "parameter"]
     parameters = sorted(module_key(pair.module) for pair in pairs if pair.module.kind == "parameter")
@@ -80,7 +78,7 @@ def _config(pairs: Sequence[Pair], form: AdapterForm, model: nn.Module | None, w
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
-        "target_modules": sorted(names) if _is_exact(names, layers, model) else _expression(names),
+        "target_modules": sorted(names) if _is_exact(names, every) else "|".join(map(re.escape, sorted(names))),
         "fan_in_fan_out": any(module.kind == "transposed" for module in layers),
         "bias": whole.bias,
         "modules_to_save": whole.modules or None,
@@ -100,19 +98,13 @@ def _config(pairs: Sequence[Pair], form: AdapterForm, model: nn.Module | None, w
     return config
 
 
-def _is_exact(names: set[str], layers: Sequence[AdaptedModule], model: nn.Module | None) -> bool:
-    """Whether PEFT, to which they may be the ends of names, finds by the names of modules no others."""
-    if model is None or any(module.kind == "expert" for module in layers):
-        return True
-    for name, _ in model.named_modules():
+def _is_exact(names: Collection[str], every: Iterable[str]) -> bool:
+    """Whether PEFT, to which names are also the ends of others, finds no more by them."""
+    for name in every:
         words = name.split(".")
         if name not in names and any(".".join(words[first:]) in names for first in range(1, len(words))):
             return False
     return True
-
-
-def _expression(names: set[str]) -> str:
-    return "|".join(map(re.escape, sorted(names)))
 
 
 def rank_patterns(ranks: Mapping[str, int]) -> dict[str, int]:

@@ -68,6 +68,8 @@ def whole_tensors(
         module, _, leaf = by_tensor[name].rpartition(".")
         wanted.setdefault(module, {})[leaf] = name
     for module, leaves in wanted.items():
+        if module in whole.modules:  # with another that shares its weight
+            continue
         if [*leaves] == ["bias"] and (module in adapted or model.get_parameter(f"{module}.weight").ndim > 1):
             # By its bias alone, without the weight.
             whole.bias = "all" if module not in adapted or whole.bias == "all" else "lora_only"
@@ -89,8 +91,9 @@ def _save(whole: Whole, model: nn.Module, homes: Mapping[str, str], module: str,
     if module in adapted:
         raise _REFUSAL.of(name, f"in {module!r}, which has a low-rank update")
     also = [one for one, _ in model.named_modules() if one != module and one.endswith(module)]
+    also += [one for one in adapted if f".{module}." in f".{one}."]
     if also:
-        raise _REFUSAL.of(name, f"in {module!r}, by whose name PEFT would save {also[0]!r} too")
+        raise _REFUSAL.of(name, f"in {module!r}, by whose name PEFT would take {also[0]!r} too")
     sharing = [module]
     for leaf, _ in held.named_parameters(recurse=False):
         full = f"{module}.{leaf}"
