@@ -236,11 +236,11 @@ class ShardExtraction:
         # Buffers such as masks may hold infinity.
         after = self._tuned.weight(given, check=all_finite(before))
         saved = after if name in self._job.saved else None
-        old = before if common == rows else before[:common]
-        if old.dtype == after.dtype and torch.equal(old, after):
-            return _Compared(_square_norm(before), 0.0, saved)
-        wide = torch.promote_types(torch.promote_types(old.dtype, after.dtype), torch.float32)
-        return _Compared(_square_norm(before), _square_norm(after.to(wide) - old.to(wide)), saved)
+        wide = torch.promote_types(torch.promote_types(before.dtype, after.dtype), torch.float32)
+        old, after = before[:common].to(wide) if before.ndim else before.to(wide), after.to(wide)
+        # The difference of two infinities would be no number.
+        change = 0.0 if torch.equal(old, after) else _square_norm(after - old)
+        return _Compared(_square_norm(before), change, saved)
 
     def _finish(
         self,

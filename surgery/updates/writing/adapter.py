@@ -57,6 +57,7 @@ class AdapterToWrite:
         metadata: of the file of weights.
         alphas: key -> the number that is there.
         copied: key -> the tensor of the checkpoint whose new numbers are there, whole.
+        tied: groups of these tensors that are one parameter, and have to hold the same numbers.
     """
 
     adapted: AdaptedModules
@@ -67,6 +68,7 @@ class AdapterToWrite:
     metadata: Mapping[str, str]
     alphas: Mapping[str, float]
     copied: Mapping[str, str]
+    tied: Sequence[Sequence[str]] = ()
 
     @property
     def ranks(self) -> dict[str, int]:

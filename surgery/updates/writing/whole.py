@@ -28,13 +28,13 @@ class Whole:
         keys: of its file -> the tensor of the checkpoint that is there.
         modules: names of modules that PEFT saves.
         bias: what the config says of biases.
-        is_tied: whether one of the modules shares the embedding's weight with another.
+        tied: names of tensors that are one parameter, which two of the modules share; a single one if it is stored once.
     """
 
     keys: dict[str, str] = field(default_factory=dict)
     modules: list[str] = field(default_factory=list)
     bias: str = "none"
-    is_tied: bool = False
+    tied: list[tuple[str, ...]] = field(default_factory=list)
 
 
 def whole_tensors(
@@ -68,7 +68,8 @@ def whole_tensors(
         module, _, leaf = by_tensor[name].rpartition(".")
         wanted.setdefault(module, {})[leaf] = name
     held = [name for name in homes if name.rpartition(".")[0] in wanted]
-    homes_and_carriers = {name: (homes[name], carrier) for name, carrier in carriers_of(model, held).items()}
+    carriers = carriers_of(model, held)
+    all_homes = {name: (tensor, carriers.get(name)) for name, tensor in homes.items()}
     for module, leaves in wanted.items():
         if module in whole.modules:  # with another that shares its weight
             continue
@@ -78,7 +79,7 @@ def whole_tensors(
             whole.bias = "all" if module not in adapted or whole.bias == "all" else "lora_only"
             whole.keys[f"{PEFT_PREFIX}{module}{'.base_layer' if module in adapted else ''}.bias"] = leaves["bias"]
         else:
-            _save(whole, model, homes_and_carriers, module, next(iter(leaves.values())), adapted)
+            _save(whole, model, all_homes, module, next(iter(leaves.values())), adapted)
     return whole
 
 
@@ -89,7 +90,7 @@ def _is_whole(place: Place, name: str, found: Sequence[Place]) -> bool:
 def _save(
     whole: Whole,
     model: nn.Module,
-    homes: Mapping[str, tuple[str, Carrier]],
+    homes: Mapping[str, tuple[str, Carrier | None]],
     module: str,
     name: str,
     adapted: Collection[str],
@@ -99,7 +100,7 @@ def _save(
     Args:
         whole: what is added to.
         model: the skeleton.
-        homes: parameter of the model -> the tensor that it is, and its carrier.
+        homes: parameter of the model -> the tensor that it is; and its carrier, for those of this module.
         module: the name of the module.
         name: of a tensor of it, for messages.
         adapted: names of the modules that have low-rank updates.
@@ -117,13 +118,14 @@ def _save(
     for leaf, _ in held.named_parameters(recurse=False):
         if f"{module}.{leaf}" not in homes:
             raise _REFUSAL.of(name, f"in {module!r}, of which {leaf!r} is stored otherwise or not at all")
-        tensor, carrier = homes[f"{module}.{leaf}"]
+        carrier = homes[f"{module}.{leaf}"][1]
+        assert carrier is not None
         if len(carrier.layers) > 1:
             sharing = [one for one, other in model.named_modules() if any(layer.module is other for layer in carrier.layers)]
             _check_tied(sharing, name)
-            whole.is_tied = True
+            whole.tied.append(tuple(homes[other][0] for one in sharing if (other := f"{one}.{leaf}") in homes))
         for one in sharing:
-            whole.keys[f"{PEFT_PREFIX}{one}.{leaf}"] = tensor
+            whole.keys[f"{PEFT_PREFIX}{one}.{leaf}"] = homes.get(f"{one}.{leaf}", homes[f"{module}.{leaf}"])[0]
     if any(True for _ in held.buffers()):
         raise _REFUSAL.of(name, f"in {module!r}, which has more than parameters")
     whole.modules += sharing
