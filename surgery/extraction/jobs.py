@@ -107,7 +107,7 @@ class ExtractJobs:
         """See ``RecordedJobs``."""
         job = self._jobs[index]
         try:
-            result = decode(ExtractedShard, value, f"{job.place}: the journal of shard {index + 1}")
+            result = decode(ExtractedShard, value, f"{job.out}: the journal of shard {index + 1}")
         except FormatError:  # a damaged record: the job is done again, else the same command would fail for ever
             return None
         planned = ([target.tensor for target in job.shard.targets], list(job.compared))
@@ -116,5 +116,5 @@ class ExtractJobs:
         if result.file is None:
             holds = not job.shard.targets and not job.saved
         else:
-            holds = result.file.file == job.file and is_as_recorded(job.place, result.file)
+            holds = result.file.file == job.file and is_as_recorded(job.out, result.file)
         return Recorded(result) if holds else None

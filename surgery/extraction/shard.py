@@ -19,7 +19,7 @@ from surgery.format.header import TensorEntry
 from surgery.format.safetensors import TORCH_DTYPES, ShardReader, TensorFileWriter, same_bytes
 from surgery.lossless.rounding import all_finite
 from surgery.memory import bytes_of
-from surgery.names import PARTIALS_DIR, factor_key, factors_file
+from surgery.names import PARTIALS_DIR, factor_key, part_file
 from surgery.planning.plan import ShardPlan
 from surgery.planning.targets import Target
 from surgery.progress import Progress, Silent
@@ -45,8 +45,7 @@ class ExtractJob:
         saved: those of them whose new numbers are kept.
         index, count: the index of the shard, from 0, and how many there are.
         extracting: how changes are approximated.
-        out: the output folder of the run.
-        place: the folder that is written to: ``out``, or one inside of it.
+        out: the output folder of the run, inside of which its file is until the run is over.
         window_bytes: how much of the shard is worked on together.
     """
 
@@ -57,13 +56,12 @@ class ExtractJob:
     count: int
     extracting: Extracting
     out: Path
-    place: Path
     window_bytes: int
 
     @property
     def file(self) -> str:
-        """The name of the file that it writes."""
-        return factors_file(self.index, self.count)
+        """The file that it writes, relative to the output folder."""
+        return part_file(self.index, self.count)
 
     @property
     def tensors(self) -> list[str]:
@@ -160,7 +158,7 @@ class ShardExtraction:
                 raise SourceError(
                     f"{file} has changed since the run was planned", hint="start again when nothing writes to the model"
                 )
-            writer = stack.enter_context(TensorFileWriter(job.place / job.file, keys, partial)) if keys else None
+            writer = stack.enter_context(TensorFileWriter(job.out / job.file, keys, partial)) if keys else None
             walk = stack.enter_context(ShardWalk(reader, self._portions(), lane.buffers, lane.timing))
 
             def compute(window: Sequence[Piece]) -> tuple[list[ApproximatedMatrix], dict[str, list[_Compared]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Unpack
 
@@ -15,7 +15,7 @@ from surgery.extraction.extraction import Extraction, ExtractOptions
 from surgery.extraction.jobs import ExtractJobs
 from surgery.extraction.matrices import Extracting
 from surgery.extraction.records import ExtractedShard
-from surgery.extraction.result_file import complete_result, earlier_result, files_of_result, write_result
+from surgery.extraction.result_file import complete_result, earlier_result, finished_result, replaced_result, write_result
 from surgery.extraction.shard import ExtractJob
 from surgery.extraction.told import ExtractReport, Totals, told_of_other, told_of_target
 from surgery.files.file_records import FileRecord
@@ -235,22 +235,23 @@ def extract(
             progress.note(note)
         identity = extraction.identity(by.device_name)
         with run.locked([*source.folders(), *other.folders()]), extraction.weights, extraction.tuned:
-            earlier = earlier_result(out)
-            if earlier is not None and not overwrite:
+            if not overwrite and (earlier := earlier_result(out)) is not None:
+                report = complete_result(out, earlier, identity)
                 run.forget()
                 progress.note(f"{out} is already complete: nothing to do")
-                return complete_result(out, earlier, identity)
+                return report
             run.identify(identity)
-            files = extraction.files([] if earlier is None else files_of_result(earlier))
+            files = extraction.files(out, replaced_result(out))
             with run.result(files, [source, other], overwrite=overwrite) as place:
-                jobs = ExtractJobs(_jobs(extraction, out, place), extraction.weights, extraction.tuned, timing)
+                if (finished := finished_result(place, identity)) is not None:  # an earlier start was stopped after that
+                    return replace(finished, out=out)
+                jobs = ExtractJobs(_jobs(extraction, out), extraction.weights, extraction.tuned, timing)
                 with phase(progress, "extracting", sum(shard.header.data_bytes for shard in extraction.plan.shards)):
                     results = run.shards(jobs, extraction.plan.memory)
                 for model in (source, other):
                     model.watch.check()
-                adapter, records = extraction.finish(place, results)
+                adapter, records = extraction.finish(out, place, results)
                 report = _report(out, extraction, results, adapter, records)
-                extraction.remove_parts(place, results)
                 write_result(place, report, identity)
     _tell(report, other, results)
     return report
@@ -286,7 +287,7 @@ def _form(source: Source, layout: Layout, dtype: AdapterDtype, uniform: bool) ->
     return AdapterForm(layout, _DTYPES[dtype], component_of(source), uniform, record.repo_id, record.commit)
 
 
-def _jobs(extraction: Extraction, out: Path, place: Path) -> list[ExtractJob]:
+def _jobs(extraction: Extraction, out: Path) -> list[ExtractJob]:
     plan, options = extraction.plan, extraction.options
     extracting = Extracting(options.extent, options.form.dtype, options.chosen.tolerance, options.chosen.seed)
     return [
@@ -298,7 +299,6 @@ def _jobs(extraction: Extraction, out: Path, place: Path) -> list[ExtractJob]:
             len(plan.shards),
             extracting,
             out,
-            place,
             plan.memory.window_bytes,
         )
         for index, shard in enumerate(plan.shards)
