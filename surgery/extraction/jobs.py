@@ -18,6 +18,7 @@ from surgery.run.contents import is_as_recorded
 from surgery.run.resume import Recorded
 from surgery.shards.factorize_shard import scale_files
 from surgery.shards.held_files import HeldFiles
+from surgery.source.protocol import WeightFiles
 from surgery.timing import Timing, timed
 from surgery.tuned.model import TunedModel
 from surgery.weights.model import ModelWeights
@@ -52,16 +53,28 @@ class ExtractJobs:
 
     def acquired(self, which: Iterable[int]) -> Iterator[int]:
         """See ``LocalJobs``."""
-        models = (self._weights.files, self._tuned.weights.files)
-        if self._timing is not None and any(model.room_to_fetch() for model in models):
+        base, tuned = self._weights.files, self._tuned.weights.files
+        if self._timing is not None and (base.room_to_fetch() or tuned.room_to_fetch()):
             self._timing.watch("download")
+        before: list[str] = []
         for index in which:
-            for model, files in zip(models, self._files(self._jobs[index]), strict=True):
-                model.wait_for_room()
-                with timed("download"):
-                    for file in files:
-                        model.acquire(file)
+            of_base, of_tuned = self._files(self._jobs[index])
+            # What the job before reads too is held at once, or it would go with that job and be fetched again.
+            shared = [file for file in of_tuned if file in before]
+            self._acquire(tuned, shared)
+            base.wait_for_room()
+            self._acquire(base, of_base)
+            if not shared:
+                tuned.wait_for_room()
+            self._acquire(tuned, [file for file in of_tuned if file not in shared])
+            before = of_tuned
             yield index
+
+    @staticmethod
+    def _acquire(model: WeightFiles, files: Iterable[str]) -> None:
+        with timed("download"):
+            for file in files:
+                model.acquire(file)
 
     def do_shard(self, index: int, lane: Lane, on_read: Callable[[], object]) -> ExtractedShard:
         """See ``LocalJobs``."""

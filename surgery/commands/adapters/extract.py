@@ -197,7 +197,8 @@ def extract(
         revision, tuned_revision: of models from the hub.
         subfolder: of both, such as ``unet`` of a diffusion pipeline.
         device: where the linear algebra runs, as for ``factorize``.
-        max_memory, max_device_memory, engine, stream: as for ``factorize``.
+        max_memory, max_device_memory, engine: as for ``factorize``.
+        stream: of models from the hub, of either or both, keep on the disk only the weight files that are in use.
         overwrite: replace an earlier result in ``out``, which stays as it is until the new one is whole.
         progress: told how far it is, and what the user should know, such as where ``tuned`` does not look like a fine-tuned
             model (``surgery.tuned.likeness``); without it that is a ``SurgeryWarning``.
@@ -275,7 +276,11 @@ def _opened(
     from surgery.source.stream import streamed  # the hub client is slow to import
 
     out, at_a_time = streams
-    return streamed(source, out / STREAM_DIR, at_a_time), streamed(other, out / TUNED_STREAM_DIR, at_a_time)
+    if other.record.kind == "hub":
+        other = streamed(other, out / TUNED_STREAM_DIR, at_a_time)
+        if source.record.kind != "hub":  # it is read where it is
+            return source, other
+    return streamed(source, out / STREAM_DIR, at_a_time), other
 
 
 def _form(source: Source, layout: Layout, dtype: AdapterDtype, uniform: bool) -> AdapterForm:
