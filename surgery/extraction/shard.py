@@ -12,12 +12,12 @@ import torch
 
 from surgery.engine.lane import Lane
 from surgery.engine.walk import Piece, ShardWalk, TargetPiece
-from surgery.errors import SourceError
+from surgery.errors import SourceError, WeightError
 from surgery.extraction.matrices import ApproximatedMatrix, ChangedMatrix, Extracting, Fp8Scales, extract_matrices
 from surgery.extraction.records import ComparedTensor, ExtractedShard, ExtractedTensor, saved_key
 from surgery.format.header import TensorEntry
 from surgery.format.safetensors import TORCH_DTYPES, ShardReader, TensorFileWriter, same_bytes
-from surgery.lossless.rounding import all_finite
+from surgery.lossless.rounding import all_finite, bits_of
 from surgery.memory import bytes_of
 from surgery.names import PARTIALS_DIR, factor_key, part_file
 from surgery.planning.plan import ShardPlan
@@ -227,7 +227,7 @@ class ShardExtraction:
         name, there = piece.entry.name, self._tuned.entry(piece.entry.name)
         rows = len(piece.tensor) if piece.tensor.ndim else 1
         common = rows if there is None or not there.shape else min(rows, there.shape[0] - piece.first)
-        if common <= 0:
+        if common <= 0 or not piece.tensor.numel():
             return _Compared(_square_norm(piece.tensor), 0.0, None)
         before = self._weights.exact_piece(piece)
         given = piece if common == rows else replace(piece, tensor=piece.tensor[:common])
@@ -235,8 +235,10 @@ class ShardExtraction:
         after = self._tuned.weight(given, check=all_finite(before))
         saved = after if name in self._job.saved else None
         old = before if common == rows else before[:common]
-        if old.dtype == after.dtype and torch.equal(old, after):
+        if old.dtype == after.dtype and torch.equal(bits_of(old), bits_of(after)):
             return _Compared(_square_norm(before), 0.0, saved)
+        if before.isnan().any():
+            raise WeightError(f"{self._job.shard.file}: {name!r} holds NaN", hint="take a sound copy of the model")
         wide = torch.promote_types(torch.promote_types(old.dtype, after.dtype), torch.float32)
         return _Compared(_square_norm(before), _square_norm(after.to(wide) - old.to(wide)), saved)
 

@@ -251,7 +251,11 @@ def extract(
                     results = run.shards(jobs, extraction.plan.memory)
                 for model in (source, other):
                     model.watch.check()
-                adapter, records = extraction.finish(out, place, results)
+                try:
+                    adapter, records = extraction.finish(out, place, results)
+                except OptionError:  # the same command would fail again
+                    run.forget()
+                    raise
                 report = _report(out, extraction, results, adapter, records)
                 write_result(place, report, identity)
     _tell(report, other, results)
