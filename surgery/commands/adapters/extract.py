@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Unpack
 
@@ -15,7 +15,7 @@ from surgery.extraction.extraction import Extraction, ExtractOptions
 from surgery.extraction.jobs import ExtractJobs
 from surgery.extraction.matrices import Extracting
 from surgery.extraction.records import ExtractedShard
-from surgery.extraction.result_file import complete_result, earlier_result, files_of_result, write_result
+from surgery.extraction.result_file import complete_result, earlier_result, finished_result, replaced_result, write_result
 from surgery.extraction.shard import ExtractJob
 from surgery.extraction.told import ExtractReport, Totals, told_of_other, told_of_target
 from surgery.files.file_records import FileRecord
@@ -200,7 +200,8 @@ def extract(
         revision, tuned_revision: of models from the hub.
         subfolder: of both, such as ``unet`` of a diffusion pipeline.
         device: where the linear algebra runs, as for ``factorize``.
-        max_memory, max_device_memory, engine, stream: as for ``factorize``.
+        max_memory, max_device_memory, engine: as for ``factorize``.
+        stream: of models from the hub, of either or both, keep on the disk only the weight files that are in use.
         push_to_hub: repo id that the adapter is uploaded to as well. An earlier result of surgery there is replaced.
         private: whether a repository that is created for it is private.
         overwrite: replace an earlier result in ``out``, which stays as it is until the new one is whole.
@@ -245,24 +246,30 @@ def extract(
             extraction.weights,
             extraction.tuned,
         ):
-            earlier = earlier_result(out)
-            if earlier is not None and not overwrite:
+            if not overwrite and (earlier := earlier_result(out)) is not None:
                 report = complete_result(out, earlier, identity)
                 run.forget()
                 progress.note(f"{out} is already complete" + (": nothing to do" if run.upload is None else ""))
                 _publish(run, out, report, extraction)
                 return report
             run.identify(identity)
-            files = extraction.files([] if earlier is None else files_of_result(earlier))
+            files = extraction.files(out, replaced_result(out))
             with run.result(files, [source, other], overwrite=overwrite) as place:
-                jobs = ExtractJobs(_jobs(extraction, out, place), extraction.weights, extraction.tuned, timing)
+                if (finished := finished_result(place, identity)) is not None:  # an earlier start was stopped after that
+                    report = replace(finished, out=out)
+                    _publish(run, place, report, extraction)
+                    return report
+                jobs = ExtractJobs(_jobs(extraction, out), extraction.weights, extraction.tuned, timing)
                 with phase(progress, "extracting", sum(shard.header.data_bytes for shard in extraction.plan.shards)):
                     results = run.shards(jobs, extraction.plan.memory)
                 for model in (source, other):
                     model.watch.check()
-                adapter, records = extraction.finish(place, results)
+                try:
+                    adapter, records = extraction.finish(out, place, results)
+                except OptionError:  # the same command would fail again
+                    run.forget()
+                    raise
                 report = _report(out, extraction, results, adapter, records)
-                extraction.remove_parts(place, results)
                 write_result(place, report, identity)
                 _publish(run, place, report, extraction)
     _tell(report, other, results)
@@ -287,7 +294,11 @@ def _opened(
     from surgery.source.stream import streamed  # the hub client is slow to import
 
     out, at_a_time = streams
-    return streamed(source, out / STREAM_DIR, at_a_time), streamed(other, out / TUNED_STREAM_DIR, at_a_time)
+    if other.record.kind == "hub":
+        other = streamed(other, out / TUNED_STREAM_DIR, at_a_time)
+        if source.record.kind != "hub":  # it is read where it is
+            return source, other
+    return streamed(source, out / STREAM_DIR, at_a_time), other
 
 
 def _form(source: Source, layout: Layout, dtype: AdapterDtype, uniform: bool) -> AdapterForm:
@@ -299,7 +310,7 @@ def _form(source: Source, layout: Layout, dtype: AdapterDtype, uniform: bool) ->
     return AdapterForm(layout, _DTYPES[dtype], component_of(source), uniform, record.repo_id, record.commit)
 
 
-def _jobs(extraction: Extraction, out: Path, place: Path) -> list[ExtractJob]:
+def _jobs(extraction: Extraction, out: Path) -> list[ExtractJob]:
     plan, options = extraction.plan, extraction.options
     extracting = Extracting(options.extent, options.form.dtype, options.chosen.tolerance, options.chosen.seed)
     return [
@@ -311,7 +322,6 @@ def _jobs(extraction: Extraction, out: Path, place: Path) -> list[ExtractJob]:
             len(plan.shards),
             extracting,
             out,
-            place,
             plan.memory.window_bytes,
         )
         for index, shard in enumerate(plan.shards)
