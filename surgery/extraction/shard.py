@@ -17,7 +17,7 @@ from surgery.extraction.matrices import ApproximatedMatrix, ChangedMatrix, Extra
 from surgery.extraction.records import ComparedTensor, ExtractedShard, ExtractedTensor, saved_key
 from surgery.format.header import TensorEntry
 from surgery.format.safetensors import TORCH_DTYPES, ShardReader, TensorFileWriter, same_bytes
-from surgery.lossless.rounding import all_finite
+from surgery.lossless.rounding import all_finite, bits_of
 from surgery.memory import bytes_of
 from surgery.names import PARTIALS_DIR, factor_key, part_file
 from surgery.planning.plan import ShardPlan
