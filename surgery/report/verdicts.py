@@ -23,6 +23,9 @@ from surgery.report.summary import change, median
 #: Of one matrix. Unknown is what rounding may have made, and what was not computed.
 Verdict = Literal["yes", "partly", "no", "unknown"]
 
+#: Of all matrices.
+TOGETHER = ("holds", "holds in part", "does not hold", "cannot be told")
+
 #: An update is told from rounding if that accounts for no more of its squared norm: if it is twice as large.
 ROUNDED = 1 / 4
 #: The top is amplified if so many of its values grew; it is not if no more than half did.
@@ -33,9 +36,11 @@ INTACT = 2 / 3
 STAYED, TURNED = 0.99, 0.9
 #: One factor explains the change of the values, or two turns are alike, from here on; below the other number it is not so.
 MUCH, LITTLE = 0.75, 0.25
+#: One factor explains the change of few values whatever it is.
+FEW = 8
 #: Turns are alike only if they are so by as many standard deviations of independent ones.
 DEVIATIONS = 2.0
-#: The update keeps off the top subspaces if it has so much of what chance would give inside; from the other number on it does not.
+#: The update keeps off the top subspaces if it has at most so much of chance inside; from the other number on it does not.
 OFF, AS_CHANCE = 0.5, 0.8
 #: So many of the matrices decide about all.
 MOST = 0.75
@@ -89,7 +94,8 @@ def middle_cosine(target: Mapping[str, Any], which: slice) -> float | None:
 def scaled_uniformly(target: Mapping[str, Any], _: int) -> Verdict:
     """Whether one factor explains the change of the values."""
     scaling = target["claims"]["scaling"]
-    return "unknown" if scaling is None else _by_share(scaling["of_values"])
+    few = len(target["amplification"]) < FEW
+    return "unknown" if few or scaling is None else _by_share(scaling["of_values"])
 
 
 def turned_alike(target: Mapping[str, Any], _: int) -> Verdict:
@@ -153,15 +159,17 @@ def counted(
     claim: Callable[[Mapping[str, Any], int], Verdict], targets: Iterable[Mapping[str, Any]], r: int
 ) -> Counter[Verdict]:
     """The verdicts on the matrices that changed; unknown where that is no more than rounding."""
-    return Counter(claim(target, r) if is_told_from_rounding(target) else "unknown" for target in targets if has_changed(target))
+    return Counter(
+        claim(target, r) if is_told_from_rounding(target) else "unknown" for target in targets if has_changed(target)
+    )
 
 
 def together(verdicts: Mapping[Verdict, int]) -> str:
-    """The verdict on all matrices: holds, holds in part, does not hold, or cannot be told."""
+    """The verdict on all matrices, one of ``TOGETHER``."""
+    holds, in_part, does_not, unknown = TOGETHER
     told = sum(verdicts.get(one, 0) for one in ("yes", "partly", "no"))
     if told == 0 or told < sum(verdicts.values()) / 2:
-        return "cannot be told"
+        return unknown
     if verdicts.get("yes", 0) >= MOST * told:
-        return "holds"
-    return "does not hold" if verdicts.get("no", 0) >= MOST * told else "holds in part"
-
+        return holds
+    return does_not if verdicts.get("no", 0) >= MOST * told else in_part

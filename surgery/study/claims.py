@@ -4,7 +4,7 @@ The claims: He, Cao, "Understanding Post-Training Structural Changes in Large La
 others are among those of the directions (``surgery.study.directions``) and of the update (``surgery.study.spectrum``).
 
 What close values turn into one another turns alike on both sides whatever the update is: to first order in D, with
-``d = U^T D V``, the sum of the two turns is ``(d_ij + d_ji) / (s_j - s_i)`` and their difference ``(d_ij - d_ji) / (s_i + s_j)``.
+``d = U^T D V``, the sum of the two turns is ``(d_ij + d_ji) / (s_j - s_i)``, their difference ``(d_ij - d_ji) / (s_i + s_j)``.
 That is why turns are not only held against independent ones, but also against those that a random update makes.
 """
 

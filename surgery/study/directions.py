@@ -174,9 +174,7 @@ def matched(before: TruncatedSVD, after: TruncatedSVD, images: DifferenceImages,
     for group in _several(new):
         turn_rows(left.T, right.T, group, owner[group])
     followed = known_values(before).numpy() & (_first_ones(exact) >= 0)
-    return Matched(
-        before, after, noise, left, right, match, _first_ones(old), _first_ones(new), in_place, aside, followed
-    )
+    return Matched(before, after, noise, left, right, match, _first_ones(old), _first_ones(new), in_place, aside, followed)
 
 
 def became(found: Matched, k: int, r: int) -> Became:
