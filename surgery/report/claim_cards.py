@@ -8,8 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from surgery.escapes import escaped
-from surgery.report.summary import Group, Target, change, median
+from surgery.report.summary import change, median
 from surgery.report.verdicts import MUCH, TURNED, has_changed
 from surgery.report.words import cosine, matrices, number, percent, times
 
@@ -33,18 +32,15 @@ class Card:
     details: str
 
 
-def cards(spectra: Spectra, groups: Sequence[Group]) -> list[Card]:
+def cards(spectra: Spectra) -> list[Card]:
     """The claims in the order of the findings; none where there is no change to speak of."""
     if spectra["tuned"] is None or not any(map(has_changed, spectra["targets"])):
         return []
     made = []
     for found in spectra["findings"]["claims"]:
         claim, tell = _TOLD[found["claim"]]
-        said = [tell(spectra), _one_by_one(found)]
-        if found["claim"] == "top_amplified":
-            said += _where(spectra, groups)
         source = f"{_PAPERS.get(found['arxiv'], '')} arXiv {found['arxiv']}".strip()
-        made.append(Card(claim, source, found["verdict"], " ".join(filter(None, said))))
+        made.append(Card(claim, source, found["verdict"], f"{tell(spectra)} {_one_by_one(found)}"))
     return made
 
 
@@ -187,36 +183,6 @@ def _off(spectra: Spectra) -> str:
 
 def _change(ratio: float) -> str:
     return percent(ratio - 1, signed=True)
-
-
-def _where(spectra: Spectra, groups: Sequence[Group]) -> list[str]:
-    """The groups and layers where the top changed the most and the least."""
-    r = spectra["options"]["subspace"]
-
-    def means(targets: Sequence[Target]) -> list[float]:
-        return [mean for target in targets if (mean := change(target, r).mean) is not None]
-
-    layers: dict[int, list[float]] = {}
-    for group in groups:
-        for row in group.rows:
-            if row.layer is not None:
-                layers.setdefault(row.layer, []).extend(means(row.targets))
-    by_group = {escaped(group.name): statistics.median(values) for group in groups if (values := means(group.targets))}
-    by_layer = {f"layer {layer}": statistics.median(values) for layer, values in layers.items() if values}
-    return [
-        f"By {what} it grew most in {between}."
-        for what, found in (("group", by_group), ("layer", by_layer))
-        if (between := _extremes(found))
-    ]
-
-
-def _extremes(values: dict[str, float]) -> str:
-    """The part of a sentence that says where changes are highest and lowest; empty if the two would read the same."""
-    words = {name: percent(value, signed=True) for name, value in values.items()}
-    if len(set(words.values())) < 2:
-        return ""
-    high, low = max(values, key=values.__getitem__), min(values, key=values.__getitem__)
-    return f"{high} ({words[high]}) and least in {low} ({words[low]})"
 
 
 _PAPERS = {

@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from surgery.escapes import escaped
-from surgery.report.findings_of_change import order_statement, rescaling_statement, update_statement
-from surgery.report.statement import Statement
+from surgery.report.findings_of_change import Statement, order_statement, rescaling_statement, update_statement
 from surgery.report.summary import (
     Group,
     Target,

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from surgery.escapes import escaped
-from surgery.report.statement import Statement
 from surgery.report.summary import Group, half_energy_rank, median, median_rank, relative_update
 from surgery.report.verdicts import has_changed, is_told_from_rounding
 from surgery.report.words import count, directions_text, matrices, percent, times
 
 #: Pure rescaling explains most of the update, or little of it.
 MOST, LITTLE = 0.5, 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Statement:
+    """A finding: one question, its answer in a few words, and the numbers for it."""
+
+    question: str
+    answer: str
+    details: str
 
 
 def order_statement(spectra: dict[str, Any]) -> Statement:

@@ -59,7 +59,7 @@ def _page(spectra: dict[str, Any]) -> str:
     names = [html_text(spectra[which]["name"]) for which in ("tuned", "base") if spectra[which] is not None]
     title = f"Singular spectra of {' against '.join(names)}"
     heading = f"Singular spectra of {' against '.join(f'<bdi>{name}</bdi>' for name in names)}"
-    told = cards(spectra, groups)
+    told = cards(spectra)
     sections = [
         *([("claims", "What is claimed of fine-tuning, and what is so here", _claims(told))] if told else []),
         ("findings", "More findings" if told else "Findings", _findings(spectra, groups)),

@@ -59,13 +59,6 @@ def change(target: Mapping[str, Any], r: int) -> Change:
     )
 
 
-def matched(target: Mapping[str, Any], r: int) -> list[float]:
-    """What became of the values of the first ``r`` directions, over these: of each that is mostly one that was computed."""
-    new = target["tuned"]["singular_values"]
-    old, places = target["singular_values"], target["place"][:r]
-    return [new[place - 1] / old[i] for i, place in enumerate(places) if place is not None and place <= len(new)]
-
-
 def half_energy_rank(singular_values: Sequence[float], norm: float) -> float:
     """The least rank that holds half of the squared Frobenius norm; infinity where the values kept do not reach it."""
     reached = np.cumsum(np.square(np.asarray(singular_values, dtype=float))) >= 0.5 * norm * norm

@@ -30,8 +30,8 @@ TOGETHER = ("holds", "holds in part", "does not hold", "cannot be told")
 ROUNDED = 1 / 4
 #: The top is amplified if so many of its values grew; it is not if no more than half did.
 GREW_MOST, GREW_HALF = 0.75, 0.5
-#: What comes after the top is intact if it changed by no more than this share of what the top did.
-INTACT = 2 / 3
+#: What comes after the top is intact if it changed by no more than this share of what the top did; from the other on it is not.
+INTACT, AS_MUCH = 2 / 3, 0.9
 #: A direction has stayed, or has turned, if its cosine with the one that it became is above, or below, this.
 STAYED, TURNED = 0.99, 0.9
 #: One factor explains the change of the values, or two turns are alike, from here on; below the other number it is not so.
@@ -73,7 +73,7 @@ def rest_intact(target: Mapping[str, Any], r: int) -> Verdict:
         return "unknown"
     if found.other <= INTACT * found.top:
         return "yes"
-    return "no" if found.other >= found.top else "partly"
+    return "no" if found.other >= AS_MUCH * found.top else "partly"
 
 
 def top_turned(target: Mapping[str, Any], r: int) -> Verdict:

@@ -109,7 +109,8 @@ def _scaling(found: Matched, size: float, k: int) -> Scaling | None:
     before, after = (svd.norm.item() ** 2 for svd in (found.before, found.after))
     along = (after - before - size**2) / 2  # <D, W>
     gain = 2 * (factor - 1) * along - (factor - 1) ** 2 * before
-    return Scaling(factor, 1 - float(np.square(new - factor * old).sum()) / change, min(1.0, max(0.0, gain / size**2)))
+    of_values = 1 - float(np.square(new - factor * old).sum()) / change
+    return Scaling(factor, max(0.0, of_values), min(1.0, max(0.0, gain / size**2)))
 
 
 def _value_errors(svd: TruncatedSVD) -> Floats:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from surgery.report.schema import SCHEMA_VERSION
-from surgery.report.summary import matched, median
+from surgery.report.summary import median
 from surgery.report.verdicts import CLAIMS, chance_in_either, counted, has_changed, in_either, together
 from surgery.reports import Report
 from surgery.study.spectra_shard import rounded
@@ -212,12 +212,19 @@ def _values(targets: Sequence[Mapping[str, Any]], r: int) -> dict[str, Any]:
         "median_top_amplification": median(ratios),
         "median_next_amplification": median(value for values in nexts for value in values),
         "median_rest_amplification": median(rest for rest in rests if rest is not None),
-        "median_matched_amplification": median(value for target in targets for value in matched(target, r)),
+        "median_matched_amplification": median(value for target in targets for value in _followed(target, r)),
         "top_amplified_share": sum(value > 1 for value in ratios) / len(ratios) if ratios else None,
         "median_scaling": median(scaling["factor"] for scaling in scalings),
         "median_scaling_of_values": median(scaling["of_values"] for scaling in scalings),
         "median_scaling_of_update": median(scaling["of_update"] for scaling in scalings),
     }
+
+
+def _followed(target: Mapping[str, Any], r: int) -> list[float]:
+    """Of the first ``r`` directions that are mostly one that was computed: the value of that one over their own."""
+    new = target["tuned"]["singular_values"]
+    old, places = target["singular_values"], target["place"][:r]
+    return [new[place - 1] / old[i] for i, place in enumerate(places) if place is not None and place <= len(new)]
 
 
 def _directions(targets: Sequence[Mapping[str, Any]], r: int) -> dict[str, Any]:

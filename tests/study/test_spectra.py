@@ -81,7 +81,7 @@ def test_one_matrix_against_numpy(tmp_path: Path) -> None:
         "matrix": None,
         "slice": None,
     }
-    assert report["schema_version"] == 2
+    assert report["schema_version"] == 3
     assert report["tuned"] is None
     assert "update" not in target
 
