@@ -23,12 +23,14 @@ class Card:
         claim: one sentence, without its end.
         source: the paper.
         verdict: one of ``surgery.report.verdicts.TOGETHER``.
+        counts: for how many matrices it holds.
         details: the numbers for it.
     """
 
     claim: str
     source: str
     verdict: str
+    counts: str
     details: str
 
 
@@ -40,18 +42,21 @@ def cards(spectra: Spectra) -> list[Card]:
     for found in spectra["findings"]["claims"]:
         claim, tell = _TOLD[found["claim"]]
         source = f"{_PAPERS.get(found['arxiv'], '')} arXiv {found['arxiv']}".strip()
-        made.append(Card(claim, source, found["verdict"], f"{tell(spectra)} {_one_by_one(found)}"))
+        made.append(Card(claim, source, found["verdict"], _counts(found), tell(spectra)))
     return made
 
 
-def _one_by_one(found: Mapping[str, Any]) -> str:
+def _counts(found: Mapping[str, Any]) -> str:
     """For how many matrices it holds."""
     total = sum(found[name] for name in ("yes", "partly", "no", "unknown"))
     if found["unknown"] == total:
-        return "Of no matrix it can be told."
-    text = f"One by one, it holds in {found['yes']:,} of {matrices(total)}"
-    text += f", in part in {found['partly']:,}" if found["partly"] else ""
-    return text + (f"; of {found['unknown']:,} it cannot be told." if found["unknown"] else ".")
+        return f"in any of {matrices(total)}"
+    said = [f"in {found['yes']:,} of {matrices(total)}"]
+    if found["partly"]:
+        said.append(f"in part in {found['partly']:,}")
+    if found["unknown"]:
+        said.append(f"not to be told in {found['unknown']:,}")
+    return ", ".join(said)
 
 
 def _amplified(spectra: Spectra) -> str:
@@ -63,7 +68,7 @@ def _amplified(spectra: Spectra) -> str:
     text += " (median over matrices of the mean change)."
     together = found["median_matched_amplification"]
     if together is not None:
-        text += f" Of the same directions, wherever they are in the order now, they changed by {_change(together)} (median)."
+        text += f" Followed by direction, wherever that is in the order now, they changed by {_change(together)} (median)."
     return text
 
 

@@ -61,7 +61,7 @@ def _page(spectra: dict[str, Any]) -> str:
     heading = f"Singular spectra of {' against '.join(f'<bdi>{name}</bdi>' for name in names)}"
     told = cards(spectra)
     sections = [
-        *([("claims", "What is claimed of fine-tuning, and what is so here", _claims(told))] if told else []),
+        *([("claims", "Claims about fine-tuning, tried here", _claims(told))] if told else []),
         ("findings", "More findings" if told else "Findings", _findings(spectra, groups)),
         ("pictures", "Pictures", pictures(spectra, groups)),
         ("matrices", "Every matrix" if len(spectra["targets"]) <= listing.MAX_ROWS else "Matrices", _listing(spectra)),
@@ -144,7 +144,8 @@ def _model(model: dict[str, Any]) -> str:
 def _claims(told: Sequence[Card]) -> str:
     items = "".join(
         f'<li class="{card.verdict.replace(" ", "-")}">\n<h3>{html.escape(card.claim)}</h3>\n'
-        f'<p class="answer">{card.verdict.capitalize()}</p>\n<p class="details">Here: {html.escape(card.details)}</p>\n'
+        f'<p class="answer">{card.verdict.capitalize()} <span>{card.counts}</span></p>\n'
+        f'<p class="details">Here: {html.escape(card.details)}</p>\n'
         f'<p class="source">{html.escape(card.source)}</p>\n</li>\n'
         for card in told
     )

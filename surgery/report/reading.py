@@ -49,8 +49,8 @@ def terms(spectra: dict[str, Any]) -> list[tuple[str, str]]:
                 f"The top is amplified when at least {percent(verdicts.GREW_MOST)} of its values grew, and not when "
                 f"{percent(verdicts.GREW_HALF)} or less did, or their mean change is negative. The rest is intact when the "
                 f"mean size of the change of the values after the top, and that of the norm of all later ones, is at most "
-                f"{number(verdicts.INTACT)} of that of the top, and not when one of them is {number(verdicts.AS_MUCH)} of it or "
-                "more.",
+                f"{number(verdicts.INTACT)} of that of the top, and not when one of them is at least "
+                f"{number(verdicts.AS_MUCH)} of it.",
             ),
             (
                 "One factor",
