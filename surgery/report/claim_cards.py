@@ -10,7 +10,7 @@ from typing import Any
 
 from surgery.report.summary import change, median
 from surgery.report.verdicts import MUCH, TURNED, has_changed
-from surgery.report.words import cosine, matrices, number, percent, times
+from surgery.report.words import cosine, matrices, number, percent
 
 Spectra = Mapping[str, Any]
 
@@ -50,8 +50,8 @@ def _counts(found: Mapping[str, Any]) -> str:
     """For how many matrices it holds."""
     total = sum(found[name] for name in ("yes", "partly", "no", "unknown"))
     if found["unknown"] == total:
-        return f"in any of {matrices(total)}"
-    said = [f"in {found['yes']:,} of {matrices(total)}"]
+        return f"of any of {matrices(total)}"
+    said = [f"yes in {found['yes']:,} of {matrices(total)}"]
     if found["partly"]:
         said.append(f"in part in {found['partly']:,}")
     if found["unknown"]:
@@ -137,7 +137,8 @@ def _scaled(spectra: Spectra) -> str:
         target["claims"]["scaling"]["factor"] for target in spectra["targets"] if target["claims"]["scaling"] is not None
     ]
     return (
-        f"The best factor is {found['median_scaling']:.4f} (median; {min(factors):.4f} to {max(factors):.4f}). It explains "
+        f"The best factor is {found['median_scaling']:.4f} (median; {min(factors):.4f} to {max(factors):.4f}), where a random "
+        f"update of the same size makes the norm {found['median_scaling_at_random']:.4f} times as large. It explains "
         f"{percent(found['median_scaling_of_values'])} of the change of a matrix's values, and "
         f"{percent(found['median_scaling_of_update'])} of that of its weights (medians)."
     )
@@ -175,14 +176,13 @@ def _intruders(spectra: Spectra) -> str:
 def _off(spectra: Spectra) -> str:
     found, r = spectra["findings"], spectra["options"]["subspace"]
 
-    def share(part: str) -> str:
-        return f"{percent(found[f'median_update_in_{part}'])} (by chance {percent(found[f'chance_in_{part}'])})"
+    def share(part: str, chance: str = "") -> str:
+        return f"{percent(found[f'median_update_in_{part}'])} ({chance}{percent(found[f'chance_in_{part}'])})"
 
-    ratio = found["median_update_in_either"] / found["chance_in_either"]
     return (
-        f"Of the update's energy {share('either')} lies in the base's first {r} left or right directions, {times(ratio)} "
-        f"what a random update would have: {share('left')} in the left ones, {share('right')} in the right ones, "
-        f"{share('both')} in both. The paper finds less than chance after such training, and more after supervised fine-tuning."
+        f"Of the update's energy {share('either', 'by chance ')} lies in the base's first {r} left or right directions "
+        f"(median): {share('left')} in the left ones, {share('right')} in the right ones, {share('both')} in both. The paper "
+        "finds less than chance after such training, and more after supervised fine-tuning."
     )
 
 

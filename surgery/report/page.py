@@ -144,7 +144,7 @@ def _model(model: dict[str, Any]) -> str:
 def _claims(told: Sequence[Card]) -> str:
     items = "".join(
         f'<li class="{card.verdict.replace(" ", "-")}">\n<h3>{html.escape(card.claim)}</h3>\n'
-        f'<p class="answer">{card.verdict.capitalize()} <span>{card.counts}</span></p>\n'
+        f'<p class="answer">{card.verdict.capitalize()} <span>({card.counts})</span></p>\n'
         f'<p class="details">Here: {html.escape(card.details)}</p>\n'
         f'<p class="source">{html.escape(card.source)}</p>\n</li>\n'
         for card in told

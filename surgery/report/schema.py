@@ -185,7 +185,8 @@ _FINDINGS: dict[str, _Kind] = {
     "unidentified_share": _share,
 }
 _CHANGES: dict[str, _Kind] = {
-    **dict.fromkeys(("top_change", "rest_change", "median_matched_amplification", "median_scaling"), _maybe(_size)),
+    **dict.fromkeys(("top_change", "rest_change", "median_matched_amplification"), _maybe(_size)),
+    **dict.fromkeys(("median_scaling", "median_scaling_at_random"), _maybe(_size)),
     "top_amplified_share": _maybe(_share),
     **dict.fromkeys(("median_scaling_of_values", "median_scaling_of_update"), _maybe(_share)),
     **dict.fromkeys(("median_left_cosine", "median_right_cosine"), _maybe(_share)),

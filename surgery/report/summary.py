@@ -185,7 +185,7 @@ def worst_residual(target: Target) -> float:
     return float(max((*target["residual"], *((target.get("tuned") or {}).get("residual") or ())), default=0.0))
 
 
-def relative_update(target: Target) -> float:
+def relative_update(target: Mapping[str, Any]) -> float:
     """The norm of the change over the base's norm; 0 where nothing changed."""
     update = target.get("update")
     return 0.0 if update is None else float(update["relative"] or 0.0)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from surgery.report.schema import SCHEMA_VERSION
-from surgery.report.summary import median
+from surgery.report.summary import median, relative_update
 from surgery.report.verdicts import CLAIMS, chance_in_either, counted, has_changed, in_either, together
 from surgery.reports import Report
 from surgery.study.spectra_shard import rounded
@@ -72,6 +73,7 @@ class Findings(Report):
         median_matched_amplification: of the values of what the top's directions became over their own.
         top_amplified_share: of the top's values, those that grew.
         median_scaling: of the one factor for all values of a matrix.
+        median_scaling_at_random: of the factor by which a random update of the same size makes the norm larger.
         median_scaling_of_values, median_scaling_of_update: of what it explains of the change of the values, and of the weights.
         median_left_cosine, median_right_cosine: of the top's directions and what they became.
         median_next_left_cosine, median_next_right_cosine: the same of the next.
@@ -112,6 +114,7 @@ class Findings(Report):
     median_matched_amplification: float | None = None
     top_amplified_share: float | None = None
     median_scaling: float | None = None
+    median_scaling_at_random: float | None = None
     median_scaling_of_values: float | None = None
     median_scaling_of_update: float | None = None
     median_left_cosine: float | None = None
@@ -215,6 +218,9 @@ def _values(targets: Sequence[Mapping[str, Any]], r: int) -> dict[str, Any]:
         "median_matched_amplification": median(value for target in targets for value in _followed(target, r)),
         "top_amplified_share": sum(value > 1 for value in ratios) / len(ratios) if ratios else None,
         "median_scaling": median(scaling["factor"] for scaling in scalings),
+        "median_scaling_at_random": median(
+            math.hypot(1, relative_update(t)) for t in targets if t["claims"]["scaling"] is not None
+        ),
         "median_scaling_of_values": median(scaling["of_values"] for scaling in scalings),
         "median_scaling_of_update": median(scaling["of_update"] for scaling in scalings),
     }

@@ -188,6 +188,7 @@ def _spectra(targets: list[dict[str, Any]], base: str = "some/base", tuned: str 
             "median_next_right_cosine": _median(value for target in targets for value in target["right_cosine"][R:]),
             "median_matched_amplification": 1.01,
             "median_scaling": _median(scaling["factor"] for scaling in scalings),
+            "median_scaling_at_random": 1.0023,
             "median_scaling_of_values": _median(scaling["of_values"] for scaling in scalings),
             "median_scaling_of_update": _median(scaling["of_update"] for scaling in scalings),
             "median_turned_alike": _median(turning["alike"] for turning in turnings),
@@ -339,7 +340,7 @@ class Page(HTMLParser):
         found = {}
         for claim, (answer, *rest) in self.answers("findings claims").items():
             verdict = next(one for one in sorted(TOGETHER, key=len, reverse=True) if answer.startswith(one.capitalize()))
-            found[claim] = (verdict.capitalize(), answer[len(verdict) + 1 :], *rest)
+            found[claim] = (verdict.capitalize(), answer[len(verdict) + 2 : -1], *rest)
         return found
 
     def description(self, picture: str, panel: int = 0) -> str:
@@ -473,7 +474,7 @@ TRUSTED = "Can the numbers be trusted?"
 def test_an_amplified_top_is_found(pages: dict[str, Page]) -> None:
     answers, claims = pages["amplified"].answers(), pages["amplified"].claims()
     verdict, counts, details, source = claims[AMPLIFIED]
-    assert (verdict, counts) == ("Holds", f"in {len(NAMES)} of {len(NAMES)} matrices")
+    assert (verdict, counts) == ("Holds", f"yes in {len(NAMES)} of {len(NAMES)} matrices")
     assert f"Here: Of the first {R} singular values 100 % grew, by +5 %" in details
     assert source == "Weight Spectra Induced Efficient Model Adaptation, arXiv 2505.23099"
     assert claims[INTACT][0] == "Holds"
@@ -495,7 +496,7 @@ def test_a_random_update_is_told_as_what_it_is(pages: dict[str, Page]) -> None:
     assert claims[OFF][0] == "Does not hold"
     found = spectra["findings"]
     for part, chance in (("left", R / 32), ("right", R / 48), ("both", R * R / (32 * 48))):
-        assert f"{100 * found[f'median_update_in_{part}']:.3g} % (by chance {100 * chance:.3g} %) in " in claims[OFF][2]
+        assert f"{100 * found[f'median_update_in_{part}']:.3g} % ({100 * chance:.3g} %) in " in claims[OFF][2]
     either = 100 * (1 - (1 - R / 32) * (1 - R / 48))
     assert f"{100 * found['median_update_in_either']:.3g} % (by chance {either:.3g} %) lies in" in claims[OFF][2]
     assert answers[RESCALED][0].startswith("Little: ")
@@ -553,7 +554,7 @@ def test_changes_within_rounding_say_nothing(tmp_path: Path) -> None:
     spectra["findings"] |= dict.fromkeys(["median_turned_alike", "median_turned_alike_at_random"])
     page = _page(spectra, tmp_path)
     for verdict, counts, *_ in page.claims().values():
-        assert (verdict, counts) == ("Cannot be told", f"in any of {len(NAMES)} matrices")
+        assert (verdict, counts) == ("Cannot be told", f"of any of {len(NAMES)} matrices")
     assert f"In {len(NAMES)} matrices it is so small that the rounding" in page.answers()["How large is the update?"][1]
 
 
