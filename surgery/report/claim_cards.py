@@ -91,11 +91,11 @@ def _intact(spectra: Spectra) -> str:
 def _turned(spectra: Spectra) -> str:
     found, r = spectra["findings"], spectra["options"]["subspace"]
     told = [_angles(found, "median_"), _angles(found, "median_next_")]
-    if not told[0]:
+    cosines = [value for target in spectra["targets"] for side in _SIDES for value in target[side][:r]]
+    known = [value for value in cosines if value is not None]
+    if not known:
         text = f"None of the first {r} directions is determined by the matrix in both models."
     else:
-        cosines = [value for target in spectra["targets"] for side in _SIDES for value in target[side][:r]]
-        known = [value for value in cosines if value is not None]
         turned = sum(value < TURNED for value in known) / len(known)
         text = f"The median cosine of a direction of the first {r} and the one that it became is {told[0]}"
         text += f"; of those after them {told[1]}." if told[1] else "."

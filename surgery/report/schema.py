@@ -176,6 +176,12 @@ _BY_PAIR = ("amplification", "place", "left_cosine", "right_cosine", "in_place")
 _PARTS = ("in_left", "in_right", "in_either", "in_both")
 _SHARES = (*(f"median_update_{part}" for part in _PARTS), "median_rescaling")
 _CHANCES = (*(f"chance_{part}" for part in _PARTS), "chance_rescaling")
+#: Findings that are there together.
+_TOGETHER = {
+    "in_place_grew_share": ("median_in_place",),
+    "median_scaling": ("median_scaling_at_random", "median_scaling_of_values", "median_scaling_of_update"),
+    "median_turned_alike": ("median_turned_alike_at_random",),
+}
 #: The findings about all matrices together. Each is a value or None; those about a change may be missing for a model alone.
 _FINDINGS: dict[str, _Kind] = {
     "targets": _count,
@@ -295,8 +301,12 @@ def check_spectra(spectra: Any) -> None:
 def _check_findings(spectra: Mapping[str, Any]) -> None:
     """Refuse findings in which a value is missing that others, or an update, say must be there."""
     found = spectra["findings"]
-    if found["in_place_grew_share"] is not None:
-        _real(found["median_in_place"], "findings.median_in_place")
+    for name, others in _TOGETHER.items():
+        for other in others if found[name] is not None else ():
+            _real(found[other], f"findings.{other}")
+    for name, part in (("median_scaling", "scaling"), ("median_turned_alike", "turning")):
+        if found[name] is not None and all(target["claims"][part] is None for target in spectra["targets"]):
+            raise _wrong(f"findings.{name}", found[name], "none, as no matrix has one")
     if any(target["update"] is not None for target in spectra["targets"]):
         for name in (*_SHARES, *_CHANCES):
             _size(found[name], f"findings.{name}")
