@@ -19,7 +19,8 @@ from surgery.linalg.random import generator_of
 from surgery.linalg.svd import TruncatedSVD, truncated_svd
 from surgery.lossless.rounding import times_power_of_two
 from surgery.precision import full_precision
-from surgery.study.directions import Became, DifferenceImages, became, identified, known_values, storage_noise
+from surgery.study.claims import Claims, claims_of
+from surgery.study.directions import Became, DifferenceImages, became, identified, known_values, matched, storage_noise
 
 #: Ranks for which the share of the energy is told.
 ENERGY_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -102,6 +103,7 @@ class Comparison:
         left_top, right_top: cosines of the principal angles of the top-r subspaces, descending.
         left_next, right_next: of those of directions r + 1 to 2 r.
         explained: ``(u_i^T D v_i)^2`` of the difference D, for the first r directions: what a scale takes of it.
+        claims: figures for claims of others about fine-tuning.
         update: None where nothing has changed.
     """
 
@@ -113,6 +115,7 @@ class Comparison:
     left_next: list[float]
     right_next: list[float]
     explained: list[float]
+    claims: Claims
     update: UpdateFigures | None
 
     def figures(self) -> dict[str, Any]:
@@ -201,17 +204,19 @@ def compare(old: DecomposedMatrix, new: DecomposedMatrix, k: int, r: int, *, see
     rests = [svd.norm.item() ** 2 - svd.s[:k].double().square().sum().item() for svd in (before, after)]
     # Below the rounding of the norm nothing comes after.
     some_rest = rests[0] > 1e-6 * before.norm.item() ** 2
-    noise = storage_noise(before, after, (old.spacing, new.spacing))
+    found = matched(before, after, images, storage_noise(before, after, (old.spacing, new.spacing)))
+    update = _update(difference, before, inside, seed)
     return Comparison(
         amplification=[ratio if some else None for ratio, some in zip(ratios, known_values(before)[:k].tolist(), strict=True)],
         rest_amplification=math.sqrt(max(rests[1], 0.0) / rests[0]) if some_rest and k < min(old.matrix.shape) else None,
-        directions=became(before, after, images, k, r, noise),
+        directions=became(found, k, r),
         left_top=tops[0],
         right_top=tops[1],
         left_next=nexts[0],
         right_next=nexts[1],
         explained=both.diagonal().square().tolist(),
-        update=_update(difference, before, inside, seed),
+        claims=claims_of(found, 0.0 if update is None else update.norm, k, r, seed),
+        update=update,
     )
 
 
