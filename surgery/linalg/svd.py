@@ -164,7 +164,7 @@ def solved_together(short: int, k: int) -> int:
 
 def _solve(A: torch.Tensor, k: int, tolerance: float, seed: int) -> list[TruncatedSVD]:
     """The truncated SVD of each matrix of a batch (B, m, n)."""
-    work = _in_working_precision(A)
+    work = in_working_precision(A)
     norms = _norms(work)
     shifts = [_shift(matrix, norm) for matrix, norm in zip(work, norms.tolist(), strict=True)]
     nonzero = [i for i, shift in enumerate(shifts) if shift is not None]
@@ -183,7 +183,7 @@ def _solve(A: torch.Tensor, k: int, tolerance: float, seed: int) -> list[Truncat
     return [_zero(A[i], work.dtype, k) if result is None else result for i, result in enumerate(results)]
 
 
-def _in_working_precision(A: torch.Tensor) -> torch.Tensor:
+def in_working_precision(A: torch.Tensor) -> torch.Tensor:
     """A contiguous copy in float64 if A is float64, else in float32, with zeros behind each row where that is faster."""
     if A.dtype in (torch.float32, torch.float64):
         return A.contiguous()
