@@ -24,7 +24,7 @@ _EXACT_SIZE = 1024
 _EXACT_ENTRIES = 1 << 22
 #: Probes: products with fewer rows take as long. Steps: more change less than the probes leave open (docs/study.md).
 _PROBES = 16
-_STEPS = 10
+_STEPS = 8
 #: By so many steps fewer the error of the quadrature is told.
 _FEWER = 2
 #: Nodes that spread less than this, of their mean, determine no slope.

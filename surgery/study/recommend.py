@@ -19,7 +19,9 @@ from surgery.format.options import Options, RecommendKeywords, chosen_options
 from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
 from surgery.run.output_paths import check_output_path
-from surgery.study.spectra import folders_of, spectra
+from surgery.study.gains import GainsMeasure
+from surgery.study.measuring import folders_of, measured_matrices, note_unconverged, open_models
+from surgery.weights.tuned import Norms, note_what_is_unlikely
 
 Unit = Literal["numbers", "bytes"]
 #: Gains below this share of the total are taken for rounding.
@@ -122,18 +124,14 @@ def recommend(
         if value < 1:
             raise OptionError(f"{what} must be at least 1", got=value)
     check_output_path(out, folders_of(model, tuned), overwrite=overwrite)
-    report = spectra(
-        model,
-        tuned,
-        top=max_rank,
-        subspace=max_rank if tuned is not None else 1,
-        options=replace(chosen, split=False),
-        revision=revision,
-        subfolder=subfolder,
-        device=device,
-    )
-    candidates = _candidates(report.targets, unit, changed=tuned is not None)
-    total = _total(report.targets, changed=tuned is not None)
+    models = open_models(model, tuned, replace(chosen, split=False), revision, subfolder, device)
+    targets = measured_matrices(models, GainsMeasure(max_rank, chosen.tolerance, chosen.seed))
+    if models.other is not None:
+        norms = [Norms(target["key"], target["norm"], target["tuned_norm"], target["update_norm"]) for target in targets]
+        note_what_is_unlikely(models.other.name, norms)
+    note_unconverged(targets, chosen.tolerance, "The ranks of these are less certain")
+    candidates = _candidates(targets, unit)
+    total = sum(target["total"] for target in targets)
     if total == 0:
         what = "all weights are 0" if tuned is None else "the two models have the same weights"
         raise OptionError(f"there is nothing to keep: {what}")
@@ -142,7 +140,7 @@ def recommend(
     if not any(ranks.values()):
         cheapest = min(candidate.cost for candidate in candidates)
         raise OptionError("the budget buys no direction", got=f"{budget} {unit}", expected=f"at least {cheapest} {unit}")
-    text = _as_recipe(report.targets, ranks, budget, unit)
+    text = _as_recipe(targets, ranks, budget, unit)
     write_file(out, text.encode())
     uniform_kept, uniform_rank = _uniform(candidates, budget, total)
     return Recommendation(
@@ -158,26 +156,18 @@ def recommend(
     )
 
 
-def _candidates(targets: Sequence[Mapping[str, Any]], unit: Unit, *, changed: bool) -> list[_Candidate]:
+def _candidates(targets: Sequence[Mapping[str, Any]], unit: Unit) -> list[_Candidate]:
     by_tensor: dict[str, list[Mapping[str, Any]]] = {}
     for target in targets:
         by_tensor.setdefault(target["tensor"], []).append(target)
     candidates = []
     for tensor, matrices in by_tensor.items():
         m, n = matrices[0]["shape"]
-        each = [target["explained"] if changed else [s * s for s in target["singular_values"]] for target in matrices]
-        gains = [sum(values) for values in zip(*each, strict=True)]  # the matrices of a stack share one rank
+        # The matrices of a stack share one rank.
+        gains = [sum(values) for values in zip(*(target["gains"] for target in matrices), strict=True)]
         cost = len(matrices) * (1 if unit == "numbers" else 4 * (m + n + 1))
         candidates.append(_Candidate(tensor, gains, len(matrices), cost))
     return candidates
-
-
-def _total(targets: Sequence[Mapping[str, Any]], *, changed: bool) -> float:
-    """All of what counts. Never less than the sum of the gains, each of which is rounded."""
-    if changed:
-        updates = [(target["update"]["norm"], target["explained"]) for target in targets if target["update"] is not None]
-        return float(sum(max(norm**2, sum(explained)) for norm, explained in updates))
-    return float(sum(max(target["norm"] ** 2, sum(s * s for s in target["singular_values"])) for target in targets))
 
 
 def _spend(candidates: Sequence[_Candidate], budget: int, least: float) -> dict[str, int]:

@@ -21,7 +21,7 @@ from surgery.study.effective_rank import effective_rank
 #: Ranks for which the share of the energy is told.
 ENERGY_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 #: Leading values of an update that are told.
-_UPDATE_VALUES = 64
+_UPDATE_VALUES = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class UpdateFigures:
         norm, relative: Frobenius, and over that of the first matrix; None where that is 0.
         in_left, in_right, in_both: shares of ``||D||^2`` in the span of its top left vectors, right vectors, both.
         rescaling: share that scales of its top r directions explain, ``sum (u_i^T D v_i)^2 / ||D||^2``.
-        stable_rank, effective_rank, effective_rank_error, singular_values: of D, the leading 64 of these.
+        stable_rank, effective_rank, effective_rank_error, singular_values: of D, the leading 32 of these.
         converged: whether the SVD of D is.
     """
 
