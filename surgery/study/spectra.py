@@ -103,7 +103,7 @@ def spectra(
     tuned: str | Path | None = None,
     *,
     out: str | Path | None = None,
-    top: int = 64,
+    top: int = 48,
     subspace: int | None = None,
     options: Options | None = None,
     revision: str | None = None,

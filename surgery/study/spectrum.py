@@ -20,8 +20,10 @@ from surgery.study.effective_rank import effective_rank
 
 #: Ranks for which the share of the energy is told.
 ENERGY_RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-#: Leading values of an update that are told.
+#: Leading values of an update that are told, and the tolerance of their SVD. Its vectors are not used, and the error of a value
+#: is of second order in its residual. With the rounding of the stored numbers below them, more values would take twice as long.
 _UPDATE_VALUES = 32
+_UPDATE_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,7 +228,7 @@ def _images(difference: torch.Tensor, svd: TruncatedSVD) -> DifferenceImages:
 def _update(
     difference: torch.Tensor, before: TruncatedSVD, inside: tuple[torch.Tensor, torch.Tensor, torch.Tensor], seed: int
 ) -> UpdateFigures | None:
-    svd = truncated_svd(difference, min(_UPDATE_VALUES, *difference.shape), seed=seed)
+    svd = truncated_svd(difference, min(_UPDATE_VALUES, *difference.shape), tolerance=_UPDATE_TOLERANCE, seed=seed)
     energy = svd.norm.item() ** 2
     if energy == 0:
         return None
