@@ -332,6 +332,18 @@ def test_gains_of_directions_against_numpy(shape: tuple[int, int]) -> None:
     assert [pair[name] for name in ("norm", "tuned_norm", "update_norm")] == pytest.approx(norms, rel=1e-6)
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-20])
+def test_gains_of_a_large_matrix_against_lapack(scale: float) -> None:
+    """Half of its values are 0: none of them is a gain. Scaled down, their squares would be no numbers of float32."""
+    U, s, V = _orthogonal(700, 300, 0), torch.arange(1, 301, dtype=torch.float64) ** -0.5, _orthogonal(600, 300, 1)
+    A = (scale * (U * s) @ V.T).float()
+    found = GainsMeasure(max_rank=500, tolerance=1e-5, seed=0)(A, None, (2**-23, 2**-23))
+    values = torch.linalg.svdvals(A.double()).square()
+    assert found["gains"][:300] == pytest.approx(values[:300].tolist(), rel=1e-4)
+    assert max(found["gains"][300:]) < 1e-9 * found["total"]
+    assert found["total"] == pytest.approx(values.sum().item(), rel=1e-6)
+
+
 def test_recommend_takes_one_svd_of_each_matrix_and_no_more(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
