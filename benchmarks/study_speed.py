@@ -21,9 +21,8 @@ import tempfile
 from pathlib import Path
 
 import torch
+from checkpoints import write_checkpoint
 from safetensors.torch import load_file, save_file
-
-from benchmarks.checkpoints import write_checkpoint
 
 CHILD = """
 import json, sys, time, surgery
@@ -66,7 +65,8 @@ def measured(row: str, code: Path, folder: Path) -> tuple[float, float]:
     """Seconds, and seconds of the processor, of one call by the code in a checkout."""
     out = folder / "out"
     command = [sys.executable, "-W", "ignore", "-c", CHILD, row, str(folder / "base"), str(folder / "tuned"), str(out)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, "PYTHONPATH": str(code)})
+    where = {"env": {**os.environ, "PYTHONPATH": str(code)}, "cwd": folder}  # -c looks for modules in this folder first
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, **where)
     shutil.rmtree(out) if out.is_dir() else out.unlink(missing_ok=True)
     seconds, processor = json.loads(done.stdout.splitlines()[-1])
     return seconds, processor
