@@ -15,10 +15,10 @@ import transformers
 from safetensors.torch import load_file
 
 from surgery.errors import OptionError, SurgeryError
+from tests.commands.tuned_models import extracted, least_error, merged_by_us, relative, saved, trained
 from tests.families import FAMILIES
 from tests.models import save_llama, tensors_of
 from tests.truths.peft_side import quietly
-from tests.commands.tuned_models import extracted, least_error, merged_by_us, relative, saved, trained
 
 pytestmark = [pytest.mark.usefixtures("one_thread")]
 
