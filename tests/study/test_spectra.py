@@ -400,7 +400,7 @@ def test_scale_is_no_matter(scale: float) -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_spending_against_every_way_toranks_within(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spending_against_every_way_to_spend(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = np.random.default_rng(seed)
     gains = generator.choice([0.0, 1.0, 2.0, 9.0], (3, 4)).tolist()
     candidates = [Candidate(str(i), gains[i], 1, int(generator.integers(1, 6))) for i in range(3)]
@@ -415,7 +415,7 @@ def test_spending_against_every_way_toranks_within(seed: int, monkeypatch: pytes
     assert tuple(chosen.values()) in ways
     assert gain_of(candidates, chosen) == pytest.approx(max(kept))
     # What is too large for that is done greedily, and no worse than one rank for all.
-    monkeypatch.setattr("surgery.study.allocation._EXACT_WORK", 0)
+    monkeypatch.setattr("surgery.planning.allocation._EXACT_WORK", 0)
     greedy = ranks_within(candidates, budget, 0.0)
     assert tuple(greedy.values()) in ways
     assert gain_of(candidates, greedy) >= _uniform(candidates, budget, 1.0)[0]
