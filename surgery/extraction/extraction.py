@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,13 @@ import torch
 from surgery.engine.resources import Resources
 from surgery.errors import OptionError
 from surgery.extraction.records import ExtractedShard, ExtractedTensor, balanced, saved_key
-from surgery.files.access import write_errors
+from surgery.files.access import all_below
 from surgery.files.file_records import FileRecord
 from surgery.format.header import TensorEntry
 from surgery.format.options import Options
-from surgery.format.safetensors import ShardReader
+from surgery.format.safetensors import ShardReader, same_bytes
 from surgery.lossless.factors import Factors
-from surgery.names import ADAPTER_CONFIG, EXTRACTION_FILE, FACTORIZABLE_DTYPES, SURGERY_DIR, factor_key, factors_file
+from surgery.names import ADAPTER_CONFIG, EXTRACTION_FILE, FACTORIZABLE_DTYPES, PARTS_DIR, factor_key
 from surgery.planning.allocation import Candidate, ranks_within
 from surgery.planning.extents import Extent
 from surgery.planning.memory import known_bytes, need_to_compare, need_to_extract, share_out
@@ -107,7 +106,7 @@ class Extraction:
         weights: of the base.
         tuned: the tuned model.
         compared: weight file of the base -> its tensors that are no targets, each in one file.
-        saved: those of them that the adapter may hold whole.
+        saved: those of them that the adapter holds whole, if one of their module has changed.
 
     Raises:
         OptionError: an option makes no sense for these models, or no adapter of this layout can hold a target.
@@ -137,19 +136,25 @@ class Extraction:
         optional = [name for some in self.compared.values() for name in some]
         shapes = {name: entry.shape for name, entry in self._entries.items()}
         self.tuned: TunedModel = find_tuned(other, Original(wanted, shapes, lambda: config_folder(source), optional))
-        self.saved = self._saved()
-        self.plan = self._with_memory(plan, resources)
+        self.plan = plan
+        asked = [name for name in optional if matches(name, options.full) and self.tuned.has(name)]
         # Whatever cannot be written is refused before any work.
-        self._adapter({target.tensor: target.rank for target in plan.targets}, self.saved)
+        adapter = self._adapter({target.tensor: target.rank for target in plan.targets}, self._checked(asked))
+        held = set(adapter.copied.values())
+        self.saved = self._checked([name for name in optional if name in held])
+        self.plan = self._with_memory(plan, resources)
+        self._file = adapter.file
 
-    def _saved(self) -> tuple[str, ...]:
-        """The tensors that ``full`` asks for and that can be held whole. Raises OptionError for one that cannot."""
-        asked = [name for some in self.compared.values() for name in some if matches(name, self.options.full)]
-        saved = []
-        for name in asked:
+    def _checked(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Tensors that the adapter is to hold whole. Raises OptionError for one that cannot be held so."""
+        for name in names:
+            entry = self._entries[name]
             if not self.tuned.has(name):
-                continue  # the report says that it is gone
-            entry, there = self._entries[name], self.tuned.entry(name)
+                raise OptionError(
+                    f"{name!r} is not in the tuned model, and its module cannot be saved whole",
+                    hint="leave the others of the module out of --full",
+                )
+            there = self.tuned.entry(name)
             if there is not None and there.shape != entry.shape:
                 raise OptionError(
                     f"{name!r} has another shape in the tuned model, and cannot be saved whole",
@@ -159,8 +164,7 @@ class Extraction:
                 )
             if entry.dtype not in FACTORIZABLE_DTYPES and name not in self.weights.quantized:
                 raise OptionError(f"{name!r} is no tensor of floating-point numbers", got=entry.dtype)
-            saved.append(name)
-        return tuple(saved)
+        return tuple(names)
 
     def _with_memory(self, plan: Plan, resources: Resources) -> Plan:
         """The plan with the memory and the bytes of an extraction."""
@@ -206,15 +210,16 @@ class Extraction:
             **models,
         }
 
-    def files(self, earlier: Sequence[str]) -> ResultFiles:
-        """All files that will be written, also those that are gone in the end; ``earlier``: those of an earlier result."""
-        count = len(self.plan.shards)
-        parts = {factors_file(index, count) for index in range(count)}
-        names = {self._file(), ADAPTER_CONFIG, EXTRACTION_FILE, *parts}
-        return ResultFiles(frozenset(names), self.plan.bytes_written, frozenset(earlier))
+    def files(self, out: Path, earlier: Sequence[str]) -> ResultFiles:
+        """What will be written.
 
-    def _file(self) -> str:
-        return self._adapter({target.tensor: target.rank for target in self.plan.targets}, self.saved).file
+        Args:
+            out: the output folder, which may hold what jobs of an earlier start have left.
+            earlier: the files of an earlier result in it.
+        """
+        names = frozenset({self._file, ADAPTER_CONFIG, EXTRACTION_FILE})
+        left = sum(path.lstat().st_size for path in all_below(out / PARTS_DIR))
+        return ResultFiles(names, max(0, self.plan.bytes_written - left), frozenset(earlier))
 
     def ranks(self, results: Sequence[ExtractedShard]) -> dict[str, int]:
         """Target -> how many directions of each of its matrices the adapter has; 0 for none."""
@@ -231,11 +236,12 @@ class Extraction:
             raise OptionError("the budget buys no direction", got=budget, expected=f"at least {least} numbers")
         return ranks
 
-    def finish(self, place: Path, results: Sequence[ExtractedShard]) -> tuple[AdapterToWrite, list[FileRecord]]:
+    def finish(self, out: Path, place: Path, results: Sequence[ExtractedShard]) -> tuple[AdapterToWrite, list[FileRecord]]:
         """Write the adapter from the files that the jobs have left.
 
         Args:
-            place: the folder that is written to.
+            out: the output folder, inside of which these files are.
+            place: the folder that is written to: ``out``, or one inside of it.
             results: of all jobs, in order.
 
         Returns:
@@ -262,30 +268,26 @@ class Extraction:
                 if equal
                 else "--rank 8 takes some",
             )
+        adapter = self._adapter(ranks, saved)
+        # Of a module that is saved all tensors, also those that are as they were.
         copied = {
             name: SavedTensor(
-                place / files[name], name, _NAMES[self.tuned.dtype_of_numbers(name)], tuple(self._entries[name].shape)
+                out / files[name], name, _NAMES[self.tuned.dtype_of_numbers(name)], tuple(self._entries[name].shape)
             )
-            for name in saved
+            for name in adapter.copied.values()
         }
-        adapter = self._adapter(ranks, saved)
+
+        for first, *others in adapter.tied:
+            for other in others:
+                _check_same(out, files, first, other)
 
         def halves(one: LowRankTensor) -> tuple[torch.Tensor, torch.Tensor]:
-            with ShardReader(place / files[one.tensor]) as reader:
+            with ShardReader(out / files[one.tensor]) as reader:
                 U, s, V = (reader.read(reader.entries[factor_key(one.tensor, part)]) for part in ("U", "s", "V"))
             return balanced(Factors(U[..., : one.rank], s[..., : one.rank], V[..., : one.rank]))
 
         records = adapter.write(place, halves, copied, listening())
         return adapter, records
-
-    def remove_parts(self, place: Path, results: Sequence[ExtractedShard]) -> None:
-        """Remove the files that the jobs have left, which the adapter is made of."""
-        with write_errors(place):
-            for result in results:
-                if result.file is not None:
-                    (place / result.file.file).unlink()
-            with suppress(OSError):  # an earlier result may have files there
-                (place / SURGERY_DIR).rmdir()
 
     def _adapter(self, ranks: Mapping[str, int], saved: Sequence[str]) -> AdapterToWrite:
         tensors = [
@@ -312,6 +314,18 @@ class Extraction:
         quantized = self.tuned.weights.quantized.values()
         scales = {name for scaled in quantized for name in (scaled.scale, *scaled.activations)}
         return tuple(name for name in self.tuned.found.further if name not in scales)
+
+
+def _check_same(place: Path, files: Mapping[str, str], first: str, other: str) -> None:
+    """Refuse two tensors that the base has for one parameter, and of which the tuned model has two."""
+    with ShardReader(place / files[first]) as here, ShardReader(place / files[other]) as there:
+        if not same_bytes(here, here.entries[saved_key(first)], there, there.entries[saved_key(other)]):
+            raise OptionError(
+                f"{first!r} and {other!r} cannot be saved whole",
+                got="two parameters in the tuned model",
+                expected="one, as in the base",
+                hint="leave both out of --full: the report tells how much of them has changed",
+            )
 
 
 def _with_ranks_alone(plan: Plan) -> Plan:

@@ -8,7 +8,7 @@ projections apart or joined, transposed, interleaved. Both are located in the mo
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -135,11 +135,11 @@ class StoredModel:
     folder: Path
     shapes: Shapes
 
-    def located(self) -> tuple[Shapes, dict[str, list[Place]]] | None:
+    def located(self) -> Located | None:
         """Find the tensors of the files in the parameters of the model that transformers loads from them.
 
         Returns:
-            Parameter -> shape, and tensor -> its places in parameters; None if transformers does not know the model.
+            Where they are; None if transformers does not know the model.
 
         Raises:
             MissingExtra, SourceError: see ``surgery.models.skeleton``.
@@ -156,7 +156,29 @@ class StoredModel:
                 found[tensor] = places
             elif (place := _unconverted(model, names, tensor, self.shapes[tensor])) is not None:
                 found[tensor] = [place]
-        return shapes, found
+        return Located(shapes, found, _tied(model, names.values()))
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """The tensors of a model's files, found in its parameters.
+
+    Attributes:
+        shapes: parameter -> shape.
+        places: tensor -> its places in parameters.
+        ties: name of a parameter that has several -> the others.
+    """
+
+    shapes: Shapes
+    places: dict[str, list[Place]]
+    ties: Mapping[str, frozenset[str]]
+
+
+def _tied(model: nn.Module, names: Iterable[str]) -> dict[str, frozenset[str]]:
+    by_parameter: dict[int, set[str]] = {}
+    for name in names:
+        by_parameter.setdefault(id(model.get_parameter(name)), set()).add(name)
+    return {name: frozenset(group - {name}) for group in by_parameter.values() if len(group) > 1 for name in group}
 
 
 def _unconverted(model: nn.Module, names: Mapping[str, str], tensor: str, shape: Sequence[int]) -> Place | None:
@@ -186,31 +208,42 @@ def convert(original: StoredModel, tuned: StoredModel, wanted: Mapping[str, Coll
     one, other = original.located(), tuned.located()
     if one is None or other is None:
         return None
-    (shapes, places), (other_shapes, other_places) = one, other
     stored: dict[str, list[TensorPart]] = {}
-    for found in other_places.values():
+    for found in other.places.values():
         for place in found:
             stored.setdefault(place.parameter, []).append(place.part)
 
     def alike(name: str, there: str) -> bool:
-        return shapes[name] == other_shapes[there]
+        return one.shapes[name] == other.shapes[there]
+
+    def called(parameter: str) -> list[str]:
+        """A parameter under all its names that both models have it by, its own first."""
+        return [parameter, *sorted(one.ties.get(parameter, frozenset()) & other.ties.get(parameter, frozenset()))]
 
     needed = {
-        place.parameter: {other.parameter for name in others for other in places.get(name, ())}
+        place.parameter: {
+            *called(place.parameter)[1:],
+            *(other.parameter for name in others for other in one.places.get(name, ())),
+        }
         for tensor, others in wanted.items()
-        for place in places.get(tensor, ())
+        for place in one.places.get(tensor, ())
     }
-    names = find_names(stored, needed, {place.parameter for found in places.values() for place in found}, alike)
+    known = {place.parameter for found in one.places.values() for place in found}
+    names = find_names(stored, needed, known, alike)
     pairs = names.given.items() if names.doubtful is None else ()
     by_slot = {parameter: _by_slot(stored[there]) for parameter, there in pairs if alike(parameter, there)}
+
+    def slots(parameter: str) -> Mapping[int | None, Sequence[TensorPart]]:
+        return next((by_slot[name] for name in called(parameter) if name in by_slot), {})
+
     parts = {}
     for tensor, others in wanted.items():
         for name in (tensor, *others):
-            met = tuple(part for place in places.get(name, ()) for part in _met(place, by_slot.get(place.parameter, {})))
+            met = tuple(part for place in one.places.get(name, ()) for part in _met(place, slots(place.parameter)))
             if met and sum(part.entries for part in met) == math.prod(original.shapes[tensor]):
                 parts[tensor] = met
                 break
-        outside = tensor not in places and tensor not in other_places  # such as layers that loaders pass over
+        outside = tensor not in one.places and tensor not in other.places  # such as layers that loaders pass over
         if outside and tuple(tuned.shapes.get(tensor, ())) == tuple(original.shapes[tensor]):
             every = tuple(range(size) for size in original.shapes[tensor])
             parts[tensor] = (Part(tensor, every, every, tuple(range(len(every)))),)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from surgery.names import FACTORIZABLE_DTYPES, is_of_lora
 from surgery.progress import note
 from surgery.source.component import config_folder
 from surgery.source.protocol import Source
-from surgery.tuned.conversion import Converted, StoredModel, convert
+from surgery.tuned.conversion import Converted, Part, StoredModel, convert
 from surgery.tuned.model import FoundTensors, TunedModel
 from surgery.weights.model import StudiedWeights
 from surgery.weights.quantization import read_quantization
@@ -97,7 +98,9 @@ class _TunedSearch:
                 for name, others in original.wanted.items()
             }
             stored |= {name: [names.also[name]] for name in original.optional if name in names.also}
-            found = FoundTensors(self._places, stored, {}, names.unknown)
+            parts = self._parts_of([name for name in original.optional if name not in names.also])
+            read = {part.stored for some in parts.values() for part in some}
+            found = FoundTensors(self._places, stored, parts, tuple(name for name in names.unknown if name not in read))
             note_renamed(names, self._name, "the original's")
         else:
             converted = self._converted(names)
@@ -134,26 +137,44 @@ class _TunedSearch:
         """
         why = ""
         try:
-            folder, own = self._original.folder(), config_folder(self._source)
-            if folder is not None and own is not None and not self._is_adapted():
-                # Of wrapped modules transformers knows nothing. Names that would be the same without them stay as they are.
-                shorter = Counter(map(without_wrappers, self._places))
-                full = {one if shorter[one := without_wrappers(name)] == 1 else name: name for name in self._places}
-                shapes = {name: self._places[stored][1].shape for name, stored in full.items()}
-                every = {**dict.fromkeys(self._original.optional, ()), **self._original.wanted}
-                found = convert(StoredModel(folder, self._original.shapes), StoredModel(own, shapes), every)
-                if found is not None and self._original.wanted.keys() <= found.parts.keys():
-                    found = found.renamed(full)
-                    renamed = ((name, found.parts[name][0].stored) for name in sorted(found.parts))
-                    examples = (f": {stored!r} is taken for {name!r}" for name, stored in renamed if name != stored)
-                    note(
-                        f"{self._name} is stored in another way than the original, and is read as transformers loads it"
-                        + next(examples, "")
-                    )
-                    return found
+            found = self._as_loaded()
+            if found is not None and self._original.wanted.keys() <= found.parts.keys():
+                renamed = ((name, found.parts[name][0].stored) for name in sorted(found.parts))
+                examples = (f": {stored!r} is taken for {name!r}" for name, stored in renamed if name != stored)
+                note(
+                    f"{self._name} is stored in another way than the original, and is read as transformers loads it"
+                    + next(examples, "")
+                )
+                return found
         except (MissingExtra, OptionError, SourceError) as error:
             why = f"; it was not looked for as transformers loads it: {error.what}"
         raise self._misfit(names, why)
+
+    def _parts_of(self, missing: Sequence[str]) -> dict[str, tuple[Part, ...]]:
+        """Where tensors of the original that need not be there are by no name, but as transformers loads them: a tied head."""
+        if not missing:
+            return {}
+        with suppress(MissingExtra, OptionError, SourceError):
+            if (found := self._as_loaded()) is not None:
+                return {name: found.parts[name] for name in missing if name in found.parts}
+        return {}
+
+    def _as_loaded(self) -> Converted | None:
+        """All that the tuned model has of the original as transformers loads both; None where it does not know one of them.
+
+        Raises:
+            MissingExtra, OptionError, SourceError: see ``surgery.tuned.conversion.convert``.
+        """
+        folder, own = self._original.folder(), config_folder(self._source)
+        if folder is None or own is None or self._is_adapted():
+            return None
+        # Of wrapped modules transformers knows nothing. Names that would be the same without them stay as they are.
+        shorter = Counter(map(without_wrappers, self._places))
+        full = {one if shorter[one := without_wrappers(name)] == 1 else name: name for name in self._places}
+        shapes = {name: self._places[stored][1].shape for name, stored in full.items()}
+        every = {**dict.fromkeys(self._original.optional, ()), **self._original.wanted}
+        found = convert(StoredModel(folder, self._original.shapes), StoredModel(own, shapes), every)
+        return None if found is None else found.renamed(full)
 
     def _misfit(self, names: NameMap, why: str) -> SourceError:
         for name, others in self._original.wanted.items():

@@ -24,11 +24,9 @@ from tests.families import DECODER, FAMILIES
 from tests.releases import needs
 from tests.truths.models import MODELS
 from tests.updates.merging import assert_equal, merged_by_us, merged_on_disk, update_of
-from tests.updates.writing import LowRank, merged_beside
+from tests.updates.writing import FALSE_WARNING, LowRank, merged_beside
 
-# PEFT holds the patterns of ranks against modules alone, and says that it ignores those of parameters, which it follows.
-_FALSE = "ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", _FALSE)
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", FALSE_WARNING)
 
 #: Parts of names of what an adapter cannot change: tied embeddings, vectors in the shape of matrices.
 _LEFT = {
@@ -128,6 +126,18 @@ def test_experts_one_by_one_where_loaders_ignore_ranks_by_module(tmp_path: Path)
     assert not adapter.has_single_experts
     adapter.write(tmp_path, low.halves, {}, Silent())
     merged = merged_beside(FAMILIES["mixtral"], tmp_path / "m", tmp_path, tmp_path / "merged")
+    assert_equal({key: tensor.double() for key, tensor in merged.items()}, low.after(), low.before)
+
+
+@_stacks
+def test_a_dense_layer_beside_experts(tmp_path: Path) -> None:
+    """PEFT would take its projections for those of experts, by their names: they are adapted by their parameters."""
+    torch.manual_seed(0)
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "head_dim": 16, "mlp_only_layers": [0]}
+    hf.Qwen3MoeForCausalLM(hf.Qwen3MoeConfig(**DECODER, **sizes)).save_pretrained(tmp_path / "m")
+    low = LowRank(tmp_path / "m", lambda tensor, shape: "mlp" in tensor)
+    assert low.write(tmp_path / "lora", AdapterForm("peft", uniform_rank=True)).has_single_experts
+    merged = merged_beside(FAMILIES["qwen3_moe"], tmp_path / "m", tmp_path / "lora", tmp_path / "merged")
     assert_equal({key: tensor.double() for key, tensor in merged.items()}, low.after(), low.before)
 
 

@@ -18,12 +18,12 @@ from surgery.progress import Silent
 from surgery.updates.changes import StoredTensor
 from surgery.updates.writing.low_rank import AdapterForm
 from tests.families import DECODER, FAMILIES
-from tests.models import save_llama
+from tests.models import save_llama, tensors_of
 from tests.releases import needs
 from tests.updates.merging import assert_equal, merged_by_us, update_of
-from tests.updates.writing import LowRank, check_files, merged_beside
+from tests.updates.writing import FALSE_WARNING, LowRank, check_files, merged_beside
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", FALSE_WARNING)
 
 
 def _written(low: LowRank, copied: Sequence[str], folder: Path) -> dict[str, torch.Tensor]:
@@ -53,9 +53,10 @@ def _written(low: LowRank, copied: Sequence[str], folder: Path) -> dict[str, tor
         ("gpt2", ("attn.c_attn",), ("transformer.h.0.attn.c_attn.bias", "transformer.h.1.attn.c_attn.bias")),
         ("gpt2", ("attn.c_attn",), ("transformer.h.0.attn.c_attn.bias", "transformer.h.0.mlp.c_fc.bias")),
         ("gpt2", ("attn.c_attn",), ("transformer.h.0.ln_1.weight", "transformer.h.1.ln_1.bias")),
+        pytest.param("gpt_oss", ("mlp.router",), ("model.layers.0.mlp.router.bias",), marks=needs("peft", ">=0.20", "routers")),
         ("bert", ("query",), ("bert.embeddings.LayerNorm.weight", "bert.embeddings.position_embeddings.weight")),
     ],
-    ids=range(6),
+    ids=range(7),
 )
 def test_peft_puts_them_in_their_places(name: str, updated: tuple[str, ...], copied: Sequence[str], tmp_path: Path) -> None:
     family = FAMILIES[name]
@@ -89,6 +90,16 @@ def test_a_tied_embedding(name: str, tmp_path: Path) -> None:
         expected = whole(ids).logits.float()
         torch.testing.assert_close(beside(ids).logits, expected, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(beside.merge_and_unload()(ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_tied_embedding_that_is_stored_twice(tmp_path: Path) -> None:
+    folder = save_llama(tmp_path / "m", torch.float32, tie_word_embeddings=True)
+    save_file({"lm_head.weight": tensors_of(folder)["model.embed_tokens.weight"]}, folder / "head.safetensors")
+    low = LowRank(folder, lambda tensor, shape: "q_proj" in tensor)
+    names = ["model.embed_tokens.weight", "lm_head.weight"]
+    both, one = (low.adapter(AdapterForm("peft"), copied) for copied in (names, names[:1]))
+    assert (both.config, both.copied) == (one.config, one.copied)
+    assert {key.removeprefix("base_model.model.") for key in both.copied} == {*names}
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,9 @@ from surgery.updates.writing.making import adapter_of
 from tests.families import Family
 from tests.models import tensors_of
 
+#: PEFT holds the patterns of ranks against modules alone, and says that it ignores those of parameters, which it follows.
+FALSE_WARNING = "ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"
+
 
 class LowRank:
     """Updates of some tensors of a checkpoint, each with a rank of its own unless one is given.

@@ -16,6 +16,7 @@ from surgery.files.file_records import FileRecord
 from surgery.files.file_writer import FileWriter, sync_directory
 from surgery.format.header import TensorEntry, make_header
 from surgery.format.safetensors import TORCH_DTYPES
+from surgery.lossless.rounding import all_finite
 from surgery.memory import bytes_of
 from surgery.names import ADAPTER_CONFIG, DTYPE_BITS
 from surgery.progress import Progress, phase
@@ -56,6 +57,7 @@ class AdapterToWrite:
         metadata: of the file of weights.
         alphas: key -> the number that is there.
         copied: key -> the tensor of the checkpoint whose new numbers are there, whole.
+        tied: groups of these tensors that are one parameter, and have to hold the same numbers.
     """
 
     adapted: AdaptedModules
@@ -66,6 +68,7 @@ class AdapterToWrite:
     metadata: Mapping[str, str]
     alphas: Mapping[str, float]
     copied: Mapping[str, str]
+    tied: Sequence[Sequence[str]] = ()
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -172,7 +175,7 @@ class AdapterToWrite:
         if pair.scaling != 1:
             half = half / math.sqrt(pair.scaling)
         rounded = half.to(TORCH_DTYPES[self.dtype])
-        if not bool(torch.isfinite(rounded).all()):
+        if not all_finite(rounded):
             raise OptionError(
                 f"the update of {module_key(pair.module)!r} has numbers that are too large for {self.dtype}",
                 got=f"{half.abs().max().item():g}",

@@ -39,7 +39,7 @@ def in_peft_layout(
     ]
     whole = whole or Whole()
     config = json.dumps(_config(pairs, form, names, whole), indent=1).encode() + b"\n"
-    return AdapterToWrite(adapted, pairs, form.dtype, ADAPTER_WEIGHTS, config, {"format": "pt"}, {}, whole.keys)
+    return AdapterToWrite(adapted, pairs, form.dtype, ADAPTER_WEIGHTS, config, {"format": "pt"}, {}, whole.keys, whole.tied)
 
 
 def _keys(module: AdaptedModule, depth: int) -> tuple[str, str]:
@@ -90,7 +90,7 @@ def _config(pairs: Sequence[Pair], form: AdapterForm, every: Iterable[str], whol
     }
     if parameters:
         config |= {"target_parameters": parameters, "peft_version": _LAYOUT_OF_STACKS}
-    if whole.is_tied:
+    if whole.tied:
         config["ensure_weight_tying"] = True
     if len({pair.rank for pair in pairs}) > 1:
         patterns = rank_patterns({module_key(pair.module): pair.rank for pair in pairs})

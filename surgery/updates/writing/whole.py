@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from surgery.models.carriers import carriers_of
+from surgery.models.carriers import Carrier, carriers_of
 from surgery.models.placement import Place, TensorPart
 from surgery.names import PEFT_PREFIX
 from surgery.updates.writing.low_rank import Refusal
@@ -28,13 +28,13 @@ class Whole:
         keys: of its file -> the tensor of the checkpoint that is there.
         modules: names of modules that PEFT saves.
         bias: what the config says of biases.
-        is_tied: whether one of the modules shares the embedding's weight with another.
+        tied: names of tensors that are one parameter, which two of the modules share; a single one if it is stored once.
     """
 
     keys: dict[str, str] = field(default_factory=dict)
     modules: list[str] = field(default_factory=list)
     bias: str = "none"
-    is_tied: bool = False
+    tied: list[tuple[str, ...]] = field(default_factory=list)
 
 
 def whole_tensors(
@@ -67,15 +67,19 @@ def whole_tensors(
             raise _REFUSAL.of(name, "a tensor that the model does not have, or holds together with others")
         module, _, leaf = by_tensor[name].rpartition(".")
         wanted.setdefault(module, {})[leaf] = name
+    held = [name for name in homes if name.rpartition(".")[0] in wanted]
+    carriers = carriers_of(model, held)
+    all_homes = {name: (tensor, carriers.get(name)) for name, tensor in homes.items()}
     for module, leaves in wanted.items():
         if module in whole.modules:  # with another that shares its weight
             continue
-        if [*leaves] == ["bias"] and (module in adapted or model.get_parameter(f"{module}.weight").ndim > 1):
+        own = {leaf: parameter.ndim for leaf, parameter in model.get_submodule(module).named_parameters(recurse=False)}
+        if [*leaves] == ["bias"] and (module in adapted or own.get("weight", 0) > 1):
             # By its bias alone, without the weight.
             whole.bias = "all" if module not in adapted or whole.bias == "all" else "lora_only"
             whole.keys[f"{PEFT_PREFIX}{module}{'.base_layer' if module in adapted else ''}.bias"] = leaves["bias"]
         else:
-            _save(whole, model, homes, module, next(iter(leaves.values())), adapted)
+            _save(whole, model, all_homes, module, next(iter(leaves.values())), adapted)
     return whole
 
 
@@ -83,8 +87,24 @@ def _is_whole(place: Place, name: str, found: Sequence[Place]) -> bool:
     return len(found) == 1 and place.part == TensorPart.whole(name, place.shape)
 
 
-def _save(whole: Whole, model: nn.Module, homes: Mapping[str, str], module: str, name: str, adapted: Collection[str]) -> None:
-    """Save a module, all of it, as PEFT does. ``name`` is a tensor of it, for messages."""
+def _save(
+    whole: Whole,
+    model: nn.Module,
+    homes: Mapping[str, tuple[str, Carrier | None]],
+    module: str,
+    name: str,
+    adapted: Collection[str],
+) -> None:
+    """Save a module, all of it, as PEFT does.
+
+    Args:
+        whole: what is added to.
+        model: the skeleton.
+        homes: parameter of the model -> the tensor that it is; and its carrier, for those of this module.
+        module: the name of the module.
+        name: of a tensor of it, for messages.
+        adapted: names of the modules that have low-rank updates.
+    """
     held = model.get_submodule(module)
     if not module or any(True for child in held.children() for _ in child.parameters()):
         raise _REFUSAL.of(name, f"a parameter of {type(held).__name__} itself, which has layers inside")
@@ -96,16 +116,16 @@ def _save(whole: Whole, model: nn.Module, homes: Mapping[str, str], module: str,
         raise _REFUSAL.of(name, f"in {module!r}, by whose name PEFT would take {also[0]!r} too")
     sharing = [module]
     for leaf, _ in held.named_parameters(recurse=False):
-        full = f"{module}.{leaf}"
-        layers = carriers_of(model, [full])[full].layers
-        if full not in homes:
+        if f"{module}.{leaf}" not in homes:
             raise _REFUSAL.of(name, f"in {module!r}, of which {leaf!r} is stored otherwise or not at all")
-        if len(layers) > 1:
-            sharing = [one for one, other in model.named_modules() if any(layer.module is other for layer in layers)]
+        carrier = homes[f"{module}.{leaf}"][1]
+        assert carrier is not None
+        if len(carrier.layers) > 1:
+            sharing = [one for one, other in model.named_modules() if any(layer.module is other for layer in carrier.layers)]
             _check_tied(sharing, name)
-            whole.is_tied = True
+            whole.tied.append(tuple(homes[other][0] for one in sharing if (other := f"{one}.{leaf}") in homes))
         for one in sharing:
-            whole.keys[f"{PEFT_PREFIX}{one}.{leaf}"] = homes[full]
+            whole.keys[f"{PEFT_PREFIX}{one}.{leaf}"] = homes.get(f"{one}.{leaf}", homes[f"{module}.{leaf}"])[0]
     if any(True for _ in held.buffers()):
         raise _REFUSAL.of(name, f"in {module!r}, which has more than parameters")
     whole.modules += sharing

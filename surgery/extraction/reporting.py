@@ -1,0 +1,90 @@
+"""The report of an extraction, and the notes that go with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from surgery.errors import few
+from surgery.extraction.extraction import Extraction
+from surgery.extraction.records import ExtractedShard
+from surgery.extraction.told import ExtractReport, Totals, told_of_other, told_of_target
+from surgery.files.file_records import FileRecord
+from surgery.progress import listening
+from surgery.tuned.likeness import Norms, note_what_is_unlikely
+from surgery.updates.writing.adapter import AdapterToWrite
+
+#: As torch and configs name dtypes, and as safetensors does.
+ADAPTER_DTYPES: Mapping[str, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+def report_of(
+    out: Path,
+    extraction: Extraction,
+    results: Sequence[ExtractedShard],
+    adapter: AdapterToWrite,
+    records: Sequence[FileRecord],
+) -> ExtractReport:
+    """The report of an extraction.
+
+    Args:
+        out: its folder.
+        extraction: as planned.
+        results: of all jobs, in order.
+        adapter: as it was written.
+        records: of its files.
+    """
+    totals, ranks = Totals(), extraction.ranks(results)
+    found = {one.tensor: one for result in results for one in result.targets}
+    plan, reasons = extraction.plan, {skipped.tensor: skipped.reason for skipped in extraction.plan.skipped}
+    targets = tuple(told_of_target(target, found[target.tensor], ranks[target.tensor], totals) for target in plan.targets)
+    others = tuple(
+        told_of_other(
+            extraction.entry(one.tensor), shard.file, one, reasons[one.tensor], totals, saved=one.tensor in extraction.saved
+        )
+        for shard, result in zip(plan.shards, results, strict=True)
+        for one in result.others
+    )
+    return ExtractReport(
+        out=out,
+        layout=extraction.options.form.layout,
+        dtype=next(name for name, stored in ADAPTER_DTYPES.items() if stored == extraction.options.form.dtype),
+        files=tuple(records),
+        modules=adapter.modules,
+        rank=adapter.rank,
+        numbers=sum(ranks[t.tensor] * t.matrices[0] * sum(t.matrices[1:]) for t in plan.targets),
+        targets=targets,
+        others=others,
+        further=extraction.further(),
+        change=totals.relative_change(),
+        kept=totals.kept(),
+        kept_of_all=totals.kept_of_all(),
+        error=totals.error(),
+        merged_error=totals.merged_error(),
+    )
+
+
+def tell_of(report: ExtractReport, tuned: str, results: Sequence[ExtractedShard]) -> None:
+    """Notes on what the user should know of a result."""
+    norms = [
+        Norms(one.tensor, matrix.before, matrix.after, matrix.change)
+        for result in results
+        for one in result.targets
+        for matrix in one.matrices
+    ]
+    note_what_is_unlikely(tuned, norms)
+    note = listening().note
+    left = [one for one in report.others if one.fate in ("changed", "resized")]
+    if left:
+        most = max(left, key=lambda one: one.change or 0.0)
+        change = "" if most.change is None else f": by {most.change:.2g} of its norm"
+        note(
+            f"{len(left)} tensors have changed and are not in the adapter, most {most.tensor}{change}; "
+            "--full GLOB takes small ones whole, --include makes pairs of matrices"
+        )
+    if gone := [one.tensor for one in report.others if one.fate == "gone"]:
+        note(f"{len(gone)} tensors of the base are not in the tuned model: {few(gone)}")
+    if report.further:
+        note(f"{len(report.further)} tensors of the tuned model are not in the base: {few(report.further)}")
+    if stopped := [one.tensor for one in report.targets if one.rule == "passes"]:
+        note(f"{len(stopped)} of {len(report.targets)} approximations ended before they were good enough: {few(stopped)}")
