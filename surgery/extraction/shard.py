@@ -25,6 +25,7 @@ from surgery.planning.targets import Target
 from surgery.progress import Progress, Silent
 from surgery.shards.factorize_shard import check_shared
 from surgery.source.origin import Origin
+from surgery.timing import timed
 from surgery.tuned.model import SentTuned, TunedModel
 from surgery.weights.model import ModelWeights
 from surgery.weights.protocol import Weights
@@ -210,7 +211,9 @@ class ShardExtraction:
         return extract_matrices(changed, self._job.extracting, device), compared
 
     def _changed(self, piece: TargetPiece, target: Target) -> list[ChangedMatrix]:
-        before, after = self._weights.exact_piece(piece), self._tuned.weight(piece)
+        before = self._weights.exact_piece(piece)
+        with timed("read"):
+            after = self._tuned.weight(piece)
         scaled = self._weights.quantized.get(target.tensor)
         scales = None if scaled is None else self._weights.scales(target.tensor)
         found = []
