@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from surgery.errors import few
@@ -18,23 +19,27 @@ from surgery.updates.writing.adapter import AdapterToWrite
 ADAPTER_DTYPES: Mapping[str, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
+@dataclass(frozen=True, slots=True)
+class WrittenAdapter:
+    """An adapter that has been written: its folder, what it is, and its files."""
+
+    out: Path
+    adapter: AdapterToWrite
+    records: Sequence[FileRecord]
+
+
 def report_of(
-    out: Path,
-    extraction: Extraction,
-    results: Sequence[ExtractedShard],
-    adapter: AdapterToWrite,
-    records: Sequence[FileRecord],
+    extraction: Extraction, results: Sequence[ExtractedShard], ranks: Mapping[str, int], written: WrittenAdapter
 ) -> ExtractReport:
     """The report of an extraction.
 
     Args:
-        out: its folder.
         extraction: as planned.
         results: of all jobs, in order.
-        adapter: as it was written.
-        records: of its files.
+        ranks: of all targets.
+        written: the adapter.
     """
-    totals, ranks = Totals(), extraction.ranks(results)
+    totals = Totals()
     found = {one.tensor: one for result in results for one in result.targets}
     plan, reasons = extraction.plan, {skipped.tensor: skipped.reason for skipped in extraction.plan.skipped}
     targets = tuple(told_of_target(target, found[target.tensor], ranks[target.tensor], totals) for target in plan.targets)
@@ -46,13 +51,13 @@ def report_of(
         for one in result.others
     )
     return ExtractReport(
-        out=out,
+        out=written.out,
         layout=extraction.options.form.layout,
         dtype=next(name for name, stored in ADAPTER_DTYPES.items() if stored == extraction.options.form.dtype),
-        files=tuple(records),
-        modules=adapter.modules,
-        rank=adapter.rank,
-        numbers=sum(ranks[t.tensor] * t.matrices[0] * sum(t.matrices[1:]) for t in plan.targets),
+        files=tuple(written.records),
+        modules=written.adapter.modules,
+        rank=written.adapter.rank,
+        numbers=written.adapter.numbers,
         targets=targets,
         others=others,
         further=extraction.further(),

@@ -234,8 +234,8 @@ class ShardExtraction:
             return _Compared(_square_norm(piece.tensor), 0.0, None)
         before = self._weights.exact_piece(piece)
         given = piece if common == rows else replace(piece, tensor=piece.tensor[:common])
-        # Buffers such as masks may hold infinity.
-        after = self._tuned.weight(given, check=all_finite(before))
+        # Buffers such as masks may hold infinity, or numbers that are beyond a smaller dtype.
+        after = self._tuned.weight(given, check=all_finite(before.to(self._tuned.dtype_of_numbers(name))))
         saved = after if name in self._job.saved else None
         old = before if common == rows else before[:common]
         if old.dtype == after.dtype and torch.equal(bits_of(old), bits_of(after)):

@@ -222,6 +222,7 @@ def test_every_tensor_is_told_of_once(tmp_path: Path) -> None:
         "model.mask": mask,
         "model.other_mask": mask.clone(),
         "model.wide_mask": mask.clone(),
+        "model.masked_bias": torch.tensor(torch.finfo(F32).min),
         "model.position_ids": torch.arange(8)[None],
         "model.steps": torch.tensor(3),
         "model.causal": torch.ones(4, 4, dtype=torch.bool).tril(),
@@ -230,7 +231,7 @@ def test_every_tensor_is_told_of_once(tmp_path: Path) -> None:
         "model.exact": torch.rand(3, 3, dtype=torch.float64),
     }
     for name in old:
-        if name.endswith("bias"):
+        if name.endswith("proj.bias"):
             old[name] = (0.1 * torch.cos(torch.arange(len(old[name])))).to(BF16)
     new = {name: tensor.clone() for name, tensor in old.items()}
     after = trained({name: tensor for name, tensor in old.items() if tensor.dtype == BF16})
@@ -243,6 +244,10 @@ def test_every_tensor_is_told_of_once(tmp_path: Path) -> None:
     new["model.scale"] = torch.tensor(2.5)
     new["model.other_mask"][0, 3] = 0.0
     new["model.wide_mask"] = mask.to(BF16)
+    new["model.masked_bias"] = old["model.masked_bias"].to(BF16)
+    assert new["model.masked_bias"].isinf()
+    still = layer.format(1) + "q_proj.weight"
+    new[still] = old[still]
     del new[layer.format(1) + "rotary_emb.inv_freq"], new[layer.format(1) + "v_proj.bias"]
     more = {"value_head.weight": torch.ones(1, 48), "value_head.bias": torch.ones(1)}
     base = saved(tmp_path / "b", old, model, files=3)
@@ -255,7 +260,7 @@ def test_every_tensor_is_told_of_once(tmp_path: Path) -> None:
     fates = dict.fromkeys(others, "same") | dict.fromkeys(changed, "changed")
     fates |= dict.fromkeys(["lm_head.weight", "model.embed_tokens.weight"], "resized")
     fates |= dict.fromkeys([layer.format(1) + "rotary_emb.inv_freq", layer.format(1) + "v_proj.bias"], "gone")
-    fates |= dict.fromkeys(["model.position_ids", "model.scale", "model.other_mask"], "changed")
+    fates |= dict.fromkeys(["model.position_ids", "model.scale", "model.other_mask", "model.masked_bias"], "changed")
     assert one.fates() == fates
     pairs = one.pairs()
     all_change = all_left = 0.0
@@ -274,7 +279,10 @@ def test_every_tensor_is_told_of_once(tmp_path: Path) -> None:
             assert told.change == pytest.approx(relative(difference, old[told.tensor]), rel=_TOLD), told.tensor
         all_change += _squares(difference)
         all_left += _squares(difference)
-    for name in targets:
+    (unchanged,) = (told for told in one.report.targets if told.tensor == still)
+    assert (unchanged.rank, unchanged.change, unchanged.kept, unchanged.error, unchanged.rule) == (0, 0.0, None, None, "zero")
+    assert pairs.keys() == targets.keys() - {still}
+    for name in pairs:
         difference = new[name].double() - old[name].double()
         all_change += _squares(difference)
         all_left += _squares(difference - pairs[name])
@@ -381,7 +389,7 @@ def test_a_tied_head(how: str, is_written: bool, tmp_path: Path) -> None:
     for found in (merged, ours):
         assert torch.equal(found[embedding], new[embedding])
         assert torch.equal(found.get(head, new[embedding]), new[embedding])
-    with pytest.raises(SurgeryError, match="'model.embed_tokens.weight' cannot be written as LoRA(.|\n)*several modules share"):
+    with pytest.raises(SurgeryError, match=r"embed_tokens.weight' cannot be written as LoRA(.|\n)*several modules share"):
         extracted(base, tuned, tmp_path / "o", include=["*embed*", "*q_proj*"])
 
 
