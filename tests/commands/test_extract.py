@@ -19,7 +19,6 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-import surgery
 from surgery.cli.main import main
 from surgery.commands.adapters.extract import extract, plan_extract
 from surgery.errors import FormatError, OptionError, OutputError, SourceError, SurgeryError, WeightError
