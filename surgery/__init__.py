@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from surgery.commands.adapters.export import ExportReport, export
     from surgery.commands.adapters.extract import ExtractPlan, extract, plan_extract
     from surgery.commands.adapters.merge import MergePlan, MergeReport, merge, plan_merge
+    from surgery.commands.adapters.resize import ResizeReport, resize
     from surgery.commands.blend import BlendReport, blend
     from surgery.commands.factorize import FactorizeReport, factorize, plan
     from surgery.commands.fold import FoldReport, fold
@@ -95,6 +96,7 @@ _HOMES = {
     "RecipesReport": "surgery.planning.recipes",
     "Recommendation": "surgery.study.recommend",
     "Report": "surgery.reports",
+    "ResizeReport": "surgery.commands.adapters.resize",
     "SaveScales": "surgery.training.trainer",
     "Scales": "surgery.training.attached_scales",
     "ScalesError": "surgery.errors",
@@ -124,6 +126,7 @@ _HOMES = {
     "read_scales": "surgery.commands.scales",
     "recipes": "surgery.planning.recipes",
     "recommend": "surgery.study.recommend",
+    "resize": "surgery.commands.adapters.resize",
     "run_demo": "surgery.demo.run",
     "show_scales": "surgery.commands.scales",
     "spectra": "surgery.study.spectra",
@@ -164,6 +167,7 @@ __all__ = [
     "RecipesReport",
     "Recommendation",
     "Report",
+    "ResizeReport",
     "ResourceError",
     "SaveScales",
     "Scales",
@@ -195,6 +199,7 @@ __all__ = [
     "read_scales",
     "recipes",
     "recommend",
+    "resize",
     "run_demo",
     "show_scales",
     "spectra",

@@ -24,6 +24,8 @@ STREAM_DIR = f"{JOURNAL_DIR}/shards"
 #: Where weight files of a second model are while they are needed.
 TUNED_STREAM_DIR = f"{JOURNAL_DIR}/tuned-shards"
 PARTIALS_DIR = f"{JOURNAL_DIR}/partials"
+#: What finished jobs leave that a result is made of in the end, and that is no file of it.
+PARTS_DIR = f"{JOURNAL_DIR}/parts"
 #: Where a result is made that will replace an earlier one, and the list of the earlier one's files to be deleted then.
 RESULT_DIR = f"{JOURNAL_DIR}/result"
 REPLACED_FILE = f"{JOURNAL_DIR}/replaced.json"
@@ -91,6 +93,11 @@ def is_reserved(name: str) -> bool:
 def factors_file(index: int, count: int) -> str:
     """Path of the factors of shard ``index`` (from 0) of ``count``, relative to the checkpoint."""
     return f"{SURGERY_DIR}/factors-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def part_file(index: int, count: int) -> str:
+    """Path of what the job of shard ``index`` (from 0) of ``count`` leaves, relative to the output folder."""
+    return f"{PARTS_DIR}/{index + 1:05d}-of-{count:05d}.safetensors"
 
 
 def is_of_lora(name: str) -> bool:

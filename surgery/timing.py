@@ -11,7 +11,7 @@ from contextlib import contextmanager
 STAGES = {
     "download": ("download",),
     "reader": ("read", "hash"),
-    "worker": ("hash", "copy", "svd", "residual", "correction", "fold"),
+    "worker": ("read", "hash", "copy", "difference", "svd", "residual", "correction", "merge", "fold"),
     "writer": ("hash", "write"),
 }
 

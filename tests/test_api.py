@@ -142,6 +142,7 @@ def test_home_folders_in_every_path(home: Path, llama: Path) -> None:
     call("export", factorized="~/f", scales="~/halves.safetensors", out="~/adapter", progress=Silent())
     call("plan_merge", model="~/m", adapters=["~/adapter"])
     call("merge", model="~/m", adapters=[Path("~/adapter")], out="~/merged")
+    call("resize", adapter="~/adapter", out=Path("~/resized"), rank=2)
     call("fold", factorized="~/f", scales=ones, out="~/folded", lora="~/adapter")
     call("fold", factorized="~/overlay", scales=Path("~/overlay/surgery/scales.safetensors"), out="~/folded2", base="~/m")
     assert call("verify", factorized="~/overlay", base="~/m").ok
@@ -188,6 +189,7 @@ def test_home_folders_in_every_path(home: Path, llama: Path) -> None:
         "blended.safetensors",
         "ranks.toml",
         "report",
+        "resized",
     }
     assert made | {"saved.safetensors"} <= {path.name for path in home.iterdir()}
     assert not list(Path().iterdir())  # no folder that is called ~

@@ -87,6 +87,7 @@ def _runs(at: Path, to: Path) -> dict[str, list[Any]]:
         "project": [_json("project", at / "f", at / "t", "-o", to / "p")],
         "recipes": [_json("recipes")],
         "recommend": [_json("recommend", at / "m", "--budget", 9, *only, "-o", to / "r.toml")],
+        "resize": [_json("resize", _adapter(at / "f", to), "--rank", 2, "-o", to / "resized")],
         "scales show": [_json("scales", "show", at / "s"), _json("scales", "show", stack)],
         "spectra": [
             _json("spectra", at / "m", *only, "-o", to / "s1"),
@@ -151,7 +152,7 @@ def test_every_command_prints_what_the_page_says_and_the_page_says_what_it_print
     # What spectra.json holds is what the report is.
     written = json.loads((tmp_path / "s2/spectra.json").read_text())
     assert written["findings"] == {key: runs["spectra"][1][key] for key in written["findings"]}
-    assert written["schema_version"] == runs["spectra"][1]["schema_version"] == 2
+    assert written["schema_version"] == runs["spectra"][1]["schema_version"] == 3
 
 
 def _commands() -> Iterator[tuple[str, click.Command]]:
@@ -256,10 +257,9 @@ def test_all_that_users_meet_is_exported() -> None:
         if kind.__name__ != "PlanSummary":  # which is what a Plan's JSON is made of
             assert getattr(surgery, kind.__name__) is kind
     operations = {
-        "attach", "blend", "energy_svd", "export", "extract", "factorize", "fold", "inspect", "merge", "plan",
-        "plan_extract", "plan_merge", "project",
-        "read_scales", "recipes", "recommend", "run_demo", "show_scales", "spectra", "truncated_svd", "verify", "verify_folded",
-        "write_scales",
+        "attach", "blend", "energy_svd", "export", "extract", "factorize", "fold", "inspect", "merge", "plan", "plan_extract",
+        "plan_merge", "project", "read_scales", "recipes", "recommend", "resize", "run_demo", "show_scales", "spectra",
+        "truncated_svd", "verify", "verify_folded", "write_scales",
     }  # fmt: skip
     others = {
         "Certificate", "Factorized", "Factors", "Manifest", "Options", "Plan", "Progress", "SaveScales", "Scales", "ScalesFile",

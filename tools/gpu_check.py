@@ -264,6 +264,17 @@ def exact():
         a, b = (load_file(WORK / f"projected-{which}.safetensors") for which in ("device", "cpu"))
         worst = max((a[key].double() - b[key].double()).abs().median().item() for key in a)
         print(f"      {name}: projected scales on {DEVICE} and CPU: largest median difference {worst:.1e}")
+        for where, out in ((DEVICE, WORK / "pairs-there"), ("cpu", WORK / "pairs-here")):
+            cli("extract", model, WORK / "here", "-o", out, "--rank", "16", "--device", where, "--overwrite", "--quiet")
+        a, b = (json.loads((WORK / out / "extraction.json").read_text()) for out in ("pairs-there", "pairs-here"))
+        worst = max(abs(x["error"] - y["error"]) for x, y in zip(a["targets"], b["targets"], strict=True))
+        left = max(abs(x["merged_error"] - y["merged_error"]) for x, y in zip(a["targets"], b["targets"], strict=True))
+        rules = [sorted({x["rule"] for x in one["targets"]}) for one in (a, b)]
+        expect(
+            worst <= 2e-5,
+            f"{name}: extract on {DEVICE} and on the CPU leave the same of each change: {worst:.1e} apart at most "
+            f"({left:.1e} after a merge; ended by {rules[0]} and {rules[1]})",
+        )
         if CUDA:
             cli("factorize", model, "-o", f["small"], "--device", DEVICE, "--max-device-memory", "5GB", "--quiet")
             expect(

@@ -15,6 +15,7 @@ from surgery.cli.printing import ADDED
 from surgery.commands.adapters.export import ExportReport
 from surgery.commands.adapters.extract import ExtractPlan
 from surgery.commands.adapters.merge import MergePlan, MergeReport
+from surgery.commands.adapters.resize import ResizeReport
 from surgery.commands.blend import BlendReport
 from surgery.commands.factorize import FactorizeReport
 from surgery.commands.fold import FoldReport
@@ -59,6 +60,7 @@ COMMANDS: dict[str, tuple[type[Report], tuple[str, ...]]] = {
     "project": (ProjectReport, ("seconds",)),
     "recipes": (RecipesReport, ()),
     "recommend": (Recommendation, ("seconds",)),
+    "resize": (ResizeReport, ("seconds",)),
     "scales show": (ScalesSummary, ()),
     "spectra": (Findings, ("out", "seconds")),
     "verify": (VerifyReport, ("seconds",)),

@@ -17,6 +17,7 @@ import click
 from surgery.cli.adapters.export import export
 from surgery.cli.adapters.extract import extract
 from surgery.cli.adapters.merge import merge
+from surgery.cli.adapters.resize import resize
 from surgery.cli.check import inspect, verify
 from surgery.cli.demo import demo
 from surgery.cli.factorize import factorize, plan, recipes
@@ -181,6 +182,7 @@ for _command in (
     project,
     recipes,
     recommend,
+    resize,
     scales,
     spectra,
     verify,

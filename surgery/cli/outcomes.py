@@ -35,26 +35,28 @@ def table_of_merged(tensors: Sequence[MergedTensor]) -> str:
             name if len(some) > 1 else some[0].tensor,
             str(len(some)),
             change,
-            _span(str(rank) for rank in sorted({one.rank for one in some}) if rank),
-            _range([one.size for one in some]),
-            _least([one.kept for one in some]),
+            span(one.rank for one in some if one.rank),
+            median_share([one.size for one in some]),
+            least_share([one.kept for one in some]),
         ]
         for (name, change), some in groups.items()
     ]
     return table(("tensors", "number", "change", "rank", "size", "kept"), rows, flush_right=(1, 3, 4, 5), names=(0,))
 
 
-def _span(values: Iterable[str]) -> str:
-    found = list(values)
-    return "-" if not found else found[0] if len(found) == 1 else f"{found[0]}-{found[-1]}"
+def span(values: Iterable[int]) -> str:
+    """Numbers as the range that they are in; a dash for none."""
+    found = sorted(set(values))
+    return "-" if not found else str(found[0]) if len(found) == 1 else f"{found[0]}-{found[-1]}"
 
 
-def _range(sizes: Sequence[float | None]) -> str:
-    """Of updates relative to their weights: the median."""
+def median_share(sizes: Sequence[float | None]) -> str:
+    """The median of those that are known, as a percentage; a dash for none."""
     known = sorted(size for size in sizes if size is not None)
     return f"{100 * known[len(known) // 2]:.2g} %" if known else "-"
 
 
-def _least(shares: Sequence[float | None]) -> str:
+def least_share(shares: Sequence[float | None]) -> str:
+    """The least of those that are known, as a percentage; a dash for none."""
     known = [share for share in shares if share is not None]
     return share_text(min(known)) if known else "-"

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,13 @@ from surgery.engine.resources import Resources
 from surgery.errors import OptionError
 from surgery.extraction.budget import ranks_of_budget
 from surgery.extraction.records import ExtractedShard, balanced, saved_key
-from surgery.files.access import write_errors
+from surgery.files.access import all_below
 from surgery.files.file_records import FileRecord
 from surgery.format.header import TensorEntry
 from surgery.format.options import Options
 from surgery.format.safetensors import ShardReader, same_bytes
 from surgery.lossless.factors import Factors
-from surgery.names import ADAPTER_CONFIG, EXTRACTION_FILE, FACTORIZABLE_DTYPES, SURGERY_DIR, factor_key, factors_file
+from surgery.names import ADAPTER_CONFIG, EXTRACTION_FILE, FACTORIZABLE_DTYPES, PARTS_DIR, factor_key
 from surgery.planning.extents import Extent
 from surgery.planning.memory import known_bytes, need_to_compare, need_to_extract, share_out
 from surgery.planning.plan import AliasSearch, Plan, make_plan
@@ -141,6 +140,7 @@ class Extraction:
         held = set(adapter.copied.values())
         self.saved = self._checked([name for name in optional if name in held])
         self.plan = self._with_memory(plan, resources)
+        self._file = adapter.file
 
     def _checked(self, names: Sequence[str]) -> tuple[str, ...]:
         """Tensors that the adapter is to hold whole. Raises OptionError for one that cannot be held so."""
@@ -207,15 +207,16 @@ class Extraction:
             **models,
         }
 
-    def files(self, earlier: Sequence[str]) -> ResultFiles:
-        """All files that will be written, also those that are gone in the end; ``earlier``: those of an earlier result."""
-        count = len(self.plan.shards)
-        parts = {factors_file(index, count) for index in range(count)}
-        names = {self._file(), ADAPTER_CONFIG, EXTRACTION_FILE, *parts}
-        return ResultFiles(frozenset(names), self.plan.bytes_written, frozenset(earlier))
+    def files(self, out: Path, earlier: Sequence[str]) -> ResultFiles:
+        """What will be written.
 
-    def _file(self) -> str:
-        return self._adapter({target.tensor: target.rank for target in self.plan.targets}, self.saved).file
+        Args:
+            out: the output folder, which may hold what jobs of an earlier start have left.
+            earlier: the files of an earlier result in it.
+        """
+        names = frozenset({self._file, ADAPTER_CONFIG, EXTRACTION_FILE})
+        left = sum(path.lstat().st_size for path in all_below(out / PARTS_DIR))
+        return ResultFiles(names, max(0, self.plan.bytes_written - left), frozenset(earlier))
 
     def ranks(self, results: Sequence[ExtractedShard]) -> dict[str, int]:
         """Target -> how many directions of each of its matrices the adapter has; 0 for none."""
@@ -229,12 +230,13 @@ class Extraction:
         return dict.fromkeys(found, 0) | bought
 
     def finish(
-        self, place: Path, results: Sequence[ExtractedShard], ranks: Mapping[str, int]
+        self, out: Path, place: Path, results: Sequence[ExtractedShard], ranks: Mapping[str, int]
     ) -> tuple[AdapterToWrite, list[FileRecord]]:
         """Write the adapter from the files that the jobs have left.
 
         Args:
-            place: the folder that is written to.
+            out: the output folder, inside of which these files are.
+            place: the folder that is written to: ``out``, or one inside of it.
             results: of all jobs, in order.
             ranks: of all targets, as ``ranks`` gives them.
 
@@ -265,31 +267,22 @@ class Extraction:
         # Of a module that is saved all tensors, also those that are as they were.
         copied = {
             name: SavedTensor(
-                place / files[name], name, _NAMES[self.tuned.dtype_of_numbers(name)], tuple(self._entries[name].shape)
+                out / files[name], name, _NAMES[self.tuned.dtype_of_numbers(name)], tuple(self._entries[name].shape)
             )
             for name in adapter.copied.values()
         }
 
         for first, *others in adapter.tied:
             for other in others:
-                _check_same(place, files, first, other)
+                _check_same(out, files, first, other)
 
         def halves(one: LowRankTensor) -> tuple[torch.Tensor, torch.Tensor]:
-            with ShardReader(place / files[one.tensor]) as reader:
+            with ShardReader(out / files[one.tensor]) as reader:
                 U, s, V = (reader.read(reader.entries[factor_key(one.tensor, part)]) for part in ("U", "s", "V"))
             return balanced(Factors(U[..., : one.rank], s[..., : one.rank], V[..., : one.rank]))
 
         records = adapter.write(place, halves, copied, listening())
         return adapter, records
-
-    def remove_parts(self, place: Path, results: Sequence[ExtractedShard]) -> None:
-        """Remove the files that the jobs have left, which the adapter is made of."""
-        with write_errors(place):
-            for result in results:
-                if result.file is not None:
-                    (place / result.file.file).unlink()
-            with suppress(OSError):  # an earlier result may have files there
-                (place / SURGERY_DIR).rmdir()
 
     def _adapter(self, ranks: Mapping[str, int], saved: Sequence[str]) -> AdapterToWrite:
         tensors = [

@@ -12,12 +12,14 @@ from surgery.errors import FormatError
 from surgery.extraction.records import ExtractedShard
 from surgery.extraction.shard import ExtractJob, RemoteExtract, ShardExtraction
 from surgery.files.file_records import FileRecord
+from surgery.files.watch import Stamp
 from surgery.format.decoding import decode
 from surgery.progress import listening
 from surgery.run.contents import is_as_recorded
 from surgery.run.resume import Recorded
 from surgery.shards.factorize_shard import scale_files
 from surgery.shards.held_files import HeldFiles
+from surgery.source.protocol import WeightFiles
 from surgery.timing import Timing, timed
 from surgery.tuned.model import TunedModel
 from surgery.weights.model import ModelWeights
@@ -43,6 +45,7 @@ class ExtractJobs:
         self._tuned = tuned
         self._timing = timing
         self._progress = listening()
+        self._local = tuple(frozenset(one.files.stamps()) for one in (weights, tuned.weights))
 
     def _files(self, job: ExtractJob) -> tuple[list[str], list[str]]:
         """The weight files that a job reads, of the base and of the tuned model."""
@@ -52,16 +55,28 @@ class ExtractJobs:
 
     def acquired(self, which: Iterable[int]) -> Iterator[int]:
         """See ``LocalJobs``."""
-        models = (self._weights.files, self._tuned.weights.files)
-        if self._timing is not None and any(model.room_to_fetch() for model in models):
+        base, tuned = self._weights.files, self._tuned.weights.files
+        if self._timing is not None and (base.room_to_fetch() or tuned.room_to_fetch()):
             self._timing.watch("download")
+        before: list[str] = []
         for index in which:
-            for model, files in zip(models, self._files(self._jobs[index]), strict=True):
-                model.wait_for_room()
-                with timed("download"):
-                    for file in files:
-                        model.acquire(file)
+            of_base, of_tuned = self._files(self._jobs[index])
+            # What the job before reads too is held at once, or it would go with that job and be fetched again.
+            shared = [file for file in of_tuned if file in before]
+            self._acquire(tuned, shared)
+            base.wait_for_room()
+            self._acquire(base, of_base)
+            if not shared:
+                tuned.wait_for_room()
+            self._acquire(tuned, [file for file in of_tuned if file not in shared])
+            before = of_tuned
             yield index
+
+    @staticmethod
+    def _acquire(model: WeightFiles, files: Iterable[str]) -> None:
+        with timed("download"):
+            for file in files:
+                model.acquire(file)
 
     def do_shard(self, index: int, lane: Lane, on_read: Callable[[], object]) -> ExtractedShard:
         """See ``LocalJobs``."""
@@ -100,21 +115,41 @@ class ExtractJobs:
         return []
 
     def as_json(self, index: int, result: ExtractedShard) -> Any:
-        """See ``RecordedJobs``."""
-        return asdict(result)
+        """See ``RecordedJobs``: the result, and when the local files that it was made of were changed last."""
+        return {"changed": self._changed(index), "result": asdict(result)}
+
+    def _changed(self, index: int) -> list[list[str | int]]:
+        """Name and ctime, which nobody can set back, of each local file that a job reads. A commit pins those of the hub."""
+        models = zip((self._weights.files, self._tuned.weights.files), self._local, self._files(self._jobs[index]), strict=True)
+        return [
+            [file, Stamp.at(model.unchecked(file), file).ctime_ns]
+            for model, local, files in models
+            for file in files
+            if file in local
+        ]
 
     def recorded(self, index: int, value: Any) -> Recorded[ExtractedShard] | None:
         """See ``RecordedJobs``."""
         job = self._jobs[index]
+        if not isinstance(value, dict) or value.get("changed") != self._changed(index):
+            return None
         try:
-            result = decode(ExtractedShard, value, f"{job.place}: the journal of shard {index + 1}")
+            result = decode(ExtractedShard, value.get("result"), f"{job.out}: the journal of shard {index + 1}")
         except FormatError:  # a damaged record: the job is done again, else the same command would fail for ever
             return None
-        planned = ([target.tensor for target in job.shard.targets], list(job.compared))
-        if ([one.tensor for one in result.targets], [one.tensor for one in result.others]) != planned:
+        if not _is_planned(result, job):
             return None
-        if result.file is None:
-            holds = not job.shard.targets and not job.saved
-        else:
-            holds = result.file.file == job.file and is_as_recorded(job.place, result.file)
-        return Recorded(result) if holds else None
+        return Recorded(result) if result.file is None or is_as_recorded(job.out, result.file) else None
+
+
+def _is_planned(result: ExtractedShard, job: ExtractJob) -> bool:
+    """Whether a result has the file and the tensors that the plan has for a shard, and no more directions."""
+    targets = job.shard.targets
+    planned = ([target.tensor for target in targets], list(job.compared))
+    if ([one.tensor for one in result.targets], [one.tensor for one in result.others]) != planned:
+        return False
+    file = job.file if targets or job.saved else None
+    if (None if result.file is None else result.file.file) != file:
+        return False
+    possible = (one.is_possible(target.matrices[0], target.rank) for one, target in zip(result.targets, targets, strict=True))
+    return all(possible) and all(one.is_possible() for one in result.others)

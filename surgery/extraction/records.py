@@ -9,6 +9,11 @@ import torch
 from surgery.files.file_records import FileRecord
 from surgery.lossless.factors import Factors
 
+#: How approximations are ended, from what says most to what says least.
+RULES = ("zero", "directions", "error", "passes")
+#: What may have become of a tensor that is no target.
+FATES = ("same", "changed", "resized", "gone")
+
 
 @dataclass(frozen=True, slots=True)
 class ExtractedMatrix:
@@ -48,6 +53,12 @@ class ExtractedTensor:
     rank: int
     matrices: list[ExtractedMatrix]
 
+    def is_possible(self, count: int, most: int) -> bool:
+        """Whether it may be what was found of so many matrices, with so many directions of each at most."""
+        lengths = [len(one.values) for one in self.matrices]
+        known = all(one.rule in RULES for one in self.matrices)
+        return known and len(lengths) == count and self.rank == max(lengths) <= most
+
 
 @dataclass(frozen=True, slots=True)
 class ComparedTensor:
@@ -66,6 +77,10 @@ class ComparedTensor:
     norm: float | None
     change: float | None
     shape: list[int] | None
+
+    def is_possible(self) -> bool:
+        """Whether its fate is one that there is, and all is known that goes with it."""
+        return self.fate in FATES and (self.shape is None) == (self.fate == "gone")
 
 
 @dataclass(frozen=True, slots=True)

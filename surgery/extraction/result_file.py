@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import OutputError, few
+from surgery.errors import FormatError, OutputError, few
 from surgery.extraction.told import ExtractedTarget, ExtractReport, OtherTensor
 from surgery.files.file_records import FileRecord
 from surgery.files.file_writer import write_file
@@ -25,14 +25,32 @@ def write_result(place: Path, report: ExtractReport, identity: Mapping[str, Any]
 
 
 def earlier_result(out: Path) -> dict[str, Any] | None:
-    """What ``extraction.json`` in a folder says; None if there is none."""
+    """What ``extraction.json`` in a folder says; None if there is none.
+
+    Raises:
+        FormatError: it is damaged.
+        ReadError: it cannot be read.
+    """
     path = out / EXTRACTION_FILE
     return read_sealed(path, "--overwrite makes the adapter anew") if path.is_file() else None
 
 
-def files_of_result(earlier: Mapping[str, Any]) -> list[str]:
-    """The files that an earlier result consists of."""
-    return [*(record["file"] for record in earlier["files"]), EXTRACTION_FILE]
+def replaced_result(out: Path) -> list[str]:
+    """The files of the earlier result in a folder, as far as ``extraction.json`` tells: none if it is damaged."""
+    try:
+        earlier = earlier_result(out)
+    except FormatError:
+        return []
+    return [] if earlier is None else [*(record["file"] for record in earlier["files"]), EXTRACTION_FILE]
+
+
+def finished_result(place: Path, identity: Mapping[str, Any]) -> ExtractReport | None:
+    """The report of the complete result of this run in the folder that it writes to; None without one."""
+    try:
+        earlier = earlier_result(place)
+        return None if earlier is None else complete_result(place, earlier, identity)
+    except (FormatError, OutputError):
+        return None
 
 
 def complete_result(out: Path, earlier: dict[str, Any], identity: Mapping[str, Any]) -> ExtractReport:

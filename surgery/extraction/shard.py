@@ -12,19 +12,20 @@ import torch
 
 from surgery.engine.lane import Lane
 from surgery.engine.walk import Piece, ShardWalk, TargetPiece
-from surgery.errors import SourceError
+from surgery.errors import SourceError, WeightError
 from surgery.extraction.matrices import ApproximatedMatrix, ChangedMatrix, Extracting, Fp8Scales, extract_matrices
 from surgery.extraction.records import ComparedTensor, ExtractedShard, ExtractedTensor, saved_key
 from surgery.format.header import TensorEntry
 from surgery.format.safetensors import TORCH_DTYPES, ShardReader, TensorFileWriter, same_bytes
-from surgery.lossless.rounding import all_finite
+from surgery.lossless.rounding import all_finite, bits_of
 from surgery.memory import bytes_of
-from surgery.names import PARTIALS_DIR, factor_key, factors_file
+from surgery.names import PARTIALS_DIR, factor_key, part_file
 from surgery.planning.plan import ShardPlan
 from surgery.planning.targets import Target
 from surgery.progress import Progress, Silent
 from surgery.shards.factorize_shard import check_shared
 from surgery.source.origin import Origin
+from surgery.timing import timed
 from surgery.tuned.model import SentTuned, TunedModel
 from surgery.weights.model import ModelWeights
 from surgery.weights.protocol import Weights
@@ -45,8 +46,7 @@ class ExtractJob:
         saved: those of them whose new numbers are kept.
         index, count: the index of the shard, from 0, and how many there are.
         extracting: how changes are approximated.
-        out: the output folder of the run.
-        place: the folder that is written to: ``out``, or one inside of it.
+        out: the output folder of the run, inside of which its file is until the run is over.
         window_bytes: how much of the shard is worked on together.
     """
 
@@ -57,13 +57,12 @@ class ExtractJob:
     count: int
     extracting: Extracting
     out: Path
-    place: Path
     window_bytes: int
 
     @property
     def file(self) -> str:
-        """The name of the file that it writes."""
-        return factors_file(self.index, self.count)
+        """The file that it writes, relative to the output folder."""
+        return part_file(self.index, self.count)
 
     @property
     def tensors(self) -> list[str]:
@@ -160,7 +159,7 @@ class ShardExtraction:
                 raise SourceError(
                     f"{file} has changed since the run was planned", hint="start again when nothing writes to the model"
                 )
-            writer = stack.enter_context(TensorFileWriter(job.place / job.file, keys, partial)) if keys else None
+            writer = stack.enter_context(TensorFileWriter(job.out / job.file, keys, partial)) if keys else None
             walk = stack.enter_context(ShardWalk(reader, self._portions(), lane.buffers, lane.timing))
 
             def compute(window: Sequence[Piece]) -> tuple[list[ApproximatedMatrix], dict[str, list[_Compared]]]:
@@ -212,7 +211,9 @@ class ShardExtraction:
         return extract_matrices(changed, self._job.extracting, device), compared
 
     def _changed(self, piece: TargetPiece, target: Target) -> list[ChangedMatrix]:
-        before, after = self._weights.exact_piece(piece), self._tuned.weight(piece)
+        before = self._weights.exact_piece(piece)
+        with timed("read"):
+            after = self._tuned.weight(piece)
         scaled = self._weights.quantized.get(target.tensor)
         scales = None if scaled is None else self._weights.scales(target.tensor)
         found = []
@@ -229,15 +230,20 @@ class ShardExtraction:
         name, there = piece.entry.name, self._tuned.entry(piece.entry.name)
         rows = len(piece.tensor) if piece.tensor.ndim else 1
         common = rows if there is None or not there.shape else min(rows, there.shape[0] - piece.first)
-        if common <= 0:
+        if common <= 0 or not piece.tensor.numel():
             return _Compared(_square_norm(piece.tensor), 0.0, None)
         before = self._weights.exact_piece(piece)
         given = piece if common == rows else replace(piece, tensor=piece.tensor[:common])
         # Buffers such as masks may hold infinity, or numbers that are beyond a smaller dtype.
         after = self._tuned.weight(given, check=all_finite(before.to(self._tuned.dtype_of_numbers(name))))
         saved = after if name in self._job.saved else None
-        wide = torch.promote_types(torch.promote_types(before.dtype, after.dtype), torch.float32)
-        old, after = before[:common].to(wide) if before.ndim else before.to(wide), after.to(wide)
+        old = before if common == rows else before[:common]
+        if old.dtype == after.dtype and torch.equal(bits_of(old), bits_of(after)):
+            return _Compared(_square_norm(before), 0.0, saved)
+        if before.isnan().any():
+            raise WeightError(f"{self._job.shard.file}: {name!r} holds NaN", hint="take a sound copy of the model")
+        wide = torch.promote_types(torch.promote_types(old.dtype, after.dtype), torch.float32)
+        old, after = old.to(wide), after.to(wide)
         # The difference of two infinities would be no number.
         change = 0.0 if torch.equal(old, after) else _square_norm(after - old)
         return _Compared(_square_norm(before), change, saved)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgery.extraction.records import ComparedTensor, ExtractedTensor
+from surgery.extraction.records import RULES, ComparedTensor, ExtractedTensor
 from surgery.files.file_records import FileRecord
 from surgery.format.header import TensorEntry
 from surgery.planning.targets import Target
@@ -114,6 +114,11 @@ class ExtractReport(Report):
     error: float | None
     merged_error: float | None
 
+    @property
+    def is_uneven(self) -> bool:
+        """Whether pairs have different ranks."""
+        return len({one.rank for one in self.targets if one.rank}) > 1
+
 
 @dataclass(slots=True)
 class Totals:
@@ -169,7 +174,7 @@ def told_of_target(target: Target, found: ExtractedTensor, rank: int, totals: To
     totals.merged = None if totals.merged is None or merged is None else totals.merged + merged
     totals.all_change += change
     totals.all_left += left
-    worst = max(found.matrices, key=lambda one: _RULES.index(one.rule))
+    worst = max(found.matrices, key=lambda one: RULES.index(one.rule))
     excess = [one.excess for one in found.matrices]
     return ExtractedTarget(
         tensor=target.tensor,
@@ -186,10 +191,6 @@ def told_of_target(target: Target, found: ExtractedTensor, rank: int, totals: To
         rule=worst.rule,
         excess=None if None in excess else rounded_to(max(value or 0.0 for value in excess), 3),
     )
-
-
-#: From the one that says most to the one that says least.
-_RULES = ("zero", "directions", "error", "passes")
 
 
 def told_of_other(

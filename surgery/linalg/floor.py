@@ -40,11 +40,12 @@ _ROUNDING = 8
 
 @dataclass(frozen=True, slots=True)
 class Remainder:
-    """What is left of a matrix A (m, n) without k directions.
+    """What is left of a matrix A (m, n) without its k leading directions, and where its floor of noise is.
 
     Attributes:
-        error: its Frobenius norm.
-        floor: the largest singular value of noise with the variances that its entries have.
+        error: Frobenius norm of what is left.
+        floor: the largest singular value that noise has whose entries have the variances of A's without the directions above
+            it, and ``_MARGIN`` deviations more; at least the rounding of the working precision.
         above: how many of the k values are larger.
     """
 
@@ -55,6 +56,9 @@ class Remainder:
 
 def remainder(A: torch.Tensor, U: torch.Tensor, s: torch.Tensor, V: torch.Tensor, seed: int) -> Remainder:
     """Measure what is left, and find the floor.
+
+    The floor is sought from above, with more and more directions taken away: in noise whose rows or columns differ, the leading
+    directions *are* the longest rows and columns, and noise without them has a floor that they stand above.
 
     Args:
         A: (m, n), float32 or float64, not zero.
@@ -82,6 +86,13 @@ def remainder(A: torch.Tensor, U: torch.Tensor, s: torch.Tensor, V: torch.Tensor
     return Remainder(error, floor, above)
 
 
+def remainder_bytes(m: int, n: int) -> int:
+    """Upper estimate of the memory that ``remainder`` takes on a CPU besides its arguments, and copies of U and V."""
+    signed = 4 * m * leading_dimension(m, n, torch.device("cpu")) + m * n // 8 + 4 * m
+    dense = 8 * 4 * m * n if min(m, n) <= _DENSE else 4 * 3 * _STEPS * _BLOCK * (m + n)
+    return signed + dense + 8 * 4 * _ROWS * n
+
+
 def _surely_above(A: torch.Tensor, U: torch.Tensor, s: torch.Tensor, V: torch.Tensor) -> int:
     """How many values are above what the longest row and column allow noise to have.
 
@@ -89,8 +100,7 @@ def _surely_above(A: torch.Tensor, U: torch.Tensor, s: torch.Tensor, V: torch.Te
     Handel, "Sharp nonasymptotic bounds on the norm of random matrices with independent entries", Ann. Probab. 44, 2016). What
     is above that is taken away, which shortens rows and columns, and so on.
     """
-    rows = widened(torch.linalg.vector_norm(A, dim=1)).square().cpu()
-    columns = widened(torch.linalg.vector_norm(A, dim=0)).square().cpu()
+    rows, columns = (squares.cpu() for squares in _squared_lengths(A))
     of_rows, of_columns = ((widened(X).cpu() * s).square().cumsum(dim=1) for X in (U, V))
     above = 0
     while above < len(s):
@@ -166,10 +176,15 @@ def _deviation(E: torch.Tensor) -> float:
     Johnstone, "On the distribution of the largest eigenvalue in principal components analysis" (Ann. Statist. 29, 2001), with
     as many rows and columns as there were if all were as long as those that hold most of the energy.
     """
-    a, b = (_participation(torch.linalg.vector_norm(E, dim=dim)) ** 0.5 for dim in (1, 0))
+    a, b = ((x.sum().square() / x.square().sum().clamp(min=1e-300)).clamp(min=1.0).sqrt().item() for x in _squared_lengths(E))
     return float(math.cbrt(1 / a + 1 / b) / (a + b) / 2)
 
 
-def _participation(lengths: torch.Tensor) -> float:
-    squares = widened(lengths).square()
-    return (squares.sum().square() / squares.square().sum().clamp(min=1e-300)).clamp(min=1.0).item()
+def _squared_lengths(X: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Squared lengths of the rows and the columns of a matrix (m, n), float64, on its device or the CPU."""
+    of_rows, of_columns = [], widened(X[0]).new_zeros(X.shape[1])
+    for first in range(0, len(X), _ROWS):
+        squares = X[first : first + _ROWS].square()
+        of_rows.append(widened(squares.sum(dim=1)))
+        of_columns += widened(squares.sum(dim=0))
+    return torch.cat(of_rows), of_columns

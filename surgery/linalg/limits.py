@@ -39,8 +39,8 @@ def check_excess(excess: float) -> None:
     Raises:
         OptionError: tells the range.
     """
-    if not 1e-6 <= excess <= 1:
-        raise OptionError("the excess makes no sense", got=excess, expected="a share from 1e-6 to 1")
+    if not 1e-6 <= excess <= 1e-3:
+        raise OptionError("the excess makes no sense", got=excess, expected="a share from 1e-6 to 1e-3")
 
 
 def check_energy(energy: float, max_rank: int) -> None:

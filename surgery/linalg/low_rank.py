@@ -11,10 +11,11 @@ import torch
 from surgery.device import on_its_own_terms
 from surgery.errors import OptionError
 from surgery.linalg.energy import FIRST_RANK, least_rank
-from surgery.linalg.floor import remainder
+from surgery.linalg.floor import remainder, remainder_bytes
 from surgery.linalg.limits import DEFAULT_EXCESS, DEFAULT_TOLERANCE, check_accuracy, check_energy, check_excess, check_max_rank
 from surgery.linalg.nearly_best import Goal, NearlyBest, Rule, nearly_best
 from surgery.linalg.svd import check_batch, in_range, pair_signs, prepared, solved_in_parts
+from surgery.linalg.triplets import workspace_bytes
 from surgery.lossless.rounding import check_dense
 
 
@@ -30,10 +31,14 @@ class LowRank:
         V: (n, k), orthonormal columns.
         norm: Frobenius norm of A.
         error: Frobenius norm of ``A - U diag(s) V^T``, measured.
-        rule: ``directions``: all of them have converged, as those of ``truncated_svd`` do; ``error``: the error is within
-            ``excess`` of the best; ``passes``: neither within the most passes; ``zero``: a matrix of zeros.
-        excess: by what share the error may be above the best one of rank k; 0 where the directions have converged.
-        floor: the largest singular value that noise with the variances of the remainder has.
+        rule: why it stopped. ``directions``: all of them have converged, as those of ``truncated_svd`` do; ``error``: the error
+            is within ``excess`` of the best one, and single directions may be any of those that are about as good; ``passes``:
+            neither after the most passes; ``zero``: a matrix of zeros.
+        excess: by what share the error may be above the best one of rank k: an estimate from above, which held in every trial
+            with the default, and is no proof (docs/numerics.md). 0 where the directions have converged, infinite where nothing
+            is known.
+        floor: the largest singular value that noise has whose entries have the variances of those of A without the directions
+            above it, with a small margin.
         above_floor: how many of the k values are above the floor. If all are, there may be more.
         passes: products with A or its transpose.
         method: ``block-lanczos``, ``gram``, ``svd`` or ``zero``.
@@ -56,7 +61,31 @@ class LowRank:
 def low_rank(
     A: torch.Tensor, k: int, *, excess: float = DEFAULT_EXCESS, tolerance: float = DEFAULT_TOLERANCE, seed: int = 0
 ) -> LowRank:
-    """An approximation of rank k of a matrix whose error is the least one, nearly."""
+    """An approximation of rank k whose error is within ``excess`` of the least one, in the Frobenius norm.
+
+    Stops where the directions have converged, or earlier, where the error is estimated to be near enough the best one. In a
+    floor of noise that takes half to three quarters of the passes of ``truncated_svd``. What that says of signs, seeds and
+    the caller's settings holds here too. Where the error is below 0.3 % of the norm, float32 does not show by how much it is
+    above the best one, and the directions have to converge.
+
+    Args:
+        A: (m, n), any real floating dtype, any device.
+        k: 1 <= k <= min(m, n).
+        excess: share of the best error, from 1e-6 to 1e-3. Where it is what stops, one more step is made. Above 4e-4 the
+            estimate may be too low, by a factor of 3 at most in the trials.
+        tolerance: of converged directions, see ``truncated_svd``.
+        seed: of the random start block and of the random signs that find the floor.
+
+    Returns:
+        ``LowRank``. A matrix on which the iteration fails is reported in ``rule``, never hidden.
+
+    Raises:
+        OptionError: k, excess, tolerance, seed or the shape or dtype of A make no sense.
+        WeightError: A holds NaN or infinity, or its singular values overflow.
+
+    Source: ``surgery.linalg.lanczos``; the estimate is Kato's and Temple's (Parlett, "The Symmetric Eigenvalue Problem",
+    section 10.5), with the next Ritz value in place of the next eigenvalue; ``surgery.linalg.floor`` for the floor.
+    """
     return low_ranks(_one_matrix(A)[None], k, excess=excess, tolerance=tolerance, seed=seed)[0]
 
 
@@ -153,6 +182,11 @@ def _cut(found: LowRank, k: int) -> LowRank:
     error = math.hypot(found.error, torch.linalg.vector_norm(dropped).item())
     U, s, V = found.U[:, :k].contiguous(), found.s[:k].contiguous(), found.V[:, :k].contiguous()
     return dataclasses.replace(found, U=U, s=s, V=V, error=error, above_floor=min(found.above_floor, k))
+
+
+def low_rank_bytes(m: int, n: int, k: int, dtype: torch.dtype) -> int:
+    """Upper estimate of the memory that ``low_rank`` of one (m, n) matrix of ``dtype`` takes besides the matrix."""
+    return workspace_bytes(m, n, k, dtype) + remainder_bytes(m, n)
 
 
 def _approximated(A: torch.Tensor, k: int, goal: Goal, seed: int, device: torch.device) -> list[LowRank]:

@@ -15,6 +15,7 @@ from surgery.files.file_writer import CHUNK_BYTES
 from surgery.format.header import TensorEntry
 from surgery.format.manifest_records import TargetRecord
 from surgery.format.safetensors import TORCH_DTYPES
+from surgery.linalg.low_rank import low_rank_bytes
 from surgery.linalg.measured import measuring_bytes
 from surgery.linalg.svd import solved_together
 from surgery.linalg.triplets import workspace_bytes
@@ -126,9 +127,10 @@ def need_to_extract(target: Target) -> Need:
     quantized = target.scaled is not None
     copies = _copies(need.held, target.dtype, quantized, False)
     tuned = 4 * need.held * 8 // DTYPE_BITS[target.dtype]  # float32 at most, put together from parts of its own size
-    solving = workspace_bytes(m, n, target.rank, torch.float32)
+    solving = low_rank_bytes(m, n, target.rank, torch.float32)
     merging = 16 * m * n + 32 * target.rank * (m + n)
-    return replace(need, working=copies + 2 * tuned + 4 * m * n + max(solving, merging))
+    # Twice the difference: one that is very small is scaled.
+    return replace(need, working=copies + 2 * tuned + 8 * m * n + max(solving, merging))
 
 
 def need_to_compare(entry: TensorEntry, file: str) -> Need:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,15 @@ if TYPE_CHECKING:
 # The hub client is slow to import, so it is imported inside the functions: most results are not uploaded.
 
 _CARD_FILE = "README.md"
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractedCard:
+    """What the card of an extracted adapter tells, see ``extracted_card``; and the files of the adapter."""
+
+    size: str
+    component: str | None
+    files: Sequence[str]
 
 
 @contextmanager
@@ -128,14 +138,37 @@ def publish_adapter(
     """
     if upload is None:
         return
-    from surgery.publish.card import adapter_card
+    from surgery.publish.adapter_cards import adapter_card
 
     card = adapter_card(manifest, upload.repo_id, modules=modules, rank=rank, architecture=_architecture(factorized))
     _complete(upload, files, card)
 
 
+def publish_extracted(
+    upload: Upload | None, out: Path, base: SourceRecord, folder: Path | None, tuned: SourceRecord, told: ExtractedCard
+) -> None:
+    """Upload an extracted adapter: all of its files and the card.
+
+    Args:
+        upload: the upload; None for none.
+        out: the folder of the adapter.
+        base: the model.
+        folder: with its config; None without one.
+        tuned: the fine-tuned model.
+        told: what the card tells.
+    """
+    if upload is None:
+        return
+    from surgery.publish.adapter_cards import extracted_card
+
+    architecture = None if folder is None else _architecture(folder)
+    names = (base, tuned, upload.repo_id)
+    card = extracted_card(*names, size=told.size, component=told.component, architecture=architecture)
+    _complete(upload, {name: out / name for name in told.files}, card)
+
+
 def _complete(upload: Upload, files: Mapping[str, Path | bytes], card: str) -> None:
-    from surgery.publish.card import without_license
+    from surgery.publish.card_parts import without_license
 
     cards = dict.fromkeys((card, without_license(card)))  # one, where there is no license
     url = upload.finish(files, *cards)

@@ -8,8 +8,11 @@ from pathlib import Path
 from surgery.errors import FormatError, ReadError
 from surgery.files.access import all_below
 from surgery.files.file_records import FileRecord, check_file
-from surgery.names import CONFIG_FILE, JOURNAL_DIR, MANIFEST_FILE, is_litter
+from surgery.names import ADAPTER_CONFIG, CONFIG_FILE, EXTRACTION_FILE, JOURNAL_DIR, MANIFEST_FILE, is_litter
 from surgery.progress import listening, phase
+
+#: The files that come last, in this order.
+_LAST = (ADAPTER_CONFIG, EXTRACTION_FILE, CONFIG_FILE, MANIFEST_FILE)
 
 
 def files_in(out: Path) -> set[str]:
@@ -41,13 +44,13 @@ def not_as_recorded(out: Path, records: Iterable[FileRecord]) -> list[str]:
 
 
 def loading_order(files: Iterable[str]) -> list[str]:
-    """Files in the order they are put in place: ``config.json`` last, as no loader takes a folder without it."""
+    """Files in the order they are put in place: last those without which no loader or reader takes a folder."""
     return sorted(files, key=loading_key)
 
 
-def loading_key(name: str) -> tuple[bool, bool, str]:
+def loading_key(name: str) -> tuple[int, str]:
     """The sort key of ``loading_order``."""
-    return name == MANIFEST_FILE, name == CONFIG_FILE, name
+    return _LAST.index(name) + 1 if name in _LAST else 0, name
 
 
 def total_size(folder: Path, names: set[str]) -> int:

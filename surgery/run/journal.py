@@ -19,7 +19,7 @@ from surgery.files.access import write_errors
 from surgery.files.file_writer import write_file
 from surgery.files.json_files import MAX_OWN_JSON_BYTES, read_json_object
 from surgery.files.sealed import read_sealed, sealed
-from surgery.names import FILES_FILE, JOURNAL_DIR, REPLACED_FILE, RUN_FILE
+from surgery.names import FILES_FILE, JOURNAL_DIR, PARTS_DIR, REPLACED_FILE, RUN_FILE
 
 
 class Journal:
@@ -103,9 +103,10 @@ class Journal:
             )
 
     def drop(self) -> None:
-        """Remove the records of an unfinished run, with which this one does not go on."""
+        """Remove the records of an unfinished run, with which this one does not go on, and then what its jobs have left."""
         with write_errors(self._folder):
-            for path in (self._out / RUN_FILE, self._out / REPLACED_FILE, *self._folder.glob("[0-9]*.json*")):
+            records = self._folder.glob("[0-9]*.json*")
+            for path in (self._out / RUN_FILE, self._out / REPLACED_FILE, *records, self._out / PARTS_DIR):
                 clear_away(path)
 
     def begin(self) -> None:

@@ -12,7 +12,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from surgery.errors import OutputError
 from surgery.files.access import write_errors
-from surgery.names import FILES_FILE, JOURNAL_DIR, LOCK_FILE, RESULT_DIR, RUN_FILE, SURGERY_DIR
+from surgery.names import FILES_FILE, JOURNAL_DIR, LOCK_FILE, PARTS_DIR, RESULT_DIR, RUN_FILE, SURGERY_DIR
 from surgery.run.contents import files_in
 from surgery.run.journal import Journal, clear_away
 from surgery.run.output_paths import check_apart, check_leads_somewhere
@@ -123,4 +123,6 @@ def _nothing_done(out: Path) -> bool:
     """Whether a run that was begun has finished no shard and left no file."""
     journal = {f"{JOURNAL_DIR}/{path.name}" for path in (out / JOURNAL_DIR).iterdir()}
     place = out / RESULT_DIR if RESULT_DIR in journal else out
-    return not files_in(place) and journal <= {LOCK_FILE, RUN_FILE, FILES_FILE, RESULT_DIR}
+    if PARTS_DIR in journal and any((out / PARTS_DIR).iterdir()):
+        return False
+    return not files_in(place) and journal <= {LOCK_FILE, RUN_FILE, FILES_FILE, RESULT_DIR, PARTS_DIR}

@@ -12,6 +12,7 @@ from surgery.escapes import quoted
 from surgery.files.access import check_replaceable, read_errors
 from surgery.files.file_records import file_sha256
 from surgery.format.manifest import Manifest, source_stamp
+from surgery.names import CONFIG_FILE
 
 
 def check_not_the_source(out: Path, manifest: Manifest) -> None:
@@ -78,6 +79,18 @@ def check_output_path(out: Path, inputs: Iterable[Path], *, overwrite: bool, but
             raise OutputError(f"{out} cannot be written: {folder} {what}", hint="choose another file with -o")
     except (RuntimeError, ValueError) as error:  # links in a circle, a null byte
         raise OutputError(f"{out}: no such file can be", got=error, hint="choose another file with -o") from None
+
+
+def check_no_model(out: Path) -> None:
+    """Refuse a folder with a model as the place of an adapter: transformers would load both together, without a word.
+
+    Raises:
+        OutputError: there is one, or it is no folder.
+    """
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is no folder", hint="-o chooses another one")
+    if (out / CONFIG_FILE).exists():
+        raise OutputError(f"there is a model in {out}, which an adapter must not come into", hint="-o chooses another folder")
 
 
 def check_apart(out: Path, inputs: Iterable[Path]) -> None:

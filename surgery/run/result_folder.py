@@ -14,7 +14,9 @@ from surgery.files.access import all_below, check_replaceable, write_errors
 from surgery.files.file_writer import sync_directory
 from surgery.format.manifest import Manifest
 from surgery.names import (
+    ADAPTER_CONFIG,
     CONFIG_FILE,
+    EXTRACTION_FILE,
     JOURNAL_DIR,
     MANIFEST_FILE,
     OUR_FILES,
@@ -34,7 +36,7 @@ from surgery.source.weight_files import is_index
 
 _PARTIAL = ".partial"
 #: Files by which loaders and readers recognize a result: they are removed first, and put in place last.
-_DECIDING = (MANIFEST_FILE, CONFIG_FILE, SPECTRA_FILE)
+_DECIDING = (MANIFEST_FILE, CONFIG_FILE, SPECTRA_FILE, EXTRACTION_FILE, ADAPTER_CONFIG)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +198,7 @@ def _prepared(out: Path, journal: Journal, result: ResultFiles, beside: Sequence
 
 def _may_be_whole(out: Path, present: set[str]) -> bool:
     """Whether ``out`` may hold a finished result, which must stay until the new one is whole."""
-    if not Journal.is_there(out) or not {MANIFEST_FILE, CONFIG_FILE}.isdisjoint(present):
+    if not Journal.is_there(out) or not {MANIFEST_FILE, CONFIG_FILE, EXTRACTION_FILE}.isdisjoint(present):
         return True
     return (out / RESULT_DIR).is_dir() and not Journal.is_replacing(out)
 

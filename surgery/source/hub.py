@@ -201,6 +201,7 @@ class HubSource(FilesInPlace):
         self.repo_id = repo_id
         self.commit = commit
         self._checked: dict[Path, Stamp] = {}
+        self._headers: dict[str, Header] = {}
         self._dropped = threading.Event()
         self._prefix = "" if record.subfolder is None else f"{record.subfolder}/"
         self._files = {name.removeprefix(self._prefix): file for name, file in files.items() if name.startswith(self._prefix)}
@@ -228,6 +229,8 @@ class HubSource(FilesInPlace):
         if is_cached(self.repo_id, self.commit, remote.path):
             with ShardReader(self.unchecked(shard), name=name, watch=self.watch) as reader:
                 return reader.header
+        if shard in self._headers:
+            return self._headers[shard]
         listening().item(f"header of {shard}")
         with hub_errors_midway(self.repo_id, remote.path):
             patient = patience_for(remote.path)
@@ -235,7 +238,8 @@ class HubSource(FilesInPlace):
             end = 8 + header_length(raw, file=name, file_bytes=remote.hub_file.size)
             if end > len(raw):
                 raw = first_bytes(remote, end, patient)
-        return parse_header(raw[:end], file=name, file_bytes=remote.hub_file.size)
+        self._headers[shard] = parse_header(raw[:end], file=name, file_bytes=remote.hub_file.size)
+        return self._headers[shard]
 
     def fetch(self, file: str) -> Path:
         while True:

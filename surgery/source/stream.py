@@ -29,7 +29,7 @@ class StreamedSource(HubSource):
         self.name, self.record, self.selection = source.name, source.record, source.selection
         self.repo_id, self.commit = source.repo_id, source.commit
         self._prefix, self._files, self.watch = source._prefix, source._files, source.watch
-        self._checked, self._dropped = source._checked, source._dropped
+        self._checked, self._dropped, self._headers = source._checked, source._dropped, source._headers
         self._weights = frozenset(source.selection.shards)
         self._folder = folder
         self._at_a_time = at_a_time

@@ -228,7 +228,8 @@ def convert(original: StoredModel, tuned: StoredModel, wanted: Mapping[str, Coll
         for tensor, others in wanted.items()
         for place in one.places.get(tensor, ())
     }
-    names = find_names(stored, needed, {place.parameter for found in one.places.values() for place in found}, alike)
+    known = {place.parameter for found in one.places.values() for place in found}
+    names = find_names(stored, needed, known, alike)
     pairs = names.given.items() if names.doubtful is None else ()
     by_slot = {parameter: _by_slot(stored[there]) for parameter, there in pairs if alike(parameter, there)}
 

@@ -20,7 +20,9 @@ from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import SourceRecord
 from surgery.progress import Progress, heard
 from surgery.publish import upload
-from surgery.publish.card import FoldedChanges, adapter_card, factorized_card, folded_card, published, without_license
+from surgery.publish.adapter_cards import adapter_card
+from surgery.publish.card import FoldedChanges, factorized_card, folded_card, published
+from surgery.publish.card_parts import without_license
 from surgery.publish.upload import Upload
 from tests.loopback_hub import READING_TOKEN, WRITING_TOKEN, LoopbackHub, Repo
 from tests.models import files_of

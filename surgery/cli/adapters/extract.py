@@ -22,12 +22,13 @@ from surgery.cli.options import (
     notes_and_quiet,
     overwrite_option,
     profile_option,
+    push_options,
     quiet_option,
     revision_option,
     stream_option,
     subfolder_option,
 )
-from surgery.cli.outcomes import share_text
+from surgery.cli.outcomes import least_share, median_share, share_text, span
 from surgery.cli.printing import print_json
 from surgery.cli.profile import profile_text
 from surgery.cli.tables import table
@@ -99,6 +100,7 @@ class _Rank(click.ParamType[Any]):
 @memory_options
 @engine_option
 @stream_option
+@push_options
 @overwrite_option
 @click.option("--dry-run", is_flag=True, help="Print what would be extracted, from headers, and stop.")
 @profile_option
@@ -112,6 +114,8 @@ def extract(
     options: Options,
     engine: Any,
     stream: bool,
+    push_to_hub: str | None,
+    private: bool,
     overwrite: bool,
     dry_run: bool,
     profile: bool,
@@ -147,6 +151,8 @@ def extract(
         options=options,
         engine=engine,
         stream=stream,
+        push_to_hub=push_to_hub,
+        private=private,
         overwrite=overwrite,
         progress=bar,
         timing=timing,
@@ -164,7 +170,7 @@ def extract(
 
 
 def _outcome(report: ExtractReport) -> str:
-    text = f"{report.modules} modules of rank {report.rank}"
+    text = f"{report.modules} modules of rank {'up to ' if report.is_uneven else ''}{report.rank}"
     if report.kept is not None:
         text += f", {share_text(report.kept)} of the targets' change"
     saved = sum(one.fate == "saved" for one in report.others)
@@ -184,31 +190,16 @@ def _table(targets: Sequence[ExtractedTarget]) -> str:
         [
             name if len(some) > 1 else some[0].tensor,
             str(len(some)),
-            _span([one.rank for one in some]),
-            _middle([one.change for one in some]),
-            _least([one.kept for one in some]),
+            span(one.rank for one in some),
+            median_share([one.change for one in some]),
+            least_share([one.kept for one in some]),
             _most([one.merged_error for one in some]),
-            _span([one.above_floor for one in some]),
+            span(one.above_floor for one in some),
         ]
         for name, some in groups.items()
     ]
     head = ("weights", "number", "rank", "change", "kept", "left", "above noise")
     return table(head, rows, flush_right=(1, 2, 3, 4, 5, 6), names=(0,))
-
-
-def _span(values: Sequence[int]) -> str:
-    return str(min(values)) if min(values) == max(values) else f"{min(values)}-{max(values)}"
-
-
-def _middle(values: Sequence[float | None]) -> str:
-    """The median, as a percentage."""
-    known = sorted(value for value in values if value is not None)
-    return f"{100 * known[len(known) // 2]:.2g} %" if known else "-"
-
-
-def _least(values: Sequence[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    return share_text(min(known)) if known else "-"
 
 
 def _most(values: Sequence[float | None]) -> str:
@@ -226,7 +217,7 @@ def _plan_text(plan: ExtractPlan) -> str:
             str(len(some)),
             "x".join(map(str, some[0].matrices if some[0].matrices[0] > 1 else some[0].matrices[1:])),
             some[0].dtype,
-            _span([target.rank for target in some]),
+            span(target.rank for target in some),
         ]
         for name, some in groups.items()
     ]

@@ -9,15 +9,14 @@ from pathlib import Path
 import torch
 
 from surgery.device import on_its_own_terms
-from surgery.errors import OutputError
 from surgery.format.manifest import Manifest
 from surgery.format.scales import check_scales, read_scales
 from surgery.models.peft_api import too_old_for_experts
-from surgery.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG_FILE
+from surgery.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from surgery.progress import Progress, listening
 from surgery.publish.results import publish_adapter
 from surgery.reports import Report
-from surgery.run.output_paths import check_output_path
+from surgery.run.output_paths import check_no_model, check_output_path
 from surgery.run.run import Run
 from surgery.updates.peft_adapter import ADAPTER_FILES, PeftAdapter
 from surgery.updates.protocol import ScalesUpdate
@@ -83,11 +82,7 @@ def export(
     factorized, out = Path(factorized), Path(out)
     manifest = Manifest.read(factorized)
     values = check_scales(scales, manifest) if isinstance(scales, Mapping) else read_scales(Path(scales), manifest)
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is no folder", hint="-o chooses another one")
-    if (out / CONFIG_FILE).exists():
-        # transformers would load what is there with the adapter, without a word.
-        raise OutputError(f"there is a model in {out}, which an adapter must not come into", hint="-o chooses another folder")
+    check_no_model(out)
     update = ScalesUpdate(values)
     there = not overwrite and any((out / name).exists() for name in ADAPTER_FILES)
     for name in ADAPTER_FILES:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Unpack
 
@@ -14,30 +13,26 @@ from surgery.errors import OptionError, few
 from surgery.extraction.extraction import Extraction, ExtractOptions
 from surgery.extraction.jobs import ExtractJobs
 from surgery.extraction.matrices import Extracting
-from surgery.extraction.records import ExtractedShard
-from surgery.extraction.result_file import complete_result, earlier_result, files_of_result, write_result
+from surgery.extraction.reporting import ADAPTER_DTYPES, WrittenAdapter, report_of, tell_of
+from surgery.extraction.result_file import complete_result, earlier_result, finished_result, replaced_result, write_result
 from surgery.extraction.shard import ExtractJob
-from surgery.extraction.told import ExtractReport, Totals, told_of_other, told_of_target
-from surgery.files.file_records import FileRecord
+from surgery.extraction.told import ExtractReport
 from surgery.format.options import ExtractKeywords, Options, chosen_options
-from surgery.names import STREAM_DIR, TUNED_STREAM_DIR
+from surgery.names import EXTRACTION_FILE, STREAM_DIR, TUNED_STREAM_DIR
 from surgery.planning.extents import Extent, Rank
 from surgery.planning.summary import PlannedTarget
 from surgery.progress import Progress, listening, phase
+from surgery.publish.results import ExtractedCard, publish_extracted
 from surgery.reports import Report
 from surgery.run.engines import EngineName, EngineOptions, LocalEngine, float64_device
 from surgery.run.run import Run
-from surgery.source.component import component_of
+from surgery.source.component import component_of, config_folder
 from surgery.source.open import open_part, open_source
 from surgery.source.protocol import Source
 from surgery.timing import Timing
-from surgery.tuned.likeness import Norms, note_what_is_unlikely
-from surgery.updates.writing.adapter import AdapterToWrite
 from surgery.updates.writing.low_rank import AdapterForm, Layout
 
 AdapterDtype = Literal["float32", "bfloat16", "float16"]
-#: As torch and configs name them, and as safetensors does.
-_DTYPES: Mapping[str, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +160,8 @@ def extract(
     max_device_memory: int | None = None,
     engine: EngineName = "local",
     stream: bool = False,
+    push_to_hub: str | None = None,
+    private: bool = True,
     overwrite: bool = False,
     progress: Progress | None = None,
     timing: Timing | None = None,
@@ -198,7 +195,10 @@ def extract(
         revision, tuned_revision: of models from the hub.
         subfolder: of both, such as ``unet`` of a diffusion pipeline.
         device: where the linear algebra runs, as for ``factorize``.
-        max_memory, max_device_memory, engine, stream: as for ``factorize``.
+        max_memory, max_device_memory, engine: as for ``factorize``.
+        stream: of models from the hub, of either or both, keep on the disk only the weight files that are in use.
+        push_to_hub: repo id that the adapter is uploaded to as well. An earlier result of surgery there is replaced.
+        private: whether a repository that is created for it is private.
         overwrite: replace an earlier result in ``out``, which stays as it is until the new one is whole.
         progress: told how far it is, and what the user should know, such as where ``tuned`` does not look like a fine-tuned
             model (``surgery.tuned.likeness``); without it that is a ``SurgeryWarning``.
@@ -235,26 +235,40 @@ def extract(
         for note in extraction.plan.notes:
             progress.note(note)
         identity = extraction.identity(by.device_name)
-        with run.locked([*source.folders(), *other.folders()]), extraction.weights, extraction.tuned:
-            earlier = earlier_result(out)
-            if earlier is not None and not overwrite:
+        with (
+            run.uploading(push_to_hub, private=private),
+            run.locked([*source.folders(), *other.folders()]),
+            extraction.weights,
+            extraction.tuned,
+        ):
+            if not overwrite and (earlier := earlier_result(out)) is not None:
+                report = complete_result(out, earlier, identity)
                 run.forget()
-                progress.note(f"{out} is already complete: nothing to do")
-                return complete_result(out, earlier, identity)
+                progress.note(f"{out} is already complete" + (": nothing to do" if run.upload is None else ""))
+                _publish(run, out, report, extraction)
+                return report
             run.identify(identity)
-            files = extraction.files([] if earlier is None else files_of_result(earlier))
+            files = extraction.files(out, replaced_result(out))
             with run.result(files, [source, other], overwrite=overwrite) as place:
-                jobs = ExtractJobs(_jobs(extraction, out, place), extraction.weights, extraction.tuned, timing)
+                if (finished := finished_result(place, identity)) is not None:  # an earlier start was stopped after that
+                    report = replace(finished, out=out)
+                    _publish(run, place, report, extraction)
+                    return report
+                jobs = ExtractJobs(_jobs(extraction, out), extraction.weights, extraction.tuned, timing)
                 with phase(progress, "extracting", sum(shard.header.data_bytes for shard in extraction.plan.shards)):
                     results = run.shards(jobs, extraction.plan.memory)
                 for model in (source, other):
                     model.watch.check()
-                ranks = extraction.ranks(results)
-                adapter, records = extraction.finish(place, results, ranks)
-                report = _report(out, extraction, results, ranks, adapter, records)
-                extraction.remove_parts(place, results)
+                try:
+                    ranks = extraction.ranks(results)
+                    adapter, records = extraction.finish(out, place, results, ranks)
+                except OptionError:  # the same command would fail again
+                    run.forget()
+                    raise
+                report = report_of(extraction, results, ranks, WrittenAdapter(out, adapter, records))
                 write_result(place, report, identity)
-    _tell(report, other, results)
+                _publish(run, place, report, extraction)
+    tell_of(report, other.name, results)
     return report
 
 
@@ -276,19 +290,23 @@ def _opened(
     from surgery.source.stream import streamed  # the hub client is slow to import
 
     out, at_a_time = streams
-    return streamed(source, out / STREAM_DIR, at_a_time), streamed(other, out / TUNED_STREAM_DIR, at_a_time)
+    if other.record.kind == "hub":
+        other = streamed(other, out / TUNED_STREAM_DIR, at_a_time)
+        if source.record.kind != "hub":  # it is read where it is
+            return source, other
+    return streamed(source, out / STREAM_DIR, at_a_time), other
 
 
 def _form(source: Source, layout: Layout, dtype: AdapterDtype, uniform: bool) -> AdapterForm:
     """What the adapter is written as. Raises OptionError for a layout or dtype that is not known."""
-    for what, value, known in (("layout", layout, ("peft", "diffusers", "kohya")), ("dtype", dtype, tuple(_DTYPES))):
+    for what, value, known in (("layout", layout, ("peft", "diffusers", "kohya")), ("dtype", dtype, tuple(ADAPTER_DTYPES))):
         if value not in known:
             raise OptionError(f"the {what} of an adapter is not known", got=repr(value), expected=few(known))
     record = source.record
-    return AdapterForm(layout, _DTYPES[dtype], component_of(source), uniform, record.repo_id, record.commit)
+    return AdapterForm(layout, ADAPTER_DTYPES[dtype], component_of(source), uniform, record.repo_id, record.commit)
 
 
-def _jobs(extraction: Extraction, out: Path, place: Path) -> list[ExtractJob]:
+def _jobs(extraction: Extraction, out: Path) -> list[ExtractJob]:
     plan, options = extraction.plan, extraction.options
     extracting = Extracting(options.extent, options.form.dtype, options.chosen.tolerance, options.chosen.seed)
     return [
@@ -300,72 +318,18 @@ def _jobs(extraction: Extraction, out: Path, place: Path) -> list[ExtractJob]:
             len(plan.shards),
             extracting,
             out,
-            place,
             plan.memory.window_bytes,
         )
         for index, shard in enumerate(plan.shards)
     ]
 
 
-def _report(
-    out: Path,
-    extraction: Extraction,
-    results: Sequence[ExtractedShard],
-    ranks: Mapping[str, int],
-    adapter: AdapterToWrite,
-    records: Sequence[FileRecord],
-) -> ExtractReport:
-    totals = Totals()
-    found = {one.tensor: one for result in results for one in result.targets}
-    plan, reasons = extraction.plan, {skipped.tensor: skipped.reason for skipped in extraction.plan.skipped}
-    targets = tuple(told_of_target(target, found[target.tensor], ranks[target.tensor], totals) for target in plan.targets)
-    others = tuple(
-        told_of_other(
-            extraction.entry(one.tensor), shard.file, one, reasons[one.tensor], totals, saved=one.tensor in extraction.saved
-        )
-        for shard, result in zip(plan.shards, results, strict=True)
-        for one in result.others
-    )
-    return ExtractReport(
-        out=out,
-        layout=extraction.options.form.layout,
-        dtype=next(name for name, stored in _DTYPES.items() if stored == extraction.options.form.dtype),
-        files=tuple(records),
-        modules=adapter.modules,
-        rank=adapter.rank,
-        numbers=adapter.numbers,
-        targets=targets,
-        others=others,
-        further=extraction.further(),
-        change=totals.relative_change(),
-        kept=totals.kept(),
-        kept_of_all=totals.kept_of_all(),
-        error=totals.error(),
-        merged_error=totals.merged_error(),
-    )
-
-
-def _tell(report: ExtractReport, other: Source, results: Sequence[ExtractedShard]) -> None:
-    """Notes on what the user should know of a result."""
-    norms = [
-        Norms(one.tensor, matrix.before, matrix.after, matrix.change)
-        for result in results
-        for one in result.targets
-        for matrix in one.matrices
-    ]
-    note_what_is_unlikely(other.name, norms)
-    note = listening().note
-    left = [one for one in report.others if one.fate in ("changed", "resized")]
-    if left:
-        most = max(left, key=lambda one: one.change or 0.0)
-        change = "" if most.change is None else f": by {most.change:.2g} of its norm"
-        note(
-            f"{len(left)} tensors have changed and are not in the adapter, most {most.tensor}{change}; "
-            "--full GLOB takes small ones whole, --include makes pairs of matrices"
-        )
-    if gone := [one.tensor for one in report.others if one.fate == "gone"]:
-        note(f"{len(gone)} tensors of the base are not in the tuned model: {few(gone)}")
-    if report.further:
-        note(f"{len(report.further)} tensors of the tuned model are not in the base: {few(report.further)}")
-    if stopped := [one.tensor for one in report.targets if one.rule == "passes"]:
-        note(f"{len(stopped)} of {len(report.targets)} approximations ended before they were good enough: {few(stopped)}")
+def _publish(run: Run, place: Path, report: ExtractReport, extraction: Extraction) -> None:
+    """Upload the adapter; nothing without an upload."""
+    size = f"{report.modules:,} modules of rank {'up to ' if report.is_uneven else ''}{report.rank}"
+    if report.kept is not None:
+        size += f", which hold {report.kept:.1%} of the squared norm of their weights' change"
+    files = [*(one.file for one in report.files), EXTRACTION_FILE]
+    told = ExtractedCard(size, extraction.options.form.component, files)
+    folder = config_folder(extraction.source)
+    publish_extracted(run.upload, place, extraction.source.record, folder, extraction.other.record, told)

@@ -25,7 +25,8 @@ class ModuleUpdate:
         A: float32 (r, in), or (r, in, kernel...) for a convolution; of a stack of E matrices (E r, in).
         B: float32 (out, r); of a stack (out, r E).
         scaling: what the adapter multiplies with; see ``Scaling``.
-        sources: the tensors of the file that it is made from.
+        parts: the tensors of the file that it is made from: of ``A``, ``B``, and of ``magnitude``, ``bias`` and ``alpha`` where
+            it has them.
         magnitude: of DoRA, float32 (out,); None without.
         bias: of B, float32 (out,), which is scaled as the matrix is; None without.
         embedding: whether the module is an embedding, whose weight is (in, out).
@@ -37,12 +38,17 @@ class ModuleUpdate:
     A: torch.Tensor
     B: torch.Tensor
     scaling: Scaling
-    sources: tuple[str, ...]
+    parts: Mapping[str, str]
     magnitude: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     embedding: bool = False
     transposed: bool = False
     depth: int = 0
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The tensors of the file that it is made from."""
+        return tuple(self.parts.values())
 
 
 @dataclass(frozen=True, slots=True)

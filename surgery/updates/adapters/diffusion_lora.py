@@ -6,6 +6,7 @@ Source of the formats: diffusers 0.35, ``loaders/lora_base.py`` and ``loaders/lo
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from surgery.format.header import TensorEntry
 from surgery.format.safetensors import ShardReader
 from surgery.progress import note
 from surgery.updates.adapters.content import AdapterContent, ModuleUpdate, Scaling, checked_halves, read_numbers
+from surgery.updates.adapters.patterns import with_ranks
 from surgery.updates.adapters.peft_lora import PeftScaling, check_config
 
 _HINT = "merge it with the tool that it was made with"
@@ -52,6 +54,10 @@ _OTHER_METHODS = {
     ".diff": "a full difference",
 }
 _METADATA = "lora_adapter_metadata"
+#: What ``ModuleUpdate.parts`` calls them.
+_PARTS = {"A.weight": "A", "B.weight": "B", "B.bias": "bias"}
+#: kohya's own entries of the metadata that a file has by its ranks, and those that are hashes of its tensors.
+_KOHYA_RANKS, _KOHYA_HASHES = ("ss_network_dim", "ss_network_alpha"), ("sshs_model_hash", "sshs_legacy_hash")
 
 
 def read_diffusion(path: Path, component: str | None, entries: Collection[str]) -> AdapterContent:
@@ -71,6 +77,51 @@ def read_diffusion(path: Path, component: str | None, entries: Collection[str]) 
         content = _DiffusionFile(path, component, entries, reader).content()
         reader.check_unchanged()
     return content
+
+
+def read_diffusion_alone(path: Path) -> AdapterContent:
+    """Read all that an adapter of a diffusion model has, for whichever components, with modules named as in the file.
+
+    Raises:
+        OptionError: another method than LoRA.
+        FormatError: the file is damaged or contradicts itself.
+        ReadError: it cannot be read.
+    """
+    with ShardReader(path, name=str(path)) as reader:
+        content = _FileAlone(path, None, (), reader).content()
+        reader.check_unchanged()
+    return content
+
+
+def metadata_with_ranks(metadata: Mapping[str, str], ranks: Mapping[str, int], path: Path) -> dict[str, str]:
+    """The metadata of a file whose modules have got other ranks, and a scaling of 1.
+
+    Hashes of what the tensors were are left out.
+
+    Args:
+        metadata: of the file.
+        ranks: by module, as ``read_diffusion_alone`` names them.
+        path: of the file, for messages.
+    """
+    changed = {key: value for key, value in metadata.items() if key not in _KOHYA_HASHES}
+    # As kohya's own script for this writes them.
+    several = "Dynamic" if len(set(ranks.values())) > 1 else str(max(ranks.values()))
+    changed |= {key: several for key in _KOHYA_RANKS if key in metadata}
+    if configs := _configs(metadata, path):
+        owned: dict[str, dict[str, int]] = {}
+        for module, rank in ranks.items():
+            component, own = _place_in(configs, module)
+            owned.setdefault(component, {})[own] = rank
+        for component, own_ranks in owned.items():
+            if component in configs:
+                configs[component] = with_ranks(configs[component], own_ranks, path)
+        packed = {
+            f"{component}.{key}" if component else key: value
+            for component, config in configs.items()
+            for key, value in config.items()
+        }
+        changed[_METADATA] = json.dumps(packed, indent=2, sort_keys=True)
+    return changed
 
 
 class _DiffusionFile:
@@ -105,10 +156,7 @@ class _DiffusionFile:
         """The entries for the component, without its name, and whether kohya's; how many there are for which others."""
         named: list[tuple[TensorEntry, str | None, str, bool]] = []
         for entry in self._reader.header.tensors:
-            kohya = _KOHYA.fullmatch(entry.name)
-            found = kohya or _COMPONENT.fullmatch(entry.name)
-            rest = entry.name if found is None else found["rest"]
-            named.append((entry, None if found is None else found["component"], rest, kohya is not None))
+            named.append((entry, *_parsed(entry.name)))
         there = {one for _, one, _, _ in named if one is not None}
         if self._component is None and len(there) > 1:
             raise OptionError(
@@ -133,13 +181,17 @@ class _DiffusionFile:
                 expected="LoRA matrices, alphas and DoRA's magnitudes",
                 hint=_HINT,
             )
-        module = self._kohya_module(found["module"], entry) if is_kohya else self._own_module(found["module"], found["old"])
+        module = self._module(entry, name, found, is_kohya)
         kind = found["other"] or f"{_HALVES[found['half']]}.{found['leaf']}"
         kind = "magnitude" if kind in ("dora_scale", "lora_magnitude_vector") else kind
         known = self._sources.setdefault(module, {}).setdefault(kind, entry.name)
         if known != entry.name:
             raise FormatError(f"{self._path}: two tensors are the same part of {module!r}", got=[known, entry.name])
         self._parts.setdefault(module, {})[kind] = read_numbers(self._reader, entry, _HINT)
+
+    def _module(self, entry: TensorEntry, name: str, found: re.Match[str], is_kohya: bool) -> str:
+        """The module that an entry is of."""
+        return self._kohya_module(found["module"], entry) if is_kohya else self._own_module(found["module"], found["old"])
 
     def _kohya_module(self, name: str, entry: TensorEntry) -> str:
         """The module of the checkpoint that kohya's name, without dots, stands for."""
@@ -168,16 +220,8 @@ class _DiffusionFile:
 
     def _metadata_scaling(self) -> Scaling | None:
         """What diffusers has written of ranks and alphas; None if nothing."""
-        text = self._reader.header.metadata.get(_METADATA)
-        if text is None:
-            return None
-        everything = json_object(text.encode(), f"{self._path}: its {_METADATA}")
-        # A pipeline's file has the component before each key, that of a single model has none.
-        first = next(iter(everything), "")
-        prefix = "" if "r" in everything else f"{self._component or first.partition('.')[0]}."
-        config: dict[str, Any] = {
-            key.removeprefix(prefix): value for key, value in everything.items() if key.startswith(prefix)
-        }
+        configs = _configs(self._reader.header.metadata, self._path)
+        config = configs.get("") or configs.get(self._component or next(iter(configs), ""))
         if not config:
             return None
         check_config({"peft_type": "LORA", **config}, self._path)
@@ -208,10 +252,65 @@ class _DiffusionFile:
             A,
             B,
             (lambda name, rows, matrices: value / rows) if scaling is None or alpha is not None else scaling,
-            tuple(self._sources[module].values()),
+            {_PARTS.get(kind, kind): source for kind, source in self._sources[module].items()},
             None if magnitude is None else magnitude.flatten(),
             None if bias is None else bias.flatten(),
         )
+
+
+class _FileAlone(_DiffusionFile):
+    """A file without the model that it is for: all of it, by its own names."""
+
+    def _of_component(self) -> tuple[list[tuple[TensorEntry, str, bool]], dict[str, int]]:
+        return [(entry, *_parsed(entry.name)[1:]) for entry in self._reader.header.tensors], {}
+
+    def _module(self, entry: TensorEntry, name: str, found: re.Match[str], is_kohya: bool) -> str:
+        return entry.name.removesuffix(name) + str(found["module"])
+
+    def _metadata_scaling(self) -> Scaling | None:
+        configs = _configs(self._reader.header.metadata, self._path)
+        owned: dict[str, list[str]] = {}
+        for module in self._parts:
+            component, own = _place_in(configs, module)
+            owned.setdefault(component, []).append(own)
+        scalings: dict[str, PeftScaling] = {}
+        for component, config in configs.items():
+            check_config({"peft_type": "LORA", **config}, self._path)
+            scalings[component] = PeftScaling(config, owned.get(component, []), self._path)
+
+        def of(module: str, rows: int, matrices: int) -> float:
+            component, own = _place_in(configs, module)
+            return scalings[component].of(own, rows, matrices) if component in scalings else 1.0
+
+        return of
+
+
+def _parsed(name: str) -> tuple[str | None, str, bool]:
+    """The component that a name begins with, if with any, the rest of it, and whether it is kohya's."""
+    kohya = _KOHYA.fullmatch(name)
+    found = kohya or _COMPONENT.fullmatch(name)
+    return (None, name, False) if found is None else (found["component"], found["rest"], kohya is not None)
+
+
+def _configs(metadata: Mapping[str, str], path: Path) -> dict[str, dict[str, Any]]:
+    """What diffusers has written of ranks and alphas, by component, which is empty in the file of a single model."""
+    text = metadata.get(_METADATA)
+    everything = {} if text is None else json_object(text.encode(), f"{path}: its {_METADATA}")
+    if "r" in everything:
+        return {"": everything}
+    configs: dict[str, dict[str, Any]] = {}
+    for key, value in everything.items():
+        component, _, entry = key.partition(".")
+        configs.setdefault(component, {})[entry] = value
+    return configs
+
+
+def _place_in(configs: Mapping[str, object], module: str) -> tuple[str, str]:
+    """Which of ``configs`` a module's ranks are in, and the name that it has there."""
+    component, own, _ = _parsed(module)
+    if "" in configs:
+        return "", own
+    return component or next(iter(configs), ""), own
 
 
 _RESNET = {

@@ -103,3 +103,41 @@ class ByModule:
             expected=expected,
             hint="write the names of the modules there, or merge the adapter with PEFT: merge_and_unload()",
         )
+
+
+def with_ranks(config: Mapping[str, Any], ranks: Mapping[str, int], where: Path) -> dict[str, Any]:
+    """The config of an adapter whose modules have got other ranks, each also its alpha, so that the scaling of all is 1.
+
+    The default is the largest rank, which loaders that ignore patterns take. Patterns are the shortest ends of names that tell
+    the modules of other ranks, as loaders may know modules under names that begin otherwise.
+
+    Args:
+        config: as it was; all other entries stay.
+        ranks: by the names that PEFT looks them up with.
+        where: the adapter's folder or file, for messages.
+    """
+    largest = max(ranks.values())
+    by_end: dict[str, set[int]] = {}
+    for name, rank in ranks.items():
+        for end in _ends(name):
+            by_end.setdefault(end, set()).add(rank)
+    pattern: dict[str, int] = {}
+    for name, rank in ranks.items():
+        if rank != largest:
+            pattern[next((end for end in _ends(name) if len(by_end[end]) == 1), name)] = rank
+    changed = {**config, "r": largest, "lora_alpha": largest, "rank_pattern": pattern}
+    try:
+        found = ByModule(changed, "rank_pattern", "r", ranks, where)
+        is_right = all(found.of(name) == rank for name, rank in ranks.items())
+    except FormatError:  # a name that is no expression
+        is_right = False
+    if not is_right:  # as where a dot stands for another character in another module's name
+        pattern = {f"^{re.escape(name)}": rank for name, rank in ranks.items() if rank != largest}
+    changed |= {"rank_pattern": pattern, "alpha_pattern": dict(pattern)}
+    return changed | ({"use_rslora": False} if "use_rslora" in config else {})
+
+
+def _ends(name: str) -> list[str]:
+    """The ends of a module's name, from dots on, the shortest first."""
+    words = name.split(".")
+    return [".".join(words[-count:]) for count in range(1, len(words) + 1)]

@@ -49,6 +49,15 @@ _HALF = re.compile(
     rf"|(?P<embedding>lora_embedding_[AB])(\.(?P<parameter>[^.]+))?"
     rf"|(?P<magnitude>lora_magnitude_vector)(\.(?!weight$)(?P<vector>[^.]+))?(\.weight)?)"
 )
+#: What ``ModuleUpdate.parts`` calls them.
+_PARTS = {
+    "lora_A.weight": "A",
+    "lora_embedding_A": "A",
+    "lora_B.weight": "B",
+    "lora_embedding_B": "B",
+    "lora_B.bias": "bias",
+    "lora_magnitude_vector": "magnitude",
+}
 _SAVED = re.compile(r"(?P<module>.+)\.modules_to_save\.(default\.)?(?P<leaf>.+)")
 _TOKENS = re.compile(r"(?P<module>.+?)(\.token_adapter)?\.trainable_tokens_delta(\.(?P<adapter>[^.]+))?")
 _COPY = re.compile(r"(?P<module>.+?)(\.token_adapter)?\.(base_layer|original_module)\.(?P<leaf>\w+)")
@@ -275,7 +284,7 @@ class _PeftFile:
             A,
             B,
             scaling.of,
-            tuple(self._sources[module, part] for part in parts),
+            {_PARTS[part]: self._sources[module, part] for part in parts},
             None if magnitude is None else magnitude.flatten(),
             None if bias is None else bias.flatten(),
             embedding,

@@ -68,14 +68,25 @@ def read_adapters(
     )
 
 
-def _content(path: Path, component: str | None, entries: Mapping[str, TensorEntry]) -> AdapterContent:
-    """Read an adapter in the layout that its files have."""
+def diffusion_file(path: Path, *, of_any_name: bool) -> Path | None:
+    """The file of an adapter in a layout of diffusion models; None where there is none and it has to be PEFT's.
+
+    Args:
+        path: file or folder that the user gives.
+        of_any_name: whether a folder's only safetensors file is taken whatever its name.
+    """
     if path.is_file() and path.suffix == ".safetensors" and path.name != ADAPTER_WEIGHTS:
-        return read_diffusion(path, component, entries)
+        return path
     if path.is_dir() and not (path / ADAPTER_CONFIG).is_file():
         if (path / DIFFUSERS_WEIGHTS).is_file():
-            return read_diffusion(path / DIFFUSERS_WEIGHTS, component, entries)
+            return path / DIFFUSERS_WEIGHTS
         files = [one for one in path.glob("*.safetensors") if one.is_file()]
-        if len(files) == 1 and not files[0].name.startswith("adapter_model") and component is not None:
-            return read_diffusion(files[0], component, entries)
-    return read_peft(path)
+        if len(files) == 1 and not files[0].name.startswith("adapter_model") and of_any_name:
+            return files[0]
+    return None
+
+
+def _content(path: Path, component: str | None, entries: Mapping[str, TensorEntry]) -> AdapterContent:
+    """Read an adapter in the layout that its files have."""
+    file = diffusion_file(path, of_any_name=component is not None)
+    return read_peft(path) if file is None else read_diffusion(file, component, entries)

@@ -1,0 +1,95 @@
+"""The report of an extraction, and the notes that go with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from surgery.errors import few
+from surgery.extraction.extraction import Extraction
+from surgery.extraction.records import ExtractedShard
+from surgery.extraction.told import ExtractReport, Totals, told_of_other, told_of_target
+from surgery.files.file_records import FileRecord
+from surgery.progress import listening
+from surgery.tuned.likeness import Norms, note_what_is_unlikely
+from surgery.updates.writing.adapter import AdapterToWrite
+
+#: As torch and configs name dtypes, and as safetensors does.
+ADAPTER_DTYPES: Mapping[str, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenAdapter:
+    """An adapter that has been written: its folder, what it is, and its files."""
+
+    out: Path
+    adapter: AdapterToWrite
+    records: Sequence[FileRecord]
+
+
+def report_of(
+    extraction: Extraction, results: Sequence[ExtractedShard], ranks: Mapping[str, int], written: WrittenAdapter
+) -> ExtractReport:
+    """The report of an extraction.
+
+    Args:
+        extraction: as planned.
+        results: of all jobs, in order.
+        ranks: of all targets.
+        written: the adapter.
+    """
+    totals = Totals()
+    found = {one.tensor: one for result in results for one in result.targets}
+    plan, reasons = extraction.plan, {skipped.tensor: skipped.reason for skipped in extraction.plan.skipped}
+    targets = tuple(told_of_target(target, found[target.tensor], ranks[target.tensor], totals) for target in plan.targets)
+    others = tuple(
+        told_of_other(
+            extraction.entry(one.tensor), shard.file, one, reasons[one.tensor], totals, saved=one.tensor in extraction.saved
+        )
+        for shard, result in zip(plan.shards, results, strict=True)
+        for one in result.others
+    )
+    return ExtractReport(
+        out=written.out,
+        layout=extraction.options.form.layout,
+        dtype=next(name for name, stored in ADAPTER_DTYPES.items() if stored == extraction.options.form.dtype),
+        files=tuple(written.records),
+        modules=written.adapter.modules,
+        rank=written.adapter.rank,
+        numbers=written.adapter.numbers,
+        targets=targets,
+        others=others,
+        further=extraction.further(),
+        change=totals.relative_change(),
+        kept=totals.kept(),
+        kept_of_all=totals.kept_of_all(),
+        error=totals.error(),
+        merged_error=totals.merged_error(),
+    )
+
+
+def tell_of(report: ExtractReport, tuned: str, results: Sequence[ExtractedShard]) -> None:
+    """Notes on what the user should know of a result."""
+    norms = [
+        Norms(one.tensor, matrix.before, matrix.after, matrix.change)
+        for result in results
+        for one in result.targets
+        for matrix in one.matrices
+    ]
+    note_what_is_unlikely(tuned, norms)
+    note = listening().note
+    left = [one for one in report.others if one.fate in ("changed", "resized")]
+    if left:
+        most = max(left, key=lambda one: one.change or 0.0)
+        change = "" if most.change is None else f": by {most.change:.2g} of its norm"
+        note(
+            f"{len(left)} tensors have changed and are not in the adapter, most {most.tensor}{change}; "
+            "--full GLOB takes small ones whole, --include makes pairs of matrices"
+        )
+    if gone := [one.tensor for one in report.others if one.fate == "gone"]:
+        note(f"{len(gone)} tensors of the base are not in the tuned model: {few(gone)}")
+    if report.further:
+        note(f"{len(report.further)} tensors of the tuned model are not in the base: {few(report.further)}")
+    if stopped := [one.tensor for one in report.targets if one.rule == "passes"]:
+        note(f"{len(stopped)} of {len(report.targets)} approximations ended before they were good enough: {few(stopped)}")

@@ -1,0 +1,109 @@
+"""The cards of LoRA adapters on the hub."""
+
+from __future__ import annotations
+
+import re
+
+from surgery.format.manifest import Manifest
+from surgery.format.manifest_records import SourceRecord
+from surgery.publish.card_parts import (
+    card_of,
+    facts_of,
+    is_repo_name,
+    library_of,
+    loader_of,
+    name_text,
+    python_block,
+    source_text,
+    title_of,
+)
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def adapter_card(
+    manifest: Manifest,
+    repo_id: str | None,
+    *,
+    modules: int,
+    rank: int,
+    architecture: str | None = None,
+    original: str | None = None,
+) -> str:
+    """The card of scales exported as a LoRA adapter.
+
+    Args:
+        manifest: of the factorized checkpoint.
+        repo_id: where the adapter is on the hub; None if nowhere yet.
+        modules: how many it changes.
+        rank: of all of them.
+        architecture: the class that the model's ``config.json`` names.
+        original: the text of the source's own card, from which license and language are kept.
+    """
+    library = library_of(manifest) or "transformers"
+    lines = [
+        f"# {title_of(manifest.source, repo_id)}, a LoRA adapter",
+        "",
+        f"Trained scales of the top singular directions of {name_text(manifest.source)}, exported by surgery as a LoRA adapter",
+        f"of rank {rank} for {modules:,} modules: `A = Vᵀ` and `B = U diag(s (g - 1))`, padded to one rank, with alpha",
+        "equal to it.",
+        "",
+        *facts_of(manifest),
+        "",
+        "## Use",
+        "",
+        *_use(manifest.source, repo_id, library, architecture),
+    ]
+    return card_of(manifest.source, lines, original, relation="adapter", library="peft", quoted=False)
+
+
+def extracted_card(
+    base: SourceRecord,
+    tuned: SourceRecord,
+    repo_id: str | None,
+    *,
+    size: str,
+    component: str | None,
+    architecture: str | None = None,
+) -> str:
+    """The card of a LoRA adapter that was extracted from a fine-tuned model.
+
+    Args:
+        base, tuned: the model, and the fine-tuned one.
+        repo_id: where the adapter is on the hub; None if nowhere yet.
+        size: its modules, their rank and what they hold, in words.
+        component: of a diffusion pipeline that it is for; None for any other model.
+        architecture: the class that the model's ``config.json`` names.
+    """
+    lines = [
+        f"# {title_of(base, repo_id)}, a LoRA adapter",
+        "",
+        f"The change from {name_text(base)} to {name_text(tuned)}, its fine-tuned version, extracted by surgery as a LoRA",
+        f"adapter: {size}. `extraction.json` tells it for each weight, and what else has changed.",
+        "",
+        f"- Base: {source_text(base)}",
+        f"- Fine-tuned: {source_text(tuned)}",
+    ]
+    if component is None:
+        lines += ["", "## Use", "", *_use(base, repo_id, "transformers", architecture)]
+    return card_of(base, lines, None, relation="adapter", library="peft" if component is None else "diffusers", quoted=False)
+
+
+def _use(source: SourceRecord, repo_id: str | None, library: str, architecture: str | None) -> list[str]:
+    """How an adapter is loaded onto a model."""
+    base = "'path/to/the/original/model'"
+    if is_repo_name(source.repo_id):
+        base = repr(source.repo_id)
+        if source.commit is not None and _COMMIT.fullmatch(source.commit):
+            base += f", revision={source.commit!r}"
+    if source.subfolder is not None:
+        base += f", subfolder={source.subfolder!r}"
+    adapter = repr(repo_id) if is_repo_name(repo_id) else "'adapter'"
+    loader = loader_of(library, architecture)
+    return python_block(
+        "from peft import PeftModel",
+        f"from {library} import {loader}",
+        "",
+        f"model = {loader}.from_pretrained({base})",
+        f"model = PeftModel.from_pretrained(model, {adapter})",
+    )
