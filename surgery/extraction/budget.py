@@ -26,7 +26,7 @@ _NOISE = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
+class _OfOneRank:
     """Tensors that have one rank in an adapter: the same projection of each expert of a stack, or a single tensor.
 
     Attributes:
@@ -71,13 +71,13 @@ def ranks_of_budget(
     return ranks
 
 
-def _candidate(group: _Group, found: Mapping[str, ExtractedTensor]) -> Candidate:
+def _candidate(group: _OfOneRank, found: Mapping[str, ExtractedTensor]) -> Candidate:
     matrices = [matrix.values for name in group.tensors for matrix in found[name].matrices]
     gains = [math.fsum(value**2 for value in several) for several in itertools.zip_longest(*matrices, fillvalue=0.0)]
     return Candidate(group.tensors[0], gains, len(matrices), group.cost)
 
 
-def _groups(adapter: AdapterToWrite) -> list[_Group]:
+def _groups(adapter: AdapterToWrite) -> list[_OfOneRank]:
     """The tensors of an adapter, those together that have one rank."""
     group_of: dict[str, object] = {}
     tensors: dict[object, list[str]] = {}
@@ -93,7 +93,7 @@ def _groups(adapter: AdapterToWrite) -> list[_Group]:
             if key not in counted:
                 counted.add(key)
                 costs[key] += len(places) * _numbers(module)
-    return [_Group(members, costs[key]) for key, members in tensors.items()]
+    return [_OfOneRank(members, costs[key]) for key, members in tensors.items()]
 
 
 def _as_key(positions: Positions) -> Sequence[int]:

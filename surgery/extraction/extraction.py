@@ -161,6 +161,8 @@ class Extraction:
                 )
             if entry.dtype not in FACTORIZABLE_DTYPES and name not in self.weights.quantized:
                 raise OptionError(f"{name!r} is no tensor of floating-point numbers", got=entry.dtype)
+            if there is not None and there.dtype not in FACTORIZABLE_DTYPES and not self.tuned.is_quantized(name):
+                raise OptionError(f"{name!r} cannot be saved whole as it is in the tuned model", got=there.dtype)
         return tuple(names)
 
     def _with_memory(self, plan: Plan, resources: Resources) -> Plan:

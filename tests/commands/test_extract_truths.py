@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -229,6 +230,8 @@ def test_every_tensor_is_told_of_once(tmp_path: Path) -> None:
         "model.empty": torch.zeros(0, 4),
         "model.scale": torch.tensor(2.0),
         "model.exact": torch.rand(3, 3, dtype=torch.float64),
+        "model.stray_scale": torch.ones(4, 4).to(torch.float8_e8m0fnu),
+        "model.another_scale": torch.ones(4, 4).to(torch.float8_e8m0fnu),
     }
     for name in old:
         if name.endswith("proj.bias"):
@@ -243,6 +246,7 @@ def test_every_tensor_is_told_of_once(tmp_path: Path) -> None:
     new["model.position_ids"] += 1
     new["model.scale"] = torch.tensor(2.5)
     new["model.other_mask"][0, 3] = 0.0
+    new["model.another_scale"] = torch.full((4, 4), 2.0).to(torch.float8_e8m0fnu)
     new["model.wide_mask"] = mask.to(BF16)
     new["model.masked_bias"] = old["model.masked_bias"].to(BF16)
     assert new["model.masked_bias"].isinf()
@@ -260,7 +264,9 @@ def test_every_tensor_is_told_of_once(tmp_path: Path) -> None:
     fates = dict.fromkeys(others, "same") | dict.fromkeys(changed, "changed")
     fates |= dict.fromkeys(["lm_head.weight", "model.embed_tokens.weight"], "resized")
     fates |= dict.fromkeys([layer.format(1) + "rotary_emb.inv_freq", layer.format(1) + "v_proj.bias"], "gone")
-    fates |= dict.fromkeys(["model.position_ids", "model.scale", "model.other_mask", "model.masked_bias"], "changed")
+    fates |= dict.fromkeys(
+        ["model.position_ids", "model.scale", "model.other_mask", "model.masked_bias", "model.another_scale"], "changed"
+    )
     assert one.fates() == fates
     pairs = one.pairs()
     all_change = all_left = 0.0
@@ -268,7 +274,7 @@ def test_every_tensor_is_told_of_once(tmp_path: Path) -> None:
         assert (told.dtype, told.shape) == (_DTYPES[old[told.tensor].dtype], tuple(old[told.tensor].shape))
         assert told.tuned_shape == (tuple(new[told.tensor].shape) if told.tensor in new else None)
         assert told.reason
-        if told.fate == "gone" or "mask" in told.tensor or not old[told.tensor].is_floating_point():
+        if told.fate == "gone" or "mask" in told.tensor or "_scale" in told.tensor or not old[told.tensor].is_floating_point():
             assert told.change is None or (told.fate, told.change) == ("same", 0.0)
             continue
         rows = min(len(old[told.tensor]), len(new[told.tensor])) if old[told.tensor].ndim else None
@@ -294,7 +300,14 @@ def test_every_tensor_is_told_of_once(tmp_path: Path) -> None:
     assert "2 tensors of the tuned model are not in the base" in said
 
 
-_DTYPES = {BF16: "BF16", F32: "F32", torch.int64: "I64", torch.bool: "BOOL", torch.float64: "F64"}
+_DTYPES = {
+    BF16: "BF16",
+    F32: "F32",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+    torch.float64: "F64",
+    torch.float8_e8m0fnu: "F8_E8M0",
+}
 
 
 def _merged_by_peft(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
@@ -347,6 +360,24 @@ def test_whole_are_those_that_have_changed(family: str, full: list[str], changes
         assert {key.removeprefix("base_model.model.").rpartition(".")[0] for key in stored} == modules
     else:
         assert len(stored) >= len(chosen)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensor: tensor.double(), "as it is in the tuned model\n  got: +F64"),
+        (lambda tensor: tensor[:-1], "has another shape in the tuned model, and cannot be saved whole"),
+    ],
+)
+def test_what_cannot_be_held_whole(
+    change: Callable[[torch.Tensor], torch.Tensor], message: str, bases: dict[torch.dtype, Path], tmp_path: Path
+) -> None:
+    new = trained(tensors_of(bases[F32]))
+    tuned = saved(tmp_path / "t", new | {"model.norm.weight": change(new["model.norm.weight"])}, bases[F32])
+    with pytest.raises(OptionError, match=message):
+        extracted(bases[F32], tuned, tmp_path / "a", full=["*norm*"])
+    report = extracted(bases[F32], tuned, tmp_path / "b", rank=2).report
+    assert [told.fate for told in report.others if told.tensor == "model.norm.weight"] in (["changed"], ["resized"])
 
 
 @pytest.mark.parametrize("changes", ["nothing", "norms"])
