@@ -119,7 +119,7 @@ class ExtractJobs:
         return {"changed": self._changed(index), "result": asdict(result)}
 
     def _changed(self, index: int) -> list[list[str | int]]:
-        """Name and ctime, which nobody can set back, of each local file that a job reads. For a hub model its commit is enough."""
+        """Name and ctime, which nobody can set back, of each local file that a job reads; a hub model has its commit."""
         models = zip((self._weights.files, self._tuned.weights.files), self._local, self._files(self._jobs[index]), strict=True)
         return [
             [file, Stamp.at(model.unchecked(file), file).ctime_ns]
