@@ -19,6 +19,7 @@ from surgery.errors import OptionError, SurgeryError
 from tests.commands.tuned_models import extracted, least_error, merged_by_us, relative, saved, trained
 from tests.families import FAMILIES
 from tests.models import save_llama, tensors_of
+from tests.releases import needs
 from tests.truths.peft_side import quietly
 
 pytestmark = [pytest.mark.usefixtures("one_thread")]
@@ -211,6 +212,7 @@ def _squares(tensor: torch.Tensor) -> float:
     return tensor.double().square().sum().item()
 
 
+@needs("safetensors", ">=0.6", "writing F8_E8M0")
 def test_every_tensor_is_told_of_once(tmp_path: Path) -> None:
     """Changed, the same, resized and gone ones, buffers of any dtype, and what only the tuned model has."""
     model = save_llama(tmp_path / "model", BF16, attention_bias=True)
@@ -392,6 +394,7 @@ def test_nothing_that_a_pair_holds(changes: str, bases: dict[torch.dtype, Path],
     assert not list((tmp_path / "a").glob("adapter*"))
 
 
+@needs("peft", ">=0.19", "ensure_weight_tying")
 @pytest.mark.parametrize("how", ["left out", "written", "under the other name"])
 @pytest.mark.parametrize("is_written", [False, True])
 def test_a_tied_head(how: str, is_written: bool, tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ BF16, F32 = torch.bfloat16, torch.float32
 #: Older releases of PEFT take the sides of stacks otherwise, or know no parameters as targets.
 _stacks = needs("peft", ">=0.20", "stacks of experts as they are today")
 _stacks_experts = needs("transformers", ">=5.10", "experts that are stacked in the model")
+_writes_e8m0 = needs("safetensors", ">=0.6", "writing scales of F8_E8M0")
 _slow = pytest.mark.slow
 
 
@@ -76,7 +77,7 @@ def _model(root: Path, name: str) -> Path:
         pytest.param("qwen3_moe", {"uniform": True}, marks=_stacks),
         pytest.param("gpt_oss", {}, marks=_stacks),
         ("llama", {"include": ["*embed_tokens*", "*lm_head*", "*up_proj*"]}),
-        ("tied", {"full": ["*embed_tokens*", "*norm*"]}),
+        pytest.param("tied", {"full": ["*embed_tokens*", "*norm*"]}, marks=needs("peft", ">=0.19", "ensure_weight_tying")),
         ("qwen2_5_vl", {}),
         ("convnext", {"include": ["*pwconv*", "*downsampling*1.weight"]}),
         pytest.param("qwen3_moe", {}, marks=[_stacks, _slow]),
@@ -201,6 +202,7 @@ def test_a_model_that_transformers_does_not_know(tmp_path: Path) -> None:
         extracted(base, tmp_path / "t", tmp_path / "o", rank=3, include=["*.weight"], full=["norm.*"])
 
 
+@needs("diffusers", ">=0.39", "kohya's names of all layers")
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
 def test_a_pipeline_loads_it(layout: str, tmp_path: Path) -> None:
     """Convolutions and layers of a UNet, which lies in a folder of the pipeline."""
@@ -352,7 +354,11 @@ def test_fp8(which: str, root: Path, tmp_path: Path) -> None:
         assert told.change == pytest.approx(relative(change, old[told.tensor]), rel=6e-6)
 
 
-@pytest.mark.parametrize("scale", [torch.ones(()), torch.ones(1, 1), torch.ones(()).to(torch.float8_e8m0fnu)], ids=str)
+@pytest.mark.parametrize(
+    "scale",
+    [torch.ones(()), torch.ones(1, 1), pytest.param(torch.ones(()).to(torch.float8_e8m0fnu), marks=_writes_e8m0)],
+    ids=str,
+)
 def test_fp8_with_one_scale_for_each_matrix(scale: torch.Tensor, root: Path, tmp_path: Path) -> None:
     """As Mistral's lie on the hub, with scales of activations beside."""
     model = _model(root, "llama")
