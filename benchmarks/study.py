@@ -79,7 +79,8 @@ if __name__ == "__main__":
     losses = fine_tune(options.out / "tuned", options.steps, options.learning_rate, options.weight_decay, options.seed)
     print(f"held-out loss: {losses[0]:.4f} before, {losses[1]:.4f} after")
     report = options.out / "report"
-    main(["spectra", str(MODEL), str(options.out / "tuned"), "-o", str(report), "--overwrite"], standalone_mode=False)
+    models = str(MODEL), str(options.out / "tuned")
+    main(["spectra", *models, "-o", str(report), "--top", "256", "--overwrite"], standalone_mode=False)
     if options.pictures is not None:
         draw(report, options.pictures, ("mlp.up_proj", "self_attn.o_proj", "self_attn.q_proj"))
     print(json.dumps(json.loads((report / "spectra.json").read_text())["findings"], indent=1))

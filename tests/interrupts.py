@@ -2,10 +2,10 @@
 
     python -m tests.interrupts FOLDER STRIDE
 
-A moment is a change to a file or folder of the output, or a call of the progress. Each STRIDE-th one of four kinds of run is
-tried: a factorize run, one that goes on with another, a fold, a fold that replaces another. After each the same call must give
-what an undisturbed one gives, after as many shards as were told. Prints the number of moments. Leaves a hook, and so must be a
-process of its own.
+A moment is a change to a file or folder of the output, or a call of the progress. Each STRIDE-th one of five kinds of run is
+tried: a factorize run, one that goes on with another, a fold, a fold that replaces another, an extraction. After each the same
+call must give what an undisturbed one gives, after as many shards as were told. Prints the number of moments. Leaves a hook,
+and so must be a process of its own.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _sweep(moments: _Moments, call: Callable[[Path, Silent], object], before: Pa
         again = Silent()
         call(out, again)
         gone_on = [note for note in again.notes if note.startswith("going on after")]
-        if hints and call.__name__ == "factorize":  # a fold says nothing of it
+        if hints and call.__name__ == "factorize":  # a fold says nothing of it, nor does an extraction that is whole
             assert gone_on == [f"going on after {records} of 3 shards"] * (records > 0), f"moment {at}: {gone_on}"
         assert _files(out) == expected, f"moment {at}: {sorted(_files(out).keys() ^ expected.keys())}"
         assert not (out / ".surgery").exists(), f"moment {at}"
@@ -132,7 +132,12 @@ def main(folder: Path, stride: int) -> None:
         scales = {name: torch.full((2,), 1.5) for name in place}
         surgery.fold(made, scales, out, device="cpu", overwrite=(out / "earlier").exists(), progress=progress)
 
+    def extract(out: Path, progress: Silent) -> None:
+        surgery.extract(model, tuned, out, rank=2, device="cpu", progress=progress)
+
     factorize(made, Silent())
+    tuned = folder / "tuned"
+    surgery.fold(made, {name: torch.full((2,), 1.25) for name in place}, tuned, device="cpu")
     half, earlier = folder / "half", folder / "earlier"
     stop, moments = _Moments(), _Moments()
     while len(list((half / ".surgery").glob("0*.json"))) != 2:  # a run that was stopped after two shards
@@ -151,6 +156,7 @@ def main(folder: Path, stride: int) -> None:
         ("factorize that goes on", factorize, half),
         ("fold", fold, None),
         ("fold that replaces", fold, earlier),
+        ("extract", extract, None),
     ):
         total = _sweep(moments, call, before, folder, stride)
         print(f"{name}: {total} moments, {len(range(1, total + 1, stride))} of them tried", flush=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import surgery
 from tests.measure import measured_peak
@@ -52,6 +52,27 @@ def test_more_experts_in_a_stack_the_same_peak(tmp_path: Path) -> None:
         save_file({"layers.0.experts.up": stack}, model / "model.safetensors")
     # 16 more of 8 MB each.
     assert all(large < small + 35e6 for small, large in zip(*_peaks(models), strict=True))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_extracting_twice_the_layers_takes_no_more(tmp_path: Path) -> None:
+    """Of two models with weights of 25 MB each, and within the plan's estimate."""
+
+    def peak(layers: int) -> int:
+        base = _model(tmp_path / f"{layers}", layers)
+        tuned, tensors = tmp_path / f"{layers} tuned", load_file(base / "model.safetensors")
+        tuned.mkdir()
+        change = torch.randn(1536, 4) @ torch.randn(4, 4200)
+        changed = {name: tensor + (change if "up" in name else 1) for name, tensor in tensors.items()}
+        save_file(changed, tuned / "model.safetensors")
+        call = f"surgery.extract({str(base)!r}, {str(tuned)!r}, {str(tmp_path / 'out') + str(layers)!r}, rank=4, device='cpu'"
+        found = measured_peak(f"{call}, progress=surgery.Silent())", threads=1)
+        assert found <= surgery.plan_extract(base, tuned, rank=4, device="cpu", progress=surgery.Silent()).peak_memory_bytes
+        return found
+
+    with ThreadPoolExecutor(2) as pool:
+        small, large = pool.map(peak, (2, 4))
+    assert large < small + 35e6
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

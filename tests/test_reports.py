@@ -152,7 +152,7 @@ def test_every_command_prints_what_the_page_says_and_the_page_says_what_it_print
     # What spectra.json holds is what the report is.
     written = json.loads((tmp_path / "s2/spectra.json").read_text())
     assert written["findings"] == {key: runs["spectra"][1][key] for key in written["findings"]}
-    assert written["schema_version"] == runs["spectra"][1]["schema_version"] == 2
+    assert written["schema_version"] == runs["spectra"][1]["schema_version"] == 3
 
 
 def _commands() -> Iterator[tuple[str, click.Command]]:

@@ -50,7 +50,7 @@ _WORDS = {
 @click.argument("model", type=MODEL)
 @click.argument("tuned", required=False, type=MODEL)
 @click.option("-o", "--out", default="report", show_default=True, type=PATH, help="Folder to write.")
-@click.option("--top", default=256, show_default=True, help="Singular values to tell of each matrix.")
+@click.option("--top", default=48, show_default=True, help="Singular values to tell of each matrix.")
 @click.option("--subspace", type=int, help="Dimension of the leading subspaces that are compared.  [default: 16]")
 @fills_options("split", *_WHICH_WEIGHTS, words=_WORDS)
 @click.option("--overwrite", is_flag=True, help="Replace an earlier report.")

@@ -14,7 +14,8 @@ import torch
 
 from surgery.engine.resources import Resources
 from surgery.errors import OptionError
-from surgery.extraction.records import ExtractedShard, ExtractedTensor, balanced, saved_key
+from surgery.extraction.budget import ranks_of_budget
+from surgery.extraction.records import ExtractedShard, balanced, saved_key
 from surgery.files.access import all_below
 from surgery.files.file_records import FileRecord
 from surgery.format.header import TensorEntry
@@ -22,11 +23,10 @@ from surgery.format.options import Options
 from surgery.format.safetensors import ShardReader, same_bytes
 from surgery.lossless.factors import Factors
 from surgery.names import ADAPTER_CONFIG, EXTRACTION_FILE, FACTORIZABLE_DTYPES, PARTS_DIR, factor_key
-from surgery.planning.allocation import Candidate, ranks_within
 from surgery.planning.extents import Extent
 from surgery.planning.memory import known_bytes, need_to_compare, need_to_extract, share_out
 from surgery.planning.plan import AliasSearch, Plan, make_plan
-from surgery.planning.targets import Target, matches, near_misses
+from surgery.planning.targets import matches, near_misses
 from surgery.progress import listening, phase
 from surgery.run.factorization import target_identity
 from surgery.run.result_folder import ResultFiles
@@ -40,9 +40,6 @@ from surgery.updates.writing.making import adapter_of
 from surgery.version import __version__
 from surgery.weights.model import ModelWeights
 from surgery.weights.quantization import Scaled, read_quantization
-
-#: Gains below this share of all of them are taken for rounding.
-_NOISE = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +161,8 @@ class Extraction:
                 )
             if entry.dtype not in FACTORIZABLE_DTYPES and name not in self.weights.quantized:
                 raise OptionError(f"{name!r} is no tensor of floating-point numbers", got=entry.dtype)
+            if there is not None and there.dtype not in FACTORIZABLE_DTYPES and not self.tuned.is_quantized(name):
+                raise OptionError(f"{name!r} cannot be saved whole as it is in the tuned model", got=there.dtype)
         return tuple(names)
 
     def _with_memory(self, plan: Plan, resources: Resources) -> Plan:
@@ -225,24 +224,23 @@ class Extraction:
         """Target -> how many directions of each of its matrices the adapter has; 0 for none."""
         found = {one.tensor: one for result in results for one in result.targets}
         budget = self.options.extent.budget
-        if budget is None:
-            return {tensor: one.rank for tensor, one in found.items()}
-        targets = {target.tensor: target for target in self.plan.targets}
-        candidates = [_candidate(targets[tensor], one) for tensor, one in found.items() if one.rank]
-        total = sum(sum(candidate.gains) for candidate in candidates)
-        ranks = dict.fromkeys(found, 0) | (ranks_within(candidates, budget, _NOISE * total) if candidates else {})
-        if candidates and not any(ranks.values()):
-            least = min(candidate.cost for candidate in candidates)
-            raise OptionError("the budget buys no direction", got=budget, expected=f"at least {least} numbers")
-        return ranks
+        largest = {tensor: one.rank for tensor, one in found.items()}
+        if budget is None or not any(largest.values()):
+            return largest
+        adapter = self._adapter(largest, self.saved)
+        bought = ranks_of_budget(adapter, found, budget, uniform=self.options.form.uniform_rank)
+        return dict.fromkeys(found, 0) | bought
 
-    def finish(self, out: Path, place: Path, results: Sequence[ExtractedShard]) -> tuple[AdapterToWrite, list[FileRecord]]:
+    def finish(
+        self, out: Path, place: Path, results: Sequence[ExtractedShard], ranks: Mapping[str, int]
+    ) -> tuple[AdapterToWrite, list[FileRecord]]:
         """Write the adapter from the files that the jobs have left.
 
         Args:
             out: the output folder, inside of which these files are.
             place: the folder that is written to: ``out``, or one inside of it.
             results: of all jobs, in order.
+            ranks: of all targets, as ``ranks`` gives them.
 
         Returns:
             What has been written, and its files.
@@ -250,7 +248,6 @@ class Extraction:
         Raises:
             OptionError: nothing has changed, or no direction is above the noise.
         """
-        ranks = self.ranks(results)
         files: dict[str, str] = {}
         for result in results:
             if result.file is not None:
@@ -337,14 +334,6 @@ def _with_ranks_alone(plan: Plan) -> Plan:
 def matches_any(names: Sequence[str], glob: str) -> bool:
     """Whether any of the names fits a glob."""
     return any(matches(name, [glob]) for name in names)
-
-
-def _candidate(target: Target, found: ExtractedTensor) -> Candidate:
-    """A target as a budget sees it: what each direction of its matrices holds, and how many numbers that takes."""
-    count, m, n = target.matrices
-    values = [[*one.values, *[0.0] * (found.rank - len(one.values))] for one in found.matrices]
-    gains = [math.fsum(value**2 for value in several) for several in zip(*values, strict=True)]
-    return Candidate(target.tensor, gains, count, count * (m + n))
 
 
 def _compared(plan: Plan, quantized: Mapping[str, Scaled]) -> dict[str, tuple[str, ...]]:

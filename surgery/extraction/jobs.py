@@ -12,7 +12,6 @@ from surgery.errors import FormatError
 from surgery.extraction.records import ExtractedShard
 from surgery.extraction.shard import ExtractJob, RemoteExtract, ShardExtraction
 from surgery.files.file_records import FileRecord
-from surgery.files.watch import Stamp
 from surgery.format.decoding import decode
 from surgery.progress import listening
 from surgery.run.contents import is_as_recorded
@@ -119,10 +118,14 @@ class ExtractJobs:
         return {"changed": self._changed(index), "result": asdict(result)}
 
     def _changed(self, index: int) -> list[list[str | int]]:
-        """Name and ctime, which nobody can set back, of each local file that a job reads. A commit pins those of the hub."""
+        """Name and ctime, which nobody can set back, of each local file that a job reads; a hub model has its commit.
+
+        Raises:
+            FormatError: one has changed since the run was planned.
+        """
         models = zip((self._weights.files, self._tuned.weights.files), self._local, self._files(self._jobs[index]), strict=True)
         return [
-            [file, Stamp.at(model.unchecked(file), file).ctime_ns]
+            [file, model.watch.see(model.unchecked(file), file).ctime_ns]
             for model, local, files in models
             for file in files
             if file in local

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from surgery.errors import few
@@ -18,23 +19,27 @@ from surgery.updates.writing.adapter import AdapterToWrite
 ADAPTER_DTYPES: Mapping[str, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
+@dataclass(frozen=True, slots=True)
+class WrittenAdapter:
+    """An adapter that has been written: its folder, what it is, and its files."""
+
+    out: Path
+    adapter: AdapterToWrite
+    records: Sequence[FileRecord]
+
+
 def report_of(
-    out: Path,
-    extraction: Extraction,
-    results: Sequence[ExtractedShard],
-    adapter: AdapterToWrite,
-    records: Sequence[FileRecord],
+    extraction: Extraction, results: Sequence[ExtractedShard], ranks: Mapping[str, int], written: WrittenAdapter
 ) -> ExtractReport:
     """The report of an extraction.
 
     Args:
-        out: its folder.
         extraction: as planned.
         results: of all jobs, in order.
-        adapter: as it was written.
-        records: of its files.
+        ranks: of all targets.
+        written: the adapter.
     """
-    totals, ranks = Totals(), extraction.ranks(results)
+    totals = Totals()
     found = {one.tensor: one for result in results for one in result.targets}
     plan, reasons = extraction.plan, {skipped.tensor: skipped.reason for skipped in extraction.plan.skipped}
     targets = tuple(told_of_target(target, found[target.tensor], ranks[target.tensor], totals) for target in plan.targets)
@@ -46,13 +51,13 @@ def report_of(
         for one in result.others
     )
     return ExtractReport(
-        out=out,
+        out=written.out,
         layout=extraction.options.form.layout,
         dtype=next(name for name, stored in ADAPTER_DTYPES.items() if stored == extraction.options.form.dtype),
-        files=tuple(records),
-        modules=adapter.modules,
-        rank=adapter.rank,
-        numbers=sum(ranks[t.tensor] * t.matrices[0] * sum(t.matrices[1:]) for t in plan.targets),
+        files=tuple(written.records),
+        modules=written.adapter.modules,
+        rank=written.adapter.rank,
+        numbers=written.adapter.numbers,
         targets=targets,
         others=others,
         further=extraction.further(),
@@ -74,17 +79,16 @@ def tell_of(report: ExtractReport, tuned: str, results: Sequence[ExtractedShard]
     ]
     note_what_is_unlikely(tuned, norms)
     note = listening().note
-    left = [one for one in report.others if one.fate in ("changed", "resized")]
-    if left:
+    if left := [one for one in report.others if one.fate in ("changed", "resized")]:
         most = max(left, key=lambda one: one.change or 0.0)
-        change = "" if most.change is None else f": by {most.change:.2g} of its norm"
-        note(
-            f"{len(left)} tensors have changed and are not in the adapter, most {most.tensor}{change}; "
-            "--full GLOB takes small ones whole, --include makes pairs of matrices"
-        )
+        change = "" if most.change is None else f", by {most.change:.2g} of its norm"
+        many = f"{len(left)} tensors have changed and are not in the adapter, most of all {most.tensor}{change}"
+        one = f"{most.tensor} has changed{change}, and is not in the adapter"
+        hint = "--full GLOB takes small ones whole, --include makes pairs of matrices"
+        note(f"{many if len(left) > 1 else one}; {hint}")
     if gone := [one.tensor for one in report.others if one.fate == "gone"]:
-        note(f"{len(gone)} tensors of the base are not in the tuned model: {few(gone)}")
+        note(f"not in the tuned model, of the tensors of the base: {few(gone)}")
     if report.further:
-        note(f"{len(report.further)} tensors of the tuned model are not in the base: {few(report.further)}")
+        note(f"not in the base, of the tensors of the tuned model: {few(report.further)}")
     if stopped := [one.tensor for one in report.targets if one.rule == "passes"]:
-        note(f"{len(stopped)} of {len(report.targets)} approximations ended before they were good enough: {few(stopped)}")
+        note(f"of {len(report.targets)} approximations these ended before they were good enough: {few(stopped)}")

@@ -16,10 +16,10 @@ from surgery.errors import SourceError, WeightError
 from surgery.extraction.matrices import ApproximatedMatrix, ChangedMatrix, Extracting, Fp8Scales, extract_matrices
 from surgery.extraction.records import ComparedTensor, ExtractedShard, ExtractedTensor, saved_key
 from surgery.format.header import TensorEntry
-from surgery.format.safetensors import TORCH_DTYPES, ShardReader, TensorFileWriter, same_bytes
+from surgery.format.safetensors import ShardReader, TensorFileWriter, same_bytes
 from surgery.lossless.rounding import all_finite, bits_of
 from surgery.memory import bytes_of
-from surgery.names import PARTIALS_DIR, factor_key, part_file
+from surgery.names import FACTORIZABLE_DTYPES, PARTIALS_DIR, factor_key, part_file
 from surgery.planning.plan import ShardPlan
 from surgery.planning.targets import Target
 from surgery.progress import Progress, Silent
@@ -190,12 +190,13 @@ class ShardExtraction:
     def _has_numbers(self, name: str) -> bool:
         """Whether the change of a tensor that is compared can be computed: both are floating-point numbers with common rows."""
         entry = self._entries[name]
-        if not self._tuned.has(name) or entry.dtype not in TORCH_DTYPES:
+        if not self._tuned.has(name) or not (entry.dtype in FACTORIZABLE_DTYPES or name in self._weights.quantized):
             return False
         there = self._tuned.entry(name)
-        return there is None or (
-            there.dtype in TORCH_DTYPES and len(there.shape) == len(entry.shape) and there.shape[1:] == entry.shape[1:]
-        )
+        if there is None:
+            return True
+        is_number = there.dtype in FACTORIZABLE_DTYPES or self._tuned.is_quantized(name)
+        return is_number and len(there.shape) == len(entry.shape) and there.shape[1:] == entry.shape[1:]
 
     def _compute(
         self, pieces: Sequence[TargetPiece], device: torch.device
@@ -234,8 +235,8 @@ class ShardExtraction:
             return _Compared(_square_norm(piece.tensor), 0.0, None)
         before = self._weights.exact_piece(piece)
         given = piece if common == rows else replace(piece, tensor=piece.tensor[:common])
-        # Buffers such as masks may hold infinity.
-        after = self._tuned.weight(given, check=all_finite(before))
+        # Buffers such as masks may hold infinity, or numbers that are beyond a smaller dtype.
+        after = self._tuned.weight(given, check=all_finite(before.to(self._tuned.dtype_of_numbers(name))))
         saved = after if name in self._job.saved else None
         old = before if common == rows else before[:common]
         if old.dtype == after.dtype and torch.equal(bits_of(old), bits_of(after)):

@@ -87,7 +87,7 @@ class ExtractReport(Report):
         files: its files.
         modules: how many modules have a low-rank pair.
         rank: the largest of them.
-        numbers: how many the pairs have.
+        numbers: how many the pairs have, with zeros that fill them up.
         targets: the weights whose changes were approximated.
         others: every other tensor of the base.
         further: tensors of the tuned model that the base does not have.

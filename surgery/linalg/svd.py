@@ -201,7 +201,7 @@ class Prepared:
 
 def prepared(A: torch.Tensor) -> Prepared:
     """The matrices of a batch (B, m, n) as they are solved. Raises WeightError for NaN and infinity."""
-    work = _in_working_precision(A)
+    work = in_working_precision(A)
     norms = matrix_norms(work)
     shifts = [_shift(matrix, norm) for matrix, norm in zip(work, norms.tolist(), strict=True)]
     nonzero = [i for i, shift in enumerate(shifts) if shift is not None]
@@ -226,7 +226,7 @@ def _solve(A: torch.Tensor, k: int, tolerance: float, seed: int) -> list[Truncat
     return [_zero(A[i], dtype, k) if result is None else result for i, result in enumerate(results)]
 
 
-def _in_working_precision(A: torch.Tensor) -> torch.Tensor:
+def in_working_precision(A: torch.Tensor) -> torch.Tensor:
     """A contiguous copy in float64 if A is float64, else in float32, with zeros behind each row where that is faster."""
     if A.dtype in (torch.float32, torch.float64):
         return A.contiguous()

@@ -7,15 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from surgery.escapes import escaped
-from surgery.report.findings_of_change import (
-    amplification_statement,
-    order_statement,
-    rescaling_statement,
-    rotation_statement,
-    subspaces_statement,
-    update_statement,
-)
-from surgery.report.statement import Statement
+from surgery.report.findings_of_change import Statement, order_statement, rescaling_statement, update_statement
 from surgery.report.summary import (
     Group,
     Target,
@@ -24,15 +16,16 @@ from surgery.report.summary import (
     median_rank,
     worst_residual,
 )
+from surgery.report.verdicts import has_changed
 from surgery.report.words import count, directions_text, matrices, number, percent, rank_text
 
 
 def statements(spectra: dict[str, Any], groups: Sequence[Group]) -> list[Statement]:
-    """The findings on a model alone, or on the change from one model into another."""
+    """The findings on a model alone, or on the change from one model into another besides claims of others."""
     targets: list[Target] = spectra["targets"]
     if spectra["tuned"] is None:
         return [_spectrum_statement(spectra), _energy_statement(targets, groups), _certificates_statement(spectra)]
-    if all(target["update"] is None for target in targets):
+    if not any(map(has_changed, targets)):
         unchanged = Statement(
             "What changed?",
             "Nothing",
@@ -41,12 +34,9 @@ def statements(spectra: dict[str, Any], groups: Sequence[Group]) -> list[Stateme
         )
         return [unchanged, _energy_statement(targets, groups), _certificates_statement(spectra)]
     return [
-        amplification_statement(spectra, groups),
-        rotation_statement(spectra),
-        order_statement(spectra),
-        subspaces_statement(spectra),
-        rescaling_statement(spectra),
         update_statement(spectra, groups),
+        order_statement(spectra),
+        rescaling_statement(spectra),
         _energy_statement(targets, groups),
         _certificates_statement(spectra),
     ]

@@ -17,6 +17,10 @@ from surgery.report.words import cosine, number, percent
 
 #: How many directions have columns of their own in the CSV file.
 AMPLIFICATIONS = 8
+_CLAIMS = {
+    "scaling": ("factor", "of_values", "of_update"),
+    "turning": ("left", "right", "alike", "independent", "random"),
+}
 _DIRECTIONS = ("amplification", "in_place", "place")
 #: The most matrices that the page lists.
 MAX_ROWS = 300
@@ -69,7 +73,8 @@ def write_csv(spectra: dict[str, Any], path: Path) -> None:
     if tuned:
         heading += [f"tuned_{name}" for name in _SCALARS]
         heading += ["rest_amplification", *(f"update_{name}" for name in _UPDATE)]
-        heading += ["order_changes", "gone", "new"]
+        heading += ["order_changes", "gone", "new", "new_certain", "rounding"]
+        heading += [f"{part}_{name}" for part, names in _CLAIMS.items() for name in names]
         heading += [f"{name}_{index + 1}" for name in _DIRECTIONS for index in range(AMPLIFICATIONS)]
     out = io.StringIO(newline="")
     writer = csv.writer(out, lineterminator="\n")
@@ -80,7 +85,9 @@ def write_csv(spectra: dict[str, Any], path: Path) -> None:
             update = target["update"] or {}
             values += [target["tuned"][name] for name in _SCALARS]
             values += [target["rest_amplification"], *(update.get(name) for name in _UPDATE)]
-            values += [target["order_changes"], len(target["gone"]), len(target["new"])]
+            values += [target["order_changes"], *(len(target[name]) for name in ("gone", "new", "new_certain"))]
+            values += [target["claims"]["rounding"]]
+            values += [(target["claims"][part] or {}).get(name) for part, names in _CLAIMS.items() for name in names]
             for name in _DIRECTIONS:
                 values += [*target[name], *[None] * AMPLIFICATIONS][:AMPLIFICATIONS]
         writer.writerow([_cell(value) for value in values])
@@ -138,12 +145,18 @@ def columns(spectra: dict[str, Any]) -> list[Column]:
         def update(name: str) -> Callable[[Target], Any]:
             return lambda target: target["update"] and target["update"][name]
 
+        def claimed(part: str, name: str) -> Callable[[Target], Any]:
+            return lambda target: target["claims"][part] and target["claims"][part][name]
+
         found += [
             Column("s₁ ×", "amplification of the first value", lambda target: target["amplification"][0], _factor),
             Column(f"top {r}", f"mean change of the first {r} values", lambda target: change(target, r).mean, _signed),
             Column("in place", f"median change of the first {r} in place", lambda target: in_place(target, r), _signed),
             Column("order", f"changes of order with one of the first {r}", lambda target: target["order_changes"], _whole),
-            Column("new", f"directions that are new among the first {r}", lambda target: len(target["new"]), _whole),
+            Column("new", f"left directions that are new among the first {r}", lambda target: len(target["new"]), _whole),
+            Column("factor", "the one that fits all values best", claimed("scaling", "factor"), _factor),
+            Column("of values", "share of the change of the values that it explains", claimed("scaling", "of_values"), percent),
+            Column("alike", "how alike left and right directions turned, at most 1", claimed("turning", "alike"), number),
             Column("rest", "change of what comes after the values kept", _rest, _signed),
             Column(
                 "left cos", f"median left cosine of the first {r}", lambda target: median(target["left_cosine"][:r]), cosine

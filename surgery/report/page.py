@@ -12,10 +12,12 @@ from typing import Any
 from surgery.errors import MissingExtra
 from surgery.files.file_writer import write_file
 from surgery.report import findings, listing
+from surgery.report.claim_cards import Card, cards
 from surgery.report.listing import write_csv
 from surgery.report.reading import terms
 from surgery.report.schema import check_spectra
 from surgery.report.summary import Group, change, groups_of, half_energy_rank, median, median_rank, relative_update
+from surgery.report.verdicts import counted, top_amplified
 from surgery.report.words import cosine, count, html_text, matrices, number, percent, rank_text
 
 __all__ = ["write_csv", "write_page"]
@@ -57,8 +59,10 @@ def _page(spectra: dict[str, Any]) -> str:
     names = [html_text(spectra[which]["name"]) for which in ("tuned", "base") if spectra[which] is not None]
     title = f"Singular spectra of {' against '.join(names)}"
     heading = f"Singular spectra of {' against '.join(f'<bdi>{name}</bdi>' for name in names)}"
+    told = cards(spectra)
     sections = [
-        ("findings", "Findings", _findings(spectra, groups)),
+        *([("claims", "Claims about fine-tuning, tried here", _claims(told))] if told else []),
+        ("findings", "More findings" if told else "Findings", _findings(spectra, groups)),
         ("pictures", "Pictures", pictures(spectra, groups)),
         ("matrices", "Every matrix" if len(spectra["targets"]) <= listing.MAX_ROWS else "Matrices", _listing(spectra)),
         ("reading", "How to read this", _reading(spectra)),
@@ -137,6 +141,17 @@ def _model(model: dict[str, Any]) -> str:
     return words
 
 
+def _claims(told: Sequence[Card]) -> str:
+    items = "".join(
+        f'<li class="{card.verdict.replace(" ", "-")}">\n<h3>{html.escape(card.claim)}</h3>\n'
+        f'<p class="answer">{card.verdict.capitalize()} <span>({card.counts})</span></p>\n'
+        f'<p class="details">Here: {html.escape(card.details)}</p>\n'
+        f'<p class="source">{html.escape(card.source)}</p>\n</li>\n'
+        for card in told
+    )
+    return f'<ul class="findings claims">\n{items}</ul>\n'
+
+
 def _findings(spectra: dict[str, Any], groups: Sequence[Group]) -> str:
     items = "".join(
         f'<li>\n<h3>{html.escape(item.question)}</h3>\n<p class="answer">{html.escape(item.answer)}</p>\n'
@@ -171,7 +186,7 @@ def _by_group(spectra: dict[str, Any], groups: Sequence[Group]) -> str:
                 percent(median(item.mean for item in each), signed=True),
                 percent(median(item.middle for item in each)),
                 percent(median(item.rest for item in each)),
-                f"{sum(item.holds for item in each):,} of {len(each):,}",
+                f"{counted(top_amplified, group.targets, r)['yes']:,} of {len(each):,}",
                 percent(median(listing.in_place(target, r) for target in group.targets), signed=True),
                 f"{sum(target['order_changes'] for target in group.targets):,}",
                 cosine(median(median(target["left_cosine"][:r]) for target in group.targets)),
@@ -186,7 +201,7 @@ def _by_group(spectra: dict[str, Any], groups: Sequence[Group]) -> str:
     if spectra["tuned"] is not None:
         caption += (
             f" Top grew by: the mean change of the first {r} singular values; next: the mean size of the change of those after "
-            "them; rest: that of all that was not kept. Amplified in: how many of the matrices the first finding holds for. "
+            "them; rest: that of all that was not kept. Amplified in: how many of the matrices the first claim holds for. "
             "In place: the change of the base's directions where they are; order: how often two of them changed their order."
         )
     return _table("By group", "groups", caption, ["group", *headings], lines)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from surgery.errors import FormatError
+from surgery.report.verdicts import CLAIMS, TOGETHER
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 #: Larger than any ratio of squared norms of float32 weights.
 _LARGEST = 1e100
@@ -45,6 +46,14 @@ def _of_type(kind: type, expected: str) -> _Kind:
     def check(value: Any, where: str) -> None:
         if not isinstance(value, kind):
             raise _wrong(where, value, expected)
+
+    return check
+
+
+def _one_of(texts: Collection[str]) -> _Kind:
+    def check(value: Any, where: str) -> None:
+        if value not in texts:
+            raise _wrong(where, value, f"one of {', '.join(texts)}")
 
     return check
 
@@ -137,6 +146,11 @@ _UPDATE: dict[str, _Kind] = {
     "singular_values": _list(_size, least=1),
     "converged": _flag,
 }
+_SCALING = {"factor": _size, "of_values": _share, "of_update": _share}
+_TURNING = {
+    **dict.fromkeys(("left", "right", "independent"), _size),
+    **dict.fromkeys(("alike", "random"), _number(-_ONE, _ONE, "a number from -1 to 1")),
+}
 _COMPARISON: dict[str, _Kind] = {
     "tuned": _object(_SPECTRUM),
     "amplification": _list(_maybe(_size)),
@@ -148,16 +162,26 @@ _COMPARISON: dict[str, _Kind] = {
     "order_changes": _count,
     "gone": _list(_whole(1)),
     "new": _list(_whole(1)),
+    "new_certain": _list(_whole(1)),
     "left_top": _list(_share),
     "right_top": _list(_share),
     "left_next": _list(_share),
     "right_next": _list(_share),
     "explained": _list(_size),
+    "claims": _object({"rounding": _maybe(_share), "scaling": _maybe(_object(_SCALING)), "turning": _maybe(_object(_TURNING))}),
 }
 #: Lists with one entry for each singular value that is told, and lists with at most as many.
 _BY_DIRECTION = ("residual", "gap", "identified")
 _BY_PAIR = ("amplification", "place", "left_cosine", "right_cosine", "in_place")
-_SHARES, _CHANCES = ("median_update_in_both", "median_rescaling"), ("chance_in_both", "chance_rescaling")
+_PARTS = ("in_left", "in_right", "in_either", "in_both")
+_SHARES = (*(f"median_update_{part}" for part in _PARTS), "median_rescaling")
+_CHANCES = (*(f"chance_{part}" for part in _PARTS), "chance_rescaling")
+#: Findings that are there together.
+_TOGETHER = {
+    "in_place_grew_share": ("median_in_place",),
+    "median_scaling": ("median_scaling_at_random", "median_scaling_of_values", "median_scaling_of_update"),
+    "median_turned_alike": ("median_turned_alike_at_random",),
+}
 #: The findings about all matrices together. Each is a value or None; those about a change may be missing for a model alone.
 _FINDINGS: dict[str, _Kind] = {
     "targets": _count,
@@ -167,18 +191,32 @@ _FINDINGS: dict[str, _Kind] = {
     "unidentified_share": _share,
 }
 _CHANGES: dict[str, _Kind] = {
-    **dict.fromkeys(("top_change", "rest_change"), _maybe(_size)),
+    **dict.fromkeys(("top_change", "rest_change", "median_matched_amplification"), _maybe(_size)),
+    **dict.fromkeys(("median_scaling", "median_scaling_at_random"), _maybe(_size)),
     "top_amplified_share": _maybe(_share),
-    "median_left_cosine": _maybe(_share),
-    "median_right_cosine": _maybe(_share),
+    **dict.fromkeys(("median_scaling_of_values", "median_scaling_of_update"), _maybe(_share)),
+    **dict.fromkeys(("median_left_cosine", "median_right_cosine"), _maybe(_share)),
+    **dict.fromkeys(("median_next_left_cosine", "median_next_right_cosine"), _maybe(_share)),
+    **dict.fromkeys(("median_turned_alike", "median_turned_alike_at_random"), _maybe(_real)),
     "median_in_place": _maybe(_real),
     "in_place_grew_share": _maybe(_share),
     "order_changes": _count,
     "moved_share": _maybe(_share),
     "gone": _count,
     "new": _count,
+    "new_certain": _count,
     **dict.fromkeys(_SHARES, _maybe(_share)),
     **dict.fromkeys(_CHANCES, _maybe(_size)),
+    "claims": _list(
+        _object(
+            {
+                "claim": _one_of([name for name, _, _ in CLAIMS]),
+                "arxiv": _text,
+                "verdict": _one_of(TOGETHER),
+                **dict.fromkeys(("yes", "partly", "no", "unknown"), _count),
+            }
+        )
+    ),
     "most_amplified": _maybe(_list(_object({"key": _text, "index": _whole(1), "amplification": _size}))),
 }
 
@@ -228,6 +266,8 @@ def check_target(target: Any, where: str = "", *, compared: bool, whole: bool = 
     if compared:
         update = _maybe(_object(_UPDATE, may_lack=() if whole else ("converged",)))
         _object({**_COMPARISON, "update": update}, may_lack=() if whole else ("explained",))(target, where)
+        if target["update"] is not None:
+            _share(target["claims"]["rounding"], f"{where}.claims.rounding".lstrip("."))
     _check_lengths(target, where, compared=compared)
 
 
@@ -261,8 +301,12 @@ def check_spectra(spectra: Any) -> None:
 def _check_findings(spectra: Mapping[str, Any]) -> None:
     """Refuse findings in which a value is missing that others, or an update, say must be there."""
     found = spectra["findings"]
-    if found["in_place_grew_share"] is not None:
-        _real(found["median_in_place"], "findings.median_in_place")
+    for name, others in _TOGETHER.items():
+        for other in others if found[name] is not None else ():
+            _real(found[other], f"findings.{other}")
+    for name, part in (("median_scaling", "scaling"), ("median_turned_alike", "turning")):
+        if found[name] is not None and all(target["claims"][part] is None for target in spectra["targets"]):
+            raise _wrong(f"findings.{name}", found[name], "none, as no matrix has one")
     if any(target["update"] is not None for target in spectra["targets"]):
         for name in (*_SHARES, *_CHANCES):
             _size(found[name], f"findings.{name}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,10 +18,6 @@ Floats = NDArray[np.float64]
 
 #: So many directions are shown one by one; after that each doubling of the index takes half as many columns.
 _SINGLE = 16
-
-#: The finding "the top is amplified": most of the top grew, and it changed clearly more than what comes after it.
-GREW_MOST, GREW_HALF = 0.75, 0.5
-CLEARLY_MORE = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,30 +43,8 @@ class Change:
         """The larger of ``middle`` and ``rest``, the changes below the top; None if there is neither."""
         return max((value for value in (self.middle, self.rest) if value is not None), default=None)
 
-    @property
-    def holds(self) -> bool:
-        """Whether the top is amplified, and more than what comes after it."""
-        return verdict(self.grew, self.mean, self.other) == "yes"
 
-
-def verdict(grew: float | None, top: float | None, other: float | None) -> str:
-    """Whether the top is amplified: "yes", "partly", "no", or "unknown" where there is nothing to compare.
-
-    Args:
-        grew: share of the top values that grew.
-        top: mean of their relative change, negative where they shrank.
-        other: mean size of the relative change of what comes after them.
-    """
-    if grew is None or top is None or other is None:
-        return "unknown"
-    if grew >= GREW_MOST and top > 0 and top >= CLEARLY_MORE * other:
-        return "yes"
-    if grew <= GREW_HALF or top <= other:
-        return "no"
-    return "partly"
-
-
-def change(target: Target, r: int) -> Change:
+def change(target: Mapping[str, Any], r: int) -> Change:
     """How the singular values of a matrix changed from one model to the other; its top are the first ``r``."""
     values = target["amplification"]
     known = [value - 1 for value in values[:r] if value is not None]
@@ -211,7 +185,7 @@ def worst_residual(target: Target) -> float:
     return float(max((*target["residual"], *((target.get("tuned") or {}).get("residual") or ())), default=0.0))
 
 
-def relative_update(target: Target) -> float:
+def relative_update(target: Mapping[str, Any]) -> float:
     """The norm of the change over the base's norm; 0 where nothing changed."""
     update = target.get("update")
     return 0.0 if update is None else float(update["relative"] or 0.0)

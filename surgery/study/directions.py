@@ -27,8 +27,9 @@ IDENTIFIED_ANGLE = 0.1
 NOISE = 1e-6
 #: With more than this in common a direction is mostly another one, and no other is.
 _MOSTLY = 1 / 2
-#: With less than this in common with any one of the base (cosines of 1/2) a direction is new.
-_NEW = 1 / 4
+#: A left vector with a smaller cosine than this with every one of the first matrix is new: epsilon in the definition of an
+#: intruder dimension (Shuttleworth et al., arXiv 2410.21228, algorithm 1).
+NEW = 1 / 2
 #: A direction that is mapped to itself but for this share of its value has not turned, whatever its value is now.
 _LEAK = 0.1
 #: Of the distance at which noise may mix two directions, that at which it may change their order: three times the noise.
@@ -50,7 +51,10 @@ class Became:
             determined.
         order_changes: pairs, with one of the first r at least, whose order in the other matrix is the other way round.
         gone: those of the first r, from 1, that W' still maps to themselves, with a value below all that was computed.
-        new: places of those of the first r of W' that are no direction of the first matrix among those computed.
+        new: places of those of the first r of W' whose left vectors have a cosine below 1/2 with each of the first matrix that
+            was computed.
+        new_certain: those of them that cannot be a left vector that was not computed either: too little of them lies outside
+            of what those computed span, or there are no others.
     """
 
     place: list[int | None]
@@ -60,6 +64,7 @@ class Became:
     order_changes: int
     gone: list[int]
     new: list[int]
+    new_certain: list[int]
 
 
 def known_values(svd: TruncatedSVD) -> torch.Tensor:
@@ -102,14 +107,53 @@ class DifferenceImages:
     right: torch.Tensor
 
 
-def became(before: TruncatedSVD, after: TruncatedSVD, images: DifferenceImages, k: int, r: int, noise: float) -> Became:
-    """What became of the k leading directions.
+@dataclass(frozen=True, slots=True)
+class Matched:
+    """The K leading directions of two matrices W and W' (m, n), each assigned to one of the other.
+
+    Attributes:
+        before, after: the SVDs.
+        noise: of the entries of the difference, see ``storage_noise``.
+        left, right: (K, K), products of vectors of W (rows) and W' (columns). Directions that a matrix determines only together
+            have been turned to match best.
+        match: (K,), for each of W the direction of W'.
+        groups, groups_after: (K,), the first of those that W, or W', determines only together with it, itself if it is alone;
+            -1 where these may go on beyond what was computed, or where values are no more than rounding.
+        in_place: (K,), ``u_i^T W' v_i``.
+        aside: (K,), the norm of what W' makes of u_i or v_i besides that, the larger of the two sides.
+        followed: bool (K,), whether W determines ``u_i`` and ``v_i``, if it is known exactly.
+    """
+
+    before: TruncatedSVD
+    after: TruncatedSVD
+    noise: float
+    left: Floats
+    right: Floats
+    match: Indices
+    groups: Indices
+    groups_after: Indices
+    in_place: Floats
+    aside: Floats
+    followed: Flags
+
+    @property
+    def complete(self) -> bool:
+        """Whether all directions were computed."""
+        return len(self.match) == min(self.before.U.shape[0], self.before.V.shape[0])
+
+    @property
+    def sure(self) -> Flags:
+        """bool (K,): whether both matrices determine the direction of W and the one that it is assigned to."""
+        flags: Flags = (self.groups >= 0) & (self.groups_after[self.match] >= 0)
+        return flags
+
+
+def matched(before: TruncatedSVD, after: TruncatedSVD, images: DifferenceImages, noise: float) -> Matched:
+    """Assign the directions of two matrices to one another.
 
     Args:
-        before, after: SVDs of two matrices (m, n), both with the same number K >= k of triplets.
+        before, after: SVDs of two matrices (m, n), both with the same number K of triplets.
         images: of all K vectors of the first one under the difference D.
-        k: as many are told.
-        r: as many count as the top.
         noise: of the entries of D, see ``storage_noise``.
     """
     with full_precision(before.U.device):
@@ -118,37 +162,63 @@ def became(before: TruncatedSVD, after: TruncatedSVD, images: DifferenceImages, 
     exact = _groups(before)
     U, V, to_left, to_right = before.U, before.V, images.left, images.right
     for group in _several(exact):
-        turn = _turn_rows(left, right, group, match[group])
+        turn = turn_rows(left, right, group, match[group])
         U, V, to_left, to_right = (_turned(vectors, group, turn) for vectors in (U, V, to_left, to_right))
-    in_place, leaks = _in_place(before, U, V, to_left, to_right)
+    in_place, aside = _in_place(before, U, V, to_left, to_right)
 
     # From here on directions count as one group where the rounding of the stored numbers may have mixed them.
     old, new = _groups(before, noise), _groups(after, noise)
     for group in _several(old):
-        _turn_rows(left, right, group, match[group])
+        turn_rows(left, right, group, match[group])
     owner = np.argsort(match)
     for group in _several(new):
-        _turn_rows(left.T, right.T, group, owner[group])
+        turn_rows(left.T, right.T, group, owner[group])
+    followed = known_values(before).numpy() & (_first_ones(exact) >= 0)
+    return Matched(before, after, noise, left, right, match, _first_ones(old), _first_ones(new), in_place, aside, followed)
 
-    rows = np.arange(len(match))
-    shares = in_common(left, right)[rows, match]
-    sure = np.array([old[i] is not None and new[j] is not None for i, j in enumerate(match)])
-    mostly = sure & (shares > _MOSTLY)
-    s, values = (svd.s.double().cpu().numpy() for svd in (before, after))
-    complete = len(values) == min(before.U.shape[0], before.V.shape[0])
-    least = NOISE * values[0] if complete else max(values[-1], NOISE * values[0])
-    real = known_values(before).numpy() & np.array([group is not None for group in exact])
-    gone = real & ~mostly & (leaks <= _LEAK * s) & (np.abs(in_place) - leaks <= least)
+
+def became(found: Matched, k: int, r: int) -> Became:
+    """What became of the k leading directions.
+
+    Args:
+        found: K >= k directions of two matrices.
+        k: as many are told.
+        r: as many count as the top.
+    """
+    match, left, right = found.match, found.left, found.right
+    rows, sure = np.arange(len(match)), found.sure
+    mostly = sure & (in_common(left, right)[rows, match] > _MOSTLY)
+    s, values = (svd.s.double().cpu().numpy() for svd in (found.before, found.after))
+    least = NOISE * values[0] if found.complete else max(values[-1], NOISE * values[0])
+    real = found.followed
+    gone = real & ~mostly & (found.aside <= _LEAK * s) & (np.abs(found.in_place) - found.aside <= least)
     told = sure & ~gone
+    new = _new(found, r)
     return Became(
         place=[int(j) + 1 if yes else None for j, yes in zip(match[:k], mostly[:k], strict=True)],
         left_cosine=_listed(np.minimum(np.abs(left[rows, match]), 1.0), told, k),
         right_cosine=_listed(np.minimum(np.abs(right[rows, match]), 1.0), told, k),
-        in_place=_listed(in_place / np.where(real, s, 1.0), real, k),
+        in_place=_listed(found.in_place / np.where(real, s, 1.0), real, k),
         order_changes=_order_changes(np.where(mostly, match, -1), r),
         gone=[int(i) + 1 for i in np.flatnonzero(gone[:r])],
-        new=[j + 1 for j in range(r) if new[j] is not None and shares[owner[j]] < _NEW],
+        new=[int(j) + 1 for j in np.flatnonzero(new)],
+        new_certain=[int(j) + 1 for j in np.flatnonzero(new & ~_may_be_beyond(found, r))],
     )
+
+
+def _new(found: Matched, r: int) -> Flags:
+    """bool (r,): which of the first r of W' have no left vector of W beside them, of those computed that are no rounding."""
+    cosines = np.abs(found.left[known_values(found.before).numpy(), :r])
+    flags: Flags = (found.groups_after[:r] >= 0) & (cosines.max(axis=0, initial=0.0) < NEW)
+    return flags
+
+
+def _may_be_beyond(found: Matched, r: int) -> Flags:
+    """bool (r,): whether enough of a left vector of W' lies outside of those of W that are known for one unknown to be it."""
+    if found.complete:
+        return np.zeros(min(r, len(found.match)), dtype=bool)
+    flags: Flags = 1 - np.square(found.left[found.groups >= 0, :r]).sum(axis=0) >= NEW**2
+    return flags
 
 
 def _in_order(match: Indices, before: TruncatedSVD, after: TruncatedSVD, noise: float) -> Indices:
@@ -162,8 +232,8 @@ def _in_order(match: Indices, before: TruncatedSVD, after: TruncatedSVD, noise: 
     return np.argsort(owner)
 
 
-def _turn_rows(left: Floats, right: Floats, group: Indices, others: Indices) -> Floats:
-    """Rotate a group of rows of both matrices of cosines, and return the rotation."""
+def turn_rows(left: Floats, right: Floats, group: Indices, others: Indices) -> Floats:
+    """Rotate a group of rows of both matrices of products to match ``others`` best, and return the rotation."""
     turn = turned_onto(*(cosines[np.ix_(group, others)] for cosines in (left, right)))
     for cosines in (left, right):
         cosines[group] = turn.T @ cosines[group]
@@ -184,6 +254,11 @@ def _groups(svd: TruncatedSVD, noise: float = 0.0) -> list[Indices | None]:
         members = group if known[group].all() and (ended or group[-1] < len(s) - 1) else None
         found += [members] * len(group)
     return found
+
+
+def _first_ones(groups: list[Indices | None]) -> Indices:
+    """(K,): for each direction the first one of its group; -1 where it has none."""
+    return np.array([-1 if group is None else group[0] for group in groups], dtype=np.int64)
 
 
 def _several(groups: list[Indices | None]) -> list[Indices]:

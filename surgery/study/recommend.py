@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
-import numpy as np
 import torch
 
 from surgery.device import on_its_own_terms
 from surgery.errors import OptionError
 from surgery.files.file_writer import write_file
 from surgery.format.options import Options, RecommendKeywords, chosen_options
+from surgery.planning.allocation import Candidate, gain_of, ranks_within, uniform_rank_within
 from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
 from surgery.run.output_paths import check_output_path
-from surgery.study.spectra import folders_of, spectra
+from surgery.study.gains import GainsMeasure
+from surgery.study.measuring import folders_of, measured_matrices, note_unconverged, open_models
+from surgery.tuned.likeness import Norms, note_what_is_unlikely
 
 Unit = Literal["numbers", "bytes"]
 #: Gains below this share of the total are taken for rounding.
 _NOISE = 1e-9
-#: The most additions, and entries of tables, for the exact solution: seconds.
-_EXACT_WORK = 4 * 10**9
-_EXACT_CELLS = 5 * 10**7
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,22 +52,6 @@ class Recommendation(Report):
     kept: float
     uniform_rank: int
     uniform_kept: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Candidate:
-    """A tensor that may be given a rank.
-
-    Attributes:
-        tensor: its name.
-        gains: what each further direction of its matrices adds to what counts, from the first on.
-        cost: of one direction, in units of the budget.
-    """
-
-    tensor: str
-    gains: list[float]
-    matrices: int
-    cost: int
 
 
 @on_its_own_terms
@@ -122,27 +104,23 @@ def recommend(
         if value < 1:
             raise OptionError(f"{what} must be at least 1", got=value)
     check_output_path(out, folders_of(model, tuned), overwrite=overwrite)
-    report = spectra(
-        model,
-        tuned,
-        top=max_rank,
-        subspace=max_rank if tuned is not None else 1,
-        options=replace(chosen, split=False),
-        revision=revision,
-        subfolder=subfolder,
-        device=device,
-    )
-    candidates = _candidates(report.targets, unit, changed=tuned is not None)
-    total = _total(report.targets, changed=tuned is not None)
+    models = open_models(model, tuned, replace(chosen, split=False), revision, subfolder, device)
+    targets = measured_matrices(models, GainsMeasure(max_rank, chosen.tolerance, chosen.seed))
+    if models.other is not None:
+        norms = [Norms(target["key"], target["norm"], target["tuned_norm"], target["update_norm"]) for target in targets]
+        note_what_is_unlikely(models.other.name, norms)
+    note_unconverged(targets, chosen.tolerance, "The ranks of these are less certain")
+    candidates = _candidates(targets, unit)
+    total = sum(target["total"] for target in targets)
     if total == 0:
         what = "all weights are 0" if tuned is None else "the two models have the same weights"
         raise OptionError(f"there is nothing to keep: {what}")
     with phase(listening(), "choosing ranks"):
-        ranks = _spend(candidates, budget, _NOISE * total)
+        ranks = ranks_within(candidates, budget, _NOISE * total)
     if not any(ranks.values()):
         cheapest = min(candidate.cost for candidate in candidates)
         raise OptionError("the budget buys no direction", got=f"{budget} {unit}", expected=f"at least {cheapest} {unit}")
-    text = _as_recipe(report.targets, ranks, budget, unit)
+    text = _as_recipe(targets, ranks, budget, unit)
     write_file(out, text.encode())
     uniform_kept, uniform_rank = _uniform(candidates, budget, total)
     return Recommendation(
@@ -152,132 +130,30 @@ def recommend(
         ranks=ranks,
         spent=sum(ranks[c.tensor] * c.cost for c in candidates),
         trainable=sum(ranks[c.tensor] * c.matrices for c in candidates),
-        kept=_kept(candidates, ranks) / total,
+        kept=gain_of(candidates, ranks) / total,
         uniform_rank=uniform_rank,
         uniform_kept=uniform_kept,
     )
 
 
-def _candidates(targets: Sequence[Mapping[str, Any]], unit: Unit, *, changed: bool) -> list[_Candidate]:
+def _candidates(targets: Sequence[Mapping[str, Any]], unit: Unit) -> list[Candidate]:
     by_tensor: dict[str, list[Mapping[str, Any]]] = {}
     for target in targets:
         by_tensor.setdefault(target["tensor"], []).append(target)
     candidates = []
     for tensor, matrices in by_tensor.items():
         m, n = matrices[0]["shape"]
-        each = [target["explained"] if changed else [s * s for s in target["singular_values"]] for target in matrices]
-        gains = [sum(values) for values in zip(*each, strict=True)]  # the matrices of a stack share one rank
+        # The matrices of a stack share one rank.
+        gains = [sum(values) for values in zip(*(target["gains"] for target in matrices), strict=True)]
         cost = len(matrices) * (1 if unit == "numbers" else 4 * (m + n + 1))
-        candidates.append(_Candidate(tensor, gains, len(matrices), cost))
+        candidates.append(Candidate(tensor, gains, len(matrices), cost))
     return candidates
 
 
-def _total(targets: Sequence[Mapping[str, Any]], *, changed: bool) -> float:
-    """All of what counts. Never less than the sum of the gains, each of which is rounded."""
-    if changed:
-        updates = [(target["update"]["norm"], target["explained"]) for target in targets if target["update"] is not None]
-        return float(sum(max(norm**2, sum(explained)) for norm, explained in updates))
-    return float(sum(max(target["norm"] ** 2, sum(s * s for s in target["singular_values"])) for target in targets))
-
-
-def _spend(candidates: Sequence[_Candidate], budget: int, least: float) -> dict[str, int]:
-    """The ranks that keep the most within a budget: solved exactly if that takes seconds, else greedily.
-
-    They never keep less than one rank for all tensors would. Gains below ``least`` count as none.
-    """
-    cleaned = [replace(c, gains=[gain if gain > least else 0.0 for gain in c.gains]) for c in candidates]
-    unit = math.gcd(*(candidate.cost for candidate in cleaned))
-    columns = budget // unit + 1
-    if columns * sum(len(candidate.gains) for candidate in cleaned) <= _EXACT_WORK and columns * len(cleaned) <= _EXACT_CELLS:
-        return _exactly(cleaned, unit, columns)
-    greedy = _greedily(cleaned, budget)
-    rank = _uniform_rank(cleaned, budget)
-    uniform = {candidate.tensor: min(rank, len(candidate.gains)) for candidate in cleaned}
-    return max(greedy, uniform, key=lambda ranks: _kept(cleaned, ranks))
-
-
-def _exactly(candidates: Sequence[_Candidate], unit: int, columns: int) -> dict[str, int]:
-    """Solve the multiple-choice knapsack problem exactly, by dynamic programming over the amount that is spent.
-
-    Args:
-        candidates: the tensors.
-        unit: the common divisor of their costs, in which amounts are counted.
-        columns: how many of these amounts there are.
-    """
-    best = np.zeros(columns)
-    choices = []
-    for candidate in candidates:
-        cost, taken, gain = candidate.cost // unit, np.zeros(columns, dtype=np.int32), 0.0
-        grown = best.copy()
-        for rank, more in enumerate(candidate.gains, 1):
-            gain += more
-            if cost * rank >= columns:
-                break
-            if not more:
-                continue  # a rank that ends in nothing is never better
-            offered = best[: columns - cost * rank] + gain
-            better = offered > grown[cost * rank :]
-            grown[cost * rank :][better] = offered[better]
-            taken[cost * rank :][better] = rank
-        best = grown
-        choices.append(taken)
-    ranks, left = {}, columns - 1
-    for candidate, taken in zip(reversed(candidates), reversed(choices), strict=True):
-        ranks[candidate.tensor] = int(taken[left])
-        left -= int(taken[left]) * (candidate.cost // unit)
-    return {candidate.tensor: ranks[candidate.tensor] for candidate in candidates}
-
-
-def _greedily(candidates: Sequence[_Candidate], budget: int) -> dict[str, int]:
-    """Take runs of directions by their mean gain over cost, the best first, as long as they fit into the budget.
-
-    The runs are those of the upper concave hull of each candidate's gains.
-    """
-    runs = sorted(
-        (-gain / (length * candidate.cost), index, first, length)
-        for index, candidate in enumerate(candidates)
-        for first, length, gain in _hull(candidate.gains)
-        if gain > 0
-    )
-    ranks = {candidate.tensor: 0 for candidate in candidates}
-    left = budget
-    for _, index, first, length in runs:
-        candidate = candidates[index]
-        # A run is taken only if those before it of the same tensor have been.
-        if ranks[candidate.tensor] == first and length * candidate.cost <= left:
-            ranks[candidate.tensor] += length
-            left -= length * candidate.cost
-    return ranks
-
-
-def _hull(gains: Sequence[float]) -> list[tuple[int, int, float]]:
-    """Split gains into runs with falling mean gains: the first direction of each run, how many it has, and their sum."""
-    runs: list[tuple[int, int, float]] = []
-    for i, gain in enumerate(gains):
-        runs.append((i, 1, gain))
-        while len(runs) > 1 and runs[-1][2] * runs[-2][1] > runs[-2][2] * runs[-1][1]:
-            (first, length, value), (_, more, added) = runs[-2], runs[-1]
-            runs[-2:] = [(first, length + more, value + added)]
-    return runs
-
-
-def _kept(candidates: Sequence[_Candidate], ranks: Mapping[str, int]) -> float:
-    return sum(sum(candidate.gains[: ranks[candidate.tensor]]) for candidate in candidates)
-
-
-def _uniform(candidates: Sequence[_Candidate], budget: int, total: float) -> tuple[float, int]:
+def _uniform(candidates: Sequence[Candidate], budget: int, total: float) -> tuple[float, int]:
     """The share that the largest common rank within the budget keeps, and that rank."""
-    rank = _uniform_rank(candidates, budget)
-    return _kept(candidates, {candidate.tensor: rank for candidate in candidates}) / total, rank
-
-
-def _uniform_rank(candidates: Sequence[_Candidate], budget: int) -> int:
-    fits = 0
-    for rank in range(1, max(len(candidate.gains) for candidate in candidates) + 1):
-        if sum(min(rank, len(candidate.gains)) * candidate.cost for candidate in candidates) > budget:
-            break
-        fits = rank
-    return fits
+    rank = uniform_rank_within(candidates, budget)
+    return gain_of(candidates, {candidate.tensor: rank for candidate in candidates}) / total, rank
 
 
 def _as_recipe(targets: Sequence[Mapping[str, Any]], ranks: Mapping[str, int], budget: int, unit: Unit) -> str:

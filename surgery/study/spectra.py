@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Unpack
 
@@ -17,26 +17,19 @@ from surgery.errors import MissingExtra, OptionError, OutputError
 from surgery.files.file_writer import write_file
 from surgery.format.options import Options, SpectraKeywords, chosen_options
 from surgery.names import JOURNAL_DIR, SPECTRA_FILE, SPECTRA_PAGE, SPECTRA_TABLE
-from surgery.planning.memory import need_to_measure, share_out
-from surgery.planning.plan import Plan, make_plan
+from surgery.planning.plan import Plan
 from surgery.progress import Progress, listening, phase
 from surgery.report.listing import write_csv
 from surgery.report.page import write_page
 from surgery.report.schema import SCHEMA_VERSION
-from surgery.report.summary import worst_residual
 from surgery.reports import Report
-from surgery.run.disk_room import check_room, download_needs
-from surgery.run.engines import LocalEngine, float64_device
 from surgery.run.factorization import target_identity
 from surgery.run.output_paths import check_output_path
-from surgery.run.resume import shard_results
 from surgery.run.run import Run
-from surgery.shards.accuracy import unconverged_note
-from surgery.source.address import address_of
-from surgery.source.open import open_source
 from surgery.source.protocol import Source
-from surgery.study.overview import Findings, findings_of, has_converged
-from surgery.study.spectra_shard import Measure, SpectraJobs
+from surgery.study.measuring import folders_of, measured_matrices, note_unconverged, open_models
+from surgery.study.overview import Findings, findings_of
+from surgery.study.spectra_shard import SpectraMeasure
 from surgery.tuned.likeness import Norms, note_what_is_unlikely
 from surgery.version import __version__
 
@@ -110,7 +103,7 @@ def spectra(
     tuned: str | Path | None = None,
     *,
     out: str | Path | None = None,
-    top: int = 256,
+    top: int = 48,
     subspace: int | None = None,
     options: Options | None = None,
     revision: str | None = None,
@@ -159,15 +152,9 @@ def spectra(
     out = None if out is None else Path(out)
     if out is not None:
         _check_out(out, folders_of(model, tuned), overwrite=overwrite)
-    # Differences and entropies are computed in float64.
-    engine = LocalEngine(float64_device(str(device)))
-    # The plan chooses the targets. Its rank does not matter, as ``top`` says how many singular values are told.
-    with phase(progress, "planning"):
-        source = open_source(model, revision=revision, subfolder=subfolder)
-        plan = make_plan(source, replace(chosen, rank=1), "overlay")
-        other = None if tuned is None else open_source(tuned, subfolder=subfolder)
-    check_room(*download_needs(*([source] if other is None else [source, other])))
-    measure = Measure(top, subspace, chosen.tolerance, chosen.seed, compared=other is not None)
+    models = open_models(model, tuned, chosen, revision, subfolder, device)
+    source, plan, other, engine = models.source, models.plan, models.other, models.engine
+    measure = SpectraMeasure(top, subspace, chosen.tolerance, chosen.seed, compared=other is not None)
     recorded = SpectraOptions(top, subspace, chosen.seed, chosen.tolerance, plan.recipe, chosen.include, chosen.exclude)
     with ExitStack() as stack:
         journal = place = None
@@ -177,16 +164,7 @@ def spectra(
             stack.enter_context(run.locked(()))
             place = stack.enter_context(run.files_together(_FILES, overwrite=overwrite))
             journal = run.journal
-        memory = share_out(
-            [need_to_measure(t, measure.triplets, compared=measure.compared) for t in plan.targets], engine.resources
-        )
-        total = sum(shard.size for shard in plan.shards if shard.targets)
-        with phase(progress, "measuring", total), SpectraJobs(source, plan, other, measure) as jobs:
-            measured = shard_results(jobs, lambda missing: engine.run(jobs, missing, memory), journal)
-        targets = [target for shard in measured for target in shard.targets]
-        for studied in (source, other):
-            if studied is not None:
-                studied.watch.check()
+        targets = measured_matrices(models, measure, journal)
         report = SpectraReport(
             tool=f"surgery {__version__}",
             torch=torch.__version__,
@@ -201,9 +179,8 @@ def spectra(
             _write(report, place, progress)
     if other is not None:
         note_what_is_unlikely(other.name, [_norms(target) for target in targets])
-    if failed := {target["key"]: worst_residual(target) for target in targets if not has_converged(target)}:
-        hint = "The figures of these are less certain: among targets they are those with converged false"
-        progress.note(unconverged_note(failed, f"{len(targets)} matrices", chosen.tolerance, hint))
+    hint = "The figures of these are less certain: among targets they are those with converged false"
+    note_unconverged(targets, chosen.tolerance, hint)
     return report
 
 
@@ -249,12 +226,6 @@ def _write(report: SpectraReport, place: Path, progress: Progress) -> None:
 def _norms(target: Mapping[str, Any]) -> Norms:
     change = 0.0 if target["update"] is None else target["update"]["norm"]
     return Norms(target["key"], target["norm"], target["tuned"]["norm"], change)
-
-
-def folders_of(*models: str | Path | None) -> list[Path]:
-    """The folders of those models that are local."""
-    addresses = [address_of(model) for model in models if model is not None]
-    return [address.folder for address in addresses if address.folder is not None]
 
 
 def _named(source: Source) -> StudiedModel:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 
@@ -39,9 +39,26 @@ _BEYOND = 16
 _DIGITS = 6
 
 
+class Measure(Protocol):
+    """Measures one matrix, alone or with the tuned one."""
+
+    @property
+    def triplets(self) -> int:
+        """How many singular triplets are computed of each matrix, if it has as many."""
+
+    def __call__(self, old: torch.Tensor, new: torch.Tensor | None, spacings: tuple[float, float]) -> dict[str, Any]:
+        """The figures of a matrix.
+
+        Args:
+            old: the matrix (m, n), on the device where the arithmetic runs.
+            new: the tuned one (m, n), on the same device; None without one.
+            spacings: the machine epsilon of the dtype that each is stored in.
+        """
+
+
 @dataclass(frozen=True, slots=True)
-class Measure:
-    """Measures one matrix, alone or with the tuned one.
+class SpectraMeasure:
+    """A ``Measure`` of what ``spectra`` tells.
 
     Attributes:
         top: singular values that are told.
@@ -58,32 +75,15 @@ class Measure:
 
     @property
     def triplets(self) -> int:
-        """How many singular triplets are computed of each matrix, if it has as many."""
+        """See ``Measure``."""
         return self.top + self._beyond
 
     @property
     def _beyond(self) -> int:
         return max(_BEYOND, self.top // 4) if self.compared else 0
 
-    def __call__(
-        self, old: torch.Tensor, new: torch.Tensor | None, spacings: tuple[float, float], device: torch.device
-    ) -> dict[str, Any]:
-        """The figures of a matrix, as docs/study.md describes them.
-
-        Args:
-            old: the matrix (m, n), on the CPU.
-            new: the tuned one (m, n); None without one.
-            spacings: the machine epsilon of the dtype that each is stored in.
-            device: where the arithmetic runs.
-        """
-
-        def on(pairs: Sequence[tuple[torch.Tensor, torch.Tensor | None]], where: torch.device) -> list[dict[str, Any]]:
-            before, after = pairs[0]
-            return [self._figures(before.to(where), None if after is None else after.to(where), spacings)]
-
-        return as_memory_allows(on, [(old, new)], device)[0]
-
-    def _figures(self, old: torch.Tensor, new: torch.Tensor | None, spacings: tuple[float, float]) -> dict[str, Any]:
+    def __call__(self, old: torch.Tensor, new: torch.Tensor | None, spacings: tuple[float, float]) -> dict[str, Any]:
+        """See ``Measure``: the figures as docs/study.md describes them."""
         top, seed, beyond = self.top, self.seed, self._beyond
         described, before = spectrum(old, top, beyond=beyond, tolerance=self.tolerance, seed=seed)
         figures = asdict(described)
@@ -271,11 +271,21 @@ class SpectraJobs:
             for i, matrix in enumerate(old):
                 index = piece.first + i if target.view.kind == "stack" else None
                 try:
-                    figures = self._measure(matrix, None if new is None else new[i], (spacings[0], spacings[-1]), device)
+                    figures = self._figures((matrix, None if new is None else new[i]), (spacings[0], spacings[-1]), device)
                 except WeightError as error:
                     raise WeightError(f"{target.shard}: {target.key!r}: {error.what}", hint="repair the model") from error
                 described.append({**self._identity(target, index), **figures})
         return described
+
+    def _figures(
+        self, pair: tuple[torch.Tensor, torch.Tensor | None], spacings: tuple[float, float], device: torch.device
+    ) -> dict[str, Any]:
+        """The figures of a matrix on the CPU, measured on a device."""
+
+        def on(pairs: Sequence[tuple[torch.Tensor, torch.Tensor | None]], where: torch.device) -> list[dict[str, Any]]:
+            return [self._measure(old.to(where), None if new is None else new.to(where), spacings) for old, new in pairs]
+
+        return as_memory_allows(on, [pair], device)[0]
 
     def _identity(self, target: Target, index: int | None) -> dict[str, Any]:
         # The first number in the name; one of more digits is no layer's.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import transformers
 from safetensors.torch import load_file
 
 from surgery.errors import OptionError, SurgeryError
+from tests.commands.tuned_models import extracted, least_error, merged_by_us, relative, saved, trained
 from tests.families import FAMILIES
 from tests.models import save_llama, tensors_of
+from tests.releases import needs
 from tests.truths.peft_side import quietly
-from tests.commands.tuned_models import extracted, least_error, merged_by_us, relative, saved, trained
 
 pytestmark = [pytest.mark.usefixtures("one_thread")]
 
@@ -161,7 +163,7 @@ def test_a_budget_is_kept_and_spent_best(bases: dict[torch.dtype, Path], tmp_pat
         assert one.report.kept == pytest.approx(1 - left / total, abs=_TOLD)
         assert one.report.kept == pytest.approx(best / total, abs=_TOLD)
         assert one.report.merged_error is None
-    with pytest.raises(OptionError, match="buys no direction\n  got: +70\n  expected: at least 72"):
+    with pytest.raises(OptionError, match=r"buys no direction\n  got: +70\n  expected: at least 72"):
         extracted(bases[F32], tuned, tmp_path / "none", include=chosen, budget=70)
 
 
@@ -210,6 +212,7 @@ def _squares(tensor: torch.Tensor) -> float:
     return tensor.double().square().sum().item()
 
 
+@needs("safetensors", ">=0.6", "writing F8_E8M0")
 def test_every_tensor_is_told_of_once(tmp_path: Path) -> None:
     """Changed, the same, resized and gone ones, buffers of any dtype, and what only the tuned model has."""
     model = save_llama(tmp_path / "model", BF16, attention_bias=True)
@@ -222,15 +225,18 @@ def test_every_tensor_is_told_of_once(tmp_path: Path) -> None:
         "model.mask": mask,
         "model.other_mask": mask.clone(),
         "model.wide_mask": mask.clone(),
+        "model.masked_bias": torch.tensor(torch.finfo(F32).min),
         "model.position_ids": torch.arange(8)[None],
         "model.steps": torch.tensor(3),
         "model.causal": torch.ones(4, 4, dtype=torch.bool).tril(),
         "model.empty": torch.zeros(0, 4),
         "model.scale": torch.tensor(2.0),
         "model.exact": torch.rand(3, 3, dtype=torch.float64),
+        "model.stray_scale": torch.ones(4, 4).to(torch.float8_e8m0fnu),
+        "model.another_scale": torch.ones(4, 4).to(torch.float8_e8m0fnu),
     }
     for name in old:
-        if name.endswith("bias"):
+        if name.endswith("proj.bias"):
             old[name] = (0.1 * torch.cos(torch.arange(len(old[name])))).to(BF16)
     new = {name: tensor.clone() for name, tensor in old.items()}
     after = trained({name: tensor for name, tensor in old.items() if tensor.dtype == BF16})
@@ -242,7 +248,12 @@ def test_every_tensor_is_told_of_once(tmp_path: Path) -> None:
     new["model.position_ids"] += 1
     new["model.scale"] = torch.tensor(2.5)
     new["model.other_mask"][0, 3] = 0.0
+    new["model.another_scale"] = torch.full((4, 4), 2.0).to(torch.float8_e8m0fnu)
     new["model.wide_mask"] = mask.to(BF16)
+    new["model.masked_bias"] = old["model.masked_bias"].to(BF16)
+    assert new["model.masked_bias"].isinf()
+    still = layer.format(1) + "q_proj.weight"
+    new[still] = old[still]
     del new[layer.format(1) + "rotary_emb.inv_freq"], new[layer.format(1) + "v_proj.bias"]
     more = {"value_head.weight": torch.ones(1, 48), "value_head.bias": torch.ones(1)}
     base = saved(tmp_path / "b", old, model, files=3)
@@ -255,7 +266,9 @@ def test_every_tensor_is_told_of_once(tmp_path: Path) -> None:
     fates = dict.fromkeys(others, "same") | dict.fromkeys(changed, "changed")
     fates |= dict.fromkeys(["lm_head.weight", "model.embed_tokens.weight"], "resized")
     fates |= dict.fromkeys([layer.format(1) + "rotary_emb.inv_freq", layer.format(1) + "v_proj.bias"], "gone")
-    fates |= dict.fromkeys(["model.position_ids", "model.scale", "model.other_mask"], "changed")
+    fates |= dict.fromkeys(
+        ["model.position_ids", "model.scale", "model.other_mask", "model.masked_bias", "model.another_scale"], "changed"
+    )
     assert one.fates() == fates
     pairs = one.pairs()
     all_change = all_left = 0.0
@@ -263,7 +276,7 @@ def test_every_tensor_is_told_of_once(tmp_path: Path) -> None:
         assert (told.dtype, told.shape) == (_DTYPES[old[told.tensor].dtype], tuple(old[told.tensor].shape))
         assert told.tuned_shape == (tuple(new[told.tensor].shape) if told.tensor in new else None)
         assert told.reason
-        if told.fate == "gone" or "mask" in told.tensor or not old[told.tensor].is_floating_point():
+        if told.fate == "gone" or "mask" in told.tensor or "_scale" in told.tensor or not old[told.tensor].is_floating_point():
             assert told.change is None or (told.fate, told.change) == ("same", 0.0)
             continue
         rows = min(len(old[told.tensor]), len(new[told.tensor])) if old[told.tensor].ndim else None
@@ -274,7 +287,10 @@ def test_every_tensor_is_told_of_once(tmp_path: Path) -> None:
             assert told.change == pytest.approx(relative(difference, old[told.tensor]), rel=_TOLD), told.tensor
         all_change += _squares(difference)
         all_left += _squares(difference)
-    for name in targets:
+    (unchanged,) = (told for told in one.report.targets if told.tensor == still)
+    assert (unchanged.rank, unchanged.change, unchanged.kept, unchanged.error, unchanged.rule) == (0, 0.0, None, None, "zero")
+    assert pairs.keys() == targets.keys() - {still}
+    for name in pairs:
         difference = new[name].double() - old[name].double()
         all_change += _squares(difference)
         all_left += _squares(difference - pairs[name])
@@ -286,7 +302,14 @@ def test_every_tensor_is_told_of_once(tmp_path: Path) -> None:
     assert "2 tensors of the tuned model are not in the base" in said
 
 
-_DTYPES = {BF16: "BF16", F32: "F32", torch.int64: "I64", torch.bool: "BOOL", torch.float64: "F64"}
+_DTYPES = {
+    BF16: "BF16",
+    F32: "F32",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+    torch.float64: "F64",
+    torch.float8_e8m0fnu: "F8_E8M0",
+}
 
 
 def _merged_by_peft(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
@@ -341,6 +364,24 @@ def test_whole_are_those_that_have_changed(family: str, full: list[str], changes
         assert len(stored) >= len(chosen)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensor: tensor.double(), "as it is in the tuned model\n  got: +F64"),
+        (lambda tensor: tensor[:-1], "has another shape in the tuned model, and cannot be saved whole"),
+    ],
+)
+def test_what_cannot_be_held_whole(
+    change: Callable[[torch.Tensor], torch.Tensor], message: str, bases: dict[torch.dtype, Path], tmp_path: Path
+) -> None:
+    new = trained(tensors_of(bases[F32]))
+    tuned = saved(tmp_path / "t", new | {"model.norm.weight": change(new["model.norm.weight"])}, bases[F32])
+    with pytest.raises(OptionError, match=message):
+        extracted(bases[F32], tuned, tmp_path / "a", full=["*norm*"])
+    report = extracted(bases[F32], tuned, tmp_path / "b", rank=2).report
+    assert [told.fate for told in report.others if told.tensor == "model.norm.weight"] in (["changed"], ["resized"])
+
+
 @pytest.mark.parametrize("changes", ["nothing", "norms"])
 def test_nothing_that_a_pair_holds(changes: str, bases: dict[torch.dtype, Path], tmp_path: Path) -> None:
     new = tensors_of(bases[BF16])
@@ -353,6 +394,7 @@ def test_nothing_that_a_pair_holds(changes: str, bases: dict[torch.dtype, Path],
     assert not list((tmp_path / "a").glob("adapter*"))
 
 
+@needs("peft", ">=0.19", "ensure_weight_tying")
 @pytest.mark.parametrize("how", ["left out", "written", "under the other name"])
 @pytest.mark.parametrize("is_written", [False, True])
 def test_a_tied_head(how: str, is_written: bool, tmp_path: Path) -> None:
@@ -381,7 +423,7 @@ def test_a_tied_head(how: str, is_written: bool, tmp_path: Path) -> None:
     for found in (merged, ours):
         assert torch.equal(found[embedding], new[embedding])
         assert torch.equal(found.get(head, new[embedding]), new[embedding])
-    with pytest.raises(SurgeryError, match="'model.embed_tokens.weight' cannot be written as LoRA(.|\n)*several modules share"):
+    with pytest.raises(SurgeryError, match=r"embed_tokens.weight' cannot be written as LoRA(.|\n)*several modules share"):
         extracted(base, tuned, tmp_path / "o", include=["*embed*", "*q_proj*"])
 
 

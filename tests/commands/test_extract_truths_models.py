@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import re
 import shutil
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import diffusers
+import peft
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file
 
 from surgery.errors import SurgeryError
 from tests.commands.tuned_models import (
@@ -30,7 +32,7 @@ from tests.releases import needs
 from tests.truths.models import MODELS
 from tests.truths.peft_side import merged_by_peft, quietly
 from tests.updates.test_writing_diffusion import _pipeline
-from tests.weights.test_fp8 import _dense, quantize_model
+from tests.weights.test_fp8 import _dense, quantize_model, quantize_whole
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::FutureWarning")]
 
@@ -38,6 +40,7 @@ BF16, F32 = torch.bfloat16, torch.float32
 #: Older releases of PEFT take the sides of stacks otherwise, or know no parameters as targets.
 _stacks = needs("peft", ">=0.20", "stacks of experts as they are today")
 _stacks_experts = needs("transformers", ">=5.10", "experts that are stacked in the model")
+_writes_e8m0 = needs("safetensors", ">=0.6", "writing scales of F8_E8M0")
 _slow = pytest.mark.slow
 
 
@@ -74,7 +77,7 @@ def _model(root: Path, name: str) -> Path:
         pytest.param("qwen3_moe", {"uniform": True}, marks=_stacks),
         pytest.param("gpt_oss", {}, marks=_stacks),
         ("llama", {"include": ["*embed_tokens*", "*lm_head*", "*up_proj*"]}),
-        ("tied", {"full": ["*embed_tokens*", "*norm*"]}),
+        pytest.param("tied", {"full": ["*embed_tokens*", "*norm*"]}, marks=needs("peft", ">=0.19", "ensure_weight_tying")),
         ("qwen2_5_vl", {}),
         ("convnext", {"include": ["*pwconv*", "*downsampling*1.weight"]}),
         pytest.param("qwen3_moe", {}, marks=[_stacks, _slow]),
@@ -105,6 +108,101 @@ def test_peft_merges_the_best_approximations(name: str, options: dict[str, Any],
         assert relative(merged[tensor].double() - ours[tensor].double(), ours[tensor]) < 3e-7, tensor
 
 
+@_stacks
+@pytest.mark.parametrize("options", [{"energy": 0.9}, {"rank": "auto"}, {"budget": 6000}], ids=str)
+def test_experts_with_ranks_of_their_own(options: dict[str, Any], root: Path, tmp_path: Path) -> None:
+    """Of a stack each matrix has as many directions as the one with most, or fewer; the others are zeros."""
+    base = _model(root, "gpt_oss")
+    old = tensors_of(base)
+    generator = torch.Generator().manual_seed(7)
+    new = {}
+    for name, tensor in old.items():
+        new[name] = tensor.clone()
+        if tensor.ndim == 3:
+            for i, matrix in enumerate(new[name]):  # of ranks 1 to 4, above noise
+                left, right = (torch.randn(size, i + 1, generator=generator) for size in matrix.shape)
+                matrix += 0.02 * left @ right.T + 1e-4 * torch.randn(matrix.shape, generator=generator)
+    one = extracted(base, saved(tmp_path / "t", new, base), tmp_path / "a", include=["*experts.*_proj"], **options)
+    merged = merged_by_peft(MODELS["gpt_oss"], base, tmp_path / "a", F32)
+    assert len(one.report.targets) == 4
+    left = whole = 0.0
+    for told in one.report.targets:
+        change = new[told.tensor].double() - old[told.tensor].double()
+        missed = merged[told.tensor].double() - new[told.tensor].double()
+        assert told.error == pytest.approx(relative(missed, change), rel=1e-4, abs=1e-6)
+        left += missed.square().sum().item()
+        whole += change.square().sum().item()
+        if "energy" in options:
+            values = torch.linalg.svdvals(change).square()
+            shares = values.cumsum(1) / values.sum(1, keepdim=True)
+            fewest = (shares < 0.9).sum(1) + 1
+            assert told.rank == fewest.max()
+            kept = sum(row[:k].sum().item() for row, k in zip(values, fewest.tolist(), strict=True))
+            assert told.kept == pytest.approx(kept / values.sum().item(), abs=6e-6)
+        if "rank" in options:
+            assert told.rank == told.above_floor == 4
+        if "budget" not in options:
+            assert told.merged_error == pytest.approx(told.error, rel=1e-3)
+    assert one.report.kept == pytest.approx(1 - left / whole, abs=6e-6)
+    assert one.report.numbers <= options.get("budget", 10**9)
+
+
+@_stacks
+@pytest.mark.parametrize(
+    ("name", "uniform"),
+    [("mixtral", False), ("mixtral", True), ("phi3", True), pytest.param("deepseek_v3", False, marks=_slow)],
+)
+def test_a_budget_counts_all_numbers_of_the_file(name: str, uniform: bool, root: Path, tmp_path: Path) -> None:
+    """Also the zeros that fill up experts that the model stacks, and pairs that must have one rank."""
+    base = _model(root, name)
+    old = tensors_of(base)
+    sizes = torch.linspace(0.2, 1.5, len(old))
+    new = {}
+    for size, (key, tensor) in zip(sizes, trained(old).items(), strict=True):
+        new[key] = old[key] + size * (tensor - old[key]) if tensor.ndim > 1 else old[key]
+    one = extracted(base, saved(tmp_path / "t", new, base), tmp_path / "a", budget=6000, uniform=uniform)
+    stored = load_file(tmp_path / "a/adapter_model.safetensors")
+    assert one.report.numbers == sum(tensor.numel() for tensor in stored.values())
+    assert 4000 < one.report.numbers <= 6000
+    merged = merged_by_peft(MODELS[name], base, tmp_path / "a", F32)
+    left = whole = 0.0
+    for told in one.report.targets:
+        change = new[told.tensor].double() - old[told.tensor].double()
+        assert told.error == pytest.approx(least_error(change, told.rank), rel=1e-5)
+        left += (merged[told.tensor].double() - new[told.tensor].double()).square().sum().item()
+        whole += change.square().sum().item()
+    assert one.report.kept == pytest.approx(1 - left / whole, abs=6e-6)
+    experts = [told for told in one.report.targets if "experts" in told.tensor]
+    for kind in {re.sub(r"experts\.\d+", "#", told.tensor) for told in experts}:
+        assert len({told.rank for told in experts if re.sub(r"experts\.\d+", "#", told.tensor) == kind}) == 1
+
+
+def test_a_model_that_transformers_does_not_know(tmp_path: Path) -> None:
+    """Modules are named as tensors are, and PEFT adapts any module of torch."""
+    torch.manual_seed(0)
+
+    def made() -> torch.nn.Module:
+        parts = {
+            "first": torch.nn.Linear(20, 30),
+            "second": torch.nn.Linear(30, 10, bias=False),
+            "norm": torch.nn.LayerNorm(10),
+        }
+        return torch.nn.Sequential(OrderedDict(parts))
+
+    model = made()
+    old = {f"{name}": tensor.clone() for name, tensor in model.state_dict().items()}
+    new = trained(old)
+    base = saved(tmp_path / "b", old, None)
+    one = extracted(base, saved(tmp_path / "t", new, None), tmp_path / "a", rank=3, include=["*.weight"])
+    with quietly():
+        merged: Any = peft.PeftModel.from_pretrained(model, str(tmp_path / "a")).merge_and_unload()  # type: ignore[arg-type]
+    assert_best(one, old, new, merged.state_dict(), 3)
+    assert set(one.fates()) == {"first.bias", "norm.weight", "norm.bias"}
+    with pytest.raises(SurgeryError, match=r"cannot be put into an adapter whole(.|\n)*transformers does not know"):
+        extracted(base, tmp_path / "t", tmp_path / "o", rank=3, include=["*.weight"], full=["norm.*"])
+
+
+@needs("diffusers", ">=0.39", "kohya's names of all layers")
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
 def test_a_pipeline_loads_it(layout: str, tmp_path: Path) -> None:
     """Convolutions and layers of a UNet, which lies in a folder of the pipeline."""
@@ -171,8 +269,7 @@ def test_in_another_dtype(before: torch.dtype, after: torch.dtype, root: Path, t
     base = saved(tmp_path / "b", old, model, dtype=str(before).removeprefix("torch."))
     new = trained(old, after) | {name: old[name].to(after) for name in old if "norm" in name or "embed" in name}
     one = extracted(base, saved(tmp_path / "t", new, model), tmp_path / "a", rank=3)
-    merged = merged_by_us(base, tmp_path / "a", tmp_path / "m", dtype="float32")
-    assert_best(one, old, new, merged, 3)
+    assert_best(one, old, new, {name: old[name].double() + pair for name, pair in one.pairs().items()}, 3)
     for told in one.report.others:
         change = relative(new[told.tensor].double() - old[told.tensor].double(), old[told.tensor])
         assert told.change == pytest.approx(change, rel=6e-6)
@@ -202,15 +299,20 @@ def test_experts_stored_in_another_way(name: str, direction: str, root: Path, tm
                 model.get_parameter(key).copy_(tensor)
     base, tuned = folders[f"original, {base_as}"], folders[f"tuned, {tuned_as}"]
     old, new = tensors_of(base), tensors_of(folders[f"tuned, {base_as}"])
-    one = extracted(base, tuned, tmp_path / "a", rank=3)
+    patterns = ["*_proj*", "*experts*"] if base_as == "modules" else []  # recipes have the names of files
+    one = extracted(base, tuned, tmp_path / "a", rank=3, include=patterns, full=["*layernorm*"])
     assert any("expert" in told.tensor for told in one.report.targets)
-    assert_best(one, old, new, merged_by_us(base, tmp_path / "a", tmp_path / "m"), 3)
+    ours = merged_by_us(base, tmp_path / "a", tmp_path / "m")
+    assert_best(one, old, new, ours, 3)
     assert {told.tensor for told in one.report.targets} | set(one.fates()) == set(old)
-    assert set(one.fates().values()) == {"changed"}
     assert one.report.further == ()
     for told in one.report.others:
         change = new[told.tensor].double() - old[told.tensor].double()
-        assert told.change == pytest.approx(relative(change, old[told.tensor]), rel=6e-6)
+        if old[told.tensor].any():
+            assert told.change == pytest.approx(relative(change, old[told.tensor]), rel=6e-6)
+        changed = "saved" if "layernorm" in told.tensor else "changed"
+        assert told.fate == (changed if change.any() else "same")
+        assert torch.equal(ours[told.tensor], (new if changed == "saved" else old)[told.tensor])
 
 
 # ---- FP8
@@ -250,6 +352,50 @@ def test_fp8(which: str, root: Path, tmp_path: Path) -> None:
     for told in one.report.others:
         change = new[told.tensor].double() - old[told.tensor].double()
         assert told.change == pytest.approx(relative(change, old[told.tensor]), rel=6e-6)
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [torch.ones(()), torch.ones(1, 1), pytest.param(torch.ones(()).to(torch.float8_e8m0fnu), marks=_writes_e8m0)],
+    ids=str,
+)
+def test_fp8_with_one_scale_for_each_matrix(scale: torch.Tensor, root: Path, tmp_path: Path) -> None:
+    """As Mistral's lie on the hub, with scales of activations beside."""
+    model = _model(root, "llama")
+    base = quantize_whole(model, tmp_path / "b", scale, weight_block_size=None)
+    stored = tensors_of(base)
+    old = {n: t.float() * stored[f"{n}_scale_inv"].float() if f"{n}_scale_inv" in stored else t for n, t in stored.items()}
+    old = {name: tensor for name, tensor in old.items() if not name.endswith("scale") and not name.endswith("scale_inv")}
+    new = trained(old, BF16, size=0.1)
+    one = extracted(base, saved(tmp_path / "t", new, model), tmp_path / "a", rank=3)
+    assert len(one.report.targets) == 14
+    merged = merged_by_us(base, tmp_path / "a", tmp_path / "m")
+    pairs = one.pairs()
+    for told in one.report.targets:
+        change = new[told.tensor].double() - old[told.tensor].double()
+        assert told.error == pytest.approx(least_error(change, 3), rel=1e-5)
+        assert relative(change - pairs[told.tensor], change) == pytest.approx(told.error, rel=1e-5)
+        written = merged[told.tensor].double() * merged[f"{told.tensor}_scale_inv"].double()
+        assert told.merged_error == pytest.approx(relative(written - new[told.tensor].double(), change), rel=1e-5)
+    assert {told.tensor for told in one.report.targets} | set(one.fates()) == set(old)
+
+
+@pytest.mark.parametrize("which", ["base", "tuned"])
+def test_fp8_that_is_saved_whole(which: str, root: Path, tmp_path: Path) -> None:
+    """With the numbers that it has in the tuned model."""
+    model = _model(root, "llama")
+    exact = {name: tensor.to(BF16) for name, tensor in tensors_of(model).items()}
+    folders = {
+        "base": saved(tmp_path / "b", exact, model, dtype="bfloat16"),
+        "tuned": saved(tmp_path / "t", trained(exact), model, dtype="bfloat16"),
+    }
+    folders[which] = quantize_model(folders[which], tmp_path / "fp8", which=lambda name: "lm_head" in name)
+    one = extracted(folders["base"], folders["tuned"], tmp_path / "a", rank=3, full=["lm_head*"])
+    expected = _numbers(folders["tuned"])["lm_head.weight"]
+    stored = load_file(tmp_path / "a/adapter_model.safetensors")["base_model.model.lm_head.weight"]
+    assert one.fates()["lm_head.weight"] == "saved"
+    assert stored.dtype == expected.dtype == (F32 if which == "tuned" else BF16)
+    assert torch.equal(stored, expected)
 
 
 @pytest.mark.parametrize("which", ["base", "tuned"])
@@ -295,6 +441,27 @@ def test_a_classifier_in_the_place_of_the_head(root: Path, tmp_path: Path) -> No
     assert_best(one, old, new, merged_by_us(base, tmp_path / "a", tmp_path / "m"), 3)
     assert one.fates()["lm_head.weight"] == "gone"
     assert one.report.further == ("score.weight",)
+
+
+def test_names_of_long_ago(tmp_path: Path) -> None:
+    """As in BERT's first files, which transformers renames when it loads them."""
+    model = FAMILIES["bert"].save(tmp_path / "m")
+    new = trained(tensors_of(model))
+
+    def former(name: str) -> str:
+        return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+
+    old = {former(name): tensor for name, tensor in tensors_of(model).items()}
+    base = saved(tmp_path / "b", old, model)
+    one = extracted(base, saved(tmp_path / "t", new, model), tmp_path / "a", rank=3, full=["*.LayerNorm.*"])
+    assert one.fates() == {name: "saved" if "LayerNorm" in name else "changed" for name in one.fates()}
+    assert one.report.further == ()
+    with quietly():
+        load: Any = hf.BertForMaskedLM.from_pretrained
+        merged: Any = peft.PeftModel.from_pretrained(load(base, dtype=F32), str(tmp_path / "a")).merge_and_unload()
+    found = merged.state_dict()
+    assert_best(one, old, {former(name): tensor for name, tensor in new.items()}, found, 3)
+    assert all(torch.equal(found[name], new[name]) for name in new if "LayerNorm" in name)
 
 
 @pytest.mark.parametrize("rows", [-4, 6])

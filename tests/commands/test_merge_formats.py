@@ -184,6 +184,23 @@ def test_everything_in_bfloat16(llama: Path, tmp_path: Path) -> None:
         assert torch.equal(tensors_of(tmp_path / "same")[name], tensor)
 
 
+@pytest.mark.parametrize(
+    ("stored", "dtype"), [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.bfloat16, torch.float16)]
+)
+def test_in_a_dtype_with_more_digits(stored: torch.dtype, dtype: torch.dtype, tmp_path: Path) -> None:
+    """The sum is rounded once, to the dtype that is written, and not first to the one that the weight is stored in."""
+    model = save_llama(tmp_path / "m", stored)
+    adapter = save_lora(tmp_path / "a", SHAPES)
+    name = str(dtype).removeprefix("torch.")
+    merge(model, adapter, tmp_path / "o", dtype=name, rounding="nearest", progress=Silent())  # type: ignore[arg-type]
+    before, after = tensors_of(model), tensors_of(tmp_path / "o")
+    for tensor in before:
+        truth = before[tensor].double()
+        if (module := tensor.removesuffix(".weight")) in SHAPES:
+            truth = truth + delta(adapter, module)
+        assert torch.equal(after[tensor], truth.to(dtype)), tensor
+
+
 def test_beyond_the_range_of_float16(tmp_path: Path) -> None:
     """Named, whether the weights are in float16 or become so, and whatever takes them there."""
     model = save_llama(tmp_path / "m", torch.float16)

@@ -158,6 +158,11 @@ class Bench:
                 ("recommend", str(model), "--budget", "200", "-o", "OUT/recipe.toml", "--device", "cpu", "--max-rank", "16"),
                 ("recipe.toml",),
             ),
+            Command(
+                "extract",
+                ("extract", str(model), str(tuned), "-o", "OUT", "--rank", "4", "--device", "cpu"),
+                ("extraction.json",),
+            ),
             Command("export", ("export", str(f), scales[0], "-o", "OUT"), ("adapter_config.json",)),
             Command(
                 "project", ("project", str(f), str(tuned), "-o", "OUT/p.safetensors", "--device", "cpu"), ("p.safetensors",)

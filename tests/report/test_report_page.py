@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -28,7 +28,8 @@ from surgery.errors import FormatError, OutputError
 from surgery.report import gallery
 from surgery.report.listing import MAX_ROWS, write_csv
 from surgery.report.page import write_page
-from surgery.report.summary import steps, verdict
+from surgery.report.summary import steps
+from surgery.report.verdicts import CLAIMS, TOGETHER, Verdict, counted, together
 
 TOP, R = 24, 8
 Matrix = np.ndarray
@@ -107,10 +108,12 @@ def _target(tensor: str, old: Matrix, new: Matrix | None, index: int | None = No
         "order_changes": sum(a > b for a, b in pairs if a is not None and b is not None),
         "gone": [],
         "new": [],
+        "new_certain": [],
         "left_top": angles(U[:, :r], U2[:, :r]),
         "right_top": angles(V[:, :r], V2[:, :r]),
         "left_next": angles(U[:, r : 2 * r], U2[:, r : 2 * r]),
         "right_next": angles(V[:, r : 2 * r], V2[:, r : 2 * r]),
+        "claims": _claims(s[:k], s2[:k], old, D),
         "update": {
             "norm": math.sqrt(total),
             "relative": math.sqrt(total) / described["norm"],
@@ -128,9 +131,27 @@ def _target(tensor: str, old: Matrix, new: Matrix | None, index: int | None = No
     }
 
 
+def _claims(s: Matrix, s2: Matrix, old: Matrix, D: Matrix) -> dict[str, Any]:
+    if not D.any():
+        return {"rounding": None, "scaling": None, "turning": None}
+    factor, scaling = (s @ s2) / (s @ s), None
+    if not np.allclose(s, s2, atol=1e-9 * s[0]):
+        explained = 1 - ((D - (factor - 1) * old) ** 2).sum() / (D**2).sum()
+        scaling = {"factor": factor, "of_values": 1 - ((s2 - factor * s) ** 2).sum() / ((s2 - s) ** 2).sum()}
+        scaling["of_update"] = max(0.0, explained)
+    # How directions turned is held against truths where it is measured.
+    turning = {"left": 0.1, "right": 0.1, "alike": 0.9, "independent": 0.05, "random": 0.8}
+    return {"rounding": 1e-6, "scaling": scaling, "turning": turning}
+
+
 def _median(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.median(known) if known else None
+
+
+def _verdicts(targets: list[dict[str, Any]], name: str, arxiv: str, claim: Callable[..., Verdict]) -> dict[str, Any]:
+    found = counted(claim, targets, R)
+    return {"claim": name, "arxiv": arxiv, "verdict": together(found), **{one: found[one] for one in get_args(Verdict)}}
 
 
 def _spectra(targets: list[dict[str, Any]], base: str = "some/base", tuned: str = "out/tuned") -> Spectra:
@@ -148,6 +169,8 @@ def _spectra(targets: list[dict[str, Any]], base: str = "some/base", tuned: str 
         ratios = [value for target in targets for value in target["amplification"][:R] if value is not None]
         in_place = [value for target in targets for value in target["in_place"][:R] if value is not None]
         updates = [target["update"] for target in targets if target["update"] is not None]
+        scalings = [target["claims"]["scaling"] for target in targets if target["claims"]["scaling"] is not None]
+        turnings = [target["claims"]["turning"] for target in targets if target["claims"]["turning"] is not None]
         m, n = targets[0]["shape"]
         findings |= {
             "top_change": _median(
@@ -161,6 +184,15 @@ def _spectra(targets: list[dict[str, Any]], base: str = "some/base", tuned: str 
             "top_amplified_share": sum(value > 1 for value in ratios) / len(ratios) if ratios else None,
             "median_left_cosine": _median(value for target in targets for value in target["left_cosine"][:R]),
             "median_right_cosine": _median(value for target in targets for value in target["right_cosine"][:R]),
+            "median_next_left_cosine": _median(value for target in targets for value in target["left_cosine"][R:]),
+            "median_next_right_cosine": _median(value for target in targets for value in target["right_cosine"][R:]),
+            "median_matched_amplification": 1.01,
+            "median_scaling": _median(scaling["factor"] for scaling in scalings),
+            "median_scaling_at_random": 1.0023,
+            "median_scaling_of_values": _median(scaling["of_values"] for scaling in scalings),
+            "median_scaling_of_update": _median(scaling["of_update"] for scaling in scalings),
+            "median_turned_alike": _median(turning["alike"] for turning in turnings),
+            "median_turned_alike_at_random": _median(turning["random"] for turning in turnings),
             "median_in_place": _median(in_place),
             "in_place_grew_share": sum(value > 1 for value in in_place) / len(in_place) if in_place else None,
             "order_changes": sum(target["order_changes"] for target in targets),
@@ -169,14 +201,22 @@ def _spectra(targets: list[dict[str, Any]], base: str = "some/base", tuned: str 
             ),
             "gone": 0,
             "new": 0,
+            "new_certain": 0,
+            "median_update_in_left": _median(update["in_left"] for update in updates),
+            "chance_in_left": R / m,
+            "median_update_in_right": _median(update["in_right"] for update in updates),
+            "chance_in_right": R / n,
+            "median_update_in_either": _median(u["in_left"] + u["in_right"] - u["in_both"] for u in updates),
+            "chance_in_either": 1 - (1 - min(R, m) / m) * (1 - min(R, n) / n),
             "median_update_in_both": _median(update["in_both"] for update in updates),
             "chance_in_both": R * R / (m * n),
             "median_rescaling": _median(update["rescaling"] for update in updates),
             "chance_rescaling": R / (m * n),
+            "claims": [_verdicts(targets, *claim) for claim in CLAIMS],
             "most_amplified": [{"key": targets[0]["key"], "index": 1, "amplification": 1.25}],
         }
     return {
-        "schema_version": 2,
+        "schema_version": 3,
         "tool": "surgery 0.1.0",
         "torch": "2.13.0",
         "device": "cpu (2 threads)",
@@ -286,13 +326,21 @@ class Page(HTMLParser):
         (found,) = (element for element in self.elements if element.get("@id") == name)
         return found
 
-    def answers(self) -> dict[str, tuple[str, str]]:
+    def answers(self, which: str = "findings") -> dict[str, tuple[str, ...]]:
         """Question -> answer and details of the findings."""
-        (findings,) = (element for element in self.all("ul") if element.get("@class") == "findings")
+        (findings,) = (element for element in self.all("ul") if element.get("@class") == which)
         found = {}
         for item in self.inside(findings, "li"):
-            (question,), (answer, details) = self.inside(item, "h3"), self.inside(item, "p")
-            found[question["text"]] = (answer["text"].replace("\u00a0", " "), details["text"].replace("\u00a0", " "))
+            (question,) = self.inside(item, "h3")
+            found[question["text"]] = tuple(part["text"].replace("\u00a0", " ") for part in self.inside(item, "p"))
+        return found
+
+    def claims(self) -> dict[str, tuple[str, ...]]:
+        """Claim -> verdict, for how many matrices, details, source."""
+        found = {}
+        for claim, (answer, *rest) in self.answers("findings claims").items():
+            verdict = next(one for one in sorted(TOGETHER, key=len, reverse=True) if answer.startswith(one.capitalize()))
+            found[claim] = (verdict.capitalize(), answer[len(verdict) + 2 : -1], *rest)
         return found
 
     def description(self, picture: str, panel: int = 0) -> str:
@@ -410,46 +458,60 @@ def test_the_same_numbers_give_the_same_page(tmp_path: Path, pages: dict[str, Pa
 # ---- what it says
 
 
-AMPLIFIED = "Is the top of the spectrum amplified, more than the rest?"
-TURNED = "Do the singular directions turn?"
+AMPLIFIED = "Fine-tuning amplifies the top singular values"
+INTACT = "It leaves the other singular values as they were"
+TURNED = "The dominant directions turn, the others less"
+SCALED = "All singular values of a matrix are scaled by one factor"
+ALIKE = "Left and right directions turn by the same orthogonal matrix"
+INTRUDERS = "Intruder dimensions come in: leading directions that are none of the base's"
+OFF = "The update keeps off the principal directions, as in training with verifiable rewards"
 BECAME = "What became of the leading directions?"
-INSIDE = "Does the update lie inside the base's top subspaces?"
 RESCALED = "How much of the update would pure rescaling explain?"
 HALF = "What rank holds half of the energy?"
 TRUSTED = "Can the numbers be trusted?"
 
 
 def test_an_amplified_top_is_found(pages: dict[str, Page]) -> None:
-    answers = pages["amplified"].answers()
-    answer, details = answers[AMPLIFIED]
-    assert answer.startswith("Yes: the top is amplified, ")
-    assert f"Of the first {R} singular values of all matrices, 100 % grew; their mean change is +5 %" in details
-    assert f"it holds in {len(NAMES)} of {len(NAMES)} matrices" in details
-    assert "highest in" not in details  # it is the same everywhere
-    assert answers[TURNED][0] == "Hardly"
+    answers, claims = pages["amplified"].answers(), pages["amplified"].claims()
+    verdict, counts, details, source = claims[AMPLIFIED]
+    assert (verdict, counts) == ("Holds", f"yes in {len(NAMES)} of {len(NAMES)} matrices")
+    assert f"Here: Of the first {R} singular values 100 % grew, by +5 %" in details
+    assert source == "Weight Spectra Induced Efficient Model Adaptation, arXiv 2505.23099"
+    assert claims[INTACT][0] == "Holds"
+    assert claims[TURNED][0] == claims[INTRUDERS][0] == claims[OFF][0] == "Does not hold"
+    assert "Of the update's energy 100 % (by chance " in claims[OFF][2]
     assert answers[BECAME][0] == "None changed their order"
     assert "they changed by +5 % (median), and 100 % grew" in answers[BECAME][1]
-    assert answers[INSIDE][0] == "Yes, most of it"
-    assert answers[INSIDE][1].startswith("Of the update's energy ")
-    assert f"{len(NAMES)} of {len(NAMES)} matrices have more than chance" in answers[INSIDE][1]
     assert answers[RESCALED][0].startswith("Most of it: ")
 
 
 def test_a_random_update_is_told_as_what_it_is(pages: dict[str, Page]) -> None:
     spectra = CASES["random"]()
-    answers = pages["random"].answers()
-    answer, details = answers[AMPLIFIED]
-    assert answer.startswith("No: ")
+    answers, claims = pages["random"].answers(), pages["random"].claims()
     top, rest = spectra["findings"]["top_change"], spectra["findings"]["rest_change"]
     assert rest > top
-    assert f"the mean size of their change {100 * top:.3g} % " in details
-    assert f"{100 * rest:.3g} % for the norm of all that comes after" in details
-    assert answers[INSIDE][0] == "Not more than chance would have it"
-    inside, chance = spectra["findings"]["median_update_in_both"], R * R / (32 * 48)
-    assert f"Of the update's energy {100 * inside:.3g} % lies" in answers[INSIDE][1]
-    assert f"a random update would have {100 * chance:.3g} %" in answers[INSIDE][1]
+    assert claims[INTACT][0] == "Does not hold"
+    assert f"The mean size of the change of the first {R} singular values is {100 * top:.3g} %, " in claims[INTACT][2]
+    assert f"that of the norm of all that comes after the values kept {100 * rest:.3g} % " in claims[INTACT][2]
+    assert claims[OFF][0] == "Does not hold"
+    found = spectra["findings"]
+    for part, chance in (("left", R / 32), ("right", R / 48), ("both", R * R / (32 * 48))):
+        assert f"{100 * found[f'median_update_in_{part}']:.3g} % ({100 * chance:.3g} %) in " in claims[OFF][2]
+    either = 100 * (1 - (1 - R / 32) * (1 - R / 48))
+    assert f"{100 * found['median_update_in_either']:.3g} % (by chance {either:.3g} %) lies in" in claims[OFF][2]
     assert answers[RESCALED][0].startswith("Little: ")
-    assert f"0 of {len(NAMES)} matrices have more than chance" in answers[INSIDE][1]
+
+
+def test_every_claim_names_its_paper_and_is_explained(pages: dict[str, Page]) -> None:
+    claims = pages["random"].claims()
+    assert list(claims) == [AMPLIFIED, INTACT, TURNED, SCALED, ALIKE, INTRUDERS, OFF]
+    for verdict, _, details, source in claims.values():
+        assert verdict in ("Holds", "Holds in part", "Does not hold", "Cannot be told")
+        assert details.startswith("Here: ")
+        assert re.fullmatch(r"[A-Z].+, arXiv \d{4}\.\d{5}", source)
+    first = pages["random"].inside(pages["random"].all("main")[0], "section")[0]
+    assert first["@id"] == "claims"
+    assert "claims" not in {section.get("@id") for section in pages["alone"].all("section")}
 
 
 def test_a_model_alone_is_told_of_by_its_spectrum(pages: dict[str, Page]) -> None:
@@ -479,13 +541,21 @@ def test_a_half_beyond_what_was_computed_is_not_made_up(tmp_path: Path) -> None:
 
 def test_a_top_that_shrank(tmp_path: Path) -> None:
     page = _page(_compared(lambda matrix: _scaled(matrix, [0.95] * R)), tmp_path)
-    assert page.answers()[AMPLIFIED][0] == "No: the top is not amplified, as half of it or more did not grow"
-    assert "0 % grew; their mean change is −5 %" in page.answers()[AMPLIFIED][1]
+    assert page.claims()[AMPLIFIED][0] == "Does not hold"
+    assert "0 % grew, by −5 %" in page.claims()[AMPLIFIED][2]
 
 
-def test_changes_within_the_tolerance_say_nothing(tmp_path: Path) -> None:
-    page = _page(_compared(lambda matrix: _scaled(matrix, [1 + 1e-6] * R)), tmp_path)
-    assert page.answers()[AMPLIFIED][0] == "This cannot be told"
+def test_changes_within_rounding_say_nothing(tmp_path: Path) -> None:
+    spectra = _compared(_amplified)
+    for target in spectra["targets"]:
+        target["claims"] = {"rounding": 0.9, "scaling": None, "turning": None}
+    spectra["findings"]["claims"] = [_verdicts(spectra["targets"], *claim) for claim in CLAIMS]
+    spectra["findings"] |= dict.fromkeys([name for name in spectra["findings"] if name.startswith("median_scaling")])
+    spectra["findings"] |= dict.fromkeys(["median_turned_alike", "median_turned_alike_at_random"])
+    page = _page(spectra, tmp_path)
+    for verdict, counts, *_ in page.claims().values():
+        assert (verdict, counts) == ("Cannot be told", f"of any of {len(NAMES)} matrices")
+    assert f"In {len(NAMES)} matrices it is so small that the rounding" in page.answers()["How large is the update?"][1]
 
 
 def test_models_that_are_the_same(tmp_path: Path) -> None:
@@ -497,8 +567,8 @@ def test_models_that_are_the_same(tmp_path: Path) -> None:
 
 def test_directions_that_turn(tmp_path: Path) -> None:
     replaced = _spectra([_target(name, _matrix(i), _matrix(i + 100)) for i, name in enumerate(NAMES)])
-    answer, details = _page(replaced, tmp_path).answers()[TURNED]
-    assert answer == "Yes"
+    verdict, _, details, _ = _page(replaced, tmp_path).claims()[TURNED]
+    assert verdict in ("Holds", "Holds in part")
     cosine = replaced["findings"]["median_left_cosine"]
     assert f"left {math.floor(1e4 * cosine) / 1e4:.4f} ({math.degrees(math.acos(cosine)):.3g}°)" in details
 
@@ -516,14 +586,15 @@ def _mixed(matrix: Matrix, which: range, angle: float) -> Matrix:
 
 def test_directions_that_turn_among_themselves(tmp_path: Path) -> None:
     page = _page(_compared(lambda matrix: _mixed(matrix, range(R), 0.6)), tmp_path)
-    assert page.answers()[TURNED][0] == "Yes, mostly among themselves: the subspace stays"
+    assert page.claims()[TURNED][0] == "Holds"
+    assert "The subspaces that they span keep over 99.9 % of themselves" in page.claims()[TURNED][2]
     assert page.answers()[BECAME][0] == "None changed their order"
 
 
 def test_a_few_directions_that_turn_are_not_hidden_by_the_median(tmp_path: Path) -> None:
-    answer, details = _page(_compared(lambda matrix: _mixed(matrix, range(2), 0.6)), tmp_path).answers()[TURNED]
-    assert answer == f"Most do hardly, but {100 * 2 / R:.0f} % turned, mostly among themselves: the subspace stays"
-    assert f"Of all these cosines {100 * 2 / R:.0f} % are below 0.9" in details
+    verdict, _, details, _ = _page(_compared(lambda matrix: _mixed(matrix, range(2), 0.6)), tmp_path).claims()[TURNED]
+    assert verdict == "Does not hold"
+    assert f"Of the first {R}, {100 * 2 / R:.0f} % are below 0.9" in details
 
 
 def test_directions_that_change_places_have_not_turned(tmp_path: Path) -> None:
@@ -532,8 +603,9 @@ def test_directions_that_change_places_have_not_turned(tmp_path: Path) -> None:
         order = [*range(R)[::-1], *range(R, len(s))]
         return (U[:, order] * s) @ Vh[order]
 
-    answers = _page(_compared(reordered), tmp_path).answers()
-    assert answers[TURNED][0] == "Hardly"
+    page = _page(_compared(reordered), tmp_path)
+    assert page.claims()[TURNED][0] == "Does not hold"
+    answers = page.answers()
     changes = len(NAMES) * R * (R - 1) // 2
     assert answers[BECAME][0] == f"Their order changed {changes} times"
     assert "100 % have another place there" in answers[BECAME][1]
@@ -545,7 +617,7 @@ def test_directions_that_are_gone_or_new_are_told(tmp_path: Path) -> None:
     answer, details = _page(spectra, tmp_path).answers()[BECAME]
     assert answer == "None changed their order, 1 is gone, 12 are new"
     assert "whose values are below all that were computed: 1." in details
-    assert f"12 of the first {R} of the tuned matrices are none of the base's" in details
+    assert f"12 of the first {R} left ones of the tuned matrices are none of the base's" in details
 
 
 def test_solvers_that_did_not_converge(tmp_path: Path) -> None:
@@ -562,22 +634,20 @@ def test_solvers_that_did_not_converge(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("grew", "top", "other", "expected"),
+    ("verdicts", "expected"),
     [
-        (1.0, 0.03, 0.01, "yes"),
-        (0.75, 0.015, 0.01, "yes"),
-        (0.74, 0.03, 0.01, "partly"),
-        (1.0, 0.014, 0.01, "partly"),
-        (1.0, 0.01, 0.01, "no"),
-        (0.5, 0.03, 0.001, "no"),
-        (1.0, 0.03, None, "unknown"),
-        (None, None, 0.1, "unknown"),
-        (1.0, 0.03, 0.0, "yes"),
-        (0.0, 0.0, 0.0, "no"),
+        ({"yes": 3, "no": 1}, "holds"),
+        ({"yes": 74, "no": 26}, "holds in part"),
+        ({"yes": 1, "no": 3}, "does not hold"),
+        ({"partly": 4}, "holds in part"),
+        ({"yes": 2, "unknown": 2}, "holds"),
+        ({"yes": 2, "unknown": 3}, "cannot be told"),
+        ({"unknown": 3}, "cannot be told"),
+        ({}, "cannot be told"),
     ],
 )
-def test_verdict(grew: float | None, top: float | None, other: float | None, expected: str) -> None:
-    assert verdict(grew, top, other) == expected
+def test_matrices_decide_together(verdicts: dict[Verdict, int], expected: str) -> None:
+    assert together(verdicts) == expected
 
 
 # ---- what it draws
@@ -680,16 +750,20 @@ def test_a_matrix_without_anything_in_it(tmp_path: Path) -> None:
         "right_cosine": [None] * k,
     }
     zeros["update"]["relative"] = None
+    zeros["claims"] |= {"scaling": None, "turning": None}
     page = _page(_spectra([zeros]), tmp_path)
-    assert page.answers()[AMPLIFIED][0] == "This cannot be told"
-    assert page.answers()[TURNED][0] == "This cannot be told of single directions"
+    assert "No matrix has singular values above zero in both models." in page.claims()[AMPLIFIED][2]
+    assert f"None of the first {R} directions is determined" in page.claims()[TURNED][2]
+    assert {page.claims()[claim][0] for claim in (AMPLIFIED, INTACT, TURNED, SCALED, ALIKE)} == {"Cannot be told"}
     assert page.description("amplification").startswith("No amplification by order is known.")
 
 
 @pytest.mark.parametrize("shape", [(1, 5), (2, 2)])
 def test_a_tiny_matrix(shape: tuple[int, int], tmp_path: Path) -> None:
     page = _page(_spectra([_target("bias_like", _matrix(0, shape), 1.1 * _matrix(0, shape))]), tmp_path)
-    assert page.answers()[AMPLIFIED][0] == "It grew, but there is no rest to compare"
+    assert page.claims()[AMPLIFIED][0] == "Holds"
+    assert page.claims()[INTACT][0] == page.claims()[SCALED][0] == "Cannot be told"
+    assert "there is no rest to compare them with" in page.claims()[INTACT][2]
 
 
 # ---- names of strangers
@@ -749,7 +823,10 @@ def test_csv_holds_what_the_json_holds(case: str, tmp_path: Path) -> None:
                 f"update_{name}": target["update"] and target["update"][name] for name in full if name != "singular_values"
             }
             expected["order_changes"] = target["order_changes"]
-            expected |= {name: len(target[name]) for name in ("gone", "new")}
+            expected |= {name: len(target[name]) for name in ("gone", "new", "new_certain")}
+            expected["rounding"] = target["claims"]["rounding"]
+            for part in ("scaling", "turning"):
+                expected |= {f"{part}_{name}": value for name, value in target["claims"][part].items()}
             for name in ("amplification", "in_place", "place"):
                 first = [*target[name], *[None] * 8][:8]
                 expected |= {f"{name}_{i + 1}": value for i, value in enumerate(first)}
@@ -801,7 +878,7 @@ assert "torch" not in sys.modules
 
 def test_another_schema_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="another version"):
-        write_page(_alone() | {"schema_version": 1}, tmp_path / "index.html")
+        write_page(_alone() | {"schema_version": 2}, tmp_path / "index.html")
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def told(arguments: list[str], under: tuple[str, ...] = ()) -> dict[str, int]:
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param(["--most", "12", "--every", "120", "--but", "export,push export"], id="some"),
+        pytest.param(["--most", "12", "--every", "120", "--but", "extract,export,push export"], id="some"),
         pytest.param([], id="all", marks=SLOW),
     ],
 )

@@ -56,6 +56,8 @@ surgery.fold(f, ones(f, 1.5), folder / "with lora", lora=folder / "adapter", **o
 surgery.fold(folder / "q", ones(folder / "q", 1.5), folder / "tuned q", base=fp8, **on)
 surgery.fold(folder / "q", ones(folder / "q", 1.5), folder / "dense q", base=fp8, dequantize=True, **on)
 surgery.project(f, folder / "tuned", folder / "g1", **on)
+surgery.extract(m, folder / "tuned", folder / "extracted", rank=2, **on)
+surgery.extract(fp8, folder / "tuned q", folder / "extracted q", rank=2, **on)
 surgery.project(folder / "q", folder / "tuned q", folder / "g2", base=fp8, **on)
 surgery.blend([folder / "g1", folder / "g1"], folder / "g3")
 surgery.spectra(m, folder / "tuned", top=2, **on)

@@ -18,7 +18,7 @@ import surgery
 from surgery.cli.main import main
 from surgery.errors import OutputError, WeightError
 from surgery.progress import Silent
-from surgery.study.spectra_shard import Measure
+from surgery.study.spectra_shard import SpectraMeasure
 from tests.measure import run_module
 from tests.models import files_of, save_llama
 
@@ -71,13 +71,13 @@ def test_goes_on_after_the_last_finished_shard(
     assert "the same command goes on from there" in said
     assert {name: data for name, data in files_of(out).items() if not name.startswith(".surgery/")} == before
     measured = []
-    take = Measure.__call__
+    take = SpectraMeasure.__call__
 
-    def count(self: Measure, *arguments: Any) -> dict[str, Any]:
+    def count(self: SpectraMeasure, *arguments: Any) -> dict[str, Any]:
         measured.append(1)
         return take(self, *arguments)
 
-    monkeypatch.setattr(Measure, "__call__", count)
+    monkeypatch.setattr(SpectraMeasure, "__call__", count)
     quiet = Silent()
     report = surgery.spectra(model, tuned, out=out, progress=quiet, **STUDY)  # without overwrite: it is the same run
     assert any(note.startswith("going on after") for note in quiet.notes)

@@ -13,7 +13,7 @@ from surgery.errors import OptionError, few
 from surgery.extraction.extraction import Extraction, ExtractOptions
 from surgery.extraction.jobs import ExtractJobs
 from surgery.extraction.matrices import Extracting
-from surgery.extraction.reporting import ADAPTER_DTYPES, report_of, tell_of
+from surgery.extraction.reporting import ADAPTER_DTYPES, WrittenAdapter, report_of, tell_of
 from surgery.extraction.result_file import complete_result, earlier_result, finished_result, replaced_result, write_result
 from surgery.extraction.shard import ExtractJob
 from surgery.extraction.told import ExtractReport
@@ -181,7 +181,8 @@ def extract(
         rank: k of each weight, at most its smaller side; ``auto``: as many as stand above the noise that the difference ends
             in, which rounding leaves. 16 if there is none of these four, and the recipe says nothing.
         energy: as few directions of each weight as hold this share of its change's squared Frobenius norm.
-        budget: numbers that all pairs may have together, shared out such that they hold the most of all changes.
+        budget: numbers that all pairs may have together, with the zeros that fill them up, shared out such that they hold the
+            most of all changes.
         max_rank: the most directions of a weight, where the number is not given; 256 if None.
         layout: ``peft``; for a part of a diffusion pipeline also ``diffusers``, which ``load_lora_weights`` takes, or
             ``kohya``, for ComfyUI and its kin.
@@ -259,11 +260,12 @@ def extract(
                 for model in (source, other):
                     model.watch.check()
                 try:
-                    adapter, records = extraction.finish(out, place, results)
+                    ranks = extraction.ranks(results)
+                    adapter, records = extraction.finish(out, place, results, ranks)
                 except OptionError:  # the same command would fail again
                     run.forget()
                     raise
-                report = report_of(out, extraction, results, adapter, records)
+                report = report_of(extraction, results, ranks, WrittenAdapter(out, adapter, records))
                 write_result(place, report, identity)
                 _publish(run, place, report, extraction)
     tell_of(report, other.name, results)

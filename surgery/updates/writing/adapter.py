@@ -86,6 +86,11 @@ class AdapterToWrite:
         return len(self.pairs)
 
     @property
+    def numbers(self) -> int:
+        """How many all pairs have, with the zeros that fill them up."""
+        return sum(math.prod(shape) for pair in self.pairs for shape in pair.module.shapes(pair.rank))
+
+    @property
     def has_single_experts(self) -> bool:
         """Whether it changes experts that the model stacks, one by one."""
         return any(pair.module.kind == "expert" for pair in self.pairs)

@@ -15,7 +15,7 @@ from surgery.models.placement import Place, TensorPart
 from surgery.names import PEFT_PREFIX
 from surgery.updates.writing.low_rank import Refusal
 
-_REFUSAL = Refusal("put into an adapter whole", "leave it out: --exclude; or keep the tuned checkpoint itself")
+_REFUSAL = Refusal("put into an adapter whole", "leave it out of --full; or keep the tuned checkpoint itself")
 #: By these names PEFT knows that a module has the weight of the embedding, so that it saves all that share this.
 _KNOWN_AS_TIED = ("embed_tokens", "lm_head")
 
@@ -69,7 +69,7 @@ def whole_tensors(
         wanted.setdefault(module, {})[leaf] = name
     held = [name for name in homes if name.rpartition(".")[0] in wanted]
     carriers = carriers_of(model, held)
-    all_homes = {name: (tensor, carriers.get(name)) for name, tensor in homes.items()}
+    homes_and_carriers = {name: (tensor, carriers.get(name)) for name, tensor in homes.items()}
     for module, leaves in wanted.items():
         if module in whole.modules:  # with another that shares its weight
             continue
@@ -79,7 +79,7 @@ def whole_tensors(
             whole.bias = "all" if module not in adapted or whole.bias == "all" else "lora_only"
             whole.keys[f"{PEFT_PREFIX}{module}{'.base_layer' if module in adapted else ''}.bias"] = leaves["bias"]
         else:
-            _save(whole, model, all_homes, module, next(iter(leaves.values())), adapted)
+            _save(whole, model, homes_and_carriers, module, next(iter(leaves.values())), adapted)
     return whole
 
 
@@ -100,7 +100,7 @@ def _save(
     Args:
         whole: what is added to.
         model: the skeleton.
-        homes: parameter of the model -> the tensor that it is; and its carrier, for those of this module.
+        homes: parameter of the model -> the tensor that it is, and for those of the module its carrier.
         module: the name of the module.
         name: of a tensor of it, for messages.
         adapted: names of the modules that have low-rank updates.
@@ -119,8 +119,7 @@ def _save(
         if f"{module}.{leaf}" not in homes:
             raise _REFUSAL.of(name, f"in {module!r}, of which {leaf!r} is stored otherwise or not at all")
         carrier = homes[f"{module}.{leaf}"][1]
-        assert carrier is not None
-        if len(carrier.layers) > 1:
+        if carrier is not None and len(carrier.layers) > 1:
             sharing = [one for one, other in model.named_modules() if any(layer.module is other for layer in carrier.layers)]
             _check_tied(sharing, name)
             whole.tied.append(tuple(homes[other][0] for one in sharing if (other := f"{one}.{leaf}") in homes))
