@@ -19,7 +19,7 @@ from surgery.errors import OptionError, SurgeryError
 from tests.commands.tuned_models import extracted, least_error, merged_by_us, relative, saved, trained
 from tests.families import FAMILIES
 from tests.models import save_llama, tensors_of
-from tests.releases import needs
+from tests.releases import writes_e8m0
 from tests.truths.peft_side import quietly
 
 pytestmark = [pytest.mark.usefixtures("one_thread")]
@@ -212,7 +212,7 @@ def _squares(tensor: torch.Tensor) -> float:
     return tensor.double().square().sum().item()
 
 
-@needs("safetensors", ">=0.6", "writing F8_E8M0")
+@writes_e8m0
 def test_every_tensor_is_told_of_once(tmp_path: Path) -> None:
     """Changed, the same, resized and gone ones, buffers of any dtype, and what only the tuned model has."""
     model = save_llama(tmp_path / "model", BF16, attention_bias=True)

@@ -28,7 +28,7 @@ from tests.commands.tuned_models import (
 )
 from tests.families import FAMILIES
 from tests.models import tensors_of
-from tests.releases import needs
+from tests.releases import needs, writes_e8m0
 from tests.truths.models import MODELS
 from tests.truths.peft_side import merged_by_peft, quietly
 from tests.updates.test_writing_diffusion import _pipeline
@@ -356,7 +356,7 @@ def test_fp8(which: str, root: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "scale",
-    [torch.ones(()), torch.ones(1, 1), pytest.param(torch.ones(()).to(torch.float8_e8m0fnu), marks=_writes_e8m0)],
+    [torch.ones(()), torch.ones(1, 1), pytest.param(torch.ones(()).to(torch.float8_e8m0fnu), marks=writes_e8m0)],
     ids=str,
 )
 def test_fp8_with_one_scale_for_each_matrix(scale: torch.Tensor, root: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from tests.commands.test_merge import DOWN, SHAPES, Q, delta, save_lora, sha256,
 from tests.families import FAMILIES
 from tests.measure import measured_peak
 from tests.models import files_of, realistic, save_llama, tensors_of
-from tests.releases import needs
+from tests.releases import writes_e8m0
 from tests.weights.test_fp8 import BLOCK, quantize_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -47,9 +47,7 @@ def _distance(tensors: dict[str, torch.Tensor], name: str, truth: torch.Tensor) 
 
 
 @pytest.mark.parametrize("apart", [False, True])
-@pytest.mark.parametrize(
-    "powers_of_two", [False, pytest.param(True, marks=needs("safetensors", ">=0.6", "writing scales of F8_E8M0"))]
-)
+@pytest.mark.parametrize("powers_of_two", [False, pytest.param(True, marks=writes_e8m0)])
 def test_fp8_stays_fp8(apart: bool, powers_of_two: bool, llama: Path, tmp_path: Path) -> None:
     """Each number within a step of the truth, the update kept, and scales that are those of the numbers beside them."""
     base = quantize_model(llama, tmp_path / "base", apart=apart, powers_of_two=powers_of_two)
