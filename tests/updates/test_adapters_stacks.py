@@ -126,3 +126,18 @@ def test_shapes_tell(name: str, is_rows: bool, tmp_path: Path) -> None:
     assert turned in (0, 4)
     save_file(halves, adapter / "adapter_model.safetensors")
     assert_equal(merged_by_us(folder, update_of(folder, adapter)), truth, tensors_of(folder))
+
+
+def test_a_stack_that_is_the_weight_of_its_module(tmp_path: Path) -> None:
+    """Attention with experts, of JetMoE: one adapted parameter for each module, which is called as that of a layer."""
+    torch.manual_seed(0)
+    sizes = {**DECODER, "num_key_value_heads": 2, "kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
+    hf.JetMoeForCausalLM(hf.JetMoeConfig(**sizes)).save_pretrained(tmp_path / "m")
+
+    def load() -> Any:
+        return hf.JetMoeForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
+
+    parameters = ["experts.input_linear.weight", "experts.output_linear.weight"]
+    adapter = adapt(load(), tmp_path / "lora", target_modules=[], target_parameters=parameters)
+    truth = merged_on_disk(load(), adapter, tmp_path / "merged")
+    assert_equal(merged_by_us(tmp_path / "m", update_of(tmp_path / "m", adapter)), truth, tensors_of(tmp_path / "m"))

@@ -312,7 +312,7 @@ class _Placing:
         stacks, others = [], []
         for module, group in groups.items():
             own = [name for name, _ in self._homes.own_parameters(module) if is_targeted(name, self._content.stacked)]
-            if len(group) == 1 and not group[0].depth and (not own or own[0] == f"{module}.weight"):
+            if len(group) == 1 and not group[0].depth and self._is_matrix(module, own):
                 others += group
                 continue
             group.sort(key=lambda one: -one.depth)  # the innermost is that of the first parameter
@@ -324,6 +324,13 @@ class _Placing:
                 )
             stacks += list(zip(own, group, strict=True))
         return stacks, others
+
+    def _is_matrix(self, module: str, own: Sequence[str]) -> bool:
+        """Whether the only update of a module is that of its weight, and this one matrix, as of a layer or a router."""
+        if not own:
+            return True
+        shapes = dict(self._homes.own_parameters(module))
+        return own[0] == f"{module}.weight" and len(shapes[own[0]]) != 3
 
     def _add_stack(self, parameter: str, one: ModuleUpdate, home: Home, reads_rows: bool) -> None:
         count = home.shape[0]
