@@ -19,7 +19,7 @@ from surgery.errors import OptionError, SurgeryError
 from tests.commands.tuned_models import extracted, least_error, merged_by_us, relative, saved, trained
 from tests.families import FAMILIES
 from tests.models import save_llama, tensors_of
-from tests.releases import writes_e8m0
+from tests.releases import needs, writes_e8m0
 from tests.truths.peft_side import quietly
 
 pytestmark = [pytest.mark.usefixtures("one_thread")]

@@ -40,7 +40,6 @@ BF16, F32 = torch.bfloat16, torch.float32
 #: Older releases of PEFT take the sides of stacks otherwise, or know no parameters as targets.
 _stacks = needs("peft", ">=0.20", "stacks of experts as they are today")
 _stacks_experts = needs("transformers", ">=5.10", "experts that are stacked in the model")
-_writes_e8m0 = needs("safetensors", ">=0.6", "writing scales of F8_E8M0")
 _slow = pytest.mark.slow
 
 
