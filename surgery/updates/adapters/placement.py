@@ -311,8 +311,12 @@ class _Placing:
             groups.setdefault(one.module, []).append(one)
         stacks, others = [], []
         for module, group in groups.items():
-            own = [name for name, _ in self._homes.own_parameters(module) if is_targeted(name, self._content.stacked)]
-            if len(group) == 1 and not group[0].depth and (not own or own[0] == f"{module}.weight"):
+            shapes = {
+                name: shape for name, shape in self._homes.own_parameters(module) if is_targeted(name, self._content.stacked)
+            }
+            own = list(shapes)
+            is_layer = not own or (own[0] == f"{module}.weight" and len(shapes[own[0]]) != 3)
+            if len(group) == 1 and not group[0].depth and is_layer:
                 others += group
                 continue
             group.sort(key=lambda one: -one.depth)  # the innermost is that of the first parameter
