@@ -23,6 +23,7 @@ _FORMER_NAMES = (
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^language_model\.model\.", "model.language_model."),
     (r"^(vision_tower|multi_modal_projector)\.", r"model.\1."),
+    (r"^text_model\.", ""),
 )
 
 

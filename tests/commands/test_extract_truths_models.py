@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 import transformers as hf
+from packaging.version import Version
 from safetensors.torch import load_file
 
 from surgery.errors import SurgeryError
@@ -28,7 +29,7 @@ from tests.commands.tuned_models import (
 )
 from tests.families import FAMILIES
 from tests.models import tensors_of
-from tests.releases import needs, writes_e8m0
+from tests.releases import installed, needs, writes_e8m0
 from tests.truths.models import MODELS
 from tests.truths.peft_side import merged_by_peft, quietly
 from tests.updates.test_writing_diffusion import _pipeline
@@ -39,7 +40,6 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings(
 BF16, F32 = torch.bfloat16, torch.float32
 #: Older releases of PEFT take the sides of stacks otherwise, or know no parameters as targets.
 _stacks = needs("peft", ">=0.20", "stacks of experts as they are today")
-_stacks_experts = needs("transformers", ">=5.10", "experts that are stacked in the model")
 _slow = pytest.mark.slow
 
 
@@ -74,7 +74,7 @@ def _model(root: Path, name: str) -> Path:
         ("t5", {"include": ["*Attention*", "*Dense*"]}),
         pytest.param("mixtral", {}, marks=_stacks),
         pytest.param("qwen3_moe", {"uniform": True}, marks=_stacks),
-        pytest.param("gpt_oss", {}, marks=_stacks),
+        ("gpt_oss", {}),
         ("llama", {"include": ["*embed_tokens*", "*lm_head*", "*up_proj*"]}),
         pytest.param("tied", {"full": ["*embed_tokens*", "*norm*"]}, marks=needs("peft", ">=0.19", "ensure_weight_tying")),
         ("qwen2_5_vl", {}),
@@ -107,7 +107,6 @@ def test_peft_merges_the_best_approximations(name: str, options: dict[str, Any],
         assert relative(merged[tensor].double() - ours[tensor].double(), ours[tensor]) < 3e-7, tensor
 
 
-@_stacks
 @pytest.mark.parametrize("options", [{"energy": 0.9}, {"rank": "auto"}, {"budget": 6000}], ids=str)
 def test_experts_with_ranks_of_their_own(options: dict[str, Any], root: Path, tmp_path: Path) -> None:
     """Of a stack each matrix has as many directions as the one with most, or fewer; the others are zeros."""
@@ -146,10 +145,28 @@ def test_experts_with_ranks_of_their_own(options: dict[str, Any], root: Path, tm
     assert one.report.numbers <= options.get("budget", 10**9)
 
 
-@_stacks
+@pytest.mark.parametrize(
+    ("name", "uniform", "told"),
+    [("mixtral", False, True), ("qwen3_moe", True, True), ("gpt_oss", False, False), ("llama", False, False)],
+)
+def test_peft_that_is_too_old_is_told(name: str, uniform: bool, told: bool, root: Path, tmp_path: Path) -> None:
+    """Before 0.20 PEFT passes over single experts, and takes the sides of stacks otherwise."""
+    base = _model(root, name)
+    one = extracted(base, saved(tmp_path / "t", trained(tensors_of(base)), base), tmp_path / "a", rank=3, uniform=uniform)
+    version = installed("peft")
+    assert version is not None
+    said = f"the adapter changes experts: PEFT loads it from 0.20 on, and here is {version}"
+    assert (said in one.notes) == (told and version < Version("0.20"))
+
+
 @pytest.mark.parametrize(
     ("name", "uniform"),
-    [("mixtral", False), ("mixtral", True), ("phi3", True), pytest.param("deepseek_v3", False, marks=_slow)],
+    [
+        pytest.param("mixtral", False, marks=_stacks),
+        pytest.param("mixtral", True, marks=_stacks),
+        ("phi3", True),
+        pytest.param("deepseek_v3", False, marks=[_stacks, _slow]),
+    ],
 )
 def test_a_budget_counts_all_numbers_of_the_file(name: str, uniform: bool, root: Path, tmp_path: Path) -> None:
     """Also the zeros that fill up experts that the model stacks, and pairs that must have one rank."""
@@ -276,7 +293,6 @@ def test_in_another_dtype(before: torch.dtype, after: torch.dtype, root: Path, t
     assert any(told.fate == "same" for told in one.report.others) == (before == BF16)
 
 
-@_stacks_experts
 @pytest.mark.parametrize("direction", ["modules in files", "files in modules"])
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", pytest.param("deepseek_v3", marks=_slow)])
 def test_experts_stored_in_another_way(name: str, direction: str, root: Path, tmp_path: Path) -> None:

@@ -60,6 +60,18 @@ def test_square_matrices(name: str, parameters: list[str], tmp_path: Path) -> No
     assert_equal(merged_by_us(folder, update_of(folder, adapter)), truth, tensors_of(folder))
 
 
+def test_stacks_that_are_the_weights_of_their_modules(tmp_path: Path) -> None:
+    """As in JetMoe, beside layers that PEFT finds by their own names."""
+    torch.manual_seed(0)
+    sizes = {name: value for name, value in DECODER.items() if name != "num_attention_heads"}
+    hf.JetMoeForCausalLM(hf.JetMoeConfig(**sizes, kv_channels=16, num_local_experts=4)).save_pretrained(tmp_path / "m")
+    load: Any = hf.JetMoeForCausalLM.from_pretrained
+    stacks = ["mlp.input_linear.weight", "mlp.output_linear.weight"]
+    adapter = adapt(load(tmp_path / "m"), tmp_path / "lora", target_modules=["kv_proj"], target_parameters=stacks)
+    truth = merged_on_disk(load(tmp_path / "m"), adapter, tmp_path / "merged")
+    assert_equal(merged_by_us(tmp_path / "m", update_of(tmp_path / "m", adapter)), truth, tensors_of(tmp_path / "m"))
+
+
 @pytest.mark.parametrize(
     ("version", "equation"),
     [

@@ -19,7 +19,6 @@ from surgery.updates.changes import StoredTensor
 from surgery.updates.writing.low_rank import AdapterForm
 from tests.families import DECODER, FAMILIES
 from tests.models import save_llama, tensors_of
-from tests.releases import needs
 from tests.updates.merging import assert_equal, merged_by_us, update_of
 from tests.updates.writing import FALSE_WARNING, LowRank, check_files, merged_beside
 
@@ -53,7 +52,7 @@ def _written(low: LowRank, copied: Sequence[str], folder: Path) -> dict[str, tor
         ("gpt2", ("attn.c_attn",), ("transformer.h.0.attn.c_attn.bias", "transformer.h.1.attn.c_attn.bias")),
         ("gpt2", ("attn.c_attn",), ("transformer.h.0.attn.c_attn.bias", "transformer.h.0.mlp.c_fc.bias")),
         ("gpt2", ("attn.c_attn",), ("transformer.h.0.ln_1.weight", "transformer.h.1.ln_1.bias")),
-        pytest.param("gpt_oss", ("mlp.router",), ("model.layers.0.mlp.router.bias",), marks=needs("peft", ">=0.20", "routers")),
+        ("gpt_oss", ("mlp.router",), ("model.layers.0.mlp.router.bias",)),
         ("bert", ("query",), ("bert.embeddings.LayerNorm.weight", "bert.embeddings.position_embeddings.weight")),
     ],
     ids=range(7),
@@ -68,7 +67,6 @@ def test_peft_puts_them_in_their_places(name: str, updated: tuple[str, ...], cop
     assert_equal(merged_by_us(folder, update_of(folder, tmp_path / "lora")), truth, low.before)
 
 
-@needs("peft", ">=0.19", "ensure_weight_tying")
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_tied_embedding(name: str, tmp_path: Path) -> None:
     """It is tied again when PEFT loads it: embedding and head change alike, once."""

@@ -11,7 +11,6 @@ import torch
 from surgery.device import on_its_own_terms
 from surgery.format.manifest import Manifest
 from surgery.format.scales import check_scales, read_scales
-from surgery.models.peft_api import too_old_for_experts
 from surgery.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from surgery.progress import Progress, listening
 from surgery.publish.results import publish_adapter
@@ -20,6 +19,7 @@ from surgery.run.output_paths import check_no_model, check_output_path
 from surgery.run.run import Run
 from surgery.updates.peft_adapter import ADAPTER_FILES, PeftAdapter
 from surgery.updates.protocol import ScalesUpdate
+from surgery.updates.writing.single_experts import note_older_peft
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +99,7 @@ def export(
         else:
             adapter = PeftAdapter.of(factorized, manifest, update, progress)
             adapter.write(out, progress)
-        if adapter.adapter.has_single_experts and (older := too_old_for_experts()) is not None:
-            progress.note(f"the adapter changes experts: PEFT loads it from 0.20 on, and here is {older}")
+        note_older_peft(adapter.adapter)
         files, modules, rank = {name: out / name for name in ADAPTER_FILES}, adapter.adapter.modules, adapter.adapter.rank
         publish_adapter(run.upload, files, manifest, factorized, modules=modules, rank=rank)
     return ExportReport(out, "peft", modules, rank, (out / ADAPTER_WEIGHTS).stat().st_size)

@@ -31,6 +31,7 @@ from surgery.source.open import open_part, open_source
 from surgery.source.protocol import Source
 from surgery.timing import Timing
 from surgery.updates.writing.low_rank import AdapterForm, Layout
+from surgery.updates.writing.single_experts import note_older_peft
 
 AdapterDtype = Literal["float32", "bfloat16", "float16"]
 
@@ -269,6 +270,7 @@ def extract(
                 write_result(place, report, identity)
                 _publish(run, place, report, extraction)
     tell_of(report, other.name, results)
+    note_older_peft(adapter)
     return report
 
 

@@ -6,6 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from surgery.models.peft_api import too_old_for_experts
+from surgery.progress import note
+from surgery.updates.writing.adapter import AdapterToWrite
 from surgery.updates.writing.modules import AdaptedModules
 
 #: Families whose experts PEFT takes one by one and puts together as transformers does; measured (docs/training.md).
@@ -36,3 +39,13 @@ def wrong_experts(model: nn.Module, adapted: AdaptedModules) -> tuple[str, str] 
         if len(tensors) != parts * size:
             return first, f"{len(tensors)} of the {parts * size} matrices in {parameter!r}"
     return None
+
+
+def note_older_peft(adapter: AdapterToWrite) -> None:
+    """Tell the user if the installed PEFT ignores the experts that an adapter changes, or cannot load them.
+
+    Older releases take A and B of a stack the other way round; that is right for stacks whose matrices are (in, out).
+    """
+    stacks = any(pair.module.is_stack and not pair.module.is_turned for pair in adapter.pairs)
+    if (adapter.has_single_experts or stacks) and (older := too_old_for_experts()) is not None:
+        note(f"the adapter changes experts: PEFT loads it from 0.20 on, and here is {older}")
