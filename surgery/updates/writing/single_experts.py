@@ -1,4 +1,7 @@
-"""Experts that a checkpoint has one by one and the model stacks: whether PEFT puts adapters of them together rightly."""
+"""Whether PEFT finds the modules of an adapter again when it loads it.
+
+Of experts that a checkpoint has one by one and the model stacks: whether it puts adapters of them together rightly.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from surgery.models.peft_api import lost_layer
 from surgery.updates.writing.modules import AdaptedModules
 
 #: Families whose experts PEFT takes one by one and puts together as transformers does; measured (docs/training.md).
@@ -36,3 +40,13 @@ def wrong_experts(model: nn.Module, adapted: AdaptedModules) -> tuple[str, str] 
         if len(tensors) != parts * size:
             return first, f"{len(tensors)} of the {parts * size} matrices in {parameter!r}"
     return None
+
+
+def lost_module(model: nn.Module | None, adapted: AdaptedModules) -> tuple[str, str] | None:
+    """(key of a tensor, why) of a module that PEFT would leave as it is, with no more than a warning; None if of none."""
+    modules = {module.name: module for module in adapted.modules if module.kind != "expert"}
+    lost = lost_layer(model, modules)
+    if lost is None:
+        return None
+    name, other = lost
+    return modules[name].tensors[0][0].key, f"in {name!r}, which PEFT takes for {other!r} when it loads an adapter"
