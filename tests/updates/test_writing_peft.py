@@ -210,11 +210,13 @@ def test_a_model_that_transformers_does_not_know(tmp_path: Path) -> None:
         LowRank(tmp_path, lambda tensor, shape: True).adapter(AdapterForm("peft"))
 
 
-def test_numbers_too_large_for_the_dtype(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("factor", "what"), [(1e6, "large"), (1e-7, "small")])
+def test_numbers_beyond_the_dtype(factor: float, what: str, tmp_path: Path) -> None:
     low = LowRank(FAMILIES["llama"].save(tmp_path / "m"), lambda tensor, shape: "q_proj" in tensor)
     adapter = low.adapter(AdapterForm("peft", "F16"))
-    with pytest.raises(OptionError, match=r"'model\.layers\.0\.self_attn\.q_proj' has numbers that are too large for F16"):
-        adapter.write(tmp_path, lambda one: tuple(1e6 * half for half in low.halves(one)), {}, Silent())  # type: ignore[arg-type,return-value]
+    message = rf"'model\.layers\.0\.self_attn\.q_proj' has numbers that are too {what} for F16"
+    with pytest.raises(OptionError, match=message):
+        adapter.write(tmp_path, lambda one: tuple(factor * half for half in low.halves(one)), {}, Silent())  # type: ignore[arg-type,return-value]
     assert not (tmp_path / "adapter_model.safetensors").exists()
     assert not (tmp_path / "adapter_config.json").exists()
 
