@@ -56,6 +56,10 @@ def needs(package: str, versions: str, what: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(OLDER and unmet, reason=f"{package} is {found or 'not here'}: {what} needs {versions}")
 
 
+#: Skips a test with tensors in F8_E8M0, the scales of some FP8 checkpoints.
+writes_e8m0 = needs("safetensors", ">=0.6", "writing scales of F8_E8M0")
+
+
 def has(module: str, name: str) -> pytest.MarkDecorator:
     """Skip a test where a module, or its package, lacks a name."""
     package = module.partition(".")[0]

@@ -79,17 +79,16 @@ def tell_of(report: ExtractReport, tuned: str, results: Sequence[ExtractedShard]
     ]
     note_what_is_unlikely(tuned, norms)
     note = listening().note
-    left = [one for one in report.others if one.fate in ("changed", "resized")]
-    if left:
+    if left := [one for one in report.others if one.fate in ("changed", "resized")]:
         most = max(left, key=lambda one: one.change or 0.0)
-        change = "" if most.change is None else f": by {most.change:.2g} of its norm"
-        note(
-            f"{len(left)} tensors have changed and are not in the adapter, most {most.tensor}{change}; "
-            "--full GLOB takes small ones whole, --include makes pairs of matrices"
-        )
+        change = "" if most.change is None else f", by {most.change:.2g} of its norm"
+        many = f"{len(left)} tensors have changed and are not in the adapter, most of all {most.tensor}{change}"
+        one = f"{most.tensor} has changed{change}, and is not in the adapter"
+        hint = "--full GLOB takes small ones whole, --include makes pairs of matrices"
+        note(f"{many if len(left) > 1 else one}; {hint}")
     if gone := [one.tensor for one in report.others if one.fate == "gone"]:
-        note(f"{len(gone)} tensors of the base are not in the tuned model: {few(gone)}")
+        note(f"not in the tuned model, of the tensors of the base: {few(gone)}")
     if report.further:
-        note(f"{len(report.further)} tensors of the tuned model are not in the base: {few(report.further)}")
+        note(f"not in the base, of the tensors of the tuned model: {few(report.further)}")
     if stopped := [one.tensor for one in report.targets if one.rule == "passes"]:
-        note(f"{len(stopped)} of {len(report.targets)} approximations ended before they were good enough: {few(stopped)}")
+        note(f"of {len(report.targets)} approximations these ended before they were good enough: {few(stopped)}")

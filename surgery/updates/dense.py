@@ -182,7 +182,11 @@ class DenseTensors:
         if entry.name in self._weights.quantized and not self.writing.to_dense:
             return self._requantized(piece, weight, device)
         dtype = TORCH_DTYPES[self._dtype_of(entry)]
-        grid = None if weight.dtype == dtype else DtypeGrid(dtype)
+        grid = None
+        if weight.dtype != dtype:
+            # In float32 before anything is added: in a narrower dtype the sum would be rounded once more.
+            weight = weight.float()
+            grid = None if dtype == torch.float32 else DtypeGrid(dtype)
         written = WrittenAs(dtype, self.writing.rounding, lambda index, part: grid)
         updated = self._updated.tensor(weight, entry, piece.first, device, written)
         if dtype != weight.dtype and updated.tensor.numel() and not all_finite(updated.tensor):

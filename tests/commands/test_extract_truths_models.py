@@ -28,7 +28,7 @@ from tests.commands.tuned_models import (
 )
 from tests.families import FAMILIES
 from tests.models import tensors_of
-from tests.releases import needs
+from tests.releases import needs, writes_e8m0
 from tests.truths.models import MODELS
 from tests.truths.peft_side import merged_by_peft, quietly
 from tests.updates.test_writing_diffusion import _pipeline
@@ -76,7 +76,7 @@ def _model(root: Path, name: str) -> Path:
         pytest.param("qwen3_moe", {"uniform": True}, marks=_stacks),
         pytest.param("gpt_oss", {}, marks=_stacks),
         ("llama", {"include": ["*embed_tokens*", "*lm_head*", "*up_proj*"]}),
-        ("tied", {"full": ["*embed_tokens*", "*norm*"]}),
+        pytest.param("tied", {"full": ["*embed_tokens*", "*norm*"]}, marks=needs("peft", ">=0.19", "ensure_weight_tying")),
         ("qwen2_5_vl", {}),
         ("convnext", {"include": ["*pwconv*", "*downsampling*1.weight"]}),
         pytest.param("qwen3_moe", {}, marks=[_stacks, _slow]),
@@ -201,6 +201,7 @@ def test_a_model_that_transformers_does_not_know(tmp_path: Path) -> None:
         extracted(base, tmp_path / "t", tmp_path / "o", rank=3, include=["*.weight"], full=["norm.*"])
 
 
+@needs("diffusers", ">=0.39", "kohya's names of all layers")
 @pytest.mark.parametrize("layout", ["diffusers", "kohya"])
 def test_a_pipeline_loads_it(layout: str, tmp_path: Path) -> None:
     """Convolutions and layers of a UNet, which lies in a folder of the pipeline."""
@@ -352,7 +353,11 @@ def test_fp8(which: str, root: Path, tmp_path: Path) -> None:
         assert told.change == pytest.approx(relative(change, old[told.tensor]), rel=6e-6)
 
 
-@pytest.mark.parametrize("scale", [torch.ones(()), torch.ones(1, 1), torch.ones(()).to(torch.float8_e8m0fnu)], ids=str)
+@pytest.mark.parametrize(
+    "scale",
+    [torch.ones(()), torch.ones(1, 1), pytest.param(torch.ones(()).to(torch.float8_e8m0fnu), marks=writes_e8m0)],
+    ids=str,
+)
 def test_fp8_with_one_scale_for_each_matrix(scale: torch.Tensor, root: Path, tmp_path: Path) -> None:
     """As Mistral's lie on the hub, with scales of activations beside."""
     model = _model(root, "llama")

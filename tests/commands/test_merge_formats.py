@@ -21,7 +21,7 @@ from tests.commands.test_merge import DOWN, SHAPES, Q, delta, save_lora, sha256,
 from tests.families import FAMILIES
 from tests.measure import measured_peak
 from tests.models import files_of, realistic, save_llama, tensors_of
-from tests.releases import needs
+from tests.releases import writes_e8m0
 from tests.weights.test_fp8 import BLOCK, quantize_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -47,9 +47,7 @@ def _distance(tensors: dict[str, torch.Tensor], name: str, truth: torch.Tensor) 
 
 
 @pytest.mark.parametrize("apart", [False, True])
-@pytest.mark.parametrize(
-    "powers_of_two", [False, pytest.param(True, marks=needs("safetensors", ">=0.6", "writing scales of F8_E8M0"))]
-)
+@pytest.mark.parametrize("powers_of_two", [False, pytest.param(True, marks=writes_e8m0)])
 def test_fp8_stays_fp8(apart: bool, powers_of_two: bool, llama: Path, tmp_path: Path) -> None:
     """Each number within a step of the truth, the update kept, and scales that are those of the numbers beside them."""
     base = quantize_model(llama, tmp_path / "base", apart=apart, powers_of_two=powers_of_two)
@@ -182,6 +180,23 @@ def test_everything_in_bfloat16(llama: Path, tmp_path: Path) -> None:
     assert tensors_of(tmp_path / "same").keys() == tensors_of(tmp_path / "plain").keys()
     for name, tensor in tensors_of(tmp_path / "plain").items():
         assert torch.equal(tensors_of(tmp_path / "same")[name], tensor)
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype"), [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.bfloat16, torch.float16)]
+)
+def test_in_a_dtype_with_more_digits(stored: torch.dtype, dtype: torch.dtype, tmp_path: Path) -> None:
+    """The sum is rounded once, to the dtype that is written, and not first to the one that the weight is stored in."""
+    model = save_llama(tmp_path / "m", stored)
+    adapter = save_lora(tmp_path / "a", SHAPES)
+    name = str(dtype).removeprefix("torch.")
+    merge(model, adapter, tmp_path / "o", dtype=name, rounding="nearest", progress=Silent())  # type: ignore[arg-type]
+    before, after = tensors_of(model), tensors_of(tmp_path / "o")
+    for tensor in before:
+        truth = before[tensor].double()
+        if (module := tensor.removesuffix(".weight")) in SHAPES:
+            truth = truth + delta(adapter, module)
+        assert torch.equal(after[tensor], truth.to(dtype)), tensor
 
 
 def test_beyond_the_range_of_float16(tmp_path: Path) -> None:

@@ -20,11 +20,10 @@ from surgery.cli.main import main
 from surgery.commands.verify_folded import verify_folded
 from surgery.progress import Silent
 from tests.models import files_of, save_llama, tensors_of
-from tests.releases import needs
+from tests.releases import writes_e8m0
 from tests.weights.test_fp8 import quantize_model
 
 _BLOCK = (64, 64)
-_WRITES_E8M0 = needs("safetensors", ">=0.6", "writing scales of F8_E8M0")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +34,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_llama(root / "BF16", torch.bfloat16, **settings)
     quantize_model(root / "BF16", root / "F8", block=_BLOCK)
     names = ["BF16", "F8"]
-    if not _WRITES_E8M0.args[0]:
+    if not writes_e8m0.args[0]:
         quantize_model(root / "BF16", root / "F8-E8M0", block=_BLOCK, powers_of_two=True)
         names.append("F8-E8M0")
     for name in names:
@@ -93,7 +92,7 @@ def _check_report(report: surgery.FoldReport, kept: dict[str, tuple[float, float
         ("BF16", 3e-3, 0.89),
         ("BF16", 0.02, 1.0),
         ("F8", 3e-3, 0.5),
-        pytest.param("F8-E8M0", 0.01, 0.7, marks=_WRITES_E8M0),
+        pytest.param("F8-E8M0", 0.01, 0.7, marks=writes_e8m0),
     ],
 )
 def test_what_was_trained_arrives(name: str, size: float, by_nearest: float, small: Path, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from surgery.updates.writing.low_rank import AdapterForm, LowRankTensor
 from surgery.updates.writing.making import adapter_of
 from tests.families import Family
 from tests.models import tensors_of
+from tests.releases import under_names_of
 
 #: PEFT holds the patterns of ranks against modules alone, and says that it ignores those of parameters, which it follows.
 FALSE_WARNING = "ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"
@@ -111,7 +112,7 @@ def merged_beside(family: Family, folder: Path, adapter: Path, out: Path) -> dic
         merged: Any = beside.merge_and_unload()
         torch.testing.assert_close(family.run(merged), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
         merged.save_pretrained(out)
-    return tensors_of(out)
+    return under_names_of(tensors_of(folder), tensors_of(out))
 
 
 def _is_convolution(name: str, shape: tuple[int, ...]) -> bool:

@@ -19,7 +19,7 @@ from surgery.progress import Silent
 from surgery.weights.fp8 import block_scales, dequantize, quantize
 from tests.families import FAMILIES
 from tests.models import files_of, planned, tensors_of
-from tests.releases import needs
+from tests.releases import needs, writes_e8m0
 
 BLOCK = (16, 16)
 
@@ -130,9 +130,7 @@ def test_one_scale_for_all_and_zeros(dtype: torch.dtype, shape: tuple[int, ...])
 
 
 @pytest.mark.parametrize("apart", [False, True])
-@pytest.mark.parametrize(
-    "powers_of_two", [False, pytest.param(True, marks=needs("safetensors", ">=0.6", "writing scales of F8_E8M0"))]
-)
+@pytest.mark.parametrize("powers_of_two", [False, pytest.param(True, marks=writes_e8m0)])
 @pytest.mark.parametrize("name", ["llama", "deepseek_v3", "llama4"])
 def test_there_and_back(name: str, powers_of_two: bool, apart: bool, tmp_path: Path) -> None:
     """Untouched: the same bytes. Changed: the nearest FP8 numbers to the formula, with fresh scales; the rest untouched."""

@@ -49,18 +49,14 @@ _WORDS = {
 }
 
 
-class _Rank(click.ParamType[Any]):
+def _rank(ctx: click.Context, param: click.Parameter, value: str | None) -> int | str | None:
     """A number, or ``auto``."""
-
-    name = "rank"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if value == "auto" or isinstance(value, int):
-            return value
-        try:
-            return int(value)
-        except ValueError:
-            self.fail(f"{value!r} is neither a number nor auto", param, ctx)
+    if value is None or value == "auto":
+        return value
+    try:
+        return int(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is neither a number nor auto") from None
 
 
 @click.command(short_help="Extract a fine-tune as a LoRA adapter.")
@@ -69,7 +65,7 @@ class _Rank(click.ParamType[Any]):
 @click.option("-o", "--out", default="adapter", show_default=True, type=PATH, help="Folder to write.")
 @click.option(
     "--rank",
-    type=_Rank(),
+    callback=_rank,
     metavar="K|auto",
     help="Rank of each weight's pair; auto: the directions above the noise of rounding.  [default: 16]",
 )
