@@ -124,7 +124,13 @@ class Extraction:
                 raise OptionError(f"--full {glob!r} matches no tensor", expected=near_misses(glob, names))
         # What is saved whole is no target.
         apart = replace(extent.options(chosen), exclude=(*chosen.exclude, *options.full))
-        plan = _with_ranks_alone(make_plan(source, apart, "overlay", resources, aliases=aliases))
+        try:
+            plan = _with_ranks_alone(make_plan(source, apart, "overlay", resources, aliases=aliases))
+        except OptionError as error:
+            if options.full and "matched by --exclude" in str(error.got):
+                error.got = str(error.got).replace("--exclude", "--full or --exclude")
+                error.hint = "an adapter needs a pair at least: name what --full takes more closely"
+            raise
         quantized = read_quantization(source.config(), headers, source.name)
         self.weights = ModelWeights(source, lambda: quantized)
         self._entries = {entry.name: entry for header in headers.values() for entry in header.tensors}

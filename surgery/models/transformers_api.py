@@ -144,12 +144,13 @@ def renamed_on_loading(model: nn.Module, names: Iterable[str]) -> Iterator[tuple
     ``shared_experts.``. None where this release has no known interface for that, or no rules for the family.
     """
     try:
-        from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
+        from transformers import conversion_mapping
         from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-        if get_checkpoint_conversion_mapping(str(getattr(model.config, "model_type", None))) is None:
+        rules_of: Any = conversion_mapping.get_checkpoint_conversion_mapping
+        if rules_of(str(getattr(model.config, "model_type", None))) is None:
             return
-        mapping = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+        mapping = conversion_mapping.get_model_conversion_mapping(model)  # type: ignore[arg-type]
         rules = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         renamed = [(name, rename_source_key(name, rules, [])[0]) for name in names]
     except (AttributeError, ImportError, TypeError):
