@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from surgery.engine.resources import Resources
-from surgery.errors import OptionError
+from surgery.errors import OptionError, few
 from surgery.extraction.budget import ranks_of_budget
 from surgery.extraction.records import ExtractedShard, balanced, saved_key
 from surgery.files.access import all_below
@@ -124,7 +124,13 @@ class Extraction:
                 raise OptionError(f"--full {glob!r} matches no tensor", expected=near_misses(glob, names))
         # What is saved whole is no target.
         apart = replace(extent.options(chosen), exclude=(*chosen.exclude, *options.full))
-        plan = _with_ranks_alone(make_plan(source, apart, "overlay", resources, aliases=aliases))
+        try:
+            plan = _with_ranks_alone(make_plan(source, apart, "overlay", resources, aliases=aliases))
+        except OptionError as error:
+            if options.full and "matched by --exclude" in str(error.got):
+                error.got = str(error.got).replace("--exclude", "--full or --exclude")
+                error.hint = "an adapter needs a pair at least: name what --full takes more closely"
+            raise
         quantized = read_quantization(source.config(), headers, source.name)
         self.weights = ModelWeights(source, lambda: quantized)
         self._entries = {entry.name: entry for header in headers.values() for entry in header.tensors}
@@ -246,7 +252,7 @@ class Extraction:
             What has been written, and its files.
 
         Raises:
-            OptionError: nothing has changed, or no direction is above the noise.
+            OptionError: no target has changed, or no direction is above the noise.
         """
         files: dict[str, str] = {}
         for result in results:
@@ -255,16 +261,8 @@ class Extraction:
                 files |= dict.fromkeys(tensors, result.file.file)
         changed = {one.tensor for result in results for one in result.others if one.fate == "changed"}
         saved = [name for name in self.saved if name in changed]
-        if not any(ranks.values()) and not saved:
-            equal = all(not matrix.change for result in results for one in result.targets for matrix in one.matrices)
-            raise OptionError(
-                "there is nothing to extract: "
-                + ("the two models have the same weights" if equal else "no change stands above its noise"),
-                got=f"{len(ranks)} weights were compared",
-                hint="extract from the fine-tuned model, as it was saved with all its digits"
-                if equal
-                else "--rank 8 takes some",
-            )
+        if not any(ranks.values()):
+            raise _nothing(results, bool(saved))
         adapter = self._adapter(ranks, saved)
         # Of a module that is saved all tensors, also those that are as they were.
         copied = {
@@ -311,6 +309,26 @@ class Extraction:
         quantized = self.tuned.weights.quantized.values()
         scales = {name for scaled in quantized for name in (scaled.scale, *scaled.activations)}
         return tuple(name for name in self.tuned.found.further if name not in scales)
+
+
+def _nothing(results: Sequence[ExtractedShard], has_saved: bool) -> OptionError:
+    """The error where there is no pair, without which PEFT has no LoRA adapter; what else has changed is told."""
+    targets = [one for result in results for one in result.targets]
+    others = [one.tensor for result in results for one in result.others if one.fate in ("changed", "resized")]
+    got = f"{len(targets)} weights were compared"
+    if any(matrix.change for one in targets for matrix in one.matrices):
+        return OptionError("there is nothing to extract: no change stands above its noise", got=got, hint="--rank 8 takes some")
+    if not others:
+        hint = "extract from the fine-tuned model, as it was saved with all its digits"
+        return OptionError("there is nothing to extract: the two models have the same weights", got=got, hint=hint)
+    hint = "--include GLOB makes pairs of matrices"
+    if has_saved:
+        hint += ", at least one of which an adapter needs beside what --full holds"
+    return OptionError(
+        "there is nothing to extract: none of the weights that would become pairs has changed",
+        got=f"{got}; changed have {few(others)}",
+        hint=hint,
+    )
 
 
 def _check_same(place: Path, files: Mapping[str, str], first: str, other: str) -> None:

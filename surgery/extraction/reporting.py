@@ -11,6 +11,7 @@ from surgery.extraction.extraction import Extraction
 from surgery.extraction.records import ExtractedShard
 from surgery.extraction.told import ExtractReport, Totals, told_of_other, told_of_target
 from surgery.files.file_records import FileRecord
+from surgery.planning.targets import matches
 from surgery.progress import listening
 from surgery.tuned.likeness import Norms, note_what_is_unlikely
 from surgery.updates.writing.adapter import AdapterToWrite
@@ -42,6 +43,7 @@ def report_of(
     totals = Totals()
     found = {one.tensor: one for result in results for one in result.targets}
     plan, reasons = extraction.plan, {skipped.tensor: skipped.reason for skipped in extraction.plan.skipped}
+    reasons |= {one: "matched by --full" for one in reasons if matches(one, extraction.options.full)}
     targets = tuple(told_of_target(target, found[target.tensor], ranks[target.tensor], totals) for target in plan.targets)
     others = tuple(
         told_of_other(
@@ -84,7 +86,7 @@ def tell_of(report: ExtractReport, tuned: str, results: Sequence[ExtractedShard]
         change = "" if most.change is None else f", by {most.change:.2g} of its norm"
         many = f"{len(left)} tensors have changed and are not in the adapter, most of all {most.tensor}{change}"
         one = f"{most.tensor} has changed{change}, and is not in the adapter"
-        hint = "--full GLOB takes small ones whole, --include makes pairs of matrices"
+        hint = "--full GLOB takes small ones whole, --include GLOB chooses the matrices that become pairs"
         note(f"{many if len(left) > 1 else one}; {hint}")
     if gone := [one.tensor for one in report.others if one.fate == "gone"]:
         note(f"not in the tuned model, of the tensors of the base: {few(gone)}")

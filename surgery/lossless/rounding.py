@@ -64,6 +64,19 @@ def times_power_of_two(x: torch.Tensor, exponent: int) -> torch.Tensor:
         return x * 2.0**exponent
 
 
+def is_vanished(exact: torch.Tensor, rounded: torch.Tensor) -> bool:
+    """Whether numbers are mostly below what their new dtype can hold, so that rounding took a hundredth of their norm or more.
+
+    Numbers in its range lose a fourth of that at most, in bfloat16.
+
+    Args:
+        exact: float32 or float64, any shape.
+        rounded: the same in another dtype.
+    """
+    lost = torch.linalg.vector_norm(rounded.to(exact.dtype) - exact, dtype=torch.float64)
+    return bool(lost > 0.01 * torch.linalg.vector_norm(exact, dtype=torch.float64))
+
+
 def check_dense(tensor: torch.Tensor, name: str) -> None:
     """Refuse a tensor that is not a dense tensor of real floating-point numbers in memory.
 

@@ -6,12 +6,13 @@ Tried with PEFT 0.18.0 to 0.21.2 (docs/compatibility.md has which). PEFT itself 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from importlib import metadata
 from typing import Any
 
 from torch import nn
 
-from surgery.models.transformers_api import family_of_conversion, is_from_transformers
+from surgery.models.transformers_api import family_of_conversion, is_from_transformers, renamed_on_loading
 
 #: The first release that merges adapters of single experts, as transformers stacks these.
 LOADS_EXPERTS = (0, 20)
@@ -29,6 +30,20 @@ def taken_for_experts(model: nn.Module | None) -> tuple[str, ...]:
     family = family_of_conversion(model)
     is_itself = family == getattr(config, "model_type", None) == "qwen2_moe"
     return () if is_itself else _TAKEN_FOR_EXPERTS.get(family, ())
+
+
+def lost_layer(model: nn.Module | None, modules: Iterable[str]) -> tuple[str, str] | None:
+    """(module, the name by which PEFT looks for it) of the first that is not found when an adapter is loaded; None if all are.
+
+    Since 0.19 PEFT renames the keys of an adapter as transformers does those of a checkpoint, but for a prefix that is lost.
+    """
+    if model is None or not is_from_transformers(model):
+        return None
+    keys = {f"{module}.lora_A.default.weight": module for module in modules}
+    for key, other in renamed_on_loading(model, keys):
+        if not key.endswith(other):
+            return keys[key], other.partition(".lora_A.")[0]
+    return None
 
 
 def too_old_for_experts() -> str | None:

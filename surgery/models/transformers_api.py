@@ -137,6 +137,27 @@ def _as_named(names: Mapping[str, Any], tensors: Iterable[str], prefix: str, why
     return found
 
 
+def renamed_on_loading(model: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """(name, what it becomes) for names inside a model that transformers renames when it loads a checkpoint.
+
+    A rule for the names of a checkpoint may fit those of the model as well: one of Laguna's makes ``shared_experts..`` of
+    ``shared_experts.``. None where this release has no known interface for that, or no rules for the family.
+    """
+    try:
+        from transformers import conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+        rules_of: Any = conversion_mapping.get_checkpoint_conversion_mapping
+        if rules_of(str(getattr(model.config, "model_type", None))) is None:
+            return
+        mapping = conversion_mapping.get_model_conversion_mapping(model)  # type: ignore[arg-type]
+        rules = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        renamed = [(name, rename_source_key(name, rules, [])[0]) for name in names]
+    except (AttributeError, ImportError, TypeError):
+        return
+    yield from ((name, other) for name, other in renamed if other != name)
+
+
 def family_of_conversion(model: nn.Module) -> str:
     """The family by whose rules transformers converts a model's experts on loading: its own, or one that it is like."""
     config: Any = model.config

@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from surgery.engine.resources import Memory, Resources
-from surgery.errors import FormatError, OptionError, SourceError, few
-from surgery.format.header import Header, TensorEntry
+from surgery.errors import OptionError, SourceError, few
+from surgery.format.header import Header
 from surgery.format.manifest_records import Alias, LeftOutRecord, SkippedRecord
 from surgery.format.options import Options
-from surgery.format.safetensors import ShardReader, same_bytes
 from surgery.names import SCALES_METADATA_KEY, is_of_lora
 from surgery.planning.aliases import find_aliases
 from surgery.planning.memory import CORRECTION_BYTES, collected_bytes, need_to_factorize, share_out
@@ -21,6 +20,7 @@ from surgery.planning.recipes import Recipe, find_recipe, recipe_for_family
 from surgery.planning.summary import PlannedTarget, PlanSummary
 from surgery.planning.targets import Model, Skipped, Target, check_globs, choose, matches
 from surgery.reports import Report
+from surgery.source.copies import copies_of
 from surgery.source.protocol import Source, check_index
 from surgery.weights.quantization import read_quantization
 
@@ -266,32 +266,13 @@ def _all_names(headers: Mapping[str, Header], source: Source) -> tuple[list[str]
     """The names of all tensors; and, for each tensor that is in several shards, these shards.
 
     Loaders take the copy that they read last. So the copies must be equal, and are no target: they stay unchanged, and the one
-    that a loader takes is right. Their bytes are compared if all files are on this machine, else what the headers say of them.
+    that a loader takes is right.
 
     Raises:
         FormatError: copies differ.
     """
-    places: dict[str, dict[str, TensorEntry]] = {}
-    for shard, header in headers.items():
-        for entry in header.tensors:
-            places.setdefault(entry.name, {})[shard] = entry
-    twice = {name: copies for name, copies in places.items() if len(copies) > 1}
-    for name, copies in twice.items():
-        (first, one), *others = copies.items()
-        for shard, other in others:
-            alike = (one.dtype, one.shape) == (other.dtype, other.shape)
-            if not alike or (source.bytes_to_fetch() == 0 and not _equal(source, first, one, shard, other)):
-                raise FormatError(
-                    f"{source.name}: {name!r} is in two shards, and not the same in both",
-                    got=f"{first} and {shard}",
-                    hint="take it out of the one that is not meant",
-                )
-    return list(places), {name: list(copies) for name, copies in twice.items()}
-
-
-def _equal(source: Source, first: str, one: TensorEntry, second: str, other: TensorEntry) -> bool:
-    with ShardReader(source.fetch(first), name=first) as left, ShardReader(source.fetch(second), name=second) as right:
-        return same_bytes(left, one, right, other)
+    places = copies_of(source, headers)
+    return list(places), {name: shards for name, shards in places.items() if len(shards) > 1}
 
 
 def _tied_to(copies: Mapping[str, list[str]], aliases: Mapping[str, tuple[Alias, ...]]) -> set[str]:

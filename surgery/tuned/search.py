@@ -14,6 +14,7 @@ from surgery.format.name_map import NameMap, find_names, note_renamed, without_w
 from surgery.names import FACTORIZABLE_DTYPES, is_of_lora
 from surgery.progress import note
 from surgery.source.component import config_folder
+from surgery.source.copies import copies_of
 from surgery.source.protocol import Source
 from surgery.tuned.conversion import Converted, Part, StoredModel, convert
 from surgery.tuned.model import FoundTensors, TunedModel
@@ -73,6 +74,7 @@ def find_tuned(source: Source, original: Original) -> TunedModel:
     Raises:
         SourceError: a tensor is missing, has another shape or a dtype that weights cannot have, or could be either of two in
             the file.
+        FormatError: a tensor is in two weight files, and not the same in both.
     """
     return _TunedSearch(source, original).model()
 
@@ -87,6 +89,7 @@ class _TunedSearch:
         headers = {shard: source.header(shard) for shard in source.selection.shards}
         quantized = read_quantization(source.config(), headers, source.name)
         self._weights = StudiedWeights(source, lambda: quantized)
+        copies_of(source, headers)
         self._places = {entry.name: (shard, entry) for shard, header in headers.items() for entry in header.tensors}
 
     def model(self) -> TunedModel:

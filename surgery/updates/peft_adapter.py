@@ -23,12 +23,13 @@ from surgery.updates.writing.adapter import AdapterToWrite, Halving
 from surgery.updates.writing.low_rank import AdapterForm, LowRankTensor, Refusal
 from surgery.updates.writing.modules import Finding, Halved
 from surgery.updates.writing.peft_layout import in_peft_layout
-from surgery.updates.writing.single_experts import wrong_experts
+from surgery.updates.writing.single_experts import lost_module, wrong_experts
 
 #: What an adapter consists of.
 ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 _REFUSAL = Refusal(
-    "exported as LoRA", "fold instead: surgery fold gives standard weights for any model. Or factorize without it: --exclude"
+    "exported as LoRA",
+    "fold instead: surgery fold gives standard weights for any model. Or factorize without it: --exclude GLOB",
 )
 
 
@@ -60,7 +61,8 @@ class PeftAdapter:
             places = {} if model is None else places_of(model, manifest)
             tensors = [_low_rank(target) for target in manifest.targets]
             adapted = Finding(_REFUSAL, single_experts=True, layers_only=True).modules(model, tensors, places)
-            if model is not None and (wrong := wrong_experts(model, adapted)) is not None:
+            wrong = None if model is None else wrong_experts(model, adapted) or lost_module(model, adapted)
+            if wrong is not None:
                 raise _REFUSAL.of(*wrong)
         held = {one.key for module in adapted.modules for one, _ in module.tensors}
         for target in manifest.targets:

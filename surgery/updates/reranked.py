@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from surgery.errors import OptionError
-from surgery.lossless.rounding import all_finite, round_once
+from surgery.lossless.rounding import all_finite, is_vanished, round_once
 
 _EPSILON = torch.finfo(torch.float64).eps
 #: Units of rounding by which a sum of squares may miss its share.
@@ -77,7 +77,7 @@ def reranked(
         name: of the module, for messages.
 
     Raises:
-        OptionError: a new half is beyond the range of its dtype.
+        OptionError: a new half is beyond the range of its dtype, above or below.
     """
     left, inner_left = torch.linalg.qr(B.double())
     right, inner_right = torch.linalg.qr(A.double().mT)
@@ -90,11 +90,10 @@ def reranked(
     k = wanted.of(squares, own)
     roots = s[:, None, :].sqrt()
     left, right = (left @ U) * roots, (right @ Vh.mT) * roots
-    halves = [
-        round_once(half.contiguous(), dtype) for half, dtype in zip((right[..., :k].mT, left[..., :k]), dtypes, strict=True)
-    ]
-    for half, dtype in zip(halves, dtypes, strict=True):
-        if half.numel() and not all_finite(half):
+    exact = [right[..., :k].mT.contiguous(), left[..., :k].contiguous()]
+    halves = [round_once(half, dtype) for half, dtype in zip(exact, dtypes, strict=True)]
+    for half, wide, dtype in zip(halves, exact, dtypes, strict=True):
+        if half.numel() and (not all_finite(half) or is_vanished(wide, half)):
             raise OptionError(f"the update of {name!r} is beyond the range of {dtype}", hint="--dtype float32")
     new_A, new_B = halves
     # New minus old is (B' - B) A' + B (A' - A) - the directions that are left out: each small, so that nothing cancels.

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -639,6 +640,41 @@ def test_equal_models(llama: Path, tmp_path: Path) -> None:
         with pytest.raises(OptionError, match="there is nothing to extract: the two models have the same weights"):
             extract(llama, same, tmp_path / "o", **options, progress=Silent())
         assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(("full", "hint"), [([], "pairs of matrices$"), (["*norm*"], "at least one of which")])
+def test_nothing_but_norms_has_changed(full: list[str], hint: str, llama: Path, tmp_path: Path) -> None:
+    """The models are not called equal; PEFT has no LoRA adapter without a pair."""
+    tensors = {name: one * 1.5 if name == NORM else one for name, one in tensors_of(llama).items()}
+    tuned = save_sharded(tmp_path / "tuned", tensors, 2, llama / "config.json")
+    with pytest.raises(OptionError, match="none of the weights that would become pairs has changed") as error:
+        extract(llama, tuned, tmp_path / "o", rank=4, full=full, progress=Silent())
+    assert f"changed have {NORM}" in str(error.value)
+    assert re.search(hint, str(error.value.hint))
+    assert not (tmp_path / "o").exists()
+
+
+def test_everything_is_to_be_whole(llama: Path, tuned: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="takes no tensor") as error:
+        extract(llama, tuned, tmp_path / "o", full=["*"], progress=Silent())
+    assert "matched by --full" in str(error.value.got)
+    assert "--full" in str(error.value.hint)
+
+
+@pytest.mark.parametrize("has_index", [True, False])
+def test_a_tensor_in_two_files_of_the_tuned_model(has_index: bool, llama: Path, tuned: Path, tmp_path: Path) -> None:
+    """Copies that are equal are one; nothing tells which of two others is meant."""
+    twice = save_sharded(tmp_path / "twice", tensors_of(tuned), 2, llama / "config.json")
+    if not has_index:
+        (twice / "model.safetensors.index.json").unlink()
+    first, second = (twice / f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+    name = min(load_file(first))
+    for added in (0, 1):
+        save_file(load_file(second) | {name: load_file(first)[name] + added}, second, metadata={"format": "pt"})
+        if not added:
+            extract(llama, twice, tmp_path / "o", rank=4, progress=Silent())
+    with pytest.raises(FormatError, match=f"{name}' is in two shards, and not the same in both"):
+        extract(llama, twice, tmp_path / "o2", rank=4, progress=Silent())
 
 
 def test_two_models_that_have_nothing_in_common(llama: Path, tmp_path: Path) -> None:

@@ -208,10 +208,30 @@ def test_a_model_that_transformers_does_not_know(tmp_path: Path) -> None:
         LowRank(tmp_path, lambda tensor, shape: True).adapter(AdapterForm("peft"))
 
 
-def test_numbers_too_large_for_the_dtype(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("factor", "what"), [(1e6, "large"), (1e-7, "small")])
+def test_numbers_beyond_the_dtype(factor: float, what: str, tmp_path: Path) -> None:
     low = LowRank(FAMILIES["llama"].save(tmp_path / "m"), lambda tensor, shape: "q_proj" in tensor)
     adapter = low.adapter(AdapterForm("peft", "F16"))
-    with pytest.raises(OptionError, match=r"'model\.layers\.0\.self_attn\.q_proj' has numbers that are too large for F16"):
-        adapter.write(tmp_path, lambda one: tuple(1e6 * half for half in low.halves(one)), {}, Silent())  # type: ignore[arg-type,return-value]
+    message = rf"'model\.layers\.0\.self_attn\.q_proj' has numbers that are too {what} for F16"
+    with pytest.raises(OptionError, match=message):
+        adapter.write(tmp_path, lambda one: tuple(factor * half for half in low.halves(one)), {}, Silent())  # type: ignore[arg-type,return-value]
     assert not (tmp_path / "adapter_model.safetensors").exists()
     assert not (tmp_path / "adapter_config.json").exists()
+
+
+@pytest.mark.skipif(not hasattr(hf, "LagunaConfig"), reason="this release has no Laguna")
+def test_a_layer_that_peft_would_lose_on_loading(tmp_path: Path) -> None:
+    """PEFT renames keys as transformers does those of a checkpoint; one of Laguna's rules fits the model's own name too."""
+    torch.manual_seed(0)
+    sizes = {**DECODER, "num_experts": 4, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 24}
+    model = hf.LagunaForCausalLM(hf.LagunaConfig(**sizes, moe_intermediate_size=24, head_dim=8))
+    model.save_pretrained(tmp_path / "m")
+    adapted: Any = peft.get_peft_model(model, peft.LoraConfig(target_modules=["shared_experts.up_proj"]))
+    adapted.save_pretrained(tmp_path / "of_peft")
+    fresh = hf.LagunaForCausalLM.from_pretrained(tmp_path / "m")
+    with pytest.warns(UserWarning, match=r"missing adapter keys.*shared_experts\.up_proj"):
+        peft.PeftModel.from_pretrained(fresh, str(tmp_path / "of_peft"))
+    low = LowRank(tmp_path / "m", lambda tensor, shape: "shared_expert" in tensor and "up_proj" in tensor)
+    with pytest.raises(OptionError, match=r"shared_experts\.up_proj', which PEFT takes for") as error:
+        low.adapter(AdapterForm("peft"))
+    assert "--exclude 'model.layers.*.mlp.shared_expert.up_proj.weight'" in str(error.value)

@@ -194,7 +194,7 @@ def _table(targets: Sequence[ExtractedTarget]) -> str:
         ]
         for name, some in groups.items()
     ]
-    head = ("weights", "number", "rank", "change", "kept", "left", "above noise")
+    head = ("weights", "number", "rank", "change", "kept", "error", "above noise")
     return table(head, rows, flush_right=(1, 2, 3, 4, 5, 6), names=(0,))
 
 

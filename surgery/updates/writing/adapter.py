@@ -16,7 +16,7 @@ from surgery.files.file_records import FileRecord
 from surgery.files.file_writer import FileWriter, sync_directory
 from surgery.format.header import TensorEntry, make_header
 from surgery.format.safetensors import TORCH_DTYPES
-from surgery.lossless.rounding import all_finite
+from surgery.lossless.rounding import all_finite, is_vanished
 from surgery.memory import bytes_of
 from surgery.names import ADAPTER_CONFIG, DTYPE_BITS
 from surgery.progress import Progress, phase
@@ -109,7 +109,7 @@ class AdapterToWrite:
 
         Raises:
             OutputError: the disk is full or fails.
-            OptionError: a number of the update is too large for the dtype.
+            OptionError: numbers of the update are too large or too small for the dtype.
         """
         return self.write_halved(out, lambda one: Halved(*halves(one)), copied, progress)
 
@@ -180,9 +180,11 @@ class AdapterToWrite:
         if pair.scaling != 1:
             half = half / math.sqrt(pair.scaling)
         rounded = half.to(TORCH_DTYPES[self.dtype])
-        if not all_finite(rounded):
+        is_large = not all_finite(rounded)
+        if is_large or is_vanished(half, rounded):
             raise OptionError(
-                f"the update of {module_key(pair.module)!r} has numbers that are too large for {self.dtype}",
+                f"the update of {module_key(pair.module)!r} has numbers that are too {'large' if is_large else 'small'} "
+                f"for {self.dtype}",
                 got=f"{half.abs().max().item():g}",
                 hint="write the adapter in a dtype with a larger range, such as bfloat16 or float32",
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -9,6 +10,7 @@ from typing import Literal, Protocol
 import torch
 
 from surgery.errors import OptionError
+from surgery.escapes import quoted
 from surgery.format.views import Kind, Slice
 from surgery.names import target_key
 
@@ -90,7 +92,7 @@ class Refusal:
 
     Attributes:
         what: cannot be done to it.
-        hint: what to do instead.
+        hint: what to do instead; GLOB stands for the tensor and those of other blocks whose names differ in numbers alone.
     """
 
     what: str
@@ -98,4 +100,5 @@ class Refusal:
 
     def of(self, key: str, got: str) -> OptionError:
         """The error for a tensor; ``got`` says what it is."""
-        return OptionError(f"{key!r} cannot be {self.what}", got=got, hint=self.hint)
+        alike = re.sub(r"(?<=\.)\d+(?=\.)", "*", key.partition("[")[0])
+        return OptionError(f"{key!r} cannot be {self.what}", got=got, hint=self.hint.replace("GLOB", quoted(alike)))

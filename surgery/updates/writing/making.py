@@ -17,10 +17,10 @@ from surgery.updates.writing.diffusion_layouts import check_component, in_diffus
 from surgery.updates.writing.low_rank import AdapterForm, LowRankTensor, Refusal
 from surgery.updates.writing.modules import AdaptedModules, Finding
 from surgery.updates.writing.peft_layout import in_peft_layout
-from surgery.updates.writing.single_experts import wrong_experts
+from surgery.updates.writing.single_experts import lost_module, wrong_experts
 from surgery.updates.writing.whole import whole_tensors
 
-_REFUSAL = Refusal("written as LoRA", "leave it out: --exclude; or keep the tuned checkpoint itself")
+_REFUSAL = Refusal("written as LoRA", "leave it out: --exclude GLOB; or keep the tuned checkpoint itself")
 
 
 def adapter_of(
@@ -59,6 +59,8 @@ def adapter_of(
         places[one.tensor] = places[held]
     adapted = _adapted(model, tensors, places, single_experts=form.uniform_rank)
     whole = whole_tensors(copied, model, places, {module.name for module in adapted.modules})
+    if (lost := lost_module(model, adapted)) is not None:
+        raise _REFUSAL.of(*lost)
     if any(module.kind == "expert" for module in adapted.modules):
         return in_peft_layout(adapted, form, whole=whole)  # which PEFT finds by the last parts of their names
     every = (name.rpartition(".")[0] for name in shapes) if model is None else (name for name, _ in model.named_modules())

@@ -1,4 +1,7 @@
-"""Experts that a checkpoint has one by one and the model stacks: whether PEFT puts adapters of them together rightly."""
+"""Whether PEFT finds the modules of an adapter again when it loads it.
+
+Of experts that a checkpoint has one by one and the model stacks: whether it puts adapters of them together rightly.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from surgery.models.peft_api import too_old_for_experts
+from surgery.models.peft_api import lost_layer, too_old_for_experts
 from surgery.progress import note
 from surgery.updates.writing.adapter import AdapterToWrite
 from surgery.updates.writing.modules import AdaptedModules
@@ -49,3 +52,13 @@ def note_older_peft(adapter: AdapterToWrite) -> None:
     stacks = any(pair.module.is_stack and not pair.module.is_turned for pair in adapter.pairs)
     if (adapter.has_single_experts or stacks) and (older := too_old_for_experts()) is not None:
         note(f"the adapter changes experts: PEFT loads it from 0.20 on, and here is {older}")
+
+
+def lost_module(model: nn.Module | None, adapted: AdaptedModules) -> tuple[str, str] | None:
+    """(key of a tensor, why) of a module that PEFT would leave as it is, with no more than a warning; None if of none."""
+    modules = {module.name: module for module in adapted.modules if module.kind != "expert"}
+    lost = lost_layer(model, modules)
+    if lost is None:
+        return None
+    name, other = lost
+    return modules[name].tensors[0][0].key, f"in {name!r}, which PEFT takes for {other!r} when it loads an adapter"
