@@ -81,9 +81,16 @@ for command in (
     ["scales", "show", out / "s.safetensors"], ["plan", out / "m", "--rank", "2", "--include", "*"],
     ["factorize", out / "m", "--layout", "overlay", "--rank", "2", "--include", "*", "-o", out / "o"],
     ["fold", out / "o", out / "o/surgery/scales.safetensors", "--base", out / "m", "-o", out / "back"],
+    ["extract", out / "m", out / "other", "--include", "*", "--rank", "4", "-o", out / "lora"],
+    ["resize", out / "lora", "--rank", "3", "-o", out / "small"], ["merge", out / "m", out / "small", "-o", out / "merged"],
 ):
     main([str(part) for part in command], standalone_mode=False)
 assert main(["plan", "acme/missing-client"], standalone_mode=False) == 1
+for name in ("m", "other"):
+    (out / name / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+command = ["extract", out / "m", out / "other", "--include", "*", "-o", out / "none"]
+assert main([str(part) for part in command], standalone_mode=False) == 1
+assert not (out / "none").exists()
 assert (out / "same/model.safetensors").read_bytes() == (out / "m/model.safetensors").read_bytes()
 assert (out / "back/model.safetensors").read_bytes() == (out / "m/model.safetensors").read_bytes()
 """
@@ -111,6 +118,7 @@ def test_local_folders_need_no_hub_client(tmp_path: Path) -> None:
     done = _child(_NET + _EVERYTHING, tmp_path, blocked=blocked)
     assert done.returncode == 0, done.stderr
     assert "Error: the hub's client, huggingface_hub, cannot be imported" in done.stderr
+    assert "Error: names of modules are found with transformers, which is not installed" in done.stderr
     assert "Traceback" not in done.stderr
 
 

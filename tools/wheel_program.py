@@ -25,7 +25,17 @@ assert_type(surgery.plan("model", options=options).options, surgery.Options)
 assert_type(surgery.fold("factorized", "scales.safetensors", "folded"), surgery.FoldReport)
 assert_type(surgery.fold("factorized", {"w": torch.ones(16)}).changed, int)
 assert_type(surgery.export("factorized", Path("scales.safetensors"), "adapter"), surgery.ExportReport)
+assert_type(surgery.verify_folded("factorized", "folded", "scales.safetensors"), surgery.FoldCheck)
+
+# Adapters.
+assert_type(surgery.merge("model", ["adapter", Path("another")], "merged", weights=[0.5, 0.5]), surgery.MergeReport)
+assert_type(surgery.plan_merge("model", "adapter"), surgery.MergePlan)
+assert_type(surgery.extract("model", Path("tuned"), "adapter", rank="auto", full=["*norm*"]), surgery.ExtractReport)
+assert_type(surgery.extract("model", "tuned", budget=1000, layout="kohya", options=options).kept, float | None)
+assert_type(surgery.plan_extract("model", "tuned", energy=0.9, include=["*.q_proj.weight"]), surgery.ExtractPlan)
 assert_type(surgery.resize("adapter", Path("resized"), rank=8), surgery.ResizeReport)
+
+# Look at results.
 assert_type(surgery.inspect("factorized").manifest, surgery.Manifest)
 assert_type(surgery.inspect("factorized").as_json(), dict[str, Any])
 assert_type(surgery.verify("factorized"), surgery.VerifyReport)
@@ -82,6 +92,8 @@ surgery.Options(rank="16")  # type: ignore[arg-type]
 surgery.spectra("model", rank=16)  # type: ignore[call-arg]
 surgery.plan("model", include="*.q_proj.weight")  # type: ignore[arg-type]
 surgery.fold("factorized")  # type: ignore[call-arg]
+surgery.extract("model", "tuned", rank="most")  # type: ignore[arg-type]
+surgery.resize("adapter", "resized", rank="auto")  # type: ignore[arg-type]
 surgery.fold("factorized", {"w": 1.0}, "folded")  # type: ignore[dict-item]
 surgery.truncated_svd([[1.0]], 1)  # type: ignore[arg-type]
 surgery.attach(torch.ones(3), "factorized")  # type: ignore[arg-type]

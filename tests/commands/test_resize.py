@@ -58,11 +58,12 @@ def test_what_is_written_and_what_the_command_says(lora: Path, tmp_path: Path) -
     assert report.kept_least_in in {one.module for one in report.modules if one.kept == report.kept_least}
 
     done = _run(lora, "--rank", 2, "-o", tmp_path / "b")
-    *rows, last = done.output.splitlines()
+    rows, last = done.stdout.splitlines(), done.stderr
     assert rows[0].split() == ["modules", "number", "before", "rank", "kept"]
     assert [row.split()[:4] for row in rows[2:4]] == [[f"model.layers.*.self_attn.{x}_proj", "3", "8", "2"] for x in "qv"]
     assert f"6 modules, rank 8 -> 2, {100 * report.kept:.1f} % of the update kept (least" in last  # type: ignore[operator]
-    assert _run(lora, "--rank", 2, "-o", tmp_path / "c", "--quiet").output == ""
+    quiet = _run(lora, "--rank", 2, "-o", tmp_path / "c", "--quiet")
+    assert quiet.stdout == quiet.stderr == ""
     told = json.loads(_run(lora, "--rank", 2, "-o", tmp_path / "d", "--json").stdout)
     assert told["modules"][0] == report.as_json()["modules"][0]
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b") == files_of(tmp_path / "c") == files_of(tmp_path / "d")
