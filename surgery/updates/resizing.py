@@ -287,10 +287,12 @@ class _Resizing:
         return rows // rank if type(rank) is int and 0 < rank <= rows else 1  # what is no rank is refused with its alpha
 
     def _tell_of_smaller(self) -> None:
+        if zeros := [one.update.module for one in self.found if not one.new.own]:
+            note(f"zero, and of rank 1 in the file, are of {len(self.found)} updates: {few(zeros)}")
         most = self._options.wanted.most
         if most is None or self._options.wanted.energy is not None:
             return
-        smaller = [one for one in self.found if one.new.own < most]
+        smaller = [one for one in self.found if 0 < one.new.own < most]
         if smaller:
             lowest = min(smaller, key=lambda one: one.new.own)
             note(

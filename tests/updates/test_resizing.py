@@ -169,14 +169,17 @@ def test_a_smaller_rank_of_its_own_and_none(tmp_path: Path) -> None:
     report = surgery.resize(tmp_path / "lora", tmp_path / "out", rank=64, progress=heard)
     found = {one.module: (one.rank, one.kept) for one in report.modules}
     assert found == {"a.full": (5, 1), "a.low": (2, 1), "a.off": (1, None), "a.zero": (1, None)}
-    assert heard.notes == ["4 of 4 updates have a rank below 64 and keep their own (least: 1, a.off)"]
+    assert heard.notes == [
+        "zero, and of rank 1 in the file, are of 4 updates: a.off, a.zero",
+        "2 of 4 updates have a rank below 64 and keep their own (least: 2, a.low)",
+    ]
     new = load_file(tmp_path / "out" / _WEIGHTS)
     for module in ("off", "zero"):
         for half, shape in (("A", (1, 12)), ("B", (9, 1))):
             assert torch.equal(new[f"base_model.model.a.{module}.lora_{half}.weight"], torch.zeros(shape))
     only = {name: tensor for name, tensor in tensors.items() if ".zero." in name}
     save_file(only, tmp_path / "lora" / _WEIGHTS)
-    nothing = surgery.resize(tmp_path / "lora", tmp_path / "none", energy=0.5)
+    nothing = surgery.resize(tmp_path / "lora", tmp_path / "none", energy=0.5, progress=heard)
     assert (nothing.rank, nothing.kept, nothing.kept_least, nothing.error) == (1, None, None, None)
 
 
