@@ -183,7 +183,6 @@ def test_home_folders_in_every_path(home: Path, llama: Path) -> None:
         "folded",
         "folded2",
         "merged",
-        "extracted",
         "copy",
         "projected.safetensors",
         "blended.safetensors",
