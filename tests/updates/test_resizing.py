@@ -206,6 +206,7 @@ def test_all_else_keeps_its_bytes(tmp_path: Path) -> None:
             assert (new[B].double() @ new[name].double() - expected).norm() <= 2**-8 * expected.norm()
     with safe_open(tmp_path / "out" / _WEIGHTS, "pt") as file:
         assert file.metadata() == {"format": "pt"}
+    old = {name: tensor.clone() for name, tensor in old.items()}  # older releases map the file, which is written to here
     for number in (1e15, 1e-20):
         old[next(name for name in sorted(halves) if "lora_B" in name)].fill_(number)
         save_file(old, adapter / _WEIGHTS)
