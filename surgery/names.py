@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Literal
 
 FORMAT_VERSION = 1
 
@@ -64,6 +66,11 @@ DTYPE_BITS = {
     "I8": 8, "U8": 8, "BOOL": 8,
     "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
+
+#: The dtypes that weights and adapters are written in on demand, as torch and configs name them.
+Dtype = Literal["bfloat16", "float16", "float32"]
+#: What the format calls them.
+DTYPES: Mapping[str, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 #: Dtypes whose weights can be factorized and recovered bit for bit.
 FACTORIZABLE_DTYPES = ("BF16", "F16", "F32")

@@ -300,7 +300,6 @@ WRONG: dict[str, list[Any]] = {
     "Layout": ["both", "", 3, True, ["residual"], b"residual", object()],
     "EngineName": ["slurm", "", 3, ["ray"], object()],
     "Rounding": ["up", "", 3, ["nearest"], object()],
-    "AdapterDtype": ["int8", "", 3, torch.bfloat16, object()],
     "Rank": ["many", "", 4.5, True, [1], object()],
     "Dtype": ["int8", "", 3, torch.bfloat16, object()],
     "str | Path | Sequence[str | Path]": [3, [1], [None], [""], {"a": 1}, "", object()],

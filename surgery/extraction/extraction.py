@@ -20,13 +20,13 @@ from surgery.files.access import all_below
 from surgery.files.file_records import FileRecord
 from surgery.format.header import TensorEntry
 from surgery.format.options import Options
-from surgery.format.safetensors import ShardReader, same_bytes
+from surgery.format.safetensors import DTYPE_NAMES, TORCH_DTYPES, ShardReader, same_bytes
 from surgery.lossless.factors import Factors
 from surgery.names import ADAPTER_CONFIG, EXTRACTION_FILE, FACTORIZABLE_DTYPES, PARTS_DIR, factor_key
 from surgery.planning.extents import Extent
 from surgery.planning.memory import known_bytes, need_to_compare, need_to_extract, share_out
 from surgery.planning.plan import AliasSearch, Plan, make_plan
-from surgery.planning.targets import matches, near_misses
+from surgery.planning.targets import check_all_match, matches
 from surgery.progress import listening, phase
 from surgery.run.factorization import target_identity
 from surgery.run.result_folder import ResultFiles
@@ -36,7 +36,7 @@ from surgery.tuned.model import TunedModel
 from surgery.tuned.search import Original, find_tuned
 from surgery.updates.writing.adapter import AdapterToWrite
 from surgery.updates.writing.low_rank import AdapterForm, LowRankTensor
-from surgery.updates.writing.making import adapter_of
+from surgery.updates.writing.making import AdaptableModel
 from surgery.version import __version__
 from surgery.weights.model import ModelWeights
 from surgery.weights.quantization import Scaled, read_quantization
@@ -77,14 +77,10 @@ class SavedTensor:
 
     def read(self) -> torch.Tensor:
         """Its numbers, on the CPU."""
-        stored = _TORCH[self.dtype]
+        stored = TORCH_DTYPES[self.dtype]
         with ShardReader(self.path) as reader:
             data = reader.read_bytes(reader.entries[saved_key(self.tensor)])
         return data[: math.prod(self.shape) * stored.itemsize].view(stored).reshape(self.shape)
-
-
-_TORCH = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_NAMES = {dtype: name for name, dtype in _TORCH.items()}
 
 
 class Extraction:
@@ -119,9 +115,7 @@ class Extraction:
         extent, chosen = options.extent, options.chosen
         headers = {shard: source.header(shard) for shard in source.selection.shards}
         names = [entry.name for header in headers.values() for entry in header.tensors]
-        for glob in options.full:
-            if not matches_any(names, glob):
-                raise OptionError(f"--full {glob!r} matches no tensor", expected=near_misses(glob, names))
+        check_all_match("--full", options.full, names)
         # What is saved whole is no target.
         apart = replace(extent.options(chosen), exclude=(*chosen.exclude, *options.full))
         try:
@@ -137,7 +131,8 @@ class Extraction:
         self.compared = _compared(plan, quantized)
         wanted = {target.tensor: tuple(alias.tensor for alias in target.aliases) for target in plan.targets}
         optional = [name for some in self.compared.values() for name in some]
-        shapes = {name: entry.shape for name, entry in self._entries.items()}
+        shapes = {name: tuple(entry.shape) for name, entry in self._entries.items()}
+        self._model = AdaptableModel(config_folder(source), shapes)
         self.tuned: TunedModel = find_tuned(other, Original(wanted, shapes, lambda: config_folder(source), optional))
         self.plan = plan
         asked = [name for name in optional if matches(name, options.full) and self.tuned.has(name)]
@@ -267,7 +262,7 @@ class Extraction:
         # Of a module that is saved all tensors, also those that are as they were.
         copied = {
             name: SavedTensor(
-                out / files[name], name, _NAMES[self.tuned.dtype_of_numbers(name)], tuple(self._entries[name].shape)
+                out / files[name], name, DTYPE_NAMES[self.tuned.dtype_of_numbers(name)], tuple(self._entries[name].shape)
             )
             for name in adapter.copied.values()
         }
@@ -296,9 +291,8 @@ class Extraction:
             for target in self.plan.targets
             if ranks[target.tensor]
         ]
-        shapes = {name: tuple(entry.shape) for name, entry in self._entries.items()}
         with phase(listening(), "finding modules"):
-            return adapter_of(config_folder(self.source), tensors, shapes, self.options.form, saved)
+            return self._model.adapter(tensors, self.options.form, saved)
 
     def entry(self, tensor: str) -> TensorEntry:
         """What the base's headers say of a tensor."""
@@ -347,11 +341,6 @@ def _with_ranks_alone(plan: Plan) -> Plan:
     """The plan with targets of which only the largest rank is known: an energy would be that of the weights."""
     shards = (replace(shard, targets=tuple(replace(one, energy=None) for one in shard.targets)) for shard in plan.shards)
     return replace(plan, shards=tuple(shards))
-
-
-def matches_any(names: Sequence[str], glob: str) -> bool:
-    """Whether any of the names fits a glob."""
-    return any(matches(name, [glob]) for name in names)
 
 
 def _compared(plan: Plan, quantized: Mapping[str, Scaled]) -> dict[str, tuple[str, ...]]:

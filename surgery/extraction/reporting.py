@@ -11,13 +11,11 @@ from surgery.extraction.extraction import Extraction
 from surgery.extraction.records import ExtractedShard
 from surgery.extraction.told import ExtractReport, Totals, told_of_other, told_of_target
 from surgery.files.file_records import FileRecord
+from surgery.names import DTYPES
 from surgery.planning.targets import matches
 from surgery.progress import listening
 from surgery.tuned.likeness import Norms, note_what_is_unlikely
 from surgery.updates.writing.adapter import AdapterToWrite
-
-#: As torch and configs name dtypes, and as safetensors does.
-ADAPTER_DTYPES: Mapping[str, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +53,7 @@ def report_of(
     return ExtractReport(
         out=written.out,
         layout=extraction.options.form.layout,
-        dtype=next(name for name, stored in ADAPTER_DTYPES.items() if stored == extraction.options.form.dtype),
+        dtype=next(name for name, stored in DTYPES.items() if stored == extraction.options.form.dtype),
         files=tuple(written.records),
         modules=written.adapter.modules,
         rank=written.adapter.rank,

@@ -289,9 +289,14 @@ def check_globs(options: Options, names: list[str]) -> None:
         OptionError: with the nearest names.
     """
     for option, globs in (("--include", options.include), ("--exclude", options.exclude)):
-        for glob in globs:
-            if not fnmatch.filter(names, glob):
-                raise OptionError(f"{option} {glob!r} matches no tensor", expected=near_misses(glob, names))
+        check_all_match(option, globs, names)
+
+
+def check_all_match(option: str, globs: Sequence[str], names: list[str]) -> None:
+    """Refuse any of the globs of an option that matches no tensor of a model. Raises OptionError with the nearest names."""
+    for glob in globs:
+        if not fnmatch.filter(names, glob):
+            raise OptionError(f"{option} {glob!r} matches no tensor", expected=near_misses(glob, names))
 
 
 def near_misses(glob: str, names: list[str]) -> str:

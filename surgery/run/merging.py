@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -14,6 +14,7 @@ from surgery.engine.resources import Memory, Resources
 from surgery.errors import OptionError, few
 from surgery.format.header import Header
 from surgery.lossless.update import Rounding
+from surgery.names import DTYPES, Dtype
 from surgery.planning.memory import known_bytes, need_to_merge, share_out
 from surgery.progress import listening, note, phase
 from surgery.source.adapter import local_adapter
@@ -28,10 +29,6 @@ from surgery.version import __version__
 from surgery.weights.checkpoint import PlainWeights, SourceShard
 from surgery.weights.model import ModelWeights
 from surgery.weights.quantization import read_quantization
-
-Dtype = Literal["bfloat16", "float16", "float32"]
-#: As torch and configs name them, and as safetensors does.
-DTYPES: Mapping[str, str] = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,8 +123,7 @@ class TunedModel:
 
     def dtype_of_numbers(self, name: str) -> torch.dtype:
         """The dtype in which ``weight`` gives a tensor."""
-        stored = self.found.stored_of(name)
-        return reduce(torch.promote_types, map(self._dtype_read, stored))
+        return reduce(torch.promote_types, map(self._dtype_read, self.found.stored_of(name)))
 
     def weight(self, piece: TargetPiece, *, check: bool = True) -> torch.Tensor:
         """The tuned weights for a piece of the original.

@@ -17,7 +17,7 @@ from surgery.files.file_writer import CHUNK_BYTES, FileWriter, write_file
 from surgery.files.json_files import read_json_object
 from surgery.files.watch import Watch
 from surgery.format.header import TensorEntry, make_header
-from surgery.format.safetensors import TORCH_DTYPES, ShardReader
+from surgery.format.safetensors import DTYPE_NAMES, TORCH_DTYPES, ShardReader
 from surgery.lossless.rounding import all_finite, round_once
 from surgery.memory import bytes_of
 from surgery.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DTYPE_BITS
@@ -315,7 +315,7 @@ def _entry(entry: TensorEntry, changed: torch.Tensor | None) -> TensorEntry:
     """The entry of a tensor in the new file; of its offsets only the size counts."""
     if changed is None:
         return entry
-    dtype = next(name for name, dtype in TORCH_DTYPES.items() if dtype == changed.dtype)
+    dtype = DTYPE_NAMES[changed.dtype]
     return TensorEntry(entry.name, dtype, tuple(changed.shape), 0, changed.nbytes)
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from surgery.errors import OptionError
 from surgery.progress import Silent
 from surgery.updates.writing.low_rank import AdapterForm
-from surgery.updates.writing.making import adapter_of
+from surgery.updates.writing.making import AdaptableModel
 from surgery.updates.writing.peft_layout import rank_patterns
 from tests.families import DECODER, FAMILIES
 from tests.releases import needs
@@ -188,9 +188,9 @@ def test_a_tensor_that_the_model_does_not_have(tmp_path: Path) -> None:
     low.shapes["model.layers.9.self_attn.q_proj.weight"] = low.tensors[0].shape
     strange = [type(low.tensors[0])("model.layers.9.self_attn.q_proj.weight", low.tensors[0].shape, "matrix", 2)]
     with pytest.raises(OptionError, match="a tensor that the model does not have"):
-        adapter_of(folder, strange, low.shapes, AdapterForm("peft"))
+        AdaptableModel(folder, low.shapes).adapter(strange, AdapterForm("peft"))
     with pytest.raises(OptionError, match="an adapter without low-rank updates"):
-        adapter_of(folder, [], low.shapes, AdapterForm("peft"))
+        AdaptableModel(folder, low.shapes).adapter([], AdapterForm("peft"))
 
 
 def test_a_model_that_transformers_does_not_know(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from surgery.format.views import Kind
 from surgery.progress import Silent
 from surgery.updates.writing.adapter import AdapterToWrite
 from surgery.updates.writing.low_rank import AdapterForm, LowRankTensor
-from surgery.updates.writing.making import adapter_of
+from surgery.updates.writing.making import AdaptableModel
 from tests.families import Family
 from tests.models import tensors_of
 from tests.releases import under_names_of
@@ -65,7 +65,7 @@ class LowRank:
         return self._halves[one.tensor]
 
     def adapter(self, form: AdapterForm, copied: Iterable[str] = ()) -> AdapterToWrite:
-        return adapter_of(self.folder, self.tensors, self.shapes, form, tuple(copied))
+        return AdaptableModel(self.folder, self.shapes).adapter(self.tensors, form, tuple(copied))
 
     def write(self, out: Path, form: AdapterForm) -> AdapterToWrite:
         adapter = self.adapter(form)

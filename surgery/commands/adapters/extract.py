@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Unpack
+from typing import Unpack
 
 import torch
 
@@ -13,12 +13,12 @@ from surgery.errors import OptionError, few
 from surgery.extraction.extraction import Extraction, ExtractOptions
 from surgery.extraction.jobs import ExtractJobs
 from surgery.extraction.matrices import Extracting
-from surgery.extraction.reporting import ADAPTER_DTYPES, WrittenAdapter, report_of, tell_of
+from surgery.extraction.reporting import WrittenAdapter, report_of, tell_of
 from surgery.extraction.result_file import complete_result, earlier_result, finished_result, replaced_result, write_result
 from surgery.extraction.shard import ExtractJob
 from surgery.extraction.told import ExtractReport
 from surgery.format.options import ExtractKeywords, Options, chosen_options
-from surgery.names import EXTRACTION_FILE, STREAM_DIR, TUNED_STREAM_DIR
+from surgery.names import DTYPES, EXTRACTION_FILE, STREAM_DIR, TUNED_STREAM_DIR, Dtype
 from surgery.planning.extents import Extent, Rank
 from surgery.planning.summary import PlannedTarget
 from surgery.progress import Progress, listening, phase
@@ -33,8 +33,6 @@ from surgery.timing import Timing
 from surgery.updates.writing.low_rank import AdapterForm, Layout
 from surgery.updates.writing.single_experts import note_older_peft
 
-AdapterDtype = Literal["float32", "bfloat16", "float16"]
-
 
 @dataclass(frozen=True, slots=True)
 class ExtractPlan(Report):
@@ -48,7 +46,7 @@ class ExtractPlan(Report):
         further: those of the tuned model that the base does not have.
         layout: of the adapter.
         notes: what the user should know before the run.
-        bytes_read: of both models; written: upper estimate, with what is there in between.
+        bytes_read: of both models.
         bytes_written: upper estimate, with what is on the disk in between.
         download_bytes: what models from the hub still have to be fetched of.
         workers: how many matrices are worked on at a time.
@@ -81,7 +79,7 @@ def plan_extract(
     budget: int | None = None,
     max_rank: int | None = None,
     layout: Layout = "peft",
-    dtype: AdapterDtype = "float32",
+    dtype: Dtype = "float32",
     uniform: bool = False,
     full: tuple[str, ...] | list[str] = (),
     options: Options | None = None,
@@ -149,7 +147,7 @@ def extract(
     budget: int | None = None,
     max_rank: int | None = None,
     layout: Layout = "peft",
-    dtype: AdapterDtype = "float32",
+    dtype: Dtype = "float32",
     uniform: bool = False,
     full: tuple[str, ...] | list[str] = (),
     options: Options | None = None,
@@ -299,13 +297,13 @@ def _opened(
     return streamed(source, out / STREAM_DIR, at_a_time), other
 
 
-def _form(source: Source, layout: Layout, dtype: AdapterDtype, uniform: bool) -> AdapterForm:
+def _form(source: Source, layout: Layout, dtype: Dtype, uniform: bool) -> AdapterForm:
     """What the adapter is written as. Raises OptionError for a layout or dtype that is not known."""
-    for what, value, known in (("layout", layout, ("peft", "diffusers", "kohya")), ("dtype", dtype, tuple(ADAPTER_DTYPES))):
+    for what, value, known in (("layout", layout, ("peft", "diffusers", "kohya")), ("dtype", dtype, tuple(DTYPES))):
         if value not in known:
             raise OptionError(f"the {what} of an adapter is not known", got=repr(value), expected=few(known))
     record = source.record
-    return AdapterForm(layout, ADAPTER_DTYPES[dtype], component_of(source), uniform, record.repo_id, record.commit)
+    return AdapterForm(layout, DTYPES[dtype], component_of(source), uniform, record.repo_id, record.commit)
 
 
 def _jobs(extraction: Extraction, out: Path) -> list[ExtractJob]:

@@ -13,12 +13,12 @@ from surgery.device import on_its_own_terms
 from surgery.engine.resources import Memory
 from surgery.files.file_records import FileRecord, file_sha256
 from surgery.lossless.update import Rounding
-from surgery.names import STREAM_DIR
+from surgery.names import DTYPES, STREAM_DIR, Dtype
 from surgery.progress import Progress, listening, phase
 from surgery.publish.results import publish_merged, submit_files
 from surgery.reports import Report
 from surgery.run.engines import EngineName, EngineOptions, LocalEngine, float64_device
-from surgery.run.merging import DTYPES, Dtype, MergedTensor, MergeOptions, Merging
+from surgery.run.merging import MergedTensor, MergeOptions, Merging
 from surgery.run.run import Run
 from surgery.run.written_model import FileAlong, WrittenModel
 from surgery.shards.fold_jobs import FoldJobs
