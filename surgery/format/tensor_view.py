@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 from surgery.format.views import View
-from surgery.names import DTYPE_BITS, FACTORIZABLE_DTYPES, target_key
+from surgery.names import DTYPE_BITS, FACTORIZABLE_DTYPES, Train, target_key
 
 _Target = TypeVar("_Target", bound="TensorView")
 
@@ -73,6 +73,14 @@ class TensorView:
     def trainable(self) -> int:
         """The number of its scales."""
         return math.prod(self.scales_shape)
+
+    def shape_of(self, train: Train) -> tuple[int, ...]:
+        """The shape of its scales; or of its cores, (k, k), or (B, k, k) for a stack."""
+        return self.scales_shape if train == "scales" else (*self.scales_shape, self.rank)
+
+    def numbers_of(self, train: Train) -> int:
+        """How many numbers these are."""
+        return math.prod(self.shape_of(train))
 
 
 def by_tensor(targets: Iterable[_Target]) -> dict[str, list[_Target]]:

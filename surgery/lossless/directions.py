@@ -20,9 +20,9 @@ from itertools import pairwise
 import torch
 
 from surgery.lossless.blocks import for_each, rows_at_a_time
-from surgery.lossless.factors import Addition, Factors, both, change_of_s, scaled
+from surgery.lossless.factors import Addition, Factors, between, both, inner_change
 from surgery.lossless.grids import Grid
-from surgery.lossless.prediction import to_integers
+from surgery.lossless.integers import to_integers
 from surgery.lossless.rounding import times_power_of_two
 from surgery.memory import scratch
 from surgery.torch_threads import one_thread
@@ -48,19 +48,14 @@ class Bases:
     Attributes:
         P: float64 (m, r), orthonormal columns.
         Q: float64 (n, r), orthonormal columns.
-        strengths: float64 (r,), of any sign, such that ``P diag(strengths) Q^T`` is what is added.
+        core: float64 (r, r), such that ``P core Q^T`` is what is added.
         factor: of the weight, see ``Addition``.
     """
 
     P: torch.Tensor
     Q: torch.Tensor
-    strengths: torch.Tensor
+    core: torch.Tensor
     factor: torch.Tensor | None = None
-
-    @property
-    def core(self) -> torch.Tensor:
-        """``diag(strengths)``."""
-        return torch.diag(self.strengths)
 
 
 def bases_of(factors: Factors | None, scales: torch.Tensor | None, addition: Addition | None) -> Bases | None:
@@ -69,21 +64,22 @@ def bases_of(factors: Factors | None, scales: torch.Tensor | None, addition: Add
     Of scales alone they are U and V as they are stored. Those of an addition come from LAPACK's QR and SVD in float64 on the
     CPU, whose last bits depend on the kind of processor. To be called in one thread.
     """
-    moved = None if factors is None or scales is None else change_of_s(factors, scales)
+    inner = None if factors is None or scales is None else inner_change(factors, scales)
     if addition is None:
-        if factors is None or moved is None or not bool((moved != 0).any()):
+        if factors is None or inner is None or not bool((inner != 0).any()):
             return None
-        some = moved != 0
-        return Bases(factors.U[:, some].cpu().double(), factors.V[:, some].cpu().double(), moved[some].cpu())
-    if factors is not None and moved is not None:
-        addition = both(scaled(factors, moved), addition)
+        core = (torch.diag(inner) if inner.ndim == 1 else inner).cpu()
+        some = (core != 0).any(dim=0) | (core != 0).any(dim=1)
+        return Bases(factors.U.cpu()[:, some].double(), factors.V.cpu()[:, some].double(), core[some][:, some])
+    if factors is not None and inner is not None:
+        addition = both(between(factors, inner), addition)
     (P, left), (Q, right) = (torch.linalg.qr(side.cpu().double()) for side in (addition.left, addition.right))
     u, strengths, vt = torch.linalg.svd(left @ right.T, full_matrices=False)  # a rank may be above a side of the matrix
     some = strengths > strengths[:1] * _WEAKEST
     factor = None if addition.factor is None else addition.factor.cpu()
     if not bool(some.any()) and factor is None:
         return None
-    return Bases(P @ u[:, some], Q @ vt[some].T, strengths[some], factor)
+    return Bases(P @ u[:, some], Q @ vt[some].T, torch.diag(strengths[some]), factor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +108,11 @@ class Directions:
 
     def __init__(self, weight: torch.Tensor, bases: Bases, grid: Grid) -> None:
         self.weight, self.grid = weight, grid
-        self._strengths = bases.strengths
+        self._core = bases.core
         m, n = weight.shape
         self._device = weight.device
         self._factor = None if bases.factor is None else bases.factor.to(self._device).float()
-        r = len(bases.strengths)
+        r = len(bases.core)
         bits = min(_BASIS_BITS, 53 - _UNIT_BITS - _SPARE_BITS - _bits(m), 53 - _CORE_BITS - _bits(r))
         self._left, exponent = to_integers(bases.P, bits)  # (m, r), integers
         self._left_unit = exponent - bits
@@ -218,7 +214,7 @@ class Directions:
         """
         n, some = self.weight.shape[1], self._some(rows)
         with one_thread():
-            product, low_rank = self._product(core, rows), self._product(torch.diag(self._strengths), rows)
+            product, low_rank = self._product(core, rows), self._product(self._core, rows)
 
         def worker(most: int) -> Callable[[slice], tuple[list[float], torch.Tensor]]:
             rounded = self._rounded(product, most, some)

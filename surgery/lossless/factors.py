@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from surgery.lossless.integers import portable_product
+
 
 @dataclass(frozen=True, slots=True)
 class Factors:
@@ -61,11 +63,22 @@ def both(first: Addition, second: Addition) -> Addition:
     )
 
 
-def scaled(factors: Factors, values: torch.Tensor) -> Addition:
-    """``U diag(values) V^T`` for values float64 (k,)."""
-    return Addition(factors.U.double() * values, factors.V)
+def between(factors: Factors, inner: torch.Tensor) -> Addition:
+    """``U diag(inner) V^T`` for ``inner`` float64 (k,), and ``U inner V^T`` for (k, k): the same bits everywhere."""
+    left = factors.U.double() * inner if inner.ndim == 1 else portable_product(factors.U, inner)
+    return Addition(left, factors.V)
 
 
-def change_of_s(factors: Factors, scales: torch.Tensor) -> torch.Tensor:
-    """``s (g - 1)`` in float64, on the device of the factors, for scales ``g`` (k,)."""
-    return factors.s.double() * (scales.to(factors.s.device).double() - 1.0)
+def inner_change(factors: Factors, scales: torch.Tensor) -> torch.Tensor:
+    """What scales add between U and V^T, float64, on the device of the factors.
+
+    Args:
+        factors: of one matrix.
+        scales: multipliers g (k,), which give ``s (g - 1)`` (k,); or a core C (k, k), which gives
+            ``diag(sqrt s) (C - I) diag(sqrt s)`` (k, k). Source: Balazy et al., LoRA-XS (arXiv 2405.17604), whose R this is.
+    """
+    s, scales = factors.s.double(), scales.to(factors.s.device).double()
+    if scales.ndim == 1:
+        return s * (scales - 1.0)
+    # The root of the product: on the diagonal it is s itself, so that diag(g) is the same as g.
+    return torch.outer(s, s).sqrt_() * (scales - torch.eye(len(s), dtype=s.dtype, device=s.device))

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from surgery.lossless.factors import Factors
+from surgery.lossless.integers import to_integers
 from surgery.lossless.rounding import times_power_of_two
 from surgery.memory import scratch
 
@@ -45,10 +46,3 @@ class Prediction:
             return exact if self._dtype == torch.float64 else rounded[:count].copy_(exact)
 
         return predict
-
-
-def to_integers(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, int]:
-    """``x`` as float64 integers of at most ``bits`` bits, and the exponent e such that x = integers 2^(e - bits)."""
-    largest = x.abs().max().item() if x.numel() else 0.0
-    exponent = math.frexp(largest)[1]
-    return times_power_of_two(x.double(), bits - exponent).round_(), exponent

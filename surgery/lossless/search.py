@@ -20,8 +20,8 @@ import torch
 
 from surgery.lossless.directions import Arrived, Bases, Directions
 from surgery.lossless.grids import Grid
+from surgery.lossless.integers import to_integers
 from surgery.lossless.kept import Kept
-from surgery.lossless.prediction import to_integers
 from surgery.lossless.rounding import times_power_of_two
 from surgery.precision import full_precision
 from surgery.torch_threads import one_thread
@@ -76,13 +76,13 @@ class Response:
     across: float = 1.0
 
 
-def probe(directions: Directions, strengths: torch.Tensor, some: torch.Tensor | None = None) -> Response:
+def probe(directions: Directions, core: torch.Tensor, some: torch.Tensor | None = None) -> Response:
     """Find lambda on a sample of some rows, or of all, in which the update changes anything."""
     m, n = directions.weight.shape
     rows = directions.active_rows(max(_SAMPLE_ROWS, min(_SAMPLE_ENTRIES // n, m // 8)), some)
-    gram, core = directions.gram(rows), torch.diag(strengths)
-    expected = gram * strengths
-    asked, largest, noise, moved = math.fsum((gram.diagonal() * strengths.square()).tolist()), 0.0, 0.0, 0.0
+    gram = directions.gram(rows)
+    expected = _times(gram, core)
+    asked, largest, noise, moved = _dot(gram, _times(core, core.T)), 0.0, 0.0, 0.0
 
     def share(scale: float) -> float:
         nonlocal largest, noise, moved
@@ -92,7 +92,7 @@ def probe(directions: Directions, strengths: torch.Tensor, some: torch.Tensor | 
         largest, moved = max(largest, found.largest), found.moved
         # Of noise that is as large in all rows, and adds up in squares: relative to all, not to the sample.
         noise = math.sqrt(_dot(found.core - expected, found.core - expected) / asked)
-        return math.fsum((found.core.diagonal() * strengths).tolist()) / asked
+        return _dot(found.core, core) / asked
 
     nearest = share(1.0)
     if not math.isfinite(nearest) or abs(nearest - 1.0) < 1.0 - NEAREST_SUFFICES:
@@ -114,8 +114,9 @@ def probe(directions: Directions, strengths: torch.Tensor, some: torch.Tensor | 
         # The slope has to be that of there.
         if (abs(there - 1.0) < _NEAR and high[0] - low[0] < _NARROW * high[0]) or tried == _TRIALS:
             across = 1.0
-            if (slope * scale > _STEEP or some is not None) and len(strengths) > 1:
+            if (slope * scale > _STEEP or some is not None) and len(core) > 1:
                 gain = _ASIDE * core.roll(1, dims=1)
+                gain = gain - core * (_dot(core, gain) / _dot(core, core))
                 without, with_it = (directions.measured(core * scale + more, largest, rows) for more in (0.0, gain * scale))
                 foreseen = _product(gram, gain)
                 across = _dot(with_it.core - without.core, foreseen) / _dot(foreseen, foreseen)
@@ -129,9 +130,9 @@ def probe(directions: Directions, strengths: torch.Tensor, some: torch.Tensor | 
 class _Answer:
     """What has to be added to C for K to change, as far as the sample tells."""
 
-    def __init__(self, strengths: torch.Tensor, response: Response) -> None:
-        self._asked = torch.diag(strengths)
-        self._square = _dot(strengths, strengths)
+    def __init__(self, asked: torch.Tensor, response: Response) -> None:
+        self._asked = asked
+        self._square = _dot(asked, asked)
         self._scale = response.scale / min(max(response.across, 1.0), _MOST_ACROSS)
         # Along the update itself the share answers faster than to noise.
         self.along = 1.0 / max(response.slope, 1.0 / response.scale)
@@ -159,22 +160,22 @@ def round_in_directions(
     Returns:
         What was kept; None if nothing has been done: nearest is enough, or the result would not be finite.
     """
-    strengths = bases.strengths
-    if not len(strengths):
+    asked = bases.core
+    if not len(asked):
         return None
     with full_precision(weight.device):
         with one_thread():
             directions = Directions(weight, bases, grid)
-        response = probe(directions, strengths)
+        response = probe(directions, asked)
         if not math.isfinite(response.nearest) or (only_if_needed and response.nearest >= NEAREST_SUFFICES):
             return None
-        search = _CoreSearch(directions, strengths, response)
+        search = _CoreSearch(directions, asked, response)
         if bases.factor is None and _has_room(weight) and search.is_safe:
-            return _kept(strengths, search.sweep(out))
+            return _kept(asked, search.sweep(out))
         found = search.run()
         if not math.isfinite(found.largest):
             return None
-        kept = _kept(strengths, found) if bases.factor is None else search.kept_with_factor(found)
+        kept = _kept(asked, found) if bases.factor is None else search.kept_with_factor(found)
         search.write(out)
         return kept
 
@@ -187,11 +188,11 @@ def _has_room(weight: torch.Tensor) -> bool:
 class _CoreSearch:
     """The search for C, one for each run of rows."""
 
-    def __init__(self, directions: Directions, strengths: torch.Tensor, response: Response) -> None:
+    def __init__(self, directions: Directions, asked: torch.Tensor, response: Response) -> None:
         m, n = directions.weight.shape
-        r = len(strengths)
+        r = len(asked)
         self._directions, self._response = directions, response
-        self._asked = torch.diag(strengths)
+        self._asked = asked
         self._norm = math.sqrt(_dot(self._asked, self._asked))
         least = max(_RUN_MOVES * r * r / max(response.moved * m * n, 1.0), _RUN_ROWS * r / m, _LEAST_RUN)
         with one_thread():
@@ -202,8 +203,8 @@ class _CoreSearch:
         self._largest = response.largest
         #: Where runs are of different rows, each answers in its own way.
         self._is_even = isinstance(self._runs[0], slice)
-        responses = [response if isinstance(rows, slice) else probe(directions, strengths, rows) for rows in self._runs]
-        self._answers = [_Answer(strengths, some) for some in responses]
+        responses = [response if isinstance(rows, slice) else probe(directions, asked, rows) for rows in self._runs]
+        self._answers = [_Answer(asked, some) for some in responses]
         self._cores = [self._asked * some.scale for some in responses]
         #: What has arrived in each run with these; None before any sweep.
         self._arrived: list[torch.Tensor] | None = None
@@ -283,7 +284,7 @@ class _CoreSearch:
     def sweep(self, out: torch.Tensor | None = None) -> Arrived:
         """Measure all runs, each with what makes up for what those before have missed; into ``out``, if it is given."""
         first = self._arrived is None
-        before = [gram * self._asked.diagonal() for gram in self._grams] if self._arrived is None else self._arrived
+        before = [_times(gram, self._asked) for gram in self._grams] if self._arrived is None else self._arrived
         later = [*list(accumulate(reversed(before)))[::-1]]
         total, surplus, held = (torch.zeros_like(self._asked) for _ in range(3))
         cores, parts = [], []
@@ -364,10 +365,15 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return times_power_of_two(left @ right, of_left + of_right - 2 * bits)
 
 
-def _kept(strengths: torch.Tensor, found: Arrived) -> Kept:
-    asked = math.fsum(strengths.square().tolist())
-    missing = (torch.diag(strengths) - found.core).flatten()
-    return Kept(asked, math.fsum((found.core.diagonal() * strengths).tolist()), _dot(missing, missing), asked)
+def _times(a: torch.Tensor, core: torch.Tensor) -> torch.Tensor:
+    """``a core``; exact up to one rounding of each entry where the core is diagonal."""
+    diagonal = core.diagonal()
+    return a * diagonal if torch.equal(core, torch.diag(diagonal)) else _product(a, core)
+
+
+def _kept(asked: torch.Tensor, found: Arrived) -> Kept:
+    square, missing = _dot(asked, asked), asked - found.core
+    return Kept(square, _dot(found.core, asked), _dot(missing, missing), square)
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> float:

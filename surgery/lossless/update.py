@@ -12,7 +12,7 @@ import torch
 from surgery.arithmetic import exact_arithmetic
 from surgery.lossless.blocks import for_each, rows_at_a_time
 from surgery.lossless.directions import bases_of
-from surgery.lossless.factors import Addition, Factors, both, change_of_s, scaled
+from surgery.lossless.factors import Addition, Factors, between, both, inner_change
 from surgery.lossless.grids import DtypeGrid, Grid
 from surgery.lossless.kept import NOTHING_ASKED, Kept
 from surgery.lossless.rounding import bits_of, indices_of_others, round_once
@@ -100,7 +100,7 @@ def approximate(
         s = factors.s.double()
         changes = scales is not None or addition is not None
         recovers = changes and written.rounding != "nearest"
-        kept = scaled(factors, s if scales is None or recovers else s * scales.to(s))
+        kept = between(factors, s if scales is None or recovers else _inner(factors, scales))
         if recovers:
             update = OneRounding(kept, residual.dtype, None)
         else:
@@ -110,11 +110,17 @@ def approximate(
     return rescale(result, factors, scales, addition, replace(written, out=result)) if recovers else (result, of_it)
 
 
+def _inner(factors: Factors, scales: torch.Tensor) -> torch.Tensor:
+    """What stands between U and V^T with scales, float64: (k,), or (k, k) for a core."""
+    s = factors.s.double()
+    return s * scales.to(s) if scales.ndim == 1 else torch.diag(s) + inner_change(factors, scales)
+
+
 def change_of(factors: Factors | None, scales: torch.Tensor | None, addition: Addition | None) -> Addition | None:
     """What scales and an addition change, as one; None if there is neither."""
     if factors is None or scales is None:
         return addition
-    change = scaled(factors, change_of_s(factors, scales))
+    change = between(factors, inner_change(factors, scales))
     return change if addition is None else both(change, addition)
 
 

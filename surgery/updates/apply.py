@@ -13,7 +13,7 @@ from surgery.errors import ScalesError, WeightError
 from surgery.format.header import TensorEntry
 from surgery.format.manifest_records import TargetRecord
 from surgery.format.views import Slice
-from surgery.lossless.factors import Addition, both, change_of_s, scaled
+from surgery.lossless.factors import Addition, between, both, inner_change
 from surgery.lossless.grids import Grid
 from surgery.lossless.rounding import all_finite, round_once
 from surgery.lossless.update import Rounding
@@ -229,7 +229,7 @@ class UpdatedWeights:
                 if (scales := self._update.scales(target, i)) is not None:
                     factors = self._checkpoint.weight(target, i, matrix, scaled=True).factors
                     assert factors is not None
-                    additions.append(_in_whole(scaled(factors, change_of_s(factors, scales)), target.slice, matrix.shape))
+                    additions.append(_in_whole(between(factors, inner_change(factors, scales)), target.slice, matrix.shape))
             addition = functools.reduce(both, additions)
             new, kept = added(device, matrix, addition, written.rounding, written.grid(i, None))
             result.keep(KeptUpdate(name, kept, norm * norm))

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import torch
+
 from surgery.format.factors import FactorsReaders
 from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import TargetRecord
+from surgery.lossless.factors import between, inner_change
 from surgery.models.carriers import places_of
 from surgery.models.skeleton import skeleton
 from surgery.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
@@ -83,7 +86,7 @@ class PeftAdapter:
 
     @contextmanager
     def _halving(self) -> Generator[Halving]:
-        """``A = V^T`` and ``B = U diag(s (g - 1))`` of each target."""
+        """``A = V^T`` of each target, and ``B = U diag(s (g - 1))``, or for a core ``U diag(sqrt s) (C - I) diag(sqrt s)``."""
         targets = {target.key: target for target in self.manifest.targets}
         with FactorsReaders(self.folder, self.manifest) as factors:
 
@@ -91,7 +94,11 @@ class PeftAdapter:
                 target = targets[one.key]
                 with factors.of(target) as reader:
                     kept = reader.factors(target)
-                return Halved(kept.U, kept.V, self.update.change_of_values(target, kept.s))
+                scales = self.update.scales(target, 0)
+                inner = torch.zeros_like(kept.s) if scales is None else inner_change(kept, scales)
+                if inner.ndim == 1:
+                    return Halved(kept.U, kept.V, inner.float())
+                return Halved(between(kept, inner).left.float(), kept.V)
 
             yield halved
 

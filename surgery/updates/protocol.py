@@ -19,10 +19,13 @@ class Update(Protocol):
     """What is added to weights: trained scales of the kept directions, low-rank matrices, or a sum of such updates."""
 
     def scales(self, target: TargetRecord, index: int) -> torch.Tensor | None:
-        """Multipliers ``g`` of the kept directions of one matrix, float32 (k,), on the CPU; None where all are 1."""
+        """Multipliers ``g`` of the kept directions of one matrix, float32 (k,), or its core (k, k), on the CPU.
+
+        None where nothing changes. A core that is diagonal is the multipliers that it amounts to.
+        """
 
     def changes(self, target: TargetRecord) -> bool:
-        """Whether any scale of a target differs from 1."""
+        """Whether any scale of a target differs from what it is when untouched."""
 
     def change(self, tensor: str) -> TensorChange | None:
         """All that is done to a tensor besides; None for nothing."""
@@ -39,28 +42,24 @@ class Update(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ScalesUpdate:
-    """Trained scales: ``U diag(s (g - 1)) V^T`` for each target.
+    """Trained scales: multipliers, ``U diag(s (g - 1)) V^T``, or cores, ``U diag(sqrt s) (C - I) diag(sqrt s) V^T``.
 
     Attributes:
-        values: key of a target -> ``g``, float32 (k,), or (B, k) for a stack, on the CPU, finite.
+        values: key of a target -> ``g``, float32 (k,), or (B, k) for a stack; or ``C``, (k, k), or (B, k, k) for a stack. On
+            the CPU, finite.
     """
 
     values: Mapping[str, torch.Tensor]
 
     def scales(self, target: TargetRecord, index: int) -> torch.Tensor | None:
-        values = self.values[target.key].view(-1, target.rank)[index]
+        values = self.values[target.key].view(target.matrices[0], target.rank, -1)[index]
+        if values.shape[1] > 1 and not torch.equal(values, torch.diag(values.diagonal())):
+            return values
+        values = values[:, 0] if values.shape[1] == 1 else values.diagonal()
         return values if bool((values != 1).any()) else None
 
     def changes(self, target: TargetRecord) -> bool:
-        return self.is_changed(target.key)
-
-    def is_changed(self, key: str) -> bool:
-        """Whether any scale differs from 1 of the target with this key."""
-        return bool((self.values[key] != 1).any())
-
-    def change_of_values(self, target: TargetRecord, s: torch.Tensor) -> torch.Tensor:
-        """``s (g - 1)``, float32 (k,): what is added to the kept singular values (k,) of a target that is no stack."""
-        return (s.double() * (self.values[target.key].double() - 1)).float()
+        return any(self.scales(target, index) is not None for index in range(target.matrices[0]))
 
     def change(self, tensor: str) -> TensorChange | None:
         return None
