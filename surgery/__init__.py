@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from surgery.extraction.told import ExtractReport
     from surgery.format.manifest import Manifest
     from surgery.format.options import Options
-    from surgery.format.scales import ScalesFile
+    from surgery.format.scales.reading import ScalesFile
     from surgery.linalg.energy import energy_svd
     from surgery.linalg.svd import Certificate, TruncatedSVD, truncated_svd
     from surgery.lossless.factors import Factors
@@ -100,7 +100,7 @@ _HOMES = {
     "SaveScales": "surgery.training.trainer",
     "Scales": "surgery.training.attached_scales",
     "ScalesError": "surgery.errors",
-    "ScalesFile": "surgery.format.scales",
+    "ScalesFile": "surgery.format.scales.reading",
     "ScalesSummary": "surgery.commands.scales",
     "Silent": "surgery.progress",
     "SourceError": "surgery.errors",

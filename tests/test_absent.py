@@ -17,7 +17,8 @@ from torch import nn
 import surgery
 from surgery.errors import OptionError, SurgeryWarning
 from surgery.format.manifest import Manifest
-from surgery.format.scales import read_scales, write_scales
+from surgery.format.scales.reading import read_scales
+from surgery.format.scales.writing import write_scales
 from surgery.planning.unloaded import why_unloaded
 from tests.families import DECODER, FAMILIES
 from tests.releases import known_classes, needs

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import surgery
 from surgery.errors import OptionError
-from surgery.format.scales import write_scales
+from surgery.format.scales.writing import write_scales
 from surgery.lossless.factors import Factors
 from surgery.lossless.join import join
 from surgery.lossless.split import split

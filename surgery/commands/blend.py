@@ -13,15 +13,10 @@ import torch
 from surgery.device import on_its_own_terms
 from surgery.errors import OptionError, ScalesError
 from surgery.format.name_map import match_names, note_renamed
-from surgery.format.scales import (
-    ScalesFile,
-    note_reshaped,
-    note_without_owner,
-    read_scales_alone,
-    same_but_for_ones,
-    write_scales,
-)
-from surgery.format.scales_path import scales_file
+from surgery.format.scales.entries import note_without_owner
+from surgery.format.scales.path import scales_file
+from surgery.format.scales.reading import ScalesFile, note_reshaped, read_scales_alone, same_but_for_ones
+from surgery.format.scales.writing import write_scales
 from surgery.progress import Progress
 from surgery.reports import Report
 from surgery.run.output_paths import check_output_path

@@ -18,8 +18,8 @@ from surgery.files.file_records import RESTORE_HINT, FileRecord, check_size_of, 
 from surgery.files.json_files import read_json_object
 from surgery.format.factors import DAMAGED_HINT
 from surgery.format.manifest import Manifest
-from surgery.format.scales import check_scales, read_scales
-from surgery.format.scales_path import scales_file
+from surgery.format.scales.path import scales_file
+from surgery.format.scales.reading import check_scales, read_scales
 from surgery.lossless.update import Rounding
 from surgery.names import CONFIG_FILE, MANIFEST_FILE, STREAM_DIR
 from surgery.planning.memory import known_bytes, need_to_fold, share_out
@@ -150,7 +150,7 @@ def fold(
             for a model; the same call goes on after the last finished shard.
 
     Warns:
-        SurgeryWarning: see ``surgery.format.scales.read_scales``.
+        SurgeryWarning: see ``surgery.format.scales.reading.read_scales``.
     """
     progress = listening()
     factorized, out = Path(factorized), Path(out)

@@ -11,7 +11,7 @@ import torch
 
 from surgery.device import choose_device, on_its_own_terms
 from surgery.format.manifest import Manifest
-from surgery.format.scales import write_scales
+from surgery.format.scales.writing import write_scales
 from surgery.names import SCALES_FILE
 from surgery.progress import Progress, listening, phase
 from surgery.reports import Report

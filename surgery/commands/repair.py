@@ -22,7 +22,7 @@ from surgery.format.factors import FactorsReader
 from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import ShardRecord, TargetRecord
 from surgery.format.safetensors import ShardReader
-from surgery.format.scales import write_untouched
+from surgery.format.scales.writing import write_untouched
 from surgery.format.tensor_view import by_tensor
 from surgery.lossless.split import split
 from surgery.memory import bytes_of

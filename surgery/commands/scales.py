@@ -12,8 +12,9 @@ import torch
 
 from surgery.device import on_its_own_terms
 from surgery.errors import OptionError, ScalesError
-from surgery.format import scales as files
-from surgery.format.scales import ScalesFile
+from surgery.format.scales import reading as files
+from surgery.format.scales import writing
+from surgery.format.scales.reading import ScalesFile
 from surgery.lossless.rounding import check_dense
 from surgery.progress import Progress
 from surgery.reports import Report
@@ -112,7 +113,7 @@ def write_scales(path: str | Path, scales: Mapping[str, torch.Tensor], fingerpri
             )
         if not bool(torch.isfinite(value.detach().float()).all()):
             raise ScalesError(f"{key!r} holds NaN or infinity, or what is beyond float32")
-    files.write_scales(Path(path), scales, fingerprint)
+    writing.write_scales(Path(path), scales, fingerprint)
 
 
 @on_its_own_terms

@@ -16,7 +16,7 @@ from surgery.engine.lane import Lane
 from surgery.errors import OptionError, SurgeryError
 from surgery.files.watch import Watch
 from surgery.format.manifest import Manifest, fingerprint_of
-from surgery.format.scales import read_scales
+from surgery.format.scales.reading import read_scales
 from surgery.linalg.limits import check_accuracy
 from surgery.names import MANIFEST_FILE, SCALES_FILE
 from surgery.planning.memory import known_bytes, need_to_verify, share_out

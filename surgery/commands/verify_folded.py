@@ -9,8 +9,8 @@ import torch
 
 from surgery.device import choose_device, on_its_own_terms
 from surgery.format.manifest import Manifest
-from surgery.format.scales import read_scales
-from surgery.format.scales_path import scales_file
+from surgery.format.scales.path import scales_file
+from surgery.format.scales.reading import read_scales
 from surgery.lossless.kept import Kept
 from surgery.progress import Progress, listening, phase
 from surgery.reports import Report

@@ -18,7 +18,7 @@ from surgery.files.file_writer import copy_file
 from surgery.format.manifest import Manifest, ShardResult, fingerprint_of, source_stamp
 from surgery.format.manifest_records import LeftOutRecord, SkippedRecord, TargetRecord
 from surgery.format.options import Options
-from surgery.format.scales import write_untouched
+from surgery.format.scales.writing import write_untouched
 from surgery.format.views import View
 from surgery.names import FORMAT_VERSION, MANIFEST_FILE, SCALES_FILE, factors_file
 from surgery.planning.plan import Plan

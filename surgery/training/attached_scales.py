@@ -15,7 +15,8 @@ from surgery.arguments import as_path
 from surgery.device import on_its_own_terms
 from surgery.errors import OptionError
 from surgery.format.manifest import Manifest
-from surgery.format.scales import read_scales, write_scales
+from surgery.format.scales.reading import read_scales
+from surgery.format.scales.writing import write_scales
 from surgery.models.carriers import is_sharded
 from surgery.progress import note
 from surgery.training.attached_path import AttachedPath
@@ -133,7 +134,7 @@ class Scales:
             OptionError: no path; or the scales have been offloaded.
 
         Warns:
-            SurgeryWarning: see ``surgery.format.scales.read_scales``.
+            SurgeryWarning: see ``surgery.format.scales.reading.read_scales``.
         """
         values = read_scales(Path(path), self._manifest)
         self._absent = {key: values[key] for key in self._absent}

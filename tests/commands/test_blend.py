@@ -20,7 +20,8 @@ from surgery.commands.blend import blend
 from surgery.commands.scales import show_scales
 from surgery.errors import FormatError, OptionError, OutputError, ScalesError, SurgeryWarning
 from surgery.format.manifest import Manifest
-from surgery.format.scales import read_scales, write_scales
+from surgery.format.scales.reading import read_scales
+from surgery.format.scales.writing import write_scales
 from tests.models import files_of, tensors_of
 
 FINGERPRINT = "0123456789abcdef" * 4
@@ -188,7 +189,7 @@ def _with_metadata(path: Path, owner: str) -> None:
         (lambda path: path.write_bytes(b"PK\3\4"), FormatError, "is a zip archive"),
         (lambda path: save_file({}, path), ScalesError, "holds no scales"),
         (lambda path: save_file({"a": torch.ones(2, dtype=torch.int32)}, path), ScalesError, "'a' has a dtype"),
-        (lambda path: save_file({"a": torch.ones(2, 2, 2)}, path), ScalesError, "'a' has a shape"),
+        (lambda path: save_file({"a": torch.ones(2, 3, 2)}, path), ScalesError, "'a' has a shape"),
         (lambda path: save_file({"a": torch.tensor(1.0)}, path), ScalesError, "'a' has a shape"),
         (lambda path: save_file({"a": torch.ones(0)}, path), ScalesError, "'a' has a shape"),
         (lambda path: save_file({"a": torch.tensor([1.0, np.nan])}, path), ScalesError, "'a' holds NaN or infinity"),

@@ -19,7 +19,7 @@ from surgery.cli.main import main
 from surgery.errors import FormatError, OptionError, OutputError, SourceError, SurgeryWarning, WeightError
 from surgery.format import views
 from surgery.format.manifest import Manifest
-from surgery.format.scales import read_scales
+from surgery.format.scales.reading import read_scales
 from surgery.progress import Silent
 from tests.loopback_hub import LoopbackHub
 from tests.models import files_of, realistic, tensors_of

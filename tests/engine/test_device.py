@@ -17,7 +17,7 @@ from surgery.device import as_memory_allows
 from surgery.engine.resources import Resources
 from surgery.errors import SurgeryWarning
 from surgery.format.options import Options
-from surgery.format.scales import write_scales
+from surgery.format.scales.writing import write_scales
 from surgery.linalg import svd
 from surgery.planning import plan as planning
 from surgery.run import engines

@@ -24,7 +24,8 @@ from surgery.commands.scales import show_scales
 from surgery.errors import FormatError, ScalesError, SurgeryWarning
 from surgery.format.manifest import Manifest
 from surgery.format.name_map import match_names
-from surgery.format.scales import read_scales, write_scales
+from surgery.format.scales.reading import read_scales
+from surgery.format.scales.writing import write_scales
 from tests.models import files_of, tensors_of
 
 Tensors = dict[str, torch.Tensor]

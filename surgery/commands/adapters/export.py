@@ -10,7 +10,7 @@ import torch
 
 from surgery.device import on_its_own_terms
 from surgery.format.manifest import Manifest
-from surgery.format.scales import check_scales, read_scales
+from surgery.format.scales.reading import check_scales, read_scales
 from surgery.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from surgery.progress import Progress, listening
 from surgery.publish.results import publish_adapter
@@ -76,7 +76,7 @@ def export(
         SurgeryError: the factorized folder or the scales are damaged, or do not belong together.
 
     Warns:
-        SurgeryWarning: see ``surgery.format.scales.read_scales``.
+        SurgeryWarning: see ``surgery.format.scales.reading.read_scales``.
     """
     progress = listening()
     factorized, out = Path(factorized), Path(out)

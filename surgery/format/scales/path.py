@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 from surgery.errors import FormatError, ReadError, ScalesError, few
-from surgery.format.no_scales import no_scales_in
 from surgery.format.safetensors import ShardReader
+from surgery.format.scales.no_scales import no_scales_in
 from surgery.names import CHECKPOINT_FILE, SCALES_FILE, SCALES_METADATA_KEY
 from surgery.progress import note
 
