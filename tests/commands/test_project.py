@@ -470,7 +470,7 @@ def test_command(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     found = json.loads(run("--json", "-o", "again.safetensors").stdout)
     assert (found["schema_version"], found["out"], found["fingerprint"]) == (1, "again.safetensors", manifest.fingerprint)
     assert Path("again.safetensors").read_bytes() == Path("scales.safetensors").read_bytes()
-    assert [one.keys() for one in found["targets"]] == [{"key", "change", "explained", "largest"}] * 7
+    assert [one.keys() for one in found["targets"]] == [{"key", "change", "explained", "explained_by_scales", "largest"}] * 7
     shown = [f"{found['total']['change']:.3g}", f"{found['total']['explained']:.2%}", f"{found['total']['largest']:.3g}"]
     assert rows[-1].split()[2:] == shown
     done = run()

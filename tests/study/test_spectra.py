@@ -322,7 +322,7 @@ def test_gains_of_directions_against_numpy(shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(0)
     old = torch.randn(shape, generator=generator).bfloat16()
     new = (old + 0.1 * torch.randn(shape, generator=generator)).bfloat16()
-    measure = GainsMeasure(max_rank=20, tolerance=1e-5, seed=0)
+    measure = GainsMeasure(max_rank=20, train="scales", tolerance=1e-5, seed=0)
     before, D = old.double().numpy(), (new.double() - old.double()).numpy()
     U, s, Vh = np.linalg.svd(before, full_matrices=False)
     alone, pair = measure(old, None, (2**-7, 2**-7)), measure(old, new, (2**-7, 2**-7))
@@ -339,7 +339,7 @@ def test_gains_of_a_large_matrix_against_lapack(scale: float) -> None:
     """Half of its values are 0: none of them is a gain. Scaled down, their squares would be no numbers of float32."""
     U, s, V = _orthogonal(700, 300, 0), torch.arange(1, 301, dtype=torch.float64) ** -0.5, _orthogonal(600, 300, 1)
     A = (scale * (U * s) @ V.T).float()
-    found = GainsMeasure(max_rank=500, tolerance=1e-5, seed=0)(A, None, (2**-23, 2**-23))
+    found = GainsMeasure(max_rank=500, train="scales", tolerance=1e-5, seed=0)(A, None, (2**-23, 2**-23))
     values = torch.linalg.svdvals(A.double()).square()
     assert found["gains"][:300] == pytest.approx(values[:300].tolist(), rel=1e-4)
     assert max(found["gains"][300:]) < 1e-9 * found["total"]
