@@ -129,6 +129,12 @@ def gain_of(candidates: Sequence[Candidate], ranks: Mapping[str, int]) -> float:
     return sum(sum(candidate.gains[: ranks[candidate.tensor]]) for candidate in candidates)
 
 
+def least_budget(candidates: Sequence[Candidate], least: float) -> int | None:
+    """The smallest budget that buys a gain above ``least``; None if none does."""
+    first = [(c, next((rank for rank, gain in enumerate(c.gains, 1) if gain > least), None)) for c in candidates]
+    return min((candidate.cost_of(rank) for candidate, rank in first if rank is not None), default=None)
+
+
 def uniform_rank_within(candidates: Sequence[Candidate], budget: int) -> int:
     """The largest rank for all tensors that fits the budget; 0 if none does."""
     fits = spent = 0

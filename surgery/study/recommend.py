@@ -15,7 +15,7 @@ from surgery.errors import OptionError
 from surgery.files.file_writer import write_file
 from surgery.format.options import Options, RecommendKeywords, chosen_options
 from surgery.names import Train
-from surgery.planning.allocation import Candidate, gain_of, ranks_within, uniform_rank_within
+from surgery.planning.allocation import Candidate, gain_of, least_budget, ranks_within, uniform_rank_within
 from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
 from surgery.run.output_paths import check_output_path
@@ -121,12 +121,14 @@ def recommend(
     if total == 0:
         what = "all weights are 0" if tuned is None else "the two models have the same weights"
         raise OptionError(f"there is nothing to keep: {what}")
+    what = "scales" if train == "scales" else "cores"
+    if (needed := least_budget(candidates, _NOISE * total)) is None:
+        hint = "cores may explain some" if train == "scales" else f"more than {max_rank} directions may explain some"
+        raise OptionError(f"{what} of the leading directions explain nothing of the change", hint=hint)
     with phase(listening(), "choosing ranks"):
         ranks = ranks_within(candidates, budget, _NOISE * total)
     if not any(ranks.values()):
-        cheapest = min(candidate.costs[0] for candidate in candidates)
-        raise OptionError("the budget buys no direction", got=f"{budget} {unit}", expected=f"at least {cheapest} {unit}")
-    what = "scales" if train == "scales" else "cores"
+        raise OptionError("the budget buys no direction", got=f"{budget} {unit}", expected=f"at least {needed} {unit}")
     text = _as_recipe(targets, ranks, f"ranks recommended for {what}, for a budget of {budget} {unit}")
     write_file(out, text.encode())
     uniform_kept, uniform_rank = _uniform(candidates, budget, total)
