@@ -331,6 +331,8 @@ def test_recommended_for_cores_of_a_change(tmp_path: Path) -> None:
     assert (caught.value.got, caught.value.expected) == ("8 numbers", "at least 9 numbers")
     with pytest.raises(OptionError, match="scales of the leading directions explain nothing of the change"):
         surgery.recommend(folder, tuned, budget=8, out=tmp_path / "other.toml", max_rank=8)
+    with pytest.raises(OptionError, match=r"cores of the leading directions explain nothing(.|\n)*more than 2 directions"):
+        surgery.recommend(folder, tuned, budget=8, out=tmp_path / "other.toml", train="core", max_rank=2)
 
 
 @pytest.mark.parametrize("train", TRAINS)
