@@ -255,7 +255,7 @@ def test_float64(exact: bool, factorized: Path, manifest: Manifest, trained: Ten
         assert value.numpy().tolist() == np.float32(double[name].numpy()).tolist()
     rounded = [str(warning.message) for warning in caught if "rounded from F64" in str(warning.message)]
     assert len(rounded) == len(caught) == (0 if exact else 2)
-    assert exact or f" of {sum(value.numel() for value in trained.values())} scales" in rounded[0]
+    assert exact or f" of {sum(value.numel() for value in trained.values())} numbers" in rounded[0]
 
 
 SHAPES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

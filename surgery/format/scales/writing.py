@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from surgery.errors import ScalesError
 from surgery.files.file_writer import FileWriter
 from surgery.format.header import TensorEntry, make_header
 from surgery.format.manifest_records import TargetRecord
@@ -32,6 +33,10 @@ def write_scales(
         fingerprint: that of the manifest of the factorized checkpoint; None, where it is not known, leaves it out.
         train: which of the two they are.
         beside: what a training keeps for itself -> key of a target -> tensor, float32 or uint8.
+
+    Raises:
+        ScalesError: a target is called as what is kept beside another one.
+        OutputError: the file cannot be written.
     """
     said: dict[str, Any] = {} if fingerprint is None else {"format_version": FORMAT_VERSION, "fingerprint": fingerprint}
     if train != "scales":  # files of scales are what they have always been
@@ -40,7 +45,10 @@ def write_scales(
         said["beside"] = sorted(beside)
     tensors = {key: value.detach().to("cpu", torch.float32) for key, value in scales.items()}
     for kind, values in beside.items():
-        tensors |= {f"{key}.{kind}": value.detach().cpu() for key, value in values.items()}
+        kept = {f"{key}.{kind}": value.detach().cpu() for key, value in values.items()}
+        if taken := sorted(kept.keys() & tensors.keys()):
+            raise ScalesError(f"{path}: {taken[0]!r} is the name of scales, and of what is kept beside others")
+        tensors |= kept
     named = sorted(tensors.items(), key=lambda one: (one[1].dtype == torch.uint8, one[0]))  # numbers lie on multiples of 4
     entries = [
         TensorEntry(name, "U8" if value.dtype == torch.uint8 else "F32", tuple(value.shape), 0, value.nbytes)
