@@ -113,7 +113,7 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) 
     type=click.Choice(["linear", "log"]),
     default="linear",
     show_default=True,
-    help="Mean of the scales, or of their logarithms (geometric).",
+    help="Mean of the scales or cores, or of the logarithms of scales (geometric).",
 )
 @overwrite_file_option
 @json_option
@@ -130,7 +130,8 @@ def blend(
 ) -> None:
     """Write the weighted mean of scales FILEs that were trained with the same factorized folder.
 
-    A negative weight takes a training away from the others: --weights 1.5,-0.5. The factorized folder is not needed.
+    A negative weight takes a training away from the others: --weights 1.5,-0.5. Where a FILE holds cores, so does the mean,
+    and scales g of others are the cores diag(g). The factorized folder is not needed.
     """
     from surgery.commands import blend as operation
 
@@ -139,8 +140,9 @@ def blend(
         print_json(report)
         return
     shares = ", ".join(f"{weight:.3g}" for weight in report.weights)
+    numbers, untouched = ("scales", "1") if report.train == "scales" else ("numbers in the cores", "the identity")
     say(
-        f"{whole(out)}: {report.changed} of {report.trainable} scales of {report.targets} targets differ from 1; "
+        f"{whole(out)}: {report.changed} of {report.trainable} {numbers} of {report.targets} targets differ from {untouched}; "
         f"weights {shares}, {report.space} mean",
         quiet=quiet,
     )

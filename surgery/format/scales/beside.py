@@ -64,7 +64,9 @@ def _read(reader: ShardReader, kind: str, entry: TensorEntry, shape: tuple[int, 
     if kind == "chosen":
         mask = reader.read_bytes(entry).view(entry.shape)
         if bool((mask > 1).any()):
-            raise ScalesError(f"{reader.name}: {entry.name!r} is no choice of directions", got=int(mask.max()), expected="0 or 1")
+            raise ScalesError(
+                f"{reader.name}: {entry.name!r} is no choice of directions", got=int(mask.max()), expected="0 or 1"
+            )
         return mask
     parameters = reader.read(entry)
     if not bool(torch.isfinite(parameters).all()):

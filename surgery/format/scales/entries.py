@@ -52,7 +52,9 @@ def entries_of(
         is_counter = entry.dtype not in _DTYPES or _COUNTERS.fullmatch(entry.name)
         if kind in kept and entry.name not in wanted:
             if entry.dtype != BESIDE[kind]:
-                raise ScalesError(f"{path}: {entry.name!r} has a dtype that it cannot have", got=entry.dtype, expected=BESIDE[kind])
+                raise ScalesError(
+                    f"{path}: {entry.name!r} has a dtype that it cannot have", got=entry.dtype, expected=BESIDE[kind]
+                )
             kept[kind][name] = entry
         elif entry.name not in wanted and math.prod(entry.shape) == 1 and is_counter:
             others.append(entry.name)

@@ -20,11 +20,9 @@ from surgery.format.scales.entries import check_owner, entries_of, fingerprint_i
 from surgery.format.scales.no_scales import refuse_other_tensors
 from surgery.format.scales.path import scales_file
 from surgery.lossless.rounding import check_dense
-from surgery.names import TRAINS, Train
+from surgery.names import TRAINED, TRAINS, Train
 from surgery.progress import note
 
-_ONE: Mapping[Train, str] = {"scales": "scales", "core": "core"}
-_MANY: Mapping[Train, str] = {"scales": "scales", "core": "cores"}
 #: Multipliers are 1 before a training, and stay nearer to it than to 0 but for a few. Of fewer than four nothing is said.
 _NEAR_ZERO, _NEARLY_ALL, _FEW = 0.5, 0.9, 4
 
@@ -38,8 +36,8 @@ class ScalesFile:
             stack. On the CPU, finite; sorted by name.
         fingerprint: of the factors that they belong to; None where the file does not say.
         train: which of the two they are.
-        beside: what a training keeps for itself: ``chosen`` or ``orthogonal`` -> key of a target -> tensor, uint8 (k,) or (B, k),
-            or float32, on the CPU (docs/format.md).
+        beside: what a training keeps for itself: ``chosen`` or ``orthogonal`` -> key of a target -> tensor, uint8 (k,) or
+            (B, k), or float32, on the CPU (docs/format.md).
     """
 
     values: dict[str, torch.Tensor]
@@ -189,6 +187,11 @@ def check_scales(values: Mapping[str, torch.Tensor], manifest: Manifest) -> dict
     return _checked(named, named, train, None)
 
 
+def train_of_values(values: Mapping[str, torch.Tensor], manifest: Manifest) -> Train:
+    """Whether the values of a checkpoint, as ``read_scales`` and ``check_scales`` give them, are scales or cores."""
+    return "core" if any(values[target.key].shape != target.scales_shape for target in manifest.targets) else "scales"
+
+
 def _checked(
     values: Mapping[str, torch.Tensor], names: Iterable[str], train: Train, file: Path | None
 ) -> dict[str, torch.Tensor]:
@@ -242,8 +245,8 @@ def _check_shapes(
         key = next((key for key in wrong if key in fitting[other]), wrong[0])
         why, hint = "", None
         if key in fitting[other]:
-            expected = f"its metadata says {_MANY[train]}" if said else f"others have {_MANY[train]}"
-            why = f": that of its {_ONE[other]}, where {expected}"
+            expected = f"its metadata says {TRAINED[train]}" if said else f"others have {TRAINED[train]}"
+            why = f": that of its {other}, where {expected}"
             hint = "one file has the scales of all targets, or the cores of all; diag(g) is the core of scales g"
         raise ScalesError(
             f"{where}: {names.given[key]!r} has the wrong shape{why}",

@@ -63,17 +63,20 @@ def write_scales(
 
 def write_untouched(path: Path, targets: Collection[TargetRecord], fingerprint: str, train: Train = "scales") -> None:
     """Write the scales of all targets, each 1, or their cores, each the identity, as ``write_scales`` does."""
-    shared = {shape: _untouched(shape, train) for shape in {target.shape_of(train) for target in targets}}  # there may be many
+    # There may be many.
+    shared = {shape: untouched(torch.empty(shape), train).expand(shape) for shape in {one.shape_of(train) for one in targets}}
     write_scales(path, {target.key: shared[target.shape_of(train)] for target in targets}, fingerprint, train)
 
 
-def _untouched(shape: tuple[int, ...], train: Train) -> torch.Tensor:
-    return torch.ones(shape) if train == "scales" else torch.eye(shape[-1]).expand(shape)
+def untouched(values: torch.Tensor, train: Train) -> torch.Tensor:
+    """What these would be if they were untouched: 1, or the identity (k, k), in their dtype, on their device."""
+    kind: Any = {"dtype": values.dtype, "device": values.device}
+    return torch.ones((), **kind) if train == "scales" else torch.eye(values.shape[-1], **kind)
 
 
 def distance(values: torch.Tensor, train: Train) -> torch.Tensor:
     """``g - 1`` of scales, ``C - I`` of cores, in their shape and dtype."""
-    return values - (1 if train == "scales" else torch.eye(values.shape[-1], dtype=values.dtype, device=values.device))
+    return values - untouched(values, train)
 
 
 def as_cores(scales: torch.Tensor) -> torch.Tensor:
