@@ -21,6 +21,8 @@ from surgery.progress import note
 SHAPES: Mapping[Train, str] = MappingProxyType(
     {"scales": "(k,), or (B, k) for a stack", "core": "(k, k), or (B, k, k) for a stack"}
 )
+#: How many dimensions it has, but for a stack.
+_LEAST: Mapping[Train, int] = MappingProxyType({"scales": 1, "core": 2})
 _DTYPES = ("F32", "F64", "F16", "BF16")
 #: What trainings keep for themselves, each under the key of a target, a dot and this, and its dtype: which directions have been
 #: chosen (1 where they have; of the shape of scales), and the parameters of orthogonal cores.
@@ -89,13 +91,18 @@ def seen_as(entries: Sequence[TensorEntry], path: Path) -> Train:
     return "scales"
 
 
+def can_have_shape(shape: Sequence[int], train: Train) -> bool:
+    """Whether scales, or cores, can have a shape, where no checkpoint says it."""
+    square = train == "scales" or shape[-1:] == shape[-2:-1]
+    return len(shape) in (_LEAST[train], _LEAST[train] + 1) and 0 not in shape and square
+
+
 def plain_shape(entry: TensorEntry, train: Train, path: Path) -> list[int]:
     """The shape of scales or a core where no checkpoint says it: other dimensions must be of size 1."""
-    shape, least = list(entry.shape), 1 if train == "scales" else 2
+    shape, least = list(entry.shape), _LEAST[train]
     if len(shape) > least + 1:
-        plain = [size for size in shape if size != 1]
-        shape = plain or [1] * least
-    if len(shape) not in (least, least + 1) or 0 in shape or (train == "core" and shape[-1] != shape[-2]):
+        shape = [size for size in shape if size != 1] or [1] * least
+    if not can_have_shape(shape, train):
         raise ScalesError(
             f"{path}: {entry.name!r} has a shape that {'scales' if train == 'scales' else 'a core'} cannot have",
             got=list(entry.shape),
