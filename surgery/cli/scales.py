@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 # Modules that import torch are imported inside the commands: --help must not wait for them.
 
-#: How many angles of a core are printed.
-_ANGLES = 3
+#: How many angles, and how many entries, of a core are printed.
+_SHOWN = 3
 
 
 @click.group(short_help="Write an untouched scales file, or look into one.")
@@ -80,7 +80,7 @@ def show(file: Path, top: int, as_json: bool, quiet: bool) -> None:
     |C - I|    the distance, Frobenius norm
     stretch    smallest and largest singular value of C
     turn       by which angles it turns, in degrees: those of its polar factor
-    entries    the largest of C - I, as row,column: value
+    entries    the largest of C - I, as row,column:value
     """
     from surgery.commands.scales import show_scales
 
@@ -115,19 +115,22 @@ def _table_of_cores(cores: Sequence[ShownCore]) -> str:
             f"{one.distance:.4g}",
             f"{one.least:.4g} to {one.most:.4g}",
             _angles(one.angles),
-            "  ".join(f"{entry.row},{entry.column}: {entry.value:+.3g}" for entry in one.entries),
+            "  ".join(f"{entry.row},{entry.column}:{entry.value:+.3g}" for entry in one.entries[:_SHOWN]),
         ]
         for one in cores
     ]
     return table(
-        ["target", "matrix", "|C - I|", "stretch", "turn", "entries"], rows, flush_right=(1, 2), names=(0,), prose=(5,)
+        ["target", "matrix", "|C - I|", "stretch", "turn", "entries"],
+        rows,
+        flush_right=(1, 2),
+        names=(0,),
     )
 
 
 def _angles(angles: Sequence[float]) -> str:
     """The largest angles; those that would be printed as 0 are left out."""
-    turned = [f"{angle:.2f}" for angle in angles if angle >= 0.005]
-    return ", ".join(turned[:_ANGLES]) + (" ..." if len(turned) > _ANGLES else "") if turned else "0"
+    turned = [f"{angle:.3g}" for angle in angles if angle >= 0.0005]
+    return ", ".join(turned[:_SHOWN]) + (" ..." if len(turned) > _SHOWN else "") if turned else "0"
 
 
 def _summary(found: ScalesSummary) -> list[str]:
@@ -143,7 +146,7 @@ def _summary(found: ScalesSummary) -> list[str]:
         )
         lines = [
             f"{found.targets} targets, {found.matrices} cores with {found.trainable} trainable numbers, {changed}",
-            f"singular values: {figures}; largest turn {found.largest_angle:.2f} degrees",
+            f"singular values: {figures}; largest turn {_angles([found.largest_angle or 0])} degrees",
         ]
     if found.orthogonal:
         lines.append("trained as orthogonal cores: a turn between two scalings")
