@@ -26,7 +26,7 @@ class Direction:
     Attributes:
         target: its key.
         matrix: which matrix of a stack, from 0; None where the target is no stack.
-        direction: from 1, as singular values are counted.
+        direction: from 1, as singular values are changes_in.
         g: the scale.
     """
 
@@ -41,7 +41,7 @@ class CoreEntry:
     """One entry of ``C - I``.
 
     Attributes:
-        row, column: from 1, as singular values are counted.
+        row, column: from 1, as singular values are changes_in.
         value: of it.
     """
 
@@ -104,7 +104,7 @@ class CoreFigures:
     furthest: tuple[ShownCore, ...]
 
 
-def counted(values: Mapping[str, torch.Tensor], train: Train) -> tuple[int, int, int]:
+def changes_in(values: Mapping[str, torch.Tensor], train: Train) -> tuple[int, int, int]:
     """How many numbers are not as in an untouched file; of how many matrices any is not; and how many matrices there are."""
     changes = [
         distance(value.double(), train).reshape(-1, math.prod(value.shape[_BATCH[train] :])) for value in values.values()

@@ -14,8 +14,8 @@ from surgery.commands.figures import (
     ChosenDirections,
     Direction,
     ShownCore,
+    changes_in,
     chosen_directions,
-    counted,
     figures_of_cores,
     furthest_directions,
 )
@@ -155,7 +155,7 @@ def show_scales(path: str | Path, *, top: int = 20, progress: Progress | None = 
     file = files.read_scales_alone(Path(path))
     train, values = file.train, file.values
     numbers = sum(value.numel() for value in values.values())
-    changed, matrices_changed, matrices = counted(values, train)
+    changed, matrices_changed, matrices = changes_in(values, train)
     figures = figures_of_cores(values, top) if train == "core" else None
     if figures is not None:
         spread, angle = figures.singular_values, figures.largest_angle
