@@ -57,7 +57,8 @@ def write_scales(
     with FileWriter(path) as writer:
         writer.write(make_header(entries, {SCALES_METADATA_KEY: json.dumps(said)} if said else {}))
         for _, value in named:
-            writer.write(bytes_of(value.contiguous()))
+            # A copy: one number that was expanded counts as contiguous whatever its stride.
+            writer.write(bytes_of(value.clone(memory_format=torch.contiguous_format)))
         writer.commit(path.name)
 
 
