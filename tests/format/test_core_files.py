@@ -223,6 +223,19 @@ def test_a_file_alone_that_does_not_say_what_it_holds(cores: Tensors, tmp_path: 
     assert read_scales_alone(plain).train == "scales"
 
 
+KEPT = sorted(Path(__file__).parents[1].glob("kept/*/surgery/scales.safetensors"))
+
+
+@pytest.mark.parametrize("kept", KEPT, ids=lambda path: path.parts[-3])
+def test_files_of_scales_are_what_they_have_always_been(kept: Path, tmp_path: Path) -> None:
+    """Byte for byte, untouched and after they have been read."""
+    surgery.new_scales(kept.parents[1], tmp_path / "new")
+    assert (tmp_path / "new").read_bytes() == kept.read_bytes()
+    found = surgery.read_scales(kept)
+    surgery.write_scales(tmp_path / "again", found.values, found.fingerprint)
+    assert (tmp_path / "again").read_bytes() == kept.read_bytes()
+
+
 # -- what is refused ---------------------------------------------------------------------------------------------------------
 
 
