@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from surgery.commands.factorize import FactorizeReport, factorize, plan
     from surgery.commands.fold import FoldReport, fold
     from surgery.commands.inspect import InspectReport, inspect
+    from surgery.commands.new_scales import NewScales, new_scales
     from surgery.commands.project import ProjectReport, project
     from surgery.commands.scales import ScalesSummary, read_scales, show_scales, write_scales
     from surgery.commands.verify import VerifyReport, verify
@@ -85,6 +86,7 @@ _HOMES = {
     "MergePlan": "surgery.commands.adapters.merge",
     "MergeReport": "surgery.commands.adapters.merge",
     "MissingExtra": "surgery.errors",
+    "NewScales": "surgery.commands.new_scales",
     "OptionError": "surgery.errors",
     "Options": "surgery.format.options",
     "OutputError": "surgery.errors",
@@ -119,6 +121,7 @@ _HOMES = {
     "fold": "surgery.commands.fold",
     "inspect": "surgery.commands.inspect",
     "merge": "surgery.commands.adapters.merge",
+    "new_scales": "surgery.commands.new_scales",
     "plan": "surgery.commands.factorize",
     "plan_extract": "surgery.commands.adapters.extract",
     "plan_merge": "surgery.commands.adapters.merge",
@@ -157,6 +160,7 @@ __all__ = [
     "MergePlan",
     "MergeReport",
     "MissingExtra",
+    "NewScales",
     "OptionError",
     "Options",
     "OutputError",
@@ -192,6 +196,7 @@ __all__ = [
     "fold",
     "inspect",
     "merge",
+    "new_scales",
     "plan",
     "plan_extract",
     "plan_merge",

@@ -43,6 +43,8 @@ RESERVED_SUFFIX = ".partial"
 #: What is trained of each target: a multiplier for each kept direction, or a small matrix between them.
 Train = Literal["scales", "core"]
 TRAINS: tuple[Train, ...] = ("scales", "core")
+#: What several of them are called.
+TRAINED: Mapping[Train, str] = {"scales": "scales", "core": "cores"}
 
 #: The only metadata entry of a scales file, a JSON object. There is only one, since writers do not keep the order of several.
 SCALES_METADATA_KEY = "surgery"

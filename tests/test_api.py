@@ -155,6 +155,7 @@ def test_home_folders_in_every_path(home: Path, llama: Path) -> None:
     call("plan_extract", base="~/m", tuned=Path("~/folded2"), recipe="~/recipe.toml", progress=quiet)
     with pytest.raises(OptionError, match="the same weights"):
         call("extract", base="~/m", tuned="~/m", out="~/extracted", recipe="~/recipe.toml", progress=quiet)
+    call("new_scales", factorized="~/f", out="~/untouched.safetensors")
     call("blend", files=[ones, Path(ones)], out="~/blended.safetensors")
     call("spectra", model="~/m", tuned="~/m", top=2, recipe="~/recipe.toml", out="~/report", progress=quiet)
     call("recommend", model="~/m", budget=20, out="~/ranks.toml", max_rank=2, recipe="~/recipe.toml")
@@ -298,6 +299,8 @@ WRONG: dict[str, list[Any]] = {
     "Mapping[str, torch.Tensor]": [3, b"x", "x", ["x"], {"a": 1}, {"a": None}, {1: torch.ones(2)}, {"a": np.ones(2)}],
     "nn.Module": ["x", 3, torch.ones(3), nn.Linear, object()],
     "Layout": ["both", "", 3, True, ["residual"], b"residual", object()],
+    "Train": ["cores", "", 3, True, ["core"], b"core", object()],
+    "Way": ["cores", "", 3, True, ["core"], b"core", object()],
     "EngineName": ["slurm", "", 3, ["ray"], object()],
     "Rounding": ["up", "", 3, ["nearest"], object()],
     "Rank": ["many", "", 4.5, True, [1], object()],
@@ -305,7 +308,6 @@ WRONG: dict[str, list[Any]] = {
     "str | Path | Sequence[str | Path]": [3, [1], [None], [""], {"a": 1}, "", object()],
     "Space": ["cubic", 3, ["log"], object()],
     "Unit": ["euros", 3, ["bytes"], object()],
-    "Train": ["cores", "", 3, ["core"], object()],
     "Progress": [3, "x", object(), Silent, print],
     "Timing": [3, "x", object(), Timing],
 }

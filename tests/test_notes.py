@@ -63,7 +63,7 @@ _SAYING: dict[str, tuple[str, Callable[..., object]]] = {
         "nearly all scales are near 0",
         lambda at, to, **how: surgery.fold(at / "f", load_file(at / "odd"), to, **how),
     ),
-    "export": ("holds BF16 scales", lambda at, to, **how: surgery.export(at / "f", at / "half", to, **how)),
+    "export": ("holds BF16 numbers", lambda at, to, **how: surgery.export(at / "f", at / "half", to, **how)),
     "project": (
         "has the same weights as the original",
         lambda at, to, **how: surgery.project(at / "f", at / "m", to, device="cpu", **how),
@@ -80,7 +80,7 @@ _SAYING: dict[str, tuple[str, Callable[..., object]]] = {
     ),
     "blend": ("does not say which factors", lambda at, to, **how: surgery.blend([at / "nameless"], to, **how)),
     "show_scales": ("nearly all scales are near 0", lambda at, to, **how: surgery.show_scales(at / "odd", **how)),
-    "read_scales": ("holds BF16 scales", lambda at, to, **how: surgery.read_scales(at / "half", **how)),
+    "read_scales": ("holds BF16 numbers", lambda at, to, **how: surgery.read_scales(at / "half", **how)),
     "verify": ("nearly all scales are near 0", lambda at, to, **how: surgery.verify(_with_odd_scales(at, to), **how)),
 }
 
@@ -327,7 +327,7 @@ def test_the_command_says_what_the_operation_does(models: Path, tmp_path: Path) 
     for arguments, said in (
         (["blend", models / "nameless", "-o"], "does not say which factors"),
         (["scales", "show", models / "odd"], "nearly all scales are near 0"),
-        (["fold", models / "f", models / "half", "-o"], "holds BF16 scales"),
+        (["fold", models / "f", models / "half", "-o"], "holds BF16 numbers"),
     ):
         for i, quiet in enumerate(([], ["-q"])):
             out = [tmp_path / f"{arguments[0]}-{i}"] if arguments[-1] == "-o" else []

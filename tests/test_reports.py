@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery import errors
 from surgery.cli.main import main
+from surgery.format.scales.writing import write_scales
 from surgery.reports import Report
 from tests.models import files_of, save_llama, tensors_of
 from tools import write_json_docs
@@ -71,6 +72,10 @@ def _runs(at: Path, to: Path) -> dict[str, list[Any]]:
     surgery.write_scales(broken / "surgery/scales.safetensors", {"x": torch.ones(2)}, None)
     stack = to / "stack"
     surgery.write_scales(stack, {"experts": torch.tensor([[1.0, 2.0], [1.0, 1.0]])}, None)
+    cores = to / "cores"
+    chosen = {"experts": torch.tensor([[1, 0], [0, 1]], dtype=torch.uint8)}
+    turned = {"experts": torch.stack([torch.tensor([[1.5, 0.0], [0.0, 1.0]]), torch.eye(2)])}
+    write_scales(cores, turned, None, "core", {"chosen": chosen})
     only = ("--include", "*q_proj*")
     return {
         "blend": [_json("blend", at / "s", "-o", to / "b")],
@@ -94,7 +99,8 @@ def _runs(at: Path, to: Path) -> dict[str, list[Any]]:
             _json("recommend", at / "m", "--budget", 9, "--train", "core", *only, "-o", to / "c.toml"),
         ],
         "resize": [_json("resize", _adapter(at / "f", to), "--rank", 2, "-o", to / "resized")],
-        "scales show": [_json("scales", "show", at / "s"), _json("scales", "show", stack)],
+        "scales new": [_json("scales", "new", at / "f", "--train", "core", "-o", to / "n")],
+        "scales show": [_json("scales", "show", one) for one in (at / "s", stack, cores)],
         "spectra": [
             _json("spectra", at / "m", *only, "-o", to / "s1"),
             _json("spectra", at / "m", at / "t", *only, "-o", to / "s2"),
@@ -263,9 +269,9 @@ def test_all_that_users_meet_is_exported() -> None:
         if kind.__name__ != "PlanSummary":  # which is what a Plan's JSON is made of
             assert getattr(surgery, kind.__name__) is kind
     operations = {
-        "attach", "blend", "energy_svd", "export", "extract", "factorize", "fold", "inspect", "merge", "plan", "plan_extract",
-        "plan_merge", "project", "read_scales", "recipes", "recommend", "resize", "run_demo", "show_scales", "spectra",
-        "truncated_svd", "verify", "verify_folded", "write_scales",
+        "attach", "blend", "energy_svd", "export", "extract", "factorize", "fold", "inspect", "merge", "new_scales", "plan",
+        "plan_extract", "plan_merge", "project", "read_scales", "recipes", "recommend", "resize", "run_demo", "show_scales",
+        "spectra", "truncated_svd", "verify", "verify_folded", "write_scales",
     }  # fmt: skip
     others = {
         "Certificate", "Factorized", "Factors", "Manifest", "Options", "Plan", "Progress", "SaveScales", "Scales", "ScalesFile",

@@ -62,6 +62,7 @@ assert_type(surgery.project("factorized", "tuned", "scales.safetensors"), surger
 assert_type(surgery.blend(["a.safetensors", Path("b.safetensors")], "c.safetensors", weights=[0.5, 0.5]), surgery.BlendReport)
 assert_type(surgery.recommend("model", budget=1000, out="recipe.toml"), surgery.Recommendation)
 
+assert_type(surgery.new_scales("factorized", "untouched.safetensors", train="core"), surgery.NewScales)
 assert_type(surgery.read_scales("a.safetensors").values["w"], torch.Tensor)
 surgery.write_scales("b.safetensors", {"w": torch.ones(16)}, surgery.inspect("factorized").fingerprint)
 assert_type(surgery.show_scales("a.safetensors").changed, int)
@@ -87,6 +88,7 @@ assert_type(surgery.__version__, str)
 # What a type checker has to report.
 surgery.factorize("model", "factorized", rank="16")  # type: ignore[arg-type]
 surgery.factorize("model", "factorized", layout="both")  # type: ignore[arg-type]
+surgery.factorize("model", "factorized", train="cores")  # type: ignore[arg-type]
 surgery.factorize("model", "factorized", ranks=16)  # type: ignore[call-arg]
 surgery.Options(rank="16")  # type: ignore[arg-type]
 surgery.spectra("model", rank=16)  # type: ignore[call-arg]

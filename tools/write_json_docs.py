@@ -20,6 +20,7 @@ from surgery.commands.blend import BlendReport
 from surgery.commands.factorize import FactorizeReport
 from surgery.commands.fold import FoldReport
 from surgery.commands.inspect import InspectReport
+from surgery.commands.new_scales import NewScales
 from surgery.commands.project import ProjectReport
 from surgery.commands.scales import ScalesSummary
 from surgery.commands.verify import VerifyReport
@@ -61,6 +62,7 @@ COMMANDS: dict[str, tuple[type[Report], tuple[str, ...]]] = {
     "recipes": (RecipesReport, ()),
     "recommend": (Recommendation, ("seconds",)),
     "resize": (ResizeReport, ("seconds",)),
+    "scales new": (NewScales, ()),
     "scales show": (ScalesSummary, ()),
     "spectra": (Findings, ("out", "seconds")),
     "verify": (VerifyReport, ("seconds",)),

@@ -11,7 +11,7 @@ import click
 
 from surgery.cli.bar import Bar
 from surgery.cli.options import MODEL, PATH, devices_option, json_option, memory_options, notes_and_quiet, quiet_option
-from surgery.cli.outcomes import kept_of_update
+from surgery.cli.outcomes import kept_of_update, trainable_text
 from surgery.cli.printing import print_json
 from surgery.cli.tables import table
 from surgery.cli.text import fitted, say, whole
@@ -67,7 +67,8 @@ def inspect(factorized: Path, as_json: bool) -> None:
     click.echo(
         fitted(
             "",
-            f"{report.layout} layout of {origin}: {len(report.targets)} targets, {report.trainable} trainable scales, "
+            f"{report.layout} layout of {origin}: {len(report.targets)} targets, "
+            f"{trainable_text(report.trainable, report.train or 'scales')}, "
             f"{len(report.skipped)} tensors passed over",
         )
     )

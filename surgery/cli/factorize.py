@@ -28,12 +28,14 @@ from surgery.cli.options import (
     stream_option,
     subfolder_option,
 )
+from surgery.cli.outcomes import trainable_text
 from surgery.cli.printing import print_json
 from surgery.cli.profile import profile_text
 from surgery.cli.report import plan_text
 from surgery.cli.text import fitted, say, size, whole
 from surgery.escapes import quoted
 from surgery.format.options import Options
+from surgery.names import TRAINS, Train
 from surgery.progress import phase
 from surgery.reports import rounded_to
 
@@ -60,6 +62,13 @@ _PLANNING: tuple[str | Decorator, ...] = (
         "[default: residual, for FP8 overlay]",
     ),
     "correction",
+    click.option(
+        "--train",
+        type=click.Choice(TRAINS),
+        default="scales",
+        show_default=True,
+        help="What will be trained: scales, one multiplier for each kept direction; core: a K x K matrix between them.",
+    ),
     revision_option,
     subfolder_option,
     devices_option,
@@ -129,11 +138,12 @@ def factorize(
         if timing is not None:
             click.echo(profile_text(timing, seconds))
         say(
-            f"{whole(out)}: {report.matrices} matrices at rank {_ranks(report.manifest)}, {report.trainable} trainable "
-            f"scales, {size(report.bytes_written)} in {seconds:.1f} s on {report.device}",
+            f"{whole(out)}: {report.matrices} matrices at rank {_ranks(report.manifest)}, "
+            f"{trainable_text(report.trainable, report.train)}, {size(report.bytes_written)} in {seconds:.1f} s "
+            f"on {report.device}",
             quiet=quiet,
         )
-        say(_next_steps(model, out, report.manifest), quiet=quiet)
+        say(_next_steps(model, out, report.manifest, report.train), quiet=quiet)
 
 
 @click.command(short_help="Show what factorize would do, from headers.")
@@ -193,9 +203,10 @@ def recipes(as_json: bool) -> None:
         click.echo()
 
 
-def _next_steps(model: str, out: Path, manifest: Manifest) -> str:
-    """The commands by which the scales are trained and folded, to be copied by the user."""
-    attach = f"surgery.attach(model, {json.dumps(str(out), ensure_ascii=False)})"
+def _next_steps(model: str, out: Path, manifest: Manifest, train: Train) -> str:
+    """The commands by which scales or cores are trained and folded, to be copied by the user."""
+    kind = "" if train == "scales" else f', train="{train}"'
+    attach = f"surgery.attach(model, {json.dumps(str(out), ensure_ascii=False)}{kind})"
     fold = f"surgery fold {quoted(out)} scales.safetensors"
     if manifest.layout == "overlay" and manifest.source.repo_id is None:
         fold += f" --base {quoted(model)}"

@@ -34,7 +34,7 @@ from surgery.progress import phase
 # Modules that import torch are imported inside the commands: --help must not wait for them.
 
 
-@click.command(short_help="Fold trained scales back into dense weights.")
+@click.command(short_help="Fold trained scales or cores back into dense weights.")
 @click.argument("factorized", type=PATH)
 @click.argument("scales", type=PATH)
 @click.option("-o", "--out", default="folded", show_default=True, type=PATH, help="Folder to write.")
@@ -68,10 +68,10 @@ def fold(
     quiet: bool,
     **chosen: Any,
 ) -> None:
-    """Fold the scales in file SCALES into the weights of folder FACTORIZED.
+    """Fold the scales or cores in file SCALES into the weights of folder FACTORIZED.
 
     Writes a folder that loads as the original model did, with its names, dtypes, shards, config and tokenizer.
-    Scales that are all 1 give back the original files byte for byte. A changed FP8 weight is quantized again.
+    Untouched ones give back the original files byte for byte. A changed FP8 weight is quantized again.
     """
     bar = Bar(quiet=quiet)
     with phase(bar, "starting"):

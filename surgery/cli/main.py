@@ -22,7 +22,8 @@ from surgery.cli.check import inspect, verify
 from surgery.cli.demo import demo
 from surgery.cli.factorize import factorize, plan, recipes
 from surgery.cli.fold import fold
-from surgery.cli.scaling import blend, project, scales
+from surgery.cli.scales import scales
+from surgery.cli.scaling import blend, project
 from surgery.cli.study import recommend, spectra
 from surgery.cli.text import guarded, tell, tell_error
 from surgery.errors import SurgeryError, naming_system_errors

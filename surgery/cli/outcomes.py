@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from surgery.cli.tables import table
 
 if TYPE_CHECKING:
+    from surgery.names import Train
     from surgery.run.merging import MergedTensor
 
 
@@ -23,6 +24,11 @@ def kept_of_update(kept: float | None, least: float | None) -> str:
 def share_text(share: float) -> str:
     """A share as a percentage. 100 % is all but for 0.05 %."""
     return f"{100 * share:.1f} %".replace("100.0", "100")
+
+
+def trainable_text(count: int, train: Train) -> str:
+    """How many numbers there are to train, and in what."""
+    return f"{count} trainable {'scales' if train == 'scales' else 'numbers in cores'}"
 
 
 def table_of_merged(tensors: Sequence[MergedTensor]) -> str:

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from surgery.cli.outcomes import trainable_text
 from surgery.cli.tables import table
 from surgery.cli.text import duration, fitted, shown, size
 
@@ -38,7 +39,7 @@ def plan_text(plan: Plan, seconds: float, *, every: bool) -> str:
     skipped = Counter((group(skip.tensor), skip.reason) for skip in plan.skipped)
     totals = [
         f"{len(plan.targets)} targets, {'at most ' if any(t.energy is not None for t in plan.targets) else ''}"
-        f"{plan.trainable} trainable scales; {len(plan.skipped)} tensors passed over",
+        f"{trainable_text(plan.trainable, plan.train)}; {len(plan.skipped)} tensors passed over",
         f"{plan.layout} layout, " + (f"recipe {plan.recipe}" if plan.recipe else "no recipe: the defaults for any model"),
         f"{plan.files_along} other files go along, {size(plan.bytes_along)}"
         + (f"; {len(plan.left_out)} files and folders stay behind" if plan.left_out else ""),

@@ -1,4 +1,4 @@
-"""The commands about scales files: ``project``, ``blend`` and ``scales``."""
+"""The commands that make scales files of others: ``project`` and ``blend``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from surgery.cli.options import (
 )
 from surgery.cli.printing import print_json
 from surgery.cli.tables import table
-from surgery.cli.text import fitted, say, whole
+from surgery.cli.text import say, whole
 from surgery.names import TRAINS, Train
 from surgery.progress import phase
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 # Modules that import torch are imported inside the commands: --help must not wait for them.
 
-_out = click.option(
+out_option = click.option(
     "-o",
     "--out",
     default="scales.safetensors",
@@ -44,7 +44,7 @@ _out = click.option(
 @click.command(short_help="Find the scales or cores that come closest to a fine-tuned model.")
 @click.argument("factorized", type=PATH)
 @click.argument("tuned", type=MODEL)
-@_out
+@out_option
 @click.option(
     "--train",
     type=click.Choice(TRAINS),
@@ -124,7 +124,7 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) 
 
 @click.command(short_help="Take the weighted mean of scales files.")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...", type=PATH)
-@_out
+@out_option
 @click.option(
     "--weights", callback=_numbers, metavar="W,W...", help="One for each file; their sum becomes 1.  [default: equal]"
 )
@@ -133,7 +133,7 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) 
     type=click.Choice(["linear", "log"]),
     default="linear",
     show_default=True,
-    help="Mean of the scales, or of their logarithms (geometric).",
+    help="Mean of the scales or cores, or of the logarithms of scales (geometric).",
 )
 @overwrite_file_option
 @json_option
@@ -150,7 +150,8 @@ def blend(
 ) -> None:
     """Write the weighted mean of scales FILEs that were trained with the same factorized folder.
 
-    A negative weight takes a training away from the others: --weights 1.5,-0.5. The factorized folder is not needed.
+    A negative weight takes a training away from the others: --weights 1.5,-0.5. Where a FILE holds cores, so does the mean,
+    and scales g of others are the cores diag(g). The factorized folder is not needed.
     """
     from surgery.commands import blend as operation
 
@@ -159,60 +160,9 @@ def blend(
         print_json(report)
         return
     shares = ", ".join(f"{weight:.3g}" for weight in report.weights)
+    numbers, untouched = ("scales", "1") if report.train == "scales" else ("numbers in the cores", "the identity")
     say(
-        f"{whole(out)}: {report.changed} of {report.trainable} scales of {report.targets} targets differ from 1; "
+        f"{whole(out)}: {report.changed} of {report.trainable} {numbers} of {report.targets} targets differ from {untouched}; "
         f"weights {shares}, {report.space} mean",
         quiet=quiet,
     )
-
-
-@click.group(short_help="Look into scales files.")
-def scales() -> None:
-    """Look into scales files.
-
-    \b
-    surgery scales show FILE [--top N] [--json]    what changed most, and a summary
-    """
-
-
-@scales.command(short_help="Show what a scales file changes most.")
-@click.argument("file", type=PATH)
-@click.option("--top", default=20, show_default=True, type=click.IntRange(min=0), help="How many directions to list.")
-@json_option
-@quiet_option
-@notes_and_quiet
-def show(file: Path, top: int, as_json: bool, quiet: bool) -> None:
-    """Show the directions that a scales FILE changes most, and a summary. The factorized folder is not needed.
-
-    Matrices of a stack are counted from 0, directions from 1: direction 1 has the largest singular value.
-    """
-    from surgery.commands.scales import show_scales
-
-    found = show_scales(file, top=top, progress=Bar(quiet=quiet))
-    if as_json:
-        print_json(found)
-        return
-    if found.directions:
-        rows = [
-            [
-                one.target,
-                "" if one.matrix is None else str(one.matrix),
-                str(one.direction),
-                f"{one.g:.6g}",
-                f"{100 * (one.g - 1):+.3g}",
-            ]
-            for one in found.directions
-        ]
-        click.echo(table(["target", "matrix", "direction", "g", "change in %"], rows, flush_right=range(1, 5), names=(0,)))
-        click.echo()
-    click.echo(
-        fitted(
-            f"{found.targets} targets, {found.trainable} trainable numbers, {_changed(found.changed)}",
-            f"least {found.least:.6g}, median {found.median:.6g}, most {found.most:.6g}",
-            f"fingerprint {found.fingerprint or 'unknown: the file does not say which factors it belongs to'}",
-        )
-    )
-
-
-def _changed(count: int) -> str:
-    return f"{count} of them differ from 1" if count else "all of them 1: an untouched file"

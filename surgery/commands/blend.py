@@ -1,7 +1,8 @@
-"""The verb ``blend``: a weighted mean of the scales of several trainings of the same factors."""
+"""The verb ``blend``: a weighted mean of the scales or cores of several trainings of the same factors."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from surgery.format.name_map import match_names, note_renamed
 from surgery.format.scales.entries import note_without_owner
 from surgery.format.scales.path import scales_file
 from surgery.format.scales.reading import ScalesFile, note_reshaped, read_scales_alone, same_but_for_ones
-from surgery.format.scales.writing import write_scales
+from surgery.format.scales.writing import as_cores, distance, untouched, write_scales
+from surgery.names import Train
 from surgery.progress import Progress
 from surgery.reports import Report
 from surgery.run.output_paths import check_output_path
@@ -32,15 +34,17 @@ class BlendReport(Report):
         out: the file.
         weights: of the files, as used: their sum is 1.
         space: in which the mean was taken.
+        train: what it is the mean of: ``scales``, or ``core`` for cores.
         targets: how many there are.
         trainable: how many numbers.
-        changed: how many of them are not 1.
+        changed: how many of them are not as in an untouched file: not 1, or not those of the identity.
         fingerprint: of the factors that they belong to; None where no file says.
     """
 
     out: Path
     weights: tuple[float, ...]
     space: Space
+    train: Train
     targets: int
     trainable: int
     changed: int
@@ -57,18 +61,19 @@ def blend(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> BlendReport:
-    """Write the weighted mean of scale files that belong to the same factors.
+    """Write the weighted mean of scales files that belong to the same factors.
 
-    With weights w of sum 1 a scale becomes ``sum_j w_j g_j``, in log space ``exp(sum_j w_j log g_j)``, computed in
-    float64 and rounded once. As a folded weight is linear in its scales, the linear mean is that of the folded models.
-    A weight may be negative in either space: it takes a training away from the others. The factorized checkpoint is
-    not needed.
+    With weights w of sum 1 a scale becomes ``sum_j w_j g_j``, in log space ``exp(sum_j w_j log g_j)``, and a core
+    ``sum_j w_j C_j``, computed in float64 and rounded once. Where some files hold scales and others cores, scales g are the
+    cores ``diag(g)``. As a folded weight is linear in its scales or core, the linear mean is that of the folded models.
+    A weight may be negative in either space: it takes a training away from the others. What a training keeps for itself in a
+    file, such as which directions it has chosen, is not in the blend. The factorized checkpoint is not needed.
 
     Args:
         files: one scales file or more.
         out: the file to write.
         weights: one for each file, finite, scaled so that they sum to 1; all the same by default.
-        space: ``linear`` or ``log``.
+        space: ``linear`` or ``log``, which only scales have.
         overwrite: replace ``out`` if it is there.
         progress: told what the user should know; without it that is a ``SurgeryWarning``.
 
@@ -77,8 +82,8 @@ def blend(
 
     Raises:
         OptionError: no files, another number of weights than files, or weights whose sum is not positive.
-        ScalesError: the files are not of the same factors, names or shapes; a scale that is not positive in log space;
-            a mean beyond the range of float32.
+        ScalesError: the files are not of the same factors, names or shapes; a scale that is not positive, or a core, in log
+            space; a mean beyond the range of float32.
         FormatError: a file is damaged.
         OutputError: ``out`` is there already, is one of the files, or cannot be written.
 
@@ -91,18 +96,22 @@ def blend(
     check_output_path(out, paths, overwrite=overwrite)
     contents = [read_scales_alone(path) for path in paths]
     fingerprint = _fingerprint_of(paths, contents)
+    train: Train = "core" if any(file.train == "core" for file in contents) else "scales"
+    if train == "core":
+        contents = [_of_cores(path, file, space) for path, file in zip(paths, contents, strict=True)]
     alike = [contents[0].values, *(_as_the_first(paths, contents, index) for index in range(1, len(paths)))]
     means = {}
     for key in alike[0]:
-        mean = _mean(key, paths, [values[key].double() for values in alike], shares, space)
+        mean = _mean(key, paths, [values[key].double() for values in alike], shares, space, train)
         if not bool(torch.isfinite(mean).all()):
             raise ScalesError(
                 f"the blend of {key!r} is beyond the range of float32", hint="take weights that are closer to one another"
             )
         means[key] = mean
-    write_scales(out, means, fingerprint)
-    changed = sum(int((mean != 1).sum()) for mean in means.values())
-    return BlendReport(out, shares, space, len(means), sum(mean.numel() for mean in means.values()), changed, fingerprint)
+    write_scales(out, means, fingerprint, train)
+    changed = sum(int(distance(mean, train).count_nonzero()) for mean in means.values())
+    numbers = sum(mean.numel() for mean in means.values())
+    return BlendReport(out, shares, space, train, len(means), numbers, changed, fingerprint)
 
 
 def _normalised(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
@@ -145,6 +154,15 @@ def _fingerprint_of(paths: Sequence[Path], contents: Sequence[ScalesFile]) -> st
     return next(iter(owned), None)
 
 
+def _of_cores(path: Path, file: ScalesFile, space: Space) -> ScalesFile:
+    """A file as one of cores: scales g are the cores ``diag(g)``."""
+    if file.train == "scales":
+        return dataclasses.replace(file, values={key: as_cores(value) for key, value in file.values.items()}, train="core")
+    if space == "log":
+        raise ScalesError(f"{path} holds cores, of which there is no geometric mean", hint="blend in linear space")
+    return file
+
+
 def _as_the_first(paths: Sequence[Path], contents: Sequence[ScalesFile], index: int) -> dict[str, torch.Tensor]:
     """The scales of a file under the names and in the shapes of the first one."""
     first, path, values = paths[0], paths[index], contents[index].values
@@ -164,14 +182,15 @@ def _as_the_first(paths: Sequence[Path], contents: Sequence[ScalesFile], index: 
 
 
 def _mean(
-    key: str, paths: Sequence[Path], values: Sequence[torch.Tensor], weights: Sequence[float], space: Space
+    key: str, paths: Sequence[Path], values: Sequence[torch.Tensor], weights: Sequence[float], space: Space, train: Train
 ) -> torch.Tensor:
     """The weighted mean of float64 tensors of one shape, as float32."""
     shares, stacked = torch.tensor(weights, dtype=torch.float64), torch.stack(list(values))
     if space == "linear":
-        # The mean of the distances from 1: so what is 1 in every file stays exactly 1, also if the weights do not sum to 1.
-        mean: torch.Tensor = 1 + torch.tensordot(shares, stacked - 1, dims=1)
-        return mean.float()
+        # The mean of the distances from what is untouched: so what is 1 in every file stays exactly 1, also if the weights do
+        # not sum to 1.
+        mean: torch.Tensor = torch.tensordot(shares, distance(stacked, train), dims=1)
+        return (untouched(mean, train) + mean).float()
     for path, value in zip(paths, values, strict=True):
         if not bool((value > 0).all()):
             raise ScalesError(

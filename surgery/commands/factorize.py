@@ -12,7 +12,7 @@ from surgery.commands.inspect import largest_residual
 from surgery.device import on_its_own_terms
 from surgery.format.manifest import Manifest
 from surgery.format.options import OptionKeywords, Options, chosen_options
-from surgery.names import MANIFEST_FILE, STREAM_DIR
+from surgery.names import MANIFEST_FILE, STREAM_DIR, Train
 from surgery.planning.aliases import notes_of_equal
 from surgery.planning.plan import Layout, Plan, make_plan
 from surgery.progress import Progress, listening, phase
@@ -40,7 +40,8 @@ class FactorizeReport(Report):
         targets: how many tensors, or slices of one, have been factorized.
         matrices: how many matrices these are: a stack has several.
         skipped: how many tensors were passed over.
-        trainable: how many scales there are to train.
+        train: what the trainable file holds: ``scales``, or ``core`` for cores.
+        trainable: how many numbers there are to train.
         converged: whether the SVD of every target reached the tolerance.
         unconverged: the keys of those that did not.
         bytes_written: of all files but the manifest and the scales.
@@ -54,6 +55,7 @@ class FactorizeReport(Report):
     targets: int
     matrices: int
     skipped: int
+    train: Train
     trainable: int
     converged: bool
     unconverged: tuple[str, ...]
@@ -67,6 +69,7 @@ def plan(
     *,
     options: Options | None = None,
     layout: Layout | None = None,
+    train: Train = "scales",
     revision: str | None = None,
     subfolder: str | None = None,
     device: str | torch.device = "auto",
@@ -81,7 +84,7 @@ def plan(
     Of a model that is here, weights that may be one parameter, stored twice, are compared. Nothing is written.
 
     Args:
-        model, layout, revision, subfolder: see ``factorize``.
+        model, layout, train, revision, subfolder: see ``factorize``.
         options, rank, energy, max_rank, recipe, split, correction, include, exclude, seed, tolerance: see ``factorize``.
         device, max_memory, max_device_memory, stream: see ``factorize``; on them depend memory and room on the disk alone.
         progress: told the notes that the plan holds; without it each is a ``SurgeryWarning``.
@@ -99,7 +102,7 @@ def plan(
     by = LocalEngine(str(device), max_memory, max_device_memory)
     with phase(progress, "planning"):
         source = _open(model, revision, subfolder, (Path(STREAM_DIR), by.files_at_a_time) if stream else None)
-        planned = make_plan(source, chosen, layout, by.resources, aliases="local")
+        planned = make_plan(source, chosen, layout, by.resources, aliases="local", train=train)
     for note in planned.notes:
         progress.note(note)
     return planned
@@ -121,6 +124,7 @@ def factorize(
     *,
     options: Options | None = None,
     layout: Layout | None = None,
+    train: Train = "scales",
     revision: str | None = None,
     subfolder: str | None = None,
     device: str | torch.device = "auto",
@@ -135,7 +139,7 @@ def factorize(
     timing: Timing | None = None,
     **keywords: Unpack[OptionKeywords],
 ) -> FactorizeReport:
-    """Write the factorized form of a checkpoint (docs/format.md) and a file of scales, all ones.
+    """Write the factorized form of a checkpoint (docs/format.md) and the trainable file: scales, all ones, or untouched cores.
 
     Each matrix W (m, n) of a target becomes U (m, k), s (k,), V (n, k), float32, and in the residual layout the residual
     ``round(W - U diag(s) V^T)`` in the dtype of W together with what makes W recoverable bit for bit. Shards are
@@ -158,6 +162,8 @@ def factorize(
         seed, tolerance: of the truncated SVD, see ``surgery.truncated_svd``.
         layout: ``residual``, self-contained, or ``overlay``, factors only, the weights staying where they are; the
             residual one by default, the overlay where targets are FP8.
+        train: what the trainable file holds: ``scales``, one multiplier for each kept direction, or ``core``, a matrix (k, k)
+            between the kept directions of each matrix. The factors are the same for both, and so is all else that is written.
         revision: of a hub model.
         subfolder: of a folder or repository with several models, such as a diffusion pipeline.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``mps``, several as ``cuda:0,cuda:1``, or ``all`` CUDA devices;
@@ -179,12 +185,14 @@ def factorize(
         timing: told where the time goes.
 
     Returns:
-        What has been written, or what was there if ``out`` holds the complete result of the same run; with the manifest.
+        What has been written, or what was there if ``out`` holds the complete result of the same run; with the manifest. An
+        untouched trainable file of the other kind that is there is written anew.
 
     Raises:
         OptionError, SourceError, ReadError, FormatError: as ``plan``.
         WeightError: a weight holds NaN or infinity, or a residual would overflow.
-        OutputError: ``out`` holds something else, is in use, or the disk is full or fails.
+        OutputError: ``out`` holds something else, or trained numbers of the other kind; it is in use, or the disk is full or
+            fails.
         ClusterError: with Ray, the cluster cannot be reached or is lost.
         MissingExtra: Ray is not installed.
         SurgeryError: any of these. What has been written by then has no manifest and no ``config.json``,
@@ -197,7 +205,7 @@ def factorize(
         by = run.start_engine(EngineOptions(engine, str(device), max_memory, max_device_memory, timing))
         with phase(progress, "planning"):
             source = _open(model, revision, subfolder, (out / STREAM_DIR, by.files_at_a_time) if stream else None)
-            planned = make_plan(source, chosen, layout, by.resources, aliases="fetch")
+            planned = make_plan(source, chosen, layout, by.resources, aliases="fetch", train=train)
         for note in planned.notes:
             progress.note(note)
         factorization = Factorization(source, planned, replace(chosen, recipe=planned.recipe), by.device_name)
@@ -205,29 +213,29 @@ def factorize(
             if (out / MANIFEST_FILE).is_file() and not overwrite:
                 manifest = factorization.complete_in(out)
                 run.forget()
-                _publish_complete(run, manifest)
+                _publish_complete(run, manifest, train)
                 for note in _accuracy_notes(manifest, planned):
                     progress.note(note)
-                return _report(out, manifest)
+                return _report(out, manifest, train)
             run.identify(factorization.identity())
             with run.result(factorization.files(), [source], overwrite=overwrite) as place:
                 jobs = FactorizeJobs(source, planned, out, place, timing)
                 with phase(progress, "factorizing", planned.bytes_read):
                     results = run.shards(jobs, planned.memory)
                 manifest = factorization.finish(place, results)
-                publish_factorized(run.upload, place, manifest)
+                publish_factorized(run.upload, place, manifest, train)
     headers = {shard.file: shard.header for shard in planned.shards}
     for note in (*_accuracy_notes(manifest, planned), *notes_of_equal(source, headers, manifest)):
         progress.note(note)
-    return _report(out, manifest)
+    return _report(out, manifest, train)
 
 
-def _publish_complete(run: Run, manifest: Manifest) -> None:
+def _publish_complete(run: Run, manifest: Manifest, train: Train) -> None:
     """Upload a result that was complete before the run, if it is to be uploaded."""
     listening().note(f"{run.out} is already complete" + (": nothing to do" if run.upload is None else ""))
     for shard in manifest.shards:
         submit_shard(run.upload, run.out, shard)
-    publish_factorized(run.upload, run.out, manifest)
+    publish_factorized(run.upload, run.out, manifest, train)
 
 
 def _accuracy_notes(manifest: Manifest, plan: Plan) -> list[str]:
@@ -250,7 +258,7 @@ def _accuracy_notes(manifest: Manifest, plan: Plan) -> list[str]:
     return notes
 
 
-def _report(out: Path, manifest: Manifest) -> FactorizeReport:
+def _report(out: Path, manifest: Manifest, train: Train) -> FactorizeReport:
     """The report of a complete result, from its manifest."""
     unconverged = tuple(target.key for target in manifest.targets if not target.converged)
     return FactorizeReport(
@@ -261,7 +269,8 @@ def _report(out: Path, manifest: Manifest) -> FactorizeReport:
         targets=len(manifest.targets),
         matrices=sum(target.matrices[0] for target in manifest.targets),
         skipped=len(manifest.skipped),
-        trainable=sum(target.trainable for target in manifest.targets),
+        train=train,
+        trainable=sum(target.numbers_of(train) for target in manifest.targets),
         converged=not unconverged,
         unconverged=unconverged,
         bytes_written=sum(record.size for record in manifest.output_files()),

@@ -1,4 +1,4 @@
-"""The verb ``fold``: trained scales go back into dense weights, one job per shard, as factorize does it the other way round."""
+"""The verb ``fold``: trained scales or cores go back into dense weights, one job per shard, the other way round."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -19,12 +19,13 @@ from surgery.files.json_files import read_json_object
 from surgery.format.factors import DAMAGED_HINT
 from surgery.format.manifest import Manifest
 from surgery.format.scales.path import scales_file
-from surgery.format.scales.reading import check_scales, read_scales
+from surgery.format.scales.reading import check_scales, read_scales, train_of_values
 from surgery.lossless.update import Rounding
-from surgery.names import CONFIG_FILE, MANIFEST_FILE, STREAM_DIR
+from surgery.names import CONFIG_FILE, MANIFEST_FILE, STREAM_DIR, Train
 from surgery.planning.memory import known_bytes, need_to_fold, share_out
 from surgery.progress import Progress, listening, phase
 from surgery.publish.results import publish_folded, submit_files
+from surgery.publish.told import FoldedChanges
 from surgery.reports import Report
 from surgery.run.engines import EngineName, EngineOptions, float64_device
 from surgery.run.output_paths import check_not_the_source
@@ -44,9 +45,6 @@ from surgery.weights.checkpoint import FactorizedWeights, weights_of
 from surgery.weights.protocol import Weights
 from surgery.weights.quantized import config_of_rewritten
 
-if TYPE_CHECKING:
-    from surgery.publish.upload import Upload
-
 
 @dataclass(frozen=True, slots=True)
 class FoldReport(Report):
@@ -55,8 +53,8 @@ class FoldReport(Report):
     Attributes:
         out: the folder.
         files: its weight files.
-        targets: how many tensors had scales.
-        changed: how many of them had scales other than 1.
+        targets: how many tensors had scales or cores.
+        changed: how many of them had scales other than 1, or a core other than the identity.
         shards: how many weight files there are.
         restored: how many of them are the source's own, bit for bit.
         lossless: whether untouched weights are the source's: not after ``--no-correction``.
@@ -110,17 +108,19 @@ def fold(
 ) -> FoldReport:
     """Write dense weights ``round(W + U diag(s (g - 1)) V^T + B A)`` under the source's names, dtypes and shards.
 
-    W is recovered bit for bit and the update added with one rounding at the end, so a target whose scales are all 1
-    keeps its bytes. A residual without a correction gives ``round(R + U diag(s g) V^T)`` instead. ``B A`` is the update
-    of a LoRA adapter, if one is given, scaled by its alpha.
+    With cores it is ``round(W + U diag(sqrt s) (C - I) diag(sqrt s) V^T + B A)``; scales g are the cores ``diag(g)``. W is
+    recovered bit for bit and the update added with one rounding at the end, so a target whose scales are all 1, or whose core
+    is the identity, keeps its bytes. A residual without a correction gives ``round(R + U diag(s g) V^T)`` instead, or the same
+    with a core. ``B A`` is the update of a LoRA adapter, if one is given, scaled by its alpha.
 
     Args:
         factorized: a folder written by ``factorize``.
-        scales: a scales file or a folder that holds one, or for the key of each target ``g``, (k,), or (B, k) for a stack.
+        scales: a scales file or a folder that holds one, or for the key of each target ``g``, (k,), or (B, k) for a stack; or
+            for each its core ``C``, (k, k), or (B, k, k).
         out: folder to write, empty or new.
         base: for an overlay, the model it was made from (folder or hub id), if the one that the manifest names is
             not to be used.
-        lora: folder of a LoRA adapter that was trained together with the scales, as PEFT saves it.
+        lora: folder of a LoRA adapter that was trained together with the scales or cores, as PEFT saves it.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, several as ``cuda:0,cuda:1``, or ``all`` CUDA devices.
         max_memory, max_device_memory, engine: as for ``factorize``; with Ray all machines must see ``factorized`` as well.
         dequantize: write every FP8 weight as bfloat16, without its scales, and drop the quantization from the config;
@@ -140,7 +140,7 @@ def fold(
 
     Raises:
         SourceError: the folder is no factorized checkpoint, or the base is not there or another model.
-        ScalesError: the scales are not those of this checkpoint, or not finite.
+        ScalesError: the scales or cores are not those of this checkpoint, or not finite.
         OptionError: an option makes no sense for this checkpoint, or the adapter is of a kind that cannot be folded.
         ReadError, FormatError: a file cannot be read, or is damaged.
         OutputError: ``out`` holds something else, is in use, or the disk is full or fails.
@@ -160,6 +160,7 @@ def fold(
         if not isinstance(scales, Mapping):
             scales = scales_file(Path(scales))
         values = check_scales(scales, manifest) if isinstance(scales, Mapping) else read_scales(scales, manifest)
+        train = train_of_values(values, manifest)
         # A fold computes in float64.
         by = run.start_engine(EngineOptions(engine, float64_device(str(device)), max_memory, max_device_memory, timing))
         streaming = (out / STREAM_DIR, by.files_at_a_time) if stream else None
@@ -198,7 +199,7 @@ def fold(
                 run.forget()
                 for record in report.files:
                     submit_files(run.upload, out, [record])
-                _publish(run.upload, out, report, manifest)
+                publish_folded(run.upload, out, manifest, _changes(report, train))
                 return report
             run.identify(_identity(checkpoint, update, others, by.device_name, dense.writing))
             # The journal is there until the upload is over: a fold keeps no other record to go on with.
@@ -209,13 +210,13 @@ def fold(
                     results = run.shards(jobs, memory, note_resumed=False)
                 written.copy_others(place)
                 report = _report(results, jobs, manifest)
-                _publish(run.upload, place, report, manifest)
+                publish_folded(run.upload, place, manifest, _changes(report, train))
     return report
 
 
-def _publish(upload: Upload | None, place: Path, report: FoldReport, manifest: Manifest) -> None:
-    """Upload the files that go along with the weights, which have been submitted already; nothing without an upload."""
-    publish_folded(upload, place, manifest, changed=report.changed, adapted=report.adapted, dequantized=report.dequantized)
+def _changes(report: FoldReport, train: Train) -> FoldedChanges:
+    """What the card of the result tells."""
+    return FoldedChanges(report.changed, report.adapted, report.dequantized, train)
 
 
 def _adapter(factorized: Path, manifest: Manifest, weights: Weights, lora: Path) -> AdapterUpdate:

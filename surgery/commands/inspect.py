@@ -1,4 +1,4 @@
-"""The verb ``inspect``: what a factorized checkpoint holds, from its manifest alone."""
+"""The verb ``inspect``: what a factorized checkpoint holds, from its manifest and the header of its scales file."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from surgery.device import on_its_own_terms
 from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import SkippedRecord, SourceRecord, TargetRecord
+from surgery.format.scales.reading import train_in
+from surgery.names import SCALES_FILE, Train
 from surgery.reports import NOT_IN_JSON, Report
 
 
@@ -92,7 +94,8 @@ class InspectReport(Report):
         lossless: whether a fold with untouched scales gives the source back.
         source: where the weights came from.
         fingerprint: of the factors; scales carry it.
-        trainable: how many scales there are.
+        train: what its scales file holds: ``scales``, or ``core`` for cores; None where there is none that can be read.
+        trainable: how many numbers there are to train; of scales, where there is no such file.
         targets: what has been factorized.
         skipped: what was passed over.
         manifest: all of the manifest.
@@ -102,6 +105,7 @@ class InspectReport(Report):
     lossless: bool
     source: SourceRecord
     fingerprint: str
+    train: Train | None
     trainable: int
     targets: tuple[InspectedTarget, ...]
     skipped: tuple[SkippedRecord, ...]
@@ -110,7 +114,7 @@ class InspectReport(Report):
 
 @on_its_own_terms
 def inspect(factorized: str | Path) -> InspectReport:
-    """What a factorized checkpoint holds, from its manifest. No other file of it is read.
+    """What a factorized checkpoint holds, from its manifest, and the header of its scales file. No other file of it is read.
 
     Args:
         factorized: a folder written by ``factorize``.
@@ -122,12 +126,14 @@ def inspect(factorized: str | Path) -> InspectReport:
         SurgeryError: see ``Manifest.read``.
     """
     manifest = Manifest.read(factorized)
+    train = train_in(Path(factorized) / SCALES_FILE, manifest)
     return InspectReport(
         layout=manifest.layout,
         lossless=manifest.lossless,
         source=manifest.source,
         fingerprint=manifest.fingerprint,
-        trainable=sum(target.trainable for target in manifest.targets),
+        train=train,
+        trainable=sum(target.numbers_of(train or "scales") for target in manifest.targets),
         targets=tuple(map(InspectedTarget.of, manifest.targets)),
         skipped=tuple(manifest.skipped),
         manifest=manifest,

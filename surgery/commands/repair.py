@@ -124,7 +124,10 @@ def repair_files(folder: Path, manifest: Manifest, source: Source, by: LocalEngi
         if not (folder / SCALES_FILE).exists() and not (folder / SCALES_FILE).is_symlink():
             write_untouched(folder / SCALES_FILE, manifest.targets, manifest.fingerprint)
             files.append(SCALES_FILE)
-            note(f"{SCALES_FILE} was missing: it is as factorize writes it, all 1; trained scales are to be put in its place")
+            note(
+                f"{SCALES_FILE} was missing: it is as factorize writes it, scales that are all 1; a trained file is to be put "
+                "in its place"
+            )
     return Repaired(tuple(files), failed)
 
 

@@ -10,31 +10,25 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from surgery.commands.figures import (
+    ChosenDirections,
+    Direction,
+    ShownCore,
+    changes_in,
+    chosen_directions,
+    figures_of_cores,
+    furthest_directions,
+)
 from surgery.device import on_its_own_terms
 from surgery.errors import OptionError, ScalesError
 from surgery.format.scales import reading as files
 from surgery.format.scales import writing
+from surgery.format.scales.entries import SHAPES, can_have_shape
 from surgery.format.scales.reading import ScalesFile
 from surgery.lossless.rounding import check_dense
+from surgery.names import Train
 from surgery.progress import Progress
 from surgery.reports import Report
-
-
-@dataclass(frozen=True, slots=True)
-class Direction:
-    """One number of a scales file.
-
-    Attributes:
-        target: its key.
-        matrix: which matrix of a stack, from 0; None where the target is no stack.
-        direction: from 1, as singular values are counted.
-        g: the scale.
-    """
-
-    target: str
-    matrix: int | None
-    direction: int
-    g: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,22 +36,36 @@ class ScalesSummary(Report):
     """What a scales file holds.
 
     Attributes:
+        train: ``scales``, or ``core`` for cores.
         targets: how many there are.
+        matrices: how many matrices these are: a stack has several.
+        matrices_changed: how many of them have a scale other than 1, or a core other than the identity.
         trainable: how many numbers.
-        changed: how many of them are not 1.
-        least, median, most: of all numbers.
+        changed: how many of them are not as in an untouched file: not 1, or not those of the identity.
+        least, median, most: of all scales; or of the singular values of all cores.
+        largest_angle: by which a core turns directions, in degrees; None where there are no cores.
         fingerprint: of the factors that they belong to; None where the file does not say.
-        directions: those that are furthest from 1, first the furthest; none that are 1.
+        orthogonal: whether it holds the parameters of orthogonal cores besides.
+        chosen: the directions that a training has chosen of each matrix; none where it has not chosen.
+        directions: those whose scales are furthest from 1, first the furthest; none that are 1.
+        cores: those that are furthest from the identity, first the furthest; none that are the identity.
     """
 
+    train: Train
     targets: int
+    matrices: int
+    matrices_changed: int
     trainable: int
     changed: int
     least: float
     median: float
     most: float
+    largest_angle: float | None
     fingerprint: str | None
+    orthogonal: bool
+    chosen: tuple[ChosenDirections, ...]
     directions: tuple[Direction, ...]
+    cores: tuple[ShownCore, ...]
 
 
 @on_its_own_terms
@@ -69,8 +77,9 @@ def read_scales(path: str | Path, *, progress: Progress | None = None) -> Scales
         progress: told what the user should know; without it that is a ``SurgeryWarning``.
 
     Returns:
-        ``values``: key of a target -> ``g``, float32 (k,), or (B, k) for a stack, on the CPU, finite. ``fingerprint``: of the
-        factors that they belong to; None where the file does not say.
+        ``values``: key of a target -> ``g``, float32 (k,), or (B, k) for a stack, on the CPU, finite; or its core ``C``,
+        (k, k), or (B, k, k). ``train``: which of the two. ``fingerprint``: of the factors that they belong to; None where the
+        file does not say.
 
     Raises:
         FormatError: no safetensors file, or a damaged one.
@@ -79,24 +88,30 @@ def read_scales(path: str | Path, *, progress: Progress | None = None) -> Scales
 
     Warns:
         SurgeryWarning: the path is a folder; or the file holds half-precision values, float64 values that float32 has not,
-            numbers that do not look like multipliers, or more than scales.
+            numbers that do not look like multipliers, or more than scales; or nothing tells whether square matrices are scales
+            of stacks or cores.
     """
     return files.read_scales_alone(Path(path))
 
 
 @on_its_own_terms
-def write_scales(path: str | Path, scales: Mapping[str, torch.Tensor], fingerprint: str | None) -> None:
+def write_scales(
+    path: str | Path, scales: Mapping[str, torch.Tensor], fingerprint: str | None, *, train: Train = "scales"
+) -> None:
     """Write a scales file that ``fold``, ``export`` and ``blend`` take, and that ``read_scales`` reads.
 
     Args:
         path: the file; one that is there is replaced as a whole.
-        scales: key of a target -> ``g``, (k,), or (B, k) for a stack, real floating, on any device; written as float32.
+        scales: key of a target -> ``g``, (k,), or (B, k) for a stack; or its core ``C``, (k, k), or (B, k, k) for a stack. Real
+            floating, on any device; written as float32.
         fingerprint: of the factors that they belong to, as in ``read_scales(...).fingerprint``, ``inspect(...).fingerprint``
             and the report of ``factorize``; with None the file does not say, and is checked by names and shapes only.
+        train: what they are: ``scales``, or ``core`` for cores.
 
     Raises:
         OptionError: no mapping of names to dense tensors of real floating-point numbers; no fingerprint, which is a sha256.
-        ScalesError: no scales, or some that have another number of dimensions, or hold NaN, infinity or what is beyond float32.
+        ScalesError: no scales, or some that have another number of dimensions, or hold NaN, infinity or what is beyond float32;
+            cores that are not square.
         OutputError: the file cannot be written.
     """
     if not scales:
@@ -107,13 +122,12 @@ def write_scales(path: str | Path, scales: Mapping[str, torch.Tensor], fingerpri
         )
     for key, value in scales.items():
         check_dense(value, f"scales: {key!r}")
-        if value.ndim not in (1, 2) or not value.numel():
-            raise ScalesError(
-                f"{key!r} has a shape that scales cannot have", got=list(value.shape), expected="(k,), or (B, k) for a stack"
-            )
+        if not can_have_shape(value.shape, train):
+            what = "scales" if train == "scales" else "a core"
+            raise ScalesError(f"{key!r} has a shape that {what} cannot have", got=list(value.shape), expected=SHAPES[train])
         if not bool(torch.isfinite(value.detach().float()).all()):
             raise ScalesError(f"{key!r} holds NaN or infinity, or what is beyond float32")
-    writing.write_scales(Path(path), scales, fingerprint)
+    writing.write_scales(Path(path), scales, fingerprint, train)
 
 
 @on_its_own_terms
@@ -122,11 +136,12 @@ def show_scales(path: str | Path, *, top: int = 20, progress: Progress | None = 
 
     Args:
         path: the file, or a folder that holds one.
-        top: how many of the changed directions to list.
+        top: how many of the changed directions, or of the changed cores, to list.
         progress: told what the user should know; without it that is a ``SurgeryWarning``.
 
     Returns:
-        How many numbers there are, how they are spread, and which are furthest from 1.
+        How many numbers there are, how they are spread, and which are furthest from 1. Of cores, how they stretch and turn
+        directions, and which are furthest from the identity.
 
     Raises:
         OptionError: ``top`` is negative.
@@ -138,27 +153,28 @@ def show_scales(path: str | Path, *, top: int = 20, progress: Progress | None = 
     if top < 0:
         raise OptionError("a negative number of directions", got=top, expected="0 or more")
     file = files.read_scales_alone(Path(path))
-    flat = torch.cat([value.flatten() for value in file.values.values()]).double().numpy()
-    distance = np.abs(flat - 1)
-    changed = int(np.count_nonzero(distance))
-    # A stable sort: of equal distances the first in the file comes first.
-    furthest = np.argsort(-distance, kind="stable")[: min(top, changed)]
-    keys = list(file.values)
-    starts = np.cumsum([0, *(value.numel() for value in file.values.values())])
-    directions = []
-    for position in furthest.tolist():
-        owner = int(np.searchsorted(starts, position, side="right")) - 1
-        key = keys[owner]
-        value = file.values[key]
-        matrix, index = divmod(position - int(starts[owner]), value.shape[-1])
-        directions.append(Direction(key, matrix if value.ndim == 2 else None, index + 1, float(flat[position])))
+    train, values = file.train, file.values
+    numbers = sum(value.numel() for value in values.values())
+    changed, matrices_changed, matrices = changes_in(values, train)
+    figures = figures_of_cores(values, top) if train == "core" else None
+    if figures is not None:
+        spread, angle = figures.singular_values, figures.largest_angle
+    else:
+        spread, angle = np.concatenate([value.double().flatten().numpy() for value in values.values()]), None
     return ScalesSummary(
-        len(keys),
-        len(flat),
-        changed,
-        float(flat.min()),
-        float(np.median(flat)),
-        float(flat.max()),
-        file.fingerprint,
-        tuple(directions),
+        train=train,
+        targets=len(values),
+        matrices=matrices,
+        matrices_changed=matrices_changed,
+        trainable=numbers,
+        changed=changed,
+        least=float(spread.min()),
+        median=float(np.median(spread)),
+        most=float(spread.max()),
+        largest_angle=angle,
+        fingerprint=file.fingerprint,
+        orthogonal="orthogonal" in file.beside,
+        chosen=chosen_directions(file.beside.get("chosen", {})),
+        directions=furthest_directions(values, top) if figures is None else (),
+        cores=() if figures is None else figures.furthest,
     )

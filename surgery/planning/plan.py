@@ -11,7 +11,7 @@ from surgery.errors import OptionError, SourceError, few
 from surgery.format.header import Header
 from surgery.format.manifest_records import Alias, LeftOutRecord, SkippedRecord
 from surgery.format.options import Options
-from surgery.names import SCALES_METADATA_KEY, is_of_lora
+from surgery.names import SCALES_METADATA_KEY, Train, is_of_lora
 from surgery.planning.aliases import find_aliases
 from surgery.planning.memory import CORRECTION_BYTES, collected_bytes, need_to_factorize, share_out
 from surgery.planning.notes import notes_of_plan
@@ -64,6 +64,7 @@ class Plan(Report):
         download_bytes: what a model from the hub still has to be fetched of.
         temporary_bytes: how much of that is on the disk at a time: all of it, in the hub's cache, unless it is streamed.
         memory: how many matrices are worked on at a time, and how much memory that takes.
+        train: what the trainable file will hold: ``scales``, or ``core`` for cores.
     """
 
     layout: Layout
@@ -80,6 +81,7 @@ class Plan(Report):
     download_bytes: int
     temporary_bytes: int
     memory: Memory
+    train: Train = "scales"
 
     @property
     def targets(self) -> list[Target]:
@@ -87,8 +89,8 @@ class Plan(Report):
 
     @property
     def trainable(self) -> int:
-        """Number of trainable scales; the most where an energy decides."""
-        return sum(target.trainable for target in self.targets)
+        """Number of trainable scales, or of all numbers in cores; the most where an energy decides."""
+        return sum(target.numbers_of(self.train) for target in self.targets)
 
     def as_json(self) -> dict[str, Any]:
         """See ``Report``."""
@@ -104,6 +106,7 @@ class Plan(Report):
             files_along=self.files_along,
             bytes_along=self.bytes_along,
             left_out=tuple(LeftOutRecord(file, reason) for file, reason in self.left_out.items()),
+            train=self.train,
             trainable=self.trainable,
             bytes_read=self.bytes_read,
             bytes_written=self.bytes_written,
@@ -122,6 +125,7 @@ def make_plan(
     resources: Resources | None = None,
     *,
     aliases: AliasSearch = "none",
+    train: Train = "scales",
 ) -> Plan:
     """Plan a factorization from headers. Weights are read only to compare copies in several files, and to find aliases.
 
@@ -131,6 +135,7 @@ def make_plan(
         layout: of the result; None: the residual layout, or the overlay if a target is quantized.
         resources: what the run may use; None: one core.
         aliases: how aliases are looked for.
+        train: what is to be trained.
 
     Raises:
         OptionError: the options make no sense for this model, or select nothing.
@@ -196,7 +201,7 @@ def make_plan(
     }
     along = sum(source.size(file) for file in source.selection.others)
     factors = sum(target.factor_bytes + _described_bytes(target) for target in every)
-    written = along + factors
+    written = along + factors + (sum(4 * target.numbers_of("core") for target in every) if train == "core" else 0)
     if layout == "residual":
         written += weights + (int(CORRECTION_BYTES * sum(target.entries for target in every)) if options.correction else 0)
     return Plan(
@@ -224,6 +229,7 @@ def make_plan(
             resources or Resources(),
             kept=collected_bytes(every, len(entries)),
         ),
+        train=train,
     )
 
 

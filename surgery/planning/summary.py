@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from surgery.format.manifest_records import LeftOutRecord, SkippedRecord
+from surgery.names import Train
 from surgery.planning.targets import Target
 from surgery.reports import Report
 
@@ -64,7 +65,8 @@ class PlanSummary(Report):
         notes: what the user should know before the run.
         files_along, bytes_along: what goes along as it is: config, tokenizer, code; how many files, and bytes.
         left_out: files and folders of the source that stay behind.
-        trainable: how many scales there would be to train; the most, where an energy decides.
+        train: what the trainable file would hold: ``scales``, or ``core`` for cores.
+        trainable: how many numbers that makes; the most, where an energy decides.
         bytes_read: over the whole run.
         bytes_written: the same; an upper estimate.
         download_bytes: what a model from the hub still has to be fetched of.
@@ -82,6 +84,7 @@ class PlanSummary(Report):
     files_along: int
     bytes_along: int
     left_out: tuple[LeftOutRecord, ...]
+    train: Train
     trainable: int
     bytes_read: int
     bytes_written: int

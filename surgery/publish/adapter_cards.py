@@ -17,6 +17,7 @@ from surgery.publish.card_parts import (
     source_text,
     title_of,
 )
+from surgery.publish.told import ExportedUpdate
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -24,31 +25,34 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 def adapter_card(
     manifest: Manifest,
     repo_id: str | None,
+    update: ExportedUpdate,
     *,
-    modules: int,
-    rank: int,
     architecture: str | None = None,
     original: str | None = None,
 ) -> str:
-    """The card of scales exported as a LoRA adapter.
+    """The card of scales or cores exported as a LoRA adapter.
 
     Args:
         manifest: of the factorized checkpoint.
         repo_id: where the adapter is on the hub; None if nowhere yet.
-        modules: how many it changes.
-        rank: of all of them.
+        update: what the adapter has.
         architecture: the class that the model's ``config.json`` names.
         original: the text of the source's own card, from which license and language are kept.
     """
+    what, factor = (
+        ("scales of the top", "U diag(s (g - 1))")
+        if update.train == "scales"
+        else ("cores between the top", "U diag(√s) (C - I) diag(√s)")
+    )
     library = library_of(manifest) or "transformers"
     lines = [
         f"# {title_of(manifest.source, repo_id)}, a LoRA adapter",
         "",
-        f"Trained scales of the top singular directions of {name_text(manifest.source)}, exported by surgery as a LoRA adapter",
-        f"of rank {rank} for {modules:,} modules: `A = Vᵀ` and `B = U diag(s (g - 1))`, padded to one rank, with alpha",
+        f"Trained {what} singular directions of {name_text(manifest.source)}, exported by surgery as a LoRA adapter",
+        f"of rank {update.rank} for {update.modules:,} modules: `A = Vᵀ` and `B = {factor}`, padded to one rank, with alpha",
         "equal to it.",
         "",
-        *facts_of(manifest),
+        *facts_of(manifest, update.train),
         "",
         "## Use",
         "",

@@ -7,11 +7,12 @@ shown as code whatever they hold, and a name stands in a command only if it is n
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 
 from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import LeftOutRecord, SourceRecord
+from surgery.names import TRAINED, Train
 from surgery.publish.card_parts import (
+    CORE_FORMULA,
     card_of,
     facts_of,
     is_repo_name,
@@ -22,6 +23,7 @@ from surgery.publish.card_parts import (
     source_text,
     title_of,
 )
+from surgery.publish.told import FoldedChanges
 from surgery.publish.upload import CARD_FILE
 
 
@@ -37,24 +39,33 @@ def published(manifest: Manifest) -> Manifest:
     return dataclasses.replace(manifest, files=kept, left_out=sorted(left_out, key=lambda record: record.file))
 
 
-def factorized_card(manifest: Manifest, repo_id: str | None, *, original: str | None = None) -> str:
+def factorized_card(manifest: Manifest, repo_id: str | None, train: Train = "scales", *, original: str | None = None) -> str:
     """The card of a factorized checkpoint.
 
     Args:
         manifest: of the checkpoint.
         repo_id: where it is on the hub; None if nowhere yet.
+        train: what its scales file holds.
         original: the text of the source's own card, which is quoted, and from which license and language are kept.
     """
     overlay = manifest.layout == "overlay"
-    scales = sum(target.trainable for target in manifest.targets)
+    numbers = f"{sum(target.numbers_of(train) for target in manifest.targets):,}"
+    attach = '`surgery.attach(model, "factorized")`'
+    trained = [f"and one scale for each of them, {numbers} in all, is what can be", "trained."]
+    if train == "core":
+        attach = '`surgery.attach(model, "factorized", train="core")`'
+        trained = [
+            f"and the core C, a small matrix between them, {numbers} numbers in all, is what",
+            f"can be trained: `{CORE_FORMULA}`.",
+        ]
     lines = [
         f"# {title_of(manifest.source, repo_id)}, factorized",
         "",
         f"{name_text(manifest.source)}, taken apart by surgery: of each target, a weight matrix or a stack of them, the top",
-        f"singular directions are kept (truncated SVD), and one scale for each of them, {scales:,} in all, is what can be",
-        f"trained. Folding puts trained scales back into dense weights. {_losslessness(manifest)}",
+        f"singular directions are kept (truncated SVD), {trained[0]}",
+        f"{trained[1]} Folding puts trained {TRAINED[train]} back into dense weights. {_losslessness(manifest, train)}",
         "",
-        *facts_of(manifest),
+        *facts_of(manifest, train),
         f"- Layout: {'overlay (factors only)' if overlay else 'residual (self-contained)'}",
         f"- Lossless: {'yes' if manifest.lossless else 'no'}",
         "",
@@ -63,11 +74,11 @@ def factorized_card(manifest: Manifest, repo_id: str | None, *, original: str | 
         "```sh",
         *([f"hf download {repo_id} --local-dir factorized"] if is_repo_name(repo_id) else []),
         "surgery verify factorized",
-        "# train the scales, factorized/surgery/scales.safetensors, then:",
+        f"# train the {TRAINED[train]}, factorized/surgery/scales.safetensors, then:",
         "surgery fold factorized scales.safetensors",
         "```",
         "",
-        'In PyTorch, `surgery.attach(model, "factorized")` makes the scales the only trainable parameters of the original',
+        f"In PyTorch, {attach} makes the {TRAINED[train]} the only trainable parameters of the original",
         "model, loaded as usual.",
     ]
     if overlay:
@@ -83,21 +94,6 @@ def factorized_card(manifest: Manifest, repo_id: str | None, *, original: str | 
             "takes them and says nothing of it. `surgery.attach` and `surgery fold` put the directions back.",
         ]
     return card_of(manifest.source, lines, original, relation="adapter" if overlay else None)
-
-
-@dataclass(frozen=True, slots=True)
-class FoldedChanges:
-    """How the weights of a folded model differ from those of the source.
-
-    Attributes:
-        changed: how many targets had scales other than 1.
-        adapted: how many tensors a LoRA adapter changed.
-        dequantized: whether FP8 weights have become bfloat16.
-    """
-
-    changed: int
-    adapted: int = 0
-    dequantized: bool = False
 
 
 def folded_card(
@@ -118,27 +114,32 @@ def folded_card(
         original: the text of the source's own card, which is quoted, and from which license and language are kept.
     """
     library = library_of(manifest)
-    changed, adapted = changes.changed, changes.adapted
+    changed, adapted, train = changes.changed, changes.adapted, changes.train
     lines = [f"# {title_of(manifest.source, repo_id)}, folded", ""]
     if changed:
+        formula, numbers = (
+            ("W + U diag(s (g - 1)) Vᵀ", "g has one scale for each")
+            if train == "scales"
+            else (CORE_FORMULA, "C, the core, is a trained matrix between them")
+        )
         lines += [
-            f"{name_text(manifest.source)} with trained scales folded into its weights by surgery: {changed:,} of",
-            f"{len(manifest.targets):,} targets have become `W + U diag(s (g - 1)) Vᵀ`, rounded once, where U, s and V are the",
-            "top singular directions of W and g has one scale for each.",
+            f"{name_text(manifest.source)} with trained {TRAINED[train]} folded into its weights by surgery: {changed:,} of",
+            f"{len(manifest.targets):,} targets have become `{formula}`, rounded once, where U, s and V are the",
+            f"top singular directions of W and {numbers}.",
         ]
     else:
-        lines.append(
-            f"{name_text(manifest.source)}, taken apart and put together again by surgery, with scales that are all 1."
-        )
+        lines.append(f"{name_text(manifest.source)}, taken apart and put together again by surgery, with {_untouched(train)}.")
     if adapted:
         lines.append(f"A LoRA adapter was added to {adapted:,} tensors.")
     if changes.dequantized:
         lines.append("FP8 weights have become bfloat16.")
     elif manifest.lossless:
-        lines.append("All other weights are those of the original model." if changed or adapted else _losslessness(manifest))
+        lines.append(
+            "All other weights are those of the original model." if changed or adapted else _losslessness(manifest, train)
+        )
     else:
-        lines.append(_losslessness(manifest))
-    lines += ["", *facts_of(manifest)]
+        lines.append(_losslessness(manifest, train))
+    lines += ["", *facts_of(manifest, train)]
     if library is not None:
         loader = loader_of(library, architecture)
         where = repr(repo_id) if is_repo_name(repo_id) else "'folded'"
@@ -187,7 +188,11 @@ def merged_card(
     return card_of(source, lines, original, relation="finetune", library=library)
 
 
-def _losslessness(manifest: Manifest) -> str:
+def _untouched(train: Train) -> str:
+    return "scales that are all 1" if train == "scales" else "cores that are all the identity"
+
+
+def _losslessness(manifest: Manifest, train: Train) -> str:
     if manifest.lossless:
-        return "Scales that are all 1 give the original weights back, bit for bit."
+        return f"{_untouched(train).capitalize()} give the original weights back, bit for bit."
     return "It was made without a correction: weights that come back differ from the original ones in their last bits."

@@ -11,8 +11,11 @@ from surgery.escapes import escaped
 from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import SourceRecord
 from surgery.hub import hub_client as client
-from surgery.names import CONFIG_FILE
+from surgery.names import CONFIG_FILE, Train
 from surgery.publish.upload import TAG
+
+#: What a core C makes of a weight.
+CORE_FORMULA = "W + U diag(√s) (C - I) diag(√s) Vᵀ"
 
 _FRONT_MATTER = re.compile(r"\s*---(?:\r\n|\r|\n)([\S\s]*?)(?:\r\n|\r|\n)---[ \t]*(?:\r\n|\r|\n|$)")
 _LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")
@@ -141,8 +144,8 @@ def python_block(*lines: str) -> list[str]:
     return ["```python", *lines, "```"]
 
 
-def facts_of(manifest: Manifest) -> list[str]:
-    """What a manifest says of a factorization, as items of a list."""
+def facts_of(manifest: Manifest, train: Train) -> list[str]:
+    """What a manifest says of a factorization, and how many numbers are trained, as items of a list."""
     targets, options = manifest.targets, manifest.options
     ranks = [target.rank for target in targets]
     matrices = sum(target.matrices[0] for target in targets)
@@ -158,7 +161,8 @@ def facts_of(manifest: Manifest) -> list[str]:
     return [
         f"- Source: {source_text(manifest.source)}",
         f"- Targets: {len(targets):,} ({matrices:,} matrices), rank {rank}",
-        f"- Trainable scales: {sum(target.trainable for target in targets):,}",
+        f"- Trainable {'scales' if train == 'scales' else 'numbers in cores'}: "
+        f"{sum(target.numbers_of(train) for target in targets):,}",
         f"- Accuracy: {accuracy}",
         f"- Factorized with: {as_code(manifest.tool)}, torch {as_code(manifest.torch)}, on {as_code(manifest.device)}",
     ]

@@ -12,8 +12,9 @@ from surgery.files.file_records import FileRecord
 from surgery.files.json_files import read_json_object
 from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import ShardRecord, SourceRecord
-from surgery.names import CONFIG_FILE, MANIFEST_FILE, SCALES_FILE
+from surgery.names import CONFIG_FILE, MANIFEST_FILE, SCALES_FILE, Train
 from surgery.progress import note
+from surgery.publish.told import ExportedUpdate, FoldedChanges
 
 if TYPE_CHECKING:
     from surgery.publish.upload import Upload
@@ -62,7 +63,7 @@ def submit_files(upload: Upload | None, out: Path, records: Iterable[FileRecord]
         upload.submit_all([(out / record.file, record.file, record.sha256) for record in records])
 
 
-def publish_factorized(upload: Upload | None, out: Path, manifest: Manifest) -> None:
+def publish_factorized(upload: Upload | None, out: Path, manifest: Manifest, train: Train) -> None:
     """Complete the upload of a factorized checkpoint, whose shards have been submitted: all other files and the card."""
     if upload is None:
         return
@@ -71,23 +72,21 @@ def publish_factorized(upload: Upload | None, out: Path, manifest: Manifest) -> 
     there = published(manifest)
     files: dict[str, Path | bytes] = {record.file: out / record.file for record in there.files}
     files |= {SCALES_FILE: out / SCALES_FILE, MANIFEST_FILE: there.as_bytes()}
-    card = factorized_card(manifest, upload.repo_id, original=_original_card(out, manifest))
+    card = factorized_card(manifest, upload.repo_id, train, original=_original_card(out, manifest))
     _complete(upload, files, card)
 
 
-def publish_folded(
-    upload: Upload | None, out: Path, manifest: Manifest, *, changed: int, adapted: int, dequantized: bool
-) -> None:
+def publish_folded(upload: Upload | None, out: Path, manifest: Manifest, changes: FoldedChanges) -> None:
     """Complete the upload of a folded model, whose weights have been submitted: all other files and the card."""
     if upload is None:
         return
-    from surgery.publish.card import FoldedChanges, folded_card
+    from surgery.publish.card import folded_card
 
     files: dict[str, Path | bytes] = {record.file: out / record.file for record in manifest.files}
     card = folded_card(
         manifest,
         upload.repo_id,
-        FoldedChanges(changed, adapted, dequantized),
+        changes,
         architecture=_architecture(out),
         original=_original_card(out, manifest),
     )
@@ -123,24 +122,21 @@ def publish_adapter(
     files: Mapping[str, Path | bytes],
     manifest: Manifest,
     factorized: Path,
-    *,
-    modules: int,
-    rank: int,
+    update: ExportedUpdate,
 ) -> None:
     """Upload an exported adapter: all of its files and the card.
 
     Args:
         upload: the upload; None for none.
         files: name in the repository -> the file, or its contents.
-        manifest, factorized: manifest and folder of the checkpoint whose scales the adapter has.
-        modules: how many it changes.
-        rank: of all of them.
+        manifest, factorized: manifest and folder of the checkpoint whose scales or cores the adapter has.
+        update: what it has.
     """
     if upload is None:
         return
     from surgery.publish.adapter_cards import adapter_card
 
-    card = adapter_card(manifest, upload.repo_id, modules=modules, rank=rank, architecture=_architecture(factorized))
+    card = adapter_card(manifest, upload.repo_id, update, architecture=_architecture(factorized))
     _complete(upload, files, card)
 
 

@@ -12,18 +12,20 @@ from typing import Any
 import torch
 
 from surgery.errors import OutputError, few
+from surgery.escapes import quoted
 from surgery.files.access import read_errors
 from surgery.files.file_records import file_sha256
 from surgery.files.file_writer import copy_file
 from surgery.format.manifest import Manifest, ShardResult, fingerprint_of, source_stamp
 from surgery.format.manifest_records import LeftOutRecord, SkippedRecord, TargetRecord
 from surgery.format.options import Options
-from surgery.format.scales.writing import write_untouched
+from surgery.format.scales.reading import read_trained, train_in
+from surgery.format.scales.writing import distance, write_untouched
 from surgery.format.views import View
-from surgery.names import FORMAT_VERSION, MANIFEST_FILE, SCALES_FILE, factors_file
+from surgery.names import FORMAT_VERSION, MANIFEST_FILE, SCALES_FILE, TRAINED, factors_file
 from surgery.planning.plan import Plan
 from surgery.planning.targets import Target
-from surgery.progress import listening, phase
+from surgery.progress import listening, note, phase
 from surgery.run.contents import loading_order, not_as_recorded
 from surgery.run.journal import differing
 from surgery.run.result_folder import ResultFiles
@@ -87,6 +89,9 @@ class Factorization:
             OutputError: it holds the result of another factorization, and the message says what differs; or files of it are
                 missing or have changed.
             FormatError, ReadError: the manifest is damaged, or a file of the model cannot be read.
+
+        Warns:
+            SurgeryWarning, or a note where somebody listens: an untouched trainable file of the other kind is written anew.
         """
         manifest = Manifest.read(out)
         if differences := self._differences(manifest):
@@ -103,7 +108,27 @@ class Factorization:
                 got=few(lost),
                 hint="--overwrite makes it anew",
             )
+        self._change_untouched(out / SCALES_FILE, manifest)
         return manifest
+
+    def _change_untouched(self, path: Path, manifest: Manifest) -> None:
+        """Write an untouched file of scales anew as one of cores, or the other way round, if that is what is asked for.
+
+        Raises:
+            OutputError: it has been trained.
+        """
+        train, there = self.plan.train, train_in(path, manifest)
+        if there in (None, train):
+            return
+        trained = read_trained(path, manifest)
+        if trained.beside or any(bool(distance(value, trained.train).any()) for value in trained.values.values()):
+            raise OutputError(
+                f"{path} holds {TRAINED[trained.train]} that have been trained, and {TRAINED[train]} are asked for",
+                hint=f"surgery scales new {quoted(path.parent.parent)} --train {train} -o FILE writes untouched "
+                f"{TRAINED[train]} of the same factors beside them; --train {trained.train} leaves them as they are",
+            )
+        write_untouched(path, manifest.targets, manifest.fingerprint, train)
+        note(f"{path} was untouched, and holds {TRAINED[train]} now")
 
     def _differences(self, manifest: Manifest) -> list[str]:
         """What differs between this factorization and a complete result, in words; empty if nothing does.
@@ -155,7 +180,7 @@ class Factorization:
                 progress.item(name)
                 others.append(copy_file(source.fetch(name), place / name, name, watch=source.watch))
         fingerprint = fingerprint_of(targets)
-        write_untouched(place / SCALES_FILE, targets, fingerprint)
+        write_untouched(place / SCALES_FILE, targets, fingerprint, self.plan.train)
         shards, stamps = [result.shard for result in results], source.stamps()
         manifest = Manifest(
             format_version=FORMAT_VERSION,

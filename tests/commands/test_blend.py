@@ -210,7 +210,7 @@ def test_files_that_are_no_scales(spoil: Any, kind: type[Exception], message: st
 
 def test_half_precision_is_warned_of(tmp_path: Path) -> None:
     save_file({"a": torch.tensor([1.0, 1.5], dtype=torch.bfloat16)}, tmp_path / "half")
-    with pytest.warns(SurgeryWarning, match="holds BF16 scales"):
+    with pytest.warns(SurgeryWarning, match="holds BF16 numbers"):
         found = show_scales(tmp_path / "half")
     assert (found.most, found.changed) == (1.5, 1)
 

@@ -231,6 +231,11 @@ def test_scales_that_share_memory(factorized: Path, manifest: Manifest, tmp_path
         assert surgery.fold(factorized, tmp_path / "s", tmp_path / "out", overwrite=True).changed == len(keys)
 
 
+def test_one_number_that_was_expanded(tmp_path: Path) -> None:
+    surgery.write_scales(tmp_path / "s", {"a": torch.tensor(2.0).expand(1), "b": torch.tensor(3.0).expand(1, 1)}, None)
+    assert {key: value.tolist() for key, value in load_file(tmp_path / "s").items()} == {"a": [2], "b": [[3]]}
+
+
 def test_many_names_at_once() -> None:
     """As of a large mixture of experts, and a hostile one: of the longest name all others are ends."""
     wanted = [f"model.layers.{i}.mlp.experts.{j}.up_proj.weight" for i in range(60) for j in range(384)]
@@ -255,7 +260,7 @@ def test_float64(exact: bool, factorized: Path, manifest: Manifest, trained: Ten
         assert value.numpy().tolist() == np.float32(double[name].numpy()).tolist()
     rounded = [str(warning.message) for warning in caught if "rounded from F64" in str(warning.message)]
     assert len(rounded) == len(caught) == (0 if exact else 2)
-    assert exact or f" of {sum(value.numel() for value in trained.values())} scales" in rounded[0]
+    assert exact or f" of {sum(value.numel() for value in trained.values())} numbers" in rounded[0]
 
 
 SHAPES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -377,6 +377,49 @@ def test_an_adapter_whose_upload_failed_is_uploaded_by_the_same_command(
     assert "acme/never" not in hub.repos
 
 
+def test_cores(hub: LoopbackHub, llama: Path, factorized: Path, tmp_path: Path) -> None:
+    """A factorized checkpoint with cores, a model that cores were folded into, and an adapter of them: each card says so."""
+    generator = torch.Generator().manual_seed(1)
+    cores = {key: torch.eye(4) + 0.1 * torch.randn(4, 4, generator=generator) for key in load_file(factorized / SCALES)}
+    cores[min(cores)] = torch.eye(4)
+    formula = "W + U diag(√s) (C - I) diag(√s) Vᵀ"
+
+    def card(name: str) -> str:
+        """Its text, in one line."""
+        return " ".join((hub.repos[name].folder / "README.md").read_text().split())
+
+    surgery.factorize(llama, tmp_path / "f", rank=4, train="core", push_to_hub="acme/with-cores")
+    text = card("acme/with-cores")
+    assert "the core C, a small matrix between them, 224 numbers in all, is what can be trained" in text
+    assert f"`{formula}`" in text
+    assert "- Trainable numbers in cores: 224" in text
+    assert 'surgery.attach(model, "factorized", train="core")' in text
+    assert "Cores that are all the identity give the original weights back" in text
+    assert without_card(downloaded("acme/with-cores", tmp_path / "back")) == files_of(tmp_path / "f")
+    surgery.fold(tmp_path / "back", tmp_path / "back" / SCALES, tmp_path / "folded")
+    assert files_of(tmp_path / "folded") == files_of(llama)
+    # A complete result of the other kind: file and card are those of what is asked for.
+    surgery.factorize(llama, tmp_path / "f", rank=4, push_to_hub="acme/with-cores", progress=Silent())
+    assert "one scale for each of them, 56 in all" in card("acme/with-cores")
+    assert {value.ndim for value in load_file(hub.repos["acme/with-cores"].folder / SCALES).values()} == {1}
+
+    surgery.fold(factorized, cores, tmp_path / "o", push_to_hub="acme/folded-cores")
+    text = card("acme/folded-cores")
+    assert f"with trained cores folded into its weights by surgery: 13 of 14 targets have become `{formula}`" in text
+    assert "- Trainable numbers in cores: 224" in text
+    untouched = {key: torch.eye(4) for key in cores}
+    surgery.fold(factorized, untouched, tmp_path / "same", push_to_hub="acme/folded-cores")
+    assert "put together again by surgery, with cores that are all the identity." in card("acme/folded-cores")
+
+    surgery.export(factorized, cores, tmp_path / "lora", push_to_hub="acme/lora-of-cores")
+    text = card("acme/lora-of-cores")
+    assert (
+        "Trained cores between the top singular directions of A model, exported by surgery as a LoRA adapter of rank 4" in text
+    )
+    assert "`B = U diag(√s) (C - I) diag(√s)`" in text
+    assert without_card(downloaded("acme/lora-of-cores", tmp_path / "back2")) == files_of(tmp_path / "lora")
+
+
 def test_adapter(hub: LoopbackHub, llama: Path, factorized: Path, trained: dict[str, torch.Tensor], tmp_path: Path) -> None:
     surgery.export(factorized, trained, tmp_path / "lora", push_to_hub="acme/lora")
     repo = hub.repos["acme/lora"]

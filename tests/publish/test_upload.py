@@ -21,8 +21,9 @@ from surgery.format.manifest_records import SourceRecord
 from surgery.progress import Progress, heard
 from surgery.publish import upload
 from surgery.publish.adapter_cards import adapter_card
-from surgery.publish.card import FoldedChanges, factorized_card, folded_card, published
+from surgery.publish.card import factorized_card, folded_card, published
 from surgery.publish.card_parts import without_license
+from surgery.publish.told import ExportedUpdate, FoldedChanges
 from surgery.publish.upload import Upload
 from tests.loopback_hub import READING_TOKEN, WRITING_TOKEN, LoopbackHub, Repo
 from tests.models import files_of
@@ -505,7 +506,7 @@ def test_folded_and_adapter_card(source: Path, factorized: Path) -> None:
     assert "bit for bit" in text
     assert "from transformers import AutoModel\n" in text
 
-    metadata, text = parts(adapter_card(manifest, "acme/lora", modules=14, rank=4, original=original))
+    metadata, text = parts(adapter_card(manifest, "acme/lora", ExportedUpdate(14, 4), original=original))
     assert (metadata["library_name"], metadata["base_model_relation"]) == ("peft", "adapter")
     assert (metadata["base_model"], metadata["language"]) == ("acme/tiny", ["en", "de"])
     assert "rank 4 for 14 modules" in text
@@ -543,7 +544,7 @@ def test_nasty_names_break_no_card(factorized: Path, name: str) -> None:
     for card in (
         factorized_card(manifest, name, original=original),
         folded_card(manifest, name, FoldedChanges(1), architecture=name, original=original),
-        adapter_card(manifest, name, modules=1, rank=1, original=original),
+        adapter_card(manifest, name, ExportedUpdate(1, 1), original=original),
     ):
         metadata, text = parts(card.encode().decode())
         assert metadata.keys() <= {

@@ -1,4 +1,4 @@
-"""Write trained scales as a LoRA adapter for the original model: ``U diag(s (g - 1)) V^T`` is an update of rank k."""
+"""Write trained scales or cores as a LoRA adapter for the original model: ``U diag(s (g - 1)) V^T`` is an update of rank k."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import torch
 
 from surgery.device import on_its_own_terms
 from surgery.format.manifest import Manifest
-from surgery.format.scales.reading import check_scales, read_scales
+from surgery.format.scales.reading import check_scales, read_scales, train_of_values
 from surgery.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from surgery.progress import Progress, listening
 from surgery.publish.results import publish_adapter
+from surgery.publish.told import ExportedUpdate
 from surgery.reports import Report
 from surgery.run.output_paths import check_no_model, check_output_path
 from surgery.run.run import Run
@@ -52,14 +53,15 @@ def export(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
-    """Write scales as a LoRA adapter against the original model, in the format of PEFT.
+    """Write scales or cores as a LoRA adapter against the original model, in the format of PEFT.
 
-    ``A = V^T`` and ``B = U diag(s (g - 1))``, padded with zeros to one rank for all modules, with alpha equal to it:
-    loaders that ignore patterns of ranks take it as well. Only one module is held in memory.
+    ``A = V^T`` and ``B = U diag(s (g - 1))``, or for cores ``B = U diag(sqrt s) (C - I) diag(sqrt s)``, padded with zeros to
+    one rank for all modules, with alpha equal to it: loaders that ignore patterns of ranks take it as well. Only one module is
+    held in memory.
 
     Args:
         factorized: a folder written by ``factorize``.
-        scales: a scales file or a folder that holds one, or for the key of each target ``g``.
+        scales: a scales file or a folder that holds one, or for the key of each target ``g``, or its core ``C``.
         out: folder to write; ``adapter_config.json`` comes last. The same adapter that is there already is left as it is.
         push_to_hub: repo id that the adapter is uploaded to as well. An earlier result of surgery there is replaced.
         private: whether a repository that is created for it is private.
@@ -101,5 +103,6 @@ def export(
             adapter.write(out, progress)
         note_older_peft(adapter.adapter)
         files, modules, rank = {name: out / name for name in ADAPTER_FILES}, adapter.adapter.modules, adapter.adapter.rank
-        publish_adapter(run.upload, files, manifest, factorized, modules=modules, rank=rank)
+        update_told = ExportedUpdate(modules, rank, train_of_values(values, manifest))
+        publish_adapter(run.upload, files, manifest, factorized, update_told)
     return ExportReport(out, "peft", modules, rank, (out / ADAPTER_WEIGHTS).stat().st_size)

@@ -21,10 +21,12 @@ from surgery.progress import note
 SHAPES: Mapping[Train, str] = MappingProxyType(
     {"scales": "(k,), or (B, k) for a stack", "core": "(k, k), or (B, k, k) for a stack"}
 )
+#: How many dimensions it has, but for a stack.
+_LEAST: Mapping[Train, int] = MappingProxyType({"scales": 1, "core": 2})
 _DTYPES = ("F32", "F64", "F16", "BF16")
-#: What trainings keep for themselves, each under the key of a target, a dot and this: which directions have been chosen (uint8,
-#: 1 where they have; of the shape of scales), and the parameters of orthogonal cores (float32).
-BESIDE = ("chosen", "orthogonal")
+#: What trainings keep for themselves, each under the key of a target, a dot and this, and its dtype: which directions have been
+#: chosen (1 where they have; of the shape of scales), and the parameters of orthogonal cores.
+BESIDE: Mapping[str, str] = MappingProxyType({"chosen": "U8", "orthogonal": "F32"})
 #: What trainings keep beside what they train.
 _COUNTERS = re.compile(r"(.*[._])?(steps?|epochs?|iter(ation)?s?|lr|learning_rate|loss|seed|count|num_batches_tracked)")
 
@@ -50,7 +52,11 @@ def entries_of(
     for entry in header.tensors:
         name, _, kind = entry.name.rpartition(".")
         is_counter = entry.dtype not in _DTYPES or _COUNTERS.fullmatch(entry.name)
-        if kind in kept:
+        if kind in kept and entry.name not in wanted:
+            if entry.dtype != BESIDE[kind]:
+                raise ScalesError(
+                    f"{path}: {entry.name!r} has a dtype that it cannot have", got=entry.dtype, expected=BESIDE[kind]
+                )
             kept[kind][name] = entry
         elif entry.name not in wanted and math.prod(entry.shape) == 1 and is_counter:
             others.append(entry.name)
@@ -64,26 +70,39 @@ def entries_of(
         note(f"{path} holds what is no scale, and is not used: {few(sorted(others))}")
     if half := sorted({entry.dtype for entry in entries} & {"BF16", "F16"}):
         note(
-            f"{path} holds {' and '.join(half)} scales: next to 1 they are spaced by "
+            f"{path} holds {' and '.join(half)} numbers: next to 1 they are spaced by "
             f"{'2^-7' if 'BF16' in half else '2^-10'}; train them in float32"
         )
     return entries, kept
 
 
-def seen_as(entries: Sequence[TensorEntry]) -> Train:
-    """What a file holds that does not say it, and of which no checkpoint is known: only of stacks are cores seen as such."""
+def seen_as(entries: Sequence[TensorEntry], path: Path) -> Train:
+    """What a file holds that does not say it, and of which no checkpoint is known: only of stacks are cores seen as such.
+
+    Warns:
+        SurgeryWarning, or a note where somebody listens: they may be cores, and are taken for the scales of stacks.
+    """
     shapes = [[size for size in entry.shape if size != 1] for entry in entries]
     square = all(len(shape) in (2, 3) and shape[-1] == shape[-2] for shape in shapes if shape)
-    return "core" if square and any(len(shape) == 3 for shape in shapes) else "scales"
+    if square and any(len(shape) == 3 for shape in shapes):
+        return "core"
+    if square and any(shapes):
+        note(f"{path} does not say whether it holds scales or cores: its square matrices are taken for the scales of stacks")
+    return "scales"
+
+
+def can_have_shape(shape: Sequence[int], train: Train) -> bool:
+    """Whether scales, or cores, can have a shape, where no checkpoint says it."""
+    square = train == "scales" or shape[-1:] == shape[-2:-1]
+    return len(shape) in (_LEAST[train], _LEAST[train] + 1) and 0 not in shape and square
 
 
 def plain_shape(entry: TensorEntry, train: Train, path: Path) -> list[int]:
     """The shape of scales or a core where no checkpoint says it: other dimensions must be of size 1."""
-    shape, least = list(entry.shape), 1 if train == "scales" else 2
+    shape, least = list(entry.shape), _LEAST[train]
     if len(shape) > least + 1:
-        plain = [size for size in shape if size != 1]
-        shape = plain if len(plain) >= least else [1] * least
-    if len(shape) not in (least, least + 1) or 0 in shape or (train == "core" and shape[-1] != shape[-2]):
+        shape = [size for size in shape if size != 1] or [1] * least
+    if not can_have_shape(shape, train):
         raise ScalesError(
             f"{path}: {entry.name!r} has a shape that {'scales' if train == 'scales' else 'a core'} cannot have",
             got=list(entry.shape),
@@ -131,7 +150,7 @@ def fingerprint_in(owner: Mapping[str, Any] | None, path: Path) -> str | None:
 
 def note_without_owner(path: Path) -> None:
     """Tell a note: a scales file does not say which factors it belongs to."""
-    note(f"{path} does not say which factors it belongs to (its metadata is missing); checked by names and shapes only")
+    note(f"{path} does not say which factors it belongs to (its metadata has no fingerprint); checked by names and shapes only")
 
 
 def check_owner(owner: Mapping[str, Any] | None, manifest: Manifest, path: Path) -> None:

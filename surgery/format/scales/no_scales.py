@@ -54,7 +54,9 @@ def refuse_other_tensors(header: Header, path: Path, manifest: Manifest | None =
     """
     names = [entry.name for entry in header.tensors]
     owned = SCALES_METADATA_KEY in header.metadata
-    whole = {target.tensor: target.shape for target in manifest.targets} if manifest is not None else {}
+    targets = manifest.targets if manifest is not None else []
+    # With all directions of a square weight a core has the weight's own shape.
+    whole = {target.tensor: target.shape for target in targets if tuple(target.shape) != target.shape_of("core")}
     if not owned and any(map(is_of_lora, names)):
         what, hint = (
             "the weights of a LoRA adapter",

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from surgery.errors import ScalesError
+from surgery.errors import ScalesError, SurgeryError
 from surgery.format.header import TensorEntry
 from surgery.format.manifest import Manifest
+from surgery.format.manifest_records import TargetRecord
 from surgery.format.name_map import NameMap, match_names, note_renamed
 from surgery.format.safetensors import ShardReader
+from surgery.format.scales.beside import read_beside
 from surgery.format.scales.entries import check_owner, entries_of, fingerprint_in, owner_of, plain_shape, seen_as, train_of
 from surgery.format.scales.no_scales import refuse_other_tensors
 from surgery.format.scales.path import scales_file
 from surgery.lossless.rounding import check_dense
-from surgery.names import TRAINS, Train
+from surgery.names import TRAINED, TRAINS, Train
 from surgery.progress import note
 
-_ONE, _MANY = {"scales": "scales", "core": "core"}, {"scales": "scales", "core": "cores"}
 #: Multipliers are 1 before a training, and stay nearer to it than to 0 but for a few. Of fewer than four nothing is said.
 _NEAR_ZERO, _NEARLY_ALL, _FEW = 0.5, 0.9, 4
 
@@ -35,11 +36,14 @@ class ScalesFile:
             stack. On the CPU, finite; sorted by name.
         fingerprint: of the factors that they belong to; None where the file does not say.
         train: which of the two they are.
+        beside: what a training keeps for itself: ``chosen`` or ``orthogonal`` -> key of a target -> tensor, uint8 (k,) or
+            (B, k), or float32, on the CPU (docs/format.md).
     """
 
     values: dict[str, torch.Tensor]
     fingerprint: str | None
     train: Train = "scales"
+    beside: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,7 @@ class Trained:
     Attributes:
         values: key of each target -> as ``ScalesFile.values``.
         train: which of the two they are.
-        beside: what a training keeps for itself -> key of a target -> F32 or U8 tensor, on the CPU (docs/format.md).
+        beside: as ``ScalesFile.beside``.
     """
 
     values: dict[str, torch.Tensor]
@@ -67,19 +71,21 @@ def read_scales_alone(path: Path) -> ScalesFile:
 
     Warns:
         SurgeryWarning, or a note where somebody listens: it holds half-precision values, float64 values that float32
-            has not, numbers that do not look like multipliers, or more than scales.
+            has not, numbers that do not look like multipliers, or more than scales; or nothing tells whether they are scales
+            of stacks or cores.
     """
     path = scales_file(path)
     with _open(path) as reader:
         refuse_other_tensors(reader.header, path)
         owner = owner_of(reader.header.metadata, path)
         fingerprint = fingerprint_in(owner, path)
-        entries, _ = entries_of(reader.header, (), owner, path)
-        train = train_of(owner, path) or seen_as(entries)
+        entries, others = entries_of(reader.header, (), owner, path)
+        train = train_of(owner, path) or seen_as(entries, path)
         shapes = {entry.name: plain_shape(entry, train, path) for entry in entries}
         note_reshaped({entry.name: (entry.shape, shapes[entry.name]) for entry in entries}, str(path))
-        values = _read(reader, {entry.name: entry for entry in entries}, shapes, path)
-    return ScalesFile(_checked(values, sorted(values), train, path), fingerprint, train)
+        values = _checked(_read(reader, {entry.name: entry for entry in entries}, shapes, path), sorted(shapes), train, path)
+        beside = read_beside(reader, others, {name: name for name in values}, values, train)
+    return ScalesFile(values, fingerprint, train, beside)
 
 
 def read_scales(path: Path, manifest: Manifest) -> dict[str, torch.Tensor]:
@@ -121,12 +127,23 @@ def read_trained(path: Path, manifest: Manifest) -> Trained:
         shapes = {name: list(entry.shape) for name, entry in entries.items()}
         given, train = _check_shapes(shapes, manifest, train_of(owner, path), str(path))
         named = {key: entries[name] for key, name in given.items()}
-        values = _read(reader, named, {target.key: target.shape_of(train) for target in manifest.targets}, path)
-        kept = {
-            kind: {key: _as_it_is(reader, some[name]) for key, name in given.items() if name in some}
-            for kind, some in others.items()
-        }
-    return Trained(_checked(values, values, train, path), train, kept)
+        shaped = _read(reader, named, {target.key: target.shape_of(train) for target in manifest.targets}, path)
+        values = _checked(shaped, shaped, train, path)
+        beside = read_beside(reader, others, given, values, train)
+    return Trained(values, train, beside)
+
+
+def train_in(path: Path, manifest: Manifest) -> Train | None:
+    """Whether a file holds scales or cores, by its header alone; None where it cannot be read, or does not tell."""
+    try:
+        with _open(path) as reader:
+            said = train_of(owner_of(reader.header.metadata, path), path)
+            shapes = {entry.name: list(entry.shape) for entry in reader.header.tensors}
+    except SurgeryError:
+        return None
+    targets = {target.key: target for target in manifest.targets}
+    given = match_names(shapes, targets).given
+    return said or (_by_shapes(_fitting(shapes, given, targets)) if given else None)
 
 
 def _open(path: Path) -> ShardReader:
@@ -140,13 +157,6 @@ def _open(path: Path) -> ShardReader:
             else "a fresh one is surgery/scales.safetensors in the factorized folder",
         )
     return ShardReader(path, name=str(path))
-
-
-def _as_it_is(reader: ShardReader, entry: TensorEntry) -> torch.Tensor:
-    """A tensor that a training keeps beside the scales."""
-    if entry.dtype != "U8":
-        return reader.read(entry).float()
-    return reader.read_bytes(entry).view(entry.shape)
 
 
 def _read(
@@ -163,7 +173,7 @@ def _read(
         values[key] = single.reshape(list(shapes[key]))
     if rounded:
         total = sum(value.numel() for value in values.values())
-        note(f"{path}: {rounded} of {total} scales are rounded from F64 to float32")
+        note(f"{path}: {rounded} of {total} numbers are rounded from F64 to float32")
     return values
 
 
@@ -175,6 +185,11 @@ def check_scales(values: Mapping[str, torch.Tensor], manifest: Manifest) -> dict
     shapes = {target.key: target.shape_of(train) for target in manifest.targets}
     named = {key: values[name].reshape(list(shapes[key])) for key, name in given.items()}
     return _checked(named, named, train, None)
+
+
+def train_of_values(values: Mapping[str, torch.Tensor], manifest: Manifest) -> Train:
+    """Whether the values of a checkpoint, as ``read_scales`` and ``check_scales`` give them, are scales or cores."""
+    return "core" if any(values[target.key].shape != target.scales_shape for target in manifest.targets) else "scales"
 
 
 def _checked(
@@ -222,26 +237,39 @@ def _check_shapes(
     if not names.fits:
         raise _other_names(names, where, list(targets))
     note_renamed(names, where)
-    # Of rank 1 they are the same numbers.
-    fitting = {
-        train: [key for key, name in names.given.items() if same_but_for_ones(values[name], targets[key].shape_of(train))]
-        for train in TRAINS
-    }
-    train = said or ("core" if len(fitting["core"]) > len(fitting["scales"]) else "scales")
-    for key, name in names.given.items():
-        if key not in fitting[train]:
-            other = next(one for one in TRAINS if one != train)
-            raise ScalesError(
-                f"{where}: {name!r} has the wrong shape"
-                + (f": that of its {_ONE[other]}, where others have {_MANY[train]}" if key in fitting[other] else ""),
-                got=values[name],
-                expected=list(targets[key].shape_of(train)),
-                hint="one file has the scales of all targets, or the cores of all; diag(g) is the core of scales g"
-                if key in fitting[other]
-                else None,
-            )
+    fitting = _fitting(values, names.given, targets)
+    train = said or _by_shapes(fitting)
+    other: Train = "core" if train == "scales" else "scales"
+    if wrong := [key for key in names.given if key not in fitting[train]]:
+        # Of a file that is partly this and partly that, one that is otherwise, and not one that is misshapen.
+        key = next((key for key in wrong if key in fitting[other]), wrong[0])
+        why, hint = "", None
+        if key in fitting[other]:
+            expected = f"its metadata says {TRAINED[train]}" if said else f"others have {TRAINED[train]}"
+            why = f": that of its {other}, where {expected}"
+            hint = "one file has the scales of all targets, or the cores of all; diag(g) is the core of scales g"
+        raise ScalesError(
+            f"{where}: {names.given[key]!r} has the wrong shape{why}",
+            got=values[names.given[key]],
+            expected=list(targets[key].shape_of(train)),
+            hint=hint,
+        )
     note_reshaped({name: (values[name], targets[key].shape_of(train)) for key, name in names.given.items()}, where)
     return names.given, train
+
+
+def _fitting(
+    shapes: Mapping[str, list[int]], given: Mapping[str, str], targets: Mapping[str, TargetRecord]
+) -> dict[Train, set[str]]:
+    """The targets whose shapes are those of scales, and those whose shapes are those of cores. Of rank 1 they are the same."""
+    return {
+        train: {key for key, name in given.items() if same_but_for_ones(shapes[name], targets[key].shape_of(train))}
+        for train in TRAINS
+    }
+
+
+def _by_shapes(fitting: Mapping[Train, set[str]]) -> Train:
+    return "core" if len(fitting["core"]) > len(fitting["scales"]) else "scales"
 
 
 def _other_names(names: NameMap, where: str, targets: list[str]) -> ScalesError:
