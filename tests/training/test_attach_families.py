@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 from safetensors.torch import save_file
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Chunk, Concatenate, WeightConverter
+from transformers.core_model_loading import Chunk, Concatenate, Transpose, WeightConverter
 
 import surgery
 from surgery.errors import OptionError
@@ -161,6 +161,21 @@ def _interleaved() -> Any:
     return Interleaved(hf.LlamaConfig(**_GROUPED))
 
 
+class Turned(hf.Qwen3MoeForCausalLM):
+    """A Qwen3-MoE whose checkpoints have stacks of experts and a linear weight transposed."""
+
+
+def _turned() -> Any:
+    experts = [
+        WeightConverter([f"experts.turned_{part}"], [f"experts.{part}_proj"], operations=[Transpose(1, 2)])
+        for part in ("gate_up", "down")
+    ]
+    linear = WeightConverter(["self_attn.turned"], ["self_attn.o_proj.weight"], operations=[Transpose(0, 1)])
+    register_checkpoint_conversion_mapping("Turned", [*experts, linear], overwrite=True)
+    sizes = {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    return Turned(hf.Qwen3MoeConfig(**_GROUPED, **sizes))
+
+
 @pytest.mark.parametrize("train", ["scales", "core", "orthogonal"])
 @pytest.mark.parametrize(
     ("make", "include", "cut"),
@@ -169,9 +184,10 @@ def _interleaved() -> Any:
         (_rf_detr, ["*in_proj_weight"], "in_proj"),
         (_ernie, ["*experts*", "*qkv*"], "experts"),
         (_qwen3_vl, ["*experts*", "*qkv*"], "experts"),
+        pytest.param(_turned, ["*turned*"], "turned", marks=needs("transformers", ">=5.10", "a conversion of a class")),
         pytest.param(_interleaved, ["*w13*", "*down*"], "w13", marks=has("transformers.core_model_loading", "Interleave")),
     ],
-    ids=["kimi, in heads for RoPE", "rf_detr", "ernie, text and image", "qwen3_vl, transposed", "interleaved"],
+    ids=["kimi, in heads for RoPE", "rf_detr", "ernie, text and image", "qwen3_vl, transposed", "turned", "interleaved"],
 )
 def test_every_weight_is_what_fold_makes_of_it(
     make: Callable[[], Any], include: list[str], cut: str, train: Way, tmp_path: Path
@@ -197,11 +213,13 @@ def test_every_weight_is_what_fold_makes_of_it(
     scales.save(tmp_path / "s.safetensors")
     surgery.fold(tmp_path / "f", tmp_path / "s.safetensors", tmp_path / "out", base=folder)
     folded = dict(type(model).from_pretrained(tmp_path / "out").named_parameters())
-    paths = {}
+    paths: dict[str, LowRankPath] = {}
     for name, module in model.named_modules():
         if isinstance(module, LowRankPath):
             owner, _, own = name.rpartition(".")
             paths[f"{owner}.{own.removeprefix('surgery_scale').removeprefix('_') or 'weight'}"] = module
+    if make is _turned and train != "scales":
+        assert all(path.turned is not None for path in paths.values())
     assert paths.keys() == {name for name, value in before.items() if not torch.equal(value, folded[name])}
     for name, path in paths.items():
         change = path.inner().after(path.left) @ path.right.mT
