@@ -25,7 +25,7 @@ else:
 
 
 class ChooseDirections(_TrainerCallback):
-    """Choose the directions to train by the gradients of some batches, before a Trainer with ``SaveScales`` takes its first step.
+    """Choose the directions to train by the gradients of some batches, before a Trainer with ``SaveScales`` makes a step.
 
         trainer = ScalesTrainer(model, args, train_dataset=data, scales=scales, callbacks=[ChooseDirections(scales)])
 
