@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -186,6 +187,8 @@ def test_choices_that_come_too_late_or_from_elsewhere(made: Path, tmp_path: Path
         ScalesTrainer(model, _arguments(tmp_path), scales=scales, callbacks=[surgery.ChooseDirections(other)])
     with pytest.raises(OptionError, match="batches must be 1 or more"):
         surgery.ChooseDirections(scales, batches=0)
+    with pytest.raises(OptionError, match=r"(?s)several processes.*choose in one process"):
+        surgery.ChooseDirections(scales).on_train_begin(SimpleNamespace(world_size=2), None, None)
     stock = transformers.Trainer(
         model, _arguments(tmp_path / "stock"), train_dataset=EXAMPLES, callbacks=[surgery.ChooseDirections(scales)]
     )
@@ -679,27 +682,28 @@ def test_trl_on_a_quantized_base(made: Path, tmp_path: Path) -> None:
 PEFT_ASKS_BY_AN_OLD_NAME = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 
 
-def _adapted(made: Path) -> tuple[Any, surgery.Scales]:
+def _adapted(made: Path, train: Way = "scales") -> tuple[Any, surgery.Scales]:
     import peft
 
     torch.manual_seed(0)
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
     model = peft.get_peft_model(_load(made / "f"), config)
-    return model, surgery.attach(model, made / "f")
+    return model, surgery.attach(model, made / "f", train=train)
 
 
 @pytest.mark.filterwarnings(PEFT_ASKS_BY_AN_OLD_NAME)
-def test_adapters_beside_scales(made: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("train", ["scales", "core"])
+def test_adapters_beside_scales(train: Way, made: Path, tmp_path: Path) -> None:
     import peft
 
     def trained(out: str, resume: str | None = None) -> tuple[Any, ScalesTrainer]:
-        model, scales = _adapted(made)
+        model, scales = _adapted(made, train)
         trainer = ScalesTrainer(model, _arguments(tmp_path / out), train_dataset=EXAMPLES, scales=scales)
         trainer.train(resume_from_checkpoint=resume)
         return model.eval(), trainer
 
     model, trainer = trained("whole")
-    untouched, _ = _adapted(made)
+    untouched, _ = _adapted(made, train)
     for name, parameter in model.named_parameters():
         learned = not torch.equal(parameter, untouched.get_parameter(name))
         assert learned is (".lora_" in name or ".surgery_scale." in name), name
