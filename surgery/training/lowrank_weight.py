@@ -126,13 +126,15 @@ class LowRankWeight:
     def __matmul__(self, x: torch.Tensor) -> torch.Tensor:
         if x.ndim == 1 < self._left.ndim - 1:
             return self.__matmul__(x.unsqueeze(-1)).squeeze(-1)
-        product: torch.Tensor = self._weight() @ x + self._left @ self._inner.columns(self._right, x)
+        hidden = self._inner.columns(self._right, x)
+        product: torch.Tensor = self._weight() @ x + self._left @ hidden
         return product
 
     def __rmatmul__(self, x: torch.Tensor) -> torch.Tensor:
         if x.ndim == 1 < self._left.ndim - 1:
             return self.__rmatmul__(x.unsqueeze(-2)).squeeze(-2)
-        product: torch.Tensor = x @ self._weight() + self._inner.rows(x, self._left) @ self._right.mT
+        hidden = self._inner.rows(x, self._left)
+        product: torch.Tensor = x @ self._weight() + hidden @ self._right.mT
         return product
 
     def _linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
