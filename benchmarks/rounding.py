@@ -4,7 +4,8 @@
 
 For each case: the share of the update that arrives, the error within its directions (both in float64, from the numbers that
 are written), those of rounding to nearest, how often all rows were rounded, and the milliseconds of one thread. With ``--model
-FILE`` the weights are the matrices of a float32 safetensors file instead of random ones.
+FILE`` the weights are the matrices of a float32 safetensors file instead of random ones. ``--train core`` adds cores C in
+place of scales g: ``C - I`` is random with the Frobenius norm that ``g - 1`` has.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from safetensors import safe_open
 
 from surgery.lossless.directions import Directions
-from surgery.lossless.factors import Factors
+from surgery.lossless.factors import Factors, between, inner_change
 from surgery.lossless.grids import DtypeGrid, Grid
 from surgery.lossless.update import Written, rescale
 from surgery.weights.fp8 import Fp8Grid, block_maxima, block_scales, dequantize, quantize, scales_that_hold
@@ -67,8 +68,8 @@ def stored(kind: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor 
 
 def measured(result: torch.Tensor, weight: torch.Tensor, factors: Factors, core: torch.Tensor) -> tuple[float, float]:
     arrived = factors.U.double().T @ (result.double() - weight.double()) @ factors.V.double()
-    missing = arrived - torch.diag(core)
-    return float((arrived.diagonal() * core).sum() / core.square().sum()), float(missing.norm() / core.norm())
+    asked = torch.diag(core) if core.ndim == 1 else core
+    return float((arrived * asked).sum() / asked.square().sum()), float((arrived - asked).norm() / asked.norm())
 
 
 def scales_of(change: str, k: int, generator: torch.Generator) -> torch.Tensor:
@@ -78,6 +79,15 @@ def scales_of(change: str, k: int, generator: torch.Generator) -> torch.Tensor:
         g[int(torch.randint(k, (1,), generator=generator))] = 0.1
         return 1 + g
     return 1 + float(change) * signs * (1 + 0.3 * torch.randn(k, generator=generator))
+
+
+def core_of(change: str, k: int, generator: torch.Generator) -> torch.Tensor:
+    """A core that is as far from the identity as these scales, in all directions or nearly all in one entry."""
+    distance = torch.linalg.vector_norm(scales_of(change, k, generator) - 1)
+    core = torch.randn(k, k, generator=generator)
+    if change == "one":
+        core.flatten()[int(torch.randint(k * k, (1,), generator=generator))] += 100 * k
+    return torch.eye(k) + core * (distance / torch.linalg.vector_norm(core))
 
 
 def weights(args: argparse.Namespace) -> Iterator[tuple[str, torch.Tensor, int]]:
@@ -103,9 +113,9 @@ def cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 u, s, v = torch.svd_lowrank(weight.float(), k + 8, niter=4)
                 factors = Factors(u[:, :k].contiguous(), s[:k].clone(), v[:, :k].contiguous())
                 for change in args.changes.split(","):
-                    g = scales_of(change, k, torch.Generator().manual_seed(seed))
-                    core = factors.s.double() * (g.double() - 1)
-                    exactly = weight.double() + (factors.U.double() * core) @ factors.V.double().T
+                    trained = (scales_of if args.train == "scales" else core_of)(change, k, torch.Generator().manual_seed(seed))
+                    core = inner_change(factors, trained)
+                    exactly = weight.double() + between(factors, core).left @ factors.V.double().T
                     grid: Grid = DtypeGrid(weight.dtype)
                     if scale is not None:
                         new = scales_that_hold(block_maxima(exactly.float(), (128, 128)), scale)
@@ -114,7 +124,7 @@ def cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     ROUNDED[0], out = 0, weight.clone()
                     start = time.perf_counter()
                     result, kept = rescale(
-                        out, factors, g, None, Written(out, args.rounding, grid if scale is not None else None)
+                        out, factors, trained, None, Written(out, args.rounding, grid if scale is not None else None)
                     )
                     took = time.perf_counter() - start
                     share, error = measured(result, weight, factors, core)
@@ -139,6 +149,7 @@ def main() -> None:
     parser.add_argument("--ranks", default="4,16,64")
     parser.add_argument("--changes", default=",".join(_CHANGES))
     parser.add_argument("--seeds", default="1")
+    parser.add_argument("--train", default="scales", choices=["scales", "core"])
     parser.add_argument("--rounding", default="directions", type=lambda text: None if text == "default" else text)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--every", type=int, default=1)

@@ -115,8 +115,7 @@ def probe(directions: Directions, core: torch.Tensor, some: torch.Tensor | None 
         if (abs(there - 1.0) < _NEAR and high[0] - low[0] < _NARROW * high[0]) or tried == _TRIALS:
             across = 1.0
             if (slope * scale > _STEEP or some is not None) and len(core) > 1:
-                gain = _ASIDE * core.roll(1, dims=1)
-                gain = gain - core * (_dot(core, gain) / _dot(core, core))
+                gain = _ASIDE * _aside(core)
                 without, with_it = (directions.measured(core * scale + more, largest, rows) for more in (0.0, gain * scale))
                 foreseen = _product(gram, gain)
                 across = _dot(with_it.core - without.core, foreseen) / _dot(foreseen, foreseen)
@@ -125,6 +124,18 @@ def probe(directions: Directions, core: torch.Tensor, some: torch.Tensor | None 
         if scale > _LARGEST_LAMBDA or not math.isfinite(there := share(scale)):
             start = max(low[0], 1.0)
             return Response(nearest, start, max(low[1], 1e-3) / start, largest, noise, moved)
+
+
+def _aside(core: torch.Tensor) -> torch.Tensor:
+    """What is about as large as an update (r, r), r > 1, and orthogonal to it."""
+    square = _dot(core, core)
+    turned = core.roll(1, dims=1)
+    gain = turned - core * (_dot(core, turned) / square)
+    if _dot(gain, gain) > square / 2:
+        return gain
+    # Its columns are much alike, and every second one has the other sign.
+    turned = core * (1.0 - 2.0 * (torch.arange(len(core)) % 2))
+    return turned - core * (_dot(core, turned) / square)
 
 
 class _Answer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
@@ -13,6 +14,7 @@ from surgery.lossless.join import join
 from surgery.lossless.kept import Kept
 from surgery.lossless.split import split
 from surgery.lossless.update import NEAREST, Written, approximate, rescale
+from surgery.names import TRAINS, Train
 from surgery.weights.fp8 import Fp8Grid, block_maxima, block_scales, dequantize, quantize, scales_that_hold
 
 DIRECTIONS = Written(rounding="directions")
@@ -58,17 +60,22 @@ def _stored(kind: str, weight: torch.Tensor) -> tuple[torch.Tensor, Grid]:
     return single.to(dtype), DtypeGrid(dtype)
 
 
-def _trained(weight: torch.Tensor, k: int, size: float, seed: int) -> tuple[Factors, torch.Tensor]:
-    """Its strongest directions, and scales that differ from 1 by about ``size``, both ways."""
+def _trained(weight: torch.Tensor, k: int, size: float, seed: int, train: Train = "scales") -> tuple[Factors, torch.Tensor]:
+    """Its strongest directions, and scales that differ from 1 by about ``size``, both ways, or a core that does as much."""
     u, s, vt = torch.linalg.svd(weight.float())
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(0, 2, (k,), generator=generator) * 2 - 1
-    g = 1 + size * signs * (1 + 0.3 * torch.randn(k, generator=generator))
-    return Factors(u[:, :k].contiguous(), s[:k].clone(), vt[:k].T.contiguous()), g
+    trained = 1 + size * signs * (1 + 0.3 * torch.randn(k, generator=generator))
+    if train == "core":
+        trained = torch.eye(k) + size / k**0.5 * torch.randn(k, k, generator=generator)
+    return Factors(u[:, :k].contiguous(), s[:k].clone(), vt[:k].T.contiguous()), trained
 
 
-def _change(factors: Factors, g: torch.Tensor) -> torch.Tensor:
-    return (factors.U.double() * factors.s.double() * (g.double() - 1)) @ factors.V.double().T
+def _change(factors: Factors, trained: torch.Tensor) -> torch.Tensor:
+    root = factors.s.double().sqrt()
+    core = torch.diag(trained) if trained.ndim == 1 else trained
+    inner = root[:, None] * (core.double() - torch.eye(len(root), dtype=torch.float64)) * root
+    return factors.U.double() @ inner @ factors.V.double().T
 
 
 def _truth(weight: torch.Tensor, result: torch.Tensor, change: torch.Tensor, factors: Factors) -> tuple[float, float]:
@@ -84,6 +91,7 @@ def _tells_the_truth(kept: Kept, share: float, error: float) -> None:
     assert kept.error == pytest.approx(error, abs=2e-3)
 
 
+@pytest.mark.parametrize("train", TRAINS)
 @pytest.mark.parametrize(
     ("kind", "size", "nearest_keeps", "most"),
     [
@@ -99,9 +107,9 @@ def _tells_the_truth(kept: Kept, share: float, error: float) -> None:
         ("int4", 0.1, 0.5, 0.01),
     ],
 )
-def test_what_was_trained_arrives(kind: str, size: float, nearest_keeps: float, most: float) -> None:
+def test_what_was_trained_arrives(kind: str, size: float, nearest_keeps: float, most: float, train: Train) -> None:
     weight, grid = _stored(kind, _spectrum(768, 1024, 0))
-    factors, g = _trained(weight, 16, size, 0)
+    factors, g = _trained(weight, 16, size, 0, train)
     change = _change(factors, g)
     exact = weight.double() + change
     nearest = grid.nearest(exact.float(), slice(0, 768)).double()
@@ -117,9 +125,10 @@ def test_what_was_trained_arrives(kind: str, size: float, nearest_keeps: float, 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_what_nearest_keeps_is_told(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("train", TRAINS)
+def test_what_nearest_keeps_is_told(dtype: torch.dtype, train: Train) -> None:
     weight = _spectrum(300, 260, 1).to(dtype)
-    factors, g = _trained(weight, 8, 1e-3, 1)
+    factors, g = _trained(weight, 8, 1e-3, 1, train)
     addition = Addition(1e-3 * _random(300, 2, seed=1), _random(260, 2, seed=2))
     change = _change(factors, g) + addition.left.double() @ addition.right.double().T
     parts = split(weight, factors)
@@ -135,9 +144,10 @@ def test_what_nearest_keeps_is_told(dtype: torch.dtype) -> None:
         assert kept.error is None
 
 
-def test_all_kinds_of_stored_weights_keep_it() -> None:
+@pytest.mark.parametrize("train", TRAINS)
+def test_all_kinds_of_stored_weights_keep_it(train: Train) -> None:
     weight = _spectrum(300, 260, 2).bfloat16()
-    factors, g = _trained(weight, 8, 1e-3, 2)
+    factors, g = _trained(weight, 8, 1e-3, 2, train)
     parts = split(weight, factors)
     assert parts.correction is not None
     expected, _ = rescale(weight, factors, g, None, DIRECTIONS)
@@ -165,10 +175,11 @@ def test_nearest_where_that_suffices() -> None:
     assert torch.equal(rescale(single, factors, g, None, DIRECTIONS)[0], rescale(single, factors, g)[0])
 
 
+@pytest.mark.parametrize("train", TRAINS)
 @pytest.mark.parametrize("kind", ["bfloat16", "fp8"])
-def test_threads_do_not_change_the_bytes(kind: str) -> None:
+def test_threads_do_not_change_the_bytes(kind: str, train: Train) -> None:
     weight, grid = _stored(kind, _spectrum(700, 900, 4))
-    factors, g = _trained(weight, 16, 1e-3, 4)
+    factors, g = _trained(weight, 16, 1e-3, 4, train)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
@@ -181,11 +192,12 @@ def test_threads_do_not_change_the_bytes(kind: str) -> None:
     assert all(torch.equal(result, results[0][0]) and kept == results[0][1] for result, kept in results[1:])
 
 
+@pytest.mark.parametrize("train", TRAINS)
 @pytest.mark.parametrize("shape", [(1, 40), (40, 1), (17, 40), (200, 24)])
-def test_as_many_directions_as_rows_or_columns(shape: tuple[int, int]) -> None:
+def test_as_many_directions_as_rows_or_columns(shape: tuple[int, int], train: Train) -> None:
     weight = (0.02 * _random(*shape, seed=5)).bfloat16()
     for k in {1, min(shape)}:
-        factors, g = _trained(weight, k, 2e-3, 5)
+        factors, g = _trained(weight, k, 2e-3, 5, train)
         result, kept = rescale(weight, factors, g, None, DIRECTIONS)
         share, error = _truth(weight, result, _change(factors, g), factors)
         _tells_the_truth(kept, share, error)
@@ -219,6 +231,39 @@ def test_large_scales(g: float) -> None:
     share, error = _truth(weight, result, _change(factors, scales), factors)
     assert share == pytest.approx(1, abs=1e-3)
     _tells_the_truth(kept, share, error)
+
+
+@pytest.mark.parametrize("k", [2, 3, 8])
+@pytest.mark.parametrize(
+    ("kind", "core"),
+    [
+        ("all the same", lambda k: torch.eye(k) + 2.0**-7),
+        ("one row", lambda k: torch.eye(k) + 2.0**-7 * torch.nn.functional.one_hot(torch.tensor(k - 1), k)[:, None]),
+        ("one column", lambda k: torch.eye(k) + 2.0**-7 * torch.nn.functional.one_hot(torch.tensor(0), k)),
+        (
+            "one entry beside the diagonal",
+            lambda k: torch.eye(k).index_put_((torch.tensor(0), torch.tensor(1)), torch.tensor(0.01)),
+        ),
+        ("a turn", lambda k: torch.matrix_exp(0.01 * (torch.ones(k, k).triu(1) - torch.ones(k, k).tril(-1)))),
+    ],
+)
+@pytest.mark.parametrize("is_even", [True, False])
+def test_cores_of_few_numbers(is_even: bool, kind: str, core: Callable[[int], torch.Tensor], k: int) -> None:
+    """Where few rows have all of the update as well."""
+    weight = _spectrum(300, 260, 12)
+    weight[: 300 if is_even else 6] *= 40
+    weight = weight.bfloat16()
+    factors, _ = _trained(weight, k, 0, 12)
+    factors.s.fill_(factors.s[0])  # so that the update is as regular as the core
+    change = _change(factors, core(k))
+    result, kept = rescale(weight, factors, core(k), None, DIRECTIONS)
+    moved = core(k) != torch.eye(k)
+    some = moved.any(dim=0) | moved.any(dim=1)  # the directions that the update has
+    within = Factors(factors.U[:, some], factors.s[some], factors.V[:, some])
+    share, error = _truth(weight, result, change, within)
+    _tells_the_truth(kept, share, error)
+    assert abs(share - 1) < 0.01, kind
+    assert error < (0.01 if is_even else 0.05), kind
 
 
 def test_the_update_of_two_rounds_the_same_as_their_sum() -> None:

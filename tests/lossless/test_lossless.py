@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import operator
 import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from decimal import Decimal, localcontext
 from fractions import Fraction
 
 import numpy as np
@@ -20,10 +25,12 @@ from surgery.lossless import split as splitting
 from surgery.lossless import update as updating
 from surgery.lossless.correction import CorruptCorrection, _inflate, differences
 from surgery.lossless.factors import Factors
+from surgery.lossless.integers import portable_product
 from surgery.lossless.join import join
 from surgery.lossless.rounding import bits_of, flipped, round_once, times_power_of_two
 from surgery.lossless.split import split
-from surgery.lossless.update import rescale
+from surgery.lossless.update import Written, approximate, rescale
+from surgery.names import TRAINS, Train
 from tests.models import realistic
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -201,34 +208,153 @@ def _nearest(x: Fraction, candidates: list[float]) -> float:
     return min(candidates, key=lambda value: abs(Fraction(value) - x))
 
 
+def _exact(weight: torch.Tensor, factors: Factors, trained: torch.Tensor) -> list[list[Decimal]]:
+    """The weight with scales or a core, in arithmetic of 100 digits."""
+    with localcontext() as context:
+        context.prec = 100
+        core = trained if trained.ndim == 2 else torch.diag(trained)
+        W, U, V, C = ([[*map(Decimal, row)] for row in part.tolist()] for part in (weight.double(), factors.U, factors.V, core))
+        s, k = [*map(Decimal, factors.s.tolist())], range(len(core))
+        inner = [[(s[i] * s[j]).sqrt() * (C[i][j] - (i == j)) for j in k] for i in k]
+        left = [[sum((row[i] * inner[i][j] for i in k), Decimal()) for j in k] for row in U]
+        return [
+            [x + sum(map(operator.mul, mine, other), Decimal()) for x, other in zip(row, V, strict=True)]
+            for row, mine in zip(W, left, strict=True)
+        ]
+
+
+def _are_nearest(result: torch.Tensor, exact: list[list[Decimal]]) -> bool:
+    """Whether no neighbour of any number is nearer to the exact one."""
+    ends = [torch.nextafter(result, torch.full_like(result, end)) for end in (-float("inf"), float("inf"))]
+    with localcontext() as context:
+        context.prec = 100
+        rows = zip(exact, *(part.double().tolist() for part in (result, *ends)), strict=True)
+        return all(
+            abs(Decimal(got) - x) <= min(abs(Decimal(value) - x) for value in others)
+            for row in rows
+            for x, got, *others in zip(*row, strict=True)
+        )
+
+
+@pytest.mark.parametrize("train", TRAINS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_trained_weights_are_one_rounding_away_from_exact_arithmetic(dtype: torch.dtype) -> None:
+def test_trained_weights_are_one_rounding_away_from_exact_arithmetic(dtype: torch.dtype, train: Train) -> None:
     weight = realistic(12, 20).to(dtype)
     factors = _factors(weight, 3)
-    g = torch.tensor([1.3, 0.75, -2.0])
+    trained = torch.tensor([1.3, 0.75, -2.0])
+    if train == "core":
+        trained = torch.tensor([[1.3, -0.2, 0.5], [0.1, 0.75, 0.0], [-0.6, 0.3, -2.0]])
     residual, correction = _split(weight, factors)
-    result, _ = join(residual, factors, correction, g)
-    assert torch.equal(_bits(rescale(weight, factors, g)[0]), _bits(result))
-    U, s, V = (
-        [[Fraction(x) for x in row] for row in part.reshape(len(part), -1).tolist()]
-        for part in (factors.U, factors.s, factors.V)
+    result, _ = join(residual, factors, correction, trained)
+    assert torch.equal(_bits(rescale(weight, factors, trained)[0]), _bits(result))
+    assert _are_nearest(result, _exact(weight, factors, trained))
+    # Without the correction it is the residual that everything is added to, the kept part included.
+    approximated, _ = approximate(residual, factors, trained)
+    kept = _exact(torch.zeros_like(residual), factors, torch.zeros(3))
+    exact = [[x - y for x, y in zip(*row, strict=True)] for row in zip(_exact(residual, factors, trained), kept, strict=True)]
+    assert _are_nearest(approximated, exact)
+
+
+def _random_factors(m: int, n: int, k: int, seed: int) -> Factors:
+    """Columns that are orthonormal as far as there are as many rows, and singular values around 1."""
+    generator = torch.Generator().manual_seed(seed)
+    U, V = (torch.randn(size, k, generator=generator) / size**0.5 for size in (m, n))
+    return Factors(U, torch.rand(k, generator=generator).sort(descending=True).values + 0.5, V)
+
+
+#: What a core may meet -> what it makes of rank, factors and core.
+ODD_CORES: dict[str, Callable[[Factors, torch.Tensor], tuple[Factors, torch.Tensor]]] = {
+    "ordinary": lambda factors, core: (factors, core),
+    "tiny s": lambda factors, core: (replace(factors, s=factors.s * 1e-30), core),
+    "huge s": lambda factors, core: (
+        replace(factors, s=factors.s * 1e30),
+        torch.eye(len(core)) + (core - torch.eye(len(core))) * 1e-30,
+    ),
+    "s of all sizes": lambda factors, core: (replace(factors, s=torch.logspace(2, -38, len(core))), core),
+    "zeros in s": lambda factors, core: (replace(factors, s=factors.s * (torch.arange(len(core)) < len(core) // 2)), core),
+    "huge core": lambda factors, core: (replace(factors, s=factors.s * 1e-8), core * 1e6),
+    "subnormal core": lambda factors, core: (
+        replace(factors, s=factors.s * 1e30),
+        torch.eye(len(core)) + (core - torch.eye(len(core))) * 1e-40,
+    ),
+    "tiny rows": lambda factors, core: (replace(factors, U=factors.U * torch.logspace(0, -30, len(factors.U))[:, None]), core),
+    "not contiguous": lambda factors, core: (
+        Factors(factors.U.T.contiguous().T, factors.s, factors.V.T.contiguous().T),
+        core.T.contiguous().T,
+    ),
+}
+
+
+@pytest.mark.parametrize(("odd", "k"), [*itertools.product(ODD_CORES, (1, 3, 17)), ("s of all sizes", 300), ("tiny rows", 300)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_core_is_rounded_once(dtype: torch.dtype, odd: str, k: int) -> None:
+    """The weight is so small that the update is all that counts, in half of the rows."""
+    m, n = (7, 9) if k < 300 else (2, 3)
+    factors, core = ODD_CORES[odd](
+        _random_factors(m, n, k, k), torch.eye(k) + 0.3 * torch.randn(k, k, generator=torch.Generator().manual_seed(k)) / k**0.5
     )
-    change = [s[i][0] * (Fraction(g[i].item()) - 1) for i in range(3)]
-    for row in range(12):
-        for column in range(20):
-            exact = Fraction(weight[row, column].item()) + sum(U[row][i] * change[i] * V[column][i] for i in range(3))
-            got = result[row, column]
-            neighbours = [torch.nextafter(got, torch.tensor(end, dtype=dtype)).item() for end in (-float("inf"), float("inf"))]
-            assert _nearest(exact, [got.item(), *neighbours]) == got.item()
+    weight = 0.02 * torch.randn(m, n, generator=torch.Generator().manual_seed(k + 1))
+    weight[::2] *= 1e-30
+    weight = weight.to(dtype)
+    result, _ = rescale(weight, factors, core)
+    assert bool(result.isfinite().all())
+    assert _are_nearest(result, _exact(weight, factors, core))
 
 
-def _differences_from_80_bits(weight: torch.Tensor, seed: int) -> int:
+@pytest.mark.parametrize("k", [1, 2, 5, 64, 300])
+@pytest.mark.parametrize("spread", [1.0, 1e-5, 1e-30])
+def test_products_are_as_accurate_as_float64_and_the_same_with_all_numbers_of_threads(k: int, spread: float) -> None:
+    generator = torch.Generator().manual_seed(k)
+    sizes = torch.rand(2, 40, 1, generator=generator, dtype=torch.float64)
+    a, b = (torch.randn(40, k, generator=generator, dtype=torch.float64) * spread**size for size in sizes)
+    a, b = a.float(), b.T.contiguous()
+    a[3], b[:, 5] = 0, 0
+    before, products = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            products.append(portable_product(a, b))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*products)
+    for i, j in ((0, 0), (1, 7), (3, 1), (4, 5), (39, 39)):
+        terms = [Fraction(x) * Fraction(y) for x, y in zip(a[i].tolist(), b[:, j].tolist(), strict=True)]
+        most = Fraction(a[i].abs().max().item()) * Fraction(b[:, j].abs().max().item())
+        error = abs(Fraction(products[0][i, j].item()) - sum(terms))
+        assert error <= abs(sum(terms)) / 2**52 + most * k / 2**60
+
+
+def test_a_core_that_is_diagonal_is_scales() -> None:
+    """Byte for byte, however it is stored and rounded."""
+    weight = realistic(200, 300).bfloat16()
+    factors = _factors(weight, 8)
+    residual, correction = _split(weight, factors)
+    for size in (1e-3, 0.3):
+        g = 1 + size * torch.randn(8, generator=torch.Generator().manual_seed(0))
+        for rounding in ("nearest", "directions"):
+            written = Written(rounding=rounding)
+            for fold in (
+                lambda trained, how=written: rescale(weight, factors, trained, None, how),
+                lambda trained, how=written: join(residual, factors, correction, trained, None, how),
+                lambda trained, how=written: approximate(residual, factors, trained, None, how),
+            ):
+                (by_scales, kept), (by_core, also) = fold(g), fold(torch.diag(g))
+                assert torch.equal(_bits(by_scales), _bits(by_core))
+                assert (kept.share, kept.error) == pytest.approx((also.share, also.error))
+    for untouched in (torch.ones(8), torch.eye(8)):
+        assert torch.equal(_bits(join(residual, factors, correction, untouched)[0]), _bits(weight))
+
+
+def _differences_from_80_bits(weight: torch.Tensor, seed: int, train: Train) -> int:
     """How many of the weights that ``rescale`` gives have a neighbour nearer to the exact sum."""
     factors = _factors(weight, 16)
-    g = 0.5 + torch.rand(16, generator=torch.Generator().manual_seed(seed))
-    wide = [part.double().numpy().astype(np.longdouble) for part in (weight, factors.U, factors.s, g, factors.V)]
-    exact = wide[0] + (wide[1] * (wide[2] * (wide[3] - 1))) @ wide[4].T
-    got, _ = rescale(weight, factors, g)
+    generator = torch.Generator().manual_seed(seed)
+    trained = 0.5 + torch.rand(16, generator=generator)
+    if train == "core":
+        trained = torch.diag(trained) + 0.2 * torch.randn(16, 16, generator=generator)
+    W, U, s, C, V = (part.double().numpy().astype(np.longdouble) for part in (weight, factors.U, factors.s, trained, factors.V))
+    exact = W + ((U * (s * (C - 1))) if train == "scales" else U @ (np.sqrt(np.outer(s, s)) * (C - np.eye(16)))) @ V.T
+    got, _ = rescale(weight, factors, trained)
     error = np.abs(got.double().numpy().astype(np.longdouble) - exact)
     wrong = np.zeros(error.shape, bool)
     for end in (-float("inf"), float("inf")):
@@ -241,37 +367,40 @@ _extended = pytest.mark.skipif(np.finfo(np.longdouble).nmant < 63, reason="no ex
 
 
 @_extended
+@pytest.mark.parametrize("train", TRAINS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_fold_against_80_bit_arithmetic(dtype: torch.dtype) -> None:
-    assert _differences_from_80_bits(realistic(512, 1024).to(dtype), 0) == 0
+def test_fold_against_80_bit_arithmetic(dtype: torch.dtype, train: Train) -> None:
+    assert _differences_from_80_bits(realistic(512, 1024).to(dtype), 0, train) == 0
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @_extended
+@pytest.mark.parametrize("train", TRAINS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_hundred_million_weights_against_80_bit_arithmetic(dtype: torch.dtype) -> None:
+def test_a_hundred_million_weights_against_80_bit_arithmetic(dtype: torch.dtype, train: Train) -> None:
     wrong, count = 0, 0
     for seed in range(48):
         weight = realistic(1024, 2048, seed=seed, exponent=0.3 + 0.01 * seed).to(dtype)
-        wrong += _differences_from_80_bits(weight, seed)
+        wrong += _differences_from_80_bits(weight, seed, train)
         count += weight.numel()
     assert count > 10**8
     assert wrong <= (count // 10**6 if dtype == torch.float32 else 0)
 
 
+@pytest.mark.parametrize("train", TRAINS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_thread_count_does_not_matter(dtype: torch.dtype) -> None:
+def test_thread_count_does_not_matter(dtype: torch.dtype, train: Train) -> None:
     weight = realistic(700, 900).to(dtype)
     factors = _factors(weight, 16)
-    g = 0.5 + torch.rand(16, generator=torch.Generator().manual_seed(0))
+    trained = 0.5 + torch.rand(16, 1 if train == "scales" else 16, generator=torch.Generator().manual_seed(0)).squeeze(1)
     results = []
     before = torch.get_num_threads()
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
         try:
             residual, correction = _split(weight, factors)
-            results.append((residual, correction, join(residual, factors, correction, g)[0]))
+            results.append((residual, correction, join(residual, factors, correction, trained)[0]))
         finally:
             torch.set_num_threads(before)
     for other in results[1:]:
