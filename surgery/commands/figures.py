@@ -12,6 +12,7 @@ import torch
 from surgery.format.scales.writing import distance
 from surgery.linalg.turns import stretches_and_angles
 from surgery.names import Train
+from surgery.progress import listening, phase
 
 #: How many entries of a core are named.
 _ENTRIES = 5
@@ -26,7 +27,7 @@ class Direction:
     Attributes:
         target: its key.
         matrix: which matrix of a stack, from 0; None where the target is no stack.
-        direction: from 1, as singular values are changes_in.
+        direction: from 1, as singular values are counted.
         g: the scale.
     """
 
@@ -41,7 +42,7 @@ class CoreEntry:
     """One entry of ``C - I``.
 
     Attributes:
-        row, column: from 1, as singular values are changes_in.
+        row, column: from 1, as singular values are counted.
         value: of it.
     """
 
@@ -139,18 +140,22 @@ def figures_of_cores(cores: Mapping[str, torch.Tensor], top: int) -> CoreFigures
     stretches, largest = [], 0.0
     found: list[tuple[float, str, int]] = []
     angles: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
-    for key, value in cores.items():
-        every = value.double().reshape(-1, *value.shape[-2:])
-        far = torch.linalg.matrix_norm(distance(every, "core"))
-        changed = torch.nonzero(far).flatten()
-        stretched = torch.ones(every.shape[:2], dtype=torch.float64)
-        if len(changed):
-            stretched[changed], turned = stretches_and_angles(every[changed])
-            largest = max(largest, float(turned.max()))
-            for i, at in enumerate(changed.tolist()):
-                found.append((float(far[at]), key, at))
-                angles[key, at] = (stretched[at].numpy(), turned[i].numpy())
-        stretches.append(stretched.flatten().numpy())
+    progress = listening()
+    with phase(progress, "measuring", sum(value.nbytes for value in cores.values())):
+        for key, value in cores.items():
+            progress.item(key)
+            every = value.double().reshape(-1, *value.shape[-2:])
+            far = torch.linalg.matrix_norm(distance(every, "core"))
+            changed = torch.nonzero(far).flatten()
+            stretched = torch.ones(every.shape[:2], dtype=torch.float64)
+            if len(changed):
+                stretched[changed], turned = stretches_and_angles(every[changed])
+                largest = max(largest, float(turned.max()))
+                for i, at in enumerate(changed.tolist()):
+                    found.append((float(far[at]), key, at))
+                    angles[key, at] = (stretched[at].numpy(), turned[i].numpy())
+            stretches.append(stretched.flatten().numpy())
+            progress.advance(value.nbytes)
     found.sort(key=lambda one: -one[0])  # stable: of equal distances the first in the file comes first
     furthest = [
         _shown(

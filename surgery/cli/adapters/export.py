@@ -42,7 +42,7 @@ from surgery.progress import phase
 @quiet_option
 @notes_and_quiet
 def export(factorized: Path, scales: Path, kind: str, out: Path, as_json: bool, quiet: bool, **chosen: Any) -> None:
-    """Write the scales in file SCALES as a LoRA adapter against the original model of folder FACTORIZED.
+    """Write the scales or cores in file SCALES as a LoRA adapter against the original model of folder FACTORIZED.
 
     PEFT loads it, and merges it to what fold writes; all modules have one rank, so that vLLM takes it as well. What an
     adapter cannot say, or PEFT is known to load wrongly, is refused: fold instead.
