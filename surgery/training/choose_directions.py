@@ -55,21 +55,14 @@ class ChooseDirections(_TrainerCallback):
         self._batches = batches
         self._trainer: Any = None
 
-    def attend(self, trainer: Any) -> None:
-        """Look at the batches of a Trainer with ``SaveScales``, which calls this.
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the Trainer.
 
         Args:
-            trainer: with the same scales.
-
-        Raises:
-            OptionError: it has others.
+            args: of the Trainer.
+            state: the steps that it has made.
+            control: not used.
         """
-        if trainer.scales is not self._scales:
-            raise OptionError("ChooseDirections has other scales than the Trainer", hint="pass the same to both")
-        self._trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by the Trainer."""
         if self._scales.chosen is not None:
             return
         if args.world_size > 1:
@@ -95,6 +88,19 @@ class ChooseDirections(_TrainerCallback):
                     loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch))
                 loss.backward()
         self._scales.choose(self._keep)
+
+
+def show_trainer(callback: Any, trainer: Any) -> None:
+    """Let a callback, if it chooses directions, look at the batches of a Trainer with ``SaveScales``.
+
+    Raises:
+        OptionError: they have different scales.
+    """
+    if not isinstance(callback, ChooseDirections):
+        return
+    if trainer.scales is not callback._scales:
+        raise OptionError("ChooseDirections has other scales than the Trainer", hint="pass the same to both")
+    callback._trainer = trainer
 
 
 @contextmanager

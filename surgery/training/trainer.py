@@ -107,10 +107,9 @@ class SaveScales(_Trainer):
         super().add_callback(callback)
 
     def _show_itself(self, callback: Any) -> None:
-        from surgery.training.choose_directions import ChooseDirections  # which imports transformers
+        from surgery.training.choose_directions import show_trainer  # which imports transformers
 
-        if isinstance(callback, ChooseDirections):
-            callback.attend(self)
+        show_trainer(callback, self)
 
     def train(self, *args: Any, **options: Any) -> Any:
         """The Trainer's method; ``~`` in the path of a checkpoint to resume from is expanded."""
