@@ -15,6 +15,7 @@ from pathlib import Path
 import surgery
 from benchmarks.study import fine_tune
 from surgery.demo.run import MODEL, load, mean_loss, prose
+from surgery.names import TRAINS
 from surgery.progress import Silent
 
 #: What is extracted: rank, or share of the change.
@@ -43,10 +44,15 @@ def measure(tuned: Path, out: Path) -> None:
         loss = mean_loss(load(merged), held_out)
         print(f"| {name} | {span} | {found.numbers:,} | {found.kept_of_all:.1%} | {loss:.4f} |", flush=True)
     factorized = surgery.factorize(MODEL, out / "factorized", rank=16, overwrite=True, progress=quiet)
-    projected = surgery.project(factorized.out, tuned, out / "scales.safetensors", overwrite=True, progress=quiet)
-    surgery.fold(factorized.out, projected.out, out / "folded", overwrite=True, progress=quiet)
-    share, loss = projected.total.explained or 0.0, mean_loss(load(out / "folded"), held_out)
-    print(f"| project, rank 16 | 16 | {projected.trainable:,} | {share:.1%} of the targets' | {loss:.4f} |")
+    for train in TRAINS:
+        file, folded = out / f"{train}.safetensors", out / f"folded-{train}"
+        projected = surgery.project(factorized.out, tuned, file, train=train, overwrite=True, progress=quiet)
+        surgery.fold(factorized.out, file, folded, overwrite=True, progress=quiet)
+        share, loss = projected.total.explained or 0.0, mean_loss(load(folded), held_out)
+        print(
+            f"| project, {train}, rank 16 | 16 | {projected.trainable:,} | {share:.1%} of the targets' | {loss:.4f} |",
+            flush=True,
+        )
 
 
 parser = argparse.ArgumentParser()

@@ -305,6 +305,7 @@ WRONG: dict[str, list[Any]] = {
     "str | Path | Sequence[str | Path]": [3, [1], [None], [""], {"a": 1}, "", object()],
     "Space": ["cubic", 3, ["log"], object()],
     "Unit": ["euros", 3, ["bytes"], object()],
+    "Train": ["cores", "", 3, ["core"], object()],
     "Progress": [3, "x", object(), Silent, print],
     "Timing": [3, "x", object(), Timing],
 }

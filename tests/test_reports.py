@@ -84,9 +84,15 @@ def _runs(at: Path, to: Path) -> dict[str, list[Any]]:
         "merge": [_json("merge", at / "m", _adapter(at / "f", to), "-o", to / "merged", "--profile")],
         "merge --dry-run": [_json("merge", at / "m", _adapter(at / "f", to), "--dry-run")],
         "plan": [_json("plan", at / "m", "--rank", 4), _json("factorize", _with_leftovers(to), "--rank", 2, "--dry-run")],
-        "project": [_json("project", at / "f", at / "t", "-o", to / "p")],
+        "project": [
+            _json("project", at / "f", at / "t", "-o", to / "p"),
+            _json("project", at / "f", at / "t", "--train", "core", "-o", to / "c"),
+        ],
         "recipes": [_json("recipes")],
-        "recommend": [_json("recommend", at / "m", "--budget", 9, *only, "-o", to / "r.toml")],
+        "recommend": [
+            _json("recommend", at / "m", "--budget", 9, *only, "-o", to / "r.toml"),
+            _json("recommend", at / "m", "--budget", 9, "--train", "core", *only, "-o", to / "c.toml"),
+        ],
         "resize": [_json("resize", _adapter(at / "f", to), "--rank", 2, "-o", to / "resized")],
         "scales show": [_json("scales", "show", at / "s"), _json("scales", "show", stack)],
         "spectra": [

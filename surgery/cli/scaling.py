@@ -23,6 +23,7 @@ from surgery.cli.options import (
 from surgery.cli.printing import print_json
 from surgery.cli.tables import table
 from surgery.cli.text import fitted, say, whole
+from surgery.names import TRAINS, Train
 from surgery.progress import phase
 
 if TYPE_CHECKING:
@@ -40,10 +41,17 @@ _out = click.option(
 )
 
 
-@click.command(short_help="Find the scales that come closest to a fine-tuned model.")
+@click.command(short_help="Find the scales or cores that come closest to a fine-tuned model.")
 @click.argument("factorized", type=PATH)
 @click.argument("tuned", type=MODEL)
 @_out
+@click.option(
+    "--train",
+    type=click.Choice(TRAINS),
+    default="scales",
+    show_default=True,
+    help="What is found: scales, or cores, which turn the kept directions as well.",
+)
 @overlay_base_option
 @device_option
 @overwrite_file_option
@@ -54,45 +62,57 @@ def project(
     factorized: Path,
     tuned: str,
     out: Path,
+    train: Train,
     base: str | None,
     device: str,
     overwrite: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Write the scales that bring the folder FACTORIZED closest to TUNED, a repo id or a local folder.
+    """Write the scales or cores that bring the folder FACTORIZED closest to TUNED, a repo id or a local folder.
 
     TUNED is the same model, fully fine-tuned: the same tensors, in any dtype and any shards, also under names that a wrapper
     has given them, or stored in another way that transformers loads as the same. The scales are the least-squares ones,
-    g_i = 1 + u_i^T (W_tuned - W) v_i / s_i. The table shows, for each target:
+    g_i = 1 + u_i^T (W_tuned - W) v_i / s_i, and so are cores, C = I + U^T (W_tuned - W) V / sqrt(s s^T). The table shows, for
+    each target:
 
     \b
     change      size of the change, |W_tuned - W| / |W| (Frobenius norms)
-    explained   share of the change's squared norm that the scales make up
-    |g - 1|     the largest distance of a scale from 1
+    explained   share of the change's squared norm that the scales make up;
+                with --train core two columns: scales, and core
+    |g - 1|     the largest distance of a scale from 1; |C - I| of an entry
+                of a core from that of the identity
     """
     bar = Bar(quiet=quiet)
     with phase(bar, "starting"):
         from surgery.commands import project as operation
 
     start = time.perf_counter()
-    report = operation.project(factorized, tuned, out, base=base, device=device, overwrite=overwrite, progress=bar)
+    report = operation.project(factorized, tuned, out, train=train, base=base, device=device, overwrite=overwrite, progress=bar)
     seconds = time.perf_counter() - start
     if as_json:
         print_json(report, seconds=seconds)
         return
-    rows = [_figures(one) for one in (*report.targets, dataclasses.replace(report.total, key=f"all {len(report.targets)}"))]
-    click.echo(table(["target", "change", "explained", "|g - 1|"], rows, flush_right=range(1, 4), names=(0,)))
-    say(f"{whole(out)}: {report.trainable} scales in {seconds:.1f} s", quiet=quiet)
+    total = dataclasses.replace(report.total, key=f"all {len(report.targets)}")
+    rows = [_figures(one, train) for one in (*report.targets, total)]
+    heading = ["change", "explained", "|g - 1|"] if train == "scales" else ["change", "scales", "core", "|C - I|"]
+    click.echo(table(["target", *heading], rows, flush_right=range(1, 1 + len(heading)), names=(0,)))
+    told = f"{report.trainable} scales"
+    if train == "core":
+        told = f"cores of {report.trainable} numbers"
+        if total.explained is not None:
+            told += f", which explain {_share(total.explained)} of the change, scales {_share(total.explained_by_scales)};"
+    say(f"{whole(out)}: {told} in {seconds:.1f} s", quiet=quiet)
 
 
-def _figures(found: Projection) -> list[str]:
-    return [
-        found.key,
-        "-" if found.change is None else f"{found.change:.3g}",
-        "-" if found.explained is None else f"{found.explained:.2%}",
-        f"{found.largest:.3g}",
-    ]
+def _figures(found: Projection, train: Train) -> list[str]:
+    shares = [found.explained] if train == "scales" else [found.explained_by_scales, found.explained]
+    change = "-" if found.change is None else f"{found.change:.3g}"
+    return [found.key, change, *map(_share, shares), f"{found.largest:.3g}"]
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2%}"
 
 
 def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) -> list[float] | None:

@@ -24,7 +24,7 @@ from surgery.cli.options import (
 from surgery.cli.printing import print_json
 from surgery.cli.text import say, whole
 from surgery.format.options import Options
-from surgery.names import SPECTRA_FILE, SPECTRA_PAGE
+from surgery.names import SPECTRA_FILE, SPECTRA_PAGE, TRAINS, Train
 from surgery.progress import phase
 
 # Modules that import torch are imported inside the commands: --help must not wait for them.
@@ -92,6 +92,13 @@ def spectra(
 @click.argument("tuned", required=False, type=MODEL)
 @click.option("--budget", required=True, type=click.IntRange(min=1), help="How much may be spent.")
 @click.option(
+    "--train",
+    type=click.Choice(TRAINS),
+    default="scales",
+    show_default=True,
+    help="What will be trained of k directions: k scales, or a core of k x k numbers.",
+)
+@click.option(
     "--unit",
     type=click.Choice(["numbers", "bytes"]),
     default="numbers",
@@ -109,6 +116,7 @@ def recommend(
     model: str,
     tuned: str | None,
     budget: int,
+    train: Train,
     unit: Literal["numbers", "bytes"],
     max_rank: int,
     out: Path,
@@ -120,8 +128,8 @@ def recommend(
 ) -> None:
     """Write a recipe with a rank for each weight of MODEL, such that a budget keeps as much as it can.
 
-    What counts is the squared norm of all weights in the kept directions; with TUNED, a fine-tuned MODEL, what scales of these
-    directions explain of its change. surgery factorize MODEL --recipe FILE takes the result.
+    What counts is the squared norm of all weights in the kept directions; with TUNED, a fine-tuned MODEL, what scales or cores
+    of these directions explain of its change. surgery factorize MODEL --recipe FILE takes the result.
     """
     bar = Bar(quiet=quiet)
     with phase(bar, "starting"):
@@ -132,6 +140,7 @@ def recommend(
         model,
         tuned,
         budget=budget,
+        train=train,
         unit=unit,
         max_rank=max_rank,
         out=out,
@@ -145,9 +154,10 @@ def recommend(
         return
     used = [value for value in report.ranks.values() if value]
     of = "the squared norm of the weights" if tuned is None else "the change"
+    what = "scales" if train == "scales" else "numbers in cores"
     say(
         f"{whole(out)}: ranks {min(used)} to {max(used)} for {len(used)} of {len(report.ranks)} weights, "
-        f"{report.trainable} scales, {report.spent} of {budget} {unit}; keeps {report.kept:.2%} of {of}",
+        f"{report.trainable} {what}, {report.spent} of {budget} {unit}; keeps {report.kept:.2%} of {of}",
         quiet=quiet,
     )
     say(f"one rank for all that fits the budget, {report.uniform_rank}, would keep {report.uniform_kept:.2%}", quiet=quiet)

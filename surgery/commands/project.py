@@ -1,4 +1,4 @@
-"""The verb ``project``: the scales that bring a factorized checkpoint closest to a fine-tuned model."""
+"""The verb ``project``: the scales or cores that bring a factorized checkpoint closest to a fine-tuned model."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch
 from surgery.device import choose_device, on_its_own_terms
 from surgery.format.manifest import Manifest
 from surgery.format.scales.writing import write_scales
-from surgery.names import SCALES_FILE
+from surgery.names import SCALES_FILE, Train
 from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
 from surgery.run.disk_room import check_room, download_needs
 from surgery.run.output_paths import check_not_the_source, check_output_path
-from surgery.shards.projector import Projector, Sums, tuned_model
+from surgery.shards.projector import Closest, Projector, Sums, tuned_model
 from surgery.source.open import open_part
 from surgery.tuned.likeness import note_what_is_unlikely
 from surgery.weights.checkpoint import FactorizedWeights, weights_of
@@ -25,18 +25,20 @@ from surgery.weights.checkpoint import FactorizedWeights, weights_of
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """How far a fine-tuned weight W_t is from the original W, and how much of that scales can express.
+    """How far a fine-tuned weight W_t is from the original W, and how much of that scales or cores can express.
 
     Attributes:
         key: of the target, or of all.
         change: ``||W_t - W|| / ||W||``, Frobenius norms; None where W is zero and W_t is not.
-        explained: the share of ``||W_t - W||^2`` that the scales take away; None where nothing has changed.
-        largest: the largest ``|g - 1|``.
+        explained: the share of ``||W_t - W||^2`` that the scales or cores take away; None where nothing has changed.
+        explained_by_scales: the share that scales of the same directions take away, the same for scales.
+        largest: the largest ``|g - 1|`` of scales, the largest entry of ``|C - I|`` of cores.
     """
 
     key: str
     change: float | None
     explained: float | None
+    explained_by_scales: float | None
     largest: float
 
 
@@ -47,13 +49,15 @@ class ProjectReport(Report):
     Attributes:
         out: the scales file.
         fingerprint: of the factors that they belong to.
-        trainable: how many scales.
+        train: whether it has scales or cores.
+        trainable: how many scales, or numbers in cores.
         targets: each of them, in the order of the manifest.
         total: all of them together, as if they were one long vector.
     """
 
     out: Path
     fingerprint: str
+    train: Train
     trainable: int
     targets: tuple[Projection, ...]
     total: Projection
@@ -65,16 +69,19 @@ def project(
     tuned: str | Path,
     out: str | Path,
     *,
+    train: Train = "scales",
     base: str | Path | None = None,
     device: str | torch.device = "auto",
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ProjectReport:
-    """Write the scales that bring a factorized checkpoint closest to a fully fine-tuned model.
+    """Write the scales or cores that bring a factorized checkpoint closest to a fully fine-tuned model.
 
-    ``g_i = 1 + u_i^T (W_t - W) v_i / s_i``. As ``u_i v_i^T`` are orthonormal matrices, this is the one minimiser of
+    Scales are ``g_i = 1 + u_i^T (W_t - W) v_i / s_i``. As ``u_i v_i^T`` are orthonormal matrices, this is the one minimiser of
     ``||W + U diag(s (g - 1)) V^T - W_t||``, the Frobenius norm; where s_i is 0, or so small that g_i is beyond float32,
-    g_i has no use and stays 1. W is the original weight, for FP8 in float32; for a residual without a correction it is
+    g_i has no use and stays 1. Cores (Balazy et al., LoRA-XS, arXiv 2405.17604) are ``C = I + U^T (W_t - W) V / sqrt(s s^T)``,
+    entry by entry, for the same reason the one minimiser of ``||W + U diag(sqrt s) (C - I) diag(sqrt s) V^T - W_t||``; an entry
+    without use stays that of I. W is the original weight, for FP8 in float32; for a residual without a correction it is
     what a fold with untouched scales gives. Computed in float64 from the difference of the weights.
 
     Streams both models: the memory needed is that of the largest target, for a stack of some of its matrices, in both.
@@ -86,6 +93,7 @@ def project(
             that transformers loads as the same, such as stacked experts; in bfloat16, float16, float32, or FP8 with scales;
             in shards of any kind.
         out: the scales file to write.
+        train: ``scales``, or ``core``.
         base: for an overlay, the model it was made from (folder or hub id), if the one that the manifest names is
             not to be used.
         device: where the arithmetic runs: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
@@ -94,7 +102,7 @@ def project(
             not look like a fine-tuned model (``surgery.tuned.likeness``); without it that is a ``SurgeryWarning``.
 
     Returns:
-        How much each target has changed, and how much of that its scales explain.
+        How much each target has changed, and how much of that its scales or cores explain.
 
     Raises:
         SourceError: a model is not there, or lacks a target; a target has another shape there.
@@ -118,26 +126,32 @@ def project(
     with ExitStack() as stack:
         with phase(progress, "reading headers"):
             model = stack.enter_context(tuned_model(source, factorized, manifest, weights))
-        projector = Projector(stack.enter_context(FactorizedWeights(factorized, manifest, weights)), model, where)
-        projector.run(progress)
-        found = projector.found
+        checkpoint = stack.enter_context(FactorizedWeights(factorized, manifest, weights))
+        found = Closest(manifest.targets, train)
+        Projector(checkpoint, model, where, train).run(progress, found.add)
     for read in (source, weights):
         read.watch.check()
-    write_scales(out, {key: one.scales for key, one in found.items()}, manifest.fingerprint)
-    note_what_is_unlikely(source.name, [one.sums.norms(key) for key, one in found.items()])
+    write_scales(out, found.values, manifest.fingerprint, train)
+    note_what_is_unlikely(source.name, [sums.norms(key) for key, sums in found.sums.items()])
     total = Sums()
-    for one in found.values():
-        total.add(one.sums)
+    for sums in found.sums.values():
+        total.add(sums)
     return ProjectReport(
         out,
         manifest.fingerprint,
-        sum(target.trainable for target in manifest.targets),
-        tuple(_projection(target.key, found[target.key].sums) for target in manifest.targets),
+        train,
+        sum(target.numbers_of(train) for target in manifest.targets),
+        tuple(_projection(target.key, found.sums[target.key]) for target in manifest.targets),
         _projection("all", total),
     )
 
 
 def _projection(key: str, sums: Sums) -> Projection:
     change = math.sqrt(sums.change / sums.weight) if sums.weight else None if sums.change else 0.0
+    explained, by_scales = (_share(part, sums.change) for part in (sums.explained, sums.explained_by_scales))
+    return Projection(key, change, explained, by_scales, sums.largest)
+
+
+def _share(part: float, change: float) -> float | None:
     # Rounding may take a change that is explained in full beyond 1.
-    return Projection(key, change, min(1.0, sums.explained / sums.change) if sums.change else None, sums.largest)
+    return min(1.0, part / change) if change else None

@@ -1,4 +1,4 @@
-"""What of trained scales has arrived in a folded model: ``surgery verify --folded``."""
+"""What of trained scales or cores has arrived in a folded model: ``surgery verify --folded``."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import torch
 
 from surgery.device import choose_device, on_its_own_terms
 from surgery.format.manifest import Manifest
+from surgery.format.manifest_records import TargetRecord
 from surgery.format.scales.path import scales_file
-from surgery.format.scales.reading import read_scales
+from surgery.format.scales.reading import read_trained
+from surgery.format.scales.writing import distance
 from surgery.lossless.kept import Kept
 from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
-from surgery.shards.projector import Projector, tuned_model
+from surgery.shards.projector import Components, Projector, tuned_model
 from surgery.source.open import open_part
 from surgery.updates.kept_updates import KeptSummary, KeptUpdate
 from surgery.weights.checkpoint import FactorizedWeights, weights_of
@@ -22,12 +24,12 @@ from surgery.weights.checkpoint import FactorizedWeights, weights_of
 
 @dataclass(frozen=True, slots=True)
 class FoldCheck(Report):
-    """What is left in a folded model of the scales that were folded into it.
+    """What is left in a folded model of the scales or cores that were folded into it.
 
     Attributes:
-        targets: how many tensors have scales.
-        changed: how many of them have scales other than 1.
-        kept: share of the update that is in the weights, as ``fold`` reports it; null if no scale differs from 1.
+        targets: how many tensors have scales or cores.
+        changed: how many of them have scales other than 1, or cores other than the identity.
+        kept: share of the update that is in the weights, as ``fold`` reports it; null if none has changed.
         kept_least: the smallest share that is left of the update of any target.
         kept_least_in: the key of that target.
     """
@@ -49,9 +51,10 @@ def verify_folded(
     device: str | torch.device = "auto",
     progress: Progress | None = None,
 ) -> FoldCheck:
-    """Measure what of trained scales is in a folded model, after whatever rounding.
+    """Measure what of trained scales or cores is in a folded model, after whatever rounding.
 
-    With ``D = U diag(s (g - 1)) V^T`` it is ``<W_f - W, D> / <D, D>``, from ``u_i^T (W_f - W) v_i``, in float64.
+    With ``D = U diag(s (g - 1)) V^T`` it is ``<W_f - W, D> / <D, D>``, from ``u_i^T (W_f - W) v_i``; with the
+    ``D = U diag(sqrt s) (C - I) diag(sqrt s) V^T`` of cores from ``U^T (W_f - W) V``. In float64.
 
     Args:
         factorized: the folder that was folded.
@@ -75,20 +78,22 @@ def verify_folded(
     where = torch.device("cpu") if where.type == "mps" else where  # which has no float64
     folder = Path(factorized)
     manifest = Manifest.read(folder)
-    values = read_scales(scales_file(Path(scales)), manifest)
+    trained = read_trained(scales_file(Path(scales)), manifest)
     weights = weights_of(folder, manifest, base)
     source = open_part(folded, manifest.source.subfolder)
     with phase(progress, "reading headers"):
         model = tuned_model(source, folder, manifest, weights)
+    updates = []
+
+    def measure(target: TargetRecord, index: int, found: Components) -> None:
+        values = trained.values[target.key].view(-1, *found.values.shape)[index]
+        change = found.units * distance(values.double(), trained.train)
+        asked = float(change.square().sum())
+        updates.append(KeptUpdate(target.key, Kept(asked, float((change * found.values).sum()), None, asked)))
+
     with model, FactorizedWeights(folder, manifest, weights) as checkpoint:
-        projector = Projector(checkpoint, model, where)
-        projector.run(progress)
+        Projector(checkpoint, model, where, trained.train).run(progress, measure)
     for read in (source, weights):
         read.watch.check()
-    updates = []
-    for key, found in projector.found.items():
-        change = found.s.double() * (values[key].view_as(found.s).double() - 1)
-        asked = float(change.square().sum())
-        updates.append(KeptUpdate(key, Kept(asked, float((change * found.components).sum()), None, asked)))
     kept = KeptSummary.of(updates)
     return FoldCheck(len(manifest.targets), kept.updates, kept.share, kept.least, kept.least_in)

@@ -74,7 +74,7 @@ def ranks_of_budget(
 def _candidate(group: _OfOneRank, found: Mapping[str, ExtractedTensor]) -> Candidate:
     matrices = [matrix.values for name in group.tensors for matrix in found[name].matrices]
     gains = [math.fsum(value**2 for value in several) for several in itertools.zip_longest(*matrices, fillvalue=0.0)]
-    return Candidate(group.tensors[0], gains, len(matrices), group.cost)
+    return Candidate(group.tensors[0], gains, [group.cost] * len(gains))
 
 
 def _groups(adapter: AdapterToWrite) -> list[_OfOneRank]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,9 +17,11 @@ from surgery.files.file_records import file_sha256
 from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import TargetRecord
 from surgery.format.safetensors import ShardReader
+from surgery.format.scales.writing import distance
 from surgery.format.tensor_view import by_tensor
 from surgery.lossless.blocks import BLOCK_ENTRIES, DEVICE_BLOCKS
 from surgery.lossless.factors import Factors
+from surgery.names import Train
 from surgery.progress import Progress, phase
 from surgery.source.protocol import Source
 from surgery.tuned.likeness import Norms
@@ -30,14 +32,33 @@ from surgery.weights.matrix import StoredMatrix
 from surgery.weights.protocol import Weights, check_entry
 
 
+@dataclass(frozen=True, slots=True)
+class Components:
+    """What of the change ``D = W_t - W`` of one matrix lies along its kept directions. All on the CPU, float64.
+
+    Attributes:
+        values: ``u_i^T D v_i`` (k,) for scales; ``U^T D V`` (k, k) for cores.
+        units: what ``g - 1`` is multiplied by to be such components: s (k,); for ``C - I`` ``sqrt(s s^T)`` (k, k).
+        norms: ``||W||^2``, ``||W_t||^2`` and ``||D||^2``, Frobenius norms, (3,).
+    """
+
+    values: torch.Tensor
+    units: torch.Tensor
+    norms: torch.Tensor
+
+
 @dataclass(slots=True)
 class Sums:
-    """Sums over matrices of squared Frobenius norms: of W, of W_t, of W_t - W, and of the part of it that scales explain."""
+    """Sums over matrices of squared Frobenius norms, and the largest distance of what is trained from what it is untouched.
+
+    The norms are of W, of W_t, of W_t - W, and of the parts of it that are explained: by what is trained, and by scales.
+    """
 
     weight: float = 0.0
     tuned: float = 0.0
     change: float = 0.0
     explained: float = 0.0
+    explained_by_scales: float = 0.0
     largest: float = 0.0
 
     def add(self, other: Sums) -> None:
@@ -45,27 +66,47 @@ class Sums:
         self.tuned += other.tuned
         self.change += other.change
         self.explained += other.explained
+        self.explained_by_scales += other.explained_by_scales
         self.largest = max(self.largest, other.largest)
 
     def norms(self, key: str) -> Norms:
         return Norms(key, math.sqrt(self.weight), math.sqrt(self.tuned), math.sqrt(self.change))
 
 
-@dataclass(slots=True)
-class Found:
-    """The result of a target.
+class Closest:
+    """The scales or cores of targets that bring them closest to a changed model.
+
+    Args:
+        targets: of the checkpoint.
+        train: which of the two.
 
     Attributes:
-        scales: that bring it closest to the changed weight, float32 (k,), or (B, k) for a stack.
-        components: ``u_i^T (W_t - W) v_i``, float64, in the same shape.
-        s: the kept singular values, float32, in the same shape.
-        sums: its norms.
+        values: key of a target -> float32 (k,), or (B, k) for a stack; cores are (k, k), or (B, k, k).
+        sums: key of a target -> its norms.
     """
 
-    scales: torch.Tensor
-    components: torch.Tensor
-    s: torch.Tensor
-    sums: Sums = field(default_factory=Sums)
+    def __init__(self, targets: Iterable[TargetRecord], train: Train) -> None:
+        self._train = train
+        self.values: dict[str, torch.Tensor] = {}
+        self.sums: dict[str, Sums] = {}
+        for target in targets:
+            self.values[target.key] = torch.empty(target.shape_of(train), dtype=torch.float32)
+            self.sums[target.key] = Sums()
+
+    def add(self, target: TargetRecord, index: int, found: Components) -> None:
+        """Choose the scales, or the core, of matrix ``index`` of a target."""
+        untouched = torch.ones(target.rank) if self._train == "scales" else torch.eye(target.rank)
+        # Where a singular value is 0, or so small that the quotient is beyond float32, it has no use.
+        values = (untouched + found.values / found.units).float()
+        values = torch.where((found.units > 0) & torch.isfinite(values), values, untouched)
+        self.values[target.key].view(-1, *values.shape)[index] = values
+        moved = distance(values.double(), self._train)
+        parts = torch.where(moved != 0, found.values, 0).square()
+        by_scales = parts if self._train == "scales" else parts.diagonal()
+        weight, tuned, change = found.norms.tolist()
+        self.sums[target.key].add(
+            Sums(weight, tuned, change, parts.sum().item(), by_scales.sum().item(), moved.abs().max().item())
+        )
 
 
 class Projector:
@@ -75,25 +116,23 @@ class Projector:
         checkpoint: the factorized checkpoint.
         tuned: the changed model.
         device: where the arithmetic runs; it must have float64.
+        train: what the components are for.
     """
 
-    def __init__(self, checkpoint: FactorizedWeights, tuned: TunedModel, device: torch.device) -> None:
+    def __init__(self, checkpoint: FactorizedWeights, tuned: TunedModel, device: torch.device, train: Train) -> None:
         self._checkpoint = checkpoint
         self._tuned = tuned
         self._device = device
+        self._train = train
         checkpoint.weights.check_quantized()
-        targets = checkpoint.manifest.targets
-        self.found = {
-            target.key: Found(
-                torch.ones(target.scales_shape, dtype=torch.float32),
-                torch.zeros(target.scales_shape, dtype=torch.float64),
-                torch.zeros(target.scales_shape, dtype=torch.float32),
-            )
-            for target in targets
-        }
 
-    def run(self, progress: Progress) -> None:
-        """Compare all targets, and put their results into ``found``. Shards with neither targets nor scales are not read."""
+    def run(self, progress: Progress, take: Callable[[TargetRecord, int, Components], None]) -> None:
+        """Compare all targets. Shards with neither targets nor scales are not read.
+
+        Args:
+            progress: told how far it is.
+            take: given a target, the index of one of its matrices and what was found of it, for each matrix once.
+        """
         manifest, weights = self._checkpoint.manifest, self._checkpoint.weights
         owners = {target.shard for target in manifest.targets}
         scales = {weights.quantized[target.tensor].shard for target in manifest.targets if target.tensor in weights.quantized}
@@ -104,9 +143,10 @@ class Projector:
         shards = [shard for shard in manifest.shards if shard.source.file in owners]
         with phase(progress, "projecting", sum(shard.source.size for shard in shards)):
             for record in shards:
-                self._shard(record.source.file, progress)
+                for target, index, found in self._shard(record.source.file, progress):
+                    take(target, index, found)
 
-    def _shard(self, shard: str, progress: Progress) -> None:
+    def _shard(self, shard: str, progress: Progress) -> Iterator[tuple[TargetRecord, int, Components]]:
         weights, path = self._checkpoint.weights, self._checkpoint.weights.path(shard)
         targets = by_tensor(self._checkpoint.manifest.targets_of(shard))
         with (
@@ -117,57 +157,42 @@ class Projector:
                 raise FormatError(f"{path}: a target of the manifest is not there", got="nothing", expected=lost[0])
             for piece in with_progress(walk, progress):
                 if isinstance(piece, TargetPiece):
-                    self._piece(piece, targets[piece.entry.name])
+                    yield from self._piece(piece, targets[piece.entry.name])
         weights.check(shard, walk.sha256)
 
-    def _piece(self, piece: TargetPiece, targets: Sequence[TargetRecord]) -> None:
+    def _piece(self, piece: TargetPiece, targets: Sequence[TargetRecord]) -> Iterator[tuple[TargetRecord, int, Components]]:
         for target in targets:
             check_entry(piece.entry, target)
         tuned = self._tuned.weight(piece)
         weight = self._checkpoint.weights.exact_piece(piece)
         for target in targets:
-            view, found = target.seen_as, self.found[target.key]
-            rows, components, s = (part.view(-1, target.rank) for part in (found.scales, found.components, found.s))
+            view = target.seen_as
             for i, (stored, new) in enumerate(zip(view.matrices(weight), view.matrices(tuned), strict=True), piece.first):
                 matrix = self._checkpoint.matrix(target, i, stored)
                 assert matrix.factors is not None
-                s[i] = matrix.factors.s
-                rows[i], components[i] = self._matrix(matrix, matrix.factors, new, found.sums)
+                yield target, i, self._matrix(matrix, matrix.factors, new)
 
-    def _matrix(
-        self, matrix: StoredMatrix, factors: Factors, tuned: torch.Tensor, sums: Sums
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scales, float32 (k,), and components, float64 (k,), of one matrix; its norms are added to ``sums``."""
+    def _matrix(self, matrix: StoredMatrix, factors: Factors, tuned: torch.Tensor) -> Components:
+        def compute(some: Sequence[torch.Tensor], where: torch.device) -> list[Components]:
+            return [_components(matrix.original(where), some[0].to(where), factors.to(where), self._train)]
 
-        def compute(some: Sequence[torch.Tensor], where: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
-            components, norms = _components(matrix.original(where), some[0].to(where), factors.to(where))
-            return [(components.cpu(), norms.cpu())]
-
-        components, norms = as_memory_allows(compute, [tuned], self._device)[0]
-        scales = (1 + components / factors.s.double()).float()
-        scales = torch.where((factors.s > 0) & torch.isfinite(scales), scales, 1)
-        explained = components[scales != 1].square().sum().item()
-        largest = (scales.double() - 1).abs().max().item()
-        before, after, change = norms.tolist()
-        sums.add(Sums(before, after, change, explained, largest))
-        return scales, components
+        return as_memory_allows(compute, [tuned], self._device)[0]
 
 
-def _components(weight: torch.Tensor, tuned: torch.Tensor, factors: Factors) -> tuple[torch.Tensor, torch.Tensor]:
-    """The components of a change D = tuned - weight along each ``u_i v_i^T``, and the sizes of weights and change.
+def _components(weight: torch.Tensor, tuned: torch.Tensor, factors: Factors, train: Train) -> Components:
+    """The components of a change D = tuned - weight, and the sizes of weights and change.
 
     Args:
         weight, tuned: (m, n), any float dtypes.
         factors: of the weight, on the same device, one with float64.
-
-    Returns:
-        ``u_i^T D v_i``, float64 (k,), and ``||weight||^2``, ``||tuned||^2`` and ``||D||^2``, float64 (3,).
+        train: what the components are for: scales have those along each ``u_i v_i^T``, cores along each ``u_i v_j^T``.
     """
     (m, n), left, right = weight.shape, factors.U.double(), factors.V.double()
+    k = right.shape[1]
     step = min(m, max(1, BLOCK_ENTRIES // n) * (1 if weight.device.type == "cpu" else DEVICE_BLOCKS))
-    components, norms = right.new_zeros(right.shape[1]), right.new_zeros(3)
+    components, norms = right.new_zeros((k,) if train == "scales" else (k, k)), right.new_zeros(3)
     # The memory is used for every block: allocating it anew would take many times as long as the arithmetic.
-    wide, difference, product = (right.new_empty(step, columns) for columns in (n, n, right.shape[1]))
+    wide, difference, product = (right.new_empty(step, columns) for columns in (n, n, k))
     for first in range(0, m, step):
         rows = slice(first, min(first + step, m))
         count = rows.stop - first
@@ -175,9 +200,16 @@ def _components(weight: torch.Tensor, tuned: torch.Tensor, factors: Factors) -> 
         after = difference[:count].copy_(tuned[rows])
         size = torch.linalg.vector_norm(after)
         change = after.sub_(before)
-        components += torch.mm(change, right, out=product[:count]).mul_(left[rows]).sum(dim=0)
+        images = torch.mm(change, right, out=product[:count])
+        if train == "scales":
+            components += images.mul_(left[rows]).sum(dim=0)
+        else:
+            components.addmm_(left[rows].T, images)
         norms += torch.stack([torch.linalg.vector_norm(before), size, torch.linalg.vector_norm(change)]).square()
-    return components, norms
+    s = factors.s.double().cpu()
+    # The root of the product: on the diagonal it is s itself, so that the diagonal of a core is what scales would be.
+    units = s if train == "scales" else torch.outer(s, s).sqrt_()
+    return Components(components.cpu(), units, norms.cpu())
 
 
 def tuned_model(source: Source, folder: Path, manifest: Manifest, weights: Weights) -> TunedModel:

@@ -9,6 +9,7 @@ import torch
 
 from surgery.linalg.operator import Operator
 from surgery.linalg.svd import in_working_precision, truncated_svd
+from surgery.names import Train
 from surgery.precision import full_precision
 from surgery.study.spectrum import difference_of
 
@@ -24,14 +25,20 @@ _ROUNDING = 8
 
 @dataclass(frozen=True, slots=True)
 class GainsMeasure:
-    """Measures the gains of one matrix, which is a ``Measure``: ``s_i^2``, or with the tuned matrix ``(u_i^T D v_i)^2``.
+    """Measures the gains of one matrix, which is a ``Measure``.
+
+    They are ``s_i^2``. With the tuned matrix they are what direction i adds to what those before it explain of the change D:
+    with scales ``(u_i^T D v_i)^2``; with a core the squares of all ``u_i^T D v_j`` and ``u_j^T D v_i`` with j up to i, so that
+    those of the first k have the sum ``||U_k^T D V_k||^2``.
 
     Attributes:
         max_rank: the most directions.
+        train: what explains the change.
         tolerance, seed: of the truncated SVD.
     """
 
     max_rank: int
+    train: Train
     tolerance: float
     seed: int
 
@@ -60,9 +67,17 @@ class GainsMeasure:
         operator, right = Operator(D[None]), svd.V.T.to(D).contiguous()[None]
         with torch.no_grad(), full_precision(D.device):
             images = (operator.to_short(right) if operator.wide else operator.to_long(right))[0]
-        explained = (images.double() * svd.U.T.double()).sum(dim=1).square()
+        explained = _explained(images.double(), svd.U.T.double(), self.train)
         change, tuned = (torch.linalg.vector_norm(matrix, dtype=torch.float64).item() for matrix in (D, new))
         return _figures(explained, (norm, tuned, change), *told)
+
+
+def _explained(images: torch.Tensor, left: torch.Tensor, train: Train) -> torch.Tensor:
+    """float64 (k,): gains of directions by ``D v_j`` (k, m) and ``u_i`` (k, m), float64."""
+    if train == "scales":
+        return (images * left).sum(dim=1).square()
+    squares = torch.mm(left, images.T).square()
+    return squares.tril().sum(dim=1) + squares.triu(1).sum(dim=0)
 
 
 def _figures(

@@ -14,7 +14,8 @@ from surgery.device import on_its_own_terms
 from surgery.errors import OptionError
 from surgery.files.file_writer import write_file
 from surgery.format.options import Options, RecommendKeywords, chosen_options
-from surgery.planning.allocation import Candidate, gain_of, ranks_within, uniform_rank_within
+from surgery.names import Train
+from surgery.planning.allocation import Candidate, gain_of, least_budget, ranks_within, uniform_rank_within
 from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
 from surgery.run.output_paths import check_output_path
@@ -33,17 +34,19 @@ class Recommendation(Report):
 
     Attributes:
         out: the recipe file.
+        train: what the ranks are for.
         unit: of the budget: ``numbers`` to train, or ``bytes`` of U, s and V.
         budget: how much might be spent.
         ranks: of each tensor, 0 where it is better left alone.
         spent: how much is.
-        trainable: how many scales that makes.
+        trainable: how many scales that makes, or numbers in cores.
         kept: the share of what counts that is kept: of the squared norm of all weights, or of their change.
         uniform_rank: the largest rank for all that fits the budget.
         uniform_kept: the share that it would keep.
     """
 
     out: Path
+    train: Train
     unit: Unit
     budget: int
     ranks: Mapping[str, int]
@@ -61,6 +64,7 @@ def recommend(
     *,
     budget: int,
     out: str | Path,
+    train: Train = "scales",
     unit: Unit = "numbers",
     max_rank: int = 256,
     options: Options | None = None,
@@ -74,7 +78,8 @@ def recommend(
     """Write a recipe with a rank for each target, such that a budget keeps as much as it can.
 
     What counts is the squared norm of the leading singular values, ``sum s_i^2`` over all weights; with a fine-tuned model
-    what scales of these directions explain of its change, ``sum (u_i^T D v_i)^2``. Solved exactly while that is a matter of
+    what scales of these directions explain of its change, ``sum (u_i^T D v_i)^2``, or what cores do, ``sum ||U^T D V||^2``.
+    Of each matrix k numbers are trained with scales, and k^2 with a core. Solved exactly while that is a matter of
     seconds (4e9 additions), else greedily by gain over cost, and never for less than one rank for all would keep.
 
     Args:
@@ -82,6 +87,7 @@ def recommend(
         tuned: the same of a fine-tuned model.
         budget: how much may be spent, at least 1.
         out: the recipe file.
+        train: what will be trained: ``scales``, or ``core``.
         unit: of the budget: ``numbers`` to train, or ``bytes`` of U, s and V in float32.
         max_rank: the most directions of a matrix.
         options: what chooses the weights, and how accurately they are measured; it may set what there is a keyword for here,
@@ -105,38 +111,47 @@ def recommend(
             raise OptionError(f"{what} must be at least 1", got=value)
     check_output_path(out, folders_of(model, tuned), overwrite=overwrite)
     models = open_models(model, tuned, replace(chosen, split=False), revision, subfolder, device)
-    targets = measured_matrices(models, GainsMeasure(max_rank, chosen.tolerance, chosen.seed))
+    targets = measured_matrices(models, GainsMeasure(max_rank, train, chosen.tolerance, chosen.seed))
     if models.other is not None:
         norms = [Norms(target["key"], target["norm"], target["tuned_norm"], target["update_norm"]) for target in targets]
         note_what_is_unlikely(models.other.name, norms)
     note_unconverged(targets, chosen.tolerance, "The ranks of these are less certain")
-    candidates = _candidates(targets, unit)
+    candidates = _candidates(targets, unit, train)
     total = sum(target["total"] for target in targets)
     if total == 0:
         what = "all weights are 0" if tuned is None else "the two models have the same weights"
         raise OptionError(f"there is nothing to keep: {what}")
+    what = "scales" if train == "scales" else "cores"
+    if (needed := least_budget(candidates, _NOISE * total)) is None:
+        hint = "cores may explain some" if train == "scales" else f"more than {max_rank} directions may explain some"
+        raise OptionError(f"{what} of the leading directions explain nothing of the change", hint=hint)
     with phase(listening(), "choosing ranks"):
         ranks = ranks_within(candidates, budget, _NOISE * total)
     if not any(ranks.values()):
-        cheapest = min(candidate.cost for candidate in candidates)
-        raise OptionError("the budget buys no direction", got=f"{budget} {unit}", expected=f"at least {cheapest} {unit}")
-    text = _as_recipe(targets, ranks, budget, unit)
+        raise OptionError("the budget buys no direction", got=f"{budget} {unit}", expected=f"at least {needed} {unit}")
+    text = _as_recipe(targets, ranks, f"ranks recommended for {what}, for a budget of {budget} {unit}")
     write_file(out, text.encode())
     uniform_kept, uniform_rank = _uniform(candidates, budget, total)
     return Recommendation(
         out=out,
+        train=train,
         unit=unit,
         budget=budget,
         ranks=ranks,
-        spent=sum(ranks[c.tensor] * c.cost for c in candidates),
-        trainable=sum(ranks[c.tensor] * c.matrices for c in candidates),
+        spent=sum(candidate.cost_of(ranks[candidate.tensor]) for candidate in candidates),
+        trainable=sum(_numbers(ranks[target["tensor"]], train) for target in targets),
         kept=gain_of(candidates, ranks) / total,
         uniform_rank=uniform_rank,
         uniform_kept=uniform_kept,
     )
 
 
-def _candidates(targets: Sequence[Mapping[str, Any]], unit: Unit) -> list[Candidate]:
+def _numbers(rank: int, train: Train) -> int:
+    """How many are trained of one matrix."""
+    return rank if train == "scales" else rank**2
+
+
+def _candidates(targets: Sequence[Mapping[str, Any]], unit: Unit, train: Train) -> list[Candidate]:
     by_tensor: dict[str, list[Mapping[str, Any]]] = {}
     for target in targets:
         by_tensor.setdefault(target["tensor"], []).append(target)
@@ -145,8 +160,11 @@ def _candidates(targets: Sequence[Mapping[str, Any]], unit: Unit) -> list[Candid
         m, n = matrices[0]["shape"]
         # The matrices of a stack share one rank.
         gains = [sum(values) for values in zip(*(target["gains"] for target in matrices), strict=True)]
-        cost = len(matrices) * (1 if unit == "numbers" else 4 * (m + n + 1))
-        candidates.append(Candidate(tensor, gains, len(matrices), cost))
+        costs = [
+            len(matrices) * (4 * (m + n + 1) if unit == "bytes" else _numbers(rank, train) - _numbers(rank - 1, train))
+            for rank in range(1, len(gains) + 1)
+        ]
+        candidates.append(Candidate(tensor, gains, costs))
     return candidates
 
 
@@ -156,10 +174,10 @@ def _uniform(candidates: Sequence[Candidate], budget: int, total: float) -> tupl
     return gain_of(candidates, {candidate.tensor: rank for candidate in candidates}) / total, rank
 
 
-def _as_recipe(targets: Sequence[Mapping[str, Any]], ranks: Mapping[str, int], budget: int, unit: Unit) -> str:
+def _as_recipe(targets: Sequence[Mapping[str, Any]], ranks: Mapping[str, int], description: str) -> str:
     """The text of a recipe with one rule for each tensor, which matches its name alone."""
     views = {target["tensor"]: target["view"] for target in targets}
-    lines = [f"description = {json.dumps(f'ranks recommended for a budget of {budget} {unit}')}"]
+    lines = [f"description = {json.dumps(description)}"]
     for tensor, rank in ranks.items():
         lines += ["", "[[rules]]", f"match = {json.dumps(_literal(tensor))}"]
         if rank:

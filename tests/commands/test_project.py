@@ -1,7 +1,8 @@
-"""surgery project: least-squares scales, against planted ones, against NumPy's least squares and against what fold writes."""
+"""surgery project: least-squares scales and cores, against planted ones, NumPy's least squares and what fold writes."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -19,7 +20,9 @@ from surgery.cli.main import main
 from surgery.errors import FormatError, OptionError, OutputError, SourceError, SurgeryWarning, WeightError
 from surgery.format import views
 from surgery.format.manifest import Manifest
-from surgery.format.scales.reading import read_scales
+from surgery.format.scales.reading import read_trained
+from surgery.format.scales.writing import write_scales, write_untouched
+from surgery.names import TRAINS, Train
 from surgery.progress import Silent
 from tests.loopback_hub import LoopbackHub
 from tests.models import files_of, realistic, tensors_of
@@ -113,22 +116,47 @@ def _factors(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.
     return found
 
 
-def _formula(before: torch.Tensor, after: torch.Tensor, factors: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """g of B matrices, float64 (B, k), as the documentation has it."""
+def _units(s: torch.Tensor) -> torch.Tensor:
+    """(B, k) -> (B, k, k): what ``C - I`` is multiplied by between U and V^T."""
+    return torch.einsum("bi,bj->bij", s.sqrt(), s.sqrt())
+
+
+def _of(train: Train, whole: torch.Tensor) -> torch.Tensor:
+    """What can be made of matrices (B, k, k): their diagonals, if scales."""
+    return whole if train == "core" else torch.diag_embed(whole.diagonal(dim1=1, dim2=2))
+
+
+def _formula(before: torch.Tensor, after: torch.Tensor, factors: tuple[torch.Tensor, ...], train: Train) -> torch.Tensor:
+    """C of B matrices, float64 (B, k, k), as the documentation has it; diag(g) for scales."""
     U, s, V = factors
-    components = torch.einsum("bmk,bmn,bnk->bk", U, after.double() - before.double(), V)
-    return torch.where(s > 0, 1 + components / s, 1)
+    components = torch.einsum("bmi,bmn,bnj->bij", U, after.double() - before.double(), V)
+    return torch.eye(s.shape[1]) + _of(train, torch.where(_units(s) > 0, components / _units(s), 0))
 
 
-def _scales(path: Path, folder: Path) -> Tensors:
-    """As the project's own reader gives them, (B, k), float64."""
-    manifest = Manifest.read(folder)
-    return {target.key: read_scales(path, manifest)[target.key].double().view(-1, target.rank) for target in manifest.targets}
+def _moved(matrices: torch.Tensor, factors: tuple[torch.Tensor, ...], cores: torch.Tensor) -> torch.Tensor:
+    """``W + U diag(sqrt s) (C - I) diag(sqrt s) V^T`` of B matrices, float64."""
+    U, s, V = factors
+    return matrices.double() + torch.einsum("bmi,bij,bnj->bmn", U, _units(s) * (cores - torch.eye(s.shape[1])), V)
 
 
+def _cores(path: Path, folder: Path) -> Tensors:
+    """As the project's own reader gives them, (B, k, k), float64; diag(g) for scales."""
+    trained = read_trained(path, manifest := Manifest.read(folder))
+    found = {}
+    for target in manifest.targets:
+        values = trained.values[target.key].double()
+        values = values if target.seen_as.kind == "stack" else values[None]
+        found[target.key] = values if trained.train == "core" else torch.diag_embed(values)
+    return found
+
+
+both = pytest.mark.parametrize("train", TRAINS)
+
+
+@both
 @pytest.mark.parametrize("options", [{}, {"layout": "overlay"}, {"correction": False}], ids=["residual", "overlay", "inexact"])
-def test_planted_scales_are_found(options: dict[str, Any], source: Path, tmp_path: Path) -> None:
-    """W_t = W + U diag(s (g - 1)) V^T and something that no scales can express."""
+def test_planted_ones_are_found(options: dict[str, Any], train: Train, source: Path, tmp_path: Path) -> None:
+    """W_t = W + U diag(sqrt s) (C - I) diag(sqrt s) V^T, C = diag(g) for scales, and something that they cannot express."""
     folder = tmp_path / "f"
     manifest = _factorize(source, folder, **options)
     original = tensors_of(source)
@@ -142,34 +170,43 @@ def test_planted_scales_are_found(options: dict[str, Any], source: Path, tmp_pat
     assert factors.keys() == _seen(tuned).keys()
     for key, matrices in _seen(tuned).items():
         U, s, V = factors[key]
-        g = 1 + 0.3 * torch.randn(s.shape, generator=generator, dtype=torch.float64)
+        eye = torch.eye(s.shape[1])
+        C = eye + _of(train, 0.3 * torch.randn((*s.shape, s.shape[1]), generator=generator, dtype=torch.float64))
         noise = 0.02 * torch.randn(matrices.shape, generator=generator, dtype=torch.float64)
-        noise -= torch.einsum("bmk,bk,bnk->bmn", U, torch.einsum("bmk,bmn,bnk->bk", U, noise, V), V)
-        kept = torch.einsum("bmk,bk,bnk->bmn", U, s * (g - 1), V)
+        noise -= torch.einsum("bmi,bij,bnj->bmn", U, _of(train, torch.einsum("bmi,bmn,bnj->bij", U, noise, V)), V)
         before = matrices.double()
+        kept = _moved(matrices, factors[key], C) - before
         matrices.copy_(before + kept + noise)
-        planted[key] = torch.where(s > 0, g, 1)
-        change = kept.square().sum() + noise.square().sum()
-        truth[key] = (change, kept.square().sum(), before.square().sum(), (planted[key] - 1).abs().max())
-    assert bool((planted["layers.0.experts.gate_up[gate]"][3] == 1).all())
+        planted[key] = torch.where(_units(s) > 0, C, eye.double())
+        parts = (_units(s) * (C - eye)).square()
+        truth[key] = (
+            kept.square().sum() + noise.square().sum(),
+            kept.square().sum(),
+            parts.diagonal(dim1=1, dim2=2).sum(),
+            before.square().sum(),
+            (planted[key] - eye).abs().max(),
+        )
+    assert bool((planted["layers.0.experts.gate_up[gate]"][3] == torch.eye(3)).all())
     out = tmp_path / "g.safetensors"
-    report = surgery.project(
-        folder, _save(tmp_path / "t", tuned), out, base=source if "layout" in options else None, device="cpu"
-    )
-    found = _scales(out, folder)
-    for key, g in planted.items():
-        assert torch.allclose(found[key], g, atol=2e-5), key
+    base = source if "layout" in options else None
+    report = surgery.project(folder, _save(tmp_path / "t", tuned), out, train=train, base=base, device="cpu")
+    found = _cores(out, folder)
+    for key, C in planted.items():
+        assert torch.allclose(found[key], C, atol=2e-5), key
     assert [target.key for target in report.targets] == [target.key for target in manifest.targets]
     for one in report.targets:
-        change, kept, before, largest = (number.item() for number in truth[one.key])
-        assert one.change == pytest.approx((change / before) ** 0.5, rel=1e-4)
-        assert one.explained == pytest.approx(kept / change, rel=1e-4)
+        change, all_kept, by_scales, size, largest = (number.item() for number in truth[one.key])
+        assert one.change == pytest.approx((change / size) ** 0.5, rel=1e-4)
+        assert one.explained == pytest.approx(all_kept / change, rel=1e-4)
+        assert one.explained_by_scales == pytest.approx(by_scales / change, rel=1e-4)
         assert one.largest == pytest.approx(largest, abs=2e-5)
-    change, kept, before, largest = (np.array([float(numbers[i]) for numbers in truth.values()]) for i in range(4))
-    assert report.total.change == pytest.approx((change.sum() / before.sum()) ** 0.5, rel=1e-4)
-    assert report.total.explained == pytest.approx(kept.sum() / change.sum(), rel=1e-4)
-    assert report.total.largest == pytest.approx(largest.max(), abs=2e-5)
-    assert (report.trainable, report.fingerprint) == (sum(g.numel() for g in planted.values()), manifest.fingerprint)
+    sums = [np.array([float(numbers[i]) for numbers in truth.values()]) for i in range(5)]
+    assert report.total.change == pytest.approx((sums[0].sum() / sums[3].sum()) ** 0.5, rel=1e-4)
+    assert report.total.explained == pytest.approx(sums[1].sum() / sums[0].sum(), rel=1e-4)
+    assert report.total.explained_by_scales == pytest.approx(sums[2].sum() / sums[0].sum(), rel=1e-4)
+    assert report.total.largest == pytest.approx(sums[4].max(), abs=2e-5)
+    assert (report.train, report.fingerprint) == (train, manifest.fingerprint)
+    assert report.trainable == sum(value.numel() for value in load_file(out).values())
 
 
 def _nudged(tensors: Tensors, dtype: torch.dtype | None = None, size: float = 0.02) -> Tensors:
@@ -181,78 +218,93 @@ def _nudged(tensors: Tensors, dtype: torch.dtype | None = None, size: float = 0.
     }
 
 
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
-def test_dtypes_and_shards_may_differ(stored: torch.dtype, source: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stored", "train"), [(torch.float32, "scales"), (torch.bfloat16, "core"), (torch.float16, "scales")])
+def test_dtypes_and_shards_may_differ(stored: torch.dtype, train: Train, source: Path, tmp_path: Path) -> None:
     model = _save(tmp_path / "m", {name: tensor.to(stored) for name, tensor in tensors_of(source).items()}, shards=3)
     folder = tmp_path / "f"
     _factorize(model, folder)
     before, factors = _seen(tensors_of(model)), _factors(folder)
     for shards, dtype in enumerate([torch.float32, torch.bfloat16, torch.float16], start=1):
         tuned = _save(tmp_path / str(dtype), _nudged(tensors_of(model), dtype), shards=shards)
-        surgery.project(folder, tuned, tmp_path / f"{dtype}.safetensors", device="cpu")
+        surgery.project(folder, tuned, tmp_path / f"{dtype}.safetensors", train=train, device="cpu")
         after = _seen(tensors_of(tuned))
-        for key, g in _scales(tmp_path / f"{dtype}.safetensors", folder).items():
-            expected = _formula(before[key], after[key], factors[key])
-            assert torch.allclose(g, expected, rtol=1e-6, atol=1e-6), (key, dtype)
-            assert key.endswith(("gate]", "up]")) or bool((g != 1).all())
+        for key, C in _cores(tmp_path / f"{dtype}.safetensors", folder).items():
+            expected = _formula(before[key], after[key], factors[key], train)
+            assert torch.allclose(C, expected, rtol=1e-6, atol=1e-6), (key, dtype)
+            assert key.endswith(("gate]", "up]")) or bool((C.diagonal(dim1=1, dim2=2) != 1).all())
 
 
-def test_numpys_least_squares_finds_the_same(source: Path, tmp_path: Path) -> None:
-    """One column for each scale, one row for each weight."""
+@both
+def test_numpys_least_squares_finds_the_same(train: Train, source: Path, tmp_path: Path) -> None:
+    """One column for each number, one row for each weight."""
     _factorize(source, tmp_path / "f")
     tuned = _save(tmp_path / "t", _nudged(tensors_of(source)))
-    surgery.project(tmp_path / "f", tuned, tmp_path / "g", device="cpu")
+    surgery.project(tmp_path / "f", tuned, tmp_path / "g", train=train, device="cpu")
     before, after, factors = _seen(tensors_of(source)), _seen(tensors_of(tuned)), _factors(tmp_path / "f")
+    places = [(i, j) for i in range(3) for j in range(3) if train == "core" or i == j]
+    rows, columns = (list(some) for some in zip(*places, strict=True))
     solved = 0
-    for key, g in _scales(tmp_path / "g", tmp_path / "f").items():
-        for i, (U, s, V) in enumerate(zip(*factors[key], strict=True)):
+    for key, C in _cores(tmp_path / "g", tmp_path / "f").items():
+        for b, (U, s, V) in enumerate(zip(*factors[key], strict=True)):
             if not s.any():
                 continue
-            design = torch.stack([torch.outer(U[:, j] * s[j], V[:, j]).flatten() for j in range(len(s))], dim=1).numpy()
-            change = (after[key][i].double() - before[key][i].double()).flatten().numpy()
+            design = torch.stack(
+                [torch.outer(U[:, i] * (s[i] * s[j]).sqrt(), V[:, j]).flatten() for i, j in places], dim=1
+            ).numpy()
+            change = (after[key][b].double() - before[key][b].double()).flatten().numpy()
             best = np.linalg.lstsq(design, change, rcond=None)[0]
-            assert np.allclose(g[i].numpy(), 1 + best, rtol=0, atol=1e-6), key
+            assert np.allclose((C[b] - torch.eye(3))[rows, columns].numpy(), best, rtol=0, atol=1e-6), key
             solved += 1
     assert solved == 1 + 2 + 2 * 3 + 4 + 1
 
 
-def test_no_other_scales_come_closer(source: Path, tmp_path: Path) -> None:
+@both
+def test_no_others_come_closer(train: Train, source: Path, tmp_path: Path) -> None:
     _factorize(source, tmp_path / "f")
     tuned = _save(tmp_path / "t", _nudged(tensors_of(source), size=0.05))
-    report = surgery.project(tmp_path / "f", tuned, tmp_path / "g", device="cpu")
+    report = surgery.project(tmp_path / "f", tuned, tmp_path / "g", train=train, device="cpu")
     surgery.fold(tmp_path / "f", tmp_path / "g", tmp_path / "folded", device="cpu")
     before, after, folded = (_seen(tensors_of(model)) for model in (source, tuned, tmp_path / "folded"))
     factors = _factors(tmp_path / "f")
+    cores = _cores(tmp_path / "g", tmp_path / "f")
     for one in report.targets:
         key = one.key
         far, near = ((after[key].double() - seen[key].double()).square().sum().item() for seen in (before, folded))
         assert near < far
         assert one.explained == pytest.approx(1 - near / far, abs=1e-5)
         U, s, V = factors[key]
-        g = _scales(tmp_path / "g", tmp_path / "f")[key]
+        if train == "core":  # what is written is W + U U^T D V V^T
+            D = after[key].double() - before[key].double()
+            D[s.sum(dim=1) == 0] = 0
+            whole = before[key].double() + torch.einsum("bmi,bij,bnj->bmn", U, torch.einsum("bmi,bmn,bnj->bij", U, D, V), V)
+            assert torch.allclose(folded[key].double(), whole, rtol=0, atol=1e-6)
 
-        def distance(scales: torch.Tensor, key: str = key, U: Any = U, s: Any = s, V: Any = V) -> float:
-            moved = before[key].double() + torch.einsum("bmk,bk,bnk->bmn", U, s * (scales - 1), V)
-            return float((moved - after[key].double()).square().sum())
+        def distance(C: torch.Tensor, key: str = key) -> float:
+            return float((_moved(before[key], factors[key], C) - after[key].double()).square().sum())
 
-        least = distance(g)
+        least = distance(cores[key])
         assert least == pytest.approx(near, rel=1e-5)
-        for place in torch.cartesian_prod(torch.arange(len(s)), torch.arange(s.shape[1])).tolist():
-            if s[place[0], place[1]] > 0:
+        for b, i, j in itertools.product(range(len(s)), range(3), range(3)):
+            if s[b, i] * s[b, j] > 0 and (train == "core" or i == j):
                 for step in (-1e-3, 1e-3):
-                    other = g.clone()
-                    other[place[0], place[1]] += step
+                    other = cores[key].clone()
+                    other[b, i, j] += step
                     assert distance(other) > least
 
 
-def test_the_same_model_in_other_shards_changes_nothing(source: Path, tmp_path: Path) -> None:
-    _factorize(source, tmp_path / "f")
+@both
+def test_the_same_model_in_other_shards_changes_nothing(train: Train, source: Path, tmp_path: Path) -> None:
+    manifest = _factorize(source, tmp_path / "f")
     same = _save(tmp_path / "same", tensors_of(source), shards=4)
     with pytest.warns(SurgeryWarning, match="has the same weights as the original in all 7 matrices"):
-        report = surgery.project(tmp_path / "f", same, tmp_path / "g", device="cpu")
-    assert all(bool((g == 1).all()) for g in load_file(tmp_path / "g").values())
-    assert {(one.change, one.explained, one.largest) for one in (*report.targets, report.total)} == {(0.0, None, 0.0)}
-    assert (tmp_path / "g").read_bytes() == (tmp_path / "f/surgery/scales.safetensors").read_bytes()
+        report = surgery.project(tmp_path / "f", same, tmp_path / "g", train=train, device="cpu")
+    assert all(torch.equal(C, torch.eye(3).expand_as(C).double()) for C in _cores(tmp_path / "g", tmp_path / "f").values())
+    assert {(one.change, one.explained, one.explained_by_scales, one.largest) for one in (*report.targets, report.total)} == {
+        (0.0, None, None, 0.0)
+    }
+    write_untouched(tmp_path / "untouched", manifest.targets, manifest.fingerprint, train)
+    assert (tmp_path / "g").read_bytes() == (tmp_path / "untouched").read_bytes()
+    assert train == "core" or (tmp_path / "g").read_bytes() == (tmp_path / "f/surgery/scales.safetensors").read_bytes()
 
 
 def test_a_zero_weight_that_has_grown(tmp_path: Path) -> None:
@@ -264,24 +316,37 @@ def test_a_zero_weight_that_has_grown(tmp_path: Path) -> None:
     assert (report.targets[0].change, report.targets[0].explained, report.targets[0].largest) == (None, 0.0, 0.0)
 
 
-def test_tiny_singular_values_keep_scales_finite(tmp_path: Path) -> None:
-    """1 + c / s beyond float32: such a direction is of no use."""
+@both
+def test_tiny_singular_values_keep_scales_finite(train: Train, tmp_path: Path) -> None:
+    """1 + c / s beyond float32: such a direction is of no use, and neither is what two make of each other."""
     weight = torch.diag(torch.tensor([1.0, 1e-42, 1e-42, 0.0]))
     model = _save(tmp_path / "m", {"layers.0.proj.weight": weight})
     surgery.factorize(model, tmp_path / "f", rank=3, device="cpu")
-    tuned = _save(tmp_path / "t", {"layers.0.proj.weight": weight + 0.5 * torch.eye(4)})
-    surgery.project(tmp_path / "f", tuned, tmp_path / "g", device="cpu")
-    (g,) = _scales(tmp_path / "g", tmp_path / "f").values()
-    assert g[0].tolist() == pytest.approx([1.5, 1.0, 1.0])
+    change = 0.5 * torch.eye(4)
+    change[1, 0] = change[1, 2] = 0.25
+    tuned = _save(tmp_path / "t", {"layers.0.proj.weight": weight + change})
+    report = surgery.project(tmp_path / "f", tuned, tmp_path / "g", train=train, device="cpu")
+    (C,) = _cores(tmp_path / "g", tmp_path / "f").values()
+    ((U, s, V),) = _factors(tmp_path / "f").values()
+    assert s[0, 1] < 1e-41
+    expected, explained = torch.eye(3), 0.25
+    expected[0, 0] = 1.5
+    if train == "core":  # 0.25 / sqrt(1e-42) is a number of float32, 0.25 / 1e-42 is not
+        at = int(U[0, 1].abs().argmax())
+        expected[at, 0] = 0.25 * U[0, 1, at] * V[0, 0, 0] / s[0, at].sqrt()
+        explained += 0.25**2
+    assert torch.allclose(C[0], expected.double(), rtol=1e-6, atol=0)
+    assert report.total.explained == pytest.approx(explained / change.square().sum().item())
 
 
-def test_a_stack_in_portions(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@both
+def test_a_stack_in_portions(train: Train, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether one expert is held at a time or all of them, the scales are the same."""
     _factorize(source, tmp_path / "f")
     tuned = _save(tmp_path / "t", _nudged(tensors_of(source)))
     for name, size in (("one", 1), ("three", 3 * 4 * 24 * 36), ("all", 1 << 30)):
         monkeypatch.setattr(views, "STACK_BYTES", size)
-        surgery.project(tmp_path / "f", tuned, tmp_path / name, device="cpu")
+        surgery.project(tmp_path / "f", tuned, tmp_path / name, train=train, device="cpu")
     assert (tmp_path / "one").read_bytes() == (tmp_path / "three").read_bytes() == (tmp_path / "all").read_bytes()
 
 
@@ -319,11 +384,11 @@ def test_fp8_on_either_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     factors = _factors(tmp_path / "f")
     dense = _save(tmp_path / "dense", _nudged({name: tensor.bfloat16() for name, tensor in before.items()}, size=0.1))
     again = _fp8(tmp_path / "again", _nudged({name: tensor.float() for name, tensor in made.items()}, size=0.3))
-    for tuned, after in ((dense, tensors_of(dense)), (again, _dense(again))):
-        surgery.project(tmp_path / "f", tuned, tmp_path / "g", base=base, device="cpu", overwrite=True)
-        for key, g in _scales(tmp_path / "g", tmp_path / "f").items():
+    for train, (tuned, after) in itertools.product(TRAINS, ((dense, tensors_of(dense)), (again, _dense(again)))):
+        surgery.project(tmp_path / "f", tuned, tmp_path / "g", train=train, base=base, device="cpu", overwrite=True)
+        for key, C in _cores(tmp_path / "g", tmp_path / "f").items():
             some = (tensor[key] if tensor[key].ndim == 3 else tensor[key][None] for tensor in (before, after))
-            assert torch.allclose(g, _formula(*some, factors[key]), rtol=1e-5, atol=1e-5), (key, tuned)
+            assert torch.allclose(C, _formula(*some, factors[key], train), rtol=1e-5, atol=1e-5), (key, tuned)
 
 
 def test_scales_of_the_base_that_have_changed(llama: Path, tmp_path: Path) -> None:
@@ -452,31 +517,105 @@ def test_what_is_there_is_not_written_over(source: Path, tmp_path: Path) -> None
     assert after == models
 
 
-def test_command(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@both
+def test_command(train: Train, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = _factorize(source, tmp_path / "f")
     _save(tmp_path / "t", _nudged(tensors_of(source)))
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> Any:
-        return CliRunner().invoke(main, ["project", "f", "t", "--device", "cpu", *arguments], catch_exceptions=False)
+        return CliRunner().invoke(
+            main, ["project", "f", "t", "--train", train, "--device", "cpu", *arguments], catch_exceptions=False
+        )
 
     done = run()
     assert done.exit_code == 0
     assert done.stderr.startswith("scales.safetensors: ")
     heading, _, *rows = done.stdout.splitlines()
-    assert heading.split() == ["target", "change", "explained", "|g", "-", "1|"]
+    columns = ["explained", "|g", "-", "1|"] if train == "scales" else ["scales", "core", "|C", "-", "I|"]
+    assert heading.split() == ["target", "change", *columns]
     assert [row.split()[0] for row in rows[:-1]] == [target.key for target in manifest.targets]
     assert rows[-1].startswith("all 7 ")
     found = json.loads(run("--json", "-o", "again.safetensors").stdout)
     assert (found["schema_version"], found["out"], found["fingerprint"]) == (1, "again.safetensors", manifest.fingerprint)
     assert Path("again.safetensors").read_bytes() == Path("scales.safetensors").read_bytes()
-    assert [one.keys() for one in found["targets"]] == [{"key", "change", "explained", "largest"}] * 7
-    shown = [f"{found['total']['change']:.3g}", f"{found['total']['explained']:.2%}", f"{found['total']['largest']:.3g}"]
-    assert rows[-1].split()[2:] == shown
+    assert [one.keys() for one in found["targets"]] == [{"key", "change", "explained", "explained_by_scales", "largest"}] * 7
+    total = found["total"]
+    by_scales, explained = f"{total['explained_by_scales']:.2%}", f"{total['explained']:.2%}"
+    shares = [explained] if train == "scales" else [by_scales, explained]
+    assert rows[-1].split()[2:] == [f"{total['change']:.3g}", *shares, f"{total['largest']:.3g}"]
+    told = " ".join(done.stderr.split())
+    if train == "core":
+        assert f"cores of {16 * 9} numbers, which explain {explained} of the change, scales {by_scales}" in told
+        assert total["explained"] > total["explained_by_scales"]
+    else:
+        assert f"{16 * 3} scales in" in told
+        assert total["explained"] == total["explained_by_scales"]
     done = run()
     assert (done.exit_code, done.stdout) == (1, "")
     assert "is there already" in done.stderr
     assert run("--overwrite", "--quiet").stderr == ""
+
+
+# ---- what has arrived in a folded model
+
+
+@both
+@pytest.mark.parametrize("kind", ["residual", "inexact", "fp8"])
+def test_what_has_arrived_against_dense_weights(kind: str, train: Train, source: Path, tmp_path: Path) -> None:
+    """Some targets untouched, of one the cores are diagonal, of a stack one core is the identity; after rounding to nearest."""
+    tensors = {name: tensor.bfloat16() for name, tensor in tensors_of(source).items()}
+    base = None
+    if kind == "fp8":
+        base = _fp8(
+            tmp_path / "m", {name: tensors[name].float() for name in ("layers.0.attn.o_proj.weight", "layers.0.experts.down")}
+        )
+        manifest = surgery.factorize(base, tmp_path / "f", rank=3, device="cpu").manifest
+    else:
+        manifest = _factorize(_save(tmp_path / "m", tensors), tmp_path / "f", correction=kind == "residual")
+    factors, generator = _factors(tmp_path / "f"), torch.Generator().manual_seed(3)
+    values: Tensors = {}
+    for target in manifest.targets:
+        moved = 0.01 * torch.randn(target.shape_of("core"), generator=generator) + torch.eye(target.rank)
+        if target.key == "layers.0.fused.weight[a]":
+            moved = torch.eye(target.rank)
+        elif target.key == "layers.0.conv.weight":
+            moved = torch.diag(moved.diagonal())
+        elif target.key == "layers.0.experts.down":
+            moved[1] = torch.eye(target.rank)
+        values[target.key] = moved if train == "core" else moved.diagonal(dim1=-2, dim2=-1)
+    write_scales(tmp_path / "s", values, manifest.fingerprint, train)
+    untouched = tmp_path / "f/surgery/scales.safetensors"
+    how: dict[str, Any] = {"base": base, "rounding": "nearest", "device": "cpu", "progress": Silent()}
+    surgery.fold(tmp_path / "f", tmp_path / "s", tmp_path / "folded", **how)
+    surgery.fold(tmp_path / "f", untouched, tmp_path / "before", **how)
+    dense = _dense if kind == "fp8" else tensors_of
+    before, after = (_by_key(dense(tmp_path / name), kind) for name in ("before", "folded"))
+    cores, kept = _cores(tmp_path / "s", tmp_path / "f"), {}
+    for key, C in cores.items():
+        D = _moved(before[key], factors[key], C) - before[key].double()
+        if asked := D.square().sum().item():
+            kept[key] = (((after[key].double() - before[key].double()) * D).sum().item(), asked)
+    check = surgery.verify_folded(tmp_path / "f", tmp_path / "folded", tmp_path / "s", base=base, device="cpu")
+    assert (check.targets, check.changed) == (len(cores), len(kept))
+    assert len(kept) == len(cores) - (kind != "fp8")
+    arrived, asked = (sum(numbers) for numbers in zip(*kept.values(), strict=True))
+    assert check.kept == pytest.approx(arrived / asked, rel=1e-5)
+    shares = {key: one / whole for key, (one, whole) in kept.items()}
+    assert check.kept_least == pytest.approx(min(shares.values()), rel=1e-5)
+    assert check.kept_least_in == min(shares, key=lambda key: shares[key])
+    assert abs(arrived / asked - 1) > 1e-4  # so that rounding is seen
+    none = surgery.verify_folded(
+        tmp_path / "f", tmp_path / "before", tmp_path / "s", base=base, device="cpu", progress=Silent()
+    )
+    assert none.kept == pytest.approx(0, abs=1e-9)
+
+
+def _by_key(tensors: Tensors, kind: str) -> Tensors:
+    """Key of a target -> its matrices (B, m, n)."""
+    if kind != "fp8":
+        return _seen(tensors)
+    return {name: tensor if tensor.ndim == 3 else tensor[None] for name, tensor in tensors.items()}
 
 
 # ---- models that cannot be meant as fine-tuned ones

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import shutil
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.cli.main import main
 from surgery.errors import OptionError, OutputError, SourceError, SurgeryWarning, WeightError
+from surgery.names import TRAINS, Train
 from surgery.planning.allocation import Candidate, gain_of, ranks_within
 from surgery.progress import Silent
 from surgery.report.claim_cards import cards
@@ -249,8 +251,9 @@ def test_command(llama: Path, tmp_path: Path) -> None:
     assert "--overwrite" in again.output
 
 
+@pytest.mark.parametrize("train", TRAINS)
 @pytest.mark.parametrize("unit", ["numbers", "bytes"])
-def test_recommended_ranks_keep_the_most(unit: str, tmp_path: Path) -> None:
+def test_recommended_ranks_keep_the_most(unit: str, train: Train, tmp_path: Path) -> None:
     """Against every other way to spend the budget, for two small weights."""
     folder = tmp_path / "m"
     folder.mkdir()
@@ -264,25 +267,30 @@ def test_recommended_ranks_keep_the_most(unit: str, tmp_path: Path) -> None:
     save_file(weights, folder / "model.safetensors")
     (folder / "config.json").write_text("{}")
     costs = [1, 1] if unit == "numbers" else [4 * (8 + 6 + 1), 4 * (8 + 5 + 1)]
-    budget = 4 if unit == "numbers" else 4 * 60
-    result = CliRunner().invoke(
-        main,
-        ["recommend", str(folder), "--budget", str(budget), "--unit", unit, "-o", str(tmp_path / "r.toml"), "--json"],
-    )
+    power = 2 if (unit, train) == ("numbers", "core") else 1
+    budget = 4**power if unit == "numbers" else 4 * 60
+    command = ["recommend", str(folder), "--budget", str(budget), "--unit", unit, "--train", train]
+    result = CliRunner().invoke(main, [*command, "-o", str(tmp_path / "r.toml"), "--json"])
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     best = max(
         sum(v * v for v in spectra["a"][:i]) + sum(v * v for v in spectra["b"][:j])
         for i in range(5)
         for j in range(5)
-        if i * costs[0] + j * costs[1] <= budget
+        if i**power * costs[0] + j**power * costs[1] <= budget
     )
     total = sum(v * v for values in spectra.values() for v in values)
     assert found["kept"] == pytest.approx(best / total, rel=1e-4)
     assert found["spent"] <= budget
     manifest = surgery.factorize(folder, tmp_path / "f", recipe=tmp_path / "r.toml").manifest
     assert {target.tensor: target.rank for target in manifest.targets} == {k: v for k, v in found["ranks"].items() if v}
-    assert sum(target.trainable for target in manifest.targets) == found["trainable"]
+    assert sum(target.numbers_of(train) for target in manifest.targets) == found["trainable"]
+    description = tomllib.loads((tmp_path / "r.toml").read_text())["description"]
+    what, numbers = ("scales", "scales") if train == "scales" else ("cores", "numbers in cores")
+    assert description == f"ranks recommended for {what}, for a budget of {budget} {unit}"
+    told = CliRunner().invoke(main, [*command, "-o", str(tmp_path / "again.toml")])
+    assert f"{found['trainable']} {numbers}, {found['spent']} of {budget} {unit}" in " ".join(told.stderr.split())
+    assert (tmp_path / "again.toml").read_bytes() == (tmp_path / "r.toml").read_bytes()
 
 
 def test_recommended_for_a_change(tmp_path: Path) -> None:
@@ -309,11 +317,31 @@ def test_recommended_for_a_change(tmp_path: Path) -> None:
         surgery.recommend(folder, budget=7, unit="bytes", out=tmp_path / "other.toml")
 
 
-def test_recommended_for_stacked_experts(tmp_path: Path) -> None:
+def test_recommended_for_cores_of_a_change(tmp_path: Path) -> None:
+    """A change that turns directions into each other: scales explain none of it, a core of rank 3 all."""
+    U, s, V = _planted()
+    turned = torch.diag(s)
+    turned[0, 2], turned[2, 1] = 0.3, -0.2
+    folder, tuned = _saved(tmp_path / "a", U * s @ V.T), _saved(tmp_path / "b", U @ turned @ V.T)
+    found = surgery.recommend(folder, tuned, budget=15, out=tmp_path / "r.toml", train="core", max_rank=8)
+    assert (found.ranks, found.trainable, found.spent) == ({NAME: 3}, 9, 9)
+    assert found.kept == pytest.approx(1, abs=1e-4)
+    with pytest.raises(OptionError, match="the budget buys no direction") as caught:
+        surgery.recommend(folder, tuned, budget=8, out=tmp_path / "other.toml", train="core", max_rank=8)
+    assert (caught.value.got, caught.value.expected) == ("8 numbers", "at least 9 numbers")
+    with pytest.raises(OptionError, match="scales of the leading directions explain nothing of the change"):
+        surgery.recommend(folder, tuned, budget=8, out=tmp_path / "other.toml", max_rank=8)
+    with pytest.raises(OptionError, match=r"cores of the leading directions explain nothing(.|\n)*more than 2 directions"):
+        surgery.recommend(folder, tuned, budget=8, out=tmp_path / "other.toml", train="core", max_rank=2)
+
+
+@pytest.mark.parametrize("train", TRAINS)
+def test_recommended_for_stacked_experts(train: Train, tmp_path: Path) -> None:
     folder = FAMILIES["gpt_oss"].save(tmp_path / "m")
-    found = surgery.recommend(folder, budget=60, out=tmp_path / "r.toml")
+    budget = 60 if train == "scales" else 240
+    found = surgery.recommend(folder, budget=budget, out=tmp_path / "r.toml", train=train)
     manifest = surgery.factorize(folder, tmp_path / "f", recipe=tmp_path / "r.toml").manifest
-    assert sum(target.trainable for target in manifest.targets) == found.trainable == found.spent <= 60
+    assert sum(target.numbers_of(train) for target in manifest.targets) == found.trainable == found.spent <= budget
     assert found.kept >= found.uniform_kept
 
 
@@ -322,7 +350,7 @@ def test_gains_of_directions_against_numpy(shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(0)
     old = torch.randn(shape, generator=generator).bfloat16()
     new = (old + 0.1 * torch.randn(shape, generator=generator)).bfloat16()
-    measure = GainsMeasure(max_rank=20, tolerance=1e-5, seed=0)
+    measure, of_cores = (GainsMeasure(max_rank=20, train=train, tolerance=1e-5, seed=0) for train in TRAINS)
     before, D = old.double().numpy(), (new.double() - old.double()).numpy()
     U, s, Vh = np.linalg.svd(before, full_matrices=False)
     alone, pair = measure(old, None, (2**-7, 2**-7)), measure(old, new, (2**-7, 2**-7))
@@ -330,6 +358,9 @@ def test_gains_of_directions_against_numpy(shape: tuple[int, int]) -> None:
     assert alone["total"] == pytest.approx((before**2).sum(), rel=1e-6)
     assert pair["gains"] == pytest.approx(np.diagonal(U.T @ D @ Vh.T)[:20] ** 2, rel=1e-3, abs=1e-6)
     assert pair["total"] == pytest.approx((D**2).sum(), rel=1e-6)
+    blocks = [np.linalg.norm((U.T @ D @ Vh.T)[:k, :k]) ** 2 for k in range(21)]
+    assert of_cores(old, new, (2**-7, 2**-7))["gains"] == pytest.approx(np.diff(blocks), rel=1e-3, abs=1e-6)
+    assert of_cores(old, None, (2**-7, 2**-7)) == alone
     norms = [np.linalg.norm(matrix) for matrix in (before, new.double().numpy(), D)]
     assert [pair[name] for name in ("norm", "tuned_norm", "update_norm")] == pytest.approx(norms, rel=1e-6)
 
@@ -339,7 +370,7 @@ def test_gains_of_a_large_matrix_against_lapack(scale: float) -> None:
     """Half of its values are 0: none of them is a gain. Scaled down, their squares would be no numbers of float32."""
     U, s, V = _orthogonal(700, 300, 0), torch.arange(1, 301, dtype=torch.float64) ** -0.5, _orthogonal(600, 300, 1)
     A = (scale * (U * s) @ V.T).float()
-    found = GainsMeasure(max_rank=500, tolerance=1e-5, seed=0)(A, None, (2**-23, 2**-23))
+    found = GainsMeasure(max_rank=500, train="scales", tolerance=1e-5, seed=0)(A, None, (2**-23, 2**-23))
     values = torch.linalg.svdvals(A.double()).square()
     assert found["gains"][:300] == pytest.approx(values[:300].tolist(), rel=1e-4)
     assert max(found["gains"][300:]) < 1e-9 * found["total"]
@@ -399,26 +430,58 @@ def test_scale_is_no_matter(scale: float) -> None:
     assert found.energy == pytest.approx(expected.energy, rel=1e-3)
 
 
+def _to_spend_on(generator: np.random.Generator, gains: np.ndarray, *, growing: bool) -> list[Candidate]:
+    """Tensors whose directions cost the same each, or 1, 3, 5 ... times that, as those of cores do."""
+    prices = generator.integers(1, 6, len(gains)).tolist()
+    grown = [2 * i + 1 if growing else 1 for i in range(gains.shape[1])]
+    return [Candidate(str(i), gains[i].tolist(), [price * more for more in grown]) for i, price in enumerate(prices)]
+
+
+def _ways(candidates: list[Candidate], budget: int) -> dict[tuple[int, ...], float]:
+    """Every choice of ranks within a budget, and what it keeps."""
+    return {
+        ranks: sum(sum(c.gains[:rank]) for rank, c in zip(ranks, candidates, strict=True))
+        for ranks in itertools.product(*(range(len(c.gains) + 1) for c in candidates))
+        if sum(sum(c.costs[:rank]) for rank, c in zip(ranks, candidates, strict=True)) <= budget
+    }
+
+
+@pytest.mark.parametrize("growing", [False, True], ids=["scales", "cores"])
 @pytest.mark.parametrize("seed", range(20))
-def test_spending_against_every_way_to_spend(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spending_against_every_way_to_spend(seed: int, growing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = np.random.default_rng(seed)
-    gains = generator.choice([0.0, 1.0, 2.0, 9.0], (3, 4)).tolist()
-    candidates = [Candidate(str(i), gains[i], 1, int(generator.integers(1, 6))) for i in range(3)]
-    budget = int(generator.integers(1, 25))
-    ways = [
-        ranks
-        for ranks in itertools.product(range(5), repeat=3)
-        if sum(rank * c.cost for rank, c in zip(ranks, candidates, strict=True)) <= budget
-    ]
-    kept = [sum(sum(c.gains[:rank]) for rank, c in zip(ranks, candidates, strict=True)) for ranks in ways]
+    candidates = _to_spend_on(generator, generator.choice([0.0, 1.0, 2.0, 9.0], (3, 4)), growing=growing)
+    budget = int(generator.integers(1, 80 if growing else 25))
+    ways = _ways(candidates, budget)
     chosen = ranks_within(candidates, budget, 0.0)
     assert tuple(chosen.values()) in ways
-    assert gain_of(candidates, chosen) == pytest.approx(max(kept))
+    assert gain_of(candidates, chosen) == pytest.approx(max(ways.values()))
+    # One rank for all is the largest that fits.
+    kept, rank = _uniform(candidates, budget, 1.0)
+    assert rank == max(rank for rank in range(5) if (rank,) * 3 in ways)
+    assert kept == ways[(rank,) * 3]
     # What is too large for that is done greedily, and no worse than one rank for all.
     monkeypatch.setattr("surgery.planning.allocation._EXACT_WORK", 0)
     greedy = ranks_within(candidates, budget, 0.0)
     assert tuple(greedy.values()) in ways
-    assert gain_of(candidates, greedy) >= _uniform(candidates, budget, 1.0)[0]
+    assert gain_of(candidates, greedy) >= kept
+
+
+@pytest.mark.parametrize("growing", [False, True], ids=["scales", "cores"])
+@pytest.mark.parametrize("seed", range(10))
+def test_greedy_spending_is_the_best_where_a_price_decides(seed: int, growing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For any price of a number, what all ranks cost that gain the most beyond their price is a budget without a rest."""
+    monkeypatch.setattr("surgery.planning.allocation._EXACT_WORK", 0)
+    generator = np.random.default_rng(seed)
+    candidates = _to_spend_on(generator, generator.exponential(size=(3, 5)), growing=growing)
+    for price in (0.02, 0.05, 0.1, 0.2, 0.5):
+        budget = 0
+        for one in candidates:
+            beyond = [sum(one.gains[:rank]) - price * sum(one.costs[:rank]) for rank in range(6)]
+            budget += sum(one.costs[: int(np.argmax(beyond))])
+        if budget:
+            found = ranks_within(candidates, budget, 0.0)
+            assert gain_of(candidates, found) == pytest.approx(max(_ways(candidates, budget).values()))
 
 
 def test_nothing_is_written_into_a_model(llama: Path, tmp_path: Path) -> None:
