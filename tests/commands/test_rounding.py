@@ -121,7 +121,7 @@ def test_what_was_trained_arrives(name: str, size: float, by_nearest: float, tra
         assert report.error < 0.1
     # Of so few entries a single one may be a fiftieth of what is asked.
     assert min(share for share, _ in kept.values()) >= (0.99 if name == "BF16" else 0.97)
-    assert max(share for share, _ in kept.values()) <= 1.02
+    assert max(share for share, _ in kept.values()) <= (1.02 if name == "BF16" else 1.03)
     save_file(scales, tmp_path / "scales.safetensors")
     for folder, found in (("n", nearest), ("d", report)):
         check = verify_folded(
