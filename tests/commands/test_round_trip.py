@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.errors import FormatError, OptionError, OutputError, ScalesError, SourceError, SurgeryWarning, WeightError
 from surgery.format.manifest import Manifest
+from surgery.names import TRAINS, Train
 from surgery.planning.plan import Layout
 from tests.models import files_of, realistic, save_llama, tensors_of
 from tests.sealing import edited_manifest
@@ -24,9 +25,12 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 LAYOUTS: list[Layout] = ["residual", "overlay"]
 
 
-def _scales(manifest: Manifest, seed: int = 0) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {target.tensor: 0.5 + torch.rand(target.rank, generator=generator) for target in manifest.targets}
+def _scales(manifest: Manifest, train: Train = "scales") -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    scales = {target.tensor: 0.5 + torch.rand(target.rank, generator=generator) for target in manifest.targets}
+    if train == "scales":
+        return scales
+    return {key: torch.diag(g) + 0.3 * torch.randn(len(g), len(g), generator=generator) for key, g in scales.items()}
 
 
 def _factors(folder: Path) -> dict[str, torch.Tensor]:
@@ -53,14 +57,15 @@ def test_untouched_scales_give_back_every_byte(dtype: torch.dtype, shard_size: s
     assert report.restored == len(report.files) == (1 if shard_size == "1GB" else len(list(model.glob("*.safetensors"))))
 
 
+@pytest.mark.parametrize("train", TRAINS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_trained_scales_are_one_rounding_away(dtype: torch.dtype, layout: Layout, tmp_path: Path) -> None:
+def test_trained_scales_are_one_rounding_away(dtype: torch.dtype, layout: Layout, train: Train, tmp_path: Path) -> None:
     model = save_llama(tmp_path / "m", dtype)
     manifest = surgery.factorize(model, tmp_path / "f", rank=8, layout=layout).manifest
-    scales = _scales(manifest)
+    scales = _scales(manifest, train)
     untouched = manifest.targets[0].tensor
-    scales[untouched] = torch.ones(8)
+    scales[untouched] = torch.ones(8) if train == "scales" else torch.eye(8)
     surgery.fold(tmp_path / "f", scales, tmp_path / "out", base=_base(model, layout))
     original, folded, factors = tensors_of(model), tensors_of(tmp_path / "out"), _factors(tmp_path / "f")
     assert original.keys() == folded.keys()
@@ -70,7 +75,8 @@ def test_trained_scales_are_one_rounding_away(dtype: torch.dtype, layout: Layout
             assert torch.equal(folded[name], weight)
             continue
         U, s, V = (factors[f"{name}.{part}"].double() for part in ("U", "s", "V"))
-        exact = weight.double() + (U * (s * (scales[name].double() - 1))) @ V.T
+        core = scales[name] if train == "core" else torch.diag(scales[name])
+        exact = weight.double() + (U * s.sqrt()) @ (core.double() - torch.eye(8)) @ (V * s.sqrt()).T
         error = (folded[name].double() - exact).abs()
         down, up = (
             torch.nextafter(folded[name], torch.full_like(weight, end)).double() for end in (-float("inf"), float("inf"))
@@ -80,11 +86,12 @@ def test_trained_scales_are_one_rounding_away(dtype: torch.dtype, layout: Layout
         assert not torch.equal(folded[name], weight)
 
 
-def test_both_layouts_fold_to_the_same_bytes(llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("train", TRAINS)
+def test_both_layouts_fold_to_the_same_bytes(train: Train, llama: Path, tmp_path: Path) -> None:
     manifest = surgery.factorize(llama, tmp_path / "r", rank=8).manifest
     overlay = surgery.factorize(llama, tmp_path / "o", rank=8, layout="overlay").manifest
     assert manifest.fingerprint == overlay.fingerprint
-    scales = _scales(manifest)
+    scales = _scales(manifest, train)
     surgery.fold(tmp_path / "r", scales, tmp_path / "from-r")
     surgery.fold(tmp_path / "o", scales, tmp_path / "from-o", base=llama)
     assert files_of(tmp_path / "from-r") == files_of(tmp_path / "from-o")

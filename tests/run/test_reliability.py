@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.errors import OutputError, SourceError, SurgeryError
 from surgery.files import file_writer
+from surgery.names import TRAINS, Train
 from surgery.progress import Silent
 from surgery.run.lock import locked
 from tests.measure import run_module
@@ -384,8 +385,9 @@ def test_a_complete_result_is_left_alone(llama: Path, truth: Path, tmp_path: Pat
         surgery.factorize(llama, out, rank=4)
 
 
-def test_fold_goes_on(llama: Path, truth: Path, tmp_path: Path) -> None:
-    scales = {t.key: torch.full(t.scales_shape, 2.0) for t in surgery.Manifest.read(truth).targets}
+@pytest.mark.parametrize("train", TRAINS)
+def test_fold_goes_on(train: Train, llama: Path, truth: Path, tmp_path: Path) -> None:
+    scales = {t.key: torch.full(t.shape_of(train), 2.0) for t in surgery.Manifest.read(truth).targets}
     surgery.fold(truth, scales, tmp_path / "whole")
     stop = _Stop(LAST)
     with pytest.raises(KeyboardInterrupt):

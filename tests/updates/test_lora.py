@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.errors import FormatError, MissingExtra, OptionError, OutputError, SourceError, SurgeryError, SurgeryWarning
+from surgery.names import TRAINS, Train
 from surgery.progress import Silent
 from surgery.updates.adapters.patterns import ByModule
 from tests.families import FAMILIES
@@ -76,35 +77,39 @@ def test_trained_together_and_folded_together(
     folder = family.save(tmp_path / "m")
     surgery.factorize(folder, tmp_path / "f", rank=4, split=split, layout=layout)
     model = _with_lora(family.load(folder), targets, fan_in_fan_out=name == "gpt2")
-    scales = surgery.attach(model, tmp_path / "f")
-    model.eval()
-    before = family.run(model)
-    before.square().mean().backward()
-    trained = {id(p) for p in model.parameters() if p.grad is not None}
-    lora = {id(p) for n, p in model.named_parameters() if "lora_" in n}
-    assert trained == lora | {id(p) for p in scales.parameters()}
-    _random_scales(scales)
-    with torch.no_grad():
-        attached = family.run(model)
-    scales.save(tmp_path / "s.safetensors")
-    model.save_pretrained(tmp_path / "lora")
-    report = surgery.fold(
-        tmp_path / "f",
-        tmp_path / "s.safetensors",
-        tmp_path / "o",
-        lora=tmp_path / "lora",
-        base=folder if layout == "overlay" else None,
-    )
-    assert report.adapted > 0
-    folded = family.output(tmp_path / "o")
-    largest = folded.abs().max().item()
-    assert torch.allclose(attached, folded, rtol=1e-3, atol=1e-4 * largest)
-    assert not torch.allclose(folded, before, rtol=1e-3, atol=2e-3 * largest)
+    for train in TRAINS:
+        scales = surgery.attach(model, tmp_path / "f", train=train)
+        model.eval()
+        model.zero_grad()
+        before = family.run(model)
+        before.square().mean().backward()
+        trained = {id(p) for p in model.parameters() if p.grad is not None}
+        lora = {id(p) for n, p in model.named_parameters() if "lora_" in n}
+        assert trained == lora | {id(p) for p in scales.parameters()}
+        _random_scales(scales)
+        with torch.no_grad():
+            attached = family.run(model)
+        scales.save(tmp_path / "s.safetensors")
+        model.save_pretrained(tmp_path / "lora")
+        report = surgery.fold(
+            tmp_path / "f",
+            tmp_path / "s.safetensors",
+            tmp_path / train,
+            lora=tmp_path / "lora",
+            base=folder if layout == "overlay" else None,
+        )
+        assert report.adapted > 0
+        folded = family.output(tmp_path / train)
+        largest = folded.abs().max().item()
+        assert torch.allclose(attached, folded, rtol=1e-3, atol=1e-4 * largest)
+        assert not torch.allclose(folded, before, rtol=1e-3, atol=2e-3 * largest)
+        scales.detach()
 
 
+@pytest.mark.parametrize("train", TRAINS)
 @pytest.mark.parametrize("layout", ["residual", "overlay"])
-def test_one_rounding(layout: Any, llama: Path, tmp_path: Path) -> None:
-    """In bfloat16: W, scaled directions and PEFT's own update, summed in float64 and rounded once."""
+def test_one_rounding(layout: Any, train: Train, llama: Path, tmp_path: Path) -> None:
+    """In bfloat16: W, scaled or turned directions and PEFT's own update, summed in float64 and rounded once."""
     surgery.factorize(llama, tmp_path / "f", rank=4, layout=layout)
     options = {"use_rslora": True, "rank_pattern": {"layers.1.mlp.up_proj": 5}, "alpha_pattern": {"up_proj": 7}}
     model = _with_lora(
@@ -115,7 +120,9 @@ def test_one_rounding(layout: Any, llama: Path, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "lora")
     scales = load_file(tmp_path / "f/surgery/scales.safetensors")
     generator = torch.Generator().manual_seed(0)
-    scales = {key: 1 + 0.3 * torch.randn(value.shape, generator=generator) for key, value in scales.items()}
+    if train == "core":
+        scales = {key: torch.diag(value) for key, value in scales.items()}
+    scales = {key: value + 0.3 * torch.randn(value.shape, generator=generator) for key, value in scales.items()}
     surgery.fold(tmp_path / "f", scales, tmp_path / "o", lora=tmp_path / "lora", base=llama if layout == "overlay" else None)
     factors: dict[str, torch.Tensor] = {}
     for path in (tmp_path / "f/surgery").glob("factors-*"):
@@ -129,7 +136,8 @@ def test_one_rounding(layout: Any, llama: Path, tmp_path: Path) -> None:
         expected = weight.double()
         if name in scales:
             U, s, V = (factors[f"{name}.{part}"].double() for part in ("U", "s", "V"))
-            expected = expected + U @ torch.diag(s * (scales[name].double() - 1)) @ V.T
+            core = scales[name] if train == "core" else torch.diag(scales[name])
+            expected = expected + (U * s.sqrt()) @ (core.double() - torch.eye(4)) @ (V * s.sqrt()).T
         layer = layers.get(name.removesuffix(".weight"))
         if layer is not None:
             A, B = layer.lora_A["default"].weight.double(), layer.lora_B["default"].weight.double()
@@ -262,26 +270,29 @@ def test_exported_merged_and_folded_are_one(name: str, split: bool | None, tmp_p
     folder = family.save(tmp_path / "m")
     surgery.factorize(folder, tmp_path / "f", rank=4, split=split)
     model = family.load(folder)
-    scales = surgery.attach(model, tmp_path / "f")
     with torch.no_grad():
         before = family.run(model)
-        _random_scales(scales)
-        attached = family.run(model)
-    scales.save(tmp_path / "s.safetensors")
-    report = surgery.export(tmp_path / "f", tmp_path / "s.safetensors", tmp_path / "lora")
-    surgery.fold(tmp_path / "f", tmp_path / "s.safetensors", tmp_path / "o")
-    folded = family.output(tmp_path / "o")
-    adapted = peft.PeftModel.from_pretrained(family.load(folder), tmp_path / "lora")
-    stored = load_file(tmp_path / "lora/adapter_model.safetensors")
-    assert {value.shape[0 if "lora_A" in key else 1] for key, value in stored.items()} == {report.rank}
-    assert len(stored) == 2 * report.modules
-    largest = folded.abs().max().item()
-    with torch.no_grad():
-        unmerged = family.run(adapted)
-        merged = family.run(adapted.merge_and_unload())
-    for output in (attached, unmerged, merged):
-        assert torch.allclose(output, folded, rtol=1e-3, atol=1e-4 * largest)
-    assert not torch.allclose(folded, before, rtol=1e-3, atol=2e-3 * largest)
+    for train in TRAINS:
+        scales = surgery.attach(model, tmp_path / "f", train=train)
+        with torch.no_grad():
+            _random_scales(scales)
+            attached = family.run(model)
+        scales.save(tmp_path / "s.safetensors")
+        scales.detach()
+        report = surgery.export(tmp_path / "f", tmp_path / "s.safetensors", tmp_path / f"lora-{train}")
+        surgery.fold(tmp_path / "f", tmp_path / "s.safetensors", tmp_path / f"folded-{train}")
+        folded = family.output(tmp_path / f"folded-{train}")
+        adapted = peft.PeftModel.from_pretrained(family.load(folder), tmp_path / f"lora-{train}")
+        stored = load_file(tmp_path / f"lora-{train}/adapter_model.safetensors")
+        assert {value.shape[0 if "lora_A" in key else 1] for key, value in stored.items()} == {report.rank}
+        assert len(stored) == 2 * report.modules
+        largest = folded.abs().max().item()
+        with torch.no_grad():
+            unmerged = family.run(adapted)
+            merged = family.run(adapted.merge_and_unload())
+        for output in (attached, unmerged, merged):
+            assert torch.allclose(output, folded, rtol=1e-3, atol=1e-4 * largest)
+        assert not torch.allclose(folded, before, rtol=1e-3, atol=2e-3 * largest)
 
 
 @pytest.mark.parametrize(

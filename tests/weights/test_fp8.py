@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.commands.verify import verify
 from surgery.errors import FormatError, OptionError, OutputError, SourceError, WeightError
+from surgery.names import Train
 from surgery.progress import Silent
 from surgery.weights.fp8 import block_scales, dequantize, quantize
 from tests.families import FAMILIES
@@ -93,9 +94,21 @@ def _folded(tmp_path: Path, base: Path, scales: Any, name: str, **options: Any) 
     return tmp_path / name
 
 
-def _random_scales(manifest: surgery.Manifest) -> dict[str, torch.Tensor]:
+def _random_scales(manifest: surgery.Manifest, train: Train = "scales") -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
-    return {target.key: 1 + 0.5 * torch.randn(target.scales_shape, generator=generator) for target in manifest.targets}
+    distances = {target.key: 0.5 * torch.randn(target.shape_of(train), generator=generator) for target in manifest.targets}
+    return {key: distance + _untouched(distance, train) for key, distance in distances.items()}
+
+
+def _untouched(like: torch.Tensor, train: Train) -> torch.Tensor:
+    return torch.ones_like(like) if train == "scales" else torch.eye(like.shape[-1]).expand_as(like)
+
+
+def _change(factors: dict[str, torch.Tensor], key: str, trained: torch.Tensor, train: Train) -> torch.Tensor:
+    """What scales or cores add to a target, in float64."""
+    U, s, V = (factors[f"{key}.{part}"].double() for part in ("U", "s", "V"))
+    core, root = torch.diag_embed(trained) if train == "scales" else trained, s.sqrt()
+    return (U * root.unsqueeze(-2)) @ (core.double() - torch.eye(s.shape[-1])) @ (V * root.unsqueeze(-2)).mT
 
 
 @pytest.mark.parametrize("shape", [(32, 48), (37, 50), (5, 3), (3, 20, 33)])
@@ -129,10 +142,10 @@ def test_one_scale_for_all_and_zeros(dtype: torch.dtype, shape: tuple[int, ...])
     assert not dequantize(quantize(zeros, torch.ones(1, 1), BLOCK), torch.ones(1, 1), BLOCK).any()
 
 
-@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize(("apart", "train"), [(False, "scales"), (True, "scales"), (False, "core")])
 @pytest.mark.parametrize("powers_of_two", [False, pytest.param(True, marks=writes_e8m0)])
 @pytest.mark.parametrize("name", ["llama", "deepseek_v3", "llama4"])
-def test_there_and_back(name: str, powers_of_two: bool, apart: bool, tmp_path: Path) -> None:
+def test_there_and_back(name: str, powers_of_two: bool, apart: bool, train: Train, tmp_path: Path) -> None:
     """Untouched: the same bytes. Changed: the nearest FP8 numbers to the formula, with fresh scales; the rest untouched."""
     block = (10, 12)  # fits no side
     base = quantize_model(
@@ -145,19 +158,18 @@ def test_there_and_back(name: str, powers_of_two: bool, apart: bool, tmp_path: P
     assert files_of(_folded(tmp_path, base, tmp_path / "f/surgery/scales.safetensors", "back")) == files_of(base)
     assert verify(tmp_path / "f", base=base).ok
 
-    scales = _random_scales(manifest)
+    scales = _random_scales(manifest, train)
     untouched = manifest.targets[0]
-    scales[untouched.key] = torch.ones(untouched.scales_shape)
+    scales[untouched.key] = _untouched(scales[untouched.key], train)
     stacks = [target for target in manifest.targets if target.view == "stack"]
     for target in stacks:
-        scales[target.key][1] = 1  # one expert of each
+        scales[target.key][1] = _untouched(scales[target.key], train)[1]  # one expert of each
     before, after = tensors_of(base), tensors_of(_folded(tmp_path, base, scales, "folded"))
     assert before.keys() == after.keys()
     factors = {key: part for file in (tmp_path / "f/surgery").glob("factors*") for key, part in load_file(file).items()}
     for target in manifest.targets:
         if target.dtype == "BF16":
-            U, s, V = (factors[f"{target.key}.{part}"].double() for part in ("U", "s", "V"))
-            exact = before[target.tensor].double() + (U * (s * (scales[target.key].double() - 1))) @ V.T
+            exact = before[target.tensor].double() + _change(factors, target.key, scales[target.key], train)
             assert torch.allclose(after[target.tensor].double(), exact, rtol=2**-8, atol=0)
             continue
         q, scale = before[target.tensor], before[f"{target.tensor}_scale_inv"]
@@ -167,8 +179,7 @@ def test_there_and_back(name: str, powers_of_two: bool, apart: bool, tmp_path: P
             assert torch.equal(q.view(torch.uint8), new_q.view(torch.uint8))
             assert torch.equal(scale.float(), new_scale.float())
             continue
-        U, s, V = (factors[f"{target.key}.{part}"].double() for part in ("U", "s", "V"))
-        change = (U * (s * (scales[target.key].double() - 1)).unsqueeze(-2)) @ V.mT
+        change = _change(factors, target.key, scales[target.key], train)
         wanted = (_dense(q, scale, block).double() + change).float()
         fresh = _scales(wanted, block, powers_of_two=powers_of_two)
         if target.view == "stack":
@@ -183,12 +194,12 @@ def test_there_and_back(name: str, powers_of_two: bool, apart: bool, tmp_path: P
     assert all(torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8)) for name in others)
 
 
-@pytest.mark.parametrize("apart", [False, True])
-def test_dequantized(apart: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("apart", "train"), [(False, "scales"), (True, "scales"), (False, "core")])
+def test_dequantized(apart: bool, train: Train, tmp_path: Path) -> None:
     """Every FP8 weight becomes bfloat16, targets or not; the model then loads without a quantization."""
     base = quantize_model(FAMILIES["llama"].save(tmp_path / "m"), tmp_path / "base", apart=apart)
     manifest = surgery.factorize(base, tmp_path / "f", rank=4, exclude=["*down_proj*"]).manifest
-    scales = _random_scales(manifest)
+    scales = _random_scales(manifest, train)
     out = _folded(tmp_path, base, scales, "dense", dequantize=True)
     before, after = tensors_of(base), tensors_of(out)
     assert {name for name in before if not name.endswith("_scale_inv")} == after.keys()
@@ -202,8 +213,7 @@ def test_dequantized(apart: bool, tmp_path: Path) -> None:
             continue
         expected = _dense(before[name], before[f"{name}_scale_inv"], BLOCK)
         if name in targets:
-            U, s, V = (factors[f"{name}.{part}"].double() for part in ("U", "s", "V"))
-            expected = (expected.double() + (U * (s * (scales[name].double() - 1))) @ V.T).float()
+            expected = (expected.double() + _change(factors, name, scales[name], train)).float()
         assert torch.equal(after[name], expected.to(torch.bfloat16))
     if apart:
         index = json.loads((out / "model.safetensors.index.json").read_text())
