@@ -135,9 +135,11 @@ def test_what_is_not_chosen_leaves_the_computation_where_it_can(train: Way, made
         assert ", chosen, " in repr(scales)
 
 
+@pytest.mark.filterwarnings("ignore:weights of the model are residuals")
+@pytest.mark.parametrize("source", ["m", "f"])
 @pytest.mark.parametrize("train", WAYS)
-def test_smaller_choices_and_ranks(train: Way, made: Path) -> None:
-    model, scales = _attached(made, train)
+def test_smaller_choices_and_ranks(train: Way, source: str, made: Path, tmp_path: Path) -> None:
+    model, scales = _attached(made, train, source)
     for keep in (RANK + 3, 3, 3, 1):
         before = scales.chosen
         _backward(model)
@@ -154,6 +156,10 @@ def test_smaller_choices_and_ranks(train: Way, made: Path) -> None:
         for parameter in scales.parameters():
             parameter.grad = None
         assert all((value - _untouched(value)).abs().max() > 0.01 for value in changed.values())
+    scales.save(tmp_path / "s.safetensors")
+    surgery.fold(made / "f", tmp_path / "s.safetensors", tmp_path / "out")
+    folded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert torch.allclose(folded(IDS).logits, model(IDS).logits, atol=1e-5)
 
 
 def _untouched(value: torch.Tensor) -> torch.Tensor:

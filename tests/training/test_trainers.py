@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from datetime import timedelta
@@ -199,6 +200,15 @@ def test_choices_that_come_too_late_or_from_elsewhere(made: Path, tmp_path: Path
     trainer.add_callback(surgery.ChooseDirections(scales))
     with pytest.raises(OptionError, match="saved before any directions were chosen"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_callback_without_transformers(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, scales = _attached(made)
+    monkeypatch.delitem(sys.modules, "surgery.training.choose_directions", raising=False)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    kind = surgery.ChooseDirections
+    with pytest.raises(MissingExtra, match="transformers, which is"):
+        kind(scales)
 
 
 def test_home_folders(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
