@@ -25,8 +25,8 @@ def portable_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """``a b``, float64, with the same bits everywhere, and hardly more than rounded once.
 
     Each matrix is a sum of three of integers of ``(53 - log2 k) / 2`` bits (24 at k = 16), whose products are exact in whatever
-    order they are summed. Beside its rounding an entry is off by less than ``k 2^-60`` of the largest number in its row of ``a``
-    times the largest in its column of ``b``.
+    order they are summed. Beside its rounding an entry is off by less than ``k 2^-60`` of the largest number in its row of
+    ``a`` times the largest in its column of ``b``.
 
     Args:
         a: (m, k).
