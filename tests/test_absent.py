@@ -20,6 +20,7 @@ from surgery.format.manifest import Manifest
 from surgery.format.scales.reading import read_scales
 from surgery.format.scales.writing import write_scales
 from surgery.planning.unloaded import why_unloaded
+from surgery.training.ways import Way
 from tests.families import DECODER, FAMILIES
 from tests.releases import known_classes, needs
 
@@ -148,6 +149,22 @@ def test_values_of_what_is_absent_are_kept(tmp_path: Path) -> None:
     scales.save(tmp_path / "again.safetensors")
     again = read_scales(tmp_path / "again.safetensors", manifest)
     assert all(torch.allclose(again[key], given[key], atol=1e-7) for key in given)
+
+
+@pytest.mark.filterwarnings("ignore:.*targets are not in this model")
+def test_scales_from_an_orthogonal_training_keep_none_of_its_parameters(tmp_path: Path) -> None:
+    """Those of targets that are absent, too: only cores can have them."""
+    folder = tmp_path / "m"
+    _save(folder, _qwen3_5)
+    manifest = surgery.factorize(folder, tmp_path / "f", rank=4, layout="overlay").manifest
+    loaders: dict[Way, Any] = {"orthogonal": hf.Qwen3_5ForConditionalGeneration, "scales": hf.AutoModelForCausalLM}
+    for train, loader in loaders.items():  # first in a model that has all targets
+        scales = surgery.attach(loader.from_pretrained(folder), tmp_path / "f", train=train)
+        if train == "scales":
+            scales.load(tmp_path / "orthogonal.safetensors")
+        scales.save(tmp_path / f"{train}.safetensors")
+    saved = read_scales(tmp_path / "scales.safetensors", manifest)
+    assert all(torch.equal(saved[target.key], torch.ones(target.scales_shape)) for target in manifest.targets)
 
 
 def _with_prediction_layer(folder: Path) -> dict[str, torch.Tensor]:

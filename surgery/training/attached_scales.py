@@ -155,7 +155,7 @@ class Scales:
             keep: how many directions to train of each matrix; where no more are trained, all stay.
 
         Raises:
-            OptionError: no gradients, or some that are not finite; ``keep`` is less than 1; the scales are detached,
+            OptionError: no gradients, none but 0, or some that are not finite; ``keep`` is less than 1; the scales are detached,
                 offloaded, sharded or in DistributedDataParallel.
 
         Warns:
@@ -277,7 +277,12 @@ class Scales:
                 self._restrict({key: _positions(mask) for key, mask in masks.items()})
             self._masks = masks
         self._absent = absent
-        self._absent_beside = {kind: {key: some[key] for key in some.keys() & absent.keys()} for kind, some in beside.items()}
+        self._absent_beside = {
+            kind: kept
+            for kind, some in beside.items()
+            if (kind != "orthogonal" or self._way == "orthogonal")  # of another training than this one
+            and (kept := {key: some[key] for key in some.keys() & absent.keys()})
+        }
         with torch.no_grad():
             for key, delta in deltas.items():
                 value: Any = parameters[key]

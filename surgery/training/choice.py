@@ -49,22 +49,22 @@ def summed_gradients(parameters: Sequence[nn.Parameter]) -> list[torch.Tensor]:
     """Their gradients, of all processes together; 0 for a parameter that had no part in the loss.
 
     Raises:
-        OptionError: there are none, or they are not finite.
+        OptionError: there are none, or all are 0, or they are not finite.
     """
     flat = [parameter.grad if parameter.grad is not None else torch.zeros_like(parameter) for parameter in parameters]
     device = flat[0].device
-    known = torch.tensor([float(any(parameter.grad is not None for parameter in parameters))], device=device)
-    whole = torch.cat([known, *(gradient.detach().float().flatten().to(device) for gradient in flat)])
+    whole = torch.cat([gradient.detach().float().flatten().to(device) for gradient in flat])
     if _is_distributed():
         torch.distributed.all_reduce(whole)
-    if not whole[0] > 0:
+    if not bool(whole.any()):  # 0 everywhere, as where half precision has lost them, they say as little as where there are none
         raise OptionError(
             "there are no gradients to choose directions by",
+            got="all of them are 0" if any(parameter.grad is not None for parameter in parameters) else None,
             hint="run some backward passes first, without a step: loss.backward() adds up what choose looks at",
         )
     if not bool(torch.isfinite(whole).all()):
         raise OptionError("the gradients hold NaN or infinity", hint="clear them, and run some other backward passes")
-    return list(torch.split(whole[1:], [parameter.numel() for parameter in parameters]))
+    return list(torch.split(whole, [parameter.numel() for parameter in parameters]))
 
 
 def leading(way: Way, gradient: torch.Tensor, k: int, keep: int) -> torch.Tensor:

@@ -81,6 +81,7 @@ class ChooseDirections(_TrainerCallback):
         trainer = self._trainer
         with _same_random_states(args.device):
             trainer.model.train()
+            trainer.current_gradient_accumulation_steps = 1  # some of TRL's losses divide by it; the first step sets it anew
             loader = trainer.get_train_dataloader()
             # accelerate's own loader would count as the one that is trained with.
             for batch in islice(getattr(loader, "base_dataloader", loader), self._batches):

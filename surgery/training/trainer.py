@@ -13,6 +13,7 @@ import torch
 
 from surgery.arguments import as_path
 from surgery.errors import OptionError
+from surgery.format.scales.reading import read_scales_alone
 from surgery.models.accelerate_api import is_peft_model, save_sharded_optimizer
 from surgery.models.transformers_api import check_trainer_class, counted_as_adapted, trainer_file
 from surgery.names import CHECKPOINT_FILE
@@ -171,10 +172,37 @@ class SaveScales(_Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         if self._has_adapters():
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.scales.load(Path(resume_from_checkpoint) / CHECKPOINT_FILE)
+        path = Path(resume_from_checkpoint) / CHECKPOINT_FILE
+        _check_resumed(self.scales, path)
+        self.scales.load(path)
 
     def _load_best_model(self) -> None:
         if self._has_adapters():
             super()._load_best_model()
         best: Any = self.state.best_model_checkpoint
         self.scales.load(Path(best) / CHECKPOINT_FILE)
+
+
+def _check_resumed(scales: Scales, path: Path) -> None:
+    """Refuse the scales file of a checkpoint whose optimizer has other parameters, which it would apply to these unseen.
+
+    Raises:
+        OptionError: it was trained in another way, or in other directions.
+        ScalesError, FormatError, ReadError: see ``read_scales_alone``.
+    """
+    file = read_scales_alone(path)
+    way = "orthogonal" if "orthogonal" in file.beside else file.train
+    hint = "begin anew: load its scales, without resume_from_checkpoint"
+    if way != scales.train:
+        raise OptionError(
+            f"the optimizer of the checkpoint {path.parent} knows other parameters than those that are attached",
+            got=f"train {way!r}",
+            expected=f"train {scales.train!r}",
+            hint=f"attach with train={way!r}; or {hint}",
+        )
+    saved = file.beside.get("chosen", {})
+    if any(not torch.equal(mask, saved.get(key, torch.ones_like(mask)).bool()) for key, mask in (scales.chosen or {}).items()):
+        raise OptionError(
+            f"the optimizer of the checkpoint {path.parent} knows other directions than those that are chosen",
+            hint=f"resume before any are chosen: the checkpoint brings its own; or {hint}",
+        )

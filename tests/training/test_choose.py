@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import surgery
@@ -256,6 +257,18 @@ def test_a_file_brings_its_choice(train: Way, made: Path, tmp_path: Path) -> Non
     assert kept.keys() == scales.values().keys()
 
 
+def test_a_file_names_what_is_beside_its_cores(made: Path, tmp_path: Path) -> None:
+    """Another training than the one that kept it leaves it out, and does not say that it is there."""
+    _trained(made, "orthogonal", 2).save(tmp_path / "s.safetensors")
+    _, scales = _attached(made, "core")
+    scales.load(tmp_path / "s.safetensors")
+    scales.save(tmp_path / "again.safetensors")
+    with safe_open(tmp_path / "again.safetensors", "pt") as file:
+        said = json.loads(file.metadata()[SCALES_METADATA_KEY])
+        kinds = {name.rpartition(".")[2] for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    assert set(said["beside"]) == kinds - {"weight"} == {"chosen"}
+
+
 def test_values_outside_the_choice_are_not_loaded(made: Path, tmp_path: Path) -> None:
     scales, other = _trained(made, "scales", 2), _trained(made, "scales", 2, seed=2)
     other.save(tmp_path / "other.safetensors")
@@ -304,9 +317,12 @@ def test_what_cannot_be_chosen(made: Path) -> None:
     _backward(model)
     with pytest.raises(OptionError, match="at least one direction"):
         scales.choose(keep=0)
-    gradient = next(scales.parameters()).grad
-    assert gradient is not None
-    gradient[0] = float("nan")
+    gradients = [parameter.grad for parameter in scales.parameters() if parameter.grad is not None]
+    for gradient in gradients:
+        gradient.zero_()
+    with pytest.raises(OptionError, match=r"(?s)no gradients.*all of them are 0"):
+        scales.choose()
+    gradients[0][0] = float("nan")
     with pytest.raises(OptionError, match="NaN or infinity"):
         scales.choose()
     assert scales.chosen is None

@@ -359,6 +359,17 @@ def test_the_kl_starts_at_0_and_is_that_to_the_original_model(
         assert torch.allclose(found.double()[valid], right[valid], atol=1e-4)
 
 
+@pytest.mark.parametrize("make", [_dpo, _grpo])
+def test_directions_are_chosen_by_the_loss_of_a_trainer(make: Callable[..., Any], made: Path, tmp_path: Path) -> None:
+    """Before it counts steps of its own; and its reference is the untouched model then too."""
+    model, scales = _attached(made, "m", "core")
+    trainer = make(tmp_path, model, scales)
+    trainer.add_callback(surgery.ChooseDirections(scales, keep=2, batches=1))
+    trainer.train()
+    assert {int(mask.sum()) for mask in (scales.chosen or {}).values()} == {2}
+    assert _moved(trainer)
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_kto(source: str, made: Path, tmp_path: Path) -> None:
     import trl

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -28,6 +30,7 @@ DEMO = Path(surgery.__file__).parent / "demo" / "model"
 IDS = (torch.arange(8 * 24).reshape(8, 24) * 7 + torch.arange(8)[:, None]) % 97
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+WAYS: list[Way] = ["scales", "core", "orthogonal"]
 EXAMPLES = [{"input_ids": row, "labels": row} for row in IDS]
 
 
@@ -200,6 +203,31 @@ def test_choices_that_come_too_late_or_from_elsewhere(made: Path, tmp_path: Path
     trainer.add_callback(surgery.ChooseDirections(scales))
     with pytest.raises(OptionError, match="saved before any directions were chosen"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.filterwarnings("ignore:weights of the model are residuals")
+def test_an_optimizer_is_not_resumed_with_other_parameters(made: Path, tmp_path: Path) -> None:
+    """Its state has the size of others, and steps with it would be anything."""
+
+    def trainer(train: Way, keep: int | None = None) -> ScalesTrainer:
+        model, scales = _attached(made, train)
+        if keep is not None:
+            model(input_ids=IDS, labels=IDS).loss.backward()
+            scales.choose(keep)
+        return ScalesTrainer(model, _arguments(tmp_path / train), train_dataset=EXAMPLES, scales=scales)
+
+    for train in WAYS:
+        trainer(train).train()
+    untouched = tmp_path / "untouched/checkpoint-2"
+    shutil.copytree(tmp_path / "core/checkpoint-2", untouched)
+    surgery.new_scales(made / "f", untouched / CHECKPOINT_FILE, train="core", overwrite=True)
+    for way, train in itertools.permutations(WAYS, 2):
+        resumed = trainer(train)
+        with pytest.raises(OptionError, match=rf"(?s)knows other parameters.*train '{way}'.*train '{train}'"):
+            resumed.train(resume_from_checkpoint=str(tmp_path / way / "checkpoint-2"))
+        assert "untouched" in repr(resumed.scales)
+    with pytest.raises(OptionError, match=r"(?s)knows other directions.*resume before any are chosen"):
+        trainer("core", keep=2).train(resume_from_checkpoint=str(untouched))
 
 
 def test_a_callback_without_transformers(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
