@@ -13,9 +13,9 @@ test: $(VENV)/test.done
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # The tests that touch other packages, in two environments with older ones. What a release lacks is skipped, with a reason.
-OLDER_TESTS := $(wildcard $(foreach name,absent adapters* address aliases attach* claims cli demo device examples extract* \
-	families fp8 hub* installation light_install lora low_rank merge* names_of_models notes patience peft_truths push reference \
-	releases resize resizing rounding select source stream trainers upload writing*, \
+OLDER_TESTS := $(wildcard $(foreach name,absent adapters* address aliases attach* choose claims cli core* demo device examples \
+	extract* families fold_cores fp8 hub* installation light_install lora low_rank merge* names_of_models notes patience \
+	peft_truths push reference releases resize resizing rounding select source stream trainers upload writing*, \
 	tests/test_$(name).py tests/*/test_$(name).py))
 
 test-oldest: $(VENV)-oldest/test.done $(VENV)-axolotl/test.done

@@ -3,7 +3,8 @@
     python benchmarks/kept.py --gigabytes 0.1 --hidden 1024 --rank 16 --changes 0.0005,0.001,0.003,0.01,0.03,0.1
 
 An LLM-shaped model in bfloat16, and its FP8 copy (E4M3, float32 scales of blocks of 128x128), are factorized, and folded with
-random scales whose ``g - 1`` have this root mean square. From the bytes, in float64, with ``D = U diag(s (g - 1)) V^T``:
+random scales whose ``g - 1`` have this root mean square; with ``--train core`` random cores C with as large a ``C - I``. From
+the bytes, in float64, with ``D = U diag(s (g - 1)) V^T``, or ``U diag(sqrt s) (C - I) diag(sqrt s) V^T``:
 
 - ``kept``: the share of the update that arrives, ``<W_out - W, D> / <D, D>`` over all targets; ``least`` that of the worst one.
 - ``error``: what differs from D within its directions, ``|U^T (W_out - W - D) V|``, relative to ``|U^T D V|``.
@@ -28,6 +29,7 @@ from merge import Tensors
 from safetensors.torch import load_file, save_file
 
 import surgery
+from surgery.names import TRAINS, Train
 from surgery.progress import Silent
 
 _BLOCK = 128
@@ -82,8 +84,9 @@ def measured(model: Path, factorized: Path, scales: dict[str, torch.Tensor], out
     for name, g in scales.items():
         U, s, V = (factors[f"{name}.{part}"].double() for part in ("U", "s", "V"))
         W = dense(before, name)
-        core = s * (g.double() - 1)
-        D, R = (U * core) @ V.T, dense(after, name) - W
+        C = g.double() if g.ndim == 2 else torch.diag(g.double())
+        core = s.sqrt()[:, None] * (C - torch.eye(len(s))) * s.sqrt()
+        D, R = U @ core @ V.T, dense(after, name) - W
         mine, here = D.square().sum().item(), (R * D).sum().item()
         asked, arrived, least = asked + mine, arrived + here, min(least, here / mine)
         within += core.square().sum().item()
@@ -98,10 +101,15 @@ def measured(model: Path, factorized: Path, scales: dict[str, torch.Tensor], out
     }
 
 
-def random_scales(factorized: Path, change: float) -> dict[str, torch.Tensor]:
+def random_scales(factorized: Path, change: float, train: Train) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
-    untouched = load_file(factorized / "surgery/scales.safetensors")
-    return {name: 1 + change * torch.randn(g.shape, generator=generator) for name, g in untouched.items()}
+    found = {}
+    for name, g in load_file(factorized / "surgery/scales.safetensors").items():
+        if train == "scales":
+            found[name] = 1 + change * torch.randn(g.shape, generator=generator)
+        else:
+            found[name] = torch.eye(len(g)) + change / len(g) ** 0.5 * torch.randn(len(g), len(g), generator=generator)
+    return found
 
 
 def load(folder: Path) -> Any:
@@ -121,14 +129,16 @@ def logits(model: Any) -> torch.Tensor:
     return found
 
 
-def attached_logits(model: Path, factorized: Path, scales: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of the original model, and of it with these scales attached."""
+def attached_logits(
+    model: Path, factorized: Path, scales: dict[str, torch.Tensor], train: Train
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the original model, and of it with these scales or cores attached."""
     loaded = load(model)
     untouched = logits(loaded)
-    attached = surgery.attach(loaded, factorized)
+    attached = surgery.attach(loaded, factorized, train=train)
     with torch.no_grad():
         for key, delta in zip(attached.values(), attached.parameters(), strict=True):
-            delta.copy_(scales[key] - 1)
+            delta.copy_((scales[key] - (1 if train == "scales" else torch.eye(len(scales[key])))).view_as(delta))
     return untouched, logits(loaded)
 
 
@@ -137,6 +147,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=0.1)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--train", choices=TRAINS, default="scales")
     parser.add_argument("--changes", default="0.0005,0.001,0.003,0.01,0.03,0.1")
     parser.add_argument("--logits", default="0.003", help="for which of the changes logits are compared; empty for none")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
@@ -154,9 +165,10 @@ def run(folder: Path, changes: list[float], compared: set[float], args: argparse
     models = {"bfloat16": folder / "bfloat16", "FP8": folder / "fp8"}
     weights = write_checkpoint(models["bfloat16"], args.gigabytes * 1e9, args.hidden)
     write_fp8(models["bfloat16"], models["FP8"])
-    print(f"hidden {args.hidden}, {weights / 1e6:.0f} million weights in targets, rank {args.rank}, torch {torch.__version__}")
+    size = f"hidden {args.hidden}, {weights / 1e6:.0f} million weights in targets"
+    print(f"{size}, {args.train} at rank {args.rank}, torch {torch.__version__}")
     print(
-        f"{'':9} {'g - 1':>7} {'':11} {'kept':>8} {'least':>8} {'error':>8} {'distance':>9}   logits: largest, rms", flush=True
+        f"{'':9} {'change':>7} {'':11} {'kept':>8} {'least':>8} {'error':>8} {'distance':>9}   logits: largest, rms", flush=True
     )
     rows: list[dict[str, Any]] = []
     for kind, model in models.items():
@@ -164,8 +176,8 @@ def run(folder: Path, changes: list[float], compared: set[float], args: argparse
         layout: Literal["overlay", "residual"] = "overlay" if kind == "FP8" else "residual"
         surgery.factorize(model, factorized, rank=args.rank, layout=layout, progress=Silent())
         for change in changes:
-            scales = random_scales(factorized, change)
-            seen = attached_logits(model, factorized, scales) if change in compared else None
+            scales = random_scales(factorized, change, args.train)
+            seen = attached_logits(model, factorized, scales, args.train) if change in compared else None
             for way, options in WAYS[kind].items():
                 base = model if layout == "overlay" else None
                 surgery.fold(factorized, scales, out, base=base, overwrite=True, progress=Silent(), **options)

@@ -43,7 +43,12 @@ if call == "factorize":
               layout=arguments["layout"], correction=arguments["correction"])
 elif call == "fold":
     scales = arguments["factorized"] + "/surgery/scales.safetensors"
-    values = {name: value * 1.01 for name, value in load_file(scales).items()} if arguments["changed"] else scales
+    values = scales if arguments["trained"] == "untouched" else load_file(scales)
+    if arguments["trained"] == "all changed":
+        values = {name: value * 1.01 for name, value in values.items()}
+    elif arguments["trained"] == "cores":
+        values = {name: torch.diag(value) + 0.03 / len(value) ** 0.5 * torch.randn(len(value), len(value))
+                  for name, value in values.items()}
     start = time.perf_counter()
     fold(arguments["factorized"], values, arguments["out"], device=arguments["device"])
 elif call == "svd":
@@ -191,6 +196,7 @@ ROWS = (
     "PEFT merge",
     "fold, untouched",
     "fold, all changed",
+    "fold, cores",
     "factorize, overlay",
 )
 #: What the project keeps an eye on: the first over the second.
@@ -324,8 +330,8 @@ def measure_row(row: str, folder: Path, args: argparse.Namespace) -> dict[str, f
             result = measure(CHILD, "factorize", **common, layout=layout, correction=how != ["no correction"])
         case ["verify"]:
             result = measure(CHILD, "verify", factorized=str(factorized), device=args.device)
-        case [_, scales]:
-            result = measure(CHILD, "fold", **common, factorized=str(factorized), changed=scales == "all changed")
+        case [_, trained]:
+            result = measure(CHILD, "fold", **common, factorized=str(factorized), trained=trained)
     if row not in ("factorize", "PEFT pissa"):
         shutil.rmtree(out, ignore_errors=True)
     return result

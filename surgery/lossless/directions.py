@@ -61,8 +61,9 @@ class Bases:
 def bases_of(factors: Factors | None, scales: torch.Tensor | None, addition: Addition | None) -> Bases | None:
     """The directions of an update by scales and an addition; None if nothing is added.
 
-    Of scales alone they are U and V as they are stored. Those of an addition come from LAPACK's QR and SVD in float64 on the
-    CPU, whose last bits depend on the kind of processor. To be called in one thread.
+    Of scales or a core alone they are columns of U and V as they are stored: those whose scale is not 1, or whose row or column
+    of the core is not that of the identity. Those of an addition come from LAPACK's QR and SVD in float64 on the CPU, whose
+    last bits depend on the kind of processor. To be called in one thread.
     """
     inner = None if factors is None or scales is None else inner_change(factors, scales)
     if addition is None:

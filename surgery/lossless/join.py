@@ -32,15 +32,16 @@ def join(
     addition: Addition | None = None,
     written: Written = NEAREST,
 ) -> tuple[torch.Tensor, Kept]:
-    """The weight that ``split`` took apart, with its directions scaled.
+    """The weight that ``split`` took apart, with its directions scaled, or scaled and turned.
 
-    ``round(W + U diag(s (g - 1)) V^T)`` with W recovered exactly, rounded once; see ``rescale``.
+    ``round(W + U diag(s (g - 1)) V^T)``, or with a core ``round(W + U diag(sqrt s) (C - I) diag(sqrt s) V^T)``, with W
+    recovered exactly, rounded once; see ``rescale``.
 
     Args:
         residual: (m, n), the weight's dtype, on a device with float64.
         factors: on the same device.
         correction: as returned by ``split``, on the CPU.
-        scales: ``g``, float32 (k,), on the CPU; None for all ones, which gives W itself.
+        scales: ``g``, float32 (k,), or a core C (k, k), on the CPU; None where they are untouched, which gives W itself.
         addition: added before the rounding, on the device of the residual.
         written: how it is rounded and where it goes, like the residual; may be the residual itself.
 

@@ -59,11 +59,11 @@ def rescale(
     addition: Addition | None = None,
     written: Written = NEAREST,
 ) -> tuple[torch.Tensor, Kept]:
-    """``round(W + U diag(s (g - 1)) V^T)`` from the weight itself: the fold of an overlay.
+    """``round(W + U diag(s (g - 1)) V^T)`` from the weight itself, for a core as ``join`` has it: the fold of an overlay.
 
     Rounded to nearest, each entry is the number nearest to the exact sum: the same bytes everywhere. Rounded in directions (see
-    ``search``), the bytes do not depend on the number of threads. For scales alone they are the same on every device; with an
-    addition they follow the last bits of LAPACK on the CPU, and are the same wherever these are.
+    ``search``), the bytes do not depend on the number of threads. For scales or a core alone they are the same on every device;
+    with an addition they follow the last bits of LAPACK on the CPU, and are the same wherever these are.
 
     Arguments and result are those of ``join``; ``factors`` may be None if there is an addition.
     """
@@ -91,10 +91,10 @@ def approximate(
     addition: Addition | None = None,
     written: Written = NEAREST,
 ) -> tuple[torch.Tensor, Kept]:
-    """``round(R + U diag(s g) V^T)``: the fold of a residual without a correction.
+    """``round(R + U diag(s g) V^T)``, or for a core with what ``join`` adds: the fold of a residual without a correction.
 
-    Arguments and result are those of ``join``. With scales of 1 it gives the weight up to the rounding of the residual. Unless
-    it is rounded to nearest, that weight is what the update is added to.
+    Arguments and result are those of ``join``. Untouched it gives the weight up to the rounding of the residual. Unless it is
+    rounded to nearest, that weight is what the update is added to.
     """
     with one_thread():
         s = factors.s.double()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from surgery.errors import ScalesError
+from surgery.errors import ScalesError, few
 from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import TargetRecord
 from surgery.format.scales.reading import read_trained
@@ -59,7 +59,7 @@ class TrainedFile:
         """The parameters of all directions of a target, float32 (B, numbers).
 
         Raises:
-            ScalesError: it has a core that this way cannot train, or parameters that are damaged or amount to another core.
+            ScalesError: it has a core that this way cannot train, or parameters that amount to another one.
         """
         value = self.values(target, way)
         k, count = target.rank, target.matrices[0]
@@ -81,14 +81,7 @@ class TrainedFile:
     def _checked(self, given: torch.Tensor, core: torch.Tensor, target: TargetRecord) -> torch.Tensor:
         """Parameters that a file keeps beside a core, held against it."""
         k, count = target.rank, target.matrices[0]
-        shape = [*target.scales_shape[:-1], numbers_of_way("orthogonal", k)]
-        if list(given.shape) != shape:
-            raise ScalesError(
-                f"{self._path}: the orthogonal parameters of {target.key!r} are misshapen",
-                got=list(given.shape),
-                expected=shape,
-            )
-        parameters = given.float().reshape(count, -1)
+        parameters = given.reshape(count, -1)
         apart = change_from("orthogonal", parameters.double(), k) - distance(core.reshape(count, k, k).double(), "core")
         if not bool(apart.norm() <= _TOLERANCE * core.double().norm()):  # NaN is not either
             raise ScalesError(
@@ -107,13 +100,12 @@ class TrainedFile:
         given = self.file.beside.get("chosen", {}).get(target.key)
         if given is None:
             return torch.ones(count, k, dtype=torch.bool)
-        fits = tuple(given.shape) == target.scales_shape and bool(((given == 0) | (given == 1)).all())
         chosen = given.reshape(count, -1).bool()
-        if not fits or len(set(chosen.sum(dim=1).tolist())) != 1 or not bool(chosen.any()):
+        if len(counts := set(chosen.sum(dim=1).tolist())) != 1 or 0 in counts:
             raise ScalesError(
                 f"{self._path}: the choice of directions of {target.key!r} is damaged",
-                got=f"{given.dtype} {list(given.shape)}",
-                expected=f"1 for each that is trained, else 0, of shape {list(target.scales_shape)}; as many in each matrix",
+                got=f"{few(sorted(counts))} directions",
+                expected="as many in each matrix, and one at least",
             )
         if not self.is_untouched_outside(target, chosen):
             raise ScalesError(f"{self._path}: directions of {target.key!r} have been changed that are not among those chosen")

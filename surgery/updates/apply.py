@@ -93,11 +93,11 @@ class UpdatedWeights:
         return self._update.change(tensor)
 
     def is_changed(self, tensor: str) -> bool:
-        """Whether any scale of any target in a tensor differs from 1, or anything else is done to it."""
+        """Whether any scales or core of any target in a tensor are not untouched, or anything else is done to it."""
         return self.change(tensor) is not None or any(map(self._update.changes, self.targets(tensor)))
 
     def is_matrix_changed(self, tensor: str, index: int) -> bool:
-        """Whether any scale of one matrix of a stack differs from 1, or anything else is done to it."""
+        """Whether any scales or core of one matrix of a stack are not untouched, or anything else is done to it."""
         change = self.change(tensor)
         return (change is not None and (not change.is_stack or index in change.parts)) or any(
             self._update.scales(target, index) is not None for target in self.targets(tensor)
@@ -188,8 +188,9 @@ class UpdatedWeights:
         result, kept = matrix.updated(device, scales, addition, written.rounding, written.grid(index, target.slice))
         if scales is not None or addition is not None:
             counted.keep(KeptUpdate(target.key, kept))
-            what = f"the scales of {target.key!r} push" if addition is None else f"scales and adapter push {target.key!r}"
-            _check_finite(result, what, scales)
+            own = "core" if scales is not None and scales.ndim == 2 else "scales"
+            what = f"the {own} of {target.key!r} push" + ("es" if own == "core" else "")
+            _check_finite(result, what if addition is None else f"{own} and adapter push {target.key!r}", scales)
         elif matrix.correction is None and not all_finite(result):
             raise WeightError(
                 f"{target.shard}: without its correction {target.key!r} is beyond the range of its dtype",
@@ -248,11 +249,15 @@ def _has_magnitudes(change: TensorChange) -> bool:
     return any(part.magnitude is not None for parts in change.parts.values() for part in parts)
 
 
+def _numbers(scales: torch.Tensor) -> str:
+    return "scales" if scales.ndim == 1 else "numbers in a core"
+
+
 def _check_finite(weight: torch.Tensor, what: str, scales: torch.Tensor | None) -> None:
     if weight.numel() and not all_finite(weight):
         raise ScalesError(
             f"{what} weights beyond the range of {str(weight.dtype).removeprefix('torch.')}",
-            got=None if scales is None else f"scales of up to {scales.abs().max().item():.3g}",
+            got=None if scales is None else f"{_numbers(scales)} of up to {scales.abs().max().item():.3g}",
             hint="the training diverged: take an earlier checkpoint",
         )
 

@@ -59,7 +59,8 @@ class ScalesUpdate:
         return values if bool((values != 1).any()) else None
 
     def changes(self, target: TargetRecord) -> bool:
-        return any(self.scales(target, index) is not None for index in range(target.matrices[0]))
+        values = self.values[target.key].view(target.matrices[0], target.rank, -1)
+        return bool((values != (1 if values.shape[2] == 1 else torch.eye(target.rank))).any())
 
     def change(self, tensor: str) -> TensorChange | None:
         return None

@@ -80,7 +80,7 @@ class StoredMatrix:
 
         Args:
             device: where the arithmetic runs, if it has the memory; it must have float64.
-            scales: multipliers ``g`` of the kept directions, float32 (k,); None for all ones.
+            scales: multipliers ``g`` of the kept directions, float32 (k,), or a core (k, k); None where they are untouched.
             addition: a low-rank matrix (m, n) that is added besides; None for nothing.
             rounding, grid: see ``Written``.
 

@@ -526,11 +526,12 @@ def _metadata(path: Path) -> dict[str, str]:
     return header["__metadata__"]
 
 
-def test_scales_that_overflow_the_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("train", "own"), [("scales", "scales"), ("core", "numbers in a core")])
+def test_scales_that_overflow_the_weights(train: Train, own: str, tmp_path: Path) -> None:
     model = save_llama(tmp_path / "m", torch.float16)
     manifest = surgery.factorize(model, tmp_path / "f", rank=4).manifest
-    scales = {target.tensor: torch.full((4,), 1e6) for target in manifest.targets}
-    with pytest.raises(ScalesError, match="beyond the range of float16"):
+    scales = {target.tensor: torch.full(target.shape_of(train), 1e6) for target in manifest.targets}
+    with pytest.raises(ScalesError, match=rf"beyond the range of float16\n  got: +{own} of up to 1e\+06"):
         surgery.fold(tmp_path / "f", scales, tmp_path / "out")
     assert not (tmp_path / "out/config.json").exists()
 

@@ -287,8 +287,8 @@ KEY = "model.layers.1.self_attn.q_proj.weight"
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        (lambda chosen: chosen[:-1], "is damaged"),
-        (lambda chosen: 2 * chosen, "is damaged"),
+        (lambda chosen: chosen[:-1], "does not fit what it belongs to"),
+        (lambda chosen: 2 * chosen, "is no choice of directions"),
         (lambda chosen: 0 * chosen, "is damaged"),
         (lambda chosen: 1 - chosen, "have been changed that are not among those chosen"),
     ],

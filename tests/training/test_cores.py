@@ -230,14 +230,17 @@ def test_orthogonal_parameters_come_back_exactly(made: Path, tmp_path: Path) -> 
 
 
 KEY = "model.layers.1.self_attn.q_proj.weight"
+#: Parameters of four directions for which I - A has no inverse in floating point.
+SINGULAR = torch.tensor([1e17] * 3 + [0.0] * 11)
 
 
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        (lambda tensors: tensors.update({f"{KEY}.orthogonal": torch.zeros(13)}), "are misshapen"),
-        (lambda tensors: tensors[f"{KEY}.orthogonal"].fill_(float("nan")), "do not amount to its core"),
+        (lambda tensors: tensors.update({f"{KEY}.orthogonal": torch.zeros(13)}), "does not fit what it belongs to"),
+        (lambda tensors: tensors[f"{KEY}.orthogonal"].fill_(float("nan")), "holds NaN or infinity"),
         (lambda tensors: tensors[f"{KEY}.orthogonal"].add_(0.01), "do not amount to its core"),
+        (lambda tensors: tensors[f"{KEY}.orthogonal"].copy_(SINGULAR), "do not amount to its core"),
         (lambda tensors: tensors[KEY].add_(0.01), "do not amount to its core"),
         (lambda tensors: tensors.pop(f"{KEY}.orthogonal"), "has not been trained as an orthogonal one"),
     ],
