@@ -98,8 +98,8 @@ def attach(model: nn.Module, factorized: str | Path, train: Way = "scales") -> S
         path.requires_grad_(True)
     if absent:
         note(
-            f"{len(absent)} of {len(manifest.targets)} targets are not in this model (first: {absent[0].key!r}): their scales "
-            "stay at 1, and fold leaves these weights as they are"
+            f"{len(absent)} of {len(manifest.targets)} targets are not in this model (first: {absent[0].key!r}): they stay "
+            "untouched, and fold leaves these weights as they are"
         )
     homes = {key: (attached[number], i) for key, (number, i) in planned.homes.items()}
     return Scales(model, factorized, manifest, homes, attached, train)

@@ -155,8 +155,8 @@ class Scales:
             keep: how many directions to train of each matrix; where no more are trained, all stay.
 
         Raises:
-            OptionError: no gradients, none but 0, or some that are not finite; ``keep`` is less than 1; the scales are detached,
-                offloaded, sharded or in DistributedDataParallel.
+            OptionError: no gradients, none but 0, or some that are not finite; ``keep`` is less than 1; the scales are
+                detached, offloaded, sharded or in DistributedDataParallel.
 
         Warns:
             SurgeryWarning: the model has residuals.

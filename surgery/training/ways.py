@@ -62,6 +62,7 @@ def _of_orthogonal(parameters: torch.Tensor, k: int) -> torch.Tensor:
     lower = parameters.new_zeros(len(parameters), k * k).index_copy(1, rows * k + columns, skew).view(-1, k, k)
     A = lower - lower.mT
     # I - A is singular only where parameters are so large that I is lost beside them: then E is no number, and no error raised.
+    # A check would wait for the GPU at each matrix.
     E: torch.Tensor = torch.linalg.solve_ex(torch.eye(k, dtype=A.dtype, device=A.device) - A, 2 * A).result
     return (1 + a).unsqueeze(2) * E * (1 + b).unsqueeze(1) + torch.diag_embed(a + b + a * b)
 

@@ -70,7 +70,7 @@ class PeftAdapter:
         held = {one.key for module in adapted.modules for one, _ in module.tensors}
         for target in manifest.targets:
             if target.key not in held and update.changes(target):
-                raise _REFUSAL.of(target.key, "trained scales, and the model that the config names does not have it")
+                raise _REFUSAL.of(target.key, "trained, and not in the model that the config names")
         form = AdapterForm("peft", uniform_rank=True, base=manifest.source.repo_id, revision=manifest.source.commit)
         return cls(folder, manifest, update, in_peft_layout(adapted, form))
 

@@ -18,7 +18,7 @@ from torch.func import functional_call
 import surgery
 from surgery.errors import ScalesError
 from surgery.names import SCALES_METADATA_KEY
-from surgery.training.ways import Way
+from surgery.training.ways import Way, change_from
 from tests.families import FAMILIES
 from tests.models import save_llama, tensors_of
 from tests.training.test_attach import _Odd
@@ -175,6 +175,17 @@ def _attached(made: Path, train: Way, *, changed: bool = False) -> surgery.Scale
 
 def _same(one: surgery.Scales, values: dict[str, torch.Tensor], tolerance: float = 0.0) -> bool:
     return all((one.values()[key] - value).abs().max() <= tolerance for key, value in values.items())
+
+
+def test_orthogonal_cores_of_a_training_that_diverges_are_not_finite() -> None:
+    """I - A with equal numbers beside which 1 is nothing has a pivot of 0: no error from within a step, but NaN."""
+    parameters = torch.stack([torch.full((9,), 0.1), torch.full((9,), 2.0**40)]).requires_grad_()
+    change = change_from("orthogonal", parameters, 3)
+    change.sum().backward()
+    assert parameters.grad is not None
+    for found in (change, parameters.grad):
+        assert found[0].isfinite().all()
+        assert found[1].isnan().all()
 
 
 def test_scales_are_taken_as_cores_and_back(made: Path, tmp_path: Path) -> None:

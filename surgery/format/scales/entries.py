@@ -63,7 +63,14 @@ def entries_of(
         elif entry.dtype in _DTYPES:
             entries.append(entry)
         else:
-            raise ScalesError(f"{path}: {entry.name!r} has a dtype that scales cannot have", got=entry.dtype, expected="F32")
+            raise ScalesError(
+                f"{path}: {entry.name!r} has a dtype that scales cannot have",
+                got=entry.dtype,
+                expected="F32",
+                hint="what a training keeps for itself is passed over where the metadata lists it, as scales.save writes it"
+                if kind in BESIDE
+                else None,
+            )
     if not entries:
         raise ScalesError(f"{path} holds no scales")
     if others:
