@@ -147,7 +147,7 @@ def test_a_certificate_that_does_not_hold(llama: Path, tmp_path: Path) -> None:
     assert failed == {"certificate", "sha256 of U, s, V"}
 
 
-@pytest.mark.filterwarnings("ignore:.*metadata is missing")
+@pytest.mark.filterwarnings("ignore:.*metadata has no fingerprint")
 @pytest.mark.parametrize("name", TAMPERING)
 def test_tampering_is_named(name: str, folder: Path) -> None:
     tamper, check = TAMPERING[name]
