@@ -101,7 +101,7 @@ def add_control(model: Any, factorized: Path, control: str, train: Train, seed: 
     make = CONTROLS[control]
     generator = torch.Generator().manual_seed(seed)
     ranks = {name: len(s) for name, (_, s, _) in kept(factorized).items()}
-    return add(model, {name: make(model.get_parameter(name), k, generator) for name, k in ranks.items()}, train)
+    return add(model, {name: make(model.get_parameter(name).detach(), k, generator) for name, k in ranks.items()}, train)
 
 
 @torch.no_grad()
