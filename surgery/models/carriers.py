@@ -306,7 +306,7 @@ def terms_of(
             if region.transposed:
                 left, right = right, left
             left, right = _placed(left, region.rows, rows), _placed(right, region.columns, columns)
-            yield carrier, Term(index * target.rank, matrix, left, right)
+            yield carrier, Term(index * target.rank, matrix, left, right, region.transposed)
 
 
 @dataclass(frozen=True, slots=True)

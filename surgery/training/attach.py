@@ -1,4 +1,4 @@
-"""Put the scales of a factorized checkpoint into a loaded model as its only trainable parameters."""
+"""Put the scales of a factorized checkpoint, or cores, into a loaded model as its only trainable parameters."""
 
 from __future__ import annotations
 
@@ -23,11 +23,17 @@ from surgery.training.attached_path import AttachedPath
 from surgery.training.attached_scales import Scales
 from surgery.training.lowrank import LowRankPath
 from surgery.training.planned_paths import PlannedPaths
+from surgery.training.ways import Way
 
 
 @on_its_own_terms
-def attach(model: nn.Module, factorized: str | Path) -> Scales:
+def attach(model: nn.Module, factorized: str | Path, train: Way = "scales") -> Scales:
     """Freeze a model and make the scales of a factorized checkpoint its only trainable parameters.
+
+    Instead of a multiplier for each kept direction a core can be trained, which also turns the directions:
+    ``W + U diag(sqrt s) (C - I) diag(sqrt s) V^T``, with C (k, k) free (``core``; LoRA-XS, arXiv 2405.17604), or
+    ``diag(1 + a) Q diag(1 + b)`` with Q orthogonal (``orthogonal``; PSOFT, arXiv 2505.11235), which is Cayley's transform of
+    a skew matrix.
 
     The model may have been loaded from the original weights or from the factorized folder (residual layout); which, is
     told by the bytes of its weights, target by target. A weight that is quantized in memory is told by what its layer
@@ -42,9 +48,10 @@ def attach(model: nn.Module, factorized: str | Path) -> Scales:
     Args:
         model: in the dtype of the checkpoint or a wider one, or quantized, on any device or several. Not yet sharded.
         factorized: a folder written by ``surgery.factorize``.
+        train: ``scales``, ``core`` or ``orthogonal``.
 
     Returns:
-        The scales, all 1, to be trained, saved and taken out again.
+        The scales, all 1, or cores, all the identity, to be trained, saved and taken out again.
 
     Raises:
         SourceError: the model's weights are neither the original nor the residual.
@@ -73,7 +80,7 @@ def attach(model: nn.Module, factorized: str | Path) -> Scales:
             hint="load the model without key_mapping, and adapt this weight by nothing but a plain LoRA; or --exclude it",
         )
     carriers = carriers_of(bare, {place.parameter for found in places.values() for place in found})
-    planned = PlannedPaths(carriers, _activations(bare))
+    planned = PlannedPaths(carriers, _activations(bare), train)
     for shard in manifest.shards:
         if shard.factors is not None:
             with FactorsReader(factorized, shard) as reader:
@@ -95,7 +102,7 @@ def attach(model: nn.Module, factorized: str | Path) -> Scales:
             "stay at 1, and fold leaves these weights as they are"
         )
     homes = {key: (attached[number], i) for key, (number, i) in planned.homes.items()}
-    return Scales(model, factorized, manifest, homes, attached)
+    return Scales(model, factorized, manifest, homes, attached, train)
 
 
 def _check_suitable(model: Any, bare: Any) -> None:

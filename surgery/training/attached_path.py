@@ -7,7 +7,8 @@ from typing import Any
 
 from surgery.models.carriers import Layer
 from surgery.names import ATTACHED_NAME
-from surgery.training.lowrank import Adding, LowRankPath, Shadow
+from surgery.training.lowrank import Adding, LowRankPath
+from surgery.training.lowrank_weight import Shadow
 
 
 class AttachedPath:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,20 @@ from torch import nn
 
 from surgery.arguments import as_path
 from surgery.device import on_its_own_terms
-from surgery.errors import OptionError
+from surgery.errors import OptionError, ScalesError
 from surgery.format.manifest import Manifest
-from surgery.format.scales.reading import read_scales
-from surgery.format.scales.writing import write_scales
+from surgery.format.scales.reading import read_trained
+from surgery.format.scales.writing import distance, write_scales
 from surgery.models.carriers import is_sharded
 from surgery.progress import note
 from surgery.training.attached_path import AttachedPath
+from surgery.training.choice import check_alone, leading, replace_data, summed_gradients
+from surgery.training.loaded import chosen_in, is_untouched_outside, parameters_for, values_for
+from surgery.training.ways import Way, change_from, numbers_of_way, restricted, saved_as, spread_out, values_from
 
 
 class Scales:
-    """The scales attached to a model; made by ``attach``."""
+    """The scales, or cores, attached to a model; made by ``attach``."""
 
     def __init__(
         self,
@@ -32,14 +35,24 @@ class Scales:
         manifest: Manifest,
         homes: dict[str, tuple[AttachedPath, int]],
         attached: list[AttachedPath],
+        way: Way,
     ) -> None:
         self._model = model
         self._folder = folder
         self._manifest = manifest
         self._homes = homes
         self._attached = attached
-        #: ``g`` of the targets that the model does not have.
-        self._absent = {t.key: torch.ones(t.scales_shape, dtype=torch.float32) for t in manifest.targets if t.key not in homes}
+        self._way: Way = way
+        self._targets = {target.key: target for target in manifest.targets}
+        #: Directions that are trained, (B, k) on the CPU, of each target in the model; None before any are chosen.
+        self._masks: dict[str, torch.Tensor] | None = None
+        #: Scales or cores of the targets that the model does not have, and what a file had beside them.
+        self._absent = {
+            key: values_from(way, torch.zeros(target.shape_of(saved_as(way)), dtype=torch.float32))
+            for key, target in self._targets.items()
+            if key not in homes
+        }
+        self._absent_beside: dict[str, dict[str, torch.Tensor]] = {}
 
     def __repr__(self) -> str:
         """How many targets and numbers, of which folder, where they are, and whether they have been changed."""
@@ -48,6 +61,8 @@ class Scales:
         parts = [
             f"{there} targets" + (f" of {every}" if there < every else ""),
             f"{sum(delta.numel() for delta in deltas):,} trainable",
+            *([f"train={self._way!r}"] if self._way != "scales" else []),
+            *(["chosen"] if self._masks is not None else []),
             repr(str(self._folder)),
             ", ".join(sorted({str(delta.device) for delta in deltas})),
             _state(deltas),
@@ -55,6 +70,21 @@ class Scales:
         if not self._attached:
             parts.append("detached")
         return f"Scales({', '.join(parts)})"
+
+    @property
+    def train(self) -> Way:
+        """What is trained: ``scales``, ``core`` or ``orthogonal``."""
+        return self._way
+
+    @property
+    def chosen(self) -> dict[str, torch.Tensor] | None:
+        """Key of each target in the model -> which of its directions are trained, bool (k,), or (B, k) for a stack, on the CPU.
+
+        None before ``choose``.
+        """
+        if self._masks is None:
+            return None
+        return {key: mask.view(self._targets[key].scales_shape).clone() for key, mask in self._masks.items()}
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters of the model are trained, and how many it has, as PEFT does.
@@ -69,7 +99,10 @@ class Scales:
         print(f"trainable params: {trainable:,d} || all params: {every:,d} || trainable%: {100 * trainable / every:.4f}")
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """What to hand to an optimizer: ``g - 1`` of each target in the model, float32 (B k,). Use no weight decay.
+        """What to hand to an optimizer: for each target in the model one parameter, float32, flat, 0 when untouched.
+
+        These are ``g - 1`` (B k,) of scales, ``C - I`` (B k k,) of cores, and (B (k (k - 1) / 2 + 2 k),) of orthogonal ones:
+        of each matrix A below its diagonal, row by row, a and b. Use no weight decay.
 
         Raises:
             OptionError: they have been offloaded, where nothing can train them.
@@ -77,20 +110,105 @@ class Scales:
         return iter([_trainable(home.path.delta(i)) for home, i in self._homes.values()])
 
     def values(self) -> dict[str, torch.Tensor]:
-        """Key of a target -> ``g``, float32 (k,), or (B, k) for a stack, on the CPU.
+        """Key of a target -> ``g``, float32 (k,), or (B, k) for a stack; or its core ``C``, (k, k) or (B, k, k). On the CPU.
 
-        Of a target that the model does not have: 1, or what was last loaded. Where they are sharded over processes, all of
-        these must ask together.
+        Of a target that the model does not have: untouched, or what was last loaded. Where they are sharded over processes,
+        all of these must ask together.
         """
-        shapes = {target.key: target.scales_shape for target in self._manifest.targets}
-        values = {key: 1 + _whole(home.path.delta(i), shapes[key]) for key, (home, i) in self._homes.items()}
+        values = {key: self._values_of(key, self._whole(key)) for key in self._homes}
         return values | {key: value.clone() for key, value in self._absent.items()}
+
+    def _whole(self, key: str) -> torch.Tensor:
+        """The parameters of all directions of a target, (B, numbers), on the CPU; gathered if they are sharded."""
+        home, i = self._homes[key]
+        target = self._targets[key]
+        count, k = target.matrices[0], target.rank
+        mask = None if self._masks is None else self._masks[key]
+        trained = k if mask is None else int(mask[0].sum())
+        parameters = _gathered(home.path.delta(i), (count, numbers_of_way(self._way, trained)))
+        return parameters if mask is None else spread_out(self._way, parameters, k, _positions(mask))
+
+    def _values_of(self, key: str, parameters: torch.Tensor) -> torch.Tensor:
+        """The scales or core that the parameters (B, numbers) of a target amount to, float32."""
+        target = self._targets[key]
+        if self._way == "orthogonal":
+            parameters = parameters.double()
+        change = change_from(self._way, parameters, target.rank).reshape(target.shape_of(saved_as(self._way)))
+        return values_from(self._way, change).float()
+
+    @property
+    def _noun(self) -> str:
+        return "scales" if self._way == "scales" else "cores"
+
+    @on_its_own_terms
+    def choose(self, keep: int = 16) -> None:
+        """Go on with those directions of each matrix that the loss depends on most; the others are untouched from here on.
+
+        By the gradients that backward passes have left in ``parameters()``: of scales their magnitude, of a core the norm of
+        the row and the column of a direction, of orthogonal parameters the norm of those that a direction has a part in. In a
+        run of several processes they are added up over these.
+
+        The parameters remain the same objects and become smaller, without gradients: an optimizer that has not made a step
+        stays valid. Directions that are not chosen leave the computation, as if the weights had been factorized without
+        them; where a weight of the model is a residual, which lacks them, they stay in it.
+
+        Args:
+            keep: how many directions to train of each matrix; where no more are trained, all stay.
+
+        Raises:
+            OptionError: no gradients, or some that are not finite; ``keep`` is less than 1; the scales are detached,
+                offloaded, sharded or in DistributedDataParallel.
+
+        Warns:
+            SurgeryWarning: the model has residuals.
+        """
+        if keep < 1:
+            raise OptionError("at least one direction must be trained", got=f"keep {keep}", expected="1 or more")
+        if not self._attached:
+            raise OptionError(f"the {self._noun} are detached", hint="choose before detach")
+        deltas = list(self.parameters())
+        check_alone(deltas)
+        kept = {}
+        for key, gradient in zip(self._homes, summed_gradients(deltas), strict=True):
+            k = self._trained(key)
+            kept[key] = leading(self._way, gradient.view(self._targets[key].matrices[0], -1), k, keep)
+        if self._restrict(kept):
+            note(
+                "weights of the model are residuals, which lack the directions that are not chosen: these stay in the "
+                "computation; with the original model loaded they would take neither memory nor time"
+            )
+
+    def _trained(self, key: str) -> int:
+        """How many directions are trained of each matrix of a target."""
+        return self._targets[key].rank if self._masks is None else int(self._masks[key][0].sum())
+
+    def _restrict(self, kept: Mapping[str, torch.Tensor]) -> bool:
+        """Train some of the directions that are trained, (B, k') int64; return whether residuals need the others."""
+        deltas = {key: home.path.delta(i) for key, (home, i) in self._homes.items()}
+        keys = {id(delta): key for key, delta in deltas.items()}
+        lacking = False
+        for attached in self._attached:
+            lacking |= attached.path.restrict([kept[keys[id(delta)]] for delta in attached.path.deltas()])
+        masks = {}
+        for key, at in kept.items():
+            delta, k = deltas[key], self._trained(key)
+            data = restricted(self._way, delta.data.view(len(at), -1), k, at.to(delta.device))
+            replace_data(delta, data.flatten())
+            before = (
+                torch.arange(self._targets[key].rank).expand(len(at), -1)
+                if self._masks is None
+                else _positions(self._masks[key])
+            )
+            masks[key] = torch.zeros(len(at), self._targets[key].rank, dtype=torch.bool).scatter_(1, before.gather(1, at), True)
+        self._masks = masks
+        return lacking
 
     @on_its_own_terms
     def save(self, path: str | Path) -> None:
-        """Write the scales file that ``surgery fold`` takes.
+        """Write the scales file that ``surgery fold`` takes: with ``scales`` multipliers, else cores.
 
-        In a distributed run all processes must call it, and the first one writes.
+        With which directions are chosen, and the parameters of orthogonal cores. In a distributed run all processes must call
+        it, and the first one writes.
 
         Args:
             path: of the file, replaced if it is there.
@@ -107,45 +225,78 @@ class Scales:
         unused = sorted(key for key, (_, every) in used.items() if not every)
         if unused and any(some for some, _ in used.values()):
             note(
-                f"the scales of {unused[0]!r} and of {len(unused) - 1} other targets were never used, or not by all layers "
-                "that share the weight: the model does not run these, or reads their weights in a way that is not known here"
+                f"the {self._noun} of {unused[0]!r} and of {len(unused) - 1} other targets were never used, or not by all "
+                "layers that share the weight: the model does not run these, or reads their weights in an unknown way"
             )
         if frozen := [key for key, (home, i) in self._homes.items() if not home.path.delta(i).requires_grad]:
             note(
-                f"the scales of {frozen[0]!r} and of {len(frozen) - 1} other targets are frozen: what freezes a model, such as "
-                "PEFT's get_peft_model, comes before attach"
+                f"the {self._noun} of {frozen[0]!r} and of {len(frozen) - 1} other targets are frozen: what freezes a model, "
+                "such as PEFT's get_peft_model, comes before attach"
             )
-        values = self.values()
+        parameters = {key: self._whole(key) for key in self._homes}
+        values = {key: self._values_of(key, value) for key, value in parameters.items()} | self._absent
+        beside = {kind: dict(tensors) for kind, tensors in self._absent_beside.items()}
+        if (chosen := self.chosen) is not None:
+            beside.setdefault("chosen", {}).update({key: mask.to(torch.uint8) for key, mask in chosen.items()})
+        if self._way == "orthogonal":
+            shaped = {key: value if len(self._targets[key].scales_shape) > 1 else value[0] for key, value in parameters.items()}
+            beside.setdefault("orthogonal", {}).update(shaped)
         if not (torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank() > 0):
-            write_scales(path, values, self._manifest.fingerprint)
+            write_scales(path, values, self._manifest.fingerprint, saved_as(self._way), beside)
 
     @on_its_own_terms
     def load(self, path: str | Path) -> None:
         """Take the values of a scales file.
 
-        Those of targets that the model does not have are kept for ``values`` and ``save``.
+        Scales are taken as the cores that they amount to, and cores that only scale as scales. A choice of directions is
+        taken over with them. Those of targets that the model does not have are kept for ``values`` and ``save``.
 
         Args:
             path: of the file, written with the same factorized folder.
 
         Raises:
-            ScalesError: no such file, or scales of other factors, or not finite.
+            ScalesError: no such file, or scales of other factors, or not finite; cores that this way to train does not have;
+                or they have been changed in directions that are not among those chosen here.
             ReadError, FormatError: it cannot be read, or is no safetensors file.
-            OptionError: no path; or the scales have been offloaded.
+            OptionError: no path; or the scales have been offloaded; or directions are chosen in the file, and the model is
+                distributed over processes already.
 
         Warns:
             SurgeryWarning: see ``surgery.format.scales.reading.read_scales``.
         """
-        values = read_scales(Path(path), self._manifest)
-        self._absent = {key: values[key] for key in self._absent}
+        file = read_trained(Path(path), self._manifest)
+        parameters = {key: parameters_for(file, self._targets[key], self._way) for key in self._homes}
+        masks = {key: chosen_in(file, self._targets[key]) for key in self._homes}
+        absent = {key: values_for(file, self._targets[key], self._way) for key in self._absent}
+        deltas = {key: _trainable(home.path.delta(i)) for key, (home, i) in self._homes.items()}
+        if self._masks is not None:
+            for key, mask in self._masks.items():
+                if not is_untouched_outside(distance(file.values[key], file.train), mask):
+                    raise ScalesError(
+                        f"{path}: directions of {key!r} have been changed that are not among those chosen here",
+                        hint="attach anew, and load the file before any are chosen",
+                    )
+        elif "chosen" in file.beside:
+            if not all(bool(mask.all()) for mask in masks.values()):
+                check_alone(list(deltas.values()))
+                self._restrict({key: _positions(mask) for key, mask in masks.items()})
+            else:
+                self._masks = masks
+        self._absent = absent
+        self._absent_beside = {
+            kind: {key: value for key, value in tensors.items() if key in absent} for kind, tensors in file.beside.items()
+        }
         with torch.no_grad():
-            for key, (home, i) in self._homes.items():
-                delta: Any = _trainable(home.path.delta(i))
-                value = values[key].flatten() - 1
+            for key, delta in deltas.items():
+                value: Any = parameters[key]
+                if self._masks is not None:
+                    value = restricted(self._way, value, self._targets[key].rank, _positions(self._masks[key]))
+                value = value.flatten()
                 if is_sharded(delta):
                     from torch.distributed.tensor import distribute_tensor
 
-                    value = distribute_tensor(value.to(delta.device), delta.device_mesh, delta.placements)
+                    sharded: Any = delta
+                    value = distribute_tensor(value.to(delta.device), sharded.device_mesh, sharded.placements)
                 delta.copy_(value)
 
     @contextmanager
@@ -207,7 +358,7 @@ def _trainable(delta: nn.Parameter) -> nn.Parameter:
     return delta
 
 
-def _whole(delta: nn.Parameter, shape: tuple[int, ...]) -> torch.Tensor:
+def _gathered(delta: nn.Parameter, shape: tuple[int, int]) -> torch.Tensor:
     """A parameter's values on the CPU, gathered if it is sharded over processes."""
     value: Any = _trainable(delta).detach()
     gathered: torch.Tensor = value.full_tensor() if is_sharded(value) else value
@@ -215,7 +366,12 @@ def _whole(delta: nn.Parameter, shape: tuple[int, ...]) -> torch.Tensor:
         raise OptionError(
             "the scales have been taken over by a trainer in a way that is not known here",
             got=list(gathered.shape),
-            expected=list(shape),
+            expected=[math.prod(shape)],
             hint="shard with DistributedDataParallel or FSDP2 (fully_shard)",
         )
     return gathered.float().cpu().reshape(shape)
+
+
+def _positions(mask: torch.Tensor) -> torch.Tensor:
+    """The places (B, k') of what is true in a mask (B, k), as many in each row; ascending."""
+    return mask.nonzero()[:, 1].view(len(mask), -1)

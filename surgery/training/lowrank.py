@@ -1,13 +1,16 @@
-"""The trainable part of an attached model: the low-rank path beside each weight that has scales.
+"""The trainable part of an attached model: the low-rank path beside each weight that has scales or cores.
 
-Where a layer is linear, its output gets ``((x V) c) U^T`` added to it, with a coefficient for each direction, so that a
-step keeps rank-k activations and nothing of the size of the weight. A weight that its module uses in another way, such
-as stacked experts, is replaced during the module's forward by an object that does the same inside matrix products.
+Where a layer is linear, its output gets ``((x V) M^T) U^T`` added to it, with M a coefficient for each direction or a small
+matrix, so that a step keeps rank-k activations and nothing of the size of the weight. A weight that its module uses in another
+way, such as stacked experts, is replaced during the module's forward by an object that does the same inside matrix products
+(``surgery.training.lowrank_weight``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Self
 
 import torch
@@ -15,64 +18,101 @@ from torch import nn
 from torch.nn import functional
 
 from surgery.models.terms import Term
+from surgery.training.inner import Diagonal, Full, Inner, convolved
+from surgery.training.ways import Way, change_from, spread_out
 
 #: Columns of the factors of a stack come in multiples of this: grouped products want rows of 16 bytes.
 _ALIGNMENT = 8
 
 
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A target in a path.
+
+    Attributes:
+        delta: what is trained of it, float32, flat, 0 when untouched (``surgery.training.ways``); shared with the paths of
+            other parameters that the target lies in.
+        s: singular values of each of its matrices, float32 (B, k).
+        offset: 0 where the parameter holds the original weight, 1 where it holds the residual.
+        terms: its directions in the coordinates of the parameter.
+    """
+
+    delta: nn.Parameter
+    s: torch.Tensor
+    offset: int
+    terms: Sequence[Term]
+
+
 class LowRankPath(nn.Module):
-    """``left diag(s (delta + offset)) right^T`` for a parameter, from all targets that lie in it.
+    """``left M right^T`` for a parameter, from all targets that lie in it: for each of these U and V, in columns, and between
+    them ``diag(s (g - 1 + offset))``, or ``sqrt(s s^T) (C - I + offset I)``.
 
     Args:
-        deltas: ``g - 1`` of each target, float32, flat; shared with the paths of other parameters that it lies in.
-        singular_values: float32, of each target, shaped like its delta.
-        offsets: of each target: 0 where the parameter holds the original weight, 1 where it holds the residual.
-        terms: of each target.
+        way: what is trained.
+        entries: the targets.
         count: matrices of the parameter; None if it is no stack.
         like: gives dtype and device.
 
     Attributes:
         untouched: whether it computes as with deltas of 0, whatever they are.
+        left, right: (rows, K) and (columns, K), or (B, ...) for a stack; zero where a matrix has fewer columns than others.
+        roots: float32: for scales s of all targets, flat; for cores ``sqrt(s s^T)``, (N, k, k) for all N matrices of the
+            targets, k being the largest rank.
+        offsets: float32, for scales of each of them, for cores (N, 1, 1).
+        order: for scales which one each column takes; for cores (B, T), which one each block of k columns takes. What is not
+            there is one more than the last. None if all are in order.
+        turned: bool (B, T, 1, 1), the blocks in which a core is transposed; None if it is in none.
     """
 
     left: torch.Tensor
     right: torch.Tensor
-    singular_values: torch.Tensor
+    roots: torch.Tensor
     offsets: torch.Tensor
     order: torch.Tensor | None
+    turned: torch.Tensor | None
 
-    def __init__(
-        self,
-        deltas: Sequence[nn.Parameter],
-        singular_values: Sequence[torch.Tensor],
-        offsets: Sequence[int],
-        terms: Sequence[Sequence[Term]],
-        count: int | None,
-        like: torch.Tensor,
-    ) -> None:
+    def __init__(self, way: Way, entries: Sequence[Entry], count: int | None, like: torch.Tensor) -> None:
         super().__init__()
         self.untouched = False
-        self._count = len(deltas)
-        for i, delta in enumerate(deltas):
-            self.register_parameter(f"delta_{i}", delta)
-        spread = [torch.full_like(s, offset) for s, offset in zip(singular_values, offsets, strict=True)]
-        self._keep("singular_values", torch.cat(list(singular_values)).to(like.device))
-        self._keep("offsets", torch.cat(spread).to(like.device))
-        left, right, order = _side_by_side(terms, [len(s) for s in singular_values], count)
-        self._keep("left", left.to(like))
-        self._keep("right", right.to(like))
-        self._keep("order", None if order is None else order.to(like.device))
+        self._way = way
+        self._offsets = [entry.offset for entry in entries]
+        self._is_stack = count is not None
+        for i, entry in enumerate(entries):
+            self.register_parameter(f"delta_{i}", entry.delta)
+            self._keep(f"trained_{i}", None)
+        members = [
+            [(i, term) for i, entry in enumerate(entries) for term in entry.terms if term.matrix == m]
+            for m in range(count or 1)
+        ]
+        ranks = [entry.s.shape[1] for entry in entries]
+        #: For each matrix of the parameter its blocks of columns: target, matrix of the target, whether transposed.
+        self._blocks = [[(i, term.first // ranks[i], term.transposed) for i, term in terms] for terms in members]
+        self._arrange([entry.s.to(like.device) for entry in entries])
+        starts, width = self._columns()
+        factors = []
+        for side in ("left", "right"):
+            some = getattr(entries[0].terms[0], side)
+            whole = some.new_zeros(len(members), len(some), width)
+            for m, terms in enumerate(members):
+                for (i, term), start in zip(terms, starts[m], strict=True):
+                    whole[m, :, start : start + ranks[i]] = getattr(term, side)
+            factors.append((whole if self._is_stack else whole[0]).to(like))
+        self._keep("left", factors[0])
+        self._keep("right", factors[1])
 
     def _keep(self, name: str, value: torch.Tensor | None) -> None:
         self.register_buffer(name, value, persistent=False)
 
     def delta(self, i: int) -> nn.Parameter:
-        """The parameter ``g - 1`` of target i. Looked up each time: a trainer may have replaced the object."""
+        """What is trained of target i. Looked up each time: a trainer may have replaced the object."""
         return self.get_parameter(f"delta_{i}")
 
+    def deltas(self) -> list[nn.Parameter]:
+        return [self.delta(i) for i in range(len(self._offsets))]
+
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """Move or cast as ``nn.Module`` does, but keep the coefficients in float32: half precision is too coarse for g - 1."""
-        kept = [*(f"delta_{i}" for i in range(self._count)), "singular_values", "offsets"]
+        """Move or cast as ``nn.Module`` does, but keep what is trained in float32: half precision is too coarse for g - 1."""
+        kept = [*(f"delta_{i}" for i in range(len(self._offsets))), "roots", "offsets"]
         before = {name: getattr(self, name).data for name in kept}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, value in before.items():
@@ -81,52 +121,164 @@ class LowRankPath(nn.Module):
                 tensor.data = value.to(tensor.device)
         return self
 
-    def coefficients(self) -> torch.Tensor:
-        """float32 (k,), or (B, k) for a stack."""
-        if self.untouched:
-            values = self.singular_values * self.offsets
+    def _arrange(self, s: Sequence[torch.Tensor]) -> None:
+        """Make the buffers that say what is between the factors, of the singular values (B, k) that are computed with."""
+        self._shapes = [tuple(values.shape) for values in s]
+        firsts = [0, *accumulate(count for count, _ in self._shapes)]
+        device, s = s[0].device, [values.cpu() for values in s]
+        turned = None
+        if self._way == "scales":
+            roots = torch.cat([values.flatten() for values in s])
+            offsets = torch.cat([torch.full_like(v, offset).flatten() for v, offset in zip(s, self._offsets, strict=True)])
+            order = self._order_of_columns(len(roots))
         else:
-            deltas: list[torch.Tensor] = [self.delta(i) for i in range(self._count)]
-            values = self.singular_values * ((deltas[0] if len(deltas) == 1 else torch.cat(deltas)) + self.offsets)
+            k = self._block_size()
+            # The root of the product in float64: on the diagonal it is s itself.
+            wide = torch.cat([functional.pad(values.double(), (0, k - values.shape[1])) for values in s])
+            roots = (wide.unsqueeze(2) * wide.unsqueeze(1)).sqrt().float()
+            offsets = torch.cat([v.new_full((len(v), 1, 1), offset) for offset, v in zip(self._offsets, s, strict=True)])
+            most = max(map(len, self._blocks))
+            order = torch.full((len(self._blocks), most), len(roots))
+            turned = torch.zeros(len(self._blocks), most, dtype=torch.bool)
+            for m, blocks in enumerate(self._blocks):
+                for t, (i, index, transposed) in enumerate(blocks):
+                    order[m, t], turned[m, t] = firsts[i] + index, transposed
+            turned = turned[:, :, None, None] if bool(turned.any()) else None
+            order = None if torch.equal(order.flatten(), torch.arange(len(roots))) else order
+        for name, value in (("roots", roots), ("offsets", offsets), ("order", order), ("turned", turned)):
+            self._keep(name, None if value is None else value.to(device))
+
+    def _order_of_columns(self, total: int) -> torch.Tensor | None:
+        """Which scale each column takes, see ``order``."""
+        starts, width = self._columns()
+        firsts = [0, *accumulate(count * k for count, k in self._shapes)]
+        order = torch.full((len(self._blocks), width), total)
+        for m, blocks in enumerate(self._blocks):
+            for (i, index, _), start in zip(blocks, starts[m], strict=True):
+                k = self._shapes[i][1]
+                first = firsts[i] + index * k
+                order[m, start : start + k] = torch.arange(first, first + k)
+        if self._is_stack:
+            return order
+        return None if torch.equal(order[0], torch.arange(total)) else order[0]
+
+    def _block_size(self) -> int:
+        """How many columns each block of a core has."""
+        k = max(k for _, k in self._shapes)
+        return -(-k // _ALIGNMENT) * _ALIGNMENT if self._is_stack else k
+
+    def _columns(self) -> tuple[list[list[int]], int]:
+        """The first column of each block of each matrix, and the number of columns."""
+        if self._way != "scales":
+            k = self._block_size()
+            return [[t * k for t in range(len(blocks))] for blocks in self._blocks], k * max(map(len, self._blocks))
+        ends = [[0, *accumulate(self._shapes[i][1] for i, _, _ in blocks)] for blocks in self._blocks]
+        width = max(end[-1] for end in ends)
+        return [end[:-1] for end in ends], -(-width // _ALIGNMENT) * _ALIGNMENT if self._is_stack else width
+
+    def restrict(self, kept: Sequence[torch.Tensor]) -> bool:
+        """Go on with some of the directions. What is trained must be cut to them (``ways.restricted``) by the caller.
+
+        Directions that the residual lacks stay in the computation, untouched; others leave it, and the factors shrink.
+
+        Args:
+            kept: for each target (B, k') int64, which of those directions that are trained, ascending.
+
+        Returns:
+            Whether any stay that are not trained.
+        """
+        lacking = False
+        s = self._singular_values()
+        columns = []
+        for i, at in enumerate(kept):
+            at = at.to(self.roots.device)
+            if self._offsets[i]:
+                before = getattr(self, f"trained_{i}")
+                self._keep(f"trained_{i}", at if before is None else before.gather(1, at))
+                lacking |= at.shape[1] < s[i].shape[1]
+                at = torch.arange(s[i].shape[1], device=at.device).expand(len(at), -1)
+            s[i] = s[i].gather(1, at)
+            columns.append(at.cpu())
+        before, width = self._columns()
+        self._arrange(s)
+        after, new_width = self._columns()
+        taken = torch.full((len(self._blocks), new_width), width)
+        for m, blocks in enumerate(self._blocks):
+            for (i, index, _), old, new in zip(blocks, before[m], after[m], strict=True):
+                at = columns[i][index]
+                taken[m, new : new + len(at)] = old + at
+        taken = taken.to(self.left.device)
+        for side in ("left", "right"):
+            padded = functional.pad(getattr(self, side), (0, 1))
+            if self._is_stack:
+                self._keep(side, padded.gather(2, taken.unsqueeze(1).expand(-1, padded.shape[1], -1)))
+            else:
+                self._keep(side, padded[:, taken[0]])
+        return lacking
+
+    def _singular_values(self) -> list[torch.Tensor]:
+        """(B, k) of each target, those that are computed with."""
+        if self._way == "scales":
+            flat = torch.split(self.roots, [count * k for count, k in self._shapes])
+            return [values.view(shape) for values, shape in zip(flat, self._shapes, strict=True)]
+        wide = torch.split(self.roots.diagonal(dim1=1, dim2=2), [count for count, _ in self._shapes])
+        return [values[:, :k] for values, (_, k) in zip(wide, self._shapes, strict=True)]
+
+    def inner(self) -> Inner:
+        """M, float32: what is between the factors."""
+        return self._diagonal() if self._way == "scales" else self._full()
+
+    def _diagonal(self) -> Diagonal:
+        if self.untouched:
+            values = self.roots * self.offsets
+        else:
+            deltas = self._spread()
+            values = self.roots * ((deltas[0] if len(deltas) == 1 else torch.cat(deltas)) + self.offsets)
         if self.order is None:
-            return values
-        return functional.pad(values, (0, 1))[self.order]  # padding is taken from behind the last
+            return Diagonal(values)
+        return Diagonal(functional.pad(values, (0, 1))[self.order])  # padding is taken from behind the last
+
+    def _full(self) -> Full:
+        k = self.roots.shape[-1]
+        blocks = self.offsets * torch.eye(k, dtype=self.roots.dtype, device=self.roots.device)
+        if not self.untouched:
+            blocks = self._changes(k) + blocks
+        blocks = self.roots * blocks
+        count = len(self._blocks)
+        blocks = blocks.view(count, -1, k, k) if self.order is None else functional.pad(blocks, (0, 0, 0, 0, 0, 1))[self.order]
+        if self.turned is not None:
+            blocks = torch.where(self.turned, blocks.mT, blocks)
+        wide = blocks.shape[1] * k
+        if blocks.shape[1] > 1:  # along the diagonal of one matrix
+            blocks = torch.diag_embed(blocks.movedim(1, 3)).permute(0, 3, 1, 4, 2)
+        values = blocks.reshape(count, wide, wide)
+        return Full(values if self._is_stack else values[0])
+
+    def _changes(self, k: int) -> torch.Tensor:
+        """``C - I`` of all matrices of all targets (N, k, k), zero outside their ranks."""
+        deltas = [delta.view(count, -1) for delta, (count, _) in zip(self._spread(), self._shapes, strict=True)]
+        ranks = [rank for _, rank in self._shapes]
+        if len(set(ranks)) == 1:  # one computation for all
+            deltas, ranks = [torch.cat(deltas)] if len(deltas) > 1 else deltas, ranks[:1]
+        changes = [change_from(self._way, delta, rank) for delta, rank in zip(deltas, ranks, strict=True)]
+        padded = [functional.pad(change, (0, k - rank, 0, k - rank)) for change, rank in zip(changes, ranks, strict=True)]
+        return padded[0] if len(padded) == 1 else torch.cat(padded)
+
+    def _spread(self) -> list[torch.Tensor]:
+        """The deltas, flat, of all directions that are computed with: 0 for those that are not trained any more."""
+        deltas: list[torch.Tensor] = []
+        for i, (count, k) in enumerate(self._shapes):
+            delta: torch.Tensor = self.delta(i)
+            if (trained := getattr(self, f"trained_{i}")) is not None:
+                delta = spread_out(self._way, delta.view(count, -1), k, trained).flatten()
+            deltas.append(delta)
+        return deltas
 
     def forward(self, x: torch.Tensor, apply: Callable[..., Any], owner: Any) -> Any:
-        """``apply(x, left, right, coefficients, owner)``, all in the dtype of x and on the device of the path."""
+        """``apply(x, left, right, inner, owner)``, all in the dtype of x and on the device of the path."""
         x = x.to(self.left.device)
         kind = self.left.dtype if torch.is_autocast_enabled(x.device.type) or not x.is_floating_point() else x.dtype
-        return apply(x, self.left.to(kind), self.right.to(kind), self.coefficients().to(kind), owner)
-
-
-def _side_by_side(
-    terms: Sequence[Sequence[Term]], lengths: Sequence[int], count: int | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Factors of all terms in columns, (rows, K) and (columns, K), or (B, ...) for a stack; and which scale each column
-    takes, None if all in order."""
-    firsts = [sum(lengths[:i]) for i in range(len(lengths))]
-    members: list[list[tuple[int, Term]]] = [[] for _ in range(count or 1)]
-    for first, group in zip(firsts, terms, strict=True):
-        for term in group:
-            members[term.matrix].append((first + term.first, term))
-    ranks = [sum(term.left.shape[1] for _, term in matrix) for matrix in members]
-    width = max(ranks) if count is None else -(-max(ranks) // _ALIGNMENT) * _ALIGNMENT
-    some = terms[0][0]
-    left = some.left.new_zeros(len(members), len(some.left), width)
-    right = some.right.new_zeros(len(members), len(some.right), width)
-    order = torch.full((len(members), width), sum(lengths))
-    for i, matrix in enumerate(members):
-        column = 0
-        for first, term in matrix:
-            k = term.left.shape[1]
-            left[i, :, column : column + k] = term.left
-            right[i, :, column : column + k] = term.right
-            order[i, column : column + k] = torch.arange(first, first + k)
-            column += k
-    if count is not None:
-        return left, right, order
-    in_order = torch.equal(order[0], torch.arange(sum(lengths)))
-    return left[0], right[0], None if in_order else order[0]
+        return apply(x, self.left.to(kind), self.right.to(kind), self.inner().to(kind), owner)
 
 
 class Adding:
@@ -154,218 +306,32 @@ class Adding:
         return output + added.to(output.device)
 
 
-def _narrow(x: torch.Tensor, factor: torch.Tensor, coefficients: torch.Tensor) -> torch.Tensor:
-    """``(x factor) c``; in float32 where the product may leave the range of float16, however small c is."""
-    if coefficients.dtype == torch.float16:
-        return ((x.float() @ factor.float()) * coefficients.float()).half()
-    return (x @ factor) * coefficients
-
-
-def _linear(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, coefficients: torch.Tensor, _: Any) -> torch.Tensor:
+def _linear(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, inner: Inner, _: Any) -> torch.Tensor:
     """Apply the path of a layer that computes ``x W^T``."""
-    return _narrow(x, right, coefficients) @ left.T
+    return inner.mT.rows(x, right) @ left.T
 
 
-def _transposed(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, coefficients: torch.Tensor, _: Any) -> torch.Tensor:
+def _transposed(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, inner: Inner, _: Any) -> torch.Tensor:
     """Apply the path of a layer that computes ``x W``, such as GPT-2's Conv1D."""
-    return _narrow(x, left, coefficients) @ right.T
+    return inner.rows(x, left) @ right.T
 
 
-def _embedding(ids: torch.Tensor, left: torch.Tensor, right: torch.Tensor, coefficients: torch.Tensor, _: Any) -> torch.Tensor:
-    return (functional.embedding(ids, left) * coefficients) @ right.T
+def _embedding(ids: torch.Tensor, left: torch.Tensor, right: torch.Tensor, inner: Inner, _: Any) -> torch.Tensor:
+    return inner.after(functional.embedding(ids, left)) @ right.T
 
 
-def _convolution(
-    x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, coefficients: torch.Tensor, layer: Any
-) -> torch.Tensor:
+def _convolution(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor, inner: Inner, layer: Any) -> torch.Tensor:
     """Apply the path of a convolution: one to k channels with the layer's kernel, then one with kernel 1."""
     groups, k = layer.groups, left.shape[1]
-    points = (1,) * (layer.weight.ndim - 2)
     kernel = right.T.reshape(k, *layer.weight.shape[1:])
     hidden = layer._conv_forward(x, kernel.repeat(groups, *(1,) * (kernel.ndim - 1)), None)
-    hidden = hidden * coefficients.repeat(groups).view(-1, *points)
-    convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[len(points) - 1]
-    return convolve(hidden, left.view(*left.shape, *points), groups=groups)
+    return convolved(inner.on_channels(hidden, groups), left, groups)
 
 
-#: Kind of a layer -> ``update(x, left, right, coefficients, layer)``, x being its first argument.
+#: Kind of a layer -> ``update(x, left, right, inner, layer)``, x being its first argument.
 UPDATES: dict[str, Callable[..., torch.Tensor]] = {
     "linear": _linear,
     "transposed": _transposed,
     "embedding": _embedding,
     "convolution": _convolution,
 }
-
-
-class Shadow:
-    """Puts a ``LowRankWeight`` in a parameter's place while modules run that use it.
-
-    In the instance's dictionary, which comes before parameters when an attribute is looked up and is in no state dict.
-
-    Args:
-        path: of the parameter.
-        holder: the module that has it.
-        name: the attribute.
-
-    Attributes:
-        used: whether the weight has been read meanwhile.
-    """
-
-    def __init__(self, path: LowRankPath, holder: nn.Module, name: str) -> None:
-        self._path = path
-        self._holder = holder
-        self._name = name
-        self._depth = 0  # of modules that run one inside the other
-        self.used = False
-
-    def enter(self, _module: nn.Module, _inputs: tuple[Any, ...]) -> None:
-        self._depth += 1
-        if self._depth == 1:
-            self._holder.__dict__[self._name] = self._path(self._path.left, self._sum, None)
-
-    def leave(self, _module: nn.Module, _inputs: tuple[Any, ...], _output: Any) -> None:
-        self._depth -= 1
-        if self._depth == 0:
-            self._holder.__dict__.pop(self._name, None)
-
-    def _sum(self, _: Any, left: torch.Tensor, right: torch.Tensor, coefficients: torch.Tensor, _owner: Any) -> LowRankWeight:
-        return LowRankWeight(self._weight, left, right, coefficients)
-
-    def _weight(self) -> Any:
-        """The weight, looked up when it is used: with offloading it may have been moved in between."""
-        self.used = True
-        return self._holder._parameters[self._name]
-
-
-class LowRankWeight:
-    """``weight + left diag(c) right^T``, the sum never formed for matrix products, and formed for anything else.
-
-    The coefficients are applied between the two factors: what autograd keeps for their gradient is of rank k then.
-
-    Args:
-        weight: gives (m, n), or (B, m, n) for a stack.
-        left: (m, k) or (B, m, k).
-        right: (n, k) or (B, n, k).
-        coefficients: (k,) or (B, k).
-    """
-
-    _OF_THE_WEIGHT = frozenset(
-        [
-            *("data_ptr", "device", "dim", "dtype", "element_size", "is_contiguous", "is_cpu", "is_cuda", "is_floating_point"),
-            *(
-                "is_leaf",
-                "is_meta",
-                "itemsize",
-                "layout",
-                "nbytes",
-                "ndim",
-                "numel",
-                "requires_grad",
-                "shape",
-                "size",
-                "stride",
-            ),
-        ]
-    )
-
-    def __init__(self, weight: Callable[[], Any], left: torch.Tensor, right: torch.Tensor, coefficients: torch.Tensor) -> None:
-        self._weight = weight
-        self._left = left
-        self._right = right
-        self._coefficients = coefficients
-
-    def dense(self) -> torch.Tensor:
-        weight: torch.Tensor = self._weight()
-        added = (self._left * self._coefficients.unsqueeze(-2)) @ self._right.mT
-        return weight + added.reshape(weight.shape).to(weight.dtype)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._weight() if name in self._OF_THE_WEIGHT else self.dense(), name)
-
-    def __len__(self) -> int:
-        return len(self._weight())
-
-    def __getitem__(self, index: Any) -> Any:
-        matrices = isinstance(index, int | slice) or (isinstance(index, torch.Tensor) and index.dtype is not torch.bool)
-        if self._left.ndim < 3 or not matrices:
-            return self.dense()[index]
-        weight = self._weight()[index]
-        return LowRankWeight(lambda: weight, self._left[index], self._right[index], self._coefficients[index])
-
-    @property
-    def mT(self) -> LowRankWeight:  # noqa: N802
-        return LowRankWeight(lambda: self._weight().mT, self._right, self._left, self._coefficients)
-
-    @property
-    def T(self) -> Any:  # noqa: N802
-        return self.mT if self.ndim == 2 else self.dense().T
-
-    def t(self) -> Any:
-        return self.T
-
-    def transpose(self, dim0: int, dim1: int) -> Any:
-        last = {self.ndim - 2, self.ndim - 1}
-        return self.mT if {dim0 % self.ndim, dim1 % self.ndim} == last else self.dense().transpose(dim0, dim1)
-
-    def __matmul__(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = _narrow(self._right.mT, x, self._coefficients.unsqueeze(-1) if x.ndim > 1 else self._coefficients)
-        product: torch.Tensor = self._weight() @ x + self._left @ hidden
-        return product
-
-    def __rmatmul__(self, x: torch.Tensor) -> torch.Tensor:
-        stacked = self._coefficients.ndim > 1 and x.ndim > 1
-        hidden = _narrow(x, self._left, self._coefficients.unsqueeze(-2) if stacked else self._coefficients)
-        product: torch.Tensor = x @ self._weight() + hidden @ self._right.mT
-        return product
-
-    def _linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return functional.linear(x, self._weight(), bias) + _narrow(x, self._right, self._coefficients) @ self._left.mT
-
-    def _grouped(self, product: Callable[..., torch.Tensor], x: torch.Tensor, *args: Any, **named: Any) -> torch.Tensor:
-        # Which coefficients a row takes is known to the product alone: they go into the second factor.
-        hidden = product(x, self._left, *args, **named)
-        scaled = (self._right * self._coefficients.unsqueeze(-2)).mT
-        return product(x, self._weight(), *args, **named) + product(hidden, scaled, *args, **named)
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function is functional.linear and len(args) >= 2 and cls._only(args, 1) and args[1]._left.ndim == 2:
-            bias = args[2] if len(args) > 2 else kwargs.get("bias")
-            return args[1]._linear(args[0], bias)
-        if function in _PRODUCTS and not kwargs and len(args) == 2:
-            if cls._only(args, 1):
-                return args[1].__rmatmul__(args[0])
-            if cls._only(args, 0):
-                return args[0].__matmul__(args[1])  # by name: torch.compile takes the operator for that of a tensor
-        if function in _GROUPED and cls._only(args, 1):
-            return args[1]._grouped(function, args[0], *args[2:], **kwargs)
-        return function(*_formed(args), **_formed(kwargs))
-
-    @staticmethod
-    def _only(args: Sequence[Any], place: int) -> bool:
-        return all(isinstance(arg, LowRankWeight) == (i == place) for i, arg in enumerate(args))
-
-
-def _delegated(name: str) -> Callable[..., Any]:
-    def operator(self: LowRankWeight, *args: Any) -> Any:
-        return getattr(self.dense(), name)(*_formed(args))
-
-    return operator
-
-
-# Operators are looked up in the class, past __getattr__.
-for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "neg", "pow"):
-    setattr(LowRankWeight, f"__{_name}__", _delegated(f"__{_name}__"))
-
-_PRODUCTS = {torch.matmul, torch.mm, torch.bmm, torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.bmm, torch.Tensor.__matmul__}
-_GROUPED = {product for product in (getattr(functional, "grouped_mm", None), getattr(torch, "_grouped_mm", None)) if product}
-
-
-def _formed(value: Any) -> Any:
-    """Replace each ``LowRankWeight`` among arguments by its sum, formed."""
-    if isinstance(value, LowRankWeight):
-        return value.dense()
-    if isinstance(value, dict):
-        return {key: _formed(item) for key, item in value.items()}
-    return type(value)(_formed(item) for item in value) if isinstance(value, list | tuple) else value

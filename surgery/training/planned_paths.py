@@ -15,7 +15,8 @@ from surgery.models.carriers import Carrier, Layer, terms_of
 from surgery.models.placement import Place
 from surgery.models.recognize import HeldTarget, is_residual
 from surgery.models.terms import Term
-from surgery.training.lowrank import LowRankPath
+from surgery.training.lowrank import Entry, LowRankPath
+from surgery.training.ways import Way, numbers_of_way
 
 
 class PlannedPaths:
@@ -24,14 +25,16 @@ class PlannedPaths:
     Args:
         carriers: the parameters, by their names.
         dtype: that the model computes in.
+        way: what is trained.
 
     Attributes:
-        homes: key of a target -> which of ``paths`` has its scales, and which of the entries of that they are.
+        homes: key of a target -> which of ``paths`` has its delta, and which of the entries of that it is.
     """
 
-    def __init__(self, carriers: Mapping[str, Carrier], dtype: torch.dtype) -> None:
+    def __init__(self, carriers: Mapping[str, Carrier], dtype: torch.dtype, way: Way) -> None:
         self._carriers = carriers
         self._dtype = dtype
+        self._way = way
         self._planned: dict[int, _PlannedPath] = {}
         self.homes: dict[str, tuple[int, int]] = {}
 
@@ -54,7 +57,7 @@ class PlannedPaths:
         Raises:
             SourceError, OptionError: see ``is_residual``.
         """
-        s = torch.cat([factor.s for factor in factors])
+        s = torch.stack([factor.s for factor in factors])
         terms: dict[int, tuple[int, list[Term]]] = {}
         for places in copies:
             if any(id(self._carriers[place.parameter]) in terms for place in places):
@@ -70,9 +73,10 @@ class PlannedPaths:
         first = self._planned[next(iter(terms))]
         self.homes[target.key] = first.number, len(first.entries)
         with first.carrier.present():
-            delta = nn.Parameter(torch.zeros_like(s, device=first.carrier.weight().device))
+            numbers = len(s) * numbers_of_way(self._way, target.rank)
+            delta = nn.Parameter(torch.zeros(numbers, dtype=torch.float32, device=first.carrier.weight().device))
         for key, (offset, group) in terms.items():
-            self._planned[key].entries.append((delta, s, offset, group))
+            self._planned[key].entries.append(Entry(delta, s, offset, group))
 
     def paths(self) -> list[tuple[LowRankPath, list[Layer]]]:
         """Each path, and the layers that use its parameter.
@@ -80,7 +84,7 @@ class PlannedPaths:
         Raises:
             OptionError: what is in a parameter does not fill it.
         """
-        return [(planned.path(), planned.carrier.layers) for planned in self._planned.values()]
+        return [(planned.path(self._way), planned.carrier.layers) for planned in self._planned.values()]
 
 
 @dataclass(slots=True)
@@ -90,17 +94,16 @@ class _PlannedPath:
     Attributes:
         carrier: the parameter that it is for.
         number: which of all paths it is, from 0.
-        entries: for each target in it its delta, its singular values, 1 if the residual is in the model, else 0, and its terms.
+        entries: the targets in it.
     """
 
     carrier: Carrier
     number: int
-    entries: list[tuple[nn.Parameter, torch.Tensor, int, list[Term]]] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
 
-    def path(self) -> LowRankPath:
-        deltas, values, offsets, terms = zip(*self.entries, strict=True)
+    def path(self, way: Way) -> LowRankPath:
         carrier = self.carrier
-        sizes = {(len(term.left), len(term.right)) for group in terms for term in group}
+        sizes = {(len(term.left), len(term.right)) for entry in self.entries for term in entry.terms}
         if sizes != {carrier.rows_and_columns}:  # a tower that the input does not reach would never tell
             raise OptionError(
                 f"factors do not fit {carrier.layers[0].described}",
@@ -111,4 +114,4 @@ class _PlannedPath:
         with carrier.present():
             weight = carrier.weight()
         like = torch.empty(0, device=weight.device, dtype=torch.float32 if carrier.quantized else weight.dtype)
-        return LowRankPath(deltas, values, offsets, terms, carrier.shape[0] if carrier.stack else None, like)
+        return LowRankPath(way, self.entries, carrier.shape[0] if carrier.stack else None, like)

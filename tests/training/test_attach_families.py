@@ -199,7 +199,7 @@ def test_every_weight_is_what_fold_makes_of_it(make: Callable[[], Any], include:
             paths[f"{owner}.{own.removeprefix('surgery_scale').removeprefix('_') or 'weight'}"] = module
     assert paths.keys() == {name for name, value in before.items() if not torch.equal(value, folded[name])}
     for name, path in paths.items():
-        change = (path.left * path.coefficients()[..., None, :]) @ path.right.mT
+        change = path.inner().after(path.left) @ path.right.mT
         assert torch.allclose(before[name] + change.reshape(before[name].shape), folded[name], atol=1e-6), name
 
 
