@@ -1,9 +1,11 @@
-"""Memory of training an attached model, beside the frozen model, LoRA and full training of the same.
+"""Memory of training scales and cores, beside the frozen model, LoRA and full training of the same.
 
     python benchmarks/training_memory.py --hidden 512 --layers 4 --length 512 --batch 4 --rank 16
 
 A random Llama from a configuration, one training step of each way, the same input, without gradient checkpointing. The
 input requires a gradient, as with layers trained before it, so that all layers of the frozen model hand one on.
+
+The rows "of 64", with ``--rank 16``, are of 16 directions that have been chosen of 64.
 
 ``saved`` counts the storages that autograd keeps for the backward pass, each once, without parameters and buffers: exact.
 ``peak`` is the most that was allocated at any time of forward, backward and Adam's first step, which makes its
@@ -103,6 +105,7 @@ def peak_bytes(model: Any, args: argparse.Namespace) -> int:
 def report(folder: Path, args: argparse.Namespace, dtype: torch.dtype) -> None:
     write_model(folder / "model", args, dtype)
     manifest = surgery.factorize(folder / "model", folder / "factorized", rank=args.rank).manifest
+    surgery.factorize(folder / "model", folder / "wide", rank=4 * args.rank, layout="overlay")
     tokens, targets = args.batch * args.length, len(manifest.targets)
     rank_k = tokens * args.rank * dtype.itemsize
     widths = [target.shape[1] for target in manifest.targets]
@@ -114,14 +117,20 @@ def report(folder: Path, args: argparse.Namespace, dtype: torch.dtype) -> None:
     print("| | trainable | saved, MB | over frozen, MB | per target, in activations of that rank | peak, MB |")
     print("| --- | --- | --- | --- | --- | --- |")
     frozen = 0
-    for name in ("frozen", "scales", "LoRA", "LoRA, adapters in bfloat16", "full"):
+    wide = f"{args.rank} of {4 * args.rank}"
+    attached = ("scales", "core", "orthogonal", f"scales, {wide}", f"core, {wide}", f"orthogonal, {wide}")
+    for name in ("frozen", *attached, "LoRA", "LoRA, adapters in bfloat16", "full"):
         if "bfloat16" in name and dtype is not torch.bfloat16:
             continue
-        model = load(folder / ("factorized" if name == "scales" else "model"), dtype)
+        model = load(folder / "model", dtype)
         if name == "frozen":
             model.requires_grad_(False)
-        elif name == "scales":
-            surgery.attach(model, folder / "factorized")
+        elif name in attached:
+            train, _, chosen = name.partition(", ")
+            scales = surgery.attach(model, folder / ("wide" if chosen else "factorized"), train=train)
+            if chosen:
+                model(**inputs(model, args)).loss.backward()
+                scales.choose(keep=args.rank)
         elif name.startswith("LoRA"):
             model = with_lora(model, args.rank, in_float32=name == "LoRA")
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

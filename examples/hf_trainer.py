@@ -60,6 +60,8 @@ trainer = ScalesTrainer(
     data_collator=default_data_collator,  # the blocks are of one length
     processing_class=tokenizer,
     scales=scales,
+    # Of each weight train the half of the directions that the loss of some batches depends on most.
+    callbacks=[surgery.ChooseDirections(scales, keep=8)],
 )
 before = trainer.evaluate()["eval_loss"]
 trainer.train(resume_from_checkpoint=options.resume)

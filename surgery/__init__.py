@@ -61,12 +61,14 @@ if TYPE_CHECKING:
     from surgery.study.spectra import SpectraReport, spectra
     from surgery.training.attach import attach
     from surgery.training.attached_scales import Scales
+    from surgery.training.choose_directions import ChooseDirections
     from surgery.training.trainer import SaveScales
     from surgery.weights.factorized import Factorized
 
 _HOMES = {
     "BlendReport": "surgery.commands.blend",
     "Certificate": "surgery.linalg.svd",
+    "ChooseDirections": "surgery.training.choose_directions",
     "ClusterError": "surgery.errors",
     "DemoReport": "surgery.demo.run",
     "ExportReport": "surgery.commands.adapters.export",
@@ -139,6 +141,7 @@ _HOMES = {
 __all__ = [
     "BlendReport",
     "Certificate",
+    "ChooseDirections",
     "ClusterError",
     "DemoReport",
     "ExportReport",

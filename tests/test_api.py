@@ -298,6 +298,7 @@ WRONG: dict[str, list[Any]] = {
     "Mapping[str, torch.Tensor]": [3, b"x", "x", ["x"], {"a": 1}, {"a": None}, {1: torch.ones(2)}, {"a": np.ones(2)}],
     "nn.Module": ["x", 3, torch.ones(3), nn.Linear, object()],
     "Layout": ["both", "", 3, True, ["residual"], b"residual", object()],
+    "Way": ["cores", "", 3, ["core"], object()],
     "EngineName": ["slurm", "", 3, ["ray"], object()],
     "Rounding": ["up", "", 3, ["nearest"], object()],
     "Rank": ["many", "", 4.5, True, [1], object()],

@@ -26,7 +26,7 @@ NAMES = ["plain_loop", "hf_trainer", "sft_trainer"]
 def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[Path, subprocess.Popen[str]]]]:
     """Each example's folder and process. They run side by side, as most of what they do is to import."""
     made = tmp_path_factory.mktemp("examples") / "made"
-    surgery.factorize(DEMO, made, rank=8)
+    surgery.factorize(DEMO, made, rank=16)
     processes: dict[str, tuple[Path, subprocess.Popen[str]]] = {}
     try:
         for name in NAMES:
@@ -64,6 +64,8 @@ def test_example(name: str, started: dict[str, tuple[Path, subprocess.Popen[str]
     monkeypatch.chdir(folder)
     main(arguments, standalone_mode=False)
     assert (folder / "folded" / "config.json").is_file()
+    scales = surgery.read_scales(folder / arguments[2]).values.values()
+    assert {int((g != 1).sum()) for g in scales} == {16 if name == "sft_trainer" else 8}  # the other two choose
 
 
 def test_adapter_example(started: dict[str, tuple[Path, subprocess.Popen[str]]]) -> None:

@@ -262,8 +262,8 @@ def test_all_that_users_meet_is_exported() -> None:
         "truncated_svd", "verify", "verify_folded", "write_scales",
     }  # fmt: skip
     others = {
-        "Certificate", "Factorized", "Factors", "Manifest", "Options", "Plan", "Progress", "SaveScales", "Scales", "ScalesFile",
-        "Silent", "TruncatedSVD",
+        "Certificate", "ChooseDirections", "Factorized", "Factors", "Manifest", "Options", "Plan", "Progress", "SaveScales",
+        "Scales", "ScalesFile", "Silent", "TruncatedSVD",
     }  # fmt: skip
     expected = operations | others | {kind.__name__ for kind in reports | kinds} - {"PlanSummary"} | {"__version__"}
     assert set(surgery.__all__) == expected

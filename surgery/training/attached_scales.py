@@ -15,13 +15,12 @@ from surgery.arguments import as_path
 from surgery.device import on_its_own_terms
 from surgery.errors import OptionError, ScalesError
 from surgery.format.manifest import Manifest
-from surgery.format.scales.reading import read_trained
-from surgery.format.scales.writing import distance, write_scales
+from surgery.format.scales.writing import write_scales
 from surgery.models.carriers import is_sharded
 from surgery.progress import note
 from surgery.training.attached_path import AttachedPath
 from surgery.training.choice import check_alone, leading, replace_data, summed_gradients
-from surgery.training.loaded import chosen_in, is_untouched_outside, parameters_for, values_for
+from surgery.training.loaded import TrainedFile
 from surgery.training.ways import Way, change_from, numbers_of_way, restricted, saved_as, spread_out, values_from
 
 
@@ -194,12 +193,8 @@ class Scales:
             delta, k = deltas[key], self._trained(key)
             data = restricted(self._way, delta.data.view(len(at), -1), k, at.to(delta.device))
             replace_data(delta, data.flatten())
-            before = (
-                torch.arange(self._targets[key].rank).expand(len(at), -1)
-                if self._masks is None
-                else _positions(self._masks[key])
-            )
-            masks[key] = torch.zeros(len(at), self._targets[key].rank, dtype=torch.bool).scatter_(1, before.gather(1, at), True)
+            masks[key] = torch.zeros(len(at), self._targets[key].rank, dtype=torch.bool)
+            masks[key].scatter_(1, at if self._masks is None else _positions(self._masks[key]).gather(1, at), True)
         self._masks = masks
         return lacking
 
@@ -264,28 +259,25 @@ class Scales:
         Warns:
             SurgeryWarning: see ``surgery.format.scales.reading.read_scales``.
         """
-        file = read_trained(Path(path), self._manifest)
-        parameters = {key: parameters_for(file, self._targets[key], self._way) for key in self._homes}
-        masks = {key: chosen_in(file, self._targets[key]) for key in self._homes}
-        absent = {key: values_for(file, self._targets[key], self._way) for key in self._absent}
+        given = TrainedFile(Path(path), self._manifest)
+        parameters = {key: given.parameters(self._targets[key], self._way) for key in self._homes}
+        masks = {key: given.chosen(self._targets[key]) for key in self._homes}
+        absent = {key: given.values(self._targets[key], self._way) for key in self._absent}
         deltas = {key: _trainable(home.path.delta(i)) for key, (home, i) in self._homes.items()}
-        if self._masks is not None:
-            for key, mask in self._masks.items():
-                if not is_untouched_outside(distance(file.values[key], file.train), mask):
-                    raise ScalesError(
-                        f"{path}: directions of {key!r} have been changed that are not among those chosen here",
-                        hint="attach anew, and load the file before any are chosen",
-                    )
-        elif "chosen" in file.beside:
+        beside = given.file.beside
+        for key, mask in (self._masks or {}).items():
+            if not given.is_untouched_outside(self._targets[key], mask):
+                raise ScalesError(
+                    f"{path}: directions of {key!r} have been changed that are not among those chosen here",
+                    hint="attach anew, and load the file before any are chosen",
+                )
+        if self._masks is None and "chosen" in beside:
             if not all(bool(mask.all()) for mask in masks.values()):
                 check_alone(list(deltas.values()))
                 self._restrict({key: _positions(mask) for key, mask in masks.items()})
-            else:
-                self._masks = masks
+            self._masks = masks
         self._absent = absent
-        self._absent_beside = {
-            kind: {key: value for key, value in tensors.items() if key in absent} for kind, tensors in file.beside.items()
-        }
+        self._absent_beside = {kind: {key: some[key] for key in some.keys() & absent.keys()} for kind, some in beside.items()}
         with torch.no_grad():
             for key, delta in deltas.items():
                 value: Any = parameters[key]

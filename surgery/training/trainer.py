@@ -38,7 +38,8 @@ class SaveScales(_Trainer):
     the same except the last four. Resuming and ``load_best_model_at_end`` read the scales back. A resumed run takes the same
     steps as an uninterrupted one, from scales g that were rounded once, by at most 2^-24 of g.
 
-    Under FSDP2 the scales are gathered when they are saved. PEFT's adapters beside the scales are saved as by PEFT.
+    Cores (``attach(..., train=...)``) are saved likewise, and the directions that are chosen: ``ChooseDirections``. Under FSDP2
+    the scales are gathered when they are saved. PEFT's adapters beside the scales are saved as by PEFT.
 
     The reference model of TRL's trainers (DPO, KTO, GRPO, RLOO, online DPO), unless one is passed to them, is the same model
     with its scales untouched, whatever they are when training begins; it takes no memory of its own.
@@ -89,6 +90,8 @@ class SaveScales(_Trainer):
         if self.is_fsdp_enabled and self._has_adapters():
             raise OptionError("under FSDP, checkpoints can hold scales or PEFT's adapters, not both", hint="train one of them")
         check_trainer(self, scales, given, forward)
+        for callback in self.callback_handler.callbacks:
+            self._show_itself(callback)
 
     def add_callback(self, callback: Any) -> None:
         """The Trainer's method, except that it refuses callbacks that make or change whole models.
@@ -100,7 +103,13 @@ class SaveScales(_Trainer):
             OptionError: it is such a callback.
         """
         check_callback(callback)
+        self._show_itself(callback)
         super().add_callback(callback)
+
+    def _show_itself(self, callback: Any) -> None:
+        from surgery.training.choose_directions import show_trainer  # which imports transformers
+
+        show_trainer(callback, self)
 
     def train(self, *args: Any, **options: Any) -> Any:
         """The Trainer's method; ``~`` in the path of a checkpoint to resume from is expanded."""

@@ -21,6 +21,7 @@ from transformers.core_model_loading import Chunk, PermuteForRope, Transpose, We
 import surgery
 from surgery.errors import FormatError, MissingExtra, OptionError, SourceError, SurgeryWarning
 from surgery.planning.plan import Layout
+from surgery.training.ways import Way
 from tests.families import FAMILIES
 from tests.models import save_llama
 from tests.releases import has
@@ -47,15 +48,21 @@ def _train(model: torch.nn.Module, scales: surgery.Scales, steps: int = 5) -> No
         optimizer.step()
 
 
+#: What is trained -> how many numbers of 8 directions.
+NUMBERS: dict[Way, int] = {"scales": 8, "core": 64, "orthogonal": 28 + 16}
+
+
+@pytest.mark.parametrize("train", NUMBERS)
 @pytest.mark.parametrize(("layout", "loaded"), [("residual", "factorized"), ("residual", "original"), ("overlay", "original")])
-def test_what_is_trained_is_what_is_folded(layout: Layout, loaded: str, tmp_path: Path) -> None:
+def test_what_is_trained_is_what_is_folded(layout: Layout, loaded: str, train: Way, tmp_path: Path) -> None:
     llama = save_llama(tmp_path / "m", torch.float32)
     surgery.factorize(llama, tmp_path / "f", rank=8, layout=layout)
     model = _load(tmp_path / "f" if loaded == "factorized" else llama)
-    scales = surgery.attach(model, tmp_path / "f")
+    scales = surgery.attach(model, tmp_path / "f", train=train)
+    assert scales.train == train
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     assert {id(p) for p in trainable} == {id(p) for p in scales.parameters()}
-    assert sum(p.numel() for p in trainable) == 14 * 8
+    assert sum(p.numel() for p in trainable) == 14 * NUMBERS[train]
     untouched = _load(llama)(IDS).logits
     if loaded == "original":
         assert torch.equal(model(IDS).logits, untouched)
@@ -71,26 +78,28 @@ def test_what_is_trained_is_what_is_folded(layout: Layout, loaded: str, tmp_path
     assert not torch.allclose(attached.logits, untouched, atol=1e-2)
 
 
-def test_save_load_and_detach(llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("train", NUMBERS)
+def test_save_load_and_detach(train: Way, llama: Path, tmp_path: Path) -> None:
     surgery.factorize(llama, tmp_path / "f", rank=4)
     model = _load(llama)
     names = set(model.state_dict())
     original = model(IDS).logits
-    scales = surgery.attach(model, tmp_path / "f")
+    scales = surgery.attach(model, tmp_path / "f", train=train)
     _train(model, scales, 2)
     trained = model(IDS).logits
     scales.save(tmp_path / "s.safetensors")
     scales.detach()
     assert torch.equal(model(IDS).logits, original)
     assert set(model.state_dict()) == names
-    again = surgery.attach(model, tmp_path / "f")
+    again = surgery.attach(model, tmp_path / "f", train=train)
     again.load(tmp_path / "s.safetensors")
     assert torch.allclose(model(IDS).logits, trained, atol=1e-5)
     with pytest.raises(OptionError, match="attached to this model already"):
         surgery.attach(model, tmp_path / "f")
 
 
-def test_conv1d_stores_its_weight_transposed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("train", ["scales", "core"])
+def test_conv1d_stores_its_weight_transposed(train: Way, tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = transformers.GPT2Config(
         n_embd=16, n_layer=2, n_head=2, vocab_size=50, n_positions=64, bos_token_id=None, eos_token_id=None
@@ -100,7 +109,7 @@ def test_conv1d_stores_its_weight_transposed(tmp_path: Path) -> None:
     model = _load(tmp_path / "m").eval()
     with pytest.raises(OptionError, match=r"'transformer\.h\.0\.attn\.c_attn\.weight' is not in this model"):
         surgery.attach(model.transformer.h[0], tmp_path / "f")
-    scales = surgery.attach(model, tmp_path / "f")
+    scales = surgery.attach(model, tmp_path / "f", train=train)
     for value in scales.parameters():
         value.data.uniform_(-0.5, 0.5)
     scales.save(tmp_path / "s.safetensors")
@@ -192,9 +201,15 @@ def test_names_and_shapes_are_followed_as_transformers_converts_them(tmp_path: P
         ).manifest
         assert len(manifest.targets) == 4 * 2
         original = _load(llama)(IDS).logits
-        for loaded in (llama, tmp_path / "f"):
+        ways: list[tuple[Path, Way]] = [
+            (llama, "scales"),
+            (tmp_path / "f", "scales"),
+            (llama, "core"),
+            (tmp_path / "f", "core"),
+        ]
+        for loaded, train in ways:
             model = _load(loaded)
-            scales = surgery.attach(model, tmp_path / "f")
+            scales = surgery.attach(model, tmp_path / "f", train=train)
             assert torch.allclose(model(IDS).logits, original, atol=1e-4)
             _randomize(scales)
             scales.save(tmp_path / "s.safetensors")
@@ -261,14 +276,15 @@ def test_a_release_that_does_not_tell_how_it_loads(
     assert torch.allclose(with_a_head(IDS).logits, folded(IDS).logits, atol=1e-4)
 
 
+@pytest.mark.parametrize("train", ["scales", "orthogonal"])
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
-def test_a_copy_has_scales_of_its_own(name: str, tmp_path: Path) -> None:
+def test_a_copy_has_scales_of_its_own(name: str, train: Way, tmp_path: Path) -> None:
     """As for a moving average of the model, or another process."""
     family = FAMILIES[name]
     folder = family.save(tmp_path / "m")
     surgery.factorize(folder, tmp_path / "f", rank=4, layout="overlay")
     model = family.load(folder)
-    scales = surgery.attach(model, tmp_path / "f")
+    scales = surgery.attach(model, tmp_path / "f", train=train)
     before = family.run(model)
     copied = copy.deepcopy(model)
     stored = io.BytesIO()
@@ -349,7 +365,8 @@ class _Alias(nn.Module):
         return inner.proj(x) @ inner.w
 
 
-def test_weights_that_are_read_past_their_module(tmp_path: Path) -> None:
+@pytest.mark.parametrize("train", ["scales", "core"])
+def test_weights_that_are_read_past_their_module(train: Way, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = _Reader()
     (tmp_path / "m").mkdir()
@@ -358,7 +375,7 @@ def test_weights_that_are_read_past_their_module(tmp_path: Path) -> None:
     surgery.factorize(tmp_path / "m", tmp_path / "f", rank=4, include=["inner.w", "inner.proj.weight"])
     x = torch.randn(5, 24)
     before = model(x)
-    scales = surgery.attach(model, tmp_path / "f")
+    scales = surgery.attach(model, tmp_path / "f", train=train)
     assert torch.equal(model(x), before)
     _randomize(scales)
     attached = model(x)
@@ -370,13 +387,15 @@ def test_weights_that_are_read_past_their_module(tmp_path: Path) -> None:
     # By way of a variable it is not found, and said to be unused.
     other = _Alias()
     other.load_state_dict(load_file(tmp_path / "m/model.safetensors"))
-    scales = surgery.attach(other, tmp_path / "f")
+    scales = surgery.attach(other, tmp_path / "f", train=train)
     other(x)
-    with pytest.warns(SurgeryWarning, match=r"'inner\.w' and of 0 other targets were never used"):
+    noun = "scales" if train == "scales" else "cores"
+    with pytest.warns(SurgeryWarning, match=rf"the {noun} of 'inner\.w' and of 0 other targets were never used"):
         scales.save(tmp_path / "s.safetensors")
 
 
-def test_half_precision_does_not_overflow(tmp_path: Path) -> None:
+@pytest.mark.parametrize("train", ["scales", "core"])
+def test_half_precision_does_not_overflow(train: Way, tmp_path: Path) -> None:
     """A sum over a vector may be beyond float16 where the layer's output is not; times a coefficient of 0 it is still 0."""
     torch.manual_seed(0)
     layer = nn.Sequential(nn.Linear(4096, 8, bias=False)).half()
@@ -389,7 +408,7 @@ def test_half_precision_does_not_overflow(tmp_path: Path) -> None:
     x = (1500 * sign).half()[None]
     before = layer(x)
     assert torch.isfinite(before).all()
-    surgery.attach(layer, tmp_path / "f")
+    surgery.attach(layer, tmp_path / "f", train=train)
     assert torch.equal(layer(x), before)
 
 
@@ -443,6 +462,13 @@ def test_scales_say_what_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert repr(scales).endswith("meta, offloaded)")
     scales.detach()
     assert repr(scales).endswith("offloaded, detached)")
+    cores = surgery.attach(_load(llama), tmp_path / "f", train="orthogonal")
+    assert (
+        repr(cores)
+        == f"Scales(14 targets, {14 * NUMBERS['orthogonal']} trainable, train='orthogonal', {where}, cpu, untouched)"
+    )
+    with pytest.raises(OptionError, match=r"(?s)unknown train.*scales or core or orthogonal"):
+        surgery.attach(_load(llama), tmp_path / "f", train="cores")  # type: ignore[arg-type]
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -11,12 +11,14 @@ import torch
 import transformers as hf
 from safetensors.torch import save_file
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Chunk, Concatenate, WeightConverter
+from transformers.core_model_loading import Chunk, Concatenate, Transpose, WeightConverter
 
 import surgery
 from surgery.errors import OptionError
 from surgery.format.manifest import Manifest
+from surgery.names import TRAINS
 from surgery.training.lowrank import LowRankPath
+from surgery.training.ways import Way
 from tests.families import ENCODER, FAMILIES, Family
 from tests.releases import has, known_classes, needs
 
@@ -26,7 +28,7 @@ from tests.releases import has, known_classes, needs
     [*((name, None) for name in FAMILIES), *((name, True) for name, family in FAMILIES.items() if family.fused)],
 )
 def test_attached_is_folded(name: str, split: bool | None, tmp_path: Path) -> None:
-    """Untouched, not a bit changes; with random scales the output is that of the folded model, and all get a gradient."""
+    """Untouched, not a bit changes; with random scales or cores the output is the folded model's, and all get a gradient."""
     _check(FAMILIES[name], split, tmp_path)
 
 
@@ -159,6 +161,22 @@ def _interleaved() -> Any:
     return Interleaved(hf.LlamaConfig(**_GROUPED))
 
 
+class Turned(hf.Qwen3MoeForCausalLM):
+    """A Qwen3-MoE whose checkpoints have stacks of experts and a linear weight transposed."""
+
+
+def _turned() -> Any:
+    experts = [
+        WeightConverter([f"experts.turned_{part}"], [f"experts.{part}_proj"], operations=[Transpose(1, 2)])
+        for part in ("gate_up", "down")
+    ]
+    linear = WeightConverter(["self_attn.turned"], ["self_attn.o_proj.weight"], operations=[Transpose(0, 1)])
+    register_checkpoint_conversion_mapping("Turned", [*experts, linear], overwrite=True)
+    sizes = {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+    return Turned(hf.Qwen3MoeConfig(**_GROUPED, **sizes))
+
+
+@pytest.mark.parametrize("train", ["scales", "core", "orthogonal"])
 @pytest.mark.parametrize(
     ("make", "include", "cut"),
     [
@@ -166,11 +184,14 @@ def _interleaved() -> Any:
         (_rf_detr, ["*in_proj_weight"], "in_proj"),
         (_ernie, ["*experts*", "*qkv*"], "experts"),
         (_qwen3_vl, ["*experts*", "*qkv*"], "experts"),
+        pytest.param(_turned, ["*turned*"], "turned", marks=needs("transformers", ">=5.10", "a conversion of a class")),
         pytest.param(_interleaved, ["*w13*", "*down*"], "w13", marks=has("transformers.core_model_loading", "Interleave")),
     ],
-    ids=["kimi, in heads for RoPE", "rf_detr", "ernie, text and image", "qwen3_vl, transposed", "interleaved"],
+    ids=["kimi, in heads for RoPE", "rf_detr", "ernie, text and image", "qwen3_vl, transposed", "turned", "interleaved"],
 )
-def test_every_weight_is_what_fold_makes_of_it(make: Callable[[], Any], include: list[str], cut: str, tmp_path: Path) -> None:
+def test_every_weight_is_what_fold_makes_of_it(
+    make: Callable[[], Any], include: list[str], cut: str, train: Way, tmp_path: Path
+) -> None:
     """Also in towers that no input reaches: the low-rank path beside each parameter, and the parameter of the folded model."""
     folder = tmp_path / "model"
     torch.manual_seed(0)
@@ -185,18 +206,20 @@ def test_every_weight_is_what_fold_makes_of_it(make: Callable[[], Any], include:
     assert any(cut in target.tensor for target in manifest.targets)
     model = type(model).from_pretrained(folder)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    scales = surgery.attach(model, tmp_path / "f")
+    scales = surgery.attach(model, tmp_path / "f", train=train)
     generator = torch.Generator().manual_seed(1)
     for delta in scales.parameters():
         delta.data = 0.5 * torch.randn(delta.shape, generator=generator)
     scales.save(tmp_path / "s.safetensors")
     surgery.fold(tmp_path / "f", tmp_path / "s.safetensors", tmp_path / "out", base=folder)
     folded = dict(type(model).from_pretrained(tmp_path / "out").named_parameters())
-    paths = {}
+    paths: dict[str, LowRankPath] = {}
     for name, module in model.named_modules():
         if isinstance(module, LowRankPath):
             owner, _, own = name.rpartition(".")
             paths[f"{owner}.{own.removeprefix('surgery_scale').removeprefix('_') or 'weight'}"] = module
+    if make is _turned and train != "scales":
+        assert all(path.turned is not None for path in paths.values())
     assert paths.keys() == {name for name, value in before.items() if not torch.equal(value, folded[name])}
     for name, path in paths.items():
         change = path.inner().after(path.left) @ path.right.mT
@@ -247,21 +270,23 @@ def _check(family: Family, split: bool | None, tmp_path: Path, tolerance: float 
     model = family.load(folder)
     with torch.no_grad():
         before = family.run(model)
-    scales = surgery.attach(model, tmp_path / "f")
-    trainable = {id(parameter): parameter.numel() for parameter in model.parameters() if parameter.requires_grad}
-    assert sum(trainable.values()) == sum(target.trainable for target in manifest.targets)
-    untouched = family.run(model)
-    assert torch.equal(untouched, before)
+    for train in TRAINS:
+        scales = surgery.attach(model, tmp_path / "f", train=train)
+        trainable = {id(parameter): parameter.numel() for parameter in model.parameters() if parameter.requires_grad}
+        assert sum(trainable.values()) == sum(target.numbers_of(train) for target in manifest.targets)
+        untouched = family.run(model)
+        assert torch.equal(untouched, before)
 
-    generator = torch.Generator().manual_seed(1)
-    for delta in scales.parameters():
-        delta.data = 0.5 * torch.randn(delta.shape, generator=generator)
-    attached = family.run(model)
-    attached.float().square().mean().backward()
-    unused = {key for key, delta in zip(scales.values(), scales.parameters(), strict=True) if delta.grad is None}
-    assert unused == set()
-    scales.save(tmp_path / "s.safetensors")
-    surgery.fold(tmp_path / "f", tmp_path / "s.safetensors", tmp_path / "out", base=folder)
-    folded = family.output(tmp_path / "out")
-    assert not torch.allclose(folded, before, rtol=1e-3, atol=1e-4)
-    assert torch.allclose(attached, folded, rtol=10 * tolerance, atol=tolerance * folded.abs().max().item())
+        generator = torch.Generator().manual_seed(1)
+        for delta in scales.parameters():
+            delta.data = 0.5 * torch.randn(delta.shape, generator=generator)
+        attached = family.run(model)
+        attached.float().square().mean().backward()
+        unused = {key for key, delta in zip(scales.values(), scales.parameters(), strict=True) if delta.grad is None}
+        assert unused == set()
+        scales.save(tmp_path / "s.safetensors")
+        surgery.fold(tmp_path / "f", tmp_path / "s.safetensors", tmp_path / train, base=folder)
+        folded = family.output(tmp_path / train)
+        assert not torch.allclose(folded, before, rtol=1e-3, atol=1e-4)
+        assert torch.allclose(attached, folded, rtol=10 * tolerance, atol=tolerance * folded.abs().max().item())
+        scales.detach()

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import surgery
 from surgery.errors import SourceError
+from surgery.names import TRAINS, Train
 from tests.models import save_llama
 from tests.releases import needs
 
@@ -50,8 +51,9 @@ def _dense(model: Any) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.parametrize("train", TRAINS)
 @pytest.mark.parametrize("bits", _BITS)
-def test_scales_on_a_quantized_base(bits: str, tmp_path: Path) -> None:
+def test_scales_on_a_quantized_base(bits: str, train: Train, tmp_path: Path) -> None:
     llama = save_llama(tmp_path / "m", torch.float32, **_SIZES)
     surgery.factorize(llama, tmp_path / "f", rank=8, layout="overlay")
     model = _quantized(llama, bits)
@@ -59,21 +61,22 @@ def test_scales_on_a_quantized_base(bits: str, tmp_path: Path) -> None:
     before = model(inputs_embeds=embeds).logits
     weights = _dense(model)
     assert len(weights) == 14
-    scales = surgery.attach(model, tmp_path / "f")
+    scales = surgery.attach(model, tmp_path / "f", train=train)
     assert torch.equal(model(inputs_embeds=embeds).logits, before)
     for delta in scales.parameters():
         delta.data.uniform_(-0.3, 0.3)
     loss = model(inputs_embeds=embeds, labels=IDS).loss
     loss.backward()
 
-    # The same in float64, every layer with the weight that it had and the directions scaled by hand.
+    # The same in float64, every layer with the weight that it had and the directions scaled and turned by hand.
     dense = transformers.AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float64)
     factors = _factors(tmp_path / "f")
     leaves = {}
     for name, value in scales.values().items():
         U, s, V = (factors[f"{name}.{part}"].double() for part in ("U", "s", "V"))
-        leaves[name] = (value.double() - 1).requires_grad_()
-        changed = weights[name].double() + U @ torch.diag(s * leaves[name]) @ V.T
+        leaves[name] = (value.double() - (1 if train == "scales" else torch.eye(8))).requires_grad_()
+        between = torch.diag(leaves[name]) if train == "scales" else leaves[name]
+        changed = weights[name].double() + U @ torch.diag(s.sqrt()) @ between @ torch.diag(s.sqrt()) @ V.T
         module = dense.get_submodule(name.removesuffix(".weight"))
         del module.weight
         module.weight = changed
@@ -83,7 +86,7 @@ def test_scales_on_a_quantized_base(bits: str, tmp_path: Path) -> None:
     tolerance = 1e-4 if bits == "4 bits" else 3e-2
     assert loss.item() == pytest.approx(expected.item(), rel=tolerance)
     got = torch.cat([delta.grad for delta in scales.parameters()]).double()  # type: ignore[misc]
-    wanted = torch.cat([leaves[name].grad for name in scales.values()])  # type: ignore[misc]
+    wanted = torch.cat([leaves[name].grad.flatten() for name in scales.values()])  # type: ignore[union-attr]
     assert (got - wanted).norm() <= 10 * tolerance * wanted.norm()
 
 

@@ -12,6 +12,7 @@ import transformers
 from torch.autograd.graph import saved_tensors_hooks
 
 import surgery
+from surgery.training.ways import Way
 from tests.models import save_llama
 
 TOKENS = 256
@@ -78,29 +79,35 @@ def _gpt_oss(folder: Path, dtype: torch.dtype) -> None:
     transformers.GptOssForCausalLM(config).to(dtype).save_pretrained(folder)
 
 
+@pytest.mark.parametrize("train", ["scales", "core", "orthogonal"])
 @pytest.mark.parametrize("make", [_llama, _gpt2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_only_rank_k_activations_are_kept(make: Callable[..., None], dtype: torch.dtype, tmp_path: Path) -> None:
+def test_only_rank_k_activations_are_kept(make: Callable[..., None], dtype: torch.dtype, train: Way, tmp_path: Path) -> None:
     torch.manual_seed(0)
     make(tmp_path / "m", dtype)
     manifest = surgery.factorize(tmp_path / "m", tmp_path / "f", rank=2).manifest
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "f", dtype=dtype).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=dtype).eval()
     everything = _saved_for_backward(model)
     model.requires_grad_(False)
     frozen = _saved_for_backward(model)
-    scales = surgery.attach(model, tmp_path / "f")
-    extra = _saved_for_backward(model) - frozen
-    allowed = KEPT * TOKENS * sum(target.rank for target in manifest.targets) * dtype.itemsize
-    assert 0 < extra <= allowed
-    assert everything - frozen > 5 * allowed  # the full-size inputs that training the weights keeps would be seen
+    scales = surgery.attach(model, tmp_path / "f", train=train)
+    for keep in (2, 1):
+        extra = _saved_for_backward(model) - frozen
+        allowed = KEPT * TOKENS * keep * len(manifest.targets) * dtype.itemsize
+        assert 0 < extra <= allowed
+        assert everything - frozen > 5 * allowed  # the full-size inputs that training the weights keeps would be seen
+        scales.choose(keep=1)
     scales.detach()
     assert _saved_for_backward(model) == frozen
 
 
 @pytest.mark.parametrize("make", [_granite, _gpt_oss])
 @pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
-def test_stacked_experts_keep_rank_k_activations_too(make: Callable[..., None], experts: str, tmp_path: Path) -> None:
-    """And one factor of each expert, whatever the number of tokens: the coefficients are multiplied into it."""
+@pytest.mark.parametrize("train", ["scales", "core"])
+def test_stacked_experts_keep_rank_k_activations_too(
+    make: Callable[..., None], experts: str, train: Way, tmp_path: Path
+) -> None:
+    """And one factor of each expert, whatever the number of tokens: what is between the factors is multiplied into it."""
     torch.manual_seed(0)
     make(tmp_path / "m", torch.float32)
     manifest = surgery.factorize(tmp_path / "m", tmp_path / "f", rank=8).manifest
@@ -110,7 +117,7 @@ def test_stacked_experts_keep_rank_k_activations_too(make: Callable[..., None], 
     everything = _saved_for_backward(model)
     model.requires_grad_(False)
     frozen = _saved_for_backward(model)
-    surgery.attach(model, tmp_path / "f")
+    surgery.attach(model, tmp_path / "f", train=train)
     extra = _saved_for_backward(model) - frozen
     allowed = 0
     for target in manifest.targets:

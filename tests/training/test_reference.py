@@ -16,6 +16,7 @@ import surgery
 from surgery.errors import OptionError
 from surgery.training.reference import Reference
 from surgery.training.trainer import SaveScales
+from surgery.training.ways import Way
 from tests.models import save_llama
 from tests.releases import checkpoint_activations, needs
 
@@ -43,9 +44,9 @@ def _load(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
 
 
-def _attached(made: Path, source: str = "m") -> tuple[Any, surgery.Scales]:
+def _attached(made: Path, source: str = "m", train: Way = "scales") -> tuple[Any, surgery.Scales]:
     model = _load(made / source)
-    return model, surgery.attach(model, made / "f")
+    return model, surgery.attach(model, made / "f", train=train)
 
 
 def _touch(scales: surgery.Scales) -> None:
@@ -63,15 +64,18 @@ def _logits(model: Any) -> torch.Tensor:
 # Scales.untouched
 
 
+@pytest.mark.parametrize("train", ["scales", "core", "orthogonal"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_untouched_on_the_original_weights_is_the_original_model_bit_for_bit(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_untouched_on_the_original_weights_is_the_original_model_bit_for_bit(
+    dtype: torch.dtype, train: Way, tmp_path: Path
+) -> None:
     save_llama(tmp_path / "m", dtype, vocab_size=257)
     surgery.factorize(tmp_path / "m", tmp_path / "f", rank=6)
     original = _logits(_load(tmp_path / "m", dtype))
     for source, tolerance in (("m", 0.0), ("f", 1e-4 if dtype == torch.float32 else 0.1)):
         model = _load(tmp_path / source, dtype)
         bare = _logits(model)
-        scales = surgery.attach(model, tmp_path / "f")
+        scales = surgery.attach(model, tmp_path / "f", train=train)
         _touch(scales)
         touched, values = _logits(model), scales.values()
         with scales.untouched():
@@ -248,15 +252,15 @@ def _of_completions(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _moved(trainer: Any) -> bool:
-    return all((value - 1).abs().max() > 0.02 for value in trainer.scales.values().values())
+    return all(parameter.abs().max() > 0.02 for parameter in trainer.scales.parameters())
 
 
-@pytest.mark.parametrize("source", SOURCES)
-def test_dpo_starts_at_ln_2_and_its_reference_stays(source: str, made: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("source", "train"), [("m", "scales"), ("f", "scales"), ("m", "core")])
+def test_dpo_starts_at_ln_2_and_its_reference_stays(source: str, train: Way, made: Path, tmp_path: Path) -> None:
     original = _load(made / "m")
 
     def trained(out: str, resume: str | None = None, **options: Any) -> Any:
-        trainer = _dpo(tmp_path / out, *_attached(made, source), **options)
+        trainer = _dpo(tmp_path / out, *_attached(made, source, train), **options)
         trainer.train(resume_from_checkpoint=resume)
         return trainer
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ import surgery
 from surgery.errors import MissingExtra, OptionError, ScalesError
 from surgery.names import CHECKPOINT_FILE
 from surgery.training.trainer import SaveScales
+from surgery.training.ways import Way
 from tests.models import save_llama, tensors_of
 from tests.releases import checkpoint_activations, needs
 
@@ -46,9 +49,9 @@ def _load(folder: Path, **options: Any) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(folder, **{"dtype": torch.float32, **options})
 
 
-def _attached(made: Path) -> tuple[Any, surgery.Scales]:
+def _attached(made: Path, train: Way = "scales") -> tuple[Any, surgery.Scales]:
     model = _load(made / "f")
-    return model, surgery.attach(model, made / "f")
+    return model, surgery.attach(model, made / "f", train=train)
 
 
 def _loop(
@@ -113,9 +116,10 @@ def _names(folder: Path) -> set[str]:
 TRAINER_STATE = {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "training_args.bin"}
 
 
-def test_checkpoints_hold_the_scales_and_resume_where_they_were(made: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("train", "size"), [("scales", 3000), ("core", 5000), ("orthogonal", 8000)])
+def test_checkpoints_hold_the_scales_and_resume_where_they_were(train: Way, size: int, made: Path, tmp_path: Path) -> None:
     def trained(out: str, resume: str | None = None) -> tuple[Any, ScalesTrainer]:
-        model, scales = _attached(made)
+        model, scales = _attached(made, train)
         trainer = ScalesTrainer(model, _arguments(tmp_path / out), train_dataset=EXAMPLES, scales=scales)
         trainer.train(resume_from_checkpoint=resume)
         return model, trainer
@@ -124,7 +128,7 @@ def test_checkpoints_hold_the_scales_and_resume_where_they_were(made: Path, tmp_
     for checkpoint in ("checkpoint-2", "checkpoint-4"):
         folder = tmp_path / "whole" / checkpoint
         assert _names(folder) == TRAINER_STATE | {CHECKPOINT_FILE}
-        assert (folder / CHECKPOINT_FILE).stat().st_size < 3000
+        assert (folder / CHECKPOINT_FILE).stat().st_size < size
 
     trainer.save_model(str(tmp_path / "saved"))
     assert _names(tmp_path / "saved") == {CHECKPOINT_FILE, "training_args.bin"}
@@ -135,7 +139,7 @@ def test_checkpoints_hold_the_scales_and_resume_where_they_were(made: Path, tmp_
     _, resumed = trained("resumed", str(tmp_path / "whole" / "checkpoint-2"))
     assert resumed.state.global_step == 4
     assert _apart(resumed.scales.values(), trainer.scales.values()) < 1e-6
-    half = _attached(made)[1]
+    half = _attached(made, train)[1]
     half.load(tmp_path / "whole" / "checkpoint-2" / CHECKPOINT_FILE)
     assert _apart(half.values(), trainer.scales.values()) > 0.01
     states = [
@@ -145,6 +149,66 @@ def test_checkpoints_hold_the_scales_and_resume_where_they_were(made: Path, tmp_
     for key, state in states[0].items():
         for name, value in state.items():
             assert torch.allclose(value, states[1][key][name], rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:weights of the model are residuals")
+@pytest.mark.parametrize("train", ["scales", "orthogonal"])
+def test_directions_are_chosen_before_the_first_step(train: Way, made: Path, tmp_path: Path) -> None:
+    """A resumed run takes the same steps, and so does one to which the choice was given: no random state has changed."""
+
+    def trained(out: str, resume: str | None = None, chosen: Path | None = None) -> ScalesTrainer:
+        model, scales = _attached(made, train)
+        if chosen is not None:
+            scales.load(chosen)
+            for parameter in scales.parameters():
+                nn.init.zeros_(parameter)
+        callbacks = [] if chosen is not None else [surgery.ChooseDirections(scales, keep=2, batches=3)]
+        arguments = _arguments(tmp_path / out)
+        trainer = ScalesTrainer(model, arguments, train_dataset=EXAMPLES, scales=scales, callbacks=callbacks)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    trainer = trained("whole")
+    chosen = trainer.scales.chosen
+    assert chosen is not None
+    assert all(mask.sum() == 2 for mask in chosen.values())
+    assert trainer.state.global_step == 4
+    checkpoint = tmp_path / "whole" / "checkpoint-2"
+    for other in (trained("resumed", str(checkpoint)), trained("given", chosen=checkpoint / CHECKPOINT_FILE)):
+        assert _apart(other.scales.values(), trainer.scales.values()) < 1e-6
+        assert other.scales.chosen is not None
+        assert all(torch.equal(mask, other.scales.chosen[key]) for key, mask in chosen.items())
+    assert all((value - _attached(made, train)[1].values()[key]).any() for key, value in trainer.scales.values().items())
+
+
+def test_choices_that_come_too_late_or_from_elsewhere(made: Path, tmp_path: Path) -> None:
+    model, scales = _attached(made)
+    other = _attached(made)[1]
+    with pytest.raises(OptionError, match="other scales than the Trainer"):
+        ScalesTrainer(model, _arguments(tmp_path), scales=scales, callbacks=[surgery.ChooseDirections(other)])
+    with pytest.raises(OptionError, match="batches must be 1 or more"):
+        surgery.ChooseDirections(scales, batches=0)
+    with pytest.raises(OptionError, match=r"(?s)several processes.*choose in one process"):
+        surgery.ChooseDirections(scales).on_train_begin(SimpleNamespace(world_size=2), None, None)
+    stock = transformers.Trainer(
+        model, _arguments(tmp_path / "stock"), train_dataset=EXAMPLES, callbacks=[surgery.ChooseDirections(scales)]
+    )
+    with pytest.raises(OptionError, match=r"needs a Trainer with surgery\.SaveScales"):
+        stock.train()
+    ScalesTrainer(model, _arguments(tmp_path), train_dataset=EXAMPLES, scales=scales).train()
+    trainer = ScalesTrainer(model, _arguments(tmp_path), train_dataset=EXAMPLES, scales=scales)
+    trainer.add_callback(surgery.ChooseDirections(scales))
+    with pytest.raises(OptionError, match="saved before any directions were chosen"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_callback_without_transformers(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, scales = _attached(made)
+    monkeypatch.delitem(sys.modules, "surgery.training.choose_directions", raising=False)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    kind = surgery.ChooseDirections
+    with pytest.raises(MissingExtra, match="transformers, which is"):
+        kind(scales)
 
 
 def test_home_folders(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,10 +317,14 @@ def _sft(out: Path, model: Any, scales: surgery.Scales) -> Any:
     return ScalesSFTTrainer(model, config, train_dataset=data, processing_class=tokenizer, scales=scales)
 
 
-@pytest.mark.filterwarnings(TRL_SETS_AN_OLD_NAME)
-def test_trl_trains_on_text_and_resumes(made: Path, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:weights of the model are residuals", TRL_SETS_AN_OLD_NAME)
+@pytest.mark.parametrize(("train", "keep"), [("scales", None), ("core", 3)])
+def test_trl_trains_on_text_and_resumes(train: Way, keep: int | None, made: Path, tmp_path: Path) -> None:
     def trained(out: str, resume: str | None = None) -> Any:
-        trainer = _sft(tmp_path / out, *_attached(made))
+        model, scales = _attached(made, train)
+        trainer = _sft(tmp_path / out, model, scales)
+        if keep is not None:
+            trainer.add_callback(surgery.ChooseDirections(scales, keep=keep, batches=1))
         trainer.train(resume_from_checkpoint=resume)
         return trainer
 
@@ -268,15 +336,20 @@ def test_trl_trains_on_text_and_resumes(made: Path, tmp_path: Path) -> None:
     assert _apart(trained("resumed", str(checkpoint)).scales.values(), trainer.scales.values()) < 1e-6
     report = surgery.fold(made / "f", tmp_path / "whole" / "checkpoint-4" / CHECKPOINT_FILE, tmp_path / "folded")
     assert report.changed == report.targets
+    assert sum(parameter.numel() for parameter in trainer.scales.parameters()) == report.targets * (keep or 6) ** (
+        1 + bool(keep)
+    )
 
 
 # Gradient checkpointing, autocast, torch.compile
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing(use_reentrant: bool, made: Path) -> None:
-    expected = _gradients(*_attached(made))
-    model, scales = _attached(made)
+@pytest.mark.parametrize(
+    ("use_reentrant", "train"), [(False, "scales"), (True, "scales"), (False, "orthogonal"), (True, "core")]
+)
+def test_gradient_checkpointing(use_reentrant: bool, train: Way, made: Path) -> None:
+    expected = _gradients(*_attached(made, train))
+    model, scales = _attached(made, train)
     runs = []
     model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
     model.train()
@@ -299,9 +372,10 @@ def test_reentrant_checkpointing_needs_an_input_that_requires_a_gradient(made: P
     assert all(gradient is not None for gradient in _gradients(model, scales))
 
 
-def test_autocast_to_bfloat16_keeps_scales_in_float32(made: Path) -> None:
-    expected = _gradients(*_attached(made))
-    model, scales = _attached(made)
+@pytest.mark.parametrize("train", ["scales", "core", "orthogonal"])
+def test_autocast_to_bfloat16_keeps_scales_in_float32(train: Way, made: Path) -> None:
+    expected = _gradients(*_attached(made, train))
+    model, scales = _attached(made, train)
     gradients = _gradients(model, scales, lambda: torch.autocast("cpu", torch.bfloat16))
     for gradient, right in zip(gradients, expected, strict=True):
         assert gradient is not None
@@ -310,8 +384,9 @@ def test_autocast_to_bfloat16_keeps_scales_in_float32(made: Path) -> None:
     assert all(parameter.dtype == torch.float32 for parameter in scales.parameters())
 
 
-def test_scales_stay_in_float32_whatever_the_model_is_cast_to(made: Path, tmp_path: Path) -> None:
-    model, scales = _attached(made)
+@pytest.mark.parametrize("train", ["scales", "core"])
+def test_scales_stay_in_float32_whatever_the_model_is_cast_to(train: Way, made: Path, tmp_path: Path) -> None:
+    model, scales = _attached(made, train)
     for parameter in scales.parameters():
         nn.init.normal_(parameter)
     values = scales.values()
@@ -330,6 +405,51 @@ def test_compile_without_graph_breaks(made: Path, truth: dict[str, torch.Tensor]
 
 
 # Two processes
+
+
+def _chosen_cores(made: Path, ids: torch.Tensor) -> tuple[Any, surgery.Scales]:
+    """Cores of the directions that a loss on some rows chooses."""
+    model = _load(made / "m")
+    scales = surgery.attach(model, made / "f", train="core")
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    scales.choose(keep=3)
+    return model, scales
+
+
+def _chosen(rank: int, made: Path, out: Path) -> None:
+    """Chosen by the rows of both processes, and trained in DistributedDataParallel and in FSDP2; there nothing is chosen."""
+    from torch.distributed.fsdp import fully_shard
+
+    ids = IDS[rank * 4 : rank * 4 + 4]
+    model, scales = _chosen_cores(made, ids)
+    scales.save(out / "chosen.safetensors")
+    torch.distributed.barrier()
+    fresh = surgery.attach(bare := _load(made / "m"), made / "f", train="core")
+    wrapped, other = nn.parallel.DistributedDataParallel(model), nn.parallel.DistributedDataParallel(bare)
+    torch.save(_loop(wrapped, scales, ids), out / f"chosen-ddp-{rank}.pt")
+    scales.load(out / "chosen.safetensors")
+    other(input_ids=ids, labels=ids).loss.backward()
+    for refused in (lambda: scales.choose(1), lambda: fresh.choose(1), lambda: fresh.load(out / "chosen.safetensors")):
+        with pytest.raises(OptionError, match="distributed over processes already"):
+            refused()
+    assert fresh.chosen is None
+
+    model = _load(made / "m")
+    scales = surgery.attach(model, made / "f", train="core")
+    scales.load(out / "chosen.safetensors")
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    values = _loop(model, scales, ids)
+    torch.save(values, out / f"chosen-fsdp2-{rank}.pt")
+    with pytest.raises(OptionError, match="distributed over processes already"):
+        scales.choose(1)
+    scales.save(out / "chosen-fsdp2.safetensors")
+    torch.distributed.barrier()
+    scales.load(out / "chosen.safetensors")
+    assert not any(bool((value - torch.eye(6)).any()) for value in scales.values().values())
+    scales.load(out / "chosen-fsdp2.safetensors")
+    assert _apart(scales.values(), values) < 1e-6
 
 
 def _ddp(rank: int, made: Path, out: Path) -> None:
@@ -421,6 +541,7 @@ def _process(rank: int, made: Path, out: Path) -> None:
     )
     _ddp(rank, made, out)
     _fsdp2(rank, made, out)
+    _chosen(rank, made, out)
     _trainer(rank, made, out, sharded=False)
     _trainer(rank, made, out, sharded=True)
     torch.distributed.destroy_process_group()
@@ -458,6 +579,18 @@ def test_two_processes_train_what_one_does(
     scales.load(two_processes / f"{kind}.safetensors")
     assert _apart(scales.values(), values) == 0
     surgery.fold(made / "f", two_processes / f"{kind}.safetensors", tmp_path / "folded")
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_choose_what_one_does(kind: str, made: Path, two_processes: Path) -> None:
+    model, scales = _chosen_cores(made, IDS)
+    values = _loop(model, scales)
+    assert _apart(_written(two_processes, f"chosen-{kind}"), values) < 1e-5
+    given = surgery.attach(_load(made / "m"), made / "f", train="core")
+    given.load(two_processes / "chosen.safetensors")
+    assert scales.chosen is not None
+    assert given.chosen is not None
+    assert all(torch.equal(mask, given.chosen[key]) for key, mask in scales.chosen.items())
 
 
 @pytest.mark.parametrize("kind", ["replicated", "sharded"])
@@ -559,27 +692,28 @@ def test_trl_on_a_quantized_base(made: Path, tmp_path: Path) -> None:
 PEFT_ASKS_BY_AN_OLD_NAME = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 
 
-def _adapted(made: Path) -> tuple[Any, surgery.Scales]:
+def _adapted(made: Path, train: Way = "scales") -> tuple[Any, surgery.Scales]:
     import peft
 
     torch.manual_seed(0)
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
     model = peft.get_peft_model(_load(made / "f"), config)
-    return model, surgery.attach(model, made / "f")
+    return model, surgery.attach(model, made / "f", train=train)
 
 
 @pytest.mark.filterwarnings(PEFT_ASKS_BY_AN_OLD_NAME)
-def test_adapters_beside_scales(made: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("train", ["scales", "core"])
+def test_adapters_beside_scales(train: Way, made: Path, tmp_path: Path) -> None:
     import peft
 
     def trained(out: str, resume: str | None = None) -> tuple[Any, ScalesTrainer]:
-        model, scales = _adapted(made)
+        model, scales = _adapted(made, train)
         trainer = ScalesTrainer(model, _arguments(tmp_path / out), train_dataset=EXAMPLES, scales=scales)
         trainer.train(resume_from_checkpoint=resume)
         return model.eval(), trainer
 
     model, trainer = trained("whole")
-    untouched, _ = _adapted(made)
+    untouched, _ = _adapted(made, train)
     for name, parameter in model.named_parameters():
         learned = not torch.equal(parameter, untouched.get_parameter(name))
         assert learned is (".lora_" in name or ".surgery_scale." in name), name
