@@ -96,13 +96,8 @@ METHODS = (
     Method("DoRA, 2688 numbers", "dora", 1, 2e-2, DORA_QUERIES),
     Method("PiSSA, 2688 numbers", "pissa", 1, 1e-2, FOUR_LAYERS),
     Method("LoRA, 2688 numbers", "lora", 1, 2e-2, FOUR_LAYERS),
-<<<<<<< HEAD
-    Method("scales of all directions", "scales", EVERY, 2e-2),
-    Method("core of 16", "core", 16, 2e-2),
-=======
     Method("scales of all directions", "scales", EVERY, 5e-2),
     Method("core of 16", "core", 16, 5e-3),
->>>>>>> part-d
     Method("LoRA, 10752 numbers", "lora", 4, 2e-2, FOUR_LAYERS),
     Method("core of 32", "core", 32, 2e-3),
     Method("core of 32, random directions", "core", 32, 5e-3, directions="random"),
