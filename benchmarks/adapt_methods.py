@@ -60,8 +60,8 @@ class Method:
         return self.rank if self.kind in ("scales", "core", "orthogonal") else self.scales
 
 
-# As many numbers as one target's share of 672, 2688, 10752 and 43008 among 42: a pair of matrices of rank 1 of one layer
-# has 192 + 480, queries and values of all layers 6 (256 + 192). DoRA has the outputs of each matrix besides.
+# 672 numbers are 16 for each of 42 targets, or rank 1 on values and an MLP matrix of one layer: 192 + 480. 2688 are 64 for each
+# target, four such pairs, or queries and values of all layers: 6 (256 + 192). DoRA also has a number for each output.
 ONE_LAYER = tuple(value_and(matrix, layer) for layer in LAYERS for matrix in MLP)
 FOUR_LAYERS = (queries_and_values(*LAYERS), *(value_and(matrix, *LAYERS[1:5]) for matrix in MLP))
 TWO_LAYERS = (
@@ -142,7 +142,7 @@ def prepare(run: Run, text: torch.Tensor) -> tuple[Any, list[torch.nn.Parameter]
     method, factorized = run.method, run.folder / str(run.method.factorized)
     model = load(MODEL)
     if method.kind in ("lora", "pissa", "dora", "vera", "psoft"):
-        model = with_adapter(model, method, run)
+        model = with_adapter(model, run)
     elif method.kind != "full":
         if method.directions != "top":
             return model, add_control(model, factorized, method.directions, method.kind, run.seed)
@@ -156,10 +156,10 @@ def prepare(run: Run, text: torch.Tensor) -> tuple[Any, list[torch.nn.Parameter]
     return model, [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def with_adapter(model: Any, method: Method, run: Run) -> Any:
+def with_adapter(model: Any, run: Run) -> Any:
     import peft
 
-    modules, rank = list(run.modules), method.rank
+    method, modules, rank = run.method, list(run.modules), run.method.rank
     # With the learning rate tuned, alpha is but another name for it.
     if method.kind == "vera":
         config: peft.PeftConfig = peft.VeraConfig(r=rank, target_modules=modules, projection_prng_key=run.seed)
