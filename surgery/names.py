@@ -61,6 +61,11 @@ PICKLED_ADAPTER = "adapter_model.bin"
 #: The weights of a LoRA adapter as diffusers saves them.
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 PEFT_PREFIX = "base_model.model."
+#: What an adapter of PEFT consists of.
+ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
+#: Before the fingerprint of the factors in an adapter that is for a residual checkpoint: a comment in one of its patterns of
+#: alphas, which are regular expressions. PEFT drops what it does not know from a config that it saves again, and keeps these.
+RESIDUAL_OF = "(?#surgery-residual-of-"
 _OF_LORA = re.compile(r"(^|[._])lora[._](embedding_)?(a|b|up|down)([._]|$)", re.IGNORECASE)
 
 #: Bits per element by safetensors dtype name.

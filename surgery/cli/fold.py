@@ -70,6 +70,7 @@ def fold(
 ) -> None:
     """Fold the scales or cores in file SCALES into the weights of folder FACTORIZED.
 
+    SCALES may also be the folder of an adapter that PEFT has trained, if surgery export has written it, or is of surgery.peft.
     Writes a folder that loads as the original model did, with its names, dtypes, shards, config and tokenizer.
     Untouched ones give back the original files byte for byte. A changed FP8 weight is quantized again.
     """
@@ -99,7 +100,7 @@ def fold(
         if report.restored == report.shards
         else f"{report.changed} of {report.targets} targets changed"
     )
-    if lora is not None:
+    if lora is not None or report.adapted:
         outcome += f", {report.adapted} tensors by the adapter"
     outcome += kept_of_update(report.kept, report.kept_least)
     if report.dequantized:

@@ -17,9 +17,10 @@ from surgery.files.access import read_errors
 from surgery.files.file_records import RESTORE_HINT, FileRecord, check_size_of, file_sha256, not_as_described
 from surgery.files.json_files import read_json_object
 from surgery.format.factors import DAMAGED_HINT
+from surgery.format.header import TensorEntry
 from surgery.format.manifest import Manifest
 from surgery.format.scales.path import scales_file
-from surgery.format.scales.reading import check_scales, read_scales, train_of_values
+from surgery.format.scales.reading import check_scales, train_of_values
 from surgery.lossless.update import Rounding
 from surgery.names import CONFIG_FILE, MANIFEST_FILE, STREAM_DIR, Train
 from surgery.planning.memory import known_bytes, need_to_fold, share_out
@@ -28,6 +29,7 @@ from surgery.publish.results import publish_folded, submit_files
 from surgery.publish.told import FoldedChanges
 from surgery.reports import Report
 from surgery.run.engines import EngineName, EngineOptions, float64_device
+from surgery.run.merging import MergedTensor, merged_tensors
 from surgery.run.output_paths import check_not_the_source
 from surgery.run.run import Run
 from surgery.run.written_model import FileAlong, WrittenModel
@@ -35,7 +37,7 @@ from surgery.shards.fold_jobs import FoldJobs
 from surgery.shards.fold_shard import FoldedShard, FoldPlaces
 from surgery.source.weight_files import is_index
 from surgery.timing import Timing
-from surgery.updates.adapter_update import AdapterUpdate
+from surgery.trained.reading import adapter_kind, read_update
 from surgery.updates.adapters.reading import read_adapters
 from surgery.updates.dense import DenseTensors, Writing
 from surgery.updates.kept_updates import KeptSummary
@@ -60,6 +62,7 @@ class FoldReport(Report):
         lossless: whether untouched weights are the source's: not after ``--no-correction``.
         dequantized: whether FP8 weights have become bfloat16.
         adapted: how many tensors a LoRA adapter changed.
+        merged: these tensors.
         kept: share of the update that is in the weights after rounding, ``<W_out - W, D> / <D, D>`` over all targets where W
             are the source's weights and D is the update; null if nothing was changed.
         kept_least: the smallest share that is left of the update of any target.
@@ -78,6 +81,7 @@ class FoldReport(Report):
     lossless: bool
     dequantized: bool
     adapted: int
+    merged: tuple[MergedTensor, ...]
     kept: float | None
     kept_least: float | None
     kept_least_in: str | None
@@ -116,7 +120,8 @@ def fold(
     Args:
         factorized: a folder written by ``factorize``.
         scales: a scales file or a folder that holds one, or for the key of each target ``g``, (k,), or (B, k) for a stack; or
-            for each its core ``C``, (k, k), or (B, k, k).
+            for each its core ``C``, (k, k), or (B, k, k). Or the folder of an adapter that PEFT has trained and that ``export``
+            has written, as ``peft-trainable`` or ``peft-pissa``.
         out: folder to write, empty or new.
         base: for an overlay, the model it was made from (folder or hub id), if the one that the manifest names is
             not to be used.
@@ -158,9 +163,7 @@ def fold(
         manifest = Manifest.read(factorized)
         others = _files_along(factorized, manifest, progress)
         if not isinstance(scales, Mapping):
-            scales = scales_file(Path(scales))
-        values = check_scales(scales, manifest) if isinstance(scales, Mapping) else read_scales(scales, manifest)
-        train = train_of_values(values, manifest)
+            scales = Path(scales) if adapter_kind(Path(scales)) else scales_file(Path(scales))
         # A fold computes in float64.
         by = run.start_engine(EngineOptions(engine, float64_device(str(device)), max_memory, max_device_memory, timing))
         streaming = (out / STREAM_DIR, by.files_at_a_time) if stream else None
@@ -169,12 +172,19 @@ def fold(
         inputs = [factorized, *weights.files.folders()]
         if not isinstance(scales, Mapping):
             inputs.append(scales)
-        adapter = AdapterUpdate({}, ())
+        entries = partial(_entries, manifest, weights)
+        adapters = []
+        if isinstance(scales, Mapping):
+            values = check_scales(scales, manifest)
+        else:
+            values, of_residual = read_update(scales, factorized, manifest, entries)
+            adapters.append(of_residual)
         if lora is not None:
             inputs.append(Path(lora))
             with phase(progress, "reading adapters"):
-                adapter = _adapter(factorized, manifest, weights, Path(lora))
-        update = UpdateSum([ScalesUpdate(values), adapter])
+                adapters.append(read_adapters([(Path(lora), 1.0)], factorized, entries()).tied(manifest.targets))
+        update = UpdateSum([ScalesUpdate(values), *adapters])
+        train = train_of_values(values, manifest)
         weights.check_quantized()
         if dequantize and not weights.quantized:
             raise OptionError("there is nothing to dequantize: this is no overlay of an FP8 model", hint="drop --dequantize")
@@ -188,7 +198,7 @@ def fold(
             FactorizedWeights(factorized, manifest, weights) as checkpoint,
         ):
             dense = DenseTensors(checkpoint, update, Writing(rounding, to_dense=dequantize))
-            if adapter.changed:
+            if update.tensors():
                 dense.check(weights.header(shard.source.file) for shard in manifest.shards)
             config = partial(config_of_rewritten, dtype=None, dequantized=True) if dequantize else None
             written = WrittenModel(out, checkpoint.shards, [FileAlong(one, factorized / one.file) for one in others], config)
@@ -219,10 +229,9 @@ def _changes(report: FoldReport, train: Train) -> FoldedChanges:
     return FoldedChanges(report.changed, report.adapted, report.dequantized, train)
 
 
-def _adapter(factorized: Path, manifest: Manifest, weights: Weights, lora: Path) -> AdapterUpdate:
-    """The update of the LoRA adapter in the folder ``lora``."""
-    entries = {entry.name: entry for shard in manifest.shards for entry in weights.header(shard.source.file).tensors}
-    return read_adapters([(lora, 1.0)], factorized, entries).tied(manifest.targets)
+def _entries(manifest: Manifest, weights: Weights) -> dict[str, TensorEntry]:
+    """Those of all tensors of the source, by name."""
+    return {entry.name: entry for shard in manifest.shards for entry in weights.header(shard.source.file).tensors}
 
 
 def _report(results: Sequence[FoldedShard], jobs: FoldJobs, manifest: Manifest) -> FoldReport:
@@ -234,6 +243,7 @@ def _report(results: Sequence[FoldedShard], jobs: FoldJobs, manifest: Manifest) 
     if note is not None:
         listening().note(note)
     originals = {shard.file: shard.sha256 for shard in jobs.checkpoint.shards}
+    headers = {file: jobs.checkpoint.weights.header(file) for file in originals}
     return FoldReport(
         out=jobs.places.out,
         files=tuple(files),
@@ -244,6 +254,7 @@ def _report(results: Sequence[FoldedShard], jobs: FoldJobs, manifest: Manifest) 
         lossless=manifest.lossless,
         dequantized=writing.to_dense,
         adapted=len(jobs.update.tensors()),
+        merged=merged_tensors(headers, jobs.update, [one for result in results for one in result.kept]),
         kept=kept.share,
         kept_least=kept.least,
         kept_least_in=kept.least_in,

@@ -25,6 +25,7 @@ from surgery.updates.adapters.reading import read_adapters
 from surgery.updates.changes import LowRankPart
 from surgery.updates.dense import DenseTensors, Writing
 from surgery.updates.kept_updates import KeptUpdate
+from surgery.updates.protocol import Update
 from surgery.version import __version__
 from surgery.weights.checkpoint import PlainWeights, SourceShard
 from surgery.weights.model import ModelWeights
@@ -160,27 +161,7 @@ class Merging:
 
     def tensors(self, kept: Iterable[KeptUpdate] = ()) -> tuple[MergedTensor, ...]:
         """The tensors that change; after the merge with what was ``kept`` of the update of each."""
-        known = {one.name: one for one in kept}
-        found = []
-        for shard, header in self.headers.items():
-            for entry in header.tensors:
-                if (change := self.update.change(entry.name)) is None:
-                    continue
-                how = "replaced" if change.replacement is not None else "rows" if change.rows is not None else "added"
-                one = known.get(entry.name)
-                found.append(
-                    MergedTensor(
-                        entry.name,
-                        shard,
-                        entry.dtype,
-                        entry.shape,
-                        how,
-                        max(map(_rank, change.parts.values()), default=0),
-                        None if one is None else one.size,
-                        None if one is None or not one.kept.asked else one.kept.share,
-                    )
-                )
-        return tuple(found)
+        return merged_tensors(self.headers, self.update, kept)
 
     def identity(self, device: str) -> dict[str, Any]:
         """All that the bytes of the result depend on, as JSON."""
@@ -193,6 +174,37 @@ class Merging:
             **self.update.digests(),
             **asdict(self.options.writing),
         }
+
+
+def merged_tensors(headers: Mapping[str, Header], update: Update, kept: Iterable[KeptUpdate]) -> tuple[MergedTensor, ...]:
+    """The tensors that adapters change.
+
+    Args:
+        headers: of all weight files.
+        update: what the adapters do.
+        kept: what was kept of the update of each tensor; nothing before the merge.
+    """
+    known = {one.name: one for one in kept}
+    found = []
+    for shard, header in headers.items():
+        for entry in header.tensors:
+            if (change := update.change(entry.name)) is None:
+                continue
+            how = "replaced" if change.replacement is not None else "rows" if change.rows is not None else "added"
+            one = known.get(entry.name)
+            found.append(
+                MergedTensor(
+                    entry.name,
+                    shard,
+                    entry.dtype,
+                    entry.shape,
+                    how,
+                    max(map(_rank, change.parts.values()), default=0),
+                    None if one is None else one.size,
+                    None if one is None or not one.kept.asked else one.kept.share,
+                )
+            )
+    return tuple(found)
 
 
 def _rank(parts: Sequence[LowRankPart]) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from surgery.names import CONFIG_FILE
 from surgery.source.protocol import Source
@@ -15,9 +17,13 @@ def config_folder(source: Source) -> Path | None:
 
 def component_of(source: Source) -> str | None:
     """Which part of a diffusion pipeline the model is, such as ``unet``; None for any other model."""
-    config = source.config()
-    if source.record.subfolder is not None:
-        last = source.record.subfolder.rpartition("/")[2]
+    return component_in(source.config(), source.record.subfolder)
+
+
+def component_in(config: Mapping[str, Any], subfolder: str | None) -> str | None:
+    """The same, by the model's config and the folder of a repository that it was in."""
+    if subfolder is not None:
+        last = subfolder.rpartition("/")[2]
         return last if "_diffusers_version" in config or last.startswith("text_encoder") else None
     kind = config.get("_class_name")
     if not isinstance(kind, str):

@@ -102,7 +102,11 @@ class UpdateSum:
         return {tensor for part in self.parts for tensor in part.tensors()}
 
     def digests(self) -> dict[str, str]:
-        return {name: digest for part in self.parts for name, digest in part.digests().items()}
+        found: dict[str, str] = {}
+        for part in self.parts:
+            for name, digest in part.digests().items():
+                found[name] = f"{found[name]} {digest}" if name in found else digest
+        return found
 
     def part(self, keys: Collection[str], tensors: Collection[str]) -> UpdateSum:
         return UpdateSum([part.part(keys, tensors) for part in self.parts])

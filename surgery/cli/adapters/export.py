@@ -24,16 +24,26 @@ from surgery.progress import phase
 # Modules that import torch are imported inside the commands: --help must not wait for them.
 
 
-@click.command(short_help="Write trained scales as an adapter for other tools.")
+@click.command(short_help="Write scales as an adapter for other tools and trainers.")
 @click.argument("factorized", type=PATH)
-@click.argument("scales", type=PATH)
+@click.argument("scales", type=PATH, required=False)
 @click.option(
     "--to",
-    "kind",
-    type=click.Choice(["peft"]),
+    type=click.Choice(["peft", "peft-trainable", "peft-pissa", "diffusers", "kohya"]),
     default="peft",
     show_default=True,
-    help="Format: a LoRA adapter as PEFT stores it.",
+    help="peft, diffusers, kohya: a LoRA of the original model, in the layout of these. peft-trainable: scales or cores that "
+    "PEFT (0.20 on) trains beside the original model. peft-pissa: a LoRA that is trained on FACTORIZED as its model.",
+)
+@click.option(
+    "--train",
+    type=click.Choice(["scales", "core"]),
+    help="With peft-trainable: what is trained of each weight.  [default: what SCALES holds]",
+)
+@click.option(
+    "--base-model",
+    metavar="MODEL",
+    help="What the adapter names as its model, such as a hub id.  [default: the hub's id, if it came from there]",
 )
 @click.option("-o", "--out", default="adapter", show_default=True, type=PATH, help="Folder to write.")
 @push_options
@@ -41,24 +51,30 @@ from surgery.progress import phase
 @json_option
 @quiet_option
 @notes_and_quiet
-def export(factorized: Path, scales: Path, kind: str, out: Path, as_json: bool, quiet: bool, **chosen: Any) -> None:
-    """Write the scales or cores in file SCALES as a LoRA adapter against the original model of folder FACTORIZED.
+def export(factorized: Path, scales: Path | None, to: str, out: Path, as_json: bool, quiet: bool, **chosen: Any) -> None:
+    """Write the scales or cores in file SCALES as an adapter for tools that do not know them.
 
-    PEFT loads it, and merges it to what fold writes; all modules have one rank, so that vLLM takes it as well. What an
-    adapter cannot say, or PEFT is known to load wrongly, is refused: fold instead.
+    By default as a LoRA adapter of the original model of folder FACTORIZED. PEFT loads it, and merges it to what fold
+    writes; all modules have one rank, so that vLLM takes it as well. What an adapter cannot say, or its loaders are known to
+    load wrongly, is refused: fold instead.
+
+    With peft-trainable or peft-pissa it is an adapter that any trainer with PEFT goes on with; SCALES may be left out. What was
+    trained is taken by fold, export and merge.
     """
     bar = Bar(quiet=quiet)
     with phase(bar, "starting"):
         from surgery.commands.adapters.export import export as operation
 
     start = time.perf_counter()
-    report = operation(factorized, scales, out, **chosen, progress=bar)
+    report = operation(factorized, scales, out, to=to, **chosen, progress=bar)  # type: ignore[arg-type]  # click has checked
     seconds = time.perf_counter() - start
     if as_json:
         print_json(report, seconds=seconds)
         return
+    what = "a TinyLoRA adapter" if to == "peft-trainable" else "a LoRA adapter"
+    trained = f", {report.trainable:,} trainable numbers" if report.trainable else ""
     say(
-        f"{whole(out)}: a LoRA adapter of rank {report.rank} for {report.modules} modules; "
+        f"{whole(out)}: {what} of rank {report.rank} for {report.modules} modules{trained}; "
         f"{size(report.bytes_written)} in {seconds:.1f} s",
         quiet=quiet,
     )

@@ -1,4 +1,4 @@
-"""Write trained scales or cores as a LoRA adapter for the original model: ``U diag(s (g - 1)) V^T`` is an update of rank k."""
+"""Write scales or cores as an adapter of other tools: as the LoRA that they amount to, or as one that PEFT trains further."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ from pathlib import Path
 import torch
 
 from surgery.device import on_its_own_terms
+from surgery.errors import OptionError
 from surgery.format.manifest import Manifest
-from surgery.format.scales.reading import check_scales, read_scales, train_of_values
-from surgery.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from surgery.format.scales.reading import check_scales, train_of_values
+from surgery.format.scales.writing import untouched
+from surgery.names import ADAPTER_CONFIG, Train
 from surgery.progress import Progress, listening
 from surgery.publish.results import publish_adapter
 from surgery.publish.told import ExportedUpdate
 from surgery.reports import Report
 from surgery.run.output_paths import check_no_model, check_output_path
 from surgery.run.run import Run
-from surgery.updates.peft_adapter import ADAPTER_FILES, PeftAdapter
+from surgery.trained.reading import adapter_kind, read_trained
+from surgery.trained.residual_lora import residual_lora_exported
+from surgery.updates.exported import Exported, ExportedAdapter, ExportForm
 from surgery.updates.protocol import ScalesUpdate
 from surgery.updates.writing.single_experts import note_older_peft
 
@@ -29,9 +33,10 @@ class ExportReport(Report):
 
     Attributes:
         out: the folder.
-        format: of the adapter: ``peft``.
-        modules: how many modules have an update.
+        format: of the adapter: ``peft``, ``peft-trainable``, ``peft-pissa``, ``diffusers`` or ``kohya``.
+        modules: how many modules it adapts.
         rank: of all of them.
+        trainable: how many numbers are trained when it is trained further; 0 for an adapter that is not meant for that.
         bytes_written: of the adapter's weights.
     """
 
@@ -39,30 +44,45 @@ class ExportReport(Report):
     format: str
     modules: int
     rank: int
+    trainable: int
     bytes_written: int
 
 
 @on_its_own_terms
 def export(
     factorized: str | Path,
-    scales: str | Path | Mapping[str, torch.Tensor],
+    scales: str | Path | Mapping[str, torch.Tensor] | None,
     out: str | Path,
     *,
+    to: Exported = "peft",
+    train: Train | None = None,
+    base_model: str | None = None,
     push_to_hub: str | None = None,
     private: bool = True,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ExportReport:
-    """Write scales or cores as a LoRA adapter against the original model, in the format of PEFT.
+    """Write scales or cores as an adapter.
 
-    ``A = V^T`` and ``B = U diag(s (g - 1))``, or for cores ``B = U diag(sqrt s) (C - I) diag(sqrt s)``, padded with zeros to
-    one rank for all modules, with alpha equal to it: loaders that ignore patterns of ranks take it as well. Only one module is
-    held in memory.
+    ``peft``: a LoRA against the original model. ``A = V^T`` and ``B = U diag(s (g - 1))``, or for cores
+    ``B = U diag(sqrt s) (C - I) diag(sqrt s)``, padded with zeros to one rank for all modules, with alpha equal to it: loaders
+    that ignore patterns of ranks take it as well. ``diffusers``, ``kohya``: the same for a component of a diffusion pipeline.
+
+    ``peft-trainable``: an adapter of PEFT's TinyLoRA for the original model, whose trainable numbers are g - 1, or C - I
+    (``surgery.updates.writing.tinylora_layout``). ``peft-pissa``: a LoRA for the residual that the factorized folder holds,
+    ``A = diag(sqrt s) V^T`` and ``B = U diag(sqrt s)``, with which it begins as the original model (PiSSA, arXiv 2404.02948).
+    What PEFT has trained of either is taken by ``fold`` and ``export``. Only one module is held in memory.
 
     Args:
         factorized: a folder written by ``factorize``.
-        scales: a scales file or a folder that holds one, or for the key of each target ``g``, or its core ``C``.
+        scales: a scales file or a folder that holds one, or for the key of each target ``g``, or its core ``C``; or the folder
+            of an adapter that was trained. None for untouched ones.
         out: folder to write; ``adapter_config.json`` comes last. The same adapter that is there already is left as it is.
+        to: the kind of adapter.
+        train: with ``peft-trainable``: whether ``scales`` or a ``core`` of each target are trained; by default what ``scales``
+            has.
+        base_model: the id or path of the model, which the adapter names as the one that it is for; by default that of the hub
+            that was factorized, and for ``peft-pissa`` the factorized folder.
         push_to_hub: repo id that the adapter is uploaded to as well. An earlier result of surgery there is replaced.
         private: whether a repository that is created for it is private.
         overwrite: write in any case, in place of whatever adapter is in ``out``.
@@ -72,37 +92,76 @@ def export(
         What was written, or is there already.
 
     Raises:
-        OptionError: a target that an adapter cannot change, or that PEFT is known to load wrongly.
+        OptionError: a target that such an adapter cannot change, or that its loaders are known to load wrongly; options that do
+            not go together; scales that turn directions, where only scales are to be trained.
         OutputError: another adapter is there.
         MissingExtra: a transformers model, and transformers is not installed.
         SurgeryError: the factorized folder or the scales are damaged, or do not belong together.
 
     Warns:
-        SurgeryWarning: see ``surgery.format.scales.reading.read_scales``.
+        SurgeryWarning: see ``surgery.format.scales.reading.read_scales``; or the adapter names no base model.
     """
     progress = listening()
     factorized, out = Path(factorized), Path(out)
     manifest = Manifest.read(factorized)
-    values = check_scales(scales, manifest) if isinstance(scales, Mapping) else read_scales(Path(scales), manifest)
     check_no_model(out)
-    update = ScalesUpdate(values)
-    there = not overwrite and any((out / name).exists() for name in ADAPTER_FILES)
-    for name in ADAPTER_FILES:
+    if isinstance(scales, str | Path) and adapter_kind(Path(scales)) == "LORA":
+        if to != "peft" or train is not None:
+            raise OptionError(f"{scales} was trained on the residual, and is exported as a LoRA", got=to, expected="to 'peft'")
+        adapter = residual_lora_exported(Path(scales), factorized, manifest, base_model)
+    else:
+        values = _values(scales, factorized, manifest, to)
+        form = ExportForm(to, _train(to, train, values, manifest), base_model)
+        adapter = ExportedAdapter.of(factorized, manifest, ScalesUpdate(values), form, progress)
+    there = not overwrite and any((out / name).exists() for name in adapter.files)
+    for name in adapter.files:
         check_output_path(out / name, [factorized], overwrite=overwrite or there)
-    adapter = PeftAdapter.of(factorized, manifest, update, progress) if there else None
-    if adapter is not None and not adapter.is_in(out, progress):
-        for name in ADAPTER_FILES:
+    if there and not adapter.is_in(out, progress):
+        for name in adapter.files:
             check_output_path(out / name, [factorized], overwrite=False)
     with Run(out) as run, run.uploading(push_to_hub, private=private):
-        if adapter is not None:
+        if there:
             if not (out / ADAPTER_CONFIG).exists():  # stopped just before the end
                 adapter.adapter.write_config(out)
             progress.note(f"{out} is already complete" + (": nothing to do" if run.upload is None else ""))
         else:
-            adapter = PeftAdapter.of(factorized, manifest, update, progress)
             adapter.write(out, progress)
         note_older_peft(adapter.adapter)
-        files, modules, rank = {name: out / name for name in ADAPTER_FILES}, adapter.adapter.modules, adapter.adapter.rank
-        update_told = ExportedUpdate(modules, rank, train_of_values(values, manifest))
-        publish_adapter(run.upload, files, manifest, factorized, update_told)
-    return ExportReport(out, "peft", modules, rank, (out / ADAPTER_WEIGHTS).stat().st_size)
+        files, rank = {name: out / name for name in adapter.files}, adapter.adapter.rank
+        told = ExportedUpdate(adapter.adapter.modules, rank, train_of_values(adapter.update.values, manifest))
+        publish_adapter(run.upload, files, manifest, factorized, told)
+    written = (out / adapter.adapter.file).stat().st_size
+    return ExportReport(out, to, adapter.adapter.modules, rank, adapter.trainable, written)
+
+
+def _values(
+    scales: str | Path | Mapping[str, torch.Tensor] | None, factorized: Path, manifest: Manifest, to: Exported
+) -> dict[str, torch.Tensor]:
+    """The scales or cores that are exported."""
+    if scales is None:
+        if to not in ("peft-trainable", "peft-pissa"):
+            raise OptionError(f"an adapter of kind {to} holds what scales change", got="no scales", hint="give a scales file")
+        return {one.key: torch.ones(one.scales_shape) for one in manifest.targets}
+    return (
+        check_scales(scales, manifest)
+        if isinstance(scales, Mapping)
+        else read_trained(Path(scales), factorized, manifest).values
+    )
+
+
+def _train(to: Exported, train: Train | None, values: Mapping[str, torch.Tensor], manifest: Manifest) -> Train:
+    """What is trained of the adapter."""
+    held = train_of_values(values, manifest)
+    if to != "peft-trainable":
+        if train is not None:
+            raise OptionError(f"an adapter of kind {to} has one form", got=f"train {train!r}", expected="to 'peft-trainable'")
+        return held
+    if train == "scales" and held == "core":
+        key = next((one.key for one in manifest.targets if _turns(values[one.key])), None)
+        if key is not None:
+            raise OptionError(f"the core of {key!r} turns directions, which scales do not", hint="train cores: --train core")
+    return held if train is None else train
+
+
+def _turns(core: torch.Tensor) -> bool:
+    return bool((core * (1 - untouched(core, "core"))).any())

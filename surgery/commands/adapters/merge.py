@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from surgery.commands.fold import FoldReport, fold
 from surgery.device import on_its_own_terms
 from surgery.engine.resources import Memory
+from surgery.errors import OptionError
+from surgery.escapes import quoted
 from surgery.files.file_records import FileRecord, file_sha256
 from surgery.lossless.update import Rounding
-from surgery.names import DTYPES, STREAM_DIR, Dtype
+from surgery.names import DTYPES, MANIFEST_FILE, STREAM_DIR, Dtype
 from surgery.progress import Progress, listening, phase
 from surgery.publish.results import publish_merged, submit_files
 from surgery.reports import Report
@@ -26,6 +30,7 @@ from surgery.shards.fold_shard import FoldedShard, FoldPlaces
 from surgery.source.open import open_source
 from surgery.source.protocol import Source
 from surgery.timing import Timing
+from surgery.trained.reading import adapter_kind
 from surgery.updates.dense import Writing
 from surgery.updates.kept_updates import KeptSummary
 from surgery.weights.quantized import config_of_rewritten
@@ -123,6 +128,8 @@ def plan_merge(
         OptionError, SourceError, FormatError, ReadError, MissingExtra: as ``merge``.
     """
     options = MergeOptions.of(adapters, weights, rounding, dtype, dequantize)
+    if (Path(model) / MANIFEST_FILE).is_file():
+        raise OptionError(f"{model} is a factorized checkpoint, of whose merge no plan is made", hint="merge without a dry run")
     by = LocalEngine(float64_device(str(device)), max_memory, max_device_memory)
     merging = Merging(open_source(model, revision=revision, subfolder=subfolder), options)
     with merging.checkpoint:
@@ -158,7 +165,8 @@ def merge(
     do not change keeps its bytes. Every tensor of an adapter has to find its place.
 
     Args:
-        model: local folder or Hugging Face repo id.
+        model: local folder or Hugging Face repo id. Or a factorized folder, with one adapter that was trained on its residual
+            (``export`` to ``peft-pissa``): what is written is the original model with what was trained, as by ``fold``.
         adapters: LoRA adapters as PEFT saves them, or, for a diffusion model, in the layouts of diffusers and kohya: folders,
             files or repo ids; one, or several whose updates are summed before the one rounding.
         out: folder to write, empty or new.
@@ -194,6 +202,12 @@ def merge(
     progress = listening()
     out = Path(out)
     options = MergeOptions.of(adapters, weights, rounding, dtype, dequantize)
+    if (Path(model) / MANIFEST_FILE).is_file():
+        adapter = _only_adapter(Path(model), options, revision=revision, subfolder=subfolder)
+        given: dict[str, Any] = {"device": device, "max_memory": max_memory, "max_device_memory": max_device_memory}
+        given |= {"engine": engine, "dequantize": dequantize, "rounding": rounding, "stream": stream, "timing": timing}
+        given |= {"push_to_hub": push_to_hub, "private": private, "overwrite": overwrite, "progress": progress}
+        return _as_merged(fold(model, adapter, out, **given))
     with Run(out) as run:
         by = run.start_engine(EngineOptions(engine, float64_device(str(device)), max_memory, max_device_memory, timing))
         source = open_source(model, revision=revision, subfolder=subfolder)
@@ -227,6 +241,30 @@ def merge(
                 report = _report(out, results, merging)
                 _publish(run, place, report, written, merging)
     return report
+
+
+def _only_adapter(model: Path, options: MergeOptions, *, revision: str | None, subfolder: str | None) -> Path:
+    """The adapter that is merged into the residual of a factorized folder, where nothing else can be asked for."""
+    (path, weight), *others = options.adapters
+    if others or weight != 1:
+        raise OptionError(f"{model} is a factorized checkpoint, of which one adapter is a part", got="a sum of several")
+    if options.writing.dtype is not None or revision is not None or subfolder is not None:
+        raise OptionError(
+            f"{model} is a factorized checkpoint, whose original is written as it was",
+            hint="leave dtype, revision and subfolder out",
+        )
+    if adapter_kind(path) != "LORA":
+        raise OptionError(
+            f"{model} is a factorized checkpoint, into which only a LoRA can be merged that was trained on its residual",
+            got=str(path),
+            hint=f"surgery fold {quoted(model)} SCALES takes scales, and adapters that hold them; else give the original model",
+        )
+    return path
+
+
+def _as_merged(report: FoldReport) -> MergeReport:
+    names = {field.name for field in fields(MergeReport)} - {"tensors"}
+    return MergeReport(tensors=report.merged, **{name: getattr(report, name) for name in names})
 
 
 def _publish(run: Run, place: Path, report: MergeReport, written: WrittenModel, merging: Merging) -> None:

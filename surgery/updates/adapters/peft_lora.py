@@ -19,7 +19,7 @@ from surgery.escapes import quoted
 from surgery.files.json_files import read_json_object
 from surgery.format.header import TensorEntry
 from surgery.format.safetensors import ShardReader
-from surgery.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ATTACHED_NAME, PEFT_PREFIX, PICKLED_ADAPTER
+from surgery.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ATTACHED_NAME, PEFT_PREFIX, PICKLED_ADAPTER, RESIDUAL_OF
 from surgery.progress import note
 from surgery.updates.adapters.content import AdapterContent, ModuleUpdate, checked_halves, read_numbers
 from surgery.updates.adapters.patterns import ByModule
@@ -64,8 +64,12 @@ _COPY = re.compile(r"(?P<module>.+?)(\.token_adapter)?\.(base_layer|original_mod
 _NO_PARAMETER = re.compile(rf".+\.base_layer\.{ATTACHED_NAME}\..+|.+\.trainable_tokens_original(\.[^.]+)?")
 
 
-def read_peft(folder: Path) -> AdapterContent:
+def read_peft(folder: Path, residual: str | None = None) -> AdapterContent:
     """Read an adapter in PEFT's layout.
+
+    Args:
+        folder: with its files.
+        residual: the fingerprint of the factorized checkpoint whose residual it may be for; None for the original model.
 
     Raises:
         SourceError: there is none in the folder, or in a format that has to be converted first.
@@ -79,6 +83,7 @@ def read_peft(folder: Path) -> AdapterContent:
                 f"there is no {name} in {folder}", expected="a LoRA adapter as PEFT saves it", hint=_how_to_have_it(folder)
             )
     config = read_json_object(folder / ADAPTER_CONFIG, str(folder / ADAPTER_CONFIG))
+    config = _checked_residual(config, folder, residual)
     check_config(config, folder)
     with ShardReader(folder / ADAPTER_WEIGHTS, name=str(folder / ADAPTER_WEIGHTS)) as reader:
         content = _PeftFile(folder, config, reader).content()
@@ -97,6 +102,27 @@ def _how_to_have_it(folder: Path) -> str | None:
     if list(folder.glob("adapter_model-*-of-*.safetensors")):
         return f"it is in several files, which PEFT does not read either: put all their tensors into one {ADAPTER_WEIGHTS}"
     return None
+
+
+def _checked_residual(config: Mapping[str, Any], folder: Path, residual: str | None) -> dict[str, Any]:
+    """The config without the mark of an adapter that is for a residual, which has to be that of the checkpoint."""
+    patterns = config.get("alpha_pattern")
+    if not isinstance(patterns, dict):
+        return dict(config)
+    kept = {}
+    for key, value in patterns.items():
+        marked = key.startswith(RESIDUAL_OF)
+        fingerprint, _, rest = key.removeprefix(RESIDUAL_OF).partition(")")
+        if marked and fingerprint != residual:
+            raise OptionError(
+                f"{folder} was trained on the residual of a factorized checkpoint, and is no adapter of "
+                + ("another one" if residual else "the original model"),
+                got=f"factors {fingerprint[:12]}",
+                expected=f"factors {residual[:12]}" if residual else None,
+                hint=f"surgery merge FACTORIZED {quoted(folder)}, with the folder that it was exported from",
+            )
+        kept[rest if marked else key] = value
+    return {**config, "alpha_pattern": kept}
 
 
 def check_config(config: Mapping[str, Any], folder: Path) -> None:

@@ -133,12 +133,12 @@ class AdapterToWrite:
             writer.write(self.config)
             return [writer.commit(ADAPTER_CONFIG)]
 
-    def is_in(self, out: Path, halving: Halving, progress: Progress) -> bool:
+    def is_in(self, out: Path, halving: Halving, copied: Mapping[str, Copied], progress: Progress) -> bool:
         """Whether a folder holds this adapter, byte for byte, perhaps but for the config, which comes last."""
         try:
             if (out / ADAPTER_CONFIG).exists() and (out / ADAPTER_CONFIG).read_bytes() != self.config:
                 return False
-            contents = self._contents(halving, {}, "comparing", progress)
+            contents = self._contents(halving, copied, "comparing", progress)
             with open(out / self.file, "rb") as weights, closing(contents):
                 return all(weights.read(len(data)) == data for data in contents) and not weights.read(1)
         except OSError:

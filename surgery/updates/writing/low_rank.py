@@ -73,8 +73,11 @@ class AdapterForm:
         dtype: of the halves, as the format names it: F32, BF16 or F16.
         component: of a diffusion pipeline, such as ``unet``, that the checkpoint is; None for any other model.
         uniform_rank: whether all halves are padded with zeros to one rank, for loaders that ignore ranks by module (vLLM).
-        base, revision: the hub's id and commit of the model that the adapter is for; None if it is on no hub.
+        base, revision: the hub's id, or path, and commit of the model that the adapter is for; None if it is not known.
         name: of the file of kohya's layout, without its suffix.
+        task: of the model, as PEFT calls it; None where it is not told.
+        residual_of: where the adapter is for the residual of a factorized checkpoint, and begins as what that lacks: the
+            fingerprint of its factors. It is trained on then.
     """
 
     layout: Layout
@@ -84,6 +87,8 @@ class AdapterForm:
     base: str | None = None
     revision: str | None = None
     name: str = "adapter"
+    task: str | None = None
+    residual_of: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from surgery.names import ADAPTER_WEIGHTS, PEFT_PREFIX
+from surgery.names import ADAPTER_WEIGHTS, PEFT_PREFIX, RESIDUAL_OF
 from surgery.updates.writing.adapter import AdapterToWrite, Pair, module_key
 from surgery.updates.writing.low_rank import AdapterForm
 from surgery.updates.writing.modules import AdaptedModule, AdaptedModules
@@ -78,16 +78,19 @@ def _config(pairs: Sequence[Pair], form: AdapterForm, every: Iterable[str], whol
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,
-        "target_modules": sorted(names) if _is_exact(names, every) else "|".join(map(re.escape, sorted(names))),
+        "target_modules": targeted(names, every),
         "fan_in_fan_out": any(module.kind == "transposed" for module in layers),
         "bias": whole.bias,
         "modules_to_save": whole.modules or None,
         "use_rslora": False,
         "use_dora": False,
         "init_lora_weights": True,
-        "inference_mode": True,
-        "task_type": None,
+        "inference_mode": form.residual_of is None,
+        "task_type": form.task,
     }
+    if form.residual_of is not None:
+        first = min(map(module_key, (pair.module for pair in pairs)))
+        config["alpha_pattern"] = {f"{RESIDUAL_OF}{form.residual_of}){re.escape(first)}": rank}
     if parameters:
         config |= {"target_parameters": parameters, "peft_version": _LAYOUT_OF_STACKS}
     if whole.tied:
@@ -96,6 +99,16 @@ def _config(pairs: Sequence[Pair], form: AdapterForm, every: Iterable[str], whol
         patterns = rank_patterns({module_key(pair.module): pair.rank for pair in pairs})
         config |= {"rank_pattern": patterns, "alpha_pattern": patterns}
     return config
+
+
+def targeted(names: Collection[str], every: Iterable[str]) -> list[str] | str:
+    """What PEFT is to be told so that it finds these modules and no others: their names, or one regular expression.
+
+    Args:
+        names: of the modules.
+        every: the names of all modules of the model.
+    """
+    return sorted(names) if _is_exact(names, every) else "|".join(map(re.escape, sorted(names)))
 
 
 def _is_exact(names: Collection[str], every: Iterable[str]) -> bool:

@@ -1,0 +1,92 @@
+"""What was trained of a factorized checkpoint, in whatever form a trainer has left it: a scales file, or an adapter of PEFT."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from surgery.errors import OptionError
+from surgery.escapes import quoted
+from surgery.files.json_files import read_json_object
+from surgery.format.header import TensorEntry
+from surgery.format.manifest import Manifest
+from surgery.format.scales.reading import Trained
+from surgery.format.scales.reading import read_trained as read_scales_file
+from surgery.names import ADAPTER_CONFIG, CHECKPOINT_FILE
+from surgery.trained.residual_lora import read_residual_lora
+from surgery.trained.tinylora import read_tinylora
+from surgery.updates.adapter_update import AdapterUpdate
+from surgery.updates.writing.tinylora_layout import PEFT_TYPE as TINYLORA
+
+
+def adapter_kind(path: Path) -> str | None:
+    """What PEFT calls the kind of an adapter, such as ``LORA``; None for what is no folder of an adapter.
+
+    A folder that holds a scales file as well is that of a training of scales, with adapters beside them.
+
+    Raises:
+        FormatError, ReadError: its config cannot be read.
+    """
+    config = path / ADAPTER_CONFIG
+    if not config.is_file() or (path / CHECKPOINT_FILE).is_file():
+        return None
+    return str(read_json_object(config, str(config)).get("peft_type"))
+
+
+def read_update(
+    path: Path, factorized: Path, manifest: Manifest, entries: Callable[[], Mapping[str, TensorEntry]]
+) -> tuple[dict[str, torch.Tensor], AdapterUpdate]:
+    """Read what is to be added to the original weights: scales or cores, and what a LoRA does that began with the factors.
+
+    Args:
+        path: as for ``read_trained``, or the folder of an adapter that ``export`` has written as ``peft-pissa``.
+        factorized, manifest: the checkpoint.
+        entries: gives those of all tensors of the source, by name.
+
+    Returns:
+        The scales or cores, by the key of each target, and the update of the LoRA; one of both is untouched.
+
+    Raises:
+        OptionError, ScalesError, FormatError, ReadError, MissingExtra, SourceError: see ``read_trained`` and
+            ``read_residual_lora``.
+    """
+    if adapter_kind(path) != "LORA":
+        return read_trained(path, factorized, manifest).values, AdapterUpdate({}, ())
+    update = read_residual_lora(path, factorized, manifest, entries())
+    return {one.key: torch.ones(one.scales_shape) for one in manifest.targets}, update
+
+
+def read_trained(path: Path, factorized: Path, manifest: Manifest) -> Trained:
+    """Read the scales or cores of a factorized checkpoint.
+
+    Args:
+        path: a scales file, a folder that holds one, or the folder of an adapter that was trained: one that ``export`` has
+            written as ``peft-trainable``.
+        factorized, manifest: the checkpoint.
+
+    Raises:
+        OptionError: an adapter of another kind.
+        ScalesError, FormatError, ReadError: see ``surgery.format.scales.reading.read_trained``.
+        MissingExtra, SourceError: for an adapter of TinyLoRA, see ``surgery.models.skeleton``.
+
+    Warns:
+        SurgeryWarning: see ``surgery.format.scales.reading.read_trained``.
+    """
+    kind = adapter_kind(path)
+    if kind is None:
+        return read_scales_file(path, manifest)
+    if kind == TINYLORA:
+        return read_tinylora(path, factorized, manifest)
+    is_lora = kind == "LORA"
+    raise OptionError(
+        f"{path} is no adapter of scales or cores",
+        got=f"peft_type {reprlib.repr(kind)}",
+        expected="a scales file, or what was trained of an adapter that surgery export has written",
+        hint=f"surgery merge {quoted(factorized)} {quoted(path)} takes a LoRA that was trained on the residual; surgery fold "
+        "SCALES --lora one that was trained beside scales"
+        if is_lora
+        else None,
+    )

@@ -1,0 +1,158 @@
+"""A LoRA that was trained on the residual of a factorized checkpoint, as an update of the original weights.
+
+The model that is trained computes with ``R + B A``, the original being ``R + U diag(s) V^T``; it begins with
+``A0 = diag(sqrt s) V^T`` and ``B0 = U diag(sqrt s)``. Source: PiSSA (arXiv 2404.02948), whose conversion to a LoRA this is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from surgery.errors import OptionError, ScalesError, few
+from surgery.format.header import TensorEntry
+from surgery.format.manifest import Manifest
+from surgery.models.carriers import Carrier
+from surgery.progress import listening
+from surgery.updates.adapter_update import AdapterUpdate
+from surgery.updates.adapters.content import AdapterContent, ModuleUpdate
+from surgery.updates.adapters.homes import Homes
+from surgery.updates.adapters.peft_lora import read_peft
+from surgery.updates.adapters.placement import placed
+from surgery.updates.exported import ExportedAdapter, ExportForm
+from surgery.updates.protocol import ScalesUpdate
+from surgery.updates.writing.low_rank import LowRankTensor
+from surgery.updates.writing.modules import AdaptedModule, Halved
+from surgery.updates.writing.peft_layout import in_peft_layout
+
+#: The least cosine between an adapter that was trained and the factors that it began with.
+_LIKE = 0.5
+_FOLD = "fold it: surgery fold gives standard weights"
+
+
+def read_residual_lora(path: Path, factorized: Path, manifest: Manifest, entries: Mapping[str, TensorEntry]) -> AdapterUpdate:
+    """What a LoRA that was trained on the residual changes of the original weights: ``B A - B0 A0``, of twice its rank.
+
+    It is made of ``[B - B0, B0]`` and ``[A; A - A0]``, so that what was not trained changes nothing, exactly.
+
+    Args:
+        path: the adapter's folder.
+        factorized, manifest: the checkpoint whose residual it was trained on.
+        entries: of all tensors of the source, by name.
+
+    Raises:
+        ScalesError: it did not begin with these factors, or lacks some of them.
+        OptionError: it was trained on another residual, or is of a kind that cannot be merged.
+        SourceError, FormatError, ReadError, MissingExtra: see ``surgery.updates.adapters.reading.read_adapters``.
+    """
+    content = read_peft(path, manifest.fingerprint)
+    changed = differences(content, factorized, manifest)
+    if not (changed.updates or changed.copied or changed.tokens):
+        return AdapterUpdate({}, ())
+    found = placed(changed, Homes(factorized, entries), {name: entry.shape for name, entry in entries.items()}, 1.0)
+    return AdapterUpdate(found.changes, [found.account]).tied(manifest.targets)
+
+
+def differences(content: AdapterContent, factorized: Path, manifest: Manifest) -> AdapterContent:
+    """An adapter of a residual as one of the original model, without the modules that have not been changed.
+
+    Raises:
+        ScalesError, OptionError: see ``read_residual_lora``.
+    """
+    untouched = ScalesUpdate({one.key: torch.ones(one.scales_shape) for one in manifest.targets})
+    exported = ExportedAdapter.of(factorized, manifest, untouched, ExportForm("peft-pissa"), listening())
+    given = {one.module: one for one in content.updates}
+    found, met, like = [], set(), torch.zeros(3, dtype=torch.float64)
+    for module, A0, B0 in exported.initial():
+        update = given.get(module.name)
+        if update is None:
+            raise ScalesError(
+                f"{content.where} lacks {module.name!r}, whose residual was trained on",
+                got=few(given),
+                hint="use the factorized folder that this adapter was exported from",
+            )
+        if update.A.shape != A0.shape or update.B.shape != B0.shape or update.magnitude is not None or update.bias is not None:
+            raise ScalesError(
+                f"{content.where}: the update of {module.name!r} did not begin with the factors of this checkpoint",
+                got=f"A {list(update.A.shape)} and B {list(update.B.shape)}, or more than these",
+                expected=f"A {list(A0.shape)} and B {list(B0.shape)}",
+                hint="an adapter of the original model: surgery fold FACTORIZED SCALES --lora",
+            )
+        met.add(module.name)
+        for now, before in ((update.A, A0), (update.B, B0)):
+            like += torch.stack([(now * before).sum(), now.square().sum(), before.square().sum()]).double()
+        changed = _difference(update, A0, B0)
+        found += [] if changed is None else [changed]
+    if not bool(like[0] >= _LIKE * (like[1] * like[2]).sqrt()):
+        raise ScalesError(
+            f"{content.where} did not begin with the factors of this checkpoint",
+            got=f"a cosine of {float(like[0] / (like[1] * like[2]).sqrt()):.2f} between both",
+            expected=f"{_LIKE} or more after a training",
+            hint="an adapter of the original model: surgery fold FACTORIZED SCALES --lora",
+        )
+    return replace(content, updates=[*found, *(one for one in content.updates if one.module not in met)])
+
+
+def _difference(update: ModuleUpdate, A0: torch.Tensor, B0: torch.Tensor) -> ModuleUpdate | None:
+    scaled = update.B * update.scaling(update.module, len(update.A), 1)
+    if torch.equal(scaled, B0) and torch.equal(update.A, A0):
+        return None
+    A, B = torch.cat([update.A, update.A - A0]), torch.cat([scaled - B0, B0], dim=1)
+    return replace(update, A=A, B=B, scaling=_ones)
+
+
+def _ones(_name: str, _rows: int, _matrices: int) -> float:
+    return 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class _MadeModule(AdaptedModule):
+    """A module whose halves are known.
+
+    Attributes:
+        A, B: float32, of the shapes that ``shapes`` gives for its rank.
+    """
+
+    A: torch.Tensor
+    B: torch.Tensor
+
+    def halves(
+        self, rank: int, carriers: Mapping[str, Carrier], halved: Callable[[LowRankTensor], Halved]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        lacking = rank - len(self.A)
+        A = torch.cat([self.A, self.A.new_zeros(lacking, *self.A.shape[1:])])
+        return A, nn.functional.pad(self.B, (0, lacking))
+
+
+def residual_lora_exported(path: Path, factorized: Path, manifest: Manifest, base: str | None) -> ExportedAdapter:
+    """A LoRA that was trained on the residual as one of the original model, of twice its rank, that is to be written.
+
+    Raises:
+        OptionError: it has not been changed, or has whole tensors besides.
+        ScalesError, SourceError, FormatError, ReadError, MissingExtra: see ``read_residual_lora``.
+    """
+    changed = differences(read_peft(path, manifest.fingerprint), factorized, manifest)
+    if changed.copied or changed.tokens or not changed.updates:
+        raise OptionError(
+            f"{path} cannot be exported as a LoRA of the original model",
+            got="whole tensors besides the LoRA" if changed.updates else "an adapter that has not been trained",
+            hint=_FOLD,
+        )
+    halves = {one.module: (one.A, one.B) for one in changed.updates}
+    untouched = ScalesUpdate({one.key: torch.ones(one.scales_shape) for one in manifest.targets})
+    exported = ExportedAdapter.of(factorized, manifest, untouched, ExportForm("peft", base=base), listening())
+    adapted = exported.adapter.adapted
+    modules = [_made(one, *halves[one.name]) for one in adapted.modules if one.name in halves]
+    if lacking := sorted(halves.keys() - {one.name for one in modules}):
+        raise OptionError(
+            f"{path} changes {lacking[0]!r}, which has no factors", hint="fold it: surgery fold gives standard weights"
+        )
+    return replace(exported, adapter=in_peft_layout(replace(adapted, modules=modules), exported.form))
+
+
+def _made(one: AdaptedModule, A: torch.Tensor, B: torch.Tensor) -> _MadeModule:
+    return _MadeModule(one.name, one.kind, one.parameter, one.carrier, one.tensors, len(A), one.shape, A, B)
