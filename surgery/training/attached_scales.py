@@ -21,7 +21,7 @@ from surgery.progress import note
 from surgery.training.attached_path import AttachedPath
 from surgery.training.choice import check_alone, leading, replace_data, summed_gradients
 from surgery.training.loaded import TrainedFile
-from surgery.training.ways import Way, change_from, numbers_of_way, restricted, saved_as, spread_out, values_from
+from surgery.training.ways import Way, numbers_of_way, restricted, saved_as, spread_out, values_from, values_of
 
 
 class Scales:
@@ -130,10 +130,7 @@ class Scales:
     def _values_of(self, key: str, parameters: torch.Tensor) -> torch.Tensor:
         """The scales or core that the parameters (B, numbers) of a target amount to, float32."""
         target = self._targets[key]
-        if self._way == "orthogonal":
-            parameters = parameters.double()
-        change = change_from(self._way, parameters, target.rank).reshape(target.shape_of(saved_as(self._way)))
-        return values_from(self._way, change).float()
+        return values_of(self._way, parameters, target.rank).reshape(target.shape_of(saved_as(self._way)))
 
     @property
     def _noun(self) -> str:
