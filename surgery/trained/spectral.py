@@ -1,8 +1,8 @@
 """What is trained of a factorized checkpoint, as PEFT saves the adapters of ``surgery.peft``; read without PEFT and a model.
 
-An adapter is a folder with ``adapter_config.json``, whose ``peft_type`` is SPECTRAL, and ``adapter_model.safetensors``. The last
-part of a tensor's name is the key of a target, escaped, after ``spectral_delta`` for what is trained and ``spectral_chosen`` for
-the directions that are.
+An adapter is a folder with ``adapter_config.json``, whose ``peft_type`` is SPECTRAL, and ``adapter_model.safetensors``. The
+last part of a tensor's name is the key of a target, escaped, after ``spectral_delta`` for what is trained and
+``spectral_chosen`` for the directions that are.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from surgery.training.ways import Way, numbers_of_way, saved_as, spread_out, val
 
 #: The type of the adapters, in PEFT and in their config.
 SPECTRAL = "SPECTRAL"
-#: The attributes of PEFT's layers that are saved: what is trained, which directions it is of, and the fingerprint of the factors.
+#: The attributes of PEFT's layers that are saved: what is trained, of which directions, and the fingerprint of the factors.
 DELTA, CHOSEN, FINGERPRINT = "spectral_delta", "spectral_chosen", "spectral_fingerprint"
 
 _TENSOR = re.compile(rf"(?:.+\.)?(?P<kind>{DELTA}|{CHOSEN})\.(?P<key>[^.]+)")
@@ -104,9 +104,7 @@ def read_spectral(folder: Path) -> SpectralFile:
     if masks:
         beside["chosen"] = {key: masks[key] for key in parameters}
     if content.way == "orthogonal":
-        beside["orthogonal"] = {
-            key: some if len(content.shapes[key]) > 1 else some[0] for key, some in parameters.items()
-        }
+        beside["orthogonal"] = {key: some if len(content.shapes[key]) > 1 else some[0] for key, some in parameters.items()}
     return SpectralFile(
         values, content.fingerprint, saved_as(content.way), beside, absent=content.absent, factorized=content.factorized
     )
@@ -197,9 +195,7 @@ def _mask(reader: ShardReader, entry: TensorEntry, shape: tuple[int, ...]) -> to
     return mask
 
 
-def _parameters(
-    reader: ShardReader, entry: TensorEntry, content: _Config, key: str, mask: torch.Tensor | None
-) -> torch.Tensor:
+def _parameters(reader: ShardReader, entry: TensorEntry, content: _Config, key: str, mask: torch.Tensor | None) -> torch.Tensor:
     """The parameters of all directions of a target, float32 (B, numbers)."""
     shape = content.shapes[key]
     k, count = shape[-1], math.prod(shape[:-1])
