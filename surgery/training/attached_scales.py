@@ -18,10 +18,10 @@ from surgery.format.manifest import Manifest
 from surgery.format.scales.writing import write_scales
 from surgery.models.carriers import is_sharded
 from surgery.progress import note
-from surgery.training.attached_path import AttachedPath
+from surgery.training.attached_path import PathInPlace
 from surgery.training.choice import check_alone, leading, replace_data, summed_gradients
 from surgery.training.loaded import TrainedFile
-from surgery.training.ways import Way, change_from, numbers_of_way, restricted, saved_as, spread_out, values_from
+from surgery.training.ways import Way, numbers_of_way, restricted, saved_as, spread_out, values_from, values_of
 
 
 class Scales:
@@ -32,15 +32,15 @@ class Scales:
         model: nn.Module,
         folder: Path,
         manifest: Manifest,
-        homes: dict[str, tuple[AttachedPath, int]],
-        attached: list[AttachedPath],
+        homes: dict[str, tuple[PathInPlace, int]],
+        attached: Sequence[PathInPlace],
         way: Way,
     ) -> None:
         self._model = model
         self._folder = folder
         self._manifest = manifest
         self._homes = homes
-        self._attached = attached
+        self._attached = list(attached)
         self._way: Way = way
         self._targets = {target.key: target for target in manifest.targets}
         #: Directions that are trained, (B, k) on the CPU, of each target in the model; None before any are chosen.
@@ -130,10 +130,7 @@ class Scales:
     def _values_of(self, key: str, parameters: torch.Tensor) -> torch.Tensor:
         """The scales or core that the parameters (B, numbers) of a target amount to, float32."""
         target = self._targets[key]
-        if self._way == "orthogonal":
-            parameters = parameters.double()
-        change = change_from(self._way, parameters, target.rank).reshape(target.shape_of(saved_as(self._way)))
-        return values_from(self._way, change).float()
+        return values_of(self._way, parameters, target.rank).reshape(target.shape_of(saved_as(self._way)))
 
     @property
     def _noun(self) -> str:

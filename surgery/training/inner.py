@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -86,6 +87,21 @@ class Full(Inner):
 
     def on_channels(self, x: torch.Tensor, groups: int) -> torch.Tensor:
         return convolved(x, self.values.repeat(groups, 1), groups)
+
+
+def joined(inners: Sequence[Inner]) -> Inner:
+    """What is between factors that are put beside each other, column after column."""
+    if all(isinstance(inner, Diagonal) for inner in inners):
+        return Diagonal(torch.cat([inner.values for inner in inners], dim=-1))
+    blocks = [torch.diag_embed(inner.values) if isinstance(inner, Diagonal) else inner.values for inner in inners]
+    k = sum(block.shape[-1] for block in blocks)
+    whole = blocks[0].new_zeros(*blocks[0].shape[:-2], k, k)
+    start = 0
+    for block in blocks:
+        stop = start + block.shape[-1]
+        whole[..., start:stop, start:stop] = block
+        start = stop
+    return Full(whole)
 
 
 def convolved(x: torch.Tensor, matrix: torch.Tensor, groups: int) -> torch.Tensor:

@@ -43,7 +43,22 @@ class Entry:
     terms: Sequence[Term]
 
 
-class LowRankPath(nn.Module):
+class Summand(nn.Module):
+    """What layers add to a parameter in their computation: a path, or several.
+
+    Attributes:
+        idle: whether nothing is to be added.
+        left: the left factor, which tells the dtype and the device.
+    """
+
+    left: torch.Tensor
+
+    @property
+    def idle(self) -> bool:
+        return False
+
+
+class LowRankPath(Summand):
     """``left M right^T`` for a parameter, from all targets that lie in it: for each of these U and V, in columns, and between
     them ``diag(s (g - 1 + offset))``, or ``sqrt(s s^T) (C - I + offset I)``.
 
@@ -55,6 +70,7 @@ class LowRankPath(nn.Module):
 
     Attributes:
         untouched: whether it computes as with deltas of 0, whatever they are.
+        restores: whether it adds what the residual lacks; of several paths of one parameter one does.
         left, right: (rows, K) and (columns, K), or (B, ...) for a stack; zero where a matrix has fewer columns than others.
         roots: float32: for scales s of all targets, flat; for cores ``sqrt(s s^T)``, (N, k, k) for all N matrices of the
             targets, k being the largest rank.
@@ -74,9 +90,12 @@ class LowRankPath(nn.Module):
     def __init__(self, way: Way, entries: Sequence[Entry], count: int | None, like: torch.Tensor) -> None:
         super().__init__()
         self.untouched = False
+        self.restores = True
         self._way = way
         self._offsets = [entry.offset for entry in entries]
         self._is_stack = count is not None
+        #: Targets whose delta is a parameter of another module -> that, and its name there.
+        self._lent: dict[int, tuple[nn.Module, str]] = {}
         for i, entry in enumerate(entries):
             self.register_parameter(f"delta_{i}", entry.delta)
             self._keep(f"trained_{i}", None)
@@ -105,14 +124,25 @@ class LowRankPath(nn.Module):
 
     def delta(self, i: int) -> nn.Parameter:
         """What is trained of target i. Looked up each time: a trainer may have replaced the object."""
-        return self.get_parameter(f"delta_{i}")
+        holder, name = self._lent.get(i, (self, f"delta_{i}"))
+        return holder.get_parameter(name)
+
+    def lend(self, i: int, holder: nn.Module, name: str) -> None:
+        """Take what is trained of target i from a parameter of another module from here on."""
+        self._parameters.pop(f"delta_{i}", None)
+        self._lent[i] = holder, name
+
+    @property
+    def lacking(self) -> bool:
+        """Whether the parameter lacks directions that the path adds whatever is trained: it holds a residual."""
+        return any(self._offsets)
 
     def deltas(self) -> list[nn.Parameter]:
         return [self.delta(i) for i in range(len(self._offsets))]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Move or cast as ``nn.Module`` does, but keep what is trained in float32: half precision is too coarse for g - 1."""
-        kept = [*(f"delta_{i}" for i in range(len(self._offsets))), "roots", "offsets"]
+        kept = [*self._parameters, "roots", "offsets"]
         before = {name: getattr(self, name).data for name in kept}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, value in before.items():
@@ -232,8 +262,9 @@ class LowRankPath(nn.Module):
         if self.untouched:
             values = self.roots * self.offsets
         else:
-            deltas = self._spread()
-            values = self.roots * ((deltas[0] if len(deltas) == 1 else torch.cat(deltas)) + self.offsets)
+            spread = self._spread()
+            deltas = spread[0] if len(spread) == 1 else torch.cat(spread)
+            values = self.roots * (deltas + self.offsets if self.restores else deltas)
         if self.order is None:
             return Diagonal(values)
         return Diagonal(functional.pad(values, (0, 1))[self.order])  # padding is taken from behind the last
@@ -242,7 +273,7 @@ class LowRankPath(nn.Module):
         k = self.roots.shape[-1]
         blocks = self.offsets * torch.eye(k, dtype=self.roots.dtype, device=self.roots.device)
         if not self.untouched:
-            blocks = self._changes(k) + blocks
+            blocks = self._changes(k) + blocks if self.restores else self._changes(k)
         blocks = self.roots * blocks
         count = len(self._blocks)
         blocks = blocks.view(count, -1, k, k) if self.order is None else functional.pad(blocks, (0, 0, 0, 0, 0, 1))[self.order]
@@ -294,13 +325,15 @@ class Adding:
         used: whether the layer has been run.
     """
 
-    def __init__(self, path: LowRankPath, kind: str) -> None:
+    def __init__(self, path: Summand, kind: str) -> None:
         self._path = path
         self._kind = kind
         self.used = False
 
     def __call__(self, layer: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
         self.used = True
+        if self._path.idle:
+            return output
         x = inputs[0] if inputs else next(iter(named.values()))
         added: torch.Tensor = self._path(x, UPDATES[self._kind], layer)
         return output + added.to(output.device)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from surgery.training.inner import Inner
-from surgery.training.lowrank import LowRankPath
+from surgery.training.lowrank import Summand
 
 
 class Shadow:
@@ -27,7 +27,7 @@ class Shadow:
         used: whether the weight has been read meanwhile.
     """
 
-    def __init__(self, path: LowRankPath, holder: nn.Module, name: str) -> None:
+    def __init__(self, path: Summand, holder: nn.Module, name: str) -> None:
         self._path = path
         self._holder = holder
         self._name = name
@@ -36,7 +36,7 @@ class Shadow:
 
     def enter(self, _module: nn.Module, _inputs: tuple[Any, ...]) -> None:
         self._depth += 1
-        if self._depth == 1:
+        if self._depth == 1 and not self._path.idle:
             self._holder.__dict__[self._name] = self._path(self._path.left, self._sum, None)
 
     def leave(self, _module: nn.Module, _inputs: tuple[Any, ...], _output: Any) -> None:

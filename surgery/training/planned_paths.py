@@ -77,14 +77,23 @@ class PlannedPaths:
             delta = nn.Parameter(torch.zeros(numbers, dtype=torch.float32, device=first.carrier.weight().device))
         for key, (offset, group) in terms.items():
             self._planned[key].entries.append(Entry(delta, s, offset, group))
+            self._planned[key].keys.append(target.key)
 
-    def paths(self) -> list[tuple[LowRankPath, list[Layer]]]:
+    @property
+    def keys(self) -> list[list[str]]:
+        """The key of each entry of each of the ``paths``."""
+        return [planned.keys for planned in self._planned.values()]
+
+    def paths(self, factors: torch.dtype | None = None) -> list[tuple[LowRankPath, list[Layer]]]:
         """Each path, and the layers that use its parameter.
+
+        Args:
+            factors: their dtype; None for that of each weight.
 
         Raises:
             OptionError: what is in a parameter does not fill it.
         """
-        return [(planned.path(self._way), planned.carrier.layers) for planned in self._planned.values()]
+        return [(planned.path(self._way, factors), planned.carrier.layers) for planned in self._planned.values()]
 
 
 @dataclass(slots=True)
@@ -95,13 +104,15 @@ class _PlannedPath:
         carrier: the parameter that it is for.
         number: which of all paths it is, from 0.
         entries: the targets in it.
+        keys: of these.
     """
 
     carrier: Carrier
     number: int
     entries: list[Entry] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
 
-    def path(self, way: Way) -> LowRankPath:
+    def path(self, way: Way, factors: torch.dtype | None) -> LowRankPath:
         carrier = self.carrier
         sizes = {(len(term.left), len(term.right)) for entry in self.entries for term in entry.terms}
         if sizes != {carrier.rows_and_columns}:  # a tower that the input does not reach would never tell
@@ -113,5 +124,6 @@ class _PlannedPath:
             )
         with carrier.present():
             weight = carrier.weight()
-        like = torch.empty(0, device=weight.device, dtype=torch.float32 if carrier.quantized else weight.dtype)
+        dtype = factors or (torch.float32 if carrier.quantized else weight.dtype)
+        like = torch.empty(0, device=weight.device, dtype=dtype)
         return LowRankPath(way, self.entries, carrier.shape[0] if carrier.stack else None, like)

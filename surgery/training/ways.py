@@ -51,6 +51,12 @@ def values_from(way: Way, change: torch.Tensor) -> torch.Tensor:
     return change + torch.eye(change.shape[-1], dtype=change.dtype, device=change.device)
 
 
+def values_of(way: Way, parameters: torch.Tensor, k: int) -> torch.Tensor:
+    """``g`` (N, k) or ``C`` (N, k, k), float32, that parameters (N, numbers) of k directions amount to."""
+    change = change_from(way, parameters.double() if way == "orthogonal" else parameters, k)
+    return values_from(way, change).float()
+
+
 def _of_orthogonal(parameters: torch.Tensor, k: int) -> torch.Tensor:
     """``diag(1 + a) (I - A)^-1 (I + A) diag(1 + b) - I``: a rotation, Cayley's transform of a skew A, between two scalings.
 
