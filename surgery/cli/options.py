@@ -77,6 +77,9 @@ engine_option = click.option(
 profile_option = click.option("--profile", is_flag=True, help="Print where the time went, by thread and stage.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an earlier result in the output folder.")
 overwrite_file_option = click.option("--overwrite", is_flag=True, help="Replace the file if it is there.")
+factorized_option = click.option(
+    "--factorized", type=PATH, metavar="FOLDER", help="What an adapter made by export --to peft-trainable was exported from."
+)
 overlay_base_option = click.option(
     "--base", type=MODEL, metavar="MODEL", help="For an overlay: the model it was made from, if not the one the manifest names."
 )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from surgery.cli.bar import Bar
-from surgery.cli.options import PATH, json_option, notes_and_quiet, overwrite_file_option, quiet_option
+from surgery.cli.options import PATH, factorized_option, json_option, notes_and_quiet, overwrite_file_option, quiet_option
 from surgery.cli.outcomes import span, trainable_text
 from surgery.cli.printing import print_json
 from surgery.cli.scaling import out_option
@@ -67,11 +67,14 @@ def new(factorized: Path, train: Train, out: Path, overwrite: bool, as_json: boo
 @click.option(
     "--top", default=20, show_default=True, type=click.IntRange(min=0), help="How many directions, or cores, to list."
 )
+@factorized_option
 @json_option
 @quiet_option
 @notes_and_quiet
-def show(file: Path, top: int, as_json: bool, quiet: bool) -> None:
+def show(file: Path, top: int, factorized: Path | None, as_json: bool, quiet: bool) -> None:
     """Show the directions that a scales FILE changes most, and a summary. The factorized folder is not needed.
+
+    FILE may also be the folder of an adapter that holds scales or cores.
 
     Matrices of a stack are counted from 0, directions from 1: direction 1 has the largest singular value. Of cores C those are
     shown that are furthest from the identity:
@@ -84,7 +87,7 @@ def show(file: Path, top: int, as_json: bool, quiet: bool) -> None:
     """
     from surgery.commands.scales import show_scales
 
-    found = show_scales(file, top=top, progress=Bar(quiet=quiet))
+    found = show_scales(file, top=top, factorized=factorized, progress=Bar(quiet=quiet))
     if as_json:
         print_json(found)
         return

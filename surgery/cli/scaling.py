@@ -14,6 +14,7 @@ from surgery.cli.options import (
     MODEL,
     PATH,
     device_option,
+    factorized_option,
     json_option,
     notes_and_quiet,
     overlay_base_option,
@@ -135,6 +136,7 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) 
     show_default=True,
     help="Mean of the scales or cores, or of the logarithms of scales (geometric).",
 )
+@factorized_option
 @overwrite_file_option
 @json_option
 @quiet_option
@@ -144,6 +146,7 @@ def blend(
     out: Path,
     weights: list[float] | None,
     space: Literal["linear", "log"],
+    factorized: Path | None,
     overwrite: bool,
     as_json: bool,
     quiet: bool,
@@ -151,11 +154,14 @@ def blend(
     """Write the weighted mean of scales FILEs that were trained with the same factorized folder.
 
     A negative weight takes a training away from the others: --weights 1.5,-0.5. Where a FILE holds cores, so does the mean,
-    and scales g of others are the cores diag(g). The factorized folder is not needed.
+    and scales g of others are the cores diag(g). The factorized folder is not needed. A FILE may also be the folder of an
+    adapter that holds scales or cores.
     """
     from surgery.commands import blend as operation
 
-    report = operation.blend(files, out, weights=weights, space=space, overwrite=overwrite, progress=Bar(quiet=quiet))
+    report = operation.blend(
+        files, out, weights=weights, space=space, factorized=factorized, overwrite=overwrite, progress=Bar(quiet=quiet)
+    )
     if as_json:
         print_json(report)
         return

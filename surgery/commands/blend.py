@@ -16,12 +16,13 @@ from surgery.errors import OptionError, ScalesError
 from surgery.format.name_map import match_names, note_renamed
 from surgery.format.scales.entries import note_without_owner
 from surgery.format.scales.path import scales_file
-from surgery.format.scales.reading import ScalesFile, note_reshaped, read_scales_alone, same_but_for_ones
+from surgery.format.scales.reading import ScalesFile, note_reshaped, same_but_for_ones
 from surgery.format.scales.writing import as_cores, distance, untouched, write_scales
 from surgery.names import Train
 from surgery.progress import Progress
 from surgery.reports import Report
 from surgery.run.output_paths import check_output_path
+from surgery.trained.reading import adapter_kind, read_alone
 
 Space = Literal["linear", "log"]
 
@@ -58,6 +59,7 @@ def blend(
     *,
     weights: Sequence[float] | None = None,
     space: Space = "linear",
+    factorized: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> BlendReport:
@@ -70,10 +72,11 @@ def blend(
     file, such as which directions it has chosen, is not in the blend. The factorized checkpoint is not needed.
 
     Args:
-        files: one scales file or more.
+        files: one scales file or more, or folders of adapters as for ``show_scales``.
         out: the file to write.
         weights: one for each file, finite, scaled so that they sum to 1; all the same by default.
         space: ``linear`` or ``log``, which only scales have.
+        factorized: the checkpoint, where an adapter does not name its weights itself, see ``show_scales``.
         overwrite: replace ``out`` if it is there.
         progress: told what the user should know; without it that is a ``SurgeryWarning``.
 
@@ -92,9 +95,11 @@ def blend(
             look like multipliers.
     """
     shares = _normalised(weights, len(files))
-    paths, out = [scales_file(Path(file)) for file in files], Path(out)
+    given, out = [Path(file) for file in files], Path(out)
+    paths = [path if adapter_kind(path) else scales_file(path) for path in given]
     check_output_path(out, paths, overwrite=overwrite)
-    contents = [read_scales_alone(path) for path in paths]
+    folder = None if factorized is None else Path(factorized)
+    contents = [read_alone(path, folder) for path in paths]
     fingerprint = _fingerprint_of(paths, contents)
     train: Train = "core" if any(file.train == "core" for file in contents) else "scales"
     if train == "core":

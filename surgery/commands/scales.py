@@ -29,6 +29,7 @@ from surgery.lossless.rounding import check_dense
 from surgery.names import Train
 from surgery.progress import Progress
 from surgery.reports import Report
+from surgery.trained.reading import read_alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +132,16 @@ def write_scales(
 
 
 @on_its_own_terms
-def show_scales(path: str | Path, *, top: int = 20, progress: Progress | None = None) -> ScalesSummary:
+def show_scales(
+    path: str | Path, *, top: int = 20, factorized: str | Path | None = None, progress: Progress | None = None
+) -> ScalesSummary:
     """Sum up a scales file; the factorized checkpoint is not needed.
 
     Args:
-        path: the file, or a folder that holds one.
+        path: the file, or a folder that holds one; or the folder of an adapter of ``surgery.peft``, or of one that ``export``
+            has written as ``peft-trainable``.
         top: how many of the changed directions, or of the changed cores, to list.
+        factorized: the checkpoint that such an exported adapter belongs to, which does not name the weights itself.
         progress: told what the user should know; without it that is a ``SurgeryWarning``.
 
     Returns:
@@ -144,7 +149,7 @@ def show_scales(path: str | Path, *, top: int = 20, progress: Progress | None = 
         directions, and which are furthest from the identity.
 
     Raises:
-        OptionError: ``top`` is negative.
+        OptionError: ``top`` is negative; or an adapter of another kind, or one that needs ``factorized``.
         SurgeryError: see ``read_scales``.
 
     Warns:
@@ -152,7 +157,7 @@ def show_scales(path: str | Path, *, top: int = 20, progress: Progress | None = 
     """
     if top < 0:
         raise OptionError("a negative number of directions", got=top, expected="0 or more")
-    file = files.read_scales_alone(Path(path))
+    file = read_alone(Path(path), None if factorized is None else Path(factorized))
     train, values = file.train, file.values
     numbers = sum(value.numel() for value in values.values())
     changed, matrices_changed, matrices = changes_in(values, train)

@@ -39,26 +39,45 @@ def adapter_card(
         architecture: the class that the model's ``config.json`` names.
         original: the text of the source's own card, from which license and language are kept.
     """
+    library = library_of(manifest) or "transformers"
+    title = title_of(manifest.source, repo_id)
+    lines = [
+        f"# {title}, a {'TinyLoRA' if update.kind == 'peft-trainable' else 'LoRA'} adapter",
+        "",
+        *_of_update(name_text(manifest.source), update),
+        "",
+        *facts_of(manifest, update.train),
+    ]
+    is_diffusion = update.kind in ("diffusers", "kohya")
+    if not is_diffusion and update.kind != "peft-pissa":
+        lines += ["", "## Use", "", *_use(manifest.source, repo_id, library, architecture)]
+    by = "diffusers" if is_diffusion else "peft"
+    return card_of(manifest.source, lines, original, relation="adapter", library=by, quoted=False)
+
+
+def _of_update(name: str, update: ExportedUpdate) -> list[str]:
+    """What an adapter holds, as lines."""
     what, factor = (
         ("scales of the top", "U diag(s (g - 1))")
         if update.train == "scales"
         else ("cores between the top", "U diag(√s) (C - I) diag(√s)")
     )
-    library = library_of(manifest) or "transformers"
-    lines = [
-        f"# {title_of(manifest.source, repo_id)}, a LoRA adapter",
-        "",
-        f"Trained {what} singular directions of {name_text(manifest.source)}, exported by surgery as a LoRA adapter",
-        f"of rank {update.rank} for {update.modules:,} modules: `A = Vᵀ` and `B = {factor}`, padded to one rank, with alpha",
+    size = f"of rank {update.rank} for {update.modules:,} modules"
+    if update.kind == "peft-trainable":
+        return [
+            f"The {what} singular directions of {name}, as an adapter of PEFT's TinyLoRA {size}, to be",
+            "trained on: `A = diag(√s) Vᵀ`, `B = U diag(√s)`, and what is trained is g - 1 or C - I. Made by surgery.",
+        ]
+    if update.kind == "peft-pissa":
+        return [
+            f"The top singular directions of {name} as a LoRA adapter {size}, to be trained on",
+            "the residual that lacks them, a factorized checkpoint made by surgery: `A = diag(√s) Vᵀ`, `B = U diag(√s)`.",
+        ]
+    return [
+        f"Trained {what} singular directions of {name}, exported by surgery as a LoRA adapter",
+        f"{size}: `A = Vᵀ` and `B = {factor}`, padded to one rank, with alpha",
         "equal to it.",
-        "",
-        *facts_of(manifest, update.train),
-        "",
-        "## Use",
-        "",
-        *_use(manifest.source, repo_id, library, architecture),
     ]
-    return card_of(manifest.source, lines, original, relation="adapter", library="peft", quoted=False)
 
 
 def extracted_card(

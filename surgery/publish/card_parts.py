@@ -58,6 +58,18 @@ def card_of(
     return card.encode(errors="replace").decode()
 
 
+def own_name(card: str) -> str | None:
+    """The hub's id that a model's card gives to the model itself, as ``owner/name``; None if it does not.
+
+    Not ``base_model``, which is the model that it was made from.
+    """
+    metadata, _ = _parts_of(card)
+    index = metadata.get("model-index")
+    names = [metadata.get("model_id"), metadata.get("model_name")]
+    names += [one.get("name") for one in index if isinstance(one, dict)] if isinstance(index, list) else []
+    return next((name for name in names if isinstance(name, str) and "/" in name and is_repo_name(name)), None)
+
+
 def without_license(card: str) -> str:
     """A card without the license that was kept from the source: the hub refuses a card with a license it does not know."""
     metadata, text = _parts_of(card)

@@ -32,8 +32,10 @@ class ExportedUpdate:
         modules: how many it changes.
         rank: of all of them.
         train: whether it was made of scales or cores.
+        kind: what it was exported to: ``peft``, ``peft-trainable``, ``peft-pissa``, ``diffusers`` or ``kohya``.
     """
 
     modules: int
     rank: int
     train: Train = "scales"
+    kind: str = "peft"

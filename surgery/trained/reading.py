@@ -8,15 +8,16 @@ from pathlib import Path
 
 import torch
 
-from surgery.errors import OptionError
+from surgery.errors import OptionError, ScalesError
 from surgery.escapes import quoted
 from surgery.files.json_files import read_json_object
 from surgery.format.header import TensorEntry
 from surgery.format.manifest import Manifest
-from surgery.format.scales.reading import Trained
-from surgery.format.scales.reading import read_trained as read_scales_file
+from surgery.format.scales.reading import ScalesFile, Trained, check_scales, read_scales_alone, read_trained
+from surgery.format.scales.writing import untouched
 from surgery.names import ADAPTER_CONFIG, CHECKPOINT_FILE
 from surgery.trained.residual_lora import read_residual_lora
+from surgery.trained.spectral import SPECTRAL, SpectralFile, read_spectral
 from surgery.trained.tinylora import read_tinylora
 from surgery.updates.adapter_update import AdapterUpdate
 from surgery.updates.writing.tinylora_layout import PEFT_TYPE as TINYLORA
@@ -42,7 +43,7 @@ def read_update(
     """Read what is to be added to the original weights: scales or cores, and what a LoRA does that began with the factors.
 
     Args:
-        path: as for ``read_trained``, or the folder of an adapter that ``export`` has written as ``peft-pissa``.
+        path: as for ``read_any_trained``, or the folder of an adapter that ``export`` has written as ``peft-pissa``.
         factorized, manifest: the checkpoint.
         entries: gives those of all tensors of the source, by name.
 
@@ -50,21 +51,21 @@ def read_update(
         The scales or cores, by the key of each target, and the update of the LoRA; one of both is untouched.
 
     Raises:
-        OptionError, ScalesError, FormatError, ReadError, MissingExtra, SourceError: see ``read_trained`` and
+        OptionError, ScalesError, FormatError, ReadError, MissingExtra, SourceError: see ``read_any_trained`` and
             ``read_residual_lora``.
     """
     if adapter_kind(path) != "LORA":
-        return read_trained(path, factorized, manifest).values, AdapterUpdate({}, ())
+        return read_any_trained(path, factorized, manifest).values, AdapterUpdate({}, ())
     update = read_residual_lora(path, factorized, manifest, entries())
     return {one.key: torch.ones(one.scales_shape) for one in manifest.targets}, update
 
 
-def read_trained(path: Path, factorized: Path, manifest: Manifest) -> Trained:
+def read_any_trained(path: Path, factorized: Path, manifest: Manifest) -> Trained:
     """Read the scales or cores of a factorized checkpoint.
 
     Args:
         path: a scales file, a folder that holds one, or the folder of an adapter that was trained: one that ``export`` has
-            written as ``peft-trainable``.
+            written as ``peft-trainable``, or one of ``surgery.peft``.
         factorized, manifest: the checkpoint.
 
     Raises:
@@ -77,16 +78,64 @@ def read_trained(path: Path, factorized: Path, manifest: Manifest) -> Trained:
     """
     kind = adapter_kind(path)
     if kind is None:
-        return read_scales_file(path, manifest)
+        return read_trained(path, manifest)
     if kind == TINYLORA:
         return read_tinylora(path, factorized, manifest)
-    is_lora = kind == "LORA"
-    raise OptionError(
+    if kind == SPECTRAL:
+        return _of_checkpoint(read_spectral(path), path, manifest)
+    raise _unknown(path, kind, factorized)
+
+
+def _of_checkpoint(file: SpectralFile, path: Path, manifest: Manifest) -> Trained:
+    """An adapter of ``surgery.peft`` held against a checkpoint; targets that the trained model did not have are untouched."""
+    if file.fingerprint != manifest.fingerprint:
+        raise ScalesError(
+            f"{path} was trained with other factors",
+            got=f"fingerprint {file.fingerprint}",
+            expected=f"fingerprint {manifest.fingerprint}",
+            hint="use the factorized folder that it was trained with" + (f", {file.factorized}" if file.factorized else ""),
+        )
+    absent = {one.key: one.shape_of(file.train) for one in manifest.targets if one.key in file.absent}
+    filled = {key: untouched(torch.empty(shape), file.train).expand(shape) for key, shape in absent.items()}
+    return Trained(check_scales(file.values | filled, manifest), file.train, file.beside)
+
+
+def read_alone(path: Path, factorized: Path | None = None) -> ScalesFile:
+    """Read scales or cores without the checkpoint that they belong to.
+
+    Args:
+        path: as for ``read_any_trained``.
+        factorized: the checkpoint; only an adapter of TinyLoRA needs it, whose file does not name the targets.
+
+    Raises:
+        OptionError: an adapter of another kind, or one that needs the checkpoint.
+        SurgeryError: see ``read_any_trained``.
+    """
+    kind = adapter_kind(path)
+    if kind is None:
+        return read_scales_alone(path)
+    if kind == SPECTRAL:
+        return read_spectral(path)
+    if kind == TINYLORA and factorized is None:
+        raise OptionError(
+            f"{path} does not say which weights its numbers belong to",
+            got="an adapter of TinyLoRA",
+            hint="name the folder that it was exported from: --factorized FACTORIZED",
+        )
+    if factorized is None:
+        raise _unknown(path, kind)
+    manifest = Manifest.read(factorized)
+    trained = read_any_trained(path, factorized, manifest)
+    return ScalesFile(trained.values, manifest.fingerprint, trained.train, trained.beside)
+
+
+def _unknown(path: Path, kind: str, factorized: Path | str = "FACTORIZED") -> OptionError:
+    return OptionError(
         f"{path} is no adapter of scales or cores",
         got=f"peft_type {reprlib.repr(kind)}",
-        expected="a scales file, or what was trained of an adapter that surgery export has written",
+        expected="a scales file, an adapter of surgery.peft, or one that surgery export has written to be trained",
         hint=f"surgery merge {quoted(factorized)} {quoted(path)} takes a LoRA that was trained on the residual; surgery fold "
-        "SCALES --lora one that was trained beside scales"
-        if is_lora
+        "FACTORIZED SCALES --lora one that was trained beside scales"
+        if kind == "LORA"
         else None,
     )

@@ -38,7 +38,7 @@ from surgery.updates.writing.tinylora_layout import TinyLora
 #: trained by PEFT, as an adapter of the original model or of the residual.
 Exported = Literal["peft", "peft-trainable", "peft-pissa", "diffusers", "kohya"]
 _REFUSAL = Refusal(
-    "exported as an adapter",
+    "exported as LoRA",
     "fold instead: surgery fold gives standard weights for any model. Or factorize without it: --exclude GLOB",
 )
 

@@ -20,8 +20,8 @@ from surgery.training.trainer import SaveScales
 from surgery.training.ways import Way
 from tests.models import save_llama
 from tests.releases import checkpoint_activations, needs
+from tests.trl_runs import preferences, settings_of, tokenizer
 
-DEMO = Path(surgery.__file__).parent / "demo" / "model"
 IDS = (torch.arange(4 * 12).reshape(4, 12) * 7) % 257
 SOURCES = ["m", "f"]  # the original model, and the folder of residuals
 
@@ -175,34 +175,6 @@ def test_a_reference_is_in_eval_mode_and_leaves_the_model_in_training_mode(tmp_p
 # TRL
 
 
-def _tokenizer() -> Any:
-    return transformers.AutoTokenizer.from_pretrained(DEMO, eos_token="\u0100", pad_token="\u0100")
-
-
-def _data(*columns: str) -> Any:
-    import datasets
-
-    pairs = [("The raise statement", " re-raises it.", " eats"), ("A list is", " a sequence.", " no, no and no")] * 2
-    rows = [{"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in pairs]
-    rows = [{**row, "completion": row["chosen"], "label": i % 2 == 0} for i, row in enumerate(rows)]
-    return datasets.Dataset.from_list(rows).select_columns(list(columns))
-
-
-def _config(kind: type, out: Path, **options: Any) -> Any:
-    settings: dict[str, Any] = {
-        "max_steps": 3,
-        "save_steps": 2,
-        "learning_rate": 0.05,
-        "per_device_train_batch_size": 4,
-        "logging_steps": 1,
-        "bf16": False,
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-    }
-    return kind(str(out), **{**settings, **options})
-
-
 def _dpo(out: Path, model: Any, scales: surgery.Scales, ref_model: Any = None, **options: Any) -> Any:
     import trl
 
@@ -212,9 +184,9 @@ def _dpo(out: Path, model: Any, scales: surgery.Scales, ref_model: Any = None, *
     return ScalesDPOTrainer(
         model,
         ref_model,
-        args=_config(trl.DPOConfig, out, **options),
-        train_dataset=_data("prompt", "chosen", "rejected"),
-        processing_class=_tokenizer(),
+        args=settings_of(trl.DPOConfig, out, **options),
+        train_dataset=preferences("prompt", "chosen", "rejected"),
+        processing_class=tokenizer(),
         scales=scales,
     )
 
@@ -232,9 +204,9 @@ def _grpo(out: Path, model: Any, scales: surgery.Scales, name: str = "GRPO", **o
     settings = {"beta": 0.1, "num_generations": 4, "max_completion_length": 6, **options}
     return ScalesTrainer(
         model,
-        args=_config(getattr(trl, f"{name}Config"), out, **settings),
-        train_dataset=_data("prompt"),
-        processing_class=_tokenizer(),
+        args=settings_of(getattr(trl, f"{name}Config"), out, **settings),
+        train_dataset=preferences("prompt"),
+        processing_class=tokenizer(),
         reward_funcs=_length,
         scales=scales,
     )
@@ -301,7 +273,7 @@ def test_dpo_on_scales_that_were_loaded_has_the_untouched_model_for_its_referenc
     assert torch.allclose(reference.double(), _of_completions(_load(made / "m"), batch), atol=1e-3)
     # And where data come after training: TRL by itself refuses to compute a reference for them.
     trainer.train()
-    found_loss = trainer.evaluate(_data("prompt", "chosen", "rejected"))["eval_loss"]
+    found_loss = trainer.evaluate(preferences("prompt", "chosen", "rejected"))["eval_loss"]
     gained = _of_completions(model.eval(), batch) - _of_completions(_load(made / "m"), batch)
     chosen, rejected = gained.chunk(2)
     right = -nn.functional.logsigmoid(trainer.beta * (chosen - rejected)).mean().item()
@@ -379,9 +351,9 @@ def test_kto(source: str, made: Path, tmp_path: Path) -> None:
         pass
 
     model, scales = _attached(made, source)
-    arguments = _config(trl.KTOConfig, tmp_path)
-    data = _data("prompt", "completion", "label")
-    trainer = ScalesKTOTrainer(model, args=arguments, train_dataset=data, processing_class=_tokenizer(), scales=scales)
+    arguments = settings_of(trl.KTOConfig, tmp_path)
+    data = preferences("prompt", "completion", "label")
+    trainer = ScalesKTOTrainer(model, args=arguments, train_dataset=data, processing_class=tokenizer(), scales=scales)
     trainer.train()
     losses = _logged(trainer, "loss")
     assert losses[0] == pytest.approx(0.5, abs=1e-6)  # 1 - sigmoid(0)
@@ -401,9 +373,9 @@ def test_a_reference_that_trl_copies_stays_untouched(made: Path, tmp_path: Path)
     trainer = ScalesOnlineDPOTrainer(
         model,
         reward_funcs=_length,
-        args=_config(OnlineDPOConfig, tmp_path, max_new_tokens=4, max_steps=1),
-        train_dataset=_data("prompt"),
-        processing_class=_tokenizer(),
+        args=settings_of(OnlineDPOConfig, tmp_path, max_new_tokens=4, max_steps=1),
+        train_dataset=preferences("prompt"),
+        processing_class=tokenizer(),
         scales=scales,
     )
     trainer.train()
@@ -452,7 +424,7 @@ def test_a_bare_residual_for_a_reference_or_teacher_is_refused(made: Path, tmp_p
     for teacher in (str(made / "f"), _load(made / "f")):
         model, scales = _attached(made)
         with pytest.raises(OptionError, match="teacher_model is a bare residual"):
-            ScalesGKDTrainer(model, teacher, args=_config(GKDConfig, tmp_path), train_dataset=None, scales=scales)
+            ScalesGKDTrainer(model, teacher, args=settings_of(GKDConfig, tmp_path), train_dataset=None, scales=scales)
 
 
 # What is refused
@@ -480,7 +452,7 @@ def test_trainers_that_always_send_weights_are_refused(made: Path, tmp_path: Pat
 
     model, scales = _attached(made)
     with pytest.raises(OptionError, match="AsyncGRPOTrainer sends the model's weights to vLLM"):
-        ScalesAsyncGRPOTrainer(model, reward_funcs=_length, train_dataset=_data("prompt"), scales=scales)
+        ScalesAsyncGRPOTrainer(model, reward_funcs=_length, train_dataset=preferences("prompt"), scales=scales)
 
 
 @pytest.mark.parametrize("name", ["DPO", "GRPO"])
@@ -513,7 +485,7 @@ def test_teachers_that_a_trainer_makes_by_itself_are_refused(kind: str, made: Pa
         pass
 
     model, scales = _attached(made)
-    arguments = _config(SDFTConfig, tmp_path, teacher_model_kind=kind, num_generations=4)
+    arguments = settings_of(SDFTConfig, tmp_path, teacher_model_kind=kind, num_generations=4)
     with pytest.raises(OptionError, match=rf"(?s)SDFTTrainer makes a teacher.*'{kind}'.*'live'"):
         ScalesSDFTTrainer(model, args=arguments, train_dataset=None, scales=scales)
 
@@ -571,10 +543,10 @@ def test_scales_of_an_output_head_that_trl_reads_by_itself_are_refused(made: Pat
     surgery.factorize(made / "m", tmp_path / "f", rank=6, include=["lm_head.weight"])
     model = _load(made / "m")
     scales = surgery.attach(model, tmp_path / "f")
-    data = _data("prompt", "completion")
+    data = preferences("prompt", "completion")
     with pytest.raises(OptionError, match="multiplies with the weight of the output head by itself"):
         ScalesSFTTrainer(
-            model, _config(trl.SFTConfig, tmp_path), train_dataset=data, processing_class=_tokenizer(), scales=scales
+            model, settings_of(trl.SFTConfig, tmp_path), train_dataset=data, processing_class=tokenizer(), scales=scales
         )
     arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True)
 

@@ -10,6 +10,7 @@ import torch
 
 from surgery.device import on_its_own_terms
 from surgery.errors import OptionError
+from surgery.files.access import read_errors
 from surgery.format.manifest import Manifest
 from surgery.format.scales.reading import check_scales, train_of_values
 from surgery.format.scales.writing import untouched
@@ -20,7 +21,7 @@ from surgery.publish.told import ExportedUpdate
 from surgery.reports import Report
 from surgery.run.output_paths import check_no_model, check_output_path
 from surgery.run.run import Run
-from surgery.trained.reading import adapter_kind, read_trained
+from surgery.trained.reading import adapter_kind, read_any_trained
 from surgery.trained.residual_lora import residual_lora_exported
 from surgery.updates.exported import Exported, ExportedAdapter, ExportForm
 from surgery.updates.protocol import ScalesUpdate
@@ -82,7 +83,7 @@ def export(
         train: with ``peft-trainable``: whether ``scales`` or a ``core`` of each target are trained; by default what ``scales``
             has.
         base_model: the id or path of the model, which the adapter names as the one that it is for; by default that of the hub
-            that was factorized, and for ``peft-pissa`` the factorized folder.
+            that was factorized, or that a local model's card gives to it; for ``peft-pissa`` the factorized folder.
         push_to_hub: repo id that the adapter is uploaded to as well. An earlier result of surgery there is replaced.
         private: whether a repository that is created for it is private.
         overwrite: write in any case, in place of whatever adapter is in ``out``.
@@ -105,6 +106,8 @@ def export(
     factorized, out = Path(factorized), Path(out)
     manifest = Manifest.read(factorized)
     check_no_model(out)
+    if base_model is None and manifest.source.repo_id is None and to != "peft-pissa":
+        base_model = _own_name(factorized)
     if isinstance(scales, str | Path) and adapter_kind(Path(scales)) == "LORA":
         if to != "peft" or train is not None:
             raise OptionError(f"{scales} was trained on the residual, and is exported as a LoRA", got=to, expected="to 'peft'")
@@ -128,10 +131,21 @@ def export(
             adapter.write(out, progress)
         note_older_peft(adapter.adapter)
         files, rank = {name: out / name for name in adapter.files}, adapter.adapter.rank
-        told = ExportedUpdate(adapter.adapter.modules, rank, train_of_values(adapter.update.values, manifest))
+        told = ExportedUpdate(adapter.adapter.modules, rank, train_of_values(adapter.update.values, manifest), to)
         publish_adapter(run.upload, files, manifest, factorized, told)
     written = (out / adapter.adapter.file).stat().st_size
     return ExportReport(out, to, adapter.adapter.modules, rank, adapter.trainable, written)
+
+
+def _own_name(factorized: Path) -> str | None:
+    """The hub's id that the card of a model from a local folder gives to it; None if there is none."""
+    card = factorized / "README.md"
+    if not card.is_file():
+        return None
+    from surgery.publish.card_parts import own_name  # the hub client is slow to import
+
+    with read_errors(card):
+        return own_name(card.read_text(errors="replace"))
 
 
 def _values(
@@ -145,7 +159,7 @@ def _values(
     return (
         check_scales(scales, manifest)
         if isinstance(scales, Mapping)
-        else read_trained(Path(scales), factorized, manifest).values
+        else read_any_trained(Path(scales), factorized, manifest).values
     )
 
 
