@@ -58,7 +58,7 @@ def card_of(
     return card.encode(errors="replace").decode()
 
 
-def own_name(card: str) -> str | None:
+def name_in_card(card: str) -> str | None:
     """The hub's id that a model's card gives to the model itself, as ``owner/name``; None if it does not.
 
     Not ``base_model``, which is the model that it was made from.

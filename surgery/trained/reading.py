@@ -20,6 +20,7 @@ from surgery.trained.residual_lora import read_residual_lora
 from surgery.trained.spectral import SPECTRAL, SpectralFile, read_spectral
 from surgery.trained.tinylora import read_tinylora
 from surgery.updates.adapter_update import AdapterUpdate
+from surgery.updates.protocol import ScalesUpdate
 from surgery.updates.writing.tinylora_layout import PEFT_TYPE as TINYLORA
 
 
@@ -57,7 +58,7 @@ def read_update(
     if adapter_kind(path) != "LORA":
         return read_any_trained(path, factorized, manifest).values, AdapterUpdate({}, ())
     update = read_residual_lora(path, factorized, manifest, entries())
-    return {one.key: torch.ones(one.scales_shape) for one in manifest.targets}, update
+    return dict(ScalesUpdate.untouched(manifest.targets).values), update
 
 
 def read_any_trained(path: Path, factorized: Path, manifest: Manifest) -> Trained:

@@ -50,20 +50,20 @@ def read_residual_lora(path: Path, factorized: Path, manifest: Manifest, entries
         SourceError, FormatError, ReadError, MissingExtra: see ``surgery.updates.adapters.reading.read_adapters``.
     """
     content = read_peft(path, manifest.fingerprint)
-    changed = differences(content, factorized, manifest)
+    changed = _differences(content, factorized, manifest)
     if not (changed.updates or changed.copied or changed.tokens):
         return AdapterUpdate({}, ())
     found = placed(changed, Homes(factorized, entries), {name: entry.shape for name, entry in entries.items()}, 1.0)
     return AdapterUpdate(found.changes, [found.account]).tied(manifest.targets)
 
 
-def differences(content: AdapterContent, factorized: Path, manifest: Manifest) -> AdapterContent:
+def _differences(content: AdapterContent, factorized: Path, manifest: Manifest) -> AdapterContent:
     """An adapter of a residual as one of the original model, without the modules that have not been changed.
 
     Raises:
         ScalesError, OptionError: see ``read_residual_lora``.
     """
-    untouched = ScalesUpdate({one.key: torch.ones(one.scales_shape) for one in manifest.targets})
+    untouched = ScalesUpdate.untouched(manifest.targets)
     exported = ExportedAdapter.of(factorized, manifest, untouched, ExportForm("peft-pissa"), listening())
     given = {one.module: one for one in content.updates}
     found, met, like = [], set(), torch.zeros(3, dtype=torch.float64)
@@ -135,7 +135,7 @@ def residual_lora_exported(path: Path, factorized: Path, manifest: Manifest, bas
         OptionError: it has not been changed, or has whole tensors besides.
         ScalesError, SourceError, FormatError, ReadError, MissingExtra: see ``read_residual_lora``.
     """
-    changed = differences(read_peft(path, manifest.fingerprint), factorized, manifest)
+    changed = _differences(read_peft(path, manifest.fingerprint), factorized, manifest)
     if changed.copied or changed.tokens or not changed.updates:
         raise OptionError(
             f"{path} cannot be exported as a LoRA of the original model",
@@ -143,7 +143,7 @@ def residual_lora_exported(path: Path, factorized: Path, manifest: Manifest, bas
             hint=_FOLD,
         )
     halves = {one.module: (one.A, one.B) for one in changed.updates}
-    untouched = ScalesUpdate({one.key: torch.ones(one.scales_shape) for one in manifest.targets})
+    untouched = ScalesUpdate.untouched(manifest.targets)
     exported = ExportedAdapter.of(factorized, manifest, untouched, ExportForm("peft", base=base), listening())
     adapted = exported.adapter.adapted
     modules = [_made(one, *halves[one.name]) for one in adapted.modules if one.name in halves]

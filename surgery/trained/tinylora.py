@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from surgery.files.json_files import read_json_object
 from surgery.format.manifest import Manifest
 from surgery.format.safetensors import ShardReader
 from surgery.format.scales.reading import Trained
+from surgery.format.scales.writing import as_cores
 from surgery.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINS
 from surgery.progress import listening, note
 from surgery.updates.exported import ExportedAdapter, ExportForm
@@ -43,23 +45,23 @@ def read_tinylora(path: Path, factorized: Path, manifest: Manifest) -> Trained:
     Warns:
         SurgeryWarning: its trained numbers are in half precision.
     """
-    exported = _exported(path, factorized, manifest)
-    assert exported.tinylora is not None
+    exported, tinylora = _exported(path, factorized, manifest)
     with ShardReader(path / ADAPTER_WEIGHTS, name=str(path / ADAPTER_WEIGHTS)) as reader:
-        file = _File(reader, exported.tinylora)
+        file = _File(reader, tinylora)
         file.check_names()
         for module, A, B in exported.initial():
             file.check_factors(module.name, A, B)
         values = file.values()
         reader.check_unchanged()
-    absent = {one.key: torch.ones(one.scales_shape) for one in manifest.targets if one.key not in values}
-    if exported.tinylora.train == "core":
-        absent = {key: torch.diag_embed(value) for key, value in absent.items()}
-    return Trained(values | absent, exported.tinylora.train, {})
+    absent: Mapping[str, torch.Tensor]
+    absent = ScalesUpdate.untouched(one for one in manifest.targets if one.key not in values).values
+    if tinylora.train == "core":
+        absent = {key: as_cores(value) for key, value in absent.items()}
+    return Trained({**values, **absent}, tinylora.train, {})
 
 
-def _exported(path: Path, factorized: Path, manifest: Manifest) -> ExportedAdapter:
-    """The adapter as it was exported, by the numbers that each module has."""
+def _exported(path: Path, factorized: Path, manifest: Manifest) -> tuple[ExportedAdapter, TinyLora]:
+    """The adapter as it was exported, and what it trains, by the numbers that each module has."""
     config = read_json_object(path / ADAPTER_CONFIG, str(path / ADAPTER_CONFIG))
     for key, expected in (("weight_tying", 0), ("bias", "none"), ("modules_to_save", None)):
         if config.get(key) not in (expected, None, []):
@@ -68,12 +70,11 @@ def _exported(path: Path, factorized: Path, manifest: Manifest) -> ExportedAdapt
                 got=f"{key} = {reprlib.repr(config[key])}",
                 expected=repr(expected),
             )
-    untouched = ScalesUpdate({one.key: torch.ones(one.scales_shape) for one in manifest.targets})
-    adapters = [
-        ExportedAdapter.of(factorized, manifest, untouched, ExportForm("peft-trainable", train), listening())
-        for train in TRAINS
-    ]
-    sizes = [(one.tinylora.rank, one.tinylora.numbers) for one in adapters if one.tinylora is not None]
+    untouched = ScalesUpdate.untouched(manifest.targets)
+    exported = ExportedAdapter.of(factorized, manifest, untouched, ExportForm("peft-trainable"), listening())
+    assert exported.tinylora is not None
+    kinds = [exported.tinylora.training(train) for train in TRAINS]
+    sizes = [(one.rank, one.numbers) for one in kinds]
     given = config.get("r"), config.get("u")
     if given not in sizes:
         raise ScalesError(
@@ -82,7 +83,7 @@ def _exported(path: Path, factorized: Path, manifest: Manifest) -> ExportedAdapt
             expected=f"{list(sizes[0])} for scales, or {list(sizes[1])} for cores",
             hint=_HINT,
         )
-    return adapters[sizes.index(given)]
+    return exported, kinds[sizes.index(given)]
 
 
 class _File:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -50,6 +50,11 @@ class ScalesUpdate:
     """
 
     values: Mapping[str, torch.Tensor]
+
+    @classmethod
+    def untouched(cls, targets: Iterable[TargetRecord]) -> Self:
+        """The scales of these targets, all 1."""
+        return cls({target.key: torch.ones(target.scales_shape) for target in targets})
 
     def scales(self, target: TargetRecord, index: int) -> torch.Tensor | None:
         values = self.values[target.key].view(target.matrices[0], target.rank, -1)[index]

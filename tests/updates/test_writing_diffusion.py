@@ -13,6 +13,7 @@ import transformers as hf
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import surgery
 from surgery.errors import OptionError
 from surgery.updates.adapters.reading import read_adapters
 from surgery.updates.writing.low_rank import AdapterForm, Layout
@@ -105,6 +106,35 @@ def test_a_pipeline_adds_what_was_meant(component: str, form: AdapterForm, parts
         update = read_adapters([(given, 1.0)], folder, entries_of(folder), component)
         assert_equal(merged_by_us(folder, update), truth, low.before)
     assert adapter.modules == len(low.tensors)
+
+
+@needs("diffusers", ">=0.39", "kohya's names of all layers")
+@pytest.mark.parametrize("to", ["diffusers", "kohya"])
+@pytest.mark.parametrize("component", ["unet", pytest.param("text_encoder", marks=_names_text_encoders)])
+def test_exported_scales_and_cores_do_in_a_pipeline_what_fold_does(
+    component: str, to: Any, parts: Path, tmp_path: Path
+) -> None:
+    include = ["*attn*", "*proj*"] if component == "unet" else ["*.mlp.*", "*_proj*"]
+    surgery.factorize(parts, tmp_path / "f", subfolder=component, rank=3, include=include, exclude=["*norm*", "*.bias"])
+    targets = surgery.inspect(tmp_path / "f").targets
+    generator = torch.Generator().manual_seed(0)
+    for train, start in (("scales", torch.ones(3)), ("core", torch.eye(3))):
+        values = {one.key: start + 0.3 * torch.randn(start.shape, generator=generator) for one in targets}
+        report = surgery.export(tmp_path / "f", values, tmp_path / train, to=to)
+        assert (report.format, report.modules, report.rank, report.trainable) == (to, len(targets), 3, 0)
+        surgery.export(tmp_path / "f", values, tmp_path / train, to=to)  # is there already
+        (path,) = (tmp_path / train).iterdir()
+        fused = _fused(_pipeline(parts), component, path, tmp_path / f"fused-{train}")
+        surgery.fold(tmp_path / "f", values, tmp_path / f"o-{train}")
+        folded = tensors_of(tmp_path / f"o-{train}")
+        for name, tensor in under_names_of(folded, fused).items():
+            torch.testing.assert_close(tensor, folded[name].double(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_is_no_part_of_a_pipeline_is_refused(tmp_path: Path) -> None:
+    surgery.factorize(FAMILIES["llama"].save(tmp_path / "m"), tmp_path / "f", rank=2)
+    with pytest.raises(OptionError, match="is for a component of a diffusion pipeline"):
+        surgery.export(tmp_path / "f", tmp_path / "f/surgery/scales.safetensors", tmp_path / "a", to="diffusers")
 
 
 def test_other_releases_are_told_of_the_ranks(parts: Path, tmp_path: Path) -> None:

@@ -142,10 +142,10 @@ def _own_name(factorized: Path) -> str | None:
     card = factorized / "README.md"
     if not card.is_file():
         return None
-    from surgery.publish.card_parts import own_name  # the hub client is slow to import
+    from surgery.publish.card_parts import name_in_card  # the hub client is slow to import
 
     with read_errors(card):
-        return own_name(card.read_text(errors="replace"))
+        return name_in_card(card.read_text(errors="replace"))
 
 
 def _values(
@@ -155,7 +155,7 @@ def _values(
     if scales is None:
         if to not in ("peft-trainable", "peft-pissa"):
             raise OptionError(f"an adapter of kind {to} holds what scales change", got="no scales", hint="give a scales file")
-        return {one.key: torch.ones(one.scales_shape) for one in manifest.targets}
+        return dict(ScalesUpdate.untouched(manifest.targets).values)
     return (
         check_scales(scales, manifest)
         if isinstance(scales, Mapping)

@@ -34,7 +34,7 @@ def check_component(form: AdapterForm) -> str:
             f"the layout {form.layout} is for a component of a diffusion pipeline",
             got=form.component or "a model that is none",
             expected=" or ".join(_OF_KOHYA),
-            hint="--layout peft",
+            hint="PEFT's own layout takes any model: peft",
         )
     return form.component
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -40,8 +41,8 @@ class Block:
     Attributes:
         key: of the target.
         rank: how many directions it has.
-        first: the first of the module's directions that is one of them, and the first of the module's numbers v of them.
-        first_number: likewise among the module's numbers v.
+        first: which of the module's directions is the first of them.
+        first_number: which of the module's numbers v is the first of them.
         transposed: whether PEFT has the core of the target transposed.
     """
 
@@ -116,7 +117,7 @@ class TinyLora:
             raise refusal.of(first.key, "of a model that transformers does not know: PEFT counts modules in its order")
         order = {name: number for number, (name, _) in enumerate(model.named_modules())}
         ordered = sorted(adapted.modules, key=lambda one: order[one.name])
-        rank, found, numbers = adapted.rank, [], 0
+        rank, found = adapted.rank, []
         seen: set[str] = set()
         for index, module in enumerate(ordered):
             layer = model.get_submodule(module.name)
@@ -128,13 +129,22 @@ class TinyLora:
                     module.tensors[0][0].key,
                     f"in {module.name!r} with {module.rank} directions together, of which PEFT's TinyLoRA takes {own}",
                 )
-            blocks = list(_blocks(module, adapted.carriers, train, refusal))
+            blocks = list(_blocks(module, adapted.carriers, refusal))
             if twice := next((one for one, _ in module.tensors if one.key in seen), None):
                 raise refusal.of(twice.key, "in several modules, in each of which PEFT's TinyLoRA would train it apart")
             seen |= {block.key for block in blocks}
             found.append(TinyLoraModule(module, index, own, blocks))
-            numbers = max(numbers, blocks[-1].first_number + _count(train, blocks[-1].rank))
-        return cls(adapted, found, [*order], train, rank, numbers)
+        return cls(adapted, found, [*order], train, rank, 0).training(train)
+
+    def training(self, train: Train) -> TinyLora:
+        """The same with other numbers v: of scales, or of cores."""
+        modules, numbers = [], 0
+        for one in self.modules:
+            ends = [*accumulate((_count(train, block.rank) for block in one.blocks), initial=0)]
+            blocks = [replace(block, first_number=first) for block, first in zip(one.blocks, ends, strict=False)]
+            modules.append(replace(one, blocks=blocks))
+            numbers = max(numbers, ends[-1])
+        return replace(self, modules=modules, train=train, numbers=numbers)
 
     @property
     def trainable(self) -> int:
@@ -243,16 +253,15 @@ def _count(train: Train, rank: int) -> int:
     return rank if train == "scales" else rank * rank
 
 
-def _blocks(module: AdaptedModule, carriers: Mapping[str, Carrier], train: Train, refusal: Refusal) -> Iterator[Block]:
-    """The targets of a module, in the order of the columns that ``AdaptedModule.halves`` gives them."""
-    first = first_number = 0
+def _blocks(module: AdaptedModule, carriers: Mapping[str, Carrier], refusal: Refusal) -> Iterator[Block]:
+    """The targets of a module, in the order of the columns that ``AdaptedModule.halves`` gives them; not yet numbered."""
+    first = 0
     for one, places in module.tensors:
         terms = [*_transpositions(one, places, carriers)]
         if len(terms) != 1:
             raise refusal.of(one.key, f"in {module.name!r} in {len(terms)} parts, which PEFT's TinyLoRA would train apart")
-        yield Block(one.key, one.rank, first, first_number, terms[0] != module.is_turned)
+        yield Block(one.key, one.rank, first, 0, terms[0] != module.is_turned)
         first += one.rank
-        first_number += _count(train, one.rank)
 
 
 def _transpositions(one: LowRankTensor, places: Sequence[Place], carriers: Mapping[str, Carrier]) -> Iterator[bool]:
