@@ -182,9 +182,13 @@ def merged_tensors(headers: Mapping[str, Header], update: Update, kept: Iterable
     Args:
         headers: of all weight files.
         update: what the adapters do.
-        kept: what was kept of the update of each tensor; nothing before the merge.
+        kept: what was kept of the update of each tensor, or of each slice of one; nothing before the merge.
     """
-    known = {one.name: one for one in kept}
+    tensors = {entry.name for header in headers.values() for entry in header.tensors}
+    known: dict[str, KeptUpdate] = {}
+    for part in kept:
+        tensor = part.name if part.name in tensors else part.name.rpartition("[")[0]
+        known[tensor] = known[tensor] + part if tensor in known else part
     found = []
     for shard, header in headers.items():
         for entry in header.tensors:

@@ -185,9 +185,10 @@ class UpdatedWeights:
         target, scales = matrix.target, self._update.scales(matrix.target, index)
         if not matrix.is_residual and scales is None and addition is None:
             return matrix.stored
+        square = None if addition is None else matrix.squared_norm()
         result, kept = matrix.updated(device, scales, addition, written.rounding, written.grid(index, target.slice))
         if scales is not None or addition is not None:
-            counted.keep(KeptUpdate(target.key, kept))
+            counted.keep(KeptUpdate(target.key, kept, square))
             own = "core" if scales is not None and scales.ndim == 2 else "scales"
             what = f"the {own} of {target.key!r} push" + ("es" if own == "core" else "")
             _check_finite(result, what if addition is None else f"{own} and adapter push {target.key!r}", scales)
