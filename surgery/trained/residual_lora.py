@@ -70,31 +70,29 @@ def _differences(content: AdapterContent, factorized: Path, manifest: Manifest) 
     for module, A0, B0 in exported.initial():
         update = given.get(module.name)
         if update is None:
-            raise ScalesError(
-                f"{content.where} lacks {module.name!r}, whose residual was trained on",
-                got=few(given),
-                hint="use the factorized folder that this adapter was exported from",
-            )
+            raise _of_another_base(content, f"nothing for {module.name!r}", few(given))
         if update.A.shape != A0.shape or update.B.shape != B0.shape or update.magnitude is not None or update.bias is not None:
-            raise ScalesError(
-                f"{content.where}: the update of {module.name!r} did not begin with the factors of this checkpoint",
-                got=f"A {list(update.A.shape)} and B {list(update.B.shape)}, or more than these",
-                expected=f"A {list(A0.shape)} and B {list(B0.shape)}",
-                hint="an adapter of the original model: surgery fold FACTORIZED SCALES --lora",
-            )
+            got = f"for {module.name!r} A {list(update.A.shape)} and B {list(update.B.shape)}, or more than these"
+            raise _of_another_base(content, got, f"A {list(A0.shape)} and B {list(B0.shape)}")
         met.add(module.name)
         for now, before in ((update.A, A0), (update.B, B0)):
             like += torch.stack([(now * before).sum(), now.square().sum(), before.square().sum()]).double()
         changed = _difference(update, A0, B0)
         found += [] if changed is None else [changed]
-    if not bool(like[0] >= _LIKE * (like[1] * like[2]).sqrt()):
-        raise ScalesError(
-            f"{content.where} did not begin with the factors of this checkpoint",
-            got=f"a cosine of {float(like[0] / (like[1] * like[2]).sqrt()):.2f} between both",
-            expected=f"{_LIKE} or more after a training",
-            hint="an adapter of the original model: surgery fold FACTORIZED SCALES --lora",
-        )
+    cosine = float(like[0] / (like[1] * like[2]).sqrt())
+    if not cosine >= _LIKE:  # NaN is not either
+        raise _of_another_base(content, f"a cosine of {cosine:.2f} between both", f"{_LIKE} or more, as after a training")
     return replace(content, updates=[*found, *(one for one in content.updates if one.module not in met)])
+
+
+def _of_another_base(content: AdapterContent, got: str, expected: str) -> ScalesError:
+    return ScalesError(
+        f"{content.where} did not begin with the factors of this checkpoint",
+        got=got,
+        expected=expected,
+        hint="use the factorized folder that it was exported from; an adapter of the original model goes into that by surgery "
+        "merge, and beside scales by surgery fold FACTORIZED SCALES --lora",
+    )
 
 
 def _difference(update: ModuleUpdate, A0: torch.Tensor, B0: torch.Tensor) -> ModuleUpdate | None:

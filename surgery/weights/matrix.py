@@ -69,7 +69,7 @@ class StoredMatrix:
         return recover(self.stored.to(where), self.factors.to(where), self.correction)
 
     def squared_norm(self) -> float:
-        """Of the original weight, the Frobenius norm; of a residual, to which the kept part is orthogonal, as good as exactly."""
+        """Squared Frobenius norm of the original weight; that of a residual and its factors, which are orthogonal."""
         square = float(torch.linalg.vector_norm(self.stored, dtype=torch.float32)) ** 2
         if self.is_residual and self.factors is not None:
             square += float(self.factors.s.double().square().sum())

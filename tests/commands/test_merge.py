@@ -516,14 +516,16 @@ def test_folders_that_are_something_else(llama: Path, lora: Path, factorized: Pa
     surgery.factorize(llama, overlay, rank=2, layout="overlay", progress=Silent())
     for model, adapter, message in (
         (lora, lora, "holds an adapter"),
-        (factorized, lora, "is itself a factorized checkpoint"),
-        (overlay, lora, "is itself a factorized checkpoint"),
         (llama, llama, "there is no adapter_config.json"),
         (llama, tmp_path / "nothing", "there is no folder"),
         (llama, lora / "adapter_model.safetensors", "there is no adapter_config.json"),
     ):
         with pytest.raises(SourceError, match=message):
             merge(model, adapter, tmp_path / "o", progress=Silent())
+        assert not (tmp_path / "o").exists()
+    for model, message in ((factorized, "did not begin with the factors of this checkpoint"), (overlay, "holds no residual")):
+        with pytest.raises(SurgeryError, match=message):
+            merge(model, lora, tmp_path / "o", progress=Silent())
         assert not (tmp_path / "o").exists()
 
 

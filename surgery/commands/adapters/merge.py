@@ -16,6 +16,7 @@ from surgery.engine.resources import Memory
 from surgery.errors import OptionError
 from surgery.escapes import quoted
 from surgery.files.file_records import FileRecord, file_sha256
+from surgery.format.manifest import Manifest
 from surgery.lossless.update import Rounding
 from surgery.names import DTYPES, MANIFEST_FILE, STREAM_DIR, Dtype
 from surgery.progress import Progress, listening, phase
@@ -245,6 +246,10 @@ def merge(
 
 def _only_adapter(model: Path, options: MergeOptions, *, revision: str | None, subfolder: str | None) -> Path:
     """The adapter that is merged into the residual of a factorized folder, where nothing else can be asked for."""
+    if Manifest.read(model).layout != "residual":
+        raise OptionError(
+            f"{model} is a factorized checkpoint that holds no residual", hint="merge into the model that it was made from"
+        )
     (path, weight), *others = options.adapters
     if others or weight != 1:
         raise OptionError(f"{model} is a factorized checkpoint, of which one adapter is a part", got="a sum of several")
