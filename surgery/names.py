@@ -61,6 +61,8 @@ PICKLED_ADAPTER = "adapter_model.bin"
 #: The weights of a LoRA adapter as diffusers saves them.
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 PEFT_PREFIX = "base_model.model."
+#: The type of PEFT's adapters in which scales or cores are trained (``surgery.peft``).
+SPECTRAL = "SPECTRAL"
 _OF_LORA = re.compile(r"(^|[._])lora[._](embedding_)?(a|b|up|down)([._]|$)", re.IGNORECASE)
 
 #: Bits per element by safetensors dtype name.
