@@ -66,6 +66,8 @@ ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 #: Before the fingerprint of the factors in an adapter that is for a residual checkpoint: a comment in one of its patterns of
 #: alphas, which are regular expressions. PEFT drops what it does not know from a config that it saves again, and keeps these.
 RESIDUAL_OF = "(?#surgery-residual-of-"
+#: The type of PEFT's adapters in which scales or cores are trained (``surgery.peft``).
+SPECTRAL = "SPECTRAL"
 _OF_LORA = re.compile(r"(^|[._])lora[._](embedding_)?(a|b|up|down)([._]|$)", re.IGNORECASE)
 
 #: Bits per element by safetensors dtype name.

@@ -14,7 +14,7 @@ from surgery.format.manifest import Manifest
 from surgery.peft.config import SpectralConfig, check_fingerprint
 from surgery.peft.layer import SpectralLayer
 from surgery.progress import note
-from surgery.trained.spectral import CHOSEN, DELTA, FINGERPRINT, escaped, unescaped
+from surgery.trained.spectral import CHOSEN, DELTA, FINGERPRINT, key_of_part, part_of_key
 from surgery.training.attached_scales import Scales
 from surgery.training.choice import check_alone
 from surgery.training.lowrank import LowRankPath
@@ -79,6 +79,7 @@ class AdapterScales(Scales):
         self._config = config
         #: The choice that is still to be made, held here for as long as the adapter is there.
         self.awaited: object = None
+        self.remember()
         self._layers = {key: home.layer for key, (home, _) in homes.items()}
         if config.chosen is not None:
             self._take(
@@ -109,9 +110,23 @@ class AdapterScales(Scales):
             home, _ = self._homes[key]
             shaped = mask.view(self._targets[key].scales_shape).to(torch.uint8)
             chosen: Any = self._layers[key].spectral_chosen[self._adapter]
-            chosen[escaped(key)] = shaped.to(home.path.roots.device)
+            chosen[part_of_key(key)] = shaped.to(home.path.roots.device)
         self._config.keep_choice(masks)
         return lacking
+
+    def remember(self) -> None:
+        """Keep a copy of what is trained, for ``keep_in_float32``."""
+        self._remembered = [delta.detach().clone() for delta in self.parameters_anywhere()]
+
+    def keep_in_float32(self) -> None:
+        """Give what is trained its dtype again: TRL rounds it to bfloat16 where a model is quantized.
+
+        With the digits that it had, where it has not been changed since ``remember``.
+        """
+        for delta, before in zip(self.parameters_anywhere(), self._remembered, strict=True):
+            if delta.dtype != torch.float32:
+                is_same = before.shape == delta.shape and torch.equal(before.to(delta.device, delta.dtype), delta.detach())
+                delta.data = before.to(delta.device, copy=True) if is_same else delta.data.float()
 
     def prepare(self, state: Mapping[str, Any]) -> None:
         """Get ready for what a state dict has of this adapter, before it is loaded.
@@ -127,14 +142,17 @@ class AdapterScales(Scales):
         deltas = self._of_state(state, DELTA)
         if not deltas:
             return
-        for delta in self.parameters_anywhere():
-            if delta.dtype != torch.float32:  # TRL makes bfloat16 of all that is trained in a quantized model
-                delta.data = delta.data.float()
+        self.keep_in_float32()
         ending = f".{FINGERPRINT}.{self._adapter}"
         for name, value in state.items():
             if name.endswith(ending):
                 said = bytes(value.cpu().tolist()).hex()
                 check_fingerprint(said, self._manifest.fingerprint, self._folder)
+        if unknown := sorted(deltas.keys() - self._homes.keys()):
+            note(
+                "the adapter has what was trained of weights that this model does not have, which is neither used nor kept: "
+                + few(unknown)
+            )
         if lost := sorted(self._homes.keys() - deltas.keys() - set(self._config.absent or ())):
             raise ScalesError(f"the adapter lacks what was trained of {few(map(repr, lost))}")
         self._check_directions(self._of_state(state, CHOSEN))
@@ -151,7 +169,7 @@ class AdapterScales(Scales):
     def _of_state(self, state: Mapping[str, Any], kind: str) -> dict[str, Any]:
         """Key of a target -> what a state dict has of it."""
         part = f".{kind}.{self._adapter}."
-        return {unescaped(name.rpartition(part)[2]): value for name, value in state.items() if part in name}
+        return {key_of_part(name.rpartition(part)[2]): value for name, value in state.items() if part in name}
 
     def _check_directions(self, chosen: Mapping[str, Any]) -> None:
         """Train the directions of a state dict from here on, or refuse it where they are others than those of now."""
@@ -170,12 +188,3 @@ class AdapterScales(Scales):
 
     def _mask_shape(self, key: str) -> tuple[int, int]:
         return self._targets[key].matrices[0], self._targets[key].rank
-
-
-def note_unknown(names: Sequence[str], adapter: str) -> None:
-    """Tell a note of tensors of an adapter that the model has no place for."""
-    if names:
-        note(
-            f"the adapter {adapter!r} has what was trained of weights that this model does not have, which is neither used nor "
-            f"kept: {few(names)}"
-        )

@@ -6,7 +6,7 @@ from typing import Any
 
 from surgery.errors import MissingExtra
 from surgery.models.transformers_api import imported
-from surgery.trained.spectral import SPECTRAL
+from surgery.names import SPECTRAL
 
 
 def check_peft() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, Self
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -14,8 +14,12 @@ from surgery.training.attached_path import AttachedPath
 from surgery.training.inner import Inner, joined
 from surgery.training.lowrank import LowRankPath, Summand
 
-if TYPE_CHECKING:
-    from surgery.peft.adapter_scales import AdapterScales
+
+class InLayers(Protocol):
+    """What is trained of an adapter in all layers, by what these need of it."""
+
+    def prepare(self, state: Mapping[str, Any]) -> None:
+        """Get ready for a state dict, before it is loaded."""
 
 
 class SpectralLayer(Summand, BaseTunerLayer):
@@ -25,7 +29,7 @@ class SpectralLayer(Summand, BaseTunerLayer):
     residual, what that lacks is always added, also with all adapters off or deleted.
 
     Attributes:
-        spectral_delta: adapter -> what is trained of the targets that are at home here, under their escaped keys.
+        spectral_delta: adapter -> what is trained of the targets that are at home here, under their keys as parts of a name.
         spectral_chosen: adapter -> uint8 masks of the directions that are trained, likewise; empty before any are chosen.
         spectral_fingerprint: adapter -> of the factors, 32 bytes; in one layer of a model.
         spectral_path: adapter -> path.
@@ -48,7 +52,7 @@ class SpectralLayer(Summand, BaseTunerLayer):
         self.spectral_fingerprint = BufferDict(persistent=True)
         self.spectral_path = nn.ModuleDict()
         self.spectral_restoring = None
-        self.trained: dict[str, AdapterScales] = {}
+        self.trained: dict[str, InLayers] = {}
         self.unmerged: torch.Tensor | None = None
         self.merged_adapters: list[str] = []
         self._disable_adapters = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -29,15 +29,14 @@ def check_mergeable(layers: Sequence[SpectralLayer]) -> None:
             )
 
 
-def merge(model: nn.Module, adapters: Sequence[AdapterScales], names: Sequence[str], *, check: bool, keep: bool) -> None:
+def merge_adapters(model: nn.Module, adapters: Mapping[str, AdapterScales], *, check: bool, keep: bool) -> None:
     """Add adapters, and what residuals lack, to the weights of a model, in float64 and rounded once.
 
     The factors are read again, since those in the model have been rounded to the dtype of its weights.
 
     Args:
         model: without wrappers.
-        adapters: in the order in which they are summed; none for what residuals lack alone.
-        names: of these.
+        adapters: by name, in the order in which they are summed; none for what residuals lack alone.
         check: whether to refuse sums that are not finite.
         keep: whether the weights are kept, to be put back.
 
@@ -48,7 +47,7 @@ def merge(model: nn.Module, adapters: Sequence[AdapterScales], names: Sequence[s
     paths: dict[int, list[LowRankPath]] = {id(layer): [] for layer in layers}
     for layer in layers:
         layer.pause()
-    for adapter in adapters:
+    for adapter in adapters.values():
         plan = plan_attach(model, adapter.config.folder, adapter.train, torch.float32)
         for key, (number, i) in plan.homes.items():
             delta = plan.paths[number][0].delta(i)
@@ -67,7 +66,7 @@ def merge(model: nn.Module, adapters: Sequence[AdapterScales], names: Sequence[s
             if keep:
                 layer.unmerged = weight.clone()
             weight.copy_(total)
-        layer.merged_adapters = list(names)
+        layer.merged_adapters = list(adapters)
         layer.refresh()
 
 

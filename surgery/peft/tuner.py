@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -13,13 +13,14 @@ from torch import nn
 
 from surgery.device import on_its_own_terms
 from surgery.errors import OptionError
+from surgery.names import SPECTRAL
 from surgery.peft.adapter_scales import AdapterScales, PathOfAdapter
 from surgery.peft.choosing import await_choice
 from surgery.peft.config import SpectralConfig
 from surgery.peft.installed import spectral_type
 from surgery.peft.layer import SpectralLayer, layers_of, prepare_for_state_dicts
-from surgery.peft.merging import check_mergeable, merge
-from surgery.trained.spectral import CHOSEN, SPECTRAL, escaped
+from surgery.peft.merging import check_mergeable, merge_adapters
+from surgery.trained.spectral import CHOSEN, part_of_key
 from surgery.training.attach_plan import AttachPlan, plan_attach
 from surgery.training.attached_path import AttachedPath, name_in
 from surgery.training.attached_scales import Scales
@@ -32,7 +33,6 @@ class SpectralModel(BaseTuner):
 
     prefix = "spectral_"
     tuner_layer_cls = SpectralLayer
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def inject_adapter(
         self,
@@ -59,6 +59,9 @@ class SpectralModel(BaseTuner):
         if any(layer.merged for layer in layers_of(model)):
             raise OptionError("adapters are merged into the model", hint="model.unmerge_adapter() first")
         is_first = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
+        adapted = {id(path) for layer in layers_of(model) for path in layer.modules()}
+        if any(isinstance(module, LowRankPath) and id(module) not in adapted for module in model.modules()):
+            raise OptionError("scales are attached to this model already", hint="detach() them first")
         plan = _planned(model, config)
         _check_whole_modules(plan, config, model)
         absent = sorted(target.key for target in plan.absent)
@@ -71,7 +74,7 @@ class SpectralModel(BaseTuner):
         if config.choose is not None and scales.chosen is None and not config.inference_mode:
             scales.awaited = await_choice(scales, config.choose, config.choose_steps)
         self.targeted_module_names.extend(config.shapes.keys() - set(absent) - set(self.targeted_module_names))
-        self._head = _hook_of_head(model)
+        self._head, self._adapters = _hook_of_head(model), _adapters_in(model)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         if is_first:
             self._mark_only_adapters_as_trainable(model)
@@ -101,6 +104,19 @@ class SpectralModel(BaseTuner):
             if id(parameter) not in kept:
                 parameter.requires_grad = False
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # Nothing is cast; and PEFT calls it whenever an adapter has got its values.
+        scales_in(self.model, adapter_name).remember()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """PEFT's method. What residuals lack is added as before, also when no adapter is left.
+
+        Args:
+            adapter_name: of the adapter.
+        """
+        super().delete_adapter(adapter_name)
+        self._adapters = _adapters_in(self.model)
+
     def _create_and_replace(self, *args: Any, **options: Any) -> None:
         raise NotImplementedError("no layer is replaced")
 
@@ -128,6 +144,9 @@ class SpectralModel(BaseTuner):
         Raises:
             OptionError: its output head has scales, and was not run: a trainer has multiplied with its weight by itself.
         """
+        if not torch.compiler.is_compiling():
+            for scales in self._adapters:
+                scales.keep_in_float32()
         hook: Any = self._head
         if hook is None:
             return self.model(*args, **kwargs)
@@ -156,10 +175,7 @@ class SpectralModel(BaseTuner):
         """
         self._check_merge_allowed()
         names = self.active_adapters if adapter_names is None else adapter_names
-        merge(self.model, [self._scales(name) for name in names], names, check=safe_merge, keep=True)
-
-    def _scales(self, adapter: str) -> AdapterScales:
-        return scales_in(self.model, adapter)
+        merge_adapters(self.model, {name: scales_in(self.model, name) for name in names}, check=safe_merge, keep=True)
 
     def _unload_and_optionally_merge(
         self,
@@ -177,15 +193,12 @@ class SpectralModel(BaseTuner):
                     layer.unmerge()
         if names or any(layer.lacking and not layer.merged for layer in layers):
             self._check_merge_allowed()
-            _merge(self.model, [self._scales(name) for name in names], names, check=safe_merge, keep=False)
+            merge_adapters(self.model, {name: scales_in(self.model, name) for name in names}, check=safe_merge, keep=False)
         for layer in layers:
             layer.place.remove()
         return super()._unload_and_optionally_merge(
             merge=False, progressbar=progressbar, safe_merge=safe_merge, adapter_names=adapter_names
         )
-
-
-_merge = merge  # PEFT has an argument of this name
 
 
 def _planned(model: nn.Module, config: Any) -> AttachPlan:
@@ -219,10 +232,10 @@ def _put_in(model: nn.Module, adapter: str, config: Any, plan: AttachPlan) -> Ad
     deltas = {key: plan.paths[number][0].delta(i) for key, (number, i) in plan.homes.items()}
     holders: dict[str, Any] = {key: places[number].layer.spectral_delta[adapter] for key, (number, _) in plan.homes.items()}
     for key, holder in holders.items():
-        holder[escaped(key)] = deltas[key]
+        holder[part_of_key(key)] = deltas[key]
     for (path, _), keys in zip(plan.paths, plan.keys, strict=True):
         for i, key in enumerate(keys):
-            path.lend(i, holders[key], escaped(key))
+            path.lend(i, holders[key], part_of_key(key))
     homes = {key: (places[number], i) for key, (number, i) in plan.homes.items()}
     scales = AdapterScales(adapter, config, model, plan.manifest, homes, places)
     for place in places:
@@ -251,11 +264,17 @@ def _hook_of_head(model: Any) -> Adding | Shadow | None:
     return places[0].used_by(head) if places else None
 
 
+def _adapters_in(model: nn.Module) -> list[AdapterScales]:
+    """What is trained of all adapters of a model."""
+    found = {id(scales): scales for layer in layers_of(model) for scales in layer.trained.values()}
+    return [scales for scales in found.values() if isinstance(scales, AdapterScales)]
+
+
 def scales_in(model: nn.Module, adapter: str) -> AdapterScales:
     """The scales or cores of an adapter. Raises OptionError if there is none of the name."""
     for layer in layers_of(model):
-        if adapter in layer.trained:
-            return layer.trained[adapter]
+        if isinstance(scales := layer.trained.get(adapter), AdapterScales):
+            return scales
     raise OptionError(f"the model has no adapter {adapter!r} of scales or cores")
 
 

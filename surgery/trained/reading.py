@@ -15,9 +15,9 @@ from surgery.format.header import TensorEntry
 from surgery.format.manifest import Manifest
 from surgery.format.scales.reading import ScalesFile, Trained, check_scales, read_scales_alone, read_trained
 from surgery.format.scales.writing import untouched
-from surgery.names import ADAPTER_CONFIG, CHECKPOINT_FILE
+from surgery.names import ADAPTER_CONFIG, CHECKPOINT_FILE, SPECTRAL
 from surgery.trained.residual_lora import read_residual_lora
-from surgery.trained.spectral import SPECTRAL, SpectralFile, read_spectral
+from surgery.trained.spectral import SpectralFile, read_spectral
 from surgery.trained.tinylora import read_tinylora
 from surgery.updates.adapter_update import AdapterUpdate
 from surgery.updates.protocol import ScalesUpdate

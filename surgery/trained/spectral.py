@@ -1,7 +1,7 @@
 """What is trained of a factorized checkpoint, as PEFT saves the adapters of ``surgery.peft``; read without PEFT and a model.
 
 An adapter is a folder with ``adapter_config.json``, whose ``peft_type`` is SPECTRAL, and ``adapter_model.safetensors``. The
-last part of a tensor's name is the key of a target, escaped, after ``spectral_delta`` for what is trained and
+last part of a tensor's name is the key of a target, part_of_key, after ``spectral_delta`` for what is trained and
 ``spectral_chosen`` for the directions that are.
 """
 
@@ -13,6 +13,7 @@ import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from string import ascii_letters
 from typing import Any, get_args
 from urllib.parse import unquote
 
@@ -23,14 +24,14 @@ from surgery.files.json_files import read_json_object
 from surgery.format.header import TensorEntry
 from surgery.format.safetensors import ShardReader
 from surgery.format.scales.reading import ScalesFile
-from surgery.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from surgery.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SPECTRAL
 from surgery.training.ways import Way, numbers_of_way, saved_as, spread_out, values_of
 
-#: The type of the adapters, in PEFT and in their config.
-SPECTRAL = "SPECTRAL"
 #: The attributes of PEFT's layers that are saved: what is trained, of which directions, and the fingerprint of the factors.
 DELTA, CHOSEN, FINGERPRINT = "spectral_delta", "spectral_chosen", "spectral_fingerprint"
 
+#: The case of letters swapped; of ASCII alone, since others do not all come back.
+_SWAPPED = str.maketrans(ascii_letters, ascii_letters.swapcase())
 _TENSOR = re.compile(rf"(?:.+\.)?(?P<kind>{DELTA}|{CHOSEN})\.(?P<key>[^.]+)")
 
 
@@ -47,15 +48,19 @@ class SpectralFile(ScalesFile):
     factorized: str | None = None
 
 
-def escaped(key: str) -> str:
-    """The key of a target as one part of a parameter's name: without dots, and without the prefix that PEFT looks for."""
-    text = key.replace("%", "%25").replace("/", "%2F").replace("spectral_", "%73pectral_")
-    return text.replace(".", "/")
+def part_of_key(key: str) -> str:
+    """The key of a target as one part of a parameter's name: no dots, nor the prefix that PEFT looks for.
+
+    With the case of its letters swapped: transformers renames what it loads by expressions, in which a dot stands for any
+    character, wherever they match; and they know no such names.
+    """
+    text = key.replace("%", "%25").replace("/", "%2F").translate(_SWAPPED)
+    return text.replace("spectral_", "%73pectral_").replace(".", "/")
 
 
-def unescaped(text: str) -> str:
-    """The inverse of ``escaped``."""
-    return unquote(text.replace("/", "."))
+def key_of_part(text: str) -> str:
+    """The inverse of ``part_of_key``."""
+    return unquote(text.replace("/", ".")).translate(_SWAPPED)
 
 
 def is_spectral(folder: Path) -> bool:
@@ -169,7 +174,7 @@ def _entries(reader: ShardReader, content: _Config) -> dict[str, dict[str, Tenso
         if entry.name.endswith(f".{FINGERPRINT}"):
             continue
         match = _TENSOR.fullmatch(entry.name)
-        key = None if match is None else unescaped(match["key"])
+        key = None if match is None else key_of_part(match["key"])
         if match is None or key not in content.shapes:
             raise ScalesError(
                 f"{reader.name}: {entry.name!r} is of no target that the config knows",

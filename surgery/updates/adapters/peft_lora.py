@@ -19,7 +19,15 @@ from surgery.escapes import quoted
 from surgery.files.json_files import read_json_object
 from surgery.format.header import TensorEntry
 from surgery.format.safetensors import ShardReader
-from surgery.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, ATTACHED_NAME, PEFT_PREFIX, PICKLED_ADAPTER, RESIDUAL_OF
+from surgery.names import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    ATTACHED_NAME,
+    PEFT_PREFIX,
+    PICKLED_ADAPTER,
+    RESIDUAL_OF,
+    SPECTRAL,
+)
 from surgery.progress import note
 from surgery.updates.adapters.content import AdapterContent, ModuleUpdate, checked_halves, read_numbers
 from surgery.updates.adapters.patterns import ByModule
@@ -128,6 +136,13 @@ def _checked_residual(config: Mapping[str, Any], folder: Path, residual: str | N
 def check_config(config: Mapping[str, Any], folder: Path) -> None:
     """Refuse what no merge can do, or changes more than is known here, by name."""
     kind = config.get("peft_type")
+    if kind == SPECTRAL:
+        raise OptionError(
+            f"{folder} holds scales or cores of a factorized checkpoint, and no LoRA adapter",
+            got=SPECTRAL,
+            expected="LORA",
+            hint=f"surgery fold {_folder_or(config.get('factorized'), 'FACTORIZED')} {quoted(folder)} -o OUT",
+        )
     if kind not in ("LORA", "TRAINABLE_TOKENS"):
         raise OptionError(f"{folder} is no LoRA adapter", got=reprlib.repr(kind), expected="LORA", hint=_MERGE)
     for key in ("use_rslora", "use_dora", "lora_bias"):
@@ -147,6 +162,11 @@ def check_config(config: Mapping[str, Any], folder: Path) -> None:
     for key, value in sorted(config.items()):
         if key not in _KNOWN and value not in (None, False, [], {}, ""):
             raise _not_taken(folder, key, value)
+
+
+def _folder_or(path: object, word: str) -> str:
+    """A folder that a config names, if there is one on this machine; else a word for it."""
+    return quoted(path) if isinstance(path, str) and Path(path).is_dir() else word
 
 
 def _not_taken(folder: Path, key: str, value: object) -> OptionError:
