@@ -176,7 +176,7 @@ def test_a_reference_is_in_eval_mode_and_leaves_the_model_in_training_mode(tmp_p
 
 
 def _tokenizer() -> Any:
-    return transformers.AutoTokenizer.from_pretrained(DEMO, eos_token="\u0100", pad_token="\u0100")
+    return transformers.AutoTokenizer.from_pretrained(DEMO, eos_token="<0x00>", pad_token="<0x00>")
 
 
 def _data(*columns: str) -> Any:
