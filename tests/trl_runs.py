@@ -14,7 +14,7 @@ _DEMO = Path(surgery.__file__).parent / "demo" / "model"
 
 def tokenizer() -> Any:
     """Of bytes, with an end-of-text token."""
-    return transformers.AutoTokenizer.from_pretrained(_DEMO, eos_token="\u0100", pad_token="\u0100")
+    return transformers.AutoTokenizer.from_pretrained(_DEMO, eos_token="<0x00>", pad_token="<0x00>")
 
 
 def preferences(*columns: str) -> Any:

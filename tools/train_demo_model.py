@@ -2,7 +2,7 @@
 
     python tools/train_demo_model.py --steps 4000 --out surgery/demo/model
 
-Llama architecture, byte-level tokenizer, bfloat16, two shards and an index. The text is the source code of
+Llama architecture, a tokenizer of bytes, bfloat16, two shards and an index. The text is the source code of
 the Python standard library, which every Python installation carries; the test suites, generated tables and
 ``pydoc_data`` are left out (``surgery demo`` trains on the latter, English reference prose, so the model must
 not have seen it).
@@ -12,6 +12,7 @@ run gives a similar model, not the same bytes. About 25 minutes on two cores.
 """
 
 import argparse
+import json
 import math
 import sys
 import sysconfig
@@ -19,8 +20,8 @@ import time
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, normalizers
+from transformers import LlamaConfig, LlamaForCausalLM
 
 SKIPPED_DIRS = {"test", "tests", "idle_test", "lib2to3", "encodings", "pydoc_data", "site-packages", "__pycache__"}
 CONTEXT = 256
@@ -39,19 +40,27 @@ def corpus() -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
-def byte_level_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, the token's id being the byte's value.
+def save_byte_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of one token per byte, the token's id being the byte's value.
 
-    Byte-level BPE names each byte by a printable character (the table below is GPT-2's); without merges it
-    is a plain byte tokenizer in the format that every loader knows.
+    It is of SentencePiece's kind, with byte fallback, which llama.cpp's converter takes as it is; a byte-level BPE is one that
+    it has to know. There are no merges. A printable character is its own token, a space is written as U+2581, as this kind
+    has it, every other byte is ``<0xNN>``. The one text that does not become its UTF-8 bytes is U+2581 itself: a space.
     """
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    name = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-    tokenizer = Tokenizer(models.BPE(vocab={name[byte]: byte for byte in range(256)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=CONTEXT, clean_up_tokenization_spaces=False)
+    name = {byte: f"<0x{byte:02X}>" for byte in range(256)} | {byte: chr(byte) for byte in range(ord("!"), ord("~") + 1)}
+    name[ord(" ")] = "▁"
+    tokenizer = Tokenizer(models.BPE(vocab={name[byte]: byte for byte in range(256)}, merges=[], byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "add_bos_token": False,  # llama.cpp adds a token and a space before texts of this kind, unless told not to
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": CONTEXT,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def main() -> None:
@@ -108,7 +117,7 @@ def main() -> None:
             running = 0.0
     args.out.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(args.out, max_shard_size="1200KB")
-    byte_level_tokenizer().save_pretrained(args.out)
+    save_byte_tokenizer(args.out)
 
 
 if __name__ == "__main__":

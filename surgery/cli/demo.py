@@ -12,6 +12,7 @@ from surgery.cli.options import PATH, device_option, json_option, notes_and_quie
 from surgery.cli.printing import print_json
 from surgery.cli.tables import table
 from surgery.cli.text import fitted, say, size, whole
+from surgery.escapes import quoted
 from surgery.progress import phase
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ def demo(out: Path | None, rank: int, steps: int, device: str, overwrite: bool, 
         if out is not None:
             kept = (whole(out / name) for name in ("factorized", "scales.safetensors", "folded"))
             say(f"kept: {', '.join(kept)}", quiet=quiet)
+            convert = f"python llama.cpp/convert_hf_to_gguf.py {quoted(out / 'folded')} --outfile demo.gguf"
+            say(f"llama.cpp serves the folded model: {whole(convert)}", quiet=quiet)
 
 
 def _demo_text(report: DemoReport) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ def test_the_model_is_what_the_package_promises() -> None:
     config = json.loads((MODEL / "config.json").read_text())
     assert (config["model_type"], config["dtype"]) == ("llama", "bfloat16")
     tokenizer = transformers.AutoTokenizer.from_pretrained(MODEL)
-    text = "def f(x):\n\treturn 'é♥'  # any bytes"
+    text = "def f(x):\n\treturn 'é♥'  # any bytes"  # more of it in tests/serving
     assert tokenizer(text)["input_ids"] == list(text.encode())
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
@@ -72,3 +73,14 @@ def test_demo_command_prints_one_table() -> None:
     assert lines[0].split() == ["numbers", "on", "disk", "loss", "seconds"]
     assert [line.split()[0] for line in lines[2:6]] == ["original", "factorized", "scales,", "folded"]
     assert "byte for byte" in done.stdout
+    assert "llama.cpp" not in done.stderr  # nothing is kept
+
+
+def test_demo_command_says_how_llama_cpp_gets_what_it_keeps(tmp_path: Path) -> None:
+    out = tmp_path / "my demo"
+    done = CliRunner().invoke(main, ["demo", "--steps", "1", "--rank", "2", "-o", str(out)], catch_exceptions=False)
+    assert done.exit_code == 0
+    command = shlex.split(done.stderr.splitlines()[-1].rpartition(": ")[2])
+    assert command[:3] == ["python", "llama.cpp/convert_hf_to_gguf.py", str(out / "folded")]
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json"):
+        assert (out / "folded" / name).read_bytes() == (MODEL / name).read_bytes()

@@ -341,7 +341,7 @@ def _sft(out: Path, model: Any, scales: surgery.Scales) -> Any:
     )
     sentences = ["The raise statement re-raises the exception.", "A list is a mutable sequence of objects."]
     data = datasets.Dataset.from_dict({"text": [" ".join([sentence] * n) for n in (2, 1) for sentence in sentences]})
-    tokenizer = transformers.AutoTokenizer.from_pretrained(DEMO, eos_token="\u0100", pad_token="\u0100")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(DEMO, eos_token="<0x00>", pad_token="<0x00>")
     return ScalesSFTTrainer(model, config, train_dataset=data, processing_class=tokenizer, scales=scales)
 
 
