@@ -1,0 +1,22 @@
+"""`trl sft` with scales or cores: the same YAML and flags, and FACTORIZED and TRAIN in the environment.
+
+    FACTORIZED=factorized TRAIN=scales python examples/trl_cli.py --config sft.yaml
+    FACTORIZED=factorized accelerate launch examples/trl_cli.py --config sft.yaml
+
+TRL's command line knows LoRA only (`use_peft`). This gives its script another `peft_config`, which is used always.
+`surgery fold FACTORIZED OUTPUT_DIR` folds what was trained. For `trl dpo` and `trl grpo` import `trl.scripts.dpo` or
+`trl.scripts.grpo` instead.
+"""
+
+import os
+
+import trl
+from trl.scripts.sft import main, make_parser
+
+from surgery.peft import SpectralConfig
+
+trl.get_peft_config = lambda model_arguments: SpectralConfig(
+    factorized=os.environ["FACTORIZED"], train=os.environ.get("TRAIN", "scales")
+)
+if __name__ == "__main__":
+    main(*make_parser().parse_args_and_config())
