@@ -156,7 +156,7 @@ def test_home_folders_in_every_path(home: Path, llama: Path) -> None:
     with pytest.raises(OptionError, match="the same weights"):
         call("extract", base="~/m", tuned="~/m", out="~/extracted", recipe="~/recipe.toml", progress=quiet)
     call("new_scales", factorized="~/f", out="~/untouched.safetensors")
-    call("blend", files=[ones, Path(ones)], out="~/blended.safetensors")
+    call("blend", files=[ones, Path(ones)], out="~/blended.safetensors", factorized="~/f")
     call("spectra", model="~/m", tuned="~/m", top=2, recipe="~/recipe.toml", out="~/report", progress=quiet)
     call("recommend", model="~/m", budget=20, out="~/ranks.toml", max_rank=2, recipe="~/recipe.toml")
     with pytest.raises(OptionError, match="the same weights"):
@@ -171,7 +171,7 @@ def test_home_folders_in_every_path(home: Path, llama: Path) -> None:
     call("Factorized.open", surgery.Factorized, folder="~/overlay", base=Path("~/m")).close()
     call("write_scales", path="~/again.safetensors", scales=scales.values(), fingerprint=None)
     assert call("read_scales", path="~/again.safetensors", progress=quiet).values.keys() == scales.values().keys()
-    call("show_scales", path="~/again.safetensors", progress=quiet)
+    call("show_scales", path="~/again.safetensors", factorized=Path("~/f"), progress=quiet)
     (home / "demo/folded").mkdir(parents=True)
     with pytest.raises(OutputError, match="is there already"):
         call("run_demo", out="~/demo")
@@ -301,6 +301,7 @@ WRONG: dict[str, list[Any]] = {
     "Layout": ["both", "", 3, True, ["residual"], b"residual", object()],
     "Train": ["cores", "", 3, True, ["core"], b"core", object()],
     "Way": ["cores", "", 3, True, ["core"], b"core", object()],
+    "Exported": ["zip", "", 3, True, ["peft"], b"peft", object()],
     "EngineName": ["slurm", "", 3, ["ray"], object()],
     "Rounding": ["up", "", 3, ["nearest"], object()],
     "Rank": ["many", "", 4.5, True, [1], object()],

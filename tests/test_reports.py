@@ -84,7 +84,10 @@ def _runs(at: Path, to: Path) -> dict[str, list[Any]]:
         "extract": [_json("extract", at / "m", at / "t", "--rank", 2, "-o", to / "extracted", "--profile")],
         "extract --dry-run": [_json("extract", at / "m", at / "t", "--rank", "auto", "--dry-run")],
         "factorize": [_json("factorize", at / "m", "--rank", 2, "-o", to / "f", "--profile")],
-        "fold": [_json("fold", at / "f", at / "s", "-o", to / "d", "--profile")],
+        "fold": [
+            _json("fold", at / "f", at / "s", "-o", to / "d", "--profile"),
+            _json("fold", at / "f", at / "s", "--lora", _adapter(at / "f", to), "-o", to / "d2"),
+        ],
         "inspect": [_json("inspect", at / "f")],
         "merge": [_json("merge", at / "m", _adapter(at / "f", to), "-o", to / "merged", "--profile")],
         "merge --dry-run": [_json("merge", at / "m", _adapter(at / "f", to), "--dry-run")],

@@ -14,7 +14,7 @@ from surgery.progress import note
 from surgery.updates.writing.adapter import AdapterToWrite
 from surgery.updates.writing.modules import AdaptedModules
 
-#: Families whose experts PEFT takes one by one and puts together as transformers does; measured (docs/training.md).
+#: Families whose experts PEFT takes one by one and puts together as transformers does; measured (docs/attach.md).
 _ONE_BY_ONE = ("mixtral", "olmoe", "qwen3_moe")
 
 

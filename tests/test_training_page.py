@@ -1,4 +1,4 @@
-"""docs/trainers.md: its blocks run as they are written. The plugins do what PEFT does, where their trainers are installed."""
+"""docs/training.md: its blocks run as they are written. The plugins do what PEFT does, where their trainers are installed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import surgery
 from tests.releases import needs
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs/trainers.md").read_text()
+PAGE = (ROOT / "docs/training.md").read_text()
 DEMO = Path(surgery.__file__).parent / "demo" / "model"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
