@@ -46,7 +46,7 @@ coverage: $(VENV)/test.done
 	$(BIN)/python -m coverage json --quiet -o - | $(BIN)/python tools/write_branch_table.py
 
 # The pages that show every command's --help and JSON, and every docstring; tests fail when one is out of date.
-docs: $(VENV)/demo.done
+docs: $(VENV)/test.done
 	$(BIN)/python tools/write_cli_docs.py > docs/cli.md
 	$(BIN)/python tools/write_json_docs.py > docs/json.md
 	$(BIN)/python tools/write_api_docs.py > docs/api.md

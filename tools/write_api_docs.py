@@ -9,6 +9,7 @@ from typing import Any
 
 import surgery
 import surgery.errors
+import surgery.peft
 
 HEAD = """# From Python
 
@@ -46,6 +47,11 @@ def page() -> str:
             if not isinstance(member, property):
                 parts.append(code(signature(f"{name}.{inner}", member)))
             parts.append(markdown(member))
+    parts += ["## surgery.peft\n", markdown(surgery.peft)]
+    for name in ("SpectralConfig", "scales_of"):
+        member = getattr(surgery.peft, name)
+        code_of = [code(signature(f"surgery.peft.{name}", member))] if inspect.isfunction(member) else []
+        parts += [f"### {name}\n", *code_of, markdown(member)]
     parts += ["## Errors\n", *errors()]
     parts += ["## Other names\n", *(f"`surgery.{name}`: a {type(named[name]).__name__}.\n" for name in rest)]
     return "\n".join(parts)

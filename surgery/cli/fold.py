@@ -70,9 +70,11 @@ def fold(
 ) -> None:
     """Fold the scales or cores in file SCALES into the weights of folder FACTORIZED.
 
-    SCALES may also be the folder of an adapter that PEFT has trained, if surgery export has written it, or is of surgery.peft.
     Writes a folder that loads as the original model did, with its names, dtypes, shards, config and tokenizer.
     Untouched ones give back the original files byte for byte. A changed FP8 weight is quantized again.
+
+    SCALES may also be the folder of an adapter that PEFT has trained: one that surgery export has written to be trained, or
+    one of surgery.peft.
     """
     bar = Bar(quiet=quiet)
     with phase(bar, "starting"):

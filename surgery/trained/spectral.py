@@ -1,7 +1,7 @@
 """What is trained of a factorized checkpoint, as PEFT saves the adapters of ``surgery.peft``; read without PEFT and a model.
 
 An adapter is a folder with ``adapter_config.json``, whose ``peft_type`` is SPECTRAL, and ``adapter_model.safetensors``. The
-last part of a tensor's name is the key of a target, part_of_key, after ``spectral_delta`` for what is trained and
+last part of a tensor's name is the key of a target (``part_of_key``), after ``spectral_delta`` for what is trained and
 ``spectral_chosen`` for the directions that are.
 """
 

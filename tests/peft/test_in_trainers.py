@@ -99,8 +99,7 @@ class Killing(transformers.TrainerCallback):
     [
         ("m", {"train": "scales"}),
         ("f", {"train": "core"}),
-        ("m", {"train": "orthogonal"}),
-        ("m", {"train": "core", "choose": 2, "choose_steps": 1}),
+        ("m", {"train": "orthogonal", "choose": 2, "choose_steps": 1}),
     ],
 )
 def test_a_run_that_was_killed_and_resumed_is_the_same_to_the_last_bit(
@@ -261,8 +260,7 @@ def test_trl_leaves_what_is_trained_in_float32_on_a_quantized_base(made: Path, t
 # The choice of directions
 
 
-@pytest.mark.parametrize("train", ["scales", "core", "orthogonal"])
-@pytest.mark.parametrize("source", ["m", "f"])
+@pytest.mark.parametrize(("source", "train"), [("m", "scales"), ("f", "core"), ("m", "orthogonal")])
 @pytest.mark.filterwarnings("ignore:weights of the model are residuals:surgery.SurgeryWarning")
 def test_directions_are_those_that_choose_takes(source: str, train: Way, made: Path, tmp_path: Path) -> None:
     batches = [IDS[i : i + 2] for i in range(0, 8, 2)]
@@ -393,7 +391,7 @@ def test_two_processes(made: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", _TWO]
     processes = [subprocess.Popen([*command, str(rank), str(made), str(tmp_path)], env=environment) for rank in (0, 1)]
     try:
-        assert [process.wait(timeout=200) for process in processes] == [0, 0]
+        assert [process.wait(timeout=280) for process in processes] == [0, 0]
     finally:
         for process in processes:
             process.kill()

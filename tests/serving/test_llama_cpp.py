@@ -114,9 +114,10 @@ def test_an_exported_adapter(trained: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(torch.tensor(found["probabilities"]), truth, atol=CLOSE, rtol=0)
 
 
-def test_an_extracted_adapter_of_one_rank(trained: Path, tmp_path: Path) -> None:
-    """Of ranks by module llama.cpp's script ignores the alphas: docs/serving.md asks for ``--uniform``."""
-    surgery.extract(MODEL, trained / "folded", tmp_path / "extracted", energy=0.9, uniform=True)
+@pytest.mark.parametrize("uniform", [True, False])
+def test_an_extracted_adapter(uniform: bool, trained: Path, tmp_path: Path) -> None:
+    """Also with ranks by module, though llama.cpp's script reads no alphas by module."""
+    surgery.extract(MODEL, trained / "folded", tmp_path / "extracted", energy=0.9, uniform=uniform)
     truth = _probabilities(_adapted(tmp_path / "extracted"), TEXT)
     adapter = _converted("convert_lora_to_gguf.py", tmp_path / "extracted", tmp_path / "adapter.gguf", "--base", MODEL)
     found = _in_llama_cpp(_base(), adapter, TEXT, tmp_path / "out.json")

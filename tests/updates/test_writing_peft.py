@@ -65,7 +65,7 @@ def test_peft_adds_what_was_meant(name: str, form: AdapterForm, tmp_path: Path) 
     adapter = low.write(tmp_path / "lora", form)
     dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[form.dtype]
     assert {tensor.dtype for tensor in load_file(tmp_path / "lora/adapter_model.safetensors").values()} == {dtype}
-    truth = low.after(dtype)
+    truth = low.after(dtype, {one.tensor: pair.scaling for pair in adapter.pairs for one, _ in pair.module.tensors})
     assert_equal(merged_by_us(folder, update_of(folder, tmp_path / "lora")), truth, low.before)
     merged = merged_beside(family, folder, tmp_path / "lora", tmp_path / "merged")
     assert_equal({key: tensor.double() for key, tensor in merged.items()}, truth, low.before)

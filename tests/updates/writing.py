@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import peft
@@ -74,12 +75,15 @@ class LowRank:
         check_files(out, records)
         return adapter
 
-    def after(self, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-        """float64 weights with the updates, whose halves are rounded to a dtype."""
+    def after(
+        self, dtype: torch.dtype = torch.float32, scalings: Mapping[str, float] = MappingProxyType({})
+    ) -> dict[str, torch.Tensor]:
+        """float64 weights with the updates, whose halves are rounded to a dtype, divided by the roots of their scalings."""
         weights = {name: tensor.double() for name, tensor in self.before.items()}
         for one in self.tensors:
-            left, right = (half.to(dtype).double() for half in self._halves[one.tensor])
-            added = (left @ right.mT).view(one.shape)
+            scaling = scalings.get(one.tensor, 1.0)
+            left, right = ((half / math.sqrt(scaling)).to(dtype).double() for half in self._halves[one.tensor])
+            added = scaling * (left @ right.mT).view(one.shape)
             for name in (one.tensor, *one.aliases):
                 weights[name] = weights[name] + added
         return weights

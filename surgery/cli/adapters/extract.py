@@ -86,7 +86,7 @@ def _rank(ctx: click.Context, param: click.Parameter, value: str | None) -> int 
     show_default=True,
     help="Of the adapter.",
 )
-@click.option("--uniform", is_flag=True, help="Pad all pairs with zeros to one rank, for engines that want that (vLLM).")
+@click.option("--uniform", is_flag=True, help="Pad all pairs with zeros to one rank, for engines that want that (SGLang, TGI).")
 @click.option("--full", multiple=True, metavar="GLOB", help="Hold tensors that match whole, if they have changed (repeatable).")
 @fills_options("recipe", "include", "exclude", "seed", "tolerance", words=_WORDS)
 @revision_option

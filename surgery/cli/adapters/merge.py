@@ -86,6 +86,8 @@ def merge(
     Takes LoRA adapters as PEFT saves them, DoRA, rsLoRA, biases, embeddings, experts and saved modules among them, and the
     layouts of diffusers and kohya for diffusion models. Every tensor of an adapter finds its place, or the command says which
     does not. What no adapter changes keeps its bytes.
+
+    A factorized folder in place of MODEL takes the adapter that was trained on it: surgery export --to peft-pissa.
     """
     bar = Bar(quiet=quiet)
     with phase(bar, "starting"):

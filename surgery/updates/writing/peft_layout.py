@@ -33,10 +33,11 @@ def in_peft_layout(
         whole: what it holds whole; None for nothing.
     """
     depths = _depths(adapted.modules)
-    pairs = [
-        Pair(module, adapted.rank if form.uniform_rank else module.rank, _keys(module, depths.get(module_key(module), 0)))
-        for module in adapted.modules
-    ]
+    pairs = []
+    for module in adapted.modules:
+        rank = adapted.rank if form.uniform_rank else module.rank
+        # One alpha for all: llama.cpp's converter reads no other, and divides it by the rank that a module has, as PEFT does.
+        pairs.append(Pair(module, rank, _keys(module, depths.get(module_key(module), 0)), adapted.rank / rank))
     whole = whole or Whole()
     config = json.dumps(_config(pairs, form, names, whole), indent=1).encode() + b"\n"
     return AdapterToWrite(adapted, pairs, form.dtype, ADAPTER_WEIGHTS, config, {"format": "pt"}, {}, whole.keys, whole.tied)
@@ -65,7 +66,7 @@ def _depths(modules: Sequence[AdaptedModule]) -> dict[str, int]:
 
 
 def _config(pairs: Sequence[Pair], form: AdapterForm, every: Iterable[str], whole: Whole) -> dict[str, Any]:
-    """What PEFT is told of the adapter. With alpha equal to the rank, ``B A`` is added as it is."""
+    """What PEFT is told of the adapter. With alpha equal to the largest rank, ``B A`` of that rank is added as it is."""
     layers = [pair.module for pair in pairs if pair.module.kind != "parameter"]
     parameters = sorted(module_key(pair.module) for pair in pairs if pair.module.kind == "parameter")
     # Experts by the last part of their names, which is what PEFT looks at; there may be tens of thousands.
@@ -96,8 +97,7 @@ def _config(pairs: Sequence[Pair], form: AdapterForm, every: Iterable[str], whol
     if whole.tied:
         config["ensure_weight_tying"] = True
     if len({pair.rank for pair in pairs}) > 1:
-        patterns = rank_patterns({module_key(pair.module): pair.rank for pair in pairs})
-        config |= {"rank_pattern": patterns, "alpha_pattern": patterns}
+        config["rank_pattern"] = rank_patterns({module_key(pair.module): pair.rank for pair in pairs})
     return config
 
 
