@@ -119,7 +119,9 @@ def check_arguments(bases: Sequence[type], scales: Scales, args: Sequence[Any], 
         )
     own = {id(parameter) for parameter in scales.parameters()}
     for name, value in given.items():
-        for model in value if name == "reward_funcs" and isinstance(value, list) else [value] if name != "model" else []:
+        if name in ("model", "loss"):  # a loss that is a module, as of sentence-transformers, holds the model that is trained
+            continue
+        for model in value if name == "reward_funcs" and isinstance(value, list) else [value]:
             if isinstance(model, nn.Module) and any(id(parameter) in own for parameter in model.parameters()):
                 raise OptionError(
                     f"{name} is the model that is trained, or shares its scales, and would change with it",
