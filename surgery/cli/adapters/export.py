@@ -19,6 +19,7 @@ from surgery.cli.options import (
 )
 from surgery.cli.printing import print_json
 from surgery.cli.text import say, size, whole
+from surgery.escapes import quoted
 from surgery.progress import phase
 
 # Modules that import torch are imported inside the commands: --help must not wait for them.
@@ -78,3 +79,8 @@ def export(factorized: Path, scales: Path | None, to: str, out: Path, as_json: b
         f"{size(report.bytes_written)} in {seconds:.1f} s",
         quiet=quiet,
     )
+    if to in ("peft-trainable", "peft-pissa"):
+        is_lora = to == "peft-pissa"
+        model, then = (f"{whole(factorized)} as the model", "merge") if is_lora else ("the original model", "fold")
+        load = whole(f"PeftModel.from_pretrained(model, {str(out)!r}, is_trainable=True)")
+        say(f"train it with {model}: {load}, then: {whole(f'surgery {then} {quoted(factorized)} TRAINED')}", quiet=quiet)
