@@ -105,14 +105,15 @@ class Extracted:
         return {one.tensor: one.fate for one in self.report.others}
 
     def pairs(self) -> Tensors:
-        """float64 ``B A`` by the name of its weight, where PEFT's names of modules are those of the file; matrices alone."""
+        """float64 ``alpha / rank B A`` by the name of its weight, where PEFT's names are those of the file; matrices alone."""
         stored = load_file(self.out / "adapter_model.safetensors")
+        alpha = json.loads((self.out / "adapter_config.json").read_text())["lora_alpha"]
         found = {}
         for key, A in stored.items():
             module, half, _ = key.removeprefix("base_model.model.").partition(".lora_A.weight")
             if half:
                 B = stored[key.replace("lora_A", "lora_B")]
-                found[f"{module}.weight"] = B.double().flatten(1) @ A.double().flatten(1)
+                found[f"{module}.weight"] = alpha / len(A) * (B.double().flatten(1) @ A.double().flatten(1))
         return found
 
 
