@@ -16,8 +16,10 @@ from torch import nn
 from surgery.errors import OptionError, ScalesError, few
 from surgery.format.header import TensorEntry
 from surgery.format.manifest import Manifest
+from surgery.format.safetensors import ShardReader
 from surgery.models.carriers import Carrier
-from surgery.progress import listening
+from surgery.names import ADAPTER_WEIGHTS
+from surgery.progress import listening, note
 from surgery.updates.adapter_update import AdapterUpdate
 from surgery.updates.adapters.content import AdapterContent, ModuleUpdate
 from surgery.updates.adapters.homes import Homes
@@ -49,12 +51,25 @@ def read_residual_lora(path: Path, factorized: Path, manifest: Manifest, entries
         OptionError: it was trained on another residual, or is of a kind that cannot be merged.
         SourceError, FormatError, ReadError, MissingExtra: see ``surgery.updates.adapters.reading.read_adapters``.
     """
-    content = read_peft(path, manifest.fingerprint)
-    changed = _differences(content, factorized, manifest)
+    changed = _differences(_read(path, manifest), factorized, manifest)
     if not (changed.updates or changed.copied or changed.tokens):
         return AdapterUpdate({}, ())
     found = placed(changed, Homes(factorized, entries), {name: entry.shape for name, entry in entries.items()}, 1.0)
     return AdapterUpdate(found.changes, [found.account]).tied(manifest.targets)
+
+
+def _read(path: Path, manifest: Manifest) -> AdapterContent:
+    """The adapter, with a note where its numbers have been rounded: those that began as the factors too."""
+    content = read_peft(path, manifest.fingerprint)
+    with ShardReader(path / ADAPTER_WEIGHTS, name=str(path / ADAPTER_WEIGHTS)) as reader:
+        halves = {source for one in content.updates for source in one.sources}
+        rounded = sorted(name for name in halves if reader.entries[name].dtype != "F32")
+    if rounded:
+        note(
+            f"{path}: {few(map(repr, rounded))} have been saved in half precision, and are taken as they are: what rounding "
+            "did to the factors in them changes the weights, as training does"
+        )
+    return content
 
 
 def _differences(content: AdapterContent, factorized: Path, manifest: Manifest) -> AdapterContent:
@@ -70,9 +85,15 @@ def _differences(content: AdapterContent, factorized: Path, manifest: Manifest) 
     for module, A0, B0 in exported.initial():
         update = given.get(module.name)
         if update is None:
-            raise _of_another_base(content, f"nothing for {module.name!r}", few(given))
-        if update.A.shape != A0.shape or update.B.shape != B0.shape or update.magnitude is not None or update.bias is not None:
-            got = f"for {module.name!r} A {list(update.A.shape)} and B {list(update.B.shape)}, or more than these"
+            raise _of_another_base(content, few(given), f"{module.name!r} among them")
+        if update.magnitude is not None or update.bias is not None:
+            raise OptionError(
+                f"{content.where}: an adapter that was trained on a residual is taken as a plain LoRA only",
+                got="one with " + ("DoRA" if update.magnitude is not None else "biases of its own (lora_bias)"),
+                hint="merge it into the residual with PEFT: merge_and_unload()",
+            )
+        if update.A.shape != A0.shape or update.B.shape != B0.shape:
+            got = f"for {module.name!r} A {list(update.A.shape)} and B {list(update.B.shape)}"
             raise _of_another_base(content, got, f"A {list(A0.shape)} and B {list(B0.shape)}")
         met.add(module.name)
         for now, before in ((update.A, A0), (update.B, B0)):
@@ -133,7 +154,7 @@ def residual_lora_exported(path: Path, factorized: Path, manifest: Manifest, bas
         OptionError: it has not been changed, or has whole tensors besides.
         ScalesError, SourceError, FormatError, ReadError, MissingExtra: see ``read_residual_lora``.
     """
-    changed = _differences(read_peft(path, manifest.fingerprint), factorized, manifest)
+    changed = _differences(_read(path, manifest), factorized, manifest)
     if changed.copied or changed.tokens or not changed.updates:
         raise OptionError(
             f"{path} cannot be exported as a LoRA of the original model",
