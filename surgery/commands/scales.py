@@ -149,7 +149,7 @@ def show_scales(
         directions, and which are furthest from the identity.
 
     Raises:
-        OptionError: ``top`` is negative; or an adapter of another kind, or one that needs ``factorized``.
+        OptionError: ``top`` is negative; or an adapter needs ``factorized``.
         SurgeryError: see ``read_scales``.
 
     Warns:

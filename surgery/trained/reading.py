@@ -86,8 +86,8 @@ def read_any_trained(path: Path, factorized: Path, manifest: Manifest) -> Traine
         factorized, manifest: the checkpoint.
 
     Raises:
-        OptionError: an adapter of another kind.
-        ScalesError, FormatError, ReadError: see ``surgery.format.scales.reading.read_trained``.
+        ScalesError: an adapter of another kind.
+        ScalesError, OptionError, FormatError, ReadError: see ``surgery.format.scales.reading.read_trained``.
         MissingExtra, SourceError: for an adapter of TinyLoRA, see ``surgery.models.skeleton``.
 
     Warns:
@@ -125,7 +125,8 @@ def read_alone(path: Path, factorized: Path | None = None) -> ScalesFile:
         factorized: the checkpoint; only an adapter of TinyLoRA needs it, whose file does not name the targets.
 
     Raises:
-        OptionError: an adapter of another kind, or one that needs the checkpoint.
+        ScalesError: an adapter of another kind.
+        OptionError: one that needs the checkpoint.
         SurgeryError: see ``read_any_trained``.
     """
     kind = adapter_kind(path)
@@ -146,8 +147,8 @@ def read_alone(path: Path, factorized: Path | None = None) -> ScalesFile:
     return ScalesFile(trained.values, manifest.fingerprint, trained.train, trained.beside)
 
 
-def _unknown(path: Path, kind: str, factorized: Path | str = "FACTORIZED") -> OptionError:
-    return OptionError(
+def _unknown(path: Path, kind: str, factorized: Path | str = "FACTORIZED") -> ScalesError:
+    return ScalesError(
         f"{path} is no adapter of scales or cores",
         got=f"peft_type {reprlib.repr(kind)}",
         expected="a scales file, an adapter of surgery.peft, or one that surgery export has written to be trained",

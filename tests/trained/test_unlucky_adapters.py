@@ -199,3 +199,19 @@ def test_kinds_and_files_that_are_not_read(made: Path, tmp_path: Path) -> None:
         SourceError, match=r"(?s)no adapter_model.safetensors.*load it with PEFT, which reads adapter_model.bin"
     ):
         surgery.fold(made / "f", tmp_path / "t", tmp_path / "o")
+
+
+@pytest.mark.parametrize("most", [0.1, 0.5, 1.0])
+def test_what_is_for_the_original_model_is_not_taken_for_one_of_the_residual(most: float, made: Path, tmp_path: Path) -> None:
+    """A LoRA that was exported from the same factors has their directions, and would be taken off them."""
+    generator = torch.Generator().manual_seed(0)
+    scales = {one.key: 1 + most * torch.rand(4, generator=generator) for one in surgery.inspect(made / "f").targets}
+    surgery.export(made / "f", scales, tmp_path / "a")
+    for call in (
+        lambda: surgery.fold(made / "f", tmp_path / "a", tmp_path / "o"),
+        lambda: surgery.merge(made / "f", tmp_path / "a", tmp_path / "o"),
+        lambda: surgery.export(made / "f", tmp_path / "a", tmp_path / "o"),
+    ):
+        with pytest.raises(ScalesError, match=r"(?s)did not begin with the factors.*--lora"):
+            call()
+    assert not (tmp_path / "o").exists()
