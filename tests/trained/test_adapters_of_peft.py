@@ -13,7 +13,7 @@ import torch
 import transformers
 
 import surgery
-from surgery.errors import OptionError, ScalesError
+from surgery.errors import ScalesError
 from surgery.peft import SpectralConfig, scales_of
 from surgery.training.ways import Way
 from tests.models import save_llama, tensors_of
