@@ -60,6 +60,8 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PICKLED_ADAPTER = "adapter_model.bin"
 #: The weights of a LoRA adapter as diffusers saves them.
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+#: The name that surgery gives to an adapter in kohya's layout, which has none of its own.
+KOHYA_WEIGHTS = "adapter.safetensors"
 PEFT_PREFIX = "base_model.model."
 #: What an adapter of PEFT consists of.
 ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)

@@ -15,14 +15,13 @@ from surgery.device import on_its_own_terms
 from surgery.errors import OptionError, ScalesError
 from surgery.format.name_map import match_names, note_renamed
 from surgery.format.scales.entries import note_without_owner
-from surgery.format.scales.path import scales_file
 from surgery.format.scales.reading import ScalesFile, note_reshaped, same_but_for_ones
 from surgery.format.scales.writing import as_cores, distance, untouched, write_scales
 from surgery.names import Train
 from surgery.progress import Progress
 from surgery.reports import Report
 from surgery.run.output_paths import check_output_path
-from surgery.trained.reading import adapter_kind, read_alone
+from surgery.trained.reading import read_alone, trained_path
 
 Space = Literal["linear", "log"]
 
@@ -96,7 +95,7 @@ def blend(
     """
     shares = _normalised(weights, len(files))
     given, out = [Path(file) for file in files], Path(out)
-    paths = [path if adapter_kind(path) else scales_file(path) for path in given]
+    paths = [trained_path(path) for path in given]
     check_output_path(out, paths, overwrite=overwrite)
     folder = None if factorized is None else Path(factorized)
     contents = [read_alone(path, folder) for path in paths]

@@ -19,7 +19,6 @@ from surgery.files.json_files import read_json_object
 from surgery.format.factors import DAMAGED_HINT
 from surgery.format.header import TensorEntry
 from surgery.format.manifest import Manifest
-from surgery.format.scales.path import scales_file
 from surgery.format.scales.reading import check_scales, train_of_values
 from surgery.lossless.update import Rounding
 from surgery.names import CONFIG_FILE, MANIFEST_FILE, STREAM_DIR, Train
@@ -37,7 +36,7 @@ from surgery.shards.fold_jobs import FoldJobs
 from surgery.shards.fold_shard import FoldedShard, FoldPlaces
 from surgery.source.weight_files import is_index
 from surgery.timing import Timing
-from surgery.trained.reading import adapter_kind, read_update
+from surgery.trained.reading import read_update, trained_path
 from surgery.updates.adapters.reading import read_adapters
 from surgery.updates.dense import DenseTensors, Writing
 from surgery.updates.kept_updates import KeptSummary
@@ -163,7 +162,7 @@ def fold(
         manifest = Manifest.read(factorized)
         others = _files_along(factorized, manifest, progress)
         if not isinstance(scales, Mapping):
-            scales = Path(scales) if adapter_kind(Path(scales)) else scales_file(Path(scales))
+            scales = trained_path(Path(scales))
         # A fold computes in float64.
         by = run.start_engine(EngineOptions(engine, float64_device(str(device)), max_memory, max_device_memory, timing))
         streaming = (out / STREAM_DIR, by.files_at_a_time) if stream else None

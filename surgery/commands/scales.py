@@ -29,7 +29,7 @@ from surgery.lossless.rounding import check_dense
 from surgery.names import Train
 from surgery.progress import Progress
 from surgery.reports import Report
-from surgery.trained.reading import read_alone
+from surgery.trained.reading import read_alone, trained_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +149,7 @@ def show_scales(
         directions, and which are furthest from the identity.
 
     Raises:
-        OptionError: ``top`` is negative; or an adapter of another kind, or one that needs ``factorized``.
+        OptionError: ``top`` is negative; or an adapter needs ``factorized``.
         SurgeryError: see ``read_scales``.
 
     Warns:
@@ -157,7 +157,7 @@ def show_scales(
     """
     if top < 0:
         raise OptionError("a negative number of directions", got=top, expected="0 or more")
-    file = read_alone(Path(path), None if factorized is None else Path(factorized))
+    file = read_alone(trained_path(Path(path)), None if factorized is None else Path(factorized))
     train, values = file.train, file.values
     numbers = sum(value.numel() for value in values.values())
     changed, matrices_changed, matrices = changes_in(values, train)

@@ -10,14 +10,13 @@ import torch
 from surgery.device import choose_device, on_its_own_terms
 from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import TargetRecord
-from surgery.format.scales.path import scales_file
 from surgery.format.scales.writing import distance
 from surgery.lossless.kept import Kept
 from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
 from surgery.shards.projector import Components, Projector, tuned_model
 from surgery.source.open import open_part
-from surgery.trained.reading import adapter_kind, read_any_trained
+from surgery.trained.reading import read_any_trained, trained_path
 from surgery.updates.kept_updates import KeptSummary, KeptUpdate
 from surgery.weights.checkpoint import FactorizedWeights, weights_of
 
@@ -78,8 +77,7 @@ def verify_folded(
     where = torch.device("cpu") if where.type == "mps" else where  # which has no float64
     folder = Path(factorized)
     manifest = Manifest.read(folder)
-    given = Path(scales)
-    trained = read_any_trained(given if adapter_kind(given) else scales_file(given), folder, manifest)
+    trained = read_any_trained(trained_path(Path(scales)), folder, manifest)
     weights = weights_of(folder, manifest, base)
     source = open_part(folded, manifest.source.subfolder)
     with phase(progress, "reading headers"):

@@ -131,6 +131,8 @@ class SpectralLayer(Summand, BaseTunerLayer):
         self.refresh()
 
     def enable_adapters(self, enabled: bool) -> None:
+        if self.merged and not enabled:  # as PEFT's own layers do, or the reference of a trainer would be the trained model
+            self.unmerge()
         super().enable_adapters(enabled)
         self.refresh()
 
@@ -143,6 +145,7 @@ class SpectralLayer(Summand, BaseTunerLayer):
         super().delete_adapter(adapter_name)
         self.refresh()
 
+    @torch.no_grad()
     def unmerge(self) -> None:
         """Put the weight back that was there before adapters were merged into it."""
         if self.unmerged is not None:

@@ -46,7 +46,7 @@ def adapter_card(
         "",
         *_of_update(name_text(manifest.source), update),
         "",
-        *facts_of(manifest, update.train),
+        *facts_of(manifest, None if update.kind == "peft-pissa" else update.train),
     ]
     is_diffusion = update.kind in ("diffusers", "kohya")
     if not is_diffusion and update.kind != "peft-pissa":
@@ -72,6 +72,11 @@ def _of_update(name: str, update: ExportedUpdate) -> list[str]:
         return [
             f"The top singular directions of {name} as a LoRA adapter {size}, to be trained on",
             "the residual that lacks them, a factorized checkpoint made by surgery: `A = diag(√s) Vᵀ`, `B = U diag(√s)`.",
+        ]
+    if update.train is None:
+        return [
+            f"What a LoRA adapter has learned that began as the top singular directions of {name} and was trained on the",
+            f"residual that lacks them: made by surgery to one of the model itself, {size}.",
         ]
     return [
         f"Trained {what} singular directions of {name}, exported by surgery as a LoRA adapter",

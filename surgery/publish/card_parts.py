@@ -156,8 +156,8 @@ def python_block(*lines: str) -> list[str]:
     return ["```python", *lines, "```"]
 
 
-def facts_of(manifest: Manifest, train: Train) -> list[str]:
-    """What a manifest says of a factorization, and how many numbers are trained, as items of a list."""
+def facts_of(manifest: Manifest, train: Train | None) -> list[str]:
+    """What a manifest says of a factorization, and how many scales or numbers in cores are trained, as items of a list."""
     targets, options = manifest.targets, manifest.options
     ranks = [target.rank for target in targets]
     matrices = sum(target.matrices[0] for target in targets)
@@ -170,11 +170,14 @@ def facts_of(manifest: Manifest, train: Train) -> list[str]:
     accuracy = f"residuals of the singular triplets are at most {worst:.1e} of the largest singular value"
     if missed:
         accuracy += f"; the SVD of {missed:,} matrices did not reach the tolerance"
+    trainable = []
+    if train is not None:
+        count = sum(target.numbers_of(train) for target in targets)
+        trainable.append(f"- Trainable {'scales' if train == 'scales' else 'numbers in cores'}: {count:,}")
     return [
         f"- Source: {source_text(manifest.source)}",
         f"- Targets: {len(targets):,} ({matrices:,} matrices), rank {rank}",
-        f"- Trainable {'scales' if train == 'scales' else 'numbers in cores'}: "
-        f"{sum(target.numbers_of(train) for target in targets):,}",
+        *trainable,
         f"- Accuracy: {accuracy}",
         f"- Factorized with: {as_code(manifest.tool)}, torch {as_code(manifest.torch)}, on {as_code(manifest.device)}",
     ]

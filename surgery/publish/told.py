@@ -31,11 +31,11 @@ class ExportedUpdate:
     Attributes:
         modules: how many it changes.
         rank: of all of them.
-        train: whether it was made of scales or cores.
+        train: whether it holds scales or cores; None for a LoRA that was trained on the residual.
         kind: what it was exported to: ``peft``, ``peft-trainable``, ``peft-pissa``, ``diffusers`` or ``kohya``.
     """
 
     modules: int
     rank: int
-    train: Train = "scales"
+    train: Train | None = "scales"
     kind: str = "peft"

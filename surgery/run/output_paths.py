@@ -7,12 +7,12 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from surgery.errors import OutputError
+from surgery.errors import OutputError, few
 from surgery.escapes import quoted
 from surgery.files.access import check_replaceable, read_errors
 from surgery.files.file_records import file_sha256
 from surgery.format.manifest import Manifest, source_stamp
-from surgery.names import CONFIG_FILE
+from surgery.names import ADAPTER_FILES, CONFIG_FILE, DIFFUSERS_WEIGHTS, KOHYA_WEIGHTS
 
 
 def check_not_the_source(out: Path, manifest: Manifest) -> None:
@@ -91,6 +91,26 @@ def check_no_model(out: Path) -> None:
         raise OutputError(f"{out} is no folder", hint="-o chooses another one")
     if (out / CONFIG_FILE).exists():
         raise OutputError(f"there is a model in {out}, which an adapter must not come into", hint="-o chooses another folder")
+
+
+def check_no_other_adapter(out: Path, files: Iterable[str]) -> None:
+    """Refuse a folder with an adapter in another layout as the place of one: loaders and users would take either.
+
+    Args:
+        out: the folder.
+        files: the names of those of the adapter.
+
+    Raises:
+        OutputError: there is one.
+    """
+    others = sorted({*ADAPTER_FILES, DIFFUSERS_WEIGHTS, KOHYA_WEIGHTS}.difference(files))
+    if found := [name for name in others if (out / name).exists()]:
+        raise OutputError(
+            f"{out} holds an adapter in another layout",
+            got=few(found),
+            expected=" and ".join(files),
+            hint="-o chooses another folder; what is there is yours to remove",
+        )
 
 
 def check_apart(out: Path, inputs: Iterable[Path]) -> None:

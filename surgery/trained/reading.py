@@ -13,9 +13,10 @@ from surgery.escapes import quoted
 from surgery.files.json_files import read_json_object
 from surgery.format.header import TensorEntry
 from surgery.format.manifest import Manifest
+from surgery.format.scales.path import scales_file
 from surgery.format.scales.reading import ScalesFile, Trained, check_scales, read_scales_alone, read_trained
 from surgery.format.scales.writing import untouched
-from surgery.names import ADAPTER_CONFIG, CHECKPOINT_FILE, SPECTRAL
+from surgery.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CHECKPOINT_FILE, SPECTRAL
 from surgery.trained.residual_lora import read_residual_lora
 from surgery.trained.spectral import SpectralFile, read_spectral
 from surgery.trained.tinylora import read_tinylora
@@ -36,6 +37,21 @@ def adapter_kind(path: Path) -> str | None:
     if not config.is_file() or (path / CHECKPOINT_FILE).is_file():
         return None
     return str(read_json_object(config, str(config)).get("peft_type"))
+
+
+def trained_path(path: Path) -> Path:
+    """What is meant by a path: the folder of an adapter, also by the weights in it, or a scales file.
+
+    Raises:
+        ScalesError: a folder with neither, or with several scales files.
+        FormatError, ReadError: the config of an adapter cannot be read.
+
+    Warns:
+        SurgeryWarning: see ``surgery.format.scales.path.scales_file``.
+    """
+    if path.name == ADAPTER_WEIGHTS and adapter_kind(path.parent) in (TINYLORA, SPECTRAL):
+        return path.parent
+    return scales_file(path) if adapter_kind(path) is None else path
 
 
 def read_update(
@@ -70,8 +86,8 @@ def read_any_trained(path: Path, factorized: Path, manifest: Manifest) -> Traine
         factorized, manifest: the checkpoint.
 
     Raises:
-        OptionError: an adapter of another kind.
-        ScalesError, FormatError, ReadError: see ``surgery.format.scales.reading.read_trained``.
+        ScalesError: an adapter of another kind.
+        ScalesError, OptionError, FormatError, ReadError: see ``surgery.format.scales.reading.read_trained``.
         MissingExtra, SourceError: for an adapter of TinyLoRA, see ``surgery.models.skeleton``.
 
     Warns:
@@ -109,7 +125,8 @@ def read_alone(path: Path, factorized: Path | None = None) -> ScalesFile:
         factorized: the checkpoint; only an adapter of TinyLoRA needs it, whose file does not name the targets.
 
     Raises:
-        OptionError: an adapter of another kind, or one that needs the checkpoint.
+        ScalesError: an adapter of another kind.
+        OptionError: one that needs the checkpoint.
         SurgeryError: see ``read_any_trained``.
     """
     kind = adapter_kind(path)
@@ -130,8 +147,8 @@ def read_alone(path: Path, factorized: Path | None = None) -> ScalesFile:
     return ScalesFile(trained.values, manifest.fingerprint, trained.train, trained.beside)
 
 
-def _unknown(path: Path, kind: str, factorized: Path | str = "FACTORIZED") -> OptionError:
-    return OptionError(
+def _unknown(path: Path, kind: str, factorized: Path | str = "FACTORIZED") -> ScalesError:
+    return ScalesError(
         f"{path} is no adapter of scales or cores",
         got=f"peft_type {reprlib.repr(kind)}",
         expected="a scales file, an adapter of surgery.peft, or one that surgery export has written to be trained",

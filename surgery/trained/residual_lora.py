@@ -14,10 +14,13 @@ import torch
 from torch import nn
 
 from surgery.errors import OptionError, ScalesError, few
+from surgery.files.json_files import read_json_object
 from surgery.format.header import TensorEntry
 from surgery.format.manifest import Manifest
+from surgery.format.safetensors import ShardReader
 from surgery.models.carriers import Carrier
-from surgery.progress import listening
+from surgery.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RESIDUAL_OF
+from surgery.progress import listening, note
 from surgery.updates.adapter_update import AdapterUpdate
 from surgery.updates.adapters.content import AdapterContent, ModuleUpdate
 from surgery.updates.adapters.homes import Homes
@@ -31,6 +34,9 @@ from surgery.updates.writing.peft_layout import in_peft_layout
 
 #: The least cosine between an adapter that was trained and the factors that it began with.
 _LIKE = 0.5
+#: The largest distance of either half from where it began, relative to it, where the config does not say for which residual the
+#: adapter is: what ``export`` writes for the original model has the same directions, with other factors.
+_NEAR = 0.3
 _FOLD = "fold it: surgery fold gives standard weights"
 
 
@@ -49,39 +55,72 @@ def read_residual_lora(path: Path, factorized: Path, manifest: Manifest, entries
         OptionError: it was trained on another residual, or is of a kind that cannot be merged.
         SourceError, FormatError, ReadError, MissingExtra: see ``surgery.updates.adapters.reading.read_adapters``.
     """
-    content = read_peft(path, manifest.fingerprint)
-    changed = _differences(content, factorized, manifest)
+    changed = _differences(path, factorized, manifest)
     if not (changed.updates or changed.copied or changed.tokens):
         return AdapterUpdate({}, ())
     found = placed(changed, Homes(factorized, entries), {name: entry.shape for name, entry in entries.items()}, 1.0)
     return AdapterUpdate(found.changes, [found.account]).tied(manifest.targets)
 
 
-def _differences(content: AdapterContent, factorized: Path, manifest: Manifest) -> AdapterContent:
+def _read(path: Path, manifest: Manifest) -> AdapterContent:
+    """The adapter, with a note where its numbers have been rounded: those that began as the factors too."""
+    content = read_peft(path, manifest.fingerprint)
+    with ShardReader(path / ADAPTER_WEIGHTS, name=str(path / ADAPTER_WEIGHTS)) as reader:
+        halves = {source for one in content.updates for source in one.sources}
+        rounded = sorted(name for name in halves if reader.entries[name].dtype != "F32")
+    if rounded:
+        note(
+            f"{path}: {few(map(repr, rounded))} have been saved in half precision, and are taken as they are: what rounding "
+            "did to the factors in them changes the weights, as training does"
+        )
+    return content
+
+
+def _names_residual(path: Path) -> bool:
+    """Whether the config of an adapter says for which residual it is; that it is this one has been checked."""
+    patterns = read_json_object(path / ADAPTER_CONFIG, str(path / ADAPTER_CONFIG)).get("alpha_pattern")
+    return isinstance(patterns, dict) and any(key.startswith(RESIDUAL_OF) for key in patterns)
+
+
+def _differences(path: Path, factorized: Path, manifest: Manifest) -> AdapterContent:
     """An adapter of a residual as one of the original model, without the modules that have not been changed.
 
     Raises:
         ScalesError, OptionError: see ``read_residual_lora``.
     """
+    content = _read(path, manifest)
+    marked = _names_residual(path)
     untouched = ScalesUpdate.untouched(manifest.targets)
     exported = ExportedAdapter.of(factorized, manifest, untouched, ExportForm("peft-pissa"), listening())
     given = {one.module: one for one in content.updates}
-    found, met, like = [], set(), torch.zeros(3, dtype=torch.float64)
+    found, met = [], set()
+    like, far = torch.zeros(3, dtype=torch.float64), torch.zeros(2, 2, dtype=torch.float64)
     for module, A0, B0 in exported.initial():
         update = given.get(module.name)
         if update is None:
-            raise _of_another_base(content, f"nothing for {module.name!r}", few(given))
-        if update.A.shape != A0.shape or update.B.shape != B0.shape or update.magnitude is not None or update.bias is not None:
-            got = f"for {module.name!r} A {list(update.A.shape)} and B {list(update.B.shape)}, or more than these"
+            raise _of_another_base(content, few(given), f"{module.name!r} among them")
+        if update.magnitude is not None or update.bias is not None:
+            raise OptionError(
+                f"{content.where}: an adapter that was trained on a residual is taken as a plain LoRA only",
+                got="one with " + ("DoRA" if update.magnitude is not None else "biases of its own (lora_bias)"),
+                hint="merge it into the residual with PEFT: merge_and_unload()",
+            )
+        if update.A.shape != A0.shape or update.B.shape != B0.shape:
+            got = f"for {module.name!r} A {list(update.A.shape)} and B {list(update.B.shape)}"
             raise _of_another_base(content, got, f"A {list(A0.shape)} and B {list(B0.shape)}")
         met.add(module.name)
-        for now, before in ((update.A, A0), (update.B, B0)):
+        for half, (now, before) in enumerate(((update.A, A0), (update.B, B0))):
+            far[half] += torch.stack([(now - before).square().sum(), before.square().sum()]).double()
             like += torch.stack([(now * before).sum(), now.square().sum(), before.square().sum()]).double()
         changed = _difference(update, A0, B0)
         found += [] if changed is None else [changed]
     cosine = float(like[0] / (like[1] * like[2]).sqrt())
     if not cosine >= _LIKE:  # NaN is not either
         raise _of_another_base(content, f"a cosine of {cosine:.2f} between both", f"{_LIKE} or more, as after a training")
+    distance = float((far[:, 0] / far[:, 1]).sqrt().max())
+    if not marked and not distance <= _NEAR:
+        got = f"matrices that differ from these factors by {distance:.2f} of their norm, and a config that does not name them"
+        raise _of_another_base(content, got, f"{_NEAR} or less, or the config that surgery export has written")
     return replace(content, updates=[*found, *(one for one in content.updates if one.module not in met)])
 
 
@@ -133,7 +172,7 @@ def residual_lora_exported(path: Path, factorized: Path, manifest: Manifest, bas
         OptionError: it has not been changed, or has whole tensors besides.
         ScalesError, SourceError, FormatError, ReadError, MissingExtra: see ``read_residual_lora``.
     """
-    changed = _differences(read_peft(path, manifest.fingerprint), factorized, manifest)
+    changed = _differences(path, factorized, manifest)
     if changed.copied or changed.tokens or not changed.updates:
         raise OptionError(
             f"{path} cannot be exported as a LoRA of the original model",

@@ -26,6 +26,7 @@ from surgery.format.safetensors import ShardReader
 from surgery.format.scales.reading import ScalesFile
 from surgery.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, SPECTRAL
 from surgery.training.ways import Way, numbers_of_way, saved_as, spread_out, values_of
+from surgery.updates.adapters.peft_lora import check_adapter_files
 
 #: The attributes of PEFT's layers that are saved: what is trained, of which directions, and the fingerprint of the factors.
 DELTA, CHOSEN, FINGERPRINT = "spectral_delta", "spectral_chosen", "spectral_fingerprint"
@@ -87,9 +88,7 @@ def read_spectral(folder: Path) -> SpectralFile:
         ScalesError: a tensor is misshapen, not finite, missing, or of a target that the config does not know.
         FormatError, ReadError: a file is damaged, or cannot be read.
     """
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        if not (folder / name).is_file():
-            raise SourceError(f"there is no {name} in {folder}", expected="an adapter that was trained with surgery.peft")
+    check_adapter_files(folder, "an adapter that was trained with surgery.peft")
     config = read_json_object(folder / ADAPTER_CONFIG, str(folder / ADAPTER_CONFIG))
     content = _Config(config, folder)
     path = folder / ADAPTER_WEIGHTS
@@ -208,7 +207,10 @@ def _parameters(reader: ShardReader, entry: TensorEntry, content: _Config, key: 
     expected = [count * numbers_of_way(content.way, trained)]
     if entry.dtype != "F32" or list(entry.shape) != expected:
         got = f"{entry.dtype} {list(entry.shape)}"
-        raise ScalesError(f"{reader.name}: {entry.name!r} does not fit its target", got=got, expected=f"F32 {expected}")
+        hint = "the file that PEFT's save_pretrained() writes has float32" if entry.dtype in ("BF16", "F16") else None
+        raise ScalesError(
+            f"{reader.name}: {entry.name!r} does not fit its target", got=got, expected=f"F32 {expected}", hint=hint
+        )
     parameters = reader.read(entry).reshape(count, -1)
     if not bool(torch.isfinite(parameters).all()):
         raise ScalesError(

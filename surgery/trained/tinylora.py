@@ -10,12 +10,14 @@ import torch
 
 from surgery.errors import FormatError, OptionError, ScalesError, few
 from surgery.files.json_files import read_json_object
+from surgery.format.header import TensorEntry
 from surgery.format.manifest import Manifest
 from surgery.format.safetensors import ShardReader
 from surgery.format.scales.reading import Trained
 from surgery.format.scales.writing import as_cores
 from surgery.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TRAINS
 from surgery.progress import listening, note
+from surgery.updates.adapters.peft_lora import bare_name, check_adapter_files
 from surgery.updates.exported import ExportedAdapter, ExportForm
 from surgery.updates.protocol import ScalesUpdate
 from surgery.updates.writing.tinylora_layout import TinyLora
@@ -39,12 +41,14 @@ def read_tinylora(path: Path, factorized: Path, manifest: Manifest) -> Trained:
     Raises:
         ScalesError: it was made of other factors, or of none; or it holds NaN or infinity.
         FormatError, ReadError: a file cannot be read, or is damaged.
+        SourceError: a file is missing.
         OptionError: its config says otherwise than exported adapters do.
-        MissingExtra, SourceError: see ``surgery.models.skeleton``.
+        MissingExtra: see ``surgery.models.skeleton``.
 
     Warns:
         SurgeryWarning: its trained numbers are in half precision.
     """
+    check_adapter_files(path, "an adapter of TinyLoRA as PEFT saves it")
     exported, tinylora = _exported(path, factorized, manifest)
     with ShardReader(path / ADAPTER_WEIGHTS, name=str(path / ADAPTER_WEIGHTS)) as reader:
         file = _File(reader, tinylora)
@@ -97,15 +101,28 @@ class _File:
     def __init__(self, reader: ShardReader, tinylora: TinyLora) -> None:
         self._reader, self._tinylora = reader, tinylora
         self._by_name = {one.module.name: one for one in tinylora.modules}
+        self._entries: dict[str, TensorEntry] = {}
+        for entry in reader.header.tensors:
+            other = self._entries.setdefault(bare_name(entry.name), entry)
+            if other is not entry:
+                raise FormatError(
+                    f"{reader.name}: two tensors are the same without wrappers' names", got=[other.name, entry.name]
+                )
+
+    def _entry(self, key: str) -> TensorEntry:
+        return self._entries[bare_name(key)]
 
     def check_names(self) -> None:
         """Refuse a file that has other tensors than were exported."""
         modules = self._tinylora.modules
-        expected = {key for one in modules for key in (*map(one.key_of, "ABP"), one.key_of_numbers)}
-        there = self._reader.entries.keys()
-        if missing := sorted(expected - there):
-            raise ScalesError(f"{self._reader.name} lacks {missing[0]!r}", got=few(sorted(there)), hint=_HINT)
-        if unknown := sorted(there - expected):
+        expected = {bare_name(key): key for one in modules for key in (*map(one.key_of, "ABP"), one.key_of_numbers)}
+        # PEFT saves the weight under an adapter of the output head as well, which is not trained.
+        copies = {f"{one.module.name}.base_layer.{leaf}" for one in modules for leaf in ("weight", "bias")}
+        there = self._entries.keys()
+        if missing := sorted(expected[name] for name in expected.keys() - there):
+            got = few(sorted(self._reader.entries))
+            raise ScalesError(f"{self._reader.name} lacks {missing[0]!r}", got=got, hint=_HINT)
+        if unknown := sorted(self._entries[name].name for name in there - expected.keys() - copies):
             raise ScalesError(
                 f"{self._reader.name} holds more than scales or cores", got=few(unknown), hint="they would not be folded"
             )
@@ -114,7 +131,7 @@ class _File:
         """Refuse factors or projections of a module that are not those that were exported."""
         one = self._by_name[module]
         for part, expected in (("A", A), ("B", B), ("P", self._tinylora.projections(one))):
-            entry = self._reader.entries[one.key_of(part)]
+            entry = self._entry(one.key_of(part))
             if entry.dtype not in _ROUNDING or entry.shape != tuple(expected.shape):
                 raise ScalesError(
                     f"{self._reader.name}: {entry.name!r} is not of these factors",
@@ -132,7 +149,7 @@ class _File:
         values: dict[str, torch.Tensor] = {}
         halves: list[str] = []
         for one in self._tinylora.modules:
-            entry = self._reader.entries[one.key_of_numbers]
+            entry = self._entry(one.key_of_numbers)
             if entry.dtype not in _ROUNDING or entry.shape != (self._tinylora.numbers,):
                 raise FormatError(
                     f"{self._reader.name}: {entry.name!r} is misshapen",

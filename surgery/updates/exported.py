@@ -213,7 +213,8 @@ def _form(folder: Path, manifest: Manifest, asked: ExportForm, architectures: ob
             f"{folder} holds no residual that an adapter could be trained on",
             got=f"layout {manifest.layout}",
             expected="layout residual",
-            hint="export --to peft-trainable, whose base is the original model; or factorize with --layout residual",
+            hint="export --to peft-trainable, whose base is the original model; or, if it is not FP8, factorize with --layout "
+            "residual",
         )
     base = str(folder.resolve()) if asked.base is None else asked.base
     return AdapterForm("peft", uniform_rank=True, base=base, task=task, residual_of=manifest.fingerprint)

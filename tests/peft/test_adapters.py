@@ -215,6 +215,20 @@ def test_what_is_unloaded_is_the_original_model(made: Path) -> None:
     assert torch.allclose(_logits(model.unload()), _logits(_load(made / "m")), atol=1e-5)
 
 
+@pytest.mark.parametrize("source", ["m", "f"])
+def test_without_adapters_a_merged_model_is_the_original(source: str, made: Path) -> None:
+    """As with PEFT's own methods, which trainers rely on for their references."""
+    original = _logits(_load(made / "m"))
+    model = _adapted(made, source)
+    _touch(model)
+    trained = _logits(model)
+    model.merge_adapter()
+    with model.disable_adapter():
+        torch.testing.assert_close(_logits(model), original, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(_logits(model), trained, rtol=1e-4, atol=1e-4)
+    assert (trained - original).abs().max() > 1e-2
+
+
 def test_a_copy_of_the_model_has_scales_of_its_own(made: Path) -> None:
     model = _adapted(made)
     other = copy.deepcopy(model)

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 import surgery
-from surgery.errors import OptionError, ScalesError
+from surgery.errors import ScalesError
 from surgery.peft import SpectralConfig, scales_of
 from surgery.training.ways import Way
 from tests.models import save_llama, tensors_of
@@ -81,10 +81,10 @@ def test_adapters_of_other_kinds_are_refused(made: Path, tmp_path: Path) -> None
     config = json.loads((tmp_path / "a/adapter_config.json").read_text())
     for kind, hint in (("VERA", "scales file"), ("LORA", "surgery merge"), (None, "scales file")):
         (tmp_path / "a/adapter_config.json").write_text(json.dumps({**config, "peft_type": kind}))
-        with pytest.raises(OptionError, match=rf"(?s)is no adapter of scales or cores.*{hint}"):
+        with pytest.raises(ScalesError, match=rf"(?s)is no adapter of scales or cores.*{hint}"):
             surgery.show_scales(tmp_path / "a")
         if kind != "LORA":
-            with pytest.raises(OptionError, match="is no adapter of scales or cores"):
+            with pytest.raises(ScalesError, match="is no adapter of scales or cores"):
                 surgery.fold(made / "f", tmp_path / "a", tmp_path / "o")
 
 

@@ -14,14 +14,14 @@ from surgery.files.access import read_errors
 from surgery.format.manifest import Manifest
 from surgery.format.scales.reading import check_scales, train_of_values
 from surgery.format.scales.writing import untouched
-from surgery.names import ADAPTER_CONFIG, Train
+from surgery.names import ADAPTER_CONFIG, ADAPTER_FILES, Train
 from surgery.progress import Progress, listening
 from surgery.publish.results import publish_adapter
 from surgery.publish.told import ExportedUpdate
 from surgery.reports import Report
-from surgery.run.output_paths import check_no_model, check_output_path
+from surgery.run.output_paths import check_no_model, check_no_other_adapter, check_output_path
 from surgery.run.run import Run
-from surgery.trained.reading import adapter_kind, read_any_trained
+from surgery.trained.reading import adapter_kind, read_any_trained, trained_path
 from surgery.trained.residual_lora import residual_lora_exported
 from surgery.updates.exported import Exported, ExportedAdapter, ExportForm
 from surgery.updates.protocol import ScalesUpdate
@@ -95,7 +95,7 @@ def export(
     Raises:
         OptionError: a target that such an adapter cannot change, or that its loaders are known to load wrongly; options that do
             not go together; scales that turn directions, where only scales are to be trained.
-        OutputError: another adapter is there.
+        OutputError: another adapter is there, or ``out`` is the folder of the one that was trained.
         MissingExtra: a transformers model, and transformers is not installed.
         SurgeryError: the factorized folder or the scales are damaged, or do not belong together.
 
@@ -106,22 +106,28 @@ def export(
     factorized, out = Path(factorized), Path(out)
     manifest = Manifest.read(factorized)
     check_no_model(out)
+    inputs = [factorized]
+    if isinstance(scales, str | Path):
+        scales = trained_path(Path(scales))
+        inputs += [scales / name for name in ADAPTER_FILES] if adapter_kind(scales) else []
     if base_model is None and manifest.source.repo_id is None and to != "peft-pissa":
         base_model = _own_name(factorized)
-    if isinstance(scales, str | Path) and adapter_kind(Path(scales)) == "LORA":
+    of_residual = isinstance(scales, Path) and adapter_kind(scales) == "LORA"
+    if isinstance(scales, Path) and of_residual:
         if to != "peft" or train is not None:
             raise OptionError(f"{scales} was trained on the residual, and is exported as a LoRA", got=to, expected="to 'peft'")
-        adapter = residual_lora_exported(Path(scales), factorized, manifest, base_model)
+        adapter = residual_lora_exported(scales, factorized, manifest, base_model)
     else:
         values = _values(scales, factorized, manifest, to)
         form = ExportForm(to, _train(to, train, values, manifest), base_model)
         adapter = ExportedAdapter.of(factorized, manifest, ScalesUpdate(values), form, progress)
+    check_no_other_adapter(out, adapter.files)
     there = not overwrite and any((out / name).exists() for name in adapter.files)
     for name in adapter.files:
-        check_output_path(out / name, [factorized], overwrite=overwrite or there)
+        check_output_path(out / name, inputs, overwrite=overwrite or there)
     if there and not adapter.is_in(out, progress):
         for name in adapter.files:
-            check_output_path(out / name, [factorized], overwrite=False)
+            check_output_path(out / name, inputs, overwrite=False)
     with Run(out) as run, run.uploading(push_to_hub, private=private):
         if there:
             if not (out / ADAPTER_CONFIG).exists():  # stopped just before the end
@@ -131,7 +137,9 @@ def export(
             adapter.write(out, progress)
         note_older_peft(adapter.adapter)
         files, rank = {name: out / name for name in adapter.files}, adapter.adapter.rank
-        told = ExportedUpdate(adapter.adapter.modules, rank, train_of_values(adapter.update.values, manifest), to)
+        held: Train = train_of_values(adapter.update.values, manifest)
+        held = held if adapter.tinylora is None else adapter.tinylora.train
+        told = ExportedUpdate(adapter.adapter.modules, rank, None if of_residual else held, to)
         publish_adapter(run.upload, files, manifest, factorized, told)
     written = (out / adapter.adapter.file).stat().st_size
     return ExportReport(out, to, adapter.adapter.modules, rank, adapter.trainable, written)

@@ -17,6 +17,7 @@ from surgery.errors import OptionError
 from surgery.escapes import quoted
 from surgery.files.file_records import FileRecord, file_sha256
 from surgery.format.manifest import Manifest
+from surgery.format.scales.no_scales import adapters_below
 from surgery.lossless.update import Rounding
 from surgery.names import DTYPES, MANIFEST_FILE, STREAM_DIR, Dtype
 from surgery.progress import Progress, listening, phase
@@ -258,11 +259,14 @@ def _only_adapter(model: Path, options: MergeOptions, *, revision: str | None, s
             f"{model} is a factorized checkpoint, whose original is written as it was",
             hint="leave dtype, revision and subfolder out",
         )
+    below = adapters_below(path) if adapter_kind(path) is None else []
     if adapter_kind(path) != "LORA":
         raise OptionError(
             f"{model} is a factorized checkpoint, into which only a LoRA can be merged that was trained on its residual",
             got=str(path),
-            hint=f"surgery fold {quoted(model)} SCALES takes scales, and adapters that hold them; else give the original model",
+            hint=f"give the one that is meant of the adapters in it, such as {quoted(below[-1])}"
+            if below
+            else f"surgery fold {quoted(model)} SCALES takes scales, and adapters that hold them; else give the original model",
         )
     return path
 

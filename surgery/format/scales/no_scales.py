@@ -32,6 +32,13 @@ def no_scales_in(folder: Path) -> ScalesError:
         return ScalesError(f"{folder} is the folder of an adapter, and holds no scales", expected="a scales file", hint=hint)
     if (folder / CONFIG_FILE).is_file():
         return ScalesError(f"{folder} is the folder of a model, and holds no scales", expected="a scales file", hint=_PROJECT)
+    if below := adapters_below(folder):
+        return ScalesError(
+            f"{folder} is a folder that holds no scales, but folders of adapters",
+            got=few(one.name for one in reversed(below)),
+            expected="one of them",
+            hint=f"give the one that is meant, such as {quoted(below[-1])}",
+        )
     names = sorted(file.name for file in folder.iterdir() if not file.name.startswith("."))
     files = [folder / name for name in names if name.endswith(_OF_TENSORS) and (folder / name).is_file()]
     return ScalesError(
@@ -40,6 +47,16 @@ def no_scales_in(folder: Path) -> ScalesError:
         expected=f"a scales file, or a folder with a {CHECKPOINT_FILE}",
         hint=f"if it is what is meant, give the file: {files[0]}" if files else None,
     )
+
+
+def adapters_below(folder: Path) -> list[Path]:
+    """The folders in a folder that hold an adapter, as trainers save checkpoints, and PEFT adapters of other names.
+
+    In the order of the numbers in their names.
+    """
+    found = sorted(file.parent for file in folder.glob(f"*/{ADAPTER_CONFIG}"))
+    shown = (one for one in found if not one.name.startswith("."))
+    return sorted(shown, key=lambda one: [int(number) for number in re.findall(r"\d+", one.name)])
 
 
 def refuse_other_tensors(header: Header, path: Path, manifest: Manifest | None = None) -> None:

@@ -19,6 +19,7 @@ from surgery.escapes import quoted
 from surgery.files.json_files import read_json_object
 from surgery.format.header import TensorEntry
 from surgery.format.safetensors import ShardReader
+from surgery.format.scales.no_scales import adapters_below
 from surgery.names import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -85,11 +86,7 @@ def read_peft(folder: Path, residual: str | None = None) -> AdapterContent:
         FormatError: a file is damaged or contradicts itself.
         ReadError: a file cannot be read.
     """
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        if not (folder / name).is_file():
-            raise SourceError(
-                f"there is no {name} in {folder}", expected="a LoRA adapter as PEFT saves it", hint=_how_to_have_it(folder)
-            )
+    check_adapter_files(folder, "a LoRA adapter as PEFT saves it")
     config = read_json_object(folder / ADAPTER_CONFIG, str(folder / ADAPTER_CONFIG))
     config = _checked_residual(config, folder, residual)
     check_config(config, folder)
@@ -97,6 +94,13 @@ def read_peft(folder: Path, residual: str | None = None) -> AdapterContent:
         content = _PeftFile(folder, config, reader).content()
         reader.check_unchanged()
     return content
+
+
+def check_adapter_files(folder: Path, expected: str) -> None:
+    """Refuse a folder without the files of an adapter of PEFT. Raises SourceError."""
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (folder / name).is_file():
+            raise SourceError(f"there is no {name} in {folder}", expected=expected, hint=_how_to_have_it(folder))
 
 
 def _how_to_have_it(folder: Path) -> str | None:
@@ -107,6 +111,8 @@ def _how_to_have_it(folder: Path) -> str | None:
         return "give a folder of this machine; hf download ID --local-dir FOLDER fetches an adapter of the hub into one"
     if (folder / PICKLED_ADAPTER).is_file():
         return f"load it with PEFT, which reads {PICKLED_ADAPTER}, and save it again: save_pretrained writes {ADAPTER_WEIGHTS}"
+    if below := adapters_below(folder):
+        return f"give the one that is meant of the adapters in it, such as {quoted(below[-1])}"
     if list(folder.glob("adapter_model-*-of-*.safetensors")):
         return f"it is in several files, which PEFT does not read either: put all their tensors into one {ADAPTER_WEIGHTS}"
     return None
@@ -195,7 +201,7 @@ class _PeftFile:
 
     def content(self) -> AdapterContent:
         for entry in self._reader.header.tensors:
-            self._take(entry, _own_name(entry.name))
+            self._take(entry, bare_name(entry.name))
         if not (self._halves or self._copied or self._tokens):
             raise OptionError(f"{self._folder} is an adapter that changes nothing", got="no tensors that change a weight")
         self._check_complete()
@@ -347,8 +353,8 @@ def _names(config: Mapping[str, Any], key: str, folder: Path) -> list[str]:
     return names
 
 
-def _own_name(name: str) -> str:
-    """The name of a tensor without those of wrappers around the model, and around PEFT's own."""
+def bare_name(name: str) -> str:
+    """The name of a tensor in an adapter's file without those of wrappers around the model, and around PEFT's own."""
     words = [word for word in name.split(".") if word not in _WRAPPERS]
     while words[:1] == ["module"] and len(words) > 1:
         del words[0]
