@@ -309,6 +309,8 @@ def _edited(adapter: Path, out: Path, change: Callable[[dict[str, torch.Tensor]]
 
 def test_a_tinylora_that_is_not_of_these_factors_is_refused(made: Path, tmp_path: Path) -> None:
     surgery.export(made / "f", None, tmp_path / "a", to="peft-trainable")
+    with pytest.raises(OptionError, match=r"is no LoRA adapter(.|\n)*surgery fold FACTORIZED"):
+        surgery.merge(made / "m", tmp_path / "a", tmp_path / "o")
     first = "base_model.model.model.layers.0.self_attn.q_proj.tinylora_"
     numbers = "base_model.tinylora_v.3"
 
@@ -382,6 +384,10 @@ def test_the_model_that_an_adapter_names(made: Path, tmp_path: Path) -> None:
     assert named(base_model="acme/one") == "acme/one"
     assert named(to="peft-pissa") == str((made / "f").resolve())
     assert named(to="peft-pissa", base_model="acme/residual") == "acme/residual"
+    with pytest.raises(OptionError, match="the name of the model is empty"):
+        named(base_model=" ")
+    with pytest.raises(OptionError, match="would name a folder of this machine"):
+        named(to="peft-pissa", push_to_hub="acme/adapter")
     save_llama(tmp_path / "m", torch.float32)
     (tmp_path / "m/README.md").write_text("---\nbase_model: acme/older\nmodel_name: acme/own\n---\n# A model\n")
     surgery.factorize(tmp_path / "m", tmp_path / "f", rank=2)

@@ -106,6 +106,7 @@ def export(
     factorized, out = Path(factorized), Path(out)
     manifest = Manifest.read(factorized)
     check_no_model(out)
+    _check_base(base_model, to, push_to_hub)
     inputs = [factorized]
     if isinstance(scales, str | Path):
         scales = trained_path(Path(scales))
@@ -143,6 +144,17 @@ def export(
         publish_adapter(run.upload, files, manifest, factorized, told)
     written = (out / adapter.adapter.file).stat().st_size
     return ExportReport(out, to, adapter.adapter.modules, rank, adapter.trainable, written)
+
+
+def _check_base(base_model: str | None, to: Exported, push_to_hub: str | None) -> None:
+    """Refuse an empty name, and the upload of one that is a path of this machine, which is nobody else's."""
+    if base_model is not None and not base_model.strip():
+        raise OptionError("the name of the model is empty", got=repr(base_model))
+    if push_to_hub is not None and to == "peft-pissa" and base_model is None:
+        raise OptionError(
+            "the adapter would name a folder of this machine as its model",
+            hint="--base-model REPO, the repository that has the factorized folder",
+        )
 
 
 def _own_name(factorized: Path) -> str | None:

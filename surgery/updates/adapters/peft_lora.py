@@ -150,7 +150,9 @@ def check_config(config: Mapping[str, Any], folder: Path) -> None:
             hint=f"surgery fold {_folder_or(config.get('factorized'), 'FACTORIZED')} {quoted(folder)} -o OUT",
         )
     if kind not in ("LORA", "TRAINABLE_TOKENS"):
-        raise OptionError(f"{folder} is no LoRA adapter", got=reprlib.repr(kind), expected="LORA", hint=_MERGE)
+        ours = f"{_MERGE}; one that surgery export has written to be trained: surgery fold FACTORIZED {quoted(folder)} -o OUT"
+        hint = ours if kind == "TINYLORA" else _MERGE
+        raise OptionError(f"{folder} is no LoRA adapter", got=reprlib.repr(kind), expected="LORA", hint=hint)
     for key in ("use_rslora", "use_dora", "lora_bias"):
         if not isinstance(config.get(key), bool | None):
             raise FormatError(f"{folder}: {key} makes no sense", got=reprlib.repr(config[key]), expected="true or false")
