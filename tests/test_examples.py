@@ -54,7 +54,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tupl
 @pytest.mark.parametrize("name", NAMES)
 def test_example(name: str, started: dict[str, tuple[Path, subprocess.Popen[str]]], monkeypatch: pytest.MonkeyPatch) -> None:
     folder, process = started[name]
-    output, _ = process.communicate(timeout=200)
+    output, _ = process.communicate(timeout=280)
     assert process.returncode == 0, (folder / "errors.txt").read_text()
     losses = re.search(r"held-out loss: (\S+) before, (\S+) after", output)
     assert losses is not None
@@ -71,9 +71,9 @@ def test_example(name: str, started: dict[str, tuple[Path, subprocess.Popen[str]
 def test_adapter_example(started: dict[str, tuple[Path, subprocess.Popen[str]]]) -> None:
     """On what the plain loop has trained."""
     folder, process = started["plain_loop"]
-    assert process.wait(timeout=200) == 0
+    assert process.wait(timeout=280) == 0
     command = [sys.executable, EXAMPLES / "peft_adapter.py", "trained/scales.safetensors"]
-    done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     change = re.search(r"largest change of a logit: (\S+)\nmerged against unmerged: +(\S+)", done.stdout)
     assert change is not None

@@ -179,7 +179,7 @@ def test_cards_tell_what_the_adapter_is(hub: LoopbackHub, made: Path, tmp_path: 
     text = card(None, to="peft-trainable", train="core")
     assert "The cores between the top singular directions of" in text
     assert "- Trainable numbers in cores: 224" in text
-    for text in (card(None, to="peft-pissa"), card(made / "lora")):
+    for text in (card(None, to="peft-pissa", base_model="acme/f"), card(made / "lora")):
         assert "Trainable scales" not in text
         assert "the residual" in text.replace("\n", " ")
     assert "A = Vᵀ" not in text
