@@ -526,6 +526,25 @@ def test_any_other_trainer_that_makes_a_second_model_is_refused(source: str, mad
     assert torch.allclose(_logits(copied.ref_model.eval()), _logits(_load(made / "m")), atol=1e-4)
 
 
+class _Lossy(transformers.Trainer):
+    """Takes a loss that is a module with the model inside, as the trainer of sentence-transformers does."""
+
+    def __init__(self, *args: Any, loss: nn.Module, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.loss = loss
+
+
+class _ScaledLossy(SaveScales, _Lossy):
+    pass
+
+
+def test_a_loss_that_holds_the_model_is_no_second_model(made: Path, tmp_path: Path) -> None:
+    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True)
+    model, scales = _attached(made)
+    trainer: Any = _ScaledLossy(model, arguments, loss=nn.ModuleList([model]), scales=scales)
+    assert trainer.loss[0] is model
+
+
 @needs("trl", ">=1.16", "a DPOTrainer that multiplies with the weight of the head by itself")
 def test_scales_of_an_output_head_that_dpo_reads_by_itself_are_refused(made: Path, tmp_path: Path) -> None:
     surgery.factorize(made / "m", tmp_path / "f", rank=6, include=["lm_head.weight"])
