@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from safetensors.torch import load_file
 
 import surgery
@@ -308,7 +309,7 @@ def test_compiled(made: Path) -> None:
     ("name", "split"),
     [
         ("mixtral", None),
-        pytest.param("gpt2", True, marks=needs("transformers", ">=5.16", "load_adapter of GPT-2, for any adapter,")),
+        ("gpt2", True),
         ("phi3", True),
         ("UNet", None),
         ("nomic_bert", None),
@@ -342,7 +343,8 @@ def test_other_models(name: str, split: bool | None, tmp_path: Path) -> None:
     bare = family.load(tmp_path / "m")
     with torch.no_grad():
         assert torch.equal(family.run(again), outputs[0])
-        if isinstance(bare, transformers.PreTrainedModel):
+        # transformers 5.0 loads nothing into a GPT-2, and changes how PEFT takes stacks of experts from there on.
+        if isinstance(bare, transformers.PreTrainedModel) and Version(transformers.__version__) >= Version("5.16"):
             bare.load_adapter(str(tmp_path / "a"))
             assert torch.equal(family.run(bare.eval()), outputs[0])
         assert torch.allclose(family.run(again.merge_and_unload()), outputs[0], atol=1e-4)
