@@ -70,6 +70,8 @@ ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 RESIDUAL_OF = "(?#surgery-residual-of-"
 #: The type of PEFT's adapters in which scales or cores are trained (``surgery.peft``).
 SPECTRAL = "SPECTRAL"
+#: PEFT's own type of the adapters that ``export`` writes to be trained.
+TINYLORA = "TINYLORA"
 _OF_LORA = re.compile(r"(^|[._])lora[._](embedding_)?(a|b|up|down)([._]|$)", re.IGNORECASE)
 
 #: Bits per element by safetensors dtype name.

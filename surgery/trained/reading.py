@@ -16,13 +16,12 @@ from surgery.format.manifest import Manifest
 from surgery.format.scales.path import scales_file
 from surgery.format.scales.reading import ScalesFile, Trained, check_scales, read_scales_alone, read_trained
 from surgery.format.scales.writing import untouched
-from surgery.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CHECKPOINT_FILE, SPECTRAL
+from surgery.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CHECKPOINT_FILE, SPECTRAL, TINYLORA
 from surgery.trained.residual_lora import read_residual_lora
 from surgery.trained.spectral import SpectralFile, read_spectral
 from surgery.trained.tinylora import read_tinylora
 from surgery.updates.adapter_update import AdapterUpdate
 from surgery.updates.protocol import ScalesUpdate
-from surgery.updates.writing.tinylora_layout import PEFT_TYPE as TINYLORA
 
 
 def adapter_kind(path: Path) -> str | None:

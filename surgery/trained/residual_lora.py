@@ -14,12 +14,9 @@ import torch
 from torch import nn
 
 from surgery.errors import OptionError, ScalesError, few
-from surgery.files.json_files import read_json_object
 from surgery.format.header import TensorEntry
 from surgery.format.manifest import Manifest
-from surgery.format.safetensors import ShardReader
 from surgery.models.carriers import Carrier
-from surgery.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RESIDUAL_OF
 from surgery.progress import listening, note
 from surgery.updates.adapter_update import AdapterUpdate
 from surgery.updates.adapters.content import AdapterContent, ModuleUpdate
@@ -32,11 +29,10 @@ from surgery.updates.writing.low_rank import LowRankTensor
 from surgery.updates.writing.modules import AdaptedModule, Halved
 from surgery.updates.writing.peft_layout import in_peft_layout
 
-#: The least cosine between an adapter that was trained and the factors that it began with.
-_LIKE = 0.5
-#: The largest distance of either half from where it began, relative to it, where the config does not say for which residual the
-#: adapter is: what ``export`` writes for the original model has the same directions, with other factors.
-_NEAR = 0.3
+#: The largest distance of A or B from where it began, relative to that, over all modules: an adapter that was begun anew is
+#: further. Where the config does not say for which residual the adapter is, it must be near: what ``export`` writes for the
+#: original model has the same directions.
+_FURTHEST, _NEAR = 0.95, 0.3
 _FOLD = "fold it: surgery fold gives standard weights"
 
 
@@ -62,39 +58,17 @@ def read_residual_lora(path: Path, factorized: Path, manifest: Manifest, entries
     return AdapterUpdate(found.changes, [found.account]).tied(manifest.targets)
 
 
-def _read(path: Path, manifest: Manifest) -> AdapterContent:
-    """The adapter, with a note where its numbers have been rounded: those that began as the factors too."""
-    content = read_peft(path, manifest.fingerprint)
-    with ShardReader(path / ADAPTER_WEIGHTS, name=str(path / ADAPTER_WEIGHTS)) as reader:
-        halves = {source for one in content.updates for source in one.sources}
-        rounded = sorted(name for name in halves if reader.entries[name].dtype != "F32")
-    if rounded:
-        note(
-            f"{path}: {few(map(repr, rounded))} have been saved in half precision, and are taken as they are: what rounding "
-            "did to the factors in them changes the weights, as training does"
-        )
-    return content
-
-
-def _names_residual(path: Path) -> bool:
-    """Whether the config of an adapter says for which residual it is; that it is this one has been checked."""
-    patterns = read_json_object(path / ADAPTER_CONFIG, str(path / ADAPTER_CONFIG)).get("alpha_pattern")
-    return isinstance(patterns, dict) and any(key.startswith(RESIDUAL_OF) for key in patterns)
-
-
 def _differences(path: Path, factorized: Path, manifest: Manifest) -> AdapterContent:
     """An adapter of a residual as one of the original model, without the modules that have not been changed.
 
     Raises:
         ScalesError, OptionError: see ``read_residual_lora``.
     """
-    content = _read(path, manifest)
-    marked = _names_residual(path)
+    content = read_peft(path, manifest.fingerprint)
     untouched = ScalesUpdate.untouched(manifest.targets)
     exported = ExportedAdapter.of(factorized, manifest, untouched, ExportForm("peft-pissa"), listening())
     given = {one.module: one for one in content.updates}
-    found, met = [], set()
-    like, far = torch.zeros(3, dtype=torch.float64), torch.zeros(2, 2, dtype=torch.float64)
+    found, met, far = [], set(), torch.zeros(2, 2, dtype=torch.float64)
     for module, A0, B0 in exported.initial():
         update = given.get(module.name)
         if update is None:
@@ -111,16 +85,19 @@ def _differences(path: Path, factorized: Path, manifest: Manifest) -> AdapterCon
         met.add(module.name)
         for half, (now, before) in enumerate(((update.A, A0), (update.B, B0))):
             far[half] += torch.stack([(now - before).square().sum(), before.square().sum()]).double()
-            like += torch.stack([(now * before).sum(), now.square().sum(), before.square().sum()]).double()
         changed = _difference(update, A0, B0)
         found += [] if changed is None else [changed]
-    cosine = float(like[0] / (like[1] * like[2]).sqrt())
-    if not cosine >= _LIKE:  # NaN is not either
-        raise _of_another_base(content, f"a cosine of {cosine:.2f} between both", f"{_LIKE} or more, as after a training")
-    distance = float((far[:, 0] / far[:, 1]).sqrt().max())
-    if not marked and not distance <= _NEAR:
-        got = f"matrices that differ from these factors by {distance:.2f} of their norm, and a config that does not name them"
-        raise _of_another_base(content, got, f"{_NEAR} or less, or the config that surgery export has written")
+    distance, most = float((far[:, 0] / far[:, 1]).sqrt().max()), _FURTHEST if content.of_residual else _NEAR
+    if not distance <= most:  # NaN is not either
+        got = f"matrices that differ from these factors by {distance:.2f} of their norm"
+        raise _of_another_base(
+            content, got, f"at most {most}" + ("" if content.of_residual else ", as the config names no residual")
+        )
+    if content.rounded:
+        note(
+            f"{path}: {few(map(repr, content.rounded))} have been saved in half precision, and are taken as they are: what "
+            "rounding did to the factors in them changes the weights, as training does"
+        )
     return replace(content, updates=[*found, *(one for one in content.updates if one.module not in met)])
 
 
@@ -185,9 +162,7 @@ def residual_lora_exported(path: Path, factorized: Path, manifest: Manifest, bas
     adapted = exported.adapter.adapted
     modules = [_made(one, *halves[one.name]) for one in adapted.modules if one.name in halves]
     if lacking := sorted(halves.keys() - {one.name for one in modules}):
-        raise OptionError(
-            f"{path} changes {lacking[0]!r}, which has no factors", hint="fold it: surgery fold gives standard weights"
-        )
+        raise OptionError(f"{path} changes {lacking[0]!r}, which has no factors", hint=_FOLD)
     return replace(exported, adapter=in_peft_layout(replace(adapted, modules=modules), exported.form))
 
 

@@ -89,9 +89,8 @@ class ExportedAdapter:
             MissingExtra, SourceError: see ``surgery.models.skeleton``.
         """
         config = read_json_object(folder / CONFIG_FILE, CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
-        made = _form(folder, manifest, form, config.get("architectures"))
+        made = _form(folder, manifest, form, config)
         if made.layout != "peft":
-            made = AdapterForm(made.layout, component=component_in(config, manifest.source.subfolder), uniform_rank=True)
             check_component(made)
             tensors = [_low_rank(target) for target in manifest.targets]
             adapted = Finding(_REFUSAL, single_experts=False, layers_only=True).modules(None, tensors, {})
@@ -196,14 +195,15 @@ def _check_held(manifest: Manifest, update: ScalesUpdate, adapted: AdaptedModule
             raise _REFUSAL.of(target.key, "trained, and not in the model that the config names")
 
 
-def _form(folder: Path, manifest: Manifest, asked: ExportForm, architectures: object) -> AdapterForm:
+def _form(folder: Path, manifest: Manifest, asked: ExportForm, config: Mapping[str, Any]) -> AdapterForm:
     """What the adapter's files say of it."""
-    if asked.kind in ("diffusers", "kohya"):
-        return AdapterForm("diffusers" if asked.kind == "diffusers" else "kohya")
+    if asked.kind == "diffusers" or asked.kind == "kohya":
+        return AdapterForm(asked.kind, component=component_in(config, manifest.source.subfolder), uniform_rank=True)
     base = manifest.source.repo_id if asked.base is None else asked.base
     revision = manifest.source.commit if asked.base is None else None
     if asked.kind == "peft":
         return AdapterForm("peft", uniform_rank=True, base=base, revision=revision)
+    architectures = config.get("architectures")
     is_causal = isinstance(architectures, list) and str(architectures[:1]).endswith("ForCausalLM']")
     task = "CAUSAL_LM" if is_causal else None
     if asked.kind == "peft-trainable":

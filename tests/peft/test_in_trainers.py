@@ -23,8 +23,8 @@ from surgery.trained.spectral import read_spectral
 from surgery.training.ways import Way
 from tests.models import save_llama
 from tests.releases import needs
+from tests.trl_runs import tokenizer
 
-DEMO = Path(surgery.__file__).parent / "demo" / "model"
 IDS = (torch.arange(8 * 24).reshape(8, 24) * 7 + torch.arange(8)[:, None]) % 97
 EXAMPLES = [{"input_ids": row, "labels": row} for row in IDS]
 pytestmark = [
@@ -48,10 +48,6 @@ def _load(folder: Path, **options: Any) -> Any:
 
 def _config(made: Path, **options: Any) -> SpectralConfig:
     return SpectralConfig(**{"factorized": str(made / "f"), "task_type": "CAUSAL_LM", **options})
-
-
-def _tokenizer() -> Any:
-    return transformers.AutoTokenizer.from_pretrained(DEMO, eos_token="\u0100", pad_token="\u0100")
 
 
 def _settings(**options: Any) -> dict[str, Any]:
@@ -155,7 +151,7 @@ def _trl(name: str, out: Path, made: Path, source: str = "m", columns: tuple[str
         **{"model": _load(made / source), "peft_config": _config(made), **own},
         args=getattr(trl, f"{name}Config")(str(out), **settings),
         train_dataset=_data(*columns),
-        processing_class=_tokenizer(),
+        processing_class=tokenizer(),
     )
 
 

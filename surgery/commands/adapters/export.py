@@ -100,7 +100,7 @@ def export(
         SurgeryError: the factorized folder or the scales are damaged, or do not belong together.
 
     Warns:
-        SurgeryWarning: see ``surgery.format.scales.reading.read_scales``; or the adapter names no base model.
+        SurgeryWarning: see ``surgery.format.scales.reading.read_scales``.
     """
     progress = listening()
     factorized, out = Path(factorized), Path(out)

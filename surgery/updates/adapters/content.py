@@ -63,6 +63,8 @@ class AdapterContent:
         compared: tensor of the file -> the name of the parameter that it is a copy of, and the copy; None for what is none.
         stacked: ends of the names of parameters that PEFT adapts without their modules, as stacks of experts.
         version: of the PEFT that wrote it, as its config has it; None where nothing says.
+        of_residual: whether its config says that it is for the residual of a factorized checkpoint.
+        rounded: the tensors of the file that are parts of updates in half precision.
     """
 
     where: str
@@ -72,6 +74,8 @@ class AdapterContent:
     compared: Mapping[str, tuple[str, StoredTensor] | None] = field(default_factory=dict)
     stacked: tuple[str, ...] = ()
     version: object = None
+    of_residual: bool = False
+    rounded: Sequence[str] = ()
 
 
 def read_numbers(reader: ShardReader, entry: TensorEntry, hint: str) -> torch.Tensor:

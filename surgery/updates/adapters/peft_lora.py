@@ -9,6 +9,7 @@ import math
 import re
 import reprlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from surgery.names import (
     PICKLED_ADAPTER,
     RESIDUAL_OF,
     SPECTRAL,
+    TINYLORA,
 )
 from surgery.progress import note
 from surgery.updates.adapters.content import AdapterContent, ModuleUpdate, checked_halves, read_numbers
@@ -88,12 +90,12 @@ def read_peft(folder: Path, residual: str | None = None) -> AdapterContent:
     """
     check_adapter_files(folder, "a LoRA adapter as PEFT saves it")
     config = read_json_object(folder / ADAPTER_CONFIG, str(folder / ADAPTER_CONFIG))
-    config = _checked_residual(config, folder, residual)
-    check_config(config, folder)
+    unmarked = _checked_residual(config, folder, residual)
+    check_config(unmarked, folder)
     with ShardReader(folder / ADAPTER_WEIGHTS, name=str(folder / ADAPTER_WEIGHTS)) as reader:
-        content = _PeftFile(folder, config, reader).content()
+        content = _PeftFile(folder, unmarked, reader).content()
         reader.check_unchanged()
-    return content
+    return replace(content, of_residual=unmarked != config)
 
 
 def check_adapter_files(folder: Path, expected: str) -> None:
@@ -151,7 +153,7 @@ def check_config(config: Mapping[str, Any], folder: Path) -> None:
         )
     if kind not in ("LORA", "TRAINABLE_TOKENS"):
         ours = f"{_MERGE}; one that surgery export has written to be trained: surgery fold FACTORIZED {quoted(folder)} -o OUT"
-        hint = ours if kind == "TINYLORA" else _MERGE
+        hint = ours if kind == TINYLORA else _MERGE
         raise OptionError(f"{folder} is no LoRA adapter", got=reprlib.repr(kind), expected="LORA", hint=hint)
     for key in ("use_rslora", "use_dora", "lora_bias"):
         if not isinstance(config.get(key), bool | None):
@@ -200,6 +202,7 @@ class _PeftFile:
         self._copied: dict[str, StoredTensor] = {}
         self._tokens: dict[str, tuple[str, ReplacedRows]] = {}
         self._compared: dict[str, tuple[str, StoredTensor] | None] = {}
+        self._rounded: list[str] = []
 
     def content(self) -> AdapterContent:
         for entry in self._reader.header.tensors:
@@ -224,6 +227,7 @@ class _PeftFile:
             self._compared,
             stacked,
             self._config.get("peft_version"),
+            rounded=self._rounded,
         )
 
     def _take(self, entry: TensorEntry, name: str) -> None:
@@ -233,6 +237,7 @@ class _PeftFile:
             kind = f"{found['half']}.{found['leaf']}" if found["half"] else found["embedding"] or found["magnitude"]
             self._once(found["module"], kind, entry)
             self._halves.setdefault(found["module"], {})[kind] = read_numbers(self._reader, entry, _MERGE)
+            self._rounded += [] if entry.dtype == "F32" else [entry.name]
         elif (found := _TOKENS.fullmatch(name)) is not None:
             self._one_adapter(found["adapter"], entry)
             self._once(found["module"], "tokens", entry)

@@ -23,7 +23,7 @@ from surgery.format.views import View
 from surgery.lossless.factors import Factors
 from surgery.models.carriers import Carrier, terms_of
 from surgery.models.placement import Place
-from surgery.names import ADAPTER_WEIGHTS, PEFT_PREFIX, Train
+from surgery.names import ADAPTER_WEIGHTS, PEFT_PREFIX, TINYLORA, Train
 from surgery.updates.writing.adapter import AdapterToWrite, Pair
 from surgery.updates.writing.low_rank import AdapterForm, LowRankTensor, Refusal
 from surgery.updates.writing.modules import AdaptedModule, AdaptedModules
@@ -31,7 +31,6 @@ from surgery.updates.writing.peft_layout import targeted
 
 #: Layers that TinyLoRA adapts, and matrices of them.
 _KINDS = ("linear", "transposed")
-PEFT_TYPE = "TINYLORA"
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +159,7 @@ class TinyLora:
 
     def _config(self, form: AdapterForm) -> dict[str, Any]:
         return {
-            "peft_type": PEFT_TYPE,
+            "peft_type": TINYLORA,
             "base_model_name_or_path": form.base,
             "revision": form.revision,
             "r": self.rank,
