@@ -1,12 +1,16 @@
 """How long PEFT takes to put an adapter beside a model, for each kind that trains scales or begins with the factors.
 
     python benchmarks/peft_at_load.py --sizes 512,1024,2048,4096
+    python benchmarks/peft_at_load.py --start
 
 A Llama of one layer with hidden size n, of which one matrix (n, n) is factorized, in bfloat16. Timed is what a trainer calls:
 ``PeftModel.from_pretrained`` with an adapter that ``surgery export`` has written: ``peft-trainable``, whose TinyLoRA makes a
 full SVD of the matrix and then takes the factors from the file, and for ``peft-pissa``, a plain LoRA on the residual; and
 ``get_peft_model`` with PEFT's own PiSSA (a full SVD as well) and with ``surgery.peft.SpectralConfig``. What each takes without
 the matrix, on the smallest size, is not taken off. Medians of ``--repeats``, all kinds in turn.
+
+``--start``: how far from the original model, the demo's, a LoRA on the residual begins, ours and PEFT's own PiSSA, on 400 bytes
+of Python: logits against those of the original in the same dtype.
 """
 
 from __future__ import annotations
@@ -65,12 +69,38 @@ def kinds(folder: Path) -> dict[str, tuple[str, Callable[[Any], Any]]]:
     }
 
 
+def print_start() -> None:
+    """Where ``peft-pissa`` and PEFT's own PiSSA begin."""
+    demo = ROOT / "surgery/demo/model"
+    ids = torch.tensor([list(Path(argparse.__file__).read_bytes()[:400])])
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    print("| dtype | kind | mean | largest | KL |\n| --- | --- | --- | --- | --- |")
+    with tempfile.TemporaryDirectory() as made, torch.no_grad():
+        surgery.factorize(demo, Path(made) / "f", rank=RANK)
+        surgery.export(Path(made) / "f", None, Path(made) / "a", to="peft-pissa")
+        names = [one.tensor.removesuffix(".weight") for one in surgery.inspect(Path(made) / "f").targets]
+        pissa = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names, init_lora_weights="pissa")
+        for dtype in (torch.bfloat16, torch.float32):
+            original = load(demo, dtype=dtype)(ids).logits.float()
+            ours = peft.PeftModel.from_pretrained(load(Path(made) / "f", dtype=dtype), Path(made) / "a")
+            for name, model in (("peft-pissa", ours), ("PEFT's PiSSA", peft.get_peft_model(load(demo, dtype=dtype), pissa))):
+                logits = model.eval()(ids).logits.float()
+                log_p, log_q = original.log_softmax(-1), logits.log_softmax(-1)
+                divergence = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+                off = (logits - original).abs()
+                print(f"| {dtype} | {name} | {off.mean():.4f} | {off.max():.3f} | {divergence:.1e} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="512,1024,2048")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--start", action="store_true")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    if options.start:
+        print_start()
+        return
     print(f"{torch.get_num_threads()} threads, PEFT {peft.__version__}; seconds, medians of {options.repeats}")
     names: list[str] = []
     for size in map(int, options.sizes.split(",")):
