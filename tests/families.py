@@ -419,7 +419,7 @@ FAMILIES: dict[str, Family] = {
         {
             *(f"to_{name}.weight" for name in ("q", "k", "v", "out.0")),
             *("net.0.proj.weight", "net.2.weight", "proj_in.weight", "proj_out.weight"),
-            *("conv.weight", "conv1.weight", "conv2.weight", "conv_shortcut.weight"),
+            *("conv.weight", "conv1.weight", "conv2.weight", "conv_shortcut.weight", "time_emb_proj.weight"),
         },
         {},
     ),
@@ -437,7 +437,10 @@ FAMILIES: dict[str, Family] = {
         ),
         _dit,
         "diffusion",
-        {*(f"to_{name}.weight" for name in ("q", "k", "v", "out.0")), "net.0.proj.weight", "net.2.weight"},
+        {
+            *(f"to_{name}.weight" for name in ("q", "k", "v", "out.0")),
+            *("net.0.proj.weight", "net.2.weight", "norm1.linear.weight"),
+        },
         {},
     ),
     "Flux": Family(
@@ -459,6 +462,7 @@ FAMILIES: dict[str, Family] = {
             *(f"to_{name}.weight" for name in ("q", "k", "v", "out.0", "add_out")),
             *(f"add_{name}_proj.weight" for name in "qkv"),
             *("net.0.proj.weight", "net.2.weight", "proj_mlp.weight", "proj_out.weight"),
+            *("norm.linear.weight", "norm1.linear.weight", "norm1_context.linear.weight"),
         },
         {},
     ),
