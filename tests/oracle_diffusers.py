@@ -22,7 +22,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 #: What a module does with a parameter.
-Owner = Literal["linear", "in_proj", "experts", "convolution", "transposed convolution", "depthwise convolution", "embedding", "other"]
+Owner = Literal[
+    "linear", "in_proj", "experts", "convolution", "transposed convolution", "depthwise convolution", "embedding", "other"
+]
 
 _LAYERS = re.compile(
     r"(num|n)_.*(layers|blocks)|num_layers|n_?layers?|depth|layers|\w+_depth|\w*layers_per_block|\w+_num_layers|mmdit_layers"

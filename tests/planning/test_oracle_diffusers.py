@@ -10,7 +10,7 @@ from surgery.format.header import TensorEntry
 from surgery.format.options import Options
 from surgery.planning.recipes import find_recipe, recipe_for_family
 from surgery.planning.targets import Model, Target, choose
-from tests.oracle_diffusers import Made, Owner, class_names, models_of
+from tests.oracle_diffusers import Made, Owner, Weight, class_names, models_of
 from tests.releases import needs
 
 pytestmark = needs("diffusers", ">=0.42", "the classes that are named here")
@@ -21,6 +21,22 @@ EXCEPTIONS = {
     r"blocks\.\d+\.img_mlp\.gate\.weight": "a router",
     r"mid_output_head\.\d+\.weight": "an output head",
     r"(time_pos_embed|timestep_embedder)\.linear_[12]\.weight|to_local_embed\.\d+\.weight": "an embedding",
+}
+#: What a module around a layer says of it, by its class, from the innermost on.
+ROLES = {
+    "other": re.compile(r"Norm|Modulat|FiLM"),
+    "attention": re.compile(r"Attn(Block)?$|Attention(Block)?(1d)?$|[a-z]Attention$|LiteLA$|Attn\w*Processor"),
+    "mlp": re.compile(r"FeedForward|MLP|Mlp|GLU|GELU|Experts$|MoELayer$|DenseGated|Transition$|ViTMAE(Intermediate|Output)"),
+}
+#: Layers of attention and feed-forward layers that are not in modules of their own, by their names.
+FLAT = {
+    r"\.proj_mlp\.": "mlp",
+    r"\d+\.(mlp|ffn)\.\d+\.": "mlp",
+    r"\d+\.(ff_in|ff_out|(gate|up|down)_proj)\.": "mlp",
+    r"attentions\.\d+\.feed_forward\.": "mlp",
+    r"\.mlp\.(inverted|point)_conv\.": "mlp",
+    r"\.kv_mapper\.": "other",  # brings the condition to the width of the attention's keys and values
+    r"\.mhba\.scale_output\.": "other",  # modulation
 }
 #: Classes that cannot be made, and why.
 NOT_MADE = {
@@ -84,3 +100,37 @@ def test_targets_are_the_layers_of_blocks() -> None:
 
 def test_classes_that_cannot_be_made() -> None:
     assert {name for name in class_names() if isinstance(models_of(name), str)} == NOT_MADE.keys()
+
+
+def _role(weight: Weight) -> str:
+    """Whether a layer is one of attention or of a feed-forward: ``attention``, ``mlp`` or ``other``."""
+    flat = next((role for pattern, role in FLAT.items() if re.search(pattern, weight.name)), None)
+    if flat is not None:
+        return flat
+    for kind in reversed(weight.modules[:-1]):
+        role = next((role for role, pattern in ROLES.items() if pattern.search(kind)), None)
+        if role is not None:
+            return role
+        if re.search(r"Block|Layer$|Model$", kind):
+            return "other"
+    return "other"
+
+
+def test_attention_and_feed_forward_alone() -> None:
+    """The recipes that select take what they say, of what is a target by default, and all of it."""
+    wrong = []
+    counts: Counter[str] = Counter()
+    for made in _models():
+        fates = _targets(made)
+        chosen = {
+            recipe: {name for name, why in _targets(made, recipe).items() if why is None} for recipe in ("attention", "mlp")
+        }
+        for weight in made.weights:
+            expected = _role(weight) if fates[weight.name] is None else "other"
+            found = [recipe for recipe, names in chosen.items() if weight.name in names]
+            counts[expected] += expected in chosen
+            if found != ([] if expected == "other" else [expected]):
+                wrong.append(f"{made.name}: {weight.name} of {weight.modules[-4:]}: {found}, not {expected}")
+    assert not wrong, "\n".join(wrong)
+    assert counts["attention"] > 4000
+    assert counts["mlp"] > 1000
