@@ -125,11 +125,11 @@ _CONFIGS: Mapping[str, tuple[dict[str, Any], ...]] = {
     ),
     "TransformerTemporalModel": ({"in_channels": 320},),
     "UTransformer2DModel": (
-        {"in_channels": 4, "out_channels": 4, "patch_size": 2, "sample_size": 64, "use_patch_pos_embed": True},
+        {"in_channels": 4, "out_channels": 4, "patch_size": 2, "sample_size": 64, "use_patch_pos_embed": True, "num_layers": 5},
     ),
     "UnCLIPTextProjModel": ({"time_embed_dim": 1536, "cross_attention_dim": 2048},),
     "UniDiffuserModel": (
-        {"in_channels": 4, "out_channels": 4, "patch_size": 2, "sample_size": 64, "use_patch_pos_embed": True},
+        {"in_channels": 4, "out_channels": 4, "patch_size": 2, "sample_size": 64, "use_patch_pos_embed": True, "num_layers": 5},
     ),
     "UniDiffuserTextDecoder": ({"prefix_length": 77, "prefix_inner_dim": 768},),
     "WanTransformer3DModel": ({}, {"image_dim": 1280, "added_kv_proj_dim": 5120}),
