@@ -149,7 +149,7 @@ def test_any_module(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     save_file(weights, tmp_path / "m/model.safetensors")
     manifest = surgery.factorize(tmp_path / "m", tmp_path / "f", rank=4, include=["*weight"]).manifest
-    assert len(manifest.targets) == 8
+    assert len(manifest.targets) == 10  # in_proj_weight by queries, keys and values
     ids = torch.arange(12).view(2, 6)
     before = model(ids)
     scales = surgery.attach(model, tmp_path / "f")
