@@ -48,7 +48,9 @@ def test_experts_whose_weights_another_module_reads(tmp_path: Path) -> None:
 
     _check(Family(make, FAMILIES["llama"].run, None, set(), {}), None, tmp_path)
     # They lie one below the other in a matrix; each is one of its own.
-    found = {target.slice.name for target in Manifest.read(tmp_path / "f").targets if "experts" in target.tensor and target.slice}
+    found = {
+        target.slice.name for target in Manifest.read(tmp_path / "f").targets if "experts" in target.tensor and target.slice
+    }
     assert found == {f"expert_{i}" for i in range(4)}
 
 
