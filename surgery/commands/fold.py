@@ -186,7 +186,7 @@ def fold(
         train = train_of_values(values, manifest)
         weights.check_quantized()
         if dequantize and not weights.quantized:
-            raise OptionError("there is nothing to dequantize: this is no overlay of an FP8 model", hint="drop --dequantize")
+            raise OptionError("there is nothing to dequantize: it is no overlay of a quantized model", hint="drop --dequantize")
         kept = known_bytes(manifest.targets, len(manifest.targets) + len(manifest.skipped))
         memory = share_out([need_to_fold(target) for target in manifest.targets], by.resources, kept=kept)
         if overwrite:
@@ -238,7 +238,7 @@ def _report(results: Sequence[FoldedShard], jobs: FoldJobs, manifest: Manifest) 
     files = [result.file for result in results if result.file is not None]
     kept = KeptSummary.of(one for result in results for one in result.kept)
     writing = jobs.dense.writing
-    note = kept.note(writing.rounding, is_fp8=bool(jobs.checkpoint.weights.quantized) and not writing.to_dense)
+    note = kept.note(writing.rounding, is_quantized=bool(jobs.checkpoint.weights.quantized) and not writing.to_dense)
     if note is not None:
         listening().note(note)
     originals = {shard.file: shard.sha256 for shard in jobs.checkpoint.shards}

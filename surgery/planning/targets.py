@@ -17,11 +17,12 @@ from surgery.format.manifest_records import Alias
 from surgery.format.options import Options
 from surgery.format.tensor_view import TensorView
 from surgery.format.views import Kind, View
-from surgery.names import DTYPE_BITS, FACTORIZABLE_DTYPES
+from surgery.names import FACTORIZABLE_DTYPES, WEIGHT_BITS, told_dtype
 from surgery.planning.fused import slices_of
 from surgery.planning.recipes import Recipe, Rule
 from surgery.planning.unloaded import why_unloaded
-from surgery.weights.quantization import Scaled
+from surgery.quantized.recognize import Quantization
+from surgery.quantized.weight import Quantized
 
 DEFAULT_RANK = 16
 DEFAULT_MAX_RANK = 256
@@ -48,7 +49,7 @@ class Target(TensorView):
         energy: share of the squared Frobenius norm to keep with as few directions as will do; ``rank`` is then the
             most. None: exactly ``rank``.
         asked: the rank before it was cut to the matrix.
-        scaled: where the scales of an FP8 weight are; None for a weight that is not quantized.
+        quantized: how a quantized weight is stored; None for one that is not quantized.
         aliases: the tensors that hold the same parameter once more, see ``surgery.planning.aliases``.
     """
 
@@ -60,7 +61,7 @@ class Target(TensorView):
     rank: int
     energy: float | None
     asked: int
-    scaled: Scaled | None = None
+    quantized: Quantized | None = None
     aliases: tuple[Alias, ...] = ()
 
     @property
@@ -71,7 +72,7 @@ class Target(TensorView):
     @property
     def stored_bytes(self) -> int:
         """Bytes of the whole tensor in the checkpoint."""
-        return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+        return math.prod(self.shape) * WEIGHT_BITS[self.dtype] // 8
 
     @property
     def factor_bytes(self) -> int:
@@ -103,24 +104,35 @@ class Model:
     Attributes:
         config: its ``config.json``, empty if there is none.
         recipe: the one that applies, if any.
-        quantized: FP8 weight -> where its scales are.
+        quantization: what is quantized in it.
+        quantized_too: whether quantized weights may be targets: they have no residual layout.
     """
 
     config: Mapping[str, Any]
     recipe: Recipe | None
-    quantized: Mapping[str, Scaled]
+    quantization: Quantization
+    quantized_too: bool = True
+
+    @property
+    def quantized(self) -> Mapping[str, Quantized]:
+        """The quantized weights that can be read, by name."""
+        return self.quantization.weights
 
     @cached_property
-    def scales(self) -> frozenset[str]:
-        """The tensors that hold the scales of FP8 weights."""
-        return frozenset(scaled.scale for scaled in self.quantized.values())
+    def parts(self) -> Mapping[str, str]:
+        """Each tensor that belongs to the numbers of a quantized weight -> what it is, in words."""
+        return {
+            part.name: f"part of {one.name}, which is {told_dtype(one.dtype)}"
+            for one in self.quantized.values()
+            for part in one.parts
+        }
 
 
 def choose(entry: TensorEntry, shard: str, options: Options, model: Model) -> list[Target | Skipped]:
     """Decide whether a tensor is a target; for a fused weight that is split, whether each slice is one.
 
     Args:
-        entry: of the tensor in the header.
+        entry: of the tensor in the header; a packed weight stands for the tensor that holds its numbers.
         shard: the weight file that it is in.
         options: what was asked for.
         model: what is known of the model.
@@ -138,17 +150,17 @@ def choose(entry: TensorEntry, shard: str, options: Options, model: Model) -> li
     if (reason := _impossible(entry, model) or by_name or _unsupported(entry, model)) is not None:
         # A vector counts as wanted only by a rule of a recipe: a name, or a glob of a user, may well match norms too.
         matrix = len(entry.shape) > 1 or (rule is not None and not options.include)
-        return [Skipped(entry.name, shard, reason, wanted=by_name is None and matrix)]
+        return [Skipped(entry.stored.name, shard, reason, wanted=by_name is None and matrix)]
     kind = (rule.view if rule else None) or _kind(entry)
     try:
         _, m, n = View(kind).shape(entry.shape)
     except ValueError as error:
-        return [Skipped(entry.name, shard, str(error))]
+        return [Skipped(entry.stored.name, shard, str(error))]
     if min(m, n) < 2:
-        return [Skipped(entry.name, shard, "a single row or column")]
-    scaled = model.quantized.get(entry.name)
-    if kind == "convolution" and (entry.shape[1] == 1 or scaled):
-        return [Skipped(entry.name, shard, "an FP8 convolution" if scaled else "a depthwise convolution")]
+        return [Skipped(entry.stored.name, shard, "a single row or column")]
+    quantized = model.quantized.get(entry.name)
+    if kind == "convolution" and (entry.shape[1] == 1 or quantized):
+        return [Skipped(entry.stored.name, shard, "a quantized convolution" if quantized else "a depthwise convolution")]
     views = [View(kind)]
     if rule is not None and rule.slices and _wants_split(options, model, rule):
         views = [View(kind, part) for part in slices_of(rule, (m, n), model.config, entry.name)]
@@ -156,7 +168,7 @@ def choose(entry: TensorEntry, shard: str, options: Options, model: Model) -> li
     fates: list[Target | Skipped] = []
     for view in views:
         smaller = min(view.shape(entry.shape)[1:])
-        target = Target(entry.name, shard, entry.dtype, entry.shape, view, min(rank, smaller), energy, rank, scaled)
+        target = Target(entry.name, shard, entry.dtype, entry.shape, view, min(rank, smaller), energy, rank, quantized)
         fates.append(target if smaller > 1 else Skipped(target.key, shard, "a single row or column"))
     return fates
 
@@ -183,9 +195,11 @@ def extent(options: Options, rule: Rule | None) -> tuple[int, float | None]:
 
 def _impossible(entry: TensorEntry, model: Model) -> str | None:
     """Why a tensor can be no target by its dtype and shape, whatever its name; None if it can."""
-    if entry.name in model.scales:
-        return "the scales of an FP8 weight"
-    if not entry.dtype.startswith(("F", "BF", "C")):
+    if entry.name in model.parts:
+        return model.parts[entry.name]
+    if entry.stored.name in model.quantization.unread:
+        return f"{model.quantization.unread[entry.stored.name]}, copied as it is"
+    if not entry.dtype.startswith(("F", "BF", "C")) and entry.name not in model.quantized:
         return f"no floating-point weight ({entry.dtype})"
     if len(entry.shape) < 2:
         return "a vector (norm, bias)"
@@ -210,8 +224,10 @@ def is_embedding(tensor: str) -> bool:
 
 
 def _unsupported(entry: TensorEntry, model: Model) -> str | None:
-    if entry.dtype in FACTORIZABLE_DTYPES or entry.name in model.quantized:
+    if entry.dtype in FACTORIZABLE_DTYPES or (entry.name in model.quantized and model.quantized_too):
         return None
+    if entry.name in model.quantized:
+        return f"{told_dtype(entry.dtype)}, copied as it is: it has no residual layout"
     return f"dtype {entry.dtype} is not supported"
 
 

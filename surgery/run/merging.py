@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,8 @@ from surgery.lossless.update import Rounding
 from surgery.names import DTYPES, Dtype
 from surgery.planning.memory import known_bytes, need_to_merge, share_out
 from surgery.progress import listening, note, phase
+from surgery.quantized.recognize import read_quantization
+from surgery.quantized.weight import packed_in
 from surgery.source.adapter import local_adapter
 from surgery.source.component import component_of, config_folder
 from surgery.source.protocol import Source, check_index
@@ -29,7 +30,6 @@ from surgery.updates.protocol import Update
 from surgery.version import __version__
 from surgery.weights.checkpoint import PlainWeights, SourceShard
 from surgery.weights.model import ModelWeights
-from surgery.weights.quantization import read_quantization
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +109,7 @@ class Merging:
 
     Attributes:
         source, options: as given.
-        headers: of its weight files.
+        headers: of its weight files; packed weights stand for the tensors that hold their numbers.
         update: what the adapters do to it.
         checkpoint: its weights.
         dense: what its tensors become.
@@ -123,15 +123,18 @@ class Merging:
         self.options = options
         progress = listening()
         with phase(progress, "reading headers"):
-            self.headers: Mapping[str, Header] = {shard: source.header(shard) for shard in source.selection.shards}
-        for one in check_index(source, dict(self.headers)):
+            headers = {shard: source.header(shard) for shard in source.selection.shards}
+        for one in check_index(source, dict(headers)):
             progress.note(one)
-        homes = {entry.name: shard for shard, header in self.headers.items() for entry in header.tensors}
-        weights = ModelWeights(source, partial(read_quantization, source.config(), self.headers, source.name), source.name)
+        quantization = read_quantization(source.config(), headers, source.name)
+        quantization.check_read(source.name)
+        packed = packed_in(quantization.weights.values())
+        self.headers: Mapping[str, Header] = {shard: header.unpacked(packed) for shard, header in headers.items()}
+        weights = ModelWeights(source, lambda: quantization.weights, source.name)
         if options.writing.to_dense and not weights.quantized:
-            raise OptionError("there is nothing to dequantize: this is no FP8 model", hint="drop --dequantize")
+            raise OptionError("there is nothing to dequantize: no weight of this model is quantized", hint="drop --dequantize")
         shards = [SourceShard(file, source.size(file), source.sha256(file)) for file in self.headers]
-        self.checkpoint = PlainWeights(weights, homes, shards)
+        self.checkpoint = PlainWeights(weights, shards)
         self.update = self._read()
         self.dense = DenseTensors(self.checkpoint, self.update, options.writing)
         self.dense.check(self.headers.values())

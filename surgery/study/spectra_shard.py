@@ -17,7 +17,7 @@ from surgery.engine.walk import Piece, ShardWalk, TargetPiece
 from surgery.errors import FormatError, WeightError
 from surgery.files.access import read_errors
 from surgery.files.file_records import file_sha256
-from surgery.format.safetensors import TORCH_DTYPES, ShardReader
+from surgery.format.safetensors import TORCH_DTYPES
 from surgery.format.tensor_view import by_tensor
 from surgery.planning.plan import Plan
 from surgery.planning.targets import Target
@@ -142,7 +142,7 @@ class SpectraJobs:
         self._progress = listening()
         self._hashes: dict[Path, str] = {}
         self._prefix = _common_prefix([_generic(target.tensor) for target in plan.targets])
-        quantized = {target.tensor: target.scaled for target in plan.targets if target.scaled is not None}
+        quantized = {target.tensor: target.quantized for target in plan.targets if target.quantized is not None}
         self._weights = StudiedWeights(source, lambda: quantized)
         self._tuned: TunedModel | None = None
         if other is not None:
@@ -187,7 +187,7 @@ class SpectraJobs:
 
         portions = {name: parts[0].at_a_time for name, parts in inside.items()}
         with (
-            ShardReader(self._weights.path(shard.file), name=shard.file, watch=self._source.watch) as reader,
+            self._weights.opened(shard.file) as reader,
             ShardWalk(reader, portions, lane.buffers, lane.timing) as walk,
         ):
             lane.flow(walk, _WINDOW_BYTES, measure, finish, on_read)

@@ -13,13 +13,14 @@ from surgery.errors import MissingExtra, OptionError, SourceError
 from surgery.format.name_map import NameMap, find_names, note_renamed, without_wrappers
 from surgery.names import FACTORIZABLE_DTYPES, is_of_lora
 from surgery.progress import note
+from surgery.quantized.recognize import read_quantization
+from surgery.quantized.weight import packed_in
 from surgery.source.component import config_folder
 from surgery.source.copies import copies_of
 from surgery.source.protocol import Source
 from surgery.tuned.conversion import Converted, Part, StoredModel, convert
 from surgery.tuned.model import FoundTensors, TunedModel
 from surgery.weights.model import StudiedWeights
-from surgery.weights.quantization import read_quantization
 
 #: By this PEFT calls the module that an adapter wraps, inside the module that takes its place.
 _BASE_LAYER = ".base_layer."
@@ -87,9 +88,12 @@ class _TunedSearch:
         self._name = source.name
         self._original = original
         headers = {shard: source.header(shard) for shard in source.selection.shards}
-        quantized = read_quantization(source.config(), headers, source.name)
-        self._weights = StudiedWeights(source, lambda: quantized)
         copies_of(source, headers)
+        quantization = read_quantization(source.config(), headers, source.name)
+        quantization.check_read(source.name)
+        packed = packed_in(quantization.weights.values())
+        headers = {shard: header.unpacked(packed) for shard, header in headers.items()}
+        self._weights = StudiedWeights(source, lambda: quantization.weights)
         self._places = {entry.name: (shard, entry) for shard, header in headers.items() for entry in header.tensors}
 
     def model(self) -> TunedModel:
@@ -204,7 +208,7 @@ class _TunedSearch:
             raise SourceError(
                 f"{self._name}: {stored!r} has a dtype that is not supported",
                 got=dtype,
-                expected=", ".join(FACTORIZABLE_DTYPES) + ", or FP8 with scales",
+                expected=", ".join(FACTORIZABLE_DTYPES) + ", or quantized with scales",
             )
 
 

@@ -10,7 +10,7 @@ from surgery.weights.protocol import FindQuantized, Weights
 
 
 class ModelWeights(Weights):
-    """The weights of a model, dequantized where they are FP8.
+    """The weights of a model, dequantized where they are quantized.
 
     Args:
         files: its weight files.
@@ -37,12 +37,13 @@ class ModelWeights(Weights):
 class StudiedWeights(ModelWeights):
     """The weights of a model that ``spectra`` or ``project`` reads: only weight files with targets are read as a whole.
 
-    Those are hashed while they are read. Other files, read for the scales in them alone, are checked when they are fetched.
+    Those are hashed while they are read. Other files, read for parts of quantized weights alone, are checked when they are
+    fetched.
     """
 
     def __init__(self, source: Source, find_quantized: FindQuantized) -> None:
         super().__init__(source, find_quantized, source.name)
         self._source = source
 
-    def _path_of_scales(self, shard: str) -> Path:
+    def _path_of_parts(self, shard: str) -> Path:
         return self._source.fetch(shard)

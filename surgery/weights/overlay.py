@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ from surgery.files.access import read_errors
 from surgery.files.file_records import FileRecord, file_sha256, not_as_described
 from surgery.files.json_files import read_json_object
 from surgery.format.manifest import Manifest
-from surgery.names import CONFIG_FILE
+from surgery.names import CONFIG_FILE, FACTORIZABLE_DTYPES, told_dtype
 from surgery.progress import listening, phase
+from surgery.quantized.recognize import quantization_of, read_quantization
+from surgery.quantized.weight import Quantized
 from surgery.source.address import address_of
 from surgery.source.open import open_part, open_source
 from surgery.source.protocol import Source, WeightFiles
 from surgery.weights.protocol import FindQuantized, Weights
-from surgery.weights.quantization import FP8, Scaled, quantization_of, read_quantization
 
 BASE_HINT = "give the model that was factorized with --base"
 
@@ -42,7 +44,7 @@ class OverlayWeights(Weights):
     ) -> None:
         super().__init__(files, find_quantized)
         self._name = name
-        self._fp8 = [target.tensor for target in manifest.targets if target.dtype == FP8]
+        self._quantized = quantized_targets(manifest)
         self._there = there
         self._seen_at: dict[str, Path] = {}
         self._records = {shard.source.file: shard.source for shard in manifest.shards}
@@ -68,13 +70,14 @@ class OverlayWeights(Weights):
             raise not_as_described(self._seen_at[shard], sha256, self._records[shard], BASE_HINT)
 
     def check_quantized(self) -> None:
-        """Refuse a base in which a target is not FP8 that was FP8 when it was factorized.
+        """Refuse a base in which a target is not quantized as it was when it was factorized.
 
         Raises:
             SourceError: names the target.
         """
-        if lost := [tensor for tensor in self._fp8 if tensor not in self.quantized]:
-            raise SourceError(f"the base is not that of this overlay: {lost[0]!r} is not FP8 there")
+        for tensor, dtype in self._quantized.items():
+            if tensor not in self.quantized or self.quantized[tensor].dtype != dtype:
+                raise SourceError(f"the base is not that of this overlay: {tensor!r} is not {told_dtype(dtype)} there")
 
     def check_files(self) -> None:
         """Refuse a base whose weight files differ from the manifest's in name or size, before any weight is read.
@@ -123,15 +126,20 @@ def base_of(factorized: Path, manifest: Manifest, base: str | Path | None) -> So
     )
 
 
-def quantized_of(source: Source, factorized: Path, manifest: Manifest, *, all_of_them: bool) -> dict[str, Scaled]:
-    """Find the FP8 weights of a base and their scales, as the factorized folder's ``config.json`` describes the quantization.
+def quantized_targets(manifest: Manifest) -> dict[str, str]:
+    """The tensors of a checkpoint's targets that are quantized -> their dtypes."""
+    return {target.tensor: target.dtype for target in manifest.targets if target.dtype not in FACTORIZABLE_DTYPES}
 
-    It reads all headers of the base. So without FP8 targets the result is empty, unless ``all_of_them`` are asked for.
+
+def quantized_of(source: Source, factorized: Path, manifest: Manifest, *, all_of_them: bool) -> Mapping[str, Quantized]:
+    """Find the quantized weights of a base, as the factorized folder's ``config.json`` describes the quantization.
+
+    It reads all headers of the base. So without quantized targets the result is empty, unless ``all_of_them`` are asked for.
 
     Raises:
         FormatError: that config has been edited since, and describes another quantization than the base's own.
     """
-    if not (all_of_them or any(target.dtype == FP8 for target in manifest.targets)):
+    if not (all_of_them or quantized_targets(manifest)):
         return {}
     config, is_edited = _own_config(factorized, manifest)
     if is_edited and quantization_of(config) != quantization_of(source.config()):
@@ -143,7 +151,7 @@ def quantized_of(source: Source, factorized: Path, manifest: Manifest, *, all_of
         )
     with phase(listening(), "reading headers"):
         headers = {shard: source.header(shard) for shard in source.selection.shards}
-    return read_quantization(config, headers, source.name)
+    return read_quantization(config, headers, source.name).weights
 
 
 def _own_config(factorized: Path, manifest: Manifest) -> tuple[dict[str, Any], bool]:

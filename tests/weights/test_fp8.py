@@ -17,9 +17,9 @@ from surgery.commands.verify import verify
 from surgery.errors import FormatError, OptionError, OutputError, SourceError, WeightError
 from surgery.names import Train
 from surgery.progress import Silent
-from surgery.weights.fp8 import block_scales, dequantize, quantize
 from tests.families import FAMILIES
 from tests.models import files_of, planned, tensors_of
+from tests.quantized.fp8 import block_scales, dequantize, quantize
 from tests.releases import needs, writes_e8m0
 
 BLOCK = (16, 16)

@@ -325,8 +325,8 @@ def _report(out: Path, results: Sequence[FoldedShard], merging: Merging) -> Merg
     """The report from the results of all shards, with a note if rounding has lost much of the update."""
     writing, files = merging.options.writing, [result.file for result in results if result.file is not None]
     kept = KeptSummary.of(one for result in results for one in result.kept)
-    is_fp8 = bool(merging.checkpoint.weights.quantized) and not writing.to_dense
-    if (note := kept.note(writing.rounding, is_fp8=is_fp8)) is not None:
+    is_quantized = bool(merging.checkpoint.weights.quantized) and not writing.to_dense
+    if (note := kept.note(writing.rounding, is_quantized=is_quantized)) is not None:
         listening().note(note)
     unchanged = {file for file, header in merging.headers.items() if merging.dense.keeps(header)}
     return MergeReport(
