@@ -2,6 +2,7 @@
 
 description = "what it is for"
 families = ["llama"]                 # model_type of config.json; such models take this recipe by themselves
+refines = true                       # for these families: what no rule matches is as in a model without recipe
 split = false                        # whether fused projections are split, if --split does not say
 
 [[rules]]                            # the first one that matches a tensor's name decides
@@ -35,7 +36,7 @@ from surgery.reports import NOT_IN_JSON, Report, in_json
 
 Every = Literal["group", "column"]
 
-RECIPE_KEYS = ("description", "families", "split", "rules")
+RECIPE_KEYS = ("description", "families", "refines", "split", "rules")
 RULE_KEYS = ("match", "regex", "view", "slices", "every", "axis", "split", "rank", "energy", "max_rank", "skip")
 _MAX_BYTES = 1 << 20
 _AXES = {"rows": 0, "columns": 1}
@@ -93,6 +94,8 @@ class Recipe:
         name: of its file.
         description: what it is for.
         families: the models that take it by themselves, by ``model_type`` or class of their config.
+        refines: whether, in a model of these families, tensors that no rule matches are targets as in a model without recipe;
+            else they are passed over.
         split: whether fused projections are split, if nobody says.
         rules: the first one that matches a tensor's name decides.
     """
@@ -100,12 +103,17 @@ class Recipe:
     name: str
     description: str
     families: tuple[str, ...]
+    refines: bool
     split: bool
     rules: tuple[Rule, ...]
 
     def rule_for(self, name: str) -> Rule | None:
         """The first rule that matches a tensor's name."""
         return next((rule for rule in self.rules if rule.matches(name)), None)
+
+    def refines_for(self, config: Mapping[str, Any]) -> bool:
+        """Whether, in the model of a config, tensors that no rule matches are targets as in a model without recipe."""
+        return self.refines and family_of(config) in self.families
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +204,7 @@ def read_recipe(path: Path) -> Recipe:
         name=path.stem,
         description=_of_type(parsed.get("description", ""), str, f"{where}: description"),
         families=_strings(families, f"{where}: families"),
+        refines=_of_type(parsed.get("refines", False), bool, f"{where}: refines"),
         split=_of_type(parsed.get("split", False), bool, f"{where}: split"),
         rules=tuple(_rule(rule, f"{where}, rule {i + 1}") for i, rule in enumerate(rules)),
     )
