@@ -115,7 +115,7 @@ class Model:
     def parts(self) -> Mapping[str, str]:
         """Each tensor that belongs to the numbers of a quantized weight -> what it is, in words."""
         return {
-            part.name: f"part of {one.name}, which is {told_dtype(one.dtype)}"
+            part.name: f"scales and the like of {told_dtype(one.dtype)} weights"
             for one in self.quantized.values()
             for part in one.parts
         }
@@ -143,7 +143,8 @@ def choose(entry: TensorEntry, shard: str, options: Options, model: Model) -> li
     if (reason := _impossible(entry, model) or by_name or _unsupported(entry, model)) is not None:
         # A vector counts as wanted only by a rule of a recipe: a name, or a glob of a user, may well match norms too.
         matrix = len(entry.shape) > 1 or (rule is not None and not options.include)
-        return [Skipped(entry.stored.name, shard, reason, wanted=by_name is None and matrix)]
+        wanted = by_name is None and matrix and entry.name not in model.parts
+        return [Skipped(entry.stored.name, shard, reason, wanted=wanted)]
     kind = (rule.view if rule else None) or kind_of(entry)
     try:
         _, m, n = View(kind).shape(entry.shape)
