@@ -22,6 +22,7 @@ from surgery.planning.fused import slices_of
 from surgery.planning.recipes import Recipe, Rule
 from surgery.planning.roles import kind_of, own_slices, why_no_linear
 from surgery.planning.unloaded import why_unloaded
+from surgery.quantized.codec import PART_NAMES
 from surgery.quantized.recognize import Quantization
 from surgery.quantized.weight import Quantized
 
@@ -115,7 +116,7 @@ class Model:
     def parts(self) -> Mapping[str, str]:
         """Each tensor that belongs to the numbers of a quantized weight -> what it is, in words."""
         return {
-            part.name: f"scales and the like of {told_dtype(one.dtype)} weights"
+            part.name: f"the {PART_NAMES[part.role]} of an {told_dtype(one.dtype)} weight"
             for one in self.quantized.values()
             for part in one.parts
         }

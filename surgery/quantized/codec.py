@@ -20,6 +20,13 @@ from surgery.quantized.elements import Elements
 #: what stands for zero in each block, as a signed integer; and the group that each column belongs to.
 Role = Literal["scale", "global_scale", "zero_point", "group_index"]
 Parts = Mapping[Role, torch.Tensor]
+#: What these are called in words.
+PART_NAMES: Mapping[Role, str] = {
+    "scale": "scales",
+    "global_scale": "global scale",
+    "zero_point": "zero points",
+    "group_index": "order of the columns",
+}
 
 #: Rows whose scales are expanded to entries at a time: those of all would be as large as the weight.
 _BAND = 64
