@@ -246,10 +246,11 @@ def _unwanted(entry: TensorEntry, options: Options, model: Model, rule: Rule | N
         return unloaded
     if rule is not None:
         return rule.skip
-    reason = why_no_linear(entry, model.config)
-    if model.recipe is not None and not model.recipe.refines_for(model.config):
-        return reason or f"not in the recipe {model.recipe.name}"
-    return reason
+    if model.recipe is None:
+        return why_no_linear(entry, model.config)
+    if model.recipe.refines_for(model.config):
+        return why_no_linear(entry, model.config, convolutions=model.recipe.convolutions)
+    return why_no_linear(entry, model.config) or f"not in the recipe {model.recipe.name}"
 
 
 def matches(name: str, globs: Sequence[str]) -> bool:
