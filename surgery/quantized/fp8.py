@@ -19,7 +19,7 @@ from surgery.format.header import TensorEntry
 from surgery.names import FP8
 from surgery.quantized.codec import Codec
 from surgery.quantized.elements import E4M3
-from surgery.quantized.weight import StoredPart, Quantized, Storage
+from surgery.quantized.weight import Quantized, Storage, StoredPart
 
 _SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 #: Blocks that publishers use, for scales whose number tells no single one.

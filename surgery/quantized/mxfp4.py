@@ -13,7 +13,7 @@ from surgery.format.header import TensorEntry
 from surgery.quantized.codec import Codec
 from surgery.quantized.elements import E2M1
 from surgery.quantized.fp8 import Where
-from surgery.quantized.weight import StoredPart, Quantized
+from surgery.quantized.weight import Quantized, StoredPart
 
 MXFP4 = "MXFP4"
 _GROUP = 32

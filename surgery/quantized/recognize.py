@@ -2,71 +2,84 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from surgery.errors import FormatError, SourceError
-from surgery.format.header import Header
+from surgery.errors import FormatError
+from surgery.format.header import Header, TensorEntry
 from surgery.names import FP8
 from surgery.quantized.fp8 import Where, find_fp8, scale_names
 from surgery.quantized.mxfp4 import find_blocks, find_nibbles
-from surgery.quantized.weight import Quantized
+from surgery.quantized.unread import (
+    INTEGERS,
+    METHODS,
+    UnreadWeight,
+    called,
+    find_foreign,
+    find_left_over,
+    method_of,
+)
+from surgery.quantized.weight import Quantized, beside_weights
 
 #: Keys under which ``config.json`` describes a quantization.
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
-
-_DENSE = "factorize the publisher's unquantized model, and fold into that"
-
-#: Hints for formats that are not read, by ``quant_method``: how transformers dequantizes such a model, where it can.
-_INSTEAD = {
-    "bitsandbytes": "load it with transformers, call model.dequantize(), save_pretrained(FOLDER), factorize that",
-    "higgs": "load it with transformers, call model.dequantize(), save_pretrained(FOLDER), factorize that",
-    "compressed-tensors": "load it with CompressedTensorsConfig(dequantize=True), save_pretrained(FOLDER), factorize that",
-    "metal": "load it with MetalConfig(dequantize=True), save_pretrained(FOLDER), factorize that",
-}
-
-#: Names of tensors that only quantized checkpoints have, and the method they tell of where ``config.json`` says nothing.
-_TRACES = (
-    (re.compile(r".*\.(qweight|qzeros|g_idx)"), "gptq or awq"),
-    (re.compile(r".*\.(weight_packed|weight_global_scale|weight_shape)"), "compressed-tensors"),
-    (re.compile(r".*\.weight\.(absmax|quant_map|quant_state\..*|nested_absmax)|.*\.SCB", re.DOTALL), "bitsandbytes"),
-    (re.compile(r".*\.(W_q|codebooks|qbiases)"), "hqq, aqlm or mlx"),
-)
+#: The key under which MLX does.
+_MLX_KEY = "quantization"
+#: Files beside ``config.json`` that describe a quantization: of ModelOpt, AutoGPTQ and AutoAWQ.
+MODELOPT_FILE = "hf_quant_config.json"
+QUANTIZATION_FILES = (MODELOPT_FILE, "quantize_config.json", "quant_config.json")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Quantization:
     """What is quantized in a model.
 
     Attributes:
         weights: name of a weight that is read -> how it is stored.
-        unread: name of a tensor that holds a weight which is not read, or a part of one -> the method.
+        unread: name of a weight that is packed in a way that is not read -> what is known of it.
+        method: what people call the method that the config names; None if it names none.
+        unknown: why it is not known what the model's weights mean, as (what is not known, what was found); None if it is.
     """
 
     weights: Mapping[str, Quantized] = field(default_factory=dict)
-    unread: Mapping[str, str] = field(default_factory=dict)
+    unread: Mapping[str, UnreadWeight] = field(default_factory=dict)
+    method: str | None = None
+    unknown: tuple[str, str] | None = None
 
-    def check_read(self, model: str) -> None:
-        """Refuse a model of which some weights cannot be read.
+    @cached_property
+    def unread_tensors(self) -> Mapping[str, UnreadWeight]:
+        """Each tensor of a weight that is not read -> that weight."""
+        return {tensor: one for one in self.unread.values() for tensor in one.tensors}
 
-        Raises:
-            SourceError: names one, and what to do instead.
-        """
-        for tensor, method in self.unread.items():
-            raise unsupported(model, method, repr(tensor))
+    @property
+    def is_named_only(self) -> bool:
+        """Whether the config names a method, and no weight is quantized."""
+        return self.method is not None and not self.weights and not self.unread
 
 
 def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What ``config.json`` says of a quantization, for the whole model or its language model; None if it says nothing."""
-    parts = [config, *(config[part] for part in ("text_config", "language_config") if isinstance(config.get(part), dict))]
-    for part in parts:
-        for key in QUANTIZATION_KEYS:
-            if isinstance(part.get(key), dict) and part[key]:
-                found: Mapping[str, Any] = part[key]
-                return found
+    """What ``config.json`` says of a quantization, for the whole model or a part of it; None if it says nothing."""
+    for part in parts_of_config(dict(config)):
+        for key in (*QUANTIZATION_KEYS, _MLX_KEY):
+            found = part.get(key)
+            if isinstance(found, dict) and found and (key != _MLX_KEY or _is_of_mlx(found)):
+                return {"quant_method": "mlx", **found} if _is_of_mlx(found) else found
     return None
+
+
+def parts_of_config(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A config, and the configs inside of it: of a language model, of a vision tower ..."""
+    yield config
+    for key, value in config.items():
+        if isinstance(value, dict) and key not in QUANTIZATION_KEYS:
+            yield from parts_of_config(value)
+
+
+def _is_of_mlx(described: Mapping[str, Any]) -> bool:
+    """Whether it is in MLX's few words, which it repeats under the key of transformers."""
+    return "quant_method" not in described and {"group_size", "bits"} <= described.keys() and "desc_act" not in described
 
 
 def read_quantization(config: Mapping[str, Any], headers: Mapping[str, Header], model: str) -> Quantization:
@@ -82,26 +95,49 @@ def read_quantization(config: Mapping[str, Any], headers: Mapping[str, Header], 
     """
     where = {entry.name: (entry, shard) for shard, header in headers.items() for entry in header.tensors}
     described = quantization_of(config) or {}
-    block = _block(described, model)
+    if (method := method_of(described)) is not None and method not in METHODS:
+        return Quantization(unknown=(f"quantized with {method!r}, a method that is not known", "its config.json names it"))
+    unread = find_foreign(where, described)
+    foreign = {tensor for one in unread.values() for tensor in one.tensors}
     weights: dict[str, Quantized] = {}
+    finders = _finders(where, described, model)
     for entry, _ in where.values():
-        if entry.dtype == FP8 and len(entry.shape) >= 2:
-            # Without scales, and without a word of the config, it is a cast, which stands for no other numbers.
-            if not described and not any(name in where for name in scale_names(entry.name)):
-                continue
-            found: Quantized | None = find_fp8(entry, where, block, model)
-        else:
-            found = find_blocks(entry, where, model) or find_nibbles(entry, where)
+        if entry.name in foreign:
+            continue
+        found = next((one for find in finders if (one := find(entry)) is not None), None)
         if found is not None:
             weights[found.name] = found
-    return Quantization(weights, _unread(where, _method(described), weights))
+    read = {*foreign, *(one.numbers.name for one in weights.values()), *beside_weights(weights.values())}
+    unread |= find_left_over(where, described, read)
+    unknown = next((one for one in unread.values() if one.method == INTEGERS), None)
+    if unknown is not None:
+        entry = where[unknown.main][0]
+        found_there = f"{unknown.main!r}, {entry.dtype} {list(entry.shape)}, and no word of how it is packed"
+        return Quantization(weights, unread, called(described), ("packed in a way that is not known", found_there))
+    return Quantization(weights, unread, called(described))
 
 
-def _method(described: Mapping[str, Any]) -> str | None:
-    method = described.get("quant_method")
-    if method is None and (described.get("load_in_4bit") or described.get("load_in_8bit")):
-        return "bitsandbytes"
-    return None if method is None else str(method).lower()
+#: Finds the weight whose numbers a tensor holds; None if it holds no such numbers.
+_Finder = Callable[[TensorEntry], Quantized | None]
+
+
+def _finders(where: Where, described: Mapping[str, Any], model: str) -> tuple[_Finder, ...]:
+    """The formats that are read, in the order in which they are asked."""
+    block = _block(described, model)
+
+    def fp8(entry: TensorEntry) -> Quantized | None:
+        if entry.dtype != FP8 or len(entry.shape) < 2:
+            return None
+        # Without scales, and without a word of the config, it is a cast, which stands for no other numbers.
+        if not described and not any(name in where for name in scale_names(entry.name)):
+            return None
+        return find_fp8(entry, where, block, model)
+
+    return (
+        fp8,
+        lambda entry: find_blocks(entry, where, model),
+        lambda entry: find_nibbles(entry, where),
+    )
 
 
 def _block(described: Mapping[str, Any], model: str) -> tuple[int, int] | None:
@@ -115,23 +151,3 @@ def _block(described: Mapping[str, Any], model: str) -> tuple[int, int] | None:
             expected="two numbers such as [128, 128]",
         )
     return block[0], block[1]
-
-
-def _unread(where: Where, method: str | None, weights: Mapping[str, Quantized]) -> dict[str, str]:
-    """The tensors that only quantized models have and that belong to no weight that is read -> the method."""
-    known = {name for one in weights.values() for name in (one.numbers.name, *(part.name for part in one.parts), *one.beside)}
-    found: dict[str, str] = {}
-    for name in where:
-        if name not in known and (seems := next((told for trace, told in _TRACES if trace.fullmatch(name)), None)) is not None:
-            found[name] = method or seems
-    return found
-
-
-def unsupported(model: str, method: str, got: str) -> SourceError:
-    """The error for a model that is quantized in a way that is not read."""
-    return SourceError(
-        f"{model} is quantized with {method}, which is not supported",
-        got=got,
-        expected="bfloat16, float16, float32, FP8 with scales, or MXFP4",
-        hint=_INSTEAD.get(method, _DENSE),
-    )
