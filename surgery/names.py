@@ -88,6 +88,8 @@ DTYPE_BITS = {
 PACKED_BITS = {"MXFP4": 4, "NVFP4": 4, "INT4": 4, "INT8": 8}
 #: What safetensors calls 8-bit floats with four bits of exponent.
 FP8 = "F8_E4M3"
+#: And those with five.
+FP8_WIDE = "F8_E5M2"
 #: Bits of one number of a weight, by its dtype.
 WEIGHT_BITS = DTYPE_BITS | PACKED_BITS
 

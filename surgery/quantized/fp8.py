@@ -6,6 +6,7 @@
 | ``X.scale`` beside ``X.weight`` | DeepSeek-V4 | blocks, powers of two |
 | ``X_scale`` | compressed-tensors, AutoFP8, modelopt, fbgemm, MXFP8 | one, by channel, or blocks; MXFP8: of 1 x 32 |
 | ``X.qscale_weight`` | Mistral, in its own format | one |
+| ``X.scale_weight`` | ComfyUI, before ``X.weight_scale`` | one |
 
 The stored scale multiplies, whatever its name says. Which block it is for is told by the ratio of the shapes.
 """
@@ -73,14 +74,17 @@ def scale_names(weight: str) -> list[str]:
     names = [f"{weight}_scale_inv", f"{weight}_scale"]
     if weight.endswith(".weight"):
         layer = weight.removesuffix("weight")
-        names += [f"{layer}scale", f"{layer}qscale_weight"]
+        names += [f"{layer}scale", f"{layer}qscale_weight", f"{layer}scale_weight"]
     return names
 
 
-#: Ends of names of the scales that quantize a layer's inputs and outputs at inference. They mean nothing for its weight.
+#: Ends of names of the scales that quantize a layer's inputs and outputs at inference, and of ComfyUI's word on how a layer is
+#: quantized. They mean nothing for its weight.
 _ACTIVATIONS = (
     *(f"{of}_scale{end}" for of in ("activation", "act", "input", "output") for end in ("", "_inv", "_ub")),
     "qscale_act",
+    "scale_input",
+    "comfy_quant",
 )
 
 

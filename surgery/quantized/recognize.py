@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from surgery.errors import FormatError
 from surgery.format.header import Header, TensorEntry
 from surgery.names import FP8
+from surgery.quantized.cast import as_cast, is_fp8_matrix, scales_beside
 from surgery.quantized.fp8 import Where, find_fp8, scale_names
 from surgery.quantized.mxfp4 import find_blocks, find_nibbles
 from surgery.quantized.unread import (
@@ -107,7 +109,13 @@ def read_quantization(config: Mapping[str, Any], headers: Mapping[str, Header], 
         found = next((one for find in finders if (one := find(entry)) is not None), None)
         if found is not None:
             weights[found.name] = found
-    read = {*foreign, *(one.numbers.name for one in weights.values()), *beside_weights(weights.values())}
+    if not described:
+        unread |= _fp8_without_known_scales(where, weights, foreign, model)
+    read = {
+        *(tensor for one in unread.values() for tensor in one.tensors),
+        *(one.numbers.name for one in weights.values()),
+        *beside_weights(weights.values()),
+    }
     unread |= find_left_over(where, described, read)
     unknown = next((one for one in unread.values() if one.method == INTEGERS), None)
     if unknown is not None:
@@ -115,6 +123,32 @@ def read_quantization(config: Mapping[str, Any], headers: Mapping[str, Header], 
         found_there = f"{unknown.main!r}, {entry.dtype} {list(entry.shape)}, and no word of how it is packed"
         return Quantization(weights, unread, called(described), ("packed in a way that is not known", found_there))
     return Quantization(weights, unread, called(described))
+
+
+def _fp8_without_known_scales(
+    where: Where, weights: dict[str, Quantized], foreign: Collection[str], model: str
+) -> dict[str, UnreadWeight]:
+    """Add FP8 weights that were cast to the ``weights`` of a model whose config says nothing of a quantization.
+
+    Returns:
+        Those that have something like scales beside them, and so are no casts.
+
+    Raises:
+        FormatError: other FP8 weights have scales, so that they are missing here.
+    """
+    some_have_scales = any(one.dtype == FP8 for one in weights.values())
+    names, unread = sorted(where), {}
+    for entry, shard in where.values():
+        if not is_fp8_matrix(entry) or entry.name in weights or entry.name in foreign:
+            continue
+        if beside := scales_beside(entry.name, names):
+            method, tensors = "FP8 with scales of a kind that is not known", (entry.name, *beside)
+            unread[entry.name] = UnreadWeight(entry.name, method, entry.name, tensors, entry.shape, math.prod(entry.shape))
+        elif some_have_scales and entry.dtype == FP8:
+            find_fp8(entry, where, None, model)  # which tells what is missing
+        else:
+            weights[entry.name] = as_cast(entry, shard)
+    return unread
 
 
 #: Finds the weight whose numbers a tensor holds; None if it holds no such numbers.
@@ -128,7 +162,7 @@ def _finders(where: Where, described: Mapping[str, Any], model: str) -> tuple[_F
     def fp8(entry: TensorEntry) -> Quantized | None:
         if entry.dtype != FP8 or len(entry.shape) < 2:
             return None
-        # Without scales, and without a word of the config, it is a cast, which stands for no other numbers.
+        # Without scales, and without a word of the config, it may be a cast.
         if not described and not any(name in where for name in scale_names(entry.name)):
             return None
         return find_fp8(entry, where, block, model)
