@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import surgery
-from surgery.errors import OptionError, SourceError
+from surgery.errors import FormatError, OptionError, SourceError, WeightError
+from surgery.format.header import TensorEntry
+from surgery.quantized.cast import as_cast
 from tests.models import planned, save_llama, tensors_of
 from tests.quantized.packed import PACKINGS, Packing, Tensors, save_packed
 
@@ -331,3 +333,203 @@ def test_method_by_which_nothing_is_quantized(way: str, model: tuple[Tensors, di
     assert {target.tensor for target in plan.targets} == set(filter(_is_linear, tensors))
     (note,) = plan.notes
     assert f"config.json names {PACKINGS[way].called}, and no weight is quantized" in note
+
+
+_CASTS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+
+
+def _save_cast(folder: Path, tensors: Tensors, config: dict[str, Any], dtype: torch.dtype, **more: torch.Tensor) -> Path:
+    """A copy whose linear layers were cast to FP8; their numbers as large as those of a model are not."""
+    folder.mkdir()
+    cast = {name: (16 * tensor).to(dtype) if _is_linear(name) else tensor for name, tensor in tensors.items()}
+    save_file({**cast, **more}, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def _updates(folder: Path, scales: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What scales add to each target, in float64."""
+    factors = {name: one for file in (folder / "surgery").glob("factors-*") for name, one in load_file(file).items()}
+    found = {}
+    for key, g in scales.items():
+        U, s, V = (factors[f"{key}.{part}"].double() for part in ("U", "s", "V"))
+        found[key] = (U * (s * (g.double() - 1))) @ V.T
+    return found
+
+
+@pytest.mark.parametrize("dtype", _CASTS.values(), ids=_CASTS)
+def test_cast(dtype: torch.dtype, model: tuple[Tensors, dict[str, Any]], tmp_path: Path) -> None:
+    """FP8 without scales is what it is: kept byte for byte, and rounded to its dtype where it changes."""
+    tensors, config = model
+    folder = _save_cast(tmp_path / "m", tensors, config, dtype)
+    plan = planned(folder, rank=4)
+    assert plan.layout == "overlay"
+    assert any("FP8 without scales, taken for the numbers that they are: 14 weights" in note for note in plan.notes)
+    silent = surgery.Silent()
+    manifest = surgery.factorize(folder, tmp_path / "f", rank=4, progress=silent).manifest
+    surgery.verify(tmp_path / "f", base=folder, progress=silent)
+    ones = {one.key: torch.ones(one.scales_shape) for one in manifest.targets}
+    surgery.fold(tmp_path / "f", ones, tmp_path / "same", base=folder, progress=silent)
+    assert (tmp_path / "same/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    scales, before = _random(manifest), tensors_of(folder)
+    updates = _updates(tmp_path / "f", scales)
+    surgery.fold(tmp_path / "f", scales, tmp_path / "changed", base=folder, rounding="nearest", progress=silent)
+    after = tensors_of(tmp_path / "changed")
+    assert updates.keys() == set(filter(_is_linear, tensors))
+    for name, update in updates.items():
+        expected = (before[name].double() + update).float().to(dtype)
+        assert torch.equal(after[name].float(), expected.float()), name
+    surgery.fold(tmp_path / "f", ones, tmp_path / "dense", base=folder, dequantize=True, progress=silent)
+    dense = tensors_of(tmp_path / "dense")
+    assert all(dense[name].dtype == torch.bfloat16 for name in updates)
+    assert all(torch.equal(dense[name].float(), before[name].float()) for name in updates)
+
+
+@pytest.mark.parametrize("dtype", _CASTS.values(), ids=_CASTS)
+def test_cast_whose_update_is_too_large(dtype: torch.dtype, model: tuple[Tensors, dict[str, Any]], tmp_path: Path) -> None:
+    tensors, config = model
+    folder = _save_cast(tmp_path / "m", tensors, config, dtype)
+    adapter = _save_lora(tmp_path / "lora", {_Q: (64, 64)})
+    pairs = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: 300 * one for name, one in pairs.items()}, adapter / "adapter_model.safetensors")
+    with pytest.raises(WeightError, match=f"{_Q}.*too large for FP8 without scales"):
+        surgery.merge(folder, adapter, tmp_path / "merged", progress=surgery.Silent())
+    surgery.merge(folder, adapter, tmp_path / "dense", dequantize=True, progress=surgery.Silent())
+
+
+@pytest.mark.parametrize("dtype", _CASTS.values(), ids=_CASTS)
+def test_every_number_of_a_cast(dtype: torch.dtype) -> None:
+    """All codes, the numbers between two of them, and those beyond the largest, as torch rounds."""
+    codes = torch.arange(256, dtype=torch.uint8).view(dtype).float()
+    codes = codes[codes.isfinite()].sort().values
+    codec = as_cast(TensorEntry("x.weight", "F8_E4M3" if dtype == torch.float8_e4m3fn else "F8_E5M2", (1, 1), 0, 1), "a").codec
+    between = torch.cat([codes, *((codes[:-1] * (8 - i) + codes[1:] * i) / 8 for i in range(1, 8))])[None]
+    expected = between.to(dtype)
+    assert torch.equal(codec.quantize(between, {}).view(torch.uint8), expected.view(torch.uint8))
+    assert torch.equal(codec.grid({}, (1, len(between[0]))).nearest(between.clone(), slice(0, 1)), expected.float())
+    assert torch.equal(codec.dequantize(expected, {}, tuple(between.shape)), expected.float())
+
+
+def test_fp8_with_scales_of_another_kind(model: tuple[Tensors, dict[str, Any]], tmp_path: Path) -> None:
+    """It is no cast: its scales may mean anything."""
+    tensors, config = model
+    scales = {f"{name.removesuffix('weight')}w_scales": torch.ones(3) for name in tensors if _is_mlp(name)}
+    folder = _save_cast(tmp_path / "m", tensors, config, torch.float8_e4m3fn, **scales)
+    plan = planned(folder, rank=2)
+    assert {target.tensor for target in plan.targets} == {name for name in tensors if ".self_attn." in name}
+    reasons = {item.reason for item in plan.skipped if item.tensor.endswith("up_proj.weight")}
+    assert reasons == {"FP8 with scales of a kind that is not known, copied as it is"}
+    everywhere = {f"{name.removesuffix('weight')}w_scales": torch.ones(3) for name in tensors if _is_linear(name)}
+    folder = _save_cast(tmp_path / "all", tensors, config, torch.float8_e4m3fn, **everywhere)
+    with pytest.raises(SourceError, match="FP8 with scales of a kind that is not known"):
+        surgery.plan(folder)
+
+
+def test_fp8_of_which_some_scales_are_missing(model: tuple[Tensors, dict[str, Any]], tmp_path: Path) -> None:
+    """A cast has none at all."""
+    tensors, config = model
+    scales = {f"{name}_scale_inv": torch.ones(()) for name in tensors if _is_linear(name) and name != f"{_Q}.weight"}
+    folder = _save_cast(tmp_path / "m", tensors, config, torch.float8_e4m3fn, **scales)
+    with pytest.raises(FormatError, match=f"{_Q}.weight.*its scales are missing"):
+        surgery.plan(folder)
+
+
+def test_scaled_as_comfyui_does(model: tuple[Tensors, dict[str, Any]], tmp_path: Path) -> None:
+    """``scale_weight`` multiplies, as in ComfyUI's layers."""
+    tensors, config = model
+    scales = {f"{name.removesuffix('weight')}scale_weight": torch.tensor(0.03) for name in tensors if _is_linear(name)}
+    marker = {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn)}
+    folder = _save_cast(tmp_path / "m", tensors, config, torch.float8_e4m3fn, **scales, **marker)
+    silent = surgery.Silent()
+    surgery.factorize(folder, tmp_path / "f", rank=2, progress=silent)
+    scales_file = tmp_path / "f/surgery/scales.safetensors"
+    surgery.fold(tmp_path / "f", scales_file, tmp_path / "dense", base=folder, dequantize=True, progress=silent)
+    before, dense = tensors_of(folder), tensors_of(tmp_path / "dense")
+    for name in filter(_is_linear, tensors):
+        assert torch.equal(dense[name], (before[name].float() * torch.tensor(0.03)).bfloat16())
+
+
+def test_dequantizing_what_is_not_read(model: tuple[Tensors, dict[str, Any]], tmp_path: Path) -> None:
+    """Refused before any work, also where other weights could be dequantized."""
+    tensors, config = model
+    packed = save_packed(tmp_path / "packed", tensors, config, PACKINGS["gptq"], _is_mlp, card="base_model: some-lab/Model-7B")
+    written = tensors_of(packed)
+    cast = {name: tensor.to(torch.float8_e4m3fn) if ".self_attn." in name else tensor for name, tensor in written.items()}
+    save_file(cast, packed / "model.safetensors", metadata={"format": "pt"})
+    (packed / "config.json").write_text(json.dumps(config))
+    silent = surgery.Silent()
+    adapter = _save_lora(tmp_path / "lora", {_Q: (64, 64)})
+    with pytest.raises(SourceError, match="cannot be dequantized: it holds weights in GPTQ") as caught:
+        surgery.merge(packed, adapter, tmp_path / "merged", dequantize=True, progress=silent)
+    assert "some-lab/Model-7B" in str(caught.value.hint)
+    surgery.factorize(packed, tmp_path / "f", rank=2, progress=silent)
+    scales = tmp_path / "f/surgery/scales.safetensors"
+    with pytest.raises(SourceError, match="cannot be dequantized: it holds weights in GPTQ"):
+        surgery.fold(tmp_path / "f", scales, tmp_path / "folded", base=packed, dequantize=True, progress=silent)
+    assert not any((tmp_path / name).exists() for name in ("merged", "folded"))
+
+
+_MODELOPT = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": None}}
+
+
+@pytest.mark.parametrize("verb", ["fold", "merge"])
+def test_dequantized_no_file_tells_of_a_quantization(verb: str, model: tuple[Tensors, dict[str, Any]], tmp_path: Path) -> None:
+    """ModelOpt's file is read where the config is silent, and is not left beside weights of 16 bits."""
+    tensors, config = model
+    scales = {f"{name}_scale": torch.tensor(0.05) for name in tensors if _is_linear(name)}
+    folder = _save_cast(tmp_path / "m", tensors, config, torch.float8_e4m3fn, **scales)
+    (folder / "hf_quant_config.json").write_text(json.dumps(_MODELOPT))
+    (folder / "config.json").write_text(json.dumps({**config, "text_config": {"quantization_config": {"quant_method": "fp8"}}}))
+    silent = surgery.Silent()
+    if verb == "fold":
+        surgery.factorize(folder, tmp_path / "f", rank=2, progress=silent)
+        ones = tmp_path / "f/surgery/scales.safetensors"
+        for name, dense in (("same", False), ("dense", True)):
+            surgery.fold(tmp_path / "f", ones, tmp_path / name, base=folder, dequantize=dense, progress=silent)
+    else:
+        adapter = _save_lora(tmp_path / "lora", {_Q: (64, 64)})
+        for name, dense in (("same", False), ("dense", True)):
+            surgery.merge(folder, adapter, tmp_path / name, dequantize=dense, progress=silent)
+    assert (tmp_path / "same/hf_quant_config.json").is_file()
+    assert not (tmp_path / "dense/hf_quant_config.json").exists()
+    assert "quantization" not in (tmp_path / "dense/config.json").read_text()
+    assert {tensor.dtype for tensor in tensors_of(tmp_path / "dense").values()} == {torch.bfloat16}
+
+
+def test_modelopt_without_a_word_in_the_config(model: tuple[Tensors, dict[str, Any]], tmp_path: Path) -> None:
+    """Its file tells that FP8 without scales is no cast."""
+    tensors, config = model
+    folder = _save_cast(tmp_path / "m", tensors, config, torch.float8_e4m3fn)
+    (folder / "hf_quant_config.json").write_text(json.dumps(_MODELOPT))
+    with pytest.raises(FormatError, match="its scales are missing"):
+        surgery.plan(folder)
+    # Of keys and values alone it says nothing of weights.
+    only_cache = {**_MODELOPT, "quantization": {"quant_algo": None, "kv_cache_quant_algo": "FP8"}}
+    (folder / "hf_quant_config.json").write_text(json.dumps(only_cache))
+    assert planned(folder, rank=2).targets
+
+
+def test_residual_layout_beside_weights_that_have_none(model: tuple[Tensors, dict[str, Any]], tmp_path: Path) -> None:
+    """FP8 in the MLP, as MXFP4 in gpt-oss: asked for, the rest has a residual. An adapter may change what is passed over."""
+    tensors, config = model
+    cast = {name: (16 * tensor).to(torch.float8_e4m3fn) if _is_mlp(name) else tensor for name, tensor in tensors.items()}
+    folder = _save_cast(tmp_path / "m", tensors, config, torch.float8_e4m3fn)
+    save_file(cast, folder / "model.safetensors", metadata={"format": "pt"})
+    silent = surgery.Silent()
+    assert planned(folder, rank=2).layout == "overlay"
+    assert planned(folder, rank=2, include=["*self_attn*"]).layout == "residual"
+    plan = planned(folder, rank=2, layout="residual")
+    sizes = {name: tensor.numel() for name, tensor in tensors.items() if _is_linear(name)}
+    there = sum(size for name, size in sizes.items() if not _is_mlp(name))
+    assert plan.reached == pytest.approx(there / sum(sizes.values()), rel=1e-12)
+    manifest = surgery.factorize(folder, tmp_path / "f", rank=2, layout="residual", progress=silent).manifest
+    ones = {one.key: torch.ones(one.scales_shape) for one in manifest.targets}
+    surgery.fold(tmp_path / "f", ones, tmp_path / "same", progress=silent)
+    assert _bytes(tmp_path / "same") == _bytes(folder)
+    adapter = _save_lora(tmp_path / "lora", {_Q: (64, 64), _UP: (96, 64)})
+    surgery.fold(tmp_path / "f", ones, tmp_path / "folded", lora=adapter, rounding="nearest", progress=silent)
+    surgery.merge(folder, adapter, tmp_path / "merged", rounding="nearest", progress=silent)
+    assert _bytes(tmp_path / "folded") == _bytes(tmp_path / "merged")
+    surgery.fold(tmp_path / "f", ones, tmp_path / "dense", dequantize=True, progress=silent)
+    dense = tensors_of(tmp_path / "dense")
+    assert all(torch.equal(dense[name].float(), one.float()) for name, one in cast.items())
