@@ -14,7 +14,7 @@ import torch
 from surgery.engine.walk import TargetPiece
 from surgery.errors import FormatError, SourceError, WeightError
 from surgery.format.header import TensorEntry
-from surgery.format.safetensors import TORCH_DTYPES, same_bytes
+from surgery.format.safetensors import TORCH_DTYPES, same_bytes, spacing_of
 from surgery.lossless.rounding import all_finite
 from surgery.quantized.recognize import Quantization
 from surgery.quantized.weight import Quantized
@@ -120,7 +120,7 @@ class TunedModel:
     def dtype(self, name: str) -> str:
         """The dtype that a tensor is stored in, as safetensors names it; the least precise one if it consists of several."""
         dtypes = {self.found.places[stored][1].dtype for stored in self.found.stored_of(name)}
-        return max(sorted(dtypes), key=lambda dtype: torch.finfo(TORCH_DTYPES[dtype]).eps)
+        return max(sorted(dtypes), key=spacing_of)
 
     def dtype_of_numbers(self, name: str) -> torch.dtype:
         """The dtype in which ``weight`` gives a tensor."""
