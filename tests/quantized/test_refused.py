@@ -134,7 +134,9 @@ def test_an_update_too_large_for_the_scales(name: str, tmp_path: Path) -> None:
     """E4M3 ends at 448, float16 at 65504."""
     layout = LAYOUTS[name]()
     largest = torch.finfo(layout.tensors[f"{_W}_scale"].dtype).max
-    layout.tensors[f"{_W}_scale"] = torch.full(layout.tensors[f"{_W}_scale"].shape, largest).to(layout.tensors[f"{_W}_scale"].dtype)
+    layout.tensors[f"{_W}_scale"] = torch.full(layout.tensors[f"{_W}_scale"].shape, largest).to(
+        layout.tensors[f"{_W}_scale"].dtype
+    )
     base = save(layout, tmp_path / "base")
     manifest = surgery.factorize(base, tmp_path / "f", rank=4, include=[_W]).manifest
     scales = {_W: torch.full(manifest.targets[0].scales_shape, 30.0)}
