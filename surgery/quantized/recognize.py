@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from surgery.errors import FormatError, SourceError
+from surgery.errors import SourceError
 from surgery.format.header import Header
-from surgery.names import FP8
-from surgery.quantized.fp8 import Where, find_fp8, scale_names
-from surgery.quantized.mxfp4 import find_blocks, find_nibbles
+from surgery.quantized.formats import find_quantized
+from surgery.quantized.schemes import Where, read_told
 from surgery.quantized.weight import Quantized
 
 #: Keys under which ``config.json`` describes a quantization.
@@ -82,39 +81,16 @@ def read_quantization(config: Mapping[str, Any], headers: Mapping[str, Header], 
     """
     where = {entry.name: (entry, shard) for shard, header in headers.items() for entry in header.tensors}
     described = quantization_of(config) or {}
-    block = _block(described, model)
+    told = read_told(described, model)
     weights: dict[str, Quantized] = {}
     for entry, _ in where.values():
-        if entry.dtype == FP8 and len(entry.shape) >= 2:
-            # Without scales, and without a word of the config, it is a cast, which stands for no other numbers.
-            if not described and not any(name in where for name in scale_names(entry.name)):
-                continue
-            found: Quantized | None = find_fp8(entry, where, block, model)
-        else:
-            found = find_blocks(entry, where, model) or find_nibbles(entry, where)
-        if found is not None:
+        if (found := find_quantized(entry, where, told)) is not None:
             weights[found.name] = found
-    return Quantization(weights, _unread(where, _method(described), weights))
+    return Quantization(weights, _unread(where, told.method or _bitsandbytes(described), weights))
 
 
-def _method(described: Mapping[str, Any]) -> str | None:
-    method = described.get("quant_method")
-    if method is None and (described.get("load_in_4bit") or described.get("load_in_8bit")):
-        return "bitsandbytes"
-    return None if method is None else str(method).lower()
-
-
-def _block(described: Mapping[str, Any], model: str) -> tuple[int, int] | None:
-    block = described.get("weight_block_size")
-    if block is None:
-        return None
-    if not (isinstance(block, list) and len(block) == 2 and all(isinstance(size, int) and size > 0 for size in block)):
-        raise FormatError(
-            f"{model}/config.json: weight_block_size makes no sense",
-            got=repr(block)[:80],
-            expected="two numbers such as [128, 128]",
-        )
-    return block[0], block[1]
+def _bitsandbytes(described: Mapping[str, Any]) -> str | None:
+    return "bitsandbytes" if described.get("load_in_4bit") or described.get("load_in_8bit") else None
 
 
 def _unread(where: Where, method: str | None, weights: Mapping[str, Quantized]) -> dict[str, str]:

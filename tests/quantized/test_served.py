@@ -31,7 +31,7 @@ LOADED = [name for name in LAYOUTS if name not in ("nvfp4_llama_modelopt", "nvfp
 COARSE = {"deepseek_v3": 0.04}
 
 
-@dataclass(frozen=True)
+@dataclass
 class Made:
     """A quantized model, factorized, and scales for it."""
 
@@ -60,6 +60,13 @@ class Made:
         generator = torch.Generator().manual_seed(3)
         targets = surgery.Manifest.read(self.factorized).targets
         return {target.key: 1 + 0.3 * torch.randn(target.scales_shape, generator=generator) for target in targets}
+
+    @cached_property
+    def saved(self) -> Path:
+        """The file that holds them."""
+        path = self.folder / "scales.safetensors"
+        surgery.write_scales(path, self.scales, surgery.inspect(self.factorized).fingerprint)
+        return path
 
     @cached_property
     def updates(self) -> dict[str, torch.Tensor]:
@@ -174,7 +181,7 @@ def test_scales_on_the_model_as_it_is_loaded(made: Made, tmp_path: Path) -> None
     scales = surgery.attach(model, made.factorized)
     assert set(scales.values()) == set(made.scales)
     assert torch.equal(logits(model), before)
-    scales.load(made.scales)
+    scales.load(made.saved)
     expected = logits(exact(made, made.wanted, tmp_path / "wanted"))
     assert off(logits(model), expected) < tolerance
     assert off(before, expected) > 0.05
