@@ -17,11 +17,11 @@ from surgery.engine.walk import Piece, ShardWalk, TargetPiece
 from surgery.errors import FormatError, WeightError
 from surgery.files.access import read_errors
 from surgery.files.file_records import file_sha256
-from surgery.format.safetensors import TORCH_DTYPES
 from surgery.format.tensor_view import by_tensor
 from surgery.planning.plan import Plan
 from surgery.planning.targets import Target
 from surgery.progress import listening
+from surgery.quantized.weight import spacing_of
 from surgery.report.schema import check_target
 from surgery.reports import rounded_to
 from surgery.run.resume import Recorded
@@ -263,7 +263,7 @@ class SpectraJobs:
         weight = self._weights.exact_piece(piece)
         changed = None if self._tuned is None else self._tuned.weight(piece)
         stored = [targets[0].dtype] if self._tuned is None else [targets[0].dtype, self._tuned.dtype(piece.entry.name)]
-        spacings = tuple(torch.finfo(TORCH_DTYPES[dtype]).eps for dtype in stored)
+        spacings = tuple(map(spacing_of, stored))
         described = []
         for target in targets:
             old = target.view.matrices(weight)

@@ -16,7 +16,7 @@ from surgery.errors import FormatError, SourceError, WeightError
 from surgery.format.header import TensorEntry
 from surgery.format.safetensors import TORCH_DTYPES, same_bytes
 from surgery.lossless.rounding import all_finite
-from surgery.quantized.weight import Quantized
+from surgery.quantized.weight import Quantized, spacing_of
 from surgery.source.protocol import WeightFiles
 from surgery.tuned.conversion import Part
 from surgery.weights.model import ModelWeights
@@ -117,9 +117,9 @@ class TunedModel:
         return sorted({self.found.places[one][0] for one in stored}.union(*(one.shards for one in quantized.values())))
 
     def dtype(self, name: str) -> str:
-        """The dtype that a tensor is stored in, as safetensors names it; the least precise one if it consists of several."""
+        """The dtype that a tensor is stored in; the least precise one if it consists of several."""
         dtypes = {self.found.places[stored][1].dtype for stored in self.found.stored_of(name)}
-        return max(sorted(dtypes), key=lambda dtype: torch.finfo(TORCH_DTYPES[dtype]).eps)
+        return max(sorted(dtypes), key=spacing_of)
 
     def dtype_of_numbers(self, name: str) -> torch.dtype:
         """The dtype in which ``weight`` gives a tensor."""
