@@ -13,6 +13,8 @@ The stored scale multiplies, whatever its name says. Which block it is for is to
 
 from __future__ import annotations
 
+import re
+
 from surgery.errors import FormatError
 from surgery.format.header import TensorEntry
 from surgery.names import FP8
@@ -26,6 +28,8 @@ _SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 _USUAL = (128, 64, 32, 16)
 #: The groups along the inputs of OCP Microscaling (MX) formats, whatever a config says of other weights.
 _MX = 1, 32
+#: Scales are FP8 themselves in NVFP4.
+_IS_SCALE = re.compile(r"(^|[._])scales?(_inv|_2)?$")
 
 
 def find_fp8(entry: TensorEntry, where: Where, told: Told) -> Quantized | None:
@@ -34,7 +38,7 @@ def find_fp8(entry: TensorEntry, where: Where, told: Told) -> Quantized | None:
     Raises:
         FormatError: its scales are missing, or do not fit it.
     """
-    if entry.dtype != FP8 or len(entry.shape) < 2:
+    if entry.dtype != FP8 or len(entry.shape) < 2 or _IS_SCALE.search(entry.name):
         return None
     there = [name for name in scale_names(entry.name) if name in where]
     if not there:
@@ -121,6 +125,8 @@ def _block(entry: TensorEntry, scale: TensorEntry, told: Told) -> tuple[tuple[in
         return whole, True
     if shape == (m,) and not stack:  # by channel, without a second dimension
         return (1, whole[1]), False
+    if told.method == "fbgemm_fp8" and stack and shape == (*stack, n, 1):  # transformers has scales of columns so
+        return (whole[0], 1), True
     if len(shape) != len(entry.shape) or list(shape[:-2]) != stack:
         return None
     counts = shape[-2], shape[-1]
@@ -148,8 +154,8 @@ def _told_blocks(entry: TensorEntry, scale: TensorEntry, told: Told) -> list[tup
 
 def _blocks_of(m: int, n: int, rows: int, columns: int) -> list[tuple[int, int]]:
     """The blocks that publishers use, or whose sides divide a matrix: squares, and groups along the inputs."""
-    sides = {*_USUAL, *(length // count for length, count in ((m, rows), (n, columns)) if count and length % count == 0)} - {0}
-    return [(side, side) for side in sides] if rows != m else [(1, side) for side in sides]
+    exact = {length // count for length, count in ((m, rows), (n, columns)) if count > 1 and length % count == 0} - {0}
+    return [(side, side) for side in {*_USUAL, *exact}] if rows != m else [(1, side) for side in {*_USUAL, *exact}]
 
 
 def _said(entry: TensorEntry, told: Told) -> str:

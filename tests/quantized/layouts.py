@@ -1,385 +1,372 @@
-"""Tiny quantized models as they lie on the hub: the names, dtypes and configs of published ones, and what their numbers are.
+"""Quantized weights as publishers store them: random codes and scales, and what they stand for in float64, entry by entry.
 
-``dequantized`` reads such a checkpoint in float64 by the definition of each format. It shares nothing with the package.
+Nothing here is surgery's: codes are packed and unpacked by numpy, from the descriptions of the formats.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-import transformers
-from safetensors.torch import load_file, save_file
 
-from tests.models import realistic, tensors_of
-
-_E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
-#: DeepSeek's blocks are of 128 x 128; so small that a tiny model has several.
-BLOCK = 16
-
-Tensors = dict[str, torch.Tensor]
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
 
-@dataclass(frozen=True)
+def _e4m3() -> np.ndarray:
+    """OCP 8-bit floats: a sign, four bits of exponent, three of mantissa; no infinities."""
+    codes = np.arange(256)
+    exponent, mantissa = (codes >> 3) & 15, codes & 7
+    size = np.where(exponent == 0, mantissa * 2.0**-9, (8 + mantissa) * 2.0 ** (exponent - 10.0))
+    size = np.where(codes & 127 == 127, np.nan, size)
+    return np.where(codes & 128, -size, size)
+
+
+E4M3 = _e4m3()
+
+
+class Read(NamedTuple):
+    """What is stored, for each entry of a weight: its number, what is taken from that, and what it is multiplied by."""
+
+    codes: np.ndarray
+    zeros: np.ndarray | float
+    scales: np.ndarray
+
+    @property
+    def weight(self) -> np.ndarray:
+        return (self.codes - self.zeros) * self.scales
+
+
+@dataclass
 class Layout:
-    """A kind of published checkpoint.
+    """One quantized weight in a file.
 
     Attributes:
-        model: a tiny dense one.
-        pack: the tensors that stand for a weight, by its name and numbers.
-        packed: what is quantized, an expression for whole names of weights.
-        described: ``quantization_config`` of its config.
-        others: other tensors that it has, made of its own.
-        renamed: names in the file, for those of transformers.
-        beside: other files: name -> what is in them, as JSON.
-        config: what else its config says.
+        name: of the weight, as surgery names it.
+        dtype: as surgery calls it.
+        tensors: what the file has of it.
+        codes: the number of each entry, as it was stored.
+        read: decodes tensors, in float64.
+        every: all numbers that an entry may have.
+        quantization: what the config says.
+        beside: what the file has that tells nothing of the weight.
     """
 
-    model: Callable[[], Any]
-    pack: Callable[[str, torch.Tensor], Tensors]
-    packed: str
-    described: Mapping[str, Any]
-    others: Callable[[Tensors], Tensors] = lambda _: {}
-    renamed: Callable[[str], str] = str
-    beside: Mapping[str, Any] | None = None
-    config: Mapping[str, Any] | None = None
-
-    def save(self, folder: Path, *, shards: int = 1) -> Path:
-        """Write it, the tensors of a weight spread over weight files if there are several."""
-        torch.manual_seed(0)
-        model = self.model()
-        with torch.no_grad():
-            for seed, (name, one) in enumerate(model.named_parameters()):
-                if one.ndim == 2 and "embed" not in name:
-                    one.copy_(realistic(*one.shape, seed=seed))
-                elif one.ndim == 3:
-                    one.copy_(torch.stack([realistic(*one.shape[1:], seed=100 * seed + i) for i in range(len(one))]))
-        model.to(torch.bfloat16).save_pretrained(folder)
-        dense = {self.renamed(name): one for name, one in load_file(folder / "model.safetensors").items()}
-        dense |= self.others(dense)
-        tensors: Tensors = {}
-        for name, one in dense.items():
-            tensors |= self.pack(name, one.float()) if re.fullmatch(self.packed, name) else {name: one}
-        config = json.loads((folder / "config.json").read_text()) | (self.config or {})
-        config["quantization_config"] = dict(self.described)
-        (folder / "config.json").write_text(json.dumps(config, indent=2))
-        for name, content in (self.beside or {}).items():
-            (folder / name).write_text(json.dumps(content, indent=2))
-        write(folder, tensors, shards)
-        return folder
+    name: str
+    dtype: str
+    tensors: dict[str, torch.Tensor]
+    codes: np.ndarray
+    read: Callable[[Mapping[str, torch.Tensor]], Read]
+    every: np.ndarray
+    quantization: dict[str, Any]
+    beside: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def write(folder: Path, tensors: Tensors, shards: int = 1) -> None:
-    """The weight files of a model, and their index if there are several."""
-    (folder / "model.safetensors").unlink(missing_ok=True)
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    if shards == 1:
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        return
-    where = {}
-    for i in range(shards):
-        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
-        some = dict(list(tensors.items())[i::shards])
-        save_file(some, folder / file, metadata={"format": "pt"})
-        where |= dict.fromkeys(some, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+def spread(scales: np.ndarray, block: tuple[int, int], shape: tuple[int, ...]) -> np.ndarray:
+    """The scale of each entry."""
+    m, n = shape[-2:]
+    i, j = np.arange(m) // block[0], np.arange(n) // block[1]
+    return np.broadcast_to(scales, (*scales.shape[:-2], *scales.shape[-2:]))[..., i[:, None], j[None, :]]
 
 
-def save_dense(folder: Path, model: Path, tensors: Mapping[str, torch.Tensor]) -> Path:
-    """What a quantized model stands for, as an unquantized one."""
-    folder.mkdir()
-    config = json.loads((model / "config.json").read_text())
-    for part in (config, config.get("text_config", {})):
-        part.pop("quantization_config", None)
-    (folder / "config.json").write_text(json.dumps(config))
-    write(folder, dict(tensors))
-    return folder
+def _random(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
 
 
-# What the tensors of a checkpoint stand for.
+def _codes(shape: tuple[int, ...], scale: float, low: float, high: float) -> np.ndarray:
+    return np.clip(_random(1).normal(0, scale, shape), low, high)
 
 
-def dequantized(folder: Path, block: int = BLOCK) -> Tensors:
-    """Name of each weight, as an unquantized model has it -> its numbers, float64."""
-    tensors = tensors_of(folder)
-    found: Tensors = {}
-    for name, one in tensors.items():
-        stem = name.removesuffix(".weight")
-        if name.endswith("_blocks"):
-            scale = 2.0 ** (tensors[name.removesuffix("blocks") + "scales"].double() - 127)
-            values = _nibbles(one) * scale.unsqueeze(-1)
-            found[name.removesuffix("_blocks")] = values.flatten(-2).mT
-        elif name.endswith("_packed"):
-            found[name.removesuffix("_packed")] = _of_compressed_tensors(name.removesuffix("_packed"), tensors)
-        elif name.endswith(".weight") and one.dtype == torch.uint8:  # modelopt
-            scale = tensors[f"{name}_scale"].double() * tensors[f"{name}_scale_2"].double()
-            found[name] = _grouped(_nibbles(one), scale)
-        elif one.dtype == torch.int8:
-            found[name] = _grouped(_nibbles(one.view(torch.uint8)), tensors[f"{stem}.scale"].double())
-        elif one.dtype == torch.float8_e4m3fn and one.ndim == 2 and not name.endswith("_scale"):
-            scale = tensors.get(f"{name}_scale_inv", tensors.get(f"{stem}.scale"))
-            assert scale is not None
-            rows, columns = one.shape
-            spread = scale.double().repeat_interleave(block, 0)[:rows].repeat_interleave(block, 1)[:, :columns]
-            found[name] = one.double() * spread
-        elif one.is_floating_point() and not re.search(r"_scales?(_inv|_2)?$|\.scale$", name):
-            found[name] = one.double()
+def _nearest(x: np.ndarray, every: np.ndarray) -> np.ndarray:
+    """The index of the nearest of some numbers."""
+    order = np.argsort(np.where(np.isnan(every), np.inf, every), kind="stable")
+    known = every[order][: int((~np.isnan(every)).sum())]
+    middle = (known[1:] + known[:-1]) / 2
+    return order[np.searchsorted(middle, x)]
+
+
+def _scales_of(shape: tuple[int, ...], dtype: torch.dtype, size: float) -> torch.Tensor:
+    """Positive scales about ``size``, as they are stored; one of them 0 if the dtype can hold that and there are several."""
+    exponents = _random(2).uniform(-1, 1, shape)
+    scales = torch.from_numpy(np.asarray(size * 2.0**exponents)).float()
+    if dtype in (torch.uint8, torch.float8_e8m0fnu):
+        bits = (scales.log2().round() + 127).to(torch.uint8)
+        return bits if dtype == torch.uint8 else bits.view(torch.float8_e8m0fnu)
+    scales = scales.to(dtype).float()
+    if scales.numel() > 8:
+        scales.view(-1)[3] = 0
+    return scales.to(dtype)
+
+
+def _value(scales: torch.Tensor) -> np.ndarray:
+    if scales.dtype == torch.uint8:
+        return 2.0 ** (scales.numpy().astype(np.float64) - 127)
+    if scales.dtype == torch.float8_e8m0fnu:
+        return 2.0 ** (scales.view(torch.uint8).numpy().astype(np.float64) - 127)
+    return np.asarray(scales.double().numpy())
+
+
+def _count(length: int, side: int) -> int:
+    return -(-length // side)
+
+
+def fp8(
+    quantization: Mapping[str, Any],
+    names: str,
+    shape: tuple[int, ...] = (40, 96),
+    block: tuple[int, int] | None = None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    stored: tuple[int, ...] | None = None,
+    name: str = "model.layers.0.self_attn.q_proj.weight",
+    beside: tuple[str, ...] = (),
+) -> Layout:
+    """FP8 with the scales under ``names``, in which X is the weight and L its layer."""
+    *stack, m, n = shape
+    rows, columns = block or (m, n)
+    grid = (*stack, _count(m, rows), _count(n, columns))
+    scales = _scales_of(grid, dtype, 1e-3)
+    bytes_ = _nearest(_codes(shape, 60, -448, 448), E4M3).astype(np.uint8)
+    bytes_.flat[:2] = 0, 128  # 0 and -0
+    layer = name.removesuffix("weight")
+    where = names.replace("X", name).replace("L.", layer)
+    tensors = {
+        name: torch.from_numpy(bytes_).view(torch.float8_e4m3fn),
+        where: scales.reshape(grid if stored is None else stored),
+    }
+    extra = {f"{layer}{end}" if name.endswith("weight") else f"{name}_{end}": torch.tensor(0.25) for end in beside}
+    every = E4M3[~np.isnan(E4M3)]
+
+    def read(tensors: Mapping[str, torch.Tensor]) -> Read:
+        found = _value(tensors[where].reshape(grid))
+        return Read(E4M3[tensors[name].view(torch.uint8).numpy()], 0.0, spread(found, (rows, columns), shape))
+
+    return Layout(name, "F8_E4M3", tensors, E4M3[bytes_], read, every, dict(quantization), extra)
+
+
+def _scheme(format_: str, **weights: Any) -> dict[str, Any]:
+    settings = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": None, **weights}
+    groups = {"group_0": {"targets": ["Linear"], "weights": settings, "input_activations": None, "format": format_}}
+    return {"quant_method": "compressed-tensors", "format": format_, "config_groups": groups, "ignore": ["lm_head"]}
+
+
+_LAYER = "model.layers.0.self_attn.q_proj."
+
+
+def _packed32(codes: np.ndarray, bits: int) -> torch.Tensor:
+    """Signed integers along the last dimension, in int32, from the lowest bits on, with an offset."""
+    per = 32 // bits
+    unsigned = (codes + 2 ** (bits - 1)).astype(np.uint64)
+    unsigned = np.pad(unsigned, [(0, 0)] * (codes.ndim - 1) + [(0, -codes.shape[-1] % per)])
+    words = (unsigned.reshape(*codes.shape[:-1], -1, per) << (np.arange(per, dtype=np.uint64) * np.uint64(bits))).sum(-1)
+    return torch.from_numpy(words.astype(np.uint32).view(np.int32))
+
+
+def integers(
+    bits: int,
+    shape: tuple[int, ...] = (40, 256),
+    group: int | None = 32,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    packed: bool = True,
+    zeros: bool = False,
+    order: bool = False,
+    strategy: str = "group",
+) -> Layout:
+    *stack, m, n = shape
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    codes = np.round(_codes(shape, high / 2.5, low, high)).astype(np.int64)
+    codes.flat[:2] = low, high
+    block = (m, n) if strategy == "tensor" else (1, group or n)
+    grid = (*stack, _count(m, block[0]), _count(n, block[1]))
+    scales = _scales_of(grid, dtype, 0.03 / high)
+    column = np.arange(n) // block[1]
+    if order:
+        column = _random(3).permutation(column)
+    kind = "pack-quantized" if packed else "int-quantized"
+    told = _scheme(kind, num_bits=bits, symmetric=not zeros, strategy=strategy, group_size=group)
+    tensors = {f"{_LAYER}weight_scale": scales.reshape(1) if strategy == "tensor" else scales}
+    if packed:
+        tensors[f"{_LAYER}weight_packed"] = _packed32(codes, bits)
+        tensors[f"{_LAYER}weight_shape"] = torch.tensor(shape)
+    else:
+        tensors[f"{_LAYER}weight"] = torch.from_numpy(codes.astype(np.int8))
+    if zeros:
+        points = _random(4).integers(low // 4, high // 4 + 1, grid)
+        if packed:
+            words = _packed32(np.swapaxes(points, -1, -2), bits).transpose(-1, -2).contiguous()
+        else:
+            words = torch.from_numpy(points.astype(np.int8))
+        tensors[f"{_LAYER}weight_zero_point"] = words
+    if order:
+        tensors[f"{_LAYER}weight_g_idx"] = torch.from_numpy(column.astype(np.int32))
+
+    def read(tensors: Mapping[str, torch.Tensor]) -> Read:
+        row = np.arange(m) // block[0]
+        scales = _value(tensors[f"{_LAYER}weight_scale"].reshape(grid))[..., row[:, None], column[None, :]]
+        numbers = tensors.get(f"{_LAYER}weight")
+        codes = _unpacked32(tensors[f"{_LAYER}weight_packed"], bits, n) if numbers is None else numbers.numpy().astype(np.int64)
+        zero = tensors.get(f"{_LAYER}weight_zero_point")
+        if zero is None:
+            return Read(codes, 0.0, scales)
+        points = zero.numpy().astype(np.int64)
+        if packed:
+            points = np.swapaxes(_unpacked32(zero.transpose(-1, -2).contiguous(), bits, m), -1, -2)
+        return Read(codes, points[..., row[:, None], column[None, :]], scales)
+
+    return Layout(f"{_LAYER}weight", f"INT{bits}", tensors, codes, read, np.arange(low, high + 1.0), told)
+
+
+def _unpacked32(words: torch.Tensor, bits: int, count: int) -> np.ndarray:
+    unsigned = words.numpy().view(np.uint32)[..., None] >> (np.arange(32 // bits, dtype=np.uint32) * np.uint32(bits))
+    codes = (unsigned & np.uint32(2**bits - 1)).astype(np.int64) - 2 ** (bits - 1)
+    return codes.reshape(*words.shape[:-1], -1)[..., :count]
+
+
+def _nibbles(shape: tuple[int, ...]) -> np.ndarray:
+    found = _nearest(_codes(shape, 2.5, -6, 6), E2M1)
+    found.flat[:4] = 0, 8, 7, 15  # 0, -0, 6, -6
     return found
 
 
-def _of_compressed_tensors(name: str, tensors: Tensors) -> torch.Tensor:
-    packed, scale = tensors[f"{name}_packed"], tensors[f"{name}_scale"].double()
-    if packed.dtype == torch.uint8:
-        return _grouped(_nibbles(packed), scale / tensors[f"{name}_global_scale"].double())
-    rows, columns = tensors[f"{name}_shape"].tolist()
-    codes = torch.stack([(packed >> shift) & 15 for shift in range(0, 32, 4)], -1).flatten(1)[:, :columns] - 8
-    assert codes.shape == (rows, columns)
-    return _grouped(codes.double(), scale)
+def _pairs(codes: np.ndarray) -> np.ndarray:
+    """Two along the last dimension to a byte, the first in the lower bits."""
+    return (codes[..., 0::2] | (codes[..., 1::2] << 4)).astype(np.uint8)
 
 
-def _nibbles(stored: torch.Tensor) -> torch.Tensor:
-    """Two numbers in each byte, the first in the low half."""
-    return _E2M1.double()[torch.stack([stored & 15, stored >> 4], -1).flatten(-2).long()]
+def _unpaired(packed: torch.Tensor) -> np.ndarray:
+    numbers = packed.contiguous().view(torch.uint8).numpy()
+    return E2M1[np.stack([numbers & 15, numbers >> 4], -1).reshape(*numbers.shape[:-1], -1)]
 
 
-def _grouped(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return codes * scale.repeat_interleave(codes.shape[-1] // scale.shape[-1], -1)
+def mxfp4(
+    weight: str, scale: str, dtype: torch.dtype, quantization: Mapping[str, Any], *, numbers: torch.dtype = torch.uint8
+) -> Layout:
+    codes = _nibbles((40, 96))
+    tensors = {weight: torch.from_numpy(_pairs(codes)).view(numbers), scale: _scales_of((40, 3), dtype, 2.0**-7)}
+
+    def read(tensors: Mapping[str, torch.Tensor]) -> Read:
+        return Read(_unpaired(tensors[weight]), 0.0, spread(_value(tensors[scale]), (1, 32), (40, 96)))
+
+    return Layout(weight.removesuffix("_packed"), "MXFP4", tensors, E2M1[codes], read, E2M1, dict(quantization))
 
 
-# How the publishers' quantizers pack a weight.
+def gpt_oss() -> Layout:
+    experts, out, into = 3, 40, 96
+    codes = _nibbles((experts, out, into))
+    scales = _scales_of((experts, out, into // 32), torch.uint8, 2.0**-7)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    tensors = {f"{name}_blocks": torch.from_numpy(_pairs(codes)).view(experts, out, into // 32, 16), f"{name}_scales": scales}
+
+    def read(tensors: Mapping[str, torch.Tensor]) -> Read:
+        codes = _unpaired(tensors[f"{name}_blocks"].reshape(experts, out, into // 2))
+        scales = spread(_value(tensors[f"{name}_scales"]), (1, 32), codes.shape)
+        return Read(np.swapaxes(codes, -1, -2), 0.0, np.swapaxes(scales, -1, -2))
+
+    told = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    return Layout(name, "MXFP4", tensors, np.swapaxes(E2M1[codes], -1, -2), read, E2M1, told)
 
 
-def _fp8(scale_name: str, dtype: torch.dtype) -> Callable[[str, torch.Tensor], Tensors]:
-    def pack(name: str, weight: torch.Tensor) -> Tensors:
-        m, n = weight.shape
-        padded = torch.nn.functional.pad(weight, (0, -n % BLOCK, 0, -m % BLOCK))
-        blocks = padded.view(padded.shape[0] // BLOCK, BLOCK, -1, BLOCK).abs().amax((1, 3))
-        scale = (2.0 ** (blocks / 448).log2().ceil() if dtype == torch.float8_e8m0fnu else blocks / 448).to(dtype)
-        spread = scale.float().repeat_interleave(BLOCK, 0)[:m].repeat_interleave(BLOCK, 1)[:, :n]
-        return {name: (weight / spread).to(torch.float8_e4m3fn), scale_name.format(name, name.removesuffix(".weight")): scale}
+def nvfp4(how: str) -> Layout:
+    """``compressed``, ``modelopt``, or of stacks ``rows`` and ``columns``, by what lies together."""
+    is_stack, is_turned = how in ("rows", "columns"), how == "columns"
+    shape = (3, 40, 96) if is_stack else (40, 96)
+    codes = _nibbles(shape)
+    packed, scales = torch.from_numpy(_pairs(codes)), _scales_of((*shape[:-1], shape[-1] // 16), torch.float8_e4m3fn, 60.0)
+    if is_turned:
+        packed, scales = (one.view(torch.uint8).transpose(-1, -2).contiguous() for one in (packed, scales))
+        scales = scales.view(torch.float8_e4m3fn)
+    told: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    whole = torch.tensor([1e-4, 2e-4, 3e-4]) if how == "rows" else torch.tensor(2.5e-4)
+    name = "model.layers.0.feed_forward.experts.gate_up_proj" if is_stack else f"{_LAYER}weight"
+    names = [name, f"{name}_weight_scale", f"{name}_weight_scale_2"] if is_stack else [name, f"{name}_scale", f"{name}_scale_2"]
+    beside = {f"{name}_input_scale" if is_stack else f"{_LAYER}input_scale": torch.tensor(0.01)}
+    if how == "compressed":
+        told = _scheme("nvfp4-pack-quantized", type="float", strategy="tensor_group", group_size=16)
+        whole = torch.tensor([4321.0])
+        names = [f"{name}_packed", f"{name}_scale", f"{name}_global_scale"]
+        beside = {f"{_LAYER}input_global_scale": torch.tensor([12.0])}
 
-    return pack
+    def read(tensors: Mapping[str, torch.Tensor]) -> Read:
+        numbers, scale, all_ = (tensors[one] for one in names)
+        if is_turned:
+            numbers, scale = numbers.transpose(-1, -2), scale.view(torch.uint8).transpose(-1, -2).view(torch.float8_e4m3fn)
+        factor = all_.double().numpy().reshape(-1, 1, 1) if is_stack else all_.double().numpy().reshape(())
+        each = spread(_value(scale.contiguous()), (1, 16), shape)
+        found = _unpaired(numbers), each / factor if how == "compressed" else each * factor
+        turned = [np.swapaxes(one, -1, -2) for one in found] if is_turned else found
+        return Read(turned[0], 0.0, turned[1])
 
-
-def _int4(name: str, weight: torch.Tensor, group: int = 32) -> Tensors:
-    m, n = weight.shape
-    scale = (weight.view(m, -1, group).abs().amax(-1) / 7).bfloat16()
-    codes = (weight / scale.float().repeat_interleave(group, 1)).round().clamp(-8, 7).int() + 8
-    packed = torch.zeros(m, n // 8, dtype=torch.int32)
-    for i in range(8):
-        packed |= codes.view(m, -1, 8)[..., i] << (4 * i)
-    return {
-        f"{name}_packed": packed,
-        f"{name}_scale": scale,
-        f"{name}_shape": torch.tensor([m, n], dtype=torch.int32),
-    }
-
-
-def _codes(scaled: torch.Tensor) -> torch.Tensor:
-    """The nearest numbers of E2M1, two in each byte."""
-    codes = (scaled.unsqueeze(-1) - _E2M1).abs().argmin(-1).to(torch.uint8)
-    return codes[..., ::2] | (codes[..., 1::2] << 4)
-
-
-def _powers(amax: torch.Tensor) -> torch.Tensor:
-    return 2.0 ** (amax / 6).log2().ceil()
+    stored = np.swapaxes(E2M1[codes], -1, -2) if is_turned else E2M1[codes]
+    return Layout(name, "NVFP4", dict(zip(names, (packed, scales, whole), strict=True)), stored, read, E2M1, told, beside)
 
 
-def _mxfp4_blocks(name: str, weight: torch.Tensor) -> Tensors:
-    groups = weight.mT.unflatten(-1, (-1, 32))
-    scale = _powers(groups.abs().amax(-1))
-    stored = (scale.log2() + 127).to(torch.uint8)
-    return {f"{name}_blocks": _codes(groups / scale.unsqueeze(-1)), f"{name}_scales": stored}
+_FP8: dict[str, Any] = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+_BLOCKS = {**_FP8, "weight_block_size": [16, 16]}
+_E8M0, _BF16, _U8 = torch.float8_e8m0fnu, torch.bfloat16, torch.uint8
+_STACK = "model.layers.0.feed_forward.experts.gate_up_proj"
+_EXPERT = "model.layers.0.mlp.experts.3.up_proj.weight"
 
 
-def _mxfp4_nibbles(name: str, weight: torch.Tensor) -> Tensors:
-    scale = _powers(weight.unflatten(-1, (-1, 32)).abs().amax(-1))
-    codes = _codes(weight / scale.repeat_interleave(32, 1)).view(torch.int8)
-    return {name: codes, f"{name.removesuffix('weight')}scale": scale.to(torch.float8_e8m0fnu)}
+def _float(strategy: str, format_: str = "float-quantized", **more: Any) -> dict[str, Any]:
+    return _scheme(format_, num_bits=8, type="float", strategy=strategy, **more)
 
 
-def _nvfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Numbers, scales, and the number that divides these."""
-    whole = 448 * 6 / weight.abs().max()
-    scale = (weight.unflatten(-1, (-1, 16)).abs().amax(-1) / 6 * whole).to(torch.float8_e4m3fn)
-    return _codes(weight / (scale.float() / whole).clamp(min=1e-12).repeat_interleave(16, 1)), scale, whole
-
-
-def _nvfp4_modelopt(name: str, weight: torch.Tensor) -> Tensors:
-    codes, scale, whole = _nvfp4(weight)
-    layer = name.removesuffix("weight")
-    tensors = {name: codes, f"{name}_scale": scale, f"{name}_scale_2": 1 / whole, f"{layer}input_scale": torch.tensor(0.02)}
-    if layer.endswith((".k_proj.", ".v_proj.")):  # of the cache, in FP8
-        tensors[f"{layer}{layer[-7]}_scale"] = torch.tensor(1.0)
-    return tensors
-
-
-def _nvfp4_compressed(name: str, weight: torch.Tensor) -> Tensors:
-    codes, scale, whole = _nvfp4(weight)
-    layer = name.removesuffix("weight")
-    return {
-        f"{name}_packed": codes,
-        f"{name}_scale": scale,
-        f"{name}_global_scale": whole.view(1),
-        f"{layer}input_global_scale": torch.tensor([300.0]),
-    }
-
-
-# The models.
-
-_SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-}
-_DEEPSEEK = {
-    **_SIZES,
-    "num_key_value_heads": 4,
-    "moe_intermediate_size": 32,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 2,
-    "topk_group": 1,
-    "n_shared_experts": 1,
-    "first_k_dense_replace": 1,
-    "q_lora_rank": 32,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 16,
-}
-
-
-def _deepseek() -> Any:
-    return transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**_DEEPSEEK))
-
-
-def _with_prediction(tensors: Tensors) -> Tensors:
-    """The layer for multi-token prediction that DeepSeek-V3 has after the last one: 61 of 0 to 60."""
-    layer = {name.replace("layers.1.", "layers.2."): one.clone() for name, one in tensors.items() if "layers.1." in name}
-    hidden = _SIZES["hidden_size"]
-    assert isinstance(hidden, int)
-    return layer | {
-        "model.layers.2.embed_tokens.weight": tensors["model.embed_tokens.weight"].clone(),
-        "model.layers.2.enorm.weight": torch.ones(hidden, dtype=torch.bfloat16),
-        "model.layers.2.hnorm.weight": torch.ones(hidden, dtype=torch.bfloat16),
-        "model.layers.2.eh_proj.weight": realistic(hidden, 2 * hidden, seed=9).bfloat16(),
-        "model.layers.2.shared_head.norm.weight": torch.ones(hidden, dtype=torch.bfloat16),
-        "model.layers.2.shared_head.head.weight": tensors["lm_head.weight"].clone(),
-    }
-
-
-def _gpt_oss() -> Any:
-    sizes = {**_SIZES, "intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 16}
-    return transformers.GptOssForCausalLM(transformers.GptOssConfig(num_local_experts=4, num_experts_per_tok=2, **sizes))
-
-
-def _kimi_k25() -> Any:
-    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {**_DEEPSEEK, "model_type": "deepseek_v3", "tie_word_embeddings": False}
-    config = transformers.Kimi_K25Config(
-        text_config=text,
-        vision_config={**vision, "pos_emb_height": 4, "pos_emb_width": 4},
-        projection_hidden_size=32,
-        image_token_id=95,
-        video_token_id=96,
-        tie_word_embeddings=False,
-    )
-    return transformers.Kimi_K25ForConditionalGeneration(config)
-
-
-def _of_kimi(name: str) -> str:
-    """The name on the hub, where transformers' way back from its own names leads to another."""
-    return name.replace("language_model.model.blocks.", "language_model.model.layers.").removeprefix("model.")
-
-
-def _llama() -> Any:
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(num_key_value_heads=2, **_SIZES))
-
-
-def _qwen3_moe() -> Any:
-    sizes = {**_SIZES, "num_key_value_heads": 2, "head_dim": 16, "moe_intermediate_size": 32}
-    config = transformers.Qwen3MoeConfig(num_experts=4, num_experts_per_tok=2, **sizes)
-    return transformers.Qwen3MoeForCausalLM(config)
-
-
-_FINE_GRAINED = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
-
-
-def _compressed(format_name: str, ignore: list[str], **weights: Any) -> dict[str, Any]:
-    described = {"dynamic": False, "observer": "minmax", "symmetric": True, "actorder": None, "block_structure": None, **weights}
-    group = {"targets": ["Linear"], "weights": described, "input_activations": None, "output_activations": None}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": format_name,
-        "ignore": ignore,
-        "config_groups": {"group_0": group},
-        "kv_cache_scheme": None,
-        "quantization_status": "compressed",
-    }
-
-
-_INT4 = _compressed(
-    "pack-quantized",
-    ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", "re:.*mlp\\.(gate|up|gate_up|down)_proj.*"],
-    num_bits=4,
-    type="int",
-    strategy="group",
-    group_size=32,
-)
-_NVFP4 = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
-_MODELOPT = {
-    "quant_method": "modelopt",
-    "quant_algo": "NVFP4",
-    "kv_cache_scheme": {"dynamic": False, "num_bits": 8, "type": "float"},
-    "ignore": ["lm_head"],
-    "config_groups": {
-        "group_0": {
-            "input_activations": {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16},
-            "weights": {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16},
-            "targets": ["Linear"],
-        }
-    },
-    "producer": {"name": "modelopt", "version": "0.29.0"},
-}
-_HF_QUANT = {
-    "producer": {"name": "modelopt", "version": "0.29.0"},
-    "quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8", "group_size": 16, "exclude_modules": ["lm_head"]},
-}
-_LINEAR = r".*\.(self_attn|mlp|experts\.\d+|shared_experts)\.\w+_proj(_with_mqa)?\.weight"
-
-LAYOUTS: dict[str, Layout] = {
-    "deepseek_v3": Layout(
-        _deepseek, _fp8("{0}_scale_inv", torch.float32), _LINEAR, _FINE_GRAINED, _with_prediction,
-        config={"num_nextn_predict_layers": 1},
+LAYOUTS: dict[str, Callable[[], Layout]] = {
+    "deepseek-v3": lambda: fp8(_BLOCKS, "X_scale_inv", (37, 100), (16, 16)),
+    "deepseek-v3 expert": lambda: fp8(_BLOCKS, "X_scale_inv", (40, 96), (16, 16), name=_EXPERT),
+    "deepseek-v3 silent": lambda: fp8({}, "X_scale_inv", (200, 320), (128, 128)),
+    "deepseek-v4": lambda: fp8(_BLOCKS, "L.scale", (48, 96), (16, 16), _E8M0),
+    "blocks stacked": lambda: fp8(_BLOCKS, "X_scale_inv", (3, 37, 50), (16, 16), name=_STACK),
+    "mistral": lambda: fp8(
+        {**_FP8, "weight_block_size": None}, "X_scale_inv", dtype=_BF16, stored=(), beside=("activation_scale",)
     ),
-    "gpt_oss": Layout(
-        _gpt_oss,
-        _mxfp4_blocks,
-        r".*\.experts\.(gate_up|down)_proj",
-        {
-            "modules_to_not_convert": [
-                "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head",
-            ],
-            "quant_method": "mxfp4",
-        },
+    "mistral's own": lambda: fp8(_FP8, "L.qscale_weight", dtype=_BF16, stored=(), beside=("qscale_act",)),
+    "autofp8": lambda: fp8(_FP8, "X_scale", stored=(1,), beside=("input_scale",)),
+    "modelopt fp8": lambda: fp8({"quant_method": "modelopt", "quant_algo": "FP8"}, "X_scale", stored=(), beside=("input_scale",)),
+    "modelopt fp8 blocks": lambda: fp8(
+        {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"}, "X_scale", (128, 192), (64, 64), stored=(2, 1, 3, 1)
     ),
-    "kimi_k2": Layout(_deepseek, _int4, r".*\.experts\.\d+\.\w+_proj\.weight", _INT4),
-    "kimi_k25": Layout(_kimi_k25, _int4, r".*\.experts\.\d+\.\w+_proj\.weight", _INT4, renamed=_of_kimi),
-    "nvfp4_llama_modelopt": Layout(_llama, _nvfp4_modelopt, _LINEAR, _MODELOPT, beside={"hf_quant_config.json": _HF_QUANT}),
-    "nvfp4_llama": Layout(
-        _llama, _nvfp4_compressed, _LINEAR, _compressed("nvfp4-pack-quantized", ["lm_head"], **_NVFP4)
+    "modelopt fp8 stack": lambda: fp8(
+        {"quant_method": "modelopt", "quant_algo": "FP8"}, "X_weight_scale", (3, 40, 96), (40, 96), stored=(3, 1, 1), name=_STACK,
+        beside=("input_scale",),
     ),
-    "nvfp4_mixture": Layout(
-        _qwen3_moe, _nvfp4_compressed, _LINEAR,
-        _compressed("nvfp4-pack-quantized", ["lm_head", "re:.*mlp.gate$"], **_NVFP4),
+    "fbgemm": lambda: fp8({"quant_method": "fbgemm_fp8"}, "X_scale", block=(1, 96), beside=("input_scale_ub",)),
+    "fbgemm stack": lambda: fp8({"quant_method": "fbgemm_fp8"}, "X_scale", (3, 40, 96), (40, 1), name=_STACK),
+    "fbgemm square": lambda: fp8(
+        {"quant_method": "fbgemm_fp8"}, "X_scale", (3, 40, 40), (40, 1), stored=(3, 40, 1),
+        name=_STACK.replace("gate_up", "down"),
     ),
-}
+    "ct fp8 tensor": lambda: fp8(_float("tensor"), "X_scale", dtype=_BF16, stored=(1,)),
+    "ct fp8 channel": lambda: fp8(_float("channel"), "X_scale", block=(1, 96), dtype=_BF16, stored=(40, 1)),
+    "ct fp8 row": lambda: fp8(_float("channel"), "X_scale", block=(1, 96), stored=(40,)),
+    "ct fp8 block": lambda: fp8(_float("block", block_structure=[16, 32]), "X_scale", (37, 90), (16, 32), _BF16),
+    "ct fp8 group": lambda: fp8(_float("group", "naive-quantized", group_size=48), "X_scale", block=(1, 48), dtype=_BF16),
+    "mxfp8": lambda: fp8(_float("group", "mxfp8-quantized", group_size=32), "X_scale", block=(1, 32), dtype=_U8),
+    "mxfp8 modelopt": lambda: fp8({"quant_method": "modelopt", "quant_algo": "MXFP8"}, "X_scale", block=(1, 32), dtype=_U8),
+    "int4": lambda: integers(4),
+    "int4 of 128": lambda: integers(4, group=128, dtype=torch.float16),
+    "int4 zeros": lambda: integers(4, (37, 96), zeros=True),
+    "int4 order": lambda: integers(4, group=64, order=True, zeros=True),
+    "int4 channel": lambda: integers(4, group=None, strategy="channel"),
+    "int4 ragged": lambda: integers(4, (37, 100), group=20, order=True),
+    "int4 stack": lambda: integers(4, (3, 37, 64)),
+    "int8 packed": lambda: integers(8, (37, 96), group=None, strategy="channel"),
+    "int8 packed zeros": lambda: integers(8, (37, 96), zeros=True),
+    "int8": lambda: integers(8, (37, 99), group=None, strategy="channel", packed=False),
+    "int8 tensor": lambda: integers(8, group=None, strategy="tensor", packed=False),
+    "int8 zeros": lambda: integers(8, group=None, strategy="channel", packed=False, zeros=True, dtype=torch.float32),
+    "gpt-oss": gpt_oss,
+    "deepseek-v4 fp4": lambda: mxfp4(f"{_LAYER}weight", f"{_LAYER}scale", _E8M0, _BLOCKS, numbers=torch.int8),
+    "ct mxfp4": lambda: mxfp4(
+        f"{_LAYER}weight_packed", f"{_LAYER}weight_scale", _U8,
+        _scheme("mxfp4-pack-quantized", type="float", group_size=32),
+    ),
+    "quark mxfp4": lambda: mxfp4(f"{_LAYER}weight", f"{_LAYER}weight_scale", _U8, {"quant_method": "quark"}),
+    "ct nvfp4": lambda: nvfp4("compressed"),
+    "modelopt nvfp4": lambda: nvfp4("modelopt"),
+    "modelopt nvfp4 stack": lambda: nvfp4("rows"),
+    "modelopt nvfp4 llama 4": lambda: nvfp4("columns"),
+}  # fmt: skip

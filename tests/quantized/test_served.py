@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import surgery
 from surgery.names import Train
 from tests.models import files_of, planned, tensors_of
-from tests.quantized.layouts import LAYOUTS, Layout, dequantized, save_dense
+from tests.quantized.hub_models import LAYOUTS, Layout, dequantized, save_dense
 from tests.releases import needs
 
 IDS = (torch.arange(24) * 7 % 90)[None]
