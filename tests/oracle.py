@@ -79,9 +79,9 @@ class Made:
 def make(kind: Any) -> Made | str:
     """A model of a class, on the meta device; or why it cannot be made from its config's defaults."""
     why = ""
-    for cut in (True, False):
+    for cut, filled in ((True, False), (True, True), (False, False), (False, True)):
         try:
-            config = _config(kind.config_class, cut=cut)
+            config = _config(kind.config_class, cut=cut, filled=filled)
             with torch.device("meta"), no_init_weights(), _without_losses(kind):
                 model = kind(config)
             return Made(model.eval(), json.loads(config.to_json_string(use_diff=False)), cut)
@@ -90,29 +90,80 @@ def make(kind: Any) -> Made | str:
     return why
 
 
-def _config(kind: Any, *, cut: bool) -> Any:
-    values = _MORE.get(kind.__name__, {})
-    values = kind(**(values() if callable(values) else values)).to_dict()
-    config = kind(**(_cut(values) if cut else values))
+_RESNET = {"use_timm_backbone": False, "backbone": None, "backbone_config": {"model_type": "resnet"}}
+_IMAGE_TOKEN = {"vocabulary_map": {"<image>": 1}}
+#: Config -> what its defaults lack.
+_LACKING: Mapping[str, Mapping[str, Any]] = {
+    "AutoformerConfig": {"prediction_length": 4},
+    "AyaVisionConfig": {"vision_config": {"model_type": "siglip_vision_model", "num_attention_heads": 16}},
+    "ChameleonConfig": _IMAGE_TOKEN,
+    "ConditionalDetrConfig": _RESNET,
+    "DabDetrConfig": _RESNET,
+    "DbrxConfig": {
+        "attn_config": {"kv_n_heads": 8, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 512, "moe_num_experts": 4, "hidden_size": 2048},
+    },
+    "DeformableDetrConfig": _RESNET,
+    "DetrConfig": _RESNET,
+    "Emu3Config": _IMAGE_TOKEN,
+    "InformerConfig": {"prediction_length": 4},
+    "Granite4VisionConfig": {"deepstack_layer_map": [[0, 0]], "downsample_rate": "4/8"},
+    "Lfm2MoeConfig": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},
+    "MoonshineStreamingConfig": {"num_key_value_heads": 8},
+    "ReformerConfig": {"is_decoder": True},
+    "TableTransformerConfig": _RESNET,
+    "TimeSeriesTransformerConfig": {"prediction_length": 4},
+}
+
+
+#: Config -> what its model reads and the config does not know.
+_MISSING: Mapping[str, Mapping[str, Any]] = {
+    "Qwen3OmniMoeTalkerConfig": {"spatial_merge_size": 2},
+    "Qwen3OmniMoeTalkerTextConfig": {"shared_expert_intermediate_size": 768},
+}
+
+
+def _config(kind: Any, *, cut: bool, filled: bool) -> Any:
+    values = kind(**_LACKING.get(kind.__name__, {})).to_dict()
+    if cut:
+        values = _cut(values)
+    if filled:
+        values = _filled(values)
+    config = kind(**values)
     config._attn_implementation = "eager"
+    for part in (config, *(part for part in vars(config).values() if isinstance(part, transformers.PretrainedConfig))):
+        for inner in (part, *(one for one in vars(part).values() if isinstance(one, transformers.PretrainedConfig))):
+            for name, value in _MISSING.get(type(inner).__name__, {}).items():
+                setattr(inner, name, value)
     return config
 
 
-_MORE: Mapping[str, Any] = {}
+def _filled(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with sizes in the place of those that its defaults leave out."""
+    made = {name: _filled(value) if isinstance(value, dict) else value for name, value in values.items()}
+    heads, width = made.get("num_attention_heads"), made.get("hidden_size")
+    sizes: dict[str, Any] = {"vocab_size": 50, "n_routed_experts": 8, "n_shared_experts": 2, "num_experts": 8}
+    sizes |= {"indexer_compress_ratio": 4, "indexer_budget": 2048, "indexer_n_heads": 4, "indexer_kv_heads": 1}
+    sizes |= {"indexer_head_dim": 256, "moe_intermediate_size": 64, "mlp_layer_types": ["dense", "sparse"] * 32}
+    if type(heads) is int and type(width) is int:
+        sizes |= {"num_key_value_heads": heads, "head_dim": width // heads, "intermediate_size": 2 * width}
+    return made | {name: size for name, size in sizes.items() if name in made and made[name] is None}
 
 
 def _cut(values: Mapping[str, Any]) -> dict[str, Any]:
     """A config with few layers: two, or one of each kind that lists over the layers tell."""
     counts = {name: n for name, n in values.items() if type(n) is int and n > 2 and _COUNT.search(name)}
-    made: dict[str, Any] = {}
     kept: dict[int, list[int]] = {}
     for n in set(counts.values()):
-        rows = [values[name] for name in values if isinstance(values[name], list | tuple) and len(values[name]) == n]
+        rows = [value for value in values.values() if isinstance(value, list | tuple) and len(value) == n]
         kinds: dict[str, int] = {}
         for i in range(n):
             kinds.setdefault(repr([row[i] for row in rows]), i)
         kept[n] = sorted(kinds.values()) if len(kinds) > 1 else [0, 1]
+    made: dict[str, Any] = {}
     for name, value in values.items():
+        if counts and name in ("stage_names", "out_features", "out_indices"):
+            continue  # which name layers
         if name in counts:
             made[name] = len(kept[value])
         elif isinstance(value, dict):
@@ -162,29 +213,29 @@ class Weight:
 
 def weights(model: nn.Module) -> list[Weight]:
     """The tensors of a model under their names in memory."""
-    found = []
-    for path, module in model.named_modules(remove_duplicate=False):
+    found: list[Weight] = []
+
+    def visit(module: nn.Module, path: str, numbered: bool, is_number: bool) -> None:
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is None or name in module._non_persistent_buffers_set:
-                continue
-            owner: Owner = "buffer" if name in module._buffers else _owner(module, name, tensor)
-            full = f"{path}.{name}" if path else name
-            numbered = any(_is_list(model, path.split("."), i) for i in range(len(path.split(".")) - 1))
-            found.append(Weight(full, tuple(tensor.shape), owner, type(module).__name__, (full,), numbered))
+            if tensor is not None and name not in module._non_persistent_buffers_set:
+                owner: Owner = "buffer" if name in module._buffers else _owner(module, name, tensor)
+                found.append(Weight(path + name, tuple(tensor.shape), owner, type(module).__name__, (path + name,), numbered))
+        for name, child in module._modules.items():
+            if child is not None:
+                visit(child, f"{path}{name}.", numbered or is_number, isinstance(module, _LISTS) and name.isdecimal())
+
+    visit(model, "", False, False)
     return found
 
 
-def _is_list(model: nn.Module, path: list[str], place: int) -> bool:
-    return path[place].isdigit() and isinstance(
-        model.get_submodule(".".join(path[:place])), nn.ModuleList | nn.Sequential | nn.ModuleDict
-    )
+_LISTS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
 
 def _owner(module: nn.Module, name: str, tensor: torch.Tensor) -> Owner:
     kind = type(module).__name__
     if isinstance(module, nn.MultiheadAttention) and name == "in_proj_weight":
         return "in_proj"
-    if isinstance(module, nn.Linear | Conv1D) and name == "weight":
+    if (isinstance(module, nn.Linear | Conv1D) or kind.endswith("Linear")) and name == "weight":
         return "linear"
     if _EXPERTS.search(kind) and tensor.ndim >= 2 and "bias" not in name:
         return "experts"

@@ -24,6 +24,7 @@ from surgery.planning.roles import kind_of, own_slices, why_no_linear
 from surgery.planning.unloaded import why_unloaded
 from surgery.quantized.codec import PART_NAMES
 from surgery.quantized.recognize import Quantization
+from surgery.quantized.unread import UnreadWeight
 from surgery.quantized.weight import Quantized
 
 DEFAULT_RANK = 16
@@ -82,13 +83,15 @@ class Skipped:
     Attributes:
         tensor, shard: its name, and the weight file that it is in.
         reason: why, in words.
-        wanted: whether it would be a target if it had another dtype, or two dimensions.
+        wanted: whether it would be a target if it had another dtype, or two dimensions, or were packed in a way that is read.
+        entries: of the weight, if it is wanted.
     """
 
     tensor: str
     shard: str
     reason: str
     wanted: bool = False
+    entries: int = 0
 
 
 @dataclass(frozen=True)
@@ -137,15 +140,17 @@ def choose(entry: TensorEntry, shard: str, options: Options, model: Model) -> li
     Raises:
         FormatError: it is an empty weight.
     """
+    if (unread := model.quantization.unread_tensors.get(entry.stored.name)) is not None:
+        return [_skipped_unread(entry, shard, unread, options, model)]
     rule = model.recipe.rule_for(entry.name) if model.recipe else None
-    by_name = _no_weight(entry, model) or _unwanted(entry, options, model, rule)
+    by_name = _no_weight(entry) or _unwanted(entry, options, model, rule)
     if by_name is None or entry.name.split(".")[-1] == "weight":
         _check_not_empty(entry, options, model, wanted=by_name is None)
     if (reason := _impossible(entry, model) or by_name or _unsupported(entry, model)) is not None:
         # A vector counts as wanted only by a rule of a recipe: a name, or a glob of a user, may well match norms too.
         matrix = len(entry.shape) > 1 or (rule is not None and not options.include)
         wanted = by_name is None and matrix and entry.name not in model.parts
-        return [Skipped(entry.stored.name, shard, reason, wanted=wanted)]
+        return [Skipped(entry.stored.name, shard, reason, wanted, math.prod(entry.shape) if wanted else 0)]
     kind = (rule.view if rule else None) or kind_of(entry)
     try:
         _, m, n = View(kind).shape(entry.shape)
@@ -169,6 +174,19 @@ def choose(entry: TensorEntry, shard: str, options: Options, model: Model) -> li
         target = Target(entry.name, shard, entry.dtype, entry.shape, view, min(rank, smaller), energy, rank, quantized)
         fates.append(target if smaller > 1 else Skipped(target.key, shard, "a single row or column"))
     return fates
+
+
+def _skipped_unread(entry: TensorEntry, shard: str, weight: UnreadWeight, options: Options, model: Model) -> Skipped:
+    """A tensor of a weight that is not read; the one with its numbers stands for it."""
+    if entry.stored.name != weight.main:
+        return Skipped(entry.stored.name, shard, f"belongs to a weight that is {weight.method}")
+    meant = [
+        TensorEntry(name, entry.dtype, weight.shape or (2, 2), entry.start, entry.end)
+        for name in ((weight.name, weight.main) if options.include else (weight.name,))
+    ]
+    rule = model.recipe.rule_for(weight.name) if model.recipe else None
+    wanted = any(_no_weight(one) is None and _unwanted(one, options, model, rule) is None for one in meant)
+    return Skipped(entry.stored.name, shard, f"{weight.method}, copied as it is", wanted, weight.entries if wanted else 0)
 
 
 def _wants_split(options: Options, model: Model, rule: Rule) -> bool:
@@ -195,8 +213,6 @@ def _impossible(entry: TensorEntry, model: Model) -> str | None:
     """Why a tensor can be no target by its dtype and shape, whatever its name; None if it can."""
     if entry.name in model.parts:
         return model.parts[entry.name]
-    if entry.stored.name in model.quantization.unread:
-        return f"{model.quantization.unread[entry.stored.name]}, copied as it is"
     if not entry.dtype.startswith(("F", "BF", "C")) and entry.name not in model.quantized:
         return f"no floating-point weight ({entry.dtype})"
     if len(entry.shape) < 2:
@@ -204,7 +220,7 @@ def _impossible(entry: TensorEntry, model: Model) -> str | None:
     return None
 
 
-def _no_weight(entry: TensorEntry, model: Model) -> str | None:
+def _no_weight(entry: TensorEntry) -> str | None:
     """Why a tensor can be no target by its name, whatever is asked for; None if it can."""
     if _NO_WEIGHT.search(entry.name.split(".")[-1]):
         return "no weight (bias, state or table)"
@@ -246,10 +262,11 @@ def _unwanted(entry: TensorEntry, options: Options, model: Model, rule: Rule | N
         return unloaded
     if rule is not None:
         return rule.skip
-    reason = why_no_linear(entry, model.config)
-    if model.recipe is not None and not model.recipe.refines_for(model.config):
-        return reason or f"not in the recipe {model.recipe.name}"
-    return reason
+    if model.recipe is None:
+        return why_no_linear(entry, model.config)
+    if model.recipe.refines_for(model.config):
+        return why_no_linear(entry, model.config, convolutions=model.recipe.convolutions)
+    return why_no_linear(entry, model.config) or f"not in the recipe {model.recipe.name}"
 
 
 def matches(name: str, globs: Sequence[str]) -> bool:

@@ -21,6 +21,7 @@ from surgery.format.tensor_view import by_tensor
 from surgery.planning.plan import Plan
 from surgery.planning.targets import Target
 from surgery.progress import listening
+from surgery.quantized.recognize import Quantization
 from surgery.quantized.weight import spacing_of
 from surgery.report.schema import check_target
 from surgery.reports import rounded_to
@@ -143,7 +144,7 @@ class SpectraJobs:
         self._hashes: dict[Path, str] = {}
         self._prefix = _common_prefix([_generic(target.tensor) for target in plan.targets])
         quantized = {target.tensor: target.quantized for target in plan.targets if target.quantized is not None}
-        self._weights = StudiedWeights(source, lambda: quantized)
+        self._weights = StudiedWeights(source, lambda: Quantization(quantized))
         self._tuned: TunedModel | None = None
         if other is not None:
             shapes = {entry.name: entry.shape for shard in plan.shards for entry in shard.header.tensors}

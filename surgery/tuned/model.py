@@ -16,6 +16,7 @@ from surgery.errors import FormatError, SourceError, WeightError
 from surgery.format.header import TensorEntry
 from surgery.format.safetensors import TORCH_DTYPES, same_bytes
 from surgery.lossless.rounding import all_finite
+from surgery.quantized.recognize import Quantization
 from surgery.quantized.weight import Quantized, spacing_of
 from surgery.source.protocol import WeightFiles
 from surgery.tuned.conversion import Part
@@ -193,4 +194,4 @@ class SentTuned:
     quantized: Mapping[str, Quantized]
 
     def open(self, files: WeightFiles) -> TunedModel:
-        return TunedModel(self.name, ModelWeights(files, lambda: self.quantized, self.name), self.found)
+        return TunedModel(self.name, ModelWeights(files, lambda: Quantization(self.quantized), self.name), self.found)
