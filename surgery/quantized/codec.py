@@ -211,7 +211,8 @@ class Codec:
             bits = scales.view(torch.int32)
             return torch.where(is_zero, 1.0, (((bits + 0x007F_FFFF) >> 23) << 23).view(torch.float32))
         # A scale that is smaller than wanted holds the numbers too, if it is not by much.
-        enough = scales if "zero_point" in parts else scales * (self.elements.high / self.elements.high_held)
+        low, high = self.elements.low / self.elements.low_held, self.elements.high / self.elements.high_held
+        enough = scales if "zero_point" in parts else scales * max(low, high)
         largest = torch.finfo(dtype).max
         if bool((enough > largest).any()):
             raise WeightError(

@@ -174,6 +174,7 @@ def integers(
     zeros: bool = False,
     order: bool = False,
     strategy: str = "group",
+    layer: str = _LAYER,
 ) -> Layout:
     *stack, m, n = shape
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
@@ -187,28 +188,28 @@ def integers(
         column = _random(3).permutation(column)
     kind = "pack-quantized" if packed else "int-quantized"
     told = _scheme(kind, num_bits=bits, symmetric=not zeros, strategy=strategy, group_size=group)
-    tensors = {f"{_LAYER}weight_scale": scales.reshape(1) if strategy == "tensor" else scales}
+    tensors = {f"{layer}weight_scale": scales.reshape(1) if strategy == "tensor" else scales}
     if packed:
-        tensors[f"{_LAYER}weight_packed"] = _packed32(codes, bits)
-        tensors[f"{_LAYER}weight_shape"] = torch.tensor(shape)
+        tensors[f"{layer}weight_packed"] = _packed32(codes, bits)
+        tensors[f"{layer}weight_shape"] = torch.tensor(shape)
     else:
-        tensors[f"{_LAYER}weight"] = torch.from_numpy(codes.astype(np.int8))
+        tensors[f"{layer}weight"] = torch.from_numpy(codes.astype(np.int8))
     if zeros:
         points = _random(4).integers(low // 4, high // 4 + 1, grid)
         if packed:
             words = _packed32(np.swapaxes(points, -1, -2), bits).transpose(-1, -2).contiguous()
         else:
             words = torch.from_numpy(points.astype(np.int8))
-        tensors[f"{_LAYER}weight_zero_point"] = words
+        tensors[f"{layer}weight_zero_point"] = words
     if order:
-        tensors[f"{_LAYER}weight_g_idx"] = torch.from_numpy(column.astype(np.int32))
+        tensors[f"{layer}weight_g_idx"] = torch.from_numpy(column.astype(np.int32))
 
     def read(tensors: Mapping[str, torch.Tensor]) -> Read:
         row = np.arange(m) // block[0]
-        scales = _value(tensors[f"{_LAYER}weight_scale"].reshape(grid))[..., row[:, None], column[None, :]]
-        numbers = tensors.get(f"{_LAYER}weight")
-        codes = _unpacked32(tensors[f"{_LAYER}weight_packed"], bits, n) if numbers is None else numbers.numpy().astype(np.int64)
-        zero = tensors.get(f"{_LAYER}weight_zero_point")
+        scales = _value(tensors[f"{layer}weight_scale"].reshape(grid))[..., row[:, None], column[None, :]]
+        numbers = tensors.get(f"{layer}weight")
+        codes = _unpacked32(tensors[f"{layer}weight_packed"], bits, n) if numbers is None else numbers.numpy().astype(np.int64)
+        zero = tensors.get(f"{layer}weight_zero_point")
         if zero is None:
             return Read(codes, 0.0, scales)
         points = zero.numpy().astype(np.int64)
@@ -216,7 +217,7 @@ def integers(
             points = np.swapaxes(_unpacked32(zero.transpose(-1, -2).contiguous(), bits, m), -1, -2)
         return Read(codes, points[..., row[:, None], column[None, :]], scales)
 
-    return Layout(f"{_LAYER}weight", f"INT{bits}", tensors, codes, read, np.arange(low, high + 1.0), told)
+    return Layout(f"{layer}weight", f"INT{bits}", tensors, codes, read, np.arange(low, high + 1.0), told)
 
 
 def _unpacked32(words: torch.Tensor, bits: int, count: int) -> np.ndarray:
@@ -316,7 +317,7 @@ def _float(strategy: str, format_: str = "float-quantized", **more: Any) -> dict
 
 LAYOUTS: dict[str, Callable[[], Layout]] = {
     "deepseek-v3": lambda: fp8(_BLOCKS, "X_scale_inv", (37, 100), (16, 16)),
-    "deepseek-v3 expert": lambda: fp8(_BLOCKS, "X_scale_inv", (40, 96), (16, 16), name=_EXPERT),
+    "deepseek-v3 expert": lambda: fp8(_BLOCKS, "X_scale_inv", (48, 96), (16, 16), name=_EXPERT),
     "deepseek-v3 silent": lambda: fp8({}, "X_scale_inv", (200, 320), (128, 128)),
     "deepseek-v4": lambda: fp8(_BLOCKS, "L.scale", (48, 96), (16, 16), _E8M0),
     "blocks stacked": lambda: fp8(_BLOCKS, "X_scale_inv", (3, 37, 50), (16, 16), name=_STACK),
@@ -352,7 +353,7 @@ LAYOUTS: dict[str, Callable[[], Layout]] = {
     "int4 order": lambda: integers(4, group=64, order=True, zeros=True),
     "int4 channel": lambda: integers(4, group=None, strategy="channel"),
     "int4 ragged": lambda: integers(4, (37, 100), group=20, order=True),
-    "int4 stack": lambda: integers(4, (3, 37, 64)),
+    "int4 stack": lambda: integers(4, (3, 37, 64), layer="model.layers.0.mlp.experts.gate_up_proj."),
     "int8 packed": lambda: integers(8, (37, 96), group=None, strategy="channel"),
     "int8 packed zeros": lambda: integers(8, (37, 96), zeros=True),
     "int8": lambda: integers(8, (37, 99), group=None, strategy="channel", packed=False),
