@@ -27,6 +27,7 @@ PART_NAMES: Mapping[Role, str] = {
     "global_scale": "global scale",
     "zero_point": "zero points",
     "group_index": "order of the columns",
+    "shape": "shape",
 }
 
 #: Rows whose extremes are looked for at a time, and entries that are scaled and rounded at a time: what stays in cache.

@@ -43,6 +43,9 @@ def find_fp8(entry: TensorEntry, where: Where, told: Told) -> Quantized | None:
         return None
     there = [name for name in scale_names(entry.name) if name in where]
     if not there:
+        of = entry.name.removesuffix("_scale")
+        if of != entry.name and (of in where or f"{of}_packed" in where):
+            return None  # the scales of an NVFP4 weight are FP8 themselves
         # Without scales, and without a word of the config, it is a cast, which stands for no other numbers.
         if told.is_empty:
             return None
