@@ -34,8 +34,11 @@ _PROJECTIONS = frozenset({"in_proj_weight", "q_proj_weight", "k_proj_weight", "v
 _EXPERT_COUNT = re.compile(r"(^|_)(num|n)_(local_|routed_|moe_)?experts?$|(^|_)experts?_(num|count)$|^moe_experts$")
 
 
-def why_no_linear(entry: TensorEntry, config: Mapping[str, Any]) -> str | None:
-    """Why a tensor is not the weight of a linear layer in a numbered block; None if it is."""
+def why_no_linear(entry: TensorEntry, config: Mapping[str, Any], *, convolutions: bool = False) -> str | None:
+    """Why a tensor is not the weight of a linear layer in a numbered block; None if it is.
+
+    With ``convolutions`` those in numbered blocks count, too, unless each of their filters sees a single channel.
+    """
     *modules, last = entry.name.split(".")
     owner = modules[-1] if modules else ""
     # A mixture has other matrices than its experts, and such tensors have names of any kind.
@@ -52,7 +55,7 @@ def why_no_linear(entry: TensorEntry, config: Mapping[str, Any]) -> str | None:
         return "an embedding"
     if _NORM.search(owner):
         return "a norm"
-    if len(entry.shape) > 2 and not experts:
+    if len(entry.shape) > 2 and not experts and not (convolutions and entry.shape[1] > 1):
         return "a depthwise convolution" if entry.shape[1] == 1 else "a convolution"
     if not in_block(entry.name):
         return "outside the transformer blocks"
