@@ -28,9 +28,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import surgery
-from surgery.weights.fp8 import block_scales, dequantize, quantize
+from surgery.quantized.codec import Codec
+from surgery.quantized.elements import E4M3
 
 BLOCK = (128, 128)
+FP8 = Codec(E4M3(), BLOCK, "FP8")
 LINES = 64
 
 
@@ -56,8 +58,9 @@ def save_fp8(model: Path, folder: Path) -> Path:
     tensors = load_file(model / "model.safetensors")
     for name in [name for name in tensors if "encoder.layer" in name and name.endswith("weight") and tensors[name].ndim == 2]:
         weight = tensors[name].float()
-        scale = block_scales(weight, BLOCK, torch.empty(-(-weight.shape[0] // BLOCK[0]), -(-weight.shape[1] // BLOCK[1])))
-        tensors[name], tensors[f"{name}_scale_inv"] = quantize(weight, scale, BLOCK), scale
+        parts = {"scale": torch.zeros(FP8.grid_of(tuple(weight.shape)))}  # which holds nothing
+        parts = FP8.parts_that_hold(FP8.extremes(weight, parts), parts)
+        tensors[name], tensors[f"{name}_scale_inv"] = FP8.quantize(weight, parts), parts["scale"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = transformers.AutoConfig.from_pretrained(folder).to_dict()
     described = {"quant_method": "fp8", "weight_block_size": list(BLOCK), "activation_scheme": "dynamic"}
@@ -72,7 +75,7 @@ def dense(folder: Path) -> dict[str, torch.Tensor]:
     for name, tensor in tensors.items():
         scale = tensors.get(f"{name}_scale_inv")
         if not name.endswith("_scale_inv"):
-            found[name] = tensor.float() if scale is None else dequantize(tensor, scale, BLOCK)
+            found[name] = tensor.float() if scale is None else FP8.dequantize(tensor, {"scale": scale}, tuple(tensor.shape))
     return found
 
 

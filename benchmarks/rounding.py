@@ -24,11 +24,15 @@ from surgery.lossless.directions import Directions
 from surgery.lossless.factors import Factors, between, inner_change
 from surgery.lossless.grids import DtypeGrid, Grid
 from surgery.lossless.update import Written, rescale
-from surgery.weights.fp8 import Fp8Grid, block_maxima, block_scales, dequantize, quantize, scales_that_hold
+from surgery.quantized.codec import Codec, Parts
+from surgery.quantized.elements import E4M3
 
 #: Rows that were rounded, by all passes.
 ROUNDED = [0]
 _CHANGES = ("0.001", "0.003", "0.01", "0.03", "0.1", "one")
+
+
+FP8 = Codec(E4M3(), (128, 128), "FP8")
 
 
 def count_passes() -> None:
@@ -62,8 +66,9 @@ def stored(kind: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor 
     if kind != "fp8":
         return weight.to(getattr(torch, kind)), None
     m, n = weight.shape
-    scale = block_scales(weight, (128, 128), torch.empty(-(-m // 128), -(-n // 128)))
-    return dequantize(quantize(weight, scale, (128, 128)), scale, (128, 128)), scale
+    parts: Parts = {"scale": torch.zeros(FP8.grid_of((m, n)))}  # which holds nothing
+    parts = FP8.parts_that_hold(FP8.extremes(weight, parts), parts)
+    return FP8.dequantize(FP8.quantize(weight, parts), parts, (m, n)), parts["scale"]
 
 
 def measured(result: torch.Tensor, weight: torch.Tensor, factors: Factors, core: torch.Tensor) -> tuple[float, float]:
@@ -118,8 +123,9 @@ def cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     exactly = weight.double() + between(factors, core).left @ factors.V.double().T
                     grid: Grid = DtypeGrid(weight.dtype)
                     if scale is not None:
-                        new = scales_that_hold(block_maxima(exactly.float(), (128, 128)), scale)
-                        grid = Fp8Grid(new, (128, 128), (len(weight), weight.shape[1]))
+                        parts: Parts = {"scale": scale}
+                        parts = FP8.parts_that_hold(FP8.extremes(exactly.float(), parts), parts)
+                        grid = FP8.grid(parts, (len(weight), weight.shape[1]))
                     nearest = grid.nearest(exactly.float(), slice(0, len(weight)))
                     ROUNDED[0], out = 0, weight.clone()
                     start = time.perf_counter()

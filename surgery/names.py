@@ -84,6 +84,18 @@ DTYPE_BITS = {
     "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
 
+#: What the packed numbers of quantized weights are called here (``surgery.quantized``), which are stored in other dtypes.
+PACKED_BITS = {"MXFP4": 4, "NVFP4": 4, "INT4": 4, "INT8": 8}
+#: Dtype of packed numbers -> the spacing next to 1 of a float whose roundings are as large, beside a weight, as those to it.
+#: Of integers, for weights whose largest are three times as large as most.
+PACKED_SPACINGS = {"MXFP4": 1 / 2, "NVFP4": 1 / 2, "INT4": 1 / 2, "INT8": 1 / 32}
+#: What safetensors calls 8-bit floats with four bits of exponent.
+FP8 = "F8_E4M3"
+#: And those with five.
+FP8_WIDE = "F8_E5M2"
+#: Bits of one number of a weight, by its dtype.
+WEIGHT_BITS = DTYPE_BITS | PACKED_BITS
+
 #: The dtypes that weights and adapters are written in on demand, as torch and configs name them.
 Dtype = Literal["bfloat16", "float16", "float32"]
 #: What the format calls them.
@@ -142,3 +154,8 @@ def factor_key(key: str, part: str) -> str:
 def correction_key(key: str, index: int | None) -> str:
     """Key of a target's correction; for a stack (``index`` is not None) of the correction of one of its matrices."""
     return factor_key(key, "correction") if index is None else factor_key(key, f"correction.{index}")
+
+
+def told_dtype(dtype: str) -> str:
+    """What people call the dtype of a weight that may be quantized."""
+    return "FP8" if dtype == FP8 else dtype

@@ -23,8 +23,8 @@ from surgery.lossless.factors import Factors
 from surgery.lossless.join import join
 from surgery.lossless.split import split
 from surgery.lossless.update import approximate, rescale
-from surgery.weights.fp8 import block_scales, dequantize, quantize
 from tests.models import files_of, realistic
+from tests.quantized.fp8 import block_scales, dequantize, quantize
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 

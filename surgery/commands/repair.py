@@ -32,6 +32,7 @@ from surgery.planning.plan import Layout, ShardPlan
 from surgery.planning.recipes import Recipe, find_recipe
 from surgery.planning.targets import Target, extent
 from surgery.progress import Progress, note, phase
+from surgery.quantized.weight import Quantized, packed_in
 from surgery.run.contents import not_as_recorded
 from surgery.run.disk_room import DiskNeed, check_room, download_needs
 from surgery.run.engines import LocalEngine
@@ -39,9 +40,9 @@ from surgery.run.lock import locked
 from surgery.shards.factorize_shard import Job, run_job
 from surgery.source.open import open_source
 from surgery.source.protocol import Source
-from surgery.weights.overlay import BASE_HINT, open_base
+from surgery.weights.overlay import BASE_HINT, open_base, quantized_targets
 from surgery.weights.protocol import check_entry
-from surgery.weights.quantization import FP8, Scaled, read_quantization
+from surgery.weights.recognition import quantization_in
 
 #: The folder that files are made in before they take their places.
 _PLACE = f"{JOURNAL_DIR}/repaired"
@@ -158,10 +159,10 @@ class _RepairJobs:
         self._not_there: dict[int, SurgeryError] = {}
         self._recipe = _recipe_of(manifest)
         self._layout: Layout = "overlay" if manifest.layout == "overlay" else "residual"
-        self._quantized: dict[str, Scaled] = {}
-        if any(target.dtype == FP8 for target in manifest.targets):
+        self._quantized: Mapping[str, Quantized] = {}
+        if quantized_targets(manifest):
             headers = {shard: source.header(shard) for shard in source.selection.shards}
-            self._quantized = read_quantization(source.config(), headers, source.name)
+            self._quantized = quantization_in(source, headers).weights
 
     def memory(self, by: LocalEngine, which: Iterable[int]) -> Memory:
         """Memory for the jobs of these shards, with windows as in the run that made them: the same matrices share a batch."""
@@ -240,7 +241,8 @@ class _RepairJobs:
         """Make residual and factors of a shard in ``place``, by factorizing it again."""
         shards, shard = self._manifest.shards, self._manifest.shards[index]
         targets = tuple(self._target(record) for record in self._manifest.targets_of(shard.source.file))
-        with ShardReader(path, name=shard.source.file, watch=self._source.watch) as reader:
+        packed = packed_in(target.quantized for target in targets if target.quantized is not None)
+        with ShardReader(path, name=shard.source.file, watch=self._source.watch, packed=packed) as reader:
             planned = ShardPlan(shard.source.file, shard.source.size, reader.header, targets)
             for record in self._manifest.targets_of(shard.source.file):
                 if (entry := reader.entries.get(record.tensor)) is None:
@@ -301,7 +303,7 @@ class _RepairJobs:
             rank=record.rank if energy is None else min(most, short),
             energy=energy,
             asked=record.rank,
-            scaled=self._quantized.get(record.tensor),
+            quantized=self._quantized.get(record.tensor),
             aliases=tuple(record.aliases),
         )
 

@@ -16,7 +16,7 @@ from surgery.format.decoding import decode
 from surgery.progress import listening
 from surgery.run.contents import is_as_recorded
 from surgery.run.resume import Recorded
-from surgery.shards.factorize_shard import scale_files
+from surgery.shards.factorize_shard import files_of_parts
 from surgery.shards.held_files import HeldFiles
 from surgery.source.protocol import WeightFiles
 from surgery.timing import Timing, timed
@@ -48,8 +48,8 @@ class ExtractJobs:
 
     def _files(self, job: ExtractJob) -> tuple[list[str], list[str]]:
         """The weight files that a job reads, of the base and of the tuned model."""
-        scales = {self._weights.quantized[tensor].shard for tensor in job.tensors if tensor in self._weights.quantized}
-        base = [job.shard.file, *sorted({*scale_files(job.shard), *scales} - {job.shard.file})]
+        parts = set[str]().union(*(one.shards for one in self._weights.quantized_among(job.tensors).values()))
+        base = [job.shard.file, *sorted({*files_of_parts(job.shard), *parts} - {job.shard.file})]
         return base, self._tuned.shards_of(tensor for tensor in job.tensors if self._tuned.has(tensor))
 
     def acquired(self, which: Iterable[int]) -> Iterator[int]:

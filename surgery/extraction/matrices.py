@@ -21,8 +21,8 @@ from surgery.lossless.update import Written, rescale
 from surgery.memory import scratch
 from surgery.planning.extents import Extent
 from surgery.planning.targets import Target
+from surgery.quantized.codec import Codec, Parts
 from surgery.timing import timed
-from surgery.weights.fp8 import Fp8Grid, block_maxima, scales_that_hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,16 +42,16 @@ class Extracting:
 
 
 @dataclass(frozen=True, slots=True)
-class Fp8Scales:
-    """The scales of one FP8 matrix.
+class StoredAs:
+    """How one quantized matrix is stored.
 
     Attributes:
-        scales: in their own dtype and shape.
-        block: how many rows and columns share a scale.
+        codec: what its numbers and parts mean.
+        parts: what belongs to its numbers.
     """
 
-    scales: torch.Tensor
-    block: tuple[int, int]
+    codec: Codec
+    parts: Parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +62,14 @@ class ChangedMatrix:
         target, index: which matrix of which target.
         before: (m, n), in the dtype of the base; float32 where that is quantized.
         after: (m, n), likewise of the tuned model.
-        fp8: of the base; None where it is not quantized.
+        stored: how that of the base is stored; None where it is not quantized.
     """
 
     target: Target
     index: int
     before: torch.Tensor
     after: torch.Tensor
-    fp8: Fp8Scales | None = None
+    stored: StoredAs | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +140,7 @@ def _extract_group(group: Sequence[ChangedMatrix], extracting: Extracting, devic
         merged = None
         if extracting.extent.budget is None:
             with timed("merge"):
-                merged = _distance(_merged(old, factors, one.fp8, extracting.dtype), new, _wider(one))
+                merged = _distance(_merged(old, factors, one.stored, extracting.dtype), new, _wider(one))
         results.append(
             ApproximatedMatrix(
                 one.target,
@@ -184,17 +184,18 @@ def _approximation(target: Target, difference: torch.Tensor, extracting: Extract
         ) from error
 
 
-def _merged(before: torch.Tensor, factors: Factors, fp8: Fp8Scales | None, dtype: str) -> torch.Tensor:
+def _merged(before: torch.Tensor, factors: Factors, stored: StoredAs | None, dtype: str) -> torch.Tensor:
     """The matrix with the adapter merged into it, as ``merge`` writes it, in the dtype of ``before``."""
     if not factors.s.numel():
         return before
     addition = Addition(*(half.to(TORCH_DTYPES[dtype]).float() for half in balanced(factors)))
-    if fp8 is None:
+    if stored is None:
         return rescale(before, None, None, addition, Written(rounding=None))[0]
     m, n = before.shape
     whole = torch.addmm(before, addition.left, addition.right.T)
-    scales = scales_that_hold(block_maxima(whole, fp8.block), fp8.scales.to(before.device))
-    grid = Fp8Grid(scales, fp8.block, (m, n), None)
+    parts: Parts = {role: part.to(before.device) for role, part in stored.parts.items()}
+    parts = stored.codec.parts_that_hold(stored.codec.extremes(whole, parts), parts)
+    grid = stored.codec.grid(parts, (m, n))
     return rescale(before, None, None, addition, Written(rounding="directions", grid=grid))[0]
 
 

@@ -13,23 +13,24 @@ import torch
 from surgery.engine.lane import Lane
 from surgery.engine.walk import Piece, ShardWalk, TargetPiece
 from surgery.errors import SourceError, WeightError
-from surgery.extraction.matrices import ApproximatedMatrix, ChangedMatrix, Extracting, Fp8Scales, extract_matrices
+from surgery.extraction.matrices import ApproximatedMatrix, ChangedMatrix, Extracting, StoredAs, extract_matrices
 from surgery.extraction.records import ComparedTensor, ExtractedShard, ExtractedTensor, saved_key
 from surgery.format.header import TensorEntry
-from surgery.format.safetensors import ShardReader, TensorFileWriter, same_bytes
+from surgery.format.safetensors import TensorFileWriter, same_bytes
 from surgery.lossless.rounding import all_finite, bits_of
 from surgery.memory import bytes_of
 from surgery.names import FACTORIZABLE_DTYPES, PARTIALS_DIR, factor_key, part_file
 from surgery.planning.plan import ShardPlan
 from surgery.planning.targets import Target
 from surgery.progress import Progress, Silent
+from surgery.quantized.recognize import Quantization
+from surgery.quantized.weight import Quantized
 from surgery.shards.factorize_shard import check_shared
 from surgery.source.origin import Origin
 from surgery.timing import timed
 from surgery.tuned.model import SentTuned, TunedModel
 from surgery.weights.model import ModelWeights
 from surgery.weights.protocol import Weights
-from surgery.weights.quantization import Scaled
 from surgery.weights.sent import SentFiles
 
 #: Bytes of a tensor that is no target that are compared at a time.
@@ -76,13 +77,13 @@ class RemoteExtract:
 
     Attributes:
         job: which.
-        quantized: FP8 weight of the base in it -> where its scales are.
+        quantized: quantized weight of the base in it -> how it is stored.
         origin, tuned_origin: where the process takes the weight files of both models from.
         tuned: the part of the tuned model that is needed.
     """
 
     job: ExtractJob
-    quantized: Mapping[str, Scaled]
+    quantized: Mapping[str, Quantized]
     origin: Origin
     tuned_origin: Origin
     tuned: SentTuned
@@ -94,7 +95,7 @@ class RemoteExtract:
         with (
             SentFiles(self.origin) as files,
             SentFiles(self.tuned_origin) as tuned_files,
-            ModelWeights(files, lambda: self.quantized) as weights,
+            ModelWeights(files, lambda: Quantization(self.quantized)) as weights,
             self.tuned.open(tuned_files) as tuned,
         ):
             return ShardExtraction(self.job, weights, tuned, Silent()).run(lane, lambda: None, partial)
@@ -154,8 +155,8 @@ class ShardExtraction:
         keys = [factor_key(target.tensor, part) for target in job.shard.targets for part in ("U", "s", "V")]
         keys += [saved_key(tensor) for tensor in job.saved]
         with ExitStack() as stack:
-            reader = stack.enter_context(ShardReader(self._weights.path(file), name=file, watch=self._weights.watch))
-            if reader.header.tensors != job.shard.header.tensors:
+            reader = stack.enter_context(self._weights.opened(file))
+            if not reader.header.is_like(job.shard.header):
                 raise SourceError(
                     f"{file} has changed since the run was planned", hint="start again when nothing writes to the model"
                 )
@@ -215,15 +216,15 @@ class ShardExtraction:
         before = self._weights.exact_piece(piece)
         with timed("read"):
             after = self._tuned.weight(piece)
-        scaled = self._weights.quantized.get(target.tensor)
-        scales = None if scaled is None else self._weights.scales(target.tensor)
+        quantized = self._weights.quantized.get(target.tensor)
+        parts = None if quantized is None else self._weights.parts(target.tensor)
         found = []
         for i, (old, new) in enumerate(zip(target.view.matrices(before), target.view.matrices(after), strict=True)):
             index = piece.first + i
-            fp8 = None
-            if scaled is not None and scales is not None:
-                fp8 = Fp8Scales(scales[index] if target.view.kind == "stack" else scales, scaled.block)
-            found.append(ChangedMatrix(target, index, old, new, fp8))
+            stored = None
+            if quantized is not None and parts is not None:
+                stored = StoredAs(quantized.codec, quantized.parts_of_matrix(parts, index))
+            found.append(ChangedMatrix(target, index, old, new, stored))
         return found
 
     def _compare(self, piece: TargetPiece) -> _Compared:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
 from surgery.errors import FormatError
@@ -20,14 +20,30 @@ MAX_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class TensorEntry:
-    """What the header of a safetensors file says of one tensor.
+class Stored:
+    """A tensor as a header describes it.
 
     Attributes:
         name: of the tensor.
         dtype: as the format names it, such as ``BF16``.
         shape: its sizes; empty for a scalar.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """What the header of a safetensors file says of one tensor; for a packed weight, what the tensor in the file stands for.
+
+    Attributes:
+        name: of the tensor, or of the weight.
+        dtype: as the format names it, such as ``BF16``; of a packed weight one of ``names.PACKED_BITS``.
+        shape: its sizes; empty for a scalar.
         start, end: where its bytes are, counted from the start of the data; ``end`` is behind the last one.
+        packed: the tensor in the file that holds the numbers of a packed weight; None for a tensor that stands for itself.
     """
 
     name: str
@@ -35,10 +51,16 @@ class TensorEntry:
     shape: tuple[int, ...]
     start: int
     end: int
+    packed: Stored | None = None
 
     @property
     def nbytes(self) -> int:
         return self.end - self.start
+
+    @property
+    def stored(self) -> Stored:
+        """The tensor as it is in the file."""
+        return self.packed or Stored(self.name, self.dtype, self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +84,27 @@ class Header:
     @property
     def file_bytes(self) -> int:
         return len(self.raw) + self.data_bytes
+
+    def is_like(self, other: Header) -> bool:
+        """Whether two headers describe the same tensors in the same places, whatever these stand for."""
+        places = ([(entry.stored, entry.start) for entry in header.tensors] for header in (self, other))
+        return len(self.tensors) == len(other.tensors) and next(places) == next(places)
+
+    def unpacked(self, weights: Mapping[str, Stored]) -> Header:
+        """The same header with packed weights in the place of the tensors that hold their numbers.
+
+        Args:
+            weights: name of a tensor in a file -> the weight that it stands for.
+        """
+        if weights.keys().isdisjoint(entry.name for entry in self.tensors):
+            return self
+        return replace(self, tensors=tuple(_unpacked(entry, weights.get(entry.name)) for entry in self.tensors))
+
+
+def _unpacked(entry: TensorEntry, weight: Stored | None) -> TensorEntry:
+    if weight is None:
+        return entry
+    return TensorEntry(weight.name, weight.dtype, weight.shape, entry.start, entry.end, entry.stored)
 
 
 def header_length(prefix: bytes, *, file: str, file_bytes: int) -> int:
@@ -138,9 +181,10 @@ def header_from_json(parsed: dict[str, Any], *, raw: bytes, file: str, file_byte
 
 
 def resized(entry: TensorEntry, dtype: str) -> TensorEntry:
-    """The entry of the same tensor in another dtype (or its own), with offsets that start at 0."""
-    size = entry.nbytes if dtype == entry.dtype else math.prod(entry.shape) * DTYPE_BITS[dtype] // 8
-    return TensorEntry(entry.name, dtype, entry.shape, 0, size)
+    """The entry of the same tensor in another dtype (or its own), with offsets that start at 0; then it is not packed."""
+    if dtype == entry.dtype:
+        return replace(entry, start=0, end=entry.nbytes)
+    return TensorEntry(entry.name, dtype, entry.shape, 0, math.prod(entry.shape) * DTYPE_BITS[dtype] // 8)
 
 
 def make_header(tensors: Iterable[TensorEntry], metadata: Mapping[str, str]) -> bytes:
@@ -153,7 +197,8 @@ def make_header(tensors: Iterable[TensorEntry], metadata: Mapping[str, str]) -> 
     lines = [f'"__metadata__":{json.dumps(dict(metadata), separators=(",", ":"))}'] if metadata else []
     position = 0
     for entry in tensors:
-        lines.append(described_entry(entry.name, entry.dtype, entry.shape, position, position + entry.nbytes))
+        stored = entry.stored
+        lines.append(described_entry(stored.name, stored.dtype, stored.shape, position, position + entry.nbytes))
         position += entry.nbytes
     text = f"{{{','.join(lines)}}}".encode()
     text += b" " * (-len(text) % 8)

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import IO, Self
 
 import torch
@@ -27,8 +27,9 @@ from surgery.files.file_records import FileRecord, file_sha256
 from surgery.files.file_writer import FileWriter
 from surgery.files.kinds import HEAD_BYTES, other_kind
 from surgery.files.watch import Stamp, Watch
-from surgery.format.header import Header, TensorEntry, described_entry, header_length, parse_header
+from surgery.format.header import Header, Stored, TensorEntry, described_entry, header_length, parse_header
 from surgery.memory import bytes_of
+from surgery.names import PACKED_SPACINGS
 from surgery.timing import timed
 
 #: Bytes of each tensor that ``same_bytes`` holds at a time.
@@ -39,9 +40,17 @@ TORCH_DTYPES = {
     "F16": torch.float16,
     "F32": torch.float32,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+#: The dtypes of tensors that hold the numbers and scales of quantized weights, besides.
+_PACKED_DTYPES = {"U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
+
+
+def spacing_of(dtype: str) -> float:
+    """The spacing of the numbers next to 1 in a dtype that weights are stored in, packed or not."""
+    return PACKED_SPACINGS[dtype] if dtype in PACKED_SPACINGS else torch.finfo(TORCH_DTYPES[dtype]).eps
 
 
 class ShardReader:
@@ -54,13 +63,21 @@ class ShardReader:
         path: of the file.
         name: for messages; the file's own name if None.
         watch: has seen the file before, such as when the run was planned; refuses it if it has changed since.
+        packed: name of a tensor that holds the numbers of a packed weight -> that weight, which the header then has instead.
 
     Raises:
         ReadError: it cannot be read.
         FormatError: it breaks the format, or has changed.
     """
 
-    def __init__(self, path: Path, *, name: str | None = None, watch: Watch | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        name: str | None = None,
+        watch: Watch | None = None,
+        packed: Mapping[str, Stored] = MappingProxyType({}),
+    ) -> None:
         self.name = name or path.name
         self._path = path
         self._is_pinned = watch is not None and watch.pinned
@@ -72,7 +89,7 @@ class ShardReader:
             self._stamp = Stamp.of(self._file)
             if watch is not None:
                 watch.see(path, self.name, self._stamp)
-            self.header = self._read_header()
+            self.header = self._read_header().unpacked(packed)
         except BaseException:
             self._file.close()
             raise
@@ -153,7 +170,7 @@ class ShardReader:
         return self._read(entry.start, entry.nbytes)
 
     def read(self, entry: TensorEntry, first: int = 0, count: int | None = None) -> torch.Tensor:
-        """A float tensor in its own dtype, on the CPU: whole, or ``count`` rows of its first dimension from ``first`` on."""
+        """A tensor as it is stored, on the CPU: whole, or ``count`` rows of its first dimension from ``first`` on."""
         start, stop = self.span(entry, first, count)
         return self.shaped(self._read(start, stop - start), entry, count)
 
@@ -162,7 +179,7 @@ class ShardReader:
         """(start, end) in the data of a tensor, or of ``count`` rows of its first dimension from ``first`` on."""
         if count is None:
             return entry.start, entry.end
-        row = entry.nbytes // entry.shape[0]
+        row = entry.nbytes // entry.stored.shape[0]
         return entry.start + first * row, entry.start + (first + count) * row
 
     @staticmethod
@@ -170,14 +187,15 @@ class ShardReader:
         """View bytes, uint8 (bytes,), as the tensor that they are, or as ``count`` rows of it.
 
         Raises:
-            FormatError: its dtype is none of ``TORCH_DTYPES``.
+            FormatError: its dtype is none that weights, or the parts of quantized ones, are stored in.
         """
-        if entry.dtype not in TORCH_DTYPES:
+        stored = entry.stored
+        dtype = TORCH_DTYPES.get(stored.dtype) or _PACKED_DTYPES.get(stored.dtype)
+        if dtype is None:
             raise FormatError(
-                f"{entry.name!r} has another dtype than it should", got=entry.dtype, expected=" or ".join(TORCH_DTYPES)
+                f"{entry.name!r} has another dtype than it should", got=stored.dtype, expected=" or ".join(TORCH_DTYPES)
             )
-        shape = entry.shape if count is None else (count, *entry.shape[1:])
-        return data.view(TORCH_DTYPES[entry.dtype]).reshape(shape)
+        return data.view(dtype).reshape(stored.shape if count is None else (count, *stored.shape[1:]))
 
     def _read(self, start: int, count: int) -> torch.Tensor:
         data = self.empty(count)

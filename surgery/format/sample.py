@@ -9,6 +9,8 @@ import hashlib
 
 import torch
 
+from surgery.format.safetensors import TORCH_DTYPES
+from surgery.format.tensor_view import TensorView
 from surgery.memory import bytes_of
 
 #: Stretches in a sample, and entries in each.
@@ -22,6 +24,22 @@ def stretches(entries: int) -> list[slice]:
         return [slice(0, entries)]
     starts = (i * (entries - _ENTRIES) // (_STRETCHES - 1) for i in range(_STRETCHES))
     return [slice(start, start + _ENTRIES) for start in starts]
+
+
+def sampled_dtype(target: TensorView) -> torch.dtype:
+    """The dtype of the entries that the samples of a target's tensor consist of: bytes, where its numbers are packed."""
+    return TORCH_DTYPES.get(target.dtype, torch.uint8)
+
+
+def sampled(target: TensorView, stored: torch.Tensor) -> torch.Tensor:
+    """The matrices (B, m, n) that are sampled of a target's tensor, or of some matrices of a stack.
+
+    Those of the target. Of packed numbers the bytes as stored: of all of the tensor, also for a slice of it.
+    """
+    if target.dtype in TORCH_DTYPES:
+        return target.seen_as.matrices(stored)
+    count = len(stored) if target.seen_as.kind == "stack" else 1
+    return stored.contiguous().view(torch.uint8).reshape(count, 1, -1)
 
 
 class SampleHash:

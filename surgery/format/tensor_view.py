@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 from surgery.format.views import View
-from surgery.names import DTYPE_BITS, FACTORIZABLE_DTYPES, Train, target_key
+from surgery.names import FACTORIZABLE_DTYPES, WEIGHT_BITS, Train, target_key
 
 _Target = TypeVar("_Target", bound="TensorView")
 
@@ -57,7 +57,7 @@ class TensorView:
     def at_a_time(self) -> int | None:
         """How many matrices of a stack are in memory at a time; None if it is not a stack."""
         # Quantized tensors are computed with in float32.
-        itemsize = DTYPE_BITS[self.dtype] // 8 if self.dtype in FACTORIZABLE_DTYPES else 4
+        itemsize = WEIGHT_BITS[self.dtype] // 8 if self.dtype in FACTORIZABLE_DTYPES else 4
         return self.seen_as.at_a_time(self.shape, itemsize)
 
     def place(self, index: int) -> int | None:

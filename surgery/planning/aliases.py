@@ -57,7 +57,7 @@ def find_aliases(
 
     Raises:
         OptionError: an embedding and another tensor are equal, and it cannot be known whether the model ties them; or tied
-            tensors are FP8.
+            tensors are quantized.
     """
     chosen = {target.tensor: target for target in targets}
     config = source.config()
@@ -87,9 +87,9 @@ def find_aliases(
                 kept, *others = sorted(together, key=lambda place: place[0].name not in chosen)
                 if kept[0].name not in chosen:
                     continue
-                if chosen[kept[0].name].scaled is not None:
+                if chosen[kept[0].name].quantized is not None:
                     names = [entry.name for entry, _ in together]
-                    raise _refused(source, names, "an FP8 weight that is stored twice cannot be edited", None)
+                    raise _refused(source, names, "a quantized weight that is stored twice cannot be edited", None)
                 found[kept[0].name] = tuple(Alias(entry.name, shard) for entry, shard in others)
             if not local:  # a streamed file that was fetched for this may have to make room for others
                 for _, shard in candidates:

@@ -19,9 +19,8 @@ from surgery.linalg.low_rank import low_rank_bytes
 from surgery.linalg.measured import measuring_bytes
 from surgery.linalg.svd import solved_together
 from surgery.linalg.triplets import workspace_bytes
-from surgery.names import DTYPE_BITS
+from surgery.names import FACTORIZABLE_DTYPES, WEIGHT_BITS
 from surgery.planning.targets import Target
-from surgery.weights.quantization import FP8
 
 #: Bytes of a window, so that small matrices of one shape are solved together. Constants, and not what happens to be free: the
 #: bits of a result may depend on which matrices share a batch.
@@ -80,24 +79,24 @@ def need_to_factorize(target: Target) -> Need:
     """What SVD and split of a target need."""
     count, m, n = target.matrices
     # The dtype in which the weight reaches the SVD: its own, or float32 where it is quantized.
-    dtype = torch.float32 if target.scaled is not None else TORCH_DTYPES[target.dtype]
+    dtype = torch.float32 if target.quantized is not None else TORCH_DTYPES[target.dtype]
     held = _held(target.shape, target.dtype, target.at_a_time)
-    copies = _copies(held, target.dtype, target.scaled is not None, target.view.slice is not None)
+    copies = _copies(held, target.dtype, target.quantized is not None, target.view.slice is not None)
     working = copies + workspace_bytes(m, n, target.rank, dtype)
     together = min(solved_together(min(m, n), target.rank), CPU_WINDOW_BYTES // (m * n * dtype.itemsize) + 1)
-    stored = m * n * DTYPE_BITS[target.dtype] // 8
+    stored = m * n * WEIGHT_BITS[target.dtype] // 8
     return Need(target.key, target.shape, target.shard, held, working, m * n * dtype.itemsize, count, stored, together)
 
 
 def need_to_fold(target: TargetRecord) -> Need:
     """What recovery and update of a target need."""
     count, m, n = target.matrices
-    fp8 = target.dtype == FP8
+    quantized = target.dtype not in FACTORIZABLE_DTYPES
     held = _held(target.shape, target.dtype, target.at_a_time)
     # The factors as stored, as integers in float64, and as the update; then the correction.
-    working = _copies(held, target.dtype, fp8, target.slice is not None) + 32 * target.rank * (m + n) + held // 8
-    matrix = m * n * (4 if fp8 else TORCH_DTYPES[target.dtype].itemsize)
-    stored = m * n * DTYPE_BITS[target.dtype] // 8
+    working = _copies(held, target.dtype, quantized, target.slice is not None) + 32 * target.rank * (m + n) + held // 8
+    matrix = m * n * (4 if quantized else TORCH_DTYPES[target.dtype].itemsize)
+    stored = m * n * WEIGHT_BITS[target.dtype] // 8
     return Need(target.key, target.shape, target.shard, held, working, matrix, count, stored)
 
 
@@ -116,7 +115,7 @@ def need_to_merge(entry: TensorEntry, file: str, at_a_time: int | None, rank: in
     matrix = math.prod(entry.shape[1:] if stack else entry.shape)
     # The numbers in float32 where they are stored in another dtype than they are written in; the update, in float64 as well.
     working = 2 * _copies(held, entry.dtype, True, False) + 32 * rank * (rows + matrix // max(rows, 1))
-    stored = max(1, matrix * DTYPE_BITS[entry.dtype] // 8)  # a tensor may be empty
+    stored = max(1, matrix * WEIGHT_BITS[entry.dtype] // 8)  # a tensor may be empty
     return Need(entry.name, entry.shape, file, held, working, 4 * matrix, entry.shape[0] if stack else 1, stored)
 
 
@@ -124,9 +123,9 @@ def need_to_extract(target: Target) -> Need:
     """What the change of a target needs: both weights, their difference, its approximation, and then the merged weight."""
     _, m, n = target.matrices
     need = need_to_factorize(target)
-    quantized = target.scaled is not None
+    quantized = target.quantized is not None
     copies = _copies(need.held, target.dtype, quantized, False)
-    tuned = 4 * need.held * 8 // DTYPE_BITS[target.dtype]  # float32 at most, put together from parts of its own size
+    tuned = 4 * need.held * 8 // WEIGHT_BITS[target.dtype]  # float32 at most, put together from parts of its own size
     solving = low_rank_bytes(m, n, target.rank, torch.float32)
     merging = 16 * m * n + 32 * target.rank * (m + n)
     # Twice the difference: one that is very small is scaled.
@@ -136,7 +135,9 @@ def need_to_extract(target: Target) -> Need:
 def need_to_compare(entry: TensorEntry, file: str) -> Need:
     """What a tensor needs that is read whole to be compared with another, and kept."""
     held = _held(entry.shape, entry.dtype, None)
-    return Need(entry.name, entry.shape, file, held, 4 * held * 8 // DTYPE_BITS[entry.dtype] * 3, max(held, 1), 1, max(held, 1))
+    return Need(
+        entry.name, entry.shape, file, held, 4 * held * 8 // WEIGHT_BITS[entry.dtype] * 3, max(held, 1), 1, max(held, 1)
+    )
 
 
 def need_to_measure(target: Target, triplets: int, *, compared: bool) -> Need:
@@ -147,7 +148,7 @@ def need_to_measure(target: Target, triplets: int, *, compared: bool) -> Need:
     working = need.working + 24 * m * n
     if compared:
         # The tuned weight, in float32 at most, with its slices; the difference; the directions of both, and their products.
-        tuned = 4 * need.held * 8 // DTYPE_BITS[target.dtype]
+        tuned = 4 * need.held * 8 // WEIGHT_BITS[target.dtype]
         working += 3 * tuned + 4 * m * n + 32 * min(triplets, m, n) * (m + n)
     return replace(need, working=working, together=1)
 
@@ -161,14 +162,14 @@ def need_to_verify(target: TargetRecord) -> Need:
 
 def _held(shape: Sequence[int], dtype: str, at_a_time: int | None) -> int:
     """Bytes of a tensor that are read at a time: some matrices of a stack, else all of it, also for a slice."""
-    held = math.prod(shape) * DTYPE_BITS[dtype] // 8
+    held = math.prod(shape) * WEIGHT_BITS[dtype] // 8
     return held if at_a_time is None else held // shape[0] * min(shape[0], at_a_time)
 
 
 def _copies(held: int, dtype: str, quantized: bool, sliced: bool) -> int:
-    """Bytes of copies that are made before the arithmetic: of FP8 weights in float32, and of slices, twice, as they are cut out
-    and made contiguous."""
-    return (4 * held * 8 // DTYPE_BITS[dtype] if quantized else 0) + (2 * held if sliced else 0)
+    """Bytes of copies before the arithmetic: of quantized weights in float32, and of slices, twice, as they are cut out and
+    made contiguous."""
+    return (4 * held * 8 // WEIGHT_BITS[dtype] if quantized else 0) + (2 * held if sliced else 0)
 
 
 def share_out(needs: Sequence[Need], resources: Resources, *, kept: int = 0) -> Memory:

@@ -17,12 +17,15 @@ from surgery.format.manifest_records import Alias
 from surgery.format.options import Options
 from surgery.format.tensor_view import TensorView
 from surgery.format.views import Slice, View
-from surgery.names import DTYPE_BITS, FACTORIZABLE_DTYPES
+from surgery.names import FACTORIZABLE_DTYPES, WEIGHT_BITS, told_dtype
 from surgery.planning.fused import slices_of
 from surgery.planning.recipes import Recipe, Rule, recipe_for_family
 from surgery.planning.roles import kind_of, own_slices, why_no_linear
 from surgery.planning.unloaded import why_unloaded
-from surgery.weights.quantization import Scaled
+from surgery.quantized.codec import PART_NAMES
+from surgery.quantized.recognize import Quantization
+from surgery.quantized.unread import UnreadWeight
+from surgery.quantized.weight import Quantized
 
 DEFAULT_RANK = 16
 DEFAULT_MAX_RANK = 256
@@ -41,7 +44,7 @@ class Target(TensorView):
         energy: share of the squared Frobenius norm to keep with as few directions as will do; ``rank`` is then the
             most. None: exactly ``rank``.
         asked: the rank before it was cut to the matrix.
-        scaled: where the scales of an FP8 weight are; None for a weight that is not quantized.
+        quantized: how a quantized weight is stored; None for one that is not quantized.
         aliases: the tensors that hold the same parameter once more, see ``surgery.planning.aliases``.
     """
 
@@ -53,7 +56,7 @@ class Target(TensorView):
     rank: int
     energy: float | None
     asked: int
-    scaled: Scaled | None = None
+    quantized: Quantized | None = None
     aliases: tuple[Alias, ...] = ()
 
     @property
@@ -64,7 +67,7 @@ class Target(TensorView):
     @property
     def stored_bytes(self) -> int:
         """Bytes of the whole tensor in the checkpoint."""
-        return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+        return math.prod(self.shape) * WEIGHT_BITS[self.dtype] // 8
 
     @property
     def factor_bytes(self) -> int:
@@ -80,13 +83,15 @@ class Skipped:
     Attributes:
         tensor, shard: its name, and the weight file that it is in.
         reason: why, in words.
-        wanted: whether it would be a target if it had another dtype, or two dimensions.
+        wanted: whether it would be a target if it had another dtype, or two dimensions, or were packed in a way that is read.
+        entries: of the weight, if it is wanted.
     """
 
     tensor: str
     shard: str
     reason: str
     wanted: bool = False
+    entries: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,24 +101,35 @@ class Model:
     Attributes:
         config: its ``config.json``, empty if there is none.
         recipe: the one that applies, if any.
-        quantized: FP8 weight -> where its scales are.
+        quantization: what is quantized in it.
+        quantized_too: whether quantized weights may be targets: they have no residual layout.
     """
 
     config: Mapping[str, Any]
     recipe: Recipe | None
-    quantized: Mapping[str, Scaled]
+    quantization: Quantization
+    quantized_too: bool = True
+
+    @property
+    def quantized(self) -> Mapping[str, Quantized]:
+        """The quantized weights that can be read, by name."""
+        return self.quantization.weights
 
     @cached_property
-    def scales(self) -> frozenset[str]:
-        """The tensors that hold the scales of FP8 weights."""
-        return frozenset(scaled.scale for scaled in self.quantized.values())
+    def parts(self) -> Mapping[str, str]:
+        """Each tensor that belongs to the numbers of a quantized weight -> what it is, in words."""
+        return {
+            part.name: f"the {PART_NAMES[part.role]} of an {told_dtype(one.dtype)} weight"
+            for one in self.quantized.values()
+            for part in one.parts
+        }
 
 
 def choose(entry: TensorEntry, shard: str, options: Options, model: Model) -> list[Target | Skipped]:
     """Decide whether a tensor is a target; for a fused weight that is split, whether each slice is one.
 
     Args:
-        entry: of the tensor in the header.
+        entry: of the tensor in the header; a packed weight stands for the tensor that holds its numbers.
         shard: the weight file that it is in.
         options: what was asked for.
         model: what is known of the model.
@@ -124,24 +140,27 @@ def choose(entry: TensorEntry, shard: str, options: Options, model: Model) -> li
     Raises:
         FormatError: it is an empty weight.
     """
+    if (unread := model.quantization.unread_tensors.get(entry.stored.name)) is not None:
+        return [_skipped_unread(entry, shard, unread, options, model)]
     rule = model.recipe.rule_for(entry.name) if model.recipe else None
-    by_name = _no_weight(entry, model) or _unwanted(entry, options, model, rule)
+    by_name = _no_weight(entry) or _unwanted(entry, options, model, rule)
     if by_name is None or entry.name.split(".")[-1] == "weight":
         _check_not_empty(entry, options, model, wanted=by_name is None)
     if (reason := _impossible(entry, model) or by_name or _unsupported(entry, model)) is not None:
         # A vector counts as wanted only by a rule of a recipe: a name, or a glob of a user, may well match norms too.
         matrix = len(entry.shape) > 1 or (rule is not None and not options.include)
-        return [Skipped(entry.name, shard, reason, wanted=by_name is None and matrix)]
+        wanted = by_name is None and matrix and entry.name not in model.parts
+        return [Skipped(entry.stored.name, shard, reason, wanted, math.prod(entry.shape) if wanted else 0)]
     kind = (rule.view if rule else None) or kind_of(entry)
     try:
         _, m, n = View(kind).shape(entry.shape)
     except ValueError as error:
-        return [Skipped(entry.name, shard, str(error))]
+        return [Skipped(entry.stored.name, shard, str(error))]
     if min(m, n) < 2:
-        return [Skipped(entry.name, shard, "a single row or column")]
-    scaled = model.quantized.get(entry.name)
-    if kind == "convolution" and (entry.shape[1] == 1 or scaled):
-        return [Skipped(entry.name, shard, "an FP8 convolution" if scaled else "a depthwise convolution")]
+        return [Skipped(entry.stored.name, shard, "a single row or column")]
+    quantized = model.quantized.get(entry.name)
+    if kind == "convolution" and (entry.shape[1] == 1 or quantized):
+        return [Skipped(entry.stored.name, shard, "a quantized convolution" if quantized else "a depthwise convolution")]
     parts: tuple[Slice, ...] = ()
     if rule is None or (rule.view is None and not rule.slices):
         parts = own_slices(entry, model.config, options.split)
@@ -152,9 +171,22 @@ def choose(entry: TensorEntry, shard: str, options: Options, model: Model) -> li
     fates: list[Target | Skipped] = []
     for view in views:
         smaller = min(view.shape(entry.shape)[1:])
-        target = Target(entry.name, shard, entry.dtype, entry.shape, view, min(rank, smaller), energy, rank, scaled)
+        target = Target(entry.name, shard, entry.dtype, entry.shape, view, min(rank, smaller), energy, rank, quantized)
         fates.append(target if smaller > 1 else Skipped(target.key, shard, "a single row or column"))
     return fates
+
+
+def _skipped_unread(entry: TensorEntry, shard: str, weight: UnreadWeight, options: Options, model: Model) -> Skipped:
+    """A tensor of a weight that is not read; the one with its numbers stands for it."""
+    if entry.stored.name != weight.main:
+        return Skipped(entry.stored.name, shard, f"belongs to a weight that is {weight.method}")
+    meant = [
+        TensorEntry(name, entry.dtype, weight.shape or (2, 2), entry.start, entry.end)
+        for name in ((weight.name, weight.main) if options.include else (weight.name,))
+    ]
+    rule = model.recipe.rule_for(weight.name) if model.recipe else None
+    wanted = any(_no_weight(one) is None and _unwanted(one, options, model, rule) is None for one in meant)
+    return Skipped(entry.stored.name, shard, f"{weight.method}, copied as it is", wanted, weight.entries if wanted else 0)
 
 
 def _wants_split(options: Options, model: Model, rule: Rule) -> bool:
@@ -179,16 +211,16 @@ def extent(options: Options, rule: Rule | None) -> tuple[int, float | None]:
 
 def _impossible(entry: TensorEntry, model: Model) -> str | None:
     """Why a tensor can be no target by its dtype and shape, whatever its name; None if it can."""
-    if entry.name in model.scales:
-        return "the scales of an FP8 weight"
-    if not entry.dtype.startswith(("F", "BF", "C")):
+    if entry.name in model.parts:
+        return model.parts[entry.name]
+    if not entry.dtype.startswith(("F", "BF", "C")) and entry.name not in model.quantized:
         return f"no floating-point weight ({entry.dtype})"
     if len(entry.shape) < 2:
         return "a vector (norm, bias)"
     return None
 
 
-def _no_weight(entry: TensorEntry, model: Model) -> str | None:
+def _no_weight(entry: TensorEntry) -> str | None:
     """Why a tensor can be no target by its name, whatever is asked for; None if it can."""
     if _NO_WEIGHT.search(entry.name.split(".")[-1]):
         return "no weight (bias, state or table)"
@@ -196,8 +228,10 @@ def _no_weight(entry: TensorEntry, model: Model) -> str | None:
 
 
 def _unsupported(entry: TensorEntry, model: Model) -> str | None:
-    if entry.dtype in FACTORIZABLE_DTYPES or entry.name in model.quantized:
+    if entry.dtype in FACTORIZABLE_DTYPES or (entry.name in model.quantized and model.quantized_too):
         return None
+    if entry.name in model.quantized:
+        return f"{told_dtype(entry.dtype)}, copied as it is: it has no residual layout"
     return f"dtype {entry.dtype} is not supported"
 
 

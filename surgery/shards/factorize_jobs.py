@@ -17,7 +17,7 @@ from surgery.progress import listening
 from surgery.run.contents import is_as_recorded
 from surgery.run.factorization import has_other_rank, target_identity
 from surgery.run.resume import Recorded
-from surgery.shards.factorize_shard import Job, RemoteShard, run_job, scale_files
+from surgery.shards.factorize_shard import Job, RemoteShard, files_of_parts, run_job
 from surgery.shards.held_files import HeldFiles
 from surgery.source.protocol import Source
 from surgery.timing import Timing, timed
@@ -57,7 +57,7 @@ class FactorizeJobs:
             if is_fetched:
                 self._progress.item(f"fetching {shard.file}")
             with timed("download"):
-                for file in (shard.file, *scale_files(shard)):
+                for file in (shard.file, *files_of_parts(shard)):
                     self._source.acquire(file)
             yield index
 
@@ -65,12 +65,12 @@ class FactorizeJobs:
         """See ``LocalJobs``."""
         plan = self._plan
         shards, window = plan.shards, plan.memory.window_bytes
-        scales = scale_files(shards[index])
+        parts = files_of_parts(shards[index])
         job = Job(shards[index], index, len(shards), self._source, self._place, None, window, plan.layout, plan.options)
-        with HeldFiles([shards[index].file, *scales], self._source.release) as held:
+        with HeldFiles([shards[index].file, *parts], self._source.release) as held:
 
             def on_shard_read() -> None:
-                if not scales:  # the scales of FP8 weights are read until the job is done
+                if not parts:  # those of quantized weights are read until the job is done
                     held.release()
                 on_read()
 
@@ -80,7 +80,7 @@ class FactorizeJobs:
         """See ``ShardJobs``."""
         plan = self._plan
         shards, window = plan.shards, plan.memory.window_bytes
-        origin = self._source.origin([shards[index].file, *scale_files(shards[index])])
+        origin = self._source.origin([shards[index].file, *files_of_parts(shards[index])])
         out, place = self._out.resolve(), self._place.resolve()
         return RemoteShard(shards[index], index, len(shards), origin, out, place, window, plan.layout, plan.options)
 

@@ -20,8 +20,8 @@ from surgery.format.factors import FactorsHash
 from surgery.format.manifest import ShardResult
 from surgery.format.manifest_records import CertificateRecord, ShardRecord, TargetRecord
 from surgery.format.options import Options
-from surgery.format.safetensors import TORCH_DTYPES, ShardReader, TensorFileWriter
-from surgery.format.sample import SampleHash
+from surgery.format.safetensors import ShardReader, TensorFileWriter
+from surgery.format.sample import SampleHash, sampled, sampled_dtype
 from surgery.format.tensor_view import by_tensor
 from surgery.format.views import View
 from surgery.memory import bytes_of
@@ -29,6 +29,7 @@ from surgery.names import PARTIALS_DIR, RUN_FILE, correction_key, factor_key, fa
 from surgery.planning.plan import Layout, ShardPlan
 from surgery.planning.targets import Target
 from surgery.progress import Progress, Silent
+from surgery.quantized.recognize import Quantization
 from surgery.reports import rounded_to
 from surgery.shards.matrices import Matrix, Result, factorize_matrices, truncate
 from surgery.source.origin import Origin
@@ -44,7 +45,7 @@ class Job:
     Attributes:
         shard: the source's weight file and its targets.
         index, count: the index of the shard, from 0, and how many there are.
-        files: gives this weight file, and those that hold scales of its FP8 targets.
+        files: gives this weight file, and those that hold parts of its quantized targets.
         out: the folder that is written to.
         partials: folder for unfinished files; None: they are beside the finished ones.
         window_bytes: how much of the shard is worked on together, so that small matrices of one shape are solved in a batch.
@@ -99,9 +100,9 @@ class RemoteShard:
             return run_job(job, lane, Silent(), lambda: None)
 
 
-def scale_files(shard: ShardPlan) -> list[str]:
-    """The weight files that hold scales of its FP8 targets."""
-    return sorted({target.scaled.shard for target in shard.targets if target.scaled})
+def files_of_parts(shard: ShardPlan) -> list[str]:
+    """The weight files that hold parts of its quantized targets."""
+    return sorted(set[str]().union(*(target.quantized.shards for target in shard.targets if target.quantized)))
 
 
 def check_shared(out: Path) -> None:
@@ -135,10 +136,10 @@ def run_job(job: Job, lane: Lane, progress: Progress, on_read: Callable[[], obje
         ReadError, FormatError, OutputError: a file cannot be read, changes meanwhile, or cannot be written.
     """
     factors_name = factors_file(job.index, job.count)
-    quantized = {target.tensor: target.scaled for target in job.shard.targets if target.scaled is not None}
+    quantized = {target.tensor: target.quantized for target in job.shard.targets if target.quantized is not None}
     with ExitStack() as stack:
-        weights = stack.enter_context(ModelWeights(job.files, lambda: quantized))
-        reader = stack.enter_context(ShardReader(weights.path(job.shard.file), name=job.shard.file, watch=weights.watch))
+        weights = stack.enter_context(ModelWeights(job.files, lambda: Quantization(quantized)))
+        reader = stack.enter_context(weights.opened(job.shard.file))
         _check_unchanged(reader, job.shard)
         ranked = (_with_rank(target, reader, weights, job.options, lane) for target in job.shard.targets)
         # By tensor; several where its slices are targets.
@@ -169,7 +170,7 @@ def run_job(job: Job, lane: Lane, progress: Progress, on_read: Callable[[], obje
 
         def sample(piece: TargetPiece) -> None:
             for part in collected[piece.entry.name]:
-                part.sample.update(part.target.view.matrices(piece.tensor))
+                part.sample.update(sampled(part.target, piece.tensor))
 
         lane.flow(looked_at(walk, sample), job.window_bytes, factorize, finish, on_read)
         weights.check(job.shard.file, walk.sha256)
@@ -181,7 +182,7 @@ def run_job(job: Job, lane: Lane, progress: Progress, on_read: Callable[[], obje
 
 
 def _check_unchanged(reader: ShardReader, shard: ShardPlan) -> None:
-    if reader.header.tensors != shard.header.tensors:
+    if not reader.header.is_like(shard.header):
         raise SourceError(
             f"{shard.file} has changed since the run was planned", hint="start again when nothing writes to the model"
         )
@@ -243,7 +244,7 @@ class _Collected:
     residual_sample: SampleHash = field(init=False)
 
     def __post_init__(self) -> None:
-        dtype = TORCH_DTYPES[self.target.dtype]
+        dtype = sampled_dtype(self.target)
         self.sample, self.residual_sample = SampleHash(dtype), SampleHash(dtype)
 
     def add(self, result: Result) -> None:
@@ -346,7 +347,7 @@ def _write(
     for piece, written in zip(window, done.written, strict=True):
         if isinstance(piece, TargetPiece):
             for part in collected[piece.entry.name]:
-                for i in range(part.target.view.shape(piece.tensor.shape)[0]):
+                for i in range(len(piece.tensor) if part.target.view.kind == "stack" else 1):
                     _add(part, done.results.pop((part.target.key, piece.first + i)), factors)
         if residuals:
             residuals.write(bytes_of(written))

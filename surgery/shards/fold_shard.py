@@ -115,7 +115,7 @@ class ShardFold:
             partial: the path of the file until it is finished; None: beside its place.
         """
         file, weights = self.shard.file, self.checkpoint.weights
-        with ShardReader(weights.path(file), watch=weights.watch) as reader:
+        with weights.opened(file) as reader:
             if (size := self.dense.size(reader.header)) is None:
                 self.progress.advance(reader.header.data_bytes)
                 return FoldedShard(None, [])

@@ -16,7 +16,6 @@ from surgery.files.access import read_errors
 from surgery.files.file_records import file_sha256
 from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import TargetRecord
-from surgery.format.safetensors import ShardReader
 from surgery.format.scales.writing import distance
 from surgery.format.tensor_view import by_tensor
 from surgery.lossless.blocks import BLOCK_ENTRIES, DEVICE_BLOCKS
@@ -127,7 +126,7 @@ class Projector:
         checkpoint.weights.check_quantized()
 
     def run(self, progress: Progress, take: Callable[[TargetRecord, int, Components], None]) -> None:
-        """Compare all targets. Shards with neither targets nor scales are not read.
+        """Compare all targets. Shards with neither targets nor parts of them are not read.
 
         Args:
             progress: told how far it is.
@@ -135,8 +134,9 @@ class Projector:
         """
         manifest, weights = self._checkpoint.manifest, self._checkpoint.weights
         owners = {target.shard for target in manifest.targets}
-        scales = {weights.quantized[target.tensor].shard for target in manifest.targets if target.tensor in weights.quantized}
-        for shard in sorted(scales - owners):  # the others are hashed while they are read
+        quantized = [weights.quantized[target.tensor] for target in manifest.targets if target.tensor in weights.quantized]
+        parts = set[str]().union(*(one.shards for one in quantized))
+        for shard in sorted(parts - owners):  # the others are hashed while they are read
             path = weights.path(shard)
             with read_errors(path):
                 weights.check(shard, file_sha256(path))
@@ -150,7 +150,7 @@ class Projector:
         weights, path = self._checkpoint.weights, self._checkpoint.weights.path(shard)
         targets = by_tensor(self._checkpoint.manifest.targets_of(shard))
         with (
-            ShardReader(path, name=path.name, watch=weights.watch) as stored,
+            weights.opened(shard, path, path.name) as stored,
             ShardWalk(stored, {name: some[0].at_a_time for name, some in targets.items()}) as walk,
         ):
             if lost := sorted(targets.keys() - {entry.name for entry in stored.header.tensors}):

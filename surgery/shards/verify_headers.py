@@ -36,7 +36,7 @@ def check_headers(
             _check_header(reader, shard.residual.file, tensors, passed, failures)
     if weights is not None and not weights.holds_residuals:
         path = weights.path(shard.source.file)
-        with ShardReader(path, name=path.name, watch=weights.watch) as reader:
+        with weights.opened(shard.source.file, path, path.name) as reader:
             _check_header(reader, path.name, tensors, passed, failures)
     if shard.factors is not None:
         with ShardReader(folder / shard.factors.file, name=shard.factors.file, watch=watch) as reader:
@@ -59,11 +59,13 @@ def _factors_of(shard: ShardRecord, manifest: Manifest) -> _Wanted:
 
 def _check_header(reader: ShardReader, name: str, wanted: _Wanted, passed: AbstractSet[str], failures: Failures) -> None:
     found = {entry.name: (entry.dtype, list(entry.shape)) for entry in reader.header.tensors}
+    # What was passed over has the names that it has in the file.
+    stored = {entry.name: entry.stored.name for entry in reader.header.tensors if entry.name not in wanted}
     for tensor, (dtype, shape) in wanted.items():
         got = found.get(tensor)
         good = got is not None and got[0] == dtype and (shape is None or got[1] == shape)
         failures.expect(good, f"{name}: {tensor}", "dtype and shape", got or "nothing", f"{dtype} {shape or ''}")
-    for tensor in sorted(passed - found.keys()):
+    for tensor in sorted(passed - set(stored.values())):
         failures.expect(False, f"{name}: {tensor}", "what was passed over is there", "nothing")
-    for tensor in sorted(found.keys() - wanted.keys() - passed):
+    for tensor in sorted(name for name in stored if stored[name] not in passed):
         failures.expect(False, f"{name}: {tensor}", "the manifest knows the tensor", "it does not")

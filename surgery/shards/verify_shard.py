@@ -18,6 +18,7 @@ from surgery.files.watch import Watch
 from surgery.format.factors import FactorsReader
 from surgery.format.manifest_records import ShardRecord, TargetRecord
 from surgery.format.safetensors import ShardReader
+from surgery.format.sample import sampled
 from surgery.format.tensor_view import by_tensor
 from surgery.linalg.measured import measure
 from surgery.lossless.correction import CorruptCorrection
@@ -144,7 +145,7 @@ class _WeightsCheck:
         file, own = shard.source.file, weights.holds_residuals
         path, expected = weights.path(file), weights.expected(file)
         assert expected is not None  # there is a manifest
-        source = stack.enter_context(ShardReader(path, name=path.name, watch=weights.watch))
+        source = stack.enter_context(weights.opened(file, path, path.name))
         if not own and shard.residual is not None:
             residuals = self._check.checkpoint.folder / shard.residual.file
             self._residuals = stack.enter_context(ShardReader(residuals, name=shard.residual.file, watch=self._check.watch))
@@ -166,7 +167,7 @@ class _WeightsCheck:
 
         def sample(piece: TargetPiece) -> None:
             for checked in sound[piece.entry.name]:
-                checked.stored.update(checked.target.seen_as.matrices(piece.tensor))
+                checked.stored.update(sampled(checked.target, piece.tensor))
 
         walk = stack.enter_context(ShardWalk(source, portions, lane.buffers, lane.timing))
         errors: list[SurgeryError] = []

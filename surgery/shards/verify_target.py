@@ -10,8 +10,7 @@ from surgery.errors import SurgeryError
 from surgery.format.factors import FactorsHash, FactorsReader
 from surgery.format.manifest_records import TargetRecord
 from surgery.format.options import Options
-from surgery.format.safetensors import TORCH_DTYPES
-from surgery.format.sample import SampleHash
+from surgery.format.sample import SampleHash, sampled_dtype
 from surgery.linalg.measured import Measured, could_come_from, gap_limits, overstated, says_converged
 from surgery.lossless.factors import Factors
 from surgery.reports import rounded_to
@@ -71,7 +70,7 @@ class CheckedTarget:
     _misses: list[tuple[str, str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        dtype = TORCH_DTYPES[self.target.dtype]
+        dtype = sampled_dtype(self.target)
         self.stored, self.recovered = SampleHash(dtype), SampleHash(dtype)
 
     def take(self, seen: MeasuredMatrix) -> None:

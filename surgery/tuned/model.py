@@ -14,13 +14,14 @@ import torch
 from surgery.engine.walk import TargetPiece
 from surgery.errors import FormatError, SourceError, WeightError
 from surgery.format.header import TensorEntry
-from surgery.format.safetensors import TORCH_DTYPES, same_bytes
+from surgery.format.safetensors import TORCH_DTYPES, same_bytes, spacing_of
 from surgery.lossless.rounding import all_finite
+from surgery.quantized.recognize import Quantization
+from surgery.quantized.weight import Quantized
 from surgery.source.protocol import WeightFiles
 from surgery.tuned.conversion import Part
 from surgery.weights.model import ModelWeights
 from surgery.weights.protocol import Weights
-from surgery.weights.quantization import Scaled
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,19 +108,19 @@ class TunedModel:
         return None if name in self.found.parts else self.found.places[self.found.stored[name][0]][1]
 
     def is_quantized(self, name: str) -> bool:
-        """Whether a tensor of the original is stored in FP8, or put together from tensors of which one is."""
+        """Whether a tensor of the original is stored quantized, or put together from tensors of which one is."""
         return any(stored in self.weights.quantized for stored in self.found.stored_of(name))
 
     def shards_of(self, names: Iterable[str]) -> list[str]:
-        """The weight files that hold these tensors of the original, and the scales of those that are FP8."""
+        """The weight files that hold these tensors of the original, and the parts of those that are quantized."""
         stored = [one for name in names for one in self.found.stored_of(name)]
         quantized = self.weights.quantized_among(stored)
-        return sorted({self.found.places[one][0] for one in stored} | {scaled.shard for scaled in quantized.values()})
+        return sorted({self.found.places[one][0] for one in stored}.union(*(one.shards for one in quantized.values())))
 
     def dtype(self, name: str) -> str:
-        """The dtype that a tensor is stored in, as safetensors names it; the least precise one if it consists of several."""
+        """The dtype that a tensor is stored in; the least precise one if it consists of several."""
         dtypes = {self.found.places[stored][1].dtype for stored in self.found.stored_of(name)}
-        return max(sorted(dtypes), key=lambda dtype: torch.finfo(TORCH_DTYPES[dtype]).eps)
+        return max(sorted(dtypes), key=spacing_of)
 
     def dtype_of_numbers(self, name: str) -> torch.dtype:
         """The dtype in which ``weight`` gives a tensor."""
@@ -133,18 +134,17 @@ class TunedModel:
             check: whether to refuse NaN and infinity.
 
         Returns:
-            In the shape of the piece, on the CPU, in the dtype that is stored; float32 where that is FP8.
+            In the shape of the piece, on the CPU, in the dtype that is stored; float32 where it is quantized.
 
         Raises:
             WeightError: they hold NaN or infinity.
         """
-        name, rows = piece.entry.name, range(piece.first, piece.first + (len(piece.tensor) if piece.tensor.ndim else 1))
+        name, shape = piece.entry.name, (*piece.tensor.shape[:1], *piece.entry.shape[1:])
+        rows = range(piece.first, piece.first + (len(piece.tensor) if piece.tensor.ndim else 1))
         if name not in self.found.parts:
             return self._read(self.found.stored[name][0], rows, check)[0]
         parts = [part for whole in self.found.parts[name] if (part := whole.within(rows.start, len(rows))) is not None]
-        tensor = torch.empty(
-            piece.tensor.shape, dtype=reduce(torch.promote_types, (self._dtype_read(part.stored) for part in parts))
-        )
+        tensor = torch.empty(shape, dtype=reduce(torch.promote_types, (self._dtype_read(part.stored) for part in parts)))
         for part in parts:
             stored, first = self._read(part.stored, part.rows(), check)
             part.copy(stored, first, tensor)
@@ -186,12 +186,12 @@ class SentTuned:
     Attributes:
         name: of the model.
         found: where its tensors are.
-        quantized: those that are FP8 -> where their scales are.
+        quantized: those that are quantized -> how they are stored.
     """
 
     name: str
     found: FoundTensors
-    quantized: Mapping[str, Scaled]
+    quantized: Mapping[str, Quantized]
 
     def open(self, files: WeightFiles) -> TunedModel:
-        return TunedModel(self.name, ModelWeights(files, lambda: self.quantized, self.name), self.found)
+        return TunedModel(self.name, ModelWeights(files, lambda: Quantization(self.quantized), self.name), self.found)

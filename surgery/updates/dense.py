@@ -1,4 +1,4 @@
-"""What is written for each tensor and weight file with an update: values, dtypes, FP8 scales, and headers."""
+"""What is written for each tensor and weight file with an update: values, dtypes, parts of quantized weights, and headers."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from surgery.lossless.grids import DtypeGrid, Grid
 from surgery.lossless.rounding import all_finite
 from surgery.lossless.update import Rounding
 from surgery.names import FACTORIZABLE_DTYPES
+from surgery.quantized.codec import Extremes, Role
+from surgery.quantized.weight import StoredPart
 from surgery.updates.apply import Updated, UpdatedWeights, WrittenAs
 from surgery.updates.protocol import Update
 from surgery.weights.checkpoint import Checkpoint
-from surgery.weights.fp8 import Fp8Grid, block_maxima, block_scales, quantize, scales_that_hold
 
-#: What FP8 weights become when they are dequantized.
+#: What quantized weights become when they are dequantized.
 DENSE_DTYPE = "BF16"
 
 
@@ -32,8 +33,8 @@ class Writing:
 
     Attributes:
         rounding: of changed matrices: ``nearest``, ``directions`` (``surgery.lossless.directions``), or None for the one that
-            keeps their update: ``directions`` for FP8, and for 16-bit weights where ``nearest`` would keep less than 99 %.
-        to_dense: whether every FP8 weight becomes bfloat16, without its scales.
+            keeps their update: ``directions`` for quantized ones, and for others where ``nearest`` would keep less than 99 %.
+        to_dense: whether every quantized weight becomes bfloat16, without its scales.
         dtype: what all weights of 16 and 32 bits become, as safetensors names it; None for what they are.
     """
 
@@ -50,7 +51,7 @@ class Writing:
 class DenseTensors:
     """What each tensor of a checkpoint becomes with an update. Any number of threads may use it.
 
-    A changed FP8 weight is quantized again, with new scales for the blocks that need them. These may be stored before the
+    A changed quantized weight is quantized again, with new scales for the blocks that need them. These may be stored before the
     weight, or in another shard, so they are computed from the whole weight when they are first needed, and kept.
 
     Args:
@@ -68,16 +69,18 @@ class DenseTensors:
         self._updated = UpdatedWeights(checkpoint, update)
         self.writing = writing
         quantized = self._weights.quantized
-        self._weight_of = {scaled.scale: name for name, scaled in quantized.items()}
+        self._part_of: dict[str, tuple[str, StoredPart]] = {
+            part.name: (name, part) for name, one in quantized.items() for part in one.parts
+        }
         self._together = _together(checkpoint)
         self._dropped: set[str] = set()
         if writing.to_dense:
-            self._dropped.update(self._weight_of, *(scaled.activations for scaled in quantized.values()))
-        self._new_scales: dict[str, torch.Tensor] = {}
+            self._dropped.update(self._part_of, *(one.beside for one in quantized.values()))
+        self._new_parts: dict[str, dict[Role, torch.Tensor]] = {}
         self._one = threading.Lock()
 
     def files(self, shard: str) -> list[str]:
-        """The weight files that the fold of a shard reads: itself, and those that share FP8 weights with it."""
+        """The weight files that the fold of a shard reads: itself, and those that share quantized weights with it."""
         return [shard, *sorted(self._together.get(shard, set()) - {shard})]
 
     def check(self, headers: Iterable[Header]) -> None:
@@ -97,15 +100,15 @@ class DenseTensors:
         )
 
     def _is_changed(self, tensor: str) -> bool:
-        """Whether the numbers of a tensor change. Scales of an FP8 weight do with the weight, which may be in another file."""
-        return self._updated.is_changed(self._weight_of.get(tensor, tensor))
+        """Whether the numbers of a tensor change. Parts of a quantized weight do with it, which may be in another file."""
+        return self._updated.is_changed(self._part_of[tensor][0] if tensor in self._part_of else tensor)
 
     def _dtype_of(self, entry: TensorEntry) -> str:
         """The dtype that a tensor is written in, as safetensors names it."""
         if entry.name in self._weights.quantized:
             return (self.writing.dtype or DENSE_DTYPE) if self.writing.to_dense else entry.dtype
-        is_scale = entry.name in self._weight_of
-        return (self.writing.dtype or entry.dtype) if entry.dtype in FACTORIZABLE_DTYPES and not is_scale else entry.dtype
+        is_part = entry.name in self._part_of
+        return (self.writing.dtype or entry.dtype) if entry.dtype in FACTORIZABLE_DTYPES and not is_part else entry.dtype
 
     def touched(self, header: Header) -> dict[str, int | None]:
         """The tensors of a shard whose stored bytes are not copied unchanged.
@@ -118,26 +121,26 @@ class DenseTensors:
         """
         touched: dict[str, int | None] = {}
         for entry in header.tensors:
-            name, is_fp8 = entry.name, entry.name in self._weights.quantized
+            name, is_quantized = entry.name, entry.name in self._weights.quantized
             targets, is_changed = self._updated.targets(name), self._is_changed(name)
-            if self._updated.change(name) is not None and entry.dtype not in FACTORIZABLE_DTYPES and not is_fp8:
+            if self._updated.change(name) is not None and entry.dtype not in FACTORIZABLE_DTYPES and not is_quantized:
                 raise OptionError(
                     f"the adapter changes {name!r}, which is {entry.dtype}",
-                    expected=", ".join(FACTORIZABLE_DTYPES) + ", or FP8 with scales",
+                    expected=", ".join(FACTORIZABLE_DTYPES) + ", or quantized with scales",
                 )
-            if name in self._dropped or name in self._weight_of:
+            if name in self._dropped or name in self._part_of:
                 if name in self._dropped or is_changed:
                     touched[name] = None
             elif is_changed or self._dtype_of(entry) != entry.dtype or (targets and self._updated.is_residual(name)):
-                touched[name] = self._at_a_time(entry, is_fp8)
+                touched[name] = self._at_a_time(entry, is_quantized)
         return touched
 
-    def _at_a_time(self, entry: TensorEntry, is_fp8: bool) -> int | None:
+    def _at_a_time(self, entry: TensorEntry, is_quantized: bool) -> int | None:
         """How many matrices of a stack to hold at a time; None for the whole tensor."""
         targets, change = self._updated.targets(entry.name), self._updated.change(entry.name)
         if change is not None and not change.is_stack:
             return None
-        if targets and not is_fp8:
+        if targets and not is_quantized:
             return targets[0].at_a_time
         return View("stack").at_a_time(entry.shape, 4) if len(entry.shape) == 3 else None
 
@@ -176,8 +179,9 @@ class DenseTensors:
         entry = piece.entry
         if entry.name in self._dropped:
             return None
-        if entry.name in self._weight_of:
-            return Updated(self._scales_of(self._weight_of[entry.name], device))
+        if entry.name in self._part_of:
+            tensor, part = self._part_of[entry.name]
+            return Updated(part.stored(self._parts_of(tensor, device)[part.role]))
         weight = self._weights.exact_piece(piece)
         if entry.name in self._weights.quantized and not self.writing.to_dense:
             return self._requantized(piece, weight, device)
@@ -198,41 +202,54 @@ class DenseTensors:
         return updated
 
     def _requantized(self, piece: TargetPiece, weight: torch.Tensor, device: torch.device) -> Updated:
-        """An FP8 weight with the update, quantized again.
+        """A quantized weight with the update, quantized again.
 
         Args:
             piece: what is stored of it.
             weight: the numbers that this stands for, float32.
         """
         name, first = piece.entry.name, piece.first
-        scales, block = self._scales_of(name, device), self._weights.quantized[name].block
+        quantized, parts = self._weights.quantized[name], self._parts_of(name, device)
         is_stack, (m, n) = weight.ndim == 3, weight.shape[-2:]
 
         def grid(index: int, part: Slice | None) -> Grid:
-            return Fp8Grid(scales[index] if is_stack else scales, block, (m, n), part)
+            return quantized.codec.grid(quantized.parts_of_matrix(parts, index), (m, n), part)
 
         written = WrittenAs(torch.float32, self.writing.rounding or "directions", grid)
         updated = self._updated.tensor(weight, piece.entry, first, device, written)
         updated.check()
-        result = quantize(updated.tensor, scales[first : first + len(weight)] if is_stack else scales, block)
+        some = quantized.parts_of_matrices(parts, first, len(weight)) if is_stack else parts
+        result = quantized.quantized(updated.tensor, some, piece.tensor)
         if is_stack:  # matrices that do not change keep their bytes
             for i in range(len(weight)):
                 if not self._updated.is_matrix_changed(name, first + i):
                     result[i] = piece.tensor[i]
         return Updated(result, updated.kept)
 
-    def _scales_of(self, tensor: str, device: torch.device) -> torch.Tensor:
-        """All scales of an FP8 weight with the update, in the dtype and shape of the stored ones."""
+    def _parts_of(self, tensor: str, device: torch.device) -> dict[Role, torch.Tensor]:
+        """All parts of a quantized weight with the update, in the dtype and shape of the stored ones."""
         with self._one:
-            known = self._new_scales.get(tensor)
+            known = self._new_parts.get(tensor)
         if known is not None:
             return known
         # Two threads that need them at the same time both compute them, with the same result.
-        block, old = self._weights.quantized[tensor].block, self._weights.scales(tensor)
-        new = old.clone()
-        shard = self._checkpoint.shard_of(tensor)
-        assert shard is not None  # the walk has met it
-        with self._weights.reader(shard) as reader:
+        quantized, old = self._weights.quantized[tensor], self._weights.parts(tensor)
+        new = quantized.codec.parts_that_hold(
+            self._extremes(tensor, old, device), old, renew=self.writing.rounding == "nearest"
+        )
+        with self._one:
+            self._new_parts[tensor] = new
+        return new
+
+    def _extremes(self, tensor: str, parts: dict[Role, torch.Tensor], device: torch.device) -> Extremes:
+        """The smallest and the largest number in each block of a quantized weight with the update.
+
+        NaN for a matrix of a stack that does not change.
+        """
+        quantized = self._weights.quantized[tensor]
+        grid = quantized.codec.grid_of(quantized.shape)
+        found = Extremes(torch.full(grid, torch.nan), torch.full(grid, torch.nan))
+        with self._weights.reader(quantized.shard) as reader:
             entry = reader.entries[tensor]
             stack = len(entry.shape) == 3
             for first in range(entry.shape[0]) if stack else [0]:
@@ -241,21 +258,18 @@ class DenseTensors:
                 stored = reader.read(entry, first, 1) if stack else reader.read(entry)
                 exact = self._weights.exact(tensor, stored, first)
                 weight = self._updated.tensor(exact, entry, first, device, WrittenAs(torch.float32, "nearest")).tensor
-                where = slice(first, first + 1) if stack else ...
-                if self.writing.rounding == "nearest":
-                    new[where] = block_scales(weight, block, old[where])
-                else:
-                    new[where] = scales_that_hold(block_maxima(weight, block), old[where])
-        with self._one:
-            self._new_scales[tensor] = new
-        return new
+                extremes, where = quantized.codec.extremes(weight, parts), slice(first, first + 1) if stack else ...
+                found.lows[where], found.highs[where] = extremes.lows, extremes.highs
+        return found
 
 
 def _together(checkpoint: Checkpoint) -> dict[str, set[str]]:
-    """Weight file -> the weight files that hold scales of its FP8 weights, or weights of its scales."""
+    """Weight file -> the weight files that hold parts of its quantized weights, or weights of its parts."""
     found: dict[str, set[str]] = {}
-    for tensor, scaled in checkpoint.weights.quantized.items():
-        if (home := checkpoint.shard_of(tensor)) is not None:
-            found.setdefault(home, set()).add(scaled.shard)
-            found.setdefault(scaled.shard, set()).add(home)
+    for one in checkpoint.weights.quantized.values():
+        for shard in one.shards:
+            # Fresh scales need the others, and the weight.
+            for home in (one.shard, *(one.shards - {shard})):
+                found.setdefault(home, set()).add(shard)
+                found.setdefault(shard, set()).add(home)
     return found

@@ -76,17 +76,17 @@ class KeptSummary:
         lost = [name for name, one in kept.items() if one.share < _ENOUGH]
         return cls(total.share, kept[worst].share, worst, error, lost, len(kept))
 
-    def note(self, rounding: Rounding | None, *, is_fp8: bool) -> str | None:
+    def note(self, rounding: Rounding | None, *, is_quantized: bool) -> str | None:
         """What the user should know of it; None if enough was kept everywhere.
 
         Args:
             rounding: as it was asked for.
-            is_fp8: whether any weight was quantized.
+            is_quantized: whether any weight was quantized.
         """
         if not self.lost or self.least is None:
             return None
         ways = ["--rounding directions keeps it"] if rounding == "nearest" else []
-        ways += ["--dequantize writes bfloat16"] if is_fp8 else []
+        ways += ["--dequantize writes bfloat16"] if is_quantized else []
         return (
             f"rounding has kept less than {_ENOUGH:.0%} of the update of {len(self.lost)} of {self.updates} weights "
             f"(least: {self.least:.0%}, {self.least_in})" + (f"; {', '.join(ways)}" if ways else "")

@@ -22,13 +22,14 @@ from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import TargetRecord
 from surgery.lossless.factors import Factors
 from surgery.names import MANIFEST_FILE
+from surgery.quantized.recognize import Quantization
+from surgery.quantized.weight import Quantized
 from surgery.source.protocol import Source, WeightFiles
 from surgery.weights.matrix import StoredMatrix, stored_residual
 from surgery.weights.model import ModelWeights
-from surgery.weights.overlay import OverlayWeights, base_of, no_base_needed, quantized_of
+from surgery.weights.overlay import OverlayWeights, base_of, no_base_needed, quantization_of_base
 from surgery.weights.protocol import Weights
-from surgery.weights.quantization import Scaled
-from surgery.weights.residual import FolderFiles, ResidualWeights
+from surgery.weights.residual import FolderFiles, ResidualWeights, quantization_of_residual
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +69,6 @@ class Checkpoint(Protocol):
     def __enter__(self) -> Self: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None: ...
-
-    def shard_of(self, tensor: str) -> str | None:
-        """The weight file that a tensor is in; None if that is not known."""
 
     def missing(self, shard: str, there: Collection[str]) -> list[str]:
         """The tensors that must be in a weight file and are not ``there``."""
@@ -145,15 +143,6 @@ class FactorizedWeights:
     def lossless(self) -> bool:
         return self.manifest.lossless
 
-    @cached_property
-    def _homes(self) -> Mapping[str, str]:
-        homes = {target.tensor: target.shard for target in self.manifest.targets}
-        homes |= {alias.tensor: alias.shard for target in self.manifest.targets for alias in target.aliases}
-        return homes | {skipped.tensor: skipped.shard for skipped in self.manifest.skipped}
-
-    def shard_of(self, tensor: str) -> str | None:
-        return self._homes.get(tensor)
-
     def missing(self, shard: str, there: Collection[str]) -> list[str]:
         """The tensors that the manifest has targets or aliases of in a weight file, and that are not ``there``."""
         return sorted(self.manifest.edited_in(shard).keys() - set(there))
@@ -210,12 +199,12 @@ class SentFactorized:
     Attributes:
         folder: of the checkpoint, which every machine sees.
         manifest: of the weight files alone that are needed.
-        quantized: FP8 weight of the base in them -> where its scales are.
+        quantized: quantized weight in them -> how it is stored.
     """
 
     folder: Path
     manifest: Manifest
-    quantized: Mapping[str, Scaled]
+    quantized: Mapping[str, Quantized]
 
     @property
     def keys(self) -> Collection[str]:
@@ -229,10 +218,10 @@ class SentFactorized:
             )
         weights: Weights
         if self.manifest.layout == "residual":
-            weights = ResidualWeights(files, self.folder, self.manifest)
+            weights = ResidualWeights(files, self.folder, self.manifest, lambda: Quantization(self.quantized))
         else:
             there = frozenset(shard.source.file for shard in self.manifest.shards)
-            weights = OverlayWeights(files, "the base", self.manifest, there, lambda: self.quantized)
+            weights = OverlayWeights(files, "the base", self.manifest, there, lambda: Quantization(self.quantized))
         return FactorizedWeights(self.folder, self.manifest, weights)
 
 
@@ -241,7 +230,6 @@ class PlainWeights:
 
     Args:
         weights: of the model.
-        homes: all its tensors -> the weight file that each is in.
         shards: its weight files.
 
     Attributes:
@@ -252,19 +240,15 @@ class PlainWeights:
     lossless = True
     targets: Mapping[str, tuple[TargetRecord, ...]] = MappingProxyType({})
 
-    def __init__(self, weights: ModelWeights, homes: Mapping[str, str], shards: Sequence[SourceShard]) -> None:
+    def __init__(self, weights: ModelWeights, shards: Sequence[SourceShard]) -> None:
         self.weights: Weights = weights
         self.shards = shards
-        self._homes = homes
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.weights.__exit__(kind, error, trace)
-
-    def shard_of(self, tensor: str) -> str | None:
-        return self._homes.get(tensor)
 
     def missing(self, shard: str, there: Collection[str]) -> list[str]:
         return []
@@ -280,8 +264,7 @@ class PlainWeights:
 
     def sent(self, shards: Collection[str], tensors: Collection[str]) -> SentModel:
         needed = [shard for shard in self.shards if shard.file in shards]
-        homes = {tensor: self._homes[tensor] for tensor in tensors}
-        return SentModel(homes, needed, self.weights.quantized_among(tensors))
+        return SentModel(needed, self.weights.quantized_among(tensors))
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,21 +272,19 @@ class SentModel:
     """A part of a model on its way to another process.
 
     Attributes:
-        homes: the tensors that are needed -> the weight file that each is in.
-        shards: these weight files.
-        quantized: FP8 weight in them -> where its scales are.
+        shards: the weight files that are needed.
+        quantized: quantized weight in them -> how it is stored.
     """
 
-    homes: Mapping[str, str]
     shards: Sequence[SourceShard]
-    quantized: Mapping[str, Scaled]
+    quantized: Mapping[str, Quantized]
 
     @property
     def keys(self) -> Collection[str]:
         return ()
 
     def open(self, files: WeightFiles) -> PlainWeights:
-        return PlainWeights(ModelWeights(files, lambda: self.quantized), self.homes, self.shards)
+        return PlainWeights(ModelWeights(files, lambda: Quantization(self.quantized)), self.shards)
 
 
 def weights_of(
@@ -321,7 +302,7 @@ def weights_of(
         base: the model under an overlay, if not the one that the manifest names.
         streaming: to fetch each weight file of the base when its turn comes: the folder it is in meanwhile, and how many may be
             there at a time. None: they stay in the hub's cache.
-        all_quantized: whether to find all FP8 weights of a base, also where no target is FP8.
+        all_quantized: whether to find all that is quantized, also where no target is.
 
     Raises:
         OptionError: a base, or a stream, for a checkpoint that holds its own weights.
@@ -329,7 +310,9 @@ def weights_of(
     """
     if manifest.layout == "residual":
         no_base_needed(base, streaming)
-        return ResidualWeights(FolderFiles(folder), folder, manifest)
+        files = FolderFiles(folder)
+        find = partial(quantization_of_residual, files, folder, manifest) if all_quantized else Quantization
+        return ResidualWeights(files, folder, manifest, find)
     source = base_of(folder, manifest, base)
     if streaming is not None:
         from surgery.source.stream import streamed  # the hub client is slow to import
@@ -345,5 +328,5 @@ def weights_of_base(source: Source, folder: Path, manifest: Manifest, *, all_qua
         source: that model.
         folder, manifest, all_quantized: as for ``weights_of``.
     """
-    find = partial(quantized_of, source, folder, manifest, all_of_them=all_quantized)
+    find = partial(quantization_of_base, source, folder, manifest, all_of_them=all_quantized)
     return OverlayWeights(source, source.name, manifest, frozenset(source.selection.shards), find)

@@ -19,13 +19,12 @@ from surgery.format.factors import DAMAGED_HINT
 from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import TargetRecord
 from surgery.format.safetensors import TORCH_DTYPES
-from surgery.format.sample import SampleHash
+from surgery.format.sample import SampleHash, sampled, sampled_dtype
 from surgery.lossless.factors import Factors
-from surgery.names import STREAM_DIR
+from surgery.names import FACTORIZABLE_DTYPES, STREAM_DIR, told_dtype
 from surgery.weights.checkpoint import FactorizedWeights, weights_of
 from surgery.weights.overlay import BASE_HINT
 from surgery.weights.protocol import Weights, check_entry
-from surgery.weights.quantization import FP8
 
 #: How many weight files of a streamed base are kept at a time: that of a tensor, and that of its scales.
 _FILES_AT_A_TIME = 2
@@ -186,11 +185,11 @@ class Factorized:
         are not hashed for it: damage to other entries and tensors is found by ``verify``.
 
         Args:
-            tensor: its name: a target's, or any other in bfloat16, float16 or float32, or, in a base, FP8.
+            tensor: its name: a target's, or any other in bfloat16, float16 or float32, or, in a base, quantized.
             index: which matrix of a stack, to read that one alone, (1, m, n); it is not checked. None for the whole tensor.
 
         Returns:
-            In its own shape and dtype, float32 where it is FP8; on the CPU.
+            In its own shape and dtype, float32 where it is quantized; on the CPU.
 
         Raises:
             OptionError: no such tensor, one of another dtype, or no such matrix; or the checkpoint is closed.
@@ -216,14 +215,14 @@ class Factorized:
                 raise FormatError(f"{shard}: {tensor!r} is not there", hint=self._hint)
             for target in targets:
                 check_entry(entry, target)
-            if entry.dtype not in TORCH_DTYPES:
+            if entry.dtype not in TORCH_DTYPES and entry.packed is None:
                 what, hint = f"{tensor!r} holds no weights", f"it is stored unchanged in {shard}"
                 raise OptionError(what, got=entry.dtype, expected=", ".join(TORCH_DTYPES), hint=hint)
             stored = reader.read(entry) if index is None else reader.read(entry, first, 1)
         if not targets or not checkpoint.is_residual(tensor):
             if index is None:
                 self._check_sample(targets, tensor, stored)
-            return self._dequantized(tensor, stored, first) if entry.dtype == FP8 else stored
+            return stored if entry.dtype in FACTORIZABLE_DTYPES else self._dequantized(tensor, stored, entry.dtype, first)
         for target in targets:
             view = target.seen_as
             matrices = view.matrices(stored)
@@ -235,15 +234,17 @@ class Factorized:
             self._check_sample(targets, tensor, stored)
         return stored
 
-    def _dequantized(self, tensor: str, stored: torch.Tensor, first: int) -> torch.Tensor:
-        """The numbers of an FP8 tensor, or of its matrices from ``first`` on, float32."""
-        scaled = self._checkpoint.weights.quantized.get(tensor)
-        if scaled is None:
+    def _dequantized(self, tensor: str, stored: torch.Tensor, dtype: str, first: int) -> torch.Tensor:
+        """The numbers of a quantized tensor, or of its matrices from ``first`` on, float32."""
+        quantized = self._checkpoint.weights.quantized.get(tensor)
+        if quantized is None:
             raise OptionError(
-                f"{tensor!r} is FP8, which is only read from the base of an overlay, and with scales",
+                f"{tensor!r} is {told_dtype(dtype)}, which is only read from the base of an overlay, and with scales",
                 hint="factorize with --layout overlay",
             )
-        with self._files.holding(scaled.shard):
+        with ExitStack() as stack:
+            for shard in sorted(quantized.shards):
+                stack.enter_context(self._files.holding(shard))
             return self._checkpoint.weights.exact(tensor, stored, first)
 
     def _check_open(self) -> None:
@@ -252,8 +253,8 @@ class Factorized:
 
     def _check_sample(self, targets: Sequence[TargetRecord], tensor: str, weight: torch.Tensor) -> None:
         for target in targets:
-            sample = SampleHash(TORCH_DTYPES[target.dtype])
-            sample.update(target.seen_as.matrices(weight))
+            sample = SampleHash(sampled_dtype(target))
+            sample.update(sampled(target, weight))
             if (found := sample.hexdigest()) != target.sample_sha256:
                 raise FormatError(
                     f"{target.shard}: {tensor!r} is not the tensor that was factorized",

@@ -19,14 +19,16 @@ from surgery.engine.walk import TargetPiece
 from surgery.errors import FormatError
 from surgery.files.file_records import FileRecord
 from surgery.files.watch import Watch
-from surgery.format.header import Header, TensorEntry
+from surgery.format.header import Header, Stored, TensorEntry
 from surgery.format.manifest_records import TargetRecord
 from surgery.format.safetensors import ShardReader
+from surgery.quantized.codec import Role
+from surgery.quantized.recognize import Quantization
+from surgery.quantized.weight import Quantized, packed_in
 from surgery.source.protocol import WeightFiles
-from surgery.weights.quantization import Scaled
 from surgery.weights.quantized import Dequantizer
 
-FindQuantized = Callable[[], Mapping[str, Scaled]]
+FindQuantization = Callable[[], Quantization]
 
 
 class Weights:
@@ -37,8 +39,8 @@ class Weights:
 
     Args:
         files: the weight files.
-        find_quantized: returns FP8 weight -> where its scales are. Called when that is first needed, as it may have to fetch
-            the headers of all weight files.
+        find_quantization: tells what is quantized. Called when that is first needed, as it may have to fetch the headers of
+            all weight files.
 
     Attributes:
         files: as given.
@@ -47,10 +49,10 @@ class Weights:
 
     holds_residuals = False
 
-    def __init__(self, files: WeightFiles, find_quantized: FindQuantized = dict) -> None:
+    def __init__(self, files: WeightFiles, find_quantization: FindQuantization = Quantization) -> None:
         self.files = files
-        self._find_quantized = find_quantized
-        self._dequantizer = Dequantizer(self._path_of_scales, files.watch)
+        self._find_quantization = find_quantization
+        self._dequantizer = Dequantizer(lambda shard: self.opened(shard, self._path_of_parts(shard)))
 
     def __enter__(self) -> Self:
         return self
@@ -67,20 +69,40 @@ class Weights:
         self.__exit__(None, None, None)
 
     @cached_property
-    def quantized(self) -> Mapping[str, Scaled]:
-        """FP8 weight -> where its scales are."""
-        return self._find_quantized()
+    def quantization(self) -> Quantization:
+        """What is quantized among them, as far as that was looked for."""
+        return self._find_quantization()
 
-    def quantized_among(self, tensors: Iterable[str]) -> dict[str, Scaled]:
-        """``quantized`` for those weights of which any part is among ``tensors``: they, or the scales of their layers."""
+    @property
+    def quantized(self) -> Mapping[str, Quantized]:
+        """Quantized weight that is read -> how it is stored."""
+        return self.quantization.weights
+
+    def quantized_among(self, tensors: Iterable[str]) -> dict[str, Quantized]:
+        """``quantized`` for those weights of which any part is among ``tensors``: they, or what is stored beside them."""
         parts = self._weight_of_part
         return {parts[one]: self.quantized[parts[one]] for one in tensors if one in parts}
 
     @cached_property
     def _weight_of_part(self) -> Mapping[str, str]:
-        """Each FP8 weight, its scales, and the scales of its layer's inputs and outputs -> the name of the weight."""
-        quantized = self.quantized.items()
-        return {part: name for name, scaled in quantized for part in (name, scaled.scale, *scaled.activations)}
+        """Each quantized weight, its parts, and what is stored beside them -> the name of the weight."""
+        every = self.quantized.items()
+        return {name: weight for weight, one in every for name in (weight, *(part.name for part in one.parts), *one.beside)}
+
+    @cached_property
+    def _packed(self) -> Mapping[str, Stored]:
+        return packed_in(self.quantized.values())
+
+    def opened(self, shard: str, path: Path | None = None, name: str | None = None) -> ShardReader:
+        """A new reader of a weight file, in whose header packed weights stand for the tensors that hold their numbers.
+
+        Args:
+            shard: the weight file.
+            path: where it is on this machine, if that is known.
+            name: for messages; None: that of the weight file.
+        """
+        path = self.path(shard) if path is None else path
+        return ShardReader(path, name=name or shard, watch=self.watch, packed=self._packed)
 
     @property
     def watch(self) -> Watch:
@@ -91,13 +113,13 @@ class Weights:
         """The local path of a weight file, fetched if it is not here. Its contents are not checked: ``check`` does that."""
         return self.files.unchecked(shard)
 
-    def _path_of_scales(self, shard: str) -> Path:
-        """The local path of a weight file that is read for the scales in it alone."""
+    def _path_of_parts(self, shard: str) -> Path:
+        """The local path of a weight file that is read for parts of quantized weights in it alone."""
         return self.path(shard)
 
     def header(self, shard: str) -> Header:
-        """The header of a weight file."""
-        return self.files.header(shard)
+        """The header of a weight file, in which packed weights stand for the tensors that hold their numbers."""
+        return self.files.header(shard).unpacked(self._packed)
 
     def expected(self, shard: str) -> FileRecord | None:
         """Name, size and sha256 of a weight file by the manifest; None where there is no manifest."""
@@ -135,12 +157,12 @@ class Weights:
         finally:
             self.files.release(shard)
 
-    def scales(self, tensor: str) -> torch.Tensor:
-        """The scales of an FP8 weight, in their own dtype and shape."""
-        return self._dequantizer.scales(self.quantized[tensor])
+    def parts(self, tensor: str) -> dict[Role, torch.Tensor]:
+        """The parts of a quantized weight."""
+        return self._dequantizer.parts(self.quantized[tensor])
 
     def exact(self, tensor: str, stored: torch.Tensor, first: int = 0) -> torch.Tensor:
-        """The numbers of a stored tensor: an FP8 weight dequantized to float32, any other unchanged.
+        """The numbers of a stored tensor: a quantized weight dequantized to float32, any other unchanged.
 
         Args:
             tensor: its name.

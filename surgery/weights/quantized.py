@@ -1,4 +1,4 @@
-"""FP8 weights dequantized to float32, and the config and index of a model whose weights have been dequantized."""
+"""Quantized weights dequantized to float32, and the config and index of a model whose weights have been dequantized."""
 
 from __future__ import annotations
 
@@ -13,28 +13,27 @@ import torch
 
 from surgery.files.json_files import read_json_object
 from surgery.files.pool import Pool
-from surgery.files.watch import Watch
 from surgery.format.safetensors import ShardReader
+from surgery.quantized.codec import Role
+from surgery.quantized.recognize import QUANTIZATION_FILES, QUANTIZATION_KEYS, parts_of_config
+from surgery.quantized.weight import Quantized, read_parts
 from surgery.source.weight_files import index_entries
-from surgery.weights.fp8 import dequantize
-from surgery.weights.quantization import QUANTIZATION_KEYS, Scaled
 
 #: Entries of a config that tell the dtype of the weights: of transformers before 4.56, and after.
 _DTYPE_KEYS = ("torch_dtype", "dtype")
 
 
 class Dequantizer:
-    """Reads the scales of FP8 weights, from whichever weight file has them, and applies them.
+    """Reads the parts of quantized weights, from whichever weight file has them, and applies them.
 
     A context manager that any number of threads may use. It keeps the files open that it has read from.
 
     Args:
-        path: gives the local path of a weight file, by its name in the source.
-        watch: of the source.
+        open_shard: opens a weight file, by its name in the source.
     """
 
-    def __init__(self, path: Callable[[str], Path], watch: Watch) -> None:
-        self._files = Pool(lambda shard: ShardReader(path(shard), name=shard, watch=watch))
+    def __init__(self, open_shard: Callable[[str], ShardReader]) -> None:
+        self._files = Pool(open_shard)
 
     def __enter__(self) -> Self:
         return self
@@ -50,17 +49,25 @@ class Dequantizer:
         """Close the reader of a weight file that is not needed any more, unless a thread is using it."""
         self._files.forget(shard)
 
-    def scales(self, scaled: Scaled, first: int = 0, count: int | None = None) -> torch.Tensor:
-        """The scales of a weight, as stored; of a stack those of ``count`` matrices from ``first`` on, or of all."""
-        with self.reader(scaled.shard) as reader:
-            return reader.read(reader.entries[scaled.scale], first, count)
+    def parts(self, quantized: Quantized, first: int = 0, count: int | None = None) -> dict[Role, torch.Tensor]:
+        """The parts of a weight; of a stack those of ``count`` matrices from ``first`` on, or of all."""
+        return read_parts(quantized, self._read, first, count)
 
-    def weight(self, tensor: torch.Tensor, first: int, scaled: Scaled | None) -> torch.Tensor:
-        """A stored weight, or some matrices of a stack from ``first`` on, in float32 if it has scales, else unchanged."""
-        if scaled is None:
+    def _read(self, shard: str, name: str, first: int, count: int | None) -> torch.Tensor:
+        with self.reader(shard) as reader:
+            return reader.read(reader.entries[name], first, count)
+
+    def weight(self, tensor: torch.Tensor, first: int, quantized: Quantized | None) -> torch.Tensor:
+        """A stored weight, or some matrices of a stack from ``first`` on, in float32 if it is quantized, else unchanged."""
+        if quantized is None:
             return tensor
-        count = len(tensor) if tensor.ndim > 2 else None
-        return dequantize(tensor, self.scales(scaled, first, count), scaled.block)
+        count = len(tensor) if len(quantized.shape) > 2 else None
+        return quantized.dequantized(tensor, self.parts(quantized, first, count))
+
+
+def is_kept(file: str, *, dequantized: bool) -> bool:
+    """Whether a file that goes along with the weights stays: without quantized weights, not one that describes these."""
+    return not dequantized or file not in QUANTIZATION_FILES
 
 
 def config_of_rewritten(config: Path, dtype: str | None, *, dequantized: bool) -> bytes:
@@ -72,8 +79,7 @@ def config_of_rewritten(config: Path, dtype: str | None, *, dequantized: bool) -
         dequantized: whether the weights are not quantized any more.
     """
     parsed = read_json_object(config, config.name)
-    parts = [parsed, *(value for value in parsed.values() if isinstance(value, dict))]
-    for part in parts:
+    for part in list(parts_of_config(parsed)):
         for key in QUANTIZATION_KEYS if dequantized else ():
             part.pop(key, None)
         for key in _DTYPE_KEYS if dtype is not None else ():

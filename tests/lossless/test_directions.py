@@ -15,7 +15,8 @@ from surgery.lossless.kept import Kept
 from surgery.lossless.split import split
 from surgery.lossless.update import NEAREST, Written, approximate, rescale
 from surgery.names import TRAINS, Train
-from surgery.weights.fp8 import Fp8Grid, block_maxima, block_scales, dequantize, quantize, scales_that_hold
+from tests.quantized.fp8 import block_scales, dequantize, quantize, scales_that_hold
+from tests.quantized.fp8 import grid as fp8_grid
 
 DIRECTIONS = Written(rounding="directions")
 
@@ -52,7 +53,7 @@ def _stored(kind: str, weight: torch.Tensor) -> tuple[torch.Tensor, Grid]:
     single = weight.float()
     if kind == "fp8":
         scale = block_scales(single, (128, 128), torch.empty(-(-m // 128), -(-n // 128)))
-        return dequantize(quantize(single, scale, (128, 128)), scale, (128, 128)), Fp8Grid(scale, (128, 128), (m, n))
+        return dequantize(quantize(single, scale, (128, 128)), scale, (128, 128)), fp8_grid(scale, (128, 128), (m, n))
     if kind == "int4":
         grid = Int4Grid((single.view(m, -1, 32).abs().amax(-1) / 7).repeat_interleave(32, 1))
         return grid.nearest(single, slice(0, m)), grid
@@ -307,7 +308,7 @@ def test_fp8_numbers_of_the_grid_are_quantized_exactly(powers_of_two: bool) -> N
     weight[:40, :50] = 0
     like = torch.empty(4, 3).to(torch.float8_e8m0fnu if powers_of_two else torch.float32)
     scale = block_scales(weight, block, like)
-    grid = Fp8Grid(scale, block, (m, n))
+    grid = fp8_grid(scale, block, (m, n))
     for rows in (slice(0, m), slice(17, 70), torch.tensor([3, 31, 32, 99])):
         x = 1.5 * weight[rows]
         spread = scale.float().repeat_interleave(32, 0)[:m].repeat_interleave(48, 1)[:, :n][rows]
@@ -327,7 +328,7 @@ def test_all_numbers_and_ties_of_fp8() -> None:
         [between, torch.nextafter(between, torch.tensor(torch.inf)), torch.nextafter(between, -torch.tensor(torch.inf))]
     )
     expected = x.clamp(-448, 448).to(torch.float8_e4m3fn).float()
-    got = Fp8Grid(torch.ones(1), (1, len(x)), (1, len(x))).nearest(x[None].clone(), slice(0, 1))[0]
+    got = fp8_grid(torch.ones(1), (1, len(x)), (1, len(x))).nearest(x[None].clone(), slice(0, 1))[0]
     assert torch.equal(got.view(torch.int32), expected.view(torch.int32))
 
 
@@ -338,7 +339,7 @@ def test_scales_stay_while_they_hold_their_block(dtype: torch.dtype) -> None:
     changed = weight.clone()
     changed[:32, :32] *= 3
     changed[32:, 64:] *= 0.5
-    kept = scales_that_hold(block_maxima(changed, (32, 32)), scale)
+    kept = scales_that_hold(changed, (32, 32), scale)
     assert kept.dtype == dtype
     fresh = block_scales(changed, (32, 32), scale)
     assert kept[0, 0].float() == fresh[0, 0].float() != scale[0, 0].float()

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.errors import FormatError, OptionError, SourceError
 from surgery.hub.client_cache import cache_folder
-from surgery.weights.fp8 import dequantize
 from tests.kept_layouts import CASES, KEPT
 from tests.loopback_hub import LoopbackHub
 from tests.models import tensors_of
+from tests.quantized.fp8 import dequantize
 from tests.weights.test_fp8 import quantize_model
 
 _LOSSLESS = [name for name in CASES if name not in ("uncorrected", "dequantized", "fp8")]
