@@ -286,6 +286,8 @@ _JOINED = "experts joined in one matrix, and config.json does not tell how many"
         ("transformer.blocks.0.ffn.experts.mlp.w1", (64, 48), {}, _JOINED),
         ("model.layers.0.block_sparse_moe.experts.3.w1.weight", (64, 48), _MIXTURE, None),
         ("model.layers.0.mlp.experts.gate_up_proj", (16, 64, 48), _MIXTURE, None),
+        ("model.layers.0.mlp.shared.up_proj.weight", (64, 48), _MIXTURE, None),
+        ("decoder.shared.weight", (64, 48), {}, "an embedding"),
         ("model.layers.0.moe.w1", (16, 64, 48), _MIXTURE, None),
         ("model.layers.0.moe.gate_w", (16, 48), _MIXTURE, "no weight of a linear layer"),
     ],
