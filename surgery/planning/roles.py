@@ -14,7 +14,7 @@ from surgery.format.views import Kind, Slice
 from surgery.names import is_of_lora
 
 _EMBEDDING = re.compile(
-    r"embed|^(wte|wpe|shared|relative_attention_bias)$|(?<!com)position(?!_?wise)|rel_pos|(^|_)embs?$|^codebooks?$"
+    r"embed|^(wte|wpe|relative_attention_bias)$|(?<!com)position(?!_?wise)|rel_pos|(^|_)embs?$|^codebooks?$"
 )
 _NORM = re.compile(r"norm|^ln(_|\d|$)|layernorm")
 #: Modules whose outputs are the model's; those of detectors have ``embed`` in their names.
@@ -72,7 +72,10 @@ def in_block(tensor: str) -> bool:
 def is_embedding(tensor: str) -> bool:
     """Whether a tensor is an embedding, by its name."""
     modules = tensor.split(".")[:-1]
-    return any(map(_EMBEDDING.search, modules[_innermost(modules) or 0 :]))
+    block = _innermost(modules)
+    if block is None and "shared" in modules:  # of T5 and BART; in a block it is what experts share
+        return True
+    return any(map(_EMBEDDING.search, modules[block or 0 :]))
 
 
 def has_experts(tensor: str) -> bool:
