@@ -28,7 +28,9 @@ def _read(layout: Layout, file: Path) -> torch.Tensor:
 
 
 @pytest.mark.skipif(find_spec("compressed_tensors") is None, reason="compressed-tensors is not here")
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if name.startswith(("ct", "int", "mxfp8")) and "modelopt" not in name])
+@pytest.mark.parametrize(
+    "name", [name for name in LAYOUTS if name.startswith(("ct", "int", "mxfp8")) and "modelopt" not in name]
+)
 def test_compressed_tensors(name: str, tmp_path: Path) -> None:
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
