@@ -1,4 +1,4 @@
-"""Tensors of quantized formats that are damaged, do not fit, or contradict the config are refused; what is not read is no target."""
+"""What is damaged, does not fit, or contradicts the config is refused; what is not read is no target."""
 
 from __future__ import annotations
 
