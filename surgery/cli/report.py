@@ -39,7 +39,9 @@ def plan_text(plan: Plan, seconds: float, *, every: bool) -> str:
     skipped = Counter((group(skip.tensor), skip.reason) for skip in plan.skipped)
     totals = [
         f"{len(plan.targets)} targets, {'at most ' if any(t.energy is not None for t in plan.targets) else ''}"
-        f"{trainable_text(plan.trainable, plan.train)}; {len(plan.skipped)} tensors passed over",
+        f"{trainable_text(plan.trainable, plan.train)}"
+        + (f", {_reached(plan)} of the weights that would be targets" if plan.reached < 1 else "")
+        + f"; {len(plan.skipped)} tensors passed over",
         f"{plan.layout} layout, " + (f"recipe {plan.recipe}" if plan.recipe else "no recipe: the defaults for any model"),
         f"{plan.files_along} other files go along, {size(plan.bytes_along)}"
         + (f"; {len(plan.left_out)} files and folders stay behind" if plan.left_out else ""),
@@ -65,6 +67,11 @@ def plan_text(plan: Plan, seconds: float, *, every: bool) -> str:
             *(shown(f"note: {note}") for note in plan.notes),
         ]
     )
+
+
+def _reached(plan: Plan) -> str:
+    """The share of the weights that are reached, as a percentage that does not look like all or nothing."""
+    return f"{min(max(100 * plan.reached, 0.01), 99.9):.3g} %"
 
 
 def _few(files: list[str]) -> str:

@@ -44,7 +44,8 @@ from surgery.updates.protocol import ScalesUpdate, Update, UpdateSum
 from surgery.version import __version__
 from surgery.weights.checkpoint import FactorizedWeights, weights_of
 from surgery.weights.protocol import Weights
-from surgery.weights.quantized import config_of_rewritten
+from surgery.weights.quantized import config_of_rewritten, is_kept
+from surgery.weights.recognition import check_dequantizable, check_not_unread, finding_unread, with_unread
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +167,7 @@ def fold(
         # A fold computes in float64.
         by = run.start_engine(EngineOptions(engine, float64_device(str(device)), max_memory, max_device_memory, timing))
         streaming = (out / STREAM_DIR, by.files_at_a_time) if stream else None
-        weights = weights_of(factorized, manifest, base, streaming, all_quantized=dequantize)
+        weights = weights_of(factorized, manifest, base, streaming, all_quantized=dequantize or lora is not None)
         weights.check_files()
         inputs = [factorized, *weights.files.folders()]
         if not isinstance(scales, Mapping):
@@ -180,13 +181,18 @@ def fold(
             adapters.append(of_residual)
         if lora is not None:
             inputs.append(Path(lora))
-            with phase(progress, "reading adapters"):
-                adapters.append(read_adapters([(Path(lora), 1.0)], factorized, entries()).tied(manifest.targets))
+            hint = "factorize the original model, before it was quantized, and fold into that"
+            with phase(progress, "reading adapters"), finding_unread(weights.quantization, hint):
+                there = with_unread(entries(), weights.quantization)
+                adapters.append(read_adapters([(Path(lora), 1.0)], factorized, there).tied(manifest.targets))
+            check_not_unread(adapters[-1].changed, weights.quantization, hint)
         update = UpdateSum([ScalesUpdate(values), *adapters])
         train = train_of_values(values, manifest)
         weights.check_quantized()
-        if dequantize and not weights.quantized:
-            raise OptionError("there is nothing to dequantize: it is no overlay of a quantized model", hint="drop --dequantize")
+        if dequantize:
+            check_dequantizable(str(factorized), weights.quantization, "the original model, before it was quantized")
+            if not weights.quantized:
+                raise OptionError("there is nothing to dequantize: no weight is quantized", hint="drop --dequantize")
         kept = known_bytes(manifest.targets, len(manifest.targets) + len(manifest.skipped))
         memory = share_out([need_to_fold(target) for target in manifest.targets], by.resources, kept=kept)
         if overwrite:
@@ -200,7 +206,8 @@ def fold(
             if update.tensors():
                 dense.check(weights.header(shard.source.file) for shard in manifest.shards)
             config = partial(config_of_rewritten, dtype=None, dequantized=True) if dequantize else None
-            written = WrittenModel(out, checkpoint.shards, [FileAlong(one, factorized / one.file) for one in others], config)
+            along = [FileAlong(one, factorized / one.file) for one in others if is_kept(one.file, dequantized=dequantize)]
+            written = WrittenModel(out, checkpoint.shards, along, config)
             places = FoldPlaces(out, out, True, memory.window_bytes)
             if not overwrite and written.looks_finished():
                 jobs = FoldJobs(checkpoint, update, dense, places, timing)

@@ -32,7 +32,6 @@ from surgery.planning.plan import Layout, ShardPlan
 from surgery.planning.recipes import Recipe, find_recipe
 from surgery.planning.targets import Target, extent
 from surgery.progress import Progress, note, phase
-from surgery.quantized.recognize import read_quantization
 from surgery.quantized.weight import Quantized, packed_in
 from surgery.run.contents import not_as_recorded
 from surgery.run.disk_room import DiskNeed, check_room, download_needs
@@ -43,6 +42,7 @@ from surgery.source.open import open_source
 from surgery.source.protocol import Source
 from surgery.weights.overlay import BASE_HINT, open_base, quantized_targets
 from surgery.weights.protocol import check_entry
+from surgery.weights.recognition import quantization_in
 
 #: The folder that files are made in before they take their places.
 _PLACE = f"{JOURNAL_DIR}/repaired"
@@ -162,7 +162,7 @@ class _RepairJobs:
         self._quantized: Mapping[str, Quantized] = {}
         if quantized_targets(manifest):
             headers = {shard: source.header(shard) for shard in source.selection.shards}
-            self._quantized = read_quantization(source.config(), headers, source.name).weights
+            self._quantized = quantization_in(source, headers).weights
 
     def memory(self, by: LocalEngine, which: Iterable[int]) -> Memory:
         """Memory for the jobs of these shards, with windows as in the run that made them: the same matrices share a batch."""

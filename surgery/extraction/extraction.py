@@ -28,8 +28,9 @@ from surgery.planning.memory import known_bytes, need_to_compare, need_to_extrac
 from surgery.planning.plan import AliasSearch, Plan, make_plan
 from surgery.planning.targets import check_all_match, matches
 from surgery.progress import listening, phase
-from surgery.quantized.recognize import read_quantization
-from surgery.quantized.weight import Quantized, beside_weights, packed_in
+from surgery.quantized.recognize import Quantization
+from surgery.quantized.unread import UnreadWeight
+from surgery.quantized.weight import beside_weights, packed_in
 from surgery.run.factorization import target_identity
 from surgery.run.result_folder import ResultFiles
 from surgery.source.component import config_folder
@@ -41,6 +42,7 @@ from surgery.updates.writing.low_rank import AdapterForm, LowRankTensor
 from surgery.updates.writing.making import AdaptableModel
 from surgery.version import __version__
 from surgery.weights.model import ModelWeights
+from surgery.weights.recognition import not_read, quantization_in, with_unread
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,16 +128,17 @@ class Extraction:
                 error.got = str(error.got).replace("--exclude", "--full or --exclude")
                 error.hint = "an adapter needs a pair at least: name what --full takes more closely"
             raise
-        quantization = read_quantization(source.config(), headers, source.name)
-        quantization.check_read(source.name)
+        quantization = quantization_in(source, headers)
+        if unread := _named_unread(options.full, quantization):
+            raise not_read("what --full names is in", unread, "leave it out of --full")
         quantized = quantization.weights
         headers = {shard: header.unpacked(packed_in(quantized.values())) for shard, header in headers.items()}
-        self.weights = ModelWeights(source, lambda: quantized)
+        self.weights = ModelWeights(source, lambda: quantization)
         self._entries = {entry.name: entry for header in headers.values() for entry in header.tensors}
-        self.compared = _compared(plan, quantized)
+        self.compared = _compared(plan, quantization)
         wanted = {target.tensor: tuple(alias.tensor for alias in target.aliases) for target in plan.targets}
         optional = [name for some in self.compared.values() for name in some]
-        shapes = {name: tuple(entry.shape) for name, entry in self._entries.items()}
+        shapes = {name: tuple(entry.shape) for name, entry in with_unread(self._entries, quantization).items()}
         self._model = AdaptableModel(config_folder(source), shapes)
         self.tuned: TunedModel = find_tuned(other, Original(wanted, shapes, lambda: config_folder(source), optional))
         self.plan = plan
@@ -346,10 +349,15 @@ def _with_ranks_alone(plan: Plan) -> Plan:
     return replace(plan, shards=tuple(shards))
 
 
-def _compared(plan: Plan, quantized: Mapping[str, Quantized]) -> dict[str, tuple[str, ...]]:
-    """Weight file -> its tensors that are no targets, nor belong to any weight; each in the first file that has it."""
+def _named_unread(globs: Sequence[str], quantization: Quantization) -> list[UnreadWeight]:
+    """The weights that are not read and of which any tensor is meant."""
+    return [one for one in quantization.unread.values() if any(matches(name, globs) for name in (one.name, *one.tensors))]
+
+
+def _compared(plan: Plan, quantization: Quantization) -> dict[str, tuple[str, ...]]:
+    """Weight file -> its tensors that are no targets, nor belong to a quantized weight; each in the first file that has it."""
     taken = {target.tensor for target in plan.targets} | {alias.tensor for t in plan.targets for alias in t.aliases}
-    taken |= beside_weights(quantized.values())
+    taken |= beside_weights(quantization.weights.values()) | quantization.unread_tensors.keys()
     compared: dict[str, tuple[str, ...]] = {}
     for shard in plan.shards:
         mine = tuple(entry.name for entry in shard.header.tensors if entry.name not in taken)

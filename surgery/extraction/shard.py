@@ -23,6 +23,7 @@ from surgery.names import FACTORIZABLE_DTYPES, PARTIALS_DIR, factor_key, part_fi
 from surgery.planning.plan import ShardPlan
 from surgery.planning.targets import Target
 from surgery.progress import Progress, Silent
+from surgery.quantized.recognize import Quantization
 from surgery.quantized.weight import Quantized
 from surgery.shards.factorize_shard import check_shared
 from surgery.source.origin import Origin
@@ -94,7 +95,7 @@ class RemoteExtract:
         with (
             SentFiles(self.origin) as files,
             SentFiles(self.tuned_origin) as tuned_files,
-            ModelWeights(files, lambda: self.quantized) as weights,
+            ModelWeights(files, lambda: Quantization(self.quantized)) as weights,
             self.tuned.open(tuned_files) as tuned,
         ):
             return ShardExtraction(self.job, weights, tuned, Silent()).run(lane, lambda: None, partial)

@@ -16,6 +16,7 @@ from surgery.format.safetensors import TORCH_DTYPES
 from surgery.format.sample import SampleHash
 from surgery.lossless.factors import Factors
 from surgery.models.carriers import Carrier, is_plain, is_sharded
+from surgery.models.packed import held_at, held_in
 from surgery.models.placement import Place, Positions, homes
 from surgery.models.terms import Term
 from surgery.names import FACTORIZABLE_DTYPES
@@ -98,7 +99,7 @@ def held_elsewhere(model: nn.Module, manifest: Manifest, absent: Sequence[Target
     does it; what is quantized or offloaded cannot be told.
     """
     tensors = [*(skipped.tensor for skipped in manifest.skipped), *(name for t in manifest.targets for name in t.tensors)]
-    loaded = {id(model.get_parameter(name)) for name in homes(model, tensors).values()}
+    loaded = {id(held_at(model, name)) for name in homes(model, tensors).values()}
     for name, parameter in model.named_parameters():
         if id(parameter) in loaded or parameter.is_meta or not is_plain(parameter) or is_sharded(parameter):
             continue
@@ -128,7 +129,7 @@ def _neither(target: TargetRecord, got: str, what: str, hint: str | None = None)
 
 def _images(layer: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``x W^T``, float32, on the CPU, by running a linear layer whose weight is quantized; x: (any, in)."""
-    device = layer.get_parameter("weight").device
+    device = held_in(layer, "weight").device
     inputs = torch.cat([x, x.new_zeros(1, x.shape[1])]).to(device, dtype)
     # As in training: without a gradient to compute, bitsandbytes packs the weight for inference, for good.
     with torch.enable_grad():

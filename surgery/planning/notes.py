@@ -8,6 +8,7 @@ from surgery.errors import OptionError
 from surgery.format.options import Options
 from surgery.planning.recipes import Recipe, builtin_recipes
 from surgery.planning.targets import Skipped, Target
+from surgery.quantized.recognize import Quantization
 
 
 def notes_of_plan(
@@ -26,7 +27,7 @@ def notes_of_plan(
     """
     return [
         *_rank_notes(targets),
-        *_wanted_notes(skipped, len(targets)),
+        *_wanted_notes(skipped, targets),
         *_recipe_notes(options, recipe, names),
         *_split_notes(options, targets),
         *_alias_notes(targets),
@@ -51,16 +52,47 @@ def _rank_notes(targets: Sequence[Target]) -> list[str]:
     ]
 
 
-def _wanted_notes(skipped: Sequence[Skipped], targets: int) -> list[str]:
-    """Notes on tensors that are no targets only because of their dtype or their number of dimensions."""
+def _wanted_notes(skipped: Sequence[Skipped], targets: Sequence[Target]) -> list[str]:
+    """Notes on tensors that are no targets only because of their dtype, their dimensions or how they are packed."""
     wanted = [item for item in skipped if item.wanted]
     by_reason: dict[str, list[str]] = {}
     for item in wanted:
         by_reason.setdefault(item.reason, []).append(item.tensor)
-    return [
-        f"{reason}: {len(tensors)} of {targets + len(wanted)} that would be targets are passed over (first: {tensors[0]})"
+    notes = [
+        f"{reason}: {len(tensors)} of {len(targets) + len(wanted)} that would be targets are passed over (first: {tensors[0]})"
         for reason, tensors in by_reason.items()
     ]
+    if (share := share_reached(targets, skipped)) < 1:
+        notes.append(f"the targets are {_share_text(share)} of the weights that would be targets: nothing else is trained")
+    return notes
+
+
+def share_reached(targets: Sequence[Target], skipped: Sequence[Skipped]) -> float:
+    """Share of the weights that would be targets, by number of entries, that are."""
+    there = sum(target.entries for target in targets)
+    return there / max(1, there + sum(item.entries for item in skipped))
+
+
+def _share_text(share: float) -> str:
+    """A share that is not all, as a percentage that does not look like all or nothing."""
+    return f"{min(max(100 * share, 0.01), 99.9):.3g} %"
+
+
+def notes_of_quantization(quantization: Quantization) -> list[str]:
+    """Notes on weights that were cast to FP8; and if the config names a method by which no weight is quantized.
+
+    Then the weights are what they are. The config of a model that has been dequantized, or merged after training on a quantized
+    one, often names the method still; loaders quantize the weights, or look for scales.
+    """
+    notes = []
+    if casts := [one.name for one in quantization.weights.values() if not one.parts]:
+        notes.append(f"FP8 without scales, taken for the numbers that they are: {len(casts)} weights (first: {casts[0]})")
+    if quantization.is_named_only:
+        notes.append(
+            f"config.json names {quantization.method}, and no weight is quantized: all are taken as they are stored. Loaders "
+            "may quantize them, or fail: if that is not meant, take it out of config.json"
+        )
+    return notes
 
 
 def _recipe_notes(options: Options, recipe: Recipe | None, names: Sequence[str]) -> list[str]:

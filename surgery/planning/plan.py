@@ -14,16 +14,17 @@ from surgery.format.options import Options
 from surgery.names import SCALES_METADATA_KEY, Train, is_of_lora
 from surgery.planning.aliases import find_aliases
 from surgery.planning.memory import CORRECTION_BYTES, collected_bytes, need_to_factorize, share_out
-from surgery.planning.notes import notes_of_plan
+from surgery.planning.notes import notes_of_plan, notes_of_quantization, share_reached
 from surgery.planning.numbering import numbering_notes
 from surgery.planning.recipes import Recipe, find_recipe, recipe_for_family
 from surgery.planning.summary import PlannedTarget, PlanSummary
 from surgery.planning.targets import Model, Skipped, Target, check_globs, choose, matches
-from surgery.quantized.recognize import Quantization, read_quantization
+from surgery.quantized.recognize import Quantization
 from surgery.quantized.weight import packed_in
 from surgery.reports import Report
 from surgery.source.copies import copies_of
 from surgery.source.protocol import Source, check_index
+from surgery.weights.recognition import factorize_instead, not_read, quantization_in
 
 Layout = Literal["residual", "overlay"]
 #: How aliases are looked for: not at all, so that each tensor is a target by itself; in a local model only; or also in weight
@@ -89,6 +90,11 @@ class Plan(Report):
         return [target for shard in self.shards for target in shard.targets]
 
     @property
+    def reached(self) -> float:
+        """Share of the weights that would be targets, by number of entries, that are: the others are ``wanted``."""
+        return share_reached(self.targets, self.skipped)
+
+    @property
     def trainable(self) -> int:
         """Number of trainable scales, or of all numbers in cores; the most where an energy decides."""
         return sum(target.numbers_of(self.train) for target in self.targets)
@@ -109,6 +115,7 @@ class Plan(Report):
             left_out=tuple(LeftOutRecord(file, reason) for file, reason in self.left_out.items()),
             train=self.train,
             trainable=self.trainable,
+            reached=self.reached,
             bytes_read=self.bytes_read,
             bytes_written=self.bytes_written,
             download_bytes=self.download_bytes,
@@ -140,7 +147,8 @@ def make_plan(
 
     Raises:
         OptionError: the options make no sense for this model, or select nothing.
-        SourceError: the model is quantized in a way that is not supported.
+        SourceError: all that would be a target is quantized in a way that is not read, or anything by a method that is not
+            known.
         FormatError: the headers contradict each other, the index or the config.
     """
     headers = {shard: source.header(shard) for shard in source.selection.shards}
@@ -148,10 +156,10 @@ def make_plan(
     index_notes = check_index(source, headers)
     stored, copies = _all_names(headers, source)
     config = source.config()
-    quantization = read_quantization(config, headers, source.name)
+    quantization = quantization_in(source, headers)
     packed = packed_in(quantization.weights.values())
     headers = {shard: header.unpacked(packed) for shard, header in headers.items()}
-    names = list(dict.fromkeys([*stored, *(weight.name for weight in packed.values())]))
+    names = list(dict.fromkeys([*stored, *(weight.name for weight in packed.values()), *quantization.unread]))
     check_globs(options, names)
     recipe = find_recipe(options.recipe) if options.recipe is not None else recipe_for_family(config)
     model = Model(config, recipe, quantization, quantized_too=layout != "residual")
@@ -184,7 +192,7 @@ def make_plan(
         by_shard[target.shard].append(target)
     shards = [ShardPlan(file, source.size(file), header, tuple(by_shard[file])) for file, header in headers.items()]
     if not every:
-        raise _nothing_selected(source.name, options, recipe, skipped, quantization)
+        raise _nothing_selected(source, options, recipe, skipped, quantization)
     if options.max_rank is not None and not any(target.energy is not None for target in every):
         raise OptionError(
             "a largest rank goes with an energy", got=f"max-rank {options.max_rank} without one", hint="--energy 0.5"
@@ -219,6 +227,7 @@ def make_plan(
             *source.selection.notes,
             *index_notes,
             *numbering_notes(stored, config),
+            *notes_of_quantization(quantization),
             *notes_of_plan(options, recipe, every, skipped, names),
             *alias_notes,
         ),
@@ -285,9 +294,14 @@ def _tied_to(copies: Mapping[str, list[str]], aliases: Mapping[str, tuple[Alias,
 
 
 def _nothing_selected(
-    model: str, options: Options, recipe: Recipe | None, skipped: list[Skipped], quantization: Quantization
+    source: Source, options: Options, recipe: Recipe | None, skipped: list[Skipped], quantization: Quantization
 ) -> SurgeryError:
-    quantization.check_read(model)
+    model, unread = source.name, quantization.unread_tensors
+    if wanted := [unread[item.tensor] for item in skipped if item.wanted and item.tensor in unread]:
+        what = f"what --include takes of {model}" if options.include else f"all of {model} that would be a target"
+        return not_read(f"{what} is in", wanted, factorize_instead(source))
+    if unread and not options.include:
+        return not_read(f"{model} is in", quantization.unread.values(), factorize_instead(source))
     if without_residual := [item for item in skipped if item.reason.endswith("no residual layout")]:
         return OptionError(
             f"all {len(without_residual)} weights of {model} that would be targets are quantized, and have no residual layout",

@@ -67,6 +67,8 @@ class PlanSummary(Report):
         left_out: files and folders of the source that stay behind.
         train: what the trainable file would hold: ``scales``, or ``core`` for cores.
         trainable: how many numbers that makes; the most, where an energy decides.
+        reached: share of the weights that would be targets, by number of entries, that are; less than 1 where some are passed
+            over for the way they are stored, as ``skipped`` and a note tell.
         bytes_read: over the whole run.
         bytes_written: the same; an upper estimate.
         download_bytes: what a model from the hub still has to be fetched of.
@@ -86,6 +88,7 @@ class PlanSummary(Report):
     left_out: tuple[LeftOutRecord, ...]
     train: Train
     trainable: int
+    reached: float
     bytes_read: int
     bytes_written: int
     download_bytes: int

@@ -16,26 +16,21 @@ from surgery.format.header import TensorEntry
 from surgery.format.manifest_records import Alias
 from surgery.format.options import Options
 from surgery.format.tensor_view import TensorView
-from surgery.format.views import Kind, View
+from surgery.format.views import Slice, View
 from surgery.names import FACTORIZABLE_DTYPES, WEIGHT_BITS, told_dtype
 from surgery.planning.fused import slices_of
 from surgery.planning.recipes import Recipe, Rule
+from surgery.planning.roles import kind_of, own_slices, why_no_linear
 from surgery.planning.unloaded import why_unloaded
+from surgery.quantized.codec import PART_NAMES
 from surgery.quantized.recognize import Quantization
+from surgery.quantized.unread import UnreadWeight
 from surgery.quantized.weight import Quantized
 
 DEFAULT_RANK = 16
 DEFAULT_MAX_RANK = 256
 
-_BLOCK_INDEX = re.compile(r"(^|\.)\d+\.")
-_EMBEDDING = re.compile(r"embed|^(wte|wpe|shared|relative_attention_bias)$|position")
-_NORM = re.compile(r"norm|^ln(_|\d|$)|layernorm")
-_HEAD = frozenset(
-    {"lm_head", "head", "heads", "score", "classifier", "embed_out", "cls", "qa_outputs", "output_layer", "pooler"}
-)
-_ROUTER = frozenset({"router", "gate", "shared_expert_gate", "wg"})
 _NO_WEIGHT = re.compile(r"^(A_log|D|dt_bias|inv_freq)$|_bias$|^bias$|rotary|freqs|_scale(_inv)?$")
-_EXPERTS = re.compile(r"(^|[._])(experts?|moe)([._]|$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +83,15 @@ class Skipped:
     Attributes:
         tensor, shard: its name, and the weight file that it is in.
         reason: why, in words.
-        wanted: whether it would be a target if it had another dtype, or two dimensions.
+        wanted: whether it would be a target if it had another dtype, or two dimensions, or were packed in a way that is read.
+        entries: of the weight, if it is wanted.
     """
 
     tensor: str
     shard: str
     reason: str
     wanted: bool = False
+    entries: int = 0
 
 
 @dataclass(frozen=True)
@@ -122,7 +119,7 @@ class Model:
     def parts(self) -> Mapping[str, str]:
         """Each tensor that belongs to the numbers of a quantized weight -> what it is, in words."""
         return {
-            part.name: f"part of {one.name}, which is {told_dtype(one.dtype)}"
+            part.name: f"the {PART_NAMES[part.role]} of an {told_dtype(one.dtype)} weight"
             for one in self.quantized.values()
             for part in one.parts
         }
@@ -143,15 +140,18 @@ def choose(entry: TensorEntry, shard: str, options: Options, model: Model) -> li
     Raises:
         FormatError: it is an empty weight.
     """
+    if (unread := model.quantization.unread_tensors.get(entry.stored.name)) is not None:
+        return [_skipped_unread(entry, shard, unread, options, model)]
     rule = model.recipe.rule_for(entry.name) if model.recipe else None
-    by_name = _no_weight(entry, model) or _unwanted(entry, options, model, rule)
+    by_name = _no_weight(entry) or _unwanted(entry, options, model, rule)
     if by_name is None or entry.name.split(".")[-1] == "weight":
         _check_not_empty(entry, options, model, wanted=by_name is None)
     if (reason := _impossible(entry, model) or by_name or _unsupported(entry, model)) is not None:
         # A vector counts as wanted only by a rule of a recipe: a name, or a glob of a user, may well match norms too.
         matrix = len(entry.shape) > 1 or (rule is not None and not options.include)
-        return [Skipped(entry.stored.name, shard, reason, wanted=by_name is None and matrix)]
-    kind = (rule.view if rule else None) or _kind(entry)
+        wanted = by_name is None and matrix and entry.name not in model.parts
+        return [Skipped(entry.stored.name, shard, reason, wanted, math.prod(entry.shape) if wanted else 0)]
+    kind = (rule.view if rule else None) or kind_of(entry)
     try:
         _, m, n = View(kind).shape(entry.shape)
     except ValueError as error:
@@ -161,9 +161,12 @@ def choose(entry: TensorEntry, shard: str, options: Options, model: Model) -> li
     quantized = model.quantized.get(entry.name)
     if kind == "convolution" and (entry.shape[1] == 1 or quantized):
         return [Skipped(entry.stored.name, shard, "a quantized convolution" if quantized else "a depthwise convolution")]
-    views = [View(kind)]
-    if rule is not None and rule.slices and _wants_split(options, model, rule):
-        views = [View(kind, part) for part in slices_of(rule, (m, n), model.config, entry.name)]
+    parts: tuple[Slice, ...] = ()
+    if rule is None or (rule.view is None and not rule.slices):
+        parts = own_slices(entry, model.config, options.split)
+    elif rule.slices and _wants_split(options, model, rule):
+        parts = slices_of(rule, (m, n), model.config, entry.name)
+    views = [View(kind, part) for part in parts] or [View(kind)]
     rank, energy = extent(options, rule)
     fates: list[Target | Skipped] = []
     for view in views:
@@ -171,6 +174,19 @@ def choose(entry: TensorEntry, shard: str, options: Options, model: Model) -> li
         target = Target(entry.name, shard, entry.dtype, entry.shape, view, min(rank, smaller), energy, rank, quantized)
         fates.append(target if smaller > 1 else Skipped(target.key, shard, "a single row or column"))
     return fates
+
+
+def _skipped_unread(entry: TensorEntry, shard: str, weight: UnreadWeight, options: Options, model: Model) -> Skipped:
+    """A tensor of a weight that is not read; the one with its numbers stands for it."""
+    if entry.stored.name != weight.main:
+        return Skipped(entry.stored.name, shard, f"belongs to a weight that is {weight.method}")
+    meant = [
+        TensorEntry(name, entry.dtype, weight.shape or (2, 2), entry.start, entry.end)
+        for name in ((weight.name, weight.main) if options.include else (weight.name,))
+    ]
+    rule = model.recipe.rule_for(weight.name) if model.recipe else None
+    wanted = any(_no_weight(one) is None and _unwanted(one, options, model, rule) is None for one in meant)
+    return Skipped(entry.stored.name, shard, f"{weight.method}, copied as it is", wanted, weight.entries if wanted else 0)
 
 
 def _wants_split(options: Options, model: Model, rule: Rule) -> bool:
@@ -197,8 +213,6 @@ def _impossible(entry: TensorEntry, model: Model) -> str | None:
     """Why a tensor can be no target by its dtype and shape, whatever its name; None if it can."""
     if entry.name in model.parts:
         return model.parts[entry.name]
-    if entry.stored.name in model.quantization.unread:
-        return f"{model.quantization.unread[entry.stored.name]}, copied as it is"
     if not entry.dtype.startswith(("F", "BF", "C")) and entry.name not in model.quantized:
         return f"no floating-point weight ({entry.dtype})"
     if len(entry.shape) < 2:
@@ -206,21 +220,11 @@ def _impossible(entry: TensorEntry, model: Model) -> str | None:
     return None
 
 
-def _no_weight(entry: TensorEntry, model: Model) -> str | None:
+def _no_weight(entry: TensorEntry) -> str | None:
     """Why a tensor can be no target by its name, whatever is asked for; None if it can."""
     if _NO_WEIGHT.search(entry.name.split(".")[-1]):
         return "no weight (bias, state or table)"
     return None
-
-
-def in_block(tensor: str) -> bool:
-    """Whether a tensor is in one of several numbered blocks, by its name."""
-    return _BLOCK_INDEX.search(tensor) is not None
-
-
-def is_embedding(tensor: str) -> bool:
-    """Whether a tensor is an embedding, by its name."""
-    return any(_EMBEDDING.search(part) for part in tensor.split(".")[:-1])
 
 
 def _unsupported(entry: TensorEntry, model: Model) -> str | None:
@@ -258,39 +262,11 @@ def _unwanted(entry: TensorEntry, options: Options, model: Model, rule: Rule | N
         return unloaded
     if rule is not None:
         return rule.skip
-    reason = _role(entry)
-    if model.recipe is not None:
-        return reason or f"not in the recipe {model.recipe.name}"
-    return reason
-
-
-def _role(entry: TensorEntry) -> str | None:
-    """Why a tensor is no target by default: its name is not that of a linear layer in a transformer block. None if it is."""
-    *modules, last = entry.name.split(".")
-    owner = modules[-1] if modules else ""
-    experts = bool(_EXPERTS.search(entry.name))
-    if last != "weight" and not experts:
-        return "no weight of a linear layer"
-    if is_embedding(entry.name):
-        return "an embedding"
-    if _NORM.search(owner):
-        return "a norm"
-    if "router" in modules or owner in _ROUTER:
-        return "a router"
-    if _HEAD.intersection(modules):
-        return "an output head"
-    if len(entry.shape) > 2 and not experts:
-        return "a depthwise convolution" if entry.shape[1] == 1 else "a convolution"
-    if not in_block(entry.name):
-        return "outside the transformer blocks"
-    return None
-
-
-def _kind(entry: TensorEntry) -> Kind:
-    """The view of a tensor for which no rule names one."""
-    if len(entry.shape) == 2:
-        return "matrix"
-    return "stack" if len(entry.shape) == 3 and _EXPERTS.search(entry.name) else "convolution"
+    if model.recipe is None:
+        return why_no_linear(entry, model.config)
+    if model.recipe.refines_for(model.config):
+        return why_no_linear(entry, model.config, convolutions=model.recipe.convolutions)
+    return why_no_linear(entry, model.config) or f"not in the recipe {model.recipe.name}"
 
 
 def matches(name: str, globs: Sequence[str]) -> bool:

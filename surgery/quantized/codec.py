@@ -21,6 +21,14 @@ from surgery.quantized.scaling import BlockScaling
 #: what stands for zero in each block, as a signed integer; the group that each column belongs to; and the weight's shape.
 Role = Literal["scale", "global_scale", "zero_point", "group_index", "shape"]
 Parts = Mapping[Role, torch.Tensor]
+#: What these are called in words.
+PART_NAMES: Mapping[Role, str] = {
+    "scale": "scales",
+    "global_scale": "global scale",
+    "zero_point": "zero points",
+    "group_index": "order of the columns",
+    "shape": "shape",
+}
 
 #: Rows whose extremes are looked for at a time, and entries that are scaled and rounded at a time: what stays in cache.
 _BAND = 64

@@ -2,70 +2,78 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from surgery.errors import SourceError
 from surgery.format.header import Header
+from surgery.names import FP8
+from surgery.quantized.cast import as_cast, is_fp8_matrix, scales_beside
 from surgery.quantized.formats import find_quantized
-from surgery.quantized.schemes import Where, read_told
-from surgery.quantized.weight import Quantized
+from surgery.quantized.fp8 import scales_missing
+from surgery.quantized.schemes import Where, method_of, read_told
+from surgery.quantized.unread import INTEGERS, METHODS, UnreadWeight, called, find_foreign, find_left_over
+from surgery.quantized.weight import Quantized, beside_weights
 
 #: Keys under which ``config.json`` describes a quantization.
 QUANTIZATION_KEYS = ("quantization_config", "compression_config")
-
-_DENSE = "factorize the publisher's unquantized model, and fold into that"
-
-#: Hints for formats that are not read, by ``quant_method``: how transformers dequantizes such a model, where it can.
-_INSTEAD = {
-    "bitsandbytes": "load it with transformers, call model.dequantize(), save_pretrained(FOLDER), factorize that",
-    "higgs": "load it with transformers, call model.dequantize(), save_pretrained(FOLDER), factorize that",
-    "compressed-tensors": "load it with CompressedTensorsConfig(dequantize=True), save_pretrained(FOLDER), factorize that",
-    "metal": "load it with MetalConfig(dequantize=True), save_pretrained(FOLDER), factorize that",
-}
-
-#: Names of tensors that only quantized checkpoints have, and the method they tell of where ``config.json`` says nothing.
-_TRACES = (
-    (re.compile(r".*\.(qweight|qzeros|g_idx)"), "gptq or awq"),
-    (re.compile(r".*\.(weight_packed|weight_global_scale|weight_shape)"), "compressed-tensors"),
-    (re.compile(r".*\.weight\.(absmax|quant_map|quant_state\..*|nested_absmax)|.*\.SCB", re.DOTALL), "bitsandbytes"),
-    (re.compile(r".*\.(W_q|codebooks|qbiases)"), "hqq, aqlm or mlx"),
-)
+#: The key under which MLX does.
+_MLX_KEY = "quantization"
+#: Files beside ``config.json`` that describe a quantization: of ModelOpt, AutoGPTQ and AutoAWQ.
+MODELOPT_FILE = "hf_quant_config.json"
+QUANTIZATION_FILES = (MODELOPT_FILE, "quantize_config.json", "quant_config.json")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Quantization:
     """What is quantized in a model.
 
     Attributes:
         weights: name of a weight that is read -> how it is stored.
-        unread: name of a tensor that holds a weight which is not read, or a part of one -> the method.
+        unread: name of a weight that is packed in a way that is not read -> what is known of it.
+        method: what people call the method that the config names; None if it names none.
+        unknown: why it is not known what the model's weights mean, as (what is not known, what was found); None if it is.
     """
 
     weights: Mapping[str, Quantized] = field(default_factory=dict)
-    unread: Mapping[str, str] = field(default_factory=dict)
+    unread: Mapping[str, UnreadWeight] = field(default_factory=dict)
+    method: str | None = None
+    unknown: tuple[str, str] | None = None
 
-    def check_read(self, model: str) -> None:
-        """Refuse a model of which some weights cannot be read.
+    @cached_property
+    def unread_tensors(self) -> Mapping[str, UnreadWeight]:
+        """Each tensor of a weight that is not read -> that weight."""
+        return {tensor: one for one in self.unread.values() for tensor in one.tensors}
 
-        Raises:
-            SourceError: names one, and what to do instead.
-        """
-        for tensor, method in self.unread.items():
-            raise unsupported(model, method, repr(tensor))
+    @property
+    def is_named_only(self) -> bool:
+        """Whether the config names a method, and no weight is quantized."""
+        return self.method is not None and not self.weights and not self.unread
 
 
 def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What ``config.json`` says of a quantization, for the whole model or its language model; None if it says nothing."""
-    parts = [config, *(config[part] for part in ("text_config", "language_config") if isinstance(config.get(part), dict))]
-    for part in parts:
-        for key in QUANTIZATION_KEYS:
-            if isinstance(part.get(key), dict) and part[key]:
-                found: Mapping[str, Any] = part[key]
-                return found
+    """What ``config.json`` says of a quantization, for the whole model or a part of it; None if it says nothing."""
+    for part in parts_of_config(dict(config)):
+        for key in (*QUANTIZATION_KEYS, _MLX_KEY):
+            found = part.get(key)
+            if isinstance(found, dict) and found and (key != _MLX_KEY or _is_of_mlx(found)):
+                return {"quant_method": "mlx", **found} if _is_of_mlx(found) else found
     return None
+
+
+def parts_of_config(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A config, and the configs inside of it: of a language model, of a vision tower ..."""
+    yield config
+    for key, value in config.items():
+        if isinstance(value, dict) and key not in QUANTIZATION_KEYS:
+            yield from parts_of_config(value)
+
+
+def _is_of_mlx(described: Mapping[str, Any]) -> bool:
+    """Whether it is in MLX's few words, which it repeats under the key of transformers."""
+    return "quant_method" not in described and {"group_size", "bits"} <= described.keys() and "desc_act" not in described
 
 
 def read_quantization(config: Mapping[str, Any], headers: Mapping[str, Header], model: str) -> Quantization:
@@ -81,33 +89,54 @@ def read_quantization(config: Mapping[str, Any], headers: Mapping[str, Header], 
     """
     where = {entry.name: (entry, shard) for shard, header in headers.items() for entry in header.tensors}
     described = quantization_of(config) or {}
+    if (method := method_of(described)) is not None and method not in METHODS:
+        return Quantization(unknown=(f"quantized with {method!r}, a method that is not known", "its config.json names it"))
+    unread = find_foreign(where, described)
+    foreign = {tensor for one in unread.values() for tensor in one.tensors}
     told = read_told(described, model)
     weights: dict[str, Quantized] = {}
     for entry, _ in where.values():
+        if entry.name in foreign:
+            continue
         if (found := find_quantized(entry, where, told)) is not None:
             weights[found.name] = found
-    return Quantization(weights, _unread(where, told.method or _bitsandbytes(described), weights))
+    if not described:
+        unread |= _fp8_without_known_scales(where, weights, foreign, model)
+    read = {
+        *(tensor for one in unread.values() for tensor in one.tensors),
+        *(one.numbers.name for one in weights.values()),
+        *beside_weights(weights.values()),
+    }
+    unread |= find_left_over(where, described, read)
+    unknown = next((one for one in unread.values() if one.method == INTEGERS), None)
+    if unknown is not None:
+        entry = where[unknown.main][0]
+        found_there = f"{unknown.main!r}, {entry.dtype} {list(entry.shape)}, and no word of how it is packed"
+        return Quantization(weights, unread, called(described), ("packed in a way that is not known", found_there))
+    return Quantization(weights, unread, called(described))
 
 
-def _bitsandbytes(described: Mapping[str, Any]) -> str | None:
-    return "bitsandbytes" if described.get("load_in_4bit") or described.get("load_in_8bit") else None
+def _fp8_without_known_scales(
+    where: Where, weights: dict[str, Quantized], foreign: Collection[str], model: str
+) -> dict[str, UnreadWeight]:
+    """Add FP8 weights that were cast to the ``weights`` of a model whose config says nothing of a quantization.
 
+    Returns:
+        Those that have something like scales beside them, and so are no casts.
 
-def _unread(where: Where, method: str | None, weights: Mapping[str, Quantized]) -> dict[str, str]:
-    """The tensors that only quantized models have and that belong to no weight that is read -> the method."""
-    known = {name for one in weights.values() for name in (one.numbers.name, *(part.name for part in one.parts), *one.beside)}
-    found: dict[str, str] = {}
-    for name in where:
-        if name not in known and (seems := next((told for trace, told in _TRACES if trace.fullmatch(name)), None)) is not None:
-            found[name] = method or seems
-    return found
-
-
-def unsupported(model: str, method: str, got: str) -> SourceError:
-    """The error for a model that is quantized in a way that is not read."""
-    return SourceError(
-        f"{model} is quantized with {method}, which is not supported",
-        got=got,
-        expected="bfloat16, float16, float32, FP8 with scales, or MXFP4",
-        hint=_INSTEAD.get(method, _DENSE),
-    )
+    Raises:
+        FormatError: other FP8 weights have scales, so that they are missing here.
+    """
+    some_have_scales = any(one.dtype == FP8 for one in weights.values())
+    names, unread = sorted(where), {}
+    for entry, shard in where.values():
+        if not is_fp8_matrix(entry) or entry.name in weights or entry.name in foreign:
+            continue
+        if beside := scales_beside(entry.name, names):
+            method, tensors = "FP8 with scales of a kind that is not known", (entry.name, *beside)
+            unread[entry.name] = UnreadWeight(entry.name, method, entry.name, tensors, entry.shape, math.prod(entry.shape))
+        elif some_have_scales and entry.dtype == FP8:
+            raise scales_missing(entry, where, model)
+        else:
+            weights[entry.name] = as_cast(entry, shard)
+    return unread

@@ -16,7 +16,6 @@ from surgery.lossless.update import Rounding
 from surgery.names import DTYPES, Dtype
 from surgery.planning.memory import known_bytes, need_to_merge, share_out
 from surgery.progress import listening, note, phase
-from surgery.quantized.recognize import read_quantization
 from surgery.quantized.weight import packed_in
 from surgery.source.adapter import local_adapter
 from surgery.source.component import component_of, config_folder
@@ -30,6 +29,14 @@ from surgery.updates.protocol import Update
 from surgery.version import __version__
 from surgery.weights.checkpoint import PlainWeights, SourceShard
 from surgery.weights.model import ModelWeights
+from surgery.weights.recognition import (
+    check_dequantizable,
+    check_not_unread,
+    finding_unread,
+    original,
+    quantization_in,
+    with_unread,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,11 +133,12 @@ class Merging:
             headers = {shard: source.header(shard) for shard in source.selection.shards}
         for one in check_index(source, dict(headers)):
             progress.note(one)
-        quantization = read_quantization(source.config(), headers, source.name)
-        quantization.check_read(source.name)
+        self._quantization = quantization = quantization_in(source, headers)
+        if options.writing.to_dense:
+            check_dequantizable(source.name, quantization, original(source) if quantization.unread else "")
         packed = packed_in(quantization.weights.values())
         self.headers: Mapping[str, Header] = {shard: header.unpacked(packed) for shard, header in headers.items()}
-        weights = ModelWeights(source, lambda: quantization.weights, source.name)
+        weights = ModelWeights(source, lambda: quantization, source.name)
         if options.writing.to_dense and not weights.quantized:
             raise OptionError("there is nothing to dequantize: no weight of this model is quantized", hint="drop --dequantize")
         shards = [SourceShard(file, source.size(file), source.sha256(file)) for file in self.headers]
@@ -140,9 +148,13 @@ class Merging:
         self.dense.check(self.headers.values())
 
     def _read(self) -> AdapterUpdate:
-        entries = {entry.name: entry for header in self.headers.values() for entry in header.tensors}
-        with phase(listening(), "reading adapters"):
-            return read_adapters(self.options.adapters, config_folder(self.source), entries, component_of(self.source))
+        stored = {entry.name: entry for header in self.headers.values() for entry in header.tensors}
+        entries = with_unread(stored, self._quantization)
+        hint = f"surgery merge takes {original(self.source)}" if self._quantization.unread else ""
+        with phase(listening(), "reading adapters"), finding_unread(self._quantization, hint):
+            update = read_adapters(self.options.adapters, config_folder(self.source), entries, component_of(self.source))
+        check_not_unread(update.changed, self._quantization, hint)
+        return update
 
     def memory(self, resources: Resources) -> Memory:
         """What the run may use of the memory.

@@ -29,6 +29,7 @@ from surgery.names import PARTIALS_DIR, RUN_FILE, correction_key, factor_key, fa
 from surgery.planning.plan import Layout, ShardPlan
 from surgery.planning.targets import Target
 from surgery.progress import Progress, Silent
+from surgery.quantized.recognize import Quantization
 from surgery.reports import rounded_to
 from surgery.shards.matrices import Matrix, Result, factorize_matrices, truncate
 from surgery.source.origin import Origin
@@ -137,7 +138,7 @@ def run_job(job: Job, lane: Lane, progress: Progress, on_read: Callable[[], obje
     factors_name = factors_file(job.index, job.count)
     quantized = {target.tensor: target.quantized for target in job.shard.targets if target.quantized is not None}
     with ExitStack() as stack:
-        weights = stack.enter_context(ModelWeights(job.files, lambda: quantized))
+        weights = stack.enter_context(ModelWeights(job.files, lambda: Quantization(quantized)))
         reader = stack.enter_context(weights.opened(job.shard.file))
         _check_unchanged(reader, job.shard)
         ranked = (_with_rank(target, reader, weights, job.options, lane) for target in job.shard.targets)

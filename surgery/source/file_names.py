@@ -43,6 +43,8 @@ _KNOWN = name_patterns(
     "dict*.txt", "encoder.json", "emoji.json", "byte_maps.json", "normalizer.json", "word_shape.json",
     "word_pronunciation.json", ALPHABET_FILE, "*.py", "requirements.txt", "modelcard.json",
 )  # fmt: skip
+#: The card of a model, in small letters.
+CARD = "readme.md"
 #: Cards, licences and the like.
 CARDS = re.compile(
     r"(readme|citation|authors|[^/]*(licen[cs]e|copying|notice|(usage|use)[_-]?policy|terms[_-]of[_-]use|acceptable[_-]use))"

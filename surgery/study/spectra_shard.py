@@ -17,11 +17,12 @@ from surgery.engine.walk import Piece, ShardWalk, TargetPiece
 from surgery.errors import FormatError, WeightError
 from surgery.files.access import read_errors
 from surgery.files.file_records import file_sha256
-from surgery.format.safetensors import TORCH_DTYPES
+from surgery.format.safetensors import spacing_of
 from surgery.format.tensor_view import by_tensor
 from surgery.planning.plan import Plan
 from surgery.planning.targets import Target
 from surgery.progress import listening
+from surgery.quantized.recognize import Quantization
 from surgery.report.schema import check_target
 from surgery.reports import rounded_to
 from surgery.run.resume import Recorded
@@ -143,7 +144,7 @@ class SpectraJobs:
         self._hashes: dict[Path, str] = {}
         self._prefix = _common_prefix([_generic(target.tensor) for target in plan.targets])
         quantized = {target.tensor: target.quantized for target in plan.targets if target.quantized is not None}
-        self._weights = StudiedWeights(source, lambda: quantized)
+        self._weights = StudiedWeights(source, lambda: Quantization(quantized))
         self._tuned: TunedModel | None = None
         if other is not None:
             shapes = {entry.name: entry.shape for shard in plan.shards for entry in shard.header.tensors}
@@ -263,7 +264,7 @@ class SpectraJobs:
         weight = self._weights.exact_piece(piece)
         changed = None if self._tuned is None else self._tuned.weight(piece)
         stored = [targets[0].dtype] if self._tuned is None else [targets[0].dtype, self._tuned.dtype(piece.entry.name)]
-        spacings = tuple(torch.finfo(TORCH_DTYPES[dtype]).eps for dtype in stored)
+        spacings = tuple(map(spacing_of, stored))
         described = []
         for target in targets:
             old = target.view.matrices(weight)

@@ -14,8 +14,9 @@ import torch
 from surgery.engine.walk import TargetPiece
 from surgery.errors import FormatError, SourceError, WeightError
 from surgery.format.header import TensorEntry
-from surgery.format.safetensors import TORCH_DTYPES, same_bytes
+from surgery.format.safetensors import TORCH_DTYPES, same_bytes, spacing_of
 from surgery.lossless.rounding import all_finite
+from surgery.quantized.recognize import Quantization
 from surgery.quantized.weight import Quantized
 from surgery.source.protocol import WeightFiles
 from surgery.tuned.conversion import Part
@@ -117,9 +118,9 @@ class TunedModel:
         return sorted({self.found.places[one][0] for one in stored}.union(*(one.shards for one in quantized.values())))
 
     def dtype(self, name: str) -> str:
-        """The dtype that a tensor is stored in, as safetensors names it; the least precise one if it consists of several."""
+        """The dtype that a tensor is stored in; the least precise one if it consists of several."""
         dtypes = {self.found.places[stored][1].dtype for stored in self.found.stored_of(name)}
-        return max(sorted(dtypes), key=lambda dtype: torch.finfo(TORCH_DTYPES[dtype]).eps)
+        return max(sorted(dtypes), key=spacing_of)
 
     def dtype_of_numbers(self, name: str) -> torch.dtype:
         """The dtype in which ``weight`` gives a tensor."""
@@ -193,4 +194,4 @@ class SentTuned:
     quantized: Mapping[str, Quantized]
 
     def open(self, files: WeightFiles) -> TunedModel:
-        return TunedModel(self.name, ModelWeights(files, lambda: self.quantized, self.name), self.found)
+        return TunedModel(self.name, ModelWeights(files, lambda: Quantization(self.quantized), self.name), self.found)

@@ -13,7 +13,7 @@ from surgery.errors import MissingExtra, OptionError, SourceError
 from surgery.format.name_map import NameMap, find_names, note_renamed, without_wrappers
 from surgery.names import FACTORIZABLE_DTYPES, is_of_lora
 from surgery.progress import note
-from surgery.quantized.recognize import read_quantization
+from surgery.quantized.unread import UnreadWeight
 from surgery.quantized.weight import packed_in
 from surgery.source.component import config_folder
 from surgery.source.copies import copies_of
@@ -21,6 +21,7 @@ from surgery.source.protocol import Source
 from surgery.tuned.conversion import Converted, Part, StoredModel, convert
 from surgery.tuned.model import FoundTensors, TunedModel
 from surgery.weights.model import StudiedWeights
+from surgery.weights.recognition import not_read, quantization_in
 
 #: By this PEFT calls the module that an adapter wraps, inside the module that takes its place.
 _BASE_LAYER = ".base_layer."
@@ -89,15 +90,22 @@ class _TunedSearch:
         self._original = original
         headers = {shard: source.header(shard) for shard in source.selection.shards}
         copies_of(source, headers)
-        quantization = read_quantization(source.config(), headers, source.name)
-        quantization.check_read(source.name)
+        self._quantization = quantization = quantization_in(source, headers)
         packed = packed_in(quantization.weights.values())
         headers = {shard: header.unpacked(packed) for shard, header in headers.items()}
-        self._weights = StudiedWeights(source, lambda: quantization.weights)
-        self._places = {entry.name: (shard, entry) for shard, header in headers.items() for entry in header.tensors}
+        self._weights = StudiedWeights(source, lambda: quantization)
+        # What is not read is not there for a comparison.
+        self._places = {
+            entry.name: (shard, entry)
+            for shard, header in headers.items()
+            for entry in header.tensors
+            if entry.name not in quantization.unread_tensors
+        }
 
     def model(self) -> TunedModel:
         original = self._original
+        if unread := [one for name, one in self._quantization.unread.items() if name in original.wanted]:
+            raise self._not_read(unread)
         names = find_names(self._places, original.wanted, original.shapes, self._is_alike)
         if self._fits(names):
             stored = {
@@ -183,7 +191,13 @@ class _TunedSearch:
         found = convert(StoredModel(folder, self._original.shapes), StoredModel(own, shapes), every)
         return None if found is None else found.renamed(full)
 
+    def _not_read(self, weights: Iterable[UnreadWeight]) -> SourceError:
+        hint = "give the fine-tuned model as it was before it was quantized"
+        return not_read(f"what is compared is in {self._name} in", weights, hint)
+
     def _misfit(self, names: NameMap, why: str) -> SourceError:
+        if self._quantization.unread:
+            return self._not_read(self._quantization.unread.values())
         for name, others in self._original.wanted.items():
             for stored in [names.given[one] for one in (name, *others) if one in names.given]:
                 if names.is_complete and not self._is_alike(name, stored):

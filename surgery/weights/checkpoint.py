@@ -22,13 +22,14 @@ from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import TargetRecord
 from surgery.lossless.factors import Factors
 from surgery.names import MANIFEST_FILE
+from surgery.quantized.recognize import Quantization
 from surgery.quantized.weight import Quantized
 from surgery.source.protocol import Source, WeightFiles
 from surgery.weights.matrix import StoredMatrix, stored_residual
 from surgery.weights.model import ModelWeights
-from surgery.weights.overlay import OverlayWeights, base_of, no_base_needed, quantized_of
+from surgery.weights.overlay import OverlayWeights, base_of, no_base_needed, quantization_of_base
 from surgery.weights.protocol import Weights
-from surgery.weights.residual import FolderFiles, ResidualWeights
+from surgery.weights.residual import FolderFiles, ResidualWeights, quantization_of_residual
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +199,7 @@ class SentFactorized:
     Attributes:
         folder: of the checkpoint, which every machine sees.
         manifest: of the weight files alone that are needed.
-        quantized: quantized weight of the base in them -> how it is stored.
+        quantized: quantized weight in them -> how it is stored.
     """
 
     folder: Path
@@ -217,10 +218,10 @@ class SentFactorized:
             )
         weights: Weights
         if self.manifest.layout == "residual":
-            weights = ResidualWeights(files, self.folder, self.manifest)
+            weights = ResidualWeights(files, self.folder, self.manifest, lambda: Quantization(self.quantized))
         else:
             there = frozenset(shard.source.file for shard in self.manifest.shards)
-            weights = OverlayWeights(files, "the base", self.manifest, there, lambda: self.quantized)
+            weights = OverlayWeights(files, "the base", self.manifest, there, lambda: Quantization(self.quantized))
         return FactorizedWeights(self.folder, self.manifest, weights)
 
 
@@ -283,7 +284,7 @@ class SentModel:
         return ()
 
     def open(self, files: WeightFiles) -> PlainWeights:
-        return PlainWeights(ModelWeights(files, lambda: self.quantized), self.shards)
+        return PlainWeights(ModelWeights(files, lambda: Quantization(self.quantized)), self.shards)
 
 
 def weights_of(
@@ -301,7 +302,7 @@ def weights_of(
         base: the model under an overlay, if not the one that the manifest names.
         streaming: to fetch each weight file of the base when its turn comes: the folder it is in meanwhile, and how many may be
             there at a time. None: they stay in the hub's cache.
-        all_quantized: whether to find all quantized weights of a base, also where no target is quantized.
+        all_quantized: whether to find all that is quantized, also where no target is.
 
     Raises:
         OptionError: a base, or a stream, for a checkpoint that holds its own weights.
@@ -309,7 +310,9 @@ def weights_of(
     """
     if manifest.layout == "residual":
         no_base_needed(base, streaming)
-        return ResidualWeights(FolderFiles(folder), folder, manifest)
+        files = FolderFiles(folder)
+        find = partial(quantization_of_residual, files, folder, manifest) if all_quantized else Quantization
+        return ResidualWeights(files, folder, manifest, find)
     source = base_of(folder, manifest, base)
     if streaming is not None:
         from surgery.source.stream import streamed  # the hub client is slow to import
@@ -325,5 +328,5 @@ def weights_of_base(source: Source, folder: Path, manifest: Manifest, *, all_qua
         source: that model.
         folder, manifest, all_quantized: as for ``weights_of``.
     """
-    find = partial(quantized_of, source, folder, manifest, all_of_them=all_quantized)
+    find = partial(quantization_of_base, source, folder, manifest, all_of_them=all_quantized)
     return OverlayWeights(source, source.name, manifest, frozenset(source.selection.shards), find)

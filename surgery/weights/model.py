@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from surgery.quantized.recognize import Quantization
 from surgery.source.origin import damaged_copy
 from surgery.source.protocol import Source, WeightFiles
-from surgery.weights.protocol import FindQuantized, Weights
+from surgery.weights.protocol import FindQuantization, Weights
 
 
 class ModelWeights(Weights):
@@ -14,12 +15,12 @@ class ModelWeights(Weights):
 
     Args:
         files: its weight files.
-        find_quantized: see ``Weights``.
+        find_quantization: see ``Weights``.
         name: of the model, put before the names of its files in messages; empty where a message names the model anyway.
     """
 
-    def __init__(self, files: WeightFiles, find_quantized: FindQuantized = dict, name: str = "") -> None:
-        super().__init__(files, find_quantized)
+    def __init__(self, files: WeightFiles, find_quantization: FindQuantization = Quantization, name: str = "") -> None:
+        super().__init__(files, find_quantization)
         self._name = name
 
     def check(self, shard: str, sha256: str) -> None:
@@ -41,8 +42,8 @@ class StudiedWeights(ModelWeights):
     fetched.
     """
 
-    def __init__(self, source: Source, find_quantized: FindQuantized) -> None:
-        super().__init__(source, find_quantized, source.name)
+    def __init__(self, source: Source, find_quantization: FindQuantization) -> None:
+        super().__init__(source, find_quantization, source.name)
         self._source = source
 
     def _path_of_parts(self, shard: str) -> Path:

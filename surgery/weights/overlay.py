@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,12 @@ from surgery.files.json_files import read_json_object
 from surgery.format.manifest import Manifest
 from surgery.names import CONFIG_FILE, FACTORIZABLE_DTYPES, told_dtype
 from surgery.progress import listening, phase
-from surgery.quantized.recognize import quantization_of, read_quantization
-from surgery.quantized.weight import Quantized
+from surgery.quantized.recognize import Quantization, quantization_of
 from surgery.source.address import address_of
 from surgery.source.open import open_part, open_source
 from surgery.source.protocol import Source, WeightFiles
-from surgery.weights.protocol import FindQuantized, Weights
+from surgery.weights.protocol import FindQuantization, Weights
+from surgery.weights.recognition import quantization_in
 
 BASE_HINT = "give the model that was factorized with --base"
 
@@ -31,7 +30,7 @@ class OverlayWeights(Weights):
         name: of that model, for messages.
         manifest: of the checkpoint.
         there: the names of the weight files that the model has.
-        find_quantized: see ``Weights``.
+        find_quantization: see ``Weights``.
     """
 
     def __init__(
@@ -40,9 +39,9 @@ class OverlayWeights(Weights):
         name: str,
         manifest: Manifest,
         there: frozenset[str],
-        find_quantized: FindQuantized = dict,
+        find_quantization: FindQuantization = Quantization,
     ) -> None:
-        super().__init__(files, find_quantized)
+        super().__init__(files, find_quantization)
         self._name = name
         self._quantized = quantized_targets(manifest)
         self._there = there
@@ -131,8 +130,8 @@ def quantized_targets(manifest: Manifest) -> dict[str, str]:
     return {target.tensor: target.dtype for target in manifest.targets if target.dtype not in FACTORIZABLE_DTYPES}
 
 
-def quantized_of(source: Source, factorized: Path, manifest: Manifest, *, all_of_them: bool) -> Mapping[str, Quantized]:
-    """Find the quantized weights of a base, as the factorized folder's ``config.json`` describes the quantization.
+def quantization_of_base(source: Source, factorized: Path, manifest: Manifest, *, all_of_them: bool) -> Quantization:
+    """Find what is quantized in a base, as the factorized folder's ``config.json`` describes the quantization.
 
     It reads all headers of the base. So without quantized targets the result is empty, unless ``all_of_them`` are asked for.
 
@@ -140,8 +139,8 @@ def quantized_of(source: Source, factorized: Path, manifest: Manifest, *, all_of
         FormatError: that config has been edited since, and describes another quantization than the base's own.
     """
     if not (all_of_them or quantized_targets(manifest)):
-        return {}
-    config, is_edited = _own_config(factorized, manifest)
+        return Quantization()
+    config, is_edited = own_config(factorized, manifest)
     if is_edited and quantization_of(config) != quantization_of(source.config()):
         raise FormatError(
             f"{factorized / CONFIG_FILE} has been edited, and speaks of another quantization than the model",
@@ -151,10 +150,10 @@ def quantized_of(source: Source, factorized: Path, manifest: Manifest, *, all_of
         )
     with phase(listening(), "reading headers"):
         headers = {shard: source.header(shard) for shard in source.selection.shards}
-    return read_quantization(config, headers, source.name).weights
+    return quantization_in(source, headers, config)
 
 
-def _own_config(factorized: Path, manifest: Manifest) -> tuple[dict[str, Any], bool]:
+def own_config(factorized: Path, manifest: Manifest) -> tuple[dict[str, Any], bool]:
     """The ``config.json`` of a factorized checkpoint, empty if it has none, and whether it was edited after factorizing."""
     record = next((record for record in manifest.files if record.file == CONFIG_FILE), None)
     if record is None:

@@ -23,11 +23,12 @@ from surgery.format.header import Header, Stored, TensorEntry
 from surgery.format.manifest_records import TargetRecord
 from surgery.format.safetensors import ShardReader
 from surgery.quantized.codec import Role
+from surgery.quantized.recognize import Quantization
 from surgery.quantized.weight import Quantized, packed_in
 from surgery.source.protocol import WeightFiles
 from surgery.weights.quantized import Dequantizer
 
-FindQuantized = Callable[[], Mapping[str, Quantized]]
+FindQuantization = Callable[[], Quantization]
 
 
 class Weights:
@@ -38,8 +39,8 @@ class Weights:
 
     Args:
         files: the weight files.
-        find_quantized: returns quantized weight -> how it is stored. Called when that is first needed, as it may have to fetch
-            the headers of all weight files.
+        find_quantization: tells what is quantized. Called when that is first needed, as it may have to fetch the headers of
+            all weight files.
 
     Attributes:
         files: as given.
@@ -48,9 +49,9 @@ class Weights:
 
     holds_residuals = False
 
-    def __init__(self, files: WeightFiles, find_quantized: FindQuantized = dict) -> None:
+    def __init__(self, files: WeightFiles, find_quantization: FindQuantization = Quantization) -> None:
         self.files = files
-        self._find_quantized = find_quantized
+        self._find_quantization = find_quantization
         self._dequantizer = Dequantizer(lambda shard: self.opened(shard, self._path_of_parts(shard)))
 
     def __enter__(self) -> Self:
@@ -68,9 +69,14 @@ class Weights:
         self.__exit__(None, None, None)
 
     @cached_property
+    def quantization(self) -> Quantization:
+        """What is quantized among them, as far as that was looked for."""
+        return self._find_quantization()
+
+    @property
     def quantized(self) -> Mapping[str, Quantized]:
-        """Quantized weight -> how it is stored."""
-        return self._find_quantized()
+        """Quantized weight that is read -> how it is stored."""
+        return self.quantization.weights
 
     def quantized_among(self, tensors: Iterable[str]) -> dict[str, Quantized]:
         """``quantized`` for those weights of which any part is among ``tensors``: they, or what is stored beside them."""

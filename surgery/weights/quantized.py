@@ -15,7 +15,7 @@ from surgery.files.json_files import read_json_object
 from surgery.files.pool import Pool
 from surgery.format.safetensors import ShardReader
 from surgery.quantized.codec import Role
-from surgery.quantized.recognize import QUANTIZATION_KEYS
+from surgery.quantized.recognize import QUANTIZATION_FILES, QUANTIZATION_KEYS, parts_of_config
 from surgery.quantized.weight import Quantized, read_parts
 from surgery.source.weight_files import index_entries
 
@@ -65,6 +65,11 @@ class Dequantizer:
         return quantized.dequantized(tensor, self.parts(quantized, first, count))
 
 
+def is_kept(file: str, *, dequantized: bool) -> bool:
+    """Whether a file that goes along with the weights stays: without quantized weights, not one that describes these."""
+    return not dequantized or file not in QUANTIZATION_FILES
+
+
 def config_of_rewritten(config: Path, dtype: str | None, *, dequantized: bool) -> bytes:
     """The text of a ``config.json`` for weights that are stored in another way.
 
@@ -74,8 +79,7 @@ def config_of_rewritten(config: Path, dtype: str | None, *, dequantized: bool) -
         dequantized: whether the weights are not quantized any more.
     """
     parsed = read_json_object(config, config.name)
-    parts = [parsed, *(value for value in parsed.values() if isinstance(value, dict))]
-    for part in parts:
+    for part in list(parts_of_config(parsed)):
         for key in QUANTIZATION_KEYS if dequantized else ():
             part.pop(key, None)
         for key in _DTYPE_KEYS if dtype is not None else ():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from surgery.errors import FormatError
 from surgery.files.file_records import FileRecord, not_as_described
@@ -12,9 +13,12 @@ from surgery.format.factors import DAMAGED_HINT
 from surgery.format.header import Header
 from surgery.format.manifest import Manifest
 from surgery.format.safetensors import ShardReader
+from surgery.quantized.recognize import MODELOPT_FILE, Quantization, read_quantization
 from surgery.source.origin import FolderOrigin, Origin
 from surgery.source.protocol import FilesInPlace, WeightFiles
-from surgery.weights.protocol import Weights
+from surgery.weights.overlay import own_config
+from surgery.weights.protocol import FindQuantization, Weights
+from surgery.weights.recognition import with_modelopt
 
 
 class FolderFiles(FilesInPlace):
@@ -44,12 +48,19 @@ class ResidualWeights(Weights):
     Args:
         files: the weight files of the factorized folder.
         folder, manifest: of the checkpoint.
+        find_quantization: see ``Weights``. What is quantized in this layout is no target, and stored as in the source.
     """
 
     holds_residuals = True
 
-    def __init__(self, files: WeightFiles, folder: Path, manifest: Manifest) -> None:
-        super().__init__(files)
+    def __init__(
+        self,
+        files: WeightFiles,
+        folder: Path,
+        manifest: Manifest,
+        find_quantization: FindQuantization = Quantization,
+    ) -> None:
+        super().__init__(files, find_quantization)
         self._folder = folder
         self._records: Mapping[str, FileRecord | None] = {shard.source.file: shard.residual for shard in manifest.shards}
 
@@ -72,3 +83,12 @@ class ResidualWeights(Weights):
         record = self.expected(shard)
         if sha256 != record.sha256:
             raise not_as_described(self._folder / record.file, sha256, record, DAMAGED_HINT)
+
+
+def quantization_of_residual(files: FolderFiles, folder: Path, manifest: Manifest) -> Quantization:
+    """What is quantized of a factorized folder in the residual layout: what was passed over for that when it was made."""
+    config: Mapping[str, Any] = own_config(folder, manifest)[0]
+    if (path := folder / MODELOPT_FILE).is_file():
+        config = with_modelopt(config, path, str(path))
+    headers = {shard.source.file: files.header(shard.source.file) for shard in manifest.shards}
+    return read_quantization(config, headers, str(folder))

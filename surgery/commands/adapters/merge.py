@@ -35,7 +35,7 @@ from surgery.timing import Timing
 from surgery.trained.reading import adapter_kind
 from surgery.updates.dense import Writing
 from surgery.updates.kept_updates import KeptSummary
-from surgery.weights.quantized import config_of_rewritten
+from surgery.weights.quantized import config_of_rewritten, is_kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +221,7 @@ def merge(
         memory = merging.memory(by.resources)
         inputs = [*source.folders(), *(path for path, _ in options.adapters)]
         with run.uploading(push_to_hub, private=private), run.locked(inputs), merging.checkpoint as checkpoint:
-            written = WrittenModel(out, checkpoint.shards, _files_along(source), _new_config(options.writing))
+            written = WrittenModel(out, checkpoint.shards, _files_along(source, options.writing), _new_config(options.writing))
             places = FoldPlaces(out, out, True, memory.window_bytes)
             if not overwrite and written.looks_finished():
                 jobs = FoldJobs(checkpoint, merging.update, merging.dense, places, timing)
@@ -284,11 +284,13 @@ def _publish(run: Run, place: Path, report: MergeReport, written: WrittenModel, 
     )
 
 
-def _files_along(source: Source) -> list[FileAlong]:
+def _files_along(source: Source, writing: Writing) -> list[FileAlong]:
     """The files of a model that go along with its weights, hashed."""
     progress, found = listening(), []
     with phase(progress, "reading"):
         for name in source.selection.others:
+            if not is_kept(name, dequantized=writing.to_dense):
+                continue
             progress.item(name)
             path = source.fetch(name)
             found.append(FileAlong(FileRecord(name, path.stat().st_size, file_sha256(path)), path))

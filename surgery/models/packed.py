@@ -1,0 +1,56 @@
+"""Linear layers whose weight is packed: they compute with numbers of few bits, and have no parameter called ``weight``.
+
+GPTQ, AWQ, HQQ and others have classes of their own for these, each with other names for what it holds. What is common to them
+is that they say how many features go in and come out, and compute ``x W^T``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+_WEIGHT = "weight"
+
+
+def packed_numbers(module: nn.Module) -> torch.Tensor | None:
+    """The largest tensor of a linear layer whose weight is packed, which stands for that weight; None for other modules."""
+    if hasattr(module, _WEIGHT):
+        return None
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if not all(isinstance(size, int) for size in sizes):
+        return None
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return max(own, key=lambda tensor: tensor.numel() * tensor.element_size(), default=None)
+
+
+def held_in(module: nn.Module, name: str) -> torch.Tensor:
+    """A parameter of a module, or what stands for its packed weight.
+
+    Raises:
+        AttributeError: it has no such parameter.
+    """
+    packed = packed_numbers(module) if name == _WEIGHT else None
+    return module.get_parameter(name) if packed is None else packed
+
+
+def held_at(model: nn.Module, name: str) -> torch.Tensor:
+    """``held_in`` for the full name of a parameter."""
+    owner, _, last = name.rpartition(".")
+    return held_in(model.get_submodule(owner), last)
+
+
+def packed_weights(model: nn.Module) -> list[str]:
+    """The full names that the packed weights of a model would have as parameters."""
+    modules = model.named_modules(remove_duplicate=False)
+    return [f"{name}.{_WEIGHT}" for name, module in modules if packed_numbers(module) is not None]
+
+
+def unpack(model: Any) -> None:
+    """Unpack a model that compressed-tensors has loaded packed, as it does itself when the model is first run.
+
+    Until then its layers cannot compute, not even one by one.
+    """
+    if hasattr(model, "ct_decompress_hook"):
+        model.hf_quantizer.compressor.decompress_model(model)

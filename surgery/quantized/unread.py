@@ -1,0 +1,333 @@
+"""Weights that are packed in ways that are not read: how they are known by their tensors, and what people call the methods.
+
+Nothing of such a weight is read, and its tensors are copied as they are. That is right only where nothing else in the model
+depends on how they are read: so each method is here by name, and a model that is quantized by another one is refused.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from surgery.format.header import TensorEntry
+from surgery.names import DTYPE_BITS, FP8
+from surgery.quantized.schemes import Where, method_of
+
+#: The tensors of a layer, by the rest of their names.
+Layer = Mapping[str, TensorEntry]
+
+#: ``quant_method`` in configs -> what people call it. What is not quantized in a model of these is a weight like any other.
+METHODS: Mapping[str, str] = {
+    "aqlm": "AQLM",
+    "auto-round": "AutoRound",
+    "awq": "AWQ",
+    "bitnet": "BitNet",
+    "bitsandbytes": "bitsandbytes",
+    "compressed-tensors": "compressed-tensors",
+    "eetq": "EETQ",
+    "exl2": "EXL2",
+    "exl3": "EXL3",
+    "fbgemm_fp8": "FBGEMM FP8",
+    "fouroversix": "Four Over Six",
+    "fp8": "FP8",
+    "fp_quant": "FP-Quant",
+    "gemma": "Gemma's quantization",
+    "gptq": "GPTQ",
+    "higgs": "HIGGS",
+    "hqq": "HQQ",
+    "intel/auto-round": "AutoRound",
+    "metal": "Metal",
+    "mlx": "MLX",
+    "modelopt": "ModelOpt",
+    "modelopt_fp4": "ModelOpt",
+    "mxfp4": "MXFP4",
+    "mxfp8": "MXFP8",
+    "nvfp4": "NVFP4",
+    "quanto": "quanto",
+    "quark": "Quark",
+    "sinq": "SINQ",
+    "sparseml": "compressed-tensors",
+    "spqr": "SpQR",
+    "torchao": "torchao",
+    "vptq": "VPTQ",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class UnreadWeight:
+    """A weight that is packed in a way that is not read.
+
+    Attributes:
+        name: as a model that holds it dequantized names it.
+        method: what people call how it is packed.
+        main: the tensor that stands for it: the one with its numbers.
+        tensors: all tensors of it.
+        shape: of the weight, (out, in); None where the shapes of its tensors do not tell.
+        entries: how many numbers it has; where its shape is not known as many as there would be at four bits each.
+    """
+
+    name: str
+    method: str
+    main: str
+    tensors: tuple[str, ...]
+    shape: tuple[int, ...] | None
+    entries: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """How a method stores a layer.
+
+    Attributes:
+        method: what people call it, where the config does not name one.
+        main: the name, below the layer, of the tensor with the numbers.
+        dtypes: which that may have; empty for any.
+        parts: an expression for the names of all its tensors.
+        beside: one of them that must be there besides; None where the name of ``main`` tells enough.
+        shape: of the weight, of the layer's tensors and the config; None where they do not tell.
+    """
+
+    method: str
+    main: str
+    dtypes: tuple[str, ...]
+    parts: re.Pattern[str]
+    beside: str | None
+    shape: Callable[[Layer, Mapping[str, Any]], tuple[int, ...] | None]
+
+
+def _as_stored(main: str) -> Callable[[Layer, Mapping[str, Any]], tuple[int, ...] | None]:
+    """The shape of a weight of which each number has a byte."""
+    return lambda layer, _: layer[main].shape if DTYPE_BITS[layer[main].dtype] == 8 and layer[main].dtype != "U8" else None
+
+
+def _not_told(layer: Layer, config: Mapping[str, Any]) -> None:
+    return None
+
+
+def _of_qweight(layer: Layer, config: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """GPTQ packs along the inputs, qweight (in * bits / 32, out); AWQ along the outputs, (in, out * bits / 32)."""
+    qweight, scales, zeros = (layer[name].shape if name in layer else () for name in ("qweight", "scales", "qzeros"))
+    if len(qweight) != 2 or len(scales) != 2 or len(zeros) != 2:
+        return None
+    rows, columns = qweight
+    out = scales[1]
+    if columns == out and zeros[1] and (32 * zeros[1]) % out == 0:
+        return out, rows * 32 // (32 * zeros[1] // out)
+    return (out, rows) if columns < out else None
+
+
+def _is_awq(layer: Layer) -> bool:
+    return {"qzeros", "scales"} <= layer.keys() and layer["qweight"].shape[1:] != layer["scales"].shape[1:]
+
+
+def _of_exl2(layer: Layer, config: Mapping[str, Any]) -> tuple[int, ...] | None:
+    order = layer.get("q_invperm") or layer.get("q_perm")
+    return None if order is None or len(layer["q_weight"].shape) != 2 else (layer["q_weight"].shape[1], *order.shape)
+
+
+def _of_exl3(layer: Layer, config: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Tiles of 16 by 16."""
+    shape = layer["trellis"].shape
+    return (16 * shape[1], 16 * shape[0]) if len(shape) == 3 else None
+
+
+def _of_aqlm(layer: Layer, config: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Each code stands for a group of outputs and inputs."""
+    codes, books = layer["codes"].shape, layer["codebooks"].shape
+    return (codes[0] * books[2], codes[1] * books[3]) if len(codes) == 3 and len(books) == 4 else None
+
+
+def _of_mlx(layer: Layer, config: Mapping[str, Any]) -> tuple[int, ...] | None:
+    shape, group = layer["scales"].shape, config.get("group_size", 64)
+    return (*shape[:-1], shape[-1] * group) if len(shape) > 1 and type(group) is int else None
+
+
+def _of_higgs(layer: Layer, config: Mapping[str, Any]) -> tuple[int, ...] | None:
+    scales = layer.get("scales")
+    return None if scales is None else (scales.shape[0], layer["weight"].shape[-1])
+
+
+def _of_marlin_24(layer: Layer, config: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Of each 32 inputs 16 are stored, in one row."""
+    packed, scales = layer["weight_packed"].shape, layer["scale_packed"].shape
+    return (scales[1], 32 * packed[0]) if len(packed) == len(scales) == 2 else None
+
+
+def _of_bitmask(layer: Layer, config: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """A bit for each number."""
+    mask = next(entry.shape for name, entry in layer.items() if name.endswith("bitmask"))
+    return (mask[0], 8 * mask[1]) if len(mask) == 2 else None
+
+
+def _kind(
+    method: str,
+    main: str,
+    parts: str,
+    *,
+    beside: str | None = None,
+    dtypes: tuple[str, ...] = (),
+    shape: Callable[[Layer, Mapping[str, Any]], tuple[int, ...] | None] = _not_told,
+) -> _Kind:
+    return _Kind(method, main, dtypes, re.compile(parts), beside, shape)
+
+
+_BYTES = ("I8", "U8")
+#: The kinds that no format that is read is like. Sources: what each library saves, and what loaders look for.
+_FOREIGN = (
+    _kind("FP-Quant", "qweight", "d?qweight|scales|(weight|act)_global_scale|(forward|backward)_hadamard_matrix",
+          beside="forward_hadamard_matrix"),
+    _kind("GPTQ", "qweight", "qweight|qzeros|scales|g_idx|perm|bits", shape=_of_qweight),
+    _kind("EXL2", "q_weight", "q_(weight|perm|invperm|scale|scale_max|groups|group_map)", shape=_of_exl2),
+    _kind("EXL3", "trellis", "trellis|suh?|svh?|scale|mcg|mul1", shape=_of_exl3),
+    _kind("HQQ", "W_q", "(?!bias$).*"),
+    _kind("AQLM", "codes", "codes|codebooks|scales", beside="codebooks", shape=_of_aqlm),
+    _kind("VPTQ", "indices", r"(res_|outlier_)?(indices|centroids\.weight)|weight_scale|weight_bias|perm|inv_perm",
+          beside="centroids.weight"),
+    _kind("SpQR", "dense_weights", "dense_weights|row_offsets|col_vals|col_ptrs|in_perm|shape"),
+    _kind("bitsandbytes", "weight", r"weight|weight\.(nested_)?(absmax|quant_map)|weight\.quant_state\..*",
+          beside="weight.absmax"),
+    _kind("bitsandbytes", "weight", "weight|SCB|CB|weight_format", beside="SCB", dtypes=("I8",), shape=_as_stored("weight")),
+    _kind("quanto", "weight._data", r"weight\._.*|(input|output)_scale", shape=_as_stored("weight._data")),
+    _kind("quanto", "weight._data._data", r"weight\._.*|(input|output)_scale"),
+    _kind("compressed-tensors (sparse)", "weight.compressed", r"weight\.(compressed|bitmask|shape|row_offsets)",
+          beside="weight.bitmask", shape=_of_bitmask),
+    _kind("compressed-tensors (sparse)", "compressed", "compressed|bitmask|shape|row_offsets|weight_scale", beside="bitmask",
+          shape=_of_bitmask),
+    _kind("compressed-tensors (marlin-24)", "weight_packed", "weight_packed|scale_packed|meta|weight_shape",
+          beside="scale_packed", shape=_of_marlin_24),
+    _kind("Metal", "weight", "weight|scales|qbiases", beside="qbiases", dtypes=("U32",), shape=_of_mlx),
+    _kind("MLX", "weight", "weight|scales|biases", beside="scales", dtypes=("U32",), shape=_of_mlx),
+    _kind("HIGGS", "weight", "weight|scales|tables2?", beside="tables", dtypes=("I16",), shape=_of_higgs),
+    _kind("EETQ", "weight", "weight|weight_scales", beside="weight_scales", dtypes=("I8",),
+          shape=lambda layer, _: layer["weight"].shape[::-1]),
+    _kind("ComfyUI's quantization", "weight", "weight|weight_scale(_2)?|input_scale|pre_quant_scale|comfy_quant",
+          beside="comfy_quant", dtypes=(*_BYTES, "F4"), shape=_as_stored("weight")),
+)  # fmt: skip
+
+#: The kinds that formats which are read are like. They are looked for among what those leave over.
+_LEFT_OVER = (
+    _kind("BitNet", "weight", "weight|weight_scale", beside="weight_scale", dtypes=("U8",),
+          shape=lambda layer, _: (4 * layer["weight"].shape[0], *layer["weight"].shape[1:])
+          if math.prod(layer["weight_scale"].shape) == 1 else None),
+    _kind("compressed-tensors", "weight_packed",
+          "weight_(packed|scale|shape|zero_point|g_idx|global_scale)|input_(global_)?scale"),
+    _kind("integers with scales", "weight", "weight|weight_scale(_inv|_2)?|weight_(zero_point|shift)|input_scale|scale",
+          beside="weight_scale", dtypes=_BYTES, shape=_as_stored("weight")),
+)  # fmt: skip
+
+#: The tensor with the numbers of a weight that torchao has packed.
+_TORCHAO = re.compile(
+    r"(?P<module>(?:[^:]*\.)?)(?:_(?P<inside>\w+)_qdata|(?P<before>\w+):_?(?:qdata|int_data|data|packed_weight))"
+)
+_INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32")
+#: A numbered block: only in these layers are looked for.
+_IN_BLOCK = re.compile(r"(^|\.)\d+\.")
+#: Integers that models have without being quantized: masks, positions, tables of indices.
+_PLAIN_INTEGERS = re.compile(r"bias|mask|position|(^|_)ids?($|_)|ind(ex|ices)|table|tid2eid|count|steps?|rotary|freqs")
+
+
+def find_foreign(where: Where, described: Mapping[str, Any]) -> dict[str, UnreadWeight]:
+    """The weights that are packed in ways that no format which is read is like, by name.
+
+    Args:
+        where: all tensors of the model.
+        described: what its config says of the quantization.
+    """
+    return {**dict(_found(where, described, _FOREIGN)), **dict(_of_torchao(where, described))}
+
+
+def find_left_over(where: Where, described: Mapping[str, Any], read: set[str]) -> dict[str, UnreadWeight]:
+    """Further weights that are packed, or seem to be, of which no tensor is ``read``, by name.
+
+    The method of one that only seems to be packed is that of the config, or ``integers``.
+    """
+    rest = {name: place for name, place in where.items() if name not in read}
+    found = dict(_found(rest, described, _LEFT_OVER))
+    claimed = {tensor for one in found.values() for tensor in one.tensors}
+    for name, (entry, _) in rest.items():
+        if name not in claimed and _looks_packed(entry, where):
+            module, _, last = name.rpartition(".")
+            weight = name if last == "weight" or not module else f"{module}.weight"
+            found.setdefault(weight, _unread(weight, called(described) or INTEGERS, name, [entry], None))
+    return found
+
+
+#: The method of weights that only seem to be packed.
+INTEGERS = "integers"
+
+
+def called(described: Mapping[str, Any]) -> str | None:
+    """What people call the method that a config names; None where it names none, or none that is known."""
+    method = method_of(described)
+    if method is None or method not in METHODS:
+        return None
+    if method == "compressed-tensors" and isinstance(described.get("format"), str):
+        return f"{METHODS[method]} ({described['format']})"
+    return METHODS[method]
+
+
+def _found(where: Where, described: Mapping[str, Any], kinds: tuple[_Kind, ...]) -> Iterator[tuple[str, UnreadWeight]]:
+    below = _below(where)
+    taken: set[str] = set()
+    for kind in kinds:
+        for name, (entry, _) in where.items():
+            if not (name == kind.main or name.endswith(f".{kind.main}")) or name in taken:
+                continue
+            if kind.dtypes and entry.dtype not in kind.dtypes:
+                continue
+            module = name.removesuffix(kind.main)
+            layer = {last: where[module + last][0] for last in below.get(module, ()) if kind.parts.fullmatch(last)}
+            if kind.beside is not None and kind.beside not in layer:
+                continue
+            method = called(described) or ("AWQ" if kind.method == "GPTQ" and _is_awq(layer) else kind.method)
+            taken.update(module + last for last in layer)
+            weight = f"{module}weight"
+            yield weight, _unread(weight, method, name, layer.values(), kind.shape(layer, described))
+
+
+def _below(where: Where) -> dict[str, list[str]]:
+    """Prefix of a module, with its point -> the rest of the names of the tensors in it, and two modules below it."""
+    below: dict[str, list[str]] = {}
+    for name in where:
+        end = len(name)
+        for _ in range(3):
+            end = name.rfind(".", 0, end)
+            below.setdefault(name[: end + 1], []).append(name[end + 1 :])
+            if end < 0:
+                break
+    return below
+
+
+def _of_torchao(where: Where, described: Mapping[str, Any]) -> Iterator[tuple[str, UnreadWeight]]:
+    """What torchao packs: the tensors of a weight X.weight are ``X._weight_qdata`` ..., or ``X.weight:qdata`` ..."""
+    below = _below(where)
+    for name in where:
+        if (match := _TORCHAO.fullmatch(name)) is None:
+            continue
+        module, weight = match["module"], match["inside"] or match["before"]
+        prefix = f"_{weight}_" if match["inside"] else f"{weight}:"
+        layer = {last: where[module + last][0] for last in below[module] if last.startswith(prefix)}
+        numbers = where[name][0]
+        # A tensor that is not quantized has the same form of name in older files, and is all by itself.
+        if len(layer) > 1:
+            shape = numbers.shape if numbers.dtype in ("I8", FP8) else None
+            yield module + weight, _unread(module + weight, called(described) or "torchao", name, layer.values(), shape)
+
+
+def _looks_packed(entry: TensorEntry, where: Where) -> bool:
+    """Whether a tensor is a matrix of integers in a layer that has no other weight."""
+    module, _, last = entry.name.rpartition(".")
+    if entry.dtype not in _INTEGERS or len(entry.shape) < 2 or min(entry.shape[-2:]) < 2:
+        return False
+    if not _IN_BLOCK.search(entry.name) or _PLAIN_INTEGERS.search(last):
+        return False
+    weight = where.get(f"{module}.weight")
+    return last == "weight" or weight is None or weight[0].dtype in _INTEGERS
+
+
+def _unread(name: str, method: str, main: str, tensors: Iterable[TensorEntry], shape: tuple[int, ...] | None) -> UnreadWeight:
+    sizes = {entry.name: entry.nbytes for entry in tensors}
+    return UnreadWeight(name, method, main, tuple(sizes), shape, 2 * sizes[main] if shape is None else math.prod(shape))
