@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Container, Iterator
+from collections.abc import Container
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -99,7 +99,7 @@ _made: dict[str, Made] = {}
 
 
 @pytest.fixture
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
     """Each is made once. Read-only, but for what is folded beside it."""
     name = request.param
     if name not in _made:
@@ -107,7 +107,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         LAYOUTS[name].save(folder / "m", shards=2 if name in ("deepseek_v3", "kimi_k2") else 1)
         surgery.factorize(folder / "m", folder / "f", rank=RANK)
         _made[name] = Made(name, folder)
-    yield _made[name]
+    return _made[name]
 
 
 each = pytest.mark.parametrize("made", LAYOUTS, indirect=True)
@@ -318,7 +318,7 @@ def test_trained_for_some_steps_and_folded(made: Made, train: Train, tmp_path: P
 def test_an_exported_adapter_on_the_served_model(made: Made, tmp_path: Path) -> None:
     factorized, scales = made.factorized, made.scales
     if any("experts" in name for name in made.updates):
-        with pytest.raises(surgery.OptionError, match="experts.*cannot be exported as LoRA"):
+        with pytest.raises(surgery.OptionError, match=r"experts.*cannot be exported as LoRA"):
             surgery.export(factorized, scales, tmp_path / "a")
         factorized = tmp_path / "f"
         surgery.factorize(made.model, factorized, rank=RANK, exclude=("*.experts.*",), layout="overlay")
