@@ -6,23 +6,28 @@ the inputs a block of one row and as many columns, one for the whole matrix a bl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from surgery.errors import WeightError
+from surgery.errors import FormatError, WeightError
 from surgery.format.views import Slice
 from surgery.quantized.elements import Elements
+from surgery.quantized.scaling import BlockScaling
 
 #: The tensors beside the numbers of a weight: the scales of its blocks; one number that multiplies or divides all of them;
-#: what stands for zero in each block, as a signed integer; and the group that each column belongs to.
-Role = Literal["scale", "global_scale", "zero_point", "group_index"]
+#: what stands for zero in each block, as a signed integer; the group that each column belongs to; and the weight's shape.
+Role = Literal["scale", "global_scale", "zero_point", "group_index", "shape"]
 Parts = Mapping[Role, torch.Tensor]
 
-#: Rows whose scales are expanded to entries at a time: those of all would be as large as the weight.
+#: Rows whose extremes are looked for at a time, and entries that are scaled and rounded at a time: what stays in cache.
 _BAND = 64
+_AT_A_TIME = 1 << 18
+
+#: Integers as wide as the dtypes of scales: of positive numbers the next larger one has the next larger bits.
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +48,10 @@ class Codec:
     Attributes:
         elements: what the numbers can be.
         block: how many rows and columns of a matrix share a scale.
-        label: what the format is called, for messages.
+        label: the weight, for messages.
         divides: whether the weight's scales are divided by the global one; else they are multiplied by it.
-        transposed: whether what is stored of a matrix is its transpose; ``block`` is that of the matrix.
+        transposed: whether what is stored of a matrix, numbers and scales, is its transpose; ``block`` is that of the matrix.
+        columnwise: whether several numbers that are stored in one are of one column of a matrix, and not of one row.
         renewed: whether rounding to nearest renews the scales of all blocks, as the quantizers of such models do; else only
             of those that cannot hold the new numbers.
     """
@@ -55,6 +61,7 @@ class Codec:
     label: str
     divides: bool = False
     transposed: bool = False
+    columnwise: bool = False
     renewed: bool = False
 
     def dequantize(self, stored: torch.Tensor, parts: Parts, shape: tuple[int, ...]) -> torch.Tensor:
@@ -67,16 +74,21 @@ class Codec:
 
         Returns:
             float32 (..., m, n), each product rounded once.
+
+        Raises:
+            FormatError: the groups of columns are none.
         """
         *stack, m, n = shape
-        rows, columns = (n, m) if self.transposed else (m, n)
-        weight = self.elements.values(stored.reshape(*stack, rows, -1), columns)
-        weight = weight.mT.contiguous() if self.transposed else weight
-        for band, scales, zeros in self._bands(parts, shape):
-            if zeros is not None:
-                weight[..., band, :] -= zeros
-            weight[..., band, :] *= scales
-        return weight
+        rows, columns = (n, m) if self._is_turned else (m, n)
+        if self.columnwise:
+            stored = stored.reshape(*stack, -1, n).mT.contiguous()
+        stored = stored.reshape(*stack, rows, -1)
+        scaling = self._scaling(parts, shape, turned=self._is_turned)
+        weight = torch.empty(*stack, rows, columns, dtype=torch.float32, device=stored.device)
+        for band in _bands(weight):
+            values = weight[..., band, :].copy_(self.elements.values(stored[..., band, :], columns))
+            scaling.multiply_(values, band)
+        return weight.mT.contiguous() if self._is_turned else weight
 
     def quantize(self, weight: torch.Tensor, parts: Parts) -> torch.Tensor:
         """The numbers nearest to ``weight / scale + zero``.
@@ -86,22 +98,32 @@ class Codec:
             parts: scales that hold it.
 
         Returns:
-            As the elements are stored: (..., rows, columns / how many lie in one stored number).
+            As the elements are stored.
         """
-        shape = tuple(weight.shape)
-        if self.transposed:  # what lies together in the file are the columns
-            scaled = torch.empty_like(weight)
-            for band, scales, zeros in self._bands(parts, shape):
-                scaled[..., band, :] = _divided(weight[..., band, :], scales, zeros)
-            return self.elements.stored(scaled.mT.contiguous())
-        bands = (_divided(weight[..., band, :], scales, zeros) for band, scales, zeros in self._bands(parts, shape))
-        return torch.cat([self.elements.stored(band) for band in bands], -2)
+        scaling = self._scaling(parts, tuple(weight.shape), turned=self._is_turned)
+        turned = weight.mT if self._is_turned else weight
+        found: torch.Tensor | None = None
+        for band in _bands(turned):
+            scaled = torch.empty(turned[..., band, :].shape, dtype=torch.float32, device=weight.device)
+            numbers = self.elements.stored(scaling.divide_(scaled.copy_(turned[..., band, :]), band))
+            if found is None:
+                found = numbers.new_empty(*turned.shape[:-1], numbers.shape[-1])
+            found[..., band, :] = numbers
+        if found is None:
+            found = self.elements.stored(weight)
+        return found.mT.contiguous() if self.columnwise else found
+
+    @property
+    def _is_turned(self) -> bool:
+        """Whether numbers that lie beside each other in the file are of one column."""
+        return self.transposed or self.columnwise
 
     def extremes(self, weight: torch.Tensor, parts: Parts) -> Extremes:
         """The smallest and the largest number in each block of a weight (..., m, n), float32."""
         *stack, m, n = weight.shape
-        if "group_index" in parts:
-            group = parts["group_index"].long().expand_as(weight)
+        column = self._columns(parts, n)
+        if not isinstance(column, int):
+            group = column.to(weight.device).expand_as(weight)
             groups = self._count(n, self.block[1])
             start = weight.new_zeros(*stack, m, groups)
             return Extremes(*(start.scatter_reduce(-1, group, weight, how, include_self=False) for how in ("amin", "amax")))
@@ -147,7 +169,7 @@ class Codec:
             return dict(parts)
         if shared:
             raise WeightError(
-                "the update is too large for the one scale that all matrices of a stack have",
+                f"{self.label}: the update is too large for the one scale that all its matrices share",
                 hint="--dequantize writes bfloat16",
             )
         if zeros is None:
@@ -165,32 +187,50 @@ class Codec:
         return new
 
     def _stored_scales(self, scales: torch.Tensor, parts: Parts) -> torch.Tensor:
-        """Fresh scales as numbers of the stored dtype, float32; of powers of two the next larger one."""
-        whole = parts.get("global_scale")
+        """Fresh scales as numbers of the stored dtype, float32; of powers of two the next larger one.
+
+        Raises:
+            WeightError: one is too large for it.
+        """
+        whole = self._global_scale(parts, scales.shape)
         if whole is not None:
-            scales = scales * whole.float() if self.divides else scales / whole.float()
+            scales = scales * whole if self.divides else scales / whole
         dtype = parts["scale"].dtype
         is_zero = scales <= 0
         scales = scales.clamp(min=torch.finfo(torch.float32).tiny)
         if dtype == torch.float8_e8m0fnu:
             # Of a normal number the upper bits are its exponent; one more where any lower bit is set.
             bits = scales.view(torch.int32)
-            scales = (((bits + 0x007F_FFFF) >> 23) << 23).view(torch.float32)
-        elif bool((scales > torch.finfo(dtype).max).any()):
+            return torch.where(is_zero, 1.0, (((bits + 0x007F_FFFF) >> 23) << 23).view(torch.float32))
+        # A scale that is smaller than wanted holds the numbers too, if it is not by much.
+        enough = scales if "zero_point" in parts else scales * (self.elements.high / self.elements.high_held)
+        largest = torch.finfo(dtype).max
+        if bool((enough > largest).any()):
             raise WeightError(
-                f"the update is too large for the scales of {self.label}",
+                f"{self.label}: the update is too large for its scales",
                 got=f"a scale of {scales.max().item():.3g}",
-                expected=f"at most {torch.finfo(dtype).max:.3g}",
+                expected=f"at most {largest:.3g}",
                 hint="--dequantize writes bfloat16",
             )
-        return torch.where(is_zero, 1.0, scales.to(dtype).float())
+        stored = scales.clamp(max=largest).to(dtype)
+        # Near zero the numbers of a narrow dtype lie far apart.
+        larger = (stored.view(_BITS[dtype.itemsize]) + 1).view(dtype).float()
+        stored = torch.where(stored.float() < enough, larger, stored.float())
+        return torch.where(is_zero, 1.0, stored)
 
     def _scales(self, parts: Parts, grid: torch.Size | tuple[int, ...]) -> torch.Tensor:
         """The scale of each block, float32 (..., rows of blocks, columns of blocks)."""
-        scales, whole = self._scales_as_stored(parts, grid), parts.get("global_scale")
+        scales, whole = self._scales_as_stored(parts, grid), self._global_scale(parts, grid)
         if whole is None:
             return scales
-        return scales / whole.float() if self.divides else scales * whole.float()
+        return scales / whole if self.divides else scales * whole
+
+    def _global_scale(self, parts: Parts, grid: torch.Size | tuple[int, ...]) -> torch.Tensor | None:
+        """The global scale of each matrix, float32, to be broadcast to the blocks."""
+        whole = parts.get("global_scale")
+        if whole is None:
+            return None
+        return whole.float().reshape(()) if whole.numel() == 1 else whole.float().reshape(*grid[:-2], 1, 1)
 
     def _scales_as_stored(self, parts: Parts, grid: torch.Size | tuple[int, ...]) -> torch.Tensor:
         return self._in_grid(parts["scale"].float(), grid)
@@ -221,37 +261,48 @@ class Codec:
     def _count(length: int, of_block: int) -> int:
         return -(-length // of_block)
 
-    def _bands(self, parts: Parts, shape: tuple[int, ...]) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor | None]]:
-        """Some rows at a time, with their scales and zeros, float32, expanded to entries where they are many."""
+    def _columns(self, parts: Parts, n: int) -> torch.Tensor | int:
+        """The group that each column belongs to, int64 (n,); or how many columns each has, where they follow each other.
+
+        Raises:
+            FormatError: a column is in a group that there is not, or a group has too many columns.
+        """
+        group = parts.get("group_index")
+        if group is None or bool((group < 0).any()):  # compressed-tensors: -1 stands for no order of its own
+            return self.block[1]
+        group = group.long()
+        counts = torch.bincount(group)
+        if len(counts) > self._count(n, self.block[1]) or bool((counts > self.block[1]).any()):
+            raise FormatError(
+                f"{self.label}: the groups of its columns make no sense",
+                got=f"{len(counts)} groups of up to {int(counts.max())} columns",
+                expected=f"{self._count(n, self.block[1])} groups of {self.block[1]}",
+                hint="the file is damaged: fetch it again",
+            )
+        return group
+
+    def _scaling(
+        self, parts: Parts, shape: tuple[int, ...], part: Slice | None = None, *, turned: bool = False
+    ) -> BlockScaling:
+        """The scales for the entries of a weight, of a slice of a matrix, or of the transposes of all matrices."""
         m, n = shape[-2:]
-        rows = self.block[0]
         grid = self.grid_of(shape)
         scales, zeros = self._scales(parts, grid), self._zeros(parts, grid)
-        column = self.block_of_column(n, parts)
-        step = max(1, _BAND // rows)
-        for i in range(0, grid[-2], step):
-            band = slice(i * rows, min((i + step) * rows, m))
-            count = band.stop - band.start
-
-            def spread(numbers: torch.Tensor, i: int = i, count: int = count) -> torch.Tensor:
-                there = numbers[..., i : i + step, :][..., column]
-                return there if there.shape[-2] == 1 else there.repeat_interleave(rows, -2)[..., :count, :]
-
-            yield band, spread(scales), None if zeros is None else spread(zeros)
-
-    def block_of_column(self, n: int, parts: Parts) -> torch.Tensor:
-        """The column of blocks that each column of a matrix is in, int64 (n,)."""
-        group = parts.get("group_index")
-        return torch.arange(n, device=parts["scale"].device) // self.block[1] if group is None else group.long()
+        rows, columns = self.block
+        if turned:
+            scales, zeros, m, rows, columns = scales.mT, None if zeros is None else zeros.mT, n, columns, rows
+        row, column = torch.arange(m) // rows, columns if turned else self._columns(parts, n)
+        if part is not None:
+            meant = part.holds(torch.arange(shape[part.axis]))
+            if part.axis == 0:
+                row = row[meant]
+            else:
+                column = (torch.arange(n) // column if isinstance(column, int) else column.cpu())[meant]
+        return BlockScaling(scales, zeros, row, column)
 
     def grid(self, parts: Parts, shape: tuple[int, int], part: Slice | None = None) -> CodecGrid:
         """The numbers that the entries of one matrix (m, n), or of a slice of it, may take."""
-        grid = self.grid_of(shape)
-        row, column = torch.arange(shape[0]) // self.block[0], self.block_of_column(shape[1], parts).cpu()
-        if part is not None:
-            meant = part.holds(torch.arange(shape[part.axis]))
-            row, column = (row[meant], column) if part.axis == 0 else (row, column[meant])
-        return CodecGrid(self.elements, self._scales(parts, grid), self._zeros(parts, grid), row, column)
+        return CodecGrid(self.elements, self._scaling(parts, shape, part))
 
 
 class CodecGrid:
@@ -259,60 +310,20 @@ class CodecGrid:
 
     Args:
         elements: what its stored numbers can be.
-        scales, zeros: of its blocks, float32 (rows of blocks, columns of blocks); no zeros: all are 0.
-        row, column: the row and the column of blocks that each row and column is in.
+        scaling: what these are multiplied by.
     """
 
-    def __init__(
-        self,
-        elements: Elements,
-        scales: torch.Tensor,
-        zeros: torch.Tensor | None,
-        row: torch.Tensor,
-        column: torch.Tensor,
-    ) -> None:
+    def __init__(self, elements: Elements, scaling: BlockScaling) -> None:
         self._elements = elements
-        self._of_row = row
-        # Where a row of blocks has many rows, its scales are expanded once.
-        self._is_few = len(row) >= 16 * scales.shape[0]
-        self._column = column
-        self._scales, self._zeros = (
-            numbers[:, column].contiguous() if self._is_few and numbers is not None else numbers for numbers in (scales, zeros)
-        )
-        assert self._scales is not None
-        self._has_zero = bool((scales == 0).any())
+        self._scaling = scaling
 
     def nearest(self, x: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
-        of_row = self._of_row[rows]
-        first, last = int(of_row[0]), int(of_row[-1])
-        if isinstance(rows, slice) and self._is_few:
-            # Few blocks: row of blocks by row of blocks, with the scales of each as they are.
-            ends = torch.searchsorted(of_row, torch.arange(first, last + 1), right=True).tolist() if last > first else [len(x)]
-            for i, (start, end) in enumerate(zip([0, *ends], ends, strict=False), first):
-                self._nearest(x[start:end], *(None if one is None else one[i].to(x.device) for one in self._both))
-            return x
-        return self._nearest(x, *(None if one is None else self._expanded(one, of_row).to(x.device) for one in self._both))
-
-    @property
-    def _both(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        return self._scales, self._zeros
-
-    def _expanded(self, numbers: torch.Tensor, of_row: torch.Tensor) -> torch.Tensor:
-        there = numbers[of_row.to(numbers.device)]
-        return there if self._is_few else there[:, self._column.to(numbers.device)]
-
-    def _nearest(self, x: torch.Tensor, scales: torch.Tensor | None, zeros: torch.Tensor | None) -> torch.Tensor:
-        assert scales is not None
-        _divide_(x, scales, zeros, guarded=self._has_zero)
-        self._elements.round_(x)
-        return x.mul_(scales) if zeros is None else x.sub_(zeros).mul_(scales)
+        self._scaling = self._scaling.to(x.device)
+        return self._scaling.multiply_(self._elements.round_(self._scaling.divide_(x, rows)), rows)
 
 
-def _divided(weight: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None) -> torch.Tensor:
-    return _divide_(weight.clone(), scales, zeros, guarded=bool((scales == 0).any()))
-
-
-def _divide_(x: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | None, *, guarded: bool) -> torch.Tensor:
-    """``x / scales + zeros``, in place; where a scale is 0, so that a block holds nothing but zeros, ``x`` itself."""
-    x.div_(torch.where(scales == 0, 1.0, scales) if guarded else scales)
-    return x if zeros is None else x.add_(zeros)
+def _bands(weight: torch.Tensor) -> list[slice]:
+    """Rows of a weight, or of all matrices of a stack, that are scaled at a time."""
+    m = weight.shape[-2]
+    at_a_time = max(1, _AT_A_TIME * m // max(1, weight.numel()))
+    return [slice(first, min(first + at_a_time, m)) for first in range(0, m, at_a_time)]

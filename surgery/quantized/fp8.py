@@ -5,66 +5,75 @@
 | ``X_scale_inv`` | DeepSeek-V3 ("DeepSeek-V3 Technical Report", arXiv 2412.19437, section 3.3), Mistral | blocks, or one |
 | ``X.scale`` beside ``X.weight`` | DeepSeek-V4 | blocks, powers of two |
 | ``X_scale`` | compressed-tensors, AutoFP8, modelopt, fbgemm, MXFP8 | one, by channel, or blocks; MXFP8: of 1 x 32 |
+| ``X_weight_scale`` beside a stack ``X`` | modelopt | one |
 | ``X.qscale_weight`` | Mistral, in its own format | one |
-| ``X.scale_weight`` | ComfyUI, before ``X.weight_scale`` | one |
+| ``X.scale_weight`` | ComfyUI, before it wrote ``X.weight_scale`` | one |
 
-The stored scale multiplies, whatever its name says. Which block it is for is told by the ratio of the shapes.
+The stored scale multiplies, whatever its name says. Which block it is for is told by the config, or the ratio of the shapes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
 
 from surgery.errors import FormatError
 from surgery.format.header import TensorEntry
 from surgery.names import FP8
 from surgery.quantized.codec import Codec
 from surgery.quantized.elements import E4M3
+from surgery.quantized.schemes import Told, Where
 from surgery.quantized.weight import Quantized, Storage, StoredPart
 
 _SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
-#: Blocks that publishers use, for scales whose number tells no single one.
+#: Sides of blocks that publishers use.
 _USUAL = (128, 64, 32, 16)
+#: The groups along the inputs of OCP Microscaling (MX) formats, whatever a config says of other weights.
+_MX = 1, 32
+#: Scales are FP8 themselves in NVFP4.
+_IS_SCALE = re.compile(r"(^|[._])scales?(_inv|_2)?$")
 
-Where = Mapping[str, tuple[TensorEntry, str]]
 
-
-def find_fp8(entry: TensorEntry, where: Where, block: tuple[int, int] | None, model: str) -> Quantized:
-    """An FP8 weight with its scales.
-
-    Args:
-        entry: of the weight, F8_E4M3 with two dimensions or more.
-        where: each tensor of the model -> its entry, and the weight file that it is in.
-        block: as the config tells; None where it does not.
-        model: its name, for messages.
+def find_fp8(entry: TensorEntry, where: Where, told: Told) -> Quantized | None:
+    """A weight of which a tensor holds FP8 numbers; None if it holds none, or such as stand for themselves.
 
     Raises:
-        FormatError: it has no scales, or such as do not fit it.
+        FormatError: its scales are missing, or do not fit it.
     """
-    names = scale_names(entry.name)
-    name = next((name for name in names if name in where), None)
-    if name is None:
+    if entry.dtype != FP8 or len(entry.shape) < 2 or _IS_SCALE.search(entry.name):
+        return None
+    there = [name for name in scale_names(entry.name) if name in where]
+    if not there:
+        # Without scales, and without a word of the config, it is a cast, which stands for no other numbers.
+        if told.is_empty:
+            return None
         near = [other for other in where if other.startswith(entry.name.removesuffix("weight")) and other != entry.name]
         raise FormatError(
-            f"{model}: {entry.name!r} is FP8, and its scales are missing",
+            f"{told.model}: {entry.name!r} is FP8, and its scales are missing",
             got=", ".join(near[:3]) or "no tensor like it",
-            expected=" or ".join(map(repr, names[:2])),
+            expected=" or ".join(map(repr, scale_names(entry.name)[:2])),
             hint="the model is incomplete, was cast to FP8 without scales, or is of another format: without its scales the "
             "weight means nothing",
         )
-    scale, shard = where[name]
-    found = _block(entry.shape, scale.shape, block)
-    if found is None or scale.dtype not in _SCALE_DTYPES:
-        by = "one for each matrix, row or block" + (f" of {list(block)}" if block else "")
+    name = there[0]
+    if (other := next((one for one in _strange(entry.name, name) if one in where), None)) is not None:
         raise FormatError(
-            f"{model}: the scales {name!r} do not fit {entry.name!r}",
+            f"{told.model}: what belongs to {entry.name!r} is not clear",
+            got=f"{name!r} and {other!r}",
+            expected="scales alone",
+            hint="exclude it, or factorize the publisher's unquantized model",
+        )
+    scale, shard = where[name]
+    found = _block(entry, scale, told)
+    if found is None or scale.dtype not in _SCALE_DTYPES:
+        raise FormatError(
+            f"{told.model}: the scales {name!r} do not fit {entry.name!r}",
             got=f"{scale.dtype} {list(scale.shape)} for {list(entry.shape)}",
-            expected=f"{', '.join(_SCALE_DTYPES)}, {by}",
+            expected=f"{', '.join(_SCALE_DTYPES)}, {_said(entry, told)}",
         )
     size, by_matrix = found
     storage: Storage = "exponents" if scale.dtype == "U8" else "plain"
     part = StoredPart("scale", name, shard, by_matrix, storage)
-    codec = Codec(E4M3(), size, "FP8", renewed=True)
+    codec = Codec(E4M3(), size, entry.name, renewed=True)
     beside = beside_of(entry.name, where)
     return Quantized(entry.name, FP8, entry.shape, where[entry.name][1], entry.stored, codec, (part,), beside)
 
@@ -74,14 +83,21 @@ def scale_names(weight: str) -> list[str]:
     names = [f"{weight}_scale_inv", f"{weight}_scale"]
     if weight.endswith(".weight"):
         layer = weight.removesuffix("weight")
-        names += [f"{layer}scale", f"{layer}qscale_weight", f"{layer}scale_weight"]
-    return names
+        return [*names, f"{layer}scale", f"{layer}qscale_weight", f"{layer}scale_weight"]
+    return [*names, f"{weight}_weight_scale", f"{weight}_weight_scale_inv"]
 
 
-#: Ends of names of the scales that quantize a layer's inputs and outputs at inference, and of ComfyUI's word on how a layer is
-#: quantized. They mean nothing for its weight.
+def _strange(weight: str, scale: str) -> list[str]:
+    """The names of tensors beside a weight with which its numbers would be others."""
+    both = [name for name in (f"{weight}_scale_inv", f"{weight}_scale") if name != scale]
+    return [*both, f"{weight}_zero_point", f"{weight}_scale_2", f"{weight}_global_scale"]
+
+
+#: Ends of names of what quantizes a layer's inputs and outputs at inference, and of ComfyUI's word on how a layer is quantized.
+#: They mean nothing for its weight.
 _ACTIVATIONS = (
     *(f"{of}_scale{end}" for of in ("activation", "act", "input", "output") for end in ("", "_inv", "_ub")),
+    *(f"{of}_{what}" for of in ("input", "output") for what in ("global_scale", "zero_point")),
     "qscale_act",
     "scale_input",
     "comfy_quant",
@@ -94,33 +110,58 @@ def beside_of(weight: str, where: Where) -> tuple[str, ...]:
     return tuple(beside + last for last in _ACTIVATIONS if beside + last in where)
 
 
-def _block(shape: tuple[int, ...], scale: tuple[int, ...], told: tuple[int, int] | None) -> tuple[tuple[int, int], bool] | None:
-    """The block that scales of this shape are for, and whether there are scales for each matrix of a stack; None if none fits.
+def _block(entry: TensorEntry, scale: TensorEntry, told: Told) -> tuple[tuple[int, int], bool] | None:
+    """The block that scales are for, and whether there are scales for each matrix of a stack; None if none fits.
 
     A single number is the scale of the whole matrix, whatever the config says of blocks: transformers reads it so.
     """
-    *stack, m, n = shape
+    *stack, m, n = entry.shape
+    shape = scale.shape
+    if len(shape) == 4 and not stack and shape[1] == shape[3] == 1:  # modelopt writes blocks so
+        shape = shape[0], shape[2]
     whole = max(m, 1), max(n, 1)
-    if scale in ((), (1,), (1,) * len(shape)):
-        return whole, stack == [1] and len(scale) > 0
-    if stack and scale in (tuple(stack), (*stack, 1, 1)):
+    if shape in ((), (1,), (1,) * len(entry.shape)):
+        return whole, stack == [1] and len(shape) > 0
+    if stack and shape in (tuple(stack), (*stack, 1, 1)):
         return whole, True
-    if scale == (m,) and not stack:  # by channel, without a second dimension
+    if shape == (m,) and not stack:  # by channel, without a second dimension
         return (1, whole[1]), False
-    if len(scale) != len(shape) or list(scale[:-2]) != stack:
+    if told.method == "fbgemm_fp8" and stack and shape == (*stack, n, 1):  # transformers has scales of columns so
+        return (whole[0], 1), True
+    if len(shape) != len(entry.shape) or list(shape[:-2]) != stack:
         return None
-    counts = scale[-2], scale[-1]
-    channels = [(1, whole[1])] if counts == (m, 1) else [(whole[0], 1)] if counts == (1, n) else []
-    told_too = [] if told is None else [told]
-    # Without a word in the config the ratio of the shapes tells.
-    sizes = [(rows, columns) for rows in _sizes(m, counts[0]) for columns in _sizes(n, counts[1])] if told is None else []
-    for rows, columns in (*channels, *told_too, *sizes):
-        if (-(-m // rows), -(-n // columns)) == counts:
-            return (rows, columns), bool(stack)
-    return None
+    counts = shape[-2], shape[-1]
+    blocks = _told_blocks(entry, scale, told)
+    if blocks is None:
+        blocks = [(1, whole[1])] if counts[1] == 1 else [(whole[0], 1)] if counts[0] == 1 else []
+        blocks += _blocks_of(m, n, *counts)
+    fitting = {
+        (min(rows, whole[0]), min(columns, whole[1])) for rows, columns in blocks if (-(-m // rows), -(-n // columns)) == counts
+    }
+    return (next(iter(fitting)), bool(stack)) if len(fitting) == 1 else None
 
 
-def _sizes(length: int, count: int) -> list[int]:
-    """The sides that blocks may have of which a length holds so many."""
-    exact = [] if count == 0 or length % count else [length // count]
-    return [size for size in _USUAL if -(-length // size) == count] + exact
+def _told_blocks(entry: TensorEntry, scale: TensorEntry, told: Told) -> list[tuple[int, int]] | None:
+    """The blocks that the config allows; None if it tells none."""
+    m, n = max(entry.shape[-2], 1), max(entry.shape[-1], 1)
+    schemes = [one for one in told.of(entry.name.removesuffix(".weight")) if (one.type, one.bits) == ("float", 8)]
+    blocks = [block for one in schemes if (block := one.block_of(m, n)) is not None]
+    if not blocks and told.block is not None:
+        blocks = [told.block, (1, n), (m, 1)]
+    if blocks and scale.dtype in ("U8", "F8_E8M0"):
+        blocks.append(_MX)
+    return blocks or None
+
+
+def _blocks_of(m: int, n: int, rows: int, columns: int) -> list[tuple[int, int]]:
+    """The blocks that publishers use, or whose sides divide a matrix: squares, and groups along the inputs."""
+    exact = {length // count for length, count in ((m, rows), (n, columns)) if count > 1 and length % count == 0} - {0}
+    return [(side, side) for side in {*_USUAL, *exact}] if rows != m else [(1, side) for side in {*_USUAL, *exact}]
+
+
+def _said(entry: TensorEntry, told: Told) -> str:
+    """Which scales a weight may have, in words."""
+    blocks = _told_blocks(entry, entry, told)
+    if blocks is None:
+        return "one for each matrix or row, or for blocks whose size the shapes tell, or weight_block_size in the config"
+    return "one for each matrix, or for " + " or ".join(f"each {rows} x {columns}" for rows, columns in blocks)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from surgery.errors import FormatError
-from surgery.format.header import Header, TensorEntry
+from surgery.format.header import Header
 from surgery.names import FP8
 from surgery.quantized.cast import as_cast, is_fp8_matrix, scales_beside
-from surgery.quantized.fp8 import Where, find_fp8, scale_names
-from surgery.quantized.mxfp4 import find_blocks, find_nibbles
+from surgery.quantized.formats import find_quantized
+from surgery.quantized.fp8 import find_fp8
+from surgery.quantized.schemes import Told, Where, read_told
 from surgery.quantized.unread import (
     INTEGERS,
     METHODS,
@@ -102,15 +102,12 @@ def read_quantization(config: Mapping[str, Any], headers: Mapping[str, Header], 
     unread = find_foreign(where, described)
     foreign = {tensor for one in unread.values() for tensor in one.tensors}
     weights: dict[str, Quantized] = {}
-    finders = _finders(where, described, model)
+    told = read_told(described, model)
     for entry, _ in where.values():
-        if entry.name in foreign:
-            continue
-        found = next((one for find in finders if (one := find(entry)) is not None), None)
-        if found is not None:
+        if entry.name not in foreign and (found := find_quantized(entry, where, told)) is not None:
             weights[found.name] = found
-    if not described:
-        unread |= _fp8_without_known_scales(where, weights, foreign, model)
+    if told.is_empty:
+        unread |= _fp8_without_known_scales(where, weights, foreign, told)
     read = {
         *(tensor for one in unread.values() for tensor in one.tensors),
         *(one.numbers.name for one in weights.values()),
@@ -126,7 +123,7 @@ def read_quantization(config: Mapping[str, Any], headers: Mapping[str, Header], 
 
 
 def _fp8_without_known_scales(
-    where: Where, weights: dict[str, Quantized], foreign: Collection[str], model: str
+    where: Where, weights: dict[str, Quantized], foreign: Collection[str], told: Told
 ) -> dict[str, UnreadWeight]:
     """Add FP8 weights that were cast to the ``weights`` of a model whose config says nothing of a quantization.
 
@@ -145,43 +142,7 @@ def _fp8_without_known_scales(
             method, tensors = "FP8 with scales of a kind that is not known", (entry.name, *beside)
             unread[entry.name] = UnreadWeight(entry.name, method, entry.name, tensors, entry.shape, math.prod(entry.shape))
         elif some_have_scales and entry.dtype == FP8:
-            find_fp8(entry, where, None, model)  # which tells what is missing
+            find_fp8(entry, where, replace(told, is_empty=False))  # which tells what is missing
         else:
             weights[entry.name] = as_cast(entry, shard)
     return unread
-
-
-#: Finds the weight whose numbers a tensor holds; None if it holds no such numbers.
-_Finder = Callable[[TensorEntry], Quantized | None]
-
-
-def _finders(where: Where, described: Mapping[str, Any], model: str) -> tuple[_Finder, ...]:
-    """The formats that are read, in the order in which they are asked."""
-    block = _block(described, model)
-
-    def fp8(entry: TensorEntry) -> Quantized | None:
-        if entry.dtype != FP8 or len(entry.shape) < 2:
-            return None
-        # Without scales, and without a word of the config, it may be a cast.
-        if not described and not any(name in where for name in scale_names(entry.name)):
-            return None
-        return find_fp8(entry, where, block, model)
-
-    return (
-        fp8,
-        lambda entry: find_blocks(entry, where, model),
-        lambda entry: find_nibbles(entry, where),
-    )
-
-
-def _block(described: Mapping[str, Any], model: str) -> tuple[int, int] | None:
-    block = described.get("weight_block_size")
-    if block is None:
-        return None
-    if not (isinstance(block, list) and len(block) == 2 and all(isinstance(size, int) and size > 0 for size in block)):
-        raise FormatError(
-            f"{model}/config.json: weight_block_size makes no sense",
-            got=repr(block)[:80],
-            expected="two numbers such as [128, 128]",
-        )
-    return block[0], block[1]

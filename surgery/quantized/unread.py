@@ -14,7 +14,7 @@ from typing import Any
 
 from surgery.format.header import TensorEntry
 from surgery.names import DTYPE_BITS, FP8
-from surgery.quantized.fp8 import Where
+from surgery.quantized.schemes import Where
 
 #: The tensors of a layer, by the rest of their names.
 Layer = Mapping[str, TensorEntry]
@@ -43,6 +43,7 @@ METHODS: Mapping[str, str] = {
     "mlx": "MLX",
     "modelopt": "ModelOpt",
     "modelopt_fp4": "ModelOpt",
+    "modelopt_mixed": "ModelOpt",
     "mxfp4": "MXFP4",
     "mxfp8": "MXFP8",
     "nvfp4": "NVFP4",
@@ -53,6 +54,8 @@ METHODS: Mapping[str, str] = {
     "spqr": "SpQR",
     "torchao": "torchao",
     "vptq": "VPTQ",
+    "w8a8_fp8": "FP8",
+    "w8a8_int8": "INT8",
 }
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from surgery.errors import FormatError
 from surgery.format.header import Stored
 from surgery.quantized.codec import Codec, Parts, Role
 
@@ -25,7 +26,7 @@ class StoredPart:
         name, shard: its name, and the weight file that it is in, which may be another than theirs.
         by_matrix: whether its first dimension is that of a stack of matrices.
         storage: how it is stored.
-        rows: how many rows packed ones have; 0 where nothing is packed.
+        rows, bits: how many rows packed ones have, and how many bits each; 0 where nothing is packed.
     """
 
     role: Role
@@ -34,14 +35,15 @@ class StoredPart:
     by_matrix: bool = False
     storage: Storage = "plain"
     rows: int = 0
+    bits: int = 0
 
     def numbers(self, stored: torch.Tensor) -> torch.Tensor:
         """What the stored tensor means."""
         if self.storage == "exponents":
             return stored.view(torch.float8_e8m0fnu)
         if self.storage == "packed rows":
-            codes = torch.stack([(stored >> shift) & 15 for shift in range(0, 32, 4)], -2)
-            return codes.view(-1, stored.shape[-1])[: self.rows].to(torch.int8) - 8
+            codes = torch.stack([(stored >> shift) & self._largest for shift in range(0, 32, self.bits)], -2)
+            return (codes.flatten(-3, -2)[..., : self.rows, :] - self._offset).to(torch.int8)
         return stored
 
     def stored(self, numbers: torch.Tensor) -> torch.Tensor:
@@ -49,12 +51,24 @@ class StoredPart:
         if self.storage == "exponents":
             return numbers.view(torch.uint8)
         if self.storage == "packed rows":
-            codes = torch.nn.functional.pad(numbers.int() + 8, (0, 0, 0, -self.rows % 8)).view(-1, 8, numbers.shape[-1])
-            packed = codes[:, 0].clone()
-            for i in range(1, 8):
-                packed |= codes[:, i] << (4 * i)
+            per = 32 // self.bits
+            codes = torch.nn.functional.pad(numbers.int() + self._offset, (0, 0, 0, -self.rows % per))
+            codes = codes.view(*codes.shape[:-2], -1, per, codes.shape[-1])
+            packed = codes[..., 0, :].clone()
+            for i in range(1, per):
+                packed |= codes[..., i, :] << (i * self.bits)
             return packed
         return numbers
+
+    @property
+    def _largest(self) -> int:
+        """The largest unsigned integer of so many bits."""
+        return (1 << self.bits) - 1
+
+    @property
+    def _offset(self) -> int:
+        """What is added to signed integers to make them unsigned."""
+        return 1 << (self.bits - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +129,18 @@ class Quantized:
         Args:
             stored: its numbers as in the file.
             parts: what belongs to these, as ``StoredPart.numbers`` gives it.
+
+        Raises:
+            FormatError: the file tells another shape of it.
         """
+        told = parts.get("shape")
+        if told is not None and tuple(told.tolist()) != self.shape:
+            raise FormatError(
+                f"{self.name!r} has another shape than its numbers and scales tell",
+                got=f"{told.tolist()}, by the tensor of its shape",
+                expected=str(list(self.shape)),
+                hint="exclude it: a weight whose columns do not fill its last group or number is not read",
+            )
         shape = (len(stored), *self.shape[1:]) if len(self.shape) > 2 else self.shape
         return self.codec.dequantize(stored, parts, shape)
 

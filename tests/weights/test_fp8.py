@@ -282,7 +282,9 @@ _Q = "model.layers.0.self_attn.q_proj.weight"
     ("change", "message"),
     [
         (lambda tensors: tensors.pop(f"{_Q}_scale_inv"), "its scales are missing"),
-        (lambda tensors: tensors.update({f"{_Q}_scale": tensors.pop(f"{_Q}_scale_inv")}), f"{_Q}_scale"),
+        (lambda tensors: tensors.update({f"{_Q}_scales": tensors.pop(f"{_Q}_scale_inv")}), f"{_Q}_scales"),
+        (lambda tensors: tensors.update({f"{_Q}_scale": tensors[f"{_Q}_scale_inv"].clone()}), "is not clear"),
+        (lambda tensors: tensors.update({f"{_Q}_zero_point": tensors[f"{_Q}_scale_inv"].clone()}), "is not clear"),
         (lambda tensors: tensors.update({f"{_Q}_scale_inv": torch.ones(3, 3)}), "do not fit"),
         (lambda tensors: tensors.update({f"{_Q}_scale_inv": torch.ones(2, 2, dtype=torch.int32)}), "do not fit"),
     ],
@@ -381,7 +383,7 @@ def test_one_scale_for_each_expert(tmp_path: Path) -> None:
     assert bool((error <= torch.maximum(wanted.abs() * 2**-4, new[0] * 2**-10) * 1.001).all())
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (5,), (4, 1), (4, 24, 1)])
+@pytest.mark.parametrize("shape", [(1, 1), (5,), (4, 1), (4, 5, 1), (4, 2, 1), (4, 24, 2), (5, 24, 1), (4, 1, 1, 1)])
 def test_scales_of_a_stack_that_are_not_one_for_each(shape: tuple[int, ...], tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="do not fit"):
         surgery.plan(_stack(tmp_path / "base", torch.ones(shape), {"weight_block_size": None}))
@@ -491,7 +493,7 @@ def test_scales_that_fit_neither_blocks_nor_matrix(
     with pytest.raises(FormatError, match=f"the scales '{_Q}_scale_inv' do not fit") as caught:
         surgery.plan(base)
     assert f"F32 {list(shape)} for [" in str(caught.value)
-    assert "F32 or BF16 or F8_E8M0 [" in str(caught.value)
+    assert "F32, BF16, F16, F8_E8M0, U8, one for each matrix" in str(caught.value)
 
 
 @pytest.mark.parametrize("apart", [False, True])
@@ -555,8 +557,8 @@ def test_convolutions_and_stray_scales_are_no_targets(tmp_path: Path) -> None:
     steps = planned(folder, include=["*"], rank=2)
     assert [target.tensor for target in steps.targets] == ["layers.0.q.weight"]
     reasons = {item.tensor: item.reason for item in steps.skipped}
-    assert reasons["layers.0.conv.weight"] == "an FP8 convolution"
-    assert reasons["layers.0.q.weight_scale_inv"] == "the scales of an FP8 weight"
+    assert reasons["layers.0.conv.weight"] == "a quantized convolution"
+    assert reasons["layers.0.q.weight_scale_inv"] == "part of layers.0.q.weight, which is FP8"
     assert reasons["layers.0.experts.0.up.weight_scale_inv"].startswith("no weight")
 
 
