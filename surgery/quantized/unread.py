@@ -90,6 +90,7 @@ class _Kind:
         dtypes: which that may have; empty for any.
         parts: an expression for the names of all its tensors.
         beside: one of them that must be there besides; None where the name of ``main`` tells enough.
+        only_told: whether a layer that does not tell the shape of its weight is of another kind.
         shape: of the weight, of the layer's tensors and the config; None where they do not tell.
     """
 
@@ -98,6 +99,7 @@ class _Kind:
     dtypes: tuple[str, ...]
     parts: re.Pattern[str]
     beside: str | None
+    only_told: bool
     shape: Callable[[Layer, Mapping[str, Any]], tuple[int, ...] | None]
 
 
@@ -172,9 +174,10 @@ def _kind(
     *,
     beside: str | None = None,
     dtypes: tuple[str, ...] = (),
+    only_told: bool = False,
     shape: Callable[[Layer, Mapping[str, Any]], tuple[int, ...] | None] = _not_told,
 ) -> _Kind:
-    return _Kind(method, main, dtypes, re.compile(parts), beside, shape)
+    return _Kind(method, main, dtypes, re.compile(parts), beside, only_told, shape)
 
 
 _BYTES = ("I8", "U8")
@@ -212,12 +215,13 @@ _FOREIGN = (
 
 #: The kinds that formats which are read are like. They are looked for among what those leave over.
 _LEFT_OVER = (
-    _kind("BitNet", "weight", "weight|weight_scale", beside="weight_scale", dtypes=("U8",),
+    _kind("BitNet", "weight", "weight|weight_scale", beside="weight_scale", dtypes=("U8",), only_told=True,
           shape=lambda layer, _: (4 * layer["weight"].shape[0], *layer["weight"].shape[1:])
           if math.prod(layer["weight_scale"].shape) == 1 else None),
     _kind("compressed-tensors", "weight_packed",
           "weight_(packed|scale|shape|zero_point|g_idx|global_scale)|input_(global_)?scale"),
-    _kind("integers with scales", "weight", "weight|weight_scale(_inv|_2)?|weight_(zero_point|shift)|input_scale|scale",
+    _kind("integers with scales", "weight",
+          "weight|weight_(scale|scale_inv|scale_2|zero_point|shift)|(input|pre_quant|output)_scale|scale",
           beside="weight_scale", dtypes=_BYTES, shape=_as_stored("weight")),
 )  # fmt: skip
 
@@ -269,6 +273,8 @@ def called(described: Mapping[str, Any]) -> str | None:
         return None
     if method == "compressed-tensors" and isinstance(described.get("format"), str):
         return f"{METHODS[method]} ({described['format']})"
+    if method.startswith("modelopt") and isinstance(described.get("quant_algo"), str):
+        return f"{METHODS[method]} ({described['quant_algo']})"
     return METHODS[method]
 
 
@@ -277,7 +283,8 @@ def method_of(described: Mapping[str, Any]) -> str | None:
     method = described.get("quant_method")
     if method is None and (described.get("load_in_4bit") or described.get("load_in_8bit")):
         return "bitsandbytes"
-    return None if method is None else str(method).lower().replace("compressed_tensors", "compressed-tensors")
+    name = str(method or "").lower().replace("compressed_tensors", "compressed-tensors")
+    return None if name in ("", "none") else name
 
 
 def _found(where: Where, described: Mapping[str, Any], kinds: tuple[_Kind, ...]) -> Iterator[tuple[str, UnreadWeight]]:
@@ -293,10 +300,13 @@ def _found(where: Where, described: Mapping[str, Any], kinds: tuple[_Kind, ...])
             layer = {last: where[module + last][0] for last in below.get(module, ()) if kind.parts.fullmatch(last)}
             if kind.beside is not None and kind.beside not in layer:
                 continue
+            shape = kind.shape(layer, described)
+            if kind.only_told and shape is None:
+                continue
             method = called(described) or ("AWQ" if kind.method == "GPTQ" and _is_awq(layer) else kind.method)
             taken.update(module + last for last in layer)
             weight = f"{module}weight"
-            yield weight, _unread(weight, method, name, layer.values(), kind.shape(layer, described))
+            yield weight, _unread(weight, method, name, layer.values(), shape)
 
 
 def _below(where: Where) -> dict[str, list[str]]:
