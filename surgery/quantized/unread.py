@@ -24,6 +24,8 @@ METHODS: Mapping[str, str] = {
     "aqlm": "AQLM",
     "auto-round": "AutoRound",
     "awq": "AWQ",
+    "awq_marlin": "AWQ",
+    "bitblas": "BitBLAS",
     "bitnet": "BitNet",
     "bitsandbytes": "bitsandbytes",
     "compressed-tensors": "compressed-tensors",
@@ -36,9 +38,14 @@ METHODS: Mapping[str, str] = {
     "fp_quant": "FP-Quant",
     "gemma": "Gemma's quantization",
     "gptq": "GPTQ",
+    "gptq_bitblas": "GPTQ",
+    "gptq_marlin": "GPTQ",
+    "gptq_marlin_24": "GPTQ",
     "higgs": "HIGGS",
     "hqq": "HQQ",
+    "inc": "Neural Compressor",
     "intel/auto-round": "AutoRound",
+    "marlin": "Marlin",
     "metal": "Metal",
     "mlx": "MLX",
     "modelopt": "ModelOpt",
@@ -47,6 +54,8 @@ METHODS: Mapping[str, str] = {
     "mxfp4": "MXFP4",
     "mxfp8": "MXFP8",
     "nvfp4": "NVFP4",
+    "ptpc_fp8": "FP8",
+    "qqq": "QQQ",
     "quanto": "quanto",
     "quark": "Quark",
     "sinq": "SINQ",
@@ -300,13 +309,21 @@ def _found(where: Where, described: Mapping[str, Any], kinds: tuple[_Kind, ...])
             layer = {last: where[module + last][0] for last in below.get(module, ()) if kind.parts.fullmatch(last)}
             if kind.beside is not None and kind.beside not in layer:
                 continue
-            shape = kind.shape(layer, described)
+            shape = _shape(kind, layer, described)
             if kind.only_told and shape is None:
                 continue
             method = called(described) or ("AWQ" if kind.method == "GPTQ" and _is_awq(layer) else kind.method)
             taken.update(module + last for last in layer)
             weight = f"{module}weight"
             yield weight, _unread(weight, method, name, layer.values(), shape)
+
+
+def _shape(kind: _Kind, layer: Layer, described: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The shape of a layer's weight; None where its tensors do not tell, or have other shapes than those of the kind."""
+    try:
+        return kind.shape(layer, described)
+    except (IndexError, ZeroDivisionError):
+        return None
 
 
 def _below(where: Where) -> dict[str, list[str]]:
