@@ -315,7 +315,14 @@ _FINE_GRAINED = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": 
 
 
 def _compressed(format_name: str, ignore: list[str], **weights: Any) -> dict[str, Any]:
-    described = {"dynamic": False, "observer": "minmax", "symmetric": True, "actorder": None, "block_structure": None, **weights}
+    described = {
+        "dynamic": False,
+        "observer": "minmax",
+        "symmetric": True,
+        "actorder": None,
+        "block_structure": None,
+        **weights,
+    }
     group = {"targets": ["Linear"], "weights": described, "input_activations": None, "output_activations": None}
     return {
         "quant_method": "compressed-tensors",
@@ -358,7 +365,11 @@ _LINEAR = r".*\.(self_attn|mlp|experts\.\d+|shared_experts)\.\w+_proj(_with_mqa)
 
 LAYOUTS: dict[str, Layout] = {
     "deepseek_v3": Layout(
-        _deepseek, _fp8("{0}_scale_inv", torch.float32), _LINEAR, _FINE_GRAINED, _with_prediction,
+        _deepseek,
+        _fp8("{0}_scale_inv", torch.float32),
+        _LINEAR,
+        _FINE_GRAINED,
+        _with_prediction,
         config={"num_nextn_predict_layers": 1},
     ),
     "gpt_oss": Layout(
@@ -367,7 +378,10 @@ LAYOUTS: dict[str, Layout] = {
         r".*\.experts\.(gate_up|down)_proj",
         {
             "modules_to_not_convert": [
-                "model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head",
+                "model.layers.*.self_attn",
+                "model.layers.*.mlp.router",
+                "model.embed_tokens",
+                "lm_head",
             ],
             "quant_method": "mxfp4",
         },
@@ -375,11 +389,11 @@ LAYOUTS: dict[str, Layout] = {
     "kimi_k2": Layout(_deepseek, _int4, r".*\.experts\.\d+\.\w+_proj\.weight", _INT4),
     "kimi_k25": Layout(_kimi_k25, _int4, r".*\.experts\.\d+\.\w+_proj\.weight", _INT4, renamed=_of_kimi),
     "nvfp4_llama_modelopt": Layout(_llama, _nvfp4_modelopt, _LINEAR, _MODELOPT, beside={"hf_quant_config.json": _HF_QUANT}),
-    "nvfp4_llama": Layout(
-        _llama, _nvfp4_compressed, _LINEAR, _compressed("nvfp4-pack-quantized", ["lm_head"], **_NVFP4)
-    ),
+    "nvfp4_llama": Layout(_llama, _nvfp4_compressed, _LINEAR, _compressed("nvfp4-pack-quantized", ["lm_head"], **_NVFP4)),
     "nvfp4_mixture": Layout(
-        _qwen3_moe, _nvfp4_compressed, _LINEAR,
+        _qwen3_moe,
+        _nvfp4_compressed,
+        _LINEAR,
         _compressed("nvfp4-pack-quantized", ["lm_head", "re:.*mlp.gate$"], **_NVFP4),
     ),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Container, Iterator
+from collections.abc import Container
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -99,7 +99,7 @@ _made: dict[str, Made] = {}
 
 
 @pytest.fixture
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
     """Each is made once. Read-only, but for what is folded beside it."""
     name = request.param
     if name not in _made:
@@ -107,14 +107,16 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         LAYOUTS[name].save(folder / "m", shards=2 if name in ("deepseek_v3", "kimi_k2") else 1)
         surgery.factorize(folder / "m", folder / "f", rank=RANK)
         _made[name] = Made(name, folder)
-    yield _made[name]
+    return _made[name]
 
 
 each = pytest.mark.parametrize("made", LAYOUTS, indirect=True)
 each_loaded = pytest.mark.parametrize("made", LOADED, indirect=True)
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning"),
-    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),  # those of PEFT's own
+    pytest.mark.filterwarnings(
+        "ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"
+    ),  # those of PEFT's own
     # For linear layers beside experts PEFT adapts those of the same names too, with zeros.
     pytest.mark.filterwarnings("ignore:Found missing adapter keys while loading the checkpoint:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # a name that PEFT uses
@@ -129,7 +131,9 @@ def loaded(made: Made, folder: Path | None = None, dtype: torch.dtype = torch.fl
         "mxfp4": transformers.Mxfp4Config,
         "compressed-tensors": transformers.CompressedTensorsConfig,
     }
-    options = {} if folder is not None and not _is_quantized(folder) else {"quantization_config": kinds[method](dequantize=True)}
+    options = (
+        {} if folder is not None and not _is_quantized(folder) else {"quantization_config": kinds[method](dequantize=True)}
+    )
     kind = type(made.layout.model())
     return kind.from_pretrained(folder or made.model, dtype=dtype, **options).to(dtype)
 
@@ -252,7 +256,9 @@ def test_what_transformers_loads_wrongly_is_not_trained(made: Made, tmp_path: Pa
     """It leaves out the global scales of experts. What surgery dequantizes can be trained instead."""
     with pytest.raises(surgery.SourceError, match="neither the original weight nor its residual"):
         surgery.attach(loaded(made), made.factorized)
-    surgery.fold(made.factorized, made.factorized / "surgery/scales.safetensors", tmp_path / "d", base=made.model, dequantize=True)
+    surgery.fold(
+        made.factorized, made.factorized / "surgery/scales.safetensors", tmp_path / "d", base=made.model, dequantize=True
+    )
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "d", dtype=torch.float32)
     scales = surgery.attach(model, made.factorized)
     scales.load(made.saved)
@@ -297,7 +303,11 @@ def test_trained_for_some_steps_and_folded(made: Made, train: Train, tmp_path: P
     assert gained > 0.1
     for folder, dequantize, share in (("folded", False, 0.8), ("dense", True, 0.98)):
         surgery.fold(
-            made.factorized, tmp_path / "scales.safetensors", tmp_path / folder, base=made.model, dequantize=dequantize,
+            made.factorized,
+            tmp_path / "scales.safetensors",
+            tmp_path / folder,
+            base=made.model,
+            dequantize=dequantize,
             progress=surgery.Silent(),
         )
         folded = loaded(made, tmp_path / folder)
@@ -308,7 +318,7 @@ def test_trained_for_some_steps_and_folded(made: Made, train: Train, tmp_path: P
 def test_an_exported_adapter_on_the_served_model(made: Made, tmp_path: Path) -> None:
     factorized, scales = made.factorized, made.scales
     if any("experts" in name for name in made.updates):
-        with pytest.raises(surgery.OptionError, match="experts.*cannot be exported as LoRA"):
+        with pytest.raises(surgery.OptionError, match=r"experts.*cannot be exported as LoRA"):
             surgery.export(factorized, scales, tmp_path / "a")
         factorized = tmp_path / "f"
         surgery.factorize(made.model, factorized, rank=RANK, exclude=("*.experts.*",), layout="overlay")
@@ -334,7 +344,9 @@ def _random_lora(made: Made, folder: Path) -> dict[str, torch.Tensor]:
     config = peft.LoraConfig(r=2, target_modules=attention, target_parameters=stacks, init_lora_weights=False, lora_alpha=0.2)
     torch.manual_seed(5)
     adapted = peft.get_peft_model(loaded(made), config)
-    before = {name: one.detach().double().clone() for name, one in adapted.get_base_model().state_dict().items() if "lora" not in name}
+    before = {
+        name: one.detach().double().clone() for name, one in adapted.get_base_model().state_dict().items() if "lora" not in name
+    }
     adapted.save_pretrained(str(folder))
     merged: Any = adapted.merge_and_unload()
     after = merged.state_dict()
@@ -362,9 +374,7 @@ def test_a_lora_is_merged_into_the_quantized_checkpoint(made: Made, tmp_path: Pa
     added = _random_lora(made, tmp_path / "a")
     assert added
     for out, dequantize in (("kept", False), ("dense", True)):
-        report = surgery.merge(
-            made.model, tmp_path / "a", tmp_path / out, dequantize=dequantize, progress=surgery.Silent()
-        )
+        report = surgery.merge(made.model, tmp_path / "a", tmp_path / out, dequantize=dequantize, progress=surgery.Silent())
         numbers = dequantized(tmp_path / out)
         arrived = asked = 0.0
         for name, one in made.numbers.items():
