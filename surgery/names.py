@@ -86,8 +86,13 @@ DTYPE_BITS = {
 
 #: What the packed numbers of quantized weights are called here (``surgery.quantized``), which are stored in other dtypes.
 PACKED_BITS = {"MXFP4": 4, "NVFP4": 4, "INT4": 4, "INT8": 8}
+#: Dtype of packed numbers -> the spacing next to 1 of a float whose roundings are as large, beside a weight, as those to it.
+#: Of integers, for weights whose largest are three times as large as most.
+PACKED_SPACINGS = {"MXFP4": 1 / 2, "NVFP4": 1 / 2, "INT4": 1 / 2, "INT8": 1 / 32}
 #: What safetensors calls 8-bit floats with four bits of exponent.
 FP8 = "F8_E4M3"
+#: And those with five.
+FP8_WIDE = "F8_E5M2"
 #: Bits of one number of a weight, by its dtype.
 WEIGHT_BITS = DTYPE_BITS | PACKED_BITS
 

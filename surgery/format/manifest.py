@@ -30,6 +30,7 @@ from surgery.names import (
     FACTORIZABLE_DTYPES,
     FORMAT_VERSION,
     FP8,
+    FP8_WIDE,
     MANIFEST_FILE,
     PACKED_BITS,
     RUN_FILE,
@@ -246,7 +247,7 @@ class Manifest:
 
 def _check_target(target: TargetRecord, where: str, *, overlay: bool) -> None:
     """Check that the entries of a target fit its view, dtype and rank."""
-    dtypes = (*FACTORIZABLE_DTYPES, FP8, *PACKED_BITS) if overlay else FACTORIZABLE_DTYPES
+    dtypes = (*FACTORIZABLE_DTYPES, FP8, FP8_WIDE, *PACKED_BITS) if overlay else FACTORIZABLE_DTYPES
     try:
         if target.view not in KINDS or target.dtype not in dtypes:
             raise ValueError(f"{target.view!r} of {target.dtype}")

@@ -29,6 +29,7 @@ from surgery.files.kinds import HEAD_BYTES, other_kind
 from surgery.files.watch import Stamp, Watch
 from surgery.format.header import Header, Stored, TensorEntry, described_entry, header_length, parse_header
 from surgery.memory import bytes_of
+from surgery.names import PACKED_SPACINGS
 from surgery.timing import timed
 
 #: Bytes of each tensor that ``same_bytes`` holds at a time.
@@ -39,11 +40,17 @@ TORCH_DTYPES = {
     "F16": torch.float16,
     "F32": torch.float32,
     "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 #: The dtypes of tensors that hold the numbers and scales of quantized weights, besides.
 _PACKED_DTYPES = {"U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64}
+
+
+def spacing_of(dtype: str) -> float:
+    """The spacing of the numbers next to 1 in a dtype that weights are stored in, packed or not."""
+    return PACKED_SPACINGS[dtype] if dtype in PACKED_SPACINGS else torch.finfo(TORCH_DTYPES[dtype]).eps
 
 
 class ShardReader:

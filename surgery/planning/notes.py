@@ -79,17 +79,20 @@ def _share_text(share: float) -> str:
 
 
 def notes_of_quantization(quantization: Quantization) -> list[str]:
-    """A note, if the config names a method by which no weight is quantized.
+    """Notes on weights that were cast to FP8; and if the config names a method by which no weight is quantized.
 
-    The weights are what they are. That of a model which has been dequantized, or merged after training on a quantized one,
-    often says so still; loaders then quantize the weights, or look for scales.
+    Then the weights are what they are. The config of a model that has been dequantized, or merged after training on a quantized
+    one, often names the method still; loaders quantize the weights, or look for scales.
     """
-    if not quantization.is_named_only:
-        return []
-    return [
-        f"config.json names {quantization.method}, and no weight is quantized: all are taken as they are stored. Loaders may "
-        "quantize them, or fail: if that is not meant, take it out of config.json"
-    ]
+    notes = []
+    if casts := [one.name for one in quantization.weights.values() if not one.parts]:
+        notes.append(f"FP8 without scales, taken for the numbers that they are: {len(casts)} weights (first: {casts[0]})")
+    if quantization.is_named_only:
+        notes.append(
+            f"config.json names {quantization.method}, and no weight is quantized: all are taken as they are stored. Loaders "
+            "may quantize them, or fail: if that is not meant, take it out of config.json"
+        )
+    return notes
 
 
 def _recipe_notes(options: Options, recipe: Recipe | None, names: Sequence[str]) -> list[str]:

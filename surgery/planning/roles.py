@@ -11,6 +11,7 @@ from typing import Any
 
 from surgery.format.header import TensorEntry
 from surgery.format.views import Kind, Slice
+from surgery.names import is_of_lora
 
 _EMBEDDING = re.compile(
     r"embed|^(wte|wpe|shared|relative_attention_bias)$|(?<!com)position(?!_?wise)|rel_pos|(^|_)embs?$|^codebooks?$"
@@ -42,6 +43,8 @@ def why_no_linear(entry: TensorEntry, config: Mapping[str, Any], *, convolutions
     experts = has_experts(entry.name)
     if last != "weight" and last not in _PROJECTIONS and not experts:
         return "no weight of a linear layer"
+    if is_of_lora(entry.name):
+        return "part of a LoRA adapter"
     if any(map(_ROUTER.search, modules)) or _routes(modules, entry.shape, config):
         return "a router"
     if _in_head(modules):

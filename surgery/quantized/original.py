@@ -10,17 +10,13 @@ from surgery.escapes import quoted
 _FRONT = re.compile(r"\s*---[^\S\n]*\n(.*?)\n---", re.DOTALL)
 _BASE = re.compile(r"^base_model:[^\S\n]*(\S[^\n]*)?((?:\n[^\S\n]*-[^\S\n][^\n]*)*)", re.MULTILINE)
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
-#: What names of quantized models have at their ends; a number of bits, a group and the like may come before and after.
-_METHODS = (
-    r"gptq|awq|bnb|exl[23]|gguf|ggml|mlx|hqq|aqlm|quanto|eetq|spqr|vptq|higgs|fp-?quant|auto-?round|torchao|ao|nvfp4|mxfp[48]|fp8"
-    r"|fp4|nf4|bitnet|quark|sinq|qat|quantized|compressed|unsloth|dynamic|static|marlin|gemm|gemv|pertensor|block|channel"
-)
-_END = re.compile(
-    rf"[-_.](?:(?:{_METHODS})(?:[-_.]?v\d+)?|i(?:nt)?[2-8]|u?int[48]|[2-8](?:\.\d+)?[-_]?bits?|[2-8](?:\.\d+)?bpw|w\d+a\d+(?:kv\d+)?"
-    rf"(?:g\d+)?|q\d(?:_\w+)?|g\d+|gs\d+|group-?\d+|h\d|wo|\d+g|fp16|bf16|sym|asym|true|false|actorder|4bits|8bits|3bpw)$",
+#: What names of quantized models have behind the name of the original.
+_METHOD = re.compile(
+    r"[-_.](unsloth[-_])?(gptq|awq|bnb|exl[23]|gguf|ggml|mlx|hqq|aqlm|quanto|eetq|spqr|vptq|higgs|fp-?quant|auto-?round|torchao"
+    r"|nvfp4|mxfp[48]|fp[48]|nf4|bitnet|quark|sinq|qat|quantized|compressed|marlin|u?int[2-8]\w*|w\d+a\d+\w*|q\d_\w+|i[48]"
+    r"|[2-8](\.\d+)?[-_]?bits?|[2-8](\.\d+)?bpw)(?![^-_.])",
     re.IGNORECASE,
-)  # fmt: skip
-_METHOD_IN_END = re.compile(rf"(?:{_METHODS}|\d(?:\.\d+)?[-_]?bits?|bpw|w\d+a\d+|int[48]|i[48])", re.IGNORECASE)
+)
 
 
 def base_in_card(card: str) -> str | None:
@@ -41,13 +37,10 @@ def base_in_card(card: str) -> str | None:
 
 
 def name_without_method(name: str) -> str | None:
-    """The name of a repository or folder without what tells how its model is quantized; None if nothing there does."""
+    """The name of a repository or folder up to where it tells how its model is quantized; None if it does not tell."""
     last = name.rstrip("/").rpartition("/")[2]
-    shorter, ends = last, list[str]()
-    while match := _END.search(shorter):
-        ends.append(match[0])
-        shorter = shorter[: match.start()]
-    return shorter if shorter and any(map(_METHOD_IN_END.search, ends)) else None
+    found = _METHOD.search(last)
+    return last[: found.start()] or None if found else None
 
 
 def original_of(name: str, card: str) -> str:

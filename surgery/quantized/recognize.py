@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from surgery.format.header import Header
+from surgery.names import FP8
+from surgery.quantized.cast import as_cast, is_fp8_matrix, scales_beside
 from surgery.quantized.formats import find_quantized
-from surgery.quantized.schemes import method_of, read_told
+from surgery.quantized.fp8 import scales_missing
+from surgery.quantized.schemes import Where, method_of, read_told
 from surgery.quantized.unread import INTEGERS, METHODS, UnreadWeight, called, find_foreign, find_left_over
 from surgery.quantized.weight import Quantized, beside_weights
 
@@ -96,7 +100,13 @@ def read_quantization(config: Mapping[str, Any], headers: Mapping[str, Header], 
             continue
         if (found := find_quantized(entry, where, told)) is not None:
             weights[found.name] = found
-    read = {*foreign, *(one.numbers.name for one in weights.values()), *beside_weights(weights.values())}
+    if not described:
+        unread |= _fp8_without_known_scales(where, weights, foreign, model)
+    read = {
+        *(tensor for one in unread.values() for tensor in one.tensors),
+        *(one.numbers.name for one in weights.values()),
+        *beside_weights(weights.values()),
+    }
     unread |= find_left_over(where, described, read)
     unknown = next((one for one in unread.values() if one.method == INTEGERS), None)
     if unknown is not None:
@@ -104,3 +114,29 @@ def read_quantization(config: Mapping[str, Any], headers: Mapping[str, Header], 
         found_there = f"{unknown.main!r}, {entry.dtype} {list(entry.shape)}, and no word of how it is packed"
         return Quantization(weights, unread, called(described), ("packed in a way that is not known", found_there))
     return Quantization(weights, unread, called(described))
+
+
+def _fp8_without_known_scales(
+    where: Where, weights: dict[str, Quantized], foreign: Collection[str], model: str
+) -> dict[str, UnreadWeight]:
+    """Add FP8 weights that were cast to the ``weights`` of a model whose config says nothing of a quantization.
+
+    Returns:
+        Those that have something like scales beside them, and so are no casts.
+
+    Raises:
+        FormatError: other FP8 weights have scales, so that they are missing here.
+    """
+    some_have_scales = any(one.dtype == FP8 for one in weights.values())
+    names, unread = sorted(where), {}
+    for entry, shard in where.values():
+        if not is_fp8_matrix(entry) or entry.name in weights or entry.name in foreign:
+            continue
+        if beside := scales_beside(entry.name, names):
+            method, tensors = "FP8 with scales of a kind that is not known", (entry.name, *beside)
+            unread[entry.name] = UnreadWeight(entry.name, method, entry.name, tensors, entry.shape, math.prod(entry.shape))
+        elif some_have_scales and entry.dtype == FP8:
+            raise scales_missing(entry, where, model)
+        else:
+            weights[entry.name] = as_cast(entry, shard)
+    return unread

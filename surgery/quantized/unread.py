@@ -120,8 +120,7 @@ def _of_qweight(layer: Layer, config: Mapping[str, Any]) -> tuple[int, ...] | No
 
 
 def _is_awq(layer: Layer) -> bool:
-    scales = layer.get("scales")
-    return scales is not None and layer["qweight"].shape[1:] != scales.shape[1:]
+    return {"qzeros", "scales"} <= layer.keys() and layer["qweight"].shape[1:] != layer["scales"].shape[1:]
 
 
 def _of_exl2(layer: Layer, config: Mapping[str, Any]) -> tuple[int, ...] | None:
@@ -151,6 +150,12 @@ def _of_higgs(layer: Layer, config: Mapping[str, Any]) -> tuple[int, ...] | None
     return None if scales is None else (scales.shape[0], layer["weight"].shape[-1])
 
 
+def _of_marlin_24(layer: Layer, config: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Of each 32 inputs 16 are stored, in one row."""
+    packed, scales = layer["weight_packed"].shape, layer["scale_packed"].shape
+    return (scales[1], 32 * packed[0]) if len(packed) == len(scales) == 2 else None
+
+
 def _of_bitmask(layer: Layer, config: Mapping[str, Any]) -> tuple[int, ...] | None:
     """A bit for each number."""
     mask = next(entry.shape for name, entry in layer.items() if name.endswith("bitmask"))
@@ -172,8 +177,9 @@ def _kind(
 _BYTES = ("I8", "U8")
 #: The kinds that no format that is read is like. Sources: what each library saves, and what loaders look for.
 _FOREIGN = (
-    _kind("GPTQ", "qweight", "qweight|qzeros|scales|g_idx|perm|forward_hadamard_matrix|backward_hadamard_matrix"
-          "|weight_global_scale|act_global_scale|dqweight", shape=_of_qweight),
+    _kind("FP-Quant", "qweight", "d?qweight|scales|(weight|act)_global_scale|(forward|backward)_hadamard_matrix",
+          beside="forward_hadamard_matrix"),
+    _kind("GPTQ", "qweight", "qweight|qzeros|scales|g_idx|perm|bits", shape=_of_qweight),
     _kind("EXL2", "q_weight", "q_(weight|perm|invperm|scale|scale_max|groups|group_map)", shape=_of_exl2),
     _kind("EXL3", "trellis", "trellis|suh?|svh?|scale|mcg|mul1", shape=_of_exl3),
     _kind("HQQ", "W_q", "(?!bias$).*"),
@@ -191,7 +197,7 @@ _FOREIGN = (
     _kind("compressed-tensors (sparse)", "compressed", "compressed|bitmask|shape|row_offsets|weight_scale", beside="bitmask",
           shape=_of_bitmask),
     _kind("compressed-tensors (marlin-24)", "weight_packed", "weight_packed|scale_packed|meta|weight_shape",
-          beside="scale_packed"),
+          beside="scale_packed", shape=_of_marlin_24),
     _kind("Metal", "weight", "weight|scales|qbiases", beside="qbiases", dtypes=("U32",), shape=_of_mlx),
     _kind("MLX", "weight", "weight|scales|biases", beside="scales", dtypes=("U32",), shape=_of_mlx),
     _kind("HIGGS", "weight", "weight|scales|tables2?", beside="tables", dtypes=("I16",), shape=_of_higgs),
@@ -276,7 +282,7 @@ def _found(where: Where, described: Mapping[str, Any], kinds: tuple[_Kind, ...])
             layer = {last: where[module + last][0] for last in below.get(module, ()) if kind.parts.fullmatch(last)}
             if kind.beside is not None and kind.beside not in layer:
                 continue
-            method = called(described) or ("AWQ" if kind.main == "qweight" and _is_awq(layer) else kind.method)
+            method = called(described) or ("AWQ" if kind.method == "GPTQ" and _is_awq(layer) else kind.method)
             taken.update(module + last for last in layer)
             weight = f"{module}weight"
             yield weight, _unread(weight, method, name, layer.values(), kind.shape(layer, described))

@@ -10,7 +10,6 @@ import torch
 
 from surgery.errors import FormatError
 from surgery.format.header import Stored
-from surgery.format.safetensors import TORCH_DTYPES
 from surgery.quantized.codec import Codec, Parts, Role
 
 #: How a part is stored: as it is; powers of two as their exponents in bytes; or as unsigned integers, several in an int32, the
@@ -148,15 +147,6 @@ class Quantized:
     def quantized(self, weight: torch.Tensor, parts: Parts, stored: torch.Tensor) -> torch.Tensor:
         """The numbers nearest to a weight, or to some matrices of a stack, in the form that ``stored`` has."""
         return self.codec.quantize(weight, parts).view(stored.dtype).reshape(stored.shape)
-
-
-#: Of packed numbers, see ``spacing_of``; of integers where they are largest.
-_SPACINGS = {"MXFP4": 0.5, "NVFP4": 0.5, "INT4": 1 / 7, "INT8": 1 / 127}
-
-
-def spacing_of(dtype: str) -> float:
-    """The distance of neighbouring numbers of a dtype, relative to the numbers, as ``torch.finfo`` gives it."""
-    return _SPACINGS.get(dtype) or torch.finfo(TORCH_DTYPES[dtype]).eps
 
 
 def packed_in(weights: Iterable[Quantized]) -> dict[str, Stored]:

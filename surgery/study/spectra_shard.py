@@ -17,12 +17,12 @@ from surgery.engine.walk import Piece, ShardWalk, TargetPiece
 from surgery.errors import FormatError, WeightError
 from surgery.files.access import read_errors
 from surgery.files.file_records import file_sha256
+from surgery.format.safetensors import spacing_of
 from surgery.format.tensor_view import by_tensor
 from surgery.planning.plan import Plan
 from surgery.planning.targets import Target
 from surgery.progress import listening
 from surgery.quantized.recognize import Quantization
-from surgery.quantized.weight import spacing_of
 from surgery.report.schema import check_target
 from surgery.reports import rounded_to
 from surgery.run.resume import Recorded

@@ -14,10 +14,10 @@ import torch
 from surgery.engine.walk import TargetPiece
 from surgery.errors import FormatError, SourceError, WeightError
 from surgery.format.header import TensorEntry
-from surgery.format.safetensors import TORCH_DTYPES, same_bytes
+from surgery.format.safetensors import TORCH_DTYPES, same_bytes, spacing_of
 from surgery.lossless.rounding import all_finite
 from surgery.quantized.recognize import Quantization
-from surgery.quantized.weight import Quantized, spacing_of
+from surgery.quantized.weight import Quantized
 from surgery.source.protocol import WeightFiles
 from surgery.tuned.conversion import Part
 from surgery.weights.model import ModelWeights

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import pytest
 
-from tests.releases import OLDER
+from tests.releases import OLDER, ROOT
 
 if OLDER:
     pytest.skip("the classes are those of the newest transformers", allow_module_level=True)
@@ -151,6 +151,11 @@ def _wrong_view(weight: Weight, targets: list[Target]) -> str | None:
 @pytest.mark.parametrize("family", oracle.families())
 def test_targets_are_the_linear_layers_of_the_blocks(family: str) -> None:
     _check([kind for kind in oracle.classes_of(family) if not _SAME_BLOCKS.search(kind.__name__)])
+
+
+def test_what_is_not_tried_is_documented() -> None:
+    page = (ROOT / "docs/recipes.md").read_text()
+    assert set(re.findall(r"\w+", page.partition("Not tried,")[2])) >= UNTRIED
 
 
 @pytest.mark.slow

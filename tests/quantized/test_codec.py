@@ -74,7 +74,9 @@ def test_each_number_is_the_nearest(kind: str, shape: tuple[int, ...], turned: s
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(shape, generator=generator) * torch.logspace(-2, 1, shape[-1])
     for block, dtype in zip(_BLOCKS, itertools.cycle(_DTYPES), strict=False):
-        codec = Codec(_ELEMENTS[kind], _block(block, shape), "w", transposed=turned == "transposed", columnwise=turned == "columnwise")
+        codec = Codec(
+            _ELEMENTS[kind], _block(block, shape), "w", transposed=turned == "transposed", columnwise=turned == "columnwise"
+        )
         grid = codec.grid_of(shape)
         stored_grid = (*grid[:-2], grid[-1], grid[-2]) if turned else grid
         old: Parts = {"scale": torch.full(stored_grid, 2.0**-9).to(dtype)}  # which holds next to nothing

@@ -12,9 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import surgery
-from surgery.errors import FormatError, WeightError
 from surgery.progress import Silent
-from tests.models import files_of, planned, tensors_of
+from tests.models import files_of, tensors_of
 from tests.quantized.layouts import LAYOUTS, Layout, Read
 
 _OTHER = "model.layers.0.self_attn.o_proj.weight"
@@ -84,7 +83,9 @@ def test_format(name: str, tmp_path: Path) -> None:
         assert {name: (one.dtype, one.shape) for name, one in out.items()} == {
             name: (one.dtype, one.shape) for name, one in before.items()
         }
-        kept = before.keys() - {name for name in layout.tensors if not name.endswith(("shape", "g_idx", "scale_2", "global_scale"))}
+        kept = before.keys() - {
+            name for name in layout.tensors if not name.endswith(("shape", "g_idx", "scale_2", "global_scale"))
+        }
         assert len(kept) >= 2
         assert all(_bytes(out[name]) == _bytes(before[name]) for name in kept)
         read = layout.read(out)
