@@ -34,9 +34,9 @@ PART_NAMES: Mapping[Role, str] = {
 _BAND = 64
 _AT_A_TIME = 1 << 18
 
-#: How many times the largest scale a block may want. Where a global scale divides the others it is such that the largest of
-#: these is the largest number of their dtype, so that any block with the largest entries of a weight wants more when these grow:
-#: it gets that scale, and the few entries beyond it the largest number.
+#: How many times the largest scale a block may want; it gets that scale, and what is beyond it the largest number. A quantizer
+#: chooses the global scale so that the block with the largest entries of a weight has the largest number of the dtype of
+#: scales: whenever these entries grow, that block wants more.
 _MOST = 2
 
 #: Integers as wide as the dtypes of scales: of positive numbers the next larger one has the next larger bits.
