@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 _WEIGHT = "weight"
+#: Ends of the names of tensors that hold the packed numbers of a weight.
+_PACKED = ("_packed", "_blocks")
 
 
 def packed_numbers(module: nn.Module) -> torch.Tensor | None:
@@ -45,6 +47,11 @@ def packed_weights(model: nn.Module) -> list[str]:
     """The full names that the packed weights of a model would have as parameters."""
     modules = model.named_modules(remove_duplicate=False)
     return [f"{name}.{_WEIGHT}" for name, module in modules if packed_numbers(module) is not None]
+
+
+def loaded_name(tensor: str) -> str:
+    """The name under which a loader knows the weight whose packed numbers a tensor of a checkpoint holds; else its own."""
+    return next((tensor.removesuffix(end) for end in _PACKED if tensor.endswith(end)), tensor)
 
 
 def unpack(model: Any) -> None:

@@ -16,7 +16,7 @@ from surgery.format.safetensors import TORCH_DTYPES
 from surgery.format.sample import SampleHash
 from surgery.lossless.factors import Factors
 from surgery.models.carriers import Carrier, is_plain, is_sharded
-from surgery.models.packed import held_at, held_in
+from surgery.models.packed import held_at, held_in, loaded_name
 from surgery.models.placement import Place, Positions, homes
 from surgery.models.terms import Term
 from surgery.names import FACTORIZABLE_DTYPES
@@ -98,7 +98,10 @@ def held_elsewhere(model: nn.Module, manifest: Manifest, absent: Sequence[Target
     So it is where a loader was told other names than it knows by itself. Told by a sample of the entries, as ``is_residual``
     does it; what is quantized or offloaded cannot be told.
     """
-    tensors = [*(skipped.tensor for skipped in manifest.skipped), *(name for t in manifest.targets for name in t.tensors)]
+    tensors = [
+        *(loaded_name(skipped.tensor) for skipped in manifest.skipped),
+        *(name for t in manifest.targets for name in t.tensors),
+    ]
     loaded = {id(held_at(model, name)) for name in homes(model, tensors).values()}
     for name, parameter in model.named_parameters():
         if id(parameter) in loaded or parameter.is_meta or not is_plain(parameter) or is_sharded(parameter):

@@ -55,14 +55,17 @@ class Made:
         return path
 
     @cached_property
+    def factors(self) -> dict[str, torch.Tensor]:
+        """U, s and V of all targets."""
+        files = (self.factorized / "surgery").glob("factors-*")
+        return {key: one for path in files for key, one in load_file(path).items()}
+
+    @cached_property
     def updates(self) -> dict[str, torch.Tensor]:
         """``U diag(s (g - 1)) V^T`` of each target, float64."""
-        factors: dict[str, torch.Tensor] = {}
-        for path in (self.factorized / "surgery").glob("factors-*"):
-            factors |= load_file(path)
         found = {}
         for name, g in self.scales.items():
-            U, s, V = (factors[f"{name}.{part}"].double() for part in ("U", "s", "V"))
+            U, s, V = (self.factors[f"{name}.{part}"].double() for part in ("U", "s", "V"))
             found[name] = U * (s * (g.double() - 1)).unsqueeze(-2) @ V.mT
         return found
 

@@ -119,6 +119,19 @@ def test_scales_on_the_model_as_it_is_loaded(made: Made, tmp_path: Path) -> None
     assert off(before, expected) > 0.05
 
 
+@pytest.mark.parametrize("excluded", ["*experts.1.*", "*experts.0.up_proj*"])
+@pytest.mark.parametrize("made", ["kimi_k2"], indirect=True)
+def test_scales_on_some_of_the_experts(made: Made, excluded: str, tmp_path: Path) -> None:
+    """Others that lie packed in the checkpoint keep their places in the stacks that a model has of them."""
+    surgery.factorize(made.model, tmp_path / "f", rank=RANK, exclude=(excluded,), layout="overlay")
+    some = Made(made.name, tmp_path)
+    (tmp_path / "m").symlink_to(made.model)
+    assert 0 < len(some.updates) < len(made.updates)
+    model = loaded(made)
+    surgery.attach(model, some.factorized).load(some.saved)
+    assert off(logits(model), logits(exact(made, some.wanted, tmp_path / "wanted"))) < 1e-2
+
+
 @each
 def test_folded_weights_hold_what_was_trained_as_their_format_can(made: Made) -> None:
     out, report = made.folded("folded")
