@@ -7,7 +7,7 @@ import fnmatch
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -107,7 +107,7 @@ class Model:
 
     config: Mapping[str, Any]
     recipe: Recipe | None
-    quantization: Quantization
+    quantization: Quantization = field(default_factory=Quantization)
     quantized_too: bool = True
 
     @property

@@ -34,9 +34,10 @@ PART_NAMES: Mapping[Role, str] = {
 _BAND = 64
 _AT_A_TIME = 1 << 18
 
-#: How many times the largest scale a block may want; it gets that scale, and what is beyond it the largest number. A quantizer
-#: chooses the global scale so that the block with the largest entries of a weight has the largest number of the dtype of
-#: scales: whenever these entries grow, that block wants more.
+#: How many times the largest scale a block may want. Quantizers of NVFP4 choose the global scale such that the largest of the
+#: others is the largest number of its dtype, so that the block with the largest entries of a weight wants more when these grow:
+#: it gets that scale, and the few entries beyond it the largest number. Another global scale would not do: loaders that join
+#: the weights of q, k and v take one for all three.
 _MOST = 2
 
 #: Integers as wide as the dtypes of scales: of positive numbers the next larger one has the next larger bits.

@@ -67,7 +67,7 @@ def _models() -> Iterator[Made]:
 
 def _targets(made: Made, recipe: str | None = None) -> dict[str, str | None]:
     """Tensor -> why it is no target; None if it, or slices of it, are targets."""
-    model = Model(made.config, find_recipe(recipe) if recipe else recipe_for_family(made.config), {})
+    model = Model(made.config, find_recipe(recipe) if recipe else recipe_for_family(made.config))
     found: dict[str, str | None] = {}
     for weight in made.weights:
         fates = choose(TensorEntry(weight.name, "F32", weight.shape, 0, 0), "", Options(rank=2), model)

@@ -288,7 +288,7 @@ _JOINED = "experts joined in one matrix, and config.json does not tell how many"
     ],
 )
 def test_names_of_repositories(name: str, shape: tuple[int, ...], config: dict[str, object], reason: str | None) -> None:
-    fates = choose(TensorEntry(name, "BF16", shape, 0, 1), "f", Options(), Model(config, recipe_for_family(config), {}))
+    fates = choose(TensorEntry(name, "BF16", shape, 0, 1), "f", Options(), Model(config, recipe_for_family(config)))
     assert [fate.reason if isinstance(fate, Skipped) else None for fate in fates] == [reason]
 
 
@@ -297,7 +297,7 @@ def test_experts_below_one_another_are_matrices_of_their_own(options: Options) -
     """As in DBRX and nomic's mixture."""
     name = "encoder.layers.1.mlp.experts.mlp.w2"
     config = {"num_experts": 16, "moe_top_k": 2}
-    fates = choose(TensorEntry(name, "BF16", (16 * 24, 32), 0, 1), "f", options, Model(config, None, {}))
+    fates = choose(TensorEntry(name, "BF16", (16 * 24, 32), 0, 1), "f", options, Model(config, None))
     assert [(fate.key, fate.matrices) for fate in fates if isinstance(fate, Target)] == [
         (f"{name}[expert_{i}]", (1, 24, 32)) for i in range(16)
     ]
@@ -308,5 +308,5 @@ def test_a_recipe_may_keep_a_fused_weight_whole(tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text('[[rules]]\nmatch = "*.in_proj_weight"\nview = "matrix"')
     entry = TensorEntry("blocks.0.attn.in_proj_weight", "BF16", (96, 32), 0, 1)
     for recipe, keys in ((read_recipe(tmp_path / "r.toml"), [""]), (None, ["[q]", "[k]", "[v]"])):
-        fates = choose(entry, "f", Options(), Model({}, recipe, {}))
+        fates = choose(entry, "f", Options(), Model({}, recipe))
         assert [fate.key for fate in fates if isinstance(fate, Target)] == [entry.name + key for key in keys]
