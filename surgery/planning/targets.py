@@ -84,7 +84,7 @@ class Skipped:
         tensor, shard: its name, and the weight file that it is in.
         reason: why, in words.
         wanted: whether it would be a target if it had another dtype, or two dimensions, or were packed in a way that is read.
-        entries: of the weight, if it is wanted.
+        entries: of the weight, if it is wanted and no vector.
     """
 
     tensor: str
@@ -150,7 +150,8 @@ def choose(entry: TensorEntry, shard: str, options: Options, model: Model) -> li
         # A vector counts as wanted only by a rule of a recipe: a name, or a glob of a user, may well match norms too.
         matrix = len(entry.shape) > 1 or (rule is not None and not options.include)
         wanted = by_name is None and matrix and entry.name not in model.parts
-        return [Skipped(entry.stored.name, shard, reason, wanted, math.prod(entry.shape) if wanted else 0)]
+        entries = math.prod(entry.shape) if wanted and len(entry.shape) > 1 else 0
+        return [Skipped(entry.stored.name, shard, reason, wanted, entries)]
     kind = (rule.view if rule else None) or kind_of(entry)
     try:
         _, m, n = View(kind).shape(entry.shape)

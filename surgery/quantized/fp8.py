@@ -7,7 +7,7 @@
 | ``X_scale`` | compressed-tensors, AutoFP8, modelopt, fbgemm, MXFP8 | one, by channel, or blocks; MXFP8: of 1 x 32 |
 | ``X_weight_scale`` beside a stack ``X`` | modelopt | one |
 | ``X.qscale_weight`` | Mistral, in its own format | one |
-| ``X.scale_weight`` | ComfyUI, before ``X.weight_scale`` | one |
+| ``X.scale_weight`` | ComfyUI, before it wrote ``X.weight_scale`` | one |
 
 The stored scale multiplies, whatever its name says. Which block it is for is told by the config, or the ratio of the shapes.
 """
@@ -25,8 +25,8 @@ from surgery.quantized.schemes import Told, Where
 from surgery.quantized.weight import Quantized, Storage, StoredPart
 
 _SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
-#: Sides of blocks that publishers use.
-_USUAL = (128, 64, 32, 16)
+#: Sides of blocks that are looked for where the config tells none. Of two powers of two never both fit.
+_SIDES = (8, 16, 32, 64, 128, 256, 512)
 #: The groups along the inputs of OCP Microscaling (MX) formats, whatever a config says of other weights.
 _MX = 1, 32
 #: Scales are FP8 themselves in NVFP4.
@@ -101,8 +101,8 @@ def _strange(weight: str, scale: str) -> list[str]:
     return [*both, f"{weight}_zero_point", f"{weight}_scale_2", f"{weight}_global_scale"]
 
 
-#: Ends of names of the scales that quantize a layer's inputs and outputs at inference, and of ComfyUI's word on how a layer is
-#: quantized. They mean nothing for its weight.
+#: Ends of names of what quantizes a layer's inputs and outputs at inference, and of ComfyUI's word on how a layer is quantized.
+#: They mean nothing for its weight.
 _ACTIVATIONS = (
     *(f"{of}_scale{end}" for of in ("activation", "act", "input", "output") for end in ("", "_inv", "_ub")),
     *(f"{of}_{what}" for of in ("input", "output") for what in ("global_scale", "zero_point")),
@@ -141,8 +141,12 @@ def _block(entry: TensorEntry, scale: TensorEntry, told: Told) -> tuple[tuple[in
     counts = shape[-2], shape[-1]
     blocks = _told_blocks(entry, scale, told)
     if blocks is None:
+        # By channel; squares; and groups along the inputs.
         blocks = [(1, whole[1])] if counts[1] == 1 else [(whole[0], 1)] if counts[0] == 1 else []
-        blocks += _blocks_of(m, n, *counts)
+        if counts[0] != m:
+            blocks += [(side, side) for side in _SIDES]
+        else:
+            blocks += [_MX] if scale.dtype == "U8" else [(1, side) for side in _SIDES if n % side == 0]
     fitting = {
         (min(rows, whole[0]), min(columns, whole[1])) for rows, columns in blocks if (-(-m // rows), -(-n // columns)) == counts
     }
@@ -159,12 +163,6 @@ def _told_blocks(entry: TensorEntry, scale: TensorEntry, told: Told) -> list[tup
     if blocks and scale.dtype in ("U8", "F8_E8M0"):
         blocks.append(_MX)
     return blocks or None
-
-
-def _blocks_of(m: int, n: int, rows: int, columns: int) -> list[tuple[int, int]]:
-    """The blocks that publishers use, or whose sides divide a matrix: squares, and groups along the inputs."""
-    exact = {length // count for length, count in ((m, rows), (n, columns)) if count > 1 and length % count == 0} - {0}
-    return [(side, side) for side in {*_USUAL, *exact}] if rows != m else [(1, side) for side in {*_USUAL, *exact}]
 
 
 def _said(entry: TensorEntry, told: Told) -> str:

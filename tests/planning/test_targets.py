@@ -35,7 +35,7 @@ def test_reasons(tmp_path: Path) -> None:
         "model.layers.0.mixer.A_log": torch.randn(8, 4),
         "model.layers.0.conv.weight": torch.randn(8, 1, 4),
         "model.layers.0.one.weight": torch.randn(1, 8),
-        "model.layers.0.quantized.weight": torch.randn(8, 8).to(torch.float8_e4m3fn),
+        "model.layers.0.quantized.weight": torch.randn(8, 8).to(torch.float8_e4m3fnuz),
         "model.layers.0.table": torch.randn(8, 8),
         "model.embed_tokens.weight": torch.randn(9, 8),
         "model.position_ids": torch.arange(4)[None],
@@ -55,7 +55,7 @@ def test_reasons(tmp_path: Path) -> None:
         "A_log": "no weight",
         "conv.weight": "a depthwise convolution",
         "one.weight": "a single row",
-        "quantized.weight": "F8_E4M3",
+        "quantized.weight": "F8_E4M3FNUZ",
         "table": "no weight of a linear layer",
         "embed_tokens.weight": "an embedding",
         "position_ids": "no floating-point weight",
@@ -140,7 +140,7 @@ def _notes(steps: Plan) -> list[str]:
 @pytest.mark.parametrize("model_type", ["llama", "unheard of"])
 @pytest.mark.parametrize(
     ("dtype", "name"),
-    [(torch.float64, "F64"), (torch.float8_e5m2, "F8_E5M2"), (torch.float8_e4m3fn, "F8_E4M3"), (torch.int8, "I8")],
+    [(torch.float64, "F64"), (torch.float8_e4m3fnuz, "F8_E4M3FNUZ"), (torch.complex64, "C64"), (torch.int64, "I64")],
 )
 def test_a_weight_of_another_dtype_is_noted(
     dtype: torch.dtype, name: str, model_type: str, llama: Path, tmp_path: Path

@@ -242,6 +242,10 @@ def _unpaired(packed: torch.Tensor) -> np.ndarray:
     return E2M1[np.stack([numbers & 15, numbers >> 4], -1).reshape(*numbers.shape[:-1], -1)]
 
 
+def _modelopt(algorithm: str) -> dict[str, Any]:
+    return {"quant_method": "modelopt", "quant_algo": algorithm}
+
+
 def mxfp4(
     weight: str, scale: str, dtype: torch.dtype, quantization: Mapping[str, Any], *, numbers: torch.dtype = torch.uint8
 ) -> Layout:
@@ -279,7 +283,7 @@ def nvfp4(how: str) -> Layout:
     if is_turned:
         packed, scales = (one.view(torch.uint8).transpose(-1, -2).contiguous() for one in (packed, scales))
         scales = scales.view(torch.float8_e4m3fn)
-    told: dict[str, Any] = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    told = _modelopt("NVFP4")
     whole = torch.tensor([1e-4, 2e-4, 3e-4]) if how == "rows" else torch.tensor(2.5e-4)
     name = "model.layers.0.feed_forward.experts.gate_up_proj" if is_stack else f"{_LAYER}weight"
     names = [name, f"{name}_weight_scale", f"{name}_weight_scale_2"] if is_stack else [name, f"{name}_scale", f"{name}_scale_2"]
@@ -326,13 +330,10 @@ LAYOUTS: dict[str, Callable[[], Layout]] = {
     ),
     "mistral's own": lambda: fp8(_FP8, "L.qscale_weight", dtype=_BF16, stored=(), beside=("qscale_act",)),
     "autofp8": lambda: fp8(_FP8, "X_scale", stored=(1,), beside=("input_scale",)),
-    "modelopt fp8": lambda: fp8({"quant_method": "modelopt", "quant_algo": "FP8"}, "X_scale", stored=(), beside=("input_scale",)),
-    "modelopt fp8 blocks": lambda: fp8(
-        {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"}, "X_scale", (128, 192), (64, 64), stored=(2, 1, 3, 1)
-    ),
+    "modelopt fp8": lambda: fp8(_modelopt("FP8"), "X_scale", stored=(), beside=("input_scale",)),
+    "modelopt fp8 blocks": lambda: fp8(_modelopt("FP8_PB_WO"), "X_scale", (128, 192), (64, 64), stored=(2, 1, 3, 1)),
     "modelopt fp8 stack": lambda: fp8(
-        {"quant_method": "modelopt", "quant_algo": "FP8"}, "X_weight_scale", (3, 40, 96), (40, 96), stored=(3, 1, 1), name=_STACK,
-        beside=("input_scale",),
+        _modelopt("FP8"), "X_weight_scale", (3, 40, 96), (40, 96), stored=(3, 1, 1), name=_STACK, beside=("input_scale",)
     ),
     "fbgemm": lambda: fp8({"quant_method": "fbgemm_fp8"}, "X_scale", block=(1, 96), beside=("input_scale_ub",)),
     "fbgemm stack": lambda: fp8({"quant_method": "fbgemm_fp8"}, "X_scale", (3, 40, 96), (40, 1), name=_STACK),
@@ -346,7 +347,7 @@ LAYOUTS: dict[str, Callable[[], Layout]] = {
     "ct fp8 block": lambda: fp8(_float("block", block_structure=[16, 32]), "X_scale", (37, 90), (16, 32), _BF16),
     "ct fp8 group": lambda: fp8(_float("group", "naive-quantized", group_size=48), "X_scale", block=(1, 48), dtype=_BF16),
     "mxfp8": lambda: fp8(_float("group", "mxfp8-quantized", group_size=32), "X_scale", block=(1, 32), dtype=_U8),
-    "mxfp8 modelopt": lambda: fp8({"quant_method": "modelopt", "quant_algo": "MXFP8"}, "X_scale", block=(1, 32), dtype=_U8),
+    "mxfp8 modelopt": lambda: fp8(_modelopt("MXFP8"), "X_scale", block=(1, 32), dtype=_U8),
     "int4": lambda: integers(4),
     "int4 of 128": lambda: integers(4, group=128, dtype=torch.float16),
     "int4 zeros": lambda: integers(4, (37, 96), zeros=True),

@@ -136,13 +136,14 @@ def test_scales_at_the_lower_end_of_their_dtype(scale: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("scale", "size"), [(torch.float8_e4m3fn, 448.0), (torch.float16, 65504.0)])
 def test_scales_at_the_upper_end_of_their_dtype(scale: torch.dtype, size: float) -> None:
-    """Up to 7 of the largest scale it holds, and gives 6; beyond, the weight is named."""
+    """Up to twice what the largest scale holds it gives that, which is 6 times the scale; beyond, the weight is named."""
     codec = Codec(E2M1(), (1, 4), "layers.0.up.weight")
     parts: Parts = {"scale": torch.ones(1, 1).to(scale), "global_scale": torch.tensor(0.5)}
-    weight = torch.full((1, 4), 3.4 * size)
-    new = codec.parts_that_hold(codec.extremes(weight, parts), parts)
-    assert new["scale"].float().item() == size
-    assert codec.dequantize(codec.quantize(weight, new), new, (1, 4)).tolist() == [[3 * size] * 4]
+    for times in (3.4, 5.9):
+        weight = torch.full((1, 4), times * size)
+        new = codec.parts_that_hold(codec.extremes(weight, parts), parts)
+        assert new["scale"].float().item() == size
+        assert codec.dequantize(codec.quantize(weight, new), new, (1, 4)).tolist() == [[3 * size] * 4]
     with pytest.raises(WeightError, match=r"layers.0.up.weight: the update is too large"):
         codec.parts_that_hold(codec.extremes(weight * 1.1, parts), parts)
 

@@ -1,4 +1,4 @@
-"""Tensors of quantized formats that are damaged, do not fit, or contradict the config are refused; what is not read is no target."""
+"""What is damaged, does not fit, or contradicts the config is refused; what is not read is no target."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ def _part(layout: Layout, end: str) -> str:
 
 
 def _without(end: str) -> Callable[[Layout], None]:
-    return lambda layout: layout.tensors.pop(_part(layout, end)) and None
+    def without(layout: Layout) -> None:
+        del layout.tensors[_part(layout, end)]
+
+    return without
 
 
 def _instead(end: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Layout], None]:
@@ -93,12 +96,12 @@ def test_refused(name: str, change: Callable[[Layout], None], message: str, tmp_
 
 
 def test_shapes_that_decide_nothing(tmp_path: Path) -> None:
-    """Blocks of 128, of which the last is cut off, or of 100: the config has to say which."""
+    """Blocks of any size are read if the config tells them, and powers of two in any case."""
     layout = LAYOUTS["deepseek-v3 silent"]()
-    layout.tensors = {_W: torch.zeros(200, 200).to(torch.float8_e4m3fn), f"{_W}_scale_inv": torch.ones(2, 2)}
+    layout.tensors = {_W: torch.zeros(200, 300).to(torch.float8_e4m3fn), f"{_W}_scale_inv": torch.ones(2, 2)}
     with pytest.raises(FormatError, match="weight_block_size in the config"):
         planned(save(layout, tmp_path / "silent"), rank=2)
-    layout.quantization = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    layout.quantization = {"quant_method": "fp8", "weight_block_size": [100, 150]}
     steps = planned(save(layout, tmp_path / "told"), rank=2)
     assert _W in {target.tensor for target in steps.targets}
 

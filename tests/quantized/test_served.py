@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
-from collections.abc import Container, Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +12,15 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
 
 import surgery
 from surgery.names import Train
 from tests.models import files_of, planned, tensors_of
-from tests.quantized.hub_models import LAYOUTS, Layout, dequantized, save_dense
+from tests.quantized.hub_models import LAYOUTS, dequantized, save_dense
+from tests.quantized.served import RANK, Made
 from tests.releases import needs
 
 IDS = (torch.arange(24) * 7 % 90)[None]
-RANK = 4
 
 #: Loaded right by transformers; it has no quantizer for modelopt's, and leaves out the global scales of experts in NVFP4.
 needs_compressed = needs("compressed-tensors", ">=0.20", "loading its models")
@@ -33,88 +29,13 @@ LOADED = [name for name in LAYOUTS if name not in ("nvfp4_llama_modelopt", "nvfp
 COARSE = {"deepseek_v3": 0.04}
 
 
-@dataclass
-class Made:
-    """A quantized model, factorized, and scales for it."""
-
-    name: str
-    folder: Path
-
-    @property
-    def layout(self) -> Layout:
-        return LAYOUTS[self.name]
-
-    @property
-    def model(self) -> Path:
-        return self.folder / "m"
-
-    @property
-    def factorized(self) -> Path:
-        return self.folder / "f"
-
-    @cached_property
-    def numbers(self) -> dict[str, torch.Tensor]:
-        """What its weights are, float64."""
-        return dequantized(self.model)
-
-    @cached_property
-    def scales(self) -> dict[str, torch.Tensor]:
-        generator = torch.Generator().manual_seed(3)
-        targets = surgery.Manifest.read(self.factorized).targets
-        return {target.key: 1 + 0.3 * torch.randn(target.scales_shape, generator=generator) for target in targets}
-
-    @cached_property
-    def saved(self) -> Path:
-        """The file that holds them."""
-        path = self.folder / "scales.safetensors"
-        surgery.write_scales(path, self.scales, surgery.inspect(self.factorized).fingerprint)
-        return path
-
-    @cached_property
-    def updates(self) -> dict[str, torch.Tensor]:
-        """``U diag(s (g - 1)) V^T`` of each target, float64."""
-        factors: dict[str, torch.Tensor] = {}
-        for path in (self.factorized / "surgery").glob("factors-*"):
-            factors |= load_file(path)
-        found = {}
-        for name, g in self.scales.items():
-            U, s, V = (factors[f"{name}.{part}"].double() for part in ("U", "s", "V"))
-            found[name] = U * (s * (g.double() - 1)).unsqueeze(-2) @ V.mT
-        return found
-
-    @cached_property
-    def wanted(self) -> dict[str, torch.Tensor]:
-        """The weights with the updates added, float64."""
-        return {name: one + self.updates.get(name, 0) for name, one in self.numbers.items()}
-
-    def folded(self, name: str, **options: Any) -> tuple[Path, surgery.FoldReport]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", surgery.SurgeryWarning)  # of what rounding has lost
-            return self.folder / name, surgery.fold(
-                self.factorized, self.scales, self.folder / name, base=self.model, **options
-            )
-
-
-_made: dict[str, Made] = {}
-
-
-@pytest.fixture
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
-    """Each is made once. Read-only, but for what is folded beside it."""
-    name = request.param
-    if name not in _made:
-        folder = tmp_path_factory.mktemp(name)
-        LAYOUTS[name].save(folder / "m", shards=2 if name in ("deepseek_v3", "kimi_k2") else 1)
-        surgery.factorize(folder / "m", folder / "f", rank=RANK)
-        _made[name] = Made(name, folder)
-    yield _made[name]
-
-
 each = pytest.mark.parametrize("made", LAYOUTS, indirect=True)
 each_loaded = pytest.mark.parametrize("made", LOADED, indirect=True)
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning"),
-    pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"),  # those of PEFT's own
+    pytest.mark.filterwarnings(
+        "ignore:The following (rank|alpha)_pattern keys did not match:RuntimeWarning"
+    ),  # those of PEFT's own
     # For linear layers beside experts PEFT adapts those of the same names too, with zeros.
     pytest.mark.filterwarnings("ignore:Found missing adapter keys while loading the checkpoint:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # a name that PEFT uses
@@ -129,7 +50,9 @@ def loaded(made: Made, folder: Path | None = None, dtype: torch.dtype = torch.fl
         "mxfp4": transformers.Mxfp4Config,
         "compressed-tensors": transformers.CompressedTensorsConfig,
     }
-    options = {} if folder is not None and not _is_quantized(folder) else {"quantization_config": kinds[method](dequantize=True)}
+    options = (
+        {} if folder is not None and not _is_quantized(folder) else {"quantization_config": kinds[method](dequantize=True)}
+    )
     kind = type(made.layout.model())
     return kind.from_pretrained(folder or made.model, dtype=dtype, **options).to(dtype)
 
@@ -196,6 +119,19 @@ def test_scales_on_the_model_as_it_is_loaded(made: Made, tmp_path: Path) -> None
     assert off(before, expected) > 0.05
 
 
+@pytest.mark.parametrize("excluded", ["*experts.1.*", "*experts.0.up_proj*"])
+@pytest.mark.parametrize("made", ["kimi_k2"], indirect=True)
+def test_scales_on_some_of_the_experts(made: Made, excluded: str, tmp_path: Path) -> None:
+    """Others that lie packed in the checkpoint keep their places in the stacks that a model has of them."""
+    surgery.factorize(made.model, tmp_path / "f", rank=RANK, exclude=(excluded,), layout="overlay")
+    some = Made(made.name, tmp_path)
+    (tmp_path / "m").symlink_to(made.model)
+    assert 0 < len(some.updates) < len(made.updates)
+    model = loaded(made)
+    surgery.attach(model, some.factorized).load(some.saved)
+    assert off(logits(model), logits(exact(made, some.wanted, tmp_path / "wanted"))) < 1e-2
+
+
 @each
 def test_folded_weights_hold_what_was_trained_as_their_format_can(made: Made) -> None:
     out, report = made.folded("folded")
@@ -252,7 +188,9 @@ def test_what_transformers_loads_wrongly_is_not_trained(made: Made, tmp_path: Pa
     """It leaves out the global scales of experts. What surgery dequantizes can be trained instead."""
     with pytest.raises(surgery.SourceError, match="neither the original weight nor its residual"):
         surgery.attach(loaded(made), made.factorized)
-    surgery.fold(made.factorized, made.factorized / "surgery/scales.safetensors", tmp_path / "d", base=made.model, dequantize=True)
+    surgery.fold(
+        made.factorized, made.factorized / "surgery/scales.safetensors", tmp_path / "d", base=made.model, dequantize=True
+    )
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "d", dtype=torch.float32)
     scales = surgery.attach(model, made.factorized)
     scales.load(made.saved)
@@ -297,7 +235,11 @@ def test_trained_for_some_steps_and_folded(made: Made, train: Train, tmp_path: P
     assert gained > 0.1
     for folder, dequantize, share in (("folded", False, 0.8), ("dense", True, 0.98)):
         surgery.fold(
-            made.factorized, tmp_path / "scales.safetensors", tmp_path / folder, base=made.model, dequantize=dequantize,
+            made.factorized,
+            tmp_path / "scales.safetensors",
+            tmp_path / folder,
+            base=made.model,
+            dequantize=dequantize,
             progress=surgery.Silent(),
         )
         folded = loaded(made, tmp_path / folder)
@@ -308,7 +250,7 @@ def test_trained_for_some_steps_and_folded(made: Made, train: Train, tmp_path: P
 def test_an_exported_adapter_on_the_served_model(made: Made, tmp_path: Path) -> None:
     factorized, scales = made.factorized, made.scales
     if any("experts" in name for name in made.updates):
-        with pytest.raises(surgery.OptionError, match="experts.*cannot be exported as LoRA"):
+        with pytest.raises(surgery.OptionError, match=r"experts.*cannot be exported as LoRA"):
             surgery.export(factorized, scales, tmp_path / "a")
         factorized = tmp_path / "f"
         surgery.factorize(made.model, factorized, rank=RANK, exclude=("*.experts.*",), layout="overlay")
@@ -334,7 +276,9 @@ def _random_lora(made: Made, folder: Path) -> dict[str, torch.Tensor]:
     config = peft.LoraConfig(r=2, target_modules=attention, target_parameters=stacks, init_lora_weights=False, lora_alpha=0.2)
     torch.manual_seed(5)
     adapted = peft.get_peft_model(loaded(made), config)
-    before = {name: one.detach().double().clone() for name, one in adapted.get_base_model().state_dict().items() if "lora" not in name}
+    before = {
+        name: one.detach().double().clone() for name, one in adapted.get_base_model().state_dict().items() if "lora" not in name
+    }
     adapted.save_pretrained(str(folder))
     merged: Any = adapted.merge_and_unload()
     after = merged.state_dict()
@@ -362,9 +306,7 @@ def test_a_lora_is_merged_into_the_quantized_checkpoint(made: Made, tmp_path: Pa
     added = _random_lora(made, tmp_path / "a")
     assert added
     for out, dequantize in (("kept", False), ("dense", True)):
-        report = surgery.merge(
-            made.model, tmp_path / "a", tmp_path / out, dequantize=dequantize, progress=surgery.Silent()
-        )
+        report = surgery.merge(made.model, tmp_path / "a", tmp_path / out, dequantize=dequantize, progress=surgery.Silent())
         numbers = dequantized(tmp_path / out)
         arrived = asked = 0.0
         for name, one in made.numbers.items():
