@@ -19,7 +19,7 @@ from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import TargetRecord
 from surgery.lossless.factors import Factors
 from surgery.models.accelerate_api import at_hand, is_kept_elsewhere
-from surgery.models.packed import held_at, held_in, packed_numbers
+from surgery.models.packed import held_at, held_in, is_plain, loaded_name, packed_numbers
 from surgery.models.peft_api import is_wrapper
 from surgery.models.placement import Place, Placed, Positions, homes, locate, parameter_names
 from surgery.models.terms import Term
@@ -56,7 +56,7 @@ def places_of(model: nn.Module, manifest: Manifest) -> dict[str, list[Place]]:
             transformers and seems to have a target under another name; or a parameter of a target is also another tensor of
             the checkpoint, which the manifest does not know as an alias.
     """
-    shapes: dict[str, Sequence[int] | None] = {skipped.tensor: None for skipped in manifest.skipped}
+    shapes: dict[str, Sequence[int] | None] = {loaded_name(skipped.tensor): None for skipped in manifest.skipped}
     shapes |= {tensor: target.shape for target in manifest.targets for tensor in target.tensors}
     places = locate(model, shapes)
     if absent := [target for target in manifest.targets if places.keys().isdisjoint(target.tensors)]:
@@ -386,11 +386,6 @@ def _placed(factor: torch.Tensor, positions: tuple[Positions, Positions], length
     placed = factor.new_zeros(length, factor.shape[1])
     placed[torch.as_tensor(at)] = factor[torch.as_tensor(of)]
     return placed
-
-
-def is_plain(parameter: torch.Tensor) -> bool:
-    """Whether a parameter is not quantized: quantized ones are integers, 8-bit floats, or a library's own tensor class."""
-    return type(parameter) is nn.Parameter and parameter.is_floating_point() and parameter.element_size() > 1
 
 
 def is_sharded(parameter: torch.Tensor) -> bool:

@@ -1,7 +1,7 @@
-"""Linear layers whose weight is packed: they compute with numbers of few bits, and have no parameter called ``weight``.
+"""Linear layers whose weight is packed: classes that are no ``nn.Linear`` and hold numbers of few bits.
 
-GPTQ, AWQ, HQQ and others have classes of their own for these, each with other names for what it holds. What is common to them
-is that they say how many features go in and come out, and compute ``x W^T``.
+GPTQ, AWQ, HQQ, GGUF and others have such, each with other names for what it holds. What is common to them is that they say how
+many features go in and come out, and compute ``x W^T``.
 """
 
 from __future__ import annotations
@@ -12,11 +12,22 @@ import torch
 from torch import nn
 
 _WEIGHT = "weight"
+#: Ends of the names of tensors that hold the packed numbers of a weight.
+_PACKED = ("_packed", "_blocks")
+
+
+def is_plain(weight: object) -> bool:
+    """Whether this is a weight that is not quantized: those are integers, 8-bit floats, or of a library's own tensor class."""
+    kinds = (torch.Tensor, nn.Parameter)
+    return (
+        isinstance(weight, torch.Tensor) and type(weight) in kinds and weight.is_floating_point() and weight.element_size() > 1
+    )
 
 
 def packed_numbers(module: nn.Module) -> torch.Tensor | None:
     """The largest tensor of a linear layer whose weight is packed, which stands for that weight; None for other modules."""
-    if hasattr(module, _WEIGHT):
+    weight = getattr(module, _WEIGHT, None)
+    if is_plain(weight) or (weight is not None and isinstance(module, nn.Linear)):
         return None
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if not all(isinstance(size, int) for size in sizes):
@@ -45,6 +56,11 @@ def packed_weights(model: nn.Module) -> list[str]:
     """The full names that the packed weights of a model would have as parameters."""
     modules = model.named_modules(remove_duplicate=False)
     return [f"{name}.{_WEIGHT}" for name, module in modules if packed_numbers(module) is not None]
+
+
+def loaded_name(tensor: str) -> str:
+    """The name under which a loader knows the weight whose packed numbers a tensor of a checkpoint holds; else its own."""
+    return next((tensor.removesuffix(end) for end in _PACKED if tensor.endswith(end)), tensor)
 
 
 def unpack(model: Any) -> None:

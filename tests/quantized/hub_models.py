@@ -240,6 +240,7 @@ _SIZES = {
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
 }
+_FINE_GRAINED = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
 _DEEPSEEK = {
     **_SIZES,
     "num_key_value_heads": 4,
@@ -277,6 +278,62 @@ def _with_prediction(tensors: Tensors) -> Tensors:
     }
 
 
+def save_deepseek_v4(folder: Path) -> Path:
+    """Its own names, FP8 with powers of two by block, and routed experts in MXFP4; sparse attention, and a layer to predict."""
+    hidden, heads, inner, low = 64, 4, 32, 32
+    names = {
+        "attn.wq_a": (low, hidden),
+        "attn.wq_b": (heads * 16, low),
+        "attn.wkv": (48, hidden),
+        "attn.wo_a": (2 * low, heads * 8),
+        "attn.wo_b": (hidden, 2 * low),
+        "ffn.shared_experts.w1": (inner, hidden),
+        "ffn.shared_experts.w2": (hidden, inner),
+        "ffn.shared_experts.w3": (inner, hidden),
+    }
+    experts = {f"ffn.experts.{i}.w{j}": (hidden, inner) if j == 2 else (inner, hidden) for i in range(4) for j in (1, 2, 3)}
+    fp8 = _fp8("{1}.scale", torch.float8_e8m0fnu)
+    tensors: Tensors = {
+        "embed.weight": realistic(97, hidden, seed=1).bfloat16(),
+        "head.weight": realistic(97, hidden, seed=2).bfloat16(),
+        "norm.weight": torch.ones(hidden, dtype=torch.bfloat16),
+        "hc_head_fn": realistic(4, 4 * hidden, seed=3),
+        "hc_head_base": torch.zeros(4),
+        "hc_head_scale": torch.ones(1),
+    }
+    for i, layer in enumerate(("layers.0", "layers.1", "mtp.0")):
+        for seed, (name, shape) in enumerate(names.items()):
+            tensors |= fp8(f"{layer}.{name}.weight", realistic(*shape, seed=100 * i + seed))
+        for seed, (name, shape) in enumerate(experts.items()):
+            tensors |= _mxfp4_nibbles(f"{layer}.{name}.weight", realistic(*shape, seed=100 * i + 50 + seed))
+        tensors |= {
+            f"{layer}.ffn.gate.weight": realistic(4, hidden, seed=7 + i).bfloat16(),
+            f"{layer}.ffn.gate.bias": torch.zeros(4),
+            f"{layer}.attn.attn_sink": torch.zeros(heads),
+            f"{layer}.attn_norm.weight": torch.ones(hidden, dtype=torch.bfloat16),
+            f"{layer}.hc_attn_fn": realistic(24, 4 * hidden, seed=40 + i),
+            f"{layer}.hc_attn_base": torch.zeros(24),
+        }
+    for seed, name in enumerate(("e_proj", "h_proj")):
+        tensors |= fp8(f"mtp.0.{name}.weight", realistic(hidden, hidden, seed=300 + seed))
+    config = {
+        "architectures": ["DeepseekV4ForCausalLM"],
+        "model_type": "deepseek_v4",
+        "num_hidden_layers": 2,
+        "hidden_size": hidden,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_nextn_predict_layers": 1,
+        "expert_dtype": "fp4",
+        "torch_dtype": "bfloat16",
+        "quantization_config": {**_FINE_GRAINED, "scale_fmt": "ue8m0"},
+    }
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    write(folder, tensors, shards=2)
+    return folder
+
+
 def _gpt_oss() -> Any:
     sizes = {**_SIZES, "intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 16}
     return transformers.GptOssForCausalLM(transformers.GptOssConfig(num_local_experts=4, num_experts_per_tok=2, **sizes))
@@ -309,9 +366,6 @@ def _qwen3_moe() -> Any:
     sizes = {**_SIZES, "num_key_value_heads": 2, "head_dim": 16, "moe_intermediate_size": 32}
     config = transformers.Qwen3MoeConfig(num_experts=4, num_experts_per_tok=2, **sizes)
     return transformers.Qwen3MoeForCausalLM(config)
-
-
-_FINE_GRAINED = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
 
 
 def _compressed(format_name: str, ignore: list[str], **weights: Any) -> dict[str, Any]:

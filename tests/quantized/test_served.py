@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import warnings
 from collections.abc import Container
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,99 +12,21 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
 
 import surgery
 from surgery.names import Train
 from tests.models import files_of, planned, tensors_of
-from tests.quantized.hub_models import LAYOUTS, Layout, dequantized, save_dense
+from tests.quantized.hub_models import LAYOUTS, dequantized, save_dense
+from tests.quantized.served import RANK, Made
 from tests.releases import needs
 
 IDS = (torch.arange(24) * 7 % 90)[None]
-RANK = 4
 
 #: Loaded right by transformers; it has no quantizer for modelopt's, and leaves out the global scales of experts in NVFP4.
 needs_compressed = needs("compressed-tensors", ">=0.20", "loading its models")
 LOADED = [name for name in LAYOUTS if name not in ("nvfp4_llama_modelopt", "nvfp4_mixture")]
 #: Stored in FP8, or in four bits: how far a weight is from what it should be, relative, after it is quantized again.
 COARSE = {"deepseek_v3": 0.04}
-
-
-@dataclass
-class Made:
-    """A quantized model, factorized, and scales for it."""
-
-    name: str
-    folder: Path
-
-    @property
-    def layout(self) -> Layout:
-        return LAYOUTS[self.name]
-
-    @property
-    def model(self) -> Path:
-        return self.folder / "m"
-
-    @property
-    def factorized(self) -> Path:
-        return self.folder / "f"
-
-    @cached_property
-    def numbers(self) -> dict[str, torch.Tensor]:
-        """What its weights are, float64."""
-        return dequantized(self.model)
-
-    @cached_property
-    def scales(self) -> dict[str, torch.Tensor]:
-        generator = torch.Generator().manual_seed(3)
-        targets = surgery.Manifest.read(self.factorized).targets
-        return {target.key: 1 + 0.3 * torch.randn(target.scales_shape, generator=generator) for target in targets}
-
-    @cached_property
-    def saved(self) -> Path:
-        """The file that holds them."""
-        path = self.folder / "scales.safetensors"
-        surgery.write_scales(path, self.scales, surgery.inspect(self.factorized).fingerprint)
-        return path
-
-    @cached_property
-    def updates(self) -> dict[str, torch.Tensor]:
-        """``U diag(s (g - 1)) V^T`` of each target, float64."""
-        factors: dict[str, torch.Tensor] = {}
-        for path in (self.factorized / "surgery").glob("factors-*"):
-            factors |= load_file(path)
-        found = {}
-        for name, g in self.scales.items():
-            U, s, V = (factors[f"{name}.{part}"].double() for part in ("U", "s", "V"))
-            found[name] = U * (s * (g.double() - 1)).unsqueeze(-2) @ V.mT
-        return found
-
-    @cached_property
-    def wanted(self) -> dict[str, torch.Tensor]:
-        """The weights with the updates added, float64."""
-        return {name: one + self.updates.get(name, 0) for name, one in self.numbers.items()}
-
-    def folded(self, name: str, **options: Any) -> tuple[Path, surgery.FoldReport]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", surgery.SurgeryWarning)  # of what rounding has lost
-            return self.folder / name, surgery.fold(
-                self.factorized, self.scales, self.folder / name, base=self.model, **options
-            )
-
-
-_made: dict[str, Made] = {}
-
-
-@pytest.fixture
-def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """Each is made once. Read-only, but for what is folded beside it."""
-    name = request.param
-    if name not in _made:
-        folder = tmp_path_factory.mktemp(name)
-        LAYOUTS[name].save(folder / "m", shards=2 if name in ("deepseek_v3", "kimi_k2") else 1)
-        surgery.factorize(folder / "m", folder / "f", rank=RANK)
-        _made[name] = Made(name, folder)
-    return _made[name]
 
 
 each = pytest.mark.parametrize("made", LAYOUTS, indirect=True)
@@ -198,6 +117,19 @@ def test_scales_on_the_model_as_it_is_loaded(made: Made, tmp_path: Path) -> None
     expected = logits(exact(made, made.wanted, tmp_path / "wanted"))
     assert off(logits(model), expected) < tolerance
     assert off(before, expected) > 0.05
+
+
+@pytest.mark.parametrize("excluded", ["*experts.1.*", "*experts.0.up_proj*"])
+@pytest.mark.parametrize("made", ["kimi_k2"], indirect=True)
+def test_scales_on_some_of_the_experts(made: Made, excluded: str, tmp_path: Path) -> None:
+    """Others that lie packed in the checkpoint keep their places in the stacks that a model has of them."""
+    surgery.factorize(made.model, tmp_path / "f", rank=RANK, exclude=(excluded,), layout="overlay")
+    some = Made(made.name, tmp_path)
+    (tmp_path / "m").symlink_to(made.model)
+    assert 0 < len(some.updates) < len(made.updates)
+    model = loaded(made)
+    surgery.attach(model, some.factorized).load(some.saved)
+    assert off(logits(model), logits(exact(made, some.wanted, tmp_path / "wanted"))) < 1e-2
 
 
 @each

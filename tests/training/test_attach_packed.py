@@ -44,12 +44,12 @@ class Packed(nn.Module):
         return nn.functional.linear(x, self.dense())
 
 
-def _loaded(folder: Path) -> Any:
+def _loaded(folder: Path, kind: type[Packed] = Packed) -> Any:
     """A model whose blocks are packed; the output head is not."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and "layers" in name:
-            model.set_submodule(name, Packed(module))
+            model.set_submodule(name, kind(module))
     return model.train()
 
 
@@ -86,6 +86,41 @@ def test_scales_on_packed_layers(tmp_path: Path) -> None:
 
     scales.detach()
     assert torch.equal(model(IDS).logits, before)
+
+
+class Weighted(Packed):
+    """The same with the numbers in a parameter called ``weight``, as transformers keeps the blocks of a GGUF file."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear)
+        self.weight = nn.Parameter(self.get_buffer("qweight"), requires_grad=False)
+
+
+class ForInference(Packed):
+    """The same with a product that knows no gradients, as kernels of servers are."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.detach())
+
+
+def test_numbers_that_are_called_weight(tmp_path: Path) -> None:
+    llama = save_llama(tmp_path / "m", torch.float32)
+    surgery.factorize(llama, tmp_path / "f", rank=8, layout="overlay")
+    found = []
+    for kind in (Packed, Weighted):
+        model = _loaded(llama, kind)
+        scales = surgery.attach(model, tmp_path / "f", train="core")
+        for i, delta in enumerate(scales.parameters()):
+            delta.data = 0.1 * torch.randn(delta.shape, generator=torch.Generator().manual_seed(i))
+        found.append(model(IDS).logits)
+    assert torch.equal(*found)
+
+
+def test_layers_for_inference_alone(tmp_path: Path) -> None:
+    llama = save_llama(tmp_path / "m", torch.float32)
+    surgery.factorize(llama, tmp_path / "f", rank=8, layout="overlay")
+    with pytest.raises(OptionError, match="a ForInference of the model passes no gradients on"):
+        surgery.attach(_loaded(llama, ForInference), tmp_path / "f")
 
 
 def test_what_packed_layers_hold_is_told(tmp_path: Path) -> None:
