@@ -1,6 +1,6 @@
 """Rounding in directions where nothing was tuned: other shapes, spectra, ranks and changes than those of the tests.
 
-    python benchmarks/rounding.py --shapes 256x256,1000x3000 --kinds bfloat16,fp8 --seeds 1,2 --worst 20
+    python benchmarks/rounding.py --shapes 256x256,1000x3000 --kinds bfloat16,fp8,nvfp4 --seeds 1,2 --worst 20
 
 For each case: the share of the update that arrives, the error within its directions (both in float64, from the numbers that
 are written), those of rounding to nearest, how often all rows were rounded, and the milliseconds of one thread. With ``--model
@@ -24,15 +24,23 @@ from surgery.lossless.directions import Directions
 from surgery.lossless.factors import Factors, between, inner_change
 from surgery.lossless.grids import DtypeGrid, Grid
 from surgery.lossless.update import Written, rescale
-from surgery.quantized.codec import Codec, Parts
-from surgery.quantized.elements import E4M3
+from surgery.quantized.codec import Codec, Role
+from surgery.quantized.elements import E2M1, E4M3, Integers
 
 #: Rows that were rounded, by all passes.
 ROUNDED = [0]
 _CHANGES = ("0.001", "0.003", "0.01", "0.03", "0.1", "one")
 
 
-FP8 = Codec(E4M3(), (128, 128), "FP8")
+#: Quantized formats, and the dtypes of their scales.
+FORMATS = {
+    "fp8": (Codec(E4M3(), (128, 128), "fp8"), torch.float32),
+    "mxfp8": (Codec(E4M3(), (1, 32), "mxfp8"), torch.float8_e8m0fnu),
+    "int8": (Codec(Integers(8, packed=False), (1, 1 << 30), "int8"), torch.bfloat16),
+    "int4": (Codec(Integers(4, packed=True), (1, 128), "int4"), torch.bfloat16),
+    "mxfp4": (Codec(E2M1(), (1, 32), "mxfp4"), torch.float8_e8m0fnu),
+    "nvfp4": (Codec(E2M1(), (1, 16), "nvfp4", divides=True), torch.float8_e4m3fn),
+}
 
 
 def count_passes() -> None:
@@ -61,14 +69,16 @@ def spectrum(kind: str, m: int, n: int, generator: torch.Generator) -> torch.Ten
     return bulk * (0.02 / bulk.std())
 
 
-def stored(kind: str, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A weight in a format, and the scales of its blocks."""
-    if kind != "fp8":
-        return weight.to(getattr(torch, kind)), None
-    m, n = weight.shape
-    parts: Parts = {"scale": torch.zeros(FP8.grid_of((m, n)))}  # which holds nothing
-    parts = FP8.parts_that_hold(FP8.extremes(weight, parts), parts)
-    return FP8.dequantize(FP8.quantize(weight, parts), parts, (m, n)), parts["scale"]
+def stored(kind: str, weight: torch.Tensor) -> tuple[torch.Tensor, dict[Role, torch.Tensor]]:
+    """A weight in a format, and what belongs to its numbers."""
+    if kind not in FORMATS:
+        return weight.to(getattr(torch, kind)), {}
+    (m, n), (codec, dtype) = weight.shape, FORMATS[kind]
+    parts: dict[Role, torch.Tensor] = {"scale": torch.full(codec.grid_of((m, n)), 2.0**-30).to(dtype)}  # holds next to nothing
+    if codec.divides:
+        parts["global_scale"] = (448 * 6 / weight.abs().max()).view(1)
+    parts = codec.parts_that_hold(codec.extremes(weight, parts), parts)
+    return codec.dequantize(codec.quantize(weight, parts), parts, (m, n)), parts
 
 
 def measured(result: torch.Tensor, weight: torch.Tensor, factors: Factors, core: torch.Tensor) -> tuple[float, float]:
@@ -112,7 +122,7 @@ def weights(args: argparse.Namespace) -> Iterator[tuple[str, torch.Tensor, int]]
 def cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for name, exact, seed in weights(args):
         for kind in args.kinds.split(","):
-            weight, scale = stored(kind, exact)
+            weight, stored_parts = stored(kind, exact)
             for k in map(int, args.ranks.split(",")):
                 torch.manual_seed(seed)
                 u, s, v = torch.svd_lowrank(weight.float(), k + 8, niter=4)
@@ -122,15 +132,15 @@ def cases(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     core = inner_change(factors, trained)
                     exactly = weight.double() + between(factors, core).left @ factors.V.double().T
                     grid: Grid = DtypeGrid(weight.dtype)
-                    if scale is not None:
-                        parts: Parts = {"scale": scale}
-                        parts = FP8.parts_that_hold(FP8.extremes(exactly.float(), parts), parts)
-                        grid = FP8.grid(parts, (len(weight), weight.shape[1]))
+                    if kind in FORMATS:
+                        codec, _ = FORMATS[kind]
+                        parts = codec.parts_that_hold(codec.extremes(exactly.float(), stored_parts), stored_parts)
+                        grid = codec.grid(parts, (len(weight), weight.shape[1]))
                     nearest = grid.nearest(exactly.float(), slice(0, len(weight)))
                     ROUNDED[0], out = 0, weight.clone()
                     start = time.perf_counter()
                     result, kept = rescale(
-                        out, factors, trained, None, Written(out, args.rounding, grid if scale is not None else None)
+                        out, factors, trained, None, Written(out, args.rounding, grid if kind in FORMATS else None)
                     )
                     took = time.perf_counter() - start
                     share, error = measured(result, weight, factors, core)

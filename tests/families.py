@@ -112,6 +112,45 @@ def _flux(model: Any) -> torch.Tensor:
     ).sample
 
 
+def _controlnet(model: Any) -> torch.Tensor:
+    image = _ramp(1, 3, 16, 16)
+    return model(_ramp(1, 4, 8, 8), torch.tensor([3]), _ramp(1, 5, 24), controlnet_cond=image).mid_block_res_sample
+
+
+def _make_controlnet() -> Any:
+    model: Any = diffusers.ControlNetModel(
+        in_channels=4,
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=24,
+        attention_head_dim=8,
+        conditioning_embedding_out_channels=(8, 16),
+    )
+    nn.init.normal_(model.controlnet_mid_block.weight)  # which is zero until it is trained
+    return model
+
+
+def _video(model: Any) -> torch.Tensor:
+    return model(
+        hidden_states=_ramp(1, 4, 1, 4, 4),
+        timestep=torch.tensor([3]),
+        encoder_hidden_states=_ramp(1, 5, 24),
+        encoder_attention_mask=torch.ones(1, 5),
+        pooled_projections=_ramp(1, 20),
+        guidance=torch.tensor([1000.0]),
+    ).sample
+
+
+def _sana(model: Any) -> torch.Tensor:
+    return model(_ramp(1, 4, 8, 8), _ramp(1, 5, 24), torch.tensor([3])).sample
+
+
+def _autoencoder(model: Any) -> torch.Tensor:
+    return model(_ramp(1, 3, 16, 16)).sample
+
+
 @dataclass(frozen=True)
 class Family:
     """A model of a family.
@@ -155,6 +194,9 @@ _QKV = ("q", "k", "v")
 _HALVES = ("gate", "up")
 _NEOX = {"query_key_value.weight", "dense.weight", "dense_h_to_4h.weight", "dense_4h_to_h.weight"}
 _NEOX_FUSED = {"query_key_value.weight": _QKV}
+_DIFFUSERS_ATTENTION = {f"to_{name}.weight" for name in ("q", "k", "v", "out.0")}
+_DIFFUSERS_MLP = {"net.0.proj.weight", "net.2.weight"}
+_RESNET = {"conv.weight", "conv1.weight", "conv2.weight", "conv_shortcut.weight"}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**DECODER)), _text, "llama", _QKVO | _GATED, {}),
@@ -416,11 +458,7 @@ FAMILIES: dict[str, Family] = {
         ),
         _unet,
         "diffusion",
-        {
-            *(f"to_{name}.weight" for name in ("q", "k", "v", "out.0")),
-            *("net.0.proj.weight", "net.2.weight", "proj_in.weight", "proj_out.weight"),
-            *("conv.weight", "conv1.weight", "conv2.weight", "conv_shortcut.weight"),
-        },
+        {*_DIFFUSERS_ATTENTION, *_DIFFUSERS_MLP, *_RESNET, "proj_in.weight", "proj_out.weight", "time_emb_proj.weight"},
         {},
     ),
     "DiT": Family(
@@ -437,7 +475,7 @@ FAMILIES: dict[str, Family] = {
         ),
         _dit,
         "diffusion",
-        {*(f"to_{name}.weight" for name in ("q", "k", "v", "out.0")), "net.0.proj.weight", "net.2.weight"},
+        {*_DIFFUSERS_ATTENTION, *_DIFFUSERS_MLP, "norm1.linear.weight"},
         {},
     ),
     "Flux": Family(
@@ -459,7 +497,72 @@ FAMILIES: dict[str, Family] = {
             *(f"to_{name}.weight" for name in ("q", "k", "v", "out.0", "add_out")),
             *(f"add_{name}_proj.weight" for name in "qkv"),
             *("net.0.proj.weight", "net.2.weight", "proj_mlp.weight", "proj_out.weight"),
+            *("norm.linear.weight", "norm1.linear.weight", "norm1_context.linear.weight"),
         },
+        {},
+    ),
+    "ControlNet": Family(
+        _make_controlnet,
+        _controlnet,
+        "diffusion",
+        {*_DIFFUSERS_ATTENTION, *_DIFFUSERS_MLP, *_RESNET, "proj_in.weight", "proj_out.weight", "time_emb_proj.weight"},
+        {},
+    ),
+    "HunyuanVideo": Family(
+        lambda: diffusers.HunyuanVideoTransformer3DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=1,
+            num_single_layers=1,
+            num_refiner_layers=1,
+            patch_size=1,
+            text_embed_dim=24,
+            pooled_projection_dim=20,
+            rope_axes_dim=(4, 6, 6),
+        ),
+        _video,
+        "diffusion",
+        {
+            *_DIFFUSERS_ATTENTION,
+            *(f"refiner_blocks.0.attn.to_{name}.weight" for name in ("q", "k", "v", "out.0")),
+            *(f"add_{name}_proj.weight" for name in "qkv"),
+            *("to_add_out.weight", "proj_mlp.weight", "single_transformer_blocks.0.proj_out.weight"),
+            *_DIFFUSERS_MLP,
+            *("norm.linear.weight", "norm1.linear.weight", "norm1_context.linear.weight"),
+            "refiner_blocks.0.norm_out.linear.weight",
+        },
+        {},
+    ),
+    "Sana": Family(
+        lambda: diffusers.SanaTransformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_cross_attention_heads=2,
+            cross_attention_head_dim=16,
+            cross_attention_dim=32,
+            num_layers=2,
+            caption_channels=24,
+            sample_size=8,
+        ),
+        _sana,
+        "diffusion",
+        {*_DIFFUSERS_ATTENTION, "ff.conv_inverted.weight", "ff.conv_point.weight"},
+        {},
+    ),
+    "VAE": Family(
+        lambda: diffusers.AutoencoderKL(
+            block_out_channels=(8, 16),
+            down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D"),
+            up_block_types=("UpDecoderBlock2D", "UpDecoderBlock2D"),
+            norm_num_groups=4,
+        ),
+        _autoencoder,
+        "diffusion",
+        {*_DIFFUSERS_ATTENTION, *_RESNET},
         {},
     ),
 }

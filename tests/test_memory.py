@@ -54,6 +54,7 @@ def test_more_experts_in_a_stack_the_same_peak(tmp_path: Path) -> None:
     assert all(large < small + 35e6 for small, large in zip(*_peaks(models), strict=True))
 
 
+@pytest.mark.slow  # the peaks of factorize and fold are in the suite
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_extracting_twice_the_layers_takes_no_more(tmp_path: Path) -> None:
     """Of two models with weights of 25 MB each, and within the plan's estimate."""

@@ -46,13 +46,14 @@ def report_of(
     reasons |= {name: reasons[stored] for name, stored in packed.items() if name != stored and stored in reasons}
     reasons |= {one: "matched by --full" for one in reasons if matches(one, extraction.options.full)}
     targets = tuple(told_of_target(target, found[target.tensor], ranks[target.tensor], totals) for target in plan.targets)
-    others = tuple(
-        told_of_other(
-            extraction.entry(one.tensor), shard.file, one, reasons[one.tensor], totals, saved=one.tensor in extraction.saved
-        )
-        for shard, result in zip(plan.shards, results, strict=True)
-        for one in result.others
-    )
+    others = []
+    for shard, result in zip(plan.shards, results, strict=True):
+        for one in result.others:
+            entry = extraction.entry(one.tensor)
+            # A plan passes over the tensor of the file; what is compared is the weight whose numbers that may have packed.
+            reason = reasons[entry.name if entry.name in reasons else entry.stored.name]
+            saved = one.tensor in extraction.saved
+            others.append(told_of_other(entry, shard.file, one, reason, totals, saved=saved))
     return ExtractReport(
         out=written.out,
         layout=extraction.options.form.layout,
@@ -62,7 +63,7 @@ def report_of(
         rank=written.adapter.rank,
         numbers=written.adapter.numbers,
         targets=targets,
-        others=others,
+        others=tuple(others),
         further=extraction.further(),
         change=totals.relative_change(),
         kept=totals.kept(),

@@ -19,6 +19,7 @@ from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import TargetRecord
 from surgery.lossless.factors import Factors
 from surgery.models.accelerate_api import at_hand, is_kept_elsewhere
+from surgery.models.packed import held_at, held_in, is_plain, loaded_name, packed_numbers
 from surgery.models.peft_api import is_wrapper
 from surgery.models.placement import Place, Placed, Positions, homes, locate, parameter_names
 from surgery.models.terms import Term
@@ -55,7 +56,7 @@ def places_of(model: nn.Module, manifest: Manifest) -> dict[str, list[Place]]:
             transformers and seems to have a target under another name; or a parameter of a target is also another tensor of
             the checkpoint, which the manifest does not know as an alias.
     """
-    shapes: dict[str, Sequence[int] | None] = {skipped.tensor: None for skipped in manifest.skipped}
+    shapes: dict[str, Sequence[int] | None] = {loaded_name(skipped.tensor): None for skipped in manifest.skipped}
     shapes |= {tensor: target.shape for target in manifest.targets for tensor in target.tensors}
     places = locate(model, shapes)
     if absent := [target for target in manifest.targets if places.keys().isdisjoint(target.tensors)]:
@@ -85,7 +86,7 @@ def _renamed(model: nn.Module, absent: Sequence[TargetRecord], known: Container[
 
     It could hold the residual of that target, and the model would compute without the target's leading directions.
     """
-    parameters = {name: model.get_parameter(full) for name, full in parameter_names(model).items()}
+    parameters = {name: held_at(model, full) for name, full in parameter_names(model).items()}
     loaded = {id(parameter) for name, parameter in parameters.items() if name in known}
     shapes = {tuple(target.shape) for target in absent}
     found = (name for name, own in parameters.items() if id(own) not in loaded and tuple(own.shape) in shapes)
@@ -100,7 +101,7 @@ def _check_alone(model: nn.Module, manifest: Manifest, tensors: Iterable[str]) -
     """
     together: dict[int, dict[str, str]] = {}  # id of a parameter -> each name that tensors are loaded into, and one of these
     for tensor, name in homes(model, tensors).items():
-        together.setdefault(id(model.get_parameter(name)), {}).setdefault(name, tensor)
+        together.setdefault(id(held_at(model, name)), {}).setdefault(name, tensor)
     twice = {tensor: set(found.values()) for found in together.values() if len(found) > 1 for tensor in found.values()}
     for target in manifest.targets:
         for tensor in target.tensors:
@@ -165,7 +166,7 @@ class Carrier:
 
     def weight(self) -> torch.Tensor:
         layer = self.layers[0]
-        return layer.module.get_parameter(layer.name).detach()
+        return held_in(layer.module, layer.name).detach()
 
 
 def carriers_of(model: nn.Module, names: Iterable[str]) -> dict[str, Carrier]:
@@ -173,12 +174,14 @@ def carriers_of(model: nn.Module, names: Iterable[str]) -> dict[str, Carrier]:
     readers = _readers(model)
     holders: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            holders.setdefault(id(parameter), []).append((module, name))
+        for name, own in module.named_parameters(recurse=False):
+            holders.setdefault(id(own), []).append((module, name))
+        if (packed := packed_numbers(module)) is not None:
+            holders[id(packed)] = [(module, "weight")]
     made: dict[int, Carrier] = {}
     carriers = {}
     for name in names:
-        parameter = model.get_parameter(name)
+        parameter = held_at(model, name)
         if id(parameter) not in made:
             made[id(parameter)] = _carrier(name, parameter, holders[id(parameter)], readers)
         carriers[name] = made[id(parameter)]
@@ -187,7 +190,7 @@ def carriers_of(model: nn.Module, names: Iterable[str]) -> dict[str, Carrier]:
 
 def _carrier(
     name: str,
-    parameter: nn.Parameter,
+    parameter: torch.Tensor,
     holders: Sequence[tuple[nn.Module, str]],
     readers: dict[tuple[int, str], list[nn.Module]],
 ) -> Carrier:
@@ -243,10 +246,12 @@ def _chains(kind: Any) -> frozenset[tuple[str, ...]]:
     return frozenset(chains)
 
 
-def _is_quantized(module: nn.Module, weight: nn.Parameter, name: str) -> bool:
+def _is_quantized(module: nn.Module, weight: torch.Tensor, name: str) -> bool:
     """Whether a parameter is quantized. Raises OptionError if it is sharded, or quantized and no linear weight."""
     if is_sharded(weight):
         raise OptionError(f"{name!r} is sharded over processes", hint="attach first, then shard the model")
+    if packed_numbers(module) is not None:
+        return True
     plain = is_plain(weight)
     if not plain and not isinstance(module, nn.Linear):
         raise OptionError(
@@ -381,11 +386,6 @@ def _placed(factor: torch.Tensor, positions: tuple[Positions, Positions], length
     placed = factor.new_zeros(length, factor.shape[1])
     placed[torch.as_tensor(at)] = factor[torch.as_tensor(of)]
     return placed
-
-
-def is_plain(parameter: nn.Parameter) -> bool:
-    """Whether a parameter is not quantized: quantized ones are integers, 8-bit floats, or a library's own tensor class."""
-    return type(parameter) is nn.Parameter and parameter.is_floating_point() and parameter.element_size() > 1
 
 
 def is_sharded(parameter: torch.Tensor) -> bool:

@@ -16,6 +16,7 @@ from torch import nn
 
 from surgery.errors import OptionError
 from surgery.format.views import Slice
+from surgery.models.packed import packed_weights
 from surgery.models.peft_api import own_name
 from surgery.models.transformers_api import converted, is_from_transformers, loaded_by, reordered_axis
 
@@ -125,8 +126,9 @@ def homes(model: nn.Module, tensors: Iterable[str]) -> dict[str, str]:
 
 
 def parameter_names(model: nn.Module) -> dict[str, str]:
-    """Name of each parameter as without PEFT's wrappers of layers -> its full name in the model."""
-    return {own_name(name): name for name, _ in model.named_parameters(remove_duplicate=False)}
+    """Name of each parameter as without PEFT's wrappers of layers -> its full name in the model; also of packed weights."""
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    return {own_name(name): name for name in [*names, *packed_weights(model)]}
 
 
 def _loaded(

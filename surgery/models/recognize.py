@@ -15,7 +15,8 @@ from surgery.format.manifest_records import TargetRecord
 from surgery.format.safetensors import TORCH_DTYPES
 from surgery.format.sample import SampleHash
 from surgery.lossless.factors import Factors
-from surgery.models.carriers import Carrier, is_plain, is_sharded
+from surgery.models.carriers import Carrier, is_sharded
+from surgery.models.packed import held_at, held_in, is_plain, loaded_name
 from surgery.models.placement import Place, Positions, homes
 from surgery.models.terms import Term
 from surgery.names import FACTORIZABLE_DTYPES
@@ -57,7 +58,8 @@ def is_residual(held: HeldTarget, dtype: torch.dtype, stored: Callable[[], torch
 
     Raises:
         SourceError: it is neither.
-        OptionError: only a part of it is in the model, or it is quantized and joined with other weights.
+        OptionError: only a part of it is in the model, or it is quantized and joined with other weights, or in a layer that is
+            for inference alone.
     """
     target, places, carriers = held.target, held.places, held.carriers
     if any(carriers[place.parameter].quantized for place in places):
@@ -97,8 +99,11 @@ def held_elsewhere(model: nn.Module, manifest: Manifest, absent: Sequence[Target
     So it is where a loader was told other names than it knows by itself. Told by a sample of the entries, as ``is_residual``
     does it; what is quantized or offloaded cannot be told.
     """
-    tensors = [*(skipped.tensor for skipped in manifest.skipped), *(name for t in manifest.targets for name in t.tensors)]
-    loaded = {id(model.get_parameter(name)) for name in homes(model, tensors).values()}
+    tensors = [
+        *(loaded_name(skipped.tensor) for skipped in manifest.skipped),
+        *(name for t in manifest.targets for name in t.tensors),
+    ]
+    loaded = {id(held_at(model, name)) for name in homes(model, tensors).values()}
     for name, parameter in model.named_parameters():
         if id(parameter) in loaded or parameter.is_meta or not is_plain(parameter) or is_sharded(parameter):
             continue
@@ -128,11 +133,17 @@ def _neither(target: TargetRecord, got: str, what: str, hint: str | None = None)
 
 def _images(layer: nn.Module, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """``x W^T``, float32, on the CPU, by running a linear layer whose weight is quantized; x: (any, in)."""
-    device = layer.get_parameter("weight").device
+    device = held_in(layer, "weight").device
     inputs = torch.cat([x, x.new_zeros(1, x.shape[1])]).to(device, dtype)
     # As in training: without a gradient to compute, bitsandbytes packs the weight for inference, for good.
     with torch.enable_grad():
-        images: torch.Tensor = layer(inputs.requires_grad_()).detach().float().cpu()
+        outputs: torch.Tensor = layer(inputs.requires_grad_())
+    if not outputs.requires_grad:
+        raise OptionError(
+            f"a {type(layer).__name__} of the model passes no gradients on, so that layers before it would not be trained",
+            hint="load the model dequantized, or in a way that can be trained",
+        )
+    images = outputs.detach().float().cpu()
     return images[:-1] - images[-1:]
 
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from surgery.errors import OptionError
 from surgery.models.accelerate_api import is_kept_elsewhere
-from surgery.models.carriers import is_plain, is_sharded
+from surgery.models.carriers import is_sharded
+from surgery.models.packed import is_plain
 from surgery.peft.adapter_scales import AdapterScales
 from surgery.peft.layer import SpectralLayer, layers_of
 from surgery.training.attach_plan import plan_attach

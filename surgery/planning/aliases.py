@@ -23,7 +23,8 @@ from surgery.format.safetensors import ShardReader, same_bytes
 from surgery.models.placement import Place, Positions, locate
 from surgery.models.skeleton import skeleton
 from surgery.names import CONFIG_FILE
-from surgery.planning.targets import Target, in_block, is_embedding
+from surgery.planning.roles import in_block, is_embedding
+from surgery.planning.targets import Target
 from surgery.planning.unloaded import why_unloaded
 from surgery.source.protocol import Source
 

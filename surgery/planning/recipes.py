@@ -2,6 +2,9 @@
 
 description = "what it is for"
 families = ["llama"]                 # model_type of config.json; such models take this recipe by themselves
+refines = true                       # for these families: what no rule matches is as in a model without recipe
+narrows = false                      # whether rules choose among the targets that the model has without this recipe
+convolutions = false                 # whether the convolutions of blocks are then targets, as their linear layers are
 split = false                        # whether fused projections are split, if --split does not say
 
 [[rules]]                            # the first one that matches a tensor's name decides
@@ -35,7 +38,7 @@ from surgery.reports import NOT_IN_JSON, Report, in_json
 
 Every = Literal["group", "column"]
 
-RECIPE_KEYS = ("description", "families", "split", "rules")
+RECIPE_KEYS = ("description", "families", "refines", "narrows", "convolutions", "split", "rules")
 RULE_KEYS = ("match", "regex", "view", "slices", "every", "axis", "split", "rank", "energy", "max_rank", "skip")
 _MAX_BYTES = 1 << 20
 _AXES = {"rows": 0, "columns": 1}
@@ -92,7 +95,13 @@ class Recipe:
     Attributes:
         name: of its file.
         description: what it is for.
-        families: the models that take it by themselves, by ``model_type`` or class of their config.
+        families: the models that take it by themselves, by ``model_type`` or class of their config; ``diffusers``: those of any
+            class of diffusers.
+        refines: whether, in a model of these families, tensors that no rule matches are targets as in a model without recipe;
+            else they are passed over.
+        narrows: whether its rules choose among the targets that a model has without it, so that a name that an embedding, a
+            router or a norm shares with what is meant takes none of these.
+        convolutions: with ``refines``, whether the convolutions of blocks are targets, as their linear layers are.
         split: whether fused projections are split, if nobody says.
         rules: the first one that matches a tensor's name decides.
     """
@@ -100,12 +109,27 @@ class Recipe:
     name: str
     description: str
     families: tuple[str, ...]
+    refines: bool
+    narrows: bool
+    convolutions: bool
     split: bool
     rules: tuple[Rule, ...]
 
     def rule_for(self, name: str) -> Rule | None:
         """The first rule that matches a tensor's name."""
         return next((rule for rule in self.rules if rule.matches(name)), None)
+
+    def refines_for(self, config: Mapping[str, Any]) -> bool:
+        """Whether, in the model of a config, tensors that no rule matches are targets as in a model without recipe.
+
+        A model whose config names no family is taken for one of the recipe's.
+        """
+        return self.refines and (family_of(config) is None or self.is_for(config))
+
+    def is_for(self, config: Mapping[str, Any]) -> bool:
+        """Whether the model of a config is of its families."""
+        # A class of diffusers may have a setting of its own that is called model_type.
+        return ("diffusers" if "_class_name" in config else family_of(config)) in self.families
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,8 +183,7 @@ def find_recipe(name: str) -> Recipe:
 
 def recipe_for_family(config: Mapping[str, Any]) -> Recipe | None:
     """The built-in recipe for the family that ``config.json`` names; None for families without one."""
-    family = family_of(config)
-    return next((recipe for recipe in builtin_recipes().values() if family in recipe.families), None)
+    return next((recipe for recipe in builtin_recipes().values() if recipe.is_for(config)), None)
 
 
 def family_of(config: Mapping[str, Any]) -> str | None:
@@ -196,6 +219,9 @@ def read_recipe(path: Path) -> Recipe:
         name=path.stem,
         description=_of_type(parsed.get("description", ""), str, f"{where}: description"),
         families=_strings(families, f"{where}: families"),
+        refines=_of_type(parsed.get("refines", False), bool, f"{where}: refines"),
+        narrows=_of_type(parsed.get("narrows", False), bool, f"{where}: narrows"),
+        convolutions=_of_type(parsed.get("convolutions", False), bool, f"{where}: convolutions"),
         split=_of_type(parsed.get("split", False), bool, f"{where}: split"),
         rules=tuple(_rule(rule, f"{where}, rule {i + 1}") for i, rule in enumerate(rules)),
     )

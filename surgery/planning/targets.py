@@ -16,11 +16,13 @@ from surgery.format.header import TensorEntry
 from surgery.format.manifest_records import Alias
 from surgery.format.options import Options
 from surgery.format.tensor_view import TensorView
-from surgery.format.views import Kind, View
+from surgery.format.views import Slice, View
 from surgery.names import FACTORIZABLE_DTYPES, WEIGHT_BITS, told_dtype
 from surgery.planning.fused import slices_of
-from surgery.planning.recipes import Recipe, Rule
+from surgery.planning.recipes import Recipe, Rule, recipe_for_family
+from surgery.planning.roles import kind_of, own_slices, why_no_linear
 from surgery.planning.unloaded import why_unloaded
+from surgery.quantized.codec import PART_NAMES
 from surgery.quantized.recognize import Quantization
 from surgery.quantized.unread import UnreadWeight
 from surgery.quantized.weight import Quantized
@@ -28,15 +30,7 @@ from surgery.quantized.weight import Quantized
 DEFAULT_RANK = 16
 DEFAULT_MAX_RANK = 256
 
-_BLOCK_INDEX = re.compile(r"(^|\.)\d+\.")
-_EMBEDDING = re.compile(r"embed|^(wte|wpe|shared|relative_attention_bias)$|position")
-_NORM = re.compile(r"norm|^ln(_|\d|$)|layernorm")
-_HEAD = frozenset(
-    {"lm_head", "head", "heads", "score", "classifier", "embed_out", "cls", "qa_outputs", "output_layer", "pooler"}
-)
-_ROUTER = frozenset({"router", "gate", "shared_expert_gate", "wg"})
 _NO_WEIGHT = re.compile(r"^(A_log|D|dt_bias|inv_freq)$|_bias$|^bias$|rotary|freqs|_scale(_inv)?$")
-_EXPERTS = re.compile(r"(^|[._])(experts?|moe)([._]|$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +119,7 @@ class Model:
     def parts(self) -> Mapping[str, str]:
         """Each tensor that belongs to the numbers of a quantized weight -> what it is, in words."""
         return {
-            part.name: f"belongs to a weight that is {told_dtype(one.dtype)}"
+            part.name: f"the {PART_NAMES[part.role]} of an {told_dtype(one.dtype)} weight"
             for one in self.quantized.values()
             for part in one.parts
         }
@@ -158,7 +152,7 @@ def choose(entry: TensorEntry, shard: str, options: Options, model: Model) -> li
         wanted = by_name is None and matrix and entry.name not in model.parts
         entries = math.prod(entry.shape) if wanted and len(entry.shape) > 1 else 0
         return [Skipped(entry.stored.name, shard, reason, wanted, entries)]
-    kind = (rule.view if rule else None) or _kind(entry)
+    kind = (rule.view if rule else None) or kind_of(entry)
     try:
         _, m, n = View(kind).shape(entry.shape)
     except ValueError as error:
@@ -168,9 +162,12 @@ def choose(entry: TensorEntry, shard: str, options: Options, model: Model) -> li
     quantized = model.quantized.get(entry.name)
     if kind == "convolution" and (entry.shape[1] == 1 or quantized):
         return [Skipped(entry.stored.name, shard, "a quantized convolution" if quantized else "a depthwise convolution")]
-    views = [View(kind)]
-    if rule is not None and rule.slices and _wants_split(options, model, rule):
-        views = [View(kind, part) for part in slices_of(rule, (m, n), model.config, entry.name)]
+    parts: tuple[Slice, ...] = ()
+    if rule is None or (rule.view is None and not rule.slices):
+        parts = own_slices(entry, model.config, options.split)
+    elif rule.slices and _wants_split(options, model, rule):
+        parts = slices_of(rule, (m, n), model.config, entry.name)
+    views = [View(kind, part) for part in parts] or [View(kind)]
     rank, energy = extent(options, rule)
     fates: list[Target | Skipped] = []
     for view in views:
@@ -231,16 +228,6 @@ def _no_weight(entry: TensorEntry) -> str | None:
     return None
 
 
-def in_block(tensor: str) -> bool:
-    """Whether a tensor is in one of several numbered blocks, by its name."""
-    return _BLOCK_INDEX.search(tensor) is not None
-
-
-def is_embedding(tensor: str) -> bool:
-    """Whether a tensor is an embedding, by its name."""
-    return any(_EMBEDDING.search(part) for part in tensor.split(".")[:-1])
-
-
 def _unsupported(entry: TensorEntry, model: Model) -> str | None:
     if entry.dtype in FACTORIZABLE_DTYPES or (entry.name in model.quantized and model.quantized_too):
         return None
@@ -274,41 +261,22 @@ def _unwanted(entry: TensorEntry, options: Options, model: Model, rule: Rule | N
         return None if matches(entry.name, options.include) else "not matched by --include"
     if (unloaded := why_unloaded(entry.name, model.config)) is not None:
         return unloaded
+    if rule is not None and rule.skip is not None:
+        return rule.skip
+    if model.recipe is None or model.recipe.refines_for(model.config):
+        return _unwanted_by_default(entry, model.config, model.recipe, rule)
+    if rule is not None and not model.recipe.narrows:
+        return None
+    family = recipe_for_family(model.config)
+    reason = _unwanted_by_default(entry, model.config, family, family.rule_for(entry.name) if family else None)
+    return reason or (None if rule is not None else f"not in the recipe {model.recipe.name}")
+
+
+def _unwanted_by_default(entry: TensorEntry, config: Mapping[str, Any], family: Recipe | None, rule: Rule | None) -> str | None:
+    """Why a tensor is no target of a model, whose family has a recipe or none; ``rule`` is the one of it that matches."""
     if rule is not None:
         return rule.skip
-    reason = _role(entry)
-    if model.recipe is not None:
-        return reason or f"not in the recipe {model.recipe.name}"
-    return reason
-
-
-def _role(entry: TensorEntry) -> str | None:
-    """Why a tensor is no target by default: its name is not that of a linear layer in a transformer block. None if it is."""
-    *modules, last = entry.name.split(".")
-    owner = modules[-1] if modules else ""
-    experts = bool(_EXPERTS.search(entry.name))
-    if last != "weight" and not experts:
-        return "no weight of a linear layer"
-    if is_embedding(entry.name):
-        return "an embedding"
-    if _NORM.search(owner):
-        return "a norm"
-    if "router" in modules or owner in _ROUTER:
-        return "a router"
-    if _HEAD.intersection(modules):
-        return "an output head"
-    if len(entry.shape) > 2 and not experts:
-        return "a depthwise convolution" if entry.shape[1] == 1 else "a convolution"
-    if not in_block(entry.name):
-        return "outside the transformer blocks"
-    return None
-
-
-def _kind(entry: TensorEntry) -> Kind:
-    """The view of a tensor for which no rule names one."""
-    if len(entry.shape) == 2:
-        return "matrix"
-    return "stack" if len(entry.shape) == 3 and _EXPERTS.search(entry.name) else "convolution"
+    return why_no_linear(entry, config, convolutions=family is not None and family.convolutions)
 
 
 def matches(name: str, globs: Sequence[str]) -> bool:

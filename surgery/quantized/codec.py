@@ -21,10 +21,24 @@ from surgery.quantized.scaling import BlockScaling
 #: what stands for zero in each block, as a signed integer; the group that each column belongs to; and the weight's shape.
 Role = Literal["scale", "global_scale", "zero_point", "group_index", "shape"]
 Parts = Mapping[Role, torch.Tensor]
+#: What these are called in words.
+PART_NAMES: Mapping[Role, str] = {
+    "scale": "scales",
+    "global_scale": "global scale",
+    "zero_point": "zero points",
+    "group_index": "order of the columns",
+    "shape": "shape",
+}
 
 #: Rows whose extremes are looked for at a time, and entries that are scaled and rounded at a time: what stays in cache.
 _BAND = 64
 _AT_A_TIME = 1 << 18
+
+#: How many times the largest scale a block may want. Quantizers of NVFP4 choose the global scale such that the largest of the
+#: others is the largest number of its dtype, so that the block with the largest entries of a weight wants more when these grow:
+#: it gets that scale, and the few entries beyond it the largest number. Another global scale would not do: loaders that join
+#: the weights of q, k and v take one for all three.
+_MOST = 2
 
 #: Integers as wide as the dtypes of scales: of positive numbers the next larger one has the next larger bits.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
@@ -203,19 +217,20 @@ class Codec:
             bits = scales.view(torch.int32)
             return torch.where(is_zero, 1.0, (((bits + 0x007F_FFFF) >> 23) << 23).view(torch.float32))
         # A scale that is smaller than wanted holds the numbers too, if it is not by much.
-        enough = scales if "zero_point" in parts else scales * (self.elements.high / self.elements.high_held)
+        low, high = self.elements.low / self.elements.low_held, self.elements.high / self.elements.high_held
+        enough = scales if "zero_point" in parts else scales * max(low, high)
         largest = torch.finfo(dtype).max
-        if bool((enough > largest).any()):
+        if bool((scales > _MOST * largest).any()):
             raise WeightError(
                 f"{self.label}: the update is too large for its scales",
                 got=f"a scale of {scales.max().item():.3g}",
-                expected=f"at most {largest:.3g}",
+                expected=f"at most {_MOST * largest:.3g}",
                 hint="--dequantize writes bfloat16",
             )
         stored = scales.clamp(max=largest).to(dtype)
         # Near zero the numbers of a narrow dtype lie far apart.
         larger = (stored.view(_BITS[dtype.itemsize]) + 1).view(dtype).float()
-        stored = torch.where(stored.float() < enough, larger, stored.float())
+        stored = torch.where((stored.float() < enough) & (stored.float() < largest), larger, stored.float())
         return torch.where(is_zero, 1.0, stored)
 
     def _scales(self, parts: Parts, grid: torch.Size | tuple[int, ...]) -> torch.Tensor:

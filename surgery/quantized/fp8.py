@@ -25,8 +25,8 @@ from surgery.quantized.schemes import Told, Where
 from surgery.quantized.weight import Quantized, Storage, StoredPart
 
 _SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
-#: Sides of blocks that publishers use.
-_USUAL = (128, 64, 32, 16)
+#: Sides of blocks that are looked for where the config tells none. Of two powers of two never both fit.
+_SIDES = (8, 16, 32, 64, 128, 256, 512)
 #: The groups along the inputs of OCP Microscaling (MX) formats, whatever a config says of other weights.
 _MX = 1, 32
 #: Scales are FP8 themselves in NVFP4.
@@ -43,17 +43,13 @@ def find_fp8(entry: TensorEntry, where: Where, told: Told) -> Quantized | None:
         return None
     there = [name for name in scale_names(entry.name) if name in where]
     if not there:
+        of = entry.name.removesuffix("_scale")
+        if of != entry.name and (of in where or f"{of}_packed" in where):
+            return None  # the scales of an NVFP4 weight are FP8 themselves
         # Without scales, and without a word of the config, it is a cast, which stands for no other numbers.
         if told.is_empty:
             return None
-        near = [other for other in where if other.startswith(entry.name.removesuffix("weight")) and other != entry.name]
-        raise FormatError(
-            f"{told.model}: {entry.name!r} is FP8, and its scales are missing",
-            got=", ".join(near[:3]) or "no tensor like it",
-            expected=" or ".join(map(repr, scale_names(entry.name)[:2])),
-            hint="the model is incomplete, was cast to FP8 without scales, or is of another format: without its scales the "
-            "weight means nothing",
-        )
+        raise scales_missing(entry, where, told.model)
     name = there[0]
     if (other := next((one for one in _strange(entry.name, name) if one in where), None)) is not None:
         raise FormatError(
@@ -76,6 +72,18 @@ def find_fp8(entry: TensorEntry, where: Where, told: Told) -> Quantized | None:
     codec = Codec(E4M3(), size, entry.name, renewed=True)
     beside = beside_of(entry.name, where)
     return Quantized(entry.name, FP8, entry.shape, where[entry.name][1], entry.stored, codec, (part,), beside)
+
+
+def scales_missing(entry: TensorEntry, where: Where, model: str) -> FormatError:
+    """The error for an FP8 weight without scales, in a model where such weights have some."""
+    near = [other for other in where if other.startswith(entry.name.removesuffix("weight")) and other != entry.name]
+    return FormatError(
+        f"{model}: {entry.name!r} is FP8, and its scales are missing",
+        got=", ".join(near[:3]) or "no tensor like it",
+        expected=" or ".join(map(repr, scale_names(entry.name)[:2])),
+        hint="the model is incomplete, was cast to FP8 without scales, or is of another format: without its scales the "
+        "weight means nothing",
+    )
 
 
 def scale_names(weight: str) -> list[str]:
@@ -133,8 +141,12 @@ def _block(entry: TensorEntry, scale: TensorEntry, told: Told) -> tuple[tuple[in
     counts = shape[-2], shape[-1]
     blocks = _told_blocks(entry, scale, told)
     if blocks is None:
+        # By channel; squares; and groups along the inputs.
         blocks = [(1, whole[1])] if counts[1] == 1 else [(whole[0], 1)] if counts[0] == 1 else []
-        blocks += _blocks_of(m, n, *counts)
+        if counts[0] != m:
+            blocks += [(side, side) for side in _SIDES]
+        else:
+            blocks += [_MX] if scale.dtype == "U8" else [(1, side) for side in _SIDES if n % side == 0]
     fitting = {
         (min(rows, whole[0]), min(columns, whole[1])) for rows, columns in blocks if (-(-m // rows), -(-n // columns)) == counts
     }
@@ -151,12 +163,6 @@ def _told_blocks(entry: TensorEntry, scale: TensorEntry, told: Told) -> list[tup
     if blocks and scale.dtype in ("U8", "F8_E8M0"):
         blocks.append(_MX)
     return blocks or None
-
-
-def _blocks_of(m: int, n: int, rows: int, columns: int) -> list[tuple[int, int]]:
-    """The blocks that publishers use, or whose sides divide a matrix: squares, and groups along the inputs."""
-    exact = {length // count for length, count in ((m, rows), (n, columns)) if count > 1 and length % count == 0} - {0}
-    return [(side, side) for side in {*_USUAL, *exact}] if rows != m else [(1, side) for side in {*_USUAL, *exact}]
 
 
 def _said(entry: TensorEntry, told: Told) -> str:

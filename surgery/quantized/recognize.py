@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -12,17 +12,9 @@ from surgery.format.header import Header
 from surgery.names import FP8
 from surgery.quantized.cast import as_cast, is_fp8_matrix, scales_beside
 from surgery.quantized.formats import find_quantized
-from surgery.quantized.fp8 import find_fp8
-from surgery.quantized.schemes import Told, Where, read_told
-from surgery.quantized.unread import (
-    INTEGERS,
-    METHODS,
-    UnreadWeight,
-    called,
-    find_foreign,
-    find_left_over,
-    method_of,
-)
+from surgery.quantized.fp8 import scales_missing
+from surgery.quantized.schemes import Where, method_of, read_told
+from surgery.quantized.unread import INTEGERS, METHODS, UnreadWeight, called, find_foreign, find_left_over
 from surgery.quantized.weight import Quantized, beside_weights
 
 #: Keys under which ``config.json`` describes a quantization.
@@ -107,7 +99,7 @@ def read_quantization(config: Mapping[str, Any], headers: Mapping[str, Header], 
         if entry.name not in foreign and (found := find_quantized(entry, where, told)) is not None:
             weights[found.name] = found
     if told.is_empty:
-        unread |= _fp8_without_known_scales(where, weights, foreign, told)
+        unread |= _fp8_without_known_scales(where, weights, foreign, model)
     read = {
         *(tensor for one in unread.values() for tensor in one.tensors),
         *(one.numbers.name for one in weights.values()),
@@ -123,7 +115,7 @@ def read_quantization(config: Mapping[str, Any], headers: Mapping[str, Header], 
 
 
 def _fp8_without_known_scales(
-    where: Where, weights: dict[str, Quantized], foreign: Collection[str], told: Told
+    where: Where, weights: dict[str, Quantized], foreign: Collection[str], model: str
 ) -> dict[str, UnreadWeight]:
     """Add FP8 weights that were cast to the ``weights`` of a model whose config says nothing of a quantization.
 
@@ -142,7 +134,7 @@ def _fp8_without_known_scales(
             method, tensors = "FP8 with scales of a kind that is not known", (entry.name, *beside)
             unread[entry.name] = UnreadWeight(entry.name, method, entry.name, tensors, entry.shape, math.prod(entry.shape))
         elif some_have_scales and entry.dtype == FP8:
-            find_fp8(entry, where, replace(told, is_empty=False))  # which tells what is missing
+            raise scales_missing(entry, where, model)
         else:
             weights[entry.name] = as_cast(entry, shard)
     return unread

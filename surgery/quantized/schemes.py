@@ -90,8 +90,7 @@ def read_told(described: Mapping[str, Any], model: str) -> Told:
     Raises:
         FormatError: it makes no sense.
     """
-    method = described.get("quant_method")
-    method = None if method is None else str(method).lower()
+    method = method_of(described)
     schemes: list[Scheme] = []
     if method == COMPRESSED_TENSORS or (method is None and "config_groups" in described):
         groups = described.get("config_groups")
@@ -99,6 +98,15 @@ def read_told(described: Mapping[str, Any], model: str) -> Told:
             if isinstance(group, dict) and isinstance(group.get("weights"), dict):
                 schemes.append(_scheme(group, described.get("format"), f"{model}/config.json: config_groups[{name!r}]"))
     return Told(model, method, _block(described, model), tuple(schemes), not described)
+
+
+def method_of(described: Mapping[str, Any]) -> str | None:
+    """The method that a config names, in small letters; None where it names none."""
+    method = described.get("quant_method")
+    if method is None and (described.get("load_in_4bit") or described.get("load_in_8bit")):
+        return "bitsandbytes"
+    name = str(method or "").lower().replace("compressed_tensors", "compressed-tensors")
+    return None if name in ("", "none") else name
 
 
 def _block(described: Mapping[str, Any], model: str) -> tuple[int, int] | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from surgery.format.header import TensorEntry
 from surgery.names import DTYPE_BITS, FP8
-from surgery.quantized.schemes import Where
+from surgery.quantized.schemes import Where, method_of
 
 #: The tensors of a layer, by the rest of their names.
 Layer = Mapping[str, TensorEntry]
@@ -285,15 +285,6 @@ def called(described: Mapping[str, Any]) -> str | None:
     if method.startswith("modelopt") and isinstance(described.get("quant_algo"), str):
         return f"{METHODS[method]} ({described['quant_algo']})"
     return METHODS[method]
-
-
-def method_of(described: Mapping[str, Any]) -> str | None:
-    """The method that a config names, in small letters; None where it names none."""
-    method = described.get("quant_method")
-    if method is None and (described.get("load_in_4bit") or described.get("load_in_8bit")):
-        return "bitsandbytes"
-    name = str(method or "").lower().replace("compressed_tensors", "compressed-tensors")
-    return None if name in ("", "none") else name
 
 
 def _found(where: Where, described: Mapping[str, Any], kinds: tuple[_Kind, ...]) -> Iterator[tuple[str, UnreadWeight]]:

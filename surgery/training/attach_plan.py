@@ -16,6 +16,7 @@ from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import ShardRecord, TargetRecord
 from surgery.format.safetensors import ShardReader
 from surgery.models.carriers import Layer, carriers_of, places_of, unwrapped
+from surgery.models.packed import unpack
 from surgery.models.peft_api import unfitting_adapter
 from surgery.models.recognize import held_elsewhere
 from surgery.progress import note
@@ -66,6 +67,7 @@ def plan_attach(model: nn.Module, factorized: Path, way: Way, factors: torch.dty
     manifest = Manifest.read(factorized)
     bare = unwrapped(model)
     _check_suitable(model, bare)
+    unpack(bare)
     places = places_of(bare, manifest)
     absent = [target for target in manifest.targets if places.keys().isdisjoint(target.tensors)]
     if absent and (elsewhere := held_elsewhere(bare, manifest, absent)) is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from surgery.models.carriers import Layer
+from surgery.models.packed import held_in
 from surgery.names import ATTACHED_NAME
 from surgery.training.lowrank import Adding, LowRankPath, Summand
 from surgery.training.lowrank_weight import Shadow
@@ -87,8 +88,8 @@ class AttachedPath(Generic[_Path]):
         """The parameter in words, for a message."""
         return self._first.described
 
-    def parameter(self) -> nn.Parameter:
-        return self._owner.get_parameter(self._first.name)
+    def parameter(self) -> torch.Tensor:
+        return held_in(self._owner, self._first.name)
 
     def weight(self) -> torch.Tensor:
         """The parameter's values, of which any change is one of the parameter."""

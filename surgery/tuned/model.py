@@ -118,7 +118,7 @@ class TunedModel:
         return sorted({self.found.places[one][0] for one in stored}.union(*(one.shards for one in quantized.values())))
 
     def dtype(self, name: str) -> str:
-        """The dtype that a tensor is stored in, as safetensors names it; the least precise one if it consists of several."""
+        """The dtype that a tensor is stored in; the least precise one if it consists of several."""
         dtypes = {self.found.places[stored][1].dtype for stored in self.found.stored_of(name)}
         return max(sorted(dtypes), key=spacing_of)
 

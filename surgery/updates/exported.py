@@ -21,6 +21,7 @@ from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import TargetRecord
 from surgery.lossless.factors import between, inner_change
 from surgery.models.carriers import places_of
+from surgery.models.peft_api import taken_for_experts
 from surgery.models.skeleton import skeleton
 from surgery.names import ADAPTER_CONFIG, CONFIG_FILE, Train
 from surgery.progress import Progress, phase
@@ -180,7 +181,8 @@ def adapted_modules(model: nn.Module | None, manifest: Manifest, *, single_exper
     """
     places = {} if model is None else places_of(model, manifest)
     tensors = [_low_rank(target) for target in manifest.targets]
-    adapted = Finding(_REFUSAL, single_experts, layers_only=True).modules(model, tensors, places)
+    by_weight = taken_for_experts(model)
+    adapted = Finding(_REFUSAL, single_experts, layers_only=True, by_weight=by_weight).modules(model, tensors, places)
     wrong = None if model is None else wrong_experts(model, adapted) or lost_module(model, adapted)
     if wrong is not None:
         raise _REFUSAL.of(*wrong)

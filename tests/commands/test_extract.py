@@ -280,7 +280,7 @@ for what, is_anew, late in ((call, False, 8), (anew, True, 20)):
         shutil.copytree(folder / "earlier", begun)
     _, changes = run(what, begun)
     truth = files_of(begun)
-    for at in sorted({{*range(1, changes + 1, 9), *range(changes - late, changes + 1)}}):
+    for at in sorted({{*range(1, changes + 1, 18), *range(changes - late, changes + 1)}}):
         shutil.rmtree(out, ignore_errors=True)
         if is_anew:
             shutil.copytree(folder / "earlier", out)
@@ -394,6 +394,7 @@ def test_a_full_disk(llama: Path, tuned: Path, truth: tuple[Path, ExtractReport]
     assert files_of(out) == files_of(truth[0])
 
 
+@pytest.mark.slow  # what merge does on Ray is in the suite
 @pytest.mark.skipif(sys.platform != "linux", reason="Ray")
 def test_on_ray(llama: Path, tuned: Path, truth: tuple[Path, ExtractReport], tmp_path: Path) -> None:
     out = tmp_path / "o"

@@ -228,7 +228,7 @@ ended, changes = run(call, folder / "truth")
 assert ended
 truth = files_of(folder / "truth")
 kills = 0
-for at in range(1, changes + 1, max(1, changes // 12)):
+for at in range(1, changes + 1, max(1, changes // 6)):
     kills += trial(call, folder / "o", None, truth, "config.json", [{{"kill_at": at}}, {{"kill_at": max(1, at // 2)}}])
 print(kills)
 """

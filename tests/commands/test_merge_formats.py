@@ -268,7 +268,9 @@ def test_a_part_of_a_pipeline(where: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("kind", ["saved", "rank 256", "dora"])
+@pytest.mark.parametrize(
+    "kind", ["rank 256", pytest.param("saved", marks=pytest.mark.slow), pytest.param("dora", marks=pytest.mark.slow)]
+)
 def test_memory_is_that_of_the_largest_weight(kind: str, tmp_path: Path) -> None:
     """An embedding of 67 MB: its copies are few, whatever is done to it, and fewer than the plan says."""
     model, rows, columns = tmp_path / "m", 16384, 2048

@@ -165,6 +165,7 @@ def test_both_layouts_and_all_numbers_of_threads_give_the_same_bytes(train: Trai
     assert all(files_of(tmp_path / other) == first for other in ("2", "3", "overlay"))
 
 
+@pytest.mark.slow  # what merge does on Ray is in the suite
 def test_ray_gives_the_same_bytes_and_the_same_report(small: Path, tmp_path: Path) -> None:
     scales = _scales(small / "F8-f", 3e-3, "core")
     reports = [

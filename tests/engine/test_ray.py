@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc"
 ENVIRONMENT = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
+@pytest.mark.slow  # Ray takes most of a minute to give a machine up
 def test_a_lost_worker_and_a_lost_machine_cost_only_the_shards_in_hand(llama: Path, tmp_path: Path) -> None:
     settings = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8}
     model = save_llama(tmp_path / "m", torch.bfloat16, shard_size="900KB", **settings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,21 +15,11 @@ from surgery.lossless.kept import Kept
 from surgery.lossless.split import split
 from surgery.lossless.update import NEAREST, Written, approximate, rescale
 from surgery.names import TRAINS, Train
+from tests.quantized.codecs import CODECS, stored
 from tests.quantized.fp8 import block_scales, dequantize, quantize, scales_that_hold
 from tests.quantized.fp8 import grid as fp8_grid
 
 DIRECTIONS = Written(rounding="directions")
-
-
-@dataclass(frozen=True)
-class Int4Grid:
-    """Groups of 32 along the rows, 16 numbers each."""
-
-    scales: torch.Tensor
-
-    def nearest(self, x: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
-        scales = self.scales[rows]
-        return torch.round(x / scales).clamp_(-8, 7).mul_(scales)
 
 
 def _random(*shape: int, seed: int) -> torch.Tensor:
@@ -51,12 +41,9 @@ def _stored(kind: str, weight: torch.Tensor) -> tuple[torch.Tensor, Grid]:
     """A weight on the grid of a format."""
     m, n = weight.shape
     single = weight.float()
-    if kind == "fp8":
-        scale = block_scales(single, (128, 128), torch.empty(-(-m // 128), -(-n // 128)))
-        return dequantize(quantize(single, scale, (128, 128)), scale, (128, 128)), fp8_grid(scale, (128, 128), (m, n))
-    if kind == "int4":
-        grid = Int4Grid((single.view(m, -1, 32).abs().amax(-1) / 7).repeat_interleave(32, 1))
-        return grid.nearest(single, slice(0, m)), grid
+    if kind in CODECS:
+        codec, parts, numbers = stored(kind, single)
+        return numbers, codec.grid(parts, (m, n))
     dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}[kind]
     return single.to(dtype), DtypeGrid(dtype)
 
@@ -106,6 +93,9 @@ def _tells_the_truth(kept: Kept, share: float, error: float) -> None:
         ("int4", 0.01, 0.01, 0.035),  # 5,000 entries move, which have to be right in 256 numbers
         ("int4", 0.03, 0.01, 0.02),
         ("int4", 0.1, 0.5, 0.01),
+        ("int8", 0.01, 0.5, 0.01),
+        ("mxfp4", 0.03, 0.01, 0.01),
+        ("nvfp4", 0.03, 0.01, 0.01),
     ],
 )
 def test_what_was_trained_arrives(kind: str, size: float, nearest_keeps: float, most: float, train: Train) -> None:

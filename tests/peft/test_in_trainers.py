@@ -382,6 +382,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow  # attach trains in two processes in the suite, and the layers are the same
 def test_two_processes(made: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", _TWO]

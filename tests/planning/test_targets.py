@@ -12,9 +12,14 @@ from safetensors.torch import load_file, save_file
 
 import surgery
 from surgery.errors import FormatError, OptionError
+from surgery.format.header import TensorEntry
+from surgery.format.options import Options
 from surgery.format.tensor_view import by_tensor
 from surgery.planning.plan import Plan
+from surgery.planning.recipes import read_recipe, recipe_for_family
+from surgery.planning.targets import Model, Skipped, Target, choose
 from surgery.progress import Silent
+from surgery.quantized.recognize import Quantization
 from tests.families import FAMILIES
 from tests.models import planned, tensors_of
 
@@ -233,3 +238,82 @@ def test_targets_of_one_tensor_are_found_together_in_their_order(tmp_path: Path)
     assert list(found) == list(dict.fromkeys(tensors))
     assert found == {name: [mixed[i] for i, own in enumerate(tensors) if own == name] for name in tensors}
     assert any(len(parts) > 1 for parts in found.values())
+
+
+_MIXTURE = {"model_type": "unheard of", "text_config": {"num_local_experts": 16, "num_experts_per_tok": 2}}
+_JOINED = "experts joined in one matrix, and config.json does not tell how many"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "config", "reason"),
+    [
+        # A gate that chooses experts, and gates of layers.
+        ("language_model.model.layers.0.mlp.gate.weight", (16, 4096), _MIXTURE, "a router"),
+        ("model.layers.0.mlp.gate.wg.weight", (16, 4096), _MIXTURE, "a router"),
+        ("model.layers.0.mlp.gate.weight", (17, 4096), _MIXTURE, "a router"),
+        ("model.layers.0.mlp.gate.weight", (4096, 16), _MIXTURE, "a router"),
+        ("model.layers.0.mlp.gate.weight", (11008, 4096), _MIXTURE, None),
+        ("model.layers.0.self_attn.gate.weight", (16, 4096), _MIXTURE, None),
+        ("layers.0.feed_forward.gate.weight", (8, 4096), {}, "a router"),
+        ("layers.0.feed_forward.gate.weight", (11008, 4096), {}, None),
+        ("layers.0.altup.modality_router.weight", (4, 2048), {"model_type": "gemma3n_text"}, "a router"),
+        ("encoder.layers.0.gateway.gate.weight", (512, 512), {"model_type": "d_fine"}, None),
+        # Towers, projectors and heads.
+        ("model.vision_embed_tokens.img_processor.vision_model.encoder.layers.3.mlp.fc1.weight", (4096, 1024), {}, None),
+        ("model.vision_embed_tokens.img_projection.0.weight", (3072, 4096), {}, "an embedding"),
+        ("model.mm_projector.0.weight", (4096, 1024), {}, "outside the transformer blocks"),
+        ("mlp1.3.weight", (4096, 4096), {}, "outside the transformer blocks"),
+        ("action_head.model.transformer_blocks.3.attn1.to_q.weight", (64, 64), {}, None),
+        ("mask_decoder.iou_prediction_head.layers.1.weight", (256, 256), {}, "an output head"),
+        ("model.decoder.bbox_embed.0.layers.1.weight", (256, 256), {}, "an output head"),
+        ("lm_heads.0.weight", (2048, 1024), {}, "an output head"),
+        ("encoder.blocks.0.1.attention.q_head.weight", (768, 768), {}, None),
+        # What decides where to look, and what modulates, is a layer like any other.
+        ("model.layers.0.self_attn.indexer.wq_b.weight", (8192, 1536), {"model_type": "deepseek_v32"}, None),
+        ("model.layers.0.self_attn.indexer.weights_proj.weight", (64, 7168), {"model_type": "deepseek_v32"}, None),
+        ("decoder.layers.0.encoder_attn.sampling_offsets.weight", (256, 256), {}, None),
+        ("flow.blocks.2.adaLN_modulation.1.weight", (1536, 512), {}, None),
+        ("flow.final_layer.adaLN_modulation.1.weight", (1024, 512), {}, "outside the transformer blocks"),
+        # Tables.
+        ("quantizer.quantizers.3.codebook.weight", (1024, 8), {}, "an embedding"),
+        ("encoder.layers.3.attn.rel_pos_emb.weight", (1025, 128), {}, "an embedding"),
+        ("encoder.layers.3.position_wise_ffn.w_1.weight", (64, 32), {}, None),
+        ("encoder.layers.3.decomposition.weight", (64, 32), {}, None),
+        # Adapters inside of a model.
+        ("model.layers.0.mlp.down_proj.lora_A.speech.weight", (320, 8192), {"model_type": "phi4mm"}, "part of a LoRA adapter"),
+        ("model.layers.0.mlp.down_proj.base_layer.weight", (3072, 8192), {"model_type": "phi4_multimodal"}, None),
+        # Experts.
+        ("transformer.blocks.0.ffn.experts.mlp.w1", (64, 48), {}, _JOINED),
+        ("model.layers.0.block_sparse_moe.experts.3.w1.weight", (64, 48), _MIXTURE, None),
+        ("model.layers.0.mlp.experts.gate_up_proj", (16, 64, 48), _MIXTURE, None),
+        ("model.layers.0.mlp.shared.up_proj.weight", (64, 48), _MIXTURE, None),
+        ("decoder.shared.weight", (64, 48), {}, "an embedding"),
+        ("model.layers.0.moe.w1", (16, 64, 48), _MIXTURE, None),
+        ("model.layers.0.moe.gate_w", (16, 48), _MIXTURE, "no weight of a linear layer"),
+    ],
+)
+def test_names_of_repositories(name: str, shape: tuple[int, ...], config: dict[str, object], reason: str | None) -> None:
+    fates = choose(
+        TensorEntry(name, "BF16", shape, 0, 1), "f", Options(), Model(config, recipe_for_family(config), Quantization())
+    )
+    assert [fate.reason if isinstance(fate, Skipped) else None for fate in fates] == [reason]
+
+
+@pytest.mark.parametrize("options", [Options(), Options(split=False), Options(include=("*",))])
+def test_experts_below_one_another_are_matrices_of_their_own(options: Options) -> None:
+    """As in DBRX and nomic's mixture."""
+    name = "encoder.layers.1.mlp.experts.mlp.w2"
+    config = {"num_experts": 16, "moe_top_k": 2}
+    fates = choose(TensorEntry(name, "BF16", (16 * 24, 32), 0, 1), "f", options, Model(config, None, Quantization()))
+    assert [(fate.key, fate.matrices) for fate in fates if isinstance(fate, Target)] == [
+        (f"{name}[expert_{i}]", (1, 24, 32)) for i in range(16)
+    ]
+
+
+def test_a_recipe_may_keep_a_fused_weight_whole(tmp_path: Path) -> None:
+    """A recipe of one's own sees a weight as it says, and splits nothing by itself."""
+    (tmp_path / "r.toml").write_text('[[rules]]\nmatch = "*.in_proj_weight"\nview = "matrix"')
+    entry = TensorEntry("blocks.0.attn.in_proj_weight", "BF16", (96, 32), 0, 1)
+    for recipe, keys in ((read_recipe(tmp_path / "r.toml"), [""]), (None, ["[q]", "[k]", "[v]"])):
+        fates = choose(entry, "f", Options(), Model({}, recipe, Quantization()))
+        assert [fate.key for fate in fates if isinstance(fate, Target)] == [entry.name + key for key in keys]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import sys
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,7 @@ def test_any_module(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     save_file(weights, tmp_path / "m/model.safetensors")
     manifest = surgery.factorize(tmp_path / "m", tmp_path / "f", rank=4, include=["*weight"]).manifest
-    assert len(manifest.targets) == 8
+    assert len(manifest.targets) == 10  # in_proj_weight by queries, keys and values
     ids = torch.arange(12).view(2, 6)
     before = model(ids)
     scales = surgery.attach(model, tmp_path / "f")
@@ -167,6 +168,74 @@ def test_any_module(tmp_path: Path) -> None:
     assert not torch.allclose(attached, before, atol=1e-1)
     with torch.no_grad():  # where attention has a fast path of its own
         assert torch.allclose(folded(ids), model(ids), atol=1e-4)
+
+
+class _Resblock(nn.Module):
+    """A block of open_clip's towers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ln_1, self.ln_2 = nn.LayerNorm(32), nn.LayerNorm(32)
+        self.attn = nn.MultiheadAttention(32, 4, batch_first=True)
+        self.mlp = nn.Sequential(OrderedDict(c_fc=nn.Linear(32, 48), gelu=nn.GELU(), c_proj=nn.Linear(48, 32)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.ln_1(x)
+        x = x + self.attn(y, y, y, need_weights=False)[0]
+        return x + self.mlp(self.ln_2(x))
+
+
+class _OpenClip(nn.Module):
+    """The text tower of open_clip, in its names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token_embedding = nn.Embedding(40, 32)
+        self.positional_embedding = nn.Parameter(0.1 * torch.randn(40, 32))
+        self.transformer = nn.ModuleDict({"resblocks": nn.ModuleList([_Resblock(), _Resblock()])})
+        self.text_projection = nn.Parameter(torch.randn(32, 24))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
+        for block in self.transformer["resblocks"]:
+            x = block(x)
+        return x @ self.text_projection
+
+
+@pytest.mark.parametrize("split", [None, False])
+def test_attention_of_torch(split: bool | None, tmp_path: Path) -> None:
+    """Its in_proj_weight is a target by default, as q, k and v; all the way round, as it was and as it is trained."""
+    torch.manual_seed(0)
+    model = _OpenClip().eval()
+    (tmp_path / "m").mkdir()
+    save_file(model.state_dict(), tmp_path / "m/model.safetensors")
+    manifest = surgery.factorize(tmp_path / "m", tmp_path / "f", rank=4, split=split).manifest
+    parts = ["[q]", "[k]", "[v]"] if split is None else [""]
+    layers = [
+        *(f"attn.in_proj_weight{part}" for part in parts),
+        *(f"{x}.weight" for x in ("attn.out_proj", "mlp.c_fc", "mlp.c_proj")),
+    ]
+    assert {target.key for target in manifest.targets} == {f"transformer.resblocks.{i}.{x}" for i in (0, 1) for x in layers}
+    surgery.fold(tmp_path / "f", tmp_path / "f/surgery/scales.safetensors", tmp_path / "back")
+    assert (tmp_path / "back/model.safetensors").read_bytes() == (tmp_path / "m/model.safetensors").read_bytes()
+
+    scales = surgery.attach(model, tmp_path / "f")
+    _randomize(scales)
+    attached = model(IDS)
+    scales.save(tmp_path / "s.safetensors")
+    surgery.fold(tmp_path / "f", tmp_path / "s.safetensors", tmp_path / "out")
+    folded = _OpenClip().eval()
+    folded.load_state_dict(load_file(tmp_path / "out/model.safetensors"))
+    assert torch.allclose(folded(IDS), attached, atol=1e-4)
+    values = {key: 1 + delta.detach() for key, delta in zip(scales.values(), scales.parameters(), strict=True)}
+    factors = load_file(next((tmp_path / "f/surgery").glob("factors-*")))
+    before, after = (load_file(tmp_path / f"{x}/model.safetensors") for x in ("m", "out"))
+    name = "transformer.resblocks.1.attn.in_proj_weight"
+    for i, part in enumerate(parts):
+        U, s, V = (factors[f"{name}{part}.{x}"].double() for x in ("U", "s", "V"))
+        rows = slice(32 * i, 32 * i + len(U))
+        expected = before[name][rows].double() + U * (s * (values[f"{name}{part}"].double() - 1)) @ V.T
+        assert torch.equal(after[name][rows], expected.float())
 
 
 @has("transformers.core_model_loading", "Interleave")

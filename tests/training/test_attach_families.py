@@ -20,6 +20,7 @@ from surgery.names import TRAINS
 from surgery.training.lowrank import LowRankPath
 from surgery.training.ways import Way
 from tests.families import ENCODER, FAMILIES, Family
+from tests.models import files_of
 from tests.releases import has, known_classes, needs
 
 
@@ -46,6 +47,11 @@ def test_experts_whose_weights_another_module_reads(tmp_path: Path) -> None:
         return hf.DbrxForCausalLM(hf.DbrxConfig(**sizes, **special, **blocks))
 
     _check(Family(make, FAMILIES["llama"].run, None, set(), {}), None, tmp_path)
+    # They lie one below the other in a matrix; each is one of its own.
+    found = {
+        target.slice.name for target in Manifest.read(tmp_path / "f").targets if "experts" in target.tensor and target.slice
+    }
+    assert found == {f"expert_{i}" for i in range(4)}
 
 
 _VISION: dict[str, Any] = {
@@ -107,6 +113,85 @@ def test_fused_weights_that_are_cut(name: str, tmp_path: Path) -> None:
     _check(Family(make, run, None, set(), {}), None, tmp_path, tolerance=1e-5)
     targets = Manifest.read(tmp_path / "f").targets
     assert {ending for ending in fused for target in targets if target.tensor.endswith(ending)} == fused
+
+
+def _seq2seq(model: Any) -> torch.Tensor:
+    return model(input_ids=torch.arange(24)[None] % 20 + 3, decoder_input_ids=torch.tensor([[3, 5, 7, 9, 11, 13]])).logits
+
+
+_T5: dict[str, Any] = {"vocab_size": 50, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+_T5 |= {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 1}
+
+#: Families with layers of other kinds, what is fused in them, and where layers are that their recipes do not name.
+KINDS: dict[str, tuple[Callable[[], Any], Callable[[Any], torch.Tensor], dict[str, tuple[str, ...]], set[str]]] = {
+    "deberta, head by head": (
+        lambda: hf.DebertaModel(hf.DebertaConfig(**ENCODER, relative_attention=True, pos_att_type=["c2p", "p2c"])),
+        _TEXT_RUN,
+        {"attention.self.in_proj.weight": ("q", "k", "v")},
+        {"attention.self.pos_proj.weight", "attention.self.pos_q_proj.weight"},
+    ),
+    "jetmoe, experts of attention": (
+        lambda: hf.JetMoeForCausalLM(
+            hf.JetMoeConfig(**{**_GROUPED, "num_hidden_layers": 2}, kv_channels=8, num_local_experts=3, num_experts_per_tok=2)
+        ),
+        _TEXT_RUN,
+        {"mlp.input_linear.weight": ("gate", "up")},
+        {"self_attention.experts.input_linear.weight", "self_attention.kv_proj.weight"},
+    ),
+    "longt5, local attention": (
+        lambda: hf.LongT5ForConditionalGeneration(hf.LongT5Config(**_T5, local_radius=4)),
+        _seq2seq,
+        {},
+        {"LocalSelfAttention.q.weight"},
+    ),
+    "minimax, linear attention": (
+        lambda: hf.MiniMaxForCausalLM(
+            hf.MiniMaxConfig(
+                **_GROUPED,
+                head_dim=8,
+                num_local_experts=3,
+                num_experts_per_tok=2,
+                block_size=4,
+                layer_types=["linear_attention", "full_attention"],
+            )
+        ),
+        _TEXT_RUN,
+        {},
+        {"self_attn.qkv_proj.weight", "self_attn.output_gate.weight", "self_attn.out_proj.weight"},
+    ),
+    "switch, dense layers": (
+        lambda: hf.SwitchTransformersForConditionalGeneration(
+            hf.SwitchTransformersConfig(**_T5, num_decoder_layers=2, num_experts=2, expert_capacity=24)
+        ),
+        _seq2seq,
+        {},
+        {"mlp.wi.weight", "mlp.wo.weight"},
+    ),
+    "tipsv2, text": (
+        lambda: hf.Tipsv2TextModel(hf.Tipsv2TextConfig(**ENCODER)),
+        _TEXT_RUN,
+        {"in_proj_weight": ("q", "k", "v")},
+        {"out_proj.weight"},
+    ),
+}
+
+
+_DEBERTA = needs("transformers", ">=5.23", "DeBERTa without torch.jit.script, of which torch warns,")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=_DEBERTA) if "deberta" in name else name for name in KINDS])
+def test_layers_that_no_recipe_names(name: str, tmp_path: Path) -> None:
+    make, run, fused, layers = KINDS[name]
+    _check(Family(make, run, None, set(), {}), True if fused else None, tmp_path)
+    targets = Manifest.read(tmp_path / "f").targets
+    assert {ending for ending in layers for target in targets if target.tensor.endswith(ending)} == layers
+    parts = {
+        ending: tuple(dict.fromkeys(t.slice.name for t in targets if t.slice and t.tensor.endswith(ending))) for ending in fused
+    }
+    assert parts == fused
+    surgery.factorize(tmp_path / "model", tmp_path / "r", rank=4)
+    surgery.fold(tmp_path / "r", tmp_path / "r/surgery/scales.safetensors", tmp_path / "back")
+    assert files_of(tmp_path / "back") == files_of(tmp_path / "model")
 
 
 def _kimi() -> Any:
