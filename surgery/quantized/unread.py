@@ -280,11 +280,15 @@ def called(described: Mapping[str, Any]) -> str | None:
 
 def _found(where: Where, described: Mapping[str, Any], kinds: tuple[_Kind, ...]) -> Iterator[tuple[str, UnreadWeight]]:
     below = _below(where)
+    by_last: dict[str, list[str]] = {}
+    for name in where:
+        by_last.setdefault(name.rpartition(".")[2], []).append(name)
     taken: set[str] = set()
     for kind in kinds:
-        for name, (entry, _) in where.items():
+        for name in by_last.get(kind.main.rpartition(".")[2], ()):
             if not (name == kind.main or name.endswith(f".{kind.main}")) or name in taken:
                 continue
+            entry = where[name][0]
             if kind.dtypes and entry.dtype not in kind.dtypes:
                 continue
             module = name.removesuffix(kind.main)
@@ -323,10 +327,9 @@ def _below(where: Where) -> dict[str, list[str]]:
 
 def _of_torchao(where: Where, described: Mapping[str, Any]) -> Iterator[tuple[str, UnreadWeight]]:
     """What torchao packs: the tensors of a weight X.weight are ``X._weight_qdata`` ..., or ``X.weight:qdata`` ..."""
-    below = _below(where)
-    for name in where:
-        if (match := _TORCHAO.fullmatch(name)) is None:
-            continue
+    matches = {name: match for name in where if (match := _TORCHAO.fullmatch(name)) is not None}
+    below = _below(where) if matches else {}
+    for name, match in matches.items():
         module, weight = match["module"], match["inside"] or match["before"]
         prefix = f"_{weight}_" if match["inside"] else f"{weight}:"
         layer = {last: where[module + last][0] for last in below[module] if last.startswith(prefix)}

@@ -17,7 +17,9 @@ from surgery.format.header import TensorEntry
 from surgery.quantized.cast import as_cast
 from tests.loopback_hub import LoopbackHub
 from tests.models import planned, save_llama, tensors_of
+from tests.quantized.layouts import LAYOUTS
 from tests.quantized.packed import PACKINGS, Packing, Tensors, save_packed
+from tests.quantized.test_formats import save as save_layout
 
 
 @pytest.fixture(scope="module")
@@ -556,6 +558,18 @@ def test_spectra_tell_what_is_passed_over(model: tuple[Tensors, dict[str, Any]],
     with pytest.warns(surgery.SurgeryWarning) as told:
         surgery.spectra(folder, top=2)
     assert any("GPTQ, copied as it is: 6 of 14" in str(one.message) for one in told)
+
+
+@pytest.mark.parametrize("layout", ["gpt-oss", "int4", "int8", "modelopt nvfp4"])
+def test_spectra_of_packed_weights(layout: str, tmp_path: Path) -> None:
+    """As those of the numbers that they stand for."""
+    stored = LAYOUTS[layout]()
+    folder = save_layout(stored, tmp_path / "m")
+    report = surgery.spectra(folder, folder, top=2, include=[stored.name], progress=surgery.Silent())
+    weights = torch.from_numpy(stored.read(stored.tensors).weight.copy()).double()
+    expected = torch.linalg.svdvals(weights)[..., 0].flatten()
+    found = torch.tensor([target["singular_values"][0] for target in report.targets], dtype=torch.float64)
+    assert torch.allclose(found, expected, rtol=1e-5)
 
 
 def test_modelopt_int4_awq(model: tuple[Tensors, dict[str, Any]], tmp_path: Path) -> None:
