@@ -59,7 +59,7 @@ _PLANNING: tuple[str | Decorator, ...] = (
         "--layout",
         type=click.Choice(["residual", "overlay"]),
         help="residual: self-contained; overlay: factors only, the weights stay where they are.  "
-        "[default: residual, for FP8 overlay]",
+        "[default: residual; overlay where a target is quantized]",
     ),
     "correction",
     click.option(

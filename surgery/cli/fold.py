@@ -71,7 +71,7 @@ def fold(
     """Fold the scales or cores in file SCALES into the weights of folder FACTORIZED.
 
     Writes a folder that loads as the original model did, with its names, dtypes, shards, config and tokenizer.
-    Untouched ones give back the original files byte for byte. A changed FP8 weight is quantized again.
+    Untouched ones give back the original files byte for byte. A changed quantized weight is quantized again.
 
     SCALES may also be the folder of an adapter that PEFT has trained: one that surgery export has written to be trained, or
     one of surgery.peft.
@@ -106,7 +106,7 @@ def fold(
         outcome += f", {report.adapted} tensors by the adapter"
     outcome += kept_of_update(report.kept, report.kept_least)
     if report.dequantized:
-        outcome += ", FP8 weights now bfloat16"
+        outcome += ", quantized weights now bfloat16"
     if not report.lossless:
         outcome += ", the others only nearly the source's (made with --no-correction)"
     if timing is not None:

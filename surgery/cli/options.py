@@ -61,11 +61,11 @@ subfolder_option = click.option("--subfolder", metavar="PATH", help="The model i
 rounding_option = click.option(
     "--rounding",
     type=click.Choice(["nearest", "directions"]),
-    help="directions: keep what the update does in its own directions; by default for FP8, and where nearest would lose more "
-    "than 1 % of a weight's update.",
+    help="directions: keep what the update does in its own directions; by default for quantized weights, and where nearest "
+    "would lose more than 1 % of a weight's update.",
 )
 dequantize_option = click.option(
-    "--dequantize", is_flag=True, help="Write FP8 weights as bfloat16, and drop the quantization from config.json."
+    "--dequantize", is_flag=True, help="Write quantized weights as bfloat16, and drop the quantization from config.json."
 )
 engine_option = click.option(
     "--engine",

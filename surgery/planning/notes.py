@@ -27,7 +27,7 @@ def notes_of_plan(
     """
     return [
         *_rank_notes(targets),
-        *_wanted_notes(skipped, targets),
+        *notes_of_reach(skipped, targets),
         *_recipe_notes(options, recipe, names),
         *_split_notes(options, targets),
         *_alias_notes(targets),
@@ -52,19 +52,19 @@ def _rank_notes(targets: Sequence[Target]) -> list[str]:
     ]
 
 
-def _wanted_notes(skipped: Sequence[Skipped], targets: Sequence[Target]) -> list[str]:
+def notes_of_reach(skipped: Sequence[Skipped], targets: Sequence[Target]) -> list[str]:
     """Notes on tensors that are no targets only because of their dtype, their dimensions or how they are packed."""
     wanted = [item for item in skipped if item.wanted]
-    by_reason: dict[str, list[str]] = {}
+    every = sum(target.entries for target in targets) + sum(item.entries for item in wanted)
+    by_reason: dict[str, list[Skipped]] = {}
     for item in wanted:
-        by_reason.setdefault(item.reason, []).append(item.tensor)
-    notes = [
-        f"{reason}: {len(tensors)} of {len(targets) + len(wanted)} that would be targets are passed over (first: {tensors[0]})"
-        for reason, tensors in by_reason.items()
+        by_reason.setdefault(item.reason, []).append(item)
+    return [
+        f"{reason}: {len(items)} of {len(targets) + len(wanted)} that would be targets are passed over"
+        + (f", {_share_text(entries / every)} of their weights" if (entries := sum(item.entries for item in items)) else "")
+        + f" (first: {items[0].tensor})"
+        for reason, items in by_reason.items()
     ]
-    if (share := share_reached(targets, skipped)) < 1:
-        notes.append(f"the targets are {_share_text(share)} of the weights that would be targets: nothing else is trained")
-    return notes
 
 
 def share_reached(targets: Sequence[Target], skipped: Sequence[Skipped]) -> float:
@@ -74,8 +74,8 @@ def share_reached(targets: Sequence[Target], skipped: Sequence[Skipped]) -> floa
 
 
 def _share_text(share: float) -> str:
-    """A share that is not all, as a percentage that does not look like all or nothing."""
-    return f"{min(max(100 * share, 0.01), 99.9):.3g} %"
+    """A share as a percentage that looks like nothing only if it is, and like all only if it is."""
+    return "100 %" if share == 1 else f"{min(max(100 * share, 0.01), 99.9):.3g} %"
 
 
 def notes_of_quantization(quantization: Quantization) -> list[str]:

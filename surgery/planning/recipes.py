@@ -3,6 +3,7 @@
 description = "what it is for"
 families = ["llama"]                 # model_type of config.json; such models take this recipe by themselves
 refines = true                       # for these families: what no rule matches is as in a model without recipe
+narrows = false                      # whether rules choose among the targets that the model has without this recipe
 convolutions = false                 # whether the convolutions of blocks are then targets, as their linear layers are
 split = false                        # whether fused projections are split, if --split does not say
 
@@ -37,7 +38,7 @@ from surgery.reports import NOT_IN_JSON, Report, in_json
 
 Every = Literal["group", "column"]
 
-RECIPE_KEYS = ("description", "families", "refines", "convolutions", "split", "rules")
+RECIPE_KEYS = ("description", "families", "refines", "narrows", "convolutions", "split", "rules")
 RULE_KEYS = ("match", "regex", "view", "slices", "every", "axis", "split", "rank", "energy", "max_rank", "skip")
 _MAX_BYTES = 1 << 20
 _AXES = {"rows": 0, "columns": 1}
@@ -98,7 +99,9 @@ class Recipe:
             class of diffusers.
         refines: whether, in a model of these families, tensors that no rule matches are targets as in a model without recipe;
             else they are passed over.
-        convolutions: whether the convolutions of blocks are then targets, as their linear layers are.
+        narrows: whether its rules choose among the targets that a model has without it, so that a name that an embedding, a
+            router or a norm shares with what is meant takes none of these.
+        convolutions: with ``refines``, whether the convolutions of blocks are targets, as their linear layers are.
         split: whether fused projections are split, if nobody says.
         rules: the first one that matches a tensor's name decides.
     """
@@ -107,6 +110,7 @@ class Recipe:
     description: str
     families: tuple[str, ...]
     refines: bool
+    narrows: bool
     convolutions: bool
     split: bool
     rules: tuple[Rule, ...]
@@ -216,6 +220,7 @@ def read_recipe(path: Path) -> Recipe:
         description=_of_type(parsed.get("description", ""), str, f"{where}: description"),
         families=_strings(families, f"{where}: families"),
         refines=_of_type(parsed.get("refines", False), bool, f"{where}: refines"),
+        narrows=_of_type(parsed.get("narrows", False), bool, f"{where}: narrows"),
         convolutions=_of_type(parsed.get("convolutions", False), bool, f"{where}: convolutions"),
         split=_of_type(parsed.get("split", False), bool, f"{where}: split"),
         rules=tuple(_rule(rule, f"{where}, rule {i + 1}") for i, rule in enumerate(rules)),

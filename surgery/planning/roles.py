@@ -14,7 +14,7 @@ from surgery.format.views import Kind, Slice
 from surgery.names import is_of_lora
 
 _EMBEDDING = re.compile(
-    r"embed|^(wte|wpe|shared|relative_attention_bias)$|(?<!com)position(?!_?wise)|rel_pos|(^|_)embs?$|^codebooks?$"
+    r"embed|^(wte|wpe|relative_attention_bias)$|(?<!com)position(?!_?wise)|rel_pos|(^|_)embs?$|^codebooks?$"
 )
 _NORM = re.compile(r"norm|^ln(_|\d|$)|layernorm")
 #: Modules whose outputs are the model's; those of detectors have ``embed`` in their names.
@@ -25,6 +25,7 @@ _ROUTER = re.compile(r"(^|_)router(_|$)|^shared_expert_gate$")
 #: Routers by these names are told from the gates of layers by their sizes.
 _GATE = re.compile(r"^(gate|wg|gating|gating_network|(moe|expert|experts)_gate)$")
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+_EXPERT = re.compile(r"(^|[._])experts?([._]|$)")
 _EXPERTS = re.compile(r"(^|[._])(experts?|moe)([._]|$)")
 #: Parameters of a module that are weights of linear layers all the same: those of torch's ``nn.MultiheadAttention``.
 _PROJECTIONS = frozenset({"in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"})
@@ -40,7 +41,8 @@ def why_no_linear(entry: TensorEntry, config: Mapping[str, Any], *, convolutions
     """
     *modules, last = entry.name.split(".")
     owner = modules[-1] if modules else ""
-    experts = has_experts(entry.name)
+    # A mixture has other matrices than its experts, and such tensors have names of any kind.
+    experts = has_experts(entry.name) and (len(entry.shape) > 2 or _EXPERT.search(entry.name) is not None)
     if last != "weight" and last not in _PROJECTIONS and not experts:
         return "no weight of a linear layer"
     if is_of_lora(entry.name):
@@ -70,7 +72,10 @@ def in_block(tensor: str) -> bool:
 def is_embedding(tensor: str) -> bool:
     """Whether a tensor is an embedding, by its name."""
     modules = tensor.split(".")[:-1]
-    return any(map(_EMBEDDING.search, modules[_innermost(modules) or 0 :]))
+    block = _innermost(modules)
+    if block is None and "shared" in modules:  # of T5 and BART; in a block it is what experts share
+        return True
+    return any(map(_EMBEDDING.search, modules[block or 0 :]))
 
 
 def has_experts(tensor: str) -> bool:

@@ -7,7 +7,7 @@ import fnmatch
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +19,7 @@ from surgery.format.tensor_view import TensorView
 from surgery.format.views import Slice, View
 from surgery.names import FACTORIZABLE_DTYPES, WEIGHT_BITS, told_dtype
 from surgery.planning.fused import slices_of
-from surgery.planning.recipes import Recipe, Rule
+from surgery.planning.recipes import Recipe, Rule, recipe_for_family
 from surgery.planning.roles import kind_of, own_slices, why_no_linear
 from surgery.planning.unloaded import why_unloaded
 from surgery.quantized.codec import PART_NAMES
@@ -84,7 +84,7 @@ class Skipped:
         tensor, shard: its name, and the weight file that it is in.
         reason: why, in words.
         wanted: whether it would be a target if it had another dtype, or two dimensions, or were packed in a way that is read.
-        entries: of the weight, if it is wanted.
+        entries: of the weight, if it is wanted and no vector.
     """
 
     tensor: str
@@ -107,7 +107,7 @@ class Model:
 
     config: Mapping[str, Any]
     recipe: Recipe | None
-    quantization: Quantization = field(default_factory=Quantization)
+    quantization: Quantization
     quantized_too: bool = True
 
     @property
@@ -150,7 +150,8 @@ def choose(entry: TensorEntry, shard: str, options: Options, model: Model) -> li
         # A vector counts as wanted only by a rule of a recipe: a name, or a glob of a user, may well match norms too.
         matrix = len(entry.shape) > 1 or (rule is not None and not options.include)
         wanted = by_name is None and matrix and entry.name not in model.parts
-        return [Skipped(entry.stored.name, shard, reason, wanted, math.prod(entry.shape) if wanted else 0)]
+        entries = math.prod(entry.shape) if wanted and len(entry.shape) > 1 else 0
+        return [Skipped(entry.stored.name, shard, reason, wanted, entries)]
     kind = (rule.view if rule else None) or kind_of(entry)
     try:
         _, m, n = View(kind).shape(entry.shape)
@@ -260,13 +261,22 @@ def _unwanted(entry: TensorEntry, options: Options, model: Model, rule: Rule | N
         return None if matches(entry.name, options.include) else "not matched by --include"
     if (unloaded := why_unloaded(entry.name, model.config)) is not None:
         return unloaded
+    if rule is not None and rule.skip is not None:
+        return rule.skip
+    if model.recipe is None or model.recipe.refines_for(model.config):
+        return _unwanted_by_default(entry, model.config, model.recipe, rule)
+    if rule is not None and not model.recipe.narrows:
+        return None
+    family = recipe_for_family(model.config)
+    reason = _unwanted_by_default(entry, model.config, family, family.rule_for(entry.name) if family else None)
+    return reason or (None if rule is not None else f"not in the recipe {model.recipe.name}")
+
+
+def _unwanted_by_default(entry: TensorEntry, config: Mapping[str, Any], family: Recipe | None, rule: Rule | None) -> str | None:
+    """Why a tensor is no target of a model, whose family has a recipe or none; ``rule`` is the one of it that matches."""
     if rule is not None:
         return rule.skip
-    if model.recipe is None:
-        return why_no_linear(entry, model.config)
-    if model.recipe.refines_for(model.config):
-        return why_no_linear(entry, model.config, convolutions=model.recipe.convolutions)
-    return why_no_linear(entry, model.config) or f"not in the recipe {model.recipe.name}"
+    return why_no_linear(entry, config, convolutions=family is not None and family.convolutions)
 
 
 def matches(name: str, globs: Sequence[str]) -> bool:

@@ -7,7 +7,7 @@
 | ``X_scale`` | compressed-tensors, AutoFP8, modelopt, fbgemm, MXFP8 | one, by channel, or blocks; MXFP8: of 1 x 32 |
 | ``X_weight_scale`` beside a stack ``X`` | modelopt | one |
 | ``X.qscale_weight`` | Mistral, in its own format | one |
-| ``X.scale_weight`` | ComfyUI, before ``X.weight_scale`` | one |
+| ``X.scale_weight`` | ComfyUI, before it wrote ``X.weight_scale`` | one |
 
 The stored scale multiplies, whatever its name says. Which block it is for is told by the config, or the ratio of the shapes.
 """
@@ -101,8 +101,8 @@ def _strange(weight: str, scale: str) -> list[str]:
     return [*both, f"{weight}_zero_point", f"{weight}_scale_2", f"{weight}_global_scale"]
 
 
-#: Ends of names of the scales that quantize a layer's inputs and outputs at inference, and of ComfyUI's word on how a layer is
-#: quantized. They mean nothing for its weight.
+#: Ends of names of what quantizes a layer's inputs and outputs at inference, and of ComfyUI's word on how a layer is quantized.
+#: They mean nothing for its weight.
 _ACTIVATIONS = (
     *(f"{of}_scale{end}" for of in ("activation", "act", "input", "output") for end in ("", "_inv", "_ub")),
     *(f"{of}_{what}" for of in ("input", "output") for what in ("global_scale", "zero_point")),

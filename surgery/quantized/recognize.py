@@ -93,14 +93,12 @@ def read_quantization(config: Mapping[str, Any], headers: Mapping[str, Header], 
         return Quantization(unknown=(f"quantized with {method!r}, a method that is not known", "its config.json names it"))
     unread = find_foreign(where, described)
     foreign = {tensor for one in unread.values() for tensor in one.tensors}
-    told = read_told(described, model)
     weights: dict[str, Quantized] = {}
+    told = read_told(described, model)
     for entry, _ in where.values():
-        if entry.name in foreign:
-            continue
-        if (found := find_quantized(entry, where, told)) is not None:
+        if entry.name not in foreign and (found := find_quantized(entry, where, told)) is not None:
             weights[found.name] = found
-    if not described:
+    if told.is_empty:
         unread |= _fp8_without_known_scales(where, weights, foreign, model)
     read = {
         *(tensor for one in unread.values() for tensor in one.tensors),

@@ -105,7 +105,8 @@ def method_of(described: Mapping[str, Any]) -> str | None:
     method = described.get("quant_method")
     if method is None and (described.get("load_in_4bit") or described.get("load_in_8bit")):
         return "bitsandbytes"
-    return None if method is None else str(method).lower().replace("compressed_tensors", "compressed-tensors")
+    name = str(method or "").lower().replace("compressed_tensors", "compressed-tensors")
+    return None if name in ("", "none") else name
 
 
 def _block(described: Mapping[str, Any], model: str) -> tuple[int, int] | None:

@@ -24,6 +24,8 @@ METHODS: Mapping[str, str] = {
     "aqlm": "AQLM",
     "auto-round": "AutoRound",
     "awq": "AWQ",
+    "awq_marlin": "AWQ",
+    "bitblas": "BitBLAS",
     "bitnet": "BitNet",
     "bitsandbytes": "bitsandbytes",
     "compressed-tensors": "compressed-tensors",
@@ -36,16 +38,24 @@ METHODS: Mapping[str, str] = {
     "fp_quant": "FP-Quant",
     "gemma": "Gemma's quantization",
     "gptq": "GPTQ",
+    "gptq_bitblas": "GPTQ",
+    "gptq_marlin": "GPTQ",
+    "gptq_marlin_24": "GPTQ",
     "higgs": "HIGGS",
     "hqq": "HQQ",
+    "inc": "Neural Compressor",
     "intel/auto-round": "AutoRound",
+    "marlin": "Marlin",
     "metal": "Metal",
     "mlx": "MLX",
     "modelopt": "ModelOpt",
     "modelopt_fp4": "ModelOpt",
+    "modelopt_mixed": "ModelOpt",
     "mxfp4": "MXFP4",
     "mxfp8": "MXFP8",
     "nvfp4": "NVFP4",
+    "ptpc_fp8": "FP8",
+    "qqq": "QQQ",
     "quanto": "quanto",
     "quark": "Quark",
     "sinq": "SINQ",
@@ -53,6 +63,8 @@ METHODS: Mapping[str, str] = {
     "spqr": "SpQR",
     "torchao": "torchao",
     "vptq": "VPTQ",
+    "w8a8_fp8": "FP8",
+    "w8a8_int8": "INT8",
 }
 
 
@@ -87,6 +99,7 @@ class _Kind:
         dtypes: which that may have; empty for any.
         parts: an expression for the names of all its tensors.
         beside: one of them that must be there besides; None where the name of ``main`` tells enough.
+        only_told: whether a layer that does not tell the shape of its weight is of another kind.
         shape: of the weight, of the layer's tensors and the config; None where they do not tell.
     """
 
@@ -95,6 +108,7 @@ class _Kind:
     dtypes: tuple[str, ...]
     parts: re.Pattern[str]
     beside: str | None
+    only_told: bool
     shape: Callable[[Layer, Mapping[str, Any]], tuple[int, ...] | None]
 
 
@@ -169,9 +183,10 @@ def _kind(
     *,
     beside: str | None = None,
     dtypes: tuple[str, ...] = (),
+    only_told: bool = False,
     shape: Callable[[Layer, Mapping[str, Any]], tuple[int, ...] | None] = _not_told,
 ) -> _Kind:
-    return _Kind(method, main, dtypes, re.compile(parts), beside, shape)
+    return _Kind(method, main, dtypes, re.compile(parts), beside, only_told, shape)
 
 
 _BYTES = ("I8", "U8")
@@ -209,12 +224,13 @@ _FOREIGN = (
 
 #: The kinds that formats which are read are like. They are looked for among what those leave over.
 _LEFT_OVER = (
-    _kind("BitNet", "weight", "weight|weight_scale", beside="weight_scale", dtypes=("U8",),
+    _kind("BitNet", "weight", "weight|weight_scale", beside="weight_scale", dtypes=("U8",), only_told=True,
           shape=lambda layer, _: (4 * layer["weight"].shape[0], *layer["weight"].shape[1:])
           if math.prod(layer["weight_scale"].shape) == 1 else None),
     _kind("compressed-tensors", "weight_packed",
           "weight_(packed|scale|shape|zero_point|g_idx|global_scale)|input_(global_)?scale"),
-    _kind("integers with scales", "weight", "weight|weight_scale(_inv|_2)?|weight_(zero_point|shift)|input_scale|scale",
+    _kind("integers with scales", "weight",
+          "weight|weight_(scale|scale_inv|scale_2|zero_point|shift)|(input|pre_quant|output)_scale|scale",
           beside="weight_scale", dtypes=_BYTES, shape=_as_stored("weight")),
 )  # fmt: skip
 
@@ -266,6 +282,8 @@ def called(described: Mapping[str, Any]) -> str | None:
         return None
     if method == "compressed-tensors" and isinstance(described.get("format"), str):
         return f"{METHODS[method]} ({described['format']})"
+    if method.startswith("modelopt") and isinstance(described.get("quant_algo"), str):
+        return f"{METHODS[method]} ({described['quant_algo']})"
     return METHODS[method]
 
 
@@ -282,10 +300,21 @@ def _found(where: Where, described: Mapping[str, Any], kinds: tuple[_Kind, ...])
             layer = {last: where[module + last][0] for last in below.get(module, ()) if kind.parts.fullmatch(last)}
             if kind.beside is not None and kind.beside not in layer:
                 continue
+            shape = _shape(kind, layer, described)
+            if kind.only_told and shape is None:
+                continue
             method = called(described) or ("AWQ" if kind.method == "GPTQ" and _is_awq(layer) else kind.method)
             taken.update(module + last for last in layer)
             weight = f"{module}weight"
-            yield weight, _unread(weight, method, name, layer.values(), kind.shape(layer, described))
+            yield weight, _unread(weight, method, name, layer.values(), shape)
+
+
+def _shape(kind: _Kind, layer: Layer, described: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The shape of a layer's weight; None where its tensors do not tell, or have other shapes than those of the kind."""
+    try:
+        return kind.shape(layer, described)
+    except (IndexError, ZeroDivisionError):
+        return None
 
 
 def _below(where: Where) -> dict[str, list[str]]:

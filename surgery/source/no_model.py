@@ -9,9 +9,11 @@ from surgery.errors import SourceError, few
 from surgery.escapes import quoted
 from surgery.files.json_files import decode_json
 from surgery.names import CONFIG_FILE, JOURNAL_DIR, OUR_FILES, RUN_FILE, SURGERY_DIR
+from surgery.quantized.original import original_of
 from surgery.source.file_names import (
     ADAPTER_FILE,
     ARRAYS,
+    CARD,
     DOWNLOADS,
     OF_A_RUN,
     OTHER_FORMAT,
@@ -116,7 +118,7 @@ def no_weights(model: ModelFolder, adapter: list[str]) -> SourceError:
     others = [name for name, reason in reasons.items() if reason == OTHER_FORMAT] + arrays
     for suffixes, kind, hint in (
         (PICKLES, "a pickle checkpoint, which is never opened", f"convert it once: {_CONVERT}"),
-        ((".gguf", ".ggml"), "GGUF", "give the model that it was made from; its card names it"),
+        ((".gguf", ".ggml"), "GGUF", f"give {original_of(model.where, _card(model))}; llama.cpp converts what is made of it"),
         ((".onnx", ".onnx_data"), "ONNX", "give the model that it was exported from; its card names it"),
         (OTHER_WEIGHTS, "weights in another format", f"give the model in safetensors; of Flax or TensorFlow: {_CONVERT}"),
     ):
@@ -124,6 +126,11 @@ def no_weights(model: ModelFolder, adapter: list[str]) -> SourceError:
             return SourceError(f"{model.where} has no safetensors weights, only {kind}", got=few(found), hint=hint)
     names = [*model.files, *(f"{folder}/" for folder in model.folders)]
     return SourceError(f"{model.where} has no safetensors weights", got=few(names) or "no files", expected="*.safetensors")
+
+
+def _card(model: ModelFolder) -> str:
+    """The text of its card; empty if there is none."""
+    return next((model.text(name) for name in model.files if name.casefold() == CARD), "")
 
 
 def _only_adapter(model: ModelFolder, adapter: list[str]) -> SourceError:

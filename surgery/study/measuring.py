@@ -11,6 +11,7 @@ import torch
 
 from surgery.format.options import Options
 from surgery.planning.memory import need_to_measure, share_out
+from surgery.planning.notes import notes_of_reach
 from surgery.planning.plan import Plan, make_plan
 from surgery.progress import listening, note, phase
 from surgery.report.summary import worst_residual
@@ -58,6 +59,9 @@ def open_models(
         source = open_source(model, revision=revision, subfolder=subfolder)
         plan = make_plan(source, replace(options, rank=1), "overlay")
         other = None if tuned is None else open_source(tuned, subfolder=subfolder)
+    if plan.reached < 1:
+        for one in notes_of_reach(plan.skipped, plan.targets):
+            note(one)
     check_room(*download_needs(*([source] if other is None else [source, other])))
     return StudiedPair(source, plan, other, engine)
 

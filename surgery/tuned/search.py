@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgery.errors import MissingExtra, OptionError, SourceError
+from surgery.errors import MissingExtra, OptionError, SourceError, few
 from surgery.format.name_map import NameMap, find_names, note_renamed, without_wrappers
 from surgery.names import FACTORIZABLE_DTYPES, is_of_lora
 from surgery.progress import note
@@ -106,6 +106,9 @@ class _TunedSearch:
         original = self._original
         if unread := [one for name, one in self._quantization.unread.items() if name in original.wanted]:
             raise self._not_read(unread)
+        if unread := [one for name, one in self._quantization.unread.items() if name in original.optional]:
+            methods = few(dict.fromkeys(one.method for one in unread), between=" and ")
+            note(f"{self._name}: not read, and not compared, in {methods}: {few(one.name for one in unread)}")
         names = find_names(self._places, original.wanted, original.shapes, self._is_alike)
         if self._fits(names):
             stored = {

@@ -22,6 +22,7 @@ from surgery.format.header import TensorEntry
 from surgery.format.options import Options
 from surgery.planning.recipes import recipe_for_family
 from surgery.planning.targets import Model, Skipped, Target, choose
+from surgery.quantized.recognize import Quantization
 from tests import oracle
 from tests.oracle import Made, Weight
 
@@ -95,15 +96,15 @@ _LINEAR = ("linear", "experts", "in_proj")
 
 def namings(made: Made) -> Iterator[tuple[str, Model, list[Weight]]]:
     """The tensors of a model by the names that they have somewhere, with what is known of the model there."""
-    family = Model(made.config, recipe_for_family(made.config))
+    family = Model(made.config, recipe_for_family(made.config), Quantization())
     in_memory = oracle.weights(made.model)
     saved = _different(oracle.saved(made.model, in_memory))
     yield "in memory", family, _different(in_memory)
     yield "saved", family, saved
     # As a tower of a model that nobody knows, where no recipe helps.
     inside = [replace(weight, name=f"model.vision_embed_tokens.img_processor.{weight.name}") for weight in saved]
-    yield "inside of another", Model({"model_type": "unheard of", "tower_config": made.config}, None), inside
-    yield "without config", Model({}, None), [weight for weight in saved if weight.module not in _UNTOLD]
+    yield "inside of another", Model({"model_type": "unheard of", "tower_config": made.config}, None, Quantization()), inside
+    yield "without config", Model({}, None, Quantization()), [weight for weight in saved if weight.module not in _UNTOLD]
 
 
 def _different(weights: Sequence[Weight]) -> list[Weight]:
@@ -190,7 +191,7 @@ def counts() -> Counter[str]:
             found["classes that cannot be made"] += 1
             continue
         found["classes with all their layers"] += not made.cut
-        model = Model(made.config, recipe_for_family(made.config))
+        model = Model(made.config, recipe_for_family(made.config), Quantization())
         weights = oracle.saved(made.model, oracle.weights(made.model))
         for weight, said, _ in judged(model, [weight for weight in weights if len(weight.shape) > 1 and 0 not in weight.shape]):
             found[f"layers of blocks: {said}" if weight.owner in _LINEAR and weight.in_block else "other matrices"] += 1

@@ -10,6 +10,7 @@ from surgery.format.header import TensorEntry
 from surgery.format.options import Options
 from surgery.planning.recipes import find_recipe, recipe_for_family
 from surgery.planning.targets import Model, Target, choose
+from surgery.quantized.recognize import Quantization
 from tests.oracle_diffusers import Made, Owner, Weight, class_names, models_of
 from tests.releases import needs
 
@@ -67,7 +68,7 @@ def _models() -> Iterator[Made]:
 
 def _targets(made: Made, recipe: str | None = None) -> dict[str, str | None]:
     """Tensor -> why it is no target; None if it, or slices of it, are targets."""
-    model = Model(made.config, find_recipe(recipe) if recipe else recipe_for_family(made.config))
+    model = Model(made.config, find_recipe(recipe) if recipe else recipe_for_family(made.config), Quantization())
     found: dict[str, str | None] = {}
     for weight in made.weights:
         fates = choose(TensorEntry(weight.name, "F32", weight.shape, 0, 0), "", Options(rank=2), model)

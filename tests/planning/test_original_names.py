@@ -15,6 +15,7 @@ from surgery.format.header import TensorEntry
 from surgery.format.options import Options
 from surgery.planning.recipes import find_recipe
 from surgery.planning.targets import Model, Target, choose
+from surgery.quantized.recognize import Quantization
 from tests.models import files_of
 
 Module = Callable[[], nn.Module]
@@ -271,7 +272,7 @@ OUTER = ("input_blocks.0.0", "zero_convs.1.0")
 
 
 def _fates(name: str, shape: tuple[int, ...], recipe: str | None = None) -> set[str]:
-    model = Model({}, find_recipe(recipe) if recipe else None)
+    model = Model({}, find_recipe(recipe) if recipe else None, Quantization())
     fates = choose(TensorEntry(name, "F16", shape, 0, 0), "", Options(rank=2), model)
     return {BLOCK if isinstance(fate, Target) else fate.reason for fate in fates}
 

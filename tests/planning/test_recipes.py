@@ -311,6 +311,5 @@ def test_names_of_strangers_take_bounded_time(tmp_path: Path) -> None:
     save_file({name: torch.ones(2), "layers.0.a.weight": torch.randn(8, 8)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
     started = time.perf_counter()
-    with pytest.raises(SurgeryError, match="seems to be quantized with bitsandbytes"):
-        planned(tmp_path, rank=2)
+    assert [target.tensor for target in planned(tmp_path, rank=2).targets] == ["layers.0.a.weight"]
     assert time.perf_counter() - started < 20

@@ -19,6 +19,7 @@ from surgery.planning.plan import Plan
 from surgery.planning.recipes import read_recipe, recipe_for_family
 from surgery.planning.targets import Model, Skipped, Target, choose
 from surgery.progress import Silent
+from surgery.quantized.recognize import Quantization
 from tests.families import FAMILIES
 from tests.models import planned, tensors_of
 
@@ -34,7 +35,7 @@ def test_reasons(tmp_path: Path) -> None:
         "model.layers.0.mixer.A_log": torch.randn(8, 4),
         "model.layers.0.conv.weight": torch.randn(8, 1, 4),
         "model.layers.0.one.weight": torch.randn(1, 8),
-        "model.layers.0.quantized.weight": torch.randn(8, 8).to(torch.float8_e4m3fn),
+        "model.layers.0.quantized.weight": torch.randn(8, 8).to(torch.float8_e4m3fnuz),
         "model.layers.0.table": torch.randn(8, 8),
         "model.embed_tokens.weight": torch.randn(9, 8),
         "model.position_ids": torch.arange(4)[None],
@@ -54,7 +55,7 @@ def test_reasons(tmp_path: Path) -> None:
         "A_log": "no weight",
         "conv.weight": "a depthwise convolution",
         "one.weight": "a single row",
-        "quantized.weight": "F8_E4M3",
+        "quantized.weight": "F8_E4M3FNUZ",
         "table": "no weight of a linear layer",
         "embed_tokens.weight": "an embedding",
         "position_ids": "no floating-point weight",
@@ -139,7 +140,7 @@ def _notes(steps: Plan) -> list[str]:
 @pytest.mark.parametrize("model_type", ["llama", "unheard of"])
 @pytest.mark.parametrize(
     ("dtype", "name"),
-    [(torch.float64, "F64"), (torch.float8_e5m2, "F8_E5M2"), (torch.float8_e4m3fn, "F8_E4M3"), (torch.int8, "I8")],
+    [(torch.float64, "F64"), (torch.float8_e4m3fnuz, "F8_E4M3FNUZ"), (torch.complex64, "C64"), (torch.int64, "I64")],
 )
 def test_a_weight_of_another_dtype_is_noted(
     dtype: torch.dtype, name: str, model_type: str, llama: Path, tmp_path: Path
@@ -285,10 +286,16 @@ _JOINED = "experts joined in one matrix, and config.json does not tell how many"
         ("transformer.blocks.0.ffn.experts.mlp.w1", (64, 48), {}, _JOINED),
         ("model.layers.0.block_sparse_moe.experts.3.w1.weight", (64, 48), _MIXTURE, None),
         ("model.layers.0.mlp.experts.gate_up_proj", (16, 64, 48), _MIXTURE, None),
+        ("model.layers.0.mlp.shared.up_proj.weight", (64, 48), _MIXTURE, None),
+        ("decoder.shared.weight", (64, 48), {}, "an embedding"),
+        ("model.layers.0.moe.w1", (16, 64, 48), _MIXTURE, None),
+        ("model.layers.0.moe.gate_w", (16, 48), _MIXTURE, "no weight of a linear layer"),
     ],
 )
 def test_names_of_repositories(name: str, shape: tuple[int, ...], config: dict[str, object], reason: str | None) -> None:
-    fates = choose(TensorEntry(name, "BF16", shape, 0, 1), "f", Options(), Model(config, recipe_for_family(config)))
+    fates = choose(
+        TensorEntry(name, "BF16", shape, 0, 1), "f", Options(), Model(config, recipe_for_family(config), Quantization())
+    )
     assert [fate.reason if isinstance(fate, Skipped) else None for fate in fates] == [reason]
 
 
@@ -297,7 +304,7 @@ def test_experts_below_one_another_are_matrices_of_their_own(options: Options) -
     """As in DBRX and nomic's mixture."""
     name = "encoder.layers.1.mlp.experts.mlp.w2"
     config = {"num_experts": 16, "moe_top_k": 2}
-    fates = choose(TensorEntry(name, "BF16", (16 * 24, 32), 0, 1), "f", options, Model(config, None))
+    fates = choose(TensorEntry(name, "BF16", (16 * 24, 32), 0, 1), "f", options, Model(config, None, Quantization()))
     assert [(fate.key, fate.matrices) for fate in fates if isinstance(fate, Target)] == [
         (f"{name}[expert_{i}]", (1, 24, 32)) for i in range(16)
     ]
@@ -308,5 +315,5 @@ def test_a_recipe_may_keep_a_fused_weight_whole(tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text('[[rules]]\nmatch = "*.in_proj_weight"\nview = "matrix"')
     entry = TensorEntry("blocks.0.attn.in_proj_weight", "BF16", (96, 32), 0, 1)
     for recipe, keys in ((read_recipe(tmp_path / "r.toml"), [""]), (None, ["[q]", "[k]", "[v]"])):
-        fates = choose(entry, "f", Options(), Model({}, recipe))
+        fates = choose(entry, "f", Options(), Model({}, recipe, Quantization()))
         assert [fate.key for fate in fates if isinstance(fate, Target)] == [entry.name + key for key in keys]

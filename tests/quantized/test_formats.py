@@ -41,9 +41,8 @@ def _bytes(tensor: torch.Tensor) -> bytes:
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _fold(folder: Path, scales: Any, out: Path, base: Path, **options: Any) -> dict[str, torch.Tensor]:
-    surgery.fold(folder, scales, out, base=base, progress=Silent(), **options)
-    return tensors_of(out)
+def _fold(folder: Path, scales: Any, out: Path, base: Path, **options: Any) -> surgery.FoldReport:
+    return surgery.fold(folder, scales, out, base=base, progress=Silent(), **options)
 
 
 def _told_scales(manifest: surgery.Manifest, change: float) -> dict[str, torch.Tensor]:
@@ -67,7 +66,8 @@ def test_format(name: str, tmp_path: Path) -> None:
     untouched = {target.key: torch.ones(target.scales_shape) for target in manifest.targets}
     _fold(tmp_path / "f", untouched, tmp_path / "back", base)
     assert files_of(tmp_path / "back") == files_of(base)
-    dense = _fold(tmp_path / "f", untouched, tmp_path / "dense", base, dequantize=True)
+    _fold(tmp_path / "f", untouched, tmp_path / "dense", base, dequantize=True)
+    dense = tensors_of(tmp_path / "dense")
     assert dense.keys() == {layout.name, _OTHER, "model.norm.weight"}
     assert torch.equal(dense[layout.name], torch.from_numpy(stored.weight.copy()).float().bfloat16())
     assert "quantization_config" not in json.loads((tmp_path / "dense/config.json").read_text())
@@ -79,7 +79,8 @@ def test_format(name: str, tmp_path: Path) -> None:
     wanted = stored.weight + ((U * distance.unsqueeze(-2)) @ V.mT).numpy()
     before = tensors_of(base)
     for rounding in ("nearest", "directions"):
-        out = _fold(tmp_path / "f", scales, tmp_path / rounding, base, rounding=rounding)
+        report = _fold(tmp_path / "f", scales, tmp_path / rounding, base, rounding=rounding)
+        out = tensors_of(tmp_path / rounding)
         assert {name: (one.dtype, one.shape) for name, one in out.items()} == {
             name: (one.dtype, one.shape) for name, one in before.items()
         }
@@ -91,11 +92,13 @@ def test_format(name: str, tmp_path: Path) -> None:
         read = layout.read(out)
         if U.ndim == 3:
             assert all(np.array_equal(one[1], other[1]) for one, other in zip(read, stored, strict=True) if np.ndim(one))
+        arrived = torch.diagonal(U.mT @ torch.from_numpy(read.weight - stored.weight) @ V, dim1=-2, dim2=-1)
+        share = float((arrived * distance).sum() / distance.square().sum())
+        assert report.kept == pytest.approx(share, abs=2e-3)
         if rounding == "nearest":
             _check_nearest(read, wanted, layout)
         else:
-            arrived = torch.diagonal(U.mT @ torch.from_numpy(read.weight - stored.weight) @ V, dim1=-2, dim2=-1)
-            assert float((arrived * distance).sum() / distance.square().sum()) == pytest.approx(1, abs=0.05)
+            assert share == pytest.approx(1, abs=0.05)
 
 
 def _check_nearest(read: Read, wanted: np.ndarray, layout: Layout) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ _COMPRESSED = [
 ]
 
 
-@pytest.mark.skipif(find_spec("compressed_tensors") is None, reason="compressed-tensors is not here")
+@needs("compressed-tensors", ">=0.20", "decompressing one layer")
 @pytest.mark.parametrize("name", _COMPRESSED)
 def test_compressed_tensors(name: str, tmp_path: Path) -> None:
     from compressed_tensors.compressors import BaseCompressor

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import surgery
+from surgery.cli.report import plan_text
 from surgery.errors import FormatError, OptionError, SourceError, WeightError
 from surgery.format.header import TensorEntry
 from surgery.quantized.cast import as_cast
@@ -533,3 +534,55 @@ def test_residual_layout_beside_weights_that_have_none(model: tuple[Tensors, dic
     surgery.fold(tmp_path / "f", ones, tmp_path / "dense", dequantize=True, progress=silent)
     dense = tensors_of(tmp_path / "dense")
     assert all(torch.equal(dense[name].float(), one.float()) for name, one in cast.items())
+
+
+def test_gguf(tmp_path: Path) -> None:
+    """The card names the original; else the name of the folder does."""
+    for name, card, original in (
+        ("a", "base_model: some-lab/Model-7B", "some-lab/Model-7B"),
+        ("Model-7B-GGUF", "", "Model-7B"),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "model.Q4_K_M.gguf").write_bytes(b"GGUF")
+        (folder / "README.md").write_text(f"---\n{card}\n---\n")
+        with pytest.raises(SourceError, match="only GGUF") as caught:
+            surgery.plan(folder)
+        assert original in str(caught.value.hint)
+
+
+def test_spectra_tell_what_is_passed_over(model: tuple[Tensors, dict[str, Any]], tmp_path: Path) -> None:
+    tensors, config = model
+    folder = save_packed(tmp_path / "m", tensors, config, PACKINGS["gptq"], _is_mlp)
+    with pytest.warns(surgery.SurgeryWarning) as told:
+        surgery.spectra(folder, top=2)
+    assert any("GPTQ, copied as it is: 6 of 14" in str(one.message) for one in told)
+
+
+def test_modelopt_int4_awq(model: tuple[Tensors, dict[str, Any]], tmp_path: Path) -> None:
+    """What its layers compute with is another weight than the one that is stored: named, and not read as integers."""
+    tensors, config = model
+
+    def packed(m: int, n: int) -> Tensors:
+        numbers = torch.ones(m // 2, n, dtype=torch.uint8)
+        return {"weight": numbers, "weight_scale": torch.ones(m, n // 16), "pre_quant_scale": torch.ones(n)}
+
+    described = {"quantization_config": {"quant_method": "modelopt", "quant_algo": "W4A16_AWQ"}}
+    folder = save_packed(tmp_path / "m", tensors, config, Packing("ModelOpt (W4A16_AWQ)", packed, described), _is_mlp)
+    plan = planned(folder, rank=2)
+    reasons = {item.reason for item in plan.skipped if ".mlp." in item.tensor}
+    assert reasons == {"ModelOpt (W4A16_AWQ), copied as it is", "belongs to a weight that is ModelOpt (W4A16_AWQ)"}
+
+
+def test_plan_tells_the_share(model: tuple[Tensors, dict[str, Any]], tmp_path: Path) -> None:
+    """In the table's totals, in a note, and in the JSON."""
+    tensors, config = model
+    folder = save_packed(tmp_path / "m", tensors, config, PACKINGS["gptq"], _is_mlp)
+    plan = planned(folder, rank=2)
+    share = sum(one.entries for one in plan.targets) / sum(one.numel() for name, one in tensors.items() if _is_linear(name))
+    assert f"{100 * share:.3g} % of the weights that would be targets" in plan_text(plan, 1.0, every=False).replace("\n  ", " ")
+    assert any(
+        f"6 of 14 that would be targets are passed over, {100 - 100 * share:.3g} % of their weights" in one
+        for one in plan.notes
+    )
+    assert plan.as_json()["reached"] == pytest.approx(share)

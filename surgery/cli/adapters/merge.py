@@ -140,7 +140,7 @@ def _outcome(report: MergeReport) -> str:
     text = f"{len(report.tensors)} tensors changed" + kept_of_update(report.kept, report.kept_least)
     if report.restored:
         text += f", {report.restored} of {report.shards} weight files as they were"
-    return text + (", FP8 weights now bfloat16" if report.dequantized else "")
+    return text + (", quantized weights now bfloat16" if report.dequantized else "")
 
 
 def _plan_text(plan: MergePlan) -> str:
