@@ -25,6 +25,11 @@ from surgery.names import FACTORIZABLE_DTYPES
 #: ones. Of another model it is 100 % and more.
 _QUANTIZATION_ERROR = 0.4
 _PROBES = 8
+#: transformers 5.23 does so with all of modelopt's, and with the experts of NVFP4.
+_LOADED_WRONGLY = (
+    "load the model that was factorized; if it was, its loader leaves out scales: surgery fold FACTORIZED "
+    "FACTORIZED/surgery/scales.safetensors --dequantize writes what it holds as bfloat16, which can be loaded and trained"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +91,10 @@ def is_residual(held: HeldTarget, dtype: torch.dtype, stored: Callable[[], torch
             hint = f'load the model with dtype="auto": {dtype_of_model} has not room for its weights' if fewer else None
             raise _neither(target, f"{dtype_of_model} {target.shape}", "bytes", hint)
         return digest != target.sample_sha256
-    # FP8, dequantized when it was loaded: an overlay, of which nothing but the factors is at hand.
+    # Quantized, and dequantized when it was loaded: an overlay, of which nothing but the factors is at hand.
     leading = [f.U.T.to(w.device) @ w.float() @ f.V.to(w.device) for f, w in zip(held.factors, matrices, strict=True)]
     if not _is_original(leading, held.factors):
-        raise _neither(target, "another weight", "leading singular values")
+        raise _neither(target, "another weight", "leading singular values", _LOADED_WRONGLY)
     return False
 
 

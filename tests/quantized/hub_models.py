@@ -66,7 +66,8 @@ class Layout:
         for name, one in dense.items():
             tensors |= self.pack(name, one.float()) if re.fullmatch(self.packed, name) else {name: one}
         config = json.loads((folder / "config.json").read_text()) | (self.config or {})
-        config["quantization_config"] = dict(self.described)
+        if self.described:
+            config["quantization_config"] = dict(self.described)
         (folder / "config.json").write_text(json.dumps(config, indent=2))
         for name, content in (self.beside or {}).items():
             (folder / name).write_text(json.dumps(content, indent=2))
@@ -119,6 +120,8 @@ def dequantized(folder: Path, block: int = BLOCK) -> Tensors:
         elif name.endswith(".weight") and one.dtype == torch.uint8:  # modelopt
             scale = tensors[f"{name}_scale"].double() * tensors[f"{name}_scale_2"].double()
             found[name] = _grouped(_nibbles(one), scale)
+        elif one.dtype in (torch.int8, torch.float8_e4m3fn) and f"{name}_scale" in tensors:  # one, or one for each row
+            found[name] = one.double() * tensors[f"{name}_scale"].double()
         elif one.dtype == torch.int8:
             found[name] = _grouped(_nibbles(one.view(torch.uint8)), tensors[f"{stem}.scale"].double())
         elif one.dtype == torch.float8_e4m3fn and one.ndim == 2 and not name.endswith("_scale"):
@@ -164,6 +167,31 @@ def _fp8(scale_name: str, dtype: torch.dtype) -> Callable[[str, torch.Tensor], T
         return {name: (weight / spread).to(torch.float8_e4m3fn), scale_name.format(name, name.removesuffix(".weight")): scale}
 
     return pack
+
+
+def _by_row(dtype: torch.dtype) -> Callable[[str, torch.Tensor], Tensors]:
+    """A scale for each output, as llm-compressor has it; the inputs are quantized when they come."""
+
+    def pack(name: str, weight: torch.Tensor) -> Tensors:
+        largest = 127 if dtype == torch.int8 else 448
+        scale = (weight.abs().amax(1, keepdim=True) / largest).bfloat16()
+        scaled = (weight / scale.float()).clamp(-largest, largest)
+        return {name: (scaled.round() if dtype == torch.int8 else scaled).to(dtype), f"{name}_scale": scale}
+
+    return pack
+
+
+def _fp8_modelopt(name: str, weight: torch.Tensor) -> Tensors:
+    scale = weight.abs().max() / 448
+    layer = name.removesuffix("weight")
+    tensors = {
+        name: (weight / scale).to(torch.float8_e4m3fn),
+        f"{name}_scale": scale,
+        f"{layer}input_scale": torch.tensor(0.02),
+    }
+    if layer.endswith((".k_proj.", ".v_proj.")):
+        tensors[f"{layer}{layer[-7]}_scale"] = torch.tensor(1.0)
+    return tensors
 
 
 def _int4(name: str, weight: torch.Tensor, group: int = 32) -> Tensors:
@@ -259,8 +287,8 @@ _DEEPSEEK = {
 }
 
 
-def _deepseek() -> Any:
-    return transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**_DEEPSEEK))
+def _deepseek(**sizes: Any) -> Any:
+    return transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**{**_DEEPSEEK, **sizes}))
 
 
 def _with_prediction(tensors: Tensors) -> Tensors:
@@ -368,7 +396,7 @@ def _qwen3_moe() -> Any:
     return transformers.Qwen3MoeForCausalLM(config)
 
 
-def _compressed(format_name: str, ignore: list[str], **weights: Any) -> dict[str, Any]:
+def _compressed(format_name: str, ignore: list[str], inputs: dict[str, Any] | None = None, **weights: Any) -> dict[str, Any]:
     described = {
         "dynamic": False,
         "observer": "minmax",
@@ -377,7 +405,7 @@ def _compressed(format_name: str, ignore: list[str], **weights: Any) -> dict[str
         "block_structure": None,
         **weights,
     }
-    group = {"targets": ["Linear"], "weights": described, "input_activations": None, "output_activations": None}
+    group = {"targets": ["Linear"], "weights": described, "input_activations": inputs, "output_activations": None}
     return {
         "quant_method": "compressed-tensors",
         "format": format_name,
@@ -415,6 +443,11 @@ _HF_QUANT = {
     "producer": {"name": "modelopt", "version": "0.29.0"},
     "quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8", "group_size": 16, "exclude_modules": ["lm_head"]},
 }
+_HF_QUANT_FP8 = {
+    "producer": {"name": "modelopt", "version": "0.29.0"},
+    "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]},
+}
+_BY_TOKEN = {"dynamic": True, "strategy": "token", "symmetric": True, "num_bits": 8}
 _LINEAR = r".*\.(self_attn|mlp|experts\.\d+|shared_experts)\.\w+_proj(_with_mqa)?\.weight"
 
 LAYOUTS: dict[str, Layout] = {
@@ -425,6 +458,10 @@ LAYOUTS: dict[str, Layout] = {
         _FINE_GRAINED,
         _with_prediction,
         config={"num_nextn_predict_layers": 1},
+    ),
+    # As in the large one, whose 576 rows of kv_a_proj_with_mqa are four and a half blocks.
+    "deepseek_v3_ragged": Layout(
+        lambda: _deepseek(qk_rope_head_dim=8), _fp8("{0}_scale_inv", torch.float32), _LINEAR, _FINE_GRAINED
     ),
     "gpt_oss": Layout(
         _gpt_oss,
@@ -442,6 +479,22 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "kimi_k2": Layout(_deepseek, _int4, r".*\.experts\.\d+\.\w+_proj\.weight", _INT4),
     "kimi_k25": Layout(_kimi_k25, _int4, r".*\.experts\.\d+\.\w+_proj\.weight", _INT4, renamed=_of_kimi),
+    "fp8_llama": Layout(
+        _llama,
+        _by_row(torch.float8_e4m3fn),
+        _LINEAR,
+        _compressed(
+            "float-quantized", ["lm_head"], {**_BY_TOKEN, "type": "float"}, num_bits=8, type="float", strategy="channel"
+        ),
+    ),
+    "int8_llama": Layout(
+        _llama,
+        _by_row(torch.int8),
+        _LINEAR,
+        _compressed("int-quantized", ["lm_head"], {**_BY_TOKEN, "type": "int"}, num_bits=8, type="int", strategy="channel"),
+    ),
+    # The config of older exports says nothing of it.
+    "fp8_llama_modelopt": Layout(_llama, _fp8_modelopt, _LINEAR, {}, beside={"hf_quant_config.json": _HF_QUANT_FP8}),
     "nvfp4_llama_modelopt": Layout(_llama, _nvfp4_modelopt, _LINEAR, _MODELOPT, beside={"hf_quant_config.json": _HF_QUANT}),
     "nvfp4_llama": Layout(_llama, _nvfp4_compressed, _LINEAR, _compressed("nvfp4-pack-quantized", ["lm_head"], **_NVFP4)),
     "nvfp4_mixture": Layout(
