@@ -233,7 +233,7 @@ _INTEGERS = ("I8", "U8", "I16", "U16", "I32", "U32")
 #: A numbered block: only in these layers are looked for.
 _IN_BLOCK = re.compile(r"(^|\.)\d+\.")
 #: Integers that models have without being quantized: masks, positions, tables of indices.
-_PLAIN_INTEGERS = re.compile(r"bias|mask|position|(^|_)ids?($|_)|ind(ex|ices)|table|tid2eid|count|steps?|rotary|freqs")
+_PLAIN_INTEGERS = re.compile(r"bias|mask|position|(^|_)ids?($|_)|ind(ex|ices)|table|tid2eid|count|steps?|tri[lu]|rotary|freqs")
 
 
 def find_foreign(where: Where, described: Mapping[str, Any]) -> dict[str, UnreadWeight]:

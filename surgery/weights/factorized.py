@@ -239,8 +239,8 @@ class Factorized:
         quantized = self._checkpoint.weights.quantized.get(tensor)
         if quantized is None:
             raise OptionError(
-                f"{tensor!r} is {told_dtype(dtype)}, which is only read from the base of an overlay, and with scales",
-                hint="factorize with --layout overlay",
+                f"{tensor!r} is {told_dtype(dtype)}, and it is not known how its numbers are scaled",
+                hint="its bytes are in the weight file as they were",
             )
         with ExitStack() as stack:
             for shard in sorted(quantized.shards):

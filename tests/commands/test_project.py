@@ -450,7 +450,7 @@ def _with_infinity(tensors: Tensors) -> None:
     [
         (_without, SourceError, r"has no tensor 'layers\.0\.experts\.down'"),
         (_turned, SourceError, r"'layers\.0\.attn\.o_proj\.weight' has another shape.*\n.*\[24, 40\]\n.*\[40, 24\]"),
-        (_integers, SourceError, r"'layers\.0\.conv\.weight' has a dtype that is not supported\n.*I8"),
+        (_integers, SourceError, r"is packed in a way that is not known\n.*'layers\.0\.conv\.weight', I8"),
         (_with_nan, WeightError, r"'layers\.0\.experts\.gate_up' holds NaN or infinity"),
         (_with_infinity, WeightError, r"'layers\.0\.fused\.weight' holds NaN or infinity"),
     ],

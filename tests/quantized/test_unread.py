@@ -20,6 +20,7 @@ from tests.models import planned, save_llama, tensors_of
 from tests.quantized.layouts import LAYOUTS
 from tests.quantized.packed import PACKINGS, Packing, Tensors, save_packed
 from tests.quantized.test_formats import save as save_layout
+from tests.releases import needs
 
 
 @pytest.fixture(scope="module")
@@ -611,3 +612,20 @@ def test_of_the_hub(card: str, hub: LoopbackHub, model: tuple[Tensors, dict[str,
     with pytest.raises(SourceError, match="AWQ") as caught:
         surgery.plan(repo)
     assert f"{'some-lab/Model-7B by its card' if card else 'by its name seems to be Model-7B'}; " in str(caught.value.hint)
+
+
+@needs("bitsandbytes", ">=0.50.2", "a quantized base")
+def test_packed_by_bitsandbytes_itself() -> None:
+    """What stands here for its checkpoints has the names, dtypes and shapes that it saves."""
+    import bitsandbytes
+
+    nn, weight = bitsandbytes.nn, torch.randn(96, 64)
+    made: dict[str, Any] = {kind: nn.Linear4bit(64, 96, bias=False, quant_type=kind) for kind in ("nf4", "fp4")}
+    made["int8"] = nn.Linear8bitLt(64, 96, bias=False, has_fp16_weights=False)
+    for kind, layer in made.items():
+        layer.load_state_dict({"weight": weight})
+        saved, here = layer.to("cpu").state_dict(), PACKINGS[kind].tensors(96, 64)
+        assert saved.keys() == here.keys()
+        for name in saved:
+            assert saved[name].dtype == here[name].dtype
+            assert saved[name].shape == here[name].shape or ".quant_state." in name
