@@ -41,9 +41,6 @@ def report_of(
     totals = Totals()
     found = {one.tensor: one for result in results for one in result.targets}
     plan, reasons = extraction.plan, {skipped.tensor: skipped.reason for skipped in extraction.plan.skipped}
-    # A packed weight is passed over by the name of what is stored of it.
-    packed = {entry.name: entry.stored.name for shard in plan.shards for entry in shard.header.tensors}
-    reasons |= {name: reasons[stored] for name, stored in packed.items() if name != stored and stored in reasons}
     reasons |= {one: "matched by --full" for one in reasons if matches(one, extraction.options.full)}
     targets = tuple(told_of_target(target, found[target.tensor], ranks[target.tensor], totals) for target in plan.targets)
     others = []

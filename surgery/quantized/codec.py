@@ -286,12 +286,12 @@ class Codec:
         if group is None or bool((group < 0).any()):  # compressed-tensors: -1 stands for no order of its own
             return self.block[1]
         group = group.long()
-        counts = torch.bincount(group)
-        if len(counts) > self._count(n, self.block[1]) or bool((counts > self.block[1]).any()):
+        groups, last = self._count(n, self.block[1]), int(group.max()) if n else 0
+        if last >= groups or bool((torch.bincount(group) > self.block[1]).any()):
             raise FormatError(
                 f"{self.label}: the groups of its columns make no sense",
-                got=f"{len(counts)} groups of up to {int(counts.max())} columns",
-                expected=f"{self._count(n, self.block[1])} groups of {self.block[1]}",
+                got=f"a group {last}" if last >= groups else f"a group of {int(torch.bincount(group).max())} columns",
+                expected=f"{groups} groups of {self.block[1]}",
                 hint="the file is damaged: fetch it again",
             )
         return group

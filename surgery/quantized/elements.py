@@ -92,6 +92,10 @@ class Floats:
         return x
 
 
+def _upper_bits(bits: torch.Tensor) -> torch.Tensor:
+    return (bits >> 22) & 0x3FF
+
+
 def _looked_up(table: torch.Tensor, stored: torch.Tensor) -> torch.Tensor:
     """What each byte of a stored tensor stands for."""
     index = stored.contiguous().view(torch.uint8).int().view(-1)
@@ -134,15 +138,18 @@ class E2M1(Floats):
         table = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float32)
         table = torch.cat([table, -table])
         pairs = torch.stack([table.repeat(16), table.repeat_interleave(16)], 1)  # byte -> its two numbers
-        return _looked_up(pairs, stored).view(*stored.shape[:-1], columns)
+        # As one number of 64 bits, which is looked up four times as fast.
+        found = _looked_up(pairs.view(torch.int64).view(-1), stored)
+        return found.view(torch.float32).view(*stored.shape[:-1], columns)
 
     def stored(self, x: torch.Tensor) -> torch.Tensor:
         bits = self.round_(x.contiguous()).view(torch.int32)
-        # Of 1 and above the exponent and one digit are the code, counted from 2 on; 0.5 is 1.
-        size = bits & 0x7FFF_FFFF
-        one = 0x3F80_0000
-        code = torch.where(size >= one, (size >> 22) - 252, (size > 0).int()) | ((bits < 0).int() << 3)
-        return (code[..., 0::2] | (code[..., 1::2] << 4)).to(torch.uint8)
+        # The upper bits of an element: its sign, its exponent and the one digit that may be there.
+        codes = torch.zeros(1 << 10, dtype=torch.uint8)
+        elements = self.values(torch.arange(16, dtype=torch.uint8).view(-1, 1), 2)[:, 0].contiguous()
+        codes[_upper_bits(elements.view(torch.int32)).long()] = torch.arange(16, dtype=torch.uint8)
+        code = codes.to(x.device).index_select(0, _upper_bits(bits).view(-1)).view(x.shape)
+        return code[..., 0::2] | (code[..., 1::2] << 4)
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,6 +89,14 @@ class UnreadWeight:
     entries: int
 
 
+#: The shape of a weight, of its layer's tensors and what the config says; None where they do not tell.
+_ShapeOf = Callable[[Layer, Mapping[str, Any]], tuple[int, ...] | None]
+
+
+def _not_told(layer: Layer, config: Mapping[str, Any]) -> None:
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class _Kind:
     """How a method stores a layer.
@@ -96,29 +104,25 @@ class _Kind:
     Attributes:
         method: what people call it, where the config does not name one.
         main: the name, below the layer, of the tensor with the numbers.
-        dtypes: which that may have; empty for any.
         parts: an expression for the names of all its tensors.
         beside: one of them that must be there besides; None where the name of ``main`` tells enough.
+        dtypes: which ``main`` may have; empty for any.
         only_told: whether a layer that does not tell the shape of its weight is of another kind.
-        shape: of the weight, of the layer's tensors and the config; None where they do not tell.
+        shape: of the weight.
     """
 
     method: str
     main: str
-    dtypes: tuple[str, ...]
-    parts: re.Pattern[str]
-    beside: str | None
-    only_told: bool
-    shape: Callable[[Layer, Mapping[str, Any]], tuple[int, ...] | None]
+    parts: str
+    beside: str | None = None
+    dtypes: tuple[str, ...] = ()
+    only_told: bool = False
+    shape: _ShapeOf = _not_told
 
 
-def _as_stored(main: str) -> Callable[[Layer, Mapping[str, Any]], tuple[int, ...] | None]:
+def _as_stored(main: str) -> _ShapeOf:
     """The shape of a weight of which each number has a byte."""
     return lambda layer, _: layer[main].shape if DTYPE_BITS[layer[main].dtype] == 8 and layer[main].dtype != "U8" else None
-
-
-def _not_told(layer: Layer, config: Mapping[str, Any]) -> None:
-    return None
 
 
 def _of_qweight(layer: Layer, config: Mapping[str, Any]) -> tuple[int, ...] | None:
@@ -176,60 +180,47 @@ def _of_bitmask(layer: Layer, config: Mapping[str, Any]) -> tuple[int, ...] | No
     return (mask[0], 8 * mask[1]) if len(mask) == 2 else None
 
 
-def _kind(
-    method: str,
-    main: str,
-    parts: str,
-    *,
-    beside: str | None = None,
-    dtypes: tuple[str, ...] = (),
-    only_told: bool = False,
-    shape: Callable[[Layer, Mapping[str, Any]], tuple[int, ...] | None] = _not_told,
-) -> _Kind:
-    return _Kind(method, main, dtypes, re.compile(parts), beside, only_told, shape)
-
-
 _BYTES = ("I8", "U8")
 #: The kinds that no format that is read is like. Sources: what each library saves, and what loaders look for.
 _FOREIGN = (
-    _kind("FP-Quant", "qweight", "d?qweight|scales|(weight|act)_global_scale|(forward|backward)_hadamard_matrix",
+    _Kind("FP-Quant", "qweight", "d?qweight|scales|(weight|act)_global_scale|(forward|backward)_hadamard_matrix",
           beside="forward_hadamard_matrix"),
-    _kind("GPTQ", "qweight", "qweight|qzeros|scales|g_idx|perm|bits", shape=_of_qweight),
-    _kind("EXL2", "q_weight", "q_(weight|perm|invperm|scale|scale_max|groups|group_map)", shape=_of_exl2),
-    _kind("EXL3", "trellis", "trellis|suh?|svh?|scale|mcg|mul1", shape=_of_exl3),
-    _kind("HQQ", "W_q", "(?!bias$).*"),
-    _kind("AQLM", "codes", "codes|codebooks|scales", beside="codebooks", shape=_of_aqlm),
-    _kind("VPTQ", "indices", r"(res_|outlier_)?(indices|centroids\.weight)|weight_scale|weight_bias|perm|inv_perm",
+    _Kind("GPTQ", "qweight", "qweight|qzeros|scales|g_idx|perm|bits", shape=_of_qweight),
+    _Kind("EXL2", "q_weight", "q_(weight|perm|invperm|scale|scale_max|groups|group_map)", shape=_of_exl2),
+    _Kind("EXL3", "trellis", "trellis|suh?|svh?|scale|mcg|mul1", shape=_of_exl3),
+    _Kind("HQQ", "W_q", "(?!bias$).*"),
+    _Kind("AQLM", "codes", "codes|codebooks|scales", beside="codebooks", shape=_of_aqlm),
+    _Kind("VPTQ", "indices", r"(res_|outlier_)?(indices|centroids\.weight)|weight_scale|weight_bias|perm|inv_perm",
           beside="centroids.weight"),
-    _kind("SpQR", "dense_weights", "dense_weights|row_offsets|col_vals|col_ptrs|in_perm|shape"),
-    _kind("bitsandbytes", "weight", r"weight|weight\.(nested_)?(absmax|quant_map)|weight\.quant_state\..*",
+    _Kind("SpQR", "dense_weights", "dense_weights|row_offsets|col_vals|col_ptrs|in_perm|shape"),
+    _Kind("bitsandbytes", "weight", r"weight|weight\.(nested_)?(absmax|quant_map)|weight\.quant_state\..*",
           beside="weight.absmax"),
-    _kind("bitsandbytes", "weight", "weight|SCB|CB|weight_format", beside="SCB", dtypes=("I8",), shape=_as_stored("weight")),
-    _kind("quanto", "weight._data", r"weight\._.*|(input|output)_scale", shape=_as_stored("weight._data")),
-    _kind("quanto", "weight._data._data", r"weight\._.*|(input|output)_scale"),
-    _kind("compressed-tensors (sparse)", "weight.compressed", r"weight\.(compressed|bitmask|shape|row_offsets)",
+    _Kind("bitsandbytes", "weight", "weight|SCB|CB|weight_format", beside="SCB", dtypes=("I8",), shape=_as_stored("weight")),
+    _Kind("quanto", "weight._data", r"weight\._.*|(input|output)_scale", shape=_as_stored("weight._data")),
+    _Kind("quanto", "weight._data._data", r"weight\._.*|(input|output)_scale"),
+    _Kind("compressed-tensors (sparse)", "weight.compressed", r"weight\.(compressed|bitmask|shape|row_offsets)",
           beside="weight.bitmask", shape=_of_bitmask),
-    _kind("compressed-tensors (sparse)", "compressed", "compressed|bitmask|shape|row_offsets|weight_scale", beside="bitmask",
+    _Kind("compressed-tensors (sparse)", "compressed", "compressed|bitmask|shape|row_offsets|weight_scale", beside="bitmask",
           shape=_of_bitmask),
-    _kind("compressed-tensors (marlin-24)", "weight_packed", "weight_packed|scale_packed|meta|weight_shape",
+    _Kind("compressed-tensors (marlin-24)", "weight_packed", "weight_packed|scale_packed|meta|weight_shape",
           beside="scale_packed", shape=_of_marlin_24),
-    _kind("Metal", "weight", "weight|scales|qbiases", beside="qbiases", dtypes=("U32",), shape=_of_mlx),
-    _kind("MLX", "weight", "weight|scales|biases", beside="scales", dtypes=("U32",), shape=_of_mlx),
-    _kind("HIGGS", "weight", "weight|scales|tables2?", beside="tables", dtypes=("I16",), shape=_of_higgs),
-    _kind("EETQ", "weight", "weight|weight_scales", beside="weight_scales", dtypes=("I8",),
+    _Kind("Metal", "weight", "weight|scales|qbiases", beside="qbiases", dtypes=("U32",), shape=_of_mlx),
+    _Kind("MLX", "weight", "weight|scales|biases", beside="scales", dtypes=("U32",), shape=_of_mlx),
+    _Kind("HIGGS", "weight", "weight|scales|tables2?", beside="tables", dtypes=("I16",), shape=_of_higgs),
+    _Kind("EETQ", "weight", "weight|weight_scales", beside="weight_scales", dtypes=("I8",),
           shape=lambda layer, _: layer["weight"].shape[::-1]),
-    _kind("ComfyUI's quantization", "weight", "weight|weight_scale(_2)?|input_scale|pre_quant_scale|comfy_quant",
+    _Kind("ComfyUI's quantization", "weight", "weight|weight_scale(_2)?|input_scale|pre_quant_scale|comfy_quant",
           beside="comfy_quant", dtypes=(*_BYTES, "F4"), shape=_as_stored("weight")),
 )  # fmt: skip
 
 #: The kinds that formats which are read are like. They are looked for among what those leave over.
 _LEFT_OVER = (
-    _kind("BitNet", "weight", "weight|weight_scale", beside="weight_scale", dtypes=("U8",), only_told=True,
+    _Kind("BitNet", "weight", "weight|weight_scale", beside="weight_scale", dtypes=("U8",), only_told=True,
           shape=lambda layer, _: (4 * layer["weight"].shape[0], *layer["weight"].shape[1:])
           if math.prod(layer["weight_scale"].shape) == 1 else None),
-    _kind("compressed-tensors", "weight_packed",
+    _Kind("compressed-tensors", "weight_packed",
           "weight_(packed|scale|shape|zero_point|g_idx|global_scale)|input_(global_)?scale"),
-    _kind("integers with scales", "weight",
+    _Kind("integers with scales", "weight",
           "weight|weight_(scale|scale_inv|scale_2|zero_point|shift)|(input|pre_quant|output)_scale|scale",
           beside="weight_scale", dtypes=_BYTES, shape=_as_stored("weight")),
 )  # fmt: skip
@@ -289,15 +280,19 @@ def called(described: Mapping[str, Any]) -> str | None:
 
 def _found(where: Where, described: Mapping[str, Any], kinds: tuple[_Kind, ...]) -> Iterator[tuple[str, UnreadWeight]]:
     below = _below(where)
+    by_last: dict[str, list[str]] = {}
+    for name in where:
+        by_last.setdefault(name.rpartition(".")[2], []).append(name)
     taken: set[str] = set()
     for kind in kinds:
-        for name, (entry, _) in where.items():
+        for name in by_last.get(kind.main.rpartition(".")[2], ()):
             if not (name == kind.main or name.endswith(f".{kind.main}")) or name in taken:
                 continue
+            entry = where[name][0]
             if kind.dtypes and entry.dtype not in kind.dtypes:
                 continue
             module = name.removesuffix(kind.main)
-            layer = {last: where[module + last][0] for last in below.get(module, ()) if kind.parts.fullmatch(last)}
+            layer = {last: where[module + last][0] for last in below.get(module, ()) if re.fullmatch(kind.parts, last)}
             if kind.beside is not None and kind.beside not in layer:
                 continue
             shape = _shape(kind, layer, described)
@@ -332,10 +327,9 @@ def _below(where: Where) -> dict[str, list[str]]:
 
 def _of_torchao(where: Where, described: Mapping[str, Any]) -> Iterator[tuple[str, UnreadWeight]]:
     """What torchao packs: the tensors of a weight X.weight are ``X._weight_qdata`` ..., or ``X.weight:qdata`` ..."""
-    below = _below(where)
-    for name in where:
-        if (match := _TORCHAO.fullmatch(name)) is None:
-            continue
+    matches = {name: match for name in where if (match := _TORCHAO.fullmatch(name)) is not None}
+    below = _below(where) if matches else {}
+    for name, match in matches.items():
         module, weight = match["module"], match["inside"] or match["before"]
         prefix = f"_{weight}_" if match["inside"] else f"{weight}:"
         layer = {last: where[module + last][0] for last in below[module] if last.startswith(prefix)}

@@ -126,10 +126,15 @@ def with_unread(entries: Mapping[str, TensorEntry], quantization: Quantization) 
 
 @contextmanager
 def finding_unread(quantization: Quantization, hint: str) -> Iterator[None]:
-    """Around what looks for weights by name: an error there also tells that some are not read, and what to do (``hint``)."""
+    """Around what looks for weights by name: an error there also tells that some are not read, and what to do (``hint``).
+
+    Of a weight whose shape is not known it is the module that the error names.
+    """
     try:
         yield
     except OptionError as error:
+        named = [one.name for one in quantization.unread.values() if repr(_module(one)) in error.what]
+        check_not_unread(named, quantization, hint)
         if quantization.unread:
             methods = few(dict.fromkeys(one.method for one in quantization.unread.values()), between=" and ")
             some = f"{len(quantization.unread)} weights of this model are in {methods}, which is not read"
@@ -151,11 +156,14 @@ def check_not_unread(changed: Collection[str], quantization: Quantization, hint:
     found = [one for name, one in quantization.unread.items() if name in changed]
     if not found:
         return
-    module = found[0].name.removesuffix(".weight")
     raise OptionError(
-        f"the adapter changes {module!r}, whose weight is in {found[0].method}, which is not read"
+        f"the adapter changes {_module(found[0])!r}, whose weight is in {found[0].method}, which is not read"
         + (f", and {len(found) - 1} more like it" if found[1:] else ""),
         got=found[0].main,
         expected=READ,
         hint=hint,
     )
+
+
+def _module(weight: UnreadWeight) -> str:
+    return weight.name.removesuffix(".weight")

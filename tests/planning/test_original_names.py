@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import surgery
@@ -328,3 +328,37 @@ def test_one_file_of_several_models_there_and_back(tmp_path: Path) -> None:
     assert {target.tensor for target in manifest.targets} == shapes.keys() - outside
     surgery.fold(tmp_path / "f", tmp_path / "f/surgery/scales.safetensors", tmp_path / "back")
     assert files_of(tmp_path / "back") == files_of(tmp_path / "m")
+
+
+class _Decoder(nn.Module):
+    """Blocks as those of vocoders: a transposed convolution, which stores its weight as [in, out, kernel], and a plain one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block = {"up": nn.ConvTranspose1d(6, 8, 4, 2, 1), "conv": nn.Conv1d(8, 6, 3, padding=1)}
+        self.blocks = nn.ModuleList([nn.ModuleDict(block)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        (block,) = self.blocks
+        return block["conv"](torch.tanh(block["up"](x)))  # type: ignore[index]
+
+
+def test_a_transposed_convolution_is_attached_as_it_is_folded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = _Decoder()
+    (tmp_path / "m").mkdir()
+    save_file(model.state_dict(), tmp_path / "m/model.safetensors")
+    surgery.factorize(tmp_path / "m", tmp_path / "f", rank=2, recipe="diffusion", layout="overlay")
+    x = torch.randn(1, 6, 5)
+    before = model(x).detach()
+    scales = surgery.attach(model, tmp_path / "f")
+    assert set(scales.values()) == {"blocks.0.up.weight", "blocks.0.conv.weight"}
+    assert torch.equal(model(x), before)
+    for delta in scales.parameters():
+        delta.data = 0.5 * torch.randn(delta.shape)
+    scales.save(tmp_path / "s.safetensors")
+    surgery.fold(tmp_path / "f", tmp_path / "s.safetensors", tmp_path / "o", base=tmp_path / "m")
+    folded = _Decoder()
+    folded.load_state_dict(load_file(tmp_path / "o/model.safetensors"))
+    assert not torch.allclose(folded(x), before, rtol=1e-2, atol=1e-2)
+    assert torch.allclose(model(x), folded(x), rtol=1e-4, atol=1e-5)

@@ -16,6 +16,7 @@ from surgery.format.header import TensorEntry
 from surgery.format.options import Options
 from surgery.planning.recipes import find_recipe, recipe_for_family
 from surgery.planning.targets import Model, Target, choose
+from surgery.quantized.recognize import Quantization
 from tests import oracle
 from tests.oracle import Weight
 
@@ -86,8 +87,8 @@ def test_attention_and_feed_forward_alone(family: str) -> None:
         made = oracle.make(kind)
         if isinstance(made, str):
             continue
-        whole = Model(made.config, recipe_for_family(made.config), {})
-        parts = {name: Model(made.config, find_recipe(name), {}) for name in _ROLES}
+        whole = Model(made.config, recipe_for_family(made.config), Quantization())
+        parts = {name: Model(made.config, find_recipe(name), Quantization()) for name in _ROLES}
         seen = set()
         for weight in oracle.saved(made.model, oracle.weights(made.model)):
             alike = (re.sub(r"\.\d+\.", ".*.", weight.name), weight.shape)

@@ -358,6 +358,7 @@ LAYOUTS: dict[str, Callable[[], Layout]] = {
     "int8 packed": lambda: integers(8, (37, 96), group=None, strategy="channel"),
     "int8 packed zeros": lambda: integers(8, (37, 96), zeros=True),
     "int8": lambda: integers(8, (37, 99), group=None, strategy="channel", packed=False),
+    "int4 plain": lambda: integers(4, group=None, strategy="channel", packed=False),
     "int8 tensor": lambda: integers(8, group=None, strategy="tensor", packed=False),
     "int8 zeros": lambda: integers(8, group=None, strategy="channel", packed=False, zeros=True, dtype=torch.float32),
     "gpt-oss": gpt_oss,

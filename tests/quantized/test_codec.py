@@ -207,7 +207,7 @@ def test_groups_of_columns() -> None:
     assert codec.dequantize(stored, parts, (1, 8)).tolist() == [[1.0, 2.0, 3.0, 4.0, 50.0, 60.0, 70.0, -80.0]]
 
 
-@pytest.mark.parametrize("group", [[0, 0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 2, 2, 2, 2], [7] * 8])
+@pytest.mark.parametrize("group", [[0, 0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 2, 2, 2, 2], [7] * 8, [2**31 - 1] * 8])
 def test_groups_of_columns_that_make_no_sense(group: list[int]) -> None:
     codec, parts = _ordered(group)
     with pytest.raises(FormatError, match="w: the groups of its columns make no sense"):

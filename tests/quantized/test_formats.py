@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import surgery
+from surgery.commands.verify import verify
 from surgery.progress import Silent
 from tests.models import files_of, tensors_of
 from tests.quantized.layouts import LAYOUTS, Layout, Read
@@ -66,6 +67,7 @@ def test_format(name: str, tmp_path: Path) -> None:
     untouched = {target.key: torch.ones(target.scales_shape) for target in manifest.targets}
     _fold(tmp_path / "f", untouched, tmp_path / "back", base)
     assert files_of(tmp_path / "back") == files_of(base)
+    assert verify(tmp_path / "f", base=base).ok
     _fold(tmp_path / "f", untouched, tmp_path / "dense", base, dequantize=True)
     dense = tensors_of(tmp_path / "dense")
     assert dense.keys() == {layout.name, _OTHER, "model.norm.weight"}

@@ -510,7 +510,7 @@ def test_convolutions_and_stray_scales_are_no_targets(tmp_path: Path) -> None:
     assert [target.tensor for target in steps.targets] == ["layers.0.q.weight"]
     reasons = {item.tensor: item.reason for item in steps.skipped}
     assert reasons["layers.0.conv.weight"] == "a quantized convolution"
-    assert reasons["layers.0.q.weight_scale_inv"] == "belongs to a weight that is FP8"
+    assert reasons["layers.0.q.weight_scale_inv"] == "the scales of an FP8 weight"
     assert reasons["layers.0.experts.0.up.weight_scale_inv"].startswith("no weight")
 
 
