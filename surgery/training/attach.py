@@ -32,6 +32,9 @@ def attach(model: nn.Module, factorized: str | Path, train: Way = "scales") -> S
     loaded from the residual layout is another model: load the original, so that whatever loads it once more, such as a
     trainer that wants a reference, has the same.
 
+    Linear layers that others have packed, in classes of their own, get scales if they pass gradients on. What
+    compressed-tensors leaves packed until the model is first run is unpacked here, as it would be then.
+
     Names and shapes of a transformers model are followed through its own conversion: experts that it stacks, and weights
     that it joins or takes apart. In a model with PEFT's adapters, these stay as trainable as they are. Targets that the
     loader has dropped, such as the vision tower of a model that is loaded for its text, keep their scales at 1.

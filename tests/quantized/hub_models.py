@@ -121,7 +121,11 @@ def dequantized(folder: Path, block: int = BLOCK) -> Tensors:
             scale = tensors[f"{name}_scale"].double() * tensors[f"{name}_scale_2"].double()
             found[name] = _grouped(_nibbles(one), scale)
         elif one.dtype in (torch.int8, torch.float8_e4m3fn) and f"{name}_scale" in tensors:  # one, or one for each row
-            found[name] = one.double() * tensors[f"{name}_scale"].double()
+            scale = tensors[f"{name}_scale"]
+            if scale.dtype == torch.uint8:
+                found[name] = _grouped(one.double(), 2.0 ** (scale.double() - 127))
+            else:
+                found[name] = one.double() * scale.double()
         elif one.dtype == torch.int8:
             found[name] = _grouped(_nibbles(one.view(torch.uint8)), tensors[f"{stem}.scale"].double())
         elif one.dtype == torch.float8_e4m3fn and one.ndim == 2 and not name.endswith("_scale"):
@@ -179,6 +183,12 @@ def _by_row(dtype: torch.dtype) -> Callable[[str, torch.Tensor], Tensors]:
         return {name: (scaled.round() if dtype == torch.int8 else scaled).to(dtype), f"{name}_scale": scale}
 
     return pack
+
+
+def _mxfp8(name: str, weight: torch.Tensor) -> Tensors:
+    scale = 2.0 ** (weight.unflatten(-1, (-1, 32)).abs().amax(-1) / 448).log2().ceil()
+    numbers = (weight / scale.repeat_interleave(32, 1)).to(torch.float8_e4m3fn)
+    return {name: numbers, f"{name}_scale": (scale.log2() + 127).to(torch.uint8)}
 
 
 def _fp8_modelopt(name: str, weight: torch.Tensor) -> Tensors:
@@ -492,6 +502,14 @@ LAYOUTS: dict[str, Layout] = {
         _by_row(torch.int8),
         _LINEAR,
         _compressed("int-quantized", ["lm_head"], {**_BY_TOKEN, "type": "int"}, num_bits=8, type="int", strategy="channel"),
+    ),
+    "mxfp8_llama": Layout(
+        _llama,
+        _mxfp8,
+        _LINEAR,
+        _compressed(
+            "mxfp8-quantized", ["lm_head"], num_bits=8, type="float", strategy="group", group_size=32, scale_dtype="torch.uint8"
+        ),
     ),
     # The config of older exports says nothing of it.
     "fp8_llama_modelopt": Layout(_llama, _fp8_modelopt, _LINEAR, {}, beside={"hf_quant_config.json": _HF_QUANT_FP8}),

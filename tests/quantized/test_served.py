@@ -81,6 +81,7 @@ def off(got: torch.Tensor, wanted: torch.Tensor) -> float:
 def test_all_linear_layers_of_blocks_are_reached(made: Made) -> None:
     plan = planned(made.model, rank=RANK)
     targets = {target.tensor for target in plan.targets}
+    assert plan.reached == 1
     layer = re.compile(
         r"(.*\.)?layers\.[01]\..*(self_attn\.\w+_proj(_with_mqa)?|mlp\.\w+_proj|experts\.(\d+\.)?\w+_proj)(\.weight)?"
         r"|vision_tower\.encoder\.blocks\..*(wo|wqkv|fc\d)\.weight"
