@@ -75,7 +75,7 @@ class Cast(Codec):
             )
         return {}
 
-    def grid(self, parts: Parts, shape: tuple[int, int], part: Slice | None = None) -> Grid:  # type: ignore[override]
+    def grid(self, parts: Parts, shape: tuple[int, int], part: Slice | None = None) -> Grid:
         return CastGrid(self.elements)
 
 

@@ -14,6 +14,7 @@ import torch
 
 from surgery.errors import FormatError, WeightError
 from surgery.format.views import Slice
+from surgery.lossless.grids import Grid
 from surgery.quantized.elements import Elements
 from surgery.quantized.scaling import BlockScaling
 
@@ -315,7 +316,7 @@ class Codec:
                 column = (torch.arange(n) // column if isinstance(column, int) else column.cpu())[meant]
         return BlockScaling(scales, zeros, row, column)
 
-    def grid(self, parts: Parts, shape: tuple[int, int], part: Slice | None = None) -> CodecGrid:
+    def grid(self, parts: Parts, shape: tuple[int, int], part: Slice | None = None) -> Grid:
         """The numbers that the entries of one matrix (m, n), or of a slice of it, may take."""
         return CodecGrid(self.elements, self._scaling(parts, shape, part))
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from surgery.format.views import Slice
-from surgery.quantized.codec import Codec, CodecGrid
+from surgery.lossless.grids import Grid
+from surgery.quantized.codec import Codec
 from surgery.quantized.elements import E4M3
 
 
@@ -36,5 +37,5 @@ def _scales(weight: torch.Tensor, block: tuple[int, int], scale: torch.Tensor, *
     return codec.parts_that_hold(codec.extremes(weight, {"scale": scale}), {"scale": scale}, renew=renew)["scale"]
 
 
-def grid(scale: torch.Tensor, block: tuple[int, int], shape: tuple[int, int], part: Slice | None = None) -> CodecGrid:
+def grid(scale: torch.Tensor, block: tuple[int, int], shape: tuple[int, int], part: Slice | None = None) -> Grid:
     return fp8(block).grid({"scale": scale}, shape, part)
