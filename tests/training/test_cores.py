@@ -95,7 +95,8 @@ def test_outputs_and_gradients_in_float64(
     save_file({name: value.contiguous() for name, value in weights.items()}, tmp_path / "m/model.safetensors")
     if isinstance(model, transformers.PreTrainedModel):
         model.config.save_pretrained(tmp_path / "m")
-    manifest = surgery.factorize(tmp_path / "m", tmp_path / "f", rank=3, layout="overlay", include=include).manifest
+    options: dict[str, Any] = {"include": include, "split": False}  # attention as one matrix, whose parameter is its name
+    manifest = surgery.factorize(tmp_path / "m", tmp_path / "f", rank=3, layout="overlay", **options).manifest
     dense = copy.deepcopy(model).double()
     if hasattr(dense, "set_experts_implementation"):
         dense.set_experts_implementation("eager")  # grouped products know no float64
