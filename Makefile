@@ -15,7 +15,7 @@ test: $(VENV)/test.done
 # The tests that touch other packages, in two environments with older ones. What a release lacks is skipped, with a reason.
 OLDER_TESTS := $(wildcard $(foreach name,absent adapters* address aliases attach* choose claims cli core* demo device examples \
 	extract* families fold_cores fp8 hub* in_trainers installation light_install lora low_rank merge* names_of_models notes \
-	patience peft_* push reference releases resize resizing rounding select served* source stream trainers training_page unread upload \
+	patience peft_* push reference releases resize resizing rounding select served* source stream trainers training_page upload \
 	writing*, \
 	tests/test_$(name).py tests/*/test_$(name).py))
 

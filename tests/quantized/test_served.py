@@ -37,6 +37,7 @@ COARSE = {torch.bfloat16: 0.01, torch.int8: 0.03, torch.float8_e4m3fn: 0.1}
 each = pytest.mark.parametrize("made", LAYOUTS, indirect=True)
 each_loaded = pytest.mark.parametrize("made", LOADED, indirect=True)
 pytestmark = [
+    needs("transformers", ">=5.23", "loading these formats dequantized on a CPU"),
     pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # a name that PEFT uses
 ]

@@ -21,6 +21,9 @@ from tests.models import files_of, planned
 from tests.quantized.hub_models import dequantized, save_deepseek_v4
 from tests.quantized.served import RANK, Made
 from tests.quantized.test_served import off
+from tests.releases import needs
+
+pytestmark = needs("transformers", ">=5.23", "making tiny models of these families")
 
 
 def _sent(jobs: Any, index: int, lane: Lane, on_read: Callable[[], object]) -> Any:
