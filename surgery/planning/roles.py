@@ -119,7 +119,7 @@ def _equal_parts(names: Sequence[str], rows: int) -> tuple[Slice, ...]:
 
 
 def _innermost(modules: Sequence[str]) -> int | None:
-    """Where in a name the list is that has the innermost numbered block, of lists in lists the outermost; None if there is none.
+    """Where in a name the list is that has the innermost numbered block, of lists in lists the outermost; None if none is.
 
     A number that the layer itself has in a list is that of no block, such as those of the layers of a projector. What a block
     lies in does not count: a tower inside of an embedding has blocks like any other.

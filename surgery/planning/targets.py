@@ -181,8 +181,10 @@ def _skipped_unread(entry: TensorEntry, shard: str, weight: UnreadWeight, option
     """A tensor of a weight that is not read; the one with its numbers stands for it."""
     if entry.stored.name != weight.main:
         return Skipped(entry.stored.name, shard, f"belongs to a weight that is {weight.method}")
+    shape = weight.shape or (2, 2)
     meant = [
-        TensorEntry(name, entry.dtype, weight.shape or (2, 2), entry.start, entry.end)
+        # Three dimensions are a stack's: no convolution is packed.
+        TensorEntry(name, entry.dtype, shape[-2:] if len(shape) == 3 else shape, entry.start, entry.end)
         for name in ((weight.name, weight.main) if options.include else (weight.name,))
     ]
     rule = model.recipe.rule_for(weight.name) if model.recipe else None

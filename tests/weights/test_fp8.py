@@ -511,7 +511,7 @@ def test_convolutions_and_stray_scales_are_no_targets(tmp_path: Path) -> None:
     reasons = {item.tensor: item.reason for item in steps.skipped}
     assert reasons["layers.0.conv.weight"] == "a quantized convolution"
     assert reasons["layers.0.q.weight_scale_inv"] == "the scales of an FP8 weight"
-    assert reasons["layers.0.experts.0.up.weight_scale_inv"].startswith("no weight")
+    assert reasons["layers.0.experts.0.up.weight_scale_inv"] == "belongs to a weight that is FP8"
 
 
 def test_the_base_may_not_say_otherwise(tmp_path: Path) -> None:
