@@ -154,8 +154,8 @@ class DenseTensors:
     def size(self, header: Header) -> int:
         """Bytes of the weight file that is written for a shard with this header.
 
-        If no tensor of it is left, it is written all the same: where one of several numbered files is not there, a model looks as
-        if it had not been fetched in full.
+        If no tensor of it is left, it is written all the same: where one of several numbered files is not there, a model looks
+        as if it had not been fetched in full.
         """
         return len(self.header(header)) + sum(entry.nbytes for entry in self._written(header))
 
