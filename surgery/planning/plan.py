@@ -160,7 +160,7 @@ def make_plan(
     packed = packed_in(quantization.weights.values())
     headers = {shard: header.unpacked(packed) for shard, header in headers.items()}
     names = list(dict.fromkeys([*stored, *(weight.name for weight in packed.values()), *quantization.unread]))
-    check_globs(options, names)
+    check_globs(options, names, packed)
     recipe = find_recipe(options.recipe) if options.recipe is not None else recipe_for_family(config)
     model = Model(config, recipe, quantization, quantized_too=layout != "residual")
     entries = [(entry, file) for file, header in headers.items() for entry in header.tensors]
