@@ -242,7 +242,7 @@ def _entries(manifest: Manifest, weights: Weights) -> dict[str, TensorEntry]:
 
 def _report(results: Sequence[FoldedShard], jobs: FoldJobs, manifest: Manifest) -> FoldReport:
     """The report of a fold, from the results of all shards; with a note if rounding has lost much of the update."""
-    files = [result.file for result in results if result.file is not None]
+    files = [result.file for result in results]
     kept = KeptSummary.of(one for result in results for one in result.kept)
     writing = jobs.dense.writing
     note = kept.note(writing.rounding, is_quantized=bool(jobs.checkpoint.weights.quantized) and not writing.to_dense)

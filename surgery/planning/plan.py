@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from surgery.engine.resources import Memory, Resources
 from surgery.errors import OptionError, SourceError, SurgeryError, few
-from surgery.format.header import Header
+from surgery.format.header import Header, TensorEntry
 from surgery.format.manifest_records import Alias, LeftOutRecord, SkippedRecord
 from surgery.format.options import Options
 from surgery.names import SCALES_METADATA_KEY, Train, is_of_lora
@@ -160,7 +160,7 @@ def make_plan(
     packed = packed_in(quantization.weights.values())
     headers = {shard: header.unpacked(packed) for shard, header in headers.items()}
     names = list(dict.fromkeys([*stored, *(weight.name for weight in packed.values()), *quantization.unread]))
-    check_globs(options, names)
+    check_globs(options, names, packed)
     recipe = find_recipe(options.recipe) if options.recipe is not None else recipe_for_family(config)
     model = Model(config, recipe, quantization, quantized_too=layout != "residual")
     entries = [(entry, file) for file, header in headers.items() for entry in header.tensors]
@@ -168,9 +168,9 @@ def make_plan(
         fate
         for entry, file in entries
         for fate in (
-            [Skipped(entry.name, file, f"in several weight files: {', '.join(copies[entry.stored.name])}")]
-            if entry.stored.name in copies
-            else choose(entry, file, options, model)
+            choose(entry, file, options, model)
+            if entry.stored.name not in copies
+            else [_skipped_copy(entry, file, copies[entry.stored.name], options, model)]
         )
     ]
     every = [fate for fate in fates if not isinstance(fate, Skipped)]
@@ -178,7 +178,7 @@ def make_plan(
     if untouched := _tied_to(copies, same):
         same = {tensor: several for tensor, several in same.items() if tensor not in untouched}
         fates = [
-            Skipped(fate.tensor, fate.shard, "one parameter with a tensor in several weight files")
+            Skipped(fate.tensor, fate.shard, "one parameter with a tensor in several weight files", True, fate.entries)
             if fate.tensor in untouched and isinstance(fate, Target)
             else fate
             for fate in fates
@@ -285,6 +285,13 @@ def _all_names(headers: Mapping[str, Header], source: Source) -> tuple[list[str]
     """
     places = copies_of(source, headers)
     return list(places), {name: shards for name, shards in places.items() if len(shards) > 1}
+
+
+def _skipped_copy(entry: TensorEntry, file: str, places: Sequence[str], options: Options, model: Model) -> Skipped:
+    """A tensor that is in several weight files, the ``places``; of its copies the first counts as one that is wanted."""
+    fates = choose(entry, file, options, model) if file == places[0] else []
+    entries = sum(fate.entries for fate in fates if isinstance(fate, Target) or fate.wanted)
+    return Skipped(entry.stored.name, file, f"in several weight files: {', '.join(places)}", entries > 0, entries)
 
 
 def _tied_to(copies: Mapping[str, list[str]], aliases: Mapping[str, tuple[Alias, ...]]) -> set[str]:

@@ -24,6 +24,8 @@ _HEAD = re.compile(
 _ROUTER = re.compile(r"(^|_)router(_|$)|^shared_expert_gate$")
 #: Routers by these names are told from the gates of layers by their sizes.
 _GATE = re.compile(r"^(gate|wg|gating|gating_network|(moe|expert|experts)_gate)$")
+#: Layers of a feed-forward module, which may be called after the gate that it has, as Moshi's is.
+_FEED_FORWARD = re.compile(r"(^|_)(in|out|up|down)(_|$)")
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
 _EXPERT = re.compile(r"(^|[._])experts?([._]|$)")
 _EXPERTS = re.compile(r"(^|[._])(experts?|moe)([._]|$)")
@@ -117,7 +119,7 @@ def _equal_parts(names: Sequence[str], rows: int) -> tuple[Slice, ...]:
 
 
 def _innermost(modules: Sequence[str]) -> int | None:
-    """Where in a name the list is that has the innermost numbered block; None if there is no block.
+    """Where in a name the list is that has the innermost numbered block, of lists in lists the outermost; None if none is.
 
     A number that the layer itself has in a list is that of no block, such as those of the layers of a projector. What a block
     lies in does not count: a tower inside of an embedding has blocks like any other.
@@ -125,7 +127,12 @@ def _innermost(modules: Sequence[str]) -> int | None:
     last = len(modules) - 1
     if modules[-1:] == ["proj"] and modules[-3:-2] == ["net"]:
         last -= 2  # diffusers' feed-forward layers: net.0 is an activation, with the projection before it
-    return next((max(i - 1, 0) for i in range(last - 1, -1, -1) if modules[i].isdecimal()), None)
+    block = next((i for i in range(last - 1, -1, -1) if modules[i].isdecimal()), None)
+    if block is None:
+        return None
+    while block > 0 and modules[block].isdecimal():
+        block -= 1
+    return block
 
 
 def _in_head(modules: Sequence[str]) -> bool:
@@ -137,7 +144,7 @@ def _in_head(modules: Sequence[str]) -> bool:
 def _routes(modules: Sequence[str], shape: Sequence[int], config: Mapping[str, Any]) -> bool:
     """Whether a layer, or a module around it, that is called a gate chooses experts. Those of attention do not."""
     gates = [i for i, name in enumerate(modules) if _GATE.search(name) and not _of_attention(modules, i)]
-    if not gates or len(shape) != 2:
+    if not gates or len(shape) != 2 or _FEED_FORWARD.search(modules[-1]):
         return False
     counts = set(_expert_counts(config))
     if not counts:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from surgery.errors import FormatError, OptionError
-from surgery.format.header import TensorEntry
+from surgery.errors import FormatError, OptionError, few
+from surgery.escapes import quoted
+from surgery.format.header import Stored, TensorEntry
 from surgery.format.manifest_records import Alias
 from surgery.format.options import Options
 from surgery.format.tensor_view import TensorView
@@ -181,12 +182,15 @@ def _skipped_unread(entry: TensorEntry, shard: str, weight: UnreadWeight, option
     """A tensor of a weight that is not read; the one with its numbers stands for it."""
     if entry.stored.name != weight.main:
         return Skipped(entry.stored.name, shard, f"belongs to a weight that is {weight.method}")
+    shape = weight.shape or (2, 2)
     meant = [
-        TensorEntry(name, entry.dtype, weight.shape or (2, 2), entry.start, entry.end)
+        # Three dimensions are a stack's: no convolution is packed.
+        TensorEntry(name, entry.dtype, shape[-2:] if len(shape) == 3 else shape, entry.start, entry.end)
         for name in ((weight.name, weight.main) if options.include else (weight.name,))
     ]
     rule = model.recipe.rule_for(weight.name) if model.recipe else None
     wanted = any(_no_weight(one) is None and _unwanted(one, options, model, rule) is None for one in meant)
+    wanted = wanted and not matches(weight.main, options.exclude)
     return Skipped(entry.stored.name, shard, f"{weight.method}, copied as it is", wanted, weight.entries if wanted else 0)
 
 
@@ -284,14 +288,33 @@ def matches(name: str, globs: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, glob) for glob in globs)
 
 
-def check_globs(options: Options, names: list[str]) -> None:
-    """Refuse globs that match no tensor of a model.
+def check_globs(options: Options, names: list[str], packed: Mapping[str, Stored]) -> None:
+    """Refuse globs that match no tensor of a model, or only tensors that weights are packed in.
+
+    Args:
+        options: with the globs.
+        names: of all tensors, and of all weights.
+        packed: each tensor that a weight is packed in -> the weight.
 
     Raises:
-        OptionError: with the nearest names.
+        OptionError: with the nearest names, or with those of the weights.
     """
+    own = [name for name in names if name not in packed or packed[name].name == name]
     for option, globs in (("--include", options.include), ("--exclude", options.exclude)):
         check_all_match(option, globs, names)
+        for glob in globs:
+            if fnmatch.filter(own, glob):
+                continue
+            stored = fnmatch.filter(names, glob)
+            weights = [packed[name].name for name in stored]
+            meant = glob.removesuffix(stored[0].removeprefix(weights[0]))
+            is_meant = set(fnmatch.filter(own, meant)) == {*weights}
+            raise OptionError(
+                f"{option} {glob!r} matches only tensors that weights are packed in",
+                got=few(stored),
+                expected=f"the weights: {few(weights)}",
+                hint=f"{option} {quoted(meant)}" if is_meant else None,
+            )
 
 
 def check_all_match(option: str, globs: Sequence[str], names: list[str]) -> None:

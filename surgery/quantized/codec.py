@@ -69,6 +69,7 @@ class Codec:
         columnwise: whether several numbers that are stored in one are of one column of a matrix, and not of one row.
         renewed: whether rounding to nearest renews the scales of all blocks, as the quantizers of such models do; else only
             of those that cannot hold the new numbers.
+        powers_of_two: whether fresh scales are powers of two, whatever their dtype.
     """
 
     elements: Elements
@@ -78,6 +79,7 @@ class Codec:
     transposed: bool = False
     columnwise: bool = False
     renewed: bool = False
+    powers_of_two: bool = False
 
     def dequantize(self, stored: torch.Tensor, parts: Parts, shape: tuple[int, ...]) -> torch.Tensor:
         """The weights that stored numbers stand for.
@@ -213,7 +215,7 @@ class Codec:
         dtype = parts["scale"].dtype
         is_zero = scales <= 0
         scales = scales.clamp(min=torch.finfo(torch.float32).tiny)
-        if dtype == torch.float8_e8m0fnu:
+        if dtype == torch.float8_e8m0fnu or self.powers_of_two:
             # Of a normal number the upper bits are its exponent; one more where any lower bit is set.
             bits = scales.view(torch.int32)
             return torch.where(is_zero, 1.0, (((bits + 0x007F_FFFF) >> 23) << 23).view(torch.float32))

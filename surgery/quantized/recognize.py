@@ -13,8 +13,9 @@ from surgery.names import FP8
 from surgery.quantized.cast import as_cast, is_fp8_matrix, scales_beside
 from surgery.quantized.formats import find_quantized
 from surgery.quantized.fp8 import scales_missing
+from surgery.quantized.methods import METHODS, called
 from surgery.quantized.schemes import Where, method_of, read_told
-from surgery.quantized.unread import INTEGERS, METHODS, UnreadWeight, called, find_foreign, find_left_over
+from surgery.quantized.unread import INTEGERS, UnreadWeight, find_foreign, find_left_over
 from surgery.quantized.weight import Quantized, beside_weights
 
 #: Keys under which ``config.json`` describes a quantization.

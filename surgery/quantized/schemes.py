@@ -59,6 +59,7 @@ class Told:
         model: its name, for messages.
         method: ``quant_method``, in lower case; None if there is none.
         block: ``weight_block_size``; None if there is none.
+        powers_of_two: whether scales of FP8 are powers of two, whatever their dtype: engines read nothing but their exponents.
         schemes: of the groups of compressed-tensors; empty where it is not that.
         is_empty: whether the config says nothing at all.
     """
@@ -66,6 +67,7 @@ class Told:
     model: str
     method: str | None
     block: tuple[int, int] | None
+    powers_of_two: bool
     schemes: tuple[Scheme, ...]
     is_empty: bool
 
@@ -97,7 +99,8 @@ def read_told(described: Mapping[str, Any], model: str) -> Told:
         for name, group in groups.items() if isinstance(groups, dict) else ():
             if isinstance(group, dict) and isinstance(group.get("weights"), dict):
                 schemes.append(_scheme(group, described.get("format"), f"{model}/config.json: config_groups[{name!r}]"))
-    return Told(model, method, _block(described, model), tuple(schemes), not described)
+    powers_of_two = described.get("scale_fmt") == "ue8m0"  # DeepSeek-V3.1 and later
+    return Told(model, method, _block(described, model), powers_of_two, tuple(schemes), not described)
 
 
 def method_of(described: Mapping[str, Any]) -> str | None:

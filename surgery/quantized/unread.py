@@ -14,58 +14,11 @@ from typing import Any
 
 from surgery.format.header import TensorEntry
 from surgery.names import DTYPE_BITS, FP8
-from surgery.quantized.schemes import Where, method_of
+from surgery.quantized.methods import called
+from surgery.quantized.schemes import Where
 
 #: The tensors of a layer, by the rest of their names.
 Layer = Mapping[str, TensorEntry]
-
-#: ``quant_method`` in configs -> what people call it. What is not quantized in a model of these is a weight like any other.
-METHODS: Mapping[str, str] = {
-    "aqlm": "AQLM",
-    "auto-round": "AutoRound",
-    "awq": "AWQ",
-    "awq_marlin": "AWQ",
-    "bitblas": "BitBLAS",
-    "bitnet": "BitNet",
-    "bitsandbytes": "bitsandbytes",
-    "compressed-tensors": "compressed-tensors",
-    "eetq": "EETQ",
-    "exl2": "EXL2",
-    "exl3": "EXL3",
-    "fbgemm_fp8": "FBGEMM FP8",
-    "fouroversix": "Four Over Six",
-    "fp8": "FP8",
-    "fp_quant": "FP-Quant",
-    "gemma": "Gemma's quantization",
-    "gptq": "GPTQ",
-    "gptq_bitblas": "GPTQ",
-    "gptq_marlin": "GPTQ",
-    "gptq_marlin_24": "GPTQ",
-    "higgs": "HIGGS",
-    "hqq": "HQQ",
-    "inc": "Neural Compressor",
-    "intel/auto-round": "AutoRound",
-    "marlin": "Marlin",
-    "metal": "Metal",
-    "mlx": "MLX",
-    "modelopt": "ModelOpt",
-    "modelopt_fp4": "ModelOpt",
-    "modelopt_mixed": "ModelOpt",
-    "mxfp4": "MXFP4",
-    "mxfp8": "MXFP8",
-    "nvfp4": "NVFP4",
-    "ptpc_fp8": "FP8",
-    "qqq": "QQQ",
-    "quanto": "quanto",
-    "quark": "Quark",
-    "sinq": "SINQ",
-    "sparseml": "compressed-tensors",
-    "spqr": "SpQR",
-    "torchao": "torchao",
-    "vptq": "VPTQ",
-    "w8a8_fp8": "FP8",
-    "w8a8_int8": "INT8",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +58,7 @@ class _Kind:
         method: what people call it, where the config does not name one.
         main: the name, below the layer, of the tensor with the numbers.
         parts: an expression for the names of all its tensors.
-        beside: one of them that must be there besides; None where the name of ``main`` tells enough.
+        beside: an expression for one of them that must be there besides; None where the name of ``main`` tells enough.
         dtypes: which ``main`` may have; empty for any.
         only_told: whether a layer that does not tell the shape of its weight is of another kind.
         shape: of the weight.
@@ -180,13 +133,40 @@ def _of_bitmask(layer: Layer, config: Mapping[str, Any]) -> tuple[int, ...] | No
     return (mask[0], 8 * mask[1]) if len(mask) == 2 else None
 
 
+def _of_integers(layer: Layer, config: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """With scales of blocks each number has a byte; with ``weight_scale_inv`` of groups (SGLang's W4AFP8) half a byte."""
+    weight, scale = layer["weight"].shape, layer.get("weight_scale_inv")
+    if scale is not None and len(weight) > 1 and scale.shape[:-1] == weight[:-1] and weight[-2] > 1:
+        return (*weight[:-1], 2 * weight[-1])
+    return _as_stored("weight")(layer, config)
+
+
+def _of_quip(layer: Layer, config: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """A sign for each input and each output."""
+    return (*layer["SV"].shape, *layer["SU"].shape) if {"SU", "SV"} <= layer.keys() else None
+
+
+def _of_blocks(layer: Layer, config: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Blocks of 16 bytes with two numbers each."""
+    *rows, groups, size = layer["blocks"].shape
+    return (*rows, 2 * groups * size)
+
+
 _BYTES = ("I8", "U8")
+#: What is beside a weight of few bits that is not all that its layer multiplies with.
+_INPUTS_SCALED, _LOW_RANK, _ROTATION = "pre_quant_scale", r".*svdquant_lora_[ab]", r"\w+_(input|output)\.weight"
+_OF_SCALED = r"weight|weight_\w+|(input|output|pre_quant)_(global_)?scale|input_offset|deq_scale|quant_bias|scale_bias"
 #: The kinds that no format that is read is like. Sources: what each library saves, and what loaders look for.
 _FOREIGN = (
     _Kind("FP-Quant", "qweight", "d?qweight|scales|(weight|act)_global_scale|(forward|backward)_hadamard_matrix",
           beside="forward_hadamard_matrix"),
-    _Kind("GPTQ", "qweight", "qweight|qzeros|scales|g_idx|perm|bits", shape=_of_qweight),
+    _Kind("Nunchaku's SVDQuant", "qweight",
+          r"qweight|w\w*scales?|wzeros|smooth_factor(_orig)?|smooth(_orig)?|(proj|lora)_(down|up)", beside="wscales"),
+    _Kind("SqueezeLLM", "qweight", "qweight|lookup_table|rows|cols|vals|full_rows|full_row_indices", beside="lookup_table"),
+    _Kind("GPTQ", "qweight", "qweight|qzeros|scales|g_idx|perm|bits", beside="scales", shape=_of_qweight),
     _Kind("EXL2", "q_weight", "q_(weight|perm|invperm|scale|scale_max|groups|group_map)", shape=_of_exl2),
+    _Kind("QuIP#", "Qidxs", r"Qidxs\w*|SU|SV|Wscale|codebook_id|had_(left|right)|scaleWH|A|B", shape=_of_quip),
+    _Kind("QTIP", "trellis", r"trellis|SU|SV|rcp|tlut|tp_rank|had_(left|right)", beside="SU", shape=_of_quip),
     _Kind("EXL3", "trellis", "trellis|suh?|svh?|scale|mcg|mul1", shape=_of_exl3),
     _Kind("HQQ", "W_q", "(?!bias$).*"),
     _Kind("AQLM", "codes", "codes|codebooks|scales", beside="codebooks", shape=_of_aqlm),
@@ -209,10 +189,19 @@ _FOREIGN = (
     _Kind("HIGGS", "weight", "weight|scales|tables2?", beside="tables", dtypes=("I16",), shape=_of_higgs),
     _Kind("EETQ", "weight", "weight|weight_scales", beside="weight_scales", dtypes=("I8",),
           shape=lambda layer, _: layer["weight"].shape[::-1]),
+    _Kind("MXFP4 in gpt-oss's own layout", "blocks", "blocks|scales", beside="scales", dtypes=("U8",), shape=_of_blocks),
+    _Kind("ModelSlim's quantization", "weight", _OF_SCALED, beside="weight_offset", dtypes=_BYTES, shape=_as_stored("weight")),
+    _Kind("quantization with scaled inputs", "weight", _OF_SCALED, beside=_INPUTS_SCALED, dtypes=(FP8,),
+          shape=_as_stored("weight")),
+    *(_Kind(method, main, f"{_OF_SCALED}|{beside}", beside=beside, dtypes=(FP8, *_BYTES, "I32"))
+      for method, beside in (("SVDQuant", _LOW_RANK), ("quantization with rotations", _ROTATION))
+      for main in ("weight", "weight_packed")),
     _Kind("ComfyUI's quantization", "weight", "weight|weight_scale(_2)?|input_scale|pre_quant_scale|comfy_quant",
           beside="comfy_quant", dtypes=(*_BYTES, "F4"), shape=_as_stored("weight")),
 )  # fmt: skip
 
+#: Dtypes of FP8 that no format which is read has scales for.
+_OTHER_FP8 = ("F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 #: The kinds that formats which are read are like. They are looked for among what those leave over.
 _LEFT_OVER = (
     _Kind("BitNet", "weight", "weight|weight_scale", beside="weight_scale", dtypes=("U8",), only_told=True,
@@ -222,7 +211,9 @@ _LEFT_OVER = (
           "weight_(packed|scale|shape|zero_point|g_idx|global_scale)|input_(global_)?scale"),
     _Kind("integers with scales", "weight",
           "weight|weight_(scale|scale_inv|scale_2|zero_point|shift)|(input|pre_quant|output)_scale|scale",
-          beside="weight_scale", dtypes=_BYTES, shape=_as_stored("weight")),
+          beside="weight_scale(_inv)?", dtypes=_BYTES, shape=_of_integers),
+    _Kind("FP8 of another kind", "weight", r"weight|weight_\w+|input_scale|scale_(weight|input)", dtypes=_OTHER_FP8,
+          beside=r"weight_scale(_inv)?|scale_weight", shape=_as_stored("weight")),
 )  # fmt: skip
 
 #: The tensor with the numbers of a weight that torchao has packed.
@@ -266,18 +257,6 @@ def find_left_over(where: Where, described: Mapping[str, Any], read: set[str]) -
 INTEGERS = "integers"
 
 
-def called(described: Mapping[str, Any]) -> str | None:
-    """What people call the method that a config names; None where it names none, or none that is known."""
-    method = method_of(described)
-    if method is None or method not in METHODS:
-        return None
-    if method == "compressed-tensors" and isinstance(described.get("format"), str):
-        return f"{METHODS[method]} ({described['format']})"
-    if method.startswith("modelopt") and isinstance(described.get("quant_algo"), str):
-        return f"{METHODS[method]} ({described['quant_algo']})"
-    return METHODS[method]
-
-
 def _found(where: Where, described: Mapping[str, Any], kinds: tuple[_Kind, ...]) -> Iterator[tuple[str, UnreadWeight]]:
     below = _below(where)
     by_last: dict[str, list[str]] = {}
@@ -293,7 +272,7 @@ def _found(where: Where, described: Mapping[str, Any], kinds: tuple[_Kind, ...])
                 continue
             module = name.removesuffix(kind.main)
             layer = {last: where[module + last][0] for last in below.get(module, ()) if re.fullmatch(kind.parts, last)}
-            if kind.beside is not None and kind.beside not in layer:
+            if kind.beside is not None and not any(re.fullmatch(kind.beside, last) for last in layer):
                 continue
             shape = _shape(kind, layer, described)
             if kind.only_told and shape is None:

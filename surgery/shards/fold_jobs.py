@@ -109,7 +109,7 @@ class FoldJobs:
 
     def files_of(self, result: FoldedShard) -> list[FileRecord]:
         """See ``WritingJobs``."""
-        return [] if result.file is None else [result.file]
+        return [result.file]
 
     def as_json(self, index: int, result: FoldedShard) -> Any:
         """See ``RecordedJobs``."""
@@ -122,15 +122,11 @@ class FoldJobs:
             result = decode(FoldedShard, value, f"{place}: the journal of shard {index + 1}")
         except FormatError:  # a damaged record: the job is done again, else the same command would fail for ever
             return None
-        record, size = result.file, self._size(shard)
-        if record is None or size is None:
-            holds = record is None and size is None
-        else:
-            holds = (record.file, record.size) == (shard.file, size) and is_as_recorded(place, record)
-        return Recorded(result) if holds else None
+        holds = (result.file.file, result.file.size) == (shard.file, self._size(shard))
+        return Recorded(result) if holds and is_as_recorded(place, result.file) else None
 
-    def _size(self, shard: SourceShard) -> int | None:
-        """Bytes of the weight file that is written for a shard; None if no tensor of it is left."""
+    def _size(self, shard: SourceShard) -> int:
+        """Bytes of the weight file that is written for a shard."""
         if not self.dense.writing.is_stored_otherwise:
             return shard.size
         return self.dense.size(self._weights.header(shard.file))

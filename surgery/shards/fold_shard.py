@@ -50,11 +50,11 @@ class FoldedShard:
     """What the fold of a shard gives.
 
     Attributes:
-        file: the weight file that was written, or would be; None if no tensor of it is left.
+        file: the weight file that was written, or would be.
         kept: what the rounding kept of each update in it.
     """
 
-    file: FileRecord | None
+    file: FileRecord
     kept: list[KeptUpdate]
 
 
@@ -116,13 +116,10 @@ class ShardFold:
         """
         file, weights = self.shard.file, self.checkpoint.weights
         with weights.opened(file) as reader:
-            if (size := self.dense.size(reader.header)) is None:
-                self.progress.advance(reader.header.data_bytes)
-                return FoldedShard(None, [])
             if self.places.to_compare:
                 sink = HashSink()
                 kept = self._write(reader, sink, lane, on_read)
-                return FoldedShard(FileRecord(file, size, sink.sha256), kept)
+                return FoldedShard(FileRecord(file, self.dense.size(reader.header), sink.sha256), kept)
             with FileWriter(self.places.place / file, partial) as writer:
                 kept = self._write(reader, writer, lane, on_read)
                 return FoldedShard(writer.commit(file), kept)

@@ -151,12 +151,13 @@ class DenseTensors:
             return header.raw
         return make_header(written, header.metadata)
 
-    def size(self, header: Header) -> int | None:
-        """Bytes of the weight file that is written for a shard with this header; None if no tensor of it is left."""
-        written = self._written(header)
-        if header.tensors and not written:
-            return None
-        return len(self.header(header)) + sum(entry.nbytes for entry in written)
+    def size(self, header: Header) -> int:
+        """Bytes of the weight file that is written for a shard with this header.
+
+        If no tensor of it is left, it is written all the same: where one of several numbered files is not there, a model looks
+        as if it had not been fetched in full.
+        """
+        return len(self.header(header)) + sum(entry.nbytes for entry in self._written(header))
 
     def _written(self, header: Header) -> list[TensorEntry]:
         """The entries of the header that is written."""

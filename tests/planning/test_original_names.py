@@ -252,6 +252,19 @@ LAYOUTS: dict[str, dict[str, tuple[Module, str]]] = {
         "net.blocks.block0.blocks.0.adaLN_modulation.1": (_linear(D, 256), BLOCK),
         "net.final_layer.adaLN_modulation.1": (_linear(D, 256), OUTSIDE),
     },
+    "Moshi": {
+        "transformer.layers.0.self_attn": (_attention(D), BLOCK),
+        "transformer.layers.0.gating.linear_in": (_UP, BLOCK),
+        "transformer.layers.0.gating.linear_out": (_DOWN, BLOCK),
+        "depformer.layers.0.gating.3.linear_out": (_DOWN, BLOCK),
+        "depformer.layers.0.self_attn.in_projs.0": (_QKV, BLOCK),
+        "depformer_in.0": (_SQUARE, OUTSIDE),
+        "text_linear": (_linear(D, 32000), OUTSIDE),
+    },
+    "Medusa": {
+        "medusa_head.0.0.linear": (_SQUARE, HEAD),
+        "medusa_head.0.1": (_linear(D, 32000), HEAD),
+    },
     "language models and Whisper": {
         "tok_embeddings": (_embedding(32000, D), EMBEDDING),
         "layers.0.attention.wq": (_SQUARE, BLOCK),

@@ -319,8 +319,18 @@ def _float(strategy: str, format_: str = "float-quantized", **more: Any) -> dict
     return _scheme(format_, num_bits=8, type="float", strategy=strategy, **more)
 
 
+def _in_float32(layout: Layout) -> Layout:
+    """Powers of two as DeepSeek-V3.1 has them: in float32, and the config says so."""
+    name = next(name for name in layout.tensors if "scale" in name)
+    layout.tensors[name] = layout.tensors[name].float()
+    return layout
+
+
 LAYOUTS: dict[str, Callable[[], Layout]] = {
     "deepseek-v3": lambda: fp8(_BLOCKS, "X_scale_inv", (37, 100), (16, 16)),
+    "deepseek-v3.1": lambda: _in_float32(
+        fp8({**_BLOCKS, "scale_fmt": "ue8m0"}, "X_scale_inv", (37, 100), (16, 16), _E8M0)
+    ),
     "deepseek-v3 expert": lambda: fp8(_BLOCKS, "X_scale_inv", (48, 96), (16, 16), name=_EXPERT),
     "deepseek-v3 silent": lambda: fp8({}, "X_scale_inv", (200, 320), (128, 128)),
     "deepseek-v4": lambda: fp8(_BLOCKS, "L.scale", (48, 96), (16, 16), _E8M0),

@@ -197,6 +197,82 @@ def _comfy(m: int, n: int) -> Tensors:
     }
 
 
+def _nunchaku(m: int, n: int) -> Tensors:
+    return {
+        "qweight": _integers(I8, m, n // 2),
+        "wscales": _floats(BF16, n // 16, m),
+        "smooth_factor": _floats(BF16, n),
+        "smooth_factor_orig": _floats(BF16, n),
+        "proj_down": _floats(BF16, n, 16),
+        "proj_up": _floats(BF16, m, 16),
+    }
+
+
+def _squeezellm(m: int, n: int) -> Tensors:
+    return {"qweight": _integers(I32, n // 8, m), "lookup_table": _floats(F16, m, 16)}
+
+
+def _quip(m: int, n: int) -> Tensors:
+    signs = {"SU": _floats(F16, n), "SV": _floats(F16, m)}
+    return {"Qidxs": _integers(I64, m // 8, n // 8), **signs, "codebook_id": torch.tensor(7)}
+
+
+def _qtip(m: int, n: int) -> Tensors:
+    signs = {"SU": _floats(F16, n), "SV": _floats(F32, m)}
+    return {"trellis": _integers(I16, m * n // 256, 48), **signs, "rcp": torch.tensor(0), "tlut": _floats(F16, 512, 2)}
+
+
+def _modelslim(m: int, n: int) -> Tensors:
+    """Ascend's, static: ``(q - weight_offset) * weight_scale``."""
+    return {
+        "weight": _integers(I8, m, n),
+        "weight_scale": _floats(F32, m, 1),
+        "weight_offset": _floats(F32, m, 1),
+        "input_scale": _floats(F32, 1),
+        "input_offset": _floats(F32, 1),
+        "deq_scale": _floats(F32, m),
+        "quant_bias": _integers(I32, m),
+    }
+
+
+def _svdquant(m: int, n: int) -> Tensors:
+    return {
+        "weight": _integers(U8, m, n // 2),
+        "weight_scale": _floats(F32, m, n // 16).to(FP8),
+        "weight_scale_2": torch.ones(()),
+        "svdquant_lora_a": _floats(BF16, 8, n),
+        "svdquant_lora_b": _floats(BF16, m, 8),
+    }
+
+
+def _scaled_inputs(m: int, n: int) -> Tensors:
+    """What its layer multiplies its inputs with, is no weight times these scales."""
+    weight = {"weight": _floats(F32, m, n).to(FP8), "weight_scale": torch.ones(())}
+    return {**weight, "input_scale": torch.ones(()), "pre_quant_scale": _floats(BF16, n)}
+
+
+def _rotated(m: int, n: int) -> Tensors:
+    """Its layer turns its inputs first, by a matrix that no training changes."""
+    return {
+        "weight_packed": _integers(I32, m, n // 8),
+        "weight_scale": _floats(BF16, m, n // 32),
+        "weight_shape": torch.tensor([m, n]),
+        "R4_input.weight": _floats(F32, n, n),
+    }
+
+
+def _fnuz(m: int, n: int) -> Tensors:
+    return {"weight": _floats(F32, m, n).to(torch.float8_e4m3fnuz), "weight_scale": torch.ones(())}
+
+
+def _int8_blocks(m: int, n: int) -> Tensors:
+    return {"weight": _integers(I8, m, n), "weight_scale_inv": _floats(F32, m // 32, n // 32)}
+
+
+def _w4afp8(m: int, n: int) -> Tensors:
+    return {"weight": _integers(I8, m, n // 2), "weight_scale_inv": _floats(BF16, m, n // 32)}
+
+
 @dataclass(frozen=True)
 class Packing:
     """A way to pack a layer.
@@ -252,6 +328,25 @@ PACKINGS: Mapping[str, Packing] = {
     "torchao": Packing("torchao", _torchao_inside, _method("torchao"), "torchao"),
     "torchao before": Packing("torchao", _torchao_before, _method("torchao"), "torchao"),
     "comfy": Packing("ComfyUI's quantization", _comfy, {}, "ComfyUI's quantization"),
+    "nunchaku": Packing("Nunchaku's SVDQuant", _nunchaku, {}),
+    "squeezellm": Packing("SqueezeLLM", _squeezellm, {}),
+    "quip#": Packing("QuIP#", _quip, {"quip_params": {"codebook": "E8P12"}}),
+    "qtip": Packing("QTIP", _qtip, {"quip_params": {"L": 16}}),
+    "modelslim": Packing("ModelSlim's quantization", _modelslim, {"quantize": "w8a8"}),
+    "svdquant": Packing("ModelOpt (NVFP4_SVD)", _svdquant, _method("modelopt", quant_algo="NVFP4_SVD"), "SVDQuant"),
+    "scaled inputs": Packing(
+        "ModelOpt (FP8)", _scaled_inputs, _method("modelopt", quant_algo="FP8"), "quantization with scaled inputs"
+    ),
+    "rotated": Packing(
+        "compressed-tensors (pack-quantized)", _rotated,
+        _method("compressed-tensors", format="pack-quantized", transform_config={"config_groups": {"R4": {}}}),
+        "quantization with rotations",
+    ),
+    "fp8 of amd": Packing("Quark", _fnuz, _method("quark"), "FP8 of another kind"),
+    "int8 in blocks": Packing(
+        "INT8 in blocks", _int8_blocks, _method("blockwise_int8", weight_block_size=[32, 32]), "integers with scales"
+    ),
+    "w4afp8": Packing("W4AFP8", _w4afp8, _method("w4afp8"), "integers with scales"),
 }  # fmt: skip
 
 

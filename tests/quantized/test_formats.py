@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.commands.verify import verify
 from surgery.progress import Silent
-from tests.models import files_of, tensors_of
+from tests.models import files_of, planned, tensors_of
 from tests.quantized.layouts import LAYOUTS, Layout, Read
 
 _OTHER = "model.layers.0.self_attn.o_proj.weight"
@@ -69,6 +69,8 @@ def test_format(name: str, tmp_path: Path) -> None:
     assert files_of(tmp_path / "back") == files_of(base)
     assert verify(tmp_path / "f", base=base).ok
     _fold(tmp_path / "f", untouched, tmp_path / "dense", base, dequantize=True)
+    # A model of its own, also where nothing is left of a weight file.
+    assert planned(tmp_path / "dense", rank=4, include=[layout.name]).targets[0].dtype == "BF16"
     dense = tensors_of(tmp_path / "dense")
     assert dense.keys() == {layout.name, _OTHER, "model.norm.weight"}
     assert torch.equal(dense[layout.name], torch.from_numpy(stored.weight.copy()).float().bfloat16())
@@ -97,6 +99,8 @@ def test_format(name: str, tmp_path: Path) -> None:
         arrived = torch.diagonal(U.mT @ torch.from_numpy(read.weight - stored.weight) @ V, dim1=-2, dim2=-1)
         share = float((arrived * distance).sum() / distance.square().sum())
         assert report.kept == pytest.approx(share, abs=2e-3)
+        if name in ("deepseek-v3.1", "deepseek-v4"):
+            assert np.array_equal(np.frexp(read.scales)[0], np.full(read.scales.shape, 0.5))
         if rounding == "nearest":
             _check_nearest(read, wanted, layout)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import surgery
-from surgery.errors import FormatError, WeightError
+from surgery.errors import FormatError, OptionError, WeightError
 from tests.models import planned, tensors_of
 from tests.quantized.layouts import LAYOUTS, Layout
 from tests.quantized.test_formats import save
@@ -120,6 +121,23 @@ def test_what_is_not_read_is_no_target(name: str, change: Callable[[Layout], Non
     change(layout)
     steps = planned(save(layout, tmp_path / "base"), rank=2, include=["*o_proj*", "*q_proj*"])
     assert [target.tensor for target in steps.targets] == ["model.layers.0.self_attn.o_proj.weight"]
+
+
+@pytest.mark.parametrize("option", ["include", "exclude"])
+@pytest.mark.parametrize(("name", "end"), [("int4", "_packed"), ("gpt-oss", "_blocks")])
+def test_globs_are_for_weights(name: str, end: str, option: str, tmp_path: Path) -> None:
+    """A tensor that a weight is packed in is none; what the error says to type is the weight."""
+    layout = LAYOUTS[name]()
+    base = save(layout, tmp_path / "base")
+    for glob in (f"{layout.name}{end}", f"*j*{end}", f"*{end}"):
+        with pytest.raises(OptionError, match=f"--{option} .* matches only tensors that weights are packed in") as caught:
+            planned(base, rank=2, **{option: [glob]})
+        assert layout.name in str(caught.value.expected)
+        assert (caught.value.hint is None) == (glob != f"{layout.name}{end}")  # else it would match other weights, too
+        if caught.value.hint is not None:
+            _, said = shlex.split(caught.value.hint)
+            taken = {target.tensor for target in planned(base, rank=2, **{option: [said]}).targets}
+            assert (layout.name in taken) == (option == "include")
 
 
 @pytest.mark.parametrize("name", ["int4 channel", "int8 packed"])

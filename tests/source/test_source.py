@@ -320,6 +320,7 @@ def test_index_entries_that_no_shard_has(model: Path, tmp_path: Path) -> None:
     assert torch.equal(_logits(back), truth)
 
 
+@pytest.mark.filterwarnings("ignore:.*in several weight files:surgery.SurgeryWarning")
 @pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight", "model.layers.1.self_attn.q_proj.weight"])
 @pytest.mark.parametrize("indexed", [True, False])
 def test_the_same_tensor_in_several_shards(name: str, indexed: bool, model: Path, tmp_path: Path) -> None:
@@ -336,6 +337,10 @@ def test_the_same_tensor_in_several_shards(name: str, indexed: bool, model: Path
     steps = _plan(model)
     assert [item.reason.split(":")[0] for item in steps.skipped if item.tensor == name] == ["in several weight files"] * 3
     assert name not in {target.tensor for target in steps.targets}
+    there = sum(target.entries for target in steps.targets)
+    is_wanted = "layers" in name and tensor.ndim == 2
+    assert steps.reached == pytest.approx(there / (there + tensor.numel()) if is_wanted else 1, rel=1e-12)
+    assert any("several weight files" in note for note in steps.notes) == is_wanted
     _, back = _there_and_back(model, tmp_path)
     assert files_of(back) == files_of(model)
     # Where they differ, transformers takes the last one and says nothing.
@@ -347,6 +352,7 @@ def test_the_same_tensor_in_several_shards(name: str, indexed: bool, model: Path
         _plan(model)
 
 
+@pytest.mark.filterwarnings("ignore:.*in several weight files:surgery.SurgeryWarning")
 def test_what_is_tied_to_a_tensor_in_several_shards(tmp_path: Path) -> None:
     """Is no target either: one parameter could not be edited in all its places."""
     model = save_llama(tmp_path / "m", torch.bfloat16, tie_word_embeddings=True)

@@ -308,7 +308,7 @@ def _new_config(writing: Writing) -> Callable[[Path], bytes] | None:
 def _plan(merging: Merging, memory: Memory) -> MergePlan:
     """What the merge would do."""
     changed = [file for file, header in merging.headers.items() if not merging.dense.keeps(header)]
-    sizes = [merging.dense.size(header) or 0 for header in merging.headers.values()]
+    sizes = [merging.dense.size(header) for header in merging.headers.values()]
     return MergePlan(
         tensors=merging.tensors(),
         accounts=tuple(merging.update.accounts),
@@ -325,7 +325,7 @@ def _plan(merging: Merging, memory: Memory) -> MergePlan:
 
 def _report(out: Path, results: Sequence[FoldedShard], merging: Merging) -> MergeReport:
     """The report from the results of all shards, with a note if rounding has lost much of the update."""
-    writing, files = merging.options.writing, [result.file for result in results if result.file is not None]
+    writing, files = merging.options.writing, [result.file for result in results]
     kept = KeptSummary.of(one for result in results for one in result.kept)
     is_quantized = bool(merging.checkpoint.weights.quantized) and not writing.to_dense
     if (note := kept.note(writing.rounding, is_quantized=is_quantized)) is not None:
