@@ -209,9 +209,16 @@ def _make(kind: Any, config: Mapping[str, Any]) -> Any:
         for name, parameter in inspect.signature(kind.__init__).parameters.items()
         if _LAYERS.fullmatch(name) and type(parameter.default) is int and parameter.default > 2
     }
-    with torch.device("meta"), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of classes that diffusers means to give up
-        return kind(**{**few, **config})
+        try:
+            with torch.device("meta"):
+                return kind(**{**few, **config})
+        except RuntimeError as error:
+            if "not on the expected device" not in str(error):
+                raise
+            # A table that is computed on the CPU, as MMAudioVAE's once torch.compile has been used in the process.
+            return kind(**{**few, **config})
 
 
 def _weights(model: nn.Module) -> Iterator[Weight]:

@@ -15,9 +15,10 @@ from surgery.format.factors import FactorsReader
 from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import ShardRecord, TargetRecord
 from surgery.format.safetensors import ShardReader
-from surgery.models.carriers import Layer, carriers_of, places_of, unwrapped
+from surgery.models.carriers import Layer, carriers_of, unwrapped
 from surgery.models.packed import unpack
 from surgery.models.peft_api import unfitting_adapter
+from surgery.models.places import places_of
 from surgery.models.recognize import held_elsewhere
 from surgery.progress import note
 from surgery.training.lowrank import LowRankPath

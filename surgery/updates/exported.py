@@ -20,8 +20,8 @@ from surgery.format.factors import FactorsReaders
 from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import TargetRecord
 from surgery.lossless.factors import between, inner_change
-from surgery.models.carriers import places_of
 from surgery.models.peft_api import taken_for_experts
+from surgery.models.places import places_of
 from surgery.models.skeleton import skeleton
 from surgery.names import ADAPTER_CONFIG, CONFIG_FILE, Train
 from surgery.progress import Progress, phase

@@ -236,7 +236,7 @@ print(kills)
         [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert int(done.stdout) >= 20
+    assert int(done.stdout) >= 10
 
 
 def test_the_same_again_and_another(llama: Path, lora: Path, truth: tuple[Path, MergeReport], tmp_path: Path) -> None:
