@@ -49,7 +49,7 @@ def why_no_linear(entry: TensorEntry, config: Mapping[str, Any], *, convolutions
         return "no weight of a linear layer"
     if is_of_lora(entry.name):
         return "part of a LoRA adapter"
-    if any(map(_ROUTER.search, modules)) or _routes(modules, entry.shape, config):
+    if any(map(_ROUTER.search, (*modules, last))) or _routes(modules, entry.shape, config):
         return "a router"
     if _in_head(modules):
         return "an output head"

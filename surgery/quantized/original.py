@@ -12,7 +12,7 @@ _BASE = re.compile(r"^base_model:[^\S\n]*(\S[^\n]*)?((?:\n[^\S\n]*-[^\S\n][^\n]*
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 #: What names of quantized models have behind the name of the original.
 _METHOD = re.compile(
-    r"[-_.](unsloth[-_])?(gptq|awq|bnb|exl[23]|gguf|ggml|mlx|hqq|aqlm|quanto|eetq|spqr|vptq|higgs|fp-?quant|auto-?round|torchao"
+    r"[-_.](unsloth[-_])?(gptq|awq|svdq(uant)?|quip|qtip|e8p(rvq)?|squeezellm|bnb|exl[23]|gguf|ggml|mlx|hqq|aqlm|quanto|eetq|spqr|vptq|higgs|fp-?quant|auto-?round|torchao"
     r"|nvfp4|mxfp[48]|fp[48]|nf4|bitnet|quark|sinq|qat|quantized|compressed|marlin|u?int[2-8]\w*|w\d+a\d+\w*|q\d_\w+|i[48]"
     r"|[2-8](\.\d+)?[-_]?bits?|[2-8](\.\d+)?bpw)(?![^-_.])",
     re.IGNORECASE,
@@ -51,7 +51,7 @@ def original_of(name: str, card: str) -> str:
         card: the text of its card; empty if there is none.
     """
     if (told := base_in_card(card)) is not None and told.casefold() != name.casefold():
-        return f"the original, which is {quoted(told)} by its card"
+        return f"{quoted(told)} (the original, by its card)"
     if (guessed := name_without_method(name)) is not None:
-        return f"the original, which by its name seems to be {quoted(guessed)}"
+        return f"{quoted(guessed)} (which seems to be the original, by the name of this one)"
     return "the original model, before it was quantized"

@@ -155,6 +155,8 @@ def _of_blocks(layer: Layer, config: Mapping[str, Any]) -> tuple[int, ...] | Non
 _BYTES = ("I8", "U8")
 #: What is beside a weight of few bits that is not all that its layer multiplies with.
 _INPUTS_SCALED, _LOW_RANK, _ROTATION = "pre_quant_scale", r".*svdquant_lora_[ab]", r"\w+_(input|output)\.weight"
+#: What such methods are called begins with this where no config names one.
+_WITH = "quantization with "
 _OF_SCALED = r"weight|weight_\w+|(input|output|pre_quant)_(global_)?scale|input_offset|deq_scale|quant_bias|scale_bias"
 #: The kinds that no format that is read is like. Sources: what each library saves, and what loaders look for.
 _FOREIGN = (
@@ -191,10 +193,10 @@ _FOREIGN = (
           shape=lambda layer, _: layer["weight"].shape[::-1]),
     _Kind("MXFP4 in gpt-oss's own layout", "blocks", "blocks|scales", beside="scales", dtypes=("U8",), shape=_of_blocks),
     _Kind("ModelSlim's quantization", "weight", _OF_SCALED, beside="weight_offset", dtypes=_BYTES, shape=_as_stored("weight")),
-    _Kind("quantization with scaled inputs", "weight", _OF_SCALED, beside=_INPUTS_SCALED, dtypes=(FP8,),
+    _Kind(f"{_WITH}scaled inputs", "weight", _OF_SCALED, beside=_INPUTS_SCALED, dtypes=(FP8,),
           shape=_as_stored("weight")),
     *(_Kind(method, main, f"{_OF_SCALED}|{beside}", beside=beside, dtypes=(FP8, *_BYTES, "I32"))
-      for method, beside in (("SVDQuant", _LOW_RANK), ("quantization with rotations", _ROTATION))
+      for method, beside in ((f"{_WITH}a low-rank part", _LOW_RANK), (f"{_WITH}rotations", _ROTATION))
       for main in ("weight", "weight_packed")),
     _Kind("ComfyUI's quantization", "weight", "weight|weight_scale(_2)?|input_scale|pre_quant_scale|comfy_quant",
           beside="comfy_quant", dtypes=(*_BYTES, "F4"), shape=_as_stored("weight")),
@@ -258,7 +260,7 @@ INTEGERS = "integers"
 
 
 def _found(where: Where, described: Mapping[str, Any], kinds: tuple[_Kind, ...]) -> Iterator[tuple[str, UnreadWeight]]:
-    below = _below(where)
+    below, told = _below(where), called(described)
     by_last: dict[str, list[str]] = {}
     for name in where:
         by_last.setdefault(name.rpartition(".")[2], []).append(name)
@@ -277,7 +279,9 @@ def _found(where: Where, described: Mapping[str, Any], kinds: tuple[_Kind, ...])
             shape = _shape(kind, layer, described)
             if kind.only_told and shape is None:
                 continue
-            method = called(described) or ("AWQ" if kind.method == "GPTQ" and _is_awq(layer) else kind.method)
+            method = told or ("AWQ" if kind.method == "GPTQ" and _is_awq(layer) else kind.method)
+            if told is not None and kind.method.startswith(_WITH):
+                method = kind.method.replace("quantization", told, 1)
             taken.update(module + last for last in layer)
             weight = f"{module}weight"
             yield weight, _unread(weight, method, name, layer.values(), shape)

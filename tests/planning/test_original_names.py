@@ -272,6 +272,7 @@ LAYOUTS: dict[str, dict[str, tuple[Module, str]]] = {
         "output": (_linear(D, 32000), OUTSIDE),
         "layers.3.ffn.gate": (_linear(D, 8), ROUTER),
         "layers.3.ffn.experts.7.w1": (_UP, BLOCK),
+        "layers.3.ffn.experts": (_raw("router_weight", D, 8), ROUTER),
         "layers.3.ffn.shared_experts.w2": (_DOWN, BLOCK),
         "encoder.conv2": (lambda: nn.Conv1d(D, D, 3, bias=False), CONVOLUTION),
         "encoder.blocks.0.attn.query": (_SQUARE, BLOCK),

@@ -333,12 +333,16 @@ PACKINGS: Mapping[str, Packing] = {
     "quip#": Packing("QuIP#", _quip, {"quip_params": {"codebook": "E8P12"}}),
     "qtip": Packing("QTIP", _qtip, {"quip_params": {"L": 16}}),
     "modelslim": Packing("ModelSlim's quantization", _modelslim, {"quantize": "w8a8"}),
-    "svdquant": Packing("ModelOpt (NVFP4_SVD)", _svdquant, _method("modelopt", quant_algo="NVFP4_SVD"), "SVDQuant"),
+    "svdquant": Packing(
+        "ModelOpt (NVFP4_SVD) with a low-rank part", _svdquant, _method("modelopt", quant_algo="NVFP4_SVD"),
+        "quantization with a low-rank part",
+    ),
     "scaled inputs": Packing(
-        "ModelOpt (FP8)", _scaled_inputs, _method("modelopt", quant_algo="FP8"), "quantization with scaled inputs"
+        "ModelOpt (FP8) with scaled inputs", _scaled_inputs, _method("modelopt", quant_algo="FP8"),
+        "quantization with scaled inputs",
     ),
     "rotated": Packing(
-        "compressed-tensors (pack-quantized)", _rotated,
+        "compressed-tensors (pack-quantized) with rotations", _rotated,
         _method("compressed-tensors", format="pack-quantized", transform_config={"config_groups": {"R4": {}}}),
         "quantization with rotations",
     ),
