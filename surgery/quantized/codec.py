@@ -248,6 +248,8 @@ class Codec:
         whole = parts.get("global_scale")
         if whole is None:
             return None
+        if not bool(torch.isfinite(whole.float()).all()):  # divided by infinity, numbers would look like sound zeros
+            raise WeightError(f"{self.label}: its global scale is no number", hint="the file is damaged: fetch it again")
         return whole.float().reshape(()) if whole.numel() == 1 else whole.float().reshape(*grid[:-2], 1, 1)
 
     def _scales_as_stored(self, parts: Parts, grid: torch.Size | tuple[int, ...]) -> torch.Tensor:

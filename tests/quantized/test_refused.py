@@ -150,6 +150,17 @@ def test_columns_that_do_not_fill_the_last_number(name: str, tmp_path: Path) -> 
         surgery.factorize(base, tmp_path / "f", rank=2, include=[_W])
 
 
+@pytest.mark.parametrize("name", ["ct nvfp4", "modelopt nvfp4"])
+@pytest.mark.parametrize("number", [float("inf"), float("nan")])
+def test_a_global_scale_that_is_no_number(name: str, number: float, tmp_path: Path) -> None:
+    """Divided by infinity, a weight would be a sound one of zeros."""
+    layout = LAYOUTS[name]()
+    whole = next(name for name in layout.tensors if name.startswith(_W) and name.endswith(("_global_scale", "_scale_2")))
+    layout.tensors[whole].fill_(number)
+    with pytest.raises(WeightError, match="global scale is no number"):
+        surgery.factorize(save(layout, tmp_path / "base"), tmp_path / "f", rank=2, include=[_W])
+
+
 @pytest.mark.parametrize("name", ["ct nvfp4", "modelopt nvfp4", "int4 of 128"])
 def test_an_update_too_large_for_the_scales(name: str, tmp_path: Path) -> None:
     """E4M3 ends at 448, float16 at 65504."""
