@@ -18,7 +18,7 @@ from surgery.planning.notes import notes_of_plan, notes_of_quantization, share_r
 from surgery.planning.numbering import numbering_notes
 from surgery.planning.recipes import Recipe, find_recipe, recipe_for_family
 from surgery.planning.summary import PlannedTarget, PlanSummary
-from surgery.planning.targets import Model, Skipped, Target, check_globs, choose, matches
+from surgery.planning.targets import NO_RESIDUAL, Model, Skipped, Target, check_globs, choose, matches
 from surgery.quantized.recognize import Quantization
 from surgery.quantized.weight import packed_in
 from surgery.reports import Report
@@ -309,7 +309,7 @@ def _nothing_selected(
         return not_read(f"{what} is in", wanted, factorize_instead(source))
     if unread and not options.include:
         return not_read(f"{model} is in", quantization.unread.values(), factorize_instead(source))
-    if without_residual := [item for item in skipped if item.reason.endswith("no residual layout")]:
+    if without_residual := [item for item in skipped if NO_RESIDUAL in item.reason]:
         return OptionError(
             f"all {len(without_residual)} weights of {model} that would be targets are quantized, and have no residual layout",
             got=f"{without_residual[0].tensor} ({without_residual[0].reason})",

@@ -29,6 +29,8 @@ from surgery.quantized.unread import UnreadWeight
 from surgery.quantized.weight import Quantized
 
 DEFAULT_RANK = 16
+#: Why quantized weights are passed over where residuals are asked for.
+NO_RESIDUAL = "has no residual layout"
 DEFAULT_MAX_RANK = 256
 
 _NO_WEIGHT = re.compile(r"^(A_log|D|dt_bias|inv_freq)$|_bias$|^bias$|rotary|freqs|_scale(_inv)?$")
@@ -236,7 +238,7 @@ def _unsupported(entry: TensorEntry, model: Model) -> str | None:
     if entry.dtype in FACTORIZABLE_DTYPES or (entry.name in model.quantized and model.quantized_too):
         return None
     if entry.name in model.quantized:
-        return f"{told_dtype(entry.dtype)}, copied as it is: it has no residual layout"
+        return f"{told_dtype(entry.dtype)}, which {NO_RESIDUAL}, copied as it is"
     return f"dtype {entry.dtype} is not supported"
 
 
