@@ -32,7 +32,7 @@ from surgery.quantized.codec import Codec
 from surgery.quantized.elements import E4M3
 
 BLOCK = (128, 128)
-FP8 = Codec(E4M3(), BLOCK, "FP8")
+FP8 = Codec(E4M3, BLOCK, "FP8")
 LINES = 64
 
 

@@ -34,8 +34,8 @@ _CHANGES = ("0.001", "0.003", "0.01", "0.03", "0.1", "one")
 
 #: Quantized formats, and the dtypes of their scales.
 FORMATS = {
-    "fp8": (Codec(E4M3(), (128, 128), "fp8"), torch.float32),
-    "mxfp8": (Codec(E4M3(), (1, 32), "mxfp8"), torch.float8_e8m0fnu),
+    "fp8": (Codec(E4M3, (128, 128), "fp8"), torch.float32),
+    "mxfp8": (Codec(E4M3, (1, 32), "mxfp8"), torch.float8_e8m0fnu),
     "int8": (Codec(Integers(8, packed=False), (1, 1 << 30), "int8"), torch.bfloat16),
     "int4": (Codec(Integers(4, packed=True), (1, 128), "int4"), torch.bfloat16),
     "mxfp4": (Codec(E2M1(), (1, 32), "mxfp4"), torch.float8_e8m0fnu),

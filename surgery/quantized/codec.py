@@ -179,6 +179,8 @@ class Codec:
         ends = (self.elements.low_held - offset) * scales, (self.elements.high_held - offset) * scales
         # Of NaN no comparison is true: what does not change is held.
         held = ~((lows < torch.minimum(*ends)) | (highs > torch.maximum(*ends)))
+        if "scale" not in parts:
+            return self._without_scales(held, extremes)
         shared = parts["scale"].numel() == 1 and lows.numel() > 1
         if renew and self.renewed and not shared:
             held = lows.isnan()
@@ -202,6 +204,17 @@ class Codec:
             shifted = (low - lows.clamp(max=0) / torch.where(used == 0, 1.0, used)).round().clamp(low, high)
             new["zero_point"] = self._in_place_of(torch.where(held, zeros, shifted), parts["zero_point"])
         return new
+
+    def _without_scales(self, held: torch.Tensor, extremes: Extremes) -> dict[Role, torch.Tensor]:
+        """The parts of numbers that stand for themselves: none. Raises WeightError if they cannot hold a changed weight."""
+        if bool(held.all()):
+            return {}
+        raise WeightError(
+            f"{self.label}: the update is too large for FP8 without scales",
+            got=f"a weight of {torch.maximum(extremes.highs, -extremes.lows).nan_to_num(0.0).max().item():.3g}",
+            expected=f"at most {self.elements.high:g}",
+            hint="--dequantize writes bfloat16",
+        )
 
     def _stored_scales(self, scales: torch.Tensor, parts: Parts) -> torch.Tensor:
         """Fresh scales as numbers of the stored dtype, float32; of powers of two the next larger one.
@@ -253,7 +266,8 @@ class Codec:
         return whole.float().reshape(()) if whole.numel() == 1 else whole.float().reshape(*grid[:-2], 1, 1)
 
     def _scales_as_stored(self, parts: Parts, grid: torch.Size | tuple[int, ...]) -> torch.Tensor:
-        return self._in_grid(parts["scale"].float(), grid)
+        # Without scales the numbers stand for themselves.
+        return self._in_grid(parts["scale"].float(), grid) if "scale" in parts else torch.ones(grid)
 
     def _zeros(self, parts: Parts, grid: torch.Size | tuple[int, ...]) -> torch.Tensor | None:
         zeros = parts.get("zero_point")

@@ -69,7 +69,7 @@ def find_fp8(entry: TensorEntry, where: Where, told: Told) -> Quantized | None:
     size, by_matrix = found
     storage: Storage = "exponents" if scale.dtype == "U8" else "plain"
     part = StoredPart("scale", name, shard, by_matrix, storage)
-    codec = Codec(E4M3(), size, entry.name, renewed=True, powers_of_two=told.powers_of_two)
+    codec = Codec(E4M3, size, entry.name, renewed=True, powers_of_two=told.powers_of_two)
     beside = beside_of(entry.name, where)
     return Quantized(entry.name, FP8, entry.shape, where[entry.name][1], entry.stored, codec, (part,), beside)
 

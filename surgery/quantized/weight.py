@@ -11,6 +11,7 @@ import torch
 from surgery.errors import FormatError
 from surgery.format.header import Stored
 from surgery.quantized.codec import Codec, Parts, Role
+from surgery.quantized.elements import Integers
 
 #: How a part is stored: as it is; powers of two as their exponents in bytes; or as unsigned integers, several in an int32, the
 #: first in the lowest bits, along the rows of a matrix (compressed-tensors' zero points).
@@ -42,8 +43,7 @@ class StoredPart:
         if self.storage == "exponents":
             return stored.view(torch.float8_e8m0fnu)
         if self.storage == "packed rows":
-            codes = torch.stack([(stored >> shift) & self._largest for shift in range(0, 32, self.bits)], -2)
-            return (codes.flatten(-3, -2)[..., : self.rows, :] - self._offset).to(torch.int8)
+            return Integers(self.bits, packed=True).values(stored.mT.contiguous(), self.rows).mT.to(torch.int8).contiguous()
         return stored
 
     def stored(self, numbers: torch.Tensor) -> torch.Tensor:
@@ -51,24 +51,8 @@ class StoredPart:
         if self.storage == "exponents":
             return numbers.view(torch.uint8)
         if self.storage == "packed rows":
-            per = 32 // self.bits
-            codes = torch.nn.functional.pad(numbers.int() + self._offset, (0, 0, 0, -self.rows % per))
-            codes = codes.view(*codes.shape[:-2], -1, per, codes.shape[-1])
-            packed = codes[..., 0, :].clone()
-            for i in range(1, per):
-                packed |= codes[..., i, :] << (i * self.bits)
-            return packed
+            return Integers(self.bits, packed=True).stored(numbers.mT.float()).mT.contiguous()
         return numbers
-
-    @property
-    def _largest(self) -> int:
-        """The largest unsigned integer of so many bits."""
-        return (1 << self.bits) - 1
-
-    @property
-    def _offset(self) -> int:
-        """What is added to signed integers to make them unsigned."""
-        return 1 << (self.bits - 1)
 
 
 @dataclass(frozen=True, slots=True)

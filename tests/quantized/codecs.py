@@ -9,9 +9,9 @@ from surgery.quantized.elements import E2M1, E4M3, Integers
 
 #: Name -> the format, and the dtype of its scales.
 CODECS = {
-    "fp8": (Codec(E4M3(), (128, 128), "fp8", renewed=True), torch.float32),
-    "fp8 by channel": (Codec(E4M3(), (1, 1 << 30), "fp8 by channel", renewed=True), torch.bfloat16),
-    "mxfp8": (Codec(E4M3(), (1, 32), "mxfp8", renewed=True), torch.float8_e8m0fnu),
+    "fp8": (Codec(E4M3, (128, 128), "fp8", renewed=True), torch.float32),
+    "fp8 by channel": (Codec(E4M3, (1, 1 << 30), "fp8 by channel", renewed=True), torch.bfloat16),
+    "mxfp8": (Codec(E4M3, (1, 32), "mxfp8", renewed=True), torch.float8_e8m0fnu),
     "int8": (Codec(Integers(8, packed=False), (1, 1 << 30), "int8"), torch.bfloat16),
     "int4": (Codec(Integers(4, packed=True), (1, 32), "int4"), torch.bfloat16),
     "int4 of 128": (Codec(Integers(4, packed=True), (1, 128), "int4 of 128"), torch.bfloat16),

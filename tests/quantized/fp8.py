@@ -11,7 +11,7 @@ from surgery.quantized.elements import E4M3
 
 
 def fp8(block: tuple[int, int]) -> Codec:
-    return Codec(E4M3(), block, "FP8", renewed=True)
+    return Codec(E4M3, block, "FP8", renewed=True)
 
 
 def dequantize(q: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:

@@ -13,7 +13,7 @@ from surgery.quantized.elements import E2M1, E4M3, Elements, Integers
 from surgery.quantized.weight import StoredPart
 
 _ELEMENTS: dict[str, Elements] = {
-    "e4m3": E4M3(),
+    "e4m3": E4M3,
     "e2m1": E2M1(),
     "int4": Integers(4, packed=True),
     "int8": Integers(8, packed=True),
@@ -53,7 +53,7 @@ def test_nearest_numbers(kind: str) -> None:
 
 def test_nan_stays_nan() -> None:
     stored = torch.tensor([[0x7F, 0xFF, 0x7E]], dtype=torch.uint8).view(torch.float8_e4m3fn)
-    assert E4M3().values(stored, 3).isnan().tolist() == [[True, True, False]]
+    assert E4M3.values(stored, 3).isnan().tolist() == [[True, True, False]]
 
 
 _BLOCKS = [(1, 16), (16, 1), (7, 5), (1, 10**6), (10**6, 10**6), (10**6, 1), (1, 1)]
@@ -150,7 +150,7 @@ def test_scales_at_the_upper_end_of_their_dtype(scale: torch.dtype, size: float)
 
 def test_zero_scales_and_zeros() -> None:
     """A scale of 0 holds zeros; it is renewed for anything else. Of zeros a fresh scale is 1."""
-    codec = Codec(E4M3(), (1, 4), "w")
+    codec = Codec(E4M3, (1, 4), "w")
     parts: Parts = {"scale": torch.tensor([[0.0], [0.0], [1e-30]])}
     weight = torch.tensor([[0.0, -0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
     new = codec.parts_that_hold(codec.extremes(weight, parts), parts)

@@ -22,6 +22,7 @@ from tests.quantized.hub_models import dequantized, save_deepseek_v4
 from tests.quantized.served import RANK, Made
 from tests.quantized.test_served import off
 from tests.releases import needs
+from tests.stopping import StopAt
 
 pytestmark = needs("transformers", ">=5.23", "making tiny models of these families")
 
@@ -46,25 +47,13 @@ def test_jobs_that_are_sent_give_the_same_bytes(made: Made, tmp_path: Path, monk
         assert files_of(tmp_path / name) == files_of(kept)
 
 
-class _Stop(Silent):
-    """Interrupts a run at a tensor."""
-
-    def __init__(self, tensor: str) -> None:
-        super().__init__()
-        self._tensor = tensor
-
-    def item(self, name: str) -> None:
-        if name == self._tensor:
-            raise KeyboardInterrupt
-
-
 @pytest.mark.parametrize("made", ["kimi_k2"], indirect=True)
 def test_streamed_from_the_hub_and_gone_on_with(made: Made, hub: LoopbackHub, tmp_path: Path) -> None:
     """The numbers of its weights are in one file, their scales and shapes in another."""
     hub.publish("acme/packed", made.model)
     last = surgery.Manifest.read(made.factorized).targets[-1].tensor
     with pytest.raises(KeyboardInterrupt):
-        surgery.factorize("acme/packed", tmp_path / "f", rank=RANK, stream=True, progress=_Stop(last))
+        surgery.factorize("acme/packed", tmp_path / "f", rank=RANK, stream=True, progress=StopAt(last))
     again = Silent()
     surgery.factorize("acme/packed", tmp_path / "f", rank=RANK, stream=True, progress=again)
     assert any("going on after" in note for note in again.notes)
@@ -72,7 +61,7 @@ def test_streamed_from_the_hub_and_gone_on_with(made: Made, hub: LoopbackHub, tm
     assert {name for name in local if local[name] != streamed[name]} <= {"surgery/manifest.json", "surgery/scales.safetensors"}
     kept, _ = made.folded("folded")
     with pytest.raises(KeyboardInterrupt):
-        surgery.fold(tmp_path / "f", made.scales, tmp_path / "out", stream=True, progress=_Stop(last))
+        surgery.fold(tmp_path / "f", made.scales, tmp_path / "out", stream=True, progress=StopAt(last))
     surgery.fold(tmp_path / "f", made.scales, tmp_path / "out", stream=True, progress=Silent())
     assert files_of(tmp_path / "out") == files_of(kept)
 

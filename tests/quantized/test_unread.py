@@ -405,8 +405,9 @@ def test_every_number_of_a_cast(dtype: torch.dtype) -> None:
     """All codes, the numbers between two of them, and those beyond the largest, as torch rounds."""
     codes = torch.arange(256, dtype=torch.uint8).view(dtype).float()
     codes = codes[codes.isfinite()].sort().values
-    codec = as_cast(TensorEntry("x.weight", "F8_E4M3" if dtype == torch.float8_e4m3fn else "F8_E5M2", (1, 1), 0, 1), "a").codec
     between = torch.cat([codes, *((codes[:-1] * (8 - i) + codes[1:] * i) / 8 for i in range(1, 8))])[None]
+    name = "F8_E4M3" if dtype == torch.float8_e4m3fn else "F8_E5M2"
+    codec = as_cast(TensorEntry("x.weight", name, tuple(between.shape), 0, between.numel()), "a").codec
     expected = between.to(dtype)
     assert torch.equal(codec.quantize(between, {}).view(torch.uint8), expected.view(torch.uint8))
     assert torch.equal(codec.grid({}, (1, len(between[0]))).nearest(between.clone(), slice(0, 1)), expected.float())

@@ -18,6 +18,7 @@ from surgery.names import STREAM_DIR
 from surgery.progress import Silent
 from tests.loopback_hub import LoopbackHub
 from tests.models import files_of, save_llama
+from tests.stopping import StopAt
 
 
 @pytest.fixture(scope="module")
@@ -81,21 +82,11 @@ def _cached(name: str) -> list[Path]:
     return list((Path(HF_HUB_CACHE) / f"models--{name.replace('/', '--')}").rglob("*"))
 
 
-class _Stop(Silent):
-    def __init__(self, tensor: str) -> None:
-        super().__init__()
-        self._tensor = tensor
-
-    def item(self, name: str) -> None:
-        if name == self._tensor:
-            raise KeyboardInterrupt
-
-
 def test_goes_on_in_the_middle(hub: LoopbackHub, shards: Path, tmp_path: Path) -> None:
     hub.publish("acme/stream-resumed", shards)
     with pytest.raises(KeyboardInterrupt):
         surgery.factorize(
-            "acme/stream-resumed", tmp_path / "f", rank=4, stream=True, progress=_Stop("model.layers.2.mlp.up_proj.weight")
+            "acme/stream-resumed", tmp_path / "f", rank=4, stream=True, progress=StopAt("model.layers.2.mlp.up_proj.weight")
         )
     before = len(hub.requests)
     again = Silent()
