@@ -174,7 +174,7 @@ class Codec:
             WeightError: the global scale allows none that is large enough.
         """
         lows, highs = extremes.lows, extremes.highs
-        scales, zeros = self._scales(parts, lows.shape), self._zeros(parts, lows.shape)
+        scales, zeros = self._scales(parts, lows.shape).to(lows.device), self._zeros(parts, lows.shape)
         low, high, offset = self.elements.low, self.elements.high, 0.0 if zeros is None else zeros
         ends = (self.elements.low_held - offset) * scales, (self.elements.high_held - offset) * scales
         # Of NaN no comparison is true: what does not change is held.
