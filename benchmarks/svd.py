@@ -26,8 +26,8 @@ from checkpoints import layer_shapes, llm_like
 from safetensors.torch import load_file
 
 import surgery
-from surgery.linalg.lanczos import block_size
-from surgery.linalg.operator import Operator
+from surgery.solvers.lanczos import block_size
+from surgery.solvers.operator import Operator
 
 Triplets = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Solver = Callable[[torch.Tensor, int], Triplets]

@@ -21,8 +21,8 @@ from surgery.cli.main import main
 from surgery.device import as_memory_allows
 from surgery.engine.lane import Lane
 from surgery.engine.threads import ReadAhead, WriteBehind
-from surgery.linalg import lanczos, triplets
 from surgery.progress import heard, listening, note
+from surgery.solvers import lanczos, triplets
 from tests.models import realistic, save_llama, tensors_of
 
 HERE = Path(__file__)

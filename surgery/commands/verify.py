@@ -17,7 +17,6 @@ from surgery.errors import OptionError, SurgeryError
 from surgery.files.watch import Watch
 from surgery.format.manifest import Manifest, fingerprint_of
 from surgery.format.scales.reading import read_scales
-from surgery.linalg.limits import check_accuracy
 from surgery.names import MANIFEST_FILE, SCALES_FILE
 from surgery.planning.memory import known_bytes, need_to_verify, share_out
 from surgery.planning.targets import DEFAULT_MAX_RANK, matches
@@ -27,6 +26,7 @@ from surgery.run.disk_room import check_room, download_needs
 from surgery.run.engines import LocalEngine, float64_device
 from surgery.shards.failures import CheckedCheckpoint, Failure, Failures, check_recorded_file
 from surgery.shards.verify_shard import ShardCheck
+from surgery.solvers.limits import check_accuracy
 from surgery.weights.checkpoint import weights_of, weights_of_base
 from surgery.weights.overlay import open_base
 from surgery.weights.protocol import Weights

@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 from surgery.arguments import as_path, check_fields
 from surgery.errors import OptionError
-from surgery.linalg.limits import DEFAULT_TOLERANCE, check_accuracy, check_energy
+from surgery.solvers.limits import DEFAULT_TOLERANCE, check_accuracy, check_energy
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,9 @@ import torch
 
 from surgery.device import on_its_own_terms
 from surgery.errors import OptionError
-from surgery.linalg.limits import DEFAULT_TOLERANCE, check_energy
 from surgery.linalg.svd import TruncatedSVD, truncated_svd
 from surgery.lossless.rounding import check_dense
+from surgery.solvers.limits import DEFAULT_TOLERANCE, check_energy
 
 #: How many values a search for a rank begins with.
 FIRST_RANK = 16

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
-from surgery.linalg.lanczos import KrylovBasis
-from surgery.linalg.operator import Operator, widened
-from surgery.linalg.product import leading_dimension
-from surgery.linalg.random import generator_of
 from surgery.memory import scratch
+from surgery.solvers.lanczos import KrylovBasis
+from surgery.solvers.operator import Operator, widened
+from surgery.solvers.product import leading_dimension
+from surgery.solvers.random import generator_of
 
 #: Rows of the remainder that are made at a time: few enough for a cache.
 _ROWS = 64

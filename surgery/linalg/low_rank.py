@@ -12,11 +12,11 @@ from surgery.device import on_its_own_terms
 from surgery.errors import OptionError
 from surgery.linalg.energy import FIRST_RANK, least_rank
 from surgery.linalg.floor import remainder, remainder_bytes
-from surgery.linalg.limits import DEFAULT_EXCESS, DEFAULT_TOLERANCE, check_accuracy, check_energy, check_excess, check_max_rank
 from surgery.linalg.nearly_best import Goal, NearlyBest, Rule, nearly_best
 from surgery.linalg.svd import check_batch, in_range, pair_signs, prepared, solved_in_parts
-from surgery.linalg.triplets import workspace_bytes
 from surgery.lossless.rounding import check_dense
+from surgery.solvers.limits import DEFAULT_EXCESS, DEFAULT_TOLERANCE, check_accuracy, check_energy, check_excess, check_max_rank
+from surgery.solvers.triplets import workspace_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ def low_rank(
         OptionError: k, excess, tolerance, seed or the shape or dtype of A make no sense.
         WeightError: A holds NaN or infinity, or its singular values overflow.
 
-    Source: ``surgery.linalg.lanczos``; the estimate is Kato's and Temple's (Parlett, "The Symmetric Eigenvalue Problem",
+    Source: ``surgery.solvers.lanczos``; the estimate is Kato's and Temple's (Parlett, "The Symmetric Eigenvalue Problem",
     section 10.5), with the next Ritz value in place of the next eigenvalue; ``surgery.linalg.floor`` for the floor.
     """
     return low_ranks(_one_matrix(A)[None], k, excess=excess, tolerance=tolerance, seed=seed)[0]

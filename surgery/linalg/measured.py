@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
-from surgery.linalg.lanczos import MAX_PASSES, basis_limit, block_lanczos
-from surgery.linalg.operator import Operator, wide_device, widened, widened_bytes
-from surgery.linalg.product import leading_dimension
-from surgery.linalg.triplets import allowed_residuals, engine, residuals_of
 from surgery.lossless.factors import Factors
 from surgery.lossless.rounding import times_power_of_two
 from surgery.memory import scratch
 from surgery.precision import full_precision
+from surgery.solvers.lanczos import MAX_PASSES, basis_limit, block_lanczos
+from surgery.solvers.operator import Operator, wide_device, widened, widened_bytes
+from surgery.solvers.product import leading_dimension
+from surgery.solvers.triplets import allowed_residuals, engine, residuals_of
 
 #: Rows whose norm is computed at a time.
 _NORM_ROWS = 64

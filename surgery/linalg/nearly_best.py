@@ -12,9 +12,9 @@ from typing import Literal
 
 import torch
 
-from surgery.linalg.lanczos import KrylovBasis, basis_limit, block_size, iterate, worst_residuals
-from surgery.linalg.operator import Operator
-from surgery.linalg.triplets import Solution, Triplets, clustered, engine, from_pairs, solve
+from surgery.solvers.lanczos import KrylovBasis, basis_limit, block_size, iterate, worst_residuals
+from surgery.solvers.operator import Operator
+from surgery.solvers.triplets import Solution, Triplets, clustered, engine, from_pairs, solve
 
 Rule = Literal["directions", "error", "passes", "zero"]
 

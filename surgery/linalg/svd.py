@@ -12,13 +12,13 @@ import torch
 
 from surgery.device import as_memory_allows, on_its_own_terms
 from surgery.errors import OptionError, WeightError
-from surgery.linalg.limits import DEFAULT_TOLERANCE, check_accuracy
-from surgery.linalg.operator import Operator, widened
-from surgery.linalg.product import leading_dimension
-from surgery.linalg.triplets import Solution, engine, solve
 from surgery.lossless.rounding import check_dense, times_power_of_two
 from surgery.memory import scratch
 from surgery.precision import full_precision
+from surgery.solvers.limits import DEFAULT_TOLERANCE, check_accuracy
+from surgery.solvers.operator import Operator, widened
+from surgery.solvers.product import leading_dimension
+from surgery.solvers.triplets import Solution, engine, solve
 from surgery.torch_threads import one_thread
 
 _Solved = TypeVar("_Solved")
@@ -108,7 +108,7 @@ def truncated_svd(A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERAN
         OptionError: k, tolerance, seed or the shape or dtype of A make no sense.
         WeightError: A holds NaN or infinity, or its singular values overflow.
 
-    Source: see ``surgery.linalg.lanczos``; the certificate is that of Golub, Van Loan, "Matrix Computations",
+    Source: see ``surgery.solvers.lanczos``; the certificate is that of Golub, Van Loan, "Matrix Computations",
     section 8.6, and Wedin, "Perturbation bounds in connection with singular value decomposition" (BIT 12, 1972).
     """
     check_dense(A, "A")

@@ -6,8 +6,8 @@ import time
 
 import torch
 
-from surgery.linalg.product import rows_times, rows_times_transposed
 from surgery.planning.plan import Plan
+from surgery.solvers.product import rows_times, rows_times_transposed
 from surgery.torch_threads import one_thread
 
 #: Vectors that a matrix is multiplied by until its triplets are certified, for each of its k wanted ones and of the extra ones.

@@ -7,7 +7,7 @@ from typing import Literal
 
 from surgery.errors import OptionError
 from surgery.format.options import Options
-from surgery.linalg.limits import check_energy
+from surgery.solvers.limits import check_energy
 
 #: A number, or ``auto`` for the directions that stand above the noise.
 Rank = int | Literal["auto"]

@@ -18,9 +18,9 @@ from surgery.format.safetensors import TORCH_DTYPES
 from surgery.linalg.low_rank import low_rank_bytes
 from surgery.linalg.measured import measuring_bytes
 from surgery.linalg.svd import solved_together
-from surgery.linalg.triplets import workspace_bytes
 from surgery.names import FACTORIZABLE_DTYPES, WEIGHT_BITS
 from surgery.planning.targets import Target
+from surgery.solvers.triplets import workspace_bytes
 
 #: Bytes of a window, so that small matrices of one shape are solved together. Constants, and not what happens to be free: the
 #: bits of a result may depend on which matrices share a batch.

@@ -33,8 +33,8 @@ from typing import Any, Literal
 from surgery.errors import OptionError, ReadError
 from surgery.expressions import MOST_CHARACTERS, Expression, ExpressionError
 from surgery.format.views import KINDS, Kind
-from surgery.linalg.limits import check_energy
 from surgery.reports import NOT_IN_JSON, Report, in_json
+from surgery.solvers.limits import check_energy
 
 Every = Literal["group", "column"]
 

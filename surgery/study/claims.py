@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from surgery.linalg.random import generator_of
 from surgery.linalg.svd import TruncatedSVD
+from surgery.solvers.random import generator_of
 from surgery.study.directions import Flags, Matched, known_values, turn_rows
 from surgery.study.matching import Floats, Indices, assignment, in_common
 

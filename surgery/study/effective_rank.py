@@ -13,11 +13,11 @@ from collections.abc import Callable
 
 import torch
 
-from surgery.linalg.operator import Operator
-from surgery.linalg.random import generator_of
 from surgery.linalg.svd import TruncatedSVD, in_working_precision
 from surgery.lossless.rounding import times_power_of_two
 from surgery.precision import full_precision
+from surgery.solvers.operator import Operator
+from surgery.solvers.random import generator_of
 
 #: Up to this many values, of a matrix of so many entries, all of them are computed.
 _EXACT_SIZE = 1024

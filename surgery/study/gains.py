@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from surgery.linalg.operator import Operator
 from surgery.linalg.svd import in_working_precision, truncated_svd
 from surgery.names import Train
 from surgery.precision import full_precision
+from surgery.solvers.operator import Operator
 from surgery.study.spectrum import difference_of
 
 #: Shorter sides for which all values of the Gram matrix take less time on a CPU than a truncated SVD, if that is for more than

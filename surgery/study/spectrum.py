@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from surgery.linalg.operator import Operator
 from surgery.linalg.svd import TruncatedSVD, truncated_svd
 from surgery.memory import scratch
 from surgery.precision import full_precision
+from surgery.solvers.operator import Operator
 from surgery.study.claims import Claims, claims_of
 from surgery.study.directions import Became, DifferenceImages, became, identified, known_values, matched, storage_noise
 from surgery.study.effective_rank import effective_rank

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import surgery
 from surgery.errors import OptionError, WeightError
-from surgery.linalg import lanczos, triplets
 from surgery.linalg.low_rank import LowRank, low_rank, low_rank_above_floor, low_rank_bytes, low_rank_of_energy, low_ranks
+from surgery.solvers import lanczos, triplets
 from tests.measure import measured_peak
 from tests.models import realistic
 

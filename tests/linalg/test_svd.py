@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 import surgery
 from surgery.errors import OptionError, WeightError
-from surgery.linalg import lanczos, svd, triplets
-from surgery.linalg.product import leading_dimension
+from surgery.linalg import svd
 from surgery.precision import full_precision
+from surgery.solvers import lanczos, triplets
+from surgery.solvers.product import leading_dimension
 from tests.models import realistic
 
 N = 640  # above the sizes that go to the Gram matrix

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from surgery.device import on_its_own_terms
 from surgery.errors import OptionError, OutputError
-from surgery.linalg.limits import check_energy
 from surgery.names import ADAPTER_FILES, DTYPES, Dtype
 from surgery.progress import Progress
 from surgery.reports import Report
 from surgery.run.journal import Journal
 from surgery.run.output_paths import check_no_model, check_output_path
 from surgery.run.run import Run
+from surgery.solvers.limits import check_energy
 from surgery.source.adapter import local_adapter
 from surgery.updates.adapters.reading import diffusion_file
 from surgery.updates.reranked import WantedRank

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from surgery.linalg.product import gram, rows_times, rows_times_transposed
+from surgery.solvers.product import gram, rows_times, rows_times_transposed
 
 
 @pytest.mark.parametrize("batch", [1, 3])

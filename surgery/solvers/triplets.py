@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from surgery.linalg.lanczos import RitzVectors, basis_rows, block_lanczos, block_size
-from surgery.linalg.limits import ROUNDING
-from surgery.linalg.operator import Operator, widened, widened_bytes
-from surgery.linalg.orthonormal import orthonormal_rows
-from surgery.linalg.product import leading_dimension
-from surgery.linalg.subspace import leading_eigenvectors
+from surgery.solvers.lanczos import RitzVectors, basis_rows, block_lanczos, block_size
+from surgery.solvers.limits import ROUNDING
+from surgery.solvers.operator import Operator, widened, widened_bytes
+from surgery.solvers.orthonormal import orthonormal_rows
+from surgery.solvers.product import leading_dimension
+from surgery.solvers.subspace import leading_eigenvectors
 from surgery.torch_threads import one_thread_each
 
 #: A block of b vectors sees at most b copies of a repeated value; values this close, relatively, count as copies.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from surgery.linalg import operator as module
-from surgery.linalg.operator import Operator
+from surgery.solvers import operator as module
+from surgery.solvers.operator import Operator
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from surgery.linalg.product import GAP, gram, rows_times, rows_times_transposed
 from surgery.memory import scratch
+from surgery.solvers.product import GAP, gram, rows_times, rows_times_transposed
 
 #: Entries of a matrix that are widened to float64 at a time on a CPU: few enough for its cache, enough for its products.
 _WIDE_ENTRIES = 1 << 19

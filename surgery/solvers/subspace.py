@@ -11,10 +11,10 @@ import math
 
 import torch
 
-from surgery.linalg.lanczos import BEYOND_RESIDUAL
-from surgery.linalg.operator import widened
-from surgery.linalg.orthonormal import orthonormal_rows
-from surgery.linalg.random import generator_of
+from surgery.solvers.lanczos import BEYOND_RESIDUAL
+from surgery.solvers.operator import widened
+from surgery.solvers.orthonormal import orthonormal_rows
+from surgery.solvers.random import generator_of
 from surgery.torch_threads import one_thread_each
 
 _MAX_ROUNDS = 20

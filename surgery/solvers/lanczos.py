@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import torch
 
-from surgery.linalg.operator import Operator, wide_device, widened
-from surgery.linalg.product import LARGE
-from surgery.linalg.random import generator_of
 from surgery.memory import scratch
+from surgery.solvers.operator import Operator, wide_device, widened
+from surgery.solvers.product import LARGE
+from surgery.solvers.random import generator_of
 
 MAX_PASSES = 400
 
