@@ -21,7 +21,7 @@ _ROUNDING = 8
 
 @on_its_own_terms
 def energy_svd(
-    A: torch.Tensor, energy: float, *, max_rank: int, tolerance: float = DEFAULT_TOLERANCE, seed: int = 0
+    A: torch.Tensor, energy: float, *, max_rank: int, tolerance: float = DEFAULT_TOLERANCE, seed: int = 0, prove: bool = False
 ) -> TruncatedSVD:
     """The fewest leading singular triplets whose squared values make up ``energy`` of the squared Frobenius norm.
 
@@ -32,7 +32,7 @@ def energy_svd(
         A: (m, n), any real floating dtype, any device.
         energy: share, above 0 and at most 1.
         max_rank: the most triplets, even if they do not reach the share; at least 1. Above min(m, n) it counts as that.
-        tolerance, seed: see ``truncated_svd``.
+        tolerance, seed, prove: see ``truncated_svd``.
 
     Returns:
         k <= max_rank triplets. Whether they reach the share is in their values: compare ``s.square().sum()`` with
@@ -48,7 +48,7 @@ def energy_svd(
     limit = min(max_rank, *A.shape)
     k = min(FIRST_RANK, limit)
     while True:
-        svd = truncated_svd(A, k, tolerance=tolerance, seed=seed)
+        svd = truncated_svd(A, k, tolerance=tolerance, seed=seed, prove=prove)
         if not (norm := svd.norm.item()):
             return _cut(svd, 1)
         shares = (svd.s.double().cpu() / norm).square()

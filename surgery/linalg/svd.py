@@ -12,6 +12,7 @@ import torch
 
 from surgery.device import as_memory_allows, on_its_own_terms
 from surgery.errors import OptionError, WeightError
+from surgery.linalg.top_k import UNKNOWN, TopK
 from surgery.lossless.rounding import check_dense, times_power_of_two
 from surgery.memory import scratch
 from surgery.precision import full_precision
@@ -47,6 +48,7 @@ class Certificate:
         converged: bool (...,), every residual is within the tolerance.
         passes: int64 (...,), products with A or its transpose.
         method: ``block-lanczos``, ``gram``, ``svd`` or ``zero``; a tuple of these for a batch.
+        top_k: what is known of singular values that were not found; a tuple for a batch.
     """
 
     residual: torch.Tensor
@@ -55,6 +57,7 @@ class Certificate:
     converged: torch.Tensor
     passes: torch.Tensor
     method: str | tuple[str, ...]
+    top_k: TopK | tuple[TopK, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,9 @@ class TruncatedSVD:
 
 
 @on_its_own_terms
-def truncated_svd(A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERANCE, seed: int = 0) -> TruncatedSVD:
+def truncated_svd(
+    A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERANCE, seed: int = 0, prove: bool = False
+) -> TruncatedSVD:
     """The k largest singular triplets of a matrix, or of each of a batch, with a certificate.
 
     Thick-restart randomized block Lanczos where k is small against the matrix, leading eigenvectors of the Gram matrix
@@ -96,6 +101,7 @@ def truncated_svd(A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERAN
             rounding allows (2e-6 s_1 in float32, also its least value). The error of a singular value is of second
             order in it, within a cluster of values no wider than that of first order.
         seed: of the random start block.
+        prove: whether to prove that nothing larger is missing.
 
     Returns:
         ``TruncatedSVD``. Look at ``certificate.converged``: a matrix on which the iteration fails is reported there,
@@ -114,11 +120,13 @@ def truncated_svd(A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERAN
     check_dense(A, "A")
     if A.ndim not in (2, 3):
         raise OptionError("A is neither a matrix nor a batch of matrices", got=f"shape {tuple(A.shape)}")
-    found = truncated_svds(A[None] if A.ndim == 2 else A, k, tolerance=tolerance, seed=seed)
+    found = truncated_svds(A[None] if A.ndim == 2 else A, k, tolerance=tolerance, seed=seed, prove=prove)
     return found[0] if A.ndim == 2 else _stack(found)
 
 
-def truncated_svds(A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERANCE, seed: int = 0) -> list[TruncatedSVD]:
+def truncated_svds(
+    A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERANCE, seed: int = 0, prove: bool = False
+) -> list[TruncatedSVD]:
     """``truncated_svd`` of a batch (B, m, n), with one result for each matrix; arguments and errors are the same."""
     check_batch(A, k)
     check_accuracy(tolerance, seed, "float64" if A.dtype == torch.float64 else "float32")
@@ -167,6 +175,7 @@ def _stack(parts: list[TruncatedSVD]) -> TruncatedSVD:
             converged=torch.stack([c.converged for c in certificates]),
             passes=torch.stack([c.passes for c in certificates]),
             method=tuple(str(c.method) for c in certificates),
+            top_k=tuple(c.top_k for c in certificates if isinstance(c.top_k, TopK)),
         ),
     )
 
@@ -257,7 +266,15 @@ def _zero(matrix: torch.Tensor, dtype: torch.dtype, k: int) -> TruncatedSVD:
         torch.zeros(k, dtype=dtype, device=matrix.device),
         torch.eye(n, k, dtype=dtype, device=matrix.device),
         torch.tensor(0.0, dtype=torch.float64),
-        Certificate(zeros, zeros.clone(), torch.ones(k, dtype=torch.float64), torch.tensor(True), torch.tensor(0), "zero"),
+        Certificate(
+            residual=zeros,
+            gap=zeros.clone(),
+            angle_bound=torch.ones(k, dtype=torch.float64),
+            converged=torch.tensor(True),
+            passes=torch.tensor(0),
+            method="zero",
+            top_k=TopK("proven", 0.0, 0.0),
+        ),
     )
 
 
@@ -288,6 +305,7 @@ def _finished(
             converged=torch.tensor(triplets.converged(tolerance)),
             passes=torch.tensor(solution.passes),
             method=solution.method,
+            top_k=UNKNOWN,
         ),
     )
 
