@@ -89,7 +89,7 @@ class TopKSummary:
             counts[record.verdict] += 1
             if record.margin is not None and (margin is None or record.margin > margin):
                 margin, where = record.margin, key
-        return cls(*(counts[verdict] for verdict in _VERDICTS), margin=margin, margin_in=where)
+        return cls(counts["proven"], counts["likely"], counts["unknown"], margin, where)
 
 
 def _rounded_up(value: float) -> float:

@@ -126,7 +126,7 @@ def test_a_proof_needs_the_weights(made: Path) -> None:
             surgery.verify(made / way, prove=True)
 
 
-def test_another_value_is_another_run(made: Path, model: Path, tmp_path: Path) -> None:
+def test_another_value_is_another_run(made: Path, model: Path, llama: Path, tmp_path: Path) -> None:
     """A complete result is left alone, an unfinished one is not gone on with; each says what differs."""
     shutil.copytree(made / "residual", tmp_path / "f")
     options: dict[str, Any] = {"rank": K, "include": ["*"], "device": "cpu"}
@@ -137,17 +137,18 @@ def test_another_value_is_another_run(made: Path, model: Path, tmp_path: Path) -
 
     class Stop(Silent):
         def item(self, name: str) -> None:
-            if name == "layers.0.middle.weight":
+            if name == "model.layers.1.mlp.down_proj.weight":
                 raise KeyboardInterrupt
 
     stop: Any = Stop()
     with pytest.raises(KeyboardInterrupt):
-        surgery.factorize(model, tmp_path / "g", **options, prove=True, progress=stop)
+        surgery.factorize(llama, tmp_path / "g", prove=True, progress=stop)
     with pytest.raises(OutputError, match="unfinished run of another kind") as caught:
-        surgery.factorize(model, tmp_path / "g", **options)
+        surgery.factorize(llama, tmp_path / "g")
     assert "prove" in str(caught.value.got)
-    surgery.factorize(model, tmp_path / "g", **options, prove=True, progress=Silent())
-    assert files_of(tmp_path / "g") == files_of(made / "residual")
+    surgery.factorize(llama, tmp_path / "g", prove=True, progress=Silent())
+    surgery.factorize(llama, tmp_path / "h", prove=True, progress=Silent())
+    assert files_of(tmp_path / "g") == files_of(tmp_path / "h")
 
 
 def test_the_plan_counts_the_proof(model: Path) -> None:
