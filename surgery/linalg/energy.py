@@ -9,7 +9,8 @@ import torch
 
 from surgery.device import on_its_own_terms
 from surgery.errors import OptionError
-from surgery.linalg.svd import TruncatedSVD, truncated_svd
+from surgery.linalg.svd import TruncatedSVD, proven_svd, truncated_svd
+from surgery.linalg.top_k import TopK
 from surgery.lossless.rounding import check_dense
 from surgery.solvers.limits import DEFAULT_TOLERANCE, check_energy
 
@@ -48,14 +49,21 @@ def energy_svd(
     limit = min(max_rank, *A.shape)
     k = min(FIRST_RANK, limit)
     while True:
-        svd = truncated_svd(A, k, tolerance=tolerance, seed=seed, prove=prove)
-        if not (norm := svd.norm.item()):
+        svd = truncated_svd(A, k, tolerance=tolerance, seed=seed)
+        if not svd.norm.item():
             return _cut(svd, 1)
-        shares = (svd.s.double().cpu() / norm).square()
-        rank, found = least_rank(shares, energy, limit, svd.s.dtype)
+        rank, found = _least_rank(svd, energy, limit)
+        if found and prove:
+            svd = proven_svd(A, svd, tolerance=tolerance, seed=seed)
+            rank, found = _least_rank(svd, energy, limit)  # of other values, if some had been missed
         if found:
             return _cut(svd, rank)
         k = rank
+
+
+def _least_rank(svd: TruncatedSVD, energy: float, limit: int) -> tuple[int, bool]:
+    shares = (svd.s.cpu().double() / svd.norm).square()
+    return least_rank(shares, energy, limit, svd.s.dtype)
 
 
 def least_rank(shares: torch.Tensor, energy: float, limit: int, dtype: torch.dtype) -> tuple[int, bool]:
@@ -82,7 +90,10 @@ def least_rank(shares: torch.Tensor, energy: float, limit: int, dtype: torch.dty
 
 def _cut(svd: TruncatedSVD, k: int) -> TruncatedSVD:
     """The first k triplets. The gap of the last one is that to the next value, which has been computed too."""
-    certificate = svd.certificate
+    certificate, top_k = svd.certificate, svd.certificate.top_k
+    if isinstance(top_k, TopK) and svd.s[0] > 0:
+        margin = max(0.0, top_k.margin - ((svd.s[k - 1] - svd.s[-1]) / svd.s[0]).item())
+        top_k = dataclasses.replace(top_k, margin=margin)
     return dataclasses.replace(
         svd,
         U=svd.U[:, :k].contiguous(),
@@ -93,5 +104,6 @@ def _cut(svd: TruncatedSVD, k: int) -> TruncatedSVD:
             residual=certificate.residual[:k],
             gap=certificate.gap[:k],
             angle_bound=certificate.angle_bound[:k],
+            top_k=top_k,
         ),
     )

@@ -26,10 +26,10 @@ class Search:
 
 @dataclass(frozen=True, slots=True)
 class Decomposed:
-    """All singular values of the matrix were computed: nothing can have been missed but by rounding.
+    """All singular values of the matrix were computed, so that nothing can have been missed but by rounding.
 
     Attributes:
-        error: bound of the error of their squares, over the squared Frobenius norm.
+        next_bound: how large the singular value after those that are wanted is at most, with all rounding; 0 if there is none.
     """
 
-    error: float
+    next_bound: float

@@ -15,7 +15,7 @@ from surgery.solvers.lanczos import BEYOND_RESIDUAL
 from surgery.solvers.operator import widened
 from surgery.solvers.orthonormal import orthonormal_rows
 from surgery.solvers.random import generator_of
-from surgery.solvers.search import Decomposed, Search
+from surgery.solvers.search import Search
 from surgery.torch_threads import one_thread_each
 
 _MAX_ROUNDS = 20
@@ -35,7 +35,7 @@ _STALLED = 0.7
 
 def leading_eigenvectors(
     G: torch.Tensor, k: int, *, tolerance: float, seed: int
-) -> tuple[torch.Tensor, torch.Tensor, list[Search | Decomposed]]:
+) -> tuple[torch.Tensor, torch.Tensor, list[Search | None]]:
     """The k largest eigenvalues of each matrix and their vectors.
 
     Args:
@@ -48,11 +48,11 @@ def leading_eigenvectors(
 
     Returns:
         (B, k, n) orthonormal rows in the dtype of G; float64 (B, k + 1): the k values, descending, and an upper
-        estimate of the next one, or zero for k = n; and the search of each matrix.
+        estimate of the next one, or zero for k = n; and the search of each matrix, None where all eigenvalues were computed.
     """
     count, n = G.shape[:2]
     width = k + max(8, k // 2)
-    searches: list[Search | Decomposed] = [Decomposed(_gram_error(G)) for _ in range(count)]
+    searches: list[Search | None] = [None] * count
     if width > n // 4:
         rows, values = _decompose(G, range(count), k)
     else:
@@ -87,11 +87,6 @@ def _decompose(G: torch.Tensor, which: range | list[int], k: int) -> tuple[torch
     else:
         found = [one(i) for i in which]
     return torch.stack([rows for rows, _ in found]).to(G), torch.stack([values for _, values in found])
-
-
-def _gram_error(G: torch.Tensor) -> float:
-    """Bound of what rounding may do to the eigenvalues of a Gram matrix, and to their computation, over its trace."""
-    return 0.0
 
 
 def _iterate(

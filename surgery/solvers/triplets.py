@@ -218,7 +218,10 @@ def _from_gram(
     for i, triplets in enumerate(found):
         if not triplets.converged(tolerance):
             found[i] = _from_rows(operator.one(i), rows[i], triplets.next_bound)
-    return list(zip(found, searches, strict=True))
+    # Any order of the sums in a Gram matrix: Higham, "Accuracy and Stability of Numerical Algorithms" (2002), section 3.5.
+    error = operator.long * torch.finfo(gram.dtype).eps + operator.short * torch.finfo(torch.float64).eps
+    limits = (values[:, -1].clamp(min=0) + error * widened(gram.diagonal(0, 1, 2)).sum(dim=1)).sqrt().tolist()
+    return [(found[i], search or Decomposed(limits[i])) for i, search in enumerate(searches)]
 
 
 def _full_svd(operator: Operator, k: int) -> Solution:
@@ -230,7 +233,7 @@ def _full_svd(operator: Operator, k: int) -> Solution:
     long = left[None, :, :k].mT.contiguous()
     to_long, to_short = operator.to_long_wide(short), operator.to_short_wide(long)
     triplets = _measured(operator, _WideTriplets(long, s[None, :k], short, to_long, to_short), [next_bound])[0]
-    return Solution("svd", triplets, operator.passes, Decomposed(0.0))
+    return Solution("svd", triplets, operator.passes, Decomposed(next_bound))
 
 
 def from_pairs(operator: Operator, ritz: RitzVectors) -> list[Triplets]:
