@@ -33,8 +33,8 @@ def inspect(factorized: Path, as_json: bool) -> None:
                   unknown where all of it is in doubt
     residual      largest residual of a kept triplet over s_1, measured
     undetermined  kept directions that are not determined: no gap to the next value, or none that is known
-    top k         whether no larger singular value was missed: proven, likely or unknown; and the margin:
-                  how far above s_k one may still lie, over s_1
+    largest       whether no larger singular value was missed: proven, likely or unknown; and the margin,
+                  by how much of s_1 one may still be above s_k
     """
     from surgery.commands import inspect as operation
 
@@ -60,7 +60,7 @@ def inspect(factorized: Path, as_json: bool) -> None:
     ]
     click.echo(
         table(
-            ["target", "shape", "dtype", "rank", "energy", "s_1", "s_k", "residual", "converged", "undetermined", "top k"],
+            ["target", "shape", "dtype", "rank", "energy", "s_1", "s_k", "residual", "converged", "undetermined", "largest"],
             rows,
             flush_right=range(1, 11),
             names=(0,),

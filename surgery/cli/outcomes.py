@@ -34,9 +34,9 @@ def trainable_text(count: int, train: Train) -> str:
 
 def top_k_text(known: TopKSummary) -> str:
     """Of how many matrices it is known that no larger singular value was missed."""
-    counts = f"{known.proven} matrices proven, {known.likely} likely, {known.unknown} unknown"
+    counts = f"proven for {known.proven} matrices, likely for {known.likely}, unknown for {known.unknown}"
     margin = "" if known.margin is None else f"; margin at most {known.margin:.2e} of s_1 ({known.margin_in})"
-    return f"no larger singular value missed: {counts}{margin}"
+    return f"kept values are the largest: {counts}{margin}"
 
 
 def table_of_merged(tensors: Sequence[MergedTensor]) -> str:

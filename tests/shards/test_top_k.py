@@ -230,10 +230,10 @@ def test_inspect_tells_it(width: int, made: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("COLUMNS", str(width))
     done = CliRunner().invoke(main, ["inspect", str(made / "residual")], catch_exceptions=False)
     assert all(len(line) <= width for line in done.stdout.splitlines())
-    assert "top k" in done.stdout
+    assert "largest" in done.stdout
     assert done.stdout.count("proven ") >= 6
     told = " ".join(done.stdout.split())
-    assert "no larger singular value missed: 8 matrices proven, 0 likely, 0 unknown; margin at most" in told
+    assert "kept values are the largest: proven for 8 matrices, likely for 0, unknown for 0; margin at most" in told
     found = json.loads(CliRunner().invoke(main, ["inspect", str(made / "residual"), "--json"]).stdout)
     assert found["top_k"]["proven"] == 8
     assert {(target["top_k"], target["chance"]) for target in found["targets"]} == {("proven", 0.0)}
