@@ -13,7 +13,7 @@ import torch
 from surgery.device import as_memory_allows, on_its_own_terms
 from surgery.errors import OptionError, WeightError
 from surgery.linalg.proof import prove_top_k
-from surgery.linalg.top_k import TopK, top_k_of
+from surgery.linalg.top_k import NOTHING_ELSE, TopK, top_k_of
 from surgery.lossless.rounding import check_dense, times_power_of_two
 from surgery.memory import scratch
 from surgery.precision import full_precision
@@ -313,7 +313,7 @@ def _zero(matrix: torch.Tensor, dtype: torch.dtype, k: int) -> TruncatedSVD:
             converged=torch.tensor(True),
             passes=torch.tensor(0),
             method="zero",
-            top_k=TopK("proven", 0.0, 0.0),
+            top_k=NOTHING_ELSE,
         ),
     )
 

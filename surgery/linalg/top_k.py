@@ -70,6 +70,8 @@ class TopK:
 
 
 UNKNOWN = TopK("unknown", math.inf, 1.0)
+#: Where there are no other values, or all of them are zero.
+NOTHING_ELSE = TopK("proven", 0.0, 0.0)
 
 
 def known(s: torch.Tensor, limit: float, chance: float) -> TopK:
@@ -85,6 +87,18 @@ def known(s: torch.Tensor, limit: float, chance: float) -> TopK:
     return TopK("likely" if chance else "proven", margin, chance)
 
 
+def norm_with_rest(norm: float, rest: float) -> float:
+    """A bound on the norm of A without triplets ``U diag(s) V^T``, and so on all values but theirs.
+
+    Beside ``D = (I - U U^T) A (I - V V^T)`` it holds what the triplets have left within their directions and across.
+
+    Args:
+        norm: of D.
+        rest: root of the sum of the squared residuals.
+    """
+    return (norm + rest) / 2 + math.hypot((norm - rest) / 2, rest)  # the norm of [[rest, rest], [rest, norm]]
+
+
 def top_k_of(search: Search | Decomposed, s: torch.Tensor, short: int, rounding: float) -> TopK:
     """What a search has left unseen, from how it went.
 
@@ -94,7 +108,7 @@ def top_k_of(search: Search | Decomposed, s: torch.Tensor, short: int, rounding:
         rounding: of the precision that it worked in. What lies below its root, over s_1, may be lost in products with C.
     """
     if len(s) == short:
-        return TopK("proven", 0.0, 0.0)
+        return NOTHING_ELSE
     if isinstance(search, Decomposed):
         return known(s, search.next_bound, 0.0)
     if s[0] <= 0:  # too small for their dtype
@@ -145,6 +159,11 @@ def stretch(search: Search, share: float, mu: float) -> float:
         reached = 2 * _log_filter(search, mu * middle**2) + math.log(mu * (middle**2 - 1)) >= needed
         low, high = (low, middle) if reached else (middle, high)
     return high if high < 1 + 2 * _SHARE else math.inf
+
+
+def steps_for(limit: float, share: float) -> int:
+    """How many block steps make ``stretch`` no more than a ``limit`` above 1."""
+    return math.ceil((math.acosh(share**-0.5) / math.acosh(limit) + 1) / 2)
 
 
 def _log_filter(search: Search, x: float) -> float:
