@@ -66,7 +66,7 @@ def factorize_matrices(matrices: Sequence[Matrix], layout: Layout, options: Opti
     Args:
         matrices: of any targets.
         layout: of the result.
-        options: only correction, seed and tolerance matter here; ranks and energies are those of the targets.
+        options: only correction, seed, tolerance and prove matter here; ranks and energies are those of the targets.
         device: where the SVD and the split run; the CPU where its memory does not suffice.
 
     Returns:
@@ -143,7 +143,8 @@ def _svds(group: Sequence[Matrix], weights: Sequence[torch.Tensor], options: Opt
     if len(group) > 1:
         try:
             batch = torch.stack(list(weights))
-            return truncated_svds(batch, group[0].target.rank, tolerance=options.tolerance, seed=options.seed)
+            rank, tolerance = group[0].target.rank, options.tolerance
+            return truncated_svds(batch, rank, tolerance=tolerance, seed=options.seed, prove=options.prove)
         except WeightError:  # some matrix of the batch; solved one by one, the error can name it
             pass
     return [truncate(matrix.target, weight, options) for matrix, weight in zip(group, weights, strict=True)]
@@ -151,10 +152,11 @@ def _svds(group: Sequence[Matrix], weights: Sequence[torch.Tensor], options: Opt
 
 def truncate(target: Target, weight: torch.Tensor, options: Options) -> TruncatedSVD:
     """The truncated SVD of one matrix (m, n) of a target, by its rank or its energy. Errors name the tensor."""
+    tolerance, seed, prove = options.tolerance, options.seed, options.prove
     try:
         if target.energy is not None:
-            return energy_svd(weight, target.energy, max_rank=target.rank, tolerance=options.tolerance, seed=options.seed)
-        return truncated_svd(weight, target.rank, tolerance=options.tolerance, seed=options.seed)
+            return energy_svd(weight, target.energy, max_rank=target.rank, tolerance=tolerance, seed=seed, prove=prove)
+        return truncated_svd(weight, target.rank, tolerance=tolerance, seed=seed, prove=prove)
     except WeightError as error:
         raise WeightError(
             f"{target.shard}: {target.key!r} cannot be factorized: {error.what}",
