@@ -25,13 +25,9 @@ _TRIM_BYTES = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class Bytes:
-    """A piece of what lies between targets, kept as bytes: ``buffer`` is uint8 (bytes,), on the CPU."""
+    """A piece of what lies between targets, kept as bytes: ``buffer`` is uint8 (bytes,)."""
 
     buffer: torch.Tensor
-
-    @property
-    def data(self) -> memoryview:
-        return bytes_of(self.buffer)
 
     def __len__(self) -> int:
         return len(self.buffer)
@@ -39,7 +35,7 @@ class Bytes:
 
 @dataclass(frozen=True, slots=True)
 class TargetPiece:
-    """A piece that is a tensor with targets in it, or some of the matrices of a stack; in its own dtype, on the CPU.
+    """A piece that is a tensor with targets in it, or some of the matrices of a stack; in its own dtype.
 
     Attributes:
         entry: what the header says of the tensor.
@@ -85,7 +81,8 @@ class ShardWalk:
         reader: of the shard.
         targets: names of the tensors to give as ``TargetPiece``, each with how many matrices of a stack to give at a time,
             or None for the whole tensor.
-        buffers: where the memory of the pieces comes from; whoever uses a piece gives its buffer back. None: fresh memory.
+        buffers: where the memory of the pieces comes from, on the CPU or on a GPU; whoever uses a piece gives its buffer back.
+            None: fresh memory of the CPU.
         timing: records how long the reading takes.
     """
 
@@ -146,16 +143,23 @@ class ShardWalk:
 
     def _read(self, start: int, count: int) -> torch.Tensor:
         """Read and hash bytes of the data, into a buffer uint8 (count,)."""
-        buffer = self._reader.empty(count) if self._buffers is None else self._buffers.take(count)
-        try:
+
+        def read(part: memoryview, done: int) -> None:
             with timed("read"):
-                self._reader.read_into(bytes_of(buffer), start)
+                self._reader.read_into(part, start + done)
+            with timed("hash"):
+                self._sha256.update(part)
+
+        if self._buffers is None:
+            buffer = self._reader.empty(count)
+            read(bytes_of(buffer), 0)
+            return buffer
+        buffer = self._buffers.take(count)
+        try:
+            self._buffers.fill(buffer, read)
         except BaseException:  # only this method knows the buffer, and the lane may go on with other shards
-            if self._buffers is not None:
-                self._buffers.give(buffer)
+            self._buffers.give(buffer)
             raise
-        with timed("hash"):
-            self._sha256.update(bytes_of(buffer))
         return buffer
 
 

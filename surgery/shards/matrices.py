@@ -1,4 +1,4 @@
-"""Factorize the matrices of a window: those of one shape, dtype and rank together, in a batch."""
+"""Factorize the matrices of a window, in batches."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from surgery.lossless.factors import Factors
 from surgery.lossless.split import Parts, split
 from surgery.planning.plan import Layout
 from surgery.planning.targets import Target
+from surgery.shards.batches import batches
 from surgery.timing import timed
 
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """One matrix of a target, (m, n), on the CPU.
+    """One matrix of a target, (m, n), on the CPU or on a GPU.
 
     Attributes:
         target: the target that it is a matrix of.
@@ -41,18 +42,15 @@ class Result:
 
     Attributes:
         target, index: which matrix of which target.
-        residual: (m, n), in the memory of the weight, which it has overwritten; None in the overlay layout, where the weight
-            is unchanged.
         factors: float32.
         norm: the Frobenius norm of the matrix.
         certificate: of the SVD.
         correction: encoded; None in the overlay layout, or if none was asked for.
-        inexact: share of the entries that residual and factors alone do not give back.
+        inexact: share of the entries that residual and factors alone do not give back; 0 in the overlay layout.
     """
 
     target: Target
     index: int
-    residual: torch.Tensor | None
     factors: Factors
     norm: float
     certificate: Certificate
@@ -60,14 +58,17 @@ class Result:
     inexact: float
 
 
-def factorize_matrices(matrices: Sequence[Matrix], layout: Layout, options: Options, device: torch.device) -> list[Result]:
-    """Factorize matrices. In the residual layout each residual overwrites its weight.
+def factorize_matrices(
+    matrices: Sequence[Matrix], layout: Layout, options: Options, device: torch.device, window_bytes: int
+) -> list[Result]:
+    """Factorize matrices. In the residual layout each residual overwrites its weight, wherever that is.
 
     Args:
         matrices: of any targets.
         layout: of the result.
         options: only correction, seed and tolerance matter here; ranks and energies are those of the targets.
         device: where the SVD and the split run; the CPU where its memory does not suffice.
+        window_bytes: of the window that the matrices are of, by which the batches of a GPU are bounded.
 
     Returns:
         A result for each matrix, in no particular order.
@@ -75,68 +76,61 @@ def factorize_matrices(matrices: Sequence[Matrix], layout: Layout, options: Opti
     Raises:
         WeightError: a matrix holds NaN or infinity, or has a residual beyond the range of its dtype; names the tensor.
     """
-    groups: dict[object, list[Matrix]] = {}
-    for matrix in matrices:
-        target = matrix.target
-        # With an energy the rank is not known before the SVD, so that such a matrix is solved alone.
-        alone = (target.key, matrix.index) if target.energy is not None else None
-        groups.setdefault((matrix.weight.shape, matrix.weight.dtype, target.rank, alone), []).append(matrix)
-    return [
-        result
-        for group in groups.values()
-        for result in as_memory_allows(lambda part, where: _factorize_group(part, layout, options, where), group, device)
-    ]
-
-
-def _factorize_group(group: Sequence[Matrix], layout: Layout, options: Options, device: torch.device) -> list[Result]:
-    with timed("copy"):
-        weights = [matrix.weight.to(device, non_blocking=True) for matrix in group]
-    with timed("svd"):
-        found = _svds(group, weights, options)
-    with timed("copy"):
-        factors = [Factors(svd.U.cpu().contiguous(), svd.s.cpu(), svd.V.cpu().contiguous()) for svd in found]
-    if layout == "overlay":
-        parts: list[Parts | None] = [None] * len(group)
-    else:
-        with timed("residual"):
-            parts = []
-            for matrix, weight, kept in zip(group, weights, factors, strict=True):
+    results = []
+    for batch in batches(matrices, window_bytes if device.type == "cuda" else None):
+        solved = as_memory_allows(lambda part, where: _solved(part, options, where), batch, device)
+        for matrix, svd in zip(batch, solved, strict=True):
+            parts = None
+            if layout == "residual":
                 # The lossless arithmetic is float64, which an Apple GPU does not have.
-                exact = matrix.weight if device.type == "mps" else weight
-                parts.append(_split(matrix.target, exact, kept.to(exact.device), options))
-        # Weights on the CPU are overwritten last: if the memory of a GPU does not suffice, the group is done again from them.
-        with timed("copy"):
-            for matrix, part in zip(group, parts, strict=True):
-                if part is not None and part.residual.device.type == "cuda":
-                    matrix.weight.copy_(part.residual, non_blocking=True)
-            if device.type == "cuda":
-                torch.cuda.current_stream(device).synchronize()
-    return [
-        Result(
-            matrix.target,
-            matrix.index,
-            None if part is None else matrix.weight,
-            kept,
-            svd.norm.item(),
-            svd.certificate,
-            None if part is None else part.correction,
-            0.0 if part is None else part.inexact,
-        )
-        for matrix, kept, svd, part in zip(group, factors, found, parts, strict=True)
-    ]
+                exact_on = torch.device("cpu") if device.type == "mps" else device
+                parts = as_memory_allows(lambda one, where: [_split(*one[0], options, where)], [(matrix, svd)], exact_on)[0]
+            results.append(
+                Result(
+                    matrix.target,
+                    matrix.index,
+                    _factors(svd).to("cpu"),
+                    svd.norm.item(),
+                    svd.certificate,
+                    None if parts is None else parts.correction,
+                    0.0 if parts is None else parts.inexact,
+                )
+            )
+    return results
 
 
-def _split(target: Target, weight: torch.Tensor, factors: Factors, options: Options) -> Parts:
-    """Split one matrix (m, n) of a target; the residual overwrites ``weight``. Errors name the tensor."""
-    try:
-        return split(weight, factors, correct=options.correction, out=weight)
-    except WeightError as error:
-        raise WeightError(
-            f"{target.shard}: {target.key!r} cannot be factorized: {error.what}",
-            got=error.got,
-            expected=error.expected,
-            hint=f"--layout overlay, which has no residuals; or leave it out: --exclude {quoted_glob(target.tensor)}",
-        ) from error
+def _factors(svd: TruncatedSVD) -> Factors:
+    return Factors(svd.U.contiguous(), svd.s, svd.V.contiguous())
+
+
+def _solved(batch: Sequence[Matrix], options: Options, where: torch.device) -> list[TruncatedSVD]:
+    with timed("copy"):
+        weights = [matrix.weight.to(where) for matrix in batch]
+    with timed("svd"):
+        return _svds(batch, weights, options)
+
+
+def _split(matrix: Matrix, svd: TruncatedSVD, options: Options, where: torch.device) -> Parts:
+    """Split one matrix (m, n); the residual overwrites it, when all else has been done. Errors name the tensor."""
+    target, weight = matrix.target, matrix.weight
+    with timed("copy"):
+        there = weight.to(where)
+    with timed("residual"):
+        # A weight that lies on a GPU is kept until then: if the memory does not suffice, it is split elsewhere.
+        out = None if there is weight and where.type == "cuda" else there
+        try:
+            parts = split(there, _factors(svd).to(where), correct=options.correction, out=out)
+        except WeightError as error:
+            raise WeightError(
+                f"{target.shard}: {target.key!r} cannot be factorized: {error.what}",
+                got=error.got,
+                expected=error.expected,
+                hint=f"--layout overlay, which has no residuals; or leave it out: --exclude {quoted_glob(target.tensor)}",
+            ) from error
+    with timed("copy"):
+        if parts.residual is not weight:
+            weight.copy_(parts.residual)
+    return parts
 
 
 def _svds(group: Sequence[Matrix], weights: Sequence[torch.Tensor], options: Options) -> list[TruncatedSVD]:
