@@ -22,6 +22,21 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 GPU = torch.device("cuda", 0)
 
+#: Operations whose results a program waits for: their size, or an error, depends on what is in the tensors.
+_WAITING = {
+    "aten::_local_scalar_dense",
+    "aten::is_nonzero",
+    "aten::equal",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::_linalg_check_errors",
+    "aten::_linalg_eigh",
+    "aten::_linalg_svd",
+    "aten::linalg_eig",
+    "aten::linalg_lstsq",
+}
+_COPIES = ("aten::_to_copy", "aten::copy_")
+
 
 class OnGpu(torch.Tensor):
     """A tensor whose device is the pretended one; ``inner`` has its entries."""
@@ -44,22 +59,52 @@ class OnGpu(torch.Tensor):
 
     def tolist(self) -> Any:
         """What torch has for all tensors but those of subclasses."""
-        return self.inner.tolist()
+        return self.cpu().tolist()
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _run(func, args, kwargs or {}, {"calls": 0})
+        return _run(func, args, kwargs or {}, new_log())
+
+
+def new_log() -> dict[str, int]:
+    """Counts of one device, all zero; see ``pretend_gpu``."""
+    return {"calls": 0, "launches": 0, "syncs": 0}
+
+
+def launches(func: Any) -> bool:
+    """Whether an operation on a device has work for it: views and allocations have none."""
+    aliased = any(result.alias_info is not None and not result.alias_info.is_write for result in func._schema.returns)
+    return not aliased and "empty" not in func.name() and func.name() not in ("aten::_unsafe_view", "aten::_local_scalar_dense")
+
+
+def waits(func: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a program waits in this operation until the device has done all that came before.
+
+    So it does in a copy between device and host, in either direction, that is not asynchronous (``non_blocking``).
+    """
+    name = func.name()
+    if name in _COPIES:
+        sides = [args[0], args[1]] if name == "aten::copy_" else [args[0], kwargs.get("device") or args[0].device]
+        there = [isinstance(x, OnGpu) if isinstance(x, torch.Tensor) else torch.device(x).type == "cuda" for x in sides]
+        at_once = kwargs.get("non_blocking") or (name == "aten::copy_" and len(args) > 2 and args[2])
+        return there[0] != there[1] and not at_once
+    by_mask = name in ("aten::index.Tensor", "aten::index_put_", "aten::index_put", "aten::_index_put_impl_") and any(
+        isinstance(x, torch.Tensor) and x.dtype == torch.bool for x in args[1]
+    )
+    return by_mask or name.split(".")[0] in _WAITING
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any], log: dict[str, int]) -> Any:
-    """One operation, where its tensors are. ``log``: calls on the device; bytes of its largest allocation, if limited."""
+    """One operation, where its tensors are. ``log``: see ``pretend_gpu``."""
     flat, form = tree_flatten((args, kwargs))
     tensors = [x for x in flat if isinstance(x, torch.Tensor)]
     ours = [x for x in tensors if isinstance(x, OnGpu)]
     name = func.name()
     asked = kwargs.get("device")
     there = (torch.device(asked).type == "cuda") if asked is not None else bool(ours)
-    if ours and name not in ("aten::_to_copy", "aten::copy_"):
+    if (ours or there) and waits(func, args, kwargs):
+        log["syncs"] += 1
+    if ours and name not in _COPIES:
         # A number may lie on the CPU.
         strangers = [x for x in tensors if not isinstance(x, OnGpu) and x.ndim]
         if strangers:
@@ -75,6 +120,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any], log: dict[str, int]) -> A
     if not there:
         return result
     log["calls"] += 1
+    log["launches"] += launches(func)
     if "largest" in log:
         memory = [x.untyped_storage() for x in tree_flatten(result)[0] if isinstance(x, torch.Tensor)]
         there_before = {x.inner.untyped_storage().data_ptr() for x in ours}
@@ -148,9 +194,10 @@ def pretend_gpu(**limits: int) -> Iterator[dict[str, int]]:
         limits: ``largest``, bytes beyond which an allocation fails.
 
     Returns:
-        A count of the operations on it, under ``calls``.
+        Counts, which go on while the device is there: ``calls``, operations on it; ``launches``, those of them that are neither
+        views nor allocations; ``syncs``, how often the program has waited for it.
     """
-    log = {"calls": 0, **limits}
+    log = {**new_log(), **limits}
     run = threading.Thread.run
 
     def run_with_mode(thread: threading.Thread) -> None:

@@ -14,7 +14,8 @@ from surgery.format.options import Options
 from surgery.linalg.energy import energy_svd
 from surgery.linalg.svd import Certificate, TruncatedSVD, truncated_svd, truncated_svds
 from surgery.lossless.factors import Factors
-from surgery.lossless.split import Parts, split
+from surgery.lossless.parts import Parts
+from surgery.lossless.split import split
 from surgery.planning.plan import Layout
 from surgery.planning.targets import Target
 from surgery.shards.batches import batches
