@@ -18,8 +18,9 @@ from surgery.engine.resources import Memory
 from surgery.engine.ring import Ring, new_stream
 from surgery.engine.threads import WriteBehind
 from surgery.engine.walk import Piece, windows
+from surgery.lossless.blocks import HOST_THREADS
 from surgery.memory import keep_scratch, return_free_memory
-from surgery.timing import Timing
+from surgery.timing import Timing, timed
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
@@ -100,6 +101,17 @@ class Lane:
                 return compute(item)
 
         return self._pool.submit(copy_context().run, run)
+
+    def on_host(self, compute: Callable[[], _Out]) -> Future[_Out]:
+        """Run ``compute()`` in a thread of the host that no GPU waits for. There are as many of these as cores."""
+
+        def run() -> _Out:
+            if self.timing is not None:
+                self.timing.watch("host")
+            with timed("correction"):
+                return compute()
+
+        return HOST_THREADS.submit(copy_context().run, run)
 
     def flow(
         self,

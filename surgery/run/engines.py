@@ -116,8 +116,9 @@ class LocalEngine:
             if (timing := self._timing) is not None:
                 count = len(self._devices)
                 readers = count * memory.readers
-                writers = JOBS_PER_READER * readers
-                timing.threads = {"download": 1, "reader": readers, "worker": count * memory.workers, "writer": writers}
+                workers, writers = count * memory.workers, JOBS_PER_READER * readers
+                host = os.cpu_count() or 1
+                timing.threads = {"download": 1, "reader": readers, "worker": workers, "host": host, "writer": writers}
                 if self._devices[0].type == "cuda":
                     timing.wait_for_device = lambda: torch.cuda.current_stream().synchronize()
             lanes = [Lane(device, memory, timing) for device in self._devices]

@@ -158,7 +158,7 @@ def run_job(job: Job, lane: Lane, progress: Progress, on_read: Callable[[], obje
             residuals.write(reader.header.raw)
 
         def factorize(window: Sequence[Piece]) -> _WindowResults:
-            return _factorize(window, collected, weights, job, lane.device)
+            return _factorize(window, collected, weights, job, lane)
 
         def finish(window: Sequence[Piece], done: _WindowResults) -> None:
             for piece in window:
@@ -308,7 +308,7 @@ def _factorize(
     collected: Mapping[str, list[_Collected]],
     weights: ModelWeights,
     job: Job,
-    device: torch.device,
+    lane: Lane,
 ) -> _WindowResults:
     """Factorize all matrices in a window. In the residual layout the residuals take the place of the weights in its pieces."""
     matrices: list[Matrix] = []
@@ -322,7 +322,7 @@ def _factorize(
             matrices += [Matrix(part.target, piece.first + i, matrix) for i, matrix in enumerate(seen)]
             if part.target.view.slice is not None:
                 slices.append((piece, part.target.view, seen))
-    results = factorize_matrices(matrices, job.layout, job.options, device, job.window_bytes)
+    results = factorize_matrices(matrices, job.layout, job.options, lane, job.window_bytes)
     if job.layout == "residual":
         for piece, view, residuals in slices:  # the matrices of slices are copies, and have to be put back
             view.store(residuals, piece.tensor)
@@ -337,8 +337,8 @@ def _collect(part: _Collected, piece: TargetPiece, done: _WindowResults, job: Jo
     for i in range(len(piece.tensor) if stack else 1):
         result = done.pop((target.key, piece.first + i))
         part.add(result)
-        if factors is not None and result.correction is not None:
-            factors.add(correction_key(target.key, target.place(result.index)), result.correction)
+        if factors is not None and (correction := result.correction()) is not None:
+            factors.add(correction_key(target.key, target.place(result.index)), correction)
     if factors is not None and part.done == target.matrices[0]:
         for name, tensor in part.finished_factors().items():
             factors.add(factor_key(target.key, name), tensor)
