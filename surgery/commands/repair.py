@@ -172,6 +172,7 @@ class _RepairJobs:
             by.resources,
             kept=collected_bytes(targets, len(self._manifest.targets) + len(self._manifest.skipped)),
             windows=windows_of(targets),
+            longest=max(shard.source.size for shard in self._manifest.shards),
         )
         self._window = memory.window_bytes
         return memory

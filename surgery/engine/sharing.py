@@ -22,7 +22,7 @@ Windows = Literal["alone", "together", "resident"]
 #: bits of a result may depend on which matrices share a batch.
 CPU_WINDOW_BYTES = 8 << 20
 GPU_WINDOW_BYTES = 512 << 20
-RESIDENT_WINDOW_BYTES = 4 << 30
+RESIDENT_WINDOW_BYTES = 3 << 30
 #: Most matrices that a GPU solves together: more hardly save launches.
 _GPU_BATCH = 32
 #: Windows that are worked on at a time on a GPU where they hold batches: enough to compute one while others are copied.
@@ -74,7 +74,14 @@ class Need:
     together: int = 1
 
 
-def share_out(needs: Sequence[Need], resources: Resources, *, kept: int = 0, windows: Windows = "alone") -> Memory:
+def share_out(
+    needs: Sequence[Need],
+    resources: Resources,
+    *,
+    kept: int = 0,
+    windows: Windows = "alone",
+    longest: int | None = None,
+) -> Memory:
     """As many workers and readers as there are cores and memory for, with the size of windows and buffers.
 
     Only the size of windows changes the bits of a result: it follows from the needs, the kind of device and its memory, and not
@@ -85,11 +92,12 @@ def share_out(needs: Sequence[Need], resources: Resources, *, kept: int = 0, win
         resources: what the run may use.
         kept: host memory that it needs besides, in bytes.
         windows: what windows are for.
+        longest: bytes of the largest weight file, of which a window is a part; None where that does not matter.
 
     Raises:
         OptionError: a strict limit is too small for one matrix at a time.
     """
-    sharing = _Sharing(needs, resources, kept, windows)
+    sharing = _Sharing(needs, resources, kept, windows, longest)
     choices = list(sharing.choices())
     least = min(memory.peak_bytes for memory in choices)
     if resources.strict and resources.memory is not None and least > resources.memory:
@@ -127,6 +135,7 @@ class _Sharing:
     resources: Resources
     kept: int
     windows: Windows
+    longest: int | None
 
     @property
     def on_gpu(self) -> bool:
@@ -170,15 +179,20 @@ class _Sharing:
         """Bytes of the largest piece."""
         return max([CHUNK_BYTES, *(need.held for need in self.needs)])
 
+    def _unit(self, window: int) -> int:
+        """Bytes of the longest window, which ends with the piece that makes it reach its size."""
+        unit = window + self._held()
+        return min(unit, max(self.longest, self._held())) if self.resident and self.longest is not None else unit
+
     def _pieces(self, workers: int, readers: int, window: int) -> int:
         """Bytes of the pieces between the readers and the writers of a device."""
-        # A window ends with the piece that makes it reach its size. One for each worker and one that each reader makes, so that
-        # no two readers wait for each other; where others are written meanwhile, one more; and the piece being read.
+        # A window for each worker and one that each reader makes, so that no two readers wait for each other; where others are
+        # written meanwhile, one more; and the piece being read.
         more = 1 if readers > 1 or self.resident else 0
-        return (workers + readers + more) * (window + self._held()) + self._held()
+        return (workers + readers + more) * self._unit(window) + self._held()
 
     def _memory(self, workers: int, readers: int, window: int, ring: int) -> Memory:
-        unit, pieces = window + self._held(), self._pieces(workers, readers, window)
+        unit, pieces = self._unit(window), self._pieces(workers, readers, window)
         work = max([0, *(need.working * (1 if self.on_gpu else need.together) for need in self.needs)])
         # Results that wait to be written besides the window itself: corrections, where a weight has two bytes or more. What
         # small matrices take whatever their size is counted below.
@@ -190,14 +204,16 @@ class _Sharing:
         results += readers * max(map(len, files.values()), default=0) * _UNFINISHED_MEMORY
         # With a GPU one working set on the host as well, for a matrix that does not fit into the memory of the GPU; then it is
         # brought back if it lies there.
-        host = workers * left + (work + (self._held() if self.resident else 0) if self.on_gpu else workers * work)
+        at_work = workers * left + (work if self.on_gpu else workers * work)
+        if self.resident:  # corrections are encoded when the worker has gone on
+            at_work += left + self._held()
         buffers = 0 if self.resident else pieces
         streams = readers * _OPEN_FILES * STREAM_MEMORY
         return Memory(
             workers,
             window,
             buffers,
-            _BASE_MEMORY + self.resources.lanes * (buffers + ring + host + results + streams) + self.kept,
+            _BASE_MEMORY + self.resources.lanes * (buffers + ring + at_work + results + streams) + self.kept,
             self._device_bytes(workers, readers, window) if self.on_gpu else 0,
             readers,
             pieces if self.resident else 0,

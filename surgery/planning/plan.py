@@ -244,6 +244,7 @@ def make_plan(
             resources or Resources(),
             kept=collected_bytes(every, len(entries)),
             windows=windows_of(every),
+            longest=max(shard.size for shard in shards),
         ),
         train=train,
     )
