@@ -53,7 +53,7 @@ class Lane:
         self.device = device
         self.timing = timing
         self.readers = memory.readers
-        ring = Ring(device, memory.ring_bytes) if memory.resident_bytes else None
+        ring = Ring(device, memory.ring_bytes) if memory.resident_bytes and device.type == "cuda" else None
         self.buffers = Buffers(memory.resident_bytes or memory.buffer_bytes, ring)
         self._pool = ThreadPoolExecutor(memory.workers, thread_name_prefix="surgery-work", initializer=self._start_worker)
         self._streams = threading.local()

@@ -61,10 +61,11 @@ class SampleHash:
         """Add the samples of matrices (B, m, n): contiguous, of any float dtype, on any device."""
         for matrix in matrices:
             flat = matrix.view(-1)
-            entries = torch.cat([flat[part] for part in stretches(len(flat))])
-            cast = entries.to(self._dtype)
-            self.exact &= cast.dtype == entries.dtype or torch.equal(cast.to(entries.dtype), entries)
-            self._digest.update(bytes_of(cast.cpu()))
+            for part in stretches(len(flat)):
+                entries = flat[part].cpu()  # as they are: a GPU may be too full for anything else
+                cast = entries.to(self._dtype)
+                self.exact &= cast.dtype == entries.dtype or torch.equal(cast.to(entries.dtype), entries)
+                self._digest.update(bytes_of(cast.contiguous()))
 
     def hexdigest(self) -> str:
         return self._digest.hexdigest()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from surgery.device import as_memory_allows
 from surgery.engine.lane import Lane
 from surgery.engine.walk import Piece, ShardWalk, TargetPiece, looked_at
 from surgery.errors import OutputError, SourceError
@@ -174,7 +175,7 @@ def run_job(job: Job, lane: Lane, progress: Progress, on_read: Callable[[], obje
 
         def sample(piece: TargetPiece) -> None:
             for part in collected[piece.entry.name]:
-                part.sample.update(sampled(part.target, piece.tensor))
+                _add_sample(part.sample, part.target, piece.tensor)
 
         lane.flow(looked_at(walk, sample), job.window_bytes, factorize, finish, on_read)
         weights.check(job.shard.file, walk.sha256)
@@ -190,6 +191,11 @@ def _check_unchanged(reader: ShardReader, shard: ShardPlan) -> None:
         raise SourceError(
             f"{shard.file} has changed since the run was planned", hint="start again when nothing writes to the model"
         )
+
+
+def _add_sample(hashed: SampleHash, target: Target, stored: torch.Tensor) -> None:
+    """Add the sample of a target's matrices in a piece, wherever that is; a GPU may be too full to cut out slices."""
+    hashed.update(as_memory_allows(lambda some, where: [sampled(target, some[0].to(where))], [stored], stored.device)[0])
 
 
 def _with_rank(target: Target, reader: ShardReader, weights: ModelWeights, options: Options, lane: Lane) -> Target:
@@ -333,7 +339,7 @@ def _collect(part: _Collected, piece: TargetPiece, done: _WindowResults, job: Jo
     """Take the results of the matrices of a target in a piece, and write to the factors file what is complete."""
     target, stack = part.target, part.target.view.kind == "stack"
     if job.layout == "residual":
-        part.residual_sample.update(target.view.matrices(piece.tensor))
+        _add_sample(part.residual_sample, target, piece.tensor)
     for i in range(len(piece.tensor) if stack else 1):
         result = done.pop((target.key, piece.first + i))
         part.add(result)
