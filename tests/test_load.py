@@ -178,7 +178,7 @@ class _Sent(LocalEngine):
 
     def run(self, jobs: ShardJobs[Any], which: Sequence[int], memory: Memory) -> Generator[tuple[int, Any], None, None]:
         self.sent = {index: pickle.dumps(jobs.remote(index)) for index in which}
-        with Lane(torch.device("cpu"), memory.workers, memory.buffer_bytes, None) as lane:
+        with Lane(torch.device("cpu"), memory) as lane:
             for index, job in self.sent.items():
                 yield index, pickle.loads(job)(lane, f"{index}")
 

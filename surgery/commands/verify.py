@@ -13,13 +13,14 @@ import torch
 from surgery.commands.repair import Repaired, repair_files, source_to_repair_from
 from surgery.device import on_its_own_terms
 from surgery.engine.lane import Lane
+from surgery.engine.sharing import share_out
 from surgery.errors import OptionError, SurgeryError
 from surgery.files.watch import Watch
 from surgery.format.manifest import Manifest, fingerprint_of
 from surgery.format.scales.reading import read_scales
 from surgery.format.top_k_records import TopKSummary
 from surgery.names import MANIFEST_FILE, SCALES_FILE
-from surgery.planning.memory import known_bytes, need_to_verify, share_out
+from surgery.planning.memory import known_bytes, need_to_verify
 from surgery.planning.targets import DEFAULT_MAX_RANK, matches
 from surgery.progress import Progress, listening, phase
 from surgery.reports import Report

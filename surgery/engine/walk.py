@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 
 from surgery.engine.buffers import Buffers
 from surgery.engine.threads import ReadAhead
 from surgery.files.file_writer import CHUNK_BYTES
-from surgery.format.header import TensorEntry
+from surgery.format.header import Header, TensorEntry
 from surgery.format.safetensors import ShardReader
 from surgery.memory import bytes_of, return_free_memory
 from surgery.progress import Progress
@@ -25,13 +25,9 @@ _TRIM_BYTES = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class Bytes:
-    """A piece of what lies between targets, kept as bytes: ``buffer`` is uint8 (bytes,), on the CPU."""
+    """A piece of what lies between targets, kept as bytes: ``buffer`` is uint8 (bytes,)."""
 
     buffer: torch.Tensor
-
-    @property
-    def data(self) -> memoryview:
-        return bytes_of(self.buffer)
 
     def __len__(self) -> int:
         return len(self.buffer)
@@ -39,7 +35,7 @@ class Bytes:
 
 @dataclass(frozen=True, slots=True)
 class TargetPiece:
-    """A piece that is a tensor with targets in it, or some of the matrices of a stack; in its own dtype, on the CPU.
+    """A piece that is a tensor with targets in it, or some of the matrices of a stack; in its own dtype.
 
     Attributes:
         entry: what the header says of the tensor.
@@ -60,9 +56,50 @@ class TargetPiece:
 Piece = Bytes | TargetPiece
 
 
-def windows(pieces: Iterable[Piece], limit: int) -> Iterator[list[Piece]]:
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where a piece is in a file.
+
+    Attributes:
+        start, stop: of its bytes in the data.
+        entry, first: as for ``TargetPiece``; None for bytes between targets.
+        count: how many matrices of a stack it is; None for a whole tensor.
+    """
+
+    start: int
+    stop: int
+    entry: TensorEntry | None = None
+    first: int = 0
+    count: int | None = None
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+def spans(header: Header, targets: Mapping[str, int | None]) -> Iterator[Span]:
+    """The pieces of a weight file, in the order of the file. Arguments are those of ``ShardWalk``."""
+    position = 0
+    for entry in header.tensors:
+        if entry.name not in targets:
+            continue
+        yield from _between(position, entry.start)
+        for first, count in _portions(entry, targets[entry.name]):
+            yield Span(*ShardReader.span(entry, first, count), entry, first, count)
+        position = entry.end
+    yield from _between(position, header.data_bytes)
+
+
+def _between(start: int, end: int) -> Iterator[Span]:
+    for position in range(start, end, CHUNK_BYTES):
+        yield Span(position, min(position + CHUNK_BYTES, end))
+
+
+_Sized = TypeVar("_Sized", bound=Sized)
+
+
+def windows(pieces: Iterable[_Sized], limit: int) -> Iterator[list[_Sized]]:
     """Groups successive pieces into windows of at least ``limit`` bytes; the last window may be shorter."""
-    window: list[Piece] = []
+    window: list[_Sized] = []
     held = 0
     for piece in pieces:
         window.append(piece)
@@ -85,7 +122,8 @@ class ShardWalk:
         reader: of the shard.
         targets: names of the tensors to give as ``TargetPiece``, each with how many matrices of a stack to give at a time,
             or None for the whole tensor.
-        buffers: where the memory of the pieces comes from; whoever uses a piece gives its buffer back. None: fresh memory.
+        buffers: where the memory of the pieces comes from, on the CPU or on a GPU; whoever uses a piece gives its buffer back.
+            None: fresh memory of the CPU.
         timing: records how long the reading takes.
     """
 
@@ -124,38 +162,33 @@ class ShardWalk:
         """All pieces of the shard, made in the reading thread."""
         if self._timing is not None:
             self._timing.watch("reader")
-        position = 0
-        for entry in self._reader.header.tensors:
-            if entry.name not in self._targets:
-                continue
-            yield from self._between(position, entry.start)
-            for first, count in _portions(entry, self._targets[entry.name]):
-                yield self._target(entry, first, count)
-            position = entry.end
-        yield from self._between(position, self._reader.header.data_bytes)
+        for span in spans(self._reader.header, self._targets):
+            buffer = self._read(span.start, len(span))
+            if span.entry is None:
+                yield Bytes(buffer)
+            else:
+                yield TargetPiece(span.entry, span.first, self._reader.shaped(buffer, span.entry, span.count), buffer)
         self._reader.check_unchanged()
-
-    def _target(self, entry: TensorEntry, first: int, count: int | None) -> TargetPiece:
-        start, stop = self._reader.span(entry, first, count)
-        buffer = self._read(start, stop - start)
-        return TargetPiece(entry, first, self._reader.shaped(buffer, entry, count), buffer)
-
-    def _between(self, start: int, end: int) -> Iterator[Bytes]:
-        for position in range(start, end, CHUNK_BYTES):
-            yield Bytes(self._read(position, min(CHUNK_BYTES, end - position)))
 
     def _read(self, start: int, count: int) -> torch.Tensor:
         """Read and hash bytes of the data, into a buffer uint8 (count,)."""
-        buffer = self._reader.empty(count) if self._buffers is None else self._buffers.take(count)
-        try:
+
+        def read(part: memoryview, done: int) -> None:
             with timed("read"):
-                self._reader.read_into(bytes_of(buffer), start)
+                self._reader.read_into(part, start + done)
+            with timed("hash"):
+                self._sha256.update(part)
+
+        if self._buffers is None:
+            buffer = self._reader.empty(count)
+            read(bytes_of(buffer), 0)
+            return buffer
+        buffer = self._buffers.take(count)
+        try:
+            self._buffers.fill(buffer, read)
         except BaseException:  # only this method knows the buffer, and the lane may go on with other shards
-            if self._buffers is not None:
-                self._buffers.give(buffer)
+            self._buffers.give(buffer)
             raise
-        with timed("hash"):
-            self._sha256.update(bytes_of(buffer))
         return buffer
 
 

@@ -96,7 +96,7 @@ def _joined(
             sums = wide[: rows.stop - rows.start].copy_(residual[rows]).add_(predict(rows))
             block, moved = weight[rows].copy_(sums), 0
             for first in range(rows.start, rows.stop, step):
-                positions, units = reader.block(first)
+                positions, units = reader.units(first)
                 _correct(bits_of(weight[first : first + step]).view(-1), positions, units)
                 moved += int(np.count_nonzero(units))
             return moved, None if apply is None else apply(block, rows)
