@@ -23,7 +23,7 @@ from surgery.timing import timed
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """One matrix of a target, (m, n), on the CPU.
+    """One matrix of a target, (m, n), on the CPU; where it is quantized, perhaps on the device that has computed its numbers.
 
     Attributes:
         target: the target that it is a matrix of.
