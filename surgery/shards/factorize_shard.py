@@ -326,7 +326,7 @@ def _factorize(
     for piece in window:
         if not isinstance(piece, TargetPiece):
             continue
-        weight = weights.exact_piece(piece)
+        weight = weights.exact_piece(piece, lane.device)
         for part in collected[piece.entry.name]:
             seen = part.target.view.matrices(weight)
             matrices += [Matrix(part.target, piece.first + i, matrix) for i, matrix in enumerate(seen)]

@@ -239,7 +239,7 @@ class _WeightsCheck:
     def _measured_target(
         self, piece: TargetPiece, parts: Sequence[CheckedTarget], factors: FactorsReader, device: torch.device
     ) -> list[list[MeasuredMatrix]]:
-        weight, beside = self._weights.exact_piece(piece), None
+        weight, beside = self._weights.exact_piece(piece, device), None
         if self._residuals is not None:
             count = None if parts[0].target.at_a_time is None else len(piece.tensor)
             beside = self._residuals.read(self._residuals.entries[piece.entry.name], piece.first, count)
