@@ -308,8 +308,9 @@ def _recovered(
             weight, inexact = matrix.recovered(where)
         except CorruptCorrection as error:
             return [MeasuredMatrix(index, kept, None, None, True, str(error))]
-        stored.copy_(weight)
-        return [MeasuredMatrix(index, kept, measure(weight, kept.to(where), prove=prove), inexact, True)]
+        measured = MeasuredMatrix(index, kept, measure(weight, kept.to(where), prove=prove), inexact, True)
+        stored.copy_(weight)  # last: where the memory of a GPU does not suffice, all this is done again from it
+        return [measured]
 
     return as_memory_allows(compute, [stored], device)[0]
 
