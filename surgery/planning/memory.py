@@ -158,8 +158,7 @@ def need_to_verify(target: TargetRecord, *, prove: bool = False) -> Need:
     """What recovery and measurement of a target need, and with ``prove`` its proof."""
     _, m, n = target.matrices
     need = need_to_fold(target)
-    proof = proof_bytes(m, n) if prove else 0
-    return replace(need, working=need.working + measuring_bytes(m, n, target.rank) + proof)
+    return replace(need, working=need.working + measuring_bytes(m, n, target.rank, prove=prove))
 
 
 def _held(shape: Sequence[int], dtype: str, at_a_time: int | None) -> int:

@@ -198,7 +198,7 @@ def test_forged_factors_do_not_pass(
         (failure,) = report.failures
         # What was found is a lower bound of the value that is missing.
         assert true[K].item() < float(failure.got) <= true[0].item() * (1 + 1e-6)
-        assert float(failure.expected.removeprefix("at most ")) == pytest.approx(true[K].item(), rel=1e-3)
+        assert float(failure.expected.removeprefix("at most ")) == pytest.approx(true[K].item(), rel=2e-3)
     done = CliRunner().invoke(main, ["verify", str(out), *(["--base", str(base)] if base else []), "--device", "cpu"])
     assert done.exit_code == 3
     assert "no larger singular value" in done.stdout
