@@ -21,7 +21,7 @@ from surgery.shards.failures import Failure, Failures
 _ORTHONORMAL = 1e-5
 #: By how much a residual may exceed the recorded one, over s_1, beyond 1 %: float64 products differ from machine to machine.
 _ROUNDED = 1e-9
-#: By how much a value that was missed may be above s_k, relatively: a proof does not tell closer ones apart, and calls it proven.
+#: By how much a value that was missed may be above s_k, relatively: a proof does not tell closer ones apart.
 _AS_LARGE = 1e-3
 #: Relative error that a recorded energy may have: half a unit in its sixth digit, and that of float32 sums of squares.
 _ENERGY = 8e-6

@@ -13,7 +13,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
-from surgery.linalg.top_k import TopK
 
 import surgery
 from surgery.cli.main import main
@@ -22,6 +21,7 @@ from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import TargetRecord
 from surgery.format.top_k_records import NOT_ON_RECORD, TopKRecord, TopKSummary
 from surgery.linalg.svd import TruncatedSVD, truncated_svd
+from surgery.linalg.top_k import TopK
 from surgery.progress import Silent
 from surgery.shards import matrices
 from surgery.solvers.triplets import residuals_of
