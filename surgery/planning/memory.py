@@ -41,7 +41,7 @@ CORRECTION_BYTES = 0.25
 #: as objects, as parsed JSON, and as the text that is written. docs/performance.md has the measurements.
 _TENSOR_MEMORY = 1024
 _TARGET_MEMORY = 4096
-_MATRIX_MEMORY = 2048
+_MATRIX_MEMORY = 3072
 _DIRECTION_MEMORY = 288
 #: Bytes for each target of a shard until the shard is finished: its hashes, and its record on the way to the journal.
 _UNFINISHED_MEMORY = 8192
