@@ -117,6 +117,13 @@ def need_to_verify(target: TargetRecord) -> Need:
     return replace(need, working=need.working + measuring_bytes(m, n, target.rank))
 
 
+def need_to_project(target: TargetRecord) -> Need:
+    """What the recovery of a target and its comparison with a tuned weight need."""
+    need = need_to_fold(target)
+    tuned = 4 * need.held * 8 // WEIGHT_BITS[target.dtype]  # float32 at most, put together from parts of its own size
+    return replace(need, working=need.working + 2 * tuned)
+
+
 def _held(shape: Sequence[int], dtype: str, at_a_time: int | None) -> int:
     """Bytes of a tensor that are read at a time: some matrices of a stack, else all of it, also for a slice."""
     held = math.prod(shape) * WEIGHT_BITS[dtype] // 8
