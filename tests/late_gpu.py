@@ -103,7 +103,6 @@ class Stream:
     """
 
     def __init__(self, device: Any = None, priority: int = 0, *, gpu: _LateGpu) -> None:
-        gpu.expect_no_fault("stream")
         self.device = torch.device("cuda", gpu.index_of(device))
         self.turn = self.done = 0
         self._gpu = gpu
@@ -250,9 +249,16 @@ class _LateGpu:
         """Raise what has been planted for this operation."""
         if (error := self.fault(kind)) is not None:
             raise error
+
+    def expect_kept(self) -> None:
+        """Raise Race if memory has been lent again too early."""
         if self.freed_too_early:
             self.freed_too_early = False
             raise Race("memory was given back while a stream that it was not made in, and not recorded for, has yet to use it")
+
+    def new_stream(self, device: Any = None, priority: int = 0) -> Stream:
+        self.expect_no_fault("stream")
+        return Stream(device, priority, gpu=self)
 
     def current_stream(self, device: Any = None) -> Stream:
         index = self.index_of(device)
@@ -302,6 +308,7 @@ class _LateGpu:
             return self._on_host(func, args, kwargs, tensors)
         refuse_a_mix(name, tensors)
         self.expect_no_fault(name)
+        self.expect_kept()
         with self.lock:
             return self._on_device(func, args, kwargs, there)
 
@@ -509,7 +516,7 @@ def late_gpu(
     log = {**new_log(), "pinned": 0, **limits}
     gpu = _LateGpu(log, fault)
     cuda = {
-        "Stream": lambda device=None, priority=0: Stream(device, priority, gpu=gpu),
+        "Stream": gpu.new_stream,
         "Event": lambda enable_timing=False, blocking=False: Event(enable_timing, blocking, gpu=gpu),
         "current_stream": gpu.current_stream,
         "default_stream": gpu.default_stream,
@@ -520,6 +527,6 @@ def late_gpu(
         try:
             yield log
             gpu.synchronize()
-            gpu.expect_no_fault("end")
+            gpu.expect_kept()
         finally:
             gpu.over = True  # what is done with tensors that are left is done at once

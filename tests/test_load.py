@@ -22,6 +22,7 @@ from surgery.files.file_records import FileRecord
 from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import Alias, CertificateRecord, ShardRecord, SourceRecord, TargetRecord
 from surgery.format.options import Options
+from surgery.format.top_k_records import TopKRecord
 from surgery.planning.memory import known_bytes
 from surgery.progress import Silent
 from surgery.run.engines import LocalEngine, ShardJobs, engine_of
@@ -124,7 +125,8 @@ def _manifest(count: int, rank: int, *, files: int = 4) -> Manifest:
 
     def target(i: int) -> TargetRecord:
         numbers = [float(f"{1e-6 + i * 1e-9 + j * 1e-8:.3g}") for j in range(rank)]
-        certificate = CertificateRecord("lanczos", 3, True, numbers, [float(f"{1 + value:.3g}") for value in numbers])
+        gaps, known = [float(f"{1 + value:.3g}") for value in numbers], TopKRecord("likely", 0.0123, 1e-6)
+        certificate = CertificateRecord("lanczos", 3, True, numbers, gaps, known)
         name, file = f"model.layers.{i % 64}.mlp.experts.{i}.up_proj.weight", f"model-{i % files}.safetensors"
         sample = (digest(i), digest(i + 1), 0.25)
         return TargetRecord(

@@ -168,7 +168,7 @@ class _RepairJobs:
         """Memory for the jobs, with windows as in the run that made the files: the same matrices share a batch."""
         targets = [self._target(one) for one in self._manifest.targets]
         memory = share_out(
-            [need_to_factorize(target) for target in targets],
+            [need_to_factorize(target, prove=self._manifest.options.prove) for target in targets],
             by.resources,
             kept=collected_bytes(targets, len(self._manifest.targets) + len(self._manifest.skipped)),
             windows=windows_of(targets),

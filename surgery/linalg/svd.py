@@ -12,6 +12,8 @@ import torch
 
 from surgery.device import as_memory_allows, on_its_own_terms
 from surgery.errors import OptionError, WeightError
+from surgery.linalg.proof import prove_top_k
+from surgery.linalg.top_k import NOTHING_ELSE, TopK, top_k_of
 from surgery.lossless.rounding import check_dense, times_power_of_two
 from surgery.memory import scratch
 from surgery.precision import full_precision
@@ -28,6 +30,11 @@ _NORM_COLUMNS = 1024
 
 #: Rounding error of float64 products with the matrix and of the small problems made of them, over its Frobenius norm.
 _MEASURED = 2.0**-50
+
+#: How many start blocks are tried at most before a proof is given up.
+_TRIES = 3
+#: The bits of a seed that make another start block; torch takes no more than 32 bits of it.
+_OTHER_SEED = 30
 
 #: Entries of the Gram matrices that are solved together on a CPU: few enough for its cache.
 GRAM_ENTRIES = 1 << 21
@@ -47,6 +54,7 @@ class Certificate:
         converged: bool (...,), every residual is within the tolerance.
         passes: int64 (...,), products with A or its transpose.
         method: ``block-lanczos``, ``gram``, ``svd`` or ``zero``; a tuple of these for a batch.
+        top_k: what is known of singular values that were not found; a tuple for a batch.
     """
 
     residual: torch.Tensor
@@ -55,6 +63,7 @@ class Certificate:
     converged: torch.Tensor
     passes: torch.Tensor
     method: str | tuple[str, ...]
+    top_k: TopK | tuple[TopK, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +88,9 @@ class TruncatedSVD:
 
 
 @on_its_own_terms
-def truncated_svd(A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERANCE, seed: int = 0) -> TruncatedSVD:
+def truncated_svd(
+    A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERANCE, seed: int = 0, prove: bool = False
+) -> TruncatedSVD:
     """The k largest singular triplets of a matrix, or of each of a batch, with a certificate.
 
     Thick-restart randomized block Lanczos where k is small against the matrix, leading eigenvectors of the Gram matrix
@@ -96,6 +107,7 @@ def truncated_svd(A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERAN
             rounding allows (2e-6 s_1 in float32, also its least value). The error of a singular value is of second
             order in it, within a cluster of values no wider than that of first order.
         seed: of the random start block.
+        prove: whether to prove that nothing larger is missing.
 
     Returns:
         ``TruncatedSVD``. Look at ``certificate.converged``: a matrix on which the iteration fails is reported there,
@@ -114,20 +126,33 @@ def truncated_svd(A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERAN
     check_dense(A, "A")
     if A.ndim not in (2, 3):
         raise OptionError("A is neither a matrix nor a batch of matrices", got=f"shape {tuple(A.shape)}")
-    found = truncated_svds(A[None] if A.ndim == 2 else A, k, tolerance=tolerance, seed=seed)
+    found = truncated_svds(A[None] if A.ndim == 2 else A, k, tolerance=tolerance, seed=seed, prove=prove)
     return found[0] if A.ndim == 2 else _stack(found)
 
 
-def truncated_svds(A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERANCE, seed: int = 0) -> list[TruncatedSVD]:
+def truncated_svds(
+    A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERANCE, seed: int = 0, prove: bool = False
+) -> list[TruncatedSVD]:
     """``truncated_svd`` of a batch (B, m, n), with one result for each matrix; arguments and errors are the same."""
     check_batch(A, k)
     check_accuracy(tolerance, seed, "float64" if A.dtype == torch.float64 else "float32")
 
     def solve_some(part: torch.Tensor) -> list[TruncatedSVD]:
-        found = _solve(part, k, tolerance, seed)
-        return [dataclasses.replace(x, U=x.U.to(A.device), s=x.s.to(A.device), V=x.V.to(A.device)) for x in found]
+        found = _solve(part, k, tolerance, seed, prove=prove)
+        return [_on(A.device, one) for one in found]
 
     return solved_in_parts(A, k, solve_some)
+
+
+def proven_svd(A: torch.Tensor, found: TruncatedSVD, *, tolerance: float, seed: int) -> TruncatedSVD:
+    """``truncated_svd(A, k, prove=True)`` of one matrix, after ``truncated_svd`` without a proof has ``found`` something."""
+    if not found.norm.item():
+        return found
+
+    def prove_one(part: torch.Tensor) -> list[TruncatedSVD]:
+        return [_on(A.device, _proven(prepared(part), 0, _on(part.device, found), tolerance, seed))]
+
+    return solved_in_parts(A[None], len(found.s), prove_one)[0]
 
 
 def check_batch(A: torch.Tensor, k: int) -> None:
@@ -153,6 +178,10 @@ def solved_in_parts(A: torch.Tensor, k: int, solve_some: Callable[[torch.Tensor]
     return [result for part in parts for result in part]
 
 
+def _on(device: torch.device, svd: TruncatedSVD) -> TruncatedSVD:
+    return dataclasses.replace(svd, U=svd.U.to(device), s=svd.s.to(device), V=svd.V.to(device))
+
+
 def _stack(parts: list[TruncatedSVD]) -> TruncatedSVD:
     certificates = [part.certificate for part in parts]
     return TruncatedSVD(
@@ -167,6 +196,7 @@ def _stack(parts: list[TruncatedSVD]) -> TruncatedSVD:
             converged=torch.stack([c.converged for c in certificates]),
             passes=torch.stack([c.passes for c in certificates]),
             method=tuple(str(c.method) for c in certificates),
+            top_k=tuple(c.top_k for c in certificates if isinstance(c.top_k, TopK)),
         ),
     )
 
@@ -215,15 +245,34 @@ def prepared(A: torch.Tensor) -> Prepared:
     return Prepared(Operator(work, A.shape[2]), norms, exponents, nonzero)
 
 
-def _solve(A: torch.Tensor, k: int, tolerance: float, seed: int) -> list[TruncatedSVD]:
+def _solve(A: torch.Tensor, k: int, tolerance: float, seed: int, *, prove: bool) -> list[TruncatedSVD]:
     """The truncated SVD of each matrix of a batch (B, m, n)."""
     ready = prepared(A)
     results: list[TruncatedSVD | None] = [None] * len(A)
     if ready.nonzero:
         for j, solution in enumerate(solve(ready.operator, k, tolerance, seed)):
-            results[ready.nonzero[j]] = _finished(ready.operator, solution, ready.norms[j], ready.exponents[j], tolerance)
+            found = _finished(ready.operator, solution, ready.norms[j], ready.exponents[j], tolerance)
+            results[ready.nonzero[j]] = _proven(ready, j, found, tolerance, seed) if prove else found
     dtype = ready.operator.matrices.dtype
     return [_zero(A[i], dtype, k) if result is None else result for i, result in enumerate(results)]
+
+
+def _proven(ready: Prepared, j: int, found: TruncatedSVD, tolerance: float, seed: int) -> TruncatedSVD:
+    """What was found of the matrix j, with a proof; where there is none, what is found from other random rows.
+
+    The first ones may have missed a direction, by chance or because the matrix was made around them.
+    """
+    operator, norm, shift = ready.operator.one(j), ready.norms[j], ready.exponents[j]
+    for other in range(_TRIES):
+        if other:
+            operator.passes = int(found.certificate.passes)
+            solution = solve(operator, found.s.shape[0], tolerance, seed ^ other << _OTHER_SEED)[0]
+            found = _finished(operator, solution, norm, shift, tolerance)
+        s = times_power_of_two(found.s.cpu().double(), -int(shift))
+        top_k = prove_top_k(operator.matrices[0], found.U, s, found.V, found.certificate.residual)
+        if top_k.verdict == "proven" or found.certificate.method == "svd":
+            break
+    return dataclasses.replace(found, certificate=dataclasses.replace(found.certificate, top_k=top_k))
 
 
 def in_working_precision(A: torch.Tensor) -> torch.Tensor:
@@ -257,7 +306,15 @@ def _zero(matrix: torch.Tensor, dtype: torch.dtype, k: int) -> TruncatedSVD:
         torch.zeros(k, dtype=dtype, device=matrix.device),
         torch.eye(n, k, dtype=dtype, device=matrix.device),
         torch.tensor(0.0, dtype=torch.float64),
-        Certificate(zeros, zeros.clone(), torch.ones(k, dtype=torch.float64), torch.tensor(True), torch.tensor(0), "zero"),
+        Certificate(
+            residual=zeros,
+            gap=zeros.clone(),
+            angle_bound=torch.ones(k, dtype=torch.float64),
+            converged=torch.tensor(True),
+            passes=torch.tensor(0),
+            method="zero",
+            top_k=NOTHING_ELSE,
+        ),
     )
 
 
@@ -288,6 +345,7 @@ def _finished(
             converged=torch.tensor(triplets.converged(tolerance)),
             passes=torch.tensor(solution.passes),
             method=solution.method,
+            top_k=top_k_of(solution.search, rounded, operator.short, torch.finfo(U.dtype).eps),
         ),
     )
 

@@ -30,7 +30,7 @@ class CorruptCorrection(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class CorrectionBlock:
     """A block of a correction, not encoded: where rows of a weight differ from their prediction, and by how much.
 
     The arrays may be parts of others.
@@ -46,7 +46,7 @@ class Block:
     escapes: Integers
 
     @classmethod
-    def of(cls, exact: Integers, guess: Integers) -> Block:
+    def of(cls, exact: Integers, guess: Integers) -> CorrectionBlock:
         """The differences of two blocks of floats.
 
         Args:
@@ -83,12 +83,16 @@ class CorrectionReader:
         m, n: shape of the weight.
         width: bytes per entry of the weight, 2 or 4.
 
+    Attributes:
+        rows_per_block: how many rows each block has but the last.
+        width: as given.
+
     Raises:
         CorruptCorrection: the directory does not fit; ``block`` raises it too.
     """
 
     def __init__(self, data: memoryview, m: int, n: int, width: int) -> None:
-        self._data, self._m, self._n = data, m, n
+        self._data, self._m, self._n, self.width = data, m, n, width
         self._dtype: np.dtype[Any] = np.dtype({2: "<i2", 4: "<i4"}[width])
         if len(data) < 16:
             raise CorruptCorrection("it is cut off")
@@ -106,13 +110,13 @@ class CorrectionReader:
         """How many blocks there are."""
         return len(self._spans)
 
-    def block(self, index: int) -> Block:
+    def block(self, index: int) -> CorrectionBlock:
         """One of the blocks. In any thread; zlib leaves the interpreter to others meanwhile."""
         mask, rest = self._mask(index)
         if beyond := self._entries(index) % 8:  # what the last byte has more bits for than there are entries
             mask = mask.copy()
             mask[-1] &= (1 << beyond) - 1
-        return Block(mask, *self._values(rest, int(_ONES[mask].sum(dtype=np.int64))))
+        return CorrectionBlock(mask, *self._values(rest, int(_ONES[mask].sum(dtype=np.int64))))
 
     def units(self, first_row: int) -> tuple[npt.NDArray[np.int64], Integers]:
         """Where the block that begins at ``first_row`` differs from its prediction, and by how much: (d,), (d,)."""

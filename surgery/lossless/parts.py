@@ -9,7 +9,7 @@ import torch
 
 from surgery.errors import WeightError
 from surgery.lossless.blocks import HOST_THREADS
-from surgery.lossless.correction import Block, assemble
+from surgery.lossless.correction import CorrectionBlock, assemble
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,17 +38,17 @@ class UnencodedParts:
     """
 
     residual: torch.Tensor
-    blocks: list[Block] | None
+    blocks: list[CorrectionBlock] | None
     rows_per_block: int
     inexact: float
 
     def correction(self) -> torch.Tensor | None:
         """The correction of ``Parts``, encoded by this thread, whichever that is."""
-        return self._assembled(map(Block.encoded, self.blocks or ()))
+        return self._assembled(map(CorrectionBlock.encoded, self.blocks or ()))
 
     def encoded(self) -> Parts:
         """With the correction, encoded by all cores. Not for ``HOST_THREADS`` themselves, which would wait for each other."""
-        return Parts(self.residual, self._assembled(HOST_THREADS.map(Block.encoded, self.blocks or ())), self.inexact)
+        return Parts(self.residual, self._assembled(HOST_THREADS.map(CorrectionBlock.encoded, self.blocks or ())), self.inexact)
 
     def _assembled(self, blocks: Iterable[bytes]) -> torch.Tensor | None:
         return None if self.blocks is None else assemble(list(blocks), self.rows_per_block)

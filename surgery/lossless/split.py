@@ -20,7 +20,7 @@ import torch
 
 from surgery.arithmetic import exact_arithmetic
 from surgery.lossless.blocks import for_each, rows_at_a_time
-from surgery.lossless.correction import Block, assemble
+from surgery.lossless.correction import CorrectionBlock, assemble
 from surgery.lossless.factors import Factors
 from surgery.lossless.parts import Parts, residual_error
 from surgery.lossless.prediction import Prediction, working_dtype
@@ -69,7 +69,7 @@ def split(weight: torch.Tensor, factors: Factors, *, correct: bool = True, out: 
             encoded = b""
             if correct:
                 with timed("correction"):
-                    differences = Block.of(bits_of(block).numpy().ravel(), bits_of(guess).numpy().ravel())
+                    differences = CorrectionBlock.of(bits_of(block).numpy().ravel(), bits_of(guess).numpy().ravel())
                     encoded, differing = differences.encoded(), len(differences.values)
             else:
                 differing = len(indices_of_others(bits_of(block), bits_of(guess)))

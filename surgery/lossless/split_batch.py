@@ -17,7 +17,7 @@ import torch
 
 from surgery.arithmetic import exact_arithmetic
 from surgery.lossless.blocks import BLOCK_ENTRIES, DEVICE_BLOCKS, row_slices, rows_at_a_time
-from surgery.lossless.correction import ESCAPE, Block
+from surgery.lossless.correction import ESCAPE, CorrectionBlock
 from surgery.lossless.factors import Factors
 from surgery.lossless.parts import UnencodedParts, residual_error
 from surgery.lossless.prediction import Prediction, working_dtype
@@ -68,7 +68,7 @@ def split_batch(
         portions.append(_split(weights[matrices, rows], low_rank, residuals[matrices, rows], host if correct else None))
     if weights.device.type == "cuda":
         torch.cuda.current_stream(weights.device).synchronize()  # the copies to the host
-    blocks, differing = [list[Block]() for _ in range(count)], [0] * count
+    blocks, differing = [list[CorrectionBlock]() for _ in range(count)], [0] * count
     for (matrices, _), portion in zip(_portions(count, m, n), portions, strict=True):
         for i, (largest, differ, found) in zip(range(count)[matrices], portion.by_matrix(), strict=True):
             _check_range(largest, weights.dtype, i)
@@ -111,7 +111,7 @@ class _Portion:
     entries: list[int]
     escapes: int | None
 
-    def by_matrix(self) -> Iterator[tuple[float, int, list[Block]]]:
+    def by_matrix(self) -> Iterator[tuple[float, int, list[CorrectionBlock]]]:
         """Of each matrix the largest number, how many entries differ, and the blocks."""
         memory, at = self.memory.numpy(), 0
 
@@ -136,7 +136,7 @@ class _Portion:
                 mask, masks = masks[:size], masks[size:]
                 short, values = values[:count], values[count:]
                 escaped = np.count_nonzero(short == ESCAPE)
-                found.append(Block(mask, short, escapes[:escaped]))
+                found.append(CorrectionBlock(mask, short, escapes[:escaped]))
                 escapes = escapes[escaped:]
             yield largest[i], differing[i], found
 
@@ -166,7 +166,7 @@ def _split(weight: torch.Tensor, low_rank: torch.Tensor, residual: torch.Tensor,
         short = units.to(torch.int8)  # its lower bits
         escaped = (short != units) | (short == ESCAPE)
         beyond = units[escaped.nonzero().view(-1)]
-        masks = _joined([_packed(part).flatten(1) for part in by_block])
+        masks = _joined([_packed(part) for part in by_block])
         parts += [beyond, masks, short.masked_fill_(escaped, ESCAPE)]
         escapes = len(beyond)
     together = torch.cat([part.reshape(-1).view(torch.uint8) for part in parts])
@@ -191,13 +191,13 @@ def _joined(parts: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _packed(differs: torch.Tensor) -> torch.Tensor:
-    """Bits for the booleans of blocks (b, blocks, entries), the lowest of each byte first: uint8 (b, blocks, bytes)."""
+    """Bits for the booleans of blocks (b, blocks, entries), each block from the lowest of a byte on: uint8 (b, bytes)."""
     entries = differs.shape[-1]
     if entries % 8 or differs.storage_offset() % 8:
         filled = differs.new_zeros(*differs.shape[:-1], (entries + 7) // 8 * 8)
         filled[..., :entries] = differs
         differs = filled
-    return (differs.view(torch.int64) * _GATHER).view(torch.uint8)[..., 7::8]
+    return (differs.reshape(-1).view(torch.int64) * _GATHER).view(torch.uint8)[7::8].view(len(differs), -1)
 
 
 def _check_range(largest: float, dtype: torch.dtype, index: int) -> None:

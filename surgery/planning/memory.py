@@ -14,6 +14,7 @@ from surgery.format.manifest_records import TargetRecord
 from surgery.format.safetensors import TORCH_DTYPES
 from surgery.linalg.low_rank import low_rank_bytes
 from surgery.linalg.measured import measuring_bytes
+from surgery.linalg.proof import proof_bytes
 from surgery.linalg.svd import solved_together
 from surgery.names import FACTORIZABLE_DTYPES, WEIGHT_BITS
 from surgery.planning.targets import Target
@@ -27,14 +28,14 @@ _MATRIX_MEMORY = 2048
 _DIRECTION_MEMORY = 288
 
 
-def need_to_factorize(target: Target) -> Need:
-    """What SVD and split of a target need."""
+def need_to_factorize(target: Target, *, prove: bool = False) -> Need:
+    """What SVD and split of a target need, and with ``prove`` its proof."""
     count, m, n = target.matrices
     # The dtype in which the weight reaches the SVD: its own, or float32 where it is quantized.
     dtype = torch.float32 if target.quantized is not None else TORCH_DTYPES[target.dtype]
     held = _held(target.shape, target.dtype, target.at_a_time)
     copies = _copies(held, target.dtype, target.quantized is not None, target.view.slice is not None)
-    working = copies + workspace_bytes(m, n, target.rank, dtype)
+    working = copies + workspace_bytes(m, n, target.rank, dtype) + (proof_bytes(m, n) if prove else 0)
     together = min(solved_together(min(m, n), target.rank), CPU_WINDOW_BYTES // (m * n * dtype.itemsize) + 1)
     stored = m * n * WEIGHT_BITS[target.dtype] // 8
     return Need(target.key, target.shape, target.shard, held, working, m * n * dtype.itemsize, count, stored, together)
@@ -110,11 +111,12 @@ def need_to_measure(target: Target, triplets: int, *, compared: bool) -> Need:
     return replace(need, working=working, together=1)
 
 
-def need_to_verify(target: TargetRecord) -> Need:
-    """What recovery and measurement of a target need."""
+def need_to_verify(target: TargetRecord, *, prove: bool = False) -> Need:
+    """What recovery and measurement of a target need, and with ``prove`` its proof."""
     _, m, n = target.matrices
     need = need_to_fold(target)
-    return replace(need, working=need.working + measuring_bytes(m, n, target.rank))
+    proof = proof_bytes(m, n) if prove else 0
+    return replace(need, working=need.working + measuring_bytes(m, n, target.rank) + proof)
 
 
 def need_to_project(target: TargetRecord) -> Need:

@@ -240,7 +240,7 @@ def make_plan(
         download_bytes=source.bytes_to_fetch(),
         temporary_bytes=sum(source.room_to_fetch().values()),
         memory=share_out(
-            [need_to_factorize(target) for target in every],
+            [need_to_factorize(target, prove=options.prove) for target in every],
             resources or Resources(),
             kept=collected_bytes(every, len(entries)),
             windows=windows_of(every),

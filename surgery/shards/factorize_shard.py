@@ -24,7 +24,9 @@ from surgery.format.options import Options
 from surgery.format.safetensors import ShardReader, TensorFileWriter
 from surgery.format.sample import SampleHash, sampled, sampled_dtype
 from surgery.format.tensor_view import by_tensor
+from surgery.format.top_k_records import TopKRecord
 from surgery.format.views import View
+from surgery.linalg.top_k import TopK
 from surgery.names import PARTIALS_DIR, RUN_FILE, correction_key, factor_key, factors_file
 from surgery.planning.plan import Layout, ShardPlan
 from surgery.planning.targets import Target
@@ -202,11 +204,11 @@ def _with_rank(target: Target, reader: ShardReader, weights: ModelWeights, optio
     """A target with the rank it will have: for a stack with an energy, the largest that any of its matrices needs.
 
     The matrices of a stack share one rank, so that their scales are one tensor, and it must be known before the first of them
-    is written. So such a stack is read and solved twice. Any other target is returned unchanged.
+    is written. So such a stack is read and solved twice, and the second time proven. Any other target is returned unchanged.
     """
     if target.energy is None or target.view.kind != "stack":
         return target
-    entry = reader.entries[target.tensor]
+    entry, options = reader.entries[target.tensor], dataclasses.replace(options, prove=False)
 
     def rank_of(index: int) -> int:
         weight = weights.exact(target.tensor, reader.read(entry, index, 1), index)
@@ -259,6 +261,7 @@ class _Collected:
 
     def add(self, result: Result) -> None:
         factors, certificate = result.factors, result.certificate
+        assert isinstance(certificate.top_k, TopK)  # of one matrix
         self.done += 1
         self.factors.append((factors.U, factors.s, factors.V))
         self.factors_sha256.update(factors)
@@ -269,6 +272,7 @@ class _Collected:
                 converged=bool(certificate.converged),
                 residual=[rounded_to(value, 3) for value in certificate.residual.tolist()],
                 gap=[rounded_to(value, 3) for value in certificate.gap.tolist()],
+                top_k=TopKRecord.of(certificate.top_k),
             )
         )
         self.kept += factors.s.double().square().sum().item()
@@ -322,7 +326,7 @@ def _factorize(
     for piece in window:
         if not isinstance(piece, TargetPiece):
             continue
-        weight = weights.exact_piece(piece)
+        weight = weights.exact_piece(piece, lane.device)
         for part in collected[piece.entry.name]:
             seen = part.target.view.matrices(weight)
             matrices += [Matrix(part.target, piece.first + i, matrix) for i, matrix in enumerate(seen)]

@@ -70,7 +70,7 @@ def factorize_matrices(
     Args:
         matrices: of any targets.
         layout: of the result.
-        options: only correction, seed and tolerance matter here; ranks and energies are those of the targets.
+        options: only correction, seed, tolerance and prove matter here; ranks and energies are those of the targets.
         lane: on whose device SVD and split run, or on the CPU where its memory does not suffice. With a GPU, corrections are
             encoded by the threads that it has for the host.
         window_bytes: of the window that the matrices are of, by which the batches of a GPU are bounded.
@@ -170,7 +170,8 @@ def _svds(batch: Sequence[Matrix], together: torch.Tensor, options: Options) -> 
     """The truncated SVDs of matrices (B, m, n) on the device where they are."""
     if len(batch) > 1:
         try:
-            return truncated_svds(together, batch[0].target.rank, tolerance=options.tolerance, seed=options.seed)
+            rank, tolerance = batch[0].target.rank, options.tolerance
+            return truncated_svds(together, rank, tolerance=tolerance, seed=options.seed, prove=options.prove)
         except WeightError:  # some matrix of the batch; solved one by one, the error can name it
             pass
     return [truncate(matrix.target, weight, options) for matrix, weight in zip(batch, together, strict=True)]
@@ -178,10 +179,11 @@ def _svds(batch: Sequence[Matrix], together: torch.Tensor, options: Options) -> 
 
 def truncate(target: Target, weight: torch.Tensor, options: Options) -> TruncatedSVD:
     """The truncated SVD of one matrix (m, n) of a target, by its rank or its energy. Errors name the tensor."""
+    tolerance, seed, prove = options.tolerance, options.seed, options.prove
     try:
         if target.energy is not None:
-            return energy_svd(weight, target.energy, max_rank=target.rank, tolerance=options.tolerance, seed=options.seed)
-        return truncated_svd(weight, target.rank, tolerance=options.tolerance, seed=options.seed)
+            return energy_svd(weight, target.energy, max_rank=target.rank, tolerance=tolerance, seed=seed, prove=prove)
+        return truncated_svd(weight, target.rank, tolerance=tolerance, seed=seed, prove=prove)
     except WeightError as error:
         raise WeightError(
             f"{target.shard}: {target.key!r} cannot be factorized: {error.what}",

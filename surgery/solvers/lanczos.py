@@ -20,6 +20,7 @@ from surgery.memory import scratch
 from surgery.solvers.operator import Operator, wide_device, widened
 from surgery.solvers.product import LARGE
 from surgery.solvers.random import generator_of
+from surgery.solvers.search import Search
 
 MAX_PASSES = 400
 
@@ -89,8 +90,8 @@ def block_lanczos(
     block: int,
     seed: int,
     start: torch.Tensor | None = None,
-) -> RitzVectors:
-    """Ritz vectors for the k largest singular values of each matrix.
+) -> tuple[RitzVectors, Search]:
+    """Ritz vectors for the k largest singular values of each matrix, and the search that found them.
 
     Stops when every residual, estimated from the recurrence, is below ``tolerance`` times the largest singular
     value and below 100 ``tolerance`` times its own, or after ``MAX_PASSES``. The caller measures the true residuals.
@@ -106,7 +107,8 @@ def block_lanczos(
     basis = KrylovBasis(operator, limit=basis_limit(k, block), block=block, seed=seed)
     basis.begin(start)
     eps = torch.finfo(operator.matrices.dtype).eps
-    return iterate(basis, k, lambda values, residuals: worst_residuals(values, residuals, k, tolerance, eps))
+    ritz = iterate(basis, k, lambda values, residuals: worst_residuals(values, residuals, k, tolerance, eps))
+    return ritz, basis.search
 
 
 def iterate(basis: KrylovBasis, k: int, far: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> RitzVectors:
@@ -198,11 +200,18 @@ class KrylovBasis:
         self.size = 0  # rows already multiplied by C
         self._pending = 0  # orthonormal rows behind them, yet to be multiplied
         self._last = 0  # rows multiplied in the last step
+        self._steps = 0  # before the first restart
+        self._whole = True  # nothing has been let go of by a restart
 
     @property
     def exhausted(self) -> bool:
         """Whether the basis spans the whole space, so that nothing is left to find."""
         return self._pending == 0
+
+    @property
+    def search(self) -> Search:
+        """What it has gone through, if it began with random rows alone."""
+        return Search(min(self.block, self.limit), self._steps)
 
     def begin(self, start: torch.Tensor | None) -> None:
         """Begin with ``start`` and random rows after it. The order is kept: mixing rows would lose small values in rounding."""
@@ -218,6 +227,7 @@ class KrylovBasis:
         self._images[:, first:stop] = images
         products = self.operator.to_short(images)
         self.size, self._last = stop, self._pending
+        self._steps += self._whole
         known = self._rows[:, :stop]
         coefficients = torch.bmm(products, known.mT)
         products = torch.baddbmm(products, coefficients, known, alpha=-1)
@@ -247,6 +257,7 @@ class KrylovBasis:
         pending = self._rows[:, self.size : self.size + self._pending].clone()
         self._rows[:, :keep], self._images[:, :keep] = self.combine(vectors[:, :, :keep])
         self._projected.zero_()
+        self._whole = False
         self._projected.diagonal(0, 1, 2)[:, :keep] = values[:, :keep]
         self.size = keep
         self._append(pending, torch.zeros(pending.shape[:2], dtype=torch.float64, device=self._wide))

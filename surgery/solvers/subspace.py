@@ -15,6 +15,7 @@ from surgery.solvers.lanczos import BEYOND_RESIDUAL
 from surgery.solvers.operator import widened
 from surgery.solvers.orthonormal import orthonormal_rows
 from surgery.solvers.random import generator_of
+from surgery.solvers.search import Search
 from surgery.torch_threads import one_thread_each
 
 _MAX_ROUNDS = 20
@@ -32,7 +33,9 @@ _VISIBLE = {dtype: math.sqrt(torch.finfo(dtype).eps) for dtype in (torch.float32
 _STALLED = 0.7
 
 
-def leading_eigenvectors(G: torch.Tensor, k: int, *, tolerance: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def leading_eigenvectors(
+    G: torch.Tensor, k: int, *, tolerance: float, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, list[Search | None]]:
     """The k largest eigenvalues of each matrix and their vectors.
 
     Args:
@@ -44,20 +47,24 @@ def leading_eigenvectors(G: torch.Tensor, k: int, *, tolerance: float, seed: int
         seed: of the random start block, drawn on the CPU.
 
     Returns:
-        (B, k, n) orthonormal rows in the dtype of G, and float64 (B, k + 1): the k values, descending, and an upper
-        estimate of the next one, or zero for k = n.
+        (B, k, n) orthonormal rows in the dtype of G; float64 (B, k + 1): the k values, descending, and an upper
+        estimate of the next one, or zero for k = n; and the search of each matrix, None where all eigenvalues were computed.
     """
     count, n = G.shape[:2]
     width = k + max(8, k // 2)
+    searches: list[Search | None] = [None] * count
     if width > n // 4:
         rows, values = _decompose(G, range(count), k)
     else:
-        rows, values, settled = _iterate(G, k, width, tolerance, seed)
-        if G.dtype == torch.float64 and len(left := [i for i in range(count) if not settled[i]]):
+        rows, values, filters, settled = _iterate(G, k, width, tolerance, seed)
+        left = [i for i in range(count) if not settled[i]] if G.dtype == torch.float64 else []
+        if left:
             rows[left], values[left] = _decompose(G, left, k)
+        for i in set(range(count)) - set(left):
+            searches[i] = Search(width, filters=tuple(filters[i]))
     if k < n:
         values[:, k] = values[:, k].clamp(min=0) + _ROUNDING * torch.finfo(G.dtype).eps * values[:, 0]
-    return rows, values
+    return rows, values, searches
 
 
 def _decompose(G: torch.Tensor, which: range | list[int], k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,13 +89,16 @@ def _decompose(G: torch.Tensor, which: range | list[int], k: int) -> tuple[torch
     return torch.stack([rows for rows, _ in found]).to(G), torch.stack([values for _, values in found])
 
 
-def _iterate(G: torch.Tensor, k: int, width: int, tolerance: float, seed: int) -> tuple[torch.Tensor, torch.Tensor, list[bool]]:
-    """``leading_eigenvectors`` by iteration, without an allowance for the rounding of G; and which matrices converged."""
+def _iterate(
+    G: torch.Tensor, k: int, width: int, tolerance: float, seed: int
+) -> tuple[torch.Tensor, torch.Tensor, list[list[tuple[float, int]]], list[bool]]:
+    """``leading_eigenvectors`` by iteration, without an allowance for the rounding of G; filters, and which converged."""
     count, n = G.shape[:2]
     floor, visible = _FLOOR[G.dtype], _VISIBLE[G.dtype]
     rows = G.new_empty(count, k, n)
     found = torch.empty(count, k + 1, dtype=torch.float64, device=widened(G[:, :1, :1]).device)
     settled = [False] * count
+    filters: list[list[tuple[float, int]]] = [[] for _ in range(count)]
     generator = generator_of(seed)
     start = torch.randn(width, n, generator=generator, dtype=torch.float32).to(G)
     block = orthonormal_rows(widened(start @ G @ G)).to(G)
@@ -106,11 +116,13 @@ def _iterate(G: torch.Tensor, k: int, width: int, tolerance: float, seed: int) -
         worst = (lengths[:, :k] / allowed).amax(dim=1)
         degrees = _degrees(values, worst, k, edge, floor, _MAX_CONTRAST[G.dtype])
         going = []
-        for j, (i, far, degree) in enumerate(zip(active, worst.tolist(), degrees.tolist(), strict=True)):
+        told = torch.stack([worst, degrees.to(worst), edge[:, 0]], dim=1).tolist()
+        for j, (i, (far, degree, low)) in enumerate(zip(active, told, strict=True)):
             settled[i] = far <= 1 and bool(values[j, k - 1] >= visible * values[j, 0])
             if far > 1 and degree >= 2 and far < before[i] * _STALLED and round_number < _MAX_ROUNDS - 1:
                 going.append(j)
                 before[i] = far
+                filters[i].append((low, int(degree)))
             else:
                 rows[i], found[i] = block[j, :k], values[j, : k + 1]
                 found[i, k] = (found[i, k] + BEYOND_RESIDUAL * lengths[j, k]).clamp(min=visible * values[j, 0])
@@ -120,7 +132,7 @@ def _iterate(G: torch.Tensor, k: int, width: int, tolerance: float, seed: int) -
             active = [active[j] for j in going]
             G, block, images, edge, degrees = (x[going] for x in (G, block, images, edge, degrees))
         block = orthonormal_rows(widened(_filtered(G, block, images, edge, degrees))).to(G)
-    return rows, found, settled
+    return rows, found, filters, settled
 
 
 def _degrees(

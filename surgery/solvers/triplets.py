@@ -12,6 +12,7 @@ from surgery.solvers.limits import ROUNDING
 from surgery.solvers.operator import Operator, widened, widened_bytes
 from surgery.solvers.orthonormal import orthonormal_rows
 from surgery.solvers.product import leading_dimension
+from surgery.solvers.search import Decomposed, Search
 from surgery.solvers.subspace import leading_eigenvectors
 from surgery.torch_threads import one_thread_each
 
@@ -70,11 +71,13 @@ class Solution:
         method: the engine.
         triplets: the leading ones.
         passes: over the matrix.
+        search: how they were found.
     """
 
     method: str
     triplets: Triplets
     passes: int
+    search: Search | Decomposed
 
 
 def allowed_residuals(s: torch.Tensor, tolerance: float, dtype: torch.dtype) -> torch.Tensor:
@@ -121,7 +124,7 @@ def solve(operator: Operator, k: int, tolerance: float, seed: int) -> list[Solut
     """
     match engine(operator.short, k):
         case "svd":
-            return _each(operator, lambda single: Solution("svd", _full_svd(single, k), single.passes))
+            return _each(operator, lambda single: _full_svd(single, k))
         case "gram":
             return _gram(operator, k, tolerance, seed)
         case _:
@@ -140,25 +143,26 @@ def _each(operator: Operator, one: Callable[[Operator], Solution]) -> list[Solut
 
 def _lanczos(operator: Operator, k: int, tolerance: float, seed: int) -> list[Solution]:
     block = min(block_size(k, operator), operator.short - 1)
-    first_round = from_pairs(operator, block_lanczos(operator, k, tolerance=tolerance, block=block, seed=seed))
+    ritz, begun = block_lanczos(operator, k, tolerance=tolerance, block=block, seed=seed)
     found = []
-    for i, candidate in enumerate(first_round):
+    for i, candidate in enumerate(from_pairs(operator, ritz)):
         single = operator.one(i)
-        triplets = _settled(single, candidate, block, tolerance, seed)
+        triplets, search = _settled(single, candidate, begun, tolerance, seed)
         if (triplets.converged(tolerance) and triplets.known()) or single.short > _MAX_GRAM:
-            found.append(Solution("block-lanczos", triplets, single.passes))
+            found.append(Solution("block-lanczos", triplets, single.passes, search))
         else:
             found += _gram(single, k, tolerance, seed)
     return found
 
 
-def _settled(operator: Operator, best: Triplets, block: int, tolerance: float, seed: int) -> Triplets:
+def _settled(operator: Operator, best: Triplets, search: Search, tolerance: float, seed: int) -> tuple[Triplets, Search]:
     """Further rounds for one matrix, if the first has not converged or may have missed copies of a repeated value."""
-    k, widest = len(best.s), operator.short - 1
+    k, block, widest = len(best.s), search.rows, operator.short - 1
     if block < min(k, widest) and clustered(best.s, block):
         # Residuals cannot show that a copy of a repeated value is missing, so try again with a block wider than k.
         block = min(k + 8, widest)
-        best = from_pairs(operator, block_lanczos(operator, k, tolerance=tolerance, block=block, seed=seed))[0]
+        ritz, search = block_lanczos(operator, k, tolerance=tolerance, block=block, seed=seed)
+        best = from_pairs(operator, ritz)[0]
     for _ in range(_MAX_ROUNDS - 1):
         if best.converged(tolerance):
             break
@@ -166,10 +170,10 @@ def _settled(operator: Operator, best: Triplets, block: int, tolerance: float, s
         candidates = [_from_rows(operator, best.short.T, best.next_bound)]
         if not candidates[0].converged(tolerance):
             block, start = min(max(block, k), widest), candidates[0].short.T[None]
-            ritz = block_lanczos(operator, k, tolerance=tolerance, block=block, seed=seed + 1, start=start)
+            ritz, _ = block_lanczos(operator, k, tolerance=tolerance, block=block, seed=seed + 1, start=start)
             candidates += from_pairs(operator, ritz)
         best = min([best, *candidates], key=lambda triplets: triplets.residual.max().item())
-    return best
+    return best, search
 
 
 def clustered(s: torch.Tensor, block: int) -> bool:
@@ -182,10 +186,10 @@ def _gram(operator: Operator, k: int, tolerance: float, seed: int) -> list[Solut
     if operator.matrices.dtype == torch.float64:
         return [_gram_wide(operator.one(i), k, tolerance, seed) for i in range(len(operator))]
     found = []
-    for i, triplets in enumerate(_from_gram(operator, operator.gram(), k, tolerance, seed)):
+    for i, (triplets, search) in enumerate(_from_gram(operator, operator.gram(), k, tolerance, seed)):
         single = operator.one(i)
         if triplets.converged(tolerance) and triplets.known() and triplets.last():
-            found.append(Solution("gram", triplets, single.passes))
+            found.append(Solution("gram", triplets, single.passes, search))
         else:
             found.append(_gram_wide(single, k, tolerance, seed))
     return found
@@ -196,26 +200,31 @@ def _gram_wide(operator: Operator, k: int, tolerance: float, seed: int) -> Solut
 
     This resolves values down to 1e-8 s_1: enough for vectors that are rounded to float32, but not for float64 ones.
     """
-    triplets = _from_gram(operator, operator.gram_wide(), k, tolerance, seed)[0]
+    triplets, search = _from_gram(operator, operator.gram_wide(), k, tolerance, seed)[0]
     matrices = operator.matrices
     small = matrices.dtype == torch.float64 and matrices.numel() <= _MAX_FULL
     if small and not (triplets.converged(tolerance) and triplets.known() and triplets.last()):
-        return Solution("svd", _full_svd(operator, k), operator.passes)
-    return Solution("gram", triplets, operator.passes)
+        return _full_svd(operator, k)
+    return Solution("gram", triplets, operator.passes, search)
 
 
-def _from_gram(operator: Operator, gram: torch.Tensor, k: int, tolerance: float, seed: int) -> list[Triplets]:
-    rows, values = leading_eigenvectors(gram, k, tolerance=tolerance / 2, seed=seed)
+def _from_gram(
+    operator: Operator, gram: torch.Tensor, k: int, tolerance: float, seed: int
+) -> list[tuple[Triplets, Search | Decomposed]]:
+    rows, values, searches = leading_eigenvectors(gram, k, tolerance=tolerance / 2, seed=seed)
     short = rows.to(operator.matrices.dtype).to(operator.matrices.device).contiguous()
     ritz = RitzVectors(short, operator.to_long(short), values[:, -1].clamp(min=0).sqrt().cpu())
     found = from_pairs(operator, ritz)
     for i, triplets in enumerate(found):
         if not triplets.converged(tolerance):
             found[i] = _from_rows(operator.one(i), rows[i], triplets.next_bound)
-    return found
+    # Any order of the sums in a Gram matrix: Higham, "Accuracy and Stability of Numerical Algorithms" (2002), section 3.5.
+    error = operator.long * torch.finfo(gram.dtype).eps + operator.short * torch.finfo(torch.float64).eps
+    limits = (values[:, -1].clamp(min=0) + error * widened(gram.diagonal(0, 1, 2)).sum(dim=1)).sqrt().tolist()
+    return [(found[i], search or Decomposed(limits[i])) for i, search in enumerate(searches)]
 
 
-def _full_svd(operator: Operator, k: int) -> Triplets:
+def _full_svd(operator: Operator, k: int) -> Solution:
     matrix = widened(operator.matrices[0])
     operator.passes += 1
     left, s, right = torch.linalg.svd(matrix.T if operator.wide else matrix, full_matrices=False)
@@ -223,7 +232,8 @@ def _full_svd(operator: Operator, k: int) -> Triplets:
     short = right[None, :k].contiguous()
     long = left[None, :, :k].mT.contiguous()
     to_long, to_short = operator.to_long_wide(short), operator.to_short_wide(long)
-    return _measured(operator, _WideTriplets(long, s[None, :k], short, to_long, to_short), [next_bound])[0]
+    triplets = _measured(operator, _WideTriplets(long, s[None, :k], short, to_long, to_short), [next_bound])[0]
+    return Solution("svd", triplets, operator.passes, Decomposed(next_bound))
 
 
 def from_pairs(operator: Operator, ritz: RitzVectors) -> list[Triplets]:

@@ -136,6 +136,13 @@ def test_whatever_the_default_device_is(llama: Path, tmp_path: Path) -> None:
     assert all(g.grad is not None and g.grad.device.type == "cpu" for g in attached.parameters())
 
 
+def test_what_forks_has_no_gpu() -> None:
+    tests = Path(__file__).parents[1]
+    forking = [path for path in tests.rglob("*.py") if "os." + "fork(" in path.read_text()]
+    assert len(forking) == 3
+    assert all("\nimport tests.forks" in path.read_text() for path in forking)
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_full_gpu_costs_time_not_the_run() -> None:

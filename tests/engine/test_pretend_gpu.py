@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 import surgery
 from surgery.device import device_name
 from surgery.errors import SurgeryWarning
+from tests.fp8_models import quantize_model
 from tests.gpus import Gpu, only_pretended
 from tests.late_gpu import late_gpu
 from tests.linalg.test_svd import MATRICES, check
 from tests.models import files_of, realistic, save_llama, tensors_of
 from tests.pretend_gpu import GPU, OnGpu, pretend_gpu
-from tests.weights.test_fp8 import quantize_model
 
 
 def on_cpu(result: surgery.TruncatedSVD) -> surgery.TruncatedSVD:
