@@ -229,6 +229,9 @@ class _Sharing:
             count = 1 if self.windows == "alone" else batch_limit(need.matrix, window)
             # The matrices, once more as a batch, and what the arithmetic needs.
             one = max(one, count * (2 * need.matrix + need.working))
+        # Quantized weights of a window are computed there, all at once.
+        grown = max((need.matrix / need.stored for need in self.needs if need.matrix > need.stored), default=0)
+        one += int(grown * self._unit(window)) if self.resident else 0
         return (
             _GPU_BASE_MEMORY
             + workers * (one + _GPU_BLOCK_MEMORY)
