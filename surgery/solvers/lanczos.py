@@ -128,7 +128,8 @@ def iterate(basis: KrylovBasis | SingleBasis, k: int, far: Callable[[torch.Tenso
     """
     keep = kept_rows(k, basis.block)
     last_pass = basis.operator.passes + MAX_PASSES
-    checks = _CheckSchedule()
+    matrices = basis.operator.matrices
+    checks = _CheckSchedule(cheap_steps=matrices.device.type == "cpu" and matrices.numel() < LARGE)
     while True:
         basis.step()
         last = basis.operator.passes + 2 > last_pass
@@ -164,9 +165,14 @@ def worst_residuals(values: torch.Tensor, residuals: torch.Tensor, k: int, toler
 
 
 class _CheckSchedule:
-    """Decides after which steps to compute the residuals, since that takes an eigenproblem."""
+    """Decides after which steps to compute the residuals, since that takes an eigenproblem.
 
-    def __init__(self) -> None:
+    Args:
+        cheap_steps: whether a step too many costs no more than an eigenproblem too many.
+    """
+
+    def __init__(self, *, cheap_steps: bool) -> None:
+        self._rounded = math.ceil if cheap_steps else math.floor
         self._steps = 0
         self._next = 4
         self._seen: tuple[int, float] | None = None
@@ -182,7 +188,7 @@ class _CheckSchedule:
             decay = math.log(self._seen[1] / worst) / (self._steps - self._seen[0])
             wait = max(wait, 0.4 * math.log(worst) / decay)  # the decay becomes faster and faster
         self._seen = (self._steps, worst)
-        self._next = self._steps + max(1, min(8, math.floor(wait)))
+        self._next = self._steps + max(1, min(8, self._rounded(wait)))
 
 
 class KrylovBasis:

@@ -14,10 +14,8 @@ from typing import Any
 
 import torch
 
-#: With at least so many entries, and rows that nearly fill whole vector registers, oneDNN is fastest with the large matrix as
-#: its first operand: it packs the second one, and packing a large one takes longer than multiplying by a few rows.
+#: Entries from which on a matrix does not stay in the cache of one core.
 LARGE = 1 << 21
-_LANES = 16
 #: Rows a multiple of ``_CROWDED`` entries apart share few cache lines, which makes packing slow; ``GAP`` zeros behind each row
 #: prevent that (docs/numerics.md).
 _CROWDED, GAP = 512, 16
@@ -64,6 +62,7 @@ def _by_columns(y: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _by_rows(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    # The matrix first: oneDNN packs the second operand, and packing a large one takes longer than multiplying by a few rows.
     return _linear(matrix, x).T
 
 

@@ -1,11 +1,12 @@
 """The Krylov basis of one matrix on a CPU.
 
-What ``surgery.solvers.lanczos.KrylovBasis`` does for a batch, with fewer and smaller operations. A step on a matrix of a million
-entries takes half a millisecond, and an operation of torch some microseconds whatever its size, so that most of the time went
-into what is around the products.
+What ``surgery.solvers.lanczos.KrylovBasis`` does for a batch, with fewer and smaller operations: the products of a step with a
+matrix of a million entries take half a millisecond, an operation of torch some microseconds whatever its size.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -15,8 +16,6 @@ from surgery.solvers.random import generator_of
 from surgery.solvers.repair import NOISE, repaired
 from surgery.solvers.search import Search
 
-#: Rows that lie in the basis by no more than this are orthonormal to its square after it was taken out of them.
-_NEGLIGIBLE = 1e-4
 #: The least length of what is left of a row of length 1: rounding in it grows by the inverse.
 _LEFT = 0.5
 
@@ -24,9 +23,10 @@ _LEFT = 0.5
 class SingleBasis:
     """An orthonormal basis of the Krylov space of one matrix on a CPU, its images, and the projection of C on it.
 
-    The products of a block with C lie in that block, the one before and the next: only these two are projected out before the
-    products are orthonormalised, and all of the basis once after that (Golub, Underwood, "The block Lanczos method for computing
-    eigenvalues", in Rice, "Mathematical Software III", 1977). In the first step after a restart all of it is.
+    The products of a block with C lie in that block, the one before and the next. So only the first two are taken out of them
+    before they are orthonormalised, and all of the basis once after that, for rounding (Golub, Underwood, "The block Lanczos
+    method for computing eigenvalues", in Rice, "Mathematical Software III", 1977). The first products after a restart lie in
+    all of the basis.
 
     Args:
         operator: of one matrix on the CPU, float32 or float64.
@@ -86,11 +86,11 @@ class SingleBasis:
         products = torch.addmm(products, coefficients, near, alpha=-1)
         # The diagonal holds the squared lengths of the images. The rounding error of a product is proportional to the
         # length of its own image and to the norm of B.
-        lengths = coefficients.diagonal(first - self._near).clamp(min=0).sqrt().tolist()
+        lengths = [math.sqrt(max(0.0, square)) for square in coefficients.diagonal(first - self._near).tolist()]
         self._top = max(self._top, *lengths)
-        projected = self._projected[first:stop]
-        projected[:, :stop] = self._append(products, [NOISE * self._top * length for length in lengths])
-        projected[:, self._near : stop] += coefficients
+        projected = self._append(products, [NOISE * self._top * length for length in lengths])
+        projected[:, self._near :] += coefficients
+        self._projected[first:stop, :stop] = projected
         self._near = first
 
     def ritz(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -117,35 +117,35 @@ class SingleBasis:
     def _append(self, rows: torch.Tensor, noise: list[float]) -> torch.Tensor:
         """Orthonormalise ``rows`` (b, short), nearly free of the basis, and store them as the next block.
 
-        A direction no longer than the ``noise`` (b) of its row is rounding error, and replaced by a random one, so that the block
-        keeps its width and finds copies of a repeated value; its coupling to the previous block is zero.
+        A direction no longer than the ``noise`` (b) of its row is rounding error, and replaced by a random one, so that the
+        block keeps its width and finds copies of a repeated value; its coupling to the previous block is zero.
 
         Returns:
             float64 (b, size), the coefficients of that part of ``rows`` that was still in the basis.
         """
         room = min(self.block, self.operator.short - self.size)
-        known, block = self._rows[: self.size], self._rows[self.size : self.size + room]
-        still = torch.zeros(len(rows), self.size, dtype=torch.float64)
-        self._coupling = torch.zeros(len(rows), room, dtype=torch.float64)
+        known = self._rows[: self.size]
         self._pending = room
-        if room == 0:
-            return still
+        still = torch.zeros(len(rows), self.size, dtype=torch.float64)
+        block, self._coupling = rows[:0], still[:, :0]
         if len(rows) == room and (found := _orthonormalised(rows, known, noise)) is not None:
-            block[:], self._coupling, still = found
-        else:
+            block, self._coupling, still = found
+        elif room:
             lengths = torch.tensor(noise, dtype=torch.float64)
-            block[:], self._coupling = repaired(rows, lengths, known, room, self._random)
+            block, self._coupling = repaired(rows, lengths, known, room, self._random)
+        self._rows[self.size : self.size + room] = block
         return still
 
     def _random(self, count: int) -> torch.Tensor:
         rows = torch.randn(count, self.operator.short, generator=self._generator, dtype=torch.float32)
-        return (rows / rows.norm(dim=1, keepdim=True)).to(self._rows.dtype)
+        rows /= rows.norm(dim=1, keepdim=True)
+        return rows.to(self._rows.dtype)
 
 
 def _orthonormalised(
     rows: torch.Tensor, known: torch.Tensor, noise: list[float]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-    """Orthonormalise rows (b, short) by Cholesky QR, then against ``known`` (size, short), and again where that takes much away.
+    """Orthonormalise rows (b, short) by Cholesky QR and take ``known`` (size, short) out of them.
 
     Returns:
         orthonormal rows (b, short); float64 coupling (b, b) and ``still`` (b, size) with
@@ -153,19 +153,21 @@ def _orthonormalised(
     """
     # In float64: a Gram matrix has the square of the condition.
     wide = rows.double()
-    factor, info = torch.linalg.cholesky_ex(wide @ wide.T)
+    gram = wide @ wide.T
+    factor, info = torch.linalg.cholesky_ex(gram)
     # Each entry of the diagonal is the length of a row outside the span of those before it.
-    if info or any(length <= least for length, least in zip(factor.diagonal().tolist(), noise, strict=True)):
+    left, squares = factor.diagonal().tolist(), gram.diagonal().tolist()
+    if info or any(length <= least for length, least in zip(left, noise, strict=True)):
         return None
     eye = torch.eye(len(rows), dtype=torch.float64)
     block = (torch.linalg.solve_triangular(factor, eye, upper=False) @ wide).to(rows)
-    if len(known) == 0:
-        return block, factor, torch.zeros(len(rows), 0, dtype=torch.float64)
     again = block @ known.T
     block.addmm_(again, known, alpha=-1)
     still = factor @ again.double()
-    low, high = torch.aminmax(again)
-    if max(-low.item(), high.item()) > _NEGLIGIBLE:
+    # How far the rows are from orthonormal now: by the rounding of the Gram matrix and by the square of what was taken out.
+    steepest = max(square / length**2 for square, length in zip(squares, left, strict=True))
+    skew = torch.finfo(torch.float64).eps * steepest + torch.linalg.vector_norm(again).item() ** 2
+    if skew > torch.finfo(rows.dtype).eps:
         wide = block.double()
         root, info = torch.linalg.cholesky_ex(wide @ wide.T)
         if info or min(root.diagonal().tolist()) < _LEFT:
