@@ -282,11 +282,12 @@ def _proven(ready: Prepared, j: int, found: TruncatedSVD, tolerance: float, seed
 
 
 def in_working_precision(A: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy in float64 if A is float64, else in float32, with zeros behind each row where that is faster."""
-    if A.dtype in (torch.float32, torch.float64):
-        return A.contiguous()
+    """A contiguous tensor in float64 if A is float64, else in float32, with zeros behind each row where that is faster."""
     count, m, n = A.shape
-    padded = scratch("matrix", (count, m, leading_dimension(m, n, A.device)), torch.float32, A.device)
+    width = leading_dimension(m, n, A.device)
+    if A.dtype == torch.float64 or (A.dtype == torch.float32 and width == n):
+        return A.contiguous()
+    padded = scratch("matrix", (count, m, width), torch.float32, A.device)
     padded[:, :, :n] = A
     padded[:, :, n:] = 0
     return padded
