@@ -113,10 +113,10 @@ def top_k_of(search: Search | Decomposed, s: torch.Tensor, short: int, rounding:
     """
     if len(s) == short:
         return NOTHING_ELSE
-    if isinstance(search, Decomposed):
-        return known(s, search.next_bound, 0.0)
     if s[0] <= 0:  # too small for their dtype
         return UNKNOWN
+    if isinstance(search, Decomposed):
+        return known(s, search.next_bound, 0.0)
     least = max(s[-1].item(), math.sqrt(rounding) * s[0].item())
     equal = _most_equal(s.tolist(), least)
     left = _left(search, len(s), equal)
