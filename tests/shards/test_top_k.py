@@ -26,6 +26,7 @@ from surgery.planning import estimate
 from surgery.progress import Silent
 from surgery.shards import matrices
 from surgery.solvers.triplets import residuals_of
+from tests.linalg.test_proof import _hiding
 from tests.models import files_of, realistic, tensors_of
 from tests.sealing import MANIFEST, edited_manifest
 
@@ -205,6 +206,24 @@ def test_forged_factors_do_not_pass(
     done = CliRunner().invoke(main, ["verify", str(out), *(["--base", str(base)] if base else []), "--device", "cpu"])
     assert done.exit_code == 3
     assert "no larger singular value" in done.stdout
+
+
+def test_a_model_made_around_the_start_rows(tmp_path: Path) -> None:
+    """It fools a plain run, whose result verify refuses; with a proof it is factorized right."""
+    weight, values = _hiding((384, 400), 12, dtype=torch.float32)
+    folder = _model(tmp_path / "m", {"layers.0.up.weight": weight})
+    options: dict[str, Any] = {"rank": K, "include": ["*"], "device": "cpu"}
+    fooled = surgery.factorize(folder, tmp_path / "f", **options)
+    assert fooled.manifest.targets[0].s_first == pytest.approx(1.0, abs=1e-5)
+    failures = {failure.check: failure for failure in surgery.verify(tmp_path / "f", device="cpu").failures}
+    assert failures.keys() == {"no larger singular value", "gap"}  # which is that to the hidden one
+    assert float(failures["no larger singular value"].got) == pytest.approx(values[0].item(), rel=0.03)
+    right = surgery.factorize(folder, tmp_path / "g", **options, prove=True)
+    assert right.top_k.proven == 1
+    assert right.manifest.targets[0].s_first == pytest.approx(values[0].item(), abs=1e-5)
+    for prove in (False, True):
+        assert surgery.verify(tmp_path / "g", prove=prove, device="cpu").ok
+    assert not surgery.verify(tmp_path / "f", prove=True, device="cpu").ok
 
 
 def test_what_is_not_proven_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
