@@ -10,6 +10,9 @@ import torch
 from surgery.lossless.factors import Factors
 from surgery.memory import scratch
 
+#: The smallest number of float32 that is not zero: float64 has it as an ordinary one.
+_SMALLEST = 2.0**-149
+
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of all arithmetic after the exact product, for a weight of ``dtype``."""
@@ -69,5 +72,6 @@ def _to_integers(left: torch.Tensor, right: torch.Tensor, bits: int) -> torch.Te
     if not left.numel():
         return left.new_ones((2, *left.shape[:-2], 1, 1), dtype=torch.float64)
     largest = torch.stack([torch.linalg.vector_norm(x, math.inf, dim=(-2, -1), keepdim=True) for x in (left, right)])
-    exponents = bits - torch.frexp(largest).exponent
-    return ((exponents + 1023).long() << 52).view(torch.float64)
+    # Of float64 the bits tell the exponent e with 2^(e - 1) <= x < 2^e, as e + 1022, and those of 2^e are e + 1023.
+    found = largest.double().clamp_(min=_SMALLEST).view(torch.int64) >> 52
+    return ((bits + 2045 - found) << 52).view(torch.float64)
