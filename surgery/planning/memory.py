@@ -24,7 +24,7 @@ from surgery.solvers.triplets import workspace_bytes
 #: as objects, as parsed JSON, and as the text that is written. docs/performance.md has the measurements.
 _TENSOR_MEMORY = 1024
 _TARGET_MEMORY = 4096
-_MATRIX_MEMORY = 2048
+_MATRIX_MEMORY = 3072
 _DIRECTION_MEMORY = 288
 
 
@@ -110,8 +110,7 @@ def need_to_verify(target: TargetRecord, *, prove: bool = False) -> Need:
     """What recovery and measurement of a target need, and with ``prove`` its proof."""
     _, m, n = target.matrices
     need = need_to_fold(target)
-    proof = proof_bytes(m, n) if prove else 0
-    return replace(need, working=need.working + measuring_bytes(m, n, target.rank) + proof)
+    return replace(need, working=need.working + measuring_bytes(m, n, target.rank, prove=prove))
 
 
 def need_to_project(target: TargetRecord) -> Need:

@@ -114,6 +114,7 @@ class Plan(Report):
             files_along=self.files_along,
             bytes_along=self.bytes_along,
             left_out=tuple(LeftOutRecord(file, reason) for file, reason in self.left_out.items()),
+            prove=self.options.prove,
             train=self.train,
             trainable=self.trainable,
             reached=self.reached,
