@@ -173,7 +173,8 @@ class _Sharing:
             return CPU_WINDOW_BYTES
         window = RESIDENT_WINDOW_BYTES if self.resident else GPU_WINDOW_BYTES
         if self.resources.device_memory is not None:
-            while window > CPU_WINDOW_BYTES and self._device_bytes(1, 1, window) > self.resources.device_memory:
+            readers = 2 if self.resident else 1  # a second one is worth more than longer windows
+            while window > CPU_WINDOW_BYTES and self._device_bytes(1, readers, window) > self.resources.device_memory:
                 window //= 2
         return window
 

@@ -98,13 +98,14 @@ def _factorize_batch(
         together = torch.stack(weights) if len(batch) > 1 or where.type == "cuda" else weights[0][None]
     with timed("svd"):
         found = _svds(batch, together, options)
-    here = [_factors(svd).to("cpu") for svd in found]
+    kept = Factors(*(torch.stack([getattr(svd, part) for svd in found]) for part in ("U", "s", "V")))
+    here = [Factors(*one) for one in zip(*(part.cpu() for part in (kept.U, kept.s, kept.V)), strict=True)]
     if layout == "overlay":
         parts: list[_Split] = [_Split(None, lambda: None, 0.0)] * len(batch)
     else:
         with timed("residual"):
             if where.type == "cuda":
-                parts = _split_together(batch, together, found, options, lane)
+                parts = _split_together(batch, together, kept, options, lane)
             else:  # also for an Apple GPU: the lossless arithmetic is float64, which that does not have
                 parts = [_split(matrix, factors, options) for matrix, factors in zip(batch, here, strict=True)]
         with timed("copy"):
@@ -115,10 +116,6 @@ def _factorize_batch(
         Result(matrix.target, matrix.index, factors, svd.norm.item(), svd.certificate, part.correction, part.inexact)
         for matrix, factors, svd, part in zip(batch, here, found, parts, strict=True)
     ]
-
-
-def _factors(svd: TruncatedSVD) -> Factors:
-    return Factors(svd.U.contiguous(), svd.s, svd.V.contiguous())
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,12 +138,11 @@ def _split(matrix: Matrix, factors: Factors, options: Options) -> _Split:
 
 
 def _split_together(
-    batch: Sequence[Matrix], together: torch.Tensor, found: Sequence[TruncatedSVD], options: Options, lane: Lane
+    batch: Sequence[Matrix], together: torch.Tensor, kept: Factors, options: Options, lane: Lane
 ) -> list[_Split]:
     """Split matrices (B, m, n) on a GPU, which their residuals overwrite. Errors name the tensor."""
-    U, s, V = (torch.stack([getattr(svd, part) for svd in found]) for part in "UsV")
     try:
-        parts = split_batch(together, Factors(U, s, V), correct=options.correction, out=together)
+        parts = split_batch(together, kept, correct=options.correction, out=together)
     except ResidualError as error:
         raise _cannot_be_split(batch[error.index].target, error) from error
     results = []
