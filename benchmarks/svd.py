@@ -2,6 +2,7 @@
 
     python benchmarks/svd.py                     all cases (about ten minutes on two cores)
     python benchmarks/svd.py square wide         some of them: square, wide, ranks, stored, full, gaussian, small, hard
+    python benchmarks/svd.py alone               matrices up to 2048x2048 in one thread, as factorize solves them (CPU time)
     python benchmarks/svd.py parts               where the time of a call goes, ours and theirs (CPU)
     python benchmarks/svd.py model --device cuda the matrices of an 8B model, in the batches that factorize makes
 
@@ -201,6 +202,34 @@ def small(device: str, repeats: int, weights: str | None = None) -> None:
         print(f"| {len(matrices)} matrices, 384 wide, k=16 | {name} | {1e3 * median:.0f} | {median / own:.2f} | {residual} | |")
 
 
+def alone(device: str, repeats: int) -> None:
+    """Matrices that are solved in one thread each, as ``surgery factorize`` does: medians of the CPU time of that thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the peers' BLAS has to be told by OPENBLAS_NUM_THREADS=1
+    shapes = ((384, 1536), (768, 768), (768, 2048), (1024, 1024), (768, 3072), (1536, 1536), (2048, 2048))
+    cases = [(f"{m}x{n}, k=16, one thread", random_matrix(m, n, device), 16) for m, n in shapes]
+    cases.append(("1024x1024, k=64, one thread", random_matrix(1024, 1024, device), 64))
+    cases.append(
+        ("Gaussian 1024x1024, k=16, one thread", torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0)), 16)
+    )
+    for name, A, k in cases:
+        found = {peer: PEERS[peer](A, k) for peer in ("surgery", "PROPACK", "ARPACK")}
+        seconds: dict[str, list[float]] = {peer: [] for peer in found}
+        for _ in range(repeats):
+            for peer, times in seconds.items():
+                start = time.thread_time()
+                PEERS[peer](A, k)
+                times.append(time.thread_time() - start)
+        own = statistics.median(seconds["surgery"])
+        for peer, times in seconds.items():
+            median = statistics.median(times)
+            print(
+                f"| {name} | {peer} | {1e3 * median:.1f} | {median / own:.2f} | {residual_of(A, found[peer]):.0e} | |",
+                flush=True,
+            )
+    torch.set_num_threads(threads)
+
+
 def hard(device: str, repeats: int) -> None:
     n = 768
     generator = torch.Generator().manual_seed(0)
@@ -301,12 +330,12 @@ def model(device: str, repeats: int) -> None:
     print(f"| {name} | surgery | {1e3 * statistics.median(times):.0f} | 1.00 | {worst:.0e} | |")
 
 
-CASES = {case.__name__: case for case in (square, wide, ranks, stored, full, gaussian, small, hard, parts, model)}
+CASES = {case.__name__: case for case in (square, wide, ranks, stored, full, gaussian, small, hard, alone, parts, model)}
 
 
 def run(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("cases", nargs="*", help=", ".join(CASES) + " (default: all but parts and model)")
+    parser.add_argument("cases", nargs="*", help=", ".join(CASES) + " (default: all but alone, parts and model)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--weights", type=Path, help="for small: a safetensors file of a real model")
@@ -314,7 +343,7 @@ def run(argv: list[str] | None = None) -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.device}, tolerance {TOLERANCE}\n")
     if arguments.cases != ["parts"]:
         print("| case | solver | ms | of surgery's | residual | values |\n| --- | --- | --- | --- | --- | --- |", flush=True)
-    for name in arguments.cases or [case for case in CASES if case not in ("parts", "model")]:
+    for name in arguments.cases or [case for case in CASES if case not in ("alone", "parts", "model")]:
         if name == "small":
             small(arguments.device, arguments.repeats, arguments.weights)
         else:

@@ -112,6 +112,11 @@ class Operator:
     def _sweep(self, left: torch.Tensor | None, right: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """``left A`` (B, b, n) for left (B, b, m), and ``right A^T`` (B, b, m) for right (B, b, n); empty for None."""
         m, n = self.matrices.shape[1:]
+        if self.matrices.device.type == "cpu" and len(self) > 1:  # blocks of one matrix fit the cache
+            parts = [
+                self.one(i)._sweep(*(None if x is None else x[i : i + 1] for x in (left, right))) for i in range(len(self))
+            ]
+            return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
         device = wide_device(self.matrices)
         columns = torch.zeros(len(self), 0 if left is None else left.shape[1], n, dtype=torch.float64, device=device)
         rows = torch.zeros(len(self), 0 if right is None else right.shape[1], m, dtype=torch.float64, device=device)

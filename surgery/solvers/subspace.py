@@ -21,7 +21,7 @@ from surgery.torch_threads import one_thread_each
 _MAX_ROUNDS = 20
 _MAX_DEGREE = 16
 #: The most by which a filter may magnify the first direction over the last: else the last ones are lost in rounding.
-_MAX_CONTRAST = {torch.float32: 1e9, torch.float64: 1e10}
+_MAX_CONTRAST = {torch.float32: 1e12, torch.float64: 1e10}
 #: Residuals and eigenvalues below this share of the largest eigenvalue are rounding errors.
 _FLOOR = {torch.float32: 5e-7, torch.float64: 1e-14}
 #: Units of the precision of a Gram matrix, over the largest eigenvalue, by which its small eigenvalues may be wrong.
