@@ -325,7 +325,7 @@ class _LateGpu:
         if not ours and there is None:
             return self._on_host(func, args, kwargs, tensors)
         refuse_a_mix(name, tensors)
-        self.expect_no_fault(name)
+        self.expect_no_fault(name if there is not None else "to the host")
         self.expect_kept()
         with self.lock:
             return self._on_device(func, args, kwargs, there)
@@ -521,8 +521,8 @@ def late_gpu(
 
     Args:
         cards: the model of each.
-        fault: called with the name of each operation on a device, with ``pin`` for each pinned allocation and with ``stream``
-            for each stream; the error that it gives is raised in its place.
+        fault: called with the name of each operation on a device, with ``to the host`` for each copy from one, ``pin`` for each
+            pinned allocation and ``stream`` for each stream; the error that it gives is raised in its place.
         limits: ``largest``, bytes beyond which an allocation fails.
 
     Returns:

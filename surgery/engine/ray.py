@@ -128,8 +128,12 @@ def _cluster(ray: Any, device: str) -> Cluster:
         return Cluster("cuda", name, its_processor, cores, memory or None, device_memory, device_free)
     cores = min(int(node["CPU"]) for node in nodes)
     memory = min(int(node.get("memory", 0) * cores // node["CPU"]) for node in nodes)
-    its_processor = ray.get(ray.remote(num_cpus=1)(processor).remote())
+    its_processor = ray.get(ray.remote(num_cpus=1)(_processor).remote())
     return Cluster("cpu", "cpu", its_processor, cores, memory or None, None, None)
+
+
+def _processor() -> str:
+    return processor()
 
 
 def _describe() -> tuple[str, str, int, int]:
