@@ -27,7 +27,7 @@ from surgery.format.scales.writing import write_untouched
 from surgery.format.tensor_view import by_tensor
 from surgery.lossless.split import split
 from surgery.names import JOURNAL_DIR, SCALES_FILE
-from surgery.planning.memory import collected_bytes, need_to_factorize, windows_of
+from surgery.planning.memory import collected_bytes, need_to_factorize
 from surgery.planning.plan import Layout, ShardPlan
 from surgery.planning.recipes import Recipe, find_recipe
 from surgery.planning.targets import Target, extent
@@ -171,7 +171,7 @@ class _RepairJobs:
             [need_to_factorize(target, prove=self._manifest.options.prove) for target in targets],
             by.resources,
             kept=collected_bytes(targets, len(self._manifest.targets) + len(self._manifest.skipped)),
-            windows=windows_of(targets),
+            windows="resident",
             longest=max(shard.source.size for shard in self._manifest.shards),
         )
         self._window = memory.window_bytes

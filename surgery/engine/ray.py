@@ -180,7 +180,9 @@ def run_remotely(
             if timing is not None:
                 timing.add(done.seconds)
                 timing.wall += done.wall
-                timing.threads = {"download": 1, "reader": 1, "worker": memory.workers, "writer": 1, "host": cluster.cores}
+                timing.threads = {"download": 1, "reader": 1, "worker": memory.workers, "writer": 1}
+                if cluster.device == "cuda":
+                    timing.threads["host"] = cluster.cores
             yield key, done.result
     finally:
         for reference in waiting:

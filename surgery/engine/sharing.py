@@ -45,8 +45,10 @@ CORRECTION_BYTES = 0.25
 _UNFINISHED_MEMORY = 8192
 #: Bytes for each matrix of a window, besides its numbers: factors, correction and certificate are tensors of their own.
 _RESULT_MEMORY = 12288
-#: GPU memory of the context with its libraries, and of temporary tensors of the certificate and of the lossless arithmetic.
-_GPU_BASE_MEMORY = 3 << 30
+#: GPU memory of the context with its libraries; and of temporary tensors of the certificate and of the lossless arithmetic, per
+#: worker.
+_GPU_BASE_MEMORY = 1 << 30
+_GPU_BLOCK_MEMORY = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +229,14 @@ class _Sharing:
             count = 1 if self.windows == "alone" else batch_limit(need.matrix, window)
             # The matrices, once more as a batch, and what the arithmetic needs.
             one = max(one, count * (2 * need.matrix + need.working))
-        return _GPU_BASE_MEMORY + workers * one + (self._pieces(workers, readers, window) if self.resident else 0)
+        # Quantized weights of a window are computed there, all at once.
+        grown = max((need.matrix / need.stored for need in self.needs if need.matrix > need.stored), default=0)
+        one += int(grown * self._unit(window)) if self.resident else 0
+        return (
+            _GPU_BASE_MEMORY
+            + workers * (one + _GPU_BLOCK_MEMORY)
+            + (self._pieces(workers, readers, window) if self.resident else 0)
+        )
 
 
 def _most_in(window: int, needs: Sequence[Need]) -> int:

@@ -15,12 +15,7 @@ from surgery.engine.threads import ReadAhead
 from surgery.files.file_writer import CHUNK_BYTES
 from surgery.format.header import Header, TensorEntry
 from surgery.format.safetensors import ShardReader
-from surgery.memory import bytes_of, return_free_memory
-from surgery.progress import Progress
 from surgery.timing import Timing, timed
-
-#: Bytes of a shard that pass before freed memory is returned to the system.
-_TRIM_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +118,6 @@ class ShardWalk:
         targets: names of the tensors to give as ``TargetPiece``, each with how many matrices of a stack to give at a time,
             or None for the whole tensor.
         buffers: where the memory of the pieces comes from, on the CPU or on a GPU; whoever uses a piece gives its buffer back.
-            None: fresh memory of the CPU.
         timing: records how long the reading takes.
     """
 
@@ -131,7 +125,7 @@ class ShardWalk:
         self,
         reader: ShardReader,
         targets: Mapping[str, int | None],
-        buffers: Buffers | None = None,
+        buffers: Buffers,
         timing: Timing | None = None,
     ) -> None:
         self._reader = reader
@@ -151,7 +145,7 @@ class ShardWalk:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is not None and self._buffers is not None:
+        if error is not None:
             self._buffers.stop()  # the reader may be waiting for a buffer that is never given back
         self._ahead.__exit__(kind, error, trace)
 
@@ -179,10 +173,6 @@ class ShardWalk:
             with timed("hash"):
                 self._sha256.update(part)
 
-        if self._buffers is None:
-            buffer = self._reader.empty(count)
-            read(bytes_of(buffer), 0)
-            return buffer
         buffer = self._buffers.take(count)
         try:
             self._buffers.fill(buffer, read)
@@ -198,20 +188,6 @@ def looked_at(pieces: Iterable[Piece], on_target: Callable[[TargetPiece], object
         if isinstance(piece, TargetPiece):
             on_target(piece)
         yield piece
-
-
-def with_progress(walk: ShardWalk, progress: Progress) -> Iterator[Piece]:
-    """Passes the pieces of a walk without ``buffers`` on one by one, and tells the progress of their use."""
-    passed = 0
-    for piece in walk:
-        if isinstance(piece, TargetPiece):
-            progress.item(piece.entry.name)
-        yield piece
-        progress.advance(len(piece))
-        passed += len(piece)
-        if passed >= _TRIM_BYTES:
-            passed = 0
-            return_free_memory()
 
 
 def _portions(entry: TensorEntry, at_a_time: int | None) -> Iterator[tuple[int, int | None]]:

@@ -54,7 +54,8 @@ class Certificate:
         converged: bool (...,), every residual is within the tolerance.
         passes: int64 (...,), products with A or its transpose.
         method: ``block-lanczos``, ``gram``, ``svd`` or ``zero``; a tuple of these for a batch.
-        top_k: what is known of singular values that were not found; a tuple for a batch.
+        top_k: what is known of singular values that were not found (``TopK``); a tuple for a batch. Residuals say nothing of
+            these.
     """
 
     residual: torch.Tensor
@@ -107,11 +108,15 @@ def truncated_svd(
             rounding allows (2e-6 s_1 in float32, also its least value). The error of a singular value is of second
             order in it, within a cluster of values no wider than that of first order.
         seed: of the random start block.
-        prove: whether to prove that nothing larger is missing.
+        prove: whether to prove that no larger singular value was missed, by a Cholesky factorization in float64 on the
+            shorter side n: n^3 / 3 operations, and n^2 max(m, n) for its matrix. Where that fails the matrix is solved again
+            from other rows, twice at most.
 
     Returns:
         ``TruncatedSVD``. Look at ``certificate.converged``: a matrix on which the iteration fails is reported there,
-        never hidden.
+        never hidden. ``certificate.top_k`` says whether these are the largest: with ``prove`` it is ``proven``, or
+        ``unknown`` where the proof fails. Without, it is ``likely`` where the random start block makes it so improbable
+        that something was missed: of a matrix that was made with its numbers in mind, that says nothing.
 
     If a GPU has too little memory for a whole batch, it is solved in parts; a matrix that does not fit alone is solved on the
     CPU, with a ``SurgeryWarning``.
@@ -121,7 +126,8 @@ def truncated_svd(
         WeightError: A holds NaN or infinity, or its singular values overflow.
 
     Source: see ``surgery.solvers.lanczos``; the certificate is that of Golub, Van Loan, "Matrix Computations",
-    section 8.6, and Wedin, "Perturbation bounds in connection with singular value decomposition" (BIT 12, 1972).
+    section 8.6, and Wedin, "Perturbation bounds in connection with singular value decomposition" (BIT 12, 1972). Proofs:
+    Rump, "Verification of positive definiteness" (BIT 46, 2006).
     """
     check_dense(A, "A")
     if A.ndim not in (2, 3):
@@ -276,11 +282,12 @@ def _proven(ready: Prepared, j: int, found: TruncatedSVD, tolerance: float, seed
 
 
 def in_working_precision(A: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy in float64 if A is float64, else in float32, with zeros behind each row where that is faster."""
-    if A.dtype in (torch.float32, torch.float64):
-        return A.contiguous()
+    """A contiguous tensor in float64 if A is float64, else in float32, with zeros behind each row where that is faster."""
     count, m, n = A.shape
-    padded = scratch("matrix", (count, m, leading_dimension(m, n, A.device)), torch.float32, A.device)
+    width = leading_dimension(m, n, A.device)
+    if A.dtype == torch.float64 or (A.dtype == torch.float32 and width == n):
+        return A.contiguous()
+    padded = scratch("matrix", (count, m, width), torch.float32, A.device)
     padded[:, :, :n] = A
     padded[:, :, n:] = 0
     return padded

@@ -45,7 +45,7 @@ def estimate_seconds(plan: Plan, device: torch.device) -> float:
 
 
 def _proof(target: Target) -> float:
-    """Float32 operations that take as long as the proof of a target: a float64 Gram matrix, and its Cholesky decomposition."""
+    """Float32 operations that take as long as the proof of a target: a Gram matrix and its Cholesky decomposition."""
     count, m, n = target.matrices
     short, long = sorted((m, n))
     return _FLOAT64 * count * short**2 * (long + short / 2)

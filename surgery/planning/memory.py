@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from surgery.engine.sharing import CPU_WINDOW_BYTES, Need, Windows
+from surgery.engine.sharing import CPU_WINDOW_BYTES, Need
 from surgery.format.header import TensorEntry
 from surgery.format.manifest_records import TargetRecord
 from surgery.format.safetensors import TORCH_DTYPES
@@ -24,7 +24,7 @@ from surgery.solvers.triplets import workspace_bytes
 #: as objects, as parsed JSON, and as the text that is written. docs/performance.md has the measurements.
 _TENSOR_MEMORY = 1024
 _TARGET_MEMORY = 4096
-_MATRIX_MEMORY = 2048
+_MATRIX_MEMORY = 3072
 _DIRECTION_MEMORY = 288
 
 
@@ -39,11 +39,6 @@ def need_to_factorize(target: Target, *, prove: bool = False) -> Need:
     together = min(solved_together(min(m, n), target.rank), CPU_WINDOW_BYTES // (m * n * dtype.itemsize) + 1)
     stored = m * n * WEIGHT_BITS[target.dtype] // 8
     return Need(target.key, target.shape, target.shard, held, working, m * n * dtype.itemsize, count, stored, together)
-
-
-def windows_of(targets: Iterable[Target]) -> Windows:
-    """What the windows of a factorization of these targets are for: a quantized weight is dequantized on the CPU."""
-    return "resident" if all(target.quantized is None for target in targets) else "together"
 
 
 def need_to_fold(target: TargetRecord) -> Need:
@@ -115,8 +110,14 @@ def need_to_verify(target: TargetRecord, *, prove: bool = False) -> Need:
     """What recovery and measurement of a target need, and with ``prove`` its proof."""
     _, m, n = target.matrices
     need = need_to_fold(target)
-    proof = proof_bytes(m, n) if prove else 0
-    return replace(need, working=need.working + measuring_bytes(m, n, target.rank) + proof)
+    return replace(need, working=need.working + measuring_bytes(m, n, target.rank, prove=prove))
+
+
+def need_to_project(target: TargetRecord) -> Need:
+    """What the recovery of a target and its comparison with a tuned weight need."""
+    need = need_to_fold(target)
+    tuned = 4 * need.held * 8 // WEIGHT_BITS[target.dtype]  # float32 at most, put together from parts of its own size
+    return replace(need, working=need.working + 2 * tuned)
 
 
 def _held(shape: Sequence[int], dtype: str, at_a_time: int | None) -> int:

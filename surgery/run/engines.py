@@ -127,9 +127,9 @@ class LocalEngine:
                 count = len(self._devices)
                 readers = count * memory.readers
                 workers, writers = count * memory.workers, JOBS_PER_READER * readers
-                host = os.cpu_count() or 1
-                timing.threads = {"download": 1, "reader": readers, "worker": workers, "host": host, "writer": writers}
+                timing.threads = {"download": 1, "reader": readers, "worker": workers, "writer": writers}
                 if self._devices[0].type == "cuda":
+                    timing.threads["host"] = os.cpu_count() or 1
                     timing.wait_for_device = lambda: torch.cuda.current_stream().synchronize()
             lanes = [Lane(device, memory, timing) for device in self._devices]
             try:

@@ -21,6 +21,8 @@ from surgery.shards.failures import Failure, Failures
 _ORTHONORMAL = 1e-5
 #: By how much a residual may exceed the recorded one, over s_1, beyond 1 %: float64 products differ from machine to machine.
 _ROUNDED = 1e-9
+#: By how much a value that was missed may be above s_k, relatively: a proof does not tell closer ones apart.
+_AS_LARGE = 1e-3
 #: Relative error that a recorded energy may have: half a unit in its sixth digit, and that of float32 sums of squares.
 _ENERGY = 8e-6
 
@@ -107,9 +109,9 @@ class CheckedTarget:
             i = int(over.nonzero()[0])
             miss("residual", f"{residual[i].item():.3g} of direction {i + 1}", f"{measured.residual[i].item():.3g}")
         first, last = s[0].item(), s[-1].item()
-        allowed = max(self.options.tolerance, residual[-1].item())
-        if measured.missed > allowed:
-            miss("no larger singular value", f"{last + measured.missed * first:.6g}", f"at most {last + allowed * first:.6g}")
+        allowed = max(self.options.tolerance * first, _AS_LARGE * last)
+        if measured.missed * first > allowed:
+            miss("no larger singular value", f"{last + measured.missed * first:.6g}", f"at most {last + allowed:.6g}")
         elif self.prove and known.verdict != "proven":
             miss("proof that no singular value is larger", str(known), "proven")
         (_, m, n), short = target.matrices, min(target.matrices[1:])

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -20,7 +21,9 @@ from surgery.memory import scratch
 from surgery.solvers.operator import Operator, wide_device, widened
 from surgery.solvers.product import LARGE
 from surgery.solvers.random import generator_of
+from surgery.solvers.repair import NOISE, repaired
 from surgery.solvers.search import Search
+from surgery.solvers.single import SingleBasis
 
 MAX_PASSES = 400
 
@@ -33,9 +36,6 @@ _SPARE_ROWS = 64
 #: A value after the wanted ones may lie above its estimate by this many of its residuals, and by so many units of rounding.
 BEYOND_RESIDUAL = 2.0
 _ROUNDING = 4
-
-#: A direction is noise if its part outside the basis is below this multiple of the norm of B times its image's length.
-_NOISE = 3e-7
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +104,20 @@ def block_lanczos(
         seed: of the random rows, drawn on the CPU; each matrix gets the same ones, whatever batch it is in.
         start: (B, b, short) orthonormal rows to begin from, b <= ``block``, by descending value.
     """
-    basis = KrylovBasis(operator, limit=basis_limit(k, block), block=block, seed=seed)
+    basis = krylov_basis(operator, limit=basis_limit(k, block), block=block, seed=seed)
     basis.begin(start)
     eps = torch.finfo(operator.matrices.dtype).eps
     ritz = iterate(basis, k, lambda values, residuals: worst_residuals(values, residuals, k, tolerance, eps))
     return ritz, basis.search
 
 
-def iterate(basis: KrylovBasis, k: int, far: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> RitzVectors:
+def krylov_basis(operator: Operator, *, limit: int, block: int, seed: int) -> KrylovBasis | SingleBasis:
+    """An empty Krylov basis for the matrices of an operator: for one matrix on a CPU that which is made for it."""
+    kind = SingleBasis if len(operator) == 1 and operator.matrices.device.type == "cpu" else KrylovBasis
+    return kind(operator, limit=limit, block=block, seed=seed)
+
+
+def iterate(basis: KrylovBasis | SingleBasis, k: int, far: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> RitzVectors:
     """Step and restart until all matrices are near enough, or for ``MAX_PASSES``.
 
     Args:
@@ -122,7 +128,8 @@ def iterate(basis: KrylovBasis, k: int, far: Callable[[torch.Tensor, torch.Tenso
     """
     keep = kept_rows(k, basis.block)
     last_pass = basis.operator.passes + MAX_PASSES
-    checks = _CheckSchedule()
+    matrices = basis.operator.matrices
+    checks = _CheckSchedule(cheap_steps=matrices.device.type == "cpu" and matrices.numel() < LARGE)
     while True:
         basis.step()
         last = basis.operator.passes + 2 > last_pass
@@ -158,9 +165,14 @@ def worst_residuals(values: torch.Tensor, residuals: torch.Tensor, k: int, toler
 
 
 class _CheckSchedule:
-    """Decides after which steps to compute the residuals, since that takes an eigenproblem."""
+    """Decides after which steps to compute the residuals, since that takes an eigenproblem.
 
-    def __init__(self) -> None:
+    Args:
+        cheap_steps: whether a step too many costs no more than an eigenproblem too many.
+    """
+
+    def __init__(self, *, cheap_steps: bool) -> None:
+        self._rounded = math.ceil if cheap_steps else math.floor
         self._steps = 0
         self._next = 4
         self._seen: tuple[int, float] | None = None
@@ -176,7 +188,7 @@ class _CheckSchedule:
             decay = math.log(self._seen[1] / worst) / (self._steps - self._seen[0])
             wait = max(wait, 0.4 * math.log(worst) / decay)  # the decay becomes faster and faster
         self._seen = (self._steps, worst)
-        self._next = self._steps + max(1, min(8, math.floor(wait)))
+        self._next = self._steps + max(1, min(8, self._rounded(wait)))
 
 
 class KrylovBasis:
@@ -236,7 +248,7 @@ class KrylovBasis:
         # length of its own image and to the norm of B.
         lengths = projected.diagonal(first, 1, 2).clamp(min=0).sqrt()
         self._top = torch.maximum(self._top, lengths.amax(dim=1, keepdim=True))
-        noise = _NOISE * self._top * lengths
+        noise = NOISE * self._top * lengths
         # Only the lower triangle is set, since eigh reads nothing else.
         self._projected[:, first:stop, :stop] = projected + self._append(products, noise)
 
@@ -284,37 +296,11 @@ class KrylovBasis:
             still = torch.zeros(count, width, self.size, dtype=torch.float64, device=self._wide)
         for i, done in enumerate(sound):
             if not done:
-                block[i], coupling[i] = self._repaired(i, rows[i], noise[i], room)
+                block[i], coupling[i] = repaired(rows[i], noise[i], known[i], room, partial(self._random, i))
                 still[i] = 0
         self._rows[:, self.size : self.size + room] = block
         self._coupling = coupling
         return still
-
-    def _repaired(self, i: int, rows: torch.Tensor, noise: torch.Tensor, room: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The ``room`` longest directions of ``rows`` (b, short) for matrix i, with random ones in place of noise.
-
-        Returns:
-            (room, short) orthonormal rows and the float64 (b, room) coupling.
-        """
-        known = self._rows[i, : self.size]
-        wide = widened(rows - (rows @ known.T) @ known)
-        # In units of each row's noise, so that a row with much noise does not hide the others.
-        unit = torch.where(noise > 0, noise, 1.0)
-        wide = wide / unit[:, None]
-        values, vectors = torch.linalg.eigh(wide @ wide.T)
-        lengths = values.clamp(min=0).sqrt()
-        least = max(1.0 if noise.any() else 0.0, 1e-14 * lengths.max().item())
-        kept = (lengths > least).nonzero().flatten().flip(0)[:room]
-        coupling = unit[:, None] * (vectors[:, kept] * lengths[kept])
-        block = ((vectors[:, kept] / lengths[kept]).T @ wide).to(rows.dtype).to(rows.device)
-        if len(kept) < room:
-            coupling = torch.nn.functional.pad(coupling, (0, room - len(kept)))
-            block = torch.cat([block, self._random(i, room - len(kept))])
-        for _ in range(2):
-            # Cholesky keeps the order of the rows and hardly changes the first ones, so the coupling stays valid.
-            block = block - (block @ known.T) @ known
-            block = (_inverse_root(_gram(block)) @ widened(block)).to(rows.dtype).to(rows.device)
-        return block, coupling
 
     def _random(self, i: int, count: int) -> torch.Tensor:
         rows = torch.randn(count, self.operator.short, generator=self._generators[i], dtype=torch.float32)
@@ -349,21 +335,3 @@ def _orthonormalised(
     block = torch.bmm(torch.linalg.solve_triangular(root, eye, upper=False).to(rows), block)
     outcome = [True] * len(rows) if all_sound and not info.any() else sound.tolist()
     return block, torch.bmm(factor, root), torch.bmm(factor, widened(again)), outcome
-
-
-def _inverse_root(gram: torch.Tensor) -> torch.Tensor:
-    """T with ``T gram T^T = I``, from Cholesky, or from eigenvectors where rounding has made gram indefinite."""
-    factor, info = torch.linalg.cholesky_ex(gram)
-    if info.item() == 0:
-        eye = torch.eye(len(factor), dtype=torch.float64, device=gram.device)
-        inverse: torch.Tensor = torch.linalg.solve_triangular(factor, eye, upper=False)
-    else:
-        values, vectors = torch.linalg.eigh(gram)
-        inverse = (vectors / values.clamp(min=1e-14 * values[-1].item()).sqrt()).T
-    return inverse
-
-
-def _gram(rows: torch.Tensor) -> torch.Tensor:
-    """float64 ``rows rows^T``."""
-    wide = widened(rows)
-    return wide @ wide.T

@@ -235,6 +235,19 @@ def test_a_gpu_that_is_full_in_the_middle(kind: str, last: int, model: Path, tmp
     assert files_of(tmp_path / "back") == files_of(model)
 
 
+@pytest.mark.parametrize("lost", ["residual", "all"])
+def test_lost_files_are_made_again_to_the_same_bytes(lost: str, model: Path, tmp_path: Path, gpu: Gpu, small: None) -> None:
+    with gpu():
+        made = factorized(model, tmp_path / "f")
+        for name in made:
+            if "00002" in name and (lost == "all" or "factors" not in name):
+                (tmp_path / "f" / name).unlink()
+        report = surgery.verify(tmp_path / "f", base=model, repair=True, device="cuda:0")
+    assert report.ok
+    assert len(report.repaired) == (2 if lost == "all" else 1)
+    assert {name: (tmp_path / "f" / name).read_bytes() for name in made} == made
+
+
 # What is planned.
 
 

@@ -1,8 +1,6 @@
-"""Splitting and joining on a GPU, the pretended one: against the original bytes, and those that the CPU writes."""
+"""Splitting and joining on a GPU: against the original bytes, and those that the CPU writes."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -16,16 +14,9 @@ from surgery.lossless.parts import ResidualError
 from surgery.lossless.split import split
 from surgery.lossless.uploaded import UploadedCorrection
 from tests.models import realistic
-from tests.pretend_gpu import GPU, pretend_gpu
+from tests.pretend_gpu import GPU
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real one")
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-
-
-@pytest.fixture
-def gpu() -> Iterator[dict[str, int]]:
-    with pretend_gpu() as log:
-        yield log
 
 
 def batch_of(dtype: torch.dtype, count: int, m: int, n: int, k: int = 6) -> tuple[torch.Tensor, Factors]:
@@ -47,15 +38,25 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
-#: Entries of a block and blocks of a portion: ordinary ones; several blocks, of which the last is short; several portions.
-SIZES = [(blocks.BLOCK_ENTRIES, blocks.DEVICE_BLOCKS), (300, 64), (300, 2)]
+#: Entries of a block and blocks of a portion: all in one; several blocks, of which the last is short; several portions.
+ONE, BLOCKS, PORTIONS = (blocks.BLOCK_ENTRIES, blocks.DEVICE_BLOCKS), (300, 64), (300, 3)
 
 
-@pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize(("m", "n"), [(64, 48), (29, 37), (5, 3)])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "m", "n", "sizes"),
+    [
+        (torch.bfloat16, 32, 48, ONE),
+        (torch.bfloat16, 32, 48, PORTIONS),
+        (torch.bfloat16, 29, 37, BLOCKS),
+        (torch.bfloat16, 5, 3, ONE),
+        (torch.float16, 32, 48, BLOCKS),
+        (torch.float16, 29, 37, PORTIONS),
+        (torch.float32, 29, 37, ONE),
+        (torch.float32, 31, 32, PORTIONS),
+    ],
+)
 def test_a_batch_is_split_as_its_matrices_are_on_the_cpu(
-    dtype: torch.dtype, m: int, n: int, sizes: tuple[int, int], gpu: dict[str, int], monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, m: int, n: int, sizes: tuple[int, int], on_gpu: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(blocks, "BLOCK_ENTRIES", sizes[0])
     for module in (blocks, split_batch):
@@ -85,7 +86,7 @@ def test_a_batch_is_split_as_its_matrices_are_on_the_cpu(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_prediction_that_is_far_off_has_escapes(dtype: torch.dtype, gpu: dict[str, int]) -> None:
+def test_a_prediction_that_is_far_off_has_escapes(dtype: torch.dtype, on_gpu: dict[str, int]) -> None:
     weights, factors = batch_of(dtype, 1, 60, 50)
     wrong = Factors(factors.U, factors.s * 300, factors.V)
     parts = split_batch.split_batch(weights.to(GPU), wrong.to(GPU))[0]
@@ -98,7 +99,7 @@ def test_a_prediction_that_is_far_off_has_escapes(dtype: torch.dtype, gpu: dict[
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_same_updates(dtype: torch.dtype, gpu: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_updates(dtype: torch.dtype, on_gpu: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "BLOCK_ENTRIES", 700)
     monkeypatch.setattr(blocks, "DEVICE_BLOCKS", 2)
     weights, factors = batch_of(dtype, 1, 70, 90)
@@ -112,7 +113,7 @@ def test_the_same_updates(dtype: torch.dtype, gpu: dict[str, int], monkeypatch: 
     assert also.share == pytest.approx(kept.share)
 
 
-def test_no_difference_at_all(gpu: dict[str, int]) -> None:
+def test_no_difference_at_all(on_gpu: dict[str, int]) -> None:
     weights, factors = batch_of(torch.bfloat16, 3, 40, 24)
     parts = split(weights[1].to(GPU), of(factors, 1).to(GPU))
     assert parts.correction is not None
@@ -120,7 +121,7 @@ def test_no_difference_at_all(gpu: dict[str, int]) -> None:
     assert same_bits(join(parts.residual, of(factors, 1).to(GPU), parts.correction)[0].cpu(), weights[1])
 
 
-def test_the_differences_go_to_the_memory_that_is_given(gpu: dict[str, int]) -> None:
+def test_the_differences_go_to_the_memory_that_is_given(on_gpu: dict[str, int]) -> None:
     weights, factors = batch_of(torch.bfloat16, 2, 64, 48)
     lent: list[torch.Tensor] = []
 
@@ -136,7 +137,7 @@ def test_the_differences_go_to_the_memory_that_is_given(gpu: dict[str, int]) -> 
     assert bool((lent[0][-100:] == 7).all())
 
 
-def test_a_residual_that_is_infinite_is_refused_by_its_number(gpu: dict[str, int]) -> None:
+def test_a_residual_that_is_infinite_is_refused_by_its_number(on_gpu: dict[str, int]) -> None:
     weights, factors = batch_of(torch.float16, 3, 30, 20)
     weights[2] = 6e4
     factors.U[2], factors.V[2] = 30**-0.5, -(20**-0.5)
@@ -146,7 +147,7 @@ def test_a_residual_that_is_infinite_is_refused_by_its_number(gpu: dict[str, int
     assert caught.value.index == 2
 
 
-def test_damage_is_told_before_the_device_sees_it(gpu: dict[str, int]) -> None:
+def test_damage_is_told_before_the_device_sees_it(on_gpu: dict[str, int]) -> None:
     weights, factors = batch_of(torch.float16, 1, 40, 51, k=4)
     parts = split(weights[0], of(factors, 0))
     assert parts.correction is not None
@@ -185,15 +186,15 @@ def test_bits_behind_the_last_entry_are_passed_over() -> None:
     assert weight.view(torch.int16).tolist() == [[1, 0, -0x7FFF]]  # -2 from +0: -0, then the smallest below it
 
 
-def test_what_a_device_is_asked(gpu: dict[str, int]) -> None:
+def test_what_a_device_is_asked(on_gpu: dict[str, int]) -> None:
     """Once it was 41 operations and 8 waits to split a matrix, 29 and 4 to join a block of it, 11 and 2 more for each other."""
     weights, factors = batch_of(torch.bfloat16, 16, 64, 48)
     there, kept = weights.to(GPU), factors.to(GPU)
 
     def asked(work: object) -> tuple[int, int]:
-        before = dict(gpu)
+        before = dict(on_gpu)
         work()  # type: ignore[operator]
-        return gpu["launches"] - before["launches"], gpu["syncs"] - before["syncs"]
+        return on_gpu["launches"] - before["launches"], on_gpu["syncs"] - before["syncs"]
 
     found: list[list[split_batch.UnencodedParts]] = []
     launches, syncs = asked(lambda: found.append(split_batch.split_batch(there, kept)))

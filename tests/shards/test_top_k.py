@@ -22,6 +22,7 @@ from surgery.format.manifest_records import TargetRecord
 from surgery.format.top_k_records import NOT_ON_RECORD, TopKRecord, TopKSummary
 from surgery.linalg.svd import TruncatedSVD, truncated_svd
 from surgery.linalg.top_k import TopK
+from surgery.planning import estimate
 from surgery.progress import Silent
 from surgery.shards import matrices
 from surgery.solvers.triplets import residuals_of
@@ -151,15 +152,17 @@ def test_another_value_is_another_run(made: Path, model: Path, llama: Path, tmp_
     assert files_of(tmp_path / "g") == files_of(tmp_path / "h")
 
 
-def test_the_plan_counts_the_proof(model: Path) -> None:
+def test_the_plan_counts_the_proof(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its memory, and the time that is told."""
     plain, proven = (surgery.plan(model, rank=K, include=["*large*"], prove=prove, device="cpu") for prove in (False, True))
     assert proven.memory.peak_bytes >= plain.memory.peak_bytes + 8 * 560**2
-    seconds = [
-        json.loads(CliRunner().invoke(main, ["plan", str(model), "--include", "*large*", "--json", *more]).stdout)["seconds"]
-        for more in ([], ["--prove"])
-    ]
-    assert seconds[0] < seconds[1]
+    command = ["factorize", str(model), "--include", "*large*", "--dry-run"]
+    told = [json.loads(CliRunner().invoke(main, [*command, "--json", *more]).stdout) for more in ([], ["--prove"])]
+    assert [one["prove"] for one in told] == [False, True]
+    assert "with a proof" in CliRunner().invoke(main, [*command, "--prove"]).stdout
+    monkeypatch.setattr(estimate, "_product_rate", lambda _: 1e10)  # which is measured, and never twice the same
+    times = [estimate.estimate_seconds(one, torch.device("cpu")) for one in (plain, proven)]
+    assert times[0] < times[1] < 10 * times[0]
 
 
 def _missing_the_first(A: torch.Tensor, k: int) -> TruncatedSVD:
@@ -198,7 +201,7 @@ def test_forged_factors_do_not_pass(
         (failure,) = report.failures
         # What was found is a lower bound of the value that is missing.
         assert true[K].item() < float(failure.got) <= true[0].item() * (1 + 1e-6)
-        assert float(failure.expected.removeprefix("at most ")) == pytest.approx(true[K].item(), rel=1e-3)
+        assert float(failure.expected.removeprefix("at most ")) == pytest.approx(true[K].item(), rel=2e-3)
     done = CliRunner().invoke(main, ["verify", str(out), *(["--base", str(base)] if base else []), "--device", "cpu"])
     assert done.exit_code == 3
     assert "no larger singular value" in done.stdout
